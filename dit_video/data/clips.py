@@ -1,41 +1,46 @@
 """Random access to the encoded clips of ingested data sets."""
 
+import bisect
 import copy
-import hashlib
 import itertools
 import os
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
-from etils import epath
+import pyarrow as pa
+import pyarrow.compute as pc
+import tensorflow_datasets as tfds
+from jaxtyping import Bool, Int64
 
-from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.core.files import write_json
-from dit_video.core.storage import (
-    StoragePath,
-    StoragePathLike,
-    convert_storage_errors,
-    is_remote,
-    read_document,
-    to_storage_path,
-)
-from dit_video.data.records import shards
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
+from dit_video.data.records import RecordPlace, RecordReader, get_file_name, make_bytes_feature
+from dit_video.data.tables import MANIFEST, Table
 
-INDEX = "index.json"
-VERSION = 2
-
-_SERVICE_ERROR = re.compile("Permanent error|Retry policy exhausted|Retry loop")
-"""Start of ArrayRecord's message (in an error without a type of its own) when `gs://` refuses or is unreachable."""
+DATASET_NAME = KIND = "clips"
+FEATURES = {
+    "clip": make_bytes_feature(),
+    "name": tfds.features.Text(),
+    "height": np.int32,
+    "width": np.int32,
+    "frames": np.int32,
+    "fps": np.float32,
+    "seconds": np.float32,
+    "codec": tfds.features.Text(),
+}
+"""Features of a record: the bytes of a clip, and facts that do not change. Captions are a column of the table."""
+_INFO_BLOCK = 1 << 12
+"""Number of clips whose metadata are read at once when all are."""
 
 
 class ClipInfo(NamedTuple):
-    """Metadata of a clip, which is a file or one shot of it; known without decoding."""
+    """Metadata of a clip, known without decoding."""
 
     name: str
-    """Path of the clip in the folder that was ingested, with forward slashes; unique in the data set."""
+    """Path of the clip in the source that was ingested, with forward slashes, followed by `#0`, `#1`, … for the parts
+    of a file; unique in the data set."""
     captions: tuple[str, ...]
     """Captions of the clip, in any number; a clip without captions trains the unconditional model."""
     height: int
@@ -46,11 +51,11 @@ class ClipInfo(NamedTuple):
     """Average frame rate."""
     seconds: float
     """Time from the first frame to the last, in seconds."""
-    start: float = 0.0
-    """Start of this clip in seconds after the file's first frame."""
-    record: int = 0
-    """Number of the data set's record that holds the bytes."""
     split: str = "train"
+    id: int = 0
+    """Hash of the name, the source file and the part of it that the clip shows; the key of columns."""
+    payload: str = ""
+    """SHA-256 of the clip's bytes, in hexadecimal."""
 
     @property
     def caption(self) -> str:
@@ -61,93 +66,93 @@ class ClipInfo(NamedTuple):
 class ClipSource:
     """A random-access source of the encoded clips of an ingested data set, or of several ones in sequence.
 
-    If there are several data sets, the name of a clip begins with that of its data set: `ucf/v_YoYo_g01_c01.avi`. Each
-    process opens the files at its first read, so a source can be pickled to workers.
-
-    Records at `gs://` are read one by one by ArrayRecord itself. From any other address a whole file is copied to this
-    machine when its first record is read, so that in the end this machine needs room for the whole data set.
+    If there are several data sets, the name of a clip begins with that of its data set: `ucf/v_YoYo_g01_c01.avi`. Clips
+    are read in place, also from buckets. No files are kept open, so a source can be pickled to workers.
 
     Args:
       folders: data set that `ingest` wrote: a folder or an address (`gs://…`, see `core.storage`), or several by name.
-      cache: folder to which files at addresses are copied; `shards.get_default_cache()` if None.
+      where: condition on columns that the clips meet, such as `motion > 5 and sharpness > 60`, see `data.where`.
+      cache: folder of the columns of large data sets; `tables.get_default_cache()` if None.
 
     Raises:
       MissingError: a folder does not exist.
-      UserError: a folder is not an ingested data set of this version, or cannot be reached.
+      UserError: a folder is not an ingested data set of this version, or cannot be reached; the condition is invalid.
     """
 
     def __init__(
-        self, folders: StoragePathLike | Mapping[str, StoragePathLike], *, cache: str | os.PathLike | None = None
+        self,
+        folders: StoragePathLike | Mapping[str, StoragePathLike],
+        *,
+        where: str = "",
+        cache: str | os.PathLike | None = None,
     ):
         named = {f"{name}/": path for name, path in folders.items()} if isinstance(folders, Mapping) else {"": folders}
-        self.folders: tuple[StoragePath, ...] = tuple(map(to_storage_path, named.values()))
-        infos: list[ClipInfo] = []
-        self._dataset_numbers: list[int] = []
-        self._cache = None if cache is None else Path(cache)
-        self._versions: list[str] = []
-        for number, (prefix, folder) in enumerate(zip(named, self.folders, strict=True)):
-            clips = read_index(folder)
-            # The version of the copies; local files are not copied.
-            self._versions.append(hashlib.sha256(repr(clips).encode()).hexdigest()[:16] if is_remote(folder) else "")
-            infos += [info._replace(name=prefix + info.name) for info in clips]
-            self._dataset_numbers += [number] * len(clips)
-        self.infos: tuple[ClipInfo, ...] = tuple(infos)
-        self._records: dict[int, Sequence[dict[str, Any]]] = {}
+        self._prefixes: tuple[str, ...] = tuple(named)
+        self.tables: tuple[Table, ...] = tuple(
+            Table(path, kind=KIND, cache=None if cache is None else Path(cache)) for path in named.values()
+        )
+        self._rows: tuple[Int64[np.ndarray, " n"], ...] = tuple(_select_rows(table, where) for table in self.tables)
+        self._readers = tuple(RecordReader(table.folder, FEATURES) for table in self.tables)
+
+    @property
+    def folders(self) -> tuple[StoragePath, ...]:
+        """Return the location of each data set."""
+        return tuple(table.folder for table in self.tables)
+
+    @property
+    def infos(self) -> Sequence[ClipInfo]:
+        """Return the metadata of all clips, which are read when they are used."""
+        return _ClipInfos(self)
 
     def __len__(self) -> int:
-        return len(self.infos)
+        return sum(map(len, self._rows))
 
     def __getitem__(self, index: SupportsIndex) -> bytes:
         """Return the encoded file of a clip, for `dit_video.video.decode`.
 
         Raises:
-          MissingError, UserError: the data set cannot be opened or reached.
+          MissingError, UserError: the data set cannot be reached.
           DecodeError: the clip's record is damaged.
         """
-        number, info = self._dataset_numbers[index], self.infos[index]
-        if number not in self._records:
-            self._records[number] = self._open_dataset(number)
+        number, row = self._locate(int(index))
+        table = self.tables[number]
+        place = RecordPlace(*(int(table[name][row]) for name in RecordPlace._fields))
         try:
-            return self._records[number][info.record]["clip"]
-        except (OSError, UserError):  # the file cannot be copied to this machine
-            raise
-        except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
-            if _SERVICE_ERROR.match(str(error)):
-                with convert_storage_errors(self.folders[number]):
-                    raise
-            raise DecodeError(f"the record of {info.name} is damaged ({error}). Ingest it again.") from error
+            return self._readers[number].read(get_file_name(DATASET_NAME, table.get_part(row)), place)["clip"]
+        except DecodeError as error:
+            raise DecodeError(f"the record of {self.infos[int(index)].name}: {error}. Ingest it again.") from error
 
-    def column(self, name: str) -> np.ndarray:
-        """Return one field of `ClipInfo` of all clips; numbers, such as `frames`, as an array of numbers."""
-        return np.asarray([getattr(info, name) for info in self.infos])
+    def column(self, name: str) -> Any:
+        """Return a column of all clips: an array of numbers, or a list of other values; `name` is that in `infos`.
 
-    def _open_dataset(self, number: int) -> Sequence[Any]:
-        folder = self.folders[number]
-        if str(folder).startswith("gs://"):
-            return shards.open_records(epath.Path(str(folder)))
-        return shards.open_dataset(folder, cache=self._cache, version=self._versions[number])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": {}}
+        Raises:
+          UserError: a data set has no such column.
+        """
+        values = [_take(table, rows, name) for table, rows in zip(self.tables, self._rows, strict=True)]
+        if name == "name":
+            return [prefix + each for prefix, part in zip(self._prefixes, values, strict=True) for each in part]
+        return np.concatenate(values) if isinstance(values[0], np.ndarray) else list(itertools.chain(*values))
 
     @property
     def dataset_sizes(self) -> tuple[int, ...]:
         """Return the number of clips of each data set."""
-        return tuple(self._dataset_numbers.count(number) for number in range(len(self.folders)))
+        return tuple(map(len, self._rows))
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Return the hash of the table and the columns of each data set."""
+        return tuple(table.version for table in self.tables)
 
     def select_datasets(self, numbers: Collection[int]) -> "ClipSource":
         """Return the clips of the data sets with these numbers; no others are counted by `dataset_sizes`."""
-        kept = sorted(numbers)
-        subset = self._compress([number in kept for number in self._dataset_numbers])
-        subset._records = {}  # they are opened by number
-        subset.folders = tuple(self.folders[number] for number in kept)
-        subset._versions = [self._versions[number] for number in kept]
-        subset._dataset_numbers = list(map(kept.index, subset._dataset_numbers))
+        subset, kept = copy.copy(self), sorted(numbers)
+        for name in ("tables", "_prefixes", "_rows", "_readers"):
+            setattr(subset, name, tuple(getattr(self, name)[number] for number in kept))
         return subset
 
     def select_split(self, name: str) -> "ClipSource":
         """Return the clips of one split; there may be none."""
-        return self._filter(lambda info: info.split == name)
+        return self._filter(lambda table, rows: pc.equal(table.arrow("split").take(rows), name).to_numpy())
 
     def select(self, names: Collection[str]) -> "ClipSource":
         """Return the clips with these names, in the data set's order.
@@ -155,8 +160,7 @@ class ClipSource:
         Raises:
           UserError: the source has no clip of some name.
         """
-        included = self._check_names(names)
-        return self._filter(lambda info: info.name in included)
+        return self._compress(self._has_name(names))
 
     def exclude(self, names: Collection[str]) -> "ClipSource":
         """Return all clips but those with these names.
@@ -164,28 +168,81 @@ class ClipSource:
         Raises:
           UserError: the source has no clip of some name.
         """
-        unwanted = self._check_names(names)
-        return self._filter(lambda info: info.name not in unwanted)
+        return self._compress(~self._has_name(names))
 
-    def _check_names(self, names: Collection[str]) -> frozenset[str]:
-        if absent := sorted(frozenset(names) - {info.name for info in self.infos}):
+    def _has_name(self, names: Collection[str]) -> Bool[np.ndarray, " n"]:
+        wanted = pa.array(sorted(set(names)), pa.string())
+        all_names = pa.array(self.column("name"), pa.string())
+        if absent := wanted.filter(pc.invert(pc.is_in(wanted, value_set=all_names))).to_pylist():
             first = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
-            examples = ", ".join(info.name for info in self.infos[:3])
+            examples = ", ".join(all_names[:3].to_pylist())
             raise UserError(
                 f"{', '.join(map(str, self.folders))} has no clip named {first} ({len(absent)} of {len(names)} names); "
                 f"use names such as {examples}, or check in the ingest report whether the clip was skipped"
             )
-        return frozenset(names)
+        return pc.is_in(all_names, value_set=wanted).to_numpy(zero_copy_only=False)
 
-    def _filter(self, is_kept: Callable[[ClipInfo], bool]) -> "ClipSource":
-        return self._compress(list(map(is_kept, self.infos)))
+    def _filter(self, is_kept: Callable[[Table, np.ndarray], np.ndarray]) -> "ClipSource":
+        kept = [is_kept(table, rows) for table, rows in zip(self.tables, self._rows, strict=True)]
+        return self._compress(np.concatenate(kept))
 
-    def _compress(self, is_kept: Sequence[bool]) -> "ClipSource":
+    def _compress(self, is_kept: Bool[np.ndarray, " n"]) -> "ClipSource":
         subset = copy.copy(self)
-        subset._records = self._records  # opened files are shared
-        subset.infos = tuple(itertools.compress(self.infos, is_kept))
-        subset._dataset_numbers = list(itertools.compress(self._dataset_numbers, is_kept))
+        parts = np.split(is_kept, np.cumsum(self.dataset_sizes)[:-1])
+        subset._rows = tuple(rows[part] for rows, part in zip(self._rows, parts, strict=True))
         return subset
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return the number of a clip's data set, and its row in the table."""
+        ends = list(itertools.accumulate(self.dataset_sizes))
+        if not 0 <= index < ends[-1]:
+            raise IndexError(index)
+        number = bisect.bisect_right(ends, index)
+        return number, int(self._rows[number][index - (ends[number - 1] if number else 0)])
+
+    def _read_infos(self, first: int, stop: int) -> Iterator[ClipInfo]:
+        """Yield the metadata of clips `first` to `stop` - 1."""
+        start = 0
+        for table, prefix, rows in zip(self.tables, self._prefixes, self._rows, strict=True):
+            part = rows[max(first - start, 0) : max(stop - start, 0)]
+            start += len(rows)
+            if not len(part):
+                continue
+            columns = {name: _take(table, part, name) for name in ClipInfo._fields}
+            columns = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in columns.items()}
+            columns["name"] = [prefix + name for name in columns["name"]]
+            columns["captions"] = [tuple(texts or ()) for texts in columns["captions"]]
+            yield from map(ClipInfo, *columns.values())
+
+
+class _ClipInfos(Sequence[ClipInfo]):
+    """The metadata of the clips of a source, read from its tables when they are used."""
+
+    def __init__(self, source: ClipSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @overload
+    def __getitem__(self, index: int) -> ClipInfo: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ClipInfo, ...]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(*index.indices(len(self))))
+        index = range(len(self))[index]
+        return next(self._source._read_infos(index, index + 1))
+
+    def __iter__(self) -> Iterator[ClipInfo]:
+        for first in range(0, len(self), _INFO_BLOCK):
+            yield from self._source._read_infos(first, first + _INFO_BLOCK)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(ClipInfo.__eq__, self, other))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
 
 
 def is_ingested(folder: StoragePathLike) -> bool:
@@ -194,29 +251,19 @@ def is_ingested(folder: StoragePathLike) -> bool:
     Raises:
       UserError: the address cannot be reached.
     """
-    return (to_storage_path(folder) / INDEX).is_file()
+    return (to_storage_path(folder) / MANIFEST).is_file()
 
 
-def write_index(folder: Path, infos: Sequence[ClipInfo], fingerprint: str) -> None:
-    """Write the metadata of all clips, and the fingerprint of the source that they were ingested from."""
-    columns = {name: [getattr(info, name) for info in infos] for name in ClipInfo._fields}
-    write_json(folder / INDEX, {"version": VERSION, "fingerprint": fingerprint, "clips": columns})
+def _select_rows(table: Table, where: str) -> Int64[np.ndarray, " n"]:
+    """Return the rows of the clips that are used and meet a condition."""
+    is_used = "outcome == 'kept' and (chosen is None or chosen)" if "chosen" in table.types else "outcome == 'kept'"
+    rows = table.select(is_used)
+    return np.intersect1d(rows, table.select(where), assume_unique=True) if where.strip() else rows
 
 
-def read_index(folder: StoragePath) -> tuple[ClipInfo, ...]:
-    """Return the metadata of every clip, in the order of the records.
-
-    Raises:
-      MissingError: the folder does not exist.
-      UserError: the folder is not an ingested data set of this version.
-    """
-    if not (folder / INDEX).is_file():  # checked before the folder, as object stores need not have folders
-        if not folder.is_dir():
-            raise MissingError(f"no such data set: {folder}. Check the path.")
-        raise UserError(f"{folder} is not an ingested data set, as it has no {INDEX}. Use tools/ingest.py to make one.")
-    index = read_document(folder / INDEX)
-    if not isinstance(index, dict) or index.get("version") != VERSION:
-        raise UserError(f"{folder / INDEX} is not of version {VERSION}. Ingest the clips again into another folder.")
-    columns = index["clips"]
-    columns["captions"] = map(tuple, columns["captions"])
-    return tuple(map(ClipInfo, *(columns[name] for name in ClipInfo._fields)))
+def _take(table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Any:
+    """Return a column of some rows: an array of numbers, or a list."""
+    if name == "captions" and name not in table.types:
+        return [()] * len(rows)
+    column = table[name]
+    return column[rows] if isinstance(column, np.ndarray) else column.take(pa.array(rows)).to_pylist()

@@ -8,7 +8,9 @@ A column is read when it is first used. Columns of large tables are stored in a 
 processes of a machine map into memory, and a table is pickled to workers without them.
 """
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -56,7 +58,7 @@ def get_default_cache() -> Path:
 
 def write_part(folder: StoragePath, name: str, rows: pa.Table) -> None:
     """Write the rows of a part atomically; the same rows give the same bytes."""
-    _write_parquet(folder / INDEX_FOLDER / f"{name}{_SUFFIX}", rows)
+    write_parquet(folder / INDEX_FOLDER / f"{name}{_SUFFIX}", rows)
 
 
 def write_column(folder: StoragePathLike, name: str, columns: Mapping[str, Any] | pa.Table, note: str = "") -> None:
@@ -89,7 +91,7 @@ def write_column(folder: StoragePathLike, name: str, columns: Mapping[str, Any] 
         for buffer in column.combine_chunks().buffers() if len(column) else ():
             digest.update(buffer or b"")
     metadata = {_HASH_KEY: digest.hexdigest().encode(), b"note": note.encode()}
-    _write_parquet(
+    write_parquet(
         to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{_SUFFIX}", table.replace_schema_metadata(metadata)
     )
 
@@ -173,6 +175,7 @@ class Table:
         self.settings: dict[str, Any] = manifest["settings"]
         self._parts: list[str] = [part["name"] for part in manifest["parts"]]
         self._rows: list[int] = [part["rows"] for part in manifest["parts"]]
+        self._ends = list(itertools.accumulate(self._rows))
         self._length = sum(self._rows)
         index_hash = hashlib.sha256(json.dumps(manifest["parts"]).encode()).hexdigest()[:32]
         self._cache = (cache or get_default_cache()) / "tables" / index_hash
@@ -226,6 +229,10 @@ class Table:
         """
         return np.flatnonzero(conditions.evaluate(where, self.arrow, self.types).to_numpy())
 
+    def get_part(self, row: int) -> str:
+        """Return the name of the part of a row."""
+        return self._parts[bisect.bisect_right(self._ends, row)]
+
     def iter_parts(self) -> Iterator[tuple[str, range]]:
         """Yield the name and the rows of every part."""
         first = 0
@@ -235,11 +242,7 @@ class Table:
 
     def _list_files(self) -> dict[str, StoragePath]:
         folder = self.folder / COLUMNS_FOLDER
-        if not folder.is_dir():
-            return {}
-        names = sorted(path.name for path in folder.iterdir())
-        stems = [name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX) and not name.startswith(".")]
-        return {stem: folder / f"{stem}{_SUFFIX}" for stem in stems}
+        return {name: folder / f"{name}{_SUFFIX}" for name in list_parquet(folder)}
 
     def _list_columns(self) -> tuple[dict[str, str], dict[str, pa.DataType]]:
         """Return the file of each column ("" for the index), and its type."""
@@ -346,6 +349,19 @@ def read_bytes(path: StoragePath) -> bytes:
             raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
 
 
+def read_parquet(path: StoragePath, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the columns of a Parquet file, by default all."""
+    return _open_parquet(path).read(columns=columns)
+
+
+def list_parquet(folder: StoragePath, prefix: str = "") -> list[str]:
+    """Return the names of the Parquet files in a folder without their suffix, sorted; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    names = sorted(path.name for path in folder.iterdir())
+    return [n.removesuffix(_SUFFIX) for n in names if n.startswith(prefix) and n.endswith(_SUFFIX) and n[0] != "."]
+
+
 def _open_parquet(path: StoragePath) -> pq.ParquetFile:
     try:
         if isinstance(path, Path):
@@ -362,14 +378,15 @@ def _hash_column(path: StoragePath) -> str:
     return stored.decode() if stored else hashlib.sha256(read_bytes(path)).hexdigest()
 
 
-def _write_parquet(path: StoragePath, table: pa.Table) -> None:
+def write_parquet(path: StoragePath, table: pa.Table) -> None:
+    """Write a table atomically; the same table gives the same bytes."""
     if isinstance(path, Path):
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", row_group_size=_BATCH_ROWS)
         return
     local = get_default_cache() / "uploads" / uuid.uuid4().hex / path.name
     try:
-        _write_parquet(local, table)
+        write_parquet(local, table)
         upload(local, path)
     finally:
         shutil.rmtree(local.parent, ignore_errors=True)

@@ -1,68 +1,56 @@
-"""Ingest of a source of clips into a data set of random access.
+"""Ingest of a source of clips into a data set of random access, part by part.
 
-The clips' encoded bytes are kept unchanged, with the facts that planning needs, so that a later run can choose other
-sizes; files over a limit are re-encoded on request. The first pass reads, decodes and screens every file in several
-processes, and keeps only the facts and re-encoded files; the second copies the bytes of the used files into the data
-set, one file at a time. Steps that need all facts are in between (duplicates, numbers of records), so the result does
-not depend on the order in which processes finish.
+A part is some of the source's files. A process reads, decodes and screens them, cuts their clips, and writes the clips'
+bytes and then their rows; a part whose rows exist is done. So any number of processes work on a data set, on machines
+of any kind, and a run that was killed continues with the parts that are not done. The last step depends on all parts:
+duplicates, captions and the report. The same source gives the same bytes, whatever the processes and interruptions.
 
-All work is done in `DESTINATION.ingest`, next to the destination. It holds the journal of the first pass and the
-re-encoded files, which survive a killed run, and the files of the second pass, which one rename publishes.
+A source that has changed since is ingested again into the same folder: files that are new make new parts, captions are
+read again, and clips whose file is gone are no longer used. No file is decoded twice.
 
-A clip may fail for a transient reason: a file that cannot be read or is being written, a disk error, too little memory
-or time. It is inspected once more at the end of the run, alone. If it fails again it is quarantined like a broken file,
-but counted separately in the report and not stored in the journal, which is then kept: `retry` inspects those clips
-alone, and rebuilds the data set if one of them can now be used. That requires an explicit request, as a data set must
-not change while trainings read it.
+A file may fail for a transient reason: it cannot be read or is being written, a disk error, too little memory or time.
+It is inspected once more at the end of the run, alone. If it fails again, its row says so, and `retry` writes the parts
+of such files again. That requires an explicit request, as a part must not change while trainings read it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-import itertools
-import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import tensorflow_datasets as tfds
-
 from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.core.storage import StoragePath, StoragePathLike, publish, read_document, to_storage_path
-from dit_video.data.clips import INDEX, ClipInfo, write_index
-from dit_video.data.ingest.formats import ListColumns, ListedClip, Listing, ListingOptions, list_clips
-from dit_video.data.ingest.inspection import Inspection, InspectionConfig
-from dit_video.data.ingest.journal import Journal
+from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
+from dit_video.data.clips import DATASET_NAME, FEATURES, is_ingested
+from dit_video.data.ingest.completion import complete, find_transient_parts
+from dit_video.data.ingest.formats import ListColumns, ListedClip, ListingOptions, list_clips
+from dit_video.data.ingest.inspection import Inspection, InspectionConfig, make_failure
+from dit_video.data.ingest.outcomes import Outcome, make_row, make_table
+from dit_video.data.ingest.parts import FOLDER, IngestFolder
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig
-from dit_video.data.ingest.report import REPORT, IngestReport, make_report
-from dit_video.data.ingest.selection import Selection, select
+from dit_video.data.ingest.report import IngestReport
 from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
-from dit_video.data.records.clip_writer import write_clips
-from dit_video.data.records.cluster import BeamOptions
-from dit_video.data.records.reference import ChangedError, ClipReference
-from dit_video.data.records.shards import DISK_FULL_ERRNOS, make_bytes_feature
-
-WORK_SUFFIX = ".ingest"
-"""Suffix of the name of the work folder next to the destination."""
-_REENCODED_FOLDER = "reencoded"
-"""Folder of re-encoded files in the work folder."""
-
-_PARTIAL_COPY = re.compile(rf"clips-.*\.array_record-.*|(dataset_info|features)\.json|{re.escape(REPORT)}|REPORT\.html")
-"""Files of a copy to a bucket without an index: before it is complete, or while a complete one is replaced."""
+from dit_video.data.records import DISK_FULL_ERRNOS, get_file_name, write_records
+from dit_video.data.tables import INDEX_FOLDER, write_part
 
 ProgressCallback = Callable[[int, int], None]
 """A function that is called with (done, total)."""
+_WORK_PREFIX = ".clips-"
+"""Prefix of the name of a folder, inside the data set, of clips that are not stored yet."""
+_STALE_SECONDS = 7 * 24 * 3600
+"""Age from which such a folder belongs to no running process."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IngestConfig:
-    """Configuration of an ingest; raises `UserError` if the time limit is not positive."""
+    """Configuration of an ingest; raises `UserError` if a limit is not positive."""
 
     format: str = "auto"
     """Name of the source's format (see `dit_video.data.ingest.formats`); "auto" detects it."""
@@ -74,15 +62,21 @@ class IngestConfig:
     """Columns of lists, if they have other names than those that are known."""
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
     """Steps of the screening; all are disabled by default."""
+    max_clip_seconds: float | int | None = None
+    """Maximum duration of a clip in seconds; longer ones are cut into parts of equal length."""
+    inherit_captions: bool = False
+    """True to caption each part of a file like the whole file, whose captions may describe another part."""
     reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
-    """Limits above which files are re-encoded; none by default."""
+    """Limits above which clips are re-encoded; none by default."""
     time_limit: float | int = 120.0
     """Seconds that the inspection of a file may take, plus ten times as much per gigabyte; three times as long if
-    files are re-encoded. Exceeding it twice is a transient reason, so `retry` may give the file more time."""
+    clips are re-encoded. Exceeding it twice is a transient reason, so `retry` may give the file more time."""
 
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
             raise UserError(f"time_limit={self.time_limit} is invalid: use a positive number of seconds")
+        if self.max_clip_seconds is not None and not self.max_clip_seconds > 0:
+            raise UserError(f"max_clip_seconds={self.max_clip_seconds} is invalid: use a positive number of seconds")
 
     @property
     def listing_options(self) -> ListingOptions:
@@ -94,298 +88,227 @@ class IngestConfig:
         """Return the seconds that a small file may take."""
         return self.time_limit * (3 if self.reencode.is_enabled else 1)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what a data set's parts depend on, as JSON values."""
+        names = ("screening", "reencode", "max_clip_seconds")
+        return {name: config_json.to_json(getattr(self, name)) for name in names}
+
 
 def ingest(
-    source: str | os.PathLike,
+    source: StoragePathLike,
     destination: StoragePathLike,
     *,
     config: IngestConfig = IngestConfig(),
     progress: ProgressCallback | None = None,
     workers: int | None = None,
-    beam: BeamOptions | None = None,
     retry: bool = False,
 ) -> IngestReport:
-    """Read every clip of `source`, and write the data set, its index and `report.json` into the folder `destination`.
-
-    The same source gives the same bytes, whatever the number of processes and interruptions. Clips that cannot be
-    decoded are quarantined and counted. A destination that already holds this data set (same names, sizes, captions
-    and settings) is reused. A run that was killed continues where it stopped.
+    """Read every clip of `source`, and write the data set, its table and `report.json` into the folder `destination`.
 
     Args:
-      source: the clips, in any format that `list_clips` reads.
-      destination: folder to create; it is complete or absent. An address (`gs://…`) receives a copy of a data set built
-        in a local folder, as ArrayRecord writes no others; its index is copied last.
+      source: the clips, in any format that `list_clips` reads; a folder, a file or an address.
+      destination: folder or address (`gs://…`) to create, or to complete if it holds an earlier state of the source.
       config: configuration of the ingest.
-      progress: called with (done, total) for inspected clips, and from 0 again for written ones.
-      workers: maximum number of processes that inspect clips; by default one per core. Ignored with Beam.
-      beam: inspect and write in a pipeline of Apache Beam, on machines that share the disk of source and destination.
-      retry: inspect clips of an existing data set again that failed for a transient reason, and replace the data set if
-        one of them can be used now.
+      progress: called with (done, total) for inspected files.
+      workers: maximum number of processes that inspect files; by default one per core.
+      retry: inspect files again that failed for a transient reason.
 
     Raises:
       MissingError: the source does not exist.
       UserError: no clip is usable; the source has mistakes (see `list_clips`); the destination holds something else, or
-        cannot be written; a clip changes during the run.
+        cannot be written.
     """
     check_at_least(1, workers=workers)
-    progress = progress or (lambda done, total: None)
-    destination = to_storage_path(destination)
-    if isinstance(destination, Path):
-        destination = destination.resolve()  # a link to a large disk, or `.`
-    if beam is not None:
-        _check_beam_destination(destination)
-    listing = list_clips(source, format=config.format, options=config.listing_options)
-    if beam is not None:  # its workers have other current folders
-        listing = _make_absolute(listing)
-    fingerprint = _compute_fingerprint(listing, config)
-    old_report = IngestReport.read(destination) if _has_data_set(destination, fingerprint, source) else None
-    if old_report is not None and not (retry and old_report.passing):
-        return dataclasses.replace(old_report, reused=True)
-    work = _get_work_folder(destination)
+    folder = plan_ingest(source, destination, config=config, retry=retry)
+    parts, is_new = folder.list_unfinished(), not is_ingested(folder.folder)
+    write_parts(folder, parts, config=config, progress=progress or (lambda done, total: None), workers=workers)
     try:
-        with Journal(work, (config.screening, config.reencode)) as journal:
-            verdicts = _inspect_all(listing.clips, config, journal, progress, workers or count_cores(), beam)
-            selection = select(listing.clips, verdicts, config.screening)
-            if not selection.infos:
-                shutil.rmtree(work)
-                raise UserError(_explain_no_clips(source, listing, verdicts, selection))
-            passing = sum(verdict.transient for verdict in verdicts)
-            if old_report is not None and passing >= len(old_report.passing):
-                return dataclasses.replace(old_report, reused=True)
-            try:
-                _write(work / "data", listing, verdicts, selection, config, fingerprint, progress, beam)
-                # Hours may have passed: a data set that another process wrote meanwhile is not replaced.
-                if _has_data_set(to_storage_path(destination), fingerprint, source) and old_report is None:
-                    report = dataclasses.replace(IngestReport.read(destination), reused=True)
-                else:
-                    report = _move_to_destination(work / "data", destination)
-            except ChangedError as error:
-                journal.forget(clip for clip in listing.clips if clip.path == error.path)
-                raise
-            finally:
-                shutil.rmtree(work / "data", ignore_errors=True)
-            if not passing:
-                shutil.rmtree(work)
+        report = complete_ingest(folder, config)
+    except UserError:
+        if is_new and isinstance(folder.folder, Path):
+            shutil.rmtree(folder.folder)  # nothing can be used
+        raise
+    return dataclasses.replace(report, reused=not parts and not is_new)
+
+
+def plan_ingest(
+    source: StoragePathLike, destination: StoragePathLike, *, config: IngestConfig, retry: bool = False
+) -> IngestFolder:
+    """List a source, and return the data set with parts for all its files.
+
+    Raises:
+      MissingError, UserError: see `ingest`.
+    """
+    location = to_storage_path(destination)
+    if isinstance(location, Path):
+        location = location.resolve()  # a link to a large disk, or `.`
+    listing = list_clips(source, format=config.format, options=config.listing_options)
+    absolute = (clip if "://" in clip.path else clip._replace(path=os.path.abspath(clip.path)) for clip in listing.clips)
+    _check_destination(location)
+    with _convert_write_errors(location):
+        folder = IngestFolder(location, config.settings)
+        folder.update(listing._replace(clips=tuple(absolute)))
+        if retry:
+            for part in find_transient_parts(folder):
+                (location / INDEX_FOLDER / f"{part}.parquet").unlink()
+    return folder
+
+
+def complete_ingest(folder: IngestFolder, config: IngestConfig) -> IngestReport:
+    """Complete a data set all parts of which are written: choice of clips, captions, metadata and report.
+
+    Raises:
+      UserError: no clip can be used, two clips have the same name, or the destination cannot be written.
+    """
+    with _convert_write_errors(folder.folder):
+        return complete(
+            folder, inherit_captions=config.inherit_captions, duplicate_distance=config.screening.duplicates
+        )
+
+
+def write_parts(
+    folder: IngestFolder,
+    parts: Sequence[str],
+    *,
+    config: IngestConfig,
+    progress: ProgressCallback = lambda done, total: None,
+    workers: int | None = None,
+) -> None:
+    """Write parts of a data set; see `plan_ingest` and `complete_ingest` for what comes before and afterwards.
+
+    Raises:
+      UserError: the screening cannot work for any file, or the destination cannot be written.
+    """
+    clips = {part: folder.read_clips(part) for part in parts}
+    tasks = [((part, number), clip) for part, members in clips.items() for number, clip in enumerate(members)]
+    progress(0, len(tasks))
+    with _convert_write_errors(folder.folder), _make_work_folder(folder.folder) as work:
+        inspection = InspectionConfig(
+            screening=config.screening,
+            reencode=config.reencode,
+            max_clip_seconds=config.max_clip_seconds,
+            folder=str(work),
+        )
+        useful = count_useful_processes(list(enumerate(clip for _, clip in tasks)), workers or count_cores())
+        with Workers(useful, inspection, config.scaled_time_limit) as processes:
+            for part, inspections in _inspect_parts(processes, clips, tasks, progress):
+                _write_part(folder.folder, part, clips[part], inspections)
+
+
+def _inspect_parts(
+    processes: Workers,
+    clips: dict[str, list[ListedClip]],
+    tasks: Sequence[tuple[tuple[str, int], ListedClip]],
+    progress: ProgressCallback,
+) -> Iterator[tuple[str, list[Inspection]]]:
+    """Yield parts with the inspections of their files, when all of these are done."""
+    results: dict[str, dict[int, Inspection]] = {part: {} for part in clips}
+    retried, done = [], 0
+    numbered = [(task, clip) for task, (_, clip) in enumerate(tasks)]
+
+    def add(task: int, inspection: Inspection) -> Iterator[tuple[str, list[Inspection]]]:
+        part, number = tasks[task][0]
+        results[part][number] = inspection
+        progress(done, len(tasks))
+        if len(results[part]) == len(clips[part]):
+            members = results.pop(part)
+            yield part, [members[index] for index in range(len(members))]
+
+    for task, inspection in processes.inspect(numbered):
+        if inspection.transient:
+            retried.append(numbered[task])
+            continue
+        done += 1
+        yield from add(task, inspection)
+    for task, inspection in processes.inspect_again(retried):
+        done += 1
+        yield from add(task, inspection)
+
+
+class _ChangedError(Exception):
+    """An error for a file that has changed since it was inspected."""
+
+
+def _write_part(folder: StoragePath, part: str, clips: Sequence[ListedClip], inspections: list[Inspection]) -> None:
+    """Write the records of a part, and then its rows, whose existence marks the part as finished."""
+    while True:
+        pairs = [(clip, outcome) for clip, each in zip(clips, inspections, strict=True) for outcome in each.outcomes]
+        examples = (_make_example(clip, outcome) for clip, outcome in pairs if outcome.kind == "kept")
+        try:
+            places = iter(write_records(folder / get_file_name(DATASET_NAME, part), FEATURES, examples))
+            break
+        except _ChangedError as error:
+            number = next(index for index, clip in enumerate(clips) if clip.name == str(error))
+            reason = "has changed since it was inspected; do not modify the source"
+            inspections[number] = make_failure(clips[number], reason, transient=True)
+    hashes = {clip.name: inspection.sha256 for clip, inspection in zip(clips, inspections, strict=True)}
+    rows = [
+        make_row(
+            outcome,
+            next(places) if outcome.kind == "kept" else None,
+            source=clip.name,
+            source_bytes=clip.size,
+            source_sha256=hashes[clip.name],
+            split=part.rpartition("-")[0],
+        )
+        for clip, outcome in pairs
+    ]
+    write_part(folder, part, make_table(rows))
+    for _, outcome in pairs:
+        if outcome.file is not None:
+            Path(outcome.file).unlink()
+
+
+def _make_example(clip: ListedClip, outcome: Outcome) -> dict[str, Any]:
+    """Return the record of a clip.
+
+    Raises:
+      _ChangedError: the source file has changed.
+    """
+    if outcome.file is not None:
+        content = Path(outcome.file).read_bytes()
+    else:
+        with contextlib.suppress(OSError):
+            content = clip.read()
+        if hashlib.sha256(content).hexdigest() != outcome.payload:
+            raise _ChangedError(clip.name)
+    return {name: getattr(outcome.shot, name) for name in FEATURES if name != "clip"} | {"clip": content}
+
+
+def _check_destination(destination: StoragePath) -> None:
+    """Raise if the destination is neither new nor a data set, finished or not."""
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise UserError(f"{destination} is a file; use a folder that does not exist")
+    names = [path.name for path in destination.iterdir()]
+    if names and FOLDER not in names:
+        raise UserError(f"{destination} exists and is not an ingested data set; use a folder that does not exist")
+
+
+@contextlib.contextmanager
+def _make_work_folder(destination: StoragePath) -> Iterator[Path]:
+    """Yield a temporary folder, on the disk of the destination if that is on this machine."""
+    if isinstance(destination, Path):
+        for path in destination.glob(f"{_WORK_PREFIX}*"):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:  # left by a process that was killed
+                shutil.rmtree(path, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=destination) as folder:
+            yield Path(folder)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
+@contextlib.contextmanager
+def _convert_write_errors(destination: StoragePath) -> Iterator[None]:
+    """Turn the error that the destination cannot be written into one for the user."""
+    try:
+        yield
     except BrokenPipeError:
         raise  # from the progress bar, not from the destination
     except OSError as error:
         fix = "free disk space" if error.errno in DISK_FULL_ERRNOS else "make it writable"
         reason = error.strerror or error
         raise UserError(f"{destination} cannot be written ({reason}); {fix} and run the command again") from error
-    return report
-
-
-def _check_beam_destination(destination: StoragePath) -> None:
-    if not isinstance(destination, Path):
-        raise UserError(f"{destination} is a bucket; with Beam use a folder on a disk that all its machines share")
-    if set("*?[") & set(os.fspath(destination)):
-        raise UserError(f"{destination} contains one of * ? [, which Beam takes for a pattern; use another folder")
-
-
-def _make_absolute(listing: Listing) -> Listing:
-    absolute = (clip.path if "://" in clip.path else os.fspath(Path(clip.path).absolute()) for clip in listing.clips)
-    clips = tuple(clip._replace(path=path) for clip, path in zip(listing.clips, absolute, strict=True))
-    return listing._replace(clips=clips)
-
-
-def _move_to_destination(folder: Path, destination: StoragePath) -> IngestReport:
-    """Move the new data set to the destination, replacing an older one, and return its report."""
-    report = IngestReport.read(folder)
-    if not isinstance(destination, Path):
-        publish(folder, destination, INDEX)
-        return report
-    old = folder.with_name("old")
-    shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed here; the journal has all to rebuild it
-    if destination.is_dir() and any(destination.iterdir()):
-        destination.rename(old)
-    folder.rename(destination)  # replaces an empty folder
-    shutil.rmtree(old, ignore_errors=True)
-    return report
-
-
-def _get_work_folder(destination: StoragePath) -> Path:
-    """Return the work folder: next to the destination, so that a rename suffices; for a bucket a temporary folder."""
-    if isinstance(destination, Path):
-        return destination.with_name(destination.name + WORK_SUFFIX)
-    name = hashlib.sha256(str(destination).encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"dit_video.{name}{WORK_SUFFIX}"
-
-
-def _compute_fingerprint(listing: Listing, config: IngestConfig) -> str:
-    """Return a hash of names, captions, sizes, splits and settings, but not of the source's path or the time limit."""
-    facts = [(clip.name, clip.captions, clip.size, clip.split) for clip in listing.clips]
-    settings = [config.screening, config.reencode] if config.reencode.is_enabled else [config.screening]
-    document = json.dumps([facts, *map(config_json.to_json, settings)], ensure_ascii=True)
-    return hashlib.sha256(document.encode()).hexdigest()
-
-
-def _has_data_set(destination: StoragePath, fingerprint: str, source: str | os.PathLike) -> bool:
-    """Return whether the destination holds the data set already; raise if it holds something else."""
-    if not destination.exists():
-        return False
-    if not destination.is_dir():
-        raise UserError(f"{destination} is a file; use a folder that does not exist")
-    names = [path.name for path in destination.iterdir()]
-    if not names or (not isinstance(destination, Path) and all(map(_PARTIAL_COPY.fullmatch, names))):
-        return False  # an empty folder, or an incomplete copy to a bucket
-    if not (destination / INDEX).is_file():
-        raise UserError(f"{destination} exists and is not an ingested data set; use a folder that does not exist")
-    if read_document(destination / INDEX).get("fingerprint") != fingerprint:
-        difference = "names, sizes, captions or settings differ"
-        raise UserError(f"{destination} holds another data set than {source} ({difference}); use another folder")
-    return True
-
-
-def _inspect_all(
-    clips: Sequence[ListedClip],
-    config: IngestConfig,
-    journal: Journal,
-    progress: ProgressCallback,
-    workers: int,
-    beam_config: BeamOptions | None,
-) -> list[Inspection]:
-    """Return the verdict on every clip, from the journal or by inspection, whose verdicts are added to the journal."""
-    folder = journal.folder / _REENCODED_FOLDER
-    verdicts = {
-        number: verdict
-        for number, clip in enumerate(clips)
-        if (verdict := journal.get(clip)) is not None and (verdict.stored is None or verdict.stored.is_in(folder))
-    }
-    remaining = [(number, clip) for number, clip in enumerate(clips) if number not in verdicts]
-    progress(len(verdicts), len(clips))
-    inspection = InspectionConfig(screening=config.screening, reencode=config.reencode, folder=str(folder))
-
-    def store(number: int, verdict: Inspection) -> None:
-        journal.put(clips[number], verdict)
-        verdicts[number] = verdict
-        progress(len(verdicts), len(clips))
-
-    retried = []
-    with Workers(count_useful_processes(remaining, workers), inspection, config.scaled_time_limit) as processes:
-        if beam_config is None or not remaining:
-            results = processes.inspect(remaining)
-        else:
-            from dit_video.data.ingest import beam
-
-            results = beam.inspect(remaining, journal, beam_config, inspection, config.scaled_time_limit)
-        for number, verdict in results:
-            if verdict.transient:
-                retried.append((number, clips[number]))
-            else:
-                store(number, verdict)
-        for number, verdict in processes.inspect_again(retried):
-            store(number, verdict)
-    return [verdicts[number] for number in range(len(clips))]
-
-
-def _explain_no_clips(source: object, listing: Listing, verdicts: Sequence[Inspection], selection: Selection) -> str:
-    failed = [(clip.name, verdict) for clip, verdict in zip(listing.clips, verdicts, strict=True) if verdict.reason]
-    if failed:
-        name, (reason, *_) = failed[0]
-        fix = "fix that and run the command again" if failed[0][1].transient else "use files that a video player opens"
-    else:
-        name, reason = selection.dropped[0]
-        fix = "relax the limits of the screening"
-    return f"none of the {len(listing.clips)} clips in {source} can be used (first: {name}: {reason}); {fix}"
-
-
-def _write(
-    folder: Path,
-    listing: Listing,
-    verdicts: Sequence[Inspection],
-    selection: Selection,
-    config: IngestConfig,
-    fingerprint: str,
-    progress: ProgressCallback,
-    beam: BeamOptions | None,
-) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
-    used = [(listing.clips[number], verdicts[number]) for number in selection.record_files]
-    references = [_make_reference(clip, verdict, folder.with_name(_REENCODED_FOLDER)) for clip, verdict in used]
-    sizes = [reference.size for reference in references]
-    reencoded = [(clip.size, verdict.stored.size) for clip, verdict in used if verdict.stored is not None]
-    all_verdicts = list(zip((clip.name for clip in listing.clips), verdicts, strict=True))
-    settings = dataclasses.asdict(config.screening)
-    if config.reencode.is_enabled:
-        settings["reencode"] = dataclasses.asdict(config.reencode)
-    # The infos are in the order of their records, and each record has at least one.
-    record_infos = (list(infos) for _, infos in itertools.groupby(selection.infos, lambda info: info.record))
-    pairs = zip(used, references, record_infos, strict=True)
-    records = (_make_record(*clip_and_verdict, reference, infos) for clip_and_verdict, reference, infos in pairs)
-    write_clips(
-        folder,
-        features=_make_features(),
-        records={split: list(itertools.islice(records, len(numbers))) for split, numbers in selection.files.items()},
-        mean_bytes=sum(sizes) // len(sizes),
-        progress=lambda done: progress(done, len(sizes)),
-        beam=beam,
-    )
-    write_index(folder, selection.infos, fingerprint)
-    report = make_report(
-        selection.infos,
-        [verdicts[number].codec for number in selection.record_files],
-        [verdicts[number].transfer for number in selection.record_files],
-        files=len(listing.clips) + len(listing.rejected),
-        usable_files=len(sizes),
-        bytes=sum(sizes),
-        reencoded=len(reencoded),
-        reencoded_from=sum(before for before, _ in reencoded),
-        reencoded_to=sum(after for _, after in reencoded),
-        quarantined=tuple((name, verdict.reason) for name, verdict in all_verdicts if verdict.reason),
-        passing=tuple(name for name, verdict in all_verdicts if verdict.transient),
-        dropped=selection.dropped,
-        dropped_files=selection.dropped_files,
-        rejected=listing.rejected,
-        unlisted=listing.unlisted,
-        format=listing.format,
-        settings=settings,
-    )
-    report.write(folder)
-
-
-def _make_features() -> dict[str, Any]:
-    """Return the features of a record: the bytes of a file, and the facts of its clips."""
-    return {
-        "clip": make_bytes_feature(),
-        "name": tfds.features.Text(),
-        "captions": tfds.features.Sequence(tfds.features.Text()),
-        "height": np.int32,
-        "width": np.int32,
-        "frames": np.int32,
-        "fps": np.float32,
-        "seconds": np.float32,
-        "codec": tfds.features.Text(),
-        "shots": tfds.features.Sequence({"start": np.float32, "frames": np.int32, "seconds": np.float32}),
-        # Size and hash of the original file, which differ from those of `clip` if it was re-encoded.
-        "source_bytes": np.int64,
-        "source_sha256": tfds.features.Text(),
-    }
-
-
-def _make_reference(clip: ListedClip, verdict: Inspection, reencoded_folder: Path) -> ClipReference:
-    """Return the location of a record's bytes: in the source, or in the folder of re-encoded files."""
-    if verdict.stored is None:
-        return ClipReference(clip.path, clip.offset, clip.size, verdict.sha256)
-    name, size, sha256 = verdict.stored
-    return ClipReference(str(reencoded_folder / name), None, size, sha256)
-
-
-def _make_record(
-    clip: ListedClip, verdict: Inspection, reference: ClipReference, infos: Sequence[ClipInfo]
-) -> dict[str, Any]:
-    """Return a record with the location of its bytes; its facts are those of all its used clips together."""
-    first, last = infos[0], infos[-1]
-    return {
-        "clip": reference,
-        "name": clip.name,
-        "captions": clip.captions,
-        "height": first.height,
-        "width": first.width,
-        "frames": sum(info.frames for info in infos),
-        "fps": first.fps,
-        "seconds": last.start + last.seconds - first.start,
-        "codec": verdict.codec,
-        "shots": [{"start": info.start, "frames": info.frames, "seconds": info.seconds} for info in infos],
-        "source_bytes": clip.size,
-        "source_sha256": verdict.sha256,
-    }

@@ -1,130 +1,213 @@
-"""Inspection of one clip by reading all of it; runs in a process that may be lost."""
+"""Inspection of one file by reading all of it, and cutting of its clips; runs in a process that may be lost."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import os
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.files import atomic_path
+from dit_video.core.storage import is_remote
 from dit_video.data.ingest.formats import ListedClip
-from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
-from dit_video.data.ingest.reencoder import ReencodeConfig, StoredFile, reencode
-from dit_video.data.records.reference import MAX_EXAMPLE_BYTES
+from dit_video.data.ingest.outcomes import Outcome
+from dit_video.data.ingest.quality_filter import JudgedShot, ScreeningConfig, ScreeningResult, Shot, screen
+from dit_video.data.ingest.reencoder import ReencodeConfig, reencode_image, update_facts
+from dit_video.data.records import MAX_RECORD_BYTES
+from dit_video.video import TOLERANCE, probe
+from dit_video.video.cut import CutClip, TimeSpan, cut_clips, split_span
+from dit_video.video.reader import IMAGE_CODECS, Video
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectionConfig:
-    """Configuration of the inspection of every clip."""
+    """Configuration of the inspection of every file."""
 
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
     """Steps of the screening."""
     reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
-    """Limits above which files are re-encoded."""
+    """Limits above which clips are re-encoded."""
+    max_clip_seconds: float | int | None = None
+    """Maximum duration of a clip in seconds; longer ones are cut into parts."""
     folder: str = ""
-    """Folder of re-encoded files."""
+    """Folder of the clips that are not whole source files, until they are stored."""
 
 
 class Inspection(NamedTuple):
-    """Verdict on a clip, and its facts."""
+    """Outcomes of a file."""
 
-    reason: str = ""
-    """Reason why the clip is quarantined; empty if it is not."""
+    outcomes: tuple[Outcome, ...] = ()
+    """Parts of the file, in their order, at least one."""
     sha256: str = ""
-    """SHA-256 of the clip's original bytes, in hexadecimal."""
-    shots: tuple[Shot, ...] = ()
-    """Shots that are kept, as in the file that is stored."""
-    dropped: tuple[tuple[str, str], ...] = ()
-    """Name and reason of each shot that the screening dropped."""
-    stored: StoredFile | None = None
-    """Re-encoded file that replaces the original; None if the original is used."""
-    transient: bool = False
-    """True if the reason is transient rather than the clip's own fault: a file that could not be read or was being
-    written, too little memory, too little time. Such a clip is inspected again, and its verdict is not stored in
-    the journal."""
-    modified: int = -1
-    """Modification time (`st_mtime_ns`) of the file whose bytes were read; -1 if unknown."""
+    """SHA-256 of the file's bytes, in hexadecimal; empty if it could not be read."""
 
     @property
-    def codec(self) -> str:
-        """Return the codec; empty if no shot is kept."""
-        return self.shots[0].codec if self.shots else ""
+    def reason(self) -> str:
+        """Return the reason why the whole file is unusable; empty if it is not."""
+        return self.outcomes[0].reason if self.outcomes[0].kind == "unreadable" else ""
 
     @property
-    def transfer(self) -> str:
-        """Return the transfer function of the original file; empty if no shot is kept."""
-        return self.shots[0].transfer if self.shots else ""
+    def transient(self) -> bool:
+        """Return whether that reason is transient: such a file is inspected again."""
+        return self.outcomes[0].transient
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON value for the journal, and for exchange between processes."""
-        return {**self._asdict(), "shots": [dataclasses.asdict(shot) for shot in self.shots]}
+        """Return a JSON value, for exchange between processes."""
+        return {"outcomes": [outcome.to_json() for outcome in self.outcomes], "sha256": self.sha256}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Inspection":
-        """Return the verdict that `to_json` wrote."""
-        dropped = tuple((name, reason) for name, reason in value["dropped"])
-        stored = None if value["stored"] is None else StoredFile(*value["stored"])
-        changed = {"shots": tuple(map(_parse_shot, value["shots"])), "dropped": dropped, "stored": stored}
-        return Inspection(**{**value, **changed})
+        """Return the inspection that `to_json` wrote."""
+        return Inspection(tuple(map(Outcome.from_json, value["outcomes"])), value["sha256"])
 
 
-def _parse_shot(fields: dict[str, Any]) -> Shot:
-    letterbox = None if fields["letterbox"] is None else Borders(*fields["letterbox"])
-    bits = None if fields["hash"] is None else tuple(fields["hash"])
-    return Shot(**{**fields, "letterbox": letterbox, "hash": bits})
+def make_failure(clip: ListedClip, reason: str, *, transient: bool = False, sha256: str = "") -> Inspection:
+    """Return the inspection of a file of which nothing can be used."""
+    return Inspection((Outcome(name=clip.name, kind="unreadable", reason=reason, transient=transient),), sha256)
 
 
 def inspect(clip: ListedClip, config: InspectionConfig) -> Inspection:
-    """Read, decode and screen a clip, and re-encode it if the config says so; every failure becomes its verdict.
-
-    The verdict is for the bytes that the file had at its `modified` time; a file that changes while it is read has no
-    valid verdict.
+    """Read, decode and screen a file, and cut its clips; every failure becomes its outcome.
 
     Raises:
-      UserError: the screening cannot work for any clip, or the disk is full.
+      UserError: the screening cannot work for any file, or the disk is full.
     """
     try:
-        modified = os.stat(clip.path).st_mtime_ns
-        if clip.size > MAX_EXAMPLE_BYTES:
-            too_large = f"{clip.size / 2**30:.1f} GiB in one file, 2 GiB is the limit; cut it into clips"
-            return Inspection(too_large, modified=modified)
         encoded = clip.read()
-        has_changed = os.stat(clip.path).st_mtime_ns != modified
-    except OSError as error:
-        return Inspection(f"cannot be read ({error.strerror or error})", transient=True)
     except MemoryError:
-        return Inspection("needs more memory to read than there is", transient=True)
+        return make_failure(clip, "needs more memory to read than there is", transient=True)
+    except OSError as error:
+        return make_failure(clip, f"cannot be read ({error.strerror or error})", transient=True)
     if len(encoded) != clip.size:
-        size = f"changed from {clip.size} to {len(encoded)} bytes since it was listed; leave it alone"
-        return Inspection(size, transient=True)
-    if has_changed:
-        return Inspection("changed while it was read; leave it alone", transient=True)
-    return _screen_clip(encoded, clip.name, config)._replace(modified=modified)
-
-
-def _screen_clip(encoded: bytes, name: str, config: InspectionConfig) -> Inspection:
-    operation = "decode"
+        reason = f"changed from {clip.size} to {len(encoded)} bytes since it was listed; leave it alone"
+        return make_failure(clip, reason, transient=True)
+    sha256 = hashlib.sha256(encoded).hexdigest()
     try:
-        screened = screen(encoded, name, config.screening)
-        verdict = Inspection("", hashlib.sha256(encoded).hexdigest(), screened.shots, screened.dropped)
-        if not screened.shots or not config.reencode.is_enabled:
-            return verdict
-        operation = "re-encode"
-        new = reencode(encoded, screened.facts, screened.shots, config.reencode, Path(config.folder))
-        if new is None:
-            return verdict
-        return verdict._replace(shots=new.shots, dropped=(*verdict.dropped, *new.dropped), stored=new.stored)
+        screened = screen(encoded, clip.name, config.screening)
+        outcomes = list(_cut_outcomes(encoded, clip, sha256, screened, config))
     except DecodeError as error:
-        return Inspection(str(error), transient=_is_out_of_memory(error.__cause__))
+        is_transient = _is_out_of_memory(error.__cause__)
+        return _add_duration(make_failure(clip, str(error), transient=is_transient, sha256=sha256), encoded)
     except UserError:
         raise
-    except Exception as error:  # from a decoder or encoder: an unforeseen kind of clip must not end the run
+    except Exception as error:  # from a decoder or encoder: an unforeseen kind of file must not end the run
         if _is_out_of_memory(error):
-            return Inspection(f"needs more memory to {operation} than there is", transient=True)
+            return make_failure(clip, "needs more memory to decode than there is", transient=True, sha256=sha256)
         message = " ".join(str(error).split())
-        return Inspection(f"cannot be {operation}d ({type(error).__name__}: {message})")
+        failure = make_failure(clip, f"cannot be decoded ({type(error).__name__}: {message})", sha256=sha256)
+        return _add_duration(failure, encoded)
+    return Inspection(tuple(outcomes), sha256)
+
+
+class _Part(NamedTuple):
+    """A part of a file that may become a clip."""
+
+    shot: Shot
+    reason: str
+    stop: float
+
+
+def _cut_outcomes(
+    encoded: bytes, clip: ListedClip, sha256: str, screened: ScreeningResult, config: InspectionConfig
+) -> Iterator[Outcome]:
+    """Yield the outcomes of a file in their order, after its clips were written into the folder."""
+    parts = [part for shot in screened.shots for part in _split_long_shot(shot, screened, config.max_clip_seconds)]
+    if len(parts) > 1:
+        names = (f"{clip.name}#{number}" for number in itertools.count())
+        parts = [part._replace(shot=dataclasses.replace(part.shot, name=next(names))) for part in parts]
+    kept = [part for part in parts if not part.reason]
+    cuts = _cut_kept(encoded, screened, kept, config)
+    for part in parts:
+        start, stop = round(part.shot.start * 1e6), round(part.stop * 1e6)
+        outcome = Outcome(
+            name=part.shot.name,
+            kind="kept",
+            start_us=start,
+            duration_us=stop - start,
+            shot=part.shot,
+            reason=part.reason,
+        )
+        if part.reason:
+            yield dataclasses.replace(outcome, kind="dropped")
+        else:
+            yield dataclasses.replace(outcome, **_store(part, next(cuts), clip, sha256, config))
+
+
+def _split_long_shot(
+    judged: JudgedShot, screened: ScreeningResult, max_seconds: float | int | None
+) -> Iterator[_Part]:
+    """Yield a shot, or parts of at most this duration of one that is kept and longer."""
+    shot, reason, stop = judged
+    if reason or max_seconds is None or stop - shot.start <= max_seconds + TOLERANCE:
+        yield _Part(shot, reason, stop)
+        return
+    first = next(index for index, time in enumerate(screened.times) if time >= shot.start - 1e-9)
+    times = screened.times[first : first + shot.frames]
+    bounds = split_span(times, max_seconds)
+    for begin, end in bounds:
+        frames, seconds = end - begin, times[end - 1] - times[begin]
+        part = dataclasses.replace(shot, start=times[begin], frames=frames, seconds=seconds)
+        yield _Part(part, "", times[end] if end < len(times) else stop)
+
+
+def _cut_kept(
+    encoded: bytes, screened: ScreeningResult, parts: Sequence[_Part], config: InspectionConfig
+) -> Iterator[CutClip]:
+    """Yield the file of each kept part."""
+    facts, limits = screened.facts, config.reencode
+    if facts.frames == 1 and facts.codec in IMAGE_CODECS:
+        for part in parts:
+            is_large = limits.is_exceeded(facts, part.shot)
+            content = reencode_image(encoded, facts, limits) if is_large else encoded
+            yield CutClip(content, "", "encode" if is_large else "whole", None)
+        return
+
+    def get_options(part: _Part) -> dict[str, Any]:
+        if not limits.is_exceeded(facts, part.shot):
+            return {"mode": "copy"}
+        height, width = limits.fit_size(part.shot.height, part.shot.width, 2)
+        rate = limits.get_rate(facts)
+        return {"mode": "encode", "height": height, "width": width, "fps": rate, "crf": limits.crf}
+
+    # Parts with the same options are cut in one pass over the file.
+    for options, group in itertools.groupby(parts, get_options):
+        spans = [TimeSpan(s.start, s.start + s.seconds, is_whole=s.frames == facts.frames) for s, *_ in group]
+        yield from cut_clips(encoded, spans, **options)
+
+
+def _store(part: _Part, cut: CutClip, clip: ListedClip, sha256: str, config: InspectionConfig) -> dict[str, Any]:
+    """Return the fields of the outcome of a kept part, after its bytes were written into the folder."""
+    if len(cut.content) > MAX_RECORD_BYTES:
+        size = f"{len(cut.content) / 2**30:.1f} GiB in one clip, 2 GiB is the limit"
+        raise DecodeError(f"{size}; pass max_clip_seconds to cut it, or a limit above which it is re-encoded")
+    fields: dict[str, Any] = {"payload": sha256, "payload_bytes": len(cut.content), "method": cut.method}
+    fields["shot"] = dataclasses.replace(part.shot, start=0.0)
+    if cut.method == "encode":  # pictures of another size or rate
+        fields["shot"] = update_facts(part.shot, probe(cut.content))
+    if cut.audio is not None:
+        fields["audio"] = {name: getattr(cut.audio, name) for name in ("codec", "rate", "channels", "offset")}
+    if cut.method != "whole" or is_remote(clip.path):  # else the source file is read again when it is stored
+        fields["payload"] = hashlib.sha256(cut.content).hexdigest()
+        fields["file"] = os.path.join(config.folder, hashlib.sha256(part.shot.name.encode()).hexdigest())
+        try:
+            with atomic_path(fields["file"]) as temporary:
+                temporary.write_bytes(cut.content)
+        except OSError as error:
+            fix = "free disk space or make it writable, and run the command again"
+            raise UserError(f"{config.folder} cannot be written ({error.strerror or error}); {fix}") from error
+    return fields
+
+
+def _add_duration(failure: Inspection, encoded: bytes) -> Inspection:
+    """Return the inspection of a broken file with the duration that its header claims."""
+    seconds = 0.0
+    with contextlib.suppress(Exception), Video(encoded) as video:
+        seconds = video.claimed_seconds
+    (outcome,) = failure.outcomes
+    return failure._replace(outcomes=(dataclasses.replace(outcome, duration_us=round(seconds * 1e6)),))
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 
@@ -28,9 +28,9 @@ MIN_SHOT_SECONDS = 0.2
 class ScreeningConfig:
     """Steps of the screening and their limits; None disables a step, and a value at a limit is kept.
 
-    A limit that nothing exceeds (`min_motion=0`, `max_letterbox=1`) measures without dropping. Images, which have no
-    length, are exempt from the limits on duration, motion and frozen time. `dit_video.data.ingest.samples` and
-    `measures` define the measures.
+    Once frames are decoded for one step, all measures are taken, except black bars, which need `max_letterbox` or
+    `measure`. Images, which have no length, are exempt from the limits on duration, motion and frozen time.
+    `dit_video.data.ingest.samples` and `measures` define the measures.
 
     Raises:
       UserError: a limit is out of range, or a minimum is above its maximum.
@@ -67,6 +67,9 @@ class ScreeningConfig:
     min_sharpness: Threshold | None = None
     """Minimum variance of the Laplacian (levels²) of luma at 256 pixels of the longer side: 60 to 800 in 21 sharp
     clips, 4 to 40 in copies of eight clips that had been shrunk to 96×64 pixels."""
+    measure: bool = False
+    """True to take all measures of every clip, whether they have a limit or not. The values are columns of the data
+    set, from whose histograms limits can be chosen later."""
     drop_hdr: bool = False
     """True to drop HDR (PQ, HLG), which is mapped to standard dynamic range whenever it is decoded."""
     duplicates: int | None = None
@@ -96,15 +99,15 @@ class ScreeningConfig:
             raise UserError(f"{name}={value} is invalid: it must be {limits}. Use None to disable the step")
 
     @property
-    def measures_motion(self) -> bool:
-        """Return whether motion is measured."""
-        return self.min_motion is not None or self.max_motion is not None
+    def measures_letterbox(self) -> bool:
+        """Return whether black bars are measured."""
+        return self.measure or self.max_letterbox is not None
 
     @property
     def needs_frames(self) -> bool:
         """Return whether frames must be decoded, as the file's facts are not enough."""
-        others = (self.shots, self.max_black, self.max_frozen, self.max_letterbox, self.min_sharpness, self.duplicates)
-        return self.measures_motion or any(value is not None for value in others)
+        motion, others = (self.min_motion, self.max_motion), (self.max_black, self.max_frozen, self.min_sharpness)
+        return self.measures_letterbox or any(v is not None for v in (self.shots, *motion, *others, self.duplicates))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,13 +150,31 @@ class Shot:
         """Return the seconds for which the shot is shown, including its last frame."""
         return self.seconds + 1 / self.fps
 
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Shot":
+        """Return the shot whose fields are these JSON values."""
+        letterbox = None if value["letterbox"] is None else Borders(*value["letterbox"])
+        return Shot(**value | {"letterbox": letterbox, "hash": None if value["hash"] is None else tuple(value["hash"])})
+
+
+class JudgedShot(NamedTuple):
+    """A shot, with the reason why it is dropped, and the time until which it is shown."""
+
+    shot: Shot
+    reason: str
+    """Rule that excludes the shot; empty if it is kept."""
+    stop: float
+    """Time in seconds after the file's first frame at which the next shot begins, or the file ends."""
+
 
 class ScreeningResult(NamedTuple):
-    """Shots of a file that are kept, (name, reason) of those that are dropped, and the facts of the file."""
+    """Shots of a file, and the facts of the file."""
 
-    shots: tuple[Shot, ...]
-    dropped: tuple[tuple[str, str], ...]
+    shots: tuple[JudgedShot, ...]
+    """Shots in their order: one begins where the one before it stops."""
     facts: VideoInfo
+    times: Sequence[float]
+    """Time of every frame in seconds."""
 
 
 def screen(encoded: bytes, name: str, config: ScreeningConfig) -> ScreeningResult:
@@ -172,16 +193,12 @@ def screen(encoded: bytes, name: str, config: ScreeningConfig) -> ScreeningResul
     """
     if config.needs_frames:
         analyzer = _FileAnalyzer(encoded, config)
-        facts, judged_shots = analyzer.facts, list(_judge_shots(name, analyzer, config))
-    else:
-        facts = probe(encoded)
-        shot = _make_whole_shot(name, facts)
-        judged_shots = [(shot, _find_exclusion(shot, config))]
-    return ScreeningResult(
-        shots=tuple(shot for shot, reason in judged_shots if reason is None),
-        dropped=tuple((shot.name, reason) for shot, reason in judged_shots if reason is not None),
-        facts=facts,
-    )
+        return ScreeningResult(tuple(_judge_shots(name, analyzer, config)), analyzer.facts, analyzer.times)
+    times: list[float] = []
+    facts = probe(encoded, on_frame=lambda time, _: times.append(max(time, times[-1] if times else 0.0)))
+    shot = _make_whole_shot(name, facts)
+    end = facts.seconds + (1 / facts.fps if facts.frames > 1 else 0.0)
+    return ScreeningResult((JudgedShot(shot, _find_exclusion(shot, config), end),), facts, times)
 
 
 class _FileAnalyzer:
@@ -192,7 +209,7 @@ class _FileAnalyzer:
         """Time of every frame in seconds; a frame with a time before its predecessor's gets the predecessor's time."""
         self._thumbnail_maker = ThumbnailMaker(f"video of {len(encoded)} bytes")
         self._cut_detector = None if config.shots is None else CutDetector(config.shots, config.shot_threshold)
-        self._sampler = FrameSampler(self._thumbnail_maker, letterbox=config.max_letterbox is not None)
+        self._sampler = FrameSampler(self._thumbnail_maker, letterbox=config.measures_letterbox)
         self._sizes: dict[int, tuple[int, int]] = {}
         # A change of size is a cut, if files are split at cuts; else it is an error.
         on_resize = None if config.shots is None else self._sizes.__setitem__
@@ -211,7 +228,9 @@ class _FileAnalyzer:
 
     def get_frame_time(self, number: int) -> float:
         """Return the time of a frame; for the number after the last frame, the end of the last frame."""
-        return self.times[number] if number < self.facts.frames else self.times[-1] + 1 / self.facts.fps
+        if number < self.facts.frames:
+            return self.times[number]
+        return self.times[-1] + (1 / self.facts.fps if self.facts.frames > 1 else 0.0)
 
     def get_size(self, number: int) -> tuple[int, int]:
         """Return the height and width at which a frame is shown."""
@@ -224,22 +243,22 @@ class _FileAnalyzer:
         return split_at_cuts([*cuts, *self._sizes], self.facts.frames)
 
 
-def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) -> Iterator[tuple[Shot, str | None]]:
-    """Yield the shots, each with the reason why it is dropped, or None."""
+def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) -> Iterator[JudgedShot]:
+    """Yield the shots in their order."""
     if len(analyzer.spans) == 1:
         shot = _measure_shot(_make_whole_shot(name, analyzer.facts), analyzer.samples, config)
-        yield shot, _find_exclusion(shot, config)
+        yield JudgedShot(shot, _find_exclusion(shot, config), analyzer.get_frame_time(analyzer.facts.frames))
         return
     for number, span in enumerate(analyzer.spans):
-        shot = _make_part_shot(f"{name}#{number}", analyzer, span)
-        shown_seconds = analyzer.get_frame_time(span.stop) - analyzer.get_frame_time(span.first)
-        if (length := min(shown_seconds, shot.duration)) < config.min_shot - TOLERANCE:
-            yield shot, f"shot of {length:.4g} s is below {config.min_shot:g} s"
-            continue
+        shot, stop = _make_part_shot(f"{name}#{number}", analyzer, span), analyzer.get_frame_time(span.stop)
         first = bisect.bisect_left(analyzer.samples, span.first, key=lambda sample: sample.frame)
-        stop = bisect.bisect_left(analyzer.samples, span.stop, key=lambda sample: sample.frame)
-        shot = _measure_shot(shot, analyzer.samples[first:stop], config)
-        yield shot, _find_exclusion(shot, config)
+        last = bisect.bisect_left(analyzer.samples, span.stop, key=lambda sample: sample.frame)
+        if frame_samples := analyzer.samples[first:last]:
+            shot = _measure_shot(shot, frame_samples, config)
+        reason = _find_exclusion(shot, config)
+        if (length := min(stop - shot.start, shot.duration)) < config.min_shot - TOLERANCE:
+            reason = f"shot of {length:.4g} s is below {config.min_shot:g} s"
+        yield JudgedShot(shot, reason, stop)
 
 
 def _make_whole_shot(name: str, facts: VideoInfo) -> Shot:
@@ -256,20 +275,20 @@ def _make_part_shot(name: str, analyzer: _FileAnalyzer, span: Span) -> Shot:
 
 
 def _measure_shot(shot: Shot, frame_samples: Sequence[FrameSample], config: ScreeningConfig) -> Shot:
-    measures_letterbox = config.max_letterbox is not None
+    bars = samples.find_letterbox(frame_samples, shot.height, shot.width) if config.measures_letterbox else None
     return dataclasses.replace(
         shot,
-        motion=samples.compute_motion(frame_samples) if config.measures_motion else None,
-        black=None if config.max_black is None else samples.compute_black_share(frame_samples),
-        frozen=None if config.max_frozen is None else samples.compute_frozen_share(frame_samples),
-        sharpness=None if config.min_sharpness is None else samples.compute_median_sharpness(frame_samples),
-        letterbox=samples.find_letterbox(frame_samples, shot.height, shot.width) if measures_letterbox else None,
-        hash=None if config.duplicates is None else samples.select_hashes(frame_samples),
+        motion=samples.compute_motion(frame_samples),
+        black=samples.compute_black_share(frame_samples),
+        frozen=samples.compute_frozen_share(frame_samples),
+        sharpness=samples.compute_median_sharpness(frame_samples),
+        letterbox=bars,
+        hash=samples.select_hashes(frame_samples),
     )
 
 
-def _find_exclusion(shot: Shot, config: ScreeningConfig) -> str | None:
-    """Return the first rule that excludes a shot, with its value and its limit; None if the shot is kept."""
+def _find_exclusion(shot: Shot, config: ScreeningConfig) -> str:
+    """Return the first rule that excludes a shot, with its value and its limit; empty if the shot is kept."""
     if config.drop_hdr and shot.transfer != "sdr":
         return f"transfer function {shot.transfer!r} is HDR"
     is_image = shot.frames == 1 and shot.codec in IMAGE_CODECS
@@ -289,4 +308,4 @@ def _find_exclusion(shot: Shot, config: ScreeningConfig) -> str | None:
             return f"{rule} {value:.4g} {unit} is below {minimum:g}"
         if value is not None and maximum is not None and value > maximum + tolerance:
             return f"{rule} {value:.4g} {unit} is above {maximum:g}"
-    return None
+    return ""
