@@ -1,47 +1,80 @@
 """Transcoding of a video file to a smaller one, frame by frame, with the frames and times that `decode` sees."""
 
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
+from dit_video.core.errors import UserError
 from dit_video.video.decode import sample_frames
 from dit_video.video.deinterlace import deinterlace
 from dit_video.video.encode import TimedPicture, encode_timed
 from dit_video.video.reader import TimedFrame, Video
-from dit_video.video.to_rgb import RgbConverter
+from dit_video.video.to_rgb import RgbConverter, compute_display_size
+
+SPAN_TOLERANCE = 1e-5
+"""Seconds by which the times of a span's ends may be off: less than the time between any two frames."""
 
 
 def transcode(
-    encoded: bytes, *, height: int, width: int, average_fps: float | int, fps: float | int | None = None, crf: int
+    source: str | Path | bytes,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    average_fps: float | int | None = None,
+    fps: float | int | None = None,
+    crf: int,
+    first: float | int = 0.0,
+    last: float | int = float("inf"),
 ) -> bytes:
     """Return an H.264 mp4 of a file's frames: upright, in square pixels, resized, 4:2:0 in BT.709, limited range.
 
-    HDR becomes SDR, as in `decode`. Primaries of SDR are unchanged, though the file is tagged BT.709. Audio is dropped.
+    HDR becomes SDR, as in `decode`. Primaries of SDR are unchanged, though the file is tagged BT.709. There is no sound
+    (`dit_video.video.cut` adds it).
 
     Args:
-      encoded: bytes of the file.
-      height: height of the result; even.
-      width: width of the result; even.
-      average_fps: frames per second of the file, on average.
-      fps: sampling rate: the frame shown at every time `k / fps` is taken. None keeps every frame and its time,
-        including variable frame rates.
+      source: a file, or its bytes.
+      height: height of the result; even. By default that at which the first frame is shown, or one less.
+      width: width of the result; even. The default is like that of `height`.
+      average_fps: frames per second of the file, on average; by default the container's.
+      fps: sampling rate: the frame shown at every time `first + k / fps` is taken. None keeps every frame and its
+        time, including variable frame rates.
       crf: quality, 0 (best) to 51.
+      first: time of the first frame that is taken, in seconds after the file's first frame.
+      last: time of the last frame that is taken.
 
     Raises:
       DecodeError: not a readable video, or damaged.
       UserError: an odd height or width.
     """
-    with Video(encoded) as video:
-        convert = RgbConverter(video.name, video.sample_aspect, (height, width))
-        frames = deinterlace(video.read_frames(), video.name)
+    with Video(source) as video:
+        rate = video.get_rate(2) if average_fps is None else float(average_fps)
+        frames = _select_frames(deinterlace(video.read_frames(float(first)), video.name), first, last)
+        start = next(frames, None)
+        if start is None:
+            raise UserError(f"{video.name} has no frame from {first:g} s to {last:g} s; use times of its frames")
+        shown = compute_display_size(start.frame, video.sample_aspect, video.name)
+        size = (height or shown[0] // 2 * 2, width or shown[1] // 2 * 2)
+        convert = RgbConverter(video.name, video.sample_aspect, size)
+        frames = itertools.chain([start], frames)
         scheduled: Iterator[_ScheduledFrame]
         if fps is None:
-            scheduled = ((timed.time, timed.duration or 1 / average_fps, timed) for timed in frames)
+            scheduled = ((timed.time - start.time, timed.duration or 1 / rate, timed) for timed in frames)
         else:
-            scheduled = ((count / fps, 1 / fps, timed) for count, timed in enumerate(sample_frames(frames, 0.0, fps)))
-        return encode_timed(_convert_frames(scheduled, convert), float(average_fps if fps is None else fps), crf=crf)
+            sampled = sample_frames(frames, start.time, fps)
+            scheduled = ((count / fps, 1 / fps, timed) for count, timed in enumerate(sampled))
+        return encode_timed(_convert_frames(scheduled, convert), float(rate if fps is None else fps), crf=crf)
 
 
 _ScheduledFrame = tuple[float, float, TimedFrame]
 """Start and duration in seconds of a frame, and the frame."""
+
+
+def _select_frames(frames: Iterator[TimedFrame], first: float, last: float) -> Iterator[TimedFrame]:
+    for timed in frames:
+        if timed.time > last + SPAN_TOLERANCE:
+            return
+        if timed.time >= first - SPAN_TOLERANCE:
+            yield timed
 
 
 def _convert_frames(scheduled: Iterator[_ScheduledFrame], convert: RgbConverter) -> Iterator[TimedPicture]:

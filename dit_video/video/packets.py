@@ -1,0 +1,149 @@
+"""Packets of encoded video and sound: reading them from a file, and writing some of them to another one."""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple, Self, cast
+
+import av
+from av.audio.stream import AudioStream
+from av.stream import Discard
+from av.video.stream import VideoStream
+
+from dit_video.video.reader import Video, wrap_decode_errors
+
+SUFFIXES = {"mp4": ".mp4", "mov": ".mov", "matroska": ".mkv"}
+"""Suffixes of the containers that `write_packets` can write. The first two hide packets by an edit list."""
+_MOVIE_TIMESCALE = 360_000
+"""Units per second of edit lists; FFmpeg's default of 1,000 is too coarse for the time of a frame."""
+
+
+class TimedPacket(NamedTuple):
+    """A packet with the times that it has in its file, in units of its stream; writing it changes its own."""
+
+    packet: av.Packet
+    pts: int
+    """Time at which its picture or first sample is presented."""
+    duration: int
+
+
+class Track(NamedTuple):
+    """Some packets of a stream, in decoding order, which are written with other times."""
+
+    stream: VideoStream | AudioStream
+    packets: Sequence[TimedPacket]
+    origin: int
+    """Time that becomes 0; packets before it are decoded, but not shown."""
+    last: int | None = None
+    """Time of the last packet that is shown, though later ones may be decoded; None shows all."""
+
+
+class PacketReader(Video):
+    """An open file whose packets are read: of its video, and of its main stream of sound."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    @property
+    def video_stream(self) -> VideoStream:
+        """Return the stream of the frames."""
+        return self._stream
+
+    @property
+    def audio_stream(self) -> AudioStream | None:
+        """Return the main stream of sound; None if there is none that can be read."""
+        stream = self._container.streams.best("audio")
+        is_readable = isinstance(stream, AudioStream) and stream.codec_context is not None and stream.rate
+        return cast(AudioStream, stream) if is_readable else None
+
+    @property
+    def format(self) -> str:
+        """Return ffmpeg's name of the container, such as "mov,mp4,m4a,3gp,3g2,mj2"."""
+        return self._container.format.name
+
+    def read_origin(self) -> int:
+        """Return the timestamp of the first frame in units of its stream; 0 if it has none.
+
+        The file is at its beginning afterwards, and its streams are new objects.
+        """
+        first = next(self.read_frames(), None)
+        self._reopen()
+        timestamp = None if first is None else first.frame.dts if first.frame.pts is None else first.frame.pts
+        return timestamp or 0
+
+    def read_packets(self, *streams: VideoStream | AudioStream | None) -> Iterator[av.Packet]:
+        """Yield the packets of these streams that are not empty, in the order of the file."""
+        selected = [stream for stream in streams if stream is not None]
+        for stream in selected:
+            stream.discard = Discard.default
+        with wrap_decode_errors(self.name, "among its packets"):
+            yield from (packet for packet in self._container.demux(selected) if packet.size)
+
+
+def write_packets(tracks: Sequence[Track], formats: Sequence[str]) -> tuple[bytes, str] | None:
+    """Return the bytes and the suffix of a file of packets, in the first format that can hold them, or None.
+
+    The same packets give the same bytes.
+
+    Args:
+      tracks: streams and their packets, which are not empty.
+      formats: keys of `SUFFIXES`. Matroska leaves out sound before time 0, and cannot hide pictures.
+    """
+    for format in formats:
+        with contextlib.suppress(ValueError, av.FFmpegError):  # no place for a codec, or for its header
+            return _write_file(tracks, format), SUFFIXES[format]
+    return None
+
+
+def _write_file(tracks: Sequence[Track], format: str) -> bytes:
+    buffer, queue = io.BytesIO(), []
+    options = {"fflags": "+bitexact"}
+    if format != "matroska":
+        options["movie_timescale"] = str(_MOVIE_TIMESCALE)
+    with av.open(buffer, "w", format=format, options=options) as output:
+        for track in tracks:
+            stream, base = output.add_stream_from_template(track.stream, opaque=True), get_time_base(track.stream)
+            if isinstance(track.stream, VideoStream) and track.stream.sample_aspect_ratio:
+                cast(VideoStream, stream).codec_context.sample_aspect_ratio = track.stream.sample_aspect_ratio
+            for timed, dts in zip(track.packets, _make_decoding_times(track.packets), strict=True):
+                if format != "matroska" or track.stream.type == "video" or timed.pts >= track.origin:
+                    queue.append((float((dts - track.origin) * base), timed, dts, track, stream))
+        for _, timed, dts, track, stream in sorted(queue, key=lambda entry: entry[0]):
+            packet = timed.packet
+            packet.stream, packet.time_base, packet.duration = stream, get_time_base(track.stream), timed.duration
+            packet.pts, packet.dts = timed.pts - track.origin, dts - track.origin
+            output.mux(packet)
+    last = next((timed for timed in tracks[0].packets if timed.pts == tracks[0].last), None)
+    if last is None or format == "matroska":
+        return buffer.getvalue()
+    return _end_edit(
+        buffer.getbuffer(), (last.pts + last.duration - tracks[0].origin) * get_time_base(tracks[0].stream)
+    )
+
+
+def _end_edit(content: memoryview, seconds: Fraction) -> bytes:
+    """Return an mp4 whose first track is shown for this time (ISO/IEC 14496-12, 8.6.6); ffmpeg shows all packets."""
+    start = 0
+    while content[start + 4 : start + 8] != b"moov":
+        size = int.from_bytes(content[start : start + 4], "big")
+        start += size if size != 1 else int.from_bytes(content[start + 8 : start + 16], "big")
+    edit = start + bytes(content[start:]).index(b"elst")
+    first, length = edit + 12, 8 if content[edit + 4] == 1 else 4
+    content[first : first + length] = int(seconds * _MOVIE_TIMESCALE).to_bytes(length, "big")
+    return bytes(content)
+
+
+def get_time_base(stream: VideoStream | AudioStream) -> Fraction:
+    """Return the unit of a stream's times in seconds."""
+    return stream.time_base or Fraction(1, 1000)
+
+
+def _make_decoding_times(packets: Sequence[TimedPacket]) -> list[int]:
+    """Return the latest decoding times that increase and are not after the presentation.
+
+    Those of the file may be missing, and have gaps where packets are left out.
+    """
+    times = sorted(timed.pts for timed in packets)
+    delay = max(time - timed.pts for time, timed in zip(times, packets, strict=True))
+    return [time - delay for time in times]
