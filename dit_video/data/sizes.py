@@ -115,7 +115,7 @@ def read_fitted_clip(source: ClipSource, index: int, limits: SizeLimits, *, star
         )
     encoded = source[index]
     try:
-        clip = decode(encoded, size=size, start=info.start + start / fps, fps=fps)
+        clip = decode(encoded, size=size, start=start / fps, fps=fps)
     except DecodeError:
         raise
     except UserError as error:  # the clip has fewer frames than at ingest

@@ -135,6 +135,11 @@ class Video(contextlib.AbstractContextManager["Video"]):
         candidates = rates if self._start_time is not None else rates[1:]
         self._rate = next((float(rate) for rate in candidates if rate), 25.0)
 
+    @property
+    def claimed_seconds(self) -> float:
+        """Return the duration that the header claims, in seconds; 0 if it claims none."""
+        return (self._container.duration or 0) / av.time_base
+
     def get_rate(self, frames: int) -> float:
         """Return the average frames per second of a file with this number of frames; 1 for an image."""
         return 1.0 if frames == 1 and self.codec in IMAGE_CODECS else self._rate

@@ -144,7 +144,9 @@ def plan_ingest(
     if isinstance(location, Path):
         location = location.resolve()  # a link to a large disk, or `.`
     listing = list_clips(source, format=config.format, options=config.listing_options)
-    absolute = (clip if "://" in clip.path else clip._replace(path=os.path.abspath(clip.path)) for clip in listing.clips)
+    absolute = (
+        clip if "://" in clip.path else clip._replace(path=os.path.abspath(clip.path)) for clip in listing.clips
+    )
     _check_destination(location)
     with _convert_write_errors(location):
         folder = IngestFolder(location, config.settings)
@@ -250,7 +252,6 @@ def _write_part(folder: StoragePath, part: str, clips: Sequence[ListedClip], ins
             source=clip.name,
             source_bytes=clip.size,
             source_sha256=hashes[clip.name],
-            split=part.rpartition("-")[0],
         )
         for clip, outcome in pairs
     ]

@@ -136,9 +136,7 @@ def _cut_outcomes(
             yield dataclasses.replace(outcome, **_store(part, next(cuts), clip, sha256, config))
 
 
-def _split_long_shot(
-    judged: JudgedShot, screened: ScreeningResult, max_seconds: float | int | None
-) -> Iterator[_Part]:
+def _split_long_shot(judged: JudgedShot, screened: ScreeningResult, max_seconds: float | int | None) -> Iterator[_Part]:
     """Yield a shot, or parts of at most this duration of one that is kept and longer."""
     shot, reason, stop = judged
     if reason or max_seconds is None or stop - shot.start <= max_seconds + TOLERANCE:

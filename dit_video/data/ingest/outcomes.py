@@ -24,7 +24,6 @@ SCHEMA = pa.schema(
         "source": pa.string(),
         "source_bytes": pa.int64(),
         "source_sha256": pa.string(),
-        "split": pa.string(),
         "outcome": pa.string(),
         "reason": pa.string(),
         "transient": pa.bool_(),
@@ -37,6 +36,7 @@ SCHEMA = pa.schema(
         **dict.fromkeys(("motion", "black", "frozen", "sharpness", "letterbox"), pa.float32()),
         "bars": pa.list_(pa.int32()),
         "hash": pa.list_(pa.uint64()),
+        "method": pa.string(),
         "payload": pa.string(),
         "payload_bytes": pa.int64(),
         **dict.fromkeys(("offset", "length"), pa.int64()),
@@ -92,7 +92,7 @@ def compute_id(name: str, source_sha256: str, start_us: int, duration_us: int) -
 
 
 def make_row(
-    outcome: Outcome, place: RecordPlace | None, *, source: str, source_bytes: int, source_sha256: str, split: str
+    outcome: Outcome, place: RecordPlace | None, *, source: str, source_bytes: int, source_sha256: str
 ) -> dict[str, Any]:
     """Return the row of an outcome, without the values that it does not have."""
     row = {
@@ -100,10 +100,9 @@ def make_row(
         "source": source,
         "source_bytes": source_bytes,
         "source_sha256": source_sha256,
-        "split": split,
         "outcome": outcome.kind,
         **{name: getattr(outcome, name) for name in ("name", "reason", "transient", *_DURATION)},
-        **{name: getattr(outcome, name) for name in ("payload", "payload_bytes")},
+        **{name: getattr(outcome, name) for name in ("method", "payload", "payload_bytes")},
         **{f"audio_{name}": value for name, value in outcome.audio.items()},
     }
     if (shot := outcome.shot) is not None:

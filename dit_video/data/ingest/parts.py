@@ -91,13 +91,21 @@ class IngestFolder:
                 "captions": pa.array([clip.captions for clip in listing.clips], pa.list_(pa.string())),
             }
         )
-        skipped = {"format": listing.format, "unlisted": [*listing.unlisted], "rejected": [*map(list, listing.rejected)]}
+        skipped = {
+            "format": listing.format,
+            "unlisted": [*listing.unlisted],
+            "rejected": [*map(list, listing.rejected)],
+        }
         if self._files and self.read_listing() == listed and self.read_skipped() == skipped:
             return False
-        known = {(row["name"], row["size"]) for table in self._files for row in table.select(["name", "size"]).to_pylist()}
+        known = {
+            (row["name"], row["size"]) for table in self._files for row in table.select(["name", "size"]).to_pylist()
+        }
         new = [clip for clip in listing.clips if (clip.name, clip.size) not in known]
         if known and len(new) == len(listing.clips):
-            raise UserError(f"{self.folder} holds another data set, without any file of this source. Use another folder.")
+            raise UserError(
+                f"{self.folder} holds another data set, without any file of this source. Use another folder."
+            )
         if new:
             table = self._plan(new)
             write_parquet(self._own / f"parts-{len(self._files):03d}.parquet", table)

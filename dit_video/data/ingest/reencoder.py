@@ -68,7 +68,9 @@ class ReencodeConfig:
         scale = min(1.0, math.sqrt(max_pixels / (short * long)))
         short_side = int(short * scale) // step * step
         if short_side < step:
-            raise DecodeError(f"frames of {height}x{width} cannot be shrunk to {max_pixels} pixels at their aspect ratio")
+            raise DecodeError(
+                f"frames of {height}x{width} cannot be shrunk to {max_pixels} pixels at their aspect ratio"
+            )
         long_side = min(round(long * short_side / short / step), long // step) * step
         while short_side * long_side > max_pixels:
             long_side -= step

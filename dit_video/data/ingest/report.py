@@ -1,18 +1,18 @@
 """Report of an ingest, `report.json`: the outcome for every clip of a source, and statistics of the data set."""
 
-import bisect
 import collections
 import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from dit_video.core.files import write_json
-from dit_video.core.storage import StoragePath, read_document
-from dit_video.data.clips import ClipInfo
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dit_video.core.storage import StoragePath, read_document, write_document
 from dit_video.data.ingest.caption_statistics import compute_caption_statistics
 
 REPORT = "report.json"
@@ -28,6 +28,9 @@ _SHAPE_EDGES = (0.5, 0.9, 1.1, 1.6, 2.0)
 _SHAPE_BINS = ("1:2 and narrower", "upright", "square", "4:3 to 8:5", "16:9", "wider")
 _FRAME_BINS = ("1", "2", *(f"{2**power + 1}–{2 ** (power + 1)}" for power in range(1, 32)))
 """Names of the bins of numbers of frames, which end at powers of two."""
+MEASURES = ("motion", "black", "frozen", "sharpness", "letterbox")
+"""Columns of measures."""
+_MEASURE_BINS = 20
 _NUMBER = re.compile(r"(?<![A-Z][.-])(?<!\d)\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 """Numbers in a reason, except those in words such as H.264 and UTF-8."""
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)""")
@@ -36,12 +39,12 @@ _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)"""
 
 @dataclass(frozen=True, kw_only=True)
 class IngestReport:
-    """Outcome of an ingest. Counts of files differ from counts of clips, as a file may hold several clips (shots)."""
+    """Outcome of an ingest. Counts of files differ from counts of clips, as a file may hold several clips."""
 
     files: int = 0
     """Number of entries of the source: used, quarantined, dropped and rejected ones together."""
     usable_files: int = 0
-    """Number of files that are used."""
+    """Number of files of which a clip is used."""
     usable: int
     """Number of clips in the data set."""
     frames: int
@@ -50,13 +53,12 @@ class IngestReport:
     """Total duration of the usable clips: each frame is shown until the next one, the last one for an average
     frame's time."""
     bytes: int = 0
-    """Total size of the usable files, as they are stored."""
-    reencoded: int = 0
-    """Number of usable files that were re-encoded on request."""
-    reencoded_from: int = 0
-    """Total original size of the re-encoded files in bytes."""
-    reencoded_to: int = 0
-    """Total stored size of the re-encoded files in bytes."""
+    """Total size of the usable clips, as they are stored."""
+    methods: Mapping[str, int] = field(default_factory=dict)
+    """Number of usable clips by how they were made: "whole" files, stream "copy", or "encode"."""
+    accounts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Parts of files, and their duration in microseconds, by what became of them: "kept", "dropped" by the screening,
+    "cut" away, "duplicate", or "unreadable". Each microsecond of the source is in exactly one of them."""
     uncaptioned: int
     """Number of usable clips without a caption, which train the unconditional model alone."""
     quarantined: Reasons = ()
@@ -81,12 +83,12 @@ class IngestReport:
     """Number of files or clips that were quarantined, dropped and rejected for each kind of reason (numbers and names
     removed)."""
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Histograms of the usable clips (sizes, shapes, lengths, frames, rates) and of the usable files (codecs,
-    transfer functions before HDR was mapped to SDR)."""
+    """Histograms of the usable clips: sizes, shapes, lengths, frames, rates, codecs, transfer functions before HDR was
+    mapped to SDR, codecs of the sound, and each measure that was taken."""
     captions: Mapping[str, Any] = field(default_factory=dict)
     """`CaptionStatistics` of the usable clips."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Configuration of the screening, and of the re-encoding if any."""
+    """Settings of the ingest."""
     reused: bool = False
     """True if the destination already held this data set."""
 
@@ -101,11 +103,11 @@ class IngestReport:
             raise AssertionError(f"{self.files} files came in, and {counted} are accounted for")
         return self
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: StoragePath) -> None:
         """Write `report.json`; the same report gives the same bytes."""
         document = dataclasses.asdict(self)
         document.pop("reused")
-        write_json(folder / REPORT, document)
+        write_document(folder / REPORT, document)
 
     @staticmethod
     def read(folder: StoragePath) -> "IngestReport":
@@ -120,43 +122,83 @@ class IngestReport:
 
 
 def make_report(
-    infos: Sequence[ClipInfo], codecs: Iterable[str], transfers: Iterable[str], **fields: Any
+    rows: pa.Table, captions: Sequence[tuple[str, ...]], skipped: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> IngestReport:
     """Return the report of a data set.
 
     Args:
-      infos: clips of the data set.
-      codecs: codecs of its files.
-      transfers: transfer functions of its files.
-      fields: all other fields of `IngestReport`.
+      rows: rows of the table for all files that the source holds, with the columns of choice: a clip that is not chosen
+        duplicates another one.
+      captions: captions of each used clip, in the order of the rows.
+      skipped: format of the source, and entries that are no clips: "unlisted" and "rejected".
+      settings: settings of the ingest.
     """
-    reasons = {kind: _count_kinds(fields[kind]) for kind in ("quarantined", "dropped", "rejected") if fields[kind]}
-    ratios = [info.width / info.height for info in infos]
-    lengths = [compute_duration(info) for info in infos if info.frames > 1]
+    is_duplicate = pc.and_(pc.equal(rows["outcome"], "kept"), pc.invert(rows["chosen"]))
+    rows = rows.append_column("account", pc.if_else(is_duplicate, "duplicate", rows["outcome"]))
+    used, unreadable, dropped = (
+        rows.filter(pc.is_in(rows["account"], value_set=pa.array(names)))
+        for names in (["kept"], ["unreadable"], ["dropped", "duplicate"])
+    )
+    usable_files, broken_files = set(used["source"].to_pylist()), set(unreadable["source"].to_pylist())
+    reasons: dict[str, Reasons] = {
+        "quarantined": tuple(_zip(unreadable, "name", "reason")),
+        "dropped": tuple((name, reason or why) for name, reason, why in _zip(dropped, "name", "reason", "why")),
+        "rejected": tuple((name, reason) for name, reason in skipped["rejected"]),
+    }
+    accounts = rows.group_by("account").aggregate([("duration_us", "sum"), ("duration_us", "count")])
+    sources = pc.unique(rows["source"]).to_pylist()
     return IngestReport(
-        usable=len(infos),
-        frames=sum(info.frames for info in infos),
-        seconds=round(sum(compute_duration(info) for info in infos), 3),
-        uncaptioned=sum(not info.captions for info in infos),
-        splits=_count_values(info.split for info in infos),
-        reasons=reasons,
-        histograms={
-            "sizes": _count_values(f"{info.height}×{info.width}" for info in infos),
-            "shapes": _count_bins((bisect.bisect_right(_SHAPE_EDGES, ratio) for ratio in ratios), _SHAPE_BINS),
-            "lengths": _count_bins((bisect.bisect_right(_LENGTH_EDGES, length) for length in lengths), _LENGTH_BINS),
-            "frames": _count_bins(((info.frames - 1).bit_length() for info in infos), _FRAME_BINS),
-            "rates": _count_values(f"{info.fps:.4g} fps" for info in infos if info.frames > 1),
-            "codecs": _count_values(codecs),
-            "transfers": _count_values(transfers),
+        files=len(sources) + len(skipped["rejected"]),
+        usable_files=len(usable_files),
+        usable=len(used),
+        frames=pc.sum(used["frames"]).as_py() or 0,
+        seconds=(pc.sum(used["duration_us"]).as_py() or 0) / 1e6,
+        bytes=pc.sum(used["payload_bytes"]).as_py() or 0,
+        methods=_count_values(used["method"].to_pylist()),
+        accounts={
+            kind: {"parts": count, "microseconds": duration}
+            for kind, duration, count in sorted(_zip(accounts, "account", "duration_us_sum", "duration_us_count"))
         },
-        captions=compute_caption_statistics([info.captions for info in infos]),
-        **fields,
+        uncaptioned=sum(not texts for texts in captions),
+        passing=tuple(unreadable.filter(unreadable["transient"])["source"].to_pylist()),
+        dropped_files=tuple(name for name in sources if name not in usable_files | broken_files),
+        unlisted=tuple(skipped["unlisted"]),
+        format=skipped["format"],
+        splits=_count_values(used["split"].to_pylist()),
+        quarantined=reasons["quarantined"],
+        dropped=reasons["dropped"],
+        rejected=reasons["rejected"],
+        reasons={kind: _count_kinds(pairs) for kind, pairs in reasons.items() if pairs},
+        histograms=_make_histograms(used),
+        captions=compute_caption_statistics(captions),
+        settings=settings,
     ).check()
 
 
-def compute_duration(info: ClipInfo) -> float:
-    """Return the seconds for which a clip is shown, its last frame for an average frame's time."""
-    return info.seconds + (1 / info.fps if info.frames > 1 else 0.0)
+def _make_histograms(used: pa.Table) -> dict[str, dict[str, int]]:
+    heights, widths, frames, fps = (used[name].to_numpy() for name in ("height", "width", "frames", "fps"))
+    is_video = frames > 1
+    lengths = used["duration_us"].to_numpy()[is_video] / 1e6
+    histograms = {
+        "sizes": _count_values(f"{height}×{width}" for height, width in zip(heights, widths, strict=True)),
+        "shapes": _count_bins(np.searchsorted(_SHAPE_EDGES, widths / heights, side="right"), _SHAPE_BINS),
+        "lengths": _count_bins(np.searchsorted(_LENGTH_EDGES, lengths, side="right"), _LENGTH_BINS),
+        "frames": _count_bins([(int(count) - 1).bit_length() for count in frames], _FRAME_BINS),
+        "rates": _count_values(f"{rate:.4g} fps" for rate in fps[is_video]),
+        "codecs": _count_values(used["codec"].to_pylist()),
+        "transfers": _count_values(used["transfer"].to_pylist()),
+        "sound": _count_values(codec or "none" for codec in used["audio_codec"].to_pylist()),
+    }
+    for name in MEASURES:
+        if len(values := used[name].drop_null().to_numpy()):
+            counts, edges = np.histogram(values, bins=_MEASURE_BINS)
+            names = [f"{low:.3g}–{high:.3g}" for low, high in itertools.pairwise(edges)]
+            histograms[name] = dict(zip(names, counts.tolist(), strict=True))
+    return histograms
+
+
+def _zip(table: pa.Table, *names: str) -> Iterable[tuple[Any, ...]]:
+    return zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
 def _count_values(values: Iterable[str]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import ListedClip
-from dit_video.data.ingest.inspection import Inspection, InspectionConfig
+from dit_video.data.ingest.inspection import Inspection, InspectionConfig, make_failure
 
 MODULE = "dit_video.data.ingest.worker"
 _START_TIMEOUT = 300.0
@@ -137,8 +137,10 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         Raises:
           UserError: the screening cannot work for any clip, or a process cannot be started.
         """
-        for (number, _), answer in self._run_tasks(deque(clips), self._count):
-            yield number, Inspection(str(answer), transient=True) if isinstance(answer, _WorkerLostError) else answer
+        for (number, clip), answer in self._run_tasks(deque(clips), self._count):
+            if isinstance(answer, _WorkerLostError):
+                answer = make_failure(clip, str(answer), transient=True)
+            yield number, answer
 
     def inspect_again(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspection]]:
         """Yield (number, verdict) of clips that failed for a transient reason, inspected one by one in new processes.
@@ -151,9 +153,11 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             ((_, answer),) = self._run_tasks(deque([task]), 1)
             if isinstance(answer, _WorkerLostError):
                 fix = "" if answer.transient else "; remove it or replace it"
-                answer = Inspection(f"{answer}, also when tried again alone{fix}", transient=answer.transient)
+                reason = f"{answer}, also when tried again alone{fix}"
+                answer = make_failure(task[1], reason, transient=answer.transient)
             elif answer.transient:
-                answer = answer._replace(reason=f"{answer.reason}, also when tried again alone")
+                reason = f"{answer.reason}, also when tried again alone"
+                answer = make_failure(task[1], reason, transient=True, sha256=answer.sha256)
             yield task[0], answer
 
     def _run_tasks(self, tasks: deque[Task], count: int) -> Iterator[tuple[Task, Inspection | _WorkerLostError]]:
