@@ -89,7 +89,7 @@ def main(
         python tools/encode_latents.py RUN RUN/data RUN/latents --shard $SLURM_PROCID --shards $SLURM_NTASKS
 
     DATA is a data set written by tools/ingest.py, or RUN/data. DESTINATION becomes a TFDS data set in ArrayRecord files
-    with the index `latents.json`. Both may be addresses that fsspec can open (`gs://…`). For a run, sizes and views are
+    with a table, `table.json`. Both may be addresses that fsspec can open (`gs://…`). For a run, sizes and views are
     those of its config and its held-out clips are skipped; its training reads latents from `RUN/latents` or from the
     folder in `train.py --latents`.
 
@@ -127,17 +127,17 @@ def main(
     target = resolve(to_storage_path(destination))
     encoding, clips = (_prepare_run if (model / CONFIG).is_file() else _prepare_pipeline)(model, data, views)
     encoding = _set_text_encoder(encoding, text_encoder, max_text_tokens)
-    stamp = compute_latent_identity(encoding, clips)
+    stamp = compute_latent_identity(encoding)
     encoding = replace(encoding, storage=storage, views_per_file=views_per_file)
     if canvas_pixels is not None:
         encoding = replace(encoding, canvas_pixels=canvas_pixels)
-    plan = plan_encoding(clips, encoding)
+    plan = plan_encoding(clips, encoding, target)
     print(
         f"{len(clips)} clips, {len(plan.views)} views, {len(plan.files)} files; {plan.num_canvas_sizes} programs, "
         f"{plan.padding_share:.1%} of their pixels are padding"
     )
     if finish:
-        finished = finish_latents(target, encoding, plan, identity=stamp)
+        finished = finish_latents(target, clips, encoding, plan, identity=stamp)
         if not finished:
             raise UserError(f"{target} lacks some of its {len(plan.files)} files; encode the missing ones first")
     else:
@@ -221,10 +221,10 @@ def _set_text_encoder(encoding: Encoding, folder: Path | None, max_tokens: int |
 
 def _print_summary(latents: LatentSource) -> None:
     print(f"{latents.folder}: {len(latents)} examples of {len(set(latents.groups))} clips")
-    for name, reason in latents.skipped[:10]:
+    for name, reason, _ in latents.skipped[:10]:
         print(f"skipped: {name}: {reason}")
     if len(latents.skipped) > 10:
-        print(f"… {len(latents.skipped)} were skipped: see left_out in {latents.folder}/latents.json")
+        print(f"… {len(latents.skipped)} were skipped: see the rows of {latents.folder}/index that are unreadable")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import bisect
 import hashlib
 import itertools
 import json
+import operator
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +55,11 @@ _HASH_KEY = b"sha256"
 def get_default_cache() -> Path:
     """Return the folder of copies and of columns: `dit_video` in `$XDG_CACHE_HOME` (by default `~/.cache`)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video"
+
+
+def compute_row_id(*parts: str | int) -> int:
+    """Return the identity of a row, 64 bits of a hash of what identifies it, such as its name."""
+    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
 def write_part(folder: StoragePath, name: str, rows: pa.Table) -> None:
@@ -327,6 +333,41 @@ class Table:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | ({} if self._length < _SMALL_TABLE else {"_columns": {}})
+
+
+class TableColumn(Sequence[Any]):
+    """Some rows of a column as Python's values, which are read when they are used; pickled without the values."""
+
+    def __init__(self, table: Table, name: str, rows: Int64[np.ndarray, " n"], prefix: str = ""):
+        self._table, self._name, self._rows, self._prefix = table, name, rows, prefix
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self._convert(self._rows[index])
+        return self._convert(self._rows[range(len(self))[index]][None])[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in range(0, len(self), _BATCH_ROWS):
+            yield from self[first : first + _BATCH_ROWS]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def _convert(self, rows: Int64[np.ndarray, " n"]) -> list[Any]:
+        values = self._table.arrow(self._name).take(pa.array(rows)).to_pylist()
+        if pa.types.is_list(self._table.types[self._name]):
+            return [tuple(each or ()) for each in values]
+        return [self._prefix + each for each in values] if self._prefix else values
 
 
 def map_threads(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:

@@ -74,7 +74,7 @@ def _open_dataset(folder: Path, split: str) -> ClipSet:
     def read(index: int, fps: float | None) -> Clip:
         info, rate = source.infos[index], fps or source.infos[index].fps
         count = 1 + int(info.seconds * rate + 1e-6)
-        clip = decode(source[index], frames=count, start=info.start, fps=rate)
+        clip = decode(source[index], frames=count, fps=rate)
         return replace(clip, caption=info.caption)
 
     names = tuple(info.name for info in source.infos)

@@ -82,13 +82,11 @@ def _format_count(number: int, noun: str) -> str:
 
 def _format_summary(report: IngestReport) -> str:
     splits = ", ".join(f"{format_value(count)} {split}" for split, count in report.splits.items())
-    storage = "All files keep their original bytes"
-    if report.reencoded:
-        sizes = f"{_format_bytes(report.reencoded_from)} became {_format_bytes(report.reencoded_to)}"
-        storage = (
-            f"{_format_count(report.reencoded, 'file')} of {format_value(report.usable_files)} re-encoded on "
-            f"request: {sizes}"
-        )
+    methods = {"whole": "are whole files", "copy": "were cut without encoding", "encode": "were re-encoded"}
+    counts = [
+        f"{_format_count(report.methods[key], 'clip')} {text}" for key, text in methods.items() if key in report.methods
+    ]
+    storage = ", ".join(counts)
     return (
         f"Format: {report.format}. Splits: {splits}. {storage}. Sizes are as displayed, upright with square pixels. "
         "The outcome for every file is below."
@@ -98,11 +96,11 @@ def _format_summary(report: IngestReport) -> str:
 def _make_figures(report: IngestReport) -> list[Figure]:
     captioned, unused = report.usable - report.uncaptioned, report.files - report.usable_files
     mean_time = _format_time(report.seconds / max(report.usable, 1))
-    mean_bytes = _format_bytes(report.bytes // max(report.usable_files, 1))
+    mean_bytes = _format_bytes(report.bytes // max(report.usable, 1))
     return [
         Figure(label="Clips", value=format_value(report.usable), note=f"{format_value(report.frames)} frames"),
         Figure(label="Duration", value=_format_time(report.seconds), note=f"{mean_time} on average"),
-        Figure(label="Bytes", value=_format_bytes(report.bytes), note=f"{mean_bytes} per file"),
+        Figure(label="Bytes", value=_format_bytes(report.bytes), note=f"{mean_bytes} per clip"),
         _make_share("Files used", report.usable_files, report.files, note=f"{format_value(unused)} not used"),
         _make_share("Captioned", captioned, report.usable, note=f"{format_value(report.uncaptioned)} without"),
     ]
@@ -139,7 +137,7 @@ def _sample_clips(source: ClipSource) -> Iterator[tuple[ClipInfo, Clip]]:
         scale = min(_SHORT_SIDE / min(info.height, info.width), _MAX_LONG_SIDE / max(info.height, info.width))
         size = Grid(1, max(1, round(info.height * scale)), max(1, round(info.width * scale)))
         try:
-            yield info, decode(source[index], size=size, start=info.start + info.seconds / 2)
+            yield info, decode(source[index], size=size, start=info.seconds / 2)
         except UserError:
             continue  # the page shows the other clips; decoding errors are reported by ingest
 

@@ -186,7 +186,9 @@ class _BucketDecoder(PieceDecoder):
         height, width = compute_covering_size(info, size)
         top, left = (int(generator.integers(spare + 1)) for spare in (height - size.h, width - size.w))
         covering = Grid(size.t, height, width)
-        clip = read_undamaged(info.name, lambda: decode(self._source[example], size=covering, start=start / fps, fps=fps))
+        clip = read_undamaged(
+            info.name, lambda: decode(self._source[example], size=covering, start=start / fps, fps=fps)
+        )
         # Copy the crop, so that the memory of the whole frames is freed.
         crop = slice(None), slice(top, top + size.h), slice(left, left + size.w)
         return None if clip is None else np.ascontiguousarray(clip.frames[crop])

@@ -15,7 +15,7 @@ from dit_video.data.clips import DATASET_NAME, FEATURES, KIND
 from dit_video.data.ingest.duplicates import drop_duplicates
 from dit_video.data.ingest.parts import IngestFolder
 from dit_video.data.ingest.report import IngestReport, make_report
-from dit_video.data.records import sort_splits, write_metadata
+from dit_video.data.records import write_metadata
 from dit_video.data.tables import INDEX_FOLDER, map_threads, read_parquet, write_column, write_manifest
 
 CHOICE, CAPTIONS = "choice", "captions"

@@ -103,6 +103,7 @@ def ingest(
     progress: ProgressCallback | None = None,
     workers: int | None = None,
     retry: bool = False,
+    run_parts: Callable[[IngestFolder, Sequence[str], IngestConfig], None] | None = None,
 ) -> IngestReport:
     """Read every clip of `source`, and write the data set, its table and `report.json` into the folder `destination`.
 
@@ -113,6 +114,7 @@ def ingest(
       progress: called with (done, total) for inspected files.
       workers: maximum number of processes that inspect files; by default one per core.
       retry: inspect files again that failed for a transient reason.
+      run_parts: writes parts elsewhere, see `clusters`; by default this process and `workers` do.
 
     Raises:
       MissingError: the source does not exist.
@@ -122,7 +124,10 @@ def ingest(
     check_at_least(1, workers=workers)
     folder = plan_ingest(source, destination, config=config, retry=retry)
     parts, is_new = folder.list_unfinished(), not is_ingested(folder.folder)
-    write_parts(folder, parts, config=config, progress=progress or (lambda done, total: None), workers=workers)
+    if run_parts is None:
+        write_parts(folder, parts, config=config, progress=progress or (lambda done, total: None), workers=workers)
+    elif parts:
+        run_parts(folder, parts, config)
     try:
         report = complete_ingest(folder, config)
     except UserError:

@@ -4,7 +4,6 @@ The outcomes of a file partition its duration: every microsecond of the source i
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 
 from dit_video.data.ingest.quality_filter import Shot
 from dit_video.data.records import RecordPlace
+from dit_video.data.tables import compute_row_id
 
 OutcomeKind = Literal["kept", "dropped", "cut", "unreadable"]
 """A clip that is kept; one that the screening dropped; a part of a file that is in no clip; a file that is broken."""
@@ -85,18 +85,12 @@ class Outcome:
         return Outcome(**value | {"shot": None if value["shot"] is None else Shot.from_json(value["shot"])})
 
 
-def compute_id(name: str, source_sha256: str, start_us: int, duration_us: int) -> int:
-    """Return the identity of a clip, 64 bits of a hash of its name, its source and the part of it that it shows."""
-    identity = f"{name}\0{source_sha256}\0{start_us}\0{duration_us}"
-    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "little")
-
-
 def make_row(
     outcome: Outcome, place: RecordPlace | None, *, source: str, source_bytes: int, source_sha256: str
 ) -> dict[str, Any]:
     """Return the row of an outcome, without the values that it does not have."""
     row = {
-        "id": compute_id(outcome.name, source_sha256, outcome.start_us, outcome.duration_us),
+        "id": compute_row_id(outcome.name, source_sha256, outcome.start_us, outcome.duration_us),
         "source": source,
         "source_bytes": source_bytes,
         "source_sha256": source_sha256,

@@ -1,9 +1,11 @@
-"""Cached latents (and caption embeddings) of clips, with the identity of the encoders that computed them.
+"""Cached latents of clips, and embeddings of their captions, with the identity of the encoders that computed them.
 
-latents.json              the index: names, captions, sizes, skipped clips and the reasons; it is written last
-plan.json                 identity and options of the encoding, so that only the same encoding is continued
-shards/00000.json         the index of one file
-latents-train.array_record-00000-of-00008, …    and TFDS's dataset_info.json, features.json
+table.json, index/, columns/      the table of the examples, see `data.tables`
+latents-train-00000.array_record  their latents; with TFDS's dataset_info.json and features.json
+texts/                            the table of the captions' embeddings, each caption once, and its records
+plan.json                         identity and options of the encoding, so that only the same encoding is continued
+
+Captions are a column: other captions leave latents as they are, and only new captions are embedded.
 """
 
 import hashlib
@@ -17,21 +19,32 @@ from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float32
+import tensorflow_datasets as tfds
+from jaxtyping import Float32, Int32, Int64, UInt64
 
-from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.core.storage import StoragePath, StoragePathLike, is_remote, read_document, to_storage_path
-from dit_video.data.records import shards
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.storage import StoragePath, StoragePathLike, read_document, to_storage_path
+from dit_video.data.records import RecordPlace, RecordReader, get_file_name, make_bytes_feature
+from dit_video.data.tables import INDEX_FOLDER, MANIFEST, Table, TableColumn, compute_row_id, list_parquet
 from dit_video.tokens import Field, Grid
 
-DATASET_NAME = "latents"
-INDEX, PLAN = "latents.json", "plan.json"
-VERSION = 2
+DATASET_NAME = KIND = "latents"
+TEXTS = "texts"
+"""Folder of the embeddings of captions, and the kind of its table."""
+PLAN = "plan.json"
+VERSION = 3
 Identity = str | Mapping[str, Any]
 """Identity of latents, as JSON values: the autoencoder's weights, the sizes, and all else that latents depend on. The
 parts of a mapping are compared one by one, e.g. `autoencoder`, `text` (the encoder of cached embeddings), `image`."""
-StorageDtype = Literal["bfloat16", "float32"]
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+StorageDtype = Literal["bfloat16", "float32", "int8"]
+"""Type in which values are stored. "int8" holds latents in steps of a 127th of the largest value of each channel of an
+example, and all else in bfloat16."""
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "int8": np.dtype(ml_dtypes.bfloat16),
+}
+TEXT_FEATURES = {"text": make_bytes_feature(), "caption": tfds.features.Text()}
 
 
 class LatentExample(NamedTuple):
@@ -48,6 +61,8 @@ class LatentExample(NamedTuple):
     """Embedding of each caption, without padding."""
     fields: Mapping[str, np.ndarray] = {}
     """Arrays of the data set's further fields: `t h w *shape` of one on the latents' grid, see `Field` for others."""
+    payload: str = ""
+    """SHA-256 of the clip's bytes; other bytes under the same name are another example."""
 
 
 class Skipped(NamedTuple):
@@ -55,6 +70,7 @@ class Skipped(NamedTuple):
 
     name: str
     reason: str
+    payload: str = ""
 
 
 def hash_identity(identity: Identity) -> str:
@@ -64,14 +80,14 @@ def hash_identity(identity: Identity) -> str:
 
 
 class LatentSource:
-    """A random-access source of cached latents.
+    """A random-access source of cached latents, which are read in place, also from buckets.
 
-    Each process opens the files at its first read, so a source can be pickled to workers.
+    No files are kept open, so a source can be pickled to workers.
 
     Args:
       folder: folder or address (`gs://…`) that `LatentWriter` or `write_latents` wrote, see `core.storage`.
       identity: required identity of the latents; None accepts any. Every part of a mapping must be equal.
-      cache: folder to which files at an address are copied; `shards.get_default_cache()` if None.
+      cache: folder of the columns of large data sets; `tables.get_default_cache()` if None.
 
     Raises:
       MissingError: the folder does not exist.
@@ -83,45 +99,43 @@ class LatentSource:
         self, folder: StoragePathLike, *, identity: Identity | None = None, cache: str | os.PathLike | None = None
     ):
         self.folder: StoragePath = to_storage_path(folder)
-        self._cache = None if cache is None else Path(cache)
-        index = _read_index(self.folder)
+        _check_finished(self.folder)
+        local = None if cache is None else Path(cache)
+        self._table = table = Table(self.folder, kind=KIND, make_it="Encode clips first.", cache=local)
+        settings = table.settings
         if identity is not None:
-            check_identity(self.folder, index["identity"], identity)
-        examples = index["examples"]
-        self.identity: Identity = index["identity"]
-        self.hash: str = index["hash"]
-        self.channels: int = index["channels"]
-        self.names: tuple[str, ...] = tuple(examples["name"])
-        self.all_captions: tuple[tuple[str, ...], ...] = tuple(map(tuple, examples["captions"]))
-        self.captions: tuple[str, ...] = tuple(captions[0] if captions else "" for captions in self.all_captions)
-        """First caption of each example; empty if it has none."""
-        self.clips: tuple[str, ...] = tuple(examples["clip"])
-        """Name of the clip that each example is a view of."""
-        numbers = {clip: number for number, clip in enumerate(dict.fromkeys(self.clips))}
-        self.groups: tuple[int, ...] = tuple(numbers[clip] for clip in self.clips)
-        """Number of the clip of each example, equal for the views of one clip: 0, 1, … in order of first occurrence."""
-        self.sizes: tuple[Grid, ...] = tuple(Grid(*size) for size in examples["size"])
-        """Size of the latents of each example: latent frames, rows, columns."""
-        self.text_width: int = index["text_width"]
-        """Width of the caption embeddings; 0 if there are none."""
-        self.text_lengths: tuple[tuple[int, ...], ...] = tuple(map(tuple, examples["text"]))
-        """Number of tokens of every caption's embedding."""
-        empty = index["empty_text"]
-        self.empty_text: Float32[np.ndarray, "s e"] | None = None if empty is None else np.asarray(empty, np.float32)
-        """Embedding of the empty caption."""
+            check_identity(self.folder, settings["identity"], identity)
+        self.identity: Identity = settings["identity"]
+        self.hash: str = hash_identity({"identity": settings["identity"], "table": table.version})
+        """Hash of the latents and their captions."""
+        self.channels: int = settings["channels"]
         self.fields: tuple[Field, ...] = tuple(
-            Field(**field | {"shape": tuple(field["shape"])}) for field in index.get("fields", ())
+            Field(**field | {"shape": tuple(field["shape"])}) for field in settings["fields"]
         )
         """Further fields of every example."""
-        self.skipped: tuple[Skipped, ...] = tuple(Skipped(*one) for one in index["left_out"])
+        self._dtype: StorageDtype = settings["dtype"]
+        self._rows: Int64[np.ndarray, " n"] = table.select("outcome == 'kept' and chosen")
+        self.ids: UInt64[np.ndarray, " n"] = table["id"][self._rows]
+        """Hash of the name and of the clip's bytes of each example."""
+        self.names: Sequence[str] = TableColumn(table, "name", self._rows)
+        self.clips: Sequence[str] = TableColumn(table, "clip", self._rows)
+        """Name of the clip that each example is a view of."""
+        self.all_captions: Sequence[tuple[str, ...]] = TableColumn(table, "captions", self._rows)
+        size = [table[f"latent_{name}"][self._rows] for name in ("frames", "rows", "columns")]
+        self.sizes: Int32[np.ndarray, "n 3"] = np.stack(size, axis=1).astype(np.int32)
+        """Size of the latents of each example: latent frames, rows, columns."""
+        self.skipped: tuple[Skipped, ...] = tuple(self._list_skipped())
         """Clips that could not be encoded, with the reasons."""
-        self._dtype = DTYPES[index["dtype"]]
-        self._version = hash_identity(index) if is_remote(self.folder) else ""
-        self._records: Sequence[dict[str, Any]] | None = None
+        self._reader = RecordReader(self.folder, make_features(self.fields))
+        self._texts = _TextReader(self.folder / TEXTS, local, self._dtype) if settings["has_texts"] else None
+        self.text_width: int = 0 if self._texts is None else self._texts.width
+        """Width of the caption embeddings; 0 if there are none."""
+        self.empty_text: Float32[np.ndarray, "s e"] | None = None if self._texts is None else self._texts.read("")
+        """Embedding of the empty caption."""
         self._last_record: tuple[int, dict[str, Any]] | None = None
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Float32[np.ndarray, "t h w c"]:
         """Return the latents of one example.
@@ -129,12 +143,39 @@ class LatentSource:
         Raises:
           DecodeError: its record is damaged.
         """
-        return self._read_values(index, "latents", (*self.sizes[index], self.channels))
+        shape = (*self.get_size(index), self.channels)
+        if self._dtype != "int8":
+            return self._read_values(index, "latents", shape)
+        scale = self._read_values(index, "scale", (self.channels,))
+        return self._read_values(index, "latents", shape, "int8").astype(np.float32) * scale
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Return the first caption of each example; empty if it has none."""
+        return tuple(captions[0] if captions else "" for captions in self.all_captions)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Return the number of the clip of each example, equal for its views: 0, 1, … in order of first occurrence."""
+        clips = list(self.clips)
+        numbers = {clip: number for number, clip in enumerate(dict.fromkeys(clips))}
+        return tuple(numbers[clip] for clip in clips)
+
+    @property
+    def text_lengths(self) -> list[tuple[int, ...]]:
+        """Return the number of tokens of every caption's embedding, of every example."""
+        texts = self._texts
+        if texts is None:
+            return [()] * len(self)
+        return [tuple(texts.get_length(caption) for caption in captions) for captions in self.all_captions]
+
+    def get_size(self, index: int) -> Grid:
+        """Return the size of the latents of one example."""
+        return Grid(*self.sizes[index].tolist())
 
     def read_field(self, index: int, field: Field) -> np.ndarray:
         """Return the array of one of `fields` of one example; raises like `source[index]`."""
-        shape = field.get_shape(self.sizes[index])
-        return self._read_values(index, get_record_name(field), shape, field.dtype)
+        return self._read_values(index, get_record_name(field), field.get_shape(self.get_size(index)), field.dtype)
 
     def read_text(self, index: int, caption: int = 0) -> Float32[np.ndarray, "s e"]:
         """Return the embedding of one caption of an example.
@@ -143,39 +184,97 @@ class LatentSource:
           DecodeError: its record is damaged.
           UserError: the example has no such caption, or the data set has no embeddings.
         """
-        lengths = self.text_lengths[index]
-        if not 0 <= caption < len(lengths):
+        captions = self.all_captions[index] if self._texts is not None else ()
+        if self._texts is None or not 0 <= caption < len(captions):
             raise UserError(
-                f"caption={caption} is invalid: {self.names[index]} has {len(lengths)} embedded captions. Use a number "
-                "from 0 on, or encode the clips with a text encoder."
+                f"caption={caption} is invalid: {self.names[index]} has {len(captions)} embedded captions. Use a "
+                "number from 0 on, or encode the clips with a text encoder."
             )
-        embeddings = self._read_values(index, "text", (sum(lengths), self.text_width))
-        return embeddings[sum(lengths[:caption]) : sum(lengths[: caption + 1])]
+        return self._texts.read(captions[caption])
+
+    def _list_skipped(self) -> list[Skipped]:
+        rows = self._table.select("outcome == 'unreadable' and chosen")
+        return list(map(Skipped, *(TableColumn(self._table, name, rows) for name in ("name", "reason"))))
 
     def _read_values(self, index: int, name: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
-        values, expected = self._read_record(index, name, np.dtype(dtype)), math.prod(shape)
+        values, expected = decode_values(self._read_record(index)[name], self._dtype, dtype), math.prod(shape)
         if values.size != expected:
             clip = self.names[index]
             raise DecodeError(f"{clip} has {values.size} values of {name}, not {expected}. Encode it again.")
         return values.reshape(shape)
 
-    def _read_record(self, index: int, name: str, dtype: np.dtype) -> np.ndarray:
-        if self._records is None:  # outside of the try: a data set that cannot be opened is no damaged record
-            self._records = shards.open_dataset(self.folder, cache=self._cache, version=self._version)
-        try:
-            last_record = self._last_record
-            # Latents, text and image of an example are usually read one after the other: keep the last record.
-            if last_record is None or last_record[0] != index:
-                self._last_record = last_record = index, self._records[index]
-            stored = self._dtype if dtype == np.float32 else dtype
-            return to_little_endian(np.frombuffer(last_record[1][name], stored)).astype(dtype)
-        except (OSError, UserError):  # the file cannot be copied to this machine
-            raise
-        except Exception as error:  # ArrayRecord and protocol buffers raise many types on damaged bytes
-            raise DecodeError(f"the record of {self.names[index]} is damaged ({error}). Encode it again.") from error
+    def _read_record(self, index: int) -> dict[str, Any]:
+        last_record = self._last_record
+        # Latents and fields of an example are usually read one after the other: keep the last record.
+        if last_record is None or last_record[0] != index:
+            row = int(self._rows[index])
+            try:
+                record = read_row(self._reader, self._table, row, DATASET_NAME)
+            except DecodeError as error:
+                raise DecodeError(f"the record of {self.names[index]}: {error}. Encode it again.") from error
+            self._last_record = last_record = index, record
+        return last_record[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_records": None, "_last_record": None}
+        return {**self.__dict__, "_last_record": None}
+
+
+class _TextReader:
+    """A reader of the embeddings of captions."""
+
+    def __init__(self, folder: StoragePath, cache: Path | None, dtype: StorageDtype):
+        self._table = Table(folder, kind=TEXTS, make_it="Encode clips first.", cache=cache)
+        self._reader, self._dtype = RecordReader(folder, TEXT_FEATURES), dtype
+        self.width: int = self._table.settings["width"]
+        ids = self._table["id"]
+        self._order: Int64[np.ndarray, " n"] = np.argsort(ids, kind="stable")
+        self._ids = ids[self._order]
+
+    def get_length(self, caption: str) -> int:
+        """Return the number of tokens of a caption's embedding."""
+        return int(self._table["tokens"][self._find(caption)])
+
+    def read(self, caption: str) -> Float32[np.ndarray, "s e"]:
+        """Return the embedding of a caption."""
+        row = self._find(caption)
+        try:
+            content = read_row(self._reader, self._table, row, TEXTS)["text"]
+        except DecodeError as error:
+            raise DecodeError(f"the embedding of {caption!r}: {error}. Encode it again.") from error
+        return decode_values(content, self._dtype).reshape(-1, self.width)
+
+    def _find(self, caption: str) -> int:
+        place = int(np.searchsorted(self._ids, np.uint64(compute_row_id(caption))))
+        return int(self._order[place])
+
+
+def read_row(reader: RecordReader, table: Table, row: int, dataset: str) -> dict[str, Any]:
+    """Return the record of a row of a table; raises like `RecordReader.read`."""
+    place = RecordPlace(*(int(table[name][row]) for name in RecordPlace._fields))
+    return reader.read(get_file_name(dataset, table.get_part(row)), place)
+
+
+def encode_values(values: np.ndarray, storage: StorageDtype, dtype: str = "float32") -> bytes:
+    """Return the bytes of values as they are stored: floating-point numbers in the type of the data set."""
+    stored = np.ascontiguousarray(values.astype(DTYPES[storage] if dtype == "float32" else dtype))
+    return _to_little_endian(stored).tobytes()
+
+
+def decode_values(content: bytes, storage: StorageDtype, dtype: str = "float32") -> np.ndarray:
+    """Return the values that `encode_values` wrote, as one row of numbers of type `dtype`."""
+    stored = DTYPES[storage] if dtype == "float32" else np.dtype(dtype)
+    return _to_little_endian(np.frombuffer(content, stored)).astype(dtype)
+
+
+def make_features(fields: Sequence[Field]) -> dict[str, Any]:
+    """Return the features of a record of latents."""
+    return {
+        "latents": make_bytes_feature(),
+        "scale": make_bytes_feature(),
+        "shape": tfds.features.Tensor(shape=(4,), dtype=np.int32),
+        "name": tfds.features.Text(),
+        **{get_record_name(field): make_bytes_feature() for field in fields},
+    }
 
 
 def get_record_name(field: Field) -> str:
@@ -201,7 +300,7 @@ def check_identity(folder: StoragePathLike, actual: Identity, expected: Identity
         )
 
 
-def to_little_endian(values: np.ndarray) -> np.ndarray:
+def _to_little_endian(values: np.ndarray) -> np.ndarray:
     """Convert values from or to little-endian byte order, that of files; the conversion is its own inverse."""
     return values if sys.byteorder == "little" else values.byteswap()
 
@@ -214,16 +313,8 @@ def _format_identity(identity: Any) -> str:
     return text if len(text) <= 64 else f"{text[:48]}… ({hash_identity(hashed)})"
 
 
-def _read_index(folder: StoragePath) -> dict[str, Any]:
-    if not (folder / INDEX).exists():  # checked before the folder, as object stores need not have folders
-        if not folder.exists():
-            raise MissingError(f"there is no folder of latents at {folder}. Encode clips first.")
-        if (folder / PLAN).exists():
-            files = read_document(folder / PLAN).get("files")
-            finished = len(list((folder / "shards").glob("[0-9]*.json"))) if (folder / "shards").exists() else 0
-            raise UserError(f"{folder} is not finished, {finished} of {files} files exist. Continue the encoding.")
-        raise UserError(f"{folder} holds no latents, as it has no {INDEX}. Encode clips first.")
-    index = read_document(folder / INDEX)
-    if not isinstance(index, dict) or index.get("version") != VERSION:
-        raise UserError(f"{folder / INDEX} is not of version {VERSION}. Encode the clips again.")
-    return index
+def _check_finished(folder: StoragePath) -> None:
+    """Raise `UserError` for latents whose encoding is not finished."""
+    if not (folder / MANIFEST).exists() and (folder / PLAN).exists():
+        files, finished = sum(read_document(folder / PLAN)["files"]), len(list_parquet(folder / INDEX_FOLDER))
+        raise UserError(f"{folder} is not finished, {finished} of {files} files exist. Continue the encoding.")

@@ -10,8 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -41,19 +40,20 @@ from dit_video.core import config_json, pixels
 from dit_video.core.errors import DecodeError, UserError, check_at_least
 from dit_video.core.storage import StoragePathLike, to_storage_path
 from dit_video.data.clips import ClipSource
-from dit_video.data.latents.cache import Identity, LatentExample, Skipped, StorageDtype, hash_identity
+from dit_video.data.latents.cache import Identity, LatentExample, LatentSource, Skipped, StorageDtype
 from dit_video.data.latents.online import CanvasEncoder
 from dit_video.data.latents.view_masks import draw_view_masks, make_mask_values, place_masks
 from dit_video.data.latents.views import Augmentations, View, list_views
-from dit_video.data.latents.writer import LatentWriter
+from dit_video.data.latents.writer import LatentWriter, read_encoded
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
+from dit_video.data.tables import compute_row_id
 from dit_video.encoders.autoencoder import compute_autoencoder_identity
 from dit_video.encoders.image import FrozenImageEncoder
 from dit_video.tokens import Field, Grid
 
 EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
-_MAX_CACHED_TEXTS = 64
-"""Number of cached embeddings: views of a clip and clips of a class share captions. One may take 8 MB."""
+_CAPTIONS_PER_FILE = 4096
+"""Number of captions in a file of embeddings alone. One may take 8 MB."""
 
 
 class _EncodedBatch(NamedTuple):
@@ -128,11 +128,14 @@ class EncodingPlan:
     views: tuple[View, ...]
     canvases: tuple[ClipCanvas, ...]
     files: tuple[range, ...]
+    captions: tuple[tuple[str, ...], ...] = ()
+    """Captions whose embeddings each file holds; captions of clips without views have files of their own."""
 
     @property
     def hash(self) -> str:
         """Return a hash that is equal for plans that give equal files."""
-        return hashlib.sha256(repr((self.views, self.canvases, self.files)).encode()).hexdigest()[:16]
+        content = (self.views, self.canvases, self.files, self.captions)
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
     @property
     def num_canvas_sizes(self) -> int:
@@ -149,8 +152,13 @@ class EncodingPlan:
         return sum(len(self.canvases[canvas].slots) for canvas in self.files[file])
 
 
-def plan_encoding(clips: ClipSource, encoding: Encoding) -> EncodingPlan:
+def plan_encoding(clips: ClipSource, encoding: Encoding, destination: StoragePathLike | None = None) -> EncodingPlan:
     """Plan the encoding of clips; every process gets the same plan.
+
+    Args:
+      clips: clips to encode.
+      encoding: encoders and settings.
+      destination: folder of latents; views and captions that it holds are left out.
 
     Raises:
       UserError: no clips, or one without a size within the limits.
@@ -158,19 +166,46 @@ def plan_encoding(clips: ClipSource, encoding: Encoding) -> EncodingPlan:
     clip_views = list_views(clips.infos, encoding.limits, encoding.augmentations)
     if not clip_views:
         raise UserError("there are no clips to encode; ingest at least one")
-    sizes = [view.size for view in clip_views]
-    canvases = pack_canvases(sizes, stride=encoding.autoencoder.stride, pixels=encoding.canvas_pixels)
+    known_views, known_captions = set[int](), set[int]()
+    if destination is not None:
+        known_views, known_captions = (set(ids.tolist()) for ids in read_encoded(to_storage_path(destination)))
+    payloads = clips.column("payload")
+    views = [view for view in clip_views if compute_row_id(view.name, payloads[view.clip]) not in known_views]
+    sizes = [view.size for view in views]
+    canvases = pack_canvases(sizes, stride=encoding.autoencoder.stride, pixels=encoding.canvas_pixels) if sizes else []
     files, first, count = [], 0, 0
     for number, canvas in enumerate(canvases):
         if count and count + len(canvas.slots) > encoding.views_per_file:
             files.append(range(first, number))
             first, count = number, 0
         count += len(canvas.slots)
-    return EncodingPlan(views=tuple(clip_views), canvases=tuple(canvases), files=(*files, range(first, len(canvases))))
+    files += [range(first, len(canvases))] if views else []
+    plan = EncodingPlan(views=tuple(views), canvases=tuple(canvases), files=tuple(files))
+    return plan if encoding.encode_text is None else _plan_captions(plan, clips, known_captions)
 
 
-def compute_latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, Any]:
-    """Return the identity that the denoiser's training asks of the latents: everything that they depend on."""
+def _plan_captions(plan: EncodingPlan, clips: ClipSource, known: set[int]) -> EncodingPlan:
+    """Return the plan with the captions that are not embedded yet: in the file of the first view that has them."""
+    infos, seen = clips.infos, set(known)
+
+    def take_new(captions: Iterable[str]) -> tuple[str, ...]:
+        new = [each for each in dict.fromkeys(captions) if compute_row_id(each) not in seen]
+        seen.update(map(compute_row_id, new))
+        return tuple(new)
+
+    groups = []
+    for number, file in enumerate(plan.files):
+        examples = [plan.views[slot.clip].clip for canvas in file for slot in plan.canvases[canvas].slots]
+        texts = itertools.chain.from_iterable(infos[example].captions for example in examples)
+        groups.append(take_new(itertools.chain(("",) if number == 0 else (), texts)))
+    others = take_new(itertools.chain(("",), *(info.captions for info in infos)))
+    groups += [others[first : first + _CAPTIONS_PER_FILE] for first in range(0, len(others), _CAPTIONS_PER_FILE)]
+    files = (*plan.files, *[range(0)] * (len(groups) - len(plan.files)))
+    return replace(plan, files=files, captions=tuple(groups))
+
+
+def compute_latent_identity(encoding: Encoding) -> dict[str, Any]:
+    """Return the identity that the denoiser's training asks of the latents: all that they depend on except clips."""
     optional = {
         "text": encoding.text_identity,
         "image": encoding.image_identity,
@@ -182,7 +217,6 @@ def compute_latent_identity(encoding: Encoding, clips: ClipSource) -> dict[str, 
         "autoencoder": compute_autoencoder_identity(encoding.autoencoder, encoding.params),
         "limits": config_json.to_json(encoding.limits),
         "augmentations": config_json.to_json(encoding.augmentations),
-        "clips": hash_identity({"infos": [list(info) for info in clips.infos]}),
     }
 
 
@@ -218,24 +252,54 @@ def encode_latents(
     encoder = _Encoder(clips, encoding, plan)
     done = 0
     for number in range(shard, len(plan.files), shards):
-        if (view_count := files.count_examples(number)) is None:
+        if not files.has_file(number):
 
             def counted_examples(number: int = number, before: int = done) -> Iterator[LatentExample | Skipped]:
                 for count, example in enumerate(encoder.examples(plan.files[number]), before + 1):
                     yield example
                     progress(count)
 
-            files.write(number, counted_examples())
-            view_count = plan.count_views(number)
-        done += view_count
+            files.write(number, counted_examples(), encoder.embed(number))
+        done += plan.count_views(number)
         progress(done)
-    return finish_latents(destination, encoding, plan, identity=identity)
+    return finish_latents(destination, clips, encoding, plan, identity=identity)
 
 
-def finish_latents(destination: StoragePathLike, encoding: Encoding, plan: EncodingPlan, *, identity: Identity) -> bool:
-    """Write the index if all files exist; returns True if they do."""
-    files = _make_writer(destination, encoding, plan, identity)
-    return files.finish(empty_text=None if encoding.encode_text is None else encoding.encode_text(""))
+def finish_latents(
+    destination: StoragePathLike, clips: ClipSource, encoding: Encoding, plan: EncodingPlan, *, identity: Identity
+) -> bool:
+    """Write the table if all files exist; returns True if they do."""
+    views = list_views(clips.infos, encoding.limits, encoding.augmentations)
+    captions, payloads = clips.column("captions"), clips.column("payload")
+    current = {compute_row_id(view.name, payloads[view.clip]): captions[view.clip] for view in views}
+    return _make_writer(destination, encoding, plan, identity).finish(captions=current.get)
+
+
+def check_clips(latents: LatentSource, clips: ClipSource, encoding: Encoding) -> None:
+    """Check that latents are those of some clips, with the captions that these have now.
+
+    Raises:
+      UserError: they are of other clips, or captions have changed.
+    """
+    views = list_views(clips.infos, encoding.limits, encoding.augmentations)
+    names, captions, payloads = (clips.column(name) for name in ("name", "captions", "payload"))
+    expected = {
+        compute_row_id(view.name, payloads[view.clip]): (names[view.clip], tuple(captions[view.clip])) for view in views
+    }
+    actual = dict(zip(latents.ids.tolist(), zip(latents.clips, latents.all_captions, strict=True), strict=True))
+    skipped = {each.name for each in latents.skipped}
+    missing = [
+        view.name
+        for view in views
+        if view.name not in skipped and compute_row_id(view.name, payloads[view.clip]) not in actual
+    ]
+    changed = [value[0] for key, value in actual.items() if expected.get(key) != value]
+    if missing or changed:
+        raise UserError(
+            f"{latents.folder} holds latents of other clips or captions ({len(missing)} are missing, {len(changed)} "
+            f"have changed, such as {(missing or changed)[0]}). Encode the clips again into this folder with "
+            "tools/encode_latents.py, which encodes what is new alone."
+        )
 
 
 def _make_writer(folder: StoragePathLike, encoding: Encoding, plan: EncodingPlan, identity: Identity) -> LatentWriter:
@@ -249,8 +313,13 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
         self._clips, self._encoding, self._plan = clips, encoding, plan
         self._sizes = [view.size for view in plan.views]
         self._encode = CanvasEncoder(encoding.autoencoder, encoding.params, canvas_pixels=encoding.canvas_pixels)
-        self._text = None if encoding.encode_text is None else lru_cache(_MAX_CACHED_TEXTS)(encoding.encode_text)
         self._count = {size: len(list(same)) for size, same in itertools.groupby(plan.canvases, lambda one: one.size)}
+
+    def embed(self, file: int) -> Iterator[tuple[str, Float32[np.ndarray, "s e"]]]:
+        """Yield the captions of a file, and their embeddings."""
+        if self._encoding.encode_text is not None:
+            for caption in self._plan.captions[file]:
+                yield caption, self._encoding.encode_text(caption)
 
     def examples(self, canvases: Sequence[int]) -> Iterator[LatentExample | Skipped]:
         if not canvases:
@@ -295,12 +364,14 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
 
     def _decode_view(self, number: int) -> UInt8[np.ndarray, "T H W 3"] | Skipped:
         view = self._plan.views[number]
+        payload = self._clips.infos[view.clip].payload
         try:
             frames = read_fitted_clip(self._clips, view.clip, view.limits, start=view.start).frames
         except DecodeError as error:
-            return Skipped(view.name, str(error))
+            return Skipped(view.name, str(error), payload)
         if frames.shape[:3] != view.size:
-            return Skipped(view.name, f"decoded size {Grid(*frames.shape[:3])} is not {view.size} of the index")
+            size = Grid(*frames.shape[:3])
+            return Skipped(view.name, f"decoded size {size} is not {view.size} of the index", payload)
         return frames[:, :, ::-1] if view.flipped else frames
 
     def _draw_canvases(
@@ -338,11 +409,10 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 region = row, slice(grid.t), slice(rows, rows + grid.h), slice(columns, columns + grid.w)
                 encoded = {kept: latents[region] for kept, latents in prefixes.items()}
                 seen = ClipView(info.name, frames, grid, view.start, view.flipped, encoded)
-                text = () if self._text is None else tuple(self._text(caption) for caption in info.captions)
                 fields = self._compute_fields(seen) | make_mask_values(
                     [latents[region] for latents in cond_latents], [masks[clip] for masks in batch.masks], stride
                 )
-                yield LatentExample(view.name, info.captions, values[region], info.name, text, fields)
+                yield LatentExample(view.name, info.captions, values[region], info.name, (), fields, info.payload)
 
     def _compute_fields(self, view: ClipView) -> dict[str, np.ndarray]:
         encode_image = self._encoding.encode_image

@@ -1,62 +1,89 @@
-"""Writer of cached latents: file by file, by any number of processes, and the index once all files exist."""
+"""Writer of cached latents: part by part, by any number of processes, and the table once all parts exist."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from jaxtyping import Float32
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float32, UInt64
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.storage import StoragePath, is_remote, read_document, write_document
 from dit_video.data.latents.cache import (
     DATASET_NAME,
-    DTYPES,
-    INDEX,
+    KIND,
     PLAN,
+    TEXT_FEATURES,
+    TEXTS,
     VERSION,
     Identity,
     LatentExample,
     Skipped,
     StorageDtype,
     check_identity,
+    encode_values,
     get_record_name,
-    hash_identity,
-    to_little_endian,
+    make_features,
 )
-from dit_video.data.records import shards
+from dit_video.data.records import SPLITS, get_file_name, get_part_name, write_metadata, write_records
+from dit_video.data.tables import (
+    INDEX_FOLDER,
+    MANIFEST,
+    compute_row_id,
+    list_parquet,
+    map_threads,
+    read_parquet,
+    write_column,
+    write_manifest,
+    write_part,
+)
 from dit_video.tokens import Field, Grid
+
+_PLACE = {"offset": pa.int64(), "length": pa.int64(), "crc32": pa.uint32()}
+_SCHEMA = pa.schema(
+    {
+        "id": pa.uint64(),
+        **dict.fromkeys(("name", "clip", "outcome", "reason"), pa.string()),
+        "written_captions": pa.list_(pa.string()),
+        **dict.fromkeys(("latent_frames", "latent_rows", "latent_columns", "channels"), pa.int32()),
+        **_PLACE,
+    }
+)
+_TEXT_SCHEMA = pa.schema({"id": pa.uint64(), "tokens": pa.int32(), "width": pa.int32(), **_PLACE})
+_MAX_SCALE = 127
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentWriter:
-    """A writer of a data set of latents. Any number of processes write its files, in any order, each file once.
+    """A writer of a data set of latents. Any number of processes write its parts, in any order, each part once.
+
+    Once all parts are written, further ones may be added by a writer with another plan.
 
     Raises:
-      UserError: the folder holds something else, or files of another encoding.
+      UserError: the folder holds something else, or unfinished parts of another plan.
     """
 
     folder: StoragePath
     identity: Identity
     """Identity of the autoencoder and of all else that latents depend on; `LatentSource` checks it."""
     num_files: int
+    """Number of the parts that are added."""
     plan_hash: str = ""
-    """Hash of the examples of each file."""
+    """Hash of the examples of each part."""
     dtype: StorageDtype = "bfloat16"
     fields: tuple[Field, ...] = ()
     """Further fields, which every example has."""
 
     def __post_init__(self):
-        expected = {
+        options = {
             "version": VERSION,
             "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
             "dtype": self.dtype,
-            "files": self.num_files,
-            "plan": self.plan_hash,
             "fields": [_describe_field(field) for field in self.fields],
         }
         if not (self.folder / PLAN).exists():
@@ -65,124 +92,198 @@ class LatentWriter:
             if not (self.folder / PLAN).exists():  # another process may have written it in the meantime
                 if others:
                     raise UserError(f"{self.folder} exists and holds no latents. Use a folder that does not exist.")
-                write_document(self.folder / PLAN, expected)
-        written = read_document(self.folder / PLAN)
-        if not isinstance(written, dict) or written.get("version") != VERSION:
-            raise UserError(f"{self.folder / PLAN} is not of version {VERSION}. Encode the clips into another folder.")
+                write_document(self.folder / PLAN, options | {"files": [self.num_files], "plans": [self.plan_hash]})
+        written = _read_plan(self.folder)
         check_identity(self.folder, written["identity"], self.identity)
-        if written != expected:
+        files, plans = written.pop("files"), written.pop("plans")
+        is_same, is_last = written == options, (files[-1], plans[-1]) == (self.num_files, self.plan_hash)
+        if not is_same or (self.num_files and not is_last and not _is_complete(self.folder, sum(files))):
             raise UserError(
-                f"{self.folder} was started with other options ({written['files']} files of {written['dtype']}, plan "
-                f"{written['plan']}; now {self.num_files} of {self.dtype}, plan {self.plan_hash}). Use the same "
-                "options or another folder."
+                f"{self.folder} was started with other options ({files[-1]} files of {written['dtype']}, plan "
+                f"{plans[-1]}; now {self.num_files} of {self.dtype}, plan {self.plan_hash}). Use the same options or "
+                "another folder."
             )
+        if self.num_files and not is_last:
+            files, plans = [*files, self.num_files], [*plans, self.plan_hash]
+            write_document(self.folder / PLAN, options | {"files": files, "plans": plans})
 
-    def count_examples(self, number: int) -> int | None:
-        """Return the number of examples of a finished file, with skipped ones; None if it is not finished."""
-        part = self._get_part_path(number)
-        if not part.exists():
-            return None
-        written = read_document(part)
-        return len(written["examples"]["name"]) + len(written["left_out"])
+    def has_file(self, number: int) -> bool:
+        """Return whether a part is written."""
+        return (self.folder / INDEX_FOLDER / f"{self._get_part(number)}.parquet").exists()
 
-    def write(self, number: int, examples: Iterable[LatentExample | Skipped]) -> None:
-        """Write one file atomically.
+    def write(
+        self,
+        number: int,
+        examples: Iterable[LatentExample | Skipped],
+        texts: Iterable[tuple[str, Float32[np.ndarray, "s e"]]] = (),
+    ) -> None:
+        """Write one part atomically.
+
+        Args:
+          number: number of the part, among those that are added.
+          examples: its examples.
+          texts: captions and their embeddings, in addition to those of the examples.
 
         Raises:
           UserError: latents are empty, not finite, or differ in channels from those before them.
         """
-        columns: dict[str, list] = {name: [] for name in _COLUMNS}
-        skipped: list[Skipped] = []
-        widths = _ExampleShapes(self.fields)
+        part, widths = self._get_part(number), _ExampleShapes(self.fields)
+        rows: list[dict[str, Any]] = []
+        embeddings: dict[str, Float32[np.ndarray, "s e"]] = {}
 
         def records() -> Iterator[dict[str, Any]]:
             for example in examples:
                 if isinstance(example, Skipped):
-                    skipped.append(example)
+                    rows.append(_make_row(example, outcome="unreadable", reason=example.reason))
                     continue
                 captions = _get_captions(example)
                 widths.check(example, captions)
-                columns["name"].append(example.name)
-                columns["clip"].append(example.clip or example.name)
-                columns["captions"].append(list(captions))
-                columns["size"].append(list(example.latents.shape[:3]))
-                columns["text"].append([len(text) for text in example.text])
-                yield {
-                    "latents": self._to_bytes(example.latents),
-                    "shape": np.asarray(example.latents.shape, np.int32),
-                    "text": b"".join(self._to_bytes(text) for text in example.text),
-                    "name": example.name,
-                    "captions": list(captions),
-                    **{
-                        get_record_name(field): self._to_bytes(example.fields[field.name], field.dtype)
-                        for field in self.fields
-                    },
-                }
+                embeddings.update(zip(captions, example.text, strict=bool(example.text)) if example.text else ())
+                size = dict(
+                    zip(("latent_frames", "latent_rows", "latent_columns"), example.latents.shape, strict=False)
+                )
+                fields = {"clip": example.clip or example.name, "written_captions": list(captions)}
+                rows.append(_make_row(example, outcome="kept", channels=widths.channels, **size, **fields))
+                yield self._make_record(example)
 
-        features = _make_features(self.fields)
-        shards.write_file(self.folder, DATASET_NAME, number, self.num_files, features=features, examples=records())
-        part = {
-            "channels": widths.channels,
-            "text_width": widths.text,
-            "examples": columns,
-            "left_out": skipped,
-        }
-        write_document(self._get_part_path(number), part)  # last: its existence marks the file as finished
+        name = get_file_name(DATASET_NAME, part)
+        places = iter(write_records(self.folder / name, make_features(self.fields), records()))
+        rows = [row | next(places)._asdict() if row["outcome"] == "kept" else row for row in rows]
+        for caption, text in texts:
+            widths.check_text(caption, text)
+            embeddings[caption] = text
+        if embeddings:
+            self._write_texts(part, embeddings)
+        # Last, as its existence marks the part as finished.
+        write_part(self.folder, part, pa.Table.from_pylist(rows, schema=_SCHEMA))
 
-    def finish(self, *, empty_text: Float32[np.ndarray, "s e"] | None = None) -> bool:
-        """Write the index once all files exist: every process calls this, and the last one succeeds.
+    def finish(self, *, captions: Callable[[int], Sequence[str] | None] | None = None) -> bool:
+        """Write the table once all parts exist: every process calls this, and the last one succeeds.
 
         Args:
-          empty_text: embedding of the empty caption, if captions are embedded.
+          captions: function from the id of an example to its captions now, or to None if it is no longer used; by
+            default all are used, with the captions with which they were written.
 
         Returns:
           True if the data set is finished.
 
         Raises:
-          UserError: no clip could be encoded, or the files disagree on the number of channels.
+          UserError: no clip could be encoded, or the parts disagree on the number of channels.
         """
-        if (self.folder / INDEX).exists():
-            return True
-        paths = [self._get_part_path(number) for number in range(self.num_files)]
-        if not all(path.exists() for path in paths):
+        count = sum(_read_plan(self.folder)["files"])
+        if not _is_complete(self.folder, count):
             return False
-        parts = [read_document(path) for path in paths]
-        columns = {name: [value for part in parts for value in part["examples"][name]] for name in _COLUMNS}
-        skipped = [one for part in parts for one in part["left_out"]]
-        if not columns["name"]:
-            reason = f": {skipped[0][0]}: {skipped[0][1]}" if skipped else ". Encode at least one clip."
-            raise UserError(f"{self.folder} gets no latents, {len(skipped)} clips could not be read{reason}")
-        channels = {part["channels"] for part in parts} - {0}
-        text_widths = {part["text_width"] for part in parts} - {0}  # 0 where no clip has a caption
-        if len(channels) > 1 or len(text_widths) > 1:
-            raise UserError(
-                f"the files of {self.folder} disagree on channels ({sorted(channels)}) or text width "
-                f"({sorted(text_widths)}). Encode into another folder."
-            )
-        counts = [len(part["examples"]["name"]) for part in parts]
-        shards.remove_partial_files(self.folder)
-        shards.write_metadata(self.folder, DATASET_NAME, {shards.SPLIT: counts}, features=_make_features(self.fields))
-        index = {
-            "version": VERSION,
+        parts = [get_part_name(SPLITS[0], number) for number in range(count)]
+        tables = _read_parts(self.folder, parts)
+        rows = pa.concat_tables(tables)
+        own = rows["written_captions"].to_pylist()
+        texts = own if captions is None else list(map(captions, rows["id"].to_pylist()))
+        is_chosen = [each is not None for each in texts]
+        is_used = pc.and_(pc.equal(rows["outcome"], "kept"), pa.array(is_chosen))
+        if not pc.any(is_used).as_py():
+            skipped = rows.filter(pc.equal(rows["outcome"], "unreadable")).slice(0, 1).to_pylist()
+            reason = f": {skipped[0]['name']}: {skipped[0]['reason']}" if skipped else ". Encode at least one clip."
+            raise UserError(f"{self.folder} gets no latents, {len(rows)} clips could not be read{reason}")
+        channels = self._get_only(rows.filter(is_used)["channels"], "channels")
+        chosen = pa.table({"id": rows["id"], "chosen": is_chosen, "captions": pa.array(texts, pa.list_(pa.string()))})
+        write_column(self.folder, "captions", chosen)
+        counts = [pc.sum(pc.equal(table["outcome"], "kept")).as_py() or 0 for table in tables]
+        write_metadata(self.folder, DATASET_NAME, {SPLITS[0]: counts}, features=make_features(self.fields))
+        settings = {
             "identity": self.identity if isinstance(self.identity, str) else dict(self.identity),
-            "hash": hash_identity(self.identity),
             "dtype": self.dtype,
-            "channels": channels.pop(),
-            "text_width": max(text_widths, default=0),
-            "empty_text": None if empty_text is None else empty_text.tolist(),
+            "channels": channels,
             "fields": [_describe_field(field) for field in self.fields],
-            "examples": columns,
-            "left_out": skipped,
+            "has_texts": self._finish_texts(),
         }
-        write_document(self.folder / INDEX, index)
+        write_manifest(self.folder, KIND, settings, parts)
         return True
 
-    def _get_part_path(self, number: int) -> StoragePath:
-        return self.folder / "shards" / f"{number:05d}.json"
+    def _finish_texts(self) -> bool:
+        parts = list_parquet(self.folder / TEXTS / INDEX_FOLDER)
+        if parts:
+            widths = pa.concat_tables(_read_parts(self.folder / TEXTS, parts, ["width"]))["width"]
+            write_manifest(self.folder / TEXTS, TEXTS, {"width": self._get_only(widths, "text width")}, parts)
+        return bool(parts)
 
-    def _to_bytes(self, values: np.ndarray, dtype: str = "float32") -> bytes:
-        stored = DTYPES[self.dtype] if dtype == "float32" else dtype
-        return to_little_endian(np.ascontiguousarray(values.astype(stored))).tobytes()
+    def _get_only(self, values: pa.ChunkedArray, name: str) -> int:
+        distinct = sorted(pc.unique(values).to_pylist())
+        if len(distinct) > 1:
+            raise UserError(f"the files of {self.folder} disagree on {name} ({distinct}). Encode into another folder.")
+        return distinct[0]
+
+    def _write_texts(self, part: str, embeddings: Mapping[str, Float32[np.ndarray, "s e"]]) -> None:
+        examples = ({"text": encode_values(text, self.dtype), "caption": each} for each, text in embeddings.items())
+        places = write_records(self.folder / TEXTS / get_file_name(TEXTS, part), TEXT_FEATURES, examples)
+        rows = [
+            {"id": compute_row_id(caption), "tokens": len(text), "width": text.shape[1], **place._asdict()}
+            for (caption, text), place in zip(embeddings.items(), places, strict=True)
+        ]
+        write_part(self.folder / TEXTS, part, pa.Table.from_pylist(rows, schema=_TEXT_SCHEMA))
+
+    def _make_record(self, example: LatentExample) -> dict[str, Any]:
+        latents, scale = example.latents, b""
+        if self.dtype == "int8":
+            steps = np.maximum(np.abs(latents).max(axis=(0, 1, 2)) / _MAX_SCALE, np.finfo(np.float32).tiny)
+            # The stored scale is rounded first, so that values are rounded to multiples of what is read.
+            scale = encode_values(steps, "float32")
+            content = np.rint(latents / steps).astype(np.int8).tobytes()
+        else:
+            content = encode_values(latents, self.dtype)
+        return {
+            "latents": content,
+            "scale": scale,
+            "shape": np.asarray(latents.shape, np.int32),
+            "name": example.name,
+            **{
+                get_record_name(field): encode_values(example.fields[field.name], self.dtype, field.dtype)
+                for field in self.fields
+            },
+        }
+
+    def _get_part(self, number: int) -> str:
+        files = _read_plan(self.folder)["files"]
+        return get_part_name(SPLITS[0], sum(files[:-1]) + number)
+
+
+def read_encoded(folder: StoragePath) -> tuple[UInt64[np.ndarray, " n"], UInt64[np.ndarray, " m"]]:
+    """Return the ids of the examples and of the captions that a folder holds, of plans all of whose parts are written.
+
+    Parts of a plan that is not finished do not count, so that the same plan is made again.
+    """
+    if not (folder / PLAN).exists():
+        return np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+    files = _read_plan(folder)["files"]
+    count = sum(files) if _is_complete(folder, sum(files)) else sum(files[:-1])
+    parts = [get_part_name(SPLITS[0], number) for number in range(count)]
+    text_parts = sorted({*parts} & {*list_parquet(folder / TEXTS / INDEX_FOLDER)})
+    return _read_ids(folder, parts), _read_ids(folder / TEXTS, text_parts)
+
+
+def _read_ids(folder: StoragePath, parts: Sequence[str]) -> UInt64[np.ndarray, " n"]:
+    tables = _read_parts(folder, parts, ["id"])
+    return pa.concat_tables(tables)["id"].to_numpy() if tables else np.zeros(0, np.uint64)
+
+
+def _read_parts(folder: StoragePath, parts: Sequence[str], columns: Sequence[str] | None = None) -> list[pa.Table]:
+    return map_threads(lambda part: read_parquet(folder / INDEX_FOLDER / f"{part}.parquet", columns), parts)
+
+
+def _read_plan(folder: StoragePath) -> dict[str, Any]:
+    written = read_document(folder / PLAN)
+    if not isinstance(written, dict) or written.get("version") != VERSION:
+        raise UserError(f"{folder / PLAN} is not of version {VERSION}. Encode the clips into another folder.")
+    return written
+
+
+def _is_complete(folder: StoragePath, count: int) -> bool:
+    return len(list_parquet(folder / INDEX_FOLDER)) == count
+
+
+def _make_row(example: LatentExample | Skipped, **values: Any) -> dict[str, Any]:
+    """Return a row of the index; numbers that it does not have are 0."""
+    numbers = dict.fromkeys((field.name for field in _SCHEMA if pa.types.is_integer(field.type)), 0)
+    return numbers | {"id": compute_row_id(example.name, example.payload), "name": example.name, "reason": ""} | values
 
 
 def write_latents(
@@ -212,7 +313,7 @@ def write_latents(
         raise UserError(f"{destination} is an address. Write it with `LatentWriter`, or use a folder on this machine.")
     destination = Path(destination)
     is_used = destination.is_file() or (destination.is_dir() and any(destination.iterdir()))
-    if is_used and not (destination / INDEX).is_file():
+    if is_used and not (destination / MANIFEST).is_file():
         raise UserError(f"{destination} exists and holds no latents. Use a folder that does not exist.")
 
     def counted() -> Iterator[LatentExample]:
@@ -229,22 +330,8 @@ def write_latents(
         writer.finish()
 
 
-_COLUMNS = ("name", "clip", "captions", "size", "text")
-
-
 def _describe_field(field: Field) -> dict[str, Any]:
     return vars(field) | {"shape": list(field.shape)}
-
-
-def _make_features(fields: Sequence[Field]) -> dict[str, Any]:
-    return {
-        "latents": shards.make_bytes_feature(),
-        "shape": tfds.features.Tensor(shape=(4,), dtype=np.int32),
-        "text": shards.make_bytes_feature(),
-        "name": tfds.features.Text(),
-        "captions": tfds.features.Sequence(tfds.features.Text()),
-        **{get_record_name(field): shards.make_bytes_feature() for field in fields},
-    }
 
 
 def _get_captions(example: LatentExample) -> tuple[str, ...]:
@@ -276,10 +363,14 @@ class _ExampleShapes:
         if example.text and len(example.text) != len(captions):
             raise UserError(f"{name} has {len(captions)} captions and {len(example.text)} embeddings. Give as many.")
         for text in example.text:
-            expected = self.text or text.shape[-1]
-            if text.ndim != 2 or 0 in text.shape or text.shape[-1] != expected or not np.isfinite(text).all():
-                raise UserError(f"{name} has an embedding of shape {list(text.shape)}; use finite [s {expected}]")
-            self.text = expected
+            self.check_text(name, text)
+
+    def check_text(self, name: str, text: np.ndarray) -> None:
+        """Raise `UserError` for an embedding of another width, or with values that are not finite."""
+        expected = self.text or text.shape[-1]
+        if text.ndim != 2 or 0 in text.shape or text.shape[-1] != expected or not np.isfinite(text).all():
+            raise UserError(f"{name} has an embedding of shape {list(text.shape)}; use finite [s {expected}]")
+        self.text = expected
 
     def _check_fields(self, example: LatentExample) -> None:
         """Raise `UserError` for an example that lacks a field, or has one of another shape or with other values."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from dit_video.core.storage import StoragePath
 from dit_video.data.latents import offline
-from dit_video.data.latents.cache import INDEX, LatentSource
+from dit_video.data.latents.cache import LatentSource
+from dit_video.data.tables import MANIFEST
 from dit_video.encoders.image import IDENTITY_FILE, open_image_encoder
 from dit_video.experiment import datasets, input_pipeline
 from dit_video.experiment.autoencoder import read_autoencoder
@@ -24,7 +25,7 @@ class CacheLatents(DenoiserStage):
         return TrainAutoencoder(experiment=self.experiment).list_outputs(runtime)
 
     def list_outputs(self, runtime: Runtime) -> tuple[StoragePath, ...]:
-        return (self._get_destination(runtime) / INDEX,)
+        return (self._get_destination(runtime) / MANIFEST,)
 
     def is_done(self, runtime: Runtime) -> bool:
         return self.is_trained(runtime) or super().is_done(runtime)
@@ -33,7 +34,7 @@ class CacheLatents(DenoiserStage):
         runtime = runtime.for_stage(self.experiment)
         encoding, clips = self.make_encoding(runtime), runtime.training_clips
         destination = self._get_destination(runtime)
-        identity, plan = offline.compute_latent_identity(encoding, clips), offline.plan_encoding(clips, encoding)
+        identity, plan = offline.compute_latent_identity(encoding), offline.plan_encoding(clips, encoding, destination)
         with Progress("encoding latents", len(plan.views), unit="clip") as progress:
             finished = offline.encode_latents(
                 destination,
@@ -47,7 +48,7 @@ class CacheLatents(DenoiserStage):
             )
         while not finished:  # other processes are still writing their files
             time.sleep(1)
-            finished = offline.finish_latents(destination, encoding, plan, identity=identity)
+            finished = offline.finish_latents(destination, clips, encoding, plan, identity=identity)
 
     def open(self, runtime: Runtime) -> LatentSource:
         """Return the cached latents.
@@ -56,10 +57,11 @@ class CacheLatents(DenoiserStage):
           UserError: they are of other clips or of another autoencoder.
         """
         runtime = runtime.for_stage(self.experiment)
-        identity = offline.compute_latent_identity(self.make_encoding(runtime), runtime.training_clips)
-        source = LatentSource(self._get_destination(runtime), identity=identity)
+        encoding = self.make_encoding(runtime)
+        source = LatentSource(self._get_destination(runtime), identity=offline.compute_latent_identity(encoding))
+        offline.check_clips(source, runtime.training_clips, encoding)
         if source.skipped:
-            name, reason = source.skipped[0]
+            name, reason, _ = source.skipped[0]
             count = len(source.skipped)
             print_on_first_process(f"{count} clips could not be encoded and are skipped, such as {name}: {reason}")
         return source
