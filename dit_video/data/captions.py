@@ -4,13 +4,15 @@ A plan needs the lengths of all captions, but a row only reads the few captions 
 captions would not fit into memory.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 
 from dit_video.core.errors import UserError
+from dit_video.core.shared_array import SharesArrays
 from dit_video.data.latents.cache import LatentSource
 from dit_video.text import CaptionTokens
 
@@ -18,6 +20,36 @@ Tokenize = Callable[[str], Int32[np.ndarray, " s"]]
 EmbedMany = Callable[[Sequence[str]], list[Float32[np.ndarray, "s E"]]]
 _EMBED_BATCH = 64
 """Number of captions that are embedded per call of the encoder."""
+
+
+class CaptionLengths(SharesArrays):
+    """The number of tokens of every caption of every example: `lengths[example][caption]`.
+
+    Args:
+      values: number of tokens of every caption, example after example.
+      counts: number of captions of every example, at least one.
+    """
+
+    def __init__(self, values: Int[np.ndarray, " c"], counts: Int[np.ndarray, " n"]):
+        self.values, self.counts = values.astype(np.int32), counts.astype(np.int32)
+        self.starts: Int[np.ndarray, " n"] = np.cumsum(counts) - counts
+        """Number of the first caption of every example, among those of all examples."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __getitem__(self, example: int) -> Int32[np.ndarray, " k"]:
+        return self.values[self.starts[example] :][: self.counts[example]]
+
+    @property
+    def longest(self) -> Int32[np.ndarray, " n"]:
+        """Return the number of tokens of the longest caption of every example."""
+        return np.maximum.reduceat(self.values, self.starts) if len(self) else self.values
+
+    @property
+    def hash_bytes(self) -> bytes:
+        """Return the bytes that identify these lengths."""
+        return self.values.astype("<i4").tobytes() + self.counts.astype("<i4").tobytes()
 
 
 @runtime_checkable
@@ -29,7 +61,7 @@ class CaptionSource(Protocol):
         """Return the width of embeddings; 0 for token ids."""
 
     @property
-    def lengths(self) -> Sequence[tuple[int, ...]]:
+    def lengths(self) -> CaptionLengths:
         """Return the number of tokens of every caption of every example."""
 
     @property
@@ -47,8 +79,8 @@ class CaptionSource(Protocol):
         """
 
 
-class TokenizedCaptions:
-    """Captions as token ids, all of which are kept in memory.
+class TokenizedCaptions(SharesArrays):
+    """Captions as token ids, all of which are kept in memory, in one array.
 
     Args:
       captions: captions of every example.
@@ -59,20 +91,23 @@ class TokenizedCaptions:
     width = 0
 
     def __init__(self, captions: Sequence[tuple[str, ...]], tokenize: Tokenize):
-        distinct = get_distinct_captions(captions)
-        tokens = {caption: np.asarray(tokenize(caption), np.int32).reshape(-1) for caption in distinct}
-        self.empty = tokens[""]
-        self._tokens = [tuple(tokens[caption] for caption in group or ("",)) for group in captions]
-        self.lengths = [tuple(map(len, texts)) for texts in self._tokens]
+        distinct, self._numbers, counts = number_captions(captions)
+        tokens = [np.asarray(tokenize(caption), np.int32).reshape(-1) for caption in distinct]
+        lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
+        self._tokens, self._ends = np.concatenate(tokens), np.cumsum(lengths)
+        self.empty = tokens[0]
+        self.lengths = CaptionLengths(lengths[self._numbers], counts)
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
-        """Yield the tokens of every example."""
-        for texts in self._tokens:
-            yield b"".join(values.astype("<i4").tobytes() + b"|" for values in texts)
+        """Yield the tokens of every different caption, and the captions of every example."""
+        yield self._tokens.astype("<i4").tobytes()
+        yield self._numbers.astype("<i4").tobytes()
+        yield self.lengths.hash_bytes
 
     def read(self, example: int, caption: int) -> Int32[np.ndarray, " s"]:
         """Return one caption of an example."""
-        return self._tokens[example][caption]
+        end = self._ends[self._numbers[self.lengths.starts[example] + caption]]
+        return self._tokens[end - self.lengths[example][caption] : end]
 
 
 class CachedCaptions:
@@ -88,13 +123,16 @@ class CachedCaptions:
             raise UserError(f"{source.folder} holds no embeddings of captions; {fix}")
         self.empty, self._source = source.empty_text, source
         self.width: int = self.empty.shape[1]
-        self.lengths = [lengths or (len(self.empty),) for lengths in source.text_lengths]
+        groups = [lengths or (len(self.empty),) for lengths in source.text_lengths]
+        values = np.fromiter(itertools.chain.from_iterable(groups), np.int32)
+        self.lengths = CaptionLengths(values, np.fromiter(map(len, groups), np.int32, len(groups)))
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the encoder, the captions and the lengths of the embeddings."""
         identity = self._source.identity
         yield repr(identity if isinstance(identity, str) else identity.get("text")).encode()
-        yield repr((self._source.all_captions, self.lengths)).encode()
+        yield from _iter_caption_bytes(self._source.all_captions)
+        yield self.lengths.hash_bytes
 
     def read(self, example: int, caption: int) -> Float32[np.ndarray, "s E"]:
         """Return one caption of an example.
@@ -108,15 +146,16 @@ class CachedCaptions:
 class EmbeddedCaptions:
     """Captions that are embedded when they are read, for clips without cached latents.
 
-    The constructor embeds all captions once, for their lengths, so `embed` should cache its results on disk. Captions
-    are only read in the process that created the object: in others only the lengths are known, as `embed` need not be
-    picklable.
+    The lengths of all captions are known from the tokenizer. Captions are only read in the process that created the
+    object: in others only the lengths are known, as `embed` need not be picklable.
 
     Args:
       captions: captions of every example.
       embed: function from captions to their embeddings.
       identity: identity of the encoder.
-      progress: called with the number of distinct captions that are embedded.
+      count_tokens: function from a caption to the length of its embedding; None embeds each caption for its length, so
+        that `embed` should cache its results on disk.
+      progress: called with the number of distinct captions whose lengths are known.
     """
 
     def __init__(
@@ -125,21 +164,25 @@ class EmbeddedCaptions:
         embed: EmbedMany,
         *,
         identity: str,
+        count_tokens: Callable[[str], int] | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ):
         self._captions, self._embed, self._identity = captions, embed, identity
         (self.empty,) = embed([""])
         self.width: int = self.empty.shape[1]
-        distinct, lengths = get_distinct_captions(captions), dict[str, int]()
+        distinct, numbers, counts = number_captions(captions)
+        lengths = list[int]()
         for first in range(0, len(distinct), _EMBED_BATCH):
             batch = distinct[first : first + _EMBED_BATCH]
-            lengths |= zip(batch, map(len, embed(batch)), strict=True)
+            lengths += map(len, embed(batch)) if count_tokens is None else map(count_tokens, batch)
             progress(len(lengths))
-        self.lengths = [tuple(lengths[caption] for caption in group or ("",)) for group in captions]
+        self.lengths = CaptionLengths(np.asarray(lengths)[numbers], counts)
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the encoder, the captions and the lengths of the embeddings."""
-        yield repr((self._identity, self._captions, self.lengths)).encode()
+        yield self._identity.encode()
+        yield from _iter_caption_bytes(self._captions)
+        yield self.lengths.hash_bytes
 
     def read(self, example: int, caption: int) -> Float32[np.ndarray, "s E"]:
         """Return one caption of an example."""
@@ -147,9 +190,28 @@ class EmbeddedCaptions:
         return self._embed([group[caption]])[0] if group else self.empty
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_embed": None}
+        return {**self.__dict__, "_embed": None, "_captions": ()}
 
 
 def get_distinct_captions(captions: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """Return the empty caption, and each other caption once."""
-    return tuple(dict.fromkeys(("", *(caption for group in captions for caption in group))))
+    return tuple(dict.fromkeys(("", *itertools.chain.from_iterable(captions))))
+
+
+def number_captions(
+    captions: Sequence[tuple[str, ...]],
+) -> tuple[tuple[str, ...], Int32[np.ndarray, " c"], Int32[np.ndarray, " n"]]:
+    """Return the different captions, the number of every caption among them, and the number of captions of an example.
+
+    An example without captions has one, the empty caption, whose number is 0.
+    """
+    distinct = get_distinct_captions(captions)
+    numbers, groups = {caption: number for number, caption in enumerate(distinct)}, (each or ("",) for each in captions)
+    values = np.fromiter((numbers[caption] for group in groups for caption in group), np.int32)
+    return distinct, values, np.fromiter((len(group) or 1 for group in captions), np.int32, len(captions))
+
+
+def _iter_caption_bytes(captions: Sequence[tuple[str, ...]]) -> Iterator[bytes]:
+    distinct, numbers, _ = number_captions(captions)
+    yield "\0".join(distinct).encode("utf-8", "surrogatepass")
+    yield numbers.astype("<i4").tobytes()

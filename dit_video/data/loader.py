@@ -8,13 +8,14 @@ iterator state has an entry per worker, and does not survive a change of their n
 import abc
 import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import absl.flags
 import grain
+import numpy as np
+from jaxtyping import Float
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.captions import CaptionSource
@@ -33,7 +34,7 @@ from dit_video.data.packing.rows import (
     RowLayout,
     compute_token_grids,
 )
-from dit_video.data.sizes import SizeLimits, fit_size
+from dit_video.data.sizes import SizeLimits, find_distinct_grids, fit_sizes, map_grids
 from dit_video.tokens import Grid, LayoutShape, PackedBatch, compute_token_grid, stack_rows
 
 CACHE_BYTES = 1 << 30
@@ -150,7 +151,8 @@ class PackedBatches(DenoiserBatches):
         if stream.sampler is not None:
             shares = stream.sampler.compute_shares(stream.get_epoch(0).order)
             sources = dict(zip(("examples", "tokens"), (share.round(5).tolist() for share in shares), strict=True))
-        grids = Counter(map(str, layout.grids))
+        distinct, _, kinds = find_distinct_grids(layout.grids)
+        counts = dict(zip(map(str, distinct), np.bincount(kinds).tolist(), strict=True))
         cost = Cost() if stream.balance is None else stream.balance.cost
         fits = batch % devices == 0 and stream.rows_per_epoch >= batch
         return {
@@ -163,7 +165,7 @@ class PackedBatches(DenoiserBatches):
             "cost": str(cost),
             "devices": devices,
             "imbalance": asdict(stream.measure_imbalance(batch=batch, devices=devices)) if fits else None,
-            "sizes": dict(grids.most_common()),
+            "sizes": dict(sorted(counts.items(), key=lambda item: -item[1])),
         }
 
 
@@ -174,7 +176,7 @@ def load_packed_batches(
     patch: Grid,
     shape: LayoutShape,
     config: LoaderConfig,
-    token_dt: Sequence[float] | None = None,
+    token_dt: Float[np.ndarray, " n"] | None = None,
     mask_mix: MaskMix | None = None,
 ) -> PackedBatches:
     """Return batches of rows from cached latents, read ahead.
@@ -215,7 +217,7 @@ def load_encoded_batches(
     patch: Grid,
     shape: LayoutShape,
     config: LoaderConfig,
-    token_dt: Sequence[float] | None = None,
+    token_dt: Float[np.ndarray, " n"] | None = None,
     mask_mix: MaskMix | None = None,
 ) -> PackedBatches:
     """Return batches of rows from video files: decoded by threads or workers, encoded in a thread of this process.
@@ -236,11 +238,11 @@ def load_encoded_batches(
     Raises:
       UserError: a clip has no size within the limits, or is larger than a row.
     """
-    sizes = [fit_size(info, limits) for info in source.infos]
-    grids = [compute_token_grid(latent_grid(size), patch) for size in sizes]
+    sizes = fit_sizes(source, limits)
+    grids = map_grids(lambda size: compute_token_grid(latent_grid(size), patch), sizes)
     names = [info.name for info in source.infos]
     layout = RowLayout(grids, captions, shape=shape, names=names, token_dt=token_dt, **config.row_options)
-    row_bytes = shape.tokens * max(3 * size.volume / grid.volume for size, grid in zip(sizes, grids, strict=True))
+    row_bytes = shape.tokens * float((3 * sizes.prod(axis=1, dtype=np.int64) / layout.stream.tokens).max())
     decoded = _RowDecoder(ClipRows(source, layout, limits, seed=config.seed), config, row_bytes)
 
     encode_rows = RowEncoder(encode, layout, patch, channels, mask_mix)

@@ -1,8 +1,13 @@
 """Training sizes of clips, from their native sizes: never cropped in space, never enlarged."""
 
 import functools
+import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float64, Int, Int32, Int64
 
 from dit_video.core.errors import DecodeError, UserError, check_at_least
 from dit_video.data.clips import ClipInfo, ClipSource
@@ -68,6 +73,61 @@ def fit_size(info: ClipInfo, limits: SizeLimits) -> Grid:
     assert frame is not None  # as there is no reason against it
     t = limits.multiple.t
     return Grid(1 + (min(count_sampled_frames(info, limits), limits.max_frames) - 1) // t * t, *frame)
+
+
+def fit_sizes(source: ClipSource, limits: SizeLimits, *, allow_misfits: bool = False) -> Int32[np.ndarray, "N 3"]:
+    """Return the training sizes of all clips, as `fit_size` does: a data set has few sizes of frames, fitted once each.
+
+    Args:
+      source: the clips.
+      limits: limits of the sizes.
+      allow_misfits: True to return zeros for a clip that has no training size.
+
+    Raises:
+      UserError: a clip has no training size.
+    """
+    frames, t = np.minimum(count_all_sampled_frames(source, limits), limits.max_frames), limits.multiple.t
+    native = np.stack([np.ones_like(frames), source.column("height"), source.column("width")], axis=-1).astype(np.int64)
+    sizes = map_grids(lambda size: Grid(1, *(_fit_frame(size.h, size.w, limits) or (0, 0))), native)
+    if not allow_misfits and (misfits := np.flatnonzero(sizes[:, 1] == 0)).size:
+        fit_size(source.infos[int(misfits[0])], limits)  # raises the error that names the clip
+    sizes[:, 0] = np.where(sizes[:, 1] > 0, 1 + (frames - 1) // t * t, 0)
+    return sizes
+
+
+def compute_all_sampled_fps(source: ClipSource, limits: SizeLimits) -> Float64[np.ndarray, " N"]:
+    """Return the frame rate at which each clip is sampled, see `get_sampled_fps`."""
+    return np.minimum(source.column("fps"), np.inf if limits.fps is None else limits.fps, dtype=np.float64)
+
+
+def count_all_sampled_frames(source: ClipSource, limits: SizeLimits) -> Int64[np.ndarray, " N"]:
+    """Return the number of frames of each clip at its sampled rate, see `count_sampled_frames`."""
+    seconds, fps = source.column("seconds").astype(np.float64), compute_all_sampled_fps(source, limits)
+    return 1 + np.floor((seconds + TOLERANCE) * fps + 1e-6).astype(np.int64)
+
+
+def find_distinct_grids(
+    grids: Int[np.ndarray, "n 3"],
+) -> tuple[list[Grid], Int[np.ndarray, " k"], Int[np.ndarray, " n"]]:
+    """Return the distinct sizes in ascending order, the first index of each, and the number of each row's size."""
+    bits = [int(length).bit_length() for length in grids.max(axis=0, initial=0)]
+    t, h, w = grids.astype(np.int64).T  # one number a row, which is sorted many times faster than rows are
+    _, first, inverse = np.unique((t << bits[1] | h) << bits[2] | w, return_index=True, return_inverse=True)
+    return [Grid(*row) for row in grids[first].tolist()], first, inverse
+
+
+def map_grids(function: Callable[[Grid], Grid], grids: Int[np.ndarray, "n 3"]) -> Int32[np.ndarray, "n 3"]:
+    """Return the function's value for each row, after one call for each distinct row."""
+    distinct, _, inverse = find_distinct_grids(grids)
+    return np.asarray([function(grid) for grid in distinct], np.int32).reshape(-1, 3)[inverse]
+
+
+def hash_clips(source: ClipSource) -> str:
+    """Return a hash of the clips' names, sizes, rates and lengths: of all that their decoded frames depend on."""
+    content = hashlib.sha256("\0".join(info.name for info in source.infos).encode("utf-8", "surrogatepass"))
+    for name in ("height", "width", "frames", "fps", "seconds"):
+        content.update(source.column(name).astype("<f8").tobytes())
+    return content.hexdigest()
 
 
 def explain_misfit(info: ClipInfo, limits: SizeLimits) -> str:

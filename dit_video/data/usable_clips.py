@@ -4,13 +4,17 @@ The selection is a function of the index of the clips and of the requirements al
 run that is continued, excludes the same clips; no later step sees them.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Bool
+
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.sizes import SizeLimits, explain_misfit, fit_size
+from dit_video.data.sizes import SizeLimits, explain_misfit, find_distinct_grids, fit_size, fit_sizes
 from dit_video.text import Tokenizer
 from dit_video.tokens import Grid
 
@@ -45,6 +49,29 @@ class ClipRequirements:
             return self._explain_size(info) or self._explain_captions(info)
         except UserError as error:  # a size that does not divide into cells, or a caption that is no class
             return f"no place in a row: {error}"
+
+    def find_misfits(self, clips: ClipSource) -> Bool[np.ndarray, " n"]:
+        """Return which clips do not meet the requirements: a size and a caption are looked at once, however common."""
+        is_misfit = np.zeros(len(clips), bool)
+        for limits in self.limits:
+            distinct, _, kinds = find_distinct_grids(fit_sizes(clips, limits, allow_misfits=True))
+            is_misfit |= ~np.asarray([size.t > 0 and self._has_room(size) for size in distinct], bool)[kinds]
+        if self.tokenize is not None:
+            has_room = functools.cache(self._has_text_room)
+            is_misfit |= [not all(map(has_room, info.captions)) for info in clips.infos]
+        return is_misfit
+
+    def _has_room(self, size: Grid) -> bool:
+        try:
+            return self.has_room is None or self.has_room(size)
+        except UserError:
+            return False
+
+    def _has_text_room(self, caption: str) -> bool:
+        try:
+            return self.tokenize is None or len(self.tokenize(caption)) <= self.max_text
+        except UserError:
+            return False
 
     def _explain_size(self, info: ClipInfo) -> str:
         for limits in self.limits:
@@ -98,6 +125,6 @@ class UsableClips(NamedTuple):
 
 def select_usable(clips: ClipSource, requirements: ClipRequirements) -> UsableClips:
     """Return the clips that meet the requirements, in the same order, and the others with the reasons."""
-    reasons = ((info.name, requirements.explain(info)) for info in clips.infos)
-    excluded = tuple(ExcludedClip(name, reason) for name, reason in reasons if reason)
+    misfits = (clips.infos[number] for number in np.flatnonzero(requirements.find_misfits(clips)).tolist())
+    excluded = tuple(ExcludedClip(info.name, requirements.explain(info)) for info in misfits)
     return UsableClips(clips.exclude([name for name, _ in excluded]) if excluded else clips, excluded)

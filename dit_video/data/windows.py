@@ -4,7 +4,6 @@ Windows are uint8, as they are decoded, so that no pixel can be NaN or out of ra
 logged by its name, and replaced by another one.
 """
 
-import contextlib
 import hashlib
 import os
 import threading
@@ -13,14 +12,14 @@ from dataclasses import dataclass
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError, check_at_least
 from dit_video.data.augmentation import Augmentation, augment_window, composite
 from dit_video.data.clips import ClipSource
 from dit_video.data.packing.rows import ENDLESS_LENGTH, log_damaged_clip
-from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
+from dit_video.data.sizes import SizeLimits, count_all_sampled_frames, fit_sizes, hash_clips, read_fitted_clip
 from dit_video.tokens import Grid
 
 CACHE_BYTES = 2 << 30
@@ -65,24 +64,22 @@ class ClipCrops:
 
     def __init__(self, source: ClipSource, limits: SizeLimits, *, cache_bytes: int = CACHE_BYTES):
         self.source, self.limits, self._free_bytes = source, limits, cache_bytes
-        self.sizes: dict[int, Grid] = {}
-        """Training size of every clip that has one, by the clip's number."""
-        for index, info in enumerate(source.infos):
-            with contextlib.suppress(UserError):
-                self.sizes[index] = fit_size(info, limits)
+        self.sizes = fit_sizes(source, limits, allow_misfits=True)
+        """Training size of every clip; zeros for one that has none."""
+        self._frame_counts = count_all_sampled_frames(source, limits)
         self._cache: dict[tuple[int, int], np.ndarray] = {}
         self._lock = threading.Lock()
 
     def count_crops(self, clip: int) -> int:
         """Return the number of crops of a clip, of which the last may overlap the one before it."""
-        return -(-count_sampled_frames(self.source.infos[clip], self.limits) // self.sizes[clip].t)
+        return int(-(-self._frame_counts[clip] // self.sizes[clip, 0]))
 
     def read_crop(self, clip: int, crop: int) -> UInt8[np.ndarray, "T H W 3"]:
         """Return the frames of one crop."""
         frames = self._cache.get((clip, crop))
         if frames is None:
-            length = self.sizes[clip].t
-            start = min(crop * length, count_sampled_frames(self.source.infos[clip], self.limits) - length)
+            length = int(self.sizes[clip, 0])
+            start = min(crop * length, int(self._frame_counts[clip]) - length)
             frames = read_fitted_clip(self.source, clip, self.limits, start=start).frames
             with self._lock:
                 if frames.nbytes <= self._free_bytes and (clip, crop) not in self._cache:
@@ -113,20 +110,17 @@ class Windows:
             raise UserError(f"batch={config.batch} is invalid: it does not divide among hosts={hosts}. Use a multiple.")
         self._host_batch, self._host = config.batch // hosts, host
         self._crops, self._config, self._seed = crops, config, seed
-        self.clips: tuple[int, ...] = tuple(
-            index
-            for index, size in crops.sizes.items()
-            if all(length >= window for length, window in zip(size, config.size, strict=True))
-        )
+        fits = (crops.sizes >= config.size).all(axis=1)
+        self.clips: Int[np.ndarray, " n"] = np.flatnonzero(fits)
         """Numbers of the clips that are used."""
-        infos, used = crops.source.infos, set(self.clips)
-        self.excluded_clips = tuple(info.name for index, info in enumerate(infos) if index not in used)
+        infos = crops.source.infos
+        self.excluded_clips = tuple(infos[index].name for index in np.flatnonzero(~fits).tolist())
         """Names of the clips that are smaller or shorter than a window at training size."""
-        if not self.clips:
-            sizes = crops.sizes.values()
-            largest = f"the largest is {max(sizes)}" if sizes else "all are smaller than one multiple"
+        if not len(self.clips):
+            largest = Grid(*max(crops.sizes.tolist(), default=(0, 0, 0)))
+            described = f"the largest is {largest}" if largest.t else "all are smaller than one multiple"
             raise UserError(
-                f"none of the {len(infos)} clips has a window of {config.size} at its training size ({largest}). "
+                f"none of the {len(infos)} clips has a window of {config.size} at its training size ({described}). "
                 "Use a smaller window, or raise max_pixels or max_frames."
             )
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
@@ -141,7 +135,7 @@ class Windows:
         augment = self._config.augment
         if augment is None or not augment.composite_prob or generator.random() >= augment.composite_prob:
             return window
-        others = [self.clips[index] for index in generator.integers(len(self.clips), size=_MAX_ATTEMPTS)]
+        others = self.clips[generator.integers(len(self.clips), size=_MAX_ATTEMPTS)].tolist()
         return composite(window, self._cut_window(others, generator), generator)
 
     def _cut_window(self, clips: Sequence[int], generator: np.random.Generator) -> UInt8[np.ndarray, "T H W 3"]:
@@ -169,7 +163,7 @@ class Windows:
         if order[0] != epoch:
             order = (epoch, rng.make_generator(self._seed, "window order", epoch).permutation(len(self.clips)))
             self._order = order
-        return self.clips[order[1][index]]
+        return int(self.clips[order[1][index]])
 
 
 class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
@@ -201,7 +195,7 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
     ):
         shares = {"host": host, "hosts": hosts}
         self.windows = tuple(Windows(crops, config, seed=seed + n, **shares) for n, config in enumerate(configs))
-        content = (crops.source.infos, crops.limits, tuple(configs), seed)
+        content = (hash_clips(crops.source), crops.limits, tuple(configs), seed)
         self.hash: str = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
         """Hash of the clips and the configuration: with the step, the whole state of the data."""
         steps, windows, shapes = grain.MapDataset.range(start_step, ENDLESS_LENGTH), self.windows, len(configs)

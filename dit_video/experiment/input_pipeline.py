@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from dit_video.autoencoders import latent_grid
 from dit_video.core.errors import UserError
@@ -28,7 +29,7 @@ from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import Encode
-from dit_video.data.sizes import fit_size, get_sampled_fps
+from dit_video.data.sizes import compute_all_sampled_fps, find_distinct_grids, fit_sizes
 from dit_video.data.windows import DECODE_THREADS
 from dit_video.distributed import RowPart, check_denoiser, count_row_shards
 from dit_video.encoders.image import FrozenImageEncoder
@@ -62,14 +63,23 @@ def make_cached_batches(
     return feed
 
 
-def _compute_token_dt(experiment: Experiment, clips: ClipSource, names: Sequence[str]) -> list[float] | None:
-    """Return the seconds between tokens along time in the clips of these names; None if positions count tokens."""
+def _compute_token_dt(
+    experiment: Experiment, clips: ClipSource, names: Sequence[str] | None = None
+) -> Float[np.ndarray, " n"] | None:
+    """Return the seconds between tokens along time in the clips of these names, or in all; None if positions count."""
     backbone = experiment.denoiser.backbone
     if backbone.time_coordinate == "tokens":
         return None
-    frames = experiment.autoencoder.model.stride.t * backbone.patch.t
-    rates = {info.name: get_sampled_fps(info, experiment.limits) for info in clips.infos}
-    return [frames / rates[name] for name in names]
+    intervals = (
+        experiment.autoencoder.model.stride.t * backbone.patch.t / compute_all_sampled_fps(clips, experiment.limits)
+    )
+    return intervals if names is None else intervals[_find_numbers(clips, names)]
+
+
+def _find_numbers(clips: ClipSource, names: Sequence[str]) -> list[int]:
+    """Return the number of the clip of each name."""
+    numbers = {info.name: number for number, info in enumerate(clips.infos)}
+    return [numbers[name] for name in names]
 
 
 def make_online_batches(
@@ -99,7 +109,7 @@ def make_online_batches(
             "limits": experiment.limits,
             "patch": config.backbone.patch,
             "config": reading,
-            "token_dt": _compute_token_dt(experiment, clips, [info.name for info in clips.infos]),
+            "token_dt": _compute_token_dt(experiment, clips),
         }
         if buckets is None:
             mask_mix = make_mask_mix(experiment)
@@ -132,8 +142,9 @@ def make_online_encoder(
         buckets = make_buckets(experiment, mesh, clips).buckets
         sizes = [bucket.size for bucket in buckets for _ in range(bucket.batch // hosts)]
         return OnlineEncoder(model, autoencoder_params, sizes)
-    sizes = [fit_size(info, experiment.limits) for info in clips.infos]
-    tokens = sum(compute_token_grid(latent_grid(size, model.stride), config.backbone.patch).volume for size in sizes)
+    distinct, _, kinds = find_distinct_grids(fit_sizes(clips, experiment.limits))
+    grids = [compute_token_grid(latent_grid(size, model.stride), config.backbone.patch) for size in distinct]
+    tokens, sizes = sum(grids[kind].volume for kind in kinds.tolist()), [distinct[kind] for kind in kinds.tolist()]
     steps = tokens / (config.row_shape.tokens * config.batch / hosts)
     return OnlineEncoder(model, autoencoder_params, sizes, calls=max(1, _BATCHES_PER_STEP * steps))
 
@@ -177,7 +188,7 @@ def make_buckets(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> Bucke
         return compute_token_grid(latent_grid(size, model.stride), config.backbone.patch).volume
 
     return plan_buckets(
-        np.asarray([fit_size(info, limits) for info in clips.infos]),
+        fit_sizes(clips, limits),
         config.buckets.memory,
         budget=config.buckets.budget,
         count=config.buckets.count,
@@ -215,13 +226,11 @@ def make_mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[flo
     Returns:
       None where an epoch has each example once.
     """
-    views: dict[str, list[int]] = {}
-    for example, clip in enumerate(latents.clips):
-        views.setdefault(clip, []).append(example)
-    if not weights and len(views) == len(latents):
+    names = set(latents.clips)
+    if not weights and len(names) == len(latents):
         return None
-    clips = clips.select(views)
-    variants = tuple(tuple(views[info.name]) for info in clips.infos)
+    clips = clips.select(names)
+    variants = np.asarray(_find_numbers(clips, latents.clips), np.int64)
     return Mixture(sizes=clips.dataset_sizes, weights=tuple(weights) or None, variants=variants)
 
 

@@ -1,13 +1,19 @@
 """Facts about the sound of a video file."""
 
 import contextlib
+import io
+import itertools
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import av
 from av.audio.frame import AudioFrame
+from av.audio.stream import AudioStream
 
-from dit_video.video.packets import PacketReader, get_time_base
+from dit_video.video.packets import PacketReader, Track, get_time_base
+
+AAC_RATE = 48_000
+"""Samples per second of sound that is encoded."""
 
 
 class AudioInfo(NamedTuple):
@@ -55,3 +61,28 @@ def probe_audio(source: str | Path | bytes) -> AudioInfo | None:
         offset = (sound[0].pts or 0) * (sound[0].time_base or base) - origin
         seconds = float((stream.duration or 0) * base)
         return AudioInfo(context.name, context.sample_rate, context.layout.nb_channels, float(offset), seconds)
+
+
+def encode_aac(track: Track) -> bytes:
+    """Return an mp4 with the sound of a track from its origin on, in mono or stereo.
+
+    For sound that mp4 and mov cannot hold, such as Windows Media's.
+    """
+    buffer, context = io.BytesIO(), cast(AudioStream, track.stream).codec_context
+    layout = "mono" if context.layout.nb_channels == 1 else "stereo"
+    resampler = av.AudioResampler("fltp", layout, AAC_RATE)
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as output:
+        stream = output.add_stream("aac", rate=AAC_RATE)
+        stream.codec_context.layout = layout
+        packets = [*(timed.packet for timed in track.packets), None]
+        decoded = (frame for packet in packets for frame in context.decode(packet))
+        for frame in itertools.chain(decoded, [None]):
+            if frame is not None:
+                if frame.pts is None or frame.pts < track.origin:
+                    continue
+                frame.pts -= track.origin
+            for resampled in resampler.resample(frame):
+                output.mux(stream.encode(resampled))
+        output.mux(stream.encode(None))
+    context.flush_buffers()
+    return buffer.getvalue()

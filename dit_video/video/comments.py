@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import av
-
 from dit_video.core.errors import DecodeError, MissingError
+from dit_video.video.reader import Video
 
 KEY = "comment"
 """Name of the comment in containers and in PNG chunks."""
@@ -56,7 +55,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise MissingError(f"no such file: {path}")
     try:
         text = _read_comment(path)
-    except (av.FFmpegError, struct.error) as error:
+    except struct.error as error:
         raise DecodeError(f"{path} is no video or image ({error})") from error
     try:
         document = json.loads(text)
@@ -71,9 +70,8 @@ def _read_comment(path: Path) -> str:
         return _find_png_comment(content)
     if content.startswith(b"GIF"):
         return _find_gif_comment(content)
-    with av.open(str(path)) as container:
-        tags = {name.lower(): value for name, value in container.metadata.items()}
-        return tags.get(KEY, "")
+    with Video(path) as video:
+        return {name.lower(): text for name, text in video.metadata.items()}.get(KEY, "")
 
 
 def _find_png_comment(content: bytes) -> str:

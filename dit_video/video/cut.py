@@ -7,6 +7,7 @@ span is encoded again.
 
 import bisect
 import collections
+import io
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,8 @@ from av.audio.stream import AudioStream
 from av.video.stream import VideoStream
 
 from dit_video.core.errors import DecodeError
-from dit_video.video.audio import AudioInfo, probe_audio
-from dit_video.video.packets import SUFFIXES, PacketReader, TimedPacket, Track, get_time_base, write_packets
+from dit_video.video.audio import AudioInfo, encode_aac, probe_audio
+from dit_video.video.packets import PacketReader, TimedPacket, Track, get_time_base, write_packets
 from dit_video.video.reader import Video
 from dit_video.video.transcode import SPAN_TOLERANCE, transcode
 
@@ -84,8 +85,8 @@ def cut_clips(
     """Yield the spans of a file, each as a file that decodes to exactly its frames, the first at time 0, and its sound.
 
     The source is read once. Memory holds the packets of one span and of the group of pictures before it. Sound is
-    always copied, in whole packets, with its offset to the pictures. Rotation, pixel aspect ratio, colours, HDR,
-    interlacing and varying times are copied, too.
+    copied, in whole packets, with its offset to the pictures; what mp4 and mov cannot hold becomes AAC. Rotation, pixel
+    aspect ratio, colours, HDR, interlacing and varying times are copied, too.
 
     Args:
       source: a file, or its bytes.
@@ -131,21 +132,19 @@ def split_span(times: Sequence[float], max_seconds: float | int) -> tuple[tuple[
         frame is shown as long as the one before.
       max_seconds: maximum duration; a single frame that is longer is a window of its own.
     """
-    if len(times) < 2:
-        return ((0, len(times)),) if times else ()
-    end = times[-1] + (times[-1] - times[-2])
-    for count in range(max(1, math.ceil((end - times[0]) / max_seconds - SPAN_TOLERANCE)), len(times) + 1):
-        targets = [times[0] + (end - times[0]) * k / count for k in range(1, count)]
-        stops = [bisect.bisect_left(times, target - SPAN_TOLERANCE) for target in targets]
-        bounds = sorted({0, *stops, len(times)})
-        windows = tuple(itertools.pairwise(bounds))
-        ends = [*(times[stop] for stop in bounds[1:-1]), end]
-        if all(
-            stop - first == 1 or until - times[first] <= max_seconds + SPAN_TOLERANCE
-            for (first, stop), until in zip(windows, ends, strict=True)
-        ):
-            break
-    return windows
+    if not times:
+        return ()
+    ends = [*times[1:], times[-1] + (times[-1] - times[-2] if len(times) > 1 else 0.0)]
+    seconds = ends[-1] - times[0]
+    count = max(1, math.ceil(seconds / max_seconds - SPAN_TOLERANCE))
+    while True:
+        targets = [times[0] + seconds * number / count - SPAN_TOLERANCE for number in range(1, count)]
+        bounds = sorted({0, *(bisect.bisect_left(times, target) for target in targets), len(times)} - {len(times)})
+        windows = tuple(zip(bounds, [*bounds[1:], len(times)], strict=True))
+        longest = max((ends[stop - 1] - times[first] for first, stop in windows if stop > first + 1), default=0.0)
+        if longest <= max_seconds + SPAN_TOLERANCE:
+            return windows
+        count += 1
 
 
 def _select_packets(
@@ -229,12 +228,12 @@ class _PacketBuffer:
         """Return the packets of a span: of its pictures, and of its sound."""
         first, last = span.first - SPAN_TOLERANCE, span.last + SPAN_TOLERANCE
         key, base = self._find_key(span.first), get_time_base(self._video_stream)
-        shown = [entry for entry in self._video[key:] if first <= entry.time <= last]
+        visible = [entry for entry in self._video[key:] if first <= entry.time <= last]
         video = audio = None
         begin = span.first + float(self._origin * base)
-        if key is not None and shown and self._has_times:
-            start, end = (bound(entry.timed.pts for entry in shown) for bound in (min, max))
-            count = self._video[key:].index(shown[-1]) + 1
+        if key is not None and visible and self._has_times:
+            start, end = (bound(entry.timed.pts for entry in visible) for bound in (min, max))
+            count = self._video[key:].index(visible[-1]) + 1
             video = Track(self._video_stream, [entry.timed for entry in self._video[key : key + count]], start, end)
             begin = float(start * base)
         stop = self._find_stop(span)
@@ -253,24 +252,35 @@ class _PacketBuffer:
 
     def _find_stop(self, span: TimeSpan) -> float:
         """Return the time until which the last frame of a span is shown."""
-        shown = (entry.stop - entry.time for entry in self._video if abs(entry.time - span.last) <= SPAN_TOLERANCE)
-        return span.last + (next(shown, 0.0) or self._spacing)
+        visible = (entry.stop - entry.time for entry in self._video if abs(entry.time - span.last) <= SPAN_TOLERANCE)
+        return span.last + (next(visible, 0.0) or self._spacing)
 
 
 def _copy_span(video: Track, audio: Track | None) -> tuple[bytes, str] | None:
     """Return a file of these packets, and its suffix; None if no container shows exactly these frames."""
     assert video.last is not None
-    shown = sorted(timed.pts for timed in video.packets if video.origin <= timed.pts <= video.last)
+    visible = sorted(timed.pts for timed in video.packets if video.origin <= timed.pts <= video.last)
     keys = [timed.pts for timed in video.packets if timed.packet.is_keyframe and timed.pts > video.origin]
     # All packets from the first key frame on are there, so that only the frames before the second one may be wrong.
-    decoded = bisect.bisect_right(shown, min(keys, default=video.last))
+    decoded = bisect.bisect_right(visible, min(keys, default=video.last))
     base = float(get_time_base(video.stream))
-    times = [(pts - video.origin) * base for pts in shown]
-    for format in SUFFIXES:
-        written = write_packets([track for track in (video, audio) if track is not None], [format])
-        if written is not None and _has_frames(written[0], times, decoded):
-            return written
-    return None
+    times = [(pts - video.origin) * base for pts in visible]
+    written = _write(video, audio)
+    return written if written is not None and _has_frames(written[0], times, decoded) else None
+
+
+def _write(video: Track, audio: Track | None) -> tuple[bytes, str] | None:
+    written = write_packets([video] if audio is None else [video, audio])
+    if written is None and audio is not None:
+        with av.open(io.BytesIO(encode_aac(audio)), "r") as sound:
+            stream = sound.streams.audio[0]
+            packets = [
+                TimedPacket(packet, packet.pts, packet.duration or 0)
+                for packet in sound.demux(stream)
+                if packet.pts is not None
+            ]
+            written = write_packets([video, Track(stream, packets, 0)])
+    return written
 
 
 def _has_frames(content: bytes, times: Sequence[float], decoded: int) -> bool:
@@ -278,29 +288,28 @@ def _has_frames(content: bytes, times: Sequence[float], decoded: int) -> bool:
     try:
         with PacketReader(content) as reader:
             packets = reader.read_packets(reader.video_stream)
-            shown = sorted((packet.pts or 0) * float(packet.time_base) for packet in packets if not packet.is_discard)
+            visible = sorted((packet.pts or 0) * float(packet.time_base) for packet in packets if not packet.is_discard)
             size = reader.video_stream.width, reader.video_stream.height
         with Video(content) as video:
             frames = [(timed.time, timed.frame) for timed in itertools.islice(video.read_frames(), decoded)]
     except DecodeError:
         return False
     return (
-        len(shown) == len(times)
-        and np.allclose(shown, times, rtol=0, atol=SPAN_TOLERANCE)
+        len(visible) == len(times)
+        and np.allclose(visible, times, rtol=0, atol=SPAN_TOLERANCE)
         and np.allclose([time for time, _ in frames], times[:decoded], rtol=0, atol=SPAN_TOLERANCE)
         and all((frame.width, frame.height) == size for _, frame in frames)
     )
 
 
 def _add_sound(pictures: bytes, audio: Track | None) -> tuple[bytes, str]:
-    """Return an mp4 with sound, and its suffix: another container if mp4 cannot hold the sound."""
-    if audio is None:
-        return pictures, ".mp4"
+    """Return an mp4 or mov of H.264 with sound, and its suffix."""
     with PacketReader(pictures) as reader:
         stream = reader.video_stream
         packets = [TimedPacket(packet, packet.pts or 0, packet.duration or 0) for packet in reader.read_packets(stream)]
-        written = write_packets([Track(stream, packets, 0), audio], list(SUFFIXES))
-    return (pictures, ".mp4") if written is None else written
+        written = _write(Track(stream, packets, 0), audio)
+    assert written is not None  # both hold H.264 and AAC
+    return written
 
 
 _SUFFIXES = {"mov": ".mp4", "matroska": ".mkv", "mpegts": ".ts", "jpeg": ".jpg", "image2": ".jpg"}

@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, cast
 
 import av
 from av.audio.stream import AudioStream
@@ -13,8 +13,6 @@ from av.video.stream import VideoStream
 
 from dit_video.video.reader import Video, wrap_decode_errors
 
-SUFFIXES = {"mp4": ".mp4", "mov": ".mov", "matroska": ".mkv"}
-"""Suffixes of the containers that `write_packets` can write. The first two hide packets by an edit list."""
 _MOVIE_TIMESCALE = 360_000
 """Units per second of edit lists; FFmpeg's default of 1,000 is too coarse for the time of a frame."""
 
@@ -42,7 +40,7 @@ class Track(NamedTuple):
 class PacketReader(Video):
     """An open file whose packets are read: of its video, and of its main stream of sound."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PacketReader":
         return self
 
     @property
@@ -81,41 +79,37 @@ class PacketReader(Video):
             yield from (packet for packet in self._container.demux(selected) if packet.size)
 
 
-def write_packets(tracks: Sequence[Track], formats: Sequence[str]) -> tuple[bytes, str] | None:
-    """Return the bytes and the suffix of a file of packets, in the first format that can hold them, or None.
+def write_packets(tracks: Sequence[Track]) -> tuple[bytes, str] | None:
+    """Return the bytes of an mp4 or mov of packets, and its suffix, or None if neither can hold them.
 
     The same packets give the same bytes.
 
     Args:
-      tracks: streams and their packets, which are not empty.
-      formats: keys of `SUFFIXES`. Matroska leaves out sound before time 0, and cannot hide pictures.
+      tracks: streams and their packets, which are not empty; pictures first.
     """
-    for format in formats:
+    for format in ("mp4", "mov"):
         with contextlib.suppress(ValueError, av.FFmpegError):  # no place for a codec, or for its header
-            return _write_file(tracks, format), SUFFIXES[format]
+            return _write_file(tracks, format), f".{format}"
     return None
 
 
 def _write_file(tracks: Sequence[Track], format: str) -> bytes:
     buffer, queue = io.BytesIO(), []
-    options = {"fflags": "+bitexact"}
-    if format != "matroska":
-        options["movie_timescale"] = str(_MOVIE_TIMESCALE)
+    options = {"fflags": "+bitexact", "movie_timescale": str(_MOVIE_TIMESCALE)}
     with av.open(buffer, "w", format=format, options=options) as output:
         for track in tracks:
             stream, base = output.add_stream_from_template(track.stream, opaque=True), get_time_base(track.stream)
             if isinstance(track.stream, VideoStream) and track.stream.sample_aspect_ratio:
                 cast(VideoStream, stream).codec_context.sample_aspect_ratio = track.stream.sample_aspect_ratio
             for timed, dts in zip(track.packets, _make_decoding_times(track.packets), strict=True):
-                if format != "matroska" or track.stream.type == "video" or timed.pts >= track.origin:
-                    queue.append((float((dts - track.origin) * base), timed, dts, track, stream))
+                queue.append((float((dts - track.origin) * base), timed, dts, track, stream))
         for _, timed, dts, track, stream in sorted(queue, key=lambda entry: entry[0]):
             packet = timed.packet
             packet.stream, packet.time_base, packet.duration = stream, get_time_base(track.stream), timed.duration
             packet.pts, packet.dts = timed.pts - track.origin, dts - track.origin
             output.mux(packet)
     last = next((timed for timed in tracks[0].packets if timed.pts == tracks[0].last), None)
-    if last is None or format == "matroska":
+    if last is None:
         return buffer.getvalue()
     return _end_edit(
         buffer.getbuffer(), (last.pts + last.duration - tracks[0].origin) * get_time_base(tracks[0].stream)

@@ -3,26 +3,34 @@
 import contextlib
 import io
 import itertools
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, Protocol, cast
 
 import av
 from av.container import Flags
 from av.stream import Discard, Disposition
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.video.heif import find_heif_kind, read_heif
 from dit_video.video.mp4_header import check_mp4_header
 
-MAX_PIXELS = 1 << 28
+MAX_PIXELS = int(os.environ.get("DIT_VIDEO_MAX_PIXELS", 1 << 26))
 """Maximum pixels of a frame, stored or displayed: a damaged header may claim any size, and memory for it."""
+_CONTAINERS = (
+    "mov,matroska,avi,mpeg,mpegvideo,mpegts,h264,hevc,ogg,asf,flv,gif,apng,mjpeg,"
+    "png_pipe,jpeg_pipe,webp,webp_pipe,bmp_pipe,tiff_pipe"
+)
+"""ffmpeg's names of the formats that are opened, those of `data.ingest.formats`. ffmpeg would choose one of 400 by a
+file's content: playlists open other files, and texts and music are drawn."""
 MAX_FRAME_SECONDS = 3600.0
 """Maximum seconds between timestamps: greater ones are damaged, and would be sampled without end."""
 TOLERANCE = 1e-3
 """Seconds by which a frame may be late: containers round timestamps to as much as a millisecond."""
-IMAGE_CODECS = {"png", "mjpeg", "bmp", "tiff", "jpeg2000", "webp"}
-"""Codecs of images: a file with one frame in one of these has an fps of 1."""
+IMAGE_CODECS = {"png", "mjpeg", "bmp", "tiff", "jpeg2000", "webp", "avif", "heic"}
+"""Codecs and formats of images: a file with one frame in one of these has an fps of 1."""
 
 _SEEK_MARGIN = 1.0
 """Seconds before the target at which a seek aims, as the index of some containers is coarse."""
@@ -42,6 +50,16 @@ class TimedFrame(NamedTuple):
     duration: float
     """Duration in seconds; 0 if the file does not say it."""
     frame: av.VideoFrame
+
+
+class FileGuard(Protocol):
+    """Limits of a process on the memory and the time that one file takes."""
+
+    def limit_opening(self, length: int) -> None:
+        """Set the limits for opening a file of so many bytes."""
+
+    def limit_reading(self, length: int, pixels: int, total_pixels: int) -> None:
+        """Set the limits for decoding it, by the pixels of a frame and of all frames that its header claims."""
 
 
 @contextlib.contextmanager
@@ -64,6 +82,9 @@ class Video(contextlib.AbstractContextManager["Video"]):
       MissingError: no such file.
       DecodeError: not a readable video or image.
     """
+
+    guard: ClassVar[FileGuard | None] = None
+    """Limits of this process, set where files are hostile; None permits everything."""
 
     def __init__(self, source: str | Path | bytes):
         source = Path(source) if isinstance(source, str) else source
@@ -96,14 +117,44 @@ class Video(contextlib.AbstractContextManager["Video"]):
         source = self._source
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
         self._resources.callback(file.close)
+        self._head = file.read(12)
+        self._length = file.seek(0, 2)
+        if self.guard is not None:
+            self.guard.limit_opening(self._length)
         check_mp4_header(file, self.name)
-        # Without the whitelist a playlist in place of a video could open further files, or network addresses.
-        options = {"protocol_whitelist": "none", "max_pixels": str(MAX_PIXELS)}
-        container = av.open(file, "r", options=options, buffer_size=_BUFFER_BYTES, metadata_errors="replace")
+        # A playlist in place of a video could otherwise open further files, or network addresses.
+        options = {
+            "protocol_whitelist": "none",
+            "format_whitelist": _CONTAINERS,
+            "max_pixels": str(MAX_PIXELS),
+        }
+        try:
+            container = av.open(file, "r", options=options, buffer_size=_BUFFER_BYTES, metadata_errors="replace")
+        except av.ArgumentError as error:  # ffmpeg's error for a format that is not on the list
+            raise DecodeError(
+                f"{self.name} is not a readable video or image: it is damaged, or has no readable video stream in a "
+                "format that is opened (mp4, mov, mkv, webm, avi …); convert it to H.264 in mp4"
+            ) from error
         self._resources.callback(container.close)
+        self._check_index(container)
         # ffmpeg generates wrong timestamps for reordered frames without them (H.264 in AVI).
         container.flags &= ~cast(int, Flags.gen_pts.value)
         return container
+
+    def _check_index(self, container: av.container.InputContainer) -> None:
+        """Raise `DecodeError` if a track's table claims more packets than the file has bytes for.
+
+        A few bytes of header can claim any number of them, and ffmpeg keeps an entry of 24 bytes for each. If there is
+        a limit of memory, it makes no entry instead, and says nothing.
+        """
+        for stream in container.streams:
+            entries = len(stream.index_entries)
+            is_given_up = self.guard is not None and "mov" in container.format.name and stream.frames and not entries
+            if entries > self._length or is_given_up:
+                raise DecodeError(
+                    f"{self.name} claims {entries or stream.frames} packets in a track, which its {self._length} bytes "
+                    "cannot hold; remove it or replace it"
+                )
 
     def _read_header(self, container: av.container.InputContainer) -> None:
         streams = [
@@ -114,9 +165,18 @@ class Video(contextlib.AbstractContextManager["Video"]):
         ]
         if not streams:
             raise DecodeError(f"{self.name} has no readable video stream; remove it or convert it to H.264")
-        stream = streams[0]
+        best = container.streams.best("video")
+        stream = next((stream for stream in streams if stream is best), streams[0])
         context = stream.codec_context
-        self.codec: str = context.name
+        self.metadata: dict[str, str] = dict(container.metadata)
+        """Tags of the file."""
+        heif_kind = find_heif_kind(self._head)
+        self.codec: str = heif_kind or context.name
+        self._picture = None
+        if heif_kind and len(streams) > 1:
+            source = self._source
+            content = source if isinstance(source, bytes) else source.read_bytes()
+            self._picture = read_heif(content, self.name, MAX_PIXELS)
         if stream.metadata.get("alpha_mode") == "1" and self.codec in _ALPHA_DECODERS:
             context = cast(av.VideoCodecContext, av.CodecContext.create(_ALPHA_DECODERS[self.codec], "r"))
         context.thread_count = 1
@@ -134,6 +194,9 @@ class Video(contextlib.AbstractContextManager["Video"]):
         rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
         candidates = rates if self._start_time is not None else rates[1:]
         self._rate = next((float(rate) for rate in candidates if rate), 25.0)
+        if self.guard is not None:
+            pixels, seconds = context.width * context.height, (container.duration or 0) / av.time_base
+            self.guard.limit_reading(self._length, pixels, int(pixels * max(1.0, seconds * self._rate)))
 
     @property
     def claimed_seconds(self) -> float:
@@ -152,7 +215,8 @@ class Video(contextlib.AbstractContextManager["Video"]):
         Raises:
           DecodeError: the file is damaged; says where.
         """
-        frames, origin = self._seek(start) if start > _SEEK_MARGIN else (self._decode_frames(), None)
+        seeks = start > _SEEK_MARGIN and self._picture is None
+        frames, origin = self._seek(start) if seeks else (self._decode_frames(), None)
         spacing, previous = 1 / self._rate, None
         for frame in frames:
             base = frame.time_base or Fraction(1, 1000)
@@ -211,6 +275,9 @@ class Video(contextlib.AbstractContextManager["Video"]):
         return None if first is None else first.pts
 
     def _decode_frames(self) -> Iterator[av.VideoFrame]:
+        if self._picture is not None:
+            yield self._picture
+            return
         packets, more = self._container.demux(self._stream), True
         while more:
             with wrap_decode_errors(self.name, self._error_location):

@@ -14,12 +14,13 @@ from dit_video.core.resize import resize
 from dit_video.video.encode import ACCURATE_FLAGS
 from dit_video.video.filters import make_filter_graph
 from dit_video.video.hdr import TRANSFERS, map_to_sdr
+from dit_video.video.icc import convert_to_srgb
 from dit_video.video.reader import MAX_PIXELS, wrap_decode_errors
 
 RESIZE_FLAGS = ACCURATE_FLAGS & ~Interpolation.BICUBIC | Interpolation.BILINEAR
 """Flags of swscale's triangle filter, which is widened when downsampling like that of `core.resize`."""
 
-_BT709, _BT601 = 1, 6
+_UNKNOWN, _BT709, _BT601 = (0, 2), 1, 6
 _COLORSPACES = {
     _BT709: Colorspace.ITU709,
     4: Colorspace.FCC,
@@ -29,8 +30,11 @@ _COLORSPACES = {
     9: Colorspace.BT2020,
 }
 """Colour spaces by ISO/IEC 23091-2's number for matrix coefficients."""
-_UNSUPPORTED = {8: "YCgCo", 10: "constant-luminance BT.2020", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"}
-"""Matrix coefficients that ffmpeg's scaler does not support either."""
+_UNSUPPORTED = {
+    **{8: "YCgCo", 10: "constant-luminance BT.2020", 11: "ST 2085", 12: "derived", 13: "derived", 14: "ICtCp"},
+    **{15: "IPT-C2", 16: "YCgCo-Re", 17: "YCgCo-Ro"},
+}
+"""Names of matrix coefficients that ffmpeg's scaler does not support either."""
 _UNNAMED_SIDE_DATA = sorted(set(range(64)) - {kind.value for kind in Type})
 """Numbers of side data that PyAV has no name for."""
 
@@ -48,12 +52,7 @@ def read_orientation(frame: av.VideoFrame) -> Orientation:
 
     The display matrix of ISO/IEC 14496-12 maps a stored point (x, y) to (a x + c y, b x + d y), in 16.16 fixed point.
     """
-    try:
-        matrix = _read_display_matrix(frame)
-    except ValueError:  # PyAV reads no side data of a frame with an unknown kind of it: EXIF, view id, LCEVC …
-        graph = make_filter_graph(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in _UNNAMED_SIDE_DATA))
-        graph.vpush(frame)
-        matrix = _read_display_matrix(graph.vpull())
+    matrix = _read_side_data(frame, Type.DISPLAYMATRIX)
     if matrix is None:
         return Orientation(False, False, False)
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5]
@@ -61,9 +60,14 @@ def read_orientation(frame: av.VideoFrame) -> Orientation:
     return Orientation(transposed, bool((b if transposed else d) < 0), bool((c if transposed else a) < 0))
 
 
-def _read_display_matrix(frame: av.VideoFrame) -> SideData | None:
-    # PyAV's stub gives the attribute another type, with a single key.
-    return cast(SideDataContainer, frame.side_data).get(Type.DISPLAYMATRIX)
+def _read_side_data(frame: av.VideoFrame, kind: Type) -> SideData | None:
+    try:
+        # PyAV's stub gives the attribute another type, with a single key.
+        return cast(SideDataContainer, frame.side_data).get(kind)
+    except ValueError:  # PyAV reads no side data of a frame with an unknown kind of it: EXIF, view id, LCEVC …
+        graph = make_filter_graph(frame, *(("sidedata", f"mode=delete:type={kind}") for kind in _UNNAMED_SIDE_DATA))
+        graph.vpush(frame)
+        return cast(SideDataContainer, graph.vpull().side_data).get(kind)
 
 
 def get_transfer(frame: av.VideoFrame) -> str:
@@ -124,6 +128,9 @@ class RgbConverter:
             display_size = _compute_display_size(frame, self._aspect, transposed, self._name)
             height, width = self._size or display_size
             picture = self._convert_stored(frame, *((width, height) if transposed else (height, width)))
+            profile = _read_side_data(frame, Type.ICC_PROFILE) if get_transfer(frame) == "sdr" else None
+            if profile is not None:
+                picture = convert_to_srgb(picture, bytes(profile))
         if transposed:
             picture = picture.swapaxes(0, 1)
         return np.ascontiguousarray(picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
@@ -168,10 +175,10 @@ class RgbConverter:
         space = int(frame.colorspace)
         if frame.format.is_rgb or frame.format.has_palette:
             return None
-        if space in _UNSUPPORTED:
+        if space not in _COLORSPACES and space not in _UNKNOWN:
+            matrix = _UNSUPPORTED.get(space, f"the unknown matrix {space}")
             raise DecodeError(
-                f"{self._name} has colours in {_UNSUPPORTED[space]}, which ffmpeg can't convert; "
-                "convert the file to BT.709"
+                f"{self._name} has colours in {matrix}, which ffmpeg can't convert; convert the file to BT.709"
             )
         if space not in _COLORSPACES and get_transfer(frame) != "sdr":
             return Colorspace.BT2020

@@ -52,8 +52,8 @@ def transcode(
         start = next(frames, None)
         if start is None:
             raise UserError(f"{video.name} has no frame from {first:g} s to {last:g} s; use times of its frames")
-        shown = compute_display_size(start.frame, video.sample_aspect, video.name)
-        size = (height or shown[0] // 2 * 2, width or shown[1] // 2 * 2)
+        visible = compute_display_size(start.frame, video.sample_aspect, video.name)
+        size = (height or visible[0] // 2 * 2, width or visible[1] // 2 * 2)
         convert = RgbConverter(video.name, video.sample_aspect, size)
         frames = itertools.chain([start], frames)
         scheduled: Iterator[_ScheduledFrame]

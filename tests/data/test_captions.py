@@ -87,7 +87,34 @@ def test_each_different_caption_is_embedded_once_for_its_length(embedder):
     assert done == [4]
     # Worker processes get the lengths alone: an encoder on a device can't go there.
     copy = pickle.loads(pickle.dumps(EmbeddedCaptions(CAPTIONS, lambda many: embedder.embed_many(many), identity="t")))
-    assert copy.lengths == texts.lengths
+    np.testing.assert_array_equal(copy.lengths.values, texts.lengths.values)
+
+
+def test_a_tokenizer_knows_the_lengths_without_the_encoder(embedder):
+    by_encoder = EmbeddedCaptions(CAPTIONS, embedder.embed_many, identity="t")
+    embedder.texts.clear()
+    count = lambda caption: len(caption.split()) + 1  # noqa: E731
+    texts = EmbeddedCaptions(CAPTIONS, embedder.embed_many, identity="t", count_tokens=count)
+    assert embedder.texts == [""]
+    np.testing.assert_array_equal(texts.lengths.values, by_encoder.lengths.values)
+    assert b"".join(texts.iter_hash_bytes()) == b"".join(by_encoder.iter_hash_bytes())
+
+
+def test_lengths_are_those_of_every_example(embedder):
+    lengths = TokenizedCaptions(CAPTIONS, tokenize).lengths
+    expected = [[len(tokenize(caption)) for caption in captions or ("",)] for captions in CAPTIONS]
+    assert [lengths[example].tolist() for example in range(len(lengths))] == expected
+    assert lengths.longest.tolist() == list(map(max, expected))
+
+
+def test_pickled_captions_are_small_and_read_the_same():
+    captions = [(f"caption {number}",) * (number % 3) for number in range(5000)]
+    texts = TokenizedCaptions(captions, tokenize)
+    content = pickle.dumps(texts)
+    assert len(content) < 5000
+    copy = pickle.loads(content)
+    for example in (0, 1, 4999):
+        np.testing.assert_array_equal(copy.read(example, 0), tokenize((*captions[example], "")[0]))
 
 
 def load_rows(source, texts, **reading):

@@ -309,7 +309,7 @@ def test_coordinates_along_time_are_in_seconds(source, clips):
 
     With a lead, all tokens but the first begin earlier.
     """
-    [cached] = take(source, 1, token_dt=[0.25 + example for example in range(50)])
+    [cached] = take(source, 1, token_dt=0.25 + np.arange(50))
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     for row in range(4):
         both = [unpack(values[row], cached.segments[row]) for values in (cached.tokens, cached.positions)]
@@ -319,9 +319,9 @@ def test_coordinates_along_time_are_in_seconds(source, clips):
             np.testing.assert_array_equal(
                 coordinates, compute_positions(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0))
             )
-    [live] = encoded(clips, 1, token_dt=[0.5] * len(clips))
+    [live] = encoded(clips, 1, token_dt=np.full(len(clips), 0.5))
     assert set(live.positions[..., 0].flat) == {0.0, 0.5}
-    [led] = encoded(clips, 1, token_dt=[0.5] * len(clips), token_lead=0.75)
+    [led] = encoded(clips, 1, token_dt=np.full(len(clips), 0.5), token_lead=0.75)
     assert set(led.positions[..., 0].flat) == {0.0, 0.125}
     counted = load_packed_batches(
         source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
@@ -332,7 +332,7 @@ def test_coordinates_along_time_are_in_seconds(source, clips):
         patch=PATCH,
         shape=SHAPE,
         config=LoaderConfig(batch=4, seed=0),
-        token_dt=[0.5] * 50,
+        token_dt=np.full(50, 0.5),
     )
     assert counted.hash != timed.hash
     counted.close()

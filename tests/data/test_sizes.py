@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, get_sampled_fps, read_fitted_clip
+from dit_video.data.sizes import (
+    SizeLimits,
+    compute_all_sampled_fps,
+    count_all_sampled_frames,
+    count_sampled_frames,
+    explain_misfit,
+    find_distinct_grids,
+    fit_size,
+    fit_sizes,
+    get_sampled_fps,
+    hash_clips,
+    map_grids,
+    read_fitted_clip,
+)
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -73,6 +86,52 @@ def test_fitted_sizes_never_exceed_the_limits(height, width, frames, max_pixels,
     assert abs(size.w - size.h * ratio) <= 8 or abs(size.h - size.w / ratio) <= 8
     # The largest: with both sides a multiple longer, it breaks a limit.
     assert (size.h + 16) * (size.w + 16) > max_pixels or size.h + 16 > height or size.w + 16 > width
+
+
+class MetadataSource(ClipSource):
+    """Clips of which only the metadata is known."""
+
+    def __init__(self, infos):
+        self.infos = tuple(infos)
+
+    def column(self, name):
+        return np.asarray([getattr(one, name) for one in self.infos])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(8, 99), st.integers(8, 999)), min_size=1, max_size=20),
+    fps=st.sampled_from([None, 8.0, 60.0]),
+)
+def test_sizes_of_all_clips_are_those_of_each(sizes, fps):
+    infos, limit = [info(*size, fps=24.0) for size in sizes], limits(40 * 40, 33, fps=fps)
+    source = MetadataSource(infos)
+    expected = [(0, 0, 0) if explain_misfit(one, limit) else fit_size(one, limit) for one in infos]
+    assert fit_sizes(source, limit, allow_misfits=True).tolist() == list(map(list, expected))
+    assert count_all_sampled_frames(source, limit).tolist() == [count_sampled_frames(one, limit) for one in infos]
+    assert compute_all_sampled_fps(source, limit).tolist() == [get_sampled_fps(one, limit) for one in infos]
+    if (0, 0, 0) in expected:
+        with pytest.raises(UserError, match=r"a\.mp4 has .* pixels"):
+            fit_sizes(source, limit)
+
+
+def test_distinct_sizes_are_found_in_order():
+    grids = np.random.default_rng(0).integers(1, 4, (200, 3))
+    distinct, first, kinds = find_distinct_grids(grids)
+    assert distinct == sorted(set(map(tuple, grids.tolist())))
+    np.testing.assert_array_equal(np.asarray(distinct)[kinds], grids)
+    assert [grids.tolist().index(list(grid)) for grid in distinct] == first.tolist()
+    calls = []
+    mapped = map_grids(lambda grid: calls.append(grid) or Grid(*(2 * side for side in grid)), grids)
+    np.testing.assert_array_equal(mapped, 2 * grids)
+    assert calls == distinct
+
+
+def test_the_hash_of_clips_depends_on_what_frames_depend_on():
+    one = info()
+    others = [one._replace(name="b"), one._replace(height=64), one._replace(fps=8.0), one._replace(seconds=9.0)]
+    assert len({hash_clips(MetadataSource([each])) for each in (one, *others)}) == 5
+    assert hash_clips(MetadataSource([one._replace(captions=("a",))])) == hash_clips(MetadataSource([one]))
 
 
 def test_impossible_sizes_and_limits_are_refused():

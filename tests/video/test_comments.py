@@ -33,5 +33,5 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     with pytest.raises(MissingError, match="no such file"):
         read_recipe(tmp_path / "a.mp4")
     (tmp_path / "a.mp4").write_bytes(b"nothing")
-    with pytest.raises(DecodeError, match="is no video or image"):
+    with pytest.raises(DecodeError, match="is not a readable video or image"):
         read_recipe(tmp_path / "a.mp4")

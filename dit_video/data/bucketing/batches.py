@@ -1,13 +1,13 @@
 """Loader of batches of one size each from video files, as the alternative to packed rows."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
@@ -16,7 +16,7 @@ from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, PieceDecoder, encode_ahead, get_part_range
 from dit_video.data.packing.rows import Encode, get_positions, read_caption, read_undamaged
-from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps, hash_clips
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
     CanvasShape,
@@ -93,7 +93,7 @@ def load_bucket_batches(
     patch: Grid,
     max_text: int,
     config: LoaderConfig,
-    token_dt: Sequence[float] | None = None,
+    token_dt: Float[np.ndarray, " n"] | None = None,
 ) -> BucketBatches:
     """Return batches of clips that are resized to cover their bucket's size, cropped to it, and encoded online.
 
@@ -115,11 +115,11 @@ def load_bucket_batches(
     Raises:
       UserError: a caption is longer than `max_text`.
     """
-    longest, index = max((max(lengths), -number) for number, lengths in enumerate(captions.lengths))
-    if longest > max_text:
+    lengths = captions.lengths.longest
+    if lengths.max() > max_text:
         raise UserError(
-            f"{source.infos[-index].name} has {longest} text tokens, but a row has room for {max_text}; "
-            "raise the row's text or shorten its caption"
+            f"{source.infos[int(np.argmax(lengths))].name} has {lengths.max()} text tokens, but a row has room for "
+            f"{max_text}; raise the row's text or shorten its caption"
         )
     stream = BucketStream(buckets, seed=config.seed)
     clips = _BucketDecoder(source, stream, limits, config)
@@ -136,7 +136,7 @@ def load_bucket_batches(
         for clip, values, caption in zip(clips, tokens, drawn, strict=True):
             item = PackedExample(
                 np.zeros((grid.volume, width), np.float32) if values is None else values,
-                get_positions(grid, 1.0 if token_dt is None else token_dt[clip.example], config.token_lead),
+                get_positions(grid, 1.0 if token_dt is None else float(token_dt[clip.example]), config.token_lead),
                 captions.empty if caption is None else caption,
                 clip.rank,
             )
@@ -145,9 +145,9 @@ def load_bucket_batches(
             rows.append(row)
         return stack_rows(rows)
 
-    plan = hashlib.sha256(repr((stream.hash, source.infos, limits, patch)).encode())
+    plan = hashlib.sha256(repr((stream.hash, hash_clips(source), limits, patch)).encode())
     if token_dt is not None:
-        plan.update(repr((*token_dt, *((config.token_lead,) if config.token_lead else ()))).encode())
+        plan.update(token_dt.astype("<f8").tobytes() + repr(config.token_lead).encode())
     for facts in captions.iter_hash_bytes():
         plan.update(facts)
     return BucketBatches(encode_ahead(clips, batch, config), buckets, plan.hexdigest()[:16])
@@ -202,5 +202,5 @@ def compute_covering_size(info: ClipInfo, size: Grid) -> tuple[int, int]:
 
 def _draw_caption(captions: CaptionSource, clip: _DecodedClip, name: str, seed: int) -> CaptionTokens | None:
     """Read a random caption of the clip; None if its record is damaged."""
-    caption = rng.make_generator(seed, "caption", clip.rank).integers(len(captions.lengths[clip.example]))
+    caption = rng.make_generator(seed, "caption", clip.rank).integers(int(captions.lengths.counts[clip.example]))
     return read_caption(captions, clip.example, int(caption), name)

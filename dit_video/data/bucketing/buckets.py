@@ -20,6 +20,8 @@ from jaxtyping import Float, Int, UInt32
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.shared_array import SharesArrays
+from dit_video.data.sizes import find_distinct_grids
 from dit_video.tokens import Grid
 
 MAX_LENGTHS = 16
@@ -74,7 +76,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Buckets:
+class Buckets(SharesArrays):
     """A set of buckets, to one of which every example is assigned."""
 
     buckets: tuple[Bucket, ...]
@@ -131,8 +133,8 @@ def plan_buckets(
         )
     check_at_least(1, count=count, devices=devices)
     check_at_least(devices, max_batch=max_batch)
-    distinct, inverse, weights = np.unique(sizes, axis=0, return_inverse=True, return_counts=True)
-    inverse = inverse.reshape(-1)
+    grids, _, inverse = find_distinct_grids(sizes)
+    distinct, weights = np.asarray(grids), np.bincount(inverse)
     chosen = _choose_sizes(distinct, weights, count_tokens, count)
     assigned = _assign(chosen, distinct, count_tokens)
     # Candidates were a selection of lengths, so a bucket can grow to the smallest lengths of its members. Then some
@@ -170,7 +172,7 @@ def plan_buckets(
     )
 
 
-class BucketStream:
+class BucketStream(SharesArrays):
     """An endless sequence of batches by step: a function of (buckets, seed, step).
 
     An epoch has the steps that its examples fill. The last, incomplete batch of a bucket is filled up with examples of
@@ -179,18 +181,20 @@ class BucketStream:
 
     def __init__(self, buckets: Buckets, *, seed: int):
         self.buckets, self._seed = buckets, seed
-        self._members = [np.flatnonzero(buckets.assignment == index) for index in range(len(buckets.buckets))]
+        self._examples = np.argsort(buckets.assignment, kind="stable")
+        """Examples of the first bucket, then those of the second, and so on."""
+        self._counts = [bucket.examples for bucket in buckets.buckets]
         self._batches = [bucket.batch for bucket in buckets.buckets]
         # The most recent permutation of the steps (key -1) and of each bucket, with its number.
         self._recent: dict[int, tuple[int, np.ndarray]] = {}
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_recent": {}}
+        return {**super().__getstate__(), "_recent": {}}
 
     @property
     def steps_per_epoch(self) -> float:
         """Return the average number of steps per epoch."""
-        return sum(len(members) / batch for members, batch in zip(self._members, self._batches, strict=True))
+        return sum(count / batch for count, batch in zip(self._counts, self._batches, strict=True))
 
     def get_batch(
         self, step: int, *, host: int = 0, hosts: int = 1
@@ -237,10 +241,11 @@ class BucketStream:
 
     def _count_batches_before(self, epoch: int) -> list[int]:
         """Return the number of batches of each bucket before an epoch: those that the examples up to then fill."""
-        return [epoch * len(members) // size for members, size in zip(self._members, self._batches, strict=True)]
+        return [epoch * count // size for count, size in zip(self._counts, self._batches, strict=True)]
 
     def _get_examples(self, bucket: int, first: int, count: int) -> np.ndarray:
-        members, parts = self._members[bucket], []
+        start, parts = sum(self._counts[:bucket]), []
+        members = self._examples[start : start + self._counts[bucket]]
         while count:
             number, offset = divmod(first, len(members))
             part = self._permute(bucket, number, members)[offset : offset + count]

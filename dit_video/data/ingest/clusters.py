@@ -5,16 +5,13 @@ SLURM, JobSet and other schedulers start processes: `tools/ingest.py --shard I -
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dit_video.core.errors import UserError
 from dit_video.core.storage import to_storage_path
-from dit_video.data.ingest.engine import IngestConfig, write_parts
+from dit_video.data.ingest.engine import IngestConfig, RunParts, write_parts
 from dit_video.data.ingest.parts import IngestFolder
-
-RunParts = Callable[[IngestFolder, Sequence[str], IngestConfig], None]
-"""A function that writes parts of a data set, see `engine.write_parts`."""
 
 
 def make_beam(runner: Any = None, options: Any = None) -> RunParts:

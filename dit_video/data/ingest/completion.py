@@ -84,7 +84,9 @@ def _choose(
     _check_names([names[row] for row in kept])
     if duplicate_distance is not None:
         hashes = rows["hash"].take(pa.array(kept)).to_pylist()
-        originals = drop_duplicates([bits and tuple(bits) for bits in hashes], distance=duplicate_distance)
+        files = pc.index_in(rows["source"], value_set=listing["name"]).take(pa.array(kept)).to_pylist()
+        bits = [each and tuple(each) for each in hashes]
+        originals = drop_duplicates(bits, distance=duplicate_distance, groups=files)
         for row, original in zip(kept, originals, strict=True):
             if original is not None:
                 why[row] = f"shows what {names[kept[original]]!r} shows"

@@ -16,7 +16,9 @@ MAX_BANDED_DISTANCE = 8
 """Maximum distance in bits for which bands are used: up to here they select less than a tenth of the clips."""
 
 
-def drop_duplicates(hashes: Sequence[tuple[int, ...] | None], *, distance: int) -> list[int | None]:
+def drop_duplicates(
+    hashes: Sequence[tuple[int, ...] | None], *, distance: int, groups: Sequence[int] | None = None
+) -> list[int | None]:
     """Return for every clip the first kept clip that it duplicates.
 
     Two clips are near-duplicates if each hash of one differs from the hash of the other at the same position in at most
@@ -30,6 +32,7 @@ def drop_duplicates(hashes: Sequence[tuple[int, ...] | None], *, distance: int) 
     Args:
       hashes: hashes of every clip; None, or another number of hashes, matches no other clip.
       distance: maximum number of differing bits, 0 to 64.
+      groups: group of every clip, such as its file: clips of one group do not duplicate each other. None for none.
 
     Returns:
       For every clip the number of the first kept clip that it duplicates, or None if it is kept.
@@ -46,10 +49,10 @@ def drop_duplicates(hashes: Sequence[tuple[int, ...] | None], *, distance: int) 
             originals.append(None)
             continue
         table = tables.setdefault(len(bits), _HashTable(len(bits), distance))
-        hash_bits = np.array(bits, np.uint64)
-        originals.append(table.find_first(hash_bits))
+        hash_bits, group = np.array(bits, np.uint64), number if groups is None else groups[number]
+        originals.append(table.find_first(hash_bits, group))
         if originals[-1] is None:
-            table.add(number, hash_bits)
+            table.add(number, hash_bits, group)
     return originals
 
 
@@ -59,27 +62,28 @@ class _HashTable:
     def __init__(self, length: int, distance: int):
         self._distance, self._count = distance, 0
         self._hashes = np.empty((length, 16), np.uint64)
-        self._numbers = np.empty(16, np.int64)
+        self._numbers = np.empty((2, 16), np.int64)  # of clips and of their groups
         count = distance + 1 if distance <= MAX_BANDED_DISTANCE else 0
         edges = [HASH_BITS * band // count for band in range(count + 1)] if count else []
         self._bands = [(start, (1 << stop - start) - 1) for start, stop in itertools.pairwise(edges)]
         self._buckets: dict[tuple[int, int], array[int]] = defaultdict(lambda: array("q"))
 
-    def add(self, number: int, bits: UInt64[np.ndarray, " L"]) -> None:
-        if self._count == len(self._numbers):
+    def add(self, number: int, bits: UInt64[np.ndarray, " L"], group: int) -> None:
+        if self._count == self._numbers.shape[1]:
             self._hashes = np.concatenate([self._hashes, self._hashes], axis=1)
-            self._numbers = np.concatenate([self._numbers, self._numbers])
-        self._hashes[:, self._count], self._numbers[self._count] = bits, number
+            self._numbers = np.concatenate([self._numbers, self._numbers], axis=1)
+        self._hashes[:, self._count], self._numbers[:, self._count] = bits, (number, group)
         for key in self._get_band_keys(int(bits[0])):
             self._buckets[key].append(self._count)
         self._count += 1
 
-    def find_first(self, bits: UInt64[np.ndarray, " L"]) -> int | None:
-        """Return the number of the first clip within the distance, or None."""
+    def find_first(self, bits: UInt64[np.ndarray, " L"], group: int) -> int | None:
+        """Return the number of the first clip of another group within the distance, or None."""
         columns = self._find_candidates(int(bits[0]))
+        columns = columns[self._numbers[1, columns] != group]
         for index, hash_bits in enumerate(bits):
             columns = columns[np.bitwise_count(self._hashes[index, columns] ^ hash_bits) <= self._distance]
-        return int(self._numbers[columns.min()]) if len(columns) else None
+        return int(self._numbers[0, columns.min()]) if len(columns) else None
 
     def _find_candidates(self, bits: int) -> Int64[np.ndarray, " n"]:
         if not self._bands:

@@ -62,8 +62,6 @@ class IngestConfig:
     """Columns of lists, if they have other names than those that are known."""
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
     """Steps of the screening; all are disabled by default."""
-    max_clip_seconds: float | int | None = None
-    """Maximum duration of a clip in seconds; longer ones are cut into parts of equal length."""
     inherit_captions: bool = False
     """True to caption each part of a file like the whole file, whose captions may describe another part."""
     reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
@@ -75,8 +73,6 @@ class IngestConfig:
     def __post_init__(self) -> None:
         if not 0 < self.time_limit < float("inf"):
             raise UserError(f"time_limit={self.time_limit} is invalid: use a positive number of seconds")
-        if self.max_clip_seconds is not None and not self.max_clip_seconds > 0:
-            raise UserError(f"max_clip_seconds={self.max_clip_seconds} is invalid: use a positive number of seconds")
 
     @property
     def listing_options(self) -> ListingOptions:
@@ -91,19 +87,22 @@ class IngestConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """Return what a data set's parts depend on, as JSON values."""
-        names = ("screening", "reencode", "max_clip_seconds")
-        return {name: config_json.to_json(getattr(self, name)) for name in names}
+        return {name: config_json.to_json(getattr(self, name)) for name in ("screening", "reencode")}
+
+
+RunParts = Callable[[IngestFolder, Sequence[str], IngestConfig], None]
+"""A function that writes parts of a data set, see `write_parts`."""
 
 
 def ingest(
-    source: StoragePathLike,
+    source: str | os.PathLike,
     destination: StoragePathLike,
     *,
     config: IngestConfig = IngestConfig(),
     progress: ProgressCallback | None = None,
     workers: int | None = None,
     retry: bool = False,
-    run_parts: Callable[[IngestFolder, Sequence[str], IngestConfig], None] | None = None,
+    run_parts: RunParts | None = None,
 ) -> IngestReport:
     """Read every clip of `source`, and write the data set, its table and `report.json` into the folder `destination`.
 
@@ -138,7 +137,7 @@ def ingest(
 
 
 def plan_ingest(
-    source: StoragePathLike, destination: StoragePathLike, *, config: IngestConfig, retry: bool = False
+    source: str | os.PathLike, destination: StoragePathLike, *, config: IngestConfig, retry: bool = False
 ) -> IngestFolder:
     """List a source, and return the data set with parts for all its files.
 
@@ -194,7 +193,6 @@ def write_parts(
         inspection = InspectionConfig(
             screening=config.screening,
             reencode=config.reencode,
-            max_clip_seconds=config.max_clip_seconds,
             folder=str(work),
         )
         useful = count_useful_processes(list(enumerate(clip for _, clip in tasks)), workers or count_cores())

@@ -14,11 +14,11 @@ from dit_video.core.files import atomic_path
 from dit_video.core.storage import is_remote
 from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.outcomes import Outcome
-from dit_video.data.ingest.quality_filter import JudgedShot, ScreeningConfig, ScreeningResult, Shot, screen
+from dit_video.data.ingest.quality_filter import JudgedShot, ScreeningConfig, ScreeningResult, screen
 from dit_video.data.ingest.reencoder import ReencodeConfig, reencode_image, update_facts
 from dit_video.data.records import MAX_RECORD_BYTES
-from dit_video.video import TOLERANCE, probe
-from dit_video.video.cut import CutClip, TimeSpan, cut_clips, split_span
+from dit_video.video import probe
+from dit_video.video.cut import CutClip, TimeSpan, cut_clips
 from dit_video.video.reader import IMAGE_CODECS, Video
 
 
@@ -30,8 +30,6 @@ class InspectionConfig:
     """Steps of the screening."""
     reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
     """Limits above which clips are re-encoded."""
-    max_clip_seconds: float | int | None = None
-    """Maximum duration of a clip in seconds; longer ones are cut into parts."""
     folder: str = ""
     """Folder of the clips that are not whole source files, until they are stored."""
 
@@ -102,22 +100,11 @@ def inspect(clip: ListedClip, config: InspectionConfig) -> Inspection:
     return Inspection(tuple(outcomes), sha256)
 
 
-class _Part(NamedTuple):
-    """A part of a file that may become a clip."""
-
-    shot: Shot
-    reason: str
-    stop: float
-
-
 def _cut_outcomes(
     encoded: bytes, clip: ListedClip, sha256: str, screened: ScreeningResult, config: InspectionConfig
 ) -> Iterator[Outcome]:
     """Yield the outcomes of a file in their order, after its clips were written into the folder."""
-    parts = [part for shot in screened.shots for part in _split_long_shot(shot, screened, config.max_clip_seconds)]
-    if len(parts) > 1:
-        names = (f"{clip.name}#{number}" for number in itertools.count())
-        parts = [part._replace(shot=dataclasses.replace(part.shot, name=next(names))) for part in parts]
+    parts = screened.shots
     kept = [part for part in parts if not part.reason]
     cuts = _cut_kept(encoded, screened, kept, config)
     for part in parts:
@@ -136,23 +123,8 @@ def _cut_outcomes(
             yield dataclasses.replace(outcome, **_store(part, next(cuts), clip, sha256, config))
 
 
-def _split_long_shot(judged: JudgedShot, screened: ScreeningResult, max_seconds: float | int | None) -> Iterator[_Part]:
-    """Yield a shot, or parts of at most this duration of one that is kept and longer."""
-    shot, reason, stop = judged
-    if reason or max_seconds is None or stop - shot.start <= max_seconds + TOLERANCE:
-        yield _Part(shot, reason, stop)
-        return
-    first = next(index for index, time in enumerate(screened.times) if time >= shot.start - 1e-9)
-    times = screened.times[first : first + shot.frames]
-    bounds = split_span(times, max_seconds)
-    for begin, end in bounds:
-        frames, seconds = end - begin, times[end - 1] - times[begin]
-        part = dataclasses.replace(shot, start=times[begin], frames=frames, seconds=seconds)
-        yield _Part(part, "", times[end] if end < len(times) else stop)
-
-
 def _cut_kept(
-    encoded: bytes, screened: ScreeningResult, parts: Sequence[_Part], config: InspectionConfig
+    encoded: bytes, screened: ScreeningResult, parts: Sequence[JudgedShot], config: InspectionConfig
 ) -> Iterator[CutClip]:
     """Yield the file of each kept part."""
     facts, limits = screened.facts, config.reencode
@@ -163,7 +135,7 @@ def _cut_kept(
             yield CutClip(content, "", "encode" if is_large else "whole", None)
         return
 
-    def get_options(part: _Part) -> dict[str, Any]:
+    def get_options(part: JudgedShot) -> dict[str, Any]:
         if not limits.is_exceeded(facts, part.shot):
             return {"mode": "copy"}
         height, width = limits.fit_size(part.shot.height, part.shot.width, 2)
@@ -176,11 +148,11 @@ def _cut_kept(
         yield from cut_clips(encoded, spans, **options)
 
 
-def _store(part: _Part, cut: CutClip, clip: ListedClip, sha256: str, config: InspectionConfig) -> dict[str, Any]:
+def _store(part: JudgedShot, cut: CutClip, clip: ListedClip, sha256: str, config: InspectionConfig) -> dict[str, Any]:
     """Return the fields of the outcome of a kept part, after its bytes were written into the folder."""
     if len(cut.content) > MAX_RECORD_BYTES:
         size = f"{len(cut.content) / 2**30:.1f} GiB in one clip, 2 GiB is the limit"
-        raise DecodeError(f"{size}; pass max_clip_seconds to cut it, or a limit above which it is re-encoded")
+        raise DecodeError(f"{size}; pass screening.max_clip_seconds to cut it, or a limit above which it is re-encoded")
     fields: dict[str, Any] = {"payload": sha256, "payload_bytes": len(cut.content), "method": cut.method}
     fields["shot"] = dataclasses.replace(part.shot, start=0.0)
     if cut.method == "encode":  # pictures of another size or rate

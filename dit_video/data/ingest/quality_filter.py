@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import functools
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from dit_video.data.ingest.samples import FrameSample, FrameSampler
 from dit_video.data.ingest.shots import CutDetector, DetectorName, Span, split_at_cuts
 from dit_video.data.ingest.thumbnails import ThumbnailMaker
 from dit_video.video import TOLERANCE, VideoInfo, compute_average_fps, probe
+from dit_video.video.cut import split_span
 from dit_video.video.reader import IMAGE_CODECS
 
 Threshold = float | int
@@ -41,6 +43,8 @@ class ScreeningConfig:
     shot_threshold: Threshold | None = None
     """Threshold of the detector; by default PySceneDetect's: 27 levels of 255 for "content", a ratio of 3 for
     "adaptive"."""
+    max_clip_seconds: Threshold | None = None
+    """Maximum duration of a clip in seconds; longer shots are cut into parts of nearly equal duration."""
     min_shot: Threshold = 0.5
     """Minimum length of a shot in seconds, at least 0.2; shorter shots are dropped, fades and flashes among them."""
     min_seconds: Threshold | None = None
@@ -85,6 +89,7 @@ class ScreeningConfig:
         self._check("duplicates", 0, 64, "a number of bits")
         self._check("min_shot", MIN_SHOT_SECONDS, float("inf"), "a number of seconds")
         self._check("shot_threshold", 0, float("inf"), "a number")
+        self._check("max_clip_seconds", MIN_SHOT_SECONDS, float("inf"), "a number of seconds")
         if self.shot_threshold is not None and self.shots is None:
             raise UserError(f"shot_threshold={self.shot_threshold} needs a shot detector; set shots to one")
         for name in ("seconds", "size", "motion"):
@@ -107,7 +112,9 @@ class ScreeningConfig:
     def needs_frames(self) -> bool:
         """Return whether frames must be decoded, as the file's facts are not enough."""
         motion, others = (self.min_motion, self.max_motion), (self.max_black, self.max_frozen, self.min_sharpness)
-        return self.measures_letterbox or any(v is not None for v in (self.shots, *motion, *others, self.duplicates))
+        return self.measures_letterbox or any(
+            v is not None for v in (self.shots, self.max_clip_seconds, *motion, *others, self.duplicates)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,6 +217,7 @@ class _FileAnalyzer:
         self._thumbnail_maker = ThumbnailMaker(f"video of {len(encoded)} bytes")
         self._cut_detector = None if config.shots is None else CutDetector(config.shots, config.shot_threshold)
         self._sampler = FrameSampler(self._thumbnail_maker, letterbox=config.measures_letterbox)
+        self._max_seconds = config.max_clip_seconds
         self._sizes: dict[int, tuple[int, int]] = {}
         # A change of size is a cut, if files are split at cuts; else it is an error.
         on_resize = None if config.shots is None else self._sizes.__setitem__
@@ -240,7 +248,13 @@ class _FileAnalyzer:
     @functools.cached_property
     def spans(self) -> tuple[Span, ...]:
         cuts = [] if self._cut_detector is None else self._cut_detector.frame_numbers
-        return split_at_cuts([*cuts, *self._sizes], self.facts.frames)
+        shots = split_at_cuts([*cuts, *self._sizes], self.facts.frames)
+        return shots if self._max_seconds is None else tuple(itertools.chain(*map(self._split_shot, shots)))
+
+    def _split_shot(self, shot: Span) -> list[Span]:
+        assert self._max_seconds is not None
+        windows = split_span(self.times[shot.first : shot.stop], self._max_seconds)
+        return [Span(shot.first + first, shot.first + stop) for first, stop in windows]
 
 
 def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) -> Iterator[JudgedShot]:

@@ -6,13 +6,19 @@ The caller inspects that clip once more after all others, alone: if the decoder 
 
 The processes are started by `python -m` instead of `multiprocessing`, which would run the caller's script again in
 each process, and requires a guard there.
+
+A file may exploit its decoder. So the processes get no environment but what decoding needs, in particular no
+credentials, and no network where bubblewrap (`bwrap`) is installed and allowed to. Clips in buckets need both.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
+import re
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
+from dit_video.core.storage import is_remote
 from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig, make_failure
 
@@ -29,6 +36,17 @@ MODULE = "dit_video.data.ingest.worker"
 _START_TIMEOUT = 300.0
 """Seconds within which a process must finish its imports, on the slowest disk."""
 _MEGABYTE, _GIGABYTE = 1 << 20, 1 << 30
+_PIXELS_PER_SECOND = 25e6
+"""Pixels that are decoded and measured in a second at least, with the default time limit of 120 s."""
+_MAX_PIXELS_PER_BYTE = 4000
+"""Pixels that a byte of video may stand for: a header may claim any duration."""
+_KEPT_VARIABLES = re.compile(
+    r"PATH|PYTHON(?!STARTUP|INSPECT).*|VIRTUAL_ENV|LD_LIBRARY_PATH|DYLD_.*|LANG|LANGUAGE|LC_.*|TZ|TMPDIR|TEMP|TMP"
+    r"|DIT_VIDEO_.*|COVERAGE_.*"
+)
+"""Environment variables that a process keeps."""
+_SINGLE_THREADED = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_ARENA_MAX"), "1")
+"""Variables by which threads that are not used take no address space; there is a process a core."""
 
 Task = tuple[int, ListedClip]
 
@@ -43,9 +61,32 @@ def count_useful_processes(clips: Sequence[Task], max_count: int) -> int:
     return min(max_count, len(clips), 1 + sum(clip.size for _, clip in clips) // _MEGABYTE)
 
 
-def compute_time_limit(clip: ListedClip, time_limit: float | int) -> float:
-    """Return the seconds that a clip may take: `time_limit`, plus ten times as much per gigabyte."""
-    return time_limit * (1 + 10 * clip.size / _GIGABYTE)
+def compute_time_limit(clip: ListedClip, time_limit: float | int, pixels: int = 0) -> float:
+    """Return the seconds that a clip may take.
+
+    They are `time_limit`, plus ten times as much per gigabyte, plus a time for the pixels of all its frames: with a
+    limit of 120 s, 20 hours for an hour of 4K at 60 frames per second.
+    """
+    believed = min(pixels, clip.size * _MAX_PIXELS_PER_BYTE)
+    return time_limit * (1 + 10 * clip.size / _GIGABYTE + believed / _PIXELS_PER_SECOND / 120)
+
+
+def make_environment(*, is_trusted: bool) -> dict[str, str]:
+    """Return the environment of a process; that of this process without credentials, unless it is trusted."""
+    kept = {name: text for name, text in os.environ.items() if is_trusted or _KEPT_VARIABLES.fullmatch(name)}
+    # The same modules as in this process are imported, but nothing from the current folder.
+    return {**kept, **_SINGLE_THREADED, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+@functools.cache
+def find_sandbox() -> tuple[str, ...]:
+    """Return the command that starts a program without network; empty where there is none."""
+    program = shutil.which("bwrap")
+    if program is None:
+        return ()
+    command = (program, "--dev-bind", "/", "/", "--unshare-net", "--die-with-parent", "--")
+    checked = subprocess.run([*command, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    return command if checked.returncode == 0 else ()  # containers forbid it
 
 
 _CRASH_SIGNALS = [signal.Signals[f"SIG{name}"] for name in ("SEGV", "BUS", "ABRT", "FPE", "ILL", "TRAP", "SYS")]
@@ -62,10 +103,10 @@ class _WorkerLostError(Exception):
 
 
 class _WorkerProcess:
-    def __init__(self, config: InspectionConfig):
-        # Import the same modules as this process, but nothing from the current folder (hence -P and no empty path).
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-P", "-m", MODULE]
+    def __init__(self, config: InspectionConfig, *, memory_factor: int, is_trusted: bool):
+        environment = make_environment(is_trusted=is_trusted)
+        self._sandbox = () if is_trusted else find_sandbox()
+        command = [*self._sandbox, sys.executable, "-P", "-m", MODULE, str(memory_factor)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -73,14 +114,22 @@ class _WorkerProcess:
         self._buffer = b""
         self.task: Task | None = None
         self.ready = False
+        self.is_trusted = is_trusted
         self.limit = _START_TIMEOUT
         self.deadline = time.monotonic() + _START_TIMEOUT
         self._send(config_json.to_json(config))
 
     def assign(self, task: Task, time_limit: float | int) -> None:
         self.task, self.limit = task, compute_time_limit(task[1], time_limit)
-        self.deadline = time.monotonic() + self.limit
+        self._assigned, self._time_limit = time.monotonic(), time_limit
+        self.deadline = self._assigned + self.limit
         self._send(list(task[1]))
+
+    def extend_limit(self, pixels: int) -> None:
+        """Give more time to a clip of so many pixels in all frames."""
+        assert self.task is not None
+        self.limit = max(self.limit, compute_time_limit(self.task[1], self._time_limit, pixels))
+        self.deadline = self._assigned + self.limit
 
     def _send(self, value: object) -> None:
         with contextlib.suppress(BrokenPipeError):  # a process that ended is detected in `read_answer`
@@ -88,7 +137,7 @@ class _WorkerProcess:
             self._requests.flush()
 
     def read_answer(self) -> dict | None:
-        """Return the process's answer, or None while it is incomplete.
+        """Return the process's answer, or None while it is incomplete; a report before it extends the time limit.
 
         Raises:
           _WorkerLostError: the process has ended.
@@ -96,14 +145,16 @@ class _WorkerProcess:
         chunk = os.read(self.answer_pipe.fileno(), 1 << 20)
         if not chunk:
             code = self.process.wait()
+            code = 128 - code if self._sandbox and code > 128 else code  # as a shell does, it returns 128 + the signal
             ending = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
             raise _WorkerLostError(ending, transient=code < 0 and -code not in _CRASH_SIGNALS)
-        self._buffer += chunk
-        if not chunk.endswith(b"\n"):
-            return None
-        answer, self._buffer = json.loads(self._buffer), b""
-        self.deadline = math.inf
-        return answer
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        for answer in map(json.loads, lines):
+            if "pixels" not in answer:
+                self.deadline = math.inf
+                return answer
+            self.extend_limit(answer["pixels"])
+        return None
 
     def kill(self) -> None:
         self.process.kill()
@@ -137,7 +188,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         Raises:
           UserError: the screening cannot work for any clip, or a process cannot be started.
         """
-        for (number, clip), answer in self._run_tasks(deque(clips), self._count):
+        for (number, clip), answer in self._run_tasks(deque(clips), self._count, memory_factor=1):
             if isinstance(answer, _WorkerLostError):
                 answer = make_failure(clip, str(answer), transient=True)
             yield number, answer
@@ -145,12 +196,14 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
     def inspect_again(self, clips: Iterable[Task]) -> Iterator[tuple[int, Inspection]]:
         """Yield (number, verdict) of clips that failed for a transient reason, inspected one by one in new processes.
 
+        A process may take twice the usual memory; what needs more fails for good.
+
         Raises:
           UserError: see `inspect`.
         """
         for task in clips:
             self._stop()
-            ((_, answer),) = self._run_tasks(deque([task]), 1)
+            ((_, answer),) = self._run_tasks(deque([task]), 1, memory_factor=2)
             if isinstance(answer, _WorkerLostError):
                 fix = "" if answer.transient else "; remove it or replace it"
                 reason = f"{answer}, also when tried again alone{fix}"
@@ -160,8 +213,13 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
                 answer = make_failure(task[1], reason, transient=True, sha256=answer.sha256)
             yield task[0], answer
 
-    def _run_tasks(self, tasks: deque[Task], count: int) -> Iterator[tuple[Task, Inspection | _WorkerLostError]]:
+    def _run_tasks(
+        self, tasks: deque[Task], count: int, *, memory_factor: int
+    ) -> Iterator[tuple[Task, Inspection | _WorkerLostError]]:
         """Yield the tasks with their answers or losses."""
+        is_trusted = any(is_remote(clip.path) for _, clip in tasks)
+        if any(process.is_trusted != is_trusted for process in self._processes):
+            self._stop()
         while True:
             for process in self._processes:
                 if tasks and process.ready and process.task is None:
@@ -169,7 +227,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
             # Processes are started for waiting tasks alone: those that still import modules will take one each.
             starting = sum(not process.ready for process in self._processes)
             while len(self._processes) < count and starting < len(tasks):
-                self._start()
+                self._start(memory_factor, is_trusted)
                 starting += 1
             if not tasks and all(process.task is None for process in self._processes):
                 return
@@ -209,9 +267,9 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         if process.task is not None:
             yield process.task, lost
 
-    def _start(self) -> None:
+    def _start(self, memory_factor: int, is_trusted: bool) -> None:
         try:
-            process = _WorkerProcess(self._config)
+            process = _WorkerProcess(self._config, memory_factor=memory_factor, is_trusted=is_trusted)
         except OSError as error:  # the system's limits, on processes, memory or open files
             running = len(self._processes)
             fix = f"use --workers {running}" if running else "end other programs"

@@ -15,7 +15,6 @@ one of the freed clips that is longer by at most the gap.
 
 import bisect
 import heapq
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,6 +37,46 @@ MAX_TRIED = 64
 CONSTANTS = (CHUNK_ROWS, LENGTH_JITTER, TARGET_PADDING, POOL_FACTORS, MAX_TRIED)
 
 
+class RowArrays(NamedTuple):
+    """Examples in rows, as two arrays."""
+
+    examples: Int[np.ndarray, " n"]
+    """Indices of the examples, row after row."""
+    offsets: Int[np.ndarray, " R1"]
+    """Start of each row in `examples`, then the end."""
+
+    @classmethod
+    def from_lists(cls, rows: Sequence[Sequence[int]]) -> "RowArrays":
+        """Return these rows as arrays."""
+        examples = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row, np.int64) for row in rows)])
+        return cls(examples, np.cumsum([0, *map(len, rows)]))
+
+    def to_lists(self) -> list[list[int]]:
+        """Return the examples of every row."""
+        return [part.tolist() for part in np.split(self.examples, self.offsets[1:-1])]
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " R"]:
+        """Return the number of examples of every row."""
+        return np.diff(self.offsets)
+
+    def sum(self, values: Float[np.ndarray, " m"] | Int[np.ndarray, " m"]) -> np.ndarray:
+        """Return the sum of the examples' values for every row."""
+        return np.add.reduceat(values[self.examples], self.offsets[:-1])
+
+    def take(self, numbers: Int[np.ndarray, " r"]) -> "RowArrays":
+        """Return the rows of these numbers, in that order."""
+        return take_spans(self.examples, self.offsets[numbers], self.lengths[numbers])
+
+
+def take_spans(
+    examples: Int[np.ndarray, " n"], starts: Int[np.ndarray, " r"], lengths: Int[np.ndarray, " r"]
+) -> RowArrays:
+    """Return rows that are parts of `examples`, of these lengths from these starts on."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return RowArrays(examples[np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])], offsets)
+
+
 def fill_rows(
     examples: Int[np.ndarray, " m"],
     tokens: Int[np.ndarray, " n"],
@@ -45,7 +84,7 @@ def fill_rows(
     shape: LayoutShape,
     generator: np.random.Generator,
     attention_pairs: Float[np.ndarray, " n"],
-) -> list[list[int]]:
+) -> RowArrays:
     """Shuffle the examples and pack each into one row; no row exceeds one of the budgets.
 
     Args:
@@ -63,14 +102,15 @@ def fill_rows(
     cost = float(attention_pairs[order].sum() / sizes.sum()) * shape.tokens
     chunks = max(1, round(sizes.sum() / (CHUNK_ROWS * shape.tokens)))
     cuts = np.searchsorted(np.cumsum(sizes), sizes.sum() * np.arange(1, chunks) / chunks)
-    rows: list[list[int]] = []
+    parts: list[RowArrays] = []
     method = None
     for chunk in np.split(order, cuts):
         longest_first = np.argsort(-tokens[chunk] * generator.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(chunk)))
         # Chunks are alike: what is best for the first is used for all.
         filled, method = _fill_chunk(chunk[longest_first], budget, (attention_pairs, cost), generator, method)
-        rows += filled
-    return rows
+        parts.append(RowArrays.from_lists(filled))
+    lengths = np.concatenate([part.lengths for part in parts])
+    return RowArrays(np.concatenate([part.examples for part in parts]), np.concatenate([[0], np.cumsum(lengths)]))
 
 
 class _Budget(NamedTuple):
@@ -249,35 +289,33 @@ def _fill_best_fit(order: np.ndarray, budget: _Budget) -> list[list[int]]:
 
 
 def swap_equal_sizes(
-    rows: Sequence[Sequence[int]], kinds: np.ndarray, text: np.ndarray, generator: np.random.Generator
-) -> list[list[int]]:
+    rows: RowArrays, kinds: Int[np.ndarray, " n"], text: Int[np.ndarray, " n"], generator: np.random.Generator
+) -> RowArrays:
     """Return rows of the same sizes in which examples of one kind (of size) and text size have swapped at random."""
-    order, offsets = flatten_rows(rows)
+    order, examples = rows.examples, np.empty_like(rows.examples)
     slots = np.lexsort((text[order], kinds[order]))
-    examples = order[np.lexsort((generator.random(len(order)), text[order], kinds[order]))]
-    order[slots] = examples
-    return [order[start:stop].tolist() for start, stop in itertools.pairwise(offsets)]
+    examples[slots] = order[np.lexsort((generator.random(len(order)), text[order], kinds[order]))]
+    return RowArrays(examples, rows.offsets)
 
 
-def split_rows(plan: list[list[int]], count: int) -> list[list[int]]:
-    """Halve the rows with the most examples until there are `count` rows."""
-    plan = sorted(plan, key=len, reverse=True)
-    while len(plan) < count:
-        missing = count - len(plan)
-        halves = []
-        for row in plan[:missing]:
-            halves += [row[: len(row) // 2], row[len(row) // 2 :]] if len(row) > 1 else [row]
-        plan = sorted(halves + plan[missing:], key=len, reverse=True)
-    return plan
+def split_rows(rows: RowArrays, count: int) -> RowArrays:
+    """Halve the rows with the most examples until there are `count` rows; the longest come first."""
+    starts, lengths = rows.offsets[:-1], rows.lengths
+    while True:
+        longest_first = np.argsort(-lengths, kind="stable")
+        starts, lengths = starts[longest_first], lengths[longest_first]
+        if (missing := count - len(lengths)) <= 0:
+            return take_spans(rows.examples, starts, lengths)
+        # Each of the first rows becomes two halves; that of a row of one example is empty, and is left out.
+        first = lengths[:missing] // 2
+        halves = np.stack([first, lengths[:missing] - first], axis=-1).reshape(-1)
+        half_starts = np.stack([starts[:missing], starts[:missing] + first], axis=-1).reshape(-1)
+        starts = np.concatenate([half_starts[halves > 0], starts[missing:]])
+        lengths = np.concatenate([halves[halves > 0], lengths[missing:]])
 
 
-def keep_fullest(rows: Sequence[Sequence[int]], count: int, tokens: np.ndarray) -> tuple[list[list[int]], list[int]]:
+def keep_fullest(rows: RowArrays, count: int, tokens: Int[np.ndarray, " n"]) -> tuple[RowArrays, Int[np.ndarray, " d"]]:
     """Return the `count` rows with the most tokens, and the examples of all other rows."""
-    ranked = sorted(rows, key=lambda row: -int(tokens[list(row)].sum()))
-    return [list(row) for row in ranked[:count]], [example for row in ranked[count:] for example in row]
-
-
-def flatten_rows(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " R1"]]:
-    """Return the examples row after row, and the offset at which each row starts, then that of the end."""
-    order = np.concatenate([np.asarray(row, np.int64) for row in rows])
-    return order, np.cumsum([0, *map(len, rows)])
+    ranked = rows.take(np.argsort(-rows.sum(tokens), kind="stable"))
+    end = ranked.offsets[count]
+    return RowArrays(ranked.examples[:end], ranked.offsets[: count + 1]), ranked.examples[end:]

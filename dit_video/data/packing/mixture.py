@@ -7,9 +7,8 @@ one. Everything is a function of (seed, epoch).
 
 import functools
 import hashlib
-import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from jaxtyping import Float, Int
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.shared_array import SharesArrays
 
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _SIZE_JITTER = 0.2
@@ -24,7 +24,7 @@ _SIZE_JITTER = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture:
+class Mixture(SharesArrays):
     """Configuration of the share of each source in an epoch.
 
     Clips are numbered over all sources, those of the first source first.
@@ -43,9 +43,10 @@ class Mixture:
     that averages over tokens)."""
     length: int | None = None
     """Number of clips of an epoch; None for as many as there are."""
-    variants: tuple[tuple[int, ...], ...] | None = None
-    """Examples of every clip (captions, resolutions, temporal crops), of which each pass over the source uses one: each
-    once before one is repeated, in random order. None makes every clip one example."""
+    variants: Int[np.ndarray, " n"] | None = field(default=None, compare=False)
+    """Number of the clip that each example is a variant of (caption, resolution, temporal crop). Each pass over a
+    source uses one variant of a clip: each once before one is repeated, in random order. None makes every clip one
+    example."""
 
     def __post_init__(self):
         if not self.sizes or min(self.sizes) < 1:
@@ -67,19 +68,18 @@ class Mixture:
         """Return the number of clips of all sources."""
         return sum(self.sizes)
 
-    def _check_variants(self, variants: tuple[tuple[int, ...], ...]) -> None:
-        if len(variants) != self.num_clips:
+    def _check_variants(self, variants: Int[np.ndarray, " n"]) -> None:
+        if len(variants) and not 0 <= variants.min() <= variants.max() < self.num_clips:
             raise UserError(
-                f"{len(variants)} groups of variants do not match {self.num_clips} clips; give one per clip"
+                f"variants are invalid: they are of clips {variants.min()} to {variants.max()}, but the sources have "
+                f"{self.num_clips} clips. Use numbers from 0 to {self.num_clips - 1}."
             )
-        if not all(variants):
-            raise UserError(f"clip {next(i for i, group in enumerate(variants) if not group)} has no variant")
-        examples = np.sort(np.concatenate([np.asarray(group, np.int64) for group in variants]))
-        if not np.array_equal(examples, np.arange(len(examples))):
-            raise UserError("variants are invalid: every example, numbered from 0, must belong to exactly one clip")
+        counts = np.bincount(variants, minlength=self.num_clips)
+        if not counts.all():
+            raise UserError(f"clip {np.argmin(counts)} has no variant")
 
 
-class MixtureSampler:
+class MixtureSampler(SharesArrays):
     """A sampler that draws the examples of every epoch.
 
     Args:
@@ -92,17 +92,17 @@ class MixtureSampler:
     """
 
     def __init__(self, mixture: Mixture, tokens: Int[np.ndarray, " n"], *, seed: int):
-        groups = mixture.variants or [(clip,) for clip in range(mixture.num_clips)]
-        self._examples = np.fromiter(itertools.chain.from_iterable(groups), np.int64)
-        number = len(self._examples)
+        clips = np.arange(mixture.num_clips) if mixture.variants is None else mixture.variants
+        self._examples = np.argsort(clips, kind="stable")
+        number = len(clips)
         if number != len(tokens):
             raise UserError(
                 f"the mixture has {number} examples, but the index has {len(tokens)}; make both from the same clips"
             )
         self.mixture = mixture
         self._tokens, self._seed = tokens, seed
-        self._counts = np.asarray([len(group) for group in groups])
-        self._starts = np.cumsum([0, *self._counts[:-1]])
+        self._counts = np.bincount(clips)
+        self._starts = np.cumsum(self._counts) - self._counts
         self._bounds = np.cumsum([0, *mixture.sizes])
         self._rates = self._compute_rates()
         self.min_examples: int = sum(map(math.floor, self._rates))
@@ -130,8 +130,11 @@ class MixtureSampler:
     @functools.cached_property
     def hash(self) -> str:
         """Return a hash that is equal for mixtures that draw the same examples, given equal sizes and seeds."""
-        constants = (self.mixture, _GOLDEN_RATIO, _SIZE_JITTER)
-        return hashlib.sha256(repr(constants).encode()).hexdigest()[:16]
+        constants = (replace(self.mixture, variants=None), _GOLDEN_RATIO, _SIZE_JITTER)
+        content = hashlib.sha256(repr(constants).encode())
+        if self.mixture.variants is not None:
+            content.update(self.mixture.variants.astype("<i8").tobytes())
+        return content.hexdigest()[:16]
 
     def _compute_rates(self) -> list[float]:
         """Return the clips of each source per epoch; a fraction means one more clip every few epochs."""

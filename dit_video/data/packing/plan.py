@@ -8,20 +8,21 @@ import functools
 import hashlib
 import logging
 import math
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt32
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.shared_array import SharesArrays
 from dit_video.data.packing import balance as balancing
 from dit_video.data.packing import bin_packing
 from dit_video.data.packing.balance import Balance, Imbalance
+from dit_video.data.packing.bin_packing import RowArrays
 from dit_video.data.packing.canvases import CanvasPacking
 from dit_video.data.packing.mixture import Mixture, MixtureSampler
+from dit_video.data.packing.plan_cache import PlanCache, RowPlan
 from dit_video.tokens import LayoutShape
 
 ATTEMPTS = 4
@@ -30,43 +31,10 @@ SLACK = 1000
 """Number of rows per spare row: one spare row in 1,000 lets nearly every shuffle fit into the same number of rows."""
 COUNTED_EPOCHS = 8
 """Epochs of a mixture whose tokens are counted before the number of rows is fixed."""
+_NO_EXAMPLES = np.zeros(0, np.int64)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RowPlan:
-    """The rows of one epoch."""
-
-    order: Int[np.ndarray, " n"]
-    """Indices of the examples, row after row."""
-    offsets: Int[np.ndarray, " R1"]
-    """Start of each row in `order`, then the end: row r holds `order[offsets[r]:offsets[r + 1]]`."""
-    padding: float
-    """Share of video tokens that are padding."""
-    attention_cost: Float[np.ndarray, " R"]
-    """Token pairs in the attention of each row, in millions: proportional to the cost of attention."""
-    dropped_examples: tuple[int, ...] = ()
-    """Indices of a mixture's examples that had no room in this epoch."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def get_row(self, index: int) -> Int[np.ndarray, " G"]:
-        """Return the examples of one row."""
-        return self.order[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def rows(self) -> list[list[int]]:
-        """Return the examples of every row."""
-        return [self.get_row(index).tolist() for index in range(len(self))]
-
-    @functools.cached_property
-    def hash(self) -> str:
-        """Return a hash that is equal for equal plans."""
-        content = self.order.astype("<i8").tobytes() + self.offsets.astype("<i8").tobytes()
-        return hashlib.sha256(content).hexdigest()[:16]
-
-
-class RowStream:
+class RowStream(SharesArrays):
     """An endless sequence of rows, epoch after epoch, by row number.
 
     Every epoch has as many rows as epoch 0, and `1 / SLACK` more. A plan with fewer rows is brought to that number by
@@ -113,18 +81,23 @@ class RowStream:
         self._sparse = not np.array_equal(self.attention_pairs, all_pairs)
         self._seed, self._canvases = seed, canvases
         self.sampler: MixtureSampler | None = None if mixture is None else MixtureSampler(mixture, tokens, seed=seed)
-        self._first_rows = self._fill_rows(0, 0)[0]
+        first_rows, generator = self._fill_rows(0, 0)
+        self._first_examples, self._first_offsets = first_rows
         self.rows_per_epoch = self._count_rows()
-        self._plans = _RecentPlans(self._plan_epoch)
+        self._plans = PlanCache(self._plan_epoch)
+        if len(self._first_offsets) - 1 <= self.rows_per_epoch:  # else another shuffle is the plan
+            self._plans.put(0, self._make_plan(0, first_rows, generator))
 
     def get_epoch(self, number: int) -> RowPlan:
         """Return the plan of one epoch; the most recent plans are cached."""
-        return self._plans(number)
+        return self._plans.get(number)
 
     def get_row(self, number: int) -> tuple[Int[np.ndarray, " G"], UInt32[np.ndarray, " G"]]:
         """Return the examples of a row, and the running number of each over the whole stream, modulo 2**32."""
         epoch, index = divmod(number, self.rows_per_epoch)
         plan = self.get_epoch(epoch)
+        if 2 * index >= self.rows_per_epoch:  # no step waits for the plan of the next epoch
+            self._plans.prepare(epoch + 1)
         examples = plan.get_row(index)
         start = epoch * len(self.tokens) if self.sampler is None else self.sampler.count_before(epoch)
         first = start + int(plan.offsets[index])
@@ -156,7 +129,7 @@ class RowStream:
         return np.arange(len(self.tokens)) if self.sampler is None else self.sampler.draw_epoch(epoch)
 
     def _count_rows(self) -> int:
-        first = len(self._first_rows)
+        first = len(self._first_offsets) - 1
         if self.sampler is None:
             return min(len(self.tokens), first + first // SLACK)
         totals = [int(self.tokens[self._get_examples(epoch)].sum()) for epoch in range(COUNTED_EPOCHS)]
@@ -165,7 +138,7 @@ class RowStream:
         # More rows than examples would leave some empty.
         return min(self.sampler.min_examples, estimate + estimate // SLACK)
 
-    def _fill_rows(self, epoch: int, attempt: int) -> tuple[list[list[int]], np.random.Generator]:
+    def _fill_rows(self, epoch: int, attempt: int) -> tuple[RowArrays, np.random.Generator]:
         generator = rng.make_generator(self._seed, "row plan", epoch, attempt)
         if self._canvases is not None:
             return self._canvases.fill(self._get_examples(epoch), generator), generator
@@ -173,67 +146,44 @@ class RowStream:
         return bin_packing.fill_rows(self._get_examples(epoch), *sizes, generator, self.attention_pairs), generator
 
     def _plan_epoch(self, epoch: int) -> RowPlan:
-        left_out: list[int] = []
+        dropped = _NO_EXAMPLES
         for attempt in range(ATTEMPTS):
             rows, generator = self._fill_rows(epoch, attempt)
-            if len(rows) <= self.rows_per_epoch:
+            if len(rows.lengths) <= self.rows_per_epoch:
                 break
         else:
             if self.sampler is None:
                 kinds = self.tokens if self._canvases is None else self._canvases.kinds
-                rows = bin_packing.swap_equal_sizes(self._first_rows, kinds, self.text, generator)
+                first_rows = RowArrays(self._first_examples, self._first_offsets)
+                rows = bin_packing.swap_equal_sizes(first_rows, kinds, self.text, generator)
             else:
-                rows, left_out = bin_packing.keep_fullest(rows, self.rows_per_epoch, self.tokens)
+                rows, dropped = bin_packing.keep_fullest(rows, self.rows_per_epoch, self.tokens)
                 logging.getLogger(__name__).warning(
                     "epoch %d drops %d of its %d examples, for which its %d rows have no room",
-                    *(epoch, len(left_out), len(self._get_examples(epoch)), self.rows_per_epoch),
+                    *(epoch, len(dropped), len(rows.examples) + len(dropped), self.rows_per_epoch),
                 )
+        return self._make_plan(epoch, rows, generator, dropped)
+
+    def _make_plan(
+        self, epoch: int, rows: RowArrays, generator: np.random.Generator, dropped: Int[np.ndarray, " d"] = _NO_EXAMPLES
+    ) -> RowPlan:
+        """Return the plan of an epoch with these rows, at most `rows_per_epoch`, in an order that is drawn."""
         # Every epoch must have the same number of rows: the row of a step is found by division.
         split = bin_packing.split_rows if self._canvases is None else self._canvases.split
         rows = split(rows, self.rows_per_epoch)
         if self.balance is None:
-            order = generator.permutation(len(rows))
+            order = generator.permutation(self.rows_per_epoch)
         else:
-            costs = self.balance.cost.compute(_sum_pairs(rows, self.attention_pairs), self.shape.tokens)
+            costs = self.balance.cost.compute(rows.sum(self.attention_pairs), self.shape.tokens)
             order = balancing.order_rows(costs, self.balance, generator, first=epoch * self.rows_per_epoch)
-        rows = [rows[index] for index in order]
-        examples, offsets = bin_packing.flatten_rows(rows)
+        rows = rows.take(order)
         return RowPlan(
-            order=examples,
-            offsets=offsets,
-            padding=1 - int(self.tokens[examples].sum()) / (len(rows) * self.shape.tokens),
-            attention_cost=_sum_pairs(rows, self.attention_pairs) / 1e6,
-            dropped_examples=tuple(left_out),
+            order=rows.examples,
+            offsets=rows.offsets,
+            padding=1 - int(self.tokens[rows.examples].sum()) / (self.rows_per_epoch * self.shape.tokens),
+            attention_cost=rows.sum(self.attention_pairs) / 1e6,
+            dropped_examples=dropped,
         )
-
-
-class _RecentPlans:
-    """A cache of the most recent values of a function, which can be pickled to workers (`functools.lru_cache` cannot).
-
-    Thread-safe: one thread computes a value while the others wait for it.
-    """
-
-    def __init__(self, function: Callable[[int], RowPlan], *, keep: int = 3):
-        self._function, self._keep = function, keep
-        self._values: dict[int, RowPlan] = {}
-        self._lock = threading.Lock()
-
-    def __call__(self, number: int) -> RowPlan:
-        value = self._values.get(number)  # without the lock, so that no thread waits for a value that exists
-        if value is not None:
-            return value
-        with self._lock:
-            if number not in self._values:
-                # A new dict: threads that read without the lock see either the old or the new one.
-                kept = list(self._values.items())[-(self._keep - 1) :]
-                self._values = {**dict(kept), number: self._function(number)}
-            return self._values[number]
-
-    def __getstate__(self) -> dict:
-        return {"_function": self._function, "_keep": self._keep}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(state["_function"], keep=state["_keep"])  # type: ignore[misc]
 
 
 def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: LayoutShape, names: Sequence[str] | None) -> None:
@@ -258,8 +208,3 @@ def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: LayoutShape, names
         smallest = int(np.argmin(tokens))
         name = names[smallest] if names is not None else f"example {smallest}"
         raise UserError(f"{name} has no tokens; leave it out")
-
-
-def _sum_pairs(rows: list[list[int]], attention_pairs: np.ndarray) -> np.ndarray:
-    examples, offsets = bin_packing.flatten_rows(rows)
-    return np.add.reduceat(attention_pairs[examples], offsets[:-1])

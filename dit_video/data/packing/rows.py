@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 
 from dit_video.conditioning import KnownMask, fold_mask
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.shared_array import SharedStrings, SharesArrays
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
@@ -25,7 +26,7 @@ from dit_video.data.packing.canvases import CanvasPacking
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
-from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, find_distinct_grids, fit_size, read_fitted_clip
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
     CanvasShape,
@@ -81,7 +82,7 @@ class EncodedClip(NamedTuple):
         return self.tokens.nbytes + sum(values.nbytes for values in self.fields.values())
 
 
-class RowLayout:
+class RowLayout(SharesArrays):
     """The examples of each row or canvas, the positions of their tokens, and their captions.
 
     The plan reserves room for the longest caption of an example, so that every caption fits.
@@ -105,7 +106,7 @@ class RowLayout:
 
     def __init__(
         self,
-        grids: Sequence[Grid],
+        grids: Sequence[Grid] | Int[np.ndarray, "n 3"],
         captions: CaptionSource,
         *,
         shape: LayoutShape,
@@ -113,32 +114,43 @@ class RowLayout:
         names: Sequence[str],
         mixture: Mixture | None = None,
         balance: Balance | None = None,
-        token_dt: Sequence[float] | None = None,
+        token_dt: Float[np.ndarray, " n"] | None = None,
         attention_pairs: Callable[[Grid], float] | None = None,
         token_lead: float = 0.0,
     ):
-        self.grids, self.captions, self.shape, self.names, self._seed = grids, captions, shape, names, seed
+        grids = np.asarray(grids, np.int32)
+        self.grids, self.captions, self.shape, self._seed = grids, captions, shape, seed
+        self.names = SharedStrings(names)
         self._token_dt, self._token_lead = token_dt, token_lead
-        grid_pairs = None if attention_pairs is None else {grid: float(attention_pairs(grid)) for grid in set(grids)}
-        text = np.asarray([max(lengths) for lengths in captions.lengths], np.int64)
+        grid_pairs = None
+        if attention_pairs is not None:
+            distinct, _, kinds = find_distinct_grids(grids)
+            grid_pairs = np.asarray([float(attention_pairs(grid)) for grid in distinct])[kinds]
+        text = captions.lengths.longest.astype(np.int64)
         self.stream = RowStream(
-            np.asarray([grid.volume for grid in grids], np.int64),
+            grids.prod(axis=1, dtype=np.int64),
             text,
             shape,
             seed=seed,
             names=names,
             mixture=mixture,
             balance=balance,
-            attention_pairs=None if grid_pairs is None else np.asarray([grid_pairs[grid] for grid in grids]),
+            attention_pairs=grid_pairs,
             canvases=CanvasPacking(grids, text, shape, names) if isinstance(shape, CanvasShape) else None,
         )
-        content = hashlib.sha256(repr((self.stream.hash, tuple(names), tuple(grids))).encode())
+        content = hashlib.sha256(self.stream.hash.encode())
+        for values in (self.names.content, self.names.offsets.astype("<i8"), grids.astype("<i4")):
+            content.update(values.tobytes())
         for facts in captions.iter_hash_bytes():
             content.update(facts)
         if token_dt is not None:
-            content.update(repr((*token_dt, *((token_lead,) if token_lead else ()))).encode())
+            content.update(token_dt.astype("<f8").tobytes() + repr(token_lead).encode())
         self.hash: str = content.hexdigest()[:16]
         """Hash of the plan and of the examples' names, sizes and captions."""
+
+    def get_grid(self, example: int) -> Grid:
+        """Return the grid of an example, in tokens."""
+        return Grid(*self.grids[example].tolist())
 
     def get_entries(self, number: int) -> list[RowEntry]:
         """Return the examples of row `number`."""
@@ -155,8 +167,8 @@ class RowLayout:
         for member, clip in zip(entries, clips, strict=True):
             text = read_caption(self.captions, member.example, member.caption, self.names[member.example])
             valid.append(not clip.is_damaged and text is not None)
-            interval = 1.0 if self._token_dt is None else self._token_dt[member.example]
-            positions = get_positions(self.grids[member.example], interval, self._token_lead)
+            interval = 1.0 if self._token_dt is None else float(self._token_dt[member.example])
+            positions = get_positions(self.get_grid(member.example), interval, self._token_lead)
             text = self.captions.empty if text is None else text
             items.append(PackedExample(clip.tokens, positions, text, member.rank, clip.fields))
         widths = {"width": clips[0].tokens.shape[1], "text_width": self.captions.width}
@@ -165,7 +177,7 @@ class RowLayout:
         return row
 
     def _draw_caption(self, example: int, epoch: int) -> int:
-        count = len(self.captions.lengths[example])
+        count = int(self.captions.lengths.counts[example])
         return 0 if count == 1 else int(rng.make_generator(self._seed, "caption", epoch, example).integers(count))
 
 
@@ -296,7 +308,7 @@ class RowEncoder(NamedTuple):
         clips = []
         for member, clip in zip(row.entries, row.clips, strict=True):
             if clip is None:
-                tokens = self.layout.grids[member.example].volume
+                tokens = self.layout.get_grid(member.example).volume
                 zeros = {field.name: np.zeros((tokens, *field.shape), np.float32) for field in row_fields}
                 empty = np.zeros((tokens, self.patch.volume * self.channels), np.float32)
                 clips.append(EncodedClip(empty, zeros, is_damaged=True))
@@ -306,19 +318,20 @@ class RowEncoder(NamedTuple):
         return self.layout.pack(row.entries, clips, fields=row_fields)
 
 
-def compute_token_grids(source: LatentSource, patch: Grid) -> list[Grid]:
+def compute_token_grids(source: LatentSource, patch: Grid) -> Int[np.ndarray, "n 3"]:
     """Return the grid of every example, in tokens.
 
     Raises:
       UserError: the patch does not divide the latents.
     """
+    distinct, first, kinds = find_distinct_grids(np.asarray(source.sizes, np.int32).reshape(-1, 3))
     grids = []
-    for name, size in zip(source.names, source.sizes, strict=True):
+    for size, index in zip(distinct, first.tolist(), strict=True):
         try:
             grids.append(compute_token_grid(size, patch))
         except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-    return grids
+            raise UserError(f"{source.names[index]}: {error}") from error
+    return np.asarray(grids, np.int32).reshape(-1, 3)[kinds]
 
 
 def read_caption(captions: CaptionSource, example: int, caption: int, name: str) -> CaptionTokens | None:

@@ -67,10 +67,10 @@ def take_batches(clips, buckets, count, encode=average_patches, texts=None, inte
 
 def test_coordinates_along_time_are_in_seconds(clips, buckets):
     counted, _ = take_batches(clips, buckets, 3)
-    timed, _ = take_batches(clips, buckets, 3, intervals=[0.5] * len(clips))
+    timed, _ = take_batches(clips, buckets, 3, intervals=np.full(len(clips), 0.5))
     for rows, same in zip(counted, timed, strict=True):
         np.testing.assert_array_equal(same.positions, rows.positions * np.float32([0.5, 1, 1]))
-    led, _ = take_batches(clips, buckets, 3, intervals=[0.5] * len(clips), token_lead=0.5)
+    led, _ = take_batches(clips, buckets, 3, intervals=np.full(len(clips), 0.5), token_lead=0.5)
     assert {time for rows in led for time in rows.positions[..., 0].flat} == {0.0, 0.25, 0.75}
     assert any(rows.positions[..., 0].any() for rows in counted)
 

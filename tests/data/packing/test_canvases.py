@@ -35,7 +35,7 @@ def test_every_epoch_has_each_example_once_on_canvases_that_hold_them():
         assert sorted(plan.order.tolist()) == list(range(300))
         for row in plan.rows:
             texts = [int(stream.text[example]) for example in row]
-            assert SHAPE.fits([layout.grids[example] for example in row], texts)
+            assert SHAPE.fits([layout.get_grid(example) for example in row], texts)
     assert plans[0].padding < 0.5
     again = make_layout(300)
     assert again.hash == layout.hash
@@ -43,14 +43,20 @@ def test_every_epoch_has_each_example_once_on_canvases_that_hold_them():
     assert make_layout(300, shape=replace(SHAPE, segments=8)).hash != layout.hash
 
 
+def test_plans_are_those_of_version_1():
+    stream = make_layout(300).stream
+    hashes = ["38ca2b21649b35b7", "e085449845f1d991", "7a3a7cee15101e72", "a17853740421fac9"]
+    assert [stream.hash, *(stream.get_epoch(epoch).hash for epoch in range(3))] == hashes
+
+
 def test_canvases_are_divided_until_an_epoch_has_enough():
     layout = make_layout(40)
     packing = CanvasPacking(layout.grids, layout.stream.text, SHAPE, layout.names)
     rows = packing.fill(np.arange(40), np.random.default_rng(0))
-    divided = packing.split(rows, 30)
+    divided = packing.split(rows, 30).to_lists()
     assert len(divided) == 30
     assert sorted(example for row in divided for example in row) == list(range(40))
-    assert all(SHAPE.find_corners([layout.grids[example] for example in row]) for row in divided)
+    assert all(SHAPE.find_corners([layout.get_grid(example) for example in row]) for row in divided)
 
 
 def test_examples_that_no_canvas_holds_are_refused_by_name():

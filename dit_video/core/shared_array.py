@@ -1,0 +1,85 @@
+"""Arrays that the processes of one machine share: they are pickled as paths of files, which other processes map."""
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from dit_video.core.files import atomic_path
+
+MIN_SHARED_BYTES = 1 << 12
+"""Arrays of fewer bytes are pickled with their values."""
+
+
+@functools.cache
+def _make_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="dit_video_", ignore_cleanup_errors=True)
+
+
+def get_shared_folder() -> Path:
+    """Return this process's folder for files that it shares with its workers; it is removed when the process exits."""
+    return Path(_make_folder().name)
+
+
+class SharedArray(NamedTuple):
+    """An array that is pickled as the path of a file, whose name is the hash of its content, and unpickled as a map."""
+
+    values: np.ndarray
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = np.ascontiguousarray(self.values)
+        content = hashlib.sha256(f"{values.dtype.str} {values.shape}".encode())
+        content.update(values.data)
+        path = get_shared_folder() / f"{content.hexdigest()}.npy"
+        if not path.exists():
+            save_array(path, values)
+        return map_array, (os.fspath(path),)
+
+
+class SharesArrays:
+    """A base of objects whose large arrays are pickled as paths: each process maps the same memory."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: SharedArray(value) if is_large(value) else value for name, value in vars(self).items()}
+
+
+class SharedStrings(SharesArrays, Sequence[str]):
+    """A sequence of strings that is pickled as the path of a file."""
+
+    def __init__(self, strings: Iterable[str]):
+        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+        self.content: UInt8[np.ndarray, " b"] = np.frombuffer(b"".join(encoded), np.uint8)
+        self.offsets: Int[np.ndarray, " n1"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        """Start of every string in `content`, then the end."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        part = self.content[self.offsets[number] : self.offsets[number + 1]]
+        return part.tobytes().decode("utf-8", "surrogatepass")
+
+
+def is_large(value: Any) -> bool:
+    """Return True for an array that is worth a file."""
+    return isinstance(value, np.ndarray) and value.nbytes >= MIN_SHARED_BYTES
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """Write an array to a file, which is complete or absent."""
+    with atomic_path(path) as temporary:
+        np.save(temporary, values, allow_pickle=False)
+
+
+def map_array(path: str | os.PathLike) -> np.ndarray:
+    """Return the array of a file as a map: its pages are read when they are used, and shared by all processes."""
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
