@@ -16,13 +16,8 @@ from dit_video.core.errors import UserError, script
 from dit_video.core.storage import to_storage_path
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource, StorageDtype
-from dit_video.data.latents.offline import (
-    Encoding,
-    compute_latent_identity,
-    encode_latents,
-    finish_latents,
-    plan_encoding,
-)
+from dit_video.data.latents.offline import encode_latents, finish_latents
+from dit_video.data.latents.plan import Encoding, compute_latent_identity, plan_encoding
 from dit_video.data.latents.views import Augmentations
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements, select_usable

@@ -33,6 +33,11 @@ _MAX_REASON = 300
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
+def get_default_cache() -> Path:
+    """Return the folder of copies of remote files: `dit_video` in `$XDG_CACHE_HOME` (by default `~/.cache`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video"
+
+
 def is_remote(path: StoragePathLike) -> bool:
     """Return True for an address, False for a path on this machine."""
     return "://" in _get_name(path) and not _get_name(path).startswith("file://")

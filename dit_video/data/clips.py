@@ -17,7 +17,8 @@ from jaxtyping import Bool, Int64
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.records import RecordPlace, RecordReader, get_file_name, make_bytes_feature
-from dit_video.data.tables import MANIFEST, Table
+from dit_video.data.table_files import MANIFEST
+from dit_video.data.tables import Table
 
 DATASET_NAME = KIND = "clips"
 FEATURES = {
@@ -171,16 +172,16 @@ class ClipSource:
         return self._compress(~self._has_name(names))
 
     def _has_name(self, names: Collection[str]) -> Bool[np.ndarray, " n"]:
-        wanted = pa.array(sorted(set(names)), pa.string())
+        requested = pa.array(sorted(set(names)), pa.string())
         all_names = pa.array(self.column("name"), pa.string())
-        if absent := wanted.filter(pc.invert(pc.is_in(wanted, value_set=all_names))).to_pylist():
+        if absent := requested.filter(pc.invert(pc.is_in(requested, value_set=all_names))).to_pylist():
             first = ", ".join(absent[:3]) + (", …" if len(absent) > 3 else "")
             examples = ", ".join(all_names[:3].to_pylist())
             raise UserError(
                 f"{', '.join(map(str, self.folders))} has no clip named {first} ({len(absent)} of {len(names)} names); "
                 f"use names such as {examples}, or check in the ingest report whether the clip was skipped"
             )
-        return pc.is_in(all_names, value_set=wanted).to_numpy(zero_copy_only=False)
+        return pc.is_in(all_names, value_set=requested).to_numpy(zero_copy_only=False)
 
     def _filter(self, is_kept: Callable[[Table, np.ndarray], np.ndarray]) -> "ClipSource":
         kept = [is_kept(table, rows) for table, rows in zip(self.tables, self._rows, strict=True)]

@@ -32,8 +32,6 @@ from dit_video.core.storage import StoragePath, convert_storage_errors, upload
 
 SPLITS = ("train", "validation", "test")
 """Standard splits, in their order; other splits follow by name."""
-MAX_RECORD_BYTES = (1 << 31) - (1 << 20)
-"""Maximum size of a record: an example is one protocol buffer, which holds less than 2 GiB."""
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 _TEMPLATE = "{DATASET}-{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"

@@ -13,11 +13,8 @@ import hashlib
 import itertools
 import json
 import operator
-import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,131 +24,24 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
-from dit_video.core.storage import (
-    StoragePath,
-    StoragePathLike,
-    convert_storage_errors,
-    download,
-    read_document,
-    to_storage_path,
-    upload,
-    write_document,
-)
+from dit_video.core.storage import StoragePath, StoragePathLike, download, get_default_cache, to_storage_path
 from dit_video.data import where as conditions
+from dit_video.data.table_files import (
+    BATCH_ROWS,
+    COLUMNS_FOLDER,
+    INDEX_FOLDER,
+    SUFFIX,
+    hash_column,
+    list_parquet,
+    open_parquet,
+    read_manifest,
+)
 
-MANIFEST, INDEX_FOLDER, COLUMNS_FOLDER = "table.json", "index", "columns"
-VERSION = 3
-_SUFFIX = ".parquet"
 _SMALL_TABLE = 20_000
 """Number of rows below which columns are kept in memory and pickled, instead of files in the cache."""
 _MAX_CACHED_TABLES = 8
-_BATCH_ROWS = 1 << 14
-_THREADS = 16
-_HASH_KEY = b"sha256"
-
-
-def get_default_cache() -> Path:
-    """Return the folder of copies and of columns: `dit_video` in `$XDG_CACHE_HOME` (by default `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video"
-
-
-def compute_row_id(*parts: str | int) -> int:
-    """Return the identity of a row, 64 bits of a hash of what identifies it, such as its name."""
-    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "little")
-
-
-def write_part(folder: StoragePath, name: str, rows: pa.Table) -> None:
-    """Write the rows of a part atomically; the same rows give the same bytes."""
-    write_parquet(folder / INDEX_FOLDER / f"{name}{_SUFFIX}", rows)
-
-
-def write_column(folder: StoragePathLike, name: str, columns: Mapping[str, Any] | pa.Table, note: str = "") -> None:
-    """Write `columns/NAME.parquet` atomically; it replaces an older one.
-
-    Args:
-      folder: the data set.
-      name: name of the file.
-      columns: values by name, one of which is the key `id` or `name`; rows that are not named have no value.
-      note: what the values depend on, such as the version of a model; see `read_note`.
-
-    Raises:
-      UserError: there is no key, a row is named twice, or a column has another number of values.
-    """
-    try:
-        table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
-    except pa.ArrowException as error:
-        raise UserError(f"columns of {name} are invalid: {error}. Use as many values as keys.") from error
-    keys = [key for key in ("id", "name") if key in table.column_names]
-    if not keys:
-        raise UserError(f"columns={table.column_names} of {name} are invalid: add the key `id` or `name` of each row.")
-    key = table[keys[0]]
-    if len(pc.unique(key)) != len(key):
-        counts = pc.value_counts(key)
-        first = next(each for each in counts if each["counts"].as_py() > 1)["values"]
-        raise UserError(f"{keys[0]}={first} of the column {name} is there more than once. Give each row one value.")
-    table = table.combine_chunks()
-    digest = hashlib.sha256(repr(table.schema).encode() + note.encode())
-    for column in table.columns:
-        for buffer in column.combine_chunks().buffers() if len(column) else ():
-            digest.update(buffer or b"")
-    metadata = {_HASH_KEY: digest.hexdigest().encode(), b"note": note.encode()}
-    write_parquet(
-        to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{_SUFFIX}", table.replace_schema_metadata(metadata)
-    )
-
-
-def read_note(folder: StoragePathLike, name: str) -> str | None:
-    """Return the note with which a column was written; None if there is no such column."""
-    path = to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{_SUFFIX}"
-    if not path.exists():
-        return None
-    return (_open_parquet(path).schema_arrow.metadata or {}).get(b"note", b"").decode()
-
-
-def write_manifest(folder: StoragePath, kind: str, settings: Mapping[str, Any], parts: Sequence[str]) -> None:
-    """Write `table.json`, which makes parts that exist a table.
-
-    Args:
-      folder: the data set.
-      kind: kind of the data set, such as "clips".
-      settings: JSON values.
-      parts: names of the parts, in the order of their rows.
-    """
-
-    def describe(name: str) -> dict[str, Any]:
-        content = read_bytes(folder / INDEX_FOLDER / f"{name}{_SUFFIX}")
-        rows = pq.ParquetFile(pa.BufferReader(content)).metadata.num_rows
-        return {"name": name, "rows": rows, "sha256": hashlib.sha256(content).hexdigest()}
-
-    described = map_threads(describe, parts)
-    write_document(folder / MANIFEST, {"version": VERSION, "kind": kind, "settings": settings, "parts": described})
-
-
-def read_manifest(folder: StoragePath, kind: str, make_it: str) -> dict[str, Any]:
-    """Return the content of `table.json`.
-
-    Args:
-      folder: the data set.
-      kind: required kind of the data set.
-      make_it: how to make such a data set, for messages.
-
-    Raises:
-      MissingError: the folder does not exist.
-      UserError: the folder holds no finished data set of this kind and version.
-    """
-    if not (folder / MANIFEST).is_file():  # checked before the folder, as object stores need not have folders
-        if not folder.is_dir():
-            raise MissingError(f"no such data set: {folder}. Check the path.")
-        reason = "it is not finished" if (folder / INDEX_FOLDER).is_dir() else f"it has no {MANIFEST}"
-        raise UserError(f"{folder} is not a data set of {kind}, as {reason}. {make_it}")
-    manifest = read_document(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
-        raise UserError(f"{folder / MANIFEST} is not of version {VERSION}. Make the data set again: {make_it}")
-    if manifest["kind"] != kind:
-        raise UserError(f"{folder} is a data set of {manifest['kind']}, not of {kind}. {make_it}")
-    return manifest
 
 
 class Table:
@@ -187,7 +77,7 @@ class Table:
         self._cache = (cache or get_default_cache()) / "tables" / index_hash
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._files = self._list_files()
-        hashes = {name: _hash_column(path) for name, path in sorted(self._files.items())}
+        hashes = {name: hash_column(path) for name, path in sorted(self._files.items())}
         self._hashes = {"": index_hash} | hashes
         self.version: str = hashlib.sha256(json.dumps(self._hashes).encode()).hexdigest()[:16]
         """Hash of all columns."""
@@ -248,7 +138,7 @@ class Table:
 
     def _list_files(self) -> dict[str, StoragePath]:
         folder = self.folder / COLUMNS_FOLDER
-        return {name: folder / f"{name}{_SUFFIX}" for name in list_parquet(folder)}
+        return {name: folder / f"{name}{SUFFIX}" for name in list_parquet(folder)}
 
     def _list_columns(self) -> tuple[dict[str, str], dict[str, pa.DataType]]:
         """Return the file of each column ("" for the index), and its type."""
@@ -256,8 +146,8 @@ class Table:
         types: dict[str, pa.DataType] = {}
         schemas = {}
         if self._parts:
-            schemas[""] = _open_parquet(self.folder / INDEX_FOLDER / f"{self._parts[0]}{_SUFFIX}").schema_arrow
-        schemas |= {name: _open_parquet(path).schema_arrow for name, path in self._files.items()}
+            schemas[""] = open_parquet(self.folder / INDEX_FOLDER / f"{self._parts[0]}{SUFFIX}").schema_arrow
+        schemas |= {name: open_parquet(path).schema_arrow for name, path in self._files.items()}
         for source, schema in schemas.items():
             keys = [key for key in ("id", "name") if key in schema.names] if source else []
             if source and not keys:
@@ -301,7 +191,7 @@ class Table:
         source = self._sources[name]
         if not source:
             for part in self._parts:
-                path = self._localize(self.folder / INDEX_FOLDER / f"{part}{_SUFFIX}", part)
+                path = self._localize(self.folder / INDEX_FOLDER / f"{part}{SUFFIX}", part)
                 yield pq.ParquetFile(path).read(columns=[name])[name]
             return
         file = pq.ParquetFile(self._localize(self._files[source], f"{source}-{self._hashes[source][:16]}"))
@@ -309,7 +199,7 @@ class Table:
         keys = file.read(columns=[key])[key].cast(self.types[key])
         rows = pc.fill_null(pc.index_in(keys, value_set=self.arrow(key)), -1).to_numpy()
         is_sorted = len(rows) > 0 and bool((np.diff(rows) > 0).all()) and rows[0] >= 0
-        batch_size = _BATCH_ROWS if is_sorted else max(1, len(rows))  # else all values are in memory at once
+        batch_size = BATCH_ROWS if is_sorted else max(1, len(rows))  # else all values are in memory at once
         first = start = 0
         for batch in file.iter_batches(batch_size, columns=[name]):
             batch_rows = rows[first : first + len(batch)]
@@ -327,7 +217,7 @@ class Table:
         """Return the file on this machine, to which a remote one is copied under this name."""
         if isinstance(path, Path):
             return path
-        if not (local := self._cache / f"{name}{_SUFFIX}").exists():
+        if not (local := self._cache / f"{name}{SUFFIX}").exists():
             download(path, local)
         return local
 
@@ -354,8 +244,8 @@ class TableColumn(Sequence[Any]):
         return self._convert(self._rows[range(len(self))[index]][None])[0]
 
     def __iter__(self) -> Iterator[Any]:
-        for first in range(0, len(self), _BATCH_ROWS):
-            yield from self[first : first + _BATCH_ROWS]
+        for first in range(0, len(self), BATCH_ROWS):
+            yield from self[first : first + BATCH_ROWS]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
@@ -368,69 +258,6 @@ class TableColumn(Sequence[Any]):
         if pa.types.is_list(self._table.types[self._name]):
             return [tuple(each or ()) for each in values]
         return [self._prefix + each for each in values] if self._prefix else values
-
-
-def map_threads(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
-    """Return the results of a function that waits for files, computed in threads."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(function, values))
-
-
-def read_bytes(path: StoragePath) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-      MissingError: the file does not exist.
-      UserError: it cannot be reached.
-    """
-    with convert_storage_errors(path):
-        try:
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
-
-
-def read_parquet(path: StoragePath, columns: Sequence[str] | None = None) -> pa.Table:
-    """Return the columns of a Parquet file, by default all."""
-    return _open_parquet(path).read(columns=columns)
-
-
-def list_parquet(folder: StoragePath, prefix: str = "") -> list[str]:
-    """Return the names of the Parquet files in a folder without their suffix, sorted; none if there is no folder."""
-    if not folder.is_dir():
-        return []
-    names = sorted(path.name for path in folder.iterdir())
-    return [n.removesuffix(_SUFFIX) for n in names if n.startswith(prefix) and n.endswith(_SUFFIX) and n[0] != "."]
-
-
-def _open_parquet(path: StoragePath) -> pq.ParquetFile:
-    try:
-        if isinstance(path, Path):
-            return pq.ParquetFile(path)
-        return pq.ParquetFile(pa.BufferReader(read_bytes(path)))
-    except FileNotFoundError as error:
-        raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is not a Parquet file ({error}). Write it again.") from error
-
-
-def _hash_column(path: StoragePath) -> str:
-    stored = (_open_parquet(path).schema_arrow.metadata or {}).get(_HASH_KEY)
-    return stored.decode() if stored else hashlib.sha256(read_bytes(path)).hexdigest()
-
-
-def write_parquet(path: StoragePath, table: pa.Table) -> None:
-    """Write a table atomically; the same table gives the same bytes."""
-    if isinstance(path, Path):
-        with atomic_path(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd", row_group_size=_BATCH_ROWS)
-        return
-    local = get_default_cache() / "uploads" / uuid.uuid4().hex / path.name
-    try:
-        write_parquet(local, table)
-        upload(local, path)
-    finally:
-        shutil.rmtree(local.parent, ignore_errors=True)
 
 
 def _evict(folder: Path) -> None:

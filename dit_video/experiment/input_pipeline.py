@@ -21,8 +21,8 @@ from dit_video.data.captions import (
 )
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.latents.offline import Encoding
 from dit_video.data.latents.online import OnlineEncoder
+from dit_video.data.latents.plan import Encoding
 from dit_video.data.latents.views import Augmentations
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, load_encoded_batches, load_packed_batches
 from dit_video.data.packing.balance import Balance, Cost

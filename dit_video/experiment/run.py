@@ -18,7 +18,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.offload import Offload
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.latents.offline import Encoding
+from dit_video.data.latents.plan import Encoding
 from dit_video.distributed import MeshConfig, make_mesh, make_shardings
 from dit_video.distributed.mesh import resolve_mesh
 from dit_video.distributed.processes import wait_for_main_process

@@ -31,14 +31,15 @@ from dit_video.data.clips import DATASET_NAME, FEATURES, is_ingested
 from dit_video.data.ingest.completion import complete, find_transient_parts
 from dit_video.data.ingest.formats import ListColumns, ListedClip, ListingOptions, list_clips
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig, make_failure
-from dit_video.data.ingest.outcomes import Outcome, make_row, make_table
+from dit_video.data.ingest.outcomes import Outcome
 from dit_video.data.ingest.parts import FOLDER, IngestFolder
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.ingest.report import IngestReport
+from dit_video.data.ingest.rows import make_row, make_table
 from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
 from dit_video.data.records import DISK_FULL_ERRNOS, get_file_name, write_records
-from dit_video.data.tables import INDEX_FOLDER, write_part
+from dit_video.data.table_files import INDEX_FOLDER, write_part
 
 ProgressCallback = Callable[[int, int], None]
 """A function that is called with (done, total)."""

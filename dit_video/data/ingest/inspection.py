@@ -16,10 +16,12 @@ from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.outcomes import Outcome
 from dit_video.data.ingest.quality_filter import JudgedShot, ScreeningConfig, ScreeningResult, screen
 from dit_video.data.ingest.reencoder import ReencodeConfig, reencode_image, update_facts
-from dit_video.data.records import MAX_RECORD_BYTES
 from dit_video.video import probe
 from dit_video.video.cut import CutClip, TimeSpan, cut_clips
 from dit_video.video.reader import IMAGE_CODECS, Video
+
+MAX_CLIP_BYTES = (1 << 31) - (1 << 20)
+"""Maximum size of a clip: a record is one protocol buffer, which holds less than 2 GiB."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def _cut_kept(
 
 def _store(part: JudgedShot, cut: CutClip, clip: ListedClip, sha256: str, config: InspectionConfig) -> dict[str, Any]:
     """Return the fields of the outcome of a kept part, after its bytes were written into the folder."""
-    if len(cut.content) > MAX_RECORD_BYTES:
+    if len(cut.content) > MAX_CLIP_BYTES:
         size = f"{len(cut.content) / 2**30:.1f} GiB in one clip, 2 GiB is the limit"
         raise DecodeError(f"{size}; pass screening.max_clip_seconds to cut it, or a limit above which it is re-encoded")
     fields: dict[str, Any] = {"payload": sha256, "payload_bytes": len(cut.content), "method": cut.method}

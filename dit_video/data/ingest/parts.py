@@ -16,7 +16,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, read_document, write_document
 from dit_video.data.ingest.formats import ListedClip, Listing
 from dit_video.data.records import get_part_name, sort_splits
-from dit_video.data.tables import INDEX_FOLDER, list_parquet, read_parquet, write_parquet
+from dit_video.data.table_files import INDEX_FOLDER, list_parquet, read_parquet, write_parquet
 
 FOLDER = "ingest"
 _MIN_PART_BYTES, _MAX_PART_BYTES, _MAX_PART_FILES = 16 << 20, 1 << 30, 4096

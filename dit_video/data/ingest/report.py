@@ -181,8 +181,8 @@ def _make_histograms(used: pa.Table) -> dict[str, dict[str, int]]:
     lengths = used["duration_us"].to_numpy()[is_video] / 1e6
     histograms = {
         "sizes": _count_values(f"{height}×{width}" for height, width in zip(heights, widths, strict=True)),
-        "shapes": _count_bins(np.searchsorted(_SHAPE_EDGES, widths / heights, side="right"), _SHAPE_BINS),
-        "lengths": _count_bins(np.searchsorted(_LENGTH_EDGES, lengths, side="right"), _LENGTH_BINS),
+        "shapes": _count_bins(np.searchsorted(_SHAPE_EDGES, widths / heights, side="right").tolist(), _SHAPE_BINS),
+        "lengths": _count_bins(np.searchsorted(_LENGTH_EDGES, lengths, side="right").tolist(), _LENGTH_BINS),
         "frames": _count_bins([(int(count) - 1).bit_length() for count in frames], _FRAME_BINS),
         "rates": _count_values(f"{rate:.4g} fps" for rate in fps[is_video]),
         "codecs": _count_values(used["codec"].to_pylist()),

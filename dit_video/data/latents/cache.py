@@ -25,7 +25,8 @@ from jaxtyping import Float32, Int32, Int64, UInt64
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, read_document, to_storage_path
 from dit_video.data.records import RecordPlace, RecordReader, get_file_name, make_bytes_feature
-from dit_video.data.tables import INDEX_FOLDER, MANIFEST, Table, TableColumn, compute_row_id, list_parquet
+from dit_video.data.table_files import INDEX_FOLDER, MANIFEST, compute_row_id, list_parquet
+from dit_video.data.tables import Table, TableColumn
 from dit_video.tokens import Field, Grid
 
 DATASET_NAME = KIND = "latents"

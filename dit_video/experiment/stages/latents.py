@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from dit_video.core.storage import StoragePath
 from dit_video.data.latents import offline
+from dit_video.data.latents import plan as latent_plan
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.tables import MANIFEST
+from dit_video.data.table_files import MANIFEST
 from dit_video.encoders.image import IDENTITY_FILE, open_image_encoder
 from dit_video.experiment import datasets, input_pipeline
 from dit_video.experiment.autoencoder import read_autoencoder
@@ -34,7 +35,10 @@ class CacheLatents(DenoiserStage):
         runtime = runtime.for_stage(self.experiment)
         encoding, clips = self.make_encoding(runtime), runtime.training_clips
         destination = self._get_destination(runtime)
-        identity, plan = offline.compute_latent_identity(encoding), offline.plan_encoding(clips, encoding, destination)
+        identity, plan = (
+            latent_plan.compute_latent_identity(encoding),
+            latent_plan.plan_encoding(clips, encoding, destination),
+        )
         with Progress("encoding latents", len(plan.views), unit="clip") as progress:
             finished = offline.encode_latents(
                 destination,
@@ -58,15 +62,15 @@ class CacheLatents(DenoiserStage):
         """
         runtime = runtime.for_stage(self.experiment)
         encoding = self.make_encoding(runtime)
-        source = LatentSource(self._get_destination(runtime), identity=offline.compute_latent_identity(encoding))
-        offline.check_clips(source, runtime.training_clips, encoding)
+        source = LatentSource(self._get_destination(runtime), identity=latent_plan.compute_latent_identity(encoding))
+        latent_plan.check_clips(source, runtime.training_clips, encoding)
         if source.skipped:
             name, reason, _ = source.skipped[0]
             count = len(source.skipped)
             print_on_first_process(f"{count} clips could not be encoded and are skipped, such as {name}: {reason}")
         return source
 
-    def make_encoding(self, runtime: Runtime) -> offline.Encoding:
+    def make_encoding(self, runtime: Runtime) -> latent_plan.Encoding:
         """Return the encoding of the clips.
 
         Raises:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jax
 
-from dit_video.data.latents.offline import encode_latents, plan_encoding
+from dit_video.data.latents.offline import encode_latents
+from dit_video.data.latents.plan import plan_encoding
 from support.offline_clips import MIXED_SIZES, make_encoding, make_source
 
 
