@@ -18,7 +18,7 @@ LEVELS = (
     ("evaluation",),
     ("families",),
     ("pipelines",),
-    ("generation", "training"),
+    ("curation", "generation", "training"),
     ("data",),
     ("encoders", "distributed"),
     ("backbones", "weights"),

@@ -28,6 +28,7 @@ The other parts run only if they are named:
                  that was killed
     sampling     N steps against N forward passes, guidance in one pass against two, programs compiled for other
                  prompts and settings, and time to the first clip with and without kept programs
+    scale        seconds and memory from a table of a million clips (`--rows`) to its batches, and at an epoch's edge
     studio       time until the studio's page is there, and from a click to a playing video, in headless Chromium
 
 `--small` runs `model` and `sampling` on tiny models. `--peers` also times the convolutional autoencoder and the
@@ -61,7 +62,7 @@ from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import MissingError, UserError, script
 
 DEFAULT_PARTS = ("denoiser", "autoencoder", "data")
-OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling", "features", "studio")
+OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling", "features", "studio", "scale")
 """Parts that run only if they are named."""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
@@ -84,6 +85,8 @@ class BenchmarkSize:
     """Number of batches over which the loader's memory is measured."""
     tokens: int
     """Number of tokens in the rows of the attention benchmark."""
+    rows: int
+    """Number of clips in the table of the scale benchmark."""
     small: bool
     """True for tiny models in `model` and `sampling`."""
 
@@ -141,6 +144,8 @@ def run_benchmarks(
         document["sampling"] = measure_sampling(size, run)
     if "features" in parts:
         document["features"] = measure_features(size)
+    if "scale" in parts:
+        document["scale"] = measure_scale(size)
     if "studio" in parts:
         document["studio"] = measure_studio(run)
     if "tiling" in parts:
@@ -229,6 +234,15 @@ def measure_features(size: BenchmarkSize) -> dict[str, Any]:
     )
 
 
+def measure_scale(size: BenchmarkSize) -> dict[str, Any]:
+    """Measure what lies between a large table of clips and its batches."""
+    try:
+        from benchmarks import scale
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    return scale.measure(size.rows)
+
+
 def measure_studio(run: Path) -> dict[str, Any]:
     """Measure the time until the studio's page is there, and from a click to a playing video."""
     try:
@@ -291,6 +305,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=8192, help="Number of tokens in the rows of the attention benchmark."
     )
+    parser.add_argument("--rows", type=int, default=1_000_000, help="Number of clips of the `scale` benchmark.")
     parser.add_argument("--small", action="store_true", help="Use tiny models for `model` and `sampling`.")
     parser.add_argument("--run", type=Path, default=PRETRAINED, help="Run or pipeline of `tiling` and `sampling`.")
     parser.add_argument(

@@ -7,11 +7,12 @@ services, which have as many types as there are services, become a `UserError` o
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,6 +31,8 @@ _MANGLED_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 """Pattern of an address that `pathlib` has mangled."""
 _MAX_REASON = 300
 """Maximum length of a service's error message in characters, which may be a whole page."""
+_READ_AHEAD = 64 << 10
+"""Bytes that are read at once of an open file at an address."""
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -85,6 +88,92 @@ def convert_storage_errors(path: StoragePathLike) -> Iterator[None]:
         reason = textwrap.shorten(str(error), _MAX_REASON, placeholder=" …") or type(error).__name__
         fix = "check the address, the connection and your credentials"
         raise UserError(f"{path} cannot be opened ({reason}); {fix}") from error
+
+
+def list_files(folder: UPath) -> dict[str, int]:
+    """Return the sizes in bytes of all files below an address, by their paths inside it, as the service lists them.
+
+    Raises:
+      UserError: the service denies access, or cannot be reached.
+    """
+    root = folder.path.rstrip("/")
+    with convert_storage_errors(folder):
+        entries = folder.fs.find(folder.path, detail=True)
+    names = ((path.removeprefix(root).lstrip("/"), entry) for path, entry in entries.items())
+    return {name: int(entry["size"]) for name, entry in names if name and not name.endswith("/")}
+
+
+def open_file(path: StoragePathLike) -> io.BufferedReader:
+    """Open a file for reading; at an address, only the parts that are read are transferred.
+
+    Raises:
+      OSError: a file of this machine cannot be read.
+      UserError: an address cannot be read.
+    """
+    if not is_remote(path):
+        return open(_get_name(path), "rb")
+    return io.BufferedReader(_RemoteFile(_get_name(path)), _READ_AHEAD)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file at an address whose parts are read by requests of their own; every error is a `UserError`."""
+
+    def __init__(self, address: str):
+        self._address, self._position = address, 0
+        with convert_storage_errors(address):
+            self._filesystem, self._path = fsspec.core.url_to_fs(address)
+            self._size = int(self._filesystem.info(self._path)["size"])
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._position + len(buffer), self._size)
+        if end <= self._position:
+            return 0
+        with convert_storage_errors(self._address):
+            content = self._filesystem.cat_file(self._path, start=self._position, end=end)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def read_range(path: StoragePathLike, offset: int = 0, size: int | None = None) -> bytes:
+    """Return `size` bytes of a file from an offset on, fewer at its end; all of them if None.
+
+    Raises:
+      OSError: a file of this machine cannot be read.
+      UserError: an address cannot be read.
+    """
+    if not is_remote(path):
+        with open(_get_name(path), "rb") as file:
+            file.seek(offset)
+            return file.read() if size is None else file.read(size)
+    with convert_storage_errors(path):
+        filesystem, name = fsspec.core.url_to_fs(_get_name(path))
+        return filesystem.cat_file(name, start=offset or None, end=None if size is None else offset + size)
+
+
+def read_files(folder: UPath, names: Collection[str]) -> dict[str, bytes]:
+    """Return the contents of files below an address by their paths inside it, read at once.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    root = folder.path.rstrip("/")
+    with convert_storage_errors(folder):
+        contents = folder.fs.cat([f"{root}/{name}" for name in names])
+    # A single name gives its content alone; services begin names with or without a slash.
+    contents = {next(iter(names)): contents} if isinstance(contents, bytes) else contents
+    return {path.removeprefix(root).lstrip("/"): content for path, content in contents.items()}
 
 
 def read_document(path: StoragePath) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.shared_array import SharedStrings
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
@@ -240,7 +241,7 @@ def load_encoded_batches(
     """
     sizes = fit_sizes(source, limits)
     grids = map_grids(lambda size: compute_token_grid(latent_grid(size), patch), sizes)
-    names = [info.name for info in source.infos]
+    names = SharedStrings(source.column("name"))
     layout = RowLayout(grids, captions, shape=shape, names=names, token_dt=token_dt, **config.row_options)
     row_bytes = shape.tokens * float((3 * sizes.prod(axis=1, dtype=np.int64) / layout.stream.tokens).max())
     decoded = _RowDecoder(ClipRows(source, layout, limits, seed=config.seed), config, row_bytes)

@@ -124,7 +124,7 @@ def map_grids(function: Callable[[Grid], Grid], grids: Int[np.ndarray, "n 3"]) -
 
 def hash_clips(source: ClipSource) -> str:
     """Return a hash of the clips' names, sizes, rates and lengths: of all that their decoded frames depend on."""
-    content = hashlib.sha256("\0".join(info.name for info in source.infos).encode("utf-8", "surrogatepass"))
+    content = hashlib.sha256("\0".join(source.column("name")).encode("utf-8", "surrogatepass"))
     for name in ("height", "width", "frames", "fps", "seconds"):
         content.update(source.column(name).astype("<f8").tobytes())
     return content.hexdigest()

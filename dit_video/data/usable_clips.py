@@ -58,7 +58,7 @@ class ClipRequirements:
             is_misfit |= ~np.asarray([size.t > 0 and self._has_room(size) for size in distinct], bool)[kinds]
         if self.tokenize is not None:
             has_room = functools.cache(self._has_text_room)
-            is_misfit |= [not all(map(has_room, info.captions)) for info in clips.infos]
+            is_misfit |= np.asarray([not all(map(has_room, info.captions)) for info in clips.infos], bool)
         return is_misfit
 
     def _has_room(self, size: Grid) -> bool:

@@ -78,7 +78,7 @@ def _compute_token_dt(
 
 def _find_numbers(clips: ClipSource, names: Sequence[str]) -> list[int]:
     """Return the number of the clip of each name."""
-    numbers = {info.name: number for number, info in enumerate(clips.infos)}
+    numbers = {name: number for number, name in enumerate(clips.column("name"))}
     return [numbers[name] for name in names]
 
 

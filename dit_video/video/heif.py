@@ -1,6 +1,6 @@
-"""Pictures in HEIF files (HEIC, AVIF) of several parts, as tiles or transparency, which ffmpeg gives one by one.
+"""Pictures in HEIF files (HEIC, AVIF), decoded by Pillow, for HEIC with the package pillow-heif.
 
-Pillow joins the parts of AVIF, and those of HEIC with the package pillow-heif.
+ffmpeg gives their tiles and their transparency one by one, with the padding of tiles, and without rotation.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def read_heif(content: bytes, name: str, max_pixels: int) -> av.VideoFrame:
     """Return the whole picture, upright and in sRGB.
 
     Raises:
-      DecodeError: it is too large, or is HEIC and pillow-heif is not installed.
+      DecodeError: it is too large, or a package is not installed.
       OSError: it is damaged.
     """
     with contextlib.suppress(ImportError):
@@ -37,9 +37,11 @@ def read_heif(content: bytes, name: str, max_pixels: int) -> av.VideoFrame:
         image = Image.open(io.BytesIO(content), formats=[kind for kind in ("AVIF", "HEIF") if kind in _get_formats()])
     except UnidentifiedImageError as error:
         raise DecodeError(
-            f"{name} is a HEIC picture in tiles, or with transparency, which needs a package that is not installed "
-            "(pip install pillow-heif), or it is damaged; install that, or convert it to PNG"
+            f"{name} is a damaged picture, or HEIC, which needs a package that is not installed: pip install "
+            "pillow-heif, or convert it to PNG"
         ) from error
+    except RuntimeError as error:  # of pillow-heif
+        raise OSError(str(error)) from error
     with image:
         if image.width * image.height > max_pixels:
             size = f"{image.height}x{image.width}"

@@ -14,6 +14,7 @@ from av.container import Flags
 from av.stream import Discard, Disposition
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.video.hdr import TRANSFERS
 from dit_video.video.heif import find_heif_kind, read_heif
 from dit_video.video.mp4_header import check_mp4_header
 
@@ -173,7 +174,8 @@ class Video(contextlib.AbstractContextManager["Video"]):
         heif_kind = find_heif_kind(self._head)
         self.codec: str = heif_kind or context.name
         self._picture = None
-        if heif_kind and len(streams) > 1:
+        # Pillow would leave HDR as it is.
+        if heif_kind and (len(streams) > 1 or int(context.color_trc) not in TRANSFERS):
             source = self._source
             content = source if isinstance(source, bytes) else source.read_bytes()
             self._picture = read_heif(content, self.name, MAX_PIXELS)

@@ -304,6 +304,6 @@ def test_paths_and_addresses_become_storage_paths(tmp_path, bucket):
         read_document(to_storage_path("gs://bucket/broken"))
     with pytest.raises(MissingError, match="no such data set"):
         ClipSource("gs://bucket/nowhere")
-    for source, message in (("gs://bucket/clips", "is an address"), ("gs:/bucket/clips", "through pathlib")):
+    for source, message in (("gs://bucket/clips", "no such folder or file"), ("gs:/bucket/clips", "through pathlib")):
         with pytest.raises(UserError, match=message):
             ingest(source, tmp_path / "data")

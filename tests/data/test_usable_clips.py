@@ -98,4 +98,5 @@ def test_no_usable_clip_at_all_is_an_error_whatever_the_share(open_clips):
     )
     with pytest.raises(UserError, match=r"5 of 5 clips .*; …\. "):
         selected.check(1.0)
-    select_usable(open_clips([]), ClipRequirements(limits=(LIMITS,))).check(0.0)  # nothing to exclude
+    nothing = ClipRequirements(limits=(LIMITS,), tokenize=tokenize, max_text=9)
+    select_usable(open_clips([]), nothing).check(0.0)  # nothing to exclude

@@ -216,3 +216,21 @@ def test_times_never_fall(file):
         times = [timed.time for timed in deinterlace(video.read_frames(), video.name)]
     assert times == sorted(times)
     assert times[0] == 0
+
+
+def test_the_default_of_several_video_streams_is_read():
+    """The first one here is small and has one frame, as previews in files of cameras."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        for size, disposition in (((16, 16), av.stream.Disposition(0)), ((48, 32), av.stream.Disposition.default)):
+            stream = container.add_stream("libx264", rate=10)
+            stream.width, stream.height = size
+            stream.pix_fmt, stream.disposition = "yuv420p", disposition
+        for stream, frames in zip(container.streams.video, (1, 8), strict=True):
+            for number in range(frames):
+                frame = av.VideoFrame.from_ndarray(np.zeros((stream.height, stream.width, 3), np.uint8), format="rgb24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    info = probe(file.getvalue())
+    assert (info.width, info.height, info.frames) == (48, 32, 8)

@@ -140,7 +140,7 @@ def test_limited_gray_is_shown_as_luma_alone(write_video, textured):
 
 
 def test_colour_matrices_that_ffmpeg_cannot_convert_are_refused(write_video, textured):
-    for matrix in (8, 10, 14):  # YCgCo, constant-luminance BT.2020, ICtCp
+    for matrix in (8, 10, 14, 15, 16, 17):  # YCgCo, constant-luminance BT.2020, ICtCp, IPT-C2, YCgCo-Re and -Ro
         content = write_video(textured(1, 32, 32), pixel_format="yuv444p", colorspace=matrix)
         for read in (probe, decode):
             with pytest.raises(DecodeError, match=r"convert the file to BT\.709"):

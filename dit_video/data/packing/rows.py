@@ -120,7 +120,7 @@ class RowLayout(SharesArrays):
     ):
         grids = np.asarray(grids, np.int32)
         self.grids, self.captions, self.shape, self._seed = grids, captions, shape, seed
-        self.names = SharedStrings(names)
+        self.names = names if isinstance(names, SharedStrings) else SharedStrings(names)
         self._token_dt, self._token_lead = token_dt, token_lead
         grid_pairs = None
         if attention_pairs is not None:

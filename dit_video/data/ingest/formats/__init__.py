@@ -13,8 +13,10 @@
 
 A clip is in the split that its source says, else in that of the first folder in its name (`train`, `val`, `test`, …), else in `train`.
 Captions are stripped; empty ones and repetitions are dropped. A clip whose caption exceeds 64 KiB or is not UTF-8 is rejected.
-Names that begin with a dot are ignored. Links are followed in folders and rejected in tars. A file that a list names but that
-does not exist, and a malformed row or entry of a list, are in `rejected` with line and reason; listing continues with the rest.
+Names that begin with a dot are ignored. Links are followed inside a folder; links out of it (unless `follow_links`) and those in
+tars are rejected. A file that a list names but that does not exist, and a malformed row or entry of a list, are in `rejected`
+with line and reason; listing continues with the rest. A source is on this machine or in a bucket (`gs://`, `s3://`, …), which
+is listed by one request; tars and clips there are read in place.
 An error is raised only if a source is unusable as a whole: a list lacks required columns, annotations are not JSON, or there is no clip.
 """  # noqa: E501
 

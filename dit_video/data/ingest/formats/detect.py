@@ -1,14 +1,12 @@
 """Formats of sources, and detection of a source's format."""
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.registry import load_entry_points
-from dit_video.core.storage import to_storage_path
+from dit_video.core.storage import StoragePath, StoragePathLike, convert_storage_errors, to_storage_path
 from dit_video.data.ingest.formats.folder import find_lists, list_folder
 from dit_video.data.ingest.formats.msrvtt import find_annotations, list_msrvtt
 from dit_video.data.ingest.formats.rows import TABLE_SUFFIXES
@@ -32,7 +30,7 @@ class SourceFormat:
     """True if the folder's clips are files of their own, which a folder without a format has too."""
     is_file: Callable[[str], bool] = lambda name: False
     """Function that says whether a file of this name is a source of this format."""
-    list_file: Callable[[Path, ListingOptions], Listing] | None = None
+    list_file: Callable[[StoragePath, ListingOptions], Listing] | None = None
     """Function that lists the clips of such a file."""
 
 
@@ -70,15 +68,13 @@ def register_format(source_format: SourceFormat) -> None:
     _FORMATS[source_format.name] = source_format
 
 
-def list_clips(
-    source: str | os.PathLike, *, format: str = "auto", options: ListingOptions = ListingOptions()
-) -> Listing:
+def list_clips(source: StoragePathLike, *, format: str = "auto", options: ListingOptions = ListingOptions()) -> Listing:
     """Return the clips of a source with their captions and splits; see the package for the formats.
 
     Nothing is decoded, and the content of media files is not read.
 
     Args:
-      source: a folder, a list of clips, or a tar.
+      source: a folder, a list of clips, or a tar; a path of this machine or an address.
       format: name of the source's format; "auto" detects it, and the listing holds the result.
       options: options of the formats.
 
@@ -88,21 +84,20 @@ def list_clips(
         whole.
     """
     load_entry_points()
-    storage_path = to_storage_path(source)
-    if not isinstance(storage_path, Path):
-        raise UserError(f"{source} is an address; clips are read from local files, so copy them to this machine first")
-    source = storage_path
     if format not in ("auto", *_FORMATS):
         raise UserError(f"format={format!r} is invalid: no such format is known. Use auto, {', '.join(_FORMATS)}.")
-    if not source.exists():
-        raise MissingError(f"no such folder or file: {source}")
-    if not source.is_dir():
-        return _complete_splits(_list_file(source, format, options))
-    folder = scan_folder(source)
+    path = to_storage_path(source)
+    with convert_storage_errors(path):
+        exists, is_folder = path.exists(), path.is_dir()
+    if not exists:
+        raise MissingError(f"no such folder or file: {path}")
+    if not is_folder:
+        return _complete_splits(_list_file(path, format, options))
+    folder = scan_folder(path, follow_links=options.follow_links)
     chosen = _detect_format(folder) if format == "auto" else _FORMATS[format]
     if chosen.list_folder is None:
         raise UserError(
-            f"{source} is a folder, and format='{format}' needs a list; give the list itself (.csv, .jsonl, .parquet)"
+            f"{path} is a folder, and format='{format}' needs a list; give the list itself (.csv, .jsonl, .parquet)"
         )
     return _complete_splits(chosen.list_folder(folder, options))
 
@@ -113,7 +108,7 @@ def _complete_splits(listing: Listing) -> Listing:
     return listing._replace(clips=tuple(clips))
 
 
-def _list_file(source: Path, format: str, options: ListingOptions) -> Listing:
+def _list_file(source: StoragePath, format: str, options: ListingOptions) -> Listing:
     candidates = list(_FORMATS.values()) if format == "auto" else [_FORMATS[format]]
     for each in candidates:
         if each.list_file is not None and each.is_file(source.name):

@@ -1,16 +1,17 @@
 """Listing of a folder of clips, with a caption file for each or with lists of clips and captions."""
 
 import functools
+import itertools
 import os
 import posixpath
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.core.storage import open_file
 from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.rows import TABLE_SUFFIXES, ListRow, is_list, read_paired_rows, read_rows
-from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix, list_file
+from dit_video.data.ingest.formats.scan import FolderScan, get_suffix
 from dit_video.data.ingest.formats.tables import ClipTable, find_clips
 from dit_video.data.ingest.formats.types import (
     ListColumns,
@@ -40,11 +41,11 @@ class ClipList(NamedTuple):
     captions: str | None = None
     """Path of the list of captions, if the first one is a list of paths alone."""
 
-    def read_rows(self, source: Path, columns: ListColumns) -> Iterator[ListRow]:
+    def read_rows(self, scan: FolderScan, columns: ListColumns) -> Iterator[ListRow]:
         """Yield the rows."""
         if self.captions is not None:
-            return read_paired_rows(source / self.name, source / self.captions)
-        return read_rows(source / self.name, columns)
+            return read_paired_rows(scan.get_document(self.name), scan.get_document(self.captions))
+        return read_rows(scan.get_document(self.name), columns)
 
 
 def find_lists(scan: FolderScan) -> list[ClipList]:
@@ -57,7 +58,7 @@ def find_lists(scan: FolderScan) -> list[ClipList]:
     for clip_list in _iterate_lists(scan):
         other = lists.setdefault(clip_list.scope, clip_list)
         if other != clip_list:
-            folder = scan.source / clip_list.scope
+            folder = scan.get_path(clip_list.scope)
             names = f"{posixpath.basename(other.name)} and {posixpath.basename(clip_list.name)}"
             raise UserError(f"{folder} holds both {names}; keep one of them")
     return list(lists.values())
@@ -67,16 +68,16 @@ def _iterate_lists(scan: FolderScan) -> Iterator[ClipList]:
     stems = {os.path.splitext(name)[0] for name in scan.media}
     for name in scan.files:
         folder, base = posixpath.split(name)
-        if base in METADATA and (base != "metadata.json" or _holds_json_list(scan.source / name)):
+        if base in METADATA and (base != "metadata.json" or _holds_json_list(scan.get_path(name))):
             yield ClipList(name, folder)
         if base in _PATH_LISTS and os.path.splitext(name)[0] not in stems:  # else it is a clip's caption
             texts = (posixpath.join(folder, each) for each in _CAPTION_LISTS)
             yield from (ClipList(name, folder, each) for each in texts if each in scan.files)
 
 
-def _holds_json_list(path: Path) -> bool:
+def _holds_json_list(path: str) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     except OSError:
         return False
@@ -99,8 +100,8 @@ def list_folder(scan: FolderScan, options: ListingOptions) -> Listing:
     table, by_base = ClipTable({}, [], is_merged=len(lists) > 1), _index_by_base(scan)
     for each in lists:
         find_name = functools.partial(_find_name, scan, by_base, posixpath.dirname(each.name))
-        table.add(each.name, each.read_rows(scan.source, options.columns), find_name)
-    clips, table_rejected = find_clips(table, lambda name: _find_clip(scan, name))
+        table.add(each.name, each.read_rows(scan, options.columns), find_name)
+    clips, table_rejected = find_clips(table, scan.make_clip)
     scopes = {each.scope for each in lists}
     unlisted += [name for name in scan.media if name not in table.rows and _is_covered(name, scopes)]
     return make_listing(
@@ -132,11 +133,12 @@ def _list_loose_clips(scan: FolderScan, scopes: Collection[str]) -> tuple[list[L
     rejected: list[Rejection] = []
     media = [name for name in scan.media if not _is_covered(name, scopes)]
     caption_files, used_names = _find_caption_files(scan), set(media)
+    names = {name: [*caption_files.get(os.path.splitext(name)[0], ()), *caption_files.get(name, ())] for name in media}
+    used_names.update(itertools.chain.from_iterable(names.values()))
+    read = scan.make_reader(itertools.chain.from_iterable(names.values()), captions.MAX_FILE_BYTES)
     for name in media:
-        caption_names = [*caption_files.get(os.path.splitext(name)[0], ()), *caption_files.get(name, ())]
-        used_names.update(caption_names)
         with reject_unusable(rejected, name):
-            clips.append(scan.make_clip(name, _read_captions(scan, caption_names)))
+            clips.append(scan.make_clip(name, _read_captions(read, names[name])))
     return clips, [name for name in scan.files if name not in used_names and not _is_covered(name, scopes)], rejected
 
 
@@ -149,15 +151,15 @@ def _choose_other_list(scan: FolderScan, columns: ListColumns, clips: Sequence[L
       UserError: there are several, or clips have caption files, too; there is a list, and no clip; or no clip has a
         caption, and there is a table with unknown columns.
     """
-    tables = [name for name in scan.files if get_suffix(name) in TABLE_SUFFIXES and (scan.source / name).is_file()]
-    names = [name for name in tables if is_list(scan.source / name, columns)]
+    tables = [name for name in scan.files if get_suffix(name) in TABLE_SUFFIXES and scan.is_file(name)]
+    names = [name for name in tables if is_list(scan.get_document(name), columns)]
     if not names:
         if tables and clips and not any(clip.captions for clip in clips):
             rule = f"{scan.source} holds clips without captions and {tables[0]}, which is not known as a list of clips"
             raise UserError(f"{rule}; pass columns.name and columns.captions to read it, or move it elsewhere")
         return None
     if not scan.media:
-        raise UserError(f"{scan.source} holds no clips, but a list of clips; give {scan.source / names[0]} instead")
+        raise UserError(f"{scan.source} holds no clips, but a list of clips; give {scan.get_path(names[0])} instead")
     if len(names) > 1:
         raise UserError(
             f"{scan.source} holds the lists {' and '.join(names)}; pass one of them as list_path={names[0]}"
@@ -182,16 +184,11 @@ def _find_caption_files(scan: FolderScan) -> Mapping[str, Sequence[str]]:
     return files_by_stem
 
 
-def _read_captions(scan: FolderScan, names: Sequence[str]) -> tuple[str, ...]:
+def _read_captions(read: Callable[[str], bytes], names: Sequence[str]) -> tuple[str, ...]:
     texts: list[str] = []
     for name in names:
         try:
-            size = get_file_size(scan.files[name].stat())  # first, as opening a pipe would block forever
-            if size > captions.MAX_FILE_BYTES:
-                raise UnusableClipError(captions.TOO_LARGE.format(size))
-            content = Path(scan.files[name].path).read_bytes()
-        except OSError as error:
-            raise UnusableClipError(f"{name!r} {describe_os_error(error)}") from error
+            content = read(name)
         except UnusableClipError as error:
             raise UnusableClipError(f"{name!r} {error}") from error
         texts += captions.read_file(name, content)
@@ -222,10 +219,3 @@ def _find_name(scan: FolderScan, by_base: Mapping[str, list[str]], folder: str, 
     if len(others) > 1:
         raise UnusableClipError(f"may be {others[0]!r} or {others[1]!r}; write the path")
     return others[0] if others else path
-
-
-def _find_clip(scan: FolderScan, name: str) -> ListedClip:
-    if name in scan.files:
-        return scan.make_clip(name)
-    # The scan has no such name: the file is hidden, or behind a link to a folder that was read under another name.
-    return list_file(name, str(scan.source / name))

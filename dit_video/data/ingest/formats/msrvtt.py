@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.core.storage import StoragePath, read_range
 from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.scan import FolderScan, get_suffix, index_files
 from dit_video.data.ingest.formats.types import (
@@ -53,7 +54,7 @@ def list_msrvtt(scan: FolderScan, options: ListingOptions) -> Listing:
       MissingError: there are no annotations.
       UserError: there is no clip, or the annotations have another format.
     """
-    paths = [scan.source / name for name in find_annotations(scan)]
+    paths = [scan.get_document(name) for name in find_annotations(scan)]
     if not paths:
         fix = "add train_val_videodatainfo.json and test_videodatainfo.json, or MSRVTT_data.json"
         raise MissingError(f"{scan.source} holds no annotations of MSR-VTT; {fix}")
@@ -76,11 +77,11 @@ def list_msrvtt(scan: FolderScan, options: ListingOptions) -> Listing:
     return make_listing(scan.source, "msrvtt", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
-def _read_annotations(path: Path, splits: dict[str, str], sentences: dict[str, list[str]]) -> list[Rejection]:
+def _read_annotations(path: StoragePath, splits: dict[str, str], sentences: dict[str, list[str]]) -> list[Rejection]:
     """Add one annotation file to `splits` and `sentences`; return the entries that cannot be used."""
     try:
         # Bytes that are not UTF-8 become surrogates here, so that only the caption with them is rejected later.
-        content: Any = json.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
+        content: Any = json.loads(read_range(path).decode("utf-8-sig", "surrogateescape"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); download it again") from error
     rejected: list[Rejection] = []
@@ -96,7 +97,7 @@ def _read_annotations(path: Path, splits: dict[str, str], sentences: dict[str, l
 
 
 def _read_entries(
-    path: Path, content: Any, list_name: str, fields: tuple[str, ...], rejected: list[Rejection]
+    path: StoragePath, content: Any, list_name: str, fields: tuple[str, ...], rejected: list[Rejection]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (location, entry) of the entries that have all `fields` as strings, and reject the others."""
     entries = content.get(list_name) if isinstance(content, dict) else None

@@ -14,11 +14,12 @@ import contextlib
 import csv
 import io
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
+from dit_video.core.storage import StoragePath, open_file, read_range
 from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.types import SPLITS, ListColumns, UnusableClipError, escape_name
 
@@ -29,6 +30,8 @@ NAME_COLUMNS = ("file_name", "path", "video", "video_path", "file_path")
 CAPTION_COLUMNS = (*captions.CAPTION_FIELDS, "prompt")
 """Columns that may hold captions; all that exist are used."""
 SPLIT_COLUMN = "split"
+MAX_LINE_BYTES = 4 << 20
+"""Maximum size of a line in bytes (of a CSV, in characters): a file of one line may have any size."""
 
 
 class ListRow(NamedTuple):
@@ -80,7 +83,7 @@ class _Columns(NamedTuple):
         return [self.name, *self.captions, *([] if self.split is None else [self.split])]
 
 
-def read_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
+def read_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
     """Yield the rows of a list in its order.
 
     Bytes that are not UTF-8 become surrogates in names and captions, and are rejected later, clip by clip.
@@ -92,7 +95,7 @@ def read_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
     Raises:
       UserError: the list cannot be read, or no column (in JSON: no field of any object) holds names or captions.
     """
-    if not path.is_file():
+    if not path.is_file():  # first, as opening a pipe would block forever
         raise UserError(f"{path} is not a regular file; write the list into a regular file")
     readers = {".csv": _read_csv_rows, ".parquet": _read_parquet_rows, ".json": _read_json_rows}
     with _convert_read_errors(path):
@@ -100,7 +103,7 @@ def read_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
 
 
 @contextlib.contextmanager
-def _convert_read_errors(path: Path) -> Iterator[None]:
+def _convert_read_errors(path: StoragePath) -> Iterator[None]:
     """Turn the error that a list cannot be read into one for the user."""
     try:
         yield
@@ -108,11 +111,11 @@ def _convert_read_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
 
 
-def _read_text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+def _read_text(path: StoragePath) -> str:
+    return read_range(path).decode("utf-8-sig", "surrogateescape")
 
 
-def read_paired_rows(names: Path, texts: Path) -> Iterator[ListRow]:
+def read_paired_rows(names: StoragePath, texts: StoragePath) -> Iterator[ListRow]:
     """Yield the rows of two lists, of a path and of a caption in each line (finetrainers).
 
     Raises:
@@ -131,16 +134,17 @@ def read_paired_rows(names: Path, texts: Path) -> Iterator[ListRow]:
         yield ListRow(f"line {line}", name.strip(), (text,), problem)
 
 
-def is_list(path: Path, columns: ListColumns) -> bool:
+def is_list(path: StoragePath, columns: ListColumns) -> bool:
     """Return whether the first line of a file, or its schema, is that of a list of clips and captions."""
     suffix = path.suffix.lower()
     if suffix not in TABLE_SUFFIXES or not path.is_file():
         return False
     try:
         if suffix == ".parquet":
-            header: Iterable[str] = _open_parquet(path).schema_arrow.names
+            with _open_parquet(path) as file:
+                header: Iterable[str] = file.schema_arrow.names
         else:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 line = file.readline(1 << 20).decode("utf-8-sig", "replace")
             header = _parse_json_object(line) if suffix == ".jsonl" else next(csv.reader([line]), [])
         _find_columns(path, [column.strip() for column in header], columns)
@@ -149,7 +153,7 @@ def is_list(path: Path, columns: ListColumns) -> bool:
     return True
 
 
-def _find_columns(path: Path, header: Sequence[str], columns: ListColumns) -> _Columns:
+def _find_columns(path: StoragePath, header: Sequence[str], columns: ListColumns) -> _Columns:
     """Return the columns of a list that are read.
 
     Raises:
@@ -169,9 +173,14 @@ def _find_columns(path: Path, header: Sequence[str], columns: ListColumns) -> _C
     return _Columns(name, tuple(texts), split if split in header else None)
 
 
-def _read_csv_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
-    text = _read_text(path)
-    rows = _parse_csv(list(io.StringIO(text, newline="")))  # newline="" keeps line ends inside quoted captions
+def _read_csv_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
+    # newline="" keeps line ends inside quoted captions.
+    with io.TextIOWrapper(open_file(path), "utf-8-sig", "surrogateescape", newline="") as file:
+        yield from _read_csv_lines(path, iter(lambda: file.readline(MAX_LINE_BYTES), ""), columns)
+
+
+def _read_csv_lines(path: StoragePath, lines: Iterator[str], columns: ListColumns) -> Iterator[ListRow]:
+    rows = _parse_csv(lines)
     _, first = next(rows, (1, []))
     header = [column.strip() for column in first] if isinstance(first, list) else []
     read = _find_columns(path, header, columns)
@@ -192,52 +201,75 @@ def _read_csv_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
             yield ListRow(location, name, tuple(fields[index] for index in text_indices), split=split)
 
 
-def _parse_csv(lines: list[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
-    """Yield (number of the first line, fields or the error) of every row that is not blank."""
-    start = 0
-    while start < len(lines):
+def _parse_csv(lines: Iterator[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Yield (number of the first line, fields or the error) of every row that is not blank.
+
+    The lines of one row alone are in memory: a quote that is never closed ends in an error after 128 Ki characters,
+    `csv`'s limit of a field.
+    """
+    number, row_lines, repeated = 1, list[str](), deque[str]()
+
+    def read_lines() -> Iterator[str]:
+        while line := repeated.popleft() if repeated else next(lines, ""):
+            row_lines.append(line)
+            yield line
+
+    while True:
         # Strict, as otherwise a quote that is never closed silently turns the rest of the file into one caption. A new
         # reader after each error continues at the next line.
-        reader, reader_start = csv.reader(map(lines.__getitem__, range(start, len(lines))), strict=True), start
         try:
-            for fields in reader:
+            for fields in csv.reader(read_lines(), strict=True):
                 if fields:
-                    yield start + 1, fields
-                start = reader_start + reader.line_num
+                    yield number, fields
+                number += len(row_lines)
+                row_lines.clear()
+            return
         except csv.Error as error:
-            yield start + 1, error
-            start += 1
+            yield number, error
+            repeated.extendleft(reversed(row_lines[1:]))
+            number += 1
+            row_lines.clear()
 
 
-def _open_parquet(path: Path) -> Any:
-    from pyarrow import ArrowInvalid
+@contextlib.contextmanager
+def _open_parquet(path: StoragePath) -> Iterator[Any]:
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(path)
-    except ArrowInvalid as error:
+        with open_file(path) as file:
+            yield ParquetFile(file)
+    except ArrowException as error:
         raise UserError(f"{path} is not a Parquet file ({error}); write it again") from error
 
 
-def _read_parquet_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
-    file = _open_parquet(path)
-    read, number = _find_columns(path, file.schema_arrow.names, columns), 0
-    for batch in file.iter_batches(columns=read.all):
-        for fields in batch.to_pylist():
-            number += 1
-            yield _parse_object(f"row {number}", fields, columns)
+def _read_parquet_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
+    with _open_parquet(path) as file:
+        read, number = _find_columns(path, file.schema_arrow.names, columns), 0
+        for batch in file.iter_batches(batch_size=4096, columns=read.all):
+            for fields in batch.to_pylist():
+                number += 1
+                yield _parse_object(f"row {number}", fields, columns)
 
 
-def _read_json_line_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
-    with path.open("rb") as file:
-        lines = (
-            (f"line {line}", content.decode("utf-8-sig" if line == 1 else "utf-8", "surrogateescape"))
-            for line, content in enumerate(file, 1)
-        )
-        yield from _parse_objects(path, ((location, text) for location, text in lines if text.strip()), columns)
+def _read_json_line_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
+    with open_file(path) as file:
+        yield from _parse_objects(path, _read_json_lines(file), columns)
 
 
-def _read_json_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
+def _read_json_lines(file: io.BufferedReader) -> Iterator[tuple[str, str | UnusableClipError]]:
+    number = 0
+    while content := file.readline(MAX_LINE_BYTES):
+        number += 1
+        if len(content) == MAX_LINE_BYTES and not content.endswith(b"\n"):
+            while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield f"line {number}", UnusableClipError(f"has more than {MAX_LINE_BYTES:,} bytes, the limit of a line")
+        elif text := content.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape").strip():
+            yield f"line {number}", text
+
+
+def _read_json_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
     try:
         rows = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
@@ -247,7 +279,7 @@ def _read_json_rows(path: Path, columns: ListColumns) -> Iterator[ListRow]:
     yield from _parse_objects(path, ((f"entry {number}", row) for number, row in enumerate(rows, 1)), columns)
 
 
-def _parse_objects(path: Path, rows: Iterable[tuple[str, Any]], columns: ListColumns) -> Iterator[ListRow]:
+def _parse_objects(path: StoragePath, rows: Iterable[tuple[str, Any]], columns: ListColumns) -> Iterator[ListRow]:
     """Yield the rows of objects, parsed or as JSON text, by location.
 
     Raises:
@@ -283,6 +315,8 @@ def _parse_object(location: str, fields: Mapping[str, Any], columns: ListColumns
 
 
 def _parse_json_object(row: Any) -> dict[str, Any]:
+    if isinstance(row, UnusableClipError):
+        raise row
     if isinstance(row, str):
         try:
             row = json.loads(row)

@@ -1,44 +1,127 @@
-"""Recursive scan of a folder's files."""
+"""Recursive scan of the files of a folder, on this machine or in a bucket."""
 
+import contextlib
 import errno
+import itertools
 import os
+import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dit_video.core.errors import UserError
+from dit_video.core.storage import StoragePath, list_files, read_files, read_range
 from dit_video.data.ingest.formats.types import MEDIA, ListedClip, Rejection, UnusableClipError, check_name
+
+_FILES_AT_ONCE = 256
+"""Number of small files of a bucket that are read at once."""
+_LINK_OUT = "is a link out of the source; pass follow_links if it is meant"
 
 
 class FolderScan(NamedTuple):
     """Files of a folder by name; no other property of a file is queried until it is used."""
 
-    source: Path
+    source: StoragePath
     """Folder that was scanned."""
-    files: dict[str, os.DirEntry[str]]
-    """Files by their path inside the folder, with forward slashes; sorted."""
+    files: dict[str, int | None]
+    """Sizes in bytes by the files' paths inside the folder, with forward slashes; sorted. A size is None until it is
+    queried, on this machine."""
     rejected: tuple[Rejection, ...] = ()
     """Folders that were not entered, with reasons."""
+    roots: tuple[str, ...] = ()
+    """Folders out of which links may not lead; empty if they may lead anywhere."""
+    links: frozenset[str] = frozenset()
+    """Names of links among the files."""
 
     @property
     def media(self) -> list[str]:
         """Return the names of files with the suffix of a video or image."""
         return [name for name in self.files if get_suffix(name) in MEDIA]
 
-    def make_clip(self, name: str, captions: tuple[str, ...] = (), split: str = "") -> ListedClip:
-        """Return the clip with a name.
+    def get_path(self, name: str) -> str:
+        """Return the path or address of a file."""
+        return os.path.join(str(self.source), name)
+
+    def get_size(self, name: str) -> int:
+        """Return the size of a file in bytes.
 
         Raises:
-          UnusableClipError: the file is not a regular file, or its name is not UTF-8.
+          FileNotFoundError: the file does not exist, and was not scanned.
+          UnusableClipError: the file is not a regular file, cannot be read, or is a link out of the source.
+        """
+        if (size := self.files.get(name)) is not None:
+            return size
+        if not isinstance(self.source, Path):
+            raise FileNotFoundError(self.get_path(name))
+        path = self.get_path(name)
+        try:
+            if name in self.files and name not in self.links:
+                return get_file_size(os.lstat(path))  # not followed if it has become a link
+            if not is_inside(path, self.roots):
+                raise UnusableClipError(_LINK_OUT)
+            return get_file_size(os.stat(path))
+        except OSError as error:
+            if name not in self.files and isinstance(error, FileNotFoundError | NotADirectoryError):
+                raise FileNotFoundError(path) from error
+            raise UnusableClipError(describe_os_error(error)) from error
+
+    def make_clip(self, name: str, captions: tuple[str, ...] = (), split: str = "") -> ListedClip:
+        """Return the clip with a name, which need not have been scanned: the file is hidden, or behind a link.
+
+        Raises:
+          FileNotFoundError: the file does not exist, and was not scanned.
+          UnusableClipError: see `get_size`; or the name is not UTF-8.
         """
         check_name(name)
-        entry = self.files[name]
-        try:
-            status = entry.stat()
-        except OSError as error:
-            raise UnusableClipError(describe_os_error(error)) from error
-        return ListedClip(name, captions, get_file_size(status), str(self.source / name), split=split)
+        return ListedClip(name, captions, self.get_size(name), self.get_path(name), split=split)
+
+    def is_file(self, name: str) -> bool:
+        """Return whether a name is that of a regular file."""
+        with contextlib.suppress(FileNotFoundError, UnusableClipError):
+            return self.get_size(name) >= 0
+        return False
+
+    def make_reader(self, names: Iterable[str], max_bytes: int) -> Callable[[str], bytes]:
+        """Return a function that reads small files, in the order of `names`; those of a bucket are read many at once.
+
+        The function raises `UnusableClipError` for a file that is too large, or cannot be read.
+        """
+        upcoming, contents = iter(names), dict[str, bytes]()
+
+        def read(name: str) -> bytes:
+            if (size := self.get_size(name)) > max_bytes:  # first, as opening a pipe would block forever
+                raise UnusableClipError(f"has {size:,} bytes, {max_bytes:,} is the limit of a caption file")
+            if isinstance(self.source, Path):
+                try:
+                    return read_range(self.get_path(name))
+                except OSError as error:
+                    raise UnusableClipError(describe_os_error(error)) from error
+            if name not in contents:
+                batch = [
+                    each for each in itertools.islice(upcoming, _FILES_AT_ONCE) if self.get_size(each) <= max_bytes
+                ]
+                contents.clear()
+                contents.update(read_files(self.source, dict.fromkeys([name, *batch])))
+            return contents[name]
+
+        return read
+
+    def get_document(self, name: str) -> StoragePath:
+        """Return the path of a list or of annotations.
+
+        Raises:
+          UserError: the file is a link out of the source.
+        """
+        if name in self.links and not is_inside(self.get_path(name), self.roots):
+            raise UserError(f"{self.get_path(name)} {_LINK_OUT}")
+        return self.source / name
+
+
+def is_inside(path: str, roots: Sequence[str]) -> bool:
+    """Return whether a path, with all links in it followed, lies in one of the folders; True if there are none."""
+    real = os.path.realpath(path)
+    return not roots or any(real == root or real.startswith(root.rstrip("/") + "/") for root in roots)
 
 
 def list_file(name: str, path: str) -> ListedClip:
@@ -93,16 +176,23 @@ def describe_os_error(error: OSError) -> str:
     return f"cannot be read ({error.strerror})"
 
 
-def scan_folder(source: Path) -> FolderScan:
+def scan_folder(source: StoragePath, *, follow_links: bool = False) -> FolderScan:
     """Scan the folder and its subfolders, each once.
 
-    Files and folders whose name begins with a dot are ignored. Links are followed; a link to a folder that was scanned
-    already (by its own name, or through a link earlier in the order of names) is rejected, so that cycles end.
+    Files and folders whose name begins with a dot are ignored. Links inside the folder are followed; a link to a folder
+    that was scanned already (by its own name, or through a link earlier in the order of names) is rejected, so that
+    cycles end. A link out of the folder may show what its author cannot read, such as a secret as a caption, so it is
+    rejected unless `follow_links`.
 
     Raises:
       UserError: the folder itself cannot be read.
     """
-    files: dict[str, os.DirEntry[str]] = {}
+    if not isinstance(source, Path):
+        sizes = {name: size for name, size in list_files(source).items() if not re.search(r"(^|/)\.", name)}
+        return FolderScan(source, dict(sorted(sizes.items())))
+    roots = () if follow_links else _find_roots(source)
+    files: dict[str, int | None] = {}
+    file_links: set[str] = set()
     rejected: list[Rejection] = []
     visited: set[tuple[int, int]] = set()
     links: list[Rejection] = []
@@ -129,12 +219,26 @@ def scan_folder(source: Path) -> FolderScan:
         for entry in visible:
             name = prefix + entry.name
             if not _is_folder(entry):
-                files[name] = entry
+                files[name] = None
+                if entry.is_symlink():
+                    file_links.add(name)
+            elif entry.is_symlink() and not is_inside(entry.path, roots):
+                rejected.append((name, _LINK_OUT))
             elif entry.is_symlink():
                 links.append((name + "/", entry.path))
             else:
                 folders.append((name + "/", entry.path))
-    return FolderScan(source, dict(sorted(files.items())), tuple(sorted(rejected)))
+    return FolderScan(source, dict(sorted(files.items())), tuple(sorted(rejected)), roots, frozenset(file_links))
+
+
+def _find_roots(source: Path) -> tuple[str, ...]:
+    """Return the folders into which links of a folder may lead: itself, and the blobs if it is of Hugging Face's cache.
+
+    There, files of `snapshots/COMMIT/` link to those of `blobs/`.
+    """
+    root = Path(os.path.realpath(source))
+    snapshots = next((folder for folder in (root, *root.parents) if folder.name == "snapshots"), None)
+    return (str(root),) if snapshots is None else (str(root), str(snapshots.parent / "blobs"))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

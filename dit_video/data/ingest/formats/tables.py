@@ -1,13 +1,17 @@
 """Lists of clips: rows grouped by clip, and the clips found at the paths in the rows."""
 
 import os
+import posixpath
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from upath import UPath
+
+from dit_video.core.storage import StoragePath
 from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.rows import ListRow, read_rows
-from dit_video.data.ingest.formats.scan import list_file
+from dit_video.data.ingest.formats.scan import list_file, scan_folder
 from dit_video.data.ingest.formats.types import (
     ListedClip,
     Listing,
@@ -83,8 +87,8 @@ def find_clips(table: ClipTable, find: Callable[[str], ListedClip]) -> tuple[lis
     return clips, rejected
 
 
-def list_table(source: Path, options: ListingOptions) -> Listing:
-    """Return the clips of a list whose paths are absolute, or relative to its folder.
+def list_table(source: StoragePath, options: ListingOptions) -> Listing:
+    """Return the clips of a list whose paths are absolute, or relative to its folder; in a bucket, below its folder.
 
     A clip is named by its path relative to that folder. If any clip lies outside of it, all are named by their paths
     relative to the deepest folder that contains all of them. Rejected rows keep the name that is in the list.
@@ -92,6 +96,8 @@ def list_table(source: Path, options: ListingOptions) -> Listing:
     Raises:
       UserError: there is no clip, or the list is unusable as a whole, see `read_rows`.
     """
+    if not isinstance(source, Path):
+        return _list_remote_table(source, options)
     root = os.path.abspath(source.parent)
     table = ClipTable({}, [])
     table.add(source.name, read_rows(source, options.columns), lambda name: os.path.normpath(os.path.join(root, name)))
@@ -104,6 +110,21 @@ def list_table(source: Path, options: ListingOptions) -> Listing:
         with reject_unusable(rejected, clip.name):  # if a folder between the root and the clip has an invalid name
             check_name(name := _make_relative(clip.path, root))
             clips.append(clip._replace(name=name))
+    return make_listing(source, "table", clips, rejected=rejected)
+
+
+def _list_remote_table(source: UPath, options: ListingOptions) -> Listing:
+    scan, root = scan_folder(source.parent), str(source.parent).rstrip("/") + "/"
+
+    def find_name(name: str) -> str:
+        path = posixpath.normpath(name.removeprefix(root))
+        if "://" in name.removeprefix(root) or path.startswith(("/", "../")):
+            raise UnusableClipError(f"lies outside of {root}; a list in a bucket names files below its folder")
+        return path
+
+    table = ClipTable({}, [])
+    table.add(source.name, read_rows(source, options.columns), find_name)
+    clips, rejected = find_clips(table, scan.make_clip)
     return make_listing(source, "table", clips, rejected=rejected)
 
 

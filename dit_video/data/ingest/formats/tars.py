@@ -6,14 +6,16 @@ as in WebDataset's `base_plus_ext`. Members with the same key need not be adjace
 Source: https://github.com/webdataset/webdataset (webdataset/tariterators.py)
 """
 
+import io
 import os
 import posixpath
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from dit_video.core.errors import UserError
+from dit_video.core.storage import StoragePath, open_file
 from dit_video.data.ingest.formats import captions
 from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix
 from dit_video.data.ingest.formats.types import (
@@ -30,6 +32,8 @@ from dit_video.data.ingest.formats.types import (
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+MAX_HEADER_BYTES = 1 << 20
+"""Maximum size of an entry's headers, with its name and its attributes."""
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -39,14 +43,15 @@ class _Member(NamedTuple):
     size: int
 
 
-def list_tar(source: Path, options: ListingOptions) -> Listing:
+def list_tar(source: StoragePath, options: ListingOptions) -> Listing:
     """Return the clips of one tar, named by their paths in it.
 
     Raises:
       UserError: the file is compressed, or is not a tar.
     """
     try:
-        get_file_size(source.stat())  # first, as opening a pipe would block forever
+        if isinstance(source, Path):
+            get_file_size(source.stat())  # first, as opening a pipe would block forever
         clips, rejected = _list_shard(source, "")
     except UnusableClipError as error:
         raise UserError(f"{source} {error}; make it readable") from error
@@ -66,7 +71,7 @@ def list_tars(scan: FolderScan, options: ListingOptions) -> Listing:
             continue
         with reject_unusable(rejected, name):
             scan.make_clip(name)
-            shard_clips, shard_rejected = _list_shard(scan.source / name, name + "/")
+            shard_clips, shard_rejected = _list_shard(scan.get_document(name), name + "/")
             clips += shard_clips
             rejected += shard_rejected
     return make_listing(scan.source, "webdataset", clips, unlisted=scan.media, rejected=[*rejected, *scan.rejected])
@@ -77,13 +82,13 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith((TAR_SUFFIX, *COMPRESSED_SUFFIXES))
 
 
-def _list_shard(path: Path, prefix: str) -> tuple[list[ListedClip], list[Rejection]]:
+def _list_shard(path: StoragePath, prefix: str) -> tuple[list[ListedClip], list[Rejection]]:
     """Return the clips and the rejected members, in the order of the tar."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             _check_not_compressed(path, file)
             rejected: list[Rejection] = []
-            members = _read_members(path, file, rejected)
+            members = _read_members(file, rejected)
             clips = _make_clips(path, file, members, rejected)
     except OSError as error:
         raise UnusableClipError(describe_os_error(error)) from error
@@ -93,7 +98,7 @@ def _list_shard(path: Path, prefix: str) -> tuple[list[ListedClip], list[Rejecti
     )
 
 
-def _check_not_compressed(path: Path, file: BinaryIO) -> None:
+def _check_not_compressed(path: StoragePath, file: io.BufferedReader) -> None:
     head = file.read(512)
     file.seek(0)
     kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
@@ -101,9 +106,10 @@ def _check_not_compressed(path: Path, file: BinaryIO) -> None:
         raise UserError(f"{path} is compressed ({kind}); clips are read in place, so unpack it to a plain .tar")
 
 
-def _read_members(path: Path, file: BinaryIO, rejected: list[Rejection]) -> dict[str, _Member]:
+def _read_members(file: io.BufferedReader, rejected: list[Rejection]) -> dict[str, _Member]:
     """Return the tar's media and caption files by normalised path; reject entries that might have been one."""
-    end = os.fstat(file.fileno()).st_size
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
     members: dict[str, _Member] = {}
     for entry in _read_entries(file, rejected):
         name = posixpath.normpath(entry.name)
@@ -121,12 +127,15 @@ def _read_members(path: Path, file: BinaryIO, rejected: list[Rejection]) -> dict
     return members
 
 
-def _read_entries(file: BinaryIO, rejected: list[Rejection]) -> Iterator[tarfile.TarInfo]:
+def _read_entries(file: io.BufferedReader, rejected: list[Rejection]) -> Iterator[tarfile.TarInfo]:
     """Yield the tar's entries up to the first damage, which is rejected under an empty name."""
     last_offset = -1
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        headers = _HeaderFile(file)
+        with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (entry := tar.next()) is not None:
+                headers.size = 0
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
                 if entry.offset_data <= last_offset:  # a negative size would make the reader loop
                     raise tarfile.ReadError("an entry has a negative size")
                 last_offset = entry.offset_data
@@ -138,7 +147,28 @@ def _read_entries(file: BinaryIO, rejected: list[Rejection]) -> Iterator[tarfile
         rejected.append(("", damaged if last_offset >= 0 else f"is not a tar ({error})"))
 
 
-def _check_end(file: BinaryIO, end: int) -> None:
+class _HeaderFile(io.RawIOBase):
+    """A tar of which an entry's headers may take a limited size: one of a few bytes may claim a name of gigabytes."""
+
+    def __init__(self, file: io.BufferedReader):
+        self._file = file
+        self.size = 0
+        """Bytes that were read of the headers of one entry."""
+
+    def read(self, size: int = -1) -> bytes:
+        self.size += size
+        if self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"the headers of an entry have more than {MAX_HEADER_BYTES:,} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _check_end(file: io.BufferedReader, end: int) -> None:
     """Raise if a tar continues after its last entry, as `tarfile` takes a damaged header for the end."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
@@ -169,7 +199,9 @@ def _get_key(name: str) -> str:
     return posixpath.join(folder, base.split(".", 1)[0])
 
 
-def _make_clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejected: list[Rejection]) -> list[ListedClip]:
+def _make_clips(
+    path: StoragePath, file: io.BufferedReader, members: dict[str, _Member], rejected: list[Rejection]
+) -> list[ListedClip]:
     """Return a clip for each media member, with the captions of its key; reject captions without media."""
     media = [member for member in members.values() if get_suffix(member.name) in MEDIA]
     caption_files: dict[str, list[_Member]] = {}
@@ -190,7 +222,7 @@ def _make_clips(path: Path, file: BinaryIO, members: dict[str, _Member], rejecte
     return clips
 
 
-def _read_captions(file: BinaryIO, members: list[_Member]) -> tuple[str, ...]:
+def _read_captions(file: io.BufferedReader, members: list[_Member]) -> tuple[str, ...]:
     texts: list[str] = []
     for member in sorted(members, key=lambda member: captions.CAPTION_SUFFIXES.index(get_suffix(member.name))):
         if member.size > captions.MAX_FILE_BYTES:

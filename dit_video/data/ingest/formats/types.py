@@ -1,15 +1,19 @@
 """Records of a listing: clips by name, their captions, and the location of their bytes."""
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from dit_video.core.errors import UserError
+from dit_video.core.storage import is_remote, read_range
 
 VIDEOS = frozenset(".mp4 .m4v .mov .3gp .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .wmv .flv".split())  # noqa: SIM905
-IMAGES = frozenset(".gif .apng .png .jpg .jpeg .webp .bmp .tif .tiff".split())  # noqa: SIM905
-MEDIA = VIDEOS | IMAGES
+IMAGES = frozenset(".gif .apng .png .jpg .jpeg .webp .bmp .tif .tiff .avif .heic .heif".split())  # noqa: SIM905
+UNSUPPORTED = {".jxl": "is JPEG XL, which no installed decoder reads; convert it to PNG"}
+"""Reasons by suffix why files are rejected that are known as clips."""
+MEDIA = VIDEOS | IMAGES | UNSUPPORTED.keys()
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -46,6 +50,8 @@ class ListingOptions:
     """Path of a folder's list of clips inside the folder, instead of the one that is found."""
     columns: ListColumns = field(default_factory=ListColumns)
     """Columns of lists."""
+    follow_links: bool = False
+    """True if links in a folder may lead out of it. Links into the `blobs` of Hugging Face's cache always may."""
 
 
 class ListedClip(NamedTuple):
@@ -59,7 +65,7 @@ class ListedClip(NamedTuple):
     size: int
     """Size of the clip in bytes."""
     path: str
-    """File that holds the clip: its own file, or a tar."""
+    """File that holds the clip: its own file, or a tar; a path of this machine or an address."""
     offset: int | None = None
     """Byte offset of the clip in its tar; None if the clip has a file of its own."""
     split: str = ""
@@ -71,14 +77,21 @@ class ListedClip(NamedTuple):
         Raises:
           OSError: the file cannot be read, or has become shorter.
         """
-        with open(self.path, "rb") as file:
-            if self.offset is None:
-                return file.read()
-            file.seek(self.offset)
-            content = file.read(self.size)
-        if len(content) != self.size:
+        try:
+            content = read_range(self.path, self.offset or 0, None if self.offset is None else self.size)
+        except UserError as error:  # of a service
+            raise OSError(str(error)) from error
+        if self.offset is not None and len(content) != self.size:
             raise OSError(f"{self.path} has become shorter")
         return content
+
+    def read_modified_time(self) -> int:
+        """Return the time (`st_mtime_ns`) at which the file was modified; -1 for an address, whose files are replaced.
+
+        Raises:
+          OSError: the file does not exist.
+        """
+        return -1 if is_remote(self.path) else os.stat(self.path).st_mtime_ns
 
 
 class Listing(NamedTuple):
@@ -117,8 +130,10 @@ def check_name(name: str) -> None:
     """Raise if a name is not UTF-8, which neither the index nor a record can hold, or has a null byte.
 
     Raises:
-      UnusableClipError: the name is invalid.
+      UnusableClipError: the name is invalid, or that of a kind of file that cannot be decoded.
     """
+    if (suffix := os.path.splitext(name)[1].lower()) in UNSUPPORTED:
+        raise UnusableClipError(UNSUPPORTED[suffix])
     if escape_name(name) != name:
         raise UnusableClipError("its name is not UTF-8; rename it")
     if "\0" in name:

@@ -13,9 +13,9 @@ Source: https://www.crcv.ucf.edu/data/UCF101.php; Soomro et al., arXiv 1212.0402
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.core.storage import StoragePath, read_range
 from dit_video.data.ingest.formats.scan import FolderScan, index_files
 from dit_video.data.ingest.formats.types import (
     ListedClip,
@@ -84,21 +84,21 @@ def _read_classes(scan: FolderScan) -> tuple[dict[str, str], list[Rejection]]:
     return classes, rejected
 
 
-def _find_file(scan: FolderScan, name: str) -> Path:
+def _find_file(scan: FolderScan, name: str) -> StoragePath:
     matches = [path for path in scan.files if path.rsplit("/", 1)[-1] == name]
     if not matches:
         raise MissingError(f"{scan.source} holds no {name}; put the folder ucfTrainTestlist of UCF-101 there")
     if len(matches) > 1:
         raise UserError(f"{scan.source} holds {name} more than once ({', '.join(matches[:2])}); remove all but one")
-    return scan.source / matches[0]
+    return scan.get_document(matches[0])
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: StoragePath) -> Iterator[tuple[int, str]]:
     """Yield (number, text) of the lines that are not blank; a line that is not UTF-8 matches no file."""
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = read_range(path).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); unpack it again") from error
-    for line, row in enumerate(text.split("\n"), 1):
+    for line, row in enumerate(text.splitlines(), 1):
         if row.strip():
             yield line, row

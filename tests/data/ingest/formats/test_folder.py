@@ -126,4 +126,6 @@ def test_missing_and_empty_sources_are_refused(tmp_path):
 
 def test_all_suffixes_are_found(tmp_path):
     write_files(tmp_path, {f"a{suffix.upper()}": b"" for suffix in MEDIA})
-    assert len(list_clips(tmp_path).clips) == len(MEDIA) == 24
+    listing = list_clips(tmp_path)
+    assert len(listing.clips) == len(MEDIA) - 1 == 27
+    assert listing.rejected == (("a.JXL", "is JPEG XL, which no installed decoder reads; convert it to PNG"),)

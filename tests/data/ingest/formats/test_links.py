@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.formats import list_clips
+from dit_video.data.ingest.formats import ListingOptions, list_clips
 from support.clip_folders import get_captions, write_files
 
 
@@ -29,7 +29,8 @@ def test_linked_folders_are_listed_once_and_broken_links_rejected(tmp_path):
     (source / "1real").symlink_to("real")
     (source / "folder.mp4").mkdir()
     os.mkfifo(source / "pipe.mp4")
-    listing = list_clips(source)
+    options = ListingOptions(follow_links=True)
+    listing = list_clips(source, options=options)
     assert [clip.name for clip in listing.clips] == [
         *("b.mp4", "later/c.mp4", "later/d/e.mp4", "link.mp4", "real/a.mp4"),
     ]
@@ -54,9 +55,66 @@ def test_linked_folders_are_listed_once_and_broken_links_rejected(tmp_path):
         list_clips(source / "pipe.tar")
     (source / "pipe.tar").unlink()
     write_files(source, {"metadata.csv": "file_name,text\noutside/c.mp4,by its other name\npipe.mp4,x\n"})
-    listing = list_clips(source)
+    listing = list_clips(source, options=options)
     assert get_captions(listing) == {"outside/c.mp4": ("by its other name",)}
     assert dict(listing.rejected)["pipe.mp4"] == "line 3: is not a regular file"
+
+
+LINK_OUT = "is a link out of the source; pass follow_links if it is meant"
+
+
+def test_links_out_of_the_source_are_rejected(tmp_path):
+    """Downloaded files may link to secrets of who ingests them."""
+    write_files(tmp_path, {"secret": "password", "other/c.mp4": b"", "tars/t.tar": b""})
+    source = write_files(tmp_path / "source", {"0.mp4": b"", "1.mp4": b"", "1.txt": "one", "sub/2.mp4": b""})
+    links = {"0.txt": "../secret", "a.mp4": "../other/c.mp4", "sub/b.mp4": "../../other/c.mp4", "folder": "../other"}
+    for name, target in links.items():
+        (source / name).symlink_to(target)
+    (source / "inside.mp4").symlink_to("sub/2.mp4")
+    listing = list_clips(source)
+    assert get_captions(listing) == {"1.mp4": ("one",), "inside.mp4": (), "sub/2.mp4": ()}
+    assert dict(listing.rejected) == {
+        "0.mp4": f"'0.txt' {LINK_OUT}",
+        **dict.fromkeys(("a.mp4", "sub/b.mp4", "folder"), LINK_OUT),
+    }
+    write_files(source, {"metadata.csv": "file_name,text\n1.mp4,one\nfolder/c.mp4,x\na.mp4,x\n"})
+    listing = list_clips(source)
+    assert get_captions(listing) == {"1.mp4": ("one",)}
+    assert [name for name, _ in listing.rejected] == ["folder/c.mp4", "a.mp4", "folder"]
+    allowed = list_clips(source, options=ListingOptions(follow_links=True))
+    assert list(get_captions(allowed)) == ["1.mp4", "folder/c.mp4", "a.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("link", "format"),
+    [("metadata.csv", "auto"), ("MSRVTT_data.json", "msrvtt"), ("trainlist01.txt", "ucf101"), ("t.tar", "webdataset")],
+)
+def test_lists_and_tars_that_are_links_out_of_the_source_are_refused(tmp_path, link, format):
+    write_files(tmp_path, {"elsewhere": b"file_name,text\na.mp4,x\n"})
+    source = write_files(tmp_path / "source", {"a.mp4": b"", "classInd.txt": b"", "testlist01.txt": b""})
+    (source / link).symlink_to("../elsewhere")
+    with pytest.raises(UserError, match=rf"{link}:? is a link out of the source; pass follow_links"):
+        list_clips(source, format=format)
+
+
+def test_a_snapshot_of_hugging_faces_cache_links_to_its_blobs(tmp_path):
+    """The layout of huggingface_hub: the files of a commit are links to blobs, named by their hashes."""
+    cache = write_files(tmp_path / "datasets--a--b", {"blobs/1f": b"abc", "blobs/2e": b"a caption", "refs/main": "c0"})
+    write_files(tmp_path, {"secret": "password", "datasets--x--y/blobs/3d": b""})
+    snapshot = cache / "snapshots" / "c0" / "train"
+    snapshot.mkdir(parents=True)
+    for name, target in {
+        "0.mp4": "../../../blobs/1f",
+        "0.txt": "../../../blobs/2e",
+        "1.mp4": "../../../../secret",
+    }.items():
+        (snapshot / name).symlink_to(target)
+    (snapshot / "2.mp4").symlink_to("../../../../datasets--x--y/blobs/3d")
+    for source, prefix in ((snapshot.parent, "train/"), (snapshot, "")):
+        listing = list_clips(source)
+        assert get_captions(listing) == {f"{prefix}0.mp4": ("a caption",)}
+        assert listing.clips[0].read() == b"abc"
+        assert dict(listing.rejected) == {f"{prefix}{name}": LINK_OUT for name in ("1.mp4", "2.mp4")}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,36 @@ def test_a_list_may_name_paths_outside_of_its_folder(tmp_path):
     text = (tmp_path / "lists/all.csv").read_text().replace(str(tmp_path), str(tmp_path / "moved"))
     write_files(tmp_path / "moved", {"lists/all.csv": text})
     assert get_captions(list_clips(tmp_path / "moved/lists/all.csv")) == get_captions(listing)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "first", "last"),
+    [
+        ("csv", "file_name,text\na.mp4,first\n", "b.mp4,last\n"),
+        ("jsonl", '{"file_name": "a.mp4", "text": "first"}\n', '{"file_name": "b.mp4", "text": "last"}\n'),
+    ],
+)
+def test_a_line_of_any_length_is_rejected_in_little_memory(tmp_path, suffix, first, last):
+    """A line of 200 MiB in a list, and a quote in it that is never closed."""
+    write_files(tmp_path, {"a.mp4": b"", "b.mp4": b""})
+    with (tmp_path / f"list.{suffix}").open("wb") as file:
+        file.write(first.encode() + b'"')
+        for _ in range(200):
+            file.write(b"x" * (1 << 20))
+        file.write(b"\n" + last.encode())
+    tracemalloc.start()
+    listing = list_clips(tmp_path / f"list.{suffix}")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50 << 20
+    assert get_captions(listing) == {"a.mp4": ("first",), "b.mp4": ("last",)}
+    assert 1 <= len(listing.rejected) <= 51
+
+
+def test_lines_after_a_bad_row_are_rows_again(tmp_path):
+    """A quote that is not closed costs its own row, though it is closed in a later one."""
+    write_files(tmp_path, {f"{name}.mp4": b"" for name in "abcd"})
+    (tmp_path / "list.csv").write_text('file_name,text\na.mp4,"one\nb.mp4,two\nc.mp4,"three"\n\nd.mp4,"four\nlines"\n')
+    listing = list_clips(tmp_path / "list.csv")
+    assert get_captions(listing) == {"b.mp4": ("two",), "c.mp4": ("three",), "d.mp4": ("four\nlines",)}
+    assert [name for name, _ in listing.rejected] == ["list.csv, line 2"]

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import tarfile
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import list_clips
 from dit_video.data.ingest.formats.tars import _get_key
 from support.clip_folders import get_captions
+from support.hostile_files import write_sparse_tar
 
 Entry = tuple[str, bytes] | tarfile.TarInfo
 
@@ -288,3 +290,15 @@ def test_tars_in_folders_of_splits_have_clips_of_these_splits(tmp_path):
         "val": "validation",
         "other": "train",
     }
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_that_claims_a_gigabyte_is_not_read(tmp_path, kind):
+    write_sparse_tar(tmp_path / "claims.tar", kind)
+    reason = r"claims\.tar: is not a tar \(the headers of an entry have more than 1,048,576 bytes"
+    tracemalloc.start()
+    with pytest.raises(UserError, match=reason):
+        list_clips(tmp_path / "claims.tar")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 << 20

@@ -1,0 +1,25 @@
+"""A large table of clips is opened, fitted and planned in bounded time, and pickled to workers as a few paths."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def scale(load_file):
+    load_file(ROOT / "tools" / "benchmark.py")  # puts its folder on the path
+    return importlib.import_module("benchmarks.scale")
+
+
+def test_a_hundred_thousand_clips_are_within_a_tenth_of_the_bounds_of_a_million(scale):
+    figures = scale.measure(100_000, is_read=False)
+    stages = figures["stages"]
+    assert figures["pickle_bytes"] < 100_000
+    assert stages["open"]["seconds"] < 0.5
+    assert stages["sizes"]["seconds"] < 0.2
+    assert stages["worker opens"]["seconds"] < 0.1
+    assert stages["first batch"]["seconds"] < 0.1
+    assert max(stage["rss_mb"] for stage in stages.values()) - stages["imports"]["rss_mb"] < 300

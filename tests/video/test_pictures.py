@@ -1,0 +1,113 @@
+"""Pictures of phones: AVIF and HEIC, in parts or as a whole, and colour profiles."""
+
+import io
+import struct
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from dit_video.core.errors import DecodeError
+from dit_video.video import decode, probe
+
+P3_COLUMNS = {"rXYZ": (0.5151, 0.2412, -0.0011), "gXYZ": (0.2919, 0.6922, 0.0419), "bXYZ": (0.1572, 0.0666, 0.7841)}
+"""Primaries of Display P3 in CIE XYZ, adapted to D50, as in Apple's profile."""
+
+
+def save(picture: np.ndarray, format: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format, **options)
+    return file.getvalue()
+
+
+def make_smooth_picture(channels: int) -> np.ndarray:
+    y, x = np.mgrid[:48, :64]
+    return np.stack([60 + 2 * x, 200 - 2 * y, 40 + x + y, 255 - 3 * x], axis=-1)[..., :channels].astype(np.uint8)
+
+
+def make_p3_profile() -> bytes:
+    """Return the profile of sRGB with the primaries of Display P3, which has the same transfer function and white."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for index in range(struct.unpack_from(">I", profile, 128)[0]):
+        tag, offset, _ = struct.unpack_from(">4sII", profile, 132 + 12 * index)
+        if (column := P3_COLUMNS.get(tag.decode())) is not None:
+            struct.pack_into(">3i", profile, offset + 8, *(round(65536 * value) for value in column))
+    return bytes(profile.replace("sRGB".encode("utf-16-be"), "Test".encode("utf-16-be")))
+
+
+def convert_p3(picture: np.ndarray) -> np.ndarray:
+    """Return a picture of Display P3 in sRGB, clipped: both have the transfer function of sRGB."""
+    signal = picture / 255
+    light = np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
+    matrix = np.array([[1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
+    light = np.clip(light @ matrix.T, 0, 1)
+    return np.rint(255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055))
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG", "TIFF", "AVIF"])
+def test_display_p3_becomes_srgb(format):
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}, "AVIF": {"quality": 100}}
+    picture = make_smooth_picture(3)
+    plain = decode(save(picture, format, **options.get(format, {}))).frames[0]
+    converted = decode(save(picture, format, icc_profile=make_p3_profile(), **options.get(format, {}))).frames[0]
+    assert np.abs(converted - convert_p3(plain)).max() <= 2
+    assert np.abs(converted - plain.astype(int)).max() > 10
+
+
+def test_other_profiles_change_nothing():
+    picture = make_smooth_picture(3)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"damaged" * 40, make_p3_profile()[:200]):
+        np.testing.assert_array_equal(decode(save(picture, "PNG", icc_profile=profile)).frames[0], picture)
+
+
+def test_avif_is_an_image_of_one_frame():
+    picture = make_smooth_picture(3)
+    content = save(picture, "AVIF", quality=100, subsampling="4:4:4")
+    info = probe(content)
+    assert (info.height, info.width, info.frames, info.fps, info.codec) == (48, 64, 1, 1.0, "avif")
+    assert np.abs(decode(content).frames[0].astype(int) - picture).max() <= 8
+
+
+def test_transparent_avif_is_composited_over_black():
+    """ffmpeg gives colours and transparency as two streams."""
+    picture = make_smooth_picture(4)
+    content = save(picture, "AVIF", quality=100, subsampling="4:4:4", icc_profile=make_p3_profile())
+    assert probe(content).frames == 1
+    expected = convert_p3(picture[..., :3]) * (picture[..., 3:] / 255)
+    assert np.abs(decode(content).frames[0] - expected).max() <= 10
+    assert decode(content, fps=4).frames.shape == (1, 48, 64, 3)
+
+
+def test_rotated_avif_is_upright():
+    for channels in (3, 4):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        picture = make_smooth_picture(channels)
+        picture[..., 3:] = 254
+        content = save(picture, "AVIF", quality=100, subsampling="4:4:4", exif=exif)
+        frames = decode(content).frames
+        assert (probe(content).height, probe(content).width) == (64, 48)
+        assert np.abs(frames[0].astype(int) - np.rot90(picture[..., :3], -1)).max() <= 9
+
+
+def test_heic_needs_a_package(monkeypatch):
+    """A transparent AVIF by the name of HEIC: of ffmpeg's parts, one would be taken for the picture."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    content = save(make_smooth_picture(4), "AVIF").replace(b"ftypavif", b"ftypheic", 1)
+    for read in (probe, decode):
+        with pytest.raises(DecodeError, match="pip install pillow-heif"):
+            read(content)
+
+
+def test_heic_is_decoded_as_a_whole():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    for channels in (3, 4):
+        picture = make_smooth_picture(channels)
+        picture[..., 3:] = 255
+        content = save(picture, "HEIF", quality=100, chroma=444)
+        assert (probe(content).codec, probe(content).fps) == ("heic", 1.0)
+        assert np.abs(decode(content).frames[0].astype(int) - picture[..., :3]).max() <= 8
