@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float, Float32, Int, Int32
 
 from dit_video.core.errors import UserError
 from dit_video.core.shared_array import SharesArrays
@@ -28,10 +28,16 @@ class CaptionLengths(SharesArrays):
     Args:
       values: number of tokens of every caption, example after example.
       counts: number of captions of every example, at least one.
+      shares: probability of every caption among those of its example; None for equal ones.
     """
 
-    def __init__(self, values: Int[np.ndarray, " c"], counts: Int[np.ndarray, " n"]):
-        self.values, self.counts = values.astype(np.int32), counts.astype(np.int32)
+    def __init__(
+        self,
+        values: Int[np.ndarray, " c"],
+        counts: Int[np.ndarray, " n"],
+        shares: Float[np.ndarray, " c"] | None = None,
+    ):
+        self.values, self.counts, self.shares = values.astype(np.int32), counts.astype(np.int32), shares
         self.starts: Int[np.ndarray, " n"] = np.cumsum(counts) - counts
         """Number of the first caption of every example, among those of all examples."""
 
@@ -49,7 +55,17 @@ class CaptionLengths(SharesArrays):
     @property
     def hash_bytes(self) -> bytes:
         """Return the bytes that identify these lengths."""
-        return self.values.astype("<i4").tobytes() + self.counts.astype("<i4").tobytes()
+        shares = b"" if self.shares is None else self.shares.astype("<f8").tobytes()
+        return self.values.astype("<i4").tobytes() + self.counts.astype("<i4").tobytes() + shares
+
+    def draw(self, example: int, make_generator: Callable[[], np.random.Generator]) -> int:
+        """Return the number of a random caption of an example."""
+        count, start = int(self.counts[example]), int(self.starts[example])
+        if count == 1:
+            return 0
+        if self.shares is None:
+            return int(make_generator().integers(count))
+        return int(make_generator().choice(count, p=self.shares[start : start + count]))
 
 
 @runtime_checkable
@@ -86,17 +102,20 @@ class TokenizedCaptions(SharesArrays):
       captions: captions of every example.
       tokenize: function from a caption to its token ids. The constructor calls it once per caption, so it need not be
         picklable.
+      shares: see `CaptionLengths`.
     """
 
     width = 0
 
-    def __init__(self, captions: Sequence[tuple[str, ...]], tokenize: Tokenize):
+    def __init__(
+        self, captions: Sequence[tuple[str, ...]], tokenize: Tokenize, *, shares: Float[np.ndarray, " c"] | None = None
+    ):
         distinct, self._numbers, counts = number_captions(captions)
         tokens = [np.asarray(tokenize(caption), np.int32).reshape(-1) for caption in distinct]
         lengths = np.fromiter(map(len, tokens), np.int64, len(tokens))
         self._tokens, self._ends = np.concatenate(tokens), np.cumsum(lengths)
         self.empty = tokens[0]
-        self.lengths = CaptionLengths(lengths[self._numbers], counts)
+        self.lengths = CaptionLengths(lengths[self._numbers], counts, shares)
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the tokens of every different caption, and the captions of every example."""
@@ -117,7 +136,7 @@ class CachedCaptions:
       UserError: the data set has no embeddings.
     """
 
-    def __init__(self, source: LatentSource):
+    def __init__(self, source: LatentSource, *, shares: Float[np.ndarray, " c"] | None = None):
         if source.empty_text is None:
             fix = "encode the clips with a text encoder, into another folder"
             raise UserError(f"{source.folder} holds no embeddings of captions; {fix}")
@@ -125,7 +144,7 @@ class CachedCaptions:
         self.width: int = self.empty.shape[1]
         groups = [lengths or (len(self.empty),) for lengths in source.text_lengths]
         values = np.fromiter(itertools.chain.from_iterable(groups), np.int32)
-        self.lengths = CaptionLengths(values, np.fromiter(map(len, groups), np.int32, len(groups)))
+        self.lengths = CaptionLengths(values, np.fromiter(map(len, groups), np.int32, len(groups)), shares)
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the encoder, the captions and the lengths of the embeddings."""
@@ -155,6 +174,7 @@ class EmbeddedCaptions:
       identity: identity of the encoder.
       count_tokens: function from a caption to the length of its embedding; None embeds each caption for its length, so
         that `embed` should cache its results on disk.
+      shares: see `CaptionLengths`.
       progress: called with the number of distinct captions whose lengths are known.
     """
 
@@ -165,6 +185,7 @@ class EmbeddedCaptions:
         *,
         identity: str,
         count_tokens: Callable[[str], int] | None = None,
+        shares: Float[np.ndarray, " c"] | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ):
         self._captions, self._embed, self._identity = captions, embed, identity
@@ -176,7 +197,7 @@ class EmbeddedCaptions:
             batch = distinct[first : first + _EMBED_BATCH]
             lengths += map(len, embed(batch)) if count_tokens is None else map(count_tokens, batch)
             progress(len(lengths))
-        self.lengths = CaptionLengths(np.asarray(lengths)[numbers], counts)
+        self.lengths = CaptionLengths(np.asarray(lengths)[numbers], counts, shares)
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the encoder, the captions and the lengths of the embeddings."""

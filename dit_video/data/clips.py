@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow_datasets as tfds
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
@@ -73,6 +73,7 @@ class ClipSource:
     Args:
       folders: data set that `ingest` wrote: a folder or an address (`gs://…`, see `core.storage`), or several by name.
       where: condition on columns that the clips meet, such as `motion > 5 and sharpness > 60`, see `data.where`.
+      captions: columns of captions, with the share of each in training; by default those of the source alone.
       cache: folder of the columns of large data sets; `tables.get_default_cache()` if None.
 
     Raises:
@@ -85,9 +86,11 @@ class ClipSource:
         folders: StoragePathLike | Mapping[str, StoragePathLike],
         *,
         where: str = "",
+        captions: Mapping[str, float] | None = None,
         cache: str | os.PathLike | None = None,
     ):
         named = {f"{name}/": path for name, path in folders.items()} if isinstance(folders, Mapping) else {"": folders}
+        self._captions: dict[str, float] = dict(captions or {"captions": 1.0})
         self._prefixes: tuple[str, ...] = tuple(named)
         self.tables: tuple[Table, ...] = tuple(
             Table(path, kind=KIND, cache=None if cache is None else Path(cache)) for path in named.values()
@@ -129,7 +132,7 @@ class ClipSource:
         Raises:
           UserError: a data set has no such column.
         """
-        values = [_take(table, rows, name) for table, rows in zip(self.tables, self._rows, strict=True)]
+        values = [self._take(table, rows, name) for table, rows in zip(self.tables, self._rows, strict=True)]
         if name == "name":
             return [prefix + each for prefix, part in zip(self._prefixes, values, strict=True) for each in part]
         return np.concatenate(values) if isinstance(values[0], np.ndarray) else list(itertools.chain(*values))
@@ -151,6 +154,14 @@ class ClipSource:
             setattr(subset, name, tuple(getattr(self, name)[number] for number in kept))
         return subset
 
+    def select_where(self, where: str) -> "ClipSource":
+        """Return the clips that meet a condition on columns, see `data.where`; there may be none.
+
+        Raises:
+          UserError: the condition is invalid.
+        """
+        return self._filter(lambda table, rows: np.isin(rows, table.select(where))) if where.strip() else self
+
     def select_split(self, name: str) -> "ClipSource":
         """Return the clips of one split; there may be none."""
         return self._filter(lambda table, rows: pc.equal(table.arrow("split").take(rows), name).to_numpy())
@@ -170,6 +181,31 @@ class ClipSource:
           UserError: the source has no clip of some name.
         """
         return self._compress(~self._has_name(names))
+
+    def compute_caption_shares(self) -> Float[np.ndarray, " c"] | None:
+        """Return the share of every caption among those of its clip, clip after clip; None if all are equal.
+
+        A clip without captions has one, the empty caption.
+        """
+        if len(self._captions) == 1:
+            return None
+        weights = np.asarray(list(self._captions.values()))
+        pairs = list(zip(self.tables, self._rows, strict=True))
+        counts = np.stack(
+            [np.concatenate([_count_texts(table, rows, name) for table, rows in pairs]) for name in self._captions], 1
+        )
+        used = weights * (counts > 0)
+        shares = used / np.maximum(used.sum(axis=1, keepdims=True), np.finfo(float).tiny) / np.maximum(counts, 1)
+        is_empty = counts.sum(axis=1, keepdims=True) == 0
+        counts, shares = np.hstack([counts, is_empty]), np.hstack([shares, is_empty])
+        return np.repeat(shares.ravel(), counts.ravel())
+
+    def _take(self, table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Any:
+        """Return a column of some rows: an array of numbers, or a list."""
+        if name == "captions":
+            columns = (_take(table, rows, column) for column in self._captions)
+            return [tuple(itertools.chain(*map(_list_texts, each))) for each in zip(*columns, strict=True)]
+        return _take(table, rows, name)
 
     def _has_name(self, names: Collection[str]) -> Bool[np.ndarray, " n"]:
         requested = pa.array(sorted(set(names)), pa.string())
@@ -209,10 +245,9 @@ class ClipSource:
             start += len(rows)
             if not len(part):
                 continue
-            columns = {name: _take(table, part, name) for name in ClipInfo._fields}
+            columns = {name: self._take(table, part, name) for name in ClipInfo._fields}
             columns = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in columns.items()}
             columns["name"] = [prefix + name for name in columns["name"]]
-            columns["captions"] = [tuple(texts or ()) for texts in columns["captions"]]
             yield from map(ClipInfo, *columns.values())
 
 
@@ -262,9 +297,19 @@ def _select_rows(table: Table, where: str) -> Int64[np.ndarray, " n"]:
     return np.intersect1d(rows, table.select(where), assume_unique=True) if where.strip() else rows
 
 
+def _count_texts(table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Int64[np.ndarray, " n"]:
+    """Return the number of texts in a column of captions."""
+    texts = table.arrow(name).take(pa.array(rows))
+    is_text = pa.types.is_string(texts.type)
+    counts = pc.cast(pc.is_valid(texts), pa.int64()) if is_text else pc.fill_null(pc.list_value_length(texts), 0)
+    return counts.to_numpy().astype(np.int64)
+
+
+def _list_texts(texts: str | Sequence[str] | None) -> Sequence[str]:
+    return (texts,) if isinstance(texts, str) else texts or ()
+
+
 def _take(table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Any:
     """Return a column of some rows: an array of numbers, or a list."""
-    if name == "captions" and name not in table.types:
-        return [()] * len(rows)
     column = table[name]
     return column[rows] if isinstance(column, np.ndarray) else column.take(pa.array(rows)).to_pylist()

@@ -5,7 +5,7 @@ address (`gs://…`) a folder with a single file, `address.json`.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dit_video.core.errors import MissingError, UserError
@@ -65,12 +65,12 @@ def link_datasets(folder: Path, clips: Sequence[StoragePathLike], *, weights: Se
         write_json(folder / _NAMES_FILE, names)
 
 
-def open_datasets(folder: StoragePathLike) -> ClipSource:
-    """Open all clips of a data set, or of a folder that `link_datasets` made."""
+def open_datasets(folder: StoragePathLike, *, captions: Mapping[str, float] | None = None) -> ClipSource:
+    """Open all clips of a data set, or of a folder that `link_datasets` made; for `captions` see `ClipSource`."""
     location = to_storage_path(folder)
     if not isinstance(location, Path) or not (location / _NAMES_FILE).is_file():
-        return ClipSource(resolve(location))
-    return ClipSource({name: resolve(location / name) for name in read_json(location / _NAMES_FILE)})
+        return ClipSource(resolve(location), captions=captions)
+    return ClipSource({name: resolve(location / name) for name in read_json(location / _NAMES_FILE)}, captions=captions)
 
 
 def list_datasets(folder: Path) -> tuple[StoragePath, ...]:

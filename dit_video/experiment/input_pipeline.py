@@ -199,17 +199,25 @@ def make_buckets(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> Bucke
 
 
 def open_captions(
-    tokenizer: Tokenizer | FrozenTextEncoder, captions: Sequence[tuple[str, ...]], *, cached: LatentSource | None = None
+    tokenizer: Tokenizer | FrozenTextEncoder, clips: ClipSource, *, cached: LatentSource | None = None
 ) -> CaptionSource:
     """Return the captions of every example as rows hold them: token ids, or embeddings, `cached` ones where they exist.
+
+    The examples are the clips, or those of the cached latents.
 
     Raises:
       UserError: the latents were encoded without the captions, or embeddings have another width.
     """
+    shares = clips.compute_caption_shares()
+    captions = clips.column("captions") if cached is None else cached.all_captions
+    if shares is not None and cached is not None:
+        ends = np.cumsum([len(texts) or 1 for texts in clips.column("captions")])
+        parts = np.split(shares, ends[:-1])
+        shares = np.concatenate([parts[number] for number in _find_numbers(clips, cached.clips)])
     if not isinstance(tokenizer, FrozenTextEncoder):
-        return TokenizedCaptions(captions, tokenizer)
+        return TokenizedCaptions(captions, tokenizer, shares=shares)
     if cached is not None:
-        texts = CachedCaptions(cached)
+        texts = CachedCaptions(cached, shares=shares)
         if texts.width != tokenizer.config.width:
             raise UserError(
                 f"{cached.folder} holds embeddings of width {texts.width}, the config says {tokenizer.config.width}; "
@@ -217,7 +225,9 @@ def open_captions(
             )
         return texts
     with Progress("embedding captions", len(get_distinct_captions(captions)), unit="caption") as progress:
-        return EmbeddedCaptions(captions, tokenizer.encode_many, identity=tokenizer.identity, progress=progress.update)
+        return EmbeddedCaptions(
+            captions, tokenizer.encode_many, identity=tokenizer.identity, shares=shares, progress=progress.update
+        )
 
 
 def make_mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[float]) -> Mixture | None:

@@ -96,7 +96,7 @@ def make_validation(
         raise UserError("no clips are held out to validate on; name some in data held_out, or leave out validate_every")
     data = dataclasses.replace(experiment.data, weights=(), workers=0)
     validated = dataclasses.replace(experiment, data=data)
-    texts = input_pipeline.open_captions(tokenizer, [info.captions for info in clips.infos])
+    texts = input_pipeline.open_captions(tokenizer, clips)
     encode: OnlineEncoder = input_pipeline.make_online_encoder(validated, mesh, autoencoder, clips)
     open_batches = input_pipeline.make_online_batches(validated, mesh, clips, texts, encode)
     with contextlib.closing(open_batches(0)) as batches:

@@ -118,17 +118,17 @@ class Runtime:
     @functools.cached_property
     def clips(self) -> ClipSource:
         """Return all ingested clips."""
-        return datasets.open_datasets(self.folder / "data")
+        return datasets.open_datasets(self.folder / "data", captions=self.experiment.data.captions)
 
     @functools.cached_property
     def usable_training_clips(self) -> UsableClips:
-        """Return the split `train`, without the clips that the config holds out and those that cannot be used.
+        """Return the clips of the split `train` that the config selects and does not hold out, if they can be used.
 
         Raises:
           UserError: more clips cannot be used than the config allows.
         """
         data = self.experiment.data
-        clips = self.clips.exclude(data.held_out).select_split("train")
+        clips = self.clips.exclude(data.held_out).select_split("train").select_where(data.where)
         if data.weights:
             clips = clips.select_datasets(data.used_datasets)
         selected = select_usable(clips, self.experiment.requirements)

@@ -1,5 +1,6 @@
 """Configs of a run's data, and of the training of its autoencoder and denoiser."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,11 @@ class DataConfig:
     """Frame rate that clips of a higher rate are resampled to; None keeps each clip's own."""
     held_out: tuple[str, ...] = ()
     """Names of clips that are not trained on, but reconstructed and reported; the split `validation` if empty."""
+    where: str = ""
+    """Condition on columns of the data set that training clips meet, such as `motion > 5 and sharpness > 60`."""
+    captions: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Columns of captions and the share of each in training, such as {"long": 0.7, "short": 0.3}; if empty, the
+    captions of the source."""
     max_excluded_share: float = 0.01
     """Maximum share of the training clips that are excluded because they cannot be used, such as those smaller than one
     multiple; with more of them it is an error."""

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from dit_video.core.shared_array import SharedStrings
-from dit_video.data import tables
+from dit_video.data import table_files, tables
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.packing.balance import Balance, Cost
@@ -65,8 +65,8 @@ def write_rows(folder: Path, count: int) -> None:
             "seconds": (frames - 1) / 24,
             "captions": [[f"a red ball rolls over table number {number}, and falls"] for number in ids.tolist()],
         }
-        tables.write_part(folder, part, pa.table(columns))
-    tables.write_manifest(folder, "clips", {}, parts)
+        table_files.write_part(folder, part, pa.table(columns))
+    table_files.write_manifest(folder, "clips", {}, parts)
 
 
 def measure(count: int, *, is_read: bool = True) -> dict[str, Any]:

@@ -202,5 +202,5 @@ def compute_covering_size(info: ClipInfo, size: Grid) -> tuple[int, int]:
 
 def _draw_caption(captions: CaptionSource, clip: _DecodedClip, name: str, seed: int) -> CaptionTokens | None:
     """Read a random caption of the clip; None if its record is damaged."""
-    caption = rng.make_generator(seed, "caption", clip.rank).integers(int(captions.lengths.counts[clip.example]))
-    return read_caption(captions, clip.example, int(caption), name)
+    caption = captions.lengths.draw(clip.example, lambda: rng.make_generator(seed, "caption", clip.rank))
+    return read_caption(captions, clip.example, caption, name)

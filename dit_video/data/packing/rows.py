@@ -177,8 +177,8 @@ class RowLayout(SharesArrays):
         return row
 
     def _draw_caption(self, example: int, epoch: int) -> int:
-        count = int(self.captions.lengths.counts[example])
-        return 0 if count == 1 else int(rng.make_generator(self._seed, "caption", epoch, example).integers(count))
+        seed = self._seed, "caption", epoch, example
+        return self.captions.lengths.draw(example, lambda: rng.make_generator(*seed))
 
 
 class LatentRows:

@@ -105,10 +105,10 @@ class TrainDenoiser(DenoiserStage):
         experiment, clips = self.experiment, runtime.training_clips
         if self.latents is not None:
             latents, text = self.latents.open(runtime), open_text_encoder(experiment, runtime)
-            texts = input_pipeline.open_captions(text, latents.all_captions, cached=latents)
+            texts = input_pipeline.open_captions(text, clips, cached=latents)
             return texts, input_pipeline.make_cached_batches(experiment, runtime.mesh, latents, clips, texts)
         text = open_text_encoder(experiment, runtime, cache=runtime.folder / "texts")
-        texts = input_pipeline.open_captions(text, [info.captions for info in clips.infos])
+        texts = input_pipeline.open_captions(text, clips)
         params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
         encode = input_pipeline.make_online_encoder(experiment, runtime.mesh, params, clips)
         return texts, input_pipeline.make_online_batches(experiment, runtime.mesh, clips, texts, encode)
