@@ -132,16 +132,13 @@ def _get_local_folder(folder: StoragePathLike) -> Path:
 
 @contextlib.contextmanager
 def show_ingest_progress() -> Iterator[Callable[[int, int], None]]:
-    """Yield a `progress` for `ingest`: it shows on stderr how many clips are read, then written, with the time left."""
+    """Yield a `progress` for `ingest`: it shows on stderr how many files are read, with the time left."""
     with contextlib.ExitStack() as stack:
         bar: Progress | None = None
-        titles = iter(("reading clips", "writing clips"))
 
         def update(done: int, total: int) -> None:
             nonlocal bar
-            if bar is None or done < bar.step:
-                stack.close()
-                bar = stack.enter_context(Progress(next(titles), total, start=done, unit="clip"))
+            bar = bar or stack.enter_context(Progress("reading clips", total, start=done, unit="clip"))
             bar.update(done)
 
         yield update
@@ -150,7 +147,7 @@ def show_ingest_progress() -> Iterator[Callable[[int, int], None]]:
 def _ingest_folder(clips: Path, destination: Path) -> None:
     """Make the data set of a folder of clips, and list on stderr the files that are skipped."""
     with show_ingest_progress() as progress:
-        report = ingest(clips, destination, progress=progress)
+        report = ingest(clips, destination, progress=progress, is_fixed=True)  # trainings may read it
     for reason_group, files in (
         ("cannot be decoded and are skipped", report.quarantined),
         ("are not clips and are skipped", report.rejected),

@@ -118,7 +118,8 @@ def get_pipeline_config(experiment: Experiment, runtime: Runtime) -> PipelineCon
         # The experiment's own backbone may have another attention than when the run began.
         return replace(read_pipeline_config(runtime.folder), backbone=experiment.denoiser.backbone)
     text, infos = open_text_encoder(experiment, runtime), runtime.training_clips.infos
-    return make_pipeline_config(experiment, infos, text, command=runtime.command)
+    config = make_pipeline_config(experiment, infos, text, command=runtime.command)
+    return replace(config, provenance=config.provenance | {"data": " ".join(runtime.clips.versions)})
 
 
 def make_pipeline_config(

@@ -188,8 +188,8 @@ def test_the_encode_tool_stores_embeddings_of_a_named_encoder(tiny, tiny_run, en
     assert done.code == 0, done.err
     embedder, latents = FakeEmbedder(encoder, max_tokens=3), LatentSource(tmp_path / "l")
     assert latents.identity["text"] == embedder.identity
-    assert {max(lengths, default=0) for lengths in latents.text_lengths} == {3}
-    np.testing.assert_allclose(latents.read_text(0), embedder(latents.captions[0]), rtol=2**-8)
+    assert set(latents.text_lengths.tolist()) == {3}
+    np.testing.assert_allclose(latents.read_text(0), embedder(latents.all_captions[0][0]), rtol=2**-8)
     assert len(ClipSource(data)) == tiny.COUNT
     refused = script(tool, tiny_run, data, tmp_path / "m", "--max-text-tokens", 3)
     assert refused.code == 2
@@ -205,8 +205,8 @@ def test_the_encode_tool_stores_embeddings_of_a_clip_text_encoder(tiny_run, tmp_
     assert done.code == 0, done.err
     embedder, latents = load_embedder(tmp_path / "clip"), LatentSource(tmp_path / "l")
     assert latents.identity["text"] == embedder.identity
-    assert max(max(lengths, default=0) for lengths in latents.text_lengths) == tiny_clip.TEXT.positions
-    np.testing.assert_allclose(latents.read_text(0), embedder(latents.captions[0]), rtol=2**-8, atol=2**-8)
+    assert latents.text_lengths.max() == tiny_clip.TEXT.positions
+    np.testing.assert_allclose(latents.read_text(0), embedder(latents.all_captions[0][0]), rtol=2**-8, atol=2**-8)
 
 
 def test_the_encode_tool_makes_the_latents_of_a_run_with_a_frozen_encoder(frozen_run, copy, tmp_path, script, opened):

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import dit_video
@@ -13,8 +14,10 @@ from dit_video.core.errors import UserError
 from dit_video.data.augmentation import Augmentation
 from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.bucketing.buckets import BatchMemory
+from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.synthetic import shapes
+from dit_video.data.table_files import write_column
 from dit_video.data.windows import ClipCrops, WindowConfig
 from dit_video.experiment import input_pipeline
 from dit_video.experiment.run import Run
@@ -56,12 +59,12 @@ def test_a_run_leaves_all_its_files(tiny, tiny_run):
     expected = {
         "experiment.json",
         "pipeline.json",
-        "data/index.json",
+        "data/table.json",
         "data/report.json",
         "autoencoder/metrics.jsonl",
         "autoencoder/preview.safetensors",
         "autoencoder/weights.safetensors",
-        "latents/latents.json",
+        "latents/table.json",
         "denoiser/metrics.jsonl",
         "pipeline/pipeline.json",
         "pipeline/autoencoder.safetensors",
@@ -105,7 +108,7 @@ def test_latents_are_those_of_the_training_clips_and_normalised(tiny, tiny_run):
     assert {name.split("@")[0] for name in source.names} == {
         info.name for info in opened.runtime.clips.infos
     } - held_out
-    assert set(source.sizes) == {Grid(1, 2, 2), Grid(2, 2, 2), Grid(3, 2, 4)}
+    assert {Grid(*size) for size in source.sizes.tolist()} == {Grid(1, 2, 2), Grid(2, 2, 2), Grid(3, 2, 4)}
     values = np.concatenate([source[index].reshape(-1, 4) for index in range(len(source))])
     assert np.abs(values.mean(axis=0)).max() < 0.5
     assert 0.5 < values.std(axis=0).min() <= values.std(axis=0).max() < 1.5
@@ -382,9 +385,12 @@ def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
     shutil.rmtree(copy / "pipeline")
     for newest in sorted((copy / "denoiser" / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]:
         shutil.rmtree(newest)
-    index = json.loads((copy / "latents" / "latents.json").read_text())
-    index["examples"]["captions"][0] = [index["examples"]["captions"][0][0][::-1]]
-    (copy / "latents" / "latents.json").write_text(json.dumps(index))
+    # A caption changes in the data set, and in the latents, which are brought up to date.
+    for folder in ("data", "latents"):
+        path = copy / folder / "columns" / "captions.parquet"
+        columns = pq.read_table(path).to_pydict()
+        columns["captions"] = [texts and [texts[0][::-1]] for texts in columns["captions"]]
+        write_column(copy / folder, "captions", columns | {"id": np.asarray(columns["id"], np.uint64)})
     with pytest.raises(UserError, match="differ from those of its checkpoint at step"):
         Run.open(copy).run_stages()
 
@@ -395,4 +401,5 @@ def test_the_defaults_of_a_pipeline_come_from_its_training_data(tiny, tiny_run):
     assert config.fps == 8.0
     assert config.provenance["seed"] == "0"
     assert config.provenance["experiment"] == "tiny"
+    assert config.provenance["data"] == ClipSource(tiny_run / "data").versions[0]
     assert {"command", "jax", "dit_video"} <= config.provenance.keys()

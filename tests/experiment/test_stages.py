@@ -33,7 +33,7 @@ def test_a_stage_is_due_until_its_outputs_exist(run):
     (run.folder / "autoencoder" / "weights.safetensors").unlink()
     autoencoder, latents, denoiser = run.stages
     assert autoencoder.is_due(run.runtime)
-    for stage, missing in ((latents, "autoencoder/weights.safetensors"), (denoiser, "latents/latents.json")):
+    for stage, missing in ((latents, "autoencoder/weights.safetensors"), (denoiser, "latents/table.json")):
         with pytest.raises(MissingError, match=f"stage {stage.name} reads .*{missing}.* Run the stage before it"):
             stage.is_due(run.runtime)
 

@@ -9,18 +9,19 @@ A source that has changed since is ingested again into the same folder: files th
 read again, and clips whose file is gone are no longer used. No file is decoded twice.
 
 A file may fail for a transient reason: it cannot be read or is being written, a disk error, too little memory or time.
-It is inspected once more at the end of the run, alone. If it fails again, its row says so, and `retry` writes the parts
+It is inspected once more after other files, alone. If it fails again, its row says so, and `retry` writes the parts
 of such files again. That requires an explicit request, as a part must not change while trainings read it.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,18 +29,19 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.clips import DATASET_NAME, FEATURES, is_ingested
-from dit_video.data.ingest.completion import complete, find_transient_parts
+from dit_video.data.ingest.completion import NoClipsError, complete, discard_transient_parts
 from dit_video.data.ingest.formats import ListColumns, ListedClip, ListingOptions, list_clips
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig, make_failure
 from dit_video.data.ingest.outcomes import Outcome
-from dit_video.data.ingest.parts import FOLDER, IngestFolder
+from dit_video.data.ingest.parts import FOLDER, MAX_PART_BYTES, IngestFolder
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.ingest.report import IngestReport
 from dit_video.data.ingest.rows import make_row, make_table
 from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
 from dit_video.data.records import DISK_FULL_ERRNOS, get_file_name, write_records
-from dit_video.data.table_files import INDEX_FOLDER, write_part
+from dit_video.data.table_files import write_part
+from dit_video.data.tables import Table
 
 ProgressCallback = Callable[[int, int], None]
 """A function that is called with (done, total)."""
@@ -47,6 +49,9 @@ _WORK_PREFIX = ".clips-"
 """Prefix of the name of a folder, inside the data set, of clips that are not stored yet."""
 _STALE_SECONDS = 7 * 24 * 3600
 """Age from which such a folder belongs to no running process."""
+_MIN_PROCESS_BYTES = 128 << 20
+"""Bytes of a batch for each process: at its end, processes wait for the last file. A batch is what may be inspected and
+not written yet, because of a file that takes long or is inspected again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,7 @@ def ingest(
     progress: ProgressCallback | None = None,
     workers: int | None = None,
     retry: bool = False,
+    is_fixed: bool = False,
     run_parts: RunParts | None = None,
 ) -> IngestReport:
     """Read every clip of `source`, and write the data set, its table and `report.json` into the folder `destination`.
@@ -114,6 +120,7 @@ def ingest(
       progress: called with (done, total) for inspected files.
       workers: maximum number of processes that inspect files; by default one per core.
       retry: inspect files again that failed for a transient reason.
+      is_fixed: True to refuse a source that has changed, instead of completing the data set.
       run_parts: writes parts elsewhere, see `clusters`; by default this process and `workers` do.
 
     Raises:
@@ -122,23 +129,24 @@ def ingest(
         cannot be written.
     """
     check_at_least(1, workers=workers)
-    folder = plan_ingest(source, destination, config=config, retry=retry)
-    parts, is_new = folder.list_unfinished(), not is_ingested(folder.folder)
+    folder = plan_ingest(source, destination, config=config, is_fixed=is_fixed)
+    if retry:
+        discard_transient_parts(folder, folder.parts)
+    version, parts = _read_version(folder), folder.list_unfinished()
     if run_parts is None:
         write_parts(folder, parts, config=config, progress=progress or (lambda done, total: None), workers=workers)
     elif parts:
         run_parts(folder, parts, config)
-    try:
-        report = complete_ingest(folder, config)
-    except UserError:
-        if is_new and isinstance(folder.folder, Path):
-            shutil.rmtree(folder.folder)  # nothing can be used
-        raise
-    return dataclasses.replace(report, reused=not parts and not is_new)
+    report = complete_ingest(folder, config)
+    return dataclasses.replace(report, reused=_read_version(folder) == version)
 
 
 def plan_ingest(
-    source: str | os.PathLike, destination: StoragePathLike, *, config: IngestConfig, retry: bool = False
+    source: str | os.PathLike,
+    destination: StoragePathLike,
+    *,
+    config: IngestConfig,
+    is_fixed: bool = False,
 ) -> IngestFolder:
     """List a source, and return the data set with parts for all its files.
 
@@ -155,10 +163,7 @@ def plan_ingest(
     _check_destination(location)
     with _convert_write_errors(location):
         folder = IngestFolder(location, config.settings)
-        folder.update(listing._replace(clips=tuple(absolute)))
-        if retry:
-            for part in find_transient_parts(folder):
-                (location / INDEX_FOLDER / f"{part}.parquet").unlink()
+        folder.update(listing._replace(clips=tuple(absolute)), is_fixed=is_fixed)
     return folder
 
 
@@ -169,9 +174,26 @@ def complete_ingest(folder: IngestFolder, config: IngestConfig) -> IngestReport:
       UserError: no clip can be used, two clips have the same name, or the destination cannot be written.
     """
     with _convert_write_errors(folder.folder):
-        return complete(
-            folder, inherit_captions=config.inherit_captions, duplicate_distance=config.screening.duplicates
-        )
+        try:
+            return complete(
+                folder, inherit_captions=config.inherit_captions, duplicate_distance=config.screening.duplicates
+            )
+        except NoClipsError:
+            if not is_ingested(folder.folder):
+                _remove(folder.folder)  # which other settings may then be used for
+            raise
+
+
+def _remove(folder: StoragePath) -> None:
+    if isinstance(folder, Path):
+        shutil.rmtree(folder)
+    else:
+        folder.rmdir(recursive=True)
+
+
+def _read_version(folder: IngestFolder) -> tuple[str, IngestReport] | None:
+    """Return what changes whenever a data set does; None if there is none."""
+    return (Table(folder.folder).version, IngestReport.read(folder.folder)) if is_ingested(folder.folder) else None
 
 
 def write_parts(
@@ -187,49 +209,56 @@ def write_parts(
     Raises:
       UserError: the screening cannot work for any file, or the destination cannot be written.
     """
-    clips = {part: folder.read_clips(part) for part in parts}
-    tasks = [((part, number), clip) for part, members in clips.items() for number, clip in enumerate(members)]
-    progress(0, len(tasks))
+    done, total = itertools.count(), folder.count_clips(parts)
+    progress(next(done), total)
+    count = workers or count_cores()
     with _convert_write_errors(folder.folder), _make_work_folder(folder.folder) as work:
-        inspection = InspectionConfig(
-            screening=config.screening,
-            reencode=config.reencode,
-            folder=str(work),
-        )
-        useful = count_useful_processes(list(enumerate(clip for _, clip in tasks)), workers or count_cores())
-        with Workers(useful, inspection, config.scaled_time_limit) as processes:
-            for part, inspections in _inspect_parts(processes, clips, tasks, progress):
-                _write_part(folder.folder, part, clips[part], inspections)
+        inspection = InspectionConfig(screening=config.screening, reencode=config.reencode, folder=str(work))
+        for batch in _batch_parts(folder, parts, max(MAX_PART_BYTES, count * _MIN_PROCESS_BYTES)):
+            useful = count_useful_processes(list(enumerate(itertools.chain(*batch.values()))), count)
+            with Workers(useful, inspection, config.scaled_time_limit) as processes:
+                for part, inspections in _inspect_batch(processes, batch, lambda: progress(next(done), total)):
+                    _write_part(folder.folder, part, batch[part], inspections)
 
 
-def _inspect_parts(
-    processes: Workers,
-    clips: dict[str, list[ListedClip]],
-    tasks: Sequence[tuple[tuple[str, int], ListedClip]],
-    progress: ProgressCallback,
+def _batch_parts(folder: IngestFolder, parts: Sequence[str], max_bytes: int) -> Iterator[dict[str, list[ListedClip]]]:
+    """Yield the files of consecutive parts of at most this size in bytes together, at least one."""
+    batch: dict[str, list[ListedClip]] = {}
+    size = 0
+    for part in parts:
+        clips = folder.read_clips(part)
+        size += sum(clip.size for clip in clips)
+        if batch and size > max_bytes:
+            yield batch
+            batch, size = {}, sum(clip.size for clip in clips)
+        batch[part] = clips
+    if batch:
+        yield batch
+
+
+def _inspect_batch(
+    processes: Workers, batch: Mapping[str, Sequence[ListedClip]], on_inspected: Callable[[], None]
 ) -> Iterator[tuple[str, list[Inspection]]]:
     """Yield parts with the inspections of their files, when all of these are done."""
-    results: dict[str, dict[int, Inspection]] = {part: {} for part in clips}
-    retried, done = [], 0
-    numbered = [(task, clip) for task, (_, clip) in enumerate(tasks)]
+    places = [(part, number) for part, clips in batch.items() for number in range(len(clips))]
+    tasks = [(task, batch[part][number]) for task, (part, number) in enumerate(places)]
+    results: dict[str, dict[int, Inspection]] = {part: {} for part in batch}
 
-    def add(task: int, inspection: Inspection) -> Iterator[tuple[str, list[Inspection]]]:
-        part, number = tasks[task][0]
+    def inspect() -> Iterator[tuple[int, Inspection]]:
+        failed = []
+        for task, inspection in processes.inspect(tasks):
+            if inspection.transient:
+                failed.append(tasks[task])
+            else:
+                yield task, inspection
+        yield from processes.inspect_again(failed)
+
+    for task, inspection in inspect():
+        part, number = places[task]
         results[part][number] = inspection
-        progress(done, len(tasks))
-        if len(results[part]) == len(clips[part]):
-            members = results.pop(part)
-            yield part, [members[index] for index in range(len(members))]
-
-    for task, inspection in processes.inspect(numbered):
-        if inspection.transient:
-            retried.append(numbered[task])
-            continue
-        done += 1
-        yield from add(task, inspection)
-    for task, inspection in processes.inspect_again(retried):
-        done += 1
-        yield from add(task, inspection)
+        on_inspected()
+        if len(results[part]) == len(batch[part]):
+            yield part, [inspection for _, inspection in sorted(results.pop(part).items())]
 
 
 class _ChangedError(Exception):
@@ -274,8 +303,10 @@ def _make_example(clip: ListedClip, outcome: Outcome) -> dict[str, Any]:
     if outcome.file is not None:
         content = Path(outcome.file).read_bytes()
     else:
-        with contextlib.suppress(OSError):
+        try:
             content = clip.read()
+        except OSError as error:
+            raise _ChangedError(clip.name) from error
         if hashlib.sha256(content).hexdigest() != outcome.payload:
             raise _ChangedError(clip.name)
     return {name: getattr(outcome.shot, name) for name in FEATURES if name != "clip"} | {"clip": content}

@@ -6,23 +6,30 @@ ingest/listing.parquet        files that the source holds now, with their captio
 ingest/skipped.json           entries of the source that cannot be clips
 """
 
+import collections
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from dit_video.core.errors import UserError
-from dit_video.core.storage import StoragePath, read_document, write_document
+from dit_video.core.storage import StoragePath, convert_storage_errors, read_document, write_document
 from dit_video.data.ingest.formats import ListedClip, Listing
 from dit_video.data.records import get_part_name, sort_splits
 from dit_video.data.table_files import INDEX_FOLDER, list_parquet, read_parquet, write_parquet
 
-FOLDER = "ingest"
-_MIN_PART_BYTES, _MAX_PART_BYTES, _MAX_PART_FILES = 16 << 20, 1 << 30, 4096
+FOLDER, _PLAN = "ingest", "parts-"
+MAX_PART_BYTES = 1 << 30
+_MIN_PART_BYTES, _MAX_PART_FILES = 16 << 20, 4096
 _PARTS_PER_SET = 64
 """Number of parts of a data set whose parts are neither of the smallest nor of the largest size."""
-_COLUMNS = ("name", "size", "path", "offset", "split")
+_LOCATION = ("path", "offset")
+_COLUMNS = ("name", "size", *_LOCATION, "split")
+_TYPES = {"size": pa.int64(), "offset": pa.int64(), "captions": pa.list_(pa.string())}
 
 
 class IngestFolder:
@@ -30,7 +37,7 @@ class IngestFolder:
 
     Args:
       folder: the data set.
-      settings: settings of the ingest, as JSON values.
+      settings: settings of the ingest, as JSON values; they may differ from earlier ones until a part is written.
 
     Raises:
       UserError: the data set was made with other settings.
@@ -39,20 +46,23 @@ class IngestFolder:
     def __init__(self, folder: StoragePath, settings: Mapping[str, Any]):
         self.folder, self.settings = folder, dict(settings)
         self._own = folder / FOLDER
-        if not (self._own / "settings.json").exists():
-            write_document(self._own / "settings.json", dict(settings))
-        if (written := read_document(self._own / "settings.json")) != settings:
+        path = self._own / "settings.json"
+        written = read_document(path) if path.exists() else None
+        if written == settings:
+            return
+        if written is not None and list_parquet(folder / INDEX_FOLDER):
             differences = sorted(key for key in {*settings, *written} if settings.get(key) != written.get(key))
             raise UserError(
                 f"{folder} holds another data set: its {', '.join(differences)} differ. Use another folder, or the "
                 "settings with which it was started."
             )
-        self._files = [read_parquet(self._own / f"{name}.parquet") for name in list_parquet(self._own, "parts-")]
+        write_document(path, self.settings)
 
     @property
     def parts(self) -> list[str]:
         """Return the names of all parts, in the order of their rows."""
-        names = {name for table in self._files for name in pc.unique(table["part"]).to_pylist()}
+        plans = [read_parquet(path, ["part"]) for path in self._list_plans()]
+        names = {name for plan in plans for name in pc.unique(plan["part"]).to_pylist()}
         splits = sort_splits(name.rpartition("-")[0] for name in names)
         return sorted(names, key=lambda name: (splits.index(name.rpartition("-")[0]), name))
 
@@ -63,73 +73,114 @@ class IngestFolder:
 
     def read_clips(self, part: str) -> list[ListedClip]:
         """Return the files of a part."""
-        for table in self._files:
-            rows = table.filter(pc.equal(table["part"], part)).select(_COLUMNS).to_pylist()
-            if rows:
+        for path in self._list_plans():
+            if rows := _read_part(path, part).to_pylist():
                 return [ListedClip(captions=(), **row) for row in rows]
         raise KeyError(part)
 
+    def count_clips(self, parts: Sequence[str]) -> int:
+        """Return the number of files of some parts."""
+        wanted = pa.array(parts, pa.string())
+        plans = (read_parquet(path, ["part"])["part"] for path in self._list_plans())
+        return sum(pc.sum(pc.is_in(plan, value_set=wanted)).as_py() or 0 for plan in plans)
+
     def read_listing(self) -> pa.Table:
-        """Return the names, sizes, splits and captions of the files that the source holds."""
+        """Return the names, sizes, locations, splits and captions of the files that the source holds."""
         return read_parquet(self._own / "listing.parquet")
 
     def read_skipped(self) -> dict[str, Any]:
         """Return the format of the source, and its entries that are no clips."""
         return read_document(self._own / "skipped.json")
 
-    def update(self, listing: Listing) -> bool:
-        """Add parts for the files of a source that no part has; return whether the listing has changed at all.
+    def update(self, listing: Listing, *, is_fixed: bool = False) -> None:
+        """Add parts for the files of a source that no part has.
+
+        Args:
+          listing: files of the source.
+          is_fixed: True if the data set must not change.
 
         Raises:
-          UserError: no file of the source is in a part, so it is another one.
+          UserError: no file of the source is in a part, so it is another one; or a fixed data set would change.
         """
-        listed = pa.table(
-            {
-                "name": [clip.name for clip in listing.clips],
-                "size": pa.array([clip.size for clip in listing.clips], pa.int64()),
-                "split": [clip.split for clip in listing.clips],
-                "captions": pa.array([clip.captions for clip in listing.clips], pa.list_(pa.string())),
-            }
-        )
+        listed = _make_table(listing.clips, (*_COLUMNS, "captions"))
         skipped = {
             "format": listing.format,
             "unlisted": [*listing.unlisted],
             "rejected": [*map(list, listing.rejected)],
         }
-        if self._files and self.read_listing() == listed and self.read_skipped() == skipped:
-            return False
-        known = {
-            (row["name"], row["size"]) for table in self._files for row in table.select(["name", "size"]).to_pylist()
-        }
-        new = [clip for clip in listing.clips if (clip.name, clip.size) not in known]
-        if known and len(new) == len(listing.clips):
+        paths = self._list_plans()
+        is_known = bool(paths) and (self._own / "listing.parquet").exists()  # it is written last
+        if is_known and self.read_listing() == listed and self.read_skipped() == skipped:
+            return
+        if is_known and is_fixed and self.read_listing().drop_columns(_LOCATION) != listed.drop_columns(_LOCATION):
             raise UserError(
-                f"{self.folder} holds another data set, without any file of this source. Use another folder."
+                f"{self.folder} holds another data set than the source has now (names, sizes or captions differ). Use "
+                "another folder, or ingest the source with tools/ingest.py and use the data set."
             )
+        plans = [read_parquet(path) for path in paths]
+        known = pa.chunked_array([_make_keys(plan) for plan in plans], pa.string())
+        is_new = pc.invert(pc.is_in(_make_keys(listed), value_set=known.combine_chunks()))
+        new = [*itertools.compress(listing.clips, is_new.to_pylist())]
+        if plans and len(new) == len(listing.clips):
+            if list_parquet(self.folder / INDEX_FOLDER):
+                raise UserError(
+                    f"{self.folder} holds another data set, without any file of this source. Use another folder."
+                )
+            for path in paths:
+                path.unlink()
+            plans = paths = []
+        for path, plan in zip(paths, plans, strict=True):
+            if (moved := _update_locations(plan, listed)) != plan:
+                write_parquet(path, moved)
         if new:
-            table = self._plan(new)
-            write_parquet(self._own / f"parts-{len(self._files):03d}.parquet", table)
-            self._files.append(table)
+            write_parquet(self._own / f"{_PLAN}{len(paths):03d}.parquet", self._plan(new))
         write_document(self._own / "skipped.json", skipped)
         write_parquet(self._own / "listing.parquet", listed)
-        return True
+
+    def _list_plans(self) -> list[StoragePath]:
+        return [self._own / f"{name}.parquet" for name in list_parquet(self._own, _PLAN)]
 
     def _plan(self, clips: Sequence[ListedClip]) -> pa.Table:
-        counts: dict[str, int] = {}
-        for name in self.parts:
-            split = name.rpartition("-")[0]
-            counts[split] = counts.get(split, 0) + 1
+        """Return the clips with the parts that they are in, sorted by these."""
+        counts = collections.Counter(name.rpartition("-")[0] for name in self.parts)
         total = sum(clip.size for clip in clips)
-        max_bytes = min(max(total // _PARTS_PER_SET, _MIN_PART_BYTES), _MAX_PART_BYTES)
-        columns: dict[str, list[Any]] = {name: [] for name in ("part", *_COLUMNS)}
+        max_bytes = min(max(total // _PARTS_PER_SET, _MIN_PART_BYTES), MAX_PART_BYTES)
+        names: list[str] = []
+        ordered: list[ListedClip] = []
         for split in sort_splits(clip.split for clip in clips):
-            parts = _group((clip for clip in clips if clip.split == split), max_bytes)
-            for number, members in enumerate(parts, counts.get(split, 0)):
-                columns["part"] += [get_part_name(split, number)] * len(members)
-                for name in _COLUMNS:
-                    columns[name] += [getattr(clip, name) for clip in members]
-        types = {"size": pa.int64(), "offset": pa.int64()}
-        return pa.table({name: pa.array(values, types.get(name, pa.string())) for name, values in columns.items()})
+            groups = _group((clip for clip in clips if clip.split == split), max_bytes)
+            for number, members in enumerate(groups, counts[split]):
+                names += [get_part_name(split, number)] * len(members)
+                ordered += members
+        return _make_table(ordered, _COLUMNS).append_column("part", pa.array(names, pa.string()))
+
+
+def _read_part(path: StoragePath, part: str) -> pa.Table:
+    """Return the files of a part, of a file sorted by parts of which only the rows around it are read."""
+    is_part, name = pc.field("part") == part, str(path) if isinstance(path, Path) else path.path
+    with convert_storage_errors(path):
+        return pq.read_table(name, columns=_COLUMNS, filters=is_part, filesystem=getattr(path, "fs", None))
+
+
+def _make_table(clips: Sequence[ListedClip], names: Sequence[str]) -> pa.Table:
+    return pa.table(
+        {name: pa.array([getattr(clip, name) for clip in clips], _TYPES.get(name, pa.string())) for name in names}
+    )
+
+
+def _make_keys(files: pa.Table) -> pa.Array:
+    """Return what identifies each file: a file of another size is another one."""
+    sizes = files["size"].cast(pa.string())
+    return pc.binary_join_element_wise(files["name"], sizes, "\0").combine_chunks()
+
+
+def _update_locations(plan: pa.Table, listed: pa.Table) -> pa.Table:
+    """Return the files of parts with the locations where the source has them now: it may have been moved."""
+    rows = pc.index_in(plan["name"], value_set=listed["name"]).combine_chunks()
+    for name in _LOCATION:
+        now = pc.if_else(pc.is_valid(rows), listed[name].combine_chunks().take(rows), plan[name].combine_chunks())
+        plan = plan.set_column(plan.column_names.index(name), name, now)
+    return plan
 
 
 def _group(clips: Iterator[ListedClip], max_bytes: int) -> Iterator[list[ListedClip]]:

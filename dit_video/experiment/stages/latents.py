@@ -65,7 +65,7 @@ class CacheLatents(DenoiserStage):
         source = LatentSource(self._get_destination(runtime), identity=latent_plan.compute_latent_identity(encoding))
         latent_plan.check_clips(source, runtime.training_clips, encoding)
         if source.skipped:
-            name, reason, _ = source.skipped[0]
+            name, reason, *_ = source.skipped[0]
             count = len(source.skipped)
             print_on_first_process(f"{count} clips could not be encoded and are skipped, such as {name}: {reason}")
         return source
