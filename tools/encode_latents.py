@@ -215,8 +215,8 @@ def _set_text_encoder(encoding: Encoding, folder: Path | None, max_tokens: int |
 
 
 def _print_summary(latents: LatentSource) -> None:
-    print(f"{latents.folder}: {len(latents)} examples of {len(set(latents.groups))} clips")
-    for name, reason, _ in latents.skipped[:10]:
+    print(f"{latents.folder}: {len(latents)} examples of {latents.groups.max() + 1} clips")
+    for name, reason, *_ in latents.skipped[:10]:
         print(f"skipped: {name}: {reason}")
     if len(latents.skipped) > 10:
         print(f"… {len(latents.skipped)} were skipped: see the rows of {latents.folder}/index that are unreadable")

@@ -14,17 +14,15 @@ import tyro
 
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
-from dit_video.core.storage import to_storage_path
+from dit_video.data.ingest.completion import discard_transient_parts
 from dit_video.data.ingest.engine import (
     IngestConfig,
-    ProgressCallback,
     RunParts,
     complete_ingest,
     ingest,
     plan_ingest,
     write_parts,
 )
-from dit_video.data.ingest.parts import IngestFolder
 from dit_video.data.ingest.report import REPORT, IngestReport
 from dit_video.experiment.datasets import show_ingest_progress
 from dit_video.reports.ingest_report import PAGE, write_ingest_report
@@ -106,24 +104,18 @@ def main(
                 run_parts=_make_engine(cluster),
             )
         else:
-            folder = plan_ingest(source, destination, config=config, retry=retry)
-            report = _write_shard(folder, config, cluster, progress, workers)
+            folder = plan_ingest(source, destination, config=config)
+            own = folder.parts[cluster.shard :: cluster.shards]
+            if retry:
+                discard_transient_parts(folder, own)
+            parts = [part for part in folder.list_unfinished() if part in set(own)]
+            write_parts(folder, parts, config=config, progress=progress, workers=workers)
+            report = None if folder.list_unfinished() else complete_ingest(folder, config)
     if report is None:
         print(f"{destination}: process {cluster.shard} has written its parts; the last one writes the table")
         return
-    if not report.reused or not (to_storage_path(destination) / PAGE).is_file():
-        write_ingest_report(destination)
+    write_ingest_report(destination)
     _print_summary(destination, report)
-
-
-def _write_shard(
-    folder: IngestFolder, config: IngestConfig, cluster: Cluster, progress: ProgressCallback, workers: int | None
-) -> IngestReport | None:
-    """Write the parts of a process, and the table if it is the last one; else return None."""
-    own = set(folder.parts[cluster.shard :: cluster.shards])
-    parts = [part for part in folder.list_unfinished() if part in own]
-    write_parts(folder, parts, config=config, progress=progress, workers=workers)
-    return None if folder.list_unfinished() else complete_ingest(folder, config)
 
 
 def _make_engine(cluster: Cluster) -> RunParts | None:

@@ -142,15 +142,16 @@ class CachedCaptions:
             raise UserError(f"{source.folder} holds no embeddings of captions; {fix}")
         self.empty, self._source = source.empty_text, source
         self.width: int = self.empty.shape[1]
-        groups = [lengths or (len(self.empty),) for lengths in source.text_lengths]
-        values = np.fromiter(itertools.chain.from_iterable(groups), np.int32)
-        self.lengths = CaptionLengths(values, np.fromiter(map(len, groups), np.int32, len(groups)), shares)
+        counts = source.caption_counts
+        places = np.cumsum(counts)[counts == 0]  # an example without captions has the empty one
+        values = np.insert(source.text_lengths, places, len(self.empty))
+        self.lengths = CaptionLengths(values, np.maximum(counts, 1), shares)
 
     def iter_hash_bytes(self) -> Iterator[bytes]:
         """Yield the encoder, the captions and the lengths of the embeddings."""
         identity = self._source.identity
         yield repr(identity if isinstance(identity, str) else identity.get("text")).encode()
-        yield from _iter_caption_bytes(self._source.all_captions)
+        yield self._source.caption_ids.astype("<u8").tobytes()
         yield self.lengths.hash_bytes
 
     def read(self, example: int, caption: int) -> Float32[np.ndarray, "s E"]:
@@ -159,7 +160,7 @@ class CachedCaptions:
         Raises:
           DecodeError: its record is damaged.
         """
-        return self._source.read_text(example, caption) if self._source.text_lengths[example] else self.empty
+        return self._source.read_text(example, caption) if self._source.caption_counts[example] else self.empty
 
 
 class EmbeddedCaptions:

@@ -101,6 +101,9 @@ def write_manifest(folder: StoragePath, kind: str, settings: Mapping[str, Any], 
         return {"name": name, "rows": rows, "sha256": hashlib.sha256(content).hexdigest()}
 
     described = map_threads(describe, parts)
+    if isinstance(folder, Path):  # of processes that were killed
+        for path in (*folder.glob(".*.partial.array_record"), *(folder / INDEX_FOLDER).glob(f".*.partial{SUFFIX}")):
+            path.unlink(missing_ok=True)
     write_document(folder / MANIFEST, {"version": VERSION, "kind": kind, "settings": settings, "parts": described})
 
 

@@ -22,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
+from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, download, get_default_cache, to_storage_path
 from dit_video.data import where as conditions
 from dit_video.data.table_files import (
@@ -225,7 +226,7 @@ class Table:
         return self.__dict__ | ({} if self._length < _SMALL_TABLE else {"_columns": {}})
 
 
-class TableColumn(Sequence[Any]):
+class TableColumn(SharesArrays, Sequence[Any]):
     """Some rows of a column as Python's values, which are read when they are used; pickled without the values."""
 
     def __init__(self, table: Table, name: str, rows: Int64[np.ndarray, " n"], prefix: str = ""):
@@ -252,6 +253,19 @@ class TableColumn(Sequence[Any]):
 
     def __repr__(self) -> str:
         return repr(list(self))
+
+    def flatten(self) -> tuple[Int32[np.ndarray, " n"], pa.ChunkedArray]:
+        """Return the number of values in each list, and all values."""
+        lists = self._take_all()
+        return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(), pc.list_flatten(lists)
+
+    def number_values(self) -> Int32[np.ndarray, " n"]:
+        """Return the number of each value among the different ones, in order of first occurrence."""
+        return self._take_all().dictionary_encode().combine_chunks().indices.to_numpy()
+
+    def _take_all(self) -> pa.ChunkedArray:
+        column = self._table.arrow(self._name)
+        return column if len(self) == len(column) else column.take(pa.array(self._rows))
 
     def _convert(self, rows: Int64[np.ndarray, " n"]) -> list[Any]:
         values = self._table.arrow(self._name).take(pa.array(rows)).to_pylist()

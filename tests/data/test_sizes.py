@@ -91,6 +91,8 @@ def test_fitted_sizes_never_exceed_the_limits(height, width, frames, max_pixels,
 class MetadataSource(ClipSource):
     """Clips of which only the metadata is known."""
 
+    infos = None
+
     def __init__(self, infos):
         self.infos = tuple(infos)
 

@@ -1,5 +1,7 @@
 """Random clips in memory and the config of an autoencoder, for offline encoding."""
 
+import hashlib
+
 import numpy as np
 
 from dit_video.autoencoders import PatchVaeConfig
@@ -20,8 +22,17 @@ MIXED_SIZES = [Grid(t, h, w) for t in (1, 4, 9) for h, w in ((16, 22), (10, 30),
 class MemorySource(ClipSource):
     """Clips in memory, with the interface of an ingested data set; `read` lists the clips that were read."""
 
+    infos = None
+
     def __init__(self, infos, contents):
         self.infos, self.contents, self.read = tuple(infos), contents, []
+
+    def __len__(self):
+        return len(self.infos)
+
+    def column(self, name):
+        values = [getattr(info, name) for info in self.infos]
+        return np.asarray(values) if isinstance(values[0] if values else "", int | float) else values
 
     def __getitem__(self, index):
         if self.contents is None:
@@ -37,7 +48,8 @@ def make_source(sizes, *, captions=("one", "two, from the left")) -> MemorySourc
     for number, (t, h, w) in enumerate(sizes):
         suffix = "png" if t == 1 else "apng"
         contents.append(encode_frames(draw.integers(0, 256, (t, h, w, 3), np.uint8), 8.0, suffix))
-        infos.append(ClipInfo(f"{number}.{suffix}", captions, h, w, t, 8.0, (t - 1) / 8, record=number))
+        payload = hashlib.sha256(contents[-1]).hexdigest()
+        infos.append(ClipInfo(f"{number}.{suffix}", captions, h, w, t, 8.0, (t - 1) / 8, payload=payload))
     return MemorySource(infos, contents)
 
 

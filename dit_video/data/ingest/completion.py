@@ -3,7 +3,7 @@
 All of it is computed from the table and the listing of the source alone, and may be computed again at any time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -22,14 +22,20 @@ CHOICE, CAPTIONS = "choice", "captions"
 """Names of the files of columns that an ingest writes."""
 
 
-def find_transient_parts(folder: IngestFolder) -> list[str]:
-    """Return the parts with a file that failed for a transient reason."""
-    parts = [part for part in folder.parts if part not in folder.list_unfinished()]
-    return [
-        part
-        for part, rows in zip(parts, _read_rows(folder, parts, ["transient"]), strict=True)
-        if pc.any(rows["transient"]).as_py()
-    ]
+class NoClipsError(UserError):
+    """A source without a usable clip."""
+
+
+def discard_transient_parts(folder: IngestFolder, parts: Iterable[str]) -> None:
+    """Remove the rows of those parts that have a file which failed for a transient reason and is still in the source.
+
+    The parts are then not finished.
+    """
+    unfinished, names = set(folder.list_unfinished()), folder.read_listing()["name"]
+    finished = [part for part in parts if part not in unfinished]
+    for part, rows in zip(finished, _read_rows(folder, finished, ["transient", "source"]), strict=True):
+        if pc.any(pc.is_in(rows.filter(rows["transient"])["source"], value_set=names)).as_py():
+            (folder.folder / INDEX_FOLDER / f"{part}.parquet").unlink()
 
 
 def complete(folder: IngestFolder, *, inherit_captions: bool, duplicate_distance: int | None) -> IngestReport:
@@ -41,17 +47,19 @@ def complete(folder: IngestFolder, *, inherit_captions: bool, duplicate_distance
       duplicate_distance: maximum distance of near-duplicates, see `drop_duplicates`; None to keep all.
 
     Raises:
-      UserError: no clip can be used, or two clips have the same name.
+      NoClipsError: no clip can be used.
+      UserError: two clips have the same name, or a file of the source is in no part.
     """
     parts = folder.parts
     tables = _read_rows(folder, parts)
     rows, listing, skipped = pa.concat_tables(tables), folder.read_listing(), folder.read_skipped()
+    _check_files(folder, rows, listing)
     choice, is_present = _choose(rows, listing, duplicate_distance)
-    write_column(folder.folder, CHOICE, choice)
     rows = pa.table({name: table[name] for table in (rows, choice) for name in table.column_names})
     used = rows.filter(pc.and_(pc.equal(rows["outcome"], "kept"), rows["chosen"]))
     if not len(used):
-        raise UserError(_explain_no_clips(rows))
+        raise NoClipsError(_explain_no_clips(rows))
+    write_column(folder.folder, CHOICE, choice)
     captions = _assign_captions(used, listing, inherit_captions)
     write_column(folder.folder, CAPTIONS, pa.table({"id": used["id"], "captions": captions}))
     counts: dict[str, list[int]] = {}
@@ -92,6 +100,13 @@ def _choose(
                 why[row] = f"shows what {names[kept[original]]!r} shows"
     columns = {"id": rows["id"], "split": splits, "chosen": pa.array(why == ""), "why": pa.array(why, pa.string())}
     return pa.table(columns), is_present
+
+
+def _check_files(folder: IngestFolder, rows: pa.Table, listing: pa.Table) -> None:
+    """Raise if a file of the source has no row: the source changed while several processes began to ingest it."""
+    is_absent = pc.invert(pc.is_in(listing["name"], value_set=rows["source"].combine_chunks()))
+    if len(absent := listing.filter(is_absent)):
+        raise UserError(f"{folder.folder} has no part with {absent['name'][0]}. Remove the folder, and ingest again.")
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from dit_video.data.ingest.quality_filter import Shot
 
 OutcomeKind = Literal["kept", "dropped", "cut", "unreadable"]
-"""A clip that is kept; one that the screening dropped; a part of a file that is in no clip; a file that is broken."""
+"""A clip that is kept; one that the screening dropped; a part too short for a clip; a file that is broken."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

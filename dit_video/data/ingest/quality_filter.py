@@ -172,6 +172,8 @@ class JudgedShot(NamedTuple):
     """Rule that excludes the shot; empty if it is kept."""
     stop: float
     """Time in seconds after the file's first frame at which the next shot begins, or the file ends."""
+    is_short: bool = False
+    """True if the shot is too short for a clip of its own, such as a fade or a flash."""
 
 
 class ScreeningResult(NamedTuple):
@@ -269,10 +271,10 @@ def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) ->
         last = bisect.bisect_left(analyzer.samples, span.stop, key=lambda sample: sample.frame)
         if frame_samples := analyzer.samples[first:last]:
             shot = _measure_shot(shot, frame_samples, config)
-        reason = _find_exclusion(shot, config)
-        if (length := min(stop - shot.start, shot.duration)) < config.min_shot - TOLERANCE:
-            reason = f"shot of {length:.4g} s is below {config.min_shot:g} s"
-        yield JudgedShot(shot, reason, stop)
+        length = min(stop - shot.start, shot.duration)
+        is_short = length < config.min_shot - TOLERANCE
+        reason = f"shot of {length:.4g} s is below {config.min_shot:g} s" if is_short else _find_exclusion(shot, config)
+        yield JudgedShot(shot, reason, stop, is_short)
 
 
 def _make_whole_shot(name: str, facts: VideoInfo) -> Shot:

@@ -58,7 +58,8 @@ class IngestReport:
     """Number of usable clips by how they were made: "whole" files, stream "copy", or "encode"."""
     accounts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Parts of files, and their duration in microseconds, by what became of them: "kept", "dropped" by the screening,
-    "cut" away, "duplicate", or "unreadable". Each microsecond of the source is in exactly one of them."""
+    "cut" away as too short for a clip, "duplicate", or "unreadable". Each microsecond of the source is in exactly one
+    of them."""
     uncaptioned: int
     """Number of usable clips without a caption, which train the unconditional model alone."""
     quarantined: Reasons = ()
@@ -137,7 +138,7 @@ def make_report(
     rows = rows.append_column("account", pc.if_else(is_duplicate, "duplicate", rows["outcome"]))
     used, unreadable, dropped = (
         rows.filter(pc.is_in(rows["account"], value_set=pa.array(names)))
-        for names in (["kept"], ["unreadable"], ["dropped", "duplicate"])
+        for names in (["kept"], ["unreadable"], ["dropped", "cut", "duplicate"])
     )
     usable_files, broken_files = set(used["source"].to_pylist()), set(unreadable["source"].to_pylist())
     reasons: dict[str, Reasons] = {

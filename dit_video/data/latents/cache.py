@@ -19,10 +19,13 @@ from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 from jaxtyping import Float32, Int32, Int64, UInt64
 
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, read_document, to_storage_path
 from dit_video.data.records import RecordPlace, RecordReader, get_file_name, make_bytes_feature
 from dit_video.data.table_files import INDEX_FOLDER, MANIFEST, compute_row_id, list_parquet
@@ -72,6 +75,7 @@ class Skipped(NamedTuple):
     name: str
     reason: str
     payload: str = ""
+    clip: str = ""
 
 
 def hash_identity(identity: Identity) -> str:
@@ -80,7 +84,7 @@ def hash_identity(identity: Identity) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class LatentSource:
+class LatentSource(SharesArrays):
     """A random-access source of cached latents, which are read in place, also from buckets.
 
     No files are kept open, so a source can be pickled to workers.
@@ -131,8 +135,16 @@ class LatentSource:
         self._texts = _TextReader(self.folder / TEXTS, local, self._dtype) if settings["has_texts"] else None
         self.text_width: int = 0 if self._texts is None else self._texts.width
         """Width of the caption embeddings; 0 if there are none."""
-        self.empty_text: Float32[np.ndarray, "s e"] | None = None if self._texts is None else self._texts.read("")
+        self.empty_text: Float32[np.ndarray, "s e"] | None = None if self._texts is None else self._texts.read_empty()
         """Embedding of the empty caption."""
+        self.caption_counts, caption_ids = TableColumn(table, "caption_ids", self._rows).flatten()
+        """Number of captions of every example."""
+        self.caption_ids: UInt64[np.ndarray, " c"] = caption_ids.to_numpy()
+        """Hash of every caption, example after example."""
+        self._text_ends: Int64[np.ndarray, " n"] = np.cumsum(self.caption_counts)
+        self._text_rows: Int64[np.ndarray, " c"] | None = None
+        if self._texts is not None:
+            self._text_rows = self._texts.find(self.caption_ids)
         self._last_record: tuple[int, dict[str, Any]] | None = None
 
     def __len__(self) -> int:
@@ -151,24 +163,16 @@ class LatentSource:
         return self._read_values(index, "latents", shape, "int8").astype(np.float32) * scale
 
     @property
-    def captions(self) -> tuple[str, ...]:
-        """Return the first caption of each example; empty if it has none."""
-        return tuple(captions[0] if captions else "" for captions in self.all_captions)
-
-    @property
-    def groups(self) -> tuple[int, ...]:
+    def groups(self) -> Int32[np.ndarray, " n"]:
         """Return the number of the clip of each example, equal for its views: 0, 1, … in order of first occurrence."""
-        clips = list(self.clips)
-        numbers = {clip: number for number, clip in enumerate(dict.fromkeys(clips))}
-        return tuple(numbers[clip] for clip in clips)
+        return TableColumn(self._table, "clip", self._rows).number_values()
 
     @property
-    def text_lengths(self) -> list[tuple[int, ...]]:
-        """Return the number of tokens of every caption's embedding, of every example."""
-        texts = self._texts
-        if texts is None:
-            return [()] * len(self)
-        return [tuple(texts.get_length(caption) for caption in captions) for captions in self.all_captions]
+    def text_lengths(self) -> Int32[np.ndarray, " c"]:
+        """Return the number of tokens of the embedding of every caption, example after example."""
+        if self._texts is None or self._text_rows is None:
+            return np.zeros(0, np.int32)
+        return self._texts.lengths[self._text_rows]
 
     def get_size(self, index: int) -> Grid:
         """Return the size of the latents of one example."""
@@ -185,17 +189,21 @@ class LatentSource:
           DecodeError: its record is damaged.
           UserError: the example has no such caption, or the data set has no embeddings.
         """
-        captions = self.all_captions[index] if self._texts is not None else ()
-        if self._texts is None or not 0 <= caption < len(captions):
+        count = int(self.caption_counts[index])
+        if self._texts is None or self._text_rows is None or not 0 <= caption < count:
             raise UserError(
-                f"caption={caption} is invalid: {self.names[index]} has {len(captions)} embedded captions. Use a "
-                "number from 0 on, or encode the clips with a text encoder."
+                f"caption={caption} is invalid: {self.names[index]} has {count if self._texts else 0} embedded captions. "
+                "Use a number from 0 on, or encode the clips with a text encoder."
             )
-        return self._texts.read(captions[caption])
+        row = int(self._text_rows[self._text_ends[index] - count + caption])
+        try:
+            return self._texts.read(row)
+        except DecodeError as error:
+            raise DecodeError(f"the embedding of a caption of {self.names[index]}: {error}. Encode it again.") from error
 
     def _list_skipped(self) -> list[Skipped]:
         rows = self._table.select("outcome == 'unreadable' and chosen")
-        return list(map(Skipped, *(TableColumn(self._table, name, rows) for name in ("name", "reason"))))
+        return list(map(Skipped, *(TableColumn(self._table, name, rows) for name in Skipped._fields)))
 
     def _read_values(self, index: int, name: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
         values, expected = decode_values(self._read_record(index)[name], self._dtype, dtype), math.prod(shape)
@@ -217,36 +225,41 @@ class LatentSource:
         return last_record[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last_record": None}
+        return {**super().__getstate__(), "_last_record": None}
 
 
-class _TextReader:
+class _TextReader(SharesArrays):
     """A reader of the embeddings of captions."""
 
     def __init__(self, folder: StoragePath, cache: Path | None, dtype: StorageDtype):
         self._table = Table(folder, kind=TEXTS, make_it="Encode clips first.", cache=cache)
         self._reader, self._dtype = RecordReader(folder, TEXT_FEATURES), dtype
         self.width: int = self._table.settings["width"]
-        ids = self._table["id"]
-        self._order: Int64[np.ndarray, " n"] = np.argsort(ids, kind="stable")
-        self._ids = ids[self._order]
+        self.lengths: Int32[np.ndarray, " k"] = self._table["tokens"]
+        """Number of tokens of every embedding."""
 
-    def get_length(self, caption: str) -> int:
-        """Return the number of tokens of a caption's embedding."""
-        return int(self._table["tokens"][self._find(caption)])
+    def find(self, ids: UInt64[np.ndarray, " c"]) -> Int64[np.ndarray, " c"]:
+        """Return the rows of captions with these ids.
 
-    def read(self, caption: str) -> Float32[np.ndarray, "s e"]:
-        """Return the embedding of a caption."""
-        row = self._find(caption)
-        try:
-            content = read_row(self._reader, self._table, row, TEXTS)["text"]
-        except DecodeError as error:
-            raise DecodeError(f"the embedding of {caption!r}: {error}. Encode it again.") from error
+        Raises:
+          UserError: a caption has no embedding.
+        """
+        rows = pc.index_in(pa.array(ids), value_set=self._table.arrow("id"))
+        if rows.null_count:
+            raise UserError(
+                f"{self._table.folder} lacks the embeddings of {rows.null_count} captions. Encode the clips again into "
+                "the same folder, which embeds these alone."
+            )
+        return rows.to_numpy().astype(np.int64)
+
+    def read(self, row: int) -> Float32[np.ndarray, "s e"]:
+        """Return the embedding of a row."""
+        content = read_row(self._reader, self._table, row, TEXTS)["text"]
         return decode_values(content, self._dtype).reshape(-1, self.width)
 
-    def _find(self, caption: str) -> int:
-        place = int(np.searchsorted(self._ids, np.uint64(compute_row_id(caption))))
-        return int(self._order[place])
+    def read_empty(self) -> Float32[np.ndarray, "s e"]:
+        """Return the embedding of the empty caption."""
+        return self.read(int(self.find(np.asarray([compute_row_id("")], np.uint64))[0]))
 
 
 def read_row(reader: RecordReader, table: Table, row: int, dataset: str) -> dict[str, Any]:

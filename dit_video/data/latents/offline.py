@@ -173,14 +173,15 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
 
     def _decode_view(self, number: int) -> UInt8[np.ndarray, "T H W 3"] | Skipped:
         view = self._plan.views[number]
-        payload = self._clips.infos[view.clip].payload
+        info = self._clips.infos[view.clip]
         try:
             frames = read_fitted_clip(self._clips, view.clip, view.limits, start=view.start).frames
         except DecodeError as error:
-            return Skipped(view.name, str(error), payload)
+            return Skipped(view.name, str(error), info.payload, info.name)
         if frames.shape[:3] != view.size:
             size = Grid(*frames.shape[:3])
-            return Skipped(view.name, f"decoded size {size} is not {view.size} of the index", payload)
+            reason = f"decoded size {size} is not {view.size} of the index"
+            return Skipped(view.name, reason, info.payload, info.name)
         return frames[:, :, ::-1] if view.flipped else frames
 
     def _draw_canvases(

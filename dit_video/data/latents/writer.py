@@ -48,7 +48,7 @@ _PLACE = {"offset": pa.int64(), "length": pa.int64(), "crc32": pa.uint32()}
 _SCHEMA = pa.schema(
     {
         "id": pa.uint64(),
-        **dict.fromkeys(("name", "clip", "outcome", "reason"), pa.string()),
+        **dict.fromkeys(("name", "clip", "payload", "outcome", "reason"), pa.string()),
         "written_captions": pa.list_(pa.string()),
         **dict.fromkeys(("latent_frames", "latent_rows", "latent_columns", "channels"), pa.int32()),
         **_PLACE,
@@ -142,8 +142,8 @@ class LatentWriter:
                 size = dict(
                     zip(("latent_frames", "latent_rows", "latent_columns"), example.latents.shape, strict=False)
                 )
-                fields = {"clip": example.clip or example.name, "written_captions": list(captions)}
-                rows.append(_make_row(example, outcome="kept", channels=widths.channels, **size, **fields))
+                fields = {"channels": widths.channels, "written_captions": list(captions)}
+                rows.append(_make_row(example, outcome="kept", **size, **fields))
                 yield self._make_record(example)
 
         name = get_file_name(DATASET_NAME, part)
@@ -176,7 +176,7 @@ class LatentWriter:
         parts = [get_part_name(SPLITS[0], number) for number in range(count)]
         tables = _read_parts(self.folder, parts)
         rows = pa.concat_tables(tables)
-        own = rows["written_captions"].to_pylist()
+        own = [texts or () for texts in rows["written_captions"].to_pylist()]
         texts = own if captions is None else list(map(captions, rows["id"].to_pylist()))
         is_chosen = [each is not None for each in texts]
         is_used = pc.and_(pc.equal(rows["outcome"], "kept"), pa.array(is_chosen))
@@ -185,8 +185,9 @@ class LatentWriter:
             reason = f": {skipped[0]['name']}: {skipped[0]['reason']}" if skipped else ". Encode at least one clip."
             raise UserError(f"{self.folder} gets no latents, {len(rows)} clips could not be read{reason}")
         channels = self._get_only(rows.filter(is_used)["channels"], "channels")
-        chosen = pa.table({"id": rows["id"], "chosen": is_chosen, "captions": pa.array(texts, pa.list_(pa.string()))})
-        write_column(self.folder, "captions", chosen)
+        texts = pa.array(texts, pa.list_(pa.string()))
+        columns = {"id": rows["id"], "chosen": is_chosen, "captions": texts, "caption_ids": _compute_caption_ids(texts)}
+        write_column(self.folder, "captions", columns)
         counts = [pc.sum(pc.equal(table["outcome"], "kept")).as_py() or 0 for table in tables]
         write_metadata(self.folder, DATASET_NAME, {SPLITS[0]: counts}, features=make_features(self.fields))
         settings = {
@@ -283,7 +284,15 @@ def _is_complete(folder: StoragePath, count: int) -> bool:
 def _make_row(example: LatentExample | Skipped, **values: Any) -> dict[str, Any]:
     """Return a row of the index; numbers that it does not have are 0."""
     numbers = dict.fromkeys((field.name for field in _SCHEMA if pa.types.is_integer(field.type)), 0)
-    return numbers | {"id": compute_row_id(example.name, example.payload), "name": example.name, "reason": ""} | values
+    texts = {"name": example.name, "clip": example.clip or example.name, "payload": example.payload, "reason": ""}
+    return numbers | texts | {"id": compute_row_id(example.name, example.payload)} | values
+
+
+def _compute_caption_ids(captions: pa.ListArray) -> pa.ListArray:
+    """Return the ids of captions in lists, of which some are null."""
+    distinct = captions.values.dictionary_encode()
+    ids = pa.array(list(map(compute_row_id, distinct.dictionary.to_pylist())), pa.uint64())
+    return pa.ListArray.from_arrays(captions.offsets, ids.take(distinct.indices), mask=captions.is_null())
 
 
 def write_latents(

@@ -224,7 +224,7 @@ class LatentRows:
         """Return the patches of an example, which are cached until the memory for them is full."""
         if (clip := self._clips.get(example)) is not None:
             return clip
-        source, size = self._source, self._source.sizes[example]
+        source, size = self._source, self._source.get_size(example)
         values = read_undamaged(
             self._layout.names[example],
             lambda: (source[example], [source.read_field(example, field) for field in source.fields]),

@@ -171,7 +171,7 @@ def test_files_of_several_processes_are_one_data_set(tmp_path):
         finished = encode_latents(tmp_path / "l", source, encoding, plan, progress=done.append, **arguments)
         assert finished == (shard == 2)
         if not finished:
-            assert not finish_latents(tmp_path / "l", encoding, plan, identity={"autoencoder": "a"})
+            assert not finish_latents(tmp_path / "l", source, encoding, plan, identity={"autoencoder": "a"})
             with pytest.raises(UserError, match=r"not finished, \d of \d files"):
                 LatentSource(tmp_path / "l")
         assert done[-1] == sum(plan.count_views(file) for file in range(shard, len(plan.files), 3))
@@ -188,7 +188,13 @@ def test_files_of_several_processes_are_one_data_set(tmp_path):
     assert encode_latents(tmp_path / "m", source, encoding, plan, identity={"autoencoder": "a"})
     with pytest.raises(UserError, match="holds latents of autoencoder a, but b was requested"):
         encode_latents(tmp_path / "m", source, encoding, plan, identity={"autoencoder": "b"})
+    # Once all is there, nothing is left to encode, whatever the number of views in a file; before, it may not change.
     other = dataclasses.replace(encoding, views_per_file=8)
+    rest = plan_encoding(source, other, tmp_path / "m")
+    assert (rest.views, rest.files, rest.padding_share) == ((), (), 0)
+    assert encode_latents(tmp_path / "m", source, other, rest, identity={"autoencoder": "a"})
+    assert read_contents(tmp_path / "m") == read_contents(tmp_path / "l")
+    (tmp_path / "m" / "index" / "train-00001.parquet").unlink()
     with pytest.raises(UserError, match="other options"):
         encode_latents(tmp_path / "m", source, other, plan_encoding(source, other), identity={"autoencoder": "a"})
     with pytest.raises(UserError, match=r"shard=2 must be one of 0 to 1"):
@@ -243,13 +249,14 @@ def test_texts_are_embedded_once_with_their_real_tokens_only(tmp_path):
     assert sorted(embedded) == ["", "one", "two, from the left"]
     latents = LatentSource(tmp_path / "l", identity={"autoencoder": "a", "text": "t"})
     assert latents.text_width == 8
+    assert latents.caption_counts.tolist() == list(map(len, latents.all_captions))
+    lengths = iter(latents.text_lengths.tolist())
     for index, captions in enumerate(latents.all_captions):
-        assert len(latents.text_lengths[index]) == len(captions)
         for number, caption in enumerate(captions):
             expected = encode_text(caption)
-            assert len(expected) == latents.text_lengths[index][number] == len(tokenizer(caption)) // 4
+            assert len(expected) == next(lengths) == len(tokenizer(caption)) // 4
             np.testing.assert_allclose(latents.read_text(index, number), expected, rtol=1e-2, atol=1e-2)
-    np.testing.assert_allclose(latents.empty_text, encode_text(""), atol=1e-6)
+    np.testing.assert_allclose(latents.empty_text, encode_text(""), rtol=1e-2, atol=1e-2)
     assert latents.all_captions[latents.names.index("0.png@0")] == ()
     with pytest.raises(UserError, match="0 embedded captions"):
         latents.read_text(latents.names.index("0.png@0"))
@@ -273,7 +280,7 @@ def test_a_killed_process_continues_where_it_was(tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     made = read_contents(tmp_path / "l")
-    assert [name for name in made if name.startswith("shards/")] == ["shards/00000.json"]
+    assert [name for name in made if name.startswith("index/")] == ["index/train-00000.parquet"]
     before = {name: (tmp_path / "l" / name).stat().st_mtime_ns for name in made if "00000" in name}
     assert encode_latents(tmp_path / "l", source, encoding, plan, identity="a")
     first = {place.clip for canvas in plan.files[0] for place in plan.canvases[canvas].slots}
