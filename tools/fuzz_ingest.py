@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import av
 import numpy as np
@@ -245,9 +245,9 @@ def _write_video(pixels: np.ndarray, format: str, codec: str, pixel_format: str,
     """Return a file with sound."""
     file = io.BytesIO()
     with av.open(file, "w", format=format) as container:
-        video = container.add_stream(codec, rate=12)
+        video = cast(av.VideoStream, container.add_stream(codec, rate=12))
         video.height, video.width, video.pix_fmt = pixels.shape[1], pixels.shape[2], pixel_format
-        audio = container.add_stream(audio_codec, rate=16000, layout="mono")
+        audio = cast(av.AudioStream, container.add_stream(audio_codec, rate=16000, layout="mono"))
         for number, picture in enumerate(pixels):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixel_format)
             frame.pts = number
