@@ -82,8 +82,8 @@ def _make_histograms(contents: ExportContents) -> list[Histogram]:
 
 def _format_row(histogram: Histogram) -> str:
     if histogram.quantiles:
-        shown = {0.05: "5 %", 0.5: "50 %", 0.95: "95 %"}
-        note = ", ".join(f"{shown[share]}: {value:.4g}" for share, value in histogram.quantiles if share in shown)
+        labels = {0.05: "5 %", 0.5: "50 %", 0.95: "95 %"}
+        note = ", ".join(f"{labels[share]}: {value:.4g}" for share, value in histogram.quantiles if share in labels)
     else:
         note = ", ".join(f"{_escape(each.label[:40])} {each.number:,}" for each in histogram.bins[:_MAX_LABELS])
     bars = f"`{histogram.bars}`" if histogram.quantiles else ""
