@@ -66,7 +66,7 @@ export function makeTiles(source, rows, { sort, onOpen }) {
     if (row.width) facts.push(`${row.width}×${row.height}`);
     if (outcome) box.append(make("span", { class: "badge out", textContent: outcome }));
     if (sort && !["name", "captions", "reason"].includes(sort) && row[sort] !== null && row[sort] !== undefined) {
-      box.append(make("span", { class: "badge value-badge", textContent: `${formatTitle(sort)} ${formatValue(row[sort])}` }));
+      box.append(make("span", { class: "badge value-badge", textContent: `${formatValue(row[sort])} ${formatTitle(sort)}` }));
     }
     const caption = getCaption(row) || getBaseName(row.name) || "unnamed";
     const text = make("span", { class: "tile-text" }, make("span", { class: getCaption(row) ? "prompt" : "prompt muted", textContent: caption }), make("span", { class: "small", textContent: facts.join(" · ") }));

@@ -6,7 +6,7 @@ export function formatWhere(expression, limits) {
   const parts = [...limits].map(([name, limit]) => formatLimit(name, limit));
   const own = expression.trim();
   if (!own) return parts.join(" and ");
-  return [parts.length ? `(${own})` : own, ...parts].join(" and ");
+  return [parts.length && /\bor\b/.test(own) ? `(${own})` : own, ...parts].join(" and ");
 }
 
 /** Return the condition of one limit, such as `5 <= motion <= 20`. */
