@@ -1,12 +1,12 @@
 """Seconds and memory of everything between a large table of clips and its batches, on synthetic rows."""
 
 import gc
-import pickle
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,8 @@ def measure(count: int, *, is_read: bool = True) -> dict[str, Any]:
         )
         if is_read:
             run("plan of epoch 1", lambda: layout.stream.get_epoch(1))
-        content = run("pickle", lambda: pickle.dumps(layout))
-        worker = run("worker opens", lambda: pickle.loads(content))
+        content = run("pickle", lambda: ForkingPickler.dumps(layout))
+        worker = run("worker opens", lambda: ForkingPickler.loads(content))
         run("first batch", lambda: [worker.get_entries(number) for number in range(_BATCH)])
         document = {"examples": count, "pickle_bytes": len(content), "stages": stages}
         if is_read:
