@@ -29,8 +29,8 @@ dropout alone."""
 class AestheticHead:
     """A stack of linear layers."""
 
-    weights: tuple[Float32[np.ndarray, "o i"], ...]
-    biases: tuple[Float32[np.ndarray, " o"], ...]
+    weights: tuple[Float32[np.ndarray, "_o _i"], ...]
+    biases: tuple[Float32[np.ndarray, "_o"], ...]
     has_relu: bool
     digest: str
 
