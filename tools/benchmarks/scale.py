@@ -79,11 +79,11 @@ def measure(count: int, *, is_read: bool = True) -> dict[str, Any]:
     stages: dict[str, dict[str, float]] = {"imports": {"seconds": 0.0, "rss_mb": _read_rss()}}
 
     def run(name: str, function: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         result = function()
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         gc.collect()
-        stages[name] = {"seconds": round(seconds, 3), "rss_mb": _read_rss()}
+        stages[name] = {"seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3), "rss_mb": _read_rss()}
         print(f"{name:14} {seconds:8.2f} s {stages[name]['rss_mb']:8.0f} MB", file=sys.stderr)
         return result
 
