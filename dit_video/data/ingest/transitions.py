@@ -25,7 +25,7 @@ MIN_CHANGE = 10.0
 """Minimum root mean square of b − a, in levels."""
 MAX_DEVIATION = 0.35
 """Maximum of ρ in a dissolve."""
-MIN_UNEXPLAINED = 5.0
+MIN_UNEXPLAINED = 6.0
 """Minimum of ε in levels: above those of cameras and objects that move, below those of different pictures."""
 MIN_RECOLOURED = 0.25
 """Minimum share of pixels that differ between the histograms of 512 colours."""
@@ -33,6 +33,8 @@ MIN_NOVELTY = 0.2
 """Minimum share of the change that motion does not explain, times the share of pixels that differ in the histograms."""
 MIN_CUT_RATIO = 2.0
 """Minimum ratio of ε at a cut to that of the two frames before and after."""
+MIN_CHANGE_RATIO = 1.5
+"""Minimum ratio of the change at a cut to that of the two frames before and after, as pans begin and end slower."""
 MAX_FLASH_FRAMES = 7
 """Maximum duration of a flash, in frames: the picture of before returns."""
 _MAX_RETURN = 0.4
@@ -156,7 +158,7 @@ def _find_cuts(frames: TinyPictures, colours: Float32[np.ndarray, "T 512"], thre
     recoloured = np.concatenate([[0.0], _compare_colours(colours[:-1], colours[1:])])
     for cut in np.flatnonzero((change > MIN_UNEXPLAINED * threshold) & (recoloured > MIN_RECOLOURED)).tolist():
         nearby = range(max(1, cut - 2), min(len(frames), cut + 3))
-        if change[cut] < max(change[number] for number in nearby):
+        if change[cut] < MIN_CHANGE_RATIO * max((change[number] for number in nearby if number != cut), default=0.0):
             continue
         unexplained = _compute_unexplained(frames[cut - 1], frames[cut], allow_light=True)
         if unexplained < MIN_UNEXPLAINED * threshold:
