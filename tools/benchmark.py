@@ -29,6 +29,7 @@ The other parts run only if they are named:
     sampling     N steps against N forward passes, guidance in one pass against two, programs compiled for other
                  prompts and settings, and time to the first clip with and without kept programs
     scale        seconds and memory from a table of a million clips (`--rows`) to its batches, and at an epoch's edge
+    shots        F1 of the detectors of cuts, dissolves and fades on rendered videos, `--examples` / 10 of them
     studio       time until the studio's page is there, and from a click to a playing video, in headless Chromium
 
 `--small` runs `model` and `sampling` on tiny models. `--peers` also times the convolutional autoencoder and the
@@ -148,6 +149,8 @@ def run_benchmarks(
         document["scale"] = measure_scale(size)
     if "studio" in parts:
         document["studio"] = measure_studio(run)
+    if "shots" in parts:
+        document["shots"] = measure_shots(size)
     if "tiling" in parts:
         print("measuring errors of tiled decoding", file=sys.stderr)
         document["tiling"] = measure_tiling(run, clips)
@@ -251,6 +254,16 @@ def measure_studio(run: Path) -> dict[str, Any]:
         return {"skipped": f"{error.name} is not installed"}
     print("timing the studio in headless Chromium", file=sys.stderr)
     return studio.measure(run)
+
+
+def measure_shots(size: BenchmarkSize) -> dict[str, Any]:
+    """Measure the detectors of transitions on rendered videos."""
+    try:
+        from benchmarks import shots
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    print("detecting transitions in rendered videos", file=sys.stderr)
+    return shots.measure(4 if size.small else max(1, size.examples // 10))
 
 
 def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:

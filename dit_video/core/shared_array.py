@@ -46,7 +46,12 @@ class SharesArrays:
     """A base of objects whose large arrays are pickled as paths: each process maps the same memory."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: SharedArray(value) if is_large(value) else value for name, value in vars(self).items()}
+        return {name: SharedArray(value) if _is_large(value) else value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Unpickled values are arrays already; those of `copy.copy` are not.
+        arrays = {name: value.values for name, value in state.items() if isinstance(value, SharedArray)}
+        vars(self).update({**state, **arrays})
 
 
 class SharedStrings(SharesArrays, Sequence[str]):
@@ -69,8 +74,7 @@ class SharedStrings(SharesArrays, Sequence[str]):
         return part.tobytes().decode("utf-8", "surrogatepass")
 
 
-def is_large(value: Any) -> bool:
-    """Return True for an array that is worth a file."""
+def _is_large(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.nbytes >= MIN_SHARED_BYTES
 
 

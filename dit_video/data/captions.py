@@ -5,7 +5,8 @@ captions would not fit into memory.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -221,16 +222,17 @@ def get_distinct_captions(captions: Sequence[tuple[str, ...]]) -> tuple[str, ...
 
 
 def number_captions(
-    captions: Sequence[tuple[str, ...]],
+    captions: Iterable[Sequence[str]],
 ) -> tuple[tuple[str, ...], Int32[np.ndarray, " c"], Int32[np.ndarray, " n"]]:
     """Return the different captions, the number of every caption among them, and the number of captions of an example.
 
     An example without captions has one, the empty caption, whose number is 0.
     """
-    distinct = get_distinct_captions(captions)
-    numbers, groups = {caption: number for number, caption in enumerate(distinct)}, (each or ("",) for each in captions)
-    values = np.fromiter((numbers[caption] for group in groups for caption in group), np.int32)
-    return distinct, values, np.fromiter((len(group) or 1 for group in captions), np.int32, len(captions))
+    numbers, values, counts = {"": 0}, array("i"), array("i")
+    for group in captions:
+        values.extend(numbers.setdefault(caption, len(numbers)) for caption in group or ("",))
+        counts.append(len(group) or 1)
+    return tuple(numbers), np.asarray(values, np.int32), np.asarray(counts, np.int32)
 
 
 def _iter_caption_bytes(captions: Sequence[tuple[str, ...]]) -> Iterator[bytes]:

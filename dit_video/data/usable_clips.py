@@ -55,23 +55,12 @@ class ClipRequirements:
         is_misfit = np.zeros(len(clips), bool)
         for limits in self.limits:
             distinct, _, kinds = find_distinct_grids(fit_sizes(clips, limits, allow_misfits=True))
-            is_misfit |= ~np.asarray([size.t > 0 and self._has_room(size) for size in distinct], bool)[kinds]
-        if self.tokenize is not None:
-            has_room = functools.cache(self._has_text_room)
-            is_misfit |= np.asarray([not all(map(has_room, info.captions)) for info in clips.infos], bool)
+            has_room = self.has_room or bool
+            is_misfit |= ~np.asarray([size.t > 0 and _holds(has_room, size) for size in distinct], bool)[kinds]
+        if (tokenize := self.tokenize) is not None:
+            is_short = functools.cache(lambda text: _holds(lambda: len(tokenize(text)) <= self.max_text))
+            is_misfit |= np.asarray([not all(map(is_short, info.captions)) for info in clips.infos], bool)
         return is_misfit
-
-    def _has_room(self, size: Grid) -> bool:
-        try:
-            return self.has_room is None or self.has_room(size)
-        except UserError:
-            return False
-
-    def _has_text_room(self, caption: str) -> bool:
-        try:
-            return self.tokenize is None or len(self.tokenize(caption)) <= self.max_text
-        except UserError:
-            return False
 
     def _explain_size(self, info: ClipInfo) -> str:
         for limits in self.limits:
@@ -86,6 +75,13 @@ class ClipRequirements:
             return ""
         length = max((len(self.tokenize(caption)) for caption in info.captions), default=0)
         return f"a caption of {length} text tokens, but a row has room for {self.max_text}" * (length > self.max_text)
+
+
+def _holds(condition: Callable[..., bool], *arguments: Any) -> bool:
+    try:
+        return condition(*arguments)
+    except UserError:
+        return False
 
 
 class UsableClips(NamedTuple):

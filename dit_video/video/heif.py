@@ -8,7 +8,7 @@ import io
 
 import av
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from dit_video.core.errors import DecodeError
 from dit_video.video.icc import convert_to_srgb
@@ -33,26 +33,21 @@ def read_heif(content: bytes, name: str, max_pixels: int) -> av.VideoFrame:
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    try:
-        image = Image.open(io.BytesIO(content), formats=[kind for kind in ("AVIF", "HEIF") if kind in _get_formats()])
-    except UnidentifiedImageError as error:
+    Image.init()
+    formats: list[str] = [format for format in ("AVIF", "HEIF") if format in Image.OPEN]
+    if find_heif_kind(content) == "heic" and "HEIF" not in formats:
         raise DecodeError(
-            f"{name} is a damaged picture, or HEIC, which needs a package that is not installed: pip install "
-            "pillow-heif, or convert it to PNG"
-        ) from error
-    except RuntimeError as error:  # of pillow-heif
+            f"{name} is HEIC, which needs a package that is not installed: pip install pillow-heif, or convert it"
+        )
+    try:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.height}x{image.width}"
+                raise DecodeError(f"{name} has {size} pixels, over the limit of {max_pixels}; make it smaller")
+            profile, format = image.info.get("icc_profile"), "rgba" if image.has_transparency_data else "rgb24"
+            picture = np.array(ImageOps.exif_transpose(image).convert("RGBA" if format == "rgba" else "RGB"))
+    except (RuntimeError, SyntaxError) as error:  # of Pillow's plugins
         raise OSError(str(error)) from error
-    with image:
-        if image.width * image.height > max_pixels:
-            size = f"{image.height}x{image.width}"
-            raise DecodeError(f"{name} has {size} pixels, over the limit of {max_pixels}; make it smaller")
-        profile, format = image.info.get("icc_profile"), "rgba" if image.has_transparency_data else "rgb24"
-        picture = np.array(ImageOps.exif_transpose(image).convert("RGBA" if format == "rgba" else "RGB"))
     if profile:
         picture[..., :3] = convert_to_srgb(picture[..., :3], profile)
     return av.VideoFrame.from_ndarray(picture, format=format)
-
-
-def _get_formats() -> dict:
-    Image.init()
-    return Image.OPEN

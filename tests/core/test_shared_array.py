@@ -1,5 +1,6 @@
 """Arrays and strings that are pickled as paths, and mapped by the process that reads them."""
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -20,10 +21,16 @@ def test_a_large_array_is_pickled_as_a_path_and_a_small_one_with_its_values():
     for count, is_mapped in ((MIN_SHARED_BYTES, True), (4, False)):
         content = pickle.dumps(Plan(count))
         assert len(content) < 1000
-        copy = pickle.loads(content)
-        np.testing.assert_array_equal(copy.values, np.arange(count))
-        assert copy.values.flags.writeable != is_mapped
-        assert copy.name == "a"
+        loaded = pickle.loads(content)
+        np.testing.assert_array_equal(loaded.values, np.arange(count))
+        assert loaded.values.flags.writeable != is_mapped
+        assert loaded.name == "a"
+
+
+def test_a_copy_has_the_same_arrays():
+    plan = Plan(MIN_SHARED_BYTES)
+    assert copy.copy(plan).values is plan.values
+    np.testing.assert_array_equal(copy.deepcopy(plan).values, plan.values)
 
 
 def test_equal_arrays_share_a_file_and_others_do_not():
@@ -46,11 +53,11 @@ def test_strings_are_read_by_number():
     shared = SharedStrings(strings)
     content = pickle.dumps(shared)
     assert len(content) < 1000
-    copy = pickle.loads(content)
-    assert list(copy) == strings == list(shared)
-    assert (copy[-1], copy[1:3], len(copy)) == (strings[-1], strings[1:3], len(strings))
+    loaded = pickle.loads(content)
+    assert list(loaded) == strings == list(shared)
+    assert (loaded[-1], loaded[1:3], len(loaded)) == (strings[-1], strings[1:3], len(strings))
     with pytest.raises(IndexError):
-        copy[len(strings)]
+        loaded[len(strings)]
 
 
 def test_the_files_are_removed_when_the_process_exits():

@@ -2,10 +2,12 @@
 
 import functools
 import hashlib
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pyarrow as pa
 
@@ -81,3 +83,42 @@ def make_clip_file(number: int, *, height: int = 64, width: int = 96, frames: in
         left = int((width - side) * index / max(1, frames - 1))
         frame[top : top + side, left : left + side] = colour
     return encode(Clip(video, fps=8), "mp4" if frames > 1 else "png")
+
+
+def make_avi_file(frames=9, codec="mpeg4") -> bytes:
+    """Return an AVI file, which browsers do not play."""
+    file = io.BytesIO()
+    with av.open(file, "w", "avi") as output:
+        stream = output.add_stream(codec, rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for index in range(frames):
+            picture = np.full((64, 96, 3), 20 * index, np.uint8)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        output.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def make_large_table(count: int) -> pa.Table:
+    """Return random rows of kept clips."""
+    rng = np.random.default_rng(0)
+    names = pa.array([f"folder_{number % 100:02d}/clip_{number:07d}.mp4" for number in range(count)])
+    words = np.array(["dog", "cat", "tree", "river", "street", "night", "a man", "two women", "slowly", "in the rain"])
+    captions = [[" ".join(row)] for row in words[rng.integers(0, len(words), (count, 8))]]
+    columns = {
+        "id": pa.array(rng.integers(0, 1 << 63, count).astype(np.uint64)),
+        "name": names,
+        "source": names,
+        "outcome": pa.array(np.where(rng.random(count) < 0.9, "kept", "dropped")),
+        "split": pa.array(np.where(rng.random(count) < 0.9, "train", "test")),
+        "codec": pa.array(rng.choice(["h264", "hevc", "vp9"], count)),
+        "captions": pa.array(captions),
+        "payload": names,
+    }
+    for name in ("height", "width", "frames"):
+        columns[name] = pa.array(rng.integers(100, 2000, count).astype(np.int32))
+    for name in ("fps", "seconds", "motion", "black", "frozen", "sharpness", "letterbox"):
+        columns[name] = pa.array(rng.gamma(2, 5, count)).cast(SCHEMA.field(name).type)
+    blank = [name for name in SCHEMA.names if name not in columns]
+    return pa.table({**columns, **{name: pa.nulls(count, SCHEMA.field(name).type) for name in blank}}).select(
+        SCHEMA.names
+    )

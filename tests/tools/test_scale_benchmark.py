@@ -16,10 +16,10 @@ def scale(load_file):
 
 def test_a_hundred_thousand_clips_are_within_a_tenth_of_the_bounds_of_a_million(scale):
     figures = scale.measure(100_000, is_read=False)
-    stages = figures["stages"]
+    stages = figures["stages"]  # the time of the processor, as other tests may run at the same time
     assert figures["pickle_bytes"] < 100_000
-    assert stages["open"]["seconds"] < 0.5
-    assert stages["sizes"]["seconds"] < 0.2
-    assert stages["worker opens"]["seconds"] < 0.1
-    assert stages["first batch"]["seconds"] < 0.1
+    assert stages["open"]["cpu_seconds"] < 0.5
+    assert stages["sizes"]["cpu_seconds"] < 0.2
+    assert stages["worker opens"]["cpu_seconds"] < 0.1
+    assert stages["first batch"]["cpu_seconds"] < 0.1
     assert max(stage["rss_mb"] for stage in stages.values()) - stages["imports"]["rss_mb"] < 300

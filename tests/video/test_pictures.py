@@ -92,6 +92,15 @@ def test_rotated_avif_is_upright():
         assert np.abs(frames[0].astype(int) - np.rot90(picture[..., :3], -1)).max() <= 9
 
 
+def test_damaged_avif_is_refused():
+    content = bytearray(save(make_smooth_picture(4), "AVIF"))
+    content[-200:] = bytes(200)
+    for damaged in (bytes(content), bytes(content[:-300])):
+        for read in (probe, decode):
+            with pytest.raises(DecodeError, match=r"is not a readable|is damaged"):
+                read(damaged)
+
+
 def test_heic_needs_a_package(monkeypatch):
     """A transparent AVIF by the name of HEIC: of ffmpeg's parts, one would be taken for the picture."""
     monkeypatch.setitem(sys.modules, "pillow_heif", None)

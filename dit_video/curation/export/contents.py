@@ -18,8 +18,6 @@ _PLACES = {"file", "offset", "length", "crc32", "outcome", "reason", "transient"
 RESERVED = {"file_name", "path", "text", "video", "video_path", "file_path", "caption", "prompt"}
 """Names of columns that an ingest would take for paths and captions."""
 _BATCH = 256
-_MAX_INTEGER = 1 << 53
-"""Number from which on readers of JSON round integers; hashes are written as texts."""
 
 
 class ExportedClip(NamedTuple):
@@ -97,16 +95,28 @@ class ExportContents:
     def __iter__(self) -> Iterator[ExportedClip]:
         """Yield the clips in the order of the table."""
         table, names = self.clips.table, [*self.columns, *({"captions"} & set(self.clips.table.names))]
+        hashes = {
+            name for name in names if pa.uint64() in (table.types[name], getattr(table.types[name], "value_type", None))
+        }
         for first in range(0, len(self.rows), _BATCH):
             rows = self.rows[first : first + _BATCH]
             columns = {name: table.arrow(name).take(pa.array(rows)).to_pylist() for name in names}
             for index, row in enumerate(rows):
-                values = {name: _to_json(column[index]) for name, column in columns.items()}
+                values = {name: _to_json(column[index], is_hash=name in hashes) for name, column in columns.items()}
                 captions = tuple(values.pop("captions", None) or ())
                 content = self.clips.read(int(row))
                 path = make_path(values["name"], content)
                 values = {f"{name}_column" if name in RESERVED else name: value for name, value in values.items()}
                 yield ExportedClip(int(row), values["name"], values["split"], captions, content, path, values)
+
+
+class WrittenFiles(NamedTuple):
+    """Files of an export, as a data card tells of them."""
+
+    patterns: Mapping[str, Sequence[str]]
+    """Patterns of the files of each split."""
+    features: Sequence[Mapping[str, Any]] = ()
+    """Types of the fields as Hugging Face writes them; none if its readers find them in the files."""
 
 
 class PathRegister:
@@ -145,11 +155,11 @@ def make_path(name: str, content: bytes) -> str:
     return name
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: Any, *, is_hash: bool) -> Any:
+    """Return a value as JSON; hashes as texts, as many readers have no integers of 64 bits without a sign."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, list):
-        return [_to_json(each) for each in value]
-    if isinstance(value, int) and abs(value) >= _MAX_INTEGER:
-        return str(value)
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+        return [_to_json(each, is_hash=is_hash) for each in value]
+    is_json = isinstance(value, str | float | bool | None) or (isinstance(value, int) and not is_hash)
+    return value if is_json else str(value)

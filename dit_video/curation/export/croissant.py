@@ -30,7 +30,12 @@ _CONTEXT: dict[str, Any] = {
     "examples": {"@id": "cr:examples", "@type": "@json"},
     **{term: f"cr:{term}" for term in _TERMS},
 }
-_ENCODINGS = {".jsonl": "application/jsonlines", ".csv": "text/csv", ".tar": "application/x-tar"}
+_ENCODINGS = {
+    ".jsonl": "application/jsonlines",
+    ".csv": "text/csv",
+    ".tar": "application/x-tar",
+    ".parquet": "application/x-parquet",
+}
 
 
 def make_croissant(contents: ExportContents, folder: Path, *, texts: Sequence[str]) -> dict[str, Any]:
@@ -42,7 +47,7 @@ def make_croissant(contents: ExportContents, folder: Path, *, texts: Sequence[st
       texts: names of the columns of captions in its lists.
     """
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lists = [path for path in paths if Path(path).name in ("metadata.jsonl", "metadata.csv", "index.jsonl")]
+    lists = [path for path in paths if Path(path).name in ("metadata.parquet", "metadata.csv", "index.jsonl")]
     suffixes = sorted({Path(path).suffix for path in paths if path not in lists})
     path_column = "path" if lists[0].endswith(".csv") else "file_name"
     names = [path_column, *texts, *(f"{name}_column" if name in RESERVED else name for name in contents.columns)]

@@ -4,12 +4,12 @@ import csv
 import json
 from pathlib import Path
 
-from dit_video.curation.export.contents import ExportContents, PathRegister
+from dit_video.curation.export.contents import ExportContents, PathRegister, WrittenFiles
 
 TABLE = "metadata.csv"
 
 
-def write_csv_table(contents: ExportContents, folder: Path) -> dict[str, list[str]]:
+def write_csv_table(contents: ExportContents, folder: Path) -> WrittenFiles:
     """Write the clips, and a table whose first columns are `path` and `text`; return the pattern of its file.
 
     The second and further captions of clips are in the columns `text_2`, `text_3`, ….
@@ -36,7 +36,7 @@ def write_csv_table(contents: ExportContents, folder: Path) -> dict[str, list[st
                 writer.writerow(["path", *texts, *names])
             captions = [*clip.captions, *[""] * (count - len(clip.captions))]
             writer.writerow([clip.path, *captions, *(_format(clip.values[name]) for name in names)])
-    return {"": [TABLE]}
+    return WrittenFiles({"train": [TABLE]})
 
 
 def _has_captions(contents: ExportContents) -> bool:

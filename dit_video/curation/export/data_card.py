@@ -4,11 +4,10 @@ Source: huggingface.co/docs/hub/datasets-cards
 """
 
 import json
-from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
-from dit_video.curation.export.contents import ExportContents
+from dit_video.curation.export.contents import ExportContents, WrittenFiles
 from dit_video.curation.histograms import Histogram, make_histogram
 
 CARD = "README.md"
@@ -23,19 +22,19 @@ _UNSHOWN = {"id", "name", "source", "source_sha256", "payload", "hash", "start_u
 _MAX_LABELS = 6
 
 
-def make_data_card(contents: ExportContents, format: str, patterns: Mapping[str, Sequence[str]]) -> str:
+def make_data_card(contents: ExportContents, format: str, files: WrittenFiles) -> str:
     """Return the text of a data card.
 
     Args:
       contents: the clips.
       format: name of the format.
-      patterns: patterns of the files of each split.
+      files: what was written.
     """
     count = len(contents)
     size = next((name for limit, name in _SIZES if count < limit), "n>10M")
     seconds = sum(value or 0.0 for value in contents.read_column("seconds"))
-    files = [
-        f"  - split: {json.dumps(split or 'train')}\n    path: {json.dumps(names)}" for split, names in patterns.items()
+    data_files = [
+        f"  - split: {json.dumps(split)}\n    path: {json.dumps(names)}" for split, names in files.patterns.items()
     ]
     header = [
         f"pretty_name: {json.dumps(contents.title, ensure_ascii=False)}",
@@ -50,7 +49,8 @@ def make_data_card(contents: ExportContents, format: str, patterns: Mapping[str,
         "configs:",
         "- config_name: default",
         "  data_files:",
-        *files,
+        *data_files,
+        *([f"dataset_info: {json.dumps({'features': files.features})}"] if files.features else []),
     ]
     splits = contents.read_column("split")
     tables = [
@@ -82,8 +82,8 @@ def _make_histograms(contents: ExportContents) -> list[Histogram]:
 
 def _format_row(histogram: Histogram) -> str:
     if histogram.quantiles:
-        shown = {0.05: "5 %", 0.5: "50 %", 0.95: "95 %"}
-        note = ", ".join(f"{shown[share]}: {value:.4g}" for share, value in histogram.quantiles if share in shown)
+        labels = {0.05: "5 %", 0.5: "50 %", 0.95: "95 %"}
+        note = ", ".join(f"{labels[share]}: {value:.4g}" for share, value in histogram.quantiles if share in labels)
     else:
         note = ", ".join(f"{_escape(each.label[:40])} {each.number:,}" for each in histogram.bins[:_MAX_LABELS])
     bars = f"`{histogram.bars}`" if histogram.quantiles else ""

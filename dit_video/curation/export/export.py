@@ -31,9 +31,9 @@ def export_clips(contents: ExportContents, destination: Path, format: str) -> No
     try:
         with atomic_path(destination) as folder:
             folder.mkdir()
-            patterns = chosen.write(contents, folder)
+            files = chosen.write(contents, folder)
             write_json(folder / CROISSANT, make_croissant(contents, folder, texts=chosen.texts))
-            write_text(folder / CARD, make_data_card(contents, chosen.title, patterns))
+            write_text(folder / CARD, make_data_card(contents, chosen.title, files))
     except OSError as error:
         fix = "Use a folder with more space, or fewer clips (--where, --splits)"
         raise UserError(f"{destination} cannot be written: {error.strerror or error}. {fix}.") from error

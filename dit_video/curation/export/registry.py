@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dit_video.curation.export.contents import ExportContents
+from dit_video.curation.export.contents import ExportContents, WrittenFiles
 from dit_video.curation.export.csv_table import write_csv_table
 from dit_video.curation.export.video_folder import write_video_folder
 from dit_video.curation.export.web_dataset import write_web_dataset
@@ -16,8 +16,8 @@ class ExportFormat:
 
     title: str
     """Name as people write it."""
-    write: Callable[[ExportContents, Path], dict[str, list[str]]]
-    """Function that writes the clips into an empty folder, and returns the patterns of each split's files."""
+    write: Callable[[ExportContents, Path], WrittenFiles]
+    """Function that writes the clips into an empty folder."""
     texts: tuple[str, ...]
     """Names of the columns of captions in its lists."""
 

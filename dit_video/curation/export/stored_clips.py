@@ -27,7 +27,7 @@ class StoredClips(Protocol):
 
 
 class TableClips:
-    """A data set that an ingest wrote.
+    """A data set that an ingest wrote, with the clips of all its rows: also of those that are not chosen.
 
     Args:
       folder: folder or address of the data set.
@@ -42,7 +42,12 @@ class TableClips:
         Raises:
           UserError: the file cannot be reached, or is damaged.
         """
-        raise NotImplementedError
+        from dit_video.data.clips import DATASET_NAME, FEATURES  # type: ignore[attr-defined]
+        from dit_video.data.records import RecordPlace, RecordReader, get_file_name  # type: ignore[attr-defined]
+
+        reader, part = RecordReader(self.table.folder, FEATURES), self.table.get_part(row)  # type: ignore[attr-defined]
+        place = RecordPlace(*(int(self.table[name][row]) for name in RecordPlace._fields))
+        return reader.read(get_file_name(DATASET_NAME, part), place)["clip"]
 
 
 def open_clips(folder: StoragePathLike) -> StoredClips:

@@ -1,22 +1,23 @@
-"""Hugging Face's VideoFolder: clips as files, with a metadata.jsonl in the folder of each split.
+"""Hugging Face's VideoFolder: clips as files, with a metadata.parquet in the folder of each split.
 
-Source: huggingface.co/docs/datasets/video_load#videofolder
+Source: huggingface.co/docs/datasets/video_load#videofolder. Its other lists, CSV and JSON, have no types: lists of
+splits of which one has no value in some column would disagree.
 """
 
-import json
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
 
-from dit_video.curation.export.contents import ExportContents, PathRegister
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dit_video.curation.export.contents import RESERVED, ExportContents, PathRegister, WrittenFiles
 from dit_video.data.ingest.formats.types import SPLITS, find_split
 
-METADATA = "metadata.jsonl"
+METADATA = "metadata.parquet"
 
 
-def write_video_folder(contents: ExportContents, folder: Path) -> dict[str, list[str]]:
-    """Write the clips and their metadata, and return the patterns of each split's files.
+def write_video_folder(contents: ExportContents, folder: Path) -> WrittenFiles:
+    """Write the clips and their metadata, and return the patterns of them.
 
     The names of clips that are all in the split `train`, or that begin with the folder of their split, are unchanged;
     otherwise a folder for each split is put in front.
@@ -26,21 +27,34 @@ def write_video_folder(contents: ExportContents, folder: Path) -> dict[str, list
     """
     place = _choose_folders(contents)
     register, patterns = PathRegister(), dict[str, set[str]]()
-    with ExitStack() as stack:
-        lists: dict[str, TextIO] = {}
-        for clip in contents:
-            root, path = place(clip.path, clip.split)
-            register.add(f"{root}{path}", clip.name)
-            target = folder / root / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(clip.content)
-            if root not in lists:
-                lists[root] = stack.enter_context((folder / root / METADATA).open("w", encoding="utf-8"))
-            text = clip.captions[0] if clip.captions else ""
-            values = {"file_name": path, "text": text, "captions": list(clip.captions), **clip.values}
-            lists[root].write(json.dumps(values, ensure_ascii=False) + "\n")
-            patterns.setdefault(clip.split, set()).add(f"{root}**")
-    return {split: sorted(names) for split, names in patterns.items()}
+    lists: dict[str, list[tuple[int, str, tuple[str, ...]]]] = {}
+    for clip in contents:
+        root, path = place(clip.path, clip.split)
+        register.add(f"{root}{path}", clip.name)
+        target = folder / root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(clip.content)
+        lists.setdefault(root, []).append((clip.row, path, clip.captions))
+        patterns.setdefault(clip.split, set()).add(f"{root}**")
+    for root, entries in lists.items():
+        pq.write_table(_make_list(contents, entries), folder / root / METADATA, compression="zstd")
+    return WrittenFiles({split: sorted(names) for split, names in patterns.items()})
+
+
+def _make_list(contents: ExportContents, entries: list[tuple[int, str, tuple[str, ...]]]) -> pa.Table:
+    rows, paths, captions = zip(*entries, strict=True)
+    table, taken = contents.clips.table, pa.array(rows)
+    columns = {
+        "file_name": pa.array(paths),
+        "text": pa.array([texts[0] if texts else "" for texts in captions]),
+        "captions": pa.array(captions, pa.list_(pa.string())),
+    }
+    for name in contents.columns:
+        column = table.arrow(name).take(taken)
+        if column.type == pa.list_(pa.uint64()):  # hashes, which many readers cannot hold
+            column = column.cast(pa.list_(pa.string()))
+        columns[f"{name}_column" if name in RESERVED else name] = column
+    return pa.table(columns)
 
 
 def _choose_folders(contents: ExportContents) -> Callable[[str, str], tuple[str, str]]:

@@ -7,17 +7,22 @@ import io
 import json
 import posixpath
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from dit_video.curation.export.contents import ExportContents, ExportedClip, PathRegister
+import pyarrow as pa
+
+from dit_video.curation.export.contents import RESERVED, ExportContents, ExportedClip, PathRegister, WrittenFiles
+from dit_video.data.ingest.formats.types import IMAGES
 
 MAX_TAR_BYTES = 1 << 30
 INDEX = "index.jsonl"
 """List of all clips, with the tar and the key of each."""
 
 
-def write_web_dataset(contents: ExportContents, folder: Path) -> dict[str, list[str]]:
-    """Write the tars `SPLIT/00000.tar`, …, and a list of all clips; return the patterns of each split's files.
+def write_web_dataset(contents: ExportContents, folder: Path) -> WrittenFiles:
+    """Write the tars `SPLIT/00000.tar`, …, and a list of all clips; return the patterns of them.
 
     A clip's key is its path, with dots as underscores: a key ends at the first dot.
 
@@ -26,12 +31,14 @@ def write_web_dataset(contents: ExportContents, folder: Path) -> dict[str, list[
     """
     keys = PathRegister()
     tars: dict[str, _TarWriter] = {}
+    suffixes: set[str] = set()
     try:
         with (folder / INDEX).open("w", encoding="utf-8") as index:
             for clip in contents:
                 stem, suffix = posixpath.splitext(clip.path)
                 key = posixpath.join(posixpath.dirname(stem), posixpath.basename(stem).replace(".", "_"))
                 keys.add(f"{clip.split}/{key}", clip.name)
+                suffixes.add(suffix)
                 writer = tars.setdefault(clip.split, _TarWriter(folder, clip.split))
                 values = {"captions": list(clip.captions), **clip.values}
                 place = writer.add(key, suffix, clip, values)
@@ -39,7 +46,31 @@ def write_web_dataset(contents: ExportContents, folder: Path) -> dict[str, list[
     finally:
         for writer in tars.values():
             writer.close()
-    return {split: [f"{split}/*.tar"] for split in tars}
+    patterns = {split: [f"{split}/*.tar"] for split in tars}
+    return WrittenFiles(patterns, _make_features(contents, sorted(suffixes)))
+
+
+def _make_features(contents: ExportContents, suffixes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the types of a clip's files; Hugging Face's reader would guess them by the first clips."""
+    types = contents.clips.table.types
+    columns = [
+        {"name": f"{name}_column" if name in RESERVED else name, **_find_feature(types[name])}
+        for name in contents.columns
+    ]
+    return [
+        *({"name": name, "dtype": "string"} for name in ("__key__", "__url__", "txt")),
+        {"name": "json", "struct": [{"name": "captions", "list": "string"}, *columns]},
+        *({"name": name[1:], "dtype": "image" if name in IMAGES else "video"} for name in suffixes),
+    ]
+
+
+def _find_feature(type: pa.DataType) -> dict[str, str]:
+    if pa.types.is_list(type):
+        return {"list": _find_feature(type.value_type)["dtype"]}
+    if pa.types.is_boolean(type):
+        return {"dtype": "bool"}
+    is_number = pa.types.is_floating(type) or (pa.types.is_integer(type) and type != pa.uint64())
+    return {"dtype": {"float": "float32", "double": "float64"}.get(str(type), str(type)) if is_number else "string"}
 
 
 class _TarWriter:

@@ -83,11 +83,9 @@ class PlanCache:
     """
 
     def __init__(self, make: Callable[[int], RowPlan]):
-        self._make, self._folder = make, get_shared_folder() / uuid.uuid4().hex
-        self._is_shared = False
-        self._reset()
-
-    def _reset(self) -> None:
+        self._make = make
+        self._folder: Path | None = None
+        """Folder of the plans that processes share; None before the cache is pickled."""
         self._plans: dict[int, RowPlan] = {}
         self._prepared = -1
         self._lock = threading.Lock()
@@ -99,7 +97,7 @@ class PlanCache:
             return plan
         with self._lock:
             if epoch not in self._plans:
-                self.put(epoch, self._get_shared(epoch) if self._is_shared else self._make(epoch))
+                self.put(epoch, self._make(epoch) if self._folder is None else self._get_shared(epoch))
             return self._plans[epoch]
 
     def put(self, epoch: int, plan: RowPlan) -> None:
@@ -114,16 +112,16 @@ class PlanCache:
             threading.Thread(target=self.get, args=(epoch,), name=f"plan of epoch {epoch}", daemon=True).start()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._is_shared = True
+        self._folder = self._folder or get_shared_folder() / uuid.uuid4().hex
         for epoch, plan in self._plans.items():
             with self._lock_folder(epoch) as folder:
                 if not folder.exists():
                     plan.save(folder)
-        return {"_make": self._make, "_folder": self._folder, "_is_shared": True}
+        return {"make": self._make, "folder": self._folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._reset()
+        self.__init__(state["make"])  # type: ignore[misc]
+        self._folder = state["folder"]
 
     def _get_shared(self, epoch: int) -> RowPlan:
         with self._lock_folder(epoch) as folder:
@@ -136,6 +134,7 @@ class PlanCache:
     @contextlib.contextmanager
     def _lock_folder(self, epoch: int) -> Iterator[Path]:
         """Yield the folder of an epoch's plan, which no other process reads or writes meanwhile."""
+        assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / f"{epoch}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

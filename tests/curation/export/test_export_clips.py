@@ -7,6 +7,9 @@ import json
 import re
 import tarfile
 
+import pyarrow.csv as pcsv
+import pyarrow.json as pjson
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -15,6 +18,7 @@ from dit_video.curation.export import EXPORT_FORMATS, ExportContents, export_cli
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.ingest.formats import list_clips
+from dit_video.data.ingest.formats.types import ListColumns, ListingOptions
 from support.clip_tables import MemoryClips, make_clip_file, make_row, write_table
 
 FORMATS = list(EXPORT_FORMATS)
@@ -103,9 +107,9 @@ def test_clips_with_several_captions_keep_them_in_their_order(tmp_path, format):
     if format == "csv":
         row = next(csv.DictReader((folder / "metadata.csv").open()))
         assert [row["text"], row["text_2"], row["text_3"]] == captions
-    else:
-        (clip,) = list_clips(folder).clips
-        assert list(clip.captions) == captions
+    columns = ListColumns(captions=("text", "text_2", "text_3") if format == "csv" else ())
+    (clip,) = list_clips(folder, options=ListingOptions(columns=columns)).clips
+    assert list(clip.captions) == captions
 
 
 def test_parts_of_a_file_become_files_of_their_own(tmp_path):
@@ -117,8 +121,19 @@ def test_parts_of_a_file_become_files_of_their_own(tmp_path):
         "talk#0.mp4": files[0],
         "talk#1.mp4": files[1],
     }
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows] == names
+    assert pq.read_table(folder / "metadata.parquet")["name"].to_pylist() == names
+
+
+def test_lists_of_splits_have_the_same_types_whatever_is_missing(tmp_path):
+    files = [make_clip_file(number) for number in range(2)]
+    rows = [
+        make_row("a.mp4", files[0], split="train", captions=["x"], hash=[1 << 63], motion=1.0),
+        make_row("b.mp4", files[1], split="test", captions=[]),
+    ]
+    write_table(tmp_path / "data", rows)
+    folder = export(MemoryClips(tmp_path / "data", lambda row: files[row]), tmp_path / "out", "videofolder")
+    train, test = (pq.read_schema(folder / split / "metadata.parquet") for split in ("train", "test"))
+    assert train.equals(test)
 
 
 def test_csv_has_open_soras_columns_first_and_all_others_after(clips, tmp_path):
@@ -185,8 +200,8 @@ def test_croissant_names_files_and_columns_that_exist(clips, tmp_path, format):
     fields = document["recordSet"][0]["field"]
     columns = {field["source"]["extract"]["column"] for field in fields}
     path = folder / lists["includes"][0]
-    first = next(csv.DictReader(path.open())) if format == "csv" else json.loads(path.read_text().splitlines()[0])
-    assert columns <= set(first)
+    read = {"csv": pcsv.read_csv, "videofolder": pq.read_table, "webdataset": pjson.read_json}[format]
+    assert columns <= set(read(path).column_names)
     assert {field["name"]: field["dataType"] for field in fields}["motion"] == "sc:Float"
 
 
@@ -199,6 +214,18 @@ def test_mlcroissant_reads_all_records(clips, tmp_path, format):
     records = list(dataset.records("records"))
     assert sorted(record["records/motion"] for record in records) == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert {record["records/name"].decode() for record in records} == set(NAMES)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("format", FORMATS)
+def test_hugging_faces_datasets_reads_splits_and_captions(clips, tmp_path, format):
+    datasets = pytest.importorskip("datasets")
+    folder = export(clips, tmp_path / "out", format)
+    splits = datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    expected = {"train": 3, "test": 1, "validation": 1} if format != "csv" else {"train": 5}  # one table
+    assert {name: len(rows) for name, rows in splits.items()} == expected
+    texts = [text or "" for name in splits for text in splits[name]["txt" if format == "webdataset" else "text"]]
+    assert sorted(texts) == sorted("".join(captions) for captions, _, _ in describe_source(clips).values())
 
 
 def test_an_unknown_format_is_refused(clips, tmp_path):

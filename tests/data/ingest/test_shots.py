@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.quality_filter import ScreeningConfig, screen
-from dit_video.data.ingest.shots import CutDetector, Span, split_at_cuts
+from dit_video.data.ingest.shots import CutDetector, Span, split_at_cuts, split_at_transitions
+from dit_video.data.ingest.transitions import HEIGHT, WIDTH, detect_transitions
+from dit_video.data.synthetic.edits import DetectionScore, EditTransition, render_edited, score_transitions
 from dit_video.video import Clip, decode, encode
 
 COLOURS = [(90, 10, 10), (120, 230, 140), (20, 30, 120), (250, 240, 120)]
@@ -41,7 +43,12 @@ def test_spans_cover_every_frame_once(cuts, more):
     assert split_at_cuts([], 3) == (Span(0, 3),)
 
 
-@pytest.fixture(params=["content", "adaptive"])
+def test_transitions_belong_to_no_shot():
+    spans = split_at_transitions([Span(5, 5), Span(10, 14), Span(18, 20)], 20)
+    assert spans == (Span(0, 5), Span(5, 10), Span(14, 18))
+
+
+@pytest.fixture(params=["content", "adaptive", "gradual"])
 def detector(request):
     pytest.importorskip("scenedetect")
     return request.param
@@ -52,6 +59,7 @@ def test_cuts_are_found_to_the_frame(detector):
     for picture in scenes(7, 11, 9, 5):
         cuts.add_frame(picture)
     assert cuts.frame_numbers == [7, 18, 27]
+    assert cuts.find_transitions() == (Span(7, 7), Span(18, 18), Span(27, 27))
 
 
 def test_a_file_without_a_cut_is_one_clip_with_its_own_name(detector):
@@ -111,3 +119,80 @@ def test_the_threshold_is_the_detectors(detector):
     # A change of all pixels by 255, and a ratio that PySceneDetect limits to 255.
     assert len(screen(content, "a", ScreeningConfig(shots=detector, shot_threshold=256)).shots) == 1
     assert len(screen(content, "a", ScreeningConfig(shots=detector, shot_threshold=2)).shots) > 1
+
+
+def tiny(count: int, seed: int) -> np.ndarray:
+    """Return a still picture of blocks, as often as asked."""
+    picture = np.random.default_rng(seed).integers(20, 235, (HEIGHT, WIDTH, 3))
+    return np.broadcast_to(picture, (count, HEIGHT, WIDTH, 3)).astype(np.float32)
+
+
+def blend(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    weights = (np.arange(len(first)) + 1)[:, None, None, None] / (len(first) + 1)
+    return first + weights * (second - first)
+
+
+def detect(*parts: np.ndarray) -> tuple[Span, ...]:
+    return detect_transitions(np.rint(np.concatenate(parts)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("length", [4, 9, 24, 60])
+def test_a_dissolve_is_one_transition(length):
+    (span,) = detect(tiny(40, 1), blend(tiny(length, 1), tiny(length, 2)), tiny(40, 2))
+    assert 38 <= span.first <= 42
+    assert 38 + length <= span.stop <= 42 + length
+
+
+@pytest.mark.parametrize("black", [0, 3, 30])
+def test_a_fade_through_black_is_one_transition(black):
+    dark = np.zeros((12, HEIGHT, WIDTH, 3), np.float32)
+    parts = tiny(40, 1), blend(tiny(12, 1), dark), np.zeros((black, *dark.shape[1:])), blend(dark, tiny(12, 2))
+    (span,) = detect(*parts, tiny(40, 2))
+    assert 38 <= span.first <= 42
+    assert 62 + black <= span.stop <= 66 + black
+
+
+def test_flashes_lights_and_motion_are_no_transitions():
+    scenery = tiny(60, 1)
+    white = np.full((2, HEIGHT, WIDTH, 3), 255.0)
+    brighter = 0.7 * scenery + 60
+    plane = np.random.default_rng(3).integers(20, 235, (HEIGHT, 3 * WIDTH, 3)).astype(np.float32)
+    pan = np.stack([plane[:, shift : shift + WIDTH] for shift in range(2 * WIDTH)])
+    assert detect(scenery, white, scenery) == ()
+    assert detect(scenery, blend(scenery[:12], brighter[:12]), brighter) == ()
+    assert detect(pan) == ()
+
+
+@pytest.mark.slow
+def test_long_videos_are_processed_in_parts():
+    parts = [
+        part for number in range(12) for part in (tiny(100, number), blend(tiny(10, number), tiny(10, number + 1)))
+    ]
+    spans = detect(*parts, tiny(60, 12))
+    assert [round(span.first / 110, 1) for span in spans] == pytest.approx([n + 0.9 for n in range(12)], abs=0.11)
+
+
+def test_detections_are_scored():
+    truth = [EditTransition("cut", 10, 10), EditTransition("dissolve", 30, 40), EditTransition("fade", 60, 80)]
+    score = score_transitions([(11, 11), (33, 36), (33, 40), (90, 95)], truth)
+    assert score == DetectionScore({"cut": 1, "dissolve": 1}, {"fade": 1}, 2)
+    assert score.f1 == pytest.approx(4 / 7)
+    assert score.combine(score).f1 == score.f1
+
+
+@pytest.mark.slow
+def test_transitions_of_rendered_videos_are_detected():
+    pytest.importorskip("scenedetect")
+    score, dissolved, covered = DetectionScore({}, {}, 0), 0, 0
+    for index in range(5):
+        video = render_edited(index, seed=11, height=72, width=128, fps=16.0)
+        cuts = CutDetector("gradual")
+        for frame in video.frames:
+            cuts.add_frame(frame)
+        spans = cuts.find_transitions()
+        score = score.combine(score_transitions(spans, video.transitions))
+        inside = {number for span in spans for number in range(*span)}
+        for _, first, stop in video.transitions:
+            dissolved, covered = dissolved + stop - first, covered + len(inside & set(range(first, stop)))
+    assert score.f1 >= 0.95
+    assert covered > 0.85 * dissolved

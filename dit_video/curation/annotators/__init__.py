@@ -1,0 +1,1 @@
+"""Annotators, one a file."""

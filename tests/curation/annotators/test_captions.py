@@ -1,0 +1,239 @@
+"""Captions by a stand-in for a server: retries, refusals, garbage, limits, cut connections, keys and costs."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.curation.annotate import annotate
+from dit_video.curation.annotators.captions import MAX_FAILURES, Captions
+from dit_video.curation.chat_server import ChatServer
+from dit_video.data.tables import Table
+from support.annotated_clips import make_clip, open_clips
+
+COUNT = 5
+
+
+class StandIn:
+    """A server whose answers are a function of the number of the request and its body."""
+
+    def __init__(self):
+        self.requests, self.headers, self.answer = [], [], lambda number, body: complete(f"caption {number}")
+        self._lock, stand_in = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with stand_in._lock:
+                    number = len(stand_in.requests)
+                    stand_in.requests.append((self.path, body))
+                    stand_in.headers.append(dict(self.headers))
+                status, headers, content = stand_in.answer(number, body)
+                if status is None:  # cut the connection in the middle
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000")
+                    self.end_headers()
+                    self.wfile.write(content)
+                    self.wfile.flush()
+                    self.connection.close()
+                    return
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def complete(text, *, finish="stop", **message):
+    usage = {"prompt_tokens": 100, "completion_tokens": 10}
+    choice = {"message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
+    return 200, {}, json.dumps({"choices": [choice], "usage": usage}).encode()
+
+
+def fail(status, text="no", **headers):
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, text.encode()
+
+
+@pytest.fixture
+def server():
+    stand_in = StandIn()
+    yield stand_in
+    stand_in.close()
+
+
+@pytest.fixture
+def source(tmp_path):
+    return open_clips(tmp_path, {f"{number}.mp4": make_clip(number) for number in range(COUNT)}, {"0.mp4": ("a cat",)})
+
+
+def make(server, **options):
+    chat = ChatServer(url=server.url, model="qwen", retries=2, first_delay=0.01, timeout=5.0)
+    return Captions(server=chat, frames=3, max_side=24, **options)
+
+
+def read(source, name="captions_long"):
+    table = Table(source.folders[0])
+    return table.arrow(name).to_pylist(), table.arrow(f"{name}_error").to_pylist()
+
+
+def test_a_caption_is_asked_for_with_frames_and_the_prompt(server, source):
+    annotator = make(server, prompt="{frames} frames, {seconds} s, was: {caption}")
+    report = annotate(source, annotator)
+    assert report.failures == {}
+    path, body = next((path, body) for path, body in server.requests if "a cat" in str(body))
+    assert (path, body["model"], body["max_tokens"]) == ("/v1/chat/completions", "qwen", 400)
+    *pictures, text = body["messages"][0]["content"]
+    assert text == {"type": "text", "text": "3 frames, 1 s, was: a cat"}
+    kinds, contents = zip(*(each["image_url"]["url"].split(",") for each in pictures), strict=True)
+    assert set(kinds) == {"data:image/jpeg;base64"}
+    assert [Image.open(io.BytesIO(base64.b64decode(content))).size for content in contents] == [(24, 16)] * 3
+    captions, _ = read(source)
+    assert sorted(captions) == [[f"caption {number}"] for number in range(COUNT)]
+    assert annotator.summarize() == "500 tokens of prompts and 50 of captions"
+
+
+def test_several_columns_of_captions_live_next_to_each_other(server, source):
+    annotate(source, make(server))
+    server.answer = lambda number, body: complete("short")
+    annotate(source, make(server, label="short"))
+    assert read(source, "captions_short")[0] == [["short"]] * COUNT
+    assert len(read(source)[0]) == COUNT
+
+
+@pytest.mark.parametrize(
+    "failure", [fail(429, Retry_After="0.01"), fail(503), fail(500), (None, {}, b"{"), fail(200, "<p>")]
+)
+def test_passing_failures_are_tried_again(server, source, failure):
+    server.answer = lambda number, body: failure if number % 2 == 0 else complete("a caption")
+    annotator = dataclasses.replace(make(server), server=dataclasses.replace(make(server).server, retries=20))
+    assert annotate(source, annotator).failures == {}
+    assert read(source)[0] == [["a caption"]] * COUNT
+    assert len(server.requests) > COUNT
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (complete(None, refusal="I cannot help with that"), "refuses to answer.*cannot help"),
+        (complete("", finish="content_filter"), "refuses to answer"),
+        (complete("a long", finish="length"), "longer than max_tokens"),
+        (complete("  "), "empty"),
+        (fail(400, "the image is too large"), "400.*too large"),
+        (fail(200, "<html>garbage</html>"), "no answer.*"),
+        (fail(200, '{"choices": []}'), "no chat completion"),
+        (fail(200, '{"choices": [{"message": {"content": 7}}]}'), "no chat completion"),
+        (fail(500, "crashed"), "500.*crashed"),
+        ((None, {}, b"{"), "no answer"),
+    ],
+)
+def test_a_clip_without_a_usable_answer_has_the_reason_and_others_follow(server, source, answer, reason):
+    server.answer = lambda number, body: answer if "a cat" in str(body) else complete("a caption")
+    report = annotate(source, make(server, prompt="{caption}"))
+    assert list(report.failures) == ["0.mp4"]
+    captions, errors = read(source)
+    assert captions == [None, *[["a caption"]] * (COUNT - 1)]
+    assert re.search(reason, errors[0])
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (fail(401, "bad key"), r"401.*bad key.*key in OPENAI_API_KEY"),
+        (fail(404, "no such model"), r"404.*no such model.*model=qwen"),
+        (fail(302, Location="http://example.invalid/"), r"302.*[Cc]heck the address"),
+        (fail(429, "slow down"), r"429.*slow down.*later"),
+    ],
+)
+def test_what_is_wrong_for_all_clips_ends_the_run(server, source, answer, message):
+    server.answer = lambda number, body: answer
+    with pytest.raises(UserError, match=message):
+        annotate(source, make(server))
+
+
+def test_captions_before_an_end_are_kept(server, source):
+    server.answer = lambda number, body: complete("a caption") if number < 3 else fail(401)
+    with pytest.raises(UserError, match="401"):
+        annotate(source, make(server))
+    finished, server.answer = len(server.requests), lambda number, body: complete("a caption")
+    report = annotate(source, make(server))
+    assert 0 < report.computed <= COUNT - 1
+    assert len(server.requests) - finished == report.computed
+    assert read(source)[0] == [["a caption"]] * COUNT
+
+
+def test_a_server_that_is_not_there_and_one_that_always_fails_end_the_run(server, tmp_path):
+    contents = {f"{number}.png": make_clip(number, frames=2) for number in range(MAX_FAILURES + 4)}
+    source = open_clips(tmp_path, contents)
+    server.answer = lambda number, body: complete("")
+    with pytest.raises(UserError, match=rf"{MAX_FAILURES} clips in a row.*empty.*[Cc]heck the server"):
+        annotate(source, make(server))
+    server.close()
+    with pytest.raises(UserError, match=r"127\.0\.0\.1.*cannot be reached.*[Ss]tart the server"):
+        annotate(source, make(server, label="other"))
+
+
+def test_the_key_is_of_the_environment_and_sent_to_the_server_alone(server, source, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "secret-key")
+    chat = dataclasses.replace(make(server).server, key_variable="MY_KEY")
+    annotator = dataclasses.replace(make(server), server=chat)
+    annotate(source, annotator)
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret-key"}
+    server.answer = lambda number, body: fail(302, Location="http://127.0.0.1:1/")
+    with pytest.raises(UserError) as caught:
+        annotate(source, dataclasses.replace(annotator, label="other"))
+    assert "secret-key" not in str(caught.value)
+    assert "secret-key" not in annotator.identity
+
+
+def test_a_paid_server_needs_a_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(MissingError, match=r"api\.openai\.com.*export OPENAI_API_KEY="):
+        ChatServer(url="https://api.openai.com/v1", model="gpt").check()
+    ChatServer(model="local").check()
+    with pytest.raises(UserError, match=r"model=''.*/models"):
+        ChatServer().check()
+    with pytest.raises(UserError, match=r"url=ftp://x.*http://localhost"):
+        ChatServer(url="ftp://x", model="m")
+
+
+def test_costs_are_estimated_from_frames_and_prices(server, source):
+    free = make(server).estimate_cost(source.infos)
+    assert free.price == 0.0  # it runs on this machine
+    priced = make(server, input_price=10.0, output_price=100.0).estimate_cost(source.infos)
+    assert priced.price > COUNT * 400 * 100 / 1e6
+    assert f"{priced.price:.2f}" in priced.text
+    far = dataclasses.replace(make(server), server=ChatServer(url="https://api.openai.com/v1", model="gpt"))
+    assert far.estimate_cost(source.infos).price is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label": "Long Ones"}, r"label='Long Ones'.*a-z|label='Long Ones'.*letters"),
+        ({"prompt": "{clip}"}, r"\{clip\}.*\{frames\}, \{seconds\}, \{caption\}"),
+        ({"prompt": "{"}, r"prompt='\{'.*twice"),
+        ({"frames": 0}, "frames=0"),
+    ],
+)
+def test_settings_are_checked(options, message):
+    with pytest.raises(UserError, match=message):
+        Captions(**options)
