@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import io
 from fractions import Fraction
@@ -17,6 +18,7 @@ from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
 from dit_video.video import Clip, encode, probe
 from support.encoded_clips import encode_resized
 from support.hdr_videos import NITS, compute_hlg, compute_pq, encode_ramp
+from support.screening import list_dropped, list_kept
 
 MEASURE = ScreeningConfig(min_motion=0, max_black=1, max_frozen=1, max_letterbox=1, min_sharpness=0, duplicates=4)
 """Config with every measure and without limits."""
@@ -66,8 +68,8 @@ def mp4(frames, fps=8.0):
 
 def screen_single_shot(content, config=MEASURE) -> Shot:
     screened = screen(content, "clip", config)
-    assert screened.dropped == ()
-    (shot,) = screened.shots
+    ((shot, reason, *_),) = screened.shots
+    assert not reason
     return shot
 
 
@@ -94,8 +96,7 @@ def test_video_infos_equal_those_of_probing(kind, monkeypatch):
         assert getattr(measured, name) == getattr(expected, name), name
     # Nothing is measured, and no picture is made, where no step asks for it.
     monkeypatch.setattr(quality_filter, "ThumbnailMaker", None)
-    screened = screen(content, "clip", ScreeningConfig())
-    assert (screened.shots, screened.dropped) == ((expected,), ())
+    assert screen_single_shot(content, ScreeningConfig()) == expected
     assert screen_single_shot(content, ScreeningConfig(min_size=2, max_seconds=3)) == expected
 
 
@@ -122,10 +123,14 @@ def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
     assert max(alive) <= alive[0] + 3
 
 
-def test_only_requested_measures_are_returned():
-    shot = screen_single_shot(mp4(drifting(4)), ScreeningConfig(max_black=1))
-    assert shot.black == 0
-    assert (shot.motion, shot.frozen, shot.sharpness, shot.letterbox, shot.hash) == (None,) * 5
+def test_once_frames_are_decoded_all_measures_are_taken():
+    content = mp4(drifting(4))
+    shot, measured = screen_single_shot(content, ScreeningConfig(max_black=1)), screen_single_shot(content)
+    assert shot == dataclasses.replace(measured, letterbox=None)  # its samples take time of their own
+    assert screen_single_shot(content, ScreeningConfig(measure=True)) == measured
+    assert measured.letterbox == Borders(0, 0, 0, 0)
+    probed = screen_single_shot(content, ScreeningConfig(min_seconds=0))
+    assert (probed.motion, probed.black, probed.sharpness, probed.letterbox, probed.hash) == (None,) * 5
 
 
 @pytest.mark.parametrize(("fps", "levels_a_second"), [(4.0, 24), (8.0, 48), (16.0, 96)])
@@ -146,7 +151,7 @@ def test_shots_depend_on_timestamps(detector):
     pytest.importorskip("scenedetect")
     frames = np.concatenate([greys([60] * 20), greys([200] * 10)])
     content = lossless(frames, np.concatenate([40 * np.arange(20), 1000 + 200 * np.arange(10)]))
-    first, second = screen(content, "v", ScreeningConfig(shots=detector)).shots
+    first, second = list_kept(screen(content, "v", ScreeningConfig(shots=detector)))
     assert (first.start, first.frames, first.seconds) == (0, 20, pytest.approx(0.76))
     assert (second.start, second.frames, second.seconds) == (pytest.approx(1.0), 10, pytest.approx(1.8))
     assert (first.fps, second.fps) == (pytest.approx(25), pytest.approx(5))
@@ -155,16 +160,16 @@ def test_shots_depend_on_timestamps(detector):
 def test_high_dynamic_range_is_told_and_dropped_on_demand():
     for number, compute, transfer in ((16, compute_pq, "pq"), (18, compute_hlg, "hlg"), (1, compute_pq, "sdr")):
         content = encode_ramp(compute(NITS), number)
-        (shot,) = screen(content, "v", ScreeningConfig()).shots
-        assert shot.transfer == transfer
-        dropped = screen(content, "v", ScreeningConfig(drop_hdr=True)).dropped
-        assert dropped == (() if transfer == "sdr" else (("v", f"transfer function '{transfer}' is HDR"),))
+        assert screen_single_shot(content, ScreeningConfig()).transfer == transfer
+        dropped = list_dropped(screen(content, "v", ScreeningConfig(drop_hdr=True)))
+        assert dropped == ([] if transfer == "sdr" else [("v", f"transfer function '{transfer}' is HDR")])
 
 
 def test_a_change_of_size_is_a_cut_and_without_cuts_an_error():
     pytest.importorskip("scenedetect")
     content = encode_resized(frames=8, fps=8)
-    shots = screen(content, "v", ScreeningConfig(shots="content", shot_threshold=255, max_letterbox=1.0)).shots
+    config = ScreeningConfig(shots="content", shot_threshold=255, max_letterbox=1.0)
+    shots = list_kept(screen(content, "v", config))
     sizes = [(shot.name, shot.start, shot.frames, shot.height, shot.width) for shot in shots]
     assert sizes == [("v#0", 0, 8, 96, 160), ("v#1", pytest.approx(1), 8, 160, 96)]
     np.testing.assert_allclose([shot.letterbox for shot in shots], [(24, 24, 56, 56), (56, 56, 24, 24)], atol=1)
@@ -194,7 +199,8 @@ def test_the_letterbox_is_in_displayed_pixels():
     share = 1 - 68 * 154 / (90 * 160)
     assert shot.letterbox.compute_area_share(90, 160) == pytest.approx(share, abs=0.02)
     assert screen_single_shot(content, ScreeningConfig(max_letterbox=share + 0.03)).letterbox == shot.letterbox
-    assert screen(content, "a", ScreeningConfig(max_letterbox=share - 0.03)).dropped[0][1].startswith("letterbox 0.2")
+    ((_, reason),) = list_dropped(screen(content, "a", ScreeningConfig(max_letterbox=share - 0.03)))
+    assert reason.startswith("letterbox 0.2")
     assert screen_single_shot(mp4(drifting(8))).letterbox == Borders(0, 0, 0, 0)
     wide = screen_single_shot(lossless(frames, 100 * np.arange(8), aspect=2))
     assert wide.width == 320
@@ -261,8 +267,8 @@ IMAGE, CLIP = encode(Clip(drifting(1), fps=1), "png"), mp4(drifting(9))
 )
 def test_clips_beyond_a_limit_are_dropped_with_a_reason(content, limits, reason):
     screened = screen(content, "a/b.mp4", ScreeningConfig(**limits))
-    assert screened.dropped == (() if reason is None else (("a/b.mp4", reason),))
-    assert [shot.name for shot in screened.shots] == (["a/b.mp4"] if reason is None else [])
+    assert list_dropped(screened) == ([] if reason is None else [("a/b.mp4", reason)])
+    assert [shot.name for shot in list_kept(screened)] == (["a/b.mp4"] if reason is None else [])
 
 
 @pytest.mark.parametrize(
@@ -302,7 +308,7 @@ def test_damaged_files_are_judged_as_probing_does(kind):
         places = draw.integers(0, len(damaged), draw.integers(1, 6))
         damaged[places] = draw.integers(0, 256, len(places))
         try:
-            expected = screen(damaged.tobytes(), "clip", ScreeningConfig()).shots[0]
+            expected = screen_single_shot(damaged.tobytes(), ScreeningConfig())
         except DecodeError:
             with pytest.raises(DecodeError):
                 screen(damaged.tobytes(), "clip", MEASURE)

@@ -11,6 +11,7 @@ from dit_video.data.ingest.shots import CutDetector, Span, split_at_cuts, split_
 from dit_video.data.ingest.transitions import HEIGHT, WIDTH, detect_transitions
 from dit_video.data.synthetic.edits import DetectionScore, EditTransition, render_edited, score_transitions
 from dit_video.video import Clip, decode, encode
+from support.screening import list_dropped, list_kept
 
 COLOURS = [(90, 10, 10), (120, 230, 140), (20, 30, 120), (250, 240, 120)]
 
@@ -65,10 +66,15 @@ def test_cuts_are_found_to_the_frame(detector):
 def test_a_file_without_a_cut_is_one_clip_with_its_own_name(detector):
     content = encode(Clip(scene(COLOURS[0], 20), fps=10), "mp4")
     screened = screen(content, "a.mp4", ScreeningConfig(shots=detector))
-    assert screened == screen(content, "a.mp4", ScreeningConfig())
-    assert len(screened.shots) == 1
+    probed = screen(content, "a.mp4", ScreeningConfig())
+    (shot,), (expected,) = list_kept(screened), list_kept(probed)
+    for name in ("name", "start", "frames", "fps", "seconds", "height", "width", "codec", "transfer"):
+        assert getattr(shot, name) == getattr(expected, name), name
+    assert screened.shots[0].stop == probed.shots[0].stop
+    assert screened.facts == probed.facts
+    assert list(screened.times) == list(probed.times)
     image = encode(Clip(scene(COLOURS[0], 1), fps=1), "png")
-    assert [shot.name for shot in screen(image, "a.png", ScreeningConfig(shots=detector)).shots] == ["a.png"]
+    assert [shot.name for shot in list_kept(screen(image, "a.png", ScreeningConfig(shots=detector)))] == ["a.png"]
 
 
 @pytest.mark.parametrize("fps", [10.0, 30000 / 1001])
@@ -76,10 +82,10 @@ def test_shots_are_time_ranges_of_the_file(detector, fps):
     frames = scenes(20, 31, 24)
     content = encode(Clip(frames, fps=fps), "mp4")
     screened = screen(content, "a/b.mp4", ScreeningConfig(shots=detector))
-    assert screened.dropped == ()
-    assert [shot.name for shot in screened.shots] == ["a/b.mp4#0", "a/b.mp4#1", "a/b.mp4#2"]
+    assert list_dropped(screened) == []
+    assert [shot.name for shot in list_kept(screened)] == ["a/b.mp4#0", "a/b.mp4#1", "a/b.mp4#2"]
     whole, first = decode(content).frames, 0
-    for shot, count in zip(screened.shots, (20, 31, 24), strict=True):
+    for shot, count in zip(list_kept(screened), (20, 31, 24), strict=True):
         assert shot.frames == count
         assert shot.start == pytest.approx(first / fps, abs=1e-4)
         assert shot.seconds == pytest.approx((count - 1) / fps, abs=1e-4)
@@ -93,9 +99,26 @@ def test_shots_are_time_ranges_of_the_file(detector, fps):
 def test_short_shots_are_dropped_and_names_stay(detector):
     content = encode(Clip(scenes(20, 4, 20), fps=10), "mp4")
     screened = screen(content, "a", ScreeningConfig(shots=detector))
-    assert screened.dropped == (("a#1", "shot of 0.4 s is below 0.5 s"),)
-    assert [shot.name for shot in screened.shots] == ["a#0", "a#2"]
-    assert len(screen(content, "a", ScreeningConfig(shots=detector, min_shot=0.4)).shots) == 3
+    assert list_dropped(screened) == [("a#1", "shot of 0.4 s is below 0.5 s")]
+    assert [judged.is_short for judged in screened.shots] == [False, True, False]
+    assert [shot.name for shot in list_kept(screened)] == ["a#0", "a#2"]
+    assert len(list_kept(screen(content, "a", ScreeningConfig(shots=detector, min_shot=0.4)))) == 3
+
+
+@pytest.mark.parametrize("fps", [10.0, 30000 / 1001])
+def test_shots_are_shown_until_the_next_one(detector, fps):
+    """The times of a file are those of its shots, none lost and none twice."""
+    shots = screen(encode(Clip(scenes(20, 31, 2, 24), fps=fps), "mp4"), "a", ScreeningConfig(shots=detector)).shots
+    assert [judged.stop for judged in shots[:-1]] == [judged.shot.start for judged in shots[1:]]
+    assert shots[-1].stop == pytest.approx(77 / fps, abs=1e-3)
+
+
+def test_long_shots_are_cut_into_equal_parts(detector):
+    content = encode(Clip(scenes(23, 20), fps=10), "mp4")
+    shots = list_kept(screen(content, "a", ScreeningConfig(shots=detector, max_clip_seconds=1)))
+    assert [(shot.name, shot.frames) for shot in shots] == [("a#0", 8), ("a#1", 8), ("a#2", 7), ("a#3", 10), ("a#4", 10)]
+    shots = list_kept(screen(content, "a", ScreeningConfig(max_clip_seconds=3)))
+    assert [shot.start for shot in shots] == pytest.approx([0, 2.2])
 
 
 def test_shots_are_measured_each_by_itself(detector):
@@ -104,8 +127,8 @@ def test_shots_are_measured_each_by_itself(detector):
     content = encode(Clip(frames, fps=10), "mp4")
     config = ScreeningConfig(shots=detector, min_motion=0, max_frozen=1, max_black=0.9, max_letterbox=1)
     screened = screen(content, "a", config)
-    moving, held = screened.shots
-    assert screened.dropped == (("a#2", "black 1 of the time is above 0.9"),)
+    moving, held = list_kept(screened)
+    assert list_dropped(screened) == [("a#2", "black 1 of the time is above 0.9")]
     assert moving.frozen == 0
     assert moving.motion > 5
     # The cut's difference belongs to neither.
