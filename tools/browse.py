@@ -12,8 +12,8 @@ import tyro
 
 from dit_video.core.command_line import check_minimum, parse_arguments, parse_memory
 from dit_video.core.errors import UserError, script
+from dit_video.core.storage import get_default_cache
 from dit_video.curation.export.stored_clips import open_clips
-from dit_video.data.tables import get_default_cache
 
 DEFAULT_PORT = 7861
 

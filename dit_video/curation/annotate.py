@@ -23,7 +23,7 @@ from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePath
 from dit_video.curation.annotator import AnnotationError, Annotator, Column, EncodedClip, TableAnnotator
 from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.tables import COLUMNS_FOLDER, read_bytes, write_column
+from dit_video.data.table_files import COLUMNS_FOLDER, read_bytes, write_column
 
 Progress = Callable[[int, int], object]
 """Function that is called with the numbers of annotated and of all clips of this process."""

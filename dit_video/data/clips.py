@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Bool, Float, Int64
 
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.records import RecordPlace, RecordReader, get_file_name, make_bytes_feature
 from dit_video.data.table_files import MANIFEST
@@ -64,7 +65,7 @@ class ClipInfo(NamedTuple):
         return self.captions[0] if self.captions else ""
 
 
-class ClipSource:
+class ClipSource(SharesArrays):
     """A random-access source of the encoded clips of an ingested data set, or of several ones in sequence.
 
     If there are several data sets, the name of a clip begins with that of its data set: `ucf/v_YoYo_g01_c01.avi`. Clips
@@ -95,8 +96,18 @@ class ClipSource:
         self.tables: tuple[Table, ...] = tuple(
             Table(path, kind=KIND, cache=None if cache is None else Path(cache)) for path in named.values()
         )
-        self._rows: tuple[Int64[np.ndarray, " n"], ...] = tuple(_select_rows(table, where) for table in self.tables)
+        self._set_rows([_select_rows(table, where) for table in self.tables])
         self._readers = tuple(RecordReader(table.folder, FEATURES) for table in self.tables)
+
+    def _set_rows(self, rows: Sequence[Int64[np.ndarray, " _"]]) -> None:
+        self.dataset_sizes: tuple[int, ...] = tuple(map(len, rows))
+        """Number of clips of each data set."""
+        self._all_rows: Int64[np.ndarray, " n"] = np.concatenate(rows)
+
+    @property
+    def _rows(self) -> Sequence[Int64[np.ndarray, " _"]]:
+        """Return the rows of the clips of each data set, in its table."""
+        return np.split(self._all_rows, np.cumsum(self.dataset_sizes)[:-1])
 
     @property
     def folders(self) -> tuple[StoragePath, ...]:
@@ -109,7 +120,7 @@ class ClipSource:
         return _ClipInfos(self)
 
     def __len__(self) -> int:
-        return sum(map(len, self._rows))
+        return len(self._all_rows)
 
     def __getitem__(self, index: SupportsIndex) -> bytes:
         """Return the encoded file of a clip, for `dit_video.video.decode`.
@@ -138,11 +149,6 @@ class ClipSource:
         return np.concatenate(values) if isinstance(values[0], np.ndarray) else list(itertools.chain(*values))
 
     @property
-    def dataset_sizes(self) -> tuple[int, ...]:
-        """Return the number of clips of each data set."""
-        return tuple(map(len, self._rows))
-
-    @property
     def versions(self) -> tuple[str, ...]:
         """Return the hash of the table and the columns of each data set."""
         return tuple(table.version for table in self.tables)
@@ -150,8 +156,9 @@ class ClipSource:
     def select_datasets(self, numbers: Collection[int]) -> "ClipSource":
         """Return the clips of the data sets with these numbers; no others are counted by `dataset_sizes`."""
         subset, kept = copy.copy(self), sorted(numbers)
-        for name in ("tables", "_prefixes", "_rows", "_readers"):
+        for name in ("tables", "_prefixes", "_readers"):
             setattr(subset, name, tuple(getattr(self, name)[number] for number in kept))
+        subset._set_rows([self._rows[number] for number in kept])
         return subset
 
     def select_where(self, where: str) -> "ClipSource":
@@ -226,7 +233,7 @@ class ClipSource:
     def _compress(self, is_kept: Bool[np.ndarray, " n"]) -> "ClipSource":
         subset = copy.copy(self)
         parts = np.split(is_kept, np.cumsum(self.dataset_sizes)[:-1])
-        subset._rows = tuple(rows[part] for rows, part in zip(self._rows, parts, strict=True))
+        subset._set_rows([rows[part] for rows, part in zip(self._rows, parts, strict=True)])
         return subset
 
     def _locate(self, index: int) -> tuple[int, int]:

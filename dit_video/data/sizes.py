@@ -123,8 +123,9 @@ def map_grids(function: Callable[[Grid], Grid], grids: Int[np.ndarray, "n 3"]) -
 
 
 def hash_clips(source: ClipSource) -> str:
-    """Return a hash of the clips' names, sizes, rates and lengths: of all that their decoded frames depend on."""
-    content = hashlib.sha256("\0".join(source.column("name")).encode("utf-8", "surrogatepass"))
+    """Return a hash of the names, bytes, sizes, rates and lengths of clips: of all that decoded frames depend on."""
+    texts = (*source.column("name"), *source.column("payload"))
+    content = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass"))
     for name in ("height", "width", "frames", "fps", "seconds"):
         content.update(source.column(name).astype("<f8").tobytes())
     return content.hexdigest()

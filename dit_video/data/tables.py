@@ -27,6 +27,7 @@ from jaxtyping import Int32, Int64
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.shared_array import SharesArrays
+from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, download, get_default_cache, to_storage_path
 from dit_video.data import where as conditions
 from dit_video.data.table_files import (

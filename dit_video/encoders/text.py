@@ -53,6 +53,10 @@ class FrozenTextEncoder:
         """
         return self._embedder(text)
 
+    def count_tokens(self, text: str) -> int:
+        """Return the length of the embedding of a text."""
+        return self._embedder.count_tokens(text)
+
     def encode_many(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "s E"]]:
         """Return the embedding of each text; faster than one by one."""
         return self._embedder.embed_many(texts)

@@ -226,7 +226,12 @@ def open_captions(
         return texts
     with Progress("embedding captions", len(get_distinct_captions(captions)), unit="caption") as progress:
         return EmbeddedCaptions(
-            captions, tokenizer.encode_many, identity=tokenizer.identity, shares=shares, progress=progress.update
+            captions,
+            tokenizer.encode_many,
+            identity=tokenizer.identity,
+            count_tokens=tokenizer.count_tokens,
+            shares=shares,
+            progress=progress.update,
         )
 
 

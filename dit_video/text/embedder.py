@@ -100,6 +100,10 @@ class Embedder:
         """Return one vector per token of a text, the last for the end token, which the empty text has too."""
         return self.embed_many([text])[0]
 
+    def count_tokens(self, text: str) -> int:
+        """Return the length of the embedding of a text."""
+        return len(self._tokenizer(text))
+
     def embed_many(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "s e"]]:
         """Return the embeddings of texts in their order; faster than one by one."""
         embeddings: dict[str, np.ndarray] = {}

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.tables import Table, write_manifest, write_part
+from dit_video.data.table_files import write_manifest, write_part
+from dit_video.data.tables import Table
 from dit_video.video import Clip, encode, probe
 
 FIELDS = ("name", "height", "width", "frames", "fps", "seconds", "id", "payload")

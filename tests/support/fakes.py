@@ -53,6 +53,9 @@ class FakeEmbedder(text.Embedder):
     def __call__(self, text):
         return self.embed_many([text])[0]
 
+    def count_tokens(self, text):
+        return len([*text.split(), ""][-self.max_tokens :])
+
     def embed_many(self, texts):
         self.texts += texts
         return [np.stack([self.vector(word) for word in [*text.split(), ""][-self.max_tokens :]]) for text in texts]

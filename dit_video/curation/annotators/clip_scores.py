@@ -56,7 +56,8 @@ class ClipScores(Annotator):
         }
         side = THUMBNAIL_SIDE
         columns["thumbnails"] = Column(
-            type=pa.list_(pa.uint8()), description=f"Luma of twice as many frames at {side}×{side} pixels, one after the other."
+            type=pa.list_(pa.uint8()),
+            description=f"Luma of twice as many frames at {side}×{side} pixels, one after the other.",
         )
         if self.aesthetic:
             columns["aesthetic"] = Column(type=pa.float32(), description="Mean aesthetic score of frames.")

@@ -66,6 +66,8 @@ class IngestConfig:
     """Path of a folder's list of clips inside the folder, instead of the one that is found."""
     columns: ListColumns = dataclasses.field(default_factory=ListColumns)
     """Columns of lists, if they have other names than those that are known."""
+    follow_links: bool = False
+    """True to follow links that lead out of the source; Hugging Face's links to its `blobs/` are always followed."""
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
     """Steps of the screening; all are disabled by default."""
     inherit_captions: bool = False
@@ -83,7 +85,8 @@ class IngestConfig:
     @property
     def listing_options(self) -> ListingOptions:
         """Return the options of the source's format."""
-        return ListingOptions(ucf101_split=self.ucf101_split, list_path=self.list_path, columns=self.columns)
+        names = ("ucf101_split", "list_path", "columns", "follow_links")
+        return ListingOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def scaled_time_limit(self) -> float | int:
