@@ -7,6 +7,8 @@ import pyarrow.compute as pc
 from jaxtyping import Bool
 
 from dit_video.core.storage import StoragePathLike
+from dit_video.data.clips import DATASET_NAME, FEATURES
+from dit_video.data.records import RecordPlace, RecordReader, get_file_name
 from dit_video.data.tables import Table
 
 
@@ -35,6 +37,7 @@ class TableClips:
 
     def __init__(self, folder: StoragePathLike):
         self.table = Table(folder)
+        self._reader = RecordReader(self.table.folder, FEATURES)
 
     def read(self, row: int) -> bytes:
         """Return the encoded file of the clip in a row of the table.
@@ -42,12 +45,8 @@ class TableClips:
         Raises:
           UserError: the file cannot be reached, or is damaged.
         """
-        from dit_video.data.clips import DATASET_NAME, FEATURES  # type: ignore[attr-defined]
-        from dit_video.data.records import RecordPlace, RecordReader, get_file_name  # type: ignore[attr-defined]
-
-        reader, part = RecordReader(self.table.folder, FEATURES), self.table.get_part(row)  # type: ignore[attr-defined]
         place = RecordPlace(*(int(self.table[name][row]) for name in RecordPlace._fields))
-        return reader.read(get_file_name(DATASET_NAME, part), place)["clip"]
+        return self._reader.read(get_file_name(DATASET_NAME, self.table.get_part(row)), place)["clip"]
 
 
 def open_clips(folder: StoragePathLike) -> StoredClips:
