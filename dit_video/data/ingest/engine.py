@@ -29,19 +29,18 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.clips import DATASET_NAME, FEATURES, is_ingested
-from dit_video.data.ingest.completion import NoClipsError, complete, discard_transient_parts
+from dit_video.data.ingest.completion import CAPTIONS, CHOICE, NoClipsError, complete, discard_transient_parts
 from dit_video.data.ingest.formats import ListColumns, ListedClip, ListingOptions, list_clips
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig, make_failure
 from dit_video.data.ingest.outcomes import Outcome
 from dit_video.data.ingest.parts import FOLDER, MAX_PART_BYTES, IngestFolder
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig
-from dit_video.data.ingest.report import IngestReport
+from dit_video.data.ingest.report import REPORT, IngestReport
 from dit_video.data.ingest.rows import make_row, make_table
 from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
 from dit_video.data.records import DISK_FULL_ERRNOS, get_file_name, write_records
-from dit_video.data.table_files import write_part
-from dit_video.data.tables import Table
+from dit_video.data.table_files import COLUMNS_FOLDER, MANIFEST, read_bytes, write_part
 
 ProgressCallback = Callable[[int, int], None]
 """A function that is called with (done, total)."""
@@ -135,13 +134,13 @@ def ingest(
     folder = plan_ingest(source, destination, config=config, is_fixed=is_fixed)
     if retry:
         discard_transient_parts(folder, folder.parts)
-    version, parts = _read_version(folder), folder.list_unfinished()
+    hashes, parts = _hash_table(folder.folder), folder.list_unfinished()
     if run_parts is None:
         write_parts(folder, parts, config=config, progress=progress or (lambda done, total: None), workers=workers)
     elif parts:
         run_parts(folder, parts, config)
     report = complete_ingest(folder, config)
-    return dataclasses.replace(report, reused=_read_version(folder) == version)
+    return dataclasses.replace(report, reused=_hash_table(folder.folder) == hashes)
 
 
 def plan_ingest(
@@ -194,9 +193,11 @@ def _remove(folder: StoragePath) -> None:
         folder.rmdir(recursive=True)
 
 
-def _read_version(folder: IngestFolder) -> tuple[str, IngestReport] | None:
-    """Return what changes whenever a data set does; None if there is none."""
-    return (Table(folder.folder).version, IngestReport.read(folder.folder)) if is_ingested(folder.folder) else None
+def _hash_table(folder: StoragePath) -> list[str] | None:
+    """Return hashes of what `complete` writes, which say all that is in a data set; None if there is none."""
+    columns = (folder / COLUMNS_FOLDER / f"{name}.parquet" for name in (CHOICE, CAPTIONS))
+    files = [folder / MANIFEST, *columns, folder / REPORT]
+    return [hashlib.sha256(read_bytes(path)).hexdigest() for path in files] if is_ingested(folder) else None
 
 
 def write_parts(

@@ -159,7 +159,7 @@ def _read_part(path: StoragePath, part: str) -> pa.Table:
     """Return the files of a part, of a file sorted by parts of which only the rows around it are read."""
     is_part, name = pc.field("part") == part, str(path) if isinstance(path, Path) else path.path
     with convert_storage_errors(path):
-        return pq.read_table(name, columns=_COLUMNS, filters=is_part, filesystem=getattr(path, "fs", None))
+        return pq.read_table(name, columns=[*_COLUMNS], filters=is_part, filesystem=getattr(path, "fs", None))
 
 
 def _make_table(clips: Sequence[ListedClip], names: Sequence[str]) -> pa.Table:

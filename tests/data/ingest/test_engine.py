@@ -1,5 +1,6 @@
 """Ingest: kept and quarantined clips, written files, and ends on bad input."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import tensorflow_datasets as tfds
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import engine
+from dit_video.data.ingest import engine, parts
 from dit_video.data.ingest.engine import IngestConfig, ingest
+from dit_video.data.ingest.formats import ListedClip, Listing
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.report import IngestReport
-from dit_video.data.records import clip_writer, shards
+from dit_video.data.records import sort_splits
 from dit_video.video import Clip
 
 REPOSITORY = Path(__file__).parents[3]
@@ -49,20 +51,31 @@ def test_ingest_keeps_bytes_captions_and_video_infos(clips, tmp_path):
     report = ingest(clips, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
     assert (report.files, report.usable_files, report.usable, report.frames, report.uncaptioned) == (3, 3, 3, 8, 1)
     assert (report.quarantined, report.dropped, report.rejected, report.unlisted) == ((), (), (), ())
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3), (1, 3), (2, 3), (3, 3)]
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
     records = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
     names = ["a.mp4", "sub/b.webm", "c.png"]
     assert [record["name"].decode() for record in records] == names
     assert [record["clip"] for record in records] == [(clips / name).read_bytes() for name in names]
-    assert [[text.decode() for text in record["captions"]] for record in records] == [['a, "quoted" clip'], [], ["été"]]
+    assert [info.captions for info in ClipSource(tmp_path / "out").infos] == [('a, "quoted" clip',), (), ("été",)]
     assert [(r["frames"], r["height"], r["width"], r["fps"], r["codec"]) for r in records] == [
         (5, 16, 24, 10, b"h264"),
         (2, 20, 24, 10, b"vp9"),
         (1, 16, 24, 1, b"png"),
     ]
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["usable"] == 3
-    assert IngestReport.read(tmp_path / "out") == report
+    written = IngestReport.read(tmp_path / "out")
+    assert written.usable == 3
+    assert json.dumps(dataclasses.asdict(written)) == json.dumps(dataclasses.asdict(report))
     assert list_files(tmp_path) == ["clips", "out"]
+    assert list_files(tmp_path / "out") == [
+        "clips-train-00000.array_record",
+        "columns",
+        "dataset_info.json",
+        "features.json",
+        "index",
+        "ingest",
+        "report.json",
+        "table.json",
+    ]
 
 
 def test_no_temporary_files_remain(clips, tmp_path, monkeypatch):
@@ -100,17 +113,17 @@ def test_splits_of_the_source_are_kept(tmp_path):
         "test": [1],
     }
     source = ClipSource(tmp_path / "out")
-    assert [(info.split, info.record, info.frames, info.caption) for info in source.infos] == [
-        ("train", 0, 8, "archery"),
-        ("train", 1, 9, "archery"),
-        ("test", 2, 1, "archery"),
+    assert [(info.split, info.frames, info.caption) for info in source.infos] == [
+        ("train", 8, "archery"),
+        ("train", 9, "archery"),
+        ("test", 1, "archery"),
     ]
     for index, info in enumerate(source.infos):
         assert source[index] == next(clips.rglob(Path(info.name).name)).read_bytes()
 
 
 def test_splits_have_a_fixed_order():
-    assert shards.sort_splits(["test", "extra", "validation", "train", "test", "a"]) == [
+    assert sort_splits(["test", "extra", "validation", "train", "test", "a"]) == [
         "train",
         "validation",
         "test",
@@ -131,8 +144,8 @@ def test_clips_that_screening_drops_are_counted(clips, tmp_path):
     assert [name for name, _ in report.dropped] == ["short.mp4"]
     assert [name for name, _ in report.quarantined] == ["sub/b.webm"]
     assert sum(report.reasons["dropped"].values()) == sum(report.reasons["quarantined"].values()) == 1
-    assert report.settings["min_seconds"] == 0.3
-    with pytest.raises(UserError, match="settings differ"):
+    assert report.settings["screening"]["min_seconds"] == 0.3
+    with pytest.raises(UserError, match="its screening differ"):
         ingest(clips, tmp_path / "out")
 
 
@@ -170,81 +183,127 @@ def test_a_source_without_usable_clips_is_refused(clips, tmp_path):
 
 def test_same_source_is_reused_and_another_refused(clips, tmp_path, monkeypatch):
     first = ingest(clips, tmp_path / "out")
+    assert not first.reused
     with monkeypatch.context() as patch:
         patch.setattr(engine, "Workers", lambda *_: pytest.fail("decoded again"))
         again = ingest(clips, tmp_path / "out")
-    assert again.reused
-    assert again.frames == first.frames
-    metadata = clips / "metadata.csv"
-    metadata.write_text(metadata.read_text().replace("été", "winter"))
-    with pytest.raises(UserError, match="another data set"):
-        ingest(clips, tmp_path / "out")
+    assert again == dataclasses.replace(first, reused=True)
+    write_clip(tmp_path / "others" / "z.mp4")
+    before = read_files(tmp_path / "out")
+    with pytest.raises(UserError, match="another data set, without any file of this source"):
+        ingest(tmp_path / "others", tmp_path / "out")
+    write_clip(clips / "new.mp4")
+    (clips / "metadata.csv").unlink()
+    with pytest.raises(UserError, match=r"another data set than the source has now .* Use another folder"):
+        ingest(clips, tmp_path / "out", is_fixed=True)
+    assert read_files(tmp_path / "out") == before
     (tmp_path / "other").mkdir()
-    assert ingest(clips, tmp_path / "other").usable == 3  # an empty folder may be filled
+    assert ingest(clips, tmp_path / "other").usable == 4  # an empty folder may be filled
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("keep")
     with pytest.raises(UserError, match="not an ingested data set"):
         ingest(clips, tmp_path / "home")
-    assert (tmp_path / "home" / "letter.txt").read_text() == "keep"
+    assert list_files(tmp_path / "home") == ["letter.txt"]
 
 
-@pytest.mark.parametrize("when", [(2, 3), "writing"])
-def test_an_interrupted_run_leaves_its_journal(clips, tmp_path, when):
+def test_settings_may_change_until_a_part_is_written(clips, tmp_path):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(clips, tmp_path / "out", progress=stop)
+    write_clip(tmp_path / "others" / "z.mp4")
+    config = IngestConfig(screening=ScreeningConfig(min_size=9))
+    assert ingest(tmp_path / "others", tmp_path / "out", config=config).usable_files == 1
+    assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["z.mp4"]
+
+
+def test_an_interrupted_run_leaves_its_parts(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_MIN_PART_BYTES", 1)
     seen = []
 
     def interrupt(done, total):
         seen.append((done, total))
-        if seen[-1] == when or (when == "writing" and len(seen) == 6):
+        if seen[-1] == (2, 3):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ingest(clips, tmp_path / "out", progress=interrupt)
-    assert list_files(tmp_path) == ["clips", "out.ingest"]
-    assert list_files(tmp_path / "out.ingest") == ["journal.jsonl"]
+        ingest(clips, tmp_path / "out", progress=interrupt, workers=1)
+    assert list_files(tmp_path / "out") == ["clips-train-00000.array_record", "index", "ingest"]
+    with pytest.raises(UserError, match="it is not finished"):
+        ClipSource(tmp_path / "out")
     ingest(clips, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
-    assert ((2, 3) if when == (2, 3) else (3, 3)) in seen[-6:-2]
-    assert list_files(tmp_path) == ["clips", "out"]
+    assert seen == [(0, 3), (1, 3), (2, 3), (0, 2), (1, 2), (2, 2)]
+    ingest(clips, tmp_path / "undisturbed")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "undisturbed")
 
 
-def test_shards_keep_the_order(clips, tmp_path, monkeypatch):
-    monkeypatch.setattr(clip_writer, "SHARD_BYTES", 1)
+def read_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_parts_keep_the_order(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_MIN_PART_BYTES", 1)
     (clips / "sub" / "b.webm").write_bytes(b"broken")
     ingest(clips, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.array_record*"))) == 2
+    assert len(list((tmp_path / "out").glob("*.array_record"))) == 3
     source = ClipSource(tmp_path / "out")
     assert [source[i] for i in range(2)] == [(clips / name).read_bytes() for name in ("a.mp4", "c.png")]
+    # TFDS reads them too, the part without a clip included.
+    records = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    assert [record["name"].decode() for record in records] == ["a.mp4", "c.png"]
 
 
-def test_the_number_of_shards_follows_from_clips_and_bytes():
-    assert clip_writer.count_shards(10, 0) == 1
-    assert clip_writer.count_shards(10, clip_writer.SHARD_BYTES) == 10
-    assert clip_writer.count_shards(3, 10 * clip_writer.SHARD_BYTES) == 3
-    assert clip_writer.count_shards(1000, clip_writer.SHARD_BYTES // 100) == 10
+def test_parts_are_neither_too_many_nor_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_MAX_PART_FILES", 100)
+
+    def list_parts(*sizes: int) -> list[int]:
+        clips = tuple(ListedClip(f"{n:04}", (), size, f"/{n}", None, "train") for n, size in enumerate(sizes))
+        folder = parts.IngestFolder(tmp_path / str(len(list(tmp_path.iterdir()))), {})
+        folder.update(Listing(clips))
+        members = [folder.read_clips(part) for part in folder.parts]
+        assert [clip.name for part in members for clip in part] == [clip.name for clip in clips]
+        assert folder.count_clips(folder.parts[1:]) == len(clips) - len(members[0])
+        return [len(part) for part in members]
+
+    megabyte = 1 << 20
+    assert list_parts(*[megabyte] * 40) == [16, 16, 8]  # at least 16 MiB each, if there are so many
+    assert list_parts(*[100 * megabyte] * 128) == [2] * 64  # 64 parts
+    assert list_parts(*[3 << 30] * 2, 1, 1, 3 << 30) == [1, 1, 2, 1]  # at most 1 GiB each, or one file
+    assert list_parts(*[1] * 250) == [100, 100, 50]
 
 
-def test_many_references_are_written_without_tensorflow(tmp_path, monkeypatch):
-    """TFDS itself would hold all examples, and beyond a limit write them with TensorFlow."""
+def test_many_clips_are_written_without_tensorflow(tmp_path, monkeypatch):
+    """TFDS would hold all examples, or references to them, and beyond a limit write them with TensorFlow."""
     from tensorflow_datasets.core import shuffle
 
-    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 20_000)
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1000)
     for index in range(5):
         frames = np.random.default_rng(index).integers(0, 255, (1, 60, 60, 3), np.uint8)
         (tmp_path / "clips").mkdir(exist_ok=True)
         Clip(frames=frames, fps=1).save(tmp_path / "clips" / f"{index}.png")
-    assert sum(path.stat().st_size for path in (tmp_path / "clips").iterdir()) > 2 * 20_000
     assert ingest(tmp_path / "clips", tmp_path / "out").usable == 5
+    assert len(tfds.builder_from_directory(tmp_path / "out").as_data_source("train")) == 5
 
 
-def test_a_clip_that_changes_after_its_inspection_ends_the_run(clips, tmp_path):
+@pytest.mark.parametrize("how", ["changed", "removed"])
+def test_a_clip_that_changes_after_its_inspection_is_left_for_a_retry(clips, tmp_path, how):
+    content = (clips / "c.png").read_bytes()
+
     def change(done, total):
-        if done == total == 3:
-            data = bytearray((clips / "c.png").read_bytes())
-            data[-20] ^= 1
-            (clips / "c.png").write_bytes(data)
+        if done == total and how == "changed":
+            (clips / "c.png").write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+        elif done == total:
+            (clips / "c.png").unlink()
 
-    with pytest.raises(UserError, match=r"c\.png has changed since it was inspected"):
-        ingest(clips, tmp_path / "out", progress=change)
-    assert not (tmp_path / "out").exists()
+    report = ingest(clips, tmp_path / "out", progress=change)
+    assert report.quarantined == (("c.png", "has changed since it was inspected; do not modify the source"),)
+    assert report.passing == ("c.png",)
+    assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["a.mp4", "sub/b.webm"]
+    (clips / "c.png").write_bytes(content)
+    assert ingest(clips, tmp_path / "out", retry=True).usable == 3
+    ingest(clips, tmp_path / "undisturbed")
+    assert read_files(tmp_path / "out") == read_files(tmp_path / "undisturbed")
 
 
 def test_numbers_below_one_are_refused(clips, tmp_path):
@@ -305,8 +364,7 @@ def test_the_command_ingests_a_folder(clips, tmp_path, script):
     assert done.returncode == 0, done.stderr
     assert "3 clips, 8 frames" in done.stdout
     assert (tmp_path / "out" / "REPORT.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    for bar in ("reading clips 3/3 (100%)", "writing clips 3/3 (100%)"):
-        assert bar in done.stderr
+    assert "reading clips 3/3 (100%)" in done.stderr
     again = script("tools/ingest.py", clips, tmp_path / "out")
     assert "was there already" in again.out
     done = script("tools/ingest.py", clips, tmp_path / "few", "--screening.min-seconds", "0.3", "--workers", "1")
@@ -328,12 +386,13 @@ def test_the_command_reads_a_list_with_columns_of_any_name(tmp_path, script):
     columns = ("--columns.name", "clip", "--columns.captions", "dense", "--columns.split", "part")
     done = script("tools/ingest.py", source, tmp_path / "out", "--list-path", "mira.csv", *columns)
     assert done.code == 0, done.err
+    infos = ClipSource(tmp_path / "out").infos
+    assert [(info.split, info.captions) for info in infos] == [("train", ("A red ball.",)), ("test", ("A cat.",))]
     builder = tfds.builder_from_directory(tmp_path / "out")
-    captions = {
-        split: [text.decode() for record in builder.as_data_source(split) for text in record["captions"]]
-        for split in ("train", "test")
+    names = {
+        split: [record["name"].decode() for record in builder.as_data_source(split)] for split in ("train", "test")
     }
-    assert captions == {"train": ["A red ball."], "test": ["A cat."]}
+    assert names == {"train": ["clips/a.mp4"], "test": ["clips/b.mp4"]}
 
 
 def test_the_command_explains_that_beam_is_missing(clips, tmp_path, script, monkeypatch):
