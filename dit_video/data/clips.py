@@ -131,7 +131,7 @@ class ClipSource(SharesArrays):
         """
         number, row = self._locate(int(index))
         table = self.tables[number]
-        place = RecordPlace(*(int(table[name][row]) for name in RecordPlace._fields))
+        place = RecordPlace(*(table.read_values(name, [row])[0] for name in RecordPlace._fields))
         try:
             return self._readers[number].read(get_file_name(DATASET_NAME, table.get_part(row)), place)["clip"]
         except DecodeError as error:
@@ -143,10 +143,13 @@ class ClipSource(SharesArrays):
         Raises:
           UserError: a data set has no such column.
         """
-        values = [self._take(table, rows, name) for table, rows in zip(self.tables, self._rows, strict=True)]
+        pairs = list(zip(self.tables, self._rows, strict=True))
+        if name != "captions" and all(isinstance(table[name], np.ndarray) for table in self.tables):
+            return np.concatenate([table[name][rows] for table, rows in pairs])
+        values = [self._read_values(table, rows, name) for table, rows in pairs]
         if name == "name":
             return [prefix + each for prefix, part in zip(self._prefixes, values, strict=True) for each in part]
-        return np.concatenate(values) if isinstance(values[0], np.ndarray) else list(itertools.chain(*values))
+        return list(itertools.chain(*values))
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -207,12 +210,11 @@ class ClipSource(SharesArrays):
         counts, shares = np.hstack([counts, is_empty]), np.hstack([shares, is_empty])
         return np.repeat(shares.ravel(), counts.ravel())
 
-    def _take(self, table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Any:
-        """Return a column of some rows: an array of numbers, or a list."""
-        if name == "captions":
-            columns = (_take(table, rows, column) for column in self._captions)
-            return [tuple(itertools.chain(*map(_list_texts, each))) for each in zip(*columns, strict=True)]
-        return _take(table, rows, name)
+    def _read_values(self, table: Table, rows: Int64[np.ndarray, " n"], name: str) -> list[Any]:
+        if name != "captions":
+            return table.read_values(name, rows)
+        columns = (table.read_values(column, rows) for column in self._captions)
+        return [tuple(itertools.chain(*map(_list_texts, each))) for each in zip(*columns, strict=True)]
 
     def _has_name(self, names: Collection[str]) -> Bool[np.ndarray, " n"]:
         requested = pa.array(sorted(set(names)), pa.string())
@@ -252,8 +254,7 @@ class ClipSource(SharesArrays):
             start += len(rows)
             if not len(part):
                 continue
-            columns = {name: self._take(table, part, name) for name in ClipInfo._fields}
-            columns = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in columns.items()}
+            columns = {name: self._read_values(table, part, name) for name in ClipInfo._fields}
             columns["name"] = [prefix + name for name in columns["name"]]
             yield from map(ClipInfo, *columns.values())
 
@@ -315,8 +316,3 @@ def _count_texts(table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Int6
 def _list_texts(texts: str | Sequence[str] | None) -> Sequence[str]:
     return (texts,) if isinstance(texts, str) else texts or ()
 
-
-def _take(table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Any:
-    """Return a column of some rows: an array of numbers, or a list."""
-    column = table[name]
-    return column[rows] if isinstance(column, np.ndarray) else column.take(pa.array(rows)).to_pylist()

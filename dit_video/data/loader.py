@@ -9,7 +9,7 @@ import abc
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import absl.flags
@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.shared_array import SharedStrings
+from dit_video.core.storage import is_remote
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
@@ -40,6 +41,8 @@ from dit_video.tokens import Grid, LayoutShape, PackedBatch, compute_token_grid,
 
 CACHE_BYTES = 1 << 30
 AHEAD_BYTES = 1 << 29
+REMOTE_THREADS = 16
+"""Number of batches of latents that are read from a bucket at once, as each request waits for the network."""
 _SPARE_ELEMENTS = 3
 """Elements that are buffered in addition to those that the threads work on."""
 _WORKER_BUFFER = 2
@@ -66,7 +69,8 @@ class LoaderConfig:
     """Index of this host."""
     hosts: int = 1
     threads: int = 1
-    """Threads that read and pack, in each process. Use several for video files, which are decoded in parallel."""
+    """Threads that read and pack, in each process. Use several for video files, which are decoded in parallel; latents
+    in a bucket are read by at least `REMOTE_THREADS`."""
     workers: int = 0
     """Processes that read and pack; 0 for a thread of this process. A script that uses workers must guard its entry
     point by `if __name__ == "__main__"`."""
@@ -204,6 +208,8 @@ def load_packed_batches(
     host_rows = config.batch // config.hosts
     batches = grain.MapDataset.source(rows).batch(host_rows, drop_remainder=True, batch_fn=stack_rows)
     host_share = batches[config.host :: config.hosts][config.start_step :]
+    if is_remote(source.folder):
+        config = replace(config, threads=max(config.threads, REMOTE_THREADS))
     return PackedBatches(iter(read_ahead(host_share, config)), layout, config)
 
 

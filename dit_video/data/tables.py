@@ -27,7 +27,6 @@ from jaxtyping import Int32, Int64
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.shared_array import SharesArrays
-from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, download, get_default_cache, to_storage_path
 from dit_video.data import where as conditions
 from dit_video.data.table_files import (
@@ -44,6 +43,8 @@ from dit_video.data.table_files import (
 _SMALL_TABLE = 20_000
 """Number of rows below which columns are kept in memory and pickled, instead of files in the cache."""
 _MAX_CACHED_TABLES = 8
+_FEW_ROWS = 64
+"""Number of rows up to which they are read one by one: Arrow's `take` looks at all chunks of a column."""
 
 
 class Table:
@@ -118,6 +119,13 @@ class Table:
                 raise UserError(f"column={name!r} is invalid: {self.folder} has {', '.join(sorted(self.types))}.")
             self._columns[name] = self._open_column(name)
         return self._columns[name]
+
+    def read_values(self, name: str, rows: Int64[np.ndarray, " k"] | Sequence[int]) -> list[Any]:
+        """Return the values of some rows of a column as Python's values, None for null; raises like `arrow`."""
+        column = self.arrow(name)
+        if len(rows) > _FEW_ROWS:
+            return column.take(pa.array(rows)).to_pylist()
+        return [column[int(row)].as_py() for row in rows]
 
     def select(self, where: str) -> Int64[np.ndarray, " n"]:
         """Return the numbers of the rows that meet a condition, see `dit_video.data.where`.
@@ -269,7 +277,7 @@ class TableColumn(SharesArrays, Sequence[Any]):
         return column if len(self) == len(column) else column.take(pa.array(self._rows))
 
     def _convert(self, rows: Int64[np.ndarray, " n"]) -> list[Any]:
-        values = self._table.arrow(self._name).take(pa.array(rows)).to_pylist()
+        values = self._table.read_values(self._name, rows)
         if pa.types.is_list(self._table.types[self._name]):
             return [tuple(each or ()) for each in values]
         return [self._prefix + each for each in values] if self._prefix else values

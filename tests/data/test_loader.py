@@ -239,14 +239,14 @@ def test_captions_are_drawn_anew_every_epoch():
 
 def test_a_damaged_example_keeps_its_place_and_does_not_count(source, monkeypatch, caplog):
     expected = take(source, 4)
-    damaged, read = source.names[12], LatentSource.__getitem__
+    damaged, read = source.names[12], LatentSource.read_example
 
     def reading(self, index):
         if self.names[index] == damaged:
             raise DecodeError("record 12 is damaged")
         return read(self, index)
 
-    monkeypatch.setattr(LatentSource, "__getitem__", reading)
+    monkeypatch.setattr(LatentSource, "read_example", reading)
     batches = take(source, 4)
     missing = 0
     for batch, whole in zip(batches, expected, strict=True):

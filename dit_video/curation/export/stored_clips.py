@@ -45,7 +45,7 @@ class TableClips:
         Raises:
           UserError: the file cannot be reached, or is damaged.
         """
-        place = RecordPlace(*(int(self.table[name][row]) for name in RecordPlace._fields))
+        place = RecordPlace(*(self.table.read_values(name, [row])[0] for name in RecordPlace._fields))
         return self._reader.read(get_file_name(DATASET_NAME, self.table.get_part(row)), place)["clip"]
 
 

@@ -145,22 +145,35 @@ class LatentSource(SharesArrays):
         self._text_rows: Int64[np.ndarray, " c"] | None = None
         if self._texts is not None:
             self._text_rows = self._texts.find(self.caption_ids)
-        self._last_record: tuple[int, dict[str, Any]] | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Float32[np.ndarray, "t h w c"]:
-        """Return the latents of one example.
+        """Return the latents of one example; raises like `read_example`."""
+        return self.read_example(index)[0]
+
+    def read_example(self, index: int) -> tuple[Float32[np.ndarray, "t h w c"], dict[str, np.ndarray]]:
+        """Return the latents of one example, and the arrays of its further fields by name.
 
         Raises:
           DecodeError: its record is damaged.
         """
-        shape = (*self.get_size(index), self.channels)
-        if self._dtype != "int8":
-            return self._read_values(index, "latents", shape)
-        scale = self._read_values(index, "scale", (self.channels,))
-        return self._read_values(index, "latents", shape, "int8").astype(np.float32) * scale
+        try:
+            record = read_row(self._reader, self._table, int(self._rows[index]), DATASET_NAME)
+        except DecodeError as error:
+            raise DecodeError(f"the record of {self.names[index]}: {error}. Encode it again.") from error
+        size = self.get_size(index)
+        shape = (*size, self.channels)
+        if self._dtype == "int8":
+            scale = self._decode(index, record, "scale", (self.channels,), "float32")
+            latents = self._decode(index, record, "latents", shape, "int8").astype(np.float32) * scale
+        else:
+            latents = self._decode(index, record, "latents", shape, "float32")
+        return latents, {
+            field.name: self._decode(index, record, get_record_name(field), field.get_shape(size), field.dtype)
+            for field in self.fields
+        }
 
     @property
     def groups(self) -> Int32[np.ndarray, " n"]:
@@ -179,8 +192,8 @@ class LatentSource(SharesArrays):
         return Grid(*self.sizes[index].tolist())
 
     def read_field(self, index: int, field: Field) -> np.ndarray:
-        """Return the array of one of `fields` of one example; raises like `source[index]`."""
-        return self._read_values(index, get_record_name(field), field.get_shape(self.get_size(index)), field.dtype)
+        """Return the array of one of `fields` of one example; raises like `read_example`."""
+        return self.read_example(index)[1][field.name]
 
     def read_text(self, index: int, caption: int = 0) -> Float32[np.ndarray, "s e"]:
         """Return the embedding of one caption of an example.
@@ -192,40 +205,29 @@ class LatentSource(SharesArrays):
         count = int(self.caption_counts[index])
         if self._texts is None or self._text_rows is None or not 0 <= caption < count:
             raise UserError(
-                f"caption={caption} is invalid: {self.names[index]} has {count if self._texts else 0} embedded captions. "
-                "Use a number from 0 on, or encode the clips with a text encoder."
+                f"caption={caption} is invalid: {self.names[index]} has {count if self._texts else 0} embedded captions. Use "
+                "a number from 0 on, or encode the clips with a text encoder."
             )
         row = int(self._text_rows[self._text_ends[index] - count + caption])
         try:
             return self._texts.read(row)
         except DecodeError as error:
-            raise DecodeError(f"the embedding of a caption of {self.names[index]}: {error}. Encode it again.") from error
+            raise DecodeError(
+                f"the embedding of a caption of {self.names[index]}: {error}. Encode it again."
+            ) from error
 
     def _list_skipped(self) -> list[Skipped]:
         rows = self._table.select("outcome == 'unreadable' and chosen")
         return list(map(Skipped, *(TableColumn(self._table, name, rows) for name in Skipped._fields)))
 
-    def _read_values(self, index: int, name: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
-        values, expected = decode_values(self._read_record(index)[name], self._dtype, dtype), math.prod(shape)
+    def _decode(
+        self, index: int, record: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: str
+    ) -> np.ndarray:
+        values, expected = decode_values(record[name], self._dtype, dtype), math.prod(shape)
         if values.size != expected:
             clip = self.names[index]
             raise DecodeError(f"{clip} has {values.size} values of {name}, not {expected}. Encode it again.")
         return values.reshape(shape)
-
-    def _read_record(self, index: int) -> dict[str, Any]:
-        last_record = self._last_record
-        # Latents and fields of an example are usually read one after the other: keep the last record.
-        if last_record is None or last_record[0] != index:
-            row = int(self._rows[index])
-            try:
-                record = read_row(self._reader, self._table, row, DATASET_NAME)
-            except DecodeError as error:
-                raise DecodeError(f"the record of {self.names[index]}: {error}. Encode it again.") from error
-            self._last_record = last_record = index, record
-        return last_record[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_last_record": None}
 
 
 class _TextReader(SharesArrays):
@@ -264,7 +266,7 @@ class _TextReader(SharesArrays):
 
 def read_row(reader: RecordReader, table: Table, row: int, dataset: str) -> dict[str, Any]:
     """Return the record of a row of a table; raises like `RecordReader.read`."""
-    place = RecordPlace(*(int(table[name][row]) for name in RecordPlace._fields))
+    place = RecordPlace(*(table.read_values(name, [row])[0] for name in RecordPlace._fields))
     return reader.read(get_file_name(dataset, table.get_part(row)), place)
 
 

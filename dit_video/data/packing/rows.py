@@ -225,17 +225,13 @@ class LatentRows:
         if (clip := self._clips.get(example)) is not None:
             return clip
         source, size = self._source, self._source.get_size(example)
-        values = read_undamaged(
-            self._layout.names[example],
-            lambda: (source[example], [source.read_field(example, field) for field in source.fields]),
-        )
+        values = read_undamaged(self._layout.names[example], lambda: source.read_example(example))
         is_damaged = values is None
         if values is None:
-            zeros = [np.zeros(field.get_shape(size), field.dtype) for field in source.fields]
+            zeros = {field.name: np.zeros(field.get_shape(size), field.dtype) for field in source.fields}
             values = np.zeros((*size, source.channels), np.float32), zeros
         latents, arrays = values
-        pairs = zip(source.fields, arrays, strict=True)
-        fields = {field.name: field.patchify(array, self._patch) for field, array in pairs}
+        fields = {field.name: field.patchify(arrays[field.name], self._patch) for field in source.fields}
         clip = EncodedClip(np.ascontiguousarray(patchify(latents, self._patch)), fields, is_damaged)
         with self._lock:
             if not is_damaged and clip.nbytes <= self._free_bytes and example not in self._clips:

@@ -14,11 +14,10 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import workers
+from dit_video.data.ingest import completion, engine, parts, report, workers
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig
-from dit_video.data.ingest.journal import JOURNAL_FILE, PARTS_FOLDER, Journal, JournalPart, read_parts
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.video import Clip
 from support.devices import HANG, PROGRAMS, wait_until
@@ -44,8 +43,15 @@ def log(tmp_path, monkeypatch):
 
 
 def compute_digests(folder: Path) -> dict[str, str]:
+    """Return hashes of all files, but those that a killed process did not complete."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    names = [str(path.relative_to(folder)) for path in files]
+    assert all(".partial." in name or name.startswith(".clips-") for name in names if "/." in f"/{name}")
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in zip(names, files, strict=True)
+        if "/." not in f"/{name}"
+    }
 
 
 @pytest.mark.slow
@@ -91,10 +97,11 @@ def test_a_mistake_in_the_screening_ends_the_run(tmp_path, monkeypatch):
     write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
     with pytest.raises(UserError, match=r"^nothing works here$"):
         ingest(tmp_path / "clips", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ingest"]
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log):
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log, monkeypatch):
+    monkeypatch.setattr(parts, "_MIN_PART_BYTES", 1)
     names = ["0.mp4", "1.mp4", "2.mp4", "3_held.mp4", "4.mp4", "5.mp4"]
     write_clips(tmp_path / "clips", *names, "broken.mp4")
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"broken")
@@ -109,38 +116,79 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log):
     run.wait()
     before = log.read_text().split()
     assert 4 <= len(before) < 7
-    assert not out.exists()
-    with (tmp_path / "out.ingest" / JOURNAL_FILE).open("ab") as journal:
-        journal.write(b'{"clip": "torn')
+    assert not (out / "table.json").exists()
     seen = []
-    ingest(clips, out, workers=1, progress=lambda done, total: seen.append(done))
-    assert seen[0] >= 3
+    ingest(clips, out, workers=1, progress=lambda done, total: seen.append((done, total)))
+    assert seen[0] in [(0, 4), (0, 3)]
     inspected = log.read_text().split()
     assert sorted(set(inspected)) == sorted([*names, "broken.mp4"])
     # Only what was in a worker's hands when the run was killed is done again.
     assert len(inspected) <= 7 + 1
-    assert not (tmp_path / "out.ingest").exists()
 
     ingest(clips, tmp_path / "one", workers=1)
     ingest(clips, tmp_path / "three", workers=3)
     assert compute_digests(out) == compute_digests(tmp_path / "one") == compute_digests(tmp_path / "three")
-    assert {"index.json", "report.json", "features.json", "dataset_info.json"} < compute_digests(out).keys()
-    assert all(str(tmp_path).encode() not in path.read_bytes() for path in out.iterdir())
+    assert {"table.json", "report.json", "features.json", "dataset_info.json"} < compute_digests(out).keys()
+    results = [path for path in out.rglob("*") if path.is_file() and path.parent.name != "ingest"]
+    assert all(str(tmp_path).encode() not in path.read_bytes() for path in results)
 
 
 def test_files_that_a_killed_run_left_are_no_part_of_the_result(tmp_path):
     write_clips(tmp_path / "clips", "a.mp4")
-    for name in ("data", "data.lists"):
-        (tmp_path / "out.ingest" / name).mkdir(parents=True)
-        (tmp_path / "out.ingest" / name / "half").write_text("half")
-    ingest(tmp_path / "clips", tmp_path / "out")
     ingest(tmp_path / "clips", tmp_path / "other")
-    assert compute_digests(tmp_path / "out") == compute_digests(tmp_path / "other")
+    out = tmp_path / "out"
+    left = [".clips-new/half", ".clips-old/half", "index/.train-00000.0.partial.parquet", ".report.1.partial.json"]
+    for name in ("ingest/letter", *left):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("half")
+    for name in (".clips-old", left[-1]):
+        os.utime(out / name, (0, 0))
+    (out / "ingest" / "letter").unlink()
+    ingest(tmp_path / "clips", out)
+    assert compute_digests(out) == compute_digests(tmp_path / "other")
+    assert [(out / name).exists() for name in left] == [True, False, True, False]  # others may be in use
 
 
-@pytest.mark.slow
-def test_a_changed_clip_is_inspected_again(tmp_path, log):
-    write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
+@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.parametrize("step", ["write_column", "write_metadata", "make_report", "write_document", "write_manifest"])
+def test_an_interrupted_completion_is_done_again(tmp_path, monkeypatch, step, grown):
+    """The data set of an earlier state of the source stays usable until then."""
+
+    def prepare(out: Path) -> None:
+        write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
+        if grown:
+            ingest(tmp_path / "clips", out)
+            write_clips(tmp_path / "clips", "a.mp4", "b.mp4", "c.mp4")
+
+    prepare(tmp_path / "undisturbed")
+    for path in (tmp_path / "clips").iterdir():
+        path.unlink()
+    out = tmp_path / "out"
+    prepare(out)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        module = completion if hasattr(completion, step) else report
+        patch.setattr(module, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ingest(tmp_path / "clips", out)
+    if grown:
+        source = ClipSource(out)
+        assert [info.name for info in source.infos] == ["a.mp4", "b.mp4"]
+        assert source[1] == (tmp_path / "clips" / "b.mp4").read_bytes()
+    else:
+        assert not (out / "table.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "Workers", lambda *_: pytest.fail("decoded again"))
+        assert not ingest(tmp_path / "clips", out).reused
+    ingest(tmp_path / "clips", tmp_path / "undisturbed")
+    assert compute_digests(out) == compute_digests(tmp_path / "undisturbed")
+
+
+def test_a_clip_that_changed_before_its_part_was_written_is_read_as_it_is_now(tmp_path, log):
+    write_clips(tmp_path / "clips", "a.mp4", "b.mp4", "c.mp4")
 
     def stop(done, total):
         if done == total:
@@ -148,107 +196,27 @@ def test_a_changed_clip_is_inspected_again(tmp_path, log):
 
     with pytest.raises(KeyboardInterrupt):
         ingest(tmp_path / "clips", tmp_path / "out", progress=stop)
-    (tmp_path / "clips" / "b.mp4").write_bytes((tmp_path / "clips" / "a.mp4").read_bytes())
-    ingest(tmp_path / "clips", tmp_path / "out")
-    assert sorted(log.read_text().split()) == ["a.mp4", "b.mp4", "b.mp4"]
-
-
-@pytest.mark.slow
-def test_a_clip_that_changed_without_a_new_modification_time_is_found_out(tmp_path, log):
-    """Only the second pass notices it: it forgets the clip's inspection, and the next run continues."""
-    write_clips(tmp_path / "clips", "a.mp4", "b.mp4")
-    path = tmp_path / "clips" / "b.mp4"
-
-    def change(done, total):
-        if done == total:
-            stat, data = path.stat(), bytearray(path.read_bytes())
-            data[-20] ^= 1
-            path.write_bytes(data)
-            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-
-    with pytest.raises(UserError, match=r"b\.mp4 has changed since it was inspected"):
-        ingest(tmp_path / "clips", tmp_path / "out", progress=change)
+    changed = (tmp_path / "clips" / "a.mp4").read_bytes() + bytes(9)
+    (tmp_path / "clips" / "b.mp4").write_bytes(changed)
     report = ingest(tmp_path / "clips", tmp_path / "out")
-    assert report.usable + len(report.quarantined) == 2
-    assert sorted(log.read_text().split()) == ["a.mp4", "b.mp4", "b.mp4"]
+    assert (report.usable, report.files, report.quarantined) == (3, 3, ())
+    source = ClipSource(tmp_path / "out")
+    assert {info.name: source[index] for index, info in enumerate(source.infos)}["b.mp4"] == changed
 
 
-def test_a_destination_that_somebody_fills_meanwhile_is_not_overwritten(tmp_path):
+def test_files_that_somebody_adds_to_the_destination_are_kept(tmp_path):
     write_clips(tmp_path / "clips", "a.mp4")
 
     def fill(done, total):
-        (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "letter.txt").write_text("keep")
 
-    with pytest.raises(UserError, match="not an ingested data set"):
-        ingest(tmp_path / "clips", tmp_path / "out", progress=fill)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["letter.txt"]
+    ingest(tmp_path / "clips", tmp_path / "out", progress=fill)
+    ingest(tmp_path / "clips", tmp_path / "out")
+    assert (tmp_path / "out" / "letter.txt").read_text() == "keep"
+    assert len(ClipSource(tmp_path / "out")) == 1
 
 
-def open_journal(folder, config=ScreeningConfig()):  # noqa: B008
-    return Journal(folder, (config, 1.0))
-
-
-def test_a_journal_returns_the_results_of_unchanged_clips(tmp_path):
-    path = tmp_path / "clip"
-    path.write_text("x")
-    clip = ListedClip("clip", (), 1, str(path))
-    verdict = Inspection("", "00", (), (("clip#1", "too short"),), modified=path.stat().st_mtime_ns)
-    with open_journal(tmp_path / "work") as journal:
-        assert journal.get(clip) is None
-        journal.put(clip, verdict)
-        with pytest.raises(UserError, match="another process"):
-            open_journal(tmp_path / "work")
-    with (tmp_path / "work" / JOURNAL_FILE).open("ab") as file:
-        file.write(b'not json\n{"clip": 3}\n[]\n{"torn": ')
-    with open_journal(tmp_path / "work") as journal:
-        assert journal.get(clip) == verdict
-        assert journal.get(clip._replace(size=2)) is None
-        assert journal.get(clip._replace(name="other")) is None
-        journal.put(clip._replace(name="other"), verdict)
-    with open_journal(tmp_path / "work") as journal:
-        assert journal.get(clip._replace(name="other")) == verdict
-    with open_journal(tmp_path / "work", ScreeningConfig(min_size=8)) as journal:
-        assert journal.get(clip) is None
-        journal.put(clip, verdict)
-        journal.forget([clip])
-    with open_journal(tmp_path / "work", ScreeningConfig(min_size=8)) as journal:
-        assert journal.get(clip) is None
-    os.utime(path, ns=(1, 1))
-    with open_journal(tmp_path / "work") as journal:
-        assert journal.get(clip) is None
-        journal.put(clip, verdict._replace(reason="no memory", transient=True, modified=1))
-    with open_journal(tmp_path / "work") as journal:
-        assert journal.get(clip) is None
-        journal.put(clip, verdict._replace(modified=1))
-    with open_journal(tmp_path / "work") as journal:
-        assert journal.get(clip) == verdict._replace(modified=1)
-
-
-def test_results_of_workers_are_merged_into_the_journal(tmp_path):
-    """A worker's lines are read by its own run, and those that are kept by the next run."""
-    clips = []
-    for name in ("a", "b", "c"):
-        (tmp_path / name).write_text("x")
-        clips.append(ListedClip(name, (), 1, str(tmp_path / name)))
-    verdicts = [Inspection("", name, modified=(tmp_path / name).stat().st_mtime_ns) for name in ("a", "b")]
-    failed = Inspection("cannot be read", transient=True)
-    with open_journal(tmp_path / "work") as journal:
-        parts = [JournalPart(tmp_path / "work", journal.settings) for _ in range(2)]
-        parts[0].put(clips[0], verdicts[0])
-        parts[1].put(clips[1], failed)
-        assert read_parts(tmp_path / "work", journal.settings, clips) == [verdicts[0], failed, None]
-        parts[0].put(clips[1], verdicts[1])
-    with next((tmp_path / "work" / PARTS_FOLDER).iterdir()).open("ab") as file:
-        file.write(b'{"clip": "torn')
-    with open_journal(tmp_path / "work") as journal:
-        assert [journal.get(clip) for clip in clips] == [*verdicts, None]
-    assert list((tmp_path / "work" / PARTS_FOLDER).iterdir()) == []
-    with open_journal(tmp_path / "work") as journal:
-        assert [journal.get(clip) for clip in clips] == [*verdicts, None]
-
-
-def test_an_inspection_is_the_same_after_the_journal(tmp_path):
+def test_an_inspection_is_the_same_in_another_process(tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (12, 64, 64, 3), np.uint8)
     Clip(frames=frames, fps=4).save(tmp_path / "a.mp4")
     size = (tmp_path / "a.mp4").stat().st_size
@@ -256,11 +224,16 @@ def test_an_inspection_is_the_same_after_the_journal(tmp_path):
     with workers.Workers(1, InspectionConfig(screening=config), 60) as processes:
         ((number, verdict),) = processes.inspect([(5, ListedClip("a.mp4", ("x",), size, str(tmp_path / "a.mp4")))])
     assert number == 5
-    (shot,) = verdict.shots
+    (outcome,) = verdict.outcomes
+    shot = outcome.shot
+    assert shot is not None
     assert shot.hash is not None
     assert shot.letterbox is not None
     assert Inspection.from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
     assert type(shot.letterbox).__name__ == "Borders"
+    assert (outcome.kind, outcome.name, outcome.start_us, outcome.duration_us) == ("kept", "a.mp4", 0, 3_000_000)
+    assert (outcome.payload, outcome.method, outcome.file) == (verdict.sha256, "whole", None)
+    assert verdict.sha256 == hashlib.sha256((tmp_path / "a.mp4").read_bytes()).hexdigest()
 
 
 def tiny_disk(folder: Path) -> bool:
@@ -288,9 +261,8 @@ def test_a_full_disk_ends_the_run_and_the_next_one_continues(tmp_path, kind):
         with pytest.raises(UserError, match=r"out cannot be written \((No space left|File too large)") as raised:
             ingest(tmp_path / "clips", disk / "out")
         assert "\n" not in str(raised.value)
-        assert [path.name for path in disk.iterdir()] == ["out.ingest"]
-        assert [path.name for path in (disk / "out.ingest").iterdir()] == [JOURNAL_FILE]
-        assert len((disk / "out.ingest" / JOURNAL_FILE).read_text().splitlines()) == 1
+        assert [path.name for path in disk.iterdir()] == ["out"]
+        assert [path.name for path in (disk / "out").iterdir()] == ["ingest"]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         if mounted:

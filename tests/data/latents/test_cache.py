@@ -67,10 +67,12 @@ def test_conditioning_latents_are_read_as_they_were_written(tmp_path):
     assert source.fields == fields
     for index, one in enumerate(conditioned):
         np.testing.assert_array_equal(source[index], one.latents)
+        latents, arrays = source.read_example(index)
+        np.testing.assert_array_equal(latents, one.latents)
+        assert arrays.keys() == one.fields.keys()
         for field in fields:
-            values = source.read_field(index, field)
-            np.testing.assert_array_equal(values, one.fields[field.name])
-            assert values.dtype == field.dtype
+            np.testing.assert_array_equal(arrays[field.name], one.fields[field.name])
+            assert arrays[field.name].dtype == field.dtype
     write_latents(tmp_path / "plain", examples(), identity="x")
     assert LatentSource(tmp_path / "plain").fields == ()
     for change, message in (
@@ -135,7 +137,7 @@ def test_unusable_caches_and_examples_are_refused(tmp_path):
     (tmp_path / "letter.txt").write_text("keep")
     with pytest.raises(UserError, match="holds no latents"):
         write_latents(tmp_path, [good], identity="x")
-    with pytest.raises(UserError, match="not a data set of latents, as it has no table.json. Encode"):
+    with pytest.raises(UserError, match=r"not a data set of latents, as it has no table\.json\. Encode"):
         LatentSource(tmp_path)
     with pytest.raises(MissingError):
         LatentSource(tmp_path / "nowhere")

@@ -123,14 +123,15 @@ def test_conditioning_gets_latents_of_clips_of_which_the_first_frames_are_kept(t
     plan = plan_encoding(source, encoding)
     encode_latents(tmp_path / "l", source, encoding, plan, identity="a")
     latents = LatentSource(tmp_path / "l")
-    cond_latents, prefixes = latents.fields
+    assert [field.name for field in latents.fields] == ["cond_latents", "prefixes"]
     for index, name in enumerate(latents.names):
         view = next(view for view in plan.views if view.name == name)
         frames = pixels.to_float(read_fitted_clip(source, view.clip, view.limits, start=view.start).frames)
         numbers = np.arange(len(frames))[:, None, None, None]
         grey, first = (np.asarray(_encode_frames(np.where(numbers < count, frames, 0)[None]))[0] for count in (0, 1))
-        np.testing.assert_allclose(latents.read_field(index, prefixes), np.concatenate([grey, first], -1), atol=1e-5)
-        np.testing.assert_allclose(latents.read_field(index, cond_latents), first, atol=1e-5)
+        fields = latents.read_example(index)[1]
+        np.testing.assert_allclose(fields["prefixes"], np.concatenate([grey, first], -1), atol=1e-5)
+        np.testing.assert_allclose(fields["cond_latents"], first, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -351,10 +352,9 @@ def test_every_kind_of_mask_is_encoded_with_unknown_pixels_grey(tmp_path):
     for index, view in enumerate(plan_encoding(source, encoding).views):
         number = latents.names.index(view.name)
         frames = read_fitted_clip(source, view.clip, view.limits, start=view.start).frames
+        fields = latents.read_example(number)[1]
         for kind in range(2):
-            cond_latents, shares = (
-                latents.read_field(number, field) for field in latents.fields[2 * kind : 2 * kind + 2]
-            )
+            cond_latents, shares = fields[f"cond_latents_{kind}"], fields[f"cond_mask_{kind}"]
             # The mask is that of whole rows and columns of latents, from which the pixels are known again.
             generator = rng.make_generator(kind, "mask of a view", zlib.crc32(view.name.encode()))
             mask = masks[kind].draw(generator, view.size)

@@ -56,10 +56,10 @@ def test_rows_hold_the_fields_of_their_clips(tmp_path, monkeypatch):
         np.testing.assert_array_equal(whole.tokens[0, own], patchify(latents[result[-1]], PATCH))
     assert sorted(result) == [0, 1, 2]
 
-    def damaged(self, index, field):
+    def damaged(self, index):
         raise DecodeError("record 1 is damaged")
 
-    monkeypatch.setattr(LatentSource, "read_field", damaged)
+    monkeypatch.setattr(LatentSource, "read_example", damaged)
     lost = take(LatentSource(tmp_path / "l"))
     assert not lost.valid.any()
     assert not any(values.any() for values in (lost.tokens, *lost.fields.values()))
