@@ -146,5 +146,6 @@ def _draw_second_take(scene: Scene, index: int, seed: int) -> Scene:
 
 def _encode(clip: Clip, crf: int, number: int) -> ClipFile:
     frames, fps = len(clip.frames), float(clip.fps)
-    facts = {"height": clip.height, "width": clip.width, "frames": frames, "fps": fps, "seconds": (frames - 1) / fps}
-    return ClipFile(ClipInfo(name=f"{number:06d}.mp4", captions=(), **facts), encode(clip, "mp4", crf=crf))
+    seconds, name = (frames - 1) / fps, f"{number:06d}.mp4"
+    info = ClipInfo(name, (), clip.height, clip.width, frames=frames, fps=fps, seconds=seconds)
+    return ClipFile(info, encode(clip, "mp4", crf=crf))
