@@ -30,6 +30,8 @@ The other parts run only if they are named:
                  prompts and settings, and time to the first clip with and without kept programs
     scale        seconds and memory from a table of a million clips (`--rows`) to its batches, and at an epoch's edge
     shots        F1 of the detectors of cuts, dissolves and fades on rendered videos, `--examples` / 10 of them
+    duplicates   recall and precision of near-duplicates among rendered clips, by a CLIP that is trained on scenes
+    ingest       hours of 480p video a day that ingest stores, by stream copy and encoded again, with two processes
     studio       time until the studio's page is there, and from a click to a playing video, in headless Chromium
 
 `--small` runs `model` and `sampling` on tiny models. `--peers` also times the convolutional autoencoder and the
@@ -63,7 +65,7 @@ from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import MissingError, UserError, script
 
 DEFAULT_PARTS = ("denoiser", "autoencoder", "data")
-OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling", "features", "studio", "scale")
+OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling", "features", "studio", "scale", "duplicates")
 """Parts that run only if they are named."""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
@@ -147,10 +149,14 @@ def run_benchmarks(
         document["features"] = measure_features(size)
     if "scale" in parts:
         document["scale"] = measure_scale(size)
+    if "duplicates" in parts:
+        document["duplicates"] = measure_duplicates()
     if "studio" in parts:
         document["studio"] = measure_studio(run)
     if "shots" in parts:
         document["shots"] = measure_shots(size)
+    if "ingest" in parts:
+        document["ingest"] = measure_ingest(size)
     if "tiling" in parts:
         print("measuring errors of tiled decoding", file=sys.stderr)
         document["tiling"] = measure_tiling(run, clips)
@@ -246,6 +252,14 @@ def measure_scale(size: BenchmarkSize) -> dict[str, Any]:
     return scale.measure(size.rows)
 
 
+def measure_duplicates() -> dict[str, Any]:
+    """Measure recall and precision of near-duplicates on rendered clips, by a CLIP that is trained on such clips."""
+    from benchmarks import duplicates
+
+    print("training a CLIP of rendered scenes", file=sys.stderr)
+    return duplicates.measure_trained()
+
+
 def measure_studio(run: Path) -> dict[str, Any]:
     """Measure the time until the studio's page is there, and from a click to a playing video."""
     try:
@@ -264,6 +278,15 @@ def measure_shots(size: BenchmarkSize) -> dict[str, Any]:
         return {"skipped": f"{error.name} is not installed"}
     print("detecting transitions in rendered videos", file=sys.stderr)
     return shots.measure(4 if size.small else max(1, size.examples // 10))
+
+
+def measure_ingest(size: BenchmarkSize) -> dict[str, Any]:
+    """Measure the ingest of 480p video."""
+    try:
+        from benchmarks import ingest
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    return ingest.measure(2 if size.small else 12)
 
 
 def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:

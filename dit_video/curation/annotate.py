@@ -21,11 +21,11 @@ from jaxtyping import Int64, UInt64
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePath
-from dit_video.curation.annotator import AnnotationError, Annotator, Column, EncodedClip, TableAnnotator
+from dit_video.curation.annotator import AnnotationError, Annotator, ClipFile, Column, TableAnnotator
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.table_files import COLUMNS_FOLDER, read_bytes, write_column
 
-Progress = Callable[[int, int], object]
+AnnotationProgress = Callable[[int, int], object]
 """Function that is called with the numbers of annotated and of all clips of this process."""
 
 
@@ -47,7 +47,7 @@ def annotate(
     shard: int = 0,
     shards: int = 1,
     retry: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: AnnotationProgress = lambda done, total: None,
 ) -> AnnotationReport:
     """Compute the columns of an annotator, and write them when all clips have values.
 
@@ -171,7 +171,7 @@ def _annotate_clips(
         info: ClipInfo = source.infos[clip]
         row = {"clip": clip, "id": info.id, f"{annotator.name}_error": None}
         try:
-            return row | dict(annotator.annotate(EncodedClip(info, source[clip])))
+            return row | dict(annotator.annotate(ClipFile(info, source[clip])))
         except (AnnotationError, DecodeError) as error:
             return row | dict.fromkeys(annotator.columns) | {f"{annotator.name}_error": str(error)}
 

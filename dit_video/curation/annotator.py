@@ -27,7 +27,7 @@ class AnnotationError(UserError):
 
 
 @dataclass(frozen=True)
-class EncodedClip:
+class ClipFile:
     """A clip that an annotator reads: its file, and what is known of it."""
 
     info: ClipInfo
@@ -53,8 +53,8 @@ class EncodedClip:
         return decode(self.content, start=step / 2, fps=1 / step, **options)
 
 
-class Cost(NamedTuple):
-    """Cost of a service."""
+class ServiceCost(NamedTuple):
+    """ServiceCost of a service."""
 
     text: str
     """Description, empty if there is no service."""
@@ -94,7 +94,7 @@ class Annotator(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def annotate(self, clip: EncodedClip) -> Mapping[str, Any]:
+    def annotate(self, clip: ClipFile) -> Mapping[str, Any]:
         """Return the values of a clip; None for what does not exist, such as the motion of an image.
 
         Raises:
@@ -109,9 +109,9 @@ class Annotator(abc.ABC):
           UserError: a package, weights or a key are missing.
         """
 
-    def estimate_cost(self, infos: Sequence[ClipInfo]) -> "Cost":
+    def estimate_cost(self, infos: Sequence[ClipInfo]) -> "ServiceCost":
         """Return what the values of these clips cost."""
-        return Cost("", 0.0)
+        return ServiceCost("", 0.0)
 
     def summarize(self) -> str:
         """Return a line about the work done, such as its cost; empty for none."""

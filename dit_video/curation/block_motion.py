@@ -86,8 +86,12 @@ def read_block_vectors(content: bytes) -> tuple[BlockVectors, BlockVectors]:
 
 def _concatenate(parts: Sequence[BlockVectors]) -> BlockVectors:
     empty = BlockVectors(np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(0))
+    all_parts = (empty, *parts)
     return BlockVectors(
-        *(np.concatenate(values) for values in zip(*(each[:-1] for each in (empty, *parts)), strict=True))
+        np.concatenate([each.times for each in all_parts]),
+        np.concatenate([each.positions for each in all_parts]),
+        np.concatenate([each.velocities for each in all_parts]),
+        np.concatenate([each.weights for each in all_parts]),
     )
 
 

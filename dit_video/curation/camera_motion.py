@@ -98,8 +98,9 @@ def track_camera(
             rows.append((max(np.ptp(part.times), WINDOW_SECONDS / 8), motion, *others))
     if not rows:
         return CameraTrack(np.zeros(0), np.zeros((0, 4)), np.zeros(0), np.zeros(0), np.zeros(0))
-    durations, motions, *others = (np.array(column) for column in zip(*rows, strict=True))
-    return CameraTrack(durations, motions * np.array([1, -1, -1, 1]), *others)
+    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    columns[1] = columns[1] * np.array([1, -1, -1, 1])
+    return CameraTrack(*columns)
 
 
 def label_camera(track: CameraTrack) -> str:
@@ -126,7 +127,8 @@ def compute_shake(track: CameraTrack) -> float:
 
 
 def _take(vectors: BlockVectors, chosen: np.ndarray) -> BlockVectors:
-    return BlockVectors(*(values[chosen] for values in vectors[:-1]), spans=vectors.spans)
+    times, positions, velocities, weights, spans = vectors
+    return BlockVectors(times[chosen], positions[chosen], velocities[chosen], weights[chosen], spans)
 
 
 def _thin_out(vectors: BlockVectors) -> BlockVectors:

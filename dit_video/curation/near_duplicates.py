@@ -65,7 +65,7 @@ def find_near_duplicates(
     clusters = _cluster(rows, max(1, len(rows) // cluster_clips))
     pairs = np.concatenate([_find_pairs(rows, members, threshold) for members in clusters])
     if thumbnails is not None:
-        frames = [_normalize_frames(thumbnails[clip]) for clip in usable]
+        frames = [_normalize_frames(thumbnails[clip]) for clip in usable.tolist()]
         matches = [compute_frame_match(frames[first], frames[second]) for first, second, _ in pairs.tolist()]
         pairs = pairs[np.array(matches, np.float32) >= min_match]
     order = np.lexsort((-pairs["cosine"], pairs["first"], pairs["second"]))

@@ -315,4 +315,3 @@ def _count_texts(table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Int6
 
 def _list_texts(texts: str | Sequence[str] | None) -> Sequence[str]:
     return (texts,) if isinstance(texts, str) else texts or ()
-

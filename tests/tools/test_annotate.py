@@ -77,7 +77,7 @@ def train(script, folder, *options):
 
 def compute_matches(folder, count):
     """Return the match of clips of scenes with their caption, and with that of the next scene."""
-    from dit_video.curation.annotator import EncodedClip
+    from dit_video.curation.annotator import ClipFile
     from dit_video.data.clips import ClipInfo
     from dit_video.video import encode
 
@@ -87,7 +87,7 @@ def compute_matches(folder, count):
         content = encode(render(scene).clip, "mp4")
         facts = {"height": 48, "width": 48, "frames": 5, "fps": 8.0, "seconds": 0.5}
         infos = [ClipInfo(name="a", captions=(each.caption,), **facts) for each in (scene, other)]
-        pairs.append([annotator.annotate(EncodedClip(info, content))["text_match"] for info in infos])
+        pairs.append([annotator.annotate(ClipFile(info, content))["text_match"] for info in infos])
     return pairs
 
 

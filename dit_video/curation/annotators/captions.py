@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.curation.annotator import AnnotationError, Annotator, Column, Cost, EncodedClip
+from dit_video.curation.annotator import AnnotationError, Annotator, ClipFile, Column, ServiceCost
 from dit_video.curation.chat_server import ChatServer, RequestError
 from dit_video.data.clips import ClipInfo
 
@@ -87,7 +87,7 @@ class Captions(Annotator):
     def check(self) -> None:
         self.server.check()
 
-    def estimate_cost(self, infos: Sequence[ClipInfo]) -> Cost:
+    def estimate_cost(self, infos: Sequence[ClipInfo]) -> ServiceCost:
         """Return the cost of captions for these clips, if they are as long as they may be."""
         pixels = 0.0
         for info in infos:
@@ -104,7 +104,7 @@ class Captions(Annotator):
         text = f"{usage.prompt_tokens} tokens of prompts and {usage.completion_tokens} of captions"
         return self._price(usage.prompt_tokens, usage.completion_tokens, text).text
 
-    def annotate(self, clip: EncodedClip) -> Mapping[str, Any]:
+    def annotate(self, clip: ClipFile) -> Mapping[str, Any]:
         frames = clip.decode_frames(self.frames, max_side=self.max_side).frames
         info = clip.info
         seconds = f"{info.frames / info.fps:.3g}"
@@ -122,12 +122,12 @@ class Captions(Annotator):
         self._failures.reset()
         return {self.name: [text]}
 
-    def _price(self, prompt_tokens: int, completion_tokens: int, text: str) -> Cost:
+    def _price(self, prompt_tokens: int, completion_tokens: int, text: str) -> ServiceCost:
         if self.input_price is None or self.output_price is None:
             # A server on this machine costs nothing more than its time.
-            return Cost(text, 0.0 if self.server.is_local else None)
+            return ServiceCost(text, 0.0 if self.server.is_local else None)
         price = (prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6
-        return Cost(f"{text}: {price:.2f}", price)
+        return ServiceCost(f"{text}: {price:.2f}", price)
 
 
 class _FailureCount:

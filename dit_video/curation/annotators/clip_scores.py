@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from dit_video.core.errors import UserError
 from dit_video.core.resize import resize
 from dit_video.curation.aesthetic import AestheticHead, load_aesthetic_head
-from dit_video.curation.annotator import Annotator, Column, EncodedClip
+from dit_video.curation.annotator import Annotator, ClipFile, Column
 from dit_video.features import FrameEncoder
 from dit_video.nn import get_graph_def
 from dit_video.text import PretrainedTokenizer
@@ -57,7 +57,7 @@ class ClipScores(Annotator):
         side = THUMBNAIL_SIDE
         columns["thumbnails"] = Column(
             type=pa.list_(pa.uint8()),
-            description=f"Luma of twice as many frames at {side}×{side} pixels, one after the other.",
+            description=f"Luma of twice as many frames, of {side}×{side} pixels.",
         )
         if self.aesthetic:
             columns["aesthetic"] = Column(type=pa.float32(), description="Mean aesthetic score of frames.")
@@ -79,7 +79,7 @@ class ClipScores(Annotator):
                 f"CLIP in {self.folder} makes {model.width}. Use the head of this CLIP"
             )
 
-    def annotate(self, clip: EncodedClip) -> Mapping[str, Any]:
+    def annotate(self, clip: ClipFile) -> Mapping[str, Any]:
         model, dense = self._model, clip.decode_frames(2 * self.frames).frames
         frames = dense[:: max(1, round(len(dense) / self.frames))]
         embeddings = normalize(model.encode_frames(frames))

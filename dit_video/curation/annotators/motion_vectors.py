@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dit_video.curation.annotator import Annotator, Column, EncodedClip
+from dit_video.curation.annotator import Annotator, ClipFile, Column
 from dit_video.curation.block_motion import read_block_vectors
 from dit_video.curation.camera_motion import TOLERANCE, compute_shake, label_camera, track_camera
 
@@ -47,7 +47,7 @@ class MotionVectors(Annotator):
     def identity(self) -> str:
         return f"motion_vectors 1, tolerance {self.tolerance:g}"
 
-    def annotate(self, clip: EncodedClip) -> Mapping[str, Any]:
+    def annotate(self, clip: ClipFile) -> Mapping[str, Any]:
         track = track_camera(*read_block_vectors(clip.content), tolerance=self.tolerance)
         if not len(track.motions):
             return dict.fromkeys(self.columns)

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
 from dit_video.core.errors import MissingError
-from dit_video.curation.annotator import Annotator, Column, EncodedClip
+from dit_video.curation.annotator import Annotator, ClipFile, Column
 
 Detect = Callable[[UInt8[np.ndarray, "H W 3"]], Float[np.ndarray, "n 4 2"]]
 """Function from a picture to the corners (x, y) of its texts, in pixels."""
@@ -50,7 +50,7 @@ class TextArea(Annotator):
     def check(self) -> None:
         _open_detector()
 
-    def annotate(self, clip: EncodedClip) -> Mapping[str, Any]:
+    def annotate(self, clip: ClipFile) -> Mapping[str, Any]:
         detect = _open_detector()
         frames = clip.decode_frames(self.frames, max_side=self.max_side).frames
         areas = [compute_covered_share(detect(frame), *frame.shape[:2]) for frame in frames]

@@ -52,10 +52,14 @@ class CutDetector:
         self._pictures: list[UInt8[np.ndarray, f"{HEIGHT} {WIDTH} 3"]] = []
 
     def add_frame(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Add the next frame, RGB; 432 bytes of it are kept at most."""
+        """Add the next frame, RGB; 432 bytes of it are kept at most.
+
+        "gradual" shrinks it to `HEIGHT` by `WIDTH` pixels; `ThumbnailMaker` makes such pictures faster than others.
+        """
         if self._detector is None:
-            opencv = self._opencv
-            self._pictures.append(opencv.resize(frame, (WIDTH, HEIGHT), interpolation=opencv.INTER_AREA))
+            if frame.shape[:2] != (HEIGHT, WIDTH):
+                frame = self._opencv.resize(frame, (WIDTH, HEIGHT), interpolation=self._opencv.INTER_AREA)
+            self._pictures.append(frame)
             return
         # PySceneDetect requires a frame rate to compute times; only frame numbers are used here, so any rate will do.
         timecode = self._timecode(self._count, 25.0)

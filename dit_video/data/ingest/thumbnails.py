@@ -18,6 +18,12 @@ _INTERPOLATION = (
 )
 """The bilinear filter of swscale widens with the scale, so that shrinking does not alias; these flags give the same
 values on all processors."""
+_PLANAR_YUV = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
+"""Formats whose first plane is luma in 8 bits."""
+_FULL_RANGE = np.clip(np.rint((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
+"""Full-range luma by limited-range luma."""
+_AREA = _INTERPOLATION & ~Interpolation.BILINEAR | Interpolation.AREA
+"""Flags of the average over areas."""
 
 
 class ThumbnailMaker:
@@ -33,6 +39,7 @@ class ThumbnailMaker:
         self._name = name
         # Each caches swscale's context for one size of output, so there is one per size.
         self._thumbnail_reformatter, self._full_size_reformatter = VideoReformatter(), VideoReformatter()
+        self._tiny_reformatter = VideoReformatter()
         self._size: tuple[int, int] | None = None
         self._orientation: tuple[bool, bool, bool] | None = None
 
@@ -45,8 +52,19 @@ class ThumbnailMaker:
         picture = self._convert(self._thumbnail_reformatter, frame, "rgb24", *self._size)
         return blend_over_black(picture) if is_transparent(frame) else picture
 
+    def make_tiny_picture(self, frame: av.VideoFrame, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Return full-range RGB of a few pixels, each the average of an area, at an eighth of a thumbnail's cost."""
+        picture = self._convert(self._tiny_reformatter, frame, "rgb24", height, width, _AREA)
+        return blend_over_black(picture) if is_transparent(frame) else picture
+
     def make_luma(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "H W"]:
         """Return full-range luma at the stored size; transparency is over black."""
+        if frame.format.name in _PLANAR_YUV:  # the same values as swscale's, ten times as fast
+            plane = frame.planes[0]
+            stored = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[
+                : frame.height, : frame.width
+            ]
+            return stored if is_full_range(frame) else _FULL_RANGE[stored]
         picture = self._convert(self._full_size_reformatter, frame, "gray", frame.height, frame.width)
         if not is_transparent(frame):
             return picture
@@ -63,7 +81,13 @@ class ThumbnailMaker:
         return picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
     def _convert(
-        self, reformatter: VideoReformatter, frame: av.VideoFrame, format: str, height: int, width: int
+        self,
+        reformatter: VideoReformatter,
+        frame: av.VideoFrame,
+        format: str,
+        height: int,
+        width: int,
+        filter: int = _INTERPOLATION,
     ) -> UInt8[np.ndarray, "h w *channels"]:
         with wrap_decode_errors(self._name):
             return reformatter.reformat(
@@ -73,6 +97,6 @@ class ThumbnailMaker:
                 format="rgba" if is_transparent(frame) else format,
                 src_color_range=ColorRange.JPEG if is_full_range(frame) else ColorRange.MPEG,
                 dst_color_range=ColorRange.JPEG,
-                interpolation=_INTERPOLATION,
+                interpolation=filter,
                 threads=1,
             ).to_ndarray()

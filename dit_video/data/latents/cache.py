@@ -202,11 +202,11 @@ class LatentSource(SharesArrays):
           DecodeError: its record is damaged.
           UserError: the example has no such caption, or the data set has no embeddings.
         """
-        count = int(self.caption_counts[index])
+        count = 0 if self._texts is None else int(self.caption_counts[index])
         if self._texts is None or self._text_rows is None or not 0 <= caption < count:
             raise UserError(
-                f"caption={caption} is invalid: {self.names[index]} has {count if self._texts else 0} embedded captions. Use "
-                "a number from 0 on, or encode the clips with a text encoder."
+                f"caption={caption} is invalid: {self.names[index]} has {count} embedded captions. Use a number from 0 "
+                "on, or encode the clips with a text encoder."
             )
         row = int(self._text_rows[self._text_ends[index] - count + caption])
         try:

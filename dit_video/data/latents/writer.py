@@ -185,8 +185,13 @@ class LatentWriter:
             reason = f": {skipped[0]['name']}: {skipped[0]['reason']}" if skipped else ". Encode at least one clip."
             raise UserError(f"{self.folder} gets no latents, {len(rows)} clips could not be read{reason}")
         channels = self._get_only(rows.filter(is_used)["channels"], "channels")
-        texts = pa.array(texts, pa.list_(pa.string()))
-        columns = {"id": rows["id"], "chosen": is_chosen, "captions": texts, "caption_ids": _compute_caption_ids(texts)}
+        ids = [None if each is None else list(map(compute_row_id, each)) for each in texts]
+        columns = {
+            "id": rows["id"],
+            "chosen": is_chosen,
+            "captions": pa.array(texts, pa.list_(pa.string())),
+            "caption_ids": pa.array(ids, pa.list_(pa.uint64())),
+        }
         write_column(self.folder, "captions", columns)
         counts = [pc.sum(pc.equal(table["outcome"], "kept")).as_py() or 0 for table in tables]
         write_metadata(self.folder, DATASET_NAME, {SPLITS[0]: counts}, features=make_features(self.fields))
@@ -286,13 +291,6 @@ def _make_row(example: LatentExample | Skipped, **values: Any) -> dict[str, Any]
     numbers = dict.fromkeys((field.name for field in _SCHEMA if pa.types.is_integer(field.type)), 0)
     texts = {"name": example.name, "clip": example.clip or example.name, "payload": example.payload, "reason": ""}
     return numbers | texts | {"id": compute_row_id(example.name, example.payload)} | values
-
-
-def _compute_caption_ids(captions: pa.ListArray) -> pa.ListArray:
-    """Return the ids of captions in lists, of which some are null."""
-    distinct = captions.values.dictionary_encode()
-    ids = pa.array(list(map(compute_row_id, distinct.dictionary.to_pylist())), pa.uint64())
-    return pa.ListArray.from_arrays(captions.offsets, ids.take(distinct.indices), mask=captions.is_null())
 
 
 def write_latents(

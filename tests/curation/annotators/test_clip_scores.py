@@ -92,10 +92,10 @@ def test_columns_are_the_embedding_the_match_and_the_score(folder, tmp_path):
 
 def pairs(source, contents):
     """Return the first clip with either of its captions."""
-    from dit_video.curation.annotator import EncodedClip
+    from dit_video.curation.annotator import ClipFile
 
     info = source.infos[0]
-    return [EncodedClip(info._replace(captions=(text,)), contents["0.mp4"]) for text in info.captions]
+    return [ClipFile(info._replace(captions=(text,)), contents["0.mp4"]) for text in info.captions]
 
 
 def test_a_head_of_another_clip_is_refused(folder, tmp_path):

@@ -1,5 +1,6 @@
 import json
 
+import av
 import numpy as np
 import pytest
 import scipy.fft
@@ -13,6 +14,7 @@ from dit_video.data.ingest import measures, samples
 from dit_video.data.ingest.caption_statistics import compute_caption_statistics
 from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.samples import FrameSample
+from dit_video.data.ingest.thumbnails import ThumbnailMaker
 
 lumas = arrays.arrays(
     np.float64,
@@ -201,3 +203,21 @@ def test_caption_statistics_add_up_and_are_json(captions):
     text = json.dumps(result, ensure_ascii=True)
     # The order of clips doesn't matter.
     assert text == json.dumps(compute_caption_statistics(captions[::-1]), ensure_ascii=True)
+
+
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuvj444p", "yuv422p"])
+def test_luma_of_planar_formats_is_that_of_swscale(pixel_format):
+    levels = np.arange(256, dtype=np.uint8).repeat(6).reshape(24, 64)[:, :63]
+    grey = av.VideoFrame.from_ndarray(np.ascontiguousarray(levels), format="gray")
+    full_range = 2 if pixel_format.startswith("yuvj") else 1
+    frame = grey.reformat(format=pixel_format, src_color_range=2, dst_color_range=full_range)
+    frame.color_range = full_range
+    expected = frame.reformat(format="gray", src_color_range=full_range, dst_color_range=2).to_ndarray()
+    np.testing.assert_array_equal(ThumbnailMaker("levels").make_luma(frame), expected)
+
+
+def test_tiny_pictures_are_averages_of_areas():
+    picture = np.stack([texture(seed=seed) for seed in range(3)], axis=-1)
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    tiny = ThumbnailMaker("texture").make_tiny_picture(frame, 6, 8)
+    np.testing.assert_allclose(tiny, picture.reshape(6, 16, 8, 16, 3).mean(axis=(1, 3)), atol=1.5)

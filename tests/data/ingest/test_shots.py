@@ -116,7 +116,13 @@ def test_shots_are_shown_until_the_next_one(detector, fps):
 def test_long_shots_are_cut_into_equal_parts(detector):
     content = encode(Clip(scenes(23, 20), fps=10), "mp4")
     shots = list_kept(screen(content, "a", ScreeningConfig(shots=detector, max_clip_seconds=1)))
-    assert [(shot.name, shot.frames) for shot in shots] == [("a#0", 8), ("a#1", 8), ("a#2", 7), ("a#3", 10), ("a#4", 10)]
+    assert [(shot.name, shot.frames) for shot in shots] == [
+        ("a#0", 8),
+        ("a#1", 8),
+        ("a#2", 7),
+        ("a#3", 10),
+        ("a#4", 10),
+    ]
     shots = list_kept(screen(content, "a", ScreeningConfig(max_clip_seconds=3)))
     assert [shot.start for shot in shots] == pytest.approx([0, 2.2])
 

@@ -19,9 +19,9 @@ towers = dict(zip(("image", "text"), jax.random.normal(jax.random.key(1), (2, 8,
 for pair_loss in (SoftmaxLoss(), SigmoidLoss()):
     params = {"towers": towers, "pairs": pair_loss.init()}
     results = []
-    for on_mesh in (None, mesh):
-        loss = ContrastiveLoss(embed=embed, pair_loss=pair_loss, mesh=on_mesh)
-        rows = batch if on_mesh is None else jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    for loss_mesh in (None, mesh):
+        loss = ContrastiveLoss(embed=embed, pair_loss=pair_loss, mesh=loss_mesh)
+        rows = batch if loss_mesh is None else jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
         program = jax.jit(jax.value_and_grad(lambda params, rows, loss=loss: loss(params, rows, jnp.int32(0)).value))
         results.append(program(params, rows))
     jax.tree.map(lambda one, many: np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-5), *results)

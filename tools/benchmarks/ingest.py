@@ -1,0 +1,54 @@
+"""Hours of 480p video that ingest takes in a day on this machine, by stream copy and encoded again."""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_video.core.resize import resize
+from dit_video.data.ingest.engine import IngestConfig, ingest
+from dit_video.data.ingest.quality_filter import ScreeningConfig
+from dit_video.data.ingest.reencoder import ReencodeConfig
+from dit_video.data.synthetic.edits import render_edited
+from dit_video.video.encode import encode_frames
+
+FPS, HEIGHT, WIDTH = 24.0, 480, 854
+MAX_PIXELS = 360 * 640
+"""Pixels of a frame that is encoded again."""
+
+
+def measure(videos: int, workers: int | None = None) -> dict[str, Any]:
+    """Return hours of video a day: files are decoded, split at shots, hashed, and their clips stored or encoded."""
+    workers = workers or min(2, os.cpu_count() or 1)
+    screening = ScreeningConfig(shots="content", duplicates=4)
+    figures: dict[str, Any] = {"videos": videos, "workers": workers}
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
+        seconds = write_videos(Path(folder) / "clips", videos)
+        figures["seconds_of_video"] = round(seconds, 1)
+        for name, reencode in (("copy", ReencodeConfig()), ("encode", ReencodeConfig(max_pixels=MAX_PIXELS))):
+            print(f"timing ingest: {name}", file=sys.stderr)
+            config, start = IngestConfig(screening=screening, reencode=reencode), time.perf_counter()
+            ingest(Path(folder) / "clips", Path(folder) / name, config=config, workers=workers)
+            figures[f"{name}_hours_per_day"] = round(24 * seconds / (time.perf_counter() - start))
+    return figures
+
+
+def write_videos(folder: Path, count: int) -> float:
+    """Write edited videos with the noise of cameras, and return their duration in seconds."""
+    folder.mkdir(parents=True)
+    frames = 0
+    for index in range(count):
+        pictures = render_edited(index, seed=4, shots=3, height=90, width=160, fps=FPS).frames
+        noise = np.random.default_rng(index).integers(-4, 5, (HEIGHT, WIDTH, 1))
+        shots = [
+            np.clip(resize(part, HEIGHT, WIDTH) + np.roll(noise, number, axis=0), 0, 255).astype(np.uint8)
+            for number, part in enumerate(pictures[:, None])
+        ]
+        frames += len(pictures)
+        (folder / f"{index:03}.mp4").write_bytes(encode_frames(np.concatenate(shots), FPS, "mp4", crf=23))
+        print(f"video {index + 1} of {count}", file=sys.stderr)
+    return frames / FPS
