@@ -47,7 +47,7 @@ ProgressCallback = Callable[[int, int], None]
 _WORK_PREFIX = ".clips-"
 """Prefix of the name of a folder, inside the data set, of clips that are not stored yet."""
 _STALE_SECONDS = 7 * 24 * 3600
-"""Age from which such a folder, or a file that is not complete, belongs to no running process."""
+"""Age from which such a folder belongs to no running process."""
 _MIN_PROCESS_BYTES = 128 << 20
 """Bytes of a batch for each process: at its end, processes wait for the last file. A batch is what may be inspected and
 not written yet, because of a file that takes long or is inspected again."""
@@ -332,9 +332,9 @@ def _make_work_folder(destination: StoragePath) -> Iterator[Path]:
     """Yield a temporary folder, on the disk of the destination if that is on this machine."""
     if isinstance(destination, Path):
         # Left by processes that were killed.
-        for path in (*destination.glob(f"{_WORK_PREFIX}*"), *destination.rglob(".*.partial.*")):
+        for path in destination.glob(f"{_WORK_PREFIX}*"):
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=destination) as folder:
             yield Path(folder)
     else:

@@ -57,7 +57,9 @@ def compute_digests(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_lost_workers_name_their_clips(tmp_path, log, monkeypatch):
     # The others may take as long as a busy machine needs.
-    monkeypatch.setattr(workers, "compute_time_limit", lambda clip, limit: limit if "hang" in clip.name else HANG)
+    monkeypatch.setattr(
+        workers, "compute_time_limit", lambda clip, limit, pixels=0: limit if "hang" in clip.name else HANG
+    )
     names = ["a.mp4", "b_killed.mp4", "c_once.mp4", "d_crash.mp4", "e_raise.mp4", "f_hang.mp4", "g.mp4"]
     write_clips(tmp_path / "clips", *names)
     report = ingest(tmp_path / "clips", tmp_path / "out", config=IngestConfig(time_limit=3), workers=2)
@@ -137,16 +139,15 @@ def test_files_that_a_killed_run_left_are_no_part_of_the_result(tmp_path):
     write_clips(tmp_path / "clips", "a.mp4")
     ingest(tmp_path / "clips", tmp_path / "other")
     out = tmp_path / "out"
-    left = [".clips-new/half", ".clips-old/half", "index/.train-00000.0.partial.parquet", ".report.1.partial.json"]
+    left = [".clips-new/half", ".clips-old/half", "index/.train-00000.0.partial.parquet"]
     for name in ("ingest/letter", *left):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("half")
-    for name in (".clips-old", left[-1]):
-        os.utime(out / name, (0, 0))
+    os.utime(out / ".clips-old", (0, 0))
     (out / "ingest" / "letter").unlink()
     ingest(tmp_path / "clips", out)
     assert compute_digests(out) == compute_digests(tmp_path / "other")
-    assert [(out / name).exists() for name in left] == [True, False, True, False]  # others may be in use
+    assert [(out / name).exists() for name in left] == [True, False, False]  # a process may use the first one
 
 
 @pytest.mark.parametrize("grown", [False, True])
