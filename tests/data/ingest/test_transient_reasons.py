@@ -1,8 +1,7 @@
-"""Failures that are no error of the clip: they are retried, counted apart, and never stored."""
+"""Failures that are no error of the clip: they are retried, counted apart, and inspected again on request."""
 
 import errno
 import hashlib
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -12,9 +11,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import workers
+from dit_video.data.ingest import parts, workers
 from dit_video.data.ingest.engine import IngestConfig, ingest
-from dit_video.data.ingest.journal import JOURNAL_FILE
 from dit_video.video import Clip
 from support.devices import PROGRAMS
 
@@ -39,25 +37,26 @@ def log(tmp_path, monkeypatch):
 
 
 def compute_digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.slow
-def test_transient_failures_are_quarantined_apart_and_retried_on_request(tmp_path, log):
+def test_transient_failures_are_quarantined_apart_and_retried_on_request(tmp_path, log, monkeypatch):
+    monkeypatch.setattr(parts, "_MIN_PART_BYTES", 1)
     clips = write_clips(tmp_path / "clips", "a.mp4", "b_unreadable.mp4", "d.mp4", "f_always_rewritten.mp4")
     (clips / "e_own.mp4").write_bytes(b"broken")
     out = tmp_path / "out"
     report = ingest(clips, out)
     reasons = dict(report.quarantined)
     assert reasons["b_unreadable.mp4"] == "cannot be read (Input/output error), also when tried again alone"
+    size = (clips / "f_always_rewritten.mp4").stat().st_size
     assert reasons["f_always_rewritten.mp4"] == (
-        "changed while it was read; leave it alone, also when tried again alone"
+        f"changed from {size} to {size - 1} bytes since it was listed; leave it alone, also when tried again alone"
     )
     assert list(reasons) == ["b_unreadable.mp4", "e_own.mp4", "f_always_rewritten.mp4"]
     assert report.passing == ("b_unreadable.mp4", "f_always_rewritten.mp4")
     assert log.read_text().split() == ["a.mp4", "d.mp4", "e_own.mp4"]
-    kept = [json.loads(line)["clip"] for line in (tmp_path / "out.ingest" / JOURNAL_FILE).read_text().splitlines()]
-    assert [json.loads(key)[1] for key in kept] == ["a.mp4", "d.mp4", "e_own.mp4"]
 
     before = compute_digests(out)
     log.unlink()
@@ -70,9 +69,15 @@ def test_transient_failures_are_quarantined_apart_and_retried_on_request(tmp_pat
     assert not log.exists()  # neither file could be read
 
     (log.parent / "mended").touch()
+    (clips / "f_always_rewritten.mp4").rename(tmp_path / "f")
+    gone = ingest(clips, out, retry=True)
+    assert (gone.passing, gone.files, log.read_text().split()) == ((), 4, ["b_unreadable.mp4"])
+    log.unlink()
+    (tmp_path / "f").rename(clips / "f_always_rewritten.mp4")
+    assert ingest(clips, out).passing == ("f_always_rewritten.mp4",)
     last = ingest(clips, out, config=IngestConfig(time_limit=240), retry=True)  # more time is no other data set
     assert (last.reused, last.passing) == (False, ())
-    assert log.read_text().split() == ["b_unreadable.mp4", "f_always_rewritten.mp4"]
+    assert log.read_text().split() == ["f_always_rewritten.mp4"]
     names = ["a.mp4", "b_unreadable.mp4", "d.mp4", "f_always_rewritten.mp4"]
     source = ClipSource(out)
     assert [info.name for info in source.infos] == names
@@ -94,8 +99,19 @@ def test_what_takes_too_much_memory_is_tried_once_more_with_twice_as_much(tmp_pa
 
 
 @pytest.mark.slow
+def test_the_clips_of_a_part_are_inspected_again_together(tmp_path, log):
+    """A part is written whole."""
+    clips = write_clips(tmp_path / "clips", "a.mp4", "b_unreadable.mp4")
+    ingest(clips, tmp_path / "out")
+    (log.parent / "mended").touch()
+    log.unlink()
+    assert ingest(clips, tmp_path / "out", retry=True).usable == 2
+    assert log.read_text().split() == ["a.mp4", "b_unreadable.mp4"]
+
+
+@pytest.mark.slow
 def test_failures_that_pass_within_the_run_leave_no_trace(tmp_path, log):
-    """The disk has an error at the first read, and a file is written while it is read."""
+    """The disk has an error at the first read, and a file is not complete."""
     clips = write_clips(tmp_path / "clips", "a.mp4", "b_first.mp4", "c_rewritten.mp4")
     report = ingest(clips, tmp_path / "out")
     assert (report.usable, report.quarantined, report.passing) == (3, (), ())

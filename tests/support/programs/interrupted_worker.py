@@ -47,7 +47,7 @@ def read_or_not(clip):
     encoded = read(clip)
     if "rewritten" in clip.name and (not seen or ("always" in clip.name and not mended)):
         (folder / clip.name).touch()
-        os.utime(clip.path, ns=(0, os.stat(clip.path).st_mtime_ns + 1))
+        return encoded[:-1]
     return encoded
 
 
