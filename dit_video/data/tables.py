@@ -21,7 +21,6 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from jaxtyping import Int32, Int64
 
 from dit_video.core.errors import UserError
@@ -36,6 +35,7 @@ from dit_video.data.table_files import (
     SUFFIX,
     hash_column,
     list_parquet,
+    map_threads,
     open_parquet,
     read_manifest,
 )
@@ -174,7 +174,9 @@ class Table:
     def _open_column(self, name: str) -> pa.ChunkedArray:
         source = self._sources[name]
         if self._length < _SMALL_TABLE:
-            return self._assemble(self._read_chunks(name), self.types[name])
+            column = self._assemble(self._read_chunks(name), self.types[name])
+            _evict(self._cache.parent)
+            return column
         path = self._cache / f"{name}-{self._hashes[source][:16]}.arrow"
         if not path.exists():
             with atomic_path(path) as temporary:
@@ -200,11 +202,11 @@ class Table:
         """Yield a column of all rows, part by part."""
         source = self._sources[name]
         if not source:
-            for part in self._parts:
-                path = self._localize(self.folder / INDEX_FOLDER / f"{part}{SUFFIX}", part)
-                yield pq.ParquetFile(path).read(columns=[name])[name]
+            index = self.folder / INDEX_FOLDER
+            for path in map_threads(lambda part: self._localize(index / f"{part}{SUFFIX}", part), self._parts):
+                yield open_parquet(path).read(columns=[name])[name]
             return
-        file = pq.ParquetFile(self._localize(self._files[source], f"{source}-{self._hashes[source][:16]}"))
+        file = open_parquet(self._localize(self._files[source], f"{source}-{self._hashes[source][:16]}"))
         key = "id" if "id" in file.schema_arrow.names else "name"
         keys = file.read(columns=[key])[key].cast(self.types[key])
         rows = pc.fill_null(pc.index_in(keys, value_set=self.arrow(key)), -1).to_numpy()
@@ -285,6 +287,6 @@ class TableColumn(SharesArrays, Sequence[Any]):
 
 def _evict(folder: Path) -> None:
     """Remove the columns of the tables that were not opened for the longest time."""
-    tables = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+    tables = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
     for path in tables[:-_MAX_CACHED_TABLES]:
         shutil.rmtree(path, ignore_errors=True)
