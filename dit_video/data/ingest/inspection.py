@@ -120,7 +120,7 @@ def _cut_outcomes(
             reason=part.reason,
         )
         if part.reason:
-            yield dataclasses.replace(outcome, kind="cut" if part.is_short else "dropped")
+            yield dataclasses.replace(outcome, kind="cut" if part.is_cut else "dropped")
         else:
             yield dataclasses.replace(outcome, **_store(part, next(cuts), clip, sha256, config))
 

@@ -80,9 +80,9 @@ class IngestFolder:
 
     def count_clips(self, parts: Sequence[str]) -> int:
         """Return the number of files of some parts."""
-        wanted = pa.array(parts, pa.string())
+        expected_parts = pa.array(parts, pa.string())
         plans = (read_parquet(path, ["part"])["part"] for path in self._list_plans())
-        return sum(pc.sum(pc.is_in(plan, value_set=wanted)).as_py() or 0 for plan in plans)
+        return sum(pc.sum(pc.is_in(plan, value_set=expected_parts)).as_py() or 0 for plan in plans)
 
     def read_listing(self) -> pa.Table:
         """Return the names, sizes, locations, splits and captions of the files that the source holds."""

@@ -14,8 +14,9 @@ from dit_video.core.errors import UserError
 from dit_video.data.ingest import samples
 from dit_video.data.ingest.measures import Borders
 from dit_video.data.ingest.samples import FrameSample, FrameSampler
-from dit_video.data.ingest.shots import CutDetector, DetectorName, Span, split_at_cuts
+from dit_video.data.ingest.shots import CutDetector, DetectorName, Span, split_at_transitions
 from dit_video.data.ingest.thumbnails import ThumbnailMaker
+from dit_video.data.ingest.transitions import HEIGHT, WIDTH
 from dit_video.video import TOLERANCE, VideoInfo, compute_average_fps, probe
 from dit_video.video.cut import split_span
 from dit_video.video.reader import IMAGE_CODECS
@@ -172,8 +173,8 @@ class JudgedShot(NamedTuple):
     """Rule that excludes the shot; empty if it is kept."""
     stop: float
     """Time in seconds after the file's first frame at which the next shot begins, or the file ends."""
-    is_short: bool = False
-    """True if the shot is too short for a clip of its own, such as a fade or a flash."""
+    is_cut: bool = False
+    """True for what is between shots: a transition, or a shot too short for a clip of its own, such as a flash."""
 
 
 class ScreeningResult(NamedTuple):
@@ -219,7 +220,7 @@ class _FileAnalyzer:
         self._thumbnail_maker = ThumbnailMaker(f"video of {len(encoded)} bytes")
         self._cut_detector = None if config.shots is None else CutDetector(config.shots, config.shot_threshold)
         self._sampler = FrameSampler(self._thumbnail_maker, letterbox=config.measures_letterbox)
-        self._max_seconds = config.max_clip_seconds
+        self._max_seconds, self._has_tiny_pictures = config.max_clip_seconds, config.shots == "gradual"
         self._sizes: dict[int, tuple[int, int]] = {}
         # A change of size is a cut, if files are split at cuts; else it is an error.
         on_resize = None if config.shots is None else self._sizes.__setitem__
@@ -232,8 +233,11 @@ class _FileAnalyzer:
         self.times.append(max(time, self.times[-1] if number else 0.0))
         thumbnail = None
         if self._cut_detector is not None:
-            thumbnail = self._thumbnail_maker.make_thumbnail(frame)
-            self._cut_detector.add_frame(thumbnail)
+            if self._has_tiny_pictures:
+                picture = self._thumbnail_maker.make_tiny_picture(frame, HEIGHT, WIDTH)
+            else:
+                picture = thumbnail = self._thumbnail_maker.make_thumbnail(frame)
+            self._cut_detector.add_frame(picture)
         self._sampler.add_frame(number, self.times[number], frame, thumbnail)
 
     def get_frame_time(self, number: int) -> float:
@@ -248,10 +252,18 @@ class _FileAnalyzer:
         return self._sizes[max(changes)] if changes else (self.facts.height, self.facts.width)
 
     @functools.cached_property
+    def transitions(self) -> frozenset[Span]:
+        """Return the transitions between shots, and an empty span at each cut and change of size."""
+        detected = () if self._cut_detector is None else self._cut_detector.find_transitions()
+        is_inside = {size: any(first <= size <= stop for first, stop in detected) for size in self._sizes}
+        return frozenset([*detected, *(Span(size, size) for size, is_known in is_inside.items() if not is_known)])
+
+    @functools.cached_property
     def spans(self) -> tuple[Span, ...]:
-        cuts = [] if self._cut_detector is None else self._cut_detector.frame_numbers
-        shots = split_at_cuts([*cuts, *self._sizes], self.facts.frames)
-        return shots if self._max_seconds is None else tuple(itertools.chain(*map(self._split_shot, shots)))
+        """Return the shots, or parts of long ones, and the transitions that have frames, in their order."""
+        shots = split_at_transitions(sorted(self.transitions), self.facts.frames)
+        parts = shots if self._max_seconds is None else itertools.chain(*map(self._split_shot, shots))
+        return tuple(sorted([*parts, *(span for span in self.transitions if span.first < span.stop)]))
 
     def _split_shot(self, shot: Span) -> list[Span]:
         assert self._max_seconds is not None
@@ -272,9 +284,12 @@ def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) ->
         if frame_samples := analyzer.samples[first:last]:
             shot = _measure_shot(shot, frame_samples, config)
         length = min(stop - shot.start, shot.duration)
-        is_short = length < config.min_shot - TOLERANCE
-        reason = f"shot of {length:.4g} s is below {config.min_shot:g} s" if is_short else _find_exclusion(shot, config)
-        yield JudgedShot(shot, reason, stop, is_short)
+        if span in analyzer.transitions:
+            yield JudgedShot(shot, "transition between shots", stop, is_cut=True)
+        elif length < config.min_shot - TOLERANCE:
+            yield JudgedShot(shot, f"shot of {length:.4g} s is below {config.min_shot:g} s", stop, is_cut=True)
+        else:
+            yield JudgedShot(shot, _find_exclusion(shot, config), stop)
 
 
 def _make_whole_shot(name: str, facts: VideoInfo) -> Shot:

@@ -73,16 +73,6 @@ class CutDetector:
             return detect_transitions(np.stack(self._pictures), self._threshold)
         return tuple(Span(cut, cut) for cut in self._cuts)
 
-    @property
-    def frame_numbers(self) -> list[int]:
-        """Return the numbers of the frames that begin a new shot, or a transition."""
-        return sorted({number for span in self.find_transitions() for number in span})
-
-
-def split_at_cuts(cuts: Sequence[int], frames: int) -> tuple[Span, ...]:
-    """Return the shots of a file with this many frames: each begins at frame 0 or at a cut."""
-    return split_at_transitions([Span(cut, cut) for cut in cuts], frames)
-
 
 def split_at_transitions(transitions: Sequence[Span], frames: int) -> tuple[Span, ...]:
     """Return the shots of a file with this many frames: what is between its transitions."""

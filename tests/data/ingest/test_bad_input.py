@@ -13,7 +13,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.report import IngestReport
-from dit_video.video import Clip, encode
+from dit_video.video import Clip, decode, encode
 
 SHARED = Path(__file__).parents[4] / "shared" / "clips"
 
@@ -190,16 +190,19 @@ def test_a_file_with_the_name_of_anothers_shot_is_refused(tmp_path):
     config = IngestConfig(screening=ScreeningConfig(shots="content"))
     report = ingest(folder, tmp_path / "out", config=config)
     source = ClipSource(tmp_path / "out")
-    assert [(i.name, i.record, i.start, i.frames) for i in source.infos] == [
-        ("a.mp4#0", 0, 0.0, 12),
-        ("a.mp4#1", 0, 1.0, 12),
-    ]
-    assert source[0] == source[1] == (folder / "a.mp4").read_bytes()
+    assert [(i.name, i.frames) for i in source.infos] == [("a.mp4#0", 12), ("a.mp4#1", 12)]
+    whole = decode(folder / "a.mp4").frames
+    np.testing.assert_array_equal(np.concatenate([decode(source[index]).frames for index in range(2)]), whole)
     assert (report.usable, report.usable_files, report.files) == (2, 1, 1)
     (folder / "a.mp4#1").write_bytes(encode(Clip(frames=frames[:12], fps=12), "mp4"))
     (folder / "clips.csv").write_text("path,text\na.mp4,x\na.mp4#1,y\n")
     with pytest.raises(UserError, match=r"two clips would be called a\.mp4#1; rename the file"):
         ingest(folder / "clips.csv", tmp_path / "other", config=config)
+    assert not (tmp_path / "other" / "table.json").exists()
+    (folder / "a.mp4#1").rename(folder / "b.mp4")
+    (folder / "clips.csv").write_text("path,text\na.mp4,x\nb.mp4,y\n")
+    report = ingest(folder / "clips.csv", tmp_path / "other", config=config)
+    assert (report.usable, report.files) == (3, 2)
 
 
 def mutate(encoded: bytes, other: bytes, seed: int) -> bytes:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.quality_filter import ScreeningConfig, screen
-from dit_video.data.ingest.shots import CutDetector, Span, split_at_cuts, split_at_transitions
+from dit_video.data.ingest.shots import CutDetector, Span, split_at_transitions
 from dit_video.data.ingest.transitions import HEIGHT, WIDTH, detect_transitions
 from dit_video.data.synthetic.edits import DetectionScore, EditTransition, render_edited, score_transitions
 from dit_video.video import Clip, decode, encode
@@ -38,10 +38,10 @@ def test_a_missing_package_is_one_line(monkeypatch):
 @given(st.lists(st.integers(1, 50)), st.integers(1, 60))
 def test_spans_cover_every_frame_once(cuts, more):
     frames = max([0, *cuts]) + more
-    result = split_at_cuts(cuts, frames)
+    result = split_at_transitions([Span(cut, cut) for cut in sorted(cuts)], frames)
     assert [number for span in result for number in range(span.first, span.stop)] == list(range(frames))
     assert {span.first for span in result} == {0, *cuts}
-    assert split_at_cuts([], 3) == (Span(0, 3),)
+    assert split_at_transitions([], 3) == (Span(0, 3),)
 
 
 def test_transitions_belong_to_no_shot():
@@ -59,7 +59,7 @@ def test_cuts_are_found_to_the_frame(detector):
     cuts = CutDetector(detector)
     for picture in scenes(7, 11, 9, 5):
         cuts.add_frame(picture)
-    assert cuts.frame_numbers == [7, 18, 27]
+    assert [span.first for span in cuts.find_transitions()] == [7, 18, 27]
     assert cuts.find_transitions() == (Span(7, 7), Span(18, 18), Span(27, 27))
 
 
@@ -100,7 +100,7 @@ def test_short_shots_are_dropped_and_names_stay(detector):
     content = encode(Clip(scenes(20, 4, 20), fps=10), "mp4")
     screened = screen(content, "a", ScreeningConfig(shots=detector))
     assert list_dropped(screened) == [("a#1", "shot of 0.4 s is below 0.5 s")]
-    assert [judged.is_short for judged in screened.shots] == [False, True, False]
+    assert [judged.is_cut for judged in screened.shots] == [False, True, False]
     assert [shot.name for shot in list_kept(screened)] == ["a#0", "a#2"]
     assert len(list_kept(screen(content, "a", ScreeningConfig(shots=detector, min_shot=0.4)))) == 3
 
