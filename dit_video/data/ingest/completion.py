@@ -68,10 +68,9 @@ def complete(folder: IngestFolder, *, inherit_captions: bool, duplicate_distance
         counts.setdefault(part.rpartition("-")[0], []).append(kept)
     write_metadata(folder.folder, DATASET_NAME, counts, features=FEATURES)
     texts = [tuple(each) for each in captions.to_pylist()]
-    report = make_report(rows.filter(pa.array(is_present)), texts, skipped, folder.settings)
-    report.write(folder.folder)
+    make_report(rows.filter(pa.array(is_present)), texts, skipped, folder.settings).write(folder.folder)
     write_manifest(folder.folder, KIND, folder.settings, parts)
-    return report
+    return IngestReport.read(folder.folder)
 
 
 def _read_rows(folder: IngestFolder, parts: Sequence[str], columns: Sequence[str] | None = None) -> list[pa.Table]:

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.clips import DATASET_NAME, FEATURES, is_ingested
@@ -95,7 +94,7 @@ class IngestConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """Return what a data set's parts depend on, as JSON values."""
-        return {name: config_json.to_json(getattr(self, name)) for name in ("screening", "reencode")}
+        return {name: dataclasses.asdict(getattr(self, name)) for name in ("screening", "reencode")}
 
 
 RunParts = Callable[[IngestFolder, Sequence[str], IngestConfig], None]

@@ -62,9 +62,8 @@ def test_ingest_keeps_bytes_captions_and_video_infos(clips, tmp_path):
         (2, 20, 24, 10, b"vp9"),
         (1, 16, 24, 1, b"png"),
     ]
-    written = IngestReport.read(tmp_path / "out")
-    assert written.usable == 3
-    assert json.dumps(dataclasses.asdict(written)) == json.dumps(dataclasses.asdict(report))
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["usable"] == 3
+    assert IngestReport.read(tmp_path / "out") == report
     assert list_files(tmp_path) == ["clips", "out"]
     assert list_files(tmp_path / "out") == [
         "clips-train-00000.array_record",

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import av
@@ -13,15 +12,14 @@ import pytest
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest import engine, reencoder
+from dit_video.data.ingest import inspection, parts
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import ListedClip, list_clips
 from dit_video.data.ingest.inspection import InspectionConfig, inspect
 from dit_video.data.ingest.quality_filter import ScreeningConfig
-from dit_video.data.ingest.reencoder import ReencodeConfig, _fit_size
+from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.ingest.report import IngestReport
-from dit_video.data.records import shards
-from dit_video.data.records.cluster import BeamOptions
+from dit_video.data.tables import Table
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode, encode, probe
@@ -126,24 +124,26 @@ def test_files_beyond_a_limit_are_reencoded(reencoded):
 def test_reencoded_files_are_recorded(reencoded):
     root, report = reencoded
     before = sources()
-    anew = before.keys() - KEPT
     source = ClipSource(root / "data")
     sizes = {info.name: len(source[index]) for index, info in enumerate(source.infos)}
-    assert (report.files, report.usable, report.reencoded) == (10, 10, 8)
-    assert report.reencoded_from == sum(len(before[name]) for name in anew)
-    assert report.reencoded_to == sum(sizes[name] for name in anew)
+    assert (report.files, report.usable, report.methods) == (10, 10, {"encode": 8, "whole": 2})
     assert report.bytes == sum(sizes.values())
     assert report.settings["reencode"] == dataclasses.asdict(LIMITS)
-    assert "8 files of 10 re-encoded on request: " in write_ingest_report(root / "data").read_text(encoding="utf-8")
-    for record in shards.open_records(root / "data"):
-        content = before[record["name"].decode()]
-        assert record["source_bytes"] == len(content)
-        assert record["source_sha256"].decode() == hashlib.sha256(content).hexdigest()
-    assert not (root / "data.ingest").exists()
+    assert "8 clips were re-encoded" in write_ingest_report(root / "data").read_text(encoding="utf-8")
+    table = Table(root / "data")
+    rows = zip(*(table[name].to_pylist() for name in ("name", "method", "source_sha256", "payload")), strict=True)
+    for row, (name, method, sha256, payload) in enumerate(rows):
+        assert method == ("whole" if name in KEPT else "encode")
+        assert table["source_bytes"][row] == len(before[name])
+        assert sha256 == hashlib.sha256(before[name]).hexdigest()
+        assert (payload == sha256) == (name in KEPT)
+    for index, payload in enumerate(source.column("payload")):
+        assert payload == hashlib.sha256(source[index]).hexdigest()
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "REPORT.html"}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "REPORT.html"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_the_same_bytes_however_many_processes(reencoded, tmp_path):
@@ -151,21 +151,6 @@ def test_the_same_bytes_however_many_processes(reencoded, tmp_path):
     again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), workers=1)
     assert again == report
     assert read_files(tmp_path / "again") == read_files(root / "data")
-
-
-def test_the_same_bytes_by_beam(reencoded, tmp_path, monkeypatch):
-    pytest.importorskip("apache_beam")
-    from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-
-    monkeypatch.setattr(sys, "argv", sys.argv[:1])  # Beam reads them
-    root, report = reencoded
-    how = BeamOptions(runner=FnApiRunner(), options=PipelineOptions([]))
-    again = ingest(root / "clips", tmp_path / "again", config=IngestConfig(reencode=LIMITS), beam=how)
-    assert again == report
-    first, second = ClipSource(root / "data"), ClipSource(tmp_path / "again")
-    assert second.infos == first.infos
-    assert [second[index] for index in range(len(second))] == [first[index] for index in range(len(first))]
 
 
 def test_other_options_make_another_data_set(reencoded):
@@ -176,45 +161,28 @@ def test_other_options_make_another_data_set(reencoded):
             ingest(root / "clips", root / "data", config=IngestConfig(reencode=other))
 
 
-@pytest.mark.slow
-def test_a_killed_run_does_not_reencode_files_again(tmp_path, monkeypatch):
-    """Files that are missing or incomplete are reencoded again, and all of them with another option."""
+def test_clips_that_are_not_stored_yet_take_the_room_of_a_part(tmp_path, monkeypatch):
+    """They lie in the data set's folder until their part is written."""
+    monkeypatch.setattr(parts, "_MIN_PART_BYTES", 1)
+    monkeypatch.setattr(parts, "_MAX_PART_FILES", 2)
+    monkeypatch.setattr(parts, "_PARTS_PER_SET", 1)
     (tmp_path / "clips").mkdir()
-    names = ["large.mp4", "photo.jpg", "small.mp4"]
-    for name in names:
-        (tmp_path / "clips" / name).write_bytes(sources()[name])
-    calls: list[list[str]] = []
-    real, write = engine.Workers.inspect, engine._write
+    for number in range(8):
+        (tmp_path / "clips" / f"{number}.mp4").write_bytes(sources()["large.mp4"])
+    sizes: list[int] = []
 
-    def inspected(self, left):
-        calls.append([clip.name for _, clip in left])
-        return real(self, left)
+    def measure(done: int, total: int) -> None:
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "out").glob(".clips-*/*")))
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine.Workers, "inspect", inspected)
-    monkeypatch.setattr(engine, "_write", killed)
-    for crf in (30, 30, 31):
-        config = IngestConfig(reencode=ReencodeConfig(max_pixels=48 * 64, crf=crf))
-        with pytest.raises(KeyboardInterrupt):
-            ingest(tmp_path / "clips", tmp_path / "out", config=config)
-    assert calls == [names, [], names]
-    folder = tmp_path / "out.ingest" / "reencoded"
-    files = list(folder.iterdir())
-    assert sorted(path.suffix for path in files) == [".jpg", ".jpg", ".mp4", ".mp4"]
-    for path in files:
-        if path.suffix == ".mp4":
-            path.write_bytes(path.read_bytes()[:-1])
-        else:
-            path.unlink()
-    monkeypatch.setattr(engine, "_write", write)
-    report = ingest(tmp_path / "clips", tmp_path / "out", config=config)
-    assert calls[3] == ["large.mp4", "photo.jpg"]
-    assert (report.usable, report.reencoded) == (3, 2)
+    config = IngestConfig(reencode=ReencodeConfig(max_pixels=48 * 64))
+    ingest(tmp_path / "clips", tmp_path / "out", config=config, progress=measure, workers=1)
+    (clip,) = set(Table(tmp_path / "out")["payload_bytes"])
+    assert len(list((tmp_path / "out").glob("*.array_record"))) == 4
+    assert 2 * clip <= max(sizes) <= 3 * clip
+    assert not list((tmp_path / "out").glob(".clips-*"))
 
 
-def test_shots_begin_at_the_same_times_after_reencoding(tmp_path):
+def test_shots_are_reencoded_each_by_itself(tmp_path):
     pytest.importorskip("scenedetect")
     levels = [20, 220, 60, 240]
     lengths = [13, 17, 12, 30]  # of 24 frames a second
@@ -225,31 +193,31 @@ def test_shots_begin_at_the_same_times_after_reencoding(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_bytes(content)
     screening = ScreeningConfig(shots="content", max_letterbox=1)
-    for fps, starts, counts in (
-        (None, [0, 13 / 24, 30 / 24, 42 / 24], lengths),
-        (8, [0, 5 / 8, 10 / 8, 14 / 8], [5, 5, 4, 10]),
-    ):
+    for fps, counts in ((None, lengths), (8, [5, 6, 4, 10])):
         config = IngestConfig(screening=screening, reencode=ReencodeConfig(max_pixels=48 * 64, fps=fps))
         report = ingest(tmp_path / "clips", tmp_path / f"out{fps}", config=config)
         source = ClipSource(tmp_path / f"out{fps}")
-        assert (report.usable, report.usable_files, report.reencoded) == (4, 1, 1)
-        assert [info.start for info in source.infos] == pytest.approx(starts, abs=1e-4)
+        assert (report.usable, report.usable_files, report.methods) == (4, 1, {"encode": 4})
+        assert (source.column("start_us") / 1e6).tolist() == pytest.approx([0, 13 / 24, 30 / 24, 42 / 24], abs=1e-4)
         assert [info.frames for info in source.infos] == counts
         for index, (info, level) in enumerate(zip(source.infos, levels, strict=True)):
-            assert (info.height, info.width, info.record) == (48, 64, 0)
-            frames = decode(source[index], start=info.start, size=Grid(info.frames, 48, 64)).frames
+            assert (info.height, info.width) == (48, 64)
+            frames = decode(source[index]).frames
+            assert frames.shape == (info.frames, 48, 64, 3)
             assert np.abs(frames.astype(int) - level).max() <= 3
 
 
-def test_a_shot_between_two_sampling_times_is_dropped(tmp_path):
+def test_a_shot_between_two_sampling_times_has_its_first_frame(tmp_path):
     pytest.importorskip("scenedetect")
     frames = np.concatenate([np.full((n, 48, 64, 3), level, np.uint8) for n, level in ((13, 20), (6, 220), (24, 90))])
     (tmp_path / "a.mp4").write_bytes(encode(Clip(frames=frames, fps=24), "mp4"))
     screening = ScreeningConfig(shots="content", min_shot=0.2)
     config = IngestConfig(screening=screening, reencode=ReencodeConfig(fps=1))
     report = ingest(tmp_path, tmp_path.with_name("out"), config=config)
-    assert report.dropped == (("a.mp4#1", "shot of 0.25 s lies between two frames at 1 fps"),)
-    assert [info.name for info in ClipSource(tmp_path.with_name("out")).infos] == ["a.mp4#0", "a.mp4#2"]
+    assert report.dropped == ()
+    source = ClipSource(tmp_path.with_name("out"))
+    assert [(info.name, info.frames) for info in source.infos] == [("a.mp4#0", 1), ("a.mp4#1", 1), ("a.mp4#2", 1)]
+    assert [int(decode(source[index]).frames.mean()) for index in range(3)] == pytest.approx([20, 220, 90], abs=3)
 
 
 def one(folder: Path, name: str, content: bytes) -> ListedClip:
@@ -262,13 +230,15 @@ def test_files_that_cannot_be_reencoded_are_quarantined(tmp_path, monkeypatch):
     wide = one(tmp_path, "wide.png", encode(Clip(frames=np.zeros((1, 2, 60_000, 3), np.uint8), fps=1), "png"))
     assert inspect(wide, config).reason == "frames of 2x60000 cannot be shrunk to 1000 pixels at their aspect ratio"
     large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
-    assert inspect(large, config).stored is not None
+    assert inspect(large, config).reason == ""
 
     def fails(*_: object, **__: object) -> bytes:
         raise RuntimeError("no\nmore")
 
-    monkeypatch.setattr(reencoder, "transcode", fails)
-    assert inspect(large, config).reason == "cannot be re-encoded (RuntimeError: no more)"
+    monkeypatch.setattr(inspection, "cut_clips", fails)
+    failed = inspect(large, config)
+    assert failed.reason == "cannot be decoded (RuntimeError: no more)"
+    assert failed.outcomes[0].duration_us == 250_000  # as its header says
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path):
@@ -276,7 +246,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path):
     large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
     (tmp_path / "file").write_bytes(b"")
     config = InspectionConfig(reencode=ReencodeConfig(max_pixels=1000), folder=str(tmp_path / "file" / "anew"))
-    with pytest.raises(UserError, match=r"anew/.*\.mp4 cannot be written \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"anew.* cannot be written \(Not a directory\)"):
         inspect(large, config)
 
 
@@ -294,14 +264,14 @@ def test_a_folder_that_cannot_be_written_ends_the_run(tmp_path):
     ],
 )
 def test_sizes_fit_the_limit_and_the_step(size, most, step, expected):
-    assert _fit_size(*size, most, step) == expected
+    assert ReencodeConfig(max_pixels=most).fit_size(*size, step) == expected
 
 
 def test_sizes_keep_their_shape():
     generator = np.random.default_rng(0)
     for _ in range(500):
         height, width, most = (int(value) for value in generator.integers((64, 64, 4096), (4000, 4000, 400_000)))
-        fitted = _fit_size(height, width, most, 2)
+        fitted = ReencodeConfig(max_pixels=most).fit_size(height, width, 2)
         scale = max(fitted) / max(height, width)
         assert fitted[0] * fitted[1] <= most
         assert all(side % 2 == 0 for side in fitted)
@@ -318,13 +288,13 @@ def test_options_out_of_range_are_refused(wrong):
 
 def test_files_that_would_become_too_narrow_are_refused():
     with pytest.raises(DecodeError, match="at their aspect ratio"):
-        _fit_size(4, 4000, 1000, 2)
+        ReencodeConfig(max_pixels=1000).fit_size(4, 4000, 2)
 
 
-def test_an_inspection_is_the_same_after_the_journal(tmp_path):
+def test_an_inspection_is_the_same_in_another_process(tmp_path):
     large = one(tmp_path, "large.mp4", encode(Clip(frames=smooth(2, 64, 64), fps=8), "mp4"))
     verdict = inspect(large, InspectionConfig(reencode=ReencodeConfig(max_pixels=1000), folder=str(tmp_path / "anew")))
-    assert verdict.stored is not None
+    (outcome,) = verdict.outcomes
+    assert outcome.file is not None
+    assert hashlib.sha256(Path(outcome.file).read_bytes()).hexdigest() == outcome.payload
     assert type(verdict).from_json(json.loads(json.dumps(verdict.to_json()))) == verdict
-    assert verdict.stored.is_in(tmp_path / "anew")
-    assert not verdict.stored.is_in(tmp_path)
