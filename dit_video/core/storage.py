@@ -236,19 +236,6 @@ def upload(source: Path, target: UPath) -> None:
         target.fs.put_file(os.fspath(source), target.path)
 
 
-def publish(folder: Path, destination: UPath, last: str) -> None:
-    """Copy the files of a folder to an address, `last` after all others: its existence marks the copy as complete.
-
-    Existing files at the address are removed first, beginning with `last`. The caller must check that they may be.
-    """
-    with convert_storage_errors(destination):
-        destination.mkdir(parents=True, exist_ok=True)
-        for old in sorted(destination.iterdir(), key=lambda path: path.name != last):
-            old.unlink()
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
-        upload(path, destination / path.name)
-
-
 def _get_name(path: StoragePathLike) -> str:
     return str(path) if isinstance(path, UPath) else os.fspath(path)
 

@@ -1,27 +1,23 @@
-"""Data sets at addresses: fsspec's memory for the files, and a server here for what ArrayRecord itself reads."""
+"""Data sets at addresses: fsspec's memory, under the schemes of object stores."""
 
 import errno
-import fcntl
 import os
 import pickle
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.core.storage import publish, read_document, to_storage_path, write_text
-from dit_video.data.clips import INDEX, ClipSource, is_ingested
-from dit_video.data.ingest import engine
+from dit_video.core.storage import download, read_document, to_storage_path, write_text
+from dit_video.data.clips import ClipSource, is_ingested
+from dit_video.data.ingest import completion, engine, parts
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.ingest.journal import Journal
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.records.cluster import BeamOptions
+from dit_video.data.records import get_file_name
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.video import Clip
 
@@ -51,41 +47,6 @@ def bucket(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def server(bucket, monkeypatch):
-    """Start a server that returns parts of objects as Google Cloud Storage does."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = unquote(self.path.split("?")[0])  # /…/b/bucket/o/data/…
-            key = next((key for key in bucket if name.endswith(f"/b/{key.replace('/', '/o/', 1)}")), None)
-            if key is None:
-                self.send_error(404)
-                return
-            data = bucket[key].getvalue()
-            first, last = 0, len(data) - 1
-            if byte_range := self.headers.get("Range"):
-                low, _, high = byte_range.removeprefix("bytes=").partition("-")
-                first = int(low) if low else max(0, len(data) - int(high))
-                last = min(last, int(high)) if low and high else last
-            self.send_response(206 if byte_range else 200)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-            self.send_header("Content-Length", str(last + 1 - first))
-            self.send_header("x-goog-generation", "1")
-            self.end_headers()
-            self.wfile.write(data[first : last + 1])
-
-        def log_message(self, *_):
-            pass
-
-    served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=served.serve_forever, daemon=True).start()
-    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{served.server_port}")
-    yield served
-    served.shutdown()
-    served.server_close()
-
-
-@pytest.fixture
 def clips(tmp_path):
     for index in range(3):
         frames = np.random.default_rng(index).integers(0, 255, (2, 32, 32, 3), np.uint8)
@@ -94,13 +55,16 @@ def clips(tmp_path):
     return tmp_path / "clips"
 
 
-def test_a_data_set_can_be_written_to_and_read_from_a_bucket(clips, tmp_path, bucket, server):
+def read_bucket(bucket) -> dict[str, bytes]:
+    return {name.removeprefix("bucket/data/"): file.getvalue() for name, file in bucket.items()}
+
+
+def test_a_data_set_can_be_written_to_and_read_from_a_bucket(clips, tmp_path, bucket):
     report = ingest(clips, "gs://bucket/data")
     ingest(clips, tmp_path / "here")
-    assert {name.removeprefix("bucket/data/"): file.getvalue() for name, file in bucket.items()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()
-    }
-    assert list((tmp_path / "temporary").glob("dit_video*")) == []
+    local = [path for path in (tmp_path / "here").rglob("*") if path.is_file()]
+    assert read_bucket(bucket) == {str(path.relative_to(tmp_path / "here")): path.read_bytes() for path in local}
+    assert list((tmp_path / "temporary").iterdir()) == []
     assert is_ingested("gs://bucket/data")
     assert ingest(clips, "gs://bucket/data").reused
     assert ingest(clips, "gs://bucket/data").usable == report.usable == 3
@@ -111,87 +75,77 @@ def test_a_data_set_can_be_written_to_and_read_from_a_bucket(clips, tmp_path, bu
     assert bucket["bucket/data/REPORT.html"].getvalue() == (tmp_path / "here" / "REPORT.html").read_bytes()
 
 
-@pytest.mark.parametrize("code", [403, 404])
-def test_a_record_that_the_service_refuses_is_not_taken_for_damaged(clips, bucket, server, monkeypatch, code):
+@pytest.mark.parametrize("error", [PermissionError("Forbidden"), ConnectionError("timed out")])
+def test_a_record_that_the_service_refuses_is_not_taken_for_damaged(clips, bucket, monkeypatch, error):
     ingest(clips, "gs://bucket/data")
     source = ClipSource("gs://bucket/data")
+
+    def refuse(*_, **__):
+        raise error
+
     with monkeypatch.context() as patch:
-        patch.setattr(server.RequestHandlerClass, "do_GET", lambda request: request.send_error(code))
-        with pytest.raises(
-            UserError, match=r"^gs://bucket/data cannot be opened \(Permanent error.*check the"
-        ) as result:
+        patch.setattr(Memory, "cat_file", refuse)
+        with pytest.raises(UserError, match=rf"array_record cannot be opened \({error}\); check the") as result:
             source[0]
     assert not isinstance(result.value, DecodeError)
     assert "\n" not in str(result.value)
+    del bucket["bucket/data/clips-train-00000.array_record"]
+    with pytest.raises(MissingError, match="The data set is incomplete"):
+        source[0]
 
 
-def test_an_interrupted_copy_is_no_data_set_and_can_be_repeated(clips, tmp_path, bucket, monkeypatch):
-    def interrupted(folder, destination, last):
-        write_text(destination / "clips-train.array_record-00000-of-00007", "half")
+def test_a_clip_is_read_by_one_request_for_its_bytes(clips, bucket, monkeypatch):
+    ingest(clips, "gs://bucket/data")
+    source, read, ranges = ClipSource("gs://bucket/data"), Memory.cat_file, []
+
+    def count(self, path, start=None, end=None, **options):
+        ranges.append((path.rpartition("/")[2], end - start))
+        return read(self, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(Memory, "cat_file", count)
+    for index in range(3):
+        clip = source[index]
+        ((name, length),) = ranges
+        assert name == "clips-train-00000.array_record"
+        assert len(clip) < length < len(clip) + 400  # the facts of the clip, and a block's header
+        ranges.clear()
+
+
+def test_an_interrupted_ingest_is_no_data_set_and_can_be_repeated(clips, tmp_path, bucket, monkeypatch):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(parts, "_MIN_PART_BYTES", 1)
     with monkeypatch.context() as patch:
-        patch.setattr("dit_video.data.ingest.engine.publish", interrupted)
+        patch.setattr(completion, "write_metadata", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ingest(clips, "gs://bucket/data")
     assert not is_ingested("gs://bucket/data")
-    with pytest.raises(UserError, match="not an ingested data set"):
+    with pytest.raises(UserError, match="it is not finished"):
         ClipSource("gs://bucket/data")
-    ingest(clips, "gs://bucket/data")
-    assert "bucket/data/clips-train.array_record-00000-of-00007" not in bucket
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "Workers", lambda *_: pytest.fail("decoded again"))
+        ingest(clips, "gs://bucket/data")
     assert len(ClipSource("gs://bucket/data")) == 3
     write_text(to_storage_path("gs://bucket/other/letter.txt"), "keep")
     with pytest.raises(UserError, match="not an ingested data set"):
         ingest(clips, "gs://bucket/other")
 
 
-def test_beam_does_not_write_to_buckets(clips, bucket):
-    with pytest.raises(UserError, match="all its machines share"):
-        ingest(clips, "gs://bucket/data", beam=BeamOptions())
+def test_a_source_without_usable_clips_leaves_nothing_in_a_bucket(clips, bucket):
+    for path in clips.iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="none of the 3 clips can be used"):
+        ingest(clips, "gs://bucket/data")
+    assert list(bucket) == []
 
 
-def test_beam_refuses_names_that_it_would_take_for_patterns(clips, tmp_path):
-    with pytest.raises(UserError, match=r"data\[1\] contains one of"):
-        ingest(clips, tmp_path / "data[1]", beam=BeamOptions())
-
-
-def test_the_index_of_an_older_copy_is_removed_first(tmp_path, bucket, monkeypatch):
-    (tmp_path / "made").mkdir()
-    for name in ("a", INDEX, "z"):
-        (tmp_path / "made" / name).write_text("new")
-        write_text(to_storage_path("gs://bucket/data") / name, "old")
-    destination, gone = to_storage_path("gs://bucket/data"), []
-    unlink = type(destination).unlink
-    monkeypatch.setattr(type(destination), "unlink", lambda path: (gone.append(path.name), unlink(path)))
-    publish(tmp_path / "made", destination, INDEX)
-    assert gone[0] == INDEX
-    assert sorted(gone) == ["a", INDEX, "z"]
-    assert {file.getvalue() for file in bucket.values()} == {b"new"}
-
-
-def test_files_that_appeared_at_the_destination_meanwhile_are_kept(clips, bucket, monkeypatch):
-    """Hours may pass between the first check of a bucket and the copy."""
-    real = engine._write
-
-    def slowly(*arguments):
-        real(*arguments)
-        write_text(to_storage_path("gs://bucket/data/letter.txt"), "keep")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "_write", slowly)
-        with pytest.raises(UserError, match="not an ingested data set"):
-            ingest(clips, "gs://bucket/data")
-    assert list(bucket) == ["bucket/data/letter.txt"]
-
-    def overtaken(*arguments):
-        real(*arguments)
-        publish(arguments[0], to_storage_path("gs://bucket/other"), INDEX)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "_write", overtaken)
-        patch.setattr(engine, "publish", lambda *_: pytest.fail("the same is there already"))
-        assert ingest(clips, "gs://bucket/other").usable == 3
-    assert len(ClipSource("gs://bucket/other")) == 3
+def test_tfds_reads_a_copy_of_a_data_set_in_a_bucket(clips, bucket, tmp_path):
+    ingest(clips, "gs://bucket/data")
+    for name in ("features.json", "dataset_info.json", get_file_name("clips", "train-00000")):
+        download(to_storage_path(f"gs://bucket/data/{name}"), tmp_path / "copy" / name)
+    records = tfds.builder_from_directory(tmp_path / "copy").as_data_source("train")
+    assert [record["clip"] for record in records] == [path.read_bytes() for path in sorted(clips.iterdir())]
 
 
 @pytest.mark.parametrize("folder", ["memory://bucket/data", "s3://bucket/data"])
@@ -210,16 +164,13 @@ def test_a_data_set_can_be_at_any_address(clips, memory, bucket, tmp_path, monke
     source = ClipSource(folder)
     assert [info.split for info in source.infos] == ["train", "train", "test"]
 
-    def copied():
-        return sorted(path.name for path in (tmp_path / "cache").rglob("*array_record*"))
-
     assert source[2] == (clips / "1.mp4").read_bytes()
-    assert copied() == ["clips-test.array_record-00000-of-00001"]  # only what was read
     assert [source[0], source[1]] == [(clips / name).read_bytes() for name in ("0.mp4", "2.mp4")]
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
+    assert not list((tmp_path / "cache").rglob("*array_record*"))  # clips are read in place
     assert ClipSource(to_storage_path(folder), cache=tmp_path / "other").infos == source.infos
     assert write_ingest_report(folder).is_file()
-    # Of another data set at the same address nothing is taken from the copies.
+    # Of another data set at the same address nothing is taken from copies.
     to_storage_path(folder).rmdir(recursive=True)
     (clips / "0.mp4").unlink()
     (clips / "1.mp4").unlink()
@@ -227,16 +178,16 @@ def test_a_data_set_can_be_at_any_address(clips, memory, bucket, tmp_path, monke
     assert ClipSource(folder)[0] == (clips / "2.mp4").read_bytes()
 
 
-def test_a_full_disk_for_the_local_copies_is_reported(clips, memory, monkeypatch):
+def test_a_full_disk_for_local_copies_is_reported(clips, memory, monkeypatch, tmp_path):
     ingest(clips, f"{memory}/data")
-    source = ClipSource(f"{memory}/data")
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(MemoryFileSystem, "get_file", full)
-    with pytest.raises(UserError, match=r"cache/dit_video/memory/.* cannot be written \(No space left on device\)"):
-        source[0]
+    path = to_storage_path(f"{memory}/data/table.json")
+    with pytest.raises(UserError, match=r"copy cannot be written \(No space left on device\)"):
+        download(path, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +216,8 @@ def test_a_bucket_without_permission_is_reported(clips, memory, monkeypatch):
 
     refused = r"^memory://bucket/.* cannot be opened \(Forbidden: [^\n]*\); check the address, .* credentials"
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, "_open", refuse)
+        for name in ("_open", "cat_file"):
+            patch.setattr(MemoryFileSystem, name, refuse)
         with pytest.raises(UserError, match=refused):
             source[0]  # no damaged record
         with pytest.raises(UserError, match=refused):
@@ -279,17 +231,6 @@ def test_a_bucket_without_permission_is_reported(clips, memory, monkeypatch):
         patch.setattr(MemoryFileSystem, "pipe_file", refuse)
         with pytest.raises(UserError, match=refused):
             write_text(to_storage_path(f"{memory}/page.html"), "text")
-
-
-def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
-    def none(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    with Journal(tmp_path / "work", ()), pytest.raises(UserError, match="another process is writing"):
-        Journal(tmp_path / "work", ())
-    monkeypatch.setattr(fcntl, "flock", none)
-    with pytest.raises(UserError, match=r"work cannot be locked \(No locks available\); use a destination on"):
-        Journal(tmp_path / "work", ())
 
 
 def test_paths_and_addresses_become_storage_paths(tmp_path, bucket):

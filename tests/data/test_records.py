@@ -1,6 +1,7 @@
 """Files of records: TFDS reads them, and each record is read in place by its offset and length."""
 
 import errno
+import itertools
 import os
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_records_are_read_wherever_the_header_of_a_block_interrupts_them(tmp_pat
 
 def test_places_do_not_overlap_and_hold_little_but_their_records(tmp_path):
     places = write_records(tmp_path / "r.array_record", FEATURES, make_examples())
-    for place, after in zip(places, places[1:], strict=False):
+    for place, after in itertools.pairwise(places):
         assert place.offset + place.length <= after.offset
     for place, length in zip(places, LENGTHS, strict=True):
         assert length < place.length < length + 200 + 24 * (2 + length // BLOCK)

@@ -1,4 +1,4 @@
-"""Tables: columns in files of their own, by row, in any order; large ones are read from a cache that processes share."""
+"""Tables: columns in files of their own, by row, in any order; large ones are read from a cache of shared files."""
 
 import json
 import pickle
@@ -65,7 +65,7 @@ def test_columns_are_those_of_all_parts(tmp_path, size):
     assert list(table.iter_parts()) == [
         ("train-00000", range(4)), ("train-00001", range(4, 4)), ("train-00002", range(4, 10))
     ]  # fmt: skip
-    with pytest.raises(UserError, match="column='colour' is invalid: .* has frames, id, motion, name, tags"):
+    with pytest.raises(UserError, match=r"column='colour' is invalid: .* has frames, id, motion, name, tags"):
         table["colour"]
     assert (tmp_path / "cache").exists() == (size == "large")
 
@@ -187,7 +187,7 @@ def test_wrong_columns_are_refused(tmp_path):
 
 
 def test_folders_without_a_finished_table_are_refused_with_the_fix(tmp_path):
-    with pytest.raises(MissingError, match="no such data set: .*nowhere"):
+    with pytest.raises(MissingError, match=r"no such data set: .*nowhere"):
         Table(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"not a data set of clips, as it has no table\.json\. Use tools/ingest\.py"):

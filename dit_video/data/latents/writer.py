@@ -115,7 +115,7 @@ class LatentWriter:
         self,
         number: int,
         examples: Iterable[LatentExample | Skipped],
-        texts: Iterable[tuple[str, Float32[np.ndarray, "s e"]]] = (),
+        texts: Iterable[tuple[str, Float32[np.ndarray, "_ e"]]] = (),
     ) -> None:
         """Write one part atomically.
 
