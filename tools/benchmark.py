@@ -65,7 +65,10 @@ from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import MissingError, UserError, script
 
 DEFAULT_PARTS = ("denoiser", "autoencoder", "data")
-OPTIONAL_PARTS = ("attention", "tiling", "model", "train", "sampling", "features", "studio", "scale", "duplicates")
+OPTIONAL_PARTS = (
+    *("attention", "tiling", "model", "train", "sampling", "features", "studio", "scale", "duplicates", "shots"),
+    "ingest",
+)
 """Parts that run only if they are named."""
 PRETRAINED = Path(__file__).resolve().parents[1] / "experiments" / "pretrained" / "shapes"
 
