@@ -96,14 +96,17 @@ class LatentWriter:
         written = _read_plan(self.folder)
         check_identity(self.folder, written["identity"], self.identity)
         files, plans = written.pop("files"), written.pop("plans")
-        is_same, is_last = written == options, (files[-1], plans[-1]) == (self.num_files, self.plan_hash)
-        if not is_same or (self.num_files and not is_last and not _is_complete(self.folder, sum(files))):
+        is_new = self.num_files > 0 and (files[-1], plans[-1]) != (self.num_files, self.plan_hash)
+        count = len(list_parquet(self.folder / INDEX_FOLDER)) if is_new else 0
+        if written != options or (is_new and count not in (sum(files), sum(files[:-1]))):
             raise UserError(
                 f"{self.folder} was started with other options ({files[-1]} files of {written['dtype']}, plan "
-                f"{plans[-1]}; now {self.num_files} of {self.dtype}, plan {self.plan_hash}). Use the same options or "
-                "another folder."
+                f"{plans[-1]}; now {self.num_files} of {self.dtype}, plan {self.plan_hash}). Use the same options and "
+                f"clips, or another folder, or remove index/train-{sum(files[:-1]):05d}.parquet and all after it."
             )
-        if self.num_files and not is_last:
+        if is_new:
+            if count < sum(files):  # of the last plan nothing is written
+                files, plans = files[:-1], plans[:-1]
             files, plans = [*files, self.num_files], [*plans, self.plan_hash]
             write_document(self.folder / PLAN, options | {"files": files, "plans": plans})
 

@@ -238,11 +238,17 @@ def test_latents_may_be_at_an_address(memory, tmp_path):
     with pytest.raises(UserError, match="other options"):
         LatentWriter(folder=to_storage_path(address), identity="y", num_files=1, dtype="bfloat16")
     # Further parts may be added, of which others wait until they are written.
-    more = LatentWriter(folder=to_storage_path(address), identity="y", num_files=4, plan_hash="b", dtype="float32")
+    common = {"folder": to_storage_path(address), "identity": "y", "dtype": "float32"}
+    assert not LatentWriter(num_files=3, plan_hash="a", **common).finish()
+    more = LatentWriter(num_files=2, plan_hash="b", **common)  # of the other plan nothing was written
+    more.write(1, [expected[0]._replace(name="more.mp4")])
     assert not more.finish()
-    with pytest.raises(UserError, match="other options"):
-        LatentWriter(folder=to_storage_path(address), identity="y", num_files=3, plan_hash="c", dtype="float32")
+    with pytest.raises(UserError, match=r"other options .* remove index/train-00001\.parquet and all after it"):
+        LatentWriter(num_files=3, plan_hash="c", **common)
     np.testing.assert_array_equal(LatentSource(address)[3], expected[3].latents + 1)  # until then, what was there
+    more.write(0, [])
+    assert more.finish()
+    assert LatentSource(address).names[-1] == "more.mp4"
     with pytest.raises(UserError, match="is an address"):
         write_latents(f"{memory}/more", examples(), identity="x")
 
