@@ -10,7 +10,7 @@ import av
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 
-from dit_video.video.packets import PacketReader, Track, get_time_base
+from dit_video.video.packets import PacketReader, Track, get_time_base, restore_times
 
 AAC_RATE = 48_000
 """Samples per second of sound that is encoded."""
@@ -74,7 +74,7 @@ def encode_aac(track: Track) -> bytes:
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as output:
         stream = output.add_stream("aac", rate=AAC_RATE)
         stream.codec_context.layout = layout
-        packets = [*(timed.packet for timed in track.packets), None]
+        packets = [*map(restore_times, track.packets, itertools.repeat(get_time_base(track.stream))), None]
         decoded = (frame for packet in packets for frame in context.decode(packet))
         for frame in itertools.chain(decoded, [None]):
             if frame is not None:

@@ -26,6 +26,14 @@ class TimedPacket(NamedTuple):
     duration: int
 
 
+def restore_times(timed: TimedPacket, time_base: Fraction) -> av.Packet:
+    """Return a packet with the times of its file, which another one that it was written into has changed."""
+    packet = timed.packet
+    packet.pts = packet.dts = timed.pts
+    packet.time_base, packet.duration = time_base, timed.duration
+    return packet
+
+
 class Track(NamedTuple):
     """Some packets of a stream, in decoding order, which are written with other times."""
 

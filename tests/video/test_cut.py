@@ -278,3 +278,15 @@ def test_windows_of_varying_times_are_not_longer_than_asked():
     assert all(end - times[first] <= 3 + 1e-5 for (first, _), end in zip(windows, ends, strict=True))
     assert split_span([], 3) == ()
     assert split_span([0.0], 3) == ((0, 1),)
+
+
+def test_sound_of_several_spans_may_become_aac(write_video, textured):
+    """A packet that one span was written with keeps its own times for the next one."""
+    video = write_video(textured(40, 64, 64), codec="libvpx", format="webm", **YUV, options={"g": "8"})
+    content = add_sound(video, "libopus", format="webm")
+    times = read_times(content)
+    spans = [TimeSpan(times[first], times[first + 9]) for first in (0, 10, 20)]
+    cuts = list(cut_clips(content, spans))
+    assert [cut.method for cut in cuts] == ["encode"] * 3  # mp4 does not have VP8
+    for span, cut in zip(spans, cuts, strict=True):
+        check_sound(content, cut.content, span.first, span.first + 1.0)
