@@ -48,6 +48,7 @@ DTYPES = {
     "float32": np.dtype(np.float32),
     "int8": np.dtype(ml_dtypes.bfloat16),
 }
+SIZE_COLUMNS = ("latent_frames", "latent_rows", "latent_columns")
 TEXT_FEATURES = {"text": make_bytes_feature(), "caption": tfds.features.Text()}
 
 
@@ -126,7 +127,7 @@ class LatentSource(SharesArrays):
         self.clips: Sequence[str] = TableColumn(table, "clip", self._rows)
         """Name of the clip that each example is a view of."""
         self.all_captions: Sequence[tuple[str, ...]] = TableColumn(table, "captions", self._rows)
-        size = [table[f"latent_{name}"][self._rows] for name in ("frames", "rows", "columns")]
+        size = [table[name][self._rows] for name in SIZE_COLUMNS]
         self.sizes: Int32[np.ndarray, "n 3"] = np.stack(size, axis=1).astype(np.int32)
         """Size of the latents of each example: latent frames, rows, columns."""
         self.skipped: tuple[Skipped, ...] = tuple(self._list_skipped())

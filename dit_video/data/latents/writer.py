@@ -18,6 +18,7 @@ from dit_video.data.latents.cache import (
     DATASET_NAME,
     KIND,
     PLAN,
+    SIZE_COLUMNS,
     TEXT_FEATURES,
     TEXTS,
     VERSION,
@@ -50,7 +51,7 @@ _SCHEMA = pa.schema(
         "id": pa.uint64(),
         **dict.fromkeys(("name", "clip", "payload", "outcome", "reason"), pa.string()),
         "written_captions": pa.list_(pa.string()),
-        **dict.fromkeys(("latent_frames", "latent_rows", "latent_columns", "channels"), pa.int32()),
+        **dict.fromkeys((*SIZE_COLUMNS, "channels"), pa.int32()),
         **_PLACE,
     }
 )
@@ -142,11 +143,8 @@ class LatentWriter:
                 captions = _get_captions(example)
                 widths.check(example, captions)
                 embeddings.update(zip(captions, example.text, strict=bool(example.text)) if example.text else ())
-                size = dict(
-                    zip(("latent_frames", "latent_rows", "latent_columns"), example.latents.shape, strict=False)
-                )
-                fields = {"channels": widths.channels, "written_captions": list(captions)}
-                rows.append(_make_row(example, outcome="kept", **size, **fields))
+                size = dict(zip((*SIZE_COLUMNS, "channels"), example.latents.shape, strict=True))
+                rows.append(_make_row(example, outcome="kept", written_captions=list(captions), **size))
                 yield self._make_record(example)
 
         name = get_file_name(DATASET_NAME, part)

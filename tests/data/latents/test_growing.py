@@ -41,7 +41,7 @@ class Clips:
         self.infos[number] = self.infos[number]._replace(captions=captions)
 
     def update(self):
-        """Encode what is new; return the numbers of the clips that were decoded, and the captions that were embedded."""
+        """Encode what is new; return the numbers of the decoded clips, and the captions that were embedded."""
         source, self.embedded = self.source, []
         plan = plan_encoding(source, self.encoding, self.folder)
         assert encode_latents(self.folder, source, self.encoding, plan, identity=IDENTITY)
