@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     Clip(frames=np.zeros((1, 40, 40, 3), np.uint8), fps=1).save(folder / "extra.png")
     rows += ["broken.mp4,x", "tiny.png,y"]
     (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
-    config = IngestConfig(screening=ScreeningConfig(min_size=16))
+    config = IngestConfig(screening=ScreeningConfig(min_size=16, measure=True))
     report = ingest(folder, root / "data", config=config)
     ingest(folder, root / "again", config=config, workers=1)
     return root, report
@@ -57,6 +57,10 @@ def test_the_page_shows_everything(made):
         "a film about number 3",
         "no caption",
         "min_size",
+        "Motion",
+        "Sharpness",
+        "Sound",
+        "0 s dropped, 17 s kept, 0 s unreadable.",
     ]
     assert [words for words in expected if words not in text] == []
     assert [a["id"] for a in page.find("section")] == ["files", "clips", "sizes", "captions", "left-out", "settings"]

@@ -30,7 +30,7 @@ _FRAME_BINS = ("1", "2", *(f"{2**power + 1}–{2 ** (power + 1)}" for power in r
 """Names of the bins of numbers of frames, which end at powers of two."""
 MEASURES = ("motion", "black", "frozen", "sharpness", "letterbox")
 """Columns of measures."""
-_MEASURE_BINS = 20
+_MEASURE_BINS = 12
 _NUMBER = re.compile(r"(?<![A-Z][.-])(?<!\d)\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 """Numbers in a reason, except those in words such as H.264 and UTF-8."""
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)""")
