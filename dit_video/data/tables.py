@@ -267,14 +267,15 @@ class TableColumn(SharesArrays, Sequence[Any]):
 
     def flatten(self) -> tuple[Int32[np.ndarray, " n"], pa.ChunkedArray]:
         """Return the number of values in each list, and all values."""
-        lists = self._take_all()
+        lists = self.take_all()
         return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(), pc.list_flatten(lists)
 
     def number_values(self) -> Int32[np.ndarray, " n"]:
         """Return the number of each value among the different ones, in order of first occurrence."""
-        return self._take_all().dictionary_encode().combine_chunks().indices.to_numpy()
+        return self.take_all().dictionary_encode().combine_chunks().indices.to_numpy()
 
-    def _take_all(self) -> pa.ChunkedArray:
+    def take_all(self) -> pa.ChunkedArray:
+        """Return Arrow's array of all values."""
         column = self._table.arrow(self._name)
         return column if len(self) == len(column) else column.take(pa.array(self._rows))
 

@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 
 from dit_video.autoencoders import latent_grid
 from dit_video.core.errors import UserError
@@ -76,10 +78,10 @@ def _compute_token_dt(
     return intervals if names is None else intervals[_find_numbers(clips, names)]
 
 
-def _find_numbers(clips: ClipSource, names: Sequence[str]) -> list[int]:
+def _find_numbers(clips: ClipSource, names: Sequence[str]) -> Int64[np.ndarray, " n"]:
     """Return the number of the clip of each name."""
-    numbers = {name: number for number, name in enumerate(clips.column("name"))}
-    return [numbers[name] for name in names]
+    numbers = pc.index_in(pa.array(names, pa.string()), value_set=pa.array(clips.column("name"), pa.string()))
+    return numbers.to_numpy().astype(np.int64)
 
 
 def make_online_batches(
@@ -241,11 +243,10 @@ def make_mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[flo
     Returns:
       None where an epoch has each example once.
     """
-    names = set(latents.clips)
-    if not weights and len(names) == len(latents):
+    if not weights and latents.groups.max() + 1 == len(latents):
         return None
-    clips = clips.select(names)
-    variants = np.asarray(_find_numbers(clips, latents.clips), np.int64)
+    clips = clips.select(set(latents.clips))
+    variants = _find_numbers(clips, latents.clips)
     return Mixture(sizes=clips.dataset_sizes, weights=tuple(weights) or None, variants=variants)
 
 

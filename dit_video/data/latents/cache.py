@@ -177,6 +177,12 @@ class LatentSource(SharesArrays):
         }
 
     @property
+    def clip_keys(self) -> pa.ChunkedArray:
+        """Return the name and the hash of the bytes of the clip that each example is a view of, separated by NUL."""
+        columns = (TableColumn(self._table, name, self._rows).take_all() for name in ("clip", "payload"))
+        return pc.binary_join_element_wise(*columns, "\0")
+
+    @property
     def groups(self) -> Int32[np.ndarray, " n"]:
         """Return the number of the clip of each example, equal for its views: 0, 1, … in order of first occurrence."""
         return TableColumn(self._table, "clip", self._rows).number_values()

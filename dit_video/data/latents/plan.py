@@ -7,12 +7,14 @@ are written one by one, by any number of processes; a file that exists is not wr
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float32, Int64
 
 from dit_video.autoencoders import (
     AutoencoderConfig,
@@ -195,28 +197,30 @@ def compute_latent_identity(encoding: Encoding) -> dict[str, Any]:
     }
 
 
-def check_clips(latents: LatentSource, clips: ClipSource, encoding: Encoding) -> None:
+def check_clips(latents: LatentSource, clips: ClipSource) -> None:
     """Check that latents are those of some clips, with the captions that these have now.
+
+    The views of a clip are not compared: they follow from the clip and from the identity of the latents.
 
     Raises:
       UserError: they are of other clips, or captions have changed.
     """
-    views = list_views(clips.infos, encoding.limits, encoding.augmentations)
-    names, captions, payloads = (clips.column(name) for name in ("name", "captions", "payload"))
-    expected = {
-        compute_row_id(view.name, payloads[view.clip]): (names[view.clip], tuple(captions[view.clip])) for view in views
-    }
-    actual = dict(zip(latents.ids.tolist(), zip(latents.clips, latents.all_captions, strict=True), strict=True))
-    skipped = {each.name for each in latents.skipped}
-    missing = [
-        view.name
-        for view in views
-        if view.name not in skipped and compute_row_id(view.name, payloads[view.clip]) not in actual
-    ]
-    changed = [value[0] for key, value in actual.items() if expected.get(key) != value]
-    if missing or changed:
+    names, payloads = (pa.array(clips.column(name), pa.string()) for name in ("name", "payload"))
+    keys, own_keys = pc.binary_join_element_wise(names, payloads, "\0"), latents.clip_keys
+    skipped = [f"{each.clip}\0{each.payload}" for each in latents.skipped]
+    known = pa.chunked_array([*own_keys.chunks, pa.array(skipped, pa.string())])
+    is_missing = pc.invert(pc.is_in(keys, value_set=known)).to_numpy(False)
+    numbers = pc.fill_null(pc.index_in(own_keys, value_set=keys), -1).to_numpy()
+    captions, own_captions = map(_hash_captions, (clips.column("captions"), latents.all_captions))
+    is_changed = (numbers < 0) | (own_captions != np.append(captions, 0)[numbers])
+    if is_missing.any() or is_changed.any():
+        first = names[is_missing.argmax()].as_py() if is_missing.any() else latents.clips[is_changed.argmax()]
         raise UserError(
-            f"{latents.folder} holds latents of other clips or captions ({len(missing)} are missing, {len(changed)} "
-            f"have changed, such as {(missing or changed)[0]}). Encode the clips again into this folder with "
+            f"{latents.folder} holds latents of other clips or captions ({is_missing.sum()} clips are missing, "
+            f"{is_changed.sum()} examples have changed, such as {first}). Encode the clips again into this folder with "
             "tools/encode_latents.py, which encodes what is new alone."
         )
+
+
+def _hash_captions(captions: Sequence[tuple[str, ...]]) -> Int64[np.ndarray, " n"]:
+    return np.fromiter(map(hash, captions), np.int64, len(captions))

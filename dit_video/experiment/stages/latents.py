@@ -63,7 +63,7 @@ class CacheLatents(DenoiserStage):
         runtime = runtime.for_stage(self.experiment)
         encoding = self.make_encoding(runtime)
         source = LatentSource(self._get_destination(runtime), identity=latent_plan.compute_latent_identity(encoding))
-        latent_plan.check_clips(source, runtime.training_clips, encoding)
+        latent_plan.check_clips(source, runtime.training_clips)
         if source.skipped:
             name, reason, *_ = source.skipped[0]
             count = len(source.skipped)
