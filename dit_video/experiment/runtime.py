@@ -128,7 +128,13 @@ class Runtime:
           UserError: more clips cannot be used than the config allows.
         """
         data = self.experiment.data
-        clips = self.clips.exclude(data.held_out).select_split("train").select_where(data.where)
+        all_clips = self.clips.exclude(data.held_out).select_split("train")
+        clips = all_clips.select_where(data.where)
+        if len(all_clips) and not len(clips):
+            raise UserError(
+                f"data.where={data.where!r} is invalid: it selects none of the {len(all_clips)} training clips. Use "
+                "wider limits, and see the histograms of the columns with tools/annotate.py DATA --list."
+            )
         if data.weights:
             clips = clips.select_datasets(data.used_datasets)
         selected = select_usable(clips, self.experiment.requirements)

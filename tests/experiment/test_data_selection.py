@@ -1,0 +1,68 @@
+"""Selection of training clips by columns of the data set, and captions from several columns."""
+
+import dataclasses
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.data.clips import ClipSource
+from dit_video.data.table_files import write_column
+from dit_video.experiment import input_pipeline
+from dit_video.experiment.run import Run
+
+
+@pytest.fixture
+def dataset(tiny_run, tmp_path):
+    """Return a data set with a column of scores, and one of captions that some clips have."""
+    folder = shutil.copytree((tiny_run / "data").resolve(), tmp_path / "data")
+    infos = ClipSource(folder).infos
+    write_column(folder, "score", {"name": [info.name for info in infos], "score": np.arange(len(infos))})
+    named = [info.name for info in infos[::2]]
+    write_column(folder, "long", {"name": named, "long": [[f"a long text about {name}"] for name in named]})
+    return folder
+
+
+def open_run(tiny, dataset, tmp_path, **data) -> Run:
+    experiment = dataclasses.replace(tiny.EXPERIMENT, data=dataclasses.replace(tiny.EXPERIMENT.data, **data))
+    run = Run.create(tmp_path / "run", experiment)
+    run.take(dataset)
+    return run
+
+
+def test_a_condition_selects_training_clips_and_leaves_held_out_ones(tiny, dataset, tmp_path):
+    run = open_run(tiny, dataset, tmp_path, where="score >= 10")
+    expected = [info.name for number, info in enumerate(ClipSource(dataset).infos) if number >= 10]
+    held_out = set(tiny.EXPERIMENT.data.held_out)
+    assert [info.name for info in run.runtime.training_clips.infos] == [n for n in expected if n not in held_out]
+    assert {info.name for info in run.runtime.held_out_clips.infos} == held_out
+
+
+def test_a_condition_that_is_wrong_or_selects_nothing_ends_the_run_before_it_trains(tiny, dataset, tmp_path):
+    cases = (("blur > 3", "there is no column blur"), ("score > 1000", "selects none of the"))
+    for number, (where, message) in enumerate(cases):
+        data = dataclasses.replace(tiny.EXPERIMENT.data, where=where)
+        run = Run.create(tmp_path / str(number), dataclasses.replace(tiny.EXPERIMENT, data=data))
+        with pytest.raises(UserError, match=message):
+            run.train(dataset)
+        assert not (tmp_path / str(number) / "autoencoder").exists()
+
+
+def test_captions_are_drawn_from_columns_by_their_shares(tiny, dataset, tmp_path):
+    """Of the clips with a long caption, three of four draws are of it."""
+    run = open_run(tiny, dataset, tmp_path, captions={"captions": 0.25, "long": 0.75})
+    clips = run.runtime.training_clips
+    texts = input_pipeline.open_captions(lambda text: np.frombuffer(text.encode(), np.uint8), clips)
+    draws: dict[int, Counter[int]] = {}
+    for example in range(len(clips)):
+        generator = np.random.default_rng(example)
+        draws[example] = Counter(texts.lengths.draw(example, lambda g=generator: g) for _ in range(200))
+    for example, info in enumerate(clips.infos):
+        if len(info.captions) == 1:
+            assert draws[example] == {0: 200}
+        else:
+            assert info.captions[1].startswith("a long text about")
+            assert draws[example][1] == pytest.approx(150, abs=30)
+    assert {len(info.captions) for info in clips.infos} == {1, 2}
