@@ -7,6 +7,7 @@
     python tools/benchmark.py train --steps 100                  # overhead of the loop, saving and restarting
     python tools/benchmark.py sampling                           # steps and guidance against forward passes
     python tools/benchmark.py tiling --run RUN --clips CLIPS     # errors of tiled decoding
+    python tools/benchmark.py latent_storage --run RUN           # quality of latents in 32, 16 and 8 bits
     python tools/benchmark.py data --clips CLIPS                 # your own clips instead of rendered ones
     python tools/benchmark.py --config experiments/configs/clips.py --steps 50
     python tools/benchmark.py autoencoder --peers                # against diffusers, if it and torch are installed
@@ -22,6 +23,7 @@ The default parts are:
 The other parts run only if they are named:
 
     attention    attention that skips blocks of other segments, against dense attention
+    latent_storage  bytes of a clip's latents, their error, and PSNR of the decoded clip, by the type of storage
     tiling       largest and mean error of tiled decoding, in steps of 0..255, for several overlaps of the tiles
     model        a forward pass and a training step of a transformer like Wan's, and compile time by depth
     train        overhead of the training loop and of background saves; time to the first step of a new run and of one
@@ -44,6 +46,7 @@ from dit_video.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
+import importlib
 import json
 import os
 import platform
@@ -66,7 +69,19 @@ from dit_video.core.errors import MissingError, UserError, script
 
 DEFAULT_PARTS = ("denoiser", "autoencoder", "data")
 OPTIONAL_PARTS = (
-    *("attention", "tiling", "model", "train", "sampling", "features", "studio", "scale", "duplicates", "shots"),
+    *(
+        "attention",
+        "tiling",
+        "model",
+        "train",
+        "sampling",
+        "features",
+        "studio",
+        "scale",
+        "latent_storage",
+        "duplicates",
+        "shots",
+    ),
     "ingest",
 )
 """Parts that run only if they are named."""
@@ -151,18 +166,21 @@ def run_benchmarks(
     if "features" in parts:
         document["features"] = measure_features(size)
     if "scale" in parts:
-        document["scale"] = measure_scale(size)
+        document["scale"] = measure_optional("scale", size.rows)
     if "duplicates" in parts:
         document["duplicates"] = measure_duplicates()
     if "studio" in parts:
-        document["studio"] = measure_studio(run)
+        print("timing the studio in headless Chromium", file=sys.stderr)
+        document["studio"] = measure_optional("studio", run)
     if "shots" in parts:
         document["shots"] = measure_shots(size)
     if "ingest" in parts:
-        document["ingest"] = measure_ingest(size)
+        document["ingest"] = measure_optional("ingest", 2 if size.small else 12)
     if "tiling" in parts:
         print("measuring errors of tiled decoding", file=sys.stderr)
-        document["tiling"] = measure_tiling(run, clips)
+        document["tiling"] = measure_optional("tiling", run, clips)
+    if "latent_storage" in parts:
+        document["latent_storage"] = measure_optional("latent_storage", run, clips)
     if denoiser is not None and autoencoder is not None and "data" in parts:
         document["data"] = measure_data(setting, denoiser, autoencoder, size, clips)
         if "latents" in document["data"]:
@@ -172,6 +190,15 @@ def run_benchmarks(
     if peers and autoencoder is not None:
         document["autoencoder"]["peers"] = measure_peers(size.rounds)
     return document
+
+
+def measure_optional(part: str, *arguments: Any) -> dict[str, Any]:
+    """Return the figures of `benchmarks.PART`, whose packages may be missing."""
+    try:
+        module = importlib.import_module(f"benchmarks.{part}")
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    return module.measure(*arguments)
 
 
 def measure_loop(setting: Setting, size: BenchmarkSize, setting_arguments: Sequence[str]) -> dict[str, Any]:
@@ -246,31 +273,12 @@ def measure_features(size: BenchmarkSize) -> dict[str, Any]:
     )
 
 
-def measure_scale(size: BenchmarkSize) -> dict[str, Any]:
-    """Measure what lies between a large table of clips and its batches."""
-    try:
-        from benchmarks import scale
-    except ModuleNotFoundError as error:
-        return {"skipped": f"{error.name} is not installed"}
-    return scale.measure(size.rows)
-
-
 def measure_duplicates() -> dict[str, Any]:
     """Measure recall and precision of near-duplicates on rendered clips, by a CLIP that is trained on such clips."""
     from benchmarks import duplicates
 
     print("training a CLIP of rendered scenes", file=sys.stderr)
     return duplicates.measure_trained()
-
-
-def measure_studio(run: Path) -> dict[str, Any]:
-    """Measure the time until the studio's page is there, and from a click to a playing video."""
-    try:
-        from benchmarks import studio
-    except ModuleNotFoundError as error:
-        return {"skipped": f"{error.name} is not installed"}
-    print("timing the studio in headless Chromium", file=sys.stderr)
-    return studio.measure(run)
 
 
 def measure_shots(size: BenchmarkSize) -> dict[str, Any]:
@@ -281,24 +289,6 @@ def measure_shots(size: BenchmarkSize) -> dict[str, Any]:
         return {"skipped": f"{error.name} is not installed"}
     print("detecting transitions in rendered videos", file=sys.stderr)
     return shots.measure(4 if size.small else max(1, size.examples // 10))
-
-
-def measure_ingest(size: BenchmarkSize) -> dict[str, Any]:
-    """Measure the ingest of 480p video."""
-    try:
-        from benchmarks import ingest
-    except ModuleNotFoundError as error:
-        return {"skipped": f"{error.name} is not installed"}
-    return ingest.measure(2 if size.small else 12)
-
-
-def measure_tiling(run: Path, clips: Path | None) -> dict[str, Any]:
-    """Measure errors of tiled decoding with a trained autoencoder."""
-    try:
-        from benchmarks import tiling
-    except ModuleNotFoundError as error:
-        return {"skipped": f"{error.name} is not installed"}
-    return tiling.measure(run, clips)
 
 
 def measure_data(
@@ -346,7 +336,9 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=1_000_000, help="Number of clips of the `scale` benchmark.")
     parser.add_argument("--small", action="store_true", help="Use tiny models for `model` and `sampling`.")
-    parser.add_argument("--run", type=Path, default=PRETRAINED, help="Run or pipeline of `tiling` and `sampling`.")
+    parser.add_argument(
+        "--run", type=Path, default=PRETRAINED, help="Run or pipeline of `tiling`, `latent_storage` and `sampling`."
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="Change a field of the config; repeatable."
     )

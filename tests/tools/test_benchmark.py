@@ -145,6 +145,22 @@ def test_the_tiling_benchmark_compares_tiles_with_whole_pictures(script, tiny_ru
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_storage_compares_types_of_latents(script):
+    ended = script("tools/benchmark.py", "latent_storage")
+    assert ended.code == 0, ended.err
+    result = json.loads(ended.out)["latent_storage"]
+    errors, sizes = (
+        [result[dtype][name] for dtype in ("float32", "bfloat16", "int8")]
+        for name in ("relative_error", "bytes_per_clip")
+    )
+    assert errors[0] == 0 < errors[1] < errors[2] < 0.1
+    assert sizes[2] < 0.65 * sizes[1] < 0.65**2 * sizes[0]
+    assert result["float32"]["psnr"] == result["psnr of exact latents"]
+    assert result["psnr of exact latents"] - result["int8"]["psnr"] < 0.1
+    assert result["int8"]["psnr_to_exact"] > 60
+
+
+@pytest.mark.slow
 def test_the_model_benchmark_measures_a_transformer(script):
     ended = script("tools/benchmark.py", "model", "--small", "--rounds", 1)
     assert ended.code == 0

@@ -11,10 +11,11 @@ from benchmarks.data import provide_clips
 from dit_video.autoencoders import Tiles, measure_tiling_error
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
+from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.experiment.run import Run
 from dit_video.tokens import Grid
+from dit_video.video import Clip
 
 _TILE_SIZE = 8
 """Side length of a tile, in latent positions."""
@@ -36,8 +37,27 @@ def measure(run: Path, clips: Path | None) -> dict[str, Any]:
       run: folder of a run or of a pipeline.
       clips: folder of clips; rendered ones if None.
     """
-    is_run = (run / "autoencoder" / "weights.safetensors").is_file()  # a run, even if its denoiser is not trained yet
-    codec = Run.open(run).codec() if is_run else dit_video.load(run).codec
+    codec = open_codec(run)
+    stride, fitted = codec.config.stride, list_stored_clips(codec, clips)
+    latents = [codec.encode(clip)[None] for clip in fitted]
+    sizes = {clip.frames.shape[1:3] for clip in fitted}
+    return {
+        "run": run.name,
+        "clips": len(latents),
+        "sizes": sorted(f"{height}x{width}" for height, width in sizes),
+        "tile": f"{_TILE_SIZE * stride.h}x{_TILE_SIZE * stride.w}",
+        "overlaps": {str(overlap * stride.h): _measure_errors(codec, latents, overlap) for overlap in _OVERLAPS},
+    }
+
+
+def open_codec(run: Path) -> LatentCodec:
+    """Return the autoencoder of a run, even if its denoiser is not trained yet, or of a pipeline."""
+    is_run = (run / "autoencoder" / "weights.safetensors").is_file()
+    return Run.open(run).codec() if is_run else dit_video.load(run).codec
+
+
+def list_stored_clips(codec: LatentCodec, clips: Path | None) -> list[Clip]:
+    """Return clips from their start, at the largest size of at most 192×256 pixels; rendered ones if there are none."""
     stride = codec.config.stride
     limits = SizeLimits(
         max_pixels=_MAX_PIXELS, max_frames=1 + _NUM_CHUNKS * stride.t, multiple=Grid(stride.t, stride.h, stride.w)
@@ -48,15 +68,7 @@ def measure(run: Path, clips: Path | None) -> dict[str, Any]:
     ):
         ingest(folder, Path(temporary) / "data")
         source = ClipSource(Path(temporary) / "data")
-        latents = [codec.encode(read_fitted_clip(source, index, limits))[None] for index in range(len(source))]
-        sizes = {fit_size(info, limits)[1:] for info in source.infos}
-    return {
-        "run": run.name,
-        "clips": len(latents),
-        "sizes": sorted(f"{height}x{width}" for height, width in sizes),
-        "tile": f"{_TILE_SIZE * stride.h}x{_TILE_SIZE * stride.w}",
-        "overlaps": {str(overlap * stride.h): _measure_errors(codec, latents, overlap) for overlap in _OVERLAPS},
-    }
+        return [read_fitted_clip(source, index, limits) for index in range(len(source))]
 
 
 def _measure_errors(codec: LatentCodec, latents: list[np.ndarray], overlap: int) -> dict[str, float]:

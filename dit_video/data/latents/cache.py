@@ -167,8 +167,8 @@ class LatentSource(SharesArrays):
         size = self.get_size(index)
         shape = (*size, self.channels)
         if self._dtype == "int8":
-            scale = self._decode(index, record, "scale", (self.channels,), "float32")
-            latents = self._decode(index, record, "latents", shape, "int8").astype(np.float32) * scale
+            steps = decode_values(record["scale"], "float32")
+            latents = self._decode(index, record, "latents", shape, "int8").astype(np.float32) * steps
         else:
             latents = self._decode(index, record, "latents", shape, "float32")
         return latents, {

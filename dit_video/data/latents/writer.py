@@ -232,7 +232,6 @@ class LatentWriter:
         latents, scale = example.latents, b""
         if self.dtype == "int8":
             steps = np.maximum(np.abs(latents).max(axis=(0, 1, 2)) / _MAX_SCALE, np.finfo(np.float32).tiny)
-            # The stored scale is rounded first, so that values are rounded to multiples of what is read.
             scale = encode_values(steps, "float32")
             content = np.rint(latents / steps).astype(np.int8).tobytes()
         else:

@@ -12,6 +12,7 @@ from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.core.storage import to_storage_path
 from dit_video.data.latents.cache import LatentExample, LatentSource, Skipped, hash_identity
 from dit_video.data.latents.writer import LatentWriter, write_latents
+from dit_video.data.tables import Table
 from dit_video.tokens import Field, Grid
 
 
@@ -278,3 +279,28 @@ def test_a_damaged_record_is_named(tmp_path):
     with pytest.raises(DecodeError, match=r"the record of \d\.mp4: .*array_record is damaged at .* Encode it again"):
         list(map(damaged.__getitem__, range(3)))
     assert whole.shape == (2, 2, 3, 4)
+
+
+def test_8_bits_hold_every_channel_to_half_a_step(tmp_path):
+    draw = np.random.default_rng(0)
+    values = draw.standard_normal((3, 4, 5, 6)).astype(np.float32) * np.asarray([1e-6, 0.01, 1, 50, 3, 0], np.float32)
+    text, field = values[0, 0, :4], Field(name="control", alignment="grid", shape=(2,))
+    example = LatentExample("a", ("a caption",), values, fields={"control": values[..., 2:4]})
+    sizes = {}
+    for dtype in ("int8", "bfloat16", "float32"):
+        writer = LatentWriter(folder=tmp_path / dtype, identity="x", num_files=1, dtype=dtype, fields=(field,))
+        writer.write(0, [example], [(caption, text) for caption in ("a caption", "")])
+        assert writer.finish()
+        sizes[dtype] = Table(tmp_path / dtype, kind="latents")["length"][0]
+    source = LatentSource(tmp_path / "int8")
+    latents, fields = source.read_example(0)
+    assert latents.dtype == np.float32
+    steps = np.abs(values).max(axis=(0, 1, 2)) / 127
+    assert (np.abs(latents - values) <= steps / 2 * (1 + 1e-5) + 1e-30).all()
+    assert (np.abs(latents).max(axis=(0, 1, 2)) <= 127 * steps * (1 + 1e-5)).all()
+    assert not latents[..., 5].any()
+    # Fields and embeddings are in bfloat16.
+    np.testing.assert_array_equal(fields["control"], LatentSource(tmp_path / "bfloat16").read_example(0)[1]["control"])
+    np.testing.assert_allclose(source.read_text(0), LatentSource(tmp_path / "float32").read_text(0), rtol=1e-2)
+    assert sizes["int8"] < sizes["bfloat16"] < sizes["float32"]
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source))[0], latents)
