@@ -17,6 +17,7 @@ class SharedBucket(DirFileSystem):
     """A file system in which `gs://bucket/x` is `bucket/x` in the folder; a file appears when it is complete."""
 
     protocol = ("gs", "gcs")
+    sep = "/"
     cachable = False
 
     def __init__(self, **_):

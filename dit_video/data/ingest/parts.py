@@ -9,7 +9,6 @@ ingest/skipped.json           entries of the source that cannot be clips
 import collections
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -157,9 +156,12 @@ class IngestFolder:
 
 def _read_part(path: StoragePath, part: str) -> pa.Table:
     """Return the files of a part, of a file sorted by parts of which only the rows around it are read."""
-    is_part, name = pc.field("part") == part, str(path) if isinstance(path, Path) else path.path
-    with convert_storage_errors(path):
-        return pq.read_table(name, columns=[*_COLUMNS], filters=is_part, filesystem=getattr(path, "fs", None))
+    with convert_storage_errors(path), path.open("rb") as content, pq.ParquetFile(content) as file:
+        column = file.schema_arrow.names.index("part")
+        groups = [file.metadata.row_group(number).column(column).statistics for number in range(file.num_row_groups)]
+        numbers = [number for number, values in enumerate(groups) if values.min <= part <= values.max]
+        rows = file.read_row_groups(numbers, columns=[*_COLUMNS, "part"], use_threads=False)
+    return rows.filter(pc.equal(rows["part"], part)).drop_columns("part")
 
 
 def _make_table(clips: Sequence[ListedClip], names: Sequence[str]) -> pa.Table:
