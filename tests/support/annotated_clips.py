@@ -1,79 +1,54 @@
-"""Data sets of encoded clips for annotators, without an ingest."""
+"""Data sets of encoded clips for annotators, written without an ingest."""
 
-import hashlib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.table_files import write_manifest, write_part
-from dit_video.data.tables import Table
+from dit_video.data.clips import DATASET_NAME, FEATURES, ClipSource
+from dit_video.data.ingest.rows import make_table
+from dit_video.data.records import get_file_name, write_records
+from dit_video.data.table_files import write_column, write_manifest, write_part
 from dit_video.video import Clip, encode, probe
+from support.clip_tables import make_row
 
 FIELDS = ("name", "height", "width", "frames", "fps", "seconds", "id", "payload")
-
-
-class StoredInfo(ClipInfo):
-    """Metadata with the key and the hash of a clip."""
-
-    id: int
-    payload: str
+_PART = "train-00000"
 
 
 class StoredClips(ClipSource):
-    """Clips in memory, whose table is a folder."""
+    """A data set that counts how often clips are read."""
 
-    def __init__(self, folder, contents: dict[str, bytes], captions: dict[str, Sequence[str]]):
-        self.tables = (Table(folder),)
-        self.reads = 0
-        self._contents, self._infos = list(contents.values()), []
-        for row, name in enumerate(self.tables[0]["name"].to_pylist()):
-            values = {each: self.tables[0].arrow(each)[row].as_py() for each in FIELDS}
-            known = {each: value for each, value in values.items() if each in ClipInfo._fields}
-            info = StoredInfo(**known, captions=tuple(captions.get(name, ())))
-            info.id, info.payload = values["id"], values["payload"]
-            self._infos.append(info)
-
-    @property
-    def folders(self):
-        return (self.tables[0].folder,)
-
-    @property
-    def infos(self):
-        return tuple(self._infos)
-
-    def __len__(self):
-        return len(self._infos)
+    reads = 0
 
     def __getitem__(self, index):
         self.reads += 1
-        return self._contents[index]
-
-    def column(self, name):
-        values = [getattr(info, name) for info in self._infos]
-        return np.array(values, np.uint64) if name == "id" else values
+        return super().__getitem__(index)
 
 
 def open_clips(folder, contents: dict[str, bytes], captions: dict[str, Sequence[str]] | None = None) -> StoredClips:
-    """Write the table of clips, and open them; a file that is no video has invented properties."""
-    rows = []
-    for name, content in contents.items():
-        try:
-            info = probe(content)
-            facts = (info.height, info.width, info.frames, info.fps, info.seconds)
-        except Exception:  # a test's damaged file
-            facts = (32, 48, 8, 8.0, 0.875)
-        digest = hashlib.sha256(content).hexdigest()
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        rows.append(dict(zip(FIELDS, (name, *facts, key, digest), strict=True)))
-    columns = {each: [row[each] for row in rows] for each in FIELDS}
-    types = {"id": pa.uint64(), "name": pa.string(), "payload": pa.string()}
-    types |= dict.fromkeys(("fps", "seconds"), pa.float64())
-    arrays = {each: pa.array(values, types.get(each, pa.int32())) for each, values in columns.items()}
-    write_part(folder, "train-00000", pa.table(arrays))
-    write_manifest(folder, "clips", {}, ["train-00000"])
-    return StoredClips(folder, contents, captions or {})
+    """Write a data set of clips, and open it; a file that is no video has invented properties."""
+    folder = Path(folder)
+    facts = {name: _probe(content) for name, content in contents.items()}
+    examples = ({"clip": content, "name": name, **facts[name]} for name, content in contents.items())
+    places = write_records(folder / get_file_name(DATASET_NAME, _PART), FEATURES, examples)
+    rows = [
+        make_row(name, content, **facts[name], **place._asdict())
+        for (name, content), place in zip(contents.items(), places, strict=True)
+    ]
+    table = make_table(rows)
+    write_part(folder, _PART, table)
+    write_manifest(folder, "clips", {}, [_PART])
+    write_column(
+        folder,
+        "choice",
+        {"id": table["id"], "split": ["train"] * len(rows), "chosen": pa.array([True] * len(rows), pa.bool_())},
+    )
+    texts = [list((captions or {}).get(name, ())) for name in contents]
+    write_column(folder, "captions", {"id": table["id"], "captions": pa.array(texts, pa.list_(pa.string()))})
+    return StoredClips(folder)
 
 
 def make_clip(seed: int, *, frames: int = 8, height: int = 32, width: int = 48) -> bytes:
@@ -82,3 +57,11 @@ def make_clip(seed: int, *, frames: int = 8, height: int = 32, width: int = 48) 
     small = generator.integers(0, 255, (1, height // 8, width // 8, 3)).repeat(frames, axis=0)
     pixels = np.kron(small, np.ones((1, 8, 8, 1))).astype(np.uint8)
     return encode(Clip(frames=pixels, fps=8), "mp4", crf=18)
+
+
+def _probe(content: bytes) -> dict[str, Any]:
+    try:
+        facts = vars(probe(content))
+    except Exception:  # a test's damaged file
+        facts = {"height": 32, "width": 48, "frames": 8, "fps": 8.0, "seconds": 0.875, "codec": "h264"}
+    return {name: facts[name] for name in ("height", "width", "frames", "fps", "seconds", "codec")}

@@ -7,20 +7,17 @@ import pytest
 from dit_video.curation.annotators.clip_scores import ClipScores
 from dit_video.data.synthetic.scenes import draw_scene, render
 from dit_video.tokens import Grid
-from support.annotated_clips import FIELDS, StoredClips, make_clip, open_clips
+from support.annotated_clips import FIELDS, make_clip, open_clips
 
 TOOL = "tools/annotate.py"
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
+def data(tmp_path):
     """Return a data set that the tool opens."""
     contents = {f"{number}.mp4": make_clip(number) for number in range(4)} | {"4.mp4": b"damaged"}
     captions = {"0.mp4": ("a cat",)}
     open_clips(tmp_path / "data", contents, captions)
-    monkeypatch.setattr(
-        "dit_video.data.clips.ClipSource", lambda folder, where="": StoredClips(folder, contents, captions)
-    )
     return tmp_path / "data"
 
 
