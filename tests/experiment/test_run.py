@@ -388,9 +388,10 @@ def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
     # A caption changes in the data set, and in the latents, which are brought up to date.
     for folder in ("data", "latents"):
         path = copy / folder / "columns" / "captions.parquet"
-        columns = pq.read_table(path).to_pydict()
-        columns["captions"] = [texts and [texts[0][::-1]] for texts in columns["captions"]]
-        write_column(copy / folder, "captions", columns | {"id": np.asarray(columns["id"], np.uint64)})
+        table = pq.read_table(path)
+        texts = [texts and [texts[0][::-1]] for texts in table["captions"].to_pylist()]
+        position = table.column_names.index("captions")
+        write_column(copy / folder, "captions", table.set_column(position, "captions", [texts]))
     with pytest.raises(UserError, match="differ from those of its checkpoint at step"):
         Run.open(copy).run_stages()
 
