@@ -5,9 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.latents.cache import LatentSource
 from dit_video.experiment.run import Run
+from dit_video.video import Clip
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOOL = "tools/encode_latents.py"
@@ -86,6 +88,51 @@ def test_the_command_reads_and_writes_at_addresses(tiny, tiny_run, tiny_clips, m
     done = script(TOOL, tiny_run / "pipeline", run.folder / "data", f"{memory}/all")
     assert done.code == 0, done.err
     assert len(LatentSource(f"{memory}/all")) == tiny.COUNT
+
+
+def test_what_is_new_in_a_data_set_is_encoded_alone(tiny_run, tmp_path, script, monkeypatch):
+    def add_clip(number):
+        frames = np.random.default_rng(number).integers(0, 256, (5, 16, 32, 3), np.uint8)
+        Clip(frames=frames, fps=8).save(tmp_path / "clips" / f"{number}.mp4")
+        (tmp_path / "clips" / f"{number}.txt").write_text(f"caption {number}")
+
+    def encode():
+        """Bring data and latents up to date; return the names of the decoded clips, and the output."""
+        ingest(tmp_path / "clips", tmp_path / "data")
+        decoded.clear()
+        done = script(TOOL, tiny_run / "pipeline", tmp_path / "data", tmp_path / "l")
+        assert done.code == 0, done.err
+        return set(decoded), done.out
+
+    decoded, read = [], ClipSource.__getitem__
+    monkeypatch.setattr(
+        ClipSource,
+        "__getitem__",
+        lambda source, index: decoded.append(source.infos[index].name) or read(source, index),
+    )
+    (tmp_path / "clips").mkdir()
+    for number in range(3):
+        add_clip(number)
+    first, output = encode()
+    assert first == {"0.mp4", "1.mp4", "2.mp4"}
+    assert "3 clips, 3 views, 1 files" in output
+    before = values(tmp_path / "l")
+
+    (tmp_path / "clips" / "1.txt").write_text("another caption")
+    changed, output = encode()
+    assert changed == set()
+    assert "3 clips, 0 views, 0 files" in output
+    assert LatentSource(tmp_path / "l").all_captions == (("caption 0",), ("another caption",), ("caption 2",))
+
+    add_clip(3)
+    added, output = encode()
+    assert added == {"3.mp4"}
+    assert "4 clips, 1 views, 1 files" in output
+    assert "4 examples of 4 clips" in output
+    after = values(tmp_path / "l")
+    assert after.keys() == {*before, "3.mp4@0"}
+    for name, latents in before.items():
+        np.testing.assert_array_equal(after[name], latents)
 
 
 def test_the_command_refuses_wrong_arguments_in_one_line(tiny_run, tmp_path, script):
