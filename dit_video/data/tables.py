@@ -206,7 +206,11 @@ class Table:
             for path in map_threads(lambda part: self._localize(index / f"{part}{SUFFIX}", part), self._parts):
                 yield open_parquet(path).read(columns=[name])[name]
             return
-        file = open_parquet(self._localize(self._files[source], f"{source}-{self._hashes[source][:16]}"))
+        path = self._localize(self._files[source], f"{source}-{self._hashes[source][:16]}")
+        if hash_column(path) != self._hashes[source]:
+            path.unlink() if path != self._files[source] else None
+            raise UserError(f"{self._files[source]} has changed since the data set was opened. Open it again.")
+        file = open_parquet(path)
         key = "id" if "id" in file.schema_arrow.names else "name"
         keys = file.read(columns=[key])[key].cast(self.types[key])
         rows = pc.fill_null(pc.index_in(keys, value_set=self.arrow(key)), -1).to_numpy()

@@ -162,6 +162,19 @@ def test_a_replaced_column_of_a_large_table_is_read_again(tmp_path, monkeypatch)
         assert Table(tmp_path / "data", cache=tmp_path / "cache")["frames"].tolist() == list(range(COUNT))
 
 
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_column_that_changes_after_the_table_was_opened_is_refused(tmp_path, memory, size, place):
+    folder = f"{memory}/data" if place == "bucket" else tmp_path / "data"
+    ids = write_rows(folder)
+    write_column(folder, "scores", {"id": ids, "score": np.zeros(COUNT)})
+    table = Table(folder)
+    write_column(folder, "scores", {"id": ids, "score": np.ones(COUNT)})
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"scores\.parquet has changed since the data set was opened\. Open it"):
+            table["score"]
+    assert Table(folder)["score"].all()
+
+
 def test_wrong_columns_are_refused(tmp_path):
     ids = write_rows(tmp_path / "data")
     with pytest.raises(UserError, match=r"add the key `id` or `name` of each row"):

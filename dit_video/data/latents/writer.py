@@ -193,6 +193,7 @@ class LatentWriter:
             "captions": pa.array(texts, pa.list_(pa.string())),
             "caption_ids": pa.array(ids, pa.list_(pa.uint64())),
         }
+        has_texts = self._finish_texts()  # before the captions, so that a reader finds the embeddings of all
         write_column(self.folder, "captions", columns)
         counts = [pc.sum(pc.equal(table["outcome"], "kept")).as_py() or 0 for table in tables]
         write_metadata(self.folder, DATASET_NAME, {SPLITS[0]: counts}, features=make_features(self.fields))
@@ -201,7 +202,7 @@ class LatentWriter:
             "dtype": self.dtype,
             "channels": channels,
             "fields": [_describe_field(field) for field in self.fields],
-            "has_texts": self._finish_texts(),
+            "has_texts": has_texts,
         }
         write_manifest(self.folder, KIND, settings, parts)
         return True
