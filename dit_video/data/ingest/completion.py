@@ -35,7 +35,7 @@ def discard_transient_parts(folder: IngestFolder, parts: Iterable[str]) -> None:
     finished = [part for part in parts if part not in unfinished]
     for part, rows in zip(finished, _read_rows(folder, finished, ["transient", "source"]), strict=True):
         if pc.any(pc.is_in(rows.filter(rows["transient"])["source"], value_set=names)).as_py():
-            (folder.folder / INDEX_FOLDER / f"{part}.parquet").unlink()
+            folder.discard(part)
 
 
 def complete(folder: IngestFolder, *, inherit_captions: bool, duplicate_distance: int | None) -> IngestReport:

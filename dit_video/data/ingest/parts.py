@@ -4,9 +4,11 @@ ingest/settings.json          settings, which do not change
 ingest/parts-000.parquet      files of each part; a source that has grown adds parts-001.parquet
 ingest/listing.parquet        files that the source holds now, with their captions
 ingest/skipped.json           entries of the source that cannot be clips
+ingest/completed.json         what the data set was completed from
 """
 
 import collections
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,9 +21,9 @@ from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, convert_storage_errors, read_document, write_document
 from dit_video.data.ingest.formats import ListedClip, Listing
 from dit_video.data.records import get_part_name, sort_splits
-from dit_video.data.table_files import INDEX_FOLDER, list_parquet, read_parquet, write_parquet
+from dit_video.data.table_files import INDEX_FOLDER, list_parquet, read_bytes, read_parquet, write_parquet
 
-FOLDER, _PLAN = "ingest", "parts-"
+FOLDER, _PLAN, _COMPLETED = "ingest", "parts-", "completed.json"
 MAX_PART_BYTES = 1 << 30
 _MIN_PART_BYTES, _MAX_PART_FILES = 16 << 20, 4096
 _PARTS_PER_SET = 64
@@ -135,6 +137,26 @@ class IngestFolder:
             write_parquet(self._own / f"{_PLAN}{len(paths):03d}.parquet", self._plan(new))
         write_document(self._own / "skipped.json", skipped)
         write_parquet(self._own / "listing.parquet", listed)
+
+    def is_completed(self, options: Mapping[str, Any]) -> bool:
+        """Return whether the data set was completed with these options, and nothing has changed since."""
+        path = self._own / _COMPLETED
+        return path.exists() and read_document(path) == self._describe(options)
+
+    def mark_completed(self, options: Mapping[str, Any]) -> None:
+        """Note that the data set is complete; it is not until then if a process is killed."""
+        write_document(self._own / _COMPLETED, self._describe(options))
+
+    def discard(self, part: str) -> None:
+        """Remove the rows of a part, which is then not finished."""
+        (self._own / _COMPLETED).unlink(missing_ok=True)
+        (self.folder / INDEX_FOLDER / f"{part}.parquet").unlink()
+
+    def _describe(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a completed data set depends on, as JSON values."""
+        files = ("listing.parquet", "skipped.json")
+        hashes = {name: hashlib.sha256(read_bytes(self._own / name)).hexdigest() for name in files}
+        return {**options, **hashes, "parts": self.parts}
 
     def _list_plans(self) -> list[StoragePath]:
         return [self._own / f"{name}.parquet" for name in list_parquet(self._own, _PLAN)]
