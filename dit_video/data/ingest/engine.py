@@ -174,7 +174,10 @@ def complete_ingest(folder: IngestFolder, config: IngestConfig) -> IngestReport:
     Raises:
       UserError: no clip can be used, two clips have the same name, or the destination cannot be written.
     """
-    options = {"inherit_captions": config.inherit_captions, "duplicate_distance": config.screening.duplicates}
+    options: dict[str, Any] = {
+        "inherit_captions": config.inherit_captions,
+        "duplicate_distance": config.screening.duplicates,
+    }
     with _convert_write_errors(folder.folder):
         if is_ingested(folder.folder) and folder.is_completed(options):
             return IngestReport.read(folder.folder)
