@@ -5,6 +5,8 @@ SLURM, JobSet and other schedulers start processes: `tools/ingest.py --shard I -
 
 import contextlib
 import functools
+import re
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +14,9 @@ from dit_video.core.errors import UserError
 from dit_video.core.storage import to_storage_path
 from dit_video.data.ingest.engine import IngestConfig, RunParts, write_parts
 from dit_video.data.ingest.parts import IngestFolder
+
+_WORKER_ERROR = re.compile(r"dit_video\.core\.errors\.\w+: (.+?)(?: \[while running .*)?$", re.MULTILINE)
+"""A `UserError` in the traceback of a worker, to which Beam adds a step's name."""
 
 
 def make_beam(runner: Any = None, options: Any = None) -> RunParts:
@@ -22,7 +27,7 @@ def make_beam(runner: Any = None, options: Any = None) -> RunParts:
 
         with _convert_errors("Apache Beam"), beam.Pipeline(runner=runner, options=options) as pipeline:
             write = functools.partial(write_part, str(folder.folder), config)
-            _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | beam.Map(write)
+            _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | "write" >> beam.Map(write)
 
     return run
 
@@ -33,14 +38,9 @@ def make_ray(**options: Any) -> RunParts:
     def run(folder: IngestFolder, parts: Sequence[str], config: IngestConfig) -> None:
         import ray
 
-        destination = str(folder.folder)
-
-        def write(row: dict[str, Any]) -> dict[str, Any]:
-            write_part(destination, config, row["item"])
-            return row
-
         with _convert_errors("Ray"):
-            ray.data.from_items(list(parts), override_num_blocks=len(parts)).map(write, **options).materialize()
+            rows: Any = ray.data.from_items(list(parts), override_num_blocks=len(parts))
+            rows.map(_write_row, fn_args=(str(folder.folder), config), **options).materialize()
 
     return run
 
@@ -54,14 +54,19 @@ def write_part(destination: str, config: IngestConfig, part: str) -> None:
     write_parts(IngestFolder(to_storage_path(destination), config.settings), [part], config=config, workers=1)
 
 
+def _write_row(row: dict[str, Any], destination: str, config: IngestConfig) -> dict[str, Any]:
+    write_part(destination, config, row["item"])
+    return row
+
+
 @contextlib.contextmanager
 def _convert_errors(engine: str) -> Iterator[None]:
-    """Convert the error of an engine, which quotes that of a worker, into one of a line."""
+    """Convert the error of an engine into one of a line: that of a worker, which the engine quotes, or its own."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:  # raised by the engine, or an RPC
+    except Exception as error:  # raised by the engine, or an RPC; Ray's may be a UserError of many lines
+        if quoted := _WORKER_ERROR.findall("".join(traceback.format_exception_only(error))):
+            raise UserError(quoted[-1]) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         fix = "Check its options and the logs of the workers, and start the command again."
         raise UserError(f"{engine} failed ({reason}). {fix}") from error

@@ -140,7 +140,7 @@ def test_workers_may_run_in_another_folder(clips, tmp_path, beam, monkeypatch):
 def test_an_error_of_a_worker_is_one_line(clips, tmp_path, beam, monkeypatch):
     monkeypatch.syspath_prepend(PROGRAMS)
     monkeypatch.setattr(workers, "MODULE", "mistaken_worker")
-    with pytest.raises(UserError, match=r"^[^\n]*nothing works here[^\n]*$"):
+    with pytest.raises(UserError, match=r"^nothing works here$"):
         ingest(clips, tmp_path / "out", run_parts=beam)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["ingest"]
 
