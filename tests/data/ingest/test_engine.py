@@ -15,7 +15,6 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import engine, parts
 from dit_video.data.ingest.engine import IngestConfig, ingest
-from dit_video.data.ingest.formats import ListedClip, Listing
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.report import IngestReport
 from dit_video.data.records import sort_splits
@@ -251,25 +250,6 @@ def test_parts_keep_the_order(clips, tmp_path, monkeypatch):
     # TFDS reads them too, the part without a clip included.
     records = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
     assert [record["name"].decode() for record in records] == ["a.mp4", "c.png"]
-
-
-def test_parts_are_neither_too_many_nor_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "_MAX_PART_FILES", 100)
-
-    def list_parts(*sizes: int) -> list[int]:
-        clips = tuple(ListedClip(f"{n:04}", (), size, f"/{n}", None, "train") for n, size in enumerate(sizes))
-        folder = parts.IngestFolder(tmp_path / str(len(list(tmp_path.iterdir()))), {})
-        folder.update(Listing(clips))
-        members = [folder.read_clips(part) for part in folder.parts]
-        assert [clip.name for part in members for clip in part] == [clip.name for clip in clips]
-        assert folder.count_clips(folder.parts[1:]) == len(clips) - len(members[0])
-        return [len(part) for part in members]
-
-    megabyte = 1 << 20
-    assert list_parts(*[megabyte] * 40) == [16, 16, 8]  # at least 16 MiB each, if there are so many
-    assert list_parts(*[100 * megabyte] * 128) == [2] * 64  # 64 parts
-    assert list_parts(*[3 << 30] * 2, 1, 1, 3 << 30) == [1, 1, 2, 1]  # at most 1 GiB each, or one file
-    assert list_parts(*[1] * 250) == [100, 100, 50]
 
 
 def test_many_clips_are_written_without_tensorflow(tmp_path, monkeypatch):
