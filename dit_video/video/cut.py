@@ -79,6 +79,7 @@ def cut_clips(
     spans: Sequence[TimeSpan],
     *,
     mode: Literal["copy", "encode"] = "copy",
+    max_lead_in: float = math.inf,
     crf: int = 18,
     height: int | None = None,
     width: int | None = None,
@@ -94,6 +95,8 @@ def cut_clips(
       source: a file, or its bytes.
       spans: spans of the file, in the order of their first frames.
       mode: "copy" copies packets where that is exact, and else encodes; "encode" always encodes.
+      max_lead_in: maximum size of the packets of a copy that are decoded but not shown, relative to those that are; a
+        span in a long group of pictures, which would need more, is encoded.
       crf: quality of encoded pictures, 0 (best) to 51.
       height: height of encoded pictures; even. By default that at which they are shown, or one less.
       width: width of encoded pictures; even. The default is like that of `height`.
@@ -115,7 +118,8 @@ def cut_clips(
         # Transparency is in side data that mp4 does not have.
         can_copy = mode == "copy" and reader.video_stream.metadata.get("alpha_mode") != "1"
         for span, video, audio in _select_packets(reader, origin, spans):
-            copied = _copy_span(video, audio) if can_copy and video is not None else None
+            is_copied = can_copy and video is not None and _measure_lead_in(video) <= max_lead_in
+            copied = _copy_span(video, audio) if is_copied and video is not None else None
             method: Literal["copy", "encode"] = "copy" if copied else "encode"
             if copied is None:
                 pictures = transcode(
@@ -258,10 +262,16 @@ class _PacketBuffer:
         return span.last + (next(visible, 0.0) or self._spacing)
 
 
+def _measure_lead_in(video: Track) -> float:
+    """Return the size of the packets that are decoded but not shown, relative to that of those that are."""
+    visible = sum(timed.packet.size for timed in video.packets if video.is_visible(timed))
+    return sum(timed.packet.size for timed in video.packets) / max(visible, 1) - 1
+
+
 def _copy_span(video: Track, audio: Track | None) -> tuple[bytes, str] | None:
     """Return a file of these packets, and its suffix; None if no container shows exactly these frames."""
     assert video.last is not None
-    visible = sorted(timed.pts for timed in video.packets if video.origin <= timed.pts <= video.last)
+    visible = sorted(timed.pts for timed in video.packets if video.is_visible(timed))
     keys = [timed.pts for timed in video.packets if timed.packet.is_keyframe and timed.pts > video.origin]
     # All packets from the first key frame on are there, so that only the first frames may be wrong, whose references
     # may be before it, and those up to the second key frame.

@@ -44,6 +44,10 @@ class Track(NamedTuple):
     last: int | None = None
     """Time of the last packet that is shown, though later ones may be decoded; None shows all."""
 
+    def is_visible(self, timed: TimedPacket) -> bool:
+        """Return whether a packet is presented, and not only decoded."""
+        return self.origin <= timed.pts and (self.last is None or timed.pts <= self.last)
+
 
 class PacketReader(Video):
     """An open file whose packets are read: of its video, and of its main stream of sound."""

@@ -290,3 +290,14 @@ def test_sound_of_several_spans_may_become_aac(write_video, textured):
     assert [cut.method for cut in cuts] == ["encode"] * 3  # mp4 does not have VP8
     for span, cut in zip(spans, cuts, strict=True):
         check_sound(content, cut.content, span.first, span.first + 1.0)
+
+
+def test_a_span_in_a_long_group_of_pictures_is_encoded_if_a_copy_would_need_much_more(write_video, textured):
+    content = write_video(textured(60, 64, 64), **H264, options={"g": "60", "sc_threshold": "0"})
+    times = read_times(content)
+    early, late = TimeSpan(times[0], times[49]), TimeSpan(times[50], times[59])
+    assert [cut.method for cut in cut_clips(content, [early, late])] == ["copy", "copy"]
+    cuts = list(cut_clips(content, [early, late], max_lead_in=0.5))
+    assert [cut.method for cut in cuts] == ["copy", "encode"]
+    assert [len(decode(cut.content).frames) for cut in cuts] == [50, 10]
+    assert len(cuts[0].content) < len(content)

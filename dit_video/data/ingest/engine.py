@@ -68,6 +68,9 @@ class IngestConfig:
     """True to follow links that lead out of the source; Hugging Face's links to its `blobs/` are always followed."""
     screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
     """Steps of the screening; all are disabled by default."""
+    max_lead_in: float | int = 0.5
+    """Maximum size of the packets before a clip that are stored with it, as it begins between two key frames, relative
+    to its own; a clip that needs more is re-encoded. 0 re-encodes all that do not begin with a key frame."""
     inherit_captions: bool = False
     """True to caption each part of a file like the whole file, whose captions may describe another part."""
     reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
@@ -77,6 +80,8 @@ class IngestConfig:
     clips are re-encoded. Exceeding it twice is a transient reason, so `retry` may give the file more time."""
 
     def __post_init__(self) -> None:
+        if not self.max_lead_in >= 0:
+            raise UserError(f"max_lead_in={self.max_lead_in} is invalid: use a number from 0 on")
         if not 0 < self.time_limit < float("inf"):
             raise UserError(f"time_limit={self.time_limit} is invalid: use a positive number of seconds")
 
@@ -94,7 +99,8 @@ class IngestConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """Return what a data set's parts depend on, as JSON values."""
-        return {name: dataclasses.asdict(getattr(self, name)) for name in ("screening", "reencode")}
+        parts = {name: dataclasses.asdict(getattr(self, name)) for name in ("screening", "reencode")}
+        return parts | {"max_lead_in": self.max_lead_in}
 
 
 RunParts = Callable[[IngestFolder, Sequence[str], IngestConfig], None]
@@ -222,7 +228,12 @@ def write_parts(
     progress(next(done), total)
     count = workers or count_cores()
     with _convert_write_errors(folder.folder), _make_work_folder(folder.folder) as work:
-        inspection = InspectionConfig(screening=config.screening, reencode=config.reencode, folder=str(work))
+        inspection = InspectionConfig(
+            screening=config.screening,
+            reencode=config.reencode,
+            max_lead_in=config.max_lead_in,
+            folder=str(work),
+        )
         for batch in _batch_parts(folder, parts, max(MAX_PART_BYTES, count * _MIN_PROCESS_BYTES)):
             useful = count_useful_processes(list(enumerate(itertools.chain(*batch.values()))), count)
             with Workers(useful, inspection, config.scaled_time_limit) as processes:

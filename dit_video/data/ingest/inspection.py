@@ -32,6 +32,8 @@ class InspectionConfig:
     """Steps of the screening."""
     reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
     """Limits above which clips are re-encoded."""
+    max_lead_in: float | int = 0.5
+    """Maximum size of what a clip holds of the time before it, relative to its own."""
     folder: str = ""
     """Folder of the clips that are not whole source files, until they are stored."""
 
@@ -139,7 +141,7 @@ def _cut_kept(
 
     def get_options(part: JudgedShot) -> dict[str, Any]:
         if not limits.is_exceeded(facts, part.shot):
-            return {"mode": "copy"}
+            return {"mode": "copy", "max_lead_in": config.max_lead_in, "crf": limits.crf}
         height, width = limits.fit_size(part.shot.height, part.shot.width, 2)
         rate = limits.get_rate(facts)
         return {"mode": "encode", "height": height, "width": width, "fps": rate, "crf": limits.crf}

@@ -119,7 +119,7 @@ def test_long_files_are_cut_into_clips_with_their_sound(tmp_path):
     report = ingest(
         write(tmp_path / "clips", a=content),
         tmp_path / "out",
-        config=IngestConfig(screening=ScreeningConfig(max_clip_seconds=2)),
+        config=IngestConfig(screening=ScreeningConfig(max_clip_seconds=2), max_lead_in=10),
     )
     source = ClipSource(tmp_path / "out")
     assert [(info.name, info.frames) for info in source.infos] == [("a.mp4#0", 17), ("a.mp4#1", 17), ("a.mp4#2", 16)]
