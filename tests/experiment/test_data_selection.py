@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from dit_video.core.errors import UserError
@@ -51,7 +52,7 @@ def test_a_condition_that_is_wrong_or_selects_nothing_ends_the_run_before_it_tra
 
 
 def test_captions_are_drawn_from_columns_by_their_shares(tiny, dataset, tmp_path):
-    """Of the clips with a long caption, three of four draws are of it."""
+    """Three of four draws of a clip that has a long caption are of that."""
     run = open_run(tiny, dataset, tmp_path, captions={"captions": 0.25, "long": 0.75})
     clips = run.runtime.training_clips
     texts = input_pipeline.open_captions(lambda text: np.frombuffer(text.encode(), np.uint8), clips)
@@ -66,3 +67,19 @@ def test_captions_are_drawn_from_columns_by_their_shares(tiny, dataset, tmp_path
             assert info.captions[1].startswith("a long text about")
             assert draws[example][1] == pytest.approx(150, abs=30)
     assert {len(info.captions) for info in clips.infos} == {1, 2}
+
+
+def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
+    copy = shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
+    shutil.rmtree(copy / "pipeline")
+    for newest in sorted((copy / "denoiser" / "checkpoints").iterdir(), key=lambda path: int(path.name))[-1:]:
+        shutil.rmtree(newest)
+    # A caption changes in the data set, and in the latents, which are brought up to date.
+    for folder in ("data", "latents"):
+        path = copy / folder / "columns" / "captions.parquet"
+        table = pq.read_table(path)
+        texts = [texts and [texts[0][::-1]] for texts in table["captions"].to_pylist()]
+        position = table.column_names.index("captions")
+        write_column(copy / folder, "captions", table.set_column(position, "captions", [texts]))
+    with pytest.raises(UserError, match="differ from those of its checkpoint at step"):
+        Run.open(copy).run_stages()

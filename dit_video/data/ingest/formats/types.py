@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from dit_video.core.errors import UserError
-from dit_video.core.storage import is_remote, read_range
+from dit_video.core.storage import read_range
 
 VIDEOS = frozenset(".mp4 .m4v .mov .3gp .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .ogv .wmv .flv".split())  # noqa: SIM905
 IMAGES = frozenset(".gif .apng .png .jpg .jpeg .webp .bmp .tif .tiff .avif .heic .heif".split())  # noqa: SIM905
@@ -84,14 +84,6 @@ class ListedClip(NamedTuple):
         if self.offset is not None and len(content) != self.size:
             raise OSError(f"{self.path} has become shorter")
         return content
-
-    def read_modified_time(self) -> int:
-        """Return the time (`st_mtime_ns`) at which the file was modified; -1 for an address, whose files are replaced.
-
-        Raises:
-          OSError: the file does not exist.
-        """
-        return -1 if is_remote(self.path) else os.stat(self.path).st_mtime_ns
 
 
 class Listing(NamedTuple):
