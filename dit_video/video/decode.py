@@ -69,7 +69,9 @@ def decode(
     """
     count = _check_request(size, frames, start, fps)
     with Video(source) as video:
-        convert = RgbConverter(video.name, video.sample_aspect, None if size is None else (size.h, size.w))
+        convert = RgbConverter(
+            video.name, video.sample_aspect, None if size is None else (size.h, size.w), profile=video.profile
+        )
         pictures: list[np.ndarray] = []
         last = None
         for timed in sample_frames(deinterlace(video.read_frames(start), video.name), start, fps, count):

@@ -12,8 +12,10 @@ from typing import ClassVar, NamedTuple, Protocol, cast
 import av
 from av.container import Flags
 from av.stream import Discard, Disposition
+from PIL import Image
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.video.filters import make_filter_graph
 from dit_video.video.hdr import TRANSFERS
 from dit_video.video.heif import find_heif_kind, read_heif
 from dit_video.video.mp4_header import check_mp4_header
@@ -33,6 +35,8 @@ TOLERANCE = 1e-3
 IMAGE_CODECS = {"png", "mjpeg", "bmp", "tiff", "jpeg2000", "webp", "avif", "heic"}
 """Codecs and formats of images: a file with one frame in one of these has an fps of 1."""
 
+_NAMED_PROFILES = {"png", "apng"}
+"""Codecs of pictures whose colour profile has a name; see `remove_profile`."""
 _SEEK_MARGIN = 1.0
 """Seconds before the target at which a seek aims, as the index of some containers is coarse."""
 _BUFFER_BYTES = 1 << 18
@@ -74,6 +78,17 @@ def wrap_decode_errors(name: str, location: str = "") -> Iterator[None]:
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
         problem = f"is damaged {location}" if location else "is not a readable video or image"
         raise DecodeError(f"{name} {problem} ({reason}); remove it or replace it") from error
+
+
+def remove_profile(frame: av.VideoFrame) -> av.VideoFrame:
+    """Return a frame without its colour profile.
+
+    PyAV 18 frees the name of a profile twice if a frame's side data were read and the frame is collected, which ends
+    the process.
+    """
+    graph = make_filter_graph(frame, ("sidedata", "mode=delete:type=ICC_PROFILE"))
+    graph.vpush(frame)
+    return graph.vpull()
 
 
 class Video(contextlib.AbstractContextManager["Video"]):
@@ -205,6 +220,17 @@ class Video(contextlib.AbstractContextManager["Video"]):
         """Return the duration that the header claims, in seconds; 0 if it claims none."""
         return (self._container.duration or 0) / av.time_base
 
+    @property
+    def profile(self) -> bytes | None:
+        """Return the colour profile of a PNG file, which its frames do not have; None for other files."""
+        if self.codec not in _NAMED_PROFILES:
+            return None
+        try:
+            with Image.open(io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source) as image:
+                return image.info.get("icc_profile")
+        except (OSError, ValueError, SyntaxError):  # Pillow refuses what ffmpeg reads
+            return None
+
     def get_rate(self, frames: int) -> float:
         """Return the average frames per second of a file with this number of frames; 1 for an image."""
         return 1.0 if frames == 1 and self.codec in IMAGE_CODECS else self._rate
@@ -290,4 +316,4 @@ class Video(contextlib.AbstractContextManager["Video"]):
                 frames = self._context.decode(packet)
             for frame in frames:
                 frame.time_base = frame.time_base or self._stream.time_base
-                yield frame
+                yield remove_profile(frame) if self.codec in _NAMED_PROFILES else frame

@@ -106,10 +106,13 @@ class RgbConverter:
       name: name of the file, for messages.
       sample_aspect: width of a stored pixel divided by its height.
       size: height and width of the pictures; None uses their display size.
+      profile: colour profile of the pictures; None for that of a frame, if it has one.
     """
 
-    def __init__(self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None):
-        self._name, self._aspect, self._size = name, sample_aspect, size
+    def __init__(
+        self, name: str, sample_aspect: Fraction, size: tuple[int, int] | None, *, profile: bytes | None = None
+    ):
+        self._name, self._aspect, self._size, self._profile = name, sample_aspect, size, profile
         self._reformatter, self._stored_size = VideoReformatter(), (0, 0)
 
     def __call__(self, frame: av.VideoFrame, time: float) -> UInt8[np.ndarray, "H W 3"]:
@@ -128,9 +131,9 @@ class RgbConverter:
             display_size = _compute_display_size(frame, self._aspect, transposed, self._name)
             height, width = self._size or display_size
             picture = self._convert_stored(frame, *((width, height) if transposed else (height, width)))
-            profile = _read_side_data(frame, Type.ICC_PROFILE) if get_transfer(frame) == "sdr" else None
-            if profile is not None:
-                picture = convert_to_srgb(picture, bytes(profile))
+            if get_transfer(frame) == "sdr":
+                profile = self._profile or _read_side_data(frame, Type.ICC_PROFILE)
+                picture = picture if profile is None else convert_to_srgb(picture, bytes(profile))
         if transposed:
             picture = picture.swapaxes(0, 1)
         return np.ascontiguousarray(picture[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])

@@ -54,7 +54,7 @@ def transcode(
             raise UserError(f"{video.name} has no frame from {first:g} s to {last:g} s; use times of its frames")
         visible = compute_display_size(start.frame, video.sample_aspect, video.name)
         size = (height or visible[0] // 2 * 2, width or visible[1] // 2 * 2)
-        convert = RgbConverter(video.name, video.sample_aspect, size)
+        convert = RgbConverter(video.name, video.sample_aspect, size, profile=video.profile)
         frames = itertools.chain([start], frames)
         scheduled: Iterator[_ScheduledFrame]
         if fps is None:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -53,6 +54,17 @@ def test_display_p3_becomes_srgb(format):
     converted = decode(save(picture, format, icc_profile=make_p3_profile(), **options.get(format, {}))).frames[0]
     assert np.abs(converted - convert_p3(plain)).max() <= 2
     assert np.abs(converted - plain.astype(int)).max() > 10
+
+
+def test_frames_of_pictures_with_a_profile_can_be_collected():
+    """PyAV 18 frees the name of a profile twice, which ends the process when frames are collected."""
+    content = save(make_smooth_picture(3), "PNG", icc_profile=make_p3_profile())
+    program = (
+        "import gc, sys; from dit_video.video import decode, probe; content = sys.stdin.buffer.read()\n"
+        "for _ in range(20):\n"
+        "    decode(content); probe(content, on_frame=lambda time, frame: frame.side_data); gc.collect()"
+    )
+    subprocess.run([sys.executable, "-c", program], input=content, check=True, timeout=100)
 
 
 def test_other_profiles_change_nothing():

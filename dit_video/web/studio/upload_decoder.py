@@ -76,7 +76,7 @@ def decode_upload(path: Path, out: Path, kind: str, fit: ClipFit) -> dict[str, A
     covering = compute_covering_size(height, width, *plane)
     limit, fps = (1, None) if kind == "image" else (fit.max_frames, fit.fps)
     with Video(path) as video:
-        convert = RgbConverter(video.name, video.sample_aspect, covering)
+        convert = RgbConverter(video.name, video.sample_aspect, covering, profile=video.profile)
         timed = sample_frames(deinterlace(video.read_frames(), video.name), 0.0, fps, limit)
         frames = np.stack([convert(each.frame, each.time) for each in timed])
         is_image = len(frames) == 1
