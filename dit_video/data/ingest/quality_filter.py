@@ -31,19 +31,20 @@ MIN_SHOT_SECONDS = 0.2
 class ScreeningConfig:
     """Steps of the screening and their limits; None disables a step, and a value at a limit is kept.
 
-    Once frames are decoded for one step, all measures are taken, except black bars, which need `max_letterbox` or
-    `measure`. Images, which have no length, are exempt from the limits on duration, motion and frozen time.
-    `dit_video.data.ingest.samples` and `measures` define the measures.
+    If a step needs one measure, all are taken, except black bars, which need `max_letterbox` or `measure`. Images, which
+    have no length, are exempt from the limits on duration, motion and frozen time. `dit_video.data.ingest.samples` and
+    `measures` define the measures.
 
     Raises:
       UserError: a limit is out of range, or a minimum is above its maximum.
     """
 
     shots: DetectorName | None = None
-    """PySceneDetect detector by which files are split at shot boundaries (needs the extra `ingest`)."""
+    """Detector by which files are split at shot boundaries (needs the extra `ingest`): "gradual" detects cuts, dissolves
+    and fades, PySceneDetect's "content" and "adaptive" cuts alone."""
     shot_threshold: Threshold | None = None
     """Threshold of the detector; by default PySceneDetect's: 27 levels of 255 for "content", a ratio of 3 for
-    "adaptive"."""
+    "adaptive"; for "gradual" a factor of the changes that count, 1."""
     max_clip_seconds: Threshold | None = None
     """Maximum duration of a clip in seconds; longer shots are cut into parts of nearly equal duration."""
     min_shot: Threshold = 0.5
@@ -110,12 +111,10 @@ class ScreeningConfig:
         return self.measure or self.max_letterbox is not None
 
     @property
-    def needs_frames(self) -> bool:
-        """Return whether frames must be decoded, as the file's facts are not enough."""
-        motion, others = (self.min_motion, self.max_motion), (self.max_black, self.max_frozen, self.min_sharpness)
-        return self.measures_letterbox or any(
-            v is not None for v in (self.shots, self.max_clip_seconds, *motion, *others, self.duplicates)
-        )
+    def needs_samples(self) -> bool:
+        """Return whether measures are taken."""
+        limits = (self.min_motion, self.max_motion, self.max_black, self.max_frozen, self.min_sharpness)
+        return self.measures_letterbox or any(limit is not None for limit in (*limits, self.duplicates))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,14 +200,8 @@ def screen(encoded: bytes, name: str, config: ScreeningConfig) -> ScreeningResul
       DecodeError: the file is damaged, or is not a readable video or image.
       UserError: `config.shots` is set, and PySceneDetect is not installed.
     """
-    if config.needs_frames:
-        analyzer = _FileAnalyzer(encoded, config)
-        return ScreeningResult(tuple(_judge_shots(name, analyzer, config)), analyzer.facts, analyzer.times)
-    times: list[float] = []
-    facts = probe(encoded, on_frame=lambda time, _: times.append(max(time, times[-1] if times else 0.0)))
-    shot = _make_whole_shot(name, facts)
-    end = facts.seconds + (1 / facts.fps if facts.frames > 1 else 0.0)
-    return ScreeningResult((JudgedShot(shot, _find_exclusion(shot, config), end),), facts, times)
+    analyzer = _FileAnalyzer(encoded, config)
+    return ScreeningResult(tuple(_judge_shots(name, analyzer, config)), analyzer.facts, analyzer.times)
 
 
 class _FileAnalyzer:
@@ -217,16 +210,21 @@ class _FileAnalyzer:
     def __init__(self, encoded: bytes, config: ScreeningConfig):
         self.times = array("d")
         """Time of every frame in seconds; a frame with a time before its predecessor's gets the predecessor's time."""
-        self._thumbnail_maker = ThumbnailMaker(f"video of {len(encoded)} bytes")
         self._cut_detector = None if config.shots is None else CutDetector(config.shots, config.shot_threshold)
-        self._sampler = FrameSampler(self._thumbnail_maker, letterbox=config.measures_letterbox)
+        self._sampler: FrameSampler | None = None
+        if config.needs_samples or config.shots is not None:
+            self._thumbnail_maker = ThumbnailMaker(f"video of {len(encoded)} bytes")
+        if config.needs_samples:
+            self._sampler = FrameSampler(self._thumbnail_maker, letterbox=config.measures_letterbox)
         self._max_seconds, self._has_tiny_pictures = config.max_clip_seconds, config.shots == "gradual"
         self._sizes: dict[int, tuple[int, int]] = {}
         # A change of size is a cut, if files are split at cuts; else it is an error.
         on_resize = None if config.shots is None else self._sizes.__setitem__
         self.facts = probe(encoded, on_frame=self._add_frame, on_resize=on_resize)
-        self._sampler.finish(self.get_frame_time(self.facts.frames))
-        self.samples: Sequence[FrameSample] = self._sampler.samples
+        self.samples: Sequence[FrameSample] = ()
+        if self._sampler is not None:
+            self._sampler.finish(self.get_frame_time(self.facts.frames))
+            self.samples = self._sampler.samples
 
     def _add_frame(self, time: float, frame: av.VideoFrame) -> None:
         number = len(self.times)
@@ -238,7 +236,8 @@ class _FileAnalyzer:
             else:
                 picture = thumbnail = self._thumbnail_maker.make_thumbnail(frame)
             self._cut_detector.add_frame(picture)
-        self._sampler.add_frame(number, self.times[number], frame, thumbnail)
+        if self._sampler is not None:
+            self._sampler.add_frame(number, self.times[number], frame, thumbnail)
 
     def get_frame_time(self, number: int) -> float:
         """Return the time of a frame; for the number after the last frame, the end of the last frame."""
@@ -281,8 +280,7 @@ def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) ->
         shot, stop = _make_part_shot(f"{name}#{number}", analyzer, span), analyzer.get_frame_time(span.stop)
         first = bisect.bisect_left(analyzer.samples, span.first, key=lambda sample: sample.frame)
         last = bisect.bisect_left(analyzer.samples, span.stop, key=lambda sample: sample.frame)
-        if frame_samples := analyzer.samples[first:last]:
-            shot = _measure_shot(shot, frame_samples, config)
+        shot = _measure_shot(shot, analyzer.samples[first:last], config)
         length = min(stop - shot.start, shot.duration)
         if span in analyzer.transitions:
             yield JudgedShot(shot, "transition between shots", stop, is_cut=True)
@@ -306,6 +304,8 @@ def _make_part_shot(name: str, analyzer: _FileAnalyzer, span: Span) -> Shot:
 
 
 def _measure_shot(shot: Shot, frame_samples: Sequence[FrameSample], config: ScreeningConfig) -> Shot:
+    if not frame_samples:  # nothing is measured, or the shot is too short
+        return shot
     bars = samples.find_letterbox(frame_samples, shot.height, shot.width) if config.measures_letterbox else None
     return dataclasses.replace(
         shot,
