@@ -31,8 +31,8 @@ MIN_SHOT_SECONDS = 0.2
 class ScreeningConfig:
     """Steps of the screening and their limits; None disables a step, and a value at a limit is kept.
 
-    If a step needs one measure, all are taken, except black bars, which need `max_letterbox` or `measure`. Images, which
-    have no length, are exempt from the limits on duration, motion and frozen time. `dit_video.data.ingest.samples` and
+    If a step needs one measure, all are taken, except black bars, which need `max_letterbox` or `measure`. Images,
+    which have no length, are exempt from the limits on duration, motion and frozen time. `dit_video.data.ingest.samples` and
     `measures` define the measures.
 
     Raises:
@@ -40,8 +40,8 @@ class ScreeningConfig:
     """
 
     shots: DetectorName | None = None
-    """Detector by which files are split at shot boundaries (needs the extra `ingest`): "gradual" detects cuts, dissolves
-    and fades, PySceneDetect's "content" and "adaptive" cuts alone."""
+    """Detector by which files are split at shot boundaries (needs the extra `ingest`): "gradual" detects cuts,
+    dissolves and fades, PySceneDetect's "content" and "adaptive" cuts alone."""
     shot_threshold: Threshold | None = None
     """Threshold of the detector; by default PySceneDetect's: 27 levels of 255 for "content", a ratio of 3 for
     "adaptive"; for "gradual" a factor of the changes that count, 1."""
