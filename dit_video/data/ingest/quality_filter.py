@@ -32,7 +32,7 @@ class ScreeningConfig:
     """Steps of the screening and their limits; None disables a step, and a value at a limit is kept.
 
     If a step needs one measure, all are taken, except black bars, which need `max_letterbox` or `measure`. Images,
-    which have no length, are exempt from the limits on duration, motion and frozen time. `dit_video.data.ingest.samples` and
+    which have no length, are exempt from the limits on duration, motion and frozen time. The modules `samples` and
     `measures` define the measures.
 
     Raises:
