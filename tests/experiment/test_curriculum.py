@@ -65,9 +65,9 @@ def test_each_stage_has_data_of_its_own(uninterrupted, staged):
     names = ("autoencoder", "images/latents", "images", "small/latents", "small", "latents", "denoiser")
     assert tuple(stage.name for stage in run.stages) == names
     latents = [stage.open(run.runtime) for stage in run.stages[1::2]]
-    assert set(latents[0].sizes) == {Grid(1, 2, 2)}
-    assert {size.t for size in latents[1].sizes} == {1, 2}
-    assert {size.t for size in latents[2].sizes} == {1, 2, 3}
+    assert {Grid(*size) for size in latents[0].sizes.tolist()} == {Grid(1, 2, 2)}
+    assert set(latents[1].sizes[:, 0].tolist()) == {1, 2}
+    assert set(latents[2].sizes[:, 0].tolist()) == {1, 2, 3}
     assert [stage.start_step for stage in run.stages[2::2]] == [0, 4, 7]
     held_out = set(staged.data.held_out)
     for source in latents:

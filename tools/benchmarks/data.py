@@ -20,7 +20,7 @@ from benchmarks.settings import Setting, get_row_shape, make_examples, make_late
 from benchmarks.steps import TrainingSetup, count_compilations, get_peak_memory
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
-from dit_video.data.ingest.engine import ingest
+from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import list_clips
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
@@ -176,7 +176,7 @@ def measure_ingest(clips: Path, rounds: int, *, min_clips: int = 200) -> dict[st
             (source / f"{number:06d}{Path(clip.name).suffix}").symlink_to(Path(clip.path).resolve())
 
         def run(workers: int) -> None:
-            ingest(source, Path(folder) / str(next(numbers)), workers=workers)
+            ingest(source, Path(folder) / str(next(numbers)), config=IngestConfig(follow_links=True), workers=workers)
 
         best = time_best({"one": lambda: run(1), "two": lambda: run(2)}, rounds, clock=time.perf_counter)
         count = sum(1 for _ in source.iterdir())
