@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.grid import find_distinct_grids, map_grids
 from dit_video.core.shared_array import SharedStrings
 from dit_video.core.storage import is_remote
 from dit_video.data.captions import CaptionSource
@@ -36,7 +37,7 @@ from dit_video.data.packing.rows import (
     RowLayout,
     compute_token_grids,
 )
-from dit_video.data.sizes import SizeLimits, find_distinct_grids, fit_sizes, map_grids
+from dit_video.data.sizes import SizeLimits, fit_sizes
 from dit_video.tokens import Grid, LayoutShape, PackedBatch, compute_token_grid, stack_rows
 
 CACHE_BYTES = 1 << 30

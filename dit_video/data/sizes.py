@@ -3,13 +3,13 @@
 import functools
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float64, Int, Int32, Int64
+from jaxtyping import Float64, Int32, Int64
 
 from dit_video.core.errors import DecodeError, UserError, check_at_least
+from dit_video.core.grid import map_grids
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.tokens import Grid
 from dit_video.video import TOLERANCE, Clip, decode
@@ -104,22 +104,6 @@ def count_all_sampled_frames(source: ClipSource, limits: SizeLimits) -> Int64[np
     """Return the number of frames of each clip at its sampled rate, see `count_sampled_frames`."""
     seconds, fps = source.column("seconds").astype(np.float64), compute_all_sampled_fps(source, limits)
     return 1 + np.floor((seconds + TOLERANCE) * fps + 1e-6).astype(np.int64)
-
-
-def find_distinct_grids(
-    grids: Int[np.ndarray, "n 3"],
-) -> tuple[list[Grid], Int[np.ndarray, " k"], Int[np.ndarray, " n"]]:
-    """Return the distinct sizes in ascending order, the first index of each, and the number of each row's size."""
-    bits = [int(length).bit_length() for length in grids.max(axis=0, initial=0)]
-    t, h, w = grids.astype(np.int64).T  # one number a row, which is sorted many times faster than rows are
-    _, first, inverse = np.unique((t << bits[1] | h) << bits[2] | w, return_index=True, return_inverse=True)
-    return [Grid(*row) for row in grids[first].tolist()], first, inverse
-
-
-def map_grids(function: Callable[[Grid], Grid], grids: Int[np.ndarray, "n 3"]) -> Int32[np.ndarray, "n 3"]:
-    """Return the function's value for each row, after one call for each distinct row."""
-    distinct, _, inverse = find_distinct_grids(grids)
-    return np.asarray([function(grid) for grid in distinct], np.int32).reshape(-1, 3)[inverse]
 
 
 def hash_clips(source: ClipSource) -> str:

@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Bool
 
 from dit_video.core.errors import UserError
+from dit_video.core.grid import find_distinct_grids
 from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.sizes import SizeLimits, explain_misfit, find_distinct_grids, fit_size, fit_sizes
+from dit_video.data.sizes import SizeLimits, explain_misfit, fit_size, fit_sizes
 from dit_video.text import Tokenizer
 from dit_video.tokens import Grid
 

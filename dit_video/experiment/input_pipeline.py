@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 
 from dit_video.autoencoders import latent_grid
 from dit_video.core.errors import UserError
+from dit_video.core.grid import find_distinct_grids
 from dit_video.data.bucketing.batches import load_bucket_batches
 from dit_video.data.bucketing.buckets import Buckets, plan_buckets
 from dit_video.data.captions import (
@@ -31,7 +32,7 @@ from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import Encode
-from dit_video.data.sizes import compute_all_sampled_fps, find_distinct_grids, fit_sizes
+from dit_video.data.sizes import compute_all_sampled_fps, fit_sizes
 from dit_video.data.windows import DECODE_THREADS
 from dit_video.distributed import RowPart, check_denoiser, count_row_shards
 from dit_video.encoders.image import FrozenImageEncoder

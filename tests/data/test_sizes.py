@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
+from dit_video.core.grid import find_distinct_grids, map_grids
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.sizes import (
@@ -17,12 +18,10 @@ from dit_video.data.sizes import (
     count_all_sampled_frames,
     count_sampled_frames,
     explain_misfit,
-    find_distinct_grids,
     fit_size,
     fit_sizes,
     get_sampled_fps,
     hash_clips,
-    map_grids,
     read_fitted_clip,
 )
 from dit_video.tokens import Grid

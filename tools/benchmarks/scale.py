@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dit_video.core.grid import map_grids
 from dit_video.core.shared_array import SharedStrings
 from dit_video.data import table_files, tables
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.rows import RowLayout
-from dit_video.data.sizes import SizeLimits, fit_sizes, map_grids
+from dit_video.data.sizes import SizeLimits, fit_sizes
 from dit_video.tokens import Grid, PackedShape
 
 _PART_ROWS = 1 << 18

@@ -20,8 +20,8 @@ from jaxtyping import Float, Int, UInt32
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.grid import find_distinct_grids
 from dit_video.core.shared_array import SharesArrays
-from dit_video.data.sizes import find_distinct_grids
 from dit_video.tokens import Grid
 
 MAX_LENGTHS = 16

@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Int
 
 from dit_video.core.errors import UserError
+from dit_video.core.grid import find_distinct_grids
 from dit_video.core.shared_array import SharesArrays
 from dit_video.data.packing.bin_packing import RowArrays
-from dit_video.data.sizes import find_distinct_grids
 from dit_video.tokens import CanvasFill, CanvasShape, Grid, sort_grids
 
 MAX_TRIED = 32

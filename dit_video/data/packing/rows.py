@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 from dit_video.conditioning import KnownMask, fold_mask
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.grid import find_distinct_grids
 from dit_video.core.shared_array import SharedStrings, SharesArrays
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
@@ -26,7 +27,7 @@ from dit_video.data.packing.canvases import CanvasPacking
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
-from dit_video.data.sizes import SizeLimits, count_sampled_frames, find_distinct_grids, fit_size, read_fitted_clip
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
 from dit_video.text import CaptionTokens
 from dit_video.tokens import (
     CanvasShape,
