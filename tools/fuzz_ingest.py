@@ -67,6 +67,11 @@ def main(
 ) -> None:
     """Send mutated files through the inspection of an ingest, and print a table of outcomes.
 
+    For example:
+
+        python tools/fuzz_ingest.py 300
+        python tools/fuzz_ingest.py 10000 --seed 1 --keep crashes
+
     The files are of all common formats, with bits flipped, parts missing, repeated or of another file, and numbers at
     their limits. The command fails if a file or a clip is lost, or if a list takes more than the time limit.
 

@@ -156,7 +156,7 @@ def test_an_unknown_option_of_each_script(script, path):
         ("tools/contact_sheet.py", ["SAMPLES", "a.gif"], "--columns abc"),
         ("tools/contact_sheet.py", ["SAMPLES", "a.gif"], "--columns 0"),
         ("tools/convert.py", ["SOURCE", "DESTINATION"], "--to onnx"),
-        ("tools/encode_latents.py", ["RUN", "DATA", "DESTINATION"], "--storage int8"),
+        ("tools/encode_latents.py", ["RUN", "DATA", "DESTINATION"], "--storage float16"),
         ("tools/encode_latents.py", ["RUN", "DATA", "DESTINATION"], "--shards 0"),
         ("tools/export.py", ["RUN", "DESTINATION"], "--dtype int8"),
         ("tools/fit_preview_decoder.py", ["PIPELINE", "--data", "DATA"], "--clips 0"),
