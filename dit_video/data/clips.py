@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
-from dit_video.data.records import RecordPlace, RecordReader, get_file_name, make_bytes_feature
+from dit_video.data.records import RecordReader, make_bytes_feature, read_row
 from dit_video.data.table_files import MANIFEST
 from dit_video.data.tables import Table
 
@@ -130,10 +130,8 @@ class ClipSource(SharesArrays):
           DecodeError: the clip's record is damaged.
         """
         number, row = self._locate(int(index))
-        table = self.tables[number]
-        place = RecordPlace(*(table.read_values(name, [row])[0] for name in RecordPlace._fields))
         try:
-            return self._readers[number].read(get_file_name(DATASET_NAME, table.get_part(row)), place)["clip"]
+            return read_row(self._readers[number], self.tables[number], row, DATASET_NAME)["clip"]
         except DecodeError as error:
             raise DecodeError(f"the record of {self.infos[int(index)].name}: {error}. Ingest it again.") from error
 
@@ -298,10 +296,17 @@ def is_ingested(folder: StoragePathLike) -> bool:
     return (to_storage_path(folder) / MANIFEST).is_file()
 
 
+def find_kept(table: Table) -> Bool[np.ndarray, " n"]:
+    """Return which rows are clips that are trained on: kept by the ingest, and chosen by the column `chosen` if any."""
+    kept = pc.fill_null(pc.equal(table.arrow("outcome"), "kept"), False)
+    if "chosen" in table.types:
+        kept = pc.and_(kept, pc.fill_null(table.arrow("chosen"), True))
+    return kept.to_numpy()
+
+
 def _select_rows(table: Table, where: str) -> Int64[np.ndarray, " n"]:
     """Return the rows of the clips that are used and meet a condition."""
-    is_used = "outcome == 'kept' and (chosen is None or chosen)" if "chosen" in table.types else "outcome == 'kept'"
-    rows = table.select(is_used)
+    rows = np.flatnonzero(find_kept(table))
     return np.intersect1d(rows, table.select(where), assume_unique=True) if where.strip() else rows
 
 

@@ -29,6 +29,7 @@ from tensorflow_datasets.core import example_serializer
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.storage import StoragePath, convert_storage_errors, upload
+from dit_video.data.tables import Table
 
 SPLITS = ("train", "validation", "test")
 """Standard splits, in their order; other splits follow by name."""
@@ -140,6 +141,12 @@ class RecordReader:
                 return path.fs.cat_file(path.path, start=offset, end=offset + length)
             except FileNotFoundError as error:
                 raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
+
+
+def read_row(reader: RecordReader, table: Table, row: int, dataset: str) -> dict[str, Any]:
+    """Return the record of a row of a table; raises like `RecordReader.read`."""
+    place = RecordPlace(*(table.read_values(name, [row])[0] for name in RecordPlace._fields))
+    return reader.read(get_file_name(dataset, table.get_part(row)), place)
 
 
 def write_metadata(

@@ -174,9 +174,7 @@ class Table:
     def _open_column(self, name: str) -> pa.ChunkedArray:
         source = self._sources[name]
         if self._length < _SMALL_TABLE:
-            column = self._assemble(self._read_chunks(name), self.types[name])
-            _evict(self._cache.parent)
-            return column
+            return self._assemble(self._read_chunks(name), self.types[name])
         path = self._cache / f"{name}-{self._hashes[source][:16]}.arrow"
         if not path.exists():
             with atomic_path(path) as temporary:
@@ -235,6 +233,7 @@ class Table:
             return path
         if not (local := self._cache / f"{name}{SUFFIX}").exists():
             download(path, local)
+            _evict(self._cache.parent)
         return local
 
     def __getstate__(self) -> dict[str, Any]:

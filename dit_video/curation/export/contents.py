@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from dit_video.core.errors import UserError
-from dit_video.curation.export.stored_clips import StoredClips, detect_media_type, find_kept
+from dit_video.curation.export.stored_clips import StoredClips, detect_media_type
+from dit_video.data.clips import find_kept
 from dit_video.data.ingest.formats.types import MEDIA, SPLITS
 
 _PLACES = {"file", "offset", "length", "crc32", "outcome", "reason", "transient", "chosen", "why", "captions", "id"}

@@ -2,13 +2,9 @@
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-import pyarrow.compute as pc
-from jaxtyping import Bool
-
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.clips import DATASET_NAME, FEATURES
-from dit_video.data.records import RecordPlace, RecordReader, get_file_name
+from dit_video.data.records import RecordReader, read_row
 from dit_video.data.tables import Table
 
 
@@ -45,8 +41,7 @@ class TableClips:
         Raises:
           UserError: the file cannot be reached, or is damaged.
         """
-        place = RecordPlace(*(self.table.read_values(name, [row])[0] for name in RecordPlace._fields))
-        return self._reader.read(get_file_name(DATASET_NAME, self.table.get_part(row)), place)["clip"]
+        return read_row(self._reader, self.table, row, DATASET_NAME)["clip"]
 
 
 def open_clips(folder: StoragePathLike) -> StoredClips:
@@ -102,11 +97,3 @@ def detect_media_type(content: bytes) -> MediaType:
         if content[position:].startswith(signature):
             return media_type
     return _MP4
-
-
-def find_kept(table: Table) -> Bool[np.ndarray, " n"]:
-    """Return which rows are clips that are trained on: kept by the ingest, and chosen by the column `chosen` if any."""
-    kept = pc.fill_null(pc.equal(table.arrow("outcome"), "kept"), False)
-    if "chosen" in table.types:
-        kept = pc.and_(kept, pc.fill_null(table.arrow("chosen"), True))
-    return kept.to_numpy()

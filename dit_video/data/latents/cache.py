@@ -27,7 +27,7 @@ from jaxtyping import Float32, Int32, Int64, UInt64
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, read_document, to_storage_path
-from dit_video.data.records import RecordPlace, RecordReader, get_file_name, make_bytes_feature
+from dit_video.data.records import RecordReader, make_bytes_feature, read_row
 from dit_video.data.table_files import INDEX_FOLDER, MANIFEST, compute_row_id, list_parquet
 from dit_video.data.tables import Table, TableColumn
 from dit_video.tokens import Field, Grid
@@ -269,12 +269,6 @@ class _TextReader(SharesArrays):
     def read_empty(self) -> Float32[np.ndarray, "s e"]:
         """Return the embedding of the empty caption."""
         return self.read(int(self.find(np.asarray([compute_row_id("")], np.uint64))[0]))
-
-
-def read_row(reader: RecordReader, table: Table, row: int, dataset: str) -> dict[str, Any]:
-    """Return the record of a row of a table; raises like `RecordReader.read`."""
-    place = RecordPlace(*(table.read_values(name, [row])[0] for name in RecordPlace._fields))
-    return reader.read(get_file_name(dataset, table.get_part(row)), place)
 
 
 def encode_values(values: np.ndarray, storage: StorageDtype, dtype: str = "float32") -> bytes:

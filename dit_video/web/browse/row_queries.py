@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int64
 
 from dit_video.core.errors import UserError
-from dit_video.curation.export.stored_clips import find_kept
+from dit_video.data.clips import find_kept
 from dit_video.data.tables import Table
 from dit_video.web.browse.column_views import ColumnView, get_kind, make_column_views
 
