@@ -62,13 +62,8 @@ class ServiceCost(NamedTuple):
     """Price in the currency of the prices; None if it is unknown."""
 
 
-class Annotator(abc.ABC):
-    """Columns that are a function of each clip alone. Settings are fields; threads share an annotator."""
-
-    threads: ClassVar[int] = 2
-    """Number of clips that are annotated at once."""
-    block_clips: ClassVar[int] = 256
-    """Number of clips whose values are written together."""
+class _NamedColumns(abc.ABC):
+    """What all annotators say of themselves."""
 
     @property
     @abc.abstractmethod
@@ -88,6 +83,15 @@ class Annotator(abc.ABC):
         Values of another identity are computed again.
         """
 
+
+class Annotator(_NamedColumns):
+    """Columns that are a function of each clip alone. Settings are fields; threads share an annotator."""
+
+    threads: ClassVar[int] = 2
+    """Number of clips that are annotated at once."""
+    block_clips: ClassVar[int] = 256
+    """Number of clips whose values are written together."""
+
     @property
     def reads_captions(self) -> bool:
         """Return True if values depend on the captions, and are computed again for a clip whose captions change."""
@@ -102,7 +106,7 @@ class Annotator(abc.ABC):
           UserError: no clip can be annotated, as when a server is not reached.
         """
 
-    def check(self) -> None:  # noqa: B027  # most need nothing
+    def check(self) -> None:  # most need nothing
         """Check, before any clip is read, that the annotator can run.
 
         Raises:
@@ -118,28 +122,13 @@ class Annotator(abc.ABC):
         return ""
 
 
-class TableAnnotator(abc.ABC):
+class TableAnnotator(_NamedColumns):
     """Columns that are a function of other columns of all clips."""
-
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """Return the name of the file of columns."""
-
-    @property
-    @abc.abstractmethod
-    def columns(self) -> Mapping[str, Column]:
-        """Return the columns by name."""
 
     @property
     @abc.abstractmethod
     def needs(self) -> Mapping[str, str]:
         """Return the columns that are read, each with the annotator that computes it."""
-
-    @property
-    @abc.abstractmethod
-    def identity(self) -> str:
-        """Return a text that names version and settings."""
 
     @abc.abstractmethod
     def annotate_table(self, names: list[str], columns: Mapping[str, pa.ChunkedArray]) -> Mapping[str, Any]:

@@ -182,9 +182,9 @@ def open_parquet(path: StoragePath) -> pq.ParquetFile:
         raise UserError(f"{path} is not a Parquet file ({error}). Write it again.") from error
 
 
-def hash_column(path: StoragePath) -> str:
-    """Return the hash of a file of columns; `write_column` stores it in the file."""
-    stored = (open_parquet(path).schema_arrow.metadata or {}).get(_HASH_KEY)
+def hash_column(path: StoragePath, schema: pa.Schema) -> str:
+    """Return the hash of a file of columns with this schema, in which `write_column` stores it."""
+    stored = (schema.metadata or {}).get(_HASH_KEY)
     return stored.decode() if stored else hashlib.sha256(read_bytes(path)).hexdigest()
 
 

@@ -14,7 +14,7 @@ import itertools
 import json
 import operator
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -80,11 +80,12 @@ class Table:
         self._cache = (cache or get_default_cache()) / "tables" / index_hash
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._files = self._list_files()
-        hashes = {name: hash_column(path) for name, path in sorted(self._files.items())}
+        schemas = {name: open_parquet(path).schema_arrow for name, path in sorted(self._files.items())}
+        hashes = {name: hash_column(self._files[name], schema) for name, schema in schemas.items()}
         self._hashes = {"": index_hash} | hashes
         self.version: str = hashlib.sha256(json.dumps(self._hashes).encode()).hexdigest()[:16]
         """Hash of all columns."""
-        self._sources, self.types = self._list_columns()
+        self._sources, self.types = self._list_columns(schemas)
         """Types of the columns by name."""
 
     def __len__(self) -> int:
@@ -150,14 +151,13 @@ class Table:
         folder = self.folder / COLUMNS_FOLDER
         return {name: folder / f"{name}{SUFFIX}" for name in list_parquet(folder)}
 
-    def _list_columns(self) -> tuple[dict[str, str], dict[str, pa.DataType]]:
-        """Return the file of each column ("" for the index), and its type."""
+    def _list_columns(self, schemas: Mapping[str, pa.Schema]) -> tuple[dict[str, str], dict[str, pa.DataType]]:
+        """Return the file of each column ("" for the index), and its type, given the schemas of the files."""
         sources: dict[str, str] = {}
         types: dict[str, pa.DataType] = {}
-        schemas = {}
         if self._parts:
-            schemas[""] = open_parquet(self.folder / INDEX_FOLDER / f"{self._parts[0]}{SUFFIX}").schema_arrow
-        schemas |= {name: open_parquet(path).schema_arrow for name, path in self._files.items()}
+            index = open_parquet(self.folder / INDEX_FOLDER / f"{self._parts[0]}{SUFFIX}").schema_arrow
+            schemas = {"": index, **schemas}
         for source, schema in schemas.items():
             keys = [key for key in ("id", "name") if key in schema.names] if source else []
             if source and not keys:
@@ -205,10 +205,10 @@ class Table:
                 yield open_parquet(path).read(columns=[name])[name]
             return
         path = self._localize(self._files[source], f"{source}-{self._hashes[source][:16]}")
-        if hash_column(path) != self._hashes[source]:
+        file = open_parquet(path)
+        if hash_column(path, file.schema_arrow) != self._hashes[source]:
             path.unlink() if path != self._files[source] else None
             raise UserError(f"{self._files[source]} has changed since the data set was opened. Open it again.")
-        file = open_parquet(path)
         key = "id" if "id" in file.schema_arrow.names else "name"
         keys = file.read(columns=[key])[key].cast(self.types[key])
         rows = pc.fill_null(pc.index_in(keys, value_set=self.arrow(key)), -1).to_numpy()
