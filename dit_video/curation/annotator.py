@@ -63,7 +63,7 @@ class ServiceCost(NamedTuple):
 
 
 class _NamedColumns(abc.ABC):
-    """What all annotators say of themselves."""
+    """The fields and identity that every annotator has."""
 
     @property
     @abc.abstractmethod
