@@ -9,6 +9,8 @@ from markupsafe import Markup
 from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, write_text
+from dit_video.curation.caption_statistics import compute_caption_statistics
+from dit_video.curation.clip_histograms import make_clip_histograms
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest.report import IngestReport
 from dit_video.reports import clips
@@ -48,6 +50,7 @@ def write_ingest_report(folder: StoragePathLike) -> StoragePath:
 
 def render(report: IngestReport, source: ClipSource) -> Markup:
     """Return the whole page as HTML."""
+    captions = compute_caption_statistics(source.column("captions"))
     unused = {"quarantined": report.quarantined, "dropped": report.dropped, "rejected": report.rejected}
     return render_template(
         "ingest_report.html.jinja",
@@ -62,7 +65,9 @@ def render(report: IngestReport, source: ClipSource) -> Markup:
             "rejected": ("not valid clips", len(report.rejected)),
         },
         clips=list(_sample_clips(source)),
-        caption_counts=_count_captions(report.captions),
+        histograms=make_clip_histograms(source),
+        captions=captions,
+        caption_counts=_count_captions(captions),
         unused={kind: pairs for kind, pairs in unused.items() if pairs},
         unlisted=[(name, "") for name in report.unlisted],
         short_side=_SHORT_SIDE,

@@ -4,10 +4,10 @@ import sys
 import time
 from typing import Any
 
-from dit_video.data.ingest.shots import CutDetector, DetectorName
-from dit_video.data.ingest.thumbnails import ThumbnailMaker
 from dit_video.data.synthetic.edits import KINDS, DetectionScore, render_edited, score_transitions
 from dit_video.video import probe
+from dit_video.video.analysis.shots import CutDetector, DetectorName
+from dit_video.video.analysis.thumbnails import ThumbnailMaker
 from dit_video.video.encode import encode_frames
 
 DETECTORS: tuple[DetectorName, ...] = ("gradual", "content", "adaptive")

@@ -12,11 +12,11 @@ from jaxtyping import Bool
 
 from dit_video.core.errors import UserError
 from dit_video.data.clips import DATASET_NAME, FEATURES, KIND
-from dit_video.data.ingest.duplicates import drop_duplicates
 from dit_video.data.ingest.parts import IngestFolder
 from dit_video.data.ingest.report import IngestReport, make_report
 from dit_video.data.records import write_metadata
 from dit_video.data.table_files import INDEX_FOLDER, map_threads, read_parquet, write_column, write_manifest
+from dit_video.video.analysis.duplicates import drop_duplicates
 
 CHOICE, CAPTIONS = "choice", "captions"
 """Names of the files of columns that an ingest writes."""
@@ -67,8 +67,9 @@ def complete(folder: IngestFolder, *, inherit_captions: bool, duplicate_distance
         kept = pc.sum(pc.equal(table["outcome"], "kept")).as_py() or 0
         counts.setdefault(part.rpartition("-")[0], []).append(kept)
     write_metadata(folder.folder, DATASET_NAME, counts, features=FEATURES)
-    texts = [tuple(each) for each in captions.to_pylist()]
-    make_report(rows.filter(pa.array(is_present)), texts, skipped, folder.settings).write(folder.folder)
+    uncaptioned = pc.sum(pc.equal(pc.list_value_length(captions), 0)).as_py() or 0
+    present = rows.filter(pa.array(is_present))
+    make_report(present, uncaptioned=uncaptioned, skipped=skipped, settings=folder.settings).write(folder.folder)
     write_manifest(folder.folder, KIND, folder.settings, parts)
     return IngestReport.read(folder.folder)
 

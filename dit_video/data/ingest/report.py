@@ -1,36 +1,22 @@
-"""Report of an ingest, `report.json`: the outcome for every clip of a source, and statistics of the data set."""
+"""Report of an ingest, `report.json`: the outcome for every clip of a source, and sums over the data set."""
 
 import collections
 import dataclasses
-import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dit_video.core.storage import StoragePath, read_document, write_document
-from dit_video.data.ingest.caption_statistics import compute_caption_statistics
 
 REPORT = "report.json"
 
 Reasons = tuple[tuple[str, str], ...]
 """Pairs of (name, reason)."""
 
-_LENGTH_EDGES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
-"""Upper edges of the bins of lengths, in seconds."""
-_LENGTH_BINS = ("< 1 s", *(f"{low}–{high} s" for low, high in itertools.pairwise(_LENGTH_EDGES)), "≥ 3600 s")
-_SHAPE_EDGES = (0.5, 0.9, 1.1, 1.6, 2.0)
-"""Upper edges of the bins of width over height."""
-_SHAPE_BINS = ("1:2 and narrower", "upright", "square", "4:3 to 8:5", "16:9", "wider")
-_FRAME_BINS = ("1", "2", *(f"{2**power + 1}–{2 ** (power + 1)}" for power in range(1, 32)))
-"""Names of the bins of numbers of frames, which end at powers of two."""
-MEASURES = ("motion", "black", "frozen", "sharpness", "letterbox")
-"""Columns of measures."""
-_MEASURE_BINS = 12
 _NUMBER = re.compile(r"(?<![A-Z][.-])(?<!\d)\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
 """Numbers in a reason, except those in words such as H.264 and UTF-8."""
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")(?!\w)""")
@@ -83,11 +69,6 @@ class IngestReport:
     reasons: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Number of files or clips that were quarantined, dropped and rejected for each kind of reason (numbers and names
     removed)."""
-    histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Histograms of the usable clips: sizes, shapes, lengths, frames, rates, codecs, transfer functions before HDR was
-    mapped to SDR, codecs of the sound, and each measure that was taken."""
-    captions: Mapping[str, Any] = field(default_factory=dict)
-    """`CaptionStatistics` of the usable clips."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the ingest."""
     reused: bool = False
@@ -123,14 +104,14 @@ class IngestReport:
 
 
 def make_report(
-    rows: pa.Table, captions: Sequence[tuple[str, ...]], skipped: Mapping[str, Any], settings: Mapping[str, Any]
+    rows: pa.Table, *, uncaptioned: int, skipped: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> IngestReport:
     """Return the report of a data set.
 
     Args:
       rows: rows of the table for all files that the source holds, with the columns of choice: a clip that is not chosen
         duplicates another one.
-      captions: captions of each used clip, in the order of the rows.
+      uncaptioned: number of used clips without a caption.
       skipped: format of the source, and entries that are no clips: "unlisted" and "rejected".
       settings: settings of the ingest.
     """
@@ -160,7 +141,7 @@ def make_report(
             kind: {"parts": count, "microseconds": duration}
             for kind, duration, count in sorted(_zip(accounts, "account", "duration_us_sum", "duration_us_count"))
         },
-        uncaptioned=sum(not texts for texts in captions),
+        uncaptioned=uncaptioned,
         passing=tuple(unreadable.filter(unreadable["transient"])["source"].to_pylist()),
         dropped_files=tuple(name for name in sources if name not in usable_files | broken_files),
         unlisted=tuple(skipped["unlisted"]),
@@ -170,32 +151,8 @@ def make_report(
         dropped=reasons["dropped"],
         rejected=reasons["rejected"],
         reasons={kind: _count_kinds(pairs) for kind, pairs in reasons.items() if pairs},
-        histograms=_make_histograms(used),
-        captions=compute_caption_statistics(captions),
         settings=settings,
     ).check()
-
-
-def _make_histograms(used: pa.Table) -> dict[str, dict[str, int]]:
-    heights, widths, frames, fps = (used[name].to_numpy() for name in ("height", "width", "frames", "fps"))
-    is_video = frames > 1
-    lengths = used["duration_us"].to_numpy()[is_video] / 1e6
-    histograms = {
-        "sizes": _count_values(f"{height}×{width}" for height, width in zip(heights, widths, strict=True)),
-        "shapes": _count_bins(np.searchsorted(_SHAPE_EDGES, widths / heights, side="right").tolist(), _SHAPE_BINS),
-        "lengths": _count_bins(np.searchsorted(_LENGTH_EDGES, lengths, side="right").tolist(), _LENGTH_BINS),
-        "frames": _count_bins([(int(count) - 1).bit_length() for count in frames], _FRAME_BINS),
-        "rates": _count_values(f"{rate:.4g} fps" for rate in fps[is_video]),
-        "codecs": _count_values(used["codec"].to_pylist()),
-        "transfers": _count_values(used["transfer"].to_pylist()),
-        "sound": _count_values(codec or "none" for codec in used["audio_codec"].to_pylist()),
-    }
-    for name in MEASURES:
-        if len(values := used[name].drop_null().to_numpy()):
-            counts, edges = np.histogram(values, bins=_MEASURE_BINS)
-            names = [f"{low:.3g}–{high:.3g}" for low, high in itertools.pairwise(edges)]
-            histograms[name] = dict(zip(names, counts.tolist(), strict=True))
-    return histograms
 
 
 def _zip(table: pa.Table, *names: str) -> Iterable[tuple[Any, ...]]:
@@ -205,12 +162,6 @@ def _zip(table: pa.Table, *names: str) -> Iterable[tuple[Any, ...]]:
 def _count_values(values: Iterable[str]) -> dict[str, int]:
     """Return the counts of values, sorted by count, then by name."""
     return dict(sorted(collections.Counter(values).items(), key=lambda entry: (-entry[1], entry[0])))
-
-
-def _count_bins(indices: Iterable[int], names: Sequence[str]) -> dict[str, int]:
-    """Return the counts of bins in their order, without empty bins at the ends."""
-    counts = collections.Counter(indices)
-    return {names[index]: counts[index] for index in range(min(counts), max(counts) + 1)} if counts else {}
 
 
 def _count_kinds(pairs: Reasons) -> dict[str, int]:

@@ -116,14 +116,13 @@ def test_parts_of_a_file_have_its_caption_only_on_request(tmp_path):
 
 def test_long_files_are_cut_into_clips_with_their_sound(tmp_path):
     content = add_sound(mp4(film(5)), 5)
-    report = ingest(
+    ingest(
         write(tmp_path / "clips", a=content),
         tmp_path / "out",
         config=IngestConfig(screening=ScreeningConfig(max_clip_seconds=2), max_lead_in=10),
     )
     source = ClipSource(tmp_path / "out")
     assert [(info.name, info.frames) for info in source.infos] == [("a.mp4#0", 17), ("a.mp4#1", 17), ("a.mp4#2", 16)]
-    assert report.histograms["sound"] == {"aac": 3}
     assert source.column("audio_codec") == ["aac"] * 3
     assert source.column("audio_rate").tolist() == [16000] * 3
     assert source.column("audio_channels").tolist() == [1] * 3
@@ -150,7 +149,7 @@ def test_measures_are_columns_by_which_clips_are_chosen_afterwards(tmp_path):
         moving=mp4(film(1)),
         still=mp4(film(1)[:1].repeat(10, axis=0)),
     )
-    report = ingest(clips, tmp_path / "all", config=IngestConfig(screening=ScreeningConfig(measure=True)))
+    ingest(clips, tmp_path / "all", config=IngestConfig(screening=ScreeningConfig(measure=True)))
     source = ClipSource(tmp_path / "all")
     assert len(source) == 5
     measures = ("motion", "black", "frozen", "sharpness", "letterbox")
@@ -158,10 +157,6 @@ def test_measures_are_columns_by_which_clips_are_chosen_afterwards(tmp_path):
         values = source.column(name)
         assert values.dtype == np.float32
         assert np.isfinite(values).all()
-        assert sum(report.histograms[name].values()) == 5
-        low, high = (f"{value:.3g}" for value in (values.min(), values.max()))
-        assert next(iter(report.histograms[name])).startswith(f"{low}–")
-        assert high == low or list(report.histograms[name])[-1].endswith(f"–{high}")
     limits = {
         "motion >= 2": ScreeningConfig(min_motion=2),
         "sharpness >= 10 and black <= 0.5": ScreeningConfig(min_sharpness=10, max_black=0.5),

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.transitions import HEIGHT, WIDTH, Span, detect_transitions
+from dit_video.video.analysis.transitions import HEIGHT, WIDTH, Span, detect_transitions
 
 DetectorName = Literal["gradual", "content", "adaptive"]
 DEFAULT_THRESHOLDS: dict[DetectorName, float] = {"content": 27.0, "adaptive": 3.0, "gradual": 1.0}
@@ -23,7 +23,7 @@ class CutDetector:
     """A detector of cuts in a stream of frames.
 
     Args:
-      detector: "gradual" detects cuts, dissolves and fades (`dit_video.data.ingest.transitions`). "content" compares
+      detector: "gradual" detects cuts, dissolves and fades (`dit_video.video.analysis.transitions`). "content" compares
         neighbouring frames: a cut is where hue, saturation and lightness (0..255) change by `threshold` or more on
         average. "adaptive" requires a change of 15 or more that is `threshold` times as large as in the two frames on
         each side, so that fast motion is not a cut.

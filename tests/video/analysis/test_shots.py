@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
 from dit_video.data.ingest.quality_filter import ScreeningConfig, screen
-from dit_video.data.ingest.shots import CutDetector, Span, split_at_transitions
-from dit_video.data.ingest.transitions import HEIGHT, WIDTH, detect_transitions
 from dit_video.data.synthetic.edits import DetectionScore, EditTransition, render_edited, score_transitions
 from dit_video.video import Clip, decode, encode
+from dit_video.video.analysis.shots import CutDetector, Span, split_at_transitions
+from dit_video.video.analysis.transitions import HEIGHT, WIDTH, detect_transitions
 from support.screening import list_dropped, list_kept
 
 COLOURS = [(90, 10, 10), (120, 230, 140), (20, 30, 120), (250, 240, 120)]

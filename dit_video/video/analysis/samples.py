@@ -8,10 +8,10 @@ import av
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from dit_video.data.ingest import measures
-from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.thumbnails import ThumbnailMaker
 from dit_video.video import TOLERANCE
+from dit_video.video.analysis import measures
+from dit_video.video.analysis.measures import Borders
+from dit_video.video.analysis.thumbnails import ThumbnailMaker
 
 Thumbnail = UInt8[np.ndarray, "h w 3"]
 

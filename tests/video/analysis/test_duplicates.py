@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.duplicates import MAX_BANDED_DISTANCE, drop_duplicates
+from dit_video.video.analysis.duplicates import MAX_BANDED_DISTANCE, drop_duplicates
 
 
 def brute_force(hashes, distance):

@@ -1,5 +1,3 @@
-import json
-
 import av
 import numpy as np
 import pytest
@@ -10,11 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from dit_video.core.resize import resize
-from dit_video.data.ingest import measures, samples
-from dit_video.data.ingest.caption_statistics import compute_caption_statistics
-from dit_video.data.ingest.measures import Borders
-from dit_video.data.ingest.samples import FrameSample
-from dit_video.data.ingest.thumbnails import ThumbnailMaker
+from dit_video.video.analysis import measures, samples
+from dit_video.video.analysis.measures import Borders
+from dit_video.video.analysis.samples import FrameSample
+from dit_video.video.analysis.thumbnails import ThumbnailMaker
 
 lumas = arrays.arrays(
     np.float64,
@@ -165,44 +162,6 @@ def test_hashes_are_spread_over_the_clip():
     assert samples.select_hashes([sample(50, hash=1), sample(20, hash=None), sample(10, hash=2)]) == (1, 1, 1, 2)
     assert samples.select_hashes([sample(hash=7)]) == (7, 7, 7, 7)
     assert samples.select_hashes([sample(), sample()]) is None
-
-
-def test_caption_statistics_count_words_and_lengths():
-    result = compute_caption_statistics(
-        [("A dog runs.", "The dog's run"), (), ("a DOG runs.",), ("A dog runs.",), ("  ",)]
-    )
-    assert result == {
-        "clips": 5,
-        "captions": 4,
-        "uncaptioned": 2,
-        "per_clip": ((0, 2), (1, 2), (2, 1)),
-        "words": {"least": 3, "q10": 3, "median": 3, "q90": 3, "most": 3, "mean": 3.0},
-        "characters": {"least": 11, "q10": 11, "median": 11, "q90": 13, "most": 13, "mean": 11.5},
-        "vocabulary": 6,
-        "frequent_words": (("a", 3), ("dog", 3), ("runs", 3), ("dog's", 1), ("run", 1), ("the", 1)),
-        "distinct": 3,
-        "repeated": (("A dog runs.", 2),),
-    }
-
-
-def test_long_and_missing_captions_are_counted():
-    none = compute_caption_statistics([(), ()])
-    assert (none["captions"], none["words"], none["characters"], none["frequent_words"]) == (0, None, None, ())
-    long = compute_caption_statistics([("word " * 20_000,)] * 2)
-    assert long["characters"]["most"] == 100_000
-    assert long["words"]["most"] == 20_000
-    assert long["repeated"] == (("word " * 40 + "…", 2),)
-
-
-@given(st.lists(st.lists(st.text(max_size=20), max_size=4).map(tuple), max_size=12))
-def test_caption_statistics_add_up_and_are_json(captions):
-    result = compute_caption_statistics(captions)
-    assert sum(count for _, count in result["per_clip"]) == result["clips"] == len(captions)
-    assert sum(number * count for number, count in result["per_clip"]) == result["captions"]
-    assert sum(count - 1 for _, count in result["repeated"]) <= result["captions"] - result["distinct"]
-    text = json.dumps(result, ensure_ascii=True)
-    # The order of clips doesn't matter.
-    assert text == json.dumps(compute_caption_statistics(captions[::-1]), ensure_ascii=True)
 
 
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuvj444p", "yuv422p"])
