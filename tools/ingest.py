@@ -70,7 +70,7 @@ def main(
     For example:
 
         python tools/ingest.py SOURCE DESTINATION
-        python tools/ingest.py clips data --screening.shots content --screening.min-seconds 1 --screening.duplicates 4
+        python tools/ingest.py clips data --screening.shots gradual --screening.min-seconds 1 --screening.duplicates 4
         python tools/ingest.py clips data --reencode.max-pixels 409920 --reencode.fps 24
         srun python tools/ingest.py gs://bucket/clips gs://bucket/data --shard $SLURM_PROCID --shards $SLURM_NTASKS
 

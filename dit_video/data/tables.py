@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import operator
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -176,7 +177,9 @@ class Table:
         if self._length < _SMALL_TABLE:
             return self._assemble(self._read_chunks(name), self.types[name])
         path = self._cache / f"{name}-{self._hashes[source][:16]}.arrow"
-        if not path.exists():
+        if path.exists():
+            os.utime(self._cache)  # by which `_evict` knows when it was used
+        else:
             with atomic_path(path) as temporary:
                 self._write_arrow(temporary, name)
             _evict(self._cache.parent)
@@ -211,19 +214,20 @@ class Table:
             raise UserError(f"{self._files[source]} has changed since the data set was opened. Open it again.")
         key = "id" if "id" in file.schema_arrow.names else "name"
         keys = file.read(columns=[key])[key].cast(self.types[key])
-        rows = pc.fill_null(pc.index_in(keys, value_set=self.arrow(key)), -1).to_numpy()
-        is_sorted = len(rows) > 0 and bool((np.diff(rows) > 0).all()) and rows[0] >= 0
-        batch_size = BATCH_ROWS if is_sorted else max(1, len(rows))  # else all values are in memory at once
+        places = pc.fill_null(pc.index_in(self.arrow(key), value_set=keys), -1).to_numpy()
+        rows = np.flatnonzero(places >= 0)
+        is_sorted = bool((np.diff(places[rows]) > 0).all())
+        batch_size = BATCH_ROWS if is_sorted else max(1, len(keys))  # else all values are in memory at once
         first = start = 0
         for batch in file.iter_batches(batch_size, columns=[name]):
-            batch_rows = rows[first : first + len(batch)]
-            first += len(batch)
-            stop = self._length if first == len(rows) else int(batch_rows[-1]) + 1
-            numbers = np.full(stop - start, -1, np.int64)
-            is_known = batch_rows >= 0
-            numbers[batch_rows[is_known] - start] = np.flatnonzero(is_known)
-            yield pa.chunked_array([batch.column(0).take(pa.array(numbers, mask=numbers < 0))], self.types[name])
-            start = stop
+            stop = self._length
+            if first + len(batch) < len(keys):
+                count = np.searchsorted(places[rows], first + len(batch))
+                stop = int(rows[count - 1]) + 1 if count else start
+            numbers = places[start:stop]
+            indices = pa.array(numbers - first, mask=numbers < 0)
+            yield pa.chunked_array([batch.column(0).take(indices)], self.types[name])
+            first, start = first + len(batch), stop
         if start < self._length:
             yield pa.chunked_array([pa.nulls(self._length - start, self.types[name])])
 
@@ -290,7 +294,7 @@ class TableColumn(SharesArrays, Sequence[Any]):
 
 
 def _evict(folder: Path) -> None:
-    """Remove the columns of the tables that were not opened for the longest time."""
+    """Remove the columns of the tables that were not used for the longest time."""
     tables = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
     for path in tables[:-_MAX_CACHED_TABLES]:
         shutil.rmtree(path, ignore_errors=True)

@@ -58,6 +58,8 @@ def evaluate(where: str, get_column: Callable[[str], pa.ChunkedArray], names: Co
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"where={where!r} is invalid: {reason}. Compare values of one type.") from error
+    except RecursionError as error:
+        raise UserError(f"where={where[:80]!r}… is invalid: it is nested too deeply. Use a shorter one.") from error
 
 
 def _parse(where: str) -> ast.expr:

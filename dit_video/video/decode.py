@@ -98,6 +98,7 @@ def probe(
     *,
     on_frame: Callable[[float, av.VideoFrame], None] | None = None,
     on_resize: Callable[[int, tuple[int, int]], None] | None = None,
+    is_exact: bool = True,
 ) -> VideoInfo:
     """Return the properties of `decode(source)`; decodes the whole file, as not all containers count their frames.
 
@@ -107,12 +108,13 @@ def probe(
         stored, not upright, of any format. (Reading side data keeps a frame in memory until garbage collection.)
       on_resize: function called with the number of each frame from which on frames have another size, and the height
         and width at which they are shown. Without it such a file is refused; with it, the info has the first size.
+      is_exact: False to decode faster, see `Video`.
 
     Raises:
       MissingError: no such file.
       DecodeError: not a readable video or image, or damaged, or its frames change their size.
     """
-    with Video(source) as video:
+    with Video(source, is_exact=is_exact) as video:
         count, size, last_time, stored_size, transfer = 0, (0, 0), 0.0, (0, 0), "sdr"
         for timed in video.read_frames():
             before, stored_size = stored_size, (timed.frame.height, timed.frame.width)

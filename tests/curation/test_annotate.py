@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.storage import to_storage_path
 from dit_video.curation.annotate import annotate, annotate_table
 from dit_video.curation.annotator import AnnotationError, Annotator, Column, TableAnnotator
 from dit_video.curation.registry import ANNOTATORS, check_names
@@ -110,6 +111,21 @@ def test_processes_share_the_clips_and_the_last_one_writes(contents, tmp_path):
     annotate(open_clips(alone, contents), Sizes())
     assert (alone / "columns" / "sizes.parquet").read_bytes() == (tmp_path / "columns" / "sizes.parquet").read_bytes()
     assert read(alone) == one
+
+
+def test_a_data_set_in_a_bucket_is_annotated_by_several_processes(contents, memory):
+    source = open_clips(f"{memory}/data", contents)
+    with pytest.raises(UserError, match="the server is gone"):
+        annotate(source, Sizes(breaks_at="5.mp4"), shard=0, shards=1)
+    annotated = []
+    for shard in range(2):
+        annotator = Sizes()
+        annotate(source, annotator, shard=shard, shards=2)
+        annotated += annotator.annotated
+    assert 0 < len(annotated) < COUNT  # some are done
+    assert len(annotated) == len(set(annotated))
+    assert read(f"{memory}/data")["size"] == list(map(len, contents.values()))
+    assert not [path.name for path in (to_storage_path(memory) / "data" / "columns").iterdir() if path.is_dir()]
 
 
 def test_only_new_clips_are_computed(contents, tmp_path):

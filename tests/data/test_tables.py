@@ -101,6 +101,17 @@ def test_sorted_columns_are_read_in_batches(tmp_path, size, monkeypatch):
     np.testing.assert_array_equal(np.flatnonzero(~np.isnan(Table(tmp_path / "data")["score"])), kept)
 
 
+def test_all_rows_of_a_name_have_its_values(tmp_path, size):
+    """A file that has changed has an outdated row with the same name."""
+    folder = to_storage_path(tmp_path / "data")
+    for number, names in enumerate([["a", "b", "c"], ["b", "d"]]):
+        ids = [compute_row_id(name, number) for name in names]
+        write_part(folder, f"train-{number:05d}", pa.table({"id": pa.array(ids, pa.uint64()), "name": names}))
+    write_manifest(folder, "clips", {}, ["train-00000", "train-00001"])
+    write_column(folder, "scores", {"name": ["a", "b", "d"], "score": [1.0, 2.0, 4.0]})
+    assert Table(folder).arrow("score").to_pylist() == [1, 2, None, 2, 4]
+
+
 def test_select_returns_rows(tmp_path, size):
     ids = write_rows(tmp_path / "data")
     write_column(tmp_path / "data", "scores", {"id": ids[::2], "score": np.arange(5.0)})
@@ -263,6 +274,19 @@ def test_the_cache_holds_a_bounded_number_of_tables(tmp_path, monkeypatch):
         write_rows(tmp_path / str(number), parts=(number + 1,))
         assert len(Table(tmp_path / str(number), cache=tmp_path / "cache")["frames"]) == number + 1
     assert len(list((tmp_path / "cache" / "tables").iterdir())) <= 9
+
+
+def test_the_cache_keeps_a_table_that_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_SMALL_TABLE", 1)
+    for number in range(30):
+        for used in (0, number):
+            write_rows(tmp_path / str(used), parts=(used + 1,))
+            assert len(Table(tmp_path / str(used), cache=tmp_path / "cache")["frames"]) == used + 1
+        if number == 0:
+            (first,) = (tmp_path / "cache" / "tables").iterdir()
+            (column,) = first.iterdir()
+            written = column.stat().st_mtime_ns
+    assert column.stat().st_mtime_ns == written
 
 
 def test_the_cache_holds_a_bounded_number_of_tables_of_buckets(memory, tmp_path):

@@ -68,3 +68,8 @@ def test_a_condition_that_cannot_hold_names_itself_and_the_fix(where: str, messa
 
 def test_the_columns_of_a_condition_are_known():
     assert list_columns("motion > 5 and 'dog' in captions") == {"motion", "captions"}
+
+
+def test_a_condition_that_is_nested_too_deeply_is_refused():
+    with pytest.raises(UserError, match="nested too deeply"):
+        select("not " * 900 + "motion > 5")

@@ -1,12 +1,12 @@
 """Data sets of encoded clips for annotators, written without an ingest."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from dit_video.core.storage import to_storage_path
 from dit_video.data.clips import DATASET_NAME, FEATURES, ClipSource
 from dit_video.data.ingest.rows import make_table
 from dit_video.data.records import get_file_name, write_records
@@ -30,7 +30,7 @@ class StoredClips(ClipSource):
 
 def open_clips(folder, contents: dict[str, bytes], captions: dict[str, Sequence[str]] | None = None) -> StoredClips:
     """Write a data set of clips, and open it; a file that is no video has invented properties."""
-    folder = Path(folder)
+    folder = to_storage_path(folder)
     facts = {name: _probe(content) for name, content in contents.items()}
     examples = ({"clip": content, "name": name, **facts[name]} for name, content in contents.items())
     places = write_records(folder / get_file_name(DATASET_NAME, _PART), FEATURES, examples)

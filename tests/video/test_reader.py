@@ -80,6 +80,17 @@ def test_every_frame_comes_once_in_order(file):
     assert facts.seconds == pytest.approx((COUNT - 1) / rate, abs=2e-3)
 
 
+def test_inexact_frames_have_the_same_times(file):
+    content, _ = file
+    with Video(content) as exact, Video(content, is_exact=False) as fast:
+        pairs = list(zip(exact.read_frames(), fast.read_frames(), strict=True))
+    assert len(pairs) == COUNT
+    assert [one.time for one, _ in pairs] == [other.time for _, other in pairs]
+    for one, other in pairs:
+        pictures = (timed.frame.to_ndarray(format="gray").astype(float) for timed in (one, other))
+        assert abs(next(pictures) - next(pictures)).mean() < 2
+
+
 def test_any_start_gives_the_frame_shown_then(file):
     content, rate = file
     for first in (0, 1, 9, 10, 11, 19, 25, 30, 31, 38):

@@ -4,16 +4,20 @@ import sys
 import time
 from typing import Any
 
+import av
+import numpy as np
+
 from dit_video.data.synthetic.edits import KINDS, DetectionScore, render_edited, score_transitions
 from dit_video.video import probe
 from dit_video.video.analysis.shots import CutDetector, DetectorName
 from dit_video.video.analysis.thumbnails import ThumbnailMaker
+from dit_video.video.analysis.transitions import HEIGHT, WIDTH
 from dit_video.video.encode import encode_frames
 
 DETECTORS: tuple[DetectorName, ...] = ("gradual", "content", "adaptive")
 RATES = (24.0, 30.0, 12.0, 25.0)
 """Frames per second of the videos, in turn."""
-HEIGHT, WIDTH = 90, 160
+VIDEO_HEIGHT, VIDEO_WIDTH = 90, 160
 
 
 def measure(videos: int, *, seed: int = 3) -> dict[str, Any]:
@@ -21,13 +25,14 @@ def measure(videos: int, *, seed: int = 3) -> dict[str, Any]:
     scores = {name: DetectionScore({}, {}, 0) for name in DETECTORS}
     seconds, frames = dict.fromkeys(DETECTORS, 0.0), 0
     for index in range(videos):
-        video = render_edited(index, seed=seed, fps=RATES[index % len(RATES)], height=HEIGHT, width=WIDTH)
-        thumbnails = make_thumbnails(encode_frames(video.frames, video.fps, "mp4", crf=26))
-        frames += len(thumbnails)
+        video = render_edited(index, seed=seed, fps=RATES[index % len(RATES)], height=VIDEO_HEIGHT, width=VIDEO_WIDTH)
+        content = encode_frames(video.frames, video.fps, "mp4", crf=26)
+        frames += len(video.frames)
         for name in DETECTORS:
+            pictures = make_pictures(content, name)
             start, detector = time.process_time(), CutDetector(name)
-            for thumbnail in thumbnails:
-                detector.add_frame(thumbnail)
+            for picture in pictures:
+                detector.add_frame(picture)
             score = score_transitions(detector.find_transitions(), video.transitions)
             seconds[name] += time.process_time() - start
             scores[name] = scores[name].combine(score)
@@ -38,11 +43,16 @@ def measure(videos: int, *, seed: int = 3) -> dict[str, Any]:
     }
 
 
-def make_thumbnails(content: bytes) -> list:
-    """Return the thumbnails of a file's frames."""
-    maker, thumbnails = ThumbnailMaker("edited video"), []
-    probe(content, on_frame=lambda _, frame: thumbnails.append(maker.make_thumbnail(frame)))
-    return thumbnails
+def make_pictures(content: bytes, detector: DetectorName) -> list[np.ndarray]:
+    """Return the pictures of a file's frames that an ingest gives to a detector."""
+    maker, pictures = ThumbnailMaker("edited video"), list[np.ndarray]()
+
+    def add_frame(_: float, frame: av.VideoFrame) -> None:
+        is_tiny = detector == "gradual"
+        pictures.append(maker.make_tiny_picture(frame, HEIGHT, WIDTH) if is_tiny else maker.make_thumbnail(frame))
+
+    probe(content, on_frame=add_frame, is_exact=False)
+    return pictures
 
 
 def _describe(score: DetectionScore) -> dict[str, Any]:

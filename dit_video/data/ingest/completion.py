@@ -13,12 +13,14 @@ from jaxtyping import Bool
 from dit_video.core.errors import UserError
 from dit_video.data.clips import DATASET_NAME, FEATURES, KIND
 from dit_video.data.ingest.parts import IngestFolder
-from dit_video.data.ingest.report import IngestReport, make_report
+from dit_video.data.ingest.report import REPORT_COLUMNS, IngestReport, make_report
 from dit_video.data.records import write_metadata
 from dit_video.data.table_files import INDEX_FOLDER, map_threads, read_parquet, write_column, write_manifest
 from dit_video.video.analysis.duplicates import drop_duplicates
 
 CHOICE, CAPTIONS = "choice", "captions"
+_COLUMNS = ("id", "name", "source", "source_bytes", "outcome", "hash", *REPORT_COLUMNS)
+"""Columns of the index that are read."""
 """Names of the files of columns that an ingest writes."""
 
 
@@ -51,7 +53,7 @@ def complete(folder: IngestFolder, *, inherit_captions: bool, duplicate_distance
       UserError: two clips have the same name, or a file of the source is in no part.
     """
     parts = folder.parts
-    tables = _read_rows(folder, parts)
+    tables = _read_rows(folder, parts, _COLUMNS)
     rows, listing, skipped = pa.concat_tables(tables), folder.read_listing(), folder.read_skipped()
     _check_files(folder, rows, listing)
     choice, is_present = _choose(rows, listing, duplicate_distance)
@@ -86,20 +88,20 @@ def _choose(
     sizes, splits = (listing[name].combine_chunks().take(positions) for name in ("size", "split"))
     is_same = pc.equal(sizes, rows["source_bytes"].combine_chunks())
     is_present = pc.fill_null(is_same, False).to_numpy(zero_copy_only=False)
-    why = np.where(is_present, "", "is no longer in the source").astype(object)
+    why = pc.if_else(pa.array(is_present), "", "is no longer in the source")
     kept = np.flatnonzero(pc.equal(rows["outcome"], "kept").to_numpy() & is_present)
-    names = rows["name"].to_pylist()
-    _check_names([names[row] for row in kept])
+    names = rows["name"].take(pa.array(kept)).combine_chunks()
+    _check_names(names)
     if duplicate_distance is not None:
         hashes = rows["hash"].take(pa.array(kept)).to_pylist()
         files = pc.index_in(rows["source"], value_set=listing["name"]).take(pa.array(kept)).to_pylist()
         bits = [each and tuple(each) for each in hashes]
         originals = drop_duplicates(bits, distance=duplicate_distance, groups=files)
-        for row, original in zip(kept, originals, strict=True):
-            if original is not None:
-                why[row] = f"shows what {names[kept[original]]!r} shows"
-    columns = {"id": rows["id"], "split": splits, "chosen": pa.array(why == ""), "why": pa.array(why, pa.string())}
-    return pa.table(columns), is_present
+        duplicates = {int(kept[clip]): original for clip, original in enumerate(originals) if original is not None}
+        reasons = [f"shows what {names[original].as_py()!r} shows" for original in duplicates.values()]
+        is_duplicate = np.isin(np.arange(len(rows)), [*duplicates])
+        why = pc.replace_with_mask(why, is_duplicate, pa.array(reasons, pa.string()))
+    return pa.table({"id": rows["id"], "split": splits, "chosen": pc.equal(why, ""), "why": why}), is_present
 
 
 def _check_files(folder: IngestFolder, rows: pa.Table, listing: pa.Table) -> None:
@@ -109,9 +111,9 @@ def _check_files(folder: IngestFolder, rows: pa.Table, listing: pa.Table) -> Non
         raise UserError(f"{folder.folder} has no part with {absent['name'][0]}. Remove the folder, and ingest again.")
 
 
-def _check_names(names: Sequence[str]) -> None:
+def _check_names(names: pa.Array) -> None:
     """Raise if two clips have the same name: a file may be called like a part of another file."""
-    counts = pc.value_counts(pa.array(names, pa.string()))
+    counts = pc.value_counts(names)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
         name = repeated[0]["values"].as_py()

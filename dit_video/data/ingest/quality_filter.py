@@ -220,7 +220,9 @@ class _FileAnalyzer:
         self._sizes: dict[int, tuple[int, int]] = {}
         # A change of size is a cut, if files are split at cuts; else it is an error.
         on_resize = None if config.shots is None else self._sizes.__setitem__
-        self.facts = probe(encoded, on_frame=self._add_frame, on_resize=on_resize)
+        # Shots are the same in pictures whose blocks are not smoothed, unlike measures.
+        is_exact = config.needs_samples
+        self.facts = probe(encoded, on_frame=self._add_frame, on_resize=on_resize, is_exact=is_exact)
         self.samples: Sequence[FrameSample] = ()
         if self._sampler is not None:
             self._sampler.finish(self.get_frame_time(self.facts.frames))

@@ -1,6 +1,5 @@
 """Report of an ingest, `report.json`: the outcome for every clip of a source, and sums over the data set."""
 
-import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,8 @@ import pyarrow.compute as pc
 from dit_video.core.storage import StoragePath, read_document, write_document
 
 REPORT = "report.json"
+REPORT_COLUMNS = ("reason", "transient", "duration_us", "frames", "payload_bytes", "method")
+"""Columns of the index that a report needs, besides those of names and outcomes."""
 
 Reasons = tuple[tuple[str, str], ...]
 """Pairs of (name, reason)."""
@@ -121,14 +122,14 @@ def make_report(
         rows.filter(pc.is_in(rows["account"], value_set=pa.array(names)))
         for names in (["kept"], ["unreadable"], ["dropped", "cut", "duplicate"])
     )
-    usable_files, broken_files = set(used["source"].to_pylist()), set(unreadable["source"].to_pylist())
     reasons: dict[str, Reasons] = {
         "quarantined": tuple(_zip(unreadable, "name", "reason")),
         "dropped": tuple((name, reason or why) for name, reason, why in _zip(dropped, "name", "reason", "why")),
         "rejected": tuple((name, reason) for name, reason in skipped["rejected"]),
     }
     accounts = rows.group_by("account").aggregate([("duration_us", "sum"), ("duration_us", "count")])
-    sources = pc.unique(rows["source"]).to_pylist()
+    sources, usable_files = pc.unique(rows["source"]), pc.unique(used["source"])
+    others = pa.concat_arrays([usable_files, pc.unique(unreadable["source"])])
     return IngestReport(
         files=len(sources) + len(skipped["rejected"]),
         usable_files=len(usable_files),
@@ -136,17 +137,17 @@ def make_report(
         frames=pc.sum(used["frames"]).as_py() or 0,
         seconds=(pc.sum(used["duration_us"]).as_py() or 0) / 1e6,
         bytes=pc.sum(used["payload_bytes"]).as_py() or 0,
-        methods=_count_values(used["method"].to_pylist()),
+        methods=_count_values(used["method"]),
         accounts={
             kind: {"parts": count, "microseconds": duration}
             for kind, duration, count in sorted(_zip(accounts, "account", "duration_us_sum", "duration_us_count"))
         },
         uncaptioned=uncaptioned,
         passing=tuple(unreadable.filter(unreadable["transient"])["source"].to_pylist()),
-        dropped_files=tuple(name for name in sources if name not in usable_files | broken_files),
+        dropped_files=tuple(sources.filter(pc.invert(pc.is_in(sources, value_set=others))).to_pylist()),
         unlisted=tuple(skipped["unlisted"]),
         format=skipped["format"],
-        splits=_count_values(used["split"].to_pylist()),
+        splits=_count_values(used["split"]),
         quarantined=reasons["quarantined"],
         dropped=reasons["dropped"],
         rejected=reasons["rejected"],
@@ -159,11 +160,12 @@ def _zip(table: pa.Table, *names: str) -> Iterable[tuple[Any, ...]]:
     return zip(*(table[name].to_pylist() for name in names), strict=True)
 
 
-def _count_values(values: Iterable[str]) -> dict[str, int]:
+def _count_values(values: pa.Array | pa.ChunkedArray) -> dict[str, int]:
     """Return the counts of values, sorted by count, then by name."""
-    return dict(sorted(collections.Counter(values).items(), key=lambda entry: (-entry[1], entry[0])))
+    counts = ((each["values"].as_py(), each["counts"].as_py()) for each in pc.value_counts(values))
+    return dict(sorted(counts, key=lambda entry: (-entry[1], entry[0])))
 
 
 def _count_kinds(pairs: Reasons) -> dict[str, int]:
     """Return the counts of reasons; those that differ only in numbers and quoted words are of one kind."""
-    return _count_values(_NUMBER.sub("N", _QUOTED.sub("'…'", reason)) for _, reason in pairs)
+    return _count_values(pa.array(_NUMBER.sub("N", _QUOTED.sub("'…'", reason)) for _, reason in pairs))
