@@ -22,7 +22,6 @@ from av.video.stream import VideoStream
 from dit_video.core.errors import DecodeError
 from dit_video.video.audio import AudioInfo, encode_aac, probe_audio
 from dit_video.video.packets import PacketReader, TimedPacket, Track, get_time_base, write_packets
-from dit_video.video.reader import Video
 from dit_video.video.transcode import SPAN_TOLERANCE, transcode
 
 PREROLL = 0.1
@@ -299,12 +298,12 @@ def _write(video: Track, audio: Track | None) -> tuple[bytes, str] | None:
 def _has_frames(content: bytes, times: Sequence[float], decoded: int) -> bool:
     """Return whether a file shows frames at exactly these times; this many of them are decoded."""
     try:
-        with PacketReader(content) as reader:
+        with PacketReader(content, is_exact=False) as reader:
             packets = reader.read_packets(reader.video_stream)
             visible = sorted((packet.pts or 0) * float(packet.time_base) for packet in packets if not packet.is_discard)
             size = reader.video_stream.width, reader.video_stream.height
-        with Video(content, is_exact=False) as video:
-            frames = [(timed.time, timed.frame) for timed in itertools.islice(video.read_frames(), decoded)]
+            reader.rewind()
+            frames = [(timed.time, timed.frame) for timed in itertools.islice(reader.read_frames(), decoded)]
     except DecodeError:
         return False
     return (

@@ -82,6 +82,11 @@ class PacketReader(Video):
         timestamp = None if first is None else first.frame.dts if first.frame.pts is None else first.frame.pts
         return timestamp or 0
 
+    def rewind(self) -> None:
+        """Return to the beginning of the file, for `read_frames` after `read_packets`."""
+        with wrap_decode_errors(self.name, "at its start"):
+            self._container.seek(0, stream=self._stream, backward=True)
+
     def read_packets(self, *streams: VideoStream | AudioStream | None) -> Iterator[av.Packet]:
         """Yield the packets of these streams that are not empty, in the order of the file."""
         selected = [stream for stream in streams if stream is not None]

@@ -189,7 +189,8 @@ def _compute_unexplained(a: TinyPicture, b: TinyPicture, *, allow_light: bool = 
 def _match(a: TinyPicture, b: TinyPicture) -> float:
     padded = np.pad(a, ((_MAX_SHIFT, _MAX_SHIFT), (_MAX_SHIFT, _MAX_SHIFT), (0, 0)), mode="edge")
     shifted = np.lib.stride_tricks.sliding_window_view(padded, (HEIGHT, WIDTH), (0, 1))
-    squares = ((shifted - b.transpose(2, 0, 1)) ** 2).mean(axis=2)
+    differences = shifted - b.transpose(2, 0, 1)
+    squares = np.einsum("yxchw,yxchw->yxhw", differences, differences) / 3
     return float(np.sqrt(squares.min(axis=(0, 1)).mean()))
 
 
