@@ -178,12 +178,8 @@ class IngestFolder:
 
 def _read_part(path: StoragePath, part: str) -> pa.Table:
     """Return the files of a part, of a file sorted by parts of which only the rows around it are read."""
-    with convert_storage_errors(path), path.open("rb") as content, pq.ParquetFile(content) as file:
-        column = file.schema_arrow.names.index("part")
-        groups = [file.metadata.row_group(number).column(column).statistics for number in range(file.num_row_groups)]
-        numbers = [number for number, values in enumerate(groups) if values.min <= part <= values.max]
-        rows = file.read_row_groups(numbers, columns=[*_COLUMNS, "part"], use_threads=False)
-    return rows.filter(pc.equal(rows["part"], part)).drop_columns("part")
+    with convert_storage_errors(path), path.open("rb") as content:
+        return pq.read_table(content, columns=[*_COLUMNS], filters=[("part", "==", part)], use_threads=False)
 
 
 def _make_table(clips: Sequence[ListedClip], names: Sequence[str]) -> pa.Table:

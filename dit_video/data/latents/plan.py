@@ -1,8 +1,4 @@
-"""Plan of an encoding: the views of clips, their canvases and files, and what they depend on.
-
-Clips of all sizes share canvases of at most eight sizes, so that as many programs are compiled. The files of a data set
-are written one by one, by any number of processes; a file that exists is not written again.
-"""
+"""Plan of an encoding: the views of clips, the canvases that they share, their files, and what they depend on."""
 
 import hashlib
 import itertools
