@@ -4,6 +4,7 @@ from dit_video.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import tyro
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.curation.annotate import (
+    AnnotationReport,
     annotate,
     annotate_table,
     check_clips,
@@ -94,15 +96,17 @@ def main(
     for annotator in annotators:
         if isinstance(annotator, Annotator):
             annotator.check()
+    pending = 0
     for annotator in annotators:
         source = ClipSource(data, where=where)  # with the columns of the annotator before
-        if not isinstance(annotator, Annotator):
-            if shard == 0:
-                annotate_table(source, annotator)
-                print(f"{data}: columns {', '.join(annotator.columns)}")
-            continue
-        _check_price(source, annotator, max_price, yes=yes, retry=retry)
-        _annotate(source, annotator, shard=shard, shards=shards, retry=retry)
+        if isinstance(annotator, Annotator):
+            _check_price(source, annotator, max_price, yes=yes, retry=retry)
+            pending += _annotate(source, annotator, shard=shard, shards=shards, retry=retry).pending
+        elif pending:
+            print(f"{annotator.name} is left to the process that ends last, as it reads the columns of all clips")
+        else:
+            annotate_table(source, annotator)
+            print(f"{data}: columns {', '.join(annotator.columns)}")
 
 
 def _check_price(source: ClipSource, annotator: Annotator, max_price: float, *, yes: bool, retry: bool) -> None:
@@ -118,8 +122,9 @@ def _check_price(source: ClipSource, annotator: Annotator, max_price: float, *, 
         raise UserError(f"{annotator.name} has {reason}, above --max-price {max_price:g}. Use --yes to go on")
 
 
-def _annotate(source: ClipSource, annotator: Annotator, *, shard: int, shards: int, retry: bool) -> None:
-    with Progress(f"annotating {annotator.name}", len(source), unit="clip") as bar:
+def _annotate(source: ClipSource, annotator: Annotator, *, shard: int, shards: int, retry: bool) -> AnnotationReport:
+    with contextlib.ExitStack() as ending, Progress(f"annotating {annotator.name}", len(source), unit="clip") as bar:
+        ending.callback(_print_work, annotator)  # also if it fails
 
         def show(done: int, total: int) -> None:
             bar.total = total
@@ -134,10 +139,14 @@ def _annotate(source: ClipSource, annotator: Annotator, *, shard: int, shards: i
         print(f"without values: {name}: {reason}")
     if len(report.failures) > 10:
         print(f"… {len(report.failures)} have none: see the column {annotator.name}_error")
-    if summary := annotator.summarize():
-        print(summary)
     if report.pending:
         print(f"{report.pending} clips are left to other processes; the last of {shards} writes the columns")
+    return report
+
+
+def _print_work(annotator: Annotator) -> None:
+    if summary := annotator.summarize():
+        print(summary)
 
 
 def print_columns(source: ClipSource) -> None:

@@ -1,29 +1,32 @@
 """Columns of a data set by an annotator, in any number of processes that may be killed at any time.
 
-Clips are annotated in blocks of the data set's order, of which process I of N takes every N-th one. The rows of a block
-are written to `columns/NAME.parts/`, and all to `columns/NAME.parquet` once no clip is left. Only clips without a row
-are computed: a row is that of the same annotator (`identity`), payload and, if values depend on them, captions.
+Clips are annotated in blocks of the data set's order, of which process I of N takes every N-th one. Only clips without
+a row are computed: a row is that of the same annotator (`identity`), payload and, if values depend on them, captions.
 """
 
-import contextlib
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt64
 
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.core.storage import StoragePath
-from dit_video.curation.annotator import AnnotationError, Annotator, ClipFile, Column, TableAnnotator
-from dit_video.data.clips import ClipInfo, ClipSource
-from dit_video.data.table_files import COLUMNS_FOLDER, read_bytes, write_column
+from dit_video.curation.annotation_files import (
+    check_columns,
+    make_fields,
+    merge_rows,
+    read_rows,
+    to_array,
+    write,
+    write_rows,
+)
+from dit_video.curation.annotator import AnnotationError, Annotator, ClipFile, TableAnnotator
+from dit_video.data.clips import ClipInfo, ClipSource, find_kept
 
 AnnotationProgress = Callable[[int, int], object]
 """Function that is called with the numbers of annotated and of all clips of this process."""
@@ -62,13 +65,15 @@ def annotate(
       progress: called after each clip.
 
     Raises:
-      UserError: no clips, the annotator cannot run, or the columns cannot be written. What was computed is kept.
+      UserError: no clips, the annotator cannot run, its columns are those of another file or would replace values of
+        clips that are not in `source`, or they cannot be written. What was computed is kept.
     """
     if not 0 <= shard < shards:
         raise UserError(f"shard={shard} of shards={shards} is invalid. Use 0 to {shards - 1}")
     check_clips(source)
     folder = source.folders[0]
     annotator.check()
+    check_columns(source, annotator)
     keys = compute_keys(source, annotator)
     blocks = [block for block in find_pending(source, annotator, keys, retry=retry) if block.number % shards == shard]
     total, done, failures = sum(len(block.clips) for block in blocks), 0, {}
@@ -84,10 +89,11 @@ def annotate(
                     progress(done, total)
             finally:
                 if rows:
-                    _write_part(folder, annotator, rows)
+                    write_rows(folder, annotator, rows)
     left = find_pending(source, annotator, keys, retry=False)
     if not left:
-        _finish(source, annotator)
+        merge_rows(source, annotator, keys)
+        left = find_pending(source, annotator, keys, retry=False)  # of processes that merged at the same moment
     return AnnotationReport(done, failures, sum(len(block.clips) for block in left))
 
 
@@ -95,10 +101,13 @@ def annotate_table(source: ClipSource, annotator: TableAnnotator) -> None:
     """Compute and write the columns of an annotator that reads other columns.
 
     Raises:
-      UserError: no clips, or a needed column does not exist.
+      UserError: no clips, not all of them, a needed column does not exist, or another file has the columns.
     """
     check_clips(source)
     table = source.tables[0]
+    if len(source) < (count := int(find_kept(table).sum())):
+        raise UserError(f"{annotator.name} compares all {count} clips of {table.folder}. Use it without a condition")
+    check_columns(source, annotator)
     for column, other in annotator.needs.items():
         if column not in table.names:
             raise UserError(
@@ -109,9 +118,9 @@ def annotate_table(source: ClipSource, annotator: TableAnnotator) -> None:
     rows = pc.index_in(ids, value_set=table.arrow("id"))
     needed = {name: table.arrow(name).take(rows) for name in annotator.needs}
     values = annotator.annotate_table(list(source.column("name")), needed)
-    arrays = [_to_array(values[name], column) for name, column in annotator.columns.items()]
-    fields = [pa.field("id", pa.uint64()), *_make_fields(annotator.columns)]
-    _write(table.folder, annotator.name, pa.table([ids, *arrays], schema=pa.schema(fields)), annotator.identity)
+    arrays = [to_array(values[name], column) for name, column in annotator.columns.items()]
+    fields = [pa.field("id", pa.uint64()), *make_fields(annotator.columns)]
+    write(table.folder, annotator.name, pa.table([ids, *arrays], schema=pa.schema(fields)), annotator.identity)
 
 
 class ClipBlock(NamedTuple):
@@ -147,7 +156,7 @@ def find_pending(
     source: ClipSource, annotator: Annotator, keys: UInt64[np.ndarray, " n"], *, retry: bool
 ) -> list[ClipBlock]:
     """Return the blocks of clips without values, which are the same in all processes."""
-    name, results = annotator.name, _read_results(source.folders[0], annotator)
+    name, results = annotator.name, read_rows(source, annotator, keys, columns=()).table
     rows = pc.index_in(pa.array(source.column("id"), pa.uint64()), value_set=results["id"])
     known = pc.fill_null(rows, -1).to_numpy().astype(np.int64)
     is_done = known >= 0
@@ -176,100 +185,21 @@ def _annotate_clips(
             return row | dict.fromkeys(annotator.columns) | {f"{annotator.name}_error": str(error)}
 
     futures = [pool.submit(run, int(clip)) for clip in clips]
+    failure: UserError | None = None
     try:
         for future in as_completed(futures):
-            yield future.result()
+            try:
+                row = future.result()
+            except CancelledError:
+                continue
+            except UserError as error:  # no clip can be annotated; those that are being annotated are kept
+                failure = failure or error
+                for other in futures:
+                    other.cancel()
+                continue
+            yield row
     finally:
         for future in futures:
             future.cancel()
-
-
-def _write_part(folder: StoragePath, annotator: Annotator, rows: list[dict[str, Any]]) -> None:
-    rows = sorted(rows, key=lambda row: row["clip"])
-    schema = _make_schema(annotator)
-    columns = annotator.columns
-    arrays = [
-        _to_array([row[field.name] for row in rows], columns.get(field.name) or Column(type=field.type, description=""))
-        for field in schema
-    ]
-    # Named by all of its clips, since a block that was interrupted is written in several files.
-    digest = hashlib.sha256(np.array([row["id"] for row in rows], np.uint64).tobytes()).hexdigest()[:16]
-    name = f"{_get_parts_folder(annotator)}/{digest}"
-    _write(folder, name, pa.table(arrays, schema=schema), annotator.identity)
-
-
-def _read_results(folder: StoragePath, annotator: Annotator) -> pa.Table:
-    """Return all rows of this annotator's identity, of each clip the last one."""
-    schema, tables = _make_schema(annotator), []
-    parts = folder / COLUMNS_FOLDER / _get_parts_folder(annotator)
-    # The parts are read first: what a process has just merged and removed is in the file that is read next.
-    paths = [path for path in _list(parts) if path.suffix == ".parquet" and not path.name.startswith(".")]
-    for path in [*paths, folder / COLUMNS_FOLDER / f"{annotator.name}.parquet"]:
-        with contextlib.suppress(FileNotFoundError, UserError):
-            table = pq.read_table(pa.BufferReader(read_bytes(path)))
-            if (table.schema.metadata or {}).get(b"note", b"").decode() == annotator.identity:
-                tables.append(table.select(schema.names).cast(schema))
-    results = pa.concat_tables([*reversed(tables), schema.empty_table()]).combine_chunks()
-    last = np.unique(results["id"].to_numpy()[::-1], return_index=True)[1]
-    return results.take(pa.array(np.sort(len(results) - 1 - last)))
-
-
-def _finish(source: ClipSource, annotator: Annotator) -> None:
-    """Write the columns of all clips, in the order of the table, and remove the parts."""
-    folder = source.folders[0]
-    results = _read_results(folder, annotator)
-    rows = pc.index_in(results["id"], value_set=source.tables[0].arrow("id"))
-    rows = pc.fill_null(rows, -1).to_numpy().astype(np.int64)
-    order = np.argsort(rows, kind="stable")
-    results = results.take(pa.array(order[rows[order] >= 0]))
-    _write(folder, annotator.name, results, annotator.identity)
-    parts = folder / COLUMNS_FOLDER / _get_parts_folder(annotator)
-    for path in _list(parts):
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-    with contextlib.suppress(OSError):
-        parts.rmdir()
-
-
-def _write(folder: StoragePath, name: str, table: pa.Table, note: str) -> None:
-    try:
-        write_column(folder, name, table, note)
-    except OSError as error:
-        path = folder / COLUMNS_FOLDER / f"{name}.parquet"
-        reason = error.strerror or str(error)
-        raise UserError(f"{path} cannot be written ({reason}). Free disk space there, and run it again") from error
-
-
-def _list(folder: StoragePath) -> list[StoragePath]:
-    try:
-        return sorted(folder.iterdir(), key=lambda path: path.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _get_parts_folder(annotator: Annotator) -> str:
-    return f"{annotator.name}.parts"
-
-
-def _make_schema(annotator: Annotator) -> pa.Schema:
-    name = annotator.name
-    error = Column(type=pa.string(), description=f"Reason for which {name} has no values.")
-    key = Column(type=pa.uint64(), description=f"Hash of the clip that the values of {name} are of.")
-    own = {f"{name}_error": error, f"{name}_key": key}
-    return pa.schema([pa.field("id", pa.uint64()), *_make_fields({**annotator.columns, **own})])
-
-
-def _make_fields(columns: Mapping[str, Column]) -> list[pa.Field]:
-    return [
-        pa.field(name, column.type, metadata={"description": column.description, "unit": column.unit})
-        for name, column in columns.items()
-    ]
-
-
-def _to_array(values: Any, column: Column) -> pa.Array:
-    """Return values as an Arrow array; numbers that are not finite are null."""
-    if isinstance(values, pa.Array | pa.ChunkedArray):
-        return values
-    if pa.types.is_floating(column.type):
-        values = [None if value is None or not math.isfinite(value) else value for value in values]
-    return pa.array(values, column.type)
+    if failure is not None:
+        raise failure

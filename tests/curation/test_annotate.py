@@ -1,6 +1,7 @@
 """Annotation is resumed, shared by processes and repeated for what changed only; no clip is lost."""
 
 import errno
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,9 +11,11 @@ import pytest
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import to_storage_path
-from dit_video.curation.annotate import annotate, annotate_table
+from dit_video.curation import annotation_files
+from dit_video.curation.annotate import annotate, annotate_table, compute_keys
 from dit_video.curation.annotator import AnnotationError, Annotator, Column, TableAnnotator
 from dit_video.curation.registry import ANNOTATORS, check_names
+from dit_video.data.table_files import write_column
 from dit_video.data.tables import Table
 from support.annotated_clips import make_clip, open_clips
 
@@ -238,3 +241,99 @@ def test_columns_of_columns_need_those_first(contents, tmp_path):
     annotate_table(open_clips(tmp_path, contents), Ranks())
     table = Table(tmp_path)
     assert table["rank"].tolist() == [sorted(table["size"].tolist()).index(size) for size in table["size"].tolist()]
+
+
+def test_values_of_other_clips_are_not_replaced_by_those_of_other_settings(contents, tmp_path):
+    source = open_clips(tmp_path, contents)
+    annotate(source, Sizes())
+    one = source.select(["3.mp4"])
+    with pytest.raises(UserError, match=r"sizes\.parquet has values of 9 clips by other settings.*--captions\.label"):
+        annotate(one, Sizes(version=2))
+    assert read(tmp_path)["size"] == list(map(len, contents.values()))
+    assert annotate(one, Sizes()).computed == 0  # the same settings
+    later = Sizes(version=2)
+    annotate(source, later)
+    assert len(later.annotated) == COUNT
+    annotate_table(open_clips(tmp_path, contents), Ranks())
+    with pytest.raises(UserError, match="ranks compares all 10 clips"):
+        annotate_table(open_clips(tmp_path, contents).select(["3.mp4"]), Ranks())
+
+
+def test_a_column_of_another_file_is_refused_before_anything_is_computed(contents, tmp_path):
+    source = open_clips(tmp_path, contents)
+    write_column(tmp_path, "mine", {"id": pa.array(source.column("id"), pa.uint64()), "size": [1] * COUNT})
+    annotator = Sizes()
+    with pytest.raises(UserError, match="has a column size already"):
+        annotate(open_clips(tmp_path, contents), annotator)
+    assert annotator.annotated == []
+    write_column(tmp_path, "other", {"id": pa.array(source.column("id"), pa.uint64()), "rank": [1] * COUNT})
+    with pytest.raises(UserError, match="has a column rank already"):
+        annotate_table(open_clips(tmp_path, contents), Ranks())
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_a_retry_before_the_columns_are_merged_replaces_failures(contents, tmp_path, attempt):
+    """Whatever the names of the parts, which depend on the clips."""
+    contents = {f"{attempt}-{name}": content for name, content in contents.items()}
+    names = list(contents)
+    source = open_clips(tmp_path, contents)
+    with pytest.raises(UserError, match="the server is gone"):
+        annotate(source, Sizes(fails=(names[1],), breaks_at=names[9]))
+    report = annotate(source, Sizes(), retry=True)
+    assert (report.failures, report.pending) == ({}, 0)
+    assert read(tmp_path)["size"] == list(map(len, contents.values()))
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_a_clip_that_changes_while_others_are_annotated_is_not_pending_forever(contents, tmp_path, attempt):
+    contents = {f"{attempt}-{name}": content for name, content in contents.items()}
+    names = list(contents)
+    captions = dict.fromkeys(names, ("a",))
+    with pytest.raises(UserError, match="the server is gone"):
+        annotate(open_clips(tmp_path, contents, captions), Sizes(reads=True, breaks_at=names[9]))
+    captions[names[1]] = ("b", "c")
+    report = annotate(open_clips(tmp_path, contents, captions), Sizes(reads=True))
+    assert report.pending == 0
+    assert read(tmp_path)["num_captions"][1] == 2
+
+
+def test_a_part_that_is_written_while_others_are_merged_is_kept(contents, tmp_path, monkeypatch):
+    source, write = open_clips(tmp_path, contents), annotation_files.write
+
+    def write_with_another(folder, name, table, note):
+        write(folder, name, table, note)
+        if name == "sizes":  # another process ends at this moment
+            monkeypatch.setattr(annotation_files, "write", write)
+            rows = [{"clip": 0, "id": source.infos[0].id, "size": 7, "num_captions": 7.0}]
+            own = {"sizes_error": None, "sizes_key": int(compute_keys(source, Sizes())[0])}
+            annotation_files.write_rows(folder, Sizes(), [row | own for row in rows])
+
+    monkeypatch.setattr(annotation_files, "write", write_with_another)
+    annotate(source, Sizes())
+    assert len(list((tmp_path / "columns" / "sizes.parts").iterdir())) == 1
+    annotate(source, Sizes())
+    assert read(tmp_path)["size"][0] == 7
+    assert not (tmp_path / "columns" / "sizes.parts").exists()
+
+
+def test_values_that_are_being_computed_are_kept_when_another_clip_ends_the_run(contents, tmp_path):
+    started, ended = threading.Event(), threading.Event()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Slow(Sizes):
+        def annotate(self, clip):
+            if clip.info.name == "0.mp4":
+                started.set()
+                assert ended.wait(20)
+            elif clip.info.name == "1.mp4":
+                assert started.wait(20)
+                threading.Timer(0.3, ended.set).start()
+                raise UserError("the server is gone")
+            return super().annotate(clip)
+
+    source = open_clips(tmp_path, contents)
+    with pytest.raises(UserError, match="the server is gone"):
+        annotate(source, Slow())
+    later = Sizes()
+    annotate(source, later)
+    assert "0.mp4" not in later.annotated

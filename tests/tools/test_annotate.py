@@ -34,6 +34,15 @@ def test_columns_are_added_and_listed(data, script):
     assert {*FIELDS, "camera", "camera_pan", "motion_vectors_error"} <= columns
 
 
+def test_columns_of_all_clips_are_left_to_the_process_that_ends_last(data, script):
+    first = script(TOOL, data, "motion_vectors", "duplicates", "--shard", 1, "--shards", 2)
+    assert first.code == 0, first.err
+    assert "duplicates is left to the process that ends last" in first.out
+    last = script(TOOL, data, "motion_vectors", "duplicates", "--shard", 0, "--shards", 2)
+    assert last.code == 2
+    assert "no column embedding" in last.err  # only now is it computed, and there is none
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
