@@ -89,7 +89,7 @@ def main(
         config: Settings of the ingest.
         cluster: Processes of a cluster that share the work.
         workers: Maximum number of processes that inspect clips on this machine; one per core by default.
-        retry: Try clips again that failed for a temporary reason, such as a file that could not be read.
+        retry: Write the parts again that have files which failed for a temporary reason, e.g. could not be read.
     """
     check_minimum(1, workers=workers)
     with show_ingest_progress() as progress:
@@ -166,7 +166,7 @@ def _print_summary(destination: str, report: IngestReport) -> None:
     if report.passing:
         print(
             f"{len(report.passing)} of them failed for a temporary reason, such as {report.passing[0]}; run the same "
-            "command with --retry to try only those again"
+            "command with --retry to write the parts with those again"
         )
     print(f"report: {destination}/{PAGE}")
 

@@ -140,7 +140,9 @@ class RecordReader:
                         return os.pread(file.fileno(), length, offset)
                 return path.fs.cat_file(path.path, start=offset, end=offset + length)
             except FileNotFoundError as error:
-                raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
+                raise MissingError(
+                    f"no such file: {path}. The data set is incomplete: copy the file again, or write another data set."
+                ) from error
 
 
 def read_row(reader: RecordReader, table: Table, row: int, dataset: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -68,11 +69,14 @@ def write_column(folder: StoragePathLike, name: str, columns: Mapping[str, Any] 
         counts = pc.value_counts(key)
         first = next(each for each in counts if each["counts"].as_py() > 1)["values"]
         raise UserError(f"{keys[0]}={first} of the column {name} is there more than once. Give each row one value.")
-    table = table.combine_chunks()
+    # In parts of one size, whatever the chunks of before: the texts of all rows may be too long for one.
+    starts = range(0, len(table), BATCH_ROWS)
+    parts = [table.slice(first, BATCH_ROWS).take(np.arange(min(BATCH_ROWS, len(table) - first))) for first in starts]
+    table = pa.concat_tables([table.slice(0, 0), *parts])
     digest = hashlib.sha256(repr(table.schema).encode() + note.encode())
-    for column in table.columns:
-        for buffer in column.combine_chunks().buffers() if len(column) else ():
-            digest.update(buffer or b"")
+    for part in parts:
+        for batch in part.to_batches():
+            digest.update(batch.serialize())
     metadata = {_HASH_KEY: digest.hexdigest().encode(), b"note": note.encode()}
     write_parquet(to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{SUFFIX}", table.replace_schema_metadata(metadata))
 
@@ -82,7 +86,7 @@ def read_note(folder: StoragePathLike, name: str) -> str | None:
     path = to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{SUFFIX}"
     if not path.exists():
         return None
-    return (open_parquet(path).schema_arrow.metadata or {}).get(b"note", b"").decode()
+    return (read_schema(path).metadata or {}).get(b"note", b"").decode()
 
 
 def write_manifest(folder: StoragePath, kind: str, settings: Mapping[str, Any], parts: Sequence[str]) -> None:
@@ -176,6 +180,19 @@ def open_parquet(path: StoragePath) -> pq.ParquetFile:
         if isinstance(path, Path):
             return pq.ParquetFile(path)
         return pq.ParquetFile(pa.BufferReader(read_bytes(path)))
+    except FileNotFoundError as error:
+        raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is not a Parquet file ({error}). Write it again.") from error
+
+
+def read_schema(path: StoragePath) -> pa.Schema:
+    """Return the schema of a Parquet file, of which the footer alone is read; raises like `open_parquet`."""
+    if isinstance(path, Path):
+        return open_parquet(path).schema_arrow
+    try:
+        with convert_storage_errors(path), path.open("rb") as file:
+            return pq.read_schema(file)
     except FileNotFoundError as error:
         raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
     except pa.ArrowException as error:

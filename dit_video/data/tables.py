@@ -9,6 +9,7 @@ processes of a machine map into memory, and a table is pickled to workers withou
 """
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -39,6 +40,7 @@ from dit_video.data.table_files import (
     map_threads,
     open_parquet,
     read_manifest,
+    read_schema,
 )
 
 _SMALL_TABLE = 20_000
@@ -81,7 +83,7 @@ class Table:
         self._cache = (cache or get_default_cache()) / "tables" / index_hash
         self._columns: dict[str, pa.ChunkedArray] = {}
         self._files = self._list_files()
-        schemas = {name: open_parquet(path).schema_arrow for name, path in sorted(self._files.items())}
+        schemas = {name: read_schema(path) for name, path in sorted(self._files.items())}
         hashes = {name: hash_column(self._files[name], schema) for name, schema in schemas.items()}
         self._hashes = {"": index_hash} | hashes
         self.version: str = hashlib.sha256(json.dumps(self._hashes).encode()).hexdigest()[:16]
@@ -125,8 +127,10 @@ class Table:
     def read_values(self, name: str, rows: Int64[np.ndarray, " k"] | Sequence[int]) -> list[Any]:
         """Return the values of some rows of a column as Python's values, None for null; raises like `arrow`."""
         column = self.arrow(name)
-        if len(rows) > _FEW_ROWS:
-            return column.take(pa.array(rows)).to_pylist()
+        if len(rows) > _FEW_ROWS:  # which are close to each other in most cases: `take` copies all chunks of a column
+            numbers = np.asarray(rows)
+            first = int(numbers.min())
+            return column.slice(first, int(numbers.max()) + 1 - first).take(pa.array(numbers - first)).to_pylist()
         return [column[int(row)].as_py() for row in rows]
 
     def select(self, where: str) -> Int64[np.ndarray, " n"]:
@@ -157,7 +161,7 @@ class Table:
         sources: dict[str, str] = {}
         types: dict[str, pa.DataType] = {}
         if self._parts:
-            index = open_parquet(self.folder / INDEX_FOLDER / f"{self._parts[0]}{SUFFIX}").schema_arrow
+            index = read_schema(self.folder / INDEX_FOLDER / f"{self._parts[0]}{SUFFIX}")
             schemas = {"": index, **schemas}
         for source, schema in schemas.items():
             keys = [key for key in ("id", "name") if key in schema.names] if source else []
@@ -284,7 +288,11 @@ class TableColumn(SharesArrays, Sequence[Any]):
     def take_all(self) -> pa.ChunkedArray:
         """Return Arrow's array of all values."""
         column = self._table.arrow(self._name)
-        return column if len(self) == len(column) else column.take(pa.array(self._rows))
+        if (np.diff(self._rows) <= 0).any():
+            return column.take(pa.array(self._rows))
+        # `take` would copy all chunks into one, which may be too large.
+        is_chosen = np.isin(np.arange(len(column)), self._rows, assume_unique=True)
+        return column if is_chosen.all() else column.filter(pa.array(is_chosen))
 
     def _convert(self, rows: Int64[np.ndarray, " n"]) -> list[Any]:
         values = self._table.read_values(self._name, rows)
@@ -295,6 +303,7 @@ class TableColumn(SharesArrays, Sequence[Any]):
 
 def _evict(folder: Path) -> None:
     """Remove the columns of the tables that were not used for the longest time."""
-    tables = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
-    for path in tables[:-_MAX_CACHED_TABLES]:
-        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # another process may remove some at this moment
+        tables = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)
+        for path in tables[:-_MAX_CACHED_TABLES]:
+            shutil.rmtree(path, ignore_errors=True)

@@ -112,7 +112,7 @@ def test_a_damaged_record_is_refused_and_the_others_are_read(tmp_path, damage):
 
 def test_a_file_that_does_not_exist_is_named_with_the_fix(tmp_path):
     places = write_records(tmp_path / "r.array_record", FEATURES, make_examples())
-    with pytest.raises(MissingError, match=rf"no such file: {tmp_path}/s\.array_record\. .* write it again"):
+    with pytest.raises(MissingError, match=rf"no such file: {tmp_path}/s\.array_record\. .*: copy the file again"):
         RecordReader(tmp_path, FEATURES).read("s.array_record", places[0])
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.storage import to_storage_path
-from dit_video.data import tables
+from dit_video.data import table_files, tables
 from dit_video.data.table_files import compute_row_id, read_note, write_column, write_manifest, write_part
 from dit_video.data.tables import Table, TableColumn
 from support.process_memory import read_memory
@@ -316,3 +316,49 @@ def test_large_tables_open_in_seconds_and_take_little_memory(tmp_path, count):
     assert seconds < 5 * max(0.3, count / 1_000_000)
     assert after - before < 300 * 2**20
     assert len(pickle.dumps(table)) < 10_000
+
+
+def test_opening_a_table_of_a_bucket_reads_no_column(memory, monkeypatch):
+    write_rows(f"{memory}/data")
+    ids = np.asarray([compute_row_id(f"{number}.mp4") for number in range(COUNT)], np.uint64)
+    content = np.random.default_rng(0).integers(0, 256, (COUNT, 1 << 18)).astype(np.uint8)
+    write_column(f"{memory}/data", "large", {"id": ids, "embedding": list(content)})
+    size = (to_storage_path(f"{memory}/data") / "columns" / "large.parquet").stat().st_size
+    assert size > 2 << 20
+    read = []
+    monkeypatch.setattr(table_files, "read_bytes", lambda path: read.append(path.name) or path.read_bytes())
+    table = Table(f"{memory}/data")
+    assert "embedding" in table.names
+    assert table["frames"].tolist() == list(range(COUNT))
+    assert "large.parquet" not in read
+
+
+def test_the_hash_of_a_column_does_not_depend_on_its_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(table_files, "BATCH_ROWS", 3)
+    names = [f"{number}.mp4" for number in range(COUNT)]
+    texts = [None if number % 4 == 0 else f"text {number}" for number in range(COUNT)]
+    longer = pa.array([*texts, "more", None, "more"])
+    columns = [pa.array(texts), longer.slice(0, COUNT), pa.chunked_array([texts[:4], texts[4:5], texts[5:]])]
+    for number, column in enumerate(columns):
+        write_column(tmp_path, str(number), {"name": names, "text": column})
+    contents = {(tmp_path / "columns" / f"{number}.parquet").read_bytes() for number in range(len(columns))}
+    assert len(contents) == 1
+    write_column(tmp_path, "other", {"name": names, "text": [*texts[:-1], "other"]})
+    assert (tmp_path / "columns" / "other.parquet").read_bytes() not in contents
+
+
+@pytest.mark.exhaustive
+def test_captions_of_more_than_two_gibibytes_are_stored_and_read(tmp_path):
+    """A column in one array holds 2 GiB of text."""
+    count = 20_000
+    texts = pa.chunked_array([[["x" * 120_000]] * 1000 for _ in range(count // 1000)], pa.list_(pa.string()))
+    folder = to_storage_path(tmp_path)
+    ids = pa.array(range(count), pa.uint64())
+    write_part(folder, "train-00000", pa.table({"id": ids, "name": list(map(str, range(count)))}))
+    write_manifest(folder, "clips", {}, ["train-00000"])
+    write_column(folder, "captions", {"id": ids, "captions": texts})
+    rows = np.arange(0, count, 2)
+    column = TableColumn(Table(folder, cache=tmp_path / "cache"), "captions", rows)
+    assert column[5] == ("x" * 120_000,)
+    assert len(column[:100]) == 100
+    assert column.flatten()[0].sum() == len(rows)

@@ -15,13 +15,20 @@ from dit_video.data.clips import DATASET_NAME, FEATURES, KIND
 from dit_video.data.ingest.parts import IngestFolder
 from dit_video.data.ingest.report import REPORT_COLUMNS, IngestReport, make_report
 from dit_video.data.records import write_metadata
-from dit_video.data.table_files import INDEX_FOLDER, map_threads, read_parquet, write_column, write_manifest
+from dit_video.data.table_files import (
+    BATCH_ROWS,
+    INDEX_FOLDER,
+    map_threads,
+    read_parquet,
+    write_column,
+    write_manifest,
+)
 from dit_video.video.analysis.duplicates import drop_duplicates
 
 CHOICE, CAPTIONS = "choice", "captions"
+"""Names of the files of columns that an ingest writes."""
 _COLUMNS = ("id", "name", "source", "source_bytes", "outcome", "hash", *REPORT_COLUMNS)
 """Columns of the index that are read."""
-"""Names of the files of columns that an ingest writes."""
 
 
 class NoClipsError(UserError):
@@ -120,14 +127,16 @@ def _check_names(names: pa.Array) -> None:
         raise UserError(f"two clips would be called {name}; rename the file, as `#` numbers the parts of a file")
 
 
-def _assign_captions(used: pa.Table, listing: pa.Table, inherit_captions: bool) -> pa.Array:
+def _assign_captions(used: pa.Table, listing: pa.Table, inherit_captions: bool) -> pa.ChunkedArray:
     """Return the captions of clips: those of their file, unless they are a part of it."""
-    positions = pc.index_in(used["source"], value_set=listing["name"])
-    captions = listing["captions"].combine_chunks().take(positions.combine_chunks())
-    if inherit_captions:
-        return captions
-    is_whole = pc.equal(used["name"], used["source"]).combine_chunks()
-    return pc.if_else(is_whole, captions, pa.scalar([], captions.type))
+    positions = pc.index_in(used["source"], value_set=listing["name"]).combine_chunks()
+    # Offsets of 64 bits, as the captions of millions of clips have more than 2 GiB.
+    captions = listing["captions"].cast(pa.large_list(pa.large_string())).combine_chunks().take(positions)
+    if not inherit_captions:
+        is_whole = pc.equal(used["name"], used["source"]).combine_chunks()
+        captions = pc.if_else(is_whole, captions, pa.scalar([], captions.type))
+    parts = (captions.slice(first, BATCH_ROWS) for first in range(0, len(captions), BATCH_ROWS))
+    return pa.chunked_array([part.cast(pa.list_(pa.string())) for part in parts])
 
 
 def _explain_no_clips(rows: pa.Table) -> str:

@@ -349,8 +349,9 @@ def _make_work_folder(destination: StoragePath) -> Iterator[Path]:
     if isinstance(destination, Path):
         # Left by processes that were killed.
         for path in destination.glob(f"{_WORK_PREFIX}*"):
-            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another process may remove its own at this moment
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=destination) as folder:
             yield Path(folder)
     else:

@@ -134,7 +134,7 @@ class IngestFolder:
             if (moved := _update_locations(plan, listed)) != plan:
                 write_parquet(path, moved)
         if new:
-            write_parquet(self._own / f"{_PLAN}{len(paths):03d}.parquet", self._plan(new))
+            write_parquet(self._own / f"{_PLAN}{len(paths):03d}.parquet", self._plan(new, plans))
         write_document(self._own / "skipped.json", skipped)
         write_parquet(self._own / "listing.parquet", listed)
 
@@ -161,9 +161,14 @@ class IngestFolder:
     def _list_plans(self) -> list[StoragePath]:
         return [self._own / f"{name}.parquet" for name in list_parquet(self._own, _PLAN)]
 
-    def _plan(self, clips: Sequence[ListedClip]) -> pa.Table:
-        """Return the clips with the parts that they are in, sorted by these."""
-        counts = collections.Counter(name.rpartition("-")[0] for name in self.parts)
+    @staticmethod
+    def _plan(clips: Sequence[ListedClip], plans: Sequence[pa.Table]) -> pa.Table:
+        """Return the clips with new parts that they are in, sorted by these.
+
+        The parts of before are those of `plans`, and not of files that another process has written since.
+        """
+        names_of_before = (name for plan in plans for name in pc.unique(plan["part"]).to_pylist())
+        counts = collections.Counter(name.rpartition("-")[0] for name in names_of_before)
         total = sum(clip.size for clip in clips)
         max_bytes = min(max(total // _PARTS_PER_SET, _MIN_PART_BYTES), MAX_PART_BYTES)
         names: list[str] = []

@@ -44,7 +44,8 @@ def make_row(
 ) -> dict[str, Any]:
     """Return the row of an outcome, without the values that it does not have."""
     row = {
-        "id": compute_row_id(outcome.name, source_sha256, outcome.start_us, outcome.duration_us),
+        # The size identifies a file that could not be read.
+        "id": compute_row_id(outcome.name, source_sha256 or source_bytes, outcome.start_us, outcome.duration_us),
         "source": source,
         "source_bytes": source_bytes,
         "source_sha256": source_sha256,

@@ -163,7 +163,9 @@ class LatentSource(SharesArrays):
         try:
             record = read_row(self._reader, self._table, int(self._rows[index]), DATASET_NAME)
         except DecodeError as error:
-            raise DecodeError(f"the record of {self.names[index]}: {error}. Encode it again.") from error
+            raise DecodeError(
+                f"the record of {self.names[index]}: {error}. Encode the clips into another folder."
+            ) from error
         size = self.get_size(index)
         shape = (*size, self.channels)
         if self._dtype == "int8":
@@ -220,7 +222,7 @@ class LatentSource(SharesArrays):
             return self._texts.read(row)
         except DecodeError as error:
             raise DecodeError(
-                f"the embedding of a caption of {self.names[index]}: {error}. Encode it again."
+                f"the embedding of a caption of {self.names[index]}: {error}. Encode the clips into another folder."
             ) from error
 
     def _list_skipped(self) -> list[Skipped]:
@@ -233,7 +235,9 @@ class LatentSource(SharesArrays):
         values, expected = decode_values(record[name], self._dtype, dtype), math.prod(shape)
         if values.size != expected:
             clip = self.names[index]
-            raise DecodeError(f"{clip} has {values.size} values of {name}, not {expected}. Encode it again.")
+            raise DecodeError(
+                f"{clip} has {values.size} values of {name}, not {expected}. Encode the clips into another folder."
+            )
         return values.reshape(shape)
 
 

@@ -48,3 +48,20 @@ def test_settings_are_those_of_the_first_part(tmp_path):
     (tmp_path / "index" / "train-00000.parquet").touch()
     with pytest.raises(UserError, match=r"another data set: its a, c differ\. Use another folder"):
         parts.IngestFolder(tmp_path, {"a": 2, "b": 2, "c": 0})
+
+
+def test_processes_that_plan_at_the_same_moment_plan_the_same_parts(tmp_path, monkeypatch):
+    clips = (ListedClip(f"{n}.mp4", (), 20 << 20, f"/source/{n}.mp4", None, "train") for n in range(4))
+    listing = Listing(tuple(clips))
+    first, second = (parts.IngestFolder(tmp_path, {}) for _ in range(2))
+    plan = parts.IngestFolder._plan
+
+    def plan_late(*arguments):
+        monkeypatch.setattr(parts.IngestFolder, "_plan", staticmethod(plan))
+        first.update(listing)
+        return plan(*arguments)
+
+    monkeypatch.setattr(parts.IngestFolder, "_plan", staticmethod(plan_late))
+    second.update(listing)
+    assert first.parts == second.parts == [f"train-{number:05d}" for number in range(4)]
+    assert [len(first.read_clips(part)) for part in first.parts] == [1] * 4

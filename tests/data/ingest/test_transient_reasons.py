@@ -13,6 +13,9 @@ from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import parts, workers
 from dit_video.data.ingest.engine import IngestConfig, ingest
+from dit_video.data.ingest.formats import ListedClip
+from dit_video.data.ingest.inspection import make_failure
+from dit_video.data.ingest.rows import make_row
 from dit_video.video import Clip
 from support.devices import PROGRAMS
 
@@ -164,3 +167,12 @@ def test_a_lack_of_processes_is_reported(tmp_path, monkeypatch, running, fix):
     assert f"(Resource temporarily unavailable); {fix}" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert all(process.poll() is not None for process in started)
+
+
+def test_a_file_that_grows_during_two_ingests_has_two_rows():
+    rows = []
+    for size in (100, 200):
+        clip = ListedClip("growing.mp4", (), size, "/source/growing.mp4")
+        (outcome,) = make_failure(clip, "changed", transient=True).outcomes
+        rows.append(make_row(outcome, None, source=clip.name, source_bytes=clip.size, source_sha256=""))
+    assert rows[0]["id"] != rows[1]["id"]

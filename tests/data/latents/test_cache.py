@@ -269,14 +269,14 @@ def test_a_damaged_record_is_named(tmp_path):
     source = LatentSource(tmp_path / "l")
     whole = source[1]
     source.sizes = source.sizes * [[1], [2], [1]]
-    with pytest.raises(DecodeError, match=r"1\.mp4 has .* values of latents, not .*Encode it again"):
+    with pytest.raises(DecodeError, match=r"1\.mp4 has .* values of latents, not .*into another folder"):
         source[1]
     file = next((tmp_path / "l").glob("*.array_record"))
     content = bytearray(file.read_bytes())
     content[100:400] = b"x" * 300
     file.write_bytes(content)
     damaged = LatentSource(tmp_path / "l")
-    with pytest.raises(DecodeError, match=r"the record of \d\.mp4: .*array_record is damaged at .* Encode it again"):
+    with pytest.raises(DecodeError, match=r"the record of \d\.mp4: .*array_record is damaged at .* into another folder"):
         list(map(damaged.__getitem__, range(3)))
     assert whole.shape == (2, 2, 3, 4)
 
