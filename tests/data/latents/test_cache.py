@@ -276,7 +276,9 @@ def test_a_damaged_record_is_named(tmp_path):
     content[100:400] = b"x" * 300
     file.write_bytes(content)
     damaged = LatentSource(tmp_path / "l")
-    with pytest.raises(DecodeError, match=r"the record of \d\.mp4: .*array_record is damaged at .* into another folder"):
+    with pytest.raises(
+        DecodeError, match=r"the record of \d\.mp4: .*array_record is damaged at .* into another folder"
+    ):
         list(map(damaged.__getitem__, range(3)))
     assert whole.shape == (2, 2, 3, 4)
 
