@@ -1,6 +1,7 @@
 """Client of servers with OpenAI's interface of chat completions: vLLM, SGLang, llama.cpp, Ollama, and paid services.
 
-The key is read from the environment, and sent to the configured address only: redirects are refused.
+The key is read from the environment, and sent to the configured address only: redirects are refused. No message holds
+it, even if the server repeats it.
 """
 
 import base64
@@ -11,6 +12,7 @@ import ipaddress
 import json
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -33,6 +35,8 @@ _MAX_BYTES = 1 << 24
 """Maximum bytes of an answer."""
 _JPEG_QUALITY = 90
 _MAX_REASON = 200
+_MIN_SECRET = 12
+"""Minimum length of a key that is secret; shorter ones are words such as EMPTY, for servers that need none."""
 
 
 class RequestError(UserError):
@@ -82,13 +86,13 @@ class ChatServer:
 
         Raises:
           MissingError: the environment variable is not set.
-          UserError: no model is named.
+          UserError: no model is named, or the key is none.
         """
         if not self.model:
             raise UserError(
                 f"model='' is invalid: {self.url} has to know which one. Use a name that {self.url}/models lists"
             )
-        if not os.environ.get(self.key_variable) and not self.is_local:
+        if not self._read_key() and not self.is_local:
             raise MissingError(
                 f"no key for {self.url}: {self.key_variable} is not set. Use export {self.key_variable}=…, or the name "
                 "of another variable"
@@ -107,8 +111,9 @@ class ChatServer:
 
         Raises:
           RequestError: the server refuses this request, or its answers are no chat completions.
-          UserError: the server cannot be reached, denies access, or limits the rate for too long.
+          UserError: the server cannot be reached, denies access, or limits the rate for too long; or the key is none.
         """
+        key = self._read_key()
         pictures = [{"type": "image_url", "image_url": {"url": make_data_uri(frame)}} for frame in frames]
         content = [*pictures, {"type": "text", "text": prompt}]
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
@@ -116,24 +121,35 @@ class ChatServer:
         for attempt in range(self.retries + 1):
             is_last = attempt == self.retries
             try:
-                answer = _parse_answer(self._send(data))
+                response = self._send(data, key)
+                # An answer costs as much if it cannot be used.
+                prompt_tokens, completion_tokens = self.usage.add(response)
+                return ChatAnswer(_parse_text(response, key), prompt_tokens, completion_tokens)
             except urllib.error.HTTPError as error:
                 if error.code not in RETRIED_STATUSES or is_last:
-                    raise self._make_error(error) from None
+                    raise self._make_error(error, key) from None
                 self._wait(attempt, error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 if is_last:
-                    raise self._make_connection_error(error) from error
+                    # Not as its cause, whose text may hold the key.
+                    raise self._make_connection_error(error, key) from None
                 self._wait(attempt, None)
-            else:
-                self.usage.add(answer)
-                return answer
         raise AssertionError("unreachable")
 
-    def _send(self, data: bytes) -> bytes:
+    def _read_key(self) -> str:
+        """Return the key without the spaces and line ends around it; empty if there is none."""
+        key = os.environ.get(self.key_variable, "").strip()
+        if not re.fullmatch("[!-~]*", key):
+            raise UserError(
+                f"the key in {self.key_variable} is invalid: it is one word of printable ASCII. Use export "
+                f"{self.key_variable}=… with the key alone"
+            )
+        return key
+
+    def _send(self, data: bytes, key: str) -> bytes:
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", data, method="POST")
         request.add_header("Content-Type", "application/json")
-        if key := os.environ.get(self.key_variable):
+        if key:
             request.add_header("Authorization", f"Bearer {key}")
         opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] * self.is_local))
         with opener.open(request, timeout=self.timeout) as response:
@@ -145,9 +161,10 @@ class ChatServer:
             delay = max(delay, float(retry_after or ""))
         time.sleep(min(_MAX_DELAY, delay))
 
-    def _make_error(self, error: urllib.error.HTTPError) -> UserError:
+    def _make_error(self, error: urllib.error.HTTPError, key: str) -> UserError:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            reason = _shorten(error.read(_MAX_BYTES).decode("utf-8", "replace")) or error.reason
+            body = error.read(_MAX_BYTES).decode("utf-8", "replace")
+            reason = _shorten(body, key) or _shorten(str(error.reason), key)
             text = f"{self.url} answers {error.code} ({reason})"
             if error.code in (401, 403):
                 return UserError(f"{text}. Check the key in {self.key_variable}")
@@ -158,11 +175,11 @@ class ChatServer:
             return RequestError(text)
         return RequestError(f"{self.url} answers {error.code}")
 
-    def _make_connection_error(self, error: Exception) -> UserError:
+    def _make_connection_error(self, error: Exception, key: str) -> UserError:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ConnectionRefusedError | socket.gaierror):
             return UserError(f"{self.url} cannot be reached ({reason}). Start the server, or check the address")
-        return RequestError(f"{self.url} gave no answer ({_shorten(str(reason)) or type(reason).__name__})")
+        return RequestError(f"{self.url} gave no answer ({_shorten(str(reason), key) or type(reason).__name__})")
 
 
 @dataclass
@@ -173,11 +190,16 @@ class TokenUsage:
     completion_tokens: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(self, answer: ChatAnswer) -> None:
-        """Count the tokens of an answer."""
+    def add(self, content: bytes) -> tuple[int, int]:
+        """Count the tokens of a response, and return those of the prompt and of the completion."""
+        tokens = (0, 0)
+        with contextlib.suppress(LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
+            usage = json.loads(content)["usage"]
+            tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         with self._lock:
-            self.prompt_tokens += answer.prompt_tokens
-            self.completion_tokens += answer.completion_tokens
+            self.prompt_tokens += tokens[0]
+            self.completion_tokens += tokens[1]
+        return tokens
 
 
 def make_data_uri(frame: UInt8[np.ndarray, "H W 3"]) -> str:
@@ -194,30 +216,34 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _parse_answer(content: bytes) -> ChatAnswer:
-    """Return the answer in a response.
+def _parse_text(content: bytes, key: str) -> str:
+    """Return the text in a response.
 
     Raises:
-      RequestError: the model refuses to answer, answers nothing, or was cut.
+      RequestError: the model refuses to answer, answers nothing, was cut, or repeats the key.
       ValueError: the response is no chat completion.
     """
     try:
-        document = json.loads(content)
-        choice = document["choices"][0]
-        message, usage = choice["message"], document.get("usage") or {}
+        choice = json.loads(content)["choices"][0]
+        message = choice["message"]
         text, refusal = message.get("content") or "", message.get("refusal")
-        tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
         if not isinstance(text, str):
             raise TypeError("content")
-    except (LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"no chat completion: {_shorten(content[:1000].decode('utf-8', 'replace'))}") from error
+    except (LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"no chat completion: {_shorten(content.decode('utf-8', 'replace'), key)}") from None
     if refusal or choice.get("finish_reason") == "content_filter":
-        raise RequestError(f"the model refuses to answer ({_shorten(str(refusal or 'content filter'))})")
+        raise RequestError(f"the model refuses to answer ({_shorten(str(refusal or 'content filter'), key)})")
     if choice.get("finish_reason") == "length":
         raise RequestError("the answer is longer than max_tokens")
-    return ChatAnswer(text.strip(), tokens[0], tokens[1])
+    if len(key) >= _MIN_SECRET and key in text:
+        raise RequestError("the answer holds the key")
+    return text.strip()
 
 
-def _shorten(text: str) -> str:
+def _shorten(text: str, key: str) -> str:
+    """Return the beginning of a text on one line, without the key, which JSON may hold with slashes escaped."""
+    if key:
+        spellings = {key, key.replace("/", r"\/"), json.dumps(key)[1:-1]}
+        text = re.sub("|".join(map(re.escape, spellings)), "[key]", text)
     text = " ".join(text.split())
     return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} …"

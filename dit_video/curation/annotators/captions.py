@@ -41,7 +41,8 @@ class Captions(Annotator):
     label: str = "long"
     """Name of the captions: their column is `captions_LABEL`."""
     prompt: str = PROMPT
-    """Prompt, in which {frames}, {seconds} and {caption} (the clip's first caption) are replaced."""
+    """Prompt, in which {frames}, {seconds} and {caption} (the clip's first caption) are replaced. The first two are
+    numbers, of which {seconds:.1f} shows one digit after the point."""
     frames: int = 8
     """Maximum number of frames of a clip, at even spacing."""
     max_side: int = 512
@@ -61,11 +62,14 @@ class Captions(Annotator):
             )
         check_at_least(1, frames=self.frames, max_side=self.max_side, max_tokens=self.max_tokens)
         try:
-            names = {name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None}
-        except ValueError as error:
-            raise UserError(f"prompt={self.prompt!r} is invalid: {error}. Write braces of text twice: {{{{") from error
-        if unknown := names - set(_FIELDS):
-            raise UserError(f"prompt has {{{min(unknown)}}}, which is invalid. Use {{{'}, {'.join(_FIELDS)}}}")
+            if unknown := _find_fields(self.prompt) - set(_FIELDS):
+                raise UserError(f"prompt has {{{min(unknown)}}}, which is invalid. Use {{{'}, {'.join(_FIELDS)}}}")
+            _format_prompt(self.prompt, 1, 1.0, "a caption")
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise UserError(
+                f"prompt={self.prompt!r} is invalid: {error}. Write braces of text twice, {{{{, and formats as "
+                "{seconds:.1f}"
+            ) from error
 
     @property
     def name(self) -> str:
@@ -82,7 +86,7 @@ class Captions(Annotator):
 
     @property
     def reads_captions(self) -> bool:
-        return "{caption}" in self.prompt
+        return "caption" in _find_fields(self.prompt)
 
     def check(self) -> None:
         self.server.check()
@@ -107,8 +111,7 @@ class Captions(Annotator):
     def annotate(self, clip: ClipFile) -> Mapping[str, Any]:
         frames = clip.decode_frames(self.frames, max_side=self.max_side).frames
         info = clip.info
-        seconds = f"{info.frames / info.fps:.3g}"
-        prompt = self.prompt.format(frames=len(frames), seconds=seconds, caption=info.caption)
+        prompt = _format_prompt(self.prompt, len(frames), info.frames / info.fps, info.caption)
         try:
             text = self.server.ask(prompt, frames, max_tokens=self.max_tokens).text
             if not text:
@@ -128,6 +131,21 @@ class Captions(Annotator):
             return ServiceCost(text, 0.0 if self.server.is_local else None)
         price = (prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6
         return ServiceCost(f"{text}: {price:.2f}", price)
+
+
+class _Seconds(float):
+    """A number of seconds that is written with three digits unless a format is chosen."""
+
+    def __format__(self, spec: str) -> str:
+        return super().__format__(spec or ".3g")
+
+
+def _find_fields(prompt: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None}
+
+
+def _format_prompt(prompt: str, frames: int, seconds: float, caption: str) -> str:
+    return prompt.format(frames=frames, seconds=_Seconds(seconds), caption=caption)
 
 
 class _FailureCount:

@@ -1,13 +1,16 @@
 """Captions by a stand-in for a server: retries, refusals, garbage, limits, cut connections, keys and costs."""
 
 import base64
+import contextlib
 import dataclasses
 import io
 import json
 import re
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -111,6 +114,22 @@ def test_a_caption_is_asked_for_with_frames_and_the_prompt(server, source):
     assert annotator.summarize() == "500 tokens of prompts and 50 of captions"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("{frames} frames of {seconds:.1f} s", "3 frames of 1.0 s"),
+        ("{frames:02d} of {seconds}, {{caption}}", "03 of 1, {caption}"),
+        ("was: {caption:.3}", "was: a c"),
+    ],
+)
+def test_formats_of_numbers_and_texts_are_those_of_the_prompt(server, source, prompt, text):
+    annotator = make(server, prompt=prompt)
+    assert annotate(source, annotator).failures == {}
+    assert text in [body["messages"][0]["content"][-1]["text"] for _, body in server.requests]
+    # Captions are computed again when those that the prompt holds change.
+    assert annotator.reads_captions == ("a c" in text)
+
+
 def test_several_columns_of_captions_live_next_to_each_other(server, source):
     annotate(source, make(server))
     server.answer = lambda number, body: complete("short")
@@ -204,6 +223,98 @@ def test_the_key_is_of_the_environment_and_sent_to_the_server_alone(server, sour
     assert "secret-key" not in annotator.identity
 
 
+KEY = "sk-secret/key-of-0123456789"
+
+
+@pytest.mark.parametrize("value", [f"{KEY}\r\n", f"{KEY}\n", f" {KEY} "])
+def test_line_ends_and_spaces_around_the_key_are_not_sent(server, source, monkeypatch, value):
+    monkeypatch.setenv("OPENAI_API_KEY", value)
+    make(server).check()
+    assert annotate(source, make(server)).failures == {}
+    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize(
+    "value", ["sk-first\nsecond", "sk-first\r\nX-Header: second", "sk-first\u2028second", "sk-\u20acsecond"]
+)
+def test_a_key_that_is_no_word_is_refused_without_being_shown(server, source, monkeypatch, value):
+    monkeypatch.setenv("OPENAI_API_KEY", value)
+    for run in (make(server).check, lambda: annotate(source, make(server)), lambda: ask(server)):
+        with pytest.raises(
+            UserError, match=r"OPENAI_API_KEY is invalid.*printable ASCII.*export OPENAI_API_KEY="
+        ) as caught:
+            run()
+        assert not re.search("sk-|first|second", str(caught.value))
+    assert not server.requests
+
+
+def ask(server):
+    return make(server).server.ask("a prompt", np.zeros((1, 8, 8, 3), np.uint8), max_tokens=9)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        fail(400, f"Incorrect key: {KEY}"),
+        fail(400, json.dumps({"error": KEY}).replace("/", "\\/")),
+        fail(400, "x" * 190 + KEY),  # the reason is cut within it
+        fail(401, f"Incorrect key: {KEY}"),
+        fail(500, f"Bearer {KEY}"),
+        fail(200, f"<html>{KEY}</html>"),
+        fail(200, " " * 990 + KEY),
+        complete(None, refusal=f"I cannot describe {KEY}"),
+        complete(f"The key is {KEY}."),
+    ],
+)
+def test_no_text_holds_a_key_that_the_server_repeats(server, source, monkeypatch, answer, capfd):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server.answer = lambda number, body: answer
+    with pytest.raises(UserError) as caught:
+        ask(server)
+    texts = ["".join(traceback.format_exception(caught.value))]
+    with contextlib.suppress(UserError):  # 401 ends the run
+        annotate(source, make(server))
+        texts += [str(value) for values in read(source) for value in values]
+        assert len(texts) == 1 + 2 * COUNT
+    texts += [*capfd.readouterr()]
+    for text in texts:
+        assert "sk-secret" not in text
+        assert "0123456789" not in text
+
+
+@pytest.mark.parametrize("key", ["EMPTY", "a"])
+def test_short_keys_of_servers_that_need_none_may_be_words_of_captions(server, source, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server.answer = lambda number, body: complete("a sign says EMPTY")
+    annotate(source, make(server))
+    assert read(source)[0] == [["a sign says EMPTY"]] * COUNT
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        complete("a long", finish="length"),
+        complete(None, refusal="no"),
+        complete("", finish="content_filter"),
+        complete("  "),
+    ],
+)
+def test_the_cost_of_answers_that_are_not_used_counts(server, source, answer):
+    server.answer = lambda number, body: answer
+    annotator = make(server, input_price=10.0, output_price=100.0)
+    assert len(annotate(source, annotator).failures) == COUNT
+    assert annotator.summarize() == "500 tokens of prompts and 50 of captions: 0.01"
+
+
+def test_answers_without_counts_of_tokens_are_used(server, source):
+    choices = [{"message": {"content": "a caption"}}]
+    usages = [{}, {"usage": None}, {"usage": 7}, {"usage": {"prompt_tokens": "many"}}, {"usage": {"prompt_tokens": 3}}]
+    server.answer = lambda number, body: (200, {}, json.dumps({"choices": choices, **usages[number]}).encode())
+    annotator = make(server)
+    assert annotate(source, annotator).failures == {}
+    assert annotator.summarize() == "3 tokens of prompts and 0 of captions"
+
+
 def test_a_paid_server_needs_a_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(MissingError, match=r"api\.openai\.com.*export OPENAI_API_KEY="):
@@ -231,6 +342,10 @@ def test_costs_are_estimated_from_frames_and_prices(server, source):
         ({"label": "Long Ones"}, r"label='Long Ones'.*a-z|label='Long Ones'.*letters"),
         ({"prompt": "{clip}"}, r"\{clip\}.*\{frames\}, \{seconds\}, \{caption\}"),
         ({"prompt": "{"}, r"prompt='\{'.*twice"),
+        ({"prompt": "{seconds:d}"}, r"prompt='\{seconds:d\}'.*\{seconds:\.1f\}"),
+        ({"prompt": "{caption:.1f}"}, r"prompt='\{caption:\.1f\}'.*\{seconds:\.1f\}"),
+        ({"prompt": "{seconds:{width}}"}, r"prompt=.*width.*\{seconds:\.1f\}"),
+        ({"prompt": "{frames!x}"}, r"prompt='\{frames!x\}'.*\{seconds:\.1f\}"),
         ({"frames": 0}, "frames=0"),
     ],
 )
