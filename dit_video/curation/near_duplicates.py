@@ -2,10 +2,13 @@
 
 Embeddings say what is seen, and those of two takes of a scene are alike. So pairs are compared by thumbnails, too.
 
-Each clip is compared with those of its two nearest clusters, so that pairs on a border are not missed.
+Each clip is compared with those of its two nearest clusters, so that pairs on a border are not missed. Only clips that
+are kept can have duplicates, so the range of clips is halved again and again: once its first half is decided, the kept
+ones of it are compared with the second half. However many clips are alike, the pairs of one block are in memory.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,6 +23,14 @@ CLUSTER_CLIPS = 4000
 """Mean number of clips of a cluster; fewer clips than this are all compared with each other."""
 
 _ITERATIONS, _BATCH, _BLOCK, _NEAREST = 10, 8192, 2048, 2
+_MAX_UNDECIDED = 128
+"""Maximum number of a cluster's clips of which all pairs are compared, before it is known which of them are kept."""
+_CACHED_CLIPS, _MATCHED_CLIPS = 4096, 64
+"""Numbers of clips whose normalised thumbnails are in memory, and of those that are compared at once."""
+
+
+ThumbnailReader = Callable[[int], UInt8[np.ndarray, "_ h w"]]
+"""Function that returns the thumbnails of the clip of a number."""
 
 
 class NearDuplicates(NamedTuple):
@@ -33,7 +44,7 @@ class NearDuplicates(NamedTuple):
 
 def find_near_duplicates(
     embeddings: Float32[np.ndarray, "n P"],
-    thumbnails: Sequence[UInt8[np.ndarray, "_ h w"]] | None = None,
+    read_thumbnails: ThumbnailReader | None = None,
     *,
     threshold: float,
     min_match: float = 0.0,
@@ -46,9 +57,10 @@ def find_near_duplicates(
 
     Args:
       embeddings: embeddings of any length.
-      thumbnails: small luma of some frames of each clip; None compares embeddings alone.
+      read_thumbnails: function that returns small luma of at least one frame of the clip of a number. It is called for
+        clips of similar embeddings; None compares embeddings alone.
       threshold: cosine from which on two clips are near-duplicates.
-      min_match: correlation of frames from which on they are, see `compute_frame_match`.
+      min_match: correlation of frames from which on they are, see `compute_frame_matches`; 0 compares embeddings alone.
       cluster_clips: mean number of clips of a cluster.
 
     Raises:
@@ -62,40 +74,126 @@ def find_near_duplicates(
     if not len(usable):
         return NearDuplicates(originals, similarities)
     rows = (embeddings[usable] / lengths[usable, None]).astype(np.float32)
-    clusters = _cluster(rows, max(1, len(rows) // cluster_clips))
-    pairs = np.concatenate([_find_pairs(rows, members, threshold) for members in clusters])
-    if thumbnails is not None:
-        frames = [_normalize_frames(thumbnails[clip]) for clip in usable.tolist()]
-        matches = [compute_frame_match(frames[first], frames[second]) for first, second, _ in pairs.tolist()]
-        pairs = pairs[np.array(matches, np.float32) >= min_match]
-    order = np.lexsort((-pairs["cosine"], pairs["first"], pairs["second"]))
-    pairs = pairs[order]
-    starts = np.searchsorted(pairs["second"], np.arange(len(rows) + 1))
-    is_kept = np.ones(len(rows), bool)
-    for clip in np.unique(pairs["second"]):
-        own = pairs[starts[clip] : starts[clip + 1]]
-        own = own[is_kept[own["first"]]]
-        if len(own):
-            best = own[own["cosine"].argmax()]
-            is_kept[clip] = False
-            originals[usable[clip]], similarities[usable[clip]] = usable[best["first"]], best["cosine"]
+    count = max(1, len(rows) // cluster_clips)
+    matcher = _Matcher(read_thumbnails, usable, min_match) if read_thumbnails and min_match > 0 else None
+    search = _Search(rows, _find_clusters(rows, count), count, threshold, matcher)
+    search.decide(0, len(rows))
+    is_copy = search.originals >= 0
+    originals[usable[is_copy]] = usable[search.originals[is_copy]]
+    similarities[usable] = search.similarities
     return NearDuplicates(originals, similarities)
 
 
-def compute_frame_match(first: Float32[np.ndarray, "n h w"], second: Float32[np.ndarray, "m h w"]) -> float:
-    """Return the mean correlation of the frames of one clip with the best ones of another, which may be mirrored.
+def compute_frame_matches(
+    frames: Float32[np.ndarray, "n h w"], others: Sequence[Float32[np.ndarray, "_ h w"]]
+) -> Float32[np.ndarray, " k"]:
+    """Return the mean correlation of the frames of a clip with the best ones of each other clip, which may be mirrored.
 
     Of two clips the one whose frames are all in the other counts, as a trimmed clip's are.
 
     Args:
-      first: frames with mean 0 and length 1.
-      second: frames of the other clip.
+      frames: frames with mean 0 and length 1.
+      others: such frames of other clips, at least one each.
     """
+    counts = np.array([len(other) for other in others])
+    starts = np.cumsum(counts) - counts
+    columns = np.concatenate(others).reshape(counts.sum(), -1)
     scores = []
-    for other in (second, second[:, :, ::-1]):
-        correlations = np.einsum("nhw,mhw->nm", first, other)
-        scores += [correlations.max(axis=axis).mean(axis=0) for axis in (0, 1)]
-    return float(max(scores))
+    for rows in (frames, frames[:, :, ::-1]):
+        correlations = rows.reshape(len(rows), -1) @ columns.T
+        scores.append(np.maximum.reduceat(correlations, starts, axis=1).mean(axis=0))
+        scores.append(np.add.reduceat(correlations.max(axis=0), starts) / counts)
+    return np.max(scores, axis=0).astype(np.float32)
+
+
+class _Search:
+    """Search of the kept clip that each clip duplicates."""
+
+    def __init__(
+        self,
+        rows: Float32[np.ndarray, "n P"],
+        clusters: Int64[np.ndarray, "n m"],
+        count: int,
+        threshold: float,
+        matcher: "_Matcher | None",
+    ):
+        self.originals = np.full(len(rows), -1)
+        self.similarities = np.full(len(rows), np.nan, np.float32)
+        self._rows, self._threshold, self._matcher = rows, threshold, matcher
+        self._first_clusters = clusters.min(axis=1)
+        members, numbers = np.repeat(np.arange(len(rows)), clusters.shape[1]), clusters.ravel()
+        order = np.argsort(numbers, kind="stable")
+        self._members = np.split(members[order], np.searchsorted(numbers[order], np.arange(1, count)))
+
+    def decide(self, start: int, stop: int) -> None:
+        """Decide the clips of a range, which have been compared with those that are kept before it."""
+        ranges = [members[slice(*np.searchsorted(members, (start, stop)))] for members in self._members]
+        if max(len(members) for members in ranges) <= _MAX_UNDECIDED:
+            pairs = [
+                part for number, members in enumerate(ranges) for part in self._find_pairs(number, members, members)
+            ]
+            self._choose_originals(np.concatenate([np.zeros(0, _PAIR), *pairs]))
+            return
+        middle = (start + stop) // 2
+        self.decide(start, middle)
+        for number, members in enumerate(ranges):
+            firsts, seconds = np.split(members, np.searchsorted(members, [middle]))
+            for part in self._find_pairs(number, firsts[self.originals[firsts] < 0], seconds):
+                self._choose_originals(part)
+        self.decide(middle, stop)
+
+    def _find_pairs(
+        self, cluster: int, firsts: Int64[np.ndarray, " m"], seconds: Int64[np.ndarray, " k"]
+    ) -> Iterator[np.ndarray]:
+        """Yield pairs of a cluster's clips whose cosine reaches the threshold, block by block."""
+        for top in range(0, len(seconds), _BLOCK):
+            for left in range(0, len(firsts), _BLOCK):
+                second, first = seconds[top : top + _BLOCK], firsts[left : left + _BLOCK]
+                padded = (_pad(self._rows[part], 1 << max(5, (len(part) - 1).bit_length())) for part in (second, first))
+                cosines = np.asarray(_compute_cosines(*padded))[: len(second), : len(first)]
+                row, column = np.nonzero(cosines >= self._threshold)
+                pairs = np.zeros(len(row), _PAIR)
+                pairs["first"], pairs["second"], pairs["cosine"] = first[column], second[row], cosines[row, column]
+                # Clips with the same two clusters are a pair of the first one alone.
+                shared = self._first_clusters[pairs["first"]]
+                is_repeated = (shared < cluster) & (shared == self._first_clusters[pairs["second"]])
+                yield pairs[(pairs["first"] < pairs["second"]) & ~is_repeated]
+
+    def _choose_originals(self, pairs: np.ndarray) -> None:
+        """Replace the original of each second clip by a kept one that is more similar."""
+        pairs = pairs[np.lexsort((pairs["first"], -pairs["cosine"], pairs["second"]))]
+        clips, starts = np.unique(pairs["second"], return_index=True)
+        for clip, own in zip(clips.tolist(), np.split(pairs, starts)[1:], strict=True):
+            own = own[self.originals[own["first"]] < 0]
+            original, similarity = self.originals[clip], self.similarities[clip]
+            if original >= 0:
+                is_same = (own["cosine"] == similarity) & (own["first"] < original)
+                own = own[(own["cosine"] > similarity) | is_same]
+            best = 0 if self._matcher is None else self._matcher.find_match(clip, own["first"])
+            if best < len(own):
+                self.originals[clip], self.similarities[clip] = own["first"][best], own["cosine"][best]
+
+
+class _Matcher:
+    """Comparison of clips by their thumbnails, of which those that were compared last are in memory."""
+
+    def __init__(self, read_thumbnails: ThumbnailReader, usable: Int64[np.ndarray, " n"], min_match: float):
+        @functools.lru_cache(_CACHED_CLIPS)
+        def read(clip: int) -> Float32[np.ndarray, "n h w"]:
+            return _normalize_frames(read_thumbnails(int(usable[clip])))
+
+        self._read, self._min_match = read, min_match
+
+    def find_match(self, clip: int, others: Int64[np.ndarray, " m"]) -> int:
+        """Return the index of the first of other clips that matches a clip, or their number if none does."""
+        start, count = 0, 1
+        while start < len(others):
+            frames = [self._read(other) for other in others[start : start + count].tolist()]
+            is_match = compute_frame_matches(self._read(clip), frames) >= self._min_match
+            if is_match.any():
+                return start + int(is_match.argmax())
+            start, count = start + count, _MATCHED_CLIPS
+        return len(others)
 
 
 def _normalize_frames(frames: UInt8[np.ndarray, "n h w"]) -> Float32[np.ndarray, "n h w"]:
@@ -103,10 +201,10 @@ def _normalize_frames(frames: UInt8[np.ndarray, "n h w"]) -> Float32[np.ndarray,
     return centred / np.maximum(np.sqrt((centred**2).sum(axis=(1, 2), keepdims=True)), 1e-6)
 
 
-def _cluster(rows: Float32[np.ndarray, "n P"], count: int) -> list[Int64[np.ndarray, " m"]]:
-    """Return the members of each cluster, in order; a row is a member of its two nearest clusters."""
+def _find_clusters(rows: Float32[np.ndarray, "n P"], count: int) -> Int64[np.ndarray, "n m"]:
+    """Return the numbers of the two clusters that are nearest to each row."""
     if count == 1:
-        return [np.arange(len(rows))]
+        return np.zeros((len(rows), 1), np.int64)
     generator = make_generator(0, "cluster centres", len(rows), count)
     centres = rows[np.sort(generator.choice(len(rows), count, replace=False))]
     for _ in range(_ITERATIONS):
@@ -119,10 +217,7 @@ def _cluster(rows: Float32[np.ndarray, "n P"], count: int) -> list[Int64[np.ndar
         centres = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
     starts = range(0, len(rows), _BATCH)
     nearest = np.concatenate([_find_nearest(_pad(rows[start : start + _BATCH], _BATCH), centres) for start in starts])
-    nearest = nearest[: len(rows)]
-    members, clusters = np.repeat(np.arange(len(rows)), nearest.shape[1]), nearest.ravel()
-    order = np.argsort(clusters, kind="stable")
-    return np.split(members[order], np.searchsorted(clusters[order], np.arange(1, count)))
+    return nearest[: len(rows)].astype(np.int64)
 
 
 @jax.jit
@@ -144,23 +239,6 @@ def _find_nearest(rows: Float[Array, "n P"], centres: Float[Array, "k P"]) -> In
 
 
 _PAIR = np.dtype([("first", np.int64), ("second", np.int64), ("cosine", np.float32)])
-
-
-def _find_pairs(rows: Float32[np.ndarray, "n P"], members: Int64[np.ndarray, " m"], threshold: float) -> np.ndarray:
-    """Return the pairs of members, in order, whose cosine reaches the threshold."""
-    pairs = [np.zeros(0, _PAIR)]
-    for top in range(0, len(members), _BLOCK):
-        for left in range(top, len(members), _BLOCK):
-            firsts, seconds = members[top : top + _BLOCK], members[left : left + _BLOCK]
-            size = 1 << max(5, (max(len(firsts), len(seconds)) - 1).bit_length())
-            cosines = np.asarray(_compute_cosines(_pad(rows[firsts], size), _pad(rows[seconds], size)))
-            row, column = np.nonzero(cosines[: len(firsts), : len(seconds)] >= threshold)
-            is_before = firsts[row] < seconds[column]
-            part = np.zeros(is_before.sum(), _PAIR)
-            part["first"], part["second"] = firsts[row][is_before], seconds[column][is_before]
-            part["cosine"] = cosines[row, column][is_before]
-            pairs.append(part)
-    return np.concatenate(pairs)
 
 
 @jax.jit

@@ -56,8 +56,9 @@ class ClipScores(Annotator):
         }
         side = THUMBNAIL_SIDE
         columns["thumbnails"] = Column(
-            type=pa.list_(pa.uint8()),
-            description=f"Luma of twice as many frames, of {side}×{side} pixels.",
+            # Lists of 4,096 values would pass 32-bit offsets at 524,288 clips.
+            type=pa.large_binary(),
+            description=f"Luma of twice as many frames, a byte a pixel of {side}×{side}.",
         )
         if self.aesthetic:
             columns["aesthetic"] = Column(type=pa.float32(), description="Mean aesthetic score of frames.")
@@ -65,7 +66,7 @@ class ClipScores(Annotator):
 
     @property
     def identity(self) -> str:
-        return f"clip 1, {self._model.digest}, {self.frames} frames"
+        return f"clip 2, {self._model.digest}, {self.frames} frames"
 
     @property
     def reads_captions(self) -> bool:
@@ -86,7 +87,7 @@ class ClipScores(Annotator):
         mirrored = normalize(model.encode_frames(np.ascontiguousarray(frames[:, :, ::-1])))
         mean = normalize((embeddings + mirrored).mean(axis=0))
         luma = resize(dense, THUMBNAIL_SIDE, THUMBNAIL_SIDE) @ np.array([0.299, 0.587, 0.114], np.float32)
-        thumbnails = np.rint(luma).astype(np.uint8).ravel()
+        thumbnails = np.rint(luma).astype(np.uint8).tobytes()
         values: dict[str, Any] = {
             "embedding": mean.astype(np.float16),
             "thumbnails": thumbnails,

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import UInt8
 
+from dit_video.core.errors import UserError
 from dit_video.curation.annotator import Column, TableAnnotator
 from dit_video.curation.annotators.clip_scores import THUMBNAIL_SIDE
 from dit_video.curation.near_duplicates import find_near_duplicates
@@ -46,14 +48,16 @@ class Duplicates(TableAnnotator):
         return f"duplicates 1, threshold {self.threshold:g}, match {self.min_match:g}"
 
     def annotate_table(self, names: list[str], columns: Mapping[str, pa.ChunkedArray]) -> Mapping[str, Any]:
-        embeddings = to_matrix(columns["embedding"])
+        if not pa.types.is_large_binary(columns["thumbnails"].type):
+            raise UserError("the thumbnails are of an older version. Use tools/annotate.py DATA clip before")
         side = THUMBNAIL_SIDE
-        thumbnails = [
-            np.array(values.as_py() or [0] * side**2, np.uint8).reshape(-1, side, side)
-            for values in columns["thumbnails"]
-        ]
+
+        def read_thumbnails(clip: int) -> UInt8[np.ndarray, "n h w"]:
+            content = columns["thumbnails"][clip].as_py() or bytes(side**2)
+            return np.frombuffer(content, np.uint8).reshape(-1, side, side)
+
         originals, similarities = find_near_duplicates(
-            embeddings, thumbnails, threshold=self.threshold, min_match=self.min_match
+            to_matrix(columns["embedding"]), read_thumbnails, threshold=self.threshold, min_match=self.min_match
         )
         return {
             "near_duplicate_of": [None if original < 0 else names[original] for original in originals],
@@ -64,7 +68,7 @@ class Duplicates(TableAnnotator):
 def to_matrix(column: pa.ChunkedArray) -> np.ndarray:
     """Return a column of lists of one length as a matrix; a null is a row of NaN."""
     values = column.combine_chunks()
-    flat = values.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+    flat = values.flatten().to_numpy(zero_copy_only=False)
     is_valid = values.is_valid().to_numpy(zero_copy_only=False)
     matrix = np.full((len(values), values.type.list_size), np.nan, np.float32)
     matrix[is_valid] = flat.reshape(-1, values.type.list_size)

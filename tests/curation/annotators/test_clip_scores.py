@@ -3,12 +3,13 @@
 import itertools
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.curation.aesthetic import load_aesthetic_head
 from dit_video.curation.annotate import annotate, annotate_table
-from dit_video.curation.annotators.clip_scores import ClipScores, normalize
+from dit_video.curation.annotators.clip_scores import THUMBNAIL_SIDE, ClipScores, normalize
 from dit_video.curation.annotators.duplicates import Duplicates, to_matrix
 from dit_video.data.tables import Table
 from dit_video.features import ClipImageProcessor
@@ -134,6 +135,34 @@ def test_trimmed_mirrored_and_re_encoded_clips_are_found_and_second_takes_kept(f
     copies = {name for name, match in matches.items() if match == "original.mp4"}
     assert copies >= {"trimmed.mp4", "mirrored.mp4", "re-encoded.mp4"}
     assert matches["other.mp4"] is None
+
+
+def test_thumbnails_are_bytes_without_a_limit_of_32_bit_offsets(folder, tmp_path):
+    contents = {"0.mp4": make_clip(0)}
+    annotate(open_clips(tmp_path, contents), ClipScores(folder=str(folder)))
+    column = Table(tmp_path).arrow("thumbnails")
+    assert column.type == pa.large_binary()
+    assert len(column[0].as_py()) == 8 * THUMBNAIL_SIDE**2  # a clip of 8 frames
+
+
+def test_lists_of_thumbnails_are_to_be_computed_again():
+    columns = {
+        "embedding": pa.chunked_array([pa.array([[1.0, 0.0]], pa.list_(pa.float16(), 2))]),
+        "thumbnails": pa.chunked_array([pa.array([[0] * 256], pa.list_(pa.uint8()))]),
+    }
+    with pytest.raises(UserError, match=r"older version.*annotate\.py DATA clip"):
+        Duplicates().annotate_table(["0.mp4"], columns)
+
+
+def test_a_clip_without_thumbnails_duplicates_none():
+    frames = np.random.default_rng(0).integers(0, 255, (2, THUMBNAIL_SIDE, THUMBNAIL_SIDE)).astype(np.uint8).tobytes()
+    columns = {
+        "embedding": pa.chunked_array([pa.array([[1.0, 0.0]] * 3 + [None], pa.list_(pa.float16(), 2))]),
+        "thumbnails": pa.chunked_array([pa.array([frames, None, frames, None], pa.large_binary())]),
+    }
+    values = Duplicates().annotate_table(["a", "b", "c", "d"], columns)
+    assert values["near_duplicate_of"] == [None, None, "a", None]
+    assert values["near_duplicate_similarity"].to_pylist() == [None, None, 1.0, None]
 
 
 def test_vectors_are_normalized():
