@@ -166,14 +166,18 @@ def read_files(folder: UPath, names: Collection[str]) -> dict[str, bytes]:
     """Return the contents of files below an address by their paths inside it, read at once.
 
     Raises:
+      MissingError: a file does not exist.
       UserError: a file cannot be read.
     """
     root = folder.path.rstrip("/")
     with convert_storage_errors(folder):
-        contents = folder.fs.cat([f"{root}/{name}" for name in names])
-    # A single name gives its content alone; services begin names with or without a slash.
-    contents = {next(iter(names)): contents} if isinstance(contents, bytes) else contents
-    return {path.removeprefix(root).lstrip("/"): content for path, content in contents.items()}
+        # Not `cat`, which takes names with brackets for patterns.
+        contents = folder.fs.cat_ranges([f"{root}/{name}" for name in names], None, None, on_error="return")
+    for name, content in zip(names, contents, strict=True):
+        with convert_storage_errors(folder / name):
+            if isinstance(content, Exception):  # raised here as old fsspec ignores `on_error="raise"`
+                raise content
+    return dict(zip(names, contents, strict=True))
 
 
 def read_document(path: StoragePath) -> Any:

@@ -1,5 +1,6 @@
 """Data sets at addresses: fsspec's memory, under the schemes of object stores."""
 
+import asyncio
 import errno
 import os
 import pickle
@@ -8,11 +9,12 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.core.storage import download, read_document, to_storage_path, write_text
+from dit_video.core.storage import download, read_document, read_files, to_storage_path, write_text
 from dit_video.data.clips import ClipSource, is_ingested
 from dit_video.data.ingest import completion, engine, parts
 from dit_video.data.ingest.engine import ingest
@@ -248,3 +250,35 @@ def test_paths_and_addresses_become_storage_paths(tmp_path, bucket):
     for source, message in (("gs://bucket/clips", "no such folder or file"), ("gs:/bucket/clips", "through pathlib")):
         with pytest.raises(UserError, match=message):
             ingest(source, tmp_path / "data")
+
+
+@pytest.mark.parametrize("names", [["Title [ID].txt"], ["what?.txt", "sub/*.txt", "Title [ID].txt"], []])
+def test_several_files_are_read_by_names_that_are_no_patterns(bucket, names):
+    folder = to_storage_path("gs://bucket/data [x]")
+    for name in [*names, "what1.txt", "sub/a.txt"]:
+        write_text(folder / name, f"text of {name}")
+    assert read_files(folder, names) == {name: f"text of {name}".encode() for name in names}
+    with pytest.raises(MissingError, match=r"^no such file: gs://bucket/data \[x\]/none\.txt\."):
+        read_files(folder, [*names, "none.txt"])
+
+
+def test_files_are_read_at_once_where_the_service_can(bucket, monkeypatch):
+    """Requests of a service that is asynchronous wait for each other only if they are made together."""
+    arrived = []
+
+    class Service(AsyncFileSystem):
+        protocol = ("gs",)
+        cachable = False
+
+        async def _info(self, path, **_):
+            return {"name": path, "size": 0, "type": "directory"}
+
+        async def _cat_file(self, path, start=None, end=None, **_):
+            arrived.append(path)
+            while len(arrived) < 3:
+                await asyncio.sleep(0.001)
+            return path.rpartition("/")[2].encode()
+
+    monkeypatch.setitem(_registry, "gs", Service)
+    folder = to_storage_path("gs://bucket/data")
+    assert read_files(folder, ["a", "b?", "c[1]"]) == {"a": b"a", "b?": b"b?", "c[1]": b"c[1]"}

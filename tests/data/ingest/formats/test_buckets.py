@@ -60,6 +60,10 @@ SOURCES: dict[str, dict[str, str | bytes]] = {
         **{"a.mp4": b"first", "a.txt": "one", "train/b c.webm": b"second", "train/b c.json": '{"caption": "two"}'},
         **{".hidden/x.mp4": b"", "notes.md": "", "val/d.png": b"", "val/d.png.txt": "three", "e.jxl": b""},
     },
+    "folder of names that look like patterns": {
+        **{"Title [ID].mp4": b"first", "Title [ID].txt": "one", "what?.mp4": b"second", "what?.txt": "two"},
+        **{"[x]/*.mp4": b"third", "[x]/*.txt": "three", "[x]/b.mp4": b"fourth", "[x]/b.txt": "four"},
+    },
     "folder with a list": {
         "train/a.mp4": b"1",
         "train/metadata.csv": "file_name,text\na.mp4,x\nz.mp4,y\n",
