@@ -5,6 +5,7 @@ SLURM, JobSet and other schedulers start processes: `tools/ingest.py --shard I -
 
 import contextlib
 import functools
+import importlib
 import re
 import traceback
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,14 @@ _WORKER_ERROR = re.compile(r"dit_video\.core\.errors\.\w+: (.+?)(?: \[while runn
 
 
 def make_beam(runner: Any = None, options: Any = None) -> RunParts:
-    """Return a function that writes parts by a pipeline of Apache Beam, with these options of `beam.Pipeline`."""
+    """Return a function that writes parts by a pipeline of Apache Beam, with these options of `beam.Pipeline`.
+
+    Raises:
+      UserError: Apache Beam is not installed.
+    """
+    beam = _import_engine("Apache Beam", "apache_beam", "pip install -e '.[beam]' in a separate environment")
 
     def run(folder: IngestFolder, parts: Sequence[str], config: IngestConfig) -> None:
-        import apache_beam as beam
-
         with _convert_errors("Apache Beam"), beam.Pipeline(runner=runner, options=options) as pipeline:
             write = functools.partial(write_part, str(folder.folder), config)
             _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | "write" >> beam.Map(write)
@@ -33,13 +37,16 @@ def make_beam(runner: Any = None, options: Any = None) -> RunParts:
 
 
 def make_ray(**options: Any) -> RunParts:
-    """Return a function that writes parts by Ray Data, with these options of its `map`, such as `num_cpus`."""
+    """Return a function that writes parts by Ray Data, with these options of its `map`, such as `num_cpus`.
+
+    Raises:
+      UserError: Ray is not installed.
+    """
+    ray = _import_engine("Ray", "ray", "pip install -e '.[ray]'")
 
     def run(folder: IngestFolder, parts: Sequence[str], config: IngestConfig) -> None:
-        import ray
-
         with _convert_errors("Ray"):
-            rows: Any = ray.data.from_items(list(parts), override_num_blocks=len(parts))
+            rows = ray.data.from_items(list(parts), override_num_blocks=len(parts))
             rows.map(_write_row, fn_args=(str(folder.folder), config), **options).materialize()
 
     return run
@@ -57,6 +64,13 @@ def write_part(destination: str, config: IngestConfig, part: str) -> None:
 def _write_row(row: dict[str, Any], destination: str, config: IngestConfig) -> dict[str, Any]:
     write_part(destination, config, row["item"])
     return row
+
+
+def _import_engine(engine: str, module: str, fix: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{engine} is not installed. Use {fix}.") from error
 
 
 @contextlib.contextmanager
