@@ -1,5 +1,6 @@
 """Configs of a run's data, and of the training of its autoencoder and denoiser."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,7 +25,11 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Selection, sizes and augmentation of clips."""
+    """Selection, sizes and augmentation of clips.
+
+    Raises:
+      UserError: The share of a column of captions is not above 0.
+    """
 
     max_pixels: int
     """Maximum number of pixels of a frame; larger clips are resized, keeping their aspect ratio."""
@@ -57,6 +62,14 @@ class DataConfig:
     apply to the cache only."""
     workers: int = 0
     """Number of processes that read the denoiser's data; 0 for a thread."""
+
+    def __post_init__(self):
+        for name, share in self.captions.items():
+            if not 0 < share < math.inf:
+                raise UserError(
+                    f"data.captions={dict(self.captions)} is invalid: the share of {name} is {share}, but must be a "
+                    f"number above 0. Use a share such as 0.5, or leave {name} out."
+                )
 
     @property
     def used_datasets(self) -> tuple[int, ...]:

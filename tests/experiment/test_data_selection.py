@@ -69,6 +69,20 @@ def test_captions_are_drawn_from_columns_by_their_shares(tiny, dataset, tmp_path
     assert {len(info.captions) for info in clips.infos} == {1, 2}
 
 
+@pytest.mark.parametrize(
+    ("captions", "name"),
+    [
+        ({"a": -1.0}, "a"),
+        ({"long": 1.0, "captions": 0.0}, "captions"),
+        ({"long": float("nan")}, "long"),
+        ({"long": float("inf"), "captions": 1.0}, "long"),
+    ],
+)
+def test_shares_of_captions_that_cannot_be_drawn_by_are_refused(tiny, captions, name):
+    with pytest.raises(UserError, match=rf"^data\.captions=.* is invalid: the share of {name} is .*\. Use .*\.$"):
+        dataclasses.replace(tiny.EXPERIMENT.data, captions=captions)
+
+
 def test_a_checkpoint_is_not_continued_on_other_data(tiny, tiny_run, tmp_path):
     copy = shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
     shutil.rmtree(copy / "pipeline")
