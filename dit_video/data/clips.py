@@ -33,6 +33,7 @@ FEATURES = {
     "codec": tfds.features.Text(),
 }
 """Features of a record: the bytes of a clip, and facts that do not change. Captions are a column of the table."""
+_TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _INFO_BLOCK = 1 << 12
 """Number of clips whose metadata are read at once when all are."""
 
@@ -311,11 +312,21 @@ def _select_rows(table: Table, where: str) -> Int64[np.ndarray, " n"]:
 
 
 def _count_texts(table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Int64[np.ndarray, " n"]:
-    """Return the number of texts in a column of captions."""
-    texts = table.arrow(name).take(pa.array(rows))
-    is_text = pa.types.is_string(texts.type)
-    counts = pc.cast(pc.is_valid(texts), pa.int64()) if is_text else pc.fill_null(pc.list_value_length(texts), 0)
-    return counts.to_numpy().astype(np.int64)
+    """Return the number of texts in a column of captions.
+
+    Raises:
+      UserError: the column has other values than texts or lists.
+    """
+    texts = table.arrow(name)
+    if pa.types.is_list(texts.type) or pa.types.is_large_list(texts.type):
+        counts = pc.fill_null(pc.list_value_length(texts), 0)
+    elif any(is_text(texts.type) for is_text in _TEXT_TYPES):
+        counts = pc.is_valid(texts)
+    else:
+        raise UserError(
+            f"captions={name} is invalid: the column has values of type {texts.type}. Use a column of texts."
+        )
+    return counts.to_numpy()[rows].astype(np.int64)  # rows last, as Arrow takes no rows of views
 
 
 def _list_texts(texts: str | Sequence[str] | None) -> Sequence[str]:

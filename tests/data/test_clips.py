@@ -5,6 +5,8 @@ import shutil
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
@@ -160,6 +162,27 @@ def test_captions_may_come_from_several_columns_by_their_shares(rows):
     assert ClipSource(rows).compute_caption_shares() is None
     with pytest.raises(UserError, match="column='short' is invalid"):
         ClipSource(rows, captions={"short": 1.0}).column("captions")
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()], ids=str)
+@pytest.mark.parametrize("make", [lambda kind: kind, pa.list_, pa.large_list], ids=["text", "list", "large_list"])
+def test_captions_may_be_of_any_type_of_text(rows, kind, make):
+    texts = [["A long", "A second"], ["B long"], None]
+    texts = texts if make(kind) != kind else [each and each[0] for each in texts]
+    table = pa.table({"name": ["a.mp4", "b.mp4", "e.mp4"], "long": pa.array(texts, make(kind))})
+    (rows / "columns").mkdir(exist_ok=True)
+    pq.write_table(table, rows / "columns" / "long.parquet")  # as pandas or Polars write it
+    source = ClipSource(rows, captions={"long": 0.75, "captions": 0.25})
+    shares = source.compute_caption_shares()
+    first = [0.75] if make(kind) == kind else [0.375, 0.375]
+    np.testing.assert_allclose(shares, [*first, 0.25, 0.75, 0.125, 0.125, 1, 1])
+    assert len(shares) == sum(len(texts) or 1 for texts in source.column("captions"))
+
+
+def test_a_column_that_has_no_texts_is_refused_as_captions(rows):
+    source = ClipSource(rows, captions={"captions": 0.5, "motion": 0.5})
+    with pytest.raises(UserError, match=r"^captions=motion is invalid: the column has values of type float\. Use "):
+        source.compute_caption_shares()
 
 
 def test_a_damaged_record_is_named_with_the_fix(dataset, tmp_path):
