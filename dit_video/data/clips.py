@@ -18,7 +18,7 @@ from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.records import RecordReader, make_bytes_feature, read_row
-from dit_video.data.table_files import MANIFEST
+from dit_video.data.table_files import INDEX_FOLDER, MANIFEST
 from dit_video.data.tables import Table
 
 DATASET_NAME = KIND = "clips"
@@ -134,7 +134,9 @@ class ClipSource(SharesArrays):
         try:
             return read_row(self._readers[number], self.tables[number], row, DATASET_NAME)["clip"]
         except DecodeError as error:
-            raise DecodeError(f"the record of {self.infos[int(index)].name}: {error}. Ingest it again.") from error
+            table = self.tables[number]
+            fix = f"Remove {table.folder}/{INDEX_FOLDER}/{table.get_part(row)}.parquet, and run the ingest again."
+            raise DecodeError(f"the record of {self.infos[int(index)].name}: {error}. {fix}") from error
 
     def column(self, name: str) -> Any:
         """Return a column of all clips: an array of numbers, or a list of other values; `name` is that in `infos`.

@@ -193,9 +193,13 @@ def test_a_damaged_record_is_named_with_the_fix(dataset, tmp_path):
     content = file.read_bytes()
     place = content.index(whole[2][-100:])
     file.write_bytes(content[:place] + b"x" * 50 + content[place + 50 :])
-    with pytest.raises(DecodeError, match=r"the record of 2\.mp4: .*array_record is damaged at byte \d+\. Ingest it"):
+    expected = r"the record of 2\.mp4: .*array_record is damaged at byte \d+\. Remove .*data/index/train-00000\.parquet"
+    with pytest.raises(DecodeError, match=expected):
         source[2]
     assert [source[index] for index in (0, 1, 3)] == [whole[index] for index in (0, 1, 3)]
+    (tmp_path / "data" / "index" / "train-00000.parquet").unlink()
+    ingest(dataset / "clips", tmp_path / "data", workers=1)
+    assert [source[index] for index in range(4)] == whole
     file.unlink()
     with pytest.raises(MissingError, match=r"no such file: .*array_record\. The data set is incomplete"):
         source[0]
