@@ -21,6 +21,8 @@ def main(
     to: Literal["videofolder", "webdataset", "csv"] = "videofolder",
     where: str = "",
     splits: tuple[str, ...] = (),
+    captions: tuple[str, ...] = (),
+    vectors: tuple[str, ...] = (),
     title: str | None = None,
     license: str = "unknown",
 ) -> None:
@@ -37,11 +39,15 @@ def main(
         to: Format: Hugging Face's VideoFolder, WebDataset, or a CSV file beside the clips.
         where: Condition that the clips meet.
         splits: Splits that are exported; all by default.
+        captions: Columns of captions; by default captions and all columns of texts named captions_*.
+        vectors: Columns of vectors and bytes that are written too, such as embedding; none by default.
         title: Name of the data set in its card; that of the folder by default.
         license: License of the clips in the card, such as cc-by-4.0.
     """
     name = title or data.rstrip("/").rpartition("/")[2] or data
-    contents = ExportContents.select(open_clips(data), title=name, license=license, where=where, splits=splits)
+    contents = ExportContents.select(
+        open_clips(data), title=name, license=license, where=where, splits=splits, captions=captions, vectors=vectors
+    )
     export_clips(contents, destination, to)
     total = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
     print(f"{destination}: {len(contents)} clips, {total / 1e6:.2f} MB")

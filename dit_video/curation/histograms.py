@@ -12,6 +12,10 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MAX_VALUES = 20
 """Maximum number of different values of which each is counted."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+_LIST_CHECKS = (
+    *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+    *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary),
+)
 
 
 class Bin(NamedTuple):
@@ -30,7 +34,8 @@ class Histogram(NamedTuple):
 
     name: str
     kind: str
-    """Kind of the column: `number`, `bool`, `category`, `text`, or `list`, of which the lengths are counted."""
+    """Kind of the column: `number`, `bool`, `category`, `text`, or `list` (also of bytes), of which the
+    lengths are counted."""
     number: int
     """Number of rows with a value."""
     nulls: int
@@ -66,9 +71,10 @@ def make_histogram(name: str, column: pa.ChunkedArray | pa.Array | np.ndarray, *
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     nulls, kind = values.null_count, _find_kind(values.type)
-    values = values.drop_null()
     if kind == "list":
-        return make_histogram(name, pc.list_value_length(values), bins=bins)._replace(kind=kind, nulls=nulls)
+        count = pc.list_value_length if hasattr(values.type, "value_type") else pc.binary_length
+        return make_histogram(name, count(values), bins=bins)._replace(kind=kind)
+    values = values.drop_null()
     if kind == "number":
         numbers = values.to_numpy().astype(np.float64)
         is_finite = np.isfinite(numbers)
@@ -77,7 +83,7 @@ def make_histogram(name: str, column: pa.ChunkedArray | pa.Array | np.ndarray, *
         true = pc.sum(values).as_py() or 0
         pair = (Bin("true", true), Bin("false", len(values) - true))
         return Histogram(name, kind, len(values), nulls, pair)
-    counts = pc.value_counts(values.combine_chunks())
+    counts = pc.value_counts(values)  # chunk by chunk: joined texts may not exceed 2 GB
     pairs = sorted(
         zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True), key=_by_count
     )
@@ -108,7 +114,7 @@ def _describe(histogram: Histogram) -> str:
 def _find_kind(type: pa.DataType) -> str:
     if pa.types.is_boolean(type):
         return "bool"
-    if pa.types.is_list(type) or pa.types.is_fixed_size_list(type) or pa.types.is_large_list(type):
+    if any(check(type) for check in _LIST_CHECKS):
         return "list"
     return "number" if pa.types.is_integer(type) or pa.types.is_floating(type) else "category"
 

@@ -15,6 +15,7 @@ COLUMNS = {
     "why": pa.array([f"reason {number}" for number in range(50)]),
     "embedding": pa.array([[1.0, 2.0], None], pa.list_(pa.float16(), 2)),
     "captions": pa.array([["a"], ["a", "b"], [], None], pa.list_(pa.string())),
+    "thumbnails": pa.array([bytes(4), bytes(2), None], pa.large_binary()),
     "empty": pa.array([None, None], pa.float32()),
     "nothing": pa.array([None], pa.string()),
 }
@@ -49,6 +50,12 @@ def test_categories_are_sorted_by_their_counts():
     assert [(each.label, each.number) for each in histogram.bins] == [("static", 2), ("pan left", 1)]
     assert make_histogram("why", COLUMNS["why"]).distinct == 50
     assert make_histogram("captions", COLUMNS["captions"]).kind == "list"
+
+
+def test_lengths_of_bytes_are_counted():
+    histogram = make_histogram("thumbnails", COLUMNS["thumbnails"])
+    assert (histogram.kind, histogram.nulls) == ("list", 1)
+    assert (histogram.bins[0].low, histogram.bins[-1].high) == (2, 4)
 
 
 def test_the_table_has_a_line_for_each_column():

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dit_video.curation.export import stored_clips
+from dit_video.data.table_files import write_column
 from support.clip_tables import MemoryClips, make_clip_file, make_row, write_table
 
 
@@ -40,9 +41,23 @@ def test_splits_and_formats_are_options(script, data, tmp_path):
     assert [row["file_name"] for row in rows] == ["test/00000.tar/test/c.mp4"]
 
 
+def test_columns_of_captions_and_vectors_are_options(script, data, tmp_path):
+    names = ["train/a.mp4", "train/b.mp4", "test/c.mp4"]
+    values = {"captions_long": ["a long one", None, None], "embedding": [[0.5] * 64] * 3}
+    write_column(data, "models", {"name": names, **values})
+    options = ("--to", "webdataset", "--captions", "captions_long", "--vectors", "embedding")
+    ended = script("tools/export_data.py", data, tmp_path / "out", *options)
+    assert ended.code == 0, ended.err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "index.jsonl").read_text().splitlines()]
+    assert [row["captions"] for row in rows] == [["a long one"], [], []]
+    assert rows[0]["embedding"] == [0.5] * 64
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        (("--captions", "nothing"), "captions=nothing"),
+        (("--vectors", "nothing"), "vectors=nothing"),
         (("--to", "parquet"), "videofolder, webdataset, csv"),
         (("--where", "motion >"), "not an expression"),
         (("--where", "motion > 9"), "selects no clip"),

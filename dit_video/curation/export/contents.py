@@ -1,5 +1,6 @@
 """Clips that are exported: those that are trained on and meet a condition, each with the path of its file."""
 
+import base64
 import math
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,15 +11,18 @@ import numpy as np
 import pyarrow as pa
 
 from dit_video.core.errors import UserError
+from dit_video.curation.export.columns import CAPTIONS, find_caption_columns, is_bulky, is_text, take_rows
 from dit_video.curation.export.stored_clips import StoredClips, detect_media_type
 from dit_video.data.clips import find_kept
 from dit_video.data.ingest.formats.types import MEDIA, SPLITS
+from dit_video.data.tables import Table
 
-_PLACES = {"file", "offset", "length", "crc32", "outcome", "reason", "transient", "chosen", "why", "captions", "id"}
+_PLACES = {"file", "offset", "length", "crc32", "outcome", "reason", "transient", "chosen", "why", "id"}
 """Columns that are about the data set's own files, or alike for all that are exported."""
 RESERVED = {"file_name", "path", "text", "video", "video_path", "file_path", "caption", "prompt"}
 """Names of columns that an ingest would take for paths and captions."""
-_BATCH = 256
+_BATCH = 1024
+"""Number of clips whose values are read at once."""
 
 
 class ExportedClip(NamedTuple):
@@ -50,33 +54,61 @@ class ExportContents:
     """Name of the data set."""
     license: str
     rows: np.ndarray
-    """Rows of the table."""
+    """Rows of the table, in ascending order."""
+    captions: tuple[str, ...]
+    """Columns of captions, which become the captions of a clip in this order."""
+    vectors: tuple[str, ...] = ()
+    """Columns of vectors and bytes that are written too."""
 
     @classmethod
     def select(
-        cls, clips: StoredClips, *, title: str, license: str = "unknown", where: str = "", splits: Sequence[str] = ()
+        cls,
+        clips: StoredClips,
+        *,
+        title: str,
+        license: str = "unknown",
+        where: str = "",
+        splits: Sequence[str] = (),
+        captions: Sequence[str] = (),
+        vectors: Sequence[str] = (),
     ) -> "ExportContents":
         """Return the clips that are trained on, meet a condition, and are in one of the splits, if any is named.
 
+        Args:
+          clips: the data set.
+          title: name of the data set.
+          license: license of the clips.
+          where: condition; empty for all clips.
+          splits: splits; all if empty.
+          captions: columns of captions; if empty, `captions` and all columns of texts named `captions_*`.
+          vectors: columns of vectors and bytes that are written too, such as `embedding`.
+
         Raises:
-          UserError: the condition is invalid, there is no such split, or there is no clip.
+          UserError: the condition is invalid, there is no such split or column, or there is no clip.
         """
         table = clips.table
+        _check_columns(table, captions, vectors)
         kept = find_kept(table)
         rows = table.select(where) if where.strip() else np.arange(len(table))
         rows = rows[kept[rows]]
-        names = np.asarray(table.arrow("split").take(pa.array(rows)).to_pylist(), object)
+        names = np.asarray(take_rows(table.arrow("split"), rows).to_pylist(), object)
         if unknown := sorted(set(splits) - set(table.arrow("split").unique().to_pylist())):
             raise UserError(f"splits={unknown[0]} is invalid: no clip is in it. Use splits of the data set.")
         rows = rows[np.isin(names, list(splits))] if splits else rows
         if not len(rows):
             raise UserError(f"where={where!r} selects no clip of {table.folder}. Use a wider condition.")
-        return cls(clips, title, license, rows)
+        return cls(clips, title, license, rows, tuple(captions) or find_caption_columns(table.types), tuple(vectors))
 
     @property
     def columns(self) -> list[str]:
-        """Return the names of the columns that are written besides path and captions."""
-        return [name for name in self.clips.table.names if name not in _PLACES]
+        """Return the names of the columns that are written besides path and captions.
+
+        Columns of vectors and bytes, and captions that were not chosen, are left out.
+        """
+        table = self.clips.table
+        unused = {CAPTIONS, *find_caption_columns(table.types)} - ({*self.captions} - {CAPTIONS})
+        names = [name for name in table.names if name not in _PLACES | unused]
+        return [name for name in names if name in self.vectors or not is_bulky(table, name)]
 
     @property
     def splits(self) -> list[str]:
@@ -88,27 +120,41 @@ class ExportContents:
 
     def read_column(self, name: str) -> list[Any]:
         """Return the values of a column."""
-        return self.clips.table.arrow(name).take(pa.array(self.rows)).to_pylist()
+        return self.take(name, self.rows).to_pylist()
+
+    def take(self, name: str, rows: np.ndarray) -> pa.ChunkedArray:
+        """Return rows of a column, which are in ascending order."""
+        return take_rows(self.clips.table.arrow(name), rows)
+
+    def iter_captions(self) -> Iterator[tuple[str, ...]]:
+        """Yield the captions of each clip: those of all columns, without repeated ones."""
+        for rows in self._iter_batches():
+            yield from self._read_captions(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[ExportedClip]:
         """Yield the clips in the order of the table."""
-        table, names = self.clips.table, [*self.columns, *({"captions"} & set(self.clips.table.names))]
-        hashes = {
-            name for name in names if pa.uint64() in (table.types[name], getattr(table.types[name], "value_type", None))
-        }
-        for first in range(0, len(self.rows), _BATCH):
-            rows = self.rows[first : first + _BATCH]
-            columns = {name: table.arrow(name).take(pa.array(rows)).to_pylist() for name in names}
-            for index, row in enumerate(rows):
+        names, types = self.columns, self.clips.table.types
+        hashes = {name for name in names if pa.uint64() in (types[name], getattr(types[name], "value_type", None))}
+        for rows in self._iter_batches():
+            columns = {name: self.take(name, rows).to_pylist() for name in names}
+            for index, (row, captions) in enumerate(zip(rows, self._read_captions(rows), strict=True)):
                 values = {name: _to_json(column[index], is_hash=name in hashes) for name, column in columns.items()}
-                captions = tuple(values.pop("captions", None) or ())
                 content = self.clips.read(int(row))
                 path = make_path(values["name"], content)
                 values = {f"{name}_column" if name in RESERVED else name: value for name, value in values.items()}
                 yield ExportedClip(int(row), values["name"], values["split"], captions, content, path, values)
+
+    def _iter_batches(self) -> Iterator[np.ndarray]:
+        for first in range(0, len(self.rows), _BATCH):
+            yield self.rows[first : first + _BATCH]
+
+    def _read_captions(self, rows: np.ndarray) -> list[tuple[str, ...]]:
+        columns = [self.take(name, rows).to_pylist() for name in self.captions]
+        texts = ([text for value in values for text in _list_texts(value)] for values in zip(*columns, strict=True))
+        return [tuple(dict.fromkeys(each)) for each in texts] if columns else [()] * len(rows)
 
 
 class WrittenFiles(NamedTuple):
@@ -156,8 +202,28 @@ def make_path(name: str, content: bytes) -> str:
     return name
 
 
+def _check_columns(table: Table, captions: Sequence[str], vectors: Sequence[str]) -> None:
+    for option, names in {"captions": captions, "vectors": vectors}.items():
+        if unknown := [name for name in names if name not in table.types]:
+            raise UserError(f"{option}={unknown[0]} is invalid: there is no such column. Use {', '.join(table.names)}.")
+    if wrong := [name for name in captions if not is_text(table.types[name])]:
+        known = ", ".join(find_caption_columns(table.types))
+        raise UserError(f"captions={wrong[0]} is invalid: it holds no texts. Use columns of captions: {known}.")
+
+
+def _list_texts(value: str | list[str | None] | None) -> list[str]:
+    return [text for text in (value if isinstance(value, list) else [value]) if text]
+
+
 def _to_json(value: Any, *, is_hash: bool) -> Any:
-    """Return a value as JSON; hashes as texts, as many readers have no integers of 64 bits without a sign."""
+    """Return a value as JSON; hashes as texts, as many readers have no integers of 64 bits without a sign.
+
+    Bytes are in base64.
+    """
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, np.floating):  # of columns of 16 bits
+        value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, list):

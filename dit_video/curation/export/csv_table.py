@@ -1,4 +1,4 @@
-"""A CSV file with a row for each clip, as Open-Sora's tools read it, beside the clips."""
+"""A CSV file with a row for each clip and caption, as Open-Sora's tools read it, beside the clips."""
 
 import csv
 import json
@@ -12,17 +12,11 @@ TABLE = "metadata.csv"
 def write_csv_table(contents: ExportContents, folder: Path) -> WrittenFiles:
     """Write the clips, and a table whose first columns are `path` and `text`; return the pattern of its file.
 
-    The second and further captions of clips are in the columns `text_2`, `text_3`, ….
+    A clip has a row for each of its captions, and one if it has none.
 
     Raises:
       UserError: two clips would have the same path.
     """
-    count = (
-        max(1, *(len(captions or ()) for captions in contents.read_column("captions")))
-        if _has_captions(contents)
-        else 1
-    )
-    texts = ["text", *(f"text_{number + 1}" for number in range(1, count))]
     register, names = PathRegister(), None
     with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -33,14 +27,10 @@ def write_csv_table(contents: ExportContents, folder: Path) -> WrittenFiles:
             target.write_bytes(clip.content)
             if names is None:
                 names = list(clip.values)
-                writer.writerow(["path", *texts, *names])
-            captions = [*clip.captions, *[""] * (count - len(clip.captions))]
-            writer.writerow([clip.path, *captions, *(_format(clip.values[name]) for name in names)])
+                writer.writerow(["path", "text", *names])
+            values = [_format(clip.values[name]) for name in names]
+            writer.writerows([clip.path, text, *values] for text in clip.captions or ("",))
     return WrittenFiles({"train": [TABLE]})
-
-
-def _has_captions(contents: ExportContents) -> bool:
-    return "captions" in contents.clips.table.names
 
 
 def _format(value) -> str | float | int | None:

@@ -5,8 +5,9 @@ Source: huggingface.co/docs/hub/datasets-cards
 
 import json
 
-import pyarrow as pa
+import numpy as np
 
+from dit_video.curation.export.columns import CAPTIONS
 from dit_video.curation.export.contents import ExportContents, WrittenFiles
 from dit_video.curation.histograms import Histogram, make_histogram
 
@@ -74,10 +75,10 @@ def make_data_card(contents: ExportContents, format: str, files: WrittenFiles) -
 
 
 def _make_histograms(contents: ExportContents) -> list[Histogram]:
-    rows, table = pa.array(contents.rows), contents.clips.table
-    names = [*contents.columns, *({"captions"} & set(table.names))]
-    made = (make_histogram(name, table.arrow(name).take(rows)) for name in names if name not in _UNSHOWN)
-    return [each for each in made if each.number]
+    names = [name for name in contents.columns if name not in _UNSHOWN]
+    made = [make_histogram(name, contents.take(name, contents.rows)) for name in names]
+    captions = make_histogram(CAPTIONS, np.array([len(texts) for texts in contents.iter_captions()]))
+    return [each for each in (*made, captions) if each.number]
 
 
 def _format_row(histogram: Histogram) -> str:

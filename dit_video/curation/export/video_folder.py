@@ -7,6 +7,7 @@ splits of which one has no value in some column would disagree.
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -43,14 +44,13 @@ def write_video_folder(contents: ExportContents, folder: Path) -> WrittenFiles:
 
 def _make_list(contents: ExportContents, entries: list[tuple[int, str, tuple[str, ...]]]) -> pa.Table:
     rows, paths, captions = zip(*entries, strict=True)
-    table, taken = contents.clips.table, pa.array(rows)
     columns = {
         "file_name": pa.array(paths),
         "text": pa.array([texts[0] if texts else "" for texts in captions]),
         "captions": pa.array(captions, pa.list_(pa.string())),
     }
     for name in contents.columns:
-        column = table.arrow(name).take(taken)
+        column = contents.take(name, np.array(rows))
         if column.type == pa.list_(pa.uint64()):  # hashes, which many readers cannot hold
             column = column.cast(pa.list_(pa.string()))
         columns[f"{name}_column" if name in RESERVED else name] = column

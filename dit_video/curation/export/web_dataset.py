@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dit_video.curation.export.columns import is_list
 from dit_video.curation.export.contents import RESERVED, ExportContents, ExportedClip, PathRegister, WrittenFiles
 from dit_video.data.ingest.formats.types import IMAGES
 
@@ -65,12 +66,16 @@ def _make_features(contents: ExportContents, suffixes: Sequence[str]) -> list[di
 
 
 def _find_feature(type: pa.DataType) -> dict[str, str]:
-    if pa.types.is_list(type):
+    if is_list(type):
         return {"list": _find_feature(type.value_type)["dtype"]}
     if pa.types.is_boolean(type):
         return {"dtype": "bool"}
     is_number = pa.types.is_floating(type) or (pa.types.is_integer(type) and type != pa.uint64())
-    return {"dtype": {"float": "float32", "double": "float64"}.get(str(type), str(type)) if is_number else "string"}
+    return {
+        "dtype": {"halffloat": "float16", "float": "float32", "double": "float64"}.get(str(type), str(type))
+        if is_number
+        else "string"
+    }
 
 
 class _TarWriter:

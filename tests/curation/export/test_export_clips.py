@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 
+import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.json as pjson
 import pyarrow.parquet as pq
@@ -18,8 +19,9 @@ from dit_video.curation.export import EXPORT_FORMATS, ExportContents, export_cli
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.ingest.formats import list_clips
-from dit_video.data.ingest.formats.types import ListColumns, ListingOptions
+from dit_video.data.table_files import write_column
 from support.clip_tables import MemoryClips, make_clip_file, make_row, write_table
+from support.huge_columns import make_huge_texts
 
 FORMATS = list(EXPORT_FORMATS)
 NAMES = ("train/beach/a.mp4", "train/b.mp4", "train/c.png", "test/d.mp4", "validation/e.mp4")
@@ -105,11 +107,113 @@ def test_clips_with_several_captions_keep_them_in_their_order(tmp_path, format):
     write_table(tmp_path / "data", [make_row("a.mp4", file, captions=captions)], parts=1)
     folder = export(MemoryClips(tmp_path / "data", lambda row: file), tmp_path / "out", format)
     if format == "csv":
-        row = next(csv.DictReader((folder / "metadata.csv").open()))
-        assert [row["text"], row["text_2"], row["text_3"]] == captions
-    columns = ListColumns(captions=("text", "text_2", "text_3") if format == "csv" else ())
-    (clip,) = list_clips(folder, options=ListingOptions(columns=columns)).clips
+        rows = list(csv.DictReader((folder / "metadata.csv").open()))
+        assert [(row["path"], row["text"]) for row in rows] == [("a.mp4", text) for text in captions]
+    (clip,) = list_clips(folder).clips
     assert list(clip.captions) == captions
+
+
+def make_captioned_clips(folder):
+    """Return clips with captions of the source and of a model, of the model alone, and without any."""
+    files = [make_clip_file(number) for number in range(3)]
+    names = ["a.mp4", "b.mp4", "c.mp4"]
+    texts = [["by hand"], [], []]
+    rows = [make_row(name, file, captions=each) for name, file, each in zip(names, files, texts, strict=True)]
+    write_table(folder, rows)
+    models = {
+        "captions_long": pa.array([["a long one", "by hand"], ["another, “long” one"], None], pa.list_(pa.string())),
+        "captions_short": pa.array(["short", "brief", None]),
+        "captions_long_error": pa.array([None, None, "the server refused"]),
+    }
+    write_column(folder, "models", pa.table({"name": names, **models}))
+    return MemoryClips(folder, files.__getitem__)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        ((), [("by hand", "a long one", "short"), ("another, “long” one", "brief"), ()]),
+        (("captions_long",), [("a long one", "by hand"), ("another, “long” one",), ()]),
+        (("captions_short", "captions"), [("short", "by hand"), ("brief",), ()]),
+    ],
+)
+def test_captions_of_models_come_back_when_the_export_is_ingested(tmp_path, format, captions, expected):
+    clips = make_captioned_clips(tmp_path / "data")
+    folder = export(clips, tmp_path / "out", format, captions=captions)
+    ingest(folder, tmp_path / "again")
+    infos = ClipSource(tmp_path / "again").infos
+    assert {strip_tar(info.name): info.captions for info in infos} == dict(
+        zip(clips.table["name"].to_pylist(), expected, strict=True)
+    )
+
+
+def test_columns_of_captions_that_are_chosen_are_written_apart_too(tmp_path):
+    clips = make_captioned_clips(tmp_path / "data")
+    folder = export(clips, tmp_path / "out", "videofolder", captions=("captions_long",))
+    table = pq.read_table(folder / "metadata.parquet")
+    assert table["captions_long"].to_pylist() == clips.table["captions_long"].to_pylist()
+    assert "captions_short" not in table.column_names
+    assert re.search(r"^\| captions \| 3 \|", (folder / "README.md").read_text(), re.MULTILINE)
+
+
+def test_columns_that_hold_no_captions_are_refused(clips):
+    with pytest.raises(UserError, match=r"captions=nothing .*captions"):
+        ExportContents.select(clips, title="x", captions=("nothing",))
+    with pytest.raises(UserError, match=r"captions=motion .* captions"):
+        ExportContents.select(clips, title="x", captions=("motion",))
+    with pytest.raises(UserError, match="vectors=nothing"):
+        ExportContents.select(clips, title="x", vectors=("nothing",))
+
+
+def add_vectors(clips):
+    """Return the clips with columns of vectors and bytes."""
+    names = clips.table["name"].to_pylist()
+    vectors = {
+        "embedding": pa.array([[0.5] * 64] * len(names), pa.list_(pa.float16(), 64)),
+        "thumbnails": pa.array([b"\1\2\xff"] * len(names), pa.large_binary()),
+        "palette": pa.array([[1, 2]] * len(names), pa.list_(pa.int32())),
+    }
+    write_column(clips.table.folder, "vectors", pa.table({"name": names, **vectors}))
+    return MemoryClips(clips.table.folder, clips.read)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_vectors_and_bytes_are_written_only_if_they_are_named(clips, tmp_path, format):
+    clips = add_vectors(clips)
+    folder = export(clips, tmp_path / "out", format)
+    assert "embedding" not in "".join((folder / name).read_text() for name in ("README.md", "croissant.json"))
+    contents = ExportContents.select(clips, title="x")
+    assert "palette" in contents.columns
+    assert not {"embedding", "thumbnails"} & set(next(iter(contents)).values)
+    folder = export(clips, tmp_path / "named", format, vectors=("embedding", "thumbnails"))
+    if format == "videofolder":
+        first = pq.read_table(folder / "train" / "metadata.parquet").to_pylist()[0]
+        assert (list(first["embedding"]), first["thumbnails"]) == ([0.5] * 64, b"\1\2\xff")
+    elif format == "webdataset":
+        first = json.loads((folder / "index.jsonl").read_text().splitlines()[0])
+        assert (first["embedding"], first["thumbnails"]) == ([0.5] * 64, "AQL/")
+    else:
+        first = next(csv.DictReader((folder / "metadata.csv").open()))
+        assert (json.loads(first["embedding"]), first["thumbnails"]) == ([0.5] * 64, "AQL/")
+    ingest(folder, tmp_path / "again")
+    assert len(ClipSource(tmp_path / "again")) == len(NAMES)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_captions_of_more_text_than_one_array_can_hold_are_exported(tmp_path, monkeypatch, format):
+    names = [f"{number}.mp4" for number in range(6)]
+    write_table(
+        tmp_path / "data", [make_row(name, make_clip_file(0), motion=number % 2) for number, name in enumerate(names)]
+    )
+    write_column(tmp_path / "data", "models", {"name": names, "captions_long": ["x"] * 6})
+    clips = MemoryClips(tmp_path / "data", lambda row: make_clip_file(0))
+    read, huge = clips.table.arrow, make_huge_texts()
+    monkeypatch.setattr(clips.table, "arrow", lambda name: huge if name == "captions_long" else read(name))
+    contents = ExportContents.select(clips, title="x", where="motion < 1")
+    assert contents.rows.tolist() == [0, 2, 4]  # of which each is short, and in a chunk of its own
+    export_clips(contents, tmp_path / "out", format)
+    assert list(contents.iter_captions()) == [("\0" * 4,)] * 3
 
 
 def test_parts_of_a_file_become_files_of_their_own(tmp_path):
