@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float64, Int, UInt8
 
+from dit_video.curation.export.columns import is_bulky
 from dit_video.data.tables import Table
 
 _BINS = 40
@@ -74,10 +75,10 @@ def get_kind(type: pa.DataType) -> str:
 
 
 def make_column_views(table: Table) -> list[ColumnView]:
-    """Return the views of all columns that tell something of clips."""
+    """Return the views of all columns that tell something of clips, which vectors and bytes do not."""
     makers: dict[str, Callable[[Table, str], ColumnView]] = {"number": _view_numbers, "text": _view_texts}
     makers["flag"] = _view_texts
-    names = [name for name in table.names if name not in _HIDDEN]
+    names = [name for name in table.names if name not in _HIDDEN and not is_bulky(table, name)]
     kinds = {name: get_kind(table.types[name]) for name in names}
     return [
         makers.get(kind, lambda _, name: ColumnView(name, kinds[name]))(table, name) for name, kind in kinds.items()

@@ -49,4 +49,5 @@ def describe_table(view: TableView, title: str, rows: np.ndarray | None = None) 
         "rows": int(included.sum()),
         "total": view.summarize_rows(included),
         "columns": columns,
+        "captions": view.captions,
     }

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int64
 
 from dit_video.core.errors import UserError
+from dit_video.curation.export.columns import find_caption_columns
 from dit_video.data.clips import find_kept
 from dit_video.data.tables import Table
 from dit_video.web.browse.column_views import ColumnView, get_kind, make_column_views
@@ -56,6 +57,8 @@ class TableView:
         self.columns: list[ColumnView] = make_column_views(table)
         self.kept: Bool[np.ndarray, " n"] = find_kept(table)
         """Whether the row is a clip that is trained on."""
+        self.captions: tuple[str, ...] = find_caption_columns(table.types)
+        """Columns of captions."""
         self._seconds = np.nan_to_num(np.asarray(table["seconds"], np.float64))
         self._match = functools.lru_cache(_CACHED_MASKS)(self._compute_match)
         self._search = functools.lru_cache(_CACHED_MASKS)(self._compute_search)
@@ -102,20 +105,17 @@ class TableView:
 
     def _compute_search(self, search: str) -> Bool[np.ndarray, " n"]:
         mask = np.ones(len(self.table), bool)
-        texts = [self._read_texts(name) for name in self.table.names if search and self._is_searched(name)]
+        names = [name for name in (*_SEARCHED, *self.captions) if search and name in self.table.types]
+        texts = [self._read_texts(name) for name in names if get_kind(self.table.types[name]) in ("text", "texts")]
         for word in search.split():
             matches = (pc.match_substring(text, word, ignore_case=True) for text in texts)
             mask &= functools.reduce(pc.or_, matches).to_numpy()
         return mask
 
-    def _is_searched(self, name: str) -> bool:
-        kind = get_kind(self.table.types[name])
-        return kind in ("text", "texts") and (name in _SEARCHED or "caption" in name)
-
     def _read_texts(self, name: str) -> pa.ChunkedArray:
         column = self.table.arrow(name)
         if get_kind(column.type) == "texts":
-            column = pc.binary_join(column, "\n")
+            column = pc.binary_join(column.cast(pa.list_(pa.string())), "\n")  # which knows no large lists
         return pc.fill_null(column, "")
 
     def _compute_order(self, name: str, descending: bool) -> Int64[np.ndarray, " n"]:

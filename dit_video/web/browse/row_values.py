@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Int64
 
+from dit_video.curation.export.columns import is_bulky, take_rows
 from dit_video.data.tables import Table
 
 _MAX_TEXT = 4000
@@ -19,15 +19,19 @@ _ALWAYS = {"payload", "chosen", "why"}
 
 
 def read_rows(table: Table, rows: Int64[np.ndarray, " n"], columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the values of rows in columns, which are left out if there are none, and the rows' numbers as `row`.
+    """Return the values of rows in columns, and the rows' numbers as `row`.
+
+    Columns that do not exist are left out, as are those of vectors and bytes.
 
     `media` is a part of the address of a row's clip, with which the address changes when the clip does; absent if there
     is no clip.
     """
     names = [name for name in dict.fromkeys((*LISTED, *columns, *_ALWAYS)) if name in table.types]
-    values = {name: table.arrow(name).take(pa.array(rows)).to_pylist() for name in names}
+    names = [name for name in names if not is_bulky(table, name)]
+    ascending, places = np.unique(rows, return_inverse=True)
+    values = {name: take_rows(table.arrow(name), ascending).to_pylist() for name in names}
     result = []
-    for index, row in enumerate(rows):
+    for row, index in zip(rows, places, strict=True):
         described = {name: _simplify(values[name][index]) for name in names if name != "payload"}
         payload = values["payload"][index] if "payload" in values else None
         result.append({"row": int(row), **described} | ({"media": payload[:16]} if payload else {}))
@@ -35,7 +39,7 @@ def read_rows(table: Table, rows: Int64[np.ndarray, " n"], columns: Sequence[str
 
 
 def read_row(table: Table, row: int) -> dict[str, Any]:
-    """Return all values of a row that are not missing."""
+    """Return all values of a row that are not missing, but for vectors and bytes."""
     values = read_rows(table, np.array([row]), table.names)[0] | {"payload": table.arrow("payload")[row].as_py()}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -5,8 +5,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import pyarrow as pa
 import pytest
 
+from dit_video.data.table_files import write_column
 from support.clip_tables import MemoryClips, make_clip_file, make_row, write_table
 from support.html_page import HOSTILE
 
@@ -45,6 +47,18 @@ def clips(tmp_path_factory) -> MemoryClips:
     rows, files = make_rows()
     write_table(folder, rows)
     return MemoryClips(folder, files.__getitem__)
+
+
+@pytest.fixture(scope="session")
+def model_clips(tmp_path_factory) -> MemoryClips:
+    """Return two clips without captions of the source: a model captioned one, and refused the other."""
+    folder = tmp_path_factory.mktemp("models") / "data"
+    names, file = ["a.mp4", "b.mp4"], make_clip_file(0)
+    write_table(folder, [make_row(name, file, captions=[]) for name in names])
+    columns = {"captions_long": pa.array([["A heron wades."], None])}
+    columns["captions_large"] = pa.array([["Waders at dusk"], None], pa.large_list(pa.large_string()))
+    write_column(folder, "models", pa.table({"name": names, **columns, "captions_long_error": [None, "no heron here"]}))
+    return MemoryClips(folder, lambda row: file)
 
 
 @pytest.fixture(scope="session")

@@ -153,6 +153,42 @@ def test_a_search_finds_words_of_captions(page):
     page.locator(".empty").wait_for()
 
 
+def check_captions_of_models(page):
+    """Check that a page shows a model's captions in tiles, table and dialog, and finds them."""
+    assert page.locator(".tile .prompt").all_inner_texts() == ["A heron wades.", "b.mp4"]
+    page.locator(".tile").first.click()
+    page.locator("dialog blockquote").first.wait_for()
+    quotes = page.locator("dialog blockquote").all_inner_texts()
+    assert [text.split() for text in quotes] == [
+        ["A", "heron", "wades.", "captions", "long"],
+        ["Waders", "at", "dusk", "captions", "large"],
+    ]
+    assert "No caption" not in page.get_by_role("dialog").inner_text()
+    assert page.locator("dialog dt", has_text="captions").count() == 0  # they are not repeated among measures
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("dialog", name="b.mp4").get_by_text("No caption").wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Table").click()
+    page.locator("#list table").wait_for()
+    assert page.locator("#list td.is-captions").all_inner_texts() == ["A heron wades.", "–"]
+    page.locator("#search").fill("dusk HERON")
+    wait_for_total(page, 1)
+
+
+def test_captions_of_models_are_captions(open_page, serve, model_clips):
+    check_captions_of_models(open_page(serve(model_clips)))
+
+
+def test_captions_of_models_are_captions_of_a_page_without_a_server(open_page, model_clips, tmp_path):
+    from dit_video.web.browse.media import MediaMaker
+    from dit_video.web.browse.static_page import write_static_page
+
+    media = MediaMaker(model_clips, tmp_path / "cache", max_bytes=1 << 24, processes=1)
+    write_static_page(model_clips, "my data", tmp_path / "page", media)
+    media.close()
+    check_captions_of_models(open_page((tmp_path / "page" / "index.html").as_uri()))
+
+
 def test_a_click_plays_the_clip_and_shows_what_is_known_of_it(page):
     page.locator(".tile").nth(2).click()
     dialog = page.get_by_role("dialog", name="clip_02.mp4")

@@ -107,6 +107,15 @@ def test_rows_are_filtered_searched_sorted_and_paged(client, query, names):
     assert get_names(client, **query) == names
 
 
+def test_captions_of_models_are_searched_and_named(model_clips, make_app):
+    client = open_client(make_app(model_clips))
+    assert client.get("/api/data").json()["captions"] == ["captions", "captions_long", "captions_large"]
+    assert get_names(client, search="HERON wades") == get_names(client, search="dusk") == ["a.mp4"]
+    assert get_names(client, search="heron") == ["a.mp4"]  # an error is no caption
+    (row,) = get_rows(client, search="heron", columns="captions_long")["rows"]
+    assert row["captions_long"] == ["A heron wades."]
+
+
 def test_a_condition_tells_clips_and_seconds_that_are_trained_on(client):
     answer = get_rows(client, where="motion >= 9 or motion < 1", show="all", search="picture")
     assert answer["total"] == 1

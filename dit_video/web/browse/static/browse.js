@@ -55,7 +55,7 @@ function change(values, delay = DELAY) {
 
 async function load() {
   const number = ++request;
-  const columns = state.view === "table" ? listColumns() : [state.sort, ...TILE_COLUMNS].filter(Boolean);
+  const columns = [...data.captions, ...(state.view === "table" ? listColumns() : [state.sort, ...TILE_COLUMNS].filter(Boolean))];
   byId("list").setAttribute("aria-busy", "true");
   let answer;
   try {
@@ -91,10 +91,10 @@ function showSelected({ clips, seconds }) {
 }
 
 function showRows(total) {
-  const list = byId("list"), onOpen = (index) => openDetail(source, rows, index);
+  const list = byId("list"), onOpen = (index) => openDetail(source, rows, index, data.captions);
   const kinds = new Map(data.columns.map((column) => [column.name, column.kind]));
   const onSort = (name) => change({ sort: name, descending: state.sort === name ? !state.descending : kinds.get(name) === "number" }, 0);
-  const options = { ...state, columns: listColumns(), kinds, onOpen, onSort };
+  const options = { ...state, captions: data.captions, columns: listColumns(), kinds, onOpen, onSort };
   const table = list.querySelector(".table-frame"), left = table?.scrollLeft ?? 0;
   if (rows.length) list.replaceChildren((state.view === "table" ? makeTable : makeTiles)(source, rows, options));
   else list.replaceChildren(make("p", { class: "empty", textContent: "No rows match. Widen a limit, or clear the search." }));

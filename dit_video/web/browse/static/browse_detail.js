@@ -1,7 +1,7 @@
 // A dialog with one row: its clip, captions, measures, where it came from and what became of it.
 import { copyText, formatBytes, make, makeButton, openDialog, prefersStillness } from "./dom.js";
-import { describeOutcome, getBaseName, getReason, isImage } from "./browse_rows.js";
-import { formatNumber, formatTitle, formatValue } from "./browse_text.js";
+import { describeOutcome, getBaseName, getCaption, getReason, isImage } from "./browse_rows.js";
+import { formatNumber, formatTitle, formatValue, getCaptions } from "./browse_text.js";
 
 const PICTURE = ["width", "height", "frames", "fps", "seconds", "codec", "transfer"];
 const ORIGIN = ["source", "source_bytes", "source_sha256", "start_us", "duration_us", "split", "id", "payload", "payload_bytes"];
@@ -10,7 +10,7 @@ const UNSHOWN = new Set(["row", "kept", "media", "files", "name", "captions", "f
 const NOT_PLAYED = "This browser does not play the file as it is stored: this is a copy in H.264.";
 
 /** Return a player of a clip as it is stored, or of a copy if the browser cannot play that. */
-function makePlayer(source, row) {
+function makePlayer(source, row, captionColumns) {
   const box = make("div", { class: "player" });
   const say = (text) => box.append(make("p", { class: "note", textContent: text }));
   if (!row.media) {
@@ -31,7 +31,7 @@ function makePlayer(source, row) {
   };
   const show = (address, onError) => {
     if (!address) return fail();
-    if (isImage(row)) return box.replaceChildren(make("img", { src: address, alt: row.captions?.[0] ?? row.name, on: { error: onError } }));
+    if (isImage(row)) return box.replaceChildren(make("img", { src: address, alt: getCaption(row, captionColumns) || row.name, on: { error: onError } }));
     const video = make("video", { controls: true, autoplay: !prefersStillness(), loop: true, muted: true, playsInline: true, "aria-label": row.name });
     video.addEventListener("error", onError);
     // Some browsers play the sound alone of a codec that they do not know.
@@ -68,8 +68,8 @@ function formatSpan(row) {
   return [["span", `${start.toFixed(3)} s – ${end.toFixed(3)} s`]];
 }
 
-/** Show the rows of a page, from one on. `onMove` is called with the index of the row that is shown. */
-export function openDetail(source, rows, index) {
+/** Show the rows of a page, from one on, with the captions in the columns of these names. */
+export function openDetail(source, rows, index, captionColumns) {
   const body = make("div", { class: "detail" });
   const previous = makeButton("‹", () => move(-1), { "aria-label": "Previous row" });
   const next = makeButton("›", () => move(1), { "aria-label": "Next row" });
@@ -86,7 +86,7 @@ export function openDetail(source, rows, index) {
     [previous.disabled, next.disabled] = [index === 0, index === rows.length - 1];
     heading.textContent = getBaseName(row.name) || "Unnamed row";
     heading.title = row.name ?? "";
-    body.replaceChildren(makePlayer(source, row), make("div", { class: "detail-text" }, make("p", { class: "muted", textContent: "…" })));
+    body.replaceChildren(makePlayer(source, row, captionColumns), make("div", { class: "detail-text" }, make("p", { class: "muted", textContent: "…" })));
     let values;
     try {
       values = await source.getRow(row.row);
@@ -94,7 +94,7 @@ export function openDetail(source, rows, index) {
       body.lastChild.replaceChildren(make("p", { class: "error", role: "alert", textContent: error.message }));
       return;
     }
-    if (rows[index] === row) body.lastChild.replaceChildren(...describe(values));
+    if (rows[index] === row) body.lastChild.replaceChildren(...describe(values, captionColumns));
   };
   dialog.addEventListener("keydown", (event) => {
     if (event.target.tagName === "VIDEO") return; // it seeks
@@ -104,20 +104,21 @@ export function openDetail(source, rows, index) {
   show();
 }
 
-function describe(row) {
+function describe(row, captionColumns) {
   const outcome = describeOutcome(row);
   const head = make("p", { class: "verdict-line" }, make("span", { class: outcome ? "pill out" : "pill in", textContent: outcome ?? "kept" }), getReason(row) ? make("span", { textContent: getReason(row) }) : "");
-  const captions = row.captions?.length
-    ? row.captions.map((caption) => make("blockquote", { textContent: caption }))
+  const captions = getCaptions(row, captionColumns);
+  const quotes = captions.length
+    ? captions.map(([name, caption]) => make("blockquote", {}, caption, name === "captions" ? null : make("cite", { textContent: formatTitle(name) })))
     : [make("p", { class: "muted", textContent: "No caption: the clip trains the unconditional model." })];
-  const named = new Set([...PICTURE, ...ORIGIN, ...OUTCOME, ...UNSHOWN]);
+  const named = new Set([...PICTURE, ...ORIGIN, ...OUTCOME, ...UNSHOWN, ...captionColumns]);
   const pairs = (names) => names.filter((name) => row[name] !== undefined && row[name] !== null).map((name) => [formatTitle(name), formatFact(name, row[name])]);
   const others = Object.keys(row).filter((name) => !named.has(name) && !name.startsWith("audio_") && name !== "hash");
   const audio = pairs(Object.keys(row).filter((name) => name.startsWith("audio_"))).map(([name, value]) => [name.replace("audio ", ""), value]);
   const copy = makeButton("Copy name", () => copyText(row.name, copy));
   return [
     head,
-    make("section", {}, make("h3", { textContent: row.captions?.length > 1 ? "Captions" : "Caption" }), ...captions),
+    make("section", {}, make("h3", { textContent: captions.length > 1 ? "Captions" : "Caption" }), ...quotes),
     makeFacts("Measures", pairs(others)),
     makeFacts("Picture", pairs(PICTURE)),
     audio.length ? makeFacts("Sound", audio) : row.outcome === "kept" && !isImage(row) ? makeFacts("Sound", [["track", "none"]]) : null,

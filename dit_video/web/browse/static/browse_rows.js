@@ -1,6 +1,6 @@
 // A page of rows, as tiles or as a table.
 import { make, makeButton, prefersStillness } from "./dom.js";
-import { formatDuration, formatTitle, formatValue } from "./browse_text.js";
+import { formatDuration, formatTitle, formatValue, getCaptions } from "./browse_text.js";
 
 const PREVIEW_DELAY = 250; // milliseconds that the pointer rests on a tile before it plays
 const MIN_ASPECT = 0.45, MAX_ASPECT = 2.4;
@@ -14,7 +14,7 @@ export function describeOutcome(row) {
 }
 
 export const getReason = (row) => row.reason || row.why || "";
-export const getCaption = (row) => row.captions?.[0] ?? "";
+export const getCaption = (row, names) => getCaptions(row, names)[0]?.[1] ?? "";
 export const getBaseName = (name) => (name ?? "").split("/").at(-1);
 export const isImage = (row) => row.frames === 1;
 
@@ -58,18 +58,18 @@ function addPreview(tile, box, source, row) {
 }
 
 /** Return tiles as wide as their clips. */
-export function makeTiles(source, rows, { sort, onOpen }) {
+export function makeTiles(source, rows, { captions, sort, onOpen }) {
   return make("ul", { class: "tiles" }, ...rows.map((row, index) => {
     const box = makeThumbnail(source, row), outcome = describeOutcome(row);
     const aspect = row.width && row.height ? Math.min(Math.max(row.width / row.height, MIN_ASPECT), MAX_ASPECT) : 1.5;
     const facts = isImage(row) ? ["image"] : row.seconds !== null && row.frames ? [formatDuration(row.seconds)] : [];
     if (row.width) facts.push(`${row.width}×${row.height}`);
     if (outcome) box.append(make("span", { class: "badge out", textContent: outcome }));
-    if (sort && !["name", "captions", "reason"].includes(sort) && row[sort] !== null && row[sort] !== undefined) {
+    if (sort && !["name", "reason", ...captions].includes(sort) && row[sort] !== null && row[sort] !== undefined) {
       box.append(make("span", { class: "badge value-badge", textContent: `${formatValue(row[sort])} ${formatTitle(sort)}` }));
     }
-    const caption = getCaption(row) || getBaseName(row.name) || "unnamed";
-    const text = make("span", { class: "tile-text" }, make("span", { class: getCaption(row) ? "prompt" : "prompt muted", textContent: caption }), make("span", { class: "small", textContent: facts.join(" · ") }));
+    const caption = getCaption(row, captions);
+    const text = make("span", { class: "tile-text" }, make("span", { class: caption ? "prompt" : "prompt muted", textContent: caption || getBaseName(row.name) || "unnamed" }), make("span", { class: "small", textContent: facts.join(" · ") }));
     const button = make("button", { type: "button", class: "tile", title: row.name ?? "", on: { click: () => onOpen(index) } }, box, text);
     const item = make("li", { class: aspect < 1 ? "tall" : "" }, button);
     item.style.setProperty("--aspect", aspect);
@@ -79,7 +79,7 @@ export function makeTiles(source, rows, { sort, onOpen }) {
 }
 
 /** Return a table; a click on a column's title sorts by it. */
-export function makeTable(source, rows, { columns, kinds, sort, descending, onSort, onOpen }) {
+export function makeTable(source, rows, { captions, columns, kinds, sort, descending, onSort, onOpen }) {
   const head = columns.map((name) => {
     const order = name === sort ? (descending ? "descending" : "ascending") : "none";
     const mark = make("span", { class: "order", "aria-hidden": "true", textContent: { none: "↕", ascending: "↑", descending: "↓" }[order] });
@@ -91,7 +91,7 @@ export function makeTable(source, rows, { columns, kinds, sort, descending, onSo
   const body = rows.map((row, index) => {
     const open = make("button", { type: "button", class: "open-row", "aria-label": `Open ${row.name ?? "row"}`, on: { click: () => onOpen(index) } }, makeThumbnail(source, row));
     const cells = columns.map((name) => {
-      const value = name === "captions" ? getCaption(row) || null : row[name];
+      const value = name === "captions" ? getCaption(row, captions) || null : row[name];
       const text = name === "outcome" ? describeOutcome(row) ?? "kept" : formatValue(value);
       const kind = kinds.get(name) === "number" ? "number" : name === "outcome" ? `outcome ${describeOutcome(row) ? "out" : "in"}` : `text is-${name}`;
       return make("td", { class: value === null || value === undefined ? `${kind} none` : kind }, make("span", { textContent: text, title: kind.startsWith("text") ? text : "" }));

@@ -1,5 +1,5 @@
 // Rows of the data set: from the server, or from the page itself.
-import { formatNumber } from "./browse_text.js";
+import { formatNumber, getCaptions } from "./browse_text.js";
 
 /** Return a condition of an expression and of limits, in the language of data.where. */
 export function formatWhere(expression, limits) {
@@ -62,7 +62,7 @@ export class StaticSource {
   constructor({ data, rows }) {
     this.data = data;
     this.rows = rows;
-    this.texts = rows.map((row) => [row.name, row.reason, ...(row.captions ?? [])].join("\n").toLowerCase());
+    this.texts = rows.map((row) => [row.name, row.reason, ...getCaptions(row, data.captions).map(([, caption]) => caption)].join("\n").toLowerCase());
   }
 
   getData = async () => this.data;

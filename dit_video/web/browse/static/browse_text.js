@@ -27,4 +27,9 @@ export function formatValue(value) {
 /** Return the name of a column as a title: `audio_rate` as `audio rate`. */
 export const formatTitle = (name) => name.replaceAll("_", " ");
 
+/** Return the captions of a row in the columns of these names, as pairs of a column and a caption. */
+export function getCaptions(row, names) {
+  return names.flatMap((name) => [row[name] ?? []].flat().filter(Boolean).map((caption) => [name, caption]));
+}
+
 export const countClips = (count) => `${formatNumber(count)} clip${count === 1 ? "" : "s"}`;
