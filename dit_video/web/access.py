@@ -18,6 +18,8 @@ from dit_video.web.pages import render_message
 MIN_TOKEN = 8
 """Minimum number of characters of a token."""
 _USER_COOKIE, _TOKEN_COOKIE = "dit_video_user", "dit_video_token"
+"""Names of cookies. Browsers send them to all ports of a host, so the port is added to the name of the token's, which
+differs from server to server."""
 _USER = re.compile(r"[0-9a-f]{32}")
 _COOKIE_SECONDS = 365 * 24 * 3600
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
@@ -105,15 +107,15 @@ class Access:
         is_foreign = origin is not None and urlsplit(origin).netloc != host
         if scope["method"] not in ("GET", "HEAD") and (is_foreign or headers.get("sec-fetch-site") == "cross-site"):
             return _make_refusal(scope, 403, "This request came from a page of another server.")
-        own = _read_cookies(headers)
+        own, token_cookie = _read_cookies(headers), _name_token_cookie(host)
         if (token := self._rules.token) is not None:
             query = parse_qsl(scope["query_string"].decode("latin-1"))
             sent = dict(query).get("token")
             if sent is not None and hmac.compare_digest(sent.encode(), token.encode()) and scope["method"] == "GET":
-                cookies.append(_format_cookie(_TOKEN_COOKIE, token))
+                cookies.append(_format_cookie(token_cookie, token))
                 rest = urlencode([(name, value) for name, value in query if name != "token"])
                 return RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), status_code=303)
-            if not hmac.compare_digest(own.get(_TOKEN_COOKIE, "").encode(), token.encode()):
+            if not hmac.compare_digest(own.get(token_cookie, "").encode(), token.encode()):
                 return _make_refusal(
                     scope, 401, "Open the address that the server printed when it started: it ends with ?token=…."
                 )
@@ -140,6 +142,12 @@ def _make_refusal(scope: Scope, status: int, text: str) -> Response:
 def _get_host_name(host: str) -> str:
     """Return the name in a Host header, without its port and without brackets."""
     return (urlsplit(f"//{host}").hostname or "").lower() if host else ""
+
+
+def _name_token_cookie(host: str) -> str:
+    """Return the name of the token's cookie for a Host header."""
+    port = host.rpartition(":")[2]
+    return f"{_TOKEN_COOKIE}_{port}" if port.isascii() and port.isdecimal() else _TOKEN_COOKIE
 
 
 def _read_cookies(headers: Headers) -> dict[str, str]:

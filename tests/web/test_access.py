@@ -72,6 +72,30 @@ def test_a_token_is_needed_once_and_leaves_the_address():
     assert make_client(TOKEN, base="http://gpu.example:7860").get("/api/state").status_code == 401
 
 
+def test_servers_of_one_host_do_not_lock_each_other_out():
+    first = make_client(TOKEN, base="http://gpu.example:7860")
+    other = AccessRules(is_local=False, token="battery-staple")
+    second = make_client(other, base="http://gpu.example:7861")
+    assert first.get("/?token=correct-horse").status_code == 200
+    second.cookies = first.cookies  # as in a browser, whose cookies do not depend on the port
+    user = first.get("/api/state").json()["user"]
+    assert second.get("/").status_code == 401
+    assert second.get("/?token=battery-staple").status_code == 200
+    assert second.get("/api/state").status_code == 200
+    first.cookies = second.cookies
+    assert first.get("/api/state").json()["user"] == user
+
+
+@pytest.mark.parametrize("host", ["gpu.example", "gpu.example:443", "[::1]", "[::1]:7860", "gpu.example:x;y=1", "a:٣"])
+def test_a_token_is_kept_whatever_the_name_of_the_server(host):
+    client = make_client(TOKEN, base="http://gpu.example")
+    answer = client.get("/?token=correct-horse", headers={"Host": host.encode()}, follow_redirects=False)
+    name, _, rest = answer.headers["set-cookie"].partition("=")
+    assert name.replace("_", "").isalnum()
+    assert rest.startswith("correct-horse; Path=/;")
+    assert client.get("/", headers={"Host": host.encode(), "Cookie": f"{name}=correct-horse"}).status_code == 200
+
+
 def test_pages_load_only_what_the_server_has():
     headers = make_client(LOCAL).get("/").headers
     policy = headers["content-security-policy"]
