@@ -32,6 +32,7 @@ from dit_video.curation.annotators.text_area import TextArea
 from dit_video.curation.histograms import format_histograms, make_histogram
 from dit_video.curation.registry import ANNOTATORS, check_names
 from dit_video.data.clips import ClipSource
+from dit_video.data.tables import take_rows
 from dit_video.training.hooks.logging import Progress
 
 Data = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -155,7 +156,7 @@ def print_columns(source: ClipSource) -> None:
     table = source.tables[0]
     ids = set(source.column("id").tolist())
     rows = np.array([row for row, each in enumerate(table["id"].tolist()) if each in ids])
-    histograms = [make_histogram(name, table.arrow(name).take(rows)) for name in table.names]
+    histograms = [make_histogram(name, take_rows(table.arrow(name), rows)) for name in table.names]
     print(format_histograms(histograms))
 
 

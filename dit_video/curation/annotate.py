@@ -27,6 +27,7 @@ from dit_video.curation.annotation_files import (
 )
 from dit_video.curation.annotator import AnnotationError, Annotator, ClipFile, TableAnnotator
 from dit_video.data.clips import ClipInfo, ClipSource, find_kept
+from dit_video.data.tables import take_rows
 
 AnnotationProgress = Callable[[int, int], object]
 """Function that is called with the numbers of annotated and of all clips of this process."""
@@ -115,8 +116,8 @@ def annotate_table(source: ClipSource, annotator: TableAnnotator) -> None:
                 f"{table.folder} {other} before"
             )
     ids = pa.array(source.column("id"), pa.uint64())
-    rows = pc.index_in(ids, value_set=table.arrow("id"))
-    needed = {name: table.arrow(name).take(rows) for name in annotator.needs}
+    rows = pc.index_in(ids, value_set=table.arrow("id")).to_numpy().astype(np.int64)
+    needed = {name: take_rows(table.arrow(name), rows) for name in annotator.needs}
     values = annotator.annotate_table(list(source.column("name")), needed)
     arrays = [to_array(values[name], column) for name, column in annotator.columns.items()]
     fields = [pa.field("id", pa.uint64()), *make_fields(annotator.columns)]

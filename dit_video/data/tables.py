@@ -127,10 +127,8 @@ class Table:
     def read_values(self, name: str, rows: Int64[np.ndarray, " k"] | Sequence[int]) -> list[Any]:
         """Return the values of some rows of a column as Python's values, None for null; raises like `arrow`."""
         column = self.arrow(name)
-        if len(rows) > _FEW_ROWS:  # which are close to each other in most cases: `take` copies all chunks of a column
-            numbers = np.asarray(rows)
-            first = int(numbers.min())
-            return column.slice(first, int(numbers.max()) + 1 - first).take(pa.array(numbers - first)).to_pylist()
+        if len(rows) > _FEW_ROWS:
+            return take_rows(column, np.asarray(rows)).to_pylist()
         return [column[int(row)].as_py() for row in rows]
 
     def select(self, where: str) -> Int64[np.ndarray, " n"]:
@@ -248,6 +246,26 @@ class Table:
         return self.__dict__ | ({} if self._length < _SMALL_TABLE else {"_columns": {}})
 
 
+def take_rows(column: pa.ChunkedArray, rows: Int64[np.ndarray, " k"]) -> pa.ChunkedArray:
+    """Return the values of some rows of a column.
+
+    Arrow's `take` joins all chunks of a column of texts or lists, which takes memory and fails from 2 GiB on. This one
+    copies nothing but the rows.
+    """
+    if (np.diff(rows) < 0).any():
+        ascending, places = np.unique(rows, return_inverse=True)
+        return take_rows(column, ascending).take(pa.array(places))
+    if len(rows) == len(column) and (np.diff(rows) == 1).all():
+        return column
+    parts, start = [], 0
+    for chunk in column.chunks:
+        first, last = np.searchsorted(rows, (start, start + len(chunk)))
+        if last > first:
+            parts.append(chunk.take(pa.array(rows[first:last] - start)))
+        start += len(chunk)
+    return pa.chunked_array(parts, column.type)
+
+
 class TableColumn(SharesArrays, Sequence[Any]):
     """Some rows of a column as Python's values, which are read when they are used; pickled without the values."""
 
@@ -287,12 +305,7 @@ class TableColumn(SharesArrays, Sequence[Any]):
 
     def take_all(self) -> pa.ChunkedArray:
         """Return Arrow's array of all values."""
-        column = self._table.arrow(self._name)
-        if (np.diff(self._rows) <= 0).any():
-            return column.take(pa.array(self._rows))
-        # `take` would copy all chunks into one, which may be too large.
-        is_chosen = np.isin(np.arange(len(column)), self._rows, assume_unique=True)
-        return column if is_chosen.all() else column.filter(pa.array(is_chosen))
+        return take_rows(self._table.arrow(self._name), self._rows)
 
     def _convert(self, rows: Int64[np.ndarray, " n"]) -> list[Any]:
         values = self._table.read_values(self._name, rows)

@@ -28,7 +28,7 @@ class DataConfig:
     """Selection, sizes and augmentation of clips.
 
     Raises:
-      UserError: The share of a column of captions is not above 0.
+      UserError: the share of a column of captions is not above 0.
     """
 
     max_pixels: int

@@ -14,7 +14,8 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.storage import to_storage_path
 from dit_video.data import table_files, tables
 from dit_video.data.table_files import compute_row_id, read_note, write_column, write_manifest, write_part
-from dit_video.data.tables import Table, TableColumn
+from dit_video.data.tables import Table, TableColumn, take_rows
+from support.huge_columns import make_huge_texts
 from support.process_memory import read_memory
 
 COUNT = 10
@@ -362,3 +363,20 @@ def test_captions_of_more_than_two_gibibytes_are_stored_and_read(tmp_path):
     assert column[5] == ("x" * 120_000,)
     assert len(column[:100]) == 100
     assert column.flatten()[0].sum() == len(rows)
+
+
+@pytest.mark.parametrize("rows", [[], [0], [9], [0, 3, 4, 9], [*range(10)], [2, 2, 5], [5, 0, 2, 5]])
+def test_rows_are_those_of_arrows_take(rows):
+    values = [None if number == 4 else [number, number + 1] for number in range(10)]
+    column = pa.chunked_array(
+        [pa.array(values[a:b], pa.list_(pa.int32())) for a, b in ((0, 3), (3, 3), (3, 8), (8, 10))]
+    )
+    expected = column.take(pa.array(rows, pa.int64())).to_pylist()
+    assert take_rows(column, np.array(rows, np.int64)).to_pylist() == expected
+
+
+def test_rows_of_more_text_than_one_array_can_hold_are_read():
+    column = make_huge_texts()
+    with pytest.raises(pa.ArrowInvalid):
+        column.take(pa.array([0, 2]))  # it joins the chunks
+    assert take_rows(column, np.array([0, 2])).to_pylist() == ["\0" * 4, "\0" * 4]

@@ -1,10 +1,8 @@
-"""Columns of a data set by what they hold: captions, or vectors and bytes, and the reading of some of their rows."""
+"""Columns of a data set by what they hold: captions, or vectors and bytes."""
 
 from collections.abc import Mapping
 
-import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
 
 from dit_video.data.tables import Table
 
@@ -57,23 +55,3 @@ def is_bulky(table: Table, name: str) -> bool:
     chunks = [chunk for chunk in table.arrow(name).chunks if len(chunk)]
     values = sum(chunk.offsets[-1].as_py() - chunk.offsets[0].as_py() for chunk in chunks)
     return values > MAX_SHOWN_VALUES * sum(len(chunk) - chunk.null_count for chunk in chunks)
-
-
-def take_rows(column: pa.ChunkedArray, rows: Int64[np.ndarray, " k"]) -> pa.ChunkedArray:
-    """Return the values of some rows of a column.
-
-    Arrow's `take` joins all chunks of a column of texts or lists, which takes memory and fails from 2 GB on. This one
-    copies nothing but the rows.
-
-    Args:
-      column: the column.
-      rows: numbers of the rows, in ascending order.
-    """
-    parts, start = [], int(rows[0]) if len(rows) else 0
-    column = column.slice(start, int(rows[-1]) + 1 - start if len(rows) else 0)
-    for chunk in column.chunks:
-        first, last = np.searchsorted(rows, (start, start + len(chunk)))
-        if last > first:
-            parts.append(chunk.take(pa.array(rows[first:last] - start)))
-        start += len(chunk)
-    return pa.chunked_array(parts, column.type)

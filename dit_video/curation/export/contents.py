@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from dit_video.core.errors import UserError
-from dit_video.curation.export.columns import CAPTIONS, find_caption_columns, is_bulky, is_text, take_rows
+from dit_video.curation.export.columns import CAPTIONS, find_caption_columns, is_bulky, is_text
 from dit_video.curation.export.stored_clips import StoredClips, detect_media_type
 from dit_video.data.clips import find_kept
 from dit_video.data.ingest.formats.types import MEDIA, SPLITS
-from dit_video.data.tables import Table
+from dit_video.data.tables import Table, take_rows
 
 _PLACES = {"file", "offset", "length", "crc32", "outcome", "reason", "transient", "chosen", "why", "id"}
 """Columns that are about the data set's own files, or alike for all that are exported."""

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from dit_video.curation.export.columns import is_bulky, take_rows
-from dit_video.data.tables import Table
+from dit_video.curation.export.columns import is_bulky
+from dit_video.data.tables import Table, take_rows
 
 _MAX_TEXT = 4000
 _MAX_LIST = 24

@@ -1,14 +1,12 @@
 """Columns are told apart by what they hold, and rows are read without joining the column."""
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
-from dit_video.curation.export.columns import find_caption_columns, is_bulky, take_rows
+from dit_video.curation.export.columns import find_caption_columns, is_bulky
 from dit_video.data.table_files import write_column
 from dit_video.data.tables import Table
 from support.clip_tables import make_row, write_table
-from support.huge_columns import make_huge_texts
 
 
 def test_columns_of_captions_are_those_of_texts_with_their_name():
@@ -49,20 +47,3 @@ def test_bytes_and_long_lists_of_numbers_are_bulky(tmp_path, values, expected):
     write_table(tmp_path, [make_row("a.mp4"), make_row("b.mp4")])
     write_column(tmp_path, "more", pa.table({"name": ["a.mp4", "b.mp4"], "x": values}))
     assert is_bulky(Table(tmp_path), "x") == expected
-
-
-@pytest.mark.parametrize("rows", [[], [0], [9], [0, 3, 4, 9], [*range(10)], [2, 2, 5]])
-def test_rows_are_those_of_arrows_take(rows):
-    values = [None if number == 4 else [number, number + 1] for number in range(10)]
-    column = pa.chunked_array(
-        [pa.array(values[a:b], pa.list_(pa.int32())) for a, b in ((0, 3), (3, 3), (3, 8), (8, 10))]
-    )
-    expected = column.take(pa.array(rows, pa.int64())).to_pylist()
-    assert take_rows(column, np.array(rows, np.int64)).to_pylist() == expected
-
-
-def test_rows_of_more_text_than_one_array_can_hold_are_read():
-    column = make_huge_texts()
-    with pytest.raises(pa.ArrowInvalid):
-        column.take(pa.array([0, 2]))  # it joins the chunks
-    assert take_rows(column, np.array([0, 2])).to_pylist() == ["\0" * 4, "\0" * 4]
