@@ -1,6 +1,8 @@
 """The commands that annotate data sets, and that train a CLIP of scenes to show it."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from dit_video.data.synthetic.scenes import draw_scene, render
 from dit_video.tokens import Grid
 from support.annotated_clips import FIELDS, make_clip, open_clips
 
+ROOT = Path(__file__).resolve().parents[2]
 TOOL = "tools/annotate.py"
 
 
@@ -99,13 +102,21 @@ def compute_matches(folder, count):
 
 @pytest.mark.parametrize(("steps", "loss"), [(100, ()), (160, ("--sigmoid",))], ids=["softmax", "sigmoid"])
 @pytest.mark.slow
-def test_a_clip_trained_for_half_a_minute_tells_right_captions_from_wrong_ones(script, tmp_path, steps, loss):
+def test_a_clip_trained_for_half_a_minute_tells_right_captions_from_wrong_ones(
+    script, load_file, tmp_path, steps, loss
+):
     line = train(script, tmp_path / "clip", "--clips", 600, "--steps", steps, "--batch", 64, *loss)
     right = float(line.rpartition(" ")[2].rstrip("%"))
     assert right > 75
     pairs = compute_matches(tmp_path / "clip", 24)
     assert sum(own > other for own, other in pairs) >= 18
     assert json.loads((tmp_path / "clip" / "config.json").read_text())["architectures"] == ["CLIPModel"]
+    if not loss:
+        load_file(ROOT / "tools" / "benchmark.py")  # puts its folder on the path
+        figures = importlib.import_module("benchmarks.duplicates").measure(tmp_path / "clip", scenes=24)["default"]
+        assert figures["recall"] >= 0.95
+        assert figures["precision"] >= 0.9
+        assert figures["second takes kept"] >= 0.75
 
 
 def test_a_batch_needs_as_many_clips(script, tmp_path):
