@@ -130,7 +130,7 @@ def _count_numbers(name: str, numbers: np.ndarray, nulls: int, bins: int) -> His
     counts = np.bincount(places, minlength=len(edges) - 1)
     ends = [float(numbers.min()), *map(float, edges[1:-1]), float(numbers.max())]
     parts = tuple(
-        Bin(f"{start:.4g} – {stop:.4g}", int(count), start, stop)
+        Bin(f"{start:.4g} – {stop:.4g}" if start < stop else f"{start:.4g}", int(count), start, stop)
         for start, stop, count in zip(ends, ends[1:], counts, strict=False)
     )
     quantiles = tuple(zip(QUANTILES, map(float, np.quantile(numbers, QUANTILES)), strict=True))

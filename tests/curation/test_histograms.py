@@ -63,3 +63,8 @@ def test_the_table_has_a_line_for_each_column():
     assert len(lines) == len(COLUMNS) + 1
     assert lines[5].split()[:3] == ["camera", "3", "1"]
     assert "static 2, pan left 1" in lines[5]
+
+
+def test_a_single_number_is_the_label_of_its_bin():
+    histogram = make_histogram("letterbox", np.zeros(5))
+    assert [(each.label, each.number) for each in histogram.bins] == [("0", 5)]
