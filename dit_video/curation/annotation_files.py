@@ -23,7 +23,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.storage import StoragePath
 from dit_video.curation.annotator import Annotator, AnyAnnotator, Column
 from dit_video.data.clips import ClipSource, find_kept
-from dit_video.data.table_files import COLUMNS_FOLDER, SUFFIX, open_parquet, write_column
+from dit_video.data.table_files import COLUMNS_FOLDER, SUFFIX, get_note, open_parquet, write_column
 
 
 class AnnotationRows(NamedTuple):
@@ -53,21 +53,21 @@ def read_rows(
         schema = pa.schema([schema.field(each) for each in ("id", f"{name}_key", f"{name}_error", *columns)])
     # The parts are listed first: what a process has just merged and removed is in the file that is read next.
     parts = [path for path in _list(folder / f"{name}.parts") if path.suffix == SUFFIX and path.name[0] != "."]
-    tables, paths = [schema.empty_table()], list[StoragePath]()
-    for path in [folder / f"{name}{SUFFIX}", *parts]:
+    merged = folder / f"{name}{SUFFIX}"
+    tables: dict[StoragePath, pa.Table] = {}
+    for path in [*parts, merged]:
         with contextlib.suppress(MissingError):
             file = open_parquet(path)
-            if (file.schema_arrow.metadata or {}).get(b"note", b"").decode() == annotator.identity:
-                tables.append(file.read(columns=schema.names).cast(schema))
-            paths.append(path)
-    rows = pa.concat_tables(tables)
+            is_own = get_note(file.schema_arrow) == annotator.identity
+            tables[path] = file.read(columns=schema.names).cast(schema) if is_own else schema.empty_table()
+    rows = pa.concat_tables([tables.pop(merged, schema.empty_table()), *tables.values()])  # in the order of time
     ids = rows["id"].to_numpy()
     clips = pc.fill_null(pc.index_in(rows["id"], value_set=pa.array(source.column("id"), pa.uint64())), -1).to_numpy()
     is_present = (clips >= 0) & (rows[f"{name}_key"].to_numpy() == np.append(keys, np.uint64(0))[clips])
     has_values = pc.is_null(rows[f"{name}_error"]).to_numpy()
     order = np.lexsort((np.arange(len(ids)), has_values, is_present, ids))
     is_best = np.append(np.diff(ids[order]) != 0, True)[: len(ids)]
-    return AnnotationRows(rows.take(pa.array(np.sort(order[is_best]))), tuple(path for path in paths if path in parts))
+    return AnnotationRows(rows.take(pa.array(np.sort(order[is_best]))), tuple(tables))
 
 
 def write_rows(folder: StoragePath, annotator: Annotator, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -120,7 +120,7 @@ def check_columns(source: ClipSource, annotator: AnyAnnotator) -> None:
             f"{table.folder} has a column {taken[0]} already, which {annotator.name} would write too. Give the "
             "annotator's column another name, or remove the file with the other one"
         )
-    if file is None or (file.schema_arrow.metadata or {}).get(b"note", b"").decode() == annotator.identity:
+    if file is None or get_note(file.schema_arrow) == annotator.identity:
         return
     ids = file.read(columns=["id"])["id"]
     is_replaced = pc.is_in(ids, value_set=pa.array(source.column("id"), pa.uint64()))

@@ -86,7 +86,12 @@ def read_note(folder: StoragePathLike, name: str) -> str | None:
     path = to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{SUFFIX}"
     if not path.exists():
         return None
-    return (read_schema(path).metadata or {}).get(b"note", b"").decode()
+    return get_note(read_schema(path))
+
+
+def get_note(schema: pa.Schema) -> str:
+    """Return the note in the schema of a file that `write_column` wrote; empty if there is none."""
+    return (schema.metadata or {}).get(b"note", b"").decode()
 
 
 def write_manifest(folder: StoragePath, kind: str, settings: Mapping[str, Any], parts: Sequence[str]) -> None:
