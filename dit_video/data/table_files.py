@@ -1,9 +1,10 @@
 """Files of tables: parts, further columns, and the manifest that names them; see `tables`."""
 
+import contextlib
 import hashlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -181,23 +182,24 @@ def open_parquet(path: StoragePath) -> pq.ParquetFile:
       MissingError: the file does not exist.
       UserError: it cannot be reached, or is no Parquet file.
     """
-    try:
+    with _convert_parquet_errors(path):
         if isinstance(path, Path):
             return pq.ParquetFile(path)
         return pq.ParquetFile(pa.BufferReader(read_bytes(path)))
-    except FileNotFoundError as error:
-        raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is not a Parquet file ({error}). Write it again.") from error
 
 
 def read_schema(path: StoragePath) -> pa.Schema:
     """Return the schema of a Parquet file, of which the footer alone is read; raises like `open_parquet`."""
     if isinstance(path, Path):
         return open_parquet(path).schema_arrow
+    with _convert_parquet_errors(path), convert_storage_errors(path), path.open("rb") as file:
+        return pq.read_schema(file)
+
+
+@contextlib.contextmanager
+def _convert_parquet_errors(path: StoragePath) -> Iterator[None]:
     try:
-        with convert_storage_errors(path), path.open("rb") as file:
-            return pq.read_schema(file)
+        yield
     except FileNotFoundError as error:
         raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
     except pa.ArrowException as error:
