@@ -151,8 +151,8 @@ def test_planted_preferences_are_recovered_after_a_reload_half_way(browser, page
 
 
 def test_order_and_sides_differ_by_rater_and_not_by_visit(browser, page_folder):
-    orders = []
-    for name in ("Ada", "Bo", "ada"):
+    orders = []  # drawn anew by each run, as the ids depend on the folders: three raters are never alike by chance
+    for name in ("Ada", "Bo", "Cleo", "ada"):
         rater = Rater(browser, page_folder, name)
         order = []
         for _ in range(3):
@@ -160,8 +160,9 @@ def test_order_and_sides_differ_by_rater_and_not_by_visit(browser, page_folder):
             rater.vote()
         orders.append(order)
         rater.context.close()
-    assert orders[0] == orders[2] != orders[1]
-    assert [frozenset(each) for each in orders[0]] != [frozenset(each) for each in orders[1]]
+    assert orders[0] == orders[-1]
+    assert len({tuple(order) for order in orders}) > 1
+    assert len({tuple(frozenset(sides) for sides in order) for order in orders}) > 1
 
 
 def test_each_rater_draws_some_pairs_and_all_are_equally_likely(browser, drawn_folder):
