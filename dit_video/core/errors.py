@@ -22,9 +22,21 @@ class UserError(Exception):
     (Not a ValueError: libraries that catch those, such as tyro, would print it in a frame of their own.)
     """
 
+    code = 2
+    """Exit code of the script."""
+
 
 class MissingError(UserError):
     """A file, folder, run or field that does not exist."""
+
+
+class TransientError(UserError):
+    """A problem that may be gone when the same command is started again, such as storage that does not answer.
+
+    Its exit code makes a cluster start the run again, while it gives up after that of another `UserError`.
+    """
+
+    code = EXIT_TRY_AGAIN
 
 
 class DecodeError(UserError):
@@ -59,8 +71,8 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
     The line after a `GracefulStop` or Ctrl-C ends with the command that continues, or starts again a script that is not
     resumable.
 
-    Exit codes: 2 after a `UserError`; 0 after a `GracefulStop`, because a preempted run did all that it could; 130
-    after Ctrl-C anywhere else.
+    Exit codes: 2 after a `UserError`; 75 after a `TransientError`; 0 after a `GracefulStop`, because a preempted run
+    did all that it could; 130 after Ctrl-C anywhere else.
     """
 
     @functools.wraps(main)
@@ -70,7 +82,7 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
                 main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.code)
         except GracefulStop as stopped:
             print(f"\nstopped: {stopped}; the same command continues from there: {get_command()}", file=sys.stderr)
             sys.stderr.flush()

@@ -41,6 +41,17 @@ def test_other_errors_keep_their_traceback():
         main()
 
 
+def test_a_transient_error_asks_to_be_started_again(capsys):
+    @script
+    def main():
+        raise TransientError("gs://bucket cannot be reached")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 75
+    assert capsys.readouterr().err == "error: gs://bucket cannot be reached\n"
+
+
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_run_that_was_stopped_ends_with_the_code_that_was_asked_for(capsys, monkeypatch, code):
     monkeypatch.setattr(GracefulStop, "code", code)
