@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dit_video.core.errors import GracefulStop, UserError, raise_if_interrupted, script
+from dit_video.core.errors import GracefulStop, TransientError, UserError, raise_if_interrupted, script
 from dit_video.training.hooks.logging import Progress
 
 
