@@ -12,7 +12,8 @@ import inspect
 import sys
 import types
 import typing
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from dit_video.core import registry
 from dit_video.core.errors import UserError
@@ -77,22 +78,43 @@ def from_json(value: Any) -> Any:
     return cls(**values)
 
 
+class Change(NamedTuple):
+    """A value that differs between two configs in JSON."""
+
+    path: str
+    """Path of the value, such as `curriculum[0].data.max_pixels`."""
+    old: Any
+    """Value in the first config; None if it has none."""
+    new: Any
+    """Value in the second config; None if it has none."""
+
+
 def describe_difference(old: Any, new: Any, path: str = "") -> str:
     """Describe where two JSON values differ, naming the first few differences; empty if they are equal."""
-    differences = _list_differences(old, new, path)
-    more = f" and {len(differences) - _MAX_SHOWN} more" if len(differences) > _MAX_SHOWN else ""
-    return ", ".join(differences[:_MAX_SHOWN]) + more
+    return describe_changes(list_changes(old, new, path))
 
 
-def _list_differences(old: Any, new: Any, path: str) -> list[str]:
+def describe_changes(changes: Sequence[Change]) -> str:
+    """Describe changes, naming the first few; empty if there are none."""
+    texts = [f"{change.path} is {change.old!r} there and {change.new!r} here" for change in changes[:_MAX_SHOWN]]
+    more = f" and {len(changes) - _MAX_SHOWN} more" if len(changes) > _MAX_SHOWN else ""
+    return ", ".join(texts) + more
+
+
+def list_changes(old: Any, new: Any, path: str = "") -> tuple[Change, ...]:
+    """Return the values that differ between two JSON values; lists of different lengths differ as a whole."""
+    return tuple(_iter_changes(old, new, path))
+
+
+def _iter_changes(old: Any, new: Any, path: str) -> Iterator[Change]:
     if isinstance(old, dict) and isinstance(new, dict):
-        names = (*old, *(name for name in new if name not in old))
-        inner = (_list_differences(old.get(name), new.get(name), f"{path}.{name}" if path else name) for name in names)
-        return [difference for each in inner for difference in each]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [difference for index, items in pairs for difference in _list_differences(*items, f"{path}[{index}]")]
-    return [] if old == new else [f"{path} is {old!r} there and {new!r} here"]
+        for name in (*old, *(name for name in new if name not in old)):
+            yield from _iter_changes(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, items in enumerate(zip(old, new, strict=True)):
+            yield from _iter_changes(*items, f"{path}[{index}]")
+    elif old != new:
+        yield Change(path, old, new)
 
 
 def _find_home_module(cls: type) -> str:

@@ -31,6 +31,24 @@ from dit_video.tokens import Canvas, CanvasShape, Grid, PackedRows, PackedShape,
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule
 
+_AMENDABLE_FIELDS = (
+    "autoencoder.model.form",
+    "autoencoder.model.remat",
+    "autoencoder.steps",
+    "curriculum[].data.max_excluded_share",
+    "curriculum[].data.workers",
+    "curriculum[].mesh",
+    "curriculum[].steps",
+    "denoiser.accumulation_steps",
+    "denoiser.backbone.attention",
+    "denoiser.backbone.remat",
+    "denoiser.steps",
+    "denoiser.task",
+    "evaluation",
+    "monitoring",
+    "sampling",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(StagedExperiment):
@@ -255,6 +273,10 @@ class Experiment(StagedExperiment):
                     f"stage {stage_name}: optimizer.{field_name}={value!r} is invalid: the last one has "
                     f"{last_value!r}, and its state could not be carried over. Use the same for all stages."
                 )
+
+    @property
+    def amendable_fields(self) -> tuple[str, ...]:
+        return (*super().amendable_fields, *_AMENDABLE_FIELDS)
 
     def replace_backbone(self, **changes: Any) -> "Experiment":
         """Return the experiment with other fields of the denoiser's architecture, such as its attention."""

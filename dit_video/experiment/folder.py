@@ -1,6 +1,6 @@
 """Folder of a run: its config, its clips, and where its parts lie.
 
-experiment.json           the resolved config
+experiment.json           the resolved config, and its amendments
 pipeline.json             the config of its pipeline, known once the clips are
 data/                     the ingested clips, or a link to them (see `link_datasets`); one folder for each data set
 autoencoder/              checkpoints, metrics.jsonl, weights.safetensors, preview.safetensors (the preview decoder);
@@ -22,7 +22,8 @@ checkpoints/              a link to the checkpoints of both models, where they l
 pipeline/                 the result, which `dit_video.load` reads
 """
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -32,6 +33,7 @@ from dit_video.core.errors import MissingError, UserError, get_command
 from dit_video.core.files import read_document, write_json
 from dit_video.core.storage import StoragePathLike
 from dit_video.experiment import Experiment, StagedExperiment, datasets
+from dit_video.experiment.amendments import Amendment, discard_outdated_pipeline, list_models, make_amendment
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import RUN_CONFIG as CONFIG
 
@@ -48,13 +50,18 @@ class RunFolder:
     folder: Path
     experiment: StagedExperiment
     command: str
-    """Command that started the run."""
+    """Command that started the run, or the last one that amended it."""
+    amendments: tuple[Amendment, ...] = ()
+    """Changes to the config since the run was started, in order."""
     experiment_class: ClassVar[type[StagedExperiment]] = StagedExperiment
     """Class of the experiments that this class runs."""
 
     @classmethod
     def create(cls: type[AnyRun], folder: str | Path, experiment: StagedExperiment) -> AnyRun:
-        """Create a run, or open the one in this folder if its config is the same.
+        """Create a run, or open the one in this folder.
+
+        The config of a run that has begun to train may differ in fields that do not change what is trained; see
+        `amendments`. The pipeline of a finished run is made again where it depends on them.
 
         Raises:
           UserError: the folder holds a run of another config or version, or something else.
@@ -64,13 +71,14 @@ class RunFolder:
         if (folder / CONFIG).is_file():
             existing = cls.open(folder)
             configs = config_json.to_json(existing.experiment), config_json.to_json(experiment)
-            difference = config_json.describe_difference(*configs)
-            if not difference:
+            if not (changes := config_json.list_changes(*configs)):
                 return existing
-            stages = [stage.name for stage in existing.experiment.stages]
-            if any((folder / part).exists() for part in ("autoencoder", "denoiser", *stages)):
-                raise UserError(f"{folder} holds a run of another config ({difference}); use another, or remove it")
-            return run._write_config()  # nothing was trained yet, so that the config may still change
+            if not any((folder / model).exists() for model in list_models(existing.experiment)):
+                return run._write_config()  # nothing was trained yet, so that the config may still change
+            amendment = make_amendment(folder, existing.experiment, experiment, changes, command=run.command)
+            print(f"amended: {amendment}", file=sys.stderr)
+            discard_outdated_pipeline(folder, amendment)
+            return replace(run, amendments=(*existing.amendments, amendment))._write_config()
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; use a folder")
         if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
@@ -86,6 +94,8 @@ class RunFolder:
             "command": self.command,
             "experiment": config_json.to_json(self.experiment),
         }
+        if self.amendments:
+            document["amendments"] = [amendment.to_json() for amendment in self.amendments]
         write_json(self.folder / CONFIG, document)
         return self
 
@@ -106,7 +116,8 @@ class RunFolder:
             raise UserError(
                 f"{folder / CONFIG} holds no experiment for {cls.__name__}; start the run anew in another folder"
             )
-        return cls(folder=folder, experiment=experiment, command=str(document.get("command")))
+        amendments = tuple(map(Amendment.from_json, document.get("amendments", [])))
+        return cls(folder=folder, experiment=experiment, command=str(document.get("command")), amendments=amendments)
 
     def link_latents(self, destination: StoragePathLike) -> None:
         """Link to a folder or an address for the cached latents, which need not exist yet.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.sharding import Mesh
@@ -24,13 +24,27 @@ from dit_video.experiment import DataConfig, datasets
 from dit_video.experiment.checkpoints import get_checkpoint_folder
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.goodput import GOODPUT_FOLDER
 from dit_video.training.hooks.profiler import TraceConfig
 from dit_video.training.loop import LoopConfig
 from dit_video.training.step import TrainStep
+from dit_video.training.time_recorder import TimeRecorder
 from dit_video.training.trainer import Trainer
 
-_RUN_FOLDERS = ("autoencoder", "checkpoints", "clips", "data", "denoiser", "latents", "pipeline", "samples", "stages")
+_RUN_FOLDERS = (
+    *("autoencoder", "checkpoints", "clips", "data", "denoiser", "goodput", "latents", "pipeline", "samples", "stages"),
+)
 """Names in the folder of a run that no other stage may have."""
+_AMENDABLE_FIELDS = (
+    "data.max_excluded_share",
+    "data.workers",
+    "keep",
+    "log_every",
+    "max_consecutive_skips",
+    "mesh",
+    "preemption_grace",
+    "save_every",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +96,15 @@ class StagedExperiment:
         """Return the requirements that every clip of the training meets."""
         return ClipRequirements()
 
+    @property
+    def amendable_fields(self) -> tuple[str, ...]:
+        """Return the fields that may change after the run has begun, because they do not change what is trained.
+
+        A name covers all fields inside of it, and [] stands for any index.
+        """
+        stages = (f"stages[].{name}" for stage in self.stages for name in stage.amendable_fields)
+        return (*_AMENDABLE_FIELDS, *stages)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
@@ -99,6 +122,13 @@ class Runtime:
     """First and last step that are traced."""
     devices: tuple[Any, ...] | None = None
     """Devices of the run, all by default; those that libtpu describes let its programs be compiled elsewhere."""
+    recorder: TimeRecorder = field(default=None, compare=False)  # type: ignore[assignment]  # never None after `__post_init__`
+    """Recorder of where the time of the run goes, one for all its stages; by default one that writes in its folder."""
+
+    def __post_init__(self) -> None:
+        if self.recorder is None:
+            folder = None if self.process else self.folder / GOODPUT_FOLDER
+            object.__setattr__(self, "recorder", TimeRecorder(folder))
 
     @property
     def seed(self) -> int:
@@ -211,6 +241,7 @@ class Runtime:
             mesh=self.mesh,
             start_step=start_step,
             keep=experiment.keep,
+            recorder=self.recorder,
             resolved_config=config_json.to_json(experiment),
         )
 
@@ -223,6 +254,8 @@ class Stage(abc.ABC):
 
     name: str
     """Name of the stage, which no other stage of the run has."""
+    amendable_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that may change after the run has begun; see `StagedExperiment.amendable_fields`."""
 
     def list_inputs(self, runtime: "Runtime") -> tuple[StoragePath, ...]:
         """Return the files and folders of earlier stages that this one reads."""

@@ -180,8 +180,8 @@ def test_train_continues_a_run_samples_it_and_reports(script, copy, tiny_clips, 
 
 
 def test_train_accepts_scalar_settings_on_the_command_line(script, copy, tiny_clips):
-    ended = script("experiments/train.py", ROOT / TINY, "--data", tiny_clips, "--workdir", copy, "--denoiser.steps", 12)
-    assert_one_line(ended, "another config (denoiser.steps is 10 there and 12 here)")
+    ended = script("experiments/train.py", ROOT / TINY, "--data", tiny_clips, "--workdir", copy, "--denoiser.batch", 4)
+    assert_one_line(ended, "another config (denoiser.batch is 2 there and 4 here)")
 
 
 def test_train_refuses_clips_that_do_not_exist(script, tiny_clips, tmp_path):
