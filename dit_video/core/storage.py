@@ -2,27 +2,32 @@
 
 A name that contains `://` is an address, which fsspec opens (`gs://`, `s3://`, `memory://` and all others that it
 knows); any other name is a path on this machine. `to_storage_path` turns both into a `Path` or a `UPath`. Errors of
-services, which have as many types as there are services, become a `UserError` of one line with a fix.
+services, which have as many types as there are services, become a `UserError` of one line with a fix; those that may
+pass by themselves become a `TransientError`, after reads have been repeated (see `storage_errors`).
 """
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
 import re
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.registry import known_implementations
 from upath import UPath
 
 from dit_video.core import files
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, TransientError, UserError
+from dit_video.core.storage_errors import is_transient, retry_transient
 
+T = TypeVar("T")
 StoragePath: TypeAlias = Path | UPath
 StoragePathLike: TypeAlias = str | os.PathLike | UPath
 """A storage path, or its name."""
@@ -64,28 +69,35 @@ def to_storage_path(path: StoragePathLike) -> StoragePath:
         remote.fs.invalidate_cache()
         # Not `exists`, which returns False if access is denied.
         with contextlib.suppress(FileNotFoundError):
-            remote.fs.info(remote.path)
+            _read(remote.fs, lambda: remote.fs.info(remote.path))
     return remote
 
 
 @contextlib.contextmanager
 def convert_storage_errors(path: StoragePathLike) -> Iterator[None]:
-    """Convert errors of a service into `UserError`s of one line; errors of paths on this machine are not changed.
+    """Convert errors of a service into `UserError`s of one line.
+
+    Of the errors of paths on this machine, which may be on a network disk, only transient ones are converted.
 
     Raises:
       MissingError: the path does not exist.
-      UserError: the service denies access, or cannot be reached.
+      TransientError: the service does not answer, or is too busy.
+      UserError: the service denies access.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
+        reason = textwrap.shorten(str(error), _MAX_REASON, placeholder=" …") or type(error).__name__
+        is_of_disk = isinstance(error, OSError) and not isinstance(error, BrokenPipeError)
+        if is_transient(error) and (is_remote(path) or is_of_disk):
+            fix = "run the same command again; if that does not help, check the connection"
+            raise TransientError(f"{path} cannot be reached ({reason}); {fix}") from error
         if not is_remote(path):
             raise
         if isinstance(error, FileNotFoundError):
             raise MissingError(f"no such file: {path}. Check the address.") from error
-        reason = textwrap.shorten(str(error), _MAX_REASON, placeholder=" …") or type(error).__name__
         fix = "check the address, the connection and your credentials"
         raise UserError(f"{path} cannot be opened ({reason}); {fix}") from error
 
@@ -98,7 +110,7 @@ def list_files(folder: UPath) -> dict[str, int]:
     """
     root = folder.path.rstrip("/")
     with convert_storage_errors(folder):
-        entries = folder.fs.find(folder.path, detail=True)
+        entries = _read(folder.fs, lambda: folder.fs.find(folder.path, detail=True))
     names = ((path.removeprefix(root).lstrip("/"), entry) for path, entry in entries.items())
     return {name: int(entry["size"]) for name, entry in names if name and not name.endswith("/")}
 
@@ -122,7 +134,7 @@ class _RemoteFile(io.RawIOBase):
         self._address, self._position = address, 0
         with convert_storage_errors(address):
             self._filesystem, self._path = fsspec.core.url_to_fs(address)
-            self._size = int(self._filesystem.info(self._path)["size"])
+            self._size = int(_read(self._filesystem, lambda: self._filesystem.info(self._path))["size"])
 
     def readable(self) -> bool:
         return True
@@ -140,7 +152,8 @@ class _RemoteFile(io.RawIOBase):
         if end <= self._position:
             return 0
         with convert_storage_errors(self._address):
-            content = self._filesystem.cat_file(self._path, start=self._position, end=end)
+            cat_file = self._filesystem.cat_file
+            content = _read(self._filesystem, lambda: cat_file(self._path, start=self._position, end=end))
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
@@ -159,7 +172,8 @@ def read_range(path: StoragePathLike, offset: int = 0, size: int | None = None) 
             return file.read() if size is None else file.read(size)
     with convert_storage_errors(path):
         filesystem, name = fsspec.core.url_to_fs(_get_name(path))
-        return filesystem.cat_file(name, start=offset or None, end=None if size is None else offset + size)
+        end = None if size is None else offset + size
+        return _read(filesystem, lambda: filesystem.cat_file(name, start=offset or None, end=end))
 
 
 def read_files(folder: UPath, names: Collection[str]) -> dict[str, bytes]:
@@ -172,11 +186,14 @@ def read_files(folder: UPath, names: Collection[str]) -> dict[str, bytes]:
     root = folder.path.rstrip("/")
     with convert_storage_errors(folder):
         # Not `cat`, which takes names with brackets for patterns.
-        contents = folder.fs.cat_ranges([f"{root}/{name}" for name in names], None, None, on_error="return")
-    for name, content in zip(names, contents, strict=True):
+        paths = [f"{root}/{name}" for name in names]
+        contents = _read(folder.fs, lambda: folder.fs.cat_ranges(paths, None, None, on_error="return"))
+    for index, (name, path) in enumerate(zip(names, paths, strict=True)):
         with convert_storage_errors(folder / name):
-            if isinstance(content, Exception):  # raised here as old fsspec ignores `on_error="raise"`
-                raise content
+            if isinstance(error := contents[index], Exception):  # as old fsspec ignores `on_error="raise"`
+                if not is_transient(error):
+                    raise error
+                contents[index] = _read(folder.fs, functools.partial(folder.fs.cat_file, path))
     return dict(zip(names, contents, strict=True))
 
 
@@ -190,7 +207,7 @@ def read_document(path: StoragePath) -> Any:
     if isinstance(path, Path):
         return files.read_json(path)
     with convert_storage_errors(path):
-        content = path.read_bytes()
+        content = _read(path.fs, path.read_bytes)
     return files.parse_json(content, path)
 
 
@@ -222,7 +239,7 @@ def download(source: UPath, target: Path) -> None:
     """
     with convert_storage_errors(source), files.atomic_path(target) as temporary:
         try:
-            source.fs.get_file(source.path, os.fspath(temporary))
+            _read(source.fs, lambda: source.fs.get_file(source.path, os.fspath(temporary)))
         except OSError as error:
             if error.errno in _DISK_FULL_ERRNOS:
                 raise UserError(f"{target} cannot be written ({error.strerror}). Free disk space there.") from error
@@ -238,6 +255,11 @@ def upload(source: Path, target: UPath) -> None:
     with convert_storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.fs.put_file(os.fspath(source), target.path)
+
+
+def _read(filesystem: AbstractFileSystem, function: Callable[[], T]) -> T:
+    """Return the result of a function that reads. It is repeated unless the filesystem does that, as gcsfs and s3fs."""
+    return function() if hasattr(filesystem, "retries") else retry_transient(function)
 
 
 def _get_name(path: StoragePathLike) -> str:

@@ -5,6 +5,7 @@ import errno
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,17 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.core.storage import download, read_document, read_files, to_storage_path, write_text
+from dit_video.core.errors import DecodeError, MissingError, TransientError, UserError
+from dit_video.core.storage import (
+    convert_storage_errors,
+    download,
+    list_files,
+    read_document,
+    read_files,
+    read_range,
+    to_storage_path,
+    write_text,
+)
 from dit_video.data.clips import ClipSource, is_ingested
 from dit_video.data.ingest import completion, engine, parts
 from dit_video.data.ingest.engine import ingest
@@ -35,6 +45,11 @@ class Memory(MemoryFileSystem):
     @classmethod
     def _strip_protocol(cls, path):
         return str(path).removeprefix("gs://").removeprefix("gcs://").removeprefix("s3://").strip("/")
+
+
+@pytest.fixture(autouse=True)
+def _retry_soon(monkeypatch):
+    monkeypatch.setattr("dit_video.core.storage_errors.RETRY_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -77,8 +92,14 @@ def test_a_data_set_can_be_written_to_and_read_from_a_bucket(clips, tmp_path, bu
     assert bucket["bucket/data/REPORT.html"].getvalue() == (tmp_path / "here" / "REPORT.html").read_bytes()
 
 
-@pytest.mark.parametrize("error", [PermissionError("Forbidden"), ConnectionError("timed out")])
-def test_a_record_that_the_service_refuses_is_not_taken_for_damaged(clips, bucket, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        (PermissionError("Forbidden"), r"cannot be opened \(Forbidden\); check the", 2),
+        (ConnectionError("timed out"), r"cannot be reached \(timed out\); run the same command again", 75),
+    ],
+)
+def test_a_record_that_the_service_refuses_is_not_taken_for_damaged(clips, bucket, monkeypatch, error, message, code):
     ingest(clips, "gs://bucket/data")
     source = ClipSource("gs://bucket/data")
 
@@ -87,9 +108,10 @@ def test_a_record_that_the_service_refuses_is_not_taken_for_damaged(clips, bucke
 
     with monkeypatch.context() as patch:
         patch.setattr(Memory, "cat_file", refuse)
-        with pytest.raises(UserError, match=rf"array_record cannot be opened \({error}\); check the") as result:
+        with pytest.raises(UserError, match=rf"array_record {message}") as result:
             source[0]
     assert not isinstance(result.value, DecodeError)
+    assert result.value.code == code
     assert "\n" not in str(result.value)
     del bucket["bucket/data/clips-train-00000.array_record"]
     with pytest.raises(MissingError, match="The data set is incomplete"):
@@ -282,3 +304,70 @@ def test_files_are_read_at_once_where_the_service_can(bucket, monkeypatch):
     monkeypatch.setitem(_registry, "gs", Service)
     folder = to_storage_path("gs://bucket/data")
     assert read_files(folder, ["a", "b?", "c[1]"]) == {"a": b"a", "b?": b"b?", "c[1]": b"c[1]"}
+
+
+def fail_at_first(monkeypatch, name: str, errors: list[Exception]) -> None:
+    """Let a method of the bucket raise these errors before it works."""
+    method = getattr(Memory, name)
+
+    def fail(*arguments, **keywords):
+        if errors:
+            raise errors.pop(0)
+        return method(*arguments, **keywords)
+
+    monkeypatch.setattr(Memory, name, fail)
+
+
+READS = {
+    "info": lambda: to_storage_path("gs://bucket/a/b.json"),
+    "find": lambda: list_files(to_storage_path("gs://bucket/a")),
+    "cat_file": lambda: read_range("gs://bucket/a/b.json"),
+    "cat_ranges": lambda: read_files(to_storage_path("gs://bucket/a"), ["b.json"]),
+    "open": lambda: read_document(to_storage_path("gs://bucket/a/b.json")),
+    "get_file": lambda: download(to_storage_path("gs://bucket/a/b.json"), Path("copy")),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_reads_are_repeated_until_the_service_answers(bucket, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_text(to_storage_path("gs://bucket/a/b.json"), "{}")
+    with monkeypatch.context() as patch:
+        fail_at_first(patch, name, [ConnectionResetError("reset"), TimeoutError("slow")])
+        READS[name]()
+    with monkeypatch.context() as patch:
+        fail_at_first(patch, name, left := [OSError(errno.ESTALE, "stale"), *[TimeoutError("slow")] * 3])
+        with pytest.raises(TransientError, match=r"cannot be reached \(slow\)"):
+            READS[name]()
+    assert len(left) == 1  # three attempts
+    with monkeypatch.context() as patch:
+        fail_at_first(patch, name, left := [PermissionError("denied"), PermissionError("denied")])
+        with pytest.raises(UserError, match=r"cannot be opened \(denied\)") as result:
+            READS[name]()
+    assert len(left) == 1  # one attempt
+    assert result.value.code == 2
+
+
+def test_reads_of_a_filesystem_that_repeats_them_are_not_repeated_again(bucket, monkeypatch):
+    write_text(to_storage_path("gs://bucket/a"), "{}")
+    monkeypatch.setattr(Memory, "retries", 6, raising=False)  # as gcsfs and s3fs have it
+    fail_at_first(monkeypatch, "cat_file", left := [TimeoutError("slow")] * 2)
+    with pytest.raises(TransientError):
+        read_range("gs://bucket/a")
+    assert len(left) == 1
+
+
+def test_one_of_several_files_is_read_again(bucket, monkeypatch):
+    folder = to_storage_path("gs://bucket/a")
+    for name in "xyz":
+        write_text(folder / name, name)
+    fail_at_first(monkeypatch, "cat_file", [TimeoutError("slow"), TimeoutError("slow")])
+    assert read_files(folder, ["x", "y", "z"]) == {"x": b"x", "y": b"y", "z": b"z"}
+
+
+def test_trouble_of_a_network_disk_is_transient_and_other_errors_of_a_path_stay(tmp_path):
+    with pytest.raises(TransientError, match="stale"), convert_storage_errors(tmp_path):
+        raise OSError(errno.ESTALE, "stale")
+    for error in (FileNotFoundError("none"), BrokenPipeError("the reader is gone"), ValueError("UNAVAILABLE")):
+        with pytest.raises(type(error)), convert_storage_errors(tmp_path):
+            raise error
