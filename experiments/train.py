@@ -46,6 +46,7 @@ from dit_video.generation import Sampling
 from dit_video.nn.attention import Backend, BackendName
 from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.reports.run_report import write_autoencoder_report, write_run_report
+from dit_video.training import goodput
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Arguments:
     """Folder or address (gs://…) to read cached latents from, or write them to; WORKDIR/latents by default."""
     checkpoints: str | None = None
     """Folder or address (gs://…) of the checkpoints, from which a lost WORKDIR is restored; WORKDIR by default."""
-    workdir: Path | None = None
-    """Folder of the run; runs/NAME by default."""
+    workdir: str | None = None
+    """Folder or address (gs://…) of the run; runs/NAME by default."""
     autoencoder_only: bool = False
     """Stop after training the autoencoder, and report its reconstructions of the held-out clips."""
     profile: tuple[int, int] | None = None
@@ -99,7 +100,7 @@ def main() -> None:
     )
     if arguments.cache:
         enable_compilation_cache()
-    workdir = arguments.workdir or Path("runs") / arguments.experiment.name
+    workdir = arguments.workdir or f"runs/{arguments.experiment.name}"
     if not arguments.data:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
     datasets.check_datasets(arguments.data)  # fail before the run's folder is created
@@ -107,16 +108,18 @@ def main() -> None:
     options: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
     with open_run(run_class, workdir, arguments.experiment, **options) as opened:
         run = dataclasses.replace(opened, profile=arguments.profile)
-        run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
-        if arguments.autoencoder_only and isinstance(run, Run):
-            evaluate.check_held_out(run.runtime.held_out_clips)  # before the training, not after it
-        for stage in run.select_stages("autoencoder" if arguments.autoencoder_only else None):
-            if stage.is_due(run.runtime):
-                stage.run(run.runtime)
-        results = evaluate_autoencoder(run) if arguments.autoencoder_only else evaluate_run(run)
+        with run.runtime.recorder.attempt(from_process_start=True):
+            run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
+            if arguments.autoencoder_only and isinstance(run, Run):
+                evaluate.check_held_out(run.runtime.held_out_clips)  # before the training, not after it
+            for stage in run.select_stages("autoencoder" if arguments.autoencoder_only else None):
+                if stage.is_due(run.runtime):
+                    with run.runtime.recorder.phase(f"{goodput.STAGE}{stage.name}"):
+                        stage.run(run.runtime)
+            results = evaluate_autoencoder(run) if arguments.autoencoder_only else evaluate_run(run)
     evaluate.print_results(results)
     if is_first_process():
-        result = f"report: {workdir / 'report.html'}" if isinstance(run, Run) else f"run: {workdir}"
+        result = f"report: {workdir}/report.html" if isinstance(run, Run) else f"run: {workdir}"
         print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; {result}")
 
 
@@ -124,10 +127,13 @@ def evaluate_autoencoder(run: StagedRun) -> dict[str, MetricResult]:
     """Write the report of a run whose autoencoder is trained, and return the results."""
     if not is_first_process() or not isinstance(run, Run):
         return {}
-    evaluation = evaluate.evaluate_autoencoder(
-        run.codec(), run.evaluation_clips(), run.folder, metrics=run.experiment.evaluation.metrics
-    )
-    write_autoencoder_report(run.folder / "report.html", run, evaluation)
+    with run.runtime.recorder.phase(goodput.EVALUATION):
+        evaluation = evaluate.evaluate_autoencoder(
+            run.codec(), run.evaluation_clips(), run.folder, metrics=run.experiment.evaluation.metrics
+        )
+    run.runtime.recorder.flush()  # the report shows where the time went
+    with run.runtime.recorder.phase(goodput.REPORT):
+        write_autoencoder_report(run.folder / "report.html", run, evaluation)
     return evaluation.results
 
 
@@ -138,18 +144,22 @@ def evaluate_run(run: StagedRun) -> dict[str, MetricResult]:
     """
     if not isinstance(run, Run):
         return {}
-    experiment, workdir, pipeline = run.experiment, run.folder, run.load_pipeline()
-    evaluation = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, clips=run.evaluation_clips())
+    experiment, workdir, recorder = run.experiment, run.folder, run.runtime.recorder
+    with recorder.phase(goodput.EVALUATION):
+        pipeline = run.load_pipeline()
+        evaluation = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, clips=run.evaluation_clips())
     if not is_first_process():
         return {}
-    write_run_report(
-        workdir / "report.html",
-        pipeline,
-        evaluation,
-        title=experiment.name,
-        source=workdir,
-        config=config_json.to_json(experiment),
-    )
+    recorder.flush()  # the report shows where the time went
+    with recorder.phase(goodput.REPORT):
+        write_run_report(
+            workdir / "report.html",
+            pipeline,
+            evaluation,
+            title=experiment.name,
+            source=workdir,
+            config=config_json.to_json(experiment),
+        )
     return evaluation.results
 
 

@@ -122,13 +122,12 @@ class Runtime:
     """First and last step that are traced."""
     devices: tuple[Any, ...] | None = None
     """Devices of the run, all by default; those that libtpu describes let its programs be compiled elsewhere."""
-    recorder: TimeRecorder = field(default=None, compare=False)  # type: ignore[assignment]  # never None after `__post_init__`
-    """Recorder of where the time of the run goes, one for all its stages; by default one that writes in its folder."""
+    recorder: TimeRecorder = field(default_factory=TimeRecorder, compare=False)
+    """Recorder of where the time of the run goes, one for all its stages."""
 
     def __post_init__(self) -> None:
-        if self.recorder is None:
-            folder = None if self.process else self.folder / GOODPUT_FOLDER
-            object.__setattr__(self, "recorder", TimeRecorder(folder))
+        if self.process == 0:
+            self.recorder.set_folder(self.folder / GOODPUT_FOLDER)
 
     @property
     def seed(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit_video.core.errors import UserError
+from dit_video.training.goodput import RunTimes
 from dit_video.video import Clip
 
 
@@ -118,6 +119,8 @@ class Report:
     charts: tuple[Chart, ...] = ()
     charts_title: str = "Training"
     """Heading of the charts."""
+    times: RunTimes = field(default_factory=RunTimes)
+    """Where the time of the run went."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Nested metrics; the leaves are numbers, strings, booleans, `None` or sequences of them."""
     config: Any = None

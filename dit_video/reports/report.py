@@ -9,6 +9,7 @@ from dit_video.core import files
 from dit_video.reports import clips
 from dit_video.reports.charts import draw_line_chart
 from dit_video.reports.contents import Report, Sample
+from dit_video.reports.run_times import render_run_times
 from dit_video.reports.tables import render_json, render_metrics
 from dit_video.reports.template import render_template
 
@@ -33,6 +34,7 @@ def render(report: Report) -> Markup:
         compute_common_scale=clips.compute_common_scale,
         embed=clips.embed,
         draw_line_chart=draw_line_chart,
+        render_run_times=render_run_times,
         render_metrics=render_metrics,
         render_json=render_json,
     )

@@ -18,6 +18,8 @@ from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
 from dit_video.reports.report import write_report
 from dit_video.reports.results import format_values, make_headline_figures, make_result_table
+from dit_video.reports.run_times import format_duration
+from dit_video.training.goodput import RunTimes, read_run_times
 from dit_video.training.hooks.logging import read_metrics
 
 _MAX_RECONSTRUCTIONS = 12
@@ -57,14 +59,15 @@ def write_run_report(
         f"guidance {' and '.join(f'{scale:g}' for scale in np.ravel(sampling['guidance']))}, "
         "one sample per prompt, not selected."
     )
-    excluded = _read_excluded(source)
+    excluded, times = _read_excluded(source), read_run_times(source)
     report = Report(
         title=title,
         summary=summary,
-        figures=_make_figures(evaluation.results, excluded, minutes),
+        figures=_make_figures(evaluation.results, excluded, times, minutes),
         samples=_make_samples(evaluation),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(source),
+        times=times,
         metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
         config=config_json.to_json(pipeline.config) if config is None else config,
         commands=_make_commands(pipeline, source),
@@ -76,13 +79,14 @@ def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationR
     """Write the report of a run that trains only an autoencoder."""
     experiment = run.experiment
     count = evaluation.metrics["parameters"]["autoencoder"]
-    excluded = _read_excluded(run.folder)
+    excluded, times = _read_excluded(run.folder), read_run_times(run.folder)
     report = Report(
         title=f"{experiment.name}: the autoencoder",
         summary=f"{count / 1e6:.2f} million parameters, created by: {run.command} (seed {experiment.seed}).",
-        figures=_make_figures(evaluation.results, excluded),
+        figures=_make_figures(evaluation.results, excluded, times),
         reconstructions=_make_reconstructions(evaluation),
         charts=_make_charts(run.folder),
+        times=times,
         metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
         config=config_json.to_json(experiment),
     )
@@ -103,11 +107,20 @@ def _make_reconstructions(evaluation: EvaluationResult) -> tuple[Reconstruction,
 
 
 def _make_figures(
-    results: Mapping[str, MetricResult], excluded: Mapping[str, Mapping[str, Any]], minutes: float | None = None
+    results: Mapping[str, MetricResult],
+    excluded: Mapping[str, Mapping[str, Any]],
+    times: RunTimes,
+    minutes: float | None = None,
 ) -> tuple[Figure, ...]:
     """Return the headline values of all metrics, the time of the run, and the number of excluded clips."""
-    time = Figure(label="whole run", value=f"{minutes:.1f} min", note="from start to this page") if minutes else None
-    return (*make_headline_figures(results), *filter(None, (time,)), *_make_excluded_figures(excluded))
+    figures = list(make_headline_figures(results))
+    if minutes:
+        figures.append(Figure(label="whole run", value=f"{minutes:.1f} min", note="from start to this page"))
+    if (share := times.goodput) is not None:
+        lost = f", {times.lost_steps:,} steps taken again" if times.lost_steps else ""
+        note = f"training steps, of {format_duration(times.total / 1e6)}{lost}"
+        figures.append(Figure(label="goodput", value=f"{100 * share:.1f} %", note=note, share=share))
+    return (*figures, *_make_excluded_figures(excluded))
 
 
 def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:

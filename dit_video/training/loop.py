@@ -14,7 +14,7 @@ this process's loop; its parts besides steps are `first_batch_seconds` (once), `
 of each with new shapes; a part of the steps' time), `save_seconds`, and for hooks `NAME_seconds`, such as
 `validate_seconds`. Saving and hooks that follow an entry are in the next one. `unix_seconds` is the time of day of
 the entry; where an entry comes later after the previous one than its interval lasts, the run was not running, or steps
-were repeated.
+were repeated. A `TimeRecorder` accounts for the time of the whole run, over all of its starts.
 
 A step whose loss or gradient is not finite leaves the state unchanged (see `training.step`), is counted in the log as
 `skipped`, and is logged with its batch. After `LoopConfig.max_consecutive_skips` consecutive ones the run ends and
@@ -36,11 +36,13 @@ from jaxtyping import Array, Bool
 
 from dit_video.core import trees as trees
 from dit_video.core.errors import GracefulStop, UserError, check_at_least
+from dit_video.training import goodput
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import Progress
 from dit_video.training.hooks.metric_accumulator import MetricAccumulator, NonFiniteLossError, TooManySkipsError
 from dit_video.training.preemption import handle_signals
+from dit_video.training.time_recorder import TimeRecorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ def run(
     hooks: Sequence[Hook] = (),
     title: str = "training",
     meta: Mapping[str, Any] | None = None,
+    recorder: TimeRecorder | None = None,
 ) -> Any:
     """Train from `state.step` to `config.steps`, and return the last state.
 
@@ -89,6 +92,7 @@ def run(
       hooks: Logs and all else that happens besides the steps.
       title: Title of the progress bar.
       meta: Metadata saved with each checkpoint.
+      recorder: Recorder of where the time of the run goes, which accounts for the steps of this training already.
 
     Raises:
       UserError: The run is beyond `config.steps`, or its folder has a later checkpoint; the data ended early; the loss
@@ -105,15 +109,19 @@ def run(
         hook.resume(steps_done)
     if steps_done == config.steps:
         return state
-    accumulator = MetricAccumulator(steps_done, max_consecutive_skips=config.max_consecutive_skips, hooks=hooks)
+    recorder = TimeRecorder() if recorder is None else recorder
+    max_skips = config.max_consecutive_skips
+    accumulator = MetricAccumulator(steps_done, max_consecutive_skips=max_skips, hooks=hooks, recorder=recorder)
     with (
         handle_signals(steps_done, grace=config.preemption_grace) as stop,
         _close_at_end(batches(steps_done)) as iterator,
         Progress(title, config.steps, start=steps_done, visible=jax.process_index() == 0) as progress,
         contextlib.ExitStack() as stack,
     ):
+        stack.callback(recorder.charge, f"{goodput.HOOK}hook")  # after all of these
         for hook in hooks:
             stack.callback(hook.close)
+        recorder.charge(goodput.STARTUP)
         while steps_done < config.steps and not stop.should_stop():
             batch = accumulator.next(iterator, stop.should_stop)
             if stop.should_stop():
@@ -124,6 +132,7 @@ def run(
                 annotations.enter_context(accumulator.time_compilation(batch))
                 state, metrics = step(state, batch)
             steps_done += 1
+            recorder.count_step(steps_done)
             with saver.handle_failures(steps_done, state, accumulator):
                 accumulator.add(batch, metrics)
             loss = None
@@ -136,12 +145,14 @@ def run(
             if steps_done % config.log_every == 0 or is_last or results:
                 with saver.handle_failures(steps_done, state, accumulator):
                     values = accumulator.compute_and_reset()
-                values |= {name: value for hook in hooks for name, value in hook.derive(values).items()}
-                values |= {**results, **get_device_memory(), "unix_seconds": time.time()}
-                loss = values["loss"]
-                saver.metrics = values
-                for hook in hooks:
-                    hook.write(steps_done, values)
+                recorder.cut(steps_done)
+                with accumulator.pause_timer("hook"):
+                    values |= {name: value for hook in hooks for name, value in hook.derive(values).items()}
+                    values |= {**results, **get_device_memory(), "unix_seconds": time.time()}
+                    loss = values["loss"]
+                    saver.metrics = values
+                    for hook in hooks:
+                        hook.write(steps_done, values)
             stop.record_step(steps_done)
             progress.update(steps_done, loss, is_timed=accumulator.is_timed)
             with accumulator.pause_timer("hook"):
@@ -151,6 +162,8 @@ def run(
                 saver.save(steps_done, state, accumulator)
         saver.save(steps_done, state, accumulator)
         saver.wait()
+        recorder.charge(goodput.SAVE)
+        recorder.end_training(steps_done)
         if stop.acknowledge():
             raise GracefulStop(f"{title}, by {stop.signal_name} after step {steps_done}, which is saved")
     return state
@@ -195,6 +208,8 @@ class _Saver:
             return
         with self.handle_failures(steps_done, state, accumulator):
             accumulator.fetch_metrics()
+        accumulator.recorder.charge(goodput.STEP)
+        accumulator.recorder.cut(steps_done)
         self._save(steps_done, state, accumulator)
 
     def _save(self, steps_done: int, state: Any, accumulator: MetricAccumulator) -> None:

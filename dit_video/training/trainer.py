@@ -16,20 +16,23 @@ from jaxtyping import Array, PyTree
 from dit_video.core.errors import UserError
 from dit_video.distributed import make_shardings, shard_batch
 from dit_video.distributed.planner.hardware import get_peak_flops
-from dit_video.training import loop
+from dit_video.training import goodput, loop
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
 from dit_video.training.folder_lock import lock_folder
+from dit_video.training.hooks.goodput_log import GoodputLog
 from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.hooks.profiler import TraceConfig, Tracer
 from dit_video.training.hooks.skipped_steps import SkippedLog
+from dit_video.training.hooks.slow_hosts import SlowHostMonitor
 from dit_video.training.hooks.throughput import ThroughputMeter
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.posthoc_ema import EmaSnapshots
 from dit_video.training.program import make_constant_shardings, make_step_program
 from dit_video.training.state import get_shapes_on_devices, make_on_devices
 from dit_video.training.step import StepFn, TrainStep
+from dit_video.training.time_recorder import TimeRecorder
 
 
 @runtime_checkable
@@ -89,6 +92,8 @@ class Trainer:
     """Policy for preserving checkpoints."""
     resolved_config: Any = None
     """The whole config as JSON, which is stored in each checkpoint."""
+    recorder: TimeRecorder = dataclasses.field(default_factory=TimeRecorder)
+    """Recorder of where the time of the run goes."""
 
     def run(self, batches: Callable[[int], BatchIterator]) -> Any:
         """Train to `config.steps` and return the last state.
@@ -115,7 +120,8 @@ class Trainer:
             state = make_on_devices(self._init_state, self.random_key, *self._shard_loaded_params(), shardings=layout)
         else:
             shapes = get_shapes_on_devices(self._init_state, shardings=layout)
-            state, meta = checkpoints.restore(shapes, config=self.resolved_config)
+            with self.recorder.phase(goodput.RESTORE):
+                state, meta = checkpoints.restore(shapes, config=self.resolved_config)
         if int(state.step) >= self.config.steps:
             return lambda: state
         stage_steps_done = int(state.step) - self.start_step
@@ -131,6 +137,7 @@ class Trainer:
                 f"the data of {self.folder.parent} differ from those of its checkpoint at step {int(state.step)} (plan "
                 f"{meta['plan']}, now {data.hash}). Restore the data, or start another run."
             )
+        self.recorder.resume(self.folder.name, int(state.step))
         meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)
         return functools.partial(
             loop.run,
@@ -142,6 +149,7 @@ class Trainer:
             hooks=self._list_hooks(meter),
             title=self.title,
             meta={"plan": data.hash, "config": self.resolved_config},
+            recorder=self.recorder,
         )
 
     def get_program(self, batch: PyTree) -> tuple[Any, tuple[PyTree, ...]]:
@@ -162,6 +170,8 @@ class Trainer:
             MetricsLog(self.folder / "metrics.jsonl"),
             SkippedLog(self.folder / "skipped.jsonl"),
             meter,
+            GoodputLog(self.recorder),
+            SlowHostMonitor(self.recorder),
         ]
         if self.trace is not None:
             hooks.append(Tracer(self.trace))

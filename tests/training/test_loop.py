@@ -23,7 +23,10 @@ from support.devices import HANG, PROGRAMS, run_together
 from support.loop_training import State, get_state_shapes, init_state, make_batches, plain_step, step, train
 
 ROOT = Path(__file__).parents[2]
-TIMES = {"step_seconds", "steps_per_second", "data_wait", "interval_seconds", "unix_seconds", "hook_seconds"}
+TIMES = {
+    *("step_seconds", "steps_per_second", "data_wait", "host_seconds", "interval_seconds", "unix_seconds"),
+    "hook_seconds",
+}
 
 
 def is_time(name: str) -> bool:

@@ -23,6 +23,7 @@ from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, 
 from dit_video.experiment.runtime import Runtime, Stage
 from dit_video.nn import get_graph_def, init_params
 from dit_video.pipelines.folder import PREVIEW
+from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.video import Clip
@@ -57,30 +58,32 @@ class TrainAutoencoder(Stage):
     def run(self, runtime: Runtime) -> None:
         config = self._training
         graph = get_graph_def(config.model.make)
-        step, constants = make_autoencoder_step(config, runtime.seed, mesh=runtime.mesh)
-        crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
-        is_new = runtime.open_checkpoints(self.name).latest() is None
-        linear = self._fit_linear(runtime, crops) if isinstance(config.model, PatchVaeConfig) and is_new else None
+        with runtime.recorder.phase(goodput.STARTUP):
+            step, constants = make_autoencoder_step(config, runtime.seed, mesh=runtime.mesh)
+            crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
+            is_new = runtime.open_checkpoints(self.name).latest() is None
+            linear = self._fit_linear(runtime, crops) if isinstance(config.model, PatchVaeConfig) and is_new else None
 
-        def init(key: Array) -> dict[str, Any]:
-            params = init_params(config.model.make, key)
-            return params if linear is None else init_from_linear(params, linear)
+            def init(key: Array) -> dict[str, Any]:
+                params = init_params(config.model.make, key)
+                return params if linear is None else init_from_linear(params, linear)
 
-        trainer = runtime.make_trainer(self.name, steps=config.steps, init=init, train_step=step)
-        load_params = functools.partial(load_initial_params, config, rng.key(runtime.seed, "inflation"))
-        trainer = dataclasses.replace(
-            trainer, load_params=load_params, constants=constants, hooks=self._make_hooks(runtime)
-        )
-        state = trainer.run(functools.partial(self.open_windows, runtime, crops, purpose="autoencoder"))
-        params = to_host(state.ema)
-        if config.optimizer.is_trained("normalizer/mean"):
-            with contextlib.closing(self.open_windows(runtime, crops, 0, "latent moments")) as windows:
-                mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
-            params["normalizer"] = {"mean": mean, "std": std}
-        if runtime.process == 0:
-            self._fit_preview_decoder(runtime, crops, params)
-            # The last output: the stage is done when it is there.
-            save_weights(runtime.folder / WEIGHTS_FILE, params)
+            trainer = runtime.make_trainer(self.name, steps=config.steps, init=init, train_step=step)
+            load_params = functools.partial(load_initial_params, config, rng.key(runtime.seed, "inflation"))
+            trainer = dataclasses.replace(
+                trainer, load_params=load_params, constants=constants, hooks=self._make_hooks(runtime)
+            )
+            state = trainer.run(functools.partial(self.open_windows, runtime, crops, purpose="autoencoder"))
+        with runtime.recorder.phase(f"{goodput.STAGE}{self.name}"):
+            params = to_host(state.ema)
+            if config.optimizer.is_trained("normalizer/mean"):
+                with contextlib.closing(self.open_windows(runtime, crops, 0, "latent moments")) as windows:
+                    mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
+                params["normalizer"] = {"mean": mean, "std": std}
+            if runtime.process == 0:
+                self._fit_preview_decoder(runtime, crops, params)
+                # The last output: the stage is done when it is there.
+                save_weights(runtime.folder / WEIGHTS_FILE, params)
 
     def _fit_preview_decoder(self, runtime: Runtime, crops: ClipCrops, params: dict[str, Any]) -> None:
         """Write the preview decoder of the trained autoencoder, fitted to unaugmented windows."""

@@ -27,6 +27,7 @@ from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.experiment.stages.curriculum import DenoiserStage
 from dit_video.experiment.stages.latents import CacheLatents
 from dit_video.pipelines.pipeline import Pipeline
+from dit_video.training import goodput
 from dit_video.training.folder_lock import lock_folder
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
@@ -65,26 +66,29 @@ class TrainDenoiser(DenoiserStage):
         runtime, config = runtime.for_stage(self.experiment), self.experiment.denoiser
         if self.curriculum:
             print_on_first_process(f"stage {self.curriculum}: up to step {self.end_step}")
-        texts, open_batches = self.open_inputs(runtime)
-        loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=texts.empty)
-        is_resuming = runtime.open_checkpoints("denoiser").latest() is not None
-        trained = open_trainable_denoiser(config, runtime.folder / "denoiser", runtime.mesh, is_resuming=is_resuming)
-        trainer = self.make_trainer(runtime, loss, trained)
-        trainer = replace(
-            trainer, hooks=self._make_hooks(runtime, loss, trained), flops_fn=monitors.make_flops_fn(config)
-        )
+        with runtime.recorder.phase(goodput.STARTUP):
+            texts, open_batches = self.open_inputs(runtime)
+            loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=texts.empty)
+            is_resuming = runtime.open_checkpoints("denoiser").latest() is not None
+            folder = runtime.folder / "denoiser"
+            trained = open_trainable_denoiser(config, folder, runtime.mesh, is_resuming=is_resuming)
+            trainer = self.make_trainer(runtime, loss, trained)
+            trainer = replace(
+                trainer, hooks=self._make_hooks(runtime, loss, trained), flops_fn=monitors.make_flops_fn(config)
+            )
 
-        def open_and_record(start: int) -> DenoiserBatches:
-            batches = open_batches(start)
-            self._record_rows(runtime, batches)
-            return batches
+            def open_and_record(start: int) -> DenoiserBatches:
+                batches = open_batches(start)
+                self._record_rows(runtime, batches)
+                return batches
 
-        with lock_folder(trainer.folder):
-            state = trainer.prepare(open_and_record)()
+            with lock_folder(trainer.folder):
+                state = trainer.prepare(open_and_record)()
         if not self.curriculum:
             ema_params = state.ema
             del state
-            self._export(runtime, trained, ema_params)
+            with runtime.recorder.phase(f"{goodput.STAGE}{self.name}"):
+                self._export(runtime, trained, ema_params)
 
     def make_trainer(self, runtime: Runtime, loss: DenoiserLoss, trained: TrainableDenoiser) -> Trainer:
         """Return the trainer of the denoiser, without logs."""

@@ -15,6 +15,7 @@ from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.experiment.stages.curriculum import DenoiserStage
+from dit_video.training import goodput
 from dit_video.training.hooks.logging import Progress, print_on_first_process
 
 
@@ -33,26 +34,27 @@ class CacheLatents(DenoiserStage):
 
     def run(self, runtime: Runtime) -> None:
         runtime = runtime.for_stage(self.experiment)
-        encoding, clips = self.make_encoding(runtime), runtime.training_clips
-        destination = self._get_destination(runtime)
-        identity, plan = (
-            latent_plan.compute_latent_identity(encoding),
-            latent_plan.plan_encoding(clips, encoding, destination),
-        )
-        with Progress("encoding latents", len(plan.views), unit="clip") as progress:
-            finished = offline.encode_latents(
-                destination,
-                clips,
-                encoding,
-                plan,
-                identity=identity,
-                shard=runtime.process,
-                shards=runtime.process_count,
-                progress=progress.update,
+        with runtime.recorder.phase(f"{goodput.STAGE}{self.name}"):
+            encoding, clips = self.make_encoding(runtime), runtime.training_clips
+            destination = self._get_destination(runtime)
+            identity, plan = (
+                latent_plan.compute_latent_identity(encoding),
+                latent_plan.plan_encoding(clips, encoding, destination),
             )
-        while not finished:  # other processes are still writing their files
-            time.sleep(1)
-            finished = offline.finish_latents(destination, clips, encoding, plan, identity=identity)
+            with Progress("encoding latents", len(plan.views), unit="clip") as progress:
+                finished = offline.encode_latents(
+                    destination,
+                    clips,
+                    encoding,
+                    plan,
+                    identity=identity,
+                    shard=runtime.process,
+                    shards=runtime.process_count,
+                    progress=progress.update,
+                )
+            while not finished:  # other processes are still writing their files
+                time.sleep(1)
+                finished = offline.finish_latents(destination, clips, encoding, plan, identity=identity)
 
     def open(self, runtime: Runtime) -> LatentSource:
         """Return the cached latents.
@@ -82,6 +84,12 @@ class CacheLatents(DenoiserStage):
         params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
         text = open_text_encoder(experiment, runtime)
         return input_pipeline.make_encoding(experiment, params, text=text, images=images)
+
+    def link_destination(self, runtime: Runtime) -> None:
+        """Let the latents of a run at an address lie there, if they have no other place."""
+        folder = self.get_folder(runtime) / "latents"
+        if runtime.remote is not None and not folder.exists():
+            datasets.link_folder(folder, runtime.remote.address / folder.relative_to(runtime.folder), "latents")
 
     def _get_destination(self, runtime: Runtime) -> StoragePath:
         return datasets.resolve(self.get_folder(runtime) / "latents")

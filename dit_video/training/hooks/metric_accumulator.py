@@ -11,8 +11,10 @@ from jaxtyping import Array
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
+from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.step import Average, Metrics
+from dit_video.training.time_recorder import TimeRecorder
 
 _MAX_QUEUED_STEPS = 2
 """Number of steps that may be queued on the device behind the one whose result is awaited."""
@@ -32,7 +34,14 @@ class MetricAccumulator:
     Metrics stay on the device until they are needed, so that the host runs ahead of it.
     """
 
-    def __init__(self, steps_done: int, *, max_consecutive_skips: int, hooks: Sequence[Hook] = ()) -> None:
+    def __init__(
+        self,
+        steps_done: int,
+        *,
+        max_consecutive_skips: int,
+        hooks: Sequence[Hook] = (),
+        recorder: TimeRecorder | None = None,
+    ) -> None:
         """Initialize the accumulator.
 
         Args:
@@ -40,7 +49,9 @@ class MetricAccumulator:
           max_consecutive_skips: Number of consecutive skipped steps that is an error.
           hooks: Hooks that are told of skipped steps. Their identification of a batch is kept until its step is known
             not to be skipped.
+          recorder: Recorder of where the time of the run goes.
         """
+        self.recorder = TimeRecorder() if recorder is None else recorder
         self._steps_done = steps_done
         """Number of steps before those with pending metrics."""
         self._pending_metrics: list[Metrics] = []
@@ -73,6 +84,12 @@ class MetricAccumulator:
         self._start_time = time.perf_counter()
         self._num_timed = 0
         self._wait_seconds = 0.0
+        self._device_seconds = 0.0
+        """Seconds in which the host started steps and waited for devices, and did nothing of its own."""
+
+    @property
+    def _is_device_idle(self) -> bool:
+        return self._newest_loss is None or self._newest_loss.is_ready()  # type: ignore[attr-defined]  # missing in JAX's stub
 
     def next(self, iterator: Iterator[Any], should_stop: Callable[[], bool]) -> Any:
         """Return the next batch, or None if a signal to stop has also ended the data loader's processes.
@@ -80,6 +97,7 @@ class MetricAccumulator:
         Raises:
           UserError: The data ended before the training.
         """
+        self.recorder.charge(goodput.STEP)
         start_time = time.perf_counter()
         try:
             batch = next(iterator)
@@ -94,7 +112,9 @@ class MetricAccumulator:
             self._has_batch = True
             self._add_lost_seconds("first_batch", time.perf_counter() - start_time)
         # The wait is counted only if the device has finished its queued work and is idle.
-        if self._newest_loss is not None and self._newest_loss.is_ready():  # type: ignore[attr-defined]  # missing in JAX's stub
+        is_idle = self._is_device_idle
+        self.recorder.charge(goodput.DATA if is_idle else goodput.STEP)
+        if is_idle and self._newest_loss is not None:
             self._wait_seconds += time.perf_counter() - start_time
         return batch
 
@@ -117,16 +137,22 @@ class MetricAccumulator:
             return
         self._num_timed += 1
         if len(self._pending_metrics) > _MAX_QUEUED_STEPS:
+            start_time = time.perf_counter()
             jax.block_until_ready(self._pending_metrics[-1 - _MAX_QUEUED_STEPS]["loss"])
+            self._device_seconds += time.perf_counter() - start_time
             self._check_skips(len(self._pending_metrics) - _MAX_QUEUED_STEPS)
 
     @contextlib.contextmanager
     def time_compilation(self, batch: Any) -> Iterator[None]:
         """Count the time inside the context, in which a step is started, as compilation if its shapes are new."""
+        self.recorder.charge(goodput.STEP)
         start_time = time.perf_counter()
         yield
+        seconds = time.perf_counter() - start_time
+        self._device_seconds += seconds
         if _get_shapes(batch) not in self._compiled_shapes:
-            self._add_lost_seconds("compile", time.perf_counter() - start_time)
+            self.recorder.charge(goodput.COMPILE)
+            self._add_lost_seconds("compile", seconds)
 
     def _record_shapes(self, batch: Any) -> None:
         """Set `is_timed` for the step of this batch."""
@@ -161,7 +187,9 @@ class MetricAccumulator:
           NonFiniteLossError: The loss of a step that was not skipped is not finite.
           TooManySkipsError: Too many consecutive steps were skipped.
         """
+        start_time = time.perf_counter()
         fetched = jax.device_get(self._pending_metrics)
+        self._device_seconds += time.perf_counter() - start_time
         self._check_skips(len(fetched))
         for index, metrics in enumerate(fetched):
             if not np.isfinite(metrics["loss"]) and not metrics.get("skipped", 0):
@@ -185,9 +213,11 @@ class MetricAccumulator:
         if self._num_timed < len(fetched) and self._first_step_seconds is not None:
             values["first_step_seconds"] = self._first_step_seconds
         if self._num_timed:
-            seconds = (time.perf_counter() - self._start_time) / self._num_timed
+            timed_seconds = time.perf_counter() - self._start_time
+            seconds = timed_seconds / self._num_timed
             values |= {"step_seconds": seconds, "steps_per_second": 1 / seconds}
-            values["data_wait"] = self._wait_seconds / (seconds * self._num_timed)
+            values["data_wait"] = self._wait_seconds / timed_seconds
+            values["host_seconds"] = max(0.0, timed_seconds - self._device_seconds) / self._num_timed
         values["interval_seconds"] = time.perf_counter() - self._interval_start
         values |= {f"{name}_seconds": seconds for name, seconds in self._lost_seconds.items()}
         self._steps_done += len(fetched)
@@ -199,10 +229,14 @@ class MetricAccumulator:
     @contextlib.contextmanager
     def pause_timer(self, name: str) -> Iterator[None]:
         """Exclude the time inside the context from the step time, and log it as `NAME_seconds`."""
+        self.recorder.charge(goodput.STEP)
         start_time = time.perf_counter()
         try:
             yield
         finally:
+            # Devices that still work on a step are not kept from it.
+            category = goodput.SAVE if name == "save" else f"{goodput.HOOK}{name}"
+            self.recorder.charge(category if self._is_device_idle else goodput.STEP)
             seconds = time.perf_counter() - start_time
             self._start_time += seconds
             self._add_lost_seconds(name, seconds)
@@ -210,7 +244,9 @@ class MetricAccumulator:
     @contextlib.contextmanager
     def sync_and_pause_timer(self, name: str) -> Iterator[None]:
         """Wait for all steps, then do as `pause_timer`."""
+        start_time = time.perf_counter()
         jax.block_until_ready(self._newest_loss)
+        self._device_seconds += time.perf_counter() - start_time
         with self.pause_timer(name):
             yield
 

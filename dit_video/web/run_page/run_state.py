@@ -14,12 +14,15 @@ from typing import Any, Literal
 from dit_video.core.errors import UserError
 from dit_video.experiment.autoencoder import WEIGHTS_FILE
 from dit_video.experiment.checkpoints import SavedCheckpoint, list_checkpoints
+from dit_video.reports.run_times import format_duration
 from dit_video.training.folder_lock import LOCK_FILE
+from dit_video.training.goodput import RunTimes
 from dit_video.web.run_page.evaluation_log import EvaluationCurves, read_evaluations
 from dit_video.web.run_page.grids import GridSeries, list_grids
 from dit_video.web.run_page.metrics_reader import Entry, MetricsReader
 from dit_video.web.run_page.run_plan import PlannedTraining, RunPlan, read_plan
 from dit_video.web.run_page.time_use import TimeUse, TimeUseCounter
+from dit_video.web.run_page.times_reader import TimesReader
 
 RunStatus = Literal["new", "starting", "training", "silent", "between", "finished"]
 _MIN_SILENCE = 120.0
@@ -96,6 +99,8 @@ class RunState:
     status: RunStatus
     status_text: str
     """The status in words."""
+    times: RunTimes
+    """Where the time of all attempts went; without attempts for a run of an older version."""
 
     @property
     def current(self) -> TrainingState | None:
@@ -111,6 +116,7 @@ class RunReader:
         self.folder = folder
         self._readers: dict[str, MetricsReader] = {}
         self._counters: dict[str, TimeUseCounter] = {}
+        self._times = TimesReader(folder)
         self._checkpoints: dict[str, tuple[float, tuple[SavedCheckpoint, ...]]] = {}
         self._lock = threading.Lock()
 
@@ -120,7 +126,7 @@ class RunReader:
             plan = read_plan(self.folder)
             trainings = tuple(map(self._read_training, plan.add_folders(self.folder)))
         status, text = _judge(self.folder, trainings)
-        return RunState(plan=plan, trainings=trainings, status=status, status_text=text)
+        return RunState(plan=plan, trainings=trainings, status=status, status_text=text, times=self._times.read())
 
     def _read_training(self, plan: PlannedTraining) -> TrainingState:
         folder = self.folder / plan.name
@@ -193,26 +199,16 @@ def _judge(folder: Path, trainings: Sequence[TrainingState]) -> tuple[RunStatus,
     return "training", f"training the {title}"
 
 
-def format_duration(seconds: float) -> str:
-    """Return a duration in two units at most: 45 s, 12 min, 3 h 20 min, 2 days 5 h."""
-    if seconds < 90:
-        return f"{max(0, round(seconds))} s" if seconds >= 10 or seconds == round(seconds) else f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(hours, 24)
-    return f"{days} days {hours} h" if hours else f"{days} days"
-
-
 def make_document(state: RunState) -> dict[str, Any]:
     """Return a state as JSON values, in which NaN is null."""
     return {
         "title": state.plan.title,
         "status": state.status,
         "status_text": state.status_text,
+        "goodput": state.times.goodput,
+        "attempts": len(state.times.attempts),
+        "lost_steps": state.times.lost_steps,
+        "seconds": {name: value / 1e6 for name, value in state.times.microseconds.items()},
         "trainings": [_describe_training(each) for each in state.trainings],
     }
 

@@ -6,36 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from markupsafe import Markup
+
 from dit_video.experiment.checkpoints import SavedCheckpoint
 from dit_video.reports.charts import format_number
 from dit_video.reports.contents import Figure
+from dit_video.reports.run_times import HOOK_LABELS, TimePart, format_duration, render_run_times
 from dit_video.web.run_page.grids import GridSeries
 from dit_video.web.run_page.run_charts import DrawnChart, draw_evaluations, draw_losses, draw_others, draw_throughput
-from dit_video.web.run_page.run_state import RunState, TrainingState, format_duration
+from dit_video.web.run_page.run_state import RunState, TrainingState
 from dit_video.web.run_page.time_use import TimeUse
-
-_HOOKS = {
-    "validate": "validation",
-    "sample": "samples",
-    "reconstruct": "reconstructions",
-    "evaluate": "evaluation",
-    "snapshot": "snapshots of averages",
-    "hook": "other monitoring",
-}
-"""Names of hooks for readers."""
-
-
-class TimePart(NamedTuple):
-    """A part of the time of a training."""
-
-    label: str
-    colour: str
-    """Class of its colour; empty for a part of the part before it."""
-    duration: str
-    share: float
-    """Share of the whole time, from 0 to 1."""
-    start: float
-    """Sum of the shares before it."""
 
 
 class CheckpointRow(NamedTuple):
@@ -88,6 +68,10 @@ class RunView:
     progress: TrainingView | None
     """Training that the header describes; None before the first."""
     time_left: str
+    times: Markup | None
+    """Where the time of the whole run went; None if nothing is recorded."""
+    goodput: str
+    """The goodput in words; empty if nothing is recorded."""
     trainings: tuple[TrainingView, ...]
     """Trainings that have begun, newest first."""
 
@@ -105,6 +89,8 @@ def make_view(state: RunState) -> RunView:
         updated=None if current is None else current.updated,
         progress=progress,
         time_left=_format_time_left(state, current),
+        times=render_run_times(state.times) if state.times.total else None,
+        goodput="" if state.times.goodput is None else f"{100 * state.times.goodput:.1f} % goodput",
         trainings=tuple(reversed(views)),
     )
 
@@ -207,7 +193,7 @@ def _make_time_parts(use: TimeUse) -> Iterator[TimePart]:
         if colour == "c4":
             for name, part in sorted(use.hooks.items(), key=lambda item: -item[1]):
                 if part >= 0.001 * total:
-                    yield TimePart(_HOOKS.get(name, name), "", format_duration(part), part / total, start)
+                    yield TimePart(HOOK_LABELS.get(name, name), "", format_duration(part), part / total, start)
         start += seconds / total
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from dit_video.web.run_page.metrics_reader import Entry
 
 _OWN_TIMES = frozenset(
-    f"{name}_seconds" for name in ("first_batch", "first_step", "step", "interval", "compile", "save", "unix")
+    f"{name}_seconds"
+    for name in ("first_batch", "first_step", "step", "interval", "compile", "save", "unix", "host", "run")
 )
 """Times that the loop logs itself; all others are of hooks."""
 _MIN_GAP = 1.0
