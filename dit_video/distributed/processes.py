@@ -2,11 +2,12 @@
 
 A script runs its work inside `initialize_distributed()`. It detects from the environment if the process is one of
 several, connects them (`jax.distributed`), stops them if they were started with different configs or code, and monitors
-them (`heartbeat`). For a single process it does nothing.
+them (`heartbeat`). A single process is only watched for hangs (`hang_watch`).
 
-Detection, in this order:
+Detection (`cluster_detection`), in this order:
 
-    explicit     COORDINATOR_ADDRESS (host:port of process 0), NUM_PROCESSES, PROCESS_ID; also with JAX_ before them
+    explicit     COORDINATOR_ADDRESS (host:port of process 0), NUM_PROCESSES, PROCESS_ID; also with JAX_ before them;
+                 NUM_PROCESSES=1 alone for a single process
     otherwise    what JAX detects: SLURM steps, Open MPI, Cloud TPU VMs, TPUs on GKE (JobSet), Kubernetes jobs
 """
 
@@ -17,77 +18,21 @@ import os
 import socket
 import sys
 import threading
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
-from dit_video.distributed.heartbeat import HeartbeatMonitor, TimeoutConfig
+from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError
+from dit_video.distributed.cluster_detection import ProcessInfo as ProcessInfo
+from dit_video.distributed.cluster_detection import detect_processes as detect_processes
+from dit_video.distributed.hang_watch import HangWatch
+from dit_video.distributed.heartbeat import HeartbeatMonitor
 from dit_video.distributed.store import KeyValueStore
+from dit_video.distributed.timeouts import TimeoutConfig
 
 _EXTRA_SECONDS = 60
 """Seconds by which JAX's timeout is longer than ours."""
-_VARIABLES = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProcessInfo:
-    """The position of this process among those of its run."""
-
-    source: str
-    """Source of this information."""
-    count: int
-    """Number of processes."""
-    index: int | None = None
-    """Number of this process; None if JAX detects it, with the address."""
-    address: str | None = None
-    """Address host:port of the first process."""
-
-
-def detect_processes(environment: Mapping[str, str] | None = None) -> ProcessInfo | None:
-    """Return the process information from the environment; None for a single process.
-
-    Raises:
-      UserError: If only some of the explicit variables are set, or their values are invalid.
-    """
-    environment = os.environ if environment is None else environment
-    variables = {name: environment.get(name) or environment.get(f"JAX_{name}") for name in _VARIABLES}
-    if not any(variables.values()) or (variables["COORDINATOR_ADDRESS"] and not any(list(variables.values())[1:])):
-        return _detect_with_jax()  # JAX also supports an address without the other variables.
-    if missing := [name for name, value in variables.items() if not value]:
-        missing_names, names = ", ".join(missing), ", ".join(_VARIABLES)
-        raise UserError(f"{missing_names} not set, though other variables of several processes are. Set {names}.")
-    address, count, index = (str(value) for value in variables.values())
-    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
-        rule = "both must be whole numbers. Use PROCESS_ID from 0 to NUM_PROCESSES - 1."
-        raise UserError(f"PROCESS_ID={index}, NUM_PROCESSES={count} is invalid: {rule}")
-    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
-        rule = "it must be host:port of process 0. Use an address such as node0:1234."
-        raise UserError(f"COORDINATOR_ADDRESS={address} is invalid: {rule}")
-    if int(count) == 1:
-        return None
-    return ProcessInfo(source="the environment", count=int(count), index=int(index), address=address)
-
-
-def _detect_with_jax() -> ProcessInfo | None:
-    from jax._src import clusters  # Private; `jax.distributed.initialize` without arguments uses it.
-
-    for cluster in clusters.ClusterEnv._cluster_types:
-        if cluster.opt_in_only_method:
-            continue
-        try:
-            with warnings.catch_warnings(action="ignore"):  # A missing Kubernetes package warns.
-                if not cluster.is_env_present():
-                    continue
-            count = cluster.get_process_count()
-        except Exception as error:  # A metadata server or an API may not answer.
-            print(f"{cluster.__name__} could not be asked for other processes: {error}", file=sys.stderr)
-            continue
-        return ProcessInfo(source=cluster.__name__, count=count) if count > 1 else None
-    return None
 
 
 @contextlib.contextmanager
@@ -104,19 +49,22 @@ def initialize_distributed(
       timeouts: How long other processes are waited for.
 
     Raises:
-      UserError: If the others do not start in time, or their config or code differs.
+      TransientError: If the others do not start in time, or the cluster does not answer.
+      UserError: If the config or code of another process differs.
     """
     info = detect_processes()
-    if info is None:
-        yield
-        return
     timeouts = timeouts or TimeoutConfig()
+    if info is None:
+        with HangWatch(timeouts):
+            yield
+        return
     _connect(info, timeouts)
-    with HeartbeatMonitor(timeouts) as peers:
-        peers.compare({"config": config, "code": code})
+    with HeartbeatMonitor(timeouts) as monitor:
+        monitor.compare({"config": config, "code": code})
         if jax.process_index() == 0:
             print(_describe_processes(info), file=sys.stderr)
-        yield
+        with HangWatch(timeouts, end=monitor.report_hang, is_waiting=lambda: monitor.is_other_busy):
+            yield
 
 
 _turn_numbers = itertools.count()
@@ -131,12 +79,14 @@ def main_process_first() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    turn = KeyValueStore(f"turn/{next(_turn_numbers)}")
-    if jax.process_index() != 0:
-        turn.wait_for({"done"}, math.inf)  # No timeout: the heartbeat notices if the first process dies.
+    store, name = KeyValueStore("turns"), str(next(_turn_numbers))
+    # That process which JAX's devices number 0, and which writes files, need not be process 0 of the store.
+    is_first = jax.process_index() == 0
+    if not is_first:
+        store.wait_for(name)  # No timeout: the heartbeat notices if the first process dies.
     yield
-    if jax.process_index() == 0:
-        turn.write("done", "")
+    if is_first:
+        store.write(name, "")
 
 
 def wait_for_main_process() -> None:
@@ -151,11 +101,8 @@ def wait_for_main_process() -> None:
 
 def wait_for_all_processes() -> None:
     """Wait until all processes have reached this call, without a collective operation (see `wait_for_main_process`)."""
-    if jax.process_count() == 1:
-        return
-    meeting = KeyValueStore(f"meeting/{next(_turn_numbers)}")
-    meeting.write(str(jax.process_index()), "")
-    meeting.wait_for({str(index) for index in range(jax.process_count())}, math.inf)
+    if jax.process_count() > 1:
+        KeyValueStore("meetings").meet(str(next(_turn_numbers)))
 
 
 def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
@@ -179,7 +126,7 @@ def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
         )
     except Exception as error:  # JAX raises many types for a failed connection.
         line = str(error).strip().splitlines()[0]
-        raise UserError(f"{_format_not_found(info, timeouts)} ({line})") from error
+        raise TransientError(f"{_format_not_found(info, timeouts)} ({line})") from error
     finally:
         timer.cancel()
 
@@ -187,7 +134,7 @@ def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
 def _format_not_found(info: ProcessInfo, timeouts: TimeoutConfig) -> str:
     return (
         f"the {info.count} processes of the run did not find each other within {timeouts.startup:g} s. Start all of "
-        f"them, and check that {info.address or 'the first'} can be reached."
+        f"them, and check that {info.address or 'the first'} can be reached. A single process needs NUM_PROCESSES=1."
     )
 
 

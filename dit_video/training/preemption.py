@@ -1,34 +1,40 @@
 """Graceful end of a training run after a signal: after the same saved step in all processes, and in time.
 
 SIGTERM (preemption) and SIGINT (Ctrl-C) stop the loop after the current step; a second signal ends the process
-immediately. In a run of several processes any of them may receive the signal. A thread in each process polls a few
-times per second whether one did. Then each process publishes the step that it will reach in any case, and the largest
-of these is the last step of all: no process is beyond it, and no process has to wait for a device to agree.
+immediately. In a run of several processes any of them may receive the signal. It publishes the request, which a thread
+in each process polls for. Then each process tells the step that it will reach in any case, and process 0 publishes the
+largest of these as the last step of all: no process is beyond it, and none has to wait for a device to agree.
+
+The machine says by DIT_VIDEO_PREEMPTION_GRACE how many seconds it leaves a process after the signal. A process that has
+not ended by then, in the time of `preemption_grace` or of this variable, exits with its earlier checkpoints intact.
 """
 
 import contextlib
+import functools
 import itertools
+import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 import jax
 
-from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop
-from dit_video.distributed.heartbeat import count_step
-from dit_video.distributed.store import KeyValueStore
+from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, UserError
+from dit_video.distributed.process_group import ProcessGroup
+from dit_video.distributed.progress import count_step, expect_steps
+from dit_video.distributed.stacks import dump_stacks
+from dit_video.distributed.store import AbortedWaitError, KeyValueStore
 
+GRACE_VARIABLE = "DIT_VIDEO_PREEMPTION_GRACE"
+"""Environment variable with the seconds between SIGTERM and the end of the process, which launch files set."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_SECONDS = 0.25
-"""Seconds between two polls for a signal in another process."""
-_AGREEMENT_TIMEOUT = 60.0
-"""Timeout in seconds for the steps of the other processes, whose threads publish them immediately."""
-_END_TIMEOUT = 3600.0
-"""Timeout in seconds for all processes to end a run that all have saved. Processes that hang are detected by
-`distributed.heartbeat`."""
+"""Seconds between two polls for a signal in another process, in a small group."""
+_JOIN_SECONDS = 10.0
+"""Time to wait for the thread at the end of a run; it ends with the process if a call of it hangs."""
 _run_numbers = itertools.count()
 
 
@@ -47,6 +53,7 @@ class StopRequest:
 
     def record_step(self, steps_done: int) -> None:
         """Record the number of steps done; the next step begins unless `should_stop`."""
+        count_step()
 
     def acknowledge(self) -> bool:
         """Return True if a signal came before the end of the run, in which case nothing is started after it."""
@@ -58,19 +65,37 @@ class StopRequest:
 
 
 class SharedStopRequest(StopRequest):
-    """A stop request shared by several processes, which all create one for each of their runs, in the same order."""
+    """A stop request shared by several processes, which all create one for each of their runs, in the same order.
 
-    def __init__(self, steps_done: int) -> None:
-        """Start the polling thread; `steps_done` is the number of steps done at the start."""
+    Calls to other processes may fail for a while: they are repeated until the end of the run, and an agreement that
+    comes late is obeyed like any other.
+    """
+
+    def __init__(
+        self,
+        steps_done: int,
+        *,
+        on_request: Callable[[], None] = lambda: None,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        """Start the polling thread.
+
+        Args:
+          steps_done: Number of steps done at the start.
+          on_request: Function that is called once this process knows of the signal.
+          group: Processes that stop together; None for those of this run.
+        """
         super().__init__()
-        self._store = KeyValueStore(f"stop/{next(_run_numbers)}")
+        self._on_request = on_request
+        self._store = KeyValueStore(f"stop/{next(_run_numbers)}", group)
+        self._poll_seconds = self._store.group.get_interval(_POLL_SECONDS)
         self._committed_step = steps_done + 1
         """Step that this process reaches in any case."""
         self._last_step: int | None = None
         self._is_stopping = False
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._poll, name="stop together", daemon=True)
+        self._thread = threading.Thread(target=self._stop_together, name="stop together", daemon=True)
         self._thread.start()
 
     def should_stop(self) -> bool:
@@ -85,45 +110,48 @@ class SharedStopRequest(StopRequest):
                 self._is_stopping = steps_done >= self._last_step
 
     def acknowledge(self) -> bool:
-        self._store.write(f"end/{jax.process_index()}", self.signal_name)
-        values = self._store.wait_for({f"end/{index}" for index in range(jax.process_count())}, _END_TIMEOUT)
-        signal_names = {name: text for name, text in values.items() if name.startswith("end/") and text}
-        self.signal_name = self.signal_name or next(iter(signal_names.values()), "")
-        self.acknowledged = bool(signal_names)
+        combine = functools.partial(max, key=bool)  # the first name that is not empty
+        signal_name = self._store.meet("end", self.signal_name, combine=combine)
+        self.signal_name = self.signal_name or signal_name
+        self.acknowledged = bool(signal_name)
         return self.acknowledged
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join(_AGREEMENT_TIMEOUT)
-        # Another process may still wait for this one's step. The first process, which keeps the store, may be gone.
-        with contextlib.suppress(Exception):
-            self._publish_committed_step()
+        self._thread.join(_JOIN_SECONDS)
+        # Others may still wait for this one's step. The first process, which keeps the store, may be gone.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._store.join_meeting("last_step", str(self._committed_step))
 
-    def _poll(self) -> None:
-        process, is_published = jax.process_index(), False
-        while not self._closed.wait(_POLL_SECONDS):
-            try:
-                if self.signal_name and not is_published:
-                    self._store.write(f"asked/{process}", self.signal_name)
-                    is_published = True
-                values = self._store.read()
-                if requests := sorted(name for name in values if name.startswith("asked/")):
-                    first = f"{values[requests[0]]} in process {requests[0].removeprefix('asked/')}"
-                    self.signal_name = self.signal_name or first
-                    self._agree_on_last_step()
+    def _stop_together(self) -> None:
+        with contextlib.suppress(AbortedWaitError):
+            self._repeat(self._wait_for_request)
+            self._on_request()
+            with self._lock:
+                self._repeat(self._agree_on_last_step)
+
+    def _repeat(self, attempt: Callable[[], bool]) -> None:
+        """Attempt something until it succeeds or the run ends."""
+        while True:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # The heartbeat ends the process if it must.
+                if attempt():
                     return
-            except Exception:  # the process that keeps the store is gone, so this one cannot go on for long either
-                return
+            if self._closed.wait(self._poll_seconds):
+                raise AbortedWaitError
 
-    def _publish_committed_step(self) -> None:
-        self._store.write(f"bound/{jax.process_index()}", str(self._committed_step))
+    def _wait_for_request(self) -> bool:
+        if self.signal_name:
+            self._store.write("request", f"{self.signal_name} in process {self._store.group.process_id}")
+            return True
+        self.signal_name = self._store.try_read("request") or ""
+        return bool(self.signal_name)
 
-    def _agree_on_last_step(self) -> None:
-        with self._lock:
-            self._publish_committed_step()
-            names = {f"bound/{index}" for index in range(jax.process_count())}
-            values = self._store.wait_for(names, _AGREEMENT_TIMEOUT)
-            self._last_step = max(int(values[name]) for name in names)
+    def _agree_on_last_step(self) -> bool:
+        step = self._store.meet(
+            "last_step", str(self._committed_step), combine=lambda steps: str(max(map(int, steps))), abort=self._closed
+        )
+        self._last_step = int(step)
+        return True
 
 
 @contextlib.contextmanager
@@ -134,32 +162,58 @@ def handle_signals(steps_done: int, *, grace: float) -> Iterator[StopRequest]:
 
     Args:
       steps_done: Number of steps done at the start.
-      grace: Seconds after the first signal within which the block has to end. Otherwise, such as if a step or a disk
-        hangs, the process exits with code `TRY_AGAIN`.
+      grace: Seconds after the first signal, to any process of the run, within which the block has to end. Otherwise,
+        such as if a step or a disk hangs, the process exits with code `TRY_AGAIN`. A shorter time of the machine
+        (`GRACE_VARIABLE`) comes first.
+
+    Raises:
+      UserError: If the time of the machine is not a number of at least one second.
     """
-    stop = StopRequest() if jax.process_count() == 1 else SharedStopRequest(steps_done)
-    timers: list[threading.Timer] = []
+    grace = min(grace, get_machine_grace())
     received: list[int] = []
+    timer = threading.Timer(grace, lambda: _exit_after_grace(stop.signal_name, grace))
+    timer.daemon = True
+
+    def start_timer() -> None:
+        with contextlib.suppress(RuntimeError):  # It is started already.
+            timer.start()
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        name = signal.Signals(number).name
-        stop.signal_name = stop.signal_name or name
-        timers.append(threading.Timer(grace, _exit_after_grace, (name, grace)))
-        timers[0].daemon = True
-        timers[0].start()
+        stop.signal_name = stop.signal_name or signal.Signals(number).name
+        start_timer()
 
+    stop: StopRequest
+    stop = StopRequest() if jax.process_count() == 1 else SharedStopRequest(steps_done, on_request=start_timer)
     try:
-        with _install_handler(handle, *_SIGNALS):
+        with expect_steps(), _install_handler(handle, *_SIGNALS):
             yield stop
     finally:
-        for timer in timers:
-            timer.cancel()
+        timer.cancel()
         stop.close()
     if received and not stop.acknowledged:
         signal.raise_signal(received[0])
+
+
+def get_machine_grace(environment: Mapping[str, str] = os.environ) -> float:
+    """Return the seconds that the machine leaves a process after a signal; infinity if it does not say.
+
+    Raises:
+      UserError: If the variable is not a number of at least one second.
+    """
+    text = environment.get(GRACE_VARIABLE, "")
+    if not text:
+        return math.inf
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 1:
+        rule = "it must be a number of seconds, at least 1."
+        raise UserError(f"{GRACE_VARIABLE}={text} is invalid: {rule} Use {GRACE_VARIABLE}=100.")
+    return seconds
 
 
 @contextlib.contextmanager
@@ -188,4 +242,5 @@ def _install_handler(handler: Callable[[int, FrameType | None], None], *signals:
 def _exit_after_grace(name: str, grace: float) -> None:
     advice = "Earlier checkpoints are intact; run the same command to resume from them."
     print(f"error: the state was not saved within {grace:g} s after {name}. {advice}", file=sys.stderr, flush=True)
+    dump_stacks()
     os._exit(EXIT_TRY_AGAIN)

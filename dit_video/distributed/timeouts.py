@@ -1,0 +1,31 @@
+"""Time limits for the processes of a run and for its steps."""
+
+from dataclasses import dataclass
+
+from dit_video.core.errors import check_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeoutConfig:
+    """Configuration of how long other processes, and steps, are waited for, in seconds.
+
+    Raises:
+      UserError: If a time is too short.
+    """
+
+    startup: float = 300.0
+    """Time until all processes have started."""
+    max_silence: float = 60.0
+    """Time without a heartbeat of a process."""
+    max_lag: float = 1800.0
+    """Time that a process stays at a step while others are ahead; longer than a step takes. Where one process writes or
+    evaluates, the others wait for it at the same step, so that none is behind."""
+    max_step: float = 1800.0
+    """Time in which a training finishes no step, in no process, before it counts as hung and ends; 20 times the median
+    step if that is longer. Phases such as saving and sampling, in any process, do not count."""
+    max_phase: float = 14400.0
+    """Time that such a phase takes before it counts as hung and ends the run."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, startup=self.startup, max_silence=self.max_silence, max_lag=self.max_lag)
+        check_at_least(1, max_step=self.max_step, max_phase=self.max_phase)
