@@ -1,18 +1,42 @@
-"""Hold the lock of a folder; the arguments are the folder and for how many seconds."""
+"""Hold the lock of a folder or an address, and write into a file while it is held.
 
+The arguments are the folder, the number of seconds, the interval and the time of the lease, a file to write to, and
+`no-flock` for a disk without locks of the system.
+"""
+
+import errno
+import fcntl
 import sys
 import time
 
 from dit_video.core.errors import script
-from dit_video.training.folder_lock import lock_folder
+from dit_video.training.folder_lock import check_locks, lock_folder
+from dit_video.training.lease import LeaseConfig
+from support import exclusive_bucket
+
+folder, seconds, renew_every, expires_after, log, *options = sys.argv[1:]
+
+
+def refuse(*_: object) -> None:
+    """Fail as a disk without locks does."""
+    raise OSError(errno.ENOLCK, "No locks available")
 
 
 @script
 def main() -> None:
-    """Lock the folder and wait."""
-    with lock_folder(sys.argv[1]):
+    """Lock the folder, and write a line now and then."""
+    exclusive_bucket.register()
+    if "no-flock" in options:
+        fcntl.flock = refuse  # type: ignore[assignment]
+    config = LeaseConfig(renew_every=float(renew_every), expires_after=float(expires_after), settle=0.05)
+    with lock_folder(folder, config=config), open(log, "a") as file:
         print("held", flush=True)
-        time.sleep(float(sys.argv[2]))
+        end = time.monotonic() + float(seconds)
+        while time.monotonic() < end:
+            check_locks()
+            file.write("line\n")
+            file.flush()
+            time.sleep(0.01)
 
 
 main()

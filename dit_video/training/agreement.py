@@ -1,0 +1,114 @@
+"""Results and decisions that all processes of a run share, without a collective operation of their devices.
+
+A process that has failed would not enter such an operation, and the others would wait in it. Here each process reports
+through the run's key-value store, and the first decides for all.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Literal, NoReturn, TypeVar
+
+import jax
+
+from dit_video.core.errors import TransientError, UserError
+from dit_video.core.storage_errors import classify_storage_error
+from dit_video.distributed.store import KeyValueStore
+
+T = TypeVar("T")
+
+FailureKind = Literal["none", "damage", "transient", "access", "mistake", "defect"]
+_SEVERITY: tuple[FailureKind, ...] = ("none", "damage", "transient", "access", "mistake", "defect")
+_meeting_numbers = itertools.count()
+
+
+def share_text(text: str) -> str:
+    """Return the text of the first process; all processes call this, in the same order."""
+    return _meet(text, lambda texts: texts[0])
+
+
+@dataclass(frozen=True)
+class SharedResult(Generic[T]):
+    """Result of a function that all processes have called, and the worst failure among them."""
+
+    value: T | None
+    """Result in this process; None after its failure."""
+    kind: FailureKind = "none"
+    """Kind of the failure: none, damaged data, storage that may answer later, denied access, a mistake of the user, or
+    any other error."""
+    reason: str = ""
+    """Description of the failure, with the process if it was another one; empty without one."""
+    error: Exception | None = None
+    """Error of this process, if it failed."""
+
+
+def call_together(function: Callable[[], T]) -> SharedResult[T]:
+    """Call a function in this process and wait until all others have called theirs.
+
+    The function must not contain collective operations, unless it cannot fail before them.
+    """
+    value, error = None, None
+    try:
+        value = function()
+    except Exception as raised:
+        error = raised
+    own_kind = "none" if error is None else _classify(error)
+    own_reason = "" if error is None else format_error(error)
+    kind, reason, index = json.loads(_meet(json.dumps([own_kind, own_reason]), _find_worst))
+    if kind != own_kind:
+        reason = f"in process {index}: {reason}"
+    return SharedResult(value, kind, own_reason if kind == own_kind else reason, error)
+
+
+def raise_failure(action: str, failure: SharedResult) -> NoReturn:
+    """Raise the failure that all processes have agreed on, which may be that of another one.
+
+    Args:
+      action: Description of what failed, such as "read the checkpoint of step 3".
+      failure: Result of `call_together` with a failure.
+
+    Raises:
+      TransientError: The storage does not answer.
+      UserError: Access is denied, or the failing process has raised it.
+    """
+    if isinstance(failure.error, UserError):
+        raise failure.error
+    if failure.kind == "transient":
+        advice = "Run the same command again; if that does not help, check the connection to the storage."
+        raise TransientError(f"cannot {action} now ({failure.reason}). {advice}") from failure.error
+    if failure.kind == "access":
+        advice = "Check the permissions and the credentials, then run the same command again."
+        raise UserError(f"cannot {action} ({failure.reason}). {advice}") from failure.error
+    if failure.kind == "mistake":
+        raise UserError(f"cannot {action} ({failure.reason})")
+    raise failure.error or RuntimeError(f"cannot {action} ({failure.reason})")
+
+
+def format_error(error: Exception) -> str:
+    """Return the beginning of an error's message on one line; of a user error, which has one line, all of it."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:120]}{'…' if len(text) > 120 else ''}"
+
+
+def _classify(error: Exception) -> FailureKind:
+    if isinstance(error, UserError):
+        return "transient" if isinstance(error, TransientError) else "mistake"
+    if isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
+        return "defect"
+    problem = classify_storage_error(error)
+    return problem if problem in ("transient", "access") else "damage"  # type: ignore[return-value]
+
+
+def _find_worst(texts: list[str]) -> str:
+    results = [(*json.loads(text), index) for index, text in enumerate(texts)]
+    return json.dumps(max(results, key=lambda result: (_SEVERITY.index(result[0]), -result[2])))
+
+
+def _meet(text: str, combine: Callable[[list[str]], str]) -> str:
+    store = KeyValueStore("agreement")
+    if store.group.process_count == 1:
+        return combine([text])
+    return store.meet(str(next(_meeting_numbers)), text, combine=combine)

@@ -1,0 +1,65 @@
+"""Arrays of a checkpoint: their description, their digests, and the comparison with those of a state."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, UInt32
+
+from dit_video.core.errors import UserError
+
+
+def compute_digests(arrays: Mapping[str, Array]) -> dict[str, int]:
+    """Return the digest of each array, in all processes; it is the same on every mesh."""
+    # One array at a time: on CPUs, concurrent multi-device programs may deadlock.
+    return {path: int(_compute_digest(array)) for path, array in arrays.items()}
+
+
+@jax.jit
+def _compute_digest(array: Array) -> UInt32[Array, ""]:
+    """Return the sum of the bits of all values, weighted by position, modulo 2^32: the same on every mesh."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype == jnp.bool_:
+        words = array.astype(jnp.uint32)
+    else:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+        words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
+
+
+def describe_array(leaf: Any) -> dict[str, Any]:
+    """Return the shape and dtype of an array as JSON."""
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def make_target(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape, dtype and sharding of an array to be read; without a sharding, on the first device."""
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def check_arrays(folder: Path, stored: Mapping[str, Any], expected: Mapping[str, Any], config_difference: str) -> None:
+    """Raise a user error with the first difference between the arrays of a checkpoint and those of the state.
+
+    `config_difference` names the fields of the config that differ, or is empty.
+    """
+    differences = [f"it lacks {path}" for path in expected if path not in stored]
+    differences += [f"it has {path}, which this run does not" for path in stored if path not in expected]
+    for path, leaf in expected.items():
+        here = describe_array(leaf)
+        there = {name: stored[path][name] for name in here} if path in stored else here
+        if there != here:
+            before, now = ("{dtype}{shape}".format_map(each) for each in (there, here))
+            differences.append(f"{path} is {before} there and {now} here")
+    if differences:
+        count_note = f" (and {len(differences) - 1} more differences)" if len(differences) > 1 else ""
+        config_note = f"; config: {config_difference}" if config_difference else ""
+        details = f"{differences[0]}{count_note}{config_note}. Use the config of its run, or another folder."
+        raise UserError(f"checkpoint {folder} has another config: {details}")
