@@ -38,7 +38,8 @@ from dit_video.training.checkpoint_io import convert_save_errors, open_reader, o
 from dit_video.training.checkpoint_policy import CheckpointPolicy, OrbaxPreservationPolicy
 from dit_video.training.folder_lock import check_locks
 
-FORMAT = 1
+FORMAT = 2
+"""Format of new checkpoints. Those of format 1 have other digests, and can be read, too."""
 
 
 @dataclass(frozen=True)
@@ -257,10 +258,10 @@ class Checkpoints:
         if not checkpoint_path.exists():  # on a network disk one machine may see a folder before another one does
             raise OSError(errno.ESTALE, f"{checkpoint_path} is listed, but cannot be seen")
         document = self.read_document(step)
-        if document.get("format") != FORMAT:
+        if document.get("format") not in (1, FORMAT):
             raise UserError(
-                f"{checkpoint_path} has checkpoint format {document.get('format')}, but this version reads {FORMAT}. "
-                "Use the version that wrote it."
+                f"{checkpoint_path} has checkpoint format {document.get('format')}, but this version reads 1 to "
+                f"{FORMAT}. Use the version that wrote it."
             )
         expected = {path: make_target(leaf) for path, leaf in trees.flatten(like).items()}
         fields = "" if config is None else config_json.describe_difference(document["meta"].get("config"), config)
@@ -309,6 +310,6 @@ class Checkpoints:
 
 
 def _check_digests(arrays: Mapping[str, jax.Array], document: Mapping[str, Any]) -> None:
-    for path, digest in compute_digests(arrays).items():
+    for path, digest in compute_digests(arrays, is_mixed=document["format"] > 1).items():
         if digest != document["arrays"][path]["digest"]:
             raise ValueError(f"the digest of {path} does not match: its values were lost or changed after writing")

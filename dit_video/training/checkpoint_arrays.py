@@ -1,5 +1,6 @@
 """Arrays of a checkpoint: their description, their digests, and the comparison with those of a state."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,21 @@ from jaxtyping import Array, UInt32
 from dit_video.core.errors import UserError
 
 
-def compute_digests(arrays: Mapping[str, Array]) -> dict[str, int]:
-    """Return the digest of each array, in all processes; it is the same on every mesh."""
+def compute_digests(arrays: Mapping[str, Array], *, is_mixed: bool = True) -> dict[str, int]:
+    """Return the digest of each array, in all processes; it is the same on every mesh.
+
+    Args:
+      arrays: Arrays by their paths.
+      is_mixed: Whether bits are mixed, as in checkpoints of format 2. Without that, equal values whose low bits are
+        zero may have the digest of zeros.
+    """
     # One array at a time: on CPUs, concurrent multi-device programs may deadlock.
-    return {path: int(_compute_digest(array)) for path, array in arrays.items()}
+    return {path: int(_compute_digest(array, is_mixed=is_mixed)) for path, array in arrays.items()}
 
 
-@jax.jit
-def _compute_digest(array: Array) -> UInt32[Array, ""]:
-    """Return the sum of the bits of all values, weighted by position, modulo 2^32: the same on every mesh."""
+@functools.partial(jax.jit, static_argnames="is_mixed")
+def _compute_digest(array: Array, *, is_mixed: bool) -> UInt32[Array, ""]:
+    """Return the sum of the bits of all values, mixed or weighted with their position, modulo 2^32."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype == jnp.bool_:
@@ -31,7 +38,15 @@ def _compute_digest(array: Array) -> UInt32[Array, ""]:
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(words * (2 * position + 1), dtype=jnp.uint32)
+    words = _mix(words ^ _mix(position + jnp.uint32(1))) if is_mixed else words * (2 * position + 1)
+    return jnp.sum(words, dtype=jnp.uint32)
+
+
+def _mix(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Return words each bit of which depends on all bits of one word, by the finalizer of MurmurHash3."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)
 
 
 def describe_array(leaf: Any) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Several processes restore the same checkpoint, whatever one of them meets."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from support.devices import run_together
+
+PROGRAM = "restore_in_two_processes.py"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    for output in run_together(PROGRAM, str(folder), "save"):
+        assert "latest 2" in output
+    return folder
+
+
+def restore(folder: Path, fault: str) -> list[str]:
+    """Return the last lines of both processes."""
+    return [
+        next(line for line in output.splitlines() if line.startswith(("restored", "error")))
+        for output in run_together(PROGRAM, str(folder), fault)
+    ]
+
+
+@pytest.mark.parametrize("fault", ["chunk", "replica"])
+def test_what_one_process_cannot_read_is_passed_over_by_all(saved, fault):
+    assert restore(saved, fault) == ["restored 1 True latest 1"] * 2
+
+
+def test_a_damaged_file_that_one_process_reads_is_passed_over_by_all(saved, tmp_path):
+    """Orbax writes the part of each process into files of its own."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    parts = sorted((folder / "2" / "state" / "ocdbt.process_1").rglob("d/*"))
+    assert parts
+    for path in parts:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert restore(folder, "none") == ["restored 1 True latest 1"] * 2
+
+
+@pytest.mark.parametrize("fault", ["none", "once", "unseen"])
+def test_a_fault_that_passes_changes_nothing(saved, fault):
+    assert restore(saved, fault) == ["restored 2 True latest 2"] * 2
+
+
+def test_storage_that_does_not_answer_one_process_ends_all_with_the_code_that_asks_for_another_start(saved):
+    for line in restore(saved, "transient"):
+        assert line.startswith(f"error TransientError 75 cannot read the checkpoint of step 2 in {saved} now (")
+        assert re.search(r"UNAVAILABLE: the service does not answer\)", line)
+
+
+def test_denied_access_of_one_process_is_no_damage(saved):
+    for line in restore(saved, "denied"):
+        assert line.startswith(f"error UserError 2 cannot read the checkpoint of step 2 in {saved} (")
