@@ -50,7 +50,7 @@ class _Save:
     """Number of steps that led to the state."""
     references: dict[str, Any]
     """Weak references to the arrays, by their paths; a training step may donate them."""
-    document: dict[str, Any]
+    document: Mapping[str, Any]
 
     def get_arrays(self) -> dict[str, jax.Array] | None:
         """Return the arrays; None if some were freed or donated."""
@@ -105,7 +105,6 @@ class Checkpoints:
         details = {"metrics": self._metrics[step], "code": get_code_version(), "meta": dict(meta)}
         document = json.loads(json.dumps({"format": FORMAT, "arrays": table, **details}))
         self._begin_save(step, arrays, document)
-        self._pending = _Save(step, {path: weakref.ref(array) for path, array in arrays.items()}, document)
 
     def wait(self) -> None:
         """Wait until all saves are on disk, and raise their errors.
@@ -132,6 +131,7 @@ class Checkpoints:
                 retry_transient(lambda: self._try_to_save(step, arrays, document))
             else:
                 self._try_to_save(step, arrays, document)
+        self._pending = _Save(step, {path: weakref.ref(array) for path, array in arrays.items()}, document)
 
     def _try_to_save(self, step: int, arrays: Mapping[str, jax.Array], document: Mapping[str, Any]) -> None:
         try:
