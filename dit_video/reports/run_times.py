@@ -76,7 +76,9 @@ class AttemptRow(NamedTuple):
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration in two units at most: 45 s, 12 min, 3 h 20 min, 2 days 5 h."""
+    """Return a duration in two units at most: 5 ms, 45 s, 12 min, 3 h 20 min, 2 days 5 h."""
+    if 0 < seconds < 0.1:
+        return f"{max(1, round(1000 * seconds))} ms"
     if seconds < 90:
         return f"{max(0, round(seconds))} s" if seconds >= 10 or seconds == round(seconds) else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
@@ -175,7 +177,8 @@ def format_run_times(times: RunTimes) -> str:
     for part in list_parts(times.microseconds):
         label = part.label if part.colour else f"  {part.label}"
         lines.append(f"{label:40}{part.duration:>14}{100 * part.share:>7.1f} %")
-    lines += ["", f"{'attempt':>7}  {'began':19}{'idle before':>14}{'time':>14}{'kept':>9}{'lost':>7}{'goodput':>10}  end"]
+    columns = f"{'idle before':>14}{'time':>14}{'kept':>9}{'lost':>7}{'goodput':>10}  end"
+    lines += ["", f"{'attempt':>7}  {'began':19}{columns}"]
     for row in list_attempts(times):
         columns = f"{row.idle or '-':>14}{row.duration:>14}{row.kept_steps:>9}{row.lost_steps:>7}"
         lines.append(f"{row.number:>7}  {_format_time(row.began):19}{columns}{100 * row.goodput:>8.1f} %  {row.ending}")

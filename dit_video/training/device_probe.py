@@ -9,7 +9,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 _SIDES = {"cpu": 192}
 """Sides of the matrices by platform."""
@@ -21,7 +21,7 @@ _MAX_PRODUCTS = 10_000
 
 
 @jax.jit
-def _multiply(matrix: Float[Array, "n n"], count: int) -> Float[Array, "n n"]:
+def _multiply(matrix: Float[Array, "n n"], count: Int[Array, ""] | int) -> Float[Array, "n n"]:
     # The mean keeps the values in range; the number of products is traced, so that there is one program.
     return jax.lax.fori_loop(0, count, lambda _, value: value @ matrix / matrix.shape[0], matrix)
 
