@@ -74,7 +74,8 @@ class Arguments:
     """First and last step to trace for XProf and TensorBoard, such as --profile 10 12. Traces the denoiser, or the
     autoencoder with --autoencoder-only, into WORKDIR/denoiser/profile."""
     cache: bool = True
-    """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
+    """Keep compiled programs, so that the next start is faster: in ~/.cache/dit_video/programs, or in WORKDIR/.programs
+    if there are several processes, or WORKDIR is an address or on a network disk."""
     stopped_code: int = 0
     """Exit code after SIGTERM or Ctrl-C; use 75 for a manager that takes 0 for finished, such as Kubernetes."""
     patience: TimeoutConfig = field(default_factory=TimeoutConfig)
@@ -98,8 +99,6 @@ def main() -> None:
         config=(tyro.conf.AvoidSubcommands,),
         registry=make_registry(experiment),
     )
-    if arguments.cache:
-        enable_compilation_cache()
     workdir = arguments.workdir or f"runs/{arguments.experiment.name}"
     if not arguments.data:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
@@ -107,6 +106,8 @@ def main() -> None:
     start_time = time.perf_counter()
     options: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
     with open_run(run_class, workdir, arguments.experiment, **options) as opened:
+        if arguments.cache:
+            enable_compilation_cache(run_folder=workdir)
         run = dataclasses.replace(opened, profile=arguments.profile)
         with run.runtime.recorder.attempt(from_process_start=True):
             run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)

@@ -1,6 +1,8 @@
 """Cache of compiled programs: the second start of a script does not compile what the first one did."""
 
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,21 +10,80 @@ import jax
 
 MIN_COMPILE_SECONDS = 0.3
 """Shortest compilation that is cached, in seconds; anything faster is compiled again."""
+RUN_FOLDER_NAME = ".programs"
+"""Name of the folder of compiled programs in the folder of a run."""
+
+_NETWORK_DISKS = re.compile(
+    r"nfs\d?|lustre|gpfs|mmfs|beegfs|ceph|glusterfs|afs|cifs|smb\d?|9p|wekafs|pvfs2|orangefs|daos|virtiofs"
+    r"|fuse\.(?!fuse-overlayfs|lxcfs|portal|gvfsd).+"
+)
+"""Pattern of the types of file systems that several machines may share; those of object stores are FUSE's."""
 
 
-def enable_compilation_cache(folder: Path | None = None) -> Path:
-    """Have JAX cache compiled programs in a folder from now on; returns the folder.
+def enable_compilation_cache(
+    folder: str | os.PathLike | None = None, *, run_folder: str | os.PathLike | None = None
+) -> Path | str:
+    """Have JAX cache compiled programs in a folder from now on; returns the folder, or its address.
 
     A folder that JAX was given before, for example by `JAX_COMPILATION_CACHE_DIR`, stays. JAX never removes a program;
     the folder may be deleted at any time.
 
+    Of the processes of a run only the first one writes programs, so that the others find them only in a folder that
+    all share. This may be an address (`gs://…`) if the package for it is installed.
+
     Args:
-      folder: by default `dit_video/programs` in `$XDG_CACHE_HOME`, or in `~/.cache` without that.
+      folder: Folder or address. By default, that of the run if it has to be shared; otherwise `dit_video/programs` in
+        `$XDG_CACHE_HOME`, or in `~/.cache` without that.
+      run_folder: Folder or address of the run, which is known to all its processes; the run is connected already. It
+        holds the programs if there are several processes, or if it is at an address or on a network disk, as a later
+        start may then be on another machine.
     """
     if configured := cast(Any, jax.config).jax_compilation_cache_dir:
-        return Path(configured)
+        return configured if "://" in configured else Path(configured)
+    if folder is None and run_folder is not None and _has_to_be_shared(run_folder):
+        folder = f"{str(run_folder).rstrip('/')}/{RUN_FOLDER_NAME}"
+    if folder is not None and "://" in str(folder) and (problem := _find_problem(str(folder))):
+        warnings.warn(f"compiled programs are not kept at {folder} ({problem})", stacklevel=2)
+        folder = None
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video" / "programs"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    return folder
+    return str(folder) if "://" in str(folder) else Path(folder)
+
+
+def _has_to_be_shared(run_folder: str | os.PathLike) -> bool:
+    return "://" in str(run_folder) or jax.process_count() > 1 or is_on_network_disk(run_folder)
+
+
+def _find_problem(address: str) -> str:
+    """Return why JAX could not keep programs at an address; empty if it can."""
+    try:
+        from etils import epath  # JAX's
+
+        epath.Path(address).exists()
+    except Exception as error:  # of the missing package, or of the service's client
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def is_on_network_disk(path: str | os.PathLike, *, mounts: str | None = None) -> bool:
+    """Return whether a path, which need not exist, is on a disk that other machines may share; False if not known.
+
+    Args:
+      path: The path.
+      mounts: Mounted file systems as in `/proc/self/mounts`, which is the default.
+    """
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mounts").read_text()
+        except OSError:  # not Linux
+            return False
+    parts = Path(os.path.realpath(path)).parts
+    best, kind = 0, ""
+    for line in mounts.splitlines():
+        _, place, this_kind, *_ = line.split(" ")
+        place_parts = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), place)).parts
+        if parts[: len(place_parts)] == place_parts and len(place_parts) >= best:
+            best, kind = len(place_parts), this_kind
+    return _NETWORK_DISKS.fullmatch(kind) is not None
