@@ -77,7 +77,8 @@ class Arguments:
     """Number of sampling steps of the teacher in the comparison."""
     options: Annotated[DistillationOptions, tyro.conf.arg(name="")] = field(default_factory=DistillationOptions)
     cache: bool = True
-    """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
+    """Keep compiled programs, so that the next start is faster: in ~/.cache/dit_video/programs, or in WORKDIR/.programs
+    if there are several processes, or WORKDIR is an address or on a network disk."""
     stopped_code: int = 0
     """Exit code after SIGTERM or Ctrl-C; use 75 for a manager that takes 0 for finished, such as Kubernetes."""
     patience: TimeoutConfig = field(default_factory=TimeoutConfig)
@@ -90,8 +91,6 @@ def main() -> None:
     check_minimum(1, clips=arguments.clips, full=arguments.full)
     check_minimum(1, steps=options.steps, sampling_steps=options.sampling_steps, batch=options.batch)
     check_minimum(0, seeds=arguments.seeds, seed=options.seed)
-    if arguments.cache:
-        enable_compilation_cache()
     start_time = time.perf_counter()
     experiment = make_distillation_experiment(arguments.teacher, arguments.options)
     is_shapes = isinstance(experiment.evaluation, ShapesEvaluation)
@@ -101,6 +100,8 @@ def main() -> None:
         raise UserError(f"{arguments.teacher} has no clips of its own; use --data CLIPS")
     launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
     with open_run(Run, arguments.workdir, experiment, **launch) as run:
+        if arguments.cache:
+            enable_compilation_cache(run_folder=arguments.workdir)
         with main_process_first():
             data = arguments.data or _get_data(arguments)
         student = run.train(*data)

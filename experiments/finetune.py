@@ -74,7 +74,8 @@ class Arguments:
     """Folder or address (gs://…) to read cached latents from, or write them to; WORKDIR/latents by default."""
     options: Annotated[FineTuningOptions, tyro.conf.arg(name="")] = field(default_factory=FineTuningOptions)
     cache: bool = True
-    """Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster."""
+    """Keep compiled programs, so that the next start is faster: in ~/.cache/dit_video/programs, or in WORKDIR/.programs
+    if there are several processes, or WORKDIR is an address or on a network disk."""
     stopped_code: int = 0
     """Exit code after SIGTERM or Ctrl-C; use 75 for a manager that takes 0 for finished, such as Kubernetes."""
     patience: TimeoutConfig = field(default_factory=TimeoutConfig)
@@ -86,8 +87,6 @@ def main() -> None:
     options = arguments.options
     check_minimum(1, steps=options.steps, batch=options.batch, sampling_steps=options.sampling_steps)
     check_minimum(0, samples=options.samples, seed=options.seed)
-    if arguments.cache:
-        enable_compilation_cache()
     if not arguments.data:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
     datasets.check_datasets(arguments.data)  # fail before the run's folder is created
@@ -96,6 +95,8 @@ def main() -> None:
     workdir = arguments.workdir or Path("runs") / experiment.name
     launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
     with open_run(Run, workdir, experiment, **launch) as run:
+        if arguments.cache:
+            enable_compilation_cache(run_folder=workdir)
         run.prepare(*arguments.data, latents=arguments.latents)
         run.run_stages()
         evaluate_run(run)
