@@ -37,7 +37,6 @@ from dit_video.core.storage import StoragePathLike
 from dit_video.data.synthetic import shapes
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.heartbeat import TimeoutConfig
-from dit_video.distributed.processes import main_process_first
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import datasets
@@ -65,7 +64,7 @@ class Arguments:
 
     teacher: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TEACHER")]
     """Folder of the teacher: a run, a pipeline, or open weights in diffusers' layout."""
-    workdir: Path = Path("runs/distilled")
+    workdir: str = "runs/distilled"
     """Folder of the student's run."""
     data: tuple[str, ...] = ()
     """Folders of clips, or data sets written by tools/ingest.py; the clips of the teacher's run by default."""
@@ -102,33 +101,33 @@ def main() -> None:
     with open_run(Run, arguments.workdir, experiment, **launch) as run:
         if arguments.cache:
             enable_compilation_cache(run_folder=arguments.workdir)
-        with main_process_first():
-            data = arguments.data or _get_data(arguments)
+        with run.runtime.main_process_first():
+            data = arguments.data or _get_data(arguments, run.folder)
         student = run.train(*data)
         evaluation = evaluate.evaluate(student, run.folder, seed=experiment.seed, clips=run.evaluation_clips())
         if is_shapes and arguments.seeds:
             teacher = dit_video.load(arguments.teacher, mesh=run.runtime.sampling_mesh)
             evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
-    if not is_first_process():
-        return
-    write_run_report(
-        run.folder / "report.html",
-        student,
-        evaluation,
-        title=f"{arguments.teacher.name}, in {experiment.sampling.steps} steps",
-        source=run.folder,
-        config=config_json.to_json(experiment),
-    )
+        if not is_first_process():
+            return
+        write_run_report(
+            run.folder / "report.html",
+            student,
+            evaluation,
+            title=f"{arguments.teacher.name}, in {experiment.sampling.steps} steps",
+            source=run.folder,
+            config=config_json.to_json(experiment),
+        )
     if (run.folder / LORA_FILE).is_file():
-        print(run.folder / LORA_FILE)
-    print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {run.folder / 'report.html'}")
+        print(f"{arguments.workdir}/{LORA_FILE}")
+    print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {arguments.workdir}/report.html")
 
 
-def _get_data(arguments: Arguments) -> tuple[StoragePathLike, ...]:
+def _get_data(arguments: Arguments, run: Path) -> tuple[StoragePathLike, ...]:
     """Return the data of the teacher's run, or a folder of rendered clips if the teacher is a pipeline."""
     if (arguments.teacher / CONFIG).is_file():
         return datasets.list_datasets(arguments.teacher / "data")
-    folder, count, seed = arguments.workdir / "clips", arguments.clips, arguments.options.seed
+    folder, count, seed = run / "clips", arguments.clips, arguments.options.seed
     if is_first_process():
         with Progress("rendering clips", count, unit="clip") as progress:
             shapes.write_folder(folder, count=count, seed=seed, progress=lambda done, _: progress.update(done))

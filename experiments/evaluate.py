@@ -17,6 +17,7 @@ from sampling_options import SamplingOptions
 from dit_video.core import config_json
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
+from dit_video.core.storage import is_remote, restore_address
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.heartbeat import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
@@ -82,6 +83,8 @@ def main(
     check_minimum(0, seed=seed)
     check_minimum(1, count=count, steps=options.steps)
     with initialize_distributed(sys.argv[1:], code=get_code_version(), timeouts=patience):
+        if out is None and is_remote(restore_address(run)):
+            raise UserError(f"the results of {restore_address(run)} need a folder on this machine. Use --out FOLDER.")
         run = find_folder(run)
         is_model = (run / CONFIG).is_file() or read_config(run) is not None
         if is_model and protocol in (None, _QUICKSTART):

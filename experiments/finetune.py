@@ -68,8 +68,8 @@ class Arguments:
     """Folder of a model of Wan, VACE or LTX-Video in the diffusers layout."""
     data: tuple[str, ...]
     """Folders of clips, or data sets written by tools/ingest.py."""
-    workdir: Path | None = None
-    """Folder of the run; runs/NAME by default."""
+    workdir: str | None = None
+    """Folder or address (gs://…) of the run; runs/NAME by default."""
     latents: str | None = None
     """Folder or address (gs://…) to read cached latents from, or write them to; WORKDIR/latents by default."""
     options: Annotated[FineTuningOptions, tyro.conf.arg(name="")] = field(default_factory=FineTuningOptions)
@@ -92,7 +92,7 @@ def main() -> None:
     datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     start_time = time.perf_counter()
     experiment = make_finetuning_experiment(arguments.model, arguments.options)
-    workdir = arguments.workdir or Path("runs") / experiment.name
+    workdir = arguments.workdir or f"runs/{experiment.name}"
     launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
     with open_run(Run, workdir, experiment, **launch) as run:
         if arguments.cache:
@@ -104,8 +104,8 @@ def main() -> None:
         return
     for name in (LORA_FILE, ADAPTER_FILE, *DENOISER_FOLDERS.values()):
         if (run.folder / name).exists():
-            print(run.folder / name)
-    print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {run.folder / 'report.html'}")
+            print(f"{workdir}/{name}")
+    print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; report: {workdir}/report.html")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,13 @@ def is_remote(path: StoragePathLike) -> bool:
     return "://" in _get_name(path) and not _get_name(path).startswith("file://")
 
 
+def restore_address(path: StoragePathLike) -> str:
+    """Return the name of a path, or the address that `pathlib` has mangled, such as `gs:/bucket` of `gs://bucket`."""
+    name = _get_name(path)
+    match = _MANGLED_ADDRESS.match(name)
+    return f"{match[1]}://{name[match.end() :]}" if match and match[1] in known_implementations else name
+
+
 def to_storage_path(path: StoragePathLike) -> StoragePath:
     """Return the folder or file of that name, which need not exist, with cached listings of an address discarded.
 

@@ -14,12 +14,11 @@ from dit_video.core.storage import StoragePath, StoragePathLike, is_remote, to_s
 from dit_video.data.clips import ClipSource, is_ingested
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.ingest.formats import list_clips
-from dit_video.distributed.processes import main_process_first
 from dit_video.training.hooks.logging import Progress, print_on_first_process
 
 _NAMES_FILE = "sources.json"
 """Name of the file with the names of several data sets, in order."""
-_ADDRESS_FILE = "address.json"
+ADDRESS_FILE = "address.json"
 """Name of the only file of a folder that stands for an address, which it holds."""
 
 
@@ -34,15 +33,23 @@ def check_datasets(clips: Sequence[StoragePathLike]) -> None:
             list_clips(_get_local_folder(folder))
 
 
-@main_process_first()
-def link_datasets(folder: Path, clips: Sequence[StoragePathLike], *, weights: Sequence[float] = ()) -> None:
+def link_datasets(
+    folder: Path,
+    clips: Sequence[StoragePathLike],
+    *,
+    weights: Sequence[float] = (),
+    home: StoragePath | None = None,
+) -> None:
     """Make `folder` a data set, or a folder of several by the names of their folders.
+
+    Of several processes, the first one calls this before the others.
 
     Args:
       folder: the folder to create.
       clips: folders of clips, which are ingested, or data sets of `tools/ingest.py`, which are linked to; the latter
         may be addresses (`gs://…`).
       weights: weight of each data set, if any.
+      home: folder at an address where ingested clips are written instead of in `folder`, which then stands for it.
 
     Raises:
       UserError: two folders of one name, another number of weights, unusable clips, or a folder that holds others.
@@ -56,7 +63,12 @@ def link_datasets(folder: Path, clips: Sequence[StoragePathLike], *, weights: Se
     for name, source in zip(names, locations, strict=True):
         destination = folder / name if len(clips) > 1 else folder
         if is_ingested(source):
+            if home is not None and isinstance(source, Path):
+                raise UserError(f"{source} is on this machine, the run at {home.parent}; copy the data set there")
             link_folder(destination, source)
+        elif home is not None:
+            link_folder(destination, home / destination.relative_to(folder))
+            _ingest_folder(_get_local_folder(source), resolve(destination))
         elif is_remote(linked := resolve(destination)):
             raise _make_mismatch_error(linked, source, "data set")
         else:
@@ -99,7 +111,7 @@ def link_folder(folder: Path, target: StoragePathLike, kind: str = "data set") -
             with contextlib.suppress(FileExistsError):  # another process of the same run was faster
                 folder.symlink_to(target, target_is_directory=True)
         else:
-            write_json(folder / _ADDRESS_FILE, str(target))
+            write_json(folder / ADDRESS_FILE, str(target))
     if str(location := resolve(folder)) != str(target):
         raise _make_mismatch_error(location, target, kind)
 
@@ -108,7 +120,7 @@ def resolve(folder: StoragePath) -> StoragePath:
     """Return the location that a folder holds or stands for."""
     if not isinstance(folder, Path):
         return folder
-    address = folder / _ADDRESS_FILE
+    address = folder / ADDRESS_FILE
     return to_storage_path(read_json(address)) if address.is_file() else folder.resolve()
 
 
@@ -144,7 +156,7 @@ def show_ingest_progress() -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def _ingest_folder(clips: Path, destination: Path) -> None:
+def _ingest_folder(clips: Path, destination: StoragePath) -> None:
     """Make the data set of a folder of clips, and list on stderr the files that are skipped."""
     with show_ingest_progress() as progress:
         report = ingest(clips, destination, progress=progress, is_fixed=True)  # trainings may read it

@@ -23,7 +23,7 @@ pipeline/                 the result, which `dit_video.load` reads
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -34,6 +34,7 @@ from dit_video.core.files import read_document, write_json
 from dit_video.core.storage import StoragePathLike
 from dit_video.experiment import Experiment, StagedExperiment, datasets
 from dit_video.experiment.amendments import Amendment, discard_outdated_pipeline, list_models, make_amendment
+from dit_video.experiment.remote_folder import RemoteFolder
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import RUN_CONFIG as CONFIG
 
@@ -53,23 +54,32 @@ class RunFolder:
     """Command that started the run, or the last one that amended it."""
     amendments: tuple[Amendment, ...] = ()
     """Changes to the config since the run was started, in order."""
+    remote: RemoteFolder | None = field(default=None, compare=False, repr=False)
+    """Folder at an address that `folder` is a copy of; None for a run on this machine, or on a shared disk."""
     experiment_class: ClassVar[type[StagedExperiment]] = StagedExperiment
     """Class of the experiments that this class runs."""
 
     @classmethod
-    def create(cls: type[AnyRun], folder: str | Path, experiment: StagedExperiment) -> AnyRun:
+    def create(
+        cls: type[AnyRun], folder: str | Path, experiment: StagedExperiment, *, remote: RemoteFolder | None = None
+    ) -> AnyRun:
         """Create a run, or open the one in this folder.
 
         The config of a run that has begun to train may differ in fields that do not change what is trained; see
         `amendments`. The pipeline of a finished run is made again where it depends on them.
 
+        Args:
+          folder: folder of the run.
+          experiment: its config.
+          remote: folder at an address that `folder` is a copy of.
+
         Raises:
           UserError: the folder holds a run of another config or version, or something else.
         """
         folder = Path(folder)
-        run = cls(folder=folder, experiment=experiment, command=get_command())
+        run = cls(folder=folder, experiment=experiment, command=get_command(), remote=remote)
         if (folder / CONFIG).is_file():
-            existing = cls.open(folder)
+            existing = replace(cls.open(folder), remote=remote)
             configs = config_json.to_json(existing.experiment), config_json.to_json(experiment)
             if not (changes := config_json.list_changes(*configs)):
                 return existing

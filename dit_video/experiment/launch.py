@@ -5,12 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import jax
+
 from dit_video.core import config_json
 from dit_video.core.errors import GracefulStop
+from dit_video.core.storage import StoragePathLike, is_remote
 from dit_video.distributed.heartbeat import TimeoutConfig
-from dit_video.distributed.processes import initialize_distributed, main_process_first
+from dit_video.distributed.processes import initialize_distributed
+from dit_video.experiment.remote_folder import RemoteFolder, get_local_copy, main_process_first
 from dit_video.experiment.run import StagedRun
 from dit_video.experiment.runtime import StagedExperiment
+from dit_video.pipelines.folder import WHOLE_FOLDERS
 from dit_video.platform.provenance import get_code_version
 from dit_video.training.folder_lock import lock_folder
 from dit_video.training.preemption import raise_on_sigterm
@@ -21,7 +26,7 @@ RunT = TypeVar("RunT", bound=StagedRun)
 @contextlib.contextmanager
 def open_run(
     run_class: type[RunT],
-    folder: Path,
+    folder: StoragePathLike,
     experiment: StagedExperiment,
     *,
     timeouts: TimeoutConfig | None = None,
@@ -29,9 +34,12 @@ def open_run(
 ) -> Iterator[RunT]:
     """Connect the processes of a run, lock its folder and create or open the run inside the block.
 
+    The folder of a run at an address (`gs://…`) is fetched to this machine first; what changes in it is sent back, at
+    intervals and at the end of the block.
+
     Args:
       run_class: class of the run.
-      folder: folder of the run.
+      folder: folder or address of the run.
       experiment: its config, equal in all processes.
       timeouts: how long other processes are waited for.
       stopped_code: exit code after SIGTERM or Ctrl-C.
@@ -45,7 +53,21 @@ def open_run(
         raise_on_sigterm(),
         initialize_distributed(config, code=get_code_version(), timeouts=timeouts),
         lock_folder(folder),
+        _open_copy(folder) as (local, remote),
     ):
-        with main_process_first():
-            run = run_class.create(folder, experiment)
+        with main_process_first(remote):
+            run = run_class.create(local, experiment, remote=remote)
         yield run
+
+
+@contextlib.contextmanager
+def _open_copy(folder: StoragePathLike) -> Iterator[tuple[Path, RemoteFolder | None]]:
+    """Yield the folder that a run works in, and the one at an address that it is a copy of, if any."""
+    if not is_remote(folder):
+        yield Path(str(folder)), None
+        return
+    local = get_local_copy(folder, purpose=f"process-{jax.process_index()}")
+    remote = RemoteFolder(folder, local, whole_folders=WHOLE_FOLDERS)
+    remote.fetch()
+    with remote.keep_sent():
+        yield local, remote

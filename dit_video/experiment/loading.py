@@ -9,12 +9,13 @@ from jax.sharding import Mesh
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.offload import Layers, Offload, Stages
+from dit_video.core.storage import is_remote, restore_address
 from dit_video.distributed import MeshConfig
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import DEFAULT_DTYPE, INDEX, Dtype, LoadOptions
 from dit_video.families.registry import find_family, list_families
 from dit_video.nn import Backend
-from dit_video.pipelines.folder import CONFIG, RUN_CONFIG, is_pipeline_folder
+from dit_video.pipelines.folder import CONFIG, RUN_CONFIG, WHOLE_FOLDERS, is_pipeline_folder
 from dit_video.pipelines.loading import load_pipeline
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights.parameter import Placement
@@ -115,12 +116,14 @@ def load(
 
 
 def find_folder(path: str | Path) -> Path:
-    """Return a folder, or the local copy of one on the Hugging Face hub, downloading it if needed.
+    """Return a folder, or the local copy of one at an address or on the Hugging Face hub, downloading it if needed.
 
     Raises:
       MissingError: it does not exist here or on the hub, or cannot be downloaded.
       UserError: a pipeline of an unknown class on the hub.
     """
+    if is_remote(address := restore_address(path)):
+        return _fetch(address)
     folder = Path(path)
     # A name on the hub has two parts, of which the first is not a folder here.
     if not folder.parent.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
@@ -128,6 +131,17 @@ def find_folder(path: str | Path) -> Path:
     if not folder.is_dir():
         raise MissingError(f"no such run: {folder}")
     return folder
+
+
+def _fetch(address: str) -> Path:
+    """Return the local copy of a run at an address."""
+    from dit_video.experiment.remote_folder import MANIFEST, RemoteFolder, get_local_copy
+
+    folder = RemoteFolder(address, get_local_copy(address, purpose="read"), whole_folders=WHOLE_FOLDERS)
+    if not (folder.address / MANIFEST).exists():
+        raise MissingError(f"no such run: {address} has no {MANIFEST}")
+    folder.fetch()
+    return folder.local
 
 
 def _download(name: str) -> Path:

@@ -21,7 +21,6 @@ from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.plan import Encoding
 from dit_video.distributed import MeshConfig, make_mesh, make_shardings
 from dit_video.distributed.mesh import resolve_mesh
-from dit_video.distributed.processes import wait_for_main_process
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.evaluate import EvaluationClips
 from dit_video.experiment import Experiment, datasets, export, monitors
@@ -58,10 +57,18 @@ class StagedRun(RunFolder):
     @functools.cached_property
     def runtime(self) -> Runtime:
         """Return the folder, devices and clips that all stages share."""
-        return Runtime(folder=self.folder, experiment=self.experiment, command=self.command, profile=self.profile)
+        return Runtime(
+            folder=self.folder,
+            experiment=self.experiment,
+            command=self.command,
+            remote=self.remote,
+            profile=self.profile,
+        )
 
     def prepare(self, *clips: StoragePathLike, latents: _Location = None, checkpoints: _Location = None) -> None:
         """Link the clips, and check everything that can be checked before the first stage begins.
+
+        Data set, latents and checkpoints of a run at an address lie there, too, if nothing else is said.
 
         Args:
           clips: folders of clips, or data sets of `tools/ingest.py`: one, or several that are mixed.
@@ -74,6 +81,8 @@ class StagedRun(RunFolder):
         """
         if latents is not None:
             self.link_latents(latents)
+        if self.remote is not None and checkpoints is None and not (self.folder / "checkpoints").exists():
+            checkpoints = self.remote.address / "checkpoints"
         if checkpoints is not None:
             self.link_checkpoints(checkpoints)
         self.take(*clips)
@@ -83,7 +92,9 @@ class StagedRun(RunFolder):
 
     def take(self, *clips: StoragePathLike) -> None:
         """Ingest folders of clips, and link to data sets that are ingested already; see `link_datasets`."""
-        datasets.link_datasets(self.folder / "data", clips, weights=self.experiment.data.weights)
+        home = None if self.remote is None else self.remote.address / "data"
+        with self.runtime.main_process_first():
+            datasets.link_datasets(self.folder / "data", clips, weights=self.experiment.data.weights, home=home)
 
     def run_stages(self, last: str | None = None) -> None:
         """Run the stages that are not done yet.
@@ -151,6 +162,9 @@ class Run(StagedRun):
 
     def prepare(self, *clips: StoragePathLike, latents: _Location = None, checkpoints: _Location = None) -> None:
         super().prepare(*clips, latents=latents, checkpoints=checkpoints)
+        for stage in self.stages:
+            if isinstance(stage, CacheLatents):
+                stage.link_destination(self.runtime)
         if not (self.folder / PIPELINE_CONFIG).is_file() and self.runtime.process == 0:
             write_pipeline_config(self.folder, self.pipeline_config())
 
@@ -160,7 +174,8 @@ class Run(StagedRun):
         Raises:
           MissingError: the run is not finished.
         """
-        wait_for_main_process()  # which writes it
+        with self.runtime.main_process_first():  # which writes it
+            pass
         return load_pipeline(
             self.folder / "pipeline", get_lora_modules=get_lora_modules, mesh=self.runtime.sampling_mesh
         )

@@ -1,6 +1,7 @@
 """Interface of stages: an experiment lists them, and each is run with the run's folder, devices and clips."""
 
 import abc
+import contextlib
 import functools
 import math
 import re
@@ -19,9 +20,9 @@ from dit_video.core.storage import StoragePath
 from dit_video.data.clips import ClipSource
 from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_usable
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.distributed.processes import main_process_first
 from dit_video.experiment import DataConfig, datasets
 from dit_video.experiment.checkpoints import get_checkpoint_folder
+from dit_video.experiment.remote_folder import RemoteFolder, main_process_first
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
 from dit_video.training.goodput import GOODPUT_FOLDER
@@ -115,6 +116,8 @@ class Runtime:
     experiment: StagedExperiment
     command: str = ""
     """Command that continues the run."""
+    remote: RemoteFolder | None = field(default=None, compare=False)
+    """Folder at an address that `folder` is a copy of; None for a folder that all processes share."""
     process: int = field(default_factory=jax.process_index)
     """Index of this process."""
     process_count: int = field(default_factory=jax.process_count)
@@ -189,6 +192,10 @@ class Runtime:
     def held_out_clips(self) -> ClipSource:
         """Return the clips of `usable_held_out_clips`."""
         return self.usable_held_out_clips.clips
+
+    def main_process_first(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that the first process runs before the others, which then have the files it has written."""
+        return main_process_first(self.remote)
 
     def for_stage(self, experiment: StagedExperiment) -> "Runtime":
         """Return the runtime of a stage with an experiment of its own; this one if the experiments are equal."""
@@ -281,7 +288,7 @@ class Stage(abc.ABC):
         Raises:
           MissingError: It is not done, and its inputs do not exist.
         """
-        with main_process_first():
+        with runtime.main_process_first():
             if self.is_done(runtime):
                 return False
         for path in self.list_inputs(runtime):

@@ -9,6 +9,8 @@ from dit_video.pipelines.config import PipelineConfig
 
 FORMAT = 1
 CONFIG, RUN_CONFIG = "pipeline.json", "experiment.json"
+WHOLE_FOLDERS = ("pipeline", "transformer", "transformer_2")
+"""Folders of results that a run writes at once."""
 AUTOENCODER, DENOISER, STEPS = "autoencoder.safetensors", "denoiser.safetensors", "steps"
 """Files of weights, and the folder of the pipelines of previous steps."""
 PREVIEW = "preview.safetensors"

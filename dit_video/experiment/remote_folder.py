@@ -1,0 +1,259 @@
+"""Folder of a run at an address (`gs://…`), and the copies of it that processes work in.
+
+Object stores have no symbolic links, no appends and no folders that are renamed. So each process of a run at an address
+works in a folder on its own machine. Checkpoints, latents and data sets are written to the address at once, and folders
+of the copy stand for them (see `datasets.link_folder`). All other files (config, logs, samples, reports, finished
+weights) are sent to the address by the first process, at intervals and after every stage; other processes, and later
+starts on any machine, fetch them from there.
+
+`manifest.json` at the address lists the files, and the folders that the copy stands for. It is written after them, so
+that files of an interrupted upload are not part of the folder. It holds no address: a run may be copied to another one.
+"""
+
+import contextlib
+import hashlib
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from upath import UPath
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import write_json
+from dit_video.core.storage import (
+    StoragePathLike,
+    convert_storage_errors,
+    download,
+    get_default_cache,
+    read_document,
+    to_storage_path,
+    upload,
+    write_document,
+)
+from dit_video.distributed import processes
+from dit_video.experiment import datasets
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_THREADS = 8
+"""Number of files that are copied at once."""
+_SEND_SECONDS = 30.0
+"""Seconds between two uploads of changed files while a run works."""
+
+
+class _Manifest(NamedTuple):
+    """The contents of the folder at the address."""
+
+    files: dict[str, dict[str, Any]]
+    """Size in bytes and MD5 of each file that the copy has, by its name."""
+    linked: list[str]
+    """Folders that the copy stands for."""
+
+
+class _FileState(NamedTuple):
+    """A local file as it was when it was last equal to the one at the address."""
+
+    size: int
+    mtime_ns: int
+    md5: str
+
+
+class RemoteFolder:
+    """A folder at an address and its copy on this machine, which is complete after `fetch`.
+
+    One process at a time sends; the lock of the run's folder makes sure of that.
+    """
+
+    def __init__(self, address: StoragePathLike, local: Path, *, whole_folders: Collection[str] = ()) -> None:
+        """Name the two folders; neither is read yet.
+
+        Args:
+          address: folder at an address, which need not exist yet.
+          local: folder of the copy.
+          whole_folders: names of folders in it that are of use only if all of their files are of one time.
+
+        Raises:
+          UserError: the scheme of the address is unknown, or the service denies access.
+        """
+        self.address: Any = to_storage_path(address)
+        self.local = local
+        self._whole_folders = tuple(whole_folders)
+        self._states: dict[str, _FileState] = {}
+        self._lock = threading.Lock()
+
+    def fetch(self) -> None:
+        """Make the copy equal to the folder at the address: fetch changed files, and remove those that are not there.
+
+        Raises:
+          UserError: a file cannot be fetched.
+        """
+        with self._lock:
+            listed, linked = self._read_manifest()
+            for name in self._list_local().keys() - listed.keys():
+                (self.local / name).unlink()
+            for name in linked:
+                write_json(self.local / name / datasets.ADDRESS_FILE, str(self.address / name))
+            changed = [name for name, entry in listed.items() if self._get_md5(name) != entry["md5"]]
+            self._for_each(changed, lambda name: download(self.address / name, self.local / name))
+            # A file of a later, interrupted upload makes a folder of two times.
+            outdated = {name for name in changed if self._get_md5(name) != listed[name]["md5"]}
+            for folder in self._whole_folders:
+                if any(name.startswith(f"{folder}/") for name in outdated):
+                    for name in [name for name in self._list_local() if name.startswith(f"{folder}/")]:
+                        (self.local / name).unlink()
+            self._remove_empty_folders()
+
+    def send(self) -> None:
+        """Make the folder at the address equal to the copy: send changed files, and remove those that are gone.
+
+        Raises:
+          UserError: a file cannot be sent.
+        """
+        with self._lock:
+            before = self._read_manifest()
+            local, changed = self._list_local(), []
+            linked = sorted(name for name in local if self._is_link(name))
+            for name in local.keys() - linked:
+                with contextlib.suppress(FileNotFoundError):  # just replaced or removed by the run
+                    if self._get_md5(name) != before.files.get(name, {}).get("md5"):
+                        changed.append(name)
+            sent = dict(self._for_each(changed, self._send_file))
+            files = {name: entry for name, entry in before.files.items() if name in local} | sent
+            files = {name: files[name] for name in sorted(files) if files[name] and name not in linked}
+            manifest = _Manifest(files, [name.rpartition("/")[0] for name in linked])
+            if manifest == before:
+                return
+            write_document(self.address / MANIFEST, {"format": FORMAT, **manifest._asdict()})
+            self._for_each(before.files.keys() - files.keys(), self._remove_remote_file)
+
+    @contextlib.contextmanager
+    def keep_sent(self, seconds: float = _SEND_SECONDS) -> Iterator[None]:
+        """Send changed files at intervals while the context lasts, and at its end; the first process alone does.
+
+        Failures in between are warned of, as the next interval may succeed; one at the end is raised.
+        """
+        if jax.process_index() != 0:
+            yield
+            return
+        ended = threading.Event()
+
+        def send_at_intervals() -> None:
+            while not ended.wait(seconds):
+                try:
+                    self.send()
+                except UserError as error:
+                    warnings.warn(f"files of the run are not at {self.address} yet: {error}", stacklevel=2)
+
+        thread = threading.Thread(target=send_at_intervals, name="send files of the run", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            with _report_if_failing():
+                self.send()
+
+    def _read_manifest(self) -> _Manifest:
+        try:
+            document = read_document(self.address / MANIFEST)
+        except MissingError:
+            return _Manifest({}, [])
+        if document.get("format") != FORMAT:
+            rule = f"has format {document.get('format')}, but this version reads {FORMAT}"
+            raise UserError(f"{self.address / MANIFEST} {rule}. Use the version that wrote it.")
+        return _Manifest(document["files"], document["linked"])
+
+    def _is_link(self, name: str) -> bool:
+        """Return whether a local file lets its folder stand for one at the address."""
+        folder, _, file = name.rpartition("/")
+        if file != datasets.ADDRESS_FILE:
+            return False
+        return str(datasets.resolve(self.local / folder)) == str(self.address / folder)
+
+    def _list_local(self) -> dict[str, Path]:
+        """Return the complete files of the copy by their names; those that are being written begin with a dot."""
+        files = (path for path in self.local.rglob("*") if path.is_file() and not path.is_symlink())
+        named = ((path.relative_to(self.local), path) for path in files)
+        return {name.as_posix(): path for name, path in named if not any(part[0] == "." for part in name.parts)}
+
+    def _get_md5(self, name: str) -> str:
+        """Return the hash of a local file; empty if there is none. A file is only read if it has changed."""
+        path = self.local / name
+        if not path.is_file():
+            return ""
+        details = path.stat()
+        state = self._states.get(name)
+        if state is None or state[:2] != (details.st_size, details.st_mtime_ns):
+            with path.open("rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+            state = self._states[name] = _FileState(details.st_size, details.st_mtime_ns, md5)
+        return state.md5
+
+    def _send_file(self, name: str) -> dict[str, Any]:
+        """Send a file, and return its entry of the manifest; an empty one if the run has removed it meanwhile."""
+        path = self.local / name
+        try:
+            before = self._get_md5(name)
+            upload(path, self.address / name)
+            # A log that has grown in between is sent again by the next call.
+            return {"size": path.stat().st_size, "md5": before}
+        except FileNotFoundError:
+            return {}
+
+    def _remove_remote_file(self, name: str) -> None:
+        path: UPath = self.address / name
+        with convert_storage_errors(path), contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+    def _for_each(self, names: Collection[str], function: Callable[[str], Any]) -> list[tuple[str, Any]]:
+        """Call a function for many files at once, and return the names with its results."""
+        if not names:
+            return []
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return list(zip(names, threads.map(function, names), strict=True))
+
+    def _remove_empty_folders(self) -> None:
+        folders = sorted((path for path in self.local.rglob("*") if path.is_dir()), reverse=True)
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def main_process_first(folder: RemoteFolder | None) -> Iterator[None]:
+    """Run the block in the first process before the others, which then have the files that it has written.
+
+    Args:
+      folder: folder of the run; None for one that all processes share.
+    """
+    with processes.main_process_first():
+        is_first = jax.process_index() == 0
+        if folder is not None and not is_first:
+            folder.fetch()
+        yield
+        if folder is not None and is_first:
+            folder.send()
+
+
+@contextlib.contextmanager
+def _report_if_failing() -> Iterator[None]:
+    """Print errors of the block instead of raising them while another error is on its way."""
+    is_failing = sys.exc_info()[0] is not None
+    try:
+        yield
+    except UserError as error:
+        if not is_failing:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+
+
+def get_local_copy(address: StoragePathLike, *, purpose: str) -> Path:
+    """Return the folder of a copy in this machine's cache, one for each address and purpose."""
+    digest = hashlib.sha256(str(address).rstrip("/").encode()).hexdigest()[:16]
+    return get_default_cache() / "runs" / digest / purpose
