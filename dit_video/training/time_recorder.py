@@ -246,7 +246,7 @@ class TimeRecorder:
             self._records.pop()
             self._lines.pop()
             record = _merge(last, record)
-        elif not record.microseconds:
+        elif not record.microseconds and record.step == record.start_step:
             return
         self._records.append(record)
         self._lines.append(goodput.format_record(record))

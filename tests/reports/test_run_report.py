@@ -14,6 +14,7 @@ from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.reports.run_report import write_run_report
 from dit_video.video import Clip
+from support.attempts import write_attempt
 
 
 def entry(clip, name, seed):
@@ -92,6 +93,18 @@ def test_the_report_of_a_run_shows_all_of_it(tiny, tiny_run, tiny_pipeline, meas
     assert "https://" not in text
 
 
+def test_the_report_shows_where_the_time_of_all_attempts_went(tiny_pipeline, measured, tmp_path):
+    write_attempt(tmp_path, 1, 1000, 0, 60, compile=30)
+    write_attempt(tmp_path, 2, 1200, 40, 100)
+    write_run_report(tmp_path / "report.html", tiny_pipeline, measured, title="A run", source=tmp_path)
+    text = " ".join(page(tmp_path / "report.html").split())
+    assert ">Where the time went</h2>" in text
+    assert '<span class="value">37.0 %</span>' in text  # 100 of 270 s
+    assert "training steps, of 4 min, 20 steps taken again" in text
+    assert "not running for" in text
+    assert "in 2 attempts" in text
+
+
 def test_the_report_names_the_clips_that_a_run_excluded(tiny_pipeline, measured, tmp_path):
     excluded = {"training": {"clips": 100, "excluded": {"clips/icon.png": "8x16 pixels, less than one multiple"}}}
     for folder in (tmp_path, tmp_path / "stages" / "small"):
@@ -110,6 +123,7 @@ def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measure
     text = page(tmp_path / "report.html")
     assert ">Training" not in text
     assert "whole run" not in text
+    assert "Where the time went" not in text
     assert "dit_video.pipelines.config:PipelineConfig" in text
     assert str(tiny_run / "pipeline") in text
 

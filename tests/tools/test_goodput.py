@@ -2,32 +2,12 @@
 
 import json
 
-from dit_video.training.goodput import Attempt, SlowHost, TimeRecord, format_ending, format_header, format_record
-from dit_video.training.goodput import format_slow_host as format_slow
-
-
-def write_attempt(run, number, begin, first, last, ending=""):
-    """Write an attempt that starts for 10 s, takes a second for each step, and saves for 2 s."""
-    slow = SlowHost(process=2, host="node2", cause="data", ratio=2.25, step=last)
-    records = [
-        TimeRecord(microseconds={"startup": 10_000_000}),
-        TimeRecord(
-            microseconds={"step": (last - first) * 1_000_000, "save": 2_000_000},
-            training="denoiser",
-            start_step=first,
-            step=last,
-        ),
-    ]
-    header = format_header(Attempt(number=number, begin=begin * 10**6, host="node0", process_count=4))
-    lines = [header, *map(format_record, records), format_slow(slow)] + ([format_ending(ending)] if ending else [])
-    path = run / "goodput" / f"{number:04}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines))
+from support.attempts import write_attempt
 
 
 def test_the_table_and_the_document(script, tmp_path):
-    write_attempt(tmp_path, 1, 1000, 0, 60)
-    write_attempt(tmp_path, 2, 1100, 40, 100, "finished")
+    write_attempt(tmp_path, 1, 1000, 0, 60, save=2, slow_host="node2")
+    write_attempt(tmp_path, 2, 1100, 40, 100, save=2, ending="finished")
     done = script("tools/goodput.py", tmp_path)
     assert done.code == 0, done.err
     assert "goodput 58.1 % of 3 min; 100 steps kept, 20 taken again; attempts: 2" in done.out
