@@ -24,6 +24,7 @@ from dit_video.core.storage import is_remote
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
+from dit_video.data.loader_workers import outlive_stop_signals
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
@@ -265,7 +266,7 @@ def read_ahead(batches: grain.MapDataset, config: LoaderConfig) -> grain.IterDat
     ahead = batches.to_iter_dataset(options)
     if config.workers:
         processes = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=_WORKER_BUFFER)
-        ahead = ahead.mp_prefetch(processes)
+        ahead = ahead.mp_prefetch(processes, worker_init_fn=outlive_stop_signals)
     return ahead
 
 

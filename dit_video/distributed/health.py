@@ -102,7 +102,7 @@ class HealthChecker:
             if (text := texts.get(f"{HEARTBEAT}{index}")) is not None:
                 state.update(Heartbeat(**json.loads(text)))
 
-    def decide(self, beat: int) -> RunHealth:
+    def check(self, beat: int) -> RunHealth:
         """Return the health of the run at present."""
         exits = self._get_exits()
         count = len(self._names)

@@ -52,6 +52,7 @@ class HeartbeatMonitor:
           group: Processes that are monitored; None for those of this run.
         """
         self._timeouts = timeouts
+        self._has_watchdog = group is None
         self._group = group or ProcessGroup.get_current()
         self._store, self._startup_store = KeyValueStore("peers", self._group), KeyValueStore("start", self._group)
         self._health_store = KeyValueStore("health", self._group)
@@ -75,7 +76,7 @@ class HeartbeatMonitor:
     def __enter__(self) -> "HeartbeatMonitor":
         process = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
         self._first_name = self._meet("who", process, self._make_checker)
-        if not self._group.is_first:
+        if self._has_watchdog and not self._group.is_first:
             self._watchdog = _start_watchdog(self._first_name, self._group.process_id)
         self._restart_times()  # Waiting for the last process to start must not count as silence.
         for thread in self._threads:
@@ -196,7 +197,7 @@ class HeartbeatMonitor:
     def _publish_health(self, beat: int) -> RunHealth:
         assert self._checker is not None
         self._checker.update(self._store.read())
-        health = self._checker.decide(beat)
+        health = self._checker.check(beat)
         self._health_store.write(_HEALTH, health.to_text())
         return health
 

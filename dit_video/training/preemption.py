@@ -23,7 +23,6 @@ from types import FrameType
 import jax
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, UserError
-from dit_video.distributed.process_group import ProcessGroup
 from dit_video.distributed.progress import count_step, expect_steps
 from dit_video.distributed.stacks import dump_stacks
 from dit_video.distributed.store import AbortedWaitError, KeyValueStore
@@ -76,18 +75,18 @@ class SharedStopRequest(StopRequest):
         steps_done: int,
         *,
         on_request: Callable[[], None] = lambda: None,
-        group: ProcessGroup | None = None,
+        store: KeyValueStore | None = None,
     ) -> None:
         """Start the polling thread.
 
         Args:
           steps_done: Number of steps done at the start.
           on_request: Function that is called once this process knows of the signal.
-          group: Processes that stop together; None for those of this run.
+          store: Store of the processes that stop together; None for a new one of all processes of this run.
         """
         super().__init__()
         self._on_request = on_request
-        self._store = KeyValueStore(f"stop/{next(_run_numbers)}", group)
+        self._store = store or KeyValueStore(f"stop/{next(_run_numbers)}")
         self._poll_seconds = self._store.group.get_interval(_POLL_SECONDS)
         self._committed_step = steps_done + 1
         """Step that this process reaches in any case."""

@@ -8,74 +8,8 @@ from typing import Any
 
 import pytest
 
-from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
-from dit_video.distributed.heartbeat import TimeoutConfig
-from dit_video.distributed.processes import ProcessInfo, detect_processes
+from dit_video.core.errors import EXIT_TRY_AGAIN
 from support.devices import HANG, PROGRAMS, find_free_port, make_environment
-
-EXPLICIT = {"COORDINATOR_ADDRESS": "node0:1234", "NUM_PROCESSES": "4", "PROCESS_ID": "2"}
-EXPLICIT_INFO = ProcessInfo(source="the environment", count=4, index=2, address="node0:1234")
-SLURM = {
-    "SLURM_JOB_ID": "77",
-    "SLURM_STEP_NODELIST": "node[03-05]",
-    "SLURM_NTASKS": "3",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-}
-OPEN_MPI = {
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911",
-    "OMPI_COMM_WORLD_SIZE": "2",
-    "OMPI_COMM_WORLD_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-}
-
-
-@pytest.fixture
-def clean_environment(monkeypatch):
-    """Remove all variables by which JAX could detect other processes."""
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_", "JAX_COORDINATOR")):
-            monkeypatch.delenv(name)
-    return monkeypatch
-
-
-@pytest.mark.parametrize(
-    ("environment", "processes"),
-    [
-        ({}, None),
-        (EXPLICIT, EXPLICIT_INFO),
-        ({f"JAX_{name}": value for name, value in EXPLICIT.items()}, EXPLICIT_INFO),
-        ({**EXPLICIT, "NUM_PROCESSES": "1", "PROCESS_ID": "0"}, None),
-        (SLURM, ProcessInfo(source="SlurmCluster", count=3)),
-        ({**SLURM, "SLURM_NTASKS": "1"}, None),
-        (OPEN_MPI, ProcessInfo(source="OmpiCluster", count=2)),
-        ({**SLURM, **EXPLICIT}, EXPLICIT_INFO),
-    ],
-)
-def test_processes_are_detected_from_the_environment(clean_environment, environment, processes):
-    for name, value in environment.items():
-        clean_environment.setenv(name, value)
-    assert detect_processes() == processes
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"PROCESS_ID": ""}, "PROCESS_ID not set, though other variables"),
-        ({"COORDINATOR_ADDRESS": ""}, "COORDINATOR_ADDRESS not set"),
-        ({"PROCESS_ID": "4"}, "PROCESS_ID=4, NUM_PROCESSES=4 is invalid: .* Use PROCESS_ID from 0"),
-        ({"NUM_PROCESSES": "two"}, "PROCESS_ID=2, NUM_PROCESSES=two is invalid"),
-        ({"COORDINATOR_ADDRESS": "node0"}, "COORDINATOR_ADDRESS=node0 is invalid: it must be host:port"),
-    ],
-)
-def test_an_incomplete_or_invalid_environment_is_refused(changes, message):
-    with pytest.raises(UserError, match=message):
-        detect_processes({**EXPLICIT, **changes})
-
-
-def test_a_timeout_below_a_second_is_refused():
-    with pytest.raises(UserError, match=r"max_silence=0\.5 is invalid: .* Use max_silence=1"):
-        TimeoutConfig(max_silence=0.5)
 
 
 def start(index: int, port: str, case: str, *, lost_process: int | None = None, **options: Any) -> subprocess.Popen:
@@ -84,6 +18,7 @@ def start(index: int, port: str, case: str, *, lost_process: int | None = None, 
         "startup": options.pop("startup", 600),
         "max_silence": options.pop("max_silence", 15),
         "max_lag": options.pop("max_lag", 600),
+        "max_step": options.pop("max_step", 600),
     }
     arguments = json.dumps({**options, "timeouts": timeouts, "lost_process": lost_process})
     place = {"COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": str(index)}
@@ -188,6 +123,29 @@ def test_a_lost_process_is_named_in_time(how):
         lost.kill()
         other.kill()
         lost.wait()
+
+
+@pytest.mark.slow
+def test_processes_that_all_hang_in_a_step_end_with_their_stacks():
+    for index, (code, _, err) in enumerate(wait_for_all(start_both("hang in all processes", max_step=5))):
+        assert code == EXIT_TRY_AGAIN, err
+        assert f"error: each process hangs: no step was finished for 5 s; process {index} ends too" in err
+        assert "in sleep_in_step" in err
+
+
+@pytest.mark.slow
+def test_a_declared_phase_longer_than_a_step_may_take_does_not_end_the_run():
+    for code, out, err in wait_for_all(start_both("save in first process", max_step=5)):
+        assert code == 0, err
+        assert get_own_lines(out) == ["joined [0, 1]", "left"]
+
+
+@pytest.mark.slow
+def test_an_error_that_another_start_may_not_meet_asks_for_one():
+    for index, (code, _, err) in enumerate(wait_for_all(start_both("fail for a while"))):
+        assert code == EXIT_TRY_AGAIN, err
+        assert ("error: the storage does not answer" in err) == (index == 1)
+        assert ("has ended (TransientError: the storage does not answer)" in err) == (index == 0)
 
 
 @pytest.mark.slow

@@ -12,9 +12,10 @@ import time
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dit_video.core.errors import UserError, script
-from dit_video.distributed.heartbeat import TimeoutConfig, count_step
+from dit_video.core.errors import TransientError, UserError, script
 from dit_video.distributed.processes import initialize_distributed, wait_for_main_process
+from dit_video.distributed.progress import count_step, declare_phase, expect_steps
+from dit_video.distributed.timeouts import TimeoutConfig
 
 INDEX = int(os.environ["PROCESS_ID"])
 
@@ -37,6 +38,30 @@ def write_in_first_process() -> None:
     count_step()
 
 
+def save_in_first_process() -> None:
+    """Let process 1 wait for a phase of process 0 that is longer than a step may take."""
+    with expect_steps():
+        count_step()
+        if INDEX == 0:
+            with declare_phase("save"):
+                time.sleep(15)
+        gather(0)
+
+
+def sleep_in_step() -> None:
+    """Hang in a step, in which the other process hangs, too."""
+    with expect_steps():
+        count_step()
+        time.sleep(600)
+
+
+def fail_for_a_while() -> None:
+    """Fail with an error that another start may not meet."""
+    if INDEX == 1:
+        raise TransientError("the storage does not answer")
+    time.sleep(600)
+
+
 def kill() -> None:
     """Kill this process."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -57,6 +82,13 @@ def fail() -> None:
     raise UserError("the disk is full")
 
 
+CASES = {
+    "wait in first process": wait_in_first_process,
+    "write in first process": write_in_first_process,
+    "save in first process": save_in_first_process,
+    "hang in all processes": sleep_in_step,
+    "fail for a while": fail_for_a_while,
+}
 LOSSES = {"kill": kill, "stop": stop, "sleep": sleep, "fail": fail}
 """Cases in which one process is lost to the others."""
 
@@ -69,10 +101,8 @@ def main() -> None:
         options.get("config"), code=options.get("code"), timeouts=TimeoutConfig(**options["timeouts"])
     ):
         print("joined", gather(INDEX), flush=True)
-        if case == "wait in first process":
-            wait_in_first_process()
-        elif case == "write in first process":
-            write_in_first_process()
+        if case in CASES:
+            CASES[case]()
         elif case in LOSSES:
             gather(0)
             if options["lost_process"] == INDEX:
