@@ -14,7 +14,7 @@ from dit_video.distributed.process_group import ProcessGroup
 
 T = TypeVar("T")
 _PREFIX = "dit_video"
-_RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0)
+_RETRY_SECONDS = (0.1, 0.3, 0.6, 1.0)
 """Pauses before the further tries of a call that failed."""
 _MIN_PAUSE, _MAX_PAUSE = 0.02, 1.0
 """Shortest and, in small groups, longest pause between two reads of a text that is awaited, in seconds."""
@@ -27,7 +27,7 @@ class AbortedWaitError(Exception):
 class KeyValueStore:
     """Texts by name, shared by all processes of the run.
 
-    It is the store of JAX's coordination service. Calls that fail are tried again for a few seconds; then they raise
+    It is the store of JAX's coordination service. Calls that fail are tried again for two seconds; then they raise
     JAX's error, and process 0 is likely to be gone. A call may also hang as long as process 0 does.
 
     Process 0 works for all calls of all processes. So only process 0 reads the texts of all (`read`), and publishes

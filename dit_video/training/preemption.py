@@ -142,8 +142,11 @@ class SharedStopRequest(StopRequest):
         if self.signal_name:
             self._store.write("request", f"{self.signal_name} in process {self._store.group.process_id}")
             return True
-        self.signal_name = self._store.try_read("request") or ""
-        return bool(self.signal_name)
+        request = self._store.try_read("request")
+        if request is None:
+            return False
+        self.signal_name = self.signal_name or request  # A signal may have come meanwhile.
+        return True
 
     def _agree_on_last_step(self) -> bool:
         step = self._store.meet(

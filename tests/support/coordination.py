@@ -67,9 +67,11 @@ def simulate_processes(count: int) -> Iterator[list[ProcessGroup]]:
     """Yield the groups of so many processes, as each sees it. They share a connection, and count their own calls."""
     address, service = start_service(1)
     client = connect(address, 0)
-    yield [ProcessGroup(RecordingClient(client), process_id, count) for process_id in range(count)]
-    client.shutdown()
-    service.shutdown()
+    try:
+        yield [ProcessGroup(RecordingClient(client), process_id, count) for process_id in range(count)]
+    finally:
+        client.shutdown()
+        service.shutdown()
 
 
 def run_in_all(function: Callable[[ProcessGroup], Any], groups: list[ProcessGroup]) -> list[Any]:
