@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
+from dit_video.distributed.progress import declare_phase
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.step import Average, Metrics
@@ -147,10 +148,12 @@ class MetricAccumulator:
         """Count the time inside the context, in which a step is started, as compilation if its shapes are new."""
         self.recorder.charge(goodput.STEP)
         start_time = time.perf_counter()
-        yield
+        is_new = _get_shapes(batch) not in self._compiled_shapes
+        with declare_phase("compile") if is_new else contextlib.nullcontext():
+            yield
         seconds = time.perf_counter() - start_time
         self._device_seconds += seconds
-        if _get_shapes(batch) not in self._compiled_shapes:
+        if is_new:
             self.recorder.charge(goodput.COMPILE)
             self._add_lost_seconds("compile", seconds)
 
@@ -232,7 +235,8 @@ class MetricAccumulator:
         self.recorder.charge(goodput.STEP)
         start_time = time.perf_counter()
         try:
-            yield
+            with declare_phase(name):
+                yield
         finally:
             # Devices that still work on a step are not kept from it.
             category = goodput.SAVE if name == "save" else f"{goodput.HOOK}{name}"
