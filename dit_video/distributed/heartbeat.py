@@ -258,7 +258,8 @@ class HeartbeatMonitor:
 
 
 _WATCHDOG_PROGRAM = """
-import socket, sys
+import signal, socket, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to all processes of a job, which may go on for a while.
 name, host, port, index = sys.argv[1:]
 if not sys.stdin.buffer.read():  # Returns when the parent has ended; it is empty if the parent did not say goodbye.
     try:
