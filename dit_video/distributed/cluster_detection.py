@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from dit_video.core.errors import TransientError, UserError
@@ -101,8 +102,11 @@ def _ask_for_count(cluster: Any, seconds: float) -> int | None:
     while True:
         try:
             with warnings.catch_warnings(action="ignore"):  # A missing Kubernetes package warns.
-                if not cluster.is_env_present():
-                    return None
+                is_present = cluster.is_env_present()
+            if name == "GceTpuCluster":
+                _check_metadata_server(is_present=is_present)
+            if not is_present:
+                return None
             return 1 if name == "GkeTpuCluster" and _has_single_tpu_host() else cluster.get_process_count()
         except Exception as error:  # Many types: of HTTP clients, of Kubernetes, of malformed variables.
             line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
@@ -120,6 +124,18 @@ def _ask_for_count(cluster: Any, seconds: float) -> int | None:
             print(f"{name} does not answer and is asked again: {line}", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, _MAX_PAUSE)
+
+
+def _check_metadata_server(*, is_present: bool) -> None:
+    """Raise if the server of a TPU host answers with an error, which JAX takes for "no cluster" or a host's name."""
+    from jax._src.clusters import cloud_tpu_cluster as tpu  # Private, like the clusters.
+
+    if not tpu.running_in_cloud_tpu_vm or "TPU_SKIP_MDS_QUERY" in os.environ:
+        return
+    key = "worker-network-endpoints" if is_present else "agent-worker-number"
+    status = tpu.get_metadata(key)[1]
+    if status != HTTPStatus.OK and (is_present or status != HTTPStatus.NOT_FOUND):
+        raise ConnectionError(f"the metadata server answers the question for {key} with HTTP status {status}")
 
 
 def _is_in_indexed_job() -> bool:

@@ -1,7 +1,7 @@
 import os
 
 import pytest
-from jax._src.clusters import GkeTpuCluster, K8sCluster, SlurmCluster
+from jax._src.clusters import GkeTpuCluster, K8sCluster, SlurmCluster, cloud_tpu_cluster
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
 from dit_video.distributed.cluster_detection import ProcessInfo, detect_processes
@@ -133,3 +133,30 @@ def test_a_single_tpu_host_needs_no_metadata_server(clean_environment):
     clean_environment.setenv("TPU_WORKER_HOSTNAMES", "host0,host1")
     with pytest.raises(TransientError, match="GkeTpuCluster"):
         detect_processes(seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "result"),
+    [
+        ({}, None),  # no part of a TPU
+        ({"agent-worker-number": 200, "worker-network-endpoints": 200}, 2),
+        ({"agent-worker-number": 503}, "503"),
+        ({"agent-worker-number": 200, "worker-network-endpoints": 503}, "503"),
+    ],
+)
+def test_an_error_of_the_metadata_server_is_no_answer(clean_environment, statuses, result):
+    """JAX takes an error for the absence of a TPU, and the page of an error for the name of a single host."""
+
+    def get_metadata(key):
+        status = statuses.get(key, 404)
+        texts = {"agent-worker-number": "0", "worker-network-endpoints": "host0,host1"}
+        return texts.get(key, "") if status == 200 else "an error page", status
+
+    clean_environment.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    clean_environment.setattr(cloud_tpu_cluster, "get_metadata", get_metadata)
+    if isinstance(result, str):
+        with pytest.raises(TransientError, match=f"GceTpuCluster .* HTTP status {result}"):
+            detect_processes(seconds=0.1)
+    else:
+        processes = detect_processes(seconds=0.1)
+        assert processes == (result and ProcessInfo(source="GceTpuCluster", count=result))
