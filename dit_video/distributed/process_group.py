@@ -1,6 +1,5 @@
 """The processes of a run as JAX's coordination service knows them."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +27,9 @@ class ProcessGroup:
         state = distributed.global_state
         return cls(state.client, state.process_id or 0, state.num_processes or 1)
 
-    @functools.cached_property
+    @property
     def is_first(self) -> bool:
-        """True for process 0, which keeps the service, and gathers and checks for all."""
+        """Return True in process 0, which keeps the service, and gathers and checks for all."""
         return self.process_id == 0
 
     def get_interval(self, seconds: float, *, calls: int = 1) -> float:

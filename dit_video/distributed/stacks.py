@@ -31,7 +31,7 @@ class ExitTimer:
         self._library = ctypes.CDLL(None)
         self._timer = ctypes.c_void_p()
         event = _TimerEvent(value=EXIT_TRY_AGAIN, notify=_SIGEV_THREAD)
-        self._has_timer = False
+        self._has_timer, self._is_running = False, False
         if sys.platform == "linux" and hasattr(self._library, "timer_create"):
             event.function = ctypes.cast(self._library._exit, ctypes.c_void_p)
             arguments = (time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer))
@@ -41,11 +41,14 @@ class ExitTimer:
         """End the process after `seconds`, unless the timer is restarted or cancelled before."""
         faulthandler.dump_traceback_later(seconds, exit=not self._has_timer, file=_get_stderr_descriptor())
         self._set_timer(seconds + _DUMP_SECONDS)
+        self._is_running = True
 
     def cancel(self) -> None:
         """Stop the timer."""
-        faulthandler.cancel_dump_traceback_later()
-        self._set_timer(0)
+        if self._is_running:  # Otherwise faulthandler's timer may be that of somebody else.
+            faulthandler.cancel_dump_traceback_later()
+            self._set_timer(0)
+            self._is_running = False
 
     def close(self) -> None:
         """Stop and free the timer."""

@@ -29,12 +29,12 @@ def take_steps(stop, *, start=0, limit=2000, seconds=0.01):
 
 
 def stop_together(groups, *, signalled=1, failures=0, late=0.0):
-    """Let simulated processes train until one gets a signal, and return their last steps and what they were told."""
-    told = [threading.Event() for _ in groups]
+    """Let simulated processes train until one gets a signal; return their last steps, and which know of the signal."""
+    informed = [threading.Event() for _ in groups]
 
     def train(group):
         store = KeyValueStore("stop", group)
-        stop = SharedStopRequest(0, on_request=told[group.process_id].set, store=store)
+        stop = SharedStopRequest(0, on_request=informed[group.process_id].set, store=store)
         if group.process_id == signalled:
             threading.Timer(0.3, lambda: setattr(stop, "signal_name", "SIGTERM")).start()
             group.client.num_failures = failures
@@ -43,16 +43,16 @@ def stop_together(groups, *, signalled=1, failures=0, late=0.0):
         stop.close()
         return step, stop.signal_name
 
-    return run_in_all(train, groups), told
+    return run_in_all(train, groups), informed
 
 
 def test_all_processes_stop_after_the_same_step():
     with simulate_processes(8) as groups:
-        results, told = stop_together(groups)
+        results, informed = stop_together(groups)
     (step,) = {step for step, _ in results}
     assert 5 < step < 2000
     assert [name for _, name in results] == ["SIGTERM in process 1", "SIGTERM", *["SIGTERM in process 1"] * 6]
-    assert all(event.is_set() for event in told)  # So each starts its timer, not only the one with the signal.
+    assert all(event.is_set() for event in informed)  # So each starts its timer, not only the one with the signal.
 
 
 def test_they_stop_together_though_calls_fail():
