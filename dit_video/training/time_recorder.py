@@ -128,17 +128,17 @@ class TimeRecorder:
         if self._attempt is not None:
             self._charge(goodput.IDLE)
         else:
-            number = 1
+            # Read before the storage is, which may take seconds.
+            self._boundary, begin, number = self._clock() - age, self._time_of_day() - age, 1
             if self._folder is not None:
-                with _report_failures():
-                    self._earlier = goodput.read_attempts(self._folder)
+                try:
                     number += max((number for number, _ in goodput.list_attempt_files(self._folder)), default=0)
-            self._boundary = self._clock() - age
+                    self._earlier = goodput.read_attempts(self._folder)
+                except (UserError, OSError) as error:  # a number without a list could be that of an earlier attempt
+                    print(f"the times of this attempt are not recorded: {error}", file=sys.stderr)
+                    self._folder = None
             self._attempt = Attempt(
-                number=number,
-                begin=self._time_of_day() - age,
-                host=socket.gethostname(),
-                process_count=jax.process_count(),
+                number=number, begin=begin, host=socket.gethostname(), process_count=jax.process_count()
             )
             self._restart_sums()
         if self._folder is not None:

@@ -8,7 +8,8 @@ import time
 import fsspec
 import pytest
 
-from dit_video.core.errors import GracefulStop
+from dit_video.core.errors import GracefulStop, UserError
+from dit_video.training import goodput
 from dit_video.training.goodput import COMPILE, DATA, IDLE, LOST, SAVE, STARTUP, STEP, read_attempts, summarize
 from dit_video.training.time_recorder import TimeRecorder, merge_records
 
@@ -232,6 +233,21 @@ def test_storage_that_fails_ends_no_training(tmp_path, capsys):
     with recorder.attempt():
         pass
     assert "the times of this run cannot be recorded now" in capsys.readouterr().err
+
+
+def test_an_attempt_overwrites_no_other_when_these_cannot_be_listed(tmp_path, monkeypatch, capsys):
+    with TimeRecorder(tmp_path).attempt():
+        pass
+    before = (tmp_path / "0001.jsonl").read_text()
+
+    def fail(_folder):
+        raise UserError("the storage does not answer")
+
+    monkeypatch.setattr(goodput, "list_attempt_files", fail)
+    with TimeRecorder(tmp_path).attempt():
+        pass
+    assert "not recorded: the storage does not answer" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == [before]
 
 
 def test_without_a_folder_or_an_attempt_nothing_is_written(tmp_path, monkeypatch):
