@@ -34,7 +34,13 @@ from dit_video.core.storage_errors import is_transient, retry_transient
 from dit_video.platform.provenance import get_code_version
 from dit_video.training.agreement import SharedResult, call_together, raise_failure, share_text
 from dit_video.training.checkpoint_arrays import check_arrays, compute_digests, describe_array, make_target
-from dit_video.training.checkpoint_io import convert_save_errors, open_reader, open_writer, resolve_folder
+from dit_video.training.checkpoint_io import (
+    SaveBarrier,
+    convert_save_errors,
+    open_reader,
+    open_writer,
+    resolve_folder,
+)
 from dit_video.training.checkpoint_policy import CheckpointPolicy, OrbaxPreservationPolicy
 from dit_video.training.folder_lock import check_locks
 
@@ -69,6 +75,7 @@ class Checkpoints:
         self.folder = resolve_folder(folder)
         self.keep = keep
         self._writer: ocp.CheckpointManager | None = None
+        self._barrier: SaveBarrier | None = None
         self._unreadable: set[int] = set()
         self._pending: _Save | None = None
         self._failed_saves = 0
@@ -77,7 +84,7 @@ class Checkpoints:
 
     def save(
         self, step: int, state: Any, meta: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
-    ) -> None:
+    ) -> dict[str, int]:
         """Copy `state` (a tree of JAX arrays) to the host and write it in the background; it may be donated at once.
 
         A single process whose previous save was not written, because its storage did not answer, warns and saves this
@@ -88,6 +95,9 @@ class Checkpoints:
           state: Tree of JAX arrays.
           meta: Metadata that JSON can represent; tuples are restored as lists.
           metrics: Metrics by which the best checkpoints are selected.
+
+        Returns:
+          The digest of each array, by its path.
 
         Raises:
           UserError: The folder already has a checkpoint of this step or a later one, or this or the previous save
@@ -105,6 +115,7 @@ class Checkpoints:
         details = {"metrics": self._metrics[step], "code": get_code_version(), "meta": dict(meta)}
         document = json.loads(json.dumps({"format": FORMAT, "arrays": table, **details}))
         self._begin_save(step, arrays, document)
+        return digests
 
     def wait(self) -> None:
         """Wait until all saves are on disk, and raise their errors.
@@ -118,6 +129,14 @@ class Checkpoints:
             if jax.process_count() > 1 or pending is None or (arrays := pending.get_arrays()) is None:
                 raise
             self._begin_save(pending.step, arrays, pending.document)
+            self._wait()
+
+    def check(self) -> None:
+        """Raise the error of a save that has failed in the background, if there are several processes.
+
+        They cannot save without the one that failed, so they need not train to the next save. A single process can.
+        """
+        if self._barrier is not None and self._barrier.has_failed:
             self._wait()
 
     def _begin_save(self, step: int, arrays: Mapping[str, jax.Array], document: Mapping[str, Any]) -> None:
@@ -188,7 +207,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Return the step of the newest complete checkpoint that is not known to be unreadable, or None."""
-        return max(self._list_steps(), default=None)
+        return max(self.list_steps(), default=None)
 
     def read_document(self, step: int) -> dict[str, Any]:
         """Return the JSON document of a checkpoint: `metrics`, `code` (see `code_version`), `meta` and `arrays`."""
@@ -213,7 +232,7 @@ class Checkpoints:
           UserError: The checkpoint has another config or format, access is denied, or nothing can be read.
           TransientError: The storage does not answer, in one of the processes.
         """
-        steps = sorted(self._list_steps(), reverse=True)
+        steps = sorted(self.list_steps(), reverse=True)
         if not steps or (step is not None and step not in steps):
             which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             has = f" Available steps: {', '.join(map(str, reversed(steps)))}." if steps else " Train first."
@@ -271,7 +290,7 @@ class Checkpoints:
         with open_reader(self.folder) as reader:
             return empty | trees.flatten(reader.restore(step, args=ocp.args.Composite(state=args)).state), document
 
-    def _list_steps(self) -> set[int]:
+    def list_steps(self) -> set[int]:
         """Return the steps of complete checkpoints that are not known to be unreadable, as the first process sees them.
 
         While this process writes checkpoints, they are those that it knows of.
@@ -294,7 +313,9 @@ class Checkpoints:
         """Return the writing manager, which removes the remains of interrupted saves; only the run itself may do so."""
         if self._writer is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._writer = open_writer(self.folder, OrbaxPreservationPolicy(self.keep, self._get_metrics))
+            self._barrier = SaveBarrier() if jax.process_count() > 1 else None
+            policy = OrbaxPreservationPolicy(self.keep, self._get_metrics)
+            self._writer = open_writer(self.folder, policy, self._barrier)
         return self._writer
 
     def _get_metrics(self, step: int) -> Mapping[str, float] | None:

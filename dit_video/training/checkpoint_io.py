@@ -1,6 +1,7 @@
 """Orbax as checkpoints use it: its managers, one for writing and one for each read, and its errors."""
 
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from etils import epath
 
 from dit_video.core.errors import TransientError, UserError
 from dit_video.core.storage_errors import classify_storage_error, is_transient
+from dit_video.distributed.store import KeyValueStore
 from dit_video.training.agreement import format_error
 
 _SAVE_TIMEOUT = 3600
@@ -25,14 +27,56 @@ logging.getLogger("absl").addFilter(
 )
 
 
-def open_writer(folder: Path, preservation_policy: Any) -> ocp.CheckpointManager:
-    """Return a manager of all processes that writes, and removes the remains of interrupted saves."""
+class IncompleteSaveError(Exception):
+    """Raised in all processes if one could not write its part of a checkpoint."""
+
+
+_barrier_numbers = itertools.count()
+
+
+class SaveBarrier:
+    """Barrier of the threads in which all processes write a checkpoint; it fails in all as soon as one has failed.
+
+    A process that cannot write its part goes on to a later barrier. Those of Orbax would wait for it at the earlier one
+    until the time for a save is over. Here the barriers are counted, and all compare which of them they have reached.
+    """
+
+    def __init__(self) -> None:
+        self._store = KeyValueStore(f"save/{next(_barrier_numbers)}")
+        self._meeting_numbers = itertools.count()
+        self.has_failed = False
+        """Whether a process could not write its part."""
+
+    def __call__(self, key: str, timeout_ms: int) -> None:
+        """Wait for all processes.
+
+        Args:
+          key: Name of the barrier.
+          timeout_ms: Time to wait in milliseconds.
+
+        Raises:
+          IncompleteSaveError: A process is at another barrier, now or at an earlier call.
+          TimeoutError: A process is at none.
+        """
+        if not self.has_failed:
+            number, seconds = str(next(self._meeting_numbers)), timeout_ms / 1000
+            count = self._store.meet(number, key, combine=lambda keys: str(len(set(keys))), seconds=seconds)
+            self.has_failed = count != "1"
+        if self.has_failed:
+            raise IncompleteSaveError("another process could not write its part of the checkpoint")
+
+
+def open_writer(folder: Path, preservation_policy: Any, barrier: SaveBarrier | None) -> ocp.CheckpointManager:
+    """Return a manager of all processes that writes, and removes the remains of interrupted saves.
+
+    `barrier` is that of several processes; None for a single one.
+    """
     return _make_manager(
         folder,
         preservation_policy=preservation_policy,
         cleanup_tmp_directories=True,
         single_host_load_and_broadcast=jax.process_count() > 1,
-        async_options=ocp.options.AsyncOptions(timeout_secs=_SAVE_TIMEOUT),
+        async_options=ocp.options.AsyncOptions(timeout_secs=_SAVE_TIMEOUT, barrier_sync_fn=barrier),
     )
 
 
@@ -89,12 +133,13 @@ def convert_save_errors(step: int, folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # an OSError, or the orbax or tensorstore error that it was turned into
-        message = (
-            f"cannot write the checkpoint of step {step} to {folder} ({format_error(error)}). Earlier ones are intact"
-        )
-        # Orbax turns the wait for another process, which has failed, into a timeout.
-        if is_transient(error) or isinstance(error, TimeoutError):
+    except Exception as raised:  # an OSError, or the orbax or tensorstore error that it was turned into
+        # In the process that has failed, the first error is the reason.
+        cause = raised.__context__ if isinstance(raised, IncompleteSaveError) else None
+        error = cause if isinstance(cause, Exception) else raised
+        reason = format_error(error)
+        message = f"cannot write the checkpoint of step {step} to {folder} ({reason}). Earlier ones are intact"
+        if is_transient(error) or isinstance(error, IncompleteSaveError | TimeoutError):
             advice = "run the same command to resume; if that does not help, check the connection to the storage."
             raise TransientError(f"{message}: {advice}") from error
         is_jax_error = isinstance(error, jax.errors.JaxRuntimeError)  # such as the failure of another process

@@ -2,11 +2,14 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from support.devices import run_together
+from dit_video.training.checkpoint import Checkpoints
+from support.devices import PROGRAMS, find_free_port, make_environment, run_together
 
 PROGRAM = "restore_in_two_processes.py"
 
@@ -59,3 +62,30 @@ def test_storage_that_does_not_answer_one_process_ends_all_with_the_code_that_as
 def test_denied_access_of_one_process_is_no_damage(saved):
     for line in restore(saved, "denied"):
         assert line.startswith(f"error UserError 2 cannot read the checkpoint of step 2 in {saved} (")
+
+
+def test_a_process_that_cannot_save_ends_all_with_the_code_that_asks_for_another_start(tmp_path):
+    """It need not wait for the next save, and none of the earlier checkpoints is lost."""
+    command = [sys.executable, "-P", str(PROGRAMS / "save_in_two_processes.py"), str(tmp_path)]
+    environment = make_environment(1) | {"COORDINATOR_ADDRESS": f"127.0.0.1:{find_free_port()}", "NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment | {"PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [75, 75], outputs
+    message = f"error: cannot write the checkpoint of step 2 to {tmp_path} ("
+    assert f"{message}IncompleteSaveError: another process could not write its part" in outputs[0]
+    assert f"{message}ValueError: UNAVAILABLE" in outputs[1]
+    assert all("saving" in output and "not noticed" not in output for output in outputs)
+    assert Checkpoints(tmp_path).latest() == 1

@@ -19,7 +19,7 @@ from dit_video.core.storage import to_storage_path
 from dit_video.training.folder_lock import check_locks, lock_folder
 from dit_video.training.lease import LeaseConfig
 from support import exclusive_bucket
-from support.devices import HANG, PROGRAMS, make_environment, wait_until
+from support.devices import HANG, PROGRAMS, make_environment, run_together, wait_until
 from support.shared_bucket import VARIABLE
 
 FAST = LeaseConfig(renew_every=0.1, expires_after=1.0, settle=0.05)
@@ -253,6 +253,23 @@ def test_an_address_is_locked_for_other_processes(tmp_path):
         assert (contender.returncode, out) == (0, "held\n")
         other.send_signal(signal.SIGCONT)
         assert other.wait(HANG) == 75
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_run_hold_one_lock_or_end_together(tmp_path):
+    program = "lock_in_two_processes.py"
+    for output in run_together(program, str(tmp_path / "run")):
+        assert "held 1" in output.splitlines()
+    with renew(write_lease(tmp_path / "other")):
+        for output in run_together(program, str(tmp_path / "other")):
+            line = next(line for line in output.splitlines() if line.startswith("error"))
+            assert line.startswith("error TransientError 75 ")
+            assert "is in use by process 12 on node7" in line
+    (tmp_path / "file").write_text("")
+    for output in run_together(program, str(tmp_path / "file" / "run")):
+        line = next(line for line in output.splitlines() if line.startswith("error"))
+        assert line.startswith("error UserError 2 ")
+        assert "cannot be written (Not a directory)" in line
 
 
 @pytest.mark.slow
