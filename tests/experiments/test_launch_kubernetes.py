@@ -228,7 +228,7 @@ def list_errors(document: Any) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
 
 
-@pytest.mark.parametrize("name", JOBSETS)
+@pytest.mark.parametrize("name", [*JOBSETS, "ray_job.yaml"])
 def test_manifests_fit_the_schemas_of_their_definitions(name):
     assert list_errors(read(name)) == []
 
@@ -240,4 +240,10 @@ def test_the_schemas_refuse_an_unknown_field(name, place):
     places = {"spec": document["spec"], "failurePolicy": document["spec"]["failurePolicy"], "job": job_of(document)}
     places |= {"pod": job_of(document)["template"]["spec"], "container": container_of(document)}
     places[place]["restarts"] = 3
+    assert list_errors(document)
+
+
+def test_the_schema_of_ray_refuses_an_unknown_field():
+    document = read("ray_job.yaml")
+    document["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["nodes"] = 2
     assert list_errors(document)
