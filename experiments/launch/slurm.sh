@@ -24,7 +24,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 
 # JAX would connect to the other nodes through a proxy.
-unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
+unset http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY
 
 # Bitwise reproducible runs need these flags; they cost speed.
 # export XLA_FLAGS="--xla_gpu_deterministic_ops=true --xla_gpu_exclude_nondeterministic_ops=true"

@@ -5,6 +5,7 @@
 #
 # IMAGE is the image of experiments/launch/Dockerfile with PLATFORM=tpu, in a registry that the cluster reads. The
 # arguments after IMAGE are those of experiments/train.py, or of SCRIPT=experiments/finetune.py. Set in the environment:
+#   WORKLOAD    name of the workload, dit-video by default
 #   TPU_TYPE    type of a slice, v5litepod-16 by default
 #   SLICES      number of slices, 1 by default; with more, --mesh.data must be a multiple of it
 #   STORAGE     name of a storage of the cluster (`xpk storage attach`) that is mounted at /runs
@@ -16,6 +17,7 @@ if [ "$#" -lt 3 ]; then
 fi
 cluster="$1" image="$2"
 shift 2
+
 # XPK runs the command in a subshell, to which it sends SIGTERM, so that Python has to take the subshell's place.
 command="cd /dit_video && exec python -u $(printf '%q ' "${SCRIPT:-experiments/train.py}" "$@" --stopped-code 75)"
 # Exit codes other than 75 (try again), 42 and 127 to 255 end the workload. DIT_VIDEO_PREEMPTION_GRACE, the seconds to

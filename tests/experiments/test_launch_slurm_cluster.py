@@ -14,14 +14,12 @@ from pathlib import Path
 import pytest
 
 from dit_video.training.hooks.logging import read_metrics
-from support.devices import find_free_port, make_environment
+from support.devices import HANG, find_free_port, make_environment
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "experiments" / "launch" / "slurm.sh"
-_HANG = 300
-"""Seconds to wait for a state of a job. The longest job ends after two minutes on an idle machine."""
 
 
 class Cluster:
@@ -124,7 +122,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 State=UP
         return Job(self, number, log)
 
     def wait_until(self, condition: Callable[[], bool], name: str, job: "Job | None" = None) -> None:
-        deadline = time.monotonic() + _HANG
+        deadline = time.monotonic() + HANG
         while not condition():
             log = job.log.read_text() if job is not None and job.log.exists() else self._read_log()
             assert time.monotonic() < deadline, f"no {name}:\n{log}"
