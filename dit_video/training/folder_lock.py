@@ -27,6 +27,8 @@ from dit_video.training.process_identity import ProcessIdentity
 LOCK_FILE = ".lock"
 _POLL_SECONDS = 1.0
 """Longest interval at which a process that waits for a folder looks at it."""
+_RELEASE_SECONDS = 30.0
+"""Longest time to wait at the end for a renewal that the storage does not answer."""
 _held_locks: list["_FolderLock"] = []
 """Locks that this process holds."""
 
@@ -98,7 +100,7 @@ class _FolderLock:
     def release(self) -> None:
         _held_locks.remove(self)
         self._released.set()
-        self._thread.join()
+        self._thread.join(_RELEASE_SECONDS)
         self._lease.release()
         if self._file is not None:
             self._file.release()

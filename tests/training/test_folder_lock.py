@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.registry import _registry
 
 from dit_video.core.errors import TransientError, UserError
 from dit_video.core.storage import to_storage_path
@@ -20,6 +21,7 @@ from dit_video.training.folder_lock import check_locks, lock_folder
 from dit_video.training.lease import LeaseConfig
 from support import exclusive_bucket
 from support.devices import HANG, PROGRAMS, make_environment, run_together, wait_until
+from support.fake_gcs import serve
 from support.shared_bucket import VARIABLE
 
 FAST = LeaseConfig(renew_every=0.1, expires_after=1.0, settle=0.05)
@@ -229,7 +231,7 @@ def test_a_disk_that_does_not_answer_in_time_is_no_reason_to_write(tmp_path, mon
 @pytest.mark.parametrize("address", ["memory://bucket/run", "gs://bucket/run"])
 def test_an_address_is_locked(tmp_path, memory, monkeypatch, address):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    exclusive_bucket.register()
+    monkeypatch.setitem(_registry, "gs", exclusive_bucket.ExclusiveBucket)
     with lock_folder(address, config=FAST):
         with pytest.raises(TransientError, match=f"{address} is in use by process {os.getpid()}"), lock_folder(address):
             pass
@@ -270,6 +272,21 @@ def test_the_processes_of_a_run_hold_one_lock_or_end_together(tmp_path):
         line = next(line for line in output.splitlines() if line.startswith("error"))
         assert line.startswith("error UserError 2 ")
         assert "cannot be written (Not a directory)" in line
+
+
+@pytest.mark.slow
+def test_the_client_of_a_service_lets_one_of_two_have_a_folder(tmp_path):
+    """Google's client creates a file on the condition that there is none."""
+    pytest.importorskip("gcsfs")
+    (tmp_path / "meeting").mkdir()
+    with serve():
+        processes = [
+            start("contending_locks.py", own, other, tmp_path / "meeting", "gs://bucket/run", 10)
+            for own, other in (("a", "b"), ("b", "a"))
+        ]
+        outputs = [process.communicate(timeout=HANG) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted(int(line) for out, _ in outputs for line in out.split()) == list(range(10))
 
 
 @pytest.mark.slow
