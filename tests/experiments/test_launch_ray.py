@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -36,15 +37,27 @@ def test_the_manifest_has_the_nodes_that_the_job_asks_for():
     assert line[line.index("--workdir") + 1].startswith(mounts[claim["name"]])
 
 
+def start_cluster(tries: int = 4) -> Any:
+    """Return a cluster of two nodes, each of which Ray gives 30 seconds to start, too few on a busy machine."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+    except Exception:
+        cluster.shutdown()
+        if tries == 1:
+            raise
+        return start_cluster(tries - 1)
+    return cluster
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """Return the address of a Ray cluster of two nodes."""
     pytest.importorskip("ray", reason="needs ray (pip install 'ray[default]')")
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster()
-    for _ in range(2):
-        cluster.add_node(num_cpus=2)
+    cluster = start_cluster()
     yield cluster.address
     cluster.shutdown()
 
