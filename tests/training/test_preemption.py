@@ -12,10 +12,11 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.distributed.store import KeyValueStore
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.loop import LoopConfig, run
 from dit_video.training.preemption import SharedStopRequest, get_machine_grace
 from support.coordination import run_in_all, simulate_processes
 from support.devices import HANG, PROGRAMS, find_free_port, make_environment
-from support.loop_training import get_state_shapes
+from support.loop_training import get_state_shapes, init_state, make_batches, plain_step
 
 
 def take_steps(stop, *, start=0, limit=2000, seconds=0.01):
@@ -142,12 +143,9 @@ def test_a_signal_to_all_processes_and_their_workers_stops_them_at_one_saved_ste
     step = Checkpoints(tmp_path / "stopped" / "checkpoints").latest()
     assert step is not None
     assert all(f"training, by SIGTERM after step {step}, which is saved" in error for error in errors), errors
-    for folder in ("stopped", "whole"):
-        ended = [process.communicate(timeout=HANG) for process in start_group(tmp_path / folder, step + 20)]
-        assert all("finished" in out for out, _ in ended), ended
-    params = [
-        Checkpoints(tmp_path / folder / "checkpoints").restore(get_state_shapes())[0].params
-        for folder in ("stopped", "whole")
-    ]
+    ended = [process.communicate(timeout=HANG) for process in start_group(tmp_path / "stopped", step + 20)]
+    assert all("finished" in out for out, _ in ended), ended
+    resumed = Checkpoints(tmp_path / "stopped" / "checkpoints").restore(get_state_shapes())[0].params
+    whole = run(plain_step, init_state(), make_batches, config=LoopConfig(steps=step + 20)).params
     for name in ("w", "b"):
-        np.testing.assert_array_equal(params[0][name], params[1][name])
+        np.testing.assert_array_equal(resumed[name], whole[name])
