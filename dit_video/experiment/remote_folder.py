@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from dit_video.core.storage import (
 )
 from dit_video.distributed import processes
 from dit_video.experiment import datasets
+from dit_video.training.hooks.hook import Hook
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -131,6 +133,13 @@ class RemoteFolder:
             write_document(self.address / MANIFEST, {"format": FORMAT, **manifest._asdict()})
             self._for_each(before.files.keys() - files.keys(), self._remove_remote_file)
 
+    def try_to_send(self) -> None:
+        """Send changed files, or warn that they could not be sent yet."""
+        try:
+            self.send()
+        except UserError as error:
+            warnings.warn(f"files of the run are not at {self.address} yet: {error}", stacklevel=2)
+
     @contextlib.contextmanager
     def keep_sent(self, seconds: float = _SEND_SECONDS) -> Iterator[None]:
         """Send changed files at intervals while the context lasts, and at its end; the first process alone does.
@@ -144,10 +153,7 @@ class RemoteFolder:
 
         def send_at_intervals() -> None:
             while not ended.wait(seconds):
-                try:
-                    self.send()
-                except UserError as error:
-                    warnings.warn(f"files of the run are not at {self.address} yet: {error}", stacklevel=2)
+                self.try_to_send()
 
         thread = threading.Thread(target=send_at_intervals, name="send files of the run", daemon=True)
         thread.start()
@@ -223,6 +229,17 @@ class RemoteFolder:
         for folder in folders:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+@dataclass(frozen=True)
+class SendLogs(Hook):
+    """Upload of a training's logs before each checkpoint, so that they reach to it wherever the run continues."""
+
+    first_process_only = True
+    folder: RemoteFolder
+
+    def before_save(self, step: int) -> None:
+        self.folder.try_to_send()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -22,7 +22,7 @@ from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_us
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.experiment import DataConfig, datasets
 from dit_video.experiment.checkpoints import get_checkpoint_folder
-from dit_video.experiment.remote_folder import RemoteFolder, main_process_first
+from dit_video.experiment.remote_folder import RemoteFolder, SendLogs, main_process_first
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
 from dit_video.training.goodput import GOODPUT_FOLDER
@@ -30,7 +30,7 @@ from dit_video.training.hooks.profiler import TraceConfig
 from dit_video.training.loop import LoopConfig
 from dit_video.training.step import TrainStep
 from dit_video.training.time_recorder import TimeRecorder
-from dit_video.training.trainer import Trainer
+from dit_video.training.trainer import BatchIterator, Trainer
 
 _RUN_FOLDERS = (
     *("autoencoder", "checkpoints", "clips", "data", "denoiser", "goodput", "latents", "pipeline", "samples", "stages"),
@@ -105,6 +105,14 @@ class StagedExperiment:
         """
         stages = (f"stages[].{name}" for stage in self.stages for name in stage.amendable_fields)
         return (*_AMENDABLE_FIELDS, *stages)
+
+
+class Training(NamedTuple):
+    """A training whose steps can be carried out or repeated."""
+
+    trainer: Trainer
+    open_batches: Callable[[int], BatchIterator]
+    """Function from a step of the stage to an iterator over the batches from there on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +255,7 @@ class Runtime:
             mesh=self.mesh,
             start_step=start_step,
             keep=experiment.keep,
+            hooks=() if self.remote is None else (SendLogs(self.remote),),
             recorder=self.recorder,
             resolved_config=config_json.to_json(experiment),
         )
@@ -295,6 +304,18 @@ class Stage(abc.ABC):
             if not path.exists():
                 raise MissingError(f"stage {self.name} reads {path}, which does not exist. Run the stage before it.")
         return True
+
+    def open_training(self, runtime: "Runtime", *, is_new: bool) -> Training | None:
+        """Return the training that `run` carries out, without its logs, so that its steps can be repeated.
+
+        Args:
+          runtime: the run.
+          is_new: whether it begins with the initial state, not with a checkpoint.
+
+        Returns:
+          None for a stage that trains nothing, or whose steps cannot be repeated.
+        """
+        return None
 
     @abc.abstractmethod
     def run(self, runtime: "Runtime") -> None:

@@ -22,11 +22,11 @@ def compute_digests(arrays: Mapping[str, Array], *, is_mixed: bool = True) -> di
         zero may have the digest of zeros.
     """
     # One array at a time: on CPUs, concurrent multi-device programs may deadlock.
-    return {path: int(_compute_digest(array, is_mixed=is_mixed)) for path, array in arrays.items()}
+    return {path: int(compute_digest(array, is_mixed=is_mixed)) for path, array in arrays.items()}
 
 
 @functools.partial(jax.jit, static_argnames="is_mixed")
-def _compute_digest(array: Array, *, is_mixed: bool) -> UInt32[Array, ""]:
+def compute_digest(array: Array, *, is_mixed: bool = True) -> UInt32[Array, ""]:
     """Return the sum of the bits of all values, mixed or weighted with their position, modulo 2^32."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)

@@ -42,6 +42,7 @@ from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import Progress
 from dit_video.training.hooks.metric_accumulator import MetricAccumulator, NonFiniteLossError, TooManySkipsError
 from dit_video.training.preemption import handle_signals
+from dit_video.training.step import BATCH_DIGESTS
 from dit_video.training.time_recorder import TimeRecorder
 
 
@@ -102,9 +103,9 @@ def run(
       KeyboardInterrupt: After a second signal.
     """
     steps_done = int(state.step)
-    saver = _Saver(checkpoints, dict(meta or {}), steps_done)
-    saver.check_start(config.steps)
     hooks = [hook for hook in hooks if jax.process_index() == 0 or not hook.first_process_only]
+    saver = _Saver(checkpoints, dict(meta or {}), steps_done, hooks)
+    saver.check_start(config.steps)
     for hook in hooks:
         hook.resume(steps_done)
     if steps_done == config.steps:
@@ -134,7 +135,7 @@ def run(
             steps_done += 1
             recorder.count_step(steps_done)
             with saver.handle_failures(steps_done, state, accumulator):
-                accumulator.add(batch, metrics)
+                accumulator.add(batch, {name: value for name, value in metrics.items() if name != BATCH_DIGESTS})
             loss = None
             is_last = steps_done == config.steps
             due_hooks = [hook for hook in hooks if hook.is_due(steps_done, is_last=is_last)]
@@ -179,8 +180,11 @@ def get_device_memory() -> dict[str, float]:
 class _Saver:
     """Writer of checkpoints that saves each step once, and only finite states."""
 
-    def __init__(self, checkpoints: Checkpoints | None, meta: dict[str, Any], steps_done: int) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints | None, meta: dict[str, Any], steps_done: int, hooks: Sequence[Hook]
+    ) -> None:
         self._checkpoints = checkpoints
+        self._hooks = hooks
         self._meta = meta
         self._saved_step = steps_done
         self.metrics: Mapping[str, float] = {}
@@ -219,7 +223,11 @@ class _Saver:
             if (path := _find_nonfinite(state)) is not None:
                 raise self._make_error(f"{path} is not finite after step {steps_done}")
             if self._checkpoints is not None:
-                self._checkpoints.save(steps_done, state, self._meta, metrics=self.metrics)
+                for hook in self._hooks:
+                    hook.before_save(steps_done)
+                digests = self._checkpoints.save(steps_done, state, self._meta, metrics=self.metrics)
+                for hook in self._hooks:
+                    hook.on_save(steps_done, digests)
             self._saved_step = steps_done
 
     def wait(self) -> None:

@@ -12,8 +12,10 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, PyTree
 
+from dit_video.core import trees
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.update_sharding import constrain_like_params
+from dit_video.training.checkpoint_arrays import compute_digest
 from dit_video.training.optim.ema import EmaConfig, update_averages, update_ema
 from dit_video.training.optim.optimizer import get_schedule_free_average
 from dit_video.training.state import TrainState, init_state, replace_step
@@ -58,6 +60,8 @@ class LossOutput(NamedTuple):
 
 Loss = Callable[..., LossOutput | tuple[Float[Array, ""], Metrics]]
 """Function `loss(params, batch, step, *constants)` that returns a `LossOutput`, or the pair of value and metrics."""
+BATCH_DIGESTS = "batch_digests"
+"""Name of the metric with the digest of each array of the batch, by its path."""
 StepFn = Callable[[Any, PyTree], tuple[Any, Metrics]]
 """Jitted function `(state, batch) -> (state, metrics)`."""
 
@@ -76,15 +80,16 @@ class TrainStep(abc.ABC):
     def update(self, state: Any, batch: PyTree, constants: Constants = ()) -> tuple[Any, Metrics]:
         """Return the state after one step, and metrics. Traceable."""
 
-    def compile(self, constants: Constants = (), *, state: Any = None) -> StepFn:
+    def compile(self, constants: Constants = (), *, state: Any = None, has_batch_digests: bool = False) -> StepFn:
         """Return the jitted step, which donates the state.
 
         Args:
           constants: Arrays passed to the loss as further arguments, such as the weights of a perceptual network.
             (Arrays that the loss holds itself would be compiled into the program and make it large.)
           state: State whose shardings all states have; None to take those of the state of each call.
+          has_batch_digests: Whether the metrics have the digests of the batch's arrays, `BATCH_DIGESTS`.
         """
-        step = JittedStep(self.update, constants)
+        step = JittedStep(self.update, constants, has_batch_digests=has_batch_digests)
         return step if state is None else step.specialize(state)
 
 
@@ -233,6 +238,17 @@ def cast_metrics(metrics: Metrics) -> Metrics:
     return jax.tree.map(lambda metric: metric.astype(jnp.float32), metrics)
 
 
+def _add_batch_digests(
+    step: Callable[..., tuple[Any, Metrics]], state: Any, batch: PyTree, constants: Constants
+) -> tuple[Any, Metrics]:
+    # In the program of the step: on CPUs, two programs of several devices that run at once may deadlock.
+    state, metrics = step(state, batch, constants)
+    return state, {
+        **metrics,
+        BATCH_DIGESTS: {path: compute_digest(leaf) for path, leaf in trees.flatten(batch).items()},
+    }
+
+
 class JittedStep:
     """A jitted `step(state, batch, constants)` that donates the state and returns it with unchanged shardings.
 
@@ -240,8 +256,16 @@ class JittedStep:
     again.
     """
 
-    def __init__(self, step: Callable[..., Any], constants: Constants = ()) -> None:
-        self._step, self._constants = step, constants
+    def __init__(self, step: Callable[..., Any], constants: Constants = (), *, has_batch_digests: bool = False) -> None:
+        """Wrap a step.
+
+        Args:
+          step: Traceable function `(state, batch, constants) -> (state, metrics)`.
+          constants: Arrays that every call gets.
+          has_batch_digests: Whether the metrics have the digests of the batch's arrays, `BATCH_DIGESTS`.
+        """
+        self._step = functools.partial(_add_batch_digests, step) if has_batch_digests else step
+        self._constants = constants
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, state: Any, batch: PyTree) -> tuple[Any, Metrics]:

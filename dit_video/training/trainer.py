@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,11 +16,13 @@ from jaxtyping import Array, PyTree
 from dit_video.core.errors import UserError
 from dit_video.distributed import make_shardings, shard_batch
 from dit_video.distributed.planner.hardware import get_peak_flops
+from dit_video.platform.provenance import get_code_version
 from dit_video.training import goodput, loop
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
 from dit_video.training.folder_lock import lock_folder
 from dit_video.training.hooks.goodput_log import GoodputLog
+from dit_video.training.hooks.hash_chain import CHAIN_FILE, HashChain
 from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.hooks.profiler import TraceConfig, Tracer
@@ -31,7 +33,7 @@ from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.posthoc_ema import EmaSnapshots
 from dit_video.training.program import make_constant_shardings, make_step_program
 from dit_video.training.state import get_shapes_on_devices, make_on_devices
-from dit_video.training.step import StepFn, TrainStep
+from dit_video.training.step import Metrics, StepFn, TrainStep
 from dit_video.training.time_recorder import TimeRecorder
 
 
@@ -113,15 +115,13 @@ class Trainer:
 
         The caller holds the lock of the folder. (A training that calls the loop itself has a shorter call stack.)
         """
-        layout = functools.partial(make_shardings, mesh=self.mesh)
-        checkpoints = Checkpoints(self.checkpoints or self.folder / "checkpoints", keep=self.keep)
+        checkpoints = self.open_checkpoints()
         meta: dict[str, Any] = {}
         if checkpoints.latest() is None and not self.start_step:
-            state = make_on_devices(self._init_state, self.random_key, *self._shard_loaded_params(), shardings=layout)
+            state = self._make_state()
         else:
-            shapes = get_shapes_on_devices(self._init_state, shardings=layout)
             with self.recorder.phase(goodput.RESTORE):
-                state, meta = checkpoints.restore(shapes, config=self.resolved_config)
+                state, meta = self._restore(checkpoints)
         if int(state.step) >= self.config.steps:
             return lambda: state
         stage_steps_done = int(state.step) - self.start_step
@@ -139,6 +139,7 @@ class Trainer:
             )
         self.recorder.resume(self.folder.name, int(state.step))
         meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)
+        hooks = [*self._list_hooks(meter), HashChain(self.folder / CHAIN_FILE, self.describe_start(data.hash))]
         return functools.partial(
             loop.run,
             self._compile_step(state),
@@ -146,11 +147,51 @@ class Trainer:
             lambda _: _shard_batches(data, self.mesh, meter),
             config=self.config,
             checkpoints=checkpoints,
-            hooks=self._list_hooks(meter),
+            hooks=hooks,
             title=self.title,
             meta={"plan": data.hash, "config": self.resolved_config},
             recorder=self.recorder,
         )
+
+    def replay(self, batches: Callable[[int], BatchIterator], first: int) -> Generator[tuple[Any, Metrics], None, None]:
+        """Repeat the steps after a checkpoint, and yield the state and the metrics after each; nothing is written.
+
+        A state is valid until the next one is requested.
+
+        Args:
+          batches: Function from a step, counted from `start_step`, to an iterator over the batches from there on.
+          first: Step of the checkpoint; 0 for the initial state, of which there is none.
+
+        Raises:
+          MissingError: There is no checkpoint of this step.
+        """
+        state = self._make_state() if first == 0 else self.restore(first)
+        step = self._compile_step(state)
+        with contextlib.closing(batches(first - self.start_step)) as data:
+            for batch in data:
+                state, metrics = step(state, shard_batch(batch, self.mesh))
+                yield state, metrics
+
+    def restore(self, step: int) -> Any:
+        """Return the state of a checkpoint, on the mesh.
+
+        Raises:
+          MissingError: There is no checkpoint of this step.
+        """
+        return self._restore(self.open_checkpoints(), step)[0]
+
+    def open_checkpoints(self) -> Checkpoints:
+        """Return the checkpoints, which need not exist yet."""
+        return Checkpoints(self.checkpoints or self.folder / "checkpoints", keep=self.keep)
+
+    def _make_state(self) -> Any:
+        layout = functools.partial(make_shardings, mesh=self.mesh)
+        return make_on_devices(self._init_state, self.random_key, *self._shard_loaded_params(), shardings=layout)
+
+    def _restore(self, checkpoints: Checkpoints, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        layout = functools.partial(make_shardings, mesh=self.mesh)
+        shapes = get_shapes_on_devices(self._init_state, shardings=layout)
+        return checkpoints.restore(shapes, step, config=self.resolved_config)
 
     def get_program(self, batch: PyTree) -> tuple[Any, tuple[PyTree, ...]]:
         """Return the jitted step, and the shapes of its arguments, for devices that need not be present.
@@ -181,6 +222,17 @@ class Trainer:
             hooks.append(PeriodicCall(every=every, function=snapshots.write, name="snapshot"))
         return [*hooks, *self.hooks]
 
+    def describe_start(self, plan: str) -> dict[str, Any]:
+        """Return what the hash chain records of a start."""
+        devices = self.mesh.devices.flat
+        return {
+            "code": get_code_version(),
+            "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
+            "mesh": dict(self.mesh.shape),
+            "plan": plan,
+            "config": self.resolved_config,
+        }
+
     def _shard_loaded_params(self) -> Iterator[dict[str, Any]]:
         """Yield the loaded parameters, if there are any, sharded like the state."""
         params = None if self.load_params is None else self.load_params()
@@ -194,7 +246,7 @@ class Trainer:
     def _compile_step(self, state: Any) -> StepFn:
         shardings = make_constant_shardings(self.constants, self._frozen_params, self.mesh)
         constants = jax.device_put((*self.constants, *self._frozen_params), shardings)
-        return self.train_step.compile(constants, state=state)
+        return self.train_step.compile(constants, state=state, has_batch_digests=True)
 
 
 def _shard_batches(batches: BatchIterator, mesh: Mesh, meter: ThroughputMeter) -> Iterator[Any]:

@@ -162,7 +162,7 @@ def test_entries_report_where_the_time_went(tmp_path, clock):
     class SlowCheckpoints(Checkpoints):
         def save(self, step, *args, **options):
             clock.now += 5
-            super().save(step, *args, **options)
+            return super().save(step, *args, **options)
 
     def start_step(state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         if int(state.step) in (0, 7):  # the shapes of batch 8 are new

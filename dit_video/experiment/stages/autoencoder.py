@@ -20,7 +20,7 @@ from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.encoders.preview import fit_preview_decoder
 from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder, monitors
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step
-from dit_video.experiment.runtime import Runtime, Stage
+from dit_video.experiment.runtime import Runtime, Stage, Training
 from dit_video.nn import get_graph_def, init_params
 from dit_video.pipelines.folder import PREVIEW
 from dit_video.training import goodput
@@ -59,21 +59,11 @@ class TrainAutoencoder(Stage):
         config = self._training
         graph = get_graph_def(config.model.make)
         with runtime.recorder.phase(goodput.STARTUP):
-            step, constants = make_autoencoder_step(config, runtime.seed, mesh=runtime.mesh)
             crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
             is_new = runtime.open_checkpoints(self.name).latest() is None
-            linear = self._fit_linear(runtime, crops) if isinstance(config.model, PatchVaeConfig) and is_new else None
-
-            def init(key: Array) -> dict[str, Any]:
-                params = init_params(config.model.make, key)
-                return params if linear is None else init_from_linear(params, linear)
-
-            trainer = runtime.make_trainer(self.name, steps=config.steps, init=init, train_step=step)
-            load_params = functools.partial(load_initial_params, config, rng.key(runtime.seed, "inflation"))
-            trainer = dataclasses.replace(
-                trainer, load_params=load_params, constants=constants, hooks=self._make_hooks(runtime)
-            )
-            state = trainer.run(functools.partial(self.open_windows, runtime, crops, purpose="autoencoder"))
+            trainer, open_batches = self.open_training(runtime, is_new=is_new)
+            trainer = dataclasses.replace(trainer, hooks=(*trainer.hooks, *self._make_hooks(runtime)))
+            state = trainer.run(open_batches)
         with runtime.recorder.phase(f"{goodput.STAGE}{self.name}"):
             params = to_host(state.ema)
             if config.optimizer.is_trained("normalizer/mean"):
@@ -84,6 +74,21 @@ class TrainAutoencoder(Stage):
                 self._fit_preview_decoder(runtime, crops, params)
                 # The last output: the stage is done when it is there.
                 save_weights(runtime.folder / WEIGHTS_FILE, params)
+
+    def open_training(self, runtime: Runtime, *, is_new: bool) -> Training:
+        config = self._training
+        step, constants = make_autoencoder_step(config, runtime.seed, mesh=runtime.mesh)
+        crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
+        linear = self._fit_linear(runtime, crops) if isinstance(config.model, PatchVaeConfig) and is_new else None
+
+        def init(key: Array) -> dict[str, Any]:
+            params = init_params(config.model.make, key)
+            return params if linear is None else init_from_linear(params, linear)
+
+        trainer = runtime.make_trainer(self.name, steps=config.steps, init=init, train_step=step)
+        load_params = functools.partial(load_initial_params, config, rng.key(runtime.seed, "inflation"))
+        trainer = dataclasses.replace(trainer, load_params=load_params, constants=constants)
+        return Training(trainer, functools.partial(self.open_windows, runtime, crops, purpose="autoencoder"))
 
     def _fit_preview_decoder(self, runtime: Runtime, crops: ClipCrops, params: dict[str, Any]) -> None:
         """Write the preview decoder of the trained autoencoder, fitted to unaugmented windows."""

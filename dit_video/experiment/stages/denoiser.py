@@ -22,7 +22,7 @@ from dit_video.experiment.encoders import check_encoders, open_text_encoder
 from dit_video.experiment.evaluation_hook import EvaluationHook
 from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.experiment.initial_weights import check_initial_weights
-from dit_video.experiment.runtime import Runtime
+from dit_video.experiment.runtime import Runtime, Training
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.experiment.stages.curriculum import DenoiserStage
 from dit_video.experiment.stages.latents import CacheLatents
@@ -67,14 +67,12 @@ class TrainDenoiser(DenoiserStage):
         if self.curriculum:
             print_on_first_process(f"stage {self.curriculum}: up to step {self.end_step}")
         with runtime.recorder.phase(goodput.STARTUP):
-            texts, open_batches = self.open_inputs(runtime)
-            loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=texts.empty)
-            is_resuming = runtime.open_checkpoints("denoiser").latest() is not None
-            folder = runtime.folder / "denoiser"
-            trained = open_trainable_denoiser(config, folder, runtime.mesh, is_resuming=is_resuming)
-            trainer = self.make_trainer(runtime, loss, trained)
+            is_new = runtime.open_checkpoints("denoiser").latest() is None
+            trainer, open_batches, loss, trained = self._open_training(runtime, is_new=is_new)
             trainer = replace(
-                trainer, hooks=self._make_hooks(runtime, loss, trained), flops_fn=monitors.make_flops_fn(config)
+                trainer,
+                hooks=(*trainer.hooks, *self._make_hooks(runtime, loss, trained)),
+                flops_fn=monitors.make_flops_fn(config),
             )
 
             def open_and_record(start: int) -> DenoiserBatches:
@@ -89,6 +87,19 @@ class TrainDenoiser(DenoiserStage):
             del state
             with runtime.recorder.phase(f"{goodput.STAGE}{self.name}"):
                 self._export(runtime, trained, ema_params)
+
+    def open_training(self, runtime: Runtime, *, is_new: bool) -> Training:
+        return Training(*self._open_training(runtime.for_stage(self.experiment), is_new=is_new)[:2])
+
+    def _open_training(
+        self, runtime: Runtime, *, is_new: bool
+    ) -> tuple[Trainer, input_pipeline.BatchFactory, DenoiserLoss, TrainableDenoiser]:
+        """Return the trainer without logs, the function that opens the batches, the loss and what is trained."""
+        texts, open_batches = self.open_inputs(runtime)
+        loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=texts.empty)
+        folder = runtime.folder / "denoiser"
+        trained = open_trainable_denoiser(self.experiment.denoiser, folder, runtime.mesh, is_resuming=not is_new)
+        return self.make_trainer(runtime, loss, trained), open_batches, loss, trained
 
     def make_trainer(self, runtime: Runtime, loss: DenoiserLoss, trained: TrainableDenoiser) -> Trainer:
         """Return the trainer of the denoiser, without logs."""
