@@ -34,7 +34,7 @@ def main(
 ) -> None:
     """Replay steps of a run and compare each batch, loss and saved state with the run's hash chain.
 
-    The verdict is `same bits`, `within 1e-6` on other devices than the run's, or `differs` with the first array that
+    The result is `same bits`, `within 1e-6` on other devices than the run's, or `differs` with the first array that
     does; then the exit code is 1. Nothing is written. For example:
 
         python tools/verify.py runs/clips
@@ -66,25 +66,25 @@ def main(
             progress.total = total
             progress.update(done)
 
-        result = replay(opened, model=model, first=first, last=last, progress=update)
-    print(json.dumps({**asdict(result), "text": describe(result)}, indent=2) if json_ else describe(result))
-    if result.verdict == "differs":
+        replayed = replay(opened, model=model, first=first, last=last, progress=update)
+    print(json.dumps({**asdict(replayed), "text": describe(replayed)}, indent=2) if json_ else describe(replayed))
+    if replayed.result == "differs":
         sys.exit(1)
 
 
-def describe(result: Replay) -> str:
-    """Return the result as lines of text."""
-    states = f", and the saved states of steps {', '.join(map(str, result.compared_states))}"
-    compared = f"batches and losses{states if result.compared_states else ''}"
-    lines = [f"{result.model}, steps {result.first + 1} to {result.last}: {result.verdict} ({compared})"]
-    if result.difference is not None:
-        what = "first difference" if result.verdict == "differs" else "first difference, by rounding"
-        lines.append(f"{what}: {result.difference}")
-    for name, error in result.max_errors.items():
+def describe(replayed: Replay) -> str:
+    """Return a replay's result as lines of text."""
+    states = f", and the saved states of steps {', '.join(map(str, replayed.compared_states))}"
+    compared = f"batches and losses{states if replayed.compared_states else ''}"
+    lines = [f"{replayed.model}, steps {replayed.first + 1} to {replayed.last}: {replayed.result} ({compared})"]
+    if replayed.difference is not None:
+        what = "first difference" if replayed.result == "differs" else "first difference, by rounding"
+        lines.append(f"{what}: {replayed.difference}")
+    for name, error in replayed.max_errors.items():
         if error:
             lines.append(f"largest relative difference of {name.replace('_', ' ')}: {error:.1e}")
     lines += [
-        f"changed since: {change.path} is {change.old!r} there and {change.new!r} here" for change in result.changes
+        f"changed since: {change.path} is {change.old!r} there and {change.new!r} here" for change in replayed.changes
     ]
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ STATE_TOLERANCE = 1e-4
 """Largest difference of an array on another mesh, relative to its largest value; where that is below 1, absolute. Adam
 amplifies the rounding of gradients that are zero in exact arithmetic."""
 
-Verdict = Literal["same bits", "within 1e-6", "differs"]
+ReplayResult = Literal["same bits", "within 1e-6", "differs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Replay:
     """Step that the replay began with, whose checkpoint was restored; 0 for the initial state."""
     last: int
     """Last step of the replay."""
-    verdict: Verdict
+    result: ReplayResult
     difference: Difference | None
     """First difference; None without one."""
     max_errors: dict[str, float]
@@ -72,7 +72,7 @@ class Replay:
     compared_states: tuple[int, ...]
     """Steps whose saved states were compared, too."""
     changes: tuple[Change, ...]
-    """What else differs from the start of that stretch: versions of the code, devices, mesh, config."""
+    """Further differences from the start of that stretch: versions of the code, devices, mesh, config."""
 
 
 def replay(
@@ -123,7 +123,7 @@ def replay(
         model=model,
         first=first,
         last=last,
-        verdict=comparison.verdict,
+        result=comparison.result,
         difference=comparison.difference,
         max_errors=comparison.max_errors,
         compared_states=tuple(comparison.compared_states),
@@ -152,7 +152,7 @@ class _Comparison:
         self.compared_states: list[int] = []
 
     @property
-    def verdict(self) -> Verdict:
+    def result(self) -> ReplayResult:
         if self.is_ended:
             return "differs"
         return "same bits" if self.difference is None else "within 1e-6"

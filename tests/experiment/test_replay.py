@@ -30,7 +30,7 @@ def copy(tiny_run, tmp_path):
 def test_the_last_steps_of_a_run_have_the_same_bits(tiny_run):
     before, calls = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}, []
     result = replay(Run.open(tiny_run), progress=lambda done, total: calls.append((done, total)))
-    assert (result.model, result.first, result.last, result.verdict) == ("denoiser", 8, 10, "same bits")
+    assert (result.model, result.first, result.last, result.result) == ("denoiser", 8, 10, "same bits")
     assert result.difference is None
     assert result.compared_states == (10,)
     assert calls == [(1, 2), (2, 2)]
@@ -42,7 +42,7 @@ def test_the_last_steps_of_a_run_have_the_same_bits(tiny_run):
 def test_a_stretch_from_the_beginning_of_each_model_has_the_same_bits(tiny_run):
     for model, states in (("autoencoder", (4,)), ("denoiser", (4,))):
         result = replay(Run.open(tiny_run), model=model, first=0, last=5)
-        assert (result.verdict, result.compared_states) == ("same bits", states)
+        assert (result.result, result.compared_states) == ("same bits", states)
 
 
 @pytest.mark.slow
@@ -58,7 +58,7 @@ def test_a_run_that_was_killed_and_continued_replays_across_the_restart(tiny, ti
     assert sum("start" in record for record in parts) == 2
     strip = [[{**record, "link": ""} for record in records if "start" not in record] for records in (whole, parts)]
     assert strip[0] == strip[1]
-    assert replay(Run.open(copy), first=0).verdict == "same bits"
+    assert replay(Run.open(copy), first=0).result == "same bits"
 
 
 def test_a_changed_record_is_refused(copy):
@@ -91,7 +91,7 @@ def test_other_latents_are_named_at_the_step_that_reads_them(tiny_run, copy, mon
 
     monkeypatch.setattr(LatentSource, "read_example", read_example)
     result = replay(Run.open(copy), first=0)
-    assert result.verdict == "differs"
+    assert result.result == "differs"
     assert result.difference is not None
     assert (result.difference.kind, result.difference.name) == ("batch", "tokens")
 
@@ -103,7 +103,7 @@ def test_another_average_is_named_by_its_first_array(copy, monkeypatch):
         training_step, "update_ema", lambda ema, params, step, *, decay: real(ema, params, step, decay=0.0)
     )
     result = replay(Run.open(copy), first=0)
-    assert result.verdict == "differs"
+    assert result.result == "differs"
     assert result.difference is not None
     assert (result.difference.step, result.difference.kind) == (4, "state")
     assert str(result.difference).startswith("array ema/")
@@ -116,17 +116,17 @@ def test_another_learning_rate_is_named_by_the_loss_that_follows(tiny, copy):
     optimizer = dataclasses.replace(denoiser.optimizer, learning_rate=denoiser.optimizer.learning_rate * 1.01)
     experiment = dataclasses.replace(run.experiment, denoiser=dataclasses.replace(denoiser, optimizer=optimizer))
     result = replay(dataclasses.replace(run, experiment=experiment), first=0)
-    assert result.verdict == "differs"
+    assert result.result == "differs"
     assert result.difference is not None
     assert (result.difference.kind, result.difference.step) == ("loss", 2)
     assert [change.path for change in result.changes] == ["config.denoiser.optimizer.learning_rate"]
 
 
 @pytest.mark.slow
-def test_the_tool_prints_the_verdict_and_fails_where_the_run_differs(script, copy, monkeypatch):
+def test_the_tool_prints_the_result_and_fails_where_the_run_differs(script, copy, monkeypatch):
     ended = script("tools/verify.py", copy, "--json")
     assert ended.code == 0, ended.err
-    assert json.loads(ended.out)["verdict"] == "same bits"
+    assert json.loads(ended.out)["result"] == "same bits"
     real = training_step.update_ema
     monkeypatch.setattr(
         training_step, "update_ema", lambda ema, params, step, *, decay: real(ema, params, step, decay=0.0)

@@ -171,8 +171,8 @@ class FakeGcs:
         for name in self.list_names(prefix):
             if name < query.get("startOffset", "") or ("endOffset" in query and name >= query["endOffset"]):
                 continue
-            inner, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
-            items[f"{prefix}{inner}{delimiter}" if found else name] = None if found else self.objects[name].describe()
+            inner, separator, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
+            items[f"{prefix}{inner}{delimiter}" if separator else name] = None if separator else self.objects[name].describe()
         start = int(query.get("pageToken", 0))
         end = start + min(_PAGE, int(query.get("maxResults", _PAGE)))
         page = [*items.items()][start:end]

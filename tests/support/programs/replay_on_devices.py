@@ -28,7 +28,7 @@ def main(clips: str, folder: Path) -> None:
     for mesh in (MeshConfig(data=1), MeshConfig(data=2), MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=4)):
         result = replay(open_on(Run.open(folder), mesh), first=4)
         is_same = mesh == MeshConfig(data=2)
-        assert result.verdict == ("same bits" if is_same else "within 1e-6"), (mesh, result)
+        assert result.result == ("same bits" if is_same else "within 1e-6"), (mesh, result)
         assert result.compared_states == (8, 12), result
         assert is_same or any(result.max_errors.values()), result
 
