@@ -17,10 +17,10 @@ def check_losses(run: Path) -> None:
     """Check that every logged loss fell, comparing the means of its first and last fifth."""
     logs = {
         path: [entry["loss"] for entry in read_metrics(path) if "loss" in entry]
-        for path in sorted(run.rglob("*.jsonl"))
+        for path in sorted(run.rglob("metrics.jsonl"))
     }
     logs = {path: losses for path, losses in logs.items() if losses}
-    assert logs, f"{run} has no *.jsonl file with a loss"
+    assert logs, f"{run} has no metrics.jsonl with a loss"
     for path, losses in logs.items():
         assert len(losses) >= 2, f"{path} has {len(losses)} entries, which are too few to compare"
         assert all(math.isfinite(loss) for loss in losses), f"{path} has a loss that is not finite"

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY, BATCH = 120, 3, 2
 MAX_SECONDS = 3600
 """Time limit of a training that is not killed."""
-TIMING_ENTRIES = re.compile("seconds|wait|per_second|memory|mfu|utilisation")
+TIMING_ENTRIES = re.compile("seconds|wait|per_second|memory|mfu|utilisation|goodput|badput")
 """Names of log entries that depend on a clock or on the machine, and are not compared."""
 
 

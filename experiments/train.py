@@ -17,7 +17,6 @@ from dit_video.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
-import dataclasses
 import sys
 import time
 from dataclasses import dataclass, field
@@ -105,19 +104,17 @@ def main() -> None:
     datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     start_time = time.perf_counter()
     options: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
-    with open_run(run_class, workdir, arguments.experiment, **options) as opened:
+    with open_run(run_class, workdir, arguments.experiment, profile=arguments.profile, **options) as run:
         if arguments.cache:
             enable_compilation_cache(run_folder=workdir)
-        run = dataclasses.replace(opened, profile=arguments.profile)
-        with run.runtime.recorder.attempt(from_process_start=True):
-            run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
-            if arguments.autoencoder_only and isinstance(run, Run):
-                evaluate.check_held_out(run.runtime.held_out_clips)  # before the training, not after it
-            for stage in run.select_stages("autoencoder" if arguments.autoencoder_only else None):
-                if stage.is_due(run.runtime):
-                    with run.runtime.recorder.phase(f"{goodput.STAGE}{stage.name}"):
-                        stage.run(run.runtime)
-            results = evaluate_autoencoder(run) if arguments.autoencoder_only else evaluate_run(run)
+        run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
+        if arguments.autoencoder_only and isinstance(run, Run):
+            evaluate.check_held_out(run.runtime.held_out_clips)  # before the training, not after it
+        for stage in run.select_stages("autoencoder" if arguments.autoencoder_only else None):
+            if stage.is_due(run.runtime):
+                with run.runtime.recorder.phase(f"{goodput.STAGE}{stage.name}"):
+                    stage.run(run.runtime)
+        results = evaluate_autoencoder(run) if arguments.autoencoder_only else evaluate_run(run)
     evaluate.print_results(results)
     if is_first_process():
         result = f"report: {workdir}/report.html" if isinstance(run, Run) else f"run: {workdir}"

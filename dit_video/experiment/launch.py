@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,11 +32,12 @@ def open_run(
     *,
     timeouts: TimeoutConfig | None = None,
     stopped_code: int = 0,
+    profile: tuple[int, int] | None = None,
 ) -> Iterator[RunT]:
     """Connect the processes of a run, lock its folder and create or open the run inside the block.
 
     The folder of a run at an address (`gs://…`) is fetched to this machine first; what changes in it is sent back, at
-    intervals and at the end of the block.
+    intervals and at the end of the block. The time of the block, and of the process before it, is recorded.
 
     Args:
       run_class: class of the run.
@@ -43,6 +45,7 @@ def open_run(
       experiment: its config, equal in all processes.
       timeouts: how long other processes are waited for.
       stopped_code: exit code after SIGTERM or Ctrl-C.
+      profile: first and last step that are traced.
 
     Raises:
       UserError: processes that do not start in time or differ, a folder of another run, or one that is in use.
@@ -56,8 +59,9 @@ def open_run(
         _open_copy(folder) as (local, remote),
     ):
         with main_process_first(remote):
-            run = run_class.create(local, experiment, remote=remote)
-        yield run
+            run = replace(run_class.create(local, experiment, remote=remote), profile=profile)
+        with run.runtime.recorder.attempt(from_process_start=True):
+            yield run
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ from dit_video.core.storage import (
 )
 from dit_video.distributed import processes
 from dit_video.experiment import datasets
+from dit_video.training.folder_lock import check_locks
 from dit_video.training.hooks.hook import Hook
 
 MANIFEST = "manifest.json"
@@ -115,8 +116,10 @@ class RemoteFolder:
 
         Raises:
           UserError: a file cannot be sent.
+          TransientError: another run has taken over the folder.
         """
         with self._lock:
+            check_locks()
             before = self._read_manifest()
             local, changed = self._list_local(), []
             linked = sorted(name for name in local if self._is_link(name))

@@ -37,6 +37,7 @@ from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import write_pipeline_config
 from dit_video.pipelines.loading import load_pipeline
 from dit_video.pipelines.pipeline import Pipeline
+from dit_video.training import goodput
 from dit_video.training.state import get_shapes_on_devices
 
 _Location = StoragePathLike | None
@@ -108,7 +109,8 @@ class StagedRun(RunFolder):
         """
         for stage in self.select_stages(last):
             if stage.is_due(self.runtime):
-                stage.run(self.runtime)
+                with self.runtime.recorder.phase(f"{goodput.STAGE}{stage.name}"):
+                    stage.run(self.runtime)
 
     def select_stages(self, last: str | None = None) -> tuple[Stage, ...]:
         """Return the stages up to the one of this name, or all.

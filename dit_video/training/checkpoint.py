@@ -31,6 +31,7 @@ from dit_video.core import config_json
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, TransientError, UserError
 from dit_video.core.storage_errors import is_transient, retry_transient
+from dit_video.distributed.progress import declare_phase
 from dit_video.platform.provenance import get_code_version
 from dit_video.training.agreement import SharedResult, call_together, raise_failure, share_text
 from dit_video.training.checkpoint_arrays import check_arrays, compute_digests, describe_array, make_target
@@ -123,13 +124,14 @@ class Checkpoints:
         If the storage of a single process did not answer, the newest state is written again unless it was donated.
         """
         pending = self._pending
-        try:
-            self._wait()
-        except TransientError:
-            if jax.process_count() > 1 or pending is None or (arrays := pending.get_arrays()) is None:
-                raise
-            self._begin_save(pending.step, arrays, pending.document)
-            self._wait()
+        with declare_phase("save"):
+            try:
+                self._wait()
+            except TransientError:
+                if jax.process_count() > 1 or pending is None or (arrays := pending.get_arrays()) is None:
+                    raise
+                self._begin_save(pending.step, arrays, pending.document)
+                self._wait()
 
     def check(self) -> None:
         """Raise the error of a save that has failed in the background, if there are several processes.
@@ -239,7 +241,8 @@ class Checkpoints:
             raise MissingError(f"{which} in {self.folder}.{has}")
         reason, problem = "", None
         for candidate in steps if step is None else [step]:
-            result = self._read_together(candidate, like, config)
+            with declare_phase("restore"):
+                result = self._read_together(candidate, like, config)
             if result.value is not None:
                 if reason:
                     warnings.warn(

@@ -154,6 +154,8 @@ def run(
                     saver.metrics = values
                     for hook in hooks:
                         hook.write(steps_done, values)
+                if checkpoints is not None:
+                    checkpoints.check()
             stop.record_step(steps_done)
             progress.update(steps_done, loss, is_timed=accumulator.is_timed)
             with accumulator.pause_timer("hook"):

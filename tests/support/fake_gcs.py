@@ -172,7 +172,10 @@ class FakeGcs:
             if name < query.get("startOffset", "") or ("endOffset" in query and name >= query["endOffset"]):
                 continue
             inner, separator, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
-            items[f"{prefix}{inner}{delimiter}" if separator else name] = None if separator else self.objects[name].describe()
+            if separator:
+                items[f"{prefix}{inner}{delimiter}"] = None
+            else:
+                items[name] = self.objects[name].describe()
         start = int(query.get("pageToken", 0))
         end = start + min(_PAGE, int(query.get("maxResults", _PAGE)))
         page = [*items.items()][start:end]
