@@ -68,6 +68,15 @@ def initialize_distributed(
 
 
 _turn_numbers = itertools.count()
+_turns = threading.local()
+
+
+def is_in_turn() -> bool:
+    """Return True in a block of `main_process_first`, also if there is only one process.
+
+    A call there for which all processes have to meet would never return: the others wait for the end of the block.
+    """
+    return getattr(_turns, "depth", 0) > 0
 
 
 @contextlib.contextmanager
@@ -77,16 +86,27 @@ def main_process_first() -> Iterator[None]:
     It can write files that the others read from a shared disk. All processes must reach the blocks in the same order.
     """
     if jax.process_count() == 1:
-        yield
+        with _take_turn():
+            yield
         return
     store, name = KeyValueStore("turns"), str(next(_turn_numbers))
     # That process which JAX's devices number 0, and which writes files, need not be process 0 of the store.
     is_first = jax.process_index() == 0
     if not is_first:
         store.wait_for(name)  # No timeout: the heartbeat notices if the first process dies.
-    yield
+    with _take_turn():
+        yield
     if is_first:
         store.write(name, "")
+
+
+@contextlib.contextmanager
+def _take_turn() -> Iterator[None]:
+    _turns.depth = getattr(_turns, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _turns.depth -= 1
 
 
 def wait_for_main_process() -> None:

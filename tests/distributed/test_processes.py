@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dit_video.core.errors import EXIT_TRY_AGAIN
+from dit_video.distributed.processes import is_in_turn, main_process_first
 from support.devices import HANG, PROGRAMS, find_free_port, make_environment
 
 
@@ -50,6 +51,19 @@ def wait_for_all(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]
 def get_own_lines(out: str) -> list[str]:
     """Return the lines that a process printed itself."""
     return [line for line in out.splitlines() if "Gloo" not in line]
+
+
+def test_a_block_in_turn_is_known_as_one():
+    assert not is_in_turn()
+    with main_process_first():
+        assert is_in_turn()
+        with main_process_first():
+            pass
+        assert is_in_turn()
+    assert not is_in_turn()
+    with pytest.raises(OSError, match="disk"), main_process_first():
+        raise OSError("disk")
+    assert not is_in_turn()
 
 
 def test_two_processes_are_one_run():
