@@ -298,8 +298,10 @@ class Stage(abc.ABC):
           MissingError: It is not done, and its inputs do not exist.
         """
         with runtime.main_process_first():
-            if self.is_done(runtime):
-                return False
+            pass
+        # Not in turn: all processes list the checkpoints of a training together.
+        if self.is_done(runtime):
+            return False
         for path in self.list_inputs(runtime):
             if not path.exists():
                 raise MissingError(f"stage {self.name} reads {path}, which does not exist. Run the stage before it.")

@@ -10,6 +10,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.experiment import CurriculumStage, DataConfig, StagedExperiment
 from dit_video.experiment.run import Run, StagedRun
 from dit_video.tokens import Grid
+from support.devices import run_together
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -73,3 +74,11 @@ def test_a_run_without_stages_is_a_run(tiny, tiny_run, tmp_path):
         run.link_latents(tmp_path / "latents")
     with pytest.raises(UserError, match="log_every=0 is invalid"):
         dataclasses.replace(experiment, log_every=0)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_stages_of_a_curriculum_that_are_due(run):
+    shutil.rmtree(run.folder / "pipeline")
+    for output in run_together("stages_in_two_processes.py", str(run.folder)):
+        # The first six of the ten steps are those of the first stage, which needs no latents any more.
+        assert "due: denoiser" in output
