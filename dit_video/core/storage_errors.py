@@ -20,14 +20,16 @@ T = TypeVar("T")
 
 StorageProblem = Literal["transient", "access", "space", "missing"]
 """Kind of an error: it passes by itself; access is denied; there is no room; the file or bucket does not exist."""
+ReadProblem = Literal["damage", "transient", "access"]
+"""Kind of an error of reading: data are missing or wrong; it passes by itself; access is denied."""
 
 RETRY_SECONDS = (1.0, 2.0, 4.0)
 """Waits between attempts, in seconds, each of which is lengthened by up to a half at random."""
 
 _ERRNO_NAMES: dict[StorageProblem, str] = {
     "transient": (
-        "EIO EREMOTEIO ESTALE EAGAIN EBUSY ENOBUFS ENOLCK ETIMEDOUT ECONNREFUSED ECONNRESET ECONNABORTED EPIPE "
-        "ENOTCONN ESHUTDOWN ENETDOWN ENETRESET ENETUNREACH EHOSTDOWN EHOSTUNREACH"
+        "EIO EREMOTEIO ESTALE EAGAIN EINTR EBUSY EBADF EMFILE ENFILE ENOMEM ENOBUFS ENOLCK ETIMEDOUT ECONNREFUSED "
+        "ECONNRESET ECONNABORTED EPIPE ENOTCONN ESHUTDOWN ENETDOWN ENETRESET ENETUNREACH EHOSTDOWN EHOSTUNREACH"
     ),
     "access": "EACCES EPERM EROFS",
     "space": "ENOSPC EDQUOT EFBIG",
@@ -61,6 +63,13 @@ _TEXTS: tuple[tuple[str, StorageProblem], ...] = (
     (r"\bNOT_FOUND\b", "missing"),
 )
 """Patterns of messages without a code, the first of which decides: a full disk is RESOURCE_EXHAUSTED, too."""
+_DAMAGE = re.compile(r"\b(DATA_LOSS|INVALID_ARGUMENT)\b")
+"""Pattern of tensorstore's codes of damaged data, whose messages may hold any word."""
+_OTHER_CODES = re.compile(r"(UNKNOWN|INTERNAL|CANCELLED|UNIMPLEMENTED|ALREADY_EXISTS)\b")
+"""Pattern of messages that begin with a code of tensorstore that says nothing about the data."""
+_PATHS = re.compile(r"""\"[^"/]*/[^"]*"|'[^'/]*/[^']*'|\S*/\S*""")
+"""Pattern of paths and addresses in messages, whose folders may have any name."""
+_DEVICE_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
 _BAD_CERTIFICATE = "CERTIFICATE_VERIFY_FAILED"
 _CODES = re.compile(r"\[(?:[^\[\]]*, )?(os_error_code|http_response_code)='(\d+)'")
 """Pattern of the codes in tensorstore's messages."""
@@ -70,20 +79,47 @@ def classify_storage_error(error: BaseException) -> StorageProblem | None:
     """Return the kind of an error of storage, or None for one that is of no kind, or not of storage.
 
     The status of an HTTP response decides first, also where it is the cause of another error, then classes, the number
-    of the system's error, and the message. Errors of JAX's devices, whose messages are alike, are of no kind.
+    of the system's error, and the message without paths. Errors of JAX's devices, whose messages are alike, and damaged
+    data are of no kind, nor is a `UserError` that is not transient.
     """
     chain = list(_iterate_causes(error))
-    if any(type(each).__name__ in ("JaxRuntimeError", "XlaRuntimeError") for each in chain):
+    if user_error := next((each for each in chain if isinstance(each, UserError)), None):
+        return "transient" if isinstance(user_error, TransientError) else None
+    if any(type(each).__name__ in _DEVICE_ERRORS for each in chain):
         return None
     if any(isinstance(each, ssl.SSLCertVerificationError) or _BAD_CERTIFICATE in str(each) for each in chain):
         return "access"
     if status := next(filter(None, map(_get_status, chain)), None):
         return "transient" if status in _TRANSIENT_STATUSES else _STATUSES.get(status)
-    for classify in (_classify_type, _classify_text):
-        for each in chain:
-            if (problem := classify(each)) is not None:
-                return problem
-    return None
+    if problem := next(filter(None, map(_classify_type, chain)), None):
+        return problem
+    texts = [_PATHS.sub("", str(each)) for each in chain]
+    if any(map(_DAMAGE.search, texts)):
+        return None
+    return next(filter(None, map(_classify_text, texts)), None)
+
+
+def classify_read_error(error: BaseException) -> ReadProblem | None:
+    """Return the kind of an error of reading data; None for one that says nothing about storage or data.
+
+    Damaged are missing files, and wrong values, such as errors of JSON or of tensorstore. Other errors of the system
+    are transient, as they say nothing about the data. Mistakes in a program are of no kind.
+    """
+    problem, chain = classify_storage_error(error), list(_iterate_causes(error))
+    if any(isinstance(each, UserError) or type(each).__name__ in _DEVICE_ERRORS for each in chain):
+        return "transient" if problem == "transient" else None
+    if problem == "access":
+        return "access"
+    if problem == "missing" and not any(isinstance(each, socket.gaierror) for each in chain):
+        return "damage"
+    texts = [_PATHS.sub("", str(each)) for each in chain]
+    has_system_code = any("os_error_code=" in text for text in texts)
+    if problem is not None or has_system_code or any(isinstance(each, OSError) for each in chain):
+        return "transient"
+    if any(map(_get_status, chain)):
+        return None
+    is_of_value = isinstance(error, ValueError | KeyError | EOFError) and not _OTHER_CODES.match(str(error))
+    return "damage" if is_of_value or any(map(_DAMAGE.search, texts)) else None
 
 
 def is_transient(error: BaseException) -> bool:
@@ -135,8 +171,6 @@ def _get_status(error: BaseException) -> int | None:
 
 
 def _classify_type(error: BaseException) -> StorageProblem | None:
-    if isinstance(error, UserError):
-        return "transient" if isinstance(error, TransientError) else None
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "missing"
     if isinstance(error, PermissionError):
@@ -159,5 +193,5 @@ def _classify_type(error: BaseException) -> StorageProblem | None:
     return None
 
 
-def _classify_text(error: BaseException) -> StorageProblem | None:
-    return next((problem for pattern, problem in _TEXTS if re.search(pattern, str(error))), None)
+def _classify_text(text: str) -> StorageProblem | None:
+    return next((problem for pattern, problem in _TEXTS if re.search(pattern, text)), None)

@@ -10,10 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Literal, NoReturn, TypeVar
 
-import jax
-
 from dit_video.core.errors import TransientError, UserError
-from dit_video.core.storage_errors import classify_storage_error
+from dit_video.core.storage_errors import classify_read_error
 from dit_video.distributed.store import KeyValueStore
 
 T = TypeVar("T")
@@ -96,10 +94,7 @@ def format_error(error: Exception) -> str:
 def _classify(error: Exception) -> FailureKind:
     if isinstance(error, UserError):
         return "transient" if isinstance(error, TransientError) else "mistake"
-    if isinstance(error, jax.errors.JaxRuntimeError | MemoryError):
-        return "defect"
-    problem = classify_storage_error(error)
-    return problem if problem in ("transient", "access") else "damage"  # type: ignore[return-value]
+    return classify_read_error(error) or "defect"
 
 
 def _find_worst(texts: list[str]) -> str:

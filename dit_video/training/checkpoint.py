@@ -30,7 +30,7 @@ import orbax.checkpoint as ocp
 from dit_video.core import config_json
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, TransientError, UserError
-from dit_video.core.storage_errors import is_transient, retry_transient
+from dit_video.core.storage_errors import classify_read_error, retry_transient
 from dit_video.distributed.progress import declare_phase
 from dit_video.platform.provenance import get_code_version
 from dit_video.training.agreement import SharedResult, call_together, raise_failure, share_text
@@ -327,7 +327,7 @@ class Checkpoints:
             try:
                 self._metrics[step] = retry_transient(lambda: self.read_document(step)).get("metrics")
             except Exception as error:
-                if is_transient(error):  # otherwise one of the best might be removed
+                if classify_read_error(error) != "damage":  # otherwise one of the best might be removed
                     raise
                 self._metrics[step] = None  # a damaged file, see `restore`
         return self._metrics[step]

@@ -1,6 +1,7 @@
 """Errors of disks, services and their clients, by what has to be done about them."""
 
 import errno
+import json
 import os
 import socket
 import ssl
@@ -14,7 +15,7 @@ import pytest
 import requests
 
 from dit_video.core.errors import MissingError, TransientError, UserError
-from dit_video.core.storage_errors import classify_storage_error, is_transient, retry_transient
+from dit_video.core.storage_errors import classify_read_error, classify_storage_error, is_transient, retry_transient
 from support.devices import PROGRAMS, make_environment
 
 
@@ -49,6 +50,8 @@ TENSORSTORE = 'Error writing "x/0" in OCDBT database at local file "/run/1/"'
 
 TRANSIENT = [
     *map(system, (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EBUSY, errno.EAGAIN)),
+    *map(system, (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EBADF)),
+    ValueError(f"UNKNOWN: {TENSORSTORE}: Too many open files [os_error_code='24']"),
     *map(system, (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EPIPE, errno.EREMOTEIO)),
     *(TimeoutError("slow"), ConnectionResetError("reset"), ConnectionAbortedError()),
     socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"),
@@ -107,8 +110,18 @@ MISSING = [
     caused(system(errno.EIO), boto(404)),
     ValueError(f"NOT_FOUND: {TENSORSTORE}"),
 ]
+NAMED_LIKE_PROBLEMS = (
+    "Error reading /runs/credentials_test/denoiser/checkpoints/5/state: DATA_LOSS: bad zstd frame",
+    "DATA_LOSS: bad zarr chunk in /data/rate_limit_ablation/checkpoints/5",
+    'INVALID_ARGUMENT: Error opening "zarr" driver: credentials are no object',
+    'Error opening local file "/data/my credentials/5": no such key',
+    "gs://bucket/SlowDown/UNAVAILABLE is incomplete",
+)
+"""Messages about damage with words of other problems, most of them in the names of folders."""
 OTHER = [
     *(ValueError("DATA_LOSS: checksum does not match"), KeyError("x"), UserError("wrong"), MissingError("none")),
+    *map(ValueError, NAMED_LIKE_PROBLEMS),
+    caused(UserError("wrong"), PermissionError(13, "Permission denied")),
     *(http(400), boto(400), http(501), system(errno.EINVAL), system(errno.EISDIR), system(errno.EEXIST)),
     jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4 bytes"),
     jax.errors.JaxRuntimeError("UNAVAILABLE: another process is gone"),
@@ -131,6 +144,34 @@ def test_each_error_is_of_its_kind(error, problem):
     assert is_transient(error) == (problem == "transient")
     wrapped = caused(RuntimeError("while writing"), error)
     assert classify_storage_error(wrapped) == problem
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        *((error, "transient") for error in [*TRANSIENT, *SPACE]),
+        *((error, "access") for error in ACCESS),
+        *((system(number), "transient") for number in (errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)),
+        *((ValueError(message), "damage") for message in NAMED_LIKE_PROBLEMS),
+        (ValueError("DATA_LOSS: checksum does not match"), "damage"),
+        (caused(RuntimeError("while reading"), ValueError("DATA_LOSS: checksum does not match")), "damage"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/run/5/meta"), "damage"),
+        (ValueError(f"NOT_FOUND: {TENSORSTORE}"), "damage"),
+        (json.JSONDecodeError("Expecting value", "{", 1), "damage"),
+        (KeyError("arrays"), "damage"),
+        (EOFError(), "damage"),
+        (ValueError(f"UNKNOWN: {TENSORSTORE}: odd [os_error_code='40']"), "transient"),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "transient"),
+        (ValueError(f"INTERNAL: {TENSORSTORE}"), None),
+        (ValueError("INVALID_ARGUMENT: bad request [http_response_code='400']"), None),
+        (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes differ"), None),
+        *((error, None) for error in (TypeError("x"), AttributeError("x"), ImportError("x"), MemoryError(), boto(400))),
+        *((error, None) for error in (UserError("wrong"), MissingError("none"))),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{value}"[:60].replace("\n", " ") if isinstance(value, Exception) else "",
+)
+def test_only_what_says_that_data_are_wrong_is_damage(error, problem):
+    assert classify_read_error(error) == problem
 
 
 def test_errors_of_installed_clients_are_of_their_kinds():

@@ -175,6 +175,23 @@ def test_storage_that_does_not_answer_is_no_damaged_checkpoint(tmp_path, monkeyp
     assert not errors
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EINVAL])
+def test_trouble_of_the_system_is_no_damaged_checkpoint(tmp_path, monkeypatch, number):
+    save_two(tmp_path)
+    fail_reads(monkeypatch, [OSError(number, os.strerror(number)) for _ in range(3)])
+    with pytest.raises(TransientError, match=rf"read the checkpoint of step 2 in .* now .*{os.strerror(number)}"):
+        restore(tmp_path)
+    assert list_names(tmp_path) == ["1", "2"]
+
+
+@pytest.mark.parametrize("error", [TypeError("wrong"), AttributeError("wrong"), ImportError("wrong")])
+def test_a_mistake_in_the_program_is_no_damaged_checkpoint(tmp_path, monkeypatch, error):
+    save_two(tmp_path)
+    fail_reads(monkeypatch, [error])
+    with pytest.raises(type(error), match="wrong"):
+        restore(tmp_path)
+
+
 def test_a_device_without_memory_is_no_damaged_checkpoint(tmp_path, monkeypatch):
     save_two(tmp_path)
     fail_reads(monkeypatch, [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
