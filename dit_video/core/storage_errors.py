@@ -83,8 +83,9 @@ def classify_storage_error(error: BaseException) -> StorageProblem | None:
     data are of no kind, nor is a `UserError` that is not transient.
     """
     chain = list(_iterate_causes(error))
-    if user_error := next((each for each in chain if isinstance(each, UserError)), None):
-        return "transient" if isinstance(user_error, TransientError) else None
+    for each in chain:
+        if isinstance(each, UserError):
+            return "transient" if isinstance(each, TransientError) else None
     if any(type(each).__name__ in _DEVICE_ERRORS for each in chain):
         return None
     if any(isinstance(each, ssl.SSLCertVerificationError) or _BAD_CERTIFICATE in str(each) for each in chain):
@@ -118,7 +119,9 @@ def classify_read_error(error: BaseException) -> ReadProblem | None:
         return "transient"
     if any(map(_get_status, chain)):
         return None
-    is_of_value = isinstance(error, ValueError | KeyError | EOFError) and not _OTHER_CODES.match(str(error))
+    # Orbax wraps errors of tensorstore in a plain `Exception`.
+    origin = next((each for each in chain if type(each) not in (Exception, RuntimeError)), error)
+    is_of_value = isinstance(origin, ValueError | KeyError | EOFError) and not _OTHER_CODES.match(str(origin))
     return "damage" if is_of_value or any(map(_DAMAGE.search, texts)) else None
 
 

@@ -12,6 +12,7 @@ from typing import Generic, Literal, NoReturn, TypeVar
 
 from dit_video.core.errors import TransientError, UserError
 from dit_video.core.storage_errors import classify_read_error
+from dit_video.distributed.processes import is_in_turn
 from dit_video.distributed.store import KeyValueStore
 
 T = TypeVar("T")
@@ -21,9 +22,17 @@ _SEVERITY: tuple[FailureKind, ...] = ("none", "damage", "transient", "access", "
 _meeting_numbers = itertools.count()
 
 
-def share_text(text: str) -> str:
-    """Return the text of the first process; all processes call this, in the same order."""
-    return _meet(text, lambda texts: texts[0])
+def share_text(action: str, text: str) -> str:
+    """Return the text of the first process; all processes call this, in the same order.
+
+    Args:
+      action: What the text is for, which has to be the same in all processes.
+      text: Text of this process.
+
+    Raises:
+      RuntimeError: The processes do different things.
+    """
+    return _meet(action, text, lambda texts: texts[0])
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,17 @@ class SharedResult(Generic[T]):
     """Error of this process, if it failed."""
 
 
-def call_together(function: Callable[[], T]) -> SharedResult[T]:
+def call_together(action: str, function: Callable[[], T]) -> SharedResult[T]:
     """Call a function in this process and wait until all others have called theirs.
 
-    The function must not contain collective operations, unless it cannot fail before them.
+    Args:
+      action: What the function does, which has to be the same in all processes.
+      function: A function without collective operations, unless it cannot fail before them.
+
+    Raises:
+      RuntimeError: The processes do different things, or this is called in a block of `main_process_first`.
     """
+    check_is_not_in_turn(action)
     value, error = None, None
     try:
         value = function()
@@ -53,7 +68,7 @@ def call_together(function: Callable[[], T]) -> SharedResult[T]:
         error = raised
     own_kind = "none" if error is None else _classify(error)
     own_reason = "" if error is None else format_error(error)
-    kind, reason, index = json.loads(_meet(json.dumps([own_kind, own_reason]), _find_worst))
+    kind, reason, index = json.loads(_meet(action, json.dumps([own_kind, own_reason]), _find_worst))
     if kind != own_kind:
         reason = f"in process {index}: {reason}"
     return SharedResult(value, kind, own_reason if kind == own_kind else reason, error)
@@ -102,8 +117,25 @@ def _find_worst(texts: list[str]) -> str:
     return json.dumps(max(results, key=lambda result: (_SEVERITY.index(result[0]), -result[2])))
 
 
-def _meet(text: str, combine: Callable[[list[str]], str]) -> str:
+def check_is_not_in_turn(action: str) -> None:
+    """Raise a RuntimeError in a block of `main_process_first`, in which a meeting of all processes would not end."""
+    if is_in_turn():
+        raise RuntimeError(f"cannot {action} in a block of main_process_first: all processes have to do it together")
+
+
+def _meet(action: str, text: str, combine: Callable[[list[str]], str]) -> str:
+    check_is_not_in_turn(action)
     store = KeyValueStore("agreement")
     if store.group.process_count == 1:
         return combine([text])
-    return store.meet(str(next(_meeting_numbers)), text, combine=combine)
+
+    def compare(messages: list[str]) -> str:
+        actions, texts = zip(*map(json.loads, messages), strict=True)
+        is_same = len(set(actions)) == 1
+        return json.dumps([sorted(set(actions)), combine(list(texts)) if is_same else ""])
+
+    number = str(next(_meeting_numbers))
+    actions, result = json.loads(store.meet(number, json.dumps([action, text]), combine=compare))
+    if len(actions) > 1:
+        raise RuntimeError(f"the processes of the run do different things at the same time: {', '.join(actions)}")
+    return result

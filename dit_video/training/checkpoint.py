@@ -31,9 +31,16 @@ from dit_video.core import config_json
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, TransientError, UserError
 from dit_video.core.storage_errors import classify_read_error, retry_transient
+from dit_video.distributed.process_group import ProcessGroup
 from dit_video.distributed.progress import declare_phase
 from dit_video.platform.provenance import get_code_version
-from dit_video.training.agreement import SharedResult, call_together, raise_failure, share_text
+from dit_video.training.agreement import (
+    SharedResult,
+    call_together,
+    check_is_not_in_turn,
+    raise_failure,
+    share_text,
+)
 from dit_video.training.checkpoint_arrays import check_arrays, compute_digests, describe_array, make_target
 from dit_video.training.checkpoint_io import (
     SaveBarrier,
@@ -41,6 +48,7 @@ from dit_video.training.checkpoint_io import (
     open_reader,
     open_writer,
     resolve_folder,
+    set_aside,
 )
 from dit_video.training.checkpoint_policy import CheckpointPolicy, OrbaxPreservationPolicy
 from dit_video.training.folder_lock import check_locks
@@ -69,7 +77,7 @@ class Checkpoints:
     """The checkpoints of one run, in one folder, of which `keep` decides which are preserved.
 
     The folder is neither created nor changed before the first save. In a run of several processes all call the same
-    methods, in the same order.
+    methods, in the same order (`read_document` is of each process alone).
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: CheckpointPolicy = CheckpointPolicy()) -> None:  # noqa: B008  # it is frozen
@@ -77,6 +85,8 @@ class Checkpoints:
         self.keep = keep
         self._writer: ocp.CheckpointManager | None = None
         self._barrier: SaveBarrier | None = None
+        self._listed: set[int] | None = None
+        """Steps in the folder when it was listed; None if it was not, or if a save has begun since."""
         self._unreadable: set[int] = set()
         self._pending: _Save | None = None
         self._failed_saves = 0
@@ -156,10 +166,9 @@ class Checkpoints:
 
     def _try_to_save(self, step: int, arrays: Mapping[str, jax.Array], document: Mapping[str, Any]) -> None:
         try:
+            self._listed = None
             writer = self._open_writer()
-            for unreadable in sorted(self._unreadable & set(writer.all_steps())):
-                writer.delete(unreadable)
-            self._unreadable.clear()
+            self._remove_unreadable(writer)
             newest = writer.latest_step()
             if newest is not None and newest >= step:
                 raise UserError(
@@ -176,6 +185,24 @@ class Checkpoints:
         except Exception:
             self._discard_writer()
             raise
+
+    def _remove_unreadable(self, writer: ocp.CheckpointManager) -> None:
+        """Rename the checkpoints that could not be read, for a person to look at; delete them at an address."""
+        steps = sorted(self._unreadable & set(writer.all_steps()))
+        if not steps:
+            self._unreadable.clear()
+            return
+        if "://" in str(self.folder):
+            for step in steps:
+                writer.delete(step)
+        else:
+            is_first = ProcessGroup.get_current().is_first
+            action = "set unreadable checkpoints aside"
+            result = call_together(action, lambda: set_aside(self.folder, steps) if is_first else None)
+            if result.kind != "none":
+                raise_failure(f"{action} in {self.folder}", result)
+            writer.reload()
+        self._unreadable.clear()
 
     def _finish_previous(self, step: int) -> None:
         """Wait for the previous save. One that was not written is given up once, in favour of that of `step`."""
@@ -208,19 +235,23 @@ class Checkpoints:
                 writer.close()
 
     def latest(self) -> int | None:
-        """Return the step of the newest complete checkpoint that is not known to be unreadable, or None."""
+        """Return the step of the newest complete checkpoint that is not known to be unreadable, or None.
+
+        All processes call this together (see `list_steps`).
+        """
         return max(self.list_steps(), default=None)
 
     def read_document(self, step: int) -> dict[str, Any]:
-        """Return the JSON document of a checkpoint: `metrics`, `code` (see `code_version`), `meta` and `arrays`."""
+        """Return the JSON document of a checkpoint: `metrics`, `code` (see `platform.provenance`), `meta` and `arrays`."""
         with open_reader(self.folder) as reader:
             return reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def restore(self, like: Any, step: int | None = None, *, config: Any = None) -> tuple[Any, dict[str, Any]]:
         """Read a state and its `meta`, of one step or of the newest checkpoint that can be read.
 
-        Newer checkpoints that cannot be read (half written, damaged) are skipped with a warning, by all processes if
-        one of them cannot read its part, and removed by the next save. Storage that does not answer is no damage.
+        All processes call this together. Newer checkpoints that cannot be read (half written, damaged) are skipped with
+        a warning, by all processes if one of them cannot read its part. The next save renames them to `STEP.unreadable`;
+        at an address, where that would copy them, it removes them. Storage that does not answer is no damage.
 
         Args:
           like: Tree of `jax.ShapeDtypeStruct` with shardings, which gives the structure and the layout of the result.
@@ -233,6 +264,7 @@ class Checkpoints:
           MissingError: There is no checkpoint, or none of this step.
           UserError: The checkpoint has another config or format, access is denied, or nothing can be read.
           TransientError: The storage does not answer, in one of the processes.
+          RuntimeError: Called in a block of `main_process_first`, or the processes call different methods.
         """
         steps = sorted(self.list_steps(), reverse=True)
         if not steps or (step is not None and step not in steps):
@@ -263,10 +295,12 @@ class Checkpoints:
         Until all have read their arrays, no process waits for another except here. Digests of arrays on several
         devices are computed by all processes together, so they come after that.
         """
-        content = call_together(lambda: retry_transient(lambda: self._read(step, like, config)))
+        content = call_together(
+            f"read checkpoint {step}", lambda: retry_transient(lambda: self._read(step, like, config))
+        )
         if content.value is not None and content.kind == "none":
             arrays, document = content.value
-            digests = call_together(lambda: _check_digests(arrays, document))
+            digests = call_together(f"check checkpoint {step}", lambda: _check_digests(arrays, document))
             if digests.kind == "none":
                 return SharedResult((trees.map_with_path(lambda path, _: arrays[path], like), document["meta"]))
             content = SharedResult(None, digests.kind, digests.reason, digests.error)
@@ -296,15 +330,25 @@ class Checkpoints:
     def list_steps(self) -> set[int]:
         """Return the steps of complete checkpoints that are not known to be unreadable, as the first process sees them.
 
-        While this process writes checkpoints, they are those that it knows of.
+        All processes call this together. Once this object writes checkpoints, they are those that it knows of; before
+        that, those of the first call.
+
+        Raises:
+          RuntimeError: Called in a block of `main_process_first`.
+          TransientError: The storage does not answer.
         """
+        check_is_not_in_turn("list checkpoints")
         self.wait()
         if self._writer is not None:
             return set(self._writer.all_steps()) - self._unreadable
-        listing = call_together(lambda: retry_transient(self._read_steps) if jax.process_index() == 0 else [])
-        if listing.kind != "none":
-            raise_failure(f"read the list of checkpoints in {self.folder}", listing)
-        return set(json.loads(share_text(json.dumps(listing.value)))) - self._unreadable
+        if self._listed is None:
+            # The first process of the meeting, whose text all take, need not be that which JAX's devices number 0.
+            is_first = ProcessGroup.get_current().is_first
+            listing = call_together("list checkpoints", lambda: retry_transient(self._read_steps) if is_first else [])
+            if listing.kind != "none":
+                raise_failure(f"read the list of checkpoints in {self.folder}", listing)
+            self._listed = set(json.loads(share_text("list checkpoints", json.dumps(listing.value))))
+        return self._listed - self._unreadable
 
     def _read_steps(self) -> list[int]:
         if not self.folder.is_dir():

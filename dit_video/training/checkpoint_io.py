@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,6 +102,14 @@ def _make_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(create=False, **options),
         item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
     )
+
+
+def set_aside(folder: Path, steps: Sequence[int]) -> None:
+    """Rename checkpoints on a disk to `STEP.unreadable`, or `STEP.unreadable-2` and so on, which Orbax passes over."""
+    for step in steps:
+        names = itertools.chain([""], (f"-{count}" for count in itertools.count(2)))
+        targets = (folder / f"{step}.unreadable{name}" for name in names)
+        (folder / str(step)).rename(next(target for target in targets if not target.exists()))
 
 
 def resolve_folder(folder: str | os.PathLike) -> Path:

@@ -51,7 +51,9 @@ def lock_folder(folder: StoragePathLike, *, config: LeaseConfig = LeaseConfig())
       UserError: The folder cannot be written.
     """
     is_holder = jax.process_index() == 0
-    result = call_together(lambda: _FolderLock(to_storage_path(folder), config) if is_holder else None)
+    result = call_together(
+        "lock the folder", lambda: _FolderLock(to_storage_path(folder), config) if is_holder else None
+    )
     lock = result.value
     try:
         if result.kind != "none":

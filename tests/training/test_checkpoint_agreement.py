@@ -64,6 +64,17 @@ def test_denied_access_of_one_process_is_no_damage(saved):
         assert line.startswith(f"error UserError 2 cannot read the checkpoint of step 2 in {saved} (")
 
 
+def test_processes_that_do_different_things_do_not_mix_their_results(saved):
+    for line in restore(saved, "confused"):
+        assert line == (
+            "error the processes of the run do different things at the same time: list checkpoints, read checkpoint 2"
+        )
+
+
+def test_the_first_process_lists_the_checkpoints_however_jax_numbers_the_processes(saved):
+    assert restore(saved, "numbered") == ["restored nothing, latest 2"] * 2
+
+
 def test_a_process_that_cannot_save_ends_all_with_the_code_that_asks_for_another_start(tmp_path):
     """It need not wait for the next save, and none of the earlier checkpoints is lost."""
     command = [sys.executable, "-P", str(PROGRAMS / "save_in_two_processes.py"), str(tmp_path)]

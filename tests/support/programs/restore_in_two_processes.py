@@ -2,7 +2,8 @@
 
 `chunk` damages what the second process alone reads, `replica` its copy of an array that both hold, `transient` lets its
 storage not answer, `once` does so for one attempt, `denied` denies it access, and `unseen` shows it the newest folder
-only at its second look. `save` makes two checkpoints.
+only at its second look. `save` makes two checkpoints. With `confused` the second process does something else, and
+`numbered` lets JAX number the processes in another order than the service that connects them.
 """
 
 import sys
@@ -79,13 +80,24 @@ def main() -> None:
         checkpoints.wait()
         print("latest", checkpoints.latest())
         return
+    if fault == "numbered":
+        index = jax.process_index()
+        jax.process_index = lambda: 1 - index  # type: ignore[assignment]
+        print("restored nothing, latest", checkpoints.latest())
+        return
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(mesh, 0))
     if jax.process_index() == 1:
         install(fault)
     try:
+        if fault == "confused" and jax.process_index() == 1:
+            checkpoints.latest()
+            Checkpoints(folder).latest()
         state, meta = checkpoints.restore(like)
     except UserError as error:
         print("error", type(error).__name__, error.code, error)
+        return
+    except RuntimeError as error:
+        print("error", error)
         return
     expected = make_state(mesh, meta["step"])
     exact = all(
