@@ -92,8 +92,9 @@ def classify_storage_error(error: BaseException) -> StorageProblem | None:
         return "access"
     if status := next(filter(None, map(_get_status, chain)), None):
         return "transient" if status in _TRANSIENT_STATUSES else _STATUSES.get(status)
-    if problem := next(filter(None, map(_classify_type, chain)), None):
-        return problem
+    for each in chain:
+        if problem := _classify_type(each):
+            return problem
     texts = [_PATHS.sub("", str(each)) for each in chain]
     if any(map(_DAMAGE.search, texts)):
         return None

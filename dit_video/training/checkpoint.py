@@ -47,8 +47,8 @@ from dit_video.training.checkpoint_io import (
     convert_save_errors,
     open_reader,
     open_writer,
+    rename_unreadable,
     resolve_folder,
-    set_aside,
 )
 from dit_video.training.checkpoint_policy import CheckpointPolicy, OrbaxPreservationPolicy
 from dit_video.training.folder_lock import check_locks
@@ -197,8 +197,8 @@ class Checkpoints:
                 writer.delete(step)
         else:
             is_first = ProcessGroup.get_current().is_first
-            action = "set unreadable checkpoints aside"
-            result = call_together(action, lambda: set_aside(self.folder, steps) if is_first else None)
+            action = "rename unreadable checkpoints"
+            result = call_together(action, lambda: rename_unreadable(self.folder, steps) if is_first else None)
             if result.kind != "none":
                 raise_failure(f"{action} in {self.folder}", result)
             writer.reload()
@@ -242,7 +242,7 @@ class Checkpoints:
         return max(self.list_steps(), default=None)
 
     def read_document(self, step: int) -> dict[str, Any]:
-        """Return the JSON document of a checkpoint: `metrics`, `code` (see `platform.provenance`), `meta` and `arrays`."""
+        """Return the JSON document of a checkpoint: `metrics`, `code` (see `get_code_version`), `meta`, `arrays`."""
         with open_reader(self.folder) as reader:
             return reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
@@ -250,8 +250,9 @@ class Checkpoints:
         """Read a state and its `meta`, of one step or of the newest checkpoint that can be read.
 
         All processes call this together. Newer checkpoints that cannot be read (half written, damaged) are skipped with
-        a warning, by all processes if one of them cannot read its part. The next save renames them to `STEP.unreadable`;
-        at an address, where that would copy them, it removes them. Storage that does not answer is no damage.
+        a warning, by all processes if one of them cannot read its part. The next save renames them to
+        `STEP.unreadable`; at an address, where that would copy them, it removes them. Storage that does not answer is
+        no damage.
 
         Args:
           like: Tree of `jax.ShapeDtypeStruct` with shardings, which gives the structure and the layout of the result.

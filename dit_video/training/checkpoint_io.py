@@ -104,7 +104,7 @@ def _make_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     )
 
 
-def set_aside(folder: Path, steps: Sequence[int]) -> None:
+def rename_unreadable(folder: Path, steps: Sequence[int]) -> None:
     """Rename checkpoints on a disk to `STEP.unreadable`, or `STEP.unreadable-2` and so on, which Orbax passes over."""
     for step in steps:
         names = itertools.chain([""], (f"-{count}" for count in itertools.count(2)))

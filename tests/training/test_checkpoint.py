@@ -18,7 +18,6 @@ import optax
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.distributed.processes import main_process_first
 from dit_video.platform.provenance import get_code_version
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy
@@ -321,39 +320,6 @@ def test_training_goes_on_from_the_newest_good_one(tmp_path, collected):
     checkpoints.wait()
     assert checkpoints.list_steps() == {1, 2}
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "2.unreadable-2"]
-
-
-@DAMAGE
-def test_what_was_unreadable_is_set_aside_by_the_same_object_that_saves(tmp_path, collected):
-    checkpoints = saved(tmp_path, (1, 2))
-    (tmp_path / "2" / "state" / "manifest.ocdbt").unlink()
-    with pytest.warns(UserWarning, match="continuing from step 1"):
-        checkpoints.restore(like(example()))
-    checkpoints.save(2, example(2), {"at": 2})
-    checkpoints.wait()
-    assert checkpoints.list_steps() == {1, 2}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "2.unreadable"]
-
-
-def test_a_folder_is_listed_once_until_something_is_saved(tmp_path, monkeypatch):
-    saved(tmp_path, (1,))
-    looks, is_dir = [], Path.is_dir
-    monkeypatch.setattr(Path, "is_dir", lambda path: looks.append(path) or is_dir(path))
-    checkpoints = Checkpoints(tmp_path)
-    assert [checkpoints.latest(), checkpoints.latest()] == [1, 1]
-    checkpoints.restore(like(example()))
-    assert looks.count(tmp_path) == 1
-    checkpoints.save(2, example(2), {})
-    assert checkpoints.latest() == 2
-
-
-def test_what_needs_all_processes_is_refused_where_only_one_is(tmp_path):
-    checkpoints = saved(tmp_path, (1,))
-    calls = (checkpoints.latest, Checkpoints(tmp_path).list_steps, lambda: checkpoints.restore(like(example())))
-    for call in calls:
-        with main_process_first(), pytest.raises(RuntimeError, match="in a block of main_process_first"):
-            call()
-    assert checkpoints.latest() == 1
 
 
 def test_saving_and_restoring_print_nothing(tmp_path, capfd, caplog):

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dit_video.core.errors import TransientError, UserError
+from dit_video.distributed.processes import main_process_first
 from dit_video.training.checkpoint import Checkpoints
 from support.devices import HANG, PROGRAMS, make_environment, wait_until
 
@@ -190,6 +191,42 @@ def test_a_mistake_in_the_program_is_no_damaged_checkpoint(tmp_path, monkeypatch
     fail_reads(monkeypatch, [error])
     with pytest.raises(type(error), match="wrong"):
         restore(tmp_path)
+
+
+def test_what_was_unreadable_is_renamed_by_the_same_object_that_saved_it(tmp_path, monkeypatch):
+    save_two(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, make_state(3), {})
+    checkpoints.wait()
+    fail_reads(monkeypatch, [ValueError("DATA_LOSS: the checksum does not match")])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_state(0))
+    with pytest.warns(UserWarning, match="checkpoint 3 in .* cannot be read .*; continuing from step 2"):
+        checkpoints.restore(like)
+    checkpoints.save(3, make_state(7), {})
+    checkpoints.wait()
+    assert checkpoints.list_steps() == {2, 3}
+    assert list_names(tmp_path) == ["2", "3", "3.unreadable"]
+    assert restore(tmp_path, 3) == 7
+
+
+def test_a_folder_is_listed_once_until_something_is_saved(tmp_path, monkeypatch):
+    save_two(tmp_path)
+    looks, is_dir = [], Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path: looks.append(path) or is_dir(path))
+    checkpoints = Checkpoints(tmp_path)
+    assert [checkpoints.latest(), checkpoints.latest()] == [2, 2]
+    assert looks.count(tmp_path) == 1
+    checkpoints.save(3, make_state(3), {})
+    assert checkpoints.latest() == 3
+
+
+def test_what_needs_all_processes_is_refused_where_only_one_is(tmp_path):
+    save_two(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    for call in (checkpoints.latest, checkpoints.list_steps, lambda: checkpoints.restore(make_state(0))):
+        with main_process_first(), pytest.raises(RuntimeError, match="in a block of main_process_first"):
+            call()
+    assert checkpoints.latest() == 2
 
 
 def test_a_device_without_memory_is_no_damaged_checkpoint(tmp_path, monkeypatch):
