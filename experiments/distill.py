@@ -65,7 +65,7 @@ class Arguments:
     teacher: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TEACHER")]
     """Folder of the teacher: a run, a pipeline, or open weights in diffusers' layout."""
     workdir: str = "runs/distilled"
-    """Folder of the student's run."""
+    """Folder or address (gs://…) of the student's run."""
     data: tuple[str, ...] = ()
     """Folders of clips, or data sets written by tools/ingest.py; the clips of the teacher's run by default."""
     clips: int = 2000
@@ -94,7 +94,7 @@ def main() -> None:
     experiment = make_distillation_experiment(arguments.teacher, arguments.options)
     is_shapes = isinstance(experiment.evaluation, ShapesEvaluation)
     if arguments.data:
-        datasets.check_datasets(arguments.data)  # fail before the run's folder is created
+        datasets.check_datasets(arguments.data, workdir=arguments.workdir)  # fail before the run's folder is created
     elif not is_shapes and not (arguments.teacher / CONFIG).is_file():
         raise UserError(f"{arguments.teacher} has no clips of its own; use --data CLIPS")
     launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
@@ -104,7 +104,14 @@ def main() -> None:
         with run.runtime.main_process_first():
             data = arguments.data or _get_data(arguments, run.folder)
         student = run.train(*data)
-        evaluation = evaluate.evaluate(student, run.folder, seed=experiment.seed, clips=run.evaluation_clips())
+        evaluation = evaluate.evaluate(
+            student,
+            run.folder,
+            seed=experiment.seed,
+            clips=run.evaluation_clips(),
+            evaluation=experiment.evaluation,
+            share=run.runtime.main_process_first,
+        )
         if is_shapes and arguments.seeds:
             teacher = dit_video.load(arguments.teacher, mesh=run.runtime.sampling_mesh)
             evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)

@@ -89,10 +89,10 @@ def main() -> None:
     check_minimum(0, samples=options.samples, seed=options.seed)
     if not arguments.data:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
-    datasets.check_datasets(arguments.data)  # fail before the run's folder is created
     start_time = time.perf_counter()
     experiment = make_finetuning_experiment(arguments.model, arguments.options)
     workdir = arguments.workdir or f"runs/{experiment.name}"
+    datasets.check_datasets(arguments.data, workdir=workdir)  # fail before the run's folder is created
     launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
     with open_run(Run, workdir, experiment, **launch) as run:
         if arguments.cache:

@@ -101,7 +101,7 @@ def main() -> None:
     workdir = arguments.workdir or f"runs/{arguments.experiment.name}"
     if not arguments.data:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
-    datasets.check_datasets(arguments.data)  # fail before the run's folder is created
+    datasets.check_datasets(arguments.data, workdir=workdir)  # fail before the run's folder is created
     start_time = time.perf_counter()
     options: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
     with open_run(run_class, workdir, arguments.experiment, profile=arguments.profile, **options) as run:
@@ -145,7 +145,14 @@ def evaluate_run(run: StagedRun) -> dict[str, MetricResult]:
     experiment, workdir, recorder = run.experiment, run.folder, run.runtime.recorder
     with recorder.phase(goodput.EVALUATION):
         pipeline = run.load_pipeline()
-        evaluation = evaluate.evaluate(pipeline, workdir, seed=experiment.seed, clips=run.evaluation_clips())
+        evaluation = evaluate.evaluate(
+            pipeline,
+            workdir,
+            seed=experiment.seed,
+            clips=run.evaluation_clips(),
+            evaluation=experiment.evaluation,
+            share=run.runtime.main_process_first,
+        )
     if not is_first_process():
         return {}
     recorder.flush()  # the report shows where the time went

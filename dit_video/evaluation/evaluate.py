@@ -1,7 +1,9 @@
 """Evaluation of a pipeline: samples in files and reconstructions of held-out clips, and metrics of both."""
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.diffusion import SAMPLERS, ExplicitTimes, Guidance
 from dit_video.distributed.gather import is_first_process
+from dit_video.distributed.progress import count_progress
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
@@ -58,6 +61,7 @@ def evaluate(
     seed: int,
     clips: EvaluationClips | None = None,
     evaluation: Evaluation | None = None,
+    share: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     **sampling: Any,
 ) -> EvaluationResult:
     """Sample as the pipeline's config says, compute its metrics, and write `samples/` and `metrics.json`.
@@ -71,6 +75,8 @@ def evaluate(
       seed: seed of the samples.
       clips: clips of the pipeline's training; without them nothing is reconstructed.
       evaluation: prompts and metrics; by default those that the pipeline's training asked for.
+      share: returns a context in which each process has the files that the first one has written to `folder`; needed
+        where the processes have folders of their own.
       sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
@@ -97,7 +103,9 @@ def evaluate(
         write_samples(pipeline, prompted, folder / "samples", progress=progress.update, **sampling)
     if not is_measuring:
         return EvaluationResult({}, {}, [], [], [])
-    seconds, samples = round(time.perf_counter() - start_time, 1), read_samples(folder / "samples")
+    seconds = round(time.perf_counter() - start_time, 1)
+    with share() if "pipeline" in collection.needs else contextlib.nullcontext():
+        samples = read_samples(folder / "samples")
     _update_samples(collection, requests, [sample.clip for sample in samples], pipeline)
     metrics = {
         "protocol": _describe_protocol(config, resolved, seed),
@@ -157,6 +165,7 @@ def _update_samples(
             pipeline=pipeline,
         )
         collection.update(batch)
+        count_progress()
 
 
 def _measure_reconstructions(
@@ -172,6 +181,7 @@ def _measure_reconstructions(
         baselines = [pair.baseline for pair in part if pair.baseline is not None]
         originals = [pair.original for pair in part]
         collection.update(MetricBatch(pairs=part, baselines=baselines, real_clips=originals, pipeline=pipeline))
+        count_progress()
     return pairs
 
 
@@ -249,4 +259,5 @@ def reconstruct(
         if linear is not None:
             baseline = replace(original, frames=linear.reconstruct_clip(original.frames, codec.config.stride))
         results.append(ClipReconstruction(info.name, original, codec.reconstruct(original), baseline))
+        count_progress()
     return results

@@ -8,7 +8,6 @@ of the run lists its amendments.
 
 import itertools
 import re
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,15 +19,6 @@ from dit_video.core.errors import UserError
 from dit_video.experiment import Experiment, StagedExperiment
 from dit_video.experiment.autoencoder import WEIGHTS_FILE
 from dit_video.experiment.checkpoints import list_checkpoints
-
-_PIPELINE_FIELDS = (
-    "sampling",
-    "denoiser.steps",
-    "denoiser.task",
-    "denoiser.backbone.attention",
-    "denoiser.backbone.remat",
-)
-"""Fields that the pipeline of a finished run depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +68,8 @@ def make_amendment(
         raise UserError(f"{folder} holds a run of another config ({differences}); use another, or remove it")
     steps = _find_newest_steps(folder, list_models(old))
     if isinstance(old, Experiment) and isinstance(new, Experiment):
-        _check_autoencoder_steps(folder, changes)
-        _check_denoiser_steps(old, new, steps.get("denoiser", 0))
+        _check_autoencoder_steps(folder, changes, steps.get("autoencoder", 0))
+        _check_denoiser_steps(folder, old, new, steps.get("denoiser", 0))
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     return Amendment(time=now, command=command, steps=steps, changes=tuple(changes))
 
@@ -89,25 +79,10 @@ def list_models(experiment: StagedExperiment) -> tuple[str, ...]:
     return ("autoencoder", "denoiser", *(stage.name for stage in experiment.stages))
 
 
-def discard_outdated_pipeline(folder: Path, amendment: Amendment) -> None:
-    """Remove the pipeline of a finished run if it depends on an amended field, so that it is made again.
-
-    Raises:
-      UserError: the checkpoint that it would be made of is gone.
-    """
-    pipeline = folder / "pipeline"
-    if not pipeline.is_dir() or not any(_is_covered(change.path, _PIPELINE_FIELDS) for change in amendment.changes):
-        return
-    if not amendment.steps.get("denoiser"):
-        rule = "the run is finished, and its denoiser has no checkpoints any more"
-        raise UserError(f"{folder} cannot be amended ({amendment}): {rule}. Use another folder.")
-    shutil.rmtree(pipeline)
-
-
 def _is_covered(path: str, fields: Iterable[str]) -> bool:
     """Return whether a path is one of the fields, in which [] stands for any index, or lies inside of one."""
-    name = re.sub(r"\[\d+\]", "[]", path)
-    return any(name == field or name.startswith((f"{field}.", f"{field}[]")) for field in fields)
+    patterns = (re.escape(field).replace(r"\[\]", r"\[\d+\]") for field in fields)
+    return any(re.match(rf"{pattern}(?![^.\[])", path) for pattern in patterns)
 
 
 def _find_newest_steps(folder: Path, models: Iterable[str]) -> dict[str, int]:
@@ -115,15 +90,24 @@ def _find_newest_steps(folder: Path, models: Iterable[str]) -> dict[str, int]:
     return {name: step for name, step in newest.items() if step}
 
 
-def _check_autoencoder_steps(folder: Path, changes: Sequence[Change]) -> None:
-    """Raise if the length of a training is changed whose result is in use."""
-    if (folder / WEIGHTS_FILE).exists() and any(change.path == "autoencoder.steps" for change in changes):
-        rule = "its autoencoder is trained, and the denoiser depends on it"
-        raise UserError(f"autoencoder.steps of the run in {folder} cannot change: {rule}. Use another folder.")
+def _check_autoencoder_steps(folder: Path, changes: Sequence[Change], trained: int) -> None:
+    """Raise if the length of a training changes whose result is in use, or that is beyond the new length."""
+    for change in changes:
+        if change.path != "autoencoder.steps":
+            continue
+        if (folder / WEIGHTS_FILE).exists():
+            rule = "its autoencoder is trained, and the denoiser depends on it"
+            raise UserError(f"autoencoder.steps of the run in {folder} cannot change: {rule}. Use another folder.")
+        if change.new < trained:
+            rule = f"the newest checkpoint is step {trained}"
+            raise UserError(f"autoencoder.steps={change.new} is too small: {rule}. Use {trained} or more.")
 
 
-def _check_denoiser_steps(old: Experiment, new: Experiment, trained: int) -> None:
+def _check_denoiser_steps(folder: Path, old: Experiment, new: Experiment, trained: int) -> None:
     """Raise if the end of a stage changes that is finished, or comes before the newest checkpoint."""
+    if _list_stage_ends(old) != _list_stage_ends(new) and not trained and (folder / "pipeline").is_dir():
+        rule = "the run is finished, and its denoiser has no checkpoints any more"
+        raise UserError(f"the steps of the denoiser in {folder} cannot change: {rule}. Use another folder.")
     names = [f"curriculum[{number}].steps" for number in range(len(old.curriculum))] + ["denoiser.steps"]
     for name, old_end, new_end in zip(names, _list_stage_ends(old), _list_stage_ends(new), strict=True):
         if old_end != new_end and trained > old_end:

@@ -276,7 +276,11 @@ class Experiment(StagedExperiment):
 
     @property
     def amendable_fields(self) -> tuple[str, ...]:
-        return (*super().amendable_fields, *_AMENDABLE_FIELDS)
+        fields = (*super().amendable_fields, *_AMENDABLE_FIELDS)
+        if self.denoiser.buckets is None:
+            return fields
+        # Batches of buckets have as many clips as fit into the memory of the mesh's devices.
+        return tuple(field for field in fields if field not in ("mesh", "curriculum[].mesh"))
 
     def replace_backbone(self, **changes: Any) -> "Experiment":
         """Return the experiment with other fields of the denoiser's architecture, such as its attention."""

@@ -8,6 +8,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.core.storage import StoragePath, StoragePathLike, is_remote, to_storage_path
@@ -22,14 +24,18 @@ ADDRESS_FILE = "address.json"
 """Name of the only file of a folder that stands for an address, which it holds."""
 
 
-def check_datasets(clips: Sequence[StoragePathLike]) -> None:
+def check_datasets(clips: Sequence[StoragePathLike], *, workdir: StoragePathLike | None = None) -> None:
     """Check quickly that folders of clips can be ingested and data sets opened, before a run is created.
+
+    Args:
+      clips: folders of clips, or data sets.
+      workdir: folder of the run. Only the first process of a run at an address needs folders of clips, and only once.
 
     Raises:
       UserError: one cannot be used.
     """
     for folder in clips:
-        if not is_ingested(folder):
+        if not is_ingested(folder) and not (workdir is not None and is_remote(workdir) and not is_remote(folder)):
             list_clips(_get_local_folder(folder))
 
 
@@ -67,8 +73,10 @@ def link_datasets(
                 raise UserError(f"{source} is on this machine, the run at {home.parent}; copy the data set there")
             link_folder(destination, source)
         elif home is not None:
-            link_folder(destination, home / destination.relative_to(folder))
-            _ingest_folder(_get_local_folder(source), resolve(destination))
+            own = home / name if len(clips) > 1 else home
+            link_folder(destination, own)
+            if jax.process_index() == 0 and not is_ingested(own):  # its clips are on the first process's machine
+                _ingest_folder(_get_local_folder(source), own)
         elif is_remote(linked := resolve(destination)):
             raise _make_mismatch_error(linked, source, "data set")
         else:

@@ -12,9 +12,8 @@ latents/                  cached latents, or a link to them
 excluded_clips.json       the clips that cannot be used, with the reasons, if there are any
 stages/NAME/              latents, rows.json and excluded_clips.json of a stage of the curriculum
 NAME/                     outputs of a stage of another package
-denoiser/                 checkpoints, metrics.jsonl, rows.json (content of an epoch), skipped.jsonl (non-finite
-                          steps); snapshots/, samples/, evaluations/, tensorboard/, as the config
-                          says
+denoiser/                 checkpoints, metrics.jsonl, hash_chain.jsonl, rows.json (content of an epoch), skipped.jsonl
+                          (non-finite steps); snapshots/, samples/, evaluations/, tensorboard/, as the config says
 adapter.safetensors       the trained adapter, if any, under our names
 pytorch_lora_weights.safetensors   the adapter of a Wan, under diffusers' names
 transformer/              all weights of a trained Wan, as diffusers reads them; transformer_2/ for its second expert
@@ -36,7 +35,7 @@ from dit_video.core.errors import MissingError, UserError, get_command
 from dit_video.core.files import read_document, write_json
 from dit_video.core.storage import StoragePathLike
 from dit_video.experiment import Experiment, StagedExperiment, datasets
-from dit_video.experiment.amendments import Amendment, discard_outdated_pipeline, list_models, make_amendment
+from dit_video.experiment.amendments import Amendment, list_models, make_amendment
 from dit_video.experiment.remote_folder import RemoteFolder
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.pipelines.folder import RUN_CONFIG as CONFIG
@@ -69,7 +68,7 @@ class RunFolder:
         """Create a run, or open the one in this folder.
 
         The config of a run that has begun to train may differ in fields that do not change what is trained; see
-        `amendments`. The pipeline of a finished run is made again where it depends on them.
+        `amendments`.
 
         Args:
           folder: folder of the run.
@@ -90,7 +89,6 @@ class RunFolder:
                 return run._write_config()  # nothing was trained yet, so that the config may still change
             amendment = make_amendment(folder, existing.experiment, experiment, changes, command=run.command)
             print(f"amended: {amendment}", file=sys.stderr)
-            discard_outdated_pipeline(folder, amendment)
             return replace(run, amendments=(*existing.amendments, amendment))._write_config()
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; use a folder")

@@ -10,7 +10,7 @@ import jax
 
 from dit_video.core import config_json
 from dit_video.core.errors import GracefulStop
-from dit_video.core.storage import StoragePathLike, is_remote
+from dit_video.core.storage import StoragePathLike, to_storage_path
 from dit_video.distributed.heartbeat import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
 from dit_video.experiment.remote_folder import RemoteFolder, get_local_copy, main_process_first
@@ -67,11 +67,13 @@ def open_run(
 @contextlib.contextmanager
 def _open_copy(folder: StoragePathLike) -> Iterator[tuple[Path, RemoteFolder | None]]:
     """Yield the folder that a run works in, and the one at an address that it is a copy of, if any."""
-    if not is_remote(folder):
-        yield Path(str(folder)), None
+    location = to_storage_path(folder)
+    if isinstance(location, Path):
+        yield location, None
         return
-    local = get_local_copy(folder, purpose=f"process-{jax.process_index()}")
-    remote = RemoteFolder(folder, local, whole_folders=WHOLE_FOLDERS)
-    remote.fetch()
+    local = get_local_copy(location, purpose=f"process-{jax.process_index()}")
+    remote = RemoteFolder(location, local, whole_folders=WHOLE_FOLDERS)
+    if jax.process_index() == 0:  # the others fetch when it is their turn
+        remote.fetch()
     with remote.keep_sent():
         yield local, remote

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.offload import Layers, Offload, Stages
-from dit_video.core.storage import is_remote, restore_address
+from dit_video.core.storage import convert_storage_errors, is_remote, restore_address
 from dit_video.distributed import MeshConfig
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import DEFAULT_DTYPE, INDEX, Dtype, LoadOptions
@@ -138,8 +138,9 @@ def _fetch(address: str) -> Path:
     from dit_video.experiment.remote_folder import MANIFEST, RemoteFolder, get_local_copy
 
     folder = RemoteFolder(address, get_local_copy(address, purpose="read"), whole_folders=WHOLE_FOLDERS)
-    if not (folder.address / MANIFEST).exists():
-        raise MissingError(f"no such run: {address} has no {MANIFEST}")
+    with convert_storage_errors(address):
+        if not (folder.address / MANIFEST).exists():
+            raise MissingError(f"no such run: {address} has no {MANIFEST}. Download other folders, and name the copy.")
     folder.fetch()
     return folder.local
 

@@ -12,6 +12,8 @@ that files of an interrupted upload are not part of the folder. It holds no addr
 
 import contextlib
 import hashlib
+import os
+import shutil
 import sys
 import threading
 import warnings
@@ -47,15 +49,23 @@ _THREADS = 8
 """Number of files that are copied at once."""
 _SEND_SECONDS = 30.0
 """Seconds between two uploads of changed files while a run works."""
+_FETCH_ATTEMPTS = 3
+"""Number of times that a folder is fetched whose files change meanwhile."""
+_MAX_LOG_BYTES = 1 << 28
+"""Size of the largest file that is read before it is sent, as it may grow. Larger files are weights."""
 
 
 class _Manifest(NamedTuple):
     """The contents of the folder at the address."""
 
     files: dict[str, dict[str, Any]]
-    """Size in bytes and MD5 of each file that the copy has, by its name."""
+    """MD5 of each file that the copy has, by its name."""
     linked: list[str]
     """Folders that the copy stands for."""
+
+    def get_md5(self, name: str) -> str | None:
+        """Return the hash of a file; None if it is not listed."""
+        return self.files.get(name, {}).get("md5")
 
 
 class _FileState(NamedTuple):
@@ -95,20 +105,27 @@ class RemoteFolder:
         Raises:
           UserError: a file cannot be fetched.
         """
+        for _ in range(_FETCH_ATTEMPTS - 1):
+            with contextlib.suppress(MissingError):  # a run that is in progress has just removed a file
+                return self._fetch()
+        return self._fetch()
+
+    def _fetch(self) -> None:
         with self._lock:
             listed, linked = self._read_manifest()
-            for name in self._list_local().keys() - listed.keys():
-                (self.local / name).unlink()
-            for name in linked:
-                write_json(self.local / name / datasets.ADDRESS_FILE, str(self.address / name))
+            links = {f"{name}/{datasets.ADDRESS_FILE}": str(self.address / name) for name in linked}
+            for name in self._list_local() - listed.keys() - links.keys():
+                (self.local / name).unlink(missing_ok=True)
+            for name, target in links.items():
+                if not self._is_link(name):
+                    write_json(self.local / name, target)
             changed = [name for name, entry in listed.items() if self._get_md5(name) != entry["md5"]]
             self._for_each(changed, lambda name: download(self.address / name, self.local / name))
             # A file of a later, interrupted upload makes a folder of two times.
             outdated = {name for name in changed if self._get_md5(name) != listed[name]["md5"]}
             for folder in self._whole_folders:
                 if any(name.startswith(f"{folder}/") for name in outdated):
-                    for name in [name for name in self._list_local() if name.startswith(f"{folder}/")]:
-                        (self.local / name).unlink()
+                    shutil.rmtree(self.local / folder)
             self._remove_empty_folders()
 
     def send(self) -> None:
@@ -121,12 +138,9 @@ class RemoteFolder:
         with self._lock:
             check_locks()
             before = self._read_manifest()
-            local, changed = self._list_local(), []
+            local = self._list_local()
             linked = sorted(name for name in local if self._is_link(name))
-            for name in local.keys() - linked:
-                with contextlib.suppress(FileNotFoundError):  # just replaced or removed by the run
-                    if self._get_md5(name) != before.files.get(name, {}).get("md5"):
-                        changed.append(name)
+            changed = [name for name in sorted(local - set(linked)) if self._get_md5(name) != before.get_md5(name)]
             sent = dict(self._for_each(changed, self._send_file))
             files = {name: entry for name, entry in before.files.items() if name in local} | sent
             files = {name: files[name] for name in sorted(files) if files[name] and name not in linked}
@@ -140,7 +154,7 @@ class RemoteFolder:
         """Send changed files, or warn that they could not be sent yet."""
         try:
             self.send()
-        except UserError as error:
+        except (UserError, OSError) as error:
             warnings.warn(f"files of the run are not at {self.address} yet: {error}", stacklevel=2)
 
     @contextlib.contextmanager
@@ -185,35 +199,43 @@ class RemoteFolder:
             return False
         return str(datasets.resolve(self.local / folder)) == str(self.address / folder)
 
-    def _list_local(self) -> dict[str, Path]:
-        """Return the complete files of the copy by their names; those that are being written begin with a dot."""
-        files = (path for path in self.local.rglob("*") if path.is_file() and not path.is_symlink())
-        named = ((path.relative_to(self.local), path) for path in files)
-        return {name.as_posix(): path for name, path in named if not any(part[0] == "." for part in name.parts)}
+    def _list_local(self) -> set[str]:
+        """Return the names of the complete files of the copy; those that are being written begin with a dot."""
+        names = set()
+        for folder, folders, files in os.walk(self.local):  # which passes over folders that vanish meanwhile
+            folders[:] = [each for each in folders if each[0] != "."]
+            paths = (Path(folder, each) for each in files if each[0] != ".")
+            names |= {path.relative_to(self.local).as_posix() for path in paths if not path.is_symlink()}
+        return names
 
     def _get_md5(self, name: str) -> str:
         """Return the hash of a local file; empty if there is none. A file is only read if it has changed."""
-        path = self.local / name
-        if not path.is_file():
+        try:
+            details = (self.local / name).stat()
+            state = self._states.get(name)
+            if state is None or state[:2] != (details.st_size, details.st_mtime_ns):
+                with (self.local / name).open("rb") as file:
+                    md5 = hashlib.file_digest(file, "md5").hexdigest()
+                state = self._states[name] = _FileState(details.st_size, details.st_mtime_ns, md5)
+        except FileNotFoundError:
             return ""
-        details = path.stat()
-        state = self._states.get(name)
-        if state is None or state[:2] != (details.st_size, details.st_mtime_ns):
-            with path.open("rb") as file:
-                md5 = hashlib.file_digest(file, "md5").hexdigest()
-            state = self._states[name] = _FileState(details.st_size, details.st_mtime_ns, md5)
         return state.md5
 
     def _send_file(self, name: str) -> dict[str, Any]:
         """Send a file, and return its entry of the manifest; an empty one if the run has removed it meanwhile."""
-        path = self.local / name
+        path, target = self.local / name, self.address / name
         try:
-            before = self._get_md5(name)
-            upload(path, self.address / name)
-            # A log that has grown in between is sent again by the next call.
-            return {"size": path.stat().st_size, "md5": before}
-        except FileNotFoundError:
+            if path.stat().st_size > _MAX_LOG_BYTES:  # weights, which do not change
+                upload(path, target)
+                return {"md5": self._get_md5(name)}
+            content = path.read_bytes()  # a log may grow while it is sent
+        except (FileNotFoundError, MissingError):
+            if path.exists():
+                raise
             return {}
+        with convert_storage_errors(target):
+            target.fs.pipe_file(target.path, content)
+        return {"md5": hashlib.md5(content).hexdigest()}
 
     def _remove_remote_file(self, name: str) -> None:
         path: UPath = self.address / name

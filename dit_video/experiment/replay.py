@@ -31,6 +31,9 @@ STATE_TOLERANCE = 1e-4
 """Largest difference of an array on another mesh, relative to its largest value; where that is below 1, absolute. Adam
 amplifies the rounding of gradients that are zero in exact arithmetic."""
 
+_ROUNDED_STEPS = 50
+"""Largest number of steps that are replayed by default where sums are formed in another order."""
+
 ReplayResult = Literal["same bits", "within 1e-6", "differs"]
 
 
@@ -89,7 +92,8 @@ def replay(
       run: the run; another mesh in its config replays on that mesh.
       model: name of the trained model.
       first: step of a checkpoint that is kept, or 0; by default the newest one before `last`.
-      last: last step to repeat; by default the newest one of the chain.
+      last: last step to repeat; by default the newest one of the chain, but on other devices than the run's at most 50
+        steps after the first, as rounding adds up.
       progress: called with the number of repeated steps, and of all.
 
     Raises:
@@ -101,33 +105,47 @@ def replay(
     states = {record["step"]: record["state"] for record in records if "state" in record}
     if not steps:
         raise MissingError(f"the hash chain of the {model} in {run.folder} has no steps yet. Train first.")
-    kept = sorted(step for step in run.runtime.open_checkpoints(model).list_steps() if step in steps)
-    first, last = _choose_stretch(kept, first, max(steps) if last is None else last, newest=max(steps))
-    stage = _find_stage(run, model, first, last)
+    starts = {record["step"]: record["start"] for record in records if "start" in record}
+    known = steps.keys() | states.keys() | starts.keys()
+    kept = sorted(step for step in run.runtime.open_checkpoints(model).list_steps() if step in known)
+    first, end = _choose_stretch(kept, first, max(steps) if last is None else last, newest=max(steps))
+    if first < min(starts):
+        raise UserError(
+            f"first={first} is invalid: the hash chain begins at step {min(starts)}. Use that or a later one."
+        )
+    stage = _find_stage(run, model, first, end)
     training = stage.open_training(run.runtime, is_new=first == 0)
     if training is None:
         raise UserError(f"the steps of the {model} cannot be repeated: its stage does not open its training.")
-    start = _find_start(records, first)
-    changes = list_changes(start, training.trainer.describe_start(start["plan"]))
-    comparison = _Comparison(is_exact=not any(_changes_rounding(change) for change in changes))
+    changes = {
+        step: list_changes(start, training.trainer.describe_start(start["plan"])) for step, start in starts.items()
+    }
+    begin = max(step for step in starts if step <= first)
+    if last is None and any(map(_changes_rounding, changes[begin])):
+        end = min(end, first + _ROUNDED_STEPS)
+    for step in (begin, *(step for step in starts if first < step < end)):
+        _check_schedule(changes[step])
+    comparison = _Comparison()
     with contextlib.closing(training.trainer.replay(training.open_batches, first)) as replayed:
-        for step, (state, metrics) in enumerate(itertools.islice(replayed, last - first), first + 1):
+        for step, (state, metrics) in enumerate(itertools.islice(replayed, end - first), first + 1):
+            begin = step - 1 if step - 1 in starts else begin
+            comparison.is_exact &= not any(map(_changes_rounding, changes[begin]))
             comparison.compare_step(steps.get(step), make_step_record(step, jax.device_get(metrics)))
             if step in states and not comparison.is_ended:
                 comparison.compare_state(step, state, states[step], training if step in kept else None)
             if progress is not None:
-                progress(step - first, last - first)
+                progress(step - first, end - first)
             if comparison.is_ended:
                 break
     return Replay(
         model=model,
         first=first,
-        last=last,
+        last=end,
         result=comparison.result,
         difference=comparison.difference,
         max_errors=comparison.max_errors,
         compared_states=tuple(comparison.compared_states),
-        changes=changes,
+        changes=changes[max(step for step in starts if step <= first)],
     )
 
 
@@ -142,9 +160,9 @@ def with_mesh(run: StagedRun, mesh: MeshConfig) -> StagedRun:
 class _Comparison:
     """The comparison of a replay with what was recorded, up to the first difference that is no rounding."""
 
-    def __init__(self, *, is_exact: bool) -> None:
-        self.is_exact = is_exact
-        """True where the run and the replay have the same devices and programs."""
+    def __init__(self) -> None:
+        self.is_exact = True
+        """True where the run had the devices and programs of the replay at the current step."""
         self.difference: Difference | None = None
         self.is_ended = False
         """True after a difference beyond rounding."""
@@ -235,15 +253,12 @@ def _find_stage(run: StagedRun, model: str, first: int, last: int) -> Stage:
     raise UserError(f"no stage of the run trains the {model} from step {first} to {last}. Use a stretch of one stage.")
 
 
-def _find_start(records: Sequence[Record], step: int) -> dict[str, Any]:
-    """Return what the chain says of the start that the step after `step` belongs to."""
-    start: dict[str, Any] = {}
-    for record in records:
-        if "start" in record:
-            start = record["start"]
-        elif record["step"] > step:
-            break
-    return start
+def _check_schedule(changes: Sequence[Change]) -> None:
+    """Raise if the learning rate has followed another schedule than it would in a replay."""
+    for change in changes:
+        if change.path.endswith(".steps"):
+            rule = f"it was trained with {change.path.removeprefix('config.')}={change.old}, which was amended"
+            raise UserError(f"that stretch cannot be replayed: {rule}. Use a later stretch.")
 
 
 def _changes_rounding(change: Change) -> bool:

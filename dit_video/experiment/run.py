@@ -6,7 +6,7 @@ checkpoints. An interrupted run is therefore continued by the same command. `fol
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -34,7 +34,7 @@ from dit_video.experiment.stages.latents import CacheLatents
 from dit_video.families import get_lora_modules
 from dit_video.pipelines.config import PipelineConfig
 from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
-from dit_video.pipelines.folder import write_pipeline_config
+from dit_video.pipelines.folder import read_pipeline_config, write_pipeline_config
 from dit_video.pipelines.loading import load_pipeline
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.training import goodput
@@ -167,8 +167,26 @@ class Run(StagedRun):
         for stage in self.stages:
             if isinstance(stage, CacheLatents):
                 stage.link_destination(self.runtime)
-        if not (self.folder / PIPELINE_CONFIG).is_file() and self.runtime.process == 0:
-            write_pipeline_config(self.folder, self.pipeline_config())
+        if self.runtime.process == 0:
+            if not (self.folder / PIPELINE_CONFIG).is_file():
+                write_pipeline_config(self.folder, self.pipeline_config())
+            self._update_finished_pipeline()
+
+    def _update_finished_pipeline(self) -> None:
+        """Write the config of the finished pipeline, if any, with what was amended and needs no other weights."""
+        folder, experiment = self.folder / "pipeline", self.experiment
+        if not (folder / PIPELINE_CONFIG).is_file():
+            return
+        config = read_pipeline_config(folder)
+        amended = replace(
+            config,
+            backbone=experiment.denoiser.backbone,
+            sampling=experiment.sampling,
+            task=experiment.denoiser.task,
+            evaluation=experiment.evaluation,
+        )
+        if amended != config:
+            write_pipeline_config(folder, amended)
 
     def load_pipeline(self) -> Pipeline:
         """Return the finished pipeline, on the run's devices; all its processes call this.

@@ -103,7 +103,7 @@ class StagedExperiment:
 
         A name covers all fields inside of it, and [] stands for any index.
         """
-        stages = (f"stages[].{name}" for stage in self.stages for name in stage.amendable_fields)
+        stages = (f"stages[{i}].{name}" for i, stage in enumerate(self.stages) for name in stage.amendable_fields)
         return (*_AMENDABLE_FIELDS, *stages)
 
 

@@ -40,7 +40,7 @@ def make_step_program(
         attach_shardings(batch, make_batch_shardings(batch, mesh)),
         attach_shardings((*constants, *frozen_params), make_constant_shardings(constants, frozen_params, mesh)),
     )
-    return JittedStep(train_step.update, has_batch_digests=True).get_program(state), arguments
+    return JittedStep(train_step.update).get_program(state), arguments
 
 
 def make_constant_shardings(

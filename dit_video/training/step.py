@@ -80,16 +80,15 @@ class TrainStep(abc.ABC):
     def update(self, state: Any, batch: PyTree, constants: Constants = ()) -> tuple[Any, Metrics]:
         """Return the state after one step, and metrics. Traceable."""
 
-    def compile(self, constants: Constants = (), *, state: Any = None, has_batch_digests: bool = False) -> StepFn:
+    def compile(self, constants: Constants = (), *, state: Any = None) -> StepFn:
         """Return the jitted step, which donates the state.
 
         Args:
           constants: Arrays passed to the loss as further arguments, such as the weights of a perceptual network.
             (Arrays that the loss holds itself would be compiled into the program and make it large.)
           state: State whose shardings all states have; None to take those of the state of each call.
-          has_batch_digests: Whether the metrics have the digests of the batch's arrays, `BATCH_DIGESTS`.
         """
-        step = JittedStep(self.update, constants, has_batch_digests=has_batch_digests)
+        step = JittedStep(self.update, constants)
         return step if state is None else step.specialize(state)
 
 
@@ -135,7 +134,7 @@ class GradientStep(ModelStep):
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients), **details.metrics}
         next_state = apply_updates(state, gradients, self.optimizer, ema_decay=self.ema_decay)
         next_state, own_metrics = self.update_extra(next_state, details.auxiliary)
-        return skip_nonfinite(state, next_state, metrics | own_metrics)
+        return finish_step(state, next_state, batch, metrics | own_metrics)
 
     def update_extra(self, state: TrainState, auxiliary: Any) -> tuple[TrainState, Metrics]:
         """Return the state after what is updated without gradients, which follows the gradient update, and metrics."""
@@ -202,15 +201,20 @@ def _combine_metric(metric: Any) -> Any:
     return Average(metric.total.sum(), metric.number.sum()) if isinstance(metric, Average) else metric.mean()
 
 
-def skip_nonfinite(state: Any, next_state: Any, metrics: Metrics, *names: str) -> tuple[Any, Metrics]:
-    """Return the next state, or the previous one if the step is not finite, and float32 metrics with `skipped`.
+def finish_step(state: Any, next_state: Any, batch: PyTree, metrics: Metrics, *names: str) -> tuple[Any, Metrics]:
+    """Return the next state, or the previous one if the step is not finite, and its metrics.
 
     A step is not finite if the loss, the gradient norm or one of the metrics `names` is NaN or infinite. The step
     counter increases in any case, so that the next step has another batch and other noise.
+
+    The metrics are float32 with `skipped`, and with `BATCH_DIGESTS`, by which a hash chain records the batch. (Another
+    program for the digests would run beside the step, where two programs of several CPU devices may deadlock.)
     """
     is_finite = jnp.all(jnp.stack([jnp.isfinite(metrics[name]) for name in ("loss", "gradient_norm", *names)]))
     selected_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), next_state, state)
-    return replace_step(selected_state, next_state.step), cast_metrics(metrics | {"skipped": ~is_finite})
+    digests = {path: compute_digest(leaf) for path, leaf in trees.flatten(batch).items()}
+    metrics = {**cast_metrics(metrics | {"skipped": ~is_finite}), BATCH_DIGESTS: digests}
+    return replace_step(selected_state, next_state.step), metrics
 
 
 def apply_updates(
@@ -238,17 +242,6 @@ def cast_metrics(metrics: Metrics) -> Metrics:
     return jax.tree.map(lambda metric: metric.astype(jnp.float32), metrics)
 
 
-def _add_batch_digests(
-    step: Callable[..., tuple[Any, Metrics]], state: Any, batch: PyTree, constants: Constants
-) -> tuple[Any, Metrics]:
-    # In the program of the step: on CPUs, two programs of several devices that run at once may deadlock.
-    state, metrics = step(state, batch, constants)
-    return state, {
-        **metrics,
-        BATCH_DIGESTS: {path: compute_digest(leaf) for path, leaf in trees.flatten(batch).items()},
-    }
-
-
 class JittedStep:
     """A jitted `step(state, batch, constants)` that donates the state and returns it with unchanged shardings.
 
@@ -256,16 +249,8 @@ class JittedStep:
     again.
     """
 
-    def __init__(self, step: Callable[..., Any], constants: Constants = (), *, has_batch_digests: bool = False) -> None:
-        """Wrap a step.
-
-        Args:
-          step: Traceable function `(state, batch, constants) -> (state, metrics)`.
-          constants: Arrays that every call gets.
-          has_batch_digests: Whether the metrics have the digests of the batch's arrays, `BATCH_DIGESTS`.
-        """
-        self._step = functools.partial(_add_batch_digests, step) if has_batch_digests else step
-        self._constants = constants
+    def __init__(self, step: Callable[..., Any], constants: Constants = ()) -> None:
+        self._step, self._constants = step, constants
         self._programs: dict[Any, Any] = {}
 
     def __call__(self, state: Any, batch: PyTree) -> tuple[Any, Metrics]:

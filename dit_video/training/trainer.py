@@ -139,7 +139,7 @@ class Trainer:
             )
         self.recorder.resume(self.folder.name, int(state.step))
         meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)
-        hooks = [*self._list_hooks(meter), HashChain(self.folder / CHAIN_FILE, self.describe_start(data.hash))]
+        chain = HashChain(self.folder / CHAIN_FILE, self.describe_start(data.hash))
         return functools.partial(
             loop.run,
             self._compile_step(state),
@@ -147,7 +147,7 @@ class Trainer:
             lambda _: _shard_batches(data, self.mesh, meter),
             config=self.config,
             checkpoints=checkpoints,
-            hooks=hooks,
+            hooks=[chain, *self._list_hooks(meter)],
             title=self.title,
             meta={"plan": data.hash, "config": self.resolved_config},
             recorder=self.recorder,
@@ -246,7 +246,7 @@ class Trainer:
     def _compile_step(self, state: Any) -> StepFn:
         shardings = make_constant_shardings(self.constants, self._frozen_params, self.mesh)
         constants = jax.device_put((*self.constants, *self._frozen_params), shardings)
-        return self.train_step.compile(constants, state=state, has_batch_digests=True)
+        return self.train_step.compile(constants, state=state)
 
 
 def _shard_batches(batches: BatchIterator, mesh: Mesh, meter: ThroughputMeter) -> Iterator[Any]:

@@ -4,10 +4,12 @@ import numpy as np
 import optax
 import pytest
 
+from dit_video.core import trees
+from dit_video.training.checkpoint_arrays import compute_digests
 from dit_video.training.optim.ema import EmaConfig, gamma_from_sigma
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule, make_optimizer
 from dit_video.training.state import init_state
-from dit_video.training.step import Average, LossDetails, LossOutput
+from dit_video.training.step import BATCH_DIGESTS, Average, LossDetails, LossOutput
 from support.compilations import count_compilations
 from support.training_state import create_state, make_step
 
@@ -57,11 +59,13 @@ def test_a_step_is_the_gradient_step_written_out():
     assert figures["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-5)
 
 
-def test_figures_are_float32_scalars_and_the_loss_receives_the_step():
+def test_metrics_are_float32_scalars_and_the_loss_receives_the_step():
     optimizer = optax.sgd(0.1)
     step, state = make_step(loss, optimizer, ema_decay=0.9), start(optimizer)
     for expected in range(3):
         state, figures = step(state, BATCH)
+        digests = figures.pop(BATCH_DIGESTS)
+        assert {path: int(digest) for path, digest in digests.items()} == compute_digests(trees.flatten(BATCH))
         assert set(figures) == {"loss", "gradient_norm", "largest", "at", "skipped"}
         assert {(figure.shape, figure.dtype.name) for figure in figures.values()} == {((), "float32")}
         assert figures["at"] == expected

@@ -33,6 +33,8 @@ class DenoiserStage(Stage):
 
     def is_trained(self, runtime: Runtime) -> bool:
         """Return whether nothing of this stage is needed any more: it is trained, and the last one is exported."""
-        if not self.curriculum:
-            return (runtime.folder / "pipeline").is_dir()
-        return (runtime.open_checkpoints("denoiser").latest() or 0) >= self.end_step
+        newest = runtime.open_checkpoints("denoiser").latest()
+        if self.curriculum:
+            return (newest or 0) >= self.end_step
+        # The pipeline of a finished run, which may be trained further, and whose checkpoints may be gone.
+        return (runtime.folder / "pipeline").is_dir() and (newest is None or newest >= self.end_step)

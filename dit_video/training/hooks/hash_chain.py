@@ -2,13 +2,14 @@
 
 `hash_chain.jsonl` has a record for each start (versions of the code, devices, mesh, plan of the data), for each step
 (digests of the batch's arrays, the bits of loss and gradient norm) and for each saved state (digests of its arrays).
-Each record ends with a hash of itself and of the record before, so that none can be changed, left out or added later
-without notice. Digests do not depend on the mesh (see `checkpoint_arrays`). `experiment.replay` compares them.
+Each record ends with a hash of itself and of the record before, so that a damaged or edited file is noticed. Digests do
+not depend on the mesh (see `checkpoint_arrays`). `experiment.replay` compares them.
 """
 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,22 @@ class HashChain(Hook):
 
     def resume(self, step: int) -> None:
         """Remove the records after `step`, which the run writes again, and record the start."""
-        records = [record for record in read_chain(self.path) if record["step"] <= step] if self.path.is_file() else []
+        try:
+            records = [record for record in read_chain(self.path) if record["step"] <= step]
+        except MissingError:
+            records = []
+        except UserError as error:  # it is for later checks, and no reason not to train
+            damaged = self.path.with_suffix(f".damaged-{step}.jsonl")
+            self.path.rename(damaged)
+            warnings.warn(f"{error} It is {damaged.name} now; a new chain begins.", stacklevel=2)
+            records = []
         self._link = records[-1]["link"] if records else _FIRST_LINK
         write_text(self.path, "".join(f"{json.dumps(record)}\n" for record in records))
         self._append([{"step": step, "start": self._start}])
 
     def on_step(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-        self._steps.append((step, {name: metrics[name] for name in (BATCH_DIGESTS, *_VALUES)}))
+        recorded = (BATCH_DIGESTS, *_VALUES)  # of which steps of other packages may lack some
+        self._steps.append((step, {name: metrics[name] for name in recorded if name in metrics}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._flush()
@@ -83,9 +93,9 @@ class HashChain(Hook):
 
 def make_step_record(step: int, metrics: Mapping[str, Any]) -> Record:
     """Return the record of a step, numbered from 1, from its metrics on the host."""
-    batch = {path: f"{int(digest):08x}" for path, digest in metrics[BATCH_DIGESTS].items()}
+    batch = {path: f"{int(digest):08x}" for path, digest in metrics.get(BATCH_DIGESTS, {}).items()}
     # Hexadecimal, as decimal digits would round.
-    return {"step": step, "batch": batch, **{name: float(metrics[name]).hex() for name in _VALUES}}
+    return {"step": step, "batch": batch, **{name: float(metrics[name]).hex() for name in _VALUES if name in metrics}}
 
 
 def compute_link(previous: str, record: Mapping[str, Any]) -> str:

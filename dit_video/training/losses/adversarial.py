@@ -40,7 +40,7 @@ from dit_video.training.step import (
     StepFn,
     TrainStep,
     apply_updates,
-    skip_nonfinite,
+    finish_step,
 )
 
 _MAX_GRAD_NORM = 1.0
@@ -162,13 +162,12 @@ class AdversarialStep(TrainStep):
     def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> AdversarialState:
         return self.discriminator.init_state(self.autoencoder.init(params, is_fresh=is_fresh))
 
-    def compile(self, constants: Constants = (), *, state: Any = None, has_batch_digests: bool = False) -> StepFn:
+    def compile(self, constants: Constants = (), *, state: Any = None) -> StepFn:
         config, count, zero = self.discriminator.config, HostStepCounter(), jnp.zeros(())
         interval = config.regulariser.every if isinstance(config.regulariser, R1) else 1
-        options = {"has_batch_digests": has_batch_digests}
-        plain_step = self.autoencoder.compile(constants, **options)
+        plain_step = self.autoencoder.compile(constants)
         updates = {each: functools.partial(self.update, is_penalised=each) for each in (False, True)}
-        programs = {each: JittedStep(update, constants, **options) for each, update in updates.items()}
+        programs = {each: JittedStep(update, constants) for each, update in updates.items()}
 
         def step(state, clips):
             number = count(state.step)
@@ -225,7 +224,7 @@ class AdversarialStep(TrainStep):
         model = apply_updates(model, gradients, step.optimizer, ema_decay=step.ema_decay)
         model, loss_metrics = step.update_extra(model, auxiliary)
         next_state = AdversarialState(model=model, discriminator=discriminator_state)
-        return skip_nonfinite(state, next_state, metrics | loss_metrics, "discriminator", "penalty")
+        return finish_step(state, next_state, clips, metrics | loss_metrics, "discriminator", "penalty")
 
 
 class HostStepCounter:

@@ -27,7 +27,7 @@ from dit_video.training.losses.distillation import (
 from dit_video.training.losses.lora import attach_factors
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.state import CompositeState, TrainState
-from dit_video.training.step import Constants, Metrics, ModelStep, apply_updates, skip_nonfinite
+from dit_video.training.step import Constants, Metrics, ModelStep, apply_updates, finish_step
 
 
 @flax.struct.dataclass
@@ -115,7 +115,7 @@ class ConsistencyStep(_StudentStep):
         value, gradients = jax.value_and_grad(compute_loss)(state.params)
         metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
         next_state = apply_updates(state, gradients, self.optimizer, ema_decay=self.ema_decay)
-        return skip_nonfinite(state, next_state, metrics)
+        return finish_step(state, next_state, batch, metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,4 +166,4 @@ class MatchingStep(_StudentStep):
         (value, metrics), gradients = jax.value_and_grad(compute_loss, has_aux=True)(state.model.params)
         metrics |= {"loss": value, "gradient_norm": optax.tree.norm(gradients), "critic": losses.mean()}
         model = apply_updates(state.model, gradients, self.optimizer, ema_decay=self.ema_decay)
-        return skip_nonfinite(state, MatchingState(model=model, critic=critic), metrics, "critic")
+        return finish_step(state, MatchingState(model=model, critic=critic), batch, metrics, "critic")

@@ -18,6 +18,7 @@ from dit_video.training.hooks import logging
 from dit_video.training.loop import LoopConfig
 from dit_video.training.losses.adversarial import AdversarialStep, HostStepCounter
 from dit_video.training.state import init_state
+from dit_video.training.step import BATCH_DIGESTS
 from dit_video.training.trainer import Trainer
 from support.adversarial_game import (
     CLIPS,
@@ -43,7 +44,7 @@ def run(config, steps):
     for _ in range(steps):
         state, result = make_game_step(config)(state, CLIPS)
         states.append(jax.device_get(state))
-        figures.append({name: float(value) for name, value in result.items()})
+        figures.append({name: float(value) for name, value in result.items() if name != BATCH_DIGESTS})
     return states, figures
 
 
