@@ -67,8 +67,9 @@ def detect_processes(environment: Mapping[str, str] | None = None, *, seconds: f
     if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
         rule = "both must be whole numbers. Use PROCESS_ID from 0 to NUM_PROCESSES - 1."
         raise UserError(f"PROCESS_ID={index}, NUM_PROCESSES={count} is invalid: {rule}")
-    if not address.rpartition(":")[0] or not address.rpartition(":")[2].isdigit():
-        rule = "it must be host:port of process 0. Use an address such as node0:1234."
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:  # JAX aborts the process for such ports.
+        rule = "it must be host:port of process 0, with a port up to 65535. Use an address such as node0:1234."
         raise UserError(f"COORDINATOR_ADDRESS={address} is invalid: {rule}")
     return ProcessInfo(source="the environment", count=int(count), index=int(index), address=address)
 

@@ -3,8 +3,8 @@
 JAX's own watchdog also ends all processes, but names no host, and takes a hanging process for a healthy one. Here each
 process writes a heartbeat with its step count into the run's `KeyValueStore`. Process 0 reads and checks all of them,
 and publishes the health of the run (`RunHealth`), which the others read; so its work grows with the number of processes
-and not with its square. If a process is silent, behind, hung or ended, all end with exit code `TRY_AGAIN`. When started
-again, the run continues from its newest checkpoint.
+and not with its square. If a process is silent, behind, hung or ended, all end with exit code 75. When started again,
+the run continues from its newest checkpoint. If one has ended by a mistake of the user, all end with its code, 2.
 
 Process 0 holds the store. If it no longer answers, the others see that the health is not updated. When it dies, JAX
 ends the others at once, before they can print anything. So each of them has a small watchdog process that sees how it
@@ -30,13 +30,21 @@ import jax
 from dit_video.core import config_json
 from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, TransientError, UserError
 from dit_video.distributed.hang_watch import end_hanging_process
-from dit_video.distributed.health import EXIT, GRACE_SECONDS, HEARTBEAT, TROUBLE, HealthChecker, Heartbeat, RunHealth
+from dit_video.distributed.health import (
+    EXIT,
+    GRACE_SECONDS,
+    HEARTBEAT,
+    TROUBLE,
+    HealthChecker,
+    Heartbeat,
+    ProcessExit,
+    RunHealth,
+)
 from dit_video.distributed.process_group import ProcessGroup
 from dit_video.distributed.progress import PROGRESS
-from dit_video.distributed.progress import count_step as count_step
-from dit_video.distributed.stacks import dump_stacks
+from dit_video.distributed.stacks import dump_stacks, exit_now
 from dit_video.distributed.store import KeyValueStore
-from dit_video.distributed.timeouts import TimeoutConfig as TimeoutConfig
+from dit_video.distributed.timeouts import TimeoutConfig
 
 _HEALTH = "health"
 
@@ -94,6 +102,11 @@ class HeartbeatMonitor:
         """True if a process was in a phase at the last interval, so that the others may wait for it."""
         return self._health.is_busy
 
+    @property
+    def num_changes(self) -> int:
+        """Number of signs of progress of all processes, at the last interval."""
+        return self._health.changes
+
     def compare(self, settings: dict[str, Any]) -> None:
         """Stop the run in all processes if one of them has different settings.
 
@@ -145,7 +158,7 @@ class HeartbeatMonitor:
         try:
             if error is None:
                 # The others may have more to do; they are monitored meanwhile.
-                self._store.write(f"{EXIT}{self._group.process_id}", "")
+                self._store.write(f"{EXIT}{self._group.process_id}", ProcessExit().to_text())
                 self._all_left.wait()
             else:
                 self._end_with_error(error)
@@ -169,7 +182,8 @@ class HeartbeatMonitor:
                 self._store.write(f"{TROUBLE}{process_id}", "")
                 self._all_in_trouble.wait(self._timeouts.max_silence + 2 * GRACE_SECONDS)
             self._has_failed = True
-            self._store.write(f"{EXIT}{process_id}", f"{type(error).__name__}: {error}")
+            ended = ProcessExit(error=f"{type(error).__name__}: {error}", code=_get_code(error))
+            self._store.write(f"{EXIT}{process_id}", ended.to_text())
             if self._all_left.wait(2 * GRACE_SECONDS):
                 return  # All have ended, with errors of their own.
         except jax.errors.JaxRuntimeError:  # The store fails if process 0, which holds it, is gone.
@@ -177,9 +191,9 @@ class HeartbeatMonitor:
                 self._end(f"{self._first_name}, which keeps the run together, is gone")
         if isinstance(error, UserError | KeyboardInterrupt):
             print(f"{'error' if isinstance(error, UserError) else 'stopped'}: {error}", file=sys.stderr)
-            self._end_now(error.code if isinstance(error, UserError | GracefulStop) else 130)
-        traceback.print_exception(error)
-        self._end_now(1)
+        else:
+            traceback.print_exception(error)
+        self._end_now(_get_code(error))
 
     def _exchange_heartbeats(self) -> None:
         """Write heartbeats, and read or publish the run's health. Its calls may hang if process 0 does."""
@@ -189,7 +203,8 @@ class HeartbeatMonitor:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # The other thread notices silence.
                 phases = PROGRESS.phases[-1:]
                 phase = phases[0].name if phases else ""
-                heartbeat = Heartbeat(beat=beat, step_count=PROGRESS.step_count, phase=phase, hang=self._hang)
+                counts = {"step_count": PROGRESS.step_count, "changes": PROGRESS.changes}
+                heartbeat = Heartbeat(beat=beat, **counts, phase=phase, hang=self._hang)
                 self._store.write(f"{HEARTBEAT}{self._group.process_id}", heartbeat.to_text())
                 self._take_health(self._read_health() if self._checker is None else self._publish_health(beat))
             self._finished.wait(self._interval)
@@ -226,7 +241,7 @@ class HeartbeatMonitor:
             if self._has_failed:
                 continue
             if self._health.failure:
-                self._end(self._health.failure, is_hang=self._health.is_hang)
+                self._end(self._health.failure, is_hang=self._health.is_hang, code=self._health.exit_code)
             max_silence = self._timeouts.max_silence
             if not self._group.is_first and now - self._answer_time > max_silence:
                 self._end(f"{self._first_name}, which keeps the run together, has not answered for {max_silence:g} s")
@@ -236,25 +251,32 @@ class HeartbeatMonitor:
         if self._checker is not None:
             self._checker.restart()
 
-    def _end(self, message: str, *, is_hang: bool = False) -> None:
+    def _end(self, message: str, *, is_hang: bool = False, code: int = EXIT_TRY_AGAIN) -> None:
         with self._end_lock:
             if self._finished.is_set():
                 return
             advice = "Checkpoints are complete: start all processes again to continue from the newest one."
+            if code != EXIT_TRY_AGAIN:
+                advice = "Correct that first. Checkpoints are complete; all processes continue from the newest one."
             print(f"error: {message}; process {self._group.process_id} ends too. {advice}", file=sys.stderr)
             if is_hang:
                 dump_stacks()
-            self._end_now(EXIT_TRY_AGAIN)
+            self._end_now(code)
 
     def _end_now(self, code: int) -> None:
         """End the process without JAX's shutdown, which waits for the others."""
         if self._watchdog is not None:
             self._watchdog.kill()
-        sys.stdout.flush()
-        sys.stderr.flush()
         if self._group.is_first:
             time.sleep(GRACE_SECONDS)  # The store ends with this process; the others have to read the message before.
-        os._exit(code)
+        exit_now(code)
+
+
+def _get_code(error: BaseException) -> int:
+    """Return the exit code of a process after an error."""
+    if isinstance(error, UserError | GracefulStop):
+        return error.code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 _WATCHDOG_PROGRAM = """

@@ -2,7 +2,7 @@
 
 A script runs its work inside `initialize_distributed()`. It detects from the environment if the process is one of
 several, connects them (`jax.distributed`), stops them if they were started with different configs or code, and monitors
-them (`heartbeat`). A single process is only watched for hangs (`hang_watch`).
+them (`heartbeat`, `hang_watch`). A single process is only watched for trainings that hang.
 
 Detection (`cluster_detection`), in this order:
 
@@ -14,7 +14,6 @@ Detection (`cluster_detection`), in this order:
 import contextlib
 import itertools
 import math
-import os
 import socket
 import sys
 import threading
@@ -23,11 +22,11 @@ from typing import Any
 
 import jax
 
-from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError
-from dit_video.distributed.cluster_detection import ProcessInfo as ProcessInfo
-from dit_video.distributed.cluster_detection import detect_processes as detect_processes
+from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
+from dit_video.distributed.cluster_detection import ProcessInfo, detect_processes
 from dit_video.distributed.hang_watch import HangWatch
 from dit_video.distributed.heartbeat import HeartbeatMonitor
+from dit_video.distributed.stacks import exit_now
 from dit_video.distributed.store import KeyValueStore
 from dit_video.distributed.timeouts import TimeoutConfig
 
@@ -49,8 +48,9 @@ def initialize_distributed(
       timeouts: How long other processes are waited for.
 
     Raises:
-      TransientError: If the others do not start in time, or the cluster does not answer.
-      UserError: If the config or code of another process differs.
+      TransientError: If the others do not start in time, the cluster does not answer, or the first process' port is
+        in use.
+      UserError: If the config or code of another process differs, or what the environment says is no run.
     """
     info = detect_processes()
     timeouts = timeouts or TimeoutConfig()
@@ -63,7 +63,12 @@ def initialize_distributed(
         monitor.compare({"config": config, "code": code})
         if jax.process_index() == 0:
             print(_describe_processes(info), file=sys.stderr)
-        with HangWatch(timeouts, end=monitor.report_hang, is_waiting=lambda: monitor.is_other_busy):
+        with HangWatch(
+            timeouts,
+            end=monitor.report_hang,
+            is_waiting=lambda: monitor.is_other_busy,
+            count_run_changes=lambda: monitor.num_changes,
+        ):
             yield
 
 
@@ -145,10 +150,22 @@ def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
             shutdown_timeout_seconds=math.ceil(timeouts.max_silence),
         )
     except Exception as error:  # JAX raises many types for a failed connection.
-        line = str(error).strip().splitlines()[0]
-        raise TransientError(f"{_format_not_found(info, timeouts)} ({line})") from error
+        raise _make_connection_error(error, info, timeouts) from error
     finally:
         timer.cancel()
+
+
+def _make_connection_error(error: Exception, info: ProcessInfo, timeouts: TimeoutConfig) -> UserError:
+    lines = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if "DEADLINE_EXCEEDED" in reason or isinstance(error, TimeoutError):
+        return TransientError(f"{_format_not_found(info, timeouts)} ({reason})")
+    address = info.address or "the address of the first process"
+    if isinstance(error, jax.errors.JaxRuntimeError | OSError):
+        advice = f"Start all of them again; check that {address} is free on its host and can be reached."
+        return TransientError(f"the {info.count} processes of the run could not be connected ({reason}). {advice}")
+    advice = f"Check {address} and the variables of {info.source}. A single process needs NUM_PROCESSES=1."
+    return UserError(f"the {info.count} processes of the run cannot be connected ({reason}). {advice}")
 
 
 def _format_not_found(info: ProcessInfo, timeouts: TimeoutConfig) -> str:
@@ -160,7 +177,7 @@ def _format_not_found(info: ProcessInfo, timeouts: TimeoutConfig) -> str:
 
 def _exit_after_timeout(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
     print(f"error: {_format_not_found(info, timeouts)}", file=sys.stderr, flush=True)
-    os._exit(EXIT_TRY_AGAIN)
+    exit_now(EXIT_TRY_AGAIN)
 
 
 def _describe_processes(info: ProcessInfo) -> str:

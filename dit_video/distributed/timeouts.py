@@ -25,7 +25,11 @@ class TimeoutConfig:
     step if that is longer. Phases such as saving and sampling, in any process, do not count."""
     max_phase: float = 14400.0
     """Time that such a phase takes before it counts as hung and ends the run."""
+    max_idle: float = 7200.0
+    """Time in which a run of several processes makes no progress outside of trainings, such as before the first step,
+    before it counts as hung and ends. Samples and evaluated clips count as progress; encoded clips do, too, and have to
+    follow each other within `max_step`."""
 
     def __post_init__(self) -> None:
         check_at_least(1, startup=self.startup, max_silence=self.max_silence, max_lag=self.max_lag)
-        check_at_least(1, max_step=self.max_step, max_phase=self.max_phase)
+        check_at_least(1, max_step=self.max_step, max_phase=self.max_phase, max_idle=self.max_idle)

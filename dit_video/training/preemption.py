@@ -24,7 +24,7 @@ import jax
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, UserError
 from dit_video.distributed.progress import count_step, expect_steps
-from dit_video.distributed.stacks import dump_stacks
+from dit_video.distributed.stacks import dump_stacks, exit_now
 from dit_video.distributed.store import AbortedWaitError, KeyValueStore
 
 GRACE_VARIABLE = "DIT_VIDEO_PREEMPTION_GRACE"
@@ -165,7 +165,7 @@ def handle_signals(steps_done: int, *, grace: float) -> Iterator[StopRequest]:
     Args:
       steps_done: Number of steps done at the start.
       grace: Seconds after the first signal, to any process of the run, within which the block has to end. Otherwise,
-        such as if a step or a disk hangs, the process exits with code `TRY_AGAIN`. A shorter time of the machine
+        such as if a step or a disk hangs, the process exits with code 75. A shorter time of the machine
         (`GRACE_VARIABLE`) comes first.
 
     Raises:
@@ -220,7 +220,12 @@ def get_machine_grace(environment: Mapping[str, str] = os.environ) -> float:
 
 @contextlib.contextmanager
 def raise_on_sigterm() -> Iterator[None]:
-    """Raise `Stopped` on SIGTERM, so that code around a training run ends as orderly as after Ctrl-C."""
+    """Raise `GracefulStop` on SIGTERM, so that code around a training run ends as orderly as after Ctrl-C.
+
+    Raises:
+      UserError: The machine's time after a signal is invalid, which no training should find at its first step.
+    """
+    get_machine_grace()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         raise GracefulStop("received SIGTERM; completed work is kept")
@@ -245,4 +250,4 @@ def _exit_after_grace(name: str, grace: float) -> None:
     advice = "Earlier checkpoints are intact; run the same command to resume from them."
     print(f"error: the state was not saved within {grace:g} s after {name}. {advice}", file=sys.stderr, flush=True)
     dump_stacks()
-    os._exit(EXIT_TRY_AGAIN)
+    exit_now(EXIT_TRY_AGAIN)

@@ -60,6 +60,7 @@ def test_processes_are_detected_from_the_environment(clean_environment, environm
         ({"PROCESS_ID": "4"}, "PROCESS_ID=4, NUM_PROCESSES=4 is invalid: .* Use PROCESS_ID from 0"),
         ({"NUM_PROCESSES": "two"}, "PROCESS_ID=2, NUM_PROCESSES=two is invalid"),
         ({"COORDINATOR_ADDRESS": "node0"}, "COORDINATOR_ADDRESS=node0 is invalid: it must be host:port"),
+        ({"COORDINATOR_ADDRESS": "node0:99999"}, "COORDINATOR_ADDRESS=node0:99999 is invalid: .* up to 65535"),
     ],
 )
 def test_an_incomplete_or_invalid_environment_is_refused(changes, message):

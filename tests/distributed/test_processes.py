@@ -1,15 +1,18 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from typing import Any
 
+import jax
 import pytest
 
-from dit_video.core.errors import EXIT_TRY_AGAIN
-from dit_video.distributed.processes import is_in_turn, main_process_first
+from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
+from dit_video.distributed.processes import initialize_distributed, is_in_turn, main_process_first
+from dit_video.distributed.timeouts import TimeoutConfig
 from support.devices import HANG, PROGRAMS, find_free_port, make_environment
 
 
@@ -20,6 +23,7 @@ def start(index: int, port: str, case: str, *, lost_process: int | None = None, 
         "max_silence": options.pop("max_silence", 15),
         "max_lag": options.pop("max_lag", 600),
         "max_step": options.pop("max_step", 600),
+        "max_idle": options.pop("max_idle", 600),
     }
     arguments = json.dumps({**options, "timeouts": timeouts, "lost_process": lost_process})
     place = {"COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "NUM_PROCESSES": "2", "PROCESS_ID": str(index)}
@@ -100,11 +104,23 @@ def test_a_process_that_writes_for_longer_than_the_patience_does_not_end_the_run
         assert get_own_lines(out) == ["joined [0, 1]", "left"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_all_processes_end_with_the_code_of_a_mistake_of_the_user(index):
+    """Any other code would make a cluster start the run again, though it would fail again."""
+    processes = start_both("fail", lost_process=index)
+    ended = wait_for_all(processes)
+    assert [code for code, _, _ in ended] == [2, 2], ended
+    assert "error: the disk is full" in ended[index][2]
+    name = f"process {index} ({os.uname().nodename}, pid {processes[index].pid})"
+    assert f"error: {name} has ended (UserError: the disk is full)" in ended[1 - index][2]
+    assert "Correct that first" in ended[1 - index][2]
+
+
 HANGS = {
     "killed": ("kill", 1, "has sent no heartbeat for 15 s"),
     "stopped": ("stop", 1, "has sent no heartbeat for 15 s"),
     "slow": ("sleep", 1, "has been behind the others for 20 s"),
-    "failed": ("fail", 1, "has ended (UserError: the disk is full)"),
     "the first is killed": ("kill", 0, "which keeps the run together, is gone"),
     "the first is stopped": ("stop", 0, "has not answered for 15 s"),
 }
@@ -129,10 +145,6 @@ def test_a_lost_process_is_named_in_time(how):
         assert f"error: process {index} ({os.uname().nodename}, pid {lost.pid})" in err
         assert message in err
         assert took < 120  # 15 alone; on a busy machine everything takes longer
-        if how == "failed":
-            _, err = lost.communicate(timeout=HANG)
-            assert lost.returncode == 2
-            assert "error: the disk is full" in err
     finally:
         lost.kill()
         other.kill()
@@ -145,6 +157,22 @@ def test_processes_that_all_hang_in_a_step_end_with_their_stacks():
         assert code == EXIT_TRY_AGAIN, err
         assert f"error: each process hangs: no step was finished for 5 s; process {index} ends too" in err
         assert "in sleep_in_step" in err
+
+
+@pytest.mark.slow
+def test_processes_that_all_hang_before_the_first_step_end_with_their_stacks():
+    """One only waits for the other, as at the end of its share of the work."""
+    for code, _, err in wait_for_all(start_both("hang before training", max_idle=5)):
+        assert code == EXIT_TRY_AGAIN, err
+        assert "hangs: no progress was made for 5 s" in err
+        assert "in hang_before_training" in err
+
+
+@pytest.mark.slow
+def test_the_progress_of_one_process_is_that_of_all_that_wait_for_it():
+    for code, out, err in wait_for_all(start_both("encode in first process", max_idle=5, max_step=5)):
+        assert code == 0, err
+        assert get_own_lines(out) == ["joined [0, 1]", "left"]
 
 
 @pytest.mark.slow
@@ -168,3 +196,39 @@ def test_a_run_whose_other_process_never_starts_ends_after_the_timeout():
     ((code, _, err),) = wait_for_all([process])
     assert code == EXIT_TRY_AGAIN, err
     assert "error: the 2 processes of the run did not find each other within 5 s" in err
+
+
+def test_a_port_in_use_is_no_timeout():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        process = start(0, str(other.getsockname()[1]), "join")
+        ((code, _, err),) = wait_for_all([process])
+    assert code == EXIT_TRY_AGAIN, err
+    assert "could not be connected (JaxRuntimeError: " in err
+    assert "within" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), EXIT_TRY_AGAIN, "each other within 9 s"),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server"), EXIT_TRY_AGAIN, "could not be connected"),
+        (OSError("no route to host"), EXIT_TRY_AGAIN, "could not be connected"),
+        (ValueError("coordinator_address should be defined."), 2, "cannot be connected"),
+        (IndexError(), 2, r"cannot be connected \(IndexError\)"),
+    ],
+)
+def test_errors_of_the_connection_ask_for_another_start_only_if_it_may_succeed(monkeypatch, error, code, message):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    environment = {"COORDINATOR_ADDRESS": "node0:1234", "NUM_PROCESSES": "2", "PROCESS_ID": "0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message) as raised, initialize_distributed(timeouts=TimeoutConfig(startup=9.0)):
+        pass
+    assert raised.value.code == code
+    assert ("within" in str(raised.value)) == ("DEADLINE" in str(error))

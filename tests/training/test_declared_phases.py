@@ -1,3 +1,7 @@
+import time
+
+import pytest
+
 from dit_video.distributed.progress import PROGRESS
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import PeriodicCall
@@ -45,3 +49,22 @@ def test_a_training_declares_all_but_its_steps_as_phases(monkeypatch, tmp_path):
         ("call", "sample"),
         ("write", "save"),
     ]
+
+
+def test_a_training_that_logs_each_step_knows_how_long_its_steps_take():
+    """The hang watch waits for twenty median steps, so hooks before and after a step must not hide its time."""
+
+    def slow_step(state, batch):
+        time.sleep(0.05)
+        return step(state, batch)
+
+    def sample(_step, _state):
+        time.sleep(0.2)
+        return {}
+
+    PROGRESS.step_seconds.clear()
+    hooks = [PeriodicCall(every=1, function=sample, name="sample")]
+    run(slow_step, init_state(), make_batches, config=LoopConfig(steps=6, log_every=1), hooks=hooks)
+    assert len(PROGRESS.step_seconds) == 5
+    assert PROGRESS.median_step_seconds == pytest.approx(0.06, abs=0.05)
+    assert PROGRESS.median_step_seconds >= 0.05

@@ -13,7 +13,7 @@ from dit_video.core.errors import UserError
 from dit_video.distributed.store import KeyValueStore
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.loop import LoopConfig, run
-from dit_video.training.preemption import SharedStopRequest, get_machine_grace
+from dit_video.training.preemption import SharedStopRequest, get_machine_grace, raise_on_sigterm
 from support.coordination import run_in_all, simulate_processes
 from support.devices import HANG, PROGRAMS, find_free_port, make_environment
 from support.loop_training import get_state_shapes, init_state, make_batches, plain_step
@@ -95,6 +95,12 @@ def test_the_machine_says_how_long_it_waits():
     for text in ("soon", "0", "-5", "nan"):
         with pytest.raises(UserError, match=f"DIT_VIDEO_PREEMPTION_GRACE={text} .* Use DIT_VIDEO_PREEMPTION_GRACE=100"):
             get_machine_grace({"DIT_VIDEO_PREEMPTION_GRACE": text})
+
+
+def test_an_invalid_time_of_the_machine_is_refused_at_the_start_of_a_run(monkeypatch):
+    monkeypatch.setenv("DIT_VIDEO_PREEMPTION_GRACE", "soon")
+    with pytest.raises(UserError, match="DIT_VIDEO_PREEMPTION_GRACE=soon is invalid"), raise_on_sigterm():
+        pass
 
 
 def test_a_shorter_time_of_the_machine_ends_a_process_that_hangs():

@@ -19,6 +19,8 @@ from dit_video.training.time_recorder import TimeRecorder
 
 _MAX_QUEUED_STEPS = 2
 """Number of steps that may be queued on the device behind the one whose result is awaited."""
+_MAX_COMPILE_SECONDS = 3600.0
+"""Time that the compilation of a step may take; that of large models takes tens of minutes."""
 
 
 class NonFiniteLossError(Exception):
@@ -123,7 +125,7 @@ class MetricAccumulator:
         """Add the metrics of the step that was just started, and wait for the one `_MAX_QUEUED_STEPS` before it.
 
         Raises:
-          TooManySkipped: as many steps in a row as may be.
+          TooManySkipsError: as many steps in a row as may be.
         """
         self._record_shapes(batch)
         self._pending_metrics.append(metrics)
@@ -149,7 +151,7 @@ class MetricAccumulator:
         self.recorder.charge(goodput.STEP)
         start_time = time.perf_counter()
         is_new = _get_shapes(batch) not in self._compiled_shapes
-        with declare_phase("compile") if is_new else contextlib.nullcontext():
+        with declare_phase("compile", max_seconds=_MAX_COMPILE_SECONDS) if is_new else contextlib.nullcontext():
             yield
         seconds = time.perf_counter() - start_time
         self._device_seconds += seconds
@@ -235,7 +237,8 @@ class MetricAccumulator:
         self.recorder.charge(goodput.STEP)
         start_time = time.perf_counter()
         try:
-            with declare_phase(name):
+            # Logs and functions after each step are quick; where their disk is dead, no other process waits for hours.
+            with declare_phase(name, is_short=name == "hook"):
                 yield
         finally:
             # Devices that still work on a step are not kept from it.

@@ -35,7 +35,15 @@ def work() -> None:
         count_step()
 
 
-CASES = {"step": sleep_in_step, "lock": sleep_with_lock, "phase": save_slowly, "work": work}
+def work_in_phase() -> None:
+    """Work for three seconds in a phase that may take five."""
+    print("working", flush=True)
+    with declare_phase("save", max_seconds=5.0):
+        for _ in range(30):
+            time.sleep(0.1)
+
+
+CASES = {"step": sleep_in_step, "save": work_in_phase, "lock": sleep_with_lock, "phase": save_slowly, "work": work}
 
 
 @script

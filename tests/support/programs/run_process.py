@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from dit_video.core.errors import TransientError, UserError, script
 from dit_video.distributed.processes import initialize_distributed, wait_for_main_process
-from dit_video.distributed.progress import count_step, declare_phase, expect_steps
+from dit_video.distributed.progress import count_progress, count_step, declare_phase, expect_progress, expect_steps
 from dit_video.distributed.timeouts import TimeoutConfig
 
 INDEX = int(os.environ["PROCESS_ID"])
@@ -46,6 +46,23 @@ def save_in_first_process() -> None:
             with declare_phase("save"):
                 time.sleep(15)
         gather(0)
+
+
+def encode_in_first_process() -> None:
+    """Let process 1 wait for work of process 0 that counts its progress."""
+    if INDEX == 0:
+        with expect_progress():
+            for _ in range(15):
+                time.sleep(1)
+                count_progress()
+    wait_for_main_process()
+
+
+def hang_before_training() -> None:
+    """Wait forever outside of a training, as the other process does."""
+    if INDEX == 0:
+        time.sleep(600)
+    wait_for_main_process()
 
 
 def sleep_in_step() -> None:
@@ -86,6 +103,8 @@ CASES = {
     "wait in first process": wait_in_first_process,
     "write in first process": write_in_first_process,
     "save in first process": save_in_first_process,
+    "encode in first process": encode_in_first_process,
+    "hang before training": hang_before_training,
     "hang in all processes": sleep_in_step,
     "fail for a while": fail_for_a_while,
 }
