@@ -72,6 +72,8 @@ class TimeRecorder:
         """Lines of the records, which never change."""
         self._pending = Counter[str]()
         self._training, self._start_step, self._step = "", 0, 0
+        self._start_of_training = 0
+        """Step at which this process began the training."""
         self._boundary = 0
         """Clock at the newest boundary."""
         self._base_times = Counter[str]()
@@ -163,7 +165,10 @@ class TimeRecorder:
             self._charge(category or self._get_default_category())
 
     def _get_default_category(self) -> str:
-        return goodput.STEP if self._training else self._phases[-1]
+        if not self._training:
+            return self._phases[-1]
+        # A process that is killed before its first step has only prepared.
+        return goodput.STEP if self._step > self._start_of_training else goodput.STARTUP
 
     def _charge(self, category: str) -> None:
         with self._lock:
@@ -180,6 +185,7 @@ class TimeRecorder:
             self.charge()
             self._close_record(self._step)
             self._training, self._start_step, self._step = training, step, step
+            self._start_of_training = step
             self._restart_sums()
         self._wake()
 

@@ -303,3 +303,12 @@ def test_lines_are_json(tmp_path):
     lines = (tmp_path / "0001.jsonl").read_text().splitlines()
     assert set(json.loads(lines[0])) == {"attempt", "begin", "host", "processes"}
     assert json.loads(lines[-1]) == {"ending": "finished"}
+
+
+def test_a_process_that_is_killed_before_its_first_step_has_only_prepared(tmp_path):
+    clock = Clock()
+    recorder = clock.make_recorder(tmp_path)
+    with killed_attempt(recorder, tmp_path):
+        recorder.resume("denoiser", 20)
+        clock.pass_seconds(30)  # such as for a service that it logs to
+    assert read(tmp_path).microseconds == {STARTUP: 30_000_000}
