@@ -13,6 +13,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_all_processes, wait_for_main_process
+from dit_video.distributed.progress import count_progress
 from dit_video.evaluation.clip_set import ClipSet, hash_clip, make_file_set
 from dit_video.generation.request import Request
 from dit_video.pipelines.pipeline import Pipeline
@@ -87,9 +88,11 @@ class SampleStore:
             part = missing[start : start + batch]
             requests = [self._requests[number] for number in part]
             latents = pipeline.generate_latents(requests, **sampling)
+            count_progress()
             own = slice(jax.process_index(), None, jax.process_count())
             for number, clip in zip(part[own], pipeline.decode_many(latents[own], requests[own]), strict=True):
                 clip.save(self.get_path(number), crf=self._crf if len(clip.frames) > 1 else None)
+                count_progress()
             done += len(part)
             if progress is not None:
                 progress(done)

@@ -13,6 +13,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path, read_json, write_json
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_main_process
+from dit_video.distributed.progress import count_progress, declare_phase
 from dit_video.generation.request import Request
 from dit_video.generation.request_file import INPUTS_FOLDER, list_files, write_request
 from dit_video.pipelines.pipeline import Pipeline
@@ -68,6 +69,7 @@ def write_samples(
                 name = f"{len(entries):03d}-{slug}.{'png' if len(clip.frames) == 1 else 'mp4'}"
                 clip.save(temporary / name)
                 entries.append({"file": name, **written[len(entries)]})
+                count_progress()
                 if progress is not None:
                     progress(len(entries))
         write_json(temporary / PROMPTS_FILE, entries)
@@ -86,10 +88,13 @@ def _sample_parts(
     if pipeline.task_model.offload is None:
         for part in parts:
             wait_for_main_process()
-            yield part, pipeline.generate_latents(part, **sampling)
+            latents_of_part = pipeline.generate_latents(part, **sampling)
+            count_progress()
+            yield part, latents_of_part
         return
     wait_for_main_process()
-    latents = iter(pipeline.generate_latents([request for part in parts for request in part], **sampling))
+    with declare_phase("sample"):
+        latents = iter(pipeline.generate_latents([request for part in parts for request in part], **sampling))
     for part in parts:
         yield part, [next(latents) for _ in part]
 

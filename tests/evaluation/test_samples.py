@@ -9,6 +9,8 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.core.offload import Stages
+from dit_video.distributed.progress import PROGRESS
+from dit_video.evaluation.sample_store import SampleStore
 from dit_video.evaluation.samples import read_samples, write_samples
 from dit_video.generation import sampler
 from dit_video.generation.request_file import read_requests
@@ -51,6 +53,18 @@ def test_samples_are_files_of_the_stated_sizes(tiny_pipeline, tmp_path):
     read = read_samples(tmp_path / "samples")
     assert [entry for entry, _ in read] == entries
     assert [clip.caption for _, clip in read] == [request.prompt for request in REQUESTS]
+
+
+def test_samples_count_as_progress(tiny_pipeline, tmp_path):
+    """In a run of several processes the others wait for those that the first one writes."""
+    seen = [PROGRESS.changes]
+    write_samples(
+        tiny_pipeline, REQUESTS[1:], tmp_path / "a", steps=1, progress=lambda _: seen.append(PROGRESS.changes)
+    )
+    assert seen == sorted(set(seen))
+    before = PROGRESS.changes
+    SampleStore(tmp_path / "b", REQUESTS[1:], {}).fill(tiny_pipeline, steps=1)
+    assert PROGRESS.changes - before >= 2
 
 
 def test_samples_are_the_pipeline_s_clips(tiny_pipeline, tmp_path):

@@ -38,6 +38,7 @@ from dit_video.data.latents.views import list_views
 from dit_video.data.latents.writer import LatentWriter
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.table_files import compute_row_id
+from dit_video.distributed.progress import count_progress, expect_progress
 from dit_video.tokens import Grid
 
 
@@ -87,17 +88,20 @@ def encode_latents(
     files = _make_writer(destination, encoding, plan, identity)
     encoder = _Encoder(clips, encoding, plan)
     done = 0
-    for number in range(shard, len(plan.files), shards):
-        if not files.has_file(number):
+    with expect_progress():
+        for number in range(shard, len(plan.files), shards):
+            if not files.has_file(number):
 
-            def counted_examples(number: int = number, before: int = done) -> Iterator[LatentExample | Skipped]:
-                for count, example in enumerate(encoder.examples(plan.files[number]), before + 1):
-                    yield example
-                    progress(count)
+                def counted_examples(number: int = number, before: int = done) -> Iterator[LatentExample | Skipped]:
+                    for count, example in enumerate(encoder.examples(plan.files[number]), before + 1):
+                        yield example
+                        count_progress()
+                        progress(count)
 
-            files.write(number, counted_examples(), encoder.embed(number))
-        done += plan.count_views(number)
-        progress(done)
+                files.write(number, counted_examples(), encoder.embed(number))
+            done += plan.count_views(number)
+            count_progress()
+            progress(done)
     return finish_latents(destination, clips, encoding, plan, identity=identity)
 
 
@@ -129,6 +133,7 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
         if self._encoding.encode_text is not None:
             for caption in self._plan.captions[file]:
                 yield caption, self._encoding.encode_text(caption)
+                count_progress()
 
     def examples(self, canvases: Sequence[int]) -> Iterator[LatentExample | Skipped]:
         if not canvases:
@@ -196,6 +201,7 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
             inside[row] = compute_segment_ids(canvas, self._sizes, stride)
             for clip, top, left in canvas.slots:
                 views[clip] = frames = decoded[clip].result()
+                count_progress()
                 if isinstance(frames, Skipped):
                     continue
                 t, h, w = frames.shape[:3]

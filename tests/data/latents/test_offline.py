@@ -22,6 +22,7 @@ from dit_video.data.latents.offline import encode_latents, finish_latents, measu
 from dit_video.data.latents.plan import plan_encoding
 from dit_video.data.latents.views import Augmentations, list_views
 from dit_video.data.sizes import read_fitted_clip
+from dit_video.distributed.progress import PROGRESS
 from dit_video.nn import get_graph_def, init_params
 from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Field, Grid
@@ -200,6 +201,22 @@ def test_files_of_several_processes_are_one_data_set(tmp_path):
         encode_latents(tmp_path / "m", source, other, plan_encoding(source, other), identity={"autoencoder": "a"})
     with pytest.raises(UserError, match=r"shard=2 must be one of 0 to 1"):
         encode_latents(tmp_path / "m", source, encoding, plan, identity={"autoencoder": "a"}, shard=2, shards=2)
+
+
+def test_what_is_encoded_counts_as_progress(tmp_path):
+    """A run of several processes in which no clip is encoded for long counts as hung."""
+    seen = []
+    source, encoding = make_source(MIXED_SIZES[:5]), make_encoding(views_per_file=3)
+    plan = plan_encoding(source, encoding)
+    before = PROGRESS.changes
+    arguments = {"identity": "a", "progress": lambda _: seen.append((PROGRESS.changes, PROGRESS.num_counted_works))}
+    encode_latents(tmp_path / "l", source, encoding, plan, **arguments)
+    changes, works = zip(*seen, strict=True)
+    assert len(seen) >= 5
+    assert list(changes) == sorted(set(changes))
+    assert changes[-1] - before >= 2 * 5  # Each clip is decoded, and encoded.
+    assert set(works) == {1}
+    assert PROGRESS.num_counted_works == 0
 
 
 def read_contents(folder):
