@@ -20,8 +20,8 @@ A step whose loss or gradient is not finite leaves the state unchanged (see `tra
 `skipped`, and is logged with its batch. After `LoopConfig.max_consecutive_skips` consecutive ones the run ends and
 saves the state from before them.
 
-After SIGINT or SIGTERM the current step is finished and saved, and the run ends with `Stopped`; a second signal ends it
-immediately. Several processes all stop after the same step (see `training.preemption`).
+After SIGINT or SIGTERM the current step is finished and saved, and the run ends with `GracefulStop`; a second signal
+ends it immediately. Several processes all stop after the same step (see `training.preemption`).
 """
 
 import contextlib
@@ -99,7 +99,7 @@ def run(
       UserError: The run is beyond `config.steps`, or its folder has a later checkpoint; the data ended early; the loss
         is not finite in a step that is not skipped, or `config.max_consecutive_skips` steps were skipped; the state is
         not finite (such a state is never saved).
-      Stopped: After a signal.
+      GracefulStop: After a signal.
       KeyboardInterrupt: After a second signal.
     """
     steps_done = int(state.step)
@@ -269,7 +269,7 @@ def _is_finite(array: Array) -> Bool[Array, ""]:
 def _find_nonfinite(state: Any) -> str | None:
     """Return the path of the first array with NaN or infinity, or None."""
     arrays = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    # One array at a time, see `checkpoint._digests`.
+    # One array at a time, see `checkpoint_arrays.compute_digests`.
     return next((path for path, array in arrays.items() if not _is_finite(array)), None)
 
 

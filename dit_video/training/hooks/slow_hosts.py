@@ -112,7 +112,7 @@ class SlowHostMonitor(Hook):
         """Return the newest messages of all processes, in the first; those of this one alone otherwise."""
         if self._store is None:
             return {0: own}
-        with contextlib.suppress(Exception):  # the first process is gone: the heartbeat ends this one, with the reason
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first process is gone: the heartbeat says why
             self._store.write(str(jax.process_index()), json.dumps(own))
             if jax.process_index() == 0:
                 return {int(name): json.loads(text) for name, text in self._store.read().items()}

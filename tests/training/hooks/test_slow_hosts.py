@@ -150,10 +150,14 @@ def test_measuring_keeps_to_its_budget(monkeypatch, tmp_path):
 
 def test_a_store_that_is_gone_ends_no_training(cluster, monkeypatch):
     def fail(*_arguments):
-        raise RuntimeError("unavailable")
+        raise error
 
     monkeypatch.setattr(SetStore, "write", fail)
+    error = jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
     assert cluster.log() == {}
+    error = KeyError("a mistake of the code")
+    with pytest.raises(KeyError):
+        cluster.log()
 
 
 def test_a_process_of_one_device_has_nothing_to_compare_with():
