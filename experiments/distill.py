@@ -36,7 +36,7 @@ from dit_video.core.files import write_json
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.synthetic import shapes
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.heartbeat import TimeoutConfig
+from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import datasets

@@ -19,8 +19,8 @@ from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.storage import is_remote, restore_address
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.heartbeat import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
+from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.clip_set import ClipSet, open_clip_set
 from dit_video.evaluation.config import ShapesEvaluation

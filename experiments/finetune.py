@@ -42,7 +42,7 @@ from train import evaluate_run
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.heartbeat import TimeoutConfig
+from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.experiment import datasets
 from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE
 from dit_video.experiment.launch import open_run

@@ -34,7 +34,7 @@ from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.diffusion import Guidance
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.heartbeat import TimeoutConfig
+from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.collection import MetricResult
 from dit_video.experiment import Experiment, StagedExperiment, datasets

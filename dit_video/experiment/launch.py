@@ -11,8 +11,8 @@ import jax
 from dit_video.core import config_json
 from dit_video.core.errors import GracefulStop
 from dit_video.core.storage import StoragePathLike, to_storage_path
-from dit_video.distributed.heartbeat import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
+from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.experiment.remote_folder import RemoteFolder, get_local_copy, main_process_first
 from dit_video.experiment.run import StagedRun
 from dit_video.experiment.runtime import StagedExperiment
