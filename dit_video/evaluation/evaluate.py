@@ -17,7 +17,6 @@ from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.diffusion import SAMPLERS, ExplicitTimes, Guidance
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.progress import count_progress
-from dit_video.distributed.progress import count_progress
 from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
@@ -167,7 +166,6 @@ def _update_samples(
         )
         collection.update(batch)
         count_progress()
-        count_progress()
 
 
 def _measure_reconstructions(
@@ -183,7 +181,6 @@ def _measure_reconstructions(
         baselines = [pair.baseline for pair in part if pair.baseline is not None]
         originals = [pair.original for pair in part]
         collection.update(MetricBatch(pairs=part, baselines=baselines, real_clips=originals, pipeline=pipeline))
-        count_progress()
         count_progress()
     return pairs
 
@@ -262,6 +259,5 @@ def reconstruct(
         if linear is not None:
             baseline = replace(original, frames=linear.reconstruct_clip(original.frames, codec.config.stride))
         results.append(ClipReconstruction(info.name, original, codec.reconstruct(original), baseline))
-        count_progress()
         count_progress()
     return results
