@@ -76,7 +76,7 @@ def to_storage_path(path: StoragePathLike) -> StoragePath:
         remote.fs.invalidate_cache()
         # Not `exists`, which returns False if access is denied.
         with contextlib.suppress(FileNotFoundError):
-            _read(remote.fs, lambda: remote.fs.info(remote.path))
+            retry_read(remote.fs, lambda: remote.fs.info(remote.path))
     return remote
 
 
@@ -117,7 +117,7 @@ def list_files(folder: UPath) -> dict[str, int]:
     """
     root = folder.path.rstrip("/")
     with convert_storage_errors(folder):
-        entries = _read(folder.fs, lambda: folder.fs.find(folder.path, detail=True))
+        entries = retry_read(folder.fs, lambda: folder.fs.find(folder.path, detail=True))
     names = ((path.removeprefix(root).lstrip("/"), entry) for path, entry in entries.items())
     return {name: int(entry["size"]) for name, entry in names if name and not name.endswith("/")}
 
@@ -141,7 +141,7 @@ class _RemoteFile(io.RawIOBase):
         self._address, self._position = address, 0
         with convert_storage_errors(address):
             self._filesystem, self._path = fsspec.core.url_to_fs(address)
-            self._size = int(_read(self._filesystem, lambda: self._filesystem.info(self._path))["size"])
+            self._size = int(retry_read(self._filesystem, lambda: self._filesystem.info(self._path))["size"])
 
     def readable(self) -> bool:
         return True
@@ -160,7 +160,7 @@ class _RemoteFile(io.RawIOBase):
             return 0
         with convert_storage_errors(self._address):
             cat_file = self._filesystem.cat_file
-            content = _read(self._filesystem, lambda: cat_file(self._path, start=self._position, end=end))
+            content = retry_read(self._filesystem, lambda: cat_file(self._path, start=self._position, end=end))
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
@@ -180,7 +180,7 @@ def read_range(path: StoragePathLike, offset: int = 0, size: int | None = None) 
     with convert_storage_errors(path):
         filesystem, name = fsspec.core.url_to_fs(_get_name(path))
         end = None if size is None else offset + size
-        return _read(filesystem, lambda: filesystem.cat_file(name, start=offset or None, end=end))
+        return retry_read(filesystem, lambda: filesystem.cat_file(name, start=offset or None, end=end))
 
 
 def read_files(folder: UPath, names: Collection[str]) -> dict[str, bytes]:
@@ -194,13 +194,13 @@ def read_files(folder: UPath, names: Collection[str]) -> dict[str, bytes]:
     with convert_storage_errors(folder):
         # Not `cat`, which takes names with brackets for patterns.
         paths = [f"{root}/{name}" for name in names]
-        contents = _read(folder.fs, lambda: folder.fs.cat_ranges(paths, None, None, on_error="return"))
+        contents = retry_read(folder.fs, lambda: folder.fs.cat_ranges(paths, None, None, on_error="return"))
     for index, (name, path) in enumerate(zip(names, paths, strict=True)):
         with convert_storage_errors(folder / name):
             if isinstance(error := contents[index], Exception):  # as old fsspec ignores `on_error="raise"`
                 if not is_transient(error):
                     raise error
-                contents[index] = _read(folder.fs, functools.partial(folder.fs.cat_file, path))
+                contents[index] = retry_read(folder.fs, functools.partial(folder.fs.cat_file, path))
     return dict(zip(names, contents, strict=True))
 
 
@@ -214,7 +214,7 @@ def read_document(path: StoragePath) -> Any:
     if isinstance(path, Path):
         return files.read_json(path)
     with convert_storage_errors(path):
-        content = _read(path.fs, path.read_bytes)
+        content = retry_read(path.fs, path.read_bytes)
     return files.parse_json(content, path)
 
 
@@ -246,7 +246,7 @@ def download(source: UPath, target: Path) -> None:
     """
     with convert_storage_errors(source), files.atomic_path(target) as temporary:
         try:
-            _read(source.fs, lambda: source.fs.get_file(source.path, os.fspath(temporary)))
+            retry_read(source.fs, lambda: source.fs.get_file(source.path, os.fspath(temporary)))
         except OSError as error:
             if error.errno in _DISK_FULL_ERRNOS:
                 raise UserError(f"{target} cannot be written ({error.strerror}). Free disk space there.") from error
@@ -264,7 +264,7 @@ def upload(source: Path, target: UPath) -> None:
         target.fs.put_file(os.fspath(source), target.path)
 
 
-def _read(filesystem: AbstractFileSystem, function: Callable[[], T]) -> T:
+def retry_read(filesystem: AbstractFileSystem, function: Callable[[], T]) -> T:
     """Return the result of a function that reads. It is repeated unless the filesystem does that, as gcsfs and s3fs."""
     return function() if hasattr(filesystem, "retries") else retry_transient(function)
 

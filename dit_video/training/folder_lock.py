@@ -20,14 +20,14 @@ import jax
 from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.core.storage_errors import is_transient
-from dit_video.training.agreement import call_together, raise_failure
+from dit_video.training.agreement import call_together, format_error, raise_failure
 from dit_video.training.lease import Lease, LeaseConfig, LeaseRecord, read_newest_lease
 from dit_video.training.process_identity import ProcessIdentity
 
 LOCK_FILE = ".lock"
 _POLL_SECONDS = 1.0
 """Longest interval at which a process that waits for a folder looks at it."""
-_RELEASE_SECONDS = 30.0
+RELEASE_SECONDS = 30.0
 """Longest time to wait at the end for a renewal that the storage does not answer."""
 _held_locks: list["_FolderLock"] = []
 """Locks that this process holds."""
@@ -39,8 +39,9 @@ def lock_folder(folder: StoragePathLike, *, config: LeaseConfig = LeaseConfig())
 
     If another run holds it, this waits for up to the time of its lease, with a message: a pod that is started again may
     meet the lease of its predecessor. In a run of several processes the first one holds the lock for all, and the
-    others wait for it. A process whose lock was taken over, because it was suspended or cut off from the storage for
-    longer than its lease, ends at once with exit code 75 and writes nothing more.
+    others wait for it. The lock may be taken over if its process is suspended or cut off from the storage for longer
+    than its lease. The process then ends with exit code 75: before it saves a checkpoint (`check_locks`), and otherwise
+    at its next renewal that the storage answers; it may add lines to its logs until then.
 
     Args:
       folder: Path or address.
@@ -51,17 +52,16 @@ def lock_folder(folder: StoragePathLike, *, config: LeaseConfig = LeaseConfig())
       UserError: The folder cannot be written.
     """
     is_holder = jax.process_index() == 0
-    result = call_together(
-        "lock the folder", lambda: _FolderLock(to_storage_path(folder), config) if is_holder else None
-    )
-    lock = result.value
-    try:
+    with contextlib.ExitStack() as stack:
+
+        def acquire() -> None:
+            if is_holder:
+                stack.callback(_FolderLock(to_storage_path(folder), config).release)
+
+        result = call_together("lock the folder", acquire)
         if result.kind != "none":
             raise_failure(f"lock {folder}", result)
         yield
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 def check_locks() -> None:
@@ -102,9 +102,9 @@ class _FolderLock:
     def release(self) -> None:
         _held_locks.remove(self)
         self._released.set()
-        self._thread.join(_RELEASE_SECONDS)
-        self._lease.release()
-        if self._file is not None:
+        self._thread.join(RELEASE_SECONDS)
+        # If the storage does not answer, the lease ends later, and the system's lock with this process.
+        if self._file is not None and not self._thread.is_alive():
             self._file.release()
 
     def check(self) -> None:
@@ -115,15 +115,30 @@ class _FolderLock:
                 raise TransientError(self._describe_loss())
 
     def _renew_regularly(self) -> None:
+        has_warned = False
         while not self._released.wait(self._lease.config.renew_every):
             try:
                 with self._renewal_lock:
                     is_held = self._lease.renew()
-            except Exception:  # the storage may answer at the next renewal
+            except Exception as error:  # the storage may answer at the next renewal
+                if not has_warned:
+                    limit = f"others may take it over after {self._lease.config.expires_after:g} s"
+                    message = f"the lock of {self._folder} cannot be renewed now ({format_error(error)}); {limit}"
+                    print(f"warning: {message}", file=sys.stderr, flush=True)
+                has_warned = True
                 continue
+            has_warned = False
             if not is_held and not self._released.is_set():
-                print(f"error: {self._describe_loss()}", file=sys.stderr, flush=True)
-                os._exit(EXIT_TRY_AGAIN)
+                self._end()
+        self._lease.release()
+
+    def _end(self) -> None:
+        """End this process, which has lost its lock."""
+        print(f"error: {self._describe_loss()}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(EXIT_TRY_AGAIN)
 
     def _describe_loss(self) -> str:
         return (
@@ -181,49 +196,55 @@ def _acquire_lease(folder: StoragePath, config: LeaseConfig, file: _FileLock | N
     Raises:
       TransientError: Another process renews its lease, or holds the operating system's lock without a lease.
     """
-    start = changed = time.monotonic()
-    content, waiting_for = b"", ""
+    poll_seconds = min(_POLL_SECONDS, config.renew_every / 4)
+    start = last = time.monotonic()
+    content, waiting_for, unchanged_seconds = b"", "", 0.0
     while True:
         if file is not None:
             file.try_acquire()
         newest, now = read_newest_lease(folder), time.monotonic()
+        # While the storage did not answer, or this process was suspended, the holder could not renew it, either.
+        unchanged_seconds, last = unchanged_seconds + min(now - last, 2 * poll_seconds), now
         if newest.content != content:
-            is_renewed = content != b"" and not newest.is_over
+            is_renewed = content != b"" and not _is_free(newest, file)
             if is_renewed and (newest.holder_is_visible or now - start >= newest.expires_after):
                 raise _make_in_use_error(folder, newest)
-            content, changed = newest.content, now
+            content, unchanged_seconds = newest.content, 0.0
         if newest.id in {lock.lease_id for lock in _held_locks}:
             raise _make_in_use_error(folder, newest)
         patience = newest.expires_after if newest.number else config.expires_after
-        has_expired = now - changed >= patience
+        has_expired, is_free = unchanged_seconds >= patience, _is_free(newest, file)
         if has_expired and newest.number == 0:  # the lock of a version without leases, or of a process that hangs
             raise _make_in_use_error(folder, newest)
         is_waiting_for_file = file is not None and file.is_blocked and now - start < config.settle
-        if has_expired or (_is_free(newest, file) and not is_waiting_for_file):
-            if has_expired and not newest.is_over:
+        if has_expired or (is_free and not is_waiting_for_file):
+            if has_expired and read_newest_lease(folder).content != content:  # renewed in the meantime
+                continue
+            if has_expired and not is_free:
                 message = f"{newest} has not renewed its lock of {folder} for {newest.expires_after:g} s"
                 print(f"{message}; taking it over", file=sys.stderr, flush=True)
             has_file_lock = file is not None and file.is_held
             lease = Lease.try_create(folder, newest.number + 1, config, has_file_lock=has_file_lock)
             if lease is not None:
                 return lease
-            continue
-        if str(newest) != waiting_for and not newest.is_over:
+        elif str(newest) != waiting_for and not is_free:
             waiting_for = str(newest)
             limit = f"up to {patience:g} s for it to end or to fail to renew its lock"
             print(f"{folder} is in use by {waiting_for}; waiting {limit}", file=sys.stderr, flush=True)
-        time.sleep(min(_POLL_SECONDS, config.renew_every / 4))
+        time.sleep(poll_seconds)
 
 
 def _is_free(newest: LeaseRecord, file: _FileLock | None) -> bool:
     """Return whether nobody holds the folder, so that a new lease may begin at once."""
     if newest.number == 0:
         return file is None or not file.is_blocked
-    if newest.is_over:
+    if newest.is_released:
         return True
     # A holder on this machine had the lock of the operating system until its end.
     holder_had_lock = newest.has_file_lock and newest.holder is not None and newest.holder.is_on_this_machine
-    return file is not None and file.is_held and holder_had_lock
+    if file is not None and holder_had_lock and (file.is_held or file.is_blocked):
+        return file.is_held
+    return newest.is_over
 
 
 def _make_in_use_error(folder: StoragePath, newest: LeaseRecord) -> TransientError:

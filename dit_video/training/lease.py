@@ -3,8 +3,8 @@
 Where the operating system's locks do not reach, in object stores and on some network disks, a folder belongs to the
 process that has made its newest lease file, `.lease-NUMBER`. Its holder renews it every few seconds by changing its
 content. A process that wants the folder watches the content by its own clock, as clocks of machines differ: if it does
-not change for the time that it states, the process makes the file with the next number, which only one can do. A holder
-whose file is no longer the newest has lost the folder.
+not change for the time that it states, the process makes the file with the next number, which only one can do, and
+removes older ones. A holder whose file is gone or no longer the newest has lost the folder.
 """
 
 import contextlib
@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dit_video.core.errors import MissingError, check_at_least
-from dit_video.core.storage import StoragePath, convert_storage_errors
-from dit_video.core.storage_errors import retry_transient
+from dit_video.core.storage import StoragePath, convert_storage_errors, retry_read
 from dit_video.training.process_identity import ProcessIdentity
 
 _NAME = re.compile(r"\.lease-(\d+)")
@@ -141,13 +140,17 @@ class Lease:
           OSError: The folder cannot be read.
           UserError: The address cannot be read.
         """
-        newest = read_newest_lease(self.folder)
-        if newest.number == self._number:
-            return newest.id in ("", self._id)
-        return newest.number < self._number  # somebody has removed the file, and the folder is nobody else's
+        if max((number for number, _ in _list_leases(self.folder)), default=0) > self._number:
+            return False
+        # A list may be old, and who takes the folder over removes this file.
+        content = _read_file(self._path)
+        return content is not None and _parse(self._number, content).id in ("", self._id)
 
     def renew(self) -> bool:
         """Change the content, and return True; return False, and write nothing, if the folder was taken over.
+
+        The file is gone then, or another one is newer. It is not made again, except at an address, where it does no
+        harm beside a newer one.
 
         Raises:
           OSError: The folder cannot be read or written.
@@ -157,7 +160,10 @@ class Lease:
         if not self.is_newest():
             return False
         self._renewals += 1
-        _write_file(self._path, self._make_content())
+        try:
+            _write_file(self._path, self._make_content())
+        except FileNotFoundError:
+            return False
         self._renewal_time = start
         return True
 
@@ -195,7 +201,10 @@ def read_newest_lease(folder: StoragePath) -> LeaseRecord:
     number, path = max(_list_leases(folder), default=(0, None), key=lambda lease: lease[0])
     if path is None:
         return LeaseRecord(0, b"")
-    content = _read_file(path)
+    return _parse(number, _read_file(path) or b"")
+
+
+def _parse(number: int, content: bytes) -> LeaseRecord:
     try:
         fields = json.loads(content)
         return LeaseRecord(
@@ -223,7 +232,7 @@ def _list_leases(folder: StoragePath) -> Iterator[tuple[int, StoragePath]]:
         else:
             with convert_storage_errors(folder):
                 folder.fs.invalidate_cache()
-                names = retry_transient(lambda: folder.fs.ls(folder.path, detail=False))
+                names = retry_read(folder.fs, lambda: folder.fs.ls(folder.path, detail=False))
     except (FileNotFoundError, MissingError):
         return
     for name in (str(each).rstrip("/").rpartition("/")[2] for each in names):
@@ -253,9 +262,10 @@ def _create_file(path: StoragePath, content: bytes) -> bool:
 
 
 def _write_file(path: StoragePath, content: bytes) -> None:
+    """Change the content of a file, which on a disk has to exist."""
     if isinstance(path, Path):
         # In place: a file that replaces another is not seen at once by all machines of some network disks.
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.pwrite(file, content, 0)
             os.ftruncate(file, len(content))
@@ -266,16 +276,16 @@ def _write_file(path: StoragePath, content: bytes) -> None:
         path.fs.pipe_file(path.path, content)
 
 
-def _read_file(path: StoragePath) -> bytes:
-    """Return the content of a file; nothing if it was just removed."""
+def _read_file(path: StoragePath) -> bytes | None:
+    """Return the content of a file; None if it was removed."""
     try:
         if isinstance(path, Path):
             return path.read_bytes()
         with convert_storage_errors(path):
             path.fs.invalidate_cache()
-            return retry_transient(lambda: path.fs.cat_file(path.path))
+            return retry_read(path.fs, lambda: path.fs.cat_file(path.path))
     except (FileNotFoundError, MissingError):
-        return b""
+        return None
 
 
 def _remove_file(path: StoragePath) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ class ProcessIdentity:
     def get_current(cls) -> "ProcessIdentity":
         """Return the identity of this process."""
         pid = os.getpid()
-        return cls(socket.gethostname(), pid, _get_boot(), _get_namespace(), _read_start_time(pid) or "")
+        try:
+            start_time = _read_start_time(pid)
+        except OSError:  # not Linux
+            start_time = ""
+        return cls(socket.gethostname(), pid, _get_boot(), _get_namespace(), start_time)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "ProcessIdentity":
@@ -57,7 +62,12 @@ class ProcessIdentity:
         """True if the process is known to have ended; False if it runs, is suspended, or cannot be seen from here."""
         if not self.is_visible:
             return False
-        return _read_start_time(self.pid) != self.start_time if self.start_time else not _exists(self.pid)
+        if self.start_time:
+            try:
+                return _read_start_time(self.pid) != self.start_time
+            except OSError:  # it has ended, or `/proc` hides the processes of other users
+                pass
+        return not _exists(self.pid)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -67,7 +77,8 @@ def _get_boot() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # not Linux
-        return socket.gethostname()
+        # Machines may have the same name. If none of its network cards tells its number, each process has another one.
+        return f"{socket.gethostname()}/{uuid.getnode():012x}"
 
 
 def _get_namespace() -> str:
@@ -77,14 +88,14 @@ def _get_namespace() -> str:
         return ""
 
 
-def _read_start_time(pid: int) -> str | None:
-    """Return the start of a process in ticks since the boot; None if it has ended, or if the system does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    is_alive = fields[0] not in "ZX"  # one whose parent has not yet noticed its end is a zombie
-    return fields[19] if is_alive else None
+def _read_start_time(pid: int) -> str:
+    """Return the start of a process in ticks since the boot; "ended" for one that only its parent has not noticed.
+
+    Raises:
+      OSError: There is no such process, or the system does not tell.
+    """
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return "ended" if fields[0] in "ZX" else fields[19]
 
 
 def _exists(pid: int) -> bool:

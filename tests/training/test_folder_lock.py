@@ -17,8 +17,9 @@ from fsspec.registry import _registry
 
 from dit_video.core.errors import TransientError, UserError
 from dit_video.core.storage import to_storage_path
+from dit_video.training import folder_lock
 from dit_video.training.folder_lock import check_locks, lock_folder
-from dit_video.training.lease import LeaseConfig
+from dit_video.training.lease import LeaseConfig, LeaseRecord
 from support import exclusive_bucket
 from support.devices import HANG, PROGRAMS, make_environment, run_together, wait_until
 from support.fake_gcs import serve
@@ -29,7 +30,7 @@ HOST = socket.gethostname()
 
 
 def start(program: str, *arguments: object, bucket: Path | None = None) -> subprocess.Popen:
-    environment = make_environment(1) | ({VARIABLE: str(bucket)} if bucket else {})
+    environment = make_environment(1) | {"PYTHONUNBUFFERED": ""} | ({VARIABLE: str(bucket)} if bucket else {})
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
         [sys.executable, "-P", str(PROGRAMS / program), *map(str, arguments)], env=environment, **pipes
@@ -62,13 +63,15 @@ def write_lease(folder: Path, *, number: int = 1, **changes: object) -> Path:
 
 
 @contextmanager
-def renew(path: Path) -> Iterator[None]:
-    """Renew a lease of another machine again and again."""
+def renew(path: Path, pause: threading.Event | None = None) -> Iterator[None]:
+    """Renew a lease of another machine again and again, except while `pause` is set."""
     done = threading.Event()
 
     def rewrite() -> None:
         count = 0
         while not done.wait(0.05):
+            if pause is not None and pause.is_set():
+                continue
             count += 1
             path.write_text(json.dumps(json.loads(path.read_text()) | {"renewals": count}))
 
@@ -195,8 +198,8 @@ def test_a_process_that_was_suspended_for_longer_than_its_lease_writes_no_more(t
         with lock_folder(tmp_path / "run", config=FAST):
             size = log.stat().st_size
             other.send_signal(signal.SIGCONT)
-            _, err = other.communicate(timeout=HANG)
-            assert other.returncode == 75
+            out, err = other.communicate(timeout=HANG)
+            assert (other.returncode, out) == (75, "end of the output")
             assert log.stat().st_size == size
             check_locks()
     assert f"was taken over by process {os.getpid()} on {HOST}" in err.splitlines()[-1]
@@ -215,17 +218,40 @@ def test_a_suspension_that_nobody_used_does_not_end_a_process(tmp_path):
         assert other.poll() is None
 
 
-def test_a_disk_that_does_not_answer_in_time_is_no_reason_to_write(tmp_path, monkeypatch):
-    def fail(*_: object) -> None:
-        raise OSError(116, "Stale file handle")
+def test_a_holder_whose_system_lock_is_held_has_not_ended(tmp_path, monkeypatch):
+    """Whatever the table of processes seems to say."""
+    with hold_lock(tmp_path) as other:
+        monkeypatch.setattr("dit_video.training.lease.ProcessIdentity.has_ended", True)
+        with (
+            pytest.raises(TransientError, match=f"is in use by process {other.pid}"),
+            lock_folder(tmp_path, config=FAST),
+        ):
+            pass
 
-    with lock_folder(tmp_path, config=FAST):
-        with monkeypatch.context() as patch:
-            patch.setattr("os.listdir", fail)
-            time.sleep(1.2)
-            with pytest.raises(TransientError, match=r"cannot be locked now \(Stale file handle"):
-                check_locks()
-        check_locks()
+
+def test_storage_that_stalls_for_longer_than_the_lease_gives_nobody_the_folder(tmp_path, monkeypatch):
+    """Neither the holder's renewals nor the looks of who waits come through for a while."""
+    path, is_stalled, count = write_lease(tmp_path), threading.Event(), 0
+    read = folder_lock.read_newest_lease
+
+    def stall(folder: Path) -> LeaseRecord:
+        nonlocal count
+        count += 1
+        if count == 2:
+            is_stalled.set()
+            time.sleep(0.2)
+        record = read(folder)
+        if count == 3:
+            time.sleep(1.5)
+            is_stalled.clear()
+        return record
+
+    monkeypatch.setattr(folder_lock, "read_newest_lease", stall)
+    error = "is in use by process 12 on node7"
+    with renew(path, pause=is_stalled), pytest.raises(TransientError, match=error), lock_folder(tmp_path, config=FAST):
+        pass
+    assert count > 3
+    assert [each.name for each in tmp_path.glob(".lease-*")] == [path.name]
 
 
 @pytest.mark.parametrize("address", ["memory://bucket/run", "gs://bucket/run"])

@@ -32,6 +32,8 @@ def main() -> None:
     with lock_folder(folder, config=config), open(log, "a") as file:
         print("held", flush=True)
         end = time.monotonic() + float(seconds)
+        if float(seconds):
+            print("end of the output", end="")  # which is kept in a buffer
         while time.monotonic() < end:
             check_locks()
             file.write("line\n")
