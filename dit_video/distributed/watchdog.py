@@ -83,8 +83,11 @@ while passed <= limit:
     elif os.getppid() != parent:
         sys.exit()
     else:
-        with open(f"/proc/{parent}/stat") as file:
-            state = file.read().rpartition(")")[2].split()[0]
+        try:
+            with open(f"/proc/{parent}/stat") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+        except OSError:  # It has just ended.
+            sys.exit()
         if state not in "Tt":
             passed += min(time.monotonic() - last, 2.0)  # This process may have been suspended, too.
     last = time.monotonic()

@@ -176,6 +176,13 @@ def test_the_progress_of_one_process_is_that_of_all_that_wait_for_it():
 
 
 @pytest.mark.slow
+def test_a_log_that_hangs_in_one_process_ends_all_after_the_time_of_a_step():
+    for code, _, err in wait_for_all(start_both("log in first process", max_step=5)):
+        assert code == EXIT_TRY_AGAIN, err
+        assert "hangs: the phase hook has not ended for 5 s" in err
+
+
+@pytest.mark.slow
 def test_a_declared_phase_longer_than_a_step_may_take_does_not_end_the_run():
     for code, out, err in wait_for_all(start_both("save in first process", max_step=5)):
         assert code == 0, err

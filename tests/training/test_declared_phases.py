@@ -4,7 +4,7 @@ import pytest
 
 from dit_video.distributed.progress import PROGRESS
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.hooks.hook import PeriodicCall
+from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.loop import LoopConfig, run
 from support.loop_training import init_state, make_batches, step
 
@@ -49,6 +49,46 @@ def test_a_training_declares_all_but_its_steps_as_phases(monkeypatch, tmp_path):
         ("call", "sample"),
         ("write", "save"),
     ]
+
+
+def test_logs_and_functions_after_a_step_may_take_as_long_as_a_step_and_compilation_an_hour():
+    """Meanwhile all other processes wait, so a dead disk below a log must not hold them for the hours of a sample."""
+    seen = {}
+
+    class Watch(Hook):
+        name = "sample"
+
+        def record(self, event):
+            (phase,) = PROGRESS.phases
+            seen[event] = (phase.name, phase.max_seconds, phase.is_short)
+
+        def is_due(self, step, *, is_last):
+            return True
+
+        def call(self, step, state):
+            self.record("call")
+            return {}
+
+        def write(self, step, values):
+            self.record("write")
+
+        def on_step(self, step, state, metrics):
+            self.record("on_step")
+
+    hook = Watch()
+
+    def watched_step(state, batch):
+        if PROGRESS.phases:
+            hook.record("step")
+        return step(state, batch)
+
+    run(watched_step, init_state(), make_batches, config=LoopConfig(steps=2, log_every=1), hooks=[hook])
+    assert seen == {
+        "step": ("compile", 3600.0, False),
+        "call": ("sample", None, False),
+        "write": ("hook", None, True),
+        "on_step": ("hook", None, True),
+    }
 
 
 def test_a_training_that_logs_each_step_knows_how_long_its_steps_take():

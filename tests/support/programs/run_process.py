@@ -65,6 +65,16 @@ def hang_before_training() -> None:
     wait_for_main_process()
 
 
+def log_in_first_process() -> None:
+    """Hang in the log of process 0, for which process 1 waits."""
+    with expect_steps():
+        count_step()
+        if INDEX == 0:
+            with declare_phase("hook", is_short=True):
+                time.sleep(600)
+        gather(0)
+
+
 def sleep_in_step() -> None:
     """Hang in a step, in which the other process hangs, too."""
     with expect_steps():
@@ -104,6 +114,7 @@ CASES = {
     "write in first process": write_in_first_process,
     "save in first process": save_in_first_process,
     "encode in first process": encode_in_first_process,
+    "log in first process": log_in_first_process,
     "hang before training": hang_before_training,
     "hang in all processes": sleep_in_step,
     "fail for a while": fail_for_a_while,
