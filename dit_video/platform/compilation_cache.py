@@ -32,28 +32,41 @@ def enable_compilation_cache(
     all share. This may be an address (`gs://…`) if the package for it is installed.
 
     Args:
-      folder: Folder or address. By default, that of the run if it has to be shared; otherwise `dit_video/programs` in
-        `$XDG_CACHE_HOME`, or in `~/.cache` without that.
-      run_folder: Folder or address of the run, which is known to all its processes; the run is connected already. It
-        holds the programs if there are several processes, or if it is at an address or on a network disk, as a later
-        start may then be on another machine.
+      folder: Folder or address; by default, see `choose_cache_folder`.
+      run_folder: Folder or address of the run, which is known to all its processes; the run is connected already.
     """
     if configured := cast(Any, jax.config).jax_compilation_cache_dir:
         return configured if "://" in configured else Path(configured)
-    if folder is None and run_folder is not None and _has_to_be_shared(run_folder):
-        folder = f"{str(run_folder).rstrip('/')}/{RUN_FOLDER_NAME}"
+    if folder is None:
+        folder = choose_cache_folder(run_folder, process_count=1 if run_folder is None else jax.process_count())
     if folder is not None and "://" in str(folder) and (problem := _find_problem(str(folder))):
         warnings.warn(f"compiled programs are not kept at {folder} ({problem})", stacklevel=2)
-        folder = None
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video" / "programs"
+        folder = choose_cache_folder(process_count=1)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     return str(folder) if "://" in str(folder) else Path(folder)
 
 
-def _has_to_be_shared(run_folder: str | os.PathLike) -> bool:
-    return "://" in str(run_folder) or jax.process_count() > 1 or is_on_network_disk(run_folder)
+def choose_cache_folder(
+    run_folder: str | os.PathLike | None = None, *, process_count: int, mounts: str | None = None
+) -> Path | str:
+    """Return the folder of compiled programs: that of the user, which all runs share, or one in the folder of the run.
+
+    The user's is `dit_video/programs` in `$XDG_CACHE_HOME`, or in `~/.cache` without that. The run's serves runs at an
+    address, as a later start may be on another machine, and several processes unless the user's is on a network disk,
+    where all machines find it.
+
+    Args:
+      run_folder: Folder or address of the run; None without one.
+      process_count: Number of processes of the run.
+      mounts: See `is_on_network_disk`.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video" / "programs"
+    if run_folder is None:
+        return folder
+    if "://" in str(run_folder) or (process_count > 1 and not is_on_network_disk(folder, mounts=mounts)):
+        return f"{str(run_folder).rstrip('/')}/{RUN_FOLDER_NAME}"
+    return folder
 
 
 def _find_problem(address: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from dit_video.platform.compilation_cache import enable_compilation_cache, is_on_network_disk
+from dit_video.platform.compilation_cache import choose_cache_folder, enable_compilation_cache, is_on_network_disk
 from support.devices import PROGRAMS, run_together
 
 MOUNTS = """\
@@ -104,3 +104,25 @@ def test_on_several_hosts_the_second_start_compiles_nothing(tmp_path, monkeypatc
 )
 def test_network_disks_are_recognized(path, is_shared):
     assert is_on_network_disk(path, mounts=MOUNTS) == is_shared
+
+
+@pytest.mark.parametrize(
+    ("home", "run", "count", "is_of_run"),
+    [
+        ("/home/user", "/scratch/run", 1, False),
+        ("/home/user", "/scratch/run", 8, False),
+        ("/home/local", "/scratch/run", 1, False),
+        ("/home/local", "/scratch/run", 8, True),
+        ("/home/local", "/data/run", 8, True),
+        ("/home/user", "gs://bucket/run", 1, True),
+        ("/home/user", "gs://bucket/run/", 8, True),
+    ],
+)
+def test_programs_are_kept_with_the_run_only_where_its_machines_share_nothing_else(
+    monkeypatch, home, run, count, is_of_run
+):
+    """A run on a disk of a cluster finds the programs of all earlier runs, as long as its machines have one home."""
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    folder = choose_cache_folder(run, process_count=count, mounts=MOUNTS)
+    assert str(folder) == (f"{run.rstrip('/')}/.programs" if is_of_run else f"{home}/dit_video/programs")
+    assert str(choose_cache_folder(process_count=count)) == f"{home}/dit_video/programs"
