@@ -48,6 +48,13 @@ def test_a_damaged_file_that_one_process_reads_is_passed_over_by_all(saved, tmp_
     assert restore(folder, "none") == ["restored 1 True latest 1"] * 2
 
 
+def test_all_save_again_what_one_could_not_read_and_the_damaged_one_is_kept_under_another_name(saved, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    assert restore(folder, "replaced") == ["restored 1 True latest 3"] * 2
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "2.unreadable", "3"]
+
+
 @pytest.mark.parametrize("fault", ["none", "once", "unseen"])
 def test_a_fault_that_passes_changes_nothing(saved, fault):
     assert restore(saved, fault) == ["restored 2 True latest 2"] * 2

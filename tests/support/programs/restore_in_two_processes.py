@@ -2,8 +2,9 @@
 
 `chunk` damages what the second process alone reads, `replica` its copy of an array that both hold, `transient` lets its
 storage not answer, `once` does so for one attempt, `denied` denies it access, and `unseen` shows it the newest folder
-only at its second look. `save` makes two checkpoints. With `confused` the second process does something else, and
-`numbered` lets JAX number the processes in another order than the service that connects them.
+only at its second look. `save` makes two checkpoints, and `replaced` saves the damaged one again. With `confused` the
+second process does something else, and `numbered` lets JAX number the processes in another order than the service that
+connects them.
 """
 
 import sys
@@ -24,6 +25,7 @@ from support.devices import join_processes
 storage_errors.RETRY_SECONDS = (0.01, 0.01)
 ERRORS = {
     "chunk": ValueError("DATA_LOSS: the chunk is damaged"),
+    "replaced": ValueError("DATA_LOSS: the chunk is damaged"),
     "transient": ValueError("UNAVAILABLE: the service does not answer"),
     "once": TimeoutError("slow"),
     "denied": PermissionError(13, "Permission denied"),
@@ -105,6 +107,10 @@ def main() -> None:
         for name in state
         for mine, theirs in zip(state[name].addressable_shards, expected[name].addressable_shards, strict=True)
     )
+    if fault == "replaced":
+        for step in (2, 3):
+            checkpoints.save(step, make_state(mesh, step), {"step": step})
+        checkpoints.wait()
     print("restored", meta["step"], exact, "latest", checkpoints.latest())
 
 
