@@ -55,7 +55,7 @@ def test_logs_and_functions_after_a_step_may_take_as_long_as_a_step_and_compilat
     """Meanwhile all other processes wait, so a dead disk below a log must not hold them for the hours of a sample."""
     seen = {}
 
-    class Watch(Hook):
+    class PhaseRecorder(Hook):
         name = "sample"
 
         def record(self, event):
@@ -75,7 +75,7 @@ def test_logs_and_functions_after_a_step_may_take_as_long_as_a_step_and_compilat
         def on_step(self, step, state, metrics):
             self.record("on_step")
 
-    hook = Watch()
+    hook = PhaseRecorder()
 
     def watched_step(state, batch):
         if PROGRESS.phases:
