@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, UInt32
 
@@ -60,7 +61,9 @@ def make_target(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def check_arrays(folder: Path, stored: Mapping[str, Any], expected: Mapping[str, Any], config_difference: str) -> None:
+def check_arrays(
+    folder: Path | epath.Path, stored: Mapping[str, Any], expected: Mapping[str, Any], config_difference: str
+) -> None:
     """Raise a user error with the first difference between the arrays of a checkpoint and those of the state.
 
     `config_difference` names the fields of the config that differ, or is empty.

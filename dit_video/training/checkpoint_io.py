@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import jax
 import orbax.checkpoint as ocp
@@ -16,6 +16,9 @@ from dit_video.core.errors import TransientError, UserError
 from dit_video.core.storage_errors import classify_storage_error, is_transient
 from dit_video.distributed.store import KeyValueStore
 from dit_video.training.agreement import format_error
+
+CheckpointFolder: TypeAlias = Path | epath.Path
+"""A local folder, or one at an address that Orbax writes to."""
 
 _SAVE_TIMEOUT = 3600
 """Seconds for all processes to write a checkpoint. One that fails leaves the run, which is noticed sooner."""
@@ -66,7 +69,9 @@ class SaveBarrier:
             raise IncompleteSaveError("another process could not write its part of the checkpoint")
 
 
-def open_writer(folder: Path, preservation_policy: Any, barrier: SaveBarrier | None) -> ocp.CheckpointManager:
+def open_writer(
+    folder: CheckpointFolder, preservation_policy: Any, barrier: SaveBarrier | None
+) -> ocp.CheckpointManager:
     """Return a manager of all processes that writes, and removes the remains of interrupted saves.
 
     `barrier` is that of several processes; None for a single one.
@@ -81,7 +86,7 @@ def open_writer(folder: Path, preservation_policy: Any, barrier: SaveBarrier | N
 
 
 @contextlib.contextmanager
-def open_reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
+def open_reader(folder: CheckpointFolder) -> Iterator[ocp.CheckpointManager]:
     """Yield a manager with the folder's current contents, of this process alone: it waits for no other."""
     index = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -96,7 +101,7 @@ def open_reader(folder: Path) -> Iterator[ocp.CheckpointManager]:
         manager.close()
 
 
-def _make_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
+def _make_manager(folder: CheckpointFolder, **options: Any) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(create=False, **options),
@@ -104,7 +109,7 @@ def _make_manager(folder: Path, **options: Any) -> ocp.CheckpointManager:
     )
 
 
-def rename_unreadable(folder: Path, steps: Sequence[int]) -> None:
+def rename_unreadable(folder: CheckpointFolder, steps: Sequence[int]) -> None:
     """Rename checkpoints on a disk to `STEP.unreadable`, or `STEP.unreadable-2` and so on, which Orbax passes over."""
     for step in steps:
         names = itertools.chain([""], (f"-{count}" for count in itertools.count(2)))
@@ -112,7 +117,7 @@ def rename_unreadable(folder: Path, steps: Sequence[int]) -> None:
         (folder / str(step)).rename(next(target for target in targets if not target.exists()))
 
 
-def resolve_folder(folder: str | os.PathLike) -> Path:
+def resolve_folder(folder: str | os.PathLike) -> CheckpointFolder:
     """Return the path of a local folder, or of a URL such as gs://bucket/run that Orbax can write to.
 
     Raises:
@@ -131,11 +136,11 @@ def resolve_folder(folder: str | os.PathLike) -> Path:
         advice = "Run the same command again" if is_transient(error) else "Check the address and the credentials"
         kind = TransientError if is_transient(error) else UserError
         raise kind(f"cannot open {folder} ({format_error(error)}). {advice}.") from error
-    return cast(Path, place)
+    return place
 
 
 @contextlib.contextmanager
-def convert_save_errors(step: int, folder: Path) -> Iterator[None]:
+def convert_save_errors(step: int, folder: CheckpointFolder) -> Iterator[None]:
     """Turn errors of the disk or the remote storage into user errors. Earlier checkpoints are not affected."""
     try:
         yield
