@@ -39,6 +39,7 @@ from dit_video.core.storage import (
     write_document,
 )
 from dit_video.distributed import processes
+from dit_video.distributed.progress import declare_phase
 from dit_video.experiment import datasets
 from dit_video.training.folder_lock import check_locks
 from dit_video.training.hooks.hook import Hook
@@ -105,10 +106,11 @@ class RemoteFolder:
         Raises:
           UserError: a file cannot be fetched.
         """
-        for _ in range(_FETCH_ATTEMPTS - 1):
-            with contextlib.suppress(MissingError):  # a run that is in progress has just removed a file
-                return self._fetch()
-        return self._fetch()
+        with declare_phase("fetch"):
+            for _ in range(_FETCH_ATTEMPTS - 1):
+                with contextlib.suppress(MissingError):  # a run that is in progress has just removed a file
+                    return self._fetch()
+            return self._fetch()
 
     def _fetch(self) -> None:
         with self._lock:
@@ -179,7 +181,7 @@ class RemoteFolder:
         finally:
             ended.set()
             thread.join()
-            with _report_if_failing():
+            with _report_if_failing(), declare_phase("send"):
                 self.send()
 
     def _read_manifest(self) -> _Manifest:
@@ -280,7 +282,8 @@ def main_process_first(folder: RemoteFolder | None) -> Iterator[None]:
             folder.fetch()
         yield
         if folder is not None and is_first:
-            folder.send()
+            with declare_phase("send"):
+                folder.send()
 
 
 @contextlib.contextmanager
