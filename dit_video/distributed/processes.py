@@ -14,6 +14,7 @@ Detection (`cluster_detection`), in this order:
 import contextlib
 import itertools
 import math
+import os
 import socket
 import sys
 import threading
@@ -142,6 +143,8 @@ def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
     timer.daemon = True
     timer.start()
     try:
+        if info.address is not None and info.index == 0:
+            _check_port(info.address)
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=math.ceil(timeouts.startup) + _EXTRA_SECONDS,
@@ -153,6 +156,14 @@ def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
         raise _make_connection_error(error, info, timeouts) from error
     finally:
         timer.cancel()
+
+
+def _check_port(address: str) -> None:
+    """Raise OSError if the port of the first process is in use, on which JAX may crash."""
+    host, _, port = (os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or f":{address.rpartition(':')[2]}").rpartition(":")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host.strip("[]"), int(port)))
 
 
 def _make_connection_error(error: Exception, info: ProcessInfo, timeouts: TimeoutConfig) -> UserError:

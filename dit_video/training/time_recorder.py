@@ -64,6 +64,7 @@ class TimeRecorder:
         self._folder = None if folder is None else to_storage_path(folder)
         self._clock, self._time_of_day = clock, time_of_day
         self._lock = threading.RLock()
+        self._write_lock = threading.RLock()
         self._phases: list[str] = []
         self._earlier: tuple[Attempt, ...] = ()
         self._attempt: Attempt | None = None
@@ -272,21 +273,22 @@ class TimeRecorder:
         """
         if self._folder is None or self._attempt is None:
             return
-        with self._lock:
-            attempt, lines, pending = self._attempt, list(self._lines), self._make_pending_record()
-            if self._phases:  # only a later boundary decides on the category
-                category, passed = self._get_default_category(), self._clock() - self._boundary
-                times = Counter(pending.microseconds)
-                times[category] += passed
-                pending = dataclasses.replace(pending, microseconds=dict(times))
-        if pending.microseconds or pending.training:
-            lines.append(goodput.format_record(pending))
-        lines += [goodput.format_slow_host(slow) for slow in attempt.slow_hosts]
-        if ending:
-            lines.append(goodput.format_ending(ending))
-        with _report_failures():
-            text = "".join([goodput.format_header(attempt), *lines])
-            write_text(self._folder / f"{attempt.number:04}.jsonl", text)
+        with self._write_lock:  # or a thread could write an older state over a newer one
+            with self._lock:
+                attempt, lines, pending = self._attempt, list(self._lines), self._make_pending_record()
+                if self._phases:  # only a later boundary decides on the category
+                    category, passed = self._get_default_category(), self._clock() - self._boundary
+                    times = Counter(pending.microseconds)
+                    times[category] += passed
+                    pending = dataclasses.replace(pending, microseconds=dict(times))
+            if pending.microseconds or pending.training:
+                lines.append(goodput.format_record(pending))
+            lines += [goodput.format_slow_host(slow) for slow in attempt.slow_hosts]
+            if ending:
+                lines.append(goodput.format_ending(ending))
+            with _report_failures():
+                text = "".join([goodput.format_header(attempt), *lines])
+                write_text(self._folder / f"{attempt.number:04}.jsonl", text)
 
 
 def merge_records(records: list[TimeRecord]) -> list[TimeRecord]:
