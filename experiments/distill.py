@@ -77,7 +77,7 @@ class Arguments:
     options: Annotated[DistillationOptions, tyro.conf.arg(name="")] = field(default_factory=DistillationOptions)
     cache: bool = True
     """Keep compiled programs, so that the next start is faster: in ~/.cache/dit_video/programs, or in WORKDIR/.programs
-    if there are several processes, or WORKDIR is an address or on a network disk."""
+    if WORKDIR is an address, or several processes share no home."""
     stopped_code: int = 0
     """Exit code after SIGTERM or Ctrl-C; use 75 for a manager that takes 0 for finished, such as Kubernetes."""
     patience: TimeoutConfig = field(default_factory=TimeoutConfig)

@@ -120,10 +120,10 @@ def replay(
     changes = {
         step: list_changes(start, training.trainer.describe_start(start["plan"])) for step, start in starts.items()
     }
-    begin = max(step for step in starts if step <= first)
-    if last is None and any(map(_changes_rounding, changes[begin])):
+    begin = start = max(step for step in starts if step <= first)
+    if last is None and any(map(_changes_rounding, changes[start])):
         end = min(end, first + _ROUNDED_STEPS)
-    for step in (begin, *(step for step in starts if first < step < end)):
+    for step in (start, *(step for step in starts if first < step < end)):
         _check_schedule(changes[step])
     comparison = _Comparison()
     with contextlib.closing(training.trainer.replay(training.open_batches, first)) as replayed:
@@ -145,7 +145,7 @@ def replay(
         difference=comparison.difference,
         max_errors=comparison.max_errors,
         compared_states=tuple(comparison.compared_states),
-        changes=changes[max(step for step in starts if step <= first)],
+        changes=changes[start],
     )
 
 

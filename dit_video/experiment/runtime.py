@@ -33,7 +33,16 @@ from dit_video.training.time_recorder import TimeRecorder
 from dit_video.training.trainer import BatchIterator, Trainer
 
 _RUN_FOLDERS = (
-    *("autoencoder", "checkpoints", "clips", "data", "denoiser", "goodput", "latents", "pipeline", "samples", "stages"),
+    "autoencoder",
+    "checkpoints",
+    "clips",
+    "data",
+    "denoiser",
+    "goodput",
+    "latents",
+    "pipeline",
+    "samples",
+    "stages",
 )
 """Names in the folder of a run that no other stage may have."""
 _AMENDABLE_FIELDS = (

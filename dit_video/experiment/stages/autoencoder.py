@@ -64,16 +64,15 @@ class TrainAutoencoder(Stage):
             trainer, open_batches = self.open_training(runtime, is_new=is_new)
             trainer = dataclasses.replace(trainer, hooks=(*trainer.hooks, *self._make_hooks(runtime)))
             state = trainer.run(open_batches)
-        with runtime.recorder.phase(f"{goodput.STAGE}{self.name}"):
-            params = to_host(state.ema)
-            if config.optimizer.is_trained("normalizer/mean"):
-                with contextlib.closing(self.open_windows(runtime, crops, 0, "latent moments")) as windows:
-                    mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
-                params["normalizer"] = {"mean": mean, "std": std}
-            if runtime.process == 0:
-                self._fit_preview_decoder(runtime, crops, params)
-                # The last output: the stage is done when it is there.
-                save_weights(runtime.folder / WEIGHTS_FILE, params)
+        params = to_host(state.ema)
+        if config.optimizer.is_trained("normalizer/mean"):
+            with contextlib.closing(self.open_windows(runtime, crops, 0, "latent moments")) as windows:
+                mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
+            params["normalizer"] = {"mean": mean, "std": std}
+        if runtime.process == 0:
+            self._fit_preview_decoder(runtime, crops, params)
+            # The last output: the stage is done when it is there.
+            save_weights(runtime.folder / WEIGHTS_FILE, params)
 
     def open_training(self, runtime: Runtime, *, is_new: bool) -> Training:
         config = self._training

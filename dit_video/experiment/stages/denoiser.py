@@ -85,8 +85,7 @@ class TrainDenoiser(DenoiserStage):
         if not self.curriculum:
             ema_params = state.ema
             del state
-            with runtime.recorder.phase(f"{goodput.STAGE}{self.name}"):
-                self._export(runtime, trained, ema_params)
+            self._export(runtime, trained, ema_params)
 
     def open_training(self, runtime: Runtime, *, is_new: bool) -> Training:
         return Training(*self._open_training(runtime.for_stage(self.experiment), is_new=is_new)[:2])

@@ -15,7 +15,6 @@ from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.experiment.stages.curriculum import DenoiserStage
-from dit_video.training import goodput
 from dit_video.training.hooks.logging import Progress, print_on_first_process
 
 
@@ -34,27 +33,26 @@ class CacheLatents(DenoiserStage):
 
     def run(self, runtime: Runtime) -> None:
         runtime = runtime.for_stage(self.experiment)
-        with runtime.recorder.phase(f"{goodput.STAGE}{self.name}"):
-            encoding, clips = self.make_encoding(runtime), runtime.training_clips
-            destination = self._get_destination(runtime)
-            identity, plan = (
-                latent_plan.compute_latent_identity(encoding),
-                latent_plan.plan_encoding(clips, encoding, destination),
+        encoding, clips = self.make_encoding(runtime), runtime.training_clips
+        destination = self._get_destination(runtime)
+        identity, plan = (
+            latent_plan.compute_latent_identity(encoding),
+            latent_plan.plan_encoding(clips, encoding, destination),
+        )
+        with Progress("encoding latents", len(plan.views), unit="clip") as progress:
+            finished = offline.encode_latents(
+                destination,
+                clips,
+                encoding,
+                plan,
+                identity=identity,
+                shard=runtime.process,
+                shards=runtime.process_count,
+                progress=progress.update,
             )
-            with Progress("encoding latents", len(plan.views), unit="clip") as progress:
-                finished = offline.encode_latents(
-                    destination,
-                    clips,
-                    encoding,
-                    plan,
-                    identity=identity,
-                    shard=runtime.process,
-                    shards=runtime.process_count,
-                    progress=progress.update,
-                )
-            while not finished:  # other processes are still writing their files
-                time.sleep(1)
-                finished = offline.finish_latents(destination, clips, encoding, plan, identity=identity)
+        while not finished:  # other processes are still writing their files
+            time.sleep(1)
+            finished = offline.finish_latents(destination, clips, encoding, plan, identity=identity)
 
     def open(self, runtime: Runtime) -> LatentSource:
         """Return the cached latents.
