@@ -42,7 +42,7 @@ from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import Progress
 from dit_video.training.hooks.metric_accumulator import MetricAccumulator, NonFiniteLossError, TooManySkipsError
 from dit_video.training.preemption import handle_signals
-from dit_video.training.step import BATCH_DIGESTS
+from dit_video.training.step import get_scalars
 from dit_video.training.time_recorder import TimeRecorder
 
 
@@ -135,7 +135,7 @@ def run(
             steps_done += 1
             recorder.count_step(steps_done)
             with saver.handle_failures(steps_done, state, accumulator):
-                accumulator.add(batch, {name: value for name, value in metrics.items() if name != BATCH_DIGESTS})
+                accumulator.add(batch, get_scalars(metrics))
             loss = None
             is_last = steps_done == config.steps
             due_hooks = [hook for hook in hooks if hook.is_due(steps_done, is_last=is_last)]

@@ -66,6 +66,11 @@ StepFn = Callable[[Any, PyTree], tuple[Any, Metrics]]
 """Jitted function `(state, batch) -> (state, metrics)`."""
 
 
+def get_scalars(metrics: Metrics) -> Metrics:
+    """Return the metrics of a step without the digests of its batch."""
+    return {name: value for name, value in metrics.items() if name != BATCH_DIGESTS}
+
+
 class TrainStep(abc.ABC):
     """A training step: it makes the first state from parameters, and updates it.
 

@@ -21,7 +21,7 @@ from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
 from dit_video.training.optim.optimizer import make_learning_rate_schedule, make_optimizer
 from dit_video.training.step import GradientStep
-from support.devices import wait_until
+from support.interruptions import wait_for_save
 from support.training_state import get_state_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -161,8 +161,7 @@ def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
         patch.setattr(GradientStep, "compile", compile_step)
         with pytest.raises(KeyboardInterrupt):
             run.run_stages()
-    checkpoints = Checkpoints(run.folder / "denoiser" / "checkpoints")
-    wait_until(lambda: checkpoints.latest() == saved)  # the last save may be under way in this process
+    wait_for_save(run.folder / "denoiser", saved)
     run.run_stages()
     params = run.load_pipeline().denoiser_params
     for path, leaf in trees.flatten(uninterrupted[1]).items():

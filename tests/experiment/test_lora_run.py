@@ -14,12 +14,10 @@ from dit_video.experiment import AllWeights, LoraAdapters
 from dit_video.experiment.denoiser import open_trainable_denoiser
 from dit_video.experiment.run import Run
 from dit_video.nn import LoraConfig, merge_lora
-from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.optim.optimizer import OptimizerConfig
 from dit_video.weights import get_native_modules, load_lora, save
 from dit_video.weights import load as load_weights
-from support.devices import wait_until
-from support.interruptions import interrupt
+from support.interruptions import interrupt, wait_for_save
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -97,8 +95,7 @@ def test_an_interrupted_adapter_run_ends_bit_for_bit_like_the_uninterrupted_one(
         interrupt(patch, call=4, how="killed")
         with pytest.raises(KeyboardInterrupt):
             run.train(tiny_clips)
-    checkpoints = Checkpoints(run.folder / "denoiser" / "checkpoints")
-    wait_until(lambda: checkpoints.latest() == 2)  # the last save may still be under way in this process
+    wait_for_save(run.folder / "denoiser", 2)
     unfinished = trees.flatten(dit_video.load(run.folder).denoiser_params)
     assert any(not np.array_equal(unfinished[path], leaf) for path, leaf in leaves(adapted).items())
     Run.open(run.folder).train(tiny_clips)

@@ -26,8 +26,7 @@ from dit_video.training.hooks import logging
 from dit_video.training.trainer import Trainer
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
-from support.devices import wait_until
-from support.interruptions import interrupt
+from support.interruptions import interrupt, wait_for_save
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -146,8 +145,7 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
     tiny_run, tiny_pipeline, tiny_clips, copy, monkeypatch, stage, how, call, saved
 ):
     begin(copy, tiny_clips, monkeypatch, stage=stage, call=call, how=how)
-    checkpoints = Checkpoints(copy / stage / "checkpoints")
-    wait_until(lambda: checkpoints.latest() == saved)  # a killed run's last save may be under way in this process
+    wait_for_save(copy / stage, saved)
     assert not (copy / "pipeline").exists()
 
     resumed = Run.open(copy)

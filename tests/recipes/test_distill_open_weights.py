@@ -22,10 +22,8 @@ from dit_video.nn import LoraConfig
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.recipes.distill import DistillationOptions, make_distillation_experiment
 from dit_video.tokens import Grid
-from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.step import TrainStep
-from support.devices import wait_until
-from support.interruptions import interrupt
+from support.interruptions import interrupt, wait_for_save
 from support.tiny_wan import DIT, TWO, VAE, write_animating_wan, write_wan
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -167,7 +165,7 @@ def test_an_interrupted_distillation_ends_with_the_same_adapter(distilled, clips
         interrupt(patch, call=4, how="killed")
         with pytest.raises(KeyboardInterrupt):
             Run.open(folder).train(clips)
-    wait_until(lambda: Checkpoints(folder / "denoiser" / "checkpoints").latest() == 2)
+    wait_for_save(folder / "denoiser", 2)
     assert np.isfinite(jax.tree.leaves(Run.open(folder).newest_pipeline().denoiser_params)[0]).all()
     Run.open(folder).train(clips)
     assert (folder / LORA_FILE).read_bytes() == (distilled / LORA_FILE).read_bytes()

@@ -3,7 +3,17 @@
 import itertools
 import signal
 
+from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.step import TrainStep
+from support.devices import wait_until
+
+
+def wait_for_save(folder, step):
+    """Wait until `step` is the newest checkpoint of a stage's folder, which a thread of this process may still write.
+
+    `Checkpoints` that write nothing list a folder once, so each look at it is by new ones.
+    """
+    wait_until(lambda: Checkpoints(folder / "checkpoints").latest() == step)
 
 
 def interrupt(monkeypatch, *, call, how):

@@ -18,7 +18,7 @@ from dit_video.training.hooks import logging
 from dit_video.training.loop import LoopConfig
 from dit_video.training.losses.adversarial import AdversarialStep, HostStepCounter
 from dit_video.training.state import init_state
-from dit_video.training.step import BATCH_DIGESTS
+from dit_video.training.step import get_scalars
 from dit_video.training.trainer import Trainer
 from support.adversarial_game import (
     CLIPS,
@@ -44,7 +44,7 @@ def run(config, steps):
     for _ in range(steps):
         state, result = make_game_step(config)(state, CLIPS)
         states.append(jax.device_get(state))
-        figures.append({name: float(value) for name, value in result.items() if name != BATCH_DIGESTS})
+        figures.append({name: float(value) for name, value in get_scalars(result).items()})
     return states, figures
 
 
@@ -66,6 +66,7 @@ def test_before_its_start_step_the_discriminator_rests_and_changes_nothing(playe
     alone, step = init_state(jax.tree.map(jnp.array, PARAMS), SGD), make_step(LOSS, SGD, ema_decay=0.9)
     for number in range(2):
         alone, expected = step(alone, CLIPS)
+        expected = get_scalars(expected)
         assert {name: figures[number][name] for name in expected} == {n: float(v) for n, v in expected.items()}
         assert figures[number]["against"] == figures[number]["adversarial_weight"] == 0
     jax.tree.map(np.testing.assert_array_equal, states[2].model, jax.device_get(alone))

@@ -21,7 +21,7 @@ from dit_video.training.losses.adversarial import AdversarialStep, Discriminator
 from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.losses.vq import VqLoss, VqStep
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.step import BATCH_DIGESTS
+from dit_video.training.step import get_scalars
 from support.codebook_model import AVERAGES, CLIPS, CODEBOOK, OPTIMIZER, Patches, init, make_loss
 from support.devices import check_on_eight_devices
 
@@ -48,7 +48,7 @@ def train(learning, steps, *, make=Patches, state=None):
     history = []
     while state.step < steps:
         state, figures = step(state, CLIPS)
-        history.append({name: float(value) for name, value in figures.items() if name != BATCH_DIGESTS})
+        history.append({name: float(value) for name, value in get_scalars(figures).items()})
     return state, history
 
 
