@@ -15,7 +15,7 @@ from typing import Any
 import absl.flags
 import grain
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.grid import find_distinct_grids, map_grids
@@ -35,6 +35,7 @@ from dit_video.data.packing.rows import (
     Encode,
     LatentRows,
     RowEncoder,
+    RowEntry,
     RowLayout,
     compute_token_grids,
 )
@@ -140,6 +141,21 @@ class PackedBatches(DenoiserBatches):
         first = layout.stream.get_epoch(config.start_step * config.batch // self.rows_per_epoch)
         self.num_dropped: int = len(first.dropped_examples)
         """Number of examples without room in the first epoch that is read. (Later epochs log a warning.)"""
+
+    def get_entries(self, step: int) -> list[list[RowEntry]]:
+        """Return the examples of each row of this host's batch at a step, counted from 0."""
+        config, count = self._config, self._config.batch // self._config.hosts
+        first = (step * config.hosts + config.host) * count
+        return [self._layout.get_entries(number) for number in range(first, first + count)]
+
+    def get_order(self, epoch: int) -> Int[np.ndarray, " n"]:
+        """Return the examples of an epoch, in order."""
+        return self._layout.stream.get_epoch(epoch).order
+
+    @property
+    def has_mixture(self) -> bool:
+        """Return True if an epoch may have an example several times, or not at all."""
+        return self._layout.stream.sampler is not None
 
     def __str__(self) -> str:
         return (

@@ -23,6 +23,8 @@ from dit_video.experiment.evaluation_hook import EvaluationHook
 from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.runtime import Runtime, Training
+from dit_video.experiment.self_check.hook import SelfCheck
+from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.experiment.stages.curriculum import DenoiserStage
 from dit_video.experiment.stages.latents import CacheLatents
@@ -32,7 +34,7 @@ from dit_video.training.folder_lock import lock_folder
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.trainer import Trainer
+from dit_video.training.trainer import BatchIterator, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,14 @@ class TrainDenoiser(DenoiserStage):
                 flops_fn=monitors.make_flops_fn(config),
             )
 
-            def open_and_record(start: int) -> DenoiserBatches:
+            check = self._make_self_check(runtime, trainer, loss, trained, is_new=is_new)
+            if check is not None:
+                trainer = replace(trainer, hooks=(*trainer.hooks, check))
+
+            def open_and_record(start: int) -> BatchIterator:
                 batches = open_batches(start)
                 self._record_rows(runtime, batches)
-                return batches
+                return batches if check is None else check.watch(batches, start)
 
             with lock_folder(trainer.folder):
                 state = trainer.prepare(open_and_record)()
@@ -163,6 +169,25 @@ class TrainDenoiser(DenoiserStage):
             captions = [info.captions[0] for info in runtime.training_clips.infos if info.captions]
             hooks.append(monitors.make_sampling(folder / "samples", monitoring, captions, make_pipeline))
         return tuple(hooks)
+
+    def _make_self_check(
+        self, runtime: Runtime, trainer: Trainer, loss: DenoiserLoss, trained: TrainableDenoiser, *, is_new: bool
+    ) -> SelfCheck | None:
+        """Return the hook that checks the training; None if the config asks for none."""
+        if not self.experiment.monitoring.self_check:
+            return None
+        subject = CheckedTraining(
+            experiment=self.experiment,
+            trainer=trainer,
+            loss=loss,
+            trained=trained,
+            clips=runtime.training_clips,
+            held_out_clips=runtime.held_out_clips,
+            text=open_text_encoder(self.experiment, runtime),
+            latents=self.latents.open(runtime) if self.latents is not None else None,
+            encoding=self.latents.make_encoding(runtime) if self.latents is not None else None,
+        )
+        return SelfCheck(subject, is_new=is_new)
 
     def _record_rows(self, runtime: Runtime, batches: DenoiserBatches) -> None:
         """Write `rows.json`, and log what an epoch holds."""

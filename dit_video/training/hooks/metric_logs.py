@@ -41,6 +41,9 @@ class MonitoringConfig:
     evaluate_every: int = 0
     """Interval in steps of sampling the prompts of the run's evaluation and computing its metrics of samples, to
     `evaluations/step_STEP/metrics.json`; 0 for never. Training goes on while the first process measures."""
+    self_check: bool = False
+    """True to check the data, the model and the steps of the denoiser's training for mistakes that let it run and go
+    wrong; they are printed, and logged to `self_check.jsonl`."""
     prompts: tuple[str, ...] = ()
     """Prompts of the grid; the captions of the first clips if empty."""
 

@@ -27,7 +27,7 @@ from dit_video.conditioning import (
 )
 from dit_video.core.rng import example_keys, key
 from dit_video.core.typing import AnyArray
-from dit_video.diffusion import ClipSize, Objective, draw_low_discrepancy
+from dit_video.diffusion import ClipSize, DenoiseFn, Objective, draw_low_discrepancy
 from dit_video.tokens import (
     PackedBatch,
     expand_to_tokens,
@@ -72,22 +72,13 @@ class DenoiserLoss:
     """Number of equally wide bins of diffusion times whose losses are logged separately."""
 
     def __call__(self, params, rows: PackedBatch, step: Array) -> LossOutput:
-        layout, keys = rows.layout, example_keys(key(self.seed, "noise"), step, rows.examples)
-        noise = layout.sample_noise(keys, rows.tokens.shape[-1])
-        keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
-        drop = jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.caption_dropout
+        layout, noise = rows.layout, self.draw_noise(rows, step)
+        drop = self.draw_dropped_captions(rows, step)
         text, text_segments = drop_captions(rows.text, rows.text_segments, drop, empty=self.empty_caption)
 
         params = params if self.optimizer is None else freeze(self.optimizer, params)
-        backbone = nnx.merge(self.backbone, params["backbone"])
-        cond_mask = self.draw_cond_mask(rows, step)
-        context = nnx.merge(self.text, params["text"])(text, text_segments)
-        conditioning = _make_frame_conditioning(backbone.config, rows, cond_mask).add(
-            make_text_record(context, layout),
-            *(self.prepare_conditioning(each, rows, step) for each in backbone.config.conditioning),
-        )
-        clean = cond_mask if backbone.config.time == "token" else None
-        denoise = make_denoise_fn(backbone, layout, conditioning, is_clean=clean if self.time_per == "clip" else None)
+        rows = rows._replace(text=text, text_segments=text_segments)
+        denoise, clean = self.make_denoise(params, rows, step)
         data, time = jnp.asarray(rows.tokens), self.draw_token_times(rows, step)
         if clean is not None and COND_MASK in rows.fields:
             # Parts of a clip are known from the clip in which all else is grey, as in sampling.
@@ -104,6 +95,28 @@ class DenoiserLoss:
         count = jnp.asarray(rows.valid).sum()
         value = (per_example * rows.valid).sum() / jnp.maximum(count, 1)
         return LossOutput(value, LossDetails(metrics, count.astype(jnp.float32)))
+
+    def make_denoise(self, params, rows: PackedBatch, step: Array) -> tuple[DenoiseFn, Bool[Array, "B N"] | None]:
+        """Return the function that denoises these rows, and the tokens it gets without noise if each has a time."""
+        backbone, cond_mask = nnx.merge(self.backbone, params["backbone"]), self.draw_cond_mask(rows, step)
+        context = nnx.merge(self.text, params["text"])(rows.text, rows.text_segments)
+        conditioning = _make_frame_conditioning(backbone.config, rows, cond_mask).add(
+            make_text_record(context, rows.layout),
+            *(self.prepare_conditioning(each, rows, step) for each in backbone.config.conditioning),
+        )
+        clean = cond_mask if backbone.config.time == "token" else None
+        is_clean = clean if self.time_per == "clip" else None
+        return make_denoise_fn(backbone, rows.layout, conditioning, is_clean=is_clean), clean
+
+    def draw_noise(self, rows: PackedBatch, step: Array) -> Float[Array, "B N p"]:
+        """Return standard normal noise, drawn per example and independently of its row."""
+        keys = example_keys(key(self.seed, "noise"), step, rows.examples)
+        return rows.layout.sample_noise(keys, rows.tokens.shape[-1])
+
+    def draw_dropped_captions(self, rows: PackedBatch, step: Array) -> Bool[Array, "B G"]:
+        """Return True for clips whose caption is replaced by the empty one."""
+        keys = example_keys(key(self.seed, "caption dropout"), step, rows.examples)
+        return jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.caption_dropout
 
     def loss_by_time(
         self,

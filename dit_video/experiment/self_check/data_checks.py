@@ -1,0 +1,246 @@
+"""Checks of clips, cached latents and embeddings, each against the files that they were made of.
+
+A small data set is checked as a whole; of a large one, as many random examples as the time allows.
+"""
+
+import io
+from collections.abc import Iterator
+
+import av
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+from dit_video.core.errors import DecodeError
+from dit_video.data.clips import ClipInfo
+from dit_video.data.latents.views import View, list_views
+from dit_video.data.sizes import count_sampled_frames, fit_size, read_fitted_clip
+from dit_video.encoders.autoencoder import LatentCodec
+from dit_video.encoders.text import FrozenTextEncoder
+from dit_video.experiment.self_check.problems import Problem
+from dit_video.experiment.self_check.subject import CheckedTraining, iterate_within
+
+SECONDS = 10.0
+"""Time for each check."""
+_MIN_EXAMPLES = 2
+_LATENT_TOLERANCE = 0.05
+"""Largest difference of latents, relative to their root mean square. Storage in int8 has up to 0.02."""
+_TEXT_TOLERANCE = 0.02
+_PIXEL_TOLERANCE = 12.0
+"""Largest difference of mean colours of blocks, of 255. Another decoder may convert colours by another matrix."""
+_RATE_TOLERANCE = 0.02
+_BLOCKS = 4
+_TIME_TOLERANCE = 1e-3
+"""Seconds by which a time stamp may be rounded."""
+
+
+def check_held_out(subject: CheckedTraining) -> list[Problem]:
+    """Check that no held-out clip is trained on, nor one with the same bytes."""
+    names = set(subject.held_out_clips.column("name")) | set(subject.experiment.data.held_out)
+    payloads = set(subject.held_out_clips.column("payload"))
+    trained = set(subject.clips.column("name")) if subject.latents is None else set(subject.latents.clips)
+    problems = [f"{name} is held out, but trained on" for name in sorted(trained & names)]
+    for name, payload in zip(subject.clips.column("name"), subject.clips.column("payload"), strict=True):
+        if payload and payload in payloads:
+            problems.append(f"{name} has the same bytes as a held-out clip, under another name")
+    return [Problem("held_out", each) for each in problems]
+
+
+def check_frames(subject: CheckedTraining) -> list[Problem]:
+    """Check the frames and rates of clips against their files, which PyAV decodes a second time."""
+    generator, limits = subject.make_generator("frames"), subject.experiment.limits
+    problems = []
+    order = generator.permutation(len(subject.clips)).tolist()
+    for number in iterate_within(SECONDS, order, minimum=_MIN_EXAMPLES):
+        info = subject.clips.infos[number]
+        start = int(generator.integers(1 + count_sampled_frames(info, limits) - fit_size(info, limits).t))
+        if message := _check_clip(subject, number, info, start):
+            problems.append(Problem("frames", f"{info.name}: {message}"))
+    return problems
+
+
+def _check_clip(subject: CheckedTraining, number: int, info: ClipInfo, start: int) -> str:
+    """Return what is wrong with a clip that is read from one of its frames on; empty if nothing is."""
+    limits = subject.experiment.limits
+    try:
+        clip = read_fitted_clip(subject.clips, number, limits, start=start)
+    except DecodeError:  # the training passes over it, too
+        return ""
+    stored = _decode_blocks(subject.clips[number])
+    if stored is None:
+        return ""
+    times, blocks = stored
+    rate = (len(times) - 1) / times[-1] if times[-1] > 0 else info.fps
+    if abs(info.fps / rate - 1) > _RATE_TOLERANCE:
+        return f"its file has {rate:.2f} frames per second, its entry in the table {info.fps:.2f}"
+    sampled = rate if limits.fps is None else min(rate, limits.fps)
+    if abs(clip.fps / sampled - 1) > _RATE_TOLERANCE:
+        return f"it is sampled at {clip.fps:.2f} frames per second, instead of at {sampled:.2f}"
+    shown = np.asarray([start, *range(start + 1, start + len(clip.frames))]) / sampled
+    indices = np.searchsorted(times, shown + _TIME_TOLERANCE, side="right") - 1
+    expected, actual = blocks[indices], _average_blocks(clip.frames)
+    if np.sqrt(np.square(actual - expected).mean()) <= _PIXEL_TOLERANCE:
+        return ""
+    changes = {
+        "it is mirrored": expected[:, :, ::-1],
+        "it is upside down": expected[:, ::-1],
+        "its frames are reversed in time": expected[::-1],
+        "red and blue are swapped": expected[..., ::-1],
+    }
+    errors = {name: float(np.abs(actual - each).mean()) for name, each in changes.items()}
+    best = min(errors, key=lambda name: errors[name])
+    if errors[best] < 0.5 * np.abs(actual - expected).mean():
+        return best
+    nearest = np.abs(actual[:, None] - blocks[None]).mean(axis=(2, 3, 4)).argmin(axis=1)
+    return (
+        f"its frames are not those shown from {shown[0]:.2f} s on, every {1 / sampled:.3f} s: the nearest frames of "
+        f"the file are {nearest[:4].tolist()} instead of {indices[:4].tolist()}"
+    )
+
+
+def _decode_blocks(content: bytes) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n b b 3"]] | None:
+    """Return the time of each frame of a file, and the mean colours of its blocks.
+
+    Returns:
+      None for files whose frames are not shown as they are stored: rotated, interlaced, of other pixels than square, in
+      HDR, or still images.
+    """
+    times, blocks = [], []
+    try:
+        with av.open(io.BytesIO(content), mode="r") as container:
+            stream = container.streams.video[0]
+            aspect = stream.sample_aspect_ratio
+            if aspect not in (None, 0, 1) or container.format.name.endswith("_pipe"):
+                return None
+            for frame in container.decode(stream):
+                is_plain = not frame.rotation and not frame.interlaced_frame and frame.color_trc not in (16, 18)
+                if not is_plain or frame.pts is None or frame.time_base is None:
+                    return None
+                times.append(float(frame.pts * frame.time_base))
+                blocks.append(_average_blocks(frame.to_ndarray(format="rgb24")[None])[0])
+    except (av.FFmpegError, LookupError, ValueError):
+        return None
+    return (np.asarray(times) - times[0], np.stack(blocks)) if times else None
+
+
+def _average_blocks(frames: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "T b b 3"]:
+    """Return the mean colours of 4 by 4 blocks of each frame, whose sizes may differ by a pixel."""
+    rows = np.array_split(frames.astype(np.float64), _BLOCKS, axis=1)
+    blocks = [[part.mean(axis=(1, 2)) for part in np.array_split(row, _BLOCKS, axis=2)] for row in rows]
+    return np.stack([np.stack(row, axis=1) for row in blocks], axis=1)
+
+
+def check_latents(subject: CheckedTraining) -> list[Problem]:
+    """Check cached latents against those of their clips, each encoded alone."""
+    latents, encoding = subject.latents, subject.encoding
+    if latents is None or encoding is None:
+        return []
+    codec, problems = LatentCodec(encoding.autoencoder, encoding.params), []
+    encoded: dict[str, Float32[np.ndarray, "t h w c"]] = {}
+    order = subject.make_generator("latents").permutation(len(latents)).tolist()
+    wrong: list[int] = []
+    for index in iterate_within(SECONDS, order, minimum=_MIN_EXAMPLES):
+        view = _find_view(subject, index)
+        try:
+            stored = latents[index]
+            frames = read_fitted_clip(subject.clips, view.clip, view.limits, start=view.start).frames
+        except DecodeError:
+            continue
+        frames = np.ascontiguousarray(frames[:, :, ::-1]) if view.flipped else frames
+        encoded[latents.names[index]] = expected = codec.encode_pixels(frames)
+        if stored.shape != expected.shape or _compare(stored, expected) > _LATENT_TOLERANCE:
+            wrong.append(index)
+    for index in wrong:
+        problems.append(f"{latents.names[index]}: {_explain_latents(latents[index], latents.names[index], encoded)}")
+    return [Problem("latents", each) for each in problems]
+
+
+def _find_view(subject: CheckedTraining, index: int) -> View:
+    """Return the view of a clip whose latents have this index."""
+    latents, encoding = subject.latents, subject.encoding
+    assert latents is not None
+    assert encoding is not None
+    number = subject.clip_numbers[latents.clips[index]]
+    views = list_views([subject.clips.infos[number]], encoding.limits, encoding.augmentations)
+    view = next((each for each in views if each.name == latents.names[index]), views[0])
+    return view._replace(clip=number)
+
+
+def _compare(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the root mean square of the difference, relative to the expected values."""
+    return float(np.sqrt(np.square(actual - expected).mean() / max(np.square(expected).mean(), 1e-12)))
+
+
+def _explain_latents(stored: np.ndarray, name: str, encoded: dict[str, np.ndarray]) -> str:
+    """Return in which way stored latents differ from the clip encoded again."""
+    expected = encoded[name]
+    for other, values in encoded.items():
+        if other != name and values.shape == stored.shape and _compare(stored, values) < _LATENT_TOLERANCE:
+            return f"its latents are those of {other}"
+    if stored.shape != expected.shape:
+        return f"its latents have shape {list(stored.shape)}, those of its clip {list(expected.shape)}"
+    for text, values in _iterate_changes(expected):
+        if values.shape == stored.shape and _compare(stored, values) < _LATENT_TOLERANCE:
+            return f"its latents are {text}"
+    slopes = [np.polyfit(expected[..., c].ravel(), stored[..., c].ravel(), 1) for c in range(expected.shape[-1])]
+    scale, shift = np.abs(np.asarray(slopes)).max(axis=0)
+    fitted = np.stack([np.polyval(slope, expected[..., c]) for c, slope in enumerate(slopes)], axis=-1)
+    if _compare(stored, fitted) < _LATENT_TOLERANCE:
+        return f"its latents are normalised in another way: scaled by up to {scale:.2f}, shifted by up to {shift:.2f}"
+    return (
+        f"its latents differ by {_compare(stored, expected):.0%} from its clip encoded again. Were they made by "
+        "another autoencoder, or of other frames? Encode the clips again, into another folder"
+    )
+
+
+def _iterate_changes(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    yield "reversed in time", values[::-1]
+    yield "mirrored", values[:, :, ::-1]
+    yield "upside down", values[:, ::-1]
+    yield "transposed", values.swapaxes(1, 2)
+    yield "in another order of channels", values[..., ::-1]
+
+
+def check_latent_statistics(subject: CheckedTraining, tokens: Float[np.ndarray, "n p"]) -> list[Problem]:
+    """Check that latents are normalised: means near 0 and standard deviations near 1 in each channel.
+
+    Args:
+      subject: The training.
+      tokens: Tokens of clips in the first batches, without padding.
+    """
+    values = tokens.reshape(-1, subject.experiment.autoencoder.model.channels)
+    mean, std = values.mean(axis=0), values.std(axis=0)
+    overall = float(np.sqrt(np.square(values).mean()))
+    if 0.4 < overall < 2.5 and np.abs(mean).max() < 2 and std.min() > 0.1 and std.max() < 4:
+        return []
+    channel = int(np.argmax(np.maximum(np.abs(mean), np.abs(np.log(np.maximum(std, 1e-6))))))
+    return [
+        Problem(
+            "latent_statistics",
+            f"the root mean square of latents is {overall:.2f}, and channel {channel} has mean {mean[channel]:.2f} and "
+            f"standard deviation {std[channel]:.2f}. Normalised ones have about 1, 0 and 1",
+        )
+    ]
+
+
+def check_text_embeddings(subject: CheckedTraining) -> list[Problem]:
+    """Check cached embeddings of captions against those that the encoder computes now."""
+    text, latents = subject.text, subject.latents
+    if not isinstance(text, FrozenTextEncoder) or latents is None or not latents.text_width:
+        return []
+    problems = []
+    encode = FrozenTextEncoder(text.config)  # without its cache
+    order = subject.make_generator("text").permutation(len(latents)).tolist()
+    for index in iterate_within(SECONDS, order, minimum=_MIN_EXAMPLES):
+        if not latents.all_captions[index]:
+            continue
+        caption = latents.all_captions[index][0]
+        stored, expected = latents.read_text(index), encode(caption)
+        if stored.shape != expected.shape or _compare(stored, expected) > _TEXT_TOLERANCE:
+            problems.append(
+                f"{latents.names[index]}: the embedding of {caption!r} differs from the encoder's. Was it made by "
+                "another encoder, or of another caption? Encode the clips again, into another folder"
+            )
+    empty = encode("")
+    if latents.empty_text is not None and _compare(np.resize(latents.empty_text, empty.shape), empty) > _TEXT_TOLERANCE:
+        problems.append("the embedding of the empty caption differs from the encoder's")
+    return [Problem("text_embeddings", each) for each in problems]

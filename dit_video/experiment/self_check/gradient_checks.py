@@ -1,0 +1,156 @@
+"""Checks of gradients: against finite differences, and whether they reach every parameter that the loss depends on."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dit_video.core.trees import flatten, map_with_path
+from dit_video.distributed import make_shardings
+from dit_video.experiment.denoiser import get_optimizer_config
+from dit_video.experiment.self_check.model_checks import NOISE, perturb
+from dit_video.experiment.self_check.problems import Problem
+from dit_video.experiment.self_check.samples import Sampler
+from dit_video.experiment.self_check.subject import CheckedTraining
+from dit_video.tokens import PackedBatch
+
+_CHANGE = 1e-3
+"""Relative change of the loss that a finite difference aims at."""
+_MIN_CHANGE = 5e-5
+"""Relative change below which rounding of float32 hides the difference."""
+_MAX_STEP = 1e-2
+_TOLERANCE = 0.1
+_MAX_LEAVES = 16
+"""Number of parameters without a gradient for which the loss is computed again."""
+
+
+class Gradient(NamedTuple):
+    """A few values of the gradient of a batch."""
+
+    values: Mapping[str, np.ndarray]
+    """Values at the places of the sampler, by path."""
+    norm: float
+    is_used: Mapping[str, bool]
+    """Whether any value of a parameter's gradient is not zero."""
+    slope: float
+    """Derivative of the loss in the direction of the signs of `values`."""
+
+
+class GradientProbe:
+    """The gradient of a training's loss, computed over the microbatches one after the other.
+
+    Args:
+      subject: The training.
+      loss: Loss of the step, a function of the trained parameters.
+      sampler: Reader of the values.
+    """
+
+    def __init__(self, subject: CheckedTraining, loss: Any, sampler: Sampler, params: Any):
+        self._subject, self._loss, self._sampler = subject, loss, sampler
+        self._num_parts = subject.experiment.denoiser.accumulation_steps
+        layout = make_shardings(params, subject.trainer.mesh)
+        self._differentiate = jax.jit(self._compute_part, out_shardings=(layout, subject.replicated))
+        self._summarize = subject.jit(self._summarize_tree)
+        self._evaluate = subject.jit(self._compute_loss)
+        self._random = jax.random.key(subject.experiment.seed)
+
+    def compute(self, params: Any, rows: PackedBatch, step: int, *, amount: float = 0.0) -> Gradient:
+        """Return the gradient at parameters that are perturbed by an amount; see `perturb`."""
+        total, weight = None, 0.0
+        for part in range(self._num_parts):
+            microbatch = jax.tree.map(lambda leaf, part=part: leaf[part :: self._num_parts], rows)
+            arguments = params, self._subject.frozen_params, microbatch, jnp.int32(step), jnp.float32(amount)
+            gradients, count = self._differentiate(*arguments)
+            total = gradients if total is None else jax.tree.map(jnp.add, total, gradients)
+            weight += float(count)
+        values, norm, is_used, slope = jax.device_get(self._summarize(total, jnp.float32(max(weight, 1.0))))
+        as_bool = {path: bool(each) for path, each in is_used.items()}
+        return Gradient(
+            {path: np.asarray(each, np.float64) for path, each in values.items()}, float(norm), as_bool, float(slope)
+        )
+
+    def evaluate(
+        self, params: Any, rows: PackedBatch, step: int, signs: Mapping[str, np.ndarray], size: float, changed: str = ""
+    ) -> float:
+        """Return the loss at perturbed parameters, moved by signs at the sampled places, with one of them changed."""
+        flags = {path: jnp.float32(path == changed) for path in signs}
+        values = {path: jnp.asarray(each, jnp.float32) for path, each in signs.items()}
+        total, weight = 0.0, 0.0
+        for part in range(self._num_parts):
+            microbatch = jax.tree.map(lambda leaf, part=part: leaf[part :: self._num_parts], rows)
+            count = float(jnp.asarray(microbatch.valid).sum())
+            arguments = (
+                params,
+                self._subject.frozen_params,
+                microbatch,
+                jnp.int32(step),
+                values,
+                jnp.float32(size),
+                flags,
+            )
+            total += count * float(self._evaluate(*arguments))
+            weight += count
+        return total / max(weight, 1.0)
+
+    def _compute_part(self, params, frozen, rows, step, amount):
+        """Return the gradient of a microbatch, times its number of clips, and that number."""
+        perturbed, others = perturb(params, self._random, amount), perturb(frozen, self._random, amount)
+        gradients = jax.grad(lambda each: self._loss(each, rows, step, *others)[0])(perturbed)
+        count = jnp.asarray(rows.valid).sum().astype(jnp.float32)
+        return jax.tree.map(lambda leaf: count * leaf.astype(jnp.float32), gradients), count
+
+    def _summarize_tree(self, total, weight):
+        gradients = jax.tree.map(lambda leaf: leaf / weight, total)
+        values = self._sampler.take(gradients)
+        direction = self._sampler.scatter(gradients, {path: jnp.sign(each) for path, each in values.items()})
+        slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True))
+        norm = jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradients)))
+        return values, norm, {path: (leaf != 0).any() for path, leaf in flatten(gradients).items()}, slope
+
+    def _compute_loss(self, params, frozen, rows, step, signs, size, flags) -> Float[Array, ""]:
+        perturbed = perturb(params, self._random, jnp.float32(1))
+        direction = flatten(self._sampler.scatter(perturbed, signs))
+
+        def move(path: str, leaf: Array) -> Array:
+            key = jax.random.fold_in(self._random, zlib.crc32(path.encode()) + 1)
+            noise = flags[path] * NOISE * jax.random.normal(key, leaf.shape, jnp.float32)
+            return (leaf + size * direction[path] + noise).astype(leaf.dtype)
+
+        others = perturb(frozen, self._random, jnp.float32(1))
+        return self._loss(map_with_path(move, perturbed), rows, step, *others)[0]
+
+
+def check_gradient(
+    subject: CheckedTraining, probe: GradientProbe, params: Any, rows: PackedBatch
+) -> tuple[list[Problem], Mapping[str, bool]]:
+    """Check the gradient of a batch, at perturbed parameters.
+
+    Returns:
+      The problems, and whether the loss depends on each parameter.
+    """
+    gradient = probe.compute(params, rows, 0, amount=1.0)
+    signs = {path: np.sign(each) for path, each in gradient.values.items()}
+    loss = probe.evaluate(params, rows, 0, signs, 0.0)
+    problems = []
+    config, used = get_optimizer_config(subject.experiment.denoiser), dict(gradient.is_used)
+    is_adapter = subject.trained.lora is not None
+    idle = [path for path, is_used in used.items() if not is_used and (is_adapter or config.is_trained(path))]
+    for path in idle[:_MAX_LEAVES]:
+        if probe.evaluate(params, rows, 0, signs, 0.0, path) != loss:
+            problems.append(Problem("gradient", f"the loss depends on {path}, but its gradient is zero"))
+            used[path] = True
+        elif is_adapter:
+            problems.append(Problem("adapter", f"the loss does not depend on the adapter {path}"))
+    if subject.experiment.denoiser.backbone.dtype == "float32" and gradient.slope > 0:
+        size = min(_MAX_STEP, _CHANGE * abs(loss) / (2 * gradient.slope))
+        expected = 2 * size * gradient.slope
+        if expected > _MIN_CHANGE * abs(loss):
+            actual = probe.evaluate(params, rows, 0, signs, size) - probe.evaluate(params, rows, 0, signs, -size)
+            if abs(actual / expected - 1) > _TOLERANCE:
+                message = f"the loss changes by {actual:.3g} where its gradient says {expected:.3g}"
+                problems.append(Problem("gradient", message))
+    return problems, used

@@ -1,0 +1,204 @@
+"""The hook that checks a training of a denoiser while it runs."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_video.core.trees import flatten
+from dit_video.data.loader import DenoiserBatches, PackedBatches
+from dit_video.distributed import shard_batch
+from dit_video.distributed.progress import declare_phase
+from dit_video.experiment.self_check import batch_checks, data_checks, objective_checks
+from dit_video.experiment.self_check.gradient_checks import Gradient, GradientProbe, check_gradient
+from dit_video.experiment.self_check.initial_checks import check_adapter_paths, check_initial_weights
+from dit_video.experiment.self_check.model_checks import check_model
+from dit_video.experiment.self_check.problems import FILE, Problem, ProblemLog
+from dit_video.experiment.self_check.samples import Sampler, read_samples, to_samples, write_samples
+from dit_video.experiment.self_check.step_checks import UpdateCheck, check_changes
+from dit_video.experiment.self_check.subject import CheckedTraining
+from dit_video.tokens import PackedBatch
+from dit_video.training.checkpoint_arrays import compute_digests
+from dit_video.training.hooks.hook import Hook
+from dit_video.training.step import GradientStep
+
+STATE_FILE = "self_check_state.json"
+"""Values of the newest saved state, from which the first update after a restart is checked."""
+_ROW_STEPS = 4
+"""Number of first batches whose rows are checked."""
+_STATISTICS_STEPS = 8
+"""Number of first batches whose latents' statistics are checked."""
+_CHANGE_STEPS = 3, 20
+"""Steps after a start between which parameters must have changed."""
+_UPDATE_STEPS = 2, 11, 40
+"""Steps after a start whose updates are checked."""
+_INTERVAL = 1000
+"""Interval in steps of checking an update and the rows of a batch later on."""
+
+
+class CheckedBatches(Iterator[PackedBatch]):
+    """Batches of a training, the newest of which stays readable, and the next of which can be read ahead."""
+
+    def __init__(self, batches: DenoiserBatches, start: int):
+        self.source = batches
+        self._waiting: list[PackedBatch] = []
+        self._start = start
+        self.count = 0
+        """Number of batches taken."""
+        self.last: PackedBatch | None = None
+        self.previous: PackedBatch | None = None
+
+    @property
+    def hash(self) -> str:
+        """Return the hash of the data plan."""
+        return self.source.hash
+
+    @property
+    def step(self) -> int:
+        """Return the number of the newest batch in the plan, from 0."""
+        return self._start + self.count - 1
+
+    def __next__(self) -> PackedBatch:
+        rows = self._waiting.pop() if self._waiting else next(self.source)
+        self.previous, self.last = self.last, rows
+        self.count += 1
+        return rows
+
+    def peek(self) -> PackedBatch:
+        """Return the next batch without taking it."""
+        if not self._waiting:
+            self._waiting.append(next(self.source))
+        return self._waiting[0]
+
+    def close(self) -> None:
+        """Stop what reads ahead."""
+        self._waiting.clear()
+        self.source.close()
+
+
+class SelfCheck(Hook):
+    """Checks of a training's data, model and objective after its first step, and of its steps from then on."""
+
+    name = "self_check"
+
+    def __init__(self, subject: CheckedTraining, *, is_new: bool):
+        self._subject, self._is_new = subject, is_new
+        self._folder: Path = subject.trainer.folder
+        self._is_first_process = jax.process_index() == 0
+        self._log = ProblemLog(self._folder / FILE, is_written=self._is_first_process)
+        self._batches: CheckedBatches | None = None
+        self._start = 0
+        self._tokens: list[np.ndarray] = []
+        self._used: Mapping[str, bool] = {}
+        self._digests: tuple[int, Mapping[str, int]] | None = None
+        self._before: Any = None
+        self._gradient: Gradient | None = None
+        self._saved: tuple[int, Any] | None = None
+        step = subject.trainer.train_step
+        self._loss = step.loss if isinstance(step, GradientStep) else None
+
+    def watch(self, batches: DenoiserBatches, start: int) -> CheckedBatches:
+        """Return the same batches, which this hook sees; `start` is the step of the first one."""
+        self._batches = CheckedBatches(batches, start)
+        return self._batches
+
+    def resume(self, step: int) -> None:
+        self._start = step
+
+    def on_step(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+        batches, done = self._batches, step - self._start
+        if batches is None or batches.last is None:
+            return
+        if done == 1:
+            with declare_phase("self-check"):
+                self._log.add(step, self._check_start(step, state, batches))
+        problems = self._check_batch(done, step, batches)
+        if self._loss is not None:
+            problems += self._check_step(done, step, state, batches)
+        self._log.add(step, problems)
+
+    def on_save(self, step: int, digests: Mapping[str, int]) -> None:
+        if self._saved is not None and self._saved[0] == step and self._is_first_process:
+            write_samples(self._folder / STATE_FILE, step, to_samples(self._saved[1]))
+
+    def _check_start(self, step: int, state: Any, batches: CheckedBatches) -> list[Problem]:
+        """Run all checks that need no second step. The first process checks the files, all check the model."""
+        subject, problems = self._subject, list[Problem]()
+        assert batches.last is not None
+        if self._is_first_process:
+            for check in (
+                data_checks.check_held_out,
+                data_checks.check_frames,
+                data_checks.check_latents,
+                data_checks.check_text_embeddings,
+            ):
+                problems += check(subject)
+            problems += batch_checks.check_order(batches.source)
+        rows = shard_batch(batches.last, subject.trainer.mesh)
+        problems += objective_checks.check_noise(subject, rows)
+        problems += objective_checks.check_times(subject, rows)
+        problems += objective_checks.check_target(subject)
+        problems += objective_checks.check_caption_dropout(subject, rows)
+        problems += check_model(subject, state.params, rows)
+        if self._loss is None:
+            return problems
+        problems += objective_checks.check_loss_mean(subject, self._loss, state.params, rows)
+        problems += objective_checks.check_precision(state)
+        self._sampler = Sampler(subject, state.params)
+        self._probe = GradientProbe(subject, self._loss, self._sampler, state.params)
+        found, self._used = check_gradient(subject, self._probe, state.params, rows)
+        problems += found + check_adapter_paths(subject, state.params)
+        return problems + self._check_restart(step, state)
+
+    def _check_restart(self, step: int, state: Any) -> list[Problem]:
+        """Check the first update: from the initial weights, or from those that were saved."""
+        samples = self._sampler.read(state)
+        if self._is_new:
+            return check_initial_weights(self._subject, self._sampler, samples, self._subject.trained.frozen_params)
+        saved = read_samples(self._folder / STATE_FILE)
+        if saved is None or saved[0] != step - 1:
+            return []
+        problems = UpdateCheck(self._subject, saved[1], samples, step=step).find_problems()
+        return [Problem("resume", f"{each.check}: {each.message}") for each in problems]
+
+    def _check_batch(self, done: int, step: int, batches: CheckedBatches) -> list[Problem]:
+        problems: list[Problem] = []
+        rows = batches.last
+        assert rows is not None
+        if done <= _ROW_STEPS or step % _INTERVAL == 0:
+            if isinstance(batches.source, PackedBatches):
+                problems += batch_checks.check_rows(self._subject, rows, batches.source.get_entries(batches.step))
+            if batches.previous is not None:
+                problems += batch_checks.check_repetition(batches.previous, rows, step)
+        if done <= _STATISTICS_STEPS:
+            self._tokens.append(np.asarray(rows.tokens)[np.asarray(rows.segments) > 0])
+        if done == _STATISTICS_STEPS:
+            problems += data_checks.check_latent_statistics(self._subject, np.concatenate(self._tokens))
+            self._tokens.clear()
+        return problems
+
+    def _check_step(self, done: int, step: int, state: Any, batches: CheckedBatches) -> list[Problem]:
+        problems: list[Problem] = []
+        if self._before is not None:
+            before, gradient = to_samples(self._before), self._gradient
+            self._before = self._gradient = None
+            check = UpdateCheck(self._subject, before, self._sampler.read(state), step=step)
+            problems += check.find_problems(
+                None if gradient is None else gradient.values, gradient.norm if gradient else 0
+            )
+        if done + 1 in _UPDATE_STEPS or step % _INTERVAL == 0:
+            self._before = self._sampler.read_later(state)
+            if done + 1 in _UPDATE_STEPS:
+                rows = shard_batch(batches.peek(), self._subject.trainer.mesh)
+                self._gradient = self._probe.compute(state.params, rows, step)
+        if step % self._subject.trainer.config.save_every == 0:
+            self._saved = step, self._sampler.read_later(state)
+        if done == _CHANGE_STEPS[0]:
+            self._digests = step, compute_digests(flatten(state.params))
+        elif done == _CHANGE_STEPS[1] and self._digests is not None:
+            first, digests = self._digests
+            last = compute_digests(flatten(state.params))
+            problems += check_changes(self._subject, digests, last, self._used, steps=step - first)
+        return problems

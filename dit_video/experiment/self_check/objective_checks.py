@@ -1,0 +1,257 @@
+"""Checks of the objective: noise, times, dropped captions, targets, and how clips are averaged."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float
+
+from dit_video.core.trees import flatten
+from dit_video.diffusion import ClipSize
+from dit_video.diffusion.loss_weights import UniformWeighting
+from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
+from dit_video.diffusion.time_distributions import LogitNormal, Uniform
+from dit_video.experiment.self_check.model_checks import change_text, perturb
+from dit_video.experiment.self_check.problems import Problem
+from dit_video.experiment.self_check.subject import CheckedTraining
+from dit_video.tokens import PackedBatch
+from dit_video.training.losses.denoiser import get_clip_sizes
+
+_STEPS = 512
+"""Number of steps whose random numbers are drawn."""
+_MAX_DISTANCE = 0.05
+"""Largest Kolmogorov-Smirnov distance of times from their distribution; its expectation is below 0.02."""
+_DEVIATIONS = 5.0
+"""Standard errors from which a difference is none of chance."""
+_TIMES = np.linspace(0.05, 0.95, 10, dtype=np.float32)
+_TOLERANCE = 1e-3
+
+
+def check_noise(subject: CheckedTraining, rows: PackedBatch) -> list[Problem]:
+    """Check that noise is standard normal, and another one for every step and clip."""
+    draw = subject.jit(lambda rows, step: subject.loss.draw_noise(rows, step))
+    first, second = (np.asarray(draw(rows, jnp.int32(step)), np.float64) for step in (0, 1))
+    segments, valid = np.asarray(jax.device_get(rows.segments)), np.asarray(jax.device_get(rows.valid))
+    clips = [
+        each
+        for row, noise in enumerate(first)
+        for index in np.flatnonzero(valid[row])
+        if len(each := noise[segments[row] == index + 1])
+    ]
+    if not clips:
+        return []
+    values = np.concatenate([clip.ravel() for clip in clips])
+    problems = []
+    error = _DEVIATIONS / math.sqrt(len(values))
+    if abs(values.mean()) > error or abs(values.std() - 1) > error:
+        problems.append(f"noise has mean {values.mean():.2f} and standard deviation {values.std():.2f}")
+    is_clip = segments > 0
+    if np.array_equal(first[is_clip], second[is_clip]):
+        problems.append("two steps have the same noise")
+    starts = [clip[0].tobytes() for clip in clips]
+    if len(set(starts)) < len(starts):
+        problems.append("two clips of a batch have the same noise")
+    return [Problem("noise", each) for each in problems]
+
+
+def check_times(subject: CheckedTraining, rows: PackedBatch) -> list[Problem]:
+    """Check the times of training against their distribution, and the times of an expert against its boundary."""
+    loss, training = subject.loss, subject.experiment.denoiser
+
+    def draw(rows: PackedBatch) -> Float[Array, "s B G"]:
+        return jax.vmap(lambda step: loss.draw_times(rows, step))(jnp.arange(_STEPS))
+
+    drawn = np.asarray(subject.jit(draw)(rows), np.float64)
+    valid = np.asarray(jax.device_get(rows.valid))
+    sizes = jax.device_get(get_clip_sizes(rows))
+    times = drawn[:, valid]
+    problems = []
+    if times.min(initial=1) < 0 or times.max(initial=0) > 1:
+        problems.append(f"times lie between {times.min():.2f} and {times.max():.2f}")
+    low, high = 0.0, 1.0
+    if (expert := training.expert) is not None:
+        low, high = (expert.boundary, 1.0) if expert.expert == "high" else (0.0, expert.boundary)
+        if times.min() < low - _TOLERANCE or times.max() > high + _TOLERANCE:
+            problems.append(
+                f"the expert of {expert.expert} noise is trained at times from {times.min():.3f} to {times.max():.3f}, "
+                f"not from {low:g} to {high:g}"
+            )
+    if (compute := _find_quantile(subject)) is not None and not problems:
+        shares = np.stack([compute(drawn[:, row, i], sizes, row, i) for row, i in np.argwhere(valid)]).ravel()
+        first, last = compute(np.asarray([low, high]), sizes, 0, 0) if expert is not None else (0.0, 1.0)
+        shares = np.sort((shares - first) / (last - first))
+        distance = np.abs(shares - (np.arange(len(shares)) + 0.5) / len(shares)).max()
+        if distance > _MAX_DISTANCE:
+            problems.append(
+                f"the times of {_STEPS} steps are not distributed as the config says: their mean is {times.mean():.3f} "
+                f"(largest difference of the distributions: {distance:.2f})"
+            )
+    return [Problem("times", each) for each in problems]
+
+
+def _find_quantile(subject: CheckedTraining) -> Callable[..., np.ndarray] | None:
+    """Return the function from times to the share of times below; None for distributions without a simple one."""
+    objective = subject.experiment.denoiser.objective
+    process, distribution = objective.process, objective.times
+    if not isinstance(process, RectifiedFlow) or not isinstance(distribution, Uniform | LogitNormal):
+        return None
+
+    def compute(times: np.ndarray, sizes: ClipSize, row: int, index: int) -> np.ndarray:
+        shift = process.shift
+        if process.size_shift is not None:
+            size = ClipSize(*(int(np.asarray(part)[row, index]) for part in sizes))
+            shift *= float(process.size_shift(size))
+        unshifted = np.clip(times / (shift - (shift - 1) * times), 1e-7, 1 - 1e-7)
+        if isinstance(distribution, Uniform):
+            return unshifted
+        logits = np.log(unshifted / (1 - unshifted))
+        return np.asarray(norm.cdf((logits - distribution.mean) / distribution.std), np.float64)
+
+    return compute
+
+
+def check_target(subject: CheckedTraining) -> list[Problem]:
+    """Check that noising runs from data to noise, and that the target is what samplers take a prediction for.
+
+    A prediction is a linear function of the data that a sampler estimates from it; so the prediction that stands for
+    the true data follows from two estimates. The objective must have no loss for it.
+    """
+    objective = subject.experiment.denoiser.objective
+    process, prediction = objective.process, objective.prediction
+    generator = subject.make_generator("objective")
+    data, noise = (jnp.asarray(generator.standard_normal((len(_TIMES), 16)), jnp.float32) for _ in range(2))
+    time = jnp.asarray(_TIMES)
+    problems = []
+    ends = process.add_noise(data, noise, jnp.full_like(time, 1e-3)[:, None])
+    if isinstance(process, RectifiedFlow) and float(jnp.abs(ends - data).max()) > 0.02:
+        problems.append("noising does not begin with the data at time 0")
+    ends = process.add_noise(data, noise, jnp.full_like(time, 1 - 1e-3)[:, None])
+    if isinstance(process, RectifiedFlow) and float(jnp.abs(ends - noise).max()) > 0.02:
+        problems.append("noising does not end with noise at time 1")
+    seen: list[tuple[Any, Any]] = []
+
+    def denoise(noisy, model_time, state):
+        seen.append((noisy, model_time))
+        unscaled, token_time = noisy / process.input_scale(model_time[..., None]), model_time[..., None]
+        low, high = (
+            prediction.estimate(process, unscaled, jnp.full_like(unscaled, value), token_time).data
+            for value in (0.0, 1.0)
+        )
+        ideal = (data - low) / (high - low)
+        return (ideal if offset is None else ideal + offset), state
+
+    if prediction.extract_values(data).shape != data.shape:
+        return [Problem("objective", each) for each in problems]  # a model that predicts a variance, too
+    losses = {}
+    for offset in (None, 1.0):
+        try:
+            losses[offset] = np.asarray(objective.loss(denoise, data, noise, time))
+        except (TypeError, ValueError):  # such as a model that also predicts a variance
+            return [Problem("objective", each) for each in problems]
+    weights = losses[1.0]
+    if losses[None].max() > _TOLERANCE * max(1.0, weights.max()):
+        problems.append("the target is not what samplers take a prediction for: a perfect model has a loss")
+    elif isinstance(objective.weighting, UniformWeighting) and np.abs(weights - 1).max() > 0.02:
+        problems.append(f"the loss of an error of 1 is {weights.mean():.2f}")
+    if np.abs(np.asarray(seen[0][1]) - _TIMES).max() > 1e-6:
+        problems.append("the model gets other times than noise is added at")
+    return [Problem("objective", each) for each in problems]
+
+
+def check_caption_dropout(subject: CheckedTraining, rows: PackedBatch) -> list[Problem]:
+    """Check how often captions are dropped, and that the text of dropped ones is that of unconditional samples."""
+    loss, rate = subject.loss, subject.experiment.denoiser.caption_dropout
+    draw = subject.jit(lambda rows: jax.vmap(lambda step: loss.draw_dropped_captions(rows, step))(jnp.arange(_STEPS)))
+    drawn = np.asarray(draw(rows))[:, np.asarray(jax.device_get(rows.valid))]
+    problems = []
+    error = _DEVIATIONS * math.sqrt(max(rate * (1 - rate), 1e-9) / max(1, drawn.size))
+    if abs(drawn.mean() - rate) > error:
+        problems.append(f"{drawn.mean():.1%} of the captions are dropped, not {rate:.1%}")
+    empty = np.asarray(subject.text(""))
+    if loss.empty_caption.shape != empty.shape or not np.allclose(loss.empty_caption, empty, atol=2e-2, rtol=2e-2):
+        problems.append("dropped captions have another text than unconditional samples")
+    return [Problem("caption_dropout", each) for each in problems]
+
+
+class LossProbe:
+    """The loss of a training with perturbed parameters."""
+
+    def __init__(self, subject: CheckedTraining, loss: Any, params: Any):
+        self._subject, self._loss, self._params = subject, loss, params
+        self._compute = subject.jit(self._evaluate)
+
+    def _evaluate(self, params, frozen, rows: PackedBatch, step: Array) -> Float[Array, ""]:
+        key = jax.random.key(self._subject.experiment.seed)
+        params, frozen = perturb(params, key, jnp.float32(1)), perturb(frozen, key, jnp.float32(1))
+        return self._loss(params, rows, step, *frozen)[0]
+
+    def __call__(self, rows: PackedBatch, step: int = 0) -> float:
+        return float(self._compute(self._params, self._subject.frozen_params, rows, jnp.int32(step)))
+
+
+def check_loss_mean(subject: CheckedTraining, loss: Any, params: Any, rows: PackedBatch) -> list[Problem]:
+    """Check that the loss is the mean over clips that count, and that dropped captions alone have no effect.
+
+    Args:
+      subject: The training.
+      loss: Loss of the step, a function of the trained parameters.
+      params: Trained parameters.
+      rows: A batch on the devices.
+    """
+    compute, problems = LossProbe(subject, loss, params), []
+    valid, segments = jnp.asarray(rows.valid), jnp.asarray(rows.segments)
+    is_first = jnp.arange(valid.shape[1]) == 0
+    first, others = valid & is_first, valid & ~is_first
+    tokens = jnp.asarray(rows.tokens)
+    # Clips of the first part have larger values, so that both parts differ in their loss.
+    scaled = rows._replace(tokens=jnp.where((segments == 1)[..., None], 3 * tokens, tokens))
+    whole = compute(scaled)
+    counts = [int(part.sum()) for part in (first, others)]
+    if min(counts) > 0:
+        parts = [compute(scaled._replace(valid=part)) for part in (first, others)]
+        mean = sum(part * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
+        if abs(whole - mean) > _TOLERANCE * abs(mean):
+            problems.append(
+                Problem("loss_mean", f"the loss of a batch is {whole:.4f}, the mean over its clips {mean:.4f}")
+            )
+        elif abs(parts[0] - whole) <= 1e-6 * abs(whole):
+            problems.append(Problem("loss_mean", "clips that are not valid count in the loss"))
+    noised = jnp.where((segments == 0)[..., None], 100.0, jnp.asarray(scaled.tokens))
+    if abs(compute(scaled._replace(tokens=noised)) - whole) > _TOLERANCE * abs(whole):
+        problems.append(Problem("loss_mean", "padding counts in the loss"))
+    return problems + _check_dropped_text(subject, compute, rows)
+
+
+def _check_dropped_text(subject: CheckedTraining, compute: LossProbe, rows: PackedBatch) -> list[Problem]:
+    """Check that the loss of clips whose captions are dropped does not depend on the text, and that of others does."""
+    loss, problems = subject.loss, list[Problem]()
+    draw = subject.jit(lambda rows: jax.vmap(lambda step: loss.draw_dropped_captions(rows, step))(jnp.arange(_STEPS)))
+    drawn, valid = np.asarray(draw(rows)), np.asarray(jax.device_get(rows.valid))
+    other = change_text(rows, jnp.asarray(rows.text_segments) > 0)
+    for is_dropped in (True, False):
+        matches = (drawn == is_dropped) & valid
+        step = int(matches.sum(axis=(1, 2)).argmax())
+        if not matches[step].any():
+            continue
+        chosen = jnp.asarray(matches[step])
+        losses = [compute(each._replace(valid=chosen), step) for each in (rows, other)]
+        change = abs(losses[1] - losses[0]) / abs(losses[0])
+        if is_dropped and change > 1e-5:
+            problems.append(Problem("caption_dropout", "the loss of clips with dropped captions depends on the text"))
+        if not is_dropped and change <= 1e-7:
+            problems.append(Problem("text_conditioning", "the loss of clips does not depend on their captions"))
+    return problems
+
+
+def check_precision(state: Any) -> list[Problem]:
+    """Check that what a training accumulates is float32: parameters, averages and moments."""
+    problems = []
+    for name in ("params", "ema", "opt_state"):
+        for path, leaf in flatten(getattr(state, name)).items():
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
+                problems.append(f"{name}/{path} is {leaf.dtype}, in which small updates are lost")
+    return [Problem("precision", each) for each in problems]

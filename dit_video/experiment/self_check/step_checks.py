@@ -1,0 +1,220 @@
+"""Checks of steps: each update recomputed from a few values of the states before and after it.
+
+The gradient that an optimizer received follows from its first moments, $g = (m' - b_1 m) / (1 - b_1)$. It is compared
+with the gradient of the loss; second moments, parameters and averages with the equations that they follow.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from dit_video.experiment.denoiser import get_optimizer_config
+from dit_video.experiment.self_check.problems import Problem
+from dit_video.experiment.self_check.samples import Samples
+from dit_video.experiment.self_check.subject import CheckedTraining
+from dit_video.training.optim.optimizer import OptimizerConfig
+
+_EPSILON = 1e-8
+"""Adam's own."""
+_ROUNDING = 2.0**-21
+"""Relative error of a float32 value that several operations have led to."""
+_UPDATE_TOLERANCE = 0.02
+"""Largest relative error of an update."""
+_GRADIENT_TOLERANCE = 0.05
+_MUON_BETA = 0.95
+"""Decay of Muon's momentum."""
+
+
+def compute_learning_rate(config: OptimizerConfig, steps: int, update: int) -> float:
+    """Return the learning rate of an update, counted from 0: a linear warmup, then the schedule."""
+    peak, warmup = config.learning_rate, config.warmup
+    if update < warmup:
+        return peak * (1 + (warmup - 1) * update / warmup) / warmup
+    done, length = update - warmup, steps - warmup
+    if config.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done / length)))
+    if config.schedule == "wsd":
+        cooldown = max(1, min(steps // 5, length))
+        return peak * min(1.0, max(0.0, (length - done) / cooldown))
+    return peak
+
+
+class UpdateCheck:
+    """The check of the update between two consecutive states."""
+
+    def __init__(self, subject: CheckedTraining, before: Samples, after: Samples, *, step: int):
+        """Prepare the check of the update that led to `step` steps."""
+        training = subject.experiment.denoiser
+        self._config = get_optimizer_config(training)
+        self._subject, self._before, self._after, self._step = subject, before, after, step
+        self._update = step - 1
+        self._rate = compute_learning_rate(self._config, training.steps, self._update - subject.trainer.start_step)
+        self._problems: list[Problem] = []
+
+    def find_problems(self, gradients: Mapping[str, np.ndarray] | None = None, norm: float = 0.0) -> list[Problem]:
+        """Return what differs from the equations.
+
+        Args:
+          gradients: Values of the loss's gradient at the state before; None to check the rest.
+          norm: Norm of the whole gradient, by which it is clipped.
+        """
+        self._check_average()
+        if self._config.kind in ("adamw", "muon"):
+            self._check_counts()
+            self._check_adam()
+            self._check_matrices()
+            if gradients is not None:
+                self._check_gradients(gradients, norm)
+        self._check_frozen()
+        return self._problems
+
+    def _add(self, check: str, message: str) -> None:
+        self._problems.append(Problem(check, f"{message} (update to step {self._step})"))
+
+    def _check_average(self) -> None:
+        """Check $e' = e + (1 - d) (p' - e)$ with the decay of `update_ema`."""
+        if self._config.kind == "schedule_free":
+            return
+        decay = min(self._subject.experiment.denoiser.ema_decay, (1 + self._update) / (10 + self._update))
+        errors = {}
+        for path, average in self._before["ema"].items():
+            params, actual = self._after["params"][path], self._after["ema"][path]
+            expected = average + (1 - np.float64(np.float32(decay))) * (params - average)
+            slack = _ROUNDING * np.abs(expected) + 1e-3 * (1 - decay) * np.abs(params - average) + 1e-12
+            errors[path] = float((np.abs(actual - expected) / slack).max(initial=0))
+        if errors and max(errors.values()) > 1:
+            path = max(errors, key=lambda each: errors[each])
+            self._add("ema", f"the average of {path} does not follow it with decay {decay:.4f}")
+
+    def _check_counts(self) -> None:
+        wrong = {int(count) for count in self._after["count"].values() if int(count) > self._step}
+        moved = [int(self._after["count"][path]) - int(each) for path, each in self._before["count"].items()]
+        if wrong or (moved and not set(moved) <= {0, 1}):
+            self._add("resume", f"the optimizer has counted {sorted(wrong) or moved[0]} updates")
+
+    def _infer_gradients(self) -> dict[str, np.ndarray]:
+        """Return the gradients that the optimizer received, clipped."""
+        before, after, b1 = self._before["mu"], self._after["mu"], self._config.b1
+        beta = {path: b1 if path in self._after["nu"] else _MUON_BETA for path in after}
+        return {path: (after[path] - beta[path] * before[path]) / (1 - beta[path]) for path in after if path in before}
+
+    def _was_skipped(self) -> bool:
+        return all(np.array_equal(self._before["params"][path], each) for path, each in self._after["params"].items())
+
+    def _check_adam(self) -> None:
+        """Check second moments and parameters of AdamW (arXiv 1711.05101)."""
+        if self._was_skipped():
+            return
+        config, errors, moments = self._config, dict[str, float](), dict[str, float]()
+        for path, gradient in self._infer_gradients().items():
+            if path not in self._after["nu"]:
+                continue
+            first, second = self._after["mu"][path], self._after["nu"][path]
+            expected = config.b2 * self._before["nu"][path] + (1 - config.b2) * np.square(gradient)
+            rounding = _ROUNDING * np.abs(first).max(initial=0) / (1 - config.b1)
+            slack = 1e-3 * np.abs(expected) + 4 * rounding * np.abs(gradient) + 4 * rounding**2 + 1e-30
+            moments[path] = float((np.abs(second - expected) / slack).max(initial=0))
+            count = float(self._after["count"][path])
+            direction = self._correct(first, gradient, count) / (np.sqrt(second / (1 - config.b2**count)) + _EPSILON)
+            errors[path] = self._compare_update(path, direction)
+        self._report(moments, "the second moments of {path} are not those of its gradients")
+        self._report(errors, f"{{path}} did not move by AdamW's update with learning rate {self._rate:.3g}")
+
+    def _correct(self, first: np.ndarray, gradient: np.ndarray, count: float) -> np.ndarray:
+        """Return the first moments without bias; Muon's other parameters use Nesterov momentum."""
+        b1 = self._config.b1
+        if self._config.kind == "muon":
+            return b1 * first / (1 - b1 ** (count + 1)) + (1 - b1) * gradient / (1 - b1**count)
+        return first / (1 - b1**count)
+
+    def _compare_update(self, path: str, direction: np.ndarray) -> float:
+        """Return the error of an update, relative to its tolerance."""
+        before, after = self._before["params"][path], self._after["params"][path]
+        decay = self._config.weight_decay if self._is_decayed(path) else 0.0
+        expected = -self._rate * (direction + decay * before)
+        slack = _UPDATE_TOLERANCE * np.abs(expected) + _ROUNDING * np.abs(before) + 0.01 * self._rate
+        return float((np.abs((after - before) - expected) / slack).max(initial=0))
+
+    def _is_decayed(self, path: str) -> bool:
+        return any(re.search(pattern, path) for pattern in self._config.weight_decay_patterns)
+
+    def _report(self, errors: Mapping[str, float], message: str) -> None:
+        if errors and max(errors.values()) > 1:
+            worst = max(errors, key=lambda each: errors[each])
+            count = sum(error > 1 for error in errors.values())
+            note = f", as {count - 1} other parameters" if count > 1 else ""
+            self._add("optimizer", message.format(path=worst) + note)
+
+    def _check_matrices(self) -> None:
+        """Check the size of Muon's updates, whose root mean square is a multiple of the learning rate."""
+        if self._config.kind != "muon" or self._was_skipped():
+            return
+        errors = {}
+        for path in self._after["mu"].keys() - self._after["nu"].keys():
+            before, after = self._before["params"][path], self._after["params"][path]
+            decay = self._config.weight_decay if self._is_decayed(path) else 0.0
+            size = np.sqrt(np.square(after - before + self._rate * decay * before).mean())
+            expected = self._rate * self._config.muon_rms
+            if expected > _ROUNDING * np.abs(before).max(initial=0):
+                errors[path] = float(abs(np.log(max(size, 1e-30) / expected)) / math.log(4))
+        self._report(errors, f"{{path}} did not move by Muon's update with learning rate {self._rate:.3g}")
+
+    def _check_gradients(self, gradients: Mapping[str, np.ndarray], norm: float) -> None:
+        """Check the gradients that the optimizer received against those of the loss, and how they were clipped."""
+        received = self._infer_gradients()
+        paths = [path for path in received if path in gradients]
+        if not paths or norm == 0:
+            return
+        actual, expected = (np.concatenate([each[path] for path in paths]) for each in (received, gradients))
+        share = float(actual @ expected / max(expected @ expected, 1e-30))
+        # The worst parameter, so that one without a gradient is noticed among many.
+        scale = max(abs(share), 1e-30)
+        errors = {
+            path: float(np.linalg.norm(received[path] - share * gradients[path]) / (scale * size))
+            for path in paths
+            if (size := np.linalg.norm(gradients[path])) > 1e-4 * norm / math.sqrt(len(paths))
+        }
+        worst = max(errors, key=lambda each: errors[each], default="")
+        clipped = min(1.0, self._config.max_grad_norm / norm)
+        if errors and errors[worst] > _GRADIENT_TOLERANCE:
+            self._add("gradient", f"the optimizer did not receive the gradient of {worst}: {errors[worst]:.0%} differ")
+        elif abs(share / clipped - 1) > _GRADIENT_TOLERANCE:
+            message = (
+                f"gradients are scaled by {share:.3g}, not by {clipped:.3g}, to which the norm {norm:.3g} is clipped"
+            )
+            # A sum over devices or microbatches looks like an integer factor; a wrong clip depends on the norm.
+            self._add("gradient" if share > clipped * 1.5 and clipped == 1 else "optimizer", message)
+
+    def _check_frozen(self) -> None:
+        frozen = [path for path in self._after["params"] if not self._is_trained(path)]
+        for path in frozen:
+            if not np.array_equal(self._before["params"][path], self._after["params"][path]):
+                self._add("trained_parameters", f"{path} is frozen, but changed")
+
+    def _is_trained(self, path: str) -> bool:
+        return self._subject.trained.lora is not None or self._config.is_trained(path)
+
+
+def check_changes(
+    subject: CheckedTraining, first: Mapping[str, int], last: Mapping[str, int], used: Mapping[str, bool], *, steps: int
+) -> list[Problem]:
+    """Check that parameters which the loss depends on have changed between two steps, by their digests.
+
+    Args:
+      subject: The training.
+      first: Digest of each parameter at the first step.
+      last: Digests at the last step.
+      used: Whether the loss depends on the parameter.
+      steps: Number of steps in between.
+    """
+    config, problems = get_optimizer_config(subject.experiment.denoiser), []
+    is_adapter = subject.trained.lora is not None
+    for path, digest in first.items():
+        is_trained = is_adapter or config.is_trained(path)
+        if is_trained and used.get(path, True) and last[path] == digest:
+            problems.append(f"{path} is trained, but has not changed in {steps} steps")
+        if not is_trained and last[path] != digest:
+            problems.append(f"{path} is frozen, but has changed in {steps} steps")
+    return [Problem("trained_parameters", each) for each in problems]

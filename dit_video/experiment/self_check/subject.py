@@ -1,0 +1,78 @@
+"""The training that is checked."""
+
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dit_video.core import rng
+from dit_video.data.clips import ClipSource
+from dit_video.data.latents.cache import LatentSource
+from dit_video.data.latents.plan import Encoding
+from dit_video.encoders.text import FrozenTextEncoder
+from dit_video.experiment import Experiment
+from dit_video.experiment.denoiser import TrainableDenoiser
+from dit_video.text import Tokenizer
+from dit_video.training.losses.denoiser import DenoiserLoss
+from dit_video.training.losses.lora import attach_factors
+from dit_video.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedTraining:
+    """The training of a denoiser, and all that its batches and steps are made of."""
+
+    experiment: Experiment
+    trainer: Trainer
+    loss: DenoiserLoss
+    trained: TrainableDenoiser
+    clips: ClipSource
+    held_out_clips: ClipSource
+    text: Tokenizer | FrozenTextEncoder
+    latents: LatentSource | None = None
+    """Cached latents; None where clips are encoded as they are read."""
+    encoding: Encoding | None = None
+    """Encoding that made the latents."""
+
+    @property
+    def frozen_params(self) -> tuple[dict[str, Any], ...]:
+        """Return the last arguments of the step: weights that are read and not trained."""
+        frozen = self.trained.frozen_params
+        return () if frozen is None else (frozen,)
+
+    def merge_params(self, params: dict[str, Any], frozen: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+        """Return the parameters of the model from the trained and the frozen ones. Traceable."""
+        lora = self.trained.lora
+        return params if lora is None else attach_factors(frozen[0], params, lora.scale)
+
+    def make_generator(self, check: str, step: int = 0) -> np.random.Generator:
+        """Return the random numbers of a check, the same in all processes."""
+        return rng.make_generator(self.experiment.seed, f"self-check: {check}", step)
+
+    @functools.cached_property
+    def replicated(self) -> NamedSharding:
+        """Return the sharding of results that every process reads."""
+        return NamedSharding(self.trainer.mesh, PartitionSpec())
+
+    @functools.cached_property
+    def clip_numbers(self) -> dict[str, int]:
+        """Return the number of the training clip of each name."""
+        return {name: number for number, name in enumerate(self.clips.column("name"))}
+
+    def jit(self, function: Any) -> Any:
+        """Return a jitted function whose results every process can read."""
+        return jax.jit(function, out_shardings=self.replicated)
+
+
+def iterate_within(seconds: float, items: Any, *, minimum: int) -> Iterator[Any]:
+    """Yield items until the time is over, but at least a minimum number."""
+    end = time.monotonic() + seconds
+    for number, item in enumerate(items):
+        if number >= minimum and time.monotonic() > end:
+            return
+        yield item
