@@ -74,6 +74,10 @@ class FakeGcs:
         """Method and path of each request."""
         self.fail: Callable[[str, str], int] = lambda method, path: 0
         """Function from method and path of a request to the status that it fails with; 0 for success."""
+        self.failure_count = 0
+        """Number of requests that failed on purpose."""
+        self.delay = 0.0
+        """Seconds by which each answer comes later."""
         self._uploads: dict[str, tuple[dict[str, str], bytearray]] = {}
         self._lock = threading.RLock()
         self._generation = int(time.time() * 1e6)
@@ -212,8 +216,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self._read_body()
         gcs = self.server.gcs
         gcs.requests.append((self.command, self.path))
+        time.sleep(gcs.delay)
         try:
             if status := gcs.fail(self.command, self.path):
+                gcs.failure_count += 1
                 raise Failure(status, "failed on purpose")
             answer = gcs.handle(self.command, location.path, query, self.headers, body)
         except Failure as failure:

@@ -1,0 +1,302 @@
+"""Train with four processes that fail at random, on storage that fails at random, and check the result.
+
+    python .ci/chaos_harness.py 50 --json .ci/chaos.json
+    python .ci/chaos_harness.py 5 --seed 0
+
+Each process stands for a machine with a disk of its own, and the run is in a bucket alone: a server of Google Cloud
+Storage's API, `tests/support/fake_gcs.py`. One training is not disturbed. Then there are rounds of two trainings that
+are, at random moments: one with four processes all the time, and one whose number of processes changes. The methods of
+`chaos_disturbances.Chaos` are the kinds of disturbances. One counts if the fault had its effect, and as recovered if a
+later step than all before it was logged afterwards.
+
+In the end, each first training has the undisturbed one's hash chain and final arrays, bit for bit, and each second one
+its losses to 1e-6 and its parameters to 1e-4. Goodput is what the runs record themselves. Rounds that are in the file of
+results already count, so that the command may be interrupted.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import numpy as np
+from chaos_cluster import SILENCE, Cluster, make_environment
+from chaos_disturbances import MAX_STARTS, MISTAKE, PROCESS_COUNTS, Chaos, Event
+from support.fake_gcs import FakeGcs, serve
+
+PROCESSES = 4
+STEPS = 100
+KINDS = ("kill", "kill_starting", "freeze", "pause", "preempt", "damage", "outage", "flaky", "slow", "deny")
+TOLERATED = ("pause", "slow")
+"""Kinds after which no process may end."""
+MAX_PAUSE_STEPS, MAX_PAUSE_SECONDS = 6, 1.0
+"""Most steps, and then seconds, between a recovery and the next disturbance."""
+MAX_LOSS_DIFFERENCE, MAX_PARAMETER_DIFFERENCE = 1e-6, 1e-4
+"""Relative difference of losses, and absolute one of parameters, with other numbers of processes."""
+Chain = list[dict[str, Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("disturbances", type=int, help="Number of disturbances, with those in the file of results.")
+    parser.add_argument("--per-round", type=int, default=10, help="Disturbances of a round of two trainings.")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="Kinds, besides added and removed.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="Compiled programs, and all outputs.")
+    parser.add_argument("--json", type=Path, default=None, help="File of the results, which is continued.")
+    parser.add_argument("--seed", type=int, default=None, help="Seed of the disturbances; a new one by default.")
+    parser.add_argument("--steps", type=int, default=STEPS, help="Steps of each training.")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="Time after which no round begins.")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    path = arguments.json
+    rounds = json.loads(path.read_text())["rounds"] if path and path.exists() else []
+    folder = arguments.folder.absolute()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
+    with serve() as bucket:
+        harness = Harness(folder / time.strftime("%Y%m%d-%H%M%S"), bucket, steps=arguments.steps)
+        harness.prepare()
+        while (missing := arguments.disturbances - count_events(rounds)) > 0:
+            if time.monotonic() - start > 60 * arguments.minutes:
+                break
+            seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed + len(rounds)
+            rounds.append(harness.run_round(seed, min(missing, arguments.per_round), arguments.kinds))
+            summary = summarize(rounds)
+            if path:
+                path.write_text(json.dumps({"summary": summary, "rounds": rounds}, indent=1) + "\n")
+    print(f"{format_table(rounds)}\n{(time.monotonic() - start) / 60:.0f} minutes")
+    if summarize(rounds)["recovered"] < arguments.disturbances:
+        raise SystemExit(1)
+
+
+class Harness:
+    """The bucket, and the trainings in it."""
+
+    def __init__(self, folder: Path, bucket: FakeGcs, *, steps: int):
+        self.folder, self.bucket, self.steps = folder, bucket, steps
+        self.undisturbed: dict[str, Any] = {}
+        self.goodput: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        """Make the data that all trainings start from, and train without disturbances."""
+        program = Path(__file__).with_name("chaos_training.py")
+        command = [sys.executable, str(program), "prepare", get_address("prepared"), "--steps", str(self.steps)]
+        command += ["--silence", str(SILENCE), "--clips", str(self.folder / "clips")]
+        environment = {**make_environment(), "XDG_CACHE_HOME": str(self.folder / "prepared")}
+        subprocess.run(command, env=environment, check=True)
+        cluster = self.make_cluster("undisturbed", PROCESSES)
+        cluster.start()
+        codes, _ = wait_for_success(cluster)
+        print(f"undisturbed: {codes}", flush=True)
+        self.undisturbed = self.read_result("undisturbed")
+        self.goodput = read_goodput("undisturbed")
+        print(f"undisturbed: goodput {self.goodput['goodput']:.1%}", flush=True)
+
+    def make_cluster(self, name: str, count: int) -> Cluster:
+        for source in self.bucket.list_names("runs/prepared/"):
+            target = f"runs/{name}/{source.removeprefix('runs/prepared/')}"
+            self.bucket.objects[target] = dataclasses.replace(self.bucket.objects[source], name=target)
+        return Cluster(get_address(name), self.folder / name, steps=self.steps, count=count)
+
+    def run_round(self, seed: int, count: int, kinds: Sequence[str]) -> dict[str, Any]:
+        """Disturb two trainings, and return what came of it."""
+        chosen, start = random.Random(seed), time.monotonic()
+        half = (count + 1) // 2
+        results: dict[str, Any] = {"seed": seed, "undisturbed": self.goodput, "missed": [], "events": []}
+        for training, number in (("fixed", half), ("resized", count - half)):
+            name = f"{training}-{seed}"
+            cluster = self.make_cluster(name, PROCESSES)
+            events = self.disturb(cluster, training, chosen, number, kinds) if number else []
+            results["events"] += [dataclasses.asdict(event) for event in events if event.hit]
+            results["missed"] += [dataclasses.asdict(event) for event in events if not event.hit]
+            if number:
+                result = self.read_result(name)
+                compare = compare_bits if training == "fixed" else compare_values
+                results[training] = {**read_goodput(name), "starts": cluster.starts}
+                results[training] |= compare(self.undisturbed, result)
+                print(f"{training}: {results[training]}", flush=True)
+        return {**results, "minutes": (time.monotonic() - start) / 60}
+
+    def disturb(
+        self, cluster: Cluster, training: str, chosen: random.Random, count: int, kinds: Sequence[str]
+    ) -> list[Event]:
+        """Train to the end with so many disturbances that count, and return these and the others."""
+        events: list[Event] = []
+        chaos = Chaos(cluster, self.bucket, chosen)
+        cluster.start()
+        coming: list[str] = []
+        while sum(event.hit for event in events) < count:
+            if not coming:
+                coming = chosen.sample(kinds, len(kinds))
+            first, steps = cluster.get_newest_step(), chosen.randint(1, MAX_PAUSE_STEPS)
+            if not cluster.wait_for(lambda: cluster.get_newest_step() >= first + steps):  # noqa: B023  # it ends here
+                raise SystemExit(f"{training}: a process ended: {cluster.wait_for_end()}\n{format_outputs(cluster)}")
+            time.sleep(chosen.uniform(0.0, MAX_PAUSE_SECONDS))
+            kind = coming.pop(0)
+            if training == "resized" and chosen.random() < 0.5:
+                can_shrink, can_grow = cluster.count > PROCESS_COUNTS[0], cluster.count < PROCESS_COUNTS[-1]
+                kind = chosen.choice(["remove"] * can_shrink + ["add"] * can_grow)
+            step, begin = cluster.get_newest_step(), time.time()
+            event = Event(kind=kind, training=training, processes=cluster.count, step=step, begin=begin)
+            events.append(event)
+            getattr(chaos, kind)(event)
+            recover(cluster, event)
+            state = f"recovered after {event.seconds:.0f} s" if event.recovered else "NOT RECOVERED"
+            what = f"{kind} after step {step}: {event.detail}; {state}; exit codes {event.codes}, {event.hung} hung"
+            print(f"{training}: {what}{'' if event.hit else ', BUT NOT HIT'}", flush=True)
+            if not event.recovered:
+                raise SystemExit(f"see the outputs of the last {len(event.codes) + 1} starts in {cluster.folder}")
+        codes, _ = wait_for_success(cluster)
+        return events
+
+    def read_result(self, name: str) -> dict[str, Any]:
+        """Return the hash chain and the final arrays of a training."""
+        import jax
+        import orbax.checkpoint as ocp
+
+        from dit_video.core import trees
+        from dit_video.training.hooks.hash_chain import read_chain
+
+        path = self.folder / f"{name}.jsonl"
+        path.write_bytes(self.bucket.objects[f"runs/{name}/denoiser/hash_chain.jsonl"].content)
+        address = f"{get_address(name)}/checkpoints/denoiser/{self.steps}/state"
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(address).item_metadata.tree
+            options = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            state = checkpointer.restore(address, args=ocp.args.PyTreeRestore(restore_args=options))
+        return {"chain": read_chain(path), "arrays": trees.flatten(state)}
+
+
+def recover(cluster: Cluster, event: Event) -> None:
+    """Start the training as often as it needs to get beyond the disturbance, and note when it does."""
+    end = time.time()
+    for _ in range(MAX_STARTS):
+        if not cluster.is_whole:
+            cluster.start()
+        if cluster.wait_for(lambda: cluster.find_first_step(beyond=event.step, since=end) is not None):
+            break
+        codes, hung = cluster.wait_for_end()
+        event.codes.append(codes)
+        event.hung += hung
+    first = cluster.find_first_step(beyond=event.step, since=end)
+    codes = {code for codes in event.codes for code in codes}
+    is_orderly = not codes & {1, -11} and (MISTAKE not in codes or event.kind == "deny")
+    event.recovered = first is not None and is_orderly and not (event.codes and event.kind in TOLERATED)
+    if first is not None:
+        event.seconds = first.time - event.begin
+        if event.codes:
+            cluster.start_seconds = first.time - cluster.start_time
+
+
+def wait_for_success(cluster: Cluster) -> tuple[list[int], int]:
+    """Wait until all processes have ended, and raise an error unless the training is complete."""
+    cluster.wait_for(lambda: False, 1800.0)
+    codes, hung = cluster.wait_for_end()
+    if codes != [0] * len(codes):
+        raise SystemExit(f"the training ended with {codes}:\n{format_outputs(cluster)}")
+    return codes, hung
+
+
+def compare_bits(expected: dict[str, Any], actual: dict[str, Any]) -> dict[str, Any]:
+    """Compare a training with as many processes, which may have saved at further steps."""
+    chains = [[strip_link(record) for record in result["chain"]] for result in (expected, actual)]
+    missing = [record for record in chains[0] if record not in chains[1]]
+    steps = [sum("batch" in record for record in chain) for chain in chains]
+    different = [
+        path
+        for path, array in expected["arrays"].items()
+        if path not in actual["arrays"] or array.tobytes() != actual["arrays"][path].tobytes()
+    ]
+    if missing or different or steps[0] != steps[1]:
+        raise SystemExit(f"bits differ: {missing[:3]}, {different[:3]}, {steps} steps")
+    return {"equal_records": len(chains[0]), "equal_arrays": len(expected["arrays"])}
+
+
+def compare_values(expected: dict[str, Any], actual: dict[str, Any]) -> dict[str, Any]:
+    """Compare a training with other numbers of processes."""
+    steps, actual_steps = (
+        {record["step"]: record for record in result["chain"] if "batch" in record} for result in (expected, actual)
+    )
+    if any(actual_steps[step]["batch"] != record["batch"] for step, record in steps.items()):
+        raise SystemExit("the resized training has other batches")
+    pairs = [(float.fromhex(steps[step]["loss"]), float.fromhex(actual_steps[step]["loss"])) for step in steps]
+    losses = max(abs(new - old) / abs(old) for old, new in pairs)
+    arrays = {path: array for path, array in expected["arrays"].items() if path.startswith("params/")}
+    differences = {path: float(np.abs(array - actual["arrays"][path]).max()) for path, array in arrays.items()}
+    worst = max(differences, key=lambda path: differences[path])
+    if losses > MAX_LOSS_DIFFERENCE or differences[worst] > MAX_PARAMETER_DIFFERENCE:
+        raise SystemExit(f"losses differ by {losses:.1e}, and {worst} by {differences[worst]:.1e}")
+    return {"loss_difference": losses, "parameter_difference": differences[worst], "parameter": worst}
+
+
+def strip_link(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what was computed, and not when the training was started."""
+    return {name: value for name, value in record.items() if name not in ("link", "start")}
+
+
+def get_address(name: str) -> str:
+    return f"gs://bucket/runs/{name}"
+
+
+def read_goodput(name: str) -> dict[str, Any]:
+    """Return where the time of a run went, as it has recorded it."""
+    from dit_video.training.goodput import GROUPS, get_group, read_run_times
+
+    times = read_run_times(get_address(name))
+    groups = dict.fromkeys(GROUPS, 0.0)
+    for category, microseconds in times.microseconds.items():
+        groups[get_group(category)] += microseconds / times.total
+    return {"goodput": times.goodput, "seconds": times.total / 1e6, "attempts": len(times.attempts), "shares": groups}
+
+
+def format_outputs(cluster: Cluster) -> str:
+    return "\n".join(f"process {index}:\n{text[-3000:]}" for index, text in enumerate(cluster.read_outputs()))
+
+
+def count_events(rounds: Sequence[dict[str, Any]]) -> int:
+    return sum(len(each["events"]) for each in rounds)
+
+
+def summarize(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the counts of all disturbances, and the times of recovery of each kind."""
+    events = [event for each in rounds for event in each["events"]]
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for event in events:
+        kinds.setdefault(event["kind"], []).append(event)
+    table = {}
+    for kind, group in sorted(kinds.items()):
+        seconds = [event["seconds"] for event in group]
+        table[kind] = {
+            "count": len(group),
+            "recovered": sum(event["recovered"] for event in group),
+            "median_seconds": round(statistics.median(seconds), 1),
+            "max_seconds": round(max(seconds), 1),
+            "hung": sum(event["hung"] for event in group),
+        }
+    return {"count": len(events), "recovered": sum(event["recovered"] for event in events), "kinds": table}
+
+
+def format_table(rounds: Sequence[dict[str, Any]]) -> str:
+    summary = summarize(rounds)
+    lines = [f"{summary['recovered']} of {summary['count']} recovered"]
+    lines += [f"| {kind} | {' | '.join(map(str, row.values()))} |" for kind, row in summary["kinds"].items()]
+    for training in ("undisturbed", "fixed", "resized"):
+        goodput = [each[training]["goodput"] for each in rounds if training in each]
+        if goodput:
+            lines.append(f"goodput of the {training} trainings: {', '.join(f'{share:.1%}' for share in goodput)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    main()
