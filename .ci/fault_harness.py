@@ -64,7 +64,9 @@ def main() -> None:
     variants = [name for name in GOOD if arguments.only is None or name in {FAULTS[each].variant for each in names}]
     # A prepared checkpoint has one seed.
     good = [("good", variant, seed) for seed in range(99) for variant in variants if not seed or variant != "resumed"]
-    cases = good[: arguments.good] + [("fault", FAULTS[name].variant, name) for name in names]
+    good, faults = good[: arguments.good], [("fault", FAULTS[name].variant, name) for name in names]
+    # The effects of faults are seen in comparison with the first run of each variant.
+    cases = [*good[: len(variants)], *faults, *good[len(variants) :]]
 
     results = read_results(arguments.json)
     code = compute_digest()
@@ -75,7 +77,6 @@ def main() -> None:
     start_time = time.monotonic()
     sources = folder / f"sources-{compute_digest(of_sources=True)}"
     prepare(sources, [name for name in VARIANTS if name in needed], code, arguments.processes)
-    # References of the effects come first, and are not computed here if no run without a fault is asked for.
     for case, result in run_cases(run_case, [(case, sources, code) for case in pending], arguments.processes):
         name = get_case_name(case[0])
         result |= describe_case(case[0])
@@ -197,7 +198,7 @@ def run_case(case: tuple[str, str, Any], sources: Path, code: str) -> Result:
     reference = sources / "cases" / f"{variant}-{code}.json".replace(" ", "-")
     if kind == "good" and not seed:
         reference.write_text(json.dumps(chain))
-    elif kind == "fault" and reference.is_file():
+    elif kind == "fault" and (reference := find_reference(reference)):
         result["effect"] = describe_effect(json.loads(reference.read_text()), chain)
     problems = run_folder / "denoiser" / "self_check.jsonl"
     result["checked"] = problems.is_file()
@@ -206,6 +207,12 @@ def run_case(case: tuple[str, str, Any], sources: Path, code: str) -> Result:
     result["losses"] = [round(loss, 4) for loss in losses]
     shutil.rmtree(run_folder)
     return result
+
+
+def find_reference(path: Path) -> Path | None:
+    """Return the run without a fault to compare with: of the present code, or of the code before that."""
+    others = path.parent.glob(f"{path.name.rpartition('-')[0]}-*.json")
+    return path if path.is_file() else max(others, key=lambda other: other.stat().st_mtime, default=None)
 
 
 def read_lines(path: Path) -> list[Any]:
