@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from chaos_cluster import KILLED, SILENCE, Cluster, is_stopped, send_signal
+
 from support.fake_gcs import FakeGcs
 
 STOPPED = 75
@@ -131,7 +132,8 @@ class Chaos:
         elif way == "cut":
             stored.content = stored.content[:middle]
         else:
-            stored.content = stored.content[:middle] + bytes([stored.content[middle] ^ 255]) + stored.content[middle + 1 :]
+            changed = bytes([stored.content[middle] ^ 255])
+            stored.content = stored.content[:middle] + changed + stored.content[middle + 1 :]
         event.detail += f"; {name} is {way}"
         event.hit &= self._restart_and_find(f"checkpoint {steps[-1]} in ")
 

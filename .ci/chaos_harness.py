@@ -10,8 +10,8 @@ are, at random moments: one with four processes all the time, and one whose numb
 later step than all before it was logged afterwards.
 
 In the end, each first training has the undisturbed one's hash chain and final arrays, bit for bit, and each second one
-its losses to 1e-6 and its parameters to 1e-4. Goodput is what the runs record themselves. Rounds that are in the file of
-results already count, so that the command may be interrupted.
+its losses to 1e-6 and its parameters to 1e-4. Goodput is what the runs record themselves. Rounds in the file of results
+count already, so that the command may be interrupted.
 """
 
 import argparse
@@ -30,10 +30,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import numpy as np
-from chaos_cluster import SILENCE, Cluster, make_environment
-from chaos_disturbances import MAX_STARTS, MISTAKE, PROCESS_COUNTS, Chaos, Event
-from support.fake_gcs import FakeGcs, serve
+import numpy as np  # noqa: E402
+from chaos_cluster import SILENCE, Cluster, make_environment  # noqa: E402
+from chaos_disturbances import MAX_STARTS, MISTAKE, PROCESS_COUNTS, Chaos, Event  # noqa: E402
+
+from support.fake_gcs import FakeGcs, serve  # noqa: E402
 
 PROCESSES = 4
 STEPS = 100
@@ -156,7 +157,7 @@ class Harness:
             print(f"{training}: {what}{'' if event.hit else ', BUT NOT HIT'}", flush=True)
             if not event.recovered:
                 raise SystemExit(f"see the outputs of the last {len(event.codes) + 1} starts in {cluster.folder}")
-        codes, _ = wait_for_success(cluster)
+        wait_for_success(cluster)
         return events
 
     def read_result(self, name: str) -> dict[str, Any]:

@@ -1,17 +1,13 @@
 """One process of the training that `chaos_harness.py` disturbs; it is started as in `experiments/train.py`.
 
-    python .ci/chaos_training.py prepare gs://bucket/runs/prepared --steps 200 --silence 10 --clips CLIPS
-    python .ci/chaos_training.py train gs://bucket/runs/chaos --steps 200 --silence 10
+python .ci/chaos_training.py prepare gs://bucket/runs/prepared --steps 200 --silence 10 --clips CLIPS
+python .ci/chaos_training.py train gs://bucket/runs/chaos --steps 200 --silence 10
 """
 
 import argparse
 import contextlib
 import dataclasses
-import sys
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, script
 from dit_video.data.synthetic import shapes

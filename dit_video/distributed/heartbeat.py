@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -47,6 +48,8 @@ from dit_video.distributed.store import KeyValueStore
 from dit_video.distributed.timeouts import TimeoutConfig
 
 _HEALTH = "health"
+_LOST_CONNECTION = re.compile(r"Gloo|\bDEADLINE_EXCEEDED\b|\bUNAVAILABLE\b")
+"""Pattern of the messages of JAX's errors where other processes do not answer, or not in time."""
 
 
 class HeartbeatMonitor:
@@ -174,17 +177,17 @@ class HeartbeatMonitor:
 
     def _end_with_error(self, error: BaseException) -> None:
         """End together with the others, which would wait for this process, and for which JAX would wait at exit."""
-        process_id = self._group.process_id
+        process_id, code = self._group.process_id, _get_code(error)
         try:
-            if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):  # JAX raises these as ValueError.
+            if _is_of_jax(error):
                 # Another process' death breaks connections and should be reported instead of this error. So the error
                 # is reported only if all processes have it.
                 self._store.write(f"{TROUBLE}{process_id}", "")
                 self._all_in_trouble.wait(self._timeouts.max_silence + 2 * GRACE_SECONDS)
             self._has_failed = True
-            ended = ProcessExit(error=f"{type(error).__name__}: {error}", code=_get_code(error))
+            ended = ProcessExit(error=f"{type(error).__name__}: {error}", code=code)
             self._store.write(f"{EXIT}{process_id}", ended.to_text())
-            if self._all_left.wait(2 * GRACE_SECONDS):
+            if self._all_left.wait(2 * GRACE_SECONDS) and not (_is_of_jax(error) and code == EXIT_TRY_AGAIN):
                 return  # All have ended, with errors of their own.
         except jax.errors.JaxRuntimeError:  # The store fails if process 0, which holds it, is gone.
             if not self._group.is_first:
@@ -193,7 +196,7 @@ class HeartbeatMonitor:
             print(f"{'error' if isinstance(error, UserError) else 'stopped'}: {error}", file=sys.stderr)
         else:
             traceback.print_exception(error)
-        self._end_now(_get_code(error))
+        self._end_now(code)
 
     def _exchange_heartbeats(self) -> None:
         """Write heartbeats, and read or publish the run's health. Its calls may hang if process 0 does."""
@@ -272,10 +275,17 @@ class HeartbeatMonitor:
         exit_now(code)
 
 
+def _is_of_jax(error: BaseException) -> bool:
+    """Return whether an error may come from another process; JAX raises those of Gloo as a ValueError, too."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+
+
 def _get_code(error: BaseException) -> int:
     """Return the exit code of a process after an error."""
     if isinstance(error, UserError | GracefulStop):
         return error.code
+    if _is_of_jax(error) and _LOST_CONNECTION.search(str(error)):
+        return EXIT_TRY_AGAIN
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 

@@ -26,6 +26,7 @@ import jax
 from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
 from dit_video.distributed.cluster_detection import ProcessInfo, detect_processes
 from dit_video.distributed.hang_watch import HangWatch
+from dit_video.distributed.health import GRACE_SECONDS
 from dit_video.distributed.heartbeat import HeartbeatMonitor
 from dit_video.distributed.stacks import exit_now
 from dit_video.distributed.store import KeyValueStore
@@ -148,8 +149,10 @@ def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=math.ceil(timeouts.startup) + _EXTRA_SECONDS,
-            # `HeartbeatMonitor` should be first, since it names the lost process; JAX's heartbeat is the fallback.
-            heartbeat_timeout_seconds=math.ceil(3 * timeouts.max_silence),
+            # `HeartbeatMonitor` should be first, since it names the lost process; JAX's heartbeat is the fallback. Its
+            # last one may be half of its time old when a process dies, and it must not end the others while they read
+            # the message.
+            heartbeat_timeout_seconds=math.ceil(3 * (timeouts.max_silence + GRACE_SECONDS)),
             shutdown_timeout_seconds=math.ceil(timeouts.max_silence),
         )
     except Exception as error:  # JAX raises many types for a failed connection.

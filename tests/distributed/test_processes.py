@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
+from dit_video.distributed.health import GRACE_SECONDS
 from dit_video.distributed.processes import initialize_distributed, is_in_turn, main_process_first
 from dit_video.distributed.timeouts import TimeoutConfig
 from support.devices import HANG, PROGRAMS, find_free_port, make_environment
@@ -115,6 +116,15 @@ def test_all_processes_end_with_the_code_of_a_mistake_of_the_user(index):
     name = f"process {index} ({os.uname().nodename}, pid {processes[index].pid})"
     assert f"error: {name} has ended (UserError: the disk is full)" in ended[1 - index][2]
     assert "Correct that first" in ended[1 - index][2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["lose connection", "lose connection in one"])
+def test_processes_that_lose_their_connection_ask_for_another_start(case):
+    """Both fail, or one does while the other waits for it."""
+    for code, _, err in wait_for_all(start_both(case, lost_process=1, max_silence=5)):
+        assert code == EXIT_TRY_AGAIN, err
+        assert "Gloo context initialization failed" in err
 
 
 HANGS = {
@@ -239,3 +249,22 @@ def test_errors_of_the_connection_ask_for_another_start_only_if_it_may_succeed(m
         pass
     assert raised.value.code == code
     assert ("within" in str(raised.value)) == ("DEADLINE" in str(error))
+
+
+@pytest.mark.parametrize("max_silence", [1.0, 10.0, 60.0])
+def test_jax_waits_until_our_message_about_a_lost_process_is_read(monkeypatch, max_silence):
+    arguments: dict[str, Any] = {}
+
+    def fail(**options):
+        arguments.update(options)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    for name, value in {"COORDINATOR_ADDRESS": "node0:1234", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    timeouts = TimeoutConfig(max_silence=max_silence)
+    with pytest.raises(UserError), initialize_distributed(timeouts=timeouts):
+        pass
+    # JAX sends its heartbeats at half of this time, so that it may find a lost process after the other half.
+    assert arguments["heartbeat_timeout_seconds"] / 2 > 1.1 * max_silence + GRACE_SECONDS

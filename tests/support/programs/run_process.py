@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -109,6 +110,12 @@ def fail() -> None:
     raise UserError("the disk is full")
 
 
+def lose_connection() -> None:
+    """Fail as where another process is too late for Gloo, which waits for 30 s."""
+    message = "UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out with key: cpu"
+    raise jax.errors.JaxRuntimeError(message)
+
+
 CASES = {
     "wait in first process": wait_in_first_process,
     "write in first process": write_in_first_process,
@@ -118,8 +125,9 @@ CASES = {
     "hang before training": hang_before_training,
     "hang in all processes": sleep_in_step,
     "fail for a while": fail_for_a_while,
+    "lose connection": lose_connection,
 }
-LOSSES = {"kill": kill, "stop": stop, "sleep": sleep, "fail": fail}
+LOSSES = {"kill": kill, "stop": stop, "sleep": sleep, "fail": fail, "lose connection in one": lose_connection}
 """Cases in which one process is lost to the others."""
 
 
