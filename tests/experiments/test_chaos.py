@@ -1,0 +1,65 @@
+"""Four processes that train together on a bucket, while they and it fail: see `.ci/chaos_harness.py`."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("gcsfs")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    """Return the module of the harness."""
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    return importlib.import_module("chaos_harness")
+
+
+def make_result(*, loss=1.0, batch="0a", value=1.0):
+    records = [
+        {"step": 0, "start": {}, "link": "a"},
+        {"step": 1, "batch": {"x": batch}, "loss": loss.hex(), "link": "b"},
+    ]
+    return {"chain": records, "arrays": {"params/kernel": np.float32([value, 0.0])}}
+
+
+def test_a_training_with_as_many_processes_has_to_have_the_same_bits(harness):
+    assert harness.compare_bits(make_result(), make_result()) == {"equal_records": 2, "equal_arrays": 1}
+    for other in (make_result(loss=1.0 + 1e-15), make_result(batch="0b"), make_result(value=1.0 + 1e-7)):
+        with pytest.raises(SystemExit, match="bits differ"):
+            harness.compare_bits(make_result(), other)
+    negative_zero = make_result()
+    negative_zero["arrays"]["params/kernel"][1] = -0.0
+    with pytest.raises(SystemExit, match="bits differ"):
+        harness.compare_bits(make_result(), negative_zero)
+
+
+def test_a_training_with_other_numbers_of_processes_has_to_have_the_same_batches_and_close_values(harness):
+    compared = harness.compare_values(make_result(), make_result(loss=1.0 + 5e-7, value=1.0 + 1e-5))
+    assert compared["loss_difference"] == pytest.approx(5e-7)
+    for other in (make_result(loss=1.0 + 2e-6), make_result(batch="0b"), make_result(value=1.001)):
+        with pytest.raises(SystemExit, match=r"differ|other batches"):
+            harness.compare_values(make_result(), other)
+
+
+@pytest.mark.slow
+def test_a_training_recovers_from_five_disturbances(tmp_path):
+    results = tmp_path / "chaos.json"
+    kinds = ("kill", "pause", "preempt", "damage", "slow")
+    command = [sys.executable, ".ci/chaos_harness.py", "5", "--seed", "0", "--folder", tmp_path, "--json", results]
+    command += ["--per-round", "5", "--steps", "50", "--kinds", *kinds]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=3600)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    content = json.loads(results.read_text())
+    assert content["summary"]["recovered"] == content["summary"]["count"] == 5
+    (only_round,) = content["rounds"]
+    assert {event["training"] for event in only_round["events"]} == {"fixed", "resized"}
+    assert all(event["recovered"] and event["hit"] and event["seconds"] > 0 for event in only_round["events"])
+    assert only_round["fixed"]["equal_arrays"] > 20
+    assert 0 < only_round["fixed"]["goodput"] < 1
