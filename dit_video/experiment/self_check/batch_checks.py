@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from dit_video.core.errors import DecodeError
 from dit_video.data.loader import DenoiserBatches, PackedBatches
 from dit_video.data.packing.rows import RowEntry
 from dit_video.data.sizes import fit_size
@@ -27,10 +28,14 @@ def check_rows(subject: CheckedTraining, rows: PackedBatch, entries: Sequence[Se
     for number, row_entries in enumerate(entries):
         row = _Row(subject, rows, number)
         problems += row.check(row_entries)
-    ranks = [entry.rank for row_entries in entries for entry in row_entries]
-    if len(set(ranks)) < len(ranks):
-        problems.append(Problem("rows", "a batch has the same example twice"))
     return problems
+
+
+def check_repeated_examples(entries: Sequence[Sequence[RowEntry]]) -> list[Problem]:
+    """Check that the rows of a batch do not have an example of an epoch twice."""
+    keys = [(entry.epoch, entry.example) for row_entries in entries for entry in row_entries]
+    count = len(keys) - len(set(keys))
+    return [Problem("order", f"a batch has {count} examples of one epoch more than once")] if count else []
 
 
 class _Row:
@@ -76,10 +81,14 @@ class _Row:
                     f"from 0 to {positions[:, wrong].max():g}"
                 )
             )
+        try:
+            values = None if latents is None else latents[entry.example]
+        except DecodeError:
+            return [self._make(f"{name} is damaged, but counts in the loss")] if self._valid[index] else problems
         if not self._valid[index]:
-            return problems  # a damaged clip
-        if latents is not None:
-            expected = _cut_patches(latents[entry.example], self._subject.experiment.denoiser.backbone.patch)
+            return problems  # a clip or a caption is damaged
+        if values is not None:
+            expected = _cut_patches(values, self._subject.experiment.denoiser.backbone.patch)
             if not np.allclose(self._tokens[places], expected, atol=1e-5):
                 problems.append(self._make(f"the tokens of {name} are not the patches of its latents"))
         elif not np.any(self._tokens[places]):

@@ -1,20 +1,19 @@
 """Checks of gradients: against finite differences, and whether they reach every parameter that the loss depends on."""
 
-import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dit_video.core.trees import flatten, map_with_path
-from dit_video.distributed import make_shardings
+from dit_video.distributed import make_shardings, shard_batch
 from dit_video.experiment.denoiser import get_optimizer_config
-from dit_video.experiment.self_check.model_checks import NOISE, perturb
+from dit_video.experiment.self_check.model_checks import NOISE, make_noise
 from dit_video.experiment.self_check.problems import Problem
-from dit_video.experiment.self_check.samples import Sampler
+from dit_video.experiment.self_check.samples import COUNT, Sampler
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.tokens import PackedBatch
 
@@ -53,21 +52,19 @@ class GradientProbe:
         self._subject, self._loss, self._sampler = subject, loss, sampler
         self._num_parts = subject.experiment.denoiser.accumulation_steps
         layout = make_shardings(params, subject.trainer.mesh)
-        self._differentiate = jax.jit(self._compute_part, out_shardings=(layout, subject.replicated))
+        self._differentiate = subject.jit(self._compute_part, (layout, subject.replicated))
         self._summarize = subject.jit(self._summarize_tree)
         self._evaluate = subject.jit(self._compute_loss)
-        self._random = jax.random.key(subject.experiment.seed)
 
-    def compute(self, params: Any, rows: PackedBatch, step: int, *, amount: float = 0.0) -> Gradient:
-        """Return the gradient at parameters that are perturbed by an amount; see `perturb`."""
+    def compute(self, params: Any, rows: PackedBatch, step: int) -> Gradient:
+        """Return the gradient of a batch of this process."""
         total, weight = None, 0.0
         for part in range(self._num_parts):
-            microbatch = jax.tree.map(lambda leaf, part=part: leaf[part :: self._num_parts], rows)
-            arguments = params, self._subject.frozen_params, microbatch, jnp.int32(step), jnp.float32(amount)
+            arguments = params, self._subject.frozen_params, self._take_part(rows, part), np.int32(step)
             gradients, count = self._differentiate(*arguments)
             total = gradients if total is None else jax.tree.map(jnp.add, total, gradients)
             weight += float(count)
-        values, norm, is_used, slope = jax.device_get(self._summarize(total, jnp.float32(max(weight, 1.0))))
+        values, norm, is_used, slope = jax.device_get(self._summarize(total, np.float32(max(weight, 1.0))))
         as_bool = {path: bool(each) for path, each in is_used.items()}
         return Gradient(
             {path: np.asarray(each, np.float64) for path, each in values.items()}, float(norm), as_bool, float(slope)
@@ -76,30 +73,30 @@ class GradientProbe:
     def evaluate(
         self, params: Any, rows: PackedBatch, step: int, signs: Mapping[str, np.ndarray], size: float, changed: str = ""
     ) -> float:
-        """Return the loss at perturbed parameters, moved by signs at the sampled places, with one of them changed."""
-        flags = {path: jnp.float32(path == changed) for path in signs}
-        values = {path: jnp.asarray(each, jnp.float32) for path, each in signs.items()}
+        """Return the loss at parameters that are moved by signs at the sampled places, with one of them changed."""
+        flags = {path: np.float32(path == changed) for path in signs}
+        values = {path: np.asarray(each, np.float32) for path, each in signs.items()}
         total, weight = 0.0, 0.0
         for part in range(self._num_parts):
-            microbatch = jax.tree.map(lambda leaf, part=part: leaf[part :: self._num_parts], rows)
-            count = float(jnp.asarray(microbatch.valid).sum())
-            arguments = (
-                params,
-                self._subject.frozen_params,
-                microbatch,
-                jnp.int32(step),
-                values,
-                jnp.float32(size),
-                flags,
-            )
-            total += count * float(self._evaluate(*arguments))
-            weight += count
+            arguments = self._take_part(rows, part), np.int32(step), values, np.float32(size), flags
+            loss, count = jax.device_get(self._evaluate(params, self._subject.frozen_params, *arguments))
+            total += float(count) * float(loss)
+            weight += float(count)
         return total / max(weight, 1.0)
 
-    def _compute_part(self, params, frozen, rows, step, amount):
+    def compute_loss(self, params: Any, rows: PackedBatch, step: int) -> float:
+        """Return the loss of a batch of this process."""
+        signs = {path: np.zeros(COUNT if leaf.ndim else (), np.float32) for path, leaf in flatten(params).items()}
+        return self.evaluate(params, rows, step, signs, 0.0)
+
+    def _take_part(self, rows: PackedBatch, part: int) -> PackedBatch:
+        """Return a microbatch on the devices."""
+        microbatch = jax.tree.map(lambda leaf: np.asarray(leaf)[part :: self._num_parts], rows)
+        return shard_batch(microbatch, self._subject.trainer.mesh)
+
+    def _compute_part(self, params, frozen, rows, step):
         """Return the gradient of a microbatch, times its number of clips, and that number."""
-        perturbed, others = perturb(params, self._random, amount), perturb(frozen, self._random, amount)
-        gradients = jax.grad(lambda each: self._loss(each, rows, step, *others)[0])(perturbed)
+        gradients = jax.grad(lambda each: self._loss(each, rows, step, *frozen)[0])(params)
         count = jnp.asarray(rows.valid).sum().astype(jnp.float32)
         return jax.tree.map(lambda leaf: count * leaf.astype(jnp.float32), gradients), count
 
@@ -111,28 +108,26 @@ class GradientProbe:
         norm = jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradients)))
         return values, norm, {path: (leaf != 0).any() for path, leaf in flatten(gradients).items()}, slope
 
-    def _compute_loss(self, params, frozen, rows, step, signs, size, flags) -> Float[Array, ""]:
-        perturbed = perturb(params, self._random, jnp.float32(1))
-        direction = flatten(self._sampler.scatter(perturbed, signs))
+    def _compute_loss(self, params, frozen, rows, step, signs, size, flags):
+        """Return the loss at moved parameters, and the number of clips."""
+        direction = flatten(self._sampler.scatter(params, signs))
 
         def move(path: str, leaf: Array) -> Array:
-            key = jax.random.fold_in(self._random, zlib.crc32(path.encode()) + 1)
-            noise = flags[path] * NOISE * jax.random.normal(key, leaf.shape, jnp.float32)
+            noise = flags[path] * NOISE * make_noise(f"{path}, moved", leaf.shape)
             return (leaf + size * direction[path] + noise).astype(leaf.dtype)
 
-        others = perturb(frozen, self._random, jnp.float32(1))
-        return self._loss(map_with_path(move, perturbed), rows, step, *others)[0]
+        return self._loss(map_with_path(move, params), rows, step, *frozen)[0], jnp.asarray(rows.valid).sum()
 
 
 def check_gradient(
     subject: CheckedTraining, probe: GradientProbe, params: Any, rows: PackedBatch
 ) -> tuple[list[Problem], Mapping[str, bool]]:
-    """Check the gradient of a batch, at perturbed parameters.
+    """Check the gradient of a batch of this process, at parameters none of which are zero.
 
     Returns:
       The problems, and whether the loss depends on each parameter.
     """
-    gradient = probe.compute(params, rows, 0, amount=1.0)
+    gradient = probe.compute(params, rows, 0)
     signs = {path: np.sign(each) for path, each in gradient.values.items()}
     loss = probe.evaluate(params, rows, 0, signs, 0.0)
     problems = []

@@ -9,12 +9,12 @@ import numpy as np
 
 from dit_video.core.trees import flatten
 from dit_video.data.loader import DenoiserBatches, PackedBatches
-from dit_video.distributed import shard_batch
+from dit_video.distributed import make_shardings
 from dit_video.distributed.progress import declare_phase
 from dit_video.experiment.self_check import batch_checks, data_checks, objective_checks
 from dit_video.experiment.self_check.gradient_checks import Gradient, GradientProbe, check_gradient
 from dit_video.experiment.self_check.initial_checks import check_adapter_paths, check_initial_weights
-from dit_video.experiment.self_check.model_checks import check_model
+from dit_video.experiment.self_check.model_checks import check_model, perturb
 from dit_video.experiment.self_check.problems import FILE, Problem, ProblemLog
 from dit_video.experiment.self_check.samples import Sampler, read_samples, to_samples, write_samples
 from dit_video.experiment.self_check.step_checks import UpdateCheck, check_changes
@@ -136,19 +136,22 @@ class SelfCheck(Hook):
             ):
                 problems += check(subject)
             problems += batch_checks.check_order(batches.source)
-        rows = shard_batch(batches.last, subject.trainer.mesh)
-        problems += objective_checks.check_noise(subject, rows)
-        problems += objective_checks.check_times(subject, rows)
+        rows, params = batches.last, _perturb(subject, state.params)
+        draws = objective_checks.draw_numbers(subject, rows)
+        problems += objective_checks.check_noise(draws)
+        problems += objective_checks.check_times(subject, draws)
         problems += objective_checks.check_target(subject)
-        problems += objective_checks.check_caption_dropout(subject, rows)
-        problems += check_model(subject, state.params, rows)
+        problems += objective_checks.check_caption_dropout(subject, draws)
+        problems += check_model(subject, params, rows)
         if self._loss is None:
             return problems
-        problems += objective_checks.check_loss_mean(subject, self._loss, state.params, rows)
-        problems += objective_checks.check_precision(state)
         self._sampler = Sampler(subject, state.params)
-        self._probe = GradientProbe(subject, self._loss, self._sampler, state.params)
-        found, self._used = check_gradient(subject, self._probe, state.params, rows)
+        self._probe = probe = GradientProbe(subject, self._loss, self._sampler, state.params)
+        problems += objective_checks.check_loss_mean(
+            lambda rows, step: probe.compute_loss(params, rows, step), rows, draws
+        )
+        problems += objective_checks.check_precision(state)
+        found, self._used = check_gradient(subject, self._probe, params, rows)
         problems += found + check_adapter_paths(subject, state.params)
         return problems + self._check_restart(step, state)
 
@@ -169,7 +172,9 @@ class SelfCheck(Hook):
         assert rows is not None
         if done <= _ROW_STEPS or step % _INTERVAL == 0:
             if isinstance(batches.source, PackedBatches):
-                problems += batch_checks.check_rows(self._subject, rows, batches.source.get_entries(batches.step))
+                entries = batches.source.get_entries(batches.step)
+                problems += batch_checks.check_rows(self._subject, rows, entries)
+                problems += [] if batches.source.has_mixture else batch_checks.check_repeated_examples(entries)
             if batches.previous is not None:
                 problems += batch_checks.check_repetition(batches.previous, rows, step)
         if done <= _STATISTICS_STEPS:
@@ -191,8 +196,7 @@ class SelfCheck(Hook):
         if done + 1 in _UPDATE_STEPS or step % _INTERVAL == 0:
             self._before = self._sampler.read_later(state)
             if done + 1 in _UPDATE_STEPS:
-                rows = shard_batch(batches.peek(), self._subject.trainer.mesh)
-                self._gradient = self._probe.compute(state.params, rows, step)
+                self._gradient = self._probe.compute(state.params, batches.peek(), step)
         if step % self._subject.trainer.config.save_every == 0:
             self._saved = step, self._sampler.read_later(state)
         if done == _CHANGE_STEPS[0]:
@@ -202,3 +206,8 @@ class SelfCheck(Hook):
             last = compute_digests(flatten(state.params))
             problems += check_changes(self._subject, digests, last, self._used, steps=step - first)
         return problems
+
+
+def _perturb(subject: CheckedTraining, params: Any) -> Any:
+    """Return a copy of the parameters none of which are zero, on the same devices."""
+    return subject.jit(perturb, make_shardings(params, subject.trainer.mesh))(params)

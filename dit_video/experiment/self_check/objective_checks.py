@@ -1,21 +1,23 @@
 """Checks of the objective: noise, times, dropped captions, targets, and how clips are averaged."""
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.stats import norm
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.trees import flatten
-from dit_video.diffusion import ClipSize
+from dit_video.core.typing import AnyArray
+from dit_video.diffusion import ClipSize, Objective
 from dit_video.diffusion.loss_weights import UniformWeighting
 from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
 from dit_video.diffusion.time_distributions import LogitNormal, Uniform
-from dit_video.experiment.self_check.model_checks import change_text, perturb
+from dit_video.distributed import shard_batch
+from dit_video.experiment.self_check.model_checks import change_text
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.tokens import PackedBatch
@@ -31,11 +33,46 @@ _TIMES = np.linspace(0.05, 0.95, 10, dtype=np.float32)
 _TOLERANCE = 1e-3
 
 
-def check_noise(subject: CheckedTraining, rows: PackedBatch) -> list[Problem]:
+LossFn = Callable[[PackedBatch, int], float]
+"""Function from rows of this process and a step to the loss."""
+
+
+class Draws(NamedTuple):
+    """The random numbers of a training's first steps, for one batch."""
+
+    noise: Float[AnyArray, "2 B N p"]
+    """Noise of two steps."""
+    times: Float[AnyArray, "s B G"]
+    dropped: Bool[AnyArray, "s B G"]
+    """Whether the caption of each clip is dropped."""
+    sizes: ClipSize
+    """Size of each clip `[B G]`."""
+    segments: Int[AnyArray, "B N"]
+    valid: Bool[AnyArray, "B G"]
+
+
+def draw_numbers(subject: CheckedTraining, rows: PackedBatch) -> Draws:
+    """Return the random numbers that the loss draws for a batch, the rows of all processes."""
+    loss = subject.loss
+
+    def draw(rows: PackedBatch) -> Draws:
+        steps = jnp.arange(_STEPS)
+        return Draws(
+            jnp.stack([loss.draw_noise(rows, jnp.int32(step)) for step in (0, 1)]),
+            jax.vmap(lambda step: loss.draw_times(rows, step))(steps),
+            jax.vmap(lambda step: loss.draw_dropped_captions(rows, step))(steps),
+            get_clip_sizes(rows),
+            rows.segments,
+            rows.valid,
+        )
+
+    return jax.tree.map(np.asarray, subject.jit(draw)(shard_batch(rows, subject.trainer.mesh)))
+
+
+def check_noise(draws: Draws) -> list[Problem]:
     """Check that noise is standard normal, and another one for every step and clip."""
-    draw = subject.jit(lambda rows, step: subject.loss.draw_noise(rows, step))
-    first, second = (np.asarray(draw(rows, jnp.int32(step)), np.float64) for step in (0, 1))
-    segments, valid = np.asarray(jax.device_get(rows.segments)), np.asarray(jax.device_get(rows.valid))
+    first, second = draws.noise.astype(np.float64)
+    segments, valid = draws.segments, draws.valid
     clips = [
         each
         for row, noise in enumerate(first)
@@ -58,16 +95,10 @@ def check_noise(subject: CheckedTraining, rows: PackedBatch) -> list[Problem]:
     return [Problem("noise", each) for each in problems]
 
 
-def check_times(subject: CheckedTraining, rows: PackedBatch) -> list[Problem]:
+def check_times(subject: CheckedTraining, draws: Draws) -> list[Problem]:
     """Check the times of training against their distribution, and the times of an expert against its boundary."""
-    loss, training = subject.loss, subject.experiment.denoiser
-
-    def draw(rows: PackedBatch) -> Float[Array, "s B G"]:
-        return jax.vmap(lambda step: loss.draw_times(rows, step))(jnp.arange(_STEPS))
-
-    drawn = np.asarray(subject.jit(draw)(rows), np.float64)
-    valid = np.asarray(jax.device_get(rows.valid))
-    sizes = jax.device_get(get_clip_sizes(rows))
+    training = subject.experiment.denoiser
+    drawn, valid, sizes = draws.times.astype(np.float64), draws.valid, draws.sizes
     times = drawn[:, valid]
     problems = []
     if times.min(initial=1) < 0 or times.max(initial=0) > 1:
@@ -109,9 +140,12 @@ def _find_quantile(subject: CheckedTraining) -> Callable[..., np.ndarray] | None
         if isinstance(distribution, Uniform):
             return unshifted
         logits = np.log(unshifted / (1 - unshifted))
-        return np.asarray(norm.cdf((logits - distribution.mean) / distribution.std), np.float64)
+        return _compute_normal_cdf((logits - distribution.mean) / distribution.std)
 
     return compute
+
+
+_compute_normal_cdf = np.vectorize(lambda value: 0.5 * (1 + math.erf(value / math.sqrt(2))), otypes=[np.float64])
 
 
 def check_target(subject: CheckedTraining) -> list[Problem]:
@@ -123,50 +157,66 @@ def check_target(subject: CheckedTraining) -> list[Problem]:
     objective = subject.experiment.denoiser.objective
     process, prediction = objective.process, objective.prediction
     generator = subject.make_generator("objective")
-    data, noise = (jnp.asarray(generator.standard_normal((len(_TIMES), 16)), jnp.float32) for _ in range(2))
-    time = jnp.asarray(_TIMES)
+    data, noise = (generator.standard_normal((len(_TIMES), 16)).astype(np.float32) for _ in range(2))
+    if prediction.extract_values(jnp.asarray(data)).shape != data.shape:
+        return []  # a model that predicts a variance, too
+    try:
+        result = jax.jit(functools.partial(_evaluate_target, objective))(data, noise, _TIMES)
+    except (TypeError, ValueError):  # the variance is part of the loss
+        return []
+    target = jax.tree.map(np.asarray, result)
     problems = []
-    ends = process.add_noise(data, noise, jnp.full_like(time, 1e-3)[:, None])
-    if isinstance(process, RectifiedFlow) and float(jnp.abs(ends - data).max()) > 0.02:
-        problems.append("noising does not begin with the data at time 0")
-    ends = process.add_noise(data, noise, jnp.full_like(time, 1 - 1e-3)[:, None])
-    if isinstance(process, RectifiedFlow) and float(jnp.abs(ends - noise).max()) > 0.02:
-        problems.append("noising does not end with noise at time 1")
-    seen: list[tuple[Any, Any]] = []
-
-    def denoise(noisy, model_time, state):
-        seen.append((noisy, model_time))
-        unscaled, token_time = noisy / process.input_scale(model_time[..., None]), model_time[..., None]
-        low, high = (
-            prediction.estimate(process, unscaled, jnp.full_like(unscaled, value), token_time).data
-            for value in (0.0, 1.0)
-        )
-        ideal = (data - low) / (high - low)
-        return (ideal if offset is None else ideal + offset), state
-
-    if prediction.extract_values(data).shape != data.shape:
-        return [Problem("objective", each) for each in problems]  # a model that predicts a variance, too
-    losses = {}
-    for offset in (None, 1.0):
-        try:
-            losses[offset] = np.asarray(objective.loss(denoise, data, noise, time))
-        except (TypeError, ValueError):  # such as a model that also predicts a variance
-            return [Problem("objective", each) for each in problems]
-    weights = losses[1.0]
-    if losses[None].max() > _TOLERANCE * max(1.0, weights.max()):
+    if isinstance(process, RectifiedFlow):
+        if np.abs(target.start - data).max() > 0.02:
+            problems.append("noising does not begin with the data at time 0")
+        if np.abs(target.end - noise).max() > 0.02:
+            problems.append("noising does not end with noise at time 1")
+    weights = target.weights
+    if target.losses.max() > _TOLERANCE * max(1.0, weights.max()):
         problems.append("the target is not what samplers take a prediction for: a perfect model has a loss")
     elif isinstance(objective.weighting, UniformWeighting) and np.abs(weights - 1).max() > 0.02:
         problems.append(f"the loss of an error of 1 is {weights.mean():.2f}")
-    if np.abs(np.asarray(seen[0][1]) - _TIMES).max() > 1e-6:
+    if np.abs(target.model_times - _TIMES).max() > 1e-6:
         problems.append("the model gets other times than noise is added at")
     return [Problem("objective", each) for each in problems]
 
 
-def check_caption_dropout(subject: CheckedTraining, rows: PackedBatch) -> list[Problem]:
+class _Target(NamedTuple):
+    start: Float[Array, "k p"]
+    """Noisy values near time 0."""
+    end: Float[Array, "k p"]
+    """Noisy values near time 1."""
+    losses: Float[Array, " k"]
+    """Loss of a model that predicts the data without an error."""
+    weights: Float[Array, " k"]
+    """Loss of a model whose prediction has an error of 1."""
+    model_times: Float[Array, " k"]
+
+
+def _evaluate_target(objective: Objective, data: Array, noise: Array, time: Array) -> _Target:
+    process, prediction = objective.process, objective.prediction
+    model_times = []
+
+    def denoise(noisy, model_time, offset):
+        model_times.append(model_time)
+        token_time = model_time[..., None]
+        unscaled = noisy / process.input_scale(token_time)
+        low, high = (
+            prediction.estimate(process, unscaled, jnp.full_like(unscaled, each), token_time).data for each in (0, 1)
+        )
+        return (data - low) / (high - low) + offset, None
+
+    def compute(offset: float) -> Array:
+        return objective.loss(lambda noisy, model_time, _: denoise(noisy, model_time, offset), data, noise, time)
+
+    start, end = (process.add_noise(data, noise, jnp.full_like(time, each)[:, None]) for each in (1e-3, 1 - 1e-3))
+    return _Target(start, end, compute(0.0), compute(1.0), model_times[0])
+
+
+def check_caption_dropout(subject: CheckedTraining, draws: Draws) -> list[Problem]:
     """Check how often captions are dropped, and that the text of dropped ones is that of unconditional samples."""
     loss, rate = subject.loss, subject.experiment.denoiser.caption_dropout
-    draw = subject.jit(lambda rows: jax.vmap(lambda step: loss.draw_dropped_captions(rows, step))(jnp.arange(_STEPS)))
-    drawn = np.asarray(draw(rows))[:, np.asarray(jax.device_get(rows.valid))]
+    drawn = draws.dropped[:, draws.valid]
     problems = []
     error = _DEVIATIONS * math.sqrt(max(rate * (1 - rate), 1e-9) / max(1, drawn.size))
     if abs(drawn.mean() - rate) > error:
@@ -177,42 +227,25 @@ def check_caption_dropout(subject: CheckedTraining, rows: PackedBatch) -> list[P
     return [Problem("caption_dropout", each) for each in problems]
 
 
-class LossProbe:
-    """The loss of a training with perturbed parameters."""
-
-    def __init__(self, subject: CheckedTraining, loss: Any, params: Any):
-        self._subject, self._loss, self._params = subject, loss, params
-        self._compute = subject.jit(self._evaluate)
-
-    def _evaluate(self, params, frozen, rows: PackedBatch, step: Array) -> Float[Array, ""]:
-        key = jax.random.key(self._subject.experiment.seed)
-        params, frozen = perturb(params, key, jnp.float32(1)), perturb(frozen, key, jnp.float32(1))
-        return self._loss(params, rows, step, *frozen)[0]
-
-    def __call__(self, rows: PackedBatch, step: int = 0) -> float:
-        return float(self._compute(self._params, self._subject.frozen_params, rows, jnp.int32(step)))
-
-
-def check_loss_mean(subject: CheckedTraining, loss: Any, params: Any, rows: PackedBatch) -> list[Problem]:
+def check_loss_mean(compute: LossFn, rows: PackedBatch, draws: Draws) -> list[Problem]:
     """Check that the loss is the mean over clips that count, and that dropped captions alone have no effect.
 
     Args:
-      subject: The training.
-      loss: Loss of the step, a function of the trained parameters.
-      params: Trained parameters.
-      rows: A batch on the devices.
+      compute: The loss of rows at a step, with parameters none of which are zero.
+      rows: A batch of this process.
+      draws: Random numbers of the batch.
     """
-    compute, problems = LossProbe(subject, loss, params), []
-    valid, segments = jnp.asarray(rows.valid), jnp.asarray(rows.segments)
-    is_first = jnp.arange(valid.shape[1]) == 0
+    problems = []
+    valid, segments = np.asarray(rows.valid), np.asarray(rows.segments)
+    is_first = np.arange(valid.shape[1]) == 0
     first, others = valid & is_first, valid & ~is_first
-    tokens = jnp.asarray(rows.tokens)
+    tokens = np.asarray(rows.tokens)
     # Clips of the first part have larger values, so that both parts differ in their loss.
-    scaled = rows._replace(tokens=jnp.where((segments == 1)[..., None], 3 * tokens, tokens))
-    whole = compute(scaled)
-    counts = [int(part.sum()) for part in (first, others)]
+    scaled = rows._replace(tokens=np.where((segments == 1)[..., None], 3 * tokens, tokens))
+    whole = compute(scaled, 0)
+    counts = [int((draws.valid & part).sum()) for part in (is_first, ~is_first)]
     if min(counts) > 0:
-        parts = [compute(scaled._replace(valid=part)) for part in (first, others)]
+        parts = [compute(scaled._replace(valid=part), 0) for part in (first, others)]
         mean = sum(part * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
         if abs(whole - mean) > _TOLERANCE * abs(mean):
             problems.append(
@@ -220,24 +253,24 @@ def check_loss_mean(subject: CheckedTraining, loss: Any, params: Any, rows: Pack
             )
         elif abs(parts[0] - whole) <= 1e-6 * abs(whole):
             problems.append(Problem("loss_mean", "clips that are not valid count in the loss"))
-    noised = jnp.where((segments == 0)[..., None], 100.0, jnp.asarray(scaled.tokens))
-    if abs(compute(scaled._replace(tokens=noised)) - whole) > _TOLERANCE * abs(whole):
+    noised = np.where((segments == 0)[..., None], np.float32(100), scaled.tokens)
+    if abs(compute(scaled._replace(tokens=noised), 0) - whole) > _TOLERANCE * abs(whole):
         problems.append(Problem("loss_mean", "padding counts in the loss"))
-    return problems + _check_dropped_text(subject, compute, rows)
+    return problems + _check_dropped_text(compute, rows, draws)
 
 
-def _check_dropped_text(subject: CheckedTraining, compute: LossProbe, rows: PackedBatch) -> list[Problem]:
+def _check_dropped_text(compute: LossFn, rows: PackedBatch, draws: Draws) -> list[Problem]:
     """Check that the loss of clips whose captions are dropped does not depend on the text, and that of others does."""
-    loss, problems = subject.loss, list[Problem]()
-    draw = subject.jit(lambda rows: jax.vmap(lambda step: loss.draw_dropped_captions(rows, step))(jnp.arange(_STEPS)))
-    drawn, valid = np.asarray(draw(rows)), np.asarray(jax.device_get(rows.valid))
-    other = change_text(rows, jnp.asarray(rows.text_segments) > 0)
+    problems = list[Problem]()
+    if len(draws.valid) != len(rows.valid):
+        return problems  # other processes have rows of their own
+    other = change_text(rows, np.asarray(rows.text_segments) > 0)
     for is_dropped in (True, False):
-        matches = (drawn == is_dropped) & valid
+        matches = (draws.dropped == is_dropped) & draws.valid
         step = int(matches.sum(axis=(1, 2)).argmax())
         if not matches[step].any():
             continue
-        chosen = jnp.asarray(matches[step])
+        chosen = matches[step]
         losses = [compute(each._replace(valid=chosen), step) for each in (rows, other)]
         change = abs(losses[1] - losses[0]) / abs(losses[0])
         if is_dropped and change > 1e-5:

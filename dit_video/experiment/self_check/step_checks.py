@@ -23,6 +23,8 @@ _ROUNDING = 2.0**-21
 _UPDATE_TOLERANCE = 0.02
 """Largest relative error of an update."""
 _GRADIENT_TOLERANCE = 0.05
+_MAX_MATRIX_RATIO = 4.0
+"""Largest root mean square of a few values of Muon's update, relative to that of the whole update."""
 _MUON_BETA = 0.95
 """Decay of Muon's momentum."""
 
@@ -148,7 +150,7 @@ class UpdateCheck:
             self._add("optimizer", message.format(path=worst) + note)
 
     def _check_matrices(self) -> None:
-        """Check the size of Muon's updates, whose root mean square is a multiple of the learning rate."""
+        """Check the size of Muon's updates: at most that of a matrix of full rank, a multiple of the learning rate."""
         if self._config.kind != "muon" or self._was_skipped():
             return
         errors = {}
@@ -158,7 +160,7 @@ class UpdateCheck:
             size = np.sqrt(np.square(after - before + self._rate * decay * before).mean())
             expected = self._rate * self._config.muon_rms
             if expected > _ROUNDING * np.abs(before).max(initial=0):
-                errors[path] = float(abs(np.log(max(size, 1e-30) / expected)) / math.log(4))
+                errors[path] = float(size / expected / _MAX_MATRIX_RATIO)
         self._report(errors, f"{{path}} did not move by Muon's update with learning rate {self._rate:.3g}")
 
     def _check_gradients(self, gradients: Mapping[str, np.ndarray], norm: float) -> None:

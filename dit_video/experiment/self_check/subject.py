@@ -64,9 +64,15 @@ class CheckedTraining:
         """Return the number of the training clip of each name."""
         return {name: number for number, name in enumerate(self.clips.column("name"))}
 
-    def jit(self, function: Any) -> Any:
-        """Return a jitted function whose results every process can read."""
-        return jax.jit(function, out_shardings=self.replicated)
+    def jit(self, function: Any, out_shardings: Any = None) -> Any:
+        """Return a jitted function that is compiled quickly, as it is called a few times; all processes read results.
+
+        Args:
+          function: Traceable function.
+          out_shardings: Shardings of the results; None for results on every device.
+        """
+        shardings = self.replicated if out_shardings is None else out_shardings
+        return jax.jit(function, out_shardings=shardings, compiler_options={"exec_time_optimization_effort": -1.0})
 
 
 def iterate_within(seconds: float, items: Any, *, minimum: int) -> Iterator[Any]:
