@@ -75,8 +75,8 @@ def _check_clip(subject: CheckedTraining, number: int, info: ClipInfo, start: in
     sampled = rate if limits.fps is None else min(rate, limits.fps)
     if abs(clip.fps / sampled - 1) > _RATE_TOLERANCE:
         return f"it is sampled at {clip.fps:.2f} frames per second, instead of at {sampled:.2f}"
-    shown = np.asarray([start, *range(start + 1, start + len(clip.frames))]) / sampled
-    indices = np.searchsorted(times, shown + _TIME_TOLERANCE, side="right") - 1
+    frame_times = np.asarray([start, *range(start + 1, start + len(clip.frames))]) / sampled
+    indices = np.searchsorted(times, frame_times + _TIME_TOLERANCE, side="right") - 1
     expected, actual = blocks[indices], _average_blocks(clip.frames)
     if np.sqrt(np.square(actual - expected).mean()) <= _PIXEL_TOLERANCE:
         return ""
@@ -92,7 +92,7 @@ def _check_clip(subject: CheckedTraining, number: int, info: ClipInfo, start: in
         return best
     nearest = np.abs(actual[:, None] - blocks[None]).mean(axis=(2, 3, 4)).argmin(axis=1)
     return (
-        f"its frames are not those shown from {shown[0]:.2f} s on, every {1 / sampled:.3f} s: the nearest frames of "
+        f"its frames are not those shown from {frame_times[0]:.2f} s on, every {1 / sampled:.3f} s: the nearest frames of "
         f"the file are {nearest[:4].tolist()} instead of {indices[:4].tolist()}"
     )
 
@@ -101,7 +101,7 @@ def _decode_blocks(content: bytes) -> tuple[Float[np.ndarray, " n"], Float[np.nd
     """Return the time of each frame of a file, and the mean colours of its blocks.
 
     Returns:
-      None for files whose frames are not shown as they are stored: rotated, interlaced, of other pixels than square, in
+      None for files whose frames are not frame_times as they are stored: rotated, interlaced, of other pixels than square, in
       HDR, or still images.
     """
     times, blocks = [], []

@@ -151,8 +151,8 @@ class SelfCheck(Hook):
             lambda rows, step: probe.compute_loss(params, rows, step), rows, draws
         )
         problems += objective_checks.check_precision(state)
-        found, self._used = check_gradient(subject, self._probe, params, rows)
-        problems += found + check_adapter_paths(subject, state.params)
+        gradient_problems, self._used = check_gradient(subject, self._probe, params, rows)
+        problems += gradient_problems + check_adapter_paths(subject, state.params)
         return problems + self._check_restart(step, state)
 
     def _check_restart(self, step: int, state: Any) -> list[Problem]:

@@ -37,7 +37,7 @@ LossFn = Callable[[PackedBatch, int], float]
 """Function from rows of this process and a step to the loss."""
 
 
-class Draws(NamedTuple):
+class RandomNumbers(NamedTuple):
     """The random numbers of a training's first steps, for one batch."""
 
     noise: Float[AnyArray, "2 B N p"]
@@ -51,13 +51,13 @@ class Draws(NamedTuple):
     valid: Bool[AnyArray, "B G"]
 
 
-def draw_numbers(subject: CheckedTraining, rows: PackedBatch) -> Draws:
+def draw_numbers(subject: CheckedTraining, rows: PackedBatch) -> RandomNumbers:
     """Return the random numbers that the loss draws for a batch, the rows of all processes."""
     loss = subject.loss
 
-    def draw(rows: PackedBatch) -> Draws:
+    def draw(rows: PackedBatch) -> RandomNumbers:
         steps = jnp.arange(_STEPS)
-        return Draws(
+        return RandomNumbers(
             jnp.stack([loss.draw_noise(rows, jnp.int32(step)) for step in (0, 1)]),
             jax.vmap(lambda step: loss.draw_times(rows, step))(steps),
             jax.vmap(lambda step: loss.draw_dropped_captions(rows, step))(steps),
@@ -69,7 +69,7 @@ def draw_numbers(subject: CheckedTraining, rows: PackedBatch) -> Draws:
     return jax.tree.map(np.asarray, subject.jit(draw)(shard_batch(rows, subject.trainer.mesh)))
 
 
-def check_noise(draws: Draws) -> list[Problem]:
+def check_noise(draws: RandomNumbers) -> list[Problem]:
     """Check that noise is standard normal, and another one for every step and clip."""
     first, second = draws.noise.astype(np.float64)
     segments, valid = draws.segments, draws.valid
@@ -95,7 +95,7 @@ def check_noise(draws: Draws) -> list[Problem]:
     return [Problem("noise", each) for each in problems]
 
 
-def check_times(subject: CheckedTraining, draws: Draws) -> list[Problem]:
+def check_times(subject: CheckedTraining, draws: RandomNumbers) -> list[Problem]:
     """Check the times of training against their distribution, and the times of an expert against its boundary."""
     training = subject.experiment.denoiser
     drawn, valid, sizes = draws.times.astype(np.float64), draws.valid, draws.sizes
@@ -213,7 +213,7 @@ def _evaluate_target(objective: Objective, data: Array, noise: Array, time: Arra
     return _Target(start, end, compute(0.0), compute(1.0), model_times[0])
 
 
-def check_caption_dropout(subject: CheckedTraining, draws: Draws) -> list[Problem]:
+def check_caption_dropout(subject: CheckedTraining, draws: RandomNumbers) -> list[Problem]:
     """Check how often captions are dropped, and that the text of dropped ones is that of unconditional samples."""
     loss, rate = subject.loss, subject.experiment.denoiser.caption_dropout
     drawn = draws.dropped[:, draws.valid]
@@ -227,7 +227,7 @@ def check_caption_dropout(subject: CheckedTraining, draws: Draws) -> list[Proble
     return [Problem("caption_dropout", each) for each in problems]
 
 
-def check_loss_mean(compute: LossFn, rows: PackedBatch, draws: Draws) -> list[Problem]:
+def check_loss_mean(compute: LossFn, rows: PackedBatch, draws: RandomNumbers) -> list[Problem]:
     """Check that the loss is the mean over clips that count, and that dropped captions alone have no effect.
 
     Args:
@@ -259,7 +259,7 @@ def check_loss_mean(compute: LossFn, rows: PackedBatch, draws: Draws) -> list[Pr
     return problems + _check_dropped_text(compute, rows, draws)
 
 
-def _check_dropped_text(compute: LossFn, rows: PackedBatch, draws: Draws) -> list[Problem]:
+def _check_dropped_text(compute: LossFn, rows: PackedBatch, draws: RandomNumbers) -> list[Problem]:
     """Check that the loss of clips whose captions are dropped does not depend on the text, and that of others does."""
     problems = list[Problem]()
     if len(draws.valid) != len(rows.valid):
