@@ -15,7 +15,7 @@ from typing import Any
 import absl.flags
 import grain
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.grid import find_distinct_grids, map_grids
@@ -28,6 +28,7 @@ from dit_video.data.loader_workers import outlive_stop_signals
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
+from dit_video.data.packing.plan_cache import RowPlan
 from dit_video.data.packing.rows import (
     ENDLESS_LENGTH,
     ClipRow,
@@ -148,9 +149,14 @@ class PackedBatches(DenoiserBatches):
         first = (step * config.hosts + config.host) * count
         return [self._layout.get_entries(number) for number in range(first, first + count)]
 
-    def get_order(self, epoch: int) -> Int[np.ndarray, " n"]:
-        """Return the examples of an epoch, in order."""
-        return self._layout.stream.get_epoch(epoch).order
+    def get_plan(self, epoch: int) -> RowPlan:
+        """Return the rows of an epoch."""
+        return self._layout.stream.get_epoch(epoch)
+
+    @property
+    def num_examples(self) -> int:
+        """Return the number of examples that the rows are made of."""
+        return len(self._layout.grids)
 
     @property
     def has_mixture(self) -> bool:

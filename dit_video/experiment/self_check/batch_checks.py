@@ -16,6 +16,9 @@ from dit_video.tokens import PackedBatch, PackedShape
 
 _MAX_CORRELATION = 0.9
 """Correlation of the order of examples with that of the data set, from which they count as not shuffled."""
+_MIN_ROWS = 4
+_MAX_EQUAL_ROWS = 0.8
+"""Share of rows that two epochs have in common, from which they count as the same."""
 _MIN_EXAMPLES = 12
 """Smallest number of examples whose order says something."""
 _MAX_EXAMPLES = 1_000_000
@@ -162,20 +165,22 @@ def _cut_patches(latents: Float[np.ndarray, "t h w c"], patch: Sequence[int]) ->
 
 
 def check_order(batches: DenoiserBatches) -> list[Problem]:
-    """Check that an epoch has each example at most once, in a random order, and the next one another order."""
-    if not isinstance(batches, PackedBatches):
+    """Check that an epoch has each example once, in a random order, and the next one other rows."""
+    if not isinstance(batches, PackedBatches) or not _MIN_EXAMPLES <= (count := batches.num_examples) <= _MAX_EXAMPLES:
         return []
-    count = len(batches.get_order(0))
-    if not _MIN_EXAMPLES <= count <= _MAX_EXAMPLES:
-        return []
-    problems, orders = [], [batches.get_order(epoch) for epoch in (0, 1)]
-    for epoch, order in enumerate(orders):
+    problems, plans = [], [batches.get_plan(epoch) for epoch in (0, 1)]
+    for epoch, plan in enumerate(plans):
+        order = plan.order
         if abs(correlation := np.corrcoef(order, np.arange(len(order)))[0, 1]) > _MAX_CORRELATION:
             problems.append(f"epoch {epoch} is in the order of the data set (correlation {correlation:.2f})")
-        if not batches.has_mixture and (repeated := len(order) - len(np.unique(order))):
-            problems.append(f"epoch {epoch} has {repeated} examples more than once")
-    if np.array_equal(orders[0], orders[1]):
-        problems.append("two epochs have the same order")
+        used = len(np.unique(order))
+        if not batches.has_mixture and used < len(order):
+            problems.append(f"epoch {epoch} has {len(order) - used} examples more than once")
+        if not batches.has_mixture and used + len(plan.dropped_examples) < count:
+            problems.append(f"epoch {epoch} leaves out {count - used} of {count} examples")
+    first, second = ({frozenset(row) for row in plan.rows if len(row) > 1} for plan in plans)
+    if len(first) >= _MIN_ROWS and len(first & second) > _MAX_EQUAL_ROWS * len(first):
+        problems.append(f"{len(first & second)} of {len(first)} rows with several examples are those of the next epoch")
     return [Problem("order", each) for each in problems]
 
 
