@@ -92,8 +92,8 @@ def _check_clip(subject: CheckedTraining, number: int, info: ClipInfo, start: in
         return best
     nearest = np.abs(actual[:, None] - blocks[None]).mean(axis=(2, 3, 4)).argmin(axis=1)
     return (
-        f"its frames are not those shown from {frame_times[0]:.2f} s on, every {1 / sampled:.3f} s: the nearest frames of "
-        f"the file are {nearest[:4].tolist()} instead of {indices[:4].tolist()}"
+        f"its frames are not those shown from {frame_times[0]:.2f} s on, every {1 / sampled:.3f} s: the nearest frames "
+        f"of the file are {nearest[:4].tolist()} instead of {indices[:4].tolist()}"
     )
 
 
@@ -101,8 +101,8 @@ def _decode_blocks(content: bytes) -> tuple[Float[np.ndarray, " n"], Float[np.nd
     """Return the time of each frame of a file, and the mean colours of its blocks.
 
     Returns:
-      None for files whose frames are not frame_times as they are stored: rotated, interlaced, of other pixels than square, in
-      HDR, or still images.
+      None for files whose frames are not shown as they are stored: rotated, interlaced, of other pixels than square, in HDR,
+      or still images.
     """
     times, blocks = [], []
     try:
