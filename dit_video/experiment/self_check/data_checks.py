@@ -101,8 +101,8 @@ def _decode_blocks(content: bytes) -> tuple[Float[np.ndarray, " n"], Float[np.nd
     """Return the time of each frame of a file, and the mean colours of its blocks.
 
     Returns:
-      None for files whose frames are not shown as they are stored: rotated, interlaced, of other pixels than square, in HDR,
-      or still images.
+      None for files whose frames are not shown as they are stored (rotated, interlaced, in HDR, of pixels that are not
+      square), and for still images.
     """
     times, blocks = [], []
     try:

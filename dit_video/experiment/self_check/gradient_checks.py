@@ -13,7 +13,7 @@ from dit_video.distributed import make_shardings, shard_batch
 from dit_video.experiment.denoiser import get_optimizer_config
 from dit_video.experiment.self_check.model_checks import NOISE, make_noise
 from dit_video.experiment.self_check.problems import Problem
-from dit_video.experiment.self_check.samples import COUNT, Sampler
+from dit_video.experiment.self_check.state_values import COUNT, ValueReader
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.tokens import PackedBatch
 
@@ -31,7 +31,7 @@ class Gradient(NamedTuple):
     """A few values of the gradient of a batch."""
 
     values: Mapping[str, np.ndarray]
-    """Values at the places of the sampler, by path."""
+    """Values at the places of the reader, by path."""
     norm: float
     is_used: Mapping[str, bool]
     """Whether any value of a parameter's gradient is not zero."""
@@ -45,11 +45,11 @@ class GradientProbe:
     Args:
       subject: The training.
       loss: Loss of the step, a function of the trained parameters.
-      sampler: Reader of the values.
+      reader: Reader of the values.
     """
 
-    def __init__(self, subject: CheckedTraining, loss: Any, sampler: Sampler, params: Any):
-        self._subject, self._loss, self._sampler = subject, loss, sampler
+    def __init__(self, subject: CheckedTraining, loss: Any, reader: ValueReader, params: Any):
+        self._subject, self._loss, self._reader = subject, loss, reader
         self._num_parts = subject.experiment.denoiser.accumulation_steps
         layout = make_shardings(params, subject.trainer.mesh)
         self._differentiate = subject.jit(self._compute_part, (layout, subject.replicated))
@@ -102,15 +102,15 @@ class GradientProbe:
 
     def _summarize_tree(self, total, weight):
         gradients = jax.tree.map(lambda leaf: leaf / weight, total)
-        values = self._sampler.take(gradients)
-        direction = self._sampler.scatter(gradients, {path: jnp.sign(each) for path, each in values.items()})
+        values = self._reader.take(gradients)
+        direction = self._reader.scatter(gradients, {path: jnp.sign(each) for path, each in values.items()})
         slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True))
         norm = jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradients)))
         return values, norm, {path: (leaf != 0).any() for path, leaf in flatten(gradients).items()}, slope
 
     def _compute_loss(self, params, frozen, rows, step, signs, size, flags):
         """Return the loss at moved parameters, and the number of clips."""
-        direction = flatten(self._sampler.scatter(params, signs))
+        direction = flatten(self._reader.scatter(params, signs))
 
         def move(path: str, leaf: Array) -> Array:
             noise = flags[path] * NOISE * make_noise(f"{path}, moved", leaf.shape)

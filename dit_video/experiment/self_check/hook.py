@@ -16,7 +16,12 @@ from dit_video.experiment.self_check.gradient_checks import Gradient, GradientPr
 from dit_video.experiment.self_check.initial_checks import check_adapter_paths, check_initial_weights
 from dit_video.experiment.self_check.model_checks import check_model, perturb
 from dit_video.experiment.self_check.problems import FILE, Problem, ProblemLog
-from dit_video.experiment.self_check.samples import Sampler, read_samples, to_samples, write_samples
+from dit_video.experiment.self_check.state_values import (
+    ValueReader,
+    read_state_values,
+    to_state_values,
+    write_state_values,
+)
 from dit_video.experiment.self_check.step_checks import UpdateCheck, check_changes
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.tokens import PackedBatch
@@ -121,7 +126,7 @@ class SelfCheck(Hook):
 
     def on_save(self, step: int, digests: Mapping[str, int]) -> None:
         if self._saved is not None and self._saved[0] == step and self._is_first_process:
-            write_samples(self._folder / STATE_FILE, step, to_samples(self._saved[1]))
+            write_state_values(self._folder / STATE_FILE, step, to_state_values(self._saved[1]))
 
     def _check_start(self, step: int, state: Any, batches: CheckedBatches) -> list[Problem]:
         """Run all checks that need no second step. The first process checks the files, all check the model."""
@@ -145,8 +150,8 @@ class SelfCheck(Hook):
         problems += check_model(subject, params, rows)
         if self._loss is None:
             return problems
-        self._sampler = Sampler(subject, state.params)
-        self._probe = probe = GradientProbe(subject, self._loss, self._sampler, state.params)
+        self._reader = ValueReader(subject, state.params)
+        self._probe = probe = GradientProbe(subject, self._loss, self._reader, state.params)
         problems += objective_checks.check_loss_mean(
             lambda rows, step: probe.compute_loss(params, rows, step), rows, draws
         )
@@ -157,13 +162,13 @@ class SelfCheck(Hook):
 
     def _check_restart(self, step: int, state: Any) -> list[Problem]:
         """Check the first update: from the initial weights, or from those that were saved."""
-        samples = self._sampler.read(state)
+        values = self._reader.read(state)
         if self._is_new:
-            return check_initial_weights(self._subject, self._sampler, samples, self._subject.trained.frozen_params)
-        saved = read_samples(self._folder / STATE_FILE)
+            return check_initial_weights(self._subject, self._reader, values, self._subject.trained.frozen_params)
+        saved = read_state_values(self._folder / STATE_FILE)
         if saved is None or saved[0] != step - 1:
             return []
-        problems = UpdateCheck(self._subject, saved[1], samples, step=step).find_problems()
+        problems = UpdateCheck(self._subject, saved[1], values, step=step).find_problems()
         return [Problem("resume", f"{each.check}: {each.message}") for each in problems]
 
     def _check_batch(self, done: int, step: int, batches: CheckedBatches) -> list[Problem]:
@@ -187,18 +192,18 @@ class SelfCheck(Hook):
     def _check_step(self, done: int, step: int, state: Any, batches: CheckedBatches) -> list[Problem]:
         problems: list[Problem] = []
         if self._before is not None:
-            before, gradient = to_samples(self._before), self._gradient
+            before, gradient = to_state_values(self._before), self._gradient
             self._before = self._gradient = None
-            check = UpdateCheck(self._subject, before, self._sampler.read(state), step=step)
+            check = UpdateCheck(self._subject, before, self._reader.read(state), step=step)
             problems += check.find_problems(
                 None if gradient is None else gradient.values, gradient.norm if gradient else 0
             )
         if done + 1 in _UPDATE_STEPS or step % _INTERVAL == 0:
-            self._before = self._sampler.read_later(state)
+            self._before = self._reader.read_later(state)
             if done + 1 in _UPDATE_STEPS:
                 self._gradient = self._probe.compute(state.params, batches.peek(), step)
         if step % self._subject.trainer.config.save_every == 0:
-            self._saved = step, self._sampler.read_later(state)
+            self._saved = step, self._reader.read_later(state)
         if done == _CHANGE_STEPS[0]:
             self._digests = step, compute_digests(flatten(state.params))
         elif done == _CHANGE_STEPS[1] and self._digests is not None:

@@ -9,7 +9,7 @@ from dit_video.core.trees import flatten
 from dit_video.experiment.denoiser import get_optimizer_config
 from dit_video.experiment.initial_weights import get_kernel_dtype, load_initial_denoiser
 from dit_video.experiment.self_check.problems import Problem
-from dit_video.experiment.self_check.samples import Sampler, Samples
+from dit_video.experiment.self_check.state_values import StateValues, ValueReader
 from dit_video.experiment.self_check.step_checks import compute_learning_rate
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.weights.parameter import Parameter
@@ -18,28 +18,28 @@ _MAX_READ = 12
 """Number of parameters that are read again."""
 
 
-class _SamplingPlacer:
+class _ReadingPlacer:
     """Reads a few values of some parameters, and passes over the others."""
 
-    def __init__(self, subject: CheckedTraining, sampler: Sampler, paths: list[str]):
+    def __init__(self, subject: CheckedTraining, reader: ValueReader, paths: list[str]):
         self.kernel_dtype = get_kernel_dtype(subject.experiment.denoiser)
-        self._sampler, self._paths = sampler, set(paths)
+        self._reader, self._paths = reader, set(paths)
 
     def __call__(self, path: str, parameter: Parameter) -> np.ndarray:
         if path not in self._paths:
             return np.zeros(0)
-        return np.asarray(self._sampler.take_from(path, parameter.to_host()), np.float64)
+        return np.asarray(self._reader.take_from(path, parameter.to_host()), np.float64)
 
 
 def check_initial_weights(
-    subject: CheckedTraining, sampler: Sampler, samples: Samples, frozen: dict[str, Any] | None
+    subject: CheckedTraining, reader: ValueReader, values: StateValues, frozen: dict[str, Any] | None
 ) -> list[Problem]:
     """Check parameters after the first step against the files that a training begins with, where it has any.
 
     Args:
       subject: The training.
-      sampler: Reader of values of parameters.
-      samples: Values after the first step.
+      reader: Reader of values of parameters.
+      values: Values after the first step.
       frozen: Weights that adapters change, or a teacher's.
     """
     training = subject.experiment.denoiser
@@ -48,11 +48,11 @@ def check_initial_weights(
         return []
     config = get_optimizer_config(training)
     leaves = frozen if subject.trained.lora is not None else None
-    own = Sampler(subject, leaves) if leaves is not None else sampler
-    values = samples["params"] if leaves is None else own.read_values(leaves)
+    own = ValueReader(subject, leaves) if leaves is not None else reader
+    params = values["params"] if leaves is None else own.read_values(leaves)
     generator = subject.make_generator("initial weights")
-    paths = [str(path) for path in generator.permutation(sorted(values))[:_MAX_READ]]
-    stored = flatten(load_initial_denoiser(training, start, _SamplingPlacer(subject, own, paths)))  # type: ignore[arg-type]
+    paths = [str(path) for path in generator.permutation(sorted(params))[:_MAX_READ]]
+    stored = flatten(load_initial_denoiser(training, start, _ReadingPlacer(subject, own, paths)))  # type: ignore[arg-type]
     rate = compute_learning_rate(config, training.steps, 0)
     problems = []
     for path in paths:
@@ -62,7 +62,7 @@ def check_initial_weights(
         slack = (2 * rate * (1 + config.weight_decay * np.abs(stored[path])) if moves else 0) + 0.005 * np.abs(
             stored[path]
         )
-        if (np.abs(values[path] - stored[path]) > slack + 1e-6).any():
+        if (np.abs(params[path] - stored[path]) > slack + 1e-6).any():
             problems.append(Problem("initial_weights", f"{path} is not that of {start}"))
     return problems
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dit_video.experiment.denoiser import get_optimizer_config
 from dit_video.experiment.self_check.problems import Problem
-from dit_video.experiment.self_check.samples import Samples
+from dit_video.experiment.self_check.state_values import StateValues
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.training.optim.optimizer import OptimizerConfig
 
@@ -46,7 +46,7 @@ def compute_learning_rate(config: OptimizerConfig, steps: int, update: int) -> f
 class UpdateCheck:
     """The check of the update between two consecutive states."""
 
-    def __init__(self, subject: CheckedTraining, before: Samples, after: Samples, *, step: int):
+    def __init__(self, subject: CheckedTraining, before: StateValues, after: StateValues, *, step: int):
         """Prepare the check of the update that led to `step` steps."""
         training = subject.experiment.denoiser
         self._config = get_optimizer_config(training)

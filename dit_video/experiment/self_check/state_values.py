@@ -15,19 +15,19 @@ from dit_video.core.trees import flatten, map_with_path
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.training.optim.muon import MuonState
 
-Samples = Mapping[str, Mapping[str, np.ndarray]]
+StateValues = Mapping[str, Mapping[str, np.ndarray]]
 """Values of parameters by kind and path, in float64: "params", "ema", and "mu" and "nu" where the optimizer has them;
 "count" holds the number of updates of each parameter's moments."""
 COUNT = 64
 """Number of values of each array."""
 
 
-class Sampler:
+class ValueReader:
     """Reads values at the same random places of every array of a kind."""
 
     def __init__(self, subject: CheckedTraining, params: Any):
         self._subject = subject
-        generator = subject.make_generator("samples")
+        generator = subject.make_generator("values")
         self._places = {path: _choose_places(generator, leaf.shape) for path, leaf in flatten(params).items()}
         self._take = subject.jit(self._take_values)
         self._take_params = subject.jit(self.take)
@@ -37,9 +37,9 @@ class Sampler:
         moments = find_moments(state.opt_state)
         return self._take({"params": flatten(state.params), "ema": flatten(state.ema), **moments})
 
-    def read(self, state: Any) -> Samples:
+    def read(self, state: Any) -> StateValues:
         """Return values of a state."""
-        return to_samples(self.read_later(state))
+        return to_state_values(self.read_later(state))
 
     def take(self, tree: Any) -> dict[str, Array]:
         """Return the values of a tree of parameters or gradients. Traceable."""
@@ -70,7 +70,7 @@ def _choose_places(generator: np.random.Generator, shape: tuple[int, ...]) -> tu
     return tuple(generator.integers(size, size=COUNT) for size in shape)
 
 
-def to_samples(values: Any) -> Samples:
+def to_state_values(values: Any) -> StateValues:
     """Return values that were read to the devices."""
     return {
         kind: {path: np.asarray(each, np.float64) for path, each in leaves.items()}
@@ -93,14 +93,14 @@ def find_moments(opt_state: Any) -> dict[str, dict[str, Array]]:
     return result
 
 
-def write_samples(path: Path, step: int, samples: Samples) -> None:
+def write_state_values(path: Path, step: int, values: StateValues) -> None:
     """Write the values at a checkpoint, from which its next update can be checked after a restart."""
-    values = {kind: {name: each.tolist() for name, each in leaves.items()} for kind, leaves in samples.items()}
+    values = {kind: {name: each.tolist() for name, each in leaves.items()} for kind, leaves in values.items()}
     write_json(path, {"step": step, "values": values})
 
 
-def read_samples(path: Path) -> tuple[int, Samples] | None:
-    """Return the step and the values of `write_samples`; None if there are none."""
+def read_state_values(path: Path) -> tuple[int, StateValues] | None:
+    """Return the step and the values of `write_state_values`; None if there are none."""
     if not path.is_file():
         return None
     document = read_json(path)
