@@ -22,6 +22,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
 from dit_video.distributed.cluster_detection import ProcessInfo, detect_processes
@@ -71,6 +74,7 @@ def initialize_distributed(
             is_waiting=lambda: monitor.is_other_busy,
             count_run_changes=lambda: monitor.num_changes,
         ):
+            _connect_devices()
             yield
 
 
@@ -159,6 +163,20 @@ def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
         raise _make_connection_error(error, info, timeouts) from error
     finally:
         timer.cancel()
+
+
+def _connect_devices() -> None:
+    """Connect the devices of all processes, which are at the same point here, if they are CPUs.
+
+    Gloo does it at the first collective operation, where it waits for 30 s only. The first steps of the
+    processes, which each of them compiles, may be further apart on a busy machine.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    devices = np.array(jax.devices())
+    sharding = NamedSharding(Mesh(devices, ("devices",)), PartitionSpec("devices"))
+    ones = jax.make_array_from_callback(devices.shape, sharding, lambda _: np.ones(1, np.float32))
+    jax.jit(jnp.sum, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))(ones).block_until_ready()
 
 
 def _check_port(address: str) -> None:

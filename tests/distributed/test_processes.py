@@ -119,6 +119,13 @@ def test_all_processes_end_with_the_code_of_a_mistake_of_the_user(index):
 
 
 @pytest.mark.slow
+def test_the_first_steps_of_two_processes_may_be_forty_seconds_apart():
+    for code, out, err in wait_for_all(start_both("compile for long")):
+        assert code == 0, err
+        assert get_own_lines(out) == ["joined [0, 1]", "left"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lose connection", "lose connection in one"])
 def test_processes_that_lose_their_connection_ask_for_another_start(case):
     """Both fail, or one does while the other waits for it."""
