@@ -56,7 +56,7 @@ def test_context_parallel_attention_exchanges_no_more_than_it_has_to():
     check_on_eight_devices("collective_bytes.py", "attention")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # other tests count the gathers of programs for TPUs
 @pytest.mark.usefixtures("quick_compilation")
 def test_weights_are_gathered_once_in_each_pass():
     check_on_eight_devices("collective_bytes.py", "weights")

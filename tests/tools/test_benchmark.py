@@ -173,6 +173,7 @@ def test_the_model_benchmark_measures_a_transformer(script):
 
 
 @pytest.mark.parity
+@pytest.mark.exhaustive
 def test_the_model_benchmark_compares_a_transformer_with_diffusers(script):
     ended = script("tools/benchmark.py", "model", "--small", "--rounds", 1, "--peers")
     assert ended.code == 0
