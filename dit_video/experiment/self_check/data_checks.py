@@ -27,6 +27,8 @@ _LATENT_TOLERANCE = 0.05
 _TEXT_TOLERANCE = 0.02
 _PIXEL_TOLERANCE = 12.0
 """Largest difference of mean colours of blocks, of 255. Another decoder may convert colours by another matrix."""
+_MIN_DISTANCE = 0.5
+"""Smallest mean distance of colours between frames, of 255, by which one is told from another."""
 _RATE_TOLERANCE = 0.02
 _BLOCKS = 4
 _TIME_TOLERANCE = 1e-3
@@ -78,7 +80,10 @@ def _check_clip(subject: CheckedTraining, number: int, info: ClipInfo, start: in
     frame_times = np.asarray([start, *range(start + 1, start + len(clip.frames))]) / sampled
     indices = np.searchsorted(times, frame_times + _TIME_TOLERANCE, side="right") - 1
     expected, actual = blocks[indices], _average_blocks(clip.frames)
-    if np.sqrt(np.square(actual - expected).mean()) <= _PIXEL_TOLERANCE:
+    distances = np.abs(actual[:, None] - blocks[None]).mean(axis=(2, 3, 4))
+    error = float(np.abs(actual - expected).mean())
+    is_moved = error > _MIN_DISTANCE + 2 * distances.min(axis=1).mean()
+    if not is_moved and np.sqrt(np.square(actual - expected).mean()) <= _PIXEL_TOLERANCE:
         return ""
     changes = {
         "it is mirrored": expected[:, :, ::-1],
@@ -88,9 +93,9 @@ def _check_clip(subject: CheckedTraining, number: int, info: ClipInfo, start: in
     }
     errors = {name: float(np.abs(actual - each).mean()) for name, each in changes.items()}
     best = min(errors, key=lambda name: errors[name])
-    if errors[best] < 0.5 * np.abs(actual - expected).mean():
+    if errors[best] < 0.5 * error:
         return best
-    nearest = np.abs(actual[:, None] - blocks[None]).mean(axis=(2, 3, 4)).argmin(axis=1)
+    nearest = distances.argmin(axis=1)
     return (
         f"its frames are not those shown from {frame_times[0]:.2f} s on, every {1 / sampled:.3f} s: the nearest frames "
         f"of the file are {nearest[:4].tolist()} instead of {indices[:4].tolist()}"
