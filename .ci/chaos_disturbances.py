@@ -68,7 +68,8 @@ class Chaos:
         """Stop all processes, and kill one at a moment of the next start."""
         self._preempt(event, self.cluster.processes)
         self.cluster.start()
-        time.sleep(self.chosen.uniform(1.0, 0.9 * self.cluster.start_seconds))
+        seconds = self.chosen.uniform(1.0, 0.9 * self.cluster.start_seconds)
+        self.cluster.wait_for(lambda: self._goes_on(event), seconds)
         victim = self._choose_victim(event)
         event.begin = time.time()
         event.detail += f", {event.begin - self.cluster.start_time:.0f} s after its start"

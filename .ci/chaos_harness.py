@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,14 @@ def main() -> None:
             if time.monotonic() - start > 60 * arguments.minutes:
                 break
             seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed + len(rounds)
-            rounds.append(harness.run_round(seed, min(missing, arguments.per_round), arguments.kinds))
-            summary = summarize(rounds)
-            if path:
-                path.write_text(json.dumps({"summary": summary, "rounds": rounds}, indent=1) + "\n")
+            results: dict[str, Any] = {"seed": seed, "undisturbed": harness.goodput, "missed": [], "events": []}
+            rounds.append(results)
+
+            def save() -> None:
+                if path:
+                    path.write_text(json.dumps({"summary": summarize(rounds), "rounds": rounds}, indent=1) + "\n")
+
+            harness.run_round(results, min(missing, arguments.per_round), arguments.kinds, save)
     print(f"{format_table(rounds)}\n{(time.monotonic() - start) / 60:.0f} minutes")
     if summarize(rounds)["recovered"] < arguments.disturbances:
         raise SystemExit(1)
@@ -109,34 +113,36 @@ class Harness:
             self.bucket.objects[target] = dataclasses.replace(self.bucket.objects[source], name=target)
         return Cluster(get_address(name), self.folder / name, steps=self.steps, count=count)
 
-    def run_round(self, seed: int, count: int, kinds: Sequence[str]) -> dict[str, Any]:
-        """Disturb two trainings, and return what came of it."""
+    def run_round(self, results: dict[str, Any], count: int, kinds: Sequence[str], save: Callable[[], None]) -> None:
+        """Disturb two trainings, and add what comes of it to the results, which are saved each time."""
+        seed = results["seed"]
         chosen, start = random.Random(seed), time.monotonic()
         half = (count + 1) // 2
-        results: dict[str, Any] = {"seed": seed, "undisturbed": self.goodput, "missed": [], "events": []}
         for training, number in (("fixed", half), ("resized", count - half)):
             name = f"{training}-{seed}"
             cluster = self.make_cluster(name, PROCESSES)
-            events = self.disturb(cluster, training, chosen, number, kinds) if number else []
-            results["events"] += [dataclasses.asdict(event) for event in events if event.hit]
-            results["missed"] += [dataclasses.asdict(event) for event in events if not event.hit]
             if number:
+                for event in self.disturb(cluster, training, chosen, number, kinds):
+                    results["events" if event.hit else "missed"].append(dataclasses.asdict(event))
+                    save()
                 result = self.read_result(name)
                 compare = compare_bits if training == "fixed" else compare_values
                 results[training] = {**read_goodput(name), "starts": cluster.starts}
                 results[training] |= compare(self.undisturbed, result)
                 print(f"{training}: {results[training]}", flush=True)
-        return {**results, "minutes": (time.monotonic() - start) / 60}
+                save()
+        results["minutes"] = (time.monotonic() - start) / 60
+        save()
 
     def disturb(
         self, cluster: Cluster, training: str, chosen: random.Random, count: int, kinds: Sequence[str]
-    ) -> list[Event]:
-        """Train to the end with so many disturbances that count, and return these and the others."""
-        events: list[Event] = []
+    ) -> Iterator[Event]:
+        """Train to the end with so many disturbances that count, and yield these and the others."""
+        hits = 0
         chaos = Chaos(cluster, self.bucket, chosen)
         cluster.start()
         coming: list[str] = []
-        while sum(event.hit for event in events) < count:
+        while hits < count:
             if not coming:
                 coming = chosen.sample(kinds, len(kinds))
             first, steps = cluster.get_newest_step(), chosen.randint(1, MAX_PAUSE_STEPS)
@@ -149,16 +155,16 @@ class Harness:
                 kind = chosen.choice(["remove"] * can_shrink + ["add"] * can_grow)
             step, begin = cluster.get_newest_step(), time.time()
             event = Event(kind=kind, training=training, processes=cluster.count, step=step, begin=begin)
-            events.append(event)
             getattr(chaos, kind)(event)
             recover(cluster, event)
             state = f"recovered after {event.seconds:.0f} s" if event.recovered else "NOT RECOVERED"
             what = f"{kind} after step {step}: {event.detail}; {state}; exit codes {event.codes}, {event.hung} hung"
             print(f"{training}: {what}{'' if event.hit else ', BUT NOT HIT'}", flush=True)
+            hits += event.hit
+            yield event
             if not event.recovered:
                 raise SystemExit(f"see the outputs of the last {len(event.codes) + 1} starts in {cluster.folder}")
         wait_for_success(cluster)
-        return events
 
     def read_result(self, name: str) -> dict[str, Any]:
         """Return the hash chain and the final arrays of a training."""
@@ -189,13 +195,15 @@ def recover(cluster: Cluster, event: Event) -> None:
         codes, hung = cluster.wait_for_end()
         event.codes.append(codes)
         event.hung += hung
+        if codes == [0] * len(codes):  # no steps were left
+            break
     first = cluster.find_first_step(beyond=event.step, since=end)
     codes = {code for codes in event.codes for code in codes}
     is_orderly = not codes & {1, -11} and (MISTAKE not in codes or event.kind == "deny")
     event.recovered = first is not None and is_orderly and not (event.codes and event.kind in TOLERATED)
     if first is not None:
         event.seconds = first.time - event.begin
-        if event.codes:
+        if event.codes and event.kind != "flaky":
             cluster.start_seconds = first.time - cluster.start_time
 
 
