@@ -185,7 +185,6 @@ def frame_rate_ignored(run):
 @FAULTS.add(
     "The data set states twice the rate of its clips, as some containers do: each frame is seen twice.",
     "frames",
-    variant="seconds",
 )
 def frame_rate_doubled(run):
     data = copy_data(run)
