@@ -10,8 +10,8 @@ are, at random moments: one with four processes all the time, and one whose numb
 later step than all before it was logged afterwards.
 
 In the end, each first training has the undisturbed one's hash chain and final arrays, bit for bit, and each second one
-its losses to 1e-6 and its parameters to 1e-4. Goodput is what the runs record themselves. Rounds in the file of results
-count already, so that the command may be interrupted.
+its losses to 1e-6 and its parameters to 1e-4. Goodput is what the runs record themselves. What is in the file of
+results counts already, so that the command may be interrupted, except recoveries in a training that was not compared.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
     with serve() as bucket:
         harness = Harness(folder / time.strftime("%Y%m%d-%H%M%S"), bucket, steps=arguments.steps)
         harness.prepare()
-        while (missing := arguments.disturbances - count_events(rounds)) > 0:
+        while (missing := arguments.disturbances - len(list_events(rounds))) > 0:
             if time.monotonic() - start > 60 * arguments.minutes:
                 break
             seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed + len(rounds)
@@ -272,13 +272,16 @@ def format_outputs(cluster: Cluster) -> str:
     return "\n".join(f"process {index}:\n{text[-3000:]}" for index, text in enumerate(cluster.read_outputs()))
 
 
-def count_events(rounds: Sequence[dict[str, Any]]) -> int:
-    return sum(len(each["events"]) for each in rounds)
+def list_events(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the disturbances that count: those of trainings that were compared, and all without a recovery."""
+    events = [(each, event) for each in rounds for event in (*each["events"], *each["missed"])]
+    is_valid = [(event["hit"] and event["training"] in each) or not event["recovered"] for each, event in events]
+    return [event for (_, event), valid in zip(events, is_valid, strict=True) if valid]
 
 
 def summarize(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the counts of all disturbances, and the times of recovery of each kind."""
-    events = [event for each in rounds for event in each["events"]]
+    events = list_events(rounds)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for event in events:
         kinds.setdefault(event["kind"], []).append(event)
