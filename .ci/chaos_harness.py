@@ -76,11 +76,13 @@ def main() -> None:
 
             def save() -> None:
                 if path:
-                    path.write_text(json.dumps({"summary": summarize(rounds), "rounds": rounds}, indent=1) + "\n")
+                    path.write_text(
+                        json.dumps({"summary": summarize_rounds(rounds), "rounds": rounds}, indent=1) + "\n"
+                    )
 
             harness.run_round(results, min(missing, arguments.per_round), arguments.kinds, save)
     print(f"{format_table(rounds)}\n{(time.monotonic() - start) / 60:.0f} minutes")
-    if summarize(rounds)["recovered"] < arguments.disturbances:
+    if summarize_rounds(rounds)["recovered"] < arguments.disturbances:
         raise SystemExit(1)
 
 
@@ -258,10 +260,11 @@ def get_address(name: str) -> str:
 
 
 def read_goodput(name: str) -> dict[str, Any]:
-    """Return where the time of a run went, as it has recorded it."""
-    from dit_video.training.goodput import GROUPS, get_group, read_run_times
+    """Return where the time of a run went, as it has recorded it, since its latents were made."""
+    from dit_video.training.goodput import GOODPUT_FOLDER, GROUPS, get_group, read_attempts, summarize
 
-    times = read_run_times(get_address(name))
+    _preparation, *attempts = read_attempts(f"{get_address(name)}/{GOODPUT_FOLDER}")
+    times = summarize(attempts)
     groups = dict.fromkeys(GROUPS, 0.0)
     for category, microseconds in times.microseconds.items():
         groups[get_group(category)] += microseconds / times.total
@@ -279,7 +282,7 @@ def list_events(rounds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event for (_, event), valid in zip(events, is_valid, strict=True) if valid]
 
 
-def summarize(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarize_rounds(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the counts of all disturbances, and the times of recovery of each kind."""
     events = list_events(rounds)
     kinds: dict[str, list[dict[str, Any]]] = {}
@@ -299,7 +302,7 @@ def summarize(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def format_table(rounds: Sequence[dict[str, Any]]) -> str:
-    summary = summarize(rounds)
+    summary = summarize_rounds(rounds)
     lines = [f"{summary['recovered']} of {summary['count']} recovered"]
     lines += [f"| {kind} | {' | '.join(map(str, row.values()))} |" for kind, row in summary["kinds"].items()]
     for training in ("undisturbed", "fixed", "resized"):
