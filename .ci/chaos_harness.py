@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
-from chaos_cluster import SILENCE, Cluster, make_environment  # noqa: E402
+from chaos_cluster import KILLED, SILENCE, Cluster, make_environment  # noqa: E402
 from chaos_disturbances import MAX_STARTS, MISTAKE, PROCESS_COUNTS, Chaos, Event  # noqa: E402
 
 from support.fake_gcs import FakeGcs, serve  # noqa: E402
@@ -201,7 +202,9 @@ def recover(cluster: Cluster, event: Event) -> None:
             break
     first = cluster.find_first_step(beyond=event.step, since=end)
     codes = {code for codes in event.codes for code in codes}
-    is_orderly = not codes & {1, -11} and (MISTAKE not in codes or event.kind == "deny")
+    is_orderly = not codes & {1, -signal.SIGSEGV} and (MISTAKE not in codes or event.kind == "deny")
+    # JAX aborts processes only where the first one, which keeps them together, was killed.
+    is_orderly &= all(-signal.SIGABRT not in codes or codes[0] == KILLED for codes in event.codes)
     event.recovered = first is not None and is_orderly and not (event.codes and event.kind in TOLERATED)
     if first is not None:
         event.seconds = first.time - event.begin
