@@ -1,12 +1,13 @@
 """Checks of gradients: against finite differences, and whether they reach every parameter that the loss depends on."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.distributed import make_shardings, shard_batch
@@ -23,6 +24,8 @@ _MIN_CHANGE = 5e-5
 """Relative change below which rounding of float32 hides the difference."""
 _MAX_STEP = 1e-2
 _TOLERANCE = 0.1
+_STACKED_PATHS = re.compile(r"(^|/)(\w+_)?blocks/")
+"""Parameters with a leading axis of layers."""
 _MAX_LEAVES = 16
 """Number of parameters without a gradient for which the loss is computed again."""
 
@@ -33,8 +36,8 @@ class Gradient(NamedTuple):
     values: Mapping[str, np.ndarray]
     """Values at the places of the reader, by path."""
     norm: float
-    is_used: Mapping[str, bool]
-    """Whether any value of a parameter's gradient is not zero."""
+    is_used: Mapping[str, np.ndarray]
+    """Whether any value of a parameter's gradient is not zero; of stacked layers for each of them."""
     slope: float
     """Derivative of the loss in the direction of the signs of `values`."""
 
@@ -65,9 +68,8 @@ class GradientProbe:
             total = gradients if total is None else jax.tree.map(jnp.add, total, gradients)
             weight += float(count)
         values, norm, is_used, slope = jax.device_get(self._summarize(total, np.float32(max(weight, 1.0))))
-        as_bool = {path: bool(each) for path, each in is_used.items()}
         return Gradient(
-            {path: np.asarray(each, np.float64) for path, each in values.items()}, float(norm), as_bool, float(slope)
+            {path: np.asarray(each, np.float64) for path, each in values.items()}, float(norm), is_used, float(slope)
         )
 
     def evaluate(
@@ -106,7 +108,7 @@ class GradientProbe:
         direction = self._reader.scatter(gradients, {path: jnp.sign(each) for path, each in values.items()})
         slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True))
         norm = jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradients)))
-        return values, norm, {path: (leaf != 0).any() for path, leaf in flatten(gradients).items()}, slope
+        return values, norm, {path: _is_used(path, leaf) for path, leaf in flatten(gradients).items()}, slope
 
     def _compute_loss(self, params, frozen, rows, step, signs, size, flags):
         """Return the loss at moved parameters, and the number of clips."""
@@ -117,6 +119,11 @@ class GradientProbe:
             return (leaf + size * direction[path] + noise).astype(leaf.dtype)
 
         return self._loss(map_with_path(move, params), rows, step, *frozen)[0], jnp.asarray(rows.valid).sum()
+
+
+def _is_used(path: str, gradient: Array) -> Bool[Array, "*layers"]:
+    is_stacked = _STACKED_PATHS.search(path) and gradient.ndim > 1
+    return (gradient != 0).any(axis=tuple(range(1 if is_stacked else 0, gradient.ndim)))
 
 
 def check_gradient(
@@ -131,15 +138,22 @@ def check_gradient(
     signs = {path: np.sign(each) for path, each in gradient.values.items()}
     loss = probe.evaluate(params, rows, 0, signs, 0.0)
     problems = []
-    config, used = get_optimizer_config(subject.experiment.denoiser), dict(gradient.is_used)
+    config = get_optimizer_config(subject.experiment.denoiser)
     is_adapter = subject.trained.lora is not None
-    idle = [path for path, is_used in used.items() if not is_used and (is_adapter or config.is_trained(path))]
+    used = {path: bool(is_used.any()) for path, is_used in gradient.is_used.items()}
+    trained = [path for path in used if is_adapter or config.is_trained(path)]
+    idle = [path for path in trained if not used[path]]
+    for path in trained:
+        if used[path] and not gradient.is_used[path].all():
+            layers = np.flatnonzero(~gradient.is_used[path]).tolist()
+            problems.append(Problem("gradient", f"layers {layers} of {path} have no gradient"))
     for path in idle[:_MAX_LEAVES]:
         if probe.evaluate(params, rows, 0, signs, 0.0, path) != loss:
             problems.append(Problem("gradient", f"the loss depends on {path}, but its gradient is zero"))
             used[path] = True
-        elif is_adapter:
-            problems.append(Problem("adapter", f"the loss does not depend on the adapter {path}"))
+        else:
+            check = "adapter" if is_adapter else "trained_parameters"
+            problems.append(Problem(check, f"{path} is trained, but the loss does not depend on it"))
     if subject.experiment.denoiser.backbone.dtype == "float32" and gradient.slope > 0:
         size = min(_MAX_STEP, _CHANGE * abs(loss) / (2 * gradient.slope))
         expected = 2 * size * gradient.slope

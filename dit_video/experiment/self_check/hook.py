@@ -39,7 +39,7 @@ _CHANGE_STEPS = 3, 20
 """Steps after a start between which parameters must have changed."""
 _UPDATE_STEPS = 2, 11, 40
 """Steps after a start whose updates are checked."""
-_INTERVAL = 1000
+_INTERVAL = 2500
 """Interval in steps of checking an update and the rows of a batch later on."""
 
 

@@ -5,6 +5,7 @@ depends on nothing, as the weights of its gates and its head are zero; so small 
 """
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from dit_video.distributed import shard_batch
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.tokens import PackedBatch
+from dit_video.tokens.rotary import Rotary3d, compute_rotary_angles
 
 SMALL = 0.02
 """Root mean square of a parameter below which it gets random values."""
@@ -31,6 +33,11 @@ _UNCHANGED = 1e-3
 round by 0.004, but equal inputs are rounded alike."""
 _CHANGED = 1e-6
 """Smallest change that counts as one."""
+_MIN_TIME_RATIO = 0.01
+"""Smallest change for `_TIME_STEP`, relative to that for 0.2; it is 0.0035 if the outputs change linearly with time."""
+_POSITION_PATHS = re.compile(r"(^|/)(temporal_)?position(/|$)")
+"""Parameters of embeddings that add positions to the tokens."""
+_MASK_STEPS = 64
 _TIMES = 0.7, 0.3
 _TIME_STEP = 7e-4
 """Difference of two times that bfloat16, and times in whole thousandths, cannot tell apart."""
@@ -128,7 +135,7 @@ def check_model(subject: CheckedTraining, params: Any, rows: PackedBatch) -> lis
     """
     probe = ModelProbe(subject, params, rows)
     problems = _check_isolation(probe) + _check_inputs(subject, probe)
-    return problems + _check_mixing(subject, probe) + _check_positions(subject, probe)
+    return problems + _check_mixing(subject, probe) + _check_positions(subject, params, rows)
 
 
 def _change_tokens(where: Bool[np.ndarray, "B N"]) -> _Change:
@@ -188,12 +195,15 @@ def _check_inputs(subject: CheckedTraining, probe: ModelProbe) -> list[Problem]:
         change = probe.measure(lambda inputs: inputs._replace(rows=change_text(rows, all_text)), region)
         if change.min(initial=np.inf) <= _CHANGED:
             problems.append(Problem("text_conditioning", f"outputs of {name} do not depend on their text"))
-        for step, note in ((0.2, ""), (_TIME_STEP, f" by {_TIME_STEP:g}: are times rounded?")):
-            change = probe.measure(_change_time(everywhere, step), region)
-            if change.min(initial=np.inf) <= _CHANGED:
-                message = f"outputs of {name} do not change with their time{note}"
-                problems.append(Problem("time_conditioning", message))
-                break
+        far, near, own = (
+            probe.measure(_change_time(where, step), region).min(initial=np.inf)
+            for where, step in ((everywhere, 0.2), (everywhere, _TIME_STEP), (region, 0.2))
+        )
+        message = f"outputs of {name} do not depend on their own time"
+        if min(far, own) > _CHANGED:
+            message = f"outputs of {name} hardly change with their time by {_TIME_STEP:g}: is it rounded or not scaled?"
+        if min(far, own) <= _CHANGED or near <= max(_CHANGED, _MIN_TIME_RATIO * far if np.isfinite(far) else 0):
+            problems.append(Problem("time_conditioning", message))
     return problems + _check_known_frames(subject, probe)
 
 
@@ -205,10 +215,12 @@ def _check_known_frames(subject: CheckedTraining, probe: ModelProbe) -> list[Pro
         or ConditioningLatents not in subject.experiment.denoiser.backbone.conditioning_kinds
     ):
         return []
-    draw = subject.jit(lambda rows: loss.draw_cond_mask(rows, jnp.int32(0)).any(axis=1))
-    has_known = np.asarray(draw(shard_batch(rows, subject.trainer.mesh)))
-    if not has_known.any() or len(has_known) != len(probe.segments):
+    if len(masks := _draw_masks(subject, rows)) == 0:
         return []
+    problems = [] if loss.frame_conditioning.has_mask_mix else _check_first_frames(subject, rows, masks)
+    has_known = masks[0].any(axis=1)
+    if not has_known.any():
+        return problems
 
     def change(inputs: _Inputs) -> _Inputs:
         fields = dict(rows.fields)
@@ -217,7 +229,35 @@ def _check_known_frames(subject: CheckedTraining, probe: ModelProbe) -> list[Pro
         return inputs._replace(rows=rows._replace(tokens=0.5 - np.asarray(rows.tokens), fields=fields))
 
     if probe.measure(change, has_known[:, None] & (probe.segments > 0)).min(initial=np.inf) <= _CHANGED:
-        return [Problem("frame_conditioning", "outputs of clips with known frames do not depend on these")]
+        problems.append(Problem("frame_conditioning", "outputs of clips with known frames do not depend on these"))
+    return problems
+
+
+def _draw_masks(subject: CheckedTraining, rows: PackedBatch) -> Bool[np.ndarray, "s B N"]:
+    """Return which tokens are known at the first steps; none if other processes have rows of their own."""
+
+    def draw(rows: PackedBatch) -> Bool[Array, "s B N"]:
+        return jax.vmap(lambda step: subject.loss.draw_cond_mask(rows, step))(jnp.arange(_MASK_STEPS))
+
+    masks = np.asarray(subject.jit(draw)(shard_batch(rows, subject.trainer.mesh)))
+    return masks if masks.shape[1] == len(rows.segments) else masks[:0]
+
+
+def _check_first_frames(subject: CheckedTraining, rows: PackedBatch, masks: Bool[np.ndarray, "s B N"]) -> list[Problem]:
+    """Check that the first frame of clips with several is known, as often as the config says, and nothing else."""
+    assert subject.loss.frame_conditioning is not None
+    prob, segments = subject.loss.frame_conditioning.prob, np.asarray(rows.segments)
+    is_first = np.asarray(rows.positions)[..., 0] == 0
+    if masks[:, ~is_first | (segments == 0)].any():
+        return [Problem("frame_conditioning", "other frames than the first one are known")]
+    shares = []
+    for row, segment in np.ndindex(len(segments), rows.layout.count):
+        is_own = segments[row] == segment + 1
+        if (is_own & ~is_first[row]).any():
+            shares.append(masks[:, row, is_own & is_first[row]].all(axis=1).mean())
+    error = 5 * np.sqrt(prob * (1 - prob) / max(1, _MASK_STEPS * len(shares)))
+    if shares and abs(np.mean(shares) - prob) > error:
+        return [Problem("frame_conditioning", f"{np.mean(shares):.0%} of the first frames are known, not {prob:.0%}")]
     return []
 
 
@@ -236,9 +276,17 @@ def _check_mixing(subject: CheckedTraining, probe: ModelProbe) -> list[Problem]:
     return problems
 
 
-def _check_positions(subject: CheckedTraining, probe: ModelProbe) -> list[Problem]:
-    """Check that outputs depend on distances along each axis, and not on where all positions begin."""
-    layout, backbone = probe.rows.layout, subject.experiment.denoiser.backbone
+def _check_positions(subject: CheckedTraining, params: Any, rows: PackedBatch) -> list[Problem]:
+    """Check that attention depends on distances along each axis, and not on where all positions begin.
+
+    Positions that are also embedded are left out, by zero weights; `trained_parameters` has these.
+    """
+    rotary = getattr(subject.experiment.denoiser.backbone, "rotary", None)
+    if rotary == "none":
+        return []
+    zeroed = map_with_path(lambda path, leaf: 0 * leaf if _POSITION_PATHS.search(path) else leaf, params)
+    probe = ModelProbe(subject, zeroed, rows)
+    layout = rows.layout
     positions = np.asarray(layout.positions, np.float32)
     problems = []
 
@@ -255,9 +303,24 @@ def _check_positions(subject: CheckedTraining, probe: ModelProbe) -> list[Proble
         halved[..., axis] *= 0.5
         if probe.measure(move(halved), is_extended).min(initial=np.inf) <= _CHANGED:
             problems.append(Problem("positions", f"outputs do not depend on positions along {name}"))
-    if getattr(backbone, "absolute_position", None) is None:
-        shift = probe.measure(move(positions + 3.0))
-        if shift.max(initial=0) > 10 * _UNCHANGED:
-            message = "outputs change if all positions are moved alike: are queries and keys rotated alike?"
-            problems.append(Problem("positions", message))
+    if probe.measure(move(positions + 3.0)).max(initial=0) > 10 * _UNCHANGED:
+        message = "outputs change if all positions are moved alike: are queries and keys rotated alike?"
+        problems.append(Problem("positions", message))
+    if isinstance(rotary, Rotary3d):
+        problems += _check_angles(positions.reshape(-1, 3), rotary)
     return problems
+
+
+def _check_angles(positions: Float[np.ndarray, "n 3"], rotary: Rotary3d) -> list[Problem]:
+    """Check rotary angles against their formula (arXiv 2104.09864), by which each axis has its own channels."""
+    parts = []
+    for axis, width in enumerate(rotary.split):
+        stretch = rotary.stretch[axis] ** (width / (width - 2)) if width > 2 else 1.0
+        frequencies = [(rotary.theta * stretch) ** (-2 * pair / width) for pair in range(width // 2)]
+        parts.append(positions[:, axis, None] * rotary.scale[axis] * np.asarray(frequencies))
+    angles = np.asarray(compute_rotary_angles(jnp.asarray(positions), rotary))
+    if np.allclose(angles, np.concatenate(parts, axis=1), rtol=1e-3, atol=1e-3):
+        return []
+    return [
+        Problem("positions", "the angles of the rotary embedding are not those of its split and frequencies")
+    ]
