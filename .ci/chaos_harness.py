@@ -10,7 +10,7 @@ are, at random moments: one with four processes all the time, and one whose numb
 later step than all before it was logged afterwards.
 
 In the end, each first training has the undisturbed one's hash chain and final arrays, bit for bit, and each second one
-its losses to 1e-6 and its parameters to 1e-4. Goodput is what the runs record themselves. What is in the file of
+its losses to 1e-6 and its parameters to 2e-5. Goodput is what the runs record themselves. What is in the file of
 results counts already, so that the command may be interrupted, except recoveries in a training that was not compared.
 """
 
@@ -44,8 +44,8 @@ TOLERATED = ("pause", "slow")
 """Kinds after which no process may end."""
 MAX_PAUSE_STEPS, MAX_PAUSE_SECONDS = 6, 1.0
 """Most steps, and then seconds, between a recovery and the next disturbance."""
-MAX_LOSS_DIFFERENCE, MAX_PARAMETER_DIFFERENCE = 1e-6, 1e-4
-"""Relative difference of losses, and absolute one of parameters, with other numbers of processes."""
+MAX_LOSS_DIFFERENCE, MAX_PARAMETER_DIFFERENCE, MAX_KEY_BIAS_DIFFERENCE = 1e-6, 2e-5, 1e-4
+"""Relative difference of losses, and absolute ones of parameters, with other numbers of processes."""
 Chain = list[dict[str, Any]]
 
 
@@ -248,7 +248,10 @@ def compare_values(expected: dict[str, Any], actual: dict[str, Any]) -> dict[str
     arrays = {path: array for path, array in expected["arrays"].items() if path.startswith("params/")}
     differences = {path: float(np.abs(array - actual["arrays"][path]).max()) for path, array in arrays.items()}
     worst = max(differences, key=lambda path: differences[path])
-    if losses > MAX_LOSS_DIFFERENCE or differences[worst] > MAX_PARAMETER_DIFFERENCE:
+    # The gradient of a key's bias is zero, so that Adam amplifies its rounding.
+    others = [difference for path, difference in differences.items() if not path.endswith(("qkv/bias", "k/bias"))]
+    is_close = differences[worst] <= MAX_KEY_BIAS_DIFFERENCE and max(others, default=0.0) <= MAX_PARAMETER_DIFFERENCE
+    if losses > MAX_LOSS_DIFFERENCE or not is_close:
         raise SystemExit(f"losses differ by {losses:.1e}, and {worst} by {differences[worst]:.1e}")
     return {"loss_difference": losses, "parameter_difference": differences[worst], "parameter": worst}
 
