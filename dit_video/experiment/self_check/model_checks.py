@@ -218,7 +218,15 @@ def _check_known_frames(subject: CheckedTraining, probe: ModelProbe) -> list[Pro
     if len(masks := _draw_masks(subject, rows)) == 0:
         return []
     problems = [] if loss.frame_conditioning.has_mask_mix else _check_first_frames(subject, rows, masks)
-    has_known = masks[0].any(axis=1)
+    known = masks[0]
+    has_known = known.any(axis=1)
+
+    def change_unknown(inputs: _Inputs) -> _Inputs:
+        tokens = np.asarray(rows.tokens)
+        return inputs._replace(rows=rows._replace(tokens=np.where(known[..., None], tokens, 0.5 - tokens)))
+
+    if probe.measure(change_unknown).max(initial=0) > _UNCHANGED:
+        problems.append(Problem("frame_conditioning", "outputs depend on frames that are not known"))
     if not has_known.any():
         return problems
 
@@ -321,6 +329,4 @@ def _check_angles(positions: Float[np.ndarray, "n 3"], rotary: Rotary3d) -> list
     angles = np.asarray(compute_rotary_angles(jnp.asarray(positions), rotary))
     if np.allclose(angles, np.concatenate(parts, axis=1), rtol=1e-3, atol=1e-3):
         return []
-    return [
-        Problem("positions", "the angles of the rotary embedding are not those of its split and frequencies")
-    ]
+    return [Problem("positions", "the angles of the rotary embedding are not those of its split and frequencies")]

@@ -1,5 +1,6 @@
 """Checks of the objective: noise, times, dropped captions, targets, and how clips are averaged."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -86,6 +87,8 @@ def check_noise(draws: RandomNumbers) -> list[Problem]:
     error = _DEVIATIONS / math.sqrt(len(values))
     if abs(values.mean()) > error or abs(values.std() - 1) > error:
         problems.append(f"noise has mean {values.mean():.2f} and standard deviation {values.std():.2f}")
+    elif abs((fourth := np.mean(values**4)) - 3) > _DEVIATIONS * math.sqrt(96 / len(values)):
+        problems.append(f"noise is not normal: its fourth moment is {fourth:.2f} instead of 3")
     is_clip = segments > 0
     if np.array_equal(first[is_clip], second[is_clip]):
         problems.append("two steps have the same noise")
@@ -103,6 +106,8 @@ def check_times(subject: CheckedTraining, draws: RandomNumbers) -> list[Problem]
     problems = []
     if times.min(initial=1) < 0 or times.max(initial=0) > 1:
         problems.append(f"times lie between {times.min():.2f} and {times.max():.2f}")
+    if times.shape[1] > 1 and np.ptp(times, axis=1).max(initial=0) < 1e-6:
+        problems.append("all clips of a batch have the same time")
     low, high = 0.0, 1.0
     if (expert := training.expert) is not None:
         low, high = (expert.boundary, 1.0) if expert.expert == "high" else (0.0, expert.boundary)
@@ -253,10 +258,21 @@ def check_loss_mean(compute: LossFn, rows: PackedBatch, draws: RandomNumbers) ->
             )
         elif abs(parts[0] - whole) <= 1e-6 * abs(whole):
             problems.append(Problem("loss_mean", "clips that are not valid count in the loss"))
+        alone = compute(_keep_first_clips(scaled._replace(valid=first)), 0)
+        if abs(alone - parts[0]) > _TOLERANCE * abs(alone):
+            message = f"the loss of clips alone in their rows is {alone:.4f}, beside others {parts[0]:.4f}"
+            problems.append(Problem("loss_mean", message))
     noised = np.where((segments == 0)[..., None], np.float32(100), scaled.tokens)
     if abs(compute(scaled._replace(tokens=noised), 0) - whole) > _TOLERANCE * abs(whole):
         problems.append(Problem("loss_mean", "padding counts in the loss"))
     return problems + _check_dropped_text(compute, rows, draws)
+
+
+def _keep_first_clips(rows: PackedBatch) -> PackedBatch:
+    """Return rows in which all clips but the first are padding."""
+    segments, text_segments = np.asarray(rows.segments), np.asarray(rows.text_segments)
+    layout = dataclasses.replace(rows.layout, segments=np.where(segments == 1, segments, 0))
+    return rows._replace(layout=layout, text_segments=np.where(text_segments == 1, text_segments, 0))
 
 
 def _check_dropped_text(compute: LossFn, rows: PackedBatch, draws: RandomNumbers) -> list[Problem]:
