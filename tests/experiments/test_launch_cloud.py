@@ -91,7 +91,7 @@ time.sleep(60)
 def test_a_skypilot_job_is_recovered_as_other_files_restart():
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     recovery = task["resources"]["job_recovery"]
-    assert {EXIT_TRY_AGAIN, 137} <= set(recovery["recover_on_exit_codes"])
+    assert {EXIT_TRY_AGAIN, 134, 137} <= set(recovery["recover_on_exit_codes"])
     assert UserError.code not in recovery["recover_on_exit_codes"]
     assert recovery["max_restarts_on_errors"] == 0  # counts exit codes that are not in the list
     (volume,) = task["volumes"]
