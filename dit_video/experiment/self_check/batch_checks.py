@@ -16,7 +16,10 @@ from dit_video.tokens import PackedBatch, PackedShape
 
 _MAX_CORRELATION = 0.9
 """Correlation of the order of examples with that of the data set, from which they count as not shuffled."""
+_MAX_ROWS = 16
+"""Number of rows of a batch that are checked."""
 _MIN_ROWS = 4
+"""Smallest number of rows by which two epochs are compared."""
 _MAX_EQUAL_ROWS = 0.8
 """Share of rows that two epochs have in common, from which they count as the same."""
 _MIN_EXAMPLES = 12
@@ -28,7 +31,7 @@ _MAX_EXAMPLES = 1_000_000
 def check_rows(subject: CheckedTraining, rows: PackedBatch, entries: Sequence[Sequence[RowEntry]]) -> list[Problem]:
     """Check the arrays of a batch against the examples that the plan puts into its rows."""
     problems: list[Problem] = []
-    for number, row_entries in enumerate(entries):
+    for number, row_entries in enumerate(entries[:_MAX_ROWS]):
         row = _Row(subject, rows, number)
         problems += row.check(row_entries)
     return problems
@@ -121,8 +124,7 @@ class _Row:
         return [Problem("captions", f"{name} has another text than its caption {captions[0]!r}")]
 
     def _get_clip(self, example: int) -> int:
-        latents = self._subject.latents
-        return example if latents is None else self._subject.clip_numbers[latents.clips[example]]
+        return self._subject.find_clip(example)
 
     def _get_name(self, example: int) -> str:
         latents = self._subject.latents

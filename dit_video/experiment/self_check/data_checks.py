@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Float32, UInt8
 
 from dit_video.core.errors import DecodeError
@@ -37,14 +39,20 @@ _TIME_TOLERANCE = 1e-3
 
 def check_held_out(subject: CheckedTraining) -> list[Problem]:
     """Check that no held-out clip is trained on, nor one with the same bytes."""
-    names = set(subject.held_out_clips.column("name")) | set(subject.experiment.data.held_out)
-    payloads = set(subject.held_out_clips.column("payload"))
-    trained = set(subject.clips.column("name")) if subject.latents is None else set(subject.latents.clips)
-    problems = [f"{name} is held out, but trained on" for name in sorted(trained & names)]
-    for name, payload in zip(subject.clips.column("name"), subject.clips.column("payload"), strict=True):
-        if payload and payload in payloads:
-            problems.append(f"{name} has the same bytes as a held-out clip, under another name")
+    held_out, clips = subject.held_out_clips, subject.clips
+    names = {*held_out.column("name"), *subject.experiment.data.held_out}
+    payloads = {payload for payload in held_out.column("payload") if payload}
+    trained = subject.clip_names if subject.latents is None else pa.array(subject.latents.clips, pa.string())
+    problems = [f"{name} is held out, but trained on" for name in _find_common(trained, trained, names)]
+    for name in _find_common(subject.clip_names, pa.array(clips.column("payload"), pa.string()), payloads):
+        problems.append(f"{name} has the same bytes as a held-out clip, under another name")
     return [Problem("held_out", each) for each in problems]
+
+
+def _find_common(names: pa.Array, values: pa.Array, wanted: set[str]) -> list[str]:
+    """Return the names whose values are among those that are wanted."""
+    is_wanted = pc.is_in(values, value_set=pa.array(sorted(wanted), pa.string()))
+    return sorted(set(names.filter(is_wanted).to_pylist()))
 
 
 def check_frames(subject: CheckedTraining) -> list[Problem]:
@@ -164,7 +172,7 @@ def _find_view(subject: CheckedTraining, index: int) -> View:
     latents, encoding = subject.latents, subject.encoding
     assert latents is not None
     assert encoding is not None
-    number = subject.clip_numbers[latents.clips[index]]
+    number = subject.find_clip(index)
     views = list_views([subject.clips.infos[number]], encoding.limits, encoding.augmentations)
     view = next((each for each in views if each.name == latents.names[index]), views[0])
     return view._replace(clip=number)

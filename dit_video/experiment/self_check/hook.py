@@ -92,7 +92,7 @@ class SelfCheck(Hook):
         self._subject, self._is_new = subject, is_new
         self._folder: Path = subject.trainer.folder
         self._is_first_process = jax.process_index() == 0
-        self._log = ProblemLog(self._folder / FILE, is_written=self._is_first_process)
+        self._log = ProblemLog(self._folder / FILE, process=jax.process_index())
         self._batches: CheckedBatches | None = None
         self._start = 0
         self._tokens: list[np.ndarray] = []
@@ -119,10 +119,9 @@ class SelfCheck(Hook):
         if done == 1:
             with declare_phase("self-check"):
                 self._log.add(step, self._check_start(step, state, batches))
-        problems = self._check_batch(done, step, batches)
+        self._log.add(step, self._check_batch(done, step, batches), is_local=True)
         if self._loss is not None:
-            problems += self._check_step(done, step, state, batches)
-        self._log.add(step, problems)
+            self._log.add(step, self._check_step(done, step, state, batches))
 
     def on_save(self, step: int, digests: Mapping[str, int]) -> None:
         if self._saved is not None and self._saved[0] == step and self._is_first_process:

@@ -1,11 +1,10 @@
 """The problems that checks find, and their log."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
-
-from dit_video.training.hooks.logging import print_on_first_process
 
 FILE = "self_check.jsonl"
 """Name of the log in the folder of a training."""
@@ -28,17 +27,27 @@ class ProblemLog:
     The file exists, and may be empty, once the first checks are over.
     """
 
-    def __init__(self, path: Path, *, is_written: bool):
-        self._path, self._is_written = path, is_written
+    def __init__(self, path: Path, *, process: int = 0):
+        self._path, self._process = path, process
         self._counts = Counter[str]()
 
-    def add(self, step: int, problems: list[Problem]) -> None:
-        """Log the problems that were found at a step, and print the first ones of each check."""
-        for problem in problems:
+    def add(self, step: int, problems: list[Problem], *, is_local: bool = False) -> None:
+        """Log problems at a step, and print the first ones of each check.
+
+        Args:
+          step: Number of steps done.
+          problems: The problems.
+          is_local: Whether they are of this process alone, such as of its rows. Other processes than the first, which
+            writes the log, print these, and leave those that all have to the first.
+        """
+        for problem in problems if is_local or self._process == 0 else []:
             self._counts[problem.check] += 1
             if self._counts[problem.check] <= MAX_MESSAGES:
-                print_on_first_process(f"self-check, step {step}: {problem.check}: {problem.message}")
-        if self._is_written:
+                where = f", process {self._process}" if self._process else ""
+                print(
+                    f"self-check, step {step}{where}: {problem.check}: {problem.message}", file=sys.stderr, flush=True
+                )
+        if self._process == 0:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.writelines(json.dumps({"step": step, **problem._asdict()}) + "\n" for problem in problems)

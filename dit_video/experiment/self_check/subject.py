@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.core import rng
@@ -60,9 +62,13 @@ class CheckedTraining:
         return NamedSharding(self.trainer.mesh, PartitionSpec())
 
     @functools.cached_property
-    def clip_numbers(self) -> dict[str, int]:
-        """Return the number of the training clip of each name."""
-        return {name: number for number, name in enumerate(self.clips.column("name"))}
+    def clip_names(self) -> pa.Array:
+        """Return the names of the training clips."""
+        return pa.array(self.clips.column("name"), pa.string())
+
+    def find_clip(self, example: int) -> int:
+        """Return the number of the training clip that an example was made of."""
+        return example if self.latents is None else pc.index(self.clip_names, self.latents.clips[example]).as_py()
 
     def jit(self, function: Any, out_shardings: Any = None) -> Any:
         """Return a jitted function that is compiled quickly, as it is called a few times; all processes read results.

@@ -28,7 +28,7 @@ def test_learning_rates_are_those_of_the_optimizer(schedule, warmup):
 
 
 def test_all_problems_are_logged_and_the_first_of_each_check_printed(tmp_path, capsys):
-    log = ProblemLog(tmp_path / FILE, is_written=True)
+    log = ProblemLog(tmp_path / FILE)
     log.add(1, [])
     assert (tmp_path / FILE).read_text() == ""
     log.add(2, [Problem("latents", f"clip {number}") for number in range(5)] + [Problem("ema", "moved")])
@@ -36,6 +36,14 @@ def test_all_problems_are_logged_and_the_first_of_each_check_printed(tmp_path, c
     printed = "".join(capsys.readouterr())
     assert printed.count("latents: clip") == MAX_MESSAGES
     assert "self-check, step 2: ema: moved" in printed
+
+
+def test_other_processes_print_what_is_theirs_alone(tmp_path, capsys):
+    log = ProblemLog(tmp_path / FILE, process=3)
+    log.add(2, [Problem("rows", "twice")], is_local=True)
+    log.add(2, [Problem("ema", "moved")])
+    assert capsys.readouterr().err == "self-check, step 2, process 3: rows: twice\n"
+    assert not (tmp_path / FILE).exists()
 
 
 @pytest.mark.slow
