@@ -265,7 +265,7 @@ class SendLogs(Hook):
     first_process_only = True
     folder: RemoteFolder
 
-    def before_save(self, step: int) -> None:
+    def before_save(self, step: int, state: Any) -> None:
         self.folder.try_to_send()
 
 

@@ -226,7 +226,7 @@ class _Saver:
                 raise self._make_error(f"{path} is not finite after step {steps_done}")
             if self._checkpoints is not None:
                 for hook in self._hooks:
-                    hook.before_save(steps_done)
+                    hook.before_save(steps_done, state)
                 digests = self._checkpoints.save(steps_done, state, self._meta, metrics=self.metrics)
                 for hook in self._hooks:
                     hook.on_save(steps_done, digests)

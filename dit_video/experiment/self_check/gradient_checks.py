@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool
 
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.distributed import make_shardings, shard_batch
-from dit_video.experiment.denoiser import get_optimizer_config
 from dit_video.experiment.self_check.model_checks import NOISE, make_noise
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.state_values import COUNT, ValueReader
@@ -138,10 +137,9 @@ def check_gradient(
     signs = {path: np.sign(each) for path, each in gradient.values.items()}
     loss = probe.evaluate(params, rows, 0, signs, 0.0)
     problems = []
-    config = get_optimizer_config(subject.experiment.denoiser)
     is_adapter = subject.trained.lora is not None
     used = {path: bool(is_used.any()) for path, is_used in gradient.is_used.items()}
-    trained = [path for path in used if is_adapter or config.is_trained(path)]
+    trained = [path for path in used if subject.is_trained(path)]
     idle = [path for path in trained if not used[path]]
     for path in trained:
         if used[path] and not gradient.is_used[path].all():

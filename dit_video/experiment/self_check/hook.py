@@ -13,7 +13,11 @@ from dit_video.distributed import make_shardings
 from dit_video.distributed.progress import declare_phase
 from dit_video.experiment.self_check import batch_checks, data_checks, objective_checks
 from dit_video.experiment.self_check.gradient_checks import Gradient, GradientProbe, check_gradient
-from dit_video.experiment.self_check.initial_checks import check_adapter_paths, check_initial_weights
+from dit_video.experiment.self_check.initial_checks import (
+    check_adapter_paths,
+    check_adapter_scale,
+    check_initial_weights,
+)
 from dit_video.experiment.self_check.model_checks import check_model, perturb
 from dit_video.experiment.self_check.problems import FILE, Problem, ProblemLog
 from dit_video.experiment.self_check.state_values import (
@@ -22,7 +26,7 @@ from dit_video.experiment.self_check.state_values import (
     to_state_values,
     write_state_values,
 )
-from dit_video.experiment.self_check.step_checks import UpdateCheck, check_changes
+from dit_video.experiment.self_check.step_checks import UpdateCheck, check_changes, check_gradient_norm
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.tokens import PackedBatch
 from dit_video.training.checkpoint_arrays import compute_digests
@@ -100,7 +104,6 @@ class SelfCheck(Hook):
         self._digests: tuple[int, Mapping[str, int]] | None = None
         self._before: Any = None
         self._gradient: Gradient | None = None
-        self._saved: tuple[int, Any] | None = None
         step = subject.trainer.train_step
         self._loss = step.loss if isinstance(step, GradientStep) else None
 
@@ -121,11 +124,13 @@ class SelfCheck(Hook):
                 self._log.add(step, self._check_start(step, state, batches))
         self._log.add(step, self._check_batch(done, step, batches), is_local=True)
         if self._loss is not None:
-            self._log.add(step, self._check_step(done, step, state, batches))
+            self._log.add(step, self._check_step(done, step, state, metrics, batches))
 
-    def on_save(self, step: int, digests: Mapping[str, int]) -> None:
-        if self._saved is not None and self._saved[0] == step and self._is_first_process:
-            write_state_values(self._folder / STATE_FILE, step, to_state_values(self._saved[1]))
+    def before_save(self, step: int, state: Any) -> None:
+        if self._loss is not None and step > self._start:
+            values = self._reader.read(state)
+            if self._is_first_process:
+                write_state_values(self._folder / STATE_FILE, step, values)
 
     def _check_start(self, step: int, state: Any, batches: CheckedBatches) -> list[Problem]:
         """Run all checks that need no second step. The first process checks the files, all check the model."""
@@ -157,6 +162,11 @@ class SelfCheck(Hook):
         problems += objective_checks.check_precision(state)
         gradient_problems, self._used = check_gradient(subject, self._probe, params, rows)
         problems += gradient_problems + check_adapter_paths(subject, state.params)
+        if subject.trained.lora is not None and subject.experiment.denoiser.accumulation_steps == 1:
+            problems += check_adapter_scale(subject, params, rows, probe.compute_loss(params, rows, 0))
+        if batches.step != step - 1 - subject.trainer.start_step:
+            message = f"step {step} is trained on the batch of step {batches.step + 1 + subject.trainer.start_step}"
+            problems.append(Problem("resume", message))
         return problems + self._check_restart(step, state)
 
     def _check_restart(self, step: int, state: Any) -> list[Problem]:
@@ -188,21 +198,24 @@ class SelfCheck(Hook):
             self._tokens.clear()
         return problems
 
-    def _check_step(self, done: int, step: int, state: Any, batches: CheckedBatches) -> list[Problem]:
+    def _check_step(
+        self, done: int, step: int, state: Any, metrics: Mapping[str, Any], batches: CheckedBatches
+    ) -> list[Problem]:
         problems: list[Problem] = []
         if self._before is not None:
             before, gradient = to_state_values(self._before), self._gradient
             self._before = self._gradient = None
             check = UpdateCheck(self._subject, before, self._reader.read(state), step=step)
-            problems += check.find_problems(
-                None if gradient is None else gradient.values, gradient.norm if gradient else 0
-            )
+            if gradient is None:
+                problems += check.find_problems()
+            else:
+                problems += check.find_problems(gradient.values, gradient.norm)
+                logged = float(jax.device_get(metrics["gradient_norm"]))
+                problems += check_gradient_norm(logged, gradient.norm, step=step)
         if done + 1 in _UPDATE_STEPS or step % _INTERVAL == 0:
             self._before = self._reader.read_later(state)
             if done + 1 in _UPDATE_STEPS:
                 self._gradient = self._probe.compute(state.params, batches.peek(), step)
-        if step % self._subject.trainer.config.save_every == 0:
-            self._saved = step, self._reader.read_later(state)
         if done == _CHANGE_STEPS[0]:
             self._digests = step, compute_digests(flatten(state.params))
         elif done == _CHANGE_STEPS[1] and self._digests is not None:

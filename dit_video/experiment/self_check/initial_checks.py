@@ -3,17 +3,21 @@
 import re
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from dit_video.core.trees import flatten
-from dit_video.experiment.denoiser import get_optimizer_config
+from dit_video.distributed import shard_batch
 from dit_video.experiment.initial_weights import get_kernel_dtype, load_initial_denoiser
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.state_values import StateValues, ValueReader
 from dit_video.experiment.self_check.step_checks import compute_learning_rate
 from dit_video.experiment.self_check.subject import CheckedTraining
+from dit_video.tokens import PackedBatch
 from dit_video.weights.parameter import Parameter
 
+_LOSS_TOLERANCE = 1e-3
 _MAX_READ = 12
 """Number of parameters that are read again."""
 
@@ -46,7 +50,7 @@ def check_initial_weights(
     start = training.train.init_from
     if start is None:
         return []
-    config = get_optimizer_config(training)
+    config = training.optimizer
     leaves = frozen if subject.trained.lora is not None else None
     own = ValueReader(subject, leaves) if leaves is not None else reader
     params = values["params"] if leaves is None else own.read_values(leaves)
@@ -58,13 +62,35 @@ def check_initial_weights(
     for path in paths:
         if path not in stored or not len(stored[path]):
             continue
-        moves = config.is_trained(path) and leaves is None
+        moves = subject.is_trained(path) and leaves is None
         slack = (2 * rate * (1 + config.weight_decay * np.abs(stored[path])) if moves else 0) + 0.005 * np.abs(
             stored[path]
         )
         if (np.abs(params[path] - stored[path]) > slack + 1e-6).any():
             problems.append(Problem("initial_weights", f"{path} is not that of {start}"))
     return problems
+
+
+def check_adapter_scale(subject: CheckedTraining, params: Any, rows: PackedBatch, loss: float) -> list[Problem]:
+    """Check the loss of a step against that of the model with the adapter attached by the config's scale.
+
+    Args:
+      subject: The training.
+      params: Trained factors, none of which are zero.
+      rows: A batch of this process.
+      loss: Loss of the step at step 0.
+    """
+    if subject.trained.lora is None:
+        return []
+
+    def compute(params: Any, frozen: Any, rows: PackedBatch) -> Array:
+        return subject.loss(subject.merge_params(params, frozen), rows, jnp.int32(0)).value
+
+    on_devices = shard_batch(rows, subject.trainer.mesh)
+    expected = float(subject.jit(compute)(params, subject.frozen_params, on_devices))
+    if abs(loss - expected) <= _LOSS_TOLERANCE * abs(expected):
+        return []
+    return [Problem("adapter", f"the loss is {loss:.4f}, with the adapter at the scale of the config {expected:.4f}")]
 
 
 def check_adapter_paths(subject: CheckedTraining, params: Any) -> list[Problem]:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dit_video.experiment.denoiser import get_optimizer_config
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.state_values import StateValues
 from dit_video.experiment.self_check.subject import CheckedTraining
@@ -49,7 +48,7 @@ class UpdateCheck:
     def __init__(self, subject: CheckedTraining, before: StateValues, after: StateValues, *, step: int):
         """Prepare the check of the update that led to `step` steps."""
         training = subject.experiment.denoiser
-        self._config = get_optimizer_config(training)
+        self._config = training.optimizer
         self._subject, self._before, self._after, self._step = subject, before, after, step
         self._update = step - 1
         self._rate = compute_learning_rate(self._config, training.steps, self._update - subject.trainer.start_step)
@@ -180,7 +179,10 @@ class UpdateCheck:
         }
         worst = max(errors, key=lambda each: errors[each], default="")
         clipped = min(1.0, self._config.max_grad_norm / norm)
-        if errors and errors[worst] > _GRADIENT_TOLERANCE:
+        own_errors = [_compare_direction(received[path], gradients[path]) for path in errors]
+        if errors and errors[worst] > _GRADIENT_TOLERANCE >= max(own_errors):
+            self._add("optimizer", f"gradients of {worst} and of other parameters are not clipped by the same factor")
+        elif errors and errors[worst] > _GRADIENT_TOLERANCE:
             self._add("gradient", f"the optimizer did not receive the gradient of {worst}: {errors[worst]:.0%} differ")
         elif abs(share / clipped - 1) > _GRADIENT_TOLERANCE:
             message = (
@@ -190,13 +192,25 @@ class UpdateCheck:
             self._add("gradient" if share > clipped * 1.5 and clipped == 1 else "optimizer", message)
 
     def _check_frozen(self) -> None:
-        frozen = [path for path in self._after["params"] if not self._is_trained(path)]
+        frozen = [path for path in self._after["params"] if not self._subject.is_trained(path)]
         for path in frozen:
             if not np.array_equal(self._before["params"][path], self._after["params"][path]):
                 self._add("trained_parameters", f"{path} is frozen, but changed")
 
-    def _is_trained(self, path: str) -> bool:
-        return self._subject.trained.lora is not None or self._config.is_trained(path)
+
+def _compare_direction(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the norm of the part of an array that is no multiple of the expected one, relative to its own norm."""
+    share = float(actual @ expected) / max(float(expected @ expected), 1e-30)
+    return float(np.linalg.norm(actual - share * expected) / max(np.linalg.norm(actual), 1e-30))
+
+
+def check_gradient_norm(logged: float, expected: float, *, step: int) -> list[Problem]:
+    """Check the norm that a step logs against that of the loss's gradient."""
+    if abs(logged / max(expected, 1e-30) - 1) <= _GRADIENT_TOLERANCE:
+        return []
+    return [
+        Problem("gradient", f"the norm of the gradient is {logged:.3g} in step {step}, that of the loss {expected:.3g}")
+    ]
 
 
 def check_changes(
@@ -211,10 +225,9 @@ def check_changes(
       used: Whether the loss depends on the parameter.
       steps: Number of steps in between.
     """
-    config, problems = get_optimizer_config(subject.experiment.denoiser), []
-    is_adapter = subject.trained.lora is not None
+    problems = []
     for path, digest in first.items():
-        is_trained = is_adapter or config.is_trained(path)
+        is_trained = subject.is_trained(path)
         if is_trained and used.get(path, True) and last[path] == digest:
             problems.append(f"{path} is trained, but has not changed in {steps} steps")
         if not is_trained and last[path] != digest:

@@ -1,6 +1,7 @@
 """The training that is checked."""
 
 import functools
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.plan import Encoding
 from dit_video.encoders.text import FrozenTextEncoder
-from dit_video.experiment import Experiment
+from dit_video.experiment import Experiment, TemporalWeights
 from dit_video.experiment.denoiser import TrainableDenoiser
 from dit_video.text import Tokenizer
-from dit_video.training.losses.denoiser import DenoiserLoss
+from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss
 from dit_video.training.losses.lora import attach_factors
 from dit_video.training.trainer import Trainer
 
@@ -51,6 +52,15 @@ class CheckedTraining:
         """Return the parameters of the model from the trained and the frozen ones. Traceable."""
         lora = self.trained.lora
         return params if lora is None else attach_factors(frozen[0], params, lora.scale)
+
+    def is_trained(self, path: str) -> bool:
+        """Return whether the config has this parameter trained."""
+        training = self.experiment.denoiser
+        if self.trained.lora is not None:
+            return True
+        if isinstance(training.train, TemporalWeights) and not re.search(TEMPORAL_PATHS, path):
+            return False
+        return training.optimizer.is_trained(path)
 
     def make_generator(self, check: str, step: int = 0) -> np.random.Generator:
         """Return the random numbers of a check, the same in all processes."""

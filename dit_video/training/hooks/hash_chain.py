@@ -68,7 +68,7 @@ class HashChain(Hook):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._flush()
 
-    def before_save(self, step: int) -> None:
+    def before_save(self, step: int, state: Any) -> None:
         self._flush()
 
     def on_save(self, step: int, digests: Mapping[str, int]) -> None:

@@ -51,8 +51,8 @@ class Hook:
     def on_skip(self, step: int, metrics: Mapping[str, Any], batch_ids: Mapping[str, AnyArray]) -> None:
         """Note that a step was skipped, because its loss or gradient was not finite."""
 
-    def before_save(self, step: int) -> None:
-        """Prepare for a checkpoint of this step, from which the training may continue later."""
+    def before_save(self, step: int, state: Any) -> None:
+        """Prepare for a checkpoint of this state, from which the training may continue later."""
 
     def on_save(self, step: int, digests: Mapping[str, int]) -> None:
         """Note that a checkpoint of this step is being written; `digests` are those of its arrays, by their paths."""

@@ -31,7 +31,7 @@ def train(path, start: int, stop: int, *, save: int = 4, version: str = "a") -> 
         if step % 3 == 0:
             chain.write(step, {})
         if step % save == 0:
-            chain.before_save(step)
+            chain.before_save(step, None)
             chain.on_save(step, {"params/kernel": step * 1000003})
 
 
