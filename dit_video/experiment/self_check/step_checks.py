@@ -200,8 +200,8 @@ class UpdateCheck:
 
 def _compare_direction(actual: np.ndarray, expected: np.ndarray) -> float:
     """Return the norm of the part of an array that is no multiple of the expected one, relative to its own norm."""
-    share = float(actual @ expected) / max(float(expected @ expected), 1e-30)
-    return float(np.linalg.norm(actual - share * expected) / max(np.linalg.norm(actual), 1e-30))
+    share = float(np.vdot(actual, expected)) / max(1e-30, float(np.vdot(expected, expected)))
+    return float(np.linalg.norm(actual - share * expected)) / max(1e-30, float(np.linalg.norm(actual)))
 
 
 def check_gradient_norm(logged: float, expected: float, *, step: int) -> list[Problem]:
