@@ -48,7 +48,7 @@ def test_a_training_with_other_numbers_of_processes_has_to_have_the_same_batches
             harness.compare_values(make_result(), other)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # it takes minutes
 def test_a_training_recovers_from_five_disturbances(tmp_path):
     results = tmp_path / "chaos.json"
     kinds = ("kill", "pause", "preempt", "damage", "slow")

@@ -10,15 +10,8 @@ import pytest
 from experiment.self_check.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[3]
-SAMPLE = (
-    "latents_swapped",
-    "segment_borders_late",
-    "attention_across_clips",
-    "target_negated",
-    "ema_off",
-    "weight_decay_missing",
-)
-"""Faults of all layers, of one variant of the training."""
+SAMPLE = ("latents_swapped", "attention_across_clips", "ema_off")
+"""Faults of three layers, of one variant of the training."""
 
 
 def run_harness(folder, *options):
@@ -38,7 +31,7 @@ def test_the_catalogue_has_sixty_faults_of_all_layers():
 
 
 @pytest.mark.slow
-def test_a_good_run_has_no_problem_and_faults_of_all_layers_are_named(tmp_path):
+def test_a_good_run_has_no_problem_and_faults_of_several_layers_are_named(tmp_path):
     results = run_harness(tmp_path, "--only", *SAMPLE, "--good", "1")
     (good,) = (result for result in results.values() if result["kind"] == "good")
     assert good["problems"] == []
