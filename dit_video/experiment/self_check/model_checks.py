@@ -85,10 +85,14 @@ class ModelProbe:
       subject: The training.
       params: Trained parameters, none of which are zero.
       rows: A batch of this process.
+      is_zeroed: Whether the weights of embeddings that add positions to tokens are zero.
     """
 
-    def __init__(self, subject: CheckedTraining, params: Any, rows: PackedBatch):
-        self._subject, self._params, self.rows = subject, params, rows
+    def __init__(self, subject: CheckedTraining, params: Any, rows: PackedBatch, *, is_zeroed: bool = False):
+        self._subject, self.rows = subject, rows
+        self._params = params, subject.frozen_params
+        if is_zeroed:
+            self._params = map_with_path(_zero_positions, self._params)
         self.segments = np.asarray(rows.segments)
         self.last = self.segments == self.segments.max(axis=1, keepdims=True)
         """True for the tokens of the last clip of each row."""
@@ -116,13 +120,17 @@ class ModelProbe:
         """
         region = self.segments > 0 if region is None else region & (self.segments > 0)
         arguments = shard_batch((change(self._inputs), self._inputs, region), self._subject.trainer.mesh)
-        values = np.asarray(self._compute(self._params, self._subject.frozen_params, *arguments))
+        values = np.asarray(self._compute(*self._params, *arguments))
         return values[~np.isnan(values)]
 
     @property
     def others(self) -> Bool[np.ndarray, "B N"]:
         """Return True for the tokens of all clips but the last one of each row."""
         return ~self.last & (self.segments > 0)
+
+
+def _zero_positions(path: str, leaf: Array) -> Array:
+    return 0 * leaf if _POSITION_PATHS.search(path) else leaf
 
 
 def check_model(subject: CheckedTraining, params: Any, rows: PackedBatch) -> list[Problem]:
@@ -292,8 +300,7 @@ def _check_positions(subject: CheckedTraining, params: Any, rows: PackedBatch) -
     rotary = getattr(subject.experiment.denoiser.backbone, "rotary", None)
     if rotary == "none":
         return []
-    zeroed = map_with_path(lambda path, leaf: 0 * leaf if _POSITION_PATHS.search(path) else leaf, params)
-    probe = ModelProbe(subject, zeroed, rows)
+    probe = ModelProbe(subject, params, rows, is_zeroed=True)
     layout = rows.layout
     positions = np.asarray(layout.positions, np.float32)
     problems = []
