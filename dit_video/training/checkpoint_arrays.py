@@ -36,14 +36,20 @@ def compute_digest(array: Array, *, is_mixed: bool = True) -> UInt32[Array, ""]:
     else:
         unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
         words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    position = jnp.zeros(words.shape, jnp.uint32)
-    for axis, size in enumerate(words.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    words = _mix(words ^ _mix(position + jnp.uint32(1))) if is_mixed else words * (2 * position + 1)
+    position = number_values(words.shape)
+    words = mix_bits(words ^ mix_bits(position + jnp.uint32(1))) if is_mixed else words * (2 * position + 1)
     return jnp.sum(words, dtype=jnp.uint32)
 
 
-def _mix(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def number_values(shape: tuple[int, ...], *, start: int = 0) -> UInt32[Array, "..."]:
+    """Return the index of each value in row-major order, after `start` times their number, modulo 2^32."""
+    position = jnp.full(shape, start, jnp.uint32)
+    for axis, size in enumerate(shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return position
+
+
+def mix_bits(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """Return words each bit of which depends on all bits of one word, by the finalizer of MurmurHash3."""
     words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
     words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)

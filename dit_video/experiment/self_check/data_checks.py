@@ -49,9 +49,9 @@ def check_held_out(subject: CheckedTraining) -> list[Problem]:
     return [Problem("held_out", each) for each in problems]
 
 
-def _find_common(names: pa.Array, values: pa.Array, wanted: set[str]) -> list[str]:
-    """Return the names whose values are among those that are wanted."""
-    is_wanted = pc.is_in(values, value_set=pa.array(sorted(wanted), pa.string()))
+def _find_common(names: pa.Array, values: pa.Array, requested: set[str]) -> list[str]:
+    """Return the names whose values are among those that are requested."""
+    is_wanted = pc.is_in(values, value_set=pa.array(sorted(requested), pa.string()))
     return sorted(set(names.filter(is_wanted).to_pylist()))
 
 

@@ -23,6 +23,7 @@ from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.tokens import PackedBatch
 from dit_video.tokens.rotary import Rotary3d, compute_rotary_angles
+from dit_video.training.checkpoint_arrays import mix_bits, number_values
 
 SMALL = 0.02
 """Root mean square of a parameter below which it gets random values."""
@@ -54,16 +55,12 @@ def perturb(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_noise(path: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Return uniform noise of variance 1 that depends on the path, by the finalizer of MurmurHash3. Traceable.
+    """Return uniform noise of variance 1 that depends on the path. Traceable.
 
     It takes a tenth of the time that `jax.random` takes to compile for every parameter.
     """
-    words = jnp.full(shape, zlib.crc32(path.encode()), jnp.uint32)
-    for axis, size in enumerate(shape):
-        words = words * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
-    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
-    unit = ((words ^ (words >> 16)) >> 8).astype(jnp.float32) / 2.0**24
+    words = mix_bits(number_values(shape, start=zlib.crc32(path.encode())))
+    unit = (words >> 8).astype(jnp.float32) / 2.0**24
     return (unit - 0.5) * 12**0.5
 
 

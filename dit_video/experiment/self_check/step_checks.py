@@ -4,6 +4,7 @@ The gradient that an optimizer received follows from its first moments, $g = (m'
 with the gradient of the loss; second moments, parameters and averages with the equations that they follow.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -95,21 +96,24 @@ class UpdateCheck:
         if wrong or (moved and not set(moved) <= {0, 1}):
             self._add("resume", f"the optimizer has counted {sorted(wrong) or moved[0]} updates")
 
-    def _infer_gradients(self) -> dict[str, np.ndarray]:
+    @functools.cached_property
+    def _received_gradients(self) -> dict[str, np.ndarray]:
         """Return the gradients that the optimizer received, clipped."""
         before, after, b1 = self._before["mu"], self._after["mu"], self._config.b1
         beta = {path: b1 if path in self._after["nu"] else _MUON_BETA for path in after}
         return {path: (after[path] - beta[path] * before[path]) / (1 - beta[path]) for path in after if path in before}
 
+    @functools.cached_property
     def _was_skipped(self) -> bool:
+        """Return whether the step changed no parameter, as one that is not finite."""
         return all(np.array_equal(self._before["params"][path], each) for path, each in self._after["params"].items())
 
     def _check_adam(self) -> None:
         """Check second moments and parameters of AdamW (arXiv 1711.05101)."""
-        if self._was_skipped():
+        if self._was_skipped:
             return
         config, errors, moments = self._config, dict[str, float](), dict[str, float]()
-        for path, gradient in self._infer_gradients().items():
+        for path, gradient in self._received_gradients.items():
             if path not in self._after["nu"]:
                 continue
             first, second = self._after["mu"][path], self._after["nu"][path]
@@ -150,7 +154,7 @@ class UpdateCheck:
 
     def _check_matrices(self) -> None:
         """Check the size of Muon's updates: at most that of a matrix of full rank, a multiple of the learning rate."""
-        if self._config.kind != "muon" or self._was_skipped():
+        if self._config.kind != "muon" or self._was_skipped:
             return
         errors = {}
         for path in self._after["mu"].keys() - self._after["nu"].keys():
@@ -164,7 +168,7 @@ class UpdateCheck:
 
     def _check_gradients(self, gradients: Mapping[str, np.ndarray], norm: float) -> None:
         """Check the gradients that the optimizer received against those of the loss, and how they were clipped."""
-        received = self._infer_gradients()
+        received = self._received_gradients
         paths = [path for path in received if path in gradients]
         if not paths or norm == 0:
             return

@@ -62,9 +62,9 @@ class CheckedTraining:
             return False
         return training.optimizer.is_trained(path)
 
-    def make_generator(self, check: str, step: int = 0) -> np.random.Generator:
+    def make_generator(self, check: str) -> np.random.Generator:
         """Return the random numbers of a check, the same in all processes."""
-        return rng.make_generator(self.experiment.seed, f"self-check: {check}", step)
+        return rng.make_generator(self.experiment.seed, f"self-check: {check}")
 
     @functools.cached_property
     def replicated(self) -> NamedSharding:

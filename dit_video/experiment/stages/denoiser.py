@@ -176,6 +176,7 @@ class TrainDenoiser(DenoiserStage):
         """Return the hook that checks the training; None if the config asks for none."""
         if not self.experiment.monitoring.self_check:
             return None
+        encoding = None if self.latents is None else self.latents.make_encoding(runtime)
         subject = CheckedTraining(
             experiment=self.experiment,
             trainer=trainer,
@@ -184,8 +185,8 @@ class TrainDenoiser(DenoiserStage):
             clips=runtime.training_clips,
             held_out_clips=runtime.held_out_clips,
             text=open_text_encoder(self.experiment, runtime),
-            latents=self.latents.open(runtime) if self.latents is not None else None,
-            encoding=self.latents.make_encoding(runtime) if self.latents is not None else None,
+            latents=None if self.latents is None else self.latents.open(runtime, encoding=encoding),
+            encoding=encoding,
         )
         return SelfCheck(subject, is_new=is_new)
 

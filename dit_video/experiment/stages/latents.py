@@ -54,14 +54,18 @@ class CacheLatents(DenoiserStage):
             time.sleep(1)
             finished = offline.finish_latents(destination, clips, encoding, plan, identity=identity)
 
-    def open(self, runtime: Runtime) -> LatentSource:
+    def open(self, runtime: Runtime, *, encoding: latent_plan.Encoding | None = None) -> LatentSource:
         """Return the cached latents.
+
+        Args:
+          runtime: the run.
+          encoding: the encoding of the clips, if it is made already; it reads the autoencoder's weights.
 
         Raises:
           UserError: they are of other clips or of another autoencoder.
         """
         runtime = runtime.for_stage(self.experiment)
-        encoding = self.make_encoding(runtime)
+        encoding = self.make_encoding(runtime) if encoding is None else encoding
         source = LatentSource(self._get_destination(runtime), identity=latent_plan.compute_latent_identity(encoding))
         latent_plan.check_clips(source, runtime.training_clips)
         if source.skipped:
