@@ -30,6 +30,8 @@ class ProblemLog:
     def __init__(self, path: Path, *, process: int = 0):
         self._path, self._process = path, process
         self._counts = Counter[str]()
+        self._is_made = False
+        """Whether the file exists; without problems it is not opened again, as steps are short."""
 
     def add(self, step: int, problems: list[Problem], *, is_local: bool = False) -> None:
         """Log problems at a step, and print the first ones of each check.
@@ -47,7 +49,8 @@ class ProblemLog:
                 print(
                     f"self-check, step {step}{where}: {problem.check}: {problem.message}", file=sys.stderr, flush=True
                 )
-        if self._process == 0:
+        if self._process == 0 and (problems or not self._is_made):
+            self._is_made = True
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.writelines(json.dumps({"step": step, **problem._asdict()}) + "\n" for problem in problems)
