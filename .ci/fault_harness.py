@@ -202,7 +202,9 @@ def run_case(case: tuple[str, str, Any], sources: Path, code: str) -> Result:
         result["effect"] = describe_effect(json.loads(reference.read_text()), chain)
     problems = run_folder / "denoiser" / "self_check.jsonl"
     result["checked"] = problems.is_file()
-    result["problems"] = read_lines(problems) if problems.is_file() else []
+    lines = read_lines(problems) if problems.is_file() else []
+    # Results are committed, without the place of this machine's folder.
+    result["problems"] = [line | {"message": line["message"].replace(f"{sources}/", "")} for line in lines]
     losses = [entry["loss"] for entry in read_lines(run_folder / "denoiser" / "metrics.jsonl")]
     result["losses"] = [round(loss, 4) for loss in losses]
     shutil.rmtree(run_folder)
