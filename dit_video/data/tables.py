@@ -16,6 +16,7 @@ import json
 import operator
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -48,6 +49,8 @@ _SMALL_TABLE = 20_000
 _MAX_CACHED_TABLES = 8
 _FEW_ROWS = 64
 """Number of rows up to which they are read one by one: Arrow's `take` looks at all chunks of a column."""
+_opening = threading.RLock()
+"""Held while a column is opened, so that threads that need it at the same time copy its files once."""
 
 
 class Table:
@@ -121,7 +124,9 @@ class Table:
         if name not in self._columns:
             if name not in self.types:
                 raise UserError(f"column={name!r} is invalid: {self.folder} has {', '.join(sorted(self.types))}.")
-            self._columns[name] = self._open_column(name)
+            with _opening:
+                if name not in self._columns:
+                    self._columns[name] = self._open_column(name)
         return self._columns[name]
 
     def read_values(self, name: str, rows: Int64[np.ndarray, " k"] | Sequence[int]) -> list[Any]:

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -332,6 +333,24 @@ def test_opening_a_table_of_a_bucket_reads_no_column(memory, monkeypatch):
     assert "embedding" in table.names
     assert table["frames"].tolist() == list(range(COUNT))
     assert "large.parquet" not in read
+
+
+def test_threads_that_open_a_column_of_a_bucket_at_once_copy_it_once(memory, size, monkeypatch):
+    ids = write_rows(f"{memory}/data")
+    write_column(f"{memory}/data", "scores", {"id": ids, "score": np.arange(10.0)})
+    table, real, copies = Table(f"{memory}/data"), tables.download, []
+
+    def download(source, target):
+        copies.append(source.name)
+        time.sleep(0.1)
+        real(source, target)
+
+    monkeypatch.setattr(tables, "download", download)
+    with ThreadPoolExecutor(8) as pool:
+        columns = list(pool.map(lambda _: table["score"], range(8)))
+    assert "scores.parquet" in copies
+    assert len(copies) == len(set(copies))
+    assert all(np.array_equal(column, np.arange(10.0)) for column in columns)
 
 
 def test_the_hash_of_a_column_does_not_depend_on_its_chunks(tmp_path, monkeypatch):

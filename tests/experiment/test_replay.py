@@ -15,7 +15,7 @@ from dit_video.experiment.run import Run
 from dit_video.training import step as training_step
 from dit_video.training.hooks.hash_chain import CHAIN_FILE, read_chain
 from support.devices import check_on_eight_devices
-from support.interruptions import interrupt
+from support.interruptions import interrupt, wait_for_save
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +53,7 @@ def test_a_run_that_was_killed_and_continued_replays_across_the_restart(tiny, ti
         interrupt(patch, call=7, how="killed")
         with pytest.raises(KeyboardInterrupt):
             Run.create(copy, tiny.EXPERIMENT).train(tiny_clips)
+    wait_for_save(copy / "denoiser", 4)
     Run.create(copy, tiny.EXPERIMENT).train(tiny_clips)
     whole, parts = (read_chain(folder / "denoiser" / CHAIN_FILE) for folder in (tiny_run, copy))
     assert sum("start" in record for record in parts) == 2
