@@ -1,4 +1,4 @@
-"""Overhead of the training loop: its own work, saving in the background, starting and restarting."""
+"""Overhead of the training loop: its own work, the hash chain, saving in the background, starting and restarting."""
 
 import itertools
 import os
@@ -20,10 +20,12 @@ from benchmarks.settings import Setting, SyntheticBatches
 from benchmarks.steps import TrainingSetup, make_denoiser_parts, make_training_setup
 from dit_video.core.errors import UserError
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.hooks.hash_chain import CHAIN_FILE, HashChain
 from dit_video.training.hooks.hook import StepCall
 from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.loop import LoopConfig, run
 from dit_video.training.state import replace_step
+from dit_video.training.step import Metrics, StepFn, get_scalars
 
 _WARMUP_STEPS = 3
 """Number of untimed steps at the start of every measurement."""
@@ -47,19 +49,18 @@ def measure(
       command: command-line arguments that select the same setting in the worker whose starts are timed.
     """
     trained = make_training_setup(setting, *make_denoiser_parts(setting))
+    undigested_step = _drop_digests(trained.step)
     batches = list(itertools.islice(SyntheticBatches(setting, num_examples), 8))
     figures: dict[str, Any] = {"steps": steps, "rounds": rounds}
     with tempfile.TemporaryDirectory() as folder:
         kinds = {
-            "bare": lambda trained: _time_bare_step(trained, batches, steps),
+            "bare": lambda trained: _time_bare_step(trained, trained.step, batches, steps),
+            "undigested": lambda trained: _time_bare_step(trained, undigested_step, batches, steps),
             "loop": lambda trained: _time_loop(trained, batches, steps, Path(folder), save=False),
             "saving": lambda trained: _time_loop(trained, batches, steps, Path(folder), save=True),
         }
         seconds, trained = _time_alternately(kinds, trained, rounds)
     save_every = getattr(setting, "save_every", _DEFAULT_SAVE_EVERY)
-    loop_overhead = statistics.median(
-        looped / bare - 1 for bare, looped in zip(seconds["bare"], seconds["loop"], strict=True)
-    )
     save_seconds = steps * statistics.median(
         saving - looped for looped, saving in zip(seconds["loop"], seconds["saving"], strict=True)
     )
@@ -67,11 +68,27 @@ def measure(
     figures |= {
         "step_ms": round(1000 * statistics.median(seconds["bare"]), 3),
         "loop_step_ms": round(1000 * looped, 3),
-        "loop_overhead": round(loop_overhead, 4),
+        "loop_overhead": round(_compare(seconds["loop"], seconds["bare"]), 4),
+        "digest_overhead": round(_compare(seconds["bare"], seconds["undigested"]), 4),
         "save_seconds": round(save_seconds, 4),
         "save_overhead": {f"every {n} steps": round(save_seconds / n / looped, 4) for n in sorted({steps, save_every})},
     }
     return figures | measure_starts(worker_arguments)
+
+
+def _compare(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """Return by what share a kind takes longer than another one, as the median over the rounds."""
+    return statistics.median(each / other - 1 for each, other in zip(seconds, reference, strict=True))
+
+
+def _drop_digests(step: StepFn) -> StepFn:
+    """Return a step that does not compute the digests of its batch, as XLA removes what is not returned."""
+
+    def update(state: Any, batch: Any) -> tuple[Any, Metrics]:
+        state, metrics = step(state, batch)
+        return state, get_scalars(metrics)
+
+    return jax.jit(update, donate_argnums=0)
 
 
 def _time_alternately(
@@ -89,9 +106,9 @@ def _time_alternately(
     return seconds, setup
 
 
-def _time_bare_step(setup: TrainingSetup, batches: list[Any], steps: int) -> tuple[float, TrainingSetup]:
-    """Time the step and the transfer of its batch, at most two steps ahead as in the loop."""
-    step, state, place = setup.step, setup.state, setup.place_batch
+def _time_bare_step(setup: TrainingSetup, step: StepFn, batches: list[Any], steps: int) -> tuple[float, TrainingSetup]:
+    """Time a step and the transfer of its batch, at most two steps ahead as in the loop."""
+    state, place = setup.state, setup.place_batch
     pending: list[Any] = []
     start_time = 0.0
     for number in range(_WARMUP_STEPS + steps):
@@ -109,7 +126,10 @@ def _time_bare_step(setup: TrainingSetup, batches: list[Any], steps: int) -> tup
 def _time_loop(
     setup: TrainingSetup, batches: list[Any], steps: int, folder: Path, *, save: bool
 ) -> tuple[float, TrainingSetup]:
-    """Time the loop with its log; with `save`, one save is within the timed steps and one before, which compiles."""
+    """Time the loop with its log and its hash chain.
+
+    With `save`, one save is within the timed steps, and one before, which compiles.
+    """
     run_folder = folder / "run"
     shutil.rmtree(run_folder, ignore_errors=True)
     checkpoints = Checkpoints(run_folder / "checkpoints") if save else None
@@ -133,7 +153,7 @@ def _time_loop(
         endless,
         config=LoopConfig(steps=last + 1, log_every=20, save_every=steps if save else last + 1),
         checkpoints=checkpoints,
-        hooks=[MetricsLog(run_folder / "metrics.jsonl"), StepCall(mark)],
+        hooks=[HashChain(run_folder / CHAIN_FILE, {}), MetricsLog(run_folder / "metrics.jsonl"), StepCall(mark)],
     )
     return (marks[last] - marks[first]) / steps, setup._replace(state=state)
 
