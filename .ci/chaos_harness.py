@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="File of the results, which is continued.")
     parser.add_argument("--seed", type=int, default=None, help="Seed of the disturbances; a new one by default.")
     parser.add_argument("--steps", type=int, default=STEPS, help="Steps of each training.")
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="Processes that each training begins with.")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Time after which no round begins.")
     arguments = parser.parse_args()
     start = time.monotonic()
@@ -66,7 +67,8 @@ def main() -> None:
     folder = arguments.folder.absolute()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
     with serve() as bucket:
-        harness = Harness(folder / time.strftime("%Y%m%d-%H%M%S"), bucket, steps=arguments.steps)
+        trainings = folder / time.strftime("%Y%m%d-%H%M%S")
+        harness = Harness(trainings, bucket, steps=arguments.steps, processes=arguments.processes)
         harness.prepare()
         while (missing := arguments.disturbances - len(list_events(rounds))) > 0:
             if time.monotonic() - start > 60 * arguments.minutes:
@@ -90,8 +92,8 @@ def main() -> None:
 class Harness:
     """The bucket, and the trainings in it."""
 
-    def __init__(self, folder: Path, bucket: FakeGcs, *, steps: int):
-        self.folder, self.bucket, self.steps = folder, bucket, steps
+    def __init__(self, folder: Path, bucket: FakeGcs, *, steps: int, processes: int):
+        self.folder, self.bucket, self.steps, self.processes = folder, bucket, steps, processes
         self.undisturbed: dict[str, Any] = {}
         self.goodput: dict[str, Any] = {}
 
@@ -102,7 +104,7 @@ class Harness:
         command += ["--silence", str(SILENCE), "--clips", str(self.folder / "clips")]
         environment = {**make_environment(), "XDG_CACHE_HOME": str(self.folder / "prepared")}
         subprocess.run(command, env=environment, check=True)
-        cluster = self.make_cluster("undisturbed", PROCESSES)
+        cluster = self.make_cluster("undisturbed")
         cluster.start()
         codes, _ = wait_for_success(cluster)
         print(f"undisturbed: {codes}", flush=True)
@@ -110,11 +112,11 @@ class Harness:
         self.goodput = read_goodput("undisturbed")
         print(f"undisturbed: goodput {self.goodput['goodput']:.1%}", flush=True)
 
-    def make_cluster(self, name: str, count: int) -> Cluster:
+    def make_cluster(self, name: str) -> Cluster:
         for source in self.bucket.list_names("runs/prepared/"):
             target = f"runs/{name}/{source.removeprefix('runs/prepared/')}"
             self.bucket.objects[target] = dataclasses.replace(self.bucket.objects[source], name=target)
-        return Cluster(get_address(name), self.folder / name, steps=self.steps, count=count)
+        return Cluster(get_address(name), self.folder / name, steps=self.steps, count=self.processes)
 
     def run_round(self, results: dict[str, Any], count: int, kinds: Sequence[str], save: Callable[[], None]) -> None:
         """Disturb two trainings, and add what comes of it to the results, which are saved each time."""
@@ -123,7 +125,7 @@ class Harness:
         half = (count + 1) // 2
         for training, number in (("fixed", half), ("resized", count - half)):
             name = f"{training}-{seed}"
-            cluster = self.make_cluster(name, PROCESSES)
+            cluster = self.make_cluster(name)
             if number:
                 for event in self.disturb(cluster, training, chosen, number, kinds):
                     results["events" if event.hit else "missed"].append(dataclasses.asdict(event))

@@ -169,6 +169,9 @@ class _RemoteFile(io.RawIOBase):
 def read_range(path: StoragePathLike, offset: int = 0, size: int | None = None) -> bytes:
     """Return `size` bytes of a file from an offset on, fewer at its end; all of them if None.
 
+    At an address it is one request: a file that is replaced meanwhile is read as it was before or is afterwards, while
+    files that fsspec opens are cut where they ended before.
+
     Raises:
       OSError: a file of this machine cannot be read.
       UserError: an address cannot be read.
@@ -213,9 +216,7 @@ def read_document(path: StoragePath) -> Any:
     """
     if isinstance(path, Path):
         return files.read_json(path)
-    with convert_storage_errors(path):
-        content = retry_read(path.fs, path.read_bytes)
-    return files.parse_json(content, path)
+    return files.parse_json(read_range(path), path)
 
 
 def write_text(path: StoragePath, text: str) -> None:

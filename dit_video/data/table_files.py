@@ -22,6 +22,7 @@ from dit_video.core.storage import (
     convert_storage_errors,
     get_default_cache,
     read_document,
+    read_range,
     to_storage_path,
     upload,
     write_document,
@@ -155,11 +156,10 @@ def read_bytes(path: StoragePath) -> bytes:
       MissingError: the file does not exist.
       UserError: it cannot be reached.
     """
-    with convert_storage_errors(path):
-        try:
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
+    try:
+        return read_range(path)
+    except (FileNotFoundError, MissingError) as error:
+        raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
 
 
 def read_parquet(path: StoragePath, columns: Sequence[str] | None = None) -> pa.Table:

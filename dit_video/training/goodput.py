@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dit_video.core.errors import UserError
-from dit_video.core.storage import StoragePath, StoragePathLike, convert_storage_errors, to_storage_path
+from dit_video.core.storage import StoragePath, StoragePathLike, convert_storage_errors, read_range, to_storage_path
 
 GOODPUT_FOLDER = "goodput"
 """Name of the folder of the records in the folder of a run."""
@@ -302,8 +302,7 @@ def read_attempts(folder: StoragePathLike) -> tuple[Attempt, ...]:
     attempts = []
     for _, path in list_attempt_files(folder):
         try:
-            with convert_storage_errors(path):
-                attempt = parse_attempt(path.read_text(encoding="utf-8", errors="replace"))
+            attempt = parse_attempt(read_range(path).decode(errors="replace"))
         except (UserError, OSError):  # replaced at this moment, or gone
             continue
         if attempt is not None:

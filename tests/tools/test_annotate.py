@@ -100,8 +100,13 @@ def compute_matches(folder, count):
     return pairs
 
 
-@pytest.mark.parametrize(("steps", "loss"), [(100, ()), (160, ("--sigmoid",))], ids=["softmax", "sigmoid"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("steps", "loss"),
+    [
+        pytest.param(100, (), id="softmax", marks=pytest.mark.slow),
+        pytest.param(160, ("--sigmoid",), id="sigmoid", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_clip_trained_for_half_a_minute_tells_right_captions_from_wrong_ones(
     script, load_file, tmp_path, steps, loss
 ):

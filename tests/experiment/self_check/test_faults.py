@@ -10,8 +10,8 @@ import pytest
 from experiment.self_check.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parents[3]
-SAMPLE = ("latents_swapped", "attention_across_clips", "ema_off")
-"""Faults of three layers, of one variant of the training."""
+SAMPLE = "attention_across_clips"
+"""A fault of the variant of the training that the good run has."""
 
 
 def run_harness(folder, *options):
@@ -31,13 +31,11 @@ def test_the_catalogue_has_sixty_faults_of_all_layers():
 
 
 @pytest.mark.slow
-def test_a_good_run_has_no_problem_and_faults_of_several_layers_are_named(tmp_path):
-    results = run_harness(tmp_path, "--only", *SAMPLE, "--good", "1")
+def test_a_good_run_has_no_problem_and_a_fault_is_named(tmp_path):
+    results = run_harness(tmp_path, "--only", SAMPLE, "--good", "1")
     (good,) = (result for result in results.values() if result["kind"] == "good")
     assert good["problems"] == []
-    for name in SAMPLE:
-        names = {problem["check"] for problem in results[name]["problems"]}
-        assert names & FAULTS[name].checks, name
+    assert {problem["check"] for problem in results[SAMPLE]["problems"]} & FAULTS[SAMPLE].checks
 
 
 @pytest.fixture(scope="session")
