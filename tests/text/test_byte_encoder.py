@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
@@ -19,10 +20,20 @@ TOKENIZE = CONFIG.make_tokenizer()
 # --- tokenizer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "abc", "abcd", " a  b \n", "ä → 🎈", "<pad>", "a </s> b", "<unk>x", "<extra_id_0>", "\x00\x01"],
+TEXTS_OF_ALL_KINDS = (
+    *("", "abc", "abcd", " a  b \n", "ä → 🎈", "<pad>", "a </s> b", "<unk>x", "<extra_id_0>", "\x00\x01"),
+    "".join(map(chr, range(0x2000))),
 )
+
+
+def test_ids_are_those_of_byt5():
+    tokenize = ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
+    ours = ByteTokenizer(1 << 16, 1)
+    for text in TEXTS_OF_ALL_KINDS:
+        assert ours(text).tolist() == tokenize(text)["input_ids"]
+
+
+@pytest.mark.parametrize("text", TEXTS_OF_ALL_KINDS[:-1])
 def test_a_text_is_its_bytes_an_end_and_padding_to_whole_patches(text):
     expected = [byte + 3 for byte in text.encode()] + [1]
     expected += [0] * (-len(expected) % 4)
