@@ -45,7 +45,7 @@ def main() -> None:
 
 def open_training(address: str, steps: int, *, silence: float) -> contextlib.AbstractContextManager[Run]:
     """Return a context that opens the run at an address."""
-    timeouts = TimeoutConfig(startup=120.0, max_silence=silence, max_lag=60.0, max_step=60.0)
+    timeouts = TimeoutConfig(startup=40.0, max_silence=silence, max_lag=60.0, max_step=60.0)
     return open_run(Run, address, make_experiment(steps), timeouts=timeouts, stopped_code=EXIT_TRY_AGAIN)
 
 

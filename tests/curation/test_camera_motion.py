@@ -116,10 +116,12 @@ def test_a_pan_has_its_speed_in_widths():
     np.testing.assert_allclose(np.average(track.motions[:, 2], weights=track.durations), 100 / 4 / 256, rtol=0.1)
 
 
-@pytest.mark.slow
-def test_nineteen_of_twenty_labels_of_scenes_are_right():
+@pytest.mark.parametrize(
+    "scenes", [pytest.param(50, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.exhaustive)]
+)
+def test_nineteen_of_twenty_labels_of_scenes_are_right(scenes):
     right, count, wrong = 0, 0, []
-    for index in range(100):
+    for index in range(scenes):
         scene = draw(index, seed=11)
         label, truth = find_label(encode(render(scene).clip, "mp4", crf=18)), LABELS[scene.camera.caption]
         right, count = right + (label == truth), count + 1
