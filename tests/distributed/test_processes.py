@@ -106,7 +106,7 @@ def test_a_process_that_writes_for_longer_than_the_patience_does_not_end_the_run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_all_processes_end_with_the_code_of_a_mistake_of_the_user(index):
     """Any other code would make a cluster start the run again, though it would fail again."""
     processes = start_both("fail", lost_process=index)
@@ -118,7 +118,7 @@ def test_all_processes_end_with_the_code_of_a_mistake_of_the_user(index):
     assert "Correct that first" in ended[1 - index][2]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # it waits
 def test_the_first_steps_of_two_processes_may_be_forty_seconds_apart():
     for code, out, err in wait_for_all(start_both("compile for long")):
         assert code == 0, err
@@ -126,7 +126,9 @@ def test_the_first_steps_of_two_processes_may_be_forty_seconds_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["lose connection", "lose connection in one"])
+@pytest.mark.parametrize(
+    "case", ["lose connection", pytest.param("lose connection in one", marks=pytest.mark.exhaustive)]
+)
 def test_processes_that_lose_their_connection_ask_for_another_start(case):
     """Both fail, or one does while the other waits for it."""
     for code, _, err in wait_for_all(start_both(case, lost_process=1, max_silence=5)):
@@ -141,10 +143,13 @@ HANGS = {
     "the first is killed": ("kill", 0, "which keeps the run together, is gone"),
     "the first is stopped": ("stop", 0, "has not answered for 15 s"),
 }
+SAMPLED_HANGS = ("killed", "the first is stopped")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", HANGS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=() if how in SAMPLED_HANGS else pytest.mark.exhaustive) for how in HANGS]
+)
 def test_a_lost_process_is_named_in_time(how):
     case, index, message = HANGS[how]
     processes = start_both(case, lost_process=index, max_lag=20)

@@ -130,6 +130,7 @@ def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(f
         np.testing.assert_allclose(leaf, trained[path], atol=1e-5, err_msg=path)
 
 
+@pytest.mark.exhaustive
 def test_fine_tuning_a_model_with_control_adapts_its_control_layers_too(finetuned, tmp_path):
     write_vace(tmp_path / "vace")
     targets = ("--lora.targets", r"^backbone/(control/)?blocks/.*kernel$")

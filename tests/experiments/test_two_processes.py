@@ -20,7 +20,7 @@ from dit_video.video import decode
 from support.devices import HANG, find_free_port, make_environment
 from support.tiny_wan import write_wan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("a red circle", "a blue square")
@@ -49,7 +49,6 @@ def run_in_two_processes(folder: Path, *command: object, devices: int = 1) -> li
     return said
 
 
-@pytest.mark.slow
 def test_two_processes_train_sample_and_report_what_one_does(tiny_clips, tiny_run, tmp_path):
     run = tmp_path / "run"
     command = ["experiments/train.py", "tests/support/tiny.py", "--data", tiny_clips, "--workdir", run]
@@ -87,7 +86,6 @@ def assert_samples_are_those_of_one_device(run: Path, step: int) -> None:
     assert np.abs(actual - decode(expected).frames).mean() < 0.5  # of 255: video coding of pixels that differ by one
 
 
-@pytest.mark.slow
 def test_two_processes_fine_tune_adapters_on_a_mesh(tmp_path):
     model, run = tmp_path / "wan", tmp_path / "run"
     write_wan(model)
@@ -117,7 +115,6 @@ def test_two_processes_distil_a_student_on_a_mesh(tiny_run, tiny_clips, tmp_path
     assert pipeline.generate("a red circle", size=(5, 16, 16)).frames.shape == (5, 16, 16, 3)
 
 
-@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(tiny_run, tmp_path):
     command = ("experiments/evaluate.py", tiny_run, "--protocol", "scenes", "--count", 12, "--steps", 2)
     alone, together = tmp_path / "alone", tmp_path / "together"

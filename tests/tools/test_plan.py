@@ -137,7 +137,7 @@ def test_the_command_fits_a_training_and_a_sampler_on_an_absent_tpu(tmp_path, sc
     assert "nothing fits: the least of" in nothing.out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_plan_for_a_tpu_without_a_price_works(script):
     pytest.importorskip("libtpu")
     done = script(TOOL, CONFIG, "--topology", "v7x:2x2x1", "--rows", 8)
