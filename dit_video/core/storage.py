@@ -39,6 +39,8 @@ _MAX_REASON = 300
 _READ_AHEAD = 64 << 10
 """Bytes that are read at once of an open file at an address."""
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+_accessible: set[tuple[AbstractFileSystem, str]] = set()
+"""Addresses to which this process has been given access."""
 
 
 def get_default_cache() -> Path:
@@ -61,6 +63,8 @@ def restore_address(path: StoragePathLike) -> str:
 def to_storage_path(path: StoragePathLike) -> StoragePath:
     """Return the folder or file of that name, which need not exist, with cached listings of an address discarded.
 
+    A process asks once for each address whether access is denied.
+
     Raises:
       UserError: the scheme is unknown or its package is not installed; `pathlib` has mangled the address; or the
         service denies access.
@@ -74,9 +78,11 @@ def to_storage_path(path: StoragePathLike) -> StoragePath:
     with convert_storage_errors(name):
         remote = path if isinstance(path, UPath) else UPath(name)
         remote.fs.invalidate_cache()
-        # Not `exists`, which returns False if access is denied.
-        with contextlib.suppress(FileNotFoundError):
-            retry_read(remote.fs, lambda: remote.fs.info(remote.path))
+        if (place := (remote.fs, remote.path)) not in _accessible:
+            # Not `exists`, which returns False if access is denied.
+            with contextlib.suppress(FileNotFoundError):
+                retry_read(remote.fs, lambda: remote.fs.info(remote.path))
+            _accessible.add(place)
     return remote
 
 

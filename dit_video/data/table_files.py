@@ -130,12 +130,13 @@ def read_manifest(folder: StoragePath, kind: str, make_it: str) -> dict[str, Any
       MissingError: the folder does not exist.
       UserError: the folder holds no finished data set of this kind and version.
     """
-    if not (folder / MANIFEST).is_file():  # checked before the folder, as object stores need not have folders
+    try:
+        manifest = read_document(folder / MANIFEST)
+    except MissingError as error:
         if not folder.is_dir():
-            raise MissingError(f"no such data set: {folder}. Check the path.")
+            raise MissingError(f"no such data set: {folder}. Check the path.") from error
         reason = "it is not finished" if (folder / INDEX_FOLDER).is_dir() else f"it has no {MANIFEST}"
-        raise UserError(f"{folder} is not a data set of {kind}, as {reason}. {make_it}")
-    manifest = read_document(folder / MANIFEST)
+        raise UserError(f"{folder} is not a data set of {kind}, as {reason}. {make_it}") from error
     if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
         raise UserError(f"{folder / MANIFEST} is not of version {VERSION}. Make the data set again: {make_it}")
     if manifest["kind"] != kind:

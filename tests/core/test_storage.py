@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import json
 import os
 import pickle
 import sys
@@ -20,11 +19,11 @@ from dit_video.core.storage import (
     convert_storage_errors,
     download,
     list_files,
+    open_file,
     read_document,
     read_files,
     read_range,
     to_storage_path,
-    write_document,
     write_text,
 )
 from dit_video.data.clips import ClipSource, is_ingested
@@ -34,7 +33,6 @@ from dit_video.data.latents.cache import LatentSource
 from dit_video.data.records import get_file_name
 from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.video import Clip
-from support.fake_gcs import serve
 
 
 class Memory(MemoryFileSystem):
@@ -53,6 +51,7 @@ class Memory(MemoryFileSystem):
 @pytest.fixture(autouse=True)
 def _retry_soon(monkeypatch):
     monkeypatch.setattr("dit_video.core.storage_errors.RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("dit_video.core.storage._accessible", set())
 
 
 @pytest.fixture
@@ -251,6 +250,7 @@ def test_a_bucket_without_permission_is_reported(clips, memory, monkeypatch):
             ClipSource(f"{memory}/data")
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "info", refuse)
+        patch.setattr("dit_video.core.storage._accessible", set())
         for use in (to_storage_path, ClipSource, is_ingested, LatentSource):
             with pytest.raises(UserError, match=refused):
                 use(f"{memory}/data")
@@ -322,7 +322,7 @@ def fail_at_first(monkeypatch, name: str, errors: list[Exception]) -> None:
 
 
 READS = {
-    "info": lambda: to_storage_path("gs://bucket/a/b.json"),
+    "info": lambda: open_file("gs://bucket/a/b.json"),
     "find": lambda: list_files(to_storage_path("gs://bucket/a")),
     "cat_file": lambda: read_document(to_storage_path("gs://bucket/a/b.json")),
     "cat_ranges": lambda: read_files(to_storage_path("gs://bucket/a"), ["b.json"]),
@@ -373,23 +373,3 @@ def test_trouble_of_a_network_disk_is_transient_and_other_errors_of_a_path_stay(
     for error in (FileNotFoundError("none"), BrokenPipeError("the reader is gone"), ValueError("UNAVAILABLE")):
         with pytest.raises(type(error)), convert_storage_errors(tmp_path):
             raise error
-
-
-@pytest.mark.parametrize("request_number", [1, 2, 3])
-def test_a_document_that_is_replaced_while_it_is_read_is_the_one_or_the_other(request_number):
-    pytest.importorskip("gcsfs")
-    short, long = [1], list(range(100))
-    with serve() as gcs:
-        path = to_storage_path("gs://bucket/manifest.json")
-        write_document(path, short)
-        contents, requests = gcs.objects["manifest.json"], []
-
-        def replace(method, _path):
-            requests.append(method)
-            if len(requests) == request_number:
-                contents.content = json.dumps(long).encode()
-            return 0
-
-        gcs.fail = replace
-        assert read_document(path) in (short, long)
-        assert read_document(path) in (short, long)

@@ -105,9 +105,12 @@ class LatentSource(SharesArrays):
         self, folder: StoragePathLike, *, identity: Identity | None = None, cache: str | os.PathLike | None = None
     ):
         self.folder: StoragePath = to_storage_path(folder)
-        _check_finished(self.folder)
         local = None if cache is None else Path(cache)
-        self._table = table = Table(self.folder, kind=KIND, make_it="Encode clips first.", cache=local)
+        try:
+            self._table = table = Table(self.folder, kind=KIND, make_it="Encode clips first.", cache=local)
+        except UserError:
+            _check_finished(self.folder)
+            raise
         settings = table.settings
         if identity is not None:
             check_identity(self.folder, settings["identity"], identity)
@@ -336,6 +339,6 @@ def _format_identity(identity: Any) -> str:
 
 def _check_finished(folder: StoragePath) -> None:
     """Raise `UserError` for latents whose encoding is not finished."""
-    if not (folder / MANIFEST).exists() and (folder / PLAN).exists():
+    if (folder / PLAN).exists() and not (folder / MANIFEST).exists():
         files, finished = sum(read_document(folder / PLAN)["files"]), len(list_parquet(folder / INDEX_FOLDER))
         raise UserError(f"{folder} is not finished, {finished} of {files} files exist. Continue the encoding.")
