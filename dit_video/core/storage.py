@@ -76,7 +76,8 @@ def to_storage_path(path: StoragePathLike) -> StoragePath:
         return Path(name.removeprefix("file://"))
     _check_scheme(name)
     with convert_storage_errors(name):
-        remote = path if isinstance(path, UPath) else UPath(name)
+        # With some file systems, the name of the path would keep a slash at its end.
+        remote = path if isinstance(path, UPath) else UPath(re.sub(r"(?<![:/])/+$", "", name))
         remote.fs.invalidate_cache()
         if (place := (remote.fs, remote.path)) not in _accessible:
             # Not `exists`, which returns False if access is denied.

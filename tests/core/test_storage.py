@@ -226,6 +226,8 @@ def test_a_full_disk_for_local_copies_is_reported(clips, memory, monkeypatch, tm
     ],
 )
 def test_addresses_without_a_file_system_are_refused(monkeypatch, name, message):
+    for scheme in ("gs", "gcs", "s3"):  # which other tests may have used
+        monkeypatch.delitem(_registry, scheme, raising=False)
     for package in ("gcsfs", "s3fs"):
         monkeypatch.setitem(sys.modules, package, None)
     for use in (to_storage_path, ClipSource, is_ingested, LatentSource):
