@@ -48,6 +48,20 @@ def test_a_training_with_other_numbers_of_processes_has_to_have_the_same_batches
             harness.compare_values(make_result(), other)
 
 
+def test_biases_of_keys_alone_may_differ_with_the_number_of_steps(harness):
+    for index, is_allowed in enumerate((False, True, False)):
+        expected, other = make_result(), make_result()
+        bias = np.zeros((2, 12), np.float32)
+        expected["arrays"]["params/text/qkv/bias"] = bias
+        other["arrays"]["params/text/qkv/bias"] = bias.copy()
+        other["arrays"]["params/text/qkv/bias"][1, 4 * index] = 2.4e-6 if is_allowed else 2.5e-5
+        if is_allowed:
+            assert harness.compare_values(expected, other)["key_bias_difference"] == pytest.approx(2.4e-6)
+            other["arrays"]["params/text/qkv/bias"][1, 4 * index] = 2.6e-6
+        with pytest.raises(SystemExit, match=r"qkv/bias|biases of keys"):
+            harness.compare_values(expected, other)
+
+
 @pytest.mark.slow
 def test_trainings_of_two_processes_recover_from_five_disturbances(tmp_path):
     results = tmp_path / "chaos.json"
