@@ -40,6 +40,8 @@ from support.fake_gcs import FakeGcs, serve  # noqa: E402
 PROCESSES = 4
 STEPS = 100
 KINDS = ("kill", "kill_starting", "freeze", "pause", "preempt", "damage", "outage", "flaky", "slow", "deny")
+TRAININGS = ("fixed", "resized")
+"""Trainings of a round: one with as many processes all the time, and one whose number of processes changes."""
 TOLERATED = ("pause", "slow")
 """Kinds after which no process may end."""
 MAX_PAUSE_STEPS, MAX_PAUSE_SECONDS = 6, 1.0
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="File of the results, which is continued.")
     parser.add_argument("--seed", type=int, default=None, help="Seed of the disturbances; a new one by default.")
     parser.add_argument("--steps", type=int, default=STEPS, help="Steps of each training.")
+    parser.add_argument("--trainings", nargs="+", default=TRAININGS, choices=TRAININGS, help="Trainings of each round.")
     parser.add_argument("--processes", type=int, default=PROCESSES, help="Processes that each training begins with.")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="Time after which no round begins.")
     arguments = parser.parse_args()
@@ -85,7 +88,7 @@ def main() -> None:
                         json.dumps({"summary": summarize_rounds(rounds), "rounds": rounds}, indent=1) + "\n"
                     )
 
-            harness.run_round(results, min(missing, arguments.per_round), arguments.kinds, save)
+            harness.run_round(results, min(missing, arguments.per_round), arguments.trainings, arguments.kinds, save)
     print(f"{format_table(rounds)}\n{(time.monotonic() - start) / 60:.0f} minutes")
     if summarize_rounds(rounds)["recovered"] < arguments.disturbances:
         raise SystemExit(1)
@@ -120,12 +123,19 @@ class Harness:
             self.bucket.objects[target] = dataclasses.replace(self.bucket.objects[source], name=target)
         return Cluster(get_address(name), self.folder / name, steps=self.steps, count=self.processes)
 
-    def run_round(self, results: dict[str, Any], count: int, kinds: Sequence[str], save: Callable[[], None]) -> None:
-        """Disturb two trainings, and add what comes of it to the results, which are saved each time."""
+    def run_round(
+        self,
+        results: dict[str, Any],
+        count: int,
+        trainings: Sequence[str],
+        kinds: Sequence[str],
+        save: Callable[[], None],
+    ) -> None:
+        """Disturb the trainings, and add what comes of it to the results, which are saved each time."""
         seed = results["seed"]
         chosen, start = random.Random(seed), time.monotonic()
-        half = (count + 1) // 2
-        for training, number in (("fixed", half), ("resized", count - half)):
+        for index, training in enumerate(trainings):
+            number = (count + len(trainings) - 1 - index) // len(trainings)
             name = f"{training}-{seed}"
             cluster = self.make_cluster(name)
             if number:
