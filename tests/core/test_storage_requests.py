@@ -8,6 +8,7 @@ from dit_video.core.storage import read_document, to_storage_path, write_documen
 from support.fake_gcs import serve
 
 pytest.importorskip("gcsfs")
+pytestmark = pytest.mark.slow  # in CI, that stage has gcsfs
 
 
 @pytest.fixture
