@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("gcsfs")
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -64,6 +62,7 @@ def test_biases_of_keys_alone_may_differ_with_the_number_of_steps(harness):
 
 @pytest.mark.exhaustive  # it takes four minutes
 def test_a_training_of_two_processes_recovers_from_five_disturbances(tmp_path):
+    pytest.importorskip("gcsfs")
     results = tmp_path / "chaos.json"
     kinds = ("kill", "pause", "preempt", "damage", "slow")
     command = [sys.executable, ".ci/chaos_harness.py", "5", "--seed", "0", "--folder", tmp_path, "--json", results]
