@@ -56,7 +56,7 @@ Chain = list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("disturbances", type=int, help="Number of disturbances, with those in the file of results.")
-    parser.add_argument("--per-round", type=int, default=10, help="Disturbances of a round of two trainings.")
+    parser.add_argument("--per-round", type=int, default=10, help="Disturbances of a round of trainings.")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="Kinds, besides added and removed.")
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="Compiled programs, and all outputs.")
     parser.add_argument("--json", type=Path, default=None, help="File of the results, which is continued.")

@@ -157,10 +157,11 @@ def read_bytes(path: StoragePath) -> bytes:
       MissingError: the file does not exist.
       UserError: it cannot be reached.
     """
-    try:
-        return read_range(path)
-    except (FileNotFoundError, MissingError) as error:
-        raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
+    with convert_storage_errors(path):
+        try:
+            return read_range(path)
+        except (FileNotFoundError, MissingError) as error:
+            raise MissingError(f"no such file: {path}. The data set is incomplete, so write it again.") from error
 
 
 def read_parquet(path: StoragePath, columns: Sequence[str] | None = None) -> pa.Table:

@@ -16,6 +16,7 @@ import requests
 
 from dit_video.core.errors import MissingError, TransientError, UserError
 from dit_video.core.storage_errors import classify_read_error, classify_storage_error, is_transient, retry_transient
+from dit_video.data import table_files
 from support.devices import PROGRAMS, make_environment
 
 
@@ -224,3 +225,12 @@ def test_a_script_ends_with_the_code_of_its_storage_error(number, code):
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("error: memory://bucket/x cannot be ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_on_a_disk_that_is_away_for_a_moment_asks_for_another_try(monkeypatch, tmp_path):
+    def fail(path):
+        raise system(errno.ESTALE)
+
+    monkeypatch.setattr(table_files, "read_range", fail)
+    with pytest.raises(TransientError, match="cannot be reached"):
+        table_files.read_bytes(tmp_path / "part.parquet")

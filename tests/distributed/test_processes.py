@@ -15,6 +15,7 @@ from dit_video.distributed.health import GRACE_SECONDS
 from dit_video.distributed.processes import initialize_distributed, is_in_turn, main_process_first
 from dit_video.distributed.timeouts import TimeoutConfig
 from support.devices import HANG, PROGRAMS, find_free_port, make_environment
+from support.marks import mark_exhaustive_except
 
 
 def start(index: int, port: str, case: str, *, lost_process: int | None = None, **options: Any) -> subprocess.Popen:
@@ -147,9 +148,7 @@ SAMPLED_HANGS = ("killed", "the first is stopped")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=() if how in SAMPLED_HANGS else pytest.mark.exhaustive) for how in HANGS]
-)
+@pytest.mark.parametrize("how", mark_exhaustive_except(SAMPLED_HANGS, HANGS))
 def test_a_lost_process_is_named_in_time(how):
     case, index, message = HANGS[how]
     processes = start_both(case, lost_process=index, max_lag=20)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
@@ -27,6 +26,8 @@ TEXTS_OF_ALL_KINDS = (
 
 
 def test_ids_are_those_of_byt5():
+    from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer  # which takes seconds
+
     tokenize = ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
     ours = ByteTokenizer(1 << 16, 1)
     for text in TEXTS_OF_ALL_KINDS:

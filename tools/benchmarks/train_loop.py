@@ -67,6 +67,7 @@ def measure(
     looped = statistics.median(seconds["loop"])
     figures |= {
         "step_ms": round(1000 * statistics.median(seconds["bare"]), 3),
+        "undigested_step_ms": round(1000 * statistics.median(seconds["undigested"]), 3),
         "loop_step_ms": round(1000 * looped, 3),
         "loop_overhead": round(_compare(seconds["loop"], seconds["bare"]), 4),
         "digest_overhead": round(_compare(seconds["bare"], seconds["undigested"]), 4),
