@@ -44,9 +44,9 @@ def measure(
     Args:
       setting: the setting to train.
       steps: number of timed steps of every measurement, and of steps between two saves.
-      number: number of examples.
+      num_examples: number of examples.
       rounds: number of rounds of interleaved measurements.
-      command: command-line arguments that select the same setting in the worker whose starts are timed.
+      worker_arguments: command-line arguments that select the same setting in the worker whose starts are timed.
     """
     trained = make_training_setup(setting, *make_denoiser_parts(setting))
     undigested_step = _drop_digests(trained.step)
@@ -165,7 +165,7 @@ def measure_starts(worker_arguments: Sequence[str]) -> dict[str, Any]:
     The first process compiles; the second one uses the kept programs and restores a checkpoint.
 
     Args:
-      command: command-line arguments of the worker that select the setting.
+      worker_arguments: command-line arguments of the worker that select the setting.
     """
     with tempfile.TemporaryDirectory() as folder:
         start, _ = _run_until_step(folder, worker_arguments, extra_steps=_STEPS_BEFORE_KILL)
@@ -178,7 +178,7 @@ def measure_starts(worker_arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _run_until_step(folder: str, worker_arguments: Sequence[str], *, extra_steps: int) -> tuple[float, int]:
-    """Return the seconds to the first step and its number; the process is killed after `more` further steps."""
+    """Return the seconds to the first step and its number; the process is killed after `extra_steps` further steps."""
     # With programs kept by an earlier process, the first start would not compile.
     inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     start_time = time.perf_counter()

@@ -8,6 +8,7 @@ for several readings in a row.
 """
 
 import contextlib
+import itertools
 import json
 import socket
 import statistics
@@ -25,7 +26,8 @@ from dit_video.training.goodput import SlowHost
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.time_recorder import TimeRecorder
 
-_NAMESPACE = "speed"
+_training_numbers = itertools.count()
+"""Numbers of the trainings of this run, which all processes start in the same order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class SlowHostMonitor(Hook):
         """Start to count the time."""
         self._start_time, self._step = self._clock(), step
         if jax.process_count() > 1:
-            self._store = KeyValueStore(_NAMESPACE)
+            self._store = KeyValueStore(f"speed/{next(_training_numbers)}")
 
     def on_step(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
         self._step = step

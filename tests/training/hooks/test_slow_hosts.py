@@ -48,9 +48,16 @@ class Cluster:
     """The first of four processes; a test sets the times of the others."""
 
     def __init__(self, monkeypatch, tmp_path, **config):
-        self.texts: dict[str, str] = {}
+        self.stores: list[dict[str, str]] = []
+        """Texts of the namespaces, in the order in which they were opened."""
+        namespaces: dict[str, dict[str, str]] = {}
+
+        def open_store(namespace):
+            self.stores.append(namespaces.setdefault(namespace, {}))
+            return SetStore(self.stores[-1])
+
         monkeypatch.setattr(jax, "process_count", lambda: 4)
-        monkeypatch.setattr(slow_hosts, "KeyValueStore", lambda _namespace: SetStore(self.texts))
+        monkeypatch.setattr(slow_hosts, "KeyValueStore", open_store)
         self.recorder, self.probe, self.now = TimeRecorder(tmp_path), SetProbe(10.0), 0.0
         options = {"budget": 1.0, **config}
         self.monitor = SlowHostMonitor(
@@ -67,7 +74,7 @@ class Cluster:
         for index, (host, device) in enumerate(zip(hosts, devices, strict=True), start=1):
             if index not in silent:
                 message = {"step": self.step, "name": f"node{index}", "host": host, "devices": [10.0, device]}
-                self.texts[str(index)] = json.dumps(message)
+                self.stores[-1][str(index)] = json.dumps(message)
         self.monitor.on_step(self.step, None, {})
         return self.monitor.derive({"host_seconds": own, "step_seconds": step_seconds})
 
@@ -131,6 +138,14 @@ def test_a_message_counts_once(cluster, capsys):
     for _ in range(10):
         cluster.log(silent=(2,))
     assert capsys.readouterr().err == ""
+
+
+def test_a_training_has_no_times_of_the_one_before_it(cluster):
+    cluster.log((0.01, 0.04, 0.01))
+    next_monitor = SlowHostMonitor(cluster.recorder, probe=cluster.probe, config=SlowHostConfig(budget=1.0))
+    next_monitor.resume(0)
+    values = {"host_seconds": 0.01, "step_seconds": 0.05}
+    assert [next_monitor.derive(values) for _ in range(2)] == [{}, {}]  # the others have not measured in this one yet
 
 
 def test_measuring_keeps_to_its_budget(monkeypatch, tmp_path):
