@@ -25,12 +25,8 @@ from support.devices import HANG
 ROOT = Path(__file__).resolve().parents[1]
 
 
-_DEFAULT = "not slow and not parity and not exhaustive"
-_QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-"""XLA flags that compile faster.
-
-Without most optimisations, two thirds of the compilation are the generation of code for fusions through MLIR.
-"""
+_QUICK_FLAGS = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
+"""XLA flags that compile in half the time or less: most of it is the generation of code for fusions through MLIR."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -53,8 +49,33 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     _compile_quickly(True)  # for computations while tests are collected
     flags = os.environ.get("XLA_FLAGS", "")
-    if config.option.markexpr in (_DEFAULT, "slow", "slow and not exhaustive", "exhaustive") and _QUICK not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_QUICK}"  # read when JAX first computes
+    quick_flags = [f"--{name}={value}" for name, value in _QUICK_FLAGS.items() if name not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *quick_flags])  # read when JAX first computes
+
+
+_LONG_FILES = (
+    "tests/experiments/test_chaos.py",
+    "tests/distributed/test_context_parallel.py",
+    "tests/distributed/test_processes.py",
+    "tests/tools/test_gpu_benchmark.py",
+    "tests/tools/test_plan.py",
+    "tests/experiment/test_replay.py",
+    "tests/experiments/test_notebooks.py",
+    "tests/test_docs.py",
+    "tests/test_extending.py",
+    "tests/experiments/test_finetune.py",
+    "tests/experiments/test_distill.py",
+    "tests/experiment/self_check/test_faults.py",
+    "tests/planning/test_pipeline.py",
+)
+"""Files with which a session begins, if it keeps this order (`--no-loadscope-reorder`): they have the slowest tests,
+and at the end one process would run them while the others have nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    ranks = {ROOT / name: rank for rank, name in enumerate(_LONG_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_collection_finish() -> None:

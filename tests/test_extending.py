@@ -236,7 +236,7 @@ def test_actions_with_a_kv_cache(add_package, tiny, tiny_run, tmp_path):
     experiment = replace_backbone(tiny.EXPERIMENT, time="token", layers=2, training=training, **fields)
     pipeline = train(experiment, tiny_run, tmp_path / "run")
     actions = np.asarray([[0.2, 0.1], [0.5, -0.3], [0.1, 0.4]])
-    trained = jax.tree.map(jnp.asarray, pipeline.denoiser_params["backbone"])
+    trained = jax.device_put(pipeline.denoiser_params["backbone"])
     world = theirs.World(pipeline, "a red circle", tiny.SIZES[2])
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, world.grid.volume, 16)), jnp.float32)
     random = make_random_params(pipeline.config.backbone.make)

@@ -21,6 +21,7 @@ from dit_video.nn.attention import AttentionInputs, Full, SlidingWindow, SpaceOn
 from dit_video.nn.attention.backends.chunked import attend_part, compute_part_gradients
 from dit_video.nn.attention.backends.dense import DenseAttention
 from support.devices import check_on_eight_devices, run_together
+from support.marks import mark_exhaustive_except
 
 MESHES = {
     # Every two axes beside each other, and two and four devices of context.
@@ -87,7 +88,7 @@ def test_tokens_stay_on_their_device_outside_attention():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("group", MESHES)
+@pytest.mark.parametrize("group", mark_exhaustive_except(("all axes", "some"), MESHES))
 def test_meshes_of_eight_devices_train_as_one_device(group):
     check_on_eight_devices("mesh_training_runs.py", "backbone", str(MESHES[group]), OPTIMIZERS[group])
 

@@ -60,7 +60,7 @@ def test_biases_of_keys_alone_may_differ_with_the_number_of_steps(harness):
             harness.compare_values(expected, other)
 
 
-@pytest.mark.exhaustive  # it takes four minutes
+@pytest.mark.slow
 def test_a_training_of_two_processes_recovers_from_five_disturbances(tmp_path):
     pytest.importorskip("gcsfs")
     results = tmp_path / "chaos.json"

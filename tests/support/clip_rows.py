@@ -1,7 +1,6 @@
 """Rows of clips for functions of a denoiser, and the best denoiser of independent normal values."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dit_video.diffusion import Estimate, stateless
@@ -26,7 +25,7 @@ def make_clip_rows(rows, process, prediction, *, seeds, room=4, is_clean=None):
     for row in rows:
         examples = [PackedExample(each, np.zeros((len(each), 3), np.float32), np.zeros(0, np.int32), 0) for each in row]
         packed.append(pack(examples, shape, width=len(MEAN)))
-    batch = jax.tree.map(jnp.asarray, stack_rows(packed))
+    batch = jax.device_put(stack_rows(packed))
     padded = np.zeros((len(rows), shape.segments), np.uint32)
     for number, row in enumerate(seeds):
         padded[number, : len(row)] = row

@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 def make_batch(*members: tuple[int, ...]) -> Batch:
     """Make a batch with a row of each of these tuples of clips."""
     return Batch(
-        *(jnp.asarray(np.stack(arrays)) for arrays in zip(*(_row(numbers) for numbers in members), strict=True))
+        *(jax.device_put(np.stack(arrays)) for arrays in zip(*(_row(numbers) for numbers in members), strict=True))
     )
 
 

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dit_video.core.trees import map_with_path
@@ -27,6 +26,6 @@ def _make_random_params(make, seed):
             values = noise / np.sqrt(np.prod(leaf.shape[:-1]) if leaf.ndim > 3 else leaf.shape[-2])
         else:
             values = 0.5 * noise
-        return jnp.asarray(values, jnp.float32)
+        return jax.device_put(values.astype(np.float32))  # `jnp.asarray` would compile a program for each shape
 
     return map_with_path(value, get_param_shapes(make))

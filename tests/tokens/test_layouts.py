@@ -56,7 +56,7 @@ def test_tokens_of_an_example_follow_one_another(batch):
 
 
 def test_values_are_averaged_and_expanded_per_example(batch):
-    layout = jax.tree.map(jnp.asarray, batch.layout)
+    layout = jax.device_put(batch.layout)
     means = np.asarray(layout.mean(jnp.asarray(batch.tokens)))[0, :, 0]
     np.testing.assert_allclose(means, [*(100 * i + (g.volume - 1) / 2 for i, g in enumerate(GRIDS)), 0], rtol=1e-6)
     np.testing.assert_array_equal(np.asarray(layout.max(jnp.asarray(batch.tokens[..., 0])))[0], [47, 123, 207, 0])
@@ -68,7 +68,7 @@ def test_values_are_averaged_and_expanded_per_example(batch):
 @pytest.mark.parametrize("quantile", [0.0, 0.37, 0.995, 1.0])
 def test_a_quantile_is_that_of_an_examples_values_alone(batch, quantile):
     values = np.random.default_rng(3).normal(size=(*batch.segments.shape, 3)).astype(np.float32)
-    layout = jax.tree.map(jnp.asarray, batch.layout)
+    layout = jax.device_put(batch.layout)
     result = np.asarray(layout.quantile(jnp.asarray(values), quantile))[0]
     expected = [np.quantile(values[0, batch.segments[0] == index + 1], quantile) for index in range(len(GRIDS))]
     np.testing.assert_allclose(result, [*expected, 0], rtol=1e-5, atol=1e-6)
@@ -87,7 +87,7 @@ def test_an_example_has_the_same_noise_in_every_layout():
 
 
 def place_on_device(shape: LayoutShape, grids: tuple[Grid, ...] = GRIDS) -> PackedBatch:
-    return jax.tree.map(jnp.asarray, place(shape, grids))
+    return jax.device_put(place(shape, grids))
 
 
 def test_a_canvas_is_a_dense_array_of_its_clips():

@@ -53,7 +53,7 @@ def predict(params, batch):
 def run(indices: tuple[int, ...], shape: LayoutShape) -> list[np.ndarray]:
     """Return the prediction of each clip, all of them in one array."""
     row = pack([make_example(index) for index in indices], shape, width=3, text_width=6)
-    prediction = np.asarray(predict(PARAMS, jax.tree.map(jnp.asarray, stack_rows([row]))))[0]
+    prediction = np.asarray(predict(PARAMS, jax.device_put(stack_rows([row]))))[0]
     return unpack(prediction, row.segments)
 
 
@@ -76,7 +76,7 @@ def compute_gradient(params, batch):
 def test_the_gradient_of_a_clip_does_not_depend_on_its_neighbours():
     def gradient(indices, shape):
         row = pack([make_example(index) for index in indices], shape, width=3, text_width=6)
-        return compute_gradient(PARAMS, jax.tree.map(jnp.asarray, stack_rows([row])))
+        return compute_gradient(PARAMS, jax.device_put(stack_rows([row])))
 
     alone, together = gradient((0,), DenseShape(size=GRIDS[0], text=16)), gradient((0, 1, 2), CANVAS)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(alone))
@@ -92,7 +92,7 @@ def test_every_input_and_the_text_change_the_prediction():
         row._replace(text=-row.text),
         row._replace(examples=row.examples + 1),
     ):
-        prediction = np.asarray(predict(PARAMS, jax.tree.map(jnp.asarray, stack_rows([changed]))))[0]
+        prediction = np.asarray(predict(PARAMS, jax.device_put(stack_rows([changed]))))[0]
         assert np.abs(prediction - base).max() > 1e-2
 
 

@@ -62,7 +62,7 @@ def batch(*rows) -> PackedBatch:
 
 
 CLIP, IMAGE = item(Grid(3, 1, 2), 5), item(Grid(1, 1, 3), 6)
-ROWS = jax.tree.map(jnp.asarray, batch([CLIP, IMAGE]))
+ROWS = jax.device_put(batch([CLIP, IMAGE]))
 
 
 STEP = jnp.zeros((), jnp.int32)

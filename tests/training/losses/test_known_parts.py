@@ -59,7 +59,7 @@ def make_rows(latents, cond_latents, shares):
     example = PackedExample(patchify(latents, PATCH), compute_positions(grid), TEXT.make_tokenizer()("a"), 5, values)
     fields = [field.to_rows(PATCH) for field in FIELDS]
     row = pack([example], PackedShape(tokens=6, text=8, segments=1), width=4 * CHANNELS, fields=fields)
-    return jax.tree.map(jnp.asarray, stack_rows([row]))
+    return jax.device_put(stack_rows([row]))
 
 
 def draw_noise_and_time(loss, rows):

@@ -55,7 +55,7 @@ def item(grid: Grid, example: int, interval: float = 1.0) -> PackedExample:
 
 def batch(*rows) -> PackedBatch:
     packed = (pack(row, SHAPE, width=4) for row in rows)
-    return jax.tree.map(jnp.asarray, stack_rows(packed))
+    return jax.device_put(stack_rows(packed))
 
 
 CLIP, IMAGE, LONG = item(Grid(3, 1, 2), 5), item(Grid(1, 1, 3), 6), item(Grid(4, 1, 3), 7, interval=0.4)
