@@ -295,7 +295,7 @@ def serve() -> Iterator[FakeGcs]:
     """Serve an empty bucket `gs://bucket` to this process and to those that it starts."""
     gcs = FakeGcs()
     server = _Server(gcs)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     variables = {
         "STORAGE_EMULATOR_HOST": address,
