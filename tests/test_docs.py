@@ -153,6 +153,7 @@ def test_links_lead_somewhere(page):
     assert broken_links(page.read_text(encoding="utf-8"), page.parent) == []
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", pages(slow=HEAVY_PAGES))
 def test_code_runs(page, copy_of_root, script):
     namespace = {"__name__": "page"}
@@ -162,6 +163,7 @@ def test_code_runs(page, copy_of_root, script):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", pages(with_slow=True))
 def test_slow_code_runs(page, copy_of_root, script):
     namespace = {"__name__": "page"}

@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_each_stage_has_the_weights_that_are_loaded(folder):
     pipeline = dit_video.load(folder, offload=None)
     plan = plan_pipeline(folder, CPU, size=SIZE, options=LoadOptions(offload=Stages()))
@@ -52,6 +53,7 @@ def test_each_stage_has_the_weights_that_are_loaded(folder):
     assert {stage.weights + stage.other_weights for stage in resident.stages} == {total}
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("write", "size"),
     [
@@ -74,6 +76,7 @@ def test_models_with_control_keyframes_and_first_frames_are_planned(tmp_path, wr
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_stacked_kernels_are_not_on_the_device_if_layers_move(folder):
     params = flatten(dit_video.load(folder, offload=None).denoiser_params)
     plan = plan_pipeline(folder, CPU, size=SIZE, options=LoadOptions(offload=Layers()))
@@ -93,6 +96,7 @@ def test_a_size_and_a_memory_are_said(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_memory_is_fitted_by_the_fastest_offload(folder):
     """On a CPU streamed weights count like others: `Layers` gains nothing there."""
     resident = fit_pipeline(folder, CPU, size=SIZE)

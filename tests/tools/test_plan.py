@@ -146,7 +146,7 @@ def test_a_plan_for_a_tpu_without_a_price_works(script):
     assert "nothing is expected: no speed of products" in done.out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # the search compiles for one, too
 def test_the_command_compiles_for_an_absent_tpu(tmp_path, script):
     pytest.importorskip("libtpu")
     target = tmp_path / "plan.json"
