@@ -114,8 +114,7 @@ def test_wan_trains_on_meshes_as_on_one_device():
     ("backbone", "meshes"),
     [
         pytest.param("backbone", [((1, 2, 1, 4), "ulysses"), ((1, 2, 2, 2), "ring")], marks=pytest.mark.slow),
-        pytest.param("wan", [((1, 2, 2, 2), "ring")], marks=pytest.mark.slow),
-        pytest.param("wan", [((1, 2, 1, 4), "ulysses")], marks=pytest.mark.exhaustive),
+        pytest.param("wan", [((1, 2, 2, 2), "ring"), ((1, 2, 1, 4), "ulysses")], marks=pytest.mark.exhaustive),
     ],
 )
 def test_gradients_that_are_summed_as_on_accelerators_are_those_of_one_device(backbone, meshes):

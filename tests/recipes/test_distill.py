@@ -33,7 +33,13 @@ def weights(folder):
     return trees.flatten(load_weights(folder / "pipeline" / "denoiser.safetensors"))
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("consistency", "dmd")])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("consistency", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        pytest.param("dmd", marks=pytest.mark.slow),
+    ],
+)
 def distilled(request, tiny_run, tmp_path_factory):
     """Return the folder of a finished distillation, to be read only."""
     run = Run.create(

@@ -15,7 +15,7 @@ from dit_video.experiment.self_check.step_checks import compute_learning_rate
 from dit_video.training.hooks import logging
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule
 
-STEPS, FIRST, INTERVAL = 620, 100, 300
+STEPS, FIRST, INTERVAL = 250, 60, 120
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
