@@ -334,4 +334,4 @@ def _pad_times(times: SampleTimes, capacity: int) -> SampleTimes:
     """Return times padded with the last one to `capacity` intervals."""
     missing = capacity + 1 - len(times.times)
     padded = (np.pad(np.asarray(values, np.float32), (0, missing), mode="edge") for values in times)
-    return jax.device_put(SampleTimes(*padded))
+    return SampleTimes(*jax.device_put(list(padded)))

@@ -45,6 +45,7 @@ from dit_video.training.checkpoint_arrays import check_arrays, compute_digests, 
 from dit_video.training.checkpoint_io import (
     SaveBarrier,
     convert_save_errors,
+    create_folder,
     open_reader,
     open_writer,
     rename_unreadable,
@@ -360,7 +361,7 @@ class Checkpoints:
     def _open_writer(self) -> ocp.CheckpointManager:
         """Return the writing manager, which removes the remains of interrupted saves; only the run itself may do so."""
         if self._writer is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            create_folder(self.folder)
             self._barrier = SaveBarrier() if jax.process_count() > 1 else None
             policy = OrbaxPreservationPolicy(self.keep, self._get_metrics)
             self._writer = open_writer(self.folder, policy, self._barrier)

@@ -13,15 +13,18 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dit_video.core.errors import TransientError, UserError
-from dit_video.core.storage_errors import classify_storage_error, is_transient
+from dit_video.core.storage_errors import classify_storage_error, is_transient, retry_transient
+from dit_video.distributed.process_group import ProcessGroup
 from dit_video.distributed.store import KeyValueStore
-from dit_video.training.agreement import format_error
+from dit_video.training.agreement import call_together, format_error, raise_failure
 
 CheckpointFolder: TypeAlias = Path | epath.Path
 """A local folder, or one at an address that Orbax writes to."""
 
 _SAVE_TIMEOUT = 3600
 """Seconds for all processes to write a checkpoint. One that fails leaves the run, which is noticed sooner."""
+_MARKER = ".keep"
+"""Name of a file in each folder at an address."""
 _ORBAX_FOLDER = os.path.dirname(ocp.__file__)
 
 # Orbax reports each of its steps to the logger it shares with other packages, so its records are dropped by origin.
@@ -137,6 +140,27 @@ def resolve_folder(folder: str | os.PathLike) -> CheckpointFolder:
         kind = TransientError if is_transient(error) else UserError
         raise kind(f"cannot open {folder} ({format_error(error)}). {advice}.") from error
     return place
+
+
+def create_folder(folder: CheckpointFolder) -> None:
+    """Create a folder; all processes of the run call this together.
+
+    An object store has no empty folders. One that holds no more than the remains of an interrupted save would vanish
+    while Orbax removes them, so that it exists for some processes and not for others, which would wait for each other
+    in different places. So the first process writes a file into it.
+
+    Raises:
+      UserError: Access is denied.
+      TransientError: The storage does not answer.
+    """
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        return
+    marker, is_first = folder / _MARKER, ProcessGroup.get_current().is_first
+    action = f"create {folder}"
+    result = call_together(action, lambda: retry_transient(lambda: marker.write_bytes(b"")) if is_first else None)
+    if result.kind != "none":
+        raise_failure(action, result)
 
 
 @contextlib.contextmanager
