@@ -226,6 +226,13 @@ class Chaos:
 
     def _restart_and_find(self, text: str) -> bool:
         """Start the training, and return whether a process prints something before the first step."""
+
+        def is_printed() -> bool:
+            return any(text in output for output in self.cluster.read_outputs())
+
         self.cluster.start()
-        self.cluster.wait_for(lambda: any(text in output for output in self.cluster.read_outputs()), 120.0)
-        return any(text in output for output in self.cluster.read_outputs())
+        start_time = self.cluster.start_time
+        self.cluster.wait_for(
+            lambda: is_printed() or self.cluster.find_first_step(beyond=0, since=start_time) is not None
+        )
+        return is_printed()
