@@ -136,7 +136,7 @@ class Chaos:
             changed = bytes([stored.content[middle] ^ 255])
             stored.content = stored.content[:middle] + changed + stored.content[middle + 1 :]
         event.detail += f"; {name} is {way}"
-        event.hit &= self._restart_and_find(f"checkpoint {steps[-1]} in ")
+        event.hit &= self._restart_and_find(event, f"checkpoint {steps[-1]} in ")
 
     def outage(self, event: Event) -> None:
         """Let the bucket answer no request for a while."""
@@ -224,15 +224,12 @@ class Chaos:
     def _goes_on(self, event: Event) -> bool:
         return self.cluster.find_first_step(beyond=event.step, since=self.cluster.start_time) is not None
 
-    def _restart_and_find(self, text: str) -> bool:
-        """Start the training, and return whether a process prints something before the first step."""
+    def _restart_and_find(self, event: Event, text: str) -> bool:
+        """Start the training, and return whether a process prints something before the training goes on."""
 
         def is_printed() -> bool:
             return any(text in output for output in self.cluster.read_outputs())
 
         self.cluster.start()
-        start_time = self.cluster.start_time
-        self.cluster.wait_for(
-            lambda: is_printed() or self.cluster.find_first_step(beyond=0, since=start_time) is not None
-        )
+        self.cluster.wait_for(lambda: is_printed() or self._goes_on(event))
         return is_printed()
