@@ -34,8 +34,6 @@ MAX_SECONDS = 600
 """Time limit of a case."""
 SOURCE_FOLDERS = tuple(f"dit_video/{name}/" for name in ("autoencoders", "backbones", "encoders", "tokens", "video"))
 """Folders of code that prepared clips, latents and weights depend on."""
-QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-"""XLA flags of the tests, which compile faster."""
 
 Result = dict[str, Any]
 
@@ -90,16 +88,17 @@ def main() -> None:
 
 def set_environment(folder: Path) -> None:
     """Let all processes share compiled programs, compile quickly and import the tests' modules."""
-    flags = os.environ.get("XLA_FLAGS", "")
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": flags if QUICK in flags else f"{flags} {QUICK}",
         "TQDM_DISABLE": "1",
     }
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from support.quick_compilation import set_quick_flags
+
+    set_quick_flags()
 
 
 def compute_digest(*, of_sources: bool = False) -> str:

@@ -21,12 +21,9 @@ import pytest
 
 from support.compilations import count_compilations
 from support.devices import HANG
+from support.quick_compilation import set_quick_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-_QUICK_FLAGS = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
-"""XLA flags that compile in half the time or less: most of it is the generation of code for fusions through MLIR."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -48,9 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
         float(os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 1.0)),
     )
     _compile_quickly(True)  # for computations while tests are collected
-    flags = os.environ.get("XLA_FLAGS", "")
-    quick_flags = [f"--{name}={value}" for name, value in _QUICK_FLAGS.items() if name not in flags]
-    os.environ["XLA_FLAGS"] = " ".join([flags, *quick_flags])  # read when JAX first computes
+    set_quick_flags()
 
 
 _LONG_FILES = (

@@ -64,7 +64,7 @@ def set_cpu_flags() -> None:
     stay with YNNPACK, which is as fast. 0.10.0 and 0.10.1 use Eigen by default.
     """
     if _is_on() and _get_release("jaxlib") == _CPU_RELEASE:
-        _add_flags("XLA_FLAGS", _CPU_FLAGS)
+        add_flags("XLA_FLAGS", _CPU_FLAGS)
 
 
 def set_accelerator_flags() -> None:
@@ -73,11 +73,11 @@ def set_accelerator_flags() -> None:
         return
     if "cuda" in (find_gpu_backends() or ()):
         if _get_release("jaxlib") in _GPU_RELEASES:
-            _add_flags("XLA_FLAGS", GPU_FLAGS)
+            add_flags("XLA_FLAGS", GPU_FLAGS)
         if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # the newer name of the same choice
             os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
     elif has_tpu() and _get_release("libtpu") in _TPU_RELEASES:
-        _add_flags("LIBTPU_INIT_ARGS", make_tpu_flags(find_tpu_chip()))
+        add_flags("LIBTPU_INIT_ARGS", make_tpu_flags(find_tpu_chip()))
 
 
 def make_tpu_flags(chip: str | None) -> dict[str, str]:
@@ -112,7 +112,7 @@ def _get_release(package: str) -> str | None:
         return None
 
 
-def _add_flags(variable: str, flags: Mapping[str, str]) -> None:
+def add_flags(variable: str, flags: Mapping[str, str]) -> None:
     """Add flags to an environment variable, except those that it sets."""
     chosen = os.environ.get(variable, "").strip()
     if chosen and not chosen.startswith("-"):  # the name of a file with flags
