@@ -21,6 +21,7 @@ import pytest
 
 from support.compilations import count_compilations
 from support.devices import HANG
+from support.fake_gcs import FakeGcs, serve
 from support.quick_compilation import set_quick_flags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,6 +211,14 @@ def memory(monkeypatch, tmp_path) -> str:
     monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return "memory://bucket"
+
+
+@pytest.fixture
+def gcs() -> Iterator[FakeGcs]:
+    """Return the empty bucket `gs://bucket` of a server of Google Cloud Storage's API."""
+    pytest.importorskip("gcsfs")
+    with serve() as gcs:
+        yield gcs
 
 
 @pytest.fixture
