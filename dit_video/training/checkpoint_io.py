@@ -24,7 +24,7 @@ CheckpointFolder: TypeAlias = Path | epath.Path
 _SAVE_TIMEOUT = 3600
 """Seconds for all processes to write a checkpoint. One that fails leaves the run, which is noticed sooner."""
 _MARKER = ".keep"
-"""Name of a file in each folder at an address."""
+"""Name of the empty file by which a folder at an address exists."""
 _ORBAX_FOLDER = os.path.dirname(ocp.__file__)
 
 # Orbax reports each of its steps to the logger it shares with other packages, so its records are dropped by origin.
@@ -146,8 +146,8 @@ def create_folder(folder: CheckpointFolder) -> None:
     """Create a folder; all processes of the run call this together.
 
     An object store has no empty folders. One that holds no more than the remains of an interrupted save would vanish
-    while Orbax removes them, so that it exists for some processes and not for others, which would wait for each other
-    in different places. So the first process writes a file into it.
+    while Orbax removes them. Orbax asks in each process whether the folder exists, and processes that got different
+    answers would deadlock in different collectives. So the first process writes an empty file into the folder.
 
     Raises:
       UserError: Access is denied.
