@@ -40,6 +40,8 @@ _ERRNOS: dict[int, StorageProblem] = {
     getattr(errno, name, 0): problem for problem, names in _ERRNO_NAMES.items() for name in names.split()
 }
 _STATUSES: dict[int, StorageProblem] = {401: "access", 403: "access", 404: "missing", 410: "missing", 507: "space"}
+_RANGE_NOT_SATISFIABLE = 416
+"""Status of a request for a part of a file that begins behind its end, as the file was cut."""
 _TRANSIENT_STATUSES = {408, 425, 429, 500, *range(502, 600)} - {505, 507}
 _CLASS_NAMES: dict[StorageProblem, str] = {
     "transient": (
@@ -104,8 +106,8 @@ def classify_storage_error(error: BaseException) -> StorageProblem | None:
 def classify_read_error(error: BaseException) -> ReadProblem | None:
     """Return the kind of an error of reading data; None for one that says nothing about storage or data.
 
-    Damaged are missing files, and wrong values, such as errors of JSON or of tensorstore. Other errors of the system
-    are transient, as they say nothing about the data. Mistakes in a program are of no kind.
+    Damaged are missing and shortened files, and wrong values, such as errors of JSON or of tensorstore. Other errors of
+    the system are transient, as they say nothing about the data. Mistakes in a program are of no kind.
     """
     problem, chain = classify_storage_error(error), list(_iterate_causes(error))
     if any(isinstance(each, UserError) or type(each).__name__ in _DEVICE_ERRORS for each in chain):
@@ -114,11 +116,14 @@ def classify_read_error(error: BaseException) -> ReadProblem | None:
         return "access"
     if problem == "missing" and not any(isinstance(each, socket.gaierror) for each in chain):
         return "damage"
+    statuses = list(filter(None, map(_get_status, chain)))
+    if _RANGE_NOT_SATISFIABLE in statuses:
+        return "damage"
     texts = [_PATHS.sub("", str(each)) for each in chain]
     has_system_code = any("os_error_code=" in text for text in texts)
     if problem is not None or has_system_code or any(isinstance(each, OSError) for each in chain):
         return "transient"
-    if any(map(_get_status, chain)):
+    if statuses:
         return None
     # Orbax wraps errors of tensorstore in a plain `Exception`.
     origin = next((each for each in chain if type(each) not in (Exception, RuntimeError)), error)

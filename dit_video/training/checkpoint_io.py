@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dit_video.core.errors import TransientError, UserError
+from dit_video.core.storage import convert_storage_errors
 from dit_video.core.storage_errors import classify_storage_error, is_transient, retry_transient
 from dit_video.distributed.process_group import ProcessGroup
 from dit_video.distributed.store import KeyValueStore
@@ -129,16 +130,13 @@ def resolve_folder(folder: str | os.PathLike) -> CheckpointFolder:
     """
     if "://" not in str(folder):
         return Path(folder).absolute()
-    try:
-        place = epath.Path(str(folder))
-        place.exists()
-    except (ImportError, KeyError, NotImplementedError, ValueError) as error:
-        fix = "Install the package for such URLs, such as gcsfs for gs://, or use a local folder."
-        raise UserError(f"cannot open {folder} ({format_error(error)}). {fix}") from error
-    except Exception as error:  # of the client, by its own types
-        advice = "Run the same command again" if is_transient(error) else "Check the address and the credentials"
-        kind = TransientError if is_transient(error) else UserError
-        raise kind(f"cannot open {folder} ({format_error(error)}). {advice}.") from error
+    with convert_storage_errors(str(folder)):
+        try:
+            place = epath.Path(str(folder))
+            place.exists()
+        except (ImportError, KeyError, NotImplementedError, ValueError) as error:
+            fix = "Install the package for such URLs, such as gcsfs for gs://, or use a local folder."
+            raise UserError(f"cannot open {folder} ({format_error(error)}). {fix}") from error
     return place
 
 

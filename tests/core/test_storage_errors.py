@@ -157,6 +157,8 @@ def test_each_error_is_of_its_kind(error, problem):
         (ValueError("DATA_LOSS: checksum does not match"), "damage"),
         (caused(RuntimeError("while reading"), ValueError("DATA_LOSS: checksum does not match")), "damage"),
         (caused(Exception("array of Orbax"), ValueError(f"OUT_OF_RANGE: {TENSORSTORE}")), "damage"),
+        (ValueError(f"OUT_OF_RANGE: {TENSORSTORE}: Range Not Satisfiable [http_response_code='416']"), "damage"),
+        *((error, "damage") for error in (http(416), boto(416))),
         (caused(ValueError("cannot be read"), TypeError("x")), "damage"),
         (caused(TypeError("x"), ValueError("x")), None),
         (FileNotFoundError(errno.ENOENT, "No such file", "/run/5/meta"), "damage"),
