@@ -247,6 +247,11 @@ class Checkpoints:
         with open_reader(self.folder) as reader:
             return reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
+    def read_digests(self, step: int) -> dict[str, int]:
+        """Return the digest of each array of a checkpoint, by its path, as `save` has; none of those of format 1."""
+        document = retry_transient(lambda: self.read_document(step))
+        return {path: entry["digest"] for path, entry in document["arrays"].items()} if document["format"] > 1 else {}
+
     def restore(self, like: Any, step: int | None = None, *, config: Any = None) -> tuple[Any, dict[str, Any]]:
         """Read a state and its `meta`, of one step or of the newest checkpoint that can be read.
 

@@ -139,7 +139,9 @@ class Trainer:
             )
         self.recorder.resume(self.folder.name, int(state.step))
         meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)
-        chain = HashChain(self.folder / CHAIN_FILE, self.describe_start(data.hash))
+        chain = HashChain(
+            self.folder / CHAIN_FILE, self.describe_start(data.hash), read_digests=checkpoints.read_digests
+        )
         return functools.partial(
             loop.run,
             self._compile_step(state),

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,28 @@ class HashChain(Hook):
 
     first_process_only = True
 
-    def __init__(self, path: str | os.PathLike, start: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike, start: Mapping[str, Any], *, read_digests: Callable[[int], Mapping[str, int]]
+    ) -> None:
         """Name the file.
 
         Args:
           path: File of the chain.
           start: What is recorded of each start, as JSON.
+          read_digests: Function from the step of a checkpoint to the digests of its arrays, by their paths.
         """
         self.path = Path(path)
         self._start = dict(start)
+        self._read_digests = read_digests
         self._link = _FIRST_LINK
         self._steps: list[tuple[int, Mapping[str, Any]]] = []
 
     def resume(self, step: int) -> None:
-        """Remove the records after `step`, which the run writes again, and record the start."""
+        """Remove the records after `step`, which the run writes again, and record the start.
+
+        If the record of the state is missing, as a machine was lost after its checkpoint was complete and before the
+        chain was sent, it is made from that checkpoint.
+        """
         try:
             records = [record for record in read_chain(self.path) if record["step"] <= step]
         except MissingError:
@@ -59,6 +67,8 @@ class HashChain(Hook):
             records = []
         self._link = records[-1]["link"] if records else _FIRST_LINK
         write_text(self.path, "".join(f"{json.dumps(record)}\n" for record in records))
+        if step and not any(record["step"] == step and "state" in record for record in records):
+            self.on_save(step, self._read_digests(step))
         self._append([{"step": step, "start": self._start}])
 
     def on_step(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
@@ -72,7 +82,8 @@ class HashChain(Hook):
         self._flush()
 
     def on_save(self, step: int, digests: Mapping[str, int]) -> None:
-        self._append([{"step": step, "state": {path: f"{digest:08x}" for path, digest in digests.items()}}])
+        if digests:
+            self._append([{"step": step, "state": {path: f"{digest:08x}" for path, digest in digests.items()}}])
 
     def close(self) -> None:
         self._flush()

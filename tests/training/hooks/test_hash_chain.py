@@ -22,9 +22,13 @@ def make_metrics(step: int) -> dict:
     }
 
 
+def make_digests(step: int) -> dict[str, int]:
+    return {"params/kernel": step * 1000003}
+
+
 def train(path, start: int, stop: int, *, save: int = 4, version: str = "a") -> None:
     """Write the chain of the steps after `start` up to `stop`, and end without a last entry of the log."""
-    chain = HashChain(path, {"code": {"sources": version}})
+    chain = HashChain(path, {"code": {"sources": version}}, read_digests=make_digests)
     chain.resume(start)
     for step in range(start + 1, stop + 1):
         chain.on_step(step, None, make_metrics(step))
@@ -32,7 +36,7 @@ def train(path, start: int, stop: int, *, save: int = 4, version: str = "a") -> 
             chain.write(step, {})
         if step % save == 0:
             chain.before_save(step, None)
-            chain.on_save(step, {"params/kernel": step * 1000003})
+            chain.on_save(step, make_digests(step))
 
 
 def test_every_step_and_state_is_recorded_to_the_bit(tmp_path):
@@ -66,6 +70,24 @@ def test_a_run_that_was_killed_and_resumed_has_the_same_records(tmp_path):
 
     assert get_content(parts) == get_content(whole)
     assert [record["start"]["code"]["sources"] for record in parts if "start" in record] == ["a", "b"]
+
+
+def test_a_state_whose_record_was_lost_is_recorded_from_its_checkpoint(tmp_path):
+    """The machine was lost after the checkpoint of step 4 was complete, and before the record of its state was sent."""
+    train(tmp_path / "whole.jsonl", 0, 8)
+    train(tmp_path / "parts.jsonl", 0, 4)
+    lines = (tmp_path / "parts.jsonl").read_text().splitlines(keepends=True)
+    assert "state" in json.loads(lines[-1])
+    (tmp_path / "parts.jsonl").write_text("".join(lines[:-1]))
+    train(tmp_path / "parts.jsonl", 4, 8)
+    whole, parts = (
+        [
+            record.get("state") or (record["step"], record.get("batch"))
+            for record in read_chain(tmp_path / f"{name}.jsonl")
+        ]
+        for name in ("whole", "parts")
+    )
+    assert [record for record in parts if record != (4, None)] == whole
 
 
 @pytest.mark.parametrize("change", ["value", "line left out", "line added", "lines swapped"])
