@@ -19,7 +19,8 @@ from dit_video.core.errors import TransientError, UserError
 T = TypeVar("T")
 
 StorageProblem = Literal["transient", "access", "space", "missing"]
-"""Kind of an error: it passes by itself; access is denied; there is no room; the file or bucket does not exist."""
+"""Kind of an error: it passes by itself; access is denied; there is no room; the file, the part of it that was
+requested, or the bucket does not exist."""
 ReadProblem = Literal["damage", "transient", "access"]
 """Kind of an error of reading: data are missing or wrong; it passes by itself; access is denied."""
 
@@ -39,9 +40,14 @@ _ERRNO_NAMES: dict[StorageProblem, str] = {
 _ERRNOS: dict[int, StorageProblem] = {
     getattr(errno, name, 0): problem for problem, names in _ERRNO_NAMES.items() for name in names.split()
 }
-_STATUSES: dict[int, StorageProblem] = {401: "access", 403: "access", 404: "missing", 410: "missing", 507: "space"}
-_RANGE_NOT_SATISFIABLE = 416
-"""Status of a request for a part of a file that begins behind its end, as the file was cut."""
+_STATUSES: dict[int, StorageProblem] = {
+    401: "access",
+    403: "access",
+    404: "missing",
+    410: "missing",
+    416: "missing",
+    507: "space",
+}
 _TRANSIENT_STATUSES = {408, 425, 429, 500, *range(502, 600)} - {505, 507}
 _CLASS_NAMES: dict[StorageProblem, str] = {
     "transient": (
@@ -116,14 +122,11 @@ def classify_read_error(error: BaseException) -> ReadProblem | None:
         return "access"
     if problem == "missing" and not any(isinstance(each, socket.gaierror) for each in chain):
         return "damage"
-    statuses = list(filter(None, map(_get_status, chain)))
-    if _RANGE_NOT_SATISFIABLE in statuses:
-        return "damage"
     texts = [_PATHS.sub("", str(each)) for each in chain]
     has_system_code = any("os_error_code=" in text for text in texts)
     if problem is not None or has_system_code or any(isinstance(each, OSError) for each in chain):
         return "transient"
-    if statuses:
+    if any(map(_get_status, chain)):
         return None
     # Orbax wraps errors of tensorstore in a plain `Exception`.
     origin = next((each for each in chain if type(each) not in (Exception, RuntimeError)), error)

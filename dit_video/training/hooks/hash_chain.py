@@ -67,8 +67,9 @@ class HashChain(Hook):
             records = []
         self._link = records[-1]["link"] if records else _FIRST_LINK
         write_text(self.path, "".join(f"{json.dumps(record)}\n" for record in records))
-        if step and not any(record["step"] == step and "state" in record for record in records):
-            self.on_save(step, self._read_digests(step))
+        has_state = any(record["step"] == step and "state" in record for record in records)
+        if step and not has_state and (digests := self._read_digests(step)):
+            self.on_save(step, digests)
         self._append([{"step": step, "start": self._start}])
 
     def on_step(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
@@ -82,8 +83,7 @@ class HashChain(Hook):
         self._flush()
 
     def on_save(self, step: int, digests: Mapping[str, int]) -> None:
-        if digests:
-            self._append([{"step": step, "state": {path: f"{digest:08x}" for path, digest in digests.items()}}])
+        self._append([{"step": step, "state": {path: f"{digest:08x}" for path, digest in digests.items()}}])
 
     def close(self) -> None:
         self._flush()
