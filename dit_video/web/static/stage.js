@@ -50,7 +50,7 @@ export class Stage {
     this.body = make("div", { class: "stage-body" });
     this.root.append(this.body);
     this.job = null;
-    this.mine = null; // jobs that may come into view by themselves
+    this.mine = null; // jobs that may come into view by themselves, until they were seen finished
     this.shown = "";
   }
 
@@ -77,12 +77,20 @@ export class Stage {
       this.wanted = null;
     } else {
       this.job = jobs.get(this.job?.id) ?? (this.shown.startsWith("items") ? this.job : null);
-      const next = state.jobs.filter((job) => isActive(job) && this.mine.has(job.id)).sort((a, b) => a.ahead - b.ahead)[0];
       const isFree = !this.job || (!isActive(this.job) && this.job.status !== "failed");
-      if (next && isFree && !this.body.contains(document.activeElement)) this.job = next;
+      if (isFree && !this.body.contains(document.activeElement)) this.job = this.findNext(state.jobs) ?? this.job;
     }
+    if (this.job && !isActive(this.job)) this.mine.delete(this.job.id);
     this.say(previous);
     this.draw();
+  }
+
+  /** Return the job that comes into view after the present one: a later one may be done before it was seen to run. */
+  findNext(jobs) {
+    const isMine = (job) => this.mine.has(job.id);
+    const active = jobs.filter((job) => isMine(job) && isActive(job)).sort((a, b) => a.ahead - b.ahead);
+    const later = jobs.slice(jobs.findIndex((job) => job.id === this.job?.id) + 1);
+    return active[0] ?? later.findLast((job) => isMine(job) && job.status === "done");
   }
 
   /** Say changes, and progress now and then. */
@@ -142,6 +150,7 @@ export class Stage {
     parts.state.textContent = describeJob(job);
     parts.progress.update(job);
     parts.progress.bar.hidden = !isActive(job);
+    if (!isActive(job) && parts.stop === document.activeElement) this.root.focus({ preventScroll: true });
     parts.stop.hidden = !isActive(job);
     parts.remove.hidden = isActive(job);
     parts.error.hidden = job.status !== "failed";

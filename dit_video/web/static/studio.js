@@ -44,6 +44,7 @@ async function begin() {
 
   const start = async (job) => {
     stage.add(await postJob(job));
+    if (last) receive(last); // it may have the job already
     const root = byId("stage");
     const { top, bottom } = root.getBoundingClientRect();
     // On a phone the form covers the screen.

@@ -17,16 +17,20 @@ from dit_video.training.time_recorder import TimeRecorder
 from support.devices import join_processes
 from support.loop_training import init_state, make_batches, plain_step
 
-STEPS, LOG_EVERY = 100, 10
+STEPS, LOG_EVERY = 200, 10
 STEP_SECONDS = 0.005
 """Time that data of either process take, which is the time of a step."""
 
 
+SLOWNESS = 30
+"""Factor of a throttled device's time: other programs of this machine may slow the other process's device as well."""
+
+
 class ThrottledProbe(DeviceProbe):
-    """A probe of devices that take three times as long."""
+    """A probe of devices that take much longer than they do."""
 
     def measure(self) -> list[float]:
-        return [3 * each for each in super().measure()]
+        return [SLOWNESS * each for each in super().measure()]
 
 
 def main() -> None:

@@ -174,6 +174,14 @@ class Studio:
         """Return whether a job of this user waits or runs."""
         return any(job["status"] in ACTIVE for job in self.jobs)
 
+    def cancel(self, job: dict) -> None:
+        """Cancel a job without the page."""
+        self.context.request.delete(f"{self.address}api/jobs/{job['id']}", headers={"Origin": self.address[:-1]})
+
+    def wait_until_idle(self) -> None:
+        """Wait until no job of this user waits or runs."""
+        wait_until(lambda: not self.has_active_jobs, "jobs")
+
     @property
     def items(self) -> list[dict]:
         """Return the items of this user's gallery, as the server has them."""

@@ -22,6 +22,24 @@ def test_cancel_frees_the_queue(studio):
     assert not studio.has_active_jobs
 
 
+def test_a_clip_that_is_done_before_it_was_seen_to_run_comes_into_view(studio):
+    studio.page.route("**/api/events", lambda route: route.abort())  # the page asks for the state instead
+    studio.reload()
+    studio.start_long()
+    studio.page.locator("#stage").get_by_text(re.compile("Step")).wait_for()
+    studio.fill("prompt", "a blue square")
+    studio.fill_sampling("steps", 8)
+    studio.press_generate()
+    studio.page.locator("#queue").get_by_text(re.compile("Waiting")).wait_for()
+    studio.page.route("**/api/state", lambda route: route.abort())
+    studio.page.locator("#connection").wait_for()
+    studio.cancel(studio.jobs[0])
+    studio.wait_until_idle()
+    studio.page.unroute("**/api/state")
+    studio.page.locator("#stage").get_by_text("a blue square").wait_for()
+    studio.check_plays()
+
+
 def test_a_waiting_job_is_cancelled_in_the_list(studio):
     studio.start_long()
     studio.page.locator("#stage").get_by_text(re.compile("Step")).wait_for()
@@ -77,6 +95,6 @@ def test_a_full_queue_is_said(studio):
     studio.page.locator("#form [role=alert]").wait_for()
     assert str(limit) in studio.page.locator("#form [role=alert]").inner_text()
     for job in studio.jobs:
-        studio.context.request.delete(f"{studio.address}api/jobs/{job['id']}", headers={"Origin": studio.address[:-1]})
+        studio.cancel(job)
     studio.page.locator("#stage").get_by_text("Cancelled").wait_for()
     assert not studio.has_active_jobs
