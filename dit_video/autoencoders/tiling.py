@@ -90,12 +90,8 @@ def _compute_starts(length: int, size: int, overlap: int) -> list[int]:
 
 def _compute_ramp(starts: Sequence[int], start: int, size: int, scale: int) -> Float32[np.ndarray, " n"]:
     """Return the normalised weights along one axis of the tile at `start`."""
-
-    def tent(first: int) -> np.ndarray:
-        """Rise linearly from both borders of the tile at `first`; dividing by the sum keeps only the overlap's ramp."""
-        offset = np.arange(start * scale, (start + size) * scale) - first * scale
-        inside = (offset >= 0) & (offset < size * scale)
-        return np.where(inside, np.minimum(offset + 0.5, size * scale - offset - 0.5), 0.0)
-
-    total = sum(tent(first) for first in starts)
-    return (tent(start) / total).astype(np.float32)
+    offsets = np.arange(start * scale, (start + size) * scale) - scale * np.asarray(starts)[:, None]
+    inside = (offsets >= 0) & (offsets < size * scale)
+    # They rise linearly from both borders of each tile; dividing by the sum keeps only the overlap's ramp.
+    tents = np.where(inside, np.minimum(offsets + 0.5, size * scale - offsets - 0.5), 0.0)
+    return (tents[list(starts).index(start)] / tents.sum(0)).astype(np.float32)

@@ -8,7 +8,7 @@ layout is the same on both sides are copied in chunks.
 import functools
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -289,32 +289,33 @@ def _stream_tensors(source: ParamSource, file_map: FileMap, like: Any, dtype: An
                     block_dtype = _get_stack_dtype(source, path, depth, dtype)
                 else:
                     block_dtype = source.get_dtype(path, layer)
-                add(name, _make_reader(source, path, foreign, layer, depth, (index, len(parts))), block_dtype)
+                read = functools.partial(_read_chunks, source, path, foreign, layer, depth, (index, len(parts)))
+                add(name, read, block_dtype)
         for copy in file_map.copies.get(path, ()):
             for name in copy.names:
-                add(name, _make_reader(source, path, copy, None, None, (0, 1)), source.get_dtype(path, None))
+                read = functools.partial(_read_chunks, source, path, copy, None, None, (0, 1))
+                add(name, read, source.get_dtype(path, None))
     for name, constant in file_map.constants.items():
         add(name, functools.partial(iter, [constant.array]), source.get_dtype(constant.dtype_path, None))
     return tensors
 
 
-def _make_reader(
+def _read_chunks(
     source: ParamSource, path: str, mapping: TensorMapping, layer: int | None, depth: int | None, part: tuple[int, int]
-) -> Callable[[], Iterator[np.ndarray]]:
-    """Return a function that reads one of their tensors in chunks of its first axis."""
+) -> Iterator[np.ndarray]:
+    """Yield one of their tensors in chunks of its first axis."""
     index, count = part
-
-    def theirs(array: np.ndarray) -> np.ndarray:
-        width = array.shape[-1] // count if array.ndim else 0
-        return mapping.to_theirs(array[..., index * width : (index + 1) * width] if count > 1 else array)
-
-    def read() -> Iterator[np.ndarray]:
-        if layer is None and depth is not None:
-            return (theirs(source.read_block(path, number)) for number in range(depth))
-        raw_chunks = source.read_raw_chunks(path, layer, mapping) if count == 1 else None
-        return iter([theirs(source.read_block(path, layer))]) if raw_chunks is None else raw_chunks
-
-    return read
+    numbers: Sequence[int | None] = [layer] if layer is not None or depth is None else range(depth)
+    raw_chunks = source.read_raw_chunks(path, layer, mapping) if count == 1 and isinstance(numbers, list) else None
+    if raw_chunks is not None:
+        yield from raw_chunks
+        return
+    for number in numbers:
+        block = source.read_block(path, number)
+        if count > 1:
+            width = block.shape[-1] // count
+            block = block[..., index * width : (index + 1) * width]
+        yield mapping.to_theirs(block)
 
 
 def _get_stack_dtype(source: ParamSource, path: str, depth: int, dtype: Any) -> np.dtype:
