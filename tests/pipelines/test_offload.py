@@ -17,10 +17,15 @@ from dit_video.text import embedder
 from support.marks import mark_slow_except
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 PROMPTS = ("a red ball", "a blue ball", "two balls")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze() -> None:
+    """Exclude what other tests left from garbage collection, which comes before each count."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
