@@ -22,7 +22,7 @@ import pytest
 from support.compilations import count_compilations
 from support.devices import HANG
 from support.fake_gcs import FakeGcs, serve
-from support.quick_compilation import set_quick_flags
+from support.quick_compilation import set_quick_flags, share_contexts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     _compile_quickly(True)  # for computations while tests are collected
     set_quick_flags()
+    share_contexts()
 
 
 _LONG_FILES = (
@@ -86,12 +87,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compile programs without most optimisations: with tiny models, compilation takes most of the time.
-
-    Tests with long computations and comparisons with other projects are compiled normally.
-    """
-    quick = not any(map(item.get_closest_marker, ("slow", "parity", "exhaustive")))
-    _compile_quickly(quick or "quick_compilation" in getattr(item, "fixturenames", ()))
+    """Compile programs without most optimisations: with tiny models, compilation takes most of the time."""
+    _compile_quickly("optimized_compilation" not in getattr(item, "fixturenames", ()))
 
 
 def _compile_quickly(quick: bool) -> None:
@@ -124,8 +121,8 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def quick_compilation() -> None:
-    """Compile quickly in slow tests of tiny models, as in all tests that are not slow."""
+def optimized_compilation() -> None:
+    """Optimise compiled programs as those of users, in tests with long computations or of what XLA makes."""
 
 
 _MAX_PROGRAMS = 400

@@ -96,7 +96,7 @@ def is_run(block: Block, *, slow: bool) -> bool:
     return block.language == "console" and (block.mark == "run" or (slow and block.mark == "run: slow"))
 
 
-HEAVY_PAGES = ("autoencoders.md", "backbones.md", "diffusion.md", "evaluation.md", "tasks.md")
+HEAVY_PAGES = ("autoencoders.md", "backbones.md", "diffusion.md", "distributed.md", "evaluation.md", "tasks.md")
 """Pages whose code compiles for many seconds."""
 
 
@@ -153,7 +153,6 @@ def test_links_lead_somewhere(page):
     assert broken_links(page.read_text(encoding="utf-8"), page.parent) == []
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", pages(slow=HEAVY_PAGES))
 def test_code_runs(page, copy_of_root, script):
     namespace = {"__name__": "page"}
@@ -163,7 +162,6 @@ def test_code_runs(page, copy_of_root, script):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", pages(with_slow=True))
 def test_slow_code_runs(page, copy_of_root, script):
     namespace = {"__name__": "page"}

@@ -38,7 +38,6 @@ pytestmark = pytest.mark.slow
 SOURCES = Path(__file__).parent / "support" / "extensions"
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_sampler(add_package, tiny, tiny_run, tiny_pipeline, tmp_path):
     solver = add_package("their_sampler", "adams_sampler").Adams()
     arguments = {"size": (9, 16, 32), "seed": 1, "output": "latents"}
@@ -51,7 +50,6 @@ def test_a_sampler(add_package, tiny, tiny_run, tiny_pipeline, tmp_path):
     assert np.isfinite(pipeline.generate("a red circle", output="latents")).all()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_position_embedding(add_package, tiny, tiny_run, tmp_path):
     position = add_package("their_positions", "triangle_positions").Triangles()
     backbone = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, absolute_position=position)
@@ -61,7 +59,6 @@ def test_a_position_embedding(add_package, tiny, tiny_run, tmp_path):
     assert np.isfinite(pipeline.generate("a red circle", steps=2, output="latents")).all()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_data_source(add_package, tiny, tiny_run, tiny_clips, tmp_path, monkeypatch):
     """All clips in one file are ingested like any other source, and train a model."""
     monkeypatch.setattr(detect, "_FORMATS", dict(detect._FORMATS))
@@ -76,7 +73,6 @@ def test_a_data_source(add_package, tiny, tiny_run, tiny_clips, tmp_path, monkey
         list_clips(tmp_path / "packed", format="pile")
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_unet_on_canvases_of_two_sizes(add_package, tiny, tiny_run, tmp_path):
     """It trains on one canvas, samples on another, and gives a clip the same result on both and alone."""
     theirs = add_package("their_unet", "canvas_mixer")
@@ -98,7 +94,6 @@ def test_a_unet_on_canvases_of_two_sizes(add_package, tiny, tiny_run, tmp_path):
         assert all(np.abs(clip.frames.astype(int) - clips[0].frames).max() <= 1 for clip in clips)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_model_family(add_package, tiny, tiny_run, tmp_path, monkeypatch):
     """Its folders are written by a run, loaded, converted, and adapted by LoRA files with their names."""
     monkeypatch.setattr(families.registry, "_FAMILIES", list(families.registry._FAMILIES))
@@ -130,7 +125,6 @@ def test_a_model_family(add_package, tiny, tiny_run, tmp_path, monkeypatch):
     np.testing.assert_allclose(merged, expected, atol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_conditioning(add_package, tiny, tiny_run, tmp_path):
     """Poses of a camera are cached with latents, train a model and steer its samples."""
     camera = add_package("their_camera", "camera_poses").CameraPoses(dropout=0.5)
@@ -160,7 +154,6 @@ def test_a_conditioning(add_package, tiny, tiny_run, tmp_path):
         sample_latents(conditioning={"camera": [1]})
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_control_stack(add_package, tiny, tiny_run, tmp_path):
     """It predicts as the model that it controls, until it is trained and wherever its strength is 0."""
     theirs = add_package("their_control", "control_stack")
@@ -191,7 +184,6 @@ def test_a_control_stack(add_package, tiny, tiny_run, tmp_path):
     np.testing.assert_array_equal(result, sample_latents(config.backbone.base, base))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_reference_frames_as_extra_tokens(add_package, tiny, tiny_run, tmp_path):
     """They join the tokens of their clip alone, and are not predicted."""
     reference = add_package("their_references", "reference_frames").ReferenceFrame()
@@ -227,7 +219,6 @@ def test_reference_frames_as_extra_tokens(add_package, tiny, tiny_run, tmp_path)
         assert (np.abs(together[SECOND] - other[SECOND]).max(axis=-1) > 1e-4).all()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_actions_with_a_kv_cache(add_package, tiny, tiny_run, tmp_path):
     """Frames that are sampled one by one, with keys and values of earlier ones cached, equal those without a cache."""
     theirs = add_package("their_actions", "frame_actions")
@@ -251,7 +242,6 @@ def test_actions_with_a_kv_cache(add_package, tiny, tiny_run, tmp_path):
     assert np.isfinite(pipeline.decode(world.to_latents(cached)).frames).all()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_metric(add_package, load_file, tiny_run, tiny_clips, tmp_path, script):
     """It is computed, printed, written and reported as those of this package are."""
     add_package("their_metric", "their_metric")
@@ -292,7 +282,6 @@ def test_a_metric(add_package, load_file, tiny_run, tiny_clips, tmp_path, script
     assert f"{mean:.2f} levels" in page.split('id="samples"')[0]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_stage_without_a_denoiser(add_package, tiny, tiny_run, tmp_path, monkeypatch, script):
     """A joint embedding of clips and captions is trained, resumed bit for bit, and read by the stage after it."""
     theirs = add_package("their_stages", "contrastive_stage")

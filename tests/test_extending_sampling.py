@@ -18,7 +18,6 @@ from support.extending import replace_backbone, train
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_generation_task(add_package, tiny_pipeline):
     """It keeps a part of a clip, starts from it at a time, and is sampled beside other requests."""
     theirs = add_package("their_task", "inpainting_task")
@@ -51,7 +50,6 @@ def test_a_generation_task(add_package, tiny_pipeline):
         sample_latents(1.0, size=(5, 16, 32))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
     """Its noise is that of the clip's seed, whatever clips are decoded with it."""
     theirs = add_package("their_decoder", "noisy_decoder")
@@ -74,7 +72,6 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
         list(decode_stream(model, pipeline.codec.params, latents[0][None], tiles=Tiles(height=8, width=16, overlap=0)))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_run, tmp_path):
     theirs = add_package("their_prior", "color_prior")
     base = tiny.EXPERIMENT.denoiser
@@ -104,7 +101,6 @@ def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_r
         decoder.add_previous_step(PreviousStep(name="size"), prior)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_low_resolution_clip_with_noise_augmentation(add_package, tiny, tiny_run, tiny_pipeline, tmp_path):
     """Clips are made larger by a second model; the noise that is added to them has a level at call time."""
     theirs = add_package("their_cascade", "low_resolution")

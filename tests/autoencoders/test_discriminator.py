@@ -7,8 +7,6 @@ from flax import nnx
 from dit_video.autoencoders import AdversarialConfig
 from dit_video.nn import get_graph_def, init_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = AdversarialConfig(width=4, layers=2)
 PARAMS = jax.jit(init_params, static_argnums=0)(CONFIG.make, jax.random.key(0))
 CLIP = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 5, 12, 8, 3)), jnp.float32)

@@ -20,8 +20,6 @@ from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = ImageVaeConfig(levels=ImageLevels(widths=(4, 8), blocks=1, groups=2, attention=(0,)))
 SIDE = CONFIG.stride.h
 

@@ -27,8 +27,6 @@ from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGE = ImageVaeConfig(channels=3, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 LATENTS = np.random.default_rng(0).normal(size=(1, 5, 3, 4, 3)).astype(np.float32)
 

@@ -7,8 +7,6 @@ import pytest
 
 from dit_video.autoencoders import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MEASURES = (
     losses.absolute_error,
     losses.squared_error,

@@ -16,8 +16,6 @@ from dit_video.nn import get_graph_def
 from support.random_params import make_random_params
 from support.tiny_ltx import RESIDUAL_VAE, VAE
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIGS = {"0.9.1": VAE, "0.9.5": RESIDUAL_VAE}
 FRAMES = np.random.default_rng(0).integers(0, 256, (1, 17, 32, 96, 3), np.uint8)
 

@@ -10,8 +10,6 @@ from dit_video.autoencoders import AutoencoderObjective, losses
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DECODED, ORIGINAL = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 2, 3, 8, 8, 3)), jnp.float32)
 
 

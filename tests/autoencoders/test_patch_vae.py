@@ -18,8 +18,6 @@ from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PLAIN = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=2)
 CONFIGS = {"plain": PLAIN, "preactivated": dataclasses.replace(PLAIN, preactivated=True, init_std=0.01)}
 CLIPS = np.tanh(np.random.default_rng(0).normal(size=(2, 7, 6, 8, 3)).cumsum(axis=2)).astype(np.float32)

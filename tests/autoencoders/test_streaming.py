@@ -30,8 +30,6 @@ from support.marks import mark_exhaustive_except
 from support.random_params import make_random_params
 from support.tiny_autoencoders import CONFIGS, assert_frames_are_close
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 9, 16, 24, 3), np.uint8)
 
 

@@ -20,8 +20,6 @@ from dit_video.tokens import Grid
 from support.marks import mark_slow_except
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PLAIN = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2, 2), factors=(Grid(1, 2, 2), Grid(2, 2, 2)), blocks=1)
 SHORTCUTS = dataclasses.replace(PLAIN, patch=2, shortcuts=True, decoder_width=6)
 ODD = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2, 1), factors=(Grid(2, 1, 1), Grid(2, 2, 2)), blocks=1)
@@ -205,6 +203,7 @@ def test_rematerialisation_stores_less_for_the_backward_pass(name):
     assert count_stored_values(dataclasses.replace(config, remat=True)) < 0.6 * count_stored_values(config)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient():
     config, clip = dataclasses.replace(PLAIN, multipliers=(1,), factors=()), setting("plain")[2][:, :3, :4, :4]
     params = make_random_params(config.make)

@@ -39,7 +39,6 @@ CONFIGS = {
     "image": VqConfig(network=IMAGE, codebook=BOOK, modulated=True),
     "spherical": VqConfig(network=VIDEO, codebook=CodebookConfig(codes=32, width=3, spherical=True)),
 }
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 7, 4, 6, 3), np.uint8)
 
 

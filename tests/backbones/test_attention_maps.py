@@ -16,7 +16,6 @@ from dit_video.nn.attention import CausalFrames, SpaceOnly
 from support.packed_rows import TEXT_WIDTH, TOKENS, make_batch, predict
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SLOW = pytest.mark.slow
 
 CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)

@@ -25,8 +25,6 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 from support.packed_rows import CLASSES, COND_WIDTH, FIRST, TEXT_WIDTH, make_batch, predict, predict_with_gradients
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGE = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
 WAN = WanDitConfig(
     channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
@@ -47,11 +45,12 @@ def as_images(batch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "temporal"),
     [
         (dataclasses.replace(IMAGE, absolute_position=BoundaryEmbedding()), TemporalLayers()),
-        pytest.param(
+        (
             # As DiT-XL/2's image models are.
             dataclasses.replace(
                 IMAGE,
@@ -61,7 +60,6 @@ def as_images(batch):
                 labels=ClassLabels(classes=CLASSES),
             ),
             TemporalLayers(spatial_layers=2, layers=3),
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["alternating", "in a block"],
@@ -102,12 +100,13 @@ def test_a_video_model_from_nothing_trains_its_temporal_layers():
     assert np.abs(flatten(gradients)["temporal_blocks/out/kernel"]).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(IMAGE, marks=pytest.mark.slow),
+        IMAGE,
         dataclasses.replace(IMAGE, cond_channels=1),
-        pytest.param(WAN, marks=pytest.mark.slow),
+        WAN,
     ],
     ids=["none", "one", "wan"],
 )

@@ -32,7 +32,7 @@ class HopperParallelism(Parallelism):
 
 
 @pytest.mark.parametrize("config", [WAN, DIT], ids=["Wan", "DiT"])
-@pytest.mark.parametrize("count", [COUNT, 1])
+@pytest.mark.parametrize("count", [COUNT, pytest.param(1, marks=pytest.mark.slow)])
 def test_rows_of_any_number_of_clips_are_computed_without_a_mask(monkeypatch, config, count):
     pretend_hopper(monkeypatch)
     graph = get_graph_def(config.make, HopperParallelism())

@@ -15,9 +15,8 @@ from dit_video.backbones.wan import WanDitConfig
 from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedRows, compute_positions
+from support.marks import mark_slow_except
 from support.random_params import make_random_params
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SIZES = {"channels": 2, "context_width": 6, "width": 24, "layers": 2, "heads": 2, "time": "token", "attention": "dense"}
 DIT = functools.partial(DitConfig, mlp_ratio=2.0, **SIZES)
@@ -60,7 +59,7 @@ def test_clip_times_are_those_of_their_tokens():
     np.testing.assert_array_equal(spread[SEGMENTS[0] > 0], TIME[0][SEGMENTS[0] > 0])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mark_slow_except(["wan"], MODELS))
 def test_a_model_predicts_the_same_from_the_times_of_clips_as_from_those_of_tokens(name):
     config = MODELS[name]
     params = make_random_params(config.make)

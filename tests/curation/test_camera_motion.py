@@ -130,6 +130,7 @@ def test_nineteen_of_twenty_labels_of_scenes_are_right(scenes):
     assert right >= 0.95 * count
 
 
+@pytest.mark.slow
 def test_most_labels_of_a_few_scenes_are_right():
     scenes = [scene for index in range(30) if (scene := draw(index, seed=11)).size != SIZES[2]][:14]
     labels = [find_label(encode(render(scene).clip, "mp4", crf=18)) for scene in scenes]

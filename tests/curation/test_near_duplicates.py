@@ -119,6 +119,7 @@ def test_copies_of_a_second_take_are_those_of_all_pairs_that_match(cluster_clips
     assert result.originals.tolist() == expected
 
 
+@pytest.mark.slow
 def test_thousands_of_alike_clips_are_decided_in_seconds_and_little_memory():
     count, frames = 2000, make_thumbnails(1)[0]
 

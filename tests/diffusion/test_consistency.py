@@ -67,7 +67,6 @@ def test_the_loss_of_the_exact_consistency_function_is_zero():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_exact_function_is_a_fixed_point_of_distillation():
     """Its gradient comes only from the error of the teacher's step, which is of second order."""
     estimate = make_estimator(stateless(gaussian), PROCESS, Velocity())
@@ -144,7 +143,6 @@ def test_steps_are_noised_again_to_the_next_time():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_student_learns_to_sample_a_mixture_in_one_step():
     times = jnp.linspace(1.0, 0.0, 17)
     taught = make_estimator(stateless(mixture.denoise), mixture.PROCESS, mixture.PREDICTION)

@@ -71,7 +71,6 @@ def test_the_loss_has_the_given_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_student_learns_to_sample_a_mixture_in_one_step():
     objective, process = FlowMatching(), mixture.PROCESS
     slow, fast = (

@@ -23,8 +23,6 @@ from dit_video.tokens import Grid, PackedRows, compute_positions
 from support.random_params import make_random_params
 from support.tiny_class_dit import DIT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 100
 PROCESS = VariancePreservingProcess(steps=STEPS)
 LEARNED = LearnedVariance(steps=STEPS, bound_weight=0.02)

@@ -27,8 +27,6 @@ from dit_video.diffusion import (
 )
 from support.clip_rows import make_best_denoise
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MEAN, STD = jnp.asarray([0.5, -0.3, 0.1]), jnp.asarray([0.4, 1.0, 0.7])
 DATA = MEAN + STD * jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
 NATS = stats.norm.logpdf(DATA, MEAN, STD).sum(axis=1)

@@ -138,6 +138,7 @@ def test_training_recovers_the_mixture(process, prediction):
     assert after < BOUND
 
 
+@pytest.mark.slow
 def test_the_energy_distance_tells_distributions_apart():
     fresh, again = (mixture.sample(seed, SAMPLES) for seed in (1, 2))
     assert mixture.energy_distance(fresh, again) < BOUND / 3

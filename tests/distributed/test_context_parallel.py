@@ -46,25 +46,21 @@ OPTIMIZERS = {"all axes": "sgd", "ring": "sgd", "some": "adamw"}
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_attention_over_devices_is_that_of_one():
     check_on_eight_devices("context_parallel_attention.py")
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_context_parallel_attention_exchanges_no_more_than_it_has_to():
     check_on_eight_devices("collective_bytes.py", "attention")
 
 
 @pytest.mark.exhaustive  # other tests count the gathers of programs for TPUs
-@pytest.mark.usefixtures("quick_compilation")
 def test_weights_are_gathered_once_in_each_pass():
     check_on_eight_devices("collective_bytes.py", "weights")
 
 
 @pytest.mark.exhaustive
-@pytest.mark.usefixtures("quick_compilation")
 def test_weights_of_other_models_and_meshes_are_gathered_once_in_each_pass():
     check_on_eight_devices("collective_bytes.py", "other weights")
 
@@ -82,34 +78,29 @@ def test_tpus_gather_weights_in_bfloat16_and_scatter_gradients_in_float32_over_f
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_tokens_stay_on_their_device_outside_attention():
     check_on_eight_devices("collective_bytes.py", "rows")
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("group", mark_exhaustive_except(("some",), MESHES))
 def test_meshes_of_eight_devices_train_as_one_device(group):
     check_on_eight_devices("mesh_training_runs.py", "backbone", str(MESHES[group]), OPTIMIZERS[group])
 
 
 @pytest.mark.exhaustive
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("group", OTHER_MESHES)
 def test_all_other_meshes_of_eight_devices_train_as_one_device(group):
     check_on_eight_devices("mesh_training_runs.py", "backbone", str(OTHER_MESHES[group]), OPTIMIZERS[group])
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_wan_trains_on_meshes_as_on_one_device():
     check_on_eight_devices(
         "mesh_training_runs.py", "wan", str([((1, 1, 4, 2), "ulysses"), ((1, 2, 2, 2), "ring")]), "sgd"
     )
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("backbone", "meshes"),
     [
@@ -122,14 +113,12 @@ def test_gradients_that_are_summed_as_on_accelerators_are_those_of_one_device(ba
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_context_may_span_two_processes():
     for output in run_together("context_parallel_training.py", devices=4):
         assert "done" in output, output
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_gradients_of_two_parts_of_the_keys_add_up_to_those_of_all():
     draw = np.random.default_rng(1)
     q, k, v, d_out = (jnp.asarray(draw.normal(size=(1, 12, 2, 4)), jnp.float32) for _ in range(4))

@@ -17,7 +17,6 @@ def test_the_parts_of_an_array_are_the_array(max_bytes):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_two_processes_write_weights_of_which_neither_holds_all(tmp_path):
     outputs = run_together("gathered_weights.py", str(tmp_path), devices=2)
     assert all("done" in output for output in outputs)

@@ -30,6 +30,7 @@ def measure_traffic(count, seconds=2.5):
         return max(calls[1:]), sum(group.client.num_texts for group in groups) / count
 
 
+@pytest.mark.slow
 def test_the_traffic_of_heartbeats_is_linear_in_the_number_of_processes():
     """Only process 0 reads the heartbeats of all; the calls of another process do not depend on their number."""
     results = []

@@ -84,7 +84,6 @@ def test_two_processes_are_one_run():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_process_with_another_config_is_refused_at_the_start():
     port = find_free_port()
     configs = [{"denoiser": {"steps": steps}, "seed": 0} for steps in (5, 6)]

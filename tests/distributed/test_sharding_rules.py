@@ -21,7 +21,6 @@ def test_layouts_on_eight_devices_follow_the_rules():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_two_processes_give_one_global_batch():
     for output in run_together("global_batches.py", devices=2):
         assert "done" in output, output

@@ -8,11 +8,13 @@ import pytest
 from support.devices import HANG, PROGRAMS, check_on_eight_devices, make_environment
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
 def test_matrices_and_accumulated_gradients_are_divided_over_devices():
     check_on_eight_devices("divided_updates.py")
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
 def test_tpus_divide_the_matrices_of_muon():
     pytest.importorskip("libtpu")

@@ -16,8 +16,6 @@ from dit_video.tokens import Grid
 from support.random_params import make_random_params
 from support.tiny_ltx import VAE as LTX
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = CausalVaeConfig(channels=4, width=8, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
 GRID = Grid(7, 8, 8)
 
@@ -61,6 +59,7 @@ def test_the_estimate_is_near_the_memory_of_the_compiled_program(method):
     assert 0.5 * compiled < estimate < 2 * compiled
 
 
+@pytest.mark.slow
 def test_frames_do_not_depend_on_the_memory(params):
     latents = np.random.default_rng(0).normal(size=(1, *GRID, CONFIG.channels)).astype(np.float32)
     (whole,) = LatentCodec(CONFIG, params).decode_chunks(latents)

@@ -27,8 +27,6 @@ from support.devices import check_on_eight_devices
 from support.html_page import Page
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LOSS = DenoisingLoss(times=(0.25, 0.75))
 BITS = LatentLikelihood(steps=2, probes=1, min_ratio=0.01)
 

@@ -18,8 +18,6 @@ from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.reports.run_report import write_autoencoder_report
 from dit_video.tokens import Grid
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 REQUESTS = [
     Request("a red circle moving left", Grid(9, 16, 32), seed=1),
     Request("a blue square", Grid(1, 16, 16), seed=2),

@@ -17,10 +17,7 @@ from dit_video.generation.request_file import read_requests
 from dit_video.pipelines.pipeline import Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
-from support.marks import mark_slow_except
 from support.tiny_wan import SIZE, TWO, write_animating_wan, write_wan
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 REQUESTS = [
     Request("a red circle moving left", Grid(9, 16, 32), seed=1),
@@ -107,6 +104,7 @@ def test_every_prompt_has_a_file_name(tiny_pipeline, tmp_path):
     assert [entry["file"] for entry in entries] == ["000-unconditional.png", "001-b-b-b.png"]
 
 
+@pytest.mark.slow
 def test_a_written_list_gives_the_same_requests_with_their_pictures_and_noise(tmp_path):
     write_animating_wan(tmp_path / "wan")
     pipeline, draw = dit_video.load(tmp_path / "wan", dtype="float32"), np.random.default_rng(0)
@@ -131,7 +129,8 @@ def test_a_written_list_gives_the_same_requests_with_their_pictures_and_noise(tm
         write_samples(pipeline, again, tmp_path / "second", **options)
 
 
-@pytest.mark.parametrize("offload", mark_slow_except([None], [None, Stages()]))
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [None, Stages()])
 def test_weights_in_host_memory_move_once_for_all_requests(tmp_path, monkeypatch, offload):
     """Weights that stay on the device are used for a few requests at a time, whose clips are written before others."""
     write_wan(tmp_path / "wan", **TWO)

@@ -95,7 +95,9 @@ def test_reversed_falls_do_not_keep_their_law(scenes, tmp_path):
     assert get_shares(measure_files(clips, scenes, tmp_path)) == dict.fromkeys(NAMES, 1.0) | {"free_fall": 0.0}
 
 
-@pytest.mark.parametrize(("name", "known"), [("physics", 0), ("physics_extension", MIN_FRAMES)])
+@pytest.mark.parametrize(
+    ("name", "known"), [("physics", 0), pytest.param("physics_extension", MIN_FRAMES, marks=pytest.mark.slow)]
+)
 def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known):
     recorded, generate = [], Pipeline.generate_latents
 

@@ -14,7 +14,6 @@ from dit_video.reports.sweep_report import write_sweep_report
 from dit_video.tokens import Grid
 from support import tiny_pipeline
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROTOCOL = SceneProtocol(name="scenes", metrics=(Sharpness(),), count=2, sizes=(Grid(5, 32, 32),))
 
 

@@ -159,6 +159,7 @@ def test_the_steps_of_a_finished_stage_of_the_curriculum_may_not_change(tiny, co
     assert Run.create(copy, make(4, 9)).experiment.curriculum[1].steps == 9
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_on_with_more_steps(tiny, tiny_clips, copy):
     before = (copy / "pipeline" / "denoiser.safetensors").read_bytes()
     run = Run.create(copy, replace_denoiser(tiny.EXPERIMENT, steps=12))

@@ -13,8 +13,6 @@ from dit_video.tokens import Grid
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def convolutional(tiny):

@@ -11,8 +11,6 @@ from dit_video.core.trees import flatten
 from dit_video.experiment.checkpoints import list_checkpoints
 from dit_video.experiment.run import Run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def copy(tiny_run, tmp_path):
@@ -73,6 +71,7 @@ def test_a_step_without_a_checkpoint_names_those_there_are(tiny_run, copy):
         dit_video.load(tiny_run / "pipeline", step=8)
 
 
+@pytest.mark.slow
 def test_sample_loads_a_checkpoint_by_its_step(tiny_run, tmp_path, script):
     clips = []
     for step in (8, 10):

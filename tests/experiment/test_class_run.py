@@ -14,7 +14,7 @@ from dit_video.experiment.run import Run
 from dit_video.text import ClassNamesConfig
 from dit_video.tokens import PackedShape
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 SIZE = (5, 16, 16)
 
 

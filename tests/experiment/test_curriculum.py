@@ -24,8 +24,6 @@ from dit_video.training.step import GradientStep
 from support.interruptions import wait_for_save
 from support.training_state import get_state_shapes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGES = CurriculumStage(
     name="images",
     steps=4,

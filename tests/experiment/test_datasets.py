@@ -17,8 +17,6 @@ from dit_video.video import Clip
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def clips(tmp_path):

@@ -20,8 +20,6 @@ from dit_video.generation.request import Request
 from dit_video.tokens import Grid
 from support import tiny_pipeline
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @register
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,6 @@ from dit_video.experiment.run import Run
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.tokens import Grid
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 COUNT = 100
 SMALL = Grid(1, 8, 16)
 REASON = "8x16 pixels, less than one multiple of 16x16"

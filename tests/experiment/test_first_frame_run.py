@@ -13,7 +13,7 @@ from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.evaluate import evaluate
 from dit_video.experiment.run import Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 SIZE = (5, 16, 16)
 
 

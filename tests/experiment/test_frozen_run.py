@@ -21,7 +21,7 @@ from dit_video.weights import load_embedder
 from support import tiny_clip
 from support.fakes import FakeEmbedder, use_fake_embedder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "opened")
+pytestmark = pytest.mark.usefixtures("opened")
 PROMPT, SIZE = "a red circle moving left", (5, 16, 16)
 
 
@@ -74,6 +74,7 @@ def copy(frozen_run, tmp_path):
     return shutil.copytree(frozen_run, tmp_path / "run", symlinks=True)
 
 
+@pytest.mark.slow
 def test_latents_are_stored_with_the_embeddings_of_their_captions(frozen_run, encoder):
     latents, embedder = LatentSource(frozen_run / "latents"), FakeEmbedder(encoder, max_tokens=6)
     assert latents.identity["text"] == embedder.identity

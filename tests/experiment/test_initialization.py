@@ -93,7 +93,7 @@ def test_a_missing_start_folder_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_clips, tmp_path, quick_compilation):
+def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_clips, tmp_path):
     experiment = dataclasses.replace(
         tiny.EXPERIMENT,
         autoencoder=training(InflatedConfig(image=IMAGE), folder),
@@ -121,9 +121,7 @@ def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True], ids=["fresh", "given"])
-def test_a_codebook_starts_at_latents_unless_its_weights_are_loaded(
-    given, tiny, tiny_clips, tmp_path, quick_compilation
-):
+def test_a_codebook_starts_at_latents_unless_its_weights_are_loaded(given, tiny, tiny_clips, tmp_path):
     model = VqConfig(network=IMAGE, codebook=CodebookConfig(codes=64, width=4))
     parameters = make_random_params(model.make)
     if given:

@@ -19,8 +19,6 @@ from dit_video.weights import get_native_modules, load_lora, save
 from dit_video.weights import load as load_weights
 from support.interruptions import interrupt, wait_for_save
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LORA = LoraConfig(rank=2, alpha=3.0, targets=(r"^backbone/blocks/.*kernel$",))
 
 
@@ -59,6 +57,7 @@ def leaves(folder):
     return trees.flatten(load_weights(folder / "pipeline" / "denoiser.safetensors"))
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_and_the_result_is_merged(tiny_run, adapted):
     before, after = leaves(tiny_run), leaves(adapted)
     assert before.keys() == after.keys()

@@ -26,8 +26,6 @@ from dit_video.training.optim.ema import EmaConfig
 from dit_video.video import Clip, decode
 from support.devices import check_on_eight_devices
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_clips_are_tiled_into_one_sheet():
     clips = [Clip(np.full((2, 4, 6, 3), 10 * index, np.uint8), 8.0) for index in range(3)]

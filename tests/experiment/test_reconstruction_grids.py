@@ -17,7 +17,7 @@ from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.video import decode
 from support.interruptions import interrupt
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 
 def train(folder, experiment, clips):

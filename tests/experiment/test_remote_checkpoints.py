@@ -12,7 +12,6 @@ from support.interruptions import interrupt
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_that_lost_its_folder_continues_from_remote_checkpoints(
     tiny, tiny_run, tiny_clips, tmp_path, monkeypatch
 ):

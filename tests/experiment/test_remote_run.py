@@ -14,7 +14,7 @@ from support.interruptions import interrupt
 
 pytest.importorskip("gcsfs")
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 ADDRESS = "gs://bucket/runs/tiny"
 
 

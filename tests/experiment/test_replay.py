@@ -17,7 +17,6 @@ from dit_video.training.hooks.hash_chain import CHAIN_FILE, read_chain
 from support.devices import check_on_eight_devices
 from support.interruptions import interrupt, wait_for_save
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -83,6 +82,7 @@ def test_stretches_that_do_not_exist_are_refused(tiny_run, copy):
         replay(run, model="nobody")
 
 
+@pytest.mark.slow
 def test_other_latents_are_named_at_the_step_that_reads_them(tiny_run, copy, monkeypatch):
     real = LatentSource.read_example
 

@@ -28,8 +28,6 @@ from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 from support.interruptions import interrupt, wait_for_save
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def copy(tiny_run, tmp_path):
@@ -165,6 +163,7 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
     assert steps[0] == steps[1]
 
 
+@pytest.mark.slow
 def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monkeypatch):
     fitted = []
     real = autoencoder.fit_linear
@@ -222,6 +221,7 @@ def clips(tiny_clips, tmp_path):
     return shutil.copytree(tiny_clips, tmp_path / "clips")
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_decoded_are_skipped_and_counted(tiny, clips, tmp_path, capsys):
     damaged, cut = sorted((clips / "clips").glob("*.mp4"))[:2]
     damaged.write_bytes(b"not a video at all")

@@ -12,8 +12,6 @@ from dit_video.experiment.run import Run, StagedRun
 from dit_video.tokens import Grid
 from support.devices import run_together
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def run(tiny_run, tmp_path):

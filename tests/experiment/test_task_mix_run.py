@@ -12,7 +12,7 @@ from dit_video.conditioning import Beginning, FirstFrame, FrameConditioning, Ins
 from dit_video.experiment.run import Run
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 MASKS = (FirstFrame(weight=2.0), Beginning(), InsideOfBox())
 
 

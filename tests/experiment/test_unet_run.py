@@ -34,7 +34,6 @@ def unet_experiment(tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_unet_is_trained_on_canvases_and_sampled_at_any_size(unet_experiment, tiny_clips, tmp_path):
     pipeline = Run.create(tmp_path / "run", unet_experiment).train(tiny_clips)
     assert pipeline.config.layout == CANVAS

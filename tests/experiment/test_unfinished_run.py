@@ -12,8 +12,6 @@ from dit_video.experiment.run import Run
 from dit_video.pipelines.folder import PREVIEW
 from dit_video.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def copy(tiny_run, tmp_path):

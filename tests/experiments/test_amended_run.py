@@ -12,7 +12,7 @@ import pytest
 from dit_video.training.hooks.logging import read_metrics
 from support.devices import HANG, make_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = ("--denoiser.batch", "8", "--log-every", "1", "--keep.newest", "10", "--mesh.data", "1")

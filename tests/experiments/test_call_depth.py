@@ -10,8 +10,6 @@ import pytest
 from dit_video.backbones.dit.model import Dit
 from dit_video.core.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [ROOT / name for name in ("dit_video", "experiments", "tests", "tools")]
 MAX_DEPTH = 7

@@ -11,7 +11,7 @@ from dit_video.experiment.export import LORA_FILE
 from dit_video.tokens import Grid
 from support.tiny_wan import write_wan
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 COMMON = ["--log-every", 1, "--warmup", 1, "--seeds", 1, "--full", 3]
 

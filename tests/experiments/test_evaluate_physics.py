@@ -6,8 +6,6 @@ import pytest
 
 from dit_video.evaluation.protocols import PROTOCOLS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["physics", "physics_extension"])

@@ -8,8 +8,6 @@ import pytest
 from dit_video.data.synthetic.scenes import draw_scene
 from dit_video.evaluation.scene_tasks import SCENE_TASKS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_scenes_are_rendered_into_a_folder_of_clips(script, tmp_path):
     done = script("tools/render_scenes.py", "--out", tmp_path / "clips", "--count", 6, "--levels", 1, 3, "--seed", 4)

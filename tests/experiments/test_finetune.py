@@ -19,7 +19,7 @@ from dit_video.video import decode
 from support.tiny_vace import write_vace
 from support.tiny_wan import TWO, write_animating_wan, write_wan
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "clips"
 REAL = ("again.mkv", "car-detection.mp4", "crystal.webm")

@@ -14,7 +14,7 @@ from dit_video.training.goodput import read_attempts, read_run_times
 from dit_video.training.hooks.logging import read_metrics
 from support.devices import HANG, make_environment, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVE_EVERY = 400, 40

@@ -14,8 +14,6 @@ from dit_video.training.hooks import logging
 from dit_video.video import Clip, decode
 from support.tiny_ltx import RESIDUAL_VAE, write_ltx
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SAMPLE, STEPS = "experiments/sample.py", 24
 
 

@@ -9,8 +9,6 @@ from dit_video.pipelines.pipeline import Request
 from dit_video.tokens import Grid
 from dit_video.video import decode
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPT = "a red circle moving left"
 
 

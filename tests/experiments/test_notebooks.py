@@ -119,7 +119,6 @@ def test_a_notebook_is_valid_and_holds_no_outputs(path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
     notebook = execute_notebook("sample", monkeypatch, DIT_VIDEO_RUN=tiny_run, **QUICK)
     pages = get_html_outputs(notebook)
@@ -135,7 +134,6 @@ def test_the_sampling_notebook_runs_and_shows_videos(tiny_run, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_tasks_notebook_runs_and_shows_videos(monkeypatch):
     notebook, result = evaluate_notebook("tasks", monkeypatch, {"recipe": "loop.recipe"}, **BRIEF)
     pages = get_html_outputs(notebook)
@@ -153,7 +151,6 @@ def test_the_tasks_notebook_runs_and_shows_videos(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_notebook_of_own_clips_trains_from_a_folder_to_samples_and_is_interrupted_meanwhile(tmp_path, monkeypatch):
     questions = {
         "refused": "report.quarantined",
@@ -203,7 +200,6 @@ def test_the_model_of_the_notebook_of_own_clips_follows_its_captions_when_traine
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_spiral_notebook_shows_the_results_that_its_text_states(monkeypatch):
     notebook, actual = evaluate_notebook("spiral", monkeypatch, SPIRAL, **BRIEF)
     assert pictures(notebook) == {
@@ -297,6 +293,7 @@ def test_the_bundled_model_shows_the_effects_that_the_inside_a_run_notebook_desc
     assert result["distance"][0] > result["distance"][len(result["distance"]) // 2] > result["distance"][-1] == 0
 
 
+@pytest.mark.slow
 def test_the_bundled_checkpoint_samples_the_prompted_colour():
     assert PRETRAINED.is_dir(), "experiments/pretrained/shapes is missing; the quickstart makes it"
     files = [path for path in PRETRAINED.rglob("*") if path.is_file()]

@@ -16,8 +16,6 @@ from dit_video.weights import save
 from support.tiny_lora import make_pipeline, write_lora
 from support.tiny_wan import TWO, write_animating_wan, write_wan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SAMPLE = "experiments/sample.py"
 PROMPT = ("--prompt", "a dog", "--size", "1x16x16")
 ENDS = ("--image", "image.png", "--last-image", "image.png")

@@ -22,8 +22,6 @@ from dit_video.pipelines.pipeline import Request
 from dit_video.tokens import Grid
 from dit_video.video import decode
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "tests/support/tiny.py"
 PROMPT = "a red circle moving left"
@@ -67,6 +65,7 @@ def test_sample_writes_a_file(process, tiny_run, tmp_path):
     assert decode(out).frames.shape == (5, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_sample_writes_the_clips_of_a_list_of_prompts(script, tiny_run, tmp_path):
     listed = [
         {"prompt": PROMPT, "frames": 9, "height": 16, "width": 32, "seed": 1},
@@ -354,7 +353,6 @@ def assert_saved(code, err):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_real_ctrl_c_changes_nothing_of_the_result(tiny_clips, tmp_path):
     """A run that is interrupted in both trainings ends with the weights of one that is not."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

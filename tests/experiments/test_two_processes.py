@@ -20,7 +20,7 @@ from dit_video.video import decode
 from support.devices import HANG, find_free_port, make_environment
 from support.tiny_wan import write_wan
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ("a red circle", "a blue square")

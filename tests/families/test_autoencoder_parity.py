@@ -14,7 +14,7 @@ from dit_video.families import load_autoencoder, save_autoencoder
 from dit_video.families.kandinsky.autoencoder import make_vq_tensor_map
 from dit_video.nn import get_graph_def, get_param_shapes
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.parity
 
 WAN21 = {"base_dim": 8, "z_dim": 4, "latents_mean": [0.1] * 4, "latents_std": [1.5, 1.0, 2.0, 1.0]}
 WAN22 = {

@@ -91,7 +91,6 @@ def test_the_dtype_is_what_is_asked_for(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_single_checkpoint_file_of_the_authors_is_converted(tmp_path):
     config = dataclasses.replace(SIT, width=384, heads=6, layers=12, channels=1)
     save_denoiser(tmp_path / "folder", config, make_random_params(config.make), layout="authors")

@@ -7,8 +7,6 @@ import pytest
 import dit_video
 from dit_video.core.errors import MissingError, UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def sample_latents(pipeline):
     return pipeline.generate("a red circle", size=(1, 16, 16), seed=5, output="latents")

@@ -20,7 +20,7 @@ from dit_video.weights.classifiers import (
     make_inception_tensor_map,
 )
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("optimized_compilation")]
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
 

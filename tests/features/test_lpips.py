@@ -8,8 +8,6 @@ from dit_video.core.errors import UserError
 from dit_video.features import Lpips
 from dit_video.nn import get_graph_def, init_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GRAPH = get_graph_def(lambda rngs: Lpips(widths=(4, 4, 6, 6, 8), rngs=rngs))
 PARAMS = jax.jit(lambda key: init_params(lambda rngs: Lpips(widths=(4, 4, 6, 6, 8), rngs=rngs), key))(jax.random.key(0))
 ONE, OTHER = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 2, 2, 17, 16, 3)), jnp.float32)

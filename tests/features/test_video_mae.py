@@ -15,8 +15,6 @@ from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.weights.video_mae import load_video_mae, make_video_mae_tensor_map
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = VideoMaeConfig(width=12, layers=2, heads=3, mlp_width=20, side=8, patch=4, frames=4)
 GRAPH = get_graph_def(CONFIG.make)
 PARAMS = make_random_params(CONFIG.make)

@@ -31,8 +31,6 @@ from dit_video.tokens import Field, Grid, PackedShape
 from support.random_params import make_random_params
 from support.tiny_denoiser import DENOISER, DIT, SHAPE, SMALL, make_request
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TWO = [SMALL, make_request("a box", (1, 4, 6), seed=2, negative="red")]
 """Requests of 2 and 6 tokens: both branches of each fill a row of 16."""
 EVERYTHING = Guidance(
@@ -92,6 +90,7 @@ def test_noise_between_steps_depends_on_the_seed_alone():
     assert np.abs(again[1] - both[1]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [None, pytest.param((0.3, 1.0), marks=pytest.mark.slow)])
 def test_samples_are_led_away_from_the_model_without_layers_however_branches_are_evaluated(interval):
     skip = SkipLayerGuidance(layers=(0,), scale=1.5, start=0.0, stop=0.9)

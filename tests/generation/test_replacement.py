@@ -13,10 +13,7 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:this model was not trained"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:this model was not trained")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +92,7 @@ def test_resampling_keeps_what_is_known_and_changes_the_rest(pipeline, clip):
     np.testing.assert_array_equal(twice, sample(pipeline, image=clip.frames[0], resample=2))
 
 
+@pytest.mark.slow
 def test_resampling_works_with_solvers_of_several_steps(pipeline, clip):
     for sampler in ("unipc", "dpm++2m", "ddpm"):
         latents = sample(pipeline, image=clip.frames[0], resample=2, sampler=sampler)

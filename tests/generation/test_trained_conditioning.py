@@ -4,7 +4,6 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dit_video.conditioning import (
     Beginning,
@@ -32,7 +31,6 @@ from dit_video.video import Clip
 from support import tiny
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 AUTOENCODER = tiny.EXPERIMENT.autoencoder.model
 PARAMS = make_random_params(AUTOENCODER.make)
 SIZES = (Grid(1, 16, 32), Grid(9, 32, 16))

@@ -18,8 +18,6 @@ from support.devices import check_on_eight_devices
 from support.tiny_lora import CONFIG, make_pipeline, write_lora
 from support.tiny_wan import SIZE, write_wan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 WAN_PARTS = ("self_attn.q", "self_attn.o", "cross_attn.k", "cross_attn.o", "ffn.0", "ffn.2")
 """Linear maps of a block, by their names in ComfyUI."""
 
@@ -52,6 +50,7 @@ def count_device_bytes():
     return sum(count_bytes().values())
 
 
+@pytest.mark.slow
 def test_an_attached_adapter_equals_a_merged_one_and_copies_no_weights(pipeline, file, plain):
     before = count_device_bytes()
     attached = pipeline.load_lora(file, 0.5)
@@ -138,6 +137,7 @@ def test_an_adapter_that_is_merged_has_no_name(file):
         merged.load_lora(file).unload_lora("x")
 
 
+@pytest.mark.slow
 def test_a_lora_of_comfyui_changes_wan_attached_or_merged_and_is_taken_away_exactly(tmp_path):
     write_wan(tmp_path / "wan")
     own = dit_video.load(tmp_path / "wan", dtype="float32")
@@ -182,6 +182,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(pipeline, file, plain):
     assert get_bits(narrow.denoiser_params) == bits
 
 
+@pytest.mark.slow
 def test_each_of_two_experts_has_its_adapters(tmp_path):
     two = make_pipeline(replace(CONFIG, boundary=0.6), offload=Stages())
     own, plain = get_bits(two.denoiser_params), sample(two)

@@ -3,12 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from dit_video.generation.request import Request
 from dit_video.pipelines.pipeline import Pipeline
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PROMPT, OTHER, SIZE = "a red circle moving left", "a blue square", (5, 16, 16)
 OPTIONS = {"steps": 2, "guidance": 3.0}

@@ -27,8 +27,6 @@ from dit_video.pipelines.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
 from dit_video.weights import load as load_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPT = "a red circle moving left"
 SMALL = (5, 16, 16)
 

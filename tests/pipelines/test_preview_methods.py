@@ -12,10 +12,7 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:this model was not trained"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:this model was not trained")
 OPTIONS = {"size": (5, 16, 16), "steps": 4}
 
 

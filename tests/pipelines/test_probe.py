@@ -13,8 +13,6 @@ from dit_video.diffusion import Euler, UniformTimes, apply_classifier_free_guida
 from dit_video.pipelines.pipeline import Pipeline
 from dit_video.pipelines.probe import DenoiserProbe
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPTS, SIZE = ["a red circle moving left", "a blue square"], (9, 16, 32)
 
 
@@ -41,6 +39,7 @@ def test_each_clip_has_a_time_and_a_prompt_of_its_own(tiny_pipeline):
     np.testing.assert_allclose(both[1], alone[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_attention_maps_cover_the_tokens_of_every_clip(tiny_pipeline):
     inside = DenoiserProbe(tiny_pipeline, PROMPTS, SIZE)
     noisy = jnp.zeros((2, inside.token_grid.volume, 4 * inside.channels))

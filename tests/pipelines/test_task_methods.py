@@ -12,10 +12,7 @@ from dit_video.pipelines.tasks import Extend, Interpolate, ZoomOut
 from dit_video.video import Clip, read_recipe
 from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.filterwarnings("ignore:this model was not trained"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:this model was not trained")
 
 
 @pytest.fixture(scope="module")

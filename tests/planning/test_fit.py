@@ -47,7 +47,7 @@ def test_what_fits_as_configured_needs_no_options(training):
     assert "fits as configured" in str(result)
 
 
-@pytest.mark.parametrize("part", ["denoiser", "sampler"])
+@pytest.mark.parametrize("part", [pytest.param("denoiser", marks=pytest.mark.slow), "sampler"])
 def test_what_is_listed_fits_and_needs_all_of_its_settings(training, part):
     """Each combination is planned as its options say, with and without each of them."""
     limit = int(0.6 * get_peak(training, part))

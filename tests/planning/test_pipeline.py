@@ -35,7 +35,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_each_stage_has_the_weights_that_are_loaded(folder):
     pipeline = dit_video.load(folder, offload=None)
     plan = plan_pipeline(folder, CPU, size=SIZE, options=LoadOptions(offload=Stages()))
@@ -53,7 +52,6 @@ def test_each_stage_has_the_weights_that_are_loaded(folder):
     assert {stage.weights + stage.other_weights for stage in resident.stages} == {total}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("write", "size"),
     [
@@ -76,7 +74,6 @@ def test_models_with_control_keyframes_and_first_frames_are_planned(tmp_path, wr
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_stacked_kernels_are_not_on_the_device_if_layers_move(folder):
     params = flatten(dit_video.load(folder, offload=None).denoiser_params)
     plan = plan_pipeline(folder, CPU, size=SIZE, options=LoadOptions(offload=Layers()))
@@ -85,6 +82,7 @@ def test_stacked_kernels_are_not_on_the_device_if_layers_move(folder):
     assert sampling.weights == count_bytes(params) - sampling.host_weights
 
 
+@pytest.mark.slow
 def test_a_size_and_a_memory_are_said(folder):
     small = replace(CPU, chip=replace(CPU.chip, memory=2**10))
     plan = plan_pipeline(folder, small, size=SIZE)
@@ -96,7 +94,6 @@ def test_a_size_and_a_memory_are_said(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_memory_is_fitted_by_the_fastest_offload(folder):
     """On a CPU streamed weights count like others: `Layers` gains nothing there."""
     resident = fit_pipeline(folder, CPU, size=SIZE)

@@ -45,6 +45,7 @@ def run_in_pixels(tiny, tiny_clips, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", [pytest.param("v5p:2x2x1", marks=pytest.mark.exhaustive), "v6e:2x2"])
 def test_a_run_s_own_step_has_the_kernels_and_operations_of_its_plan(run_in_pixels, topology):

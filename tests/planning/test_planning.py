@@ -92,7 +92,8 @@ def test_recomputation_counts_as_executed_but_not_as_model_flops(eight_rows):
     assert once.executed_flops < twice.executed_flops <= once.executed_flops * 4 / 3
 
 
-@pytest.mark.parametrize(("train", "passes"), [pytest.param("full", 3, marks=pytest.mark.slow), ("lora", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("train", "passes"), [("full", 3), ("lora", 2)])
 def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(tmp_path, train, passes):
     """Rows hold image latents and image tokens too, and adapters need no gradients of the weights."""
     write_animating_wan(tmp_path / "wan")
@@ -111,7 +112,7 @@ def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(t
     compiled.step.lower(*compiled.arguments)
 
 
-@pytest.mark.parametrize("part", ["denoiser", "sampler"])
+@pytest.mark.parametrize("part", [pytest.param("denoiser", marks=pytest.mark.slow), "sampler"])
 def test_a_model_with_control_is_planned(tmp_path, part):
     """Control layers count as blocks, and rows hold the control and its strengths."""
     write_vace(tmp_path / "vace")
@@ -166,7 +167,6 @@ def test_the_tokens_of_a_row_are_divided_among_its_clips(two_rows):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_best_of_those_that_fit_is_suggested(two_rows):
     result = list_candidates(two_rows, GPUS)
     assert len({(one.mesh, one.rows, one.remat) for one in result}) == len(result)
@@ -197,7 +197,6 @@ def test_plans_that_need_absent_hardware_are_refused(eight_rows, two_rows):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_discriminator_adds_to_the_plan_of_an_autoencoder(two_rows):
     """The plan is for a step in which both players move."""
     loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=1, start_step=1))

@@ -19,8 +19,6 @@ from dit_video.training import trainer
 from dit_video.training.losses.distillation import ConsistencyDistillation, DistributionMatching
 from dit_video.weights import load as load_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 OPTIONS = {
     "consistency": DistillationOptions(method="consistency", steps=6, intervals=4, warmup=1, log_every=2, save_every=2),
     "dmd": DistillationOptions(

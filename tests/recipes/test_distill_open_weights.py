@@ -26,8 +26,6 @@ from dit_video.training.step import TrainStep
 from support.interruptions import interrupt, wait_for_save
 from support.tiny_wan import DIT, TWO, VAE, write_animating_wan, write_wan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 OPTIONS = DistillationOptions(
     steps=4,
     intervals=4,

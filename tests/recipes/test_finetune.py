@@ -124,7 +124,6 @@ def test_an_image_to_video_model_always_trains_with_its_first_frame(animating):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_training_and_sampling_receive_the_same_image_conditioning(animating, tmp_path):
     """This holds for a stretch that begins within its clip, and for its mirror image."""
     clips = shapes.write_folder(tmp_path / "clips", count=2, seed=0, sizes=(Grid(9, 32, 48), Grid(9, 32, 32)))
@@ -182,7 +181,6 @@ def test_a_model_with_control_keeps_its_task_and_its_conditioning(controlled):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_training_and_sampling_receive_the_same_control(controlled, tmp_path):
     """The first frame of a clip is kept; an image is generated."""
     clips = shapes.write_folder(tmp_path / "clips", count=2, seed=0, sizes=(Grid(9, 32, 48), Grid(1, 32, 32)))

@@ -13,8 +13,6 @@ from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import list_clips
 from support.devices import HANG, PROGRAMS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "support" / "tiny.py"
 

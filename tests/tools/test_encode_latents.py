@@ -3,7 +3,6 @@
 import shutil
 
 import numpy as np
-import pytest
 
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
@@ -11,7 +10,6 @@ from dit_video.data.latents.cache import LatentSource
 from dit_video.experiment.run import Run
 from dit_video.video import Clip
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOOL = "tools/encode_latents.py"
 
 

@@ -38,7 +38,6 @@ def test_the_shipped_decoder_shows_other_clips():
     assert to_clip > 22
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_command_writes_the_decoder_of_a_pipeline(tiny_run, tmp_path, script):
     pipeline = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     (pipeline / PREVIEW).unlink(missing_ok=True)
@@ -50,7 +49,6 @@ def test_the_command_writes_the_decoder_of_a_pipeline(tiny_run, tmp_path, script
     assert loaded.preview_decoder.channels == loaded.config.autoencoder.channels
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_mistakes_are_one_line(tiny_run, script):
     done = script(TOOL, tiny_run, "--data", tiny_run / "data")
     assert done.code == 2

@@ -19,8 +19,6 @@ from dit_video.nn.attention.backends.cudnn import CudnnAttention
 from support.cudnn_emulation import EMULATED_KERNELS
 from support.devices import HANG, PROGRAMS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "gpu_benchmark.py"
 PARTS = ("attention", "training", "epoch", "plans", "sampling")

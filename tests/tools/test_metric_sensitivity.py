@@ -8,7 +8,7 @@ import pytest
 from dit_video.data.synthetic import shapes
 from dit_video.tokens import Grid
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 SEVERITIES = {"noise": (10, 80), "blur": (1, 8)}
 

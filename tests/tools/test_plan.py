@@ -99,6 +99,7 @@ def test_plans_for_chips_without_a_price_name_the_option_that_sets_it(script):
     assert "chip-hours" in done.out
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
 def test_the_command_measures_this_machine_and_plans_for_it(tmp_path, script):
     """A plan for a CPU expects the speeds that were measured, and another machine's folder has none."""
@@ -117,6 +118,7 @@ def test_the_command_measures_this_machine_and_plans_for_it(tmp_path, script):
     assert document["efficiencies"]["products"] == stored["products"]
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
 def test_the_command_fits_a_training_and_a_sampler_on_an_absent_tpu(tmp_path, script):
     """The memory of the combinations that are listed first is that of compiled steps."""
@@ -137,6 +139,7 @@ def test_the_command_fits_a_training_and_a_sampler_on_an_absent_tpu(tmp_path, sc
     assert "nothing fits: the least of" in nothing.out
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.exhaustive
 def test_a_plan_for_a_tpu_without_a_price_works(script):
     pytest.importorskip("libtpu")
@@ -146,6 +149,7 @@ def test_a_plan_for_a_tpu_without_a_price_works(script):
     assert "nothing is expected: no speed of products" in done.out
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.exhaustive  # the search compiles for one, too
 def test_the_command_compiles_for_an_absent_tpu(tmp_path, script):
     pytest.importorskip("libtpu")
@@ -168,6 +172,7 @@ def test_the_command_compiles_for_an_absent_tpu(tmp_path, script):
     assert document["memory"]["peak"] > document["limit"]
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
 def test_the_sampling_of_a_folder_is_planned(tmp_path, script):
     write_wan(tmp_path / "wan", backbone=replace(DIT, width=128, mlp_dim=256))

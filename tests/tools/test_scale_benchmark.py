@@ -14,6 +14,7 @@ def scale(load_file):
     return importlib.import_module("benchmarks.scale")
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_clips_are_within_a_tenth_of_the_bounds_of_a_million(scale):
     figures = scale.measure(100_000, is_read=False)
     stages = figures["stages"]  # the time of the processor, as other tests may run at the same time

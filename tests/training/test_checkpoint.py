@@ -252,6 +252,7 @@ def test_zeros_in_place_of_equal_values_are_noticed(tmp_path, value):
     assert documents[0]["arrays"] != documents[1]["arrays"]
 
 
+@pytest.mark.slow
 @DAMAGE
 @pytest.mark.filterwarnings("ignore:checkpoint 2")
 def test_every_damage_is_noticed_and_passed_over(tmp_path, collected):

@@ -4,7 +4,7 @@ import pytest
 
 from support.devices import check_on_eight_devices, run_together
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 
 def test_one_two_four_and_eight_devices_continue_with_the_same_losses(tmp_path):

@@ -325,7 +325,6 @@ def start_process(*arguments: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_killed_at_random_moments_a_run_ends_the_same(tmp_path):
     """The same command is interrupted twice and killed once, at moments of any phase."""
     moments = random.Random(time.time_ns())
@@ -350,7 +349,6 @@ def test_killed_at_random_moments_a_run_ends_the_same(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_processes_stop_at_the_same_step(tmp_path):
     """One of two processes gets the signal, and both soon save the same step, even if they log rarely."""
     outputs = run_together("loop_in_two_processes.py", str(tmp_path))

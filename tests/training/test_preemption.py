@@ -131,7 +131,6 @@ def start_group(folder, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_signal_to_all_processes_and_their_workers_stops_them_at_one_saved_step(tmp_path):
     """SLURM and terminals send signals to all processes of a job. The training resumes with the next batch."""
     processes = start_group(tmp_path / "stopped", 10**5)

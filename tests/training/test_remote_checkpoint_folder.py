@@ -12,7 +12,7 @@ from dit_video.core.storage import to_storage_path
 from dit_video.training.checkpoint import Checkpoints
 from support.marks import mark_exhaustive_except
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # in CI, that stage has gcsfs
+pytestmark = pytest.mark.slow  # in CI, that stage has gcsfs
 
 PREFIX = "runs/new/checkpoints/"
 

@@ -25,6 +25,7 @@ def files(tmp_path_factory):
     return folder / "c3d.npz", folder / "mean2.npz", arrays
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_names_in_float32_and_the_mean_its_middle(files):
     path, mean, arrays = files
     params = trees.flatten(load_c3d(path, mean=mean))
@@ -36,6 +37,7 @@ def test_parameters_are_those_of_the_names_in_float32_and_the_mean_its_middle(fi
     np.testing.assert_array_equal(params["mean"], np.moveaxis(stored[:, :, 8:120, 8:120], 0, -1))
 
 
+@pytest.mark.slow
 def test_files_of_other_networks_are_refused_with_the_names(files, tmp_path):
     path, mean, arrays = files
     np.savez(tmp_path / "few.npz", **{name: each for name, each in arrays.items() if name != "fc7/W"})

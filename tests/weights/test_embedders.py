@@ -12,8 +12,6 @@ from dit_video.weights import load_clip_text, load_embedder, read_text_encoder_c
 from support import tiny_clip
 from support.tiny_t5 import CONFIG, change_json, write_encoder, write_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

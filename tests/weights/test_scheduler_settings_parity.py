@@ -10,7 +10,7 @@ from dit_video.weights import load_scheduler
 from support.published_schedulers import PUBLISHED
 from support.scheduler_parity import compare, compute_mu, make_models, make_scheduler, make_steep_model, make_tame_model
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.parity
 
 SIZE = ClipSize(frames=5, frame_tokens=600)
 STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -15,8 +15,6 @@ from dit_video.nn.attention import CausalFrames, Full, RelativeBias, SparseCausa
 from dit_video.tokens import PackedRows
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FRAMES, SIZES = 4, (4, 3)
 """Frames of two clips in a row, and the numbers of tokens in a frame of each."""
 FIELDS = {"channels": 2, "context_width": 6, "width": 24, "layers": 2, "heads": 2, "mlp_ratio": 2.0, "time": "token"}

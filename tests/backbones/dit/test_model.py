@@ -111,7 +111,6 @@ def test_a_fresh_denoiser_predicts_zero_and_learns():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_rematerialisation_and_chunked_attention_do_not_change_results():
     config = dataclasses.replace(CONFIG, remat="full", attention="chunked")
     batch = make_batch((0, 1), ())

@@ -43,8 +43,6 @@ from support.packed_rows import (
 )
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
 WAN = WanDitConfig(
     channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
@@ -102,7 +100,7 @@ WANS = {
 }
 CONFIGS = {name: dataclasses.replace(CONFIG, **fields) for name, fields in OPTIONS.items()}
 CONFIGS |= {name: dataclasses.replace(WAN, **fields) for name, fields in WANS.items()}
-QUICK = ("joint", "pooled, labels", "most", "wan with images")
+QUICK = ("most", "wan with images")
 """Configs of the default suite, which hold most options; all others are tested by the slow tests."""
 
 

@@ -57,6 +57,7 @@ def run(indices: tuple[int, ...], shape: LayoutShape) -> list[np.ndarray]:
     return unpack(prediction, row.segments)
 
 
+@pytest.mark.slow
 def test_a_clip_alone_and_on_a_shared_canvas_has_equal_outputs():
     together = run((0, 1, 2), CANVAS)
     for index, expected in enumerate(together):

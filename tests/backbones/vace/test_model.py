@@ -45,6 +45,7 @@ def params():
     return make_random_params(CONFIG.make)
 
 
+@pytest.mark.slow
 def test_packed_clips_are_those_of_separate_rows(params):
     assert_packed_is_unpacked(params, CONFIG)
 

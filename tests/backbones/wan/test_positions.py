@@ -15,8 +15,6 @@ from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedRows, Rotary3d, compute_positions
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = WanDitConfig(
     channels=2, context_width=6, width=24, mlp_dim=32, layers=1, heads=2, time_width=8, text_length=4, attention="dense"
 )

@@ -75,6 +75,7 @@ def test_a_file_without_a_head_is_refused(tensors, tmp_path):
         load_aesthetic_head(tmp_path / "absent.safetensors")
 
 
+@pytest.mark.slow
 def test_columns_are_the_embedding_the_match_and_the_score(folder, tmp_path):
     save(tmp_path / "head.safetensors", make_head((0, 2, 4, 6, 7)))
     contents = {f"{number}.mp4": make_clip(number) for number in range(3)}

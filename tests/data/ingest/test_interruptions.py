@@ -21,6 +21,7 @@ from dit_video.data.ingest.inspection import Inspection, InspectionConfig
 from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.video import Clip
 from support.devices import HANG, PROGRAMS, wait_until
+from support.marks import mark_slow_except
 
 
 def write_clips(folder: Path, *names: str) -> None:
@@ -150,7 +151,7 @@ def test_files_that_a_killed_run_left_are_no_part_of_the_result(tmp_path):
     assert [(out / name).exists() for name in left] == [True, False, False]  # a process may use the first one
 
 
-@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.parametrize("grown", mark_slow_except([True], [False, True]))
 @pytest.mark.parametrize("step", ["write_column", "write_metadata", "make_report", "write_document", "write_manifest"])
 def test_an_interrupted_completion_is_done_again(tmp_path, monkeypatch, step, grown):
     """The data set of an earlier state of the source stays usable until then."""

@@ -12,7 +12,6 @@ from dit_video.data.latents.plan import check_clips, plan_encoding
 from dit_video.data.latents.views import Augmentations
 from support.offline_clips import MIXED_SIZES, MemorySource, make_encoding, make_source
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 IDENTITY = {"autoencoder": "a", "text": "t"}
 
 

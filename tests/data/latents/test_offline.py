@@ -31,8 +31,6 @@ from support.marks import mark_slow_except
 from support.offline_clips import LIMITS, MIXED_SIZES, MODEL, PARAMS, make_encoding, make_source
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def encode_views(folder, source, encoding):
     """Encode all views, and return the cached latents of those that could be read, by name."""

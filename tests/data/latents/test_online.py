@@ -17,8 +17,6 @@ from support.devices import HANG, PROGRAMS, make_environment
 from support.online_clips import CONFIG, SIZES, make_clips
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def separate_latents():

@@ -54,7 +54,9 @@ def write_many(folder, count):
     repeat_row(folder / "latents" / "texts", "texts", {"width": 3}, {"id": text_ids})
 
 
-@pytest.mark.parametrize("count", [60_000, pytest.param(1_000_000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(60_000, marks=pytest.mark.slow), pytest.param(1_000_000, marks=pytest.mark.exhaustive)]
+)
 def test_latents_of_many_clips_are_opened_in_seconds(tmp_path, monkeypatch, count):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_many(tmp_path, count)

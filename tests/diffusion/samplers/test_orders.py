@@ -34,8 +34,6 @@ from dit_video.diffusion import (
 from support import gaussian_mixture as mixture
 from support.marks import mark_slow_except
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SETTINGS = {
     "flow": (RectifiedFlow(), Velocity(), (0.9, 0.1)),
     "vp": (VariancePreservingProcess(), V(), (0.8, 0.1)),

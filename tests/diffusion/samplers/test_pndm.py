@@ -25,8 +25,6 @@ from dit_video.diffusion import (
 )
 from support import gaussian_mixture as mixture
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FLOW, VP = RectifiedFlow(), VariancePreservingProcess()
 NOISE = np.random.default_rng(0).normal(size=(8, 2))
 

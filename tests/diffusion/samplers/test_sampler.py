@@ -35,6 +35,7 @@ from dit_video.diffusion import (
     stateless,
     trace,
 )
+from support.marks import mark_slow_except
 
 MEAN, STD = 2.0, 0.3
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(64, 4)), jnp.float32)
@@ -156,7 +157,7 @@ def test_solvers_evaluate_the_model_at_the_expected_times():
     assert times == [1.0, 0.5, 1.0, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", mark_slow_except(["ddpm", "dpm++2m", "unipc"], sorted(SAMPLERS)))
 def test_a_trace_has_the_intermediate_values_of_a_sample(name):
     times, draw = (
         make_uniform_times(RectifiedFlow(), 4),

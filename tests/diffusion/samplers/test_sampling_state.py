@@ -16,7 +16,9 @@ from dit_video.diffusion import (
     sample,
     stateless,
 )
+from support.marks import mark_slow_except
 
+SAMPLER_NAMES = mark_slow_except(["ddpm", "euler", "unipc"], sorted(SAMPLERS))
 PROCESS = RectifiedFlow()
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5)), jnp.float32)
 
@@ -40,7 +42,7 @@ def draw(number):
     return jax.random.normal(jax.random.fold_in(jax.random.key(0), number), NOISE.shape)
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
 def test_steps_of_no_length_change_nothing(name):
     solver = SAMPLERS[name]
     plain = sample(denoise, NOISE, make_uniform_times(PROCESS, 3), process=PROCESS, solver=solver, noise_fn=draw)
@@ -69,7 +71,7 @@ def test_the_first_step_that_is_not_finite_is_noted(broken, step):
     assert int(run(Euler(), 4, 6, stateless(model)).failed_step) == step
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", SAMPLER_NAMES)
 def test_the_state_of_the_model_advances_once_a_step(name):
     """All evaluations of a step get the state that it begins with. Of Heun's two, the second one's is dropped."""
 

@@ -9,6 +9,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Euler, RectifiedFlow, UniPc, UniPcFlowSchedule, make_uniform_times, sample, stateless
+from support.marks import mark_slow_except
 
 MEAN, STD = 2.0, 0.3
 NOISE = np.random.default_rng(0).normal(size=(8, 3))
@@ -105,7 +106,7 @@ def test_the_model_gets_the_model_times_of_the_schedule():
 
 @pytest.mark.parametrize("kind", ["bh1", "bh2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", mark_slow_except([5], [1, 2, 5]))
 def test_a_constant_velocity_is_followed_exactly(steps, order, kind):
     noise = jnp.asarray(NOISE, jnp.float32)
     data = jnp.asarray(3 * NOISE + 1, jnp.float32)

@@ -46,6 +46,7 @@ def test_a_cpu_is_measured_and_planned_for(tmp_path):
     assert expected.scheduled == pytest.approx(seconds)
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
 def test_several_devices_measure_what_they_receive_from_each_other():
     check_on_eight_devices("calibration_of_devices.py")

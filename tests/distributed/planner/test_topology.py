@@ -57,6 +57,7 @@ def test_a_missing_libtpu_is_reported(monkeypatch):
         Topology.parse("v5e:4x4").get_devices()
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
 def test_programs_of_several_slices_move_what_is_computed_by_hand():
     """This takes a process of its own: one that has libtpu would look for TPUs from then on."""

@@ -30,6 +30,7 @@ def make_clips(*lengths):
     return [Clip(generator.integers(0, 256, (length, 12, 16, 3)).astype(np.uint8), fps=8) for length in lengths]
 
 
+@pytest.mark.slow
 def test_embeddings_have_the_length_one_and_batches_do_not_change_them(embeddings):
     frames, texts = embeddings.open().extract(make_clips(2, 1)), embeddings.open_texts()
     np.testing.assert_allclose(np.linalg.norm(frames, axis=1), 1, atol=1e-6)

@@ -10,8 +10,6 @@ from dit_video.diffusion import Epsilon, RectifiedFlow, VariancePreservingProces
 from dit_video.evaluation.metrics.loss_by_time import DenoisingLoss, LossByTime
 from support.clip_rows import STD, draw_clips, make_best_denoise, make_clip_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FLOW, DDPM = (RectifiedFlow(), Velocity()), (VariancePreservingProcess(), Epsilon())
 CLIPS = draw_clips(6, 3, 5)
 FUNCTION = DenoisingLoss(times=(0.25, 0.75))

@@ -42,6 +42,7 @@ def add_noise(frames, strength):
     return np.clip(frames + strength * noise, 0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_equal_clips_have_no_distance_and_noise_raises_it(weights):
     clip = FRAMES[:2]
     assert compute_perceptual_distance(clip, clip, weights=weights) == 0

@@ -47,7 +47,6 @@ def test_other_processes_print_what_is_theirs_alone(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_long_run_spends_less_than_a_hundredth_of_its_time_on_checks(tiny, tiny_run, tmp_path, monkeypatch):
     copy = shutil.copytree(tiny_run, tmp_path / "run")
     seconds, real = {}, SelfCheck.on_step

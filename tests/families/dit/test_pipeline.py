@@ -28,8 +28,6 @@ from dit_video.text import ByteEncoderConfig, ClassNamesConfig
 from support.random_params import make_random_params
 from support.tiny_class_dit import DIT, SIT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VAE = ImageVaeConfig(channels=3, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 SIDE = 16
 """Side of the images: 4 tokens of a patch of 2, at a stride of 2."""
@@ -100,6 +98,7 @@ def test_guidance_leads_away_from_no_class_or_from_the_negative_one(pipeline):
     np.testing.assert_allclose(sample_latents(pipeline, 2, guidance=0.0, negative="4"), negative, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_requests_give_the_images_of_each_alone(pipeline):
     size = pipeline.config.size
     requests = [Request("goldfinch", size, seed=1), Request("0", size), Request("4", size, seed=2)]

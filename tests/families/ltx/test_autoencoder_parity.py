@@ -14,7 +14,7 @@ from dit_video.families import load_autoencoder, save_autoencoder
 from dit_video.families.ltx.autoencoder import make_document, make_tensor_map
 from dit_video.nn import get_graph_def, get_param_shapes
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.parity
 
 LTX_090 = {
     "latent_channels": 6,

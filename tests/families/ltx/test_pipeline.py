@@ -67,6 +67,7 @@ def test_versions_from_095_on_are_known_by_their_class_or_their_autoencoder(tmp_
     assert parts.task == KeyframesToVideo(noise_scale=0.15)
 
 
+@pytest.mark.slow
 def test_a_clip_with_keyframes_is_generated_and_decoded_with_the_noise_of_its_seed(pipeline):
     """The first image is kept; the others are seen, but are tokens of their own."""
     image, last = draw_clip(1), draw_clip(1, seed=1)

@@ -17,7 +17,7 @@ from dit_video.video import Clip
 from support.tiny_t5 import write_tokenizer
 from support.torch_models import TEXT, randomize
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.parity
 
 PROMPT, NEGATIVE = "a red ball and a green cube moves left", "the table"
 SIZE, STEPS, GUIDANCE, FPS = (25, 64, 96), 4, 3.0, 25

@@ -12,8 +12,6 @@ from dit_video.tokens import Grid
 from support.tiny_vace import CONTROL, write_vace
 from support.tiny_wan import write_wan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SIZE = (5, 16, 24)
 FRAMES = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 CLIP, POSES = dit_video.Clip(FRAMES, 16), dit_video.Clip(FRAMES[::-1, ::-1].copy(), 16)
@@ -76,6 +74,7 @@ def test_the_control_holds_both_parts_of_the_clip_and_the_mask(pipeline, picture
                 assert mask[latent_frame, row // 4, column // 4, channel] == (not is_kept[frame, row, column])
 
 
+@pytest.mark.slow
 def test_conditions_are_kept_as_parts_of_a_video_are(pipeline):
     """So VACE extends, blends and interpolates clips, as it was trained to."""
     kept, numbers = CLIP.frames[1:3], np.arange(len(CLIP.frames))
@@ -121,6 +120,7 @@ def sample_latents(pipeline, **pictures):
     return pipeline.generate("a red ball", size=SIZE, output="latents", **OPTIONS, **pictures)
 
 
+@pytest.mark.slow
 def test_requests_sampled_together_are_those_sampled_alone(pipeline):
     requests = [
         {"control": POSES, "strengths": {"control": (0.5, 2.0)}},

@@ -18,7 +18,7 @@ from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, m
 from dit_video.tokens import Grid, PackedRows, compute_positions, patchify
 from dit_video.weights import save_lora
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.parity
 
 ARGUMENTS = {
     "num_attention_heads": 2,

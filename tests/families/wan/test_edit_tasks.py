@@ -33,8 +33,6 @@ from support.wan_tasks import (
     warns,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Changes of a clip.
 
 
@@ -217,7 +215,8 @@ def test_a_model_that_is_not_trained_for_a_task_says_so(pipeline):
             task(method="trained", **OPTIONS)
 
 
-@pytest.mark.parametrize("image", [pytest.param(0, marks=pytest.mark.slow), 5])
+@pytest.mark.slow
+@pytest.mark.parametrize("image", [0, 5])
 def test_steps_of_two_experts_are_repeated(two_experts, image):
     with warns():
         latents, again = (sample_latents(two_experts, image=FRAMES[image], resample=count, seed=1) for count in (1, 2))

@@ -20,8 +20,6 @@ from dit_video.pipelines.pipeline import Pipeline
 from dit_video.weights import load, load_lora, save, save_lora
 from support.tiny_wan import DIT, SIZE, TWO, VAE, write_wan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPT = "a red  ball &amp; cube"
 
 
@@ -55,6 +53,7 @@ def sample_latents(pipeline, prompt=PROMPT, **options):
     return pipeline.generate(prompt, size=SIZE, output="latents", **{"steps": 4, "guidance": 2.0} | options)
 
 
+@pytest.mark.slow
 def test_a_preview_decoder_in_the_folder_is_loaded(one, tmp_path):
     write_wan(tmp_path / "wan")
     assert dit_video.load(tmp_path / "wan", dtype="float32").preview_decoder is None

@@ -10,7 +10,7 @@ import dit_video
 from support.tiny_t5 import write_tokenizer
 from support.torch_models import TEXT, randomize
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.parity
 
 PROMPT, NEGATIVE = "a  red ball &amp; a green cube moves left", "the table"
 SIZE, STEPS, GUIDANCE = (9, 48, 80), 4, 5.0

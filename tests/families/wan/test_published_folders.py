@@ -15,6 +15,7 @@ from dit_video.families.convert import convert
 from dit_video.families.family import LoadOptions
 from dit_video.families.wan.defaults import NEGATIVE, find_defaults
 from dit_video.weights import load, save
+from support.marks import mark_slow_except
 from support.tiny_wan import TWO, write_animating_wan, write_wan
 from support.wan_folders import FOLDERS, write_published_folder
 
@@ -82,7 +83,7 @@ def test_weight_files_have_the_sizes_of_the_hub_and_take_no_room(folders):
     assert sum(path.stat().st_blocks * 512 for path in folders.rglob("*.safetensors")) < 10_000_000
 
 
-@pytest.mark.parametrize("name", list(FOLDERS))
+@pytest.mark.parametrize("name", mark_slow_except([T2V, A14B, TI2V], FOLDERS))
 def test_every_tensor_and_setting_of_a_published_folder_is_known(folders, name):
     folder = folders / name
     family = find_family(folder)

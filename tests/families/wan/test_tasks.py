@@ -7,7 +7,6 @@ are those of the frames 0, 1 to 4, and 5 to 8.
 import warnings
 
 import numpy as np
-import pytest
 
 import dit_video
 from dit_video.generation.pictures import Condition
@@ -32,8 +31,6 @@ from support.wan_tasks import (
     select_frames,
     warns,
 )
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Images.
 

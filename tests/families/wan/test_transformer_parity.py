@@ -15,7 +15,7 @@ from dit_video.families.wan.transformer import make_wan_tensor_map
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedRows, compute_positions, patchify
 
-pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.parity
 
 SMALL = {
     "num_attention_heads": 2,

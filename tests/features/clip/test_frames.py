@@ -12,8 +12,6 @@ from dit_video.nn import get_graph_def
 from support.random_params import make_random_params
 from support.tiny_clip import VISION
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 IMAGES = ClipImageProcessor(resize=12, crop=(12, 12))
 PARAMS = make_random_params(VISION.make)
 FRAMES = np.random.default_rng(0).integers(0, 256, (7, 20, 31, 3), dtype=np.uint8)
@@ -25,7 +23,10 @@ def expected():
     return nnx.merge(get_graph_def(VISION.make), PARAMS)(jnp.asarray(preprocess_frames(FRAMES, IMAGES)))
 
 
-@pytest.mark.parametrize(("part", "shape"), [("values", (10, 12)), ("penultimate", (10, 12)), ("projected", (6,))])
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [("values", (10, 12)), pytest.param("penultimate", (10, 12), marks=pytest.mark.slow), ("projected", (6,))],
+)
 def test_batches_give_each_frame_s_features(expected, part, shape):
     encode = FrameEncoder(VISION, PARAMS, IMAGES, feature=part, batch=3)
     result = encode(FRAMES)  # two batches and a single frame

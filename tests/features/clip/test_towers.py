@@ -13,8 +13,6 @@ from dit_video.nn import get_graph_def, get_param_shapes
 from support.random_params import make_random_params
 from support.tiny_clip import CONFIG, END, START, TEXT, VISION
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PARAMS = make_random_params(CONFIG.make)
 CLIP = get_graph_def(CONFIG.make)
 IDS = jnp.asarray([[START, 3, 9, 4, END, 0, 0, 0], [START, 7, END, 0, 0, 0, 0, 0]], jnp.int32)

@@ -17,8 +17,6 @@ from support import tiny_clip
 from support.random_params import make_random_params
 from support.tiny_wan import ANIMATING, DIT, SIZE, write_animating_wan, write_wan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KNOWING = replace(DIT, layers=1, time="token")
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
 
@@ -73,6 +71,7 @@ def test_the_clean_first_frame_stays(knowing):
     assert np.abs(latents - free)[0].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_several_clips_have_images_of_their_own(animating):
     requests = [dit_video.Request("a red ball", SIZE, image=image) for image in IMAGES]
     clips = animating.generate_many(requests, steps=2, guidance=1.0)
@@ -84,6 +83,7 @@ def test_several_clips_have_images_of_their_own(animating):
         animating.generate_many([requests[0], requests[1]._replace(image=None)])
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
     animating.save(tmp_path / "own")
     again = dit_video.load(tmp_path / "own")

@@ -15,8 +15,6 @@ from dit_video.nn.attention.masks import dense_mask, mask_boxes
 from dit_video.text.t5 import compute_relative_buckets
 from dit_video.tokens import Grid, compute_positions
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RELATIVE = RelativeBias(buckets=(8, 4, 6), max_distance=(6, None, None), scale=(2.0, 1.0, 1.0))
 SEGMENTS = jnp.asarray([[1] * 12 + [2] * 6 + [0] * 2])
 INDICES = np.concatenate([compute_positions(Grid(3, 2, 2)), compute_positions(Grid(1, 2, 3)), np.zeros((2, 3))])[None]

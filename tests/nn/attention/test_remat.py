@@ -18,8 +18,6 @@ from support.cudnn_emulation import EMULATED_KERNELS
 from support.jaxprs import count_primitive
 from support.marks import mark_slow_except
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HEADS, WIDTH, LENGTH = 2, 8, 24
 SEGMENTS = jnp.asarray([[1] * 10 + [2] * 8 + [0] * 6, [1] * 3 + [2] * 21], jnp.int32)
 PLACES = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32)[None, :, None] // 4, (2, 1, 3))

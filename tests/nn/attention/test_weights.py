@@ -11,8 +11,6 @@ from dit_video.nn.attention.backends.dense import DenseAttention
 from dit_video.nn.attention.weights import compute_attention_weights
 from dit_video.tokens import Grid, compute_positions
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SEGMENTS = jnp.asarray([[1] * 12 + [2] * 6 + [0] * 2])
 PLACES = np.concatenate([compute_positions(Grid(3, 2, 2)), compute_positions(Grid(1, 2, 3)), np.zeros((2, 3))])[None]
 draw = np.random.default_rng(0)
@@ -39,6 +37,7 @@ def test_the_weights_mix_values_as_attention_does(pattern, biased):
     assert (weights[:, :, 18:] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_record_is_of_the_chosen_queries_and_changes_nothing():
     result = []
     attention = ChunkedAttention(pattern=SparseCausal(), chunk=8)

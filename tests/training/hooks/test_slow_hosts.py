@@ -198,7 +198,6 @@ def test_devices_of_one_process_are_compared():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("slow", ["nothing", "data", "device"])
 def test_two_real_processes_of_which_one_is_slow(tmp_path, slow):
     outputs = run_together("slow_host_in_two_processes.py", str(tmp_path), slow)

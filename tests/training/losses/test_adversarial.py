@@ -34,8 +34,6 @@ from support.adversarial_game import (
 from support.devices import check_on_eight_devices
 from support.training_state import make_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def run(config, steps):
     """Return the states and figures from the start on, on the host."""
@@ -99,6 +97,7 @@ def test_the_step_descends_the_weighted_sum(played):
     assert figures[2]["loss"] == pytest.approx(float(compared + weight * against + bottleneck), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_lecam_keeps_running_means_of_the_verdicts(played):
     states, figures = played
     for name in ("real", "decoded"):

@@ -134,7 +134,6 @@ def test_the_parts_of_the_default_objective_are_logged_and_add_up():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_lpips_counts_with_weights_that_are_arguments_of_the_program():
     judge = functools.partial(Lpips, widths=(2, 2, 2, 2, 2))
     weights = init_params(lambda rngs: judge(rngs=rngs), jax.random.key(1))

@@ -94,7 +94,6 @@ def test_the_loss_differs_between_examples_and_steps():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_parts_of_a_batch_make_its_gradients_and_figures():
     """The 4 parts have 3, 1, 0 and 2 valid clips, and randomness depends on the example alone."""
     rows = make_batch([A, B, C], [A._replace(example=8)], [B._replace(example=9)], [C, A])
@@ -209,13 +208,11 @@ def test_times_belong_to_examples_cover_the_batch_and_move_with_the_step():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_eight_devices_have_the_losses_of_one():
     check_on_eight_devices("denoiser_losses.py")
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_model_of_one_interval_of_times_is_trained_in_it_alone():
     objective = FlowMatching(process=RectifiedFlow(shift=3.0))
     share = time_quantile(objective, 0.6)

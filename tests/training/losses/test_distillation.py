@@ -26,8 +26,6 @@ from dit_video.training.state import init_state
 from dit_video.training.step import get_scalars
 from support.random_params import make_random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
 TOKENIZE = TEXT.make_tokenizer()
@@ -91,6 +89,7 @@ def test_consistency_of_an_example_is_the_same_wherever_it_is_packed():
     assert consistency(TEACHER, TEACHER, loud) == consistency(TEACHER, TEACHER, batch([A, B], [C]))
 
 
+@pytest.mark.slow
 def test_invalid_segments_do_not_count():
     rows = batch([A, B], [C])
     without = rows._replace(valid=np.asarray([[True, False, False], [True, False, False]]))

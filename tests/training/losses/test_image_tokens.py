@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, FrameConditioning
 from dit_video.core.trees import flatten
@@ -60,6 +61,7 @@ PACKED = batch(CLIPS)
 value = jax.jit(jax.value_and_grad(lambda params, rows: make_loss(1.0)(params, rows, STEP)[0]))
 
 
+@pytest.mark.slow
 def test_a_packed_row_has_the_values_and_gradients_of_clips_in_rows_of_their_own():
     packed, gradients = value(PARAMS, PACKED)
     first, first_gradients = value(PARAMS, batch(CLIPS[:1]))
@@ -72,6 +74,7 @@ def test_a_packed_row_has_the_values_and_gradients_of_clips_in_rows_of_their_own
             assert np.abs(gradient).max() > 1e-4, f"{path} is not trained"
 
 
+@pytest.mark.slow
 def test_a_segment_sees_its_own_first_frame_alone():
     def compute_first_loss(**changes):
         """Return the loss of the first clip alone."""

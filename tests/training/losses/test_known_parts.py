@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dit_video.backbones.dit import Dit, DitConfig
 from dit_video.conditioning import ConditioningLatents, Ending, FrameConditioning, make_mask_fields
@@ -71,6 +72,7 @@ def draw_noise_and_time(loss, rows):
 LATENTS, COND = (np.random.default_rng(seed).normal(size=(*GRID, CHANNELS)).astype(np.float32) for seed in (0, 1))
 
 
+@pytest.mark.slow
 def test_mask_shares_and_latents_of_the_blanked_clip_are_next_to_each_other():
     shares = np.random.default_rng(2).uniform(size=(*GRID, STRIDE)).astype(np.float32)
     rows, loss = make_rows(LATENTS, COND, shares), make_loss(CONCATENATING)

@@ -25,7 +25,6 @@ from dit_video.training.step import get_scalars
 from support.codebook_model import AVERAGES, CLIPS, CODEBOOK, OPTIMIZER, Patches, init, make_loss
 from support.devices import check_on_eight_devices
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 NETWORK = ImageVaeConfig(channels=8, levels=ImageLevels(widths=(8, 16), blocks=1, groups=4, middle_attention=False))
 GRADIENTS = CodebookLearning(decay=None, restart_after=10)
 

@@ -15,7 +15,7 @@ pytest.importorskip("playwright")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,6 @@ def test_every_tab_has_an_example_here():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tab", TABS)
-@pytest.mark.usefixtures("quick_compilation")
 def test_python_and_the_command_make_the_same_clip(tab, model, tmp_path, monkeypatch):
     sampling = {"steps": 3, "guidance": 1.3, "negative": "a 'bad' one"} if tab == "text_to_video" else {}
     submission = make_submission(tab, TABS[tab], sampling)
@@ -134,7 +133,6 @@ def test_values_without_an_option_have_python_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_task_of_another_package_has_python_alone(model, tmp_path, monkeypatch):
     monkeypatch.setitem(tasks.TASKS, "shimmer", tasks.Vary)
     submission = make_submission("shimmer", {"clip": ITEM, "strength": 0.5})

@@ -88,7 +88,6 @@ def make_clip(frames=9, height=16, width=32):
     return Clip(values, fps=8)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_job_is_sampled_and_its_clip_is_in_the_gallery_with_its_recipe(user, tmp_path):
     state = wait(user, submit(user, sampling={"seed": 5, "count": 2}))
     assert state["status"] == "done", state
@@ -113,7 +112,6 @@ def test_a_job_is_sampled_and_its_clip_is_in_the_gallery_with_its_recipe(user, t
     assert user.get(item["files"]["mp4"]).status_code == 404
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_uploads_and_clips_of_the_gallery_are_inputs(user, tmp_path):
     described = upload(user, encode(make_clip(), "mp4")).json()
     assert described["used"] == {"frames": 9, "height": 16, "width": 32}

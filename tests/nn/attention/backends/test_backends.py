@@ -32,8 +32,6 @@ from dit_video.platform.devices import Platform
 from dit_video.tokens import Grid, compute_positions
 from support.marks import mark_slow_except
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PATTERNS = [
     Full(),
     SpaceOnly(),
@@ -136,6 +134,7 @@ def test_every_backend_equals_the_dense_mask_in_values_and_gradients(pattern):
         same(value_and_gradients(attention, arrays, metadata), expected, about=name)
 
 
+@pytest.mark.slow
 def test_texts_are_seen_by_their_own_segments_and_a_segment_without_text_gets_zeros():
     arrays = inputs(CONTEXT_SEGMENTS.shape[1])
     expected = value_and_gradients(reference(Full()), arrays, CONTEXT)

@@ -12,8 +12,6 @@ from dit_video.nn.attention.backends.dense import DenseAttention
 from support.cudnn_emulation import EMULATED_KERNELS
 from support.gpu_programs import list_kernels, lower_for_gpus, pretend_hopper
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH, HEADS, WIDTH, COUNT = 20, 2, 8, 4
 SEGMENTS = jnp.asarray(
     [[1] * 5 + [2] * 9 + [3] * 3 + [0] * 3, [1] * 20, [2] * 6 + [3] * 14, [0] * 20],

@@ -12,6 +12,7 @@ from support.devices import HANG, PROGRAMS
 ROOT = Path(__file__).resolve().parents[4]
 
 
+@pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "width"),
