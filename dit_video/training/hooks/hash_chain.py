@@ -17,7 +17,6 @@ from typing import Any
 import jax
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.files import write_text
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.step import BATCH_DIGESTS
 
@@ -56,18 +55,21 @@ class HashChain(Hook):
         If the record of the state is missing, as a machine was lost after its checkpoint was complete and before the
         chain was sent, it is made from that checkpoint.
         """
+        self._link, size, has_state = _FIRST_LINK, 0, False
         try:
-            records = [record for record in read_chain(self.path) if record["step"] <= step]
+            for record, end in _iterate_chain(self.path):
+                if record["step"] > step:
+                    break
+                self._link, size = record["link"], end
+                has_state |= record["step"] == step and "state" in record
+            os.truncate(self.path, size)
         except MissingError:
-            records = []
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         except UserError as error:  # it is for later checks, and no reason not to train
             damaged = self.path.with_suffix(f".damaged-{step}.jsonl")
             self.path.rename(damaged)
             warnings.warn(f"{error} It is {damaged.name} now; a new chain begins.", stacklevel=2)
-            records = []
-        self._link = records[-1]["link"] if records else _FIRST_LINK
-        write_text(self.path, "".join(f"{json.dumps(record)}\n" for record in records))
-        has_state = any(record["step"] == step and "state" in record for record in records)
+            self._link, has_state = _FIRST_LINK, False
         if step and not has_state and (digests := self._read_digests(step)):
             self.on_save(step, digests)
         self._append([{"step": step, "start": self._start}])
@@ -97,7 +99,6 @@ class HashChain(Hook):
         for record in records:
             self._link = compute_link(self._link, record)
             lines.append(json.dumps({**record, "link": self._link}) + "\n")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
@@ -122,22 +123,25 @@ def read_chain(path: str | os.PathLike) -> list[Record]:
       MissingError: The file does not exist.
       UserError: A line before the last is not a record, or was changed, left out or added after it was written.
     """
-    path = Path(path)
+    return [record for record, _ in _iterate_chain(Path(path))]
+
+
+def _iterate_chain(path: Path) -> Iterator[tuple[Record, int]]:
+    """Yield the records of a hash chain, each with its end in bytes from the start of the file."""
     if not path.is_file():
         raise MissingError(f"{path} does not exist. Use a run that was trained with this version or a later one.")
-    *complete_lines, _incomplete_line = path.read_bytes().split(b"\n")
-    return list(_check_links(path, complete_lines))
-
-
-def _check_links(path: Path, lines: Sequence[bytes]) -> Iterator[Record]:
-    link = _FIRST_LINK
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            link, stored = compute_link(link, record), record["link"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} line {number} is not a record of a hash chain. Restore the file.") from error
-        if link != stored:
-            rule = "a line up to there was changed, left out or added after it was written"
-            raise UserError(f"{path} line {number} has the hash {stored}, not {link}: {rule}. Restore the file.")
-        yield record
+    link, end = _FIRST_LINK, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # half-written
+            try:
+                record = json.loads(line)
+                link, stored = compute_link(link, record), record["link"]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path} line {number} is not a record of a hash chain. Restore the file.") from error
+            if link != stored:
+                rule = "a line up to there was changed, left out or added after it was written"
+                raise UserError(f"{path} line {number} has the hash {stored}, not {link}: {rule}. Restore the file.")
+            end += len(line)
+            yield record, end
