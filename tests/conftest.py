@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import pytest
 
+import support.lazy_checks  # noqa: F401 (checks functions of dit_video: see pyproject.toml)
 from support.compilations import count_compilations
 from support.devices import HANG
 from support.fake_gcs import FakeGcs, serve
