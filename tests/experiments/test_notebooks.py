@@ -12,6 +12,7 @@ import pytest
 import dit_video
 from dit_video.evaluation.metrics.prompt_following import judge
 from dit_video.training.hooks.logging import read_metrics
+from support.quick_compilation import OPTIMIZED
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
@@ -225,7 +226,7 @@ def test_the_spiral_notebook_shows_the_results_that_its_text_states(monkeypatch)
 
 @pytest.mark.exhaustive
 def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
-    _, result = evaluate_notebook("spiral", monkeypatch, SPIRAL, XLA_FLAGS="")  # optimised: it runs for long
+    _, result = evaluate_notebook("spiral", monkeypatch, SPIRAL, **OPTIMIZED)
     floor = result["floor"]
     assert result["aware"] < 4 * floor  # 3.0 was measured
     assert result["placed"][0] > 0.8  # of data 0.95 are on an arm
@@ -285,7 +286,7 @@ def test_the_bundled_model_shows_the_effects_that_the_inside_a_run_notebook_desc
         "correct": "correct",
         "distance": "distance.mean(axis=1).tolist()",
     }
-    _, result = evaluate_notebook("inside_a_run", monkeypatch, questions, XLA_FLAGS="")  # optimised: it runs for long
+    _, result = evaluate_notebook("inside_a_run", monkeypatch, questions, **OPTIMIZED)
     own, none, other = (np.asarray(result["losses"][name]) for name in ("its caption", "no caption", "another caption"))
     assert own.mean() < none.mean() < other.mean()
     assert own[0] > own[len(own) // 2]  # little noise is hard to predict

@@ -21,6 +21,7 @@ from dit_video.experiment.run import Run
 from dit_video.pipelines.pipeline import Request
 from dit_video.tokens import Grid
 from dit_video.video import decode
+from support.quick_compilation import OPTIMIZED
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "tests/support/tiny.py"
@@ -378,7 +379,7 @@ def test_a_real_ctrl_c_changes_nothing_of_the_result(tiny_clips, tmp_path):
 
 @pytest.mark.slow
 def test_a_brief_quickstart_survives_ctrl_c(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}  # optimised: it trains for long
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **OPTIMIZED}
     command = [
         sys.executable,
         str(ROOT / "experiments" / "quickstart.py"),

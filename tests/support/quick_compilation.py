@@ -9,6 +9,8 @@ from dit_video.platform.xla_flags import add_flags
 
 _FLAGS = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
 """Flags that halve the time of compilation or more: most of it is the generation of code for fusions through MLIR."""
+OPTIMIZED = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+"""Environment of a process that computes for long, whose programs are optimised as users' are."""
 _PROGRAMS_OF_A_CONTEXT = 200
 """Number of programs after which a new context is made, as one keeps the constants of all programs."""
 
