@@ -116,6 +116,7 @@ def test_hosts_share_one_batch(source, hosts):
         assert_equal(join_shares([share[step] for share in shares]), expected[step])
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_batches(source):
     expected = take(source, 8)
     counted = []

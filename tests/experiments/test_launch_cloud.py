@@ -171,7 +171,8 @@ def test_slices_are_made_where_there_are_none(states, verbs, tmp_path):
     assert {"--node=all", "--worker=all", "--batch-size=all"} <= set(calls[-1])
 
 
-@pytest.mark.parametrize("slices", [pytest.param("1", marks=pytest.mark.slow), "4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("slices", ["1", "4"])
 def test_gcloud_takes_the_arguments(slices, tmp_path):
     """Without an account gcloud ends with exit code 1 after it has read its arguments, and with 2 before."""
     if (gcloud := shutil.which("gcloud")) is None:

@@ -28,6 +28,7 @@ def two_experts(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_options_reach_the_pipeline(script, two_experts, tmp_path, monkeypatch):
     used, generate_many = [], Pipeline.generate_many
 

@@ -85,6 +85,7 @@ def test_sample_writes_the_clips_of_a_list_of_prompts(script, tiny_run, tmp_path
         assert decode(tmp_path / "out" / entry["file"]).frames.shape == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["gif", "webm", "apng"])
 def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
     out = tmp_path / f"clip.{suffix}"
@@ -193,6 +194,7 @@ def test_train_refuses_clips_that_do_not_exist(script, tiny_clips, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_train_accepts_addresses_of_data_sets(script, copy, tiny_clips, memory, few_samples):
     ingest(tiny_clips, f"{memory}/data")
     shutil.rmtree(copy / "data")

@@ -356,6 +356,7 @@ def test_a_checkpoint_moves_to_another_mesh(tmp_path):
     assert_same(restored, state)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoints(tmp_path):
     """The system refuses files beyond a size in the writing thread, as it does on a full disk."""
     process = subprocess.run(

@@ -269,6 +269,7 @@ def test_an_address_is_locked(tmp_path, memory, monkeypatch, address):
     assert names == [".lease-000002"]
 
 
+@pytest.mark.slow
 def test_an_address_is_locked_for_other_processes(tmp_path):
     with hold_lock("gs://bucket/run", bucket=tmp_path) as other:
         contender = start("locked_folder.py", "gs://bucket/run", 0, 0.1, 1, os.devnull, bucket=tmp_path)

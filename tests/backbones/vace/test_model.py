@@ -81,6 +81,7 @@ def test_without_strength_the_model_is_wans(params):
     np.testing.assert_allclose(prediction, predict(base, batch, wan), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_hint_is_added_after_its_own_block(params):
     batch = make_batch((0, 1))
     none, *others = ([np.asarray(each)[0, :14] for each in call(params, batch, s)[1]] for s in ([0, 0], [1, 0], [0, 1]))

@@ -115,6 +115,7 @@ def test_a_critic_equal_to_the_unguided_teacher_gives_zero_loss():
     assert matching(student, TEACHER, rows)[0][0] > 0  # the guided teacher differs
 
 
+@pytest.mark.slow
 def test_matching_of_an_example_is_the_same_wherever_it_is_packed():
     student, critic = params(5), params(6)
     alone = [matching(student, critic, batch([one], [])) for one in (A, B, C)]
