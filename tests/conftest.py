@@ -53,6 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 _LONG_FILES = (
     "tests/experiments/test_chaos.py",
+    "tests/experiments/test_two_processes.py",
+    "tests/experiments/test_amended_run.py",
+    "tests/experiments/test_interruption.py",
     "tests/distributed/test_context_parallel.py",
     "tests/distributed/test_processes.py",
     "tests/tools/test_gpu_benchmark.py",
