@@ -8,7 +8,7 @@ layout is the same on both sides are copied in chunks.
 import functools
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -305,13 +305,16 @@ def _read_chunks(
 ) -> Iterator[np.ndarray]:
     """Yield one of their tensors in chunks of its first axis."""
     index, count = part
-    numbers: Sequence[int | None] = [layer] if layer is not None or depth is None else range(depth)
-    raw_chunks = source.read_raw_chunks(path, layer, mapping) if count == 1 and isinstance(numbers, list) else None
-    if raw_chunks is not None:
-        yield from raw_chunks
-        return
-    for number in numbers:
-        block = source.read_block(path, number)
+    blocks: Iterable[np.ndarray]
+    if layer is None and depth is not None:
+        blocks = (source.read_block(path, number) for number in range(depth))
+    else:
+        raw_chunks = source.read_raw_chunks(path, layer, mapping) if count == 1 else None
+        if raw_chunks is not None:
+            yield from raw_chunks
+            return
+        blocks = [source.read_block(path, layer)]
+    for block in blocks:
         if count > 1:
             width = block.shape[-1] // count
             block = block[..., index * width : (index + 1) * width]

@@ -15,6 +15,7 @@ from dit_video.nn import Parallelism, get_graph_def, get_param_shapes
 from dit_video.platform.devices import Platform
 from dit_video.tokens import PackedRows
 from support.gpu_programs import list_kernels, lower_for_gpus, pretend_hopper
+from support.marks import mark_slow_except
 
 TOKENS, TEXT, COUNT = 2304, 640, 3
 SMALL = {"channels": 4, "context_width": 8, "width": 32, "layers": 1, "heads": 2, "dtype": "bfloat16"}
@@ -32,7 +33,7 @@ class HopperParallelism(Parallelism):
 
 
 @pytest.mark.parametrize("config", [WAN, DIT], ids=["Wan", "DiT"])
-@pytest.mark.parametrize("count", [COUNT, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", mark_slow_except([COUNT], [COUNT, 1]))
 def test_rows_of_any_number_of_clips_are_computed_without_a_mask(monkeypatch, config, count):
     pretend_hopper(monkeypatch)
     graph = get_graph_def(config.make, HopperParallelism())

@@ -15,6 +15,7 @@ from dit_video.planning.fit_options import list_settings
 from dit_video.tokens import PackedShape
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.optimizer import OptimizerConfig
+from support.marks import mark_slow_except
 
 GPUS = Topology.parse("h100:2")
 
@@ -47,7 +48,7 @@ def test_what_fits_as_configured_needs_no_options(training):
     assert "fits as configured" in str(result)
 
 
-@pytest.mark.parametrize("part", [pytest.param("denoiser", marks=pytest.mark.slow), "sampler"])
+@pytest.mark.parametrize("part", mark_slow_except(["sampler"], ["denoiser", "sampler"]))
 def test_what_is_listed_fits_and_needs_all_of_its_settings(training, part):
     """Each combination is planned as its options say, with and without each of them."""
     limit = int(0.6 * get_peak(training, part))

@@ -20,6 +20,7 @@ from dit_video.planning.suggest import list_candidates
 from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.tokens import CanvasShape, Grid
 from support.devices import check_on_eight_devices
+from support.marks import mark_slow_except
 from support.tiny_clip import VISION
 from support.tiny_vace import write_vace
 from support.tiny_wan import write_animating_wan
@@ -112,7 +113,7 @@ def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(t
     compiled.step.lower(*compiled.arguments)
 
 
-@pytest.mark.parametrize("part", [pytest.param("denoiser", marks=pytest.mark.slow), "sampler"])
+@pytest.mark.parametrize("part", mark_slow_except(["sampler"], ["denoiser", "sampler"]))
 def test_a_model_with_control_is_planned(tmp_path, part):
     """Control layers count as blocks, and rows hold the control and its strengths."""
     write_vace(tmp_path / "vace")

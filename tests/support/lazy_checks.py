@@ -9,13 +9,11 @@ from beartype import beartype
 
 def check(function: Callable) -> Callable:
     """Return a function that checks its annotations with beartype, as `beartype.beartype` does."""
-    checked = []
+    get_checked = functools.cache(functools.partial(beartype, function))
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         __tracebackhide__ = True
-        if not checked:
-            checked.append(beartype(function))
-        return checked[0](*arguments, **options)
+        return get_checked()(*arguments, **options)
 
     return call

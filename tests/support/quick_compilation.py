@@ -21,9 +21,9 @@ def set_quick_flags() -> None:
 
 
 def share_contexts() -> None:
-    """Lower many programs in one MLIR context: to make it takes a quarter of the time of a tiny program.
+    """Lower many programs in one MLIR context, as making one takes a quarter of the time of a tiny program.
 
-    JAX has no interface for that. Where its own one has changed, each program has a context of its own.
+    JAX has no public function for that. Without its internal one, each program has a context of its own.
     """
     make_context = getattr(mlir, "make_ir_context", None)
     if make_context is None:

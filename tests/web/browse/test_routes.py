@@ -301,9 +301,9 @@ def test_100_000_rows_are_filtered_and_sorted_within_a_second(tmp_path, make_app
     ]
     seconds = {}
     for query in queries:  # each for the first time
-        start = time.process_time()  # of all threads: other programs of the machine do not count
+        start = time.perf_counter()
         answer = get_rows(client, **query, count="200")
-        seconds[json.dumps(query)] = time.process_time() - start
+        seconds[json.dumps(query)] = time.perf_counter() - start
         assert 0 < answer["total"] <= 100_000
         assert len(answer["rows"]) == min(200, answer["total"] - int(query.get("first", 0)))
     print(seconds)

@@ -7,13 +7,18 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_cancel_frees_the_queue(studio):
+def queue_behind_long(studio):
+    """Start a clip of many steps, and a blue square of few steps that waits for it."""
     studio.start_long()
     studio.page.locator("#stage").get_by_text(re.compile("Step")).wait_for()
     studio.fill("prompt", "a blue square")
     studio.fill_sampling("steps", 8)
     studio.press_generate()
     studio.page.locator("#queue").get_by_text(re.compile("Waiting")).wait_for()
+
+
+def test_cancel_frees_the_queue(studio):
+    queue_behind_long(studio)
     studio.page.locator("#stage").get_by_role("button", name="Cancel").click()
     (item,) = studio.wait_for_items(1)
     assert item["title"] == "a blue square"
@@ -25,12 +30,7 @@ def test_cancel_frees_the_queue(studio):
 def test_a_clip_that_is_done_before_it_was_seen_to_run_comes_into_view(studio):
     studio.page.route("**/api/events", lambda route: route.abort())  # the page asks for the state instead
     studio.reload()
-    studio.start_long()
-    studio.page.locator("#stage").get_by_text(re.compile("Step")).wait_for()
-    studio.fill("prompt", "a blue square")
-    studio.fill_sampling("steps", 8)
-    studio.press_generate()
-    studio.page.locator("#queue").get_by_text(re.compile("Waiting")).wait_for()
+    queue_behind_long(studio)
     studio.page.route("**/api/state", lambda route: route.abort())
     studio.page.locator("#connection").wait_for()
     studio.cancel(studio.jobs[0])
