@@ -10,11 +10,11 @@ import dataclasses
 from pathlib import Path
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, script
-from dit_video.data.synthetic import shapes
-from dit_video.distributed.timeouts import TimeoutConfig
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.experiment import Experiment
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run
+from dit_video.scenes import shapes
 from dit_video.training.checkpoint_policy import CheckpointPolicy
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support import tiny

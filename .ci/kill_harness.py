@@ -177,8 +177,8 @@ def make_experiment(config: Any) -> Any:
 
 
 def prepare(folder: Path) -> None:
-    from dit_video.data.synthetic import shapes
     from dit_video.experiment.run import Run
+    from dit_video.scenes import shapes
 
     module = load_tiny_module()
     clips = shapes.write_folder(folder / "clips", count=module.COUNT, seed=0, sizes=module.SIZES)

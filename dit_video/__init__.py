@@ -3,12 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dit_video.platform.tpu import skip_missing_tpu
-from dit_video.platform.xla_flags import set_cpu_flags
+from dit_video.core.platform.tpu import skip_missing_tpu
+from dit_video.core.platform.xla_flags import set_cpu_flags
 
 if TYPE_CHECKING:
     from dit_video.experiment.loading import load
-    from dit_video.pipelines.pipeline import Pipeline, Request
+    from dit_video.sampling.pipeline import Pipeline, Request
     from dit_video.video import Clip
 
 __version__ = "0.1.0"
@@ -19,8 +19,8 @@ set_cpu_flags()
 
 _LAZY = {
     "Clip": "dit_video.video",
-    "Pipeline": "dit_video.pipelines.pipeline",
-    "Request": "dit_video.pipelines.pipeline",
+    "Pipeline": "dit_video.sampling.pipeline",
+    "Request": "dit_video.sampling.pipeline",
     "load": "dit_video.experiment.loading",
 }
 

@@ -1,6 +1,6 @@
 """Compare evaluations of several models, or of checkpoints of one, in a table, a JSON file and a page."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
@@ -9,11 +9,11 @@ from typing import Annotated
 
 import tyro
 
+from dit_video.apps.reports.comparison_report import write_comparison_report
 from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.files import write_json
 from dit_video.evaluation.comparison import compare, format_comparison
-from dit_video.reports.comparison_report import write_comparison_report
 
 
 def main(

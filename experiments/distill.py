@@ -17,7 +17,7 @@ their samples vary, per number of steps. After an interruption, run the same com
 processes train one student together, as with `train.py` (see experiments/launch).
 """
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -29,25 +29,25 @@ from typing import Annotated, Any
 import tyro
 
 import dit_video
+from dit_video.apps.reports.run_report import write_run_report
 from dit_video.core import config_json
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.core.storage import StoragePathLike
-from dit_video.data.synthetic import shapes
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import datasets
 from dit_video.experiment.export import LORA_FILE
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.launch import open_run
+from dit_video.experiment.recipes.distill import ATTRIBUTES, DistillationOptions, compare, make_distillation_experiment
 from dit_video.experiment.run import Run
-from dit_video.pipelines.pipeline import Pipeline
-from dit_video.platform.compilation_cache import enable_compilation_cache
-from dit_video.recipes.distill import ATTRIBUTES, DistillationOptions, compare, make_distillation_experiment
-from dit_video.reports.run_report import write_run_report
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.scenes import shapes
 from dit_video.training.hooks.logging import Progress
 
 

@@ -1,6 +1,6 @@
 """Evaluate a run, an exported pipeline or a folder of videos, and write metrics.json, report.html and the samples."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -14,13 +14,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder
 
 from sampling_options import SamplingOptions
 
+from dit_video.apps.reports.evaluation_report import write_evaluation_report
+from dit_video.apps.reports.run_report import write_run_report
 from dit_video.core import config_json
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
+from dit_video.core.platform.provenance import get_code_version
 from dit_video.core.storage import is_remote, restore_address
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import initialize_distributed
-from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.clip_set import ClipSet, open_clip_set
 from dit_video.evaluation.config import ShapesEvaluation
@@ -32,9 +35,6 @@ from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.folder_config import read_config
 from dit_video.experiment.loading import find_folder
 from dit_video.experiment.run import Run
-from dit_video.platform.provenance import get_code_version
-from dit_video.reports.evaluation_report import write_evaluation_report
-from dit_video.reports.run_report import write_run_report
 from dit_video.training.hooks.logging import Progress
 
 _DEFAULTS, _PATIENCE = SamplingOptions(), TimeoutConfig()

@@ -1,6 +1,6 @@
 """Evaluate the generation tasks of a model of rendered scenes, and write its samples and figures."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -16,13 +16,13 @@ import dit_video
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.evaluate import print_results
 from dit_video.evaluation.metrics.metric import MetricBatch
-from dit_video.evaluation.scene_tasks import SCENE_TASKS, SceneTask, TaskCase, make_cases
-from dit_video.pipelines.pipeline import Pipeline
-from dit_video.pipelines.tasks import Edit
-from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.tasks import Edit
+from dit_video.scenes.tasks import SCENE_TASKS, SceneTask, TaskCase, make_cases
 from dit_video.video import Clip, decode
 
 EDIT_METHODS = ("sdedit", "flow_edit", "inversion")

@@ -23,7 +23,7 @@ that this command does not offer, write a config with
 `EXPERIMENT = make_finetuning_experiment(MODEL, FineTuningOptions(...))` and use `train.py`.
 """
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -41,15 +41,15 @@ from train import evaluate_run
 
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.experiment import datasets
 from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE
 from dit_video.experiment.launch import open_run
+from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.experiment.run import Run
 from dit_video.families.family import DENOISER_FOLDERS
-from dit_video.platform.compilation_cache import enable_compilation_cache
-from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_video.core.errors import UserError
-from dit_video.generation.request import Method
-from dit_video.generation.request_file import read_pictures
+from dit_video.sampling.request import Method
+from dit_video.sampling.request_file import read_pictures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ It renders captioned clips, trains an autoencoder and a diffusion transformer on
 the samples and writes runs/quickstart/report.html. This takes about a quarter of an hour on two CPU cores.
 """
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -16,16 +16,16 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent))
 
 from configs import quickstart, unet
+from dit_video.apps.reports.run_report import write_run_report
 from dit_video.core import config_json
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.files import read_json, write_json
-from dit_video.data.synthetic import shapes
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.evaluation import evaluate
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
-from dit_video.platform.compilation_cache import enable_compilation_cache
-from dit_video.reports.run_report import write_run_report
+from dit_video.scenes import shapes
 from dit_video.training.hooks.logging import Progress
 
 _CONFIGS = {"quickstart": quickstart.make_experiment, "unet": unet.make_experiment}

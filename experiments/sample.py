@@ -1,6 +1,6 @@
 """Sample clips from a run, a pipeline folder or a folder of open weights."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -21,10 +21,10 @@ from dit_video.core.command_line import check_minimum, parse_arguments, parse_si
 from dit_video.core.errors import UserError, script
 from dit_video.evaluation.samples import write_samples
 from dit_video.evaluation.task_results import write_task_results
-from dit_video.generation.request import Request
-from dit_video.generation.request_file import read_requests
-from dit_video.pipelines.pipeline import Pipeline
-from dit_video.pipelines.tasks.task_file import TaskEntry, read_tasks
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Request
+from dit_video.sampling.request_file import read_requests
+from dit_video.sampling.tasks.task_file import TaskEntry, read_tasks
 from dit_video.training.hooks.logging import Progress
 from dit_video.video.encode import FORMATS
 

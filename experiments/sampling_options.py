@@ -9,20 +9,20 @@ import jax
 import tyro
 
 import dit_video
-from dit_video.autoencoders import Tiles
 from dit_video.core.command_line import check_minimum, parse_memory
 from dit_video.core.offload import OFFLOADS
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed.mesh import MeshConfig, parse_mesh
 from dit_video.experiment.folder_config import read_config
 from dit_video.experiment.loading import find_folder
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import Dtype
+from dit_video.models.autoencoders import Tiles
 from dit_video.nn.attention import BackendName
-from dit_video.pipelines.checks import check_requests
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.lora import AdapterFile, check_adapter
-from dit_video.pipelines.pipeline import Pipeline, Request
-from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.sampling.checks import check_requests
+from dit_video.sampling.lora import AdapterFile, check_adapter
+from dit_video.sampling.pipeline import Pipeline, Request
+from dit_video.sampling.pipeline_config import PipelineConfig
 
 
 def _parse_guidance(texts: Sequence[str]) -> float | tuple[float, float]:

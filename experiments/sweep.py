@@ -1,6 +1,6 @@
 """Evaluate a model at several numbers of steps and guidance scales, and plot quality against cost."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder
 
 from sampling_options import SamplingOptions
 
+from dit_video.apps.reports.sweep_report import write_sweep_report
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.files import write_json
@@ -22,7 +23,6 @@ from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.comparison import format_comparison
 from dit_video.evaluation.protocols import get_protocol
 from dit_video.evaluation.sweep import sweep_sampling
-from dit_video.reports.sweep_report import write_sweep_report
 
 _DEFAULTS = SamplingOptions()
 

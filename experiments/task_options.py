@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dit_video.core.command_line import parse_size
 from dit_video.core.errors import UserError
-from dit_video.pipelines.tasks.task_file import TaskEntry, make_task
+from dit_video.sampling.tasks.task_file import TaskEntry, make_task
 
 TaskName = Literal[
     "generate",

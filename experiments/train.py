@@ -13,7 +13,7 @@ exit with code 0. Several processes, on one host or many, train one run together
 from there.
 """
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -29,22 +29,22 @@ sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder
 
 from sampling_options import GUIDANCE_SPEC
 
+from dit_video.apps.reports.run_report import write_autoencoder_report, write_run_report
 from dit_video.core import config_json
 from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import UserError, script
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.diffusion import Guidance
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.collection import MetricResult
 from dit_video.experiment import Experiment, StagedExperiment, datasets
 from dit_video.experiment.config_file import load_experiment
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run, StagedRun
-from dit_video.generation import Sampling
 from dit_video.nn.attention import Backend, BackendName
-from dit_video.platform.compilation_cache import enable_compilation_cache
-from dit_video.reports.run_report import write_autoencoder_report, write_run_report
+from dit_video.sampling import Sampling
 from dit_video.training import goodput
 
 

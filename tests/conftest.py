@@ -175,7 +175,7 @@ def _make_once(folder: Path, make: Callable[[Path], object]) -> Path:
 @pytest.fixture(scope="session")
 def tiny_clips(tiny, shared_folder) -> Path:
     """Return the folder of rendered clips for the tiny experiment. It is read only."""
-    from dit_video.data.synthetic import shapes
+    from dit_video.scenes import shapes
 
     write = functools.partial(shapes.write_folder, count=tiny.COUNT, seed=0, sizes=tiny.SIZES)
     return _make_once(shared_folder / "clips", write)

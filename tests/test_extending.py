@@ -24,7 +24,7 @@ from dit_video.experiment.run import Run, StagedRun
 from dit_video.families.convert import convert
 from dit_video.nn import LoraConfig, get_graph_def
 from dit_video.nn.attention import CausalFrames
-from dit_video.pipelines.pipeline import Pipeline, Request
+from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.tokens import CanvasShape, Grid
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.video import decode

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.autoencoders import Tiles, decode_stream
 from dit_video.core.errors import UserError
 from dit_video.experiment import PretrainedAutoencoder
 from dit_video.experiment.run import Run
-from dit_video.pipelines.config import Downscale, PreviousStep
+from dit_video.models.autoencoders import Tiles, decode_stream
+from dit_video.sampling.pipeline_config import Downscale, PreviousStep
 from dit_video.tokens import Grid
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support.extending import replace_backbone, train

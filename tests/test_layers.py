@@ -35,7 +35,7 @@ ROOT_PACKAGE = "dit_video"
 
 HEAVY = ("av", "flax", "grain", "jax", "orbax", "tensorflow_datasets", "transformers")
 LIGHT_FOLDERS = ("backbones", "diffusion", "nn", "tokens", "text", "autoencoders")
-LIGHT_MODULES = ("dit_video.training.step", "dit_video.training.state", "dit_video.generation")
+LIGHT_MODULES = ("dit_video.training.step", "dit_video.training.state", "dit_video.sampling")
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 130
 
@@ -153,14 +153,14 @@ def cycle(edges: dict[str, set[str]]) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dit_video.backbones.dit.model", "from dit_video.training import step"),
-        ("dit_video.backbones.dit.model", "from dit_video import training"),
-        ("dit_video.backbones.dit.model", "import dit_video.weights.io"),
-        ("dit_video.autoencoders.losses", "from dit_video.features import lpips"),
-        ("dit_video.backbones.dit.model", "def build():\n    from dit_video.encoders import text"),
-        ("dit_video.backbones.dit.model", "from ...encoders import text"),
-        ("dit_video.backbones.dit.model", "from dit_video import load"),
-        ("dit_video.backbones.dit.model", "import dit_video"),
+        ("dit_video.models.backbones.dit.model", "from dit_video.training import step"),
+        ("dit_video.models.backbones.dit.model", "from dit_video import training"),
+        ("dit_video.models.backbones.dit.model", "import dit_video.weights.io"),
+        ("dit_video.models.autoencoders.losses", "from dit_video.models.features import lpips"),
+        ("dit_video.models.backbones.dit.model", "def build():\n    from dit_video.encoders import text"),
+        ("dit_video.models.backbones.dit.model", "from ...encoders import text"),
+        ("dit_video.models.backbones.dit.model", "from dit_video import load"),
+        ("dit_video.models.backbones.dit.model", "import dit_video"),
         ("dit_video.nn.linear", "from dit_video.tokens import Grid"),
         ("dit_video.core.rng", "from dit_video.nn import linear"),
         ("dit_video.video.clip", "from dit_video.data import clips as source"),
@@ -169,7 +169,7 @@ def cycle(edges: dict[str, set[str]]) -> set[str]:
         ("dit_video.training.loop", "from dit_video.evaluation import psnr"),
         ("dit_video.helpers", "import math"),
         ("dit_video.tokens.packing", "from dit_video.diffusion import Euler"),
-        ("dit_video.pipelines.config", "from dit_video.evaluation import evaluate"),
+        ("dit_video.sampling.pipeline_config", "from dit_video.evaluation import evaluate"),
     ],
 )
 def test_a_violation_is_reported(module, source):
@@ -180,12 +180,12 @@ def test_a_violation_is_reported(module, source):
     ("module", "source"),
     [
         ("dit_video.data.clips", "from dit_video.video import decode"),
-        ("dit_video.autoencoders.losses", "from . import causal\nfrom .causal import Causal"),
+        ("dit_video.models.autoencoders.losses", "from . import causal\nfrom .causal import Causal"),
         ("dit_video.nn.linear", "from dit_video.core.typing import AnyArray\nfrom flax import nnx"),
         ("dit_video.core.files", "from dit_video.core.errors import UserError"),
         ("dit_video.training.step", "from dit_video.core import rng; from dit_video import diffusion"),
         ("dit_video.experiment.run", "from dit_video.experiment import Experiment"),
-        ("dit_video", "def load():\n    from dit_video.pipelines.pipeline import load"),
+        ("dit_video", "def load():\n    from dit_video.sampling.pipeline import load"),
     ],
 )
 def test_imports_of_lower_levels_are_allowed(module, source):

@@ -1,6 +1,6 @@
 """Add columns to a data set of clips: camera motion, CLIP scores, near-duplicates, text, captions."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 

@@ -42,7 +42,7 @@ marked in the output; `denoiser` and `autoencoder` need only JAX, Flax and optax
 cannot be imported for that reason, models of about its size are measured and `setting` is `built in`.
 """
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 

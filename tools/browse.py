@@ -1,6 +1,6 @@
 """Look at a data set in a browser: sort, filter and play its clips, and choose limits from histograms."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
@@ -51,13 +51,13 @@ def main(
     """
     check_minimum(1, workers=workers)
     try:
-        from dit_video.web import server
-        from dit_video.web.browse.media import MediaMaker
-        from dit_video.web.browse.routes import make_browse_app
-        from dit_video.web.browse.static_page import write_static_page
+        from dit_video.apps import server
+        from dit_video.apps.browse.media import MediaMaker
+        from dit_video.apps.browse.routes import make_browse_app
+        from dit_video.apps.browse.static_page import write_static_page
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed. Use pip install 'dit-video[web]'") from error
-    from dit_video.web.access import AccessRules, is_loopback, make_token
+    from dit_video.apps.access import AccessRules, is_loopback, make_token
 
     if static is None and (where or copy_clips):
         raise UserError("--where and --copy-clips are for a page without a server. Add --static FOLDER")

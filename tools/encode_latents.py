@@ -1,6 +1,6 @@
 """Encode a data set of clips with a trained autoencoder, in any number of processes."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -21,19 +21,19 @@ from dit_video.data.latents.plan import Encoding, compute_latent_identity, plan_
 from dit_video.data.latents.views import Augmentations
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements, select_usable
-from dit_video.encoders.image import FrozenImageEncoder
-from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import DataConfig
 from dit_video.experiment.datasets import open_datasets, resolve
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
+from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_param_shapes
-from dit_video.pipelines.folder import read_pipeline_config
-from dit_video.text import FrozenTextConfig
+from dit_video.sampling.folder import read_pipeline_config
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.weights import load as load_weights
 from dit_video.weights import load_embedder
+from dit_video.weights.image_encoder import FrozenImageEncoder
+from dit_video.weights.text_encoder import FrozenTextEncoder
 
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_PIPELINE")]
 Clips = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]

@@ -1,6 +1,6 @@
 """Export a data set to the formats of other projects."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 

@@ -1,6 +1,6 @@
 """Fit the decoder of quick previews of a pipeline's autoencoder, and write it into the pipeline's folder."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -18,13 +18,13 @@ from dit_video.core.storage import to_storage_path
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.data.usable_clips import ClipRequirements, select_usable
-from dit_video.encoders.autoencoder import LatentCodec
-from dit_video.encoders.preview import PreviewDecoder, fit_preview_decoder, load_preview_decoder
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.experiment.datasets import open_datasets
+from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.nn import get_param_shapes
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.folder import AUTOENCODER, PREVIEW, is_pipeline_folder, read_pipeline_config
+from dit_video.sampling.folder import AUTOENCODER, PREVIEW, is_pipeline_folder, read_pipeline_config
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.preview import PreviewDecoder, fit_preview_decoder, load_preview_decoder
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip
 from dit_video.weights import load as load_weights

@@ -1,6 +1,6 @@
 """Send mutated files through the inspection of an ingest, and count what becomes of each."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 

@@ -1,6 +1,6 @@
 """Print where the time of a run went."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
+from dit_video.apps.reports.run_times import format_run_times, make_run_times_document
 from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import MissingError, script
-from dit_video.reports.run_times import format_run_times, make_run_times_document
 from dit_video.training.goodput import read_run_times
 
 

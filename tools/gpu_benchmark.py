@@ -18,12 +18,12 @@ The parts, each of which ends when its time is spent:
 
 Each figure is written as it appears, with the device, the version of JAX, the date and its target. Cases run in
 processes of their own, so that a kernel that fails, or memory that runs out, does not end the others. The flags of XLA
-are those of all scripts (`dit_video/platform/xla_flags.py`), and compiled programs are kept.
+are those of all scripts (`dit_video/core/platform/xla_flags.py`), and compiled programs are kept.
 
 Only JAX, Flax, optax, einops, jaxtyping, safetensors, tokenizers and NumPy are needed; there is no data to prepare.
 """
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -40,7 +40,7 @@ from benchmarks.gpu.figures import Case, Document, format_table, read_figures
 from benchmarks.timer import TimeBudget
 from dit_video.core.command_line import ArgumentParser, check_minimum
 from dit_video.core.errors import UserError, script
-from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
 
 PART_SECONDS = {"attention": 420, "training": 540, "epoch": 480, "plans": 540, "sampling": 420}
 """Budget of each part."""

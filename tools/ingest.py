@@ -1,6 +1,6 @@
 """Make a data set of clips from a folder, a list of paths, archives or a known data set."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from dit_video.apps.reports.ingest_report import PAGE, write_ingest_report
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.data.ingest.completion import discard_transient_parts
@@ -25,7 +26,6 @@ from dit_video.data.ingest.engine import (
 )
 from dit_video.data.ingest.report import REPORT, IngestReport
 from dit_video.experiment.datasets import show_ingest_progress
-from dit_video.reports.ingest_report import PAGE, write_ingest_report
 
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Destination = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTINATION")]

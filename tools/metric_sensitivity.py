@@ -1,6 +1,6 @@
 """Measure how distances of sets of clips grow with distortions of known severity."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -19,14 +19,14 @@ from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.files import write_json
 from dit_video.core.rng import make_generator
-from dit_video.data.synthetic.scenes import draw_scene, render
-from dit_video.data.synthetic.scenes.draw import FPS
 from dit_video.evaluation.clip_set import ClipSet, open_clip_set
 from dit_video.evaluation.distortions import SEVERITIES, distort
-from dit_video.evaluation.feature_functions.scenes import SceneFeatures
 from dit_video.evaluation.metrics.frechet import FrechetMetric, MomentPair
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.protocol import ClipSampling
+from dit_video.scenes import draw_scene, render
+from dit_video.scenes.draw import FPS
+from dit_video.scenes.features import SceneFeatures
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

@@ -22,7 +22,7 @@ Of a pipeline's folder, of which only the JSON files are read, the memory of eac
 reported.
 """
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
@@ -48,18 +48,22 @@ from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
 from dit_video.core.offload import OFFLOADS
 from dit_video.distributed.mesh import parse_mesh
-from dit_video.distributed.planner import (
+from dit_video.experiment import Experiment
+from dit_video.families.family import DEFAULT_DTYPE, DTYPES, LoadOptions
+from dit_video.planning import (
     CHIPS,
     Calibration,
     Topology,
     find_efficiencies,
+    fit,
+    fit_pipeline,
     get_calibration_folder,
+    plan_experiment,
+    plan_pipeline,
     read_calibration,
+    suggest,
 )
-from dit_video.distributed.planner.calibrate import calibrate
-from dit_video.experiment import Experiment
-from dit_video.families.family import DEFAULT_DTYPE, DTYPES, LoadOptions
-from dit_video.planning import fit, fit_pipeline, plan_experiment, plan_pipeline, suggest
+from dit_video.planning.calibrate import calibrate
 
 _EXPERIMENT_OPTIONS = ("mesh", "rows", "clips", "steps", "price", "measure", "suggest", "set")
 _FOLDER_OPTIONS = ("size", "offload", "dtype", "text_dtype")

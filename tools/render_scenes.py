@@ -1,14 +1,14 @@
 """Render scenes whose truth is known into a folder of clips with captions."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
 from pathlib import Path
 
+from dit_video import scenes
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import script
-from dit_video.data.synthetic import scenes
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 

@@ -1,6 +1,6 @@
 """Make a page on which people compare samples side by side, or the list of prompts to sample for it."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
@@ -12,9 +12,9 @@ import tyro
 from dit_video.core.command_line import check_minimum, parse_arguments, parse_size
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
-from dit_video.evaluation.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
-from dit_video.evaluation.prompt_domains import PromptDomains, read_prompt_domains
-from dit_video.reports.side_by_side import PageOptions, get_key_path, name_systems, write_page
+from dit_video.curation.raters import PageOptions, get_key_path, name_systems, write_page
+from dit_video.curation.raters.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
+from dit_video.curation.raters.prompt_domains import PromptDomains, read_prompt_domains
 
 
 def main(

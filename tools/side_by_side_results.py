@@ -1,6 +1,6 @@
 """Compute the results of raters' votes on a page of pairs."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
@@ -12,8 +12,8 @@ import tyro
 from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.files import write_json
-from dit_video.evaluation.votes import PageKey, read_votes, summarize_votes
-from dit_video.evaluation.votes.table import format_results
+from dit_video.curation.raters.votes import PageKey, read_votes, summarize_votes
+from dit_video.curation.raters.votes.table import format_results
 
 
 def main(

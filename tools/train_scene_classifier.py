@@ -1,6 +1,6 @@
 """Train the classifier of rendered scenes, whose features the metrics of evaluations use."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -19,10 +19,10 @@ from jaxtyping import Array, Float
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.rng import make_generator
-from dit_video.data.synthetic.scenes import Scene, draw_scene, render
-from dit_video.evaluation.feature_functions.scenes import LABELS, SCENE_WEIGHTS, list_labels, make_scene_pixels
-from dit_video.features.scene_classifier import SceneClassifier, compute_label_loss
 from dit_video.nn import get_graph_def, init_params
+from dit_video.scenes import Scene, draw_scene, render
+from dit_video.scenes.classifier import SceneClassifier, compute_label_loss
+from dit_video.scenes.features import LABELS, SCENE_WEIGHTS, list_labels, make_scene_pixels
 from dit_video.tokens import Grid
 from dit_video.weights import save
 

@@ -1,6 +1,6 @@
 """Train a small CLIP of rendered scenes and their captions, which shows the annotators `clip` and `duplicates`."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -26,12 +26,12 @@ from tokenizers.processors import TemplateProcessing
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.rng import make_generator
-from dit_video.data.synthetic.scenes import Scene, draw_scene, render
-from dit_video.features import ClipConfig, ClipImageProcessor, ClipTextConfig, ClipVisionConfig
-from dit_video.features.clip import preprocess_frames
-from dit_video.features.clip.model import l2_normalize
+from dit_video.models.encoders import PretrainedTokenizer
+from dit_video.models.features import ClipConfig, ClipImageProcessor, ClipTextConfig, ClipVisionConfig
+from dit_video.models.features.clip import preprocess_frames
+from dit_video.models.features.clip.model import l2_normalize
 from dit_video.nn import get_graph_def, init_params
-from dit_video.text import PretrainedTokenizer
+from dit_video.scenes import Scene, draw_scene, render
 from dit_video.tokens import Grid
 from dit_video.training.losses.contrastive import ContrastiveLoss, PairFeatures, PairLoss, SigmoidLoss, SoftmaxLoss
 from dit_video.training.step import GradientStep

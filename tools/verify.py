@@ -1,6 +1,6 @@
 """Replay steps of a run and compare them with its hash chain."""
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
@@ -14,13 +14,13 @@ import tyro
 
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import MissingError, script
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed.mesh import parse_mesh
 from dit_video.experiment import Experiment
 from dit_video.experiment.loading import find_folder
 from dit_video.experiment.replay import Replay, replay, with_mesh
 from dit_video.experiment.run import Run, StagedRun
-from dit_video.pipelines.folder import RUN_CONFIG
-from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.sampling.folder import RUN_CONFIG
 from dit_video.training.hooks.logging import Progress
 
 

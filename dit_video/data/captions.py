@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int, Int32
 from dit_video.core.errors import UserError
 from dit_video.core.shared_array import SharesArrays
 from dit_video.data.latents.cache import LatentSource
-from dit_video.text import CaptionTokens
+from dit_video.models.encoders import CaptionTokens
 
 Tokenize = Callable[[str], Int32[np.ndarray, " s"]]
 EmbedMany = Callable[[Sequence[str]], list[Float32[np.ndarray, "s E"]]]

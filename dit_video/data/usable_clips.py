@@ -16,7 +16,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.grid import find_distinct_grids
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.sizes import SizeLimits, explain_misfit, fit_size, fit_sizes
-from dit_video.text import Tokenizer
+from dit_video.models.encoders import Tokenizer
 from dit_video.tokens import Grid
 
 _NAMED = 3

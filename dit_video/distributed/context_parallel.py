@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
+from dit_video.core.platform.devices import Platform
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
 from dit_video.distributed.ring import RingAttention
 from dit_video.distributed.sharding_rules import DEFAULT_RULES, ROW_AXES, STATE_AXES, choose_kernel_split
@@ -35,7 +36,6 @@ from dit_video.nn.attention.api import Keys, Queries
 from dit_video.nn.attention.key_ranges import pad_to_blocks
 from dit_video.nn.linear import compute_kernel_gradient
 from dit_video.nn.parallel import ONE_DEVICE, FusedConstraint, Parallelism, Precision, Split, WeightConstraint
-from dit_video.platform.devices import Platform
 
 _HEAD_SPEC = P(ROW_AXES, "context", "tensor", None)
 _FULL_SPEC = P(ROW_AXES, None, "tensor", None)

@@ -28,12 +28,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
 from dit_video.distributed.cluster_detection import ProcessInfo, detect_processes
-from dit_video.distributed.hang_watch import HangWatch
-from dit_video.distributed.health import GRACE_SECONDS
-from dit_video.distributed.heartbeat import HeartbeatMonitor
-from dit_video.distributed.stacks import exit_now
-from dit_video.distributed.store import KeyValueStore
-from dit_video.distributed.timeouts import TimeoutConfig
+from dit_video.distributed.faults.hang_watch import HangWatch
+from dit_video.distributed.faults.health import GRACE_SECONDS
+from dit_video.distributed.faults.heartbeat import HeartbeatMonitor
+from dit_video.distributed.faults.stacks import exit_now
+from dit_video.distributed.faults.store import KeyValueStore
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 
 _EXTRA_SECONDS = 60
 """Seconds by which JAX's timeout is longer than ours."""

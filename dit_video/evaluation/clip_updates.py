@@ -16,7 +16,7 @@ from dit_video.evaluation.clip_set import ClipSet, hash_clip
 from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.metrics.metric import ClipReconstruction, MetricBatch
 from dit_video.evaluation.protocol import Protocol
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.video import Clip
 
 _BATCH = 16

@@ -9,10 +9,10 @@ from typing import ClassVar, get_args
 from dit_video.core.errors import UserError
 from dit_video.evaluation import requests
 from dit_video.evaluation.metrics.metric import Metric, MetricInput
-from dit_video.evaluation.metrics.prompt_following import PromptFollowing
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim
-from dit_video.evaluation.metrics.start_spread import StartSpread
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
+from dit_video.scenes.metrics.prompt_following import PromptFollowing
+from dit_video.scenes.metrics.start_spread import StartSpread
 
 RECONSTRUCTION_METRICS: tuple[Metric, ...] = (Psnr(), Ssim(), LinearPsnr())
 """Metrics of the autoencoder, for any clips."""

@@ -8,10 +8,10 @@ from jaxtyping import Float32
 
 from dit_video.evaluation.clip_set import hash_clip
 from dit_video.evaluation.protocol import ClipSampling
-from dit_video.generation.clip_functions import ClipFunction
-from dit_video.generation.request import Request
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.clip_functions import ClipFunction
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.request import Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

@@ -8,16 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dit_video.autoencoders import LinearAutoencoder
 from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import write_json
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.diffusion import SAMPLERS, ExplicitTimes, Guidance
+from dit_video.distributed.faults.progress import count_progress
 from dit_video.distributed.gather import is_first_process
-from dit_video.distributed.progress import count_progress
-from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.evaluation.metrics.metric import (
@@ -30,8 +28,10 @@ from dit_video.evaluation.metrics.metric import (
 )
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
 from dit_video.evaluation.samples import SavedSample, check_replaceable, read_samples, write_samples
-from dit_video.generation import Sampling
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.models.autoencoders import LinearAutoencoder
+from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.sampling import Sampling
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip
 

@@ -13,7 +13,7 @@ from dit_video.evaluation.clip_updates import ClipUpdates
 from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
 from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, Metric, MetricInput
 from dit_video.evaluation.protocol import Protocol
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
 
 METRICS_FILE = "metrics.json"
 WEIGHT_FIELDS = ("weights", "mean", "folder")

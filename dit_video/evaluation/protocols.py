@@ -11,7 +11,6 @@ from dit_video.evaluation.feature_functions.clip import ClipEmbeddings
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction
 from dit_video.evaluation.feature_functions.i3d import I3dFeatures
 from dit_video.evaluation.feature_functions.inception import InceptionFeatures
-from dit_video.evaluation.feature_functions.scenes import SceneFeatures
 from dit_video.evaluation.feature_functions.video_mae import VideoMaeFeatures
 from dit_video.evaluation.measure import WEIGHT_FIELDS
 from dit_video.evaluation.metrics.bits_per_dimension import BitsPerDimension
@@ -34,10 +33,11 @@ from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.metrics.subject_consistency import SubjectConsistency
 from dit_video.evaluation.metrics.temporal_flicker import TemporalFlickering
 from dit_video.evaluation.metrics.text_retrieval import TextRetrieval
-from dit_video.evaluation.physics_scenes import MIN_FRAMES
 from dit_video.evaluation.protocol import ClipSampling, Protocol
-from dit_video.evaluation.scene_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
-from dit_video.evaluation.scene_protocols import PhysicsProtocol, SceneProtocol
+from dit_video.scenes.features import SceneFeatures
+from dit_video.scenes.laws import MIN_FRAMES
+from dit_video.scenes.prompt_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
+from dit_video.scenes.protocols import PhysicsProtocol, SceneProtocol
 
 FRAME_METRICS: tuple[Metric, ...] = (
     TemporalFlickering(),

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_video.autoencoders import LinearAutoencoder
 from dit_video.core import rng
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
-from dit_video.data.synthetic import shapes
-from dit_video.generation.request import Request
+from dit_video.models.autoencoders import LinearAutoencoder
+from dit_video.sampling.request import Request
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

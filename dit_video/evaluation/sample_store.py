@@ -11,12 +11,12 @@ import numpy as np
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
+from dit_video.distributed.faults.progress import count_progress
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_all_processes, wait_for_main_process
-from dit_video.distributed.progress import count_progress
 from dit_video.evaluation.clip_set import ClipSet, hash_clip, make_file_set
-from dit_video.generation.request import Request
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Request
 from dit_video.video import Clip
 
 SETTINGS_FILE = "settings.json"

@@ -11,12 +11,12 @@ from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path, read_json, write_json
+from dit_video.distributed.faults.progress import count_progress, declare_phase
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_main_process
-from dit_video.distributed.progress import count_progress, declare_phase
-from dit_video.generation.request import Request
-from dit_video.generation.request_file import INPUTS_FOLDER, list_files, write_request
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Request
+from dit_video.sampling.request_file import INPUTS_FOLDER, list_files, write_request
 from dit_video.video import Clip, decode
 
 PROMPTS_FILE = "prompts.json"

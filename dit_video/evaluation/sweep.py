@@ -11,7 +11,7 @@ from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.comparison import Comparison, compare
 from dit_video.evaluation.evaluate_protocol import evaluate_protocol, is_reconstruction
 from dit_video.evaluation.protocol import Protocol
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
 
 COST_FILE = "cost.json"
 

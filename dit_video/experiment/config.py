@@ -5,9 +5,6 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_video.autoencoders import latent_grid
-from dit_video.backbones.checks import check_frame_conditioning
-from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.latents.views import Augmentations
 from dit_video.data.sizes import SizeLimits
@@ -23,10 +20,13 @@ from dit_video.experiment.training_config import (
     Student,
     TemporalWeights,
 )
-from dit_video.features.lpips import MIN_SIDE as LPIPS_SMALLEST
-from dit_video.generation import Sampling
-from dit_video.pipelines.config import check_classes
-from dit_video.text import ByteEncoderConfig, FrozenTextConfig
+from dit_video.models.autoencoders import latent_grid
+from dit_video.models.backbones.checks import check_frame_conditioning
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig
+from dit_video.models.features.lpips import MIN_SIDE as LPIPS_SMALLEST
+from dit_video.sampling import Sampling
+from dit_video.sampling.pipeline_config import check_classes
 from dit_video.tokens import Canvas, CanvasShape, Grid, PackedRows, PackedShape, compute_token_grid
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule

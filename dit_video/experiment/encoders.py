@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from dit_video.core.errors import UserError
-from dit_video.encoders.image import IDENTITY_FILE
-from dit_video.encoders.text import FrozenTextEncoder, check_width, open_tokenizer
 from dit_video.experiment import DenoiserTraining, Experiment
 from dit_video.experiment.runtime import Runtime
-from dit_video.text import FrozenTextConfig, Tokenizer
+from dit_video.models.encoders import FrozenTextConfig, Tokenizer
 from dit_video.weights import read_clip_vision_config
+from dit_video.weights.image_encoder import IDENTITY_FILE
+from dit_video.weights.text_encoder import FrozenTextEncoder, check_width, open_tokenizer
 
 TEXT_ENCODER_FILE = "text_encoder.json"
 """File with the identity of a frozen text encoder, in the folder of a run."""

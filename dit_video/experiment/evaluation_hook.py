@@ -12,7 +12,7 @@ from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation.config import Evaluation
 from dit_video.evaluation.evaluate import measure_samples
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.training.hooks.hook import Hook
 
 

@@ -14,14 +14,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.files import atomic_path
 from dit_video.core.offload import Offload
 from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process, to_host
-from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, read_autoencoder
 from dit_video.experiment.denoiser import add_other_expert
@@ -29,15 +27,17 @@ from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime
 from dit_video.families import find_format, get_lora_modules
 from dit_video.families.family import DENOISER_FOLDERS
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.devices import make_placement
-from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
-from dit_video.pipelines.folder import read_pipeline_config
-from dit_video.pipelines.loading import add_preview_decoder
-from dit_video.pipelines.memory import fit_offload
-from dit_video.pipelines.pipeline import Pipeline
-from dit_video.text import Tokenizer
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.encoders import Tokenizer
+from dit_video.sampling.devices import make_placement
+from dit_video.sampling.folder import CONFIG as PIPELINE_CONFIG
+from dit_video.sampling.folder import read_pipeline_config
+from dit_video.sampling.loading import add_preview_decoder
+from dit_video.sampling.memory import fit_offload
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.weights import get_native_modules, save_lora
+from dit_video.weights.text_encoder import FrozenTextEncoder
 
 ADAPTER_FILE, LORA_FILE = "adapter.safetensors", "pytorch_lora_weights.safetensors"
 

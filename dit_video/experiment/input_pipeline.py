@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from jax.sharding import Mesh
 from jaxtyping import Float, Int64
 
-from dit_video.autoencoders import latent_grid
 from dit_video.core.errors import UserError
 from dit_video.core.grid import find_distinct_grids
 from dit_video.data.bucketing.batches import load_bucket_batches
@@ -35,12 +34,13 @@ from dit_video.data.packing.rows import Encode
 from dit_video.data.sizes import compute_all_sampled_fps, fit_sizes
 from dit_video.data.windows import DECODE_THREADS
 from dit_video.distributed import RowPart, check_denoiser, count_row_shards
-from dit_video.encoders.image import FrozenImageEncoder
-from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
-from dit_video.text import Tokenizer
+from dit_video.models.autoencoders import latent_grid
+from dit_video.models.encoders import Tokenizer
 from dit_video.tokens import Grid, compute_token_grid
 from dit_video.training.hooks.logging import Progress
+from dit_video.weights.image_encoder import FrozenImageEncoder
+from dit_video.weights.text_encoder import FrozenTextEncoder
 
 _BATCHES_PER_STEP = 4
 """Number of encoder batches per canvas size that a step's clips are divided into.  The number of clips varies from step

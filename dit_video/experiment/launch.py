@@ -10,14 +10,14 @@ import jax
 
 from dit_video.core import config_json
 from dit_video.core.errors import GracefulStop
+from dit_video.core.platform.provenance import get_code_version
 from dit_video.core.storage import StoragePathLike, to_storage_path
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
-from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.experiment.remote_folder import RemoteFolder, get_local_copy, main_process_first
 from dit_video.experiment.run import StagedRun
 from dit_video.experiment.runtime import StagedExperiment
-from dit_video.pipelines.folder import WHOLE_FOLDERS
-from dit_video.platform.provenance import get_code_version
+from dit_video.sampling.folder import WHOLE_FOLDERS
 from dit_video.training.folder_lock import lock_folder
 from dit_video.training.preemption import raise_on_sigterm
 

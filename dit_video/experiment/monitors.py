@@ -15,9 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_video.autoencoders import AutoencoderConfig
-from dit_video.backbones.flops import count_training_flops
-from dit_video.conditioning import IMAGE_TOKENS
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.files import write_json
 from dit_video.core.trees import flatten
@@ -27,13 +24,15 @@ from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.distributed import shard_batch
 from dit_video.distributed.gather import is_first_process, to_host
 from dit_video.distributed.processes import wait_for_main_process
-from dit_video.encoders.autoencoder import LatentCodec
-from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.experiment import DenoiserTraining, Experiment, Student, input_pipeline
 from dit_video.experiment.denoiser import TrainableDenoiser
-from dit_video.pipelines.pipeline import Pipeline, Request
-from dit_video.text import Tokenizer
+from dit_video.models.autoencoders import AutoencoderConfig
+from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.models.backbones.flops import count_training_flops
+from dit_video.models.conditioning import IMAGE_TOKENS
+from dit_video.models.encoders import Tokenizer
+from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.tokens import PackedBatch, infer_grid
 from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.metric_logs import MonitoringConfig, TensorBoard, WeightsAndBiases
@@ -43,6 +42,7 @@ from dit_video.training.optim.ema import DECAY, format_average_name
 from dit_video.training.optim.posthoc_ema import EmaSnapshots
 from dit_video.training.step import Average
 from dit_video.video import Clip
+from dit_video.weights.text_encoder import FrozenTextEncoder
 
 _MAX_CLIPS = 4
 """Number of clips in a grid of reconstructions, or of samples whose prompts the config does not give."""

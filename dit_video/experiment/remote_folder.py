@@ -39,7 +39,7 @@ from dit_video.core.storage import (
     write_document,
 )
 from dit_video.distributed import processes
-from dit_video.distributed.progress import declare_phase
+from dit_video.distributed.faults.progress import declare_phase
 from dit_video.experiment import datasets
 from dit_video.training.folder_lock import check_locks
 from dit_video.training.hooks.hook import Hook

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_video.autoencoders import LinearAutoencoder
 from dit_video.core.errors import UserError
 from dit_video.core.offload import Offload
 from dit_video.core.storage import StoragePathLike
@@ -21,7 +20,6 @@ from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.plan import Encoding
 from dit_video.distributed import MeshConfig, make_mesh, make_shardings
 from dit_video.distributed.mesh import resolve_mesh
-from dit_video.encoders.autoencoder import LatentCodec
 from dit_video.evaluation.evaluate import EvaluationClips
 from dit_video.experiment import Experiment, datasets, export, monitors
 from dit_video.experiment.autoencoder import read_autoencoder
@@ -32,11 +30,13 @@ from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.experiment.stages.latents import CacheLatents
 from dit_video.families import get_lora_modules
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.folder import CONFIG as PIPELINE_CONFIG
-from dit_video.pipelines.folder import read_pipeline_config, write_pipeline_config
-from dit_video.pipelines.loading import load_pipeline
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.models.autoencoders import LinearAutoencoder
+from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.sampling.folder import CONFIG as PIPELINE_CONFIG
+from dit_video.sampling.folder import read_pipeline_config, write_pipeline_config
+from dit_video.sampling.loading import load_pipeline
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.training import goodput
 from dit_video.training.state import get_shapes_on_devices
 

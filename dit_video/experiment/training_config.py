@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dit_video.autoencoders import AutoencoderConfig, AutoencoderObjective
-from dit_video.backbones.protocol import BackboneConfig
-from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, Objective
 from dit_video.distributed import MeshConfig
-from dit_video.generation.request import GenerationTask
+from dit_video.models.autoencoders import AutoencoderConfig, AutoencoderObjective
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.encoders import TextConfig
 from dit_video.nn import LoraConfig, get_param_shapes
-from dit_video.text import TextConfig
+from dit_video.sampling.request import GenerationTask
 from dit_video.tokens import CanvasShape, PackedShape
 from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.losses.distillation import Distillation

@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dit_video.autoencoders import AutoencoderConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import map_with_path
 from dit_video.families.kandinsky.autoencoder import FORMAT as VQ_FORMAT
 from dit_video.families.ltx.autoencoder import FORMAT as LTX_FORMAT
 from dit_video.families.stable_diffusion.autoencoder import FORMAT as IMAGE_FORMAT
 from dit_video.families.wan.autoencoder import FORMAT as WAN_FORMAT
+from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.weights import diffusers, native_format
 from dit_video.weights.parameter import Parameter, Placement
 from dit_video.weights.tensor_map import SHARD_BYTES

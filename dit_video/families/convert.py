@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.families.autoencoders import EXTERNAL_CLASSES as AUTOENCODERS
 from dit_video.families.autoencoders import load_autoencoder, save_autoencoder
 from dit_video.families.denoiser_format import FileLayout, open_files
 from dit_video.families.denoisers import find_format, get_lora_modules, list_formats, read_denoiser_config
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.encoders import T5Config
 from dit_video.nn import get_param_shapes
-from dit_video.text import T5Config
 from dit_video.weights import diffusers, native_format, streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import load_lora, save_lora

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Generic, Literal
 
 import numpy as np
 
-from dit_video.backbones.protocol import BackboneConfig, ConfigT
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
+from dit_video.models.backbones.protocol import BackboneConfig, ConfigT
 from dit_video.nn import NO_DEVICE, get_param_shapes
 from dit_video.weights import diffusers, native_format, streaming
 from dit_video.weights.folders import TensorFolder

@@ -11,24 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_video.autoencoders import AutoencoderConfig
-from dit_video.backbones.protocol import BackboneConfig
-from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.core.offload import Offload
 from dit_video.distributed import MeshConfig
 from dit_video.families.autoencoders import check_autoencoder_weights, load_placed_autoencoder
 from dit_video.families.denoiser_format import DenoiserFormat
-from dit_video.generation import Sampling
-from dit_video.generation.denoiser import EXPERTS, list_experts
-from dit_video.generation.request import GenerationTask
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.devices import make_placement
-from dit_video.pipelines.loading import add_preview_decoder
-from dit_video.pipelines.memory import fit_offload
-from dit_video.pipelines.pipeline import Pipeline
-from dit_video.text import FrozenTextConfig
+from dit_video.models.autoencoders import AutoencoderConfig
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.sampling import Sampling
+from dit_video.sampling.denoiser import EXPERTS, list_experts
+from dit_video.sampling.devices import make_placement
+from dit_video.sampling.loading import add_preview_decoder
+from dit_video.sampling.memory import fit_offload
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.request import GenerationTask
 from dit_video.tokens import Grid
 from dit_video.weights import LoadedScheduler, load_clip_image_processor, read_clip_vision_config
 from dit_video.weights.clip import check_clip_weights

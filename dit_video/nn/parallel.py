@@ -6,8 +6,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
+from dit_video.core.platform.devices import Platform, get_default_platform
 from dit_video.nn.attention import ANY_PLATFORM, Attention, Backend, Full, Pattern, make_attention
-from dit_video.platform.devices import Platform, get_default_platform
 
 Split = Literal["outputs", "inputs", "fused"]
 """Division of a linear layer over the mesh axis `tensor`: by its outputs (maps into heads and hidden widths), by its

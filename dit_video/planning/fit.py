@@ -7,11 +7,12 @@ from typing import Any
 
 from dit_video.core.errors import UserError
 from dit_video.core.memory import format_bytes
-from dit_video.distributed.planner import Efficiencies, Topology, find_efficiencies
 from dit_video.experiment import Experiment
+from dit_video.planning.efficiencies import Efficiencies, find_efficiencies
 from dit_video.planning.fit_estimates import Combination, FitEstimates, Settings
 from dit_video.planning.report import check_memory, find_devices
 from dit_video.planning.steps import Part
+from dit_video.planning.topology import Topology
 
 _SLACK = 1.1
 """Largest estimate of memory that is compiled, relative to the memory: estimates are a little too high."""

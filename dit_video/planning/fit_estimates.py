@@ -12,19 +12,15 @@ from dit_video.core.errors import UserError
 from dit_video.core.memory import format_bytes
 from dit_video.distributed import MeshConfig, count_row_shards
 from dit_video.distributed.mesh import AnyMesh, count_axis_slices, make_abstract_mesh
-from dit_video.distributed.planner import (
-    Efficiencies,
-    StepSpec,
-    Topology,
-    compute_expected_times,
-    compute_step_times,
-    count_argument_bytes,
-    estimate_step,
-)
 from dit_video.experiment import Experiment
+from dit_video.planning.compiled_program import count_argument_bytes
+from dit_video.planning.efficiencies import Efficiencies
+from dit_video.planning.estimate import StepSpec, estimate_step
 from dit_video.planning.fit_options import Setting, list_settings
 from dit_video.planning.report import check_mesh, plan_experiment
+from dit_video.planning.roofline import compute_expected_times, compute_step_times
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step, shard_shapes
+from dit_video.planning.topology import Topology
 
 Settings = tuple[Setting, ...]
 

@@ -15,26 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_video.autoencoders.streaming import make_chunk_program
 from dit_video.core.errors import UserError
 from dit_video.core.memory import count_bytes, format_bytes
 from dit_video.core.offload import DEVICE, HOST, Layers, Offload, Stages, is_stacked_kernel
 from dit_video.core.trees import map_with_path
-from dit_video.distributed.planner import Topology, compile_step
-from dit_video.distributed.planner.compiled_program import count_local_bytes, override_default_backend
-from dit_video.encoders.autoencoder import LatentCodec, compute_default_memory, fit_chunk
-from dit_video.encoders.image import FEATURE
 from dit_video.families import find_family
 from dit_video.families.family import LoadOptions
-from dit_video.features.clip.frames import make_frame_program
-from dit_video.generation.request import Request
-from dit_video.generation.sampler import list_programs
+from dit_video.models.autoencoders.codec import LatentCodec, compute_default_memory, fit_chunk
+from dit_video.models.autoencoders.streaming import make_chunk_program
+from dit_video.models.encoders import FrozenTextConfig, Tokenizer
+from dit_video.models.encoders.embedder import make_embedding_program
+from dit_video.models.features.clip.frames import make_frame_program
 from dit_video.nn.parallel import ONE_DEVICE
-from dit_video.pipelines.checks import prepare_request
-from dit_video.pipelines.config import PipelineConfig, to_grid
-from dit_video.pipelines.empty_parts import make_empty_task_model
-from dit_video.pipelines.folder import read_pipeline_config
-from dit_video.pipelines.memory import (
+from dit_video.planning.compiled_program import compile_step, count_local_bytes, override_default_backend
+from dit_video.planning.report import check_memory, find_devices
+from dit_video.planning.topology import Topology
+from dit_video.sampling.checks import prepare_request
+from dit_video.sampling.empty_parts import make_empty_task_model
+from dit_video.sampling.folder import read_pipeline_config
+from dit_video.sampling.memory import (
     AUTOENCODER,
     IMAGE_ENCODER,
     TEXT,
@@ -43,12 +42,13 @@ from dit_video.pipelines.memory import (
     is_streamed,
     make_weight_shapes,
 )
-from dit_video.pipelines.parts import make_denoiser
-from dit_video.planning.report import check_memory, find_devices
-from dit_video.text import FrozenTextConfig, Tokenizer
-from dit_video.text.embedder import make_embedding_program
+from dit_video.sampling.parts import make_denoiser
+from dit_video.sampling.pipeline_config import PipelineConfig, to_grid
+from dit_video.sampling.request import Request
+from dit_video.sampling.sampler import list_programs
 from dit_video.tokens import Grid
 from dit_video.weights import read_clip_vision_config, read_text_encoder_config
+from dit_video.weights.image_encoder import FEATURE
 
 _OFFLOADS: tuple[Offload | None, ...] = (None, Stages(), Layers(denoiser=False), Layers(text=False), Layers())
 """From the fastest to the one that needs least memory."""

@@ -6,17 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dit_video.core.memory import format_bytes
-from dit_video.distributed.planner import (
-    CollectiveTraffic,
-    Efficiencies,
-    MemoryUsage,
-    Purpose,
-    StepTimes,
-    Topology,
-    sum_collective_bytes,
-)
-from dit_video.distributed.planner.efficiencies import COLLECTIVES, MEMORY, PRODUCTS, name_attention_work
+from dit_video.planning.compiled_program import MemoryUsage
+from dit_video.planning.efficiencies import COLLECTIVES, MEMORY, PRODUCTS, Efficiencies, name_attention_work
+from dit_video.planning.hlo import CollectiveTraffic
+from dit_video.planning.lower_bounds import Purpose, sum_collective_bytes
+from dit_video.planning.roofline import StepTimes
 from dit_video.planning.steps import Part
+from dit_video.planning.topology import Topology
 
 _ANALYTIC = "analytic: counted, not compiled"
 

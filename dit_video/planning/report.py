@@ -13,28 +13,23 @@ from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
 from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
 from dit_video.distributed.mesh import AnyMesh, count_axis_slices, describe_slow_axes, make_abstract_mesh
-from dit_video.distributed.planner import (
-    CompiledStep,
-    Efficiencies,
-    MemoryUsage,
-    Purpose,
-    StepWork,
-    Topology,
-    compile_step,
-    compute_expected_times,
-    compute_min_collective_bytes,
-    compute_step_times,
-    count_argument_bytes,
-    count_context_weights,
-    estimate_step,
-    find_chip,
-    find_efficiencies,
-    measure_peak_memory,
-    read_step_work,
-)
 from dit_video.experiment import Experiment, LoraAdapters, Student
+from dit_video.planning.compiled_program import (
+    CompiledStep,
+    MemoryUsage,
+    compile_step,
+    count_argument_bytes,
+    measure_peak_memory,
+)
+from dit_video.planning.costs import count_context_weights, read_step_work
+from dit_video.planning.efficiencies import Efficiencies, find_efficiencies
+from dit_video.planning.estimate import estimate_step
+from dit_video.planning.hardware import find_chip
+from dit_video.planning.lower_bounds import Purpose, compute_min_collective_bytes
 from dit_video.planning.plan import Plan
+from dit_video.planning.roofline import StepWork, compute_expected_times, compute_step_times
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step
+from dit_video.planning.topology import Topology
 
 
 def find_devices(topology: Topology) -> tuple[list[Any], bool]:

@@ -14,26 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from dit_video.backbones.flops import count_training_passes
-from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, make_mask_fields
 from dit_video.core.errors import UserError
+from dit_video.core.platform.devices import Platform
 from dit_video.core.trees import flatten
 from dit_video.diffusion import SampleTimes
 from dit_video.distributed import count_row_shards, make_parallelism, make_shardings
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.distributed.planner import StepSpec, count_step_costs
 from dit_video.experiment import DenoiserTraining, Experiment, LoraAdapters, PretrainedAutoencoder, Student
 from dit_video.experiment.autoencoder import make_autoencoder_step
 from dit_video.experiment.denoiser import init_denoiser, make_denoiser_loss, make_denoiser_step
-from dit_video.generation import SamplingRequest
-from dit_video.generation.conditioning import list_fields
-from dit_video.generation.packing import PackedRequests, Packer
-from dit_video.generation.program import compute_program_steps, make_program
-from dit_video.generation.sampler import init_state
-from dit_video.generation.sharding import ProgramArguments, compute_row_multiples, make_argument_shardings
+from dit_video.models.backbones.flops import count_training_passes
+from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, make_mask_fields
+from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig
 from dit_video.nn import get_graph_def, init_lora, init_params
-from dit_video.platform.devices import Platform
-from dit_video.text import ByteEncoderConfig, FrozenTextConfig
+from dit_video.planning.costs import count_step_costs
+from dit_video.planning.estimate import StepSpec
+from dit_video.sampling import SamplingRequest
+from dit_video.sampling.conditioning import list_fields
+from dit_video.sampling.packing import PackedRequests, Packer
+from dit_video.sampling.program import compute_program_steps, make_program
+from dit_video.sampling.sampler import init_state
+from dit_video.sampling.sharding import ProgramArguments, compute_row_multiples, make_argument_shardings
 from dit_video.tokens import Field, Grid, make_empty_row
 from dit_video.training.program import make_step_program
 from dit_video.training.state import attach_shardings

@@ -12,8 +12,8 @@ from typing import Generic, Literal, NoReturn, TypeVar
 
 from dit_video.core.errors import TransientError, UserError
 from dit_video.core.storage_errors import classify_read_error
+from dit_video.distributed.faults.store import KeyValueStore
 from dit_video.distributed.processes import is_in_turn
-from dit_video.distributed.store import KeyValueStore
 
 T = TypeVar("T")
 

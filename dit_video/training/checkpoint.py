@@ -30,10 +30,10 @@ import orbax.checkpoint as ocp
 from dit_video.core import config_json
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, TransientError, UserError
+from dit_video.core.platform.provenance import get_code_version
 from dit_video.core.storage_errors import classify_read_error, retry_transient
+from dit_video.distributed.faults.progress import declare_phase
 from dit_video.distributed.process_group import ProcessGroup
-from dit_video.distributed.progress import declare_phase
-from dit_video.platform.provenance import get_code_version
 from dit_video.training.agreement import (
     SharedResult,
     call_together,

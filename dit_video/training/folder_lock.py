@@ -20,7 +20,7 @@ import jax
 from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.core.storage_errors import is_transient
-from dit_video.distributed.stacks import exit_now
+from dit_video.distributed.faults.stacks import exit_now
 from dit_video.training.agreement import call_together, format_error, raise_failure
 from dit_video.training.lease import Lease, LeaseConfig, LeaseRecord, read_newest_lease
 from dit_video.training.process_identity import ProcessIdentity

@@ -23,9 +23,9 @@ from types import FrameType
 import jax
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, UserError
-from dit_video.distributed.progress import count_step, expect_steps
-from dit_video.distributed.stacks import dump_stacks, exit_now
-from dit_video.distributed.store import AbortedWaitError, KeyValueStore
+from dit_video.distributed.faults.progress import count_step, expect_steps
+from dit_video.distributed.faults.stacks import dump_stacks, exit_now
+from dit_video.distributed.faults.store import AbortedWaitError, KeyValueStore
 
 GRACE_VARIABLE = "DIT_VIDEO_PREEMPTION_GRACE"
 """Environment variable with the seconds between SIGTERM and the end of the process, which launch files set."""

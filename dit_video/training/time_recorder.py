@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 import jax
 
 from dit_video.core.errors import GracefulStop, UserError
+from dit_video.core.platform.process_time import get_process_age
 from dit_video.core.storage import StoragePathLike, to_storage_path, write_text
-from dit_video.platform.process_time import get_process_age
 from dit_video.training import goodput
 from dit_video.training.goodput import Attempt, SlowHost, TimeRecord
 

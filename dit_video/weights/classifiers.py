@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.features.c3d import CONVOLUTIONS, SIZE, C3d
-from dit_video.features.i3d import MIXED, I3d
-from dit_video.features.inception import BLOCKS, STEM, InceptionV3
+from dit_video.models.features.c3d import CONVOLUTIONS, SIZE, C3d
+from dit_video.models.features.i3d import MIXED, I3d
+from dit_video.models.features.inception import BLOCKS, STEM, InceptionV3
 from dit_video.nn import get_param_shapes
 from dit_video.weights.io import convert_arrays, read_network_file
 from dit_video.weights.tensor_map import TensorMapping

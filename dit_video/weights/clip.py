@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
-from dit_video.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
+from dit_video.models.features.clip import ACTIVATIONS, ClipConfig, ClipTextConfig, ClipTowerConfig, ClipVisionConfig
 from dit_video.nn import get_param_shapes
 from dit_video.weights.diffusers import DENSE, map_kernel_and_bias, map_scale_and_shift
 from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config

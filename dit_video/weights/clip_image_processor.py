@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json, write_json
-from dit_video.features.clip import ClipImageProcessor
+from dit_video.models.features.clip import ClipImageProcessor
 
 _FILE, _PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 """Files of an image processor alone, and of one that was saved with a tokenizer."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from dit_video.core.config_json import to_json
 from dit_video.core.errors import MissingError, UserError
-from dit_video.features import ClipTextConfig
-from dit_video.text import TOKENIZER_FILES, Embedder, PretrainedTokenizer, T5Config, has_tokenizer
+from dit_video.models.encoders import TOKENIZER_FILES, Embedder, PretrainedTokenizer, T5Config, has_tokenizer
+from dit_video.models.features import ClipTextConfig
 from dit_video.weights.clip import (
     CLIP_TEXT_MODEL_TYPES,
     check_clip_weights,

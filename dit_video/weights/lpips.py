@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-from dit_video.features import Lpips
-from dit_video.features.lpips import STAGES
+from dit_video.models.features import Lpips
+from dit_video.models.features.lpips import STAGES
 from dit_video.nn import get_param_shapes
 from dit_video.weights.io import read_network_file
 from dit_video.weights.tensor_map import TensorMapping

@@ -9,8 +9,8 @@ import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
+from dit_video.models.encoders import T5Config
 from dit_video.nn import get_param_shapes
-from dit_video.text import T5Config
 from dit_video.weights.folders import TensorFolder, find_model_folder, read_transformers_config
 from dit_video.weights.io import LoadedEncoder, check_tensors, read_encoder_params, write_params
 from dit_video.weights.parameter import Placement, place_on_device

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dit_video.features.video_mae import VideoMaeConfig
+from dit_video.models.features.video_mae import VideoMaeConfig
 from dit_video.nn import get_param_shapes
 from dit_video.weights.diffusers import DENSE, map_kernel_and_bias, map_scale_and_shift
 from dit_video.weights.io import read_network_file

@@ -17,11 +17,11 @@ The following numbers are computed from shapes and from XLA's count for the lowe
 200,000 steps take about 6×10^19 FLOP.
 """
 
-from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig, LeCam
-from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
-from dit_video.text import ByteEncoderConfig
+from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig, LeCam
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 

@@ -17,14 +17,14 @@ GPU, as configured here) and 17 TFLOP: one window on each of eight devices with 
 parameters, is a starting point.
 """
 
-from dit_video.autoencoders import AutoencoderObjective, ImageLevels, ImageVaeConfig, InflatedConfig
-from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
-from dit_video.generation import Sampling
-from dit_video.text import ByteEncoderConfig
+from dit_video.models.autoencoders import AutoencoderObjective, ImageLevels, ImageVaeConfig, InflatedConfig
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.encoders import ByteEncoderConfig
+from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 

@@ -7,14 +7,14 @@ Latents and embedded captions are cached first, with the autoencoder and the tex
 Hugging Face (Lightricks/LTX-Video-0.9.5). It is designed for v5p:2x2x4, and has not been trained.
 """
 
-from dit_video.autoencoders import LtxVaeConfig
-from dit_video.backbones.ltx import LtxDitConfig
-from dit_video.conditioning import FrameConditioning
 from dit_video.diffusion import ExponentialShift, FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
-from dit_video.generation import Sampling
-from dit_video.text import FrozenTextConfig
+from dit_video.models.autoencoders import LtxVaeConfig
+from dit_video.models.backbones.ltx import LtxDitConfig
+from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.sampling import Sampling
 from dit_video.tokens import PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 

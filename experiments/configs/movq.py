@@ -15,14 +15,20 @@ bfloat16, as configured here, two devices with 80 GB are more than enough. The d
 starting point.
 """
 
-from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig, CodebookConfig, VqConfig
-from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
-from dit_video.generation import Sampling
-from dit_video.text import ByteEncoderConfig
+from dit_video.models.autoencoders import (
+    AdversarialConfig,
+    AutoencoderObjective,
+    CausalVaeConfig,
+    CodebookConfig,
+    VqConfig,
+)
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.encoders import ByteEncoderConfig
+from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.optim.optimizer import OptimizerConfig

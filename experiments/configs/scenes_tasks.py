@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import scenes
 
-from dit_video.conditioning import (
+from dit_video.models.conditioning import (
     Beginning,
     BothEnds,
     Ending,

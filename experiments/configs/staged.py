@@ -11,14 +11,14 @@ On 17 clips and two cores shared with other jobs, the autoencoder took five minu
 ends at 0.20, and samples of the training clips, which the model has memorized, are recognizable.
 """
 
-from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.backbones.dit import DitConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, CurriculumStage, DataConfig, DenoiserTraining, Experiment
-from dit_video.generation import Sampling
-from dit_video.text import ByteEncoderConfig
+from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.encoders import ByteEncoderConfig
+from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 

@@ -6,11 +6,11 @@ python experiments/quickstart.py --config unet
 import dataclasses
 
 from configs import quickstart
-from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.unet import UnetConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import AutoencoderTraining, Experiment
+from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.unet import UnetConfig
 from dit_video.tokens import CanvasShape, Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 

@@ -6,13 +6,13 @@ Hugging Face (`vae`, `text_encoder` and `tokenizer`).
 These configs have not been trained.
 """
 
-from dit_video.autoencoders import CausalVaeConfig
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
-from dit_video.generation import Sampling
-from dit_video.text import FrozenTextConfig
+from dit_video.models.autoencoders import CausalVaeConfig
+from dit_video.models.backbones.wan import WanDitConfig
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.sampling import Sampling
 from dit_video.tokens import PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 

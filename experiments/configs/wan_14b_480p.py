@@ -7,8 +7,8 @@ It is designed for v5p:4x4x8 and v6e:16x16, and has not been trained.
 """
 
 from configs import wan
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.distributed import MeshConfig
+from dit_video.models.backbones.wan import WanDitConfig
 
 EXPERIMENT = wan.make_experiment(
     "wan_14b_480p",

@@ -271,7 +271,7 @@ def test_values_that_are_no_config_are_not_written():
         ),
         (
             {
-                "type": "dit_video.backbones.dit.model:DitConfig",
+                "type": "dit_video.models.backbones.dit.model:DitConfig",
                 "channels": 1,
                 "context_width": 1,
                 "absolute_position": 3,

@@ -14,6 +14,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
+from dit_video.apps.reports.ingest_report import write_ingest_report
 from dit_video.core.errors import DecodeError, MissingError, TransientError, UserError
 from dit_video.core.storage import (
     convert_storage_errors,
@@ -31,7 +32,6 @@ from dit_video.data.ingest import completion, engine, parts
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.records import get_file_name
-from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.video import Clip
 
 

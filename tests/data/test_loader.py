@@ -22,7 +22,7 @@ from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import RowLayout
 from dit_video.data.sizes import SizeLimits
-from dit_video.data.synthetic import shapes
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid, PackedShape, compute_positions, patchify, unpack
 from support.fakes import average_patches, tokenize
 

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.backbones.denoise import make_denoise_fn
-from dit_video.conditioning import ClassIds, Conditioning
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     Ddpm,
@@ -18,6 +16,8 @@ from dit_video.diffusion import (
     sample,
     stateless,
 )
+from dit_video.models.backbones.denoise import make_denoise_fn
+from dit_video.models.conditioning import ClassIds, Conditioning
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedRows, compute_positions
 from support.random_params import make_random_params

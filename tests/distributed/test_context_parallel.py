@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from dit_video.backbones.dit import DitConfig, JointAttention, TemporalLayers
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, ShardingRules, check_denoiser, make_parallelism, make_shardings
 from dit_video.distributed.sharding_rules import DEFAULT_RULES, FUSED_MAPS
+from dit_video.models.backbones.dit import DitConfig, JointAttention, TemporalLayers
+from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import Linear, get_graph_def, get_param_shapes
 from dit_video.nn.attention import AttentionInputs, Full, SlidingWindow, SpaceOnly
 from dit_video.nn.attention.backends.chunked import attend_part, compute_part_gradients

@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
-from dit_video.distributed.health import GRACE_SECONDS
+from dit_video.distributed.faults.health import GRACE_SECONDS
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed, is_in_turn, main_process_first
-from dit_video.distributed.timeouts import TimeoutConfig
 from support.devices import HANG, PROGRAMS, find_free_port, make_environment
 from support.marks import mark_exhaustive_except
 

@@ -6,12 +6,12 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings, shard_batch
 from dit_video.distributed.mesh import make_abstract_mesh
-from dit_video.distributed.planner import count_argument_bytes
+from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes
+from dit_video.planning import count_argument_bytes
 from dit_video.training.state import attach_shardings
 from support.devices import check_on_eight_devices, run_together
 

@@ -5,10 +5,10 @@ from dataclasses import asdict
 
 import pytest
 
+from dit_video.apps.reports.comparison_report import write_comparison_report
 from dit_video.core.errors import MissingError, UserError
 from dit_video.evaluation.comparison import compare, format_comparison
 from dit_video.evaluation.metrics.metric import MetricDescription
-from dit_video.reports.comparison_report import write_comparison_report
 
 ABOUT = {
     "psnr": MetricDescription(label="PSNR", unit="dB", decimals=1, is_higher_better=True),

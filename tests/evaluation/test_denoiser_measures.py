@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import dit_video
+from dit_video.apps.reports.evaluation_report import write_evaluation_report
 from dit_video.core.errors import UserError
-from dit_video.data.synthetic import shapes
 from dit_video.diffusion import Epsilon
 from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.comparison import compare
@@ -18,8 +18,8 @@ from dit_video.evaluation.metrics.bits_per_dimension import BitsPerDimension, La
 from dit_video.evaluation.metrics.loss_by_time import DenoisingLoss, LossByTime
 from dit_video.evaluation.protocol import ClipSampling, Protocol
 from dit_video.evaluation.protocols import get_protocol
-from dit_video.pipelines.pipeline import Pipeline
-from dit_video.reports.evaluation_report import write_evaluation_report
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support import tiny_pipeline

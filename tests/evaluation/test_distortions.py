@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.synthetic.scenes import draw_scene, render
 from dit_video.evaluation.distortions import SEVERITIES, distort
-from dit_video.evaluation.feature_functions.scenes import SceneFeatures
 from dit_video.evaluation.metrics.frechet import FrechetMetric
 from dit_video.evaluation.metrics.metric import MetricBatch
+from dit_video.scenes import draw_scene, render
+from dit_video.scenes.features import SceneFeatures
 from dit_video.tokens import Grid
 
 

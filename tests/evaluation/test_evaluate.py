@@ -4,18 +4,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dit_video.apps.reports.run_report import write_autoencoder_report
 from dit_video.core.errors import UserError
 from dit_video.data.sizes import read_fitted_clip
-from dit_video.data.synthetic import shapes
 from dit_video.evaluation import evaluate, requests
 from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
 from dit_video.evaluation.metrics.loss_by_time import LossByTime
 from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
-from dit_video.evaluation.metrics.prompt_following import PromptFollowing
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, psnr, ssim
 from dit_video.experiment.run import Run
-from dit_video.pipelines.pipeline import Pipeline, Request
-from dit_video.reports.run_report import write_autoencoder_report
+from dit_video.sampling.pipeline import Pipeline, Request
+from dit_video.scenes import shapes
+from dit_video.scenes.metrics.prompt_following import PromptFollowing
 from dit_video.tokens import Grid
 
 REQUESTS = [
@@ -153,7 +153,7 @@ def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_r
         len(REQUESTS),
     )
     assert (entry["unit"], entry["is_higher_better"]) == ("%", True)
-    assert entry["metric"] == "dit_video.evaluation.metrics.prompt_following:PromptFollowing"
+    assert entry["metric"] == "dit_video.scenes.metrics.prompt_following:PromptFollowing"
     seconds = measured.metrics["sampling"].pop("seconds")
     assert seconds >= 0
     expected = {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "times": [1.0, 0.5, 0.0], "sampler": "euler"}

@@ -12,13 +12,13 @@ from dit_video.evaluation.comparison import compare
 from dit_video.evaluation.evaluate_protocol import SAMPLES_FOLDER, evaluate_protocol, make_requests
 from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
 from dit_video.evaluation.metrics.reconstruction import Psnr
-from dit_video.evaluation.metrics.scene_attributes import SceneColours
 from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.protocol import ClipSampling, Protocol
 from dit_video.evaluation.sample_store import SampleStore
-from dit_video.evaluation.scene_protocols import SceneProtocol
-from dit_video.generation.request import Request
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Request
+from dit_video.scenes.metrics.scene_attributes import SceneColours
+from dit_video.scenes.protocols import SceneProtocol
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support import tiny_pipeline

@@ -7,8 +7,8 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from dit_video.core.errors import MissingError
-from dit_video.data.synthetic.scenes import draw_scene, render
 from dit_video.evaluation.optical_flow import estimate_flow, interpolate_middle, warp_backward
+from dit_video.scenes import draw_scene, render
 from dit_video.tokens import Grid
 
 SMOOTH = gaussian_filter(np.random.default_rng(0).normal(size=(64, 68, 3)), (2, 2, 0))

@@ -9,12 +9,12 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.core.offload import Stages
-from dit_video.distributed.progress import PROGRESS
+from dit_video.distributed.faults.progress import PROGRESS
 from dit_video.evaluation.sample_store import SampleStore
 from dit_video.evaluation.samples import read_samples, write_samples
-from dit_video.generation import sampler
-from dit_video.generation.request_file import read_requests
-from dit_video.pipelines.pipeline import Request
+from dit_video.sampling import sampler
+from dit_video.sampling.pipeline import Request
+from dit_video.sampling.request_file import read_requests
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
 from support.tiny_wan import SIZE, TWO, write_animating_wan, write_wan

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig
 from dit_video.core.errors import MissingError
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment.run import Run
+from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig
 from dit_video.tokens import Grid
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging

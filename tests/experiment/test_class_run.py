@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.backbones.dit import ClassLabels, NoContext
 from dit_video.core.errors import UserError
 from dit_video.experiment.run import Run
-from dit_video.text import ClassNamesConfig
+from dit_video.models.backbones.dit import ClassLabels, NoContext
+from dit_video.models.encoders import ClassNamesConfig
 from dit_video.tokens import PackedShape
 
 pytestmark = pytest.mark.slow

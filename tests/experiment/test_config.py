@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, PatchVaeConfig
-from dit_video.backbones.dit import DitConfig
-from dit_video.conditioning import FrameConditioning
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.data.windows import WindowConfig
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import Experiment
 from dit_video.experiment.config_file import load_experiment
-from dit_video.generation import Sampling
-from dit_video.text import ByteEncoderConfig
+from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, PatchVaeConfig
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.encoders import ByteEncoderConfig
+from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
@@ -151,7 +151,7 @@ def test_the_folder_of_configs_is_not_empty():
 
 
 def test_the_quickstart_holds_out_clips_that_it_renders(load_file):
-    from dit_video.data.synthetic import shapes
+    from dit_video.scenes import shapes
 
     quickstart = load_file(next(path for path in CONFIGS if path.stem == "quickstart"))
     for brief in (False, True):

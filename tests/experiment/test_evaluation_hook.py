@@ -16,7 +16,7 @@ from dit_video.evaluation.metrics.reconstruction import Psnr
 from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
 from dit_video.experiment.evaluation_hook import EvaluationHook
-from dit_video.generation.request import Request
+from dit_video.sampling.request import Request
 from dit_video.tokens import Grid
 from support import tiny_pipeline
 

@@ -7,11 +7,11 @@ import shutil
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.synthetic import shapes
 from dit_video.experiment.config import Experiment
 from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.experiment.run import Run
 from dit_video.experiment.stages.denoiser import TrainDenoiser
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 
 COUNT = 100

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.conditioning import FrameConditioning
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.evaluate import evaluate
 from dit_video.experiment.run import Run
+from dit_video.models.conditioning import FrameConditioning
 
 pytestmark = pytest.mark.slow
 SIZE = (5, 16, 16)

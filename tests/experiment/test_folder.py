@@ -30,7 +30,7 @@ def test_rendered_clips_may_lie_in_a_new_run_s_folder(tiny, tmp_path):
         ([], "run of format None"),
         ({"format": 1}, "holds no experiment"),
         ({"format": 1, "experiment": {"type": "os:system", "command": "x"}}, "lies outside dit_video"),
-        ({"format": 1, "experiment": {"type": "dit_video.generation:Sampling"}}, "holds no experiment"),
+        ({"format": 1, "experiment": {"type": "dit_video.sampling:Sampling"}}, "holds no experiment"),
         ({"format": 1, "experiment": {"type": "dit_video.experiment:Gone"}}, "does not exist in this version"),
         ({"format": 1, "experiment": {"type": "dit_video.experiment:DataConfig", "pixels": 1}}, "no field pixels"),
     ],

@@ -13,8 +13,8 @@ from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.experiment.run import Run
-from dit_video.pipelines.loading import load_pipeline
-from dit_video.text import FrozenTextConfig
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.sampling.loading import load_pipeline
 from dit_video.tokens import Grid
 from dit_video.training.hooks import logging
 from dit_video.weights import load_embedder

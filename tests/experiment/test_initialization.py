@@ -7,7 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from dit_video.autoencoders import (
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.trees import flatten
+from dit_video.data.windows import WindowConfig
+from dit_video.experiment import AutoencoderTraining
+from dit_video.experiment.autoencoder import load_initial_params
+from dit_video.experiment.run import Run
+from dit_video.families import save_autoencoder
+from dit_video.models.autoencoders import (
     CausalVaeConfig,
     CodebookConfig,
     ImageLevels,
@@ -16,13 +23,6 @@ from dit_video.autoencoders import (
     PatchVaeConfig,
     VqConfig,
 )
-from dit_video.core.errors import MissingError, UserError
-from dit_video.core.trees import flatten
-from dit_video.data.windows import WindowConfig
-from dit_video.experiment import AutoencoderTraining
-from dit_video.experiment.autoencoder import load_initial_params
-from dit_video.experiment.run import Run
-from dit_video.families import save_autoencoder
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support.random_params import make_random_params
@@ -76,8 +76,8 @@ def test_an_inflated_autoencoder_starts_from_the_image_weights(folder):
             InflatedConfig(image=dataclasses.replace(IMAGE, levels=ImageLevels(widths=(4, 8), groups=2))),
             "levels.blocks is 1 there and 2 here",
         ),
-        (PatchVaeConfig(), "type is 'dit_video.autoencoders:ImageVaeConfig' there"),
-        (CausalVaeConfig(), "type is 'dit_video.autoencoders:ImageVaeConfig' there"),
+        (PatchVaeConfig(), "type is 'dit_video.models.autoencoders:ImageVaeConfig' there"),
+        (CausalVaeConfig(), "type is 'dit_video.models.autoencoders:ImageVaeConfig' there"),
     ],
 )
 def test_a_start_folder_with_another_autoencoder_is_refused(folder, model, message):

@@ -11,10 +11,10 @@ from dit_video.data.bucketing.buckets import BatchMemory
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.synthetic import shapes
 from dit_video.distributed import make_mesh
 from dit_video.experiment import input_pipeline
 from dit_video.experiment.run import Run
+from dit_video.scenes import shapes
 from dit_video.tokens import PackedShape
 from support.fakes import tokenize
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.backbones.flops import count_training_flops
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
@@ -19,6 +18,7 @@ from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.experiment import LoraAdapters, monitors
 from dit_video.experiment.run import Run
+from dit_video.models.backbones.flops import count_training_flops
 from dit_video.tokens import Grid, PackedExample, PackedShape, compute_positions, infer_grid, pack
 from dit_video.training.hooks import logging
 from dit_video.training.hooks.metric_logs import MonitoringConfig

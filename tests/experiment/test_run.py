@@ -15,11 +15,11 @@ from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.bucketing.buckets import BatchMemory
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.synthetic import shapes
 from dit_video.data.windows import ClipCrops, WindowConfig
 from dit_video.experiment import input_pipeline
 from dit_video.experiment.run import Run
 from dit_video.experiment.stages import autoencoder
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.conditioning import Beginning, FirstFrame, FrameConditioning, InsideOfBox
 from dit_video.experiment.run import Run
 from dit_video.experiment.stages.denoiser import TrainDenoiser
+from dit_video.models.conditioning import Beginning, FirstFrame, FrameConditioning, InsideOfBox
 
 pytestmark = pytest.mark.slow
 MASKS = (FirstFrame(weight=2.0), Beginning(), InsideOfBox())

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.autoencoders import PatchVaeConfig
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.unet import UnetConfig
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.experiment.run import Run
-from dit_video.pipelines.pipeline import Request
+from dit_video.models.autoencoders import PatchVaeConfig
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.unet import UnetConfig
+from dit_video.sampling.pipeline import Request
 from dit_video.tokens import CanvasShape, Grid, PackedShape
 
 UNET = UnetConfig(channels=4, context_width=16, width=8, multipliers=(1, 2), heads=2, groups=4)

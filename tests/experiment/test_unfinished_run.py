@@ -7,9 +7,9 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import MissingError, UserError
-from dit_video.encoders.preview import load_preview_decoder
 from dit_video.experiment.run import Run
-from dit_video.pipelines.folder import PREVIEW
+from dit_video.sampling.folder import PREVIEW
+from dit_video.sampling.preview import load_preview_decoder
 from dit_video.training.trainer import Trainer
 
 

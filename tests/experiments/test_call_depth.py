@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from dit_video.backbones.dit.model import Dit
 from dit_video.core.errors import UserError
+from dit_video.models.backbones.dit.model import Dit
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [ROOT / name for name in ("dit_video", "experiments", "tests", "tools")]

@@ -5,9 +5,9 @@ import json
 import pytest
 
 import dit_video
-from dit_video.data.synthetic import shapes
 from dit_video.diffusion import Lcm
 from dit_video.experiment.export import LORA_FILE
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from support.tiny_wan import write_wan
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from dit_video.data.synthetic.scenes import draw_scene
-from dit_video.evaluation.scene_tasks import SCENE_TASKS
+from dit_video.scenes import draw_scene
+from dit_video.scenes.tasks import SCENE_TASKS
 
 
 def test_scenes_are_rendered_into_a_folder_of_clips(script, tmp_path):

@@ -9,10 +9,10 @@ import pytest
 
 import dit_video
 from dit_video.core.trees import flatten
-from dit_video.data.synthetic import shapes
 from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE
 from dit_video.families import load_denoiser
 from dit_video.families.family import DENOISER_FOLDERS
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.hooks import logging
 from dit_video.video import decode

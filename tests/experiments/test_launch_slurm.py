@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
-from dit_video.distributed.timeouts import TimeoutConfig
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.training.preemption import GRACE_VARIABLE, get_machine_grace
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,10 +5,10 @@ import pytest
 
 import dit_video
 from dit_video.core.trees import flatten
-from dit_video.data.synthetic import shapes
 from dit_video.experiment.export import LORA_FILE
+from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.families.ltx.task import KeyframesToVideo
-from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.hooks import logging
 from dit_video.video import Clip, decode

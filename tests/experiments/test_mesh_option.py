@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dit_video.evaluation import requests
-from dit_video.pipelines.pipeline import Request
+from dit_video.sampling.pipeline import Request
 from dit_video.tokens import Grid
 from dit_video.video import decode
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dit_video.data.synthetic import shapes
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from support.chromium import open_chromium
 

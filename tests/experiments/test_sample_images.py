@@ -8,7 +8,7 @@ import pytest
 
 import dit_video
 from dit_video.evaluation.samples import read_samples
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.tokens import Grid
 from dit_video.video.clip import Clip
 from dit_video.video.decode import decode

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.autoencoders import Tiles
 from dit_video.core.offload import Stages, is_in_host_memory
 from dit_video.core.trees import flatten
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.models.autoencoders import Tiles
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.video.clip import Clip
 from dit_video.video.decode import decode
 from dit_video.weights import save

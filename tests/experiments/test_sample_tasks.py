@@ -12,8 +12,8 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.evaluation import task_results
 from dit_video.evaluation.task_results import make_contact_sheet, write_task_results
-from dit_video.pipelines.tasks import TASKS, Extend, Inpaint, Interpolate
-from dit_video.pipelines.tasks.task_file import TaskEntry, make_task, read_tasks
+from dit_video.sampling.tasks import TASKS, Extend, Inpaint, Interpolate
+from dit_video.sampling.tasks.task_file import TaskEntry, make_task, read_tasks
 from dit_video.video import Clip, decode, read_recipe
 from support.tiny_wan import write_wan
 

@@ -11,10 +11,10 @@ import pytest
 
 from dit_video.core.storage import to_storage_path, upload
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.synthetic import shapes
 from dit_video.evaluation import requests
 from dit_video.experiment.run import Run
-from dit_video.pipelines.pipeline import Request
+from dit_video.sampling.pipeline import Request
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.video import decode
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.data.synthetic import shapes
 from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE
 from dit_video.experiment.monitors import tile_clips
-from dit_video.pipelines.pipeline import Request
+from dit_video.sampling.pipeline import Request
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.video import decode

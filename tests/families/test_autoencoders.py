@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.autoencoders import CausalVaeConfig
 from dit_video.core.errors import MissingError, UserError
 from dit_video.families import load_autoencoder, save_autoencoder
+from dit_video.models.autoencoders import CausalVaeConfig
 from dit_video.tokens import Grid
 from support.random_params import make_random_params
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.autoencoders import CausalVaeConfig
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.families import get_lora_modules, load_autoencoder, load_denoiser, save_autoencoder, save_denoiser
 from dit_video.families.convert import convert, convert_lora, convert_native_denoiser
+from dit_video.models.autoencoders import CausalVaeConfig
+from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid
 from dit_video.weights import get_native_modules, load_lora, save, save_lora

@@ -60,7 +60,7 @@ def document(tiny_run):
         (lambda written: written | {"config": {"type": "subprocess:Popen", "args": "id"}}, "lies outside dit_video"),
         (lambda written: written | {"config": written["config"] | {"colour": 1}}, "no field colour"),
         (
-            lambda written: written | {"config": {"type": "dit_video.pipelines.pipeline:PipelineConfig"}},
+            lambda written: written | {"config": {"type": "dit_video.sampling.pipeline:PipelineConfig"}},
             "lacks the field",
         ),
         (

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.autoencoders import CausalVaeConfig, CodebookConfig, ImageLevels, ImageVaeConfig, VqConfig
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.families import load_autoencoder, load_denoiser, save_autoencoder, save_denoiser
+from dit_video.models.autoencoders import CausalVaeConfig, CodebookConfig, ImageLevels, ImageVaeConfig, VqConfig
+from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.tokens import Grid
 from dit_video.weights import load_clip, load_text_encoder, save_clip, save_text_encoder
 from dit_video.weights.native_format import write_native

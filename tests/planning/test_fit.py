@@ -7,9 +7,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig
-from dit_video.distributed.planner import Topology
 from dit_video.experiment import AllWeights, LoraAdapters
-from dit_video.planning import fit, plan_experiment
+from dit_video.planning import Topology, fit, plan_experiment
 from dit_video.planning.fit_estimates import apply_settings
 from dit_video.planning.fit_options import list_settings
 from dit_video.tokens import PackedShape

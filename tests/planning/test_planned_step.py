@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dit_video.autoencoders import IdentityConfig
-from dit_video.backbones.dit import DitConfig
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import PretrainedAutoencoder
 from dit_video.experiment.run import Run
+from dit_video.models.autoencoders import IdentityConfig
+from dit_video.models.backbones.dit import DitConfig
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support.devices import HANG, PROGRAMS

@@ -6,18 +6,17 @@ import json
 import jax
 import pytest
 
-from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective
-from dit_video.backbones.flops import count_forward_flops
-from dit_video.backbones.unet import UnetConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.distributed.mesh import make_abstract_mesh
-from dit_video.distributed.planner import Topology, compile_step
-from dit_video.planning import plan_experiment, suggest
+from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
+from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective
+from dit_video.models.backbones.flops import count_forward_flops
+from dit_video.models.backbones.unet import UnetConfig
+from dit_video.planning import Topology, compile_step, plan_experiment, suggest
 from dit_video.planning.steps import fill_row, plan_step
 from dit_video.planning.suggest import list_candidates
-from dit_video.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.tokens import CanvasShape, Grid
 from support.devices import check_on_eight_devices
 from support.marks import mark_slow_except

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dit_video.autoencoders import AdversarialConfig, AutoencoderObjective, LeCam, PatchVaeConfig
+from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, LeCam, PatchVaeConfig
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from dit_video.diffusion import Estimate, stateless
-from dit_video.generation.clip_functions import PackedLatents
+from dit_video.sampling.clip_functions import PackedLatents
 from dit_video.tokens import PackedExample, PackedShape, pack, stack_rows
 
 MEAN = np.asarray([0.5, -0.3, 0.1, 0.0], np.float32)

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from dit_video.backbones.dit import DitConfig
 from dit_video.diffusion import FlowMatching
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def
-from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.random_params import make_random_params

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from dit_video import text
-from dit_video.encoders import text as text_encoder
+from dit_video.models import encoders
+from dit_video.weights import text_encoder as text_encoder
 
 
 def tokenize(caption: str) -> np.ndarray:
@@ -39,7 +39,7 @@ def use_fake_embedder(patch):
     return opened
 
 
-class FakeEmbedder(text.Embedder):
+class FakeEmbedder(encoders.Embedder):
     """A text encoder without context: it returns a vector for each word, and one for the end."""
 
     width = 8

@@ -6,8 +6,6 @@ import jax
 import numpy as np
 import optax
 
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import trees
 from dit_video.diffusion import FlowMatching
 from dit_video.distributed import (
@@ -18,9 +16,11 @@ from dit_video.distributed import (
     make_shardings,
     shard_batch,
 )
-from dit_video.distributed.planner import read_program
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.wan import WanDitConfig
+from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
-from dit_video.text import ByteEncoderConfig
+from dit_video.planning import read_program
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.lora import LoraLoss

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.models.backbones.wan import WanDitConfig
 
 CONFIG = WanDitConfig(channels=4, context_width=64, width=1024, mlp_dim=4096, layers=6, heads=8, time_width=32)
 

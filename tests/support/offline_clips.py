@@ -4,11 +4,11 @@ import hashlib
 
 import numpy as np
 
-from dit_video.autoencoders import PatchVaeConfig
 from dit_video.core.errors import MissingError
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.latents.plan import Encoding
 from dit_video.data.sizes import SizeLimits
+from dit_video.models.autoencoders import PatchVaeConfig
 from dit_video.tokens import Grid
 from dit_video.video.encode import encode_frames
 from support.random_params import make_random_params

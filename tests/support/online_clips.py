@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dit_video.autoencoders import PatchVaeConfig
+from dit_video.models.autoencoders import PatchVaeConfig
 from dit_video.tokens import Grid
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1)

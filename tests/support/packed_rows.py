@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from dit_video.conditioning import ClassIds, Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.core.trees import flatten
+from dit_video.models.conditioning import ClassIds, Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedRows, compute_positions
 

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from dit_video.data.synthetic.scenes import Scene, render
-from dit_video.evaluation.physics_scenes import Law, draw_physics_scene
+from dit_video.scenes import Scene, render
+from dit_video.scenes.laws import Law, draw_physics_scene
 from dit_video.video import Clip
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax._src.interpreters import mlir
 
-from dit_video.platform.xla_flags import add_flags
+from dit_video.core.platform.xla_flags import add_flags
 
 _FLAGS = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
 """Flags that halve the time of compilation or more: most of it is the generation of code for fusions through MLIR."""

@@ -2,18 +2,18 @@
 
     python experiments/train.py tests/support/tiny.py --data CLIPS --workdir RUN
 
-CLIPS is made by `dit_video.data.synthetic.shapes.write_folder` with `COUNT`, `SIZES` and seed 0. The model learns
+CLIPS is made by `dit_video.scenes.shapes.write_folder` with `COUNT`, `SIZES` and seed 0. The model learns
 almost nothing.
 """
 
-from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.backbones.dit import DitConfig
-from dit_video.data.synthetic import shapes
 from dit_video.data.windows import WindowConfig
 from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
-from dit_video.generation import Sampling
-from dit_video.text import ByteEncoderConfig
+from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.encoders import ByteEncoderConfig
+from dit_video.sampling import Sampling
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 

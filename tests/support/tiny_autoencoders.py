@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dit_video.autoencoders import CausalVaeConfig, PatchVaeConfig
+from dit_video.models.autoencoders import CausalVaeConfig, PatchVaeConfig
 from dit_video.tokens import Grid
 
 CONFIGS = {

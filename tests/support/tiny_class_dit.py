@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dit_video.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
+from dit_video.models.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
 
 DIT = DitConfig(
     channels=3,

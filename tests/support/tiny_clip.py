@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dit_video.features import ClipConfig, ClipTextConfig, ClipVisionConfig
+from dit_video.models.features import ClipConfig, ClipTextConfig, ClipVisionConfig
 from dit_video.weights import save_clip
 from support.random_params import make_random_params
 

@@ -1,10 +1,10 @@
 """A denoiser with random parameters, and requests for it."""
 
-from dit_video.backbones.dit import DitConfig
 from dit_video.diffusion import RectifiedFlow
-from dit_video.generation import Denoiser, Sampling, SamplingRequest, draw_initial_noise
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def
-from dit_video.text import ByteEncoderConfig
+from dit_video.sampling import Denoiser, Sampling, SamplingRequest, draw_initial_noise
 from dit_video.tokens import Grid, PackedShape
 from support.random_params import make_random_params
 

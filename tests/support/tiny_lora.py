@@ -6,13 +6,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from dit_video.backbones.dit import DitConfig
 from dit_video.core.offload import Offload
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.diffusion import RectifiedFlow
 from dit_video.distributed import MeshConfig
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid, PackedShape
 from dit_video.weights import get_native_modules, save
 from support.random_params import make_random_params

@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dit_video.autoencoders import LtxVaeConfig
-from dit_video.backbones.ltx import LtxDitConfig
 from dit_video.families import save_autoencoder, save_denoiser
+from dit_video.models.autoencoders import LtxVaeConfig
+from dit_video.models.backbones.ltx import LtxDitConfig
 from support.random_params import make_random_params
 from support.tiny_t5 import CONFIG as TEXT
 from support.tiny_t5 import write_encoder, write_tokenizer

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid, PackedShape
 from support import tiny
 from support.random_params import make_random_params

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from dit_video.text import T5Config
+from dit_video.models.encoders import T5Config
 from dit_video.weights import save_text_encoder
 from support.random_params import make_random_params
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dit_video.backbones.vace import VaceControl, VaceDitConfig
+from dit_video.models.backbones.vace import VaceControl, VaceDitConfig
 from support.tiny_t5 import CONFIG as TEXT
 from support.tiny_wan import VAE, write_wan
 

@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from dit_video.autoencoders import CausalVaeConfig
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.families import save_autoencoder, save_denoiser
-from dit_video.features import ClipImageProcessor
+from dit_video.models.autoencoders import CausalVaeConfig
+from dit_video.models.backbones.wan import WanDitConfig
+from dit_video.models.features import ClipImageProcessor
 from dit_video.tokens import Grid
 from dit_video.weights import save_clip_image_processor
 from support.random_params import make_random_params

@@ -28,7 +28,7 @@ def test_a_page_without_a_server_is_written(script, data, tmp_path):
 
 
 def test_a_server_on_another_host_prints_an_address_with_a_token(script, data, monkeypatch):
-    from dit_video.web import server
+    from dit_video.apps import server
 
     served = []
     monkeypatch.setattr(server, "serve", lambda app, listener: served.append(listener.close()))

@@ -9,10 +9,10 @@ import pytest
 
 import dit_video
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.synthetic import shapes
-from dit_video.encoders.preview import load_preview_decoder
 from dit_video.evaluation.metrics.reconstruction import psnr
-from dit_video.pipelines.folder import AUTOENCODER, CONFIG, PREVIEW, read_pipeline_config
+from dit_video.sampling.folder import AUTOENCODER, CONFIG, PREVIEW, read_pipeline_config
+from dit_video.sampling.preview import load_preview_decoder
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 
 TOOL = "tools/fit_preview_decoder.py"

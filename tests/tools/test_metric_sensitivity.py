@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_video.data.synthetic import shapes
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 
 pytestmark = pytest.mark.slow

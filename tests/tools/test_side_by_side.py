@@ -2,9 +2,9 @@
 
 import json
 
-from dit_video.evaluation.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
-from dit_video.evaluation.votes import PageKey
-from dit_video.generation.request_file import read_requests
+from dit_video.curation.raters.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
+from dit_video.curation.raters.votes import PageKey
+from dit_video.sampling.request_file import read_requests
 from dit_video.tokens import Grid
 from support.sample_folders import write_sample_folder
 from support.votes import make_entry, write_votes

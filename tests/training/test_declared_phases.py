@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from dit_video.distributed.progress import PROGRESS
+from dit_video.distributed.faults.progress import PROGRESS
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.loop import LoopConfig, run

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.distributed.store import KeyValueStore
+from dit_video.distributed.faults.store import KeyValueStore
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.loop import LoopConfig, run
 from dit_video.training.preemption import SharedStopRequest, get_machine_grace, raise_on_sigterm

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.features import ClipImageProcessor
+from dit_video.models.features import ClipImageProcessor
 from dit_video.weights import load_clip_image_processor, save_clip_image_processor
 
 # Settings of openai/clip-vit-large-patch14 and Wan 2.1.

@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.models.encoders import PretrainedTokenizer
 from dit_video.nn import get_graph_def
-from dit_video.text import PretrainedTokenizer
 from dit_video.weights import load_clip_text, load_embedder, read_text_encoder_config, save_clip
 from support import tiny_clip
 from support.tiny_t5 import CONFIG, change_json, write_encoder, write_tokenizer

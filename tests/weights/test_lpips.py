@@ -7,7 +7,7 @@ from flax import nnx
 
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
-from dit_video.features import Lpips
+from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.weights import load_lpips
 from dit_video.weights.lpips import make_lpips_tensor_map

@@ -42,7 +42,7 @@ from dit_video.diffusion import (
     make_estimator,
     stateless,
 )
-from dit_video.generation import Sampling
+from dit_video.sampling import Sampling
 from dit_video.weights import LoadedScheduler, load_scheduler
 from support.published_schedulers import PUBLISHED
 

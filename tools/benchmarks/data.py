@@ -26,8 +26,8 @@ from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
 from dit_video.data.loader import LoaderConfig, load_packed_batches
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size
-from dit_video.data.synthetic import shapes
 from dit_video.data.windows import CACHE_BYTES, DECODE_THREADS, ClipCrops, WindowBatches
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training import loop
 from dit_video.training.hooks.hook import StepCall

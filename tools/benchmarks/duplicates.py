@@ -20,7 +20,7 @@ from dit_video.curation.annotator import ClipFile
 from dit_video.curation.annotators.clip_scores import ClipScores
 from dit_video.curation.annotators.duplicates import Duplicates
 from dit_video.data.clips import ClipInfo
-from dit_video.data.synthetic.scenes import Scene, draw_scene, render
+from dit_video.scenes import Scene, draw_scene, render
 from dit_video.tokens import Grid
 from dit_video.video import Clip, encode
 

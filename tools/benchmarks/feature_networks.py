@@ -19,10 +19,10 @@ from flax import nnx
 from benchmarks.peers import count_cores
 from benchmarks.timer import time_median
 from dit_video.core import trees
-from dit_video.features.c3d import C3d
-from dit_video.features.i3d import I3d
-from dit_video.features.inception import InceptionV3
-from dit_video.features.video_mae import VideoMaeConfig
+from dit_video.models.features.c3d import C3d
+from dit_video.models.features.i3d import I3d
+from dit_video.models.features.inception import InceptionV3
+from dit_video.models.features.video_mae import VideoMaeConfig
 from dit_video.nn import get_graph_def
 from dit_video.weights import classifiers
 from dit_video.weights.tensor_map import TensorMapping

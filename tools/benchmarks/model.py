@@ -21,11 +21,11 @@ from flax import nnx
 
 from benchmarks.timer import time_median
 from benchmarks.train_step import init_train_state, make_train_step
-from dit_video.backbones.wan import WanDitConfig
-from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core import rng
 from dit_video.core.trees import count_values as count
 from dit_video.families import save_denoiser
+from dit_video.models.backbones.wan import WanDitConfig
+from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid, PackedRows, compute_positions, patchify, unpatchify
 

@@ -14,8 +14,6 @@ import numpy as np
 from benchmarks.data import get_resident_memory
 from benchmarks.settings import Setting
 from benchmarks.steps import TrainingSetup
-from dit_video.autoencoders import AutoencoderConfig, latent_grid
-from dit_video.conditioning import KnownMask
 from dit_video.core import rng
 from dit_video.data.bucketing.batches import BucketConfig
 from dit_video.data.bucketing.buckets import BatchMemory
@@ -25,6 +23,8 @@ from dit_video.data.ingest.engine import ingest
 from dit_video.data.packing.rows import Encode
 from dit_video.distributed import count_row_shards, make_mesh
 from dit_video.experiment import input_pipeline
+from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
+from dit_video.models.conditioning import KnownMask
 from dit_video.nn import init_params
 from dit_video.tokens import Grid
 from dit_video.training import loop

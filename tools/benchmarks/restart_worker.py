@@ -12,8 +12,8 @@ from typing import Any
 from benchmarks.settings import Setting, SyntheticBatches, resolve_setting
 from benchmarks.steps import make_denoiser_parts
 from dit_video.core import rng
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed import make_mesh
-from dit_video.platform.compilation_cache import enable_compilation_cache
 from dit_video.training import loop, trainer
 from dit_video.training.hooks.hook import PeriodicCall
 from dit_video.training.optim.optimizer import make_optimizer

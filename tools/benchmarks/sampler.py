@@ -24,14 +24,14 @@ from flax import nnx
 from benchmarks.settings import tokenize_bytes
 from benchmarks.steps import count_compilations
 from benchmarks.timer import time_median
-from dit_video.backbones.denoise import make_denoise_fn
-from dit_video.backbones.dit import DitConfig
-from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core import rng
 from dit_video.diffusion import RectifiedFlow
-from dit_video.generation import Denoiser, Sampling, SamplingRequest, draw_initial_noise, sample_latents
+from dit_video.models.backbones.denoise import make_denoise_fn
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.conditioning import Conditioning, TextTokens
+from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def, init_params
-from dit_video.text import ByteEncoderConfig
+from dit_video.sampling import Denoiser, Sampling, SamplingRequest, draw_initial_noise, sample_latents
 from dit_video.tokens import (
     Grid,
     PackedExample,
@@ -195,7 +195,7 @@ _FIRST_RESULT_SCRIPT = """
 import sys, time
 began = time.perf_counter()
 import dit_video
-from dit_video.platform.compilation_cache import enable_compilation_cache
+from dit_video.core.platform.compilation_cache import enable_compilation_cache
 if sys.argv[2]:
     enable_compilation_cache()
 pipeline = dit_video.load(sys.argv[1])

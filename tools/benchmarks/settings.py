@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_grid
-from dit_video.backbones.dit import DitConfig
 from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.data.packing.canvases import CanvasPacking
 from dit_video.data.packing.plan import RowStream
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
-from dit_video.text import ByteEncoderConfig
+from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_grid
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.tokens import (
     CanvasShape,
     Grid,

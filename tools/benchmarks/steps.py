@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from benchmarks.settings import Setting, SyntheticBatches, get_row_shape, tokenize_bytes
-from dit_video.autoencoders import latent_grid
 from dit_video.core import rng
 from dit_video.core.trees import count_values as count
 from dit_video.distributed import make_mesh, make_shardings, shard_batch
+from dit_video.models.autoencoders import latent_grid
 from dit_video.nn import get_graph_def, init_params
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.denoiser import DenoiserLoss

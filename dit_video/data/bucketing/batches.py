@@ -17,7 +17,7 @@ from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, PieceDecoder, encode_ahead, get_part_range
 from dit_video.data.packing.rows import Encode, get_positions, read_caption, read_undamaged
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps, hash_clips
-from dit_video.text import CaptionTokens
+from dit_video.models.encoders import CaptionTokens
 from dit_video.tokens import (
     CanvasShape,
     DenseShape,

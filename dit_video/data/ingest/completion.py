@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool
 
 from dit_video.core.errors import UserError
+from dit_video.curation.duplicates import drop_duplicates
 from dit_video.data.clips import DATASET_NAME, FEATURES, KIND
 from dit_video.data.ingest.parts import IngestFolder
 from dit_video.data.ingest.report import REPORT_COLUMNS, IngestReport, make_report
@@ -23,7 +24,6 @@ from dit_video.data.table_files import (
     write_column,
     write_manifest,
 )
-from dit_video.video.analysis.duplicates import drop_duplicates
 
 CHOICE, CAPTIONS = "choice", "captions"
 """Names of the files of columns that an ingest writes."""

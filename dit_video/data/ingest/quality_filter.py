@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import av
 
 from dit_video.core.errors import UserError
+from dit_video.curation import samples
+from dit_video.curation.measures import Borders
+from dit_video.curation.samples import FrameSample, FrameSampler
+from dit_video.curation.shots import CutDetector, DetectorName, Span, split_at_transitions
+from dit_video.curation.thumbnails import ThumbnailMaker
+from dit_video.curation.transitions import HEIGHT, WIDTH
 from dit_video.video import TOLERANCE, VideoInfo, compute_average_fps, probe
-from dit_video.video.analysis import samples
-from dit_video.video.analysis.measures import Borders
-from dit_video.video.analysis.samples import FrameSample, FrameSampler
-from dit_video.video.analysis.shots import CutDetector, DetectorName, Span, split_at_transitions
-from dit_video.video.analysis.thumbnails import ThumbnailMaker
-from dit_video.video.analysis.transitions import HEIGHT, WIDTH
 from dit_video.video.cut import split_span
 from dit_video.video.reader import IMAGE_CODECS
 

@@ -15,17 +15,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
-from dit_video.autoencoders import (
-    ClipCanvas,
-    compute_segment_ids,
-    latent_grid,
-)
-from dit_video.conditioning import (
-    COND_LATENTS,
-    IMAGE_TOKENS,
-    ClipView,
-    KnownMask,
-)
 from dit_video.core import pixels
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePathLike, to_storage_path
@@ -38,7 +27,9 @@ from dit_video.data.latents.views import list_views
 from dit_video.data.latents.writer import LatentWriter
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.table_files import compute_row_id
-from dit_video.distributed.progress import count_progress, expect_progress
+from dit_video.distributed.faults.progress import count_progress, expect_progress
+from dit_video.models.autoencoders import ClipCanvas, compute_segment_ids, latent_grid
+from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, ClipView, KnownMask
 from dit_video.tokens import Grid
 
 

@@ -16,11 +16,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
-from dit_video.autoencoders import AutoencoderConfig, latent_grid, merge_sizes
-from dit_video.autoencoders.canvas import CANVAS_PIXELS
 from dit_video.core import pixels
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, make_batch_sharding, make_mesh
+from dit_video.models.autoencoders import AutoencoderConfig, latent_grid, merge_sizes
+from dit_video.models.autoencoders.canvas import CANVAS_PIXELS
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from dit_video.autoencoders import ClipCanvas
-from dit_video.conditioning import KnownMask, MaskGenerator, fold_mask, make_mask_fields
 from dit_video.core.rng import make_generator
 from dit_video.data.latents.views import View
+from dit_video.models.autoencoders import ClipCanvas
+from dit_video.models.conditioning import KnownMask, MaskGenerator, fold_mask, make_mask_fields
 from dit_video.tokens import Grid
 
 

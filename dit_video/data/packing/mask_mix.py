@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dit_video.conditioning import FrameConditioning, KnownMask, make_mask_fields
 from dit_video.core.rng import make_generator
+from dit_video.models.conditioning import FrameConditioning, KnownMask, make_mask_fields
 from dit_video.tokens import Field, Grid
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, Int, UInt8
 
-from dit_video.conditioning import KnownMask, fold_mask
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.grid import find_distinct_grids
@@ -28,7 +27,8 @@ from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
-from dit_video.text import CaptionTokens
+from dit_video.models.conditioning import KnownMask, fold_mask
+from dit_video.models.encoders import CaptionTokens
 from dit_video.tokens import (
     CanvasShape,
     Field,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction, OpenFeatures, make_identity
 from dit_video.evaluation.feature_functions.network import NetworkInput, make_extractor
-from dit_video.features.c3d import SIZE, C3d
+from dit_video.models.features.c3d import SIZE, C3d
 from dit_video.weights.classifiers import load_c3d
 
 

@@ -12,9 +12,9 @@ from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction, OpenFeatures
-from dit_video.features import FrameEncoder
+from dit_video.models.encoders import PretrainedTokenizer
+from dit_video.models.features import FrameEncoder
 from dit_video.nn import get_graph_def
-from dit_video.text import PretrainedTokenizer
 from dit_video.video import Clip
 from dit_video.weights import load_clip_image_processor, load_clip_text, load_clip_vision
 from dit_video.weights.embedders import find_tokenizer_folder

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction, OpenFeatures, make_identity
 from dit_video.evaluation.feature_functions.network import NetworkInput, make_extractor
-from dit_video.features.i3d import MIN_FRAMES, SIDE, I3d
+from dit_video.models.features.i3d import MIN_FRAMES, SIDE, I3d
 from dit_video.weights.classifiers import load_i3d
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction, OpenFeatures, make_identity
 from dit_video.evaluation.feature_functions.network import NetworkInput, make_extractor
-from dit_video.features.inception import SIDE, InceptionV3
+from dit_video.models.features.inception import SIDE, InceptionV3
 from dit_video.weights.classifiers import load_inception
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
 from dit_video.core.errors import UserError
-from dit_video.features.interpolation import resize_frames
+from dit_video.models.features.interpolation import resize_frames
 from dit_video.nn import get_graph_def
 from dit_video.video import Clip
 

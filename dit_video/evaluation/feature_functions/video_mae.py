@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction, OpenFeatures, make_identity
 from dit_video.evaluation.feature_functions.network import NetworkInput, make_extractor
-from dit_video.features.video_mae import VideoMaeConfig
+from dit_video.models.features.video_mae import VideoMaeConfig
 from dit_video.weights.video_mae import load_video_mae
 
 

@@ -13,7 +13,7 @@ from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion import DenoiseFn, ProbeTrace, Process, log_likelihood
 from dit_video.evaluation.denoiser_measures import measure_clips
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
-from dit_video.generation.clip_functions import ClipFunction, PackedLatents
+from dit_video.sampling.clip_functions import ClipFunction, PackedLatents
 
 
 @dataclass(frozen=True, kw_only=True)

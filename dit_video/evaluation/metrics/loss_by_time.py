@@ -14,7 +14,7 @@ from dit_video.diffusion import DenoiseFn, Objective
 from dit_video.evaluation.denoiser_measures import measure_clips
 from dit_video.evaluation.metrics.intervals import compute_mean_interval
 from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, MetricValue
-from dit_video.generation.clip_functions import ClipFunction, PackedLatents
+from dit_video.sampling.clip_functions import ClipFunction, PackedLatents
 
 LOSS_PREFIX = "loss_t"
 """Start of the names of the losses at single times, which the time follows."""

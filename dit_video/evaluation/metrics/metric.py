@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from dit_video.core.errors import UserError
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction
 from dit_video.evaluation.metrics.intervals import compute_mean_interval, compute_wilson_interval
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.video import Clip
 
 MetricState = TypeVar("MetricState")

@@ -15,7 +15,7 @@ from dit_video.core.pixels import to_float
 from dit_video.evaluation.feature_functions.feature_function import make_identity
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 from dit_video.evaluation.metrics.ssim_terms import check_same_shape
-from dit_video.features import Lpips
+from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def
 from dit_video.weights import load_lpips
 

@@ -9,10 +9,10 @@ from dit_video.core.errors import DecodeError
 from dit_video.data.loader import DenoiserBatches, PackedBatches
 from dit_video.data.packing.rows import RowEntry
 from dit_video.data.sizes import fit_size
-from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.tokens import PackedBatch, PackedShape
+from dit_video.weights.text_encoder import FrozenTextEncoder
 
 _MAX_CORRELATION = 0.9
 """Correlation of the order of examples with that of the data set, from which they count as not shuffled."""

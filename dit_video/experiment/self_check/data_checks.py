@@ -16,10 +16,10 @@ from dit_video.core.errors import DecodeError
 from dit_video.data.clips import ClipInfo
 from dit_video.data.latents.views import View, list_views
 from dit_video.data.sizes import count_sampled_frames, fit_size, read_fitted_clip
-from dit_video.encoders.autoencoder import LatentCodec
-from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.subject import CheckedTraining, iterate_within
+from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.weights.text_encoder import FrozenTextEncoder
 
 SECONDS = 10.0
 """Time for each check."""

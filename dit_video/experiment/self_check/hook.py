@@ -10,7 +10,7 @@ import numpy as np
 from dit_video.core.trees import flatten
 from dit_video.data.loader import DenoiserBatches, PackedBatches
 from dit_video.distributed import make_shardings
-from dit_video.distributed.progress import declare_phase
+from dit_video.distributed.faults.progress import declare_phase
 from dit_video.experiment.self_check import batch_checks, data_checks, objective_checks
 from dit_video.experiment.self_check.gradient_checks import Gradient, GradientProbe, check_gradient
 from dit_video.experiment.self_check.initial_checks import (

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from dit_video.conditioning import COND_LATENTS, ConditioningLatents
 from dit_video.core.trees import map_with_path
 from dit_video.core.typing import AnyArray
 from dit_video.distributed import shard_batch
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.subject import CheckedTraining
+from dit_video.models.conditioning import COND_LATENTS, ConditioningLatents
 from dit_video.tokens import PackedBatch
 from dit_video.tokens.rotary import Rotary3d, compute_rotary_angles
 from dit_video.training.checkpoint_arrays import mix_bits, number_values

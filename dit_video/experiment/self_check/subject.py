@@ -17,13 +17,13 @@ from dit_video.core import rng
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.plan import Encoding
-from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment, TemporalWeights
 from dit_video.experiment.denoiser import TrainableDenoiser
-from dit_video.text import Tokenizer
+from dit_video.models.encoders import Tokenizer
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss
 from dit_video.training.losses.lora import attach_factors
 from dit_video.training.trainer import Trainer
+from dit_video.weights.text_encoder import FrozenTextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,19 +10,19 @@ from typing import Any
 
 from jaxtyping import Array
 
-from dit_video.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear, latent_grid
 from dit_video.core import pixels, rng
 from dit_video.data.latents.offline import measure_latent_moments
 from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart
 from dit_video.distributed.gather import to_host
-from dit_video.encoders.autoencoder import LatentCodec
-from dit_video.encoders.preview import fit_preview_decoder
 from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder, monitors
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step
 from dit_video.experiment.runtime import Runtime, Stage, Training
+from dit_video.models.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear, latent_grid
+from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.nn import get_graph_def, init_params
-from dit_video.pipelines.folder import PREVIEW
+from dit_video.sampling.folder import PREVIEW
+from dit_video.sampling.preview import fit_preview_decoder
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process

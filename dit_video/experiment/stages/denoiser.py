@@ -28,7 +28,7 @@ from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.experiment.stages.curriculum import DenoiserStage
 from dit_video.experiment.stages.latents import CacheLatents
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.training import goodput
 from dit_video.training.folder_lock import lock_folder
 from dit_video.training.hooks.hook import Hook

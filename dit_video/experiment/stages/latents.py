@@ -8,7 +8,6 @@ from dit_video.data.latents import offline
 from dit_video.data.latents import plan as latent_plan
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.table_files import MANIFEST
-from dit_video.encoders.image import IDENTITY_FILE, open_image_encoder
 from dit_video.experiment import datasets, input_pipeline
 from dit_video.experiment.autoencoder import read_autoencoder
 from dit_video.experiment.encoders import open_text_encoder
@@ -16,6 +15,7 @@ from dit_video.experiment.runtime import Runtime
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.experiment.stages.curriculum import DenoiserStage
 from dit_video.training.hooks.logging import Progress, print_on_first_process
+from dit_video.weights.image_encoder import IDENTITY_FILE, open_image_encoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from dit_video.backbones.dit import DitConfig, ImageSineCosine
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import (
@@ -32,9 +31,10 @@ from dit_video.diffusion import (
 from dit_video.families.autoencoders import read_autoencoder_config
 from dit_video.families.dit.transformer import DitDenoiserFormat
 from dit_video.families.family import INDEX, Family, LoadOptions, check_channels
-from dit_video.generation import Sampling
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.text import ClassNamesConfig
+from dit_video.models.backbones.dit import DitConfig, ImageSineCosine
+from dit_video.models.encoders import ClassNamesConfig
+from dit_video.sampling import Sampling
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.weights import LoadedScheduler, load_scheduler
 

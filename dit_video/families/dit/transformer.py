@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dit_video.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
 from dit_video.core.errors import UserError
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
+from dit_video.models.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dit_video.autoencoders import LtxVaeConfig
 from dit_video.core.errors import UserError
 from dit_video.families.autoencoder_format import AutoencoderFormat
+from dit_video.models.autoencoders import LtxVaeConfig
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE, map_kernel_and_bias, map_scale_and_shift
 from dit_video.weights.tensor_map import TensorMapping

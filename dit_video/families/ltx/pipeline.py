@@ -12,7 +12,6 @@ count the seconds before a token's first frame, and times are linear-quadratic (
 import os
 from pathlib import Path
 
-from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import FlowMatchSchedule, LinearQuadraticTimes, UniformTimes
@@ -28,8 +27,9 @@ from dit_video.families.family import (
 )
 from dit_video.families.ltx.task import KeyframesToVideo
 from dit_video.families.ltx.transformer import CONDITION_CLASS, LtxDenoiserFormat, is_095_pipeline
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.text import FrozenTextConfig
+from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.weights import LoadedScheduler, load_scheduler, read_text_encoder_config
 from dit_video.weights.scheduler_settings import SIGMA_SPACINGS

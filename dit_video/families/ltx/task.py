@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from dit_video.autoencoders import latent_grid
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
-from dit_video.generation.known_pixels import locate_condition
-from dit_video.generation.pictures import Condition
-from dit_video.generation.plan import ExtraTokens, HeldTokens, SamplingPlan
-from dit_video.generation.request import GenerationTask, Request, TaskModel
+from dit_video.models.autoencoders import latent_grid
+from dit_video.sampling.known_pixels import locate_condition
+from dit_video.sampling.pictures import Condition
+from dit_video.sampling.plan import ExtraTokens, HeldTokens, SamplingPlan
+from dit_video.sampling.request import GenerationTask, Request, TaskModel
 from dit_video.tokens import Field, Grid, compute_positions, compute_token_grid, patchify
 
 _PREFIX = 2

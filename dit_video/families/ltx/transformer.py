@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dit_video.backbones.ltx import LtxDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
 from dit_video.families.family import read_pipeline_class
 from dit_video.families.ltx.autoencoder import RESIDUAL_DOWN_BLOCK
+from dit_video.models.backbones.ltx import LtxDitConfig
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.lora import LoraModule

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dit_video.autoencoders import ImageLevels, ImageVaeConfig
 from dit_video.core.errors import UserError
 from dit_video.families.autoencoder_format import AutoencoderFormat
+from dit_video.models.autoencoders import ImageLevels, ImageVaeConfig
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import CONV_1X1, CONV_2D, DENSE, map_kernel_and_bias
 from dit_video.weights.tensor_map import TensorMap, TensorMapping

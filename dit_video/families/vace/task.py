@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from dit_video.backbones.vace import VaceControl
-from dit_video.conditioning import GREY
 from dit_video.core.errors import UserError
 from dit_video.core.resize import resize
-from dit_video.generation.known_pixels import collect_known_pixels, fit_clip
-from dit_video.generation.pictures import fit_image
-from dit_video.generation.plan import SamplingPlan
-from dit_video.generation.request import GenerationTask, Request, TaskModel
+from dit_video.models.backbones.vace import VaceControl
+from dit_video.models.conditioning import GREY
+from dit_video.sampling.known_pixels import collect_known_pixels, fit_clip
+from dit_video.sampling.pictures import fit_image
+from dit_video.sampling.plan import SamplingPlan
+from dit_video.sampling.request import GenerationTask, Request, TaskModel
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_video.backbones.vace import VaceControl, VaceDitConfig
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.families.denoiser_format import FileLayout
 from dit_video.families.wan.transformer import WanDenoiserFormat, make_wan_tensor_map, map_wan_blocks
+from dit_video.models.backbones.vace import VaceControl, VaceDitConfig
+from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE
 from dit_video.weights.tensor_map import TensorMap

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from dit_video.autoencoders import CausalVaeConfig
 from dit_video.core.errors import UserError
 from dit_video.families.autoencoder_format import AutoencoderFormat
+from dit_video.models.autoencoders import CausalVaeConfig
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import CONV_1X1, CONV_2D, map_kernel_and_bias

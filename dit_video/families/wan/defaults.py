@@ -7,8 +7,8 @@ Wan-Video/Wan2.2 (42bf4cf) for Wan 2.2. Sizes are the authors' default `1280*720
 import re
 from typing import Literal, NamedTuple
 
-from dit_video.backbones.vace.model import VaceDitConfig
-from dit_video.backbones.wan import WanDitConfig
+from dit_video.models.backbones.vace.model import VaceDitConfig
+from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.tokens import Grid
 
 # `sample_neg_prompt` of wan/configs/shared_config.py in both repositories; those of I2V and FLF2V begin with more words

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dit_video.backbones.wan import WanDitConfig
-from dit_video.conditioning import FrameConditioning
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import RectifiedFlow
@@ -28,9 +26,11 @@ from dit_video.families.family import (
 )
 from dit_video.families.wan.defaults import find_defaults
 from dit_video.families.wan.transformer import WanDenoiserFormat
-from dit_video.generation.denoiser import list_experts
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.text import FrozenTextConfig
+from dit_video.models.backbones.wan import WanDitConfig
+from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.sampling.denoiser import list_experts
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.weights import load_scheduler, read_clip_vision_config, read_text_encoder_config
 

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
+from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.tokens import Grid
 from dit_video.weights import diffusers
 from dit_video.weights.diffusers import DENSE

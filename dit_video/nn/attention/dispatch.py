@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 
 from dit_video.core.errors import UserError
+from dit_video.core.platform.devices import Platform
 from dit_video.nn.attention.api import Attention, Keys, Queries
 from dit_video.nn.attention.backends.chunked import ChunkedAttention
 from dit_video.nn.attention.backends.cudnn import MAX_HEAD_WIDTH, CudnnAttention
@@ -16,7 +17,6 @@ from dit_video.nn.attention.backends.tokamax import TokamaxAttention
 from dit_video.nn.attention.inputs import AttentionInputs
 from dit_video.nn.attention.key_ranges import require_key_ranges
 from dit_video.nn.attention.masks import Full, Pattern
-from dit_video.platform.devices import Platform
 
 BackendName = Literal["auto", "dense", "chunked", "splash", "cudnn", "tokamax"]
 Backend = BackendName | SplashBlocks

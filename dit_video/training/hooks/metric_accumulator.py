@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
-from dit_video.distributed.progress import declare_phase
+from dit_video.distributed.faults.progress import declare_phase
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.step import Average, Metrics

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dit_video.distributed.store import KeyValueStore
+from dit_video.distributed.faults.store import KeyValueStore
 from dit_video.training.device_probe import DeviceProbe
 from dit_video.training.goodput import SlowHost
 from dit_video.training.hooks.hook import Hook

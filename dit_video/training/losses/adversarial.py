@@ -18,7 +18,8 @@ from flax import nnx
 from flax.struct import dataclass
 from jaxtyping import Array, Float, PyTree
 
-from dit_video.autoencoders.adversarial import (
+from dit_video.core.trees import flatten
+from dit_video.models.autoencoders.adversarial import (
     R1,
     AdversarialConfig,
     LeCam,
@@ -28,7 +29,6 @@ from dit_video.autoencoders.adversarial import (
     lecam_loss,
     r1_penalty,
 )
-from dit_video.core.trees import flatten
 from dit_video.nn import get_graph_def, init_params
 from dit_video.training.losses.autoencoder import ScalarMetrics
 from dit_video.training.state import CompositeState, TrainState

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dit_video.autoencoders import AutoencoderObjective
 from dit_video.core.rng import key
+from dit_video.models.autoencoders import AutoencoderObjective
 from dit_video.training.optim.optimizer import OptimizerConfig, freeze
 from dit_video.training.step import LossDetails, LossOutput
 

@@ -9,9 +9,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dit_video.backbones.denoise import make_denoise_fn, make_text_record
-from dit_video.backbones.protocol import BackboneConfig
-from dit_video.conditioning import (
+from dit_video.core.rng import example_keys, key
+from dit_video.core.typing import AnyArray
+from dit_video.diffusion import ClipSize, DenoiseFn, Objective, draw_low_discrepancy
+from dit_video.models.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.conditioning import (
     COND_LATENTS,
     COND_MASK,
     IMAGE_TOKENS,
@@ -25,9 +28,6 @@ from dit_video.conditioning import (
     make_cond_latents,
     make_image_tokens,
 )
-from dit_video.core.rng import example_keys, key
-from dit_video.core.typing import AnyArray
-from dit_video.diffusion import ClipSize, DenoiseFn, Objective, draw_low_discrepancy
 from dit_video.tokens import (
     PackedBatch,
     expand_to_tokens,

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
-from dit_video.backbones.denoise import make_denoise_fn, make_text_record
-from dit_video.conditioning import Conditioning, drop_captions
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import (
@@ -29,6 +27,8 @@ from dit_video.diffusion import (
     run_multistep,
     step_along_flow,
 )
+from dit_video.models.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.models.conditioning import Conditioning, drop_captions
 from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
 from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes
 

@@ -12,7 +12,7 @@ from dit_video.curation.annotate import annotate, annotate_table
 from dit_video.curation.annotators.clip_scores import THUMBNAIL_SIDE, ClipScores, normalize
 from dit_video.curation.annotators.duplicates import Duplicates, to_matrix
 from dit_video.data.tables import Table
-from dit_video.features import ClipImageProcessor
+from dit_video.models.features import ClipImageProcessor
 from dit_video.video import Clip, decode, encode
 from dit_video.weights import save, save_clip_image_processor
 from support import tiny_clip

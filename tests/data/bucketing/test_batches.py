@@ -12,7 +12,7 @@ from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.loader import LoaderConfig
 from dit_video.data.sizes import SizeLimits, fit_size
-from dit_video.data.synthetic import shapes
+from dit_video.scenes import shapes
 from dit_video.tokens import Grid, PackedShape, compute_positions, compute_token_grid, unpatchify
 from support.fakes import FakeEmbedder, average_patches, tokenize
 

@@ -11,11 +11,11 @@ import scipy.ndimage
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.resize import resize
+from dit_video.curation.duplicates import drop_duplicates
+from dit_video.curation.measures import Borders
 from dit_video.data.ingest import quality_filter
 from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
 from dit_video.video import Clip, encode, probe
-from dit_video.video.analysis.duplicates import drop_duplicates
-from dit_video.video.analysis.measures import Borders
 from support.encoded_clips import encode_resized
 from support.hdr_videos import NITS, compute_hlg, compute_pq, encode_ramp
 from support.screening import list_dropped, list_kept

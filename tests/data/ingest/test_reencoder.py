@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 
+from dit_video.apps.reports.ingest_report import write_ingest_report
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import inspection, parts
@@ -20,7 +21,6 @@ from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.ingest.report import IngestReport
 from dit_video.data.tables import Table
-from dit_video.reports.ingest_report import write_ingest_report
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode, encode, probe
 from dit_video.video.encode import TimedPicture, encode_jpeg, encode_timed

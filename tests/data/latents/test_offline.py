@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.conditioning import ClipConditioning, Ending, InsideOfBox, fold_mask
 from dit_video.core import pixels, rng
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.latents.cache import LatentExample, LatentSource
@@ -22,9 +21,10 @@ from dit_video.data.latents.offline import encode_latents, finish_latents, measu
 from dit_video.data.latents.plan import plan_encoding
 from dit_video.data.latents.views import Augmentations, list_views
 from dit_video.data.sizes import read_fitted_clip
-from dit_video.distributed.progress import PROGRESS
+from dit_video.distributed.faults.progress import PROGRESS
+from dit_video.models.conditioning import ClipConditioning, Ending, InsideOfBox, fold_mask
+from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def, init_params
-from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Field, Grid
 from support.devices import HANG, PROGRAMS, make_environment
 from support.marks import mark_slow_except

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dit_video.conditioning import Beginning, FirstFrame, FrameConditioning, InsideOfBox
 from dit_video.core.errors import UserError
 from dit_video.data.packing.mask_mix import MaskMix
+from dit_video.models.conditioning import Beginning, FirstFrame, FrameConditioning, InsideOfBox
 from dit_video.tokens import Grid
 
 CONDITIONING = FrameConditioning(

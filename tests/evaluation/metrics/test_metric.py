@@ -8,8 +8,6 @@ import pytest
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.data.synthetic import shapes
-from dit_video.data.synthetic.scenes import draw_scene
 from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
 from dit_video.evaluation.metrics.kept_pixels import KeptPixels
@@ -26,10 +24,11 @@ from dit_video.evaluation.metrics.metric import (
 )
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim, psnr, ssim
 from dit_video.evaluation.metrics.region_border import RegionBorder
-from dit_video.evaluation.metrics.task_truth import TaskTruth
-from dit_video.evaluation.physics_scenes import LAWS
-from dit_video.evaluation.scene_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
-from dit_video.evaluation.scene_set import make_scene_set
+from dit_video.scenes import draw_scene, shapes
+from dit_video.scenes.laws import LAWS
+from dit_video.scenes.metrics.task_truth import TaskTruth
+from dit_video.scenes.prompt_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
+from dit_video.scenes.truths import make_scene_set
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support.physics_truths import make_physics_truths

@@ -14,7 +14,7 @@ from dit_video.core.pixels import to_float
 from dit_video.core.trees import flatten
 from dit_video.evaluation.metrics.metric import ClipReconstruction, MetricBatch
 from dit_video.evaluation.metrics.perceptual_distance import PerceptualDistance, compute_perceptual_distance
-from dit_video.features import Lpips
+from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.video import Clip
 from dit_video.weights import load_lpips

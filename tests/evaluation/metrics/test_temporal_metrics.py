@@ -7,7 +7,6 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from dit_video.core.errors import UserError
-from dit_video.data.synthetic.scenes import draw_scene, render
 from dit_video.evaluation.feature_functions.feature_function import FeatureFunction, OpenFeatures
 from dit_video.evaluation.metrics.dynamic_degree import DynamicDegree, compute_top_flow, is_dynamic, select_frames
 from dit_video.evaluation.metrics.metric import ClipReconstruction, MetricBatch
@@ -16,6 +15,7 @@ from dit_video.evaluation.metrics.reconstruction_flicker import ReconstructionFl
 from dit_video.evaluation.metrics.subject_consistency import SubjectConsistency, compute_consistency
 from dit_video.evaluation.metrics.temporal_flicker import TemporalFlickering, compute_temporal_flickering
 from dit_video.evaluation.optical_flow import interpolate_middle
+from dit_video.scenes import draw_scene, render
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

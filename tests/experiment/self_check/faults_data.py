@@ -28,10 +28,10 @@ from dit_video.data.latents import offline
 from dit_video.data.latents.online import CanvasEncoder
 from dit_video.data.sizes import compute_all_sampled_fps
 from dit_video.data.table_files import INDEX_FOLDER
-from dit_video.encoders.text import FrozenTextEncoder
 from dit_video.experiment import Experiment
 from dit_video.video import decode
 from dit_video.weights import load
+from dit_video.weights.text_encoder import FrozenTextEncoder
 
 FAULTS = Catalogue("data")
 

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from experiment.self_check.faults_injection import Catalogue, replace_function, replace_method
 from flax import nnx
 
-from dit_video.backbones.denoise import make_text_record
-from dit_video.backbones.dit.blocks import Stream
-from dit_video.backbones.dit.conditioning import TimeEmbedding
-from dit_video.backbones.dit.model import Dit
-from dit_video.conditioning import TextTokens, make_cond_latents
+from dit_video.models.backbones.denoise import make_text_record
+from dit_video.models.backbones.dit.blocks import Stream
+from dit_video.models.backbones.dit.conditioning import TimeEmbedding
+from dit_video.models.backbones.dit.model import Dit
+from dit_video.models.conditioning import TextTokens, make_cond_latents
 from dit_video.nn import AttentionInputs, scan_layers, sinusoidal_embedding
 from dit_video.nn.attention.masks import dense_mask
 from dit_video.tokens import compute_rotary_angles, rotate
 
 FAULTS = Catalogue("model")
-_dit = sys.modules["dit_video.backbones.dit.model"]
+_dit = sys.modules["dit_video.models.backbones.dit.model"]
 
 
 @FAULTS.add(

@@ -6,7 +6,6 @@ import zlib
 import numpy as np
 from experiment.self_check.faults_injection import Catalogue, replace_function, replace_method
 
-from dit_video.conditioning import FrameConditioning
 from dit_video.core import rng
 from dit_video.data.latents.cache import KIND
 from dit_video.data.loader import DenoiserBatches
@@ -14,6 +13,7 @@ from dit_video.data.packing.plan import RowStream
 from dit_video.data.packing.rows import RowLayout
 from dit_video.data.records import RecordPlace, get_file_name
 from dit_video.data.tables import Table
+from dit_video.models.conditioning import FrameConditioning
 from dit_video.tokens import compute_positions, pack
 
 FAULTS = Catalogue("rows")

@@ -11,13 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.dit.config import TemporalLayers
-from dit_video.conditioning import FrameConditioning
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.synthetic import shapes
-from dit_video.data.synthetic.clip_folder import ClipEntry, format_clip_name, write_clip_folder
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, RectifiedFlow
 from dit_video.evaluation.config import ShapesEvaluation
@@ -32,10 +26,16 @@ from dit_video.experiment import (
     TemporalWeights,
 )
 from dit_video.experiment.run import Run
-from dit_video.generation import Sampling
+from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit.config import TemporalLayers
+from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig
 from dit_video.nn import LoraConfig
 from dit_video.nn.attention import SpaceOnly
-from dit_video.text import ByteEncoderConfig, FrozenTextConfig
+from dit_video.sampling import Sampling
+from dit_video.scenes import shapes
+from dit_video.scenes.clip_folder import ClipEntry, format_clip_name, write_clip_folder
 from dit_video.tokens import Grid, PackedShape, Rotary3d
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.optimizer import OptimizerConfig

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.autoencoders import ImageLevels, ImageVaeConfig
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import (
     Ddim,
@@ -22,9 +21,10 @@ from dit_video.diffusion import (
     Velocity,
 )
 from dit_video.families import save_autoencoder, save_denoiser
-from dit_video.pipelines.pipeline import Request
-from dit_video.pipelines.probe import DenoiserProbe
-from dit_video.text import ByteEncoderConfig, ClassNamesConfig
+from dit_video.models.autoencoders import ImageLevels, ImageVaeConfig
+from dit_video.models.encoders import ByteEncoderConfig, ClassNamesConfig
+from dit_video.sampling.pipeline import Request
+from dit_video.sampling.probe import DenoiserProbe
 from support.random_params import make_random_params
 from support.tiny_class_dit import DIT, SIT
 

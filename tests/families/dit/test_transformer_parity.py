@@ -11,12 +11,12 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from dit_video.backbones.denoise import make_denoise_fn
-from dit_video.conditioning import ClassIds, Conditioning
 from dit_video.core.trees import flatten
 from dit_video.diffusion import Euler, RectifiedFlow, UniformTimes, apply_classifier_free_guidance, sample
 from dit_video.families import load_denoiser, save_denoiser
 from dit_video.families.dit.transformer import DitDenoiserFormat
+from dit_video.models.backbones.denoise import make_denoise_fn
+from dit_video.models.conditioning import ClassIds, Conditioning
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid, PackedRows, compute_positions, patchify, unpatchify
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.autoencoders import CausalVaeConfig, CodebookConfig, ImageLevels, ImageVaeConfig, VqConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_autoencoder, save_autoencoder
+from dit_video.models.autoencoders import CausalVaeConfig, CodebookConfig, ImageLevels, ImageVaeConfig, VqConfig
 from support.random_params import make_random_params
 
 PLAIN = VqConfig(

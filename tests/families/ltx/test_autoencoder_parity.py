@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import LtxVaeConfig
 from dit_video.core.trees import flatten
 from dit_video.families import load_autoencoder, save_autoencoder
 from dit_video.families.ltx.autoencoder import make_document, make_tensor_map
+from dit_video.models.autoencoders import LtxVaeConfig
 from dit_video.nn import get_graph_def, get_param_shapes
 
 pytestmark = pytest.mark.parity

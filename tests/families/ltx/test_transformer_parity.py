@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.conditioning import Conditioning, TextTokens
 from dit_video.core.rng import key
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.families import save_denoiser
 from dit_video.families.ltx.transformer import LtxDenoiserFormat, make_ltx_tensor_map
+from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import LoraConfig, add_lora_scale, get_graph_def, init_lora, merge_lora
 from dit_video.tokens import Grid, PackedRows, compute_positions
 from dit_video.weights import save_lora

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.autoencoders import ImageLevels, ImageVaeConfig, PatchVaeConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_autoencoder, save_autoencoder
+from dit_video.models.autoencoders import ImageLevels, ImageVaeConfig, PatchVaeConfig
 from support.random_params import make_random_params
 
 CONFIG = ImageVaeConfig(levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))

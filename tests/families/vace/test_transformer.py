@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.backbones.vace import VaceDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.families import get_lora_modules, load_denoiser, save_denoiser
+from dit_video.models.backbones.vace import VaceDitConfig
 from dit_video.nn import get_param_shapes, merge_lora
 from dit_video.weights import get_native_modules, load_lora, save_lora
 from support.random_params import make_random_params

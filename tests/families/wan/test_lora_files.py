@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.families.wan.pipeline import DENOISER
+from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes, merge_lora
 from dit_video.weights import load_lora, save
 from dit_video.weights.lora_tensors import match_tensors

@@ -12,11 +12,11 @@ import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import UniPc, UniPcFlowSchedule
-from dit_video.encoders.preview import PreviewFit
 from dit_video.families import get_lora_modules
 from dit_video.families.wan.pipeline import DENOISER
 from dit_video.nn import merge_lora
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.preview import PreviewFit
 from dit_video.weights import load, load_lora, save, save_lora
 from support.tiny_wan import DIT, SIZE, TWO, VAE, write_wan
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid, rotate
 from support.random_params import make_random_params

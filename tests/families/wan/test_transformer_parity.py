@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.conditioning import Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
 from dit_video.families.wan.transformer import make_wan_tensor_map
+from dit_video.models.conditioning import Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedRows, compute_positions, patchify
 

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
+from dit_video.core.platform.devices import Platform, get_default_platform
 from dit_video.nn.attention import CausalFrames, Full, SlidingWindow, SpaceOnly, choose_backend
-from dit_video.platform.devices import Platform, get_default_platform
 
 CPU, TPU = Platform(), Platform("tpu")
 A100, H100, OTHER_GPU = Platform("gpu", (8, 0)), Platform("gpu", (9, 0)), Platform("gpu")

@@ -7,6 +7,7 @@ import pytest
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
+from dit_video.core.platform.devices import Platform
 from dit_video.nn.attention import (
     GLOBAL,
     AttentionInputs,
@@ -25,7 +26,6 @@ from dit_video.nn.attention import (
     make_attention,
 )
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
-from dit_video.platform.devices import Platform
 from dit_video.tokens import Grid, compute_positions
 
 GRIDS = Grid(3, 2, 3), Grid(2, 3, 2), Grid(1, 2, 2)

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_video.conditioning import ClipConditioning
 from dit_video.core.errors import UserError
 from dit_video.core.registry import register
+from dit_video.models.conditioning import ClipConditioning
 from dit_video.tokens import Field
 
 

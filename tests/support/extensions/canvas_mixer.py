@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from flax import nnx
 
-from dit_video.backbones.protocol import BackboneConfig
-from dit_video.conditioning import TextTokens
 from dit_video.core.registry import register
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.conditioning import TextTokens
 from dit_video.nn import ONE_DEVICE, CausalConv, Linear, sinusoidal_embedding
 from dit_video.tokens import Canvas, DenseBatch, Grid, segment_mean
 

@@ -8,8 +8,8 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
-from dit_video.conditioning import ClipConditioning
 from dit_video.core.registry import register
+from dit_video.models.conditioning import ClipConditioning
 from dit_video.tokens import Field, Grid
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_video.backbones.dit import Dit, DitConfig
-from dit_video.conditioning import ClipConditioning
 from dit_video.core.registry import register
+from dit_video.models.backbones.dit import Dit, DitConfig
+from dit_video.models.conditioning import ClipConditioning
 from dit_video.nn import ONE_DEVICE, LayerGroup, Linear, make_stack, scan_layers
 from dit_video.tokens import Field
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dit_video.backbones.denoise import make_denoise_fn, make_text_record
-from dit_video.conditioning import ClipConditioning, Conditioning
 from dit_video.core.registry import register
 from dit_video.diffusion import Heun, sample
-from dit_video.encoders.text import open_tokenizer
+from dit_video.models.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.models.conditioning import ClipConditioning, Conditioning
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Field, PackedRows, compute_positions, compute_token_grid, unpatchify
+from dit_video.weights.text_encoder import open_tokenizer
 
 
 class Actions(NamedTuple):

@@ -8,8 +8,8 @@ import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.core.registry import register
-from dit_video.generation import SamplingPlan, StepTransform
-from dit_video.generation.request import GenerationTask
+from dit_video.sampling import SamplingPlan, StepTransform
+from dit_video.sampling.request import GenerationTask
 from dit_video.tokens import Field
 
 

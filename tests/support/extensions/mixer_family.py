@@ -6,14 +6,14 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from dit_video.backbones.protocol import BackboneConfig
-from dit_video.conditioning import TextTokens
 from dit_video.core.registry import register
 from dit_video.families import DenoiserFormat, Family, register_family
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.conditioning import TextTokens
 from dit_video.nn import ONE_DEVICE, Linear
-from dit_video.pipelines.folder import read_pipeline_config
-from dit_video.pipelines.loading import load_pipeline
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.folder import read_pipeline_config
+from dit_video.sampling.loading import load_pipeline
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.tokens import segment_mean
 from dit_video.weights.lora_modules import LoraModule
 from dit_video.weights.streaming import FileMap

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from dit_video.autoencoders import PatchVaeConfig
-from dit_video.autoencoders.patch_vae import PatchVae
 from dit_video.core.registry import register
+from dit_video.models.autoencoders import PatchVaeConfig
+from dit_video.models.autoencoders.patch_vae import PatchVae
 from dit_video.nn import Linear
 
 

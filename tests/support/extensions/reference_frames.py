@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_video.conditioning import ClipConditioning
 from dit_video.core.registry import register
+from dit_video.models.conditioning import ClipConditioning
 from dit_video.nn import Linear
 from dit_video.tokens import Field, Grid, compute_positions
 

@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from dit_video.platform import compilation_cache
+from dit_video.core.platform import compilation_cache
 
 if "DIT_VIDEO_TEST_BUCKET" in os.environ:
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))

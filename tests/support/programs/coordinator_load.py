@@ -15,10 +15,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from dit_video.distributed.heartbeat import HeartbeatMonitor
+from dit_video.distributed.faults.heartbeat import HeartbeatMonitor
+from dit_video.distributed.faults.store import KeyValueStore
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.process_group import ProcessGroup
-from dit_video.distributed.store import KeyValueStore
-from dit_video.distributed.timeouts import TimeoutConfig
 from dit_video.training.preemption import SharedStopRequest
 from support.coordination import RecordingClient, connect, start_service
 

@@ -6,7 +6,7 @@ from dit_video.distributed import MeshConfig
 from dit_video.evaluation.denoiser_measures import measure_clips
 from dit_video.evaluation.metrics.bits_per_dimension import LatentLikelihood
 from dit_video.evaluation.metrics.loss_by_time import DenoisingLoss
-from dit_video.pipelines.pipeline import Pipeline
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.video import Clip
 from support import tiny_pipeline
 from support.random_params import make_random_params

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.core import trees
 from dit_video.distributed import MeshConfig, make_mesh, make_shardings
-from dit_video.distributed.planner import read_program
+from dit_video.planning import read_program
 from dit_video.training.optim.muon import scale_by_muon
 from dit_video.training.step import LossDetails, LossOutput, accumulate_gradients
 

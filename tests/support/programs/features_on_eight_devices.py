@@ -5,8 +5,8 @@ import numpy as np
 from flax import nnx
 
 from dit_video.evaluation.feature_functions.network import NetworkInput, make_extractor
-from dit_video.features.scene_classifier import SceneClassifier
 from dit_video.nn import get_graph_def
+from dit_video.scenes.classifier import SceneClassifier
 from dit_video.video import Clip
 from support.random_params import make_random_params
 

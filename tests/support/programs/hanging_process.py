@@ -5,9 +5,9 @@ import sys
 import time
 
 from dit_video.core.errors import script
+from dit_video.distributed.faults.progress import count_step, declare_phase, expect_steps
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
-from dit_video.distributed.progress import count_step, declare_phase, expect_steps
-from dit_video.distributed.timeouts import TimeoutConfig
 
 
 def sleep_in_step() -> None:

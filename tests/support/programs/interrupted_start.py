@@ -3,7 +3,7 @@
 import builtins
 import sys
 
-from dit_video.platform.scripts import prepare_script
+from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 raise getattr(builtins, sys.argv[1])

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from dit_video.distributed import MeshConfig, make_mesh, make_shardings
-from dit_video.distributed.planner import Topology, read_program
-from dit_video.distributed.planner.compiled_program import override_default_backend
+from dit_video.planning import Topology, read_program
+from dit_video.planning.compiled_program import override_default_backend
 from dit_video.training.optim.muon import scale_by_muon
 from dit_video.training.state import attach_shardings
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from dit_video.distributed import MeshConfig, make_mesh, make_shardings, shard_batch
-from dit_video.distributed.planner import compile_step
-from dit_video.distributed.planner.compiled_program import compute_peak_memory, measure_peak_memory
 from dit_video.experiment.denoiser import get_optimizer_config, init_denoiser
+from dit_video.planning import compile_step
+from dit_video.planning.compiled_program import compute_peak_memory, measure_peak_memory
 from dit_video.planning.steps import fill_row, plan_step
 from dit_video.training.optim.optimizer import make_optimizer
 from dit_video.training.state import init_state, make_on_devices

@@ -13,8 +13,8 @@ import numpy as np
 from jax._src import cache_key
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dit_video.core.platform import compilation_cache
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.platform import compilation_cache
 from support.devices import join_processes
 
 compilation_cache.MIN_COMPILE_SECONDS = 0.0

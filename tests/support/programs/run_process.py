@@ -14,9 +14,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dit_video.core.errors import TransientError, UserError, script
+from dit_video.distributed.faults.progress import (
+    count_progress,
+    count_step,
+    declare_phase,
+    expect_progress,
+    expect_steps,
+)
+from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed, wait_for_main_process
-from dit_video.distributed.progress import count_progress, count_step, declare_phase, expect_progress, expect_steps
-from dit_video.distributed.timeouts import TimeoutConfig
 
 INDEX = int(os.environ["PROCESS_ID"])
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 
-from dit_video.distributed.planner import Topology
-from dit_video.distributed.planner.compiled_program import override_default_backend
-from dit_video.distributed.planner.hlo import read_program
 from dit_video.experiment.denoiser import make_denoiser_loss, open_trainable_denoiser
 from dit_video.experiment.run import Run
+from dit_video.planning import Topology
+from dit_video.planning.compiled_program import override_default_backend
+from dit_video.planning.hlo import read_program
 from dit_video.planning.report import make_plan_mesh
 from dit_video.planning.steps import fill_row, plan_step
 

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 
 import dit_video
-from dit_video.backbones.dit import DitConfig
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import Experiment, LoraAdapters, PretrainedAutoencoder, export
 from dit_video.experiment.monitors import tile_clips
 from dit_video.experiment.run import Run
+from dit_video.models.backbones.dit import DitConfig
 from dit_video.nn import LoraConfig
-from dit_video.pipelines.pipeline import Pipeline, Request
+from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.video import decode

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.backbones.dit import DitConfig
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, Guidance, RectifiedFlow
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.generation import sampler
-from dit_video.pipelines.config import PipelineConfig
-from dit_video.pipelines.pipeline import Pipeline, Request
+from dit_video.models.backbones.dit import DitConfig
 from dit_video.planning.steps import plan_step
+from dit_video.sampling import sampler
+from dit_video.sampling.pipeline import Pipeline, Request
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid, PackedShape
 from support.device_memory import count_bytes
 from support.random_params import make_random_params

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dit_video.distributed.planner import Topology
 from dit_video.nn.attention import AttentionInputs, CausalFrames, Full, make_attention
+from dit_video.planning import Topology
 
 LENGTH, HEADS = 8192, 2
 """Tokens of a row, which fill the largest blocks, and heads."""

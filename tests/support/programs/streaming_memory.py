@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 
-from dit_video.autoencoders import CausalVaeConfig, decode_stream
+from dit_video.models.autoencoders import CausalVaeConfig, decode_stream
 from dit_video.nn import init_params
 
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_video.autoencoders import decode_stream, encode_stream, streaming
 from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.models.autoencoders import decode_stream, encode_stream, streaming
 from support.random_params import make_random_params
 from support.tiny_autoencoders import CONFIGS, assert_frames_are_close
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dit_video.distributed.planner import Topology
+from dit_video.planning import Topology
 
 if __name__ == "__main__":
     mesh = Mesh(np.asarray(Topology.parse(sys.argv[1]).get_devices()), ("fsdp",))

@@ -6,14 +6,14 @@ import re
 
 from dit_video.core.trees import count_values
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.distributed.planner import (
+from dit_video.planning import (
     Topology,
     compute_min_collective_bytes,
     count_context_weights,
     read_program,
     sum_collective_bytes,
 )
-from dit_video.distributed.planner.compiled_program import override_default_backend
+from dit_video.planning.compiled_program import override_default_backend
 from dit_video.planning.steps import fill_row, plan_step
 from support import tiny
 

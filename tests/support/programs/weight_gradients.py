@@ -10,8 +10,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from dit_video.distributed import AXES, MeshConfig, ShardingRules, make_mesh, make_parallelism, make_shardings
-from dit_video.distributed.planner.compiled_program import override_default_backend
 from dit_video.nn import Linear
+from dit_video.planning.compiled_program import override_default_backend
 
 SIZES = [(1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 2, 4)]
 LAYERS = [{}] + [{"split": s, "is_context": is_context} for s in ("outputs", "inputs") for is_context in (False, True)]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import R1, AdversarialConfig
-from dit_video.autoencoders.adversarial import compute_adaptive_weight, generator_loss
 from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.models.autoencoders import R1, AdversarialConfig
+from dit_video.models.autoencoders.adversarial import compute_adaptive_weight, generator_loss
 from dit_video.nn import get_graph_def
 from dit_video.training.hooks import logging
 from dit_video.training.loop import LoopConfig

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.core.rng import key
 from dit_video.core.trees import flatten
-from dit_video.features import Lpips
+from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
+from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def, init_params
 from dit_video.tokens import Grid
 from dit_video.training.losses.autoencoder import AutoencoderLoss

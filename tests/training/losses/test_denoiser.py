@@ -12,8 +12,8 @@ import pytest
 from dit_video.core import rng
 from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
+from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_graph_def, init_params
-from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Grid, PackedBatch, pack, stack_rows
 from dit_video.training.losses.denoiser import time_quantile
 from dit_video.training.step import accumulate_gradients, compute_gradients

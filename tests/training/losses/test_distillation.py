@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from dit_video.backbones.dit import ClassLabels, DitConfig, NoContext
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
+from dit_video.models.backbones.dit import ClassLabels, DitConfig, NoContext
+from dit_video.models.encoders import ByteEncoderConfig, ClassNamesConfig
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
-from dit_video.text import ByteEncoderConfig, ClassNamesConfig
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.distillation import ConsistencyDistillation, DistributionMatching

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_video.backbones.dit import Dit, DitConfig
-from dit_video.conditioning import ConditioningLatents, FrameConditioning
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import FlowMatching
+from dit_video.models.backbones.dit import Dit, DitConfig
+from dit_video.models.conditioning import ConditioningLatents, FrameConditioning
+from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def
-from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.random_params import make_random_params

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.conditioning import COND_LATENTS, IMAGE_TOKENS, FrameConditioning
 from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching
+from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, FrameConditioning
+from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_graph_def
-from dit_video.text import FrozenTextConfig
 from dit_video.tokens import Field, Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
 from support.random_params import make_random_params

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dit_video.backbones.dit import Dit, DitConfig
-from dit_video.conditioning import FrameConditioning
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import ClipSize, FlowMatching, LinearShift, RectifiedFlow, Uniform
+from dit_video.models.backbones.dit import Dit, DitConfig
+from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def
-from dit_video.text import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes
 from support.random_params import make_random_params

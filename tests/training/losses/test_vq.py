@@ -7,14 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.autoencoders import (
-    AdversarialConfig,
-    AutoencoderObjective,
-    ImageLevels,
-    ImageVaeConfig,
-    VqConfig,
-)
 from dit_video.core.trees import flatten
+from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, ImageLevels, ImageVaeConfig, VqConfig
 from dit_video.nn import get_graph_def
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining

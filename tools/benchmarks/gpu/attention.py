@@ -17,8 +17,8 @@ from benchmarks.gpu import leaks
 from benchmarks.gpu.figures import DETAILS, Case, Figure
 from benchmarks.timer import TimeBudget, time_repeated
 from dit_video.core.errors import UserError
+from dit_video.core.platform.devices import Platform, get_default_platform
 from dit_video.nn.attention import Attention, AttentionInputs, BackendName, check_platform, make_attention
-from dit_video.platform.devices import Platform, get_default_platform
 
 BACKENDS: tuple[BackendName, ...] = ("cudnn", "splash", "tokamax", "chunked", "dense")
 """All backends, in the order in which they are measured."""

@@ -11,7 +11,7 @@ import jax
 from benchmarks.timer import TimeBudget
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
-from dit_video.platform.xla_flags import get_flags
+from dit_video.core.platform.xla_flags import get_flags
 
 FORMAT = 1
 """Format of the JSON."""

@@ -11,14 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks.timer import TimeBudget
-from dit_video.backbones.dit import DitConfig
-from dit_video.backbones.flops import count_training_flops
-from dit_video.backbones.protocol import BackboneConfig
 from dit_video.core import rng
+from dit_video.core.platform.devices import get_default_platform
 from dit_video.core.trees import count_values, flatten
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig, make_mesh, make_parallelism, make_shardings, shard_batch
-from dit_video.distributed.planner import (
+from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.flops import count_training_flops
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.nn import Remat, get_graph_def, init_params
+from dit_video.planning import (
     Chip,
     CompiledStep,
     Efficiencies,
@@ -34,10 +37,7 @@ from dit_video.distributed.planner import (
     get_calibration_folder,
     read_calibration,
 )
-from dit_video.distributed.planner.calibrate import CalibrationSize, calibrate
-from dit_video.nn import Remat, get_graph_def, init_params
-from dit_video.platform.devices import get_default_platform
-from dit_video.text import FrozenTextConfig
+from dit_video.planning.calibrate import CalibrationSize, calibrate
 from dit_video.tokens import (
     Grid,
     LayoutShape,

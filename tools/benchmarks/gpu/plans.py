@@ -17,14 +17,9 @@ from benchmarks.gpu.training import name_case
 from benchmarks.steps import get_peak_memory
 from benchmarks.timer import TimeBudget
 from dit_video.core.errors import UserError
-from dit_video.distributed.planner import (
-    compute_expected_times,
-    compute_step_times,
-    get_calibration_folder,
-    read_step_work,
-)
-from dit_video.distributed.planner.calibrate import calibrate
 from dit_video.nn import Remat
+from dit_video.planning import compute_expected_times, compute_step_times, get_calibration_folder, read_step_work
+from dit_video.planning.calibrate import calibrate
 
 REMATS: tuple[Remat, ...] = ("attention", "full")
 _STEPS = 5

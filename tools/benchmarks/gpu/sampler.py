@@ -12,13 +12,13 @@ from benchmarks.gpu.figures import DETAILS, Case, Figure
 from benchmarks.gpu.models import draw_values
 from benchmarks.steps import get_peak_memory
 from benchmarks.timer import TimeBudget
-from dit_video.autoencoders import CausalVaeConfig, decode_stream, latent_grid
-from dit_video.backbones.wan import WanDitConfig
 from dit_video.core import rng
 from dit_video.diffusion import RectifiedFlow
-from dit_video.generation import Denoiser, Sampling, SamplingRequest, draw_initial_noise, sample_latents
+from dit_video.models.autoencoders import CausalVaeConfig, decode_stream, latent_grid
+from dit_video.models.backbones.wan import WanDitConfig
+from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_graph_def, init_params
-from dit_video.text import FrozenTextConfig
+from dit_video.sampling import Denoiser, Sampling, SamplingRequest, draw_initial_noise, sample_latents
 from dit_video.tokens import Grid, PackedShape, compute_token_grid
 
 

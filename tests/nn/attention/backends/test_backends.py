@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.core.platform.devices import Platform
 from dit_video.nn.attention import (
     AttentionInputs,
     CausalFrames,
@@ -28,7 +29,6 @@ from dit_video.nn.attention.backends.splash import SplashAttention
 from dit_video.nn.attention.backends.tokamax import TokamaxAttention
 from dit_video.nn.attention.dispatch import AutoAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
-from dit_video.platform.devices import Platform
 from dit_video.tokens import Grid, compute_positions
 from support.marks import mark_slow_except
 

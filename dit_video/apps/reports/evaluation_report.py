@@ -1,0 +1,205 @@
+"""Page of an evaluation by a protocol: table, samples, best and worst ones by metric, real clips beside."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_video.apps.reports.clips import join_side_by_side
+from dit_video.apps.reports.contents import Chart, Curve, Reconstruction, Report, Sample
+from dit_video.apps.reports.report import write_report
+from dit_video.apps.reports.results import format_values, make_headline_figures, make_result_table
+from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.registry import get_class_name
+from dit_video.evaluation.clip_set import ClipSet
+from dit_video.evaluation.measure import Measurement
+from dit_video.evaluation.metrics.loss_by_time import LOSS_PREFIX, LossByTime
+from dit_video.evaluation.metrics.metric import MetricDescription
+from dit_video.evaluation.protocol import Protocol
+from dit_video.video import Clip
+
+_SAMPLES, _EXTREMES, _RECONSTRUCTIONS = 8, 2, 6
+"""Numbers of samples, of best and worst samples by each metric, and of reconstructions on the page."""
+
+
+def write_evaluation_report(
+    path: str | Path,
+    measurement: Measurement,
+    protocol: Protocol,
+    samples: ClipSet,
+    *,
+    title: str,
+    real_clips: ClipSet | None = None,
+    is_reconstruction: bool = False,
+) -> None:
+    """Write the page.
+
+    Args:
+      path: HTML file.
+      measurement: results of the metrics.
+      protocol: what was measured.
+      samples: clips that were measured.
+      title: headline of the page.
+      real_clips: clips of the data.
+      is_reconstruction: each sample is a reconstruction of the clip of the data with its number.
+    """
+    reader = _Reader(samples, protocol)
+    record = measurement.record
+    tables = {
+        "results": make_result_table(measurement.results),
+        "not computed": measurement.skipped,
+        "excluded clips": record["excluded"],
+    }
+    measured = f"{record['samples']} clips of {samples.location}"
+    if not record["samples"] and real_clips is not None:
+        measured = f"{record['real_clips']} clips of {real_clips.location}, no samples"
+    report = Report(
+        title=title,
+        summary=f"Protocol {protocol.name}, {measured}.",
+        figures=make_headline_figures(measurement.results),
+        samples=() if is_reconstruction else _make_samples(reader, measurement, real_clips),
+        reconstructions=_make_reconstructions(reader, measurement, real_clips) if is_reconstruction else (),
+        charts=_make_charts(measurement),
+        charts_title="Loss by time",
+        metrics={name: table for name, table in tables.items() if table},
+        config=record["protocol"],
+    )
+    write_report(path, report)
+
+
+class _Reader:
+    """Clips of a set as the protocol samples them, by number or name."""
+
+    def __init__(self, clips: ClipSet, protocol: Protocol):
+        self.clips, self.protocol = clips, protocol
+        self.numbers = {name: number for number, name in enumerate(clips.names)}
+
+    def read(self, number: int) -> Clip | None:
+        sampling = self.protocol.clips
+        try:
+            clip = self.clips.read(number, sampling.fps)
+            return sampling.sample(clip, seed=self.protocol.seed, number=number)
+        except (DecodeError, UserError, OSError):
+            return None  # it is named among the excluded clips
+
+
+def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet | None) -> tuple[Sample, ...]:
+    """Return the first samples, then the best and worst by metric, then clips of the data."""
+    remarks: dict[str, str] = dict.fromkeys(list(measurement.examples)[:_SAMPLES], "")
+    for name, _, about in _list_extremes(measurement, measurement.examples):
+        remarks[name] = " · ".join(filter(None, (remarks.get(name, ""), about)))
+    samples = []
+    for name, remark in remarks.items():
+        if (clip := reader.read(reader.numbers[name])) is not None:
+            values = measurement.examples.get(name, {})
+            verdict = {
+                measurement.results[key].description.label: value
+                for key, value in values.items()
+                if isinstance(value, bool) and measurement.results[key].description.is_higher_better
+            }
+            prompt = clip.caption or name
+            group = "Best and worst" if remark else "Samples"
+            samples.append(Sample(clip=clip, prompt=prompt, note=remark or name, verdict=verdict, group=group))
+    if real_clips is not None:
+        real = _Reader(real_clips, reader.protocol)
+        samples += _make_nearest(reader, real, measurement)
+        samples += _make_real_samples(real, measurement)
+    return tuple(samples)
+
+
+def _make_real_samples(real: "_Reader", measurement: Measurement) -> list[Sample]:
+    """Return the first clips of the data, then the best and worst of those that have values of their own."""
+    remarks: dict[str, str] = dict.fromkeys(real.clips.names[:_SAMPLES], "")
+    for name, _, about in _list_extremes(measurement, measurement.record["clips"]):
+        remarks[name] = " · ".join(filter(None, (remarks.get(name, ""), about)))
+    samples = []
+    for name, remark in remarks.items():
+        if (clip := real.read(real.numbers[name])) is not None:
+            samples.append(Sample(clip=clip, prompt=clip.caption or name, note=remark, group="Clips of the data"))
+    return samples
+
+
+def _make_charts(measurement: Measurement) -> tuple[Chart, ...]:
+    """Return the chart of the denoiser's loss by time, with the bounds of its intervals, if it was measured."""
+    losses = {
+        float(name.removeprefix(LOSS_PREFIX)): result.estimate
+        for name, result in measurement.results.items()
+        if result.metric == get_class_name(LossByTime) and name.startswith(LOSS_PREFIX)
+    }
+    known = {time: each for time, each in losses.items() if each.value is not None}
+    if not known:
+        return ()
+    curves = [Curve(name="mean", steps=tuple(known), values=tuple(each.value or 0.0 for each in known.values()))]
+    if all(each.interval is not None for each in known.values()):
+        for number, name in enumerate(("lower bound", "upper bound")):
+            bounds = tuple(each.interval[number] for each in known.values() if each.interval is not None)
+            curves.append(Curve(name=name, steps=tuple(known), values=bounds))
+    note = "with its 95 % interval; time 0 is data, 1 is noise"
+    return (Chart(title="denoising loss", curves=tuple(curves), note=note, axis="time"),)
+
+
+def _make_nearest(reader: _Reader, real: _Reader, measurement: Measurement) -> list[Sample]:
+    """Return samples with the nearest clips of the data on their right: memorised ones first."""
+    nearest: Mapping[str, str] = measurement.record["nearest"]
+    order = sorted(nearest, key=lambda name: not measurement.examples.get(name, {}).get("memorised"))
+    samples = []
+    for name in order[:_SAMPLES]:
+        sample, other = reader.read(reader.numbers[name]), real.read(real.numbers[nearest[name]])
+        if sample is not None and other is not None:
+            note = f"{name}, on its right {nearest[name]}"
+            group = "Samples and the nearest clips of the data"
+            samples.append(Sample(clip=_join(sample, other), prompt=sample.caption or name, note=note, group=group))
+    return samples
+
+
+def _join(first: Clip, second: Clip) -> Clip:
+    """Return both clips next to each other, as long as the shorter one."""
+    frames, height = min(len(first.frames), len(second.frames)), max(first.height, second.height)
+    padded = [
+        replace(each, frames=np.pad(each.frames[:frames], ((0, 0), (0, height - each.height), (0, 0), (0, 0))))
+        for each in (first, second)
+    ]
+    return join_side_by_side(*padded)[0]
+
+
+def _list_extremes(measurement: Measurement, examples: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, str]]:
+    """Return the best and worst examples by each metric of single ones: names, values and remarks."""
+    extremes = []
+    for metric, (_, about, _) in measurement.results.items():
+        values = {
+            name: float(row[metric])
+            for name, row in examples.items()
+            if metric in row and not isinstance(row[metric], bool)
+        }
+        if about.is_higher_better is None or len(values) < 2 * _EXTREMES:
+            continue
+        order = sorted(values, key=lambda name: values[name], reverse=about.is_higher_better)
+        for word, names in (("best", order[:_EXTREMES]), ("worst", order[-_EXTREMES:])):
+            extremes += [(name, values[name], _describe(word, about, values[name])) for name in names]
+    return extremes
+
+
+def _describe(word: str, about: MetricDescription, value: float) -> str:
+    return f"{word} {about.label}: {about.format_value(value)}"
+
+
+def _make_reconstructions(
+    reader: _Reader, measurement: Measurement, originals: ClipSet | None
+) -> tuple[Reconstruction, ...]:
+    """Return the first clips, and the best and worst by each metric, with their reconstructions."""
+    assert originals is not None  # reconstructions are of clips of the data
+    real = _Reader(originals, reader.protocol)
+    extremes = {name: about for name, _, about in _list_extremes(measurement, measurement.examples)}
+    names = dict.fromkeys([*list(measurement.examples)[:_RECONSTRUCTIONS], *extremes])
+    pairs: list[Reconstruction] = []
+    for name in names:
+        number = reader.numbers[name]
+        original, decoded = real.read(real.numbers.get(name, number)), reader.read(number)
+        if original is None or decoded is None:
+            continue
+        values = format_values(measurement.examples.get(name, {}), measurement.results)
+        label = f"{name} · {extremes[name]}" if name in extremes else name
+        pairs.append(Reconstruction(original=original, decoded=decoded, values=values, name=label))
+    return tuple(pairs)

@@ -1,0 +1,197 @@
+"""Report of a run, made from its files and evaluation."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_video.apps.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
+from dit_video.apps.reports.report import write_report
+from dit_video.apps.reports.results import format_values, make_headline_figures, make_result_table
+from dit_video.apps.reports.run_times import format_duration
+from dit_video.core import config_json
+from dit_video.core.files import read_json
+from dit_video.evaluation.collection import MetricResult
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.evaluate import EvaluationResult
+from dit_video.experiment.folder import EXCLUDED_FILE
+from dit_video.experiment.run import Run
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.training.goodput import RunTimes, read_run_times
+from dit_video.training.hooks.logging import read_metrics
+
+_MAX_RECONSTRUCTIONS = 12
+"""Maximum number of reconstructions on the page; the figures are computed over all."""
+_LEFT_OUT = ("protocol", "results", "samples")
+"""Parts of `metrics.json` that are no table: the protocol repeats the config."""
+_MAX_EXCLUDED = 100
+"""Maximum number of excluded clips that a table on the page lists; the run's file has all."""
+
+
+def write_run_report(
+    path: str | Path,
+    pipeline: Pipeline,
+    evaluation: EvaluationResult,
+    *,
+    title: str,
+    source: Path,
+    config: Any = None,
+    minutes: float | None = None,
+) -> None:
+    """Write the report of a run.
+
+    Args:
+      path: HTML file.
+      pipeline: pipeline that was evaluated.
+      evaluation: result of the evaluation.
+      title: headline of the page.
+      source: folder of the run, whose loss curves are shown, or of a pipeline: anything that `dit_video.load` reads.
+      config: resolved config, shown as JSON; by default the pipeline's.
+      minutes: duration of the whole run.
+    """
+    counts, sampling = evaluation.metrics["parameters"], evaluation.metrics["sampling"]
+    summary = (
+        f"{sum(counts.values()) / 1e6:.2f} million parameters, created by: "
+        f"{pipeline.config.provenance.get('command', '?')} (seed {pipeline.config.provenance.get('seed', '?')}). "
+        f"Samples: {sampling['steps']} steps of {sampling['sampler']}, "
+        f"guidance {' and '.join(f'{scale:g}' for scale in np.ravel(sampling['guidance']))}, "
+        "one sample per prompt, not selected."
+    )
+    excluded, times = _read_excluded(source), read_run_times(source)
+    report = Report(
+        title=title,
+        summary=summary,
+        figures=_make_figures(evaluation.results, excluded, times, minutes),
+        samples=_make_samples(evaluation),
+        reconstructions=_make_reconstructions(evaluation),
+        charts=_make_charts(source),
+        times=times,
+        metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
+        config=config_json.to_json(pipeline.config) if config is None else config,
+        commands=_make_commands(pipeline, source),
+    )
+    write_report(path, report)
+
+
+def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationResult) -> None:
+    """Write the report of a run that trains only an autoencoder."""
+    experiment = run.experiment
+    count = evaluation.metrics["parameters"]["autoencoder"]
+    excluded, times = _read_excluded(run.folder), read_run_times(run.folder)
+    report = Report(
+        title=f"{experiment.name}: the autoencoder",
+        summary=f"{count / 1e6:.2f} million parameters, created by: {run.command} (seed {experiment.seed}).",
+        figures=_make_figures(evaluation.results, excluded, times),
+        reconstructions=_make_reconstructions(evaluation),
+        charts=_make_charts(run.folder),
+        times=times,
+        metrics=_make_tables(evaluation) | _make_excluded_tables(excluded),
+        config=config_json.to_json(experiment),
+    )
+    write_report(path, report)
+
+
+def _make_reconstructions(evaluation: EvaluationResult) -> tuple[Reconstruction, ...]:
+    return tuple(
+        Reconstruction(
+            original=item.original,
+            decoded=item.decoded,
+            values=format_values(evaluation.metrics["clips"][item.name], evaluation.results),
+            name=item.name,
+            linear=item.baseline,
+        )
+        for item in evaluation.reconstructions[:_MAX_RECONSTRUCTIONS]
+    )
+
+
+def _make_figures(
+    results: Mapping[str, MetricResult],
+    excluded: Mapping[str, Mapping[str, Any]],
+    times: RunTimes,
+    minutes: float | None = None,
+) -> tuple[Figure, ...]:
+    """Return the headline values of all metrics, the time of the run, and the number of excluded clips."""
+    figures = list(make_headline_figures(results))
+    if minutes:
+        figures.append(Figure(label="whole run", value=f"{minutes:.1f} min", note="from start to this page"))
+    if (share := times.goodput) is not None:
+        lost = f", {times.lost_steps:,} steps taken again" if times.lost_steps else ""
+        note = f"training steps, of {format_duration(times.total / 1e6)}{lost}"
+        figures.append(Figure(label="goodput", value=f"{100 * share:.1f} %", note=note, share=share))
+    return (*figures, *_make_excluded_figures(excluded))
+
+
+def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:
+    """Return the content of `metrics.json` as tables, with a row for every value of a metric."""
+    others = {name: part for name, part in evaluation.metrics.items() if part and name not in _LEFT_OUT}
+    return {"results": make_result_table(evaluation.results), **others}
+
+
+def _read_excluded(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the clips that a run could not use: of its last stage, and of each stage of its curriculum by name."""
+    files = {"": folder / EXCLUDED_FILE} | {
+        f", stage {path.parent.name}": path for path in sorted(folder.glob(f"stages/*/{EXCLUDED_FILE}"))
+    }
+    return {
+        f"excluded {clips.replace('_', '-')} clips{stage}": content
+        for stage, path in files.items()
+        if path.is_file()
+        for clips, content in read_json(path).items()
+    }
+
+
+def _make_excluded_figures(excluded: Mapping[str, Mapping[str, Any]]) -> tuple[Figure, ...]:
+    """Return the number of excluded clips, with the first one's name and reason."""
+    figures = []
+    for label, content in excluded.items():
+        count, (name, reason) = len(content["excluded"]), next(iter(content["excluded"].items()))
+        figures.append(Figure(label=label, value=f"{count} of {content['clips']}", note=f"such as {name}: {reason}"))
+    return tuple(figures)
+
+
+def _make_excluded_tables(excluded: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the reasons for which clips are excluded, by name."""
+    return {label: dict(list(content["excluded"].items())[:_MAX_EXCLUDED]) for label, content in excluded.items()}
+
+
+def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:
+    """Return all samples, each with its values of metrics: those that are true or false as a verdict."""
+    samples = []
+    for (entry, clip), seen in zip(evaluation.samples, evaluation.is_trained_caption, strict=True):
+        values = evaluation.metrics["samples"][entry["file"]]
+        verdict = {name: value for name, value in values.items() if isinstance(value, bool)}
+        numbers = format_values({name: values[name] for name in values.keys() - verdict}, evaluation.results)
+        note = " · ".join((f"seed {entry['seed']}", *(f"{label} {text}" for label, text in numbers.items())))
+        samples.append(Sample(clip=clip, prompt=entry["prompt"], seen=seen, note=note, verdict=verdict))
+    return tuple(samples)
+
+
+def _make_charts(folder: Path) -> tuple[Chart, ...]:
+    charts = []
+    for name, title in (("autoencoder", "Autoencoder"), ("denoiser", "Denoiser")):
+        path = folder / name / "metrics.jsonl"
+        if path.is_file() and (entries := read_metrics(path)):
+            steps = tuple(entry["step"] for entry in entries)
+            curve = Curve(name="loss", steps=steps, values=tuple(entry["loss"] for entry in entries))
+            charts.append(Chart(title=title, curves=(curve,), note="training loss per step"))
+    return tuple(charts)
+
+
+def _make_commands(pipeline: Pipeline, source: Path) -> tuple[Command, ...]:
+    frames, height, width = pipeline.config.size
+    size = f"{frames}x{height}x{width}"
+    folder = shlex.quote(str(source))
+    prompt = (pipeline.config.evaluation or CaptionEvaluation()).example_prompt
+    return (
+        Command(
+            text=f'python experiments/sample.py {folder} --prompt "{prompt}" --size {size} --seed 3 --out clip.mp4',
+            note="one clip",
+        ),
+        Command(
+            text=f'import dit_video\npipe = dit_video.load({str(source)!r})\npipe.generate("{prompt}", size=({frames}, '
+            f"{height}, {width}), seed=3)",
+            note="in a notebook",
+        ),
+    )

@@ -1,0 +1,309 @@
+"""Forms of the studio: a tab for every task of `pipelines.tasks`, with a field for every value of its class.
+
+A task that is added to `TASKS` has a tab without a line here; `_TITLES` and `_RANGES` only make it nicer to read.
+"""
+
+import ast
+import functools
+import inspect
+import itertools
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, Literal
+
+from dit_video.apps.studio.fields import (
+    ChoiceField,
+    ClipField,
+    FlagField,
+    FormError,
+    FormField,
+    ImageField,
+    MaskField,
+    MediaSource,
+    NumberField,
+    SizeField,
+    TextField,
+)
+from dit_video.diffusion import SAMPLERS
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.tasks import TASKS, AnyTask
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+MAX_COUNT = 4
+"""Maximum number of clips of one job."""
+MAX_SEED = 2**32 - 1 - MAX_COUNT
+_TITLES = {
+    "clip": "Clip",
+    "first": "First clip",
+    "second": "Second clip",
+    "image": "First frame",
+    "last_image": "Last frame",
+    "frames": "New frames",
+    "before": "Before the clip",
+    "overlap": "Known frames",
+    "mask": "Region to fill in",
+    "source": "Description of the clip",
+    "edit_method": "Method",
+    "source_guidance": "Guidance of the source",
+}
+"""Titles of fields whose names say too little."""
+_RANGES: dict[str, dict[str, float | int]] = {
+    "strength": {"minimum": 0.05, "maximum": 1.0, "step": 0.05},
+    "source_guidance": {"minimum": 0.0, "step": 0.1},
+    "draws": {"minimum": 1, "maximum": 16},
+    "frames": {"minimum": 1, "maximum": 1000, "step": 1},
+    "interpolate.factor": {"minimum": 2, "maximum": 16, "step": 1},
+    "zoom_out.factor": {"minimum": 1.01, "maximum": 4.0, "step": 0.05},
+    "overlap": {"minimum": 1},
+}
+"""Limits of numbers, by their names, or by the task and the name."""
+_PICTURE_TABS = {
+    "text_to_video": ("Text to video", ("prompt", "size")),
+    "image_to_video": ("Image to video", ("prompt", "image", "size")),
+    "first_and_last_frame": ("First and last frame", ("prompt", "image", "last_image", "size")),
+}
+"""Tabs of the task `generate`: titles, and the fields that each of them shows."""
+_TAB_HELP = {
+    "text_to_video": "A clip from a description.",
+    "image_to_video": "A clip that begins with an image.",
+    "first_and_last_frame": "A clip between two images.",
+}
+_TAB_TITLES = {"described_edit": ("Edit by description", "A clip that changes by the difference of two descriptions.")}
+"""Titles and sentences of tasks whose names or docstrings say too little."""
+_REQUIRED = frozenset({"image", "last_image", "size"})
+"""Fields that are required in these tabs, though the task can do without."""
+_UNCONDITIONAL = ("text_to_video", "edit", "described_edit", "vary")
+"""Tabs of tasks that keep no pixels."""
+_TRAINING_FREE = (
+    "This model was not trained with known frames. They are kept by replacing their latents in every step "
+    "(training-free), which follows them less smoothly than a model that was trained for it."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tab:
+    """A tab of the studio: a task and its form."""
+
+    name: str
+    title: str
+    help: str
+    task_name: str
+    """Name of the task in `TASKS`."""
+    fields: tuple[FormField, ...]
+    note: str = ""
+    """Sentence about what this model does differently; empty for none."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the description that the page makes the tab of, as JSON values."""
+        described = [field.describe() for field in self.fields]
+        return {"name": self.name, "title": self.title, "help": self.help, "note": self.note, "fields": described}
+
+    def parse(self, answers: Any, media: MediaSource) -> dict[str, Any]:
+        """Return the values of the task.
+
+        Raises:
+          FormError: an answer that is invalid, or one to a field that does not exist.
+        """
+        return parse_answers(self.fields, answers, media)
+
+    def make_task(self, values: Mapping[str, Any]) -> AnyTask:
+        """Return the task with these values."""
+        return TASKS[self.task_name](**values)
+
+
+def parse_answers(form: Sequence[FormField], answers: Any, media: MediaSource) -> dict[str, Any]:
+    """Return the values of a form's answers, without those of empty ones.
+
+    Raises:
+      FormError: an answer that is invalid, or one to a field that does not exist.
+    """
+    if not isinstance(answers, Mapping):
+        raise FormError("the answers of a form must be an object")
+    if unknown := sorted(set(answers) - {field.name for field in form}):
+        raise FormError(f"{str(unknown[0])[:40]!r} is no field of this form. Reload the page.")
+    values = {field.name: field.parse(answers, media) for field in form}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
+    """Return the tabs for a model: those of generation, and one for every other task."""
+    tabs = []
+    for name, (title, names) in _PICTURE_TABS.items():
+        form = make_form("generate", config, names=names)
+        tabs.append(Tab(name=name, title=title, help=_TAB_HELP[name], task_name="generate", fields=form))
+    for name, task in TASKS.items():
+        if name != "generate":
+            title, help = _TAB_TITLES.get(name) or (name.replace("_", " ").capitalize(), _read_first_line(task))
+            tabs.append(Tab(name=name, title=title, help=help, task_name=name, fields=make_form(name, config)))
+    note = _TRAINING_FREE if config.frame_conditioning is None and config.task is None else ""
+    return tuple(tab if tab.name in _UNCONDITIONAL else replace(tab, note=note) for tab in tabs)
+
+
+def make_form(task_name: str, config: PipelineConfig, *, names: Sequence[str] = ()) -> tuple[FormField, ...]:
+    """Return the fields of a task, made of the types, defaults and docstrings of its class's attributes.
+
+    Attributes of other types, such as lists, have no field.
+
+    Args:
+      task_name: name of the task in `TASKS`.
+      config: config of the model, whose sizes the defaults fit.
+      names: names of the fields; all by default.
+    """
+    task = TASKS[task_name]
+    types_by_name, docs = typing.get_type_hints(task), read_attribute_docs(task)
+    form = []
+    for attribute in fields(task):
+        if names and attribute.name not in names:
+            continue
+        kind = types_by_name[attribute.name]
+        is_needed = attribute.default is MISSING and attribute.default_factory is MISSING
+        is_required = is_needed or attribute.name in _REQUIRED.intersection(names)
+        title = _TITLES.get(attribute.name, attribute.name.replace("_", " ").capitalize())
+        shared: dict[str, Any] = {
+            "name": attribute.name,
+            "title": title,
+            "help": "" if docs.get(attribute.name) == f"{title}." else docs.get(attribute.name, ""),
+            "is_required": is_required,
+        }
+        default = None if is_needed else attribute.default
+        if (field := _make_field(task_name, attribute.name, kind, default, shared, config)) is not None:
+            form.append(field)
+    order = {name: number for number, name in enumerate(names)}
+    return tuple(sorted(form, key=lambda field: (order.get(field.name, 0), field.kind not in ("clip", "image"))))
+
+
+def _make_field(
+    task_name: str, name: str, kind: Any, default: Any, shared: dict[str, Any], config: PipelineConfig
+) -> FormField | None:
+    """Return the field of an attribute; None if its type has none."""
+    options = [each for each in typing.get_args(kind) if each is not type(None)] if _is_union(kind) else [kind]
+    single = options[0]
+    if name == "prompt":
+        return TextField(**(shared | {"help": "", "lines": 2}))
+    if name == "mask":
+        return MaskField(**(shared | {"help": "The region is the same in all frames.", "clip_name": "clip"}))
+    if name == "size":
+        return _make_size_field(task_name, shared, config)
+    if name in ("image", "last_image"):
+        # A task that takes a clip of one frame does not fit it to a size of its own.
+        return ImageField(**shared, is_fitted=kind is Clip)
+    if single is Clip and len(options) == 1:
+        return ClipField(**shared)
+    if single in (int, float):
+        is_whole = single is int
+        own = _choose_default(task_name, name, config) if default is None else default
+        limits: dict[str, Any] = _RANGES.get(f"{task_name}.{name}") or _RANGES.get(name, {"minimum": 0})
+        return NumberField(**shared, default=own, is_whole=is_whole, **limits)
+    if single is bool:
+        return FlagField(**shared, default=bool(default))
+    if typing.get_origin(single) is Literal:
+        choices = tuple((value, value.replace("_", " ")) for value in typing.get_args(single))
+        return ChoiceField(**shared, default=default, choices=choices)
+    return TextField(**shared, default=default, lines=2) if single is str else None
+
+
+def _make_size_field(task_name: str, shared: dict[str, Any], config: PipelineConfig) -> SizeField:
+    """Return the field of a size: frames, height and width, or the plane of outpainting."""
+    steps, presets = get_size_steps(config), list_presets(config)
+    shared = shared | {"help": "", "is_required": True}
+    if task_name == "outpaint":
+        larger = config.size._replace(h=config.size.h + 2 * steps.h, w=config.size.w + 2 * steps.w)
+        return SizeField(**shared, default=larger, steps=steps, presets=(), has_frames=False)
+    if task_name == "loop":
+        frames = max(2 * steps.t, config.size.t - config.size.t % steps.t)
+        presets = tuple(size._replace(t=frames) for size in presets)
+        return SizeField(**shared, default=presets[0], steps=steps, presets=presets, frames_offset=0)
+    return SizeField(**shared, default=config.size, steps=steps, presets=presets)
+
+
+def _choose_default(task_name: str, name: str, config: PipelineConfig) -> float | int | None:
+    """Return the value that the page begins with of a number without a default."""
+    if name == "factor":
+        return 2
+    return 2 * config.autoencoder.stride.t if name == "frames" else None
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def get_size_steps(config: PipelineConfig) -> Grid:
+    """Return the distances of the numbers of frames, heights and widths that a model can sample."""
+    stride, multiple = config.autoencoder.stride, config.backbone.size_multiple
+    return Grid(stride.t, stride.h * multiple.h, stride.w * multiple.w)
+
+
+def list_presets(config: PipelineConfig) -> tuple[Grid, ...]:
+    """Return a model's own size, the same one turned, and a square of about as many pixels."""
+    size, steps = config.size, get_size_steps(config)
+    side = math.sqrt(size.h * size.w)
+    square = size._replace(h=max(1, round(side / steps.h)) * steps.h, w=max(1, round(side / steps.w)) * steps.w)
+    return tuple(dict.fromkeys((size, size._replace(h=size.w, w=size.h), square)))
+
+
+def make_sampling_form(
+    config: PipelineConfig, *, adapters: Mapping[str, float], checkpoints: Sequence[int] = ()
+) -> tuple[FormField, ...]:
+    """Return the fields that all tabs share.
+
+    Args:
+      config: config of the model.
+      adapters: scales of the attached adapters (LoRA), by name.
+      checkpoints: steps of the checkpoints of a run, from which another than the newest may be chosen.
+    """
+    own = config.sampling
+    scales = own.full_guidance.scales
+    samplers = (("", "the model's own"), *((name, name) for name in SAMPLERS))
+    form: list[FormField] = [
+        TextField(name="negative", title="Negative prompt", default=config.negative or None, lines=2),
+        NumberField(name="seed", title="Seed", default=0, minimum=0, maximum=MAX_SEED, step=1, is_whole=True),
+        NumberField(name="count", title="Clips", default=1, minimum=1, maximum=MAX_COUNT, step=1, is_whole=True),
+        NumberField(name="steps", title="Steps", default=own.steps, minimum=1, maximum=1000, step=1, is_whole=True),
+        NumberField(
+            name="guidance",
+            title="Guidance",
+            help="1 is none; more follows the prompt more closely and varies less.",
+            default=scales[0] if len(set(scales)) == 1 else None,
+            minimum=0,
+            maximum=100,
+            step=0.1,
+        ),
+        ChoiceField(name="sampler", title="Sampler", default="", choices=samplers),
+        NumberField(name="shift", title="Shift", help="Shift of the times towards noise.", minimum=0.01, step=0.5),
+    ]
+    for name, scale in adapters.items():
+        title, help = f"LoRA {name}", "Strength of the adapter; 0 turns it off."
+        limits: dict[str, Any] = {"minimum": -4, "maximum": 4, "step": 0.05}
+        form.append(NumberField(name=f"lora:{name}", title=title, help=help, default=scale, **limits))
+    if checkpoints:
+        choices = (("", "newest"), *((str(step), f"step {step:,}") for step in sorted(checkpoints, reverse=True)))
+        form.append(ChoiceField(name="checkpoint", title="Checkpoint", default="", choices=choices))
+    return tuple(form)
+
+
+@functools.cache
+def read_attribute_docs(kind: type) -> dict[str, str]:
+    """Return the docstrings of the attributes of a class and of its bases, by name."""
+    docs: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if base is object or base.__module__.startswith(("builtins", "abc")):
+            continue
+        try:
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except (OSError, TypeError, ValueError):  # a class without a source file
+            continue
+        statements = definition.body if isinstance(definition, ast.ClassDef) else []
+        for statement, following in itertools.pairwise(statements):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    docs[name] = " ".join(text.split())
+    return docs
+
+
+def _read_first_line(kind: type) -> str:
+    return (inspect.getdoc(kind) or "").partition("\n")[0]

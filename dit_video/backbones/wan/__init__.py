@@ -1,3 +1,0 @@
-"""Wan's transformer."""
-
-from dit_video.backbones.wan.model import WanDitConfig

@@ -1,0 +1,122 @@
+"""Flags of XLA and libtpu for each platform, set before JAX first computes.
+
+A flag that the environment sets already stays as it is, and `DIT_VIDEO_XLA_FLAGS=off` leaves all of them alone. XLA and
+libtpu end a process that has an unknown flag, so flags are set only for the releases that they were checked with.
+"""
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+from dit_video.core.platform.tpu import find_gpu_backends, find_tpu_chip, has_tpu
+
+SWITCH = "DIT_VIDEO_XLA_FLAGS"
+"""Environment variable that turns the flags off, by the value `off`."""
+VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Environment variables from which XLA, libtpu and JAX's GPU client take their flags."""
+
+_CPU_RELEASE = "0.10.2"
+_CPU_FLAGS = {"xla_cpu_experimental_ynn_fusion_type": "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
+
+_GPU_RELEASES = ("0.10.2",)
+"""Releases of jaxlib that have the flags for GPUs."""
+GPU_FLAGS = {
+    # Collectives run while the computation that does not need them goes on; by default they wait for each other.
+    "xla_gpu_enable_latency_hiding_scheduler": "true",
+}
+"""Flags for NVIDIA's GPUs: those that NVIDIA's own JAX images set. Command buffers are on by default.
+
+Others are left alone until they are measured: those that pipeline collectives over the iterations of a scan do nothing
+in jaxlib 0.10.1 (openxla/xla issue 44228), and made trainings diverge in earlier ones (pull request 16953);
+`xla_gpu_enable_triton_gemm=false` saves the autotuning of products.
+"""
+GPU_MEMORY_FRACTION = "0.9"
+"""Part of a GPU's memory that JAX reserves, 0.75 by default; NVIDIA recommends 0.8 to 0.9. Libraries need the rest."""
+
+_TPU_RELEASES = ("0.0.42.1",)
+"""Releases of libtpu that have the flags for TPUs."""
+TPU_FLAGS = {
+    # Gathers of weights are fused with the products beside them, over several steps, so that both run at once.
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    "xla_enable_async_all_gather": "true",
+    # Gathers of the next layer's weights in the backward pass of a scan begin before this layer has ended.
+    "xla_tpu_enable_ag_backward_pipelining": "true",
+    # The exchange of heads and tokens in `ulysses` attention overlaps with computation.
+    "xla_tpu_enable_async_all_to_all": "true",
+    # Sums of gradients over slices, which are connected by the slower network, overlap with the backward pass.
+    "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+    "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+}
+"""Flags for TPUs: those of MaxText and MaxDiffusion for dense models sharded over `fsdp`, without host offloading."""
+SCOPED_VMEM_KIB = {"v5p": 65_536, "v6e": 98_304}
+"""On-chip memory that a fusion or kernel may use, in KiB, by chip: larger blocks than with the default of 16 MiB. These
+are MaxDiffusion's and MaxText's values; other chips keep the default."""
+
+
+def set_cpu_flags() -> None:
+    """Let CPUs compute 2-D convolutions by Eigen with jaxlib 0.10.2, which would use YNNPACK.
+
+    That is 1.4 to 2.2 times as fast: in billions of operations a second on two cores 129 against 58 (17 frames of
+    128x128, 32 channels), 175 against 106 (64x64, 64 channels), 179 against 95 (128x128, 96 channels). Matrix products
+    stay with YNNPACK, which is as fast. 0.10.0 and 0.10.1 use Eigen by default.
+    """
+    if _is_on() and _get_release("jaxlib") == _CPU_RELEASE:
+        add_flags("XLA_FLAGS", _CPU_FLAGS)
+
+
+def set_accelerator_flags() -> None:
+    """Set the flags for the GPUs or TPUs of this machine, if there are any."""
+    if not _is_on():
+        return
+    if "cuda" in (find_gpu_backends() or ()):
+        if _get_release("jaxlib") in _GPU_RELEASES:
+            add_flags("XLA_FLAGS", GPU_FLAGS)
+        if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # the newer name of the same choice
+            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
+    elif has_tpu() and _get_release("libtpu") in _TPU_RELEASES:
+        add_flags("LIBTPU_INIT_ARGS", make_tpu_flags(find_tpu_chip()))
+
+
+def make_tpu_flags(chip: str | None) -> dict[str, str]:
+    """Return the flags for a chip such as `v5p`; None for an unknown one."""
+    vmem = {"xla_tpu_scoped_vmem_limit_kib": str(SCOPED_VMEM_KIB[chip])} if chip in SCOPED_VMEM_KIB else {}
+    return TPU_FLAGS | vmem
+
+
+def get_compiler_options(chip: str) -> dict[str, str]:
+    """Return the options with which a program is compiled ahead of time for a TPU as it is on the TPU itself."""
+    return make_tpu_flags(chip) if _is_on() and _get_release("libtpu") in _TPU_RELEASES else {}
+
+
+def get_flags() -> dict[str, str | None]:
+    """Return the flags in effect, by environment variable, without those that only write dumps."""
+    return {name: _drop_dumps(os.environ.get(name)) for name in VARIABLES}
+
+
+def _drop_dumps(flags: str | None) -> str | None:
+    # Processes of one run may write theirs to different folders.
+    return flags and " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump"))
+
+
+def _is_on() -> bool:
+    return os.environ.get(SWITCH) != "off"
+
+
+def _get_release(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def add_flags(variable: str, flags: Mapping[str, str]) -> None:
+    """Add flags to an environment variable, except those that it sets."""
+    chosen = os.environ.get(variable, "").strip()
+    if chosen and not chosen.startswith("-"):  # the name of a file with flags
+        return
+    names = {flag.lstrip("-").partition("=")[0] for flag in chosen.split()}
+    added = [f"--{name}={value}" for name, value in flags.items() if name not in names]
+    os.environ[variable] = " ".join(filter(None, [chosen, *added]))

@@ -1,1 +1,0 @@
-"""Rendered data sets whose truth is known."""

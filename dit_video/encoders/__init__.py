@@ -1,1 +1,0 @@
-"""Frozen encoders opened from folders: text, images, and clips to latents."""

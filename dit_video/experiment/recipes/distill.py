@@ -1,0 +1,294 @@
+"""Distillation of any checkpoint into a few-step student: its experiment, and a comparison of teacher and student."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dit_video.core.errors import UserError
+from dit_video.data.bucketing.batches import BucketConfig
+from dit_video.diffusion import FlowMatching, Lcm, Objective
+from dit_video.distributed import MeshConfig
+from dit_video.evaluation.collection import MetricCollection
+from dit_video.evaluation.config import CaptionEvaluation, Evaluation
+from dit_video.evaluation.metrics.metric import MetricBatch
+from dit_video.evaluation.requests import make_shape_requests
+from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder, Student
+from dit_video.experiment.folder import CONFIG as RUN
+from dit_video.experiment.recipes.open_weights import make_data_config, make_row_shape, read_open_parts
+from dit_video.experiment.run import Run
+from dit_video.families.family import INDEX
+from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.encoders import TextConfig
+from dit_video.nn import LoraConfig, Remat
+from dit_video.nn.attention import BackendName
+from dit_video.sampling import Sampling
+from dit_video.sampling.folder import is_pipeline_folder, read_pipeline_config
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.scenes.metrics.prompt_following import PromptFollowing
+from dit_video.scenes.metrics.start_spread import StartSpread
+from dit_video.tokens import CanvasShape, PackedShape
+from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
+from dit_video.training.optim.optimizer import OptimizerConfig
+
+_LEARNING_RATES = {"consistency": 1e-3, "dmd": 3e-4}
+_LORA_LEARNING_RATE = 1e-4
+_OPEN_GUIDANCE = 5.0
+"""Guidance scale of open weights, that of their pipelines in diffusers."""
+ATTRIBUTES = ("colour", "direction", "shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """Options of the distillation of a teacher."""
+
+    method: Literal["consistency", "dmd"] = "consistency"
+    """Distillation method. `consistency`: latent consistency. `dmd`: distribution matching (DMD2), whose only data are
+    captions and sizes."""
+    train: Literal["full", "lora"] | None = None
+    """Trained weights of the student, and of DMD's critic. `full`: all of a copy of the teacher. `lora`: adapters on
+    the teacher, whose weights are then in memory once. By default `lora` for open weights, and `full` for others."""
+    lora: LoraConfig = field(
+        default_factory=lambda: LoraConfig(rank=64, alpha=64.0, targets=(r"^backbone/blocks/.*kernel$",))
+    )
+    steps: int = 1000
+    sampling_steps: int = 4
+    """Number of sampling steps of the student."""
+    guidance: float | None = None
+    """Guidance scale of the teacher, which the student learns to imitate without guidance; by default the teacher's
+    own, and 5 for open weights."""
+    intervals: int = 32
+    """Number of steps that the teacher takes from noise to data; `consistency` only."""
+    critic_steps: int = 5
+    """Number of critic updates for each update of the student; `dmd` only."""
+    batch: int | None = None
+    """Number of rows of a step; the teacher's by default, and 1 for open weights."""
+    max_pixels: int | None = None
+    """Largest number of pixels of a frame; the teacher's by default."""
+    max_frames: int | None = None
+    """Largest number of frames; the teacher's by default."""
+    fps: float | None = None
+    """Frame rate of the clips; the teacher's by default."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of matrix products, and of weights that are not trained; the teacher's by default, and bfloat16 for open
+    weights."""
+    remat: Remat | None = None
+    """Activations that are kept for the backward pass; the teacher's choice by default, and `full` for open weights."""
+    attention: BackendName | None = None
+    """Backend of attention; the teacher's by default, where `auto` chooses by platform."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Number of devices along each axis of the mesh, on which the student is trained and sampled."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """Optimizer; `adamw` for adapters and `muon` for all weights by default."""
+    learning_rate: float | None = None
+    """Learning rate; by default 1e-4 for adapters, and for all weights 1e-3 with `consistency` and 3e-4 with `dmd`."""
+    warmup: int = 20
+    ema_decay: float = 0.98
+    """Decay of the moving average, which is the target of `consistency` and the final student."""
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 200
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Return the limits of clips, None where they are the teacher's."""
+        return {"max_pixels": self.max_pixels, "max_frames": self.max_frames, "fps": self.fps}
+
+
+class _Teacher(NamedTuple):
+    """A teacher: its weights and the settings that its student's experiment takes over."""
+
+    folder: Path
+    """Folder of its weights."""
+    name: str
+    backbone: BackboneConfig
+    text: TextConfig
+    autoencoder: PretrainedAutoencoder
+    objective: Objective
+    data: DataConfig
+    layout: PackedShape | CanvasShape | BucketConfig
+    batch: int
+    guidance: Any
+    """Guidance of its sampling: a number, or a `Guidance`, which has no single scale."""
+    evaluation: Evaluation
+    train: Literal["full", "lora"]
+    """Weights of a student that are trained by default."""
+
+
+def make_distillation_experiment(
+    folder: str | os.PathLike, options: DistillationOptions = DistillationOptions()
+) -> Experiment:
+    """Return the experiment that distils the denoiser of a teacher, whose autoencoder is used unchanged.
+
+    No weights are read yet.
+
+    Args:
+      folder: a run that has its pipeline, a pipeline, or open weights in diffusers' layout that can be fine-tuned.
+      options: options of the distillation.
+
+    Raises:
+      MissingError: the folder does not exist, or lacks parts.
+      UserError: a model with two experts or with conditioning frames, or options that do not fit it.
+    """
+    folder = Path(folder)
+    teacher = _read_open_teacher(folder, options) if (folder / INDEX).is_file() else _read_own_teacher(folder, options)
+    scale = teacher.guidance if options.guidance is None else options.guidance
+    if not isinstance(scale, float | int):
+        raise UserError(f"guidance={scale} is invalid: a teacher is distilled at one scale; set it with --guidance")
+    train = options.train or teacher.train
+    changes = {name: getattr(options, name) for name in ("dtype", "remat", "attention")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    default_rate = _LORA_LEARNING_RATE if train == "lora" else _LEARNING_RATES[options.method]
+    return Experiment(
+        name=f"{teacher.name}-{options.method}",
+        seed=options.seed,
+        data=teacher.data,
+        autoencoder=teacher.autoencoder,
+        denoiser=DenoiserTraining(
+            backbone=teacher.backbone.replace(**changes),
+            text=teacher.text,
+            layout=teacher.layout,
+            batch=options.batch or teacher.batch,
+            optimizer=OptimizerConfig(
+                kind=options.optimizer or ("adamw" if train == "lora" else "muon"),
+                learning_rate=default_rate if options.learning_rate is None else options.learning_rate,
+                muon_rms=0.5,
+                schedule="wsd",
+                warmup=min(options.warmup, options.steps - 1),
+            ),
+            steps=options.steps,
+            objective=teacher.objective,
+            ema_decay=options.ema_decay,
+            train=Student(
+                init_from=os.fspath(teacher.folder),
+                distillation=_make_distillation(options, scale),
+                lora=options.lora if train == "lora" else None,
+            ),
+        ),
+        sampling=Sampling(steps=options.sampling_steps, guidance=1.0, solver=Lcm()),
+        evaluation=teacher.evaluation,
+        mesh=options.mesh,
+        log_every=options.log_every,
+        save_every=options.save_every,
+    )
+
+
+def _read_own_teacher(folder: Path, options: DistillationOptions) -> _Teacher:
+    """Return the teacher in a run or a pipeline."""
+    run = Run.open(folder).experiment if (folder / RUN).is_file() else None
+    start = folder if is_pipeline_folder(folder) else folder / "pipeline"
+    config = read_pipeline_config(start)
+    has_frames = bool(config.backbone.cond_channels) or config.backbone.time == "token"
+    _check_teacher(folder, boundary=config.boundary, has_frames=has_frames)
+    autoencoder: Any = config.autoencoder
+    data = DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
+    max_tokens = config.latent_grid(config.size).volume // config.backbone.patch.volume
+    own_objective = FlowMatching(process=config.process, prediction=config.prediction)
+    limits = {name: value for name, value in options.limits.items() if value is not None}
+    return _Teacher(
+        folder=start,
+        name="shapes" if run is None else run.name,
+        backbone=config.backbone,
+        text=config.text,
+        autoencoder=PretrainedAutoencoder(model=autoencoder, folder=os.fspath(start)),
+        objective=own_objective if run is None else run.denoiser.objective,
+        data=replace(data if run is None else run.data, **limits),
+        layout=config.layout or PackedShape(tokens=max_tokens, text=config.text.max_tokens, segments=1),
+        batch=config.batch,
+        guidance=config.sampling.guidance,
+        evaluation=config.evaluation or CaptionEvaluation(),
+        train="full",
+    )
+
+
+def _read_open_teacher(folder: Path, options: DistillationOptions) -> _Teacher:
+    """Return the teacher in a folder of open weights, with the settings of their fine-tuning."""
+    parts = read_open_parts(folder)
+    _check_teacher(folder, boundary=parts.boundary, has_frames=parts.frame_conditioning is not None)
+    data, schedule = make_data_config(parts, **options.limits), parts.schedule
+    return _Teacher(
+        folder=folder,
+        name=folder.resolve().name,
+        backbone=parts.denoiser.replace(dtype="bfloat16", remat="full"),
+        text=replace(parts.text, dtype=options.dtype or "bfloat16"),
+        autoencoder=PretrainedAutoencoder(model=parts.autoencoder, folder=os.fspath(folder / "vae")),
+        objective=FlowMatching(process=schedule.process, prediction=schedule.prediction),
+        data=data,
+        layout=make_row_shape(data, parts),
+        batch=1,
+        guidance=_OPEN_GUIDANCE,
+        evaluation=CaptionEvaluation(),
+        train="lora",
+    )
+
+
+def _check_teacher(folder: Path, *, boundary: float | None, has_frames: bool) -> None:
+    if boundary is not None or has_frames:
+        fix = "distil a text-to-video model with one denoiser"
+        raise UserError(f"{folder} holds a model with two experts or with conditioning frames; {fix}")
+
+
+def _make_distillation(options: DistillationOptions, guidance: float) -> Distillation:
+    if options.method == "consistency":
+        return ConsistencyDistillation(guidance=guidance, intervals=options.intervals)
+    return DistributionMatching(guidance=guidance, steps=options.sampling_steps, critic_steps=options.critic_steps)
+
+
+def compare(
+    teacher: Pipeline,
+    student: Pipeline,
+    *,
+    reference_steps: int = 50,
+    few_steps: Sequence[int] = (4, 2, 1),
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure how well teacher and student follow prompts of rendered shapes, with the same prompts and seeds.
+
+    Each row has the number of `steps`, the rates of correct colour, direction and shape, their mean `following`,
+    `spread` (of start positions relative to the data's, see `StartSpread`; the mean over directions and axes), and
+    `samples`. Rows also have `following_kept` and `spread_kept`, their ratios to the teacher's at `reference_steps`.
+
+    Args:
+      teacher: sampled with its own sampler and guidance.
+      student: sampled with its own.
+      reference_steps: number of steps of the teacher that all rows are compared with.
+      few_steps: further numbers of steps, of teacher and student.
+      seeds: seeds of the samples; each has all prompts (see `make_shape_requests`).
+      progress: called with the number of finished rows.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for name, pipeline, steps in (
+        *(("teacher", teacher, steps) for steps in (reference_steps, *few_steps)),
+        *(("student", student, steps) for steps in few_steps),
+    ):
+        table[f"{name}, {steps} steps"] = {"steps": steps, **_measure(pipeline, steps, seeds)}
+        if progress is not None:
+            progress(len(table))
+    reference = table[f"teacher, {reference_steps} steps"]
+    for row in table.values():
+        for figure in ("following", "spread"):
+            value, best = row[figure], reference[figure]
+            row[f"{figure}_kept"] = None if value is None or not best else value / best
+    return table
+
+
+def _measure(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
+    collection = MetricCollection((PromptFollowing(), StartSpread()))
+    for seed in seeds:
+        requests = make_shape_requests(seed)
+        prompts = [request.prompt for request in requests]
+        collection.update(MetricBatch(samples=pipeline.generate_many(requests, steps=steps), prompts=prompts))
+    estimates = {name: result.estimate for name, result in collection.compute().items()}
+    rates = {name: estimates[name].value for name in ATTRIBUTES}
+    ratios = [each.value for name, each in estimates.items() if name.startswith("start_spread_")]
+    known_ratios = [ratio for ratio in ratios if ratio is not None]
+    return {
+        **rates,
+        "following": float(np.mean(list(rates.values()))),
+        "spread": float(np.mean(known_ratios)) if known_ratios else None,
+        "samples": estimates["colour"].count,
+    }

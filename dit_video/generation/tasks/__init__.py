@@ -1,1 +1,0 @@
-"""Generation tasks: what a request asks for besides its prompt."""

@@ -1,0 +1,165 @@
+"""A causal spatiotemporal autoencoder on patches.
+
+The first frame is repeated so that it fills a patch of its own (as in Cosmos-Tokenizer, arXiv 2501.03575, section 4.1);
+every patch of `stride` pixels is projected to `width` channels, and causal residual blocks mix the patches at latent
+resolution. A linear path parallel to the network can be initialised with the principal components of the data, so that
+training starts where the best linear autoencoder ends.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dit_video.core.errors import UserError
+from dit_video.models.autoencoders.blocks import BlockInputs, make_encoder_inputs
+from dit_video.models.autoencoders.interface import Latents, Pixels, SegmentIds
+from dit_video.models.autoencoders.linear import LinearAutoencoder
+from dit_video.models.autoencoders.patches import from_patches, to_patches
+from dit_video.models.autoencoders.posterior import Normalizer, Posterior, Vae
+from dit_video.nn import CausalConv, ConvCache, Linear, RmsNorm
+from dit_video.tokens import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchVaeConfig:
+    """Configuration of a causal VAE on patches.
+
+    Raises:
+      UserError: a size below 1.
+    """
+
+    stride: Grid = Grid(4, 8, 8)
+    """Pixels per latent along (t, h, w)."""
+    channels: int = 16
+    """Channels of the latents."""
+    width: int = 96
+    """Channels of the network."""
+    blocks: int = 3
+    """Residual blocks of the encoder, and of the decoder."""
+    preactivated: bool = False
+    """True uses blocks of convolutions alone, each after its activation (arXiv 1603.05027), and a small initial output
+    of the network next to its linear path. Steps are a fifth cheaper and each gains more: best for training within
+    minutes from principal components."""
+    init_std: float = 0.05
+    """Initial standard deviation of the latents' noise, in units of all latents' root mean square; the finest latents
+    have less than a tenth of that. Noise that hides a latent from the decoder keeps it from improving."""
+    bfloat16: bool = False
+    """True computes convolutions in bfloat16, with products summed in float32; parameters, residual features, norms,
+    linear maps and latents stay float32."""
+
+    def __post_init__(self):
+        if min(*self.stride, self.channels, self.width) < 1 or self.blocks < 0:
+            raise UserError(f"{self} is invalid: use a stride, channels and a width of at least 1, and blocks >= 0")
+        if not 0.0025 <= self.init_std <= 2.7:
+            raise UserError(f"init_std={self.init_std} is invalid: outside of the posterior's range. Use 0.0025 to 2.7")
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Return the dtype of convolutions."""
+        return jnp.dtype(jnp.bfloat16 if self.bfloat16 else jnp.float32)
+
+    @property
+    def last_layer(self) -> str:
+        return "decoder_out/kernel"
+
+    def make(self, rngs: nnx.Rngs) -> "PatchVae":
+        return PatchVae(self, rngs=rngs)
+
+
+class PatchVae(Vae):
+    """A VAE from pixels in [-1, 1] to normalised latents and back."""
+
+    def __init__(self, config: PatchVaeConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, channels, values = config.width, config.channels, config.stride.volume * 3
+        self.linear = _LinearPath(values, channels, rngs=rngs)
+        self.normalizer = Normalizer(channels)
+        self.encoder_in = Linear(values, width, rngs=rngs)
+        block = _PreactivatedBlock if config.preactivated else _Block
+        self.latent_gain, self.patch_gain = block.latent_gain, block.patch_gain
+        self.encoder = nnx.List([block(width, dtype=config.dtype, rngs=rngs) for _ in range(config.blocks)])
+        self.encoder_out = Linear(width, 2 * channels, init="zero", rngs=rngs)
+        self.decoder_in = Linear(channels, width, rngs=rngs)
+        self.decoder = nnx.List([block(width, dtype=config.dtype, rngs=rngs) for _ in range(config.blocks)])
+        self.decoder_out = Linear(width, values, init="zero", rngs=rngs)
+
+    def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
+        """Return the distribution of latents before normalisation. See `encode` for the arguments."""
+        inputs = make_encoder_inputs(pixels, self.config.stride, segment_ids, cache)
+        patches = to_patches(pixels, self.config.stride, is_first=inputs.is_first)
+        x = self.encoder_in(patches)
+        for block in self.encoder:
+            x = block(x, inputs)
+        mean, log_variance = jnp.split(self.latent_gain * self.encoder_out(x), 2, axis=-1)
+        init_log_variance = 2 * math.log(self.config.init_std)
+        return Posterior(self.linear.down(patches) + mean, jnp.clip(log_variance + init_log_variance, -12.0, 2.0))
+
+    def reconstruct(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
+        """Return pixels from latents that are not normalised."""
+        x, inputs = self.decoder_in(latents), BlockInputs(cache=cache)
+        for block in self.decoder:
+            x = block(x, inputs)
+        patches = self.linear.up(latents) + self.patch_gain * self.decoder_out(x)
+        return from_patches(patches, self.config.stride, is_first=inputs.is_first)
+
+
+class _LinearPath(nnx.Module):
+    """An affine map from patches to latents and one back; see `init_from_linear`."""
+
+    def __init__(self, values: int, channels: int, *, rngs: nnx.Rngs):
+        self.down, self.up = Linear(values, channels, rngs=rngs), Linear(channels, values, rngs=rngs)
+
+
+def init_from_linear(params: dict[str, Any], linear: LinearAutoencoder) -> dict[str, Any]:
+    """Return parameters of a `PatchVae` whose linear path is `linear`, scaled to latents of about unit variance.
+
+    With the other weights as initialised (the network's output is zero) the autoencoder equals `linear`.
+    """
+    scale = linear.scale
+    return params | {
+        "linear": {
+            "down": {"kernel": linear.basis / scale, "bias": -linear.mean @ linear.basis / scale},
+            "up": {"kernel": linear.basis.T * scale, "bias": linear.mean},
+        }
+    }
+
+
+class _Block(nnx.Module):
+    """Two residual branches: a convolution in space, then a causal one in time."""
+
+    latent_gain, patch_gain = 1.0, 1.0
+    """Factors of the network's outputs before they are added to the linear path's."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm_space, self.norm_time = RmsNorm(width), RmsNorm(width)
+        self.space = CausalConv(width, width, (1, 3, 3), dtype=dtype, rngs=rngs)
+        self.mix = Linear(width, width, init="zero", rngs=rngs)
+        self.time = CausalConv(width, width, (3, 1, 1), dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, init="zero", rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B t h w D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:
+        x = x + self.mix(jax.nn.silu(self.space(inputs.mask_gaps(self.norm_space(x)))))
+        return x + self.out(jax.nn.silu(self.time(self.norm_time(x), inputs.cache)))
+
+
+class _PreactivatedBlock(nnx.Module):
+    """Two residual branches: activation and convolution in space, then activation and causal convolution in time."""
+
+    # The residual of principal components is a tenth of the pixels: a step of Adam or Muon should change as little.
+    latent_gain, patch_gain = 0.3, 0.1
+    gain = 0.3
+    """Factor of each convolution, so that a new stack of blocks is close to the identity."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm = RmsNorm(width)
+        self.space = CausalConv(width, width, (1, 3, 3), dtype=dtype, rngs=rngs)
+        self.time = CausalConv(width, width, (3, 1, 1), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B t h w D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:
+        x = x + self.gain * self.space(inputs.mask_gaps(jax.nn.silu(self.norm(x))))
+        return x + self.gain * self.time(jax.nn.silu(x), inputs.cache)

@@ -1,0 +1,64 @@
+"""The denoising function of a backbone, which diffusion calls."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from dit_video.diffusion import DenoiseFn
+from dit_video.models.backbones.protocol import Backbone
+from dit_video.models.backbones.times import ClipTimes
+from dit_video.models.conditioning import ClassIds, Conditioning, TextTokens
+from dit_video.models.encoders import Context
+from dit_video.tokens import PackedRows
+
+
+def make_denoise_fn(
+    backbone: Backbone,
+    layout: PackedRows,
+    conditioning: Conditioning,
+    *,
+    change_input: Callable[[Array, Array], tuple[Array, Array]] | None = None,
+    is_clean: Bool[Array, "B N"] | None = None,
+) -> DenoiseFn:
+    """Return the `denoise` of rows, from noisy tokens `B N p` and times `B N`, or one time, to `B N prediction`.
+
+    All tokens of a segment have one time, except in a model with a time per token. A predicted variance follows the
+    whole prediction: the two are not interleaved per position as in the model's output.
+
+    Args:
+      backbone: the model.
+      layout: places of the clips in the rows.
+      conditioning: conditioning of the clips.
+      change_input: function of the tokens and their times `B N` that returns those that the model gets.
+      is_clean: True for tokens that the model gets at time 0, where it has a time per token and all others of a clip
+        have the same; None if the times of tokens are arbitrary.
+    """
+    config = backbone.config
+
+    def denoise(noisy, time, state):
+        time = jnp.broadcast_to(time, noisy.shape[:2])
+        if change_input is not None:
+            noisy, time = change_input(noisy, time)
+        backbone_time: Array | ClipTimes = time
+        if config.time == "segment":
+            backbone_time = layout.max(time)
+        elif is_clean is not None and config.accepts_clip_times:
+            backbone_time = ClipTimes.from_tokens(time, is_clean, layout)
+        prediction, next_state = backbone(noisy, backbone_time, layout, conditioning, state)
+        if prediction.shape[-1] == noisy.shape[-1]:
+            return prediction, next_state
+        # The model's output holds prediction and variance for each position in a patch: (patch, 2, c) -> (2, patch, c).
+        interleaved = prediction.reshape(*noisy.shape[:2], config.patch.volume, 2, -1)
+        return jnp.swapaxes(interleaved, 2, 3).reshape(*noisy.shape[:2], -1), next_state
+
+    return denoise
+
+
+def make_text_record(context: Context, layout: PackedRows) -> TextTokens | ClassIds:
+    """Return the record of what a text encoder made: tokens, or classes."""
+    if (classes := context.get_classes(layout.count)) is not None:
+        return ClassIds(classes)
+    assert context.values is not None
+    assert context.segments is not None
+    return TextTokens(context.values, context.segments)

@@ -1,0 +1,222 @@
+"""Transformer blocks: attention and an MLP, with shift, scale and gate from the conditioning.
+
+The residual stream is float32; only matrix products are in the config's dtype.
+"""
+
+import functools
+from typing import Any, ClassVar, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dit_video.models.backbones.dit.conditioning import CrossAttention
+from dit_video.models.backbones.dit.config import DitArchitecture
+from dit_video.models.conditioning import TextTokens
+from dit_video.nn import (
+    Attention,
+    AttentionInputs,
+    Init,
+    Linear,
+    Parallelism,
+    RmsNorm,
+    gelu,
+    layer_norm,
+    modulate,
+)
+from dit_video.nn.attention import BiasTable
+from dit_video.tokens import expand_to_tokens, rotate
+
+
+class TokenConditions(NamedTuple):
+    """Conditions (time, class, pooled text) that modulate tokens, and which of them each token has."""
+
+    values: Float[Array, "B M *rest"]
+    indices: Int[Array, "B N"] | None
+    """Number of each token's condition, from 1 on; padding, with 0, gets the first. None if each token has its own."""
+
+    def expand(self, values: Float[Array, "B M *rest"]) -> Float[Array, "B N *rest"]:
+        """Return every token's value from one value per condition."""
+        return values if self.indices is None else expand_to_tokens(values, self.indices)
+
+
+class DitInputs(NamedTuple):
+    """Inputs of all blocks besides the tokens and the attention function."""
+
+    condition: TokenConditions
+    """Conditions of width D, from which the head and blocks with a modulation of their own project it."""
+    modulation: TokenConditions
+    """Shared modulation `B M 6 D`, or `condition` if each block projects it itself."""
+    segments: Int[Array, "B N"]
+    positions: Float[Array, "B N 3"]
+    angles: Float[Array, "B N half"] | None
+    """Rotary angles of queries and keys; None for no rotation."""
+    attention_inputs: AttentionInputs
+    """Metadata for self-attention; the tokens of a joint context follow the others."""
+    bias_positions: Float[Array, "B T 3"] | None = None
+    """Coordinates for a relative bias, of all tokens in self-attention."""
+    context: TextTokens | None = None
+    """Embedded text for cross-attention."""
+    context_modulation: TokenConditions | None = None
+    """Modulation of the text in joint attention."""
+
+    def add_bias(self, table: BiasTable | None) -> AttentionInputs:
+        """Return the metadata for self-attention with the relative bias of a block."""
+        bias = None if table is None or self.bias_positions is None else table(self.bias_positions)
+        return self.attention_inputs._replace(bias=bias)
+
+
+class Stream(nnx.Module):
+    """Layers of a block for one kind of tokens: modulation, attention's input and output projections, and an MLP."""
+
+    output_init: ClassVar[Init] = "xavier"
+    """Initialisation of the layers whose output is added to the residual stream."""
+
+    def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
+        width, dtype = config.width, jnp.dtype(config.dtype)
+        per_block, hidden = config.modulation == "own", config.mlp_dim
+        options: dict[str, Any] = {"precision": "highest" if config.time == "segment" else None, "init": "zero"}
+        self.own = Linear(width, 6 * width, parallel=parallel, rngs=rngs, **options) if per_block else None
+        self.table = None if per_block else nnx.Param(jnp.zeros((6, width), jnp.float32))
+        self.heads, self.mlp_norm_eps = config.heads, config.mlp_norm_eps
+        self.query_norm, self.key_norm = _make_qk_norm(config), _make_qk_norm(config)
+        linear = functools.partial(Linear, bias=config.bias, dtype=dtype, parallel=parallel, rngs=rngs)
+        self.qkv = linear(width, 3 * width, split="fused")
+        self.out = linear(width, width, split="inputs", init=self.output_init)
+        self.up = linear(width, hidden, split="outputs")
+        self.down = linear(hidden, width, split="inputs", init=self.output_init)
+        self.gate = linear(width, hidden, split="outputs") if config.mlp == "swiglu" else None
+
+    def compute_modulation(self, modulation: TokenConditions) -> tuple[Float[Array, "B N D"], ...]:
+        """Return shift, scale and gate of attention, then those of the MLP."""
+        if self.own is not None:
+            return tuple(jnp.split(modulation.expand(self.own(modulation.values)), 6, axis=-1))
+        assert self.table is not None
+        shared = [modulation.values[:, :, index] + self.table[...][index] for index in range(6)]
+        return tuple(map(modulation.expand, shared))
+
+    def project_qkv(
+        self, x: Float[Array, "B N D"], angles: Float[Array, "B N half"] | None
+    ) -> tuple[Float[Array, "B N K d"], Float[Array, "B N K d"], Float[Array, "B N K d"]]:
+        """Return queries, keys and values; queries and keys are not rotated if `angles` is None."""
+        qkv = self.qkv.project_parts(x, 3)
+        q = split_heads(qkv[:, :, 0], self.query_norm, self.heads)
+        k = split_heads(qkv[:, :, 1], self.key_norm, self.heads)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return q, k, split_heads(qkv[:, :, 2], None, self.heads)
+
+    def project_out(self, mixed: Float[Array, "B N K d"]) -> Float[Array, "B N D"]:
+        """Project attention's output, to be added to the residual stream."""
+        return self.out(mixed.reshape(*mixed.shape[:2], -1)).astype(jnp.float32)
+
+    def apply_mlp(
+        self, x: Float[Array, "B N D"], shift: Float[Array, "B N D"], scale: Float[Array, "B N D"]
+    ) -> Float[Array, "B N D"]:
+        """Apply modulation, linear, tanh-GELU, linear; or SwiGLU, `down(silu(gate(x)) * up(x))` (arXiv 2002.05202)."""
+        x = modulate(x, shift, scale, eps=self.mlp_norm_eps)
+        up = self.up(x)
+        hidden = gelu(up) if self.gate is None else nnx.silu(self.gate(x)) * up
+        return self.down(hidden).astype(jnp.float32)
+
+
+class Block(Stream):
+    """A block with self-attention within segments, cross-attention to the context if there is one, and an MLP."""
+
+    def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
+        super().__init__(config, parallel=parallel, rngs=rngs)
+        self.is_parallel = config.order == "parallel"
+        self.relative = _make_bias_table(config, rngs)
+        self.has_cross_attention = isinstance(config.context, CrossAttention)
+        if self.has_cross_attention:
+            width, dtype = config.width, jnp.dtype(config.dtype)
+            linear = functools.partial(Linear, bias=config.bias, dtype=dtype, parallel=parallel, rngs=rngs)
+            self.cross = parallel.make_cross_attention(config.attention)
+            self.cross_query = linear(width, width, split="outputs")
+            self.cross_key_value = linear(width, 2 * width, split="fused", is_context=True)
+            self.cross_query_norm, self.cross_key_norm = _make_qk_norm(config), _make_qk_norm(config)
+            self.cross_out = linear(width, width, split="inputs", init="zero")
+
+    def __call__(self, x: Float[Array, "B N D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B N D"]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.compute_modulation(inputs.modulation)
+        start = x
+        q, k, v = self.project_qkv(modulate(x, shift, scale), inputs.angles)
+        x = x + gate * self.project_out(attention(q, k, v, inputs.add_bias(self.relative)))
+        if self.has_cross_attention:
+            x = x + self._cross_attention(layer_norm(start if self.is_parallel else x), inputs)
+        return x + mlp_gate * self.apply_mlp(start if self.is_parallel else x, mlp_shift, mlp_scale)
+
+    def _cross_attention(self, x: Float[Array, "B N D"], inputs: DitInputs) -> Float[Array, "B N D"]:
+        assert inputs.context is not None
+        q = split_heads(self.cross_query(x), self.cross_query_norm, self.heads)
+        key_value = self.cross_key_value.project_parts(inputs.context.values, 2)
+        k = split_heads(key_value[:, :, 0], self.cross_key_norm, self.heads)
+        v = split_heads(key_value[:, :, 1], None, self.heads)
+        mixed = self.cross(q, k, v, inputs.attention_inputs.with_context(inputs.context.segments))
+        return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
+
+
+class TemporalBlock(Stream):
+    """A block with attention over the frames at one position, and an MLP; it is the identity until it is trained.
+
+    Its output layers start at zero, so gates are `1 + gate`: if both were zero in a new model, neither would get a
+    gradient.
+    """
+
+    output_init: ClassVar[Init] = "zero"
+
+    def __call__(self, x: Float[Array, "B N D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B N D"]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.compute_modulation(inputs.modulation)
+        q, k, v = self.project_qkv(modulate(x, shift, scale), inputs.angles)
+        x = x + (1 + gate) * self.project_out(attention(q, k, v, inputs.attention_inputs))
+        return x + (1 + mlp_gate) * self.apply_mlp(x, mlp_shift, mlp_scale)
+
+
+class JointBlock(nnx.Module):
+    """A block with two streams and joint attention; in `x` the context's tokens follow those of the video."""
+
+    def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
+        self.is_parallel = config.order == "parallel"
+        self.video = Stream(config, parallel=parallel, rngs=rngs)
+        self.context = Stream(config, parallel=parallel, rngs=rngs)
+        self.relative = _make_bias_table(config, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B T D"]:
+        assert inputs.context_modulation is not None
+        length = inputs.segments.shape[1]
+        streams = [
+            (self.video, x[:, :length], inputs.modulation, inputs.angles),
+            (self.context, x[:, length:], inputs.context_modulation, None),
+        ]
+        heads, parts = [], []
+        for stream, start, modulation, angles in streams:
+            shift, scale, *part = stream.compute_modulation(modulation)
+            heads.append(stream.project_qkv(modulate(start, shift, scale), angles))
+            parts.append(part)
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*heads, strict=True))
+        mixed = attention(q, k, v, inputs.add_bias(self.relative))
+        ends = []
+        for (stream, start, *_), (gate, shift, scale, mlp_gate), mixed_part in zip(
+            streams, parts, (mixed[:, :length], mixed[:, length:]), strict=True
+        ):
+            end = start + gate * stream.project_out(mixed_part)
+            ends.append(end + mlp_gate * stream.apply_mlp(start if self.is_parallel else end, shift, scale))
+        return jnp.concatenate(ends, axis=1)
+
+
+def split_heads(x: Float[Array, "B N D"], norm: RmsNorm | None, heads: int) -> Float[Array, "B N {heads} d"]:
+    """Split the width into heads; a norm of the full width is applied before the split, one of a head's width after."""
+    if norm is not None and norm.scale.shape[-1] == x.shape[-1]:
+        x, norm = norm(x), None
+    x = x.reshape(*x.shape[:2], heads, -1)
+    return x if norm is None else norm(x)
+
+
+def _make_bias_table(config: DitArchitecture, rngs: nnx.Rngs) -> BiasTable | None:
+    return None if config.relative_bias is None else BiasTable(config.relative_bias, config.heads, rngs=rngs)
+
+
+def _make_qk_norm(config: DitArchitecture) -> RmsNorm | None:
+    if config.qk_norm == "none":
+        return None
+    return RmsNorm(config.width if config.qk_norm == "full" else config.width // config.heads)

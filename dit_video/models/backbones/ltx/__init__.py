@@ -1,0 +1,3 @@
+"""LTX-Video's transformer."""
+
+from dit_video.models.backbones.ltx.model import LtxDitConfig

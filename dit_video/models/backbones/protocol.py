@@ -1,0 +1,346 @@
+"""The interface of backbones, the architectures of denoisers: what training, sampling and planning ask of them."""
+
+import abc
+import dataclasses
+import functools
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dit_video.core.errors import UserError
+from dit_video.core.platform.devices import Platform
+from dit_video.models.backbones.times import ClipTimes
+from dit_video.models.conditioning import (
+    ClassIds,
+    ClipConditioning,
+    Conditioning,
+    ConditioningLatents,
+    ImageTokens,
+    TextTokens,
+)
+from dit_video.nn import ONE_DEVICE, Backend, LayerWrapper, Parallelism, Remat
+from dit_video.nn.attention import BackendName, Full, PatternChoice, choose_backend, count_pairs, get_backend_name
+from dit_video.tokens import DenseBatch, Grid, PackedRows
+
+ClipTokens = int | Grid
+"""Size of a clip in tokens: their number, or their grid, which attention patterns other than `Full` need."""
+
+
+TimeCoordinate = Literal["tokens", "seconds", "frame seconds"]
+"""Time coordinate of a token's position: its number, its number times the seconds of a token's frames, or the seconds
+before its first frame, where the first token has a single frame."""
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A denoiser's network."""
+
+    config: "BackboneConfig"
+
+    def __call__(
+        self,
+        noisy: Float[Array, "B N p"],
+        time: Float[Array, "B _"] | ClipTimes,
+        layout: PackedRows,
+        conditioning: Conditioning,
+        state: Any = None,
+    ) -> tuple[Float[Array, "B N prediction"], Any]:
+        """Predict from noisy tokens.
+
+        The prediction is as wide as a token, or twice as wide with a learned variance: `[prediction, variance]` at each
+        position in a patch.
+
+        Args:
+          noisy: noisy tokens.
+          time: diffusion time (0 = data, 1 = noise), `B G`: one per segment; or, if the config's `time` is "token",
+            `B N`: one per token, or `ClipTimes` if it `accepts_clip_times`.
+          layout: places of the clips in the rows.
+          conditioning: records of exactly the config's `conditioning_kinds`.
+          state: state of the sampler's loop, which a model without caches returns as it is.
+
+        Raises:
+          UserError: a record is missing, or one that the model does not use is present.
+        """
+        ...
+
+
+@runtime_checkable
+class BlockBackbone(Backbone, Protocol):
+    """A backbone made of an embedding, blocks and a head, which another one can call one by one.
+
+    `x, inputs = embed_inputs(…)`, `x, outputs = apply_blocks(x, inputs)`, `apply_head(x[:, :N], inputs)` is its call
+    without the check of the conditioning.
+    """
+
+    blocks: nnx.Module
+    """The blocks, a stack of `nn.make_stack`; each is called as `block(x, inputs, attention)`."""
+
+    def embed_inputs(
+        self,
+        noisy: Float[Array, "B N p"],
+        time: Float[Array, "B _"] | ClipTimes,
+        layout: PackedRows,
+        conditioning: Conditioning,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Return the embedded tokens, of which the clips' N are the first, and the blocks' other inputs."""
+        ...
+
+    def apply_blocks(
+        self, x: Float[Array, "B T D"], inputs: Any, *, wrapper: LayerWrapper | None = None, values: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Apply all blocks.
+
+        Args:
+          x, inputs: what `embed_inputs` returned.
+          wrapper: function `(block, x, inputs, attention, values) -> (x, output)` that calls each block: it may add a
+            residual, skip the block, route tokens around it, or wrap the attention function, whose keys need not be the
+            queries' tokens, and return a value of the block.
+          values: values of each block for the wrapper, with a leading axis of layers.
+
+        Returns:
+          The tokens, and the outputs of the wrapper with a leading axis of layers; None without a wrapper.
+        """
+        ...
+
+    def apply_head(self, x: Float[Array, "B N D"], inputs: Any) -> Float[Array, "B N prediction"]:
+        """Return the prediction for the clips' tokens."""
+        ...
+
+
+@runtime_checkable
+class CachingBackbone(Backbone, Protocol):
+    """A backbone that generates clips chunk by chunk: what later chunks need of finished ones is its state."""
+
+    def init_state(self, rows: int, tokens: int) -> Any:
+        """Return the state before the first chunk, with room for `tokens` tokens of all chunks in each row.
+
+        Raises:
+          UserError: a finished chunk would depend on later ones.
+        """
+        ...
+
+    def extend(self, state: Any, clean: Float[Array, "B N p"], layout: PackedRows, conditioning: Conditioning) -> Any:
+        """Return the state with a finished chunk, of whole frames; a chunk without room makes later predictions NaN.
+
+        Args:
+          state: state of the chunks before, which calls of the backbone return as it is.
+          clean: tokens of the chunk, as the backbone receives them at time 0.
+          layout: their places; positions count from the start of the clips.
+          conditioning: that of the chunk.
+        """
+        ...
+
+
+class BackboneConfig(abc.ABC):
+    """Configuration of a backbone, a frozen dataclass: it makes the backbone, and knows its inputs and its cost.
+
+    The attributes below are fields of a subclass, or keep their value here. Costs are those of a plain transformer with
+    cross-attention to the text, unless a subclass counts its own. Configs of runs can hold a subclass of another
+    package after `dit_video.core.registry.register`.
+    """
+
+    channels: int
+    """Number of latent channels."""
+    context_width: int = 0
+    """Width of the text encoder's output (E); 0 without text."""
+    patch: Grid = Grid(1, 2, 2)
+    width: int
+    layers: int
+    heads: int = 1
+    dtype: str = "float32"
+    """Dtype of the matrix products."""
+    remat: Remat = "none"
+    """Activations that are kept for the backward pass."""
+    attention: Backend = "auto"
+    time: Literal["segment", "token"] = "segment"
+    """Diffusion time: one per clip, or one per token."""
+    accepts_clip_times: ClassVar[bool] = False
+    """True if a model with a time per token takes `ClipTimes`, too, whose projections it spreads over the tokens."""
+    time_coordinate: TimeCoordinate = "tokens"
+    """Unit of the time coordinate of positions."""
+    cond_channels: int = 0
+    """Number of channels of conditioning latents and masks."""
+    image_width: int | None = None
+    """Width of the image encoder's output (F); None for models without image tokens."""
+    image_positions: int | None = None
+    """Number of learned positions of image tokens, those of the first and the last frame together."""
+    conditioning: tuple[ClipConditioning, ...] = ()
+    """Conditioning by fields of the clips."""
+    pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
+    """Pattern of self-attention, or several that the layers use in turn."""
+
+    @abc.abstractmethod
+    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> Any:
+        """Return a backbone with random weights, which gets its attention and its weights' sharding from `parallel`."""
+
+    def count_multiplications(self, clip: ClipTokens, *, text: int, image: int) -> int:
+        """Count the multiplications of a forward pass for one clip with these numbers of context tokens."""
+        tokens, square = count_tokens(clip), self.width**2
+        ends = tokens * self.width * (2 * self.token_width + self.cond_width)
+        context = text * self.width * (self.context_width + self.layers * 2 * self.width)
+        context += image * self.width * ((self.image_width or 0) + self.layers * 2 * self.width)
+        pairs = self.count_pairs(clip, text=text) + self.layers * tokens * image
+        return ends + context + round(tokens * self.layers * self.layer_params * square) + 2 * self.width * pairs
+
+    def count_pairs(self, clip: ClipTokens, *, text: int) -> int:
+        """Count the query-key pairs of all layers, including those with the text."""
+        return round(self.layers * (count_self_pairs(self, clip, 0) + count_tokens(clip) * text))
+
+    def attention_pairs(self, grid: Grid) -> float:
+        """Return the average number of token pairs per layer that attend to each other in a clip."""
+        return sum(count_pairs(pattern, grid) for pattern in self.patterns) / len(self.patterns)
+
+    def resolve_attention(self, platform: Platform, *, tokens: int, segments: int) -> tuple[BackendName, ...]:
+        """Return the backends of self-attention that the model uses, one for each of its patterns.
+
+        Args:
+          platform: platform that the model is compiled for.
+          tokens: number of tokens of a row.
+          segments: largest number of clips in a row.
+        """
+        if self.attention != "auto":
+            return (get_backend_name(self.attention),) * len(self.patterns)
+        choose = functools.partial(
+            choose_backend,
+            platform,
+            queries=tokens,
+            keys=tokens,
+            head_width=self.width // self.heads,
+            dtype=self.dtype,
+            segment_count=segments if self.has_contiguous_clips else None,
+            biased=self.has_attention_bias,
+        )
+        return tuple(choose(pattern) for pattern in self.patterns)
+
+    @property
+    def has_contiguous_clips(self) -> bool:
+        """Return True if the tokens of a clip follow one another in attention, with nothing in between."""
+        return True
+
+    @property
+    def has_attention_bias(self) -> bool:
+        """Return True if attention adds a bias to its scores."""
+        return False
+
+    def widen_conditioning(self, leaves: dict[str, Array], channels: int) -> dict[str, Array]:
+        """Return the parameters of the model with `channels` conditioning channels; weights of new ones are zero.
+
+        Args:
+          leaves: parameters of the model with this config, by path.
+          channels: number of channels, larger than `cond_channels`.
+
+        Raises:
+          UserError: the model reads no conditioning latents.
+        """
+        raise UserError(f"a model of {type(self).__name__} reads no conditioning latents; use another model")
+
+    def compute_token_lead(self, stride: int) -> float:
+        """Return the fraction of a token's time by which all but the first begin earlier."""
+        frames = stride * self.patch.t
+        return (frames - 1) / frames if self.time_coordinate == "frame seconds" else 0.0
+
+    @property
+    def mlp_dim(self) -> int:
+        """Return the hidden width of the MLP."""
+        return 4 * self.width
+
+    @property
+    def layer_params(self) -> float:
+        """Return the weights of attention and MLP in a layer that act on each video token, in units of width²."""
+        return 4 + (2 if self.context_width else 0) + 2 * self.mlp_dim / self.width
+
+    def replace(self: "ConfigT", **changes: Any) -> "ConfigT":
+        """Return the config with other values of some fields."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    @property
+    def conditioning_kinds(self) -> frozenset[type]:
+        """Return the kinds of conditioning that the model needs; it takes no other."""
+        kinds = {
+            TextTokens: self.context_width > 0,
+            ClassIds: self.class_count > 0,
+            ConditioningLatents: self.cond_channels > 0,
+            ImageTokens: self.image_width is not None,
+        }
+        own = {each.record for each in self.conditioning}
+        return frozenset(kind for kind, is_needed in kinds.items() if is_needed) | own
+
+    @property
+    def class_count(self) -> int:
+        """Return the number of classes; 0 for a model without class labels."""
+        return 0
+
+    @property
+    def max_text_tokens(self) -> int | None:
+        """Return the number of tokens of the longest text that the model accepts; None without a limit."""
+        return None
+
+    @property
+    def predicts_variance(self) -> bool:
+        """Return True if the model predicts a variance, too (arXiv 2102.09672)."""
+        return False
+
+    @property
+    def patterns(self) -> tuple[PatternChoice, ...]:
+        """Return the patterns of self-attention that the layers use in turn."""
+        return self.pattern if isinstance(self.pattern, tuple) else (self.pattern,)
+
+    @property
+    def needs_grids(self) -> bool:
+        """Return True if the cost of attention depends on the grid of a clip, not only on its number of tokens."""
+        return self.patterns != (Full(),)
+
+    @property
+    def layouts(self) -> tuple[type[PackedRows], ...]:
+        """Return the layouts of batches that the model accepts."""
+        return (PackedRows, DenseBatch)
+
+    @property
+    def size_multiple(self) -> Grid:
+        """Return the size of which latents are multiples along each axis."""
+        return self.patch
+
+    @property
+    def canvas_padding(self) -> Grid:
+        """Return how far apart clips lie on a canvas, in positions: as far as convolutions reach."""
+        return self.size_multiple
+
+    @property
+    def token_width(self) -> int:
+        """Return the number of values of one token (p)."""
+        return self.patch.volume * self.channels
+
+    @property
+    def cond_width(self) -> int:
+        """Return the number of values of the conditioning latents and masks of one token (g)."""
+        return self.patch.volume * self.cond_channels
+
+
+ConfigT = TypeVar("ConfigT", bound=BackboneConfig)
+
+
+def count_self_pairs(config: BackboneConfig, clip: ClipTokens, global_tokens: int) -> float:
+    """Count the self-attention pairs of an average layer; tokens without a position are assumed to see everything.
+
+    Raises:
+      UserError: the size of the clip is no grid, although the pattern needs one.
+    """
+    tokens = count_tokens(clip)
+    if not config.needs_grids:
+        return float((tokens + global_tokens) ** 2)
+    if not isinstance(clip, Grid):
+        raise UserError(f"pattern={config.pattern} needs a clip's grid, not its number of tokens, {clip}; give a Grid")
+    return config.attention_pairs(clip) + global_tokens * (2 * tokens + global_tokens)
+
+
+def count_tokens(clip: ClipTokens) -> int:
+    """Return the number of tokens of a clip."""
+    return clip.volume if isinstance(clip, Grid) else clip
+
+
+def widen_kernel(kernel: Float[Array, "i D"], patch_volume: int, channels: int) -> Float[Array, "o D"]:
+    """Add zero weights for new channels, which follow the old ones at each position in a patch."""
+    by_position = jnp.reshape(kernel, (patch_volume, -1, kernel.shape[1]))
+    return jnp.pad(by_position, ((0, 0), (0, channels - by_position.shape[1]), (0, 0))).reshape(-1, kernel.shape[1])

@@ -1,0 +1,38 @@
+"""Conditioning: captions, frames and masks as inputs of a denoiser."""
+
+from dit_video.models.conditioning.clip_conditioning import ClipConditioning, ClipView
+from dit_video.models.conditioning.frame_conditioning import (
+    COND_LATENTS,
+    COND_MASK,
+    IMAGE_TOKENS,
+    FrameConditioning,
+    interleave_mask,
+    make_cond_latents,
+    make_image_tokens,
+    make_mask_fields,
+    mask_first_frames,
+)
+from dit_video.models.conditioning.known_pixels import (
+    GREY,
+    blank_unknown,
+    find_any_known,
+    find_known_latents,
+    find_partly_known_latents,
+    fold_mask,
+    split_cells,
+)
+from dit_video.models.conditioning.masks import (
+    Beginning,
+    BothEnds,
+    Ending,
+    FirstAndLastFrame,
+    FirstFrame,
+    InsideOfBox,
+    Keyframes,
+    KnownMask,
+    LastFrame,
+    MaskGenerator,
+    OutsideOfBox,
+)
+from dit_video.models.conditioning.prompts import drop_captions
+from dit_video.models.conditioning.records import ClassIds, Conditioning, ConditioningLatents, ImageTokens, TextTokens

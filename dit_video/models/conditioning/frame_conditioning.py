@@ -1,0 +1,137 @@
+"""Conditioning on known parts of a clip: a mask of them, and latents of them that the denoiser reads."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
+
+from dit_video.core.errors import UserError
+from dit_video.core.rng import make_generator
+from dit_video.core.typing import AnyArray
+from dit_video.models.conditioning.masks import FirstAndLastFrame, FirstFrame, KnownMask, MaskGenerator
+from dit_video.models.conditioning.records import ImageTokens
+from dit_video.tokens import Field, PackedRows
+
+COND_LATENTS, COND_MASK, IMAGE_TOKENS = "cond_latents", "cond_mask", "image_tokens"
+"""Names of fields: latents that a denoiser reads as conditioning; the mask of their known pixels; an image encoder's
+tokens of the first frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameConditioning:
+    """Configuration of training in which parts of a clip are known at random: the task mix.
+
+    By default the first latent frame is known, never that of an image. The autoencoder is causal: the first latent
+    frame is the first frame of the clip alone.
+
+    Raises:
+      UserError: `prob` is no probability, there are no masks, or masks need another `rest`.
+    """
+
+    prob: float = 0.5
+    """Probability that something is known. Otherwise the clip is generated from its text alone, and latents, mask and
+    image tokens are zero. Wan's image-to-video models always get a first frame: 1."""
+    rest: Literal["zero", "grey"] = "zero"
+    """Conditioning latents of the frames after a known one: zeros, or `grey`, the latents of the clip with unknown
+    pixels grey, as in Wan's models; they are cached with the clips' own latents. Sampling uses the same."""
+    masks: tuple[MaskGenerator, ...] = (FirstFrame(),)
+    """Kinds of known parts, each with a relative weight; all but the first frame need `rest="grey"`."""
+
+    def __post_init__(self):
+        if not 0 <= self.prob <= 1:
+            raise UserError(f"prob={self.prob} is invalid: a probability must lie in [0, 1]. Use 0.5.")
+        if not self.masks:
+            raise UserError("masks is empty: something must be known. Use masks=(FirstFrame(),).")
+        if self.has_mask_mix and self.rest != "grey":
+            raise UserError(f"rest={self.rest!r} is invalid with these masks. Use rest='grey'.")
+
+    @property
+    def has_mask_mix(self) -> bool:
+        """Return whether masks are drawn as examples are read, and the clips with unknown pixels grey are encoded."""
+        return tuple(map(type, self.masks)) != (FirstFrame,)
+
+    def accepts(self, is_known: KnownMask) -> bool:
+        """Return whether a model that is trained with this conditioning completes such a mask.
+
+        Wan's models also accept a last frame with the first one.
+        """
+        further = (FirstAndLastFrame(),) if self.rest == "grey" else ()
+        return any(mask.accepts(is_known) for mask in (*self.masks, *further))
+
+    def draw_kind(self, seed: int, example: int) -> int | None:
+        """Return the number of the mask that an example is trained with; None if nothing is known.
+
+        Args:
+          seed: seed of the run.
+          example: running number of the example in the data plan, which differs from step to step.
+        """
+        generator = make_generator(seed, "kind of mask", example)
+        if generator.random() >= self.prob:
+            return None
+        weights = np.array([mask.weight for mask in self.masks])
+        return int(generator.choice(len(weights), p=weights / weights.sum(axis=0)))
+
+    def draw_mask(self, layout: PackedRows, keys: Key[Array, "B G"]) -> Bool[Array, "B N"]:
+        """Return True for the tokens of known frames, drawn from the keys of the examples."""
+        return mask_first_frames(layout, jax.vmap(jax.vmap(jax.random.uniform))(keys) < self.prob)
+
+
+def make_mask_fields(*, channels: int, temporal_stride: int, kind: int | None = None) -> tuple[Field, Field]:
+    """Return the fields of conditioning latents and of their mask, which holds the shares of known pixels.
+
+    Args:
+      channels: channels of the latents.
+      temporal_stride: frames of a latent.
+      kind: number of the kind of mask, of several that are cached; None for the one that an example is trained with.
+    """
+    suffix = "" if kind is None else f"_{kind}"
+    latents = Field(name=COND_LATENTS + suffix, alignment="grid", shape=(channels,))
+    return latents, Field(name=COND_MASK + suffix, alignment="grid", shape=(temporal_stride,))
+
+
+def mask_first_frames(layout: PackedRows, is_conditioned: Bool[Array, "B G"]) -> Bool[Array, "B N"]:
+    """Return the mask of the first latent frame's tokens, in the chosen segments that have other frames too."""
+    frame_positions = jnp.asarray(layout.positions[..., 0])
+    is_video = layout.max(frame_positions) > 0
+    return layout.expand(is_conditioned & is_video) & (frame_positions == 0) & (layout.segments > 0)
+
+
+def make_image_tokens(values: Float[AnyArray, "B I F"], layout: PackedRows) -> ImageTokens:
+    """Return the record of a batch's image tokens, of which every segment has `I / G`."""
+    return ImageTokens(jnp.asarray(values), layout.get_sequence_segments(values.shape[1] // layout.count))
+
+
+def make_cond_latents(
+    latents: Float[AnyArray, "B N p"],
+    cond_mask: Bool[Array, "B N"],
+    *,
+    patch_volume: int,
+    channels: int,
+    visible: Bool[Array, "B N"] | None = None,
+) -> Float[Array, "B N g"]:
+    """Return the conditioning channels of tokens: per patch position the mask, then latents, zero where not visible.
+
+    The order of channels is that of Wan's image-to-video models (arXiv 2503.20314, section 5.1).
+
+    Args:
+      latents: The latents, as tokens.
+      cond_mask: Mask of the known tokens.
+      patch_volume: Number of latent positions in a patch.
+      channels: Number of mask and latent channels together; those that the latents leave belong to the mask.
+      visible: Mask of the tokens whose latents are visible; the known ones by default.
+    """
+    mask_channels = channels - latents.shape[-1] // patch_volume
+    masks = jnp.broadcast_to(cond_mask[..., None], (*cond_mask.shape, patch_volume * mask_channels))
+    values = jnp.where((cond_mask if visible is None else visible)[..., None], latents, 0)
+    return interleave_mask(masks.astype(jnp.float32), values, patch_volume=patch_volume)
+
+
+def interleave_mask(
+    mask: Float[AnyArray, "B N m"], latents: Float[AnyArray, "B N p"], *, patch_volume: int
+) -> Float[Array, "B N g"]:
+    """Return the conditioning channels of tokens: per patch position those of the mask, then those of the latents."""
+    parts = [jnp.asarray(values).reshape(*values.shape[:2], patch_volume, -1) for values in (mask, latents)]
+    return jnp.concatenate(parts, axis=-1).reshape(*latents.shape[:2], -1)

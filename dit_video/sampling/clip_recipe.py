@@ -1,0 +1,77 @@
+"""Recipes of sampled clips: JSON values that say how they were made, which their files hold."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dit_video.core import config_json
+from dit_video.sampling import Sampling
+from dit_video.sampling.pictures import Condition
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.plan import SamplingPlan
+from dit_video.sampling.request import Request
+from dit_video.video import Clip
+
+
+def make_recipe(config: PipelineConfig, request: Request, plan: SamplingPlan, sampling: Sampling) -> dict[str, Any]:
+    """Return the recipe of a clip.
+
+    Pictures are named by the hashes of their pixels: the same pictures, values and model give the same clip.
+
+    Args:
+      config: config of the pipeline.
+      request: the request, with its size.
+      plan: its plan, which says how known pixels were kept.
+      sampling: steps, solver and guidance.
+    """
+    values: dict[str, Any] = {
+        "prompt": request.prompt,
+        "negative": config.negative if request.negative is None else request.negative,
+        "size": list(request.grid),
+        "seed": request.seed,
+        "strength": request.strength,
+        "resample": plan.resample if plan.resample > 1 else None,
+        "method": plan.method,
+        "task": None if request.task is None else type(request.task).__name__,
+        "strengths": {name: np.asarray(value, float).tolist() for name, value in request.strengths.items()},
+        "conditioning": sorted(request.conditioning),
+        "pictures": _describe_pictures(request.pictures),
+        "noise": None if request.noise is None else hash_pixels(np.asarray(request.noise)),
+        "sampling": describe_sampling(sampling),
+        "model": config.provenance,
+    }
+    absent: tuple[Any, ...] = (None, "", {}, [])
+    return {name: value for name, value in values.items() if value not in absent}
+
+
+def describe_sampling(sampling: Sampling) -> Any:
+    """Return sampling as JSON values, or as text if it has a solver or a schedule of another package."""
+    try:
+        return config_json.to_json(sampling)
+    except TypeError:
+        return repr(sampling)
+
+
+def hash_pixels(array: np.ndarray) -> str:
+    """Return a hash of an array's type, shape and values."""
+    content = repr((array.dtype.str, array.shape)).encode() + np.ascontiguousarray(array).tobytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _describe_pictures(pictures: Mapping[str, Any]) -> dict[str, Any]:
+    described: dict[str, Any] = {}
+    for name, value in pictures.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        parts = [_describe_picture(each) for each in values]
+        described[name] = parts if isinstance(value, list | tuple) else parts[0]
+    return described
+
+
+def _describe_picture(picture: Any) -> Any:
+    if isinstance(picture, Condition):
+        parts: dict[str, Any] = {"frame": picture.frame, "strength": picture.strength}
+        parts["content"] = _describe_picture(picture.content)
+        return parts if picture.mask is None else parts | {"mask": hash_pixels(picture.mask)}
+    return hash_pixels(picture.frames if isinstance(picture, Clip) else np.asarray(picture))

@@ -1,0 +1,84 @@
+"""Loading of a pipeline folder."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from dit_video.core.offload import Offload
+from dit_video.distributed import MeshConfig
+from dit_video.nn import Backend, get_param_shapes
+from dit_video.sampling.devices import make_placement
+from dit_video.sampling.folder import AUTOENCODER, DENOISER, PREVIEW, STEPS, read_pipeline_config
+from dit_video.sampling.memory import fit_offload
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.preview import load_preview_decoder
+from dit_video.weights import load as load_weights
+from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
+from dit_video.weights.native_format import read_params_file
+from dit_video.weights.parameter import Placement
+
+
+def load_pipeline(
+    folder: str | Path,
+    *,
+    text_encoder: str | Path | None = None,
+    get_lora_modules: GetLoraModules = no_lora_modules,
+    mesh: MeshConfig | Mesh | None = None,
+    attention: Backend | None = None,
+    offload: Offload | Literal["auto"] | None = "auto",
+) -> Pipeline:
+    """Read a pipeline folder, one parameter after the other to its devices.
+
+    Args:
+      folder: folder of the pipeline.
+      text_encoder: folder of its frozen text encoder if it has moved; it is opened at the first prompt.
+      get_lora_modules: see `Pipeline`.
+      mesh: devices that sample together; None for the default one.
+      attention: backend of attention instead of the model's own.
+      offload: weights in host memory; see `dit_video.load`.
+
+    Raises:
+      MissingError: the folder does not exist, or holds no pipeline.
+      UserError: a pipeline of another version, weights that do not fit its config, or a text encoder that is not
+        frozen; a mesh that does not fit the devices or the denoiser; attention that the denoiser does not support or
+        whose kernels the devices lack; weights that do not fit into memory.
+    """
+    folder = Path(folder)
+    config = read_pipeline_config(folder)
+    if attention is not None:
+        config = replace(config, backbone=config.backbone.replace(attention=attention))
+    resolved = fit_offload(offload, config, mesh=mesh, is_large=mesh is None and config.boundary is not None)
+    place = make_placement(mesh, resolved)
+    pipeline = Pipeline(
+        config,
+        autoencoder=load_weights(folder / AUTOENCODER, like=get_param_shapes(config.autoencoder.make)),
+        denoiser=read_denoiser(folder, config, place),
+        previous={
+            step.name: load_pipeline(folder / STEPS / step.name, mesh=mesh, attention=attention, offload=offload)
+            for step in config.previous
+        },
+        get_lora_modules=get_lora_modules,
+        mesh=mesh,
+        offload=resolved,
+    )
+    pipeline = add_preview_decoder(pipeline, folder)
+    return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
+
+
+def add_preview_decoder(pipeline: Pipeline, folder: Path) -> Pipeline:
+    """Return the pipeline with the preview decoder of its folder, if it has one."""
+    path = folder / PREVIEW
+    return pipeline.with_preview_decoder(load_preview_decoder(path)) if path.is_file() else pipeline
+
+
+def read_denoiser(folder: Path, config: PipelineConfig, place: Placement) -> dict[str, Any]:
+    """Read the parameters of a pipeline folder's denoiser to their destination, one after the other.
+
+    Raises:
+      MissingError: the folder holds none.
+      UserError: weights that do not fit the config.
+    """
+    return read_params_file(folder / DENOISER, config.denoiser_shapes, place=place)

@@ -1,0 +1,329 @@
+"""Packing of requests and their guidance branches into rows.
+
+Every request has one or several branches: the same noise under different conditions. If branches are evaluated
+together, there are two ways, and the one with fewer rows is taken: branches side by side in one row, as if they were
+separate requests, or in separate rows of a larger batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int32, UInt32
+
+from dit_video.core.errors import UserError
+from dit_video.core.rng import key
+from dit_video.core.typing import AnyArray
+from dit_video.models.conditioning import COND_LATENTS
+from dit_video.models.encoders import CaptionTokens
+from dit_video.sampling.plan import SamplingPlan
+from dit_video.tokens import (
+    Field,
+    Grid,
+    LayoutShape,
+    PackedBatch,
+    PackedExample,
+    compute_positions,
+    compute_token_grid,
+    make_empty_row,
+    pack,
+    patchify,
+    stack_rows,
+)
+
+START_LATENTS = "start_latents"
+"""Name of the field of the latents that sampling starts from."""
+
+
+class SamplingRequest(NamedTuple):
+    """A request of one video's latents."""
+
+    prompt: str
+    """Text prompt."""
+    negative: str
+    """Prompt of the unconditional branch of guidance; empty for none."""
+    noise: Float32[np.ndarray, "t h w c"]
+    """Initial noise, of the size of the result with the plan's `leading_frames`."""
+    plan: SamplingPlan = SamplingPlan()
+    seed: int = 0
+    """Seed of the noise that stochastic samplers, and conditioning, add."""
+
+    def get_token_grid(self, patch: Grid) -> Grid:
+        """Return the size of the video in tokens.
+
+        Raises:
+          UserError: If the patch does not divide it.
+        """
+        return compute_token_grid(Grid(*self.noise.shape[:3]), patch)
+
+    def branches(self, number: int) -> list[tuple[str, Mapping[Field, np.ndarray]]]:
+        """Return the prompt and the fields of each branch of guidance.
+
+        Raises:
+          UserError: If there are three branches, and the clip has no conditioning latents or has other conditioning.
+        """
+        fields = self.fields
+        if number < 3:
+            return [(self.prompt, fields), (self.negative, fields)][:number]
+        if {field.name for field in fields} - {START_LATENTS} != {COND_LATENTS}:
+            raise UserError(
+                "image_scale of guidance is invalid: it needs a model whose only conditioning besides the prompt is "
+                "conditioning latents. Use image_scale=None."
+            )
+        without = {
+            field: np.zeros_like(values) if field.name == COND_LATENTS else values for field, values in fields.items()
+        }
+        return [(self.prompt, fields), (self.negative, fields), (self.negative, without)]
+
+    @property
+    def fields(self) -> Mapping[Field, np.ndarray]:
+        """Return the fields of its plan, with the start latents."""
+        if self.plan.start is None:
+            return self.plan.fields
+        start = Field(name=START_LATENTS, alignment="grid", shape=self.plan.start.shape[-1:])
+        return {**self.plan.fields, start: self.plan.start}
+
+
+class RequestSize(NamedTuple):
+    """The size of one request."""
+
+    grid: Grid
+    """Number of tokens along (t, h, w)."""
+    texts: tuple[int, ...]
+    """Number of text tokens of each branch."""
+    extra: int = 0
+    """Number of extra tokens."""
+
+    @property
+    def row_grid(self) -> Grid:
+        """Return the size that a row must have room for."""
+        return Grid(1, 1, self.grid.volume + self.extra) if self.extra else self.grid
+
+
+class RowMultiples(NamedTuple):
+    """Divisors of the number of rows that are sampled at once, so that several devices can share them."""
+
+    separate: int = 1
+    """Divisor where the branches of a request are in rows of their own."""
+    side_by_side: int = 1
+    """Divisor where they lie side by side in a row."""
+
+    def round_up(self, rows: int, *, is_side_by_side: bool) -> int:
+        """Return the smallest number of rows that is not smaller and has the divisor."""
+        multiple = self.side_by_side if is_side_by_side else self.separate
+        return rows + -rows % multiple
+
+
+class PackedRequests(NamedTuple):
+    """Requests in rows or canvases of one shape."""
+
+    shape: LayoutShape
+    """Shape of a row."""
+    is_side_by_side: bool
+    """True if the branches of a request lie side by side in its row, instead of in rows of their own."""
+    rows: list[list[int]]
+    """Requests of each row, by number."""
+
+
+def plan_rows(
+    sizes: Sequence[RequestSize],
+    shape: LayoutShape,
+    *,
+    rows: int,
+    is_batched: bool,
+    multiples: RowMultiples = RowMultiples(),  # noqa: B008 (a value)
+) -> list[PackedRequests]:
+    """Return the requests, by number, in rows or canvases by first fit, the largest first.
+
+    A request that is larger than a row gets one of its own.
+
+    Args:
+      sizes: Sizes of all requests.
+      shape: Shape of a row.
+      rows: Number of rows that are sampled at once.
+      is_batched: Evaluates all branches of a request at once.
+      multiples: Divisors of the number of rows, which is rounded up to them.
+
+    Raises:
+      UserError: If a text is longer than a row's.
+    """
+    for size in sizes:
+        if max(size.texts) > shape.text:
+            length = max(size.texts)
+            raise UserError(f"a prompt of {length} text tokens is longer than a row's {shape.text}; shorten the prompt")
+    order = sorted(range(len(sizes)), key=lambda index: -sizes[index].row_grid.volume)
+    separate = [_Bundle([size.row_grid], [max(size.texts)]) for size in sizes]
+    small = [index for index in order if separate[index].fits(shape)]
+    branches = max((len(size.texts) for size in sizes), default=1)
+    groups = [PackedRequests(shape, False, _pack_first_fit(small, separate, shape))]
+    # Requests whose branches fit a row together can have them side by side; the others stay in separate rows. The plan
+    # that evaluates fewer rows, padding rows included, is taken.
+    if is_batched and branches > 1:
+        bundles = [_Bundle([size.row_grid] * branches, list(size.texts)) for size in sizes]
+        fitting = [index for index in small if bundles[index].fits(shape)]
+        remaining = [index for index in small if index not in set(fitting)]
+        combined = [
+            PackedRequests(shape, True, _pack_first_fit(fitting, bundles, shape)),
+            PackedRequests(shape, False, _pack_first_fit(remaining, separate, shape)),
+        ]
+        groups = min(combined, groups, key=lambda plan: _count_evaluated_rows(plan, rows, branches, multiples))
+    for index in (index for index in order if index not in set(small)):
+        row_shape = shape.enlarge(sizes[index].row_grid)
+        if groups[-1].shape == row_shape:
+            groups[-1].rows.append([index])
+        else:
+            groups.append(PackedRequests(row_shape, False, [[index]]))
+    return [group for group in groups if group.rows]
+
+
+class _Bundle(NamedTuple):
+    """The branches of a request, or one of them, which lie together in a row."""
+
+    grids: list[Grid]
+    texts: list[int]
+
+    def fits(self, shape: LayoutShape) -> bool:
+        return shape.fits(self.grids, self.texts)
+
+    def add(self, other: "_Bundle") -> "_Bundle":
+        return _Bundle(self.grids + other.grids, self.texts + other.texts)
+
+
+def _count_evaluated_rows(
+    groups: Sequence[PackedRequests], rows: int, branch_count: int, multiples: RowMultiples
+) -> int:
+    """Return the number of rows that the model evaluates per step, including padding rows of the last batch."""
+    count = 0
+    for group in groups:
+        batch_rows = multiples.round_up(rows, is_side_by_side=group.is_side_by_side)
+        copies = 1 if group.is_side_by_side else branch_count
+        count += -(-len(group.rows) // batch_rows) * batch_rows * copies
+    return count
+
+
+def _pack_first_fit(order: Sequence[int], bundles: Sequence[_Bundle], shape: LayoutShape) -> list[list[int]]:
+    rows: list[list[int]] = []
+    contents: list[_Bundle] = []
+    for index in order:
+        for number, content in enumerate(contents):
+            if (extended := content.add(bundles[index])).fits(shape):
+                rows[number].append(index)
+                contents[number] = extended
+                break
+        else:
+            rows.append([index])
+            contents.append(bundles[index])
+    return rows
+
+
+Members = Sequence[Sequence[int]]
+"""Requests of each row, by number."""
+
+
+class SamplingBatch(NamedTuple):
+    """The inputs of the compiled program."""
+
+    branches: tuple[PackedBatch, ...]
+    """Rows: those of each branch, or a single one with all branches."""
+    branch_positions: Int32[AnyArray, "branches B N"] | None
+    """Position of each token's counterpart in every branch, if rows hold all of them."""
+    keys: UInt32[AnyArray, "B G words"]
+    """Key of each segment, for the noise of stochastic samplers."""
+
+
+class Packer(NamedTuple):
+    """A packer of requests into batches."""
+
+    requests: Sequence[SamplingRequest]
+    """All requests."""
+    texts: Mapping[str, CaptionTokens]
+    """Tokens of every prompt."""
+    patch: Grid
+    """Patch size of the denoiser."""
+    token_dt: float
+    """Distance of consecutive tokens along time, in units of positions."""
+    branch_count: int
+    """Number of guidance branches."""
+    rows: int
+    """Number of rows of a batch; padding rows fill it up, so that its shape is constant."""
+    fields: tuple[Field, ...] = ()
+    """Fields of the rows; zero for a request whose plan lacks them."""
+    token_lead: float = 0.0
+    """Fraction of `token_dt` by which all tokens but a clip's first begin earlier."""
+
+    def make_batch(self, group: PackedRequests, row_requests: Members) -> SamplingBatch:
+        """Return the batch of the requests in some rows of a group."""
+        kinds = (
+            [range(self.branch_count)] if group.is_side_by_side else [[branch] for branch in range(self.branch_count)]
+        )
+        packed = tuple(self._pack_branches(group, row_requests, branches) for branches in kinds)
+        positions = None
+        if group.is_side_by_side:
+            positions = self._compute_branch_positions(group, row_requests, np.asarray(packed[0].segments))
+        return SamplingBatch(packed, positions, self._make_keys(group, row_requests))
+
+    def _pack_branches(self, group: PackedRequests, row_requests: Members, branches: Sequence[int]) -> PackedBatch:
+        """Return rows of the requests, with these branches of each."""
+        items: list[list[PackedExample]] = [[] for _ in row_requests]
+        for number, row in enumerate(row_requests):
+            for index in row:
+                conditions = self.requests[index].branches(self.branch_count)
+                items[number] += [self._make_example(index, *conditions[branch]) for branch in branches]
+        first = items[0][0]
+        contents: dict[str, Any] = {
+            "width": first.tokens.shape[1],
+            "text_width": first.text.shape[1] if first.text.ndim == 2 else 0,
+            "fields": [field.to_rows(self.patch) for field in self.fields],
+        }
+        packed = [pack(row, group.shape, **contents) for row in items]
+        packed += [make_empty_row(group.shape, **contents)] * (self.rows - len(packed))
+        return stack_rows(packed)
+
+    def _make_example(self, index: int, prompt: str, fields: Mapping[Field, np.ndarray]) -> PackedExample:
+        """Return a branch of a request: its tokens, with extra ones after them, and its fields in rows."""
+        request = self.requests[index]
+        extra, latents = request.plan.extra, Grid(*request.noise.shape[:3])
+        tokens, step = patchify(request.noise, self.patch), (self.token_dt, 1.0, 1.0)
+        positions = compute_positions(request.get_token_grid(self.patch), step=step, lead=self.token_lead)
+        row_fields = {}
+        for field in self.fields:
+            values = fields.get(field, np.zeros(field.get_shape(latents), field.dtype))
+            row_fields[field.name] = field.patchify(values, self.patch)
+            if extra is not None and field.alignment == "grid":
+                shape = (len(extra.noise), *row_fields[field.name].shape[1:])
+                further = extra.fields.get(field, np.zeros(shape, field.dtype))
+                row_fields[field.name] = np.concatenate([row_fields[field.name], further])
+        if extra is not None:
+            tokens = np.concatenate([tokens, extra.noise])
+            positions = np.concatenate([positions, extra.positions])
+        return PackedExample(tokens, positions, self.texts[prompt], index, row_fields)
+
+    def _compute_branch_positions(
+        self, group: PackedRequests, row_requests: Members, segments: Int32[np.ndarray, "B N"]
+    ) -> Int32[np.ndarray, "branches B N"]:
+        """Return the token of the same place in every branch; a token of padding is its own counterpart.
+
+        The branches of a request are consecutive segments.
+        """
+        identity = np.arange(group.shape.tokens, dtype=np.int32)
+        positions = np.tile(identity, (self.branch_count, self.rows, 1))
+        for number, row in enumerate(row_requests):
+            for slot in range(len(row)):
+                first = slot * self.branch_count + 1
+                members = [np.flatnonzero(segments[number] == first + branch) for branch in range(self.branch_count)]
+                for branch, counterparts in enumerate(members):
+                    for tokens in members:
+                        positions[branch, number, tokens] = counterparts
+        return positions
+
+    def _make_keys(self, group: PackedRequests, row_requests: Members) -> UInt32[np.ndarray, "B G words"]:
+        """Return keys of segments; the branches of a request share its noise."""
+        copies = self.branch_count if group.is_side_by_side else 1
+        seeds = {index: self.requests[index].seed for row in row_requests for index in row}
+        seed_keys = {index: np.asarray(jax.random.key_data(key(seed, "sampler"))) for index, seed in seeds.items()}
+        keys = np.zeros((self.rows, group.shape.segments, len(next(iter(seed_keys.values())))), np.uint32)
+        for number, row in enumerate(row_requests):
+            for slot, index in enumerate(row):
+                keys[number, slot * copies : (slot + 1) * copies] = seed_keys[index]
+        return keys

@@ -1,0 +1,394 @@
+"""Pipeline of a trained model: prompts in, clips out.
+
+A pipeline folder holds `pipeline.json` (the configs), `autoencoder.safetensors` and `denoiser.safetensors`: no pickle,
+and nothing of the training state.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Unpack, overload
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from dit_video.core.errors import UserError
+from dit_video.core.files import atomic_path
+from dit_video.core.memory import name_exhausted_memory
+from dit_video.core.offload import Offload
+from dit_video.core.trees import count_values as count
+from dit_video.distributed import MeshConfig
+from dit_video.distributed.gather import gather_parts, is_first_process
+from dit_video.models.autoencoders import Tiles
+from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.nn import Backend
+from dit_video.sampling import LatentTrace, Sampling, sample_latents, trace_latents
+from dit_video.sampling.adapters import AdaptedWeights
+from dit_video.sampling.checks import prepare_request, resolve_sampling
+from dit_video.sampling.clip_decoder import ClipDecoder
+from dit_video.sampling.clip_functions import ClipFunction, compute_clip_function
+from dit_video.sampling.clip_recipe import make_recipe
+from dit_video.sampling.devices import PipelineDevices
+from dit_video.sampling.folder import AUTOENCODER, CONFIG, DENOISER, PREVIEW, STEPS, write_pipeline_config
+from dit_video.sampling.lora import LoraLoader
+from dit_video.sampling.options import GenerateOptions, SamplingOverrides, split_options
+from dit_video.sampling.parts import make_denoiser, make_task_model
+from dit_video.sampling.pipeline_config import PipelineConfig, PreviousStep
+from dit_video.sampling.preview_methods import PreviewMethods
+from dit_video.sampling.previous_steps import sample_previous_steps
+from dit_video.sampling.progress import Callback
+from dit_video.sampling.request import Request
+from dit_video.sampling.task_methods import TaskMethods
+from dit_video.video import Clip
+from dit_video.weights import save as save_weights
+from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
+from dit_video.weights.text_encoder import open_tokenizer, set_encoder_folder
+
+_DTYPES = ("float32", "bfloat16")
+_DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or tiles of the frames (--decode-tiles)"
+
+
+class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
+    """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back."""
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        *,
+        autoencoder: dict[str, Any],
+        denoiser: dict[str, Any],
+        previous: Mapping[str, "Pipeline"] | None = None,
+        get_lora_modules: GetLoraModules = no_lora_modules,
+        mesh: MeshConfig | Mesh | None = None,
+        offload: Offload | None = None,
+    ):
+        """Create a pipeline, with its weights on the devices.
+
+        Args:
+          config: its configuration.
+          autoencoder: parameters of the autoencoder, nested dictionaries of arrays.
+          denoiser: parameters of the denoisers and of the text encoder.
+          previous: pipelines of the config's previous steps, by name.
+          get_lora_modules: names of linear maps in LoRA files of other projects that `load_lora` accepts.
+          mesh: devices that sample together; None for one device. Arrays that are on its devices stay as they are.
+          offload: weights in host memory; None for weights that stay on the devices.
+
+        Raises:
+          UserError: previous steps other than the config's, a mesh that does not fit the devices or the denoiser, or
+            attention whose kernels the devices lack.
+        """
+        self.config = config
+        self._mesh, self._offload = mesh, offload
+        self._devices = PipelineDevices.from_mesh(mesh, config.backbone)
+        self._previous = dict(previous or {})
+        if set(self._previous) != (names := {step.name for step in config.previous}):
+            raise UserError(f"previous={sorted(self._previous)} is invalid: the config has {sorted(names)}. Use these.")
+        self._get_lora_modules = get_lora_modules
+        codec_params = self._devices.put(autoencoder, offload=offload, mesh=None)
+        self._set_codec(LatentCodec(config.autoencoder, codec_params))
+        self._denoiser = make_denoiser(
+            config,
+            self._devices.put(denoiser, offload=offload, mesh=self._devices.mesh),
+            open_tokenizer(config.text, offload=offload),
+            parallel=self._devices.parallel,
+            mesh=self._devices.mesh,
+            offload=offload,
+        )
+        self._weights = AdaptedWeights(self._denoiser.params)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | int,
+        *,
+        output: Literal["clip"] = ...,
+        callback: Callback | None = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> Clip: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | int,
+        *,
+        output: Literal["latents"],
+        callback: Callback | None = ...,
+        **options: Unpack[GenerateOptions],
+    ) -> Float32[np.ndarray, "t h w c"]: ...
+
+    def generate(self, prompt, *, output="clip", callback=None, **options: Any):
+        """Generate one clip from a prompt.
+
+        Args:
+          prompt: content of the clip, or its class by name or number; empty samples without condition.
+          size: frames, height and width in pixels; the training size by default, of which an image changes the aspect
+            ratio to its own. Frames are 1 + k * temporal stride.
+          steps: number of sampling steps; more are slower and closer to the exact flow.
+          guidance: guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
+            experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
+          negative: negative prompt, which replaces the empty prompt (or no class) in guidance; the model's own by
+            default (`config.negative`), none if empty.
+          seed: random seed; the same seed, size and model give the same clip.
+          sampler: a name in `dit_video.diffusion.SAMPLERS`, or a solver. Noise that it draws depends on the seed.
+          shift: shift of the times towards noise, instead of that of training.
+          times: falling times at which the steps start, in (0, 1]; the last step leads to 0. With `shift` they are
+            shifted by it, otherwise they are taken as they are.
+          noise: initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
+          image: first frame, a clip of one frame or pixels `[H W 3]` (Wan's I2V needs it). All pictures are fitted to
+            the size: scaled to cover it, and cropped on both sides alike.
+          last_image: last frame.
+          video: clip that is kept where `mask` is True, or that `strength` changes.
+          mask: pixels `[T H W]`, or frames `[T]`, of `video` that are kept (True).
+          strength: diffusion time, in (0, 1], that `video` is noised to and sampling starts at.
+          control: clip that steers what is generated (poses, depth, edges), in models that accept one.
+          reference_images: images of subjects that the clip shows, in models that accept them.
+          conditions: images and clips at some frames, each a `Condition`.
+          method: way to keep known pixels: `trained`, `training_free` or, by default, what the model was trained for,
+            and for the rest without training; see `docs/tasks.md`.
+          resample: number of times that training-free sampling takes every part of the steps.
+          conditioning: values of further conditioning that the model was trained with, by name; what previous steps
+            sample may be left out.
+          strengths: strengths of further conditioning, by name; 1 by default.
+          task: a `GenerationTask` other than the model's own.
+          output: `clip`, or `latents` for normalised latents `[t h w c]`.
+          callback: called with a `PipelineProgress` after every few steps; what it raises ends the sampling.
+
+        Raises:
+          UserError: an unsupported size (the message names the nearest), an unknown class or sampler, less than one
+            step, an invalid shift or times, a seed that is not a whole number below 2**32, noise of another shape,
+            images or a task that do not fit size or model, or a model whose values become NaN or infinite.
+        """
+        if output not in ("clip", "latents"):
+            raise UserError(f"unknown output {output!r}; use clip or latents")
+        request, overrides = split_options(prompt, options)
+        if output == "clip":
+            return self.generate_many([request], callback=callback, **overrides)[0]
+        return self.generate_latents([request], callback=callback, **overrides)[0]
+
+    def trace(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentTrace:
+        """Sample one request and return the latents and the predicted clean latents after every step.
+
+        `decode` makes a clip of latents. `overrides` and errors are as for `generate`.
+        """
+        return trace_latents(self._denoiser, **self._prepare([request], **overrides))[0]
+
+    def generate_many(
+        self, requests: Sequence[Request], *, callback: Callback | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> list[Clip]:
+        """Generate the clips of all requests, of any sizes, packed and sampled together.
+
+        A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `overrides`
+        (`steps`, `guidance`, `sampler`, `shift`, `times`) and errors are as for `generate`.
+        """
+        self.check_decoding(requests)
+        prepared = self._prepare(requests, **overrides)
+        latents = sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
+        clips = []
+        for request, clip, planned in zip(
+            requests, self.decode_many(latents, requests), prepared["requests"], strict=True
+        ):
+            sized = request._replace(size=self.config.resolve_size(request))
+            recipe = make_recipe(self.config, sized, planned.plan, prepared["sampling"])
+            clips.append(replace(clip, recipe=recipe))
+        return clips
+
+    def generate_latents(
+        self, requests: Sequence[Request], *, callback: Callback | None = None, **overrides: Unpack[SamplingOverrides]
+    ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
+        """Generate normalised latents `t h w c` of all requests; arguments and errors are as for `generate_many`.
+
+        On a mesh of several processes all of them call this, and all get the latents.
+        """
+        prepared = self._prepare(requests, **overrides)
+        return sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
+
+    def compute_clip_function(
+        self,
+        function: ClipFunction,
+        requests: Sequence[Request],
+        latents: Sequence[Float32[np.ndarray, "_ _ _ c"]],
+    ) -> Float32[np.ndarray, "clips values"]:
+        """Return the values of a function of the denoiser, such as a loss, for the latents of clips, packed together.
+
+        A request has the prompt, the size and what else is known of its clip, and the seed of the function's noise.
+        Errors are as for `generate_many`; on a mesh of several processes all of them call this, with the same clips.
+        """
+        prepared = self._prepare(requests, guidance=1.0)
+        starts = zip(prepared["requests"], latents, strict=True)
+        prepared["requests"] = [each._replace(plan=each.plan._replace(start=start)) for each, start in starts]
+        return compute_clip_function(function, self._denoiser, **prepared)
+
+    def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
+        """Encode a clip, whose size fits the stride, to normalised latents.
+
+        Raises:
+          UserError: the size does not fit.
+        """
+        return self.codec.encode(clip)
+
+    def decode(self, latents: Float32[np.ndarray, "t h w c"], *, caption: str = "", seed: int = 0) -> Clip:
+        """Decode normalised latents to a clip; `seed` is for autoencoders whose decoder takes noise.
+
+        Raises:
+          UserError: latents with another number of channels, or that are not finite.
+        """
+        return self.codec.decode(latents, fps=self.config.fps, caption=caption, seed=seed)
+
+    def decode_many(self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]) -> list[Clip]:
+        """Decode the latents of requests to clips: those of one size together, so that a size compiles once.
+
+        On a mesh, this process's devices share the clips of a size.
+        """
+        with name_exhausted_memory("decoding", _DECODING_FIX):
+            return self._decoder(latents, requests)
+
+    def check_decoding(self, requests: Sequence[Request]) -> None:
+        """Check that the clips of requests can be decoded in the memory of `with_decoding`, before they are sampled.
+
+        Raises:
+          UserError: they cannot, or a size is not supported.
+        """
+        self._decoder.check_memory([self.config.latent_grid(self.config.resolve_size(each)) for each in requests])
+
+    def reconstruct(self, clip: Clip) -> Clip:
+        """Encode and decode a clip."""
+        return self.codec.reconstruct(clip)
+
+    def add_previous_step(self, step: PreviousStep, pipeline: "Pipeline") -> "Pipeline":
+        """Return the pipeline with a step before it, whose samples are values of its conditioning.
+
+        For example, a text-to-video model of low resolution before a model that makes its clips larger:
+
+            both = large.add_previous_step(PreviousStep(name="low_resolution", size=Downscale(h=2, w=2)), small)
+
+        Requests that give a value of this conditioning skip the step. It is sampled with its own options, for the
+        request's prompts and seed. `save` writes all steps to one folder.
+
+        Raises:
+          UserError: this model has no conditioning of the name.
+        """
+        names = [each.field.name for each in self.config.backbone.conditioning]
+        if step.name not in names:
+            fix = f"Use {', '.join(names)}." if names else "Use a model with conditioning by fields."
+            raise UserError(f"name={step.name!r} of a step is invalid: this model has no such conditioning. {fix}")
+        extended = copy.copy(self)
+        extended._previous = self._previous | {step.name: pipeline}
+        others = (each for each in self.config.previous if each.name != step.name)
+        extended.config = replace(self.config, previous=(*others, step))
+        return extended
+
+    def count_parameters(self) -> dict[str, int]:
+        """Return the number of parameters of each part."""
+        denoiser = {name: count(part) for name, part in self._weights.params.items()}
+        return {"autoencoder": self.codec.count_parameters()} | denoiser
+
+    def compute_digest(self) -> str:
+        """Return a hash that tells the denoiser's weights and adapters from others, of some values of every array."""
+        return self._weights.compute_digest()
+
+    def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
+        """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
+
+        Attached adapters are merged into what is written. On a mesh of several processes all of them call this. Weights
+        are gathered to the first one in parts, which writes them.
+
+        Raises:
+          UserError: another dtype, or a folder that holds something other than a pipeline.
+        """
+        folder, is_writer = Path(folder), is_first_process()
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype={dtype} is invalid: weights are saved as {' or '.join(_DTYPES)}")
+        is_empty = folder.is_dir() and not any(folder.iterdir())
+        if folder.exists() and not (folder / CONFIG).is_file() and not is_empty:
+            raise UserError(f"{folder} exists and holds no pipeline; use a folder that does not exist")
+        with atomic_path(folder) if is_writer else contextlib.nullcontext(folder) as temporary:
+            if is_writer:
+                temporary.mkdir()
+                save_weights(temporary / AUTOENCODER, self.codec.params, dtype=jnp.dtype(dtype))
+                write_pipeline_config(temporary, self.config)
+                if self.preview_decoder is not None:
+                    self.preview_decoder.save(temporary / PREVIEW)
+            denoiser = gather_parts(self.denoiser_params)
+            save_weights(temporary / DENOISER, denoiser, dtype=jnp.dtype(dtype), is_writer=is_writer)
+            for name, pipeline in self._previous.items():
+                pipeline.save(temporary / STEPS / name, dtype=dtype)
+
+    def with_text_encoder(self, folder: str | Path) -> "Pipeline":
+        """Return the same pipeline with its frozen text encoder in another folder.
+
+        Raises:
+          UserError: the text encoder was trained with the denoiser.
+        """
+        return self._with_config(replace(self.config, text=set_encoder_folder(self.config.text, folder)))
+
+    def with_attention(self, backend: Backend) -> "Pipeline":
+        """Return the same pipeline, with its weights, that computes attention by another backend.
+
+        Raises:
+          UserError: a backend that does not support the denoiser's patterns, or whose kernels the devices lack.
+        """
+        return self._with_config(replace(self.config, backbone=self.config.backbone.replace(attention=backend)))
+
+    def with_decoding(self, *, memory: int | None = None, tiles: Tiles | None = None) -> "Pipeline":
+        """Return the same pipeline, with its weights, that encodes and decodes clips in other parts.
+
+        Args:
+          memory: bytes that this may take on a device besides the autoencoder, by an estimate; by default 8 GiB, or
+            half of the device's memory if that is less. As many frames are coded at once as it allows.
+          tiles: sizes of tiles of a picture, if not even one latent frame fits; see `Tiles` for the cost.
+        """
+        changed = copy.copy(self)
+        changed._set_codec(LatentCodec(self.config.autoencoder, self.codec.params, memory=memory, tiles=tiles))
+        return changed
+
+    def _set_codec(self, codec: LatentCodec) -> None:
+        self.codec = codec
+        """Autoencoder with its parameters."""
+        shared = self._devices.make_clip_codec(codec)
+        self._decoder = ClipDecoder(codec, self.config.fps, shared, self._devices.local_count)
+        self.task_model = make_task_model(self.config, codec, offload=self._offload)
+
+    def _with_config(self, config: PipelineConfig) -> "Pipeline":
+        pipeline = Pipeline(
+            config,
+            autoencoder=self.codec.params,
+            denoiser=self._weights.params,
+            previous=self._previous,
+            get_lora_modules=self._get_lora_modules,
+            mesh=self._mesh,
+            offload=self._offload,
+        )
+        pipeline._set_codec(self.codec)
+        pipeline.preview_decoder = self.preview_decoder
+        return pipeline._with_weights(self._weights._replace(params=pipeline._weights.params))
+
+    def resolve_sampling(self, **overrides: Unpack[SamplingOverrides]) -> Sampling:
+        """Return the pipeline's own sampling with the given values replaced.
+
+        Raises:
+          UserError: what `pipelines.checks.resolve_sampling` refuses: an unknown sampler, less than one step, …
+        """
+        return resolve_sampling(self.config, **overrides)
+
+    def _prepare(self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> dict[str, Any]:
+        """Return arguments of `sample_latents`; warn if guidance has no trained unconditional branch."""
+        self._weights.check_usable()
+        sampling, config = self.resolve_sampling(**overrides), self.config
+        if sampling.full_guidance.branch_count > 1 and config.caption_dropout == 0:
+            warnings.warn(
+                "guidance needs an unconditional model, and this one was trained without caption dropout; use "
+                "guidance=1, or train it with caption_dropout",
+                stacklevel=3,
+            )
+        sized = [request._replace(size=config.resolve_size(request)) for request in requests]
+        latent_requests = [
+            prepare_request(config, request, self.task_model)
+            for request in sample_previous_steps(config.previous, self._previous, sized)
+        ]
+        rows = max(1, min(config.batch, len(requests)))
+        return {"requests": latent_requests, "sampling": sampling, "shape": config.row_shape, "rows": rows}

@@ -1,0 +1,272 @@
+"""Requests in JSON files, with pictures and noise in files beside them."""
+
+import difflib
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.core.files import atomic_path, read_json
+from dit_video.sampling.pictures import Condition, Image
+from dit_video.sampling.request import OPTIONS, PICTURES, Mask, Request
+from dit_video.tokens import Grid
+from dit_video.video import Clip, decode
+
+INPUTS_FOLDER = "inputs"
+"""Folder, beside a written list, of the pictures and the noise of its requests."""
+_SIZE = ("frames", "height", "width")
+_TYPES = {str: "a text", int: "a whole number"}
+_KEYS = ("prompt", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths", "noise")
+_SAMPLE_KEYS = ("file",)
+"""Keys in lists of samples that were written: values of the sample, which a request does not have."""
+_GUIDANCE_KEYS = ("guidance", "interval", "rescale", "projected", "zero_star", "skip_layers")
+_SAMPLING_KEYS = ("steps", "sampler", "shift", "times", *_GUIDANCE_KEYS)
+"""Keys of values that all requests have in common, because they are sampled together."""
+_PYTHON_KEYS = ("conditioning", "task")
+"""Keys in lists of samples for values that no file holds."""
+_CONDITION_KEYS = ("file", "frame", "strength", "mask")
+
+
+def read_requests(path: str | Path) -> list[Request]:
+    """Read requests from a JSON list of objects.
+
+    Each has a `prompt`, and may have `frames`, `height` and `width` (all or none), `seed`, `negative`, `strengths`,
+    `noise` (a file of NumPy with latents `[t h w c]`), and what `read_pictures` reads. Files are relative to the list's
+    folder. Lists that `write_request` made are read, too; what they say of samples has no effect.
+
+    Raises:
+      MissingError: no file at `path`, or no file of a picture or of noise.
+      DecodeError: the file of a picture is damaged.
+      UserError: the file is not such a list, or an object has another key.
+    """
+    path, entries = Path(path), read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} must be a JSON list of objects, each with a prompt")
+    return [_parse_request(entry, path, number) for number, entry in enumerate(entries)]
+
+
+def _parse_request(entry: Any, path: Path, number: int) -> Request:
+    values = {"seed": 0, "negative": None, **entry} if isinstance(entry, dict) else {}
+    for name in values:
+        if name not in _KEYS and name not in _SAMPLE_KEYS:
+            raise _make_key_error(f"{path}: {name}={values[name]!r} of entry {number}", name)
+    has_size = any(name in values for name in _SIZE)
+    kinds = {"prompt": str, "seed": int} | (dict.fromkeys(_SIZE, int) if has_size else {})
+    kinds |= {} if values.get("negative") is None else {"negative": str}
+    for name, kind in kinds.items():
+        if type(values.get(name)) is not kind:  # `True` is an int to isinstance
+            raise UserError(f"{path}: {name} of entry {number} must be {_TYPES[kind]}, not {values.get(name)!r}")
+    strengths = _parse_strengths(values.get("strengths", {}), f"{path}: strengths of entry {number}")
+    size = Grid(*(values[name] for name in _SIZE)) if has_size else None
+    fields = read_pictures(values, path.parent)
+    for name, types in (("strength", (int, float)), ("method", (str,)), ("resample", (int,))):
+        if (value := values.get(name)) is not None:
+            if type(value) not in types:
+                description = "a text" if str in types else "a number"
+                raise UserError(f"{path}: {name} of entry {number} must be {description}, not {value!r}")
+            fields[name] = value
+    if values.get("noise"):
+        fields["noise"] = _read_noise(values["noise"], path.parent)
+    return Request(values["prompt"], size, values["seed"], values["negative"], strengths=strengths, **fields)
+
+
+def _parse_strengths(values: Any, name: str) -> dict[str, float | tuple[float, ...]]:
+    """Return strengths by the name of their conditioning, each a number or several; `name` begins the error."""
+    if not isinstance(values, dict):
+        raise UserError(f"{name} must be an object, not {values!r}")
+    strengths: dict[str, float | tuple[float, ...]] = {}
+    for key, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(type(number) not in (int, float) for number in numbers):
+            raise UserError(f"{name} must be numbers or lists of numbers, not {value!r}")
+        strengths[key] = tuple(map(float, numbers)) if isinstance(value, list) else float(value)
+    return strengths
+
+
+def _make_key_error(front: str, name: str) -> UserError:
+    """Return the error for a key that a request does not have."""
+    if name in _SAMPLING_KEYS:
+        rule = "all requests of a list are sampled alike"
+        return UserError(f"{front} is invalid: {rule}. Use --{name.replace('_', '-')} for all of them.")
+    if name in _PYTHON_KEYS:
+        return UserError(f"{front} is invalid: no list holds such values. Use Pipeline.generate_many in Python.")
+    return UserError(f"{front} is invalid: there is no such key. Use {_find_closest(name, _KEYS)}.")
+
+
+def _find_closest(name: str, names: Collection[str]) -> str:
+    """Return the name that is most like another, or all names if none is."""
+    return next(iter(difflib.get_close_matches(name, names, n=1)), ", ".join(names))
+
+
+def _read_noise(file: Any, folder: Path) -> Float32[np.ndarray, "t h w c"]:
+    """Read initial noise from a file of `numpy.save`.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is no array of numbers `[t h w c]`.
+    """
+    if not isinstance(file, str):
+        raise UserError(f"noise={file!r} is invalid: it must be the name of a file")
+    if not (folder / file).is_file():
+        raise MissingError(f"no such file: {folder / file} of noise; use a file that numpy.save wrote")
+    try:
+        noise = np.load(folder / file, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"noise={file!r} is invalid: it is no array of NumPy ({error}). Use numpy.save") from error
+    if not isinstance(noise, np.ndarray) or noise.ndim != 4 or noise.dtype.kind != "f":
+        content = f"{noise.dtype} {list(noise.shape)}" if isinstance(noise, np.ndarray) else "an archive"
+        raise UserError(f"noise={file!r} is invalid: it holds {content}, not real numbers [t h w c]. Use numpy.save")
+    return noise.astype(np.float32)
+
+
+def read_pictures(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the images, clips and masks of a request, by the names of its fields, decoded from their files.
+
+    Args:
+      values: files by name: `image`, `last_image`, `video`, `mask` (what is white is kept; an image is a mask of all
+        frames of `video`) and `control`; a list of files `reference_images`; and `conditions`, a list of
+        `{"file": …, "frame": …, "strength": …, "mask": …}`, of which all but the file may be left out. Others are
+        ignored.
+      folder: folder that relative paths start from.
+
+    Raises:
+      MissingError: a file does not exist.
+      DecodeError: a file is damaged.
+      UserError: a mask without a video, or a value that is not a file's name, or not a list of what it should be.
+    """
+
+    def read(name: str, file: Any, frames: int | None = None) -> Clip:
+        if not isinstance(file, str | Path):
+            raise UserError(f"{name}={file!r} is invalid: it must be the name of a file")
+        return decode(folder / file, frames=frames)
+
+    pictures: dict[str, Any] = {}
+    for name, frames in (("image", 1), ("last_image", 1), ("video", None), ("control", None)):
+        if values.get(name):
+            pictures[name] = read(name, values[name], frames)
+    for name in ("reference_images", "conditions"):
+        if not isinstance(values.get(name, ()), list | tuple):
+            raise UserError(f"{name}={values[name]!r} is invalid: it must be a list")
+    if files := values.get("reference_images"):
+        pictures["reference_images"] = [read("reference_images", file, 1) for file in files]
+    if entries := values.get("conditions"):
+        pictures["conditions"] = [_make_condition(entry, read) for entry in entries]
+    if values.get("mask"):
+        if "video" not in pictures:
+            raise UserError(f"mask={values['mask']} is invalid without a video; give the video that it keeps parts of")
+        pictures["mask"] = read_mask(read("mask", values["mask"]), len(pictures["video"].frames))
+    return pictures
+
+
+def _make_condition(entry: Any, read: Callable[..., Clip]) -> Condition:
+    entry = {"frame": 0, "strength": 1.0} | entry if isinstance(entry, dict) else {}
+    if unknown := [name for name in entry if name not in _CONDITION_KEYS]:
+        fix = _find_closest(unknown[0], _CONDITION_KEYS)
+        raise UserError(f"{unknown[0]}={entry[unknown[0]]!r} of a condition is invalid: no such key. Use {fix}.")
+    if type(entry.get("frame")) is not int or type(entry.get("strength")) not in (int, float):
+        rule = 'it must be {"file": NAME, "frame": NUMBER, "strength": NUMBER}'
+        raise UserError(f"conditions={[entry]} is invalid: {rule}")
+    content, mask = read("conditions", entry.get("file")), None
+    if entry.get("mask"):
+        mask = read_mask(read("mask", entry["mask"]), len(content.frames))
+    return Condition(content=content, frame=entry["frame"], strength=float(entry["strength"]), mask=mask)
+
+
+def read_mask(clip: Clip, length: int) -> Bool[np.ndarray, "T H W"]:
+    """Return the mask that is white in a clip; an image is that of all frames."""
+    is_white = clip.frames.mean(axis=-1) > 127.5
+    return np.broadcast_to(is_white, (length if len(is_white) == 1 else len(is_white), *is_white.shape[1:]))
+
+
+def write_request(request: Request, folder: Path) -> dict[str, Any]:
+    """Write the pictures and the noise of a request into a folder, and return its entry of a list in that folder.
+
+    `read_requests` reads the same request from the list. Files are lossless, and named by their content, so that
+    requests share them. Of a task, and of values of further conditioning, only the names are in the entry, and such a
+    list is not read again.
+    """
+    entry: dict[str, Any] = {"prompt": request.prompt}
+    if request.size is not None:
+        entry |= dict(zip(_SIZE, map(int, request.size), strict=True))
+    entry["seed"] = request.seed
+    if request.negative is not None:
+        entry["negative"] = request.negative
+    if request.strengths:
+        strengths = {name: np.asarray(value, float).tolist() for name, value in request.strengths.items()}
+        entry["strengths"] = strengths
+    for name, value in request.pictures.items():
+        if name == "conditions":
+            entry[name] = [
+                {"file": _write_picture("condition", each.content, folder), "frame": each.frame}
+                | ({} if each.strength == 1 else {"strength": each.strength})
+                | ({} if each.mask is None else {"mask": _write_condition_mask(each, folder)})
+                for each in value
+            ]
+        elif name == "reference_images":
+            entry[name] = [_write_picture("reference", image, folder) for image in value]
+        elif name == "mask":
+            entry[name] = _write_picture(name, _make_mask_clip(value, request.video), folder)
+        else:
+            entry[name] = _write_picture(name, value, folder)
+    if request.noise is not None:
+        entry["noise"] = _write_array("noise", np.asarray(request.noise), folder, "npy", _save_array)
+    defaults = Request("")
+    entry |= {name: value for name in OPTIONS if (value := getattr(request, name)) != getattr(defaults, name)}
+    if request.conditioning:
+        entry["conditioning"] = sorted(request.conditioning)
+    return entry if request.task is None else entry | {"task": type(request.task).__name__}
+
+
+def _write_condition_mask(condition: Condition, folder: Path) -> str:
+    content = condition.content
+    clip = content if isinstance(content, Clip) else Clip(np.asarray(content)[None], fps=1.0)
+    assert condition.mask is not None
+    return _write_picture("mask", _make_mask_clip(condition.mask, clip), folder)
+
+
+def list_files(entry: Mapping[str, Any]) -> set[str]:
+    """Return the names of all files in an entry of a list, which is perhaps not valid."""
+    files = [entry.get(name) for name in ("file", "noise", *PICTURES)]
+    conditions = [each for each in _flatten(files) if isinstance(each, dict)]
+    files += [each for each in _flatten(files) if not isinstance(each, dict)]
+    files += [each.get(key) for each in conditions for key in ("file", "mask")]
+    return {each for each in files if isinstance(each, str)}
+
+
+def _flatten(values: list[Any]) -> list[Any]:
+    return [each for value in values if isinstance(value, list) for each in value]
+
+
+def _write_picture(name: str, picture: Clip | Image, folder: Path) -> str:
+    """Write an image or a clip without loss, and return the file's name relative to the folder."""
+    clip = picture if isinstance(picture, Clip) else Clip(np.asarray(picture)[None], fps=1.0)
+    suffix = "png" if len(clip.frames) == 1 else "apng"
+    return _write_array(name, clip.frames, folder, suffix, lambda path, _: clip.save(path))
+
+
+def _write_array(
+    name: str, array: np.ndarray, folder: Path, suffix: str, save: Callable[[Path, np.ndarray], None]
+) -> str:
+    content = np.ascontiguousarray(array)
+    digest = hashlib.blake2b(repr(array.shape).encode() + content.tobytes(), digest_size=8).hexdigest()
+    file = f"{INPUTS_FOLDER}/{name}-{digest}.{suffix}"
+    if not (folder / file).exists():
+        save(folder / file, content)
+    return file
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _make_mask_clip(mask: Mask, video: Clip | None) -> Clip:
+    """Return a mask as frames of a video's size, white where it is True; one frame if all are equal."""
+    pixels = mask[:, None, None] if mask.ndim == 1 else mask
+    pixels = pixels if video is None else np.broadcast_to(pixels, video.frames.shape[:3])
+    pixels = pixels[:1] if (pixels == pixels[:1]).all() else pixels
+    return Clip(np.where(pixels, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=-1), fps=1.0)

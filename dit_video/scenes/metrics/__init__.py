@@ -1,0 +1,1 @@
+"""Metrics of samples of rendered shapes and scenes."""

@@ -1,0 +1,18 @@
+"""Prompt following on rendered scenes: sizes of all objects, judged from pixels alone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dit_video.evaluation.metrics.metric import MetricDescription
+from dit_video.scenes.metrics.scene_appearance import AppearanceMetric
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneSizes(AppearanceMetric):
+    """Share of objects of all samples that have the size of the scene's (see `judge_appearance`)."""
+
+    attribute = "size"
+    name: ClassVar[str] = "scene_sizes"
+    description: ClassVar[MetricDescription] = MetricDescription(
+        label="sizes as prompted", unit="%", decimals=1, is_higher_better=True, explanation="of all upright objects"
+    )

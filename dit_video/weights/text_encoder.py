@@ -1,0 +1,138 @@
+"""Opening of text encoders and tokenizers from their configs; a frozen encoder reads its weights at the first text."""
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from dit_video.core.errors import UserError
+from dit_video.core.files import read_json, write_json
+from dit_video.core.offload import Offload, streams_layers
+from dit_video.models.encoders import ClassNamesConfig, Embedder, FrozenTextConfig, TextConfig, Tokenizer
+from dit_video.weights import load_embedder, read_text_encoder_config
+from dit_video.weights.parameter import get_placement
+
+
+class FrozenTextEncoder:
+    """A frozen text encoder, opened when the first text is embedded.
+
+    Args:
+      config: the encoder's config.
+      cache: folder of computed embeddings.
+      offload: weights in host memory; None for weights that stay on the device.
+    """
+
+    def __init__(
+        self,
+        config: FrozenTextConfig,
+        *,
+        cache: str | os.PathLike | None = None,
+        offload: Offload | None = None,
+    ):
+        self.config, self._cache, self._offload = config, cache, offload
+
+    @property
+    def identity(self) -> str:
+        """Return the identity that embeddings are stamped with; it opens the encoder unless the config has it."""
+        return self.config.identity or self._embedder.identity
+
+    @property
+    def pinned_config(self) -> FrozenTextConfig:
+        """Return the encoder's config with its identity."""
+        return replace(self.config, identity=self.identity)
+
+    def __call__(self, text: str) -> Float32[np.ndarray, "s E"]:
+        """Return the embedding of a text: one vector for each of its tokens.
+
+        Raises:
+          UserError: there is no such encoder, or another one than the config's.
+        """
+        return self._embedder(text)
+
+    def count_tokens(self, text: str) -> int:
+        """Return the length of the embedding of a text."""
+        return self._embedder.count_tokens(text)
+
+    def encode_many(self, texts: Sequence[str]) -> list[Float32[np.ndarray, "s E"]]:
+        """Return the embedding of each text; faster than one by one."""
+        return self._embedder.embed_many(texts)
+
+    @functools.cached_property
+    def _embedder(self) -> Embedder:
+        config = self.config
+        check_width(config)
+        embedder = load_embedder(
+            config.folder,
+            max_tokens=config.max_tokens,
+            cleaned=config.cleaned,
+            dtype=config.dtype,
+            cache=self._cache,
+            place=get_placement(self._offload),
+            streams_layers=streams_layers(self._offload, "text"),
+        )
+        if config.identity not in ("", embedder.identity):
+            raise UserError(
+                f"{config.folder} holds the text encoder {embedder.identity}, {config.identity} was asked for; give "
+                "the folder of that one (text_encoder=PATH)"
+            )
+        return embedder
+
+
+def open_tokenizer(
+    config: TextConfig,
+    *,
+    identity_file: Path | None = None,
+    cache: str | os.PathLike | None = None,
+    offload: Offload | None = None,
+) -> Tokenizer | FrozenTextEncoder:
+    """Return a tokenizer of captions to token ids or classes, or a frozen encoder of captions to embeddings.
+
+    Args:
+      config: the encoder's config.
+      identity_file: file for the identity of a frozen encoder. It is written the first time; later the encoder must be
+        the same, and its identity is known without reading its weights.
+      cache: folder for the embeddings of a frozen encoder.
+      offload: weights of a frozen encoder in host memory; None for weights that stay on the device.
+    """
+    if not isinstance(config, FrozenTextConfig):
+        return config.make_tokenizer()
+    if identity_file is not None and identity_file.is_file():
+        return FrozenTextEncoder(
+            replace(config, identity=read_json(identity_file)["identity"]), cache=cache, offload=offload
+        )
+    encoder = FrozenTextEncoder(config, cache=cache, offload=offload)
+    if identity_file is not None:
+        write_json(identity_file, {"identity": encoder.identity})
+    return encoder
+
+
+def check_width(config: FrozenTextConfig) -> None:
+    """Check that the encoder in the folder has the config's width, without reading its weights.
+
+    Raises:
+      MissingError: there is no encoder in the folder.
+      UserError: it has another width.
+    """
+    width = read_text_encoder_config(config.folder).width
+    if width != config.width:
+        raise UserError(
+            f"the text encoder in {config.folder} makes embeddings of width {width}, the config says {config.width}; "
+            f"set text width={width} and backbone context_width={width}"
+        )
+
+
+def set_encoder_folder(config: TextConfig, folder: str | os.PathLike) -> FrozenTextConfig:
+    """Return the config of a frozen text encoder in another folder.
+
+    Raises:
+      UserError: the text encoder was trained with the denoiser, or there is none.
+    """
+    if isinstance(config, ClassNamesConfig):
+        raise UserError(f"this model is class-conditional and has no text encoder; leave out text_encoder={folder}")
+    if not isinstance(config, FrozenTextConfig):
+        raise UserError(f"the text encoder was trained with the denoiser; leave out text_encoder={folder}")
+    return replace(config, folder=os.fspath(folder))

@@ -1,0 +1,25 @@
+"""Page of an evaluation by a protocol."""
+
+from dataclasses import replace
+
+from dit_video.apps.reports.evaluation_report import write_evaluation_report
+from dit_video.evaluation.measure import measure
+from dit_video.evaluation.protocols import get_protocol
+from support.html_page import Page
+
+
+def test_samples_have_the_labels_of_what_was_judged(tmp_path):
+    protocol = get_protocol("physics", count=2)
+    data, truths = protocol.make_scenes()
+
+    def read(number, fps):
+        """Return the first scene as it is, and the second one at rest."""
+        clip = data.read(number, fps)
+        return clip if number == 0 else replace(clip, frames=clip.frames[:1].repeat(len(clip.frames), axis=0))
+
+    samples = data._replace(read=read)
+    measurement = measure(samples, protocol, tmp_path, truths=truths)
+    write_evaluation_report(tmp_path / "report.html", measurement, protocol, samples, title="Laws", real_clips=data)
+    page = Page((tmp_path / "report.html").read_text())
+    assert [a["aria-label"] for a in page.find("li", **{"class": "yes"})] == ["free fall: as prompted"]
+    assert [a["aria-label"] for a in page.find("li", **{"class": "no"})] == ["bounce: not as prompted"]

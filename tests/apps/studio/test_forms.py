@@ -1,0 +1,155 @@
+"""Forms: a tab for every task, fields by types, and the values of a browser's answers."""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_video.apps.studio.fields import FormError
+from dit_video.apps.studio.forms import make_form, make_sampling_form, make_tabs, parse_answers, read_attribute_docs
+from dit_video.core.errors import UserError
+from dit_video.sampling import tasks
+from dit_video.sampling.tasks import ClipTask, Extend, Inpaint
+from dit_video.video import Clip
+from support.tiny_pipeline import make_config
+
+CONFIG = make_config(steps=4)
+CLIP = Clip(np.arange(9 * 16 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(9, 16, 32, 3), fps=8, caption="a dot")
+
+
+class Media:
+    """A gallery of one clip."""
+
+    def open_clip(self, reference):
+        if reference != {"item": "0" * 16} | {key: reference[key] for key in reference if key == "frame"}:
+            raise UserError("it does not exist")
+        return CLIP
+
+    def fit_image(self, image):
+        return image
+
+
+def get_tab(name):
+    return next(tab for tab in make_tabs(CONFIG) if tab.name == name)
+
+
+def parse(name, **answers):
+    return get_tab(name).parse(answers, Media())
+
+
+def encode_mask(mask):
+    buffer = io.BytesIO()
+    Image.fromarray(np.where(mask, np.uint8(255), np.uint8(0))).save(buffer, "PNG")
+    return {"png": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()}
+
+
+ITEM = {"item": "0" * 16}
+
+
+def test_every_task_has_a_tab_and_all_descriptions_are_json():
+    tabs = make_tabs(CONFIG)
+    names = [tab.name for tab in tabs]
+    assert names[:3] == ["text_to_video", "image_to_video", "first_and_last_frame"]
+    assert set(names[3:]) == tasks.TASKS.keys() - {"generate"}
+    described = json.loads(json.dumps([tab.describe() for tab in tabs]))
+    for tab in described:
+        assert tab["title"]
+        assert tab["help"].endswith(".")
+        assert all(field["title"] for field in tab["fields"])
+
+
+def test_a_new_task_has_a_tab_without_a_line_in_the_studio(monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Whirl(ClipTask):
+        """A clip that turns."""
+
+        clip: Clip
+        turns: int = 3
+        """Number of turns."""
+        is_smooth: bool = False
+
+        def make_request(self, config):
+            raise AssertionError
+
+    monkeypatch.setitem(tasks.TASKS, "whirl", Whirl)
+    tab = next(tab for tab in make_tabs(CONFIG) if tab.name == "whirl")
+    assert (tab.title, tab.help) == ("Whirl", "A clip that turns.")
+    assert [(field.kind, field.name, field.default) for field in tab.fields] == [
+        ("clip", "clip", None),
+        ("text", "prompt", None),
+        ("number", "turns", 3),
+        ("flag", "is_smooth", False),
+    ]
+    values = tab.parse({"clip": ITEM, "turns": 5}, Media())
+    assert tab.make_task(values) == Whirl(clip=CLIP, turns=5)
+
+
+def test_values_of_a_form_make_the_task():
+    values = parse("extend", clip=ITEM, prompt=" a red dot ", frames=8, before=True, overlap=None)
+    task = get_tab("extend").make_task(values)
+    assert task == Extend(clip=CLIP, prompt="a red dot", frames=8, before=True)
+    mask = np.zeros((16, 32), bool)
+    mask[4:9, 3:20] = True
+    inpaint = get_tab("inpaint").make_task(parse("inpaint", clip=ITEM, mask=encode_mask(mask)))
+    assert isinstance(inpaint, Inpaint)
+    np.testing.assert_array_equal(inpaint.mask, mask)
+
+
+def test_an_image_is_a_frame_of_a_clip():
+    first = parse("image_to_video", image=ITEM, size={"frames": 9, "height": 16, "width": 32})["image"]
+    last = parse("image_to_video", image=ITEM | {"frame": -1}, size={"frames": 9, "height": 16, "width": 32})["image"]
+    np.testing.assert_array_equal(first.frames, CLIP.frames[:1])
+    np.testing.assert_array_equal(last.frames, CLIP.frames[-1:])
+
+
+@pytest.mark.parametrize(
+    ("tab", "answers", "field"),
+    [
+        ("extend", {"frames": 8}, "clip"),
+        ("extend", {"clip": ITEM, "frames": 2.5}, "frames"),
+        ("extend", {"clip": ITEM, "frames": 0}, "frames"),
+        ("extend", {"clip": ITEM, "frames": "8"}, "frames"),
+        ("extend", {"clip": ITEM, "frames": True}, "frames"),
+        ("extend", {"clip": ITEM, "frames": float("nan")}, "frames"),
+        ("extend", {"clip": ITEM, "frames": 8, "before": "yes"}, "before"),
+        ("extend", {"clip": {"item": "../../x"}, "frames": 8}, "clip"),
+        ("extend", {"clip": "x", "frames": 8}, "clip"),
+        ("extend", {"clip": ITEM, "frames": 8, "prompt": 5}, "prompt"),
+        ("extend", {"clip": ITEM, "frames": 8, "prompt": "x" * 20_000}, "prompt"),
+        ("extend", {"clip": ITEM, "frames": 8, "__class__": 1}, None),
+        ("edit", {"clip": ITEM, "strength": 1.5}, "strength"),
+        ("described_edit", {"clip": ITEM, "source": "x", "edit_method": "magic"}, "edit_method"),
+        ("image_to_video", {"image": ITEM | {"frame": 9}, "size": {"frames": 9, "height": 16, "width": 16}}, "image"),
+        ("text_to_video", {"size": {"frames": 9, "height": 16}}, "size"),
+        ("text_to_video", {"size": {"frames": 9, "height": -16, "width": 16}}, "size"),
+        ("inpaint", {"clip": ITEM, "mask": {"png": "data:image/png;base64,AAAA"}}, "mask"),
+        ("inpaint", {"clip": ITEM, "mask": {"png": "file:///etc/passwd"}}, "mask"),
+        ("inpaint", {"clip": ITEM, "mask": []}, "mask"),
+    ],
+)
+def test_answers_that_are_invalid_are_refused_with_their_field(tab, answers, field):
+    with pytest.raises(FormError) as error:
+        parse(tab, **answers)
+    assert error.value.field == field
+
+
+def test_sampling_has_the_model_s_own_values_scales_of_adapters_and_checkpoints():
+    form = make_sampling_form(CONFIG, adapters={"style": 0.8}, checkpoints=[10, 20])
+    defaults = {field.name: field.default for field in form}
+    assert (defaults["steps"], defaults["guidance"], defaults["lora:style"]) == (4, 1.5, 0.8)
+    values = parse_answers(form, {"seed": 3, "sampler": "", "checkpoint": "10", "lora:style": 0}, Media())
+    assert values == {"seed": 3, "checkpoint": "10", "lora:style": 0.0}
+    for answers in ({"sampler": "magic"}, {"seed": -1}, {"seed": 2**32}, {"count": 5}, {"checkpoint": "11"}):
+        with pytest.raises(FormError):
+            parse_answers(form, answers, Media())
+
+
+def test_help_is_the_docstring_of_the_attribute_or_of_that_which_it_overrides():
+    assert read_attribute_docs(Extend)["frames"] == "Number of new frames."
+    assert read_attribute_docs(Extend)["prompt"].startswith("Description of the result")
+    helps = {field.name: field.help for field in make_form("vary", CONFIG)}
+    assert helps["strength"].startswith("Diffusion time, in (0, 1]")

@@ -1,0 +1,142 @@
+"""Runs of distillation, from the pipeline of the tiny model to that of a student."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core import trees as trees
+from dit_video.core.errors import MissingError, UserError
+from dit_video.diffusion import Lcm
+from dit_video.experiment import CurriculumStage, DataConfig, PretrainedAutoencoder, Student
+from dit_video.experiment.recipes.distill import DistillationOptions, compare, make_distillation_experiment
+from dit_video.experiment.run import Run
+from dit_video.models.conditioning import FrameConditioning
+from dit_video.training import trainer
+from dit_video.training.losses.distillation import ConsistencyDistillation, DistributionMatching
+from dit_video.weights import load as load_weights
+
+OPTIONS = {
+    "consistency": DistillationOptions(method="consistency", steps=6, intervals=4, warmup=1, log_every=2, save_every=2),
+    "dmd": DistillationOptions(
+        method="dmd", steps=4, sampling_steps=2, critic_steps=2, warmup=1, log_every=2, save_every=2
+    ),
+}
+
+
+def weights(folder):
+    return trees.flatten(load_weights(folder / "pipeline" / "denoiser.safetensors"))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("consistency", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        pytest.param("dmd", marks=pytest.mark.slow),
+    ],
+)
+def distilled(request, tiny_run, tmp_path_factory):
+    """Return the folder of a finished distillation, to be read only."""
+    run = Run.create(
+        tmp_path_factory.mktemp("distilled") / "run", make_distillation_experiment(tiny_run, OPTIONS[request.param])
+    )
+    run.train(tiny_run / "data")
+    return run.folder
+
+
+def test_the_experiment_of_a_student_follows_from_a_run(tiny_run):
+    experiment = make_distillation_experiment(tiny_run, OPTIONS["dmd"])
+    teacher = dit_video.load(tiny_run).config
+    assert experiment.autoencoder == PretrainedAutoencoder(model=teacher.autoencoder, folder=str(tiny_run / "pipeline"))
+    assert experiment.denoiser.train.distillation == DistributionMatching(guidance=2.0, steps=2, critic_steps=2)
+    assert experiment.denoiser.optimizer.learning_rate == 3e-4
+    assert experiment.denoiser.backbone == teacher.backbone
+    assert experiment.data == Run.open(tiny_run).experiment.data
+    assert (experiment.sampling.steps, experiment.sampling.guidance) == (2, 1.0)
+    assert isinstance(experiment.sampling.solver, Lcm)
+    assert experiment.evaluation == teacher.evaluation
+
+
+def test_the_experiment_of_a_student_follows_from_a_pipeline(tiny_run):
+    experiment = make_distillation_experiment(
+        tiny_run / "pipeline", dataclasses.replace(OPTIONS["consistency"], guidance=1.5)
+    )
+    teacher = dit_video.load(tiny_run).config
+    assert experiment.denoiser.train.distillation == ConsistencyDistillation(guidance=1.5, intervals=4)
+    assert experiment.denoiser.optimizer.learning_rate == 1e-3
+    assert experiment.data.max_frames == teacher.size.t
+    assert experiment.data.max_pixels == teacher.size.h * teacher.size.w
+    assert experiment.denoiser.layout == teacher.layout
+    assert experiment.denoiser.objective.process == teacher.process
+
+
+def test_the_student_differs_from_the_teacher_and_shares_its_autoencoder(tiny_run, distilled):
+    before, after = weights(tiny_run), weights(distilled)
+    assert before.keys() == after.keys()
+    assert {path.split("/")[0] for path in before if (before[path] != after[path]).any()} == {"backbone", "text"}
+    files = [folder / "pipeline" / "autoencoder.safetensors" for folder in (tiny_run, distilled)]
+    for left, right in zip(*(trees.flatten(load_weights(file)).values() for file in files), strict=True):
+        np.testing.assert_array_equal(left, right)
+    entries = [json.loads(line) for line in (distilled / "denoiser" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(entry["loss"]) for entry in entries)
+
+
+@pytest.mark.slow
+def test_an_interrupted_distillation_ends_with_the_same_student(distilled, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("denoiser", "pipeline"), symlinks=True)
+    loop_run = trainer.loop.run
+
+    def ended(step, state, *arguments, config, **kwargs):
+        loop_run(step, state, *arguments, config=dataclasses.replace(config, steps=2), **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.loop, "run", ended)
+        with pytest.raises(KeyboardInterrupt):
+            Run.open(folder).run_stages()
+    newest = Run.open(folder).newest_pipeline()
+    assert trees.flatten(newest.denoiser_params).keys() == weights(distilled).keys()
+    Run.open(folder).run_stages()
+    for path, leaf in weights(folder).items():
+        np.testing.assert_array_equal(leaf, weights(distilled)[path])
+
+
+def test_continuing_with_another_teacher_is_refused(distilled, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("pipeline"), symlinks=True)
+    (folder / "denoiser" / "start.json").write_text('{"start": "another", "identity": "0"}')
+    with pytest.raises(UserError, match="other weights"):
+        Run.open(folder).run_stages()
+
+
+@pytest.mark.slow
+def test_teacher_and_student_are_compared(tiny_run):
+    teacher = dit_video.load(tiny_run)
+    done = []
+    table = compare(teacher, teacher, reference_steps=3, few_steps=(2,), seeds=(0,), progress=done.append)
+    assert list(table) == ["teacher, 3 steps", "teacher, 2 steps", "student, 2 steps"]
+    assert done == [1, 2, 3]
+    assert table["teacher, 2 steps"] == table["student, 2 steps"]
+    assert table["teacher, 3 steps"]["samples"] == 162
+    for row in table.values():
+        assert row["following"] == pytest.approx(np.mean([row[name] for name in ("colour", "direction", "shape")]))
+
+
+def test_invalid_distillations_are_refused(tiny, tiny_run, tmp_path):
+    with pytest.raises(MissingError, match="nowhere"):
+        make_distillation_experiment(tmp_path / "nowhere")
+    student = Student(init_from=str(tiny_run), distillation=ConsistencyDistillation())
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, train=student)
+    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
+    stage = CurriculumStage(name="images", steps=3, data=DataConfig(max_pixels=16 * 16, max_frames=1))
+    with pytest.raises(UserError, match=r"train=Student takes a single stage. Leave out curriculum"):
+        dataclasses.replace(experiment, curriculum=(stage,))
+    conditioned = dataclasses.replace(denoiser, frame_conditioning=FrameConditioning())
+    with pytest.raises(UserError, match=r"train=Student has no frame conditioning. Leave out frame_conditioning"):
+        dataclasses.replace(experiment, denoiser=conditioned)
+    with pytest.raises(UserError, match="needs packed rows and no distillation"):
+        dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, accumulation_steps=2))

@@ -1,0 +1,174 @@
+"""The patch autoencoder with random parameters: the network of a new one adds nothing to its linear path."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
+from dit_video.models.autoencoders import PatchVaeConfig, fit_linear, init_from_linear
+from dit_video.models.autoencoders.patches import from_patches, to_patches
+from dit_video.models.autoencoders.posterior import Posterior
+from dit_video.nn import get_graph_def, get_param_shapes, init_params
+from dit_video.tokens import Grid
+from support.random_params import make_random_params
+
+PLAIN = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=2)
+CONFIGS = {"plain": PLAIN, "preactivated": dataclasses.replace(PLAIN, preactivated=True, init_std=0.01)}
+CLIPS = np.tanh(np.random.default_rng(0).normal(size=(2, 7, 6, 8, 3)).cumsum(axis=2)).astype(np.float32)
+
+
+class Model:
+    """An autoencoder with random parameters, and the latents of the clips."""
+
+    def __init__(self, config):
+        self.config, self.params = config, make_random_params(config.make)
+        self.latents = np.asarray(self.encode(CLIPS))
+
+    def encode(self, clips):
+        return self.call("encode", self.params, clips)
+
+    def decode(self, latents):
+        return self.call("decode", self.params, latents)
+
+    def call(self, method, params, *arrays):
+        return _call(self.config, method, params, *arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(config, method, params, *arrays):
+    return getattr(nnx.merge(get_graph_def(config.make), params), method)(*arrays)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    return Model(CONFIGS[request.param])
+
+
+def test_latents_and_frames_have_the_expected_sizes(model):
+    assert model.latents.shape == (2, 4, 3, 4, 3)
+    assert model.decode(model.latents).shape == CLIPS.shape
+    assert np.std(model.latents) > 0.3
+
+
+def test_an_image_is_the_first_frame_of_a_video(model):
+    np.testing.assert_allclose(model.encode(CLIPS[:, :1]), model.latents[:, :1], atol=1e-5)
+    np.testing.assert_allclose(model.decode(model.latents[:, :1]), model.decode(model.latents)[:, :1], atol=1e-5)
+
+
+def test_the_start_of_a_video_is_coded_the_same_without_the_rest(model):
+    np.testing.assert_allclose(model.encode(CLIPS[:, :5]), model.latents[:, :3], atol=1e-5)
+    np.testing.assert_allclose(model.decode(model.latents[:, :3]), model.decode(model.latents)[:, :5], atol=1e-5)
+
+
+def test_latents_see_no_later_frame_and_frames_no_later_latents_bit_for_bit(model):
+    later = CLIPS.copy()
+    later[:, 4:] = -later[:, 4:]
+    changed = np.asarray(model.encode(later))
+    # Frames 0 | 1 2 | 3 4 | 5 6: frame 4 is in the third latent frame.
+    np.testing.assert_array_equal(changed[:, :2], model.latents[:, :2])
+    assert (np.abs(changed[:, 2:] - model.latents[:, 2:]).max(axis=(0, 2, 3, 4)) > 1e-3).all()
+
+    before, after = (
+        model.decode(model.latents),
+        model.decode(np.concatenate([model.latents[:, :2], -model.latents[:, 2:]], axis=1)),
+    )
+    np.testing.assert_array_equal(after[:, :3], before[:, :3])
+    assert (np.abs(after[:, 3:] - before[:, 3:]).max(axis=(0, 2, 3, 4)) > 1e-3).all()
+
+
+def test_a_latent_depends_on_past_and_neighbouring_pixels(model):
+    changed = CLIPS.copy()
+    changed[:, 0, 0, 0] += 1.0
+    difference = np.abs(np.asarray(model.encode(changed)) - model.latents).max(axis=(0, 4))
+    # Two blocks: two positions further in space, four latent frames further in time.
+    assert (difference[:, :3, :3] > 1e-6).all()
+    assert not difference[:, :, 3].any()
+
+
+def test_clips_of_a_batch_do_not_see_each_other(model):
+    changed = CLIPS.copy()
+    changed[1] = -changed[1]
+    np.testing.assert_array_equal(np.asarray(model.encode(changed))[0], model.latents[0])
+
+
+def test_clips_on_a_canvas_do_not_see_each_other(model):
+    # Two clips of 3x4 positions, one below the other, a position apart.
+    canvas = np.full((1, 7, 14, 8, 3), -1, np.float32)
+    canvas[0, :, :6], canvas[0, :, 8:] = CLIPS
+    inside = np.zeros((1, 7, 4), np.int32)
+    inside[0, :3], inside[0, 4:] = 1, 2
+    together = np.asarray(model.call("encode", model.params, canvas, inside))
+    np.testing.assert_allclose(together[0, :, :3], model.latents[0], atol=1e-5)
+    np.testing.assert_allclose(together[0, :, 4:], model.latents[1], atol=1e-5)
+
+
+def test_encoding_is_the_normalised_mean_and_decoding_restores_it(model):
+    normalizer = model.params["normalizer"]
+    posterior = model.call("posterior", model.params, CLIPS)
+    np.testing.assert_allclose(model.latents, (posterior.mean - normalizer["mean"]) / normalizer["std"], atol=1e-5)
+    np.testing.assert_allclose(
+        model.decode(model.latents), model.call("reconstruct", model.params, posterior.mean), atol=1e-5
+    )
+    assert posterior.log_variance.shape == posterior.mean.shape
+    assert -12 <= posterior.log_variance.min() < posterior.log_variance.max() <= 2
+
+
+def test_an_autoencoder_initialised_from_principal_components_is_linear(model):
+    linear = fit_linear([CLIPS], stride=model.config.stride, channels=model.config.channels)
+    # What decides is that the networks' outputs are zero at first.
+    fresh = jax.jit(init_params, static_argnums=0)(dataclasses.replace(model.config, blocks=0).make, jax.random.key(0))
+    params = init_from_linear(
+        model.params | fresh | {name: model.params[name] for name in ("encoder", "decoder")}, linear
+    )
+    assert {path: leaf.shape for path, leaf in flatten(params).items()} == {
+        path: leaf.shape for path, leaf in flatten(get_param_shapes(model.config.make)).items()
+    }
+    latents = model.call("encode", params, CLIPS)
+    assert np.sqrt(np.square(latents).mean()) == pytest.approx(1, rel=1e-3)
+    expected = from_patches(linear.reconstruct(to_patches(CLIPS, model.config.stride)), model.config.stride)
+    np.testing.assert_allclose(model.call("decode", params, latents), expected, atol=1e-5)
+    # It stands before training: what the network learns is a change of this.
+    assert np.exp(0.5 * model.call("posterior", params, CLIPS).log_variance).max() == pytest.approx(
+        model.config.init_std, rel=1e-3
+    )
+
+
+def test_convolutions_in_bfloat16_change_what_is_rounded_alone(model):
+    config = dataclasses.replace(model.config, bfloat16=True)
+    latents = _call(config, "encode", model.params, CLIPS)
+    assert latents.dtype == jnp.float32
+    difference = np.abs(latents - model.latents)
+    assert 0 < difference.mean() < 0.01 * np.std(model.latents)
+    assert get_param_shapes(config.make) == get_param_shapes(model.config.make)  # float32
+
+
+def test_a_posterior_sample_is_the_mean_plus_scaled_noise():
+    mean, log_variance = jnp.full((1, 1, 2, 2, 3), 2.0), jnp.full((1, 1, 2, 2, 3), np.log(0.25))
+    posterior = Posterior(mean, log_variance)
+    np.testing.assert_array_equal(posterior.sample(jnp.zeros_like(mean)), mean)
+    np.testing.assert_allclose(posterior.sample(jnp.ones_like(mean)), 2.5, rtol=1e-6)
+
+
+def test_the_divergence_is_that_of_a_normal_from_the_standard_one():
+    mean = jnp.zeros((2, 1, 2, 2, 3)).at[1].set(2.0)
+    log_variance = jnp.zeros_like(mean).at[1].set(np.log(0.25))
+    one_channel = np.log(1 / 0.5) + (0.25 + 4) / 2 - 0.5
+    np.testing.assert_allclose(Posterior(mean, log_variance).kl(), [0, 3 * one_channel], rtol=1e-5)
+
+
+def test_a_clip_that_the_stride_does_not_divide_is_refused(model):
+    with pytest.raises(UserError, match=r"T=6 .* use 5 or 7"):
+        model.encode(CLIPS[:, :6])
+    with pytest.raises(UserError, match=r"height 5 .* use 4 or 6"):
+        model.encode(CLIPS[:, :, :5])
+
+
+def test_an_initial_deviation_outside_the_posteriors_range_is_refused():
+    with pytest.raises(UserError, match=r"init_std=0.001 .* 0.0025 to 2.7"):
+        PatchVaeConfig(init_std=0.001)

@@ -1,0 +1,162 @@
+"""Tasks on clips: the lengths of their requests, what of clips is kept, and what does not fit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.sampling.tasks import Blend, Edit, Extend, Generate, Inpaint, Interpolate, Loop, Outpaint, Vary
+from dit_video.video import Clip
+from support.tiny_pipeline import make_config
+
+CONFIG = make_config(steps=2)
+
+
+def make_clip(frames: int, *, seed: int = 0, height: int = 16, width: int = 32, fps: float = 8.0) -> Clip:
+    pixels = np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    return Clip(pixels, fps, caption="its caption")
+
+
+def sample(request) -> Clip:
+    """Return a clip of a request's size, whose pixels are numbered by frame."""
+    size = request.grid
+    frames = np.broadcast_to(np.arange(size.t, dtype=np.uint8)[:, None, None, None], (*size, 3))
+    return Clip(np.ascontiguousarray(frames), 8, caption=request.prompt)
+
+
+@pytest.mark.parametrize(
+    ("frames", "new", "overlap"), [(17, 8, 9), (17, 7, 6), (17, 5, 8), (17, 1, 8), (3, 6, 3), (3, 8, 1), (17, 16, 9)]
+)
+def test_an_extension_has_as_many_new_frames_as_asked(frames, new, overlap):
+    clip = make_clip(frames)
+    task = Extend(clip=clip, frames=new)
+    request = task.make_request(CONFIG)
+    assert request.grid == (overlap + new, 16, 32)
+    assert request.prompt == "its caption"
+    (condition,) = request.conditions
+    assert condition.frame == 0
+    np.testing.assert_array_equal(condition.content.frames, clip.frames[-overlap:])
+    result = task.finish(sample(request))
+    np.testing.assert_array_equal(result.frames[:frames], clip.frames)
+    np.testing.assert_array_equal(result.frames[frames:, 0, 0, 0], np.arange(overlap, overlap + new))
+
+
+def test_an_extension_backwards_ends_with_the_clip():
+    clip = make_clip(17)
+    task = Extend(clip=clip, frames=8, before=True, prompt="another")
+    request = task.make_request(CONFIG)
+    (condition,) = request.conditions
+    assert (condition.frame, len(condition.content.frames), request.prompt) == (8, 9, "another")
+    result = task.finish(sample(request))
+    np.testing.assert_array_equal(result.frames[8:], clip.frames)
+    np.testing.assert_array_equal(result.frames[:8, 0, 0, 0], np.arange(8))
+
+
+@pytest.mark.parametrize(("frames", "lengths"), [(7, (9, 9)), (8, (9, 8)), (10, (8, 7)), (4, (9, 8))])
+def test_a_transition_keeps_both_clips(frames, lengths):
+    first, second = make_clip(17), make_clip(12, seed=1)
+    task = Blend(first=first, second=second, frames=frames)
+    request = task.make_request(CONFIG)
+    assert (request.grid.t - 1) % 4 == 0
+    start, end = request.conditions
+    assert sorted((len(start.content.frames), len(end.content.frames)), reverse=True) == sorted(lengths, reverse=True)
+    assert end.frame == len(start.content.frames) + frames
+    result = task.finish(sample(request))
+    np.testing.assert_array_equal(result.frames[:17], first.frames)
+    np.testing.assert_array_equal(result.frames[-12:], second.frames)
+    np.testing.assert_array_equal(result.frames[17:-12, 0, 0, 0], len(start.content.frames) + np.arange(frames))
+
+
+@pytest.mark.parametrize(
+    ("options", "places", "length", "fps"),
+    [
+        ({"factor": 2}, [0, 2, 4, 6, 8], 9, 16.0),
+        ({"factor": 4}, [0, 4, 8, 12, 16], 17, 32.0),
+        ({"factor": 11}, [0, 11, 22, 33, 44], 45, 88.0),
+        ({"times": (0, 1, 5, 6, 10)}, [0, 1, 5, 6, 10], 11, 20.0),
+    ],
+)
+def test_interpolation_places_the_frames_of_the_clip(options, places, length, fps):
+    clip = make_clip(5)
+    task = Interpolate(clip=clip, **options)
+    request = task.make_request(CONFIG)
+    assert [condition.frame for condition in request.conditions] == places
+    assert length <= request.grid.t < length + 4
+    assert (request.grid.t - 1) % 4 == 0
+    result = task.finish(sample(request))
+    assert (len(result.frames), result.fps) == (length, fps)
+
+
+def test_inpainting_keeps_what_is_not_masked():
+    clip, mask = make_clip(5), np.zeros((16, 32), bool)
+    mask[4:8, 4:12] = True
+    request = Inpaint(clip=clip, mask=mask).make_request(CONFIG)
+    assert request.grid == (5, 16, 32)
+    np.testing.assert_array_equal(request.mask, np.broadcast_to(~mask, (5, 16, 32)))
+    moving = np.random.default_rng(0).random((5, 16, 32)) < 0.5
+    np.testing.assert_array_equal(Inpaint(clip=clip, mask=moving).make_request(CONFIG).mask, ~moving)
+
+
+def test_outpainting_keeps_the_middle():
+    clip = make_clip(5)
+    request = Outpaint(clip=clip, size=(32, 48)).make_request(CONFIG)
+    assert request.grid == (5, 32, 48)
+    np.testing.assert_array_equal(request.video.frames[:, 8:24, 8:40], clip.frames)
+    assert request.mask[:, 8:24, 8:40].all()
+    assert request.mask.sum() == clip.frames[..., 0].size
+
+
+def test_a_loop_is_sampled_with_the_frame_before_it():
+    task = Loop(prompt="waves")
+    request = task.make_request(CONFIG)
+    assert request.grid == (9, 16, 32)
+    result = task.finish(sample(request))
+    np.testing.assert_array_equal(result.frames[:, 0, 0, 0], np.arange(1, 9))
+
+
+def test_edits_start_from_the_clip():
+    clip = make_clip(5)
+    for task, strength in ((Edit(clip=clip, prompt="new"), 0.8), (Vary(clip=clip, strength=0.5), 0.5)):
+        request = task.make_request(CONFIG)
+        assert (request.video, request.strength, request.mask) == (clip, strength, None)
+        assert request.prompt == ("new" if isinstance(task, Edit) and not isinstance(task, Vary) else "its caption")
+
+
+@pytest.mark.parametrize(
+    ("make_task", "message"),
+    [
+        (lambda: Extend(clip=make_clip(17), frames=0), "frames=0 is invalid"),
+        (lambda: Extend(clip=make_clip(17), frames=8, overlap=8), "overlap=8 is invalid .* Use 5 or 9"),
+        (lambda: Extend(clip=make_clip(1), frames=6), "frames=6 is invalid for a clip of 1 frames: use 4 or 8"),
+        (lambda: Extend(clip=make_clip(5, height=18), frames=4), "height 18 is not divisible by 16.*use 16 or 32"),
+        (
+            lambda: Blend(first=make_clip(9), second=make_clip(9, width=16), frames=7),
+            r"clips of different sizes, \(16, 32\) and \(16, 16\)",
+        ),
+        (lambda: Blend(first=make_clip(9), second=make_clip(9, fps=4.0), frames=7), "different frame rates"),
+        (lambda: Blend(first=make_clip(9), second=make_clip(9), frames=0), "frames=0 is invalid"),
+        (lambda: Blend(first=make_clip(1), second=make_clip(1), frames=4), "frames=4 is invalid: with the known"),
+        (lambda: Interpolate(clip=make_clip(5)), "use exactly one of them"),
+        (lambda: Interpolate(clip=make_clip(5), factor=1), "factor=1 is invalid"),
+        (lambda: Interpolate(clip=make_clip(1), factor=2), "a clip of one frame is invalid"),
+        (lambda: Interpolate(clip=make_clip(3), times=(0, 4, 2)), "they are rising numbers from 0 on"),
+        (lambda: Interpolate(clip=make_clip(3), times=(1, 2, 3)), "they are rising numbers from 0 on"),
+        (lambda: Inpaint(clip=make_clip(5), mask=np.ones((5, 4, 4), bool)), r"must be a boolean \[5 16 32\] or"),
+        (lambda: Inpaint(clip=make_clip(5), mask=np.zeros((16, 32), bool)), "no pixel is filled in"),
+        (lambda: Outpaint(clip=make_clip(5), size=(16, 32)), "size=16x32 is invalid"),
+        (lambda: Outpaint(clip=make_clip(5), size=(32, 16)), "size=32x16 is invalid"),
+        (lambda: Loop(prompt="", size=(9, 16, 16)), "a loop has a multiple of 4 frames.* Use 8 or 12"),
+        (lambda: Edit(clip=make_clip(5), strength=0.0), "strength=0.0 is invalid"),
+        (lambda: Generate(prompt="", size=(8, 16, 16)), "8"),
+    ],
+)
+def test_tasks_that_do_not_fit_are_refused_with_what_does(make_task, message):
+    with pytest.raises(UserError, match=message):
+        CONFIG.latent_grid(make_task().make_request(CONFIG).grid)
+
+
+def test_a_result_has_the_recipe_of_its_sample():
+    clip = make_clip(5)
+    sampled = replace(sample(Extend(clip=clip, frames=4).make_request(CONFIG)), recipe={"seed": 3})
+    assert Extend(clip=clip, frames=4).finish(sampled).recipe == {"seed": 3}

@@ -1,0 +1,396 @@
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core import config_json
+from dit_video.core import trees as trees
+from dit_video.core.errors import UserError
+from dit_video.diffusion import (
+    AdaptiveProjectedGuidance,
+    Edm,
+    Euler,
+    Guidance,
+    Heun,
+    RectifiedFlow,
+    SkipLayerGuidance,
+    UniPc,
+    UniPcFlowSchedule,
+)
+from dit_video.models.autoencoders import CausalVaeConfig
+from dit_video.models.autoencoders.codec import compute_autoencoder_identity
+from dit_video.sampling import sampler
+from dit_video.sampling.pipeline import Pipeline, Request
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.tokens import Grid
+from dit_video.weights import load as load_weights
+
+PROMPT = "a red circle moving left"
+SMALL = (5, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_pipeline):
+    """Return the tiny model with larger weights, so that prompts matter, which they hardly do after ten steps."""
+    denoiser = trees.map_with_path(
+        lambda path, leaf: leaf + 0.3 * np.random.default_rng(len(path)).standard_normal(leaf.shape).astype(leaf.dtype),
+        tiny_pipeline.denoiser_params,
+    )
+    return Pipeline(tiny_pipeline.config, autoencoder=tiny_pipeline.codec.params, denoiser=denoiser)
+
+
+@pytest.fixture(scope="module")
+def latents(pipeline):
+    """Return the latents that `generate` makes of PROMPT at the size SMALL."""
+    return pipeline.generate(PROMPT, size=SMALL, output="latents")
+
+
+def test_a_clip_has_the_size_the_rate_and_the_caption(pipeline):
+    clip = pipeline.generate(PROMPT, size=SMALL)
+    assert isinstance(clip, dit_video.Clip)
+    assert clip.frames.shape == (*SMALL, 3)
+    assert clip.frames.dtype == np.uint8
+    assert clip.fps == 8.0
+    assert clip.caption == PROMPT
+
+
+def test_the_default_size_is_the_training_size(pipeline):
+    assert pipeline.generate(PROMPT).frames.shape == (9, 16, 32, 3)
+
+
+def test_the_interval_of_tokens_is_that_of_the_training(tiny):
+    """A token stands for 4 pixel frames at 16 a second, and positions count seconds."""
+    experiment = tiny.EXPERIMENT
+    counted = PipelineConfig(
+        autoencoder=experiment.autoencoder.model,
+        backbone=experiment.denoiser.backbone,
+        text=experiment.denoiser.text,
+        process=RectifiedFlow(),
+        layout=None,
+        batch=1,
+        sampling=experiment.sampling,
+        fps=16.0,
+        size=Grid(5, 16, 16),
+    )
+    assert counted.token_dt == 1.0
+    assert replace(counted, backbone=replace(counted.backbone, time_coordinate="seconds")).token_dt == 0.25
+
+
+def test_another_seed_gives_another_clip(pipeline, latents):
+    np.testing.assert_array_equal(pipeline.generate(PROMPT, size=SMALL, seed=0, output="latents"), latents)
+    assert np.abs(pipeline.generate(PROMPT, size=SMALL, seed=1, output="latents") - latents).max() > 0.1
+
+
+def test_the_prompt_and_the_negative_prompt_change_the_clip(pipeline, latents):
+    for other in (
+        pipeline.generate("a blue square", size=SMALL, output="latents"),
+        pipeline.generate(PROMPT, size=SMALL, negative="a blue square", output="latents"),
+        pipeline.generate(PROMPT, size=SMALL, guidance=3.0, output="latents"),
+    ):
+        assert np.abs(other - latents).max() > 1e-3
+
+
+def test_guidance_of_one_evaluates_the_model_once(pipeline, monkeypatch):
+    requested = []
+    real = sampler.make_program
+
+    def make_recording_program(*form):
+        def run(params, state, batch, strength, *rest):
+            requested.append(strength is not None)
+            return real(*form)(params, state, batch, strength, *rest)
+
+        return run
+
+    monkeypatch.setattr(sampler, "make_program", make_recording_program)
+    alone = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
+    other = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, negative="a blue square", output="latents")
+    assert requested == [False, False]
+    np.testing.assert_array_equal(alone, other)
+    near = pipeline.generate(PROMPT, size=SMALL, guidance=1.0 + 1e-5, output="latents")
+    assert requested == [False, False, True]
+    np.testing.assert_allclose(near, alone, atol=1e-3)
+
+
+def test_noise_from_the_caller_is_the_starting_point(pipeline, latents):
+    noise = sampler.draw_initial_noise(0, Grid(2, 2, 2), 4)
+    again = pipeline.generate(PROMPT, size=SMALL, seed=77, noise=noise, output="latents")
+    np.testing.assert_array_equal(again, latents)
+
+
+def test_latents_have_the_stride_s_size_and_decode_to_the_clip(pipeline, latents):
+    assert latents.shape == (2, 2, 2, 4)
+    assert latents.dtype == np.float32
+    decoded = pipeline.decode(latents, caption=PROMPT)
+    clip = pipeline.generate(PROMPT, size=SMALL)
+    np.testing.assert_array_equal(decoded.frames, clip.frames)
+    assert (decoded.fps, decoded.caption) == (clip.fps, clip.caption)
+
+
+def test_samplers_are_chosen_by_name(pipeline, latents):
+    assert isinstance(pipeline.config.sampling.solver, Euler)
+    np.testing.assert_array_equal(pipeline.generate(PROMPT, size=SMALL, sampler="euler", output="latents"), latents)
+    heun = pipeline.generate(PROMPT, size=SMALL, sampler="heun", output="latents")
+    assert np.abs(heun - latents).max() > 1e-3
+    # With two steps, both of first order, UniPC is Euler: no step follows the correction.
+    unipc = [pipeline.generate(PROMPT, size=SMALL, sampler="unipc", steps=n, output="latents") for n in (2, 4)]
+    np.testing.assert_allclose(unipc[0], latents, rtol=1e-4, atol=1e-3)
+    assert np.abs(unipc[1] - latents).max() > 1e-2
+    four = pipeline.generate(PROMPT, size=SMALL, sampler="euler", steps=4, output="latents")
+    assert np.abs(unipc[1] - four).max() > 1e-3
+    chosen = pipeline.resolve_sampling(steps=7, guidance=3, sampler="heun")
+    assert (chosen.steps, chosen.guidance, chosen.solver) == (7, 3.0, Heun())
+    kept = replace(chosen, solver=UniPc(order=3, uncorrected_steps=(0,)), time_schedule=UniPcFlowSchedule())
+    assert config_json.from_json(config_json.to_json(kept)) == kept
+
+
+def test_times_and_a_shift_take_the_place_of_those_of_training(pipeline, latents):
+    times = [float(time) for time in pipeline.trace(Request(PROMPT, Grid(*SMALL))).times]
+    assert len(times) == 3
+    same = pipeline.generate(PROMPT, size=SMALL, times=times[:-1], output="latents")
+    np.testing.assert_allclose(same, latents, atol=1e-6)
+    shifted = pipeline.trace(Request(PROMPT, Grid(*SMALL)), steps=4, shift=5, sampler="unipc")
+    np.testing.assert_allclose(shifted.times, [1, 0.9375, 0.8333333, 0.625, 0], atol=1e-6)
+    listed = pipeline.trace(Request(PROMPT, Grid(*SMALL)), times=[1, 0.75, 0.5, 0.25], shift=5, sampler="unipc")
+    np.testing.assert_allclose(listed.latents, shifted.latents, atol=1e-5)
+
+
+MIXED = [
+    Request(PROMPT, Grid(9, 16, 32), seed=1),
+    Request("a blue square", Grid(1, 16, 16), seed=2),
+    Request("a white triangle moving up", Grid(5, 16, 16), seed=3, negative="a blue square"),
+    Request("", Grid(5, 32, 16), seed=4),
+    Request("a green circle moving down", Grid(9, 32, 16), seed=5),
+    Request("a red square", Grid(1, 16, 16), seed=6),
+]
+
+
+def test_many_clips_at_once_are_the_same_as_each_alone(pipeline):
+    together = pipeline.generate_many(MIXED)
+    for request, clip in zip(MIXED, together, strict=True):
+        alone = pipeline.generate(request.prompt, size=request.size, seed=request.seed, negative=request.negative)
+        assert clip.frames.shape == (*request.size, 3)
+        assert clip.caption == request.prompt
+        assert np.abs(clip.frames.astype(int) - alone.frames.astype(int)).max() <= 1
+
+
+def test_no_requests_make_no_clips(pipeline):
+    assert pipeline.generate_many([]) == []
+
+
+def test_a_clip_larger_than_a_row_is_made_too(pipeline):
+    assert pipeline.config.layout.tokens == 12
+    assert pipeline.generate(PROMPT, size=(17, 32, 32)).frames.shape == (17, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((8, 16, 16), "T=8 is not 1 [+] 4k for temporal stride 4; use 5 or 9"),
+        ((0, 16, 16), "T=0 is not"),
+        ((5, 24, 16), r"height 24 is not divisible by 16 .*; use 16 or 32"),
+        ((5, 16, 40), r"width 40 is not divisible by 16 .*; use 32 or 48"),
+        ((5, 7, 16), "height 7 .*; use 16 or 32"),
+        ((5, 0, 16), "height 0 "),
+        ((5, -16, 16), "height -16 .*; use 16 or 32"),
+        ((5, 16), "three whole numbers"),
+        ((5.0, 16, 16), "three whole numbers"),
+        (("5", "16", "16"), "three whole numbers"),
+    ],
+)
+def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
+    with pytest.raises(UserError, match=message) as error:
+        pipeline.generate(PROMPT, size=size)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps=0 is invalid: it must be at least 1"),
+        ({"steps": -3}, "steps=-3 is invalid: it must be at least 1"),
+        ({"sampler": "plms"}, "unknown sampler 'plms'; use one of ddim, ddpm"),
+        (
+            {"guidance": Guidance(skip_layers=SkipLayerGuidance(layers=(9,)))},
+            r"skip_layers=\(9,\) is invalid: the model has",
+        ),
+        ({"output": "gif"}, "unknown output 'gif'"),
+        ({"seed": -1}, "is invalid: a seed is a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "is invalid: a seed is a whole number from 0 to 4294967295"),
+        ({"guidance": -1.0}, r"guidance scales -1\.0 are invalid"),
+        ({"guidance": (2.0, 3.0)}, r"guidance=\(2\.0, 3\.0\) is invalid: .* Use one number"),
+        ({"noise": np.full((2, 2, 2, 4), np.nan, np.float32)}, "holds NaN or infinity; draw standard normal noise"),
+        ({"noise": np.zeros((1, 2, 2, 4), np.float32)}, r"has shape \(2, 2, 2, 4\), not \(1, 2, 2, 4\)"),
+    ],
+)
+def test_invalid_arguments_are_refused(pipeline, arguments, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.generate(PROMPT, size=SMALL, **arguments)
+
+
+def test_guiding_a_model_trained_without_caption_dropout_warns(pipeline):
+    always = Pipeline(
+        replace(pipeline.config, caption_dropout=0.0),
+        autoencoder=pipeline.codec.params,
+        denoiser=pipeline.denoiser_params,
+    )
+    with pytest.warns(UserWarning, match="this one was trained without caption dropout; use guidance=1"):
+        always.generate(PROMPT, size=SMALL, output="latents")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        always.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
+        pipeline.generate(PROMPT, size=SMALL, output="latents")
+
+
+def test_a_run_hands_its_caption_dropout_and_prediction_to_the_pipeline(tiny, pipeline):
+    assert pipeline.config.caption_dropout == tiny.EXPERIMENT.denoiser.caption_dropout
+    assert pipeline.config.prediction == tiny.EXPERIMENT.denoiser.objective.prediction
+
+
+def test_a_config_without_a_prediction_predicts_velocity(pipeline):
+    document = config_json.to_json(pipeline.config)
+    del document["prediction"], document["caption_dropout"]
+    assert config_json.from_json(document) == replace(pipeline.config, caption_dropout=None)
+    with pytest.raises(UserError, match="the velocity of Edm"):
+        replace(pipeline.config, process=Edm())
+
+
+def test_guidance_accepts_all_its_options(pipeline, latents):
+    plain = pipeline.generate(PROMPT, size=SMALL, guidance=Guidance(scale=2.0), output="latents")
+    np.testing.assert_array_equal(plain, latents)
+    guidance = pipeline.config.sampling.override_guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projected=True)
+    assert guidance == Guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projection=AdaptiveProjectedGuidance())
+    other = pipeline.generate(PROMPT, size=SMALL, guidance=guidance, output="latents")
+    assert np.abs(other - pipeline.generate(PROMPT, size=SMALL, guidance=4.0, output="latents")).max() > 1e-3
+    kept = replace(pipeline.config.sampling, guidance=guidance)
+    assert config_json.from_json(config_json.to_json(kept)) == kept
+    assert kept.override_guidance(scale=1.5, projected=False) == replace(guidance, scale=1.5, projection=None)
+
+
+def test_a_trace_ends_at_the_clip(pipeline, latents):
+    trace = pipeline.trace(Request(PROMPT, SMALL), steps=2)
+    assert trace.latents.shape == trace.data.shape == (2, *latents.shape)
+    np.testing.assert_allclose(trace.latents[-1], latents, rtol=1e-4, atol=1e-3)
+    assert pipeline.decode(trace.data[0]).frames.shape == (*SMALL, 3)
+
+
+# Pixels to latents and back.
+
+
+def test_encode_gives_latents_and_reconstruct_keeps_size_rate_and_caption(pipeline):
+    from dit_video.scenes import shapes
+
+    clip = replace(shapes.render_example(3, seed=9, sizes=(Grid(*SMALL),)), fps=5)
+    assert pipeline.encode(clip).shape == (2, 2, 2, 4)
+    again = pipeline.reconstruct(clip)
+    assert again.frames.shape == clip.frames.shape
+    assert (again.fps, again.caption) == (5.0, clip.caption)
+    np.testing.assert_array_equal(again.frames, pipeline.decode(pipeline.encode(clip)).frames)
+    # The linear start alone knows the background.
+    assert np.abs(again.frames.astype(float) - clip.frames).mean() < 25
+
+
+def test_a_clip_that_does_not_fit_the_stride_is_not_encoded(pipeline):
+    with pytest.raises(UserError, match=r"T=4 is not 1 [+] 4k"):
+        pipeline.encode(dit_video.Clip(np.zeros((4, 16, 16, 3), np.uint8), 8))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda latents: np.where(np.arange(4) == 2, np.nan, latents), "hold NaN or infinity"),
+        (lambda latents: latents[..., :3], r"shape \[2, 2, 2, 3\] are invalid: .* \[t h w 4\]"),
+    ],
+)
+def test_latents_that_are_no_latents_are_not_decoded(pipeline, spoil, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.decode(spoil(np.zeros((2, 2, 2, 4), np.float32)).astype(np.float32))
+
+
+# Files.
+
+
+def test_float32_files_come_back_bit_for_bit(pipeline, latents, tmp_path):
+    pipeline.save(tmp_path / "saved")
+    loaded = dit_video.load(tmp_path / "saved")
+    assert loaded.config == pipeline.config
+    for mine, theirs in (
+        (pipeline.denoiser_params, loaded.denoiser_params),
+        (pipeline.codec.params, loaded.codec.params),
+    ):
+        mine, theirs = trees.flatten(mine), trees.flatten(theirs)
+        assert mine.keys() == theirs.keys()
+        assert all(np.array_equal(mine[path], theirs[path]) for path in mine)
+    np.testing.assert_array_equal(loaded.generate(PROMPT, size=SMALL, output="latents"), latents)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "autoencoder.safetensors",
+        "denoiser.safetensors",
+        "pipeline.json",
+    ]
+
+
+def test_bfloat16_files_take_half_and_come_back_close(pipeline, latents, tmp_path):
+    pipeline.save(tmp_path / "whole")
+    pipeline.save(tmp_path / "half", dtype="bfloat16")
+    bytes_of = {
+        name: sum(path.stat().st_size for path in (tmp_path / name).glob("*.safetensors")) for name in ("whole", "half")
+    }
+    assert 0.4 < bytes_of["half"] / bytes_of["whole"] < 0.65  # names take space too
+    loaded = dit_video.load(tmp_path / "half")
+    mine, theirs = trees.flatten(pipeline.denoiser_params), trees.flatten(loaded.denoiser_params)
+    for path in mine:
+        np.testing.assert_allclose(theirs[path], mine[path], rtol=2**-8)
+    assert (
+        load_weights(tmp_path / "half" / "denoiser.safetensors", dtype=None)["backbone"]["head"]["bias"].dtype
+        == "bfloat16"
+    )
+    difference = loaded.generate(PROMPT, size=SMALL, output="latents") - latents
+    assert np.sqrt(np.square(difference).mean()) < 0.1 * latents.std()
+
+
+def test_saving_replaces_a_pipeline_and_nothing_else(tiny_pipeline, tmp_path):
+    tiny_pipeline.save(tmp_path / "saved")
+    tiny_pipeline.save(tmp_path / "saved", dtype="bfloat16")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds no pipeline"):
+        tiny_pipeline.save(tmp_path / "home")
+    with pytest.raises(UserError, match=r"dtype=int8 is invalid: .* float32 or bfloat16"):
+        tiny_pipeline.save(tmp_path / "other", dtype="int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "saved"]
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
+
+
+def test_parameters_are_counted_by_part(tiny_pipeline):
+    counts = tiny_pipeline.count_parameters()
+    assert counts.keys() == {"autoencoder", "backbone", "text"}
+    assert counts["backbone"] == sum(
+        leaf.size for leaf in trees.flatten(tiny_pipeline.denoiser_params["backbone"]).values()
+    )
+
+
+def test_the_identity_of_an_autoencoder_is_its_config_and_weights(tiny_pipeline):
+    config, params = tiny_pipeline.config.autoencoder, tiny_pipeline.codec.params
+    mark = compute_autoencoder_identity(config, params)
+    assert compute_autoencoder_identity(config, {**params}) == mark
+    assert compute_autoencoder_identity(replace(config, width=16), params) != mark
+    other = {"normalizer": {"mean": np.ones(4, np.float32), "std": np.ones(4, np.float32)}}
+    assert compute_autoencoder_identity(config, params | other) != mark
+
+
+def test_the_identity_of_an_autoencoder_ignores_its_form_and_remat_but_not_its_dtype():
+    config, params = CausalVaeConfig.wan21(), {"kernel": np.ones(3, np.float32)}
+    mark = compute_autoencoder_identity(config, params)
+    assert compute_autoencoder_identity(replace(config, form="native", remat=True), params) == mark
+    assert compute_autoencoder_identity(replace(config, bfloat16=True), params) != mark
+
+
+# In a notebook.
+
+
+def test_a_clip_displays_itself(pipeline):
+    assert "<video" in pipeline.generate(PROMPT, size=SMALL)._repr_html_()
+    image = pipeline.generate("a red circle", size=(1, 16, 16))._repr_html_()
+    assert "<img" in image
+    assert "a red circle" in image

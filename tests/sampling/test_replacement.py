@@ -1,0 +1,170 @@
+"""Training-free completion on a random text-to-video model: what is kept is kept, whatever the model does."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
+from dit_video.sampling.pictures import Condition
+from dit_video.sampling.request import Request
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+from support.tiny_pipeline import SIZE, make_config, make_pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore:this model was not trained")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """Return a text-to-video pipeline with random weights."""
+    return make_pipeline(make_config(steps=6))
+
+
+@pytest.fixture(scope="module")
+def clip(pipeline):
+    """Return a clip that the random autoencoder reconstructs as well as it can."""
+    frames = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    return pipeline.reconstruct(Clip(frames, 8, caption="a clip"))
+
+
+def sample(pipeline, **options):
+    return pipeline.generate("red", size=SIZE, output="latents", **options)
+
+
+def test_latents_of_known_frames_are_those_of_their_encoding(pipeline, clip):
+    latents = sample(pipeline, video=clip, mask=np.arange(9) < 5)
+    padded = Clip(np.concatenate([clip.frames[:5], np.repeat(clip.frames[4:5], 4, axis=0)]), 8)
+    np.testing.assert_allclose(latents[:2], pipeline.encode(padded)[:2], atol=1e-5)
+    free = sample(pipeline)
+    assert np.abs(latents[2] - free[2]).max() > 1e-3  # the rest sees what is kept
+    assert np.abs(latents[:2] - free[:2]).max() > 1e-2
+
+
+def test_latents_of_a_strength_below_1_are_released(pipeline, clip):
+    kept, released, never = (
+        sample(pipeline, conditions=[Condition(content=clip.frames[0], strength=strength)])
+        for strength in (1.0, 0.5, 1e-3)
+    )
+    free = sample(pipeline)
+    encoded = pipeline.encode(Clip(clip.frames[:1], 8))
+    np.testing.assert_allclose(kept[:1], encoded, atol=1e-5)
+    distances = [float(np.abs(each[:1] - encoded).mean()) for each in (kept, released, never)]
+    assert distances[0] < distances[1] < distances[2]
+    np.testing.assert_allclose(never, free, atol=1e-5)
+
+
+def test_a_keyframe_off_the_temporal_stride_is_kept(pipeline, clip):
+    condition = Condition(content=clip.frames[6], frame=6)
+    kept, free = (pipeline.generate("red", size=SIZE, conditions=each) for each in ([condition], []))
+    gain = compute_limited_psnr(clip.frames[6], kept.frames[6]) - compute_limited_psnr(clip.frames[6], free.frames[6])
+    assert gain > 3
+
+
+def test_pixels_next_to_a_region_are_kept_although_they_share_latents_with_it(pipeline, clip):
+    mask = np.zeros(SIZE, bool)
+    mask[:, :, :11] = True  # the second column of latents has known columns 8 to 10, and unknown ones
+    columns = np.s_[:, :, 8:11]
+    kept, free = (
+        pipeline.generate("red", size=SIZE, **options).frames[columns]
+        for options in ({"video": clip, "mask": mask}, {})
+    )
+    assert compute_limited_psnr(clip.frames[columns], kept) - compute_limited_psnr(clip.frames[columns], free) > 3
+
+
+def test_known_pixels_of_other_requests_change_nothing(pipeline, clip):
+    requests = [
+        Request("red", SIZE, image=clip.frames[0]),
+        Request("blue", SIZE, seed=1),
+        Request("red", SIZE, conditions=[Condition(content=clip.frames[6], frame=6)], seed=2),
+        Request("green", Grid(5, 16, 16), seed=3, image=clip.frames[8]),
+    ]
+    together = pipeline.generate_latents(requests)
+    for request, latents in zip(requests, together, strict=True):
+        np.testing.assert_allclose(latents, pipeline.generate_latents([request])[0], atol=2e-5)
+
+
+def test_resampling_keeps_what_is_known_and_changes_the_rest(pipeline, clip):
+    once, twice = (sample(pipeline, image=clip.frames[0], resample=count) for count in (1, 2))
+    np.testing.assert_allclose(once[:1], twice[:1], atol=1e-5)
+    assert np.abs(once[1:] - twice[1:]).max() > 1e-2
+    np.testing.assert_array_equal(twice, sample(pipeline, image=clip.frames[0], resample=2))
+
+
+@pytest.mark.slow
+def test_resampling_works_with_solvers_of_several_steps(pipeline, clip):
+    for sampler in ("unipc", "dpm++2m", "ddpm"):
+        latents = sample(pipeline, image=clip.frames[0], resample=2, sampler=sampler)
+        assert np.isfinite(latents).all()
+        np.testing.assert_allclose(latents[:1], pipeline.encode(Clip(clip.frames[:1], 8)), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"frame": 0, "resample": 2}, {"frame": 6, "resample": 1}])
+def test_a_callback_does_not_change_the_result(pipeline, clip, options):
+    """Sample with more steps than one block holds."""
+    condition = Condition(content=clip.frames[0], frame=options["frame"])
+    values = {"conditions": [condition], "resample": options["resample"], "steps": 70, "guidance": 1.0}
+    watched = sample(pipeline, callback=lambda progress: None, **values)
+    np.testing.assert_array_equal(watched, sample(pipeline, **values))
+
+
+def test_a_trace_ends_with_the_sample(pipeline, clip):
+    for frame, resample in ((0, 1), (6, 1), (0, 2)):
+        condition = Condition(content=clip.frames[0], frame=frame)
+        request = Request("red", SIZE, conditions=[condition], resample=resample)
+        trace = pipeline.trace(request)
+        assert len(trace.latents) == 6
+        np.testing.assert_allclose(trace.latents[-1], pipeline.generate_latents([request])[0], atol=1e-5)
+
+
+def test_an_edit_starts_at_its_strength(pipeline, clip):
+    encoded = pipeline.encode(clip)
+    distances = [
+        float(np.abs(sample(pipeline, video=clip, strength=strength) - encoded).mean()) for strength in (0.2, 0.6, 0.9)
+    ]
+    assert distances == sorted(distances)
+    np.testing.assert_array_equal(sample(pipeline, video=clip, strength=1.0), sample(pipeline))
+
+
+def test_a_masked_edit_keeps_the_mask_and_starts_from_the_rest(pipeline, clip):
+    mask = np.arange(9) < 5
+    edited = sample(pipeline, video=clip, mask=mask, strength=0.3)
+    encoded = pipeline.encode(clip)
+    np.testing.assert_allclose(edited[:2], encoded[:2], atol=1e-4)
+    filled = sample(pipeline, video=clip, mask=mask)
+    assert np.abs(edited[2] - encoded[2]).mean() < np.abs(filled[2] - encoded[2]).mean()
+
+
+def test_it_says_that_a_model_was_not_trained_for_a_task(pipeline, clip):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(pipeline)
+        with pytest.raises(UserWarning, match="not trained for what is known"):
+            sample(pipeline, image=clip.frames[0])
+        sample(pipeline, image=clip.frames[0], method="training_free")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "trained", "image": 0}, "method='trained' is invalid"),
+        ({"image": 0, "conditions": [0]}, "some of its pixels are also kept of another picture"),
+        ({"conditions": [9]}, "frames 9 to 9 are not all in a clip of 9"),
+        ({"video": 8, "mask": np.ones((9, 4, 4), bool)}, "mask of bool .* is invalid"),
+        ({"video": 8, "strength": 0.0}, "strength=0.0 is invalid"),
+        ({"video": 8, "strength": 1.5}, "strength=1.5 is invalid"),
+        ({"video": 5, "strength": 0.5}, "the lengths must be equal"),
+    ],
+)
+def test_requests_that_do_not_fit_are_refused(pipeline, clip, options, message):
+    frames = clip.frames
+    values = dict(options)
+    if "image" in values:
+        values["image"] = frames[0]
+    if "video" in values:
+        values["video"] = Clip(frames[: values["video"] + 1], 8)
+    if "conditions" in values:
+        values["conditions"] = [Condition(content=frames[0], frame=frame) for frame in values["conditions"]]
+    with pytest.raises(dit_video.core.errors.UserError, match=message):
+        sample(pipeline, **values)

@@ -1,0 +1,164 @@
+"""Requests in JSON files, with pictures and noise in files beside them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.sampling.pictures import Condition
+from dit_video.sampling.request import Request
+from dit_video.sampling.request_file import list_files, read_requests, write_request
+from dit_video.sampling.tasks.completion import Completion
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+GOOD = {"prompt": "a red circle", "frames": 1, "height": 16, "width": 16}
+
+
+def test_seed_and_negative_prompt_may_be_absent(tmp_path):
+    entries = [GOOD, GOOD | {"seed": 4, "negative": "x", "file": "of a sample"}, GOOD | {"negative": ""}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    size = Grid(1, 16, 16)
+    assert read_requests(tmp_path / "list.json") == [
+        Request("a red circle", size),
+        Request("a red circle", size, 4, "x"),
+        Request("a red circle", size, negative=""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "is not valid JSON"),
+        ("[]", "must be a JSON list"),
+        (json.dumps(GOOD), "must be a JSON list"),
+        (json.dumps([GOOD, "a red circle"]), "prompt of entry 1 must be a text, not None"),
+        (json.dumps([GOOD | {"frames": "1"}]), "frames of entry 0 must be a whole number, not '1'"),
+        (json.dumps([GOOD | {"height": 16.5}]), "height of entry 0 must be a whole number, not 16.5"),
+        (json.dumps([GOOD | {"seed": True}]), "seed of entry 0 must be a whole number"),
+        (json.dumps([GOOD | {"negative": 3}]), "negative of entry 0 must be a text, not 3"),
+        (json.dumps([GOOD | {"prompt": 3}]), "prompt of entry 0 must be a text, not 3"),
+        (json.dumps([{name: value for name, value in GOOD.items() if name != "width"}]), "width of entry 0"),
+        (json.dumps([GOOD, GOOD | {"imge": "a.png"}]), r"imge='a.png' of entry 1 is invalid: .* Use image\."),
+        (json.dumps([GOOD | {"id": 3}]), "id=3 of entry 0 is invalid: .* Use prompt, negative, seed, frames, height"),
+        (json.dumps([GOOD | {"guidance": 7}]), "guidance=7 of entry 0 is invalid: .* Use --guidance for all"),
+        (json.dumps([GOOD | {"zero_star": True}]), "Use --zero-star for all"),
+        (json.dumps([GOOD | {"conditioning": ["depth"]}]), "conditioning=.* Use Pipeline.generate_many in Python"),
+    ],
+)
+def test_invalid_lists_of_prompts_are_refused(tmp_path, content, message):
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_requests(tmp_path / "list.json")
+    assert "\n" not in str(error.value)
+    with pytest.raises(MissingError, match="no such file"):
+        read_requests(tmp_path / "absent.json")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder with two images and two clips."""
+    generator = np.random.default_rng(0)
+    for name, shape in {"a.png": (1, 8, 12), "b.png": (1, 6, 6), "clip.gif": (5, 8, 8), "mask.gif": (5, 8, 8)}.items():
+        frames = generator.integers(0, 2, (*shape, 1), dtype=np.uint8) * 255
+        Clip(frames.repeat(3, -1), 10).save(tmp_path / name)
+    return tmp_path
+
+
+def test_an_entry_names_files_beside_the_list(folder):
+    entry = {"prompt": "a cat", "image": "a.png", "last_image": "b.png", "reference_images": ["b.png", "clip.gif"]}
+    entry |= {
+        "control": "clip.gif",
+        "conditions": [{"file": "a.png"}, {"file": "clip.gif", "frame": 8, "strength": 0.5}],
+    }
+    (folder / "list.json").write_text(json.dumps([entry | {"strengths": {"control": 0.5}}]))
+    (request,) = read_requests(folder / "list.json")
+    assert request.size is None
+    assert request.image.frames.shape == (1, 8, 12, 3)
+    assert request.last_image.frames.shape == (1, 6, 6, 3)
+    assert [image.frames.shape for image in request.reference_images] == [(1, 6, 6, 3), (1, 8, 8, 3)]
+    assert request.control.frames.shape == (5, 8, 8, 3)
+    conditions = [(len(each.content.frames), each.frame, each.strength) for each in request.conditions]
+    assert conditions == [(1, 0, 1.0), (5, 8, 0.5)]
+    assert request.strengths == {"control": 0.5}
+
+
+@pytest.mark.parametrize(("mask", "is_video"), [("mask.gif", True), ("b.png", False)])
+def test_white_parts_of_a_video_are_kept_an_image_masks_all_frames(folder, mask, is_video):
+    (folder / "list.json").write_text(json.dumps([{"prompt": "", "video": "clip.gif", "mask": mask}]))
+    (request,) = read_requests(folder / "list.json")
+    assert request.mask.shape == ((5, 8, 8) if is_video else (5, 6, 6))
+    assert 0 < request.mask.mean() < 1
+    assert is_video or (request.mask == request.mask[:1]).all()
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "message"),
+    [
+        ({"image": "absent.png"}, MissingError, "absent"),
+        ({"image": "list.json"}, DecodeError, "list"),
+        ({"image": 3}, UserError, "image=3 is invalid: it must be the name of a file"),
+        ({"mask": "b.png"}, UserError, "mask=b.png is invalid without a video"),
+        ({"reference_images": "b.png"}, UserError, "reference_images='b.png' is invalid: it must be a list"),
+        ({"conditions": ["b.png"]}, UserError, r"conditions=.* it must be \{\"file\": NAME"),
+        ({"conditions": [{"file": "b.png", "strength": 2}]}, UserError, "strength=2.0 is invalid"),
+        (
+            {"conditions": [{"file": "b.png", "frames": 2}]},
+            UserError,
+            r"frames=2 of a condition .* Use frame\.",
+        ),
+        ({"noise": 3}, UserError, "noise=3 is invalid: it must be the name of a file"),
+        ({"noise": "absent.npy"}, MissingError, "no such file: .*absent.npy of noise"),
+        ({"noise": "b.png"}, UserError, "noise='b.png' is invalid: .* Use numpy.save"),
+        ({"noise": "flat.npy"}, UserError, r"noise='flat.npy' is invalid: it holds float64 \[3\]"),
+        ({"strengths": 1}, UserError, "strengths of entry 0 must be an object"),
+        ({"strengths": {"control": [1, "2"]}}, UserError, r"strengths of entry 0 must be numbers .* not \[1, '2'\]"),
+    ],
+)
+def test_pictures_that_cannot_be_read_are_refused(folder, entry, error, message):
+    np.save(folder / "flat.npy", np.zeros(3))
+    (folder / "list.json").write_text(json.dumps([{"prompt": "", **entry}]))
+    with pytest.raises(error, match=message):
+        read_requests(folder / "list.json")
+
+
+def test_noise_is_read_from_a_file_beside_the_list(tmp_path):
+    noise = np.random.default_rng(0).standard_normal((2, 4, 4, 4))
+    np.save(tmp_path / "noise.npy", noise)
+    (tmp_path / "list.json").write_text(json.dumps([GOOD | {"noise": "noise.npy"}]))
+    (request,) = read_requests(tmp_path / "list.json")
+    assert request.noise.dtype == np.float32
+    np.testing.assert_array_equal(request.noise, noise.astype(np.float32))
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_a_request_is_read_as_it_was_written(tmp_path, frames):
+    draw = np.random.default_rng(0)
+    image = draw.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    clip = Clip(draw.integers(0, 256, (frames, 7, 9, 3), dtype=np.uint8), 16)
+    still = Clip(np.repeat(image[None], frames, axis=0), 16)  # whose frames are all equal
+    conditions = (Condition(content=image), Condition(content=clip, frame=-1, strength=0.5))
+    request = Request("a cat", (5, 16, 16), 7, "a dog", image, clip, strengths={"depth": 0.5, "control": (1.0, 0.5)})
+    request = request._replace(video=clip, mask=draw.random((frames, 7, 9)) < 0.5, control=still, conditions=conditions)
+    entry = write_request(request._replace(noise=draw.standard_normal((1, 2, 2, 4), np.float32)), tmp_path)
+    assert write_request(request, tmp_path) == {name: value for name, value in entry.items() if name != "noise"}
+    assert list_files(entry) == {f"inputs/{path.name}" for path in (tmp_path / "inputs").iterdir()}
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    (read,) = read_requests(tmp_path / "list.json")
+    assert (*read[:4], read.strengths) == ("a cat", (5, 16, 16), 7, "a dog", {"depth": 0.5, "control": (1.0, 0.5)})
+    for picture, expected in ((read.image, still.frames[:1]), (read.control, still.frames), (read.video, clip.frames)):
+        np.testing.assert_array_equal(picture.frames, expected)
+    np.testing.assert_array_equal(read.mask, request.mask)
+    assert [(each.frame, each.strength) for each in read.conditions] == [(0, 1.0), (-1, 0.5)]
+    np.testing.assert_array_equal(read.conditions[1].content.frames, clip.frames)
+    assert read.noise.shape == (1, 2, 2, 4)
+
+
+def test_a_written_request_says_what_no_file_holds(tmp_path):
+    request = Request("a cat", conditioning={"depth": np.zeros(3)}, task=Completion())
+    entry = write_request(request, tmp_path)
+    assert entry == {"prompt": "a cat", "seed": 0, "conditioning": ["depth"], "task": "Completion"}
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    with pytest.raises(UserError, match=r"conditioning=\['depth'\] .* Use Pipeline\.generate_many in Python"):
+        read_requests(tmp_path / "list.json")

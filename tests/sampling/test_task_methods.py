@@ -1,0 +1,148 @@
+"""Tasks of a pipeline with random weights: what their results must be whatever the model does."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dit_video.core.errors import UserError
+from dit_video.sampling.pictures import Condition
+from dit_video.sampling.progress import SamplingCancelled
+from dit_video.sampling.tasks import Extend, Interpolate, ZoomOut
+from dit_video.video import Clip, read_recipe
+from support.tiny_pipeline import SIZE, make_config, make_pipeline
+
+pytestmark = pytest.mark.filterwarnings("ignore:this model was not trained")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return make_pipeline(make_config(steps=4, provenance={"command": "a test"}))
+
+
+@pytest.fixture(scope="module")
+def clip(pipeline):
+    frames = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    return replace(pipeline.reconstruct(Clip(frames, 8)), caption="a clip")
+
+
+@pytest.mark.slow
+def test_tasks_of_several_clips_are_those_of_each_alone(pipeline, clip):
+    tasks = [
+        Extend(clip=clip, frames=4),
+        Interpolate(clip=Clip(clip.frames[:3], 4), factor=2, prompt="b"),
+        Extend(clip=clip, frames=8, before=True),
+        ZoomOut(image=Clip(clip.frames[:1], 8), frames=2, factor=1.5),
+    ]
+    together = pipeline.run_tasks(tasks, seeds=[3, 4, 5, 6], steps=2)
+    for task, seed, result in zip(tasks, (3, 4, 5, 6), together, strict=True):
+        (alone,) = pipeline.run_tasks([task], seed=seed, steps=2)
+        assert np.abs(alone.frames.astype(int) - result.frames).max() <= 1
+        assert (alone.recipe, alone.fps) == (result.recipe, result.fps)
+
+
+def test_a_loop_keeps_its_frames_in_a_circle(pipeline):
+    """The rolled latents are those of a clip whose first frame is the one before the loop: its last."""
+    loop = pipeline.loop("waves", size=(8, 16, 32))
+    assert loop.frames.shape == (8, 16, 32, 3)
+    assert loop.recipe["task"] == "SeamlessLoop"
+    assert (loop.frames != pipeline.loop("waves", size=(8, 16, 32), seed=1).frames).any()
+
+
+def test_flow_edit_with_equal_descriptions_changes_nothing(pipeline, clip):
+    edited = pipeline.edit(clip, "red", source="red", guidance=1.0, strength=0.9)
+    unchanged = pipeline.reconstruct(clip)
+    assert np.abs(edited.frames.astype(int) - unchanged.frames).max() <= 1
+    other = pipeline.edit(clip, "blue", source="red", guidance=1.0, strength=0.9)
+    assert np.abs(other.frames.astype(int) - unchanged.frames).max() > 1
+    assert other.recipe["clip_task"]["name"] == "DescribedEdit"
+    assert other.fps == clip.fps
+
+
+def test_inversion_and_sampling_with_one_description_lead_back(pipeline, clip):
+    options = {"source": "red", "guidance": 1.0, "edit_method": "inversion", "strength": 0.6}
+    errors = []
+    for steps in (4, 32):
+        edited = pipeline.edit(clip, "red", steps=steps, **options)
+        errors.append(np.abs(edited.frames.astype(int) - pipeline.reconstruct(clip).frames).mean())
+    assert errors[1] < 0.5 * errors[0] or errors[1] < 1
+
+
+def test_zooming_out_makes_every_frame_the_middle_of_the_next(pipeline, clip):
+    image = Clip(clip.frames[:1], 8, caption="a box")
+    result = pipeline.zoom_out(image, frames=3, factor=2.0, steps=2)
+    assert result.frames.shape == (4, 16, 32, 3)
+    np.testing.assert_array_equal(result.frames[0], clip.frames[0])
+    with pytest.raises(UserError, match=r"factor=1\.0 is invalid"):
+        pipeline.zoom_out(image, frames=3, factor=1.0)
+    with pytest.raises(UserError, match="a clip of 9 frames is no image"):
+        pipeline.zoom_out(clip, frames=3)
+
+
+def test_a_callback_sees_previews_and_may_cancel(pipeline):
+    seen = []
+
+    def watch(progress):
+        seen.append((progress.step, progress.steps, progress.preview()[0].frames.shape))
+
+    pipeline.generate("red", size=(5, 16, 16), steps=6, callback=watch)
+    assert seen == [(4, 6, (5, 16, 16, 3)), (6, 6, (5, 16, 16, 3))]
+    with pytest.raises(SamplingCancelled, match="after step 4 of 6"):
+        pipeline.generate("red", size=(5, 16, 16), steps=6, callback=lambda progress: progress.cancel())
+
+
+@pytest.mark.parametrize(("method", "expected"), [("flow_edit", range(1, 7)), ("inversion", (4, 6, 10, 12))])
+def test_a_callback_sees_previews_of_an_edit_and_may_cancel(pipeline, clip, method, expected):
+    options = {"source": "red", "edit_method": method, "strength": 1.0, "steps": 6}
+    seen, previews = [], []
+
+    def watch(progress):
+        seen.append((progress.step, progress.steps))
+        previews.append(progress.preview()[0].frames)
+
+    result = pipeline.edit(clip, "blue", callback=watch, **options)
+    assert seen == [(step, expected[-1]) for step in expected]
+    assert np.abs(previews[-1].astype(int) - result.frames).max() <= 1
+    assert (previews[0] != previews[-1]).any()
+    with pytest.raises(SamplingCancelled, match=f"after step {expected[0]} of {expected[-1]}"):
+        pipeline.edit(clip, "blue", callback=lambda progress: progress.cancel(), **options)
+
+
+def test_the_last_preview_is_the_result(pipeline):
+    previews = []
+    result = pipeline.generate(
+        "red", size=(5, 16, 16), steps=4, callback=lambda progress: previews.append(progress.preview()[0])
+    )
+    assert np.abs(previews[-1].frames.astype(int) - result.frames).max() <= 1
+
+
+def test_a_clip_knows_its_recipe_and_so_does_its_file(pipeline, clip, tmp_path):
+    result = pipeline.extend(clip, frames=4, seed=7, steps=2, negative="blue")
+    recipe = result.recipe
+    assert (recipe["prompt"], recipe["negative"], recipe["seed"]) == ("a clip", "blue", 7)
+    assert (recipe["method"], recipe["sampling"]["steps"]) == ("training_free", 2)
+    assert recipe["clip_task"] == {"name": "Extend", "frames": 4, "before": False}
+    assert recipe["model"] == {"command": "a test"}
+    result.save(tmp_path / "a.mp4")
+    assert read_recipe(tmp_path / "a.mp4") == recipe
+    again = pipeline.extend(clip, frames=4, seed=7, steps=2, negative="blue")
+    assert again.recipe == recipe
+    other = pipeline.extend(replace(clip, frames=255 - clip.frames), frames=4, seed=7, steps=2, negative="blue")
+    assert other.recipe["pictures"] != recipe["pictures"]
+
+
+def test_options_do_not_replace_values_of_a_task(pipeline, clip):
+    with pytest.raises(UserError, match="size= is invalid: the task has its own"):
+        pipeline.extend(clip, frames=4, size=(5, 16, 16))
+    with pytest.raises(UserError, match="video= is invalid: the task has its own"):
+        pipeline.vary(clip, video=clip)
+    condition = Condition(content=clip.frames[0], frame=12)
+    with_condition = pipeline.extend(clip, frames=4, steps=2, conditions=[condition])
+    assert len(with_condition.recipe["pictures"]["conditions"]) == 2
+    with pytest.raises(UserError, match="invalid with source="):
+        pipeline.edit(clip, "blue", source="red", sampler="unipc")
+
+
+def test_options_that_do_not_exist_are_refused(pipeline):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
+        pipeline.generate("red", step=3)

@@ -1,0 +1,159 @@
+"""Known pixels as a model gets them in training and in sampling: the same mask and latents."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from dit_video.data.captions import TokenizedCaptions
+from dit_video.data.latents.online import OnlineEncoder
+from dit_video.data.packing.mask_mix import MaskMix
+from dit_video.data.packing.rows import ClipRow, RowEncoder, RowEntry, RowLayout
+from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.models.conditioning import (
+    Beginning,
+    BothEnds,
+    Ending,
+    FirstAndLastFrame,
+    FirstFrame,
+    FrameConditioning,
+    InsideOfBox,
+    Keyframes,
+    LastFrame,
+    OutsideOfBox,
+    interleave_mask,
+)
+from dit_video.sampling.plan import CLEAN_LATENTS, CLEAN_MASK
+from dit_video.sampling.request import Request, TaskModel
+from dit_video.sampling.tasks.completion import Completion
+from dit_video.tokens import Grid, PackedShape, compute_token_grid, patchify, unpack
+from dit_video.video import Clip
+from support import tiny
+from support.random_params import make_random_params
+
+AUTOENCODER = tiny.EXPERIMENT.autoencoder.model
+PARAMS = make_random_params(AUTOENCODER.make)
+SIZES = (Grid(1, 16, 32), Grid(9, 32, 16))
+MASKS = (
+    FirstFrame(),
+    LastFrame(),
+    FirstAndLastFrame(),
+    Beginning(),
+    Ending(),
+    BothEnds(),
+    Keyframes(),
+    OutsideOfBox(),
+    InsideOfBox(),
+)
+CONDITIONING = FrameConditioning(prob=0.9, rest="grey", masks=MASKS)
+MIX = MaskMix(CONDITIONING, 5, AUTOENCODER.channels, AUTOENCODER.stride)
+
+
+def make_clip(number):
+    size = SIZES[number % len(SIZES)]
+    return np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def make_training_rows(patch, count):
+    """Return the rows of as many clips, as training reads them, with the running numbers of these clips."""
+    clips = [make_clip(number) for number in range(count)]
+    sizes = [Grid(*clip.shape[:3]) for clip in clips]
+    stride = AUTOENCODER.stride
+    grids = [
+        compute_token_grid(Grid(1 + (size.t - 1) // stride.t, size.h // stride.h, size.w // stride.w), patch)
+        for size in sizes
+    ]
+    captions = TokenizedCaptions([("a",)] * count, tiny.EXPERIMENT.denoiser.text.make_tokenizer())
+    shape = PackedShape(tokens=24, text=64, segments=4)
+    layout = RowLayout(grids, captions, shape=shape, seed=0, names=[str(number) for number in range(count)])
+    encode = OnlineEncoder(AUTOENCODER, PARAMS, sizes)
+    encode_rows = RowEncoder(encode, layout, patch, AUTOENCODER.channels, MIX)
+    rows = []
+    number = 0
+    while sum(len(row.entries) for row in rows) < count:
+        entries = layout.get_entries(number)
+        rows.append(ClipRow(entries, [clips[entry.example] for entry in entries]))
+        number += 1
+    return rows, encode_rows(rows)
+
+
+def make_model(**changes):
+    backbone = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, **changes)
+    return TaskModel(
+        backbone=backbone,
+        codec=LatentCodec(AUTOENCODER, PARAMS),
+        frame_conditioning=CONDITIONING,
+        image_encoder_folder=None,
+    )
+
+
+def plan_fields(model, entry: RowEntry):
+    """Return the fields of a request with the mask of an example of training, by name."""
+    frames = make_clip(entry.example)
+    size = Grid(*frames.shape[:3])
+    mask = MIX.draw_mask(size, entry.rank)
+    known = {"video": Clip(frames, 8), "mask": mask, "method": "trained"} if mask.any() else {}
+    plan = Completion()(Request("", size, **known), model)
+    assert plan.method == ("trained" if mask.any() else "")
+    return {field.name: values for field, values in plan.fields.items()}
+
+
+def test_a_model_with_mask_channels_reads_in_sampling_what_it_was_trained_with():
+    stride, channels = AUTOENCODER.stride, AUTOENCODER.channels
+    model = make_model(cond_channels=stride.t + channels)
+    patch = model.backbone.patch
+    rows, batches = make_training_rows(patch, 20)
+    kinds = set()
+    for row, batch in zip(rows, batches, strict=True):
+        volume = patch.volume
+        trained = interleave_mask(
+            jnp.asarray(batch.fields["cond_mask"])[None],
+            jnp.asarray(batch.fields["cond_latents"])[None],
+            patch_volume=volume,
+        )
+        for entry, values in zip(row.entries, unpack(np.asarray(trained)[0], batch.segments), strict=True):
+            sampled = plan_fields(model, entry)["cond_latents"]
+            np.testing.assert_allclose(patchify(sampled, patch), values, atol=2e-4)
+            kinds.add(CONDITIONING.draw_kind(5, entry.rank))
+    assert len(kinds) > 4
+
+
+def test_a_model_with_clean_tokens_gets_in_sampling_what_it_was_trained_with():
+    model = make_model(time="token")
+    patch = model.backbone.patch
+    rows, batches = make_training_rows(patch, 20)
+    compared = 0
+    for row, batch in zip(rows, batches, strict=True):
+        masks = unpack(np.asarray(batch.fields["cond_mask"]), batch.segments)
+        latents = unpack(np.asarray(batch.fields["cond_latents"]), batch.segments)
+        for entry, mask, values in zip(row.entries, masks, latents, strict=True):
+            is_clean = mask.min(axis=-1) == 1
+            fields = plan_fields(model, entry)
+            if CLEAN_MASK not in fields:
+                assert not is_clean.any()
+                continue
+            np.testing.assert_array_equal(patchify(fields[CLEAN_MASK], patch).min(axis=-1) > 0, is_clean)
+            np.testing.assert_allclose(patchify(fields[CLEAN_LATENTS], patch)[is_clean], values[is_clean], atol=2e-4)
+            compared += int(is_clean.sum())
+    assert compared > 10
+
+
+def test_known_latents_of_a_task_mix_are_also_held_where_they_do_not_depend_on_unknown_pixels():
+    model = make_model(cond_channels=AUTOENCODER.stride.t + AUTOENCODER.channels)
+    frames = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
+    clip, size = Clip(frames, 8), Grid(9, 32, 32)
+    beginning = {"video": clip, "mask": np.arange(9) < 5}
+    auto, trained = (Completion()(Request("", size, method=each, **beginning), model) for each in ("auto", "trained"))
+    assert (auto.method, trained.method) == ("trained and training_free", "trained")
+    names = {field.name: values for field, values in auto.fields.items()}
+    held = names["held_strength"][..., 0] == 1
+    np.testing.assert_array_equal(held.all(axis=(1, 2)), [True, True, False])  # the autoencoder is causal
+    encoded = model.codec.encode_pixels(frames)
+    np.testing.assert_allclose(names["held_latents"][held], encoded[held], atol=1e-4)
+    assert auto.update is None
+    ending = Completion()(Request("", size, video=clip, mask=np.arange(9) >= 5), model)
+    held = next(values for field, values in ending.fields.items() if field.name == "held_strength")
+    assert not held[:2].any()  # of the last one, pixels depend on the unknown ones before it
+    np.testing.assert_array_equal(
+        (ending.update.is_replaced | (held[..., 0] > 0)).all(axis=(1, 2)), [False, False, True]
+    )

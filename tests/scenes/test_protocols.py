@@ -1,0 +1,143 @@
+"""Protocols on rendered scenes: scenes of every law, samples of captions and of first frames, and their truth."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dit_video.core import config_json
+from dit_video.core.errors import UserError
+from dit_video.evaluation.clip_set import make_file_set
+from dit_video.evaluation.evaluate_protocol import SAMPLES_FOLDER, evaluate_protocol
+from dit_video.evaluation.measure import measure
+from dit_video.evaluation.protocols import get_protocol
+from dit_video.evaluation.sample_store import SETTINGS_FILE
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.scenes import render
+from dit_video.scenes.laws import LAWS, MIN_FRAMES
+from dit_video.scenes.prompt_metrics import PHYSICS_METRICS
+from dit_video.scenes.protocols import PhysicsProtocol
+from dit_video.tokens import PackedShape
+from support import tiny_pipeline
+from support.marks import mark_slow_except
+
+NAMES = ("free_fall", "bounce_law", "collision_law", "object_permanence")
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    config = tiny_pipeline.make_config(steps=1)
+    return tiny_pipeline.make_pipeline(replace(config, layout=PackedShape(tokens=1024, text=256, segments=3)))
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return get_protocol("physics", count=COUNT).make_scenes()
+
+
+def get_shares(measurement):
+    return {name: result.estimate.value for name, result in measurement.results.items()}
+
+
+def measure_files(clips, scenes, folder):
+    """Measure clips as samples of the scenes, from files as a model's."""
+    protocol, (data, truths) = get_protocol("physics", count=COUNT), scenes
+    names = [f"{number:06d}.mp4" for number in range(len(clips))]
+    for name, clip in zip(names, clips, strict=True):
+        clip.save(folder / name, crf=protocol.crf)
+    return measure(make_file_set(folder, names, data.captions), protocol, folder / "out", truths=truths)
+
+
+def hurry(scene, known):
+    """Return a clip of a scene, from its last known frame on three times as fast, which then stands still."""
+    fine = replace(scene, size=scene.size._replace(t=2 * scene.size.t))
+    times = np.arange(scene.size.t)
+    fast = np.where(times < known, times, known - 1 + 3 * (times - known + 1))
+    clip = render(fine).clip
+    return replace(clip, frames=clip.frames[np.minimum(fast, fine.size.t - 1)])
+
+
+def test_scenes_are_of_all_laws_with_captions_as_the_data(scenes):
+    data, truths = scenes
+    assert [truth.law for truth in truths] == [*LAWS, *LAWS]
+    assert len({truth.scene for truth in truths}) == COUNT
+    assert list(data.captions) == [truth.scene.caption for truth in truths]
+    words = ("that fall,", "that drift and bounce", "that drift and collide", "a grey post in front")
+    for number, caption in enumerate(data.captions):
+        assert words[number % 4] in caption
+    again, _ = get_protocol("physics", count=COUNT).make_scenes()
+    assert again.captions == data.captions
+    np.testing.assert_array_equal(data.read(3, None).frames, render(truths[3].scene).clip.frames)
+
+
+def test_true_renderings_keep_all_laws(scenes, tmp_path):
+    data, _ = scenes
+    measurement = measure_files([data.read(number, None) for number in range(COUNT)], scenes, tmp_path)
+    assert get_shares(measurement) == dict.fromkeys(NAMES, 1.0)
+    assert {result.estimate.count for result in measurement.results.values()} == {COUNT // 4}
+    # Each sample has the value of its own law alone.
+    assert [list(row) for row in measurement.examples.values()] == [[name] for name in (*NAMES, *NAMES)]
+
+
+@pytest.mark.parametrize("known", mark_slow_except([MIN_FRAMES], [1, MIN_FRAMES]))
+def test_faster_motion_keeps_no_law_also_after_true_frames(scenes, tmp_path, known):
+    _, truths = scenes
+    measurement = measure_files([hurry(truth.scene, known) for truth in truths], scenes, tmp_path)
+    assert get_shares(measurement) == dict.fromkeys(NAMES, 0.0)
+
+
+def test_reversed_falls_do_not_keep_their_law(scenes, tmp_path):
+    """Other laws hold in reverse, too."""
+    clips = [scenes[0].read(number, None) for number in range(COUNT)]
+    clips = [replace(clip, frames=np.ascontiguousarray(clip.frames[::-1])) for clip in clips]
+    assert get_shares(measure_files(clips, scenes, tmp_path)) == dict.fromkeys(NAMES, 1.0) | {"free_fall": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("physics", 0), pytest.param("physics_extension", MIN_FRAMES, marks=pytest.mark.slow)]
+)
+def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known):
+    recorded, generate = [], Pipeline.generate_latents
+
+    def record(self, requests, **options):
+        recorded.extend(requests)
+        return generate(self, requests, **options)
+
+    monkeypatch.setattr(Pipeline, "generate_latents", record)
+    protocol = get_protocol(name, count=4)
+    result = evaluate_protocol(pipeline, protocol, tmp_path)
+    data, truths = protocol.make_scenes()
+    assert [request.prompt for request in recorded] == list(data.captions)
+    assert [request.size for request in recorded] == [truth.scene.size for truth in truths]
+    for number, request in enumerate(recorded):
+        frames = [condition.content.frames for condition in request.conditions]
+        assert len(frames) == (known > 0)
+        for each in frames:
+            np.testing.assert_array_equal(each, data.read(number, None).frames[:known])
+    assert list(result.measurement.results) == list(NAMES)
+    assert {each.estimate.count for each in result.measurement.results.values()} == {1}
+    settings = json.loads((tmp_path / SAMPLES_FOLDER / name / SETTINGS_FILE).read_text())
+    assert all(("conditions" in request) == (known > 0) for request in settings["requests"])
+    if known:
+        with pytest.raises(UserError, match=r"made otherwise: .*conditions"):
+            evaluate_protocol(pipeline, replace(protocol, known=1), tmp_path)
+
+
+def test_samples_of_another_rate_are_refused(pipeline, tmp_path):
+    faster = tiny_pipeline.make_pipeline(replace(pipeline.config, fps=16.0))
+    with pytest.raises(UserError, match=r"fps=16 is invalid: .* have 8 frames per second"):
+        evaluate_protocol(faster, get_protocol("physics_extension", count=1), tmp_path)
+
+
+@pytest.mark.parametrize("known", [-1, MIN_FRAMES + 1])
+def test_known_frames_end_before_the_contact(known):
+    with pytest.raises(UserError, match=rf"known={known} is invalid: .*Use 0 to 5"):
+        PhysicsProtocol(name="mine", metrics=PHYSICS_METRICS, known=known)
+
+
+def test_a_protocol_of_some_laws_is_written_and_drawn():
+    protocol = PhysicsProtocol(name="mine", metrics=PHYSICS_METRICS, laws=("bounce", "collision"), count=3)
+    assert config_json.from_json(config_json.to_json(protocol)) == protocol
+    assert [truth.law for truth in protocol.make_scenes()[1]] == ["bounce", "collision", "bounce"]
