@@ -16,11 +16,11 @@ from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
 from dit_video.core.storage import to_storage_path
 from dit_video.data.clips import ClipSource
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.data.usable_clips import ClipRequirements, select_usable
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.experiment.datasets import open_datasets
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.nn import get_param_shapes
 from dit_video.sampling.folder import AUTOENCODER, PREVIEW, is_pipeline_folder, read_pipeline_config
 from dit_video.sampling.pipeline_config import PipelineConfig

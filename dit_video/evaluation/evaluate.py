@@ -12,6 +12,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import write_json
 from dit_video.data.clips import ClipSource
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.diffusion import SAMPLERS, ExplicitTimes, Guidance
 from dit_video.distributed.faults.progress import count_progress
@@ -29,7 +30,6 @@ from dit_video.evaluation.metrics.metric import (
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
 from dit_video.evaluation.samples import SavedSample, check_replaceable, read_samples, write_samples
 from dit_video.models.autoencoders import LinearAutoencoder
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.training.hooks.logging import Progress

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
+from dit_video.data.latents.codec import compute_autoencoder_identity
 from dit_video.evaluation.clip_set import ClipSet, make_file_set
 from dit_video.evaluation.measure import Measurement, check_computable, measure
 from dit_video.evaluation.metrics.metric import MetricInput
 from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.sample_store import SampleStore
-from dit_video.models.autoencoders.codec import compute_autoencoder_identity
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.scenes.protocols import RenderedProtocol

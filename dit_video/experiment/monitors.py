@@ -19,6 +19,7 @@ from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.files import write_json
 from dit_video.core.trees import flatten
 from dit_video.data.clips import ClipSource
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.online import OnlineEncoder
 from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.distributed import shard_batch
@@ -28,7 +29,6 @@ from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.experiment import DenoiserTraining, Experiment, Student, input_pipeline
 from dit_video.experiment.denoiser import TrainableDenoiser
 from dit_video.models.autoencoders import AutoencoderConfig
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.models.backbones.flops import count_training_flops
 from dit_video.models.conditioning import IMAGE_TOKENS
 from dit_video.models.encoders import Tokenizer

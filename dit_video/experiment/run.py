@@ -17,6 +17,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.offload import Offload
 from dit_video.core.storage import StoragePathLike
 from dit_video.data.latents.cache import LatentSource
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.plan import Encoding
 from dit_video.distributed import MeshConfig, make_mesh, make_shardings
 from dit_video.distributed.mesh import resolve_mesh
@@ -31,7 +32,6 @@ from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.experiment.stages.latents import CacheLatents
 from dit_video.families import get_lora_modules
 from dit_video.models.autoencoders import LinearAutoencoder
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.sampling.folder import CONFIG as PIPELINE_CONFIG
 from dit_video.sampling.folder import read_pipeline_config, write_pipeline_config
 from dit_video.sampling.loading import load_pipeline

@@ -18,7 +18,7 @@ from dit_video.planning.efficiencies import (
 )
 from dit_video.planning.estimate import StepSpec, estimate_step
 from dit_video.planning.fit import FitResult, fit
-from dit_video.planning.hardware import CHIPS, Chip, find_chip, get_peak_flops
+from dit_video.planning.hardware import CHIPS, Chip, find_chip
 from dit_video.planning.hlo import CollectiveTraffic, read_program
 from dit_video.planning.lower_bounds import Purpose, compute_min_collective_bytes, sum_collective_bytes
 from dit_video.planning.pipeline import PipelinePlan, fit_pipeline, plan_pipeline

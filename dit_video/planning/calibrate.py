@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
+from dit_video.core.platform.devices import get_peak_flops
 from dit_video.nn.attention import AttentionInputs, BackendName, make_attention
 from dit_video.planning.efficiencies import (
     COLLECTIVES,
@@ -27,7 +28,7 @@ from dit_video.planning.efficiencies import (
     name_attention_work,
 )
 from dit_video.planning.estimate import StepSpec
-from dit_video.planning.hardware import CHIPS, Chip, find_chip, get_peak_flops
+from dit_video.planning.hardware import CHIPS, Chip, find_chip
 
 _BACKENDS: dict[str, tuple[BackendName, ...]] = {
     "tpu": ("splash", "chunked", "dense"),

@@ -1,6 +1,5 @@
 """Accelerators' peak rates from their makers' data sheets."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,14 +108,3 @@ def find_chip(device: Any) -> Chip | None:
     # The longest matching name wins: "TPU v5 lite" also contains "TPU v5".
     matches = [(len(part), chip) for chip in CHIPS.values() for part in chip.device_kinds if part in kind]
     return max(matches, key=lambda match: match[0])[1] if matches else None
-
-
-def get_peak_flops(devices: Sequence[Any]) -> float | None:
-    """Return the devices' total peak FLOPs per second in bfloat16, or None if one is not in the table."""
-    total = 0.0
-    for device in devices:
-        if (chip := find_chip(device)) is None:
-            return None
-        has_two_devices = device.device_kind in ("TPU7x", "TPU v2", "TPU v3")  # JAX reports the chip's cores
-        total += chip.flops / (2 if has_two_devices else 1)
-    return total

@@ -19,9 +19,9 @@ from dit_video.core.errors import UserError
 from dit_video.core.memory import count_bytes, format_bytes
 from dit_video.core.offload import DEVICE, HOST, Layers, Offload, Stages, is_stacked_kernel
 from dit_video.core.trees import map_with_path
+from dit_video.data.latents.codec import LatentCodec, compute_default_memory, fit_chunk
 from dit_video.families import find_family
 from dit_video.families.family import LoadOptions
-from dit_video.models.autoencoders.codec import LatentCodec, compute_default_memory, fit_chunk
 from dit_video.models.autoencoders.streaming import make_chunk_program
 from dit_video.models.encoders import FrozenTextConfig, Tokenizer
 from dit_video.models.encoders.embedder import make_embedding_program

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip

@@ -6,10 +6,10 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_video.core.offload import Offload, put_in_host_memory
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.distributed import MeshConfig, count_row_shards, make_parallelism, make_shardings
 from dit_video.distributed.checks import check_denoiser
 from dit_video.distributed.mesh import resolve_mesh
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.nn.attention import check_platform
 from dit_video.nn.parallel import ONE_DEVICE, Parallelism

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.sampling.parts import make_task_model
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import TaskModel

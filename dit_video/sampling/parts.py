@@ -5,7 +5,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from dit_video.core.offload import Offload, streams_layers
-from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.models.encoders import BatchTokenizer, Tokenizer
 from dit_video.nn import get_graph_def
 from dit_video.nn.parallel import Parallelism

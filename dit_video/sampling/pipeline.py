@@ -22,10 +22,10 @@ from dit_video.core.files import atomic_path
 from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.offload import Offload
 from dit_video.core.trees import count_values as count
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.models.autoencoders import Tiles
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.nn import Backend
 from dit_video.sampling import LatentTrace, Sampling, sample_latents, trace_latents
 from dit_video.sampling.adapters import AdaptedWeights

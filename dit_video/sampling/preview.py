@@ -14,8 +14,8 @@ from jaxtyping import Float, Float32, Float64, UInt8
 
 from dit_video.core import pixels
 from dit_video.core.errors import UserError
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from dit_video.weights import load, load_metadata, save

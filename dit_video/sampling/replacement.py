@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
 
-from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.sampling.known_pixels import KnownPixels
 from dit_video.sampling.plan import HELD_LATENTS, HELD_STRENGTH, BlockEnd, LatentUpdate, StepInputs, StepTransform
 from dit_video.tokens import Field

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.offload import Offload
-from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.sampling.pictures import Condition, Image

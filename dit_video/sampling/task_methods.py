@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from dit_video.core.errors import UserError
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.diffusion import Euler
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.sampling import Denoiser, Sampling
 from dit_video.sampling.options import GenerateOptions, SamplingOverrides, split_options
 from dit_video.sampling.pipeline_config import PipelineConfig

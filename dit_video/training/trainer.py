@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
+from dit_video.core.platform.devices import get_peak_flops
 from dit_video.core.platform.provenance import get_code_version
 from dit_video.distributed import make_shardings, shard_batch
-from dit_video.planning.hardware import get_peak_flops
 from dit_video.training import goodput, loop
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.checkpoint_policy import CheckpointPolicy

@@ -1,6 +1,7 @@
 """The table of chips, and the chips of JAX's devices."""
 
-from dit_video.planning import CHIPS, find_chip, get_peak_flops
+from dit_video.core.platform.devices import get_peak_flops
+from dit_video.planning import CHIPS, find_chip
 
 
 class Device:
@@ -22,6 +23,13 @@ def test_chips_are_found_for_the_devices_of_jax():
     assert find_chip(Device("TPU v5")) == CHIPS["v5p"]
     assert find_chip(Device("NVIDIA H200")) == CHIPS["h200"]
     assert find_chip(Device("cpu")) is None
+
+
+def test_the_peaks_of_the_trainer_are_those_of_the_table():
+    for chip in CHIPS.values():
+        devices_per_chip = 2 if chip.name == "v7x" else 1
+        for kind in chip.device_kinds:
+            assert get_peak_flops([Device(kind)] * devices_per_chip) == chip.flops
     assert get_peak_flops([Device("NVIDIA H100 80GB HBM3")] * 2) == 2 * 989e12
     assert get_peak_flops([Device("cpu")]) is None
     assert get_peak_flops([Device("NVIDIA H100 PCIe")]) is None  # slower than the table's

@@ -8,6 +8,7 @@ import dit_video
 from dit_video.core import config_json
 from dit_video.core import trees as trees
 from dit_video.core.errors import UserError
+from dit_video.data.latents.codec import compute_autoencoder_identity
 from dit_video.diffusion import (
     AdaptiveProjectedGuidance,
     Edm,
@@ -20,7 +21,6 @@ from dit_video.diffusion import (
     UniPcFlowSchedule,
 )
 from dit_video.models.autoencoders import CausalVaeConfig
-from dit_video.models.autoencoders.codec import compute_autoencoder_identity
 from dit_video.sampling import sampler
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.sampling.pipeline_config import PipelineConfig

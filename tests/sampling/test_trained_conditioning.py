@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_video.data.captions import TokenizedCaptions
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.online import OnlineEncoder
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.rows import ClipRow, RowEncoder, RowEntry, RowLayout
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.models.conditioning import (
     Beginning,
     BothEnds,

@@ -8,10 +8,10 @@ import numpy as np
 
 from benchmarks.tiling import list_stored_clips, open_codec
 from dit_video.data.latents.cache import LatentExample, LatentSource, StorageDtype
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.writer import write_latents
 from dit_video.data.tables import Table
 from dit_video.evaluation.metrics.reconstruction import psnr
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.video import Clip
 
 

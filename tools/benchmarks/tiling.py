@@ -10,10 +10,10 @@ import dit_video
 from benchmarks.data import provide_clips
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
 from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import Tiles, measure_tiling_error
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

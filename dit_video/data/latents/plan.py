@@ -17,13 +17,13 @@ from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.storage import StoragePathLike, to_storage_path
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource, StorageDtype
+from dit_video.data.latents.codec import compute_autoencoder_identity
 from dit_video.data.latents.views import Augmentations, View, list_views
 from dit_video.data.latents.writer import read_encoded
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.table_files import compute_row_id
 from dit_video.models.autoencoders import AutoencoderConfig, ClipCanvas, compute_padding_share, pack_canvases
 from dit_video.models.autoencoders.canvas import CANVAS_PIXELS
-from dit_video.models.autoencoders.codec import compute_autoencoder_identity
 from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, ClipConditioning, MaskGenerator, make_mask_fields
 from dit_video.tokens import Field
 from dit_video.weights.image_encoder import FrozenImageEncoder

@@ -14,11 +14,11 @@ from jaxtyping import Float, Float32, UInt8
 
 from dit_video.core.errors import DecodeError
 from dit_video.data.clips import ClipInfo
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.views import View, list_views
 from dit_video.data.sizes import count_sampled_frames, fit_size, read_fitted_clip
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.subject import CheckedTraining, iterate_within
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.weights.text_encoder import FrozenTextEncoder
 
 SECONDS = 10.0

@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Array
 
 from dit_video.core import pixels, rng
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.offline import measure_latent_moments
 from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart
@@ -19,7 +20,6 @@ from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAuto
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step
 from dit_video.experiment.runtime import Runtime, Stage, Training
 from dit_video.models.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear, latent_grid
-from dit_video.models.autoencoders.codec import LatentCodec
 from dit_video.nn import get_graph_def, init_params
 from dit_video.sampling.folder import PREVIEW
 from dit_video.sampling.preview import fit_preview_decoder

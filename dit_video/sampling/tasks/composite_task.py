@@ -4,7 +4,7 @@ import abc
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.preview import PreviewDecoder
 from dit_video.sampling.stepper import LatentStepper

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
-from dit_video.models.autoencoders.codec import LatentCodec
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.sampling.plan import BlockEnd, LatentUpdate, SamplingPlan
 from dit_video.sampling.request import GenerationTask, Request, TaskModel
 from dit_video.sampling.trained_conditioning import plan_trained

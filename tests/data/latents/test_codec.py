@@ -8,8 +8,8 @@ from flax import nnx
 
 from dit_video.core.errors import UserError
 from dit_video.core.memory import count_peak_bytes
+from dit_video.data.latents.codec import LatentCodec, fit_chunk
 from dit_video.models.autoencoders import CausalVaeConfig, Tiles
-from dit_video.models.autoencoders.codec import LatentCodec, fit_chunk
 from dit_video.models.autoencoders.streaming import estimate_chunk_bytes
 from dit_video.nn import ConvCache, get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
