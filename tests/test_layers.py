@@ -174,8 +174,8 @@ def test_a_violation_is_reported(module, source):
     [
         ("dit_video.data.clips", "from dit_video.video import decode"),
         ("dit_video.data.loader", "from dit_video.distributed import processes"),
-        ("dit_video.models.autoencoders.losses", "from . import causal\nfrom .causal import Causal"),
-        ("dit_video.nn.linear", "from dit_video.core.typing import AnyArray\nfrom flax import nnx"),
+        ("dit_video.models.autoencoders.objective", "from . import causal\nfrom .causal import Causal"),
+        ("dit_video.nn.layers", "from dit_video.core.typing import AnyArray\nfrom flax import nnx"),
         ("dit_video.training.step", "from dit_video.core import rng; from dit_video import diffusion"),
         ("dit_video.experiment.run", "from dit_video.experiment import Experiment"),
         ("dit_video.apps.studio", "from dit_video.curation import export"),

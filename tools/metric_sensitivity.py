@@ -21,7 +21,7 @@ from dit_video.core.files import write_json
 from dit_video.core.rng import make_generator
 from dit_video.evaluation.clip_set import ClipSet, open_clip_set
 from dit_video.evaluation.distortions import SEVERITIES, distort
-from dit_video.evaluation.metrics.frechet import FrechetMetric, MomentPair
+from dit_video.evaluation.metrics.distributions import FrechetMetric, MomentPair
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.protocol import ClipSampling
 from dit_video.scenes import draw_scene, render

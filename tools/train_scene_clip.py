@@ -28,8 +28,7 @@ from dit_video.core.errors import UserError, script
 from dit_video.core.rng import make_generator
 from dit_video.models.encoders import PretrainedTokenizer
 from dit_video.models.features import ClipConfig, ClipImageProcessor, ClipTextConfig, ClipVisionConfig
-from dit_video.models.features.clip import preprocess_frames
-from dit_video.models.features.clip.model import l2_normalize
+from dit_video.models.features.clip import l2_normalize, preprocess_frames
 from dit_video.nn import get_graph_def, init_params
 from dit_video.scenes import Scene, draw_scene, render
 from dit_video.tokens import Grid

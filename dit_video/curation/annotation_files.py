@@ -23,7 +23,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.storage import StoragePath
 from dit_video.curation.annotator import Annotator, AnyAnnotator, Column
 from dit_video.data.clips import ClipSource, find_kept
-from dit_video.data.table_files import COLUMNS_FOLDER, SUFFIX, get_note, open_parquet, write_column
+from dit_video.data.tables import COLUMNS_FOLDER, SUFFIX, get_note, open_parquet, write_column
 
 
 class AnnotationRows(NamedTuple):

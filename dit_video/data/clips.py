@@ -18,8 +18,7 @@ from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.records import RecordReader, make_bytes_feature, read_row
-from dit_video.data.table_files import INDEX_FOLDER, MANIFEST
-from dit_video.data.tables import Table
+from dit_video.data.tables import INDEX_FOLDER, MANIFEST, Table
 
 DATASET_NAME = KIND = "clips"
 FEATURES = {

@@ -28,7 +28,7 @@ from dit_video.data.loader_workers import outlive_stop_signals
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
-from dit_video.data.packing.plan_cache import RowPlan
+from dit_video.data.packing.plan import RowPlan
 from dit_video.data.packing.rows import (
     ENDLESS_LENGTH,
     ClipRow,

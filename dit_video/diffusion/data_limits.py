@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion.learned_variance import LearnedVariance
-from dit_video.diffusion.predictions import Coefficients, Epsilon, Prediction, QuantileFn
-from dit_video.diffusion.processes.process import MIN_ALPHA, Estimate, Process, Times, Values
+from dit_video.diffusion.objective import Coefficients, Epsilon, Prediction, QuantileFn
+from dit_video.diffusion.processes import MIN_ALPHA, Estimate, Process, Times, Values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,33 +1,253 @@
-r"""Guidance: a `denoise` that combines several predictions.
+"""Guidance: how the estimates of several conditionings are combined into one."""
 
-With a model's prediction $c$ under the condition and $u$ without it, or under a negative prompt, classifier-free
-guidance of scale $s$ is (arXiv 2207.12598)
-
-$$g = u + s\,(c - u) = c + (s - 1)(c - u)$$
-
-Predictions of one noisy value differ by multiples of the difference in the data, so $g$ is the same for every kind of
-prediction. A third branch $b$, without the conditioning image too, has its own scale $s_i$ (arXiv 2211.09800, eq. 3):
-
-$$g = b + s_i\,(u - b) + s\,(c - u) = c + (s - 1)(c - u) + (s_i - 1)(u - b)$$
-
-The remaining options modify these sums: guidance only at some times (`interval`), the standard deviation of $c$
-(`rescale`), steps $c - u$ orthogonal to $c$ itself (`AdaptiveProjectedGuidance`), $u$ scaled to the best length
-(`ZeroStarGuidance`), or a step away from the prediction without some layers (`SkipLayerGuidance`). **Statistics are per
-sample**; `mean` defines which values form one.
-"""
-
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.typing import AnyArray
-from dit_video.diffusion.guidance_config import GuidanceParams
-from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity
-from dit_video.diffusion.processes.process import MIN_ALPHA, Process, Times, Values
+from dit_video.diffusion.objective import DenoiseFn, Prediction, Velocity
+from dit_video.diffusion.processes import MIN_ALPHA, Process, Times, Values
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveProjectedGuidance:
+    """Adaptive projected guidance: steps lose their part parallel to the predicted data (arXiv 2410.02416).
+
+    The parallel part causes saturation. With `momentum` the steps are a running sum, over sampling steps, of
+    differences between predictions of the data, which is part of the `GuidanceState`.
+
+    Raises:
+      UserError: If `parallel_weight` is not finite, `max_rms` is not positive or `momentum` is not between -1 and 1.
+    """
+
+    parallel_weight: float = 0.0
+    """Factor of the parallel part, eta in the paper; 1 keeps all of it."""
+    max_rms: float | None = None
+    """Largest root mean square of a step over a sample, in units of the data; longer steps are shortened. The paper's r
+    is this times the square root of the number of values: its 15 for latents of 4 × 128 × 128 is 0.06."""
+    momentum: float = 0.0
+    """Factor of the sum of earlier steps that is added to each, beta in the paper; if negative (-0.5, for example), it
+    removes their common part."""
+
+    def __post_init__(self):
+        if not math.isfinite(self.parallel_weight):
+            raise UserError(f"parallel_weight={self.parallel_weight} is invalid: it must be finite. Use 0 to drop it.")
+        if self.max_rms is not None and not 0 < self.max_rms < math.inf:
+            raise UserError(f"max_rms={self.max_rms} is invalid: it must be positive. Use None for no limit.")
+        if not -1 < self.momentum < 1:
+            raise UserError(f"momentum={self.momentum} is invalid: it must lie between -1 and 1. Use 0 for none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroStarGuidance:
+    r"""CFG-Zero*: an unconditional prediction of the best length, and first steps that change nothing.
+
+    Guidance replaces the unconditional prediction $u$ by $s^\star u$, where $s^\star = \langle c, u \rangle / \lVert u
+    \rVert^2$ of each sample brings it as close as possible to the conditional $c$ (arXiv 2503.18886, section 4.1). The
+    velocity of the first steps, where that of a model is less accurate than none, is zero (section 4.2). Models that
+    predict velocities use it.
+
+    Raises:
+      UserError: If `zero_steps` is negative.
+    """
+
+    zero_steps: int = 1
+    """Number of first steps, from pure noise on, whose velocity is zero; the paper sets it to 4 % of the steps."""
+
+    def __post_init__(self):
+        check_at_least(0, zero_steps=self.zero_steps)
+
+    def get_zero_above(self, times: Float[np.ndarray, " n"]) -> Float32[np.ndarray, ""]:
+        """Return the time above which the velocity is zero, for the times of all steps from noise to data.
+
+        Raises:
+          UserError: If there are no further steps.
+        """
+        if self.zero_steps >= len(times) - 1:
+            rule = f"it must be below the number of steps, {len(times) - 1}. Use a smaller one, or more steps."
+            raise UserError(f"zero_steps={self.zero_steps} is invalid: {rule}")
+        return _to_float32(times[self.zero_steps])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkipLayerGuidance:
+    r"""Guidance away from a weaker model: the same, under the same condition, without some of its layers.
+
+    With its prediction $c_l$ the guided prediction is $g + w\,(c - c_l)$ (SLG of Stable Diffusion 3.5; STG for video,
+    arXiv 2411.18664). It takes one more evaluation, at some of the steps.
+
+    Raises:
+      UserError: If there are no layers, one of them is negative or repeated, the scale is not finite, or `start` and
+        `stop` are not rising within [0, 1].
+    """
+
+    layers: tuple[int, ...]
+    """Numbers of the layers that are skipped, from 0 on; Stable Diffusion 3.5 Medium skips 7, 8 and 9."""
+    scale: float = 2.8
+    """Scale w of the difference."""
+    start: float = 0.01
+    """Share of the steps after which it begins; the first step never has it."""
+    stop: float = 0.2
+    """Share of the steps before which it ends."""
+
+    def __post_init__(self):
+        if not self.layers or min(self.layers) < 0 or len(set(self.layers)) < len(self.layers):
+            raise UserError(f"layers={self.layers} is invalid: it needs different numbers of layers. Use (7, 8, 9).")
+        if not math.isfinite(self.scale):
+            raise UserError(f"scale={self.scale} of skip_layers is invalid: it must be finite. Use 0 for none.")
+        if not 0 <= self.start < self.stop <= 1:
+            rule = "they must be rising shares of the steps. Use start=0.01, stop=0.2."
+            raise UserError(f"start={self.start}, stop={self.stop} is invalid: {rule}")
+
+    def check(self, layers: int) -> None:
+        """Check that a model has the layers, and others.
+
+        Raises:
+          UserError: If it does not.
+        """
+        if max(self.layers) >= layers or len(self.layers) == layers:
+            rule = f"the model has {layers} layers, numbered from 0. Use some of these."
+            raise UserError(f"skip_layers={self.layers} is invalid: {rule}")
+
+    def get_params(self, times: Float[np.ndarray, " n"]) -> "SkipParams":
+        """Return the parameters for the times of all steps, from noise to data."""
+        steps = len(times) - 1
+        first, last = int(self.start * steps) + 1, int(self.stop * steps) - 1
+        bounds = (times[last], times[first]) if first <= last else (math.inf, -math.inf)
+        interval = (_to_float32(bounds[0]), _to_float32(bounds[1]))
+        return SkipParams(np.asarray(self.layers, np.int32), _to_float32(self.scale), interval)
+
+
+class SkipParams(NamedTuple):
+    """The numbers of `SkipLayerGuidance` that a compiled program takes as arguments."""
+
+    layers: Int[AnyArray, " k"]
+    scale: Float[AnyArray, ""]
+    interval: tuple[Float[AnyArray, ""], Float[AnyArray, ""]]
+    """Lowest and highest time at which it applies; none if they are not rising."""
+
+
+class GuidanceParams(NamedTuple):
+    """The numbers of guidance that a compiled program takes as arguments; None for options that are off."""
+
+    scale: Float[AnyArray, ""]
+    image_scale: Float[AnyArray, ""] | None = None
+    interval: tuple[Float[AnyArray, ""], Float[AnyArray, ""]] | None = None
+    rescale: Float[AnyArray, ""] | None = None
+    parallel_weight: Float[AnyArray, ""] | None = None
+    max_rms: Float[AnyArray, ""] | None = None
+    momentum: Float[AnyArray, ""] | None = None
+    zero_above: Float[AnyArray, ""] | None = None
+    """Time above which a velocity is zero, and set where the unconditional one is scaled; see `ZeroStarGuidance`."""
+    skip: SkipParams | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Configuration of guidance: how strongly conditions are followed, at the cost of variety.
+
+    Raises:
+      UserError: If a scale is negative, `interval` is no interval in [0, 1], or `rescale` lies outside of [0, 1].
+    """
+
+    scale: float | tuple[float, float] = 2.0
+    """Scale of the prompt; 1 is no guidance. A pair holds the scales of two experts, that of the noisy times first."""
+    image_scale: float | None = None
+    """Scale of the conditions besides the prompt; None is 1, the model's own prediction, and needs no third branch."""
+    interval: tuple[float, float] | None = None
+    """First and last time of guidance, both included; None for all times (arXiv 2404.07724)."""
+    rescale: float = 0.0
+    """Interpolation weight, from 0 to 1, between the guided prediction and one rescaled to the standard deviation of
+    the conditional one, which large scales exceed (phi in arXiv 2305.08891, section 3.4)."""
+    projection: AdaptiveProjectedGuidance | None = None
+    """Adaptive projected guidance; None for none."""
+    zero_star: ZeroStarGuidance | None = None
+    """CFG-Zero*; None for none."""
+    skip_layers: SkipLayerGuidance | None = None
+    """Skip-layer guidance, which needs no scale above 1; None for none."""
+
+    def __post_init__(self):
+        scales = [*self.scales, *([] if self.image_scale is None else [self.image_scale])]
+        if not all(0 <= scale < math.inf for scale in scales):
+            raise UserError(
+                f"guidance scales {', '.join(map(str, scales))} are invalid: each must be finite and not negative. "
+                "Use 1 for no guidance."
+            )
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise UserError(f"interval={self.interval} is invalid: it needs two times in [0, 1]. Use two rising times.")
+        if not 0 <= self.rescale <= 1:
+            raise UserError(f"rescale={self.rescale} is invalid: it must lie in [0, 1]. Use 0 for no rescaling.")
+        if self.has_momentum and self.branch_count == 3:
+            raise UserError(
+                "momentum and image_scale are exclusive: momentum applies to the prompt's guidance alone. Use "
+                "image_scale=1 or momentum=0."
+            )
+        if self.zero_star is not None and (self.projection is not None or self.branch_count == 3):
+            raise UserError(
+                "zero_star is exclusive with projection and image_scale: it changes the unconditional prediction. Use "
+                "zero_star=None, or leave these out."
+            )
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Return the scale, or one for each of two experts."""
+        return self.scale if isinstance(self.scale, tuple) else (self.scale,)
+
+    @property
+    def has_momentum(self) -> bool:
+        """Return whether a sampling step depends on those before it; see `GuidanceState`."""
+        return self.projection is not None and self.projection.momentum != 0 and self.branch_count > 1
+
+    @property
+    def branch_count(self) -> int:
+        """Return the number of predictions per noisy value; a scale of 1 needs only one."""
+        if self.image_scale not in (None, 1.0):
+            return 3
+        return 1 if set(self.scales) == {1.0} else 2
+
+    @property
+    def is_active(self) -> bool:
+        """Return whether predictions are changed at all."""
+        return self.branch_count > 1 or self.zero_star is not None or self.skip_layers is not None
+
+    def get_params(self, expert: int = 0, *, times: Float[np.ndarray, " n"] | None = None) -> GuidanceParams:
+        """Return the parameters of one expert.
+
+        Args:
+          expert: Number of the expert.
+          times: Times of all steps, from noise to data; `zero_star` and `skip_layers` need them.
+
+        Raises:
+          UserError: If there are not more steps than those that `zero_star` leaves out.
+        """
+        scale = self.scales[min(expert, len(self.scales) - 1)]
+        optional = {
+            "image_scale": self.image_scale if self.branch_count == 3 else None,
+            "rescale": self.rescale or None,
+            "parallel_weight": None if self.projection is None else self.projection.parallel_weight,
+            "max_rms": None if self.projection is None else self.projection.max_rms,
+            "momentum": self.projection.momentum if self.projection is not None and self.has_momentum else None,
+        }
+        interval = None if self.interval is None else (_to_float32(self.interval[0]), _to_float32(self.interval[1]))
+        numbers: Any = {name: None if value is None else _to_float32(value) for name, value in optional.items()}
+        zero_above = skip = None
+        if self.zero_star is not None or self.skip_layers is not None:
+            assert times is not None
+            zero_above = None if self.zero_star is None else self.zero_star.get_zero_above(times)
+            skip = None if self.skip_layers is None else self.skip_layers.get_params(times)
+        return GuidanceParams(_to_float32(scale), interval=interval, zero_above=zero_above, skip=skip, **numbers)
+
+
+def _to_float32(value: float | np.floating) -> Float32[np.ndarray, ""]:
+    return np.asarray(value, np.float32)
+
 
 Branches = Callable[[Values, Times, Any], tuple[Sequence[Values], Any]]
 """The function `branches(noisy, time, state) -> (predictions, state)`, a `DenoiseFn` of several predictions: with all

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion.predictions import Coefficients, Epsilon, Prediction, QuantileFn
-from dit_video.diffusion.processes.process import Estimate, Process, Times, Values
+from dit_video.diffusion.objective import Coefficients, Epsilon, Prediction, QuantileFn
+from dit_video.diffusion.processes import Estimate, Process, Times, Values
 
 
 class _StepBounds(NamedTuple):

@@ -24,8 +24,8 @@ from jax.scipy.stats import norm
 from jaxtyping import Array, Float, Key
 
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.diffusion.predictions import DenoiseFn, Prediction, Velocity, make_estimator
-from dit_video.diffusion.processes.process import Process
+from dit_video.diffusion.objective import DenoiseFn, Prediction, Velocity, make_estimator
+from dit_video.diffusion.processes import Process
 
 
 class Likelihood(NamedTuple):

@@ -1,10 +1,9 @@
 """Distributed computation: the device mesh, path rules that shard arrays over it, and sharded attention."""
 
 from dit_video.distributed.checks import check_denoiser
-from dit_video.distributed.context_parallel import ShardedAttention, make_parallelism
+from dit_video.distributed.context_parallel import RingAttention, ShardedAttention, make_parallelism
 from dit_video.distributed.mesh import AXES, MeshConfig, Slices, make_mesh
-from dit_video.distributed.ring import RingAttention
-from dit_video.distributed.sharding_rules import (
+from dit_video.distributed.sharding import (
     RowPart,
     ShardingRules,
     count_row_shards,

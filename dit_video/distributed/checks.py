@@ -6,7 +6,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.platform.devices import Platform
 from dit_video.distributed.context_parallel import check_ring, check_ulysses
 from dit_video.distributed.mesh import AnyMesh, ContextAttention
-from dit_video.distributed.sharding_rules import count_row_shards
+from dit_video.distributed.sharding import count_row_shards
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.nn.attention import check_platform
 

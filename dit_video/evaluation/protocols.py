@@ -6,33 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.feature_functions.c3d import C3dLogits
-from dit_video.evaluation.feature_functions.clip import ClipEmbeddings
-from dit_video.evaluation.feature_functions.feature_function import FeatureFunction
-from dit_video.evaluation.feature_functions.i3d import I3dFeatures
-from dit_video.evaluation.feature_functions.inception import InceptionFeatures
-from dit_video.evaluation.feature_functions.video_mae import VideoMaeFeatures
+from dit_video.evaluation.feature_functions import (
+    C3dLogits,
+    ClipEmbeddings,
+    FeatureFunction,
+    I3dFeatures,
+    InceptionFeatures,
+    VideoMaeFeatures,
+)
 from dit_video.evaluation.measure import WEIGHT_FIELDS
-from dit_video.evaluation.metrics.bits_per_dimension import BitsPerDimension
-from dit_video.evaluation.metrics.clip_similarity import ClipSimilarity
-from dit_video.evaluation.metrics.colourfulness import Colourfulness
-from dit_video.evaluation.metrics.dynamic_degree import DynamicDegree
-from dit_video.evaluation.metrics.frechet import FrechetMetric
-from dit_video.evaluation.metrics.inception import InceptionScore
-from dit_video.evaluation.metrics.kernel_inception import KernelMetric
-from dit_video.evaluation.metrics.loss_by_time import LossByTime
-from dit_video.evaluation.metrics.memorisation import Memorisation
+from dit_video.evaluation.metrics.captions import ClipSimilarity, TextRetrieval
+from dit_video.evaluation.metrics.distributions import (
+    FrechetMetric,
+    InceptionScore,
+    KernelMetric,
+    Memorisation,
+    PrecisionRecall,
+)
+from dit_video.evaluation.metrics.frames import (
+    Colourfulness,
+    DynamicDegree,
+    MotionSmoothness,
+    Sharpness,
+    SubjectConsistency,
+    TemporalFlickering,
+)
+from dit_video.evaluation.metrics.likelihood import BitsPerDimension, LossByTime
 from dit_video.evaluation.metrics.metric import Metric
-from dit_video.evaluation.metrics.motion_smoothness import MotionSmoothness
-from dit_video.evaluation.metrics.multiscale_ssim import MultiscaleSsim
-from dit_video.evaluation.metrics.perceptual_distance import PerceptualDistance
-from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
-from dit_video.evaluation.metrics.reconstruction import Psnr, Ssim
-from dit_video.evaluation.metrics.reconstruction_flicker import ReconstructionFlicker
-from dit_video.evaluation.metrics.sharpness import Sharpness
-from dit_video.evaluation.metrics.subject_consistency import SubjectConsistency
-from dit_video.evaluation.metrics.temporal_flicker import TemporalFlickering
-from dit_video.evaluation.metrics.text_retrieval import TextRetrieval
+from dit_video.evaluation.metrics.reconstruction import (
+    MultiscaleSsim,
+    PerceptualDistance,
+    Psnr,
+    ReconstructionFlicker,
+    Ssim,
+)
 from dit_video.evaluation.protocol import ClipSampling, Protocol
 from dit_video.scenes.features import SceneFeatures
 from dit_video.scenes.laws import MIN_FRAMES

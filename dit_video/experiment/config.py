@@ -21,8 +21,7 @@ from dit_video.experiment.training_config import (
     TemporalWeights,
 )
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.backbones.checks import check_frame_conditioning
-from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.models.backbones.protocol import BackboneConfig, check_frame_conditioning
 from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig
 from dit_video.models.features.lpips import MIN_SIDE as LPIPS_SMALLEST
 from dit_video.sampling import Sampling

@@ -38,8 +38,7 @@ from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.metric_logs import MonitoringConfig, TensorBoard, WeightsAndBiases
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.losses.lora import LoraLoss
-from dit_video.training.optim.ema import DECAY, format_average_name
-from dit_video.training.optim.posthoc_ema import EmaSnapshots
+from dit_video.training.optim.ema import DECAY, EmaSnapshots, format_average_name
 from dit_video.training.step import Average
 from dit_video.video import Clip
 from dit_video.weights.text_encoder import FrozenTextEncoder

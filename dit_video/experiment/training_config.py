@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dit_video.core.errors import UserError
-from dit_video.data.bucketing.batches import BucketConfig
+from dit_video.data.buckets import BucketConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, Objective
 from dit_video.distributed import MeshConfig
@@ -17,8 +17,8 @@ from dit_video.models.encoders import TextConfig
 from dit_video.nn import LoraConfig, get_param_shapes
 from dit_video.sampling.request import GenerationTask
 from dit_video.tokens import CanvasShape, PackedShape
-from dit_video.training.losses.codebook import CodebookLearning
 from dit_video.training.losses.distillation import Distillation
+from dit_video.training.losses.vq import CodebookLearning
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.optimizer import OptimizerConfig
 

@@ -10,9 +10,8 @@ import numpy as np
 
 from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes
-from dit_video.weights import diffusers, streaming
-from dit_video.weights.diffusers import STEM
-from dit_video.weights.folders import TensorFolder
+from dit_video.weights import folders, streaming
+from dit_video.weights.folders import STEM, TensorFolder
 from dit_video.weights.io import write_params
 from dit_video.weights.streaming import FileMap, FolderSource
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
@@ -71,7 +70,7 @@ class AutoencoderFormat(NamedTuple):
             pass
 
     def _get_settings(self, folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-        return diffusers.get_settings(folder, document, self.defaults, unused=self.unused)
+        return folders.get_settings(folder, document, self.defaults, unused=self.unused)
 
     @contextlib.contextmanager
     def _open(self, folder: Path, config: Any) -> Iterator[FolderSource]:

@@ -11,7 +11,7 @@ from dit_video.families.ltx.autoencoder import FORMAT as LTX_FORMAT
 from dit_video.families.stable_diffusion.autoencoder import FORMAT as IMAGE_FORMAT
 from dit_video.families.wan.autoencoder import FORMAT as WAN_FORMAT
 from dit_video.models.autoencoders import AutoencoderConfig
-from dit_video.weights import diffusers, native_format
+from dit_video.weights import folders, io
 from dit_video.weights.parameter import Parameter, Placement
 from dit_video.weights.tensor_map import SHARD_BYTES
 
@@ -19,7 +19,7 @@ _LoadedAutoencoder = tuple[AutoencoderConfig, dict[str, Any]]
 _FORMATS_BY_CLASS = {each.class_name: each for each in (WAN_FORMAT, IMAGE_FORMAT, VQ_FORMAT, LTX_FORMAT)}
 EXTERNAL_CLASSES = tuple(_FORMATS_BY_CLASS)
 """Supported model classes of diffusers."""
-SUPPORTED_CLASSES = (*EXTERNAL_CLASSES, native_format.CLASS)
+SUPPORTED_CLASSES = (*EXTERNAL_CLASSES, io.CLASS)
 
 
 def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
@@ -31,9 +31,9 @@ def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
     """
     folder = Path(folder)
     document = _read_document(folder)
-    if document["_class_name"] == native_format.CLASS:
-        config = native_format.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
-        return config, native_format.read_native(folder, config)
+    if document["_class_name"] == io.CLASS:
+        config = io.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
+        return config, io.read_native(folder, config)
     return _FORMATS_BY_CLASS[document["_class_name"]].load(folder, document)
 
 
@@ -44,11 +44,11 @@ def check_autoencoder_weights(folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     document = _read_document(folder)
-    if document["_class_name"] != native_format.CLASS:
+    if document["_class_name"] != io.CLASS:
         _FORMATS_BY_CLASS[document["_class_name"]].check_weights(folder, document)
         return
-    config = native_format.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
-    with native_format.open_native(folder, config):
+    config = io.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
+    with io.open_native(folder, config):
         pass
 
 
@@ -56,15 +56,15 @@ def read_autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
     """Read the config of an autoencoder, without the weights; raises as `load_autoencoder` does."""
     folder = Path(folder)
     document = _read_document(folder)
-    if document["_class_name"] == native_format.CLASS:
-        return native_format.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
+    if document["_class_name"] == io.CLASS:
+        return io.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
     return _FORMATS_BY_CLASS[document["_class_name"]].read_config(folder, document)
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
     """Read `config.json`; raise UserError if the model class is not supported."""
-    document = diffusers.read_document(folder)
-    diffusers.check_class(folder, document.get("_class_name"), SUPPORTED_CLASSES)
+    document = folders.read_document(folder)
+    folders.check_class(folder, document.get("_class_name"), SUPPORTED_CLASSES)
     return document
 
 

@@ -19,10 +19,9 @@ from dit_video.families.denoisers import find_format, get_lora_modules, list_for
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import T5Config
 from dit_video.nn import get_param_shapes
-from dit_video.weights import diffusers, native_format, streaming
+from dit_video.weights import folders, io, streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import load_lora, save_lora
-from dit_video.weights.lora_modules import add_module_prefix, get_native_modules
+from dit_video.weights.lora import add_module_prefix, get_native_modules, load_lora, save_lora
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES
 from dit_video.weights.text_encoders import T5_MODEL_TYPES, make_t5_export, make_t5_tensor_map, read_t5_config
@@ -55,13 +54,13 @@ def convert(
     """
     source, destination = Path(source), Path(destination)
     check_destination(destination)
-    document = {} if source.is_file() else diffusers.read_document(source)
+    document = {} if source.is_file() else folders.read_document(source)
     kind, formats = str(document.get("_class_name") or document.get("model_type")), list_formats()
     if document:
         denoisers = [name for each in formats for name in each.layouts]
-        supported = (*denoisers, *AUTOENCODERS, *T5_MODEL_TYPES, native_format.CLASS)
-        diffusers.check_class(source, kind, supported)
-    config = native_format.read_native_config(source, document) if kind == native_format.CLASS else None
+        supported = (*denoisers, *AUTOENCODERS, *T5_MODEL_TYPES, io.CLASS)
+        folders.check_class(source, kind, supported)
+    config = io.read_native_config(source, document) if kind == io.CLASS else None
     if kind in AUTOENCODERS or (config is not None and not isinstance(config, BackboneConfig | T5Config)):
         _convert_autoencoder(source, destination, document, layout, dtype, shard_bytes)
         return
@@ -148,7 +147,7 @@ def _open_text_encoder(folder: Path) -> Iterator[tuple[Any, FolderSource]]:
 def _write(folder: Path, config: Any, source: FolderSource, layout: TargetLayout, dtype: Any, shard_bytes: int) -> None:
     """Write a denoiser or a text encoder."""
     if layout == "dit_video":
-        native_format.write_native(folder, config, source, dtype=dtype, shard_bytes=shard_bytes)
+        io.write_native(folder, config, source, dtype=dtype, shard_bytes=shard_bytes)
         return
     if isinstance(config, T5Config):
         if layout == "authors":
@@ -159,7 +158,7 @@ def _write(folder: Path, config: Any, source: FolderSource, layout: TargetLayout
         if (denoiser_format := find_format(config)) is None:
             raise UserError(f"no family has files for a {type(config).__name__}. Use dit_video")
         document = denoiser_format.make_document(config, layout)
-        file_map, stem = denoiser_format.make_file_map(config, layout), diffusers.STEM
+        file_map, stem = denoiser_format.make_file_map(config, layout), folders.STEM
     shapes = get_param_shapes(config.make)
     streaming.write(folder, stem, source, file_map, shapes, dtype=dtype, shard_bytes=shard_bytes)
     write_json(folder / "config.json", document)
@@ -171,9 +170,9 @@ def _convert_autoencoder(
     """Convert an autoencoder between diffusers' and the native layout."""
     if layout == "authors":
         raise UserError("the authors' layout of autoencoders is not supported. Use diffusers or dit_video")
-    if document["_class_name"] == native_format.CLASS:
-        config = native_format.read_native_config(folder, document)
-        params = native_format.read_native(folder, config, dtype_fn=lambda path: None)
+    if document["_class_name"] == io.CLASS:
+        config = io.read_native_config(folder, document)
+        params = io.read_native(folder, config, dtype_fn=lambda path: None)
     else:
         config, params = load_autoencoder(folder)
     if dtype is not None:
@@ -183,6 +182,6 @@ def _convert_autoencoder(
         params = streaming.read(ParamsSource(params), shapes, dtype_fn=lambda path: dtype)
         params["normalizer"] = normalizer
     if layout == "dit_video":
-        native_format.write_native(destination, config, ParamsSource(params), shard_bytes=shard_bytes)
+        io.write_native(destination, config, ParamsSource(params), shard_bytes=shard_bytes)
     else:
         save_autoencoder(destination, config, params, shard_bytes=shard_bytes)

@@ -14,9 +14,9 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.models.backbones.protocol import BackboneConfig, ConfigT
 from dit_video.nn import NO_DEVICE, get_param_shapes
-from dit_video.weights import diffusers, native_format, streaming
+from dit_video.weights import folders, io, streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora_modules import LoraModule
+from dit_video.weights.lora import LoraModule
 from dit_video.weights.parameter import Placement, place_on_host
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, make_dtype_fn
@@ -130,7 +130,7 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
         """
         document, shapes = self.make_document(config, layout), _get_shapes(config)
         names, source = self.make_file_map(config, layout), ParamsSource(params)
-        streaming.write(folder, diffusers.STEM, source, names, shapes, shard_bytes=shard_bytes, is_writer=is_writer)
+        streaming.write(folder, folders.STEM, source, names, shapes, shard_bytes=shard_bytes, is_writer=is_writer)
         if is_writer:
             write_json(Path(folder) / "config.json", document)
 
@@ -151,12 +151,12 @@ def open_files(
         denoiser_format, tensors, document = opened
     else:
         document = _read_document(formats, folder)
-        if document["_class_name"] == native_format.CLASS:
-            config = native_format.read_native_config(folder, document, config_class, "a supported denoiser")
-            with native_format.open_native(folder, config, _get_shapes(config)) as source:
+        if document["_class_name"] == io.CLASS:
+            config = io.read_native_config(folder, document, config_class, "a supported denoiser")
+            with io.open_native(folder, config, _get_shapes(config)) as source:
                 yield config, source
             return
-        denoiser_format, tensors = _get_format(formats, document), TensorFolder(folder, stem=diffusers.STEM)
+        denoiser_format, tensors = _get_format(formats, document), TensorFolder(folder, stem=folders.STEM)
     with tensors:
         config = denoiser_format.read_config(folder, document)
         file_map = denoiser_format.make_file_map(config, denoiser_format.layouts[document["_class_name"]])
@@ -209,15 +209,15 @@ def read_files_config(formats: Sequence[DenoiserFormat], folder: Path, *, config
         with open_files(formats, folder, config_class=config_class) as (config, _):
             return config
     document = _read_document(formats, folder)
-    if document["_class_name"] == native_format.CLASS:
-        return native_format.read_native_config(folder, document, config_class, "a supported denoiser")
+    if document["_class_name"] == io.CLASS:
+        return io.read_native_config(folder, document, config_class, "a supported denoiser")
     return _get_format(formats, document).read_config(folder, document)
 
 
 def _read_document(formats: Sequence[DenoiserFormat], folder: Path) -> dict[str, Any]:
     """Read `config.json`; raise UserError if the model class is that of none of the formats."""
-    document, classes = diffusers.read_document(folder), [name for each in formats for name in each.layouts]
-    diffusers.check_class(folder, document.get("_class_name"), (*classes, native_format.CLASS))
+    document, classes = folders.read_document(folder), [name for each in formats for name in each.layouts]
+    folders.check_class(folder, document.get("_class_name"), (*classes, io.CLASS))
     return document
 
 

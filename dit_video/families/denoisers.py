@@ -13,7 +13,7 @@ from dit_video.core.errors import UserError
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout, load_files, read_files_config
 from dit_video.families.registry import list_families
 from dit_video.models.backbones.protocol import BackboneConfig
-from dit_video.weights.lora_modules import LoraModule
+from dit_video.weights.lora import LoraModule
 from dit_video.weights.parameter import Placement, place_on_host
 from dit_video.weights.tensor_map import SHARD_BYTES
 

@@ -32,9 +32,9 @@ from dit_video.sampling.request import GenerationTask
 from dit_video.tokens import Grid
 from dit_video.weights import LoadedScheduler, load_clip_image_processor, read_clip_vision_config
 from dit_video.weights.clip import check_clip_weights
-from dit_video.weights.embedders import check_text_encoder
 from dit_video.weights.parameter import Placement
 from dit_video.weights.tensor_map import make_dtype_fn
+from dit_video.weights.text_encoders import check_text_encoder
 
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32")

@@ -15,9 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dit_video.nn.cpu.im2col import MAX_COLUMN_BYTES, compute_column_bytes, im2col_conv
-from dit_video.nn.cpu.winograd import winograd_conv
-from dit_video.nn.linear import Init, init_weights
+from dit_video.nn.cpu.convolution import MAX_COLUMN_BYTES, compute_column_bytes, im2col_conv, winograd_conv
+from dit_video.nn.layers import Init, init_weights
 
 TemporalPadding = Literal["first", "zero"]
 """Padding in time before a clip: its first frame repeated, or zeros."""

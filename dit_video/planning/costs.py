@@ -10,7 +10,7 @@ from dit_video.models.backbones.flops import count_attention_flops, count_forwar
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.nn import Linear, get_graph_def, get_param_shapes
 from dit_video.nn.attention import BackendName, SplashBlocks
-from dit_video.nn.attention.backends.splash_blocks import DEFAULT_BLOCKS
+from dit_video.nn.attention.splash import DEFAULT_BLOCKS
 from dit_video.planning.compiled_program import CompiledStep
 from dit_video.planning.estimate import StepSpec
 from dit_video.planning.roofline import StepWork

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from dit_video.distributed.sharding_rules import STATE_AXES
+from dit_video.distributed.sharding import STATE_AXES
 from dit_video.planning.compiled_program import MemoryUsage
 from dit_video.planning.hlo import CollectiveTraffic
 from dit_video.planning.roofline import StepWork

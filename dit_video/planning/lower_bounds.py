@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from dit_video.distributed.mesh import ContextAttention
-from dit_video.distributed.sharding_rules import STATE_AXES
+from dit_video.distributed.sharding import STATE_AXES
 from dit_video.planning.estimate import StepSpec
 from dit_video.planning.hlo import CollectiveTraffic
 

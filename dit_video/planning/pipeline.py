@@ -25,7 +25,7 @@ from dit_video.families.family import LoadOptions
 from dit_video.models.autoencoders.streaming import make_chunk_program
 from dit_video.models.encoders import FrozenTextConfig, Tokenizer
 from dit_video.models.encoders.embedder import make_embedding_program
-from dit_video.models.features.clip.frames import make_frame_program
+from dit_video.models.features.clip import make_frame_program
 from dit_video.nn.parallel import ONE_DEVICE
 from dit_video.planning.compiled_program import compile_step, count_local_bytes, override_default_backend
 from dit_video.planning.report import check_memory, find_devices

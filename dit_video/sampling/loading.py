@@ -16,8 +16,8 @@ from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.preview import load_preview_decoder
 from dit_video.weights import load as load_weights
-from dit_video.weights.lora_modules import GetLoraModules, no_lora_modules
-from dit_video.weights.native_format import read_params_file
+from dit_video.weights.io import read_params_file
+from dit_video.weights.lora import GetLoraModules, no_lora_modules
 from dit_video.weights.parameter import Placement
 
 

@@ -14,8 +14,7 @@ from dit_video.sampling.adapters import AdaptedWeights, Adapter
 from dit_video.sampling.devices import PipelineDevices
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.weights import get_native_modules, load_lora
-from dit_video.weights.lora import check_lora
-from dit_video.weights.lora_modules import GetLoraModules, LoraModules, add_module_prefix
+from dit_video.weights.lora import GetLoraModules, LoraModules, add_module_prefix, check_lora
 
 ExpertName = Literal["backbone", "low_noise"]
 _ADAPTER = re.compile(r"(.+?)(?:@(-?\d*\.?\d+)(?:@(backbone|low_noise))?)?")

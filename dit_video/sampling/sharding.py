@@ -16,7 +16,7 @@ from dit_video.core.trees import map_with_path
 from dit_video.diffusion import Guidance, SampleTimes, SamplingState
 from dit_video.distributed import count_row_shards, make_shardings
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.distributed.sharding_rules import ROW_AXES
+from dit_video.distributed.sharding import ROW_AXES
 from dit_video.sampling.packing import RowMultiples, SamplingBatch
 from dit_video.tokens import PackedBatch
 

@@ -6,8 +6,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from dit_video.evaluation.feature_functions.feature_function import FeatureFunction, OpenFeatures, make_identity
-from dit_video.evaluation.feature_functions.network import NetworkInput, make_extractor
+from dit_video.evaluation.feature_functions import (
+    FeatureFunction,
+    NetworkInput,
+    OpenFeatures,
+    make_extractor,
+    make_identity,
+)
 from dit_video.scenes import Scene
 from dit_video.scenes.classifier import SIDE, SceneClassifier
 from dit_video.scenes.description import (

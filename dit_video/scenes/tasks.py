@@ -7,12 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dit_video.core.rng import make_generator
-from dit_video.evaluation.metrics.interpolation_gain import InterpolationGain
-from dit_video.evaluation.metrics.kept_pixels import KeptPixels
 from dit_video.evaluation.metrics.metric import Metric
-from dit_video.evaluation.metrics.region_border import RegionBorder
-from dit_video.evaluation.metrics.transition_jumps import TransitionJump
-from dit_video.evaluation.metrics.zoom_steps import ZoomSteps
+from dit_video.evaluation.metrics.tasks import InterpolationGain, KeptPixels, RegionBorder, TransitionJump, ZoomSteps
 from dit_video.models.conditioning import KnownMask
 from dit_video.sampling.tasks import (
     AnyTask,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, NoReturn, TypeVar
 
 from dit_video.core.errors import TransientError, UserError
-from dit_video.core.storage_errors import classify_read_error
+from dit_video.core.storage import classify_read_error
 from dit_video.distributed.faults.store import KeyValueStore
 from dit_video.distributed.processes import is_in_turn
 

@@ -31,7 +31,7 @@ from dit_video.core import config_json
 from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, TransientError, UserError
 from dit_video.core.platform.provenance import get_code_version
-from dit_video.core.storage_errors import classify_read_error, retry_transient
+from dit_video.core.storage import classify_read_error, retry_transient
 from dit_video.distributed.faults.progress import declare_phase
 from dit_video.distributed.process_group import ProcessGroup
 from dit_video.training.agreement import (

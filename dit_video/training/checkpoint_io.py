@@ -13,8 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dit_video.core.errors import TransientError, UserError
-from dit_video.core.storage import convert_storage_errors
-from dit_video.core.storage_errors import classify_storage_error, is_transient, retry_transient
+from dit_video.core.storage import classify_storage_error, convert_storage_errors, is_transient, retry_transient
 from dit_video.distributed.faults.store import KeyValueStore
 from dit_video.distributed.process_group import ProcessGroup
 from dit_video.training.agreement import call_together, format_error, raise_failure

@@ -18,8 +18,7 @@ from pathlib import Path
 import jax
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
-from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
-from dit_video.core.storage_errors import is_transient
+from dit_video.core.storage import StoragePath, StoragePathLike, is_transient, to_storage_path
 from dit_video.distributed.faults.stacks import exit_now
 from dit_video.training.agreement import call_together, format_error, raise_failure
 from dit_video.training.lease import Lease, LeaseConfig, LeaseRecord, read_newest_lease

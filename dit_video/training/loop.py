@@ -39,8 +39,7 @@ from dit_video.core.errors import GracefulStop, UserError, check_at_least
 from dit_video.training import goodput
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import Hook
-from dit_video.training.hooks.logging import Progress
-from dit_video.training.hooks.metric_accumulator import MetricAccumulator, NonFiniteLossError, TooManySkipsError
+from dit_video.training.hooks.logging import MetricAccumulator, NonFiniteLossError, Progress, TooManySkipsError
 from dit_video.training.preemption import handle_signals
 from dit_video.training.step import get_scalars
 from dit_video.training.time_recorder import TimeRecorder

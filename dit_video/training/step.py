@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from dit_video.core import trees
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.distributed.update_sharding import constrain_like_params
+from dit_video.distributed.sharding import constrain_like_params
 from dit_video.training.checkpoint_arrays import compute_digest
 from dit_video.training.optim.ema import EmaConfig, update_averages, update_ema
 from dit_video.training.optim.optimizer import get_schedule_free_average

@@ -29,8 +29,7 @@ from dit_video.training.hooks.profiler import TraceConfig, Tracer
 from dit_video.training.hooks.skipped_steps import SkippedLog
 from dit_video.training.hooks.slow_hosts import SlowHostMonitor
 from dit_video.training.hooks.throughput import ThroughputMeter
-from dit_video.training.optim.ema import EmaConfig
-from dit_video.training.optim.posthoc_ema import EmaSnapshots
+from dit_video.training.optim.ema import EmaConfig, EmaSnapshots
 from dit_video.training.program import make_constant_shardings, make_step_program
 from dit_video.training.state import get_shapes_on_devices, make_on_devices
 from dit_video.training.step import Metrics, StepFn, TrainStep

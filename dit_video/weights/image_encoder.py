@@ -14,7 +14,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.core.offload import Offload
 from dit_video.models.features import FrameEncoder
-from dit_video.models.features.clip.frames import FeatureName
+from dit_video.models.features.clip import FeatureName
 from dit_video.weights import load_clip_image_processor, load_clip_vision, read_clip_vision_config
 from dit_video.weights.parameter import get_placement
 

@@ -30,7 +30,7 @@ from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.losses.codebook import CodebookLearning
+from dit_video.training.losses.vq import CodebookLearning
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(

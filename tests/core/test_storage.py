@@ -50,7 +50,7 @@ class Memory(MemoryFileSystem):
 
 @pytest.fixture(autouse=True)
 def _retry_soon(monkeypatch):
-    monkeypatch.setattr("dit_video.core.storage_errors.RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("dit_video.core.storage.RETRY_SECONDS", (0.0, 0.0))
     monkeypatch.setattr("dit_video.core.storage._accessible", set())
 
 

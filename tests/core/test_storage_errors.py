@@ -15,8 +15,8 @@ import pytest
 import requests
 
 from dit_video.core.errors import MissingError, TransientError, UserError
-from dit_video.core.storage_errors import classify_read_error, classify_storage_error, is_transient, retry_transient
-from dit_video.data import table_files
+from dit_video.core.storage import classify_read_error, classify_storage_error, is_transient, retry_transient
+from dit_video.data import tables
 from support.devices import PROGRAMS, make_environment
 
 
@@ -198,7 +198,7 @@ def test_errors_of_installed_clients_are_of_their_kinds():
 
 
 def test_a_function_is_called_again_after_transient_errors_only(monkeypatch):
-    monkeypatch.setattr("dit_video.core.storage_errors.RETRY_SECONDS", (1.0, 2.0))
+    monkeypatch.setattr("dit_video.core.storage.RETRY_SECONDS", (1.0, 2.0))
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
     results = [TimeoutError("slow"), ConnectionResetError("reset"), 3]
@@ -233,6 +233,6 @@ def test_a_file_on_a_disk_that_is_away_for_a_moment_asks_for_another_try(monkeyp
     def fail(path):
         raise system(errno.ESTALE)
 
-    monkeypatch.setattr(table_files, "read_range", fail)
+    monkeypatch.setattr(tables, "read_range", fail)
     with pytest.raises(TransientError, match="cannot be reached"):
-        table_files.read_bytes(tmp_path / "part.parquet")
+        tables.read_bytes(tmp_path / "part.parquet")

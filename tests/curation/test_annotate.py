@@ -15,8 +15,7 @@ from dit_video.curation import annotation_files
 from dit_video.curation.annotate import annotate, annotate_table, compute_keys
 from dit_video.curation.annotator import AnnotationError, Annotator, Column, TableAnnotator
 from dit_video.curation.registry import ANNOTATORS, check_names
-from dit_video.data.table_files import write_column
-from dit_video.data.tables import Table
+from dit_video.data.tables import Table, write_column
 from support.annotated_clips import make_clip, open_clips
 
 COUNT = 10

@@ -3,7 +3,7 @@
 from dit_video.curation.clip_histograms import make_clip_histograms
 from dit_video.data.clips import KIND, ClipSource
 from dit_video.data.ingest.rows import make_table
-from dit_video.data.table_files import write_manifest, write_part
+from dit_video.data.tables import write_manifest, write_part
 
 
 def make_row(number, height, width, frames, fps, **fields):

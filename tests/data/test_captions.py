@@ -12,8 +12,7 @@ from dit_video.data.captions import CachedCaptions, CaptionSource, EmbeddedCapti
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import LatentWriter, write_latents
 from dit_video.data.loader import LoaderConfig, load_packed_batches
-from dit_video.data.table_files import compute_row_id
-from dit_video.data.tables import Table
+from dit_video.data.tables import Table, compute_row_id
 from dit_video.tokens import Grid, PackedShape
 from support.fakes import FakeEmbedder, tokenize
 

@@ -12,7 +12,7 @@ import pytest
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.data.clips import ClipSource, is_ingested
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.table_files import write_column
+from dit_video.data.tables import write_column
 from dit_video.video import Clip, decode
 from support.clip_tables import make_large_table, make_row, write_table
 

@@ -13,9 +13,17 @@ import pytest
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.storage import to_storage_path
-from dit_video.data import table_files, tables
-from dit_video.data.table_files import compute_row_id, read_note, write_column, write_manifest, write_part
-from dit_video.data.tables import Table, TableColumn, take_rows
+from dit_video.data import tables
+from dit_video.data.tables import (
+    Table,
+    TableColumn,
+    compute_row_id,
+    read_note,
+    take_rows,
+    write_column,
+    write_manifest,
+    write_part,
+)
 from support.huge_columns import make_huge_texts
 from support.process_memory import read_memory
 
@@ -328,7 +336,7 @@ def test_opening_a_table_of_a_bucket_reads_no_column(memory, monkeypatch):
     size = (to_storage_path(f"{memory}/data") / "columns" / "large.parquet").stat().st_size
     assert size > 2 << 20
     read = []
-    monkeypatch.setattr(table_files, "read_bytes", lambda path: read.append(path.name) or path.read_bytes())
+    monkeypatch.setattr(tables, "read_bytes", lambda path: read.append(path.name) or path.read_bytes())
     table = Table(f"{memory}/data")
     assert "embedding" in table.names
     assert table["frames"].tolist() == list(range(COUNT))
@@ -353,7 +361,7 @@ def test_threads_that_open_a_column_of_a_bucket_at_once_copy_it_once(memory, siz
 
 
 def test_the_hash_of_a_column_does_not_depend_on_its_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_files, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 3)
     names = [f"{number}.mp4" for number in range(COUNT)]
     texts = [None if number % 4 == 0 else f"text {number}" for number in range(COUNT)]
     longer = pa.array([*texts, "more", None, "more"])

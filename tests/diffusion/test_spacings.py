@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dit_video.diffusion.spacings import space_values
+from dit_video.diffusion.time_schedules import space_values
 
 SPACINGS = ("karras", "exponential", "beta")
 

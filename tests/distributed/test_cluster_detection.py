@@ -4,7 +4,7 @@ import pytest
 from jax._src.clusters import GkeTpuCluster, K8sCluster, SlurmCluster, cloud_tpu_cluster
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
-from dit_video.distributed.cluster_detection import ProcessInfo, detect_processes
+from dit_video.distributed.processes import ProcessInfo, detect_processes
 
 PREFIXES = ("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION", "TPU_", "MEGASCALE_", "JAX_COORDINATOR")
 EXPLICIT = {"COORDINATOR_ADDRESS": "node0:1234", "NUM_PROCESSES": "4", "PROCESS_ID": "2"}

@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec as P
 from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, ShardingRules, check_denoiser, make_parallelism, make_shardings
-from dit_video.distributed.sharding_rules import DEFAULT_RULES, FUSED_MAPS
+from dit_video.distributed.sharding import DEFAULT_RULES, FUSED_MAPS
 from dit_video.models.backbones.dit import DitConfig, JointAttention, TemporalLayers
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import Linear, get_graph_def, get_param_shapes
 from dit_video.nn.attention import AttentionInputs, Full, SlidingWindow, SpaceOnly
-from dit_video.nn.attention.backends.chunked import attend_part, compute_part_gradients
-from dit_video.nn.attention.backends.dense import DenseAttention
+from dit_video.nn.attention.chunked import attend_part, compute_part_gradients
+from dit_video.nn.attention.dense import DenseAttention
 from support.devices import check_on_eight_devices, run_together
 from support.marks import mark_exhaustive_except
 

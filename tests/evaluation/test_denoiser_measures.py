@@ -14,8 +14,7 @@ from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.comparison import compare
 from dit_video.evaluation.denoiser_measures import measure_clips
 from dit_video.evaluation.evaluate_protocol import evaluate_protocol
-from dit_video.evaluation.metrics.bits_per_dimension import BitsPerDimension, LatentLikelihood
-from dit_video.evaluation.metrics.loss_by_time import DenoisingLoss, LossByTime
+from dit_video.evaluation.metrics.likelihood import BitsPerDimension, DenoisingLoss, LatentLikelihood, LossByTime
 from dit_video.evaluation.protocol import ClipSampling, Protocol
 from dit_video.evaluation.protocols import get_protocol
 from dit_video.sampling.pipeline import Pipeline

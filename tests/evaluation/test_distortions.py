@@ -5,7 +5,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.evaluation.distortions import SEVERITIES, distort
-from dit_video.evaluation.metrics.frechet import FrechetMetric
+from dit_video.evaluation.metrics.distributions import FrechetMetric
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.scenes import draw_scene, render
 from dit_video.scenes.features import SceneFeatures

@@ -9,7 +9,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.evaluation import evaluate, requests
 from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
-from dit_video.evaluation.metrics.loss_by_time import LossByTime
+from dit_video.evaluation.metrics.likelihood import LossByTime
 from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, psnr, ssim
 from dit_video.experiment.run import Run

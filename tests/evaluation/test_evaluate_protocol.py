@@ -10,9 +10,9 @@ from dit_video.core.errors import UserError
 from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.comparison import compare
 from dit_video.evaluation.evaluate_protocol import SAMPLES_FOLDER, evaluate_protocol, make_requests
-from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
+from dit_video.evaluation.metrics.distributions import PrecisionRecall
+from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.metrics.reconstruction import Psnr
-from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.protocol import ClipSampling, Protocol
 from dit_video.evaluation.sample_store import SampleStore
 from dit_video.sampling.pipeline import Pipeline

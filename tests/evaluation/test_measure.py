@@ -11,11 +11,10 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.registry import register
 from dit_video.evaluation.clip_set import open_clip_set
-from dit_video.evaluation.feature_functions.i3d import I3dFeatures
+from dit_video.evaluation.feature_functions import I3dFeatures
 from dit_video.evaluation.measure import measure
-from dit_video.evaluation.metrics.frechet import FrechetMetric
+from dit_video.evaluation.metrics.distributions import FrechetMetric, PrecisionRecall
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricDescription
-from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
 from dit_video.evaluation.metrics.reconstruction import Psnr
 from dit_video.evaluation.protocol import ClipSampling, Protocol
 from dit_video.video import Clip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.metrics.sharpness import Sharpness
+from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.protocol import ClipSampling, Protocol, check_comparable
 from dit_video.evaluation.protocols import PROTOCOLS, get_protocol
 from dit_video.video import Clip

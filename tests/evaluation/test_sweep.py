@@ -6,8 +6,8 @@ import pytest
 
 from dit_video.apps.reports.sweep_report import write_sweep_report
 from dit_video.core.errors import UserError
+from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.metrics.reconstruction import Psnr
-from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.sweep import COST_FILE, sweep_sampling
 from dit_video.scenes.protocols import SceneProtocol

@@ -11,8 +11,7 @@ import pytest
 
 from dit_video.core import config_json, registry
 from dit_video.core.errors import UserError
-from dit_video.data.bucketing.batches import BucketConfig
-from dit_video.data.bucketing.buckets import BatchMemory
+from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import CurriculumStage, Experiment, Stage

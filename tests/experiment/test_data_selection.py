@@ -10,7 +10,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.table_files import write_column
+from dit_video.data.tables import write_column
 from dit_video.experiment import input_pipeline
 from dit_video.experiment.run import Run
 

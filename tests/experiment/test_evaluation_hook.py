@@ -11,9 +11,9 @@ import pytest
 from dit_video.core.registry import register
 from dit_video.data.sizes import SizeLimits
 from dit_video.evaluation.config import Evaluation
+from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.reconstruction import Psnr
-from dit_video.evaluation.metrics.sharpness import Sharpness
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
 from dit_video.experiment.evaluation_hook import EvaluationHook
 from dit_video.sampling.request import Request

@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.bucketing.batches import BucketConfig
-from dit_video.data.bucketing.buckets import BatchMemory
+from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource

@@ -15,7 +15,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.evaluation.comparison import compare
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.metrics.sharpness import Sharpness
+from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.experiment import LoraAdapters, monitors
 from dit_video.experiment.run import Run
 from dit_video.models.backbones.flops import count_training_flops

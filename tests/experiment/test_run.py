@@ -11,8 +11,7 @@ import dit_video
 from dit_video.core import config_json, rng, trees
 from dit_video.core.errors import UserError
 from dit_video.data.augmentation import Augmentation
-from dit_video.data.bucketing.batches import BucketConfig
-from dit_video.data.bucketing.buckets import BatchMemory
+from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.windows import ClipCrops, WindowConfig

@@ -22,7 +22,7 @@ import tyro
 import yaml
 
 from dit_video.core.errors import EXIT_TRY_AGAIN
-from dit_video.distributed.cluster_detection import detect_processes
+from dit_video.distributed.processes import detect_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "experiments" / "launch"

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
-from dit_video.distributed.cluster_detection import detect_processes
+from dit_video.distributed.processes import detect_processes
 from dit_video.training.preemption import get_machine_grace
 
 LAUNCH = Path(__file__).resolve().parents[2] / "experiments" / "launch"

@@ -7,7 +7,7 @@ import dit_video
 from dit_video.core.trees import flatten
 from dit_video.experiment.export import LORA_FILE
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
-from dit_video.families.ltx.task import KeyframesToVideo
+from dit_video.families.ltx.pipeline import KeyframesToVideo
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.hooks import logging

@@ -12,7 +12,7 @@ from dit_video.models.autoencoders import CausalVaeConfig, CodebookConfig, Image
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.tokens import Grid
 from dit_video.weights import load_clip, load_text_encoder, save_clip, save_text_encoder
-from dit_video.weights.native_format import write_native
+from dit_video.weights.io import write_native
 from dit_video.weights.streaming import ParamsSource
 from support.random_params import make_random_params
 from support.tiny_class_dit import DIT

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.distributed.context_parallel import GatheredWeight
 from dit_video.nn import Linear
-from dit_video.nn.linear import init_weights
+from dit_video.nn.layers import init_weights
 from dit_video.nn.lora import attach_lora
 from support.jaxprs import list_products
 from support.rounded_products import MANTISSA_BITS, round_products

@@ -10,7 +10,7 @@ from dit_video.core.storage import to_storage_path
 from dit_video.data.clips import DATASET_NAME, FEATURES, ClipSource
 from dit_video.data.ingest.rows import make_table
 from dit_video.data.records import get_file_name, write_records
-from dit_video.data.table_files import write_column, write_manifest, write_part
+from dit_video.data.tables import write_column, write_manifest, write_part
 from dit_video.video import Clip, encode, probe
 from support.clip_tables import make_row
 

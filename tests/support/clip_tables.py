@@ -11,8 +11,7 @@ import av
 import numpy as np
 import pyarrow as pa
 
-from dit_video.data.table_files import write_manifest, write_part
-from dit_video.data.tables import Table
+from dit_video.data.tables import Table, write_manifest, write_part
 from dit_video.video import Clip, encode
 
 SCHEMA = pa.schema(

@@ -6,12 +6,11 @@ from einops import rearrange
 from flax import nnx
 
 from dit_video.models.autoencoders import AutoencoderObjective, CodebookConfig
-from dit_video.models.autoencoders.quantizer import Codebook
+from dit_video.models.autoencoders.vq import Codebook
 from dit_video.nn import Linear, get_graph_def, init_params
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
-from dit_video.training.losses.codebook import CodebookLearning
-from dit_video.training.losses.vq import VqLoss
+from dit_video.training.losses.vq import CodebookLearning, VqLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 
 CODEBOOK = CodebookConfig(codes=16, width=4)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_video.core.registry import register
-from dit_video.evaluation.feature_functions.feature_function import FeatureFunction, OpenFeatures
+from dit_video.evaluation.feature_functions import FeatureFunction, OpenFeatures
 from dit_video.video import Clip
 
 

@@ -6,7 +6,7 @@ Whatever the kernels leave undefined is NaN.
 import jax
 import jax.numpy as jnp
 
-from dit_video.nn.attention.backends.cudnn import PackedKernels, SegmentRanges
+from dit_video.nn.attention.cudnn import PackedKernels, SegmentRanges
 
 
 def find_segments(offsets, lengths, tokens: int):

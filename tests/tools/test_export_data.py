@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dit_video.curation.export import stored_clips
-from dit_video.data.table_files import write_column
+from dit_video.data.tables import write_column
 from support.clip_tables import MemoryClips, make_clip_file, make_row, write_table
 
 

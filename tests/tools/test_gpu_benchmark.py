@@ -14,7 +14,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.nn.attention import AttentionInputs, make_attention
-from dit_video.nn.attention.backends.cudnn import CudnnAttention
+from dit_video.nn.attention.cudnn import CudnnAttention
 from dit_video.planning import Topology, count_argument_bytes, find_efficiencies
 from support.cudnn_emulation import EMULATED_KERNELS
 from support.devices import HANG, PROGRAMS

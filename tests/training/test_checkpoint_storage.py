@@ -25,7 +25,7 @@ FINISHED = r"cannot write the checkpoint of step {} to .* Earlier ones are intac
 
 @pytest.fixture(autouse=True)
 def _retry_soon(monkeypatch):
-    monkeypatch.setattr("dit_video.core.storage_errors.RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("dit_video.core.storage.RETRY_SECONDS", (0.0, 0.0))
 
 
 @pytest.fixture

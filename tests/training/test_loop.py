@@ -132,7 +132,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("dit_video.training.hooks.metric_accumulator.time", clock)
+    monkeypatch.setattr("dit_video.training.hooks.logging.time", clock)
     return clock
 
 

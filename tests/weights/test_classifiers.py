@@ -5,9 +5,9 @@ import pytest
 
 from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
-from dit_video.models.features.c3d import C3d
+from dit_video.models.features.convolutional import C3d
 from dit_video.nn import get_param_shapes
-from dit_video.weights.classifiers import load_c3d, make_c3d_tensor_map
+from dit_video.weights.feature_networks import load_c3d, make_c3d_tensor_map
 from dit_video.weights.streaming import FileMap
 
 

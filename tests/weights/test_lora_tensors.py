@@ -9,7 +9,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.nn import attach_lora, merge_lora
 from dit_video.weights import LoraModule, load, load_lora, save, save_lora
-from dit_video.weights.lora_modules import add_module_prefix
+from dit_video.weights.lora import add_module_prefix
 from dit_video.weights.tensor_map import TensorMapping
 
 NOISE = np.random.default_rng(0)

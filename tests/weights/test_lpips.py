@@ -10,7 +10,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.weights import load_lpips
-from dit_video.weights.lpips import make_lpips_tensor_map
+from dit_video.weights.feature_networks import make_lpips_tensor_map
 
 SHAPES = trees.flatten(get_param_shapes(lambda rngs: Lpips(rngs=rngs)))
 

@@ -1,8 +1,8 @@
 """Folders in the native format."""
 
 from dit_video.models.autoencoders import IdentityConfig
-from dit_video.weights.diffusers import read_document
-from dit_video.weights.native_format import read_native, read_native_config, write_native
+from dit_video.weights.folders import read_document
+from dit_video.weights.io import read_native, read_native_config, write_native
 from dit_video.weights.streaming import ParamsSource
 
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.weights.classifiers import load_i3d
+from dit_video.weights.feature_networks import load_i3d
 from dit_video.weights.torch_files import convert_torch_file, read_torch_tensors
 from support.torch_archives import ARCHIVE, OLDER_FORMAT, write_torch_file
 

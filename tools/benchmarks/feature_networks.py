@@ -19,12 +19,10 @@ from flax import nnx
 from benchmarks.peers import count_cores
 from benchmarks.timer import time_median
 from dit_video.core import trees
-from dit_video.models.features.c3d import C3d
-from dit_video.models.features.i3d import I3d
-from dit_video.models.features.inception import InceptionV3
+from dit_video.models.features.convolutional import C3d, I3d, InceptionV3
 from dit_video.models.features.video_mae import VideoMaeConfig
 from dit_video.nn import get_graph_def
-from dit_video.weights import classifiers
+from dit_video.weights import feature_networks
 from dit_video.weights.tensor_map import TensorMapping
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
@@ -63,7 +61,7 @@ def measure(rounds: int, *, clips: int = CLIPS, images: int = IMAGES) -> dict[st
 
 
 def _make_i3d(peers: SimpleNamespace, count: int) -> Pair:
-    tensor_map = classifiers.make_i3d_tensor_map()
+    tensor_map = feature_networks.make_i3d_tensor_map()
     weights = peers.make_weights(_build_i3d, tensor_map)
     pixels = _draw_pixels(count, 16, 224, 224, 3)
     theirs, clips = peers.TorchI3d(weights), _move_channels(pixels)
@@ -71,7 +69,7 @@ def _make_i3d(peers: SimpleNamespace, count: int) -> Pair:
 
 
 def _make_inception(peers: SimpleNamespace, count: int) -> Pair:
-    tensor_map = classifiers.make_inception_tensor_map()
+    tensor_map = feature_networks.make_inception_tensor_map()
     weights = peers.make_weights(_build_inception, tensor_map)
     pixels = _draw_pixels(count, 299, 299, 3)
     theirs, images = peers.TorchInception(weights), _move_channels(pixels)
@@ -79,7 +77,7 @@ def _make_inception(peers: SimpleNamespace, count: int) -> Pair:
 
 
 def _make_c3d(peers: SimpleNamespace, count: int) -> Pair:
-    tensor_map = classifiers.make_c3d_tensor_map()
+    tensor_map = feature_networks.make_c3d_tensor_map()
     weights = peers.make_weights(_build_c3d, tensor_map)
     pixels = _draw_pixels(count, 16, 112, 112, 3)
     tensors = {name: torch.from_numpy(array) for name, array in weights.items()}

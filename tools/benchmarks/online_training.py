@@ -15,8 +15,7 @@ from benchmarks.data import get_resident_memory
 from benchmarks.settings import Setting
 from benchmarks.steps import TrainingSetup
 from dit_video.core import rng
-from dit_video.data.bucketing.batches import BucketConfig
-from dit_video.data.bucketing.buckets import BatchMemory
+from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest

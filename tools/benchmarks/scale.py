@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from dit_video.core.grid import map_grids
 from dit_video.core.shared_array import SharedStrings
-from dit_video.data import table_files, tables
+from dit_video.data import tables
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.packing.balance import Balance, Cost
@@ -66,8 +66,8 @@ def write_rows(folder: Path, count: int) -> None:
             "seconds": (frames - 1) / 24,
             "captions": [[f"a red ball rolls over table number {number}, and falls"] for number in ids.tolist()],
         }
-        table_files.write_part(folder, part, pa.table(columns))
-    table_files.write_manifest(folder, "clips", {}, parts)
+        tables.write_part(folder, part, pa.table(columns))
+    tables.write_manifest(folder, "clips", {}, parts)
 
 
 def measure(count: int, *, is_read: bool = True) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.registry import get_class_name
 from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.measure import Measurement
-from dit_video.evaluation.metrics.loss_by_time import LOSS_PREFIX, LossByTime
+from dit_video.evaluation.metrics.likelihood import LOSS_PREFIX, LossByTime
 from dit_video.evaluation.metrics.metric import MetricDescription
 from dit_video.evaluation.protocol import Protocol
 from dit_video.video import Clip

@@ -1,10 +1,47 @@
-"""The start of a script, before its imports."""
+"""Memory of a script's process in pages of 2 MB."""
 
+import os
 import sys
+from pathlib import Path
 from types import TracebackType
 
-from dit_video.core.platform.huge_pages import use_huge_pages
 from dit_video.core.platform.xla_flags import set_accelerator_flags
+
+_TUNABLE = "glibc.malloc.hugetlb"
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def use_huge_pages(name: str) -> None:
+    """Restart a script, with the same process id, so that its memory is allocated in huge pages; call it first.
+
+    XLA allocates a program's memory from the C library at every call and frees it, so on CPU every step pays for its
+    pages again: 200,000 of 4 KB for 0.8 GB. In pages of 2 MB the quickstart's steps take 17 % (denoiser) and 22 %
+    (autoencoder) less. glibc (2.35 on) requests such pages if `GLIBC_TUNABLES` says so, which it reads only when a
+    process starts; see "Memory Allocation Tunables" in its manual.
+
+    Nothing happens in an imported module (its `name` is not `__main__`), in a process that has already imported JAX or
+    runs a debugger, where `GLIBC_TUNABLES` has a choice already, on other systems, and where Linux gives such pages to
+    nobody, or to everybody.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    skipped = name != "__main__" or "jax" in sys.modules or sys.gettrace() is not None
+    if skipped or _TUNABLE in tunables or not _is_available():
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_TUNABLE}=1")))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _is_available() -> bool:
+    """Return True if Linux gives huge pages on request, and this glibc can request them."""
+    try:
+        library = os.confstr("CS_GNU_LIBC_VERSION") or ""
+        setting = _SETTING.read_text()
+    except (AttributeError, ValueError, OSError):
+        return False
+    version = tuple(int(part) for part in library.removeprefix("glibc ").split(".")[:2] if part.isdigit())
+    return version >= (2, 35) and "[madvise]" in setting and bool(sys.executable)
 
 
 def prepare_script(name: str, *, huge_pages: bool = True) -> None:

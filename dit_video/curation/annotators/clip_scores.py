@@ -13,14 +13,14 @@ from flax import nnx
 from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
-from dit_video.core.resize import resize
+from dit_video.core.pixels import resize
 from dit_video.curation.aesthetic import AestheticHead, load_aesthetic_head
 from dit_video.curation.annotator import Annotator, ClipFile, Column
 from dit_video.models.encoders import PretrainedTokenizer
 from dit_video.models.features import FrameEncoder
 from dit_video.nn import get_graph_def
 from dit_video.weights import load_clip_image_processor, load_clip_text, load_clip_vision
-from dit_video.weights.embedders import find_tokenizer_folder
+from dit_video.weights.text_encoders import find_tokenizer_folder
 
 THUMBNAIL_SIDE = 16
 """Height and width of thumbnails, by which copies are told from second takes."""

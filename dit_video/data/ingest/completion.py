@@ -16,14 +16,7 @@ from dit_video.data.clips import DATASET_NAME, FEATURES, KIND
 from dit_video.data.ingest.parts import IngestFolder
 from dit_video.data.ingest.report import REPORT_COLUMNS, IngestReport, make_report
 from dit_video.data.records import write_metadata
-from dit_video.data.table_files import (
-    BATCH_ROWS,
-    INDEX_FOLDER,
-    map_threads,
-    read_parquet,
-    write_column,
-    write_manifest,
-)
+from dit_video.data.tables import BATCH_ROWS, INDEX_FOLDER, map_threads, read_parquet, write_column, write_manifest
 
 CHOICE, CAPTIONS = "choice", "captions"
 """Names of the files of columns that an ingest writes."""

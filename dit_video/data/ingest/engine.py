@@ -39,7 +39,7 @@ from dit_video.data.ingest.report import REPORT, IngestReport
 from dit_video.data.ingest.rows import make_row, make_table
 from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
 from dit_video.data.records import DISK_FULL_ERRNOS, get_file_name, write_records
-from dit_video.data.table_files import COLUMNS_FOLDER, MANIFEST, read_bytes, write_part
+from dit_video.data.tables import COLUMNS_FOLDER, MANIFEST, read_bytes, write_part
 
 ProgressCallback = Callable[[int, int], None]
 """A function that is called with (done, total)."""

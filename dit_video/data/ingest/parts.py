@@ -21,7 +21,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, convert_storage_errors, read_document, write_document
 from dit_video.data.ingest.formats import ListedClip, Listing
 from dit_video.data.records import get_part_name, sort_splits
-from dit_video.data.table_files import INDEX_FOLDER, list_parquet, read_bytes, read_parquet, write_parquet
+from dit_video.data.tables import INDEX_FOLDER, list_parquet, read_bytes, read_parquet, write_parquet
 
 FOLDER, _PLAN, _COMPLETED = "ingest", "parts-", "completed.json"
 MAX_PART_BYTES = 1 << 30

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from dit_video.data.ingest.outcomes import Outcome
 from dit_video.data.records import RecordPlace
-from dit_video.data.table_files import compute_row_id
+from dit_video.data.tables import compute_row_id
 
 _DURATION = ("start_us", "duration_us")
 SCHEMA = pa.schema(

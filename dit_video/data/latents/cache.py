@@ -28,8 +28,7 @@ from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, read_document, to_storage_path
 from dit_video.data.records import RecordReader, make_bytes_feature, read_row
-from dit_video.data.table_files import INDEX_FOLDER, MANIFEST, compute_row_id, list_parquet
-from dit_video.data.tables import Table, TableColumn
+from dit_video.data.tables import INDEX_FOLDER, MANIFEST, Table, TableColumn, compute_row_id, list_parquet
 from dit_video.tokens import Field, Grid
 
 DATASET_NAME = KIND = "latents"

@@ -22,11 +22,10 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import Identity, LatentExample, Skipped
 from dit_video.data.latents.online import CanvasEncoder
 from dit_video.data.latents.plan import Encoding, EncodingPlan
-from dit_video.data.latents.view_masks import draw_view_masks, make_mask_values, place_masks
-from dit_video.data.latents.views import list_views
+from dit_video.data.latents.views import draw_view_masks, list_views, make_mask_values, place_masks
 from dit_video.data.latents.writer import LatentWriter
 from dit_video.data.sizes import read_fitted_clip
-from dit_video.data.table_files import compute_row_id
+from dit_video.data.tables import compute_row_id
 from dit_video.distributed.faults.progress import count_progress, expect_progress
 from dit_video.models.autoencoders import ClipCanvas, compute_segment_ids, latent_grid
 from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, ClipView, KnownMask

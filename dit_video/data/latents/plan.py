@@ -21,7 +21,7 @@ from dit_video.data.latents.codec import compute_autoencoder_identity
 from dit_video.data.latents.views import Augmentations, View, list_views
 from dit_video.data.latents.writer import read_encoded
 from dit_video.data.sizes import SizeLimits
-from dit_video.data.table_files import compute_row_id
+from dit_video.data.tables import compute_row_id
 from dit_video.models.autoencoders import AutoencoderConfig, ClipCanvas, compute_padding_share, pack_canvases
 from dit_video.models.autoencoders.canvas import CANVAS_PIXELS
 from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, ClipConditioning, MaskGenerator, make_mask_fields

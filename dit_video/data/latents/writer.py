@@ -32,7 +32,7 @@ from dit_video.data.latents.cache import (
     make_features,
 )
 from dit_video.data.records import SPLITS, get_file_name, get_part_name, write_metadata, write_records
-from dit_video.data.table_files import (
+from dit_video.data.tables import (
     INDEX_FOLDER,
     MANIFEST,
     compute_row_id,

@@ -1,9 +1,4 @@
-"""The interface of metrics: what an evaluation computes from samples, reconstructions or the model itself.
-
-A metric is pure: a frozen dataclass whose methods are functions of its fields and their arguments. An evaluation starts
-with `init`, hands batches to `update`, and reads the result with `compute`. States of several processes or runs are
-combined by `merge`, and the result is that of all their examples.
-"""
+"""95 % intervals of shares and means."""
 
 import abc
 import math
@@ -13,12 +8,32 @@ from typing import Any, ClassVar, Concatenate, Generic, Literal, NamedTuple, Par
 
 import numpy as np
 from jaxtyping import Float32
+from scipy.special import stdtrit
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.feature_functions.feature_function import FeatureFunction
-from dit_video.evaluation.metrics.intervals import compute_mean_interval, compute_wilson_interval
+from dit_video.evaluation.feature_functions import FeatureFunction
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.video import Clip
+
+
+def compute_wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """Return Wilson's interval of a share (1927); (0, 1) if the count is 0."""
+    from scipy.stats import binomtest  # slow to import, and needed by few programs that import this module
+
+    if count == 0:
+        return 0.0, 1.0
+    interval = binomtest(right, count).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def compute_mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return Student's t interval of a mean (1908), exact for independent normal values; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    reach = float(stdtrit(len(values) - 1, 0.975)) * deviation / len(values) ** 0.5
+    return mean - reach, mean + reach
+
 
 MetricState = TypeVar("MetricState")
 Example = TypeVar("Example")

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.data.bucketing.batches import BucketConfig
+from dit_video.data.buckets import BucketConfig
 from dit_video.diffusion import FlowMatching, Lcm, Objective
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.collection import MetricCollection

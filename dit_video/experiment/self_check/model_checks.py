@@ -22,7 +22,7 @@ from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.models.conditioning import COND_LATENTS, ConditioningLatents
 from dit_video.tokens import PackedBatch
-from dit_video.tokens.rotary import Rotary3d, compute_rotary_angles
+from dit_video.tokens.positions import Rotary3d, compute_rotary_angles
 from dit_video.training.checkpoint_arrays import mix_bits, number_values
 
 SMALL = 0.02

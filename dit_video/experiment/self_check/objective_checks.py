@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from dit_video.core.trees import flatten
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import ClipSize, Objective
-from dit_video.diffusion.loss_weights import UniformWeighting
-from dit_video.diffusion.processes.rectified_flow import RectifiedFlow
+from dit_video.diffusion.objective import UniformWeighting
+from dit_video.diffusion.processes import RectifiedFlow
 from dit_video.diffusion.time_distributions import LogitNormal, Uniform
 from dit_video.distributed import shard_batch
 from dit_video.experiment.self_check.model_checks import change_text

@@ -7,7 +7,7 @@ from dit_video.core.storage import StoragePath
 from dit_video.data.latents import offline
 from dit_video.data.latents import plan as latent_plan
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.table_files import MANIFEST
+from dit_video.data.tables import MANIFEST
 from dit_video.experiment import datasets, input_pipeline
 from dit_video.experiment.autoencoder import read_autoencoder
 from dit_video.experiment.encoders import open_text_encoder

@@ -21,9 +21,8 @@ from dit_video.core.errors import UserError
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
 from dit_video.models.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
 from dit_video.tokens import Grid
-from dit_video.weights import diffusers
-from dit_video.weights.diffusers import DENSE
-from dit_video.weights.folders import TensorFolder
+from dit_video.weights import folders
+from dit_video.weights.folders import DENSE, TensorFolder
 from dit_video.weights.safetensors import check_safetensors_file
 from dit_video.weights.streaming import ConstantTensor, FileMap
 from dit_video.weights.tensor_map import TensorMapping
@@ -129,18 +128,18 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
         kind = document["_class_name"]
         if kind not in AUTHORS_CLASSES:
             defaults = _DEFAULTS | _LEGACY_SETTINGS | (_LEGACY_DEFAULTS if kind == LEGACY_CLASS else {})
-            settings = diffusers.get_settings(folder, document, defaults)
-            diffusers.check_supported(folder, settings, _SUPPORTED | _LEGACY_SETTINGS)
+            settings = folders.get_settings(folder, document, defaults)
+            folders.check_supported(folder, settings, _SUPPORTED | _LEGACY_SETTINGS)
             heads = settings["num_attention_heads"]
             width = heads * settings["attention_head_dim"]
             size, layers, classes = settings["sample_size"], settings["num_layers"], settings["num_embeds_ada_norm"]
             channels, ratio, eps, period = settings["in_channels"], 4.0, settings["norm_eps"], _DIFFUSERS_PERIOD
             variance: Literal["none", "predicted", "dropped"] = "none"
             if settings["out_channels"] not in (None, channels):
-                diffusers.check_supported(folder, settings, {"out_channels": 2 * channels})
+                folders.check_supported(folder, settings, {"out_channels": 2 * channels})
                 variance = "predicted"
         else:
-            settings = diffusers.get_settings(folder, document, _AUTHORS_DEFAULTS)
+            settings = folders.get_settings(folder, document, _AUTHORS_DEFAULTS)
             if not (dropout := settings["class_dropout_prob"]) > 0:
                 raise UserError(
                     f"{folder}: class_dropout_prob={dropout} is not supported: there is no embedding of no class"

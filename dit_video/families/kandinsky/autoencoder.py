@@ -8,7 +8,7 @@ from dit_video.core.errors import UserError
 from dit_video.families.autoencoder_format import AutoencoderFormat
 from dit_video.families.stable_diffusion import autoencoder as image_autoencoder
 from dit_video.models.autoencoders import CodebookConfig, ImageVaeConfig, VqConfig
-from dit_video.weights.diffusers import CONV_1X1, map_kernel_and_bias
+from dit_video.weights.folders import CONV_1X1, map_kernel_and_bias
 from dit_video.weights.tensor_map import TensorMap, TensorMapping
 
 CLASS = "VQModel"

@@ -7,8 +7,8 @@ from typing import Any
 from dit_video.core.errors import UserError
 from dit_video.families.autoencoder_format import AutoencoderFormat
 from dit_video.models.autoencoders import LtxVaeConfig
-from dit_video.weights import diffusers
-from dit_video.weights.diffusers import DENSE, map_kernel_and_bias, map_scale_and_shift
+from dit_video.weights import folders
+from dit_video.weights.folders import DENSE, map_kernel_and_bias, map_scale_and_shift
 from dit_video.weights.tensor_map import TensorMapping
 
 CLASS = "AutoencoderKLLTXVideo"
@@ -49,15 +49,15 @@ def parse_config(folder: Path, settings: Mapping[str, Any]) -> LtxVaeConfig:
     Raises:
       UserError: a setting is not supported.
     """
-    diffusers.check_supported(folder, settings, _SUPPORTED)
+    folders.check_supported(folder, settings, _SUPPORTED)
     kinds = list(settings["down_block_types"])
     is_residual = kinds[-1:] == [RESIDUAL_DOWN_BLOCK]
     expected = [RESIDUAL_DOWN_BLOCK if is_residual else _DOWN_BLOCK] * len(kinds)
-    diffusers.check_supported(folder, {"down_block_types": kinds}, {"down_block_types": expected})
+    folders.check_supported(folder, {"down_block_types": kinds}, {"down_block_types": expected})
     scaled = list(settings["spatio_temporal_scaling"])
     if is_residual:
         all_levels = {"spatio_temporal_scaling": [True] * len(kinds)}
-        diffusers.check_supported(folder, {"spatio_temporal_scaling": scaled}, all_levels)
+        folders.check_supported(folder, {"spatio_temporal_scaling": scaled}, all_levels)
         downsampling = tuple(settings["downsample_type"])
     else:
         downsampling = tuple("conv" if each else "none" for each in scaled)

@@ -15,8 +15,8 @@ from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
 from dit_video.families.family import read_pipeline_class
 from dit_video.families.ltx.autoencoder import RESIDUAL_DOWN_BLOCK
 from dit_video.models.backbones.ltx import LtxDitConfig
-from dit_video.weights import diffusers
-from dit_video.weights.diffusers import DENSE
+from dit_video.weights import folders
+from dit_video.weights.folders import DENSE
 from dit_video.weights.lora import LoraModule
 from dit_video.weights.streaming import FileMap
 from dit_video.weights.tensor_map import TensorMap, TensorMapping
@@ -85,11 +85,11 @@ class LtxDenoiserFormat(DenoiserFormat[LtxDitConfig]):
     layouts = LAYOUTS
 
     def read_config(self, folder: Path, document: dict[str, Any]) -> LtxDitConfig:
-        settings = diffusers.get_settings(folder, document, _DEFAULTS)
+        settings = folders.get_settings(folder, document, _DEFAULTS)
         width = settings["num_attention_heads"] * settings["attention_head_dim"]
         channels = settings["in_channels"]
         fixed = {"cross_attention_dim": width, "out_channels": channels} | _SUPPORTED
-        diffusers.check_supported(folder, settings | {"out_channels": settings["out_channels"] or channels}, fixed)
+        folders.check_supported(folder, settings | {"out_channels": settings["out_channels"] or channels}, fixed)
         is_causal = document.get(_CAUSAL_POSITIONS)
         is_causal = is_095_pipeline(folder.parent) if is_causal is None else is_causal
         return LtxDitConfig(
@@ -159,7 +159,7 @@ def make_ltx_tensor_map(config: LtxDitConfig) -> TensorMap:
     """Return the tensor map of diffusers' class."""
     names: dict[str, TensorMapping] = {"head_table": TensorMapping("scale_shift_table")}
     for ours, theirs, _ in _TOP_LEVEL_LINEAR:
-        names |= diffusers.map_kernel_and_bias(ours, theirs, DENSE)
+        names |= folders.map_kernel_and_bias(ours, theirs, DENSE)
     axis_sizes = (("heads", config.heads), ("two", 2))
 
     def add(ours: str, theirs: str, pattern: str = "", sizes: tuple[tuple[str, int], ...] = ()) -> None:
@@ -167,7 +167,7 @@ def make_ltx_tensor_map(config: LtxDitConfig) -> TensorMap:
 
     for ours, theirs in _LINEAR:
         foreign = f"transformer_blocks.{{}}.{theirs}"
-        names |= diffusers.map_kernel_and_bias(f"blocks/{ours}", foreign, DENSE, layers=config.layers)
+        names |= folders.map_kernel_and_bias(f"blocks/{ours}", foreign, DENSE, layers=config.layers)
     for ours, theirs in _ROTARY_LINEAR:
         add(f"{ours}/kernel", f"{theirs}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
         add(f"{ours}/bias", f"{theirs}.bias", _HEADS_FIRST, axis_sizes)

@@ -13,8 +13,8 @@ import numpy as np
 from dit_video.core.errors import UserError
 from dit_video.families.autoencoder_format import AutoencoderFormat
 from dit_video.models.autoencoders import ImageLevels, ImageVaeConfig
-from dit_video.weights import diffusers
-from dit_video.weights.diffusers import CONV_1X1, CONV_2D, DENSE, map_kernel_and_bias
+from dit_video.weights import folders
+from dit_video.weights.folders import CONV_1X1, CONV_2D, DENSE, map_kernel_and_bias
 from dit_video.weights.tensor_map import TensorMap, TensorMapping
 
 _DOWN, _UP = "EncoderBlock2D", "DecoderBlock2D"
@@ -73,12 +73,12 @@ def parse_levels(folder: Path, settings: Mapping[str, Any]) -> ImageLevels:
     Raises:
       UserError: a kind of block is not supported, or the decoder's kinds differ from the encoder's.
     """
-    diffusers.check_supported(folder, settings, {"in_channels": 3, "out_channels": 3, "act_fn": "silu"})
+    folders.check_supported(folder, settings, {"in_channels": 3, "out_channels": 3, "act_fn": "silu"})
     count = len(settings["block_out_channels"])
     down, up = list(settings["down_block_types"]), list(settings["up_block_types"])
     attention = tuple(level for level, kind in enumerate(down) if kind == f"AttnDown{_DOWN}")
     supported = _make_block_types(count, attention)
-    diffusers.check_supported(folder, {"down_block_types": down, "up_block_types": up}, supported)
+    folders.check_supported(folder, {"down_block_types": down, "up_block_types": up}, supported)
     return ImageLevels(
         widths=tuple(settings["block_out_channels"]),
         blocks=settings["layers_per_block"],
@@ -204,11 +204,11 @@ def make_normalizer_settings(normalizer: Mapping[str, Any]) -> dict[str, Any]:
     mean, std = (np.asarray(normalizer[name], np.float32) for name in ("mean", "std"))
     if len(np.unique(mean)) > 1 or len(np.unique(std)) > 1:
         values = {"latents_mean": mean, "latents_std": std}
-        decimals = {key: [diffusers.compute_shortest_decimal(x) for x in array] for key, array in values.items()}
+        decimals = {key: [folders.compute_shortest_decimal(x) for x in array] for key, array in values.items()}
         return {"scaling_factor": 1.0} | decimals
     scales = (float(f"{1 / float(std[0]):.{digits}g}") for digits in range(1, 18))
     scale = next(scale for scale in scales if np.float32(1 / scale) == std[0])
-    return {"scaling_factor": scale, "shift_factor": diffusers.compute_shortest_decimal(mean[0]) if mean[0] else None}
+    return {"scaling_factor": scale, "shift_factor": folders.compute_shortest_decimal(mean[0]) if mean[0] else None}
 
 
 FORMAT = AutoencoderFormat(

@@ -1,12 +1,104 @@
-"""VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's with a task of their own."""
+"""The task of VACE (arXiv 2503.07598): clips with parts that are kept, control of the rest, and reference images.
+
+The pixels that a request keeps are those of `video` where `mask` is True, `image`, `last_image` and `conditions`. All
+others are generated, and are grey in the control, or those of `control`, which steers them. Reference images are latent
+frames before the clip, which are sampled with it and cut off.
+"""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from dit_video.core.errors import UserError
+from dit_video.core.pixels import resize
 from dit_video.families.family import PipelineParts
-from dit_video.families.vace.task import VaceTask
 from dit_video.families.vace.transformer import VaceDenoiserFormat
 from dit_video.families.wan.pipeline import WanFamily
+from dit_video.models.backbones.vace import VaceControl
+from dit_video.models.conditioning import GREY
+from dit_video.sampling.known_pixels import collect_known_pixels, fit_clip
+from dit_video.sampling.pictures import fit_image
+from dit_video.sampling.plan import SamplingPlan
+from dit_video.sampling.request import GenerationTask, Request, TaskModel
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+_ACCEPTED = ("image", "last_image", "video", "mask", "conditions", "control", "reference_images", "method")
+_WHITE = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaceTask(GenerationTask):
+    """Clips with kept parts, control and reference images; without any of them, text to video."""
+
+    def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
+        """Return the plan of a request.
+
+        Raises:
+          UserError: a model that is not VACE's, a mask without a video or a video without a mask, a video or a control
+            of another length than the clip, a mask of another shape than the video, or an image and a video for one
+            frame.
+        """
+        request.check_pictures(_ACCEPTED)
+        if request.method == "training_free":
+            raise UserError("method='training_free' is invalid: VACE reads what is known. Use method='trained'")
+        control = next((each for each in model.backbone.conditioning if isinstance(each, VaceControl)), None)
+        if control is None:
+            name = type(model.backbone).__name__
+            raise UserError(f"task=VaceTask() is invalid for a {name}, which reads no control. Use a model of VACE")
+        pixels, is_generated = compose_pixels(request)
+        inactive, reactive = (
+            model.codec.encode_pixels(np.where(is_grey[..., None], np.float32(GREY), pixels))
+            for is_grey in (is_generated, ~is_generated)
+        )
+        values = control.concatenate(inactive, reactive, is_generated)
+        references = [_encode_reference(image, request.grid, model, control) for image in request.reference_images]
+        # The last image comes first, as in diffusers.
+        fields = {control.field: np.concatenate([*reversed(references), values])}
+        method = "" if is_generated.all() else "trained"
+        return SamplingPlan(fields, leading_frames=len(references), method=method)
+
+
+def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bool[np.ndarray, "T H W"]]:
+    """Return the pixels in 0..255 of a request's kept parts, with its control or grey elsewhere; True for the latter.
+
+    Raises:
+      UserError: clips and masks that do not fit the request or each other.
+    """
+    size = request.grid
+    pixels, is_generated = np.full((*size, 3), GREY, np.float32), np.ones(size, bool)
+    if request.control is not None:
+        pixels[:] = fit_clip("control", request.control, size)
+    if (request.video is None) != (request.mask is None):
+        missing, fix = ("mask", "control=") if request.mask is None else ("video", "image=")
+        raise UserError(f"{missing}=None is invalid: video and mask need each other. Give both, or use {fix}")
+    if any(condition.strength < 1 for condition in request.conditions):
+        raise UserError("strength= of a condition is invalid: VACE keeps what is known to the end. Use strength=1")
+    if (known := collect_known_pixels(request)) is not None:
+        pixels, is_generated = np.where(known.is_known[..., None], known.frames, pixels), ~known.is_known
+    return pixels.astype(np.float32), is_generated
+
+
+def _encode_reference(
+    image: Clip | np.ndarray, size: Grid, model: TaskModel, control: VaceControl
+) -> Float32[np.ndarray, "1 h w q"]:
+    """Return the control of an image's latent frame: all of it is inactive, and nothing is reactive or generated.
+
+    The image is scaled to fit into the frame, and is in the middle of a white one.
+    """
+    shape = image.frames.shape[1:] if isinstance(image, Clip) else np.shape(image)
+    # At its own size, for the check alone, which an array that is no image does not pass.
+    pixels = fit_image(image, Grid(1, *shape[:2]) if len(shape) == 3 else Grid(1, 1, 1))
+    scale = min(size.h / pixels.shape[0], size.w / pixels.shape[1])
+    height, width = (max(1, int(side * scale)) for side in pixels.shape[:2])
+    canvas = np.full((1, size.h, size.w, 3), _WHITE, np.uint8)
+    top, left = (size.h - height) // 2, (size.w - width) // 2
+    canvas[:, top : top + height, left : left + width] = resize(pixels[None], height, width)
+    latents = model.codec.encode_pixels(canvas)
+    return control.concatenate(latents, np.zeros_like(latents), np.zeros(canvas.shape[:3], bool))
 
 
 class VaceFamily(WanFamily):

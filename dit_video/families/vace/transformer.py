@@ -14,8 +14,8 @@ from dit_video.families.denoiser_format import FileLayout
 from dit_video.families.wan.transformer import WanDenoiserFormat, make_wan_tensor_map, map_wan_blocks
 from dit_video.models.backbones.vace import VaceControl, VaceDitConfig
 from dit_video.models.backbones.wan import WanDitConfig
-from dit_video.weights import diffusers
-from dit_video.weights.diffusers import DENSE
+from dit_video.weights import folders
+from dit_video.weights.folders import DENSE
 from dit_video.weights.tensor_map import TensorMap
 
 CLASSES: dict[FileLayout, str] = {"diffusers": "WanVACETransformer3DModel", "authors": "VaceWanModel"}
@@ -42,7 +42,7 @@ class VaceDenoiserFormat(WanDenoiserFormat):
                 rule = f"a model of VACE has the type {' or '.join(_TYPES)}"
                 raise UserError(f"{folder / 'config.json'}: model_type={kind} is invalid: {rule}. Use another folder.")
             settings["model_type"] = "t2v"
-        diffusers.check_supported(folder, {"image_dim": None, **settings}, {"image_dim": None})
+        folders.check_supported(folder, {"image_dim": None, **settings}, {"image_dim": None})
         base = super().read_config(folder, settings)
         if layers is None:
             layers = _DEFAULT_LAYERS if layout == "diffusers" else list(range(0, base.layers, 2))
@@ -72,9 +72,9 @@ class VaceDenoiserFormat(WanDenoiserFormat):
             **base,
             "control/embed/kernel": base["embed/kernel"]._replace(name="vace_patch_embedding.weight"),
             "control/embed/bias": base["embed/bias"]._replace(name="vace_patch_embedding.bias"),
-            **diffusers.map_kernel_and_bias("control/input", f"vace_blocks.0.{before}", DENSE),
+            **folders.map_kernel_and_bias("control/input", f"vace_blocks.0.{before}", DENSE),
             **map_wan_blocks(config, layout, ours="control/blocks", theirs="vace_blocks", layers=layers),
-            **diffusers.map_kernel_and_bias("control/blocks/hint", f"vace_blocks.{{}}.{after}", DENSE, layers=layers),
+            **folders.map_kernel_and_bias("control/blocks/hint", f"vace_blocks.{{}}.{after}", DENSE, layers=layers),
         }
 
 

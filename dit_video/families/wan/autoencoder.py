@@ -10,8 +10,8 @@ from dit_video.core.errors import UserError
 from dit_video.families.autoencoder_format import AutoencoderFormat
 from dit_video.models.autoencoders import CausalVaeConfig
 from dit_video.tokens import Grid
-from dit_video.weights import diffusers
-from dit_video.weights.diffusers import CONV_1X1, CONV_2D, map_kernel_and_bias
+from dit_video.weights import folders
+from dit_video.weights.folders import CONV_1X1, CONV_2D, map_kernel_and_bias
 from dit_video.weights.tensor_map import TensorMapping
 
 CLASS = "AutoencoderKLWan"
@@ -118,7 +118,7 @@ def parse_config(folder: Path, settings: Mapping[str, Any]) -> CausalVaeConfig:
     fixed = {"attn_scales": [], "dropout": 0.0}
     patch = settings["patch_size"] or 1
     fixed |= {"in_channels": 3 * patch**2, "out_channels": 3 * patch**2}
-    diffusers.check_supported(folder, settings, fixed)
+    folders.check_supported(folder, settings, fixed)
     levels = len(settings["dim_mult"]) - 1
     return CausalVaeConfig(
         channels=settings["z_dim"],
@@ -156,8 +156,8 @@ def make_document(config: CausalVaeConfig, params: Mapping[str, Any]) -> dict[st
         "patch_size": config.patch if config.patch > 1 else None,
         "scale_factor_temporal": config.stride.t,
         "scale_factor_spatial": config.stride.h,
-        "latents_mean": [diffusers.compute_shortest_decimal(value) for value in np.asarray(normalizer["mean"])],
-        "latents_std": [diffusers.compute_shortest_decimal(value) for value in np.asarray(normalizer["std"])],
+        "latents_mean": [folders.compute_shortest_decimal(value) for value in np.asarray(normalizer["mean"])],
+        "latents_std": [folders.compute_shortest_decimal(value) for value in np.asarray(normalizer["std"])],
     }
 
 

@@ -15,10 +15,9 @@ from dit_video.core.files import read_json
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.tokens import Grid
-from dit_video.weights import diffusers
-from dit_video.weights.diffusers import DENSE
-from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora_modules import LoraModule
+from dit_video.weights import folders
+from dit_video.weights.folders import DENSE, TensorFolder
+from dit_video.weights.lora import LoraModule
 from dit_video.weights.streaming import FileMap
 from dit_video.weights.tensor_map import TensorMap, TensorMapping
 
@@ -177,9 +176,9 @@ def make_wan_tensor_map(config: WanDitConfig, layout: FileLayout) -> TensorMap:
     has_image = config.image_width is not None
     names: dict[str, TensorMapping] = {}
     for row in (*_TOP_LEVEL_LINEAR, *(_IMAGE_EMBEDDER_LINEAR if has_image else ())):
-        names |= diffusers.map_kernel_and_bias(row[0], row[column], DENSE)
+        names |= folders.map_kernel_and_bias(row[0], row[column], DENSE)
     for row in _IMAGE_EMBEDDER_NORMS if has_image else ():
-        names |= diffusers.map_scale_and_shift(row[0], row[column])
+        names |= folders.map_scale_and_shift(row[0], row[column])
     if config.image_positions is not None:
         theirs = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")[column - 1]
         names["image/positions"] = TensorMapping(theirs, "1 n f -> n f")
@@ -214,7 +213,7 @@ def map_wan_blocks(
 
     for row in (*_LINEAR, *(_IMAGE_LINEAR if has_image else ())):
         name = f"{theirs}.{{}}.{row[column]}"
-        names |= diffusers.map_kernel_and_bias(f"{ours}/{row[0]}", name, DENSE, layers=count)
+        names |= folders.map_kernel_and_bias(f"{ours}/{row[0]}", name, DENSE, layers=count)
     for row in _ROTARY_LINEAR:
         add(f"{row[0]}/kernel", f"{row[column]}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
         add(f"{row[0]}/bias", f"{row[column]}.bias", "(heads j two) -> (heads two j)", axis_sizes)
@@ -225,17 +224,17 @@ def map_wan_blocks(
     if has_image:
         add("image_key_norm/scale", ("attn2.norm_added_k", "cross_attn.norm_k_img")[column - 1] + ".weight")
     norm = ("norm2", "norm3")[column - 1]
-    names |= diffusers.map_scale_and_shift(f"{ours}/cross_norm", f"{theirs}.{{}}.{norm}", layers=count)
+    names |= folders.map_scale_and_shift(f"{ours}/cross_norm", f"{theirs}.{{}}.{norm}", layers=count)
     add("table", ("scale_shift_table", "modulation")[column - 1], "1 n d -> n d")
     return names
 
 
 def _parse_diffusers_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
-    settings = diffusers.get_settings(folder, document, _DEFAULTS)
-    diffusers.check_supported(folder, settings, _SUPPORTED | {"qk_norm": _QK_NORM})
+    settings = folders.get_settings(folder, document, _DEFAULTS)
+    folders.check_supported(folder, settings, _SUPPORTED | {"qk_norm": _QK_NORM})
     width = settings["num_attention_heads"] * settings["attention_head_dim"]
     image_projection = None if settings["image_dim"] is None else width
-    diffusers.check_supported(folder, settings, {"added_kv_proj_dim": image_projection})
+    folders.check_supported(folder, settings, {"added_kv_proj_dim": image_projection})
     channels = settings["out_channels"] or settings["in_channels"]
     pipeline = folder.parent / "model_index.json"
     per_token = pipeline.is_file() and read_json(pipeline).get("expand_timesteps") is True
@@ -275,12 +274,12 @@ def _parse_authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfi
 
     Their files omit the settings that a model type doesn't need, so the widths of text and image come from the weights.
     """
-    settings = diffusers.get_settings(folder, document, _AUTHORS_DEFAULTS)
-    diffusers.check_supported(folder, settings, _SUPPORTED | {"qk_norm": True, "window_size": [-1, -1]})
+    settings = folders.get_settings(folder, document, _AUTHORS_DEFAULTS)
+    folders.check_supported(folder, settings, _SUPPORTED | {"qk_norm": True, "window_size": [-1, -1]})
     if settings["model_type"] not in _MODEL_TYPES:
         types = ", ".join(_MODEL_TYPES)
         raise UserError(f"{folder / 'config.json'}: model_type={settings['model_type']} is not supported, only {types}")
-    with TensorFolder(folder, stem=diffusers.STEM) as tensors:
+    with TensorFolder(folder, stem=folders.STEM) as tensors:
         shapes = tensors.shapes
     text, image = shapes.get("text_embedding.0.weight", ()), shapes.get("img_emb.proj.0.weight", ())
     positions = shapes.get("img_emb.emb_pos", ())

@@ -1,14 +1,115 @@
-"""The variational autoencoder of images of Stable Diffusion and FLUX (arXiv 2112.10752), applied to each frame."""
+"""Encoder and decoder of the image autoencoders of latent diffusion: those of Stable Diffusion, FLUX and MoVQ.
+
+Levels of residual blocks with group norms, attention in the middle (arXiv 2112.10752, appendix G; after arXiv
+2012.09841). Each frame is coded separately, as an image. The caller chooses the decoder's norms: plain group norms, or
+norms modulated by the latents (MoVQ, arXiv 2209.09002).
+
+Temporal layers can be added between the decoder's blocks; see `dit_video.models.autoencoders.inflate`.
+"""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
-from dit_video.core.errors import check_at_least
-from dit_video.models.autoencoders.image_blocks import ImageLevels, ImageVaeDecoder, ImageVaeEncoder
-from dit_video.models.autoencoders.levels import ConvVae
-from dit_video.models.autoencoders.posterior import check_std
+from dit_video.core.errors import UserError, check_at_least
+from dit_video.models.autoencoders.interface import check_std
+from dit_video.models.autoencoders.vae import (
+    BlockInputs,
+    ConvVae,
+    Decoder,
+    Encoder,
+    LayerOptions,
+    NormFactory,
+    Resolution,
+)
+from dit_video.nn import GroupNorm
 from dit_video.tokens import Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLevels:
+    """Configuration of the levels of an encoder and decoder; each level has half the height and width of the previous.
+
+    Raises:
+      UserError: no levels, groups that do not divide a width, or attention at a level that does not exist.
+    """
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels of each level."""
+    blocks: int = 2
+    """Residual blocks per level of the encoder; the decoder has one more."""
+    groups: int = 32
+    """Number of groups of channels in group norms."""
+    middle_attention: bool = True
+    """True adds attention between the two blocks in the middle."""
+    attention: tuple[int, ...] = ()
+    """Levels with attention after every residual block, counted from 0."""
+    bfloat16: bool = False
+    """True stores features in bfloat16, with products summed in float32; parameters, norms and latents stay float32."""
+
+    def __post_init__(self):
+        if not self.widths or min(*self.widths, self.blocks, self.groups) < 1:
+            raise UserError(f"{self} is invalid: use one level or more, and widths, blocks and groups of at least 1")
+        for width in self.widths:
+            if width % self.groups:
+                raise UserError(f"{width} channels are not divisible by groups={self.groups}; change one of them")
+        if set(self.attention) - set(range(len(self.widths))):
+            raise UserError(f"attention={self.attention} is invalid: use levels from 0 to {len(self.widths) - 1}")
+
+    @property
+    def stride(self) -> Grid:
+        """Return the pixels per latent along (t, h, w)."""
+        side = 2 ** (len(self.widths) - 1)
+        return Grid(1, side, side)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Return the dtype of products."""
+        return jnp.dtype(jnp.bfloat16 if self.bfloat16 else jnp.float32)
+
+    @property
+    def resolutions(self) -> list[Resolution]:
+        """Return the levels, from the highest resolution to the lowest."""
+        factors = (*[Grid(1, 2, 2)] * (len(self.widths) - 1), None)
+        pairs = enumerate(zip(self.widths, factors, strict=True))
+        return [Resolution(*each, has_attention=index in self.attention) for index, each in pairs]
+
+    def make_norm(self, width: int, _rngs: nnx.Rngs) -> "FrameNorm":
+        """Return a plain group norm, as in all encoders, and in Stable Diffusion's and FLUX's decoders."""
+        return FrameNorm(width, self.groups)
+
+    def make_layers(self, norm: NormFactory, rngs: nnx.Rngs) -> LayerOptions:
+        """Return the options of the layers, with these norms."""
+        sizes: dict[str, Any] = {"blocks": self.blocks, "middle_attention": self.middle_attention, "dtype": self.dtype}
+        return LayerOptions(norm=norm, kernel=(1, 3, 3), **sizes, rngs=rngs)
+
+
+class FrameNorm(GroupNorm):
+    """A group norm over each frame, or over each clip's part of it if clips share a canvas."""
+
+    def __call__(self, x: Float[Array, "B t h w D"], inputs: BlockInputs) -> Float[Array, "B t h w D"]:  # type: ignore[override]
+        return super().__call__(x, inputs.segments)
+
+
+class ImageVaeEncoder(Encoder):
+    """An encoder of pixels to `channels` features per latent position."""
+
+    def __init__(self, levels: ImageLevels, channels: int, *, rngs: nnx.Rngs):
+        layers = levels.make_layers(levels.make_norm, rngs)
+        super().__init__(layers, levels.resolutions, width=levels.widths[0], features=channels)
+
+
+class ImageVaeDecoder(Decoder):
+    """A decoder of features with `channels` channels to pixels."""
+
+    def __init__(self, levels: ImageLevels, channels: int, norm: NormFactory, *, rngs: nnx.Rngs):
+        """Create the decoder, whose norms `norm` makes."""
+        self.config = levels
+        layers = levels.make_layers(norm, rngs)
+        super().__init__(layers, levels.resolutions, channels=channels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from jaxtyping import Array
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.trees import flatten
-from dit_video.models.autoencoders.blocks import ResidualBlock
-from dit_video.models.autoencoders.image_blocks import ImageVaeDecoder
+from dit_video.models.autoencoders.image_vae import ImageVaeDecoder
 from dit_video.models.autoencoders.interface import AutoencoderConfig
+from dit_video.models.autoencoders.vae import ResidualBlock
 from dit_video.nn import check_params, complete_params, get_param_shapes
 from dit_video.tokens import Grid
 

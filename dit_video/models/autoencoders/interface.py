@@ -1,7 +1,11 @@
 """Interface of autoencoders, and the sizes of clips and their latents."""
 
-from typing import Protocol, runtime_checkable
+import abc
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -118,3 +122,112 @@ def _check_divisible(subject: str, length: int, axis: str, step: int) -> None:
     if length < 1 or length % step:
         below = max(step, length - length % step)
         raise UserError(f"{subject} is not divisible by the {axis} stride {step}; use {below} or {below + step}")
+
+
+_LOG_VARIANCE_BOUNDS = (-30.0, 20.0)
+"""Bounds of the log variance, as in the open models."""
+
+
+class Posterior(NamedTuple):
+    """A diagonal normal distribution over unnormalised latents."""
+
+    mean: Latents
+    log_variance: Latents
+
+    @classmethod
+    def from_moments(cls, moments: Float[Array, "B t h w _"], std: float | None) -> "Posterior":
+        """Split moments into mean and log variance; `std` replaces the variance unless it is None."""
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        if std is not None:
+            log_variance = jnp.full_like(mean, 2 * math.log(std) if std else -math.inf)
+        return cls(mean, jnp.clip(log_variance, *_LOG_VARIANCE_BOUNDS))
+
+    def sample(self, noise: Latents) -> Latents:
+        """Return latents for standard normal noise."""
+        return self.mean + jnp.exp(0.5 * self.log_variance) * noise
+
+    def kl(self) -> Float[Array, " B"]:
+        """Return the divergence from the standard normal in nats, summed over channels, averaged over positions."""
+        values = 0.5 * (jnp.square(self.mean) + jnp.exp(self.log_variance) - 1 - self.log_variance)
+        return values.sum(axis=-1).mean(axis=(1, 2, 3))
+
+
+class Normalizer(nnx.Module):
+    """Mean and standard deviation of each latent channel, measured on the training set after training."""
+
+    def __init__(self, channels: int):
+        self.mean = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.std = nnx.Param(jnp.ones((channels,), jnp.float32))
+
+    def normalize(self, latents: Latents) -> Latents:
+        """Return latents with zero mean and unit variance in every channel."""
+        return (latents - self.mean[...]) / self.std[...]
+
+    def denormalize(self, latents: Latents) -> Latents:
+        """Return latents in the autoencoder's own scale."""
+        return latents * self.std[...] + self.mean[...]
+
+
+def check_std(std: float | None) -> None:
+    """Check the fixed standard deviation of a config.
+
+    Raises:
+      UserError: a negative or infinite one.
+    """
+    if std is not None and not 0 <= std < math.inf:
+        raise UserError(f"std={std} is invalid: must be finite and not negative. None learns it")
+
+
+class Vae(nnx.Module):
+    """An autoencoder with a posterior; its normalised latents are the posterior's mean."""
+
+    normalizer: Normalizer
+
+    @abc.abstractmethod
+    def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
+        """Return the distribution of latents before normalisation. See `encode` for the arguments."""
+
+    @abc.abstractmethod
+    def reconstruct(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
+        """Return pixels from latents that are not normalised."""
+
+    def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
+        """Return normalised latents.
+
+        Args:
+          pixels: clips, canvases that several clips share (see `dit_video.models.autoencoders.canvas`), or a chunk of
+            them: 1 + k * temporal stride frames of a clip's start, then multiples of the temporal stride.
+          segment_ids: clip of each latent position of a canvas; 0 is padding. Clips, one position or more apart, do
+            not see each other: they get the latents that they get alone.
+          cache: cache left by the previous chunk.
+
+        Raises:
+          UserError: a size that does not fit the stride, or pixels that are not RGB.
+        """
+        return self.normalizer.normalize(self.posterior(pixels, segment_ids, cache).mean)
+
+    def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
+        """Return pixels, approximately in [-1, 1], of the normalised latents of a clip or of one chunk of it."""
+        return self.reconstruct(self.normalizer.denormalize(latents), cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityConfig:
+    """Configuration of `IdentityAutoencoder`, which has no parameters."""
+
+    stride: Grid = Grid(1, 1, 1)
+    channels: int = 3
+    last_layer: str = ""
+
+    def make(self, rngs: nnx.Rngs) -> "IdentityAutoencoder":
+        return IdentityAutoencoder()
+
+
+class IdentityAutoencoder(nnx.Module):
+    """Pixels as latents."""
+
+    def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
+        return pixels
+
+    def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
+        return latents

@@ -13,7 +13,7 @@ from dit_video.models.backbones.protocol import Backbone
 from dit_video.models.conditioning import Conditioning
 from dit_video.nn import Backend, Parallelism
 from dit_video.nn.attention import Attention, Full, Pattern, RecordedAttention
-from dit_video.nn.attention.weights import WeightsCallback
+from dit_video.nn.attention.dense import WeightsCallback
 from dit_video.tokens import PackedRows
 
 

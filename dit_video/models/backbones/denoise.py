@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from dit_video.diffusion import DenoiseFn
-from dit_video.models.backbones.protocol import Backbone
-from dit_video.models.backbones.times import ClipTimes
+from dit_video.models.backbones.protocol import Backbone, ClipTimes
 from dit_video.models.conditioning import ClassIds, Conditioning, TextTokens
 from dit_video.models.encoders import Context
 from dit_video.tokens import PackedRows

@@ -1,28 +1,131 @@
-"""The interface of backbones, the architectures of denoisers: what training, sampling and planning ask of them."""
+"""Times of tokens of which only two per clip differ: that of its noisy tokens, and 0, that of its clean ones.
+
+A model projects modulations of several times its width from a time. For a clip of 27,000 tokens and a width of 3,072
+those of all tokens take 2 GB, and those of its two times 150 kB, which are spread over the tokens where they are used.
+"""
 
 import abc
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError
 from dit_video.core.platform.devices import Platform
-from dit_video.models.backbones.times import ClipTimes
+from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.models.conditioning import (
     ClassIds,
     ClipConditioning,
     Conditioning,
     ConditioningLatents,
+    FrameConditioning,
     ImageTokens,
     TextTokens,
 )
 from dit_video.nn import ONE_DEVICE, Backend, LayerWrapper, Parallelism, Remat
 from dit_video.nn.attention import BackendName, Full, PatternChoice, choose_backend, count_pairs, get_backend_name
 from dit_video.tokens import DenseBatch, Grid, PackedRows
+
+
+class ClipTimes(NamedTuple):
+    """Diffusion times of tokens: 0 of clean tokens, and their clip's of all others."""
+
+    values: Float[Array, "B G"]
+    """Time of each clip's noisy tokens."""
+    is_clean: Bool[Array, "B N"]
+
+    @classmethod
+    def from_tokens(cls, time: Float[Array, "B N"], is_clean: Bool[Array, "B N"], layout: PackedRows) -> "ClipTimes":
+        """Return the times of tokens, of which a clip's noisy ones have the same."""
+        return cls(layout.max(jnp.where(is_clean, 0, time)), is_clean)
+
+    @property
+    def distinct(self) -> Float[Array, "B M"]:
+        """Return the times that differ: each clip's, followed by 0 for each clip."""
+        return jnp.concatenate([self.values, jnp.zeros_like(self.values)], axis=1)
+
+    def get_numbers(self, layout: PackedRows) -> Int[Array, "B N"]:
+        """Return the number of each token's time in `distinct`, from 1 on; 0 for padding."""
+        segments = jnp.asarray(layout.segments)
+        return jnp.where(self.is_clean & (segments > 0), segments + layout.count, segments)
+
+    def expand(self, layout: PackedRows) -> Float[Array, "B N"]:
+        """Return the time of every token."""
+        return jnp.where(self.is_clean, 0, layout.expand(self.values))
+
+
+def check_frame_conditioning(
+    backbone: BackboneConfig,
+    autoencoder: AutoencoderConfig,
+    frames: FrameConditioning | None,
+    image_encoder: str | None,
+    *,
+    cached: bool,
+) -> None:
+    """Check that training provides the frame conditioning that the denoiser reads, and no other.
+
+    Args:
+      backbone: the denoiser.
+      autoencoder: autoencoder of its latents.
+      frames: conditioning on known frames.
+      image_encoder: folder of the image encoder whose tokens of the first frame the denoiser attends to.
+      cached: True if latents are cached.
+
+    Raises:
+      UserError: it does not.
+    """
+    attends, channels = backbone.image_width is not None, backbone.cond_channels
+    if channels and frames is None:
+        raise UserError("the denoiser reads conditioning latents, but frame_conditioning=None; set FrameConditioning()")
+    if channels and channels <= backbone.channels:
+        raise UserError(
+            f"cond_channels={channels} is invalid: a mask needs channels. Use at least {backbone.channels + 1}"
+        )
+    if frames is not None and not channels and backbone.time != "token" and not attends:
+        raise UserError(
+            "frame_conditioning is invalid: the denoiser needs cond_channels or time='token'; set one, or leave it out"
+        )
+    if frames is not None and frames.rest == "grey":
+        _check_grey(backbone, autoencoder, frames, cached=cached)
+    if frames is not None and frames.has_mask_mix and attends:
+        raise UserError("masks are invalid: image tokens are of a first frame. Use masks=(FirstFrame(),)")
+    if attends:
+        _check_image(backbone, frames, image_encoder, cached=cached)
+    elif image_encoder is not None:
+        raise UserError("image_encoder is invalid: the denoiser attends to no image tokens; leave out image_encoder")
+
+
+def _check_grey(
+    backbone: BackboneConfig, autoencoder: AutoencoderConfig, frames: FrameConditioning, *, cached: bool
+) -> None:
+    required = autoencoder.stride.t + autoencoder.channels
+    has_clean_tokens = backbone.time == "token" and not backbone.cond_channels and frames.has_mask_mix
+    if backbone.cond_channels != required and not has_clean_tokens:
+        raise UserError(
+            f"cond_channels={backbone.cond_channels} is invalid: with rest='grey' it must be {required}, a mask of "
+            f"{autoencoder.stride.t} and the latents' {autoencoder.channels}; use rest='zero'"
+        )
+    if not cached and not frames.has_mask_mix:
+        raise UserError("rest='grey' needs cached latents; set data cache_latents=True")
+
+
+def _check_image(
+    backbone: BackboneConfig, frames: FrameConditioning | None, image_encoder: str | None, *, cached: bool
+) -> None:
+    if frames is None:
+        raise UserError(
+            "the denoiser attends to a first frame, but frame_conditioning=None; set FrameConditioning(prob=1.0)"
+        )
+    if image_encoder is None:
+        raise UserError("the denoiser attends to an image encoder's tokens; set image_encoder to its folder")
+    if backbone.image_positions is not None:
+        raise UserError("image_positions needs a last frame, which training does not provide; use a model without it")
+    if not cached:
+        raise UserError("an image encoder's tokens need cached latents; set data cache_latents=True")
+
 
 ClipTokens = int | Grid
 """Size of a clip in tokens: their number, or their grid, which attention patterns other than `Full` need."""

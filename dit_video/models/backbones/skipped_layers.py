@@ -9,8 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
-from dit_video.models.backbones.protocol import Backbone, BackboneConfig, BlockBackbone
-from dit_video.models.backbones.times import ClipTimes
+from dit_video.models.backbones.protocol import Backbone, BackboneConfig, BlockBackbone, ClipTimes
 from dit_video.models.conditioning import Conditioning
 from dit_video.tokens import PackedRows
 

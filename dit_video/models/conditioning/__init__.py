@@ -4,21 +4,19 @@ from dit_video.models.conditioning.clip_conditioning import ClipConditioning, Cl
 from dit_video.models.conditioning.frame_conditioning import (
     COND_LATENTS,
     COND_MASK,
+    GREY,
     IMAGE_TOKENS,
     FrameConditioning,
-    interleave_mask,
-    make_cond_latents,
-    make_image_tokens,
-    make_mask_fields,
-    mask_first_frames,
-)
-from dit_video.models.conditioning.known_pixels import (
-    GREY,
     blank_unknown,
     find_any_known,
     find_known_latents,
     find_partly_known_latents,
     fold_mask,
+    interleave_mask,
+    make_cond_latents,
+    make_image_tokens,
+    make_mask_fields,
+    mask_first_frames,
     split_cells,
 )
 from dit_video.models.conditioning.masks import (
@@ -34,5 +32,11 @@ from dit_video.models.conditioning.masks import (
     MaskGenerator,
     OutsideOfBox,
 )
-from dit_video.models.conditioning.prompts import drop_captions
-from dit_video.models.conditioning.records import ClassIds, Conditioning, ConditioningLatents, ImageTokens, TextTokens
+from dit_video.models.conditioning.records import (
+    ClassIds,
+    Conditioning,
+    ConditioningLatents,
+    ImageTokens,
+    TextTokens,
+    drop_captions,
+)

@@ -5,12 +5,15 @@ encoder runs on the host: its tokens are embeddings, and the module passes them 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
+
+from dit_video.core.errors import UserError, check_at_least
 
 CaptionTokens = Int32[np.ndarray, " s"] | Float32[np.ndarray, "s E"]
 """Tokens of one caption, without padding: ids, or embeddings."""
@@ -68,3 +71,41 @@ class TextEncoderConfig(Protocol):
         """Return the number of tokens to which longer captions are cut."""
 
     def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenTextConfig:
+    """Configuration of a frozen text encoder, and the values that its files must match.
+
+    Raises:
+      UserError: no folder, or a width or limit below 1.
+    """
+
+    folder: str
+    """Folder of the encoder's weights, config and tokenizer, as other projects publish them."""
+    width: int
+    """Width of its embeddings."""
+    max_tokens: int = 512
+    """Maximum tokens of a caption; a longer one is cut."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of its matrix products and their weights."""
+    cleaned: bool = False
+    """True cleans texts before tokenization, as Wan does (`text.clean`)."""
+    identity: str = ""
+    """Hash of encoder, tokenizer and the three fields above, from `weights.load_embedder`: the folder must hold that
+    encoder; empty accepts any. If it is set, training on cached embeddings does not need the folder."""
+
+    def __post_init__(self):
+        check_at_least(1, width=self.width, max_tokens=self.max_tokens)
+        if not self.folder:
+            raise UserError("folder='' is invalid: captions need an encoder. Use the folder of its weights.")
+
+    def make(self, rngs: nnx.Rngs) -> "FrozenText":
+        return FrozenText()
+
+
+class FrozenText(nnx.Module):
+    """A text encoder without parameters that passes cached embeddings on."""
+
+    def __call__(self, values: Float[Array, "B S E"], segments: Int[Array, "B S"]) -> Context:
+        return Context(values, segments)

@@ -4,9 +4,17 @@ All backends implement one protocol, `Attention`; a model is built with a backen
 tokens attend to each other. Every backend is tested against `DenseAttention`, whose mask defines the pattern.
 """
 
-from dit_video.nn.attention.api import Attention
-from dit_video.nn.attention.backends.splash_blocks import SplashBlocks, choose_block_size
-from dit_video.nn.attention.bias import Bias, BiasTable, RelativeBias
+from dit_video.nn.attention.api import (
+    GLOBAL,
+    Attention,
+    AttentionInputs,
+    Bias,
+    BiasTable,
+    ContiguousSegments,
+    RelativeBias,
+    compute_grid_indices,
+)
+from dit_video.nn.attention.dense import RecordedAttention
 from dit_video.nn.attention.dispatch import (
     ANY_PLATFORM,
     Backend,
@@ -17,7 +25,6 @@ from dit_video.nn.attention.dispatch import (
     get_backend_name,
     make_attention,
 )
-from dit_video.nn.attention.inputs import GLOBAL, AttentionInputs, ContiguousSegments, compute_grid_indices
 from dit_video.nn.attention.masks import (
     CausalFrames,
     Full,
@@ -28,6 +35,6 @@ from dit_video.nn.attention.masks import (
     SparseCausal,
     TimeOnly,
     WithGlobalTokens,
+    count_pairs,
 )
-from dit_video.nn.attention.pairs import count_pairs
-from dit_video.nn.attention.weights import RecordedAttention
+from dit_video.nn.attention.splash import SplashBlocks, choose_block_size

@@ -7,16 +7,13 @@ import jax.numpy as jnp
 
 from dit_video.core.errors import UserError
 from dit_video.core.platform.devices import Platform
-from dit_video.nn.attention.api import Attention, Keys, Queries
-from dit_video.nn.attention.backends.chunked import ChunkedAttention
-from dit_video.nn.attention.backends.cudnn import MAX_HEAD_WIDTH, CudnnAttention
-from dit_video.nn.attention.backends.dense import DenseAttention
-from dit_video.nn.attention.backends.splash import SplashAttention
-from dit_video.nn.attention.backends.splash_blocks import SplashBlocks
-from dit_video.nn.attention.backends.tokamax import TokamaxAttention
-from dit_video.nn.attention.inputs import AttentionInputs
-from dit_video.nn.attention.key_ranges import require_key_ranges
+from dit_video.nn.attention.api import Attention, AttentionInputs, Keys, Queries
+from dit_video.nn.attention.chunked import ChunkedAttention, require_key_ranges
+from dit_video.nn.attention.cudnn import MAX_HEAD_WIDTH, CudnnAttention
+from dit_video.nn.attention.dense import DenseAttention
 from dit_video.nn.attention.masks import Full, Pattern
+from dit_video.nn.attention.splash import SplashAttention, SplashBlocks
+from dit_video.nn.attention.tokamax import TokamaxAttention
 
 BackendName = Literal["auto", "dense", "chunked", "splash", "cudnn", "tokamax"]
 Backend = BackendName | SplashBlocks

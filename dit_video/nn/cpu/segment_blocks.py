@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
-from dit_video.nn.attention.backends.dense import MASK_VALUE, dot
+from dit_video.nn.attention.dense import MASK_VALUE, dot
 
 _NO_SEGMENT, _PADDING = -2, -1
 """Segment ids of tokens to ignore in the outer and the inner loop; they differ, so that no pair of them matches."""

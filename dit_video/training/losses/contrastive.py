@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.models.features.clip.model import l2_normalize
+from dit_video.models.features.clip import l2_normalize
 from dit_video.training.step import LossDetails, LossOutput
 
 MAX_SCALE = 100.0

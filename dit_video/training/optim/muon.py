@@ -25,8 +25,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PyTree
 
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.distributed.sharding_rules import make_shardings
-from dit_video.distributed.update_sharding import apply_to_matrices
+from dit_video.distributed.sharding import apply_to_matrices, make_shardings
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5

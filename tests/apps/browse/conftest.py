@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 import pytest
 
-from dit_video.data.table_files import write_column
+from dit_video.data.tables import write_column
 from support.clip_tables import MemoryClips, make_clip_file, make_row, write_table
 from support.html_page import HOSTILE
 

@@ -72,7 +72,7 @@ def test_rows_are_those_that_are_kept_left_out_or_all(client):
 
 
 def test_rows_that_are_not_chosen_are_left_out_and_keep_their_clip(tmp_path, make_app):
-    from dit_video.data.table_files import write_column
+    from dit_video.data.tables import write_column
 
     file = make_clip_file(0)
     write_table(tmp_path, [make_row("a.mp4", file), make_row("b.mp4", file)])

@@ -4,8 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dit_video.data.table_files import write_column
-from dit_video.data.tables import Table
+from dit_video.data.tables import Table, write_column
 from support.clip_tables import make_row, write_table
 from support.huge_columns import make_huge_texts
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dit_video.core.platform import huge_pages
+from dit_video.core.platform import scripts
 from support.devices import PROGRAMS
 
 TUNABLE = "glibc.malloc.hugetlb=1"
@@ -18,7 +18,7 @@ def started(monkeypatch, tmp_path):
     result = []
     setting = tmp_path / "enabled"
     setting.write_text("always [madvise] never\n")
-    monkeypatch.setattr(huge_pages, "_SETTING", setting)
+    monkeypatch.setattr(scripts, "_SETTING", setting)
     monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.36", raising=False)
     monkeypatch.setattr(os, "execv", lambda path, arguments: result.append((path, arguments)))
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "train.py", "--steps", "3"])
@@ -29,47 +29,47 @@ def started(monkeypatch, tmp_path):
 
 
 def test_a_process_starts_again_with_its_own_command(started):
-    huge_pages.use_huge_pages("__main__")
+    scripts.use_huge_pages("__main__")
     assert started == [(sys.executable, [sys.executable, "-X", "dev", "train.py", "--steps", "3"])]
     assert os.environ["GLIBC_TUNABLES"] == TUNABLE
-    huge_pages.use_huge_pages("__main__")
+    scripts.use_huge_pages("__main__")
     assert len(started) == 1
 
 
 def test_other_tunables_of_glibc_stay(started, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
-    huge_pages.use_huge_pages("__main__")
+    scripts.use_huge_pages("__main__")
     assert started
     assert os.environ["GLIBC_TUNABLES"] == f"glibc.malloc.arena_max=2:{TUNABLE}"
 
 
 def test_an_imported_module_does_not_start_the_process_again(started):
-    huge_pages.use_huge_pages("train")
+    scripts.use_huge_pages("train")
     assert not started
 
 
 def test_a_process_that_imported_jax_is_not_started_again(started, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", sys)
-    huge_pages.use_huge_pages("__main__")
+    scripts.use_huge_pages("__main__")
     assert not started
 
 
 def test_a_huge_page_setting_of_the_user_stays(started, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
-    huge_pages.use_huge_pages("__main__")
+    scripts.use_huge_pages("__main__")
     assert not started
 
 
 def test_a_process_under_a_debugger_is_not_started_again(started, monkeypatch):
     monkeypatch.setattr(sys, "gettrace", lambda: print)
-    huge_pages.use_huge_pages("__main__")
+    scripts.use_huge_pages("__main__")
     assert not started
 
 
 @pytest.mark.parametrize("setting", ["[always] madvise never", "always madvise [never]", None])
 def test_a_system_that_gives_huge_pages_to_all_or_to_nobody_is_left_alone(started, tmp_path, setting):
     (tmp_path / "enabled").unlink() if setting is None else (tmp_path / "enabled").write_text(setting)
-    huge_pages.use_huge_pages("__main__")
+    scripts.use_huge_pages("__main__")
     assert not started
 
 
@@ -81,12 +81,12 @@ def test_an_old_or_other_c_library_is_left_alone(started, monkeypatch, library):
         return library
 
     monkeypatch.setattr(os, "confstr", confstr)
-    huge_pages.use_huge_pages("__main__")
+    scripts.use_huge_pages("__main__")
     assert not started
 
 
 def test_a_real_script_starts_again_with_its_arguments():
-    if not huge_pages._is_available():
+    if not scripts._is_available():
         pytest.skip("this system does not give huge pages to those who ask")
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     command = [sys.executable, str(PROGRAMS / "huge_pages.py"), "--steps", "3"]

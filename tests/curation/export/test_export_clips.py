@@ -19,7 +19,7 @@ from dit_video.curation.export import EXPORT_FORMATS, ExportContents, export_cli
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.ingest.formats import list_clips
-from dit_video.data.table_files import write_column
+from dit_video.data.tables import write_column
 from support.clip_tables import MemoryClips, make_clip_file, make_row, write_table
 from support.huge_columns import make_huge_texts
 

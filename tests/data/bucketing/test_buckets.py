@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
-from dit_video.data.bucketing.buckets import BatchMemory, BucketStream, plan_buckets
+from dit_video.data.buckets import BatchMemory, BucketStream, plan_buckets
 from dit_video.tokens import Grid
 
 MEMORY = BatchMemory(fixed=1000, per_token=10)

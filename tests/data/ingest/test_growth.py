@@ -11,8 +11,7 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import workers
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.quality_filter import ScreeningConfig
-from dit_video.data.table_files import write_column
-from dit_video.data.tables import Table
+from dit_video.data.tables import Table, write_column
 from dit_video.video import Clip
 from support.devices import PROGRAMS
 

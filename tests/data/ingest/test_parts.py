@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data import table_files
+from dit_video.data import tables
 from dit_video.data.ingest import parts
 from dit_video.data.ingest.formats import ListedClip, Listing
 
@@ -31,7 +31,7 @@ def test_parts_are_neither_too_many_nor_too_large(tmp_path, monkeypatch):
 def test_a_part_is_found_in_a_long_list(tmp_path, monkeypatch):
     """Only the rows around it are read."""
     monkeypatch.setattr(parts, "_MAX_PART_FILES", 3)
-    monkeypatch.setattr(table_files, "BATCH_ROWS", 4)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 4)
     clips = tuple(ListedClip(f"{n:04}", (), 1, f"/{n}", None, "train") for n in range(20))
     folder = parts.IngestFolder(tmp_path, {})
     folder.update(Listing(clips))

@@ -15,8 +15,7 @@ from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.plan import check_clips
 from dit_video.data.latents.writer import LatentWriter
 from dit_video.data.packing.rows import LatentRows, RowLayout, compute_token_grids
-from dit_video.data.table_files import compute_row_id, read_parquet, write_column, write_manifest, write_part
-from dit_video.data.tables import Table
+from dit_video.data.tables import Table, compute_row_id, read_parquet, write_column, write_manifest, write_part
 from dit_video.tokens import Grid, PackedShape
 from support.clip_tables import SCHEMA, write_table
 from support.process_memory import read_memory, release_memory

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import MissingError
-from dit_video.evaluation.feature_functions.clip import ClipEmbeddings
-from dit_video.evaluation.metrics.clip_similarity import ClipSimilarity
+from dit_video.evaluation.feature_functions import ClipEmbeddings
+from dit_video.evaluation.metrics.captions import ClipSimilarity, EmbeddedSample, TextRetrieval
 from dit_video.evaluation.metrics.metric import MetricBatch
-from dit_video.evaluation.metrics.text_retrieval import EmbeddedSample, TextRetrieval
-from dit_video.models.features.clip.images import ClipImageProcessor
+from dit_video.models.features.clip import ClipImageProcessor
 from dit_video.video import Clip
 from dit_video.weights import save_clip_image_processor
 from support.tiny_clip import VISION, write_clip, write_tokenizer

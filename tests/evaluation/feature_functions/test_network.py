@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.feature_functions.network import NetworkInput, make_extractor
+from dit_video.evaluation.feature_functions import NetworkInput, make_extractor
 from dit_video.video import Clip
 from support.devices import check_on_eight_devices
 

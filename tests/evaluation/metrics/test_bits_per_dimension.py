@@ -19,7 +19,7 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
 )
-from dit_video.evaluation.metrics.bits_per_dimension import BitsPerDimension, LatentLikelihood
+from dit_video.evaluation.metrics.likelihood import BitsPerDimension, LatentLikelihood
 from support.clip_rows import MEAN, STD, draw_clips, make_best_denoise, make_clip_rows
 from support.marks import mark_slow_except
 

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.feature_functions.feature_function import OpenFeatures
-from dit_video.evaluation.metrics import feature_sets
-from dit_video.evaluation.metrics.frechet import FrechetMetric
-from dit_video.evaluation.metrics.inception import InceptionScore
-from dit_video.evaluation.metrics.kernel_inception import KernelMetric
-from dit_video.evaluation.metrics.memorisation import Memorisation
+from dit_video.evaluation.feature_functions import OpenFeatures
+from dit_video.evaluation.metrics import distributions
+from dit_video.evaluation.metrics.distributions import (
+    FrechetMetric,
+    InceptionScore,
+    KernelMetric,
+    Memorisation,
+    PrecisionRecall,
+)
 from dit_video.evaluation.metrics.metric import MetricBatch
-from dit_video.evaluation.metrics.precision_recall import PrecisionRecall
 from dit_video.video import Clip
 from support.colour_features import ColourFeatures, FrameColours, draw_clips
 
@@ -144,8 +146,8 @@ def test_functions_of_frames_compare_clips_for_memorisation():
 
 def test_the_sets_are_compared_once_for_all_that_is_listed(monkeypatch):
     calls = []
-    find = feature_sets.find_nearest
-    monkeypatch.setattr(feature_sets, "find_nearest", lambda *args: calls.append(1) or find(*args))
+    find = distributions.find_nearest
+    monkeypatch.setattr(distributions, "find_nearest", lambda *args: calls.append(1) or find(*args))
     metric = METRICS[3]
     state = metric.update(metric.init(), MetricBatch(real_clips=REAL, samples=REAL[:5]))
     assert (

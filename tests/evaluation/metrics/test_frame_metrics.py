@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from dit_video.evaluation.metrics.colourfulness import Colourfulness, compute_colourfulness
+from dit_video.evaluation.metrics.frames import Colourfulness, Sharpness, compute_colourfulness, compute_sharpness
 from dit_video.evaluation.metrics.metric import MetricBatch
-from dit_video.evaluation.metrics.sharpness import Sharpness, compute_sharpness
 from dit_video.video import Clip
 
 RANDOM = np.random.default_rng(0).integers(0, 256, (3, 24, 31, 3)).astype(np.uint8)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dit_video.evaluation.metrics.intervals import compute_mean_interval, compute_wilson_interval
+from dit_video.evaluation.metrics.metric import compute_mean_interval, compute_wilson_interval
 
 
 def test_the_wilson_interval_is_that_of_the_formula():

@@ -7,7 +7,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Epsilon, RectifiedFlow, VariancePreservingProcess, Velocity, stateless
-from dit_video.evaluation.metrics.loss_by_time import DenoisingLoss, LossByTime
+from dit_video.evaluation.metrics.likelihood import DenoisingLoss, LossByTime
 from support.clip_rows import STD, draw_clips, make_best_denoise, make_clip_rows
 
 FLOW, DDPM = (RectifiedFlow(), Velocity()), (VariancePreservingProcess(), Epsilon())

@@ -10,7 +10,6 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
-from dit_video.evaluation.metrics.kept_pixels import KeptPixels
 from dit_video.evaluation.metrics.metric import (
     PROMPT_NEEDS,
     ClipReconstruction,
@@ -23,7 +22,7 @@ from dit_video.evaluation.metrics.metric import (
     estimate_share,
 )
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim, psnr, ssim
-from dit_video.evaluation.metrics.region_border import RegionBorder
+from dit_video.evaluation.metrics.tasks import KeptPixels, RegionBorder
 from dit_video.scenes import draw_scene, shapes
 from dit_video.scenes.laws import LAWS
 from dit_video.scenes.metrics.task_truth import TaskTruth

@@ -8,12 +8,7 @@ from scipy.ndimage import correlate, gaussian_filter
 
 from dit_video.core.errors import UserError
 from dit_video.evaluation.metrics.metric import ClipReconstruction, MetricBatch
-from dit_video.evaluation.metrics.multiscale_ssim import (
-    MultiscaleSsim,
-    compute_multiscale_ssim,
-    count_scales,
-)
-from dit_video.evaluation.metrics.reconstruction import ssim
+from dit_video.evaluation.metrics.reconstruction import MultiscaleSsim, compute_multiscale_ssim, count_scales, ssim
 from dit_video.video import Clip
 
 

@@ -13,12 +13,12 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.pixels import to_float
 from dit_video.core.trees import flatten
 from dit_video.evaluation.metrics.metric import ClipReconstruction, MetricBatch
-from dit_video.evaluation.metrics.perceptual_distance import PerceptualDistance, compute_perceptual_distance
+from dit_video.evaluation.metrics.reconstruction import PerceptualDistance, compute_perceptual_distance
 from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.video import Clip
 from dit_video.weights import load_lpips
-from dit_video.weights.lpips import make_lpips_tensor_map
+from dit_video.weights.feature_networks import make_lpips_tensor_map
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
 

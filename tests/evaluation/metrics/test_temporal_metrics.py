@@ -7,13 +7,21 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.feature_functions.feature_function import FeatureFunction, OpenFeatures
-from dit_video.evaluation.metrics.dynamic_degree import DynamicDegree, compute_top_flow, is_dynamic, select_frames
+from dit_video.evaluation.feature_functions import FeatureFunction, OpenFeatures
+from dit_video.evaluation.metrics.frames import (
+    DynamicDegree,
+    MotionSmoothness,
+    SubjectConsistency,
+    TemporalFlickering,
+    compute_consistency,
+    compute_motion_smoothness,
+    compute_temporal_flickering,
+    compute_top_flow,
+    is_dynamic,
+    select_frames,
+)
 from dit_video.evaluation.metrics.metric import ClipReconstruction, MetricBatch
-from dit_video.evaluation.metrics.motion_smoothness import MotionSmoothness, compute_motion_smoothness
-from dit_video.evaluation.metrics.reconstruction_flicker import ReconstructionFlicker, compute_added_flicker
-from dit_video.evaluation.metrics.subject_consistency import SubjectConsistency, compute_consistency
-from dit_video.evaluation.metrics.temporal_flicker import TemporalFlickering, compute_temporal_flickering
+from dit_video.evaluation.metrics.reconstruction import ReconstructionFlicker, compute_added_flicker
 from dit_video.evaluation.optical_flow import interpolate_middle
 from dit_video.scenes import draw_scene, render
 from dit_video.tokens import Grid

@@ -27,7 +27,7 @@ from dit_video.data.ingest.engine import ingest
 from dit_video.data.latents import offline
 from dit_video.data.latents.online import CanvasEncoder
 from dit_video.data.sizes import compute_all_sampled_fps
-from dit_video.data.table_files import INDEX_FOLDER
+from dit_video.data.tables import INDEX_FOLDER
 from dit_video.experiment import Experiment
 from dit_video.video import decode
 from dit_video.weights import load

@@ -9,8 +9,7 @@ import pytest
 import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import LinearQuadraticTimes, RectifiedFlow, UniformTimes
-from dit_video.families.ltx.pipeline import read_parts
-from dit_video.families.ltx.task import KeyframesToVideo
+from dit_video.families.ltx.pipeline import KeyframesToVideo, read_parts
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.sampling.pictures import Condition
 from dit_video.sampling.pipeline import Pipeline

@@ -5,7 +5,7 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import UserError
-from dit_video.families.vace.task import VaceTask
+from dit_video.families.vace.pipeline import VaceTask
 from dit_video.sampling.pictures import Condition
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid

@@ -12,7 +12,7 @@ from dit_video.families.wan.pipeline import DENOISER
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes, merge_lora
 from dit_video.weights import load_lora, save
-from dit_video.weights.lora_tensors import match_tensors
+from dit_video.weights.lora import match_tensors
 from support.random_params import make_random_params
 
 LINEAR = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.v")

@@ -13,7 +13,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.families import find_family, load_denoiser
 from dit_video.families.convert import convert
 from dit_video.families.family import LoadOptions
-from dit_video.families.wan.defaults import NEGATIVE, find_defaults
+from dit_video.families.wan.pipeline import NEGATIVE, find_defaults
 from dit_video.weights import load, save
 from support.marks import mark_slow_except
 from support.tiny_wan import TWO, write_animating_wan, write_wan

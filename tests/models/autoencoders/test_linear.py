@@ -3,7 +3,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.models.autoencoders import fit_linear
-from dit_video.models.autoencoders.patches import to_patches
+from dit_video.models.autoencoders.patch_vae import to_patches
 from dit_video.tokens import Grid
 
 STRIDE, CHANNELS = Grid(2, 2, 2), 5

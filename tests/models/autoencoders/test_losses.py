@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.models.autoencoders import losses
+from dit_video.models.autoencoders import objective
 
 MEASURES = (
-    losses.absolute_error,
-    losses.squared_error,
-    losses.log_squared_error,
-    losses.charbonnier_loss,
-    losses.pyramid_loss,
-    losses.frequency_loss,
-    losses.temporal_loss,
+    objective.absolute_error,
+    objective.squared_error,
+    objective.log_squared_error,
+    objective.charbonnier_loss,
+    objective.pyramid_loss,
+    objective.frequency_loss,
+    objective.temporal_loss,
 )
 
 
@@ -38,7 +38,7 @@ def test_one_value_a_clip_for_any_size_with_finite_gradients(measure, size):
     assert value.shape == (2,)
     assert np.isfinite(value).all()
     assert np.isfinite(gradient).all()
-    still = measure is losses.temporal_loss and size[0] == 1
+    still = measure is objective.temporal_loss and size[0] == 1
     assert (np.abs(gradient).max() > 0) == (not still)
 
 
@@ -54,22 +54,22 @@ def test_a_clip_s_value_is_its_own_and_without_error_it_is_zero(measure):
 
 def test_pixel_losses_equal_their_definitions():
     error = jnp.full((1, 2, 3, 4, 3), -0.5, jnp.float32)
-    assert losses.absolute_error(error)[0] == pytest.approx(0.5)
-    assert losses.squared_error(error)[0] == pytest.approx(0.25)
-    assert losses.charbonnier_loss(error, epsilon=1.2)[0] == pytest.approx(1.3)
+    assert objective.absolute_error(error)[0] == pytest.approx(0.5)
+    assert objective.squared_error(error)[0] == pytest.approx(0.25)
+    assert objective.charbonnier_loss(error, epsilon=1.2)[0] == pytest.approx(1.3)
 
 
 def test_a_logarithm_counts_a_tenth_less_error_the_same_in_every_clip():
     sizes = jnp.asarray([0.1, 0.8], jnp.float32)[:, None, None, None, None] * jnp.ones((2, 2, 3, 4, 3))
-    better = losses.log_squared_error(sizes) - losses.log_squared_error(sizes * np.float32(np.sqrt(0.9)))
-    np.testing.assert_allclose(better, -losses.LOG_FLOOR * np.log(0.9), rtol=0.04)
+    better = objective.log_squared_error(sizes) - objective.log_squared_error(sizes * np.float32(np.sqrt(0.9)))
+    np.testing.assert_allclose(better, -objective.LOG_FLOOR * np.log(0.9), rtol=0.04)
     small = jnp.full((1, 2, 3, 4, 3), 1e-4, jnp.float32)  # below the floor it is the squared error
-    np.testing.assert_allclose(losses.log_squared_error(small), losses.squared_error(small), rtol=1e-4)
+    np.testing.assert_allclose(objective.log_squared_error(small), objective.squared_error(small), rtol=1e-4)
 
 
 def test_a_pyramid_of_a_constant_error_is_its_last_level():
     error = jnp.full((1, 1, 16, 16, 3), 0.25, jnp.float32)
-    np.testing.assert_allclose(losses.pyramid_loss(error), [0.25], rtol=1e-6)
+    np.testing.assert_allclose(objective.pyramid_loss(error), [0.25], rtol=1e-6)
 
 
 def test_a_pyramid_adds_what_its_levels_leave():
@@ -83,7 +83,9 @@ def test_a_pyramid_adds_what_its_levels_leave():
             tap * np.take(padded, range(offset, offset + error.shape[axis]), axis) for offset, tap in enumerate(taps)
         )
     expected = np.abs(error - blurred).mean() + np.abs(blurred[:, :, ::2, ::2]).mean()
-    np.testing.assert_allclose(jax.jit(functools.partial(losses.pyramid_loss, levels=2))(error), [expected], rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(functools.partial(objective.pyramid_loss, levels=2))(error), [expected], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (5, 8), (8, 5), (6, 2)])
@@ -92,17 +94,19 @@ def test_frequencies_are_those_of_the_fast_transform(height, width):
     power = np.abs(np.fft.fft2(error, axes=(2, 3), norm="ortho")) ** 2
     weight = np.sqrt(power / power.max(axis=(2, 3), keepdims=True))
     expected = (weight * power).mean(axis=(1, 2, 3, 4))
-    np.testing.assert_allclose(jax.jit(losses.frequency_loss)(error), expected, rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(objective.frequency_loss)(error), expected, rtol=1e-4)
 
 
 def test_frequencies_without_focus_are_the_squared_error():
     np.testing.assert_allclose(
-        jax.jit(functools.partial(losses.frequency_loss, focus=0.0))(ERROR), losses.squared_error(ERROR), rtol=1e-5
+        jax.jit(functools.partial(objective.frequency_loss, focus=0.0))(ERROR),
+        objective.squared_error(ERROR),
+        rtol=1e-5,
     )
 
 
 def test_the_focus_has_no_gradient_of_its_own():
-    gradient = with_gradient(losses.frequency_loss)(ERROR)[1]
+    gradient = with_gradient(objective.frequency_loss)(ERROR)[1]
     spectrum = np.fft.fft2(ERROR, axes=(2, 3), norm="ortho")
     weight = np.abs(spectrum) / np.abs(spectrum).max(axis=(2, 3), keepdims=True)
     expected = 2 * np.fft.ifft2(weight * spectrum, axes=(2, 3), norm="ortho").real / ERROR[0].size
@@ -112,6 +116,6 @@ def test_the_focus_has_no_gradient_of_its_own():
 def test_only_the_temporal_loss_depends_on_flicker():
     still = jnp.full((1, 4, 2, 2, 3), 0.5, jnp.float32)
     flickering = still * jnp.asarray([1.0, -1, 1, -1])[:, None, None, None]
-    assert losses.absolute_error(still) == losses.absolute_error(flickering)
-    assert losses.temporal_loss(still)[0] == 0
-    assert losses.temporal_loss(flickering)[0] == 1
+    assert objective.absolute_error(still) == objective.absolute_error(flickering)
+    assert objective.temporal_loss(still)[0] == 0
+    assert objective.temporal_loss(flickering)[0] == 1

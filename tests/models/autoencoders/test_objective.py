@@ -8,7 +8,7 @@ import pytest
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.models.autoencoders import AutoencoderObjective, losses
+from dit_video.models.autoencoders import AutoencoderObjective
 
 DECODED, ORIGINAL = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 2, 3, 8, 8, 3)), jnp.float32)
 
@@ -18,8 +18,8 @@ def test_an_objective_returns_its_weighted_parts_by_name():
     value, parts = jax.jit(objective.compare)(DECODED, ORIGINAL)
     assert parts.keys() == {"absolute", "charbonnier", "frequency", "temporal"}
     error = DECODED - ORIGINAL
-    expected = 0.5 * losses.absolute_error(error) + 2 * losses.charbonnier_loss(error)
-    expected += 3 * losses.frequency_loss(error) + 0.25 * losses.temporal_loss(error)
+    expected = 0.5 * objective.absolute_error(error) + 2 * objective.charbonnier_loss(error)
+    expected += 3 * objective.frequency_loss(error) + 0.25 * objective.temporal_loss(error)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 

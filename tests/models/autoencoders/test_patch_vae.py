@@ -12,8 +12,8 @@ from flax import nnx
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.models.autoencoders import PatchVaeConfig, fit_linear, init_from_linear
-from dit_video.models.autoencoders.patches import from_patches, to_patches
-from dit_video.models.autoencoders.posterior import Posterior
+from dit_video.models.autoencoders.interface import Posterior
+from dit_video.models.autoencoders.patch_vae import from_patches, to_patches
 from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
 from support.random_params import make_random_params

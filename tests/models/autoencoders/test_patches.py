@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.models.autoencoders.patches import from_patches, to_patches
+from dit_video.models.autoencoders.patch_vae import from_patches, to_patches
 from dit_video.tokens import Grid
 
 

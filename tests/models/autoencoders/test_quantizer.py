@@ -8,7 +8,7 @@ from flax import nnx
 
 from dit_video.core.errors import UserError
 from dit_video.models.autoencoders import CodebookConfig
-from dit_video.models.autoencoders.quantizer import Codebook, find_nearest_codes
+from dit_video.models.autoencoders.vq import Codebook, find_nearest_codes
 
 DRAW = np.random.default_rng(0)
 

@@ -22,7 +22,7 @@ from dit_video.models.autoencoders import (
     measure_tiling_error,
     streaming,
 )
-from dit_video.models.autoencoders.tiling import compute_blend_weights, cut_tiles
+from dit_video.models.autoencoders.streaming import compute_blend_weights, cut_tiles
 from dit_video.nn import get_graph_def, init_params
 from dit_video.tokens import Grid
 from support.devices import PROGRAMS, check_on_eight_devices, make_environment

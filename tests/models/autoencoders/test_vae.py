@@ -14,7 +14,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.models.autoencoders import CausalVaeConfig
-from dit_video.models.autoencoders.blocks import make_encoder_inputs
+from dit_video.models.autoencoders.vae import make_encoder_inputs
 from dit_video.nn import ConvCache, get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
 from support.marks import mark_slow_except

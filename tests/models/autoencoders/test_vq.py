@@ -22,10 +22,8 @@ from dit_video.models.autoencoders import (
     decode_stream,
     encode_stream,
 )
-from dit_video.models.autoencoders.blocks import BlockInputs
-from dit_video.models.autoencoders.modulation import SpatialNorm
-from dit_video.models.autoencoders.vae import PositionNorm
-from dit_video.models.autoencoders.vq import VqAutoencoder
+from dit_video.models.autoencoders.vae import BlockInputs, PositionNorm
+from dit_video.models.autoencoders.vq import SpatialNorm, VqAutoencoder
 from dit_video.nn import ConvCache, get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
 from support.marks import mark_slow_except

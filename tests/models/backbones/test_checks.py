@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.models.backbones.checks import check_frame_conditioning
+from dit_video.models.backbones.protocol import check_frame_conditioning
 from dit_video.models.conditioning import FrameConditioning
 from support.tiny_wan import ANIMATING, DIT, VAE
 

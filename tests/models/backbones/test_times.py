@@ -10,7 +10,7 @@ from flax import nnx
 
 from dit_video.models.backbones.denoise import make_denoise_fn
 from dit_video.models.backbones.dit import CrossAttention, DitConfig, JointAttention
-from dit_video.models.backbones.times import ClipTimes
+from dit_video.models.backbones.protocol import ClipTimes
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import get_graph_def

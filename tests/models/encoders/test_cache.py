@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 
-from dit_video.models.encoders.cache import FolderCache, MemoryCache
+from dit_video.models.encoders.embedder import FolderCache, MemoryCache
 
 
 def test_the_memory_cache_keeps_the_latest_used_texts():

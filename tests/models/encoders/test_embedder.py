@@ -9,7 +9,7 @@ from flax import nnx
 
 from dit_video.core.errors import UserError
 from dit_video.models.encoders import Embedder, PretrainedTokenizer
-from dit_video.models.encoders.cache import FolderCache
+from dit_video.models.encoders.embedder import FolderCache
 from dit_video.nn import get_graph_def
 from support.random_params import make_random_params
 from support.tiny_t5 import CONFIG, write_tokenizer

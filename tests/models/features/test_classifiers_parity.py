@@ -7,11 +7,9 @@ import safetensors.numpy
 from flax import nnx
 
 from dit_video.core import trees
-from dit_video.models.features.c3d import C3d
-from dit_video.models.features.i3d import MIXED, I3d
-from dit_video.models.features.inception import InceptionV3
+from dit_video.models.features.convolutional import MIXED, C3d, I3d, InceptionV3
 from dit_video.nn import get_graph_def, get_param_shapes
-from dit_video.weights.classifiers import (
+from dit_video.weights.feature_networks import (
     load_c3d,
     load_i3d,
     load_inception,

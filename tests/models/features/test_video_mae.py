@@ -9,10 +9,10 @@ from flax import nnx
 
 from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
-from dit_video.models.features.interpolation import resize_frames
+from dit_video.models.features.convolutional import resize_frames
 from dit_video.models.features.video_mae import VideoMaeConfig, make_position_table
 from dit_video.nn import get_graph_def, get_param_shapes
-from dit_video.weights.video_mae import load_video_mae, make_video_mae_tensor_map
+from dit_video.weights.feature_networks import load_video_mae, make_video_mae_tensor_map
 from support.random_params import make_random_params
 
 CONFIG = VideoMaeConfig(width=12, layers=2, heads=3, mlp_width=20, side=8, patch=4, frames=4)

@@ -8,11 +8,11 @@ import safetensors.numpy
 from flax import nnx
 
 from dit_video.core import trees
-from dit_video.models.features.interpolation import resize_frames
+from dit_video.models.features.convolutional import resize_frames
 from dit_video.models.features.video_mae import VideoMaeConfig, make_position_table
 from dit_video.nn import get_graph_def
+from dit_video.weights.feature_networks import load_video_mae, make_video_mae_tensor_map
 from dit_video.weights.torch_files import convert_torch_file
-from dit_video.weights.video_mae import load_video_mae, make_video_mae_tensor_map
 from support.random_params import make_random_params
 
 pytestmark = pytest.mark.parity

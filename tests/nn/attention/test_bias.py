@@ -8,11 +8,11 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.models.encoders.t5 import compute_relative_buckets
 from dit_video.nn.attention import AttentionInputs, Bias, Full, RelativeBias, TimeOnly
-from dit_video.nn.attention.backends.chunked import ChunkedAttention
-from dit_video.nn.attention.backends.cudnn import CudnnAttention
-from dit_video.nn.attention.backends.dense import DenseAttention
-from dit_video.nn.attention.backends.splash import SplashAttention
+from dit_video.nn.attention.chunked import ChunkedAttention
+from dit_video.nn.attention.cudnn import CudnnAttention
+from dit_video.nn.attention.dense import DenseAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
+from dit_video.nn.attention.splash import SplashAttention
 from dit_video.tokens import Grid, compute_positions
 
 RELATIVE = RelativeBias(buckets=(8, 4, 6), max_distance=(6, None, None), scale=(2.0, 1.0, 1.0))

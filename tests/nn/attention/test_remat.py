@@ -11,9 +11,9 @@ from flax import nnx
 from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
 from dit_video.nn import Linear, apply_stack, make_stack
 from dit_video.nn.attention import AttentionInputs, CausalFrames, ContiguousSegments, SplashBlocks
-from dit_video.nn.attention.backends.chunked import ChunkedAttention
-from dit_video.nn.attention.backends.cudnn import CudnnAttention
-from dit_video.nn.attention.backends.splash import SplashAttention
+from dit_video.nn.attention.chunked import ChunkedAttention
+from dit_video.nn.attention.cudnn import CudnnAttention
+from dit_video.nn.attention.splash import SplashAttention
 from support.cudnn_emulation import EMULATED_KERNELS
 from support.jaxprs import count_primitive
 from support.marks import mark_slow_except

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from dit_video.nn.attention import AttentionInputs, Bias, Full, RecordedAttention, RelativeBias, SparseCausal
-from dit_video.nn.attention.backends.chunked import ChunkedAttention
-from dit_video.nn.attention.backends.dense import DenseAttention
-from dit_video.nn.attention.weights import compute_attention_weights
+from dit_video.nn.attention.chunked import ChunkedAttention
+from dit_video.nn.attention.dense import DenseAttention, compute_attention_weights
 from dit_video.tokens import Grid, compute_positions
 
 SEGMENTS = jnp.asarray([[1] * 12 + [2] * 6 + [0] * 2])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.nn.cpu import im2col as module
-from dit_video.nn.cpu.im2col import im2col_conv
+from dit_video.nn.cpu import convolution as module
+from dit_video.nn.cpu.convolution import im2col_conv
 
 SHAPES = {
     "space and time": ((3, 3, 3), 4, 6),

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dit_video.nn import CausalConv
-from dit_video.nn.cpu import winograd
+from dit_video.nn.cpu import convolution
 
 
 def plain(x, kernel):
@@ -20,7 +20,7 @@ def plain(x, kernel):
 @pytest.mark.parametrize("size", [(3, 8, 6), (2, 7, 5), (1, 1, 1), (4, 2, 9)])
 @pytest.mark.parametrize("rows", [1, 20, 4096])  # tiles at once: one picture, some, all
 def test_values_and_gradients_are_those_of_the_plain_sum(size, rows, monkeypatch):
-    monkeypatch.setattr(winograd, "_MAX_TILES", rows)
+    monkeypatch.setattr(convolution, "_MAX_TILES", rows)
     shapes = (*size, 5), (3, 3, 5, 4), (*size, 4)
     draw = np.random.default_rng(0)
     x, kernel, weights = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in shapes)
@@ -34,7 +34,7 @@ def test_values_and_gradients_are_those_of_the_plain_sum(size, rows, monkeypatch
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, kernel)
 
     (result, values), (expected, plain_values) = (
-        gradients_and_values(function, x, kernel) for function in (winograd.winograd_conv, plain)
+        gradients_and_values(function, x, kernel) for function in (convolution.winograd_conv, plain)
     )
     for ours, theirs in zip(result, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-5)

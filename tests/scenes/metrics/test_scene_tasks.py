@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_video.core.resize import resize
-from dit_video.evaluation.metrics.interpolation_gain import blend_linearly
+from dit_video.core.pixels import resize
 from dit_video.evaluation.metrics.metric import MetricBatch
+from dit_video.evaluation.metrics.tasks import blend_linearly
 from dit_video.sampling.tasks import Blend
 from dit_video.scenes.metrics.scene_objects import find_objects
 from dit_video.scenes.tasks import SCENE_TASKS, make_cases

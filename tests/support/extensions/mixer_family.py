@@ -15,7 +15,7 @@ from dit_video.sampling.folder import read_pipeline_config
 from dit_video.sampling.loading import load_pipeline
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.tokens import segment_mean
-from dit_video.weights.lora_modules import LoraModule
+from dit_video.weights.lora import LoraModule
 from dit_video.weights.streaming import FileMap
 from dit_video.weights.tensor_map import TensorMapping
 

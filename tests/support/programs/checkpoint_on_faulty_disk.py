@@ -5,11 +5,11 @@ import sys
 
 import jax.numpy as jnp
 
-from dit_video.core import storage_errors
+from dit_video.core import storage
 from dit_video.core.errors import script
 from dit_video.training.checkpoint import Checkpoints
 
-storage_errors.RETRY_SECONDS = (0.01,)
+storage.RETRY_SECONDS = (0.01,)
 
 
 def fail(*_, **__):

@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
-from dit_video.distributed.sharding_rules import DEFAULT_RULES
+from dit_video.distributed.sharding import DEFAULT_RULES
 from dit_video.nn import LoraConfig
 from dit_video.nn.attention import AttentionInputs, Full
-from dit_video.nn.attention.backends.chunked import ChunkedAttention
+from dit_video.nn.attention.chunked import ChunkedAttention
 from dit_video.planning import read_program
 from support import mesh_training
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from dit_video.distributed import AXES, MeshConfig, RingAttention, ShardedAttention, make_mesh
 from dit_video.nn.attention import AttentionInputs, Bias, CausalFrames, Full, RelativeBias, SparseCausal
-from dit_video.nn.attention.backends.chunked import ChunkedAttention
-from dit_video.nn.attention.backends.dense import DenseAttention
+from dit_video.nn.attention.chunked import ChunkedAttention
+from dit_video.nn.attention.dense import DenseAttention
 
 LENGTH, HEADS = 44, 4
 """A number of tokens that 8 ranks do not divide, so that they are padded."""

@@ -4,8 +4,7 @@ import numpy as np
 
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.denoiser_measures import measure_clips
-from dit_video.evaluation.metrics.bits_per_dimension import LatentLikelihood
-from dit_video.evaluation.metrics.loss_by_time import DenoisingLoss
+from dit_video.evaluation.metrics.likelihood import DenoisingLoss, LatentLikelihood
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.video import Clip
 from support import tiny_pipeline

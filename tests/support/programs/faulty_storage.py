@@ -5,11 +5,11 @@ import sys
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dit_video.core import storage_errors
+from dit_video.core import storage
 from dit_video.core.errors import script
 from dit_video.core.storage import read_range, to_storage_path, write_text
 
-storage_errors.RETRY_SECONDS = (0.0,)
+storage.RETRY_SECONDS = (0.0,)
 
 
 def fail(*_, **__):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dit_video.evaluation.feature_functions.network import NetworkInput, make_extractor
+from dit_video.evaluation.feature_functions import NetworkInput, make_extractor
 from dit_video.nn import get_graph_def
 from dit_video.scenes.classifier import SceneClassifier
 from dit_video.video import Clip

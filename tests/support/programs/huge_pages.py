@@ -3,7 +3,7 @@
 import os
 import sys
 
-from dit_video.core.platform.huge_pages import use_huge_pages
+from dit_video.core.platform.scripts import use_huge_pages
 
 print("before", flush=True)
 use_huge_pages(__name__)

@@ -16,13 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_video.core import storage_errors
+from dit_video.core import storage
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.training.checkpoint import Checkpoints
 from support.devices import join_processes
 
-storage_errors.RETRY_SECONDS = (0.01, 0.01)
+storage.RETRY_SECONDS = (0.01, 0.01)
 ERRORS = {
     "chunk": ValueError("DATA_LOSS: the chunk is damaged"),
     "replaced": ValueError("DATA_LOSS: the chunk is damaged"),

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from dit_video.training.hooks.metric_accumulator import MetricAccumulator
+from dit_video.training.hooks.logging import MetricAccumulator
 
 
 def test_steps_with_new_shapes_and_those_that_refill_the_queue_are_not_timed():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.training.losses.codebook import CodebookLearning
+from dit_video.training.losses.vq import CodebookLearning
 
 CODES = jnp.asarray([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
 LATENTS = jnp.asarray([[0.5, 0.5], [0.5, -0.5], [2.0, 0.0], [0.0, 3.0]]).reshape(1, 1, 2, 2, 2)

@@ -16,9 +16,10 @@ from dit_video.models.encoders import ByteEncoderConfig, ClassNamesConfig
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.losses.distillation import ConsistencyDistillation, DistributionMatching
-from dit_video.training.losses.distillation_steps import (
+from dit_video.training.losses.distillation import (
+    ConsistencyDistillation,
     CriticState,
+    DistributionMatching,
     make_distillation_step,
     with_student_learning_rate,
 )

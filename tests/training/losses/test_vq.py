@@ -12,8 +12,7 @@ from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjectiv
 from dit_video.nn import get_graph_def
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
-from dit_video.training.losses.codebook import CodebookLearning
-from dit_video.training.losses.vq import VqLoss, VqStep
+from dit_video.training.losses.vq import CodebookLearning, VqLoss, VqStep
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.step import get_scalars
 from support.codebook_model import AVERAGES, CLIPS, CODEBOOK, OPTIMIZER, Patches, init, make_loss

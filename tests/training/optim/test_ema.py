@@ -5,8 +5,16 @@ import optax
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.training.optim.ema import EmaConfig, gamma_from_sigma, update_averages, update_ema
-from dit_video.training.optim.posthoc_ema import EmaSnapshots, WeightProfile, inner_product, solve_coefficients
+from dit_video.training.optim.ema import (
+    EmaConfig,
+    EmaSnapshots,
+    WeightProfile,
+    gamma_from_sigma,
+    inner_product,
+    solve_coefficients,
+    update_averages,
+    update_ema,
+)
 from dit_video.training.state import init_state
 from dit_video.weights import load
 

@@ -25,7 +25,7 @@ from benchmarks.gpu.models import TrainingSize, make_batch, make_examples, make_
 from benchmarks.steps import count_compilations
 from benchmarks.timer import TimeBudget
 from dit_video.core import rng
-from dit_video.data.bucketing.buckets import BatchMemory, BucketStream, plan_buckets
+from dit_video.data.buckets import BatchMemory, BucketStream, plan_buckets
 from dit_video.data.packing.plan import RowStream
 from dit_video.distributed import shard_batch
 from dit_video.tokens import DenseShape, Grid, LayoutShape, PackedBatch, PackedShape

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.gpu.figures import DETAILS, Figure
 from benchmarks.timer import TimeBudget
 from dit_video.nn.attention import Attention, AttentionInputs, ContiguousSegments
-from dit_video.nn.attention.backends.dense import DenseAttention
+from dit_video.nn.attention.dense import DenseAttention
 
 MAX_ERRORS = {"float32": 2e-5, "bfloat16": 2e-2}
 """Largest difference from the reference, relative to its largest value: about 100 roundings of float32, and 5 of

@@ -16,7 +16,7 @@ from dit_video.curation.raters.votes.control_results import RaterResult, judge_r
 from dit_video.curation.raters.votes.page_key import QUESTIONS, TIE, PageKey
 from dit_video.curation.raters.votes.votes_file import RaterVotes, Vote
 from dit_video.curation.raters.votes.win_rates import WinRate, compute_win_rate
-from dit_video.evaluation.metrics.intervals import compute_wilson_interval
+from dit_video.evaluation.metrics.metric import compute_wilson_interval
 
 OVERALL = "overall"
 """Name of the results on all domains together."""

@@ -25,7 +25,7 @@ from dit_video.models.backbones.dit.cache import KvCache, apply_blocks_with_cach
 from dit_video.models.backbones.dit.conditioning import CrossAttention, JointAttention
 from dit_video.models.backbones.dit.config import TIME_FEATURES, DitArchitecture
 from dit_video.models.backbones.dit.positions import BoundaryEmbedding
-from dit_video.models.backbones.times import ClipTimes
+from dit_video.models.backbones.protocol import ClipTimes
 from dit_video.models.conditioning import ClassIds, Conditioning, ConditioningLatents, TextTokens
 from dit_video.nn import (
     ONE_DEVICE,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_video.curation.raters.votes.win_rates import compute_score_interval, compute_win_rate
-from dit_video.evaluation.metrics.intervals import compute_wilson_interval
+from dit_video.evaluation.metrics.metric import compute_wilson_interval
 
 
 def rate(scores, items=None):

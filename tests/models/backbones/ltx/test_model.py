@@ -12,9 +12,8 @@ from jax.extend.core import jaxprs_in_params
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.distributed.sharding_rules import DEFAULT_RULES
-from dit_video.models.backbones.ltx import LtxDitConfig
-from dit_video.models.backbones.ltx.model import compute_fraction_angles
+from dit_video.distributed.sharding import DEFAULT_RULES
+from dit_video.models.backbones.ltx import LtxDitConfig, compute_fraction_angles
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.tokens import Grid, PackedRows, compute_positions

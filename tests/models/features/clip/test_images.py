@@ -5,8 +5,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.models.features import ClipImageProcessor
-from dit_video.models.features.clip import preprocess_frames
-from dit_video.models.features.clip.images import resize_bicubic
+from dit_video.models.features.clip import preprocess_frames, resize_bicubic
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
 

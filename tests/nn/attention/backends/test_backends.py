@@ -22,13 +22,13 @@ from dit_video.nn.attention import (
     choose_block_size,
     make_attention,
 )
-from dit_video.nn.attention.backends.chunked import ChunkedAttention
-from dit_video.nn.attention.backends.cudnn import CudnnAttention
-from dit_video.nn.attention.backends.dense import DenseAttention
-from dit_video.nn.attention.backends.splash import SplashAttention
-from dit_video.nn.attention.backends.tokamax import TokamaxAttention
+from dit_video.nn.attention.chunked import ChunkedAttention
+from dit_video.nn.attention.cudnn import CudnnAttention
+from dit_video.nn.attention.dense import DenseAttention
 from dit_video.nn.attention.dispatch import AutoAttention
 from dit_video.nn.attention.masks import dense_mask, mask_boxes
+from dit_video.nn.attention.splash import SplashAttention
+from dit_video.nn.attention.tokamax import TokamaxAttention
 from dit_video.tokens import Grid, compute_positions
 from support.marks import mark_slow_except
 

@@ -7,8 +7,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.nn.attention import AttentionInputs, CausalFrames, ContiguousSegments
-from dit_video.nn.attention.backends.cudnn import CudnnAttention, compute_segment_ranges
-from dit_video.nn.attention.backends.dense import DenseAttention
+from dit_video.nn.attention.cudnn import CudnnAttention, compute_segment_ranges
+from dit_video.nn.attention.dense import DenseAttention
 from support.cudnn_emulation import EMULATED_KERNELS
 from support.gpu_programs import list_kernels, lower_for_gpus, pretend_hopper
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dit_video.nn.attention import AttentionInputs, CausalFrames, Full, SplashBlocks
-from dit_video.nn.attention.backends.dense import DenseAttention
-from dit_video.nn.attention.backends.splash import SplashAttention
+from dit_video.nn.attention.dense import DenseAttention
+from dit_video.nn.attention.splash import SplashAttention
 
 LENGTH, HEADS, WIDTH = 500, 2, 8
 SEGMENTS = jnp.asarray(np.repeat([1, 2, 3, 0], [260, 100, 100, 40])[None], jnp.int32)

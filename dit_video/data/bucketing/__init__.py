@@ -1,1 +1,0 @@
-"""Batches of clips of one size: one bucket for every size."""

@@ -1,0 +1,520 @@
+"""Buckets: batches of clips of one size, cropped and resized to the nearest of a set."""
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Float, Int, UInt8, UInt32
+
+from dit_video.core import rng
+from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.grid import find_distinct_grids
+from dit_video.core.shared_array import SharesArrays
+from dit_video.data.captions import CaptionSource
+from dit_video.data.clips import ClipInfo, ClipSource
+from dit_video.data.loader import DenoiserBatches, LoaderConfig, PieceDecoder, encode_ahead, get_part_range
+from dit_video.data.packing.rows import Encode, get_positions, read_caption, read_undamaged
+from dit_video.data.sizes import SizeLimits, count_sampled_frames, get_sampled_fps, hash_clips
+from dit_video.models.encoders import CaptionTokens
+from dit_video.tokens import (
+    CanvasShape,
+    DenseShape,
+    Grid,
+    PackedBatch,
+    PackedExample,
+    PackedShape,
+    compute_token_grid,
+    pack,
+    patchify,
+    stack_rows,
+)
+from dit_video.video import decode
+
+MAX_LENGTHS = 16
+"""Maximum number of candidate lengths along each axis: quantiles, if the data have more lengths."""
+MAX_SWAP_ROUNDS = 3
+"""Maximum number of rounds in which every bucket is compared with all candidate sizes again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchMemory:
+    """A model of a device's memory: `fixed + batch * (per_token * n + per_pair * n**2)` bytes for n tokens per example.
+
+    Raises:
+      UserError: a value is negative, or `per_token` is not positive.
+    """
+
+    fixed: float | int
+    """Bytes of parameters, optimizer state and gradients."""
+    per_token: float | int
+    """Bytes of activations per token."""
+    per_pair: float | int = 0
+    """Bytes per pair of tokens, for attention that stores its scores; 0 for attention that does not."""
+
+    def __post_init__(self):
+        check_at_least(0, fixed=self.fixed, per_pair=self.per_pair)
+        if not self.per_token > 0:
+            raise UserError(f"per_token={self.per_token} is invalid: a token takes memory. Use a positive number.")
+
+    def compute_max_batch(self, tokens: int, budget: float | int) -> int:
+        """Return the maximum number of examples of `tokens` tokens that fit into `budget` bytes."""
+        return max(0, math.floor((budget - self.fixed) / self.compute_example_bytes(tokens)))
+
+    def compute_example_bytes(self, tokens: int) -> float | int:
+        """Return the bytes that each further example of `tokens` tokens takes."""
+        return self.per_token * tokens + self.per_pair * tokens**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """A size, and the examples that are assigned to it."""
+
+    size: Grid
+    batch: int
+    """Examples per step, over all devices."""
+    examples: int
+    share: float
+    """Share of the bucket's examples in all examples."""
+    token_retention: float
+    """Share of the tokens of the bucket's examples that remains after resizing and cropping."""
+    frame_coverage: float
+    """Mean share of the frame area of the bucket's examples that is not cropped."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Buckets(SharesArrays):
+    """A set of buckets, to one of which every example is assigned."""
+
+    buckets: tuple[Bucket, ...]
+    assignment: Int[np.ndarray, " n"]
+    """Index of the bucket of every example."""
+    token_retention: float
+    """Share of all tokens that remains after resizing and cropping."""
+    frame_coverage: float
+    """Mean share of the frame area that is not cropped."""
+
+    def report(self) -> str:
+        """Return a table with one line per bucket."""
+        lines = [f"{'size':>14} {'batch':>6} {'examples':>9} {'share':>7} {'tokens kept':>12} {'frame shown':>12}"]
+        for b in self.buckets:
+            shares = f"{b.share:7.1%} {b.token_retention:12.1%} {b.frame_coverage:12.1%}"
+            lines.append(f"{b.size!s:>14} {b.batch:6} {b.examples:9} {shares}")
+        shares = f"{1:7.1%} {self.token_retention:12.1%} {self.frame_coverage:12.1%}"
+        return "\n".join([*lines, f"{'all':>14} {'':6} {len(self.assignment):9} {shares}; 0 dropped"])
+
+
+def plan_buckets(
+    sizes: Int[np.ndarray, "n 3"],
+    memory: BatchMemory,
+    *,
+    budget: float | int,
+    count: int = 8,
+    devices: int = 1,
+    max_batch: int | None = None,
+    count_tokens: Callable[[Grid], int] = lambda size: size.volume,
+) -> Buckets:
+    """Choose sizes that keep most of the data, and their batch sizes.
+
+    The value of a bucket for an example is the bucket's tokens times the share of the frame that is not cropped. The
+    first size is the largest that every example covers; others are added greedily by their gain (which reaches at least
+    1 - 1/e of the best possible gain), then replaced one by one as long as that helps.
+
+    Args:
+      sizes: frames, height and width of every example, all of them valid lengths along their axis.
+      memory: memory model of a batch on a device.
+      budget: memory of a device, in bytes.
+      count: maximum number of buckets: a program is compiled for each.
+      devices: number of devices; batch sizes are multiples of it. No example occurs twice in a batch as long as the
+        bucket has enough examples.
+      max_batch: maximum number of examples per batch; None for as many as fit.
+      count_tokens: function from a size to its number of tokens.
+
+    Raises:
+      UserError: there are no examples or buckets, or a single example of some size does not fit into the budget.
+    """
+    sizes = np.asarray(sizes, np.int64)
+    if not len(sizes) or sizes.min() < 1:
+        raise UserError(
+            f"{len(sizes)} sizes are invalid: buckets need at least one example, each of at least one frame and pixel"
+        )
+    check_at_least(1, count=count, devices=devices)
+    check_at_least(devices, max_batch=max_batch)
+    grids, _, inverse = find_distinct_grids(sizes)
+    distinct, weights = np.asarray(grids), np.bincount(inverse)
+    chosen = _choose_sizes(distinct, weights, count_tokens, count)
+    assigned = _assign(chosen, distinct, count_tokens)
+    # Candidates were a selection of lengths, so a bucket can grow to the smallest lengths of its members. Then some
+    # examples may prefer another bucket, so all are assigned again, and unused buckets are removed.
+    chosen = np.stack([distinct[assigned == index].min(axis=0) for index in np.unique(assigned)])
+    assigned = _assign(chosen, distinct, count_tokens)
+    used = np.unique(assigned)
+    chosen, assigned = chosen[used], np.searchsorted(used, assigned)
+    kept = _count_tokens(chosen, count_tokens)[assigned] * weights
+    total = _count_tokens(distinct, count_tokens) * weights
+    coverage = _compute_frame_coverage(chosen[assigned], distinct) * weights
+    buckets = []
+    for index, size in enumerate(Grid(*row) for row in chosen.tolist()):
+        members = assigned == index
+        examples = int(weights[members].sum())
+        # As many examples as fit, but no more than the bucket has.
+        limit = max(1, examples // devices)
+        if max_batch is not None:
+            limit = min(limit, max_batch // devices)
+        buckets.append(
+            Bucket(
+                size=size,
+                batch=devices * min(limit, _compute_device_batch(size, count_tokens(size), memory, budget)),
+                examples=examples,
+                share=examples / len(sizes),
+                token_retention=float(kept[members].sum() / total[members].sum()),
+                frame_coverage=float(coverage[members].sum() / examples),
+            )
+        )
+    return Buckets(
+        buckets=tuple(buckets),
+        assignment=assigned[inverse],
+        token_retention=float(kept.sum() / total.sum()),
+        frame_coverage=float(coverage.sum() / len(sizes)),
+    )
+
+
+class BucketStream(SharesArrays):
+    """An endless sequence of batches by step: a function of (buckets, seed, step).
+
+    An epoch has the steps that its examples fill. The last, incomplete batch of a bucket is filled up with examples of
+    the next epoch, and belongs to that epoch.
+    """
+
+    def __init__(self, buckets: Buckets, *, seed: int):
+        self.buckets, self._seed = buckets, seed
+        self._examples = np.argsort(buckets.assignment, kind="stable")
+        """Examples of the first bucket, then those of the second, and so on."""
+        self._counts = [bucket.examples for bucket in buckets.buckets]
+        self._batches = [bucket.batch for bucket in buckets.buckets]
+        # The most recent permutation of the steps (key -1) and of each bucket, with its number.
+        self._recent: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_recent": {}}
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Return the average number of steps per epoch."""
+        return sum(count / batch for count, batch in zip(self._counts, self._batches, strict=True))
+
+    def get_batch(
+        self, step: int, *, host: int = 0, hosts: int = 1
+    ) -> tuple[Grid, Int[np.ndarray, " b"], UInt32[np.ndarray, " b"]]:
+        """Return a host's share of a batch: the size, the examples, and their running numbers modulo 2**32.
+
+        Raises:
+          UserError: the batch does not divide among the hosts.
+        """
+        index, number, before = self._locate(step)
+        bucket = self.buckets.buckets[index]
+        if not 0 <= host < hosts or bucket.batch % hosts:
+            raise UserError(
+                f"host={host}, hosts={hosts} is invalid: the bucket of {bucket.size} has "
+                f"{bucket.batch} examples per batch; plan the buckets with devices={hosts} or a multiple"
+            )
+        share = bucket.batch // hosts
+        examples = self._get_examples(index, number * bucket.batch + host * share, share)
+        ranks = np.arange(before + host * share, before + (host + 1) * share, dtype=np.uint64)
+        return bucket.size, examples, (ranks & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Return a hash that is equal for streams that yield equal batches."""
+        constants = ([(bucket.size, bucket.batch) for bucket in self.buckets.buckets], self._seed)
+        content = self.buckets.assignment.astype("<i8").tobytes() + repr(constants).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    def _locate(self, step: int) -> tuple[int, int, int]:
+        """Return the bucket of a step, the number of its batch in the bucket, and the examples of all earlier steps."""
+        # Epochs differ by a few steps from the mean: begin with an estimate, and correct it.
+        epoch = int(step / self.steps_per_epoch)
+        while sum(self._count_batches_before(epoch)) > step:
+            epoch -= 1
+        while sum(self._count_batches_before(epoch + 1)) <= step:
+            epoch += 1
+        done = self._count_batches_before(epoch)
+        own = np.asarray(self._count_batches_before(epoch + 1)) - np.asarray(done)
+        order = self._permute(-1, epoch, np.repeat(np.arange(len(own)), own))[: step - sum(done) + 1]
+        counts = np.bincount(order, minlength=len(done)) + np.asarray(done)
+        bucket = int(order[-1])
+        counts[bucket] -= 1
+        return bucket, int(counts[bucket]), int(sum(c * b for c, b in zip(counts.tolist(), self._batches, strict=True)))
+
+    def _count_batches_before(self, epoch: int) -> list[int]:
+        """Return the number of batches of each bucket before an epoch: those that the examples up to then fill."""
+        return [epoch * count // size for count, size in zip(self._counts, self._batches, strict=True)]
+
+    def _get_examples(self, bucket: int, first: int, count: int) -> np.ndarray:
+        start, parts = sum(self._counts[:bucket]), []
+        members = self._examples[start : start + self._counts[bucket]]
+        while count:
+            number, offset = divmod(first, len(members))
+            part = self._permute(bucket, number, members)[offset : offset + count]
+            parts.append(part)
+            first, count = first + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def _permute(self, key: int, number: int, values: np.ndarray) -> np.ndarray:
+        recent = self._recent.get(key)
+        if recent is None or recent[0] != number:
+            recent = number, rng.make_generator(self._seed, "buckets", key + 1, number).permutation(values)
+            self._recent[key] = recent
+        return recent[1]
+
+
+def _compute_device_batch(size: Grid, tokens: int, memory: BatchMemory, budget: float | int) -> int:
+    """Return the number of examples that fit into the budget of a device, at least one."""
+    per_device = memory.compute_max_batch(tokens, budget)
+    if per_device < 1:
+        needs = memory.fixed + memory.compute_example_bytes(tokens)
+        raise UserError(
+            f"one example of {size} ({tokens} tokens) takes {needs:.3g} bytes, but the budget is "
+            f"{budget:.3g}. Use smaller clips, more devices per example, or a larger budget."
+        )
+    return per_device
+
+
+def _choose_sizes(
+    sizes: np.ndarray, weights: np.ndarray, count_tokens: Callable[[Grid], int], count: int
+) -> Int[np.ndarray, "k 3"]:
+    """Choose bucket sizes among all combinations of the data's lengths, so that every example covers one of them."""
+    axes = [_choose_lengths(sizes[:, axis], weights) for axis in range(3)]
+    candidates = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    value = _compute_values(candidates, sizes, count_tokens) * weights
+    # Begin with the smallest length along each axis, the only size that every example is sure to cover.
+    chosen = [int(np.flatnonzero((candidates == sizes.min(axis=0)).all(axis=1))[0])]
+    current = value[chosen[0]]
+    while len(chosen) < count:
+        gains = np.maximum(value, current).sum(axis=1)
+        best = int(np.argmax(gains))
+        if gains[best] <= current.sum() * (1 + 1e-12):
+            break
+        chosen.append(best)
+        current = np.maximum(current, value[best])
+    for _ in range(MAX_SWAP_ROUNDS):
+        before = list(chosen)
+        for slot in range(len(chosen)):
+            others = value[[*chosen[:slot], *chosen[slot + 1 :]]].max(axis=0, initial=-np.inf)
+            combined = np.maximum(value, others)
+            totals = combined.sum(axis=1)  # -inf where some example would have no bucket
+            best = int(np.argmax(totals))
+            if totals[best] > totals[chosen[slot]] * (1 + 1e-12):
+                chosen[slot] = best
+        if chosen == before:
+            break
+    return candidates[chosen]
+
+
+def _choose_lengths(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    distinct = np.unique(values)
+    if len(distinct) <= MAX_LENGTHS:
+        return distinct
+    order = np.argsort(values, kind="stable")
+    shares = (np.cumsum(weights[order]) - weights[order]) / weights.sum()
+    return np.unique(values[order][np.searchsorted(shares, np.arange(MAX_LENGTHS) / MAX_LENGTHS, side="right") - 1])
+
+
+def _compute_values(
+    buckets: np.ndarray, sizes: np.ndarray, count_tokens: Callable[[Grid], int]
+) -> Float[np.ndarray, "k n"]:
+    """Return the tokens of each bucket times the uncropped share of each example's frame; -inf if it is not covered."""
+    fits = (buckets[:, None] <= sizes).all(axis=-1)
+    value = _count_tokens(buckets, count_tokens)[:, None] * _compute_frame_coverage(buckets[:, None], sizes)
+    return np.where(fits, value, -np.inf)
+
+
+def _assign(buckets: np.ndarray, sizes: np.ndarray, count_tokens: Callable[[Grid], int]) -> Int[np.ndarray, " n"]:
+    return np.argmax(_compute_values(buckets, sizes, count_tokens), axis=0)
+
+
+def _compute_frame_coverage(buckets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the share of a frame that remains after it is resized to cover the bucket and cropped to it."""
+    ratio = buckets[..., 1] * sizes[..., 2] / (sizes[..., 1] * buckets[..., 2])  # quotient of the aspect ratios
+    return np.minimum(ratio, 1 / ratio)
+
+
+def _count_tokens(sizes: np.ndarray, count_tokens: Callable[[Grid], int]) -> np.ndarray:
+    return np.asarray([count_tokens(Grid(*size)) for size in sizes.tolist()], np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketConfig:
+    """Configuration of dense batches: the choice of sizes and batches, see `plan_buckets`.
+
+    Raises:
+      UserError: there is no bucket, or the budget does not exceed the fixed part of the memory.
+    """
+
+    sampling: PackedShape | CanvasShape
+    """Rows or canvases in which clips are sampled."""
+    memory: BatchMemory
+    budget: float | int
+    """Memory of a device, in bytes."""
+    count: int = 8
+    """Maximum number of buckets: a program is compiled for each."""
+    max_batch: int | None = None
+    """Maximum number of examples per batch; None for as many as fit."""
+
+    def __post_init__(self):
+        check_at_least(1, count=self.count)
+        if self.budget <= (fixed := self.memory.fixed):
+            raise UserError(f"budget={self.budget:g} is invalid: the state alone takes {fixed:g} bytes. Raise it.")
+
+
+class BucketBatches(DenoiserBatches):
+    """An endless iterator over this host's share of the batches, with one clip per row and no padding."""
+
+    def __init__(self, batches: grain.DatasetIterator, buckets: Buckets, plan_hash: str):
+        super().__init__(batches)
+        self.hash, self._buckets = plan_hash, buckets
+
+    def summarize(self, *, devices: int) -> dict[str, Any]:
+        """Return the buckets as JSON values: their sizes, numbers of examples, and what resizing and cropping keeps."""
+        buckets = self._buckets
+        return {
+            "plan": self.hash,
+            "examples": len(buckets.assignment),
+            "devices": devices,
+            "kept": round(buckets.token_retention, 5),
+            "shown": round(buckets.frame_coverage, 5),
+            "dropped": 0,
+            "buckets": [{**vars(bucket), "size": str(bucket.size)} for bucket in buckets.buckets],
+        }
+
+    def __str__(self) -> str:
+        return self._buckets.report()
+
+
+def load_bucket_batches(
+    source: ClipSource,
+    captions: CaptionSource,
+    encode: Encode,
+    buckets: Buckets,
+    *,
+    latent_grid: Callable[[Grid], Grid],
+    channels: int,
+    limits: SizeLimits,
+    patch: Grid,
+    max_text: int,
+    config: LoaderConfig,
+    token_dt: Float[np.ndarray, " n"] | None = None,
+) -> BucketBatches:
+    """Return batches of clips that are resized to cover their bucket's size, cropped to it, and encoded online.
+
+    The crop in space and time is a function of (seed, running number). A damaged clip keeps its row and does not count.
+
+    Args:
+      source: the clips.
+      captions: captions of the same clips.
+      encode: function from clips to their latents.
+      buckets: result of `plan_buckets`; its batches are over all hosts, and `config.batch` is not used.
+      latent_grid: function from the size of a clip to that of its latents.
+      channels: channels of the latents.
+      limits: limits of the training sizes, of which only `fps` is used.
+      patch: patch size of the denoiser, in latents.
+      max_text: text tokens that a row has room for.
+      config: configuration of the loader.
+      token_dt: see `load_packed_batches`.
+
+    Raises:
+      UserError: a caption is longer than `max_text`.
+    """
+    lengths = captions.lengths.longest
+    if lengths.max() > max_text:
+        raise UserError(
+            f"{source.infos[int(np.argmax(lengths))].name} has {lengths.max()} text tokens, but a row has room for "
+            f"{max_text}; raise the row's text or shorten its caption"
+        )
+    stream = BucketStream(buckets, seed=config.seed)
+    clips = _BucketDecoder(source, stream, limits, config)
+
+    def batch(clips: list[_DecodedClip]) -> PackedBatch:
+        # Captions are read here and not where clips are decoded, as they need not be picklable to worker processes.
+        drawn = [_draw_caption(captions, clip, source.infos[clip.example].name, config.seed) for clip in clips]
+        frames = [None if caption is None else clip.frames for clip, caption in zip(clips, drawn, strict=True)]
+        latents = iter(encode([clip_frames for clip_frames in frames if clip_frames is not None]))
+        tokens = [None if clip_frames is None else patchify(next(latents), patch) for clip_frames in frames]
+        grid, width = compute_token_grid(latent_grid(clips[0].size), patch), patch.volume * channels
+        shape = DenseShape(size=grid, text=max_text)
+        rows = []
+        for clip, values, caption in zip(clips, tokens, drawn, strict=True):
+            item = PackedExample(
+                np.zeros((grid.volume, width), np.float32) if values is None else values,
+                get_positions(grid, 1.0 if token_dt is None else float(token_dt[clip.example]), config.token_lead),
+                captions.empty if caption is None else caption,
+                clip.rank,
+            )
+            row = pack([item], shape, width=width, text_width=captions.width)
+            row.valid[0] = values is not None
+            rows.append(row)
+        return stack_rows(rows)
+
+    plan = hashlib.sha256(repr((stream.hash, hash_clips(source), limits, patch)).encode())
+    if token_dt is not None:
+        plan.update(token_dt.astype("<f8").tobytes() + repr(config.token_lead).encode())
+    for facts in captions.iter_hash_bytes():
+        plan.update(facts)
+    return BucketBatches(encode_ahead(clips, batch, config), buckets, plan.hexdigest()[:16])
+
+
+class _DecodedClip(NamedTuple):
+    """A clip at the size of its bucket, not encoded yet."""
+
+    size: Grid
+    frames: UInt8[np.ndarray, "T H W 3"] | None
+    """Frames of the clip; None if it is damaged."""
+    example: int
+    rank: int
+    """Running number of the example in the stream."""
+
+
+class _BucketDecoder(PieceDecoder):
+    """A decoder of the clips of this host's batches."""
+
+    def __init__(self, source: ClipSource, stream: BucketStream, limits: SizeLimits, config: LoaderConfig):
+        self._source, self._stream, self._limits, self._config = source, stream, limits, config
+        buckets = stream.buckets.buckets
+        self.max_pieces = max(bucket.batch for bucket in buckets) // config.hosts
+        self.max_bytes = max(3 * bucket.size.volume * bucket.batch for bucket in buckets) / config.hosts
+
+    def decode(self, step: int, part: int, num_parts: int) -> list[_DecodedClip]:
+        size, examples, ranks = self._stream.get_batch(step, host=self._config.host, hosts=self._config.hosts)
+        chosen = get_part_range(len(examples), part, num_parts)
+        pairs = [(int(examples[index]), int(ranks[index])) for index in chosen]
+        return [_DecodedClip(size, self._decode_frames(*pair, size), *pair) for pair in pairs]
+
+    def _decode_frames(self, example: int, rank: int, size: Grid) -> UInt8[np.ndarray, "T H W 3"] | None:
+        info, generator = self._source.infos[example], rng.make_generator(self._config.seed, "bucket", rank)
+        fps = get_sampled_fps(info, self._limits)
+        start = int(generator.integers(count_sampled_frames(info, self._limits) - size.t + 1))
+        height, width = compute_covering_size(info, size)
+        top, left = (int(generator.integers(spare + 1)) for spare in (height - size.h, width - size.w))
+        covering = Grid(size.t, height, width)
+        clip = read_undamaged(
+            info.name, lambda: decode(self._source[example], size=covering, start=start / fps, fps=fps)
+        )
+        # Copy the crop, so that the memory of the whole frames is freed.
+        crop = slice(None), slice(top, top + size.h), slice(left, left + size.w)
+        return None if clip is None else np.ascontiguousarray(clip.frames[crop])
+
+
+def compute_covering_size(info: ClipInfo, size: Grid) -> tuple[int, int]:
+    """Return the smallest height and width of the clip's own aspect ratio that cover a size."""
+    scale = max(size.h / info.height, size.w / info.width)
+    return max(size.h, round(info.height * scale)), max(size.w, round(info.width * scale))
+
+
+def _draw_caption(captions: CaptionSource, clip: _DecodedClip, name: str, seed: int) -> CaptionTokens | None:
+    """Read a random caption of the clip; None if its record is damaged."""
+    caption = captions.lengths.draw(clip.example, lambda: rng.make_generator(seed, "caption", clip.rank))
+    return read_caption(captions, clip.example, caption, name)

@@ -1,1 +1,0 @@
-"""Solvers of the reverse process, one family a file."""

@@ -1,3 +1,0 @@
-"""LTX-Video's transformer."""
-
-from dit_video.models.backbones.ltx.model import LtxDitConfig

@@ -1,3 +1,0 @@
-"""Wan's transformer."""
-
-from dit_video.models.backbones.wan.model import WanDitConfig

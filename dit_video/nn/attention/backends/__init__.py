@@ -1,1 +1,0 @@
-"""Implementations of attention, each equal to the dense masked reference."""
