@@ -1,8 +1,9 @@
-"""Classification of the errors of storage: those that pass by themselves, and those that need a person.
+"""Local and remote storage of clips, data sets and caches.
 
-Local and network disks raise an `OSError`, fsspec's filesystems those of their HTTP clients, and tensorstore (under
-Orbax) a `ValueError` with the code in its message. The packages of the clients need not be installed: their classes are
-recognised by name.
+A name that contains `://` is an address, which fsspec opens (`gs://`, `s3://`, `memory://` and all others that it
+knows); any other name is a path on this machine. `to_storage_path` turns both into a `Path` or a `UPath`. Errors of
+services, which have as many types as there are services, become a `UserError` of one line with a fix; those that may
+pass by themselves become a `TransientError`, after reads have been repeated (see `storage_errors`).
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from upath import UPath
 from dit_video.core import files
 from dit_video.core.errors import MissingError, TransientError, UserError
 
+T = TypeVar("T")
 StorageProblem = Literal["transient", "access", "space", "missing"]
 """Kind of an error: it passes by itself; access is denied; there is no room; the file, the part of it that was
 requested, or the bucket does not exist."""
@@ -220,7 +222,6 @@ def _classify_text(text: str) -> StorageProblem | None:
     return next((problem for pattern, problem in _TEXTS if re.search(pattern, text)), None)
 
 
-T = TypeVar("T")
 StoragePath: TypeAlias = Path | UPath
 StoragePathLike: TypeAlias = str | os.PathLike | UPath
 """A storage path, or its name."""

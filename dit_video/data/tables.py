@@ -1,4 +1,12 @@
-"""Files of tables: parts, further columns, and the manifest that names them; see `tables`."""
+"""Tables of data sets: a row for each clip, in columns to which anyone may add further ones at any time.
+
+table.json                   kind and settings of the data set, and its parts with their hashes; it is written last
+index/train-00000.parquet    rows of a part, written once
+columns/NAME.parquet         further columns, by the column `id` or `name` of the rows that they are about
+
+A column is read when it is first used. Columns of large tables are stored in a cache folder as Arrow files, which all
+processes of a machine map into memory, and a table is pickled to workers without them.
+"""
 
 import bisect
 import contextlib

@@ -1,12 +1,20 @@
-"""Ring attention: keys and values rotate through the devices that share a row (arXiv 2310.01889).
+"""Attention of a model whose rows, heads and tokens are sharded over devices.
 
-Every device keeps its own queries. In each of `ranks` steps it attends to the keys that it currently holds and merges
-the result by an online softmax, while these keys are sent to the next device. Keys without a common segment are passed
-on without a product. The backward pass rotates once more, together with the gradients of keys and values in float32. It
-starts at the neighbour, which saves one hop: a device needs no communication for its own keys. So a device sends
-`(ranks - 1) (2 b + 2 (b + 4))` bytes per value of its keys, with `b` bytes in the model's dtype.
+Attention is the only operation of a transformer that mixes tokens of a row; everything else is computed per token, and
+the compiler partitions it by the sharding of its arrays. So a denoiser is made with attention functions of the mesh,
+its linear layers with the sharding of their weights during use (`GatheredWeight`, `HeadSharded`), and the rest of the
+model does not depend on devices. Under `jax.shard_map` each device gets its rows (`data`, `fsdp`), its heads (`tensor`)
+and its tokens (`context`), and computes with the model's own backend. There are two methods for tokens on several
+devices of `context`:
 
-Called under `jax.shard_map`, with the tokens of one rank.
+- `ulysses` (arXiv 2309.14509): an all-to-all gives every device all tokens of some of its heads, and another one
+  returns the result. 8 of them per layer and training step (12 with recomputation), each of `(c - 1) / c` of a device's
+  values. It supports every backend and pattern, and a bias of the scores.
+- `ring` (arXiv 2310.01889): see `ring`. It supports any number of heads, every pattern and a bias; it computes its own
+  blocks, those of the backend `chunked`.
+
+Both respect segments. With `ulysses` the backend skips blocks that are masked; a rank of a `ring` skips the keys of
+ranks with which it shares no segment. The keys of cross-attention are replicated over the devices of `context`.
 """
 
 import functools

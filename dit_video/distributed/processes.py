@@ -1,15 +1,14 @@
-"""Detection of the processes of a run from the environment.
+"""Several processes as one run: detection, connection, and checks that they run the same.
 
-A cluster that is present and does not answer is not ignored: each of its processes would train alone, all into one
-folder. It is asked again for a while, then the process ends, to be started again. Three of JAX's clusters also look
-present where there is a single process, and may then be silent:
+A script runs its work inside `initialize_distributed()`. It detects from the environment if the process is one of
+several, connects them (`jax.distributed`), stops them if they were started with different configs or code, and monitors
+them (`heartbeat`, `hang_watch`). A single process is only watched for trainings that hang.
 
-    K8sCluster       in every pod. Processes of a run are pods of an indexed job, which Kubernetes numbers
-                     (JOB_COMPLETION_INDEX); another pod that gets no answer, such as one without a service account or
-                     the permission to read jobs, is a single process.
-    GkeTpuCluster    wherever TPU_WORKER_HOSTNAMES is set. A single name without MEGASCALE_NUM_SLICES is a single
-                     process, and no metadata server is asked for slices.
-    GceTpuCluster    on hosts with TPUs, once the metadata server has confirmed it. Without TPUs it is not present.
+Detection (`cluster_detection`), in this order:
+
+    explicit     COORDINATOR_ADDRESS (host:port of process 0), NUM_PROCESSES, PROCESS_ID; also with JAX_ before them;
+                 NUM_PROCESSES=1 alone for a single process
+    otherwise    what JAX detects: SLURM steps, Open MPI, Cloud TPU VMs, TPUs on GKE (JobSet), Kubernetes jobs
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""CLIP's image preprocessing: the settings of `transformers`' `CLIPImageProcessor`."""
+"""CLIP's towers in folders of `transformers`, alone, together, or within a pipeline of diffusers."""
 
 import os
 from collections.abc import Collection, Mapping

@@ -1,4 +1,4 @@
-"""Common parts of diffusers' model folders: files, layouts of linear maps and convolutions, settings."""
+"""Model folders as `transformers` and diffusers write them: one safetensors file, or several with an index."""
 
 import contextlib
 import json

@@ -1,4 +1,7 @@
-"""The native format of a model: `config.json`, and `model.safetensors` with our parameter names and stacked layers."""
+"""Reading and writing of other projects' model folders, bit for bit, through a tensor map (`tensor_map`).
+
+A folder holds one safetensors file, or several with an index, as Hugging Face's libraries write them.
+"""
 
 import contextlib
 import functools

@@ -1,4 +1,15 @@
-"""The modules of models that LoRA files of other projects adapt, and our parameters that they correspond to."""
+"""LoRA adapters in files, under the names that other programs use.
+
+Three styles of names are read, for any model, and written:
+
+- `diffusers` (PEFT): `transformer.blocks.0.attn1.to_q.lora_A.weight`, with alpha in the header or in a folder's
+  `adapter_config.json`; by default alpha is the rank;
+- `comfyui`: `diffusion_model.blocks.0.self_attn.q.lora_down.weight`, with a tensor `….alpha` for each module;
+- `kohya`: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, with the same tensors.
+
+Files may also hold full differences of weights and biases (`lora_tensors`). The caller maps modules to our parameters
+(`LoraModules`): `comfyui` and `kohya` use the names of modules in a model's own sources, `diffusers` its own.
+"""
 
 import collections
 import json

@@ -1,4 +1,4 @@
-"""Settings of diffusers' schedulers: their defaults, and the values that are supported."""
+"""Sampling of a diffusers folder: its `scheduler_config.json` as solver, process, time schedule and prediction."""
 
 import math
 import os

@@ -1,9 +1,4 @@
-"""A parser of the pickles in PyTorch's files, which runs nothing of them.
-
-A pickle is a program for a stack machine. Python's own machine imports what a pickle names and calls it. This one knows
-the instructions that build plain containers, and treats the few functions that PyTorch's files name as data: what
-rebuilds a tensor becomes a `StoredTensor`. Any other name is an error.
-"""
+"""Tensors of PyTorch's files: archives of `torch.save`, its older format, and TorchScript; nothing of them is run."""
 
 import io
 import math

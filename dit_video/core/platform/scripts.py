@@ -1,4 +1,4 @@
-"""Memory of a script's process in pages of 2 MB."""
+"""The start of a script, before its imports."""
 
 import os
 import sys

@@ -1,4 +1,9 @@
-"""95 % intervals of shares and means."""
+"""The interface of metrics: what an evaluation computes from samples, reconstructions or the model itself.
+
+A metric is pure: a frozen dataclass whose methods are functions of its fields and their arguments. An evaluation starts
+with `init`, hands batches to `update`, and reads the result with `compute`. States of several processes or runs are
+combined by `merge`, and the result is that of all their examples.
+"""
 
 import abc
 import math

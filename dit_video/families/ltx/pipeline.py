@@ -1,9 +1,12 @@
-"""Images and clips at any frame of a clip, as LTX-Video was trained with them.
+"""LTX-Video's pipelines, from diffusers' folders: `LTXPipeline`, `LTXImageToVideoPipeline`, `LTXConditionPipeline`.
 
-At frame 0 they are latents of the clip itself, less noisy than the others. Elsewhere an image, or the first two latent
-frames of a clip, are extra tokens with the position of their frame, because a latent in the middle of a clip stands for
-eight frames, and the latent of an image for one; further latent frames are again those of the clip itself. This is
-`LTXConditionPipeline` of diffusers, and `prepare_conditioning` of Lightricks/LTX-Video.
+Settings that are not in a folder are those of diffusers' pipelines: clips of 161 frames of 512×704 at 25 frames a
+second, 50 steps, guidance 3, and the authors' negative prompt; texts are cut to 128 tokens, from version 0.9.5 on to
+256. Padding of texts is masked in the text encoder, too, as `encode_prompt` of Lightricks/LTX-Video and
+`LTXConditionPipeline` do; the other two classes mask it in the transformer alone.
+
+From version 0.9.5 on images and clips may be at any frame, images that are kept are seen with a little noise, positions
+count the seconds before a token's first frame, and times are linear-quadratic (`is_095_pipeline`).
 """
 
 import os

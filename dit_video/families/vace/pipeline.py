@@ -1,9 +1,4 @@
-"""The task of VACE (arXiv 2503.07598): clips with parts that are kept, control of the rest, and reference images.
-
-The pixels that a request keeps are those of `video` where `mask` is True, `image`, `last_image` and `conditions`. All
-others are generated, and are grey in the control, or those of `control`, which steers them. Reference images are latent
-frames before the clip, which are sampled with it and cut off.
-"""
+"""VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's with a task of their own."""
 
 import os
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
-"""Defaults of sampling for each published model of Wan: those of its authors.
+"""Wan's pipelines, from diffusers' folders: `WanPipeline` and `WanImageToVideoPipeline`, 2.1 and 2.2.
 
-Sources: `generate.py`, `wan/configs/` and README.md of Wan-Video/Wan2.1 (9737cba) for Wan 2.1, `wan/configs/` of
-Wan-Video/Wan2.2 (42bf4cf) for Wan 2.2. Sizes are the authors' default `1280*720`, or the largest that a model supports.
+Defaults of sampling are the authors' (`families.wan.defaults`), at 16 frames a second (24 for the model with a time per
+token, TI2V-5B). As in diffusers' pipeline, texts are cleaned and cut to 512 tokens, and the denoiser pads them with
+zeros and attends to the padding.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Discriminator of decoded and original clips, patch by patch."""
+"""Adversarial training of an autoencoder: configuration, losses of both networks and their regularisers.
+
+The discriminator's logits are positive for original clips. All losses are one value per clip, means over its logits.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,11 +1,4 @@
-"""Encoder and decoder of the image autoencoders of latent diffusion: those of Stable Diffusion, FLUX and MoVQ.
-
-Levels of residual blocks with group norms, attention in the middle (arXiv 2112.10752, appendix G; after arXiv
-2012.09841). Each frame is coded separately, as an image. The caller chooses the decoder's norms: plain group norms, or
-norms modulated by the latents (MoVQ, arXiv 2209.09002).
-
-Temporal layers can be added between the decoder's blocks; see `dit_video.models.autoencoders.inflate`.
-"""
+"""The variational autoencoder of images of Stable Diffusion and FLUX (arXiv 2112.10752), applied to each frame."""
 
 from dataclasses import dataclass, field
 from typing import Any

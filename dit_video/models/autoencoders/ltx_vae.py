@@ -1,8 +1,7 @@
-"""Blocks of LTX-Video's autoencoder (arXiv 2501.00103): RMS norms without a scale, noise, and residual resampling.
+"""LTX-Video's autoencoder (arXiv 2501.00103, section 2): 8×32×32 pixels to 128 channels, one token of a transformer.
 
-The encoder is causal, and encodes chunk by chunk. The decoder is not: its convolutions see one later frame each, so it
-decodes a clip as a whole. It may also be the last denoising step: then the time modulates its blocks, and its residual
-blocks add noise, the same for all frames and, but for a scale, for all channels.
+From version 0.9.1 on its decoder is also the last denoising step: latents get a little noise, and the decoder their
+time.
 """
 
 import math

@@ -1,9 +1,4 @@
-"""Reconstruction losses, each one value per clip.
-
-All are functions of the error `e = decoded - original`, in pixels of [-1, 1], as their transforms are linear; LPIPS,
-which is not, is in `dit_video.models.features.lpips`. Each is a mean over the values it compares, so that clips of all
-sizes and lengths have the same weight, and an image is a clip of one frame.
-"""
+"""The loss that an autoencoder is trained with, as a weighted sum."""
 
 import functools
 import operator

@@ -1,4 +1,10 @@
-"""Causal spacetime patches of pixels."""
+"""A causal spatiotemporal autoencoder on patches.
+
+The first frame is repeated so that it fills a patch of its own (as in Cosmos-Tokenizer, arXiv 2501.03575, section 4.1);
+every patch of `stride` pixels is projected to `width` channels, and causal residual blocks mix the patches at latent
+resolution. A linear path parallel to the network can be initialised with the principal components of the data, so that
+training starts where the best linear autoencoder ends.
+"""
 
 import math
 from collections.abc import Iterable

@@ -1,12 +1,7 @@
-"""Building blocks of a convolutional causal autoencoder: residual blocks, attention within a frame, resampling.
+"""A causal convolutional variational autoencoder; both of Wan's are configurations of it.
 
-They are those of Wan's autoencoder (arXiv 2503.20314, section 4.1), which are those of Stable Diffusion's (arXiv
-2112.10752) made causal in time. A resolution changes by factors of 1 or 2 along (t, h, w); the first frame is never
-merged with later ones.
-
-Every block takes the features of a clip, or of one chunk given the `ConvCache` of the previous chunk. Where several
-clips share a canvas, `segments` holds the clip of each position: features between clips are zeroed before every
-convolution, and attention stays within a clip.
+Resolution levels of residual blocks, attention in the middle (arXiv 2503.20314, section 4.1). With `shortcuts`, every
+level has a parallel path without parameters, as in the autoencoder of Wan 2.2 (after DC-AE, arXiv 2410.10733).
 """
 
 import itertools

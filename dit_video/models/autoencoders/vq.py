@@ -1,9 +1,9 @@
-"""Norms modulated by the latents at every position, as in the decoder of MoVQ (arXiv 2209.09002, section 3.2).
+"""Autoencoders with quantised latents: VQ-VAE, VQGAN (arXiv 1711.00937, 2012.09841) and MoVQ (arXiv 2209.09002).
 
-    F <- phi_scale(q) * norm(F) + phi_shift(q)
+    pixels -> encoder -> linear -> nearest code -> linear -> decoder -> pixels
 
-with linear phi and, at each position of the features F, the quantised latent q that covers it. A code can then look
-different at different positions, which a plain norm makes alike.
+Encoder and decoder are those of a VAE of clips or images; in MoVQ the codes also modulate the decoder's norms.
+Denoisers see the latents before quantisation; decoding quantises them first, so a denoiser need not hit a code exactly.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,8 @@
-"""Architecture of the U-Net."""
+"""U-Net over space and time for dense batches and canvases.
+
+Residual blocks of factorised convolutions at several resolutions (Video Diffusion Models, arXiv 2204.03458), with
+attention to the clip and to its text at the lower ones, as in latent diffusion (arXiv 2112.10752).
+"""
 
 import functools
 import itertools

@@ -1,8 +1,8 @@
-"""Control of VACE (arXiv 2503.07598, section 3.2): latents of what a clip keeps and of what is changed, and the mask.
+"""VACE's transformer (arXiv 2503.07598, section 3.3) over packed rows: Wan's with a stack of control layers.
 
-The channels of a latent position are, in this order: the latents of the clip with all that is generated grey
-(inactive), those of the clip with all that is kept grey (reactive), and one mask channel for each pixel of a frame that
-the position covers, 1 where pixels are generated.
+The control layers are blocks of Wan's kind over the embedded control, each of which starts from the one before. A
+linear map of each, its hint, is added to the tokens after a block of the main stack. Control layer and main blocks take
+turns, so that no more than one hint is in memory.
 """
 
 import functools

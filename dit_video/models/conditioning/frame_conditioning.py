@@ -1,4 +1,4 @@
-"""Known pixels of a clip: what an autoencoder encodes of them, and their mask on the grid of its latents."""
+"""Conditioning on known parts of a clip: a mask of them, and latents of them that the denoiser reads."""
 
 from dataclasses import dataclass
 from typing import Literal

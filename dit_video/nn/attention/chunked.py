@@ -1,4 +1,11 @@
-"""Sorting of keys such that every query sees one contiguous range of them, as GPU and TPU kernels need it."""
+"""Blockwise attention in plain XLA that skips pairs of blocks without visible keys.
+
+Softmax is computed online over the key blocks of a query block (arXiv 2205.14135), and the backward pass recomputes the
+scores, so memory is linear in the row's length. The key blocks that a query block needs follow from the extremes of its
+boxes and of the blocks' values (see `masks`): with clips of `n_i` tokens packed into a row, time grows with the sum
+of `n_i²`, not with the square of the row. The result is right in any order of tokens, but fewer blocks are visited if
+tokens that see each other are adjacent; so tokens are sorted first for patterns with axes of their own.
+"""
 
 import functools
 from collections.abc import Callable

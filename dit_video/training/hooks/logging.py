@@ -1,4 +1,4 @@
-"""Accumulation of the metrics and times of steps between two entries of the log, and detection of skipped steps."""
+"""Output of a run: the metrics log, and a progress bar with the estimated time left."""
 
 import contextlib
 import html

@@ -1,13 +1,4 @@
-"""Codebook update of vector quantization, with restarts of unused codes.
-
-Codes are moving averages of the latents assigned to them (arXiv 1711.00937, appendix A.1):
-
-    N_k <- g N_k + (1 - g) n_k,    m_k <- g m_k + (1 - g) sum of k's latents,    e_k = m_k / N'_k
-
-with the Laplace-smoothed N' = (N + s) / (sum N + K s) sum N, so that unused codes are not divided by zero.
-Alternatively codes are learned by the gradient of their distance from the latents. A code that has not been used for
-`restart_after` steps is set to a random latent of the batch.
-"""
+"""Loss of a vector-quantized autoencoder, with the updates of its codebook."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
