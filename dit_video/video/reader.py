@@ -136,8 +136,8 @@ class Video(contextlib.AbstractContextManager["Video"]):
             raise
 
     def _open(self) -> av.container.InputContainer:
-        # ffmpeg sees no name: it would take one for a pattern (clip%02d.png) or a protocol (12:30.mp4), and would choose
-        # the format by its suffix.
+        # ffmpeg sees no name: it would take one for a pattern (clip%02d.png) or a protocol (12:30.mp4), and choose the
+        # format by its suffix.
         source = self._source
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
         file.name = ""
