@@ -46,6 +46,7 @@ def captions_config(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_clips_without_captions_are_trained_on_and_reported_without_samples(
     script, silent_clips, captions_config, tmp_path
 ):
