@@ -66,8 +66,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Sample as the pipeline's config says, compute its metrics, and write `samples/` and `metrics.json`.
 
-    The samples depend on the config's prompts and the seed, never on its metrics. In a run of several processes all of
-    them call this and sample; the first one decodes, measures and writes. All compute metrics that need the pipeline.
+    The samples depend on the config's prompts and the seed, never on its metrics; if no clip has a caption to sample,
+    there are none. In a run of several processes all of them call this and sample; the first one decodes, measures and
+    writes. All compute metrics that need the pipeline.
 
     Args:
       pipeline: the pipeline to evaluate.
@@ -80,7 +81,7 @@ def evaluate(
       sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
-      UserError: nothing to evaluate on, other files in `samples/` of `folder`, a negative seed, or invalid sampling.
+      UserError: neither clips nor prompts, other files in `samples/` of `folder`, a negative seed, or invalid sampling.
     """
     folder = Path(folder)
     check_at_least(0, seed=seed)
@@ -90,7 +91,7 @@ def evaluate(
     config = evaluation or pipeline.config.evaluation or CaptionEvaluation()
     frames = pipeline.config.frame_conditioning
     requests = config.make_requests(clips, seed, image=frames is not None and frames.prob == 1)
-    if not requests:
+    if not requests and clips is None:
         raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
     collection = MetricCollection(config.metrics)
     is_measuring = is_first_process() or "pipeline" in collection.needs
@@ -98,14 +99,15 @@ def evaluate(
     if clips is not None and is_measuring:
         reconstructions = _measure_reconstructions(collection, pipeline.codec, clips, pipeline)
     start_time = time.perf_counter()
-    with Progress("sampling", len(requests), unit="clip", visible=is_first_process()) as progress:
-        prompted = [each.request for each in requests]
-        write_samples(pipeline, prompted, folder / "samples", progress=progress.update, **sampling)
+    if requests:
+        with Progress("sampling", len(requests), unit="clip", visible=is_first_process()) as progress:
+            prompted = [each.request for each in requests]
+            write_samples(pipeline, prompted, folder / "samples", progress=progress.update, **sampling)
     if not is_measuring:
         return EvaluationResult({}, {}, [], [], [])
     seconds = round(time.perf_counter() - start_time, 1)
     with share() if "pipeline" in collection.needs else contextlib.nullcontext():
-        samples = read_samples(folder / "samples")
+        samples = read_samples(folder / "samples") if requests else []
     _update_samples(collection, requests, [sample.clip for sample in samples], pipeline)
     metrics = {
         "protocol": _describe_protocol(config, resolved, seed),

@@ -57,7 +57,8 @@ def open_logs(monitoring: MonitoringConfig, folder: Path) -> list[Hook]:
     """Open the logs other than the JSON lines, in the folder of a training.
 
     Raises:
-      MissingError: a package is not installed.
+      MissingError: if a package is not installed.
+      UserError: if Weights & Biases is not logged in.
     """
     logs: list[Hook] = []
     if jax.process_index() == 0:  # the others need not have the packages, nor the time to import them
@@ -87,12 +88,7 @@ def make_validation(
       autoencoder: parameters of the autoencoder.
       loss: the training loss.
       trained: the trained part of the denoiser: weights or adapters.
-
-    Raises:
-      UserError: no clips are held out.
     """
-    if not len(clips.infos):
-        raise UserError("no clips are held out to validate on; name some in data held_out, or leave out validate_every")
     data = dataclasses.replace(experiment.data, weights=(), workers=0)
     validated = dataclasses.replace(experiment, data=data)
     texts = input_pipeline.open_captions(tokenizer, clips)
@@ -130,10 +126,10 @@ def make_sampling(
     Args:
       folder: folder of the files, named by step, and of `TILES_FILE`.
       monitoring: holds the prompts.
-      captions: prompts to use if it has none.
+      captions: prompts to use if it has none; without any, the prompt is empty.
       pipeline: returns a pipeline from averaged weights, which stay where they are on the devices.
     """
-    prompts = monitoring.prompts or tuple(captions[:_MAX_CLIPS])
+    prompts = monitoring.prompts or tuple(captions[:_MAX_CLIPS]) or ("",) * _MAX_CLIPS
 
     def call(done: int, state: Any) -> dict[str, float]:
         model = pipeline(state.ema)

@@ -136,9 +136,11 @@ class Video(contextlib.AbstractContextManager["Video"]):
             raise
 
     def _open(self) -> av.container.InputContainer:
-        # The file is opened here: ffmpeg would take a name for a pattern (clip%02d.png) or a protocol (12:30.mp4).
+        # ffmpeg sees no name: it would take one for a pattern (clip%02d.png) or a protocol (12:30.mp4), and choose the
+        # format by its suffix.
         source = self._source
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
+        file.name = ""
         self._resources.callback(file.close)
         self._head = file.read(12)
         self._length = file.seek(0, 2)

@@ -196,6 +196,14 @@ def test_an_evaluation_by_captions_uses_held_out_captions(tiny_pipeline, tiny_ru
         evaluate.evaluate(pipeline, tmp_path / "other", seed=0)
 
 
+def test_without_a_caption_to_sample_clips_are_only_reconstructed(tiny_pipeline, tiny_run, tmp_path):
+    clips, config = Run.open(tiny_run).evaluation_clips(), CaptionEvaluation(trained=0, held_out=0)
+    for _ in range(2):
+        measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=0, clips=clips, evaluation=config)
+        assert (measured.samples, len(measured.reconstructions)) == ([], len(clips.held_out))
+        assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
 def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS[1:2])
     measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=0)

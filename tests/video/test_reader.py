@@ -7,6 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.video import decode, probe
@@ -177,6 +178,27 @@ def test_a_name_is_no_pattern_and_no_address(write_video, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path / name, Path(name)):
         assert probe(path) == probe(content)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".JPG", ".png", ".mp4"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
+def test_a_photo_is_the_same_by_its_path_and_by_its_bytes(tmp_path, format, suffix):
+    """A photo is larger than the 2 kB that ffmpeg looks at first, where suffixes would win over content."""
+    path = tmp_path / f"photo{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8)
+    Image.fromarray(pixels).resize((320, 240)).save(path, format)
+    assert path.stat().st_size > 4096
+    clip = decode(path)
+    assert clip.frames.shape == (1, 240, 320, 3)
+    np.testing.assert_array_equal(clip.frames, decode(path.read_bytes()).frames)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".jpg"])
+def test_a_video_is_the_same_by_its_path_and_by_its_bytes(file, tmp_path, suffix):
+    content, _ = file
+    path = tmp_path / f"video{suffix}"
+    path.write_bytes(content)
+    assert probe(path) == probe(content)
 
 
 @pytest.mark.parametrize("kind", ["m3u8", "concat"])

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.core.storage import StoragePath
 from dit_video.data.captions import CaptionSource
 from dit_video.data.loader import DenoiserBatches
 from dit_video.distributed import count_row_shards
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.requests import EvaluationClips
 from dit_video.experiment import export, input_pipeline, monitors
 from dit_video.experiment.autoencoder import read_autoencoder
@@ -63,6 +65,7 @@ class TrainDenoiser(DenoiserStage):
         input_pipeline.check_inputs(self.experiment, runtime.mesh, runtime.training_clips)
         check_initial_weights(self.experiment.denoiser)
         check_encoders(self.experiment, runtime)
+        self._check_evaluation(runtime)
 
     def run(self, runtime: Runtime) -> None:
         runtime, config = runtime.for_stage(self.experiment), self.experiment.denoiser
@@ -134,12 +137,7 @@ class TrainDenoiser(DenoiserStage):
         return texts, input_pipeline.make_online_batches(experiment, runtime.mesh, clips, texts, encode)
 
     def _make_hooks(self, runtime: Runtime, loss: DenoiserLoss, trained: TrainableDenoiser) -> tuple[Hook, ...]:
-        """Return the logs, the validation and the samples that the config asks for.
-
-        Raises:
-          MissingError: a logging package is not installed.
-          UserError: no clips are held out to validate on.
-        """
+        """Return the logs, the validation and the samples that the config asks for."""
         experiment, monitoring, folder = self.experiment, self.experiment.monitoring, runtime.folder / "denoiser"
         hooks = monitors.open_logs(monitoring, folder)
         if monitoring.validate_every:
@@ -212,6 +210,37 @@ class TrainDenoiser(DenoiserStage):
         path.unlink(missing_ok=True)  # of another config, before anything was trained
         if excluded:
             write_json(path, {name: one.to_json() for name, one in excluded.items()})
+
+    def _check_evaluation(self, runtime: Runtime) -> None:
+        """Check what the monitors, and the evaluation after the training, need besides the models.
+
+        Raises:
+          MissingError: if a logging package, or what a metric reads, is missing.
+          UserError: if Weights & Biases is not logged in, if no clips are held out to validate on, or if there is no
+            caption to sample during the training.
+        """
+        monitoring, evaluation = self.experiment.monitoring, self.experiment.evaluation
+        if not self.is_trained(runtime):
+            monitors.open_logs(monitoring, runtime.folder / "denoiser")
+        if runtime.process == 0:
+            for metric in evaluation.metrics:
+                metric.open_weights()
+        if monitoring.validate_every and not len(runtime.held_out_clips):
+            raise UserError(
+                f"monitoring.validate_every={monitoring.validate_every} is invalid: no clips are held out to validate "
+                "on. Name some in data.held_out, or leave it out."
+            )
+        if any(info.captions for clips in (runtime.training_clips, runtime.held_out_clips) for info in clips.infos):
+            return
+        samples_captions = isinstance(evaluation, CaptionEvaluation)
+        if samples_captions and monitoring.evaluate_every:
+            raise UserError(
+                f"monitoring.evaluate_every={monitoring.evaluate_every} is invalid: no clip has a caption to sample. "
+                "Give clips captions, or leave it out."
+            )
+        if not self.curriculum:
+            consequence = ", and the report has no samples" if samples_captions else ""
+            print_on_first_process(f"no clip has a caption: the denoiser is trained without text{consequence}")
 
     def _export(self, runtime: Runtime, trained: TrainableDenoiser, ema_params: dict[str, Any]) -> None:
         """Write the averaged weights: under the names of other projects, and as a pipeline."""

@@ -1,10 +1,11 @@
 """Destinations of a run's metrics besides its JSON lines, and the configuration of monitoring."""
 
+import contextlib
 import importlib
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class MonitoringConfig:
     """True to check the data, the model and the steps of the denoiser's training for mistakes that let it run and go
     wrong; they are printed, and logged to `self_check.jsonl`."""
     prompts: tuple[str, ...] = ()
-    """Prompts of the grid; the captions of the first clips if empty."""
+    """Prompts of the grid; the captions of the first clips if empty, or no text where no clip has a caption."""
 
     def __post_init__(self) -> None:
         every = {"validate_every": self.validate_every, "sample_every": self.sample_every}
@@ -102,6 +103,7 @@ class WeightsAndBiases(Hook):
 
     Raises:
       MissingError: The package wandb is not installed.
+      UserError: Nobody is logged in, or the service refuses the login.
     """
 
     first_process_only = True
@@ -109,21 +111,36 @@ class WeightsAndBiases(Hook):
     def __init__(self, project: str, folder: str | os.PathLike) -> None:
         self._wandb, self._project, self._folder = _import_optional("wandb", "wandb"), project, Path(folder)
         self._run: Any = None
+        with self._convert_errors():
+            self._wandb.login()  # asks on a terminal, and does nothing offline
+
+    @contextlib.contextmanager
+    def _convert_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self._wandb.Error as error:
+            fix = "Run wandb login, set WANDB_MODE=offline, or leave it out."
+            raise UserError(f"monitoring.wandb={self._project!r} cannot be logged to: {error} {fix}") from error
 
     def resume(self, step: int) -> None:
-        """Start or continue the run; the service ignores entries of steps that it already has."""
+        """Start or continue the run; the service ignores entries of steps that it already has.
+
+        Raises:
+          UserError: The service refuses the run, or is not reached.
+        """
         del step
         self._folder.mkdir(parents=True, exist_ok=True)
         id_file = self._folder / "wandb_run.txt"
         if not id_file.is_file():
             id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-        self._run = self._wandb.init(
-            project=self._project,
-            dir=str(self._folder),
-            id=id_file.read_text(encoding="utf-8"),
-            name=self._folder.resolve().parent.name,
-            resume="allow",
-        )
+        with self._convert_errors():
+            self._run = self._wandb.init(
+                project=self._project,
+                dir=str(self._folder),
+                id=id_file.read_text(encoding="utf-8"),
+                name=self._folder.resolve().parent.name,
+                resume="allow",
+            )
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Write the finite values of one entry."""

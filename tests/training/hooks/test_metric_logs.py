@@ -84,7 +84,7 @@ def test_weights_and_biases_receives_the_finite_entries_of_one_run(tmp_path, mon
             log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end")
         )
 
-    stand_in = SimpleNamespace(init=init)
+    stand_in = SimpleNamespace(init=init, login=lambda: True, Error=ConnectionError)
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     for step in (0, 40):
         log = WeightsAndBiases("videos", tmp_path / "run" / "denoiser")
@@ -97,6 +97,17 @@ def test_weights_and_biases_receives_the_finite_entries_of_one_run(tmp_path, mon
     assert first["id"] == (tmp_path / "run" / "denoiser" / "wandb_run.txt").read_text()
     assert calls[2::3] == ["end", "end"]
     assert calls[1::3] == [(20, {"loss": 0.5}), (60, {"loss": 0.5})]
+
+
+@pytest.mark.parametrize("call", ["login", "init"])
+def test_a_refusal_of_weights_and_biases_is_a_user_error(tmp_path, monkeypatch, call):
+    def refuse(**_):
+        raise ConnectionError("not logged in")
+
+    functions = {"login": lambda: True, "init": lambda **_: None, call: refuse}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**functions, Error=ConnectionError))
+    with pytest.raises(UserError, match=r"monitoring\.wandb='videos' .*not logged in.* wandb login"):
+        WeightsAndBiases("videos", tmp_path).resume(0)
 
 
 def read_logged_names(path):

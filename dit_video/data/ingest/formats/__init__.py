@@ -2,11 +2,11 @@
 
 | format | `source` | clips and captions |
 |---|---|---|
-| `folder` | a folder, with subfolders | all videos and images, with captions in files next to them: `clip.txt`, `clip.caption` (the whole file is one caption) or `clip.json` (`text`, `caption`, `captions`: a string or a list) |
-| | with `metadata.csv`, `.jsonl`, `.json` or `.parquet` in any of its folders | the clips that the list names, `file_name,text`, relative to its folder; a clip that is named again has another caption; in JSON and Parquet `text` may be a list; for other columns see `rows` |
+| `folder` | a folder, with subfolders | all videos and images, with captions in files next to them, or in a folder `captions`: `clip.txt`, `clip.caption` (the whole file is one caption) or `clip.json` (`text`, `caption`, `captions`, `prompt`, `cap`: a string or a list) |
+| | with `metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` in any of its folders | the clips that the list names, `file_name,text`, relative to its folder; a clip that is named again has another caption; in JSON and Parquet `text` may be a list; for other columns see `rows` |
 | | with `videos.txt` and `prompts.txt` | a path and a caption a line, as in finetrainers |
 | | with one list of another name | the same as with `metadata.csv`; a name without a folder may be that of a file in any folder (OpenVid-1M) |
-| `table` | a `.csv`, `.jsonl` or `.parquet` | the same, with paths that are absolute or relative to the list |
+| `table` | a `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` | the same, with paths that are absolute or relative to the list |
 | `webdataset` | a `.tar`, or a folder of them | members that share a key: media next to `.txt`, `.caption` or `.json`; read in place, so tars must not be compressed |
 | `ucf101` | a folder with `UCF-101/` and `ucfTrainTestlist/` | train and test clips of list 1, 2 or 3; "ApplyEyeMakeup" is captioned "apply eye makeup" |
 | `msrvtt` | a folder with the videos and `*videodatainfo.json` or `MSRVTT_data.json` | all sentences of a clip; train, validation and test |

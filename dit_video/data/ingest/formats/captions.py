@@ -17,7 +17,7 @@ MAX_FILE_BYTES = 16 << 20
 """Maximum size of a caption file in bytes; its JSON may hold much more than captions."""
 TOO_LARGE = f"has {{:,}} bytes, {MAX_FILE_BYTES:,} is the limit of a caption file"
 """Reason with the size of a caption file, to be formatted."""
-CAPTION_FIELDS = ("text", "caption", "captions")
+CAPTION_FIELDS = ("text", "caption", "captions", "prompt", "cap")
 """Columns and JSON fields that hold captions; each is a string or, in JSON, a list of strings."""
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 """Suffixes of caption files, in the order in which a clip's captions are read from several files."""
@@ -56,8 +56,11 @@ def read_fields(fields: Mapping[str, Any], names: Sequence[str] = CAPTION_FIELDS
     return texts
 
 
-def read_file(name: str, content: bytes) -> list[str]:
+def read_file(name: str, content: bytes) -> list[str] | None:
     """Return the captions of a caption file; a text file is one caption, however many lines it has.
+
+    Returns:
+      None for a JSON object that has fields, but none of captions.
 
     Raises:
       UnusableClipError: the file is not UTF-8, or a `.json` file does not hold a JSON object.
@@ -74,4 +77,4 @@ def read_file(name: str, content: bytes) -> list[str]:
         raise UnusableClipError(f"{name!r} is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise UnusableClipError(f'{name!r} holds a {type(fields).__name__}; write {{"caption": "…"}}')
-    return read_fields(fields)
+    return read_fields(fields) if not fields or any(field in fields for field in CAPTION_FIELDS) else None

@@ -96,9 +96,8 @@ def list_clips(source: StoragePathLike, *, format: str = "auto", options: Listin
     folder = scan_folder(path, follow_links=options.follow_links)
     chosen = _detect_format(folder) if format == "auto" else _FORMATS[format]
     if chosen.list_folder is None:
-        raise UserError(
-            f"{path} is a folder, and format='{format}' needs a list; give the list itself (.csv, .jsonl, .parquet)"
-        )
+        fix = f"give the list itself ({', '.join(TABLE_SUFFIXES)})"
+        raise UserError(f"{path} is a folder, and format='{format}' needs a list; {fix}")
     return _complete_splits(chosen.list_folder(folder, options))
 
 
@@ -113,11 +112,8 @@ def _list_file(source: StoragePath, format: str, options: ListingOptions) -> Lis
     for each in candidates:
         if each.list_file is not None and each.is_file(source.name):
             return each.list_file(source, options)
-    kinds = {
-        "auto": "a list (.csv, .jsonl, .parquet) or a tar",
-        "table": "a list (.csv, .jsonl, .parquet)",
-        "webdataset": "a tar",
-    }
+    table = f"a list ({', '.join(TABLE_SUFFIXES)})"
+    kinds = {"auto": f"{table} or a tar", "table": table, "webdataset": "a tar"}
     if format in kinds:
         raise UserError(f"{source} is a file, but not {kinds[format]}; give the folder that holds the clips")
     raise UserError(f"{source} is a file, and format={format!r} needs a folder; give the folder that holds the clips")

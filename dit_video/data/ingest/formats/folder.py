@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,11 +25,19 @@ from dit_video.data.ingest.formats.types import (
     reject_unusable,
 )
 
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.json", "metadata.parquet")
+METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 """Names of lists, as in Hugging Face's folders (huggingface.co/docs/hub/datasets-video) and finetrainers."""
 _PATH_LISTS = ("videos.txt", "video.txt")
 _CAPTION_LISTS = ("captions.txt", "caption.txt", "prompts.txt", "prompt.txt")
 """Names of two lists, of a path and of a caption a line (finetrainers, docs/dataset/README.md)."""
+_CAPTION_FOLDER = "captions"
+"""Name of a folder of caption files that lie apart from their clips."""
+_TEXT_SUFFIXES = frozenset(
+    (*TABLE_SUFFIXES, *captions.CAPTION_SUFFIXES, *".yaml .yml .toml .xml .xls .xlsx .ods .srt .vtt".split())  # noqa: SIM905
+)
+"""Suffixes of files that may hold captions."""
+_NO_CAPTIONS = ("readme", "license", "licence")
+"""Names, without suffix, of files without captions."""
 
 
 class ClipList(NamedTuple):
@@ -68,19 +77,21 @@ def _iterate_lists(scan: FolderScan) -> Iterator[ClipList]:
     stems = {os.path.splitext(name)[0] for name in scan.media}
     for name in scan.files:
         folder, base = posixpath.split(name)
-        if base in METADATA and (base != "metadata.json" or _holds_json_list(scan.get_path(name))):
+        if base in METADATA and (base != "metadata.json" or _holds_json_list(scan, name)):
             yield ClipList(name, folder)
         if base in _PATH_LISTS and os.path.splitext(name)[0] not in stems:  # else it is a clip's caption
             texts = (posixpath.join(folder, each) for each in _CAPTION_LISTS)
             yield from (ClipList(name, folder, each) for each in texts if each in scan.files)
 
 
-def _holds_json_list(path: str) -> bool:
+def _holds_json_list(scan: FolderScan, name: str) -> bool:
+    """Return whether a JSON file is meant as a list, though it may be damaged: it begins as one, or is one."""
     try:
-        with open_file(path) as file:
-            return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        with open_file(scan.get_path(name)) as file:
+            begins = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     except OSError:
         return False
+    return begins or is_list(scan.get_document(name), ListColumns())
 
 
 def list_folder(scan: FolderScan, options: ListingOptions) -> Listing:
@@ -95,7 +106,7 @@ def list_folder(scan: FolderScan, options: ListingOptions) -> Listing:
     """
     lists = find_lists(scan) if options.list_path is None else [_get_list(scan, options.list_path)]
     loose, unlisted, rejected = _list_loose_clips(scan, {each.scope for each in lists})
-    if not lists and (other := _choose_other_list(scan, options.columns, loose)) is not None:
+    if not lists and (other := _choose_other_list(scan, options.columns, loose, unlisted)) is not None:
         lists, loose, unlisted, rejected = [other], [], [], []
     table, by_base = ClipTable({}, [], is_merged=len(lists) > 1), _index_by_base(scan)
     for each in lists:
@@ -128,35 +139,43 @@ def _is_covered(name: str, scopes: Collection[str]) -> bool:
 
 
 def _list_loose_clips(scan: FolderScan, scopes: Collection[str]) -> tuple[list[ListedClip], list[str], list[Rejection]]:
-    """Return the clips that no list is about, with captions in files next to them; files left out; and rejections."""
+    """Return the clips that no list is about, with captions in files of their own; files left out; and rejections."""
     clips: list[ListedClip] = []
     rejected: list[Rejection] = []
     media = [name for name in scan.media if not _is_covered(name, scopes)]
-    caption_files, used_names = _find_caption_files(scan), set(media)
-    names = {name: [*caption_files.get(os.path.splitext(name)[0], ()), *caption_files.get(name, ())] for name in media}
-    used_names.update(itertools.chain.from_iterable(names.values()))
+    names = _match_caption_files(media, _find_caption_files(scan))
+    used_names = {*media, *itertools.chain.from_iterable(names.values())}
     read = scan.make_reader(itertools.chain.from_iterable(names.values()), captions.MAX_FILE_BYTES)
     for name in media:
         with reject_unusable(rejected, name):
-            clips.append(scan.make_clip(name, _read_captions(read, names[name])))
+            texts = _read_captions(read, names[name])
+            used_names.difference_update(each for each in names[name] if each not in texts)
+            clips.append(scan.make_clip(name, captions.clean_captions(itertools.chain.from_iterable(texts.values()))))
     return clips, [name for name in scan.files if name not in used_names and not _is_covered(name, scopes)], rejected
 
 
-def _choose_other_list(scan: FolderScan, columns: ListColumns, clips: Sequence[ListedClip]) -> ClipList | None:
+def _choose_other_list(
+    scan: FolderScan, columns: ListColumns, clips: Sequence[ListedClip], unlisted: Sequence[str]
+) -> ClipList | None:
     """Return the list of clips that has a name of its own, if there is one.
 
-    Otherwise the captions would be silently lost, only because their list has another name than metadata.csv.
+    Otherwise the captions would be silently lost, only because their list has another name than metadata.csv. A JSON
+    file is looked into, as a whole, only where no clip has a caption.
 
     Raises:
-      UserError: there are several, or clips have caption files, too; there is a list, and no clip; or no clip has a
-        caption, and there is a table with unknown columns.
+      UserError: if there are several, or clips have caption files, too; if there is a list, and no clip; or if no clip
+        has a caption, and there is a file that may hold captions.
     """
-    tables = [name for name in scan.files if get_suffix(name) in TABLE_SUFFIXES and scan.is_file(name)]
+    has_captions = any(clip.captions for clip in clips)
+    suffixes = [suffix for suffix in TABLE_SUFFIXES if suffix != ".json" or not has_captions]
+    tables = [name for name in unlisted if get_suffix(name) in suffixes and scan.is_file(name)]
     names = [name for name in tables if is_list(scan.get_document(name), columns)]
     if not names:
-        if tables and clips and not any(clip.captions for clip in clips):
-            rule = f"{scan.source} holds clips without captions and {tables[0]}, which is not known as a list of clips"
-            raise UserError(f"{rule}; pass columns.name and columns.captions to read it, or move it elsewhere")
+        unread = (name for name in unlisted if _may_hold_captions(name) and scan.is_file(name))
+        if clips and not has_captions and (name := next(unread, None)) is not None:
+            rule = f"{scan.source} holds clips without captions and {name}, which is no list or caption that is read"
+            fix = "write the captions to metadata.csv (file_name,text), pass columns.name and columns.captions if it is"
+            raise UserError(f"{rule}; {fix} a list of other columns, or move it elsewhere")
         return None
     if not scan.media:
         raise UserError(f"{scan.source} holds no clips, but a list of clips; give {scan.get_path(names[0])} instead")
@@ -164,10 +183,15 @@ def _choose_other_list(scan: FolderScan, columns: ListColumns, clips: Sequence[L
         raise UserError(
             f"{scan.source} holds the lists {' and '.join(names)}; pass one of them as list_path={names[0]}"
         )
-    if any(clip.captions for clip in clips):
+    if has_captions:
         rule = f"{scan.source} holds clips with caption files and the list {names[0]}"
         raise UserError(f"{rule}; pass list_path={names[0]} to read it, or move it elsewhere")
     return ClipList(names[0])
+
+
+def _may_hold_captions(name: str) -> bool:
+    stem = os.path.splitext(posixpath.basename(name))[0].lower()
+    return get_suffix(name) in _TEXT_SUFFIXES and stem not in _NO_CAPTIONS
 
 
 def _find_caption_files(scan: FolderScan) -> Mapping[str, Sequence[str]]:
@@ -184,15 +208,35 @@ def _find_caption_files(scan: FolderScan) -> Mapping[str, Sequence[str]]:
     return files_by_stem
 
 
-def _read_captions(read: Callable[[str], bytes], names: Sequence[str]) -> tuple[str, ...]:
-    texts: list[str] = []
+def _match_caption_files(media: Sequence[str], files: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return the caption files of each clip: those next to it or, if no clip has one, those in `captions/`.
+
+    There they are found by the clip's name without folders, if no other clip has it.
+    """
+    names = {name: [*files.get(os.path.splitext(name)[0], ()), *files.get(name, ())] for name in media}
+    if any(names.values()):
+        return names
+    apart = {
+        posixpath.basename(stem): found
+        for stem, found in files.items()
+        if posixpath.basename(posixpath.dirname(stem)) == _CAPTION_FOLDER
+    }
+    bases = {name: os.path.splitext(posixpath.basename(name))[0] for name in media}
+    counts = Counter(bases.values())
+    return {name: [*apart.get(base, ())] if counts[base] == 1 else [] for name, base in bases.items()}
+
+
+def _read_captions(read: Callable[[str], bytes], names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the captions in each of these files, without JSON files that have no field of captions."""
+    texts = dict[str, list[str]]()
     for name in names:
         try:
             content = read(name)
         except UnusableClipError as error:
             raise UnusableClipError(f"{name!r} {error}") from error
-        texts += captions.read_file(name, content)
-    return captions.clean_captions(texts)
+        if (found := captions.read_file(name, content)) is not None:
+            texts[name] = found
+    return texts
 
 
 def _index_by_base(scan: FolderScan) -> Mapping[str, list[str]]:

@@ -1,9 +1,10 @@
-"""Parsing of a list of clips and captions: CSV with a header line, JSON Lines, JSON or Parquet.
+"""Parsing of a list of clips and captions: CSV or TSV with a header line, JSON Lines, JSON or Parquet.
 
 The clip's path is in the column `file_name` (Hugging Face's folders), `path` (as written by Open-Sora's tools), `video`
-(OpenVid-1M, DiffSynth-Studio), `video_path` (musubi-tuner) or `file_path` (VideoX-Fun), its captions are in `text`,
-`caption`, `captions` and `prompt`, and its split in `split`, if there is one; other columns are ignored. In JSON and
-Parquet a caption may be a list of captions.
+(OpenVid-1M, DiffSynth-Studio), `video_path` or `image_path` (musubi-tuner), `file_path` (VideoX-Fun) or `media_path`
+(LTX-Video's trainer), its captions are in `text`, `caption`, `captions`, `prompt` and `cap` (Open-Sora-Plan), and its
+split in `split`, if there is one; other columns are ignored. In JSON and Parquet a caption may be a list of captions.
+JSON holds a list of objects, alone or as the only one in an object, or an object of captions by path.
 
 A malformed row is rejected alone. After a bad CSV row, parsing resumes at the line after the row's first line, as
 otherwise a quote that is never closed would swallow all following rows. (The later lines of a bad row that has several
@@ -14,6 +15,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,14 +23,12 @@ from typing import Any, NamedTuple
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, open_file, read_range
 from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.types import SPLITS, ListColumns, UnusableClipError, escape_name
+from dit_video.data.ingest.formats.types import MEDIA, SPLITS, ListColumns, UnusableClipError, escape_name
 
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
-"""Suffixes of lists of clips; a `.json` is one, too, if it holds a list."""
-NAME_COLUMNS = ("file_name", "path", "video", "video_path", "file_path")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+"""Suffixes of lists of clips."""
+NAME_COLUMNS = ("file_name", "path", "video", "video_path", "file_path", "media_path", "image_path")
 """Columns that may hold the clip's path; the first one that exists is used."""
-CAPTION_COLUMNS = (*captions.CAPTION_FIELDS, "prompt")
-"""Columns that may hold captions; all that exist are used."""
 SPLIT_COLUMN = "split"
 MAX_LINE_BYTES = 4 << 20
 """Maximum size of a line in bytes (of a CSV, in characters): a file of one line may have any size."""
@@ -97,7 +97,12 @@ def read_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
     """
     if not path.is_file():  # first, as opening a pipe would block forever
         raise UserError(f"{path} is not a regular file; write the list into a regular file")
-    readers = {".csv": _read_csv_rows, ".parquet": _read_parquet_rows, ".json": _read_json_rows}
+    readers = {
+        ".csv": _read_csv_rows,
+        ".tsv": _read_csv_rows,
+        ".parquet": _read_parquet_rows,
+        ".json": _read_json_rows,
+    }
     with _convert_read_errors(path):
         yield from readers.get(path.suffix.lower(), _read_json_line_rows)(path, columns)
 
@@ -135,7 +140,7 @@ def read_paired_rows(names: StoragePath, texts: StoragePath) -> Iterator[ListRow
 
 
 def is_list(path: StoragePath, columns: ListColumns) -> bool:
-    """Return whether the first line of a file, or its schema, is that of a list of clips and captions."""
+    """Return whether a file is a list of clips and captions, by its first line, its schema or its JSON entries."""
     suffix = path.suffix.lower()
     if suffix not in TABLE_SUFFIXES or not path.is_file():
         return False
@@ -143,10 +148,12 @@ def is_list(path: StoragePath, columns: ListColumns) -> bool:
         if suffix == ".parquet":
             with _open_parquet(path) as file:
                 header: Iterable[str] = file.schema_arrow.names
+        elif suffix == ".json":
+            return any(row.name and row.texts for row in _read_json_rows(path, columns))
         else:
             with open_file(path) as file:
                 line = file.readline(1 << 20).decode("utf-8-sig", "replace")
-            header = _parse_json_object(line) if suffix == ".jsonl" else next(csv.reader([line]), [])
+            header = _parse_json_object(line) if suffix == ".jsonl" else next(_read_csv([line], path), [])
         _find_columns(path, [column.strip() for column in header], columns)
     except (OSError, UnusableClipError, UserError, csv.Error):
         return False
@@ -162,7 +169,7 @@ def _find_columns(path: StoragePath, header: Sequence[str], columns: ListColumns
     names = NAME_COLUMNS if columns.name is None else (columns.name,)
     split = SPLIT_COLUMN if columns.split is None else columns.split
     name = next((name for name in names if name in header), None)
-    texts = [text for text in columns.captions or CAPTION_COLUMNS if text in header]
+    texts = [text for text in columns.captions or captions.CAPTION_FIELDS if text in header]
     missing = [] if name else [names[0]]
     missing += [text for text in columns.captions if text not in header] or ([] if texts else ["text"])
     missing += [split] if columns.split is not None and split not in header else []
@@ -179,8 +186,13 @@ def _read_csv_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]
         yield from _read_csv_lines(path, iter(lambda: file.readline(MAX_LINE_BYTES), ""), columns)
 
 
+def _read_csv(lines: Iterable[str], path: StoragePath, *, strict: bool = False) -> Iterator[list[str]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    return csv.reader(lines, delimiter=delimiter, strict=strict)
+
+
 def _read_csv_lines(path: StoragePath, lines: Iterator[str], columns: ListColumns) -> Iterator[ListRow]:
-    rows = _parse_csv(lines)
+    rows = _parse_csv(lines, path)
     _, first = next(rows, (1, []))
     header = [column.strip() for column in first] if isinstance(first, list) else []
     read = _find_columns(path, header, columns)
@@ -201,7 +213,7 @@ def _read_csv_lines(path: StoragePath, lines: Iterator[str], columns: ListColumn
             yield ListRow(location, name, tuple(fields[index] for index in text_indices), split=split)
 
 
-def _parse_csv(lines: Iterator[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
+def _parse_csv(lines: Iterator[str], path: StoragePath) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Yield (number of the first line, fields or the error) of every row that is not blank.
 
     The lines of one row alone are in memory: a quote that is never closed ends in an error after 128 Ki characters,
@@ -218,7 +230,7 @@ def _parse_csv(lines: Iterator[str]) -> Iterator[tuple[int, list[str] | csv.Erro
         # Strict, as otherwise a quote that is never closed silently turns the rest of the file into one caption. A new
         # reader after each error continues at the next line.
         try:
-            for fields in csv.reader(read_lines(), strict=True):
+            for fields in _read_csv(read_lines(), path, strict=True):
                 if fields:
                     yield number, fields
                 number += len(row_lines)
@@ -257,7 +269,7 @@ def _read_json_line_rows(path: StoragePath, columns: ListColumns) -> Iterator[Li
         yield from _parse_objects(path, _read_json_lines(file), columns)
 
 
-def _read_json_lines(file: io.BufferedReader) -> Iterator[tuple[str, str | UnusableClipError]]:
+def _read_json_lines(file: io.BufferedIOBase) -> Iterator[tuple[str, str | UnusableClipError]]:
     number = 0
     while content := file.readline(MAX_LINE_BYTES):
         number += 1
@@ -270,13 +282,41 @@ def _read_json_lines(file: io.BufferedReader) -> Iterator[tuple[str, str | Unusa
 
 
 def _read_json_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
+    yield from _parse_objects(path, _read_json(path, columns), columns)
+
+
+def _read_json(path: StoragePath, columns: ListColumns) -> Iterable[tuple[str, Any]]:
+    """Return the entries of a JSON file, parsed or as JSON text, by location; it may have one a line.
+
+    Raises:
+      UserError: if the file is not JSON, or holds no entries.
+    """
+    text = _read_text(path)
     try:
-        rows = json.loads(_read_text(path))
+        entries = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if "Extra data" in str(error):  # after a first object: one a line
+            return _read_json_lines(io.BytesIO(text.encode(errors="surrogateescape")))
         raise UserError(f"{path} is not JSON ({error}); write a list of objects") from error
-    if not isinstance(rows, list):
-        raise UserError(f"{path} holds a {type(rows).__name__}; write a list of objects")
-    yield from _parse_objects(path, ((f"entry {number}", row) for number, row in enumerate(rows, 1)), columns)
+    if isinstance(entries, dict):
+        entries = _find_entries(entries, columns)
+    if not isinstance(entries, list):
+        raise UserError(f'{path} holds no list of clips; write [{{"file_name": "…", "text": "…"}}, …]')
+    return ((f"entry {number}", row) for number, row in enumerate(entries, 1))
+
+
+def _find_entries(fields: dict[str, Any], columns: ListColumns) -> list[Any] | None:
+    """Return the entries of a JSON object: of the only list of objects in it, itself, or of captions by path."""
+    lists = [rows for rows in fields.values() if isinstance(rows, list) and any(isinstance(row, dict) for row in rows)]
+    if len(lists) == 1:
+        return lists[0]
+    names, texts = (columns.name,) if columns.name else NAME_COLUMNS, columns.captions or captions.CAPTION_FIELDS
+    if not fields.keys().isdisjoint(names):
+        return [fields]
+    if all(os.path.splitext(name)[1].lower() in MEDIA for name in fields):
+        described = ((name, value if isinstance(value, dict) else {texts[0]: value}) for name, value in fields.items())
+        return [{**value, names[0]: name} for name, value in described]
+    return None
 
 
 def _parse_objects(path: StoragePath, rows: Iterable[tuple[str, Any]], columns: ListColumns) -> Iterator[ListRow]:
@@ -285,7 +325,7 @@ def _parse_objects(path: StoragePath, rows: Iterable[tuple[str, Any]], columns: 
     Raises:
       UserError: no object has a caption.
     """
-    fields = columns.captions or CAPTION_COLUMNS
+    fields = columns.captions or captions.CAPTION_FIELDS
     count, has_captions = 0, False
     for location, row in rows:
         try:
@@ -308,7 +348,7 @@ def _parse_object(location: str, fields: Mapping[str, Any], columns: ListColumns
         return ListRow(location, "", problem='names no file; write {"file_name": "…", "text": "…"}')
     split = fields.get(columns.split or SPLIT_COLUMN) or ""
     try:
-        texts = captions.read_fields(fields, columns.captions or CAPTION_COLUMNS)
+        texts = captions.read_fields(fields, columns.captions or captions.CAPTION_FIELDS)
     except UnusableClipError as error:
         return ListRow(location, name.strip(), problem=str(error))
     return ListRow(location, name.strip(), tuple(texts), split=str(split).strip())

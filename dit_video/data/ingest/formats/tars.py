@@ -228,5 +228,5 @@ def _read_captions(file: io.BufferedReader, members: list[_Member]) -> tuple[str
         if member.size > captions.MAX_FILE_BYTES:
             raise UnusableClipError(f"{member.name!r} {captions.TOO_LARGE.format(member.size)}")
         file.seek(member.offset)
-        texts += captions.read_file(member.name, file.read(member.size))
+        texts += captions.read_file(member.name, file.read(member.size)) or []
     return captions.clean_captions(texts)

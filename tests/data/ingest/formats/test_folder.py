@@ -50,7 +50,7 @@ def test_captions_are_read_from_files_next_to_the_clips(tmp_path):
     }
     assert list(get_captions(listing)) == sorted(get_captions(listing))
     assert (listing.format, listing.rejected) == ("folder", ())
-    assert listing.unlisted == ("e.txt", "notes.md")
+    assert listing.unlisted == ("e.txt", "notes.md", "sub/d.json")
     clip = listing.clips[1]
     assert (clip.size, clip.offset, clip.split, clip.read()) == (10, None, "train", b"bytes of b")
 

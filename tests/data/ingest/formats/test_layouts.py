@@ -134,18 +134,90 @@ def test_columns_of_any_name_are_read(tmp_path):
         list_clips(tmp_path / "mira.parquet", options=ListingOptions(columns=wrong))
 
 
+ROW = {"a.mp4": "red", "sub/b.mp4": "blue"}
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("clips.csv", "id,description\na.mp4,x"), ("sub/clips.jsonl", '{"id": "a"}'), ("c.parquet", "")],
+    [
+        # LTX-Video's trainer, Open-Sora-Plan, DiffSynth-Studio, musubi-tuner
+        ("dataset.json", [{"caption": text, "media_path": name} for name, text in ROW.items()]),
+        ("list.json", [{"path": name, "cap": [text], "fps": 24} for name, text in ROW.items()]),
+        ("captions.json", [{"video": name, "prompt": text} for name, text in ROW.items()]),
+        ("clips.jsonl", "\n".join(json.dumps({"image_path": name, "caption": text}) for name, text in ROW.items())),
+        # an object, and one object a line
+        ("captions.json", ROW),
+        ("captions.json", {name: [text] for name, text in ROW.items()}),
+        ("captions.json", {name: {"caption": text, "fps": 24} for name, text in ROW.items()}),
+        ("metadata.json", ROW),
+        ("metadata.json", {"version": 1, "data": [{"file_name": name, "text": text} for name, text in ROW.items()]}),
+        ("metadata.json", "\n".join(json.dumps({"file_name": name, "text": text}) for name, text in ROW.items())),
+        # tabs
+        ("metadata.tsv", "file_name\ttext\n" + "\n".join(f"{name}\t{text}" for name, text in ROW.items())),
+        ("clips.tsv", 'path\tcaption\na.mp4\t"red"\nsub/b.mp4\tblue\n'),
+    ],
 )
-def test_a_table_that_is_not_read_while_no_clip_has_a_caption_is_an_error(tmp_path, name, content):
+def test_lists_of_the_field_are_read_in_a_folder_and_by_their_path(tmp_path, name, content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    write_files(tmp_path, dict.fromkeys(ROW, b"") | {name: text})
+    expected = {clip: ((text,), "train") for clip, text in ROW.items()}
+    for source in (tmp_path, tmp_path / name):
+        listing = list_clips(source)
+        assert get_facts(listing) == expected
+        assert listing.rejected == ()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a.json": '{"prompt": "red"}', "sub/b.json": '{"cap": ["blue"], "fps": 24}'},
+        {"captions/a.txt": "red", "captions/b.caption": "blue"},
+        {"sub/captions/a.txt": "red", "captions/b.json": '{"caption": "blue"}', "README.txt": "of two clips"},
+    ],
+)
+def test_caption_files_of_the_field_are_read(tmp_path, files):
+    write_files(tmp_path, dict.fromkeys(ROW, b"") | files)
+    assert get_facts(list_clips(tmp_path)) == {clip: ((text,), "train") for clip, text in ROW.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("clips.csv", "id,description\na.mp4,x"),
+        ("sub/clips.jsonl", '{"id": "a"}'),
+        ("c.parquet", ""),
+        ("clips.tsv", "id\tdescription\na.mp4\tx"),
+        ("list.json", '[{"id": "a", "description": "x"}]'),
+        ("metadata.json", '{"a": "x"}'),
+        ("metadata.json", '{"videos": [{"path": "a.mp4"}], "texts": [{"caption": "x"}]}'),
+        ("damaged.json", "{"),
+        ("a.json", '{"description": "x"}'),
+        ("labels/a.txt", "x"),
+        ("captions/c.txt", "x"),
+        ("captions.txt", "a.mp4|x"),
+        ("captions.yaml", "a.mp4: x"),
+        ("captions.xlsx", b"PK"),
+        ("a.srt", "1"),
+    ],
+)
+def test_no_clip_has_a_caption_while_a_text_is_not_read_is_an_error(tmp_path, name, content):
     write_files(tmp_path, {"a.mp4": b"", name: content})
-    with pytest.raises(
-        UserError, match=rf"clips without captions and {name}, .*; pass columns\.name and columns\.capt"
-    ):
+    with pytest.raises(UserError, match=rf"clips without captions and {name}, .*; write the captions to metadata\.csv"):
         list_clips(tmp_path)
     write_files(tmp_path, {"a.txt": "x"})
     assert list_clips(tmp_path).unlisted == (name,)
+
+
+def test_captions_of_two_clips_of_one_name_in_a_folder_of_their_own_are_an_error(tmp_path):
+    write_files(tmp_path, {"one/a.mp4": b"", "two/a.mp4": b"", "captions/a.txt": "x"})
+    with pytest.raises(UserError, match=r"clips without captions and captions/a\.txt"):
+        list_clips(tmp_path)
+
+
+@pytest.mark.parametrize("files", [{}, {"README.md": "x", "LICENSE.txt": "x"}, {"a.txt": " \n"}, {"a.json": "{}"}])
+def test_clips_may_have_no_captions(tmp_path, files):
+    write_files(tmp_path, {"a.mp4": b""} | files)
+    assert get_facts(list_clips(tmp_path)) == {"a.mp4": ((), "train")}
 
 
 def test_the_row_of_another_split_is_rejected_with_both(tmp_path):
