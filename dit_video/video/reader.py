@@ -92,8 +92,8 @@ def _replace_bad(text: str) -> str:
 def remove_profile(frame: av.VideoFrame) -> av.VideoFrame:
     """Return a frame without its colour profile.
 
-    PyAV 18 frees the name of a profile twice if a frame's side data were read and the frame is collected, which ends
-    the process.
+    PyAV 18 and 19 free the name of a profile twice if a frame's side data were read and the frame is collected, which
+    ends the process.
     """
     graph = make_filter_graph(frame, ("sidedata", "mode=delete:type=ICC_PROFILE"))
     graph.vpush(frame)
