@@ -162,7 +162,6 @@ def make_extractor(
     """
     graph, devices = get_graph_def(make), Mesh(jax.local_devices(), ("examples",))
     sharding = NamedSharding(devices, PartitionSpec("examples"))
-    params = jax.device_put(params, NamedSharding(devices, PartitionSpec()))
     batch = max(1, batch // devices.size) * devices.size
 
     @jax.jit
@@ -170,6 +169,11 @@ def make_extractor(
         model = nnx.merge(graph, params)
         features = model(pixels / 127.5 - 1)
         return features if output is None else output(model, features)
+
+    @functools.cache
+    def put_params() -> Any:
+        # Not before features are extracted: metrics are opened before a training, which needs the memory.
+        return jax.device_put(params, NamedSharding(devices, PartitionSpec()))
 
     def extract(clips: Sequence[Clip]) -> Float32[np.ndarray, "n d"]:
         for clip in clips:
@@ -192,7 +196,7 @@ def make_extractor(
             part: np.ndarray = examples[start : start + batch]
             missing = np.zeros((batch - len(part), *part.shape[1:]), np.float32)
             examples_on_devices = jax.device_put(np.concatenate([part, missing]), sharding)
-            rows.append(np.asarray(apply(params, examples_on_devices))[: len(part)])
+            rows.append(np.asarray(apply(put_params(), examples_on_devices))[: len(part)])
         return np.array_split(np.concatenate(rows), len(pixels))
 
     return extract

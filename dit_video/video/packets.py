@@ -147,7 +147,7 @@ def _end_edit(content: memoryview, seconds: Fraction) -> bytes:
 
 def get_time_base(stream: VideoStream | AudioStream) -> Fraction:
     """Return the unit of a stream's times in seconds."""
-    return stream.time_base or Fraction(1, 1000)
+    return Fraction(stream.time_base or Fraction(1, 1000))
 
 
 def _make_decoding_times(packets: Sequence[TimedPacket]) -> list[int]:

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import av
-from av.container import Flags
+from av.container import Flags, InputContainer
 from av.stream import Discard, Disposition
 from PIL import Image
 
@@ -41,6 +41,8 @@ _SEEK_MARGIN = 1.0
 """Seconds before the target at which a seek aims, as the index of some containers is coarse."""
 _BUFFER_BYTES = 1 << 18
 """Bytes per read; each read is a call into Python."""
+_TAG_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if hasattr(InputContainer, "metadata_errors") else {}
+"""Arguments of `av.open` that keep PyAV 18 from refusing a file whose tags are not UTF-8; PyAV 19 never does."""
 _DECODE_EXCEPTIONS = (av.FFmpegError, ValueError, ArithmeticError, LookupError, MemoryError, EOFError, OSError)
 """Exceptions of PyAV for damaged files: ffmpeg's errors, text that is not UTF-8, rates of n/0, sizes that overflow."""
 _REFERENCE_DECODERS = ("h264", "hevc")
@@ -82,11 +84,16 @@ def wrap_decode_errors(name: str, location: str = "") -> Iterator[None]:
         raise DecodeError(f"{name} {problem} ({reason}); remove it or replace it") from error
 
 
+def _replace_bad(text: str) -> str:
+    # PyAV 19 decodes bytes that are not UTF-8 to surrogates, which cannot be written anywhere.
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def remove_profile(frame: av.VideoFrame) -> av.VideoFrame:
     """Return a frame without its colour profile.
 
-    PyAV 18 frees the name of a profile twice if a frame's side data were read and the frame is collected, which ends
-    the process.
+    PyAV 18 and 19 free the name of a profile twice if a frame's side data were read and the frame is collected, which
+    ends the process.
     """
     graph = make_filter_graph(frame, ("sidedata", "mode=delete:type=ICC_PROFILE"))
     graph.vpush(frame)
@@ -154,7 +161,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
             "max_pixels": str(MAX_PIXELS),
         }
         try:
-            container = av.open(file, "r", options=options, buffer_size=_BUFFER_BYTES, metadata_errors="replace")
+            container = av.open(file, "r", options=options, buffer_size=_BUFFER_BYTES, **_TAG_OPTIONS)
         except av.ArgumentError as error:  # ffmpeg's error for a format that is not on the list
             raise DecodeError(
                 f"{self.name} is not a readable video or image: it is damaged, or has no readable video stream in a "
@@ -193,8 +200,8 @@ class Video(contextlib.AbstractContextManager["Video"]):
         best = container.streams.best("video")
         stream = next((stream for stream in streams if stream is best), streams[0])
         context = stream.codec_context
-        self.metadata: dict[str, str] = dict(container.metadata)
-        """Tags of the file."""
+        self.metadata: dict[str, str] = {_replace_bad(k): _replace_bad(v) for k, v in container.metadata.items()}
+        """Tags of the file; bytes that are not UTF-8 are replaced by U+FFFD."""
         heif_kind = find_heif_kind(self._head)
         self.codec: str = heif_kind or context.name
         self._picture = None
@@ -214,7 +221,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
             if other is not stream:
                 other.discard = Discard.all
         aspect = stream.sample_aspect_ratio
-        self.sample_aspect: Fraction = aspect if aspect is not None and aspect > 0 else Fraction(1)
+        self.sample_aspect: Fraction = Fraction(aspect) if aspect and aspect > 0 else Fraction(1)
         """Width of a stored pixel divided by its height."""
         # Without timestamps, the average rate is ffmpeg's default of 25.
         rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dit_video.evaluation.metrics.motion_smoothness import MotionSmoothness
+from dit_video.evaluation.metrics.frames import MotionSmoothness
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "tests/support/tiny.py"

@@ -1,14 +1,18 @@
 """Ways to lower and compile tiny programs faster than JAX does by itself."""
 
 import itertools
+from importlib.metadata import version
 from typing import Any
 
 from jax._src.interpreters import mlir
 
 from dit_video.core.platform.xla_flags import add_flags
 
-_FLAGS = {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}
-"""Flags that halve the time of compilation or more: most of it is the generation of code for fusions through MLIR."""
+_FLAGS = {"xla_cpu_parallel_codegen_split_count": "1"} | (
+    {"xla_cpu_use_fusion_emitters": "false"} if version("jaxlib").startswith("0.10.") else {}
+)
+"""Flags that halve the time of compilation or more: most of it is the generation of code for fusions through MLIR.
+Newer releases of jaxlib than 0.10 end a process that turns the emitters off, as they do not know the flag."""
 OPTIMIZED = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 """Environment of a process that computes for long, whose programs are optimised as users' are."""
 _PROGRAMS_OF_A_CONTEXT = 200

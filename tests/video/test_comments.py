@@ -5,6 +5,7 @@ import pytest
 
 from dit_video.core.errors import DecodeError, MissingError
 from dit_video.video import Clip, decode, encode, read_recipe
+from dit_video.video.reader import Video
 
 RECIPE = {"prompt": 'a "red" cirçle\n', "seed": 3, "size": [5, 16, 16], "sampling": {"steps": 2}, "long": "x" * 700}
 FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
@@ -27,6 +28,16 @@ def test_comments_of_other_programs_are_no_recipes(tmp_path):
     content = encode(Clip(FRAMES[:1], 8, recipe=RECIPE), "png").replace(b'"dit_video"', b'"other_app"')
     (tmp_path / "a.png").write_bytes(content)
     assert read_recipe(tmp_path / "a.png") == {}
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webm"])
+def test_a_comment_that_is_not_utf8_keeps_no_clip_from_being_read(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(encode(Clip(FRAMES, 8, recipe={"prompt": "a cafe"}), suffix).replace(b"a cafe", b"a caf\xe9"))
+    assert decode(path).frames.shape == FRAMES.shape
+    assert read_recipe(path) == {"prompt": "a caf\N{REPLACEMENT CHARACTER}"}
+    with Video(path) as video:
+        assert "\n".join(video.metadata.values()).encode()  # no surrogates
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

@@ -122,11 +122,11 @@ def _decode_blocks(content: bytes) -> tuple[Float[np.ndarray, " n"], Float[np.nd
         with av.open(io.BytesIO(content), mode="r") as container:
             stream = container.streams.video[0]
             aspect = stream.sample_aspect_ratio
-            if aspect not in (None, 0, 1) or container.format.name.endswith("_pipe"):
+            if (aspect and aspect != 1) or container.format.name.endswith("_pipe"):
                 return None
             for frame in container.decode(stream):
                 is_plain = not frame.rotation and not frame.interlaced_frame and frame.color_trc not in (16, 18)
-                if not is_plain or frame.pts is None or frame.time_base is None:
+                if not is_plain or frame.pts is None or not frame.time_base:
                     return None
                 times.append(float(frame.pts * frame.time_base))
                 blocks.append(_average_blocks(frame.to_ndarray(format="rgb24")[None])[0])
