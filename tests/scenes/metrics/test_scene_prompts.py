@@ -19,7 +19,7 @@ from dit_video.scenes.metrics.scene_start_error import SceneStartError
 from dit_video.scenes.metrics.scene_start_spread import SceneStartSpread, draw_starts
 from dit_video.scenes.metrics.scene_textures import SceneTextures
 from dit_video.scenes.metrics.task_truth import TaskTruth
-from dit_video.scenes.prompt_metrics import SCENE_PROMPT_METRICS
+from dit_video.scenes.protocols import SCENE_PROMPT_METRICS
 from dit_video.tokens import Grid
 
 APPEARANCES = (SceneShapes(), SceneSizes(), SceneTextures())
