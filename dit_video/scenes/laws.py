@@ -13,8 +13,8 @@ import numpy as np
 from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.scenes import Occluder, Scene, SceneObject, simulate
-from dit_video.scenes.description import BACKGROUNDS, COLOURS, GRAVITY, RADII, TEXTURES
 from dit_video.scenes.draw import FPS
+from dit_video.scenes.scene import BACKGROUNDS, COLOURS, GRAVITY, RADII, TEXTURES
 from dit_video.tokens import Grid
 
 Law = Literal["free_fall", "bounce", "collision", "permanence"]

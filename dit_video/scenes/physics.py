@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dit_video.scenes.description import Scene
+from dit_video.scenes.scene import Scene
 
 _STEPS_PER_SECOND = 480
 

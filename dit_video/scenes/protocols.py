@@ -21,20 +21,19 @@ from dit_video.sampling.request import Request
 from dit_video.scenes import Scene, draw_scene, render
 from dit_video.scenes.draw import FREE_FRAMES, SIZES
 from dit_video.scenes.features import SceneFeatures
+from dit_video.scenes.law_metrics import BounceLaw, CollisionLaw, FreeFall, ObjectPermanence
 from dit_video.scenes.laws import LAWS, MIN_FRAMES, Law, draw_physics_scene
-from dit_video.scenes.metrics.bounce_law import BounceLaw
-from dit_video.scenes.metrics.collision_law import CollisionLaw
-from dit_video.scenes.metrics.free_fall import FreeFall
-from dit_video.scenes.metrics.object_permanence import ObjectPermanence
-from dit_video.scenes.metrics.scene_attributes import SceneColours, SceneDirections
-from dit_video.scenes.metrics.scene_counts import SceneCounts
-from dit_video.scenes.metrics.scene_relations import SceneRelations
-from dit_video.scenes.metrics.scene_shapes import SceneShapes
-from dit_video.scenes.metrics.scene_sizes import SceneSizes
-from dit_video.scenes.metrics.scene_speeds import SceneSpeeds
-from dit_video.scenes.metrics.scene_start_error import SceneStartError
-from dit_video.scenes.metrics.scene_start_spread import SceneStartSpread
-from dit_video.scenes.metrics.scene_textures import SceneTextures
+from dit_video.scenes.prompt_metrics import (
+    SceneColours,
+    SceneCounts,
+    SceneDirections,
+    SceneRelations,
+    SceneShapes,
+    SceneSizes,
+    SceneSpeeds,
+    SceneTextures,
+)
+from dit_video.scenes.start_metrics import SceneStartError, SceneStartSpread
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

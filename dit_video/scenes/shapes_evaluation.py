@@ -15,8 +15,7 @@ from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest, ma
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.scenes import shapes
-from dit_video.scenes.metrics.prompt_following import PromptFollowing
-from dit_video.scenes.metrics.start_spread import StartSpread
+from dit_video.scenes.shape_metrics import PromptFollowing, StartSpread
 from dit_video.tokens import Grid
 
 ATTRIBUTES = ("colour", "direction", "shape")

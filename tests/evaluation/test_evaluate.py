@@ -15,7 +15,7 @@ from dit_video.evaluation.metrics.reconstruction import LinearPsnr, psnr, ssim
 from dit_video.experiment.run import Run
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.scenes import shapes_evaluation
-from dit_video.scenes.metrics.prompt_following import PromptFollowing
+from dit_video.scenes.shape_metrics import PromptFollowing
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.tokens import Grid
 
@@ -120,7 +120,7 @@ def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_r
         len(REQUESTS),
     )
     assert (entry["unit"], entry["is_higher_better"]) == ("%", True)
-    assert entry["metric"] == "dit_video.scenes.metrics.prompt_following:PromptFollowing"
+    assert entry["metric"] == "dit_video.scenes.shape_metrics:PromptFollowing"
     seconds = measured.metrics["sampling"].pop("seconds")
     assert seconds >= 0
     expected = {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "times": [1.0, 0.5, 0.0], "sampler": "euler"}

@@ -6,7 +6,7 @@ import pytest
 import dit_video
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.scenes import shapes
-from dit_video.scenes.metrics.prompt_following import PromptFollowing
+from dit_video.scenes.shape_metrics import PromptFollowing
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation, compare_few_steps, make_shape_requests
 
 

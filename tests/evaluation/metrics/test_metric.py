@@ -26,9 +26,9 @@ from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim, 
 from dit_video.evaluation.metrics.region_border import RegionBorder
 from dit_video.scenes import draw_scene, shapes
 from dit_video.scenes.laws import LAWS
-from dit_video.scenes.metrics.task_truth import TaskTruth
 from dit_video.scenes.protocols import PHYSICS_METRICS, SCENE_PROMPT_METRICS, SceneProtocol
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
+from dit_video.scenes.tasks import TaskTruth
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support.physics_truths import make_physics_truths

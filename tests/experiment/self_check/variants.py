@@ -34,7 +34,7 @@ from dit_video.nn import LoraConfig
 from dit_video.nn.attention import SpaceOnly
 from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
-from dit_video.scenes.clip_folder import ClipEntry, format_clip_name, write_clip_folder
+from dit_video.scenes.folder import ClipEntry, format_clip_name, write_clip_folder
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.tokens import Grid, PackedShape, Rotary3d
 from dit_video.training.hooks.metric_logs import MonitoringConfig

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.rng import make_generator
-from dit_video.scenes.metrics.prompt_following import judge_sample
-from dit_video.scenes.metrics.start_spread import StartSpread
+from dit_video.scenes.shape_metrics import StartSpread, judge_sample
 from dit_video.scenes.shapes import (
     COLOURS,
     SHAPES,

@@ -6,7 +6,7 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
 from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
-from dit_video.scenes.metrics.prompt_following import JudgedSample, Judgement, PromptFollowing, judge, score
+from dit_video.scenes.shape_metrics import JudgedSample, Judgement, PromptFollowing, judge, score
 from dit_video.scenes.shapes import (
     BACKGROUND,
     COLOURS,
