@@ -47,7 +47,8 @@ from dit_video.experiment.recipes.distill import DistillationOptions, make_disti
 from dit_video.experiment.run import Run
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.scenes import shapes
-from dit_video.scenes.shapes_evaluation import ATTRIBUTES, ShapesEvaluation, compare_few_steps
+from dit_video.scenes.shape_metrics import ATTRIBUTES
+from dit_video.scenes.shapes_evaluation import ShapesEvaluation, compare_few_steps
 from dit_video.training.hooks.logging import Progress
 
 

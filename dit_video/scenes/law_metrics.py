@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from dit_video.evaluation.metrics.metric import MetricBatch, MetricDescription, ShareMetric
 from dit_video.scenes import Scene
-from dit_video.scenes.laws import exchange_momentum
 from dit_video.scenes.objects import ObjectTrack, find_objects, find_post
+from dit_video.scenes.physics import exchange_momentum
 from dit_video.video import Clip
 
 MAX_RESIDUAL = 0.025

@@ -11,17 +11,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 from scipy.ndimage import binary_dilation, binary_opening, label
 
-from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, ShareMetric
-from dit_video.scenes import Scene
+from dit_video.scenes.draw import FREE_FRAMES
 from dit_video.scenes.outlines import compute_distance, compute_ground, compute_shade
 from dit_video.scenes.render import POST_COLOUR
-from dit_video.scenes.scene import BACKGROUNDS, COLOURS, DIRECTIONS, RADII, SHAPES, TEXTURES
+from dit_video.scenes.scene import BACKGROUNDS, COLOURS, DIRECTIONS, RADII, SHAPES, SPEEDS, TEXTURES
 from dit_video.video import Clip
 
 OBJECT_SHADES, BACKGROUND_SHADES = (0.5, 1.05), (0.65, 1.35)
@@ -38,6 +37,25 @@ MIN_POST_SHARE = 0.75
 """Smallest share of a column's pixels, in all frames, that have a post's colour where it stands."""
 MIN_MOTION = 1.5
 """Smallest displacement of an object over a clip, in pixels; one that moves less stands still."""
+MIN_COUNTED_AREA = 0.018
+"""Smallest area of an object relative to the square of the frame's shorter side. The smallest object of the data, a
+triangle, has 0.045."""
+_CORE = np.ones((2, 2), bool)
+"""Parts that hold no such block are edges that blend two other colours."""
+MAX_SPEED_FACTOR = 1.2
+"""Factor by which a speed may lie outside the range of all speeds."""
+_MIN_SPEED_FRAMES = 3
+"""Number of frames that a speed is read from, at least."""
+MAX_ERROR = 45.0
+"""Largest root mean square difference in RGB of an object from its nearest rendering."""
+_MAX_FRAMES = 3
+_RADII_PER_SIZE = 3
+_NUM_REFINED = 6
+"""Number of renderings that are compared at several positions."""
+_STEPS = ((0.0, 0.0), (-0.4, 0.0), (0.4, 0.0), (0.0, -0.4), (0.0, 0.4))
+"""Rows and columns from the centroid, in pixels, at which these are compared."""
+_CAP = 90.0
+"""Largest difference of a pixel that counts, so that few wrong pixels do not decide."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +138,19 @@ def find_post(clip: Clip, background: str) -> Post | None:
     return Post(float(columns.mean(axis=0)) + 0.5, len(columns) / 2)
 
 
+def count_objects(clip: Clip, background: str) -> Int[np.ndarray, " T"]:
+    """Return the number of objects in every frame.
+
+    Args:
+      clip: the clip.
+      background: name of its background.
+    """
+    colours = classify_colours(clip, background)
+    smallest = MIN_COUNTED_AREA * min(clip.height, clip.width) ** 2
+    masks = [[frame == number for number in range(len(COLOURS))] for frame in colours]
+    return np.array([sum(_count_parts(mask, smallest) for mask in frame) for frame in masks])
+
+
 def select_whole_frames(track: ObjectTrack, *, min_area: float = MIN_WHOLE_AREA) -> Int[np.ndarray, " n"]:
     """Return the numbers of the frames in which nothing hides an object, as its area shows.
 
@@ -133,62 +164,24 @@ def select_whole_frames(track: ObjectTrack, *, min_area: float = MIN_WHOLE_AREA)
     return np.flatnonzero(track.is_visible & (track.area >= min_area * np.quantile(area, 0.9, axis=0)))
 
 
-def classify_colours(clip: Clip, background: str) -> np.ndarray:
-    """Return the number of every pixel's colour of the objects, in the order of `COLOURS`; -1 for others `[T H W]`."""
-    planes = _split_channels(clip)
-    distances = np.stack([_measure_distance(planes, colour, OBJECT_SHADES) for colour in COLOURS.values()])
-    behind = _measure_distance(planes, BACKGROUNDS[background], BACKGROUND_SHADES)
-    nearest = distances.argmin(axis=0)
-    is_object = (distances.min(axis=0) < behind) & (distances.min(axis=0) < MAX_DISTANCE)
-    return np.where(is_object, nearest, -1)
+def classify_speed(track: ObjectTrack, *, fps: float, side: int) -> str | None:
+    """Return the name of an object's speed; None for one that is slower or faster than all of the data.
 
-
-def _split_channels(clip: Clip) -> list[np.ndarray]:
-    """Return red, green and blue of all pixels: arrays of one channel are several times as fast as pixels of three."""
-    return [np.ascontiguousarray(clip.frames[..., channel]).astype(np.float32) for channel in range(3)]
-
-
-def _measure_distance(
-    planes: Sequence[np.ndarray], colour: tuple[int, int, int], shades: tuple[float, float]
-) -> np.ndarray:
-    """Return the distance of pixels from the shades of a colour; red, green and blue are arrays of their own."""
-    tone = np.asarray(colour, np.float32)
-    light = sum(plane * value for plane, value in zip(planes, tone, strict=True))
-    shade = np.clip(light / (tone @ tone), *shades)
-    return np.sqrt(sum(np.square(plane - shade * value) for plane, value in zip(planes, tone, strict=True)))
-
-
-def _track(colour: str, is_colour: Bool[np.ndarray, "T H W"]) -> ObjectTrack:
-    frames = len(is_colour)
-    area, centre = np.zeros(frames, np.float32), np.full((frames, 2), np.nan, np.float32)
-    for frame, mask in enumerate(is_colour):
-        parts, count = label(mask, structure=np.ones((3, 3)))
-        if not count:
-            continue
-        sizes = np.bincount(parts.ravel())[1:]
-        largest = int(sizes.argmax(axis=0)) + 1
-        # Textures may divide an object: parts near the largest one belong to it.
-        rows, columns = np.nonzero(parts == largest)
-        middle = np.array([rows.mean(axis=0), columns.mean(axis=0)])
-        reach = 1.2 * np.sqrt(sizes[largest - 1]) + 2
-        rows, columns = np.nonzero(mask)
-        is_near = np.hypot(rows - middle[0], columns - middle[1]) < reach
-        area[frame] = is_near.sum(axis=0)
-        if area[frame] >= MIN_AREA:
-            centre[frame] = rows[is_near].mean(axis=0) + 0.5, columns[is_near].mean(axis=0) + 0.5
-    return ObjectTrack(colour, area, centre)
-
-
-MAX_ERROR = 45.0
-"""Largest root mean square difference in RGB of an object from its nearest rendering."""
-_MAX_FRAMES = 3
-_RADII_PER_SIZE = 3
-_NUM_REFINED = 6
-"""Number of renderings that are compared at several positions."""
-_STEPS = ((0.0, 0.0), (-0.4, 0.0), (0.4, 0.0), (0.0, -0.4), (0.0, 0.4))
-"""Rows and columns from the centroid, in pixels, at which these are compared."""
-_CAP = 90.0
-"""Largest difference of a pixel that counts, so that few wrong pixels do not decide."""
+    Args:
+      track: the object.
+      fps: frames per second of its clip.
+      side: shorter side of the frame, in pixels.
+    """
+    frames = select_whole_frames(track)
+    frames = frames[frames < FREE_FRAMES]
+    if len(frames) < _MIN_SPEED_FRAMES:
+        return None
+    velocity = np.polyfit(frames / fps, track.centre[frames], 1)[0]
+    speed = float(np.hypot(*velocity)) / side
+    (low, slow), (quick, high) = SPEEDS["slowly"], SPEEDS["quickly"]
+    if not low / MAX_SPEED_FACTOR <= speed <= high * MAX_SPEED_FACTOR:
+        return None
+    return "slowly" if speed < np.sqrt(slow * quick) else "quickly"
 
 
 class Appearance(NamedTuple):
@@ -197,22 +190,6 @@ class Appearance(NamedTuple):
     shape: str
     size: str
     texture: str
-
-
-class _Candidate(NamedTuple):
-    appearance: Appearance
-    radius: float
-
-
-class _Crop(NamedTuple):
-    """Pixels around an object in one frame."""
-
-    pixels: np.ndarray
-    """Their colours, `[n 3]`."""
-    ground: np.ndarray
-    """Colours of the background there, `[n 3]`."""
-    points: np.ndarray
-    """Rows and columns relative to the object's centroid, `[n 2]`."""
 
 
 def judge_appearance(clip: Clip, background: str, track: ObjectTrack) -> Appearance | None:
@@ -242,6 +219,71 @@ def judge_appearance(clip: Clip, background: str, track: ObjectTrack) -> Appeara
     )
     best = int(np.argmin(refined))
     return chosen[best].appearance if refined[best] <= MAX_ERROR**2 else None
+
+
+def classify_colours(clip: Clip, background: str) -> np.ndarray:
+    """Return the number of every pixel's colour of the objects, in the order of `COLOURS`; -1 for others `[T H W]`."""
+    planes = _split_channels(clip)
+    distances = np.stack([_measure_distance(planes, colour, OBJECT_SHADES) for colour in COLOURS.values()])
+    behind = _measure_distance(planes, BACKGROUNDS[background], BACKGROUND_SHADES)
+    nearest = distances.argmin(axis=0)
+    is_object = (distances.min(axis=0) < behind) & (distances.min(axis=0) < MAX_DISTANCE)
+    return np.where(is_object, nearest, -1)
+
+
+def _track(colour: str, is_colour: Bool[np.ndarray, "T H W"]) -> ObjectTrack:
+    frames = len(is_colour)
+    area, centre = np.zeros(frames, np.float32), np.full((frames, 2), np.nan, np.float32)
+    for frame, mask in enumerate(is_colour):
+        parts, count = label(mask, structure=np.ones((3, 3)))
+        if not count:
+            continue
+        sizes = np.bincount(parts.ravel())[1:]
+        largest = int(sizes.argmax(axis=0)) + 1
+        # Textures may divide an object: parts near the largest one belong to it.
+        rows, columns = np.nonzero(parts == largest)
+        middle = np.array([rows.mean(axis=0), columns.mean(axis=0)])
+        reach = 1.2 * np.sqrt(sizes[largest - 1]) + 2
+        rows, columns = np.nonzero(mask)
+        is_near = np.hypot(rows - middle[0], columns - middle[1]) < reach
+        area[frame] = is_near.sum(axis=0)
+        if area[frame] >= MIN_AREA:
+            centre[frame] = rows[is_near].mean(axis=0) + 0.5, columns[is_near].mean(axis=0) + 0.5
+    return ObjectTrack(colour, area, centre)
+
+
+def _count_parts(mask: Bool[np.ndarray, "H W"], smallest: float) -> int:
+    """Return the number of objects of one colour in a frame; parts near a larger one belong to it."""
+    if mask.sum(axis=(0, 1)) < smallest:
+        return 0  # as after the opening, which is slow and takes pixels away
+    mask, count = binary_opening(mask, structure=_CORE), 0
+    while mask.sum(axis=(0, 1)) >= smallest:
+        parts, _ = label(mask, structure=np.ones((3, 3)))
+        sizes = np.bincount(parts.ravel())[1:]
+        rows, columns = np.nonzero(parts == sizes.argmax(axis=0) + 1)
+        # Textures and objects in front may divide an object.
+        reach = 1.2 * np.sqrt(sizes.max(axis=0)) + 2
+        distances = np.hypot(*(np.indices(mask.shape) - np.array([rows.mean(), columns.mean()])[:, None, None]))
+        is_near = mask & (distances < reach)
+        count += int(is_near.sum(axis=(0, 1)) >= smallest)
+        mask = mask & ~is_near
+    return count
+
+
+class _Candidate(NamedTuple):
+    appearance: Appearance
+    radius: float
+
+
+class _Crop(NamedTuple):
+    """Pixels around an object in one frame."""
+
+    pixels: np.ndarray
+    """Their colours, `[n 3]`."""
+    ground: np.ndarray
+    """Colours of the background there, `[n 3]`."""
+    points: np.ndarray
+    """Rows and columns relative to the object's centroid, `[n 2]`."""
 
 
 def _cut_crops(clip: Clip, background: str, track: ObjectTrack) -> list[_Crop]:
@@ -299,32 +341,16 @@ def _get_offset(shape: str, radius: float) -> float:
     return radius / 3 if shape == "triangle" else 0.0
 
 
-class AppearanceMetric(ShareMetric):
-    """Base of the metrics of one attribute of all objects of samples; a missing object has no attribute.
-
-    Objects that spin, and those of scenes whose camera moves, do not count.
-    """
-
-    needs = ("samples", "scenes")
-    attribute: ClassVar[str]
-    """Field of `Appearance` and of `SceneObject`."""
-
-    def measure(self, batch: MetricBatch) -> Sequence[bool]:
-        """Return for every object of every sample whether it has the scene's attribute."""
-        answers = []
-        for clip, truth in zip(batch.samples, batch.scenes, strict=True):
-            if has_moving_view(truth.scene):
-                continue
-            tracks = batch.derive(find_objects, clip, truth.scene.background)
-            for each in truth.scene.objects:
-                track = tracks.get(each.colour)
-                judged = None if track is None else batch.derive(judge_appearance, clip, truth.scene.background, track)
-                answers.append(judged is not None and getattr(judged, self.attribute) == getattr(each, self.attribute))
-        return answers
-
-    list_examples = ExampleMetric.list_examples  # answers are of objects, of which an example may have several
+def _split_channels(clip: Clip) -> list[np.ndarray]:
+    """Return red, green and blue of all pixels: arrays of one channel are several times as fast as pixels of three."""
+    return [np.ascontiguousarray(clip.frames[..., channel]).astype(np.float32) for channel in range(3)]
 
 
-def has_moving_view(scene: Scene) -> bool:
-    """Return True if objects turn in the picture, or are scaled."""
-    return scene.camera.caption is not None or any(each.spin for each in scene.objects)
+def _measure_distance(
+    planes: Sequence[np.ndarray], colour: tuple[int, int, int], shades: tuple[float, float]
+) -> np.ndarray:
+    """Return the distance of pixels from the shades of a colour; red, green and blue are arrays of their own."""
+    tone = np.asarray(colour, np.float32)
+    light = sum(plane * value for plane, value in zip(planes, tone, strict=True))
+    shade = np.clip(light / (tone @ tone), *shades)
+    return np.sqrt(sum(np.square(plane - shade * value) for plane, value in zip(planes, tone, strict=True)))

@@ -23,6 +23,7 @@ from dit_video.scenes.draw import FREE_FRAMES, SIZES
 from dit_video.scenes.features import SceneFeatures
 from dit_video.scenes.law_metrics import BounceLaw, CollisionLaw, FreeFall, ObjectPermanence
 from dit_video.scenes.laws import LAWS, MIN_FRAMES, Law, draw_physics_scene
+from dit_video.scenes.position_metrics import SceneStartError, SceneStartSpread
 from dit_video.scenes.prompt_metrics import (
     SceneColours,
     SceneCounts,
@@ -33,7 +34,6 @@ from dit_video.scenes.prompt_metrics import (
     SceneSpeeds,
     SceneTextures,
 )
-from dit_video.scenes.start_metrics import SceneStartError, SceneStartSpread
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

@@ -33,6 +33,8 @@ from dit_video.scenes.shapes import (
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
+ATTRIBUTES = ("colour", "direction", "shape")
+"""Attributes of a prompt that are judged."""
 MIN_STRENGTH = 70.0
 """Minimum distance of a foreground pixel from the background in RGB; the palette's colours have distances of 190
 to 390."""
@@ -222,7 +224,7 @@ class PromptFollowing(JudgedMetric):
         return {
             name + suffix: replace(share, label=f"{name} as prompted{of}", is_headline=suffix in _HEADLINES)
             for suffix, (of, _) in _GROUPS.items()
-            for name in _ATTRIBUTES
+            for name in ATTRIBUTES
         }
 
     def compute(self, state: tuple[JudgedSample, ...]) -> Mapping[str, MetricValue]:
@@ -230,7 +232,7 @@ class PromptFollowing(JudgedMetric):
         estimates = {}
         for suffix, (_, is_member) in _GROUPS.items():
             scores = [score(result.description, result.judgement) for result in filter(is_member, state)]
-            for name in _ATTRIBUTES:
+            for name in ATTRIBUTES:
                 estimates[name + suffix] = estimate_share([entry[name] for entry in scores if name in entry])
         return estimates
 
@@ -239,7 +241,7 @@ class PromptFollowing(JudgedMetric):
         return [score(result.description, result.judgement) for result in state]
 
 
-_ATTRIBUTES, _HEADLINES = ("colour", "direction", "shape"), ("", "_never_seen")
+_HEADLINES = ("", "_never_seen")
 _MEANING = "judged from pixels; Wilson's interval"
 _GROUPS: dict[str, tuple[str, Callable[[JudgedSample], bool]]] = {
     "": ("", lambda result: True),

@@ -15,11 +15,8 @@ from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest, ma
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.scenes import shapes
-from dit_video.scenes.shape_metrics import PromptFollowing, StartSpread
+from dit_video.scenes.shape_metrics import ATTRIBUTES, PromptFollowing, StartSpread
 from dit_video.tokens import Grid
-
-ATTRIBUTES = ("colour", "direction", "shape")
-"""Attributes of a prompt that `compare_few_steps` judges."""
 
 
 @dataclass(frozen=True, kw_only=True)

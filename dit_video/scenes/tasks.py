@@ -28,9 +28,10 @@ from dit_video.sampling.tasks import (
 )
 from dit_video.scenes import RenderedScene, Scene, draw_scene, render
 from dit_video.scenes.draw import SIZES
+from dit_video.scenes.position_metrics import ObjectPosition
 from dit_video.scenes.prompt_metrics import SceneColours, SceneDirections
 from dit_video.scenes.scene import COLOURS
-from dit_video.scenes.task_metrics import EditSuccess, LoopSeam, ObjectPosition
+from dit_video.scenes.task_metrics import EditSuccess, LoopSeam
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

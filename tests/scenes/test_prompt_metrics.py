@@ -9,6 +9,7 @@ import pytest
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.scenes import draw_scene, render
 from dit_video.scenes.draw import SIZES
+from dit_video.scenes.position_metrics import SceneStartError, SceneStartSpread, draw_starts
 from dit_video.scenes.prompt_metrics import (
     SceneCounts,
     SceneRelations,
@@ -19,7 +20,6 @@ from dit_video.scenes.prompt_metrics import (
 )
 from dit_video.scenes.protocols import SCENE_PROMPT_METRICS
 from dit_video.scenes.scene import SHAPES, TEXTURES
-from dit_video.scenes.start_metrics import SceneStartError, SceneStartSpread, draw_starts
 from dit_video.scenes.tasks import TaskTruth
 from dit_video.tokens import Grid
 

@@ -1,4 +1,4 @@
-"""Positions at which objects of rendered scenes start: their error after a known first frame, else their variety."""
+"""Metrics of positions of objects of rendered scenes: in a new frame, and where they start."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,30 @@ from dit_video.scenes import Scene
 from dit_video.scenes.draw import FREE_FRAMES
 from dit_video.scenes.objects import find_objects
 from dit_video.scenes.scene import RELATIONS
-from dit_video.scenes.task_metrics import measure_position_error
+from dit_video.video import Clip
+
+_GAP = 2.0
+"""Pixels between two objects with a relation, at least."""
+_MAX_TRIES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectPosition(MeanMetric):
+    """Mean distance of objects from their true positions in a new frame.
+
+    An object that is lost counts as half the frame's diagonal.
+    """
+
+    needs = ("samples", "scenes")
+    name: ClassVar[str] = "position_error"
+    description: ClassVar[MetricDescription] = MetricDescription(
+        label="position error", unit="pixels", decimals=2, is_higher_better=False, explanation="of objects' centroids"
+    )
+
+    def measure(self, batch: MetricBatch) -> Sequence[float | None]:
+        """Return the mean error of every sample's objects; None without any."""
+        pairs = zip(batch.samples, batch.scenes, strict=True)
+        return [measure_position_error(batch, clip, truth, frame=truth.frame) for clip, truth in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +64,6 @@ class SceneStartError(MeanMetric):
             measure_position_error(batch, clip, truth, frame=0) if is_first_frame_known(truth) else None
             for clip, truth in zip(batch.samples, batch.scenes, strict=True)
         ]
-
-
-def is_first_frame_known(truth: Any) -> bool:
-    """Return True if the model got the whole first frame of a sample.
-
-    Args:
-      truth: truth of the sample; `is_known`, if it has one, are the pixels that the model got.
-    """
-    is_known = getattr(truth, "is_known", None)
-    return is_known is not None and bool(is_known[0].all(axis=(0, 1)))
-
-
-_GAP = 2.0
-"""Pixels between two objects with a relation, at least."""
-_MAX_TRIES = 100
 
 
 class StartSample(NamedTuple):
@@ -128,13 +136,6 @@ class SceneStartSpread(ExampleMetric[StartSample]):
         return {"scene_start_spread": value}
 
 
-def _compare_variances(group: Sequence[StartSample]) -> tuple[float, float]:
-    """Return the sum of squares about the mean of samples of one prompt, and its expectation in the data."""
-    starts = np.array([sample.start for sample in group])
-    squares = float(np.square(starts - starts.mean(axis=0)).sum(axis=(0, 1)))
-    return squares, (len(group) - 1) * float(np.mean([sample.variance for sample in group]))
-
-
 def draw_starts(scene: Scene, draws: int, *, seed: int = 0) -> Float[np.ndarray, "draws objects 2"]:
     """Draw start positions of a scene's objects as `draw_scene` does, for their sizes, motions and relation.
 
@@ -163,3 +164,40 @@ def draw_starts(scene: Scene, draws: int, *, seed: int = 0) -> Float[np.ndarray,
         if len(starts) >= draws:
             break
     return starts[:draws]
+
+
+def measure_position_error(batch: MetricBatch, clip: Clip, truth: Any, *, frame: int) -> float | None:
+    """Return the mean distance in pixels of a sample's objects from their places in the rendering, in one frame.
+
+    An object that is lost, or farther away, counts as half the frame's diagonal.
+
+    Args:
+      batch: batch of the sample, which keeps the objects of its clips.
+      clip: the sample.
+      truth: truth of the sample, with a scene and its rendering.
+      frame: number of the frame.
+    """
+    own, true = (batch.derive(find_objects, each, truth.scene.background) for each in (clip, truth.reference))
+    lost = float(np.hypot(clip.height, clip.width)) / 2
+    distances = []
+    for name in (each.colour for each in truth.scene.objects if each.colour in true):
+        distance = float(np.hypot(*(own[name].centre[frame] - true[name].centre[frame]))) if name in own else np.nan
+        distances.append(lost if np.isnan(distance) else min(distance, lost))
+    return float(np.mean(distances)) if distances else None
+
+
+def is_first_frame_known(truth: Any) -> bool:
+    """Return True if the model got the whole first frame of a sample.
+
+    Args:
+      truth: truth of the sample; `is_known`, if it has one, are the pixels that the model got.
+    """
+    is_known = getattr(truth, "is_known", None)
+    return is_known is not None and bool(is_known[0].all(axis=(0, 1)))
+
+
+def _compare_variances(group: Sequence[StartSample]) -> tuple[float, float]:
+    """Return the sum of squares about the mean of samples of one prompt, and its expectation in the data."""
+    starts = np.array([sample.start for sample in group])
+    squares = float(np.square(starts - starts.mean(axis=0)).sum(axis=(0, 1)))
+    return squares, (len(group) - 1) * float(np.mean([sample.variance for sample in group]))
