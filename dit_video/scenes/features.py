@@ -32,6 +32,12 @@ from dit_video.scenes.scene import (
 from dit_video.video import Clip
 from dit_video.weights import load
 
+SIDE = 48
+"""Height and width of the classifier's clips in pixels."""
+PATCH = 4
+WIDTHS = (32, 48, 64, 96)
+"""Channels of the embedding of patches and of the convolutions."""
+_STRIDES = ((2, 2, 2), (2, 1, 1), (2, 2, 2))
 SCENE_WEIGHTS = Path(__file__).with_name("features.safetensors")
 """Weights that `tools/train_scene_classifier.py` makes."""
 _MOVES = (*DIRECTIONS, "still")
@@ -105,14 +111,6 @@ def list_labels(scene: Scene) -> Float32[np.ndarray, " L"]:
 def make_scene_pixels(clip: Clip) -> UInt8[np.ndarray, "T h w 3"]:
     """Return the frames of a clip at the classifier's size."""
     return NetworkInput(side=SIDE).resize(clip.frames)
-
-
-SIDE = 48
-"""Height and width of its clips in pixels."""
-PATCH = 4
-WIDTHS = (32, 48, 64, 96)
-"""Channels of the embedding of patches and of the convolutions."""
-_STRIDES = ((2, 2, 2), (2, 1, 1), (2, 2, 2))
 
 
 class SceneClassifier(nnx.Module):

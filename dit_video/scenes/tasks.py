@@ -35,6 +35,15 @@ from dit_video.scenes.task_metrics import EditSuccess, LoopSeam
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
+Reconstruct = Callable[[Clip], Clip]
+FRAMES, KNOWN = 17, 9
+"""Number of frames of a scene, and of those that are known in an extension."""
+_GAP = 7
+"""Number of frames of a transition."""
+_KEYFRAMES = (0, 11, 16)
+"""Known frames, the first two of which have ten others between them."""
+_ZOOM_STEPS, _ZOOM_FACTOR = 24, 1.1
+
 
 class TaskTruth(NamedTuple):
     """The truth of a sample: the element of `MetricBatch.scenes`."""
@@ -51,16 +60,6 @@ class TaskTruth(NamedTuple):
     """Number of the new frame at which positions are compared."""
     source: Scene | None = None
     """The scene that the clip showed before it was changed."""
-
-
-Reconstruct = Callable[[Clip], Clip]
-FRAMES, KNOWN = 17, 9
-"""Number of frames of a scene, and of those that are known in an extension."""
-_GAP = 7
-"""Number of frames of a transition."""
-_KEYFRAMES = (0, 11, 16)
-"""Known frames, the first two of which have ten others between them."""
-_ZOOM_STEPS, _ZOOM_FACTOR = 24, 1.1
 
 
 class TaskCase(NamedTuple):
