@@ -12,8 +12,7 @@ from pathlib import Path
 
 from dit_video.evaluation.evaluate import read_samples
 from dit_video.evaluation.metrics.metric import MetricBatch
-from dit_video.scenes.metrics.prompt_following import PromptFollowing
-from dit_video.scenes.metrics.start_spread import StartSpread
+from dit_video.scenes.shape_metrics import PromptFollowing, StartSpread
 
 MIN_RATES = {
     "quickstart": {"colour": 0.95, "direction": 0.85, "shape": 0.60},

@@ -39,15 +39,16 @@ from dit_video.core.storage import StoragePathLike
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation import evaluate
-from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import datasets
 from dit_video.experiment.export import LORA_FILE
 from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.launch import open_run
-from dit_video.experiment.recipes.distill import ATTRIBUTES, DistillationOptions, compare, make_distillation_experiment
+from dit_video.experiment.recipes.distill import DistillationOptions, make_distillation_experiment
 from dit_video.experiment.run import Run
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.scenes import shapes
+from dit_video.scenes.shape_metrics import ATTRIBUTES
+from dit_video.scenes.shapes_evaluation import ShapesEvaluation, compare_few_steps
 from dit_video.training.hooks.logging import Progress
 
 
@@ -149,7 +150,7 @@ def _compare_few_steps(arguments: Arguments, teacher: Pipeline, student: Pipelin
     few = tuple(sorted({4, 2, 1, arguments.options.sampling_steps}, reverse=True))
     with Progress("comparing", 1 + 2 * len(few), unit="row", visible=is_first_process()) as progress:
         seeds = range(arguments.options.seed, arguments.options.seed + arguments.seeds)
-        table = compare(
+        table = compare_few_steps(
             teacher,
             student,
             reference_steps=arguments.full,

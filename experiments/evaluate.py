@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder
 
 from sampling_options import SamplingOptions
 
+import dit_video.scenes.protocols  # noqa: F401, registers its protocols
 from dit_video.apps.reports.evaluation_report import write_evaluation_report
 from dit_video.apps.reports.run_report import write_run_report
 from dit_video.core import config_json
@@ -26,7 +27,6 @@ from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import initialize_distributed
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.clip_set import ClipSet, open_clip_set
-from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.evaluation.evaluate_protocol import ProtocolResult, evaluate_protocol, is_reconstruction
 from dit_video.evaluation.measure import count_clips, measure
 from dit_video.evaluation.protocol import Protocol
@@ -35,6 +35,7 @@ from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.folder_config import read_config
 from dit_video.experiment.loading import find_folder
 from dit_video.experiment.run import Run
+from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.training.hooks.logging import Progress
 
 _DEFAULTS, _PATIENCE = SamplingOptions(), TimeoutConfig()

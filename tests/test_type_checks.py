@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from dit_video.scenes.metrics.motion_fits import fit_contact
+from dit_video.scenes.law_metrics import fit_contact
 
 SECONDS, CENTRES = np.zeros(4), np.zeros((4, 2, 2))
 

@@ -21,8 +21,14 @@ from dit_video.core.errors import script
 from dit_video.core.rng import make_generator
 from dit_video.nn import get_graph_def, init_params
 from dit_video.scenes import Scene, draw_scene, render
-from dit_video.scenes.classifier import SceneClassifier, compute_label_loss
-from dit_video.scenes.features import LABELS, SCENE_WEIGHTS, list_labels, make_scene_pixels
+from dit_video.scenes.features import (
+    LABELS,
+    SCENE_WEIGHTS,
+    SceneClassifier,
+    compute_label_loss,
+    list_labels,
+    make_scene_pixels,
+)
 from dit_video.tokens import Grid
 from dit_video.weights import save
 

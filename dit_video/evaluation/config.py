@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation import requests
 from dit_video.evaluation.metrics.metric import Metric, MetricInput
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim
-from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
-from dit_video.scenes.metrics.prompt_following import PromptFollowing
-from dit_video.scenes.metrics.start_spread import StartSpread
+from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest, make_caption_requests
 
 RECONSTRUCTION_METRICS: tuple[Metric, ...] = (Psnr(), Ssim(), LinearPsnr())
 """Metrics of the autoencoder, for any clips."""
@@ -57,19 +54,6 @@ class Evaluation(abc.ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShapesEvaluation(Evaluation):
-    """Evaluation on all prompts of the rendered shapes, judged from the generated files."""
-
-    metrics: tuple[Metric, ...] = (PromptFollowing(), StartSpread(), *RECONSTRUCTION_METRICS)
-    provides = frozenset(get_args(MetricInput))
-    example_prompt = "a red circle moving left"
-
-    def make_requests(self, clips: EvaluationClips | None, seed: int, *, image: bool) -> list[EvaluationRequest]:
-        """Return all prompts, with renderings of them as references."""
-        return list(map(requests.add_shape_reference, requests.make_shape_requests(seed)))
-
-
-@dataclass(frozen=True, kw_only=True)
 class CaptionEvaluation(Evaluation):
     """Evaluation on captions of training clips and of held-out clips."""
 
@@ -82,7 +66,7 @@ class CaptionEvaluation(Evaluation):
         """Return requests for captions of the training clips, then of the held-out clips."""
         if clips is None:
             return []
-        make = functools.partial(requests.make_caption_requests, limits=clips.limits, seed=seed, use_first_frame=image)
+        make = functools.partial(make_caption_requests, limits=clips.limits, seed=seed, use_first_frame=image)
         trained = make(clips.training, count=self.trained)
         held_out = make(clips.held_out, count=self.held_out, first_index=len(trained))
         return [each._replace(is_trained_caption=True) for each in trained] + held_out

@@ -17,8 +17,6 @@ from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.sample_store import SampleStore
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
-from dit_video.scenes.protocols import RenderedProtocol
-from dit_video.scenes.truths import SceneTruth
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -63,7 +61,7 @@ def evaluate_protocol(
       pipeline: the model.
       protocol: what is sampled and measured.
       folder: folder of the results.
-      data: clips of the data with captions; not needed for rendered scenes.
+      data: clips of the data with captions; not needed for a protocol that renders scenes.
       average: average of a run's weights that the pipeline has, as `dit_video.load` was called for it, which is a part
         of the recorded protocol; None for the model's own.
       sampling_progress: called with the number of samples that exist.
@@ -73,9 +71,9 @@ def evaluate_protocol(
     Raises:
       UserError: no data, clips without captions, samples of other settings in the folder, or as `measure`.
     """
-    folder, truths = Path(folder), tuple[SceneTruth, ...]()
-    if isinstance(protocol, RenderedProtocol):
-        data, truths = protocol.make_scenes()
+    folder, truths, sizes = Path(folder), tuple[Any, ...](), tuple[Grid, ...]()
+    if (scenes := protocol.make_scenes()) is not None:
+        data, truths, sizes = scenes
     if data is None:
         raise UserError(f"the protocol {protocol.name} needs clips of the data. Name their folder with --data")
     samples, weights = make_file_set(folder, (), ()), pipeline.compute_digest()
@@ -84,12 +82,11 @@ def evaluate_protocol(
         protocol, samples = _reconstruct(pipeline, protocol, data)
         recorded |= {"autoencoder": config_json.to_json(pipeline.config.autoencoder)}
     elif any("samples" in metric.needs for metric in protocol.metrics):
-        requests, numbers = make_requests(pipeline, protocol, data, sizes=[truth.scene.size for truth in truths])
-        if isinstance(protocol, RenderedProtocol):
-            renderings = [partial(data.read, number, None) for number in numbers]
-            requests = protocol.add_known_frames(requests, renderings, fps=pipeline.config.fps)
-        scenes: tuple[MetricInput, ...] = ("scenes",) if truths else ()
-        check_computable(protocol, ("samples", "prompts", "real_clips", "pipeline", *scenes))
+        requests, numbers = make_requests(pipeline, protocol, data, sizes=sizes)
+        clips = [partial(data.read, number, None) for number in numbers]
+        requests = protocol.add_known_frames(requests, clips, fps=pipeline.config.fps)
+        own: tuple[MetricInput, ...] = ("scenes",) if truths else ()
+        check_computable(protocol, ("samples", "prompts", "real_clips", "pipeline", *own))
         resolved = pipeline.resolve_sampling(**sampling)
         made = {"sampling": config_json.to_json(resolved)}
         recorded |= made

@@ -1,9 +1,9 @@
 """Protocols: everything that a figure depends on besides the model, kept with every result."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,10 @@ from PIL import Image
 from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import make_generator
+from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.metrics.metric import Metric
+from dit_video.sampling.request import Request
+from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 Filter = Literal["bilinear", "bicubic", "lanczos", "box"]
@@ -90,9 +93,23 @@ class ClipSampling:
         return np.asarray(Image.fromarray(frame).resize((width, height), method, box=box))
 
 
+class Scenes(NamedTuple):
+    """Rendered clips of the data, which are known in full."""
+
+    clips: ClipSet
+    """Renderings, with captions."""
+    truths: tuple[Any, ...]
+    """True content of each clip, which only metrics that need `scenes` read."""
+    sizes: tuple[Grid, ...]
+    """Size of the sample of each clip's caption."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """Everything that a figure depends on besides the model.
+
+    A subclass may render its own clips of the data (`make_scenes`) and give a part of them to the model
+    (`add_known_frames`).
 
     Raises:
       UserError: fewer than one sample.
@@ -123,6 +140,22 @@ class Protocol:
         check_at_least(1, count=self.count or 1, real_count=self.real_count or 1)
         if not 0 <= self.max_unreadable <= 1:
             raise UserError(f"max_unreadable={self.max_unreadable} is invalid: it is a share. Use 0 to 1")
+
+    def make_scenes(self) -> Scenes | None:
+        """Return the scenes that are the clips of the data; None, as by default, if these are the user's."""
+        return None
+
+    def add_known_frames(
+        self, requests: Sequence[Request], clips: Sequence[Callable[[], Clip]], *, fps: float | int
+    ) -> list[Request]:
+        """Return the requests with the part of the clips of the data that the model gets: by default nothing.
+
+        Args:
+          requests: requests of the clips' captions.
+          clips: functions that read the clip of each request.
+          fps: frames per second of the samples.
+        """
+        return list(requests)
 
     def choose(self, total: int, count: int | None, *, purpose: str) -> list[int]:
         """Return the numbers of the clips to use, in order: all, or `count` different ones at random."""

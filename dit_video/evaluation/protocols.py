@@ -1,6 +1,6 @@
-"""Named protocols of published figures, and of the models of this repository."""
+"""Named protocols: those of published figures, and those that other modules register."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,6 @@ from dit_video.evaluation.metrics.reconstruction import (
     Ssim,
 )
 from dit_video.evaluation.protocol import ClipSampling, Protocol
-from dit_video.scenes.features import SceneFeatures
-from dit_video.scenes.laws import MIN_FRAMES
-from dit_video.scenes.prompt_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
-from dit_video.scenes.protocols import PhysicsProtocol, SceneProtocol
 
 FRAME_METRICS: tuple[Metric, ...] = (
     TemporalFlickering(),
@@ -58,8 +54,7 @@ _FVD = FrechetMetric(features=I3dFeatures(), name="fvd", label="FVD")
 _FVD_VIDEO_MAE = FrechetMetric(features=VideoMaeFeatures(), name="fvd_video_mae", label="FVD (VideoMAE)")
 _FID = FrechetMetric(features=InceptionFeatures(), name="fid", label="FID of frames")
 
-
-PROTOCOLS: Mapping[str, Protocol] = {
+PROTOCOLS: dict[str, Protocol] = {
     # StyleGAN-V (arXiv 2112.14683, appendix): 2,048 clips of 16 frames at random positions, 256 pixels. Inception score
     # as TGAN v2 (arXiv 1811.09245): 2,048 clips in one part, ten times with other samples, here in ten parts.
     "ucf101": Protocol(
@@ -104,22 +99,6 @@ PROTOCOLS: Mapping[str, Protocol] = {
         real_count=256,
         metrics=(LossByTime(), BitsPerDimension()),
     ),
-    "scenes": SceneProtocol(
-        name="scenes",
-        count=1024,
-        metrics=(
-            *SCENE_PROMPT_METRICS,
-            FrechetMetric(features=SceneFeatures(), name="scene_distance", label="Fréchet distance of scene features"),
-            PrecisionRecall(features=SceneFeatures()),
-            *FRAME_METRICS,
-        ),
-        seed=10**6,
-    ),
-    "physics": PhysicsProtocol(name="physics", count=256, metrics=PHYSICS_METRICS, seed=10**6),
-    # A sample starts as its scene, so that the law says how it goes on.
-    "physics_extension": PhysicsProtocol(
-        name="physics_extension", count=256, metrics=PHYSICS_METRICS, seed=10**6, known=MIN_FRAMES
-    ),
     "samples": Protocol(
         name="samples",
         metrics=(
@@ -134,6 +113,11 @@ PROTOCOLS: Mapping[str, Protocol] = {
     ),
 }
 """Protocols by name."""
+
+
+def register_protocol(protocol: Protocol) -> None:
+    """Add a protocol by its name; scripts find it if they import the module that calls this."""
+    PROTOCOLS[protocol.name] = protocol
 
 
 def get_protocol(

@@ -1,4 +1,4 @@
-"""Requests of an evaluation: prompts of the rendered shapes, or captions of clips."""
+"""Requests of an evaluation: prompts, and what metrics compare their samples with."""
 
 import functools
 from collections.abc import Callable
@@ -6,13 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_video.core import rng
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.models.autoencoders import LinearAutoencoder
 from dit_video.sampling.request import Request
-from dit_video.scenes import shapes
-from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 
@@ -37,31 +34,7 @@ class EvaluationRequest(NamedTuple):
     is_trained_caption: bool = False
     """True if the prompt belongs to a training clip."""
     scene: Any = None
-    """True content of the reference, if it is rendered: description and geometry of the shape."""
-
-
-def make_shape_requests(seed: int) -> list[Request]:
-    """Return all 72 prompts at 17 and 9 frames, and the 18 image prompts, each once at one of three sizes."""
-    prompts = [
-        (frames, description)
-        for frames, descriptions in ((17, shapes.COMBINATIONS), (9, shapes.COMBINATIONS), (1, shapes.IMAGES))
-        for description in descriptions
-    ]
-    sizes = ((32, 32), (32, 48), (48, 32))
-    size_indices = rng.make_generator(seed, "sample sizes").permutation(np.arange(len(prompts)) % len(sizes)).tolist()
-    return [
-        Request(shapes.format_caption(description), Grid(frames, *sizes[size]), seed=_make_seed(seed, number))
-        for number, ((frames, description), size) in enumerate(zip(prompts, size_indices, strict=True))
-    ]
-
-
-def add_shape_reference(request: Request) -> EvaluationRequest:
-    """Return the request with a rendering of its prompt, which starts where the request's seed says."""
-    description, (frames, height, width) = shapes.parse_caption(request.prompt), request.grid
-    generator = rng.make_generator(request.seed, "reference")
-    geometry = shapes.sample_geometry(generator, description, height=height, width=width)
-    render = functools.partial(shapes.render, description, geometry, frames=frames, height=height, width=width)
-    return EvaluationRequest(request, render, description not in shapes.HELD_OUT, (description, geometry))
+    """True content of the reference, if it is rendered: a value that only metrics of such data read."""
 
 
 def make_caption_requests(
@@ -84,11 +57,11 @@ def make_caption_requests(
         size, caption = fit_size(clips.infos[index], limits), clips.infos[index].caption
         image = read().frames[0] if use_first_frame else None
         requests.append(
-            EvaluationRequest(Request(caption, size, _make_seed(seed, first_index + number), image=image), read)
+            EvaluationRequest(Request(caption, size, make_request_seed(seed, first_index + number), image=image), read)
         )
     return requests
 
 
-def _make_seed(seed: int, number: int) -> int:
+def make_request_seed(seed: int, number: int) -> int:
     """Return a seed that differs between the requests of an evaluation, and between evaluations."""
     return (1000 * seed + number) % 2**32

@@ -9,7 +9,8 @@ import numpy as np
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError
-from dit_video.scenes.description import (
+from dit_video.scenes.physics import simulate
+from dit_video.scenes.scene import (
     BACKGROUNDS,
     CAMERA_MOTIONS,
     COLOURS,
@@ -28,7 +29,6 @@ from dit_video.scenes.description import (
     SceneObject,
     StickFigure,
 )
-from dit_video.scenes.physics import simulate
 from dit_video.tokens import Grid
 
 FPS = 8.0

@@ -1,17 +1,19 @@
-"""Scenes as a folder of video files with captions, read by the path of a user's clips."""
+"""Folders of rendered clips with captions, in the layout of a user's own clips."""
 
+import csv
 import functools
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dit_video.core import files
 from dit_video.core.errors import UserError
-from dit_video.scenes.clip_folder import ClipEntry, write_clip_folder
-from dit_video.scenes.description import Scene
 from dit_video.scenes.draw import FPS, SIZES, draw_scene
 from dit_video.scenes.render import render
+from dit_video.scenes.scene import Scene
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -49,3 +51,55 @@ def write_folder(
 
 def _render_clip(scene: Scene) -> Clip:
     return render(scene).clip
+
+
+class ClipEntry(NamedTuple):
+    """A clip that is rendered when its file is missing."""
+
+    caption: str
+    frames: int
+    render: Callable[[], Clip]
+
+
+def format_clip_name(index: int, *, frames: int) -> str:
+    """Return the name of clip `index` in its folder: a video, or a picture for one frame."""
+    return f"clips/{index:06d}.{'png' if frames == 1 else 'mp4'}"
+
+
+def write_clip_folder(
+    folder: Path,
+    entries: Sequence[ClipEntry],
+    *,
+    recipe: dict[str, Any],
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> list[str]:
+    """Write clips and `metadata.csv` (`file_name,text`) into a folder, and return the names of the clips.
+
+    A clip whose file exists is not rendered again, and `metadata.csv` is written last, so that repeating an interrupted
+    call completes it.
+
+    Args:
+      folder: the folder, which may hold a part of the same clips.
+      entries: the clips.
+      recipe: values that the clips are a function of, as JSON; they are written to `recipe.json`.
+      progress: called with the numbers of written and of all clips after each.
+
+    Raises:
+      UserError: the folder holds clips of another recipe.
+    """
+    path = folder / "recipe.json"
+    if not path.exists():
+        files.write_json(path, recipe)
+    elif files.read_json(path) != recipe:
+        raise UserError(f"{folder} holds clips of another seed or other sizes ({path.name}). Use another folder.")
+    table, names = io.StringIO(), []
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("file_name", "text"))
+    for index, entry in enumerate(entries):
+        names.append(format_clip_name(index, frames=entry.frames))
+        if not (folder / names[-1]).exists():
+            entry.render().save(folder / names[-1])
+        writer.writerow((names[-1], entry.caption))
+        progress(index + 1, len(entries))
+    files.write_text(folder / "metadata.csv", table.getvalue())
+    return names

@@ -1,6 +1,6 @@
 """Scenes that each show one law of motion, drawn so that a clip decides whether it is kept.
 
-They have the parts and the laws of scenes of level 3 (`data.synthetic.scenes`), with few objects, a camera at rest and
+They have the parts and the laws of scenes of level 3 (`draw_scene`), with few objects, a camera at rest and
 no figure. Speeds and gravity are those of the data, in shorter sides of a frame per second.
 """
 
@@ -13,8 +13,9 @@ import numpy as np
 from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.scenes import Occluder, Scene, SceneObject, simulate
-from dit_video.scenes.description import BACKGROUNDS, COLOURS, GRAVITY, RADII, TEXTURES
 from dit_video.scenes.draw import FPS
+from dit_video.scenes.physics import exchange_momentum
+from dit_video.scenes.scene import BACKGROUNDS, COLOURS, GRAVITY, RADII, TEXTURES
 from dit_video.tokens import Grid
 
 Law = Literal["free_fall", "bounce", "collision", "permanence"]
@@ -175,19 +176,6 @@ def _draw_collision(generator: np.random.Generator, scene: Scene) -> Scene | Non
             return None
         objects.append(_move(each, start, old))
     return replace(scene, objects=tuple(objects))
-
-
-def exchange_momentum(velocities: np.ndarray, masses: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """Return the velocities of two discs after an elastic collision `[2 2]`.
-
-    Args:
-      velocities: velocities before it, `[2 2]`.
-      masses: their masses, `[2]`.
-      normal: unit vector from the first to the second, `[2]`.
-    """
-    approach = (velocities[0] - velocities[1]) @ normal
-    impulse = 2 * approach * masses.prod(axis=0) / masses.sum(axis=0) * normal
-    return velocities + np.stack([-impulse / masses[0], impulse / masses[1]])
 
 
 def _draw_permanence(generator: np.random.Generator, scene: Scene) -> Scene | None:

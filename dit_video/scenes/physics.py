@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dit_video.scenes.description import Scene
+from dit_video.scenes.scene import Scene
 
 _STEPS_PER_SECOND = 480
 
@@ -103,12 +103,22 @@ def _collide(
     if distance >= radii[first] + radii[second] or distance == 0.0:
         return []
     normal = offset / distance
-    approach = float((velocities[first] - velocities[second]) @ normal)
-    if approach <= 0.0:
+    indices = [first, second]
+    if (velocities[first] - velocities[second]) @ normal <= 0.0:
         return []
-    masses = radii[[first, second]] ** 2
-    impulse = 2 * approach * masses.prod() / masses.sum() * normal
-    velocities[first] -= impulse / masses[0]
-    velocities[second] += impulse / masses[1]
+    velocities[indices] = exchange_momentum(velocities[indices], radii[indices] ** 2, normal)
     contact = positions[first] + normal * radii[first]
     return [SceneEvent("collision", seconds, pair, (float(contact[0]), float(contact[1])))]
+
+
+def exchange_momentum(velocities: np.ndarray, masses: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """Return the velocities of two discs after an elastic collision `[2 2]`.
+
+    Args:
+      velocities: velocities before it, `[2 2]`.
+      masses: their masses, `[2]`.
+      normal: unit vector from the first to the second, `[2]`.
+    """
+    approach = (velocities[0] - velocities[1]) @ normal
+    impulse = 2 * approach * masses.prod(axis=0) / masses.sum(axis=0) * normal
+    return velocities + np.stack([-impulse / masses[0], impulse / masses[1]])

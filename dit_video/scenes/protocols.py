@@ -1,51 +1,52 @@
-"""Protocols on rendered scenes, which need no downloads: scenes of captions, and scenes of the laws of motion."""
+"""Protocols on rendered scenes, which need no downloads: scenes of captions, and scenes of the laws of motion.
 
-import abc
+Whoever imports this module can name them: `scenes`, `physics` and `physics_extension`.
+"""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.evaluation.clip_set import ClipSet
-from dit_video.evaluation.protocol import Protocol
+from dit_video.evaluation.metrics.distributions import FrechetMetric, PrecisionRecall
+from dit_video.evaluation.metrics.metric import Metric
+from dit_video.evaluation.protocol import Protocol, Scenes
+from dit_video.evaluation.protocols import FRAME_METRICS, register_protocol
 from dit_video.sampling.pictures import Condition
 from dit_video.sampling.request import Request
+from dit_video.scenes import Scene, draw_scene, render
 from dit_video.scenes.draw import FREE_FRAMES, SIZES
-from dit_video.scenes.laws import LAWS, MIN_FRAMES, Law
-from dit_video.scenes.truths import SceneTruth, make_physics_set, make_scene_set
+from dit_video.scenes.features import SceneFeatures
+from dit_video.scenes.law_metrics import BounceLaw, CollisionLaw, FreeFall, ObjectPermanence
+from dit_video.scenes.laws import LAWS, MIN_FRAMES, Law, draw_physics_scene
+from dit_video.scenes.position_metrics import SceneStartError, SceneStartSpread
+from dit_video.scenes.prompt_metrics import (
+    SceneColours,
+    SceneCounts,
+    SceneDirections,
+    SceneRelations,
+    SceneShapes,
+    SceneSizes,
+    SceneSpeeds,
+    SceneTextures,
+)
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 
-@dataclass(frozen=True, kw_only=True)
-class RenderedProtocol(Protocol, abc.ABC):
-    """A protocol on rendered scenes, which are drawn from its seed: captions, clips of the data and their truths."""
+class SceneTruth(NamedTuple):
+    """The truth of a sample of a scene's caption: the element of `MetricBatch.scenes`."""
 
-    @abc.abstractmethod
-    def make_scenes(self) -> tuple[ClipSet, tuple[SceneTruth, ...]]:
-        """Return the scenes as clips of the data, and their truths."""
-
-    def add_known_frames(
-        self, requests: Sequence[Request], clips: Sequence[Callable[[], Clip]], *, fps: float | int
-    ) -> list[Request]:
-        """Return requests for samples of scenes with what the model gets of their renderings, which is nothing.
-
-        Args:
-          requests: requests of the scenes' captions.
-          clips: functions that render the scene of each request.
-          fps: frames per second of the samples.
-        """
-        return list(requests)
-
-    @property
-    def scene_count(self) -> int:
-        """Return the number of scenes."""
-        return self.real_count or self.count or 1
+    scene: Scene
+    law: Law | None = None
+    """Law of motion that the scene shows, if it is drawn for one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneProtocol(RenderedProtocol):
+class SceneProtocol(Protocol):
     """A protocol on scenes whose caption says all that is judged."""
 
     levels: tuple[int, ...] = (1, 2)
@@ -53,13 +54,19 @@ class SceneProtocol(RenderedProtocol):
     sizes: tuple[Grid, ...] = tuple(size for size in SIZES if size.t == FREE_FRAMES)
     """Sizes of the scenes."""
 
-    def make_scenes(self) -> tuple[ClipSet, tuple[SceneTruth, ...]]:
-        """Return scenes of the levels in turn."""
-        return make_scene_set(self.scene_count, seed=self.seed, levels=self.levels, sizes=self.sizes)
+    def make_scenes(self) -> Scenes:
+        """Return scenes of the levels in turn, drawn from the seed."""
+        truths = [
+            SceneTruth(
+                draw_scene(number, seed=self.seed, level=self.levels[number % len(self.levels)], sizes=self.sizes)
+            )
+            for number in range(self.real_count or self.count or 1)
+        ]
+        return _make_scenes(truths)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhysicsProtocol(RenderedProtocol):
+class PhysicsProtocol(Protocol):
     """A protocol on scenes that each show one law of motion, as many of each law.
 
     Raises:
@@ -79,9 +86,17 @@ class PhysicsProtocol(RenderedProtocol):
             rule = f"a contact may follow after {MIN_FRAMES} frames, and the law is to be judged by the others"
             raise UserError(f"known={self.known} is invalid: {rule}. Use 0 to {MIN_FRAMES}.")
 
-    def make_scenes(self) -> tuple[ClipSet, tuple[SceneTruth, ...]]:
-        """Return scenes of the laws in turn."""
-        return make_physics_set(self.scene_count, seed=self.seed, laws=self.laws, sizes=self.sizes)
+    def make_scenes(self) -> Scenes:
+        """Return scenes of the laws in turn, drawn from the seed.
+
+        Raises:
+          UserError: an unknown law, or a size in which it cannot be seen.
+        """
+        truths = []
+        for number in range(self.real_count or self.count or 1):
+            index, law = number // len(self.laws), self.laws[number % len(self.laws)]
+            truths.append(SceneTruth(draw_physics_scene(index, seed=self.seed, law=law, sizes=self.sizes), law))
+        return _make_scenes(truths)
 
     def add_known_frames(
         self, requests: Sequence[Request], clips: Sequence[Callable[[], Clip]], *, fps: float | int
@@ -102,3 +117,50 @@ class PhysicsProtocol(RenderedProtocol):
             content = replace(clip, frames=np.ascontiguousarray(clip.frames[: self.known]))
             completed.append(request._replace(conditions=(Condition(content=content),)))
         return completed
+
+
+def _make_scenes(truths: Sequence[SceneTruth]) -> Scenes:
+    """Return scenes that are rendered when they are read."""
+
+    def read(index: int, fps: float | None) -> Clip:
+        return render(truths[index].scene).clip
+
+    names = tuple(f"scene {number:06d}" for number in range(len(truths)))
+    clips = ClipSet("rendered scenes", names, tuple(truth.scene.caption for truth in truths), read)
+    return Scenes(clips, tuple(truths), tuple(truth.scene.size for truth in truths))
+
+
+SCENE_PROMPT_METRICS: tuple[Metric, ...] = (
+    SceneColours(),
+    SceneShapes(),
+    SceneSizes(),
+    SceneTextures(),
+    SceneCounts(),
+    SceneRelations(),
+    SceneDirections(),
+    SceneSpeeds(),
+    SceneStartError(),
+    SceneStartSpread(),
+)
+"""Metrics of what a caption says of a scene of level 1 or 2, and of where its objects start."""
+PHYSICS_METRICS: tuple[Metric, ...] = (FreeFall(), BounceLaw(), CollisionLaw(), ObjectPermanence())
+"""Metrics of the laws of motion; each counts the samples of its law."""
+
+register_protocol(
+    SceneProtocol(
+        name="scenes",
+        count=1024,
+        metrics=(
+            *SCENE_PROMPT_METRICS,
+            FrechetMetric(features=SceneFeatures(), name="scene_distance", label="Fréchet distance of scene features"),
+            PrecisionRecall(features=SceneFeatures()),
+            *FRAME_METRICS,
+        ),
+        seed=10**6,
+    )
+)
+register_protocol(PhysicsProtocol(name="physics", count=256, metrics=PHYSICS_METRICS, seed=10**6))
+# A sample starts as its scene, so that the law says how it goes on.
+register_protocol(
+    PhysicsProtocol(name="physics_extension", count=256, metrics=PHYSICS_METRICS, seed=10**6, known=MIN_FRAMES)
+)

@@ -1,26 +1,50 @@
-"""Rendering of a scene: frames, and depth, optical flow, instance masks, poses, camera and events, which are known.
+"""Rendering of a scene: frames, and the depth, flow, instances, poses, camera, contacts and sound that belong to them.
 
 Parts are drawn from the farthest to the nearest, each as an outline with an edge of one pixel and a texture that moves
 with it. Every part moves by a similarity transform, so that the flow of a pixel is exact for the part that covers most
 of it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
-from dit_video.scenes.camera import make_camera
-from dit_video.scenes.description import BACKGROUNDS, COLOURS, Scene, StickFigure
-from dit_video.scenes.figure import HEAD_RADIUS, LIMB_RADIUS, LIMBS, compute_joints
+from dit_video.scenes.camera import Similarity, make_camera
 from dit_video.scenes.outlines import compute_distance, compute_ground, compute_shade
 from dit_video.scenes.physics import SceneEvent, simulate
-from dit_video.scenes.similarity import Similarity
-from dit_video.scenes.sound import SAMPLE_RATE, synthesize
+from dit_video.scenes.scene import BACKGROUNDS, COLOURS, Scene, StickFigure
 from dit_video.video import Clip
 
 BACKGROUND_DEPTH = 4.0
 POST_COLOUR = (150, 152, 158)
+JOINTS = (
+    "head",
+    "neck",
+    "hips",
+    "left elbow",
+    "left hand",
+    "right elbow",
+    "right hand",
+    "left knee",
+    "left foot",
+    "right knee",
+    "right foot",
+)
+"""Names of the joints of a stick figure, in their order in arrays; left and right are those of the picture."""
+LIMBS = ((1, 2), (1, 3), (3, 4), (1, 5), (5, 6), (2, 7), (7, 8), (2, 9), (9, 10))
+"""Pairs of joints that a limb connects; its length does not change."""
+HEAD_RADIUS, LIMB_RADIUS = 0.11, 0.045
+"""Radius of the head and half the thickness of a limb, relative to the figure's height."""
+_TRUNK, _NECK, _ARM, _LEG = 0.34, 0.13, 0.19, 0.21
+"""Lengths relative to the height: hips to neck, neck to the centre of the head, and each of two segments of a limb."""
+_STRIDE_SECONDS = 1.0
+SAMPLE_RATE = 16_000
+"""Samples per second."""
+_DECAY_SECONDS, _LENGTH_SECONDS, _AMPLITUDE = 0.06, 0.4, 0.3
+_PITCHES = {"bounce": 220.0, "collision": 660.0}
+"""Pitch in Hz of a contact of objects that are a tenth of the frame's shorter side in radius."""
 
 
 class RenderedScene(NamedTuple):
@@ -38,7 +62,7 @@ class RenderedScene(NamedTuple):
     centres: Float32[np.ndarray, "T N 2"]
     """Rows and columns of the objects' centres in the picture."""
     poses: Float32[np.ndarray, "T J 2"] | None
-    """Rows and columns of the figure's joints (`figure.JOINTS`) in the picture; None without a figure."""
+    """Rows and columns of the figure's joints (`JOINTS`) in the picture; None without a figure."""
     camera: Similarity
     """Map from the first frame at depth 1 to each frame."""
     events: tuple[SceneEvent, ...]
@@ -157,3 +181,50 @@ def _find_visible(flow: np.ndarray, pixels: np.ndarray, owners: np.ndarray) -> n
     frame = np.arange(1, len(owners))[:, None, None]
     owner = owners[frame, np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1)]
     return is_inside & (owner == owners[:-1])
+
+
+def compute_joints(figure: StickFigure, scene: Scene) -> Float[np.ndarray, "T J 2"]:
+    """Return the rows and columns of the joints at each frame, in the world's pixels."""
+    times = np.arange(scene.size.t) / scene.fps
+    phase = 2 * np.pi * times / _STRIDE_SECONDS
+    length = figure.height
+    sway, still = np.sin(phase), np.zeros_like(times)
+    lift, drift = np.zeros_like(times), np.zeros_like(times)
+    arms, legs, bend = (still - 0.35, still + 0.35), (still - 0.2, still + 0.2), still
+    if figure.action.startswith("walks"):
+        direction = -1 if figure.action == "walks left" else 1
+        drift = direction * 0.5 * length * times
+        legs, arms, bend = (0.5 * sway, -0.5 * sway), (-0.4 * sway, 0.4 * sway), direction * 0.25 * (1 - np.cos(phase))
+    elif figure.action == "jumps":
+        lift = 0.18 * length * np.abs(np.sin(phase / 2))
+        arms = (-0.6 - 1.2 * np.abs(np.sin(phase / 2)), 0.6 + 1.2 * np.abs(np.sin(phase / 2)))
+    else:
+        arms = (still - 0.35, 2.3 + 0.4 * np.sin(2 * phase))
+    row, column = figure.start
+    hips = np.stack([row - 2 * _LEG * length - lift, column + drift], axis=-1)
+    neck = hips - np.array([_TRUNK * length, 0.0])
+    joints = [neck - np.array([_NECK * length, 0.0]), neck, hips]
+    for origin, angles, segment, knee in ((neck, arms, _ARM, still), (hips, legs, _LEG, bend)):
+        for angle in angles:
+            middle = origin + segment * length * _direct(angle)
+            joints += [middle, middle + segment * length * _direct(angle - knee)]
+    return np.stack(joints, axis=1)
+
+
+def _direct(angle: np.ndarray) -> np.ndarray:
+    """Return the unit vector at an angle from straight down towards larger columns."""
+    return np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+
+
+def synthesize(scene: Scene, events: Sequence[SceneEvent]) -> Float32[np.ndarray, " samples"]:
+    """Return the sound of a scene's events, as long as its clip; a tone begins at the sample of its contact."""
+    sound = np.zeros(round(scene.size.t / scene.fps * SAMPLE_RATE), np.float64)
+    times = np.arange(round(_LENGTH_SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
+    for event in events:
+        start = round(event.seconds * SAMPLE_RATE)
+        radius = np.mean([scene.objects[index].radius for index in event.objects])
+        pitch = _PITCHES[event.kind] * 0.1 * min(scene.size.h, scene.size.w) / radius
+        tone = _AMPLITUDE * np.exp(-times / _DECAY_SECONDS) * np.sin(2 * np.pi * pitch * times)
+        room = max(0, min(len(tone), len(sound) - start))
+        sound[start : start + room] += tone[:room]
+    return np.clip(sound, -1.0, 1.0).astype(np.float32)

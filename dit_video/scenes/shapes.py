@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError
-from dit_video.scenes.clip_folder import ClipEntry, format_clip_name, write_clip_folder
+from dit_video.scenes.folder import ClipEntry, format_clip_name, write_clip_folder
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

@@ -23,13 +23,11 @@ from dit_video.sampling.tasks import (
     ZoomOut,
 )
 from dit_video.scenes import RenderedScene, Scene, draw_scene, render
-from dit_video.scenes.description import COLOURS
 from dit_video.scenes.draw import SIZES
-from dit_video.scenes.metrics.edit_success import EditSuccess
-from dit_video.scenes.metrics.loop_seam import LoopSeam
-from dit_video.scenes.metrics.object_position import ObjectPosition
-from dit_video.scenes.metrics.scene_attributes import SceneColours, SceneDirections
-from dit_video.scenes.metrics.task_truth import TaskTruth
+from dit_video.scenes.position_metrics import ObjectPosition
+from dit_video.scenes.prompt_metrics import SceneColours, SceneDirections
+from dit_video.scenes.scene import COLOURS
+from dit_video.scenes.task_metrics import EditSuccess, LoopSeam
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -41,6 +39,23 @@ _GAP = 7
 _KEYFRAMES = (0, 11, 16)
 """Known frames, the first two of which have ten others between them."""
 _ZOOM_STEPS, _ZOOM_FACTOR = 24, 1.1
+
+
+class TaskTruth(NamedTuple):
+    """The truth of a sample: the element of `MetricBatch.scenes`."""
+
+    scene: Scene
+    """The scene that the result is to show."""
+    reference: Clip
+    """Its rendering, of the sample's size."""
+    reconstruction: Clip
+    """The autoencoder's reconstruction of the rendering: the best that a sample can be."""
+    is_known: KnownMask | None = None
+    """Pixels that the model got; None for none."""
+    frame: int = -1
+    """Number of the new frame at which positions are compared."""
+    source: Scene | None = None
+    """The scene that the clip showed before it was changed."""
 
 
 class TaskCase(NamedTuple):

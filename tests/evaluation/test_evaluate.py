@@ -8,14 +8,15 @@ from dit_video.apps.reports.run_report import write_autoencoder_report
 from dit_video.core.errors import UserError
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.evaluation import evaluate, requests
-from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.metrics.likelihood import LossByTime
 from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, psnr, ssim
 from dit_video.experiment.run import Run
 from dit_video.sampling.pipeline import Pipeline, Request
-from dit_video.scenes import shapes
-from dit_video.scenes.metrics.prompt_following import PromptFollowing
+from dit_video.scenes import shapes_evaluation
+from dit_video.scenes.shape_metrics import PromptFollowing
+from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.tokens import Grid
 
 REQUESTS = [
@@ -35,24 +36,6 @@ def limits(tiny):
     return tiny.EXPERIMENT.limits
 
 
-def test_every_prompt_is_asked_once_at_each_length_and_at_all_sizes():
-    made = requests.make_shape_requests(0)
-    prompts = {t: sorted(request.prompt for request in made if request.size.t == t) for t in (1, 9, 17)}
-    videos = sorted(map(shapes.format_caption, shapes.COMBINATIONS))
-    assert prompts == {17: videos, 9: videos, 1: sorted(map(shapes.format_caption, shapes.IMAGES))}
-    assert len(made) == 72 + 72 + 18
-    sizes = [request.size[1:] for request in made]
-    assert {size: sizes.count(size) for size in set(sizes)} == {(32, 32): 54, (32, 48): 54, (48, 32): 54}
-    assert len({request.seed for request in made}) == len(made)
-
-
-def test_two_evaluations_use_different_seeds():
-    first, second = requests.make_shape_requests(0), requests.make_shape_requests(1)
-    assert not {request.seed for request in first} & {request.seed for request in second}
-    assert [request.size for request in first] != [request.size for request in second]
-    assert all(0 <= request.seed < 2**32 for request in requests.make_shape_requests(2**32 - 1))
-
-
 def test_captions_are_spread_over_the_clips_at_their_sizes(held_out, limits):
     made = requests.make_caption_requests(held_out, limits, count=2, seed=3, first_index=4)
     ends = held_out.infos[0], held_out.infos[-1]
@@ -68,22 +51,6 @@ def test_captions_are_spread_over_the_clips_at_their_sizes(held_out, limits):
     assert len(requests.make_caption_requests(held_out, limits, count=99, seed=3)) == len(
         {info.caption for info in held_out.infos}
     )
-
-
-def test_the_reference_of_a_prompt_of_shapes_follows_it_at_the_sample_s_size():
-    made = ShapesEvaluation().make_requests(None, 5, image=False)[::9]
-    references = [each.read_reference() for each in made]
-    prompts = [each.request.prompt for each in made]
-    judged = PromptFollowing().measure(MetricBatch(samples=references, prompts=prompts))
-    assert [result.size for result in judged] == [each.request.size for each in made]
-    for each, result in zip(made, judged, strict=True):
-        description, geometry = each.scene
-        assert shapes.format_caption(description) == each.request.prompt
-        assert result.judgement.colour == description.colour
-        below = shapes.get_centroid_offset(description.shape, geometry.radius)
-        start = (geometry.row + below) / result.size.h, geometry.column / result.size.w
-        assert result.judgement.start == pytest.approx(start, abs=0.03)
-        assert each.is_trained_caption == (description not in shapes.HELD_OUT)
 
 
 def test_reconstructions_are_of_the_held_out_clips_at_their_training_sizes(tiny_pipeline, held_out, limits):
@@ -136,7 +103,7 @@ def test_an_autoencoder_alone_is_measured_and_reported(tiny_run, held_out, tmp_p
 
 
 def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_run, held_out, tmp_path, monkeypatch):
-    monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS)
+    monkeypatch.setattr(shapes_evaluation, "make_shape_requests", lambda seed: REQUESTS)
     measured = evaluate.evaluate(
         tiny_pipeline, tmp_path, seed=7, clips=Run.open(tiny_run).evaluation_clips(), guidance=1.0, times=(1, 0.5)
     )
@@ -153,7 +120,7 @@ def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_r
         len(REQUESTS),
     )
     assert (entry["unit"], entry["is_higher_better"]) == ("%", True)
-    assert entry["metric"] == "dit_video.scenes.metrics.prompt_following:PromptFollowing"
+    assert entry["metric"] == "dit_video.scenes.shape_metrics:PromptFollowing"
     seconds = measured.metrics["sampling"].pop("seconds")
     assert seconds >= 0
     expected = {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "times": [1.0, 0.5, 0.0], "sampler": "euler"}
@@ -168,7 +135,7 @@ def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_r
 
 def test_samples_do_not_depend_on_the_metrics(tiny_pipeline, tiny_run, tmp_path, monkeypatch):
     """Without a metric of reconstructions nothing is reconstructed."""
-    monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS)
+    monkeypatch.setattr(shapes_evaluation, "make_shape_requests", lambda seed: REQUESTS)
     config = replace(tiny_pipeline.config, evaluation=ShapesEvaluation(metrics=(PromptFollowing(),)))
     few = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
     clips = Run.open(tiny_run).evaluation_clips()
@@ -205,7 +172,7 @@ def test_without_a_caption_to_sample_clips_are_only_reconstructed(tiny_pipeline,
 
 
 def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS[1:2])
+    monkeypatch.setattr(shapes_evaluation, "make_shape_requests", lambda seed: REQUESTS[1:2])
     measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=0)
     assert measured.reconstructions == []
     assert measured.results["psnr"].estimate == MetricValue(value=None, count=0)

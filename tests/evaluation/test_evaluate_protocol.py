@@ -17,7 +17,7 @@ from dit_video.evaluation.protocol import ClipSampling, Protocol
 from dit_video.evaluation.sample_store import SampleStore
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
-from dit_video.scenes.metrics.scene_attributes import SceneColours
+from dit_video.scenes.prompt_metrics import SceneColours
 from dit_video.scenes.protocols import SceneProtocol
 from dit_video.tokens import Grid
 from dit_video.video import Clip

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import dit_video.scenes.protocols  # noqa: F401, registers its protocols
 from dit_video.evaluation.protocols import PROTOCOLS
 
 

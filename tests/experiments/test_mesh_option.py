@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from dit_video.evaluation import requests
 from dit_video.sampling.pipeline import Request
+from dit_video.scenes import shapes_evaluation
 from dit_video.tokens import Grid
 from dit_video.video import decode
 
@@ -15,7 +15,7 @@ PROMPT = "a red circle moving left"
 @pytest.mark.slow
 def test_sample_and_evaluate_take_a_mesh(script, tiny_run, tmp_path, monkeypatch):
     few = [Request(PROMPT, Grid(1, 16, 16), seed=1)]
-    monkeypatch.setattr(requests, "make_shape_requests", lambda seed: few)
+    monkeypatch.setattr(shapes_evaluation, "make_shape_requests", lambda seed: few)
     clips = []
     for options in ((), ("--mesh", f"data={len(jax.devices())}")):
         out = tmp_path / f"{len(clips)}.png"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.scenes.metrics.prompt_following import judge
+from dit_video.scenes.shape_metrics import judge
 from dit_video.training.hooks.logging import read_metrics
 from support.quick_compilation import OPTIMIZED
 

@@ -11,10 +11,9 @@ import pytest
 
 from dit_video.core.storage import to_storage_path, upload
 from dit_video.data.ingest.engine import ingest
-from dit_video.evaluation import requests
 from dit_video.experiment.run import Run
 from dit_video.sampling.pipeline import Request
-from dit_video.scenes import shapes
+from dit_video.scenes import shapes, shapes_evaluation
 from dit_video.tokens import Grid
 from dit_video.video import decode
 
@@ -36,7 +35,7 @@ def copy(tiny_run, tmp_path):
 @pytest.fixture
 def few_samples(monkeypatch):
     """Restrict evaluations to three samples instead of all 162."""
-    monkeypatch.setattr(requests, "make_shape_requests", lambda seed: REQUESTS)
+    monkeypatch.setattr(shapes_evaluation, "make_shape_requests", lambda seed: REQUESTS)
 
 
 def assert_one_line(ended, message):

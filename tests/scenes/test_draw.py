@@ -7,7 +7,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.scenes import draw_scene, simulate
-from dit_video.scenes.description import DIRECTIONS, RELATIONS
+from dit_video.scenes.scene import DIRECTIONS, RELATIONS
 from dit_video.tokens import Grid
 
 SIZES = (Grid(17, 48, 64),)

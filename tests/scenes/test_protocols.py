@@ -16,8 +16,7 @@ from dit_video.evaluation.sample_store import SETTINGS_FILE
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.scenes import render
 from dit_video.scenes.laws import LAWS, MIN_FRAMES
-from dit_video.scenes.prompt_metrics import PHYSICS_METRICS
-from dit_video.scenes.protocols import PhysicsProtocol
+from dit_video.scenes.protocols import PHYSICS_METRICS, PhysicsProtocol
 from dit_video.tokens import PackedShape
 from support import tiny_pipeline
 from support.marks import mark_slow_except
@@ -43,7 +42,7 @@ def get_shares(measurement):
 
 def measure_files(clips, scenes, folder):
     """Measure clips as samples of the scenes, from files as a model's."""
-    protocol, (data, truths) = get_protocol("physics", count=COUNT), scenes
+    protocol, (data, truths, _) = get_protocol("physics", count=COUNT), scenes
     names = [f"{number:06d}.mp4" for number in range(len(clips))]
     for name, clip in zip(names, clips, strict=True):
         clip.save(folder / name, crf=protocol.crf)
@@ -60,20 +59,20 @@ def hurry(scene, known):
 
 
 def test_scenes_are_of_all_laws_with_captions_as_the_data(scenes):
-    data, truths = scenes
+    data, truths, _ = scenes
     assert [truth.law for truth in truths] == [*LAWS, *LAWS]
     assert len({truth.scene for truth in truths}) == COUNT
     assert list(data.captions) == [truth.scene.caption for truth in truths]
     words = ("that fall,", "that drift and bounce", "that drift and collide", "a grey post in front")
     for number, caption in enumerate(data.captions):
         assert words[number % 4] in caption
-    again, _ = get_protocol("physics", count=COUNT).make_scenes()
+    again, *_ = get_protocol("physics", count=COUNT).make_scenes()
     assert again.captions == data.captions
     np.testing.assert_array_equal(data.read(3, None).frames, render(truths[3].scene).clip.frames)
 
 
 def test_true_renderings_keep_all_laws(scenes, tmp_path):
-    data, _ = scenes
+    data, *_ = scenes
     measurement = measure_files([data.read(number, None) for number in range(COUNT)], scenes, tmp_path)
     assert get_shares(measurement) == dict.fromkeys(NAMES, 1.0)
     assert {result.estimate.count for result in measurement.results.values()} == {COUNT // 4}
@@ -83,7 +82,7 @@ def test_true_renderings_keep_all_laws(scenes, tmp_path):
 
 @pytest.mark.parametrize("known", mark_slow_except([MIN_FRAMES], [1, MIN_FRAMES]))
 def test_faster_motion_keeps_no_law_also_after_true_frames(scenes, tmp_path, known):
-    _, truths = scenes
+    _, truths, _ = scenes
     measurement = measure_files([hurry(truth.scene, known) for truth in truths], scenes, tmp_path)
     assert get_shares(measurement) == dict.fromkeys(NAMES, 0.0)
 
@@ -108,9 +107,9 @@ def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known
     monkeypatch.setattr(Pipeline, "generate_latents", record)
     protocol = get_protocol(name, count=4)
     result = evaluate_protocol(pipeline, protocol, tmp_path)
-    data, truths = protocol.make_scenes()
+    data, truths, sizes = protocol.make_scenes()
     assert [request.prompt for request in recorded] == list(data.captions)
-    assert [request.size for request in recorded] == [truth.scene.size for truth in truths]
+    assert tuple(request.size for request in recorded) == sizes == tuple(truth.scene.size for truth in truths)
     for number, request in enumerate(recorded):
         frames = [condition.content.frames for condition in request.conditions]
         assert len(frames) == (known > 0)
@@ -140,4 +139,9 @@ def test_known_frames_end_before_the_contact(known):
 def test_a_protocol_of_some_laws_is_written_and_drawn():
     protocol = PhysicsProtocol(name="mine", metrics=PHYSICS_METRICS, laws=("bounce", "collision"), count=3)
     assert config_json.from_json(config_json.to_json(protocol)) == protocol
-    assert [truth.law for truth in protocol.make_scenes()[1]] == ["bounce", "collision", "bounce"]
+    assert [truth.law for truth in protocol.make_scenes().truths] == ["bounce", "collision", "bounce"]
+
+
+def test_the_features_of_scenes_keep_the_weights_of_the_package(tmp_path):
+    moved = get_protocol("scenes", weights=tmp_path)
+    assert moved.metrics == get_protocol("scenes").metrics

@@ -8,8 +8,7 @@ from scipy.ndimage import map_coordinates, maximum_filter, minimum_filter
 
 from dit_video.core.errors import UserError
 from dit_video.scenes import CameraMotion, Occluder, Scene, SceneObject, StickFigure, draw_scene, render, simulate
-from dit_video.scenes.figure import JOINTS, LIMBS, compute_joints
-from dit_video.scenes.render import BACKGROUND_DEPTH
+from dit_video.scenes.render import BACKGROUND_DEPTH, JOINTS, LIMBS, compute_joints
 from dit_video.tokens import Grid
 
 SIZE = Grid(9, 64, 80)

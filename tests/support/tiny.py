@@ -7,13 +7,13 @@ almost nothing.
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
+from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 

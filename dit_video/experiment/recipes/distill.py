@@ -1,21 +1,15 @@
-"""Distillation of any checkpoint into a few-step student: its experiment, and a comparison of teacher and student."""
+"""Distillation of any checkpoint into a few-step student: the experiment of the student."""
 
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
 from dit_video.diffusion import FlowMatching, Lcm, Objective
 from dit_video.distributed import MeshConfig
-from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
-from dit_video.evaluation.metrics.metric import MetricBatch
-from dit_video.evaluation.requests import make_shape_requests
 from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder, Student
 from dit_video.experiment.folder import CONFIG as RUN
 from dit_video.experiment.recipes.open_weights import make_data_config, make_row_shape, read_open_parts
@@ -27,9 +21,6 @@ from dit_video.nn import LoraConfig, Remat
 from dit_video.nn.attention import BackendName
 from dit_video.sampling import Sampling
 from dit_video.sampling.folder import is_pipeline_folder, read_pipeline_config
-from dit_video.sampling.pipeline import Pipeline
-from dit_video.scenes.metrics.prompt_following import PromptFollowing
-from dit_video.scenes.metrics.start_spread import StartSpread
 from dit_video.tokens import CanvasShape, PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
 from dit_video.training.optim.optimizer import OptimizerConfig
@@ -38,7 +29,6 @@ _LEARNING_RATES = {"consistency": 1e-3, "dmd": 3e-4}
 _LORA_LEARNING_RATE = 1e-4
 _OPEN_GUIDANCE = 5.0
 """Guidance scale of open weights, that of their pipelines in diffusers."""
-ATTRIBUTES = ("colour", "direction", "shape")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,60 +225,3 @@ def _make_distillation(options: DistillationOptions, guidance: float) -> Distill
     if options.method == "consistency":
         return ConsistencyDistillation(guidance=guidance, intervals=options.intervals)
     return DistributionMatching(guidance=guidance, steps=options.sampling_steps, critic_steps=options.critic_steps)
-
-
-def compare(
-    teacher: Pipeline,
-    student: Pipeline,
-    *,
-    reference_steps: int = 50,
-    few_steps: Sequence[int] = (4, 2, 1),
-    seeds: Sequence[int] = (0, 1, 2),
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Measure how well teacher and student follow prompts of rendered shapes, with the same prompts and seeds.
-
-    Each row has the number of `steps`, the rates of correct colour, direction and shape, their mean `following`,
-    `spread` (of start positions relative to the data's, see `StartSpread`; the mean over directions and axes), and
-    `samples`. Rows also have `following_kept` and `spread_kept`, their ratios to the teacher's at `reference_steps`.
-
-    Args:
-      teacher: sampled with its own sampler and guidance.
-      student: sampled with its own.
-      reference_steps: number of steps of the teacher that all rows are compared with.
-      few_steps: further numbers of steps, of teacher and student.
-      seeds: seeds of the samples; each has all prompts (see `make_shape_requests`).
-      progress: called with the number of finished rows.
-    """
-    table: dict[str, dict[str, Any]] = {}
-    for name, pipeline, steps in (
-        *(("teacher", teacher, steps) for steps in (reference_steps, *few_steps)),
-        *(("student", student, steps) for steps in few_steps),
-    ):
-        table[f"{name}, {steps} steps"] = {"steps": steps, **_measure(pipeline, steps, seeds)}
-        if progress is not None:
-            progress(len(table))
-    reference = table[f"teacher, {reference_steps} steps"]
-    for row in table.values():
-        for figure in ("following", "spread"):
-            value, best = row[figure], reference[figure]
-            row[f"{figure}_kept"] = None if value is None or not best else value / best
-    return table
-
-
-def _measure(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
-    collection = MetricCollection((PromptFollowing(), StartSpread()))
-    for seed in seeds:
-        requests = make_shape_requests(seed)
-        prompts = [request.prompt for request in requests]
-        collection.update(MetricBatch(samples=pipeline.generate_many(requests, steps=steps), prompts=prompts))
-    estimates = {name: result.estimate for name, result in collection.compute().items()}
-    rates = {name: estimates[name].value for name in ATTRIBUTES}
-    ratios = [each.value for name, each in estimates.items() if name.startswith("start_spread_")]
-    known_ratios = [ratio for ratio in ratios if ratio is not None]
-    return {
-        **rates,
-        "following": float(np.mean(list(rates.values()))),
-        "spread": float(np.mean(known_ratios)) if known_ratios else None,
-        "samples": estimates["colour"].count,
-    }

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from dit_video.apps.reports.evaluation_report import write_evaluation_report
 from dit_video.evaluation.measure import measure
-from dit_video.evaluation.protocols import get_protocol
+from dit_video.scenes.protocols import PHYSICS_METRICS, PhysicsProtocol
 from support.html_page import Page
 
 
 def test_samples_have_the_labels_of_what_was_judged(tmp_path):
-    protocol = get_protocol("physics", count=2)
-    data, truths = protocol.make_scenes()
+    protocol = PhysicsProtocol(name="physics", metrics=PHYSICS_METRICS, count=2, seed=10**6)
+    data, truths, _ = protocol.make_scenes()
 
     def read(number, fps):
         """Return the first scene as it is, and the second one at rest."""

@@ -7,12 +7,13 @@ import pytest
 from dit_video.apps.reports.run_report import write_run_report
 from dit_video.core import config_json
 from dit_video.evaluation.collection import MetricCollection
-from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.evaluate import EvaluationResult, SavedSample
 from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, MetricBatch
 from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.scenes import shapes
+from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.video import Clip
 from support.attempts import write_attempt
 

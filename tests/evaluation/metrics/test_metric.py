@@ -9,7 +9,7 @@ import pytest
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.evaluation.collection import MetricCollection
-from dit_video.evaluation.config import CaptionEvaluation, ShapesEvaluation
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.metrics.metric import (
     PROMPT_NEEDS,
     ClipReconstruction,
@@ -25,9 +25,9 @@ from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim, 
 from dit_video.evaluation.metrics.tasks import KeptPixels, RegionBorder
 from dit_video.scenes import draw_scene, shapes
 from dit_video.scenes.laws import LAWS
-from dit_video.scenes.metrics.task_truth import TaskTruth
-from dit_video.scenes.prompt_metrics import PHYSICS_METRICS, SCENE_PROMPT_METRICS
-from dit_video.scenes.truths import make_scene_set
+from dit_video.scenes.protocols import PHYSICS_METRICS, SCENE_PROMPT_METRICS, SceneProtocol
+from dit_video.scenes.shapes_evaluation import ShapesEvaluation
+from dit_video.scenes.tasks import TaskTruth
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support.physics_truths import make_physics_truths
@@ -109,7 +109,8 @@ def test_scene_metrics_alone_are_those_of_a_shared_batch(metric, scene_batch):
 @pytest.fixture(scope="module")
 def scene_batch():
     """Return scenes for the prompt and of every law, and the results of all metrics together."""
-    clips, truths = make_scene_set(4, seed=3, levels=(1, 2), sizes=(Grid(9, 32, 48),))
+    protocol = SceneProtocol(name="four", metrics=SCENE_PROMPT_METRICS, count=4, seed=3, sizes=(Grid(9, 32, 48),))
+    clips, truths, _ = protocol.make_scenes()
     lawful = [truth for law in LAWS for truth in make_physics_truths(law, count=1, seed=5)]
     samples = [*(clips.read(number, None) for number in range(4)), *(truth.reference for truth in lawful)]
     batch = MetricBatch(samples=samples, scenes=[*truths, *lawful])

@@ -12,7 +12,7 @@ from dit_video.core import trees as trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import Lcm
 from dit_video.experiment import CurriculumStage, DataConfig, PretrainedAutoencoder, Student
-from dit_video.experiment.recipes.distill import DistillationOptions, compare, make_distillation_experiment
+from dit_video.experiment.recipes.distill import DistillationOptions, make_distillation_experiment
 from dit_video.experiment.run import Run
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.training import trainer
@@ -111,19 +111,6 @@ def test_continuing_with_another_teacher_is_refused(distilled, tmp_path):
     (folder / "denoiser" / "start.json").write_text('{"start": "another", "identity": "0"}')
     with pytest.raises(UserError, match="other weights"):
         Run.open(folder).run_stages()
-
-
-@pytest.mark.slow
-def test_teacher_and_student_are_compared(tiny_run):
-    teacher = dit_video.load(tiny_run)
-    done = []
-    table = compare(teacher, teacher, reference_steps=3, few_steps=(2,), seeds=(0,), progress=done.append)
-    assert list(table) == ["teacher, 3 steps", "teacher, 2 steps", "student, 2 steps"]
-    assert done == [1, 2, 3]
-    assert table["teacher, 2 steps"] == table["student, 2 steps"]
-    assert table["teacher, 3 steps"]["samples"] == 162
-    for row in table.values():
-        assert row["following"] == pytest.approx(np.mean([row[name] for name in ("colour", "direction", "shape")]))
 
 
 def test_invalid_distillations_are_refused(tiny, tiny_run, tmp_path):

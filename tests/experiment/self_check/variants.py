@@ -14,7 +14,6 @@ from pathlib import Path
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, RectifiedFlow
-from dit_video.evaluation.config import ShapesEvaluation
 from dit_video.experiment import (
     AllWeights,
     AutoencoderTraining,
@@ -35,7 +34,8 @@ from dit_video.nn import LoraConfig
 from dit_video.nn.attention import SpaceOnly
 from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
-from dit_video.scenes.clip_folder import ClipEntry, format_clip_name, write_clip_folder
+from dit_video.scenes.folder import ClipEntry, format_clip_name, write_clip_folder
+from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.tokens import Grid, PackedShape, Rotary3d
 from dit_video.training.hooks.metric_logs import MonitoringConfig
 from dit_video.training.optim.optimizer import OptimizerConfig

@@ -6,7 +6,7 @@ from flax import nnx
 
 from dit_video.evaluation.feature_functions import NetworkInput, make_extractor
 from dit_video.nn import get_graph_def
-from dit_video.scenes.classifier import SceneClassifier
+from dit_video.scenes.features import SceneClassifier
 from dit_video.video import Clip
 from support.random_params import make_random_params
 

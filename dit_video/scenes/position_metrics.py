@@ -1,24 +1,69 @@
-"""Variety of samples of rendered scenes: the spread of the positions at which objects start."""
+"""Metrics of positions of objects of rendered scenes: in a new frame, and where they start."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from dit_video.core import rng
-from dit_video.evaluation.metrics.metric import ExampleMetric, MetricBatch, MetricDescription, MetricValue
+from dit_video.evaluation.metrics.metric import ExampleMetric, MeanMetric, MetricBatch, MetricDescription, MetricValue
 from dit_video.scenes import Scene
-from dit_video.scenes.description import RELATIONS
 from dit_video.scenes.draw import FREE_FRAMES
-from dit_video.scenes.metrics.scene_objects import find_objects
-from dit_video.scenes.metrics.scene_start_error import is_first_frame_known
+from dit_video.scenes.objects import find_objects
+from dit_video.scenes.scene import RELATIONS
+from dit_video.video import Clip
 
 _GAP = 2.0
 """Pixels between two objects with a relation, at least."""
 _MAX_TRIES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectPosition(MeanMetric):
+    """Mean distance of objects from their true positions in a new frame.
+
+    An object that is lost counts as half the frame's diagonal.
+    """
+
+    needs = ("samples", "scenes")
+    name: ClassVar[str] = "position_error"
+    description: ClassVar[MetricDescription] = MetricDescription(
+        label="position error", unit="pixels", decimals=2, is_higher_better=False, explanation="of objects' centroids"
+    )
+
+    def measure(self, batch: MetricBatch) -> Sequence[float | None]:
+        """Return the mean error of every sample's objects; None without any."""
+        pairs = zip(batch.samples, batch.scenes, strict=True)
+        return [measure_position_error(batch, clip, truth, frame=truth.frame) for clip, truth in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneStartError(MeanMetric):
+    """Mean distance of objects in the first frame from the truth's, of samples whose first frame was known.
+
+    A caption does not say where an object starts: without a known first frame, `SceneStartSpread` says whether starts
+    vary as those of the data. An object that is missing counts as half the frame's diagonal.
+    """
+
+    needs = ("samples", "scenes")
+    name: ClassVar[str] = "scene_start_error"
+    description: ClassVar[MetricDescription] = MetricDescription(
+        label="start position error",
+        unit="pixels",
+        decimals=2,
+        is_higher_better=False,
+        explanation="of objects' centroids in a first frame that the model got",
+    )
+
+    def measure(self, batch: MetricBatch) -> Sequence[float | None]:
+        """Return the mean distance of every sample whose first frame was known, and None for the others."""
+        return [
+            measure_position_error(batch, clip, truth, frame=0) if is_first_frame_known(truth) else None
+            for clip, truth in zip(batch.samples, batch.scenes, strict=True)
+        ]
 
 
 class StartSample(NamedTuple):
@@ -91,13 +136,6 @@ class SceneStartSpread(ExampleMetric[StartSample]):
         return {"scene_start_spread": value}
 
 
-def _compare_variances(group: Sequence[StartSample]) -> tuple[float, float]:
-    """Return the sum of squares about the mean of samples of one prompt, and its expectation in the data."""
-    starts = np.array([sample.start for sample in group])
-    squares = float(np.square(starts - starts.mean(axis=0)).sum(axis=(0, 1)))
-    return squares, (len(group) - 1) * float(np.mean([sample.variance for sample in group]))
-
-
 def draw_starts(scene: Scene, draws: int, *, seed: int = 0) -> Float[np.ndarray, "draws objects 2"]:
     """Draw start positions of a scene's objects as `draw_scene` does, for their sizes, motions and relation.
 
@@ -126,3 +164,40 @@ def draw_starts(scene: Scene, draws: int, *, seed: int = 0) -> Float[np.ndarray,
         if len(starts) >= draws:
             break
     return starts[:draws]
+
+
+def measure_position_error(batch: MetricBatch, clip: Clip, truth: Any, *, frame: int) -> float | None:
+    """Return the mean distance in pixels of a sample's objects from their places in the rendering, in one frame.
+
+    An object that is lost, or farther away, counts as half the frame's diagonal.
+
+    Args:
+      batch: batch of the sample, which keeps the objects of its clips.
+      clip: the sample.
+      truth: truth of the sample, with a scene and its rendering.
+      frame: number of the frame.
+    """
+    own, true = (batch.derive(find_objects, each, truth.scene.background) for each in (clip, truth.reference))
+    lost = float(np.hypot(clip.height, clip.width)) / 2
+    distances = []
+    for name in (each.colour for each in truth.scene.objects if each.colour in true):
+        distance = float(np.hypot(*(own[name].centre[frame] - true[name].centre[frame]))) if name in own else np.nan
+        distances.append(lost if np.isnan(distance) else min(distance, lost))
+    return float(np.mean(distances)) if distances else None
+
+
+def is_first_frame_known(truth: Any) -> bool:
+    """Return True if the model got the whole first frame of a sample.
+
+    Args:
+      truth: truth of the sample; `is_known`, if it has one, are the pixels that the model got.
+    """
+    is_known = getattr(truth, "is_known", None)
+    return is_known is not None and bool(is_known[0].all(axis=(0, 1)))
+
+
+def _compare_variances(group: Sequence[StartSample]) -> tuple[float, float]:
+    """Return the sum of squares about the mean of samples of one prompt, and its expectation in the data."""
+    starts = np.array([sample.start for sample in group])
+    squares = float(np.square(starts - starts.mean(axis=0)).sum(axis=(0, 1)))
+    return squares, (len(group) - 1) * float(np.mean([sample.variance for sample in group]))

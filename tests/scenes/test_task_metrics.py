@@ -9,7 +9,7 @@ from dit_video.core.pixels import resize
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.tasks import blend_linearly
 from dit_video.sampling.tasks import Blend
-from dit_video.scenes.metrics.scene_objects import find_objects
+from dit_video.scenes.objects import find_objects
 from dit_video.scenes.tasks import SCENE_TASKS, make_cases
 from dit_video.video import Clip
 

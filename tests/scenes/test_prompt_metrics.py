@@ -8,18 +8,19 @@ import pytest
 
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.scenes import draw_scene, render
-from dit_video.scenes.description import SHAPES, TEXTURES
 from dit_video.scenes.draw import SIZES
-from dit_video.scenes.metrics.scene_counts import SceneCounts
-from dit_video.scenes.metrics.scene_relations import SceneRelations
-from dit_video.scenes.metrics.scene_shapes import SceneShapes
-from dit_video.scenes.metrics.scene_sizes import SceneSizes
-from dit_video.scenes.metrics.scene_speeds import SceneSpeeds
-from dit_video.scenes.metrics.scene_start_error import SceneStartError
-from dit_video.scenes.metrics.scene_start_spread import SceneStartSpread, draw_starts
-from dit_video.scenes.metrics.scene_textures import SceneTextures
-from dit_video.scenes.metrics.task_truth import TaskTruth
-from dit_video.scenes.prompt_metrics import SCENE_PROMPT_METRICS
+from dit_video.scenes.position_metrics import SceneStartError, SceneStartSpread, draw_starts
+from dit_video.scenes.prompt_metrics import (
+    SceneCounts,
+    SceneRelations,
+    SceneShapes,
+    SceneSizes,
+    SceneSpeeds,
+    SceneTextures,
+)
+from dit_video.scenes.protocols import SCENE_PROMPT_METRICS
+from dit_video.scenes.scene import SHAPES, TEXTURES
+from dit_video.scenes.tasks import TaskTruth
 from dit_video.tokens import Grid
 
 APPEARANCES = (SceneShapes(), SceneSizes(), SceneTextures())

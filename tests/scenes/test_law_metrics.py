@@ -9,10 +9,11 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.scenes import render, simulate
-from dit_video.scenes.laws import LAWS, SIZES, draw_physics_scene, exchange_momentum
-from dit_video.scenes.metrics.motion_fits import fit_contact, fit_motion
-from dit_video.scenes.metrics.scene_objects import find_post
-from dit_video.scenes.prompt_metrics import PHYSICS_METRICS
+from dit_video.scenes.law_metrics import fit_contact, fit_motion
+from dit_video.scenes.laws import LAWS, SIZES, draw_physics_scene
+from dit_video.scenes.objects import find_post
+from dit_video.scenes.physics import exchange_momentum
+from dit_video.scenes.protocols import PHYSICS_METRICS
 from dit_video.tokens import Grid
 from support.physics_truths import make_physics_truths
 
