@@ -1,10 +1,11 @@
 """Measures of single frames, each a pure function of luma in 0..255."""
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
+
+from dit_video.data.ingest.screening import Borders
 
 LUMA_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue: ITU-R BT.601."""
@@ -21,19 +22,6 @@ BORDER_LEVEL, BORDER_PIXELS = 16, 0.99
 
 MIN_TEXTURE = 2.0
 """Standard deviation of luma, in levels, below which a frame has no hash, as its bits would be noise."""
-
-
-class Borders(NamedTuple):
-    """Black bars around a frame, in pixels."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    def compute_area_share(self, height: int, width: int) -> float:
-        """Return the share of the area of a frame of this size that the bars cover."""
-        return 1 - (height - self.top - self.bottom) * (width - self.left - self.right) / (height * width)
 
 
 def luma(picture: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w"]:

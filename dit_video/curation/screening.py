@@ -1,23 +1,23 @@
-"""Optional screening steps of ingest: split a file into shots, measure them, and drop those outside the limits."""
+"""Screening of an ingest by steps: split a file into shots, measure them, drop those outside limits, and duplicates."""
 
 import bisect
 import dataclasses
 import functools
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import av
 
 from dit_video.core.errors import UserError
 from dit_video.curation import samples
-from dit_video.curation.measures import Borders
+from dit_video.curation.duplicates import drop_duplicates
 from dit_video.curation.samples import FrameSample, FrameSampler
 from dit_video.curation.shots import CutDetector, DetectorName, Span, split_at_transitions
 from dit_video.curation.thumbnails import ThumbnailMaker
 from dit_video.curation.transitions import HEIGHT, WIDTH
-from dit_video.video import TOLERANCE, VideoInfo, compute_average_fps, probe
+from dit_video.data.ingest.screening import JudgedShot, Screening, ScreeningResult, Shot
+from dit_video.video import TOLERANCE, compute_average_fps, probe
 from dit_video.video.cut import split_span
 from dit_video.video.reader import IMAGE_CODECS
 
@@ -28,7 +28,7 @@ MIN_SHOT_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScreeningConfig:
+class ScreeningConfig(Screening):
     """Steps of the screening and their limits; None disables a step, and a value at a limit is kept.
 
     If a step needs one measure, all are taken, except black bars, which need `max_letterbox` or `measure`. Images,
@@ -79,9 +79,8 @@ class ScreeningConfig:
     drop_hdr: bool = False
     """True to drop HDR (PQ, HLG), which is mapped to standard dynamic range whenever it is decoded."""
     duplicates: int | None = None
-    """Maximum number of bits of 64 in which the hashes of near-duplicates differ. `screen` computes the hashes, and
-    `drop_duplicates` compares them. Start with 4: re-encoded, shrunk and brightened copies of eight clips differed
-    by 0 to 6, mostly by 2, and so did two takes of one person in front of the same wall."""
+    """Maximum number of bits of 64 in which the hashes of near-duplicates differ. Start with 4: re-encoded, shrunk and
+    brightened copies of eight clips differed by 0 to 6, mostly by 2, and so did two takes of one person in front of the same wall."""
 
     def __post_init__(self):
         for name in ("max_black", "max_frozen", "max_letterbox"):
@@ -116,92 +115,21 @@ class ScreeningConfig:
         limits = (self.min_motion, self.max_motion, self.max_black, self.max_frozen, self.min_sharpness)
         return self.measures_letterbox or any(limit is not None for limit in (*limits, self.duplicates))
 
+    def screen(self, encoded: bytes, name: str) -> ScreeningResult:
+        """Apply the steps to one file, decoding it once; see `Screening.screen`.
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shot:
-    """A file, or a part of it without a cut; measures that were not requested are None."""
+        Memory grows with the file's length only by its timestamps and eight rows of numbers per second.
+        """
+        analyzer = _FileAnalyzer(encoded, self)
+        return ScreeningResult(tuple(_judge_shots(name, analyzer, self)), analyzer.facts)
 
-    name: str
-    """Name of the file, followed by `#0`, `#1`, … if it has several shots."""
-    start: float
-    """Time of the first frame in seconds after the file's first frame."""
-    frames: int
-    """Number of frames."""
-    fps: float
-    """Average frame rate."""
-    seconds: float
-    """Time between the first and the last frame."""
-    height: int
-    """Height in pixels, as shown."""
-    width: int
-    """Width in pixels, as shown."""
-    codec: str
-    """Name of the video codec."""
-    transfer: str = "sdr"
-    """Transfer function: "sdr", or "pq" or "hlg" for HDR."""
-    motion: float | None = None
-    """Average change of luma in levels of 255 per second."""
-    black: float | None = None
-    """Share of time in which the frame is black."""
-    frozen: float | None = None
-    """Share of time in which the frame stands still."""
-    sharpness: float | None = None
-    """Variance of the Laplacian in levels²."""
-    letterbox: Borders | None = None
-    """Black bars in pixels, as shown."""
-    hash: tuple[int, ...] | None = None
-    """Four hashes of 64 bits for `drop_duplicates`; None also if no frame has texture."""
-
-    @property
-    def duration(self) -> float:
-        """Return the seconds for which the shot is shown, including its last frame."""
-        return self.seconds + 1 / self.fps
-
-    @staticmethod
-    def from_json(value: dict[str, Any]) -> "Shot":
-        """Return the shot whose fields are these JSON values."""
-        letterbox = None if value["letterbox"] is None else Borders(*value["letterbox"])
-        return Shot(**value | {"letterbox": letterbox, "hash": None if value["hash"] is None else tuple(value["hash"])})
-
-
-class JudgedShot(NamedTuple):
-    """A shot, with the reason why it is dropped, and the time until which it is shown."""
-
-    shot: Shot
-    reason: str
-    """Rule that excludes the shot; empty if it is kept."""
-    stop: float
-    """Time in seconds after the file's first frame at which the next shot begins, or the file ends."""
-    is_cut: bool = False
-    """True for what is between shots: a transition, or a shot too short for a clip of its own, such as a flash."""
-
-
-class ScreeningResult(NamedTuple):
-    """Shots of a file, and the facts of the file."""
-
-    shots: tuple[JudgedShot, ...]
-    """Shots in their order: one begins where the one before it stops."""
-    facts: VideoInfo
-    times: Sequence[float]
-    """Time of every frame in seconds."""
-
-
-def screen(encoded: bytes, name: str, config: ScreeningConfig) -> ScreeningResult:
-    """Apply the steps of `config` to one file, decoding it once; every shot is either kept or dropped.
-
-    Memory grows with the file's length only by its timestamps and eight rows of numbers per second.
-
-    Args:
-      encoded: bytes of the file.
-      name: name of the file, from which the names of its shots are made.
-      config: steps and their limits.
-
-    Raises:
-      DecodeError: the file is damaged, or is not a readable video or image.
-      UserError: `config.shots` is set, and PySceneDetect is not installed.
-    """
-    analyzer = _FileAnalyzer(encoded, config)
-    return ScreeningResult(tuple(_judge_shots(name, analyzer, config)), analyzer.facts, analyzer.times)
+    def find_duplicates(self, hashes: Iterable[Sequence[int] | None], files: Iterable[int]) -> Mapping[int, int]:
+        """Return the near-duplicates among clips of different files, each with the kept clip that it duplicates."""
+        if self.duplicates is None:
+            return {}
+        bits = [None if each is None else tuple(each) for each in hashes]
+        originals = drop_duplicates(bits, distance=self.duplicates, groups=[*files])
+        return {clip: original for clip, original in enumerate(originals) if original is not None}
 
 
 class _FileAnalyzer:
@@ -275,7 +203,7 @@ class _FileAnalyzer:
 def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) -> Iterator[JudgedShot]:
     """Yield the shots in their order."""
     if len(analyzer.spans) == 1:
-        shot = _measure_shot(_make_whole_shot(name, analyzer.facts), analyzer.samples, config)
+        shot = _measure_shot(Shot.of_file(name, analyzer.facts), analyzer.samples, config)
         yield JudgedShot(shot, _find_exclusion(shot, config), analyzer.get_frame_time(analyzer.facts.frames))
         return
     for number, span in enumerate(analyzer.spans):
@@ -292,16 +220,12 @@ def _judge_shots(name: str, analyzer: _FileAnalyzer, config: ScreeningConfig) ->
             yield JudgedShot(shot, _find_exclusion(shot, config), stop)
 
 
-def _make_whole_shot(name: str, facts: VideoInfo) -> Shot:
-    return Shot(name=name, start=0.0, **dataclasses.asdict(facts))
-
-
 def _make_part_shot(name: str, analyzer: _FileAnalyzer, span: Span) -> Shot:
     """Return the shot of a part of the file's frames."""
     facts, start, frames = analyzer.facts, analyzer.times[span.first], span.stop - span.first
     seconds = analyzer.times[span.stop - 1] - start
     fps, (height, width) = compute_average_fps(frames, seconds, facts.fps), analyzer.get_size(span.first)
-    whole = dataclasses.replace(_make_whole_shot(name, facts), height=height, width=width)
+    whole = dataclasses.replace(Shot.of_file(name, facts), height=height, width=width)
     return dataclasses.replace(whole, start=start, frames=frames, fps=fps, seconds=seconds)
 
 

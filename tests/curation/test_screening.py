@@ -11,10 +11,10 @@ import scipy.ndimage
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.resize import resize
+from dit_video.curation import screening
 from dit_video.curation.duplicates import drop_duplicates
-from dit_video.curation.measures import Borders
-from dit_video.data.ingest import quality_filter
-from dit_video.data.ingest.quality_filter import ScreeningConfig, Shot, screen
+from dit_video.curation.screening import ScreeningConfig
+from dit_video.data.ingest.screening import Borders, Shot
 from dit_video.video import Clip, encode, probe
 from support.encoded_clips import encode_resized
 from support.hdr_videos import NITS, compute_hlg, compute_pq, encode_ramp
@@ -67,7 +67,7 @@ def mp4(frames, fps=8.0):
 
 
 def screen_single_shot(content, config=MEASURE) -> Shot:
-    screened = screen(content, "clip", config)
+    screened = config.screen(content, "clip")
     ((shot, reason, *_),) = screened.shots
     assert not reason
     return shot
@@ -95,13 +95,13 @@ def test_video_infos_equal_those_of_probing(kind, monkeypatch):
     for name in ("frames", "fps", "seconds", "height", "width", "codec", "start", "name"):
         assert getattr(measured, name) == getattr(expected, name), name
     # Nothing is measured, and no picture is made, where no step asks for it.
-    monkeypatch.setattr(quality_filter, "ThumbnailMaker", None)
+    monkeypatch.setattr(screening, "ThumbnailMaker", None)
     assert screen_single_shot(content, ScreeningConfig()) == expected
     assert screen_single_shot(content, ScreeningConfig(min_size=2, max_seconds=3)) == expected
 
 
 def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
-    calls, frames, alive, probe = 0, [], [], quality_filter.probe
+    calls, frames, alive, probe = 0, [], [], screening.probe
 
     def counted(encoded, *, on_frame, **options):
         nonlocal calls
@@ -115,7 +115,7 @@ def test_a_file_is_decoded_once_and_one_frame_is_kept(monkeypatch):
 
         return probe(encoded, on_frame=look, **options)
 
-    monkeypatch.setattr(quality_filter, "probe", counted)
+    monkeypatch.setattr(screening, "probe", counted)
     gc.collect()
     screen_single_shot(mp4(drifting(60), fps=30))
     assert calls == 1
@@ -151,7 +151,7 @@ def test_shots_depend_on_timestamps(detector):
     pytest.importorskip("scenedetect")
     frames = np.concatenate([greys([60] * 20), greys([200] * 10)])
     content = lossless(frames, np.concatenate([40 * np.arange(20), 1000 + 200 * np.arange(10)]))
-    first, second = list_kept(screen(content, "v", ScreeningConfig(shots=detector)))
+    first, second = list_kept(ScreeningConfig(shots=detector).screen(content, "v"))
     assert (first.start, first.frames, first.seconds) == (0, 20, pytest.approx(0.76))
     assert (second.start, second.frames, second.seconds) == (pytest.approx(1.0), 10, pytest.approx(1.8))
     assert (first.fps, second.fps) == (pytest.approx(25), pytest.approx(5))
@@ -161,7 +161,7 @@ def test_high_dynamic_range_is_told_and_dropped_on_demand():
     for number, compute, transfer in ((16, compute_pq, "pq"), (18, compute_hlg, "hlg"), (1, compute_pq, "sdr")):
         content = encode_ramp(compute(NITS), number)
         assert screen_single_shot(content, ScreeningConfig()).transfer == transfer
-        dropped = list_dropped(screen(content, "v", ScreeningConfig(drop_hdr=True)))
+        dropped = list_dropped(ScreeningConfig(drop_hdr=True).screen(content, "v"))
         assert dropped == ([] if transfer == "sdr" else [("v", f"transfer function '{transfer}' is HDR")])
 
 
@@ -169,13 +169,13 @@ def test_a_change_of_size_is_a_cut_and_without_cuts_an_error():
     pytest.importorskip("scenedetect")
     content = encode_resized(frames=8, fps=8)
     config = ScreeningConfig(shots="content", shot_threshold=255, max_letterbox=1.0)
-    shots = list_kept(screen(content, "v", config))
+    shots = list_kept(config.screen(content, "v"))
     sizes = [(shot.name, shot.start, shot.frames, shot.height, shot.width) for shot in shots]
     assert sizes == [("v#0", 0, 8, 96, 160), ("v#1", pytest.approx(1), 8, 160, 96)]
     np.testing.assert_allclose([shot.letterbox for shot in shots], [(24, 24, 56, 56), (56, 56, 24, 24)], atol=1)
     for config in (ScreeningConfig(), ScreeningConfig(max_frozen=1.0)):
         with pytest.raises(DecodeError, match=r"changes its frame size from 96x160 to 160x96 at 1\.00 s"):
-            screen(content, "v", config)
+            config.screen(content, "v")
 
 
 def test_black_and_frozen_time_are_measured():
@@ -199,7 +199,7 @@ def test_the_letterbox_is_in_displayed_pixels():
     share = 1 - 68 * 154 / (90 * 160)
     assert shot.letterbox.compute_area_share(90, 160) == pytest.approx(share, abs=0.02)
     assert screen_single_shot(content, ScreeningConfig(max_letterbox=share + 0.03)).letterbox == shot.letterbox
-    ((_, reason),) = list_dropped(screen(content, "a", ScreeningConfig(max_letterbox=share - 0.03)))
+    ((_, reason),) = list_dropped(ScreeningConfig(max_letterbox=share - 0.03).screen(content, "a"))
     assert reason.startswith("letterbox 0.2")
     assert screen_single_shot(mp4(drifting(8))).letterbox == Borders(0, 0, 0, 0)
     wide = screen_single_shot(lossless(frames, 100 * np.arange(8), aspect=2))
@@ -266,7 +266,7 @@ IMAGE, CLIP = encode(Clip(drifting(1), fps=1), "png"), mp4(drifting(9))
     ],
 )
 def test_clips_beyond_a_limit_are_dropped_with_a_reason(content, limits, reason):
-    screened = screen(content, "a/b.mp4", ScreeningConfig(**limits))
+    screened = ScreeningConfig(**limits).screen(content, "a/b.mp4")
     assert list_dropped(screened) == ([] if reason is None else [("a/b.mp4", reason)])
     assert [shot.name for shot in list_kept(screened)] == (["a/b.mp4"] if reason is None else [])
 
@@ -296,7 +296,7 @@ def test_impossible_limits_are_refused(fields, message):
 )
 def test_unreadable_files_are_reported(content, config):
     with pytest.raises(DecodeError):
-        screen(content, "clip", config)
+        config.screen(content, "clip")
 
 
 @pytest.mark.parametrize("kind", ["mp4", "webm", "gif", "varying rate"])
@@ -311,7 +311,7 @@ def test_damaged_files_are_judged_as_probing_does(kind):
             expected = screen_single_shot(damaged.tobytes(), ScreeningConfig())
         except DecodeError:
             with pytest.raises(DecodeError):
-                screen(damaged.tobytes(), "clip", MEASURE)
+                MEASURE.screen(damaged.tobytes(), "clip")
         else:
             shot = screen_single_shot(damaged.tobytes())
             assert (shot.frames, shot.seconds, shot.height) == (expected.frames, expected.seconds, expected.height)
@@ -319,7 +319,7 @@ def test_damaged_files_are_judged_as_probing_does(kind):
     assert 0 < readable < 30
 
 
-SHARED = Path(__file__).parents[3].parent / "shared" / "clips"
+SHARED = Path(__file__).parents[2].parent / "shared" / "clips"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real clips beside the checkout")
