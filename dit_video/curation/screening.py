@@ -10,12 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import av
 
 from dit_video.core.errors import UserError
-from dit_video.curation import samples
+from dit_video.curation import measures
 from dit_video.curation.duplicates import drop_duplicates
-from dit_video.curation.samples import FrameSample, FrameSampler
-from dit_video.curation.shots import CutDetector, DetectorName, Span, split_at_transitions
-from dit_video.curation.thumbnails import ThumbnailMaker
-from dit_video.curation.transitions import HEIGHT, WIDTH
+from dit_video.curation.measures import FrameSample, FrameSampler, ThumbnailMaker
+from dit_video.curation.shots import HEIGHT, WIDTH, CutDetector, DetectorName, Span, split_at_transitions
 from dit_video.data.ingest.screening import JudgedShot, Screening, ScreeningResult, Shot
 from dit_video.video import TOLERANCE, compute_average_fps, probe
 from dit_video.video.cut import split_span
@@ -32,8 +30,8 @@ class ScreeningConfig(Screening):
     """Steps of the screening and their limits; None disables a step, and a value at a limit is kept.
 
     If a step needs one measure, all are taken, except black bars, which need `max_letterbox` or `measure`. Images,
-    which have no length, are exempt from the limits on duration, motion and frozen time. The modules `samples` and
-    `measures` define the measures.
+    which have no length, are exempt from the limits on duration, motion and frozen time. The module `measures`
+    defines the measures.
 
     Raises:
       UserError: a limit is out of range, or a minimum is above its maximum.
@@ -80,7 +78,8 @@ class ScreeningConfig(Screening):
     """True to drop HDR (PQ, HLG), which is mapped to standard dynamic range whenever it is decoded."""
     duplicates: int | None = None
     """Maximum number of bits of 64 in which the hashes of near-duplicates differ. Start with 4: re-encoded, shrunk and
-    brightened copies of eight clips differed by 0 to 6, mostly by 2, and so did two takes of one person in front of the same wall."""
+    brightened copies of eight clips differed by 0 to 6, mostly by 2, and so did two takes of one person in
+    front of the same wall."""
 
     def __post_init__(self):
         for name in ("max_black", "max_frozen", "max_letterbox"):
@@ -232,15 +231,15 @@ def _make_part_shot(name: str, analyzer: _FileAnalyzer, span: Span) -> Shot:
 def _measure_shot(shot: Shot, frame_samples: Sequence[FrameSample], config: ScreeningConfig) -> Shot:
     if not frame_samples:  # nothing is measured, or the shot is too short
         return shot
-    bars = samples.find_letterbox(frame_samples, shot.height, shot.width) if config.measures_letterbox else None
+    bars = measures.find_letterbox(frame_samples, shot.height, shot.width) if config.measures_letterbox else None
     return dataclasses.replace(
         shot,
-        motion=samples.compute_motion(frame_samples),
-        black=samples.compute_black_share(frame_samples),
-        frozen=samples.compute_frozen_share(frame_samples),
-        sharpness=samples.compute_median_sharpness(frame_samples),
+        motion=measures.compute_motion(frame_samples),
+        black=measures.compute_black_share(frame_samples),
+        frozen=measures.compute_frozen_share(frame_samples),
+        sharpness=measures.compute_median_sharpness(frame_samples),
         letterbox=bars,
-        hash=samples.select_hashes(frame_samples),
+        hash=measures.select_hashes(frame_samples),
     )
 
 

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
 from dit_video.curation.screening import ScreeningConfig
-from dit_video.curation.shots import CutDetector, Span, split_at_transitions
-from dit_video.curation.transitions import HEIGHT, WIDTH, detect_transitions
+from dit_video.curation.shots import HEIGHT, WIDTH, CutDetector, Span, detect_transitions, split_at_transitions
 from dit_video.scenes.edits import DetectionScore, EditTransition, render_edited, score_transitions
 from dit_video.video import Clip, decode, encode
 from support.screening import list_dropped, list_kept

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import MissingError
-from dit_video.curation.annotators import text_area
-from dit_video.curation.annotators.text_area import TextArea, compute_covered_share
+from dit_video.curation import text_area
+from dit_video.curation.text_area import TextArea, compute_covered_share
 
 
 def test_overlapping_texts_count_once():

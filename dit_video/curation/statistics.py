@@ -1,12 +1,17 @@
-"""Histograms of columns, to choose limits from: numbers, truth values, texts and lists."""
+"""Statistics of a data set: histograms of columns, to choose limits from, and of the clips' properties; captions."""
 
+import collections
+import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from dit_video.data.clips import ClipSource
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MAX_VALUES = 20
@@ -139,3 +144,110 @@ def _count_numbers(name: str, numbers: np.ndarray, nulls: int, bins: int) -> His
 
 def _by_count(pair: tuple[Any, int]) -> tuple[int, str]:
     return -pair[1], str(pair[0])
+
+
+MEASURES = ("motion", "black", "frozen", "sharpness", "letterbox")
+"""Columns of measures that an ingest takes."""
+_MEASURE_BINS = 12
+_LENGTH_EDGES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
+"""Upper edges of the bins of lengths, in seconds."""
+_LENGTH_BINS = ("< 1 s", *(f"{low}–{high} s" for low, high in itertools.pairwise(_LENGTH_EDGES)), "≥ 3600 s")
+_SHAPE_EDGES = (0.5, 0.9, 1.1, 1.6, 2.0)
+"""Upper edges of the bins of width over height."""
+_SHAPE_BINS = ("1:2 and narrower", "upright", "square", "4:3 to 8:5", "16:9", "wider")
+_FRAME_BINS = ("1", "2", *(f"{2**power + 1}–{2 ** (power + 1)}" for power in range(1, 32)))
+"""Names of the bins of numbers of frames, which end at powers of two."""
+
+
+def make_clip_histograms(clips: ClipSource) -> dict[str, dict[str, int]]:
+    """Return the counts of clips by the names of bins, for each property, and for each measure that was taken.
+
+    Lengths and rates are those of videos alone. `transfers` are the transfer functions before HDR is mapped to SDR.
+    """
+    heights, widths, frames, fps = (clips.column(name) for name in ("height", "width", "frames", "fps"))
+    is_video = frames > 1
+    lengths = clips.column("duration_us")[is_video] / 1e6
+    histograms = {
+        "sizes": _count_values(f"{height}×{width}" for height, width in zip(heights, widths, strict=True)),
+        "shapes": _count_bins(np.searchsorted(_SHAPE_EDGES, widths / heights, side="right").tolist(), _SHAPE_BINS),
+        "lengths": _count_bins(np.searchsorted(_LENGTH_EDGES, lengths, side="right").tolist(), _LENGTH_BINS),
+        "frames": _count_bins([(int(count) - 1).bit_length() for count in frames], _FRAME_BINS),
+        "rates": _count_values(f"{rate:.4g} fps" for rate in fps[is_video]),
+        "codecs": _count_values(clips.column("codec")),
+        "transfers": _count_values(clips.column("transfer")),
+        "sound": _count_values(codec or "none" for codec in clips.column("audio_codec")),
+    }
+    for name in MEASURES:
+        if bins := make_histogram(name, clips.column(name), bins=_MEASURE_BINS).bins:
+            histograms[name] = {each.label: each.number for each in bins}
+    return histograms
+
+
+def _count_values(values: Iterable[str]) -> dict[str, int]:
+    """Return the counts of values, sorted by count, then by name."""
+    return dict(sorted(collections.Counter(values).items(), key=lambda entry: (-entry[1], entry[0])))
+
+
+def _count_bins(indices: Iterable[int], names: Sequence[str]) -> dict[str, int]:
+    """Return the counts of bins in their order, without empty bins at the ends."""
+    counts = collections.Counter(indices)
+    return {names[index]: counts[index] for index in range(min(counts), max(counts) + 1)} if counts else {}
+
+
+MAX_LISTED = 20
+"""Number of the most frequent words and captions that are listed."""
+MAX_SHOWN_CHARACTERS = 200
+"""Number of characters of a repeated caption that are listed; the rest is replaced by an ellipsis."""
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+
+
+def compute_caption_statistics(captions: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    """Return statistics of the captions of all clips, for JSON; blank captions do not count.
+
+    Lists are sorted by count, then alphabetically. Quantiles are the smallest values that are not exceeded by a share
+    of the values, and None without captions.
+
+    - `uncaptioned`: number of clips without a caption that is not blank.
+    - `per_clip`: pairs of (number of captions, number of clips with that many).
+    - `words`: words per caption: runs of letters and digits, with apostrophes and hyphens inside.
+    - `characters`: characters per caption.
+    - `vocabulary`: number of distinct words, ignoring case.
+    - `frequent_words`: the twenty most frequent words, case-folded, with their counts.
+    - `distinct`: number of distinct captions.
+    - `repeated`: the twenty most frequent captions that occur more than once, cut to 200 characters, with their counts.
+
+    Args:
+      captions: captions of every clip, any number.
+    """
+    non_blank = [tuple(text for text in texts if text.strip()) for texts in captions]
+    texts = [text for clip in non_blank for text in clip]
+    words = [_WORD.findall(text.casefold()) for text in texts]
+    vocabulary = collections.Counter(word for caption_words in words for word in caption_words)
+    repeats = collections.Counter(texts)
+    return {
+        "clips": len(captions),
+        "captions": len(texts),
+        "uncaptioned": sum(not clip for clip in non_blank),
+        "per_clip": tuple(sorted(collections.Counter(len(clip) for clip in non_blank).items())),
+        "words": _compute_quantiles([len(caption_words) for caption_words in words]),
+        "characters": _compute_quantiles([len(text) for text in texts]),
+        "vocabulary": len(vocabulary),
+        "frequent_words": tuple(_get_most_frequent(vocabulary.items())),
+        "distinct": len(repeats),
+        "repeated": tuple(
+            (text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…", count)
+            for text, count in _get_most_frequent((text, count) for text, count in repeats.items() if count > 1)
+        ),
+    }
+
+
+def _get_most_frequent(counts: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    return sorted(counts, key=lambda entry: (-entry[1], entry[0]))[:MAX_LISTED]
+
+
+def _compute_quantiles(values: list[int]) -> dict[str, float | int] | None:
+    if not values:
+        return None
+    quantiles = np.quantile(values, [0, 0.1, 0.5, 0.9, 1], method="inverted_cdf").tolist()
+    names = ("least", "q10", "median", "q90", "most")
+    return {**dict(zip(names, quantiles, strict=True)), "mean": sum(values) / len(values)}

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from dit_video.curation.export.columns import find_caption_columns, is_bulky
+from dit_video.curation.export.contents import find_caption_columns, is_bulky
 from dit_video.data.table_files import write_column
 from dit_video.data.tables import Table
 from support.clip_tables import make_row, write_table

@@ -7,10 +7,9 @@ import pyarrow as pa
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.curation.aesthetic import load_aesthetic_head
 from dit_video.curation.annotate import annotate, annotate_table
-from dit_video.curation.annotators.clip_scores import THUMBNAIL_SIDE, ClipScores, normalize
-from dit_video.curation.annotators.duplicates import Duplicates, to_matrix
+from dit_video.curation.clip_scores import THUMBNAIL_SIDE, ClipScores, load_aesthetic_head, normalize
+from dit_video.curation.near_duplicates import Duplicates, to_matrix
 from dit_video.data.tables import Table
 from dit_video.models.features import ClipImageProcessor
 from dit_video.video import Clip, decode, encode

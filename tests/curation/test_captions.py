@@ -16,8 +16,7 @@ from PIL import Image
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.curation.annotate import annotate
-from dit_video.curation.annotators.captions import MAX_FAILURES, Captions
-from dit_video.curation.chat_server import ChatServer
+from dit_video.curation.captions import MAX_FAILURES, Captions, ChatServer
 from dit_video.data.tables import Table
 from support.annotated_clips import make_clip, open_clips
 

@@ -2,11 +2,11 @@
 
 from dit_video.core.errors import UserError
 from dit_video.curation.annotator import AnyAnnotator
-from dit_video.curation.annotators.captions import Captions
-from dit_video.curation.annotators.clip_scores import ClipScores
-from dit_video.curation.annotators.duplicates import Duplicates
-from dit_video.curation.annotators.motion_vectors import MotionVectors
-from dit_video.curation.annotators.text_area import TextArea
+from dit_video.curation.camera_motion import MotionVectors
+from dit_video.curation.captions import Captions
+from dit_video.curation.clip_scores import ClipScores
+from dit_video.curation.near_duplicates import Duplicates
+from dit_video.curation.text_area import TextArea
 
 ANNOTATORS: dict[str, type[AnyAnnotator]] = {
     "motion_vectors": MotionVectors,
