@@ -1,28 +1,23 @@
 """Captions by a vision-language model on a server with OpenAI's interface: vLLM, SGLang, Ollama, or a paid service.
 
 The key is read from the environment, and sent to the configured address only: redirects are refused. No message holds
-it, even if the server repeats it.
+it, even if the server repeats it. Needs the extra `captions`.
 """
 
 import base64
 import contextlib
-import http.client
+import functools
 import io
 import ipaddress
 import json
 import os
-import random
 import re
-import socket
 import string
 import threading
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,11 +28,9 @@ from dit_video.core.errors import MissingError, UserError, check_at_least
 from dit_video.curation.annotator import AnnotationError, Annotator, ClipFile, Column, ServiceCost
 from dit_video.data.clips import ClipInfo
 
-RETRIED_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-"""HTTP statuses of failures that may pass."""
-_MAX_DELAY = 60.0
-_MAX_BYTES = 1 << 24
-"""Maximum bytes of an answer."""
+if TYPE_CHECKING:
+    import openai
+
 _JPEG_QUALITY = 90
 _MAX_REASON = 200
 _MIN_SECRET = 12
@@ -46,14 +39,6 @@ _MIN_SECRET = 12
 
 class RequestError(UserError):
     """A request that the server does not answer as it should, whereas others may be answered."""
-
-
-class ChatAnswer(NamedTuple):
-    """The text of an answer, and the numbers of tokens that the server counted."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +58,8 @@ class ChatServer:
     timeout: float = 120.0
     """Maximum seconds of a request."""
     retries: int = 5
-    """Number of further tries of a request that failed for a passing reason, after 1, 2, 4, … seconds."""
-    first_delay: float = 1.0
-    """Seconds before the first of them."""
+    """Number of further tries of a request that failed for a passing reason: after 0.5, 1, 2, … seconds, at most 8, or
+    when the server says."""
     usage: "TokenUsage" = field(default_factory=lambda: TokenUsage(), init=False, compare=False, repr=False)
     """Tokens of all answers."""
 
@@ -90,8 +74,8 @@ class ChatServer:
         """Check that there is a model, and a key for a server on another machine.
 
         Raises:
-          MissingError: the environment variable is not set.
-          UserError: no model is named, or the key is none.
+          MissingError: if the package openai is not installed, or the environment variable is not set.
+          UserError: if no model is named, or the key is none.
         """
         if not self.model:
             raise UserError(
@@ -102,6 +86,7 @@ class ChatServer:
                 f"no key for {self.url}: {self.key_variable} is not set. Use export {self.key_variable}=…, or the name "
                 "of another variable"
             )
+        _ = self._client
 
     @property
     def is_local(self) -> bool:
@@ -111,35 +96,51 @@ class ChatServer:
             return ipaddress.ip_address(host).is_loopback
         return host == "localhost"
 
-    def ask(self, prompt: str, frames: UInt8[np.ndarray, "T H W 3"], *, max_tokens: int) -> ChatAnswer:
+    def ask(self, prompt: str, frames: UInt8[np.ndarray, "T H W 3"], *, max_tokens: int) -> str:
         """Return the answer to a prompt with pictures.
 
         Raises:
-          RequestError: the server refuses this request, or its answers are no chat completions.
-          UserError: the server cannot be reached, denies access, or limits the rate for too long; or the key is none.
+          RequestError: if the server refuses this request, or its answer is no chat completion.
+          UserError: if the server cannot be reached, denies access, limits the rate for too long, or the key is none.
         """
-        key = self._read_key()
-        pictures = [{"type": "image_url", "image_url": {"url": make_data_uri(frame)}} for frame in frames]
+        key, client = self._read_key(), self._client
+        import httpx2  # what openai sends requests with
+        import openai
+
+        pictures: Any = [{"type": "image_url", "image_url": {"url": make_data_uri(frame)}} for frame in frames]
         content = [*pictures, {"type": "text", "text": prompt}]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
-        data = json.dumps(body).encode()
-        for attempt in range(self.retries + 1):
-            is_last = attempt == self.retries
-            try:
-                response = self._send(data, key)
-                # An answer costs as much if it cannot be used.
-                prompt_tokens, completion_tokens = self.usage.add(response)
-                return ChatAnswer(_parse_text(response, key), prompt_tokens, completion_tokens)
-            except urllib.error.HTTPError as error:
-                if error.code not in RETRIED_STATUSES or is_last:
-                    raise self._make_error(error, key) from None
-                self._wait(attempt, error.headers.get("Retry-After"))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                if is_last:
-                    # Not as its cause, whose text may hold the key.
-                    raise self._make_connection_error(error, key) from None
-                self._wait(attempt, None)
-        raise AssertionError("unreachable")
+        # Errors have no cause, whose text may hold the key.
+        try:
+            response = client.chat.completions.with_raw_response.create(
+                model=self.model, messages=[{"role": "user", "content": content}], max_tokens=max_tokens
+            )
+        except openai.APIStatusError as error:
+            raise self._make_error(error.status_code, _shorten(error.response.text, key)) from None
+        except openai.APIConnectionError as error:
+            reason = _shorten(str(error.__cause__ or error), key)
+            if isinstance(error.__cause__, httpx2.ConnectError):
+                fix = "Start the server, or check the address"
+                raise UserError(f"{self.url} cannot be reached ({reason}). {fix}") from None
+            raise RequestError(f"{self.url} gave no answer ({reason or type(error).__name__})") from None
+        self.usage.add(response.text)  # an answer costs as much if it cannot be used
+        return _parse_text(response.text, key)
+
+    @functools.cached_property
+    def _client(self) -> "openai.OpenAI":
+        try:
+            import openai
+        except ModuleNotFoundError as error:
+            raise MissingError(
+                f"captions need the package openai ({error}); run pip install -e '.[captions]'"
+            ) from error
+        return openai.OpenAI(
+            base_url=self.url,
+            api_key=self._read_key() or "EMPTY",
+            timeout=self.timeout,
+            max_retries=self.retries,
+            # A redirect would take the key to another address; a server on this machine is reached without a proxy.
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not self.is_local),
+        )
 
     def _read_key(self) -> str:
         """Return the key without the spaces and line ends around it; empty if there is none."""
@@ -151,40 +152,15 @@ class ChatServer:
             )
         return key
 
-    def _send(self, data: bytes, key: str) -> bytes:
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", data, method="POST")
-        request.add_header("Content-Type", "application/json")
-        if key:
-            request.add_header("Authorization", f"Bearer {key}")
-        opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] * self.is_local))
-        with opener.open(request, timeout=self.timeout) as response:
-            return response.read(_MAX_BYTES)
-
-    def _wait(self, attempt: int, retry_after: str | None) -> None:
-        delay = self.first_delay * 2**attempt * random.uniform(0.75, 1.25)
-        with contextlib.suppress(TypeError, ValueError):
-            delay = max(delay, float(retry_after or ""))
-        time.sleep(min(_MAX_DELAY, delay))
-
-    def _make_error(self, error: urllib.error.HTTPError, key: str) -> UserError:
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            body = error.read(_MAX_BYTES).decode("utf-8", "replace")
-            reason = _shorten(body, key) or _shorten(str(error.reason), key)
-            text = f"{self.url} answers {error.code} ({reason})"
-            if error.code in (401, 403):
-                return UserError(f"{text}. Check the key in {self.key_variable}")
-            if error.code == 404 or 300 <= error.code < 400:
-                return UserError(f"{text}. Check the address, which most often ends in /v1, and model={self.model}")
-            if error.code == 429:
-                return UserError(f"{text} to {self.retries + 1} tries. Run the same command later to continue")
-            return RequestError(text)
-        return RequestError(f"{self.url} answers {error.code}")
-
-    def _make_connection_error(self, error: Exception, key: str) -> UserError:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, ConnectionRefusedError | socket.gaierror):
-            return UserError(f"{self.url} cannot be reached ({reason}). Start the server, or check the address")
-        return RequestError(f"{self.url} gave no answer ({_shorten(str(reason), key) or type(reason).__name__})")
+    def _make_error(self, status: int, reason: str) -> UserError:
+        text = f"{self.url} answers {status} ({reason})"
+        if status in (401, 403):
+            return UserError(f"{text}. Check the key in {self.key_variable}")
+        if status == 404 or 300 <= status < 400:
+            return UserError(f"{text}. Check the address, which most often ends in /v1, and model={self.model}")
+        if status == 429:
+            return UserError(f"{text} to {self.retries + 1} tries. Run the same command later to continue")
+        return RequestError(text)
 
 
 @dataclass
@@ -195,16 +171,14 @@ class TokenUsage:
     completion_tokens: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(self, content: bytes) -> tuple[int, int]:
-        """Count the tokens of a response, and return those of the prompt and of the completion."""
-        tokens = (0, 0)
+    def add(self, response: str) -> None:
+        """Count the tokens of a response, as far as it says how many it took."""
         with contextlib.suppress(LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
-            usage = json.loads(content)["usage"]
-            tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-        with self._lock:
-            self.prompt_tokens += tokens[0]
-            self.completion_tokens += tokens[1]
-        return tokens
+            usage = json.loads(response)["usage"]
+            prompt, completion = (int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
+            with self._lock:
+                self.prompt_tokens += prompt
+                self.completion_tokens += completion
 
 
 def make_data_uri(frame: UInt8[np.ndarray, "H W 3"]) -> str:
@@ -214,28 +188,20 @@ def make_data_uri(frame: UInt8[np.ndarray, "H W 3"]) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Redirects become errors, since the key would go to another address."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def _parse_text(content: bytes, key: str) -> str:
+def _parse_text(response: str, key: str) -> str:
     """Return the text in a response.
 
     Raises:
-      RequestError: the model refuses to answer, answers nothing, was cut, or repeats the key.
-      ValueError: the response is no chat completion.
+      RequestError: if the response is no chat completion, or the model refuses to answer, was cut, or repeats the key.
     """
     try:
-        choice = json.loads(content)["choices"][0]
+        choice = json.loads(response)["choices"][0]
         message = choice["message"]
         text, refusal = message.get("content") or "", message.get("refusal")
         if not isinstance(text, str):
             raise TypeError("content")
-    except (LookupError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"no chat completion: {_shorten(content.decode('utf-8', 'replace'), key)}") from None
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+        raise RequestError(f"the answer is no chat completion: {_shorten(response, key)}") from None
     if refusal or choice.get("finish_reason") == "content_filter":
         raise RequestError(f"the model refuses to answer ({_shorten(str(refusal or 'content filter'), key)})")
     if choice.get("finish_reason") == "length":
@@ -353,7 +319,7 @@ class Captions(Annotator):
         info = clip.info
         prompt = _format_prompt(self.prompt, len(frames), info.frames / info.fps, info.caption)
         try:
-            text = self.server.ask(prompt, frames, max_tokens=self.max_tokens).text
+            text = self.server.ask(prompt, frames, max_tokens=self.max_tokens)
             if not text:
                 raise RequestError("the answer is empty")
         except RequestError as error:

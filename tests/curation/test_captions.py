@@ -36,7 +36,7 @@ class StandIn:
                 with stand_in._lock:
                     number = len(stand_in.requests)
                     stand_in.requests.append((self.path, body))
-                    stand_in.headers.append(dict(self.headers))
+                    stand_in.headers.append(self.headers)
                 status, headers, content = stand_in.answer(number, body)
                 if status is None:  # cut the connection in the middle
                     self.send_response(200)
@@ -47,6 +47,7 @@ class StandIn:
                     self.connection.close()
                     return
                 self.send_response(status)
+                headers = {"Retry-After-Ms": "1", **headers} if status >= 400 else headers
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
@@ -88,7 +89,7 @@ def source(tmp_path):
 
 
 def make(server, **options):
-    chat = ChatServer(url=server.url, model="qwen", retries=2, first_delay=0.01, timeout=5.0)
+    chat = ChatServer(url=server.url, model="qwen", retries=2, timeout=5.0)
     return Captions(server=chat, frames=3, max_side=24, **options)
 
 
@@ -137,13 +138,10 @@ def test_several_columns_of_captions_live_next_to_each_other(server, source):
     assert len(read(source)[0]) == COUNT
 
 
-@pytest.mark.parametrize(
-    "failure", [fail(429, Retry_After="0.01"), fail(503), fail(500), (None, {}, b"{"), fail(200, "<p>")]
-)
+@pytest.mark.parametrize("failure", [fail(429, Retry_After="0.01"), fail(503), fail(500), (None, {}, b"{")])
 def test_passing_failures_are_tried_again(server, source, failure):
-    server.answer = lambda number, body: failure if number % 2 == 0 else complete("a caption")
-    annotator = dataclasses.replace(make(server), server=dataclasses.replace(make(server).server, retries=20))
-    assert annotate(source, annotator).failures == {}
+    server.answer = lambda number, body: failure if number < 2 else complete("a caption")
+    assert annotate(source, make(server)).failures == {}
     assert read(source)[0] == [["a caption"]] * COUNT
     assert len(server.requests) > COUNT
 
@@ -156,7 +154,7 @@ def test_passing_failures_are_tried_again(server, source, failure):
         (complete("a long", finish="length"), "longer than max_tokens"),
         (complete("  "), "empty"),
         (fail(400, "the image is too large"), "400.*too large"),
-        (fail(200, "<html>garbage</html>"), "no answer.*"),
+        (fail(200, "<html>garbage</html>"), "no chat completion.*garbage"),
         (fail(200, '{"choices": []}'), "no chat completion"),
         (fail(200, '{"choices": [{"message": {"content": 7}}]}'), "no chat completion"),
         (fail(500, "crashed"), "500.*crashed"),
