@@ -1,17 +1,27 @@
-"""Samples of several systems, matched by their prompts."""
+"""Samples of several systems, matched by their prompts, and anonymous and degraded copies of them."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dit_video.core.errors import MissingError, UserError
+import av
+
+from dit_video.core import rng
+from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.evaluation.distortions import distort
 from dit_video.evaluation.samples import PROMPTS_FILE, list_samples
+from dit_video.video import Clip, decode
 
 SUFFIXES = (".mp4", ".webm", ".png")
 """Suffixes of files that a page can hold."""
 _MAX_NAMED = 3
 """Maximum number of prompts that an error names."""
+_BLUR = 1 / 16
+"""Standard deviation of the blur of a degraded copy, in parts of the shorter side."""
+_NOISE = 32
+"""Standard deviation of its noise, of 255."""
 
 
 class PromptSamples(NamedTuple):
@@ -86,3 +96,39 @@ def _read_folder(folder: Path) -> dict[tuple[str, int], Path]:
         files[prompt, counts[prompt]] = file
         counts[prompt] += 1
     return files
+
+
+def copy_sample(source: Path, target: Path) -> None:
+    """Copy a sample without what its file says about itself, such as how and with which weights it was sampled.
+
+    Pixels do not change: the packets of a video are copied, and an image is written again without loss.
+
+    Raises:
+      DecodeError: the file is damaged.
+    """
+    if source.suffix.lower() == ".png":
+        replace(decode(source), recipe={}).save(target)
+        return
+    # The version of the program that wrote a file would distinguish a sample from its degraded copy; files of
+    # `Clip.save` have none. The index of an mp4 comes first, so that a browser plays it before all is loaded.
+    options = {"fflags": "+bitexact"}
+    if source.suffix.lower() == ".mp4":
+        options["movflags"] = "+faststart"
+    try:
+        with av.open(str(source)) as container, av.open(str(target), "w", options=options) as output:
+            stream = container.streams.video[0]
+            copy = output.add_stream_from_template(stream)
+            copy.metadata.clear()
+            for packet in container.demux(stream):
+                if packet.dts is not None:  # the last packet is empty
+                    packet.stream = copy
+                    output.mux(packet)
+    except (av.error.FFmpegError, IndexError) as error:
+        raise DecodeError(f"{source} cannot be decoded ({error}); sample it again") from error
+
+
+def degrade(clip: Clip, *, seed: int) -> Clip:
+    """Return a copy that everybody who looks prefers the clip to: blurred, and with noise that differs by frame."""
+    generator = rng.make_generator(seed, "degraded copy")
+    blurred = distort(clip, "blur", max(1.0, _BLUR * min(clip.height, clip.width)), generator)
+    return Clip(frames=distort(blurred, "noise", _NOISE, generator).frames, fps=clip.fps)

@@ -8,16 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit_video.curation.raters import PageOptions, get_key_path, write_page
-from dit_video.curation.raters.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
-from dit_video.curation.raters.votes import PageKey
-from dit_video.curation.raters.votes.page_key import TIE
+from dit_video.curation.raters import PageOptions, get_key_path, load_default_prompt_domains, write_page
+from dit_video.curation.raters.votes import TIE, PageKey
 from support.chromium import open_chromium
 from support.sample_folders import write_sample_folder
 
 pytest.importorskip("playwright")
 
-PROMPTS = DEFAULT_PROMPT_DOMAINS.make_prompts(1)[:4]
+PROMPTS = load_default_prompt_domains().make_prompts(1)[:4]
 SYSTEMS = ("walrus", "heron", "ocelot")
 KEYS = {"left": "ArrowLeft", "tie": "ArrowDown", "right": "ArrowRight"}
 

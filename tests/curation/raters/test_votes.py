@@ -8,9 +8,8 @@ import pytest
 from scipy.special import expit
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.curation.raters.votes import PageKey, read_votes, summarize_votes
-from dit_video.curation.raters.votes.page_key import TIE
-from dit_video.curation.raters.votes.table import format_results
+from dit_video.curation.raters.vote_statistics import WinRate
+from dit_video.curation.raters.votes import TIE, PageKey, format_results, read_votes, summarize_votes
 from support.votes import make_entry, make_key, write_votes
 
 
@@ -24,7 +23,11 @@ def summarize(tmp_path, key, raters, **options):
 
 
 def get_rates(result):
-    return {(each.system, each.other, each.domain): each.win_rate for each in result.comparisons}
+    names = ("system", "other", "domain")
+    return {
+        tuple(each[name] for name in names): WinRate(*(each[name] for name in WinRate._fields))
+        for each in result["win_rates"]
+    }
 
 
 def test_the_key_is_read_as_it_was_written(tmp_path):
@@ -36,7 +39,7 @@ def test_the_key_is_read_as_it_was_written(tmp_path):
 def test_win_rates_are_of_the_system_whatever_its_side(tmp_path):
     key = make_key(prompts=6)
     results = summarize(tmp_path, key, {"Ada": lambda pair: "a", "Bo": lambda pair: "a" if pair.item < 3 else TIE})
-    rates = get_rates(results.questions["look"])
+    rates = get_rates(results["questions"]["look"])
     overall = rates["a", "b", "overall"]
     assert overall.value == 0.875
     assert (overall.wins, overall.ties, overall.losses, overall.prompts) == (9, 3, 0, 6)
@@ -48,11 +51,9 @@ def test_win_rates_are_of_the_system_whatever_its_side(tmp_path):
 def test_systems_are_ranked_as_planted(tmp_path):
     key = make_key("abc", prompts=12)
     best = summarize(tmp_path, key, {"Ada": lambda pair: min(pair.systems) if pair.item % 4 else max(pair.systems)})
-    scores = best.questions["prompt"].scores.scores
-    assert scores[0] > scores[1] > scores[2]
-    document = best.to_json()
-    assert json.loads(json.dumps(document, allow_nan=False))["systems"] == ["a", "b", "c"]
-    assert document["questions"]["prompt"]["bradley_terry"]["a"]["score"] == scores[0]
+    scores = best["questions"]["prompt"]["bradley_terry"]
+    assert scores["a"]["score"] > scores["b"]["score"] > scores["c"]["score"]
+    assert json.loads(json.dumps(best, allow_nan=False))["systems"] == ["a", "b", "c"]
     assert "Bradley–Terry score" in format_results(best)
 
 
@@ -64,15 +65,15 @@ def test_a_rater_who_fails_controls_is_excluded_with_a_note(tmp_path):
         "Cy": lambda pair: "a" if pair.name != "c0" else TIE,
     }
     results = summarize(tmp_path, key, raters)
-    assert [each.passed for each in results.raters.values()] == [4, 0, 3]
-    assert [each.is_excluded for each in results.raters.values()] == [False, True, False]
-    assert "4 of 4 control questions failed" in results.raters["Bo"].note
-    assert get_rates(results.questions["look"])["a", "b", "overall"].value == 1
+    assert [each["passed"] for each in results["raters"].values()] == [4, 0, 3]
+    assert [each["is_excluded"] for each in results["raters"].values()] == [False, True, False]
+    assert "4 of 4 control questions failed" in results["raters"]["Bo"]["note"]
+    assert get_rates(results["questions"]["look"])["a", "b", "overall"].value == 1
     assert "excluded: 4 of 4" in format_results(results)
     lenient = summarize(tmp_path, key, raters, max_failed_controls=1)
-    assert get_rates(lenient.questions["look"])["a", "b", "overall"].value == pytest.approx(2 / 3)
+    assert get_rates(lenient["questions"]["look"])["a", "b", "overall"].value == pytest.approx(2 / 3)
     strict = summarize(tmp_path, key, raters, max_failed_controls=0)
-    assert strict.raters["Cy"].is_excluded
+    assert strict["raters"]["Cy"]["is_excluded"]
     with pytest.raises(UserError, match=r"max_failed=2.*from 0 to 1"):
         summarize(tmp_path, key, raters, max_failed_controls=2)
 
@@ -80,18 +81,18 @@ def test_a_rater_who_fails_controls_is_excluded_with_a_note(tmp_path):
 def test_agreement_does_not_depend_on_which_system_wins(tmp_path):
     key = make_key(prompts=8)
     same = summarize(tmp_path, key, {"Ada": lambda pair: "a", "Bo": lambda pair: "a"})
-    assert same.questions["look"].agreement == pytest.approx(1)
+    assert same["questions"]["look"]["krippendorff_alpha"] == pytest.approx(1)
     opposite = summarize(tmp_path, key, {"Ada": lambda pair: "a", "Bo": lambda pair: "b"})
-    assert opposite.questions["look"].agreement < -0.5
+    assert opposite["questions"]["look"]["krippendorff_alpha"] < -0.5
     alone = summarize(tmp_path, key, {"Ada": lambda pair: "a"})
-    assert alone.questions["look"].agreement is None
+    assert alone["questions"]["look"]["krippendorff_alpha"] is None
 
 
 def test_a_rater_without_controls_is_kept_and_noted(tmp_path):
     results = summarize(tmp_path, make_key(), {"Ada": lambda pair: "a"})
-    assert not results.raters["Ada"].is_excluded
-    assert "no control question" in results.raters["Ada"].note
-    assert results.questions["look"].scores is None
+    assert not results["raters"]["Ada"]["is_excluded"]
+    assert "no control question" in results["raters"]["Ada"]["note"]
+    assert results["questions"]["look"]["bradley_terry"] is None
     assert "Bradley–Terry scores: none" in format_results(results)
 
 
@@ -116,9 +117,9 @@ SCORES = {"a": 0.8, "b": 0.0, "c": -0.8}
 def test_raters_of_different_pairs_determine_rates_and_scores_together(tmp_path):
     key = make_key("abc", prompts=40)
     results = summarize_votes(key, draw_raters(tmp_path, key, 300, pairs=10))
-    assert {each.votes for each in results.raters.values()} == {10}
-    question = results.questions["look"]
-    assert 100 < question.shared_pairs <= 120
+    assert {each["votes"] for each in results["raters"].values()} == {10}
+    question = results["questions"]["look"]
+    assert 100 < question["shared_pairs"] <= 120
     rates = get_rates(question)
     planted = {pair: expit(SCORES[pair[0]] - SCORES[pair[1]]) for pair in (("a", "b"), ("a", "c"), ("b", "c"))}
     for pair, expected in planted.items():
@@ -127,13 +128,13 @@ def test_raters_of_different_pairs_determine_rates_and_scores_together(tmp_path)
         assert low < expected < high
         assert high - low < 0.1
         assert overall.wins + overall.losses == pytest.approx(1000, abs=100)
-    intervals = question.scores.intervals
+    intervals = np.array([each["interval"] for each in question["bradley_terry"].values()])
     assert (intervals[:, 0] < [*SCORES.values()]).all()
     assert (intervals[:, 1] > [*SCORES.values()]).all()
     assert (np.ptp(intervals, axis=1) < 0.4).all()
     # Two raters of a pair differ with probability 2 p (1 - p), and by chance in half of the cases.
     differences = [2 * p * (1 - p) for p in planted.values()]
-    assert question.agreement == pytest.approx(1 - 2 * np.mean(differences), abs=0.05)
+    assert question["krippendorff_alpha"] == pytest.approx(1 - 2 * np.mean(differences), abs=0.05)
 
 
 def test_agreement_is_that_of_the_pairs_that_raters_share(tmp_path):
@@ -145,7 +146,7 @@ def test_agreement_is_that_of_the_pairs_that_raters_share(tmp_path):
 
     def summarize_pairs(*parts):
         paths = [write(name, numbers, answer) for name, numbers, answer in parts]
-        return summarize_votes(key, read_votes(paths, key)).questions["look"]
+        return summarize_votes(key, read_votes(paths, key))["questions"]["look"]
 
     def answer(pair):
         return "a" if pair.item % 4 else TIE
@@ -155,12 +156,12 @@ def test_agreement_is_that_of_the_pairs_that_raters_share(tmp_path):
 
     shared = summarize_pairs(("Ada", range(5), answer), ("Bo", range(5), opposite))
     apart = summarize_pairs(("Ada", range(7), answer), ("Bo", [0, 1, 2, 3, 4, 7, 8], opposite))
-    assert (shared.shared_pairs, apart.shared_pairs) == (5, 5)
-    assert apart.agreement == shared.agreement < 0
+    assert (shared["shared_pairs"], apart["shared_pairs"]) == (5, 5)
+    assert apart["krippendorff_alpha"] == shared["krippendorff_alpha"] < 0
     assert get_rates(apart)["a", "b", "overall"].wins > get_rates(shared)["a", "b", "overall"].wins
     alone = summarize_pairs(("Ada", range(5), answer), ("Bo", range(5, 9), answer))
-    assert (alone.shared_pairs, alone.agreement) == (0, None)
-    assert alone.left.prompts == 9
+    assert (alone["shared_pairs"], alone["krippendorff_alpha"]) == (0, None)
+    assert alone["left_win_rate"]["prompts"] == 9
 
 
 def test_raters_without_shared_pairs_or_with_equal_answers_have_no_agreement(tmp_path):
@@ -176,10 +177,10 @@ def test_an_unfinished_rater_counts_with_the_votes_there_are(tmp_path):
     key = make_key()
     path = write_votes(tmp_path / "v.json", key, " Ada  L ", [make_entry(key.pairs[0], "b")])
     results = summarize_votes(key, read_votes([path], key))
-    assert results.raters["Ada L"].votes == 1
-    assert get_rates(results.questions["look"])["a", "b", "overall"].value == 0
+    assert results["raters"]["Ada L"]["votes"] == 1
+    assert get_rates(results["questions"]["look"])["a", "b", "overall"].value == 0
     empty = summarize_votes(key, read_votes([write_votes(tmp_path / "w.json", key, "Bo", [])], key))
-    assert get_rates(empty.questions["look"])["a", "b", "overall"].value is None
+    assert get_rates(empty["questions"]["look"])["a", "b", "overall"].value is None
     assert "no votes" in format_results(empty)
 
 

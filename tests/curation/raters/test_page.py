@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.curation.raters import PageOptions, get_key_path, name_systems, read_sample_sets, write_page
-from dit_video.curation.raters.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
-from dit_video.curation.raters.media import copy_sample, degrade
+from dit_video.curation.raters import PageOptions, get_key_path, load_default_prompt_domains, name_systems, write_page
+from dit_video.curation.raters.samples import copy_sample, degrade, read_sample_sets
 from dit_video.curation.raters.votes import PageKey
 from dit_video.video import Clip, decode, read_recipe
 from support.sample_folders import SECRET, write_sample_folder
 
-PROMPTS = DEFAULT_PROMPT_DOMAINS.make_prompts(1)[:4]
+DOMAINS = load_default_prompt_domains()
+PROMPTS = DOMAINS.make_prompts(1)[:4]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_every_pair_of_systems_is_compared_on_every_prompt(page):
     compared = [(pair.prompt, frozenset(pair.systems)) for pair in page[1].pairs if pair.control is None]
     pairs = map(frozenset, itertools.combinations(("walrus", "ocelot", "heron"), 2))
     assert Counter(compared) == Counter(itertools.product(PROMPTS, pairs))
-    assert {pair.domain for pair in page[1].pairs} == {DEFAULT_PROMPT_DOMAINS.find_domain(prompt) for prompt in PROMPTS}
+    assert {pair.domain for pair in page[1].pairs} == {DOMAINS.find_domain(prompt) for prompt in PROMPTS}
 
 
 def test_the_key_names_the_system_of_each_side(page, folders):
