@@ -184,7 +184,9 @@ class _Matcher:
     def __init__(self, read_thumbnails: ThumbnailReader, usable: Int64[np.ndarray, " n"], min_match: float):
         @functools.lru_cache(_CACHED_CLIPS)
         def read(clip: int) -> Float32[np.ndarray, "n h w"]:
-            return _normalize_frames(read_thumbnails(int(usable[clip])))
+            frames = read_thumbnails(int(usable[clip]))
+            centred = frames - frames.mean(axis=(1, 2), keepdims=True, dtype=np.float32)
+            return centred / np.maximum(np.sqrt((centred**2).sum(axis=(1, 2), keepdims=True)), 1e-6)
 
         self._read, self._min_match = read, min_match
 
@@ -198,11 +200,6 @@ class _Matcher:
                 return start + int(is_match.argmax())
             start, count = start + count, _MATCHED_CLIPS
         return len(others)
-
-
-def _normalize_frames(frames: UInt8[np.ndarray, "n h w"]) -> Float32[np.ndarray, "n h w"]:
-    centred = frames - frames.mean(axis=(1, 2), keepdims=True, dtype=np.float32)
-    return centred / np.maximum(np.sqrt((centred**2).sum(axis=(1, 2), keepdims=True)), 1e-6)
 
 
 def _find_clusters(rows: Float32[np.ndarray, "n P"], count: int) -> Int64[np.ndarray, "n m"]:

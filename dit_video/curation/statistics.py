@@ -89,9 +89,7 @@ def make_histogram(name: str, column: pa.ChunkedArray | pa.Array | np.ndarray, *
         pair = (Bin("true", true), Bin("false", len(values) - true))
         return Histogram(name, kind, len(values), nulls, pair)
     counts = pc.value_counts(values)  # chunk by chunk: joined texts may not exceed 2 GB
-    pairs = sorted(
-        zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True), key=_by_count
-    )
+    pairs = _sort_by_count(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True))
     kind = "category" if len(pairs) <= MAX_VALUES else "text"
     most = tuple(Bin(str(value), count) for value, count in pairs[:MAX_VALUES])
     return Histogram(name, kind, len(values), nulls, most, distinct=len(pairs))
@@ -142,8 +140,9 @@ def _count_numbers(name: str, numbers: np.ndarray, nulls: int, bins: int) -> His
     return Histogram(name, "number", len(numbers), nulls, parts, quantiles)
 
 
-def _by_count(pair: tuple[Any, int]) -> tuple[int, str]:
-    return -pair[1], str(pair[0])
+def _sort_by_count(counts: Iterable[tuple[Any, int]]) -> list[tuple[Any, int]]:
+    """Return values with their counts, sorted by count, then by value."""
+    return sorted(counts, key=lambda pair: (-pair[1], str(pair[0])))
 
 
 MEASURES = ("motion", "black", "frozen", "sharpness", "letterbox")
@@ -184,8 +183,7 @@ def make_clip_histograms(clips: ClipSource) -> dict[str, dict[str, int]]:
 
 
 def _count_values(values: Iterable[str]) -> dict[str, int]:
-    """Return the counts of values, sorted by count, then by name."""
-    return dict(sorted(collections.Counter(values).items(), key=lambda entry: (-entry[1], entry[0])))
+    return dict(_sort_by_count(collections.Counter(values).items()))
 
 
 def _count_bins(indices: Iterable[int], names: Sequence[str]) -> dict[str, int]:
@@ -232,17 +230,13 @@ def compute_caption_statistics(captions: Sequence[tuple[str, ...]]) -> dict[str,
         "words": _compute_quantiles([len(caption_words) for caption_words in words]),
         "characters": _compute_quantiles([len(text) for text in texts]),
         "vocabulary": len(vocabulary),
-        "frequent_words": tuple(_get_most_frequent(vocabulary.items())),
+        "frequent_words": tuple(_sort_by_count(vocabulary.items())[:MAX_LISTED]),
         "distinct": len(repeats),
         "repeated": tuple(
             (text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + "…", count)
-            for text, count in _get_most_frequent((text, count) for text, count in repeats.items() if count > 1)
+            for text, count in _sort_by_count(pair for pair in repeats.items() if pair[1] > 1)[:MAX_LISTED]
         ),
     }
-
-
-def _get_most_frequent(counts: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    return sorted(counts, key=lambda entry: (-entry[1], entry[0]))[:MAX_LISTED]
 
 
 def _compute_quantiles(values: list[int]) -> dict[str, float | int] | None:

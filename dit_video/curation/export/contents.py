@@ -1,6 +1,7 @@
 """Clips that are exported: those that are trained on and meet a condition, each with the path of its file."""
 
 import base64
+import itertools
 import math
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
@@ -203,8 +204,13 @@ class ExportContents:
 
     def _read_captions(self, rows: np.ndarray) -> list[tuple[str, ...]]:
         columns = [self.take(name, rows).to_pylist() for name in self.captions]
-        texts = ([text for value in values for text in _list_texts(value)] for values in zip(*columns, strict=True))
-        return [tuple(dict.fromkeys(each)) for each in texts] if columns else [()] * len(rows)
+        if not columns:
+            return [()] * len(rows)
+        clips = []
+        for values in zip(*columns, strict=True):
+            lists = (value if isinstance(value, list) else [value] for value in values)
+            clips.append(tuple(dict.fromkeys(text for text in itertools.chain(*lists) if text)))
+        return clips
 
 
 class WrittenFiles(NamedTuple):
@@ -259,10 +265,6 @@ def _check_columns(table: Table, captions: Sequence[str], vectors: Sequence[str]
     if wrong := [name for name in captions if not is_text(table.types[name])]:
         known = ", ".join(find_caption_columns(table.types))
         raise UserError(f"captions={wrong[0]} is invalid: it holds no texts. Use columns of captions: {known}.")
-
-
-def _list_texts(value: str | list[str | None] | None) -> list[str]:
-    return [text for text in (value if isinstance(value, list) else [value]) if text]
 
 
 def _to_json(value: Any, *, is_hash: bool) -> Any:

@@ -55,6 +55,7 @@ def make_croissant(contents: ExportContents, folder: Path, *, texts: Sequence[st
     path_column = "path" if lists[0].endswith(".csv") else "file_name"
     names = [path_column, *texts, *(f"{name}_column" if name in RESERVED else name for name in contents.columns)]
     types = contents.clips.table.types
+    encoding = _ENCODINGS.get(suffixes[0], "video/mp4") if len(suffixes) == 1 else "application/octet-stream"
     return {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -66,7 +67,7 @@ def make_croissant(contents: ExportContents, folder: Path, *, texts: Sequence[st
         "url": "https://huggingface.co/datasets",
         "distribution": [
             _make_file_set("lists", lists, _ENCODINGS[Path(lists[0]).suffix]),
-            _make_file_set("clips", [f"**/*{suffix}" for suffix in suffixes], _find_encoding(suffixes)),
+            _make_file_set("clips", [f"**/*{suffix}" for suffix in suffixes], encoding),
         ],
         "recordSet": [
             {
@@ -81,10 +82,6 @@ def make_croissant(contents: ExportContents, folder: Path, *, texts: Sequence[st
 
 def _make_file_set(name: str, includes: Sequence[str], encoding: str) -> dict[str, Any]:
     return {"@type": "cr:FileSet", "@id": name, "name": name, "encodingFormat": encoding, "includes": list(includes)}
-
-
-def _find_encoding(suffixes: Sequence[str]) -> str:
-    return _ENCODINGS.get(suffixes[0], "video/mp4") if len(suffixes) == 1 else "application/octet-stream"
 
 
 def _make_field(name: str, type: pa.DataType | None) -> dict[str, Any]:

@@ -200,13 +200,10 @@ def write_csv_table(contents: ExportContents, folder: Path) -> WrittenFiles:
             if names is None:
                 names = list(clip.values)
                 writer.writerow(["path", "text", *names])
-            values = [_format(clip.values[name]) for name in names]
+            values = [clip.values[name] for name in names]
+            values = [json.dumps(each, ensure_ascii=False) if isinstance(each, list) else each for each in values]
             writer.writerows([clip.path, text, *values] for text in clip.captions or ("",))
     return WrittenFiles({"train": [TABLE]})
-
-
-def _format(value) -> str | float | int | None:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,18 +99,20 @@ class PageKey:
             raise UserError(f"{path} is no key of a page: format {FORMAT} and pairs are missing. Use PAGE.key.json")
         try:
             values = {name: value for name, value in document.items() if name != "format"}
-            pairs = tuple(_parse_pair(entry) for entry in document["pairs"])
+            pairs = tuple(
+                PagePair(
+                    **entry
+                    | {name: tuple(entry[name]) for name in ("sides", "systems")}
+                    | {"control": None if entry["control"] is None else PageControl(**entry["control"])}
+                )
+                for entry in document["pairs"]
+            )
             key = cls(**values | {"pairs": pairs, "systems": tuple(document["systems"])})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is a damaged key ({error!r}). Make the page again") from error
         if unknown := {system for pair in pairs for system in pair.systems} - set(key.systems):
             raise UserError(f"{path} is a damaged key: {min(unknown)} is none of its systems. Make the page again")
         return key
-
-
-def _parse_pair(entry: Mapping[str, Any]) -> PagePair:
-    control = None if entry["control"] is None else PageControl(**entry["control"])
-    return PagePair(**{**entry, **{name: tuple(entry[name]) for name in ("sides", "systems")}, "control": control})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +185,12 @@ def _parse_vote(entry: Any, place: str, pairs: Mapping[str, PagePair]) -> Vote:
             raise UserError(f"{place}: {name}={values.get(name)!r} is invalid: {rule}. Use the votes as exported.")
 
     check("pair", values.get("pair") in [*pairs], "the page has no such pair")
-    pair, seconds = pairs[values["pair"]], values.get("seconds")
+    pair = pairs[values["pair"]]
     for question in QUESTIONS:
         check(question, values.get(question) in (*pair.sides, TIE), f"an answer is a side of the pair, or {TIE!r}")
     check("left", values.get("left") in pair.sides, "it must be a side of the pair")
-    is_time = type(seconds) in (int, float) and math.isfinite(seconds) and seconds >= 0
-    check("seconds", is_time, "it must be a number, 0 or more")
+    is_number = type(values.get("seconds")) in (int, float)
+    check("seconds", is_number and 0 <= values["seconds"] < math.inf, "it must be a number, 0 or more")
     answers = {question: values[question] for question in QUESTIONS}
     return Vote(pair=pair, answers=answers, left=values["left"], seconds=float(values["seconds"]))
 
