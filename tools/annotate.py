@@ -24,13 +24,13 @@ from dit_video.curation.annotate import (
     find_pending,
 )
 from dit_video.curation.annotator import Annotator, AnyAnnotator
-from dit_video.curation.annotators.captions import Captions
-from dit_video.curation.annotators.clip_scores import ClipScores
-from dit_video.curation.annotators.duplicates import Duplicates
-from dit_video.curation.annotators.motion_vectors import MotionVectors
-from dit_video.curation.annotators.text_area import TextArea
-from dit_video.curation.histograms import format_histograms, make_histogram
-from dit_video.curation.registry import ANNOTATORS, check_names
+from dit_video.curation.annotators import ANNOTATORS, check_names
+from dit_video.curation.camera_motion import MotionVectors
+from dit_video.curation.captions import Captions
+from dit_video.curation.clip_scores import ClipScores
+from dit_video.curation.near_duplicates import Duplicates
+from dit_video.curation.statistics import format_histograms, make_histogram
+from dit_video.curation.text_area import TextArea
 from dit_video.data.clips import ClipSource
 from dit_video.data.tables import take_rows
 from dit_video.training.hooks.logging import Progress

@@ -26,9 +26,9 @@ from rich.table import Table
 from dit_video.core import rng
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.ingest.formats import ListedClip, list_clips
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.workers import Workers, count_cores
 from dit_video.video import Clip, encode
 

@@ -15,6 +15,7 @@ import tyro
 from dit_video.apps.reports.ingest_report import PAGE, write_ingest_report
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.ingest.completion import discard_transient_parts
 from dit_video.data.ingest.engine import (
     IngestConfig,
@@ -60,7 +61,7 @@ class Cluster:
 def main(
     source: Source,
     destination: Destination,
-    config: Config = IngestConfig(),  # noqa: B008  # frozen
+    config: Config = IngestConfig(screening=ScreeningConfig()),  # noqa: B008  # frozen
     cluster: Annotated[Cluster, tyro.conf.arg(name="")] = Cluster(),
     workers: int | None = None,
     retry: bool = False,

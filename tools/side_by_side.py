@@ -12,9 +12,15 @@ import tyro
 from dit_video.core.command_line import check_minimum, parse_arguments, parse_size
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
-from dit_video.curation.raters import PageOptions, get_key_path, name_systems, write_page
-from dit_video.curation.raters.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
-from dit_video.curation.raters.prompt_domains import PromptDomains, read_prompt_domains
+from dit_video.curation.raters import (
+    PageOptions,
+    PromptDomains,
+    get_key_path,
+    load_default_prompt_domains,
+    name_systems,
+    read_prompt_domains,
+    write_page,
+)
 
 
 def main(
@@ -58,7 +64,7 @@ def main(
     """
     check_minimum(1, prompts_per_domain=prompts_per_domain)
     check_minimum(0, seed=seed)
-    chosen = DEFAULT_PROMPT_DOMAINS if domains is None else read_prompt_domains(domains)
+    chosen = load_default_prompt_domains() if domains is None else read_prompt_domains(domains)
     if prompts_out is None and out is None:
         raise UserError(
             "--out is missing. Use SAMPLES SAMPLES --out PAGE, or --prompts-out FILE for a list of prompts."

@@ -12,8 +12,7 @@ import tyro
 from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.files import write_json
-from dit_video.curation.raters.votes import PageKey, read_votes, summarize_votes
-from dit_video.curation.raters.votes.table import format_results
+from dit_video.curation.raters import PageKey, format_results, read_votes, summarize_votes
 
 
 def main(
@@ -38,7 +37,7 @@ def main(
     page_key = PageKey.read(key)
     results = summarize_votes(page_key, read_votes(votes, page_key), max_failed_controls=max_failed_controls)
     if out is not None:
-        write_json(out, results.to_json())
+        write_json(out, results)
     print(format_results(results))
 
 

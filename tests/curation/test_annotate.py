@@ -11,10 +11,10 @@ import pytest
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import to_storage_path
-from dit_video.curation import annotation_files
+from dit_video.curation import annotate as annotation
 from dit_video.curation.annotate import annotate, annotate_table, compute_keys
 from dit_video.curation.annotator import AnnotationError, Annotator, Column, TableAnnotator
-from dit_video.curation.registry import ANNOTATORS, check_names
+from dit_video.curation.annotators import ANNOTATORS, check_names
 from dit_video.data.tables import Table, write_column
 from support.annotated_clips import make_clip, open_clips
 
@@ -297,17 +297,17 @@ def test_a_clip_that_changes_while_others_are_annotated_is_not_pending_forever(c
 
 
 def test_a_part_that_is_written_while_others_are_merged_is_kept(contents, tmp_path, monkeypatch):
-    source, write = open_clips(tmp_path, contents), annotation_files.write
+    source, write = open_clips(tmp_path, contents), annotation.write_columns
 
     def write_with_another(folder, name, table, note):
         write(folder, name, table, note)
         if name == "sizes":  # another process ends at this moment
-            monkeypatch.setattr(annotation_files, "write", write)
+            monkeypatch.setattr(annotation, "write_columns", write)
             rows = [{"clip": 0, "id": source.infos[0].id, "size": 7, "num_captions": 7.0}]
             own = {"sizes_error": None, "sizes_key": int(compute_keys(source, Sizes())[0])}
-            annotation_files.write_rows(folder, Sizes(), [row | own for row in rows])
+            annotation.write_rows(folder, Sizes(), [row | own for row in rows])
 
-    monkeypatch.setattr(annotation_files, "write", write_with_another)
+    monkeypatch.setattr(annotation, "write_columns", write_with_another)
     annotate(source, Sizes())
     assert len(list((tmp_path / "columns" / "sizes.parts").iterdir())) == 1
     annotate(source, Sizes())

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import DecodeError
-from dit_video.curation.block_motion import read_block_vectors
-from dit_video.curation.camera_motion import BlockVectors, compute_shake, label_camera, track_camera
+from dit_video.curation.camera_motion import BlockVectors, compute_shake, label_camera, read_block_vectors, track_camera
 from dit_video.scenes import CameraMotion, draw_scene, render
 from dit_video.tokens import Grid
 from dit_video.video import Clip, encode

@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from dit_video.core.pixels import resize
-from dit_video.curation import measures, samples
-from dit_video.curation.measures import Borders
-from dit_video.curation.samples import FrameSample
-from dit_video.curation.thumbnails import ThumbnailMaker
+from dit_video.curation import measures
+from dit_video.curation.measures import Borders, FrameSample, ThumbnailMaker
 
 lumas = arrays.arrays(
     np.float64,
@@ -29,7 +27,7 @@ def texture(height=96, width=128, *, seed=0):
 
 def test_luma_weighs_the_colours():
     colours = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 200, 200]]], np.uint8)
-    np.testing.assert_allclose(measures.luma(colours), [[76.245, 149.685, 29.07, 200]], rtol=1e-5)
+    np.testing.assert_allclose(measures.compute_luma(colours), [[76.245, 149.685, 29.07, 200]], rtol=1e-5)
 
 
 @given(lumas, st.floats(-50, 50))
@@ -50,12 +48,14 @@ def test_black_needs_nearly_all_pixels():
 @given(lumas)
 def test_sharpness_is_the_variance_of_the_laplacian(luma):
     expected = scipy.ndimage.laplace(luma)[1:-1, 1:-1].var()
-    assert measures.sharpness(luma) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert measures.compute_sharpness(luma) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_blur_lowers_sharpness():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.float64)
-    blurred = [measures.sharpness(scipy.ndimage.gaussian_filter(noise, sigma)) for sigma in (0.0, 1.0, 2.0, 4.0)]
+    blurred = [
+        measures.compute_sharpness(scipy.ndimage.gaussian_filter(noise, sigma)) for sigma in (0.0, 1.0, 2.0, 4.0)
+    ]
     assert blurred == sorted(blurred, reverse=True)
     assert blurred[3] < blurred[0] / 1000
 
@@ -92,7 +92,7 @@ def test_the_hash_depends_on_low_frequencies(seed):
 
 def test_the_hash_is_robust_to_copies():
     frame = np.repeat(texture()[..., None], 3, axis=-1)
-    bits = measures.perceptual_hash(measures.luma(frame))
+    bits = measures.perceptual_hash(measures.compute_luma(frame))
     assert bits is not None
     copies = {
         "resized": resize(frame[None], 53, 70)[0],
@@ -100,7 +100,7 @@ def test_the_hash_is_robust_to_copies():
         "noisy": np.clip(frame + np.random.default_rng(1).normal(0, 8, frame.shape), 0, 255).astype(np.uint8),
     }
     for name, copy in copies.items():
-        assert (bits ^ measures.perceptual_hash(measures.luma(copy))).bit_count() <= 4, name
+        assert (bits ^ measures.perceptual_hash(measures.compute_luma(copy))).bit_count() <= 4, name
     others = [measures.perceptual_hash(texture(seed=seed).astype(float)) for seed in range(1, 30)]
     assert min((bits ^ other).bit_count() for other in others) > 10
 
@@ -117,51 +117,51 @@ def sample(steps=1, difference=0.0, *, black=False, sharpness=0.0, hash=None, bo
 
 def test_motion_is_the_change_per_second():
     # 8 differences in 1 s; what came before the first sample is another shot's.
-    assert samples.compute_motion([sample(difference=200.0), *[sample(difference=3.0)] * 8]) == pytest.approx(24)
+    assert measures.compute_motion([sample(difference=200.0), *[sample(difference=3.0)] * 8]) == pytest.approx(24)
     # The same change in pictures that are shown longer.
-    assert samples.compute_motion([sample(4), sample(4, 12.0), sample(1, 12.0)]) == pytest.approx(24)
-    assert samples.compute_motion([sample(difference=9.0)]) == 0
+    assert measures.compute_motion([sample(4), sample(4, 12.0), sample(1, 12.0)]) == pytest.approx(24)
+    assert measures.compute_motion([sample(difference=9.0)]) == 0
 
 
 def test_frozen_time_is_the_share_of_still_frames():
     moving, still = sample(difference=5.0), sample(difference=0.1)
-    assert samples.compute_frozen_share([moving] * 9) == 0
-    assert samples.compute_frozen_share([moving, *[still] * 8, *[moving] * 8]) == pytest.approx(8 / 16)
-    assert samples.compute_frozen_share([moving, *[still] * 7, *[moving] * 9]) == 0  # below a second
-    assert samples.compute_frozen_share([moving, *[still] * 3]) == 1  # all of it
-    assert samples.compute_frozen_share([moving, sample(9, 5.0), *[moving] * 7]) == pytest.approx(
+    assert measures.compute_frozen_share([moving] * 9) == 0
+    assert measures.compute_frozen_share([moving, *[still] * 8, *[moving] * 8]) == pytest.approx(8 / 16)
+    assert measures.compute_frozen_share([moving, *[still] * 7, *[moving] * 9]) == 0  # below a second
+    assert measures.compute_frozen_share([moving, *[still] * 3]) == 1  # all of it
+    assert measures.compute_frozen_share([moving, sample(9, 5.0), *[moving] * 7]) == pytest.approx(
         8 / 16
     )  # one frame, long shown
-    assert samples.compute_frozen_share([sample(2, 5.0)] * 20) == 0  # four frames a second
-    assert samples.compute_frozen_share([moving]) == 0
+    assert measures.compute_frozen_share([sample(2, 5.0)] * 20) == 0  # four frames a second
+    assert measures.compute_frozen_share([moving]) == 0
 
 
 def test_black_time_is_weighted():
-    assert samples.compute_black_share([sample(3, black=True), sample(1)]) == pytest.approx(0.75)
+    assert measures.compute_black_share([sample(3, black=True), sample(1)]) == pytest.approx(0.75)
 
 
 def test_sharpness_is_of_pictures_that_are_not_black():
     values = [sample(sharpness=value) for value in (1.0, 50.0, 900.0)]
-    assert samples.compute_median_sharpness([*values, *[sample(black=True, sharpness=0.0)] * 9]) == 50
-    assert samples.compute_median_sharpness([sample(black=True)]) == 0
+    assert measures.compute_median_sharpness([*values, *[sample(black=True, sharpness=0.0)] * 9]) == 50
+    assert measures.compute_median_sharpness([sample(black=True)]) == 0
 
 
 def test_the_letterbox_is_that_of_nine_pictures_in_ten():
     barred, subtitled = sample(borders=Borders(10, 12, 0, 0)), sample(borders=Borders(10, 2, 0, 0))
     black = sample(black=True)
-    assert samples.find_letterbox([barred] * 19 + [subtitled] + [black] * 9, 100, 200) == Borders(10, 12, 0, 0)
-    assert samples.find_letterbox([barred] * 8 + [subtitled] * 2, 100, 200) == Borders(10, 2, 0, 0)
-    assert samples.find_letterbox([barred], 50, 300) == Borders(5, 6, 0, 0)  # shown at another size
-    assert samples.find_letterbox([black], 100, 200) == Borders(0, 0, 0, 0)
+    assert measures.find_letterbox([barred] * 19 + [subtitled] + [black] * 9, 100, 200) == Borders(10, 12, 0, 0)
+    assert measures.find_letterbox([barred] * 8 + [subtitled] * 2, 100, 200) == Borders(10, 2, 0, 0)
+    assert measures.find_letterbox([barred], 50, 300) == Borders(5, 6, 0, 0)  # shown at another size
+    assert measures.find_letterbox([black], 100, 200) == Borders(0, 0, 0, 0)
 
 
 def test_hashes_are_spread_over_the_clip():
     one_each = [sample(hash=number) for number in range(80)]
-    assert samples.select_hashes(one_each) == (9, 29, 49, 69)
-    assert samples.select_hashes([sample(70, hash=1), sample(10, hash=2)]) == (1, 1, 1, 1)
-    assert samples.select_hashes([sample(50, hash=1), sample(20, hash=None), sample(10, hash=2)]) == (1, 1, 1, 2)
-    assert samples.select_hashes([sample(hash=7)]) == (7, 7, 7, 7)
-    assert samples.select_hashes([sample(), sample()]) is None
+    assert measures.select_hashes(one_each) == (9, 29, 49, 69)
+    assert measures.select_hashes([sample(70, hash=1), sample(10, hash=2)]) == (1, 1, 1, 1)
+    assert measures.select_hashes([sample(50, hash=1), sample(20, hash=None), sample(10, hash=2)]) == (1, 1, 1, 2)
+    assert measures.select_hashes([sample(hash=7)]) == (7, 7, 7, 7)
+    assert measures.select_hashes([sample(), sample()]) is None
 
 
 @pytest.mark.parametrize("pixel_format", ["yuv420p", "yuvj444p", "yuv422p"])

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
-from dit_video.curation.shots import CutDetector, Span, split_at_transitions
-from dit_video.curation.transitions import HEIGHT, WIDTH, detect_transitions
-from dit_video.data.ingest.quality_filter import ScreeningConfig, screen
+from dit_video.curation.screening import ScreeningConfig
+from dit_video.curation.shots import HEIGHT, WIDTH, CutDetector, Span, detect_transitions, split_at_transitions
 from dit_video.scenes.edits import DetectionScore, EditTransition, render_edited, score_transitions
 from dit_video.video import Clip, decode, encode
 from support.screening import list_dropped, list_kept
@@ -32,7 +31,7 @@ def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     content = encode(Clip(scene(COLOURS[0], 4), fps=10), "mp4")
     with pytest.raises(UserError, match=r"pip install -e '\.\[ingest\]'"):
-        screen(content, "a", ScreeningConfig(shots="content"))
+        ScreeningConfig(shots="content").screen(content, "a")
 
 
 @given(st.lists(st.integers(1, 50)), st.integers(1, 60))
@@ -65,23 +64,22 @@ def test_cuts_are_found_to_the_frame(detector):
 
 def test_a_file_without_a_cut_is_one_clip_with_its_own_name(detector):
     content = encode(Clip(scene(COLOURS[0], 20), fps=10), "mp4")
-    screened = screen(content, "a.mp4", ScreeningConfig(shots=detector))
-    probed = screen(content, "a.mp4", ScreeningConfig())
+    screened = ScreeningConfig(shots=detector).screen(content, "a.mp4")
+    probed = ScreeningConfig().screen(content, "a.mp4")
     (shot,), (expected,) = list_kept(screened), list_kept(probed)
     for name in ("name", "start", "frames", "fps", "seconds", "height", "width", "codec", "transfer"):
         assert getattr(shot, name) == getattr(expected, name), name
     assert screened.shots[0].stop == probed.shots[0].stop
     assert screened.facts == probed.facts
-    assert list(screened.times) == list(probed.times)
     image = encode(Clip(scene(COLOURS[0], 1), fps=1), "png")
-    assert [shot.name for shot in list_kept(screen(image, "a.png", ScreeningConfig(shots=detector)))] == ["a.png"]
+    assert [shot.name for shot in list_kept(ScreeningConfig(shots=detector).screen(image, "a.png"))] == ["a.png"]
 
 
 @pytest.mark.parametrize("fps", [10.0, 30000 / 1001])
 def test_shots_are_time_ranges_of_the_file(detector, fps):
     frames = scenes(20, 31, 24)
     content = encode(Clip(frames, fps=fps), "mp4")
-    screened = screen(content, "a/b.mp4", ScreeningConfig(shots=detector))
+    screened = ScreeningConfig(shots=detector).screen(content, "a/b.mp4")
     assert list_dropped(screened) == []
     assert [shot.name for shot in list_kept(screened)] == ["a/b.mp4#0", "a/b.mp4#1", "a/b.mp4#2"]
     whole, first = decode(content).frames, 0
@@ -98,24 +96,24 @@ def test_shots_are_time_ranges_of_the_file(detector, fps):
 
 def test_short_shots_are_dropped_and_names_stay(detector):
     content = encode(Clip(scenes(20, 4, 20), fps=10), "mp4")
-    screened = screen(content, "a", ScreeningConfig(shots=detector))
+    screened = ScreeningConfig(shots=detector).screen(content, "a")
     assert list_dropped(screened) == [("a#1", "shot of 0.4 s is below 0.5 s")]
     assert [judged.is_cut for judged in screened.shots] == [False, True, False]
     assert [shot.name for shot in list_kept(screened)] == ["a#0", "a#2"]
-    assert len(list_kept(screen(content, "a", ScreeningConfig(shots=detector, min_shot=0.4)))) == 3
+    assert len(list_kept(ScreeningConfig(shots=detector, min_shot=0.4).screen(content, "a"))) == 3
 
 
 @pytest.mark.parametrize("fps", [10.0, 30000 / 1001])
 def test_shots_are_shown_until_the_next_one(detector, fps):
     """The times of a file are those of its shots, none lost and none twice."""
-    shots = screen(encode(Clip(scenes(20, 31, 2, 24), fps=fps), "mp4"), "a", ScreeningConfig(shots=detector)).shots
+    shots = ScreeningConfig(shots=detector).screen(encode(Clip(scenes(20, 31, 2, 24), fps=fps), "mp4"), "a").shots
     assert [judged.stop for judged in shots[:-1]] == [judged.shot.start for judged in shots[1:]]
     assert shots[-1].stop == pytest.approx(77 / fps, abs=1e-3)
 
 
 def test_long_shots_are_cut_into_equal_parts(detector):
     content = encode(Clip(scenes(23, 20), fps=10), "mp4")
-    shots = list_kept(screen(content, "a", ScreeningConfig(shots=detector, max_clip_seconds=1)))
+    shots = list_kept(ScreeningConfig(shots=detector, max_clip_seconds=1).screen(content, "a"))
     assert [(shot.name, shot.frames) for shot in shots] == [
         ("a#0", 8),
         ("a#1", 8),
@@ -123,7 +121,7 @@ def test_long_shots_are_cut_into_equal_parts(detector):
         ("a#3", 10),
         ("a#4", 10),
     ]
-    shots = list_kept(screen(content, "a", ScreeningConfig(max_clip_seconds=3)))
+    shots = list_kept(ScreeningConfig(max_clip_seconds=3).screen(content, "a"))
     assert [shot.start for shot in shots] == pytest.approx([0, 2.2])
 
 
@@ -132,7 +130,7 @@ def test_shots_are_measured_each_by_itself(detector):
     frames = np.concatenate([scene(COLOURS[0], 20), still, np.zeros((20, 48, 64, 3), np.uint8)])
     content = encode(Clip(frames, fps=10), "mp4")
     config = ScreeningConfig(shots=detector, min_motion=0, max_frozen=1, max_black=0.9, max_letterbox=1)
-    screened = screen(content, "a", config)
+    screened = config.screen(content, "a")
     moving, held = list_kept(screened)
     assert list_dropped(screened) == [("a#2", "black 1 of the time is above 0.9")]
     assert moving.frozen == 0
@@ -146,8 +144,8 @@ def test_shots_are_measured_each_by_itself(detector):
 def test_the_threshold_is_the_detectors(detector):
     content = encode(Clip(scenes(20, 20), fps=10), "mp4")
     # A change of all pixels by 255, and a ratio that PySceneDetect limits to 255.
-    assert len(screen(content, "a", ScreeningConfig(shots=detector, shot_threshold=256)).shots) == 1
-    assert len(screen(content, "a", ScreeningConfig(shots=detector, shot_threshold=2)).shots) > 1
+    assert len(ScreeningConfig(shots=detector, shot_threshold=256).screen(content, "a").shots) == 1
+    assert len(ScreeningConfig(shots=detector, shot_threshold=2).screen(content, "a").shots) > 1
 
 
 def tiny(count: int, seed: int) -> np.ndarray:

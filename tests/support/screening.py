@@ -1,6 +1,6 @@
 """Kept and dropped shots of a screened file."""
 
-from dit_video.data.ingest.quality_filter import ScreeningResult, Shot
+from dit_video.data.ingest.screening import ScreeningResult, Shot
 
 
 def list_kept(screened: ScreeningResult) -> list[Shot]:

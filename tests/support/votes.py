@@ -2,7 +2,7 @@
 
 import json
 
-from dit_video.curation.raters.votes.page_key import TIE, PageControl, PageKey, PagePair
+from dit_video.curation.raters.votes import TIE, PageControl, PageKey, PagePair
 
 
 def make_key(systems=("a", "b"), prompts=4, controls=0):

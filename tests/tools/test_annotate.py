@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_video.curation.annotators.clip_scores import ClipScores
+from dit_video.curation.clip_scores import ClipScores
 from dit_video.scenes import draw_scene, render
 from dit_video.tokens import Grid
 from support.annotated_clips import FIELDS, make_clip, open_clips

@@ -2,8 +2,7 @@
 
 import json
 
-from dit_video.curation.raters.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
-from dit_video.curation.raters.votes import PageKey
+from dit_video.curation.raters import PageKey, load_default_prompt_domains
 from dit_video.sampling.request_file import read_requests
 from dit_video.tokens import Grid
 from support.sample_folders import write_sample_folder
@@ -18,7 +17,7 @@ def test_the_list_of_prompts_is_one_of_requests(tmp_path, script):
     assert done.code == 0, done.err
     assert "42 prompts of 21 domains" in done.out
     requests = read_requests(path)
-    assert [request.prompt for request in requests] == DEFAULT_PROMPT_DOMAINS.make_prompts(2, seed=5)
+    assert [request.prompt for request in requests] == load_default_prompt_domains().make_prompts(2, seed=5)
     assert {request.size for request in requests} == {Grid(17, 32, 48)}
     assert len({request.seed for request in requests}) == 42
     assert script(PAGE, "--prompts-out", path).code == 0

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from dit_video.core.pixels import resize
 from dit_video.curation.annotator import ClipFile
-from dit_video.curation.annotators.clip_scores import ClipScores
-from dit_video.curation.annotators.duplicates import Duplicates
+from dit_video.curation.clip_scores import ClipScores
+from dit_video.curation.near_duplicates import Duplicates
 from dit_video.data.clips import ClipInfo
 from dit_video.scenes import Scene, draw_scene, render
 from dit_video.tokens import Grid

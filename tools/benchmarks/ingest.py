@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dit_video.core.pixels import resize
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.ingest.engine import IngestConfig, ingest
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.scenes.edits import render_edited
 from dit_video.video.encode import encode_frames

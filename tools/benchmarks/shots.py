@@ -7,9 +7,8 @@ from typing import Any
 import av
 import numpy as np
 
-from dit_video.curation.shots import CutDetector, DetectorName
-from dit_video.curation.thumbnails import ThumbnailMaker
-from dit_video.curation.transitions import HEIGHT, WIDTH
+from dit_video.curation.measures import ThumbnailMaker
+from dit_video.curation.shots import HEIGHT, WIDTH, CutDetector, DetectorName
 from dit_video.scenes.edits import KINDS, DetectionScore, render_edited, score_transitions
 from dit_video.video import probe
 from dit_video.video.encode import encode_frames

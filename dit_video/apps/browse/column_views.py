@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float64, Int, UInt8
 
-from dit_video.curation.export.columns import is_bulky
+from dit_video.curation.export.contents import is_bulky
 from dit_video.data.tables import Table
 
 _BINS = 40

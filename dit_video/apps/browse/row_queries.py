@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int64
 
 from dit_video.apps.browse.column_views import ColumnView, get_kind, make_column_views
 from dit_video.core.errors import UserError
-from dit_video.curation.export.columns import find_caption_columns
+from dit_video.curation.export.contents import find_caption_columns
 from dit_video.data.clips import find_kept
 from dit_video.data.tables import Table
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from dit_video.curation.export.columns import is_bulky
+from dit_video.curation.export.contents import is_bulky
 from dit_video.data.tables import Table, take_rows
 
 _MAX_TEXT = 4000

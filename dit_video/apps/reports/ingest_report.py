@@ -13,8 +13,7 @@ from dit_video.apps.reports.template import render_template
 from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, write_text
-from dit_video.curation.caption_statistics import compute_caption_statistics
-from dit_video.curation.clip_histograms import make_clip_histograms
+from dit_video.curation.statistics import compute_caption_statistics, make_clip_histograms
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest.report import IngestReport
 from dit_video.tokens import Grid

@@ -1,6 +1,7 @@
 """Clips that are exported: those that are trained on and meet a condition, each with the path of its file."""
 
 import base64
+import itertools
 import math
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,11 +12,61 @@ import numpy as np
 import pyarrow as pa
 
 from dit_video.core.errors import UserError
-from dit_video.curation.export.columns import CAPTIONS, find_caption_columns, is_bulky, is_text
 from dit_video.curation.export.stored_clips import StoredClips, detect_media_type
 from dit_video.data.clips import find_kept
 from dit_video.data.ingest.formats.types import MEDIA, SPLITS
 from dit_video.data.tables import Table, take_rows
+
+CAPTIONS = "captions"
+"""Column of the captions of the source."""
+MAX_SHOWN_VALUES = 24
+"""Maximum number of numbers of a list that is read by people."""
+
+
+def find_caption_columns(types: Mapping[str, pa.DataType]) -> tuple[str, ...]:
+    """Return the columns of captions: `captions` first, then those of texts or lists of texts named `captions_*`.
+
+    Columns of errors, `captions_*_error`, are none.
+
+    Args:
+      types: types of the columns by name.
+    """
+    others = (name for name in types if name.startswith(f"{CAPTIONS}_") and not name.endswith("_error"))
+    return tuple(name for name in (CAPTIONS, *others) if name in types and is_text(types[name]))
+
+
+def is_text(type: pa.DataType) -> bool:
+    """Return whether values are texts or lists of texts."""
+    if pa.types.is_list(type) or pa.types.is_large_list(type):
+        type = type.value_type
+    return pa.types.is_string(type) or pa.types.is_large_string(type)
+
+
+def is_list(type: pa.DataType) -> bool:
+    """Return whether values are lists, also those of one length."""
+    return pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+
+
+def is_binary(type: pa.DataType) -> bool:
+    """Return whether values are bytes."""
+    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_fixed_size_binary(type)
+
+
+def is_bulky(table: Table, name: str) -> bool:
+    """Return whether a column holds bytes, or lists of more than 24 numbers on average, which nobody reads."""
+    type = table.types[name]
+    if is_binary(type):
+        return True
+    if not is_list(type) or not (pa.types.is_integer(type.value_type) or pa.types.is_floating(type.value_type)):
+        return False
+    if pa.types.is_fixed_size_list(type):
+        return type.list_size > MAX_SHOWN_VALUES
+    if type.value_type in (pa.uint8(), pa.int8()):
+        return True
+    chunks = [chunk for chunk in table.arrow(name).chunks if len(chunk)]
+    values = sum(chunk.offsets[-1].as_py() - chunk.offsets[0].as_py() for chunk in chunks)
+    return values > MAX_SHOWN_VALUES * sum(len(chunk) - chunk.null_count for chunk in chunks)
+
 
 _PLACES = {"file", "offset", "length", "crc32", "outcome", "reason", "transient", "chosen", "why", "id"}
 """Columns that are about the data set's own files, or alike for all that are exported."""
@@ -153,8 +204,13 @@ class ExportContents:
 
     def _read_captions(self, rows: np.ndarray) -> list[tuple[str, ...]]:
         columns = [self.take(name, rows).to_pylist() for name in self.captions]
-        texts = ([text for value in values for text in _list_texts(value)] for values in zip(*columns, strict=True))
-        return [tuple(dict.fromkeys(each)) for each in texts] if columns else [()] * len(rows)
+        if not columns:
+            return [()] * len(rows)
+        clips = []
+        for values in zip(*columns, strict=True):
+            lists = (value if isinstance(value, list) else [value] for value in values)
+            clips.append(tuple(dict.fromkeys(text for text in itertools.chain(*lists) if text)))
+        return clips
 
 
 class WrittenFiles(NamedTuple):
@@ -209,10 +265,6 @@ def _check_columns(table: Table, captions: Sequence[str], vectors: Sequence[str]
     if wrong := [name for name in captions if not is_text(table.types[name])]:
         known = ", ".join(find_caption_columns(table.types))
         raise UserError(f"captions={wrong[0]} is invalid: it holds no texts. Use columns of captions: {known}.")
-
-
-def _list_texts(value: str | list[str | None] | None) -> list[str]:
-    return [text for text in (value if isinstance(value, list) else [value]) if text]
 
 
 def _to_json(value: Any, *, is_hash: bool) -> Any:

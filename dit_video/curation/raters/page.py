@@ -1,5 +1,6 @@
 """The page: pairs of samples under random names, and its key in a file of its own."""
 
+import importlib.resources
 import itertools
 import math
 import zlib
@@ -8,17 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import jinja2
+from markupsafe import Markup
 
-from dit_video.apps.reports.template import render_template
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import atomic_path, write_text
-from dit_video.curation.raters.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
-from dit_video.curation.raters.media import copy_sample, write_degraded
-from dit_video.curation.raters.prompt_domains import PromptDomains
-from dit_video.curation.raters.sample_sets import PromptSamples, read_sample_sets
-from dit_video.curation.raters.votes.page_key import FORMAT, QUESTIONS, TIE, PageControl, PageKey, PagePair
+from dit_video.curation.raters.prompt_domains import PromptDomains, load_default_prompt_domains
+from dit_video.curation.raters.samples import PromptSamples, copy_sample, degrade, read_sample_sets
+from dit_video.curation.raters.votes import FORMAT, QUESTIONS, TIE, PageControl, PageKey, PagePair
+from dit_video.video import decode
 
 PAGE, MEDIA_FOLDER = "index.html", "media"
 
@@ -28,7 +28,7 @@ class PageOptions:
     """Options of a page.
 
     Raises:
-      UserError: a negative seed, a share that is negative or 1/2 or more, or a number below 1.
+      UserError: if the seed is negative, the share is negative or 1/2 or more, or a number is below 1.
     """
 
     title: str = "Which one is better?"
@@ -51,19 +51,12 @@ class PageOptions:
         check_at_least(1, control_sets=self.control_sets, pairs_per_rater=self.pairs_per_rater)
 
 
-class _Side(NamedTuple):
-    """A side of a pair before it has an id."""
-
-    system: str
-    source: Path
-    is_degraded: bool = False
-
-
 class _Draft(NamedTuple):
-    """A pair before it has ids; of a control the first side is right."""
+    """A pair before it has ids; of a control the first side is right, and both are of one system."""
 
     item: int
-    sides: tuple[_Side, _Side]
+    systems: tuple[str, str]
+    sources: tuple[Path, Path]
     control: str = ""
 
 
@@ -78,8 +71,8 @@ def write_page(
     out: str | Path,
     *,
     options: PageOptions | None = None,
-    domains: PromptDomains = DEFAULT_PROMPT_DOMAINS,
-    progress: Callable[[int, int], None] | None = None,
+    domains: PromptDomains | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PageKey:
     """Write the page of all pairs of systems on all prompts into a folder, and its key next to it; return the key.
 
@@ -91,21 +84,25 @@ def write_page(
       folders: folder of each system's samples, by the system's name.
       out: folder to write; it must not exist, since votes on an older page need that page's key.
       options: seed, share of controls and heading.
-      domains: config in which the domains of prompts are looked up.
+      domains: domains of prompts; the default ones if None.
       progress: called with the number of finished pairs and of all.
 
     Raises:
-      MissingError: no `prompts.json`, or no file of a sample.
-      UserError: the page or its key exists, the prompts of the systems do not match, or there are fewer comparisons
+      MissingError: if a folder has no `prompts.json`, or a sample's file does not exist.
+      UserError: if the page or its key exists, the prompts of the systems do not match, or there are fewer comparisons
         than each rater is to see.
     """
-    options, out = options or PageOptions(), Path(out).absolute()
+    options, domains, out = options or PageOptions(), domains or load_default_prompt_domains(), Path(out).absolute()
     for path in (out, get_key_path(out)):
         if path.exists():
             rule = "it exists, and votes on another page may need it"
             raise UserError(f"out={path} is invalid: {rule}. Use another folder, or remove the page and its key.")
     sets = read_sample_sets(folders)
-    drafts = _draft_comparisons(sets, [*folders])
+    drafts = [
+        _Draft(item, pair, (each.files[pair[0]], each.files[pair[1]]))
+        for item, each in enumerate(sets)
+        for pair in itertools.combinations(folders, 2)
+    ]
     comparisons = len(drafts) if options.pairs_per_rater is None else options.pairs_per_rater
     if comparisons > len(drafts):
         rule = f"the page has {len(drafts)} comparisons"
@@ -113,42 +110,77 @@ def write_page(
     controls = math.ceil(options.controls * comparisons)
     drafts += _draft_controls(sets, [*folders], options, count=controls, domains=domains)
     # Ids depend on the samples, too: two pages of one seed have none in common.
-    content = zlib.crc32(repr([(*folders,), sets]).encode())
-    generator = rng.make_generator(options.seed, "side by side", content)
-    order = generator.permutation(len(drafts)).tolist()
+    generator = rng.make_generator(options.seed, "side by side", zlib.crc32(repr([(*folders,), sets]).encode()))
     pairs: list[PagePair] = []
-    files: list[tuple[str, str]] = []
+    files: dict[str, str] = {}
     with atomic_path(out) as temporary:
         (temporary / MEDIA_FOLDER).mkdir(parents=True)
-        for draft in (drafts[index] for index in order):
-            pair, names = _make_pair(draft, sets[draft.item].prompt, domains, generator)
-            _write_sides(draft, names, temporary / MEDIA_FOLDER, seed=options.seed)
+        for index in generator.permutation(len(drafts)).tolist():
+            draft = drafts[index]
+            name, *ids = (generator.bytes(8).hex() for _ in range(3))
+            for side, source in zip(ids, draft.sources, strict=True):
+                files[side] = f"{MEDIA_FOLDER}/{side}{source.suffix.lower()}"
+                if draft.control == "degraded" and side == ids[1]:
+                    degrade(decode(source), seed=options.seed).save(temporary / files[side])
+                else:
+                    copy_sample(source, temporary / files[side])
+            first, second = generator.permutation(2).tolist()
+            question = "look" if draft.control == "degraded" else "prompt"
+            pair = PagePair(
+                name=name,
+                item=draft.item,
+                prompt=sets[draft.item].prompt,
+                domain=domains.find_domain(sets[draft.item].prompt),
+                sides=(ids[first], ids[second]),
+                systems=(draft.systems[first], draft.systems[second]),
+                control=PageControl(kind=draft.control, question=question, right=ids[0]) if draft.control else None,
+            )
             pairs.append(pair)
-            by_side = {Path(name).stem: name for name in names}
-            files.append((by_side[pair.sides[0]], by_side[pair.sides[1]]))
-            if progress is not None:
-                progress(len(pairs), len(drafts))
+            progress(len(pairs), len(drafts))
         key = PageKey(
-            page=_draw_id(generator),
+            page=generator.bytes(8).hex(),
             systems=(*folders,),
             seed=options.seed,
             pairs=tuple(pairs),
             comparisons_per_rater=comparisons,
             controls_per_rater=controls,
         )
-        write_text(temporary / PAGE, render_page(key, files, title=options.title))
+        write_text(temporary / PAGE, _render_page(key, files, options.title))
         key.write(get_key_path(out))
     return key
 
 
-def render_page(key: PageKey, files: Sequence[tuple[str, str]], *, title: str) -> str:
-    """Return the page as HTML, with what raters may know of the key: no systems or domains, nor what a control is.
+def _draft_controls(
+    sets: Sequence[PromptSamples], systems: Sequence[str], options: PageOptions, *, count: int, domains: PromptDomains
+) -> list[_Draft]:
+    """Return control pairs, by turns with a degraded copy and with a sample of another prompt, if there is one.
 
     Args:
-      key: the page's key.
-      files: names of the files of each pair's sides.
-      title: heading.
+      sets: samples of each prompt.
+      systems: names of the systems.
+      options: seed, and the number of sets of controls; there are fewer if they would repeat.
+      count: number of controls that a rater sees.
+      domains: domains of prompts: the other prompt is of another one if possible, so that it clearly does not follow.
     """
+    generator = rng.make_generator(options.seed, "controls")
+    drafts: list[_Draft] = []
+    order = generator.permutation(len(sets) * len(systems)).tolist()
+    for number in range(max(count, min(options.control_sets * count, 2 * len(order)))):
+        turn, place = divmod(number, len(order))
+        item, system_number = divmod(order[place], len(systems))
+        system, prompt = systems[system_number], sets[item].prompt
+        others = [each for each in sets if each.prompt != prompt]
+        others = [each for each in others if domains.find_domain(each.prompt) != domains.find_domain(prompt)] or others
+        right = wrong = sets[item].files[system]
+        control = "degraded"
+        if (place + turn) % 2 and others:
+            control, wrong = "other_prompt", others[int(generator.integers(len(others)))].files[system]
+        drafts.append(_Draft(item, (system, system), (right, wrong), control))
+    return drafts
+
+
+def _render_page(key: PageKey, files: Mapping[str, str], title: str) -> str:
+    """Return the page as HTML, with what raters may know of the key: no systems or domains, nor what a control is."""
     data: dict[str, Any] = {
         "format": FORMAT,
         "page": key.page,
@@ -158,16 +190,19 @@ def render_page(key: PageKey, files: Sequence[tuple[str, str]], *, title: str) -
             {
                 "name": pair.name,
                 "prompt": pair.prompt,
-                "sides": [
-                    {"name": side, "file": f"{MEDIA_FOLDER}/{file}"}
-                    for side, file in zip(pair.sides, names, strict=True)
-                ],
+                "sides": [{"name": side, "file": files[side]} for side in pair.sides],
             }
-            for pair, names in zip(key.pairs, files, strict=True)
+            for pair in key.pairs
         ],
         "draws": _list_draws(key),
     }
-    return render_template("side_by_side.html.jinja", title=title, data=data, questions=QUESTIONS)
+    folder = importlib.resources.files(__package__)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["read_asset"] = lambda name: Markup(folder.joinpath(name).read_text(encoding="utf-8"))
+    template = environment.from_string(folder.joinpath("side_by_side.html.jinja").read_text(encoding="utf-8"))
+    return template.render(title=title, data=data, questions=QUESTIONS)
 
 
 def _list_draws(key: PageKey) -> list[dict[str, Any]]:
@@ -182,88 +217,6 @@ def _list_draws(key: PageKey) -> list[dict[str, Any]]:
             if (pair.control is not None) == is_control:
                 stratum = frozenset(pair.systems) if pair.control is None else pair.control.kind
                 strata.setdefault(stratum, []).append(number)
-        total = sum(map(len, strata.values()))
-        if total:
-            draws.append({"count": total if count is None else count, "strata": [*strata.values()]})
+        if strata:
+            draws.append({"count": count, "strata": [*strata.values()]})
     return draws
-
-
-def _draft_comparisons(sets: Sequence[PromptSamples], systems: Sequence[str]) -> list[_Draft]:
-    """Return all pairs of systems on all prompts."""
-    return [
-        _Draft(item, (_Side(first, each.files[first]), _Side(second, each.files[second])))
-        for item, each in enumerate(sets)
-        for first, second in itertools.combinations(systems, 2)
-    ]
-
-
-def _draft_controls(
-    sets: Sequence[PromptSamples], systems: Sequence[str], options: PageOptions, *, count: int, domains: PromptDomains
-) -> list[_Draft]:
-    """Return control pairs, by turns with a degraded copy and with a sample of another prompt, if there is one.
-
-    Args:
-      sets: samples of each prompt.
-      systems: names of the systems.
-      options: seed, and the number of sets of controls; there are fewer if they would repeat.
-      count: number of controls that a rater sees.
-      domains: config in which the domains of prompts are looked up.
-    """
-    generator = rng.make_generator(options.seed, "controls")
-    drafts: list[_Draft] = []
-    order = generator.permutation(len(sets) * len(systems)).tolist()
-    for number in range(max(count, min(options.control_sets * count, 2 * len(order)))):
-        turn, place = divmod(number, len(order))
-        item, system_number = divmod(order[place], len(systems))
-        system = systems[system_number]
-        others = _list_other_prompts(sets, item, domains)
-        right = _Side(system, sets[item].files[system])
-        if (place + turn) % 2 and others:
-            wrong = _Side(system, sets[others[int(generator.integers(len(others)))]].files[system])
-            drafts.append(_Draft(item, (right, wrong), "other_prompt"))
-        else:
-            drafts.append(_Draft(item, (right, right._replace(is_degraded=True)), "degraded"))
-    return drafts
-
-
-def _list_other_prompts(sets: Sequence[PromptSamples], item: int, domains: PromptDomains) -> list[int]:
-    """Return the items of other prompts, if possible of another domain, so that the sample clearly does not follow."""
-    others = [number for number, each in enumerate(sets) if each.prompt != sets[item].prompt]
-    domain = domains.find_domain(sets[item].prompt)
-    return [number for number in others if domains.find_domain(sets[number].prompt) != domain] or others
-
-
-def _make_pair(
-    draft: _Draft, prompt: str, domains: PromptDomains, generator: np.random.Generator
-) -> tuple[PagePair, list[str]]:
-    """Return the pair with its ids, its sides in random order, and the file names of the draft's sides."""
-    ids = [_draw_id(generator), _draw_id(generator)]
-    first = int(generator.integers(2))
-    order = (first, 1 - first)
-    control = None
-    if draft.control:
-        question = "look" if draft.control == "degraded" else "prompt"
-        control = PageControl(kind=draft.control, question=question, right=ids[0])
-    pair = PagePair(
-        name=_draw_id(generator),
-        item=draft.item,
-        prompt=prompt,
-        domain=domains.find_domain(prompt),
-        sides=(ids[order[0]], ids[order[1]]),
-        systems=(draft.sides[order[0]].system, draft.sides[order[1]].system),
-        control=control,
-    )
-    names = [f"{name}{side.source.suffix.lower()}" for name, side in zip(ids, draft.sides, strict=True)]
-    return pair, names
-
-
-def _write_sides(draft: _Draft, names: Sequence[str], folder: Path, *, seed: int) -> None:
-    for side, name in zip(draft.sides, names, strict=True):
-        if side.is_degraded:
-            write_degraded(side.source, folder / name, seed=seed)
-        else:
-            copy_sample(side.source, folder / name)
-
-
-def _draw_id(generator: np.random.Generator) -> str:
-    return generator.bytes(8).hex()

@@ -1,22 +1,20 @@
 """Domains of prompts for evaluations by people, and the prompts of each by template."""
 
 import functools
-import itertools
+import importlib.resources
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any
 
-from dit_video.core import rng
+from dit_video.core import config_json, rng
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 
 OTHER = "other"
 """Domain of prompts that no domain of a config has."""
-_SLOTS = ("subject", "scene")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +22,7 @@ class PromptDomain:
     """A domain of prompts: every template with every subject and scene.
 
     Raises:
-      UserError: the name is reserved, or a template has other slots or none of the words for one.
+      UserError: if the name is reserved, or a template has other slots or none of the words for one.
     """
 
     name: str
@@ -40,27 +38,27 @@ class PromptDomain:
         if self.name in (OTHER, "overall", "") or not self.templates:
             rule = f"a domain has templates, and a name other than {OTHER} and overall"
             raise UserError(f"name={self.name!r} is invalid: {rule}. Use such a name, and a template.")
+        known = {slot for slot, words in (("subject", self.subjects), ("scene", self.scenes)) if words}
         for template in self.templates:
-            for slot in _list_slots(template):
-                if slot not in _SLOTS or not getattr(self, f"{slot}s"):
-                    rule = f"slots are {{subject}} and {{scene}}, and {self.name} has words for them"
-                    raise UserError(f"templates={template!r} is invalid: {rule}. Use one of them, and list its words.")
+            try:
+                slots = {slot for _, slot, _, _ in Formatter().parse(template) if slot is not None}
+            except ValueError as error:
+                raise UserError(
+                    f"templates={template!r} is invalid: {error}. Use slots such as {{subject}}."
+                ) from error
+            if slots - known:
+                rule = f"slots are {{subject}} and {{scene}}, and {self.name} has words for them"
+                raise UserError(f"templates={template!r} is invalid: {rule}. Use one of them, and list its words.")
 
     def list_prompts(self) -> list[str]:
         """Return all prompts without repetition: by template, then by subject, then by scene."""
-        prompts = []
-        for template in self.templates:
-            slots = _list_slots(template)
-            for words in itertools.product(*(getattr(self, f"{slot}s") for slot in slots)):
-                prompts.append(template.format(**dict(zip(slots, words, strict=True))))
+        prompts = (
+            template.format(subject=subject, scene=scene)
+            for template in self.templates
+            for subject in self.subjects or ("",)
+            for scene in self.scenes or ("",)
+        )
         return list(dict.fromkeys(prompts))
-
-
-def _list_slots(template: str) -> list[str]:
-    try:
-        return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(template) if name is not None))
-    except ValueError as error:
-        raise UserError(f"templates={template!r} is invalid: {error}. Use slots such as {{subject}}.") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +66,17 @@ class PromptDomains:
     """The domains of an evaluation.
 
     Raises:
-      UserError: two domains have one name or one prompt.
+      UserError: if two domains have one name or one prompt.
     """
 
     domains: tuple[PromptDomain, ...]
     """Domains in the order of results."""
 
     def __post_init__(self):
-        counts = Counter(domain.name for domain in self.domains)
-        if repeated := [name for name, count in counts.items() if count > 1]:
+        names = Counter(domain.name for domain in self.domains)
+        if repeated := [name for name, count in names.items() if count > 1]:
             raise UserError(f"domains={repeated} is invalid: names differ. Use one domain with all templates.")
-        texts = Counter(_normalize(prompt) for domain in self.domains for prompt in set(domain.list_prompts()))
+        texts = Counter(_normalize(prompt) for domain in self.domains for prompt in domain.list_prompts())
         if repeated := [text for text, count in texts.items() if count > 1]:
             raise UserError(f"domains={repeated[:1]} is invalid: a prompt is of one domain. Use other words for it.")
 
@@ -86,7 +84,7 @@ class PromptDomains:
         """Return `count` prompts of every domain, drawn without repetition by the seed, domain by domain.
 
         Raises:
-          UserError: a domain has fewer prompts.
+          UserError: if a domain has fewer prompts.
         """
         prompts = []
         for number, domain in enumerate(self.domains):
@@ -115,29 +113,21 @@ def read_prompt_domains(path: str | Path) -> PromptDomains:
     """Read domains from a JSON list of objects with the fields of `PromptDomain`.
 
     Raises:
-      MissingError: no file at `path`.
-      UserError: the file is not such a list.
+      MissingError: if there is no file at `path`.
+      UserError: if the file is not such a list.
     """
     entries = read_json(path)
-    if not isinstance(entries, list) or not entries:
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path} must be a JSON list of domains, each with name and templates")
+    kind = f"{PromptDomain.__module__}:{PromptDomain.__qualname__}"
     try:
-        return PromptDomains(domains=tuple(_parse_domain(entry) for entry in entries))
+        return PromptDomains(domains=tuple(config_json.from_json({**entry, "type": kind}) for entry in entries))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}. A domain has a name, templates, subjects and scenes.") from error
 
 
-def _parse_domain(entry: Any) -> PromptDomain:
-    texts = ("templates", "subjects", "scenes")
-    values: dict[str, Any] = {"name": "", "templates": [], **entry} if isinstance(entry, dict) else {"": entry}
-    if unknown := [name for name in values if name not in ("name", *texts)]:
-        raise UserError(
-            f"{unknown[0]}={values[unknown[0]]!r} is invalid: a domain has no such key. Use {', '.join(texts)}."
-        )
-    lists = {name: values[name] for name in texts if name in values}
-    for name, value in lists.items():
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise UserError(f'{name}={value!r} is invalid: it must be a list of texts. Use ["…"].')
-    if not isinstance(values["name"], str):
-        raise UserError(f"name={values['name']!r} is invalid: it must be a text. Use a name.")
-    return PromptDomain(name=values["name"], **{name: tuple(value) for name, value in lists.items()})
+@functools.cache
+def load_default_prompt_domains() -> PromptDomains:
+    """Return 21 domains about what people film and imagine; each has 24 prompts or more."""
+    with importlib.resources.as_file(importlib.resources.files(__package__)) as folder:
+        return read_prompt_domains(folder / "default_prompt_domains.json")

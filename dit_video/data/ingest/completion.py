@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 from jaxtyping import Bool
 
 from dit_video.core.errors import UserError
-from dit_video.curation.duplicates import drop_duplicates
 from dit_video.data.clips import DATASET_NAME, FEATURES, KIND
 from dit_video.data.ingest.parts import IngestFolder
 from dit_video.data.ingest.report import REPORT_COLUMNS, IngestReport, make_report
+from dit_video.data.ingest.screening import Screening
 from dit_video.data.records import write_metadata
 from dit_video.data.tables import BATCH_ROWS, INDEX_FOLDER, map_threads, read_parquet, write_column, write_manifest
 
@@ -40,13 +40,13 @@ def discard_transient_parts(folder: IngestFolder, parts: Iterable[str]) -> None:
             folder.discard(part)
 
 
-def complete(folder: IngestFolder, *, inherit_captions: bool, duplicate_distance: int | None) -> IngestReport:
+def complete(folder: IngestFolder, screening: Screening, *, inherit_captions: bool) -> IngestReport:
     """Write the columns of choice and captions, the metadata, the report and the manifest.
 
     Args:
       folder: the data set, all parts of which are written.
+      screening: finds the clips that are dropped as duplicates.
       inherit_captions: True to caption the parts of a file like the whole file.
-      duplicate_distance: maximum distance of near-duplicates, see `drop_duplicates`; None to keep all.
 
     Raises:
       NoClipsError: no clip can be used.
@@ -56,7 +56,7 @@ def complete(folder: IngestFolder, *, inherit_captions: bool, duplicate_distance
     tables = _read_rows(folder, parts, _COLUMNS)
     rows, listing, skipped = pa.concat_tables(tables), folder.read_listing(), folder.read_skipped()
     _check_files(folder, rows, listing)
-    choice, is_present = _choose(rows, listing, duplicate_distance)
+    choice, is_present = _choose(rows, listing, screening)
     rows = pa.table({name: table[name] for table in (rows, choice) for name in table.column_names})
     used = rows.filter(pc.and_(pc.equal(rows["outcome"], "kept"), rows["chosen"]))
     if not len(used):
@@ -80,9 +80,7 @@ def _read_rows(folder: IngestFolder, parts: Sequence[str], columns: Sequence[str
     return map_threads(lambda part: read_parquet(folder.folder / INDEX_FOLDER / f"{part}.parquet", columns), parts)
 
 
-def _choose(
-    rows: pa.Table, listing: pa.Table, duplicate_distance: int | None
-) -> tuple[pa.Table, Bool[np.ndarray, " n"]]:
+def _choose(rows: pa.Table, listing: pa.Table, screening: Screening) -> tuple[pa.Table, Bool[np.ndarray, " n"]]:
     """Return the columns of choice: split, whether a clip is used, and why not; and which rows are of present files."""
     positions = pc.index_in(rows["source"], value_set=listing["name"]).combine_chunks()
     sizes, splits = (listing[name].combine_chunks().take(positions) for name in ("size", "split"))
@@ -92,14 +90,12 @@ def _choose(
     kept = np.flatnonzero(pc.equal(rows["outcome"], "kept").to_numpy() & is_present)
     names = rows["name"].take(pa.array(kept)).combine_chunks()
     _check_names(names)
-    if duplicate_distance is not None:
-        hashes = rows["hash"].take(pa.array(kept)).to_pylist()
-        files = pc.index_in(rows["source"], value_set=listing["name"]).take(pa.array(kept)).to_pylist()
-        bits = [each and tuple(each) for each in hashes]
-        originals = drop_duplicates(bits, distance=duplicate_distance, groups=files)
-        duplicates = {int(kept[clip]): original for clip, original in enumerate(originals) if original is not None}
-        reasons = [f"shows what {names[original].as_py()!r} shows" for original in duplicates.values()]
-        is_duplicate = np.isin(np.arange(len(rows)), [*duplicates])
+    hashes = (each.as_py() for each in rows["hash"].take(pa.array(kept)))
+    originals = screening.find_duplicates(hashes, (each.as_py() for each in positions.take(pa.array(kept))))
+    if originals:
+        clips = sorted(originals)
+        is_duplicate = np.isin(np.arange(len(rows)), kept[clips])
+        reasons = [f"shows what {names[originals[clip]].as_py()!r} shows" for clip in clips]
         why = pc.replace_with_mask(why, is_duplicate, pa.array(reasons, pa.string()))
     return pa.table({"id": rows["id"], "split": splits, "chosen": pc.equal(why, ""), "why": why}), is_present
 

@@ -33,10 +33,10 @@ from dit_video.data.ingest.formats import ListColumns, ListedClip, ListingOption
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig, make_failure
 from dit_video.data.ingest.outcomes import Outcome
 from dit_video.data.ingest.parts import FOLDER, MAX_PART_BYTES, IngestFolder
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.ingest.report import REPORT, IngestReport
 from dit_video.data.ingest.rows import make_row, make_table
+from dit_video.data.ingest.screening import Screening
 from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
 from dit_video.data.records import DISK_FULL_ERRNOS, get_file_name, write_records
 from dit_video.data.tables import COLUMNS_FOLDER, MANIFEST, read_bytes, write_part
@@ -66,8 +66,8 @@ class IngestConfig:
     """Columns of lists, if they have other names than those that are known."""
     follow_links: bool = False
     """True to follow links that lead out of the source; Hugging Face's links to its `blobs/` are always followed."""
-    screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
-    """Steps of the screening; all are disabled by default."""
+    screening: Screening = dataclasses.field(default_factory=Screening)
+    """Steps of the screening; without them every file is kept whole."""
     max_lead_in: float | int = 0.5
     """Maximum size of the packets before a clip that are stored with it, as it begins between two key frames, relative
     to its own; a clip that needs more is re-encoded. 0 re-encodes all that do not begin with a key frame."""
@@ -180,15 +180,12 @@ def complete_ingest(folder: IngestFolder, config: IngestConfig) -> IngestReport:
     Raises:
       UserError: no clip can be used, two clips have the same name, or the destination cannot be written.
     """
-    options: dict[str, Any] = {
-        "inherit_captions": config.inherit_captions,
-        "duplicate_distance": config.screening.duplicates,
-    }
+    options = {"inherit_captions": config.inherit_captions}
     with _convert_write_errors(folder.folder):
         if is_ingested(folder.folder) and folder.is_completed(options):
             return IngestReport.read(folder.folder)
         try:
-            report = complete(folder, **options)
+            report = complete(folder, config.screening, **options)
             folder.mark_completed(options)
             return report
         except NoClipsError:

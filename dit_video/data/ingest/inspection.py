@@ -14,8 +14,8 @@ from dit_video.core.files import atomic_path
 from dit_video.core.storage import is_remote
 from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.outcomes import Outcome
-from dit_video.data.ingest.quality_filter import JudgedShot, ScreeningConfig, ScreeningResult, screen
 from dit_video.data.ingest.reencoder import ReencodeConfig, reencode_image, update_facts
+from dit_video.data.ingest.screening import JudgedShot, Screening, ScreeningResult
 from dit_video.video import probe
 from dit_video.video.cut import CutClip, TimeSpan, cut_clips
 from dit_video.video.reader import IMAGE_CODECS, Video
@@ -28,8 +28,8 @@ MAX_CLIP_BYTES = (1 << 31) - (1 << 20)
 class InspectionConfig:
     """Configuration of the inspection of every file."""
 
-    screening: ScreeningConfig = dataclasses.field(default_factory=ScreeningConfig)
-    """Steps of the screening."""
+    screening: Screening = dataclasses.field(default_factory=Screening)
+    """Shots of a file, and which of them are kept."""
     reencode: ReencodeConfig = dataclasses.field(default_factory=ReencodeConfig)
     """Limits above which clips are re-encoded."""
     max_lead_in: float | int = 0.5
@@ -88,7 +88,7 @@ def inspect(clip: ListedClip, config: InspectionConfig) -> Inspection:
         return make_failure(clip, reason, transient=True)
     sha256 = hashlib.sha256(encoded).hexdigest()
     try:
-        screened = screen(encoded, clip.name, config.screening)
+        screened = config.screening.screen(encoded, clip.name)
         outcomes = list(_cut_outcomes(encoded, clip, sha256, screened, config))
     except DecodeError as error:
         is_transient = _is_out_of_memory(error.__cause__)

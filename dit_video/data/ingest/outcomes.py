@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dit_video.data.ingest.quality_filter import Shot
+from dit_video.data.ingest.screening import Shot
 
 OutcomeKind = Literal["kept", "dropped", "cut", "unreadable"]
 """A clip that is kept; one that the screening dropped; a part too short for a clip; a file that is broken."""

@@ -5,8 +5,7 @@ import math
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.grid import Grid
-from dit_video.curation.measures import Borders
-from dit_video.data.ingest.quality_filter import Shot
+from dit_video.data.ingest.screening import Borders, Shot
 from dit_video.video import VideoInfo, decode
 from dit_video.video.encode import MAX_CRF, encode_frames, encode_jpeg
 

@@ -7,8 +7,8 @@ import pytest
 
 from dit_video.apps.reports.ingest_report import write_ingest_report
 from dit_video.core.errors import MissingError
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.ingest.engine import IngestConfig, ingest
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.video import Clip
 from support.html_page import HOSTILE, Page
 

@@ -5,34 +5,39 @@ import json
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.curation.raters.default_prompt_domains import DEFAULT_PROMPT_DOMAINS
-from dit_video.curation.raters.prompt_domains import PromptDomain, PromptDomains, read_prompt_domains
+from dit_video.curation.raters.prompt_domains import (
+    PromptDomain,
+    PromptDomains,
+    load_default_prompt_domains,
+    read_prompt_domains,
+)
 
+DEFAULTS = load_default_prompt_domains()
 PETS = {"name": "pets", "templates": ["{subject} {scene}", "{subject}"], "subjects": ["a cat", "a dog"]}
 
 
 def test_there_are_21_domains_with_20_prompts_or_more():
-    assert len({domain.name for domain in DEFAULT_PROMPT_DOMAINS.domains}) == 21
-    assert all(len(domain.list_prompts()) >= 20 for domain in DEFAULT_PROMPT_DOMAINS.domains)
+    assert len({domain.name for domain in DEFAULTS.domains}) == 21
+    assert all(len(domain.list_prompts()) >= 20 for domain in DEFAULTS.domains)
 
 
 def test_the_domain_of_every_prompt_is_its_own():
-    for domain in DEFAULT_PROMPT_DOMAINS.domains:
-        assert {DEFAULT_PROMPT_DOMAINS.find_domain(prompt) for prompt in domain.list_prompts()} == {domain.name}
-    prompt = DEFAULT_PROMPT_DOMAINS.domains[3].list_prompts()[0]
-    assert DEFAULT_PROMPT_DOMAINS.find_domain(f"  {prompt.upper()} ") == DEFAULT_PROMPT_DOMAINS.domains[3].name
-    assert DEFAULT_PROMPT_DOMAINS.find_domain(f"{prompt} twice") == "other"
+    for domain in DEFAULTS.domains:
+        assert {DEFAULTS.find_domain(prompt) for prompt in domain.list_prompts()} == {domain.name}
+    prompt = DEFAULTS.domains[3].list_prompts()[0]
+    assert DEFAULTS.find_domain(f"  {prompt.upper()} ") == DEFAULTS.domains[3].name
+    assert DEFAULTS.find_domain(f"{prompt} twice") == "other"
 
 
 def test_prompts_are_drawn_by_the_seed_without_repetition():
-    prompts = DEFAULT_PROMPT_DOMAINS.make_prompts(24, seed=1)
+    prompts = DEFAULTS.make_prompts(24, seed=1)
     assert len(set(prompts)) == len(prompts) == 21 * 24
-    assert DEFAULT_PROMPT_DOMAINS.make_prompts(3, seed=1) != DEFAULT_PROMPT_DOMAINS.make_prompts(3, seed=2)
-    few = DEFAULT_PROMPT_DOMAINS.make_prompts(3, seed=1)
+    assert DEFAULTS.make_prompts(3, seed=1) != DEFAULTS.make_prompts(3, seed=2)
+    few = DEFAULTS.make_prompts(3, seed=1)
     assert set(few) < set(prompts)
-    assert [DEFAULT_PROMPT_DOMAINS.find_domain(prompt) for prompt in few[:4]] == ["people"] * 3 + ["groups of people"]
+    assert [DEFAULTS.find_domain(prompt) for prompt in few[:4]] == ["people"] * 3 + ["groups of people"]
     with pytest.raises(UserError, match=r"count=25.*has 24 prompts"):
-        DEFAULT_PROMPT_DOMAINS.make_prompts(25)
+        DEFAULTS.make_prompts(25)
 
 
 def test_domains_are_read_from_json(tmp_path):
@@ -52,12 +57,13 @@ def test_domains_are_read_from_json(tmp_path):
         ({}, "JSON list of domains"),
         ([], "JSON list of domains"),
         ([PETS], r"\{scene\}"),
-        ([7], "7"),
+        ([7], "JSON list of domains"),
         ([{"name": "sky", "templates": ["a {place}"]}], r"\{place\}"),
         ([{"name": "sky", "templates": ["a {"]}], r"a \{"),
         ([{"name": "other", "templates": ["a"]}], "name='other'"),
         ([{"name": 7, "templates": ["a"]}], "name=7"),
-        ([{"name": "sky"}], "has templates"),
+        ([{"name": "sky"}], "templates"),
+        ([{"name": "sky", "templates": []}], "has templates"),
         ([{"name": "sky", "templates": "clouds"}], "templates='clouds'"),
         ([{"name": "sky", "templates": ["a"], "words": []}], "words"),
         ([{"name": "sky", "templates": ["a"]}] * 2, "sky"),

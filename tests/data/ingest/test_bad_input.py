@@ -181,7 +181,7 @@ def test_bad_rows_of_lists_are_rejected(tmp_path):
 
 def test_a_file_with_the_name_of_anothers_shot_is_refused(tmp_path):
     pytest.importorskip("scenedetect")
-    from dit_video.data.ingest.quality_filter import ScreeningConfig
+    from dit_video.curation.screening import ScreeningConfig
 
     frames = np.concatenate([np.full((12, 48, 64, 3), 20, np.uint8), np.full((12, 48, 64, 3), 220, np.uint8)])
     folder = tmp_path / "clips"

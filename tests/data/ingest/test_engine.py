@@ -12,10 +12,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import engine, parts
 from dit_video.data.ingest.engine import IngestConfig, ingest
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.report import IngestReport
 from dit_video.data.records import sort_splits
 from dit_video.video import Clip

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import workers
 from dit_video.data.ingest.engine import IngestConfig, ingest
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.tables import Table, write_column
 from dit_video.video import Clip
 from support.devices import PROGRAMS

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import inspection
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import list_clips
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.tables import Table
 from dit_video.video import Clip, decode, encode, probe

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import completion, engine, parts, report, workers
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.video import Clip
 from support.devices import HANG, PROGRAMS, wait_until
 from support.marks import mark_slow_except
@@ -88,11 +88,12 @@ def test_workers_that_cannot_start_end_the_run(tmp_path, monkeypatch):
 
 def test_a_mistake_in_the_screening_ends_the_run(tmp_path, monkeypatch):
     (tmp_path / "mistaken_worker.py").write_text(
-        "from dit_video.data.ingest import inspection, worker\n"
+        "from dit_video.data.ingest import worker\n"
+        "from dit_video.data.ingest.screening import Screening\n"
         "from dit_video.core.errors import UserError\n"
         "def screen(*_):\n"
         "    raise UserError('nothing works here')\n"
-        "inspection.screen = screen\n"
+        "Screening.screen = screen\n"
         "worker.main()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import parts
 from dit_video.data.ingest.clusters import make_ray
 from dit_video.data.ingest.engine import IngestConfig, ingest
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.video import Clip
 
 pytestmark = pytest.mark.slow

@@ -12,12 +12,12 @@ import pytest
 
 from dit_video.apps.reports.ingest_report import write_ingest_report
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import inspection, parts
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import ListedClip, list_clips
 from dit_video.data.ingest.inspection import InspectionConfig, inspect
-from dit_video.data.ingest.quality_filter import ScreeningConfig
 from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.ingest.report import IngestReport
 from dit_video.data.tables import Table

@@ -7,13 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-from dit_video.data.ingest import inspection, worker
+from dit_video.curation.screening import ScreeningConfig
+from dit_video.data.ingest import worker
 from dit_video.data.ingest.formats import ListedClip
+from dit_video.data.ingest.screening import Screening
 
-folder, screen, read = Path(os.environ["DIT_VIDEO_TEST_LOG"]), inspection.screen, ListedClip.read
+folder, read = Path(os.environ["DIT_VIDEO_TEST_LOG"]), ListedClip.read
 
 
-def screen_or_not(encoded, name, config):
+def do_as_named(name):
     with (folder / "inspected").open("a") as log:
         log.write(f"{name}\n")
     if "killed" in name or ("once" in name and not (folder / name).exists()):
@@ -36,7 +38,14 @@ def screen_or_not(encoded, name, config):
     if "raise" in name:
         raise ZeroDivisionError("of a decoder,\nin two lines")
     print(f"a decoder's words about {name}", flush=True)
-    return screen(encoded, name, config)
+
+
+def wrap(screen):
+    def screen_or_not(screening, encoded, name):
+        do_as_named(name)
+        return screen(screening, encoded, name)
+
+    return screen_or_not
 
 
 def read_or_not(clip):
@@ -51,6 +60,7 @@ def read_or_not(clip):
     return encoded
 
 
-inspection.screen = screen_or_not
+for each in (Screening, ScreeningConfig):
+    each.screen = wrap(each.screen)
 ListedClip.read = read_or_not
 worker.main()

@@ -1,1 +1,0 @@
-"""Annotators, one a file."""
