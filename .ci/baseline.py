@@ -75,6 +75,8 @@ Entries = dict[str, Callable[[], Entry]]
 
 STEPS = 20
 """Number of steps of a training."""
+MODELS = ("autoencoder", "denoiser")
+"""Models that a run trains, one after the other."""
 PROMPT = "a red ball moves left"
 IMAGE_VAE = ImageVaeConfig(channels=3, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 MOVQ = VqConfig(
@@ -106,16 +108,21 @@ def list_variants(folder: Path) -> Entries:
 
 
 def list_quickstarts(folder: Path) -> Entries:
-    """Return the trainings of the quickstart, in fewer steps, with a transformer and with a U-Net."""
+    """Return the trainings of the quickstart, with a transformer and with a U-Net, in fewer steps of fewer clips."""
 
     @functools.cache
     def train(name: str) -> Path:
         experiment = {"quickstart": quickstart, "unet": unet}[name].make_experiment(brief=True)
-        stages = {part: replace(getattr(experiment, part), steps=STEPS) for part in ("autoencoder", "denoiser")}
-        return train_on_shapes(folder / name, replace(experiment, **stages), quickstart.count_clips(brief=True))
+        windows = tuple(replace(window, batch=2) for window in experiment.autoencoder.windows)
+        for model, changes in (("autoencoder", {"windows": windows}), ("denoiser", {"batch": 1})):
+            training = getattr(experiment, model)
+            optimizer = replace(training.optimizer, warmup=STEPS // 4)
+            training = replace(training, steps=STEPS, optimizer=optimizer, **changes)
+            experiment = replace(experiment, **{model: training})
+        return train_on_shapes(folder / name, experiment, quickstart.count_clips(brief=True))
 
-    names = [(name, part) for name in ("quickstart", "unet") for part in ("autoencoder", "denoiser")]
-    return {f"{name}: {part}": lambda name=name, part=part: read_chain(train(name) / part) for name, part in names}
+    names = [(name, model) for name in ("quickstart", "unet") for model in MODELS]
+    return {f"{name}: {model}": lambda name=name, model=model: read_chain(train(name) / model) for name, model in names}
 
 
 def list_samples(folder: Path) -> Entries:
@@ -164,7 +171,7 @@ def list_samples(folder: Path) -> Entries:
     generate = functools.partial(tasks["text to video"], steps=5)
     calls |= {f"sampler: {name}": functools.partial(generate, sampler=name) for name in SAMPLERS}
     calls |= {f"guidance: {name}": functools.partial(generate, guidance=each) for name, each in guidance.items()}
-    trainings = {f"tiny: {part}": lambda part=part: read_chain(train() / part) for part in ("autoencoder", "denoiser")}
+    trainings = {f"tiny: {model}": lambda model=model: read_chain(train() / model) for model in MODELS}
     return trainings | {name: lambda call=call: sample(load(train()), call) for name, call in calls.items()}
 
 
@@ -218,7 +225,7 @@ def list_families(folder: Path) -> Entries:
     return entries | {f"autoencoder: {name}": functools.partial(code, each) for name, each in autoencoders.items()}
 
 
-PARTS = ((list_variants,), (list_samples, list_families, list_quickstarts))
+PARTS = ((list_variants, list_samples), (list_quickstarts, list_families))
 """What each of two processes computes, about equally long."""
 
 
@@ -309,11 +316,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def write(path: Path, pattern: str) -> bool:
-    """Write the file, and return whether all entries could be computed."""
+    """Write the file with the entries that can be computed, and return whether all can."""
     entries = compute_all(pattern)
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(entries.items()))
+    whole = {name: entry for name, entry in sorted(entries.items()) if "error" not in entry}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in whole.items())
     path.write_text(f'{{\n "machine": {json.dumps(describe_machine())},\n "entries": {{\n{lines}\n }}\n}}\n')
-    return not any("error" in entry for entry in entries.values())
+    return len(whole) == len(entries)
 
 
 def compare(path: Path, pattern: str) -> bool:
