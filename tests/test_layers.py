@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dit_video"
 
 LEVELS = (
-    ("apps", "curation", "planning", "scenes"),
+    ("web", "apps", "curation", "planning", "scenes"),
     ("experiment",),
     ("evaluation", "families"),
     ("sampling", "training"),
@@ -23,12 +23,14 @@ LEVELS = (
     ("core",),
 )
 """Folders of dit_video/, from the highest level to the lowest. Imports point downwards, and within a level to the
-right. Those of the first level are satellites: scripts use them, and nothing below does."""
+right. Those of the first level are satellites: scripts use them, and nothing below does (`web` is the command of `apps`)."""
 
 ORDER = [folder for level in LEVELS for folder in level]
 ROOT_PACKAGE = "dit_video"
 """`dit_video/__init__.py` lies above everything: no module imports it, and it imports lazily."""
 
+BACKBONES = ("dit", "ltx.py", "unet.py", "vace.py", "wan.py")
+"""Architectures in dit_video/models/backbones/."""
 HEAVY = ("av", "flax", "grain", "jax", "orbax", "tensorflow_datasets", "transformers")
 LIGHT_FOLDERS = ("models/backbones", "models/autoencoders", "models/encoders", "diffusion", "nn", "tokens")
 LIGHT_MODULES = ("dit_video.training.step", "dit_video.training.state", "dit_video.sampling")
@@ -92,18 +94,14 @@ def test_imports_point_downwards():
 
 
 def test_only_backbones_and_families_name_one():
-    """Everything else reaches a backbone or a family through its interface, so that one is added in its own folder."""
-    own = (PACKAGE / "models" / "backbones", PACKAGE / "families")
-    folders = {path.parent for folder in own for path in folder.glob("*/__init__.py")}
-    names = {
-        node.name
-        for folder in folders
-        for path in folder.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef)
-    }
+    """Everything else reaches a backbone or a family through its interface, so that one is added in its own place."""
+    own = [PACKAGE / "models" / "backbones", PACKAGE / "families"]
+    places = [own[0] / name for name in BACKBONES] + [path.parent for path in own[1].glob("*/__init__.py")]
+    files = [path for place in places for path in (place.rglob("*.py") if place.is_dir() else [place])]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    names = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     assert {"DitConfig", "WanDit", "WanFamily"} <= names
-    modules = tuple(f"{module_name(folder / '__init__.py')}." for folder in folders)
+    modules = tuple(f"{module_name(place.with_suffix('.py'))}." for place in places)
     used = []
     for path in sources("dit_video"):
         if any(path.is_relative_to(folder) for folder in own):

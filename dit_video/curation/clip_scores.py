@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.curation.annotator import Annotator, ClipFile, Column
 from dit_video.models.encoders import PretrainedTokenizer
 from dit_video.models.features import FrameEncoder

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from dit_video.core.errors import UserError
-from dit_video.core.pixels import resize_and_crop
+from dit_video.core.resize import resize_and_crop
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.core.pixels import compute_fitted_size
+from dit_video.core.resize import compute_fitted_size
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.models.backbones.protocol import BackboneConfig

@@ -13,7 +13,7 @@ from jaxtyping import Float32, UInt8
 
 from dit_video.core import rng
 from dit_video.core.grid import Grid
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.scenes import draw_scene, render
 
 TransitionKind = Literal["cut", "dissolve", "fade", "wipe"]

@@ -10,7 +10,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from jaxtyping import UInt8, UInt16
 
 from dit_video.core.errors import DecodeError
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.video.encode import ACCURATE_FLAGS
 from dit_video.video.filters import make_filter_graph
 from dit_video.video.hdr import TRANSFERS, map_to_sdr

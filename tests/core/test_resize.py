@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_video.core.pixels import _make_weights, resize
+from dit_video.core.resize import _make_weights, resize
 
 
 def test_resize_keeps_a_constant_and_the_same_size():
@@ -34,7 +34,7 @@ def test_resize_is_a_product_with_the_filter_on_each_axis(source, target):
 def test_resizing_in_strips_gives_the_same_result(monkeypatch):
     frames = np.random.default_rng(2).integers(0, 256, (1, 40, 30, 3), np.uint8)
     whole = resize(frames, 21, 13)
-    monkeypatch.setattr("dit_video.core.pixels._MAX_PRODUCTS", 1000)
+    monkeypatch.setattr("dit_video.core.resize._MAX_PRODUCTS", 1000)
     np.testing.assert_allclose(resize(frames, 21, 13).astype(int), whole, atol=1)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.curation import measures
 from dit_video.curation.measures import Borders, FrameSample, ThumbnailMaker
 

@@ -10,7 +10,7 @@ import pytest
 import scipy.ndimage
 
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.curation import screening
 from dit_video.curation.duplicates import drop_duplicates
 from dit_video.curation.screening import ScreeningConfig

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.tasks import blend_linearly
 from dit_video.sampling.tasks import Blend

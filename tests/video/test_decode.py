@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.tokens import Grid
 from dit_video.video import Clip, VideoInfo, decode, encode, probe
 from support.encoded_clips import encode_resized

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from av.video.reformatter import Interpolation
 
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
 from dit_video.video.to_rgb import RESIZE_FLAGS

@@ -10,7 +10,7 @@ import pytest
 from av.filter import Graph
 
 from dit_video.core.errors import DecodeError
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
 from dit_video.video.to_rgb import blend_over_black

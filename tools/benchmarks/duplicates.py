@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.curation.annotator import ClipFile
 from dit_video.curation.clip_scores import ClipScores
 from dit_video.curation.near_duplicates import Duplicates

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.reencoder import ReencodeConfig

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dit_video.core.pixels import compute_fitted_size, resize_and_crop
+from dit_video.core.resize import compute_fitted_size, resize_and_crop
 from dit_video.video import Clip
 
 MAX_IMAGE_SIDE = 1280

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 

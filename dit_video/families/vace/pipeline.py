@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from dit_video.core.errors import UserError
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.families.family import PipelineParts
 from dit_video.families.vace.transformer import VaceDenoiserFormat
 from dit_video.families.wan.pipeline import WanFamily

@@ -11,6 +11,7 @@ part of the same comparison. Id 0 is padding: it sees nothing, is not seen, and 
 """
 
 import functools
+import itertools
 import operator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.core.pixels import resize
+from dit_video.core.resize import resize
 from dit_video.sampling.tasks.composite_task import CompositeTask, TaskPipeline
 from dit_video.sampling.tasks.regions import Outpaint
 from dit_video.video import Clip

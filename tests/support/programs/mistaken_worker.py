@@ -9,5 +9,5 @@ def screen(*_):
     raise UserError("nothing works here")
 
 
-inspection.screen = screen
+inspection.Screening.screen = screen
 worker.main()

@@ -1,0 +1,108 @@
+"""Resizing of pictures in NumPy."""
+
+import functools
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+
+def resize(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
+    """Resize by an anti-aliased triangle filter (bilinear; when shrinking, its support grows with the scale)."""
+    if frames.shape[1:3] == (height, width):
+        return frames
+    source_height, source_width = frames.shape[1:3]
+    rows, columns = _make_bands(source_height, height, 1), _make_bands(source_width, width, 3)
+    rows_first = height * source_width <= source_height * width  # leaves fewer pixels for the second axis
+    resized = np.empty((len(frames), height, width, 3), np.uint8)
+    for frame, result in zip(frames, resized, strict=True):
+        picture = frame.reshape(source_height, source_width * 3).astype(np.float32)
+        if rows_first:
+            picture = _apply(columns, _apply(rows, picture).T).T
+        else:
+            picture = _apply(rows, _apply(columns, picture.T).T)
+        # Nothing to clip: weights are positive and sum to one.
+        result[...] = np.rint(picture, out=picture).reshape(height, width, 3)
+    return resized
+
+
+def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
+    """Resize frames to cover a height and width, and crop what exceeds them on both sides alike.
+
+    The aspect ratio is kept to within one pixel: diffusers' pipelines crop the last image of Wan's clips so.
+    """
+    source_height, source_width = frames.shape[1:3]
+    covering = compute_covering_size(source_height, source_width, height, width)
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return resize(frames, *covering)[:, top : top + height, left : left + width]
+
+
+def compute_covering_size(source_height: int, source_width: int, height: int, width: int) -> tuple[int, int]:
+    """Return the height and width of a picture that is resized, at its aspect ratio, to cover others."""
+    scale = max(height / source_height, width / source_width)
+    return max(height, round(source_height * scale)), max(width, round(source_width * scale))
+
+
+def compute_fitted_size(height: int, width: int, *, area: int, multiple: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width with a picture's aspect ratio and about this area, rounded down to multiples.
+
+    This is the size that diffusers' examples of Wan's image-to-video sample an image at.
+    """
+    sides = math.sqrt(area * height / width), math.sqrt(area * width / height)
+    height, width = (max(step, round(side) // step * step) for side, step in zip(sides, multiple, strict=True))
+    return height, width
+
+
+class _Band(NamedTuple):
+    """Some rows of a resize matrix, in the columns between their first and last weight."""
+
+    outputs: slice
+    inputs: slice
+    weights: Float32[np.ndarray, "o i"]
+
+
+_BAND_SIZE = 4
+"""Number of outputs of a band; more outputs would leave more of its weights zero."""
+_MAX_PRODUCTS = 1 << 18
+"""Largest number of multiplications in one matrix product.  OpenBLAS divides larger ones among threads
+(interface/gemm.c), which take 20 to 200 times as long, measured, while another computation uses the same cores."""
+
+
+@functools.lru_cache(maxsize=64)
+def _make_bands(source: int, target: int, channels: int) -> tuple[_Band, ...]:
+    """Return a one-dimensional resize of points of `channels` values each: of a frame's rows (1) or columns (3)."""
+    weights, bands = _make_weights(source, target), []
+    order: Literal["C", "F"] = "C" if channels == 1 else "F"  # matches the frames, whose columns come transposed
+    for start in range(0, target, _BAND_SIZE):
+        part = weights[start : start + _BAND_SIZE]
+        nonzero = np.flatnonzero(part.any(axis=0)).tolist()
+        first, stop = nonzero[0], nonzero[-1] + 1
+        bands.append(
+            _Band(
+                slice(start * channels, (start + len(part)) * channels),
+                slice(first * channels, stop * channels),
+                np.asarray(np.kron(part[:, first:stop], np.eye(channels, dtype=np.float32)), order=order),
+            )
+        )
+    return tuple(bands)
+
+
+def _apply(bands: tuple[_Band, ...], values: Float32[np.ndarray, "I X"]) -> Float32[np.ndarray, "O X"]:
+    """Resize the first axis. The result has the memory layout of `values`, so that a transposed frame is not copied."""
+    result = np.empty_like(values, shape=(bands[-1].outputs.stop, values.shape[1]))
+    step = max(1, _MAX_PRODUCTS // max(band.weights.size for band in bands))
+    for start in range(0, values.shape[1], step):
+        strip = slice(start, start + step)
+        for outputs, inputs, weights in bands:
+            np.matmul(weights, values[inputs, strip], out=result[outputs, strip])
+    return result
+
+
+def _make_weights(source: int, target: int) -> Float32[np.ndarray, "target source"]:
+    """Return the matrix of a one-dimensional resize; every row sums to one."""
+    scale = source / target
+    centres = (np.arange(target) + 0.5) * scale - 0.5
+    distance = np.abs(centres[:, None] - np.arange(source)[None]) / max(scale, 1.0)
+    weights = np.maximum(0.0, 1.0 - distance)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
