@@ -23,7 +23,8 @@ LEVELS = (
     ("core",),
 )
 """Folders of dit_video/, from the highest level to the lowest. Imports point downwards, and within a level to the
-right. Those of the first level are satellites, which scripts use and nothing below does; `web` is the command of `apps`."""
+right. Those of the first level are satellites, which scripts use and nothing below does; `web` is the command of
+`apps`."""
 
 ORDER = [folder for level in LEVELS for folder in level]
 ROOT_PACKAGE = "dit_video"
