@@ -199,9 +199,7 @@ def test_the_package_uses_neither_torch_nor_pickle():
     unwanted = {"torch", "torchvision", "tensorflow", "pickle", "cloudpickle", "dill"}
     # These measure the models of other projects.
     peers = [ROOT / "tools" / "benchmarks" / name for name in ("peers.py", "wan_peer.py", "feature_networks.py")]
-    # It passes objects among the processes of a run, which trust each other, and reads no file.
-    exchange = ROOT / "dit_video" / "distributed" / "exchange.py"
-    files = [path for path in sources("dit_video", "experiments", "tools") if path not in (*peers, exchange)]
+    files = [path for path in sources("dit_video", "experiments", "tools") if path not in peers]
     assert [line for path in files for line in banned(path, unwanted)] == []
 
 

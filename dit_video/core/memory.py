@@ -1,4 +1,4 @@
-"""Bytes of arrays, and of a traced program's values without compiling it."""
+"""Memory: the bytes of arrays and of a traced program, and the error of a device that has too few."""
 
 import contextlib
 import math

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dit_video.core.errors import DecodeError, UserError
-from dit_video.distributed.exchange import broadcast_objects
+from dit_video.distributed.exchange import broadcast_values
 from dit_video.evaluation.clip_set import ClipSet, hash_clip
 from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.metrics.metric import ClipReconstruction, MetricBatch
@@ -192,7 +192,7 @@ class ClipUpdates:
         self.collection = MetricCollection(self.collection.metrics)
         self.names, self.real_names, self._hashes, self.excluded = [], [], [], {}
         errors = []
-        for raised, states, names, real_names, hashes, excluded in broadcast_objects(own):
+        for raised, states, names, real_names, hashes, excluded in broadcast_values(own):
             errors += [] if raised is None else [raised]
             self.collection.merge(states)
             self.names += names

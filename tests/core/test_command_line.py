@@ -1,6 +1,7 @@
 """Mistakes on a command line, and the help of all scripts."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,12 +34,6 @@ class Options:
     cache: bool = True
 
 
-def message_of(*arguments):
-    with pytest.raises(UserError) as error:
-        parse_arguments(Options, args=arguments)
-    return str(error.value)
-
-
 def test_options_are_parsed():
     parsed = parse_arguments(Options, args=["runs/a", "--to", "authors", "--interval", "0.2", "0.8", "--no-cache"])
     assert parsed == Options(Path("runs/a"), to="authors", interval=(0.2, 0.8), cache=False)
@@ -47,24 +42,35 @@ def test_options_are_parsed():
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["a", "--to", "authors", "--sise", "5"], ["--sise", "Use --size."]),
-        (["a", "--to", "authors", "--no-cash"], ["--no-cash", "Use --no-cache."]),
-        (["a", "--too", "authors"], ["--too", "Use --to."]),  # and --to is missing
-        (["--nonsense", "a", "--to", "authors"], ["--nonsense", "Use --help"]),
-        (["a", "b", "--to", "authors"], ["b is invalid", "Use --help"]),
-        (["a", "--to", "authors", "--steps", "abc"], ["--steps abc", "a whole number", "Use --steps INT."]),
-        (["a", "--to", "authors", "--steps=2.5"], ["--steps 2.5", "a whole number", "Use --steps INT."]),
-        (["a", "--to", "authors", "--steps"], ["--steps is invalid", "Use --steps INT."]),
-        (["a", "--to", "authors", "--interval", "0.2", "b"], ["--interval 0.2 b", "2 values", "FLOAT FLOAT."]),
-        (["a", "--to", "author"], ["--to author", "diffusers, authors", "Use --to authors."]),
-        (["a"], ["--to is missing", "Use --to {diffusers,authors}"]),
-        ([], ["RUN and --to are missing"]),
+        (["a", "--to", "authors", "--sise", "5"], ["--sise", "--size STR"]),
+        (["a", "--too", "authors"], ["--too", "--to {diffusers,authors}"]),
+        (["a", "--nonsense", "--to", "authors"], ["--nonsense"]),
+        (["a", "b", "--to", "authors"], ["b"]),
+        (["a", "--to", "authors", "--steps", "abc"], ["--steps", "abc", "INT"]),
+        (["a", "--to", "authors", "--steps"], ["--steps"]),
+        (["a", "--to", "authors", "--interval", "0.2", "b"], ["--interval", "'b'", "FLOAT FLOAT"]),
+        (["a", "--to", "author"], ["author", "diffusers", "authors"]),
+        ([], ["RUN", "--to {diffusers,authors}"]),
     ],
 )
-def test_a_mistake_is_one_line_with_the_option_the_value_and_the_fix(arguments, parts):
-    message = message_of(*arguments)
-    assert "\n" not in message
+def test_a_mistake_is_one_line_with_the_option_and_what_is_valid(arguments, parts, capfd):
+    with pytest.raises(UserError) as error:
+        parse_arguments(Options, args=arguments)
+    message = str(error.value)
+    assert re.fullmatch("[^\n│╭╰─]*--help", message), message
     assert not [part for part in parts if part not in message], message
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_function_is_called_with_its_options_and_writes_to_stderr(capfd):
+    def main(steps: int) -> int:
+        """Run a script."""
+        print("progress", file=sys.stderr)
+        raise SystemExit(steps)
+
+    with pytest.raises(SystemExit, match="7"):
+        parse_arguments(main, args=["--steps", "7"])
+    assert capfd.readouterr().err == "progress\n"
 
 
 def test_names_of_nested_options_are_suggested():
@@ -77,32 +83,27 @@ def test_names_of_nested_options_are_suggested():
         denoiser: Training = Training()
         autoencoder: Training = Training()
 
-    for option in ("--steps", "--stesp"):
-        with pytest.raises(UserError, match=f"{option} is invalid.*Use .*--denoiser.steps"):
-            parse_arguments(Experiment, args=[option, "3"])
+    with pytest.raises(UserError, match=r"--steps.*--autoencoder.steps.*--denoiser.steps"):
+        parse_arguments(Experiment, args=["--steps", "3"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["a", "--of", "sampler", "--stesp", "4"], ["--stesp", "Use --steps."]),
-        (["a", "--of", "sampler", "--step", "4"], ["--step is invalid", "Use --steps."]),  # no abbreviations
-        (["a", "--of", "sampler", "--steps", "abc"], ["--steps abc", "a whole number", "Use --steps INT."]),
-        (["a", "--of", "sampler", "--steps"], ["--steps is invalid", "needs one argument"]),
-        (["a", "--of", "sampling"], ["--of sampling", "denoiser, sampler", "Use --of sampler."]),
-        (["a", "b", "--of", "sampler"], ["b is invalid", "Use --help"]),
-        ([], ["config and --of are missing"]),
-        (["a", "--off", "sampler"], ["--off", "Use --of."]),  # and --of is missing
+        (["a", "--of", "sampler", "--step", "4"], ["--step "]),  # no abbreviations
+        (["a", "--of", "sampler", "--steps", "abc"], ["--steps", "abc"]),
+        (["a", "--of", "sampling"], ["--of", "sampling", "denoiser", "sampler"]),
+        ([], ["config", "--of"]),
     ],
 )
-def test_the_parser_without_tyro_words_them_alike(arguments, parts):
+def test_a_mistake_is_an_error_of_the_parser_without_tyro(arguments, parts):
     parser = ArgumentParser()
     parser.add_argument("config")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--of", choices=("denoiser", "sampler"), required=True)
     with pytest.raises(UserError) as error:
         parser.parse_args(arguments)
-    assert not [part for part in parts if part not in str(error.value)], error.value
+    assert not [part for part in (*parts, "--help") if part not in str(error.value)], error.value
 
 
 def test_numbers_below_their_minimum():
@@ -130,8 +131,7 @@ def assert_one_line(ended, *parts):
 
 @pytest.mark.parametrize("path", SCRIPTS)
 def test_an_unknown_option_of_each_script(script, path):
-    option = "--wrokers" if path == "tools/ingest.py" else "--sste" if path.startswith("tools/") else "--sede"
-    assert_one_line(script(path, *with_config(path, option, "5")), option, "Use --")
+    assert_one_line(script(path, *with_config(path, "--sede", "5")), "--help")
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,7 @@ def test_an_unknown_option_of_each_script(script, path):
     ],
 )
 def test_a_wrong_value_of_each_script(script, path, arguments, value):
-    option, _ = value.split()
-    assert_one_line(script(path, *arguments, *value.split()), f"{value} is invalid", f"Use {option}")
+    assert_one_line(script(path, *arguments, *value.split()), *value.split())
 
 
 @pytest.mark.parametrize("path", SCRIPTS)

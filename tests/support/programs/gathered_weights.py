@@ -1,4 +1,4 @@
-"""Write weights that are sharded over two processes, and pass objects among these; the argument is the folder.
+"""Write weights that are sharded over two processes, and pass values among these; the argument is the folder.
 
 Process 0 writes weights in parts, and process 1 gathers with it; neither holds all of them.
 """
@@ -31,10 +31,10 @@ def make_rows(index: tuple[slice, ...]) -> np.ndarray:
 
 
 def check_exchange() -> None:
-    """Pass objects of other sizes in parts, one of them an error."""
+    """Pass values of other sizes in parts, one of them an error."""
     exchange._PART_BYTES = 64
     own = [UserError("one"), {"rows": np.arange(50)}][jax.process_index()]
-    first, second = exchange.broadcast_objects(own)
+    first, second = exchange.broadcast_values(own)
     assert isinstance(first, UserError)
     assert str(first) == "one"
     np.testing.assert_array_equal(second["rows"], np.arange(50))
