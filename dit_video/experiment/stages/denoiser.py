@@ -32,7 +32,6 @@ from dit_video.experiment.stages.curriculum import DenoiserStage
 from dit_video.experiment.stages.latents import CacheLatents
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.training import goodput
-from dit_video.training.folder_lock import lock_folder
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.losses.denoiser import DenoiserLoss
@@ -79,7 +78,6 @@ class TrainDenoiser(DenoiserStage):
                 hooks=(*trainer.hooks, *self._make_hooks(runtime, loss, trained)),
                 flops_fn=monitors.make_flops_fn(config),
             )
-
             check = self._make_self_check(runtime, trainer, loss, trained, is_new=is_new)
             if check is not None:
                 trainer = replace(trainer, hooks=(*trainer.hooks, check))
@@ -89,8 +87,7 @@ class TrainDenoiser(DenoiserStage):
                 self._record_rows(runtime, batches)
                 return batches if check is None else check.watch(batches, start)
 
-            with lock_folder(trainer.folder):
-                state = trainer.prepare(open_and_record)()
+            state = trainer.run(open_and_record)
         if not self.curriculum:
             ema_params = state.ema
             del state
