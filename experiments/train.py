@@ -40,7 +40,7 @@ from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.collection import MetricResult
 from dit_video.experiment import Experiment, StagedExperiment, datasets
-from dit_video.experiment.config_file import load_experiment
+from dit_video.experiment.config import load_experiment
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run, StagedRun
 from dit_video.nn.attention import Backend, BackendName

@@ -18,21 +18,17 @@ from dit_video.core.platform.devices import get_peak_flops
 from dit_video.core.platform.provenance import get_code_version
 from dit_video.distributed import make_shardings, shard_batch
 from dit_video.training import goodput, loop
-from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.checkpoint import CheckpointPolicy, Checkpoints
 from dit_video.training.folder_lock import lock_folder
-from dit_video.training.hooks.goodput_log import GoodputLog
 from dit_video.training.hooks.hash_chain import CHAIN_FILE, HashChain
 from dit_video.training.hooks.hook import Hook, PeriodicCall
-from dit_video.training.hooks.logging import MetricsLog
+from dit_video.training.hooks.logging import MetricsLog, SkippedLog
 from dit_video.training.hooks.profiler import TraceConfig, Tracer
-from dit_video.training.hooks.skipped_steps import SkippedLog
 from dit_video.training.hooks.slow_hosts import SlowHostMonitor
-from dit_video.training.hooks.throughput import ThroughputMeter
+from dit_video.training.hooks.throughput import GoodputLog, ThroughputMeter
 from dit_video.training.optim.ema import EmaConfig, EmaSnapshots
-from dit_video.training.program import make_constant_shardings, make_step_program
 from dit_video.training.state import get_shapes_on_devices, make_on_devices
-from dit_video.training.step import Metrics, StepFn, TrainStep
+from dit_video.training.step import Metrics, StepFn, TrainStep, make_constant_shardings, make_step_program
 from dit_video.training.time_recorder import TimeRecorder
 
 

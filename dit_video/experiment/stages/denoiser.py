@@ -21,15 +21,14 @@ from dit_video.experiment.denoiser import (
     open_trainable_denoiser,
 )
 from dit_video.experiment.encoders import check_encoders, open_text_encoder
-from dit_video.experiment.evaluation_hook import EvaluationHook
 from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.experiment.initial_weights import check_initial_weights
+from dit_video.experiment.monitors import EvaluationHook
 from dit_video.experiment.runtime import Runtime, Training
 from dit_video.experiment.self_check.hook import SelfCheck
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
-from dit_video.experiment.stages.curriculum import DenoiserStage
-from dit_video.experiment.stages.latents import CacheLatents
+from dit_video.experiment.stages.latents import CacheLatents, DenoiserStage
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
