@@ -15,7 +15,7 @@ from dit_video.experiment import Experiment
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run
 from dit_video.scenes import shapes
-from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.checkpoint import CheckpointPolicy
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support import tiny
 

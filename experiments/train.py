@@ -40,7 +40,7 @@ from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.collection import MetricResult
 from dit_video.experiment import Experiment, StagedExperiment, datasets
-from dit_video.experiment.config_file import load_experiment
+from dit_video.experiment.config import load_experiment
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run, StagedRun
 from dit_video.nn.attention import Backend, BackendName
@@ -110,10 +110,7 @@ def main() -> None:
         run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
         if arguments.autoencoder_only and isinstance(run, Run):
             evaluate.check_held_out(run.runtime.held_out_clips)  # before the training, not after it
-        for stage in run.select_stages("autoencoder" if arguments.autoencoder_only else None):
-            if stage.is_due(run.runtime):
-                with run.runtime.recorder.phase(f"{goodput.STAGE}{stage.name}"):
-                    stage.run(run.runtime)
+        run.run_stages("autoencoder" if arguments.autoencoder_only else None)
         results = evaluate_autoencoder(run) if arguments.autoencoder_only else evaluate_run(run)
     evaluate.print_results(results)
     if is_first_process():

@@ -52,7 +52,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 _LONG_FILES = (
-    "tests/experiments/test_chaos.py",
     "tests/experiments/test_two_processes.py",
     "tests/experiments/test_amended_run.py",
     "tests/experiments/test_interruption.py",

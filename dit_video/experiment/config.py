@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import runpy
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.errors import MissingError, UserError, check_at_least
 from dit_video.data.latents.views import Augmentations
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements
@@ -351,3 +354,23 @@ class Experiment(StagedExperiment):
         """Return whether a row or canvas has room for a clip of this training size."""
         latents = latent_grid(size, self.autoencoder.model.stride)
         return self.denoiser.row_shape.fits([compute_token_grid(latents, self.denoiser.backbone.patch)], [0])
+
+
+def load_experiment(path: str | Path) -> StagedExperiment:
+    """Return the `EXPERIMENT` of a config file, which may import its neighbours, by the name of their folder.
+
+    Raises:
+      MissingError: the file does not exist.
+      UserError: the file is not in Python, or defines no `EXPERIMENT`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingError(f"config {path} does not exist; use a file such as experiments/configs/clips.py")
+    if path.suffix != ".py":
+        raise UserError(f"config {path} is not a Python file; use a file such as experiments/configs/clips.py")
+    if (folder := str(path.resolve().parents[1])) not in sys.path:
+        sys.path.append(folder)
+    experiment = runpy.run_path(str(path)).get("EXPERIMENT")
+    if not isinstance(experiment, StagedExperiment):
+        raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
+    return experiment

@@ -25,9 +25,8 @@ from dit_video.experiment.initial_weights import (
 )
 from dit_video.families import load_denoiser
 from dit_video.nn import LoraConfig, add_lora_scale, attach_lora, get_graph_def, init_lora, init_params, merge_lora
-from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, time_quantile
+from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, LoraLoss, time_quantile
 from dit_video.training.losses.distillation import make_distillation_step
-from dit_video.training.losses.lora import LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.step import GradientStep, TrainStep
 from dit_video.weights.parameter import Placement, place_on_host

@@ -50,9 +50,9 @@ def open_run(
     Raises:
       UserError: processes that do not start in time or differ, a folder of another run, or one that is in use.
     """
-    GracefulStop.code = stopped_code
     config = config_json.to_json(experiment)
     with (
+        _exit_with(stopped_code),
         raise_on_sigterm(),
         initialize_distributed(config, code=get_code_version(), timeouts=timeouts),
         lock_folder(folder),
@@ -62,6 +62,16 @@ def open_run(
             run = replace(run_class.create(local, experiment, remote=remote), profile=profile)
         with run.runtime.recorder.attempt(from_process_start=True):
             yield run
+
+
+@contextlib.contextmanager
+def _exit_with(code: int) -> Iterator[None]:
+    """Give a stop by a signal inside the context the exit code of the script."""
+    try:
+        yield
+    except GracefulStop as stopped:
+        stopped.code = code
+        raise
 
 
 @contextlib.contextmanager

@@ -15,10 +15,12 @@ from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import DEFAULT_DTYPE, INDEX, Dtype, LoadOptions
 from dit_video.families.registry import find_family, list_families
 from dit_video.nn import Backend
-from dit_video.sampling.folder import CONFIG, RUN_CONFIG, WHOLE_FOLDERS, is_pipeline_folder
+from dit_video.sampling.folder import CONFIG, RUN_CONFIG, WHOLE_FOLDERS, is_pipeline_folder, read_pipeline_config
 from dit_video.sampling.loading import load_pipeline
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.weights.parameter import Placement
+from dit_video.weights.text_encoder import set_encoder_folder
 
 _HUB_ENDINGS = ("json", "safetensors", "model")
 """Endings of the files that are downloaded from the hub."""
@@ -171,3 +173,30 @@ def _download(name: str) -> Path:
             f"no such folder: {name}; nor could it be downloaded from the Hugging Face hub ({reason[:200]}): check the "
             f"name and the network, or download it elsewhere (hf download {name}) and name the folder"
         ) from error
+
+
+def read_config(
+    folder: str | Path,
+    *,
+    text_encoder: str | Path | None = None,
+    dtype: Dtype | None = None,
+    text_dtype: Dtype | None = None,
+) -> PipelineConfig | None:
+    """Return the config of the pipeline that `dit_video.load` would load; its arguments have the same meaning here.
+
+    It is None for a folder without a config: a run whose clips are not known yet, or a mistake, about which
+    `dit_video.load` says more.
+
+    Raises:
+      MissingError: a folder of open weights that lacks parts.
+      UserError: a folder of an unknown class or with unsupported settings, or a text encoder that is not frozen.
+    """
+    folder = Path(folder)
+    if (family := find_family(folder)) is not None:
+        options = LoadOptions(text_encoder=text_encoder, dtype=dtype or DEFAULT_DTYPE, text_dtype=text_dtype)
+        return family.make_config(folder, options)
+    inner = next((each for each in (folder, folder / "pipeline") if (each / CONFIG).is_file()), None)
+    if inner is None:
+        return None
+    config = read_pipeline_config(inner)
+    return config if text_encoder is None else replace(config, text=set_encoder_folder(config.text, text_encoder))

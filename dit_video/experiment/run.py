@@ -104,26 +104,16 @@ class StagedRun(RunFolder):
           last: name of the last stage to run; None for all.
 
         Raises:
-          UserError: a stage cannot be run; no stage has that name.
+          UserError: If a stage cannot be run, or if no stage has that name.
           KeyboardInterrupt: after a signal, once the state is saved.
         """
-        for stage in self.select_stages(last):
+        names = [stage.name for stage in self.stages]
+        if last is not None and last not in names:
+            raise UserError(f"stage={last!r} is invalid: the run has no such stage. Use one of {', '.join(names)}.")
+        for stage in self.stages if last is None else self.stages[: names.index(last) + 1]:
             if stage.is_due(self.runtime):
                 with self.runtime.recorder.phase(f"{goodput.STAGE}{stage.name}"):
                     stage.run(self.runtime)
-
-    def select_stages(self, last: str | None = None) -> tuple[Stage, ...]:
-        """Return the stages up to the one of this name, or all.
-
-        Raises:
-          UserError: no stage has that name.
-        """
-        names = [stage.name for stage in self.stages]
-        if last is None:
-            return self.stages
-        if last not in names:
-            raise UserError(f"stage={last!r} is invalid: the run has no such stage. Use one of {', '.join(names)}.")
-        return self.stages[: names.index(last) + 1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,7 @@ from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.experiment import DataConfig, datasets
 from dit_video.experiment.checkpoints import get_checkpoint_folder
 from dit_video.experiment.remote_folder import RemoteFolder, SendLogs, main_process_first
-from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.checkpoint import CheckpointPolicy, Checkpoints
 from dit_video.training.goodput import GOODPUT_FOLDER
 from dit_video.training.hooks.profiler import TraceConfig
 from dit_video.training.loop import LoopConfig

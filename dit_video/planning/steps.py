@@ -36,8 +36,8 @@ from dit_video.sampling.program import compute_program_steps, make_program
 from dit_video.sampling.sampler import init_state
 from dit_video.sampling.sharding import ProgramArguments, compute_row_multiples, make_argument_shardings
 from dit_video.tokens import Field, Grid, make_empty_row
-from dit_video.training.program import make_step_program
 from dit_video.training.state import attach_shardings
+from dit_video.training.step import make_step_program
 from dit_video.weights import read_clip_vision_config
 
 Part = Literal["denoiser", "autoencoder", "sampler"]

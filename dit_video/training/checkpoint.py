@@ -19,9 +19,10 @@ import math
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,30 +30,87 @@ import orbax.checkpoint as ocp
 
 from dit_video.core import config_json
 from dit_video.core import trees as trees
-from dit_video.core.errors import MissingError, TransientError, UserError
+from dit_video.core.errors import MissingError, TransientError, UserError, check_at_least
 from dit_video.core.platform.provenance import get_code_version
 from dit_video.core.storage import classify_read_error, retry_transient
 from dit_video.distributed.faults.progress import declare_phase
 from dit_video.distributed.process_group import ProcessGroup
-from dit_video.training.agreement import (
-    SharedResult,
-    call_together,
-    check_is_not_in_turn,
-    raise_failure,
-    share_text,
-)
-from dit_video.training.checkpoint_arrays import check_arrays, compute_digests, describe_array, make_target
+from dit_video.training.agreement import SharedResult, call_together, check_is_not_in_turn, raise_failure, share_text
 from dit_video.training.checkpoint_io import (
     SaveBarrier,
+    check_arrays,
+    compute_digests,
     convert_save_errors,
     create_folder,
+    describe_array,
+    make_target,
     open_reader,
     open_writer,
     rename_unreadable,
     resolve_folder,
 )
-from dit_video.training.checkpoint_policy import CheckpointPolicy, OrbaxPreservationPolicy
 from dit_video.training.folder_lock import check_locks
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPolicy:
+    """Policy for preserving checkpoints: one that matches any of the rules is kept.
+
+    Raises:
+      UserError: A number that is too small.
+    """
+
+    newest: int = 2
+    """Number of newest checkpoints to keep. Use at least 2 to have a fallback if the newest one is damaged."""
+    every: int | None = None
+    """Interval in steps of checkpoints that are kept forever; None for none."""
+    best: int = 0
+    """Number of best checkpoints by `metric` to keep."""
+    metric: str = "loss"
+    """Name of a logged metric, whose value is that of the last entry of the log before the checkpoint was saved."""
+    better: Literal["lower", "higher"] = "lower"
+    """Direction in which `metric` improves."""
+
+    def __post_init__(self) -> None:
+        check_at_least(1, newest=self.newest, every=self.every)
+        check_at_least(0, best=self.best)
+
+
+class OrbaxPreservationPolicy:
+    """A `CheckpointPolicy` as a policy of Orbax.
+
+    `get_metrics` returns the metrics of the checkpoint of a step, or None.
+    """
+
+    def __init__(self, keep: CheckpointPolicy, get_metrics: Callable[[int], Mapping[str, float] | None]) -> None:
+        from orbax.checkpoint import checkpoint_managers as orbax  # slow import, not needed for configs
+
+        policies: list[orbax.PreservationPolicy] = [orbax.LatestN(keep.newest)]
+        if keep.every is not None:
+            policies.append(orbax.EveryNSteps(keep.every))
+        if keep.best:
+            is_reversed = keep.better == "lower"  # Orbax keeps the last of the sorted checkpoints
+            options: dict[str, Any] = {"reverse": is_reversed, "keep_checkpoints_without_metrics": False}
+            policies.append(orbax.BestN(get_metric_fn=lambda metrics: metrics[keep.metric], n=keep.best, **options))
+        self._policy = orbax.AnyPreservationPolicy(policies)
+        self._keep = keep
+        self._get_metrics = get_metrics
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Return whether to keep each of the checkpoints, which are in the order of their steps."""
+        checkpoints_with_metrics = [
+            SimpleNamespace(step=info.step, time=info.time, metrics=self._read_metrics(info.step))
+            for info in checkpoints
+        ]
+        return self._policy.should_preserve(checkpoints_with_metrics, context=context)
+
+    def _read_metrics(self, step: int) -> Mapping[str, float] | None:
+        if not self._keep.best:
+            return None
+        metrics = self._get_metrics(step)
+        value = None if metrics is None else metrics.get(self._keep.metric)
+        return metrics if value is not None and math.isfinite(value) else None
+
 
 FORMAT = 2
 """Format of new checkpoints. Those of format 1 have other digests, and can be read, too."""
@@ -81,7 +139,7 @@ class Checkpoints:
     methods, in the same order (`read_document` is of each process alone).
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: CheckpointPolicy = CheckpointPolicy()) -> None:  # noqa: B008  # it is frozen
+    def __init__(self, folder: str | os.PathLike, *, keep: CheckpointPolicy = CheckpointPolicy()) -> None:
         self.folder = resolve_folder(folder)
         self.keep = keep
         self._writer: ocp.CheckpointManager | None = None

@@ -1,20 +1,8 @@
-"""Training loop: batch, step, log, save, in this order. The caller restores the state.
+"""Training loop: batch, step, evaluate, log, save, in this order. The caller restores the state.
 
 The loop waits for the device when it logs and saves. Otherwise it only keeps the device from falling more than two
-steps behind, so that the device always has work while few batches are queued.
-
-An entry of the log is the mean of the metrics over the steps since the previous entry (or since the start of this
-process), with `step_seconds` and `steps_per_second` (excluding the first step, saving and hooks); `data_wait`, the
-share of the time spent waiting for a batch while the device was idle (an upper bound: if the device became idle during
-a wait, the whole wait counts); the device's memory, if it reports that; and once `first_step_seconds`, most of which is
-compilation. Results of periodic calls are logged at their step, and hooks add metrics to each entry.
-
-Where the time went is logged, too. `interval_seconds` is the whole time since the previous entry, or since the start of
-this process's loop; its parts besides steps are `first_batch_seconds` (once), `compile_seconds` (of the first step, and
-of each with new shapes; a part of the steps' time), `save_seconds`, and for hooks `NAME_seconds`, such as
-`validate_seconds`. Saving and hooks that follow an entry are in the next one. `unix_seconds` is the time of day of
-the entry; where an entry comes later after the previous one than its interval lasts, the run was not running, or steps
-were repeated. A `TimeRecorder` accounts for the time of the whole run, over all of its starts.
+steps behind, so that the device always has work while few batches are queued. `training.step_log` describes the entries
+of the log and measures where the time goes; all else that happens besides the steps is a hook.
 
 A step whose loss or gradient is not finite leaves the state unchanged (see `training.step`), is counted in the log as
 `skipped`, and is logged with its batch. After `LoopConfig.max_consecutive_skips` consecutive ones the run ends and
@@ -25,7 +13,7 @@ ends it immediately. Several processes all stop after the same step (see `traini
 """
 
 import contextlib
-import time
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +24,12 @@ from jaxtyping import Array, Bool
 
 from dit_video.core import trees as trees
 from dit_video.core.errors import GracefulStop, UserError, check_at_least
-from dit_video.training import goodput
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import Hook
-from dit_video.training.hooks.logging import MetricAccumulator, NonFiniteLossError, Progress, TooManySkipsError
-from dit_video.training.preemption import handle_signals
-from dit_video.training.step import get_scalars
+from dit_video.training.hooks.logging import Progress
+from dit_video.training.preemption import StopRequest, handle_signals
+from dit_video.training.step import Metrics, StepFn, get_scalars
+from dit_video.training.step_log import LoopTimer, NonFiniteLossError, StepLog, TooManySkipsError
 from dit_video.training.time_recorder import TimeRecorder
 
 
@@ -80,7 +68,7 @@ def run(
 ) -> Any:
     """Train from `state.step` to `config.steps`, and return the last state.
 
-    The docstring of this module describes the entries of the log and the handling of signals.
+    The docstring of this module describes the handling of signals.
 
     Args:
       step: Jitted function `(state, batch) -> (state, metrics)` that increments `state.step`; it may donate the state.
@@ -103,93 +91,114 @@ def run(
     """
     steps_done = int(state.step)
     hooks = [hook for hook in hooks if jax.process_index() == 0 or not hook.first_process_only]
-    saver = _Saver(checkpoints, dict(meta or {}), steps_done, hooks)
+    timer = LoopTimer(recorder)
+    saver = _Saver(checkpoints, dict(meta or {}), steps_done, hooks=hooks, timer=timer)
     saver.check_start(config.steps)
     for hook in hooks:
         hook.resume(steps_done)
     if steps_done == config.steps:
         return state
-    recorder = TimeRecorder() if recorder is None else recorder
-    max_skips = config.max_consecutive_skips
-    accumulator = MetricAccumulator(steps_done, max_consecutive_skips=max_skips, hooks=hooks, recorder=recorder)
+    log = StepLog(steps_done, max_consecutive_skips=config.max_consecutive_skips, hooks=hooks, timer=timer)
+    step = _annotate_steps(timer.wrap_step(step), hooks, steps_done)
     with (
         handle_signals(steps_done, grace=config.preemption_grace) as stop,
         _close_at_end(batches(steps_done)) as iterator,
         Progress(title, config.steps, start=steps_done, visible=jax.process_index() == 0) as progress,
+        timer.run_loop(),
         contextlib.ExitStack() as stack,
     ):
-        stack.callback(recorder.charge, f"{goodput.HOOK}hook")  # after all of these
         for hook in hooks:
             stack.callback(hook.close)
-        recorder.charge(goodput.STARTUP)
-        while steps_done < config.steps and not stop.should_stop():
-            batch = accumulator.next(iterator, stop.should_stop)
-            if stop.should_stop():
-                break
-            with contextlib.ExitStack() as annotations:
-                for hook in hooks:
-                    annotations.enter_context(hook.annotate(steps_done + 1))
-                annotations.enter_context(accumulator.time_compilation(batch))
-                state, metrics = step(state, batch)
-            steps_done += 1
-            recorder.count_step(steps_done)
-            with saver.handle_failures(steps_done, state, accumulator):
-                accumulator.add(batch, get_scalars(metrics))
-            loss = None
-            is_last = steps_done == config.steps
-            due_hooks = [hook for hook in hooks if hook.is_due(steps_done, is_last=is_last)]
-            results: dict[str, float] = {}
-            for due in due_hooks:
-                with accumulator.sync_and_pause_timer(due.name):
-                    results |= due.call(steps_done, state)
-            if steps_done % config.log_every == 0 or is_last or results:
-                with saver.handle_failures(steps_done, state, accumulator):
-                    values = accumulator.compute_and_reset()
-                recorder.cut(steps_done)
-                with accumulator.pause_timer("hook"):
-                    values |= {name: value for hook in hooks for name, value in hook.derive(values).items()}
-                    values |= {**results, **get_device_memory(), "unix_seconds": time.time()}
-                    loss = values["loss"]
-                    saver.metrics = values
+        timed_batches = timer.wrap_batches(iterator)
+        try:
+            while steps_done < config.steps and not stop.should_stop():
+                batch = _read_batch(timed_batches, stop, steps_done)
+                if stop.should_stop():
+                    break
+                state, metrics = step(state, batch)  # asynchronous
+                steps_done += 1
+                log.add(batch, get_scalars(metrics))
+                is_last = steps_done == config.steps
+                results: dict[str, float] = {}
+                for hook in [hook for hook in hooks if hook.is_due(steps_done, is_last=is_last)]:
+                    with timer.timed(hook.name, wait=True):
+                        results |= hook.call(steps_done, state)
+                if steps_done % config.log_every == 0 or is_last or results:
+                    log.write(results)
+                    saver.check()
+                stop.record_step(steps_done)
+                progress.update(steps_done, log.entry.get("loss"), is_timed=timer.is_timed)
+                with timer.timed("hook"):
                     for hook in hooks:
-                        hook.write(steps_done, values)
-                if checkpoints is not None:
-                    checkpoints.check()
-            stop.record_step(steps_done)
-            progress.update(steps_done, loss, is_timed=accumulator.is_timed)
-            with accumulator.pause_timer("hook"):
-                for hook in hooks:
-                    hook.on_step(steps_done, state, metrics)
-            if steps_done % config.save_every == 0:
-                saver.save(steps_done, state, accumulator)
-        saver.save(steps_done, state, accumulator)
+                        hook.on_step(steps_done, state, metrics)
+                if steps_done % config.save_every == 0:
+                    saver.save(steps_done, state, log)
+            saver.save(steps_done, state, log)
+        except NonFiniteLossError as error:
+            raise saver.make_error(str(error)) from error
+        except TooManySkipsError as error:
+            # Skipped steps leave the state unchanged, so it is still that from before the first of them.
+            saver.write(steps_done, state, log.entry)
+            saver.wait()
+            saved_note = "" if checkpoints is None else f" and is saved as step {steps_done}"
+            raise UserError(
+                f"{error}; the state is that from before them{saved_note}. Inspect the batches in skipped.jsonl. The "
+                "same command resumes after them; a lower learning rate or stronger gradient clipping needs a new run."
+            ) from error
         saver.wait()
-        recorder.charge(goodput.SAVE)
-        recorder.end_training(steps_done)
+        timer.end(steps_done)
         if stop.acknowledge():
             raise GracefulStop(f"{title}, by {stop.signal_name} after step {steps_done}, which is saved")
     return state
 
 
-def get_device_memory() -> dict[str, float]:
-    """Return current and peak bytes in use on this process's first device; empty if it has no statistics (CPUs)."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    names = {"bytes_in_use": "device_memory_bytes", "peak_bytes_in_use": "device_memory_peak_bytes"}
-    return {name: float(statistics[key]) for key, name in names.items() if key in statistics}
+def _read_batch(batches: Iterator[Any], stop: StopRequest, steps_done: int) -> Any:
+    """Return the next batch, or None if a signal to stop has also ended the data loader's processes.
+
+    Raises:
+      UserError: If the data ended before the training.
+    """
+    try:
+        return next(batches)
+    except Exception as error:
+        if stop.should_stop():
+            return None
+        if isinstance(error, StopIteration):
+            fix = f"Repeat them, or train for {steps_done} steps."
+            raise UserError(f"the data ended after step {steps_done}. {fix}") from error
+        raise
+
+
+def _annotate_steps(step: StepFn, hooks: Sequence[Hook], steps_done: int) -> StepFn:
+    """Return the step, which is started in the contexts of the hooks."""
+    numbers = itertools.count(steps_done + 1)
+
+    def annotated_step(state: Any, batch: Any) -> tuple[Any, Metrics]:
+        number = next(numbers)
+        with contextlib.ExitStack() as annotations:
+            for hook in hooks:
+                annotations.enter_context(hook.annotate(number))
+            return step(state, batch)
+
+    return annotated_step
 
 
 class _Saver:
     """Writer of checkpoints that saves each step once, and only finite states."""
 
     def __init__(
-        self, checkpoints: Checkpoints | None, meta: dict[str, Any], steps_done: int, hooks: Sequence[Hook]
+        self,
+        checkpoints: Checkpoints | None,
+        meta: dict[str, Any],
+        steps_done: int,
+        *,
+        hooks: Sequence[Hook],
+        timer: LoopTimer,
     ) -> None:
         self._checkpoints = checkpoints
-        self._hooks = hooks
         self._meta = meta
         self._saved_step = steps_done
-        self.metrics: Mapping[str, float] = {}
-        """Newest entry of the log."""
+        self._hooks, self._timer = hooks, timer
 
     def check_start(self, steps: int) -> None:
         """Raise if the run cannot continue from its state, before anything is computed."""
@@ -202,58 +211,57 @@ class _Saver:
                 "Restore that one, remove it, or use another folder."
             )
 
-    def save(self, steps_done: int, state: Any, accumulator: MetricAccumulator) -> None:
-        """Save a state, unless it is saved already.
+    def save(self, step: int, state: Any, log: StepLog) -> None:
+        """Save the state of a step whose loss is finite, unless it is saved already; see `write`.
 
         Raises:
-          UserError: The loss or the state is not finite.
-          ValueError: The step function does not increment `state.step`.
+          NonFiniteLossError: If the loss of a step that was not skipped is not finite.
+          TooManySkipsError: If too many consecutive steps were skipped.
         """
-        if steps_done == self._saved_step:
-            return
-        with self.handle_failures(steps_done, state, accumulator):
-            accumulator.fetch_metrics()
-        accumulator.recorder.charge(goodput.STEP)
-        accumulator.recorder.cut(steps_done)
-        self._save(steps_done, state, accumulator)
+        if step != self._saved_step:
+            log.fetch_metrics()
+            self.write(step, state, log.entry)
 
-    def _save(self, steps_done: int, state: Any, accumulator: MetricAccumulator) -> None:
-        with accumulator.pause_timer("save"):
-            if int(state.step) != steps_done:
-                raise ValueError(f"state.step={int(state.step)} is wrong after {steps_done} steps: each must add 1.")
+    def write(self, step: int, state: Any, metrics: Mapping[str, float]) -> None:
+        """Save a state, unless it is saved already.
+
+        Args:
+          step: Number of steps done.
+          state: State after them.
+          metrics: Newest entry of the log.
+
+        Raises:
+          UserError: If the state is not finite.
+          ValueError: If the step function does not increment `state.step`.
+        """
+        if step == self._saved_step:
+            return
+        with self._timer.timed("save"):
+            if int(state.step) != step:
+                raise ValueError(f"state.step={int(state.step)} is wrong after {step} steps: each must add 1.")
             if (path := _find_nonfinite(state)) is not None:
-                raise self._make_error(f"{path} is not finite after step {steps_done}")
+                raise self.make_error(f"{path} is not finite after step {step}")
             if self._checkpoints is not None:
                 for hook in self._hooks:
-                    hook.before_save(steps_done, state)
-                digests = self._checkpoints.save(steps_done, state, self._meta, metrics=self.metrics)
+                    hook.before_save(step, state)
+                digests = self._checkpoints.save(step, state, self._meta, metrics=metrics)
                 for hook in self._hooks:
-                    hook.on_save(steps_done, digests)
-            self._saved_step = steps_done
+                    hook.on_save(step, digests)
+            self._saved_step = step
 
     def wait(self) -> None:
+        """Wait until all saves are on disk."""
         if self._checkpoints is not None:
-            self._checkpoints.wait()
+            with self._timer.timed("save"):
+                self._checkpoints.wait()
 
-    @contextlib.contextmanager
-    def handle_failures(self, steps_done: int, state: Any, accumulator: MetricAccumulator) -> Iterator[None]:
-        """Turn training failures into user errors, saving the last good state first if there is one."""
-        try:
-            yield
-        except NonFiniteLossError as error:
-            raise self._make_error(str(error)) from error
-        except TooManySkipsError as error:
-            # Skipped steps leave the state unchanged, so it is still that from before the first of them.
-            if steps_done != self._saved_step:
-                self._save(steps_done, state, accumulator)
-            self.wait()
-            saved_note = "" if self._checkpoints is None else f" and is saved as step {steps_done}"
-            raise UserError(
-                f"{error}; the state is that from before them{saved_note}. Inspect the batches in skipped.jsonl. The "
-                "same command resumes after them; a lower learning rate or stronger gradient clipping needs a new run."
-            ) from error
+    def check(self) -> None:
+        """Raise the error of a save that has failed in the background; see `Checkpoints.check`."""
+        if self._checkpoints is not None:
+            self._checkpoints.check()
 
-    def _make_error(self, problem: str) -> UserError:
+    def make_error(self, problem: str) -> UserError:
+        """Return the error of a training that diverged."""
         newest = None if self._checkpoints is None else self._checkpoints.latest()
         saved = "nothing is saved yet" if newest is None else f"the last saved checkpoint is step {newest}"
         return UserError(f"{problem}; {saved}. Restart with a lower learning rate or stronger gradient clipping.")

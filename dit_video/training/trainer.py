@@ -18,21 +18,17 @@ from dit_video.core.platform.devices import get_peak_flops
 from dit_video.core.platform.provenance import get_code_version
 from dit_video.distributed import make_shardings, shard_batch
 from dit_video.training import goodput, loop
-from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.checkpoint import CheckpointPolicy, Checkpoints
 from dit_video.training.folder_lock import lock_folder
-from dit_video.training.hooks.goodput_log import GoodputLog
 from dit_video.training.hooks.hash_chain import CHAIN_FILE, HashChain
 from dit_video.training.hooks.hook import Hook, PeriodicCall
-from dit_video.training.hooks.logging import MetricsLog
+from dit_video.training.hooks.logging import MetricsLog, SkippedLog
 from dit_video.training.hooks.profiler import TraceConfig, Tracer
-from dit_video.training.hooks.skipped_steps import SkippedLog
 from dit_video.training.hooks.slow_hosts import SlowHostMonitor
-from dit_video.training.hooks.throughput import ThroughputMeter
+from dit_video.training.hooks.throughput import GoodputLog, ThroughputMeter
 from dit_video.training.optim.ema import EmaConfig, EmaSnapshots
-from dit_video.training.program import make_constant_shardings, make_step_program
 from dit_video.training.state import get_shapes_on_devices, make_on_devices
-from dit_video.training.step import Metrics, StepFn, TrainStep
+from dit_video.training.step import Metrics, StepFn, TrainStep, make_constant_shardings, make_step_program
 from dit_video.training.time_recorder import TimeRecorder
 
 
@@ -103,56 +99,47 @@ class Trainer:
           batches: Function from a step, counted from `start_step`, to an iterator over the batches from there on.
 
         Raises:
-          UserError: The data differ from those that the checkpoint was trained on, or another process trains in the
-            folder.
+          UserError: If the data differ from those that the checkpoint was trained on, if another process trains in
+            the folder, or if the checkpoint precedes this stage.
         """
         with lock_folder(self.folder):
-            return self.prepare(batches)()
+            checkpoints = self.open_checkpoints()
+            state, meta = self._restore_or_init(checkpoints)
+            step = int(state.step)
+            if step >= self.config.steps:
+                return state
+            if step < self.start_step:
+                raise UserError(
+                    f"the newest readable checkpoint of {self.folder} has step {step}, but this stage begins at step "
+                    f"{self.start_step}. Remove the later checkpoints to continue the earlier stage."
+                )
+            data = batches(step - self.start_step)
+            if step > self.start_step and meta.get("plan", data.hash) != data.hash:
+                data.close()
+                raise UserError(
+                    f"the data of {self.folder.parent} differ from those of its checkpoint at step {step} (plan "
+                    f"{meta['plan']}, now {data.hash}). Restore the data, or start another run."
+                )
+            self.recorder.resume(self.folder.name, step)
+            meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)
+            return loop.run(
+                self._compile_step(state),
+                state,
+                lambda _: _shard_batches(data, self.mesh, meter),
+                config=self.config,
+                checkpoints=checkpoints,
+                hooks=self._list_hooks(meter, checkpoints, plan=data.hash),
+                title=self.title,
+                meta={"plan": data.hash, "config": self.resolved_config},
+                recorder=self.recorder,
+            )
 
-    def prepare(self, batches: Callable[[int], BatchIterator]) -> Callable[[], Any]:
-        """Restore the state and open the data, and return the loop that remains to be run; see `run`.
-
-        The caller holds the lock of the folder. (A training that calls the loop itself has a shorter call stack.)
-        """
-        checkpoints = self.open_checkpoints()
-        meta: dict[str, Any] = {}
+    def _restore_or_init(self, checkpoints: Checkpoints) -> tuple[Any, dict[str, Any]]:
+        """Return the newest state that can be read, with its metadata, or the initial one, without any."""
         if checkpoints.latest() is None and not self.start_step:
-            state = self._make_state()
-        else:
-            with self.recorder.phase(goodput.RESTORE):
-                state, meta = self._restore(checkpoints)
-        if int(state.step) >= self.config.steps:
-            return lambda: state
-        stage_steps_done = int(state.step) - self.start_step
-        if stage_steps_done < 0:
-            raise UserError(
-                f"the newest readable checkpoint of {self.folder} has step {int(state.step)}, but this stage begins at "
-                f"step {self.start_step}. Remove the later checkpoints to continue the earlier stage."
-            )
-        data = batches(stage_steps_done)
-        if stage_steps_done and meta.get("plan", data.hash) != data.hash:
-            data.close()
-            raise UserError(
-                f"the data of {self.folder.parent} differ from those of its checkpoint at step {int(state.step)} (plan "
-                f"{meta['plan']}, now {data.hash}). Restore the data, or start another run."
-            )
-        self.recorder.resume(self.folder.name, int(state.step))
-        meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)
-        chain = HashChain(
-            self.folder / CHAIN_FILE, self.describe_start(data.hash), read_digests=checkpoints.read_digests
-        )
-        return functools.partial(
-            loop.run,
-            self._compile_step(state),
-            state,
-            lambda _: _shard_batches(data, self.mesh, meter),
-            config=self.config,
-            checkpoints=checkpoints,
-            hooks=[chain, *self._list_hooks(meter)],
-            title=self.title,
-            meta={"plan": data.hash, "config": self.resolved_config},
-            recorder=self.recorder,
-        )
+            return self._make_state(), {}
+        with self.recorder.phase(goodput.RESTORE):
+            return self._restore(checkpoints)
 
     def replay(self, batches: Callable[[int], BatchIterator], first: int) -> Generator[tuple[Any, Metrics], None, None]:
         """Repeat the steps after a checkpoint, and yield the state and the metrics after each; nothing is written.
@@ -207,8 +194,10 @@ class Trainer:
     def _frozen_params(self) -> tuple[dict[str, Any], ...]:
         return () if self.frozen_params is None else (self.frozen_params,)
 
-    def _list_hooks(self, meter: ThroughputMeter) -> list[Hook]:
+    def _list_hooks(self, meter: ThroughputMeter, checkpoints: Checkpoints, *, plan: str) -> list[Hook]:
+        start = self.describe_start(plan)
         hooks: list[Hook] = [
+            HashChain(self.folder / CHAIN_FILE, start, read_digests=checkpoints.read_digests),
             MetricsLog(self.folder / "metrics.jsonl"),
             SkippedLog(self.folder / "skipped.jsonl"),
             meter,

@@ -1,11 +1,24 @@
 """The folder of a run is opened only where it holds a run of this version."""
 
+import dataclasses
 import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+from dit_video.core import config_json, registry
 from dit_video.core.errors import MissingError, UserError
+from dit_video.data.buckets import BatchMemory, BucketConfig
+from dit_video.distributed import MeshConfig
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.experiment import CurriculumStage, Experiment, Stage
 from dit_video.experiment.run import Run
+from dit_video.training.checkpoint import CheckpointPolicy
+from dit_video.training.hooks.logging import read_metrics
+from dit_video.training.hooks.metric_logs import MonitoringConfig
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tiny, tmp_path):
@@ -48,3 +61,214 @@ def test_a_run_folder_that_does_not_exist_is_named(tmp_path):
 
 
 # Clips.
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    """Return a copy of a finished run."""
+    return shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
+
+
+def replace_denoiser(experiment: Experiment, **changes: Any) -> Experiment:
+    return dataclasses.replace(experiment, denoiser=dataclasses.replace(experiment.denoiser, **changes))
+
+
+def read_amendments(folder) -> list[dict]:
+    return json.loads((folder / "experiment.json").read_text()).get("amendments", [])
+
+
+def unfinish(folder, step: int = 0) -> None:
+    """Remove the results of a run, and its checkpoints after a step."""
+    shutil.rmtree(folder / "pipeline")
+    for checkpoint in (folder / "denoiser" / "checkpoints").iterdir():
+        if checkpoint.name.isdecimal() and int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+
+
+def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(tiny, copy, capsys):
+    changed = replace_denoiser(tiny.EXPERIMENT, accumulation_steps=2)
+    changed = changed.replace_backbone(attention="chunked", remat="full")
+    data = dataclasses.replace(changed.data, workers=2)
+    changed = dataclasses.replace(
+        changed,
+        data=data,
+        mesh=MeshConfig(data=1, fsdp=4),
+        save_every=2,
+        log_every=1,
+        preemption_grace=20.0,
+        keep=CheckpointPolicy(newest=5),
+        monitoring=MonitoringConfig(tensorboard=True),
+    )
+    unfinish(copy, step=8)
+    assert Run.create(copy, changed).experiment == changed
+    said = capsys.readouterr().err
+    assert said.startswith("amended: ")
+    assert "mesh.fsdp 1 -> 4" in said
+    reopened = Run.open(copy)
+    assert reopened.experiment == changed
+    (amendment,) = reopened.amendments
+    assert amendment.steps == {"autoencoder": 8, "denoiser": 8}
+    paths = {change.path: (change.old, change.new) for change in amendment.changes}
+    assert paths["save_every"] == (4, 2)
+    assert paths["denoiser.backbone.attention"] == ("auto", "chunked")
+    assert set(paths) == {
+        "data.workers",
+        "mesh.data",
+        "mesh.fsdp",
+        "save_every",
+        "log_every",
+        "preemption_grace",
+        "keep.newest",
+        "monitoring.tensorboard",
+        "denoiser.accumulation_steps",
+        "denoiser.backbone.attention",
+        "denoiser.backbone.remat",
+    }
+    # A second amendment is recorded after the first, and the same config is none.
+    Run.create(copy, changed)
+    assert len(read_amendments(copy)) == 1
+    Run.create(copy, tiny.EXPERIMENT)
+    assert [len(each["changes"]) for each in read_amendments(copy)] == [11, 11]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda experiment: dataclasses.replace(experiment, seed=1),
+        lambda experiment: dataclasses.replace(experiment, name="another"),
+        lambda experiment: replace_denoiser(experiment, batch=4),
+        lambda experiment: replace_denoiser(experiment, ema_decay=0.5),
+        lambda experiment: replace_denoiser(experiment, caption_dropout=0.5),
+        lambda experiment: replace_denoiser(
+            experiment, optimizer=dataclasses.replace(experiment.denoiser.optimizer, learning_rate=1e-4)
+        ),
+        lambda experiment: dataclasses.replace(
+            experiment, data=dataclasses.replace(experiment.data, captions={"text": 1.0})
+        ),
+        lambda experiment: experiment.replace_backbone(dtype="bfloat16"),
+    ],
+)
+def test_fields_that_change_what_is_trained_are_refused(tiny, copy, change):
+    before = (copy / "experiment.json").read_bytes()
+    changed = dataclasses.replace(change(tiny.EXPERIMENT), save_every=7)
+    with pytest.raises(UserError, match="holds a run of another config") as error:
+        Run.create(copy, changed)
+    assert "save_every" not in str(error.value)
+    assert (copy / "experiment.json").read_bytes() == before
+
+
+def test_steps_may_not_end_before_the_newest_checkpoint(tiny, copy):
+    with pytest.raises(UserError, match=r"would end at step 7, and the newest checkpoint is step 10. Use 3 steps more"):
+        Run.create(copy, replace_denoiser(tiny.EXPERIMENT, steps=7))
+    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, steps=20)
+    shorter = dataclasses.replace(tiny.EXPERIMENT.autoencoder, steps=7)
+    with pytest.raises(UserError, match=r"autoencoder\.steps of the run .* cannot change: its autoencoder is trained"):
+        Run.create(copy, dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder))
+    (copy / "autoencoder" / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match=r"autoencoder\.steps=7 is too small: the newest checkpoint is step 8"):
+        Run.create(copy, dataclasses.replace(tiny.EXPERIMENT, autoencoder=shorter))
+    assert (copy / "pipeline").is_dir()
+    assert read_amendments(copy) == []
+
+
+def test_the_mesh_may_not_change_the_size_of_bucket_batches(tiny):
+    buckets = BucketConfig(
+        sampling=tiny.EXPERIMENT.denoiser.row_shape, memory=BatchMemory(fixed=1, per_token=10), budget=2000
+    )
+    data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, layout=buckets)
+    bucketed = dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser)
+    assert set(tiny.EXPERIMENT.amendable_fields) - set(bucketed.amendable_fields) == {"mesh", "curriculum[].mesh"}
+
+
+def test_the_steps_of_a_finished_stage_of_the_curriculum_may_not_change(tiny, copy):
+    def make(first: int, second: int) -> Experiment:
+        stages = [
+            CurriculumStage(name=name, steps=steps, data=dataclasses.replace(tiny.EXPERIMENT.data, held_out=()))
+            for name, steps in (("one", first), ("two", second))
+        ]
+        return dataclasses.replace(tiny.EXPERIMENT, curriculum=tuple(stages))
+
+    unfinish(copy, step=8)
+    document = json.loads((copy / "experiment.json").read_text())
+    document["experiment"] = config_json.to_json(make(4, 8))
+    (copy / "experiment.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"curriculum\[0\]\.steps cannot change: its stage ended at step 4"):
+        Run.create(copy, make(5, 8))
+    with pytest.raises(UserError, match=r"curriculum\[1\]\.steps is too small: its stage would end at step 7"):
+        Run.create(copy, make(4, 3))
+    assert Run.create(copy, make(4, 9)).experiment.curriculum[1].steps == 9
+
+
+@pytest.mark.slow
+def test_a_finished_run_trains_on_with_more_steps(tiny, tiny_clips, copy):
+    before = (copy / "pipeline" / "denoiser.safetensors").read_bytes()
+    run = Run.create(copy, replace_denoiser(tiny.EXPERIMENT, steps=12))
+    assert (copy / "pipeline" / "denoiser.safetensors").read_bytes() == before  # until there is a better one
+    run.train(tiny_clips)
+    assert [entry["step"] for entry in read_metrics(copy / "denoiser" / "metrics.jsonl")][-2:] == [10, 12]
+    assert (copy / "pipeline" / "denoiser.safetensors").read_bytes() != before
+
+
+def test_the_pipeline_of_a_finished_run_has_amended_defaults(tiny, tiny_clips, copy):
+    before = (copy / "pipeline" / "denoiser.safetensors").read_bytes()
+    Run.create(copy, dataclasses.replace(tiny.EXPERIMENT, save_every=3))
+    assert (copy / "pipeline").is_dir()
+    sampling = dataclasses.replace(tiny.EXPERIMENT.sampling, steps=3)
+    evaluation = CaptionEvaluation()
+    shutil.rmtree(copy / "latents")  # a finished run needs none
+    changed = dataclasses.replace(tiny.EXPERIMENT, sampling=sampling, evaluation=evaluation)
+    pipeline = Run.create(copy, changed).train(tiny_clips)
+    assert pipeline.config.sampling.steps == 3
+    assert pipeline.config.evaluation == evaluation != tiny.EXPERIMENT.evaluation
+    assert not (copy / "latents").exists()
+    assert (copy / "pipeline" / "denoiser.safetensors").read_bytes() == before
+
+
+def test_a_finished_run_without_checkpoints_keeps_its_pipeline(tiny, copy):
+    shutil.rmtree(copy / "denoiser" / "checkpoints")
+    with pytest.raises(UserError, match="its denoiser has no checkpoints any more"):
+        Run.create(copy, replace_denoiser(tiny.EXPERIMENT, steps=12))
+    assert Run.create(copy, tiny.EXPERIMENT).stages[-1].is_done(Run.open(copy).runtime)
+    assert (copy / "pipeline").is_dir()
+    assert read_amendments(copy) == []
+
+
+@registry.register
+@dataclass(frozen=True, kw_only=True)
+class CountClips(Stage):
+    """A stage of another package, which may be told anew how it reports."""
+
+    name: str = "count"
+    every: int = 1
+    seed: int = 0
+    amendable_fields: ClassVar[tuple[str, ...]] = ("every",)
+
+    def list_outputs(self, runtime) -> tuple[Path, ...]:
+        return (runtime.folder / self.name / "count.txt",)
+
+    def run(self, runtime) -> None:
+        (path,) = self.list_outputs(runtime)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(str(len(runtime.clips)))
+
+
+def test_stages_of_other_packages_name_their_own_fields(tiny, tmp_path):
+    experiment = dataclasses.replace(tiny.EXPERIMENT, stages=(CountClips(),))
+    run = Run.create(tmp_path / "run", experiment)
+    (run.folder / "count").mkdir()
+    amended = dataclasses.replace(experiment, stages=(CountClips(every=5),))
+    assert Run.create(run.folder, amended).experiment == amended
+    with pytest.raises(UserError, match=r"another config \(stages\[0\]\.seed is 0 there and 1 here\)"):
+        Run.create(run.folder, dataclasses.replace(experiment, stages=(CountClips(seed=1),)))
+
+
+def test_a_stage_does_not_speak_for_another(tiny):
+    @registry.register
+    @dataclass(frozen=True, kw_only=True)
+    class StrictStage(CountClips):
+        name: str = "strict"
+        amendable_fields: ClassVar[tuple[str, ...]] = ()
+
+    experiment = dataclasses.replace(tiny.EXPERIMENT, stages=(StrictStage(), CountClips()))
+    assert [field for field in experiment.amendable_fields if "stages" in field] == ["stages[1].every"]

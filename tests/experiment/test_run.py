@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 
-import dit_video
 from dit_video.core import config_json, rng, trees
 from dit_video.core.errors import UserError
 from dit_video.data.augmentation import Augmentation
@@ -25,7 +24,6 @@ from dit_video.training.hooks import logging
 from dit_video.training.trainer import Trainer
 from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
-from support.interruptions import interrupt, wait_for_save
 
 
 @pytest.fixture
@@ -106,60 +104,6 @@ def test_latents_are_those_of_the_training_clips_and_normalised(tiny, tiny_run):
     values = np.concatenate([source[index].reshape(-1, 4) for index in range(len(source))])
     assert np.abs(values.mean(axis=0)).max() < 0.5
     assert 0.5 < values.std(axis=0).min() <= values.std(axis=0).max() < 1.5
-
-
-STAGES = {"autoencoder": ("autoencoder", "latents", "denoiser", "pipeline"), "denoiser": ("denoiser", "pipeline")}
-"""Results to be made again if the result of a stage is removed."""
-
-
-def begin(copy, tiny_clips, monkeypatch, *, stage, call, how):
-    """Remove the results from `stage` on, and train until the interruption."""
-    for folder in STAGES[stage]:
-        shutil.rmtree(copy / folder)
-    with monkeypatch.context() as patch:
-        interrupt(patch, call=call, how=how)
-        with pytest.raises(KeyboardInterrupt):
-            Run.open(copy).train(tiny_clips)
-
-
-def assert_is_unfinished(pipeline, final):
-    """Assert that the loaded weights are the averages of the newest checkpoint, which are not the final ones."""
-    weights, last = trees.flatten(pipeline.denoiser_params), trees.flatten(final.denoiser_params)
-    assert weights.keys() == last.keys()
-    assert any(not np.array_equal(weights[path], last[path]) for path in weights)
-    assert pipeline.config == final.config
-
-
-@pytest.mark.parametrize(
-    ("stage", "how", "call", "saved"),
-    [
-        pytest.param("autoencoder", "Ctrl-C", 3, 3, marks=pytest.mark.slow),
-        pytest.param("denoiser", "Ctrl-C", 3, 3, marks=pytest.mark.slow),
-        pytest.param("denoiser", "killed", 6, 4, marks=pytest.mark.slow),
-    ],
-)
-def test_an_interrupted_run_ends_bit_for_bit_where_the_uninterrupted_one_does(
-    tiny_run, tiny_pipeline, tiny_clips, copy, monkeypatch, stage, how, call, saved
-):
-    begin(copy, tiny_clips, monkeypatch, stage=stage, call=call, how=how)
-    wait_for_save(copy / stage, saved)
-    assert not (copy / "pipeline").exists()
-
-    resumed = Run.open(copy)
-    if stage == "autoencoder":
-        resumed.run_stages("autoencoder")
-        names = ["autoencoder/weights.safetensors"]
-    else:
-        assert_is_unfinished(dit_video.load(copy), tiny_pipeline)
-        resumed.train(tiny_clips)
-        names = ["pipeline/denoiser.safetensors", "pipeline/pipeline.json"]
-    for name in names:
-        assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
-    steps = [
-        [entry["step"] for entry in logging.read_metrics(folder / stage / "metrics.jsonl")]
-        for folder in (copy, tiny_run)
-    ]
-    assert steps[0] == steps[1]
 
 
 @pytest.mark.slow

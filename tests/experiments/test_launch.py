@@ -1,8 +1,8 @@
 """Every launch file starts the training with arguments that the script takes, in environments that it reads.
 
 Each file is run as its tool would run it, with programs in place of the tool and of Python that write down what they
-were called with. The files of one tool are looked at in test_launch_slurm.py, test_launch_kubernetes.py,
-test_launch_ray.py and test_launch_cloud.py, also with the tool where it is installed.
+were called with. What manifests say is looked at in test_launch_manifests.py; test_launch_slurm_cluster.py and
+test_launch_ray.py start SLURM and Ray where they are installed.
 """
 
 import functools
@@ -202,6 +202,48 @@ def test_every_process_gets_its_index_and_the_coordinator(name, tools):
 def test_the_first_exit_code_that_is_not_zero_is_that_of_processes(tools):
     tools.add("python", '#!/bin/bash\nexit "$PROCESS_ID"\n')
     assert tools.run("bash", LAUNCH / "processes.sh", "3", "config.py").returncode == 1
+
+
+def run_tpu_vm(folder: Path, states: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    """Run tpu_vm.sh with a gcloud that answers with a state after another; return its calls."""
+    (folder / "states").write_text(states)
+    program = f"""#!{sys.executable} -S
+import json, pathlib, sys
+folder = pathlib.Path({str(folder)!r})
+with (folder / "calls").open("a") as calls:
+    calls.write(json.dumps(sys.argv[1:]) + "\\n")
+if "describe" in sys.argv:
+    first, _, rest = (folder / "states").read_text().partition(" ")
+    (folder / "states").write_text(rest or first)
+    if first == "NONE":
+        sys.exit(1)
+    print(first)
+"""
+    (folder / "gcloud").write_text(program)
+    (folder / "gcloud").chmod(0o755)
+    variables = {"PATH": f"{folder}:/usr/bin:/bin", "POLL_SECONDS": "0.01"} | environment
+    command = ["bash", str(LAUNCH / "tpu_vm.sh"), "name", "us-central1-a", *TRAINING]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    calls = [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
+    return done, [call for call in calls if "describe" not in call]
+
+
+@pytest.mark.parametrize(
+    ("states", "verbs"),
+    [
+        ("ACTIVE", ["ssh", "ssh"]),
+        ("NONE NONE WAITING_FOR_RESOURCES PROVISIONING ACTIVE", ["create", "ssh", "ssh"]),
+        ("SUSPENDED NONE CREATING ACTIVE", ["delete", "create", "ssh", "ssh"]),
+        ("FAILED NONE ACTIVE", ["delete", "create", "ssh", "ssh"]),
+    ],
+)
+def test_slices_are_made_where_there_are_none(states, verbs, tmp_path):
+    done, calls = run_tpu_vm(tmp_path, states, SETUP="git clone REPOSITORY")
+    assert done.returncode == 0, done.stderr
+    assert [call[3] for call in calls] == verbs
+    assert "--command=git clone REPOSITORY" in calls[-2]
+    # All hosts at once: each waits for the others.
+    assert {"--node=all", "--worker=all", "--batch-size=all"} <= set(calls[-1])
 
 
 def test_the_image_has_the_project_where_the_files_expect_it():

@@ -218,18 +218,6 @@ def test_slurm_requeues_after_a_killed_task_whose_peers_still_report_it(submit):
     assert log.count("names the lost process") == 3
 
 
-def test_slurm_ends_the_job_after_a_user_error(submit):
-    job = submit("2")
-    assert job.wait_for_end() == "FAILED"
-    assert (job.field("Restarts"), job.field("ExitCode")) == ("0", "2:0")
-
-
-def test_slurm_ends_the_job_after_too_many_restarts(submit):
-    job = submit("75", finishes=9, MAX_RESTARTS="2")
-    assert job.wait_for_end() == "FAILED"
-    assert (job.field("Restarts"), job.field("ExitCode")) == ("2", "75:0")
-
-
 def test_a_job_near_its_time_limit_saves_and_is_requeued(submit):
     job = submit("none", "--time=2", "--signal=TERM@60")
     assert job.wait_for_end() == "COMPLETED"

@@ -1,9 +1,7 @@
 """The first cell of the notebooks, which installs the repository on Colab and Kaggle."""
 
 import os
-import subprocess
 import sys
-import venv
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -139,37 +137,3 @@ def test_nothing_is_installed_on_a_machine_of_ones_own(machine):
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[notebook\]'"):
         machine.start()
     assert machine.commands == []
-
-
-PROGRAM = """
-import sys, types
-sys.modules["google.colab"] = types.ModuleType("google.colab")
-exec(sys.argv[1].replace('"REPOSITORY"', repr(sys.argv[2])))
-del sys.modules["google.colab"]  # of the real one jax imports more
-import dit_video
-clip = dit_video.load("../pretrained/shapes").generate("a red circle moving left", size=(9, 32, 32), steps=2)
-print(dit_video.__file__, clip.frames.shape, os.getcwd(), sep="|")
-"""
-
-
-@pytest.mark.slow
-def test_the_cell_installs_a_real_clone_in_a_fresh_environment(tmp_path):
-    """The environment sees the packages of this one, but for dit_video itself, which is installed by its own link."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    environment, home = tmp_path / "environment", tmp_path / "home"
-    venv.create(environment, with_pip=True)
-    home.mkdir()
-    (site,) = environment.glob("lib/python*/site-packages")
-    packages = {path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
-    (site / "packages.pth").write_text("\n".join(packages))
-    python = environment / "bin" / "python"
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [python, "-c", PROGRAM, START, str(ROOT)], cwd=home, env=variables, capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stderr
-    file, shape, folder = result.stdout.strip().splitlines()[-1].split("|")
-    assert Path(file) == site / "dit_video" / "__init__.py"
-    assert shape == "(9, 32, 32, 3)"
-    assert Path(folder) == home / "dit_video" / "experiments" / "notebooks"

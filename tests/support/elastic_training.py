@@ -7,8 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from dit_video.distributed import ShardingRules, make_shardings, shard_batch
-from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.checkpoint import CheckpointPolicy, Checkpoints
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from support.denoiser_loss import LOSS, PARAMS, make_rows
 from support.training_state import create_state, get_state_shapes, make_step

@@ -22,8 +22,7 @@ from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.planning import read_program
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
-from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.losses.lora import LoraLoss
+from dit_video.training.losses.denoiser import DenoiserLoss, LoraLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 from dit_video.training.step import JittedStep
 from support.compilations import count_compilations

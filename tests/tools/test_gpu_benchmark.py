@@ -309,11 +309,6 @@ def test_the_table_has_every_figure_with_its_target_and_machine(load, make_docum
     ]
 
 
-def test_the_page_has_the_table(tool, load):
-    table = load("gpu.figures").format_table(tool.list_cases("gpu", is_small=False), {})
-    assert table in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-
-
 def test_a_case_is_started_as_this_process_was(load):
     cases = load("gpu.cases")
     started = ["python", "-P", "program.py", "tool.py", "attention", "--small"]

@@ -19,8 +19,7 @@ import pytest
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.platform.provenance import get_code_version
-from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.checkpoint import CheckpointPolicy, Checkpoints
 from support.devices import HANG, PROGRAMS, check_on_eight_devices
 
 ROOT = Path(__file__).parents[2]

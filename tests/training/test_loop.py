@@ -122,6 +122,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def time(self) -> float:
+        return time.time()
+
     def slow(self, done: int) -> Iterator[Any]:
         """Yield batches that take 20 ms each."""
         for batch in make_batches(done):
@@ -132,7 +135,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("dit_video.training.hooks.logging.time", clock)
+    monkeypatch.setattr("dit_video.training.step_log.time", clock)
     return clock
 
 

@@ -81,7 +81,7 @@ def read_setting(path: Path) -> Setting:
       UserError: if the file defines no experiment, or imports a package that is not installed.
     """
     try:
-        from dit_video.experiment.config_file import load_experiment
+        from dit_video.experiment.config import load_experiment
 
         return load_experiment(path)
     except ModuleNotFoundError as error:

@@ -11,25 +11,23 @@ from dit_video.core.trees import flatten
 from dit_video.data.loader import DenoiserBatches, PackedBatches
 from dit_video.distributed import make_shardings
 from dit_video.distributed.faults.progress import declare_phase
-from dit_video.experiment.self_check import batch_checks, data_checks, objective_checks
-from dit_video.experiment.self_check.gradient_checks import Gradient, GradientProbe, check_gradient
-from dit_video.experiment.self_check.initial_checks import (
+from dit_video.experiment.self_check import data_checks, objective_checks
+from dit_video.experiment.self_check.model_checks import Gradient, GradientProbe, check_gradient, check_model, perturb
+from dit_video.experiment.self_check.step_checks import (
+    UpdateCheck,
+    ValueReader,
     check_adapter_paths,
     check_adapter_scale,
+    check_changes,
+    check_gradient_norm,
     check_initial_weights,
-)
-from dit_video.experiment.self_check.model_checks import check_model, perturb
-from dit_video.experiment.self_check.problems import FILE, Problem, ProblemLog
-from dit_video.experiment.self_check.state_values import (
-    ValueReader,
     read_state_values,
     to_state_values,
     write_state_values,
 )
-from dit_video.experiment.self_check.step_checks import UpdateCheck, check_changes, check_gradient_norm
-from dit_video.experiment.self_check.subject import CheckedTraining
+from dit_video.experiment.self_check.subject import FILE, CheckedTraining, Problem, ProblemLog
 from dit_video.tokens import PackedBatch
-from dit_video.training.checkpoint_arrays import compute_digests
+from dit_video.training.checkpoint_io import compute_digests
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.step import GradientStep
 
@@ -144,7 +142,7 @@ class SelfCheck(Hook):
                 data_checks.check_text_embeddings,
             ):
                 problems += check(subject)
-            problems += batch_checks.check_order(batches.source)
+            problems += data_checks.check_order(batches.source)
         rows, params = batches.last, _perturb(subject, state.params)
         draws = objective_checks.draw_numbers(subject, rows)
         problems += objective_checks.check_noise(draws)
@@ -187,10 +185,10 @@ class SelfCheck(Hook):
         if done <= _ROW_STEPS or step % _INTERVAL == 0:
             if isinstance(batches.source, PackedBatches):
                 entries = batches.source.get_entries(batches.step)
-                problems += batch_checks.check_rows(self._subject, rows, entries)
-                problems += [] if batches.source.has_mixture else batch_checks.check_repeated_examples(entries)
+                problems += data_checks.check_rows(self._subject, rows, entries)
+                problems += [] if batches.source.has_mixture else data_checks.check_repeated_examples(entries)
             if batches.previous is not None:
-                problems += batch_checks.check_repetition(batches.previous, rows, step)
+                problems += data_checks.check_repetition(batches.previous, rows, step)
         if done <= _STATISTICS_STEPS:
             self._tokens.append(np.asarray(rows.tokens)[np.asarray(rows.segments) > 0])
         if done == _STATISTICS_STEPS:

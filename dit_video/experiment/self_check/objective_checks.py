@@ -19,8 +19,7 @@ from dit_video.diffusion.processes import RectifiedFlow
 from dit_video.diffusion.time_distributions import LogitNormal, Uniform
 from dit_video.distributed import shard_batch
 from dit_video.experiment.self_check.model_checks import change_text
-from dit_video.experiment.self_check.problems import Problem
-from dit_video.experiment.self_check.subject import CheckedTraining
+from dit_video.experiment.self_check.subject import CheckedTraining, Problem
 from dit_video.tokens import PackedBatch
 from dit_video.training.losses.denoiser import get_clip_sizes
 

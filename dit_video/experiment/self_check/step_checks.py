@@ -1,20 +1,128 @@
 """Checks of steps: each update recomputed from a few values of the states before and after it.
 
 The gradient that an optimizer received follows from its first moments, $g = (m' - b_1 m) / (1 - b_1)$. It is compared
-with the gradient of the loss; second moments, parameters and averages with the equations that they follow.
+with the gradient of the loss; second moments, parameters and averages with the equations that they follow. The initial
+weights are read from their files a second time.
 """
 
 import functools
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jaxtyping import Array, Int
 
-from dit_video.experiment.self_check.problems import Problem
-from dit_video.experiment.self_check.state_values import StateValues
-from dit_video.experiment.self_check.subject import CheckedTraining
+from dit_video.core.files import read_json, write_json
+from dit_video.core.trees import flatten, map_with_path
+from dit_video.distributed import shard_batch
+from dit_video.experiment.initial_weights import get_kernel_dtype, load_initial_denoiser
+from dit_video.experiment.self_check.subject import CheckedTraining, Problem
+from dit_video.tokens import PackedBatch
+from dit_video.training.optim.muon import MuonState
 from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.weights.parameter import Parameter
+
+StateValues = Mapping[str, Mapping[str, np.ndarray]]
+"""Values of parameters by kind and path, in float64: "params", "ema", and "mu" and "nu" where the optimizer has them;
+"count" holds the number of updates of each parameter's moments."""
+COUNT = 64
+"""Number of values of each array."""
+
+
+class ValueReader:
+    """Reads values at the same random places of every array of a kind."""
+
+    def __init__(self, subject: CheckedTraining, params: Any):
+        self._subject = subject
+        generator = subject.make_generator("values")
+        self._places = {path: _choose_places(generator, leaf.shape) for path, leaf in flatten(params).items()}
+        self._take = subject.jit(self._take_values)
+        self._take_params = subject.jit(self.take)
+
+    def read_later(self, state: Any) -> Any:
+        """Return values of a state as arrays on the devices, which need not be finished."""
+        moments = find_moments(state.opt_state)
+        return self._take({"params": flatten(state.params), "ema": flatten(state.ema), **moments})
+
+    def read(self, state: Any) -> StateValues:
+        """Return values of a state."""
+        return to_state_values(self.read_later(state))
+
+    def take(self, tree: Any) -> dict[str, Array]:
+        """Return the values of a tree of parameters or gradients. Traceable."""
+        return {path: leaf[self._places[path]] for path, leaf in flatten(tree).items()}
+
+    def take_from(self, path: str, array: np.ndarray) -> np.ndarray:
+        """Return the values of one parameter, whose array has the same shape."""
+        return array[self._places[path]]
+
+    def read_values(self, params: Any) -> dict[str, np.ndarray]:
+        """Return values of parameters."""
+        return {path: np.asarray(each, np.float64) for path, each in jax.device_get(self._take_params(params)).items()}
+
+    def scatter(self, like: Any, values: Mapping[str, Array]) -> Any:
+        """Return a tree of zeros with these values at the places. Traceable."""
+        return map_with_path(
+            lambda path, leaf: jnp.zeros(leaf.shape, jnp.float32).at[self._places[path]].set(values[path]), like
+        )
+
+    def _take_values(self, kinds: Mapping[str, Mapping[str, Array]]) -> dict[str, dict[str, Array]]:
+        return {
+            kind: {path: leaf if kind == "count" else leaf[self._places[path]] for path, leaf in leaves.items()}
+            for kind, leaves in kinds.items()
+        }
+
+
+def _choose_places(generator: np.random.Generator, shape: tuple[int, ...]) -> tuple[Int[np.ndarray, " k"], ...]:
+    return tuple(generator.integers(size, size=COUNT) for size in shape)
+
+
+def to_state_values(values: Any) -> StateValues:
+    """Return values that were read to the devices."""
+    return {
+        kind: {path: np.asarray(each, np.float64) for path, each in leaves.items()}
+        for kind, leaves in jax.device_get(values).items()
+    }
+
+
+def find_moments(opt_state: Any) -> dict[str, dict[str, Array]]:
+    """Return the moments of Adam and the momentum of Muon, by the paths of their parameters, and their counts."""
+    result: dict[str, dict[str, Array]] = {"mu": {}, "nu": {}, "count": {}}
+    kinds = optax.ScaleByAdamState | MuonState
+
+    for node in jax.tree.leaves(opt_state, is_leaf=lambda each: isinstance(each, kinds)):
+        if isinstance(node, kinds):
+            first = flatten(node.mu)
+            result["mu"] |= first
+            result["nu"] |= flatten(node.nu) if isinstance(node, optax.ScaleByAdamState) else {}
+            count = node.count if isinstance(node, optax.ScaleByAdamState) else node.step
+            result["count"] |= dict.fromkeys(first, jnp.asarray(count))
+    return result
+
+
+def write_state_values(path: Path, step: int, values: StateValues) -> None:
+    """Write the values at a checkpoint, from which its next update can be checked after a restart."""
+    values = {kind: {name: each.tolist() for name, each in leaves.items()} for kind, leaves in values.items()}
+    write_json(path, {"step": step, "values": values})
+
+
+def read_state_values(path: Path) -> tuple[int, StateValues] | None:
+    """Return the step and the values of `write_state_values`; None if there are none."""
+    if not path.is_file():
+        return None
+    document = read_json(path)
+    values = {
+        kind: {name: np.asarray(each, np.float64) for name, each in leaves.items()}
+        for kind, leaves in document["values"].items()
+    }
+    return int(document["step"]), values
+
 
 _EPSILON = 1e-8
 """Adam's own."""
@@ -237,3 +345,92 @@ def check_changes(
         if not is_trained and last[path] != digest:
             problems.append(f"{path} is frozen, but has changed in {steps} steps")
     return [Problem("trained_parameters", each) for each in problems]
+
+
+_LOSS_TOLERANCE = 1e-3
+_MAX_READ = 12
+"""Number of parameters that are read again."""
+
+
+class _ReadingPlacer:
+    """Reads a few values of some parameters, and passes over the others."""
+
+    def __init__(self, subject: CheckedTraining, reader: ValueReader, paths: list[str]):
+        self.kernel_dtype = get_kernel_dtype(subject.experiment.denoiser)
+        self._reader, self._paths = reader, set(paths)
+
+    def __call__(self, path: str, parameter: Parameter) -> np.ndarray:
+        if path not in self._paths:
+            return np.zeros(0)
+        return np.asarray(self._reader.take_from(path, parameter.to_host()), np.float64)
+
+
+def check_initial_weights(
+    subject: CheckedTraining, reader: ValueReader, values: StateValues, frozen: dict[str, Any] | None
+) -> list[Problem]:
+    """Check parameters after the first step against the files that a training begins with, where it has any.
+
+    Args:
+      subject: The training.
+      reader: Reader of values of parameters.
+      values: Values after the first step.
+      frozen: Weights that adapters change, or a teacher's.
+    """
+    training = subject.experiment.denoiser
+    start = training.train.init_from
+    if start is None:
+        return []
+    config = training.optimizer
+    leaves = frozen if subject.trained.lora is not None else None
+    own = ValueReader(subject, leaves) if leaves is not None else reader
+    params = values["params"] if leaves is None else own.read_values(leaves)
+    generator = subject.make_generator("initial weights")
+    paths = [str(path) for path in generator.permutation(sorted(params))[:_MAX_READ]]
+    stored = flatten(load_initial_denoiser(training, start, _ReadingPlacer(subject, own, paths)))  # type: ignore[arg-type]
+    rate = compute_learning_rate(config, training.steps, 0)
+    problems = []
+    for path in paths:
+        if path not in stored or not len(stored[path]):
+            continue
+        moves = subject.is_trained(path) and leaves is None
+        slack = (2 * rate * (1 + config.weight_decay * np.abs(stored[path])) if moves else 0) + 0.005 * np.abs(
+            stored[path]
+        )
+        if (np.abs(params[path] - stored[path]) > slack + 1e-6).any():
+            problems.append(Problem("initial_weights", f"{path} is not that of {start}"))
+    return problems
+
+
+def check_adapter_scale(subject: CheckedTraining, params: Any, rows: PackedBatch, loss: float) -> list[Problem]:
+    """Check the loss of a step against that of the model with the adapter attached by the config's scale.
+
+    Args:
+      subject: The training.
+      params: Trained factors, none of which are zero.
+      rows: A batch of this process.
+      loss: Loss of the step at step 0.
+    """
+    if subject.trained.lora is None:
+        return []
+
+    def compute(params: Any, frozen: Any, rows: PackedBatch) -> Array:
+        return subject.loss(subject.merge_params(params, frozen), rows, jnp.int32(0)).value
+
+    on_devices = shard_batch(rows, subject.trainer.mesh)
+    expected = float(subject.jit(compute)(params, subject.frozen_params, on_devices))
+    if abs(loss - expected) <= _LOSS_TOLERANCE * abs(expected):
+        return []
+    return [Problem("adapter", f"the loss is {loss:.4f}, with the adapter at the scale of the config {expected:.4f}")]
+
+
+def check_adapter_paths(subject: CheckedTraining, params: Any) -> list[Problem]:
+    """Check that the training of an adapter trains the factors of its targets, and nothing else."""
+    lora = subject.trained.lora
+    if lora is None:
+        return []
+    problems = []
+    for path in flatten(params):
+        layer, _, factor = path.rpartition("/")
+        if factor not in ("a", "b") or not any(re.search(pattern, layer) for pattern in lora.targets):
+            problems.append(Problem("adapter", f"{path} is trained, but is no factor of the adapter"))
+    return problems

@@ -21,18 +21,16 @@ from dit_video.experiment.denoiser import (
     open_trainable_denoiser,
 )
 from dit_video.experiment.encoders import check_encoders, open_text_encoder
-from dit_video.experiment.evaluation_hook import EvaluationHook
 from dit_video.experiment.folder import EXCLUDED_FILE
 from dit_video.experiment.initial_weights import check_initial_weights
+from dit_video.experiment.monitors import EvaluationHook
 from dit_video.experiment.runtime import Runtime, Training
 from dit_video.experiment.self_check.hook import SelfCheck
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
-from dit_video.experiment.stages.curriculum import DenoiserStage
-from dit_video.experiment.stages.latents import CacheLatents
+from dit_video.experiment.stages.latents import CacheLatents, DenoiserStage
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.training import goodput
-from dit_video.training.folder_lock import lock_folder
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.losses.denoiser import DenoiserLoss
@@ -79,7 +77,6 @@ class TrainDenoiser(DenoiserStage):
                 hooks=(*trainer.hooks, *self._make_hooks(runtime, loss, trained)),
                 flops_fn=monitors.make_flops_fn(config),
             )
-
             check = self._make_self_check(runtime, trainer, loss, trained, is_new=is_new)
             if check is not None:
                 trainer = replace(trainer, hooks=(*trainer.hooks, check))
@@ -89,8 +86,7 @@ class TrainDenoiser(DenoiserStage):
                 self._record_rows(runtime, batches)
                 return batches if check is None else check.watch(batches, start)
 
-            with lock_folder(trainer.folder):
-                state = trainer.prepare(open_and_record)()
+            state = trainer.run(open_and_record)
         if not self.curriculum:
             ema_params = state.ema
             del state

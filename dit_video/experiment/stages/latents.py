@@ -1,21 +1,54 @@
-"""The stage that encodes clips into latents."""
+"""Stages of the denoiser's curriculum, which share one training, and the stage that caches their latents."""
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from dit_video.core.storage import StoragePath
 from dit_video.data.latents import offline
 from dit_video.data.latents import plan as latent_plan
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.tables import MANIFEST
-from dit_video.experiment import datasets, input_pipeline
+from dit_video.experiment import Experiment, datasets, input_pipeline
 from dit_video.experiment.autoencoder import read_autoencoder
 from dit_video.experiment.encoders import open_text_encoder
-from dit_video.experiment.runtime import Runtime
+from dit_video.experiment.runtime import Runtime, Stage
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
-from dit_video.experiment.stages.curriculum import DenoiserStage
 from dit_video.training.hooks.logging import Progress, print_on_first_process
 from dit_video.weights.image_encoder import IDENTITY_FILE, open_image_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserStage(Stage):
+    """A stage of the denoiser: the last one, or one of the curriculum that leads to it.
+
+    All have the checkpoints and logs of one training, in the folder `denoiser`, and are done once it is beyond them.
+    """
+
+    experiment: Experiment
+    """The experiment, with the data and the training of this stage."""
+    name: str
+    curriculum: str = ""
+    """Name of the stage in the curriculum; empty for the last one."""
+    start_step: int = 0
+    """Number of steps of the stages before this one."""
+
+    @property
+    def end_step(self) -> int:
+        """Return the number of steps of the training up to the end of this stage."""
+        return self.start_step + self.experiment.denoiser.steps
+
+    def get_folder(self, runtime: Runtime) -> Path:
+        """Return the folder of this stage's own files."""
+        return runtime.folder / "stages" / self.curriculum if self.curriculum else runtime.folder
+
+    def is_trained(self, runtime: Runtime) -> bool:
+        """Return whether nothing of this stage is needed any more: it is trained, and the last one is exported."""
+        newest = runtime.open_checkpoints("denoiser").latest()
+        if self.curriculum:
+            return (newest or 0) >= self.end_step
+        # The pipeline of a finished run, which may be trained further, and whose checkpoints may be gone.
+        return (runtime.folder / "pipeline").is_dir() and (newest is None or newest >= self.end_step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
-"""Output of a run: the metrics log, and a progress bar with the estimated time left."""
+"""Output of a run: the files of its metrics and skipped steps, and a progress bar with the estimated time left."""
 
-import contextlib
 import html
 import io
 import json
@@ -8,274 +7,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jax.experimental import multihost_utils
 
 from dit_video.core.errors import MissingError, UserError, raise_if_interrupted
 from dit_video.core.files import write_text
 from dit_video.core.typing import AnyArray
-from dit_video.distributed.faults.progress import declare_phase
-from dit_video.training import goodput
+from dit_video.tokens import PackedBatch
 from dit_video.training.hooks.hook import Hook
-from dit_video.training.step import Average, Metrics
-from dit_video.training.time_recorder import TimeRecorder
-
-_MAX_QUEUED_STEPS = 2
-"""Number of steps that may be queued on the device behind the one whose result is awaited."""
-_MAX_COMPILE_SECONDS = 3600.0
-"""Time that the compilation of a step may take; that of large models takes tens of minutes."""
-
-
-class NonFiniteLossError(Exception):
-    """Raised if the loss is not finite at a step that was not skipped."""
-
-
-class TooManySkipsError(Exception):
-    """Raised if too many consecutive steps were skipped."""
-
-
-class MetricAccumulator:
-    """Accumulator of the metrics and the time of the steps since the last entry of the log.
-
-    Metrics stay on the device until they are needed, so that the host runs ahead of it.
-    """
-
-    def __init__(
-        self,
-        steps_done: int,
-        *,
-        max_consecutive_skips: int,
-        hooks: Sequence[Hook] = (),
-        recorder: TimeRecorder | None = None,
-    ) -> None:
-        """Initialize the accumulator.
-
-        Args:
-          steps_done: Number of steps done so far.
-          max_consecutive_skips: Number of consecutive skipped steps that is an error.
-          hooks: Hooks that are told of skipped steps. Their identification of a batch is kept until its step is known
-            not to be skipped.
-          recorder: Recorder of where the time of the run goes.
-        """
-        self.recorder = TimeRecorder() if recorder is None else recorder
-        self._steps_done = steps_done
-        """Number of steps before those with pending metrics."""
-        self._pending_metrics: list[Metrics] = []
-        self._batch_ids: list[list[Mapping[str, AnyArray]]] = []
-        """Identifications of the batches of pending metrics, by each hook."""
-        self._num_checked = 0
-        """Number of pending metrics that were checked for skipped steps."""
-        self._consecutive_skips, self._max_consecutive_skips = 0, max_consecutive_skips
-        self._hooks = hooks
-        self._newest_loss: Array | None = None
-        self._has_batch = False
-        self._first_step_seconds: float | None = None
-        self._compiled_shapes: set[tuple[Any, ...]] = set()
-        self._untimed_steps_left = 0
-        self.is_timed = False
-        """True if the host spent the time since the step before the newest one on that of a step. It did not if the
-        newest step or one of the two before was the first with its shapes, which compiles it: meanwhile the device
-        empties its queue, which is then filled without waiting."""
-        self._restart_interval()
-        self._restart_timer()
-
-    def _restart_interval(self) -> None:
-        self._interval_start = time.perf_counter()
-        self._lost_seconds: dict[str, float] = {}
-
-    def _add_lost_seconds(self, name: str, seconds: float) -> None:
-        self._lost_seconds[name] = self._lost_seconds.get(name, 0.0) + seconds
-
-    def _restart_timer(self) -> None:
-        self._start_time = time.perf_counter()
-        self._num_timed = 0
-        self._wait_seconds = 0.0
-        self._device_seconds = 0.0
-        """Seconds in which the host started steps and waited for devices, and did nothing of its own."""
-
-    @property
-    def _is_device_idle(self) -> bool:
-        return self._newest_loss is None or self._newest_loss.is_ready()  # type: ignore[attr-defined]  # missing in JAX's stub
-
-    def next(self, iterator: Iterator[Any], should_stop: Callable[[], bool]) -> Any:
-        """Return the next batch, or None if a signal to stop has also ended the data loader's processes.
-
-        Raises:
-          UserError: The data ended before the training.
-        """
-        self.recorder.charge(goodput.STEP)
-        start_time = time.perf_counter()
-        try:
-            batch = next(iterator)
-        except Exception as error:
-            if should_stop():
-                return None
-            if isinstance(error, StopIteration):
-                step = self._steps_done + len(self._pending_metrics)
-                raise UserError(f"the data ended after step {step}. Repeat them, or train for {step} steps.") from error
-            raise
-        if not self._has_batch:
-            self._has_batch = True
-            self._add_lost_seconds("first_batch", time.perf_counter() - start_time)
-        # The wait is counted only if the device has finished its queued work and is idle.
-        is_idle = self._is_device_idle
-        self.recorder.charge(goodput.DATA if is_idle else goodput.STEP)
-        if is_idle and self._newest_loss is not None:
-            self._wait_seconds += time.perf_counter() - start_time
-        return batch
-
-    def add(self, batch: Any, metrics: Metrics) -> None:
-        """Add the metrics of the step that was just started, and wait for the one `_MAX_QUEUED_STEPS` before it.
-
-        Raises:
-          TooManySkipsError: as many steps in a row as may be.
-        """
-        self._record_shapes(batch)
-        self._pending_metrics.append(metrics)
-        self._batch_ids.append([hook.identify(batch) for hook in self._hooks])
-        self._newest_loss = metrics["loss"]  # type: ignore[assignment]  # a loss is no ratio
-        assert isinstance(self._newest_loss, jax.Array)
-        if self._first_step_seconds is None:  # the first step includes compilation, so it is timed separately
-            self._newest_loss.block_until_ready()
-            self._first_step_seconds = time.perf_counter() - self._start_time
-            self._check_skips(len(self._pending_metrics))
-            self._restart_timer()
-            return
-        self._num_timed += 1
-        if len(self._pending_metrics) > _MAX_QUEUED_STEPS:
-            start_time = time.perf_counter()
-            jax.block_until_ready(self._pending_metrics[-1 - _MAX_QUEUED_STEPS]["loss"])
-            self._device_seconds += time.perf_counter() - start_time
-            self._check_skips(len(self._pending_metrics) - _MAX_QUEUED_STEPS)
-
-    @contextlib.contextmanager
-    def time_compilation(self, batch: Any) -> Iterator[None]:
-        """Count the time inside the context, in which a step is started, as compilation if its shapes are new."""
-        self.recorder.charge(goodput.STEP)
-        start_time = time.perf_counter()
-        is_new = _get_shapes(batch) not in self._compiled_shapes
-        with declare_phase("compile", max_seconds=_MAX_COMPILE_SECONDS) if is_new else contextlib.nullcontext():
-            yield
-        seconds = time.perf_counter() - start_time
-        self._device_seconds += seconds
-        if is_new:
-            self.recorder.charge(goodput.COMPILE)
-            self._add_lost_seconds("compile", seconds)
-
-    def _record_shapes(self, batch: Any) -> None:
-        """Set `is_timed` for the step of this batch."""
-        shapes = _get_shapes(batch)
-        if shapes not in self._compiled_shapes:
-            self._compiled_shapes.add(shapes)
-            self._untimed_steps_left = 1 + _MAX_QUEUED_STEPS
-        self.is_timed = self._untimed_steps_left == 0
-        self._untimed_steps_left = max(0, self._untimed_steps_left - 1)
-
-    def _check_skips(self, num_finished: int) -> None:
-        """Check whether the first `number` pending steps, which have finished, were skipped."""
-        for index in range(self._num_checked, num_finished):
-            metrics = self._pending_metrics[index]
-            self._num_checked = index + 1
-            if "skipped" not in metrics or not np.asarray(metrics["skipped"]):
-                self._consecutive_skips = 0
-                continue
-            self._consecutive_skips += 1
-            step = self._steps_done + index + 1
-            for hook, batch_ids in zip(self._hooks, self._batch_ids[index], strict=True):
-                hook.on_skip(step, jax.device_get(metrics), batch_ids)
-            if self._consecutive_skips >= self._max_consecutive_skips:
-                first = step - self._consecutive_skips + 1
-                steps = f"{self._consecutive_skips} consecutive steps, {first} to {step}"
-                raise TooManySkipsError(f"the loss or the gradient was not finite at {steps}")
-
-    def fetch_metrics(self) -> list[dict[str, Any]]:
-        """Return the pending metrics as host arrays.
-
-        Raises:
-          NonFiniteLossError: The loss of a step that was not skipped is not finite.
-          TooManySkipsError: Too many consecutive steps were skipped.
-        """
-        start_time = time.perf_counter()
-        fetched = jax.device_get(self._pending_metrics)
-        self._device_seconds += time.perf_counter() - start_time
-        self._check_skips(len(fetched))
-        for index, metrics in enumerate(fetched):
-            if not np.isfinite(metrics["loss"]) and not metrics.get("skipped", 0):
-                raise NonFiniteLossError(f"the loss is {float(metrics['loss'])} at step {self._steps_done + index + 1}")
-        return fetched
-
-    def compute_and_reset(self) -> dict[str, float]:
-        """Return the entry of the log for the accumulated steps, and reset the accumulator.
-
-        Means are over the steps that were not skipped; `skipped` is the number of those that were. An `Average` with
-        count 0, such as the loss at times that no clip had, is left out.
-        """
-        fetched = self.fetch_metrics()
-        values: dict[str, float] = {}
-        for name in fetched[0]:
-            mean = _mean([metrics[name] for metrics in fetched if not metrics.get("skipped", 0)])
-            if mean is not None:
-                values[name] = mean
-        if "skipped" in fetched[0]:
-            values["skipped"] = float(sum(metrics["skipped"] for metrics in fetched))
-        if self._num_timed < len(fetched) and self._first_step_seconds is not None:
-            values["first_step_seconds"] = self._first_step_seconds
-        if self._num_timed:
-            timed_seconds = time.perf_counter() - self._start_time
-            seconds = timed_seconds / self._num_timed
-            values |= {"step_seconds": seconds, "steps_per_second": 1 / seconds}
-            values["data_wait"] = self._wait_seconds / timed_seconds
-            values["host_seconds"] = max(0.0, timed_seconds - self._device_seconds) / self._num_timed
-        values["interval_seconds"] = time.perf_counter() - self._interval_start
-        values |= {f"{name}_seconds": seconds for name, seconds in self._lost_seconds.items()}
-        self._steps_done += len(fetched)
-        self._pending_metrics, self._batch_ids, self._num_checked = [], [], 0
-        self._restart_interval()
-        self._restart_timer()
-        return values
-
-    @contextlib.contextmanager
-    def pause_timer(self, name: str) -> Iterator[None]:
-        """Exclude the time inside the context from the step time, and log it as `NAME_seconds`."""
-        self.recorder.charge(goodput.STEP)
-        start_time = time.perf_counter()
-        try:
-            # Logs and functions after each step are quick; where their disk is dead, no other process waits for hours.
-            with declare_phase(name, is_short=name == "hook"):
-                yield
-        finally:
-            # Devices that still work on a step are not kept from it.
-            category = goodput.SAVE if name == "save" else f"{goodput.HOOK}{name}"
-            self.recorder.charge(category if self._is_device_idle else goodput.STEP)
-            seconds = time.perf_counter() - start_time
-            self._start_time += seconds
-            self._add_lost_seconds(name, seconds)
-
-    @contextlib.contextmanager
-    def sync_and_pause_timer(self, name: str) -> Iterator[None]:
-        """Wait for all steps, then do as `pause_timer`."""
-        start_time = time.perf_counter()
-        jax.block_until_ready(self._newest_loss)
-        self._device_seconds += time.perf_counter() - start_time
-        with self.pause_timer(name):
-            yield
-
-
-def _get_shapes(batch: Any) -> tuple[Any, ...]:
-    return tuple(getattr(leaf, "shape", None) for leaf in jax.tree.leaves(batch))
-
-
-def _mean(metrics: list[Any]) -> float | None:
-    """Return the mean over steps; None for an `Average` whose counts are all 0."""
-    if metrics and isinstance(metrics[0], Average):
-        total, count = (sum(np.float64(value) for value in values) for values in zip(*metrics, strict=True))
-        return float(total / count) if count else None
-    return float(np.mean([np.float64(metric) for metric in metrics])) if metrics else float("nan")
 
 
 class MetricsLog(Hook):
@@ -505,3 +249,38 @@ def _format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class SkippedLog(Hook):
+    """Log of skipped steps, lines `{"step": 20, "loss": "nan", "gradient_norm": "inf", "examples": [[5, 6], …], …}`."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+
+    def resume(self, step: int) -> None:
+        """Remove the entries after `step`, and a half-written last line."""
+        if jax.process_index() == 0 and self.path.is_file():
+            *complete_lines, _incomplete_line = self.path.read_text(encoding="utf-8").split("\n")
+            write_text(self.path, "".join(f"{line}\n" for line in complete_lines if json.loads(line)["step"] <= step))
+
+    def identify(self, batch: Any) -> Mapping[str, AnyArray]:
+        """Return the ranks in the data plan of the examples of packed rows, `[B G]`, and which of them are valid."""
+        return {"examples": batch.examples, "valid": batch.valid} if isinstance(batch, PackedBatch) else {}
+
+    def on_skip(self, step: int, metrics: Mapping[str, Any], batch_ids: Mapping[str, AnyArray]) -> None:
+        """Append one entry; all processes call this, each with its part of the batch's arrays."""
+        arrays = {name: _gather(array).tolist() for name, array in batch_ids.items()}
+        if jax.process_index():
+            return
+        values = {name: float(metrics[name]) for name in ("loss", "gradient_norm") if name in metrics}
+        # JSON represents neither NaN nor infinity.
+        logged = {name: value if np.isfinite(value) else str(value) for name, value in values.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **logged, **arrays}) + "\n")
+
+
+def _gather(array: AnyArray) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

@@ -2,12 +2,13 @@
 
 Processes of one training end each step at the same time. So each measures what it alone contributes: the time that its
 host takes between steps, for data and everything else in Python, and the time of a small program on each of its
-devices (`training.device_probe`). It writes both into the run's `KeyValueStore` at entries of the log, at most as often
-as the budget allows; the first process reads them, logs the median and the largest, and names a process that is slow
-for several readings in a row.
+devices. It writes both into the run's `KeyValueStore` at entries of the log, at most as often as the budget allows; the
+first process reads them, logs the median and the largest, and names a process that is slow for several readings in a
+row.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import socket
@@ -19,12 +20,63 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from dit_video.distributed.faults.store import KeyValueStore
-from dit_video.training.device_probe import DeviceProbe
 from dit_video.training.goodput import SlowHost
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.time_recorder import TimeRecorder
+
+_SIDES = {"cpu": 192}
+"""Sides of the matrices by platform."""
+_DEFAULT_SIDE = 2048
+_TARGET_SECONDS = 0.002
+"""Time of the program on the first device, far above the time in which a program is started."""
+_REPEATS = 3
+_MAX_PRODUCTS = 10_000
+
+
+@jax.jit
+def _multiply(matrix: Float[Array, "n n"], count: Int[Array, ""] | int) -> Float[Array, "n n"]:
+    # The mean keeps the values in range; the number of products is traced, so that there is one program.
+    return jax.lax.fori_loop(0, count, lambda _, value: value @ matrix / matrix.shape[0], matrix)
+
+
+class DeviceProbe:
+    """A timed program for each device of this process."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    @functools.cached_property
+    def _matrices(self) -> list[Float[Array, "n n"]]:
+        devices = jax.local_devices()
+        side = _SIDES.get(devices[0].platform, _DEFAULT_SIDE)
+        dtype = jnp.float32 if devices[0].platform == "cpu" else jnp.bfloat16
+        return [jax.device_put(jnp.ones((side, side), dtype), device) for device in devices]
+
+    def prepare(self) -> None:
+        """Compile the program, and choose its length by the first device."""
+        if self._count:
+            return
+        for matrix in self._matrices:
+            _multiply(matrix, 1).block_until_ready()
+        trial = 4
+        self._count = max(1, min(_MAX_PRODUCTS, round(trial * _TARGET_SECONDS / self._time(self._matrices[0], trial))))
+
+    def measure(self) -> list[float]:
+        """Return the microseconds of one product on each device, which should be idle: the least of a few runs."""
+        self.prepare()
+        seconds = [min(self._time(matrix, self._count) for _ in range(_REPEATS)) for matrix in self._matrices]
+        return [1e6 * each / self._count for each in seconds]
+
+    @staticmethod
+    def _time(matrix: Float[Array, "n n"], count: int) -> float:
+        start_time = time.perf_counter()
+        _multiply(matrix, count).block_until_ready()
+        return time.perf_counter() - start_time
+
 
 _training_numbers = itertools.count()
 """Numbers of the trainings of this run, which all processes start in the same order."""

@@ -1,4 +1,4 @@
-"""Throughput of a training run: tokens per second and model FLOPs utilization."""
+"""Rates in a training's log: tokens per second, model FLOPs utilization, and goodput."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from dit_video.distributed import RowPart
 from dit_video.tokens import PackedBatch
 from dit_video.training.hooks.hook import Hook
+from dit_video.training.time_recorder import TimeRecorder
 
 
 class ThroughputMeter(Hook):
@@ -68,3 +69,17 @@ class ThroughputMeter(Hook):
             if self._peak_flops is not None:
                 metrics["mfu"] = flops_per_second / self._peak_flops
         return metrics
+
+
+class GoodputLog(Hook):
+    """The metrics `goodput`, `badput_GROUP` and `run_seconds` of `training.goodput.compute_metrics`."""
+
+    first_process_only = True
+
+    def __init__(self, recorder: TimeRecorder) -> None:
+        self._recorder = recorder
+
+    def derive(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return the shares of the time since the first start of the run."""
+        del values
+        return self._recorder.compute_metrics()

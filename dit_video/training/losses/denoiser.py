@@ -1,5 +1,6 @@
 """Loss of a text-conditioned denoiser on packed rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from dit_video.core.rng import example_keys, key
 from dit_video.core.typing import AnyArray
@@ -28,13 +29,10 @@ from dit_video.models.conditioning import (
     make_cond_latents,
     make_image_tokens,
 )
-from dit_video.tokens import (
-    PackedBatch,
-    expand_to_tokens,
-    segment_mean,
-)
+from dit_video.nn import add_lora_scale, attach_lora
+from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
 from dit_video.training.optim.optimizer import OptimizerConfig, freeze
-from dit_video.training.step import Average, LossDetails, LossOutput
+from dit_video.training.step import Average, Loss, LossDetails, LossOutput
 
 TEMPORAL_PATHS = r"(^|/)temporal"
 """Regular expression for the paths of the temporal layers, which mix frames only."""
@@ -217,3 +215,25 @@ def _make_frame_conditioning(config: BackboneConfig, rows: PackedBatch, cond_mas
         is_visible = expand_to_tokens(is_conditioned, images.segments)[..., None]
         conditioning = conditioning.add(images._replace(values=jnp.where(is_visible, images.values, 0)))
     return conditioning
+
+
+def attach_factors(params: Mapping[str, Any], factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """Return parameters with the trained factors of an adapter attached; `scale` is alpha / rank."""
+    return attach_lora(params, add_lora_scale(factors, scale))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraLoss:
+    """A loss of a model with a LoRA adapter, `loss(factors, batch, step, ..., model's parameters)`.
+
+    It is differentiated in the factors only: neither gradients nor optimizer moments of the model's kernels exist.
+    """
+
+    loss: Loss
+    """Loss as a function of the model's parameters."""
+    scale: float
+    """Scale of the adapter, alpha / rank."""
+
+    def __call__(self, factors: PyTree, batch: PyTree, step: Array, *constants: PyTree) -> LossOutput:
+        *others, params = constants
+        return LossOutput.from_pair(*self.loss(attach_factors(params, factors, self.scale), batch, step, *others))

@@ -33,8 +33,7 @@ from dit_video.diffusion import (
 from dit_video.models.backbones.denoise import make_denoise_fn, make_text_record
 from dit_video.models.conditioning import Conditioning, drop_captions
 from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
-from dit_video.training.losses.denoiser import DenoiserLoss, get_clip_sizes
-from dit_video.training.losses.lora import attach_factors
+from dit_video.training.losses.denoiser import DenoiserLoss, attach_factors, get_clip_sizes
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.state import CompositeState, TrainState
 from dit_video.training.step import Constants, Metrics, ModelStep, apply_updates, finish_step

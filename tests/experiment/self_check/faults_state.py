@@ -10,7 +10,7 @@ from experiment.self_check.faults_injection import Catalogue, replace_function, 
 
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.experiment.denoiser import get_optimizer_config, init_denoiser
-from dit_video.training.losses.lora import LoraLoss
+from dit_video.training.losses.denoiser import LoraLoss
 from dit_video.training.optim.optimizer import make_learning_rate_schedule
 from dit_video.training.step import LossDetails, LossOutput, accumulate_gradients, compute_gradients
 from dit_video.training.trainer import Trainer
@@ -18,7 +18,7 @@ from dit_video.training.trainer import Trainer
 FAULTS = Catalogue("state")
 _step = sys.modules["dit_video.training.step"]
 _denoiser = sys.modules["dit_video.experiment.denoiser"]
-_lora = sys.modules["dit_video.training.losses.lora"]
+_lora = sys.modules["dit_video.training.losses.denoiser"]
 
 
 @FAULTS.add("The average is never updated: the weights that are sampled are the initial ones.", "ema")

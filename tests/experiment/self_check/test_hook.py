@@ -10,8 +10,8 @@ import pytest
 from dit_video.experiment.run import Run
 from dit_video.experiment.self_check import hook
 from dit_video.experiment.self_check.hook import SelfCheck
-from dit_video.experiment.self_check.problems import FILE, MAX_MESSAGES, Problem, ProblemLog
 from dit_video.experiment.self_check.step_checks import compute_learning_rate
+from dit_video.experiment.self_check.subject import FILE, MAX_MESSAGES, Problem, ProblemLog
 from dit_video.training.hooks import logging
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.checkpoint import CheckpointPolicy, Checkpoints
 
 state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=200_000))}
 checkpoints = Checkpoints(sys.argv[1], keep=CheckpointPolicy(newest=1))

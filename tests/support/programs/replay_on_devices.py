@@ -11,7 +11,7 @@ from dit_video.distributed import MeshConfig
 from dit_video.experiment.replay import replay, with_mesh
 from dit_video.experiment.run import Run
 from dit_video.experiment.stages.denoiser import TrainDenoiser
-from dit_video.training.checkpoint_policy import CheckpointPolicy
+from dit_video.training.checkpoint import CheckpointPolicy
 from support import tiny
 
 

@@ -6,8 +6,7 @@ import socket
 
 import jax
 
-from dit_video.training.device_probe import DeviceProbe
-from dit_video.training.hooks.slow_hosts import SlowHostConfig, SlowHostMonitor
+from dit_video.training.hooks.slow_hosts import DeviceProbe, SlowHostConfig, SlowHostMonitor
 from dit_video.training.time_recorder import TimeRecorder
 
 

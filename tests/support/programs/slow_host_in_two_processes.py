@@ -8,10 +8,9 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.training.device_probe import DeviceProbe
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import MetricsLog
-from dit_video.training.hooks.slow_hosts import SlowHostConfig, SlowHostMonitor
+from dit_video.training.hooks.slow_hosts import DeviceProbe, SlowHostConfig, SlowHostMonitor
 from dit_video.training.loop import LoopConfig, run
 from dit_video.training.time_recorder import TimeRecorder
 from support.devices import join_processes

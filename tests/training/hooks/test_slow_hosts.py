@@ -6,11 +6,10 @@ import socket
 import jax
 import pytest
 
-from dit_video.training.device_probe import DeviceProbe
 from dit_video.training.goodput import read_attempts
 from dit_video.training.hooks import slow_hosts
 from dit_video.training.hooks.logging import read_metrics
-from dit_video.training.hooks.slow_hosts import SlowHostConfig, SlowHostMonitor
+from dit_video.training.hooks.slow_hosts import DeviceProbe, SlowHostConfig, SlowHostMonitor
 from dit_video.training.time_recorder import TimeRecorder
 from support.devices import check_on_eight_devices, run_together
 

@@ -50,9 +50,8 @@ from dit_video.tokens import (
 )
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
-from dit_video.training.program import make_step_program
 from dit_video.training.state import make_on_devices
-from dit_video.training.step import GradientStep
+from dit_video.training.step import GradientStep, make_step_program
 
 PLANNED_REMATS: tuple[Remat, ...] = ("none", "dots_attention", "attention", "full")
 """Policies that plans try."""

@@ -7,10 +7,10 @@ import pytest
 
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.goodput import GROUPS, read_attempts, summarize
-from dit_video.training.hooks.goodput_log import GoodputLog
 from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.logging import MetricsLog, read_metrics
 from dit_video.training.hooks.metric_logs import TensorBoard
+from dit_video.training.hooks.throughput import GoodputLog
 from dit_video.training.loop import LoopConfig, run
 from dit_video.training.time_recorder import TimeRecorder
 from support.loop_training import init_state, make_batches, plain_step
