@@ -20,8 +20,16 @@ from av.audio.stream import AudioStream
 from av.video.stream import VideoStream
 
 from dit_video.core.errors import DecodeError
-from dit_video.video.audio import AudioInfo, encode_aac, probe_audio
-from dit_video.video.packets import PacketReader, TimedPacket, Track, get_time_base, write_packets
+from dit_video.video.packets import (
+    AudioInfo,
+    PacketReader,
+    TimedPacket,
+    Track,
+    encode_aac,
+    get_time_base,
+    probe_audio,
+    write_packets,
+)
 from dit_video.video.transcode import SPAN_TOLERANCE, transcode
 
 PREROLL = 0.1

@@ -6,7 +6,7 @@ import scipy.special
 import scipy.stats
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.feature_sets import (
+from dit_video.evaluation.feature_statistics import (
     compute_inception_score,
     compute_kernel_distance,
     compute_overlap,

@@ -9,8 +9,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.video import decode, probe
-from dit_video.video.audio import probe_audio
 from dit_video.video.cut import TimeSpan, cut_clip, cut_clips, split_span
+from dit_video.video.packets import probe_audio
 
 YUV = {"pixel_format": "yuv420p"}
 H264 = {"codec": "libx264", "format": "mp4", **YUV}

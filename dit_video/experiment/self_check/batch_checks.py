@@ -12,7 +12,7 @@ from dit_video.data.sizes import fit_size
 from dit_video.experiment.self_check.problems import Problem
 from dit_video.experiment.self_check.subject import CheckedTraining
 from dit_video.tokens import PackedBatch, PackedShape
-from dit_video.weights.text_encoder import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 _MAX_CORRELATION = 0.9
 """Correlation of the order of examples with that of the data set, from which they count as not shuffled."""

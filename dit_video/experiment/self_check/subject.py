@@ -23,7 +23,7 @@ from dit_video.models.encoders import Tokenizer
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss
 from dit_video.training.losses.lora import attach_factors
 from dit_video.training.trainer import Trainer
-from dit_video.weights.text_encoder import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)

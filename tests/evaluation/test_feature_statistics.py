@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.feature_moments import (
+from dit_video.evaluation.feature_statistics import (
     FeatureMoments,
     compute_frechet_distance,
     compute_root_trace,
