@@ -79,15 +79,16 @@ class IngestFolder:
         self._own = folder / FOLDER
         path = self._own / "settings.json"
         written = read_document(path) if path.exists() else None
-        if written == settings:
-            return
         if written is not None and list_parquet(folder / INDEX_FOLDER):
-            differences = sorted(key for key in {*settings, *written} if settings.get(key) != written.get(key))
-            raise UserError(
-                f"{folder} holds another data set: its {', '.join(differences)} differ. Use another folder, or the "
-                "settings with which it was started."
-            )
-        write_document(path, self.settings)
+            now, before = map(_drop_idle_screening, (settings, written))
+            if differences := sorted(key for key in {*now, *before} if now.get(key) != before.get(key)):
+                raise UserError(
+                    f"{folder} holds another data set: its {', '.join(differences)} differ. Use another folder, or the "
+                    "settings with which it was started."
+                )
+            self.settings = written
+        elif written != settings:
+            write_document(path, self.settings)
 
     @property
     def parts(self) -> list[str]:
@@ -209,6 +210,16 @@ class IngestFolder:
                 names += [get_part_name(split, number)] * len(members)
                 ordered += members
         return _make_clip_table(ordered, _COLUMNS).append_column("part", pa.array(names, pa.string()))
+
+
+def _drop_idle_screening(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return settings in which a screening without steps is empty: it keeps every file whole, whatever its class.
+
+    `min_shot` is no step, as it is about the shots that another step makes.
+    """
+    steps = (value for name, value in settings.get("screening", {}).items() if name != "min_shot")
+    has_steps = any(value is not None and value is not False for value in steps)
+    return settings if has_steps else {**settings, "screening": {}}
 
 
 def make_row(
