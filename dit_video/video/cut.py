@@ -64,23 +64,6 @@ class CutClip(NamedTuple):
     """Properties of the sound; None without sound."""
 
 
-def cut_clip(
-    source: str | Path | bytes,
-    *,
-    first: float | int,
-    last: float | int,
-    is_whole: bool = False,
-    mode: Literal["copy", "encode"] = "copy",
-    crf: int = 18,
-    height: int | None = None,
-    width: int | None = None,
-    fps: float | int | None = None,
-) -> CutClip:
-    """Return one span of a file; the arguments are those of `TimeSpan` and `cut_clips`."""
-    span = TimeSpan(float(first), float(last), is_whole)
-    return next(cut_clips(source, [span], mode=mode, crf=crf, height=height, width=width, fps=fps))
-
-
 def cut_clips(
     source: str | Path | bytes,
     spans: Sequence[TimeSpan],
