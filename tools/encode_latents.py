@@ -17,8 +17,7 @@ from dit_video.core.storage import to_storage_path
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource, StorageDtype
 from dit_video.data.latents.offline import encode_latents, finish_latents
-from dit_video.data.latents.plan import Encoding, compute_latent_identity, plan_encoding
-from dit_video.data.latents.views import Augmentations
+from dit_video.data.latents.plan import Augmentations, Encoding, compute_latent_identity, plan_encoding
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements, select_usable
 from dit_video.experiment import DataConfig
@@ -32,8 +31,7 @@ from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.weights import load as load_weights
 from dit_video.weights import load_embedder
-from dit_video.weights.image_encoder import FrozenImageEncoder
-from dit_video.weights.text_encoder import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenImageEncoder, FrozenTextEncoder
 
 Model = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_PIPELINE")]
 Clips = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]

@@ -96,7 +96,11 @@ class ClipSource(SharesArrays):
         self.tables: tuple[Table, ...] = tuple(
             Table(path, kind=KIND, cache=None if cache is None else Path(cache)) for path in named.values()
         )
-        self._set_rows([_select_rows(table, where) for table in self.tables])
+        kept = [np.flatnonzero(find_kept(table)) for table in self.tables]
+        if where.strip():
+            met = (table.select(where) for table in self.tables)
+            kept = [np.intersect1d(*pair, assume_unique=True) for pair in zip(kept, met, strict=True)]
+        self._set_rows(kept)
         self._readers = tuple(RecordReader(table.folder, FEATURES) for table in self.tables)
 
     def _set_rows(self, rows: Sequence[Int64[np.ndarray, " _"]]) -> None:
@@ -304,12 +308,6 @@ def find_kept(table: Table) -> Bool[np.ndarray, " n"]:
     if "chosen" in table.types:
         kept = pc.and_(kept, pc.fill_null(table.arrow("chosen"), True))
     return kept.to_numpy()
-
-
-def _select_rows(table: Table, where: str) -> Int64[np.ndarray, " n"]:
-    """Return the rows of the clips that are used and meet a condition."""
-    rows = np.flatnonzero(find_kept(table))
-    return np.intersect1d(rows, table.select(where), assume_unique=True) if where.strip() else rows
 
 
 def _count_texts(table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Int64[np.ndarray, " n"]:

@@ -8,6 +8,11 @@ iterator state has an entry per worker, and does not survive a change of their n
 import abc
 import itertools
 import math
+import multiprocessing
+import multiprocessing.process
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,7 +29,6 @@ from dit_video.core.storage import is_remote
 from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.loader_workers import outlive_stop_signals
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
@@ -344,3 +348,21 @@ def encode_ahead(
     decoded = read_ahead(numbers.map(lambda number: pieces.decode(number // parts, number % parts, parts)), config)
     batches = decoded.batch(parts, batch_fn=lambda values: batch(list(itertools.chain.from_iterable(values))))
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_ENCODED_BUFFER))
+
+
+def outlive_stop_signals(_index: int, _count: int) -> None:
+    """Let this worker go on after SIGINT and SIGTERM, until the training closes it or has ended.
+
+    Clusters and terminals send these signals to all processes of a job. The training then takes the steps that its
+    processes agree on, for which it needs batches. Grain calls this in each worker at its start.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if (training := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_after, args=(training,), name="end with the training", daemon=True).start()
+
+
+def _end_after(training: multiprocessing.process.BaseProcess) -> None:
+    """End this worker once the training has ended, however it did: Grain's workers would wait for it forever."""
+    training.join()
+    os._exit(0)

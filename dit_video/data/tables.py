@@ -72,7 +72,7 @@ def write_column(folder: StoragePathLike, name: str, columns: Mapping[str, Any] 
       folder: the data set.
       name: name of the file.
       columns: values by name, one of which is the key `id` or `name`; rows that are not named have no value.
-      note: what the values depend on, such as the version of a model; see `read_note`.
+      note: what the values depend on, such as the version of a model; see `get_note`.
 
     Raises:
       UserError: there is no key, a row is named twice, or a column has another number of values.
@@ -99,14 +99,6 @@ def write_column(folder: StoragePathLike, name: str, columns: Mapping[str, Any] 
             digest.update(batch.serialize())
     metadata = {_HASH_KEY: digest.hexdigest().encode(), b"note": note.encode()}
     write_parquet(to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{SUFFIX}", table.replace_schema_metadata(metadata))
-
-
-def read_note(folder: StoragePathLike, name: str) -> str | None:
-    """Return the note with which a column was written; None if there is no such column."""
-    path = to_storage_path(folder) / COLUMNS_FOLDER / f"{name}{SUFFIX}"
-    if not path.exists():
-        return None
-    return get_note(read_schema(path))
 
 
 def get_note(schema: pa.Schema) -> str:
@@ -287,7 +279,8 @@ class Table:
         index_hash = hashlib.sha256(json.dumps(manifest["parts"]).encode()).hexdigest()[:32]
         self._cache = (cache or get_default_cache()) / "tables" / index_hash
         self._columns: dict[str, pa.ChunkedArray] = {}
-        self._files = self._list_files()
+        columns = self.folder / COLUMNS_FOLDER
+        self._files = {name: columns / f"{name}{SUFFIX}" for name in list_parquet(columns)}
         schemas = {name: read_schema(path) for name, path in sorted(self._files.items())}
         hashes = {name: hash_column(self._files[name], schema) for name, schema in schemas.items()}
         self._hashes = {"": index_hash} | hashes
@@ -349,17 +342,6 @@ class Table:
     def get_part(self, row: int) -> str:
         """Return the name of the part of a row."""
         return self._parts[bisect.bisect_right(self._ends, row)]
-
-    def iter_parts(self) -> Iterator[tuple[str, range]]:
-        """Yield the name and the rows of every part."""
-        first = 0
-        for name, count in zip(self._parts, self._rows, strict=True):
-            yield name, range(first, first + count)
-            first += count
-
-    def _list_files(self) -> dict[str, StoragePath]:
-        folder = self.folder / COLUMNS_FOLDER
-        return {name: folder / f"{name}{SUFFIX}" for name in list_parquet(folder)}
 
     def _list_columns(self, schemas: Mapping[str, pa.Schema]) -> tuple[dict[str, str], dict[str, pa.DataType]]:
         """Return the file of each column ("" for the index), and its type, given the schemas of the files."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_video.core.errors import MissingError, UserError, check_at_least
-from dit_video.data.latents.views import Augmentations
+from dit_video.data.latents.plan import Augmentations
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements
 from dit_video.diffusion import LearnedVariance

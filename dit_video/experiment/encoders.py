@@ -7,8 +7,7 @@ from dit_video.experiment import DenoiserTraining, Experiment
 from dit_video.experiment.runtime import Runtime
 from dit_video.models.encoders import FrozenTextConfig, Tokenizer
 from dit_video.weights import read_clip_vision_config
-from dit_video.weights.image_encoder import IDENTITY_FILE
-from dit_video.weights.text_encoder import FrozenTextEncoder, check_width, open_tokenizer
+from dit_video.weights.frozen_encoders import IDENTITY_FILE, FrozenTextEncoder, check_width, open_tokenizer
 
 TEXT_ENCODER_FILE = "text_encoder.json"
 """File with the identity of a frozen text encoder, in the folder of a run."""

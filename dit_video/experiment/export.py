@@ -37,7 +37,7 @@ from dit_video.sampling.memory import fit_offload
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.weights import get_native_modules, save_lora
-from dit_video.weights.text_encoder import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 ADAPTER_FILE, LORA_FILE = "adapter.safetensors", "pytorch_lora_weights.safetensors"
 

@@ -23,8 +23,7 @@ from dit_video.data.captions import (
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.online import OnlineEncoder
-from dit_video.data.latents.plan import Encoding
-from dit_video.data.latents.views import Augmentations
+from dit_video.data.latents.plan import Augmentations, Encoding
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, load_encoded_batches, load_packed_batches
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mask_mix import MaskMix
@@ -38,8 +37,7 @@ from dit_video.models.autoencoders import latent_grid
 from dit_video.models.encoders import Tokenizer
 from dit_video.tokens import Grid, compute_token_grid
 from dit_video.training.hooks.logging import Progress
-from dit_video.weights.image_encoder import FrozenImageEncoder
-from dit_video.weights.text_encoder import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenImageEncoder, FrozenTextEncoder
 
 _BATCHES_PER_STEP = 4
 """Number of encoder batches per canvas size that a step's clips are divided into.  The number of clips varies from step

@@ -19,8 +19,8 @@ from dit_video.sampling.folder import CONFIG, RUN_CONFIG, WHOLE_FOLDERS, is_pipe
 from dit_video.sampling.loading import load_pipeline
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.weights.frozen_encoders import set_encoder_folder
 from dit_video.weights.parameter import Placement
-from dit_video.weights.text_encoder import set_encoder_folder
 
 _HUB_ENDINGS = ("json", "safetensors", "model")
 """Endings of the files that are downloaded from the hub."""

@@ -45,7 +45,7 @@ from dit_video.training.losses.denoiser import DenoiserLoss, LoraLoss
 from dit_video.training.optim.ema import DECAY, EmaSnapshots, format_average_name
 from dit_video.training.step import Average
 from dit_video.video import Clip
-from dit_video.weights.text_encoder import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 _MAX_CLIPS = 4
 """Number of clips in a grid of reconstructions, or of samples whose prompts the config does not give."""

@@ -48,7 +48,7 @@ from dit_video.sampling.request import Request
 from dit_video.sampling.sampler import list_programs
 from dit_video.tokens import Grid
 from dit_video.weights import read_clip_vision_config, read_text_encoder_config
-from dit_video.weights.image_encoder import FEATURE
+from dit_video.weights.frozen_encoders import FEATURE
 
 _OFFLOADS: tuple[Offload | None, ...] = (None, Stages(), Layers(denoiser=False), Layers(text=False), Layers())
 """From the fastest to the one that needs least memory."""

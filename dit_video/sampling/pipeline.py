@@ -46,8 +46,8 @@ from dit_video.sampling.request import Request
 from dit_video.sampling.task_methods import TaskMethods
 from dit_video.video import Clip
 from dit_video.weights import save as save_weights
+from dit_video.weights.frozen_encoders import open_tokenizer, set_encoder_folder
 from dit_video.weights.lora import GetLoraModules, no_lora_modules
-from dit_video.weights.text_encoder import open_tokenizer, set_encoder_folder
 
 _DTYPES = ("float32", "bfloat16")
 _DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or tiles of the frames (--decode-tiles)"

@@ -31,7 +31,7 @@ from dit_video.tokens import (
     stack_rows,
     unpatchify,
 )
-from dit_video.weights.text_encoder import open_tokenizer
+from dit_video.weights.frozen_encoders import open_tokenizer
 
 
 class DenoiserProbe:

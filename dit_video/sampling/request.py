@@ -18,7 +18,7 @@ from dit_video.sampling.pictures import Condition, Image
 from dit_video.sampling.plan import SamplingPlan
 from dit_video.tokens import Grid
 from dit_video.video import Clip
-from dit_video.weights.image_encoder import FrozenImageEncoder
+from dit_video.weights.frozen_encoders import FrozenImageEncoder
 
 PICTURES = ("image", "last_image", "video", "mask", "control", "reference_images", "conditions")
 """Fields of a request with images, clips and masks."""

@@ -20,8 +20,16 @@ from av.audio.stream import AudioStream
 from av.video.stream import VideoStream
 
 from dit_video.core.errors import DecodeError
-from dit_video.video.audio import AudioInfo, encode_aac, probe_audio
-from dit_video.video.packets import PacketReader, TimedPacket, Track, get_time_base, write_packets
+from dit_video.video.packets import (
+    AudioInfo,
+    PacketReader,
+    TimedPacket,
+    Track,
+    encode_aac,
+    get_time_base,
+    probe_audio,
+    write_packets,
+)
 from dit_video.video.transcode import SPAN_TOLERANCE, transcode
 
 PREROLL = 0.1
@@ -54,23 +62,6 @@ class CutClip(NamedTuple):
     """Method by which it was made: "whole" is the source itself, "copy" its packets, "encode" new pictures."""
     audio: AudioInfo | None
     """Properties of the sound; None without sound."""
-
-
-def cut_clip(
-    source: str | Path | bytes,
-    *,
-    first: float | int,
-    last: float | int,
-    is_whole: bool = False,
-    mode: Literal["copy", "encode"] = "copy",
-    crf: int = 18,
-    height: int | None = None,
-    width: int | None = None,
-    fps: float | int | None = None,
-) -> CutClip:
-    """Return one span of a file; the arguments are those of `TimeSpan` and `cut_clips`."""
-    span = TimeSpan(float(first), float(last), is_whole)
-    return next(cut_clips(source, [span], mode=mode, crf=crf, height=height, width=width, fps=fps))
 
 
 def cut_clips(

@@ -1,6 +1,8 @@
 """Decoding of video and image files, in any format that PyAV's own ffmpeg reads (no system ffmpeg)."""
 
+import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +13,13 @@ import numpy as np
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.grid import Grid
 from dit_video.video.clip import Clip
-from dit_video.video.deinterlace import deinterlace
-from dit_video.video.reader import TOLERANCE, TimedFrame, Video
+from dit_video.video.reader import TOLERANCE, TimedFrame, Video, get_frame_format, make_filter_graph, wrap_decode_errors
 from dit_video.video.to_rgb import RgbConverter, compute_display_size, get_transfer, make_resize_error
 
 MAX_BYTES = 1 << 34
 """Maximum bytes of a clip's frames: more raises an error instead of exhausting the machine's memory."""
+_WHERE_INTERLACED = "where it is interlaced"
+"""Location of damage in error messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +159,78 @@ def compute_average_fps(frames: int, last_time: float, container_fps: float) -> 
     return container_fps if agrees or frames < 2 or last_time <= 0 else (frames - 1) / last_time
 
 
+def sample_frames(
+    frames: Iterator[TimedFrame], start: float, fps: float | int | None, count: int | None = None
+) -> Iterator[TimedFrame]:
+    """Yield the latest frame at or before every sampling time; without `fps` all from the one shown at `start`.
+
+    A frame that is sampled twice is the same object twice.
+    """
+    sampled = _skip_to_start(frames, start) if fps is None else _sample_at_rate(frames, start, float(fps))
+    return itertools.islice(sampled, count)
+
+
+def deinterlace(frames: Iterator[TimedFrame], name: str) -> Iterator[TimedFrame]:
+    """Yield the same frames at the same times, with interlaced ones deinterlaced, one picture per frame.
+
+    A picture is made of its frame and the lines of the frames before and after it (Weston's and yadif's filters:
+    ffmpeg's bwdif), so a frame is yielded when the next one has been read. Progressive frames are unchanged.
+
+    Raises:
+      DecodeError: ffmpeg can't filter the frames of the file `name`.
+    """
+    active_filter: _DeinterlaceFilter | None = None
+    previous: TimedFrame | None = None
+    for timed in frames:
+        if active_filter is not None and active_filter.frame_format != get_frame_format(timed.frame):
+            yield from active_filter.finish()
+            active_filter = None
+        if active_filter is None and timed.frame.interlaced_frame:
+            active_filter = _DeinterlaceFilter(timed.frame, name)
+            if previous is not None and active_filter.frame_format == get_frame_format(previous.frame):
+                active_filter.push(previous, keep_output=False)  # a picture must not depend on where reading began
+        if active_filter is None:
+            yield timed
+        else:
+            active_filter.push(timed)
+            yield from active_filter.pull()
+        previous = timed
+    if active_filter is not None:
+        yield from active_filter.finish()
+
+
+class _DeinterlaceFilter:
+    """ffmpeg's bwdif for frames of one format, with one output per input."""
+
+    def __init__(self, frame: av.VideoFrame, name: str):
+        self.frame_format = get_frame_format(frame)
+        self._name = name
+        self._pending: deque[TimedFrame | None] = deque()
+        with wrap_decode_errors(name, _WHERE_INTERLACED):
+            self._graph = make_filter_graph(frame, ("bwdif", "mode=send_frame:parity=auto:deint=interlaced"))
+
+    def push(self, timed: TimedFrame, *, keep_output: bool = True) -> None:
+        with wrap_decode_errors(self._name, f"at {timed.time:.2f} s"):
+            self._graph.push(timed.frame)
+        self._pending.append(timed if keep_output else None)
+
+    def pull(self) -> Iterator[TimedFrame]:
+        while self._pending:
+            frame = None
+            with wrap_decode_errors(self._name, _WHERE_INTERLACED), contextlib.suppress(BlockingIOError, EOFError):
+                frame = self._graph.vpull()
+            if frame is None:
+                return
+            timed = self._pending.popleft()
+            if timed is not None:
+                yield timed._replace(frame=frame)
+
+    def finish(self) -> Iterator[TimedFrame]:
+        with wrap_decode_errors(self._name, _WHERE_INTERLACED):
+            self._graph.push(None)
+        yield from self.pull()
+
+
 def _check_request(size: Grid | None, frames: int | None, start: float, fps: float | int | None) -> int | None:
     if size is not None and frames is not None and size.t != frames:
         raise UserError(f"size={size} and frames={frames} disagree; use one of them")
@@ -173,17 +248,6 @@ def _make_no_frames_error(name: str, start: float) -> UserError:
     if start > 0:
         return UserError(f"{name} ends before {start:g} s; use an earlier start")
     return DecodeError(f"{name} has no complete frame, and a clip has at least one; remove it or replace it")
-
-
-def sample_frames(
-    frames: Iterator[TimedFrame], start: float, fps: float | int | None, count: int | None = None
-) -> Iterator[TimedFrame]:
-    """Yield the latest frame at or before every sampling time; without `fps` all from the one shown at `start`.
-
-    A frame that is sampled twice is the same object twice.
-    """
-    sampled = _skip_to_start(frames, start) if fps is None else _sample_at_rate(frames, start, float(fps))
-    return itertools.islice(sampled, count)
 
 
 def _skip_to_start(frames: Iterator[TimedFrame], start: float) -> Iterator[TimedFrame]:

@@ -1,4 +1,9 @@
-"""Reader of video and image files: frames with the time from which each is shown, for any file that ffmpeg reads."""
+"""Reader of video and image files: frames with the time from which each is shown, for any file that ffmpeg reads.
+
+The header of mp4 and mov is checked before ffmpeg allocates memory for it. Pictures in HEIF files (HEIC, AVIF) are read
+by Pillow, for HEIC with the package pillow-heif: ffmpeg gives their tiles and their transparency one by one, with the
+padding of tiles, and without rotation.
+"""
 
 import contextlib
 import io
@@ -10,15 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import av
+import numpy as np
 from av.container import Flags, InputContainer
+from av.filter import Graph
 from av.stream import Discard, Disposition
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.video.filters import make_filter_graph
-from dit_video.video.hdr import TRANSFERS
-from dit_video.video.heif import find_heif_kind, read_heif
-from dit_video.video.mp4_header import check_mp4_header
+from dit_video.video.colours import TRANSFERS, convert_to_srgb
 
 MAX_PIXELS = int(os.environ.get("DIT_VIDEO_MAX_PIXELS", 1 << 26))
 """Maximum pixels of a frame, stored or displayed: a damaged header may claim any size, and memory for it."""
@@ -34,7 +38,6 @@ TOLERANCE = 1e-3
 """Seconds by which a frame may be late: containers round timestamps to as much as a millisecond."""
 IMAGE_CODECS = {"png", "mjpeg", "bmp", "tiff", "jpeg2000", "webp", "avif", "heic"}
 """Codecs and formats of images: a file with one frame in one of these has an fps of 1."""
-
 _NAMED_PROFILES = {"png", "apng"}
 """Codecs of pictures whose colour profile has a name; see `remove_profile`."""
 _SEEK_MARGIN = 1.0
@@ -49,6 +52,10 @@ _REFERENCE_DECODERS = ("h264", "hevc")
 """Codecs whose decoders can leave out, packet by packet, frames to which no others refer."""
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Decoders of transparency, which ffmpeg's own decoders of these codecs ignore."""
+_BRANDS = {b"avif": "avif"} | dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"mif1"), "heic")
+"""Kinds of pictures by the brand with which a file begins (ISO/IEC 23008-12); sequences have others."""
+_MAX_BOXES = 100_000
+"""Maximum number of boxes read inside another: enough for hours of fragmented video, and read at once."""
 
 
 class TimedFrame(NamedTuple):
@@ -82,22 +89,6 @@ def wrap_decode_errors(name: str, location: str = "") -> Iterator[None]:
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
         problem = f"is damaged {location}" if location else "is not a readable video or image"
         raise DecodeError(f"{name} {problem} ({reason}); remove it or replace it") from error
-
-
-def _replace_bad(text: str) -> str:
-    # PyAV 19 decodes bytes that are not UTF-8 to surrogates, which cannot be written anywhere.
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def remove_profile(frame: av.VideoFrame) -> av.VideoFrame:
-    """Return a frame without its colour profile.
-
-    PyAV 18 and 19 free the name of a profile twice if a frame's side data were read and the frame is collected, which
-    ends the process.
-    """
-    graph = make_filter_graph(frame, ("sidedata", "mode=delete:type=ICC_PROFILE"))
-    graph.vpush(frame)
-    return graph.vpull()
 
 
 class Video(contextlib.AbstractContextManager["Video"]):
@@ -337,3 +328,135 @@ class Video(contextlib.AbstractContextManager["Video"]):
             for frame in frames:
                 frame.time_base = frame.time_base or self._stream.time_base
                 yield remove_profile(frame) if self.codec in _NAMED_PROFILES else frame
+
+
+def get_frame_format(frame: av.VideoFrame) -> tuple[int, int, str, int, int]:
+    """Return the properties common to all frames of a graph: width, height, format, color matrix and range."""
+    return frame.width, frame.height, frame.format.name, int(frame.colorspace), int(frame.color_range)
+
+
+def make_filter_graph(frame: av.VideoFrame, *filters: tuple[str, str]) -> Graph:
+    """Return a graph of filters, by name and arguments, applied in order to frames of the same format as `frame`."""
+    width, height, format, space, color_range = get_frame_format(frame)
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add(
+        "buffer",
+        f"video_size={width}x{height}:pix_fmt={format}:time_base={frame.time_base or Fraction(1, 1000)}"
+        f":pixel_aspect=1/1:colorspace={space}:range={color_range}",
+    )
+    graph.link_nodes(source, *(graph.add(*part) for part in filters), graph.add("buffersink")).configure()
+    return graph
+
+
+def find_heif_kind(head: bytes) -> str:
+    """Return "avif" or "heic" for a picture, by the first 12 bytes of its file; empty for any other file."""
+    return _BRANDS.get(head[8:12], "") if head[4:8] == b"ftyp" else ""
+
+
+def read_heif(content: bytes, name: str, max_pixels: int) -> av.VideoFrame:
+    """Return the whole picture, upright and in sRGB.
+
+    Raises:
+      DecodeError: it is too large, or a package is not installed.
+      OSError: it is damaged.
+    """
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    formats: list[str] = [format for format in ("AVIF", "HEIF") if format in Image.OPEN]
+    if find_heif_kind(content) == "heic" and "HEIF" not in formats:
+        raise DecodeError(
+            f"{name} is HEIC, which needs a package that is not installed: pip install pillow-heif, or convert it"
+        )
+    try:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.height}x{image.width}"
+                raise DecodeError(f"{name} has {size} pixels, over the limit of {max_pixels}; make it smaller")
+            profile, format = image.info.get("icc_profile"), "rgba" if image.has_transparency_data else "rgb24"
+            picture = np.array(ImageOps.exif_transpose(image).convert("RGBA" if format == "rgba" else "RGB"))
+    except (RuntimeError, SyntaxError) as error:  # of Pillow's plugins
+        raise OSError(str(error)) from error
+    if profile:
+        picture[..., :3] = convert_to_srgb(picture[..., :3], profile)
+    return av.VideoFrame.from_ndarray(picture, format=format)
+
+
+class _Box(NamedTuple):
+    kind: bytes
+    start: int
+    """Offset of the box's content."""
+    stop: int
+    """Offset of the end of the box."""
+
+
+def check_mp4_header(file: io.BytesIO | io.FileIO, name: str) -> None:
+    """Raise `DecodeError` if a video track claims more frames of one size than the file has bytes for.
+
+    A few bytes of header can claim any number of frames of one size, and ffmpeg keeps an entry of tens of bytes for
+    each: up to two gigabytes and half a minute (ISO/IEC 14496-12, 8.7.3). The file is left at its beginning.
+    """
+    length = file.seek(0, 2)
+    file.seek(4)
+    if file.read(4) in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+        for track in _find_boxes(file, _Box(b"", 0, length), b"moov", b"trak", b"mdia"):
+            handlers = [_read_content(file, box, 12) for box in _read_boxes(file, track) if box.kind == b"hdlr"]
+            if any(handler[8:] == b"vide" for handler in handlers):
+                for box in _find_boxes(file, track, b"minf", b"stbl", b"stsz"):
+                    content = _read_content(file, box, 12)
+                    size, count = int.from_bytes(content[4:8], "big"), int.from_bytes(content[8:12], "big")
+                    if size * count > length:
+                        raise DecodeError(
+                            f"{name} claims {count} frames of {size} bytes in {length} bytes; remove it or replace it"
+                        )
+    file.seek(0)
+
+
+def _find_boxes(file: io.BytesIO | io.FileIO, box: _Box, *path: bytes) -> Iterator[_Box]:
+    if not path:
+        yield box
+        return
+    for inner in _read_boxes(file, box):
+        if inner.kind == path[0]:
+            yield from _find_boxes(file, inner, *path[1:])
+
+
+def _read_boxes(file: io.BytesIO | io.FileIO, outer: _Box) -> Iterator[_Box]:
+    offset = outer.start
+    for _ in range(_MAX_BOXES):
+        if offset + 8 > outer.stop:
+            return
+        file.seek(offset)
+        header = file.read(16)
+        size, start = int.from_bytes(header[:4], "big"), offset + 8
+        if size == 1:
+            size, start = int.from_bytes(header[8:16], "big"), offset + 16
+        stop = outer.stop if size == 0 else min(offset + size, outer.stop)
+        if stop < start:
+            return
+        yield _Box(header[4:8], start, stop)
+        offset = stop
+
+
+def _read_content(file: io.BytesIO | io.FileIO, box: _Box, count: int) -> bytes:
+    file.seek(box.start)
+    return file.read(min(count, box.stop - box.start))
+
+
+def _replace_bad(text: str) -> str:
+    # PyAV 19 decodes bytes that are not UTF-8 to surrogates, which cannot be written anywhere.
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def remove_profile(frame: av.VideoFrame) -> av.VideoFrame:
+    """Return a frame without its colour profile.
+
+    PyAV 18 and 19 free the name of a profile twice if a frame's side data were read and the frame is collected, which
+    ends the process.
+    """
+    graph = make_filter_graph(frame, ("sidedata", "mode=delete:type=ICC_PROFILE"))
+    graph.vpush(frame)
+    return graph.vpull()

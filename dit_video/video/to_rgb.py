@@ -11,11 +11,9 @@ from jaxtyping import UInt8, UInt16
 
 from dit_video.core.errors import DecodeError
 from dit_video.core.resize import resize
+from dit_video.video.colours import TRANSFERS, convert_to_srgb, map_to_sdr
 from dit_video.video.encode import ACCURATE_FLAGS
-from dit_video.video.filters import make_filter_graph
-from dit_video.video.hdr import TRANSFERS, map_to_sdr
-from dit_video.video.icc import convert_to_srgb
-from dit_video.video.reader import MAX_PIXELS, wrap_decode_errors
+from dit_video.video.reader import MAX_PIXELS, make_filter_graph, wrap_decode_errors
 
 RESIZE_FLAGS = ACCURATE_FLAGS & ~Interpolation.BICUBIC | Interpolation.BILINEAR
 """Flags of swscale's triangle filter, which is widened when downsampling like that of `core.resize`."""

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dit_video.core.errors import UserError
-from dit_video.video.decode import sample_frames
-from dit_video.video.deinterlace import deinterlace
+from dit_video.video.decode import deinterlace, sample_frames
 from dit_video.video.encode import TimedPicture, encode_timed
 from dit_video.video.reader import TimedFrame, Video
 from dit_video.video.to_rgb import RgbConverter, compute_display_size

@@ -20,8 +20,7 @@ steps, 28.4 minutes:
     mean                     31.6     34.1
 """
 
-from dit_video.data.augmentation import Augmentation
-from dit_video.data.windows import WindowConfig
+from dit_video.data.windows import Augmentation, WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig

@@ -15,7 +15,7 @@ from dit_video.curation.statistics import (
     make_histogram,
 )
 from dit_video.data.clips import KIND, ClipSource
-from dit_video.data.ingest.rows import make_table
+from dit_video.data.ingest.parts import make_table
 from dit_video.data.tables import write_manifest, write_part
 
 COLUMNS = {

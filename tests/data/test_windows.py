@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.augmentation import Augmentation, composite
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.sizes import SizeLimits
-from dit_video.data.windows import ClipCrops, WindowBatches, WindowConfig, Windows
+from dit_video.data.windows import Augmentation, ClipCrops, WindowBatches, WindowConfig, Windows, composite
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

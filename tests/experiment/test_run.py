@@ -9,11 +9,10 @@ import pytest
 
 from dit_video.core import config_json, rng, trees
 from dit_video.core.errors import UserError
-from dit_video.data.augmentation import Augmentation
 from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.windows import ClipCrops, WindowConfig
+from dit_video.data.windows import Augmentation, ClipCrops, WindowConfig
 from dit_video.experiment import input_pipeline
 from dit_video.experiment.run import Run
 from dit_video.experiment.stages import autoencoder

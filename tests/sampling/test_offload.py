@@ -13,7 +13,7 @@ from dit_video.core.offload import Layers, Stages, is_stacked_kernel
 from dit_video.core.trees import flatten
 from dit_video.models.encoders import embedder
 from dit_video.sampling import sampler
-from dit_video.weights.text_encoder import open_tokenizer
+from dit_video.weights.frozen_encoders import open_tokenizer
 from support.marks import mark_slow_except
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
 

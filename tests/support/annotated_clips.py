@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from dit_video.core.storage import to_storage_path
 from dit_video.data.clips import DATASET_NAME, FEATURES, ClipSource
-from dit_video.data.ingest.rows import make_table
+from dit_video.data.ingest.parts import make_table
 from dit_video.data.records import get_file_name, write_records
 from dit_video.data.tables import write_column, write_manifest, write_part
 from dit_video.video import Clip, encode, probe

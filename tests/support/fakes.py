@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from dit_video.models import encoders
-from dit_video.weights import text_encoder as text_encoder
+from dit_video.weights import frozen_encoders as text_encoder
 
 
 def tokenize(caption: str) -> np.ndarray:

@@ -9,14 +9,19 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.video import decode, probe
-from dit_video.video.audio import probe_audio
-from dit_video.video.cut import TimeSpan, cut_clip, cut_clips, split_span
+from dit_video.video.cut import CutClip, TimeSpan, cut_clips, split_span
+from dit_video.video.packets import probe_audio
 
 YUV = {"pixel_format": "yuv420p"}
 H264 = {"codec": "libx264", "format": "mp4", **YUV}
 H265 = {"codec": "libx265", "format": "mp4", "pixel_format": "yuv420p10le"}
 GROUPS = {"g": "8", "bf": "2", "sc_threshold": "0", "crf": "20", "x265-params": "log-level=0:open-gop=1"}
 RATE = 48_000
+
+
+def cut_clip(source, first: float, last: float, *, is_whole: bool = False, **options) -> CutClip:
+    """Return one span of a file."""
+    return next(cut_clips(source, [TimeSpan(first, last, is_whole)], **options))
 
 
 def read_times(content: bytes) -> list[float]:

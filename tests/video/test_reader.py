@@ -11,7 +11,7 @@ from PIL import Image
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.video import decode, probe
-from dit_video.video.deinterlace import deinterlace
+from dit_video.video.decode import deinterlace
 from dit_video.video.reader import Video
 
 COUNT = 40

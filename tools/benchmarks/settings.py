@@ -13,7 +13,7 @@ import numpy as np
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError
-from dit_video.data.packing.canvases import CanvasPacking
+from dit_video.data.packing.bin_packing import CanvasPacking
 from dit_video.data.packing.plan import RowStream
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig

@@ -17,8 +17,7 @@ from PIL import Image
 from dit_video.apps.studio.clip_fit import ClipFit, limit_side
 from dit_video.core.errors import UserError
 from dit_video.core.resize import compute_covering_size, resize_and_crop
-from dit_video.video.decode import sample_frames
-from dit_video.video.deinterlace import deinterlace
+from dit_video.video.decode import deinterlace, sample_frames
 from dit_video.video.reader import Video
 from dit_video.video.to_rgb import RgbConverter, compute_display_size
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from dit_video.core.errors import UserError
 from dit_video.curation.export.stored_clips import StoredClips, detect_media_type
 from dit_video.data.clips import find_kept
-from dit_video.data.ingest.formats.types import MEDIA, SPLITS
+from dit_video.data.ingest.formats.listing import MEDIA, SPLITS
 from dit_video.data.tables import Table, take_rows
 
 CAPTIONS = "captions"

@@ -25,7 +25,7 @@ from dit_video.curation.export.contents import (
     is_list,
 )
 from dit_video.curation.export.descriptions import CARD, CROISSANT, make_croissant, make_data_card
-from dit_video.data.ingest.formats.types import IMAGES, SPLITS, find_split
+from dit_video.data.ingest.formats.listing import IMAGES, SPLITS, find_split
 
 MAX_TAR_BYTES = 1 << 30
 INDEX = "index.jsonl"

@@ -30,12 +30,10 @@ from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.clips import DATASET_NAME, FEATURES, is_ingested
 from dit_video.data.ingest.completion import CAPTIONS, CHOICE, NoClipsError, complete, discard_transient_parts
 from dit_video.data.ingest.formats import ListColumns, ListedClip, ListingOptions, list_clips
-from dit_video.data.ingest.inspection import Inspection, InspectionConfig, make_failure
-from dit_video.data.ingest.outcomes import Outcome
-from dit_video.data.ingest.parts import FOLDER, MAX_PART_BYTES, IngestFolder
+from dit_video.data.ingest.inspection import Inspection, InspectionConfig, Outcome, make_failure
+from dit_video.data.ingest.parts import FOLDER, MAX_PART_BYTES, IngestFolder, make_row, make_table
 from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.ingest.report import REPORT, IngestReport
-from dit_video.data.ingest.rows import make_row, make_table
 from dit_video.data.ingest.screening import Screening
 from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
 from dit_video.data.records import DISK_FULL_ERRNOS, get_file_name, write_records

@@ -1,4 +1,7 @@
-"""Inspection of one file by reading all of it, and cutting of its clips; runs in a process that may be lost."""
+"""Inspection of one file by reading all of it, and cutting of its clips; runs in a process that may be lost.
+
+The outcomes of a file partition its duration: every microsecond of the source is in exactly one of them.
+"""
 
 import contextlib
 import dataclasses
@@ -6,22 +9,62 @@ import errno
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.storage import is_remote
 from dit_video.data.ingest.formats import ListedClip
-from dit_video.data.ingest.outcomes import Outcome
 from dit_video.data.ingest.reencoder import ReencodeConfig, reencode_image, update_facts
-from dit_video.data.ingest.screening import JudgedShot, Screening, ScreeningResult
+from dit_video.data.ingest.screening import JudgedShot, Screening, ScreeningResult, Shot
 from dit_video.video import probe
 from dit_video.video.cut import CutClip, TimeSpan, cut_clips
 from dit_video.video.reader import IMAGE_CODECS, Video
 
+OutcomeKind = Literal["kept", "dropped", "cut", "unreadable"]
+"""A clip that is kept; one that the screening dropped; a part too short for a clip; a file that is broken."""
 MAX_CLIP_BYTES = (1 << 31) - (1 << 20)
 """Maximum size of a clip: a record is one protocol buffer, which holds less than 2 GiB."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A part of a source file, and what became of it."""
+
+    name: str
+    """Name of the file, followed by `#0`, `#1`, … if it has several parts."""
+    kind: OutcomeKind
+    reason: str = ""
+    """Reason why the part is not kept."""
+    transient: bool = False
+    """True if the reason is transient rather than the file's own fault: a file that could not be read or was being
+    written, too little memory, too little time."""
+    start_us: int = 0
+    """Start of the part in the file, in microseconds after its first frame."""
+    duration_us: int = 0
+    """Duration of the part in microseconds: each frame is shown until the next one."""
+    shot: Shot | None = None
+    """Facts and measures of the clip as it is stored; None if the file is broken."""
+    payload: str = ""
+    """SHA-256 of the clip's bytes, in hexadecimal; empty if none are stored."""
+    payload_bytes: int = 0
+    """Number of these bytes."""
+    file: str | None = None
+    """File that holds the bytes until they are stored; None if they are the source file."""
+    method: str = ""
+    """Origin of the bytes: the "whole" file, a "copy" of packets, or "encode" for encoded pictures."""
+    audio: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Facts of the sound by the names of columns: codec, rate, channels, offset."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON value, for exchange between processes."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Outcome":
+        """Return the outcome that `to_json` wrote."""
+        return Outcome(**value | {"shot": None if value["shot"] is None else Shot.from_json(value["shot"])})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

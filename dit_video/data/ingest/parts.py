@@ -5,12 +5,13 @@ ingest/parts-000.parquet      files of each part; a source that has grown adds p
 ingest/listing.parquet        files that the source holds now, with their captions
 ingest/skipped.json           entries of the source that cannot be clips
 ingest/completed.json         what the data set was completed from
+index/train-00000.parquet     rows of a part, one for each outcome of its files
 """
 
 import collections
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,8 +21,9 @@ import pyarrow.parquet as pq
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, convert_storage_errors, read_document, write_document
 from dit_video.data.ingest.formats import ListedClip, Listing
-from dit_video.data.records import get_part_name, sort_splits
-from dit_video.data.tables import INDEX_FOLDER, list_parquet, read_bytes, read_parquet, write_parquet
+from dit_video.data.ingest.inspection import Outcome
+from dit_video.data.records import RecordPlace, get_part_name, sort_splits
+from dit_video.data.tables import INDEX_FOLDER, compute_row_id, list_parquet, read_bytes, read_parquet, write_parquet
 
 FOLDER, _PLAN, _COMPLETED = "ingest", "parts-", "completed.json"
 MAX_PART_BYTES = 1 << 30
@@ -31,6 +33,34 @@ _PARTS_PER_SET = 64
 _LOCATION = ("path", "offset")
 _COLUMNS = ("name", "size", *_LOCATION, "split")
 _TYPES = {"size": pa.int64(), "offset": pa.int64(), "captions": pa.list_(pa.string())}
+_DURATION = ("start_us", "duration_us")
+SCHEMA = pa.schema(
+    {
+        "id": pa.uint64(),
+        "name": pa.string(),
+        "source": pa.string(),
+        "source_bytes": pa.int64(),
+        "source_sha256": pa.string(),
+        "outcome": pa.string(),
+        "reason": pa.string(),
+        "transient": pa.bool_(),
+        **dict.fromkeys(_DURATION, pa.int64()),
+        **dict.fromkeys(("height", "width", "frames"), pa.int32()),
+        **dict.fromkeys(("fps", "seconds"), pa.float64()),
+        **dict.fromkeys(("codec", "transfer", "audio_codec"), pa.string()),
+        **dict.fromkeys(("audio_rate", "audio_channels"), pa.int32()),
+        "audio_offset": pa.float64(),
+        **dict.fromkeys(("motion", "black", "frozen", "sharpness", "letterbox"), pa.float32()),
+        "bars": pa.list_(pa.int32()),
+        "hash": pa.list_(pa.uint64()),
+        "method": pa.string(),
+        "payload": pa.string(),
+        "payload_bytes": pa.int64(),
+        **dict.fromkeys(("offset", "length"), pa.int64()),
+        "crc32": pa.uint32(),
+    }
+)
+"""Columns of the index. Numbers that a row does not have are 0 if they are integers, else null."""
 
 
 class IngestFolder:
@@ -49,15 +79,16 @@ class IngestFolder:
         self._own = folder / FOLDER
         path = self._own / "settings.json"
         written = read_document(path) if path.exists() else None
-        if written == settings:
-            return
         if written is not None and list_parquet(folder / INDEX_FOLDER):
-            differences = sorted(key for key in {*settings, *written} if settings.get(key) != written.get(key))
-            raise UserError(
-                f"{folder} holds another data set: its {', '.join(differences)} differ. Use another folder, or the "
-                "settings with which it was started."
-            )
-        write_document(path, self.settings)
+            now, before = map(_drop_idle_screening, (settings, written))
+            if differences := sorted(key for key in {*now, *before} if now.get(key) != before.get(key)):
+                raise UserError(
+                    f"{folder} holds another data set: its {', '.join(differences)} differ. Use another folder, or the "
+                    "settings with which it was started."
+                )
+            self.settings = written
+        elif written != settings:
+            write_document(path, self.settings)
 
     @property
     def parts(self) -> list[str]:
@@ -103,7 +134,7 @@ class IngestFolder:
         Raises:
           UserError: no file of the source is in a part, so it is another one; or a fixed data set would change.
         """
-        listed = _make_table(listing.clips, (*_COLUMNS, "captions"))
+        listed = _make_clip_table(listing.clips, (*_COLUMNS, "captions"))
         skipped = {
             "format": listing.format,
             "unlisted": [*listing.unlisted],
@@ -178,7 +209,51 @@ class IngestFolder:
             for number, members in enumerate(groups, counts[split]):
                 names += [get_part_name(split, number)] * len(members)
                 ordered += members
-        return _make_table(ordered, _COLUMNS).append_column("part", pa.array(names, pa.string()))
+        return _make_clip_table(ordered, _COLUMNS).append_column("part", pa.array(names, pa.string()))
+
+
+def _drop_idle_screening(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return settings in which a screening without steps is empty: it keeps every file whole, whatever its class.
+
+    `min_shot` is no step, as it is about the shots that another step makes.
+    """
+    steps = (value for name, value in settings.get("screening", {}).items() if name != "min_shot")
+    has_steps = any(value is not None and value is not False for value in steps)
+    return settings if has_steps else {**settings, "screening": {}}
+
+
+def make_row(
+    outcome: Outcome, place: RecordPlace | None, *, source: str, source_bytes: int, source_sha256: str
+) -> dict[str, Any]:
+    """Return the row of an outcome, without the values that it does not have."""
+    row = {
+        # The size identifies a file that could not be read.
+        "id": compute_row_id(outcome.name, source_sha256 or source_bytes, outcome.start_us, outcome.duration_us),
+        "source": source,
+        "source_bytes": source_bytes,
+        "source_sha256": source_sha256,
+        "outcome": outcome.kind,
+        **{name: getattr(outcome, name) for name in ("name", "reason", "transient", *_DURATION)},
+        **{name: getattr(outcome, name) for name in ("method", "payload", "payload_bytes")},
+        **{f"audio_{name}": value for name, value in outcome.audio.items()},
+    }
+    if (shot := outcome.shot) is not None:
+        row |= {name: getattr(shot, name) for name in SCHEMA.names if hasattr(shot, name) and name not in row}
+        if shot.letterbox is not None:
+            area = shot.letterbox.compute_area_share(shot.height, shot.width)
+            row |= {"letterbox": area, "bars": list(shot.letterbox)}
+    return row if place is None else row | place._asdict()
+
+
+def make_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Return the rows as a table of the index."""
+    rows = list(rows)
+    columns = {}
+    for field in SCHEMA:
+        default = 0 if pa.types.is_integer(field.type) else False if pa.types.is_boolean(field.type) else None
+        values = [row.get(field.name) for row in rows]
+        columns[field.name] = pa.array([default if value is None else value for value in values], field.type)
+    return pa.table(columns, schema=SCHEMA)
 
 
 def _read_part(path: StoragePath, part: str) -> pa.Table:
@@ -187,7 +262,7 @@ def _read_part(path: StoragePath, part: str) -> pa.Table:
         return pq.read_table(content, columns=[*_COLUMNS], filters=[("part", "==", part)], use_threads=False)
 
 
-def _make_table(clips: Sequence[ListedClip], names: Sequence[str]) -> pa.Table:
+def _make_clip_table(clips: Sequence[ListedClip], names: Sequence[str]) -> pa.Table:
     return pa.table(
         {name: pa.array([getattr(clip, name) for clip in clips], _TYPES.get(name, pa.string())) for name in names}
     )

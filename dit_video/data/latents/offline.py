@@ -21,8 +21,14 @@ from dit_video.core.storage import StoragePathLike, to_storage_path
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import Identity, LatentExample, Skipped
 from dit_video.data.latents.online import CanvasEncoder
-from dit_video.data.latents.plan import Encoding, EncodingPlan
-from dit_video.data.latents.views import draw_view_masks, list_views, make_mask_values, place_masks
+from dit_video.data.latents.plan import (
+    Encoding,
+    EncodingPlan,
+    draw_view_masks,
+    list_views,
+    make_mask_values,
+    place_masks,
+)
 from dit_video.data.latents.writer import LatentWriter
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.tables import compute_row_id

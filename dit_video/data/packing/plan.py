@@ -28,8 +28,7 @@ from dit_video.core.shared_array import SharesArrays, get_shared_folder, map_arr
 from dit_video.data.packing import balance as balancing
 from dit_video.data.packing import bin_packing
 from dit_video.data.packing.balance import Balance, Imbalance
-from dit_video.data.packing.bin_packing import RowArrays
-from dit_video.data.packing.canvases import CanvasPacking
+from dit_video.data.packing.bin_packing import CanvasPacking, RowArrays
 from dit_video.data.packing.mixture import Mixture, MixtureSampler
 from dit_video.tokens import LayoutShape
 

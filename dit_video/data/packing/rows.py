@@ -22,7 +22,7 @@ from dit_video.data.captions import CaptionSource
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.balance import Balance
-from dit_video.data.packing.canvases import CanvasPacking
+from dit_video.data.packing.bin_packing import CanvasPacking
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream

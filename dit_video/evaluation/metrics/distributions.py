@@ -9,13 +9,15 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
 from dit_video.evaluation.feature_functions import FeatureFunction
-from dit_video.evaluation.feature_moments import FeatureMoments, check_finite, measure_frechet_distance
-from dit_video.evaluation.feature_sets import (
+from dit_video.evaluation.feature_statistics import (
+    FeatureMoments,
+    check_finite,
     compute_inception_score,
     compute_kernel_distance,
     compute_overlap,
     find_nearest,
     find_nearest_other,
+    measure_frechet_distance,
 )
 from dit_video.evaluation.metrics.metric import (
     Metric,

@@ -15,13 +15,13 @@ from jaxtyping import Float, Float32, UInt8
 from dit_video.core.errors import DecodeError
 from dit_video.data.clips import ClipInfo
 from dit_video.data.latents.codec import LatentCodec
-from dit_video.data.latents.views import View, list_views
+from dit_video.data.latents.plan import View, list_views
 from dit_video.data.loader import DenoiserBatches, PackedBatches
 from dit_video.data.packing.rows import RowEntry
 from dit_video.data.sizes import count_sampled_frames, fit_size, read_fitted_clip
 from dit_video.experiment.self_check.subject import CheckedTraining, Problem, iterate_within
 from dit_video.tokens import PackedBatch, PackedShape
-from dit_video.weights.text_encoder import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 SECONDS = 10.0
 """Time for each check."""

@@ -26,7 +26,7 @@ from dit_video.experiment.denoiser import TrainableDenoiser
 from dit_video.models.encoders import Tokenizer
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, attach_factors
 from dit_video.training.trainer import Trainer
-from dit_video.weights.text_encoder import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 FILE = "self_check.jsonl"
 """Name of the log in the folder of a training."""

@@ -15,7 +15,7 @@ from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime, Stage
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder
 from dit_video.training.hooks.logging import Progress, print_on_first_process
-from dit_video.weights.image_encoder import IDENTITY_FILE, open_image_encoder
+from dit_video.weights.frozen_encoders import IDENTITY_FILE, open_image_encoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,26 +97,6 @@ def test_damaged_files_are_quarantined_with_reasons(tmp_path):
     assert (report.uncaptioned, infos["one_frame.mp4"].captions) == (3, ())
 
 
-def test_clips_with_bad_captions_are_rejected(tmp_path):
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    for name in ("a", "b", "c"):
-        (folder / f"{name}.mp4").write_bytes(encode(clip(2), "mp4"))
-    (folder / "a.txt").write_bytes("été".encode("latin-1"))
-    (folder / "b.txt").write_text("x" * 100_000)
-    report = ingest(folder, tmp_path / "out")
-    assert report.files == accounted(report) == 3
-    assert report.rejected == (
-        ("a.mp4", "'a.txt' is not UTF-8 (invalid continuation byte at byte 0)"),
-        ("b.mp4", "its caption has 100,000 bytes, 65,536 is the limit"),
-    )
-    assert report.reasons["rejected"] == {
-        "'…' is not UTF-8 (invalid continuation byte at byte N)": 1,
-        "its caption has N bytes, N is the limit": 1,
-    }
-    assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["c.mp4"]
-
-
 def test_bad_entries_of_tars_are_rejected(tmp_path):
     """Entries outside of the tar and duplicate names are rejected; the rest is read in place."""
     content = {name: encode(clip(2, seed=index), "mp4") for index, name in enumerate(["a", "b", "c"])}
@@ -262,5 +242,9 @@ def test_a_source_without_usable_clips_is_refused_with_the_first_reason(tmp_path
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / "clips" / name).write_bytes(b"")
     with pytest.raises(UserError, match=r"none of the 2 clips .* \(first: a\.mp4: "):
+        ingest(tmp_path / "clips", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["clips"]
+    (tmp_path / "clips" / "metadata.csv").write_text("file_name,title\na.mp4,x\n")
+    with pytest.raises(UserError, match="no column text"):
         ingest(tmp_path / "clips", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["clips"]

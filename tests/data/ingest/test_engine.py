@@ -17,7 +17,6 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import engine, parts
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.report import IngestReport
-from dit_video.data.records import sort_splits
 from dit_video.video import Clip
 
 REPOSITORY = Path(__file__).parents[3]
@@ -120,16 +119,6 @@ def test_splits_of_the_source_are_kept(tmp_path):
         assert source[index] == next(clips.rglob(Path(info.name).name)).read_bytes()
 
 
-def test_splits_have_a_fixed_order():
-    assert sort_splits(["test", "extra", "validation", "train", "test", "a"]) == [
-        "train",
-        "validation",
-        "test",
-        "a",
-        "extra",
-    ]
-
-
 def test_clips_that_screening_drops_are_counted(clips, tmp_path):
     (clips / "sub" / "b.webm").write_bytes(b"broken")
     config = IngestConfig(screening=ScreeningConfig(min_seconds=0.3))
@@ -158,25 +147,6 @@ def test_near_duplicates_are_found_among_all_files(tmp_path):
     assert [info.name for info in ClipSource(tmp_path / "out").infos] == ["a.png", "c.png"]
     assert report.dropped == (("b.png", "shows what 'a.png' shows"),)
     assert report.dropped_files == ("b.png",)
-
-
-def test_damaged_clips_are_quarantined(clips, tmp_path):
-    (clips / "a.mp4").write_bytes((clips / "a.mp4").read_bytes()[:200])
-    (clips / "c.png").write_bytes(b"")
-    report = ingest(clips, tmp_path / "out")
-    assert report.usable == 1
-    assert [name for name, _ in report.quarantined] == ["a.mp4", "c.png"]
-    assert all(reason for _, reason in report.quarantined)
-    assert len(ClipSource(tmp_path / "out")) == 1
-    assert ingest(clips, tmp_path / "out").quarantined == report.quarantined
-
-
-def test_a_source_without_usable_clips_is_refused(clips, tmp_path):
-    for name in ("a.mp4", "sub/b.webm", "c.png"):
-        (clips / name).write_bytes(b"broken")
-    with pytest.raises(UserError, match=r"none of the 3 clips .* a\.mp4"):
-        ingest(clips, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["clips"]
 
 
 def test_same_source_is_reused_and_another_refused(clips, tmp_path, monkeypatch):
@@ -290,40 +260,6 @@ def test_numbers_below_one_are_refused(clips, tmp_path):
         ingest(clips, tmp_path / "out", workers=0)
     with pytest.raises(UserError, match="time_limit"):
         IngestConfig(time_limit=0)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ("file_name,title\na.mp4,x\n", "no column text"),
-        ("", "no column file_name and text"),
-        (
-            "file_name,text\nm1.mp4,x\nm2.mp4,x\n",
-            r"none of the 2 entries .*m1\.mp4: line 2 names it, but",
-        ),
-        ("file_name,text\n../a.mp4,x\n", "outside the folder"),
-        ("file_name,text\n,x\n", "line 2: names no file: its file_name is empty"),
-        ("file_name,text\n", "holds no clips"),
-    ],
-)
-def test_mistakes_in_metadata_are_refused(clips, tmp_path, metadata, message):
-    (clips / "metadata.csv").write_text(metadata)
-    with pytest.raises(UserError, match=message):
-        ingest(clips, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_captions_that_are_not_utf8_are_rejected(clips, tmp_path):
-    (clips / "metadata.csv").write_bytes("file_name,text\na.mp4,été\nc.png,x\n".encode("latin-1"))
-    report = ingest(clips, tmp_path / "out")
-    assert (report.usable, report.rejected) == (1, (("a.mp4", "line 2: its caption is not UTF-8"),))
-
-
-def test_a_byte_order_mark_is_ignored(clips, tmp_path):
-    (clips / "metadata.csv").write_text("file_name,text\na.mp4,x\n", encoding="utf-8-sig")
-    report = ingest(clips, tmp_path / "out")
-    assert report.usable == 1
-    assert report.unlisted == ("c.png", "sub/b.webm")
 
 
 def test_missing_sources_and_unusable_destinations_are_refused(clips, tmp_path):

@@ -1,12 +1,16 @@
 """Files of a source are grouped into parts, and each part is read by itself."""
 
+from dataclasses import asdict
+
 import pyarrow.parquet as pq
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.curation.screening import ScreeningConfig
 from dit_video.data import tables
 from dit_video.data.ingest import parts
 from dit_video.data.ingest.formats import ListedClip, Listing
+from dit_video.data.ingest.screening import Screening
 
 
 def test_parts_are_neither_too_many_nor_too_large(tmp_path, monkeypatch):
@@ -48,6 +52,24 @@ def test_settings_are_those_of_the_first_part(tmp_path):
     (tmp_path / "index" / "train-00000.parquet").touch()
     with pytest.raises(UserError, match=r"another data set: its a, c differ\. Use another folder"):
         parts.IngestFolder(tmp_path, {"a": 2, "b": 2, "c": 0})
+
+
+def test_a_screening_without_steps_is_equal_to_none(tmp_path):
+    none, idle, active = (
+        {"screening": asdict(screening)}
+        for screening in (Screening(), ScreeningConfig(), ScreeningConfig(duplicates=0))
+    )
+    for number, written in enumerate((none, idle, active)):
+        folder = tmp_path / str(number)
+        parts.IngestFolder(folder, written)
+        (folder / "index").mkdir()
+        (folder / "index" / "train-00000.parquet").touch()
+        for settings in (none, idle, active):
+            if (settings is active) == (written is active):
+                assert parts.IngestFolder(folder, settings).settings == written
+                continue
+            with pytest.raises(UserError, match="its screening differ"):
+                parts.IngestFolder(folder, settings)
 
 
 def test_processes_that_plan_at_the_same_moment_plan_the_same_parts(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import dataclasses
 import pyarrow as pa
 import pytest
 
+from dit_video.data.ingest.parts import make_table
 from dit_video.data.ingest.report import IngestReport, make_report
-from dit_video.data.ingest.rows import make_table
 
 SKIPPED = {"format": "folder", "unlisted": ["notes.txt"], "rejected": [["i", "is a folder"]]}
 

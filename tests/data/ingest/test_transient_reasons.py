@@ -15,7 +15,7 @@ from dit_video.data.ingest import parts, workers
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import ListedClip
 from dit_video.data.ingest.inspection import make_failure
-from dit_video.data.ingest.rows import make_row
+from dit_video.data.ingest.parts import make_row
 from dit_video.video import Clip
 from support.devices import PROGRAMS
 

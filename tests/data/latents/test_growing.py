@@ -8,8 +8,7 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.offline import encode_latents
-from dit_video.data.latents.plan import check_clips, plan_encoding
-from dit_video.data.latents.views import Augmentations
+from dit_video.data.latents.plan import Augmentations, check_clips, plan_encoding
 from support.offline_clips import MIXED_SIZES, MemorySource, make_encoding, make_source
 
 IDENTITY = {"autoencoder": "a", "text": "t"}

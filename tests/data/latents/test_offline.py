@@ -18,8 +18,7 @@ from dit_video.core import pixels, rng
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.offline import encode_latents, finish_latents, measure_latent_moments
-from dit_video.data.latents.plan import plan_encoding
-from dit_video.data.latents.views import Augmentations, list_views
+from dit_video.data.latents.plan import Augmentations, list_views, plan_encoding
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.distributed.faults.progress import PROGRESS
 from dit_video.models.conditioning import ClipConditioning, Ending, InsideOfBox, fold_mask

@@ -46,7 +46,7 @@ from dit_video.sampling.tasks.completion import Completion
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
-from dit_video.weights.image_encoder import FrozenImageEncoder, open_image_encoder
+from dit_video.weights.frozen_encoders import FrozenImageEncoder, open_image_encoder
 from support.random_params import make_random_params
 from support.tiny_clip import VISION, write_clip
 from support.tiny_vace import CONFIG as CONTROLLED

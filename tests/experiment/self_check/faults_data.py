@@ -31,7 +31,7 @@ from dit_video.data.tables import INDEX_FOLDER
 from dit_video.experiment import Experiment
 from dit_video.video import decode
 from dit_video.weights import load
-from dit_video.weights.text_encoder import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 FAULTS = Catalogue("data")
 

@@ -14,7 +14,7 @@ from dit_video.models.backbones.denoise import make_denoise_fn, make_text_record
 from dit_video.models.conditioning import ClipConditioning, Conditioning
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Field, PackedRows, compute_positions, compute_token_grid, unpatchify
-from dit_video.weights.text_encoder import open_tokenizer
+from dit_video.weights.frozen_encoders import open_tokenizer
 
 
 class Actions(NamedTuple):

@@ -3,7 +3,7 @@
 | format | `source` | clips and captions |
 |---|---|---|
 | `folder` | a folder, with subfolders | all videos and images, with captions in files next to them, or in a folder `captions`: `clip.txt`, `clip.caption` (the whole file is one caption) or `clip.json` (`text`, `caption`, `captions`, `prompt`, `cap`: a string or a list) |
-| | with `metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` in any of its folders | the clips that the list names, `file_name,text`, relative to its folder; a clip that is named again has another caption; in JSON and Parquet `text` may be a list; for other columns see `rows` |
+| | with `metadata.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` in any of its folders | the clips that the list names, `file_name,text`, relative to its folder; a clip that is named again has another caption; in JSON and Parquet `text` may be a list; for other columns see `lists` |
 | | with `videos.txt` and `prompts.txt` | a path and a caption a line, as in finetrainers |
 | | with one list of another name | the same as with `metadata.csv`; a name without a folder may be that of a file in any folder (OpenVid-1M) |
 | `table` | a `.csv`, `.tsv`, `.jsonl`, `.json` or `.parquet` | the same, with paths that are absolute or relative to the list |
@@ -21,4 +21,4 @@ An error is raised only if a source is unusable as a whole: a list lacks require
 """  # noqa: E501
 
 from dit_video.data.ingest.formats.detect import SourceFormat, list_clips, register_format
-from dit_video.data.ingest.formats.types import MEDIA, ListColumns, ListedClip, Listing, ListingOptions
+from dit_video.data.ingest.formats.listing import MEDIA, ListColumns, ListedClip, Listing, ListingOptions

@@ -10,20 +10,30 @@ from typing import NamedTuple
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.storage import open_file
-from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.rows import TABLE_SUFFIXES, ListRow, is_list, read_paired_rows, read_rows
-from dit_video.data.ingest.formats.scan import FolderScan, get_suffix
-from dit_video.data.ingest.formats.tables import ClipTable, find_clips
-from dit_video.data.ingest.formats.types import (
+from dit_video.data.ingest.formats.listing import (
+    CAPTION_SUFFIXES,
+    MAX_CAPTION_FILE_BYTES,
     ListColumns,
     ListedClip,
     Listing,
     ListingOptions,
     Rejection,
     UnusableClipError,
+    clean_captions,
     make_listing,
+    read_caption_file,
     reject_unusable,
 )
+from dit_video.data.ingest.formats.lists import (
+    TABLE_SUFFIXES,
+    ClipTable,
+    ListRow,
+    find_clips,
+    is_list,
+    read_paired_rows,
+    read_rows,
+)
+from dit_video.data.ingest.formats.scan import FolderScan, get_suffix
 
 METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 """Names of lists, as in Hugging Face's folders (huggingface.co/docs/hub/datasets-video) and finetrainers."""
@@ -33,7 +43,7 @@ _CAPTION_LISTS = ("captions.txt", "caption.txt", "prompts.txt", "prompt.txt")
 _CAPTION_FOLDER = "captions"
 """Name of a folder of caption files that lie apart from their clips."""
 _TEXT_SUFFIXES = frozenset(
-    (*TABLE_SUFFIXES, *captions.CAPTION_SUFFIXES, *".yaml .yml .toml .xml .xls .xlsx .ods .srt .vtt".split())  # noqa: SIM905
+    (*TABLE_SUFFIXES, *CAPTION_SUFFIXES, *".yaml .yml .toml .xml .xls .xlsx .ods .srt .vtt".split())  # noqa: SIM905
 )
 """Suffixes of files that may hold captions."""
 _NO_CAPTIONS = ("readme", "license", "licence")
@@ -145,12 +155,12 @@ def _list_loose_clips(scan: FolderScan, scopes: Collection[str]) -> tuple[list[L
     media = [name for name in scan.media if not _is_covered(name, scopes)]
     names = _match_caption_files(media, _find_caption_files(scan))
     used_names = {*media, *itertools.chain.from_iterable(names.values())}
-    read = scan.make_reader(itertools.chain.from_iterable(names.values()), captions.MAX_FILE_BYTES)
+    read = scan.make_reader(itertools.chain.from_iterable(names.values()), MAX_CAPTION_FILE_BYTES)
     for name in media:
         with reject_unusable(rejected, name):
             texts = _read_captions(read, names[name])
             used_names.difference_update(each for each in names[name] if each not in texts)
-            clips.append(scan.make_clip(name, captions.clean_captions(itertools.chain.from_iterable(texts.values()))))
+            clips.append(scan.make_clip(name, clean_captions(itertools.chain.from_iterable(texts.values()))))
     return clips, [name for name in scan.files if name not in used_names and not _is_covered(name, scopes)], rejected
 
 
@@ -201,10 +211,10 @@ def _find_caption_files(scan: FolderScan) -> Mapping[str, Sequence[str]]:
     """
     files_by_stem: dict[str, list[str]] = {}
     for name in scan.files:
-        if get_suffix(name) in captions.CAPTION_SUFFIXES:
+        if get_suffix(name) in CAPTION_SUFFIXES:
             files_by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
     for names in files_by_stem.values():
-        names.sort(key=lambda name: (captions.CAPTION_SUFFIXES.index(get_suffix(name)), name))
+        names.sort(key=lambda name: (CAPTION_SUFFIXES.index(get_suffix(name)), name))
     return files_by_stem
 
 
@@ -234,7 +244,7 @@ def _read_captions(read: Callable[[str], bytes], names: Sequence[str]) -> dict[s
             content = read(name)
         except UnusableClipError as error:
             raise UnusableClipError(f"{name!r} {error}") from error
-        if (found := captions.read_file(name, content)) is not None:
+        if (found := read_caption_file(name, content)) is not None:
             texts[name] = found
     return texts
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, list_files, read_files, read_range
-from dit_video.data.ingest.formats.types import MEDIA, ListedClip, Rejection, UnusableClipError, check_name
+from dit_video.data.ingest.formats.listing import MEDIA, ListedClip, Rejection, UnusableClipError, check_name
 
 _FILES_AT_ONCE = 256
 """Number of small files of a bucket that are read at once."""

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, open_file
-from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix
-from dit_video.data.ingest.formats.types import (
+from dit_video.data.ingest.formats.listing import (
+    CAPTION_FILE_TOO_LARGE,
+    CAPTION_SUFFIXES,
+    MAX_CAPTION_FILE_BYTES,
     MEDIA,
     ListedClip,
     Listing,
@@ -26,9 +27,12 @@ from dit_video.data.ingest.formats.types import (
     Rejection,
     UnusableClipError,
     check_name,
+    clean_captions,
     make_listing,
+    read_caption_file,
     reject_unusable,
 )
+from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -116,7 +120,7 @@ def _read_members(file: io.BufferedReader, rejected: list[Rejection]) -> dict[st
         if entry.isdir() or any(part.startswith(".") and part != ".." for part in name.split("/")):
             continue
         # Links and devices are rejected whatever their suffix, as their content is unknown.
-        if entry.isreg() and get_suffix(name) not in MEDIA and get_suffix(name) not in captions.CAPTION_SUFFIXES:
+        if entry.isreg() and get_suffix(name) not in MEDIA and get_suffix(name) not in CAPTION_SUFFIXES:
             continue
         with reject_unusable(rejected, entry.name):
             check_name(entry.name)
@@ -206,7 +210,7 @@ def _make_clips(
     media = [member for member in members.values() if get_suffix(member.name) in MEDIA]
     caption_files: dict[str, list[_Member]] = {}
     for member in members.values():
-        if get_suffix(member.name) in captions.CAPTION_SUFFIXES:
+        if get_suffix(member.name) in CAPTION_SUFFIXES:
             caption_files.setdefault(os.path.splitext(member.name)[0], []).append(member)
     clips: list[ListedClip] = []
     for member in media:
@@ -224,9 +228,9 @@ def _make_clips(
 
 def _read_captions(file: io.BufferedReader, members: list[_Member]) -> tuple[str, ...]:
     texts: list[str] = []
-    for member in sorted(members, key=lambda member: captions.CAPTION_SUFFIXES.index(get_suffix(member.name))):
-        if member.size > captions.MAX_FILE_BYTES:
-            raise UnusableClipError(f"{member.name!r} {captions.TOO_LARGE.format(member.size)}")
+    for member in sorted(members, key=lambda member: CAPTION_SUFFIXES.index(get_suffix(member.name))):
+        if member.size > MAX_CAPTION_FILE_BYTES:
+            raise UnusableClipError(f"{member.name!r} {CAPTION_FILE_TOO_LARGE.format(member.size)}")
         file.seek(member.offset)
-        texts += captions.read_file(member.name, file.read(member.size)) or []
-    return captions.clean_captions(texts)
+        texts += read_caption_file(member.name, file.read(member.size)) or []
+    return clean_captions(texts)

@@ -6,7 +6,7 @@ import pytest
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.ingest.formats import Listing, ListingOptions, list_clips
-from dit_video.data.ingest.formats.ucf101 import format_class_name
+from dit_video.data.ingest.formats.published import format_class_name
 from support.clip_folders import write_files
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from dit_video.tokens import Grid
 from dit_video.video import decode, probe
-from dit_video.video.hdr import map_to_sdr
+from dit_video.video.colours import map_to_sdr
 from support.hdr_videos import NITS, compute_hlg, compute_pq, encode_ramp
 
 

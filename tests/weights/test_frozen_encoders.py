@@ -9,7 +9,7 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.models.encoders import ByteEncoderConfig, ByteTokenizer, FrozenTextConfig
 from dit_video.weights import load_embedder
-from dit_video.weights.text_encoder import FrozenTextEncoder, check_width, open_tokenizer, set_encoder_folder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder, check_width, open_tokenizer, set_encoder_folder
 from support import tiny_clip
 from support.fakes import FakeEmbedder, use_fake_embedder
 from support.tiny_t5 import CONFIG as TINY_T5

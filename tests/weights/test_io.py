@@ -1,13 +1,24 @@
-"""Files of networks that the user made of published weights."""
+"""Folders in the native format, and files of networks that the user made of published weights."""
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from dit_video.core.errors import UserError
+from dit_video.models.autoencoders import IdentityConfig
 from dit_video.nn import Linear, get_param_shapes
-from dit_video.weights.io import read_network_file
+from dit_video.weights.folders import read_document
+from dit_video.weights.io import read_native, read_native_config, read_network_file, write_native
+from dit_video.weights.streaming import ParamsSource
 from dit_video.weights.tensor_map import TensorMapping
+
+
+def test_a_model_without_parameters_comes_back(tmp_path):
+    write_native(tmp_path, IdentityConfig(), ParamsSource({}))
+    config = read_native_config(tmp_path, read_document(tmp_path))
+    assert config == IdentityConfig()
+    assert read_native(tmp_path, config) == {}
+
 
 MAP = {"kernel": TensorMapping("weight", "o i -> i o"), "bias": TensorMapping("bias")}
 

@@ -1,4 +1,4 @@
-"""Parsing of a list of clips and captions: CSV or TSV with a header line, JSON Lines, JSON or Parquet.
+"""Lists of clips and captions: CSV or TSV with a header line, JSON Lines, JSON or Parquet.
 
 The clip's path is in the column `file_name` (Hugging Face's folders), `path` (as written by Open-Sora's tools), `video`
 (OpenVid-1M, DiffSynth-Studio), `video_path` or `image_path` (musubi-tuner), `file_path` (VideoX-Fun) or `media_path`
@@ -16,14 +16,34 @@ import csv
 import io
 import json
 import os
+import posixpath
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from upath import UPath
 
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, open_file, read_range
-from dit_video.data.ingest.formats import captions
-from dit_video.data.ingest.formats.types import MEDIA, SPLITS, ListColumns, UnusableClipError, escape_name
+from dit_video.data.ingest.formats.listing import (
+    CAPTION_FIELDS,
+    MEDIA,
+    SPLITS,
+    ListColumns,
+    ListedClip,
+    Listing,
+    ListingOptions,
+    Rejection,
+    UnusableClipError,
+    check_name,
+    clean_captions,
+    escape_name,
+    make_listing,
+    read_caption_fields,
+    reject_unusable,
+)
+from dit_video.data.ingest.formats.scan import list_file, scan_folder
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 """Suffixes of lists of clips."""
@@ -56,7 +76,7 @@ class ListRow(NamedTuple):
         """
         if self.problem:
             raise UnusableClipError(self.problem)
-        return captions.clean_captions(self.texts)
+        return clean_captions(self.texts)
 
     def find_split(self) -> str:
         """Return the split, empty if the row says none.
@@ -71,16 +91,112 @@ class ListRow(NamedTuple):
         return SPLITS[word]
 
 
-class _Columns(NamedTuple):
-    """Columns of a list that are read."""
+class ClipTable(NamedTuple):
+    """Rows of a list, or of several lists, grouped by clip."""
 
-    name: str
-    captions: tuple[str, ...]
-    split: str | None
+    rows: dict[str, list[ListRow]]
+    """Rows of each clip by its normalised name, in the order in which clips are first named."""
+    rejected: list[Rejection]
+    """Rows that belong to no clip, by file and line."""
+    is_merged: bool = False
+    """True if messages name the list of each row, as there are several."""
 
-    @property
-    def all(self) -> list[str]:
-        return [self.name, *self.captions, *([] if self.split is None else [self.split])]
+    def add(self, name: str, rows: Iterable[ListRow], key: Callable[[str], str]) -> None:
+        """Add the rows of a list.
+
+        Args:
+          name: name of the list in messages.
+          rows: its rows.
+          key: normalises a name, so that a clip has one key; raises `UnusableClipError` for an invalid name.
+
+        Raises:
+          UserError: the list is unusable as a whole, see `read_rows`.
+        """
+        for row in rows:
+            if not row.name:
+                self.rejected.append((f"{name}, {row.location}", row.problem))
+                continue
+            if self.is_merged:
+                row = row._replace(location=f"{name}, {row.location}")
+            with reject_unusable(self.rejected, row.name, f"{row.location}: "):
+                check_name(row.name)
+                self.rows.setdefault(key(row.name), []).append(row)
+
+
+def list_table(source: StoragePath, options: ListingOptions) -> Listing:
+    """Return the clips of a list whose paths are absolute, or relative to its folder; in a bucket, below its folder.
+
+    A clip is named by its path relative to that folder. If any clip lies outside of it, all are named by their paths
+    relative to the deepest folder that contains all of them. Rejected rows keep the name that is in the list.
+
+    Raises:
+      UserError: there is no clip, or the list is unusable as a whole, see `read_rows`.
+    """
+    if not isinstance(source, Path):
+        return _list_remote_table(source, options)
+    root = os.path.abspath(source.parent)
+    table = ClipTable({}, [])
+    table.add(source.name, read_rows(source, options.columns), lambda name: os.path.normpath(os.path.join(root, name)))
+    found_clips, rejected = find_clips(table, lambda path: list_file(_make_relative(path, root), path))
+    folders = {os.path.dirname(clip.path) for clip in found_clips}
+    if found_clips and os.path.commonpath([root, *folders]) != root:
+        root = os.path.commonpath(folders)
+    clips: list[ListedClip] = []
+    for clip in found_clips:
+        with reject_unusable(rejected, clip.name):  # if a folder between the root and the clip has an invalid name
+            check_name(name := _make_relative(clip.path, root))
+            clips.append(clip._replace(name=name))
+    return make_listing(source, "table", clips, rejected=rejected)
+
+
+def _list_remote_table(source: UPath, options: ListingOptions) -> Listing:
+    scan, root = scan_folder(source.parent), str(source.parent).rstrip("/") + "/"
+
+    def find_name(name: str) -> str:
+        path = posixpath.normpath(name.removeprefix(root))
+        if "://" in name.removeprefix(root) or path.startswith(("/", "../")):
+            raise UnusableClipError(f"lies outside of {root}; a list in a bucket names files below its folder")
+        return path
+
+    table = ClipTable({}, [])
+    table.add(source.name, read_rows(source, options.columns), find_name)
+    clips, rejected = find_clips(table, scan.make_clip)
+    return make_listing(source, "table", clips, rejected=rejected)
+
+
+def _make_relative(path: str, home: str) -> str:
+    return os.path.relpath(path, home).replace(os.sep, "/")
+
+
+def find_clips(table: ClipTable, find: Callable[[str], ListedClip]) -> tuple[list[ListedClip], list[Rejection]]:
+    """Return the clips of a list with their captions, and the entries of the list that cannot be used.
+
+    Args:
+      table: the list.
+      find: returns the clip of a key of the table; raises `FileNotFoundError` or `UnusableClipError`.
+    """
+    clips: list[ListedClip] = []
+    rejected = [*table.rejected]
+    for key, rows in table.rows.items():
+        location = rows[0].location
+        try:
+            clip = find(key)
+            texts: list[str] = []
+            splits: list[str] = []
+            for row in rows:
+                location = row.location
+                texts += row.clean_captions()
+                splits += filter(None, [row.find_split()])
+            if len(set(splits)) > 1:
+                raise UnusableClipError(
+                    f"is in the splits {' and '.join(sorted(set(splits)))}; name it for one of them"
+                )
+            clips.append(clip._replace(captions=clean_captions(texts), split=splits[0] if splits else ""))
+        except FileNotFoundError:
+            rejected.append((rows[0].name, f"{location} names it, but it is not there"))
+        except UnusableClipError as error:
+            rejected.append((rows[0].name, f"{location}: {error}"))
+    return clips, rejected
 
 
 def read_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
@@ -105,6 +221,18 @@ def read_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
     }
     with _convert_read_errors(path):
         yield from readers.get(path.suffix.lower(), _read_json_line_rows)(path, columns)
+
+
+class _Columns(NamedTuple):
+    """Columns of a list that are read."""
+
+    name: str
+    captions: tuple[str, ...]
+    split: str | None
+
+    @property
+    def all(self) -> list[str]:
+        return [self.name, *self.captions, *([] if self.split is None else [self.split])]
 
 
 @contextlib.contextmanager
@@ -169,7 +297,7 @@ def _find_columns(path: StoragePath, header: Sequence[str], columns: ListColumns
     names = NAME_COLUMNS if columns.name is None else (columns.name,)
     split = SPLIT_COLUMN if columns.split is None else columns.split
     name = next((name for name in names if name in header), None)
-    texts = [text for text in columns.captions or captions.CAPTION_FIELDS if text in header]
+    texts = [text for text in columns.captions or CAPTION_FIELDS if text in header]
     missing = [] if name else [names[0]]
     missing += [text for text in columns.captions if text not in header] or ([] if texts else ["text"])
     missing += [split] if columns.split is not None and split not in header else []
@@ -310,7 +438,7 @@ def _find_entries(fields: dict[str, Any], columns: ListColumns) -> list[Any] | N
     lists = [rows for rows in fields.values() if isinstance(rows, list) and any(isinstance(row, dict) for row in rows)]
     if len(lists) == 1:
         return lists[0]
-    names, texts = (columns.name,) if columns.name else NAME_COLUMNS, columns.captions or captions.CAPTION_FIELDS
+    names, texts = (columns.name,) if columns.name else NAME_COLUMNS, columns.captions or CAPTION_FIELDS
     if not fields.keys().isdisjoint(names):
         return [fields]
     if all(os.path.splitext(name)[1].lower() in MEDIA for name in fields):
@@ -325,7 +453,7 @@ def _parse_objects(path: StoragePath, rows: Iterable[tuple[str, Any]], columns: 
     Raises:
       UserError: no object has a caption.
     """
-    fields = columns.captions or captions.CAPTION_FIELDS
+    fields = columns.captions or CAPTION_FIELDS
     count, has_captions = 0, False
     for location, row in rows:
         try:
@@ -348,7 +476,7 @@ def _parse_object(location: str, fields: Mapping[str, Any], columns: ListColumns
         return ListRow(location, "", problem='names no file; write {"file_name": "…", "text": "…"}')
     split = fields.get(columns.split or SPLIT_COLUMN) or ""
     try:
-        texts = captions.read_fields(fields, columns.captions or captions.CAPTION_FIELDS)
+        texts = read_caption_fields(fields, columns.captions or CAPTION_FIELDS)
     except UnusableClipError as error:
         return ListRow(location, name.strip(), problem=str(error))
     return ListRow(location, name.strip(), tuple(texts), split=str(split).strip())

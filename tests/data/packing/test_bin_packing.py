@@ -7,7 +7,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.data.captions import TokenizedCaptions
-from dit_video.data.packing.canvases import CanvasPacking
+from dit_video.data.packing.bin_packing import CanvasPacking
 from dit_video.data.packing.rows import RowLayout
 from dit_video.tokens import CanvasShape, Grid
 from support.fakes import tokenize

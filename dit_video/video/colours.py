@@ -1,13 +1,15 @@
-"""Mapping of high dynamic range (HDR: PQ and HLG, ITU-R BT.2100) to standard dynamic range.
+"""Mapping of colours to sRGB: of high dynamic range (HDR), and of pictures with a colour profile (ICC).
 
-A display of standard dynamic range shows the same light up to diffuse white, 203 cd/m² (ITU-R BT.2408), which becomes
-255; highlights, and colours outside of BT.709, are clipped.
+A display of standard dynamic range shows the light of PQ and HLG (ITU-R BT.2100) unchanged up to diffuse white,
+203 cd/m² (ITU-R BT.2408), which becomes 255; highlights, and colours outside of BT.709, are clipped.
 """
 
 import functools
+import io
 
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
+from PIL import Image, ImageCms
 
 DIFFUSE_WHITE = 203.0
 """Light of diffuse white, in cd/m²."""
@@ -67,3 +69,22 @@ def _compute_xyz_matrix(primaries: int) -> np.ndarray:
     columns = np.stack([x / y, np.ones(3), (1 - x - y) / y])
     white = np.array([_D65[0] / _D65[1], 1, (1 - sum(_D65)) / _D65[1]])
     return columns * np.linalg.solve(columns, white)
+
+
+def convert_to_srgb(picture: UInt8[np.ndarray, "H W 3"], profile: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """Return a picture in sRGB; unchanged if its profile is sRGB, is not one of RGB, or is damaged."""
+    transform = _make_transform(profile)
+    if transform is None:
+        return picture
+    return np.array(ImageCms.applyTransform(Image.fromarray(np.ascontiguousarray(picture)), transform))
+
+
+@functools.lru_cache(maxsize=8)
+def _make_transform(profile: bytes) -> ImageCms.ImageCmsTransform | None:
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != "RGB" or "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "RGB", "RGB")
+    except (OSError, ImageCms.PyCMSError):
+        return None
