@@ -37,8 +37,8 @@ from dit_video.core.storage import StoragePathLike
 from dit_video.experiment import Experiment, StagedExperiment, datasets
 from dit_video.experiment.amendments import Amendment, list_models, make_amendment
 from dit_video.experiment.remote_folder import RemoteFolder
-from dit_video.sampling.folder import CONFIG as PIPELINE_CONFIG
-from dit_video.sampling.folder import RUN_CONFIG as CONFIG
+from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
+from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 
 FORMAT = 1
 EXCLUDED_FILE = "excluded_clips.json"

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from dit_video.families.family import DEFAULT_DTYPE, Dtype, LoadOptions
 from dit_video.families.registry import find_family
-from dit_video.sampling.folder import CONFIG, read_pipeline_config
-from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.pipeline_config import CONFIG, PipelineConfig, read_pipeline_config
 from dit_video.weights.text_encoder import set_encoder_folder
 
 

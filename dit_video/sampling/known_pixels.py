@@ -8,8 +8,7 @@ from scipy.ndimage import distance_transform_edt
 
 from dit_video.core.errors import UserError
 from dit_video.models.conditioning import GREY, KnownMask, blank_unknown
-from dit_video.sampling.pictures import Condition, fit_frames, fit_image
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request, fit_frames, fit_image
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

@@ -10,10 +10,16 @@ from dit_video.core.offload import Offload
 from dit_video.distributed import MeshConfig
 from dit_video.nn import Backend, get_param_shapes
 from dit_video.sampling.devices import make_placement
-from dit_video.sampling.folder import AUTOENCODER, DENOISER, PREVIEW, STEPS, read_pipeline_config
 from dit_video.sampling.memory import fit_offload
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.pipeline_config import (
+    AUTOENCODER,
+    DENOISER,
+    PREVIEW,
+    STEPS,
+    PipelineConfig,
+    read_pipeline_config,
+)
 from dit_video.sampling.preview import load_preview_decoder
 from dit_video.weights import load as load_weights
 from dit_video.weights.io import read_params_file

@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float32
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import atomic_path, read_json
-from dit_video.sampling.pictures import Condition, Image
-from dit_video.sampling.request import OPTIONS, PICTURES, Mask, Request
+from dit_video.sampling.request import OPTIONS, PICTURES, Condition, Image, Mask, Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
 

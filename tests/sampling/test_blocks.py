@@ -7,7 +7,7 @@ import pytest
 
 from dit_video.diffusion import CosineBetas, DpmMultistep, Edm, RectifiedFlow, VariancePreservingProcess
 from dit_video.sampling import Monitor, Sampling, sample_latents
-from dit_video.sampling.blocks import estimate_parts, return_to_time
+from dit_video.sampling.sampler import estimate_parts, return_to_time
 from support.tiny_denoiser import DENOISER, SHAPE, SMALL, make_request
 
 REQUESTS = [make_request("red", (2, 4, 4)), SMALL, make_request("a box", (1, 4, 6), seed=2)]

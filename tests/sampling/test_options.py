@@ -18,7 +18,7 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
 )
 from dit_video.sampling import Sampling
-from dit_video.sampling.options import override_sampling
+from dit_video.sampling.sampling_config import override_sampling
 
 FLOW = RectifiedFlow(shift=3.0)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.folder import PREVIEW
 from dit_video.sampling.loading import load_pipeline
+from dit_video.sampling.pipeline_config import PREVIEW
 from dit_video.sampling.preview import PreviewFit
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid

@@ -7,8 +7,7 @@ import pytest
 
 import dit_video
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
-from dit_video.sampling.pictures import Condition
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support.tiny_pipeline import SIZE, make_config, make_pipeline

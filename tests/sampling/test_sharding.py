@@ -5,8 +5,7 @@ import pytest
 from dit_video.diffusion import Guidance
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.mesh import make_abstract_mesh
-from dit_video.sampling.packing import RowMultiples
-from dit_video.sampling.sharding import compute_row_multiples
+from dit_video.sampling.packing import RowMultiples, compute_row_multiples
 from support.devices import check_on_eight_devices
 
 PROGRAM = "sampling_on_eight_devices.py"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.pictures import Condition
 from dit_video.sampling.progress import SamplingCancelled
+from dit_video.sampling.request import Condition
 from dit_video.sampling.tasks import Extend, Interpolate, ZoomOut
 from dit_video.video import Clip, read_recipe
 from support.tiny_pipeline import SIZE, make_config, make_pipeline

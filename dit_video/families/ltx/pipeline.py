@@ -37,10 +37,9 @@ from dit_video.models.autoencoders import latent_grid
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.sampling.known_pixels import locate_condition
-from dit_video.sampling.pictures import Condition
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.plan import ExtraTokens, HeldTokens, SamplingPlan
-from dit_video.sampling.request import GenerationTask, Request, TaskModel
+from dit_video.sampling.request import Condition, GenerationTask, Request, TaskModel
 from dit_video.tokens import Field, Grid, compute_positions, compute_token_grid, patchify
 from dit_video.weights import LoadedScheduler, load_scheduler, read_text_encoder_config
 from dit_video.weights.scheduler import SIGMA_SPACINGS

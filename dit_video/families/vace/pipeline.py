@@ -15,9 +15,8 @@ from dit_video.families.wan.pipeline import WanFamily
 from dit_video.models.backbones.vace import VaceControl
 from dit_video.models.conditioning import GREY
 from dit_video.sampling.known_pixels import collect_known_pixels, fit_clip
-from dit_video.sampling.pictures import fit_image
 from dit_video.sampling.plan import SamplingPlan
-from dit_video.sampling.request import GenerationTask, Request, TaskModel
+from dit_video.sampling.request import GenerationTask, Request, TaskModel, fit_image
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

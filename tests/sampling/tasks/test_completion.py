@@ -9,9 +9,9 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.models.conditioning import FrameConditioning, make_cond_latents
+from dit_video.sampling.completion import Completion
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
-from dit_video.sampling.tasks.completion import Completion
 from dit_video.tokens import Grid, patchify
 from support import tiny_clip
 from support.random_params import make_random_params
