@@ -54,7 +54,7 @@ class AdaptedWeights(NamedTuple):
         """Return the weights with a further adapter; its name gets a number if there is one of this name.
 
         Raises:
-          UserError: an adapter that does not fit.
+          UserError: the adapter does not fit.
         """
         get_lora_changes(self.params, adapter.lora)
         numbered = (name if number == 1 else f"{name}_{number}" for number in range(1, len(self.adapters) + 2))
@@ -65,7 +65,7 @@ class AdaptedWeights(NamedTuple):
         """Return the weights with other scales of some adapters.
 
         Raises:
-          UserError: a name of no attached adapter.
+          UserError: no attached adapter has the name.
         """
         changed = {name: self._get(name)._replace(scale=float(scale)) for name, scale in scales.items()}
         return self._replace(adapters={**self.adapters, **changed})
@@ -74,7 +74,7 @@ class AdaptedWeights(NamedTuple):
         """Return the weights without an adapter.
 
         Raises:
-          UserError: a name of no attached adapter.
+          UserError: no attached adapter has the name.
         """
         self._get(name)
         return self._replace(adapters={each: adapter for each, adapter in self.adapters.items() if each != name})
@@ -85,7 +85,7 @@ class AdaptedWeights(NamedTuple):
         Arrays on devices that change are deleted: other weights that share them cannot be used any more.
 
         Raises:
-          UserError: an adapter that does not fit; then nothing changes.
+          UserError: the adapter does not fit; then nothing changes.
         """
         leaves = flatten(self.params)
         changed = [path for path in get_lora_changes(self.params, lora) if path not in self.originals]
@@ -129,7 +129,7 @@ class AdaptedWeights(NamedTuple):
         """Check that the arrays are there.
 
         Raises:
-          UserError: they were changed in place for other weights.
+          UserError: the arrays were changed in place for other weights.
         """
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.params)):
             raise UserError(
@@ -230,7 +230,7 @@ class AdapterFile(NamedTuple):
         """Return the adapter of `FILE`, `FILE@SCALE` or `FILE@SCALE@EXPERT`, as options of commands name it.
 
         Raises:
-          MissingError: no such file.
+          MissingError: the file does not exist.
         """
         match = _ADAPTER.fullmatch(text)
         assert match is not None  # any text is at least the name of a file
@@ -252,8 +252,8 @@ def check_adapter(
       expert: expert of two that is adapted.
 
     Raises:
-      MissingError: no file at `path`.
-      UserError: a file that is not a LoRA of this model, or a second expert that the model does not have.
+      MissingError: there is no file at `path`.
+      UserError: the file is no LoRA of this model, or the model has no second expert.
     """
     shapes = config.denoiser_shapes
     check_lora(path, shapes, list_lora_modules(config, shapes, get_lora_modules, expert))
@@ -265,7 +265,7 @@ def list_lora_modules(
     """Return the modules of an expert that adapters change, by their names in files.
 
     Raises:
-      UserError: a second expert that the model does not have.
+      UserError: the model has no second expert.
     """
     if expert not in params:
         raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")

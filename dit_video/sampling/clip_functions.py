@@ -82,14 +82,14 @@ def compute_clip_function(
 
     Args:
       function: the function.
-      denoiser: the trained denoiser. Of two experts, both are on the devices.
+      denoiser: the trained denoiser. Two experts are both on the devices.
       requests: prompts, seeds and conditioning of the clips, whose latents are the plans' `start`.
       sampling: sampling without guidance.
       shape: shape of a row.
       rows: number of rows that are computed at a time.
 
     Raises:
-      UserError: what `sample_latents` refuses.
+      UserError: `sample_latents` would refuse the requests.
     """
     results: dict[int, Float32[np.ndarray, " values"]] = {}
     texts = embed_prompts(denoiser, requests, sampling)

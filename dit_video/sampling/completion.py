@@ -53,7 +53,7 @@ from dit_video.video import Clip
 IMAGE_IS_NEEDED = "this model needs an image; give image=, a clip of one frame or pixels [H W 3]"
 _ACCEPTED = ("image", "last_image", "video", "mask", "conditions", *OPTIONS)
 _MAX_DIFFERENCE = 0.05
-"""Largest difference of latents, of which the standard deviation is about 1, that counts as rounding."""
+"""Largest difference of latents that counts as rounding; their standard deviation is about 1."""
 _TIME_TOLERANCE = 1e-6
 """Rounding of times, within which a latent is released."""
 
@@ -66,7 +66,7 @@ class Completion(GenerationTask):
         """Return the plan of a request.
 
         Raises:
-          UserError: pictures, a strength or a method that do not fit the request or the model.
+          UserError: pictures, the strength or the method do not fit the request or the model.
         """
         request.check_pictures(_ACCEPTED)
         _check_options(request)
@@ -218,7 +218,7 @@ def find_trained_part(known: KnownPixels, model: TaskModel) -> KnownMask | None:
 
 
 def plan_trained(known: KnownPixels | None, size: Grid, model: TaskModel) -> SamplingPlan:
-    """Return the plan of a clip of which a part, perhaps none, is known that the model is trained with.
+    """Return the plan of a clip with known pixels as the model is trained with, or without any.
 
     Raises:
       UserError: the model needs an image and there is none, or it is trained with other frames.

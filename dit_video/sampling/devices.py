@@ -38,8 +38,8 @@ class PipelineDevices(NamedTuple):
         """Return the devices of a mesh, or of its config.
 
         Raises:
-          UserError: a mesh that does not fit the devices, or whose axes do not divide the denoiser's heads and widths;
-            attention whose kernels the devices lack.
+          UserError: the mesh does not fit the devices, its axes do not divide the denoiser's heads and widths, or the
+            devices lack the kernels of the attention.
         """
         if mesh is None:
             check_platform(backbone.attention, ONE_DEVICE.platform)
@@ -127,7 +127,7 @@ class ClipDecoder(NamedTuple):
         """Check that clips of these latent grids can be decoded in the codec's memory, before they are sampled.
 
         Raises:
-          UserError: they cannot.
+          UserError: the memory is too small.
         """
         for grid, count in Counter(grids).items():
             codec, batch = self._choose_codec(count)

@@ -31,7 +31,7 @@ class LatentStepper:
       shape: shape of a row.
 
     Raises:
-      UserError: what `sample_latents` would refuse.
+      UserError: `sample_latents` would refuse the request.
     """
 
     def __init__(self, denoiser: Denoiser, request: SamplingRequest, *, sampling: Sampling, shape: LayoutShape):
@@ -52,7 +52,7 @@ class LatentStepper:
           steps: numbers of the times, falling or rising.
 
         Raises:
-          UserError: values that are not finite.
+          UserError: values are not finite.
         """
         planned, sampler = self._planned, self._sampler
         tokens = jnp.asarray(planned.pack_latents(planned.batch.branches[0].tokens, {0: latents}))
@@ -120,7 +120,7 @@ class EditPaths(NamedTuple):
         """Return the number of the first time that is not above a strength.
 
         Raises:
-          UserError: a strength outside of (0, 1], or below the last time.
+          UserError: the strength is outside of (0, 1], or below the last time.
         """
         times = self.source.times
         if not 0 < strength <= 1:
@@ -147,7 +147,7 @@ class EditPaths(NamedTuple):
           monitor: called after every step.
 
         Raises:
-          UserError: no draws, or a strength that is invalid or below the last time.
+          UserError: there are no draws, or the strength is invalid or below the last time.
         """
         check_at_least(1, draws=draws)
         edited = latents
@@ -210,5 +210,5 @@ class EditPaths(NamedTuple):
 
 
 def _split_steps(steps: Sequence[int]) -> list[Sequence[int]]:
-    """Return steps in parts of a few, each of which begins where the former one ends."""
+    """Return steps in parts of a few; each begins where the former one ends."""
     return [steps[start : start + _BLOCK_STEPS + 1] for start in range(0, len(steps) - 1, _BLOCK_STEPS)]

@@ -195,7 +195,7 @@ def plan_batches(
     """Yield the batches of all requests.
 
     Raises:
-      UserError: a size, a text or a plan that does not fit.
+      UserError: a size, a text or a plan does not fit.
     """
     guidance, patch, mesh = sampling.full_guidance, denoiser.patch, denoiser.mesh
     conditions = [request.branches(guidance.branch_count) for request in requests]
@@ -272,7 +272,7 @@ def plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) -
       sampling: steps and schedule.
 
     Raises:
-      UserError: a start that does not fit the clip, or that no step begins at.
+      UserError: the start does not fit the clip, or no step begins at it.
     """
     plan, first = request.plan, 0
     if plan.start is not None:

@@ -108,8 +108,8 @@ class Pipeline:
           offload: weights in host memory; None for weights that stay on the devices.
 
         Raises:
-          UserError: previous steps other than the config's, a mesh that does not fit the devices or the denoiser, or
-            attention whose kernels the devices lack.
+          UserError: the previous steps are not the config's, the mesh does not fit the devices or the denoiser, or the
+            devices lack the kernels of the attention.
         """
         self.config = config
         self._mesh, self._offload = mesh, offload
@@ -157,8 +157,8 @@ class Pipeline:
 
         Args:
           prompt: content of the clip, or its class by name or number; empty samples without condition.
-          size: frames, height and width in pixels; the training size by default, of which an image changes the aspect
-            ratio to its own. Frames are 1 + k * temporal stride.
+          size: frames, height and width in pixels; the training size by default, with the aspect ratio of an image if
+            there is one. Frames are 1 + k * temporal stride.
           steps: number of sampling steps; more are slower and closer to the exact flow.
           guidance: guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
             experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
@@ -190,9 +190,9 @@ class Pipeline:
           callback: called with a `PipelineProgress` after every few steps; what it raises ends the sampling.
 
         Raises:
-          UserError: an unsupported size (the message names the nearest), an unknown class or sampler, less than one
-            step, an invalid shift or times, a seed that is not a whole number below 2**32, noise of another shape,
-            images or a task that do not fit size or model, or a model whose values become NaN or infinite.
+          UserError: the size is not supported (the message names the nearest), the class or the sampler is unknown,
+            there is less than one step, the shift or the times are invalid, the seed is not a whole number below 2**32,
+            the noise has another shape, images or a task do not fit size or model, or values become NaN or infinite.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
@@ -447,7 +447,7 @@ class Pipeline:
         """Return the pipeline's own sampling with the given values replaced.
 
         Raises:
-          UserError: what `preparation.resolve_sampling` refuses: an unknown sampler, less than one step, …
+          UserError: the sampler is unknown, there is less than one step, …; see `preparation.resolve_sampling`.
         """
         return resolve_sampling(self.config, **overrides)
 
@@ -493,7 +493,7 @@ class Pipeline:
         """Decode normalised latents to a clip; `seed` is for autoencoders whose decoder takes noise.
 
         Raises:
-          UserError: latents with another number of channels, or that are not finite.
+          UserError: the latents have another number of channels, or are not finite.
         """
         return self.codec.decode(latents, fps=self.config.fps, caption=caption, seed=seed)
 
@@ -509,7 +509,7 @@ class Pipeline:
         """Check that the clips of requests can be decoded in the memory of `with_decoding`, before they are sampled.
 
         Raises:
-          UserError: they cannot, or a size is not supported.
+          UserError: the memory is too small, or a size is not supported.
         """
         self._decoder.check_memory([self.config.latent_grid(self.config.resolve_size(each)) for each in requests])
 
@@ -557,7 +557,7 @@ class Pipeline:
 
         Args:
           path: a safetensors file, or a folder of PEFT or diffusers. Module names are our own, as training writes them;
-            of Wan also those of diffusers (PEFT), ComfyUI, kohya and LightX2V, with full differences.
+            for Wan also the names of diffusers (PEFT), ComfyUI, kohya and LightX2V, with full differences.
           scale: strength of the adapter.
           expert: expert of two that is adapted: `backbone`, for noisy times, or `low_noise`.
           name: name of the adapter in `set_lora_scales` and `unload_lora`; by default that of the file, with a number
@@ -567,9 +567,9 @@ class Pipeline:
             its weights on devices, cannot be used any more.
 
         Raises:
-          MissingError: no file at `path`.
-          UserError: a file that is not a LoRA of this model, a second expert that the model does not have, a name that
-            an adapter has, or one for an adapter that is merged.
+          MissingError: there is no file at `path`.
+          UserError: the file is no LoRA of this model, the model has no second expert, an adapter has the name, or
+            there is a name for an adapter that is merged.
         """
         weights = self._weights
         weights.check_usable()
@@ -593,7 +593,7 @@ class Pipeline:
         An adapter of scale 0 is not computed.
 
         Raises:
-          UserError: a name of no attached adapter.
+          UserError: no attached adapter has the name.
         """
         self._weights.check_usable()
         return self._with_weights(self._weights.set_scales(scales))
@@ -605,7 +605,7 @@ class Pipeline:
         weights in the devices' memory, and this pipeline cannot be used any more.
 
         Raises:
-          UserError: a name of no attached adapter; one that is merged has no name.
+          UserError: no attached adapter has the name; one that is merged has no name.
         """
         self._weights.check_usable()
         return self._with_weights(self._weights.restore() if name is None else self._weights.detach(name))
@@ -640,7 +640,7 @@ class Pipeline:
         are gathered to the first one in parts, which writes them.
 
         Raises:
-          UserError: another dtype, or a folder that holds something other than a pipeline.
+          UserError: the dtype is another one, or the folder holds something other than a pipeline.
         """
         folder, is_writer = Path(folder), is_first_process()
         if dtype not in _DTYPES:
@@ -672,7 +672,7 @@ class Pipeline:
         """Return the same pipeline, with its weights, that computes attention by another backend.
 
         Raises:
-          UserError: a backend that does not support the denoiser's patterns, or whose kernels the devices lack.
+          UserError: the backend does not support the denoiser's patterns, or the devices lack its kernels.
         """
         return self._with_config(replace(self.config, backbone=self.config.backbone.replace(attention=backend)))
 
@@ -692,7 +692,7 @@ class Pipeline:
         """Return the same pipeline, with its weights, with another decoder of quick previews.
 
         Raises:
-          UserError: a decoder for latents of another stride or number of channels.
+          UserError: the decoder is for latents of another stride or number of channels.
         """
         model = self.config.autoencoder
         if decoder is not None and (decoder.stride, decoder.channels) != (model.stride, model.channels):

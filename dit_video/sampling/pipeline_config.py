@@ -40,7 +40,7 @@ class Downscale:
     """Size of clips that are shorter and smaller than others by factors; `t` is that of the frames after the first.
 
     Raises:
-      UserError: a factor below 1.
+      UserError: a factor is below 1.
     """
 
     t: int = 1
@@ -76,8 +76,8 @@ class PipelineConfig:
     """Configuration of a pipeline: everything but its weights.
 
     Raises:
-      UserError: a boundary that is not a time, a prediction that is not defined for the process, a denoiser with other
-        classes than the captions, or one that reads conditioning latents without `frame_conditioning`.
+      UserError: the boundary is not a time, the prediction is not defined for the process, the denoiser has other
+        classes than the captions, or it reads conditioning latents without `frame_conditioning`.
     """
 
     autoencoder: AutoencoderConfig
@@ -176,7 +176,7 @@ class PipelineConfig:
         """Return the latent grid of a clip size.
 
         Raises:
-          UserError: a size that the model cannot generate; the message names the nearest.
+          UserError: the model cannot generate the size; the message names the nearest.
         """
         stride, multiple = self.autoencoder.stride, self.backbone.size_multiple
         for name, length, step, stride_, factor in (
@@ -210,7 +210,7 @@ def read_pipeline_config(folder: str | Path) -> PipelineConfig:
 
     Raises:
       MissingError: the folder holds none.
-      UserError: a config of another version, or of something else.
+      UserError: the config is of another version, or of something else.
     """
     path = Path(folder) / CONFIG
     document = read_document(path, format=FORMAT, kind="pipeline", fix="export it again")
@@ -273,7 +273,7 @@ def check_classes(text: TextConfig, backbone: BackboneConfig) -> None:
     """Check that captions are classes where the denoiser has labels, and as many.
 
     Raises:
-      UserError: they are not.
+      UserError: one of them has classes that the other lacks, or another number.
     """
     caption_classes = text.classes if isinstance(text, ClassNamesConfig) else 0
     if caption_classes != backbone.class_count:

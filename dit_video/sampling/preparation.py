@@ -31,11 +31,11 @@ def check_requests(config: PipelineConfig, requests: Sequence[Request], **overri
 
     Args:
       config: config of the pipeline.
-      requests: requests, of which each is planned with latents of zeros in the place of encoded pictures.
+      requests: requests, each planned with latents of zeros in the place of encoded pictures.
       overrides: values that replace those of the pipeline's own sampling, as for `Pipeline.generate_many`.
 
     Raises:
-      UserError: what `Pipeline.generate_many` would refuse.
+      UserError: `Pipeline.generate_many` would refuse a request.
     """
     sampling, model = resolve_sampling(config, **overrides), make_empty_task_model(config)
     tokenizer = None if isinstance(config.text, FrozenTextConfig) else config.text.make_tokenizer()
@@ -59,8 +59,8 @@ def resolve_sampling(config: PipelineConfig, **overrides: Unpack[SamplingOverrid
     """Return a pipeline's own sampling with the given values replaced, after checking that its model can do it.
 
     Raises:
-      UserError: what `override_sampling` refuses, layers to skip that the model lacks, or guidance of two experts for a
-        model with one.
+      UserError: `override_sampling` refuses the values, the model lacks layers to skip, or guidance is for two experts
+        and the model has one.
     """
     sampling = override_sampling(config.sampling, config.process, **overrides)
     if (skip := sampling.full_guidance.skip_layers) is not None:

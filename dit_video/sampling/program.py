@@ -207,7 +207,7 @@ def make_rows_denoise(
 
 
 def make_conditioning(batch: PackedBatch, configs: Sequence[ClipConditioning], keys: Key[Array, "B G"]) -> Conditioning:
-    """Return the records of the fields that a model reads, of which `configs` describe some.
+    """Return the records of the fields that a model reads; `configs` describe some of them.
 
     Args:
       batch: rows with the fields of requests.
@@ -277,7 +277,7 @@ def _choose_axes(rows: int, tokens: int, mesh: AnyMesh) -> tuple[tuple[str, ...]
 
 
 def put_on_devices(tree: Any, shardings: Any) -> Any:
-    """Put arrays on the devices of a mesh, of which every process has its own; arrays that are there stay as they are.
+    """Put arrays on the devices of a mesh, each process on its own; arrays that are there stay as they are.
 
     Each process passes the same values.
     """

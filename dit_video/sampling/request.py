@@ -37,7 +37,7 @@ class Condition:
     """An image or a clip that a sampled clip has from a frame on; named as `LTXVideoCondition` in diffusers.
 
     Raises:
-      UserError: a strength that is not above 0 and at most 1.
+      UserError: the strength is not above 0 and at most 1.
     """
 
     content: Clip | Image
@@ -218,7 +218,7 @@ def fit_image(image: Clip | np.ndarray, size: Grid) -> UInt8[np.ndarray, "h w 3"
     """Return an image at the height and width of a clip, without distortion; see `fit_frames`.
 
     Raises:
-      UserError: a clip of several frames, or pixels that are not uint8 `[H W 3]`.
+      UserError: the clip has several frames, or the pixels are not uint8 `[H W 3]`.
     """
     if isinstance(image, Clip):
         if len(image.frames) != 1:

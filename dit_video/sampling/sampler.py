@@ -127,7 +127,7 @@ def trace_latents(
 ) -> list[LatentTrace]:
     """Sample like `sample_latents`, and return trajectories; the program is compiled for this number of steps.
 
-    Of steps that are taken several times (`resample`), they hold the last one.
+    If steps are taken several times (`resample`), they hold the last time.
     """
     results: dict[int, LatentTrace] = {}
     for planned, state in BatchSampler(denoiser, sampling, has_trace=True).run(requests, shape, rows):
@@ -292,9 +292,9 @@ def estimate_parts(
     time: Float[Array, ""],
     next_time: Float[Array, ""],
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """Return the data and the noise of which samples at two times are mixtures.
+    """Return the data and the noise that samples at two times are mixtures of.
 
-    This is the model's estimate for one step of DDIM, and that of its mean for several. It needs no further evaluation.
+    This is the model's estimate for one step of DDIM, and a mean of its estimates for several. It needs no evaluation.
     """
     alpha, sigma, next_alpha, next_sigma = (
         function(each) for each in (time, next_time) for function in (process.alpha, process.sigma)

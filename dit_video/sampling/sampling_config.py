@@ -37,7 +37,7 @@ class Sampling:
     steps: int = 32
     """Number of sampling steps."""
     guidance: float | tuple[float, float] | Guidance = 2.0
-    """Classifier-free guidance; 1 is none. A pair holds the scales of two experts, that of the noisy times first."""
+    """Classifier-free guidance; 1 is none. A pair holds the scales of two experts, the one for noisy times first."""
     solver: Solver = Euler()
     """Solver of the probability flow or of the reverse process."""
     time_schedule: TimeSchedule = UniformTimes()
@@ -142,8 +142,8 @@ def override_sampling(
         alone, not by the process.
 
     Raises:
-      UserError: an unknown sampler, less than one step, a shift that is not positive or that does not move the times,
-        times that do not fall or are outside (0, 1], or another number of steps than of times.
+      UserError: the sampler is unknown, there is less than one step, the shift is not positive or does not move the
+        times, the times do not fall or are outside (0, 1], or there are not as many steps as times.
     """
     changes: dict[str, Any] = {}
     if steps is not None:
@@ -176,7 +176,7 @@ def _check_times(times: Sequence[float | int], steps: int | None) -> None:
 
 
 def _resolve_guidance(own: Sampling, override: GuidanceScale) -> float | tuple[float, float] | Guidance:
-    """Return the guidance that overrides a pipeline's own, of which numbers replace only the scale."""
+    """Return the guidance that overrides a pipeline's own; numbers replace only the scale."""
     if isinstance(override, Guidance):
         return override
     scale = (float(override[0]), float(override[1])) if isinstance(override, tuple) else float(override)

@@ -175,7 +175,7 @@ def read_parts(folder: Path, *, text_encoder: str | os.PathLike | None = None) -
     """Read the configs of a folder of diffusers, and check that its parts fit each other.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts, all of which are named.
+      MissingError: the folder does not exist, or lacks parts; the message names all.
       UserError: a pipeline or a model of an unknown class, unsupported settings, or parts that do not fit.
     """
     _check_class(folder)
@@ -230,7 +230,7 @@ def _check_class(folder: Path) -> None:
 
     Raises:
       MissingError: the folder does not exist.
-      UserError: a pipeline of an unknown class.
+      UserError: the pipeline's class is unknown.
     """
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None

@@ -60,7 +60,7 @@ def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bo
     """Return the pixels in 0..255 of a request's kept parts, with its control or grey elsewhere; True for the latter.
 
     Raises:
-      UserError: clips and masks that do not fit the request or each other.
+      UserError: clips and masks do not fit the request or each other.
     """
     size = request.grid
     pixels, is_generated = np.full((*size, 3), GREY, np.float32), np.ones(size, bool)

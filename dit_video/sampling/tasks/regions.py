@@ -23,7 +23,7 @@ class Inpaint(ClipTask):
     """Pixels that are filled in (True), as in diffusers; the same in all frames, or moving."""
 
     def make_request(self, config: PipelineConfig) -> Request:
-        """Return the request of the clip, of which all but the mask is kept."""
+        """Return the request that keeps all of the clip but the mask."""
         size, mask = get_size(self.clip), np.asarray(self.mask)
         if mask.dtype != np.bool_ or mask.shape not in (tuple(size), tuple(size[1:])):
             rule = f"it must be a boolean [{size.t} {size.h} {size.w}] or [{size.h} {size.w}]"
@@ -47,7 +47,7 @@ class Outpaint(ClipTask):
     """Height and width of the result."""
 
     def make_request(self, config: PipelineConfig) -> Request:
-        """Return the request of the larger clip, of which the middle is kept."""
+        """Return the request of the larger clip, which keeps the middle."""
         size, (height, width) = get_size(self.clip), self.size
         if height < size.h or width < size.w or (height, width) == tuple(size[1:]):
             rule = f"it must be larger than the clip's {size.h}x{size.w}"
