@@ -18,10 +18,10 @@ from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import Dtype
 from dit_video.models.autoencoders import Tiles
 from dit_video.nn.attention import BackendName
-from dit_video.sampling.checks import check_requests
-from dit_video.sampling.lora import AdapterFile, check_adapter
+from dit_video.sampling.adapters import AdapterFile, check_adapter
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.preparation import check_requests
 
 
 def _parse_guidance(texts: Sequence[str]) -> float | tuple[float, float]:

@@ -16,7 +16,7 @@ from dit_video.core.errors import UserError, script
 from dit_video.families import save_autoencoder
 from dit_video.families.convert import TargetLayout, check_destination, convert, convert_lora, convert_native_denoiser
 from dit_video.families.family import INDEX
-from dit_video.sampling.folder import is_pipeline_folder, read_pipeline_config
+from dit_video.sampling.pipeline_config import is_pipeline_folder, read_pipeline_config
 from dit_video.weights import load
 from dit_video.weights.torch_files import convert_torch_file
 

@@ -26,7 +26,7 @@ from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_param_shapes
-from dit_video.sampling.folder import read_pipeline_config
+from dit_video.sampling.pipeline_config import read_pipeline_config
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.weights import load as load_weights

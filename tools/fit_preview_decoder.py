@@ -22,8 +22,13 @@ from dit_video.data.usable_clips import ClipRequirements, select_usable
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.experiment.datasets import open_datasets
 from dit_video.nn import get_param_shapes
-from dit_video.sampling.folder import AUTOENCODER, PREVIEW, is_pipeline_folder, read_pipeline_config
-from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.pipeline_config import (
+    AUTOENCODER,
+    PREVIEW,
+    PipelineConfig,
+    is_pipeline_folder,
+    read_pipeline_config,
+)
 from dit_video.sampling.preview import PreviewDecoder, fit_preview_decoder, load_preview_decoder
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip

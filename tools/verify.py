@@ -20,7 +20,7 @@ from dit_video.experiment import Experiment
 from dit_video.experiment.loading import find_folder
 from dit_video.experiment.replay import Replay, replay, with_mesh
 from dit_video.experiment.run import Run, StagedRun
-from dit_video.sampling.folder import RUN_CONFIG
+from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.training.hooks.logging import Progress
 
 

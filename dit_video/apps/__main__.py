@@ -17,8 +17,8 @@ from dit_video.distributed.mesh import parse_mesh
 from dit_video.experiment.loading import find_folder, read_config
 from dit_video.families.family import Dtype
 from dit_video.nn.attention import BackendName
-from dit_video.sampling.folder import RUN_CONFIG
-from dit_video.sampling.lora import AdapterFile
+from dit_video.sampling.adapters import AdapterFile
+from dit_video.sampling.pipeline_config import RUN_CONFIG
 
 DEFAULT_PORT = 7860
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.tasks.composite_task import TaskPipeline
+from dit_video.sampling.tasks.clip_task import TaskPipeline
 from dit_video.sampling.tasks.task_file import TaskEntry
 from dit_video.video import Clip
 

@@ -16,7 +16,7 @@ from dit_video.families import load_autoencoder
 from dit_video.models.autoencoders import InflatedConfig, VqConfig, inflate
 from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes
-from dit_video.sampling.folder import AUTOENCODER, is_pipeline_folder, read_pipeline_config
+from dit_video.sampling.pipeline_config import AUTOENCODER, is_pipeline_folder, read_pipeline_config
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.vq import VqLoss, VqStep

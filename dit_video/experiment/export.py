@@ -30,12 +30,11 @@ from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import Tokenizer
 from dit_video.sampling.devices import make_placement
-from dit_video.sampling.folder import CONFIG as PIPELINE_CONFIG
-from dit_video.sampling.folder import read_pipeline_config
 from dit_video.sampling.loading import add_preview_decoder
 from dit_video.sampling.memory import fit_offload
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
+from dit_video.sampling.pipeline_config import PipelineConfig, read_pipeline_config
 from dit_video.weights import get_native_modules, save_lora
 from dit_video.weights.frozen_encoders import FrozenTextEncoder
 

@@ -48,8 +48,8 @@ from dit_video.experiment import Experiment, StagedExperiment, datasets
 from dit_video.experiment.autoencoder import WEIGHTS_FILE
 from dit_video.experiment.checkpoints import list_checkpoints
 from dit_video.experiment.remote_folder import RemoteFolder
-from dit_video.sampling.folder import CONFIG as PIPELINE_CONFIG
-from dit_video.sampling.folder import RUN_CONFIG as CONFIG
+from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
+from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from dit_video.experiment import DenoiserTraining, TemporalWeights
 from dit_video.families import find_format, load_denoiser, read_denoiser_config
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_param_shapes
-from dit_video.sampling.folder import is_pipeline_folder, read_pipeline_config
 from dit_video.sampling.loading import read_denoiser
+from dit_video.sampling.pipeline_config import is_pipeline_folder, read_pipeline_config
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
 from dit_video.weights.parameter import Parameter
 from dit_video.weights.tensor_map import make_dtype_fn

@@ -17,7 +17,7 @@ from dit_video.distributed.processes import initialize_distributed
 from dit_video.experiment.remote_folder import RemoteFolder, get_local_copy, main_process_first
 from dit_video.experiment.run import StagedRun
 from dit_video.experiment.runtime import StagedExperiment
-from dit_video.sampling.folder import WHOLE_FOLDERS
+from dit_video.sampling.pipeline_config import WHOLE_FOLDERS
 from dit_video.training.folder_lock import lock_folder
 from dit_video.training.preemption import raise_on_sigterm
 

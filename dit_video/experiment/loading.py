@@ -15,10 +15,16 @@ from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import DEFAULT_DTYPE, INDEX, Dtype, LoadOptions
 from dit_video.families.registry import find_family, list_families
 from dit_video.nn import Backend
-from dit_video.sampling.folder import CONFIG, RUN_CONFIG, WHOLE_FOLDERS, is_pipeline_folder, read_pipeline_config
 from dit_video.sampling.loading import load_pipeline
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.pipeline_config import (
+    CONFIG,
+    RUN_CONFIG,
+    WHOLE_FOLDERS,
+    PipelineConfig,
+    is_pipeline_folder,
+    read_pipeline_config,
+)
 from dit_video.weights.frozen_encoders import set_encoder_folder
 from dit_video.weights.parameter import Placement
 

@@ -32,11 +32,10 @@ from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.experiment.stages.latents import CacheLatents
 from dit_video.families import get_lora_modules
 from dit_video.models.autoencoders import LinearAutoencoder
-from dit_video.sampling.folder import CONFIG as PIPELINE_CONFIG
-from dit_video.sampling.folder import read_pipeline_config, write_pipeline_config
 from dit_video.sampling.loading import load_pipeline
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
+from dit_video.sampling.pipeline_config import PipelineConfig, read_pipeline_config, write_pipeline_config
 from dit_video.training import goodput
 from dit_video.training.state import get_shapes_on_devices
 

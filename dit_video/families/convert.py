@@ -108,7 +108,7 @@ def convert_lora(
     Args:
       source: a safetensors file, or a folder of PEFT or diffusers.
       destination: file to write.
-      model: folder of the transformer that it adapts, of which the config is read.
+      model: folder of the transformer that it adapts; only its config is read.
       layout: whose names to write.
       dtype: dtype that factors are cast to; None keeps theirs.
 

@@ -37,7 +37,7 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
     layouts: ClassVar[Mapping[str, FileLayout]]
     """Layout of the files by the model class that `config.json` names."""
     unadapted: ClassVar[tuple[str, ...]] = ()
-    """Paths of kernels of which the family's LoRA files hold no adapter."""
+    """Paths of kernels for which the family's LoRA files hold no adapter."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Endings of the names of tensors that published files hold and the models do not read."""
     float32_kernels: ClassVar[tuple[str, ...]] = ()

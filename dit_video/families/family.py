@@ -179,7 +179,7 @@ class Family(abc.ABC):
         """Return the config of the pipeline in a folder, from its JSON files.
 
         Raises:
-          MissingError: the folder lacks parts, all of which are named.
+          MissingError: the folder lacks parts; the message names all.
           UserError: unsupported settings, or parts that do not fit each other.
         """
 
@@ -190,7 +190,7 @@ class Family(abc.ABC):
         at a time, of a stack one layer at a time.
 
         Raises:
-          MissingError: the folder lacks parts, all of which are named.
+          MissingError: the folder lacks parts; the message names all.
           UserError: unsupported settings, or weights that do not fit the config, the device or the machine.
         """
         config = self.make_config(folder, options)

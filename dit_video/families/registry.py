@@ -27,7 +27,7 @@ def find_family(folder: Path) -> Family | None:
     """Return the family of a pipeline's folder; None if it has no `model_index.json`, and is of no family without it.
 
     Raises:
-      UserError: a pipeline of a class that no family has.
+      UserError: no family has the pipeline's class.
     """
     families = list_families()
     family = next((each for each in families if each.is_pipeline(folder)), None)

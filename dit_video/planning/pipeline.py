@@ -30,9 +30,6 @@ from dit_video.nn.parallel import ONE_DEVICE
 from dit_video.planning.compiled_program import compile_step, count_local_bytes, override_default_backend
 from dit_video.planning.report import check_memory, find_devices
 from dit_video.planning.topology import Topology
-from dit_video.sampling.checks import prepare_request
-from dit_video.sampling.empty_parts import make_empty_task_model
-from dit_video.sampling.folder import read_pipeline_config
 from dit_video.sampling.memory import (
     AUTOENCODER,
     IMAGE_ENCODER,
@@ -42,8 +39,8 @@ from dit_video.sampling.memory import (
     is_streamed,
     make_weight_shapes,
 )
-from dit_video.sampling.parts import make_denoiser
-from dit_video.sampling.pipeline_config import PipelineConfig, to_grid
+from dit_video.sampling.pipeline_config import PipelineConfig, make_denoiser, read_pipeline_config, to_grid
+from dit_video.sampling.preparation import make_empty_task_model, prepare_request
 from dit_video.sampling.request import Request
 from dit_video.sampling.sampler import list_programs
 from dit_video.tokens import Grid

@@ -30,11 +30,15 @@ from dit_video.nn import get_graph_def, init_lora, init_params
 from dit_video.planning.costs import count_step_costs
 from dit_video.planning.estimate import StepSpec
 from dit_video.sampling import SamplingRequest
-from dit_video.sampling.conditioning import list_fields
-from dit_video.sampling.packing import PackedRequests, Packer
-from dit_video.sampling.program import compute_program_steps, make_program
+from dit_video.sampling.packing import PackedRequests, Packer, compute_row_multiples
+from dit_video.sampling.program import (
+    ProgramArguments,
+    compute_program_steps,
+    list_fields,
+    make_argument_shardings,
+    make_program,
+)
 from dit_video.sampling.sampler import init_state
-from dit_video.sampling.sharding import ProgramArguments, compute_row_multiples, make_argument_shardings
 from dit_video.tokens import Field, Grid, make_empty_row
 from dit_video.training.state import attach_shardings
 from dit_video.training.step import make_step_program

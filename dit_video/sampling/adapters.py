@@ -1,18 +1,23 @@
-"""Weights of a denoiser with adapters: attached beside them, or merged into their memory, and taken away exactly."""
+"""Adapters (LoRA) of a denoiser: attached beside its weights, or merged into their memory, and taken away exactly."""
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.offload import is_in_host_memory
-from dit_video.core.trees import flatten, map_with_path
+from dit_video.core.trees import flatten, map_with_path, unflatten
 from dit_video.distributed.gather import to_host
 from dit_video.nn import LowRankKernel, attach_lora, get_lora_changes, merge_lora, merge_lora_in_place
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.weights import get_native_modules
+from dit_video.weights.lora import GetLoraModules, LoraModules, add_module_prefix, check_lora
 
 _DIGEST_VALUES = 256
 """Number of values of each array that a digest is computed of."""
@@ -49,7 +54,7 @@ class AdaptedWeights(NamedTuple):
         """Return the weights with a further adapter; its name gets a number if there is one of this name.
 
         Raises:
-          UserError: an adapter that does not fit.
+          UserError: the adapter does not fit.
         """
         get_lora_changes(self.params, adapter.lora)
         numbered = (name if number == 1 else f"{name}_{number}" for number in range(1, len(self.adapters) + 2))
@@ -60,7 +65,7 @@ class AdaptedWeights(NamedTuple):
         """Return the weights with other scales of some adapters.
 
         Raises:
-          UserError: a name of no attached adapter.
+          UserError: no attached adapter has the name.
         """
         changed = {name: self._get(name)._replace(scale=float(scale)) for name, scale in scales.items()}
         return self._replace(adapters={**self.adapters, **changed})
@@ -69,7 +74,7 @@ class AdaptedWeights(NamedTuple):
         """Return the weights without an adapter.
 
         Raises:
-          UserError: a name of no attached adapter.
+          UserError: no attached adapter has the name.
         """
         self._get(name)
         return self._replace(adapters={each: adapter for each, adapter in self.adapters.items() if each != name})
@@ -80,7 +85,7 @@ class AdaptedWeights(NamedTuple):
         Arrays on devices that change are deleted: other weights that share them cannot be used any more.
 
         Raises:
-          UserError: an adapter that does not fit; then nothing changes.
+          UserError: the adapter does not fit; then nothing changes.
         """
         leaves = flatten(self.params)
         changed = [path for path in get_lora_changes(self.params, lora) if path not in self.originals]
@@ -124,7 +129,7 @@ class AdaptedWeights(NamedTuple):
         """Check that the arrays are there.
 
         Raises:
-          UserError: they were changed in place for other weights.
+          UserError: the arrays were changed in place for other weights.
         """
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.params)):
             raise UserError(
@@ -207,3 +212,75 @@ def _change(function: Callable[..., dict[str, Any]], params: dict[str, Any], lor
 def _get_bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     bounds = (part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
     return tuple((int(start), int(stop)) for start, stop in bounds)
+
+
+ExpertName = Literal["backbone", "low_noise"]
+_ADAPTER = re.compile(r"(.+?)(?:@(-?\d*\.?\d+)(?:@(backbone|low_noise))?)?")
+
+
+class AdapterFile(NamedTuple):
+    """A LoRA file with its scale and the expert of two that it adapts."""
+
+    file: Path
+    scale: float
+    expert: ExpertName
+
+    @staticmethod
+    def parse(text: str) -> "AdapterFile":
+        """Return the adapter of `FILE`, `FILE@SCALE` or `FILE@SCALE@EXPERT`, as options of commands name it.
+
+        Raises:
+          MissingError: the file does not exist.
+        """
+        match = _ADAPTER.fullmatch(text)
+        assert match is not None  # any text is at least the name of a file
+        file, scale, expert = match.groups()
+        if not Path(file).exists():
+            raise MissingError(f"no such file: {file} of --lora {text}; use FILE, FILE@SCALE or FILE@SCALE@EXPERT")
+        return AdapterFile(Path(file), float(scale or 1), "low_noise" if expert == "low_noise" else "backbone")
+
+
+def check_adapter(
+    path: str | Path, config: PipelineConfig, get_lora_modules: GetLoraModules, *, expert: ExpertName = "backbone"
+) -> None:
+    """Check that `load_lora` of a pipeline would accept an adapter, by the file's header, before weights are read.
+
+    Args:
+      path: a safetensors file, or a folder.
+      config: config of the pipeline.
+      get_lora_modules: names of modules in LoRA files of other projects, from the denoiser's config.
+      expert: expert of two that is adapted.
+
+    Raises:
+      MissingError: there is no file at `path`.
+      UserError: the file is no LoRA of this model, or the model has no second expert.
+    """
+    shapes = config.denoiser_shapes
+    check_lora(path, shapes, list_lora_modules(config, shapes, get_lora_modules, expert))
+
+
+def list_lora_modules(
+    config: PipelineConfig, params: Mapping[str, Any], get_lora_modules: GetLoraModules, expert: ExpertName
+) -> LoraModules:
+    """Return the modules of an expert that adapters change, by their names in files.
+
+    Raises:
+      UserError: the model has no second expert.
+    """
+    if expert not in params:
+        raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
+    modules = add_module_prefix(get_lora_modules(config.backbone), expert)
+    return get_native_modules(params) | modules
+
+
+def split_factors(lora: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the factors of an adapter, in the dtype of their kernels, and its other leaves by path.
+
+    Factors are multiplied in that dtype. Scales and differences stay on the host: they are small, and only needed when
+    a scale is set.
+    """
+    kernels, leaves = flatten(params), flatten(lora)
+    factors = {
+        path: leaf.astype(kernels[path[:-2]].dtype) for path, leaf in leaves.items() if path.endswith(("/a", "/b"))
+    }
+    return unflatten(factors), {path: leaf for path, leaf in leaves.items() if path not in factors}

@@ -17,13 +17,18 @@ from dit_video.core.memory import name_exhausted_memory
 from dit_video.diffusion import DenoiseFn, Prediction, Process
 from dit_video.distributed.gather import to_host
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.sampling.batches import PlannedBatch, embed_prompts, plan_batches
 from dit_video.sampling.denoiser import Denoiser
-from dit_video.sampling.packing import START_LATENTS, SamplingBatch, SamplingRequest
+from dit_video.sampling.packing import (
+    START_LATENTS,
+    PlannedBatch,
+    SamplingBatch,
+    SamplingRequest,
+    embed_prompts,
+    plan_batches,
+)
 from dit_video.sampling.plan import StepTransform
-from dit_video.sampling.program import make_rows_denoise
+from dit_video.sampling.program import ProgramArguments, make_argument_shardings, make_rows_denoise, put_on_devices
 from dit_video.sampling.sampling_config import Sampling
-from dit_video.sampling.sharding import ProgramArguments, make_argument_shardings, put_on_devices
 from dit_video.tokens import LayoutShape, PackedBatch
 
 _EXHAUSTED_MEMORY_FIX = "Use fewer rows (batch of the pipeline), a smaller size or a mesh of several devices"
@@ -77,14 +82,14 @@ def compute_clip_function(
 
     Args:
       function: the function.
-      denoiser: the trained denoiser. Of two experts, both are on the devices.
+      denoiser: the trained denoiser. Two experts are both on the devices.
       requests: prompts, seeds and conditioning of the clips, whose latents are the plans' `start`.
       sampling: sampling without guidance.
       shape: shape of a row.
       rows: number of rows that are computed at a time.
 
     Raises:
-      UserError: what `sample_latents` refuses.
+      UserError: `sample_latents` would refuse the requests.
     """
     results: dict[int, Float32[np.ndarray, " values"]] = {}
     texts = embed_prompts(denoiser, requests, sampling)

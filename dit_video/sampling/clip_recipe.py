@@ -8,10 +8,9 @@ import numpy as np
 
 from dit_video.core import config_json
 from dit_video.sampling import Sampling
-from dit_video.sampling.pictures import Condition
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.plan import SamplingPlan
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request
 from dit_video.video import Clip
 
 

@@ -13,7 +13,7 @@ from dit_video.models.encoders import BatchTokenizer, CaptionTokens, Tokenizer
 from dit_video.tokens import Grid
 
 EXPERTS = ("backbone", "low_noise")
-"""Names of the parameters of two experts, that of the noisy times first; a single denoiser has the first name."""
+"""Names of the parameters of two experts, the one for noisy times first; a single denoiser has the first name."""
 
 
 def list_experts(boundary: float | None) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ class Denoiser(NamedTuple):
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Return the names of the experts' parameters, that of the noisy times first."""
+        """Return the names of the experts' parameters, the one for noisy times first."""
         return list_experts(self.boundary)
 
     @contextlib.contextmanager

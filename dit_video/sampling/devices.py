@@ -1,9 +1,15 @@
-"""Devices of a pipeline: its weights on them, and the placement of weights that are read."""
+"""Devices of a pipeline: its weights on them, the placement of weights that are read, and the decoding of clips."""
 
+import functools
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float32
 
 from dit_video.core.offload import Offload, put_in_host_memory
 from dit_video.data.latents.codec import LatentCodec
@@ -13,7 +19,10 @@ from dit_video.distributed.mesh import resolve_mesh
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.nn.attention import check_platform
 from dit_video.nn.parallel import ONE_DEVICE, Parallelism
-from dit_video.sampling.sharding import put_params
+from dit_video.sampling.program import put_on_devices
+from dit_video.sampling.request import Request
+from dit_video.tokens import Grid
+from dit_video.video import Clip
 from dit_video.weights.parameter import Placement
 
 
@@ -29,8 +38,8 @@ class PipelineDevices(NamedTuple):
         """Return the devices of a mesh, or of its config.
 
         Raises:
-          UserError: a mesh that does not fit the devices, or whose axes do not divide the denoiser's heads and widths;
-            attention whose kernels the devices lack.
+          UserError: the mesh does not fit the devices, its axes do not divide the denoiser's heads and widths, or the
+            devices lack the kernels of the attention.
         """
         if mesh is None:
             check_platform(backbone.attention, ONE_DEVICE.platform)
@@ -55,8 +64,8 @@ class PipelineDevices(NamedTuple):
           mesh: mesh that shards them; None for the default device.
         """
         if offload is None:
-            return put_params(params, mesh)
-        return put_in_host_memory(params if mesh is None else put_params(params, mesh))
+            return _put_params(params, mesh)
+        return put_in_host_memory(params if mesh is None else _put_params(params, mesh))
 
     def make_clip_codec(self, codec: LatentCodec) -> LatentCodec | None:
         """Return a codec that shares clips among this process's devices, whose number it needs; None for one device."""
@@ -82,3 +91,66 @@ def make_placement(mesh: MeshConfig | Mesh | None, offload: Offload | None = Non
         return parameter.to_device(sharding) if offload is None else parameter.to_host_memory(sharding)
 
     return place
+
+
+def _put_params(params: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+    """Put parameters on the devices once: sharded as in training, or without a mesh on the default device.
+
+    Arrays that are on devices already stay there; on a mesh only those that are on all of its devices.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(functools.partial(_put_param, mesh=mesh), params, make_shardings(params, mesh))
+
+
+def _put_param(leaf: Any, sharding: NamedSharding, *, mesh: Mesh) -> jax.Array:
+    is_in_place = isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat)
+    return leaf if is_in_place else put_on_devices(leaf, sharding)
+
+
+_BATCH = 8
+"""Number of clips that are decoded at once on one device."""
+
+
+class ClipDecoder(NamedTuple):
+    """A codec on one device, and one that shares clips among devices."""
+
+    codec: LatentCodec
+    fps: float
+    """Frame rate of the clips."""
+    shared: LatentCodec | None = None
+    """Codec whose devices share the clips of a size; None for one device."""
+    device_count: int = 1
+    """Number of devices of the shared codec, which the number of its clips is padded to."""
+
+    def check_memory(self, grids: Sequence[Grid]) -> None:
+        """Check that clips of these latent grids can be decoded in the codec's memory, before they are sampled.
+
+        Raises:
+          UserError: the memory is too small.
+        """
+        for grid, count in Counter(grids).items():
+            codec, batch = self._choose_codec(count)
+            codec.get_chunk_length("decode", batch, grid)
+
+    def __call__(self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]) -> list[Clip]:
+        """Decode the latents of requests to clips: those of one size together, so that a size compiles once."""
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for index, values in enumerate(latents):
+            by_shape.setdefault(values.shape, []).append(index)
+        clips: dict[int, Clip] = {}
+        for members in by_shape.values():
+            codec, batch = self._choose_codec(len(members))
+            for start in range(0, len(members), batch):
+                part = members[start : start + batch]
+                stacked = np.stack([latents[index] for index in part] + [latents[part[-1]]] * (batch - len(part)))
+                seeds = [requests[index].seed for index in part] + [0] * (batch - len(part))
+                for index, decoded in zip(part, codec.decode_many(stacked, seeds=seeds), strict=False):
+                    clips[index] = Clip(frames=decoded, fps=self.fps, caption=requests[index].prompt)
+        return [clips[index] for index in range(len(latents))]
+
+    def _choose_codec(self, count: int) -> tuple[LatentCodec, int]:
+        """Return the codec for clips of one size, and how many of them it decodes at once."""
+        if self.shared is not None and count > 1:
+            return self.shared, self.device_count
+        return self.codec, min(_BATCH, count)

@@ -1,16 +1,88 @@
-"""Editing of a clip with a description of what it shows: FlowEdit, and inversion to noise."""
+"""Editing of a clip with a description of what it shows: FlowEdit, and inversion to noise.
 
+Both follow paths of latents, which a `LatentStepper` moves between any times, towards data or towards noise.
+"""
+
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import make_generator
-from dit_video.sampling.batches import ClipLatents
-from dit_video.sampling.blocks import estimate_parts
-from dit_video.sampling.stepper import LatentStepper
+from dit_video.diffusion import Process, SampleTimes
+from dit_video.sampling.denoiser import Denoiser
+from dit_video.sampling.packing import ClipLatents, SamplingRequest, embed_prompts, plan_batches
+from dit_video.sampling.sampler import BatchSampler, estimate_parts, init_state
+from dit_video.sampling.sampling_config import Sampling
+from dit_video.tokens import LayoutShape
+
+
+class LatentStepper:
+    """The denoiser and solver for the latents of one request, whose prompt is embedded once.
+
+    Args:
+      denoiser: the trained denoiser.
+      request: the request, whose noise gives the size.
+      sampling: solver, guidance and times.
+      shape: shape of a row.
+
+    Raises:
+      UserError: `sample_latents` would refuse the request.
+    """
+
+    def __init__(self, denoiser: Denoiser, request: SamplingRequest, *, sampling: Sampling, shape: LayoutShape):
+        texts = embed_prompts(denoiser, [request], sampling)
+        (self._planned,) = plan_batches(denoiser, [request], texts, sampling, shape, 1)
+        self._sampler = BatchSampler(denoiser, sampling)
+        self.process: Process = denoiser.process
+        self.sampling = sampling
+        self._times = self._planned.sample_times
+        self.times = np.asarray(self._times.times, np.float32)
+        """Times of all steps, and the last one."""
+
+    def __call__(self, latents: ClipLatents, steps: Sequence[int]) -> ClipLatents:
+        """Return the latents at the last of some times, from those at the first one.
+
+        Args:
+          latents: the noisy latents.
+          steps: numbers of the times, falling or rising.
+
+        Raises:
+          UserError: values are not finite.
+        """
+        planned, sampler = self._planned, self._sampler
+        tokens = jnp.asarray(planned.pack_latents(planned.batch.branches[0].tokens, {0: latents}))
+        state = init_state(sampler.sampling, tokens, steps=len(steps) - 1)
+        for number, expert, part in self._split_experts(steps):
+            times = SampleTimes(*(values[np.asarray(part)] for values in self._times))
+            with sampler.denoiser.open_params(expert) as params:
+                program, arguments = sampler.prepare_steps(params, number, planned, state, times, part[0])
+                state = jax.block_until_ready(program(*arguments))
+        result = planned.unpack_latents(state.x)[0]
+        if not np.isfinite(result).all():
+            time = float(self.times[steps[0]])
+            raise UserError(f"the steps from time {time:.4g} gave NaN or infinity. Use more steps")
+        return result
+
+    def _split_experts(self, steps: Sequence[int]) -> list[tuple[int, str, list[int]]]:
+        """Return the steps of each expert, with its number and name: it takes those whose noisier end is its own."""
+        denoiser = self._sampler.denoiser
+        if denoiser.boundary is None:
+            return [(0, denoiser.experts[0], list(steps))]
+        model_times = np.asarray(self._times.model_times, np.float32)
+        parts: list[tuple[int, str, list[int]]] = []
+        for first, last in itertools.pairwise(steps):
+            number = int(model_times[[first, last]].max(axis=0) < np.float32(denoiser.boundary))
+            if parts and parts[-1][0] == number:
+                parts[-1][2].append(last)
+            else:
+                parts.append((number, denoiser.experts[number], [first, last]))
+        return parts
+
 
 _BLOCK_STEPS = 4
 """Number of steps of an inversion that are taken together."""
@@ -48,7 +120,7 @@ class EditPaths(NamedTuple):
         """Return the number of the first time that is not above a strength.
 
         Raises:
-          UserError: a strength outside of (0, 1], or below the last time.
+          UserError: the strength is outside of (0, 1], or below the last time.
         """
         times = self.source.times
         if not 0 < strength <= 1:
@@ -75,7 +147,7 @@ class EditPaths(NamedTuple):
           monitor: called after every step.
 
         Raises:
-          UserError: no draws, or a strength that is invalid or below the last time.
+          UserError: there are no draws, or the strength is invalid or below the last time.
         """
         check_at_least(1, draws=draws)
         edited = latents
@@ -138,5 +210,5 @@ class EditPaths(NamedTuple):
 
 
 def _split_steps(steps: Sequence[int]) -> list[Sequence[int]]:
-    """Return steps in parts of a few, each of which begins where the former one ends."""
+    """Return steps in parts of a few; each begins where the former one ends."""
     return [steps[start : start + _BLOCK_STEPS + 1] for start in range(0, len(steps) - 1, _BLOCK_STEPS)]

@@ -8,8 +8,7 @@ from scipy.ndimage import distance_transform_edt
 
 from dit_video.core.errors import UserError
 from dit_video.models.conditioning import GREY, KnownMask, blank_unknown
-from dit_video.sampling.pictures import Condition, fit_frames, fit_image
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request, fit_frames, fit_image
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -53,7 +52,7 @@ def collect_known_pixels(request: Request) -> KnownPixels | None:
     """Return the known pixels of a request's `image`, `last_image`, `video` with `mask`, and `conditions`, if any.
 
     Raises:
-      UserError: pictures that do not fit the request or each other, or that are known twice.
+      UserError: pictures do not fit the request or each other, or pixels are known twice.
     """
     size = request.grid
     known = KnownPixels(np.full((*size, 3), round(GREY), np.uint8), np.zeros(size, np.float32))
@@ -77,7 +76,7 @@ def locate_condition(condition: Condition, size: Grid) -> tuple[int, UInt8[np.nd
     """Return the number of a condition's first frame in a clip, and its frames at the clip's height and width.
 
     Raises:
-      UserError: frames outside of the clip.
+      UserError: frames are outside of the clip.
     """
     content, start = condition.content, condition.frame
     frames = fit_frames(content.frames, size) if isinstance(content, Clip) else fit_image(content, size)[None]
@@ -93,7 +92,7 @@ def fit_clip(name: str, clip: Clip, size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
     """Return the frames of a clip of a requested clip's length, at its height and width.
 
     Raises:
-      UserError: another length.
+      UserError: the clip has another length.
     """
     if len(clip.frames) != size.t:
         raise UserError(
@@ -107,7 +106,7 @@ def fit_mask(mask: np.ndarray, video: Clip, size: Grid) -> Bool[np.ndarray, "T h
     """Return a video's mask at the size of the clip, fitted as the video is.
 
     Raises:
-      UserError: another type or shape.
+      UserError: the mask has another type or shape.
     """
     frames = video.frames.shape[:3]
     if mask.dtype != np.bool_ or mask.shape not in (frames, frames[:1]):
@@ -131,7 +130,7 @@ def _place(
     """Put known pixels in place.
 
     Raises:
-      UserError: some are known already.
+      UserError: some of the pixels are known already.
     """
     part = slice(start, start + len(frames))
     if (known.strength[part][is_kept] > 0).any():

@@ -10,10 +10,16 @@ from dit_video.core.offload import Offload
 from dit_video.distributed import MeshConfig
 from dit_video.nn import Backend, get_param_shapes
 from dit_video.sampling.devices import make_placement
-from dit_video.sampling.folder import AUTOENCODER, DENOISER, PREVIEW, STEPS, read_pipeline_config
 from dit_video.sampling.memory import fit_offload
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.pipeline_config import (
+    AUTOENCODER,
+    DENOISER,
+    PREVIEW,
+    STEPS,
+    PipelineConfig,
+    read_pipeline_config,
+)
 from dit_video.sampling.preview import load_preview_decoder
 from dit_video.weights import load as load_weights
 from dit_video.weights.io import read_params_file
@@ -42,9 +48,9 @@ def load_pipeline(
 
     Raises:
       MissingError: the folder does not exist, or holds no pipeline.
-      UserError: a pipeline of another version, weights that do not fit its config, or a text encoder that is not
-        frozen; a mesh that does not fit the devices or the denoiser; attention that the denoiser does not support or
-        whose kernels the devices lack; weights that do not fit into memory.
+      UserError: the pipeline is of another version, its weights do not fit its config or the memory, the text encoder
+        is not frozen, the mesh does not fit the devices or the denoiser, or the denoiser does not support the attention
+        or the devices lack its kernels.
     """
     folder = Path(folder)
     config = read_pipeline_config(folder)
@@ -79,6 +85,6 @@ def read_denoiser(folder: Path, config: PipelineConfig, place: Placement) -> dic
 
     Raises:
       MissingError: the folder holds none.
-      UserError: weights that do not fit the config.
+      UserError: the weights do not fit the config.
     """
     return read_params_file(folder / DENOISER, config.denoiser_shapes, place=place)

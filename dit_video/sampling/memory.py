@@ -32,7 +32,7 @@ def make_weight_shapes(config: PipelineConfig, dtype_fn: Callable[[str], Any] | 
     """Return the shapes of the weights of each stage of generation, a tree of `jax.ShapeDtypeStruct` each.
 
     The stages are `text`, `image encoder`, the denoiser's experts (`backbone`, `low_noise`) and `autoencoder`, without
-    those that a model lacks. Of folders only JSON files are read. An encoder without a folder counts nothing: it is
+    those that a model lacks. Only the JSON files of folders are read. An encoder without a folder counts nothing: it is
     opened at the first prompt or image, perhaps in another place.
 
     Args:
@@ -40,7 +40,7 @@ def make_weight_shapes(config: PipelineConfig, dtype_fn: Callable[[str], Any] | 
       dtype_fn: returns the dtype of a parameter of the denoiser, given its path; float32 by default.
 
     Raises:
-      UserError: an encoder that is not supported.
+      UserError: an encoder is not supported.
     """
 
     def cast(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -151,7 +151,7 @@ def fit_offload(
       is_large: see `choose_offload`.
 
     Raises:
-      UserError: weights that do not fit into the memory of the device or of the machine.
+      UserError: the weights do not fit into the memory of the device or the machine.
     """
     limits = get_memory_limits()
     stages = count_stage_bytes(make_weight_shapes(config, dtype_fn), None if mesh is None else resolve_mesh(mesh)[0])
@@ -170,10 +170,10 @@ def check_weight_memory(
       stages: bytes of the weights.
       offload: where they are kept.
       limits: bytes of memory, each None if unknown; that of the device is None on a CPU.
-      is_sharded: True on a mesh, of whose weights a machine may hold only a part.
+      is_sharded: True on a mesh, where a machine may hold only a part of the weights.
 
     Raises:
-      UserError: they do not fit; the message says what would.
+      UserError: the weights do not fit; the message says what would.
     """
     needed = _count_device_bytes(stages, offload)
     if limits.device is not None and needed > limits.device:

@@ -8,43 +8,68 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.offload import Offload
 from dit_video.core.trees import count_values as count
+from dit_video.core.trees import flatten, unflatten
 from dit_video.data.latents.codec import LatentCodec
+from dit_video.diffusion import Euler
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.models.autoencoders import Tiles
 from dit_video.nn import Backend
-from dit_video.sampling import LatentTrace, Sampling, sample_latents, trace_latents
-from dit_video.sampling.adapters import AdaptedWeights
-from dit_video.sampling.checks import prepare_request, resolve_sampling
-from dit_video.sampling.clip_decoder import ClipDecoder
+from dit_video.sampling import LatentTrace, Monitor, Sampling, sample_latents, trace_latents
+from dit_video.sampling.adapters import AdaptedWeights, Adapter, ExpertName, list_lora_modules, split_factors
 from dit_video.sampling.clip_functions import ClipFunction, compute_clip_function
 from dit_video.sampling.clip_recipe import make_recipe
-from dit_video.sampling.devices import PipelineDevices
-from dit_video.sampling.folder import AUTOENCODER, CONFIG, DENOISER, PREVIEW, STEPS, write_pipeline_config
-from dit_video.sampling.lora import LoraLoader
-from dit_video.sampling.options import GenerateOptions, SamplingOverrides, split_options
-from dit_video.sampling.parts import make_denoiser, make_task_model
-from dit_video.sampling.pipeline_config import PipelineConfig, PreviousStep
-from dit_video.sampling.preview_methods import PreviewMethods
-from dit_video.sampling.previous_steps import sample_previous_steps
-from dit_video.sampling.progress import Callback
-from dit_video.sampling.request import Request
-from dit_video.sampling.task_methods import TaskMethods
+from dit_video.sampling.devices import ClipDecoder, PipelineDevices
+from dit_video.sampling.edit_paths import LatentStepper
+from dit_video.sampling.pipeline_config import (
+    AUTOENCODER,
+    CONFIG,
+    DENOISER,
+    PREVIEW,
+    STEPS,
+    PipelineConfig,
+    PreviousStep,
+    make_denoiser,
+    make_task_model,
+    to_grid,
+    write_pipeline_config,
+)
+from dit_video.sampling.preparation import prepare_request, resolve_sampling
+from dit_video.sampling.preview import PreviewDecoder
+from dit_video.sampling.progress import Callback, make_monitor
+from dit_video.sampling.request import GenerateOptions, Request, split_options
+from dit_video.sampling.sampling_config import SamplingOverrides
+from dit_video.sampling.tasks import (
+    AnyTask,
+    Blend,
+    ClipTask,
+    DescribedEdit,
+    Edit,
+    EditMethod,
+    Extend,
+    Inpaint,
+    Interpolate,
+    Loop,
+    Outpaint,
+    Vary,
+    ZoomOut,
+)
 from dit_video.video import Clip
+from dit_video.weights import load_lora
 from dit_video.weights import save as save_weights
 from dit_video.weights.frozen_encoders import open_tokenizer, set_encoder_folder
 from dit_video.weights.lora import GetLoraModules, no_lora_modules
@@ -53,8 +78,12 @@ _DTYPES = ("float32", "bfloat16")
 _DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or tiles of the frames (--decode-tiles)"
 
 
-class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
-    """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back."""
+class Pipeline:
+    """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back.
+
+    Methods of tasks (`extend`, `inpaint`, …) take the options of `generate`: `seed`, `negative`, `method`, `resample`,
+    `steps`, `guidance`, …. They raise `UserError` for sizes and values that do not fit.
+    """
 
     def __init__(
         self,
@@ -79,8 +108,8 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
           offload: weights in host memory; None for weights that stay on the devices.
 
         Raises:
-          UserError: previous steps other than the config's, a mesh that does not fit the devices or the denoiser, or
-            attention whose kernels the devices lack.
+          UserError: the previous steps are not the config's, the mesh does not fit the devices or the denoiser, or the
+            devices lack the kernels of the attention.
         """
         self.config = config
         self._mesh, self._offload = mesh, offload
@@ -100,6 +129,8 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
             offload=offload,
         )
         self._weights = AdaptedWeights(self._denoiser.params)
+        self.preview_decoder: PreviewDecoder | None = None
+        """Decoder of quick previews; None if the pipeline's folder has none."""
 
     @overload
     def generate(
@@ -126,8 +157,8 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
 
         Args:
           prompt: content of the clip, or its class by name or number; empty samples without condition.
-          size: frames, height and width in pixels; the training size by default, of which an image changes the aspect
-            ratio to its own. Frames are 1 + k * temporal stride.
+          size: frames, height and width in pixels; the training size by default, with the aspect ratio of an image if
+            there is one. Frames are 1 + k * temporal stride.
           steps: number of sampling steps; more are slower and closer to the exact flow.
           guidance: guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
             experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
@@ -159,9 +190,9 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
           callback: called with a `PipelineProgress` after every few steps; what it raises ends the sampling.
 
         Raises:
-          UserError: an unsupported size (the message names the nearest), an unknown class or sampler, less than one
-            step, an invalid shift or times, a seed that is not a whole number below 2**32, noise of another shape,
-            images or a task that do not fit size or model, or a model whose values become NaN or infinite.
+          UserError: the size is not supported (the message names the nearest), the class or the sampler is unknown,
+            there is less than one step, the shift or the times are invalid, the seed is not a whole number below 2**32,
+            the noise has another shape, images or a task do not fit size or model, or values become NaN or infinite.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
@@ -207,6 +238,233 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
         prepared = self._prepare(requests, **overrides)
         return sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
 
+    def run_tasks(
+        self,
+        tasks: Sequence[AnyTask],
+        *,
+        seeds: Sequence[int] | None = None,
+        callback: Callback | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Clip]:
+        """Run tasks on clips of any sizes, packed and sampled together; composite tasks one after the other.
+
+        Args:
+          tasks: the tasks, such as `Extend(clip=clip, frames=16)`.
+          seeds: seed of each task; by default that of `options` for all.
+          callback: called with a `PipelineProgress` after every few steps.
+          options: options of `generate` for all tasks.
+        """
+        shared, overrides = split_options("", options)
+        values = {name: getattr(shared, name) for name in options if name in Request._fields}
+        seeds = [shared.seed] * len(tasks) if seeds is None else seeds
+        requests = {
+            number: _add_options(task.make_request(self.config), {**values, "seed": seed})
+            for number, (task, seed) in enumerate(zip(tasks, seeds, strict=True))
+            if isinstance(task, ClipTask)
+        }
+        clips = self.generate_many(list(requests.values()), callback=callback, **overrides) if requests else []
+        sampled = dict(zip(requests, clips, strict=True))
+        results = []
+        for number, (task, seed) in enumerate(zip(tasks, seeds, strict=True)):
+            if isinstance(task, ClipTask):
+                clip = task.finish(sampled[number])
+            else:
+                clip = task.run(self, **{**options, "seed": seed, "callback": callback})
+            results.append(_add_task(clip, task))
+        return results
+
+    def extend(
+        self,
+        clip: Clip,
+        prompt: str | None = None,
+        *,
+        frames: int,
+        before: bool = False,
+        overlap: int | None = None,
+        **options: Any,
+    ) -> Clip:
+        """Return a clip with new frames after it.
+
+        Args:
+          clip: the clip, which is kept.
+          prompt: description of the result; None for the clip's caption.
+          frames: number of new pixel frames.
+          before: true for new frames before the clip.
+          overlap: number of the clip's frames that the model continues; by default the most of up to 9 that fit.
+          options: options of `generate`.
+        """
+        task = Extend(prompt=prompt, clip=clip, frames=frames, before=before, overlap=overlap)
+        return self.run_tasks([task], **options)[0]
+
+    def blend(
+        self,
+        first: Clip,
+        second: Clip,
+        prompt: str | None = None,
+        *,
+        frames: int,
+        overlap: int | None = None,
+        **options: Any,
+    ) -> Clip:
+        """Return two clips with a transition of new frames between them; both are kept.
+
+        Args:
+          first: the first clip.
+          second: the second clip, of the same size and frame rate.
+          prompt: description of the transition; None for the first clip's caption.
+          frames: number of new frames.
+          overlap: number of frames of each clip that the model gets, at most.
+          options: options of `generate`.
+        """
+        task = Blend(prompt=prompt, first=first, second=second, frames=frames, overlap=overlap)
+        return self.run_tasks([task], **options)[0]
+
+    def interpolate(
+        self,
+        clip: Clip,
+        prompt: str | None = None,
+        *,
+        factor: int | None = None,
+        times: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Clip:
+        """Return a clip with new frames between its own, of the same duration.
+
+        Args:
+          clip: the clip, whose frames are kept.
+          prompt: description of the result; None for the clip's caption.
+          factor: number of intervals that every interval becomes: 2 for one new frame between any two.
+          times: instead, the numbers of the result's frames that are the clip's, in any rising pattern from 0 on.
+          options: options of `generate`.
+        """
+        return self.run_tasks([Interpolate(prompt=prompt, clip=clip, factor=factor, times=times)], **options)[0]
+
+    def loop(self, prompt: str, *, size: tuple[int, int, int] | None = None, **options: Any) -> Clip:
+        """Return a clip whose first frame follows its last.
+
+        Args:
+          prompt: description of the clip.
+          size: frames, a multiple of the temporal stride, height and width.
+          options: options of `generate`.
+        """
+        return self.run_tasks([Loop(prompt=prompt, size=size)], **options)[0]
+
+    def inpaint(
+        self,
+        clip: Clip,
+        mask: Bool[np.ndarray, "T H W"] | Bool[np.ndarray, "H W"],
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Clip:
+        """Return a clip with a region filled in.
+
+        Args:
+          clip: the clip, which is kept outside of the region.
+          mask: the region (True = fill in, as in diffusers), the same in all frames or moving.
+          prompt: description of the result; None for the clip's caption.
+          options: options of `generate`.
+        """
+        return self.run_tasks([Inpaint(prompt=prompt, clip=clip, mask=mask)], **options)[0]
+
+    def outpaint(self, clip: Clip, size: tuple[int, int], prompt: str | None = None, **options: Any) -> Clip:
+        """Return a clip in the middle of a larger one, whose border is filled in.
+
+        Args:
+          clip: the clip, which is kept.
+          size: height and width of the result.
+          prompt: description of the result; None for the clip's caption.
+          options: options of `generate`.
+        """
+        return self.run_tasks([Outpaint(prompt=prompt, clip=clip, size=size)], **options)[0]
+
+    def zoom_out(
+        self, image: Clip, prompt: str | None = None, *, frames: int, factor: float = 1.1, **options: Any
+    ) -> Clip:
+        """Return a clip that zooms out of an image: every frame is the former one, smaller, with its border filled in.
+
+        Args:
+          image: first frame, a clip of one frame.
+          prompt: description of the surroundings; None for the image's caption.
+          frames: number of new frames.
+          factor: factor of the zoom in each of them.
+          options: options of `generate`.
+        """
+        task = ZoomOut(prompt=prompt, image=image, frames=frames, factor=factor)
+        return self.run_tasks([task], **options)[0]
+
+    def vary(self, clip: Clip, prompt: str | None = None, *, strength: float = 0.7, **options: Any) -> Clip:
+        """Return a variation of a clip; every `seed` gives another.
+
+        Args:
+          clip: the clip.
+          prompt: its description; None for its caption.
+          strength: diffusion time, in (0, 1], that it is noised to; more changes it more.
+          options: options of `generate`.
+        """
+        return self.run_tasks([Vary(prompt=prompt, clip=clip, strength=strength)], **options)[0]
+
+    def edit(
+        self,
+        clip: Clip,
+        prompt: str,
+        *,
+        source: str | None = None,
+        strength: float = 0.8,
+        edit_method: EditMethod = "flow_edit",
+        source_guidance: float = 1.0,
+        draws: int = 1,
+        **options: Any,
+    ) -> Clip:
+        """Return a clip that is changed to fit a prompt.
+
+        Without `source` noise is added to the clip and taken away with the prompt (SDEdit). With it, the difference of
+        both descriptions changes the clip: see `EditPaths`.
+
+        Args:
+          clip: the clip.
+          prompt: description of the result.
+          source: description of the clip.
+          strength: diffusion time, in (0, 1], at which the change begins; more changes it more.
+          edit_method: with `source`, FlowEdit, or inversion of the clip to noise.
+          source_guidance: with `source`, guidance scale of the clip's description.
+          draws: with FlowEdit, number of noises in every step, whose changes are averaged.
+          options: options of `generate`.
+        """
+        if source is None:
+            return self.run_tasks([Edit(prompt=prompt, clip=clip, strength=strength)], **options)[0]
+        task = DescribedEdit(
+            prompt=prompt,
+            clip=clip,
+            source=source,
+            strength=strength,
+            edit_method=edit_method,
+            source_guidance=source_guidance,
+            draws=draws,
+        )
+        return self.run_tasks([task], **options)[0]
+
+    def resolve_sampling(self, **overrides: Unpack[SamplingOverrides]) -> Sampling:
+        """Return the pipeline's own sampling with the given values replaced.
+
+        Raises:
+          UserError: the sampler is unknown, there is less than one step, …; see `preparation.resolve_sampling`.
+        """
+        return resolve_sampling(self.config, **overrides)
+
+    def make_stepper(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentStepper:
+        """Return the denoiser and Euler's solver for the latents of a request, at any times of its steps.
+
+        `overrides` and errors are as for `generate`.
+        """
+        prepared = self._prepare([request], **overrides)
+        sampling = replace(prepared["sampling"], solver=Euler())
+        (single,) = prepared["requests"]
+        return LatentStepper(self._denoiser, single, sampling=sampling, shape=prepared["shape"])
+
+    def make_monitor(self, callback: Callback | None) -> Monitor | None:
+        """Return the sampler's monitor that calls a callback with the progress; None without one."""
+        return make_monitor(callback, self.decode, preview_decoder=self.preview_decoder, fps=self.config.fps)
+
     def compute_clip_function(
         self,
         function: ClipFunction,
@@ -235,7 +493,7 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
         """Decode normalised latents to a clip; `seed` is for autoencoders whose decoder takes noise.
 
         Raises:
-          UserError: latents with another number of channels, or that are not finite.
+          UserError: the latents have another number of channels, or are not finite.
         """
         return self.codec.decode(latents, fps=self.config.fps, caption=caption, seed=seed)
 
@@ -251,7 +509,7 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
         """Check that the clips of requests can be decoded in the memory of `with_decoding`, before they are sampled.
 
         Raises:
-          UserError: they cannot, or a size is not supported.
+          UserError: the memory is too small, or a size is not supported.
         """
         self._decoder.check_memory([self.config.latent_grid(self.config.resolve_size(each)) for each in requests])
 
@@ -282,6 +540,90 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
         extended.config = replace(self.config, previous=(*others, step))
         return extended
 
+    def load_lora(
+        self,
+        path: str | Path,
+        scale: float | int = 1.0,
+        *,
+        expert: ExpertName = "backbone",
+        name: str | None = None,
+        merge: bool = False,
+    ) -> "Pipeline":
+        """Return the same pipeline with an adapter, which shares its weights with this one; this one is unchanged.
+
+        Calls are chained for several adapters: `pipe.load_lora(style, 0.8).load_lora(motion, 0.5)`. An adapter is
+        attached: its factors are kept beside the weights, and its products are computed in sampling. Another scale is
+        set without copying weights or compiling.
+
+        Args:
+          path: a safetensors file, or a folder of PEFT or diffusers. Module names are our own, as training writes them;
+            for Wan also the names of diffusers (PEFT), ComfyUI, kohya and LightX2V, with full differences.
+          scale: strength of the adapter.
+          expert: expert of two that is adapted: `backbone`, for noisy times, or `low_noise`.
+          name: name of the adapter in `set_lora_scales` and `unload_lora`; by default that of the file, with a number
+            if another adapter has it. An adapter that is merged has none.
+          merge: adds the adapter to the weights instead, in their memory. Sampling then takes no more time than
+            without it. The host keeps the weights that change for `unload_lora`. This pipeline, and others that share
+            its weights on devices, cannot be used any more.
+
+        Raises:
+          MissingError: there is no file at `path`.
+          UserError: the file is no LoRA of this model, the model has no second expert, an adapter has the name, or
+            there is a name for an adapter that is merged.
+        """
+        weights = self._weights
+        weights.check_usable()
+        if name is not None and merge:
+            fix = "Leave it out; unload_lora() takes away all that is merged"
+            raise UserError(f"name={name!r} is invalid: an adapter that is merged has no name. {fix}")
+        if name is not None and name in weights.adapters:
+            raise UserError(f"name={name!r} is invalid: an adapter of this name is attached. Use another name")
+        modules = list_lora_modules(self.config, weights.params, self._get_lora_modules, expert)
+        lora = load_lora(path, weights.params, modules)
+        if merge:
+            return self._with_weights(weights.merge(lora, float(scale)))
+        factors, others = split_factors(lora, weights.params)
+        placed = self._devices.put(factors, offload=self._offload, mesh=self._devices.mesh)
+        lora = unflatten(flatten(placed) | others)
+        return self._with_weights(weights.attach(name or Path(path).stem, Adapter(lora, float(scale))))
+
+    def set_lora_scales(self, scales: Mapping[str, float | int]) -> "Pipeline":
+        """Return the same pipeline with other scales of attached adapters, by their names; weights are shared.
+
+        An adapter of scale 0 is not computed.
+
+        Raises:
+          UserError: no attached adapter has the name.
+        """
+        self._weights.check_usable()
+        return self._with_weights(self._weights.set_scales(scales))
+
+    def unload_lora(self, name: str | None = None) -> "Pipeline":
+        """Return the same pipeline without an attached adapter, or without all adapters, attached and merged.
+
+        The weights are those before, bit by bit. Where adapters were merged, the host's copy takes the place of the
+        weights in the devices' memory, and this pipeline cannot be used any more.
+
+        Raises:
+          UserError: no attached adapter has the name; one that is merged has no name.
+        """
+        self._weights.check_usable()
+        return self._with_weights(self._weights.restore() if name is None else self._weights.detach(name))
+
+    @property
+    def lora_scales(self) -> dict[str, float]:
+        """Return the scales of attached adapters, by their names."""
+        return {name: adapter.scale for name, adapter in self._weights.adapters.items()}
+
+    @property
+    def denoiser_params(self) -> dict[str, Any]:
+        """Return `{"backbone": ..., "text": ...}`, and `"low_noise"` of models with two experts.
+
+        Attached adapters are in them, in copies of the weights that they change.
+        """
+        self._weights.check_usable()
+        return self._weights.make_merged_params()
+
     def count_parameters(self) -> dict[str, int]:
         """Return the number of parameters of each part."""
         denoiser = {name: count(part) for name, part in self._weights.params.items()}
@@ -298,7 +640,7 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
         are gathered to the first one in parts, which writes them.
 
         Raises:
-          UserError: another dtype, or a folder that holds something other than a pipeline.
+          UserError: the dtype is another one, or the folder holds something other than a pipeline.
         """
         folder, is_writer = Path(folder), is_first_process()
         if dtype not in _DTYPES:
@@ -330,7 +672,7 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
         """Return the same pipeline, with its weights, that computes attention by another backend.
 
         Raises:
-          UserError: a backend that does not support the denoiser's patterns, or whose kernels the devices lack.
+          UserError: the backend does not support the denoiser's patterns, or the devices lack its kernels.
         """
         return self._with_config(replace(self.config, backbone=self.config.backbone.replace(attention=backend)))
 
@@ -344,6 +686,22 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
         """
         changed = copy.copy(self)
         changed._set_codec(LatentCodec(self.config.autoencoder, self.codec.params, memory=memory, tiles=tiles))
+        return changed
+
+    def with_preview_decoder(self, decoder: PreviewDecoder | None) -> "Pipeline":
+        """Return the same pipeline, with its weights, with another decoder of quick previews.
+
+        Raises:
+          UserError: the decoder is for latents of another stride or number of channels.
+        """
+        model = self.config.autoencoder
+        if decoder is not None and (decoder.stride, decoder.channels) != (model.stride, model.channels):
+            raise UserError(
+                f"a preview decoder for stride {list(decoder.stride)} and {decoder.channels} channels is invalid: the "
+                f"autoencoder has {list(model.stride)} and {model.channels}. Use one that was fitted to it"
+            )
+        changed = copy.copy(self)
+        changed.preview_decoder = decoder
         return changed
 
     def _set_codec(self, codec: LatentCodec) -> None:
@@ -367,13 +725,11 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
         pipeline.preview_decoder = self.preview_decoder
         return pipeline._with_weights(self._weights._replace(params=pipeline._weights.params))
 
-    def resolve_sampling(self, **overrides: Unpack[SamplingOverrides]) -> Sampling:
-        """Return the pipeline's own sampling with the given values replaced.
-
-        Raises:
-          UserError: what `pipelines.checks.resolve_sampling` refuses: an unknown sampler, less than one step, …
-        """
-        return resolve_sampling(self.config, **overrides)
+    def _with_weights(self, weights: AdaptedWeights) -> "Pipeline":
+        adapted = copy.copy(self)  # shares the open text encoder
+        adapted._weights = weights
+        adapted._denoiser = self._denoiser._replace(params=weights.make_sampling_params())
+        return adapted
 
     def _prepare(self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> dict[str, Any]:
         """Return arguments of `sample_latents`; warn if guidance has no trained unconditional branch."""
@@ -387,8 +743,52 @@ class Pipeline(TaskMethods, PreviewMethods, LoraLoader):
             )
         sized = [request._replace(size=config.resolve_size(request)) for request in requests]
         latent_requests = [
-            prepare_request(config, request, self.task_model)
-            for request in sample_previous_steps(config.previous, self._previous, sized)
+            prepare_request(config, request, self.task_model) for request in self._sample_previous_steps(sized)
         ]
         rows = max(1, min(config.batch, len(requests)))
         return {"requests": latent_requests, "sampling": sampling, "shape": config.row_shape, "rows": rows}
+
+    def _sample_previous_steps(self, requests: Sequence[Request]) -> list[Request]:
+        """Return requests, which have sizes, with the conditioning that previous steps sample, where they lack it."""
+        requests = list(requests)
+        for step in self.config.previous:
+            pipeline = self._previous[step.name]
+            own = [index for index, request in enumerate(requests) if step.name not in request.conditioning]
+            if not own:
+                continue
+            parts = []
+            for index in own:
+                prompt, size, seed, negative, *_ = requests[index]
+                parts.append(Request(prompt, step.get_size(to_grid(size), pipeline.config.size), seed, negative))
+            values: Sequence[Any]
+            values = pipeline.generate_many(parts) if step.output == "clip" else pipeline.generate_latents(parts)
+            for index, value in zip(own, values, strict=True):
+                conditioning = {**requests[index].conditioning, step.name: value}
+                requests[index] = requests[index]._replace(conditioning=conditioning)
+        return requests
+
+
+def _add_options(request: Request, options: Mapping[str, Any]) -> Request:
+    """Return the request of a task with options; conditions are added to its own.
+
+    Raises:
+      UserError: the task has its own value of an option.
+    """
+    defaults = Request("")
+    own = {name for name in request._fields if getattr(request, name) is not getattr(defaults, name)}
+    if overridden := sorted(own & options.keys() - {"conditions"}):
+        raise UserError(f"{overridden[0]}= is invalid: the task has its own. Leave it out, or use generate")
+    conditions = (*request.conditions, *options.get("conditions", ()))
+    return request._replace(**{**options, "conditions": conditions})
+
+
+def _add_task(clip: Clip, task: AnyTask) -> Clip:
+    """Return the result of a task, whose recipe has the task's name and its values, without its clips."""
+    values = {each.name: getattr(task, each.name) for each in fields(task)}
+    described: dict[str, Any] = {"name": type(task).__name__}
+    for name, value in values.items():
+        if name != "prompt" and isinstance(value, int | float | bool | str):
+            described[name] = value
+        elif name in ("size", "times") and value is not None:
+            described[name] = list(value)
+    return replace(clip, recipe={**clip.recipe, "clip_task": described})

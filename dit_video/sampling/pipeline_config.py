@@ -1,29 +1,38 @@
-"""Configuration of a pipeline, and requests to it."""
+"""Configuration of a pipeline, its file in a folder, and the parts of a pipeline that are made from it."""
 
 import operator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
+from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.files import read_document, write_json
+from dit_video.core.offload import Offload, streams_layers
 from dit_video.core.resize import compute_fitted_size
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.diffusion import Prediction, Process, Velocity
 from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import FrameConditioning
-from dit_video.models.encoders import ClassNamesConfig, TextConfig
-from dit_video.nn import get_param_shapes
-from dit_video.sampling import Sampling
+from dit_video.models.encoders import BatchTokenizer, ClassNamesConfig, TextConfig, Tokenizer
+from dit_video.nn import get_graph_def, get_param_shapes
+from dit_video.nn.parallel import Parallelism
+from dit_video.sampling import Denoiser, Sampling
 from dit_video.sampling.denoiser import list_experts
-from dit_video.sampling.request import GenerationTask, Request
-from dit_video.tokens import (
-    CanvasShape,
-    DenseShape,
-    Grid,
-    LayoutShape,
-    PackedRows,
-    PackedShape,
-    compute_token_grid,
-)
+from dit_video.sampling.request import GenerationTask, Request, TaskModel
+from dit_video.tokens import CanvasShape, DenseShape, Grid, LayoutShape, PackedRows, PackedShape, compute_token_grid
+
+FORMAT = 1
+CONFIG, RUN_CONFIG = "pipeline.json", "experiment.json"
+WHOLE_FOLDERS = ("pipeline", "transformer", "transformer_2")
+"""Folders of results that a run writes at once."""
+AUTOENCODER, DENOISER, STEPS = "autoencoder.safetensors", "denoiser.safetensors", "steps"
+"""Files of weights, and the folder of the pipelines of previous steps."""
+PREVIEW = "preview.safetensors"
+"""File of the preview decoder, which a pipeline may lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +40,7 @@ class Downscale:
     """Size of clips that are shorter and smaller than others by factors; `t` is that of the frames after the first.
 
     Raises:
-      UserError: a factor below 1.
+      UserError: a factor is below 1.
     """
 
     t: int = 1
@@ -67,8 +76,8 @@ class PipelineConfig:
     """Configuration of a pipeline: everything but its weights.
 
     Raises:
-      UserError: a boundary that is not a time, a prediction that is not defined for the process, a denoiser with other
-        classes than the captions, or one that reads conditioning latents without `frame_conditioning`.
+      UserError: the boundary is not a time, the prediction is not defined for the process, the denoiser has other
+        classes than the captions, or it reads conditioning latents without `frame_conditioning`.
     """
 
     autoencoder: AutoencoderConfig
@@ -167,7 +176,7 @@ class PipelineConfig:
         """Return the latent grid of a clip size.
 
         Raises:
-          UserError: a size that the model cannot generate; the message names the nearest.
+          UserError: the model cannot generate the size; the message names the nearest.
         """
         stride, multiple = self.autoencoder.stride, self.backbone.size_multiple
         for name, length, step, stride_, factor in (
@@ -185,11 +194,86 @@ class PipelineConfig:
         return grid
 
 
+def is_pipeline_folder(folder: str | Path) -> bool:
+    """Return whether a folder holds the files of a pipeline. A run has the config, too, but other weights."""
+    folder = Path(folder)
+    return (folder / CONFIG).is_file() and not (folder / RUN_CONFIG).is_file()
+
+
+def write_pipeline_config(folder: str | Path, config: PipelineConfig) -> None:
+    """Write the config of a pipeline or of a run, whose weights `load` finds by it."""
+    write_json(Path(folder) / CONFIG, {"format": FORMAT, "config": config_json.to_json(config)})
+
+
+def read_pipeline_config(folder: str | Path) -> PipelineConfig:
+    """Read the config in the folder of a pipeline or of a run.
+
+    Raises:
+      MissingError: the folder holds none.
+      UserError: the config is of another version, or of something else.
+    """
+    path = Path(folder) / CONFIG
+    document = read_document(path, format=FORMAT, kind="pipeline", fix="export it again")
+    config = config_json.from_json(document.get("config"))
+    if not isinstance(config, PipelineConfig):
+        raise UserError(f"{path} holds no pipeline's config; export it again")
+    return config
+
+
+def make_denoiser(
+    config: PipelineConfig,
+    params: dict[str, Any],
+    tokenizer: Tokenizer | BatchTokenizer,
+    *,
+    parallel: Parallelism,
+    mesh: Mesh | None = None,
+    offload: Offload | None = None,
+) -> Denoiser:
+    """Return a pipeline's denoiser.
+
+    Args:
+      config: the pipeline's config.
+      params: parameters of its denoisers and of their text encoder, or their shapes.
+      tokenizer: tokenizer or encoder of prompts.
+      parallel: parallelism that the denoiser is made with.
+      mesh: devices that sample together; None for one device.
+      offload: weights in host memory; None for weights that stay on the devices.
+    """
+    return Denoiser(
+        backbone=get_graph_def(config.backbone.make, parallel),
+        text=get_graph_def(config.text.make),
+        params=params,
+        streams_layers=streams_layers(offload, "denoiser"),
+        tokenizer=tokenizer,
+        process=config.process,
+        prediction=config.prediction,
+        patch=config.backbone.patch,
+        boundary=config.boundary,
+        token_dt=config.token_dt,
+        token_lead=config.token_lead,
+        mesh=mesh,
+    )
+
+
+def make_task_model(config: PipelineConfig, codec: LatentCodec, *, offload: Offload | None = None) -> TaskModel:
+    """Return the parts of a pipeline that generation tasks use; arguments are as for `make_denoiser`."""
+    return TaskModel(
+        backbone=config.backbone,
+        codec=codec,
+        frame_conditioning=config.frame_conditioning,
+        image_encoder_folder=config.image_encoder,
+        task=config.task,
+        token_dt=config.token_dt,
+        token_lead=config.token_lead,
+        offload=offload,
+    )
+
+
 def check_classes(text: TextConfig, backbone: BackboneConfig) -> None:
     """Check that captions are classes where the denoiser has labels, and as many.
 
     Raises:
-      UserError: they are not.
+      UserError: one of them has classes that the other lacks, or another number.
     """
     caption_classes = text.classes if isinstance(text, ClassNamesConfig) else 0
     if caption_classes != backbone.class_count:

@@ -1,28 +1,89 @@
-"""Requests of clips as requests of latents: their noise, the plan of their task, and values of conditioning."""
+"""From requests of clips to requests of latents, and the checks that they pass, which need no weights."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import numpy as np
+from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.conditioning import make_request_fields
-from dit_video.sampling.packing import SamplingRequest
+from dit_video.data.latents.codec import LatentCodec
+from dit_video.diffusion import ClipSize
+from dit_video.models.autoencoders import latent_grid
+from dit_video.models.conditioning import ClipConditioning
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.sampling import Sampling
+from dit_video.sampling.completion import Completion
+from dit_video.sampling.denoiser import list_experts
+from dit_video.sampling.packing import SamplingRequest, plan_steps
+from dit_video.sampling.pipeline_config import PipelineConfig, make_task_model, to_grid
+from dit_video.sampling.program import list_fields
 from dit_video.sampling.request import Request, TaskModel
 from dit_video.sampling.sampler import draw_initial_noise
-from dit_video.sampling.tasks.completion import Completion
-from dit_video.tokens import Grid
+from dit_video.sampling.sampling_config import SamplingOverrides, override_sampling
+from dit_video.tokens import Field, Grid
+from dit_video.weights import read_clip_vision_config
 
 
-def make_sampling_request(request: Request, latents: Grid, model: TaskModel) -> SamplingRequest:
-    """Return the request for latents of a size.
+def check_requests(config: PipelineConfig, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> None:
+    """Check that a pipeline of a config can sample requests, before its weights are read.
 
     Args:
-      request: request of a clip, with its size. Its noise is also that of the plan's `leading_frames`.
-      latents: size of its latents.
-      model: the model that samples it.
+      config: config of the pipeline.
+      requests: requests, each planned with latents of zeros in the place of encoded pictures.
+      overrides: values that replace those of the pipeline's own sampling, as for `Pipeline.generate_many`.
 
     Raises:
-      UserError: a seed that is not a whole number below 2**32, noise that does not fit, or a request that does not fit
-        its task or the model.
+      UserError: `Pipeline.generate_many` would refuse a request.
     """
+    sampling, model = resolve_sampling(config, **overrides), make_empty_task_model(config)
+    tokenizer = None if isinstance(config.text, FrozenTextConfig) else config.text.make_tokenizer()
+    for request in requests:
+        sized = request._replace(size=config.resolve_size(request))
+        # Values of conditioning that previous steps sample are zero here.
+        prepared = prepare_request(config, sized, model)
+        grid = prepared.get_token_grid(config.backbone.patch)
+        size = ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w)
+        process = config.process.specialize(size)
+        times = sampling.make_times(process)
+        plan_steps(prepared, process, sampling)
+        for expert in range(len(sampling.full_guidance.scales)):
+            sampling.full_guidance.get_params(expert, times=np.asarray(times.times, np.float32))
+        if tokenizer is not None:  # A frozen encoder takes any text.
+            for prompt in (prepared.prompt, prepared.negative):
+                tokenizer(prompt)
+
+
+def resolve_sampling(config: PipelineConfig, **overrides: Unpack[SamplingOverrides]) -> Sampling:
+    """Return a pipeline's own sampling with the given values replaced, after checking that its model can do it.
+
+    Raises:
+      UserError: `override_sampling` refuses the values, the model lacks layers to skip, or guidance is for two experts
+        and the model has one.
+    """
+    sampling = override_sampling(config.sampling, config.process, **overrides)
+    if (skip := sampling.full_guidance.skip_layers) is not None:
+        skip.check(config.backbone.layers)
+    sampling.check_experts(len(list_experts(config.boundary)))
+    return sampling
+
+
+def prepare_request(config: PipelineConfig, request: Request, model: TaskModel) -> SamplingRequest:
+    """Return a request of latents, with the pipeline's negative prompt where the request has none.
+
+    Args:
+      config: config of the pipeline.
+      request: request with its size. Its noise is also that of the plan's `leading_frames`.
+      model: the pipeline's model, or one without weights.
+
+    Raises:
+      UserError: the model cannot sample the size, the seed is not a whole number below 2**32, the noise does not fit,
+        or the request does not fit its task or the model.
+    """
+    latents = config.latent_grid(to_grid(request.size))
+    if request.negative is None:
+        request = request._replace(negative=config.negative)
     if not 0 <= request.seed < 2**32:
         raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
     task = request.task or model.task or Completion()
@@ -35,6 +96,82 @@ def make_sampling_request(request: Request, latents: Grid, model: TaskModel) -> 
         raise UserError(f"noise for latents of {latents!r} has shape {shape}, not {initial.shape}")
     if not np.isfinite(initial).all():
         raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
-    values = make_request_fields(model.backbone.conditioning, request.conditioning, request.strengths, latents)
+    values = _make_request_fields(model.backbone.conditioning, request.conditioning, request.strengths, latents)
     plan = plan._replace(fields={**values, **plan.fields})
     return SamplingRequest(request.prompt, request.negative or "", initial.astype(np.float32), plan, request.seed)
+
+
+def _make_request_fields(
+    configs: Sequence[ClipConditioning],
+    values: Mapping[str, Any],
+    strengths: Mapping[str, float | int | Sequence[float | int]],
+    latents: Grid,
+) -> dict[Field, np.ndarray]:
+    """Return a request's values of conditioning by fields and their strengths, for latents of this size.
+
+    Values that the request lacks are zero.
+
+    Raises:
+      UserError: the model has no conditioning of a name, or it does not accept a value.
+    """
+    names = [each.field.name for each in configs]
+    if unknown := sorted({*values, *strengths} - set(names)):
+        fix = f"use {', '.join(names)}" if names else "leave it out"
+        raise UserError(f"conditioning {', '.join(unknown)} is unknown to this model; {fix}")
+    fields: dict[Field, np.ndarray] = {}
+    for each in configs:
+        name, shape = each.field.name, each.field.get_shape(latents)
+        strength = np.asarray(strengths.get(name, 1), np.float32)
+        if name in strengths and (rule := _check_strength(each, strength)):
+            raise UserError(f"strengths={dict(strengths)} is invalid: {name} {rule}.")
+        field = each.from_request(values[name], latents) if name in values else np.zeros(shape, each.field.dtype)
+        if field.shape != shape:
+            raise UserError(
+                f"conditioning {name} has the shape {list(field.shape)}, not {list(shape)}; mend from_request"
+            )
+        fields |= zip(list_fields(each), (field, np.broadcast_to(strength, each.strength_shape)), strict=True)
+    return fields
+
+
+def _check_strength(config: ClipConditioning, strength: np.ndarray) -> str | None:
+    """Return the rule that a strength breaks; None for one that is valid."""
+    if config.field.dtype != "float32":
+        return "holds integers, which have no strength. Leave it out"
+    if strength.shape in ((), config.strength_shape):
+        return None
+    counts = f" or {', '.join(map(str, config.strength_shape))}" if config.strength_shape else ""
+    return f"has one strength{counts}, not {strength.size}. Use one number{counts and ' or as many'}"
+
+
+class EmptyCodec(LatentCodec):
+    """A codec without weights, whose latents are zero."""
+
+    def encode_pixels(self, pixels: np.ndarray) -> Float32[np.ndarray, "t h w c"]:
+        grid = latent_grid(Grid(*pixels.shape[:3]), self.config.stride)
+        return np.zeros((*grid, self.config.channels), np.float32)
+
+
+class EmptyImageEncoder:
+    """An image encoder without weights, whose tokens are zero."""
+
+    def __init__(self, folder: str):
+        config = read_clip_vision_config(folder)
+        self.shape = config.tokens, config.width
+
+    def __call__(self, frames: np.ndarray) -> Float32[np.ndarray, "T i F"]:
+        """Return the tokens of each frame."""
+        return np.zeros((len(frames), *self.shape), np.float32)
+
+
+class EmptyTaskModel(TaskModel):
+    """Parts of a model that tasks use, without weights."""
+
+    @functools.cached_property
+    def image_encoder(self) -> Any:
+        assert self.image_encoder_folder is not None
+        return EmptyImageEncoder(self.image_encoder_folder)
+
+
+def make_empty_task_model(config: PipelineConfig) -> EmptyTaskModel:
+    """Return what generation tasks use of a pipeline, without weights."""
+    return EmptyTaskModel(**vars(make_task_model(config, EmptyCodec(config.autoencoder, {}))))

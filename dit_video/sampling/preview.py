@@ -76,7 +76,7 @@ class PreviewDecoder:
             faster, too.
 
         Raises:
-          UserError: latents with another number of channels, or a maximum below 1.
+          UserError: the latents have another number of channels, or the maximum is below 1.
         """
         if np.ndim(latents) != 4 or np.shape(latents)[-1] != self.channels:
             raise UserError(
@@ -155,7 +155,7 @@ class PreviewFit:
         """Add a clip: normalised latents, and the frames that the autoencoder decodes them to.
 
         Raises:
-          UserError: latents that are not finite or have another number of channels, or frames of another size.
+          UserError: the latents are not finite or have another number of channels, or the frames have another size.
         """
         expected = (*latent_grid(Grid(*frames.shape[:3]), self.stride), self.channels)
         if np.shape(latents) != expected:
@@ -208,7 +208,7 @@ def fit_preview_decoder(codec: LatentCodec, clips: Iterable[Clip]) -> PreviewDec
     """Return the preview decoder of an autoencoder, fitted to what it makes of clips whose sizes fit its stride.
 
     Raises:
-      UserError: no clips, or a size that does not fit.
+      UserError: there are no clips, or a size does not fit.
     """
     fit = PreviewFit(codec.config.stride, codec.config.channels)
     for clip in clips:
@@ -244,7 +244,7 @@ def load_preview_decoder(path: str | os.PathLike) -> PreviewDecoder:
 
     Raises:
       MissingError: the file does not exist.
-      UserError: a file of something else.
+      UserError: the file holds something else.
     """
     metadata, arrays = load_metadata(path), load(path)
     if not {"stride", "channels"} <= metadata.keys() or arrays.keys() != {"projection", "patches"}:

@@ -45,7 +45,7 @@ class DenoiserProbe:
       size: frames, height and width of the clips in pixels; the training size by default.
 
     Raises:
-      UserError: no prompts, an unsupported size, or a model with two experts or conditioning frames.
+      UserError: there are no prompts, the size is not supported, or the model has two experts or conditioning frames.
     """
 
     def __init__(self, pipeline: Pipeline, prompts: Sequence[str], size: tuple[int, int, int] | None = None):

@@ -1,76 +1,72 @@
-"""The compiled sampler of packed rows."""
+"""The compiled sampler of packed rows: its arguments, their conditioning, and their sharding on a mesh.
+
+Rows are sharded over `data` and `fsdp`: clips, and the branches of guidance where these are evaluated together; tokens
+over `context`, and weights as in training. Plans compile the program with the same shardings.
+"""
 
 import functools
-from typing import Any
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, Key
 
+from dit_video.core.trees import map_with_path
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import (
     Branches,
     DenoiseFn,
     Prediction,
     Process,
+    SampleTimes,
+    SamplingState,
     Solver,
     advance,
     apply_guidance,
     batched,
     sequential,
 )
+from dit_video.distributed import count_row_shards, make_shardings
 from dit_video.distributed.mesh import AnyMesh
+from dit_video.distributed.sharding import ROW_AXES
 from dit_video.models.backbones.denoise import make_denoise_fn, make_text_record
 from dit_video.models.backbones.protocol import Backbone
 from dit_video.models.backbones.skipped_layers import skip_layers
+from dit_video.models.conditioning import (
+    COND_LATENTS,
+    IMAGE_TOKENS,
+    ClipConditioning,
+    Conditioning,
+    ConditioningLatents,
+    make_image_tokens,
+)
 from dit_video.models.encoders import Context
-from dit_video.sampling.conditioning import make_conditioning
 from dit_video.sampling.packing import SamplingBatch
 from dit_video.sampling.plan import StepInputs, StepTransform
-from dit_video.sampling.sharding import make_row_shardings
-from dit_video.tokens import PackedBatch
+from dit_video.tokens import Field, PackedBatch
 
 MIN_PROGRAM_STEPS = 64
 """Smallest number of steps that a program is compiled for."""
 
 
-def compute_program_steps(steps: int) -> int:
-    """Return the number of steps of the compiled program for `steps` steps: a power of two times the minimum.
+class ProgramArguments(NamedTuple):
+    """The arguments of the compiled sampler: arrays, or their shapes or shardings."""
 
-    Steps that are not taken cost nothing; see `advance`.
-    """
-    capacity = MIN_PROGRAM_STEPS
-    while capacity < steps:
-        capacity *= 2
-    return capacity
-
-
-def make_rows_denoise(
-    model: Backbone,
-    context: Context,
-    rows: PackedBatch,
-    keys: Key[Array, "B G"],
-    process: Process,
-    transform: StepTransform | None,
-) -> DenoiseFn:
-    """Return the `denoise` of rows, of noisy tokens and one time.
-
-    Args:
-      model: the backbone.
-      context: texts of the rows, encoded.
-      rows: rows of requests with their fields.
-      keys: keys of the requests' seeds.
-      process: process of the model.
-      transform: change of its inputs.
-    """
-    conditioning = make_conditioning(rows, model.config.conditioning, keys).add(make_text_record(context, rows.layout))
-    change = None
-    is_clean: Array | None = jnp.zeros(rows.segments.shape, bool)
-    if transform is not None:
-        is_clean = transform.get_clean_tokens(rows)
-        change = functools.partial(transform.change_input, rows=rows, process=process)
-    return make_denoise_fn(model, rows.layout, conditioning, change_input=change, is_clean=is_clean)
+    params: Any
+    """Parameters of the denoiser and of its text encoder."""
+    state: SamplingState | None
+    """State before the first step; None if it is not known yet."""
+    batch: SamplingBatch
+    guidance: Any
+    """Parameters of guidance; None without it."""
+    sample_times: SampleTimes
+    first: Any
+    """Number of the first step."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -170,3 +166,131 @@ def _gather_branches(denoise: DenoiseFn, positions: Int32[AnyArray, "branches B 
         return [jnp.take_along_axis(prediction, index[..., None], axis=1) for index in positions], next_state
 
     return branches
+
+
+def compute_program_steps(steps: int) -> int:
+    """Return the number of steps of the compiled program for `steps` steps: a power of two times the minimum.
+
+    Steps that are not taken cost nothing; see `advance`.
+    """
+    capacity = MIN_PROGRAM_STEPS
+    while capacity < steps:
+        capacity *= 2
+    return capacity
+
+
+def make_rows_denoise(
+    model: Backbone,
+    context: Context,
+    rows: PackedBatch,
+    keys: Key[Array, "B G"],
+    process: Process,
+    transform: StepTransform | None,
+) -> DenoiseFn:
+    """Return the `denoise` of rows, of noisy tokens and one time.
+
+    Args:
+      model: the backbone.
+      context: texts of the rows, encoded.
+      rows: rows of requests with their fields.
+      keys: keys of the requests' seeds.
+      process: process of the model.
+      transform: change of its inputs.
+    """
+    conditioning = make_conditioning(rows, model.config.conditioning, keys).add(make_text_record(context, rows.layout))
+    change = None
+    is_clean: Array | None = jnp.zeros(rows.segments.shape, bool)
+    if transform is not None:
+        is_clean = transform.get_clean_tokens(rows)
+        change = functools.partial(transform.change_input, rows=rows, process=process)
+    return make_denoise_fn(model, rows.layout, conditioning, change_input=change, is_clean=is_clean)
+
+
+def make_conditioning(batch: PackedBatch, configs: Sequence[ClipConditioning], keys: Key[Array, "B G"]) -> Conditioning:
+    """Return the records of the fields that a model reads; `configs` describe some of them.
+
+    Args:
+      batch: rows with the fields of requests.
+      configs: conditioning of the model by fields.
+      keys: keys of the requests' seeds.
+    """
+    fields, layout = batch.fields, batch.layout
+    conditioning = Conditioning()
+    for each in configs:
+        name = each.field.name
+        own_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, zlib.crc32(name.encode()))
+        values, strength = (jnp.asarray(fields[field.name]) for field in list_fields(each))
+        conditioning = conditioning.add(each.prepare(values, layout, own_keys, strength))
+    if COND_LATENTS in fields:
+        conditioning = conditioning.add(ConditioningLatents(jnp.asarray(fields[COND_LATENTS])))
+    if IMAGE_TOKENS in fields:
+        conditioning = conditioning.add(make_image_tokens(fields[IMAGE_TOKENS], layout))
+    return conditioning
+
+
+def list_fields(config: ClipConditioning) -> tuple[Field, Field]:
+    """Return the fields of requests for a conditioning: its values, and their strength."""
+    return config.field, Field(name=f"{config.field.name}_strength", alignment="example", shape=config.strength_shape)
+
+
+def make_argument_shardings(arguments: ProgramArguments, mesh: AnyMesh) -> ProgramArguments:
+    """Return the sharding of every argument: parameters as in training, rows and tokens, and all else replicated."""
+    rows, tokens = arguments.batch.branches[0].tokens.shape[:2]
+    replicated = NamedSharding(mesh, PartitionSpec())
+    row_axis, token_axis = _choose_axes(rows, tokens, mesh)
+
+    def shard_samples(leaf: Any) -> NamedSharding:
+        """Return the sharding of a part of the state, which has a token's values on its last axis, or no tokens."""
+        if leaf.ndim < 3 or tuple(leaf.shape[-3:-1]) != (rows, tokens):
+            return replicated
+        return NamedSharding(mesh, PartitionSpec(*(None,) * (leaf.ndim - 3), row_axis, token_axis))
+
+    positions: Any = NamedSharding(mesh, PartitionSpec(None, row_axis, token_axis))
+    keys: Any = NamedSharding(mesh, PartitionSpec(row_axis))
+    batch = SamplingBatch(
+        branches=tuple(make_row_shardings(branch, mesh) for branch in arguments.batch.branches),
+        branch_positions=None if arguments.batch.branch_positions is None else positions,
+        keys=keys,
+    )
+    rest = jax.tree.map(lambda _: replicated, (arguments.guidance, arguments.sample_times, arguments.first))
+    return ProgramArguments(
+        make_shardings(arguments.params, mesh), jax.tree.map(shard_samples, arguments.state), batch, *rest
+    )
+
+
+def make_row_shardings(batch: PackedBatch, mesh: AnyMesh) -> PackedBatch:
+    """Return the sharding of a batch's rows and tokens; axes that the devices do not divide are replicated."""
+    rows, tokens = batch.tokens.shape[:2]
+    row_axis, token_axis = _choose_axes(rows, tokens, mesh)
+
+    def layout(path: str, leaf: Any) -> NamedSharding:
+        is_tokens = path in ("tokens", "layout/segments", "layout/positions")
+        return NamedSharding(mesh, PartitionSpec(row_axis, *((token_axis,) if is_tokens else ())))
+
+    return map_with_path(layout, batch)
+
+
+def _choose_axes(rows: int, tokens: int, mesh: AnyMesh) -> tuple[tuple[str, ...] | None, str | None]:
+    """Return the mesh axes that shard rows and tokens; None where they do not divide these."""
+    row_axes = ROW_AXES if rows % count_row_shards(mesh) == 0 else None
+    return row_axes, "context" if tokens % mesh.shape["context"] == 0 else None
+
+
+def put_on_devices(tree: Any, shardings: Any) -> Any:
+    """Put arrays on the devices of a mesh, each process on its own; arrays that are there stay as they are.
+
+    Each process passes the same values.
+    """
+    return jax.tree.map(_put_array, tree, shardings)
+
+
+def _put_array(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array):
+        if leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        if jax.process_count() == 1 or not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+    # `device_put` of an array of several processes would first compare their values.
+    values = np.asarray(leaf)
+    values = values.astype(jax.dtypes.canonicalize_dtype(values.dtype), copy=False)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])

@@ -1,4 +1,4 @@
-"""Requests of clips, and the interface of generation tasks, which make plans for sampling of them."""
+"""Requests of clips, with their pictures, and the interface of generation tasks, which make their plans."""
 
 import abc
 import functools
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, UInt8
 
 from dit_video.core.errors import UserError
 from dit_video.core.offload import Offload
+from dit_video.core.resize import resize_and_crop
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import FrameConditioning
-from dit_video.sampling.pictures import Condition, Image
 from dit_video.sampling.plan import SamplingPlan
+from dit_video.sampling.sampling_config import SamplingOverrides
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from dit_video.weights.frozen_encoders import FrozenImageEncoder
@@ -24,9 +25,33 @@ PICTURES = ("image", "last_image", "video", "mask", "control", "reference_images
 """Fields of a request with images, clips and masks."""
 OPTIONS = ("strength", "method", "resample")
 """Fields of a request that say how they are kept."""
+Image = Clip | UInt8[np.ndarray, "H W 3"]
+"""A clip of one frame, or its pixels."""
 Method = Literal["auto", "trained", "training_free"]
 Mask = Bool[np.ndarray, "T H W"] | Bool[np.ndarray, " T"]
 """Pixels or frames of a clip that are kept (True)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Condition:
+    """An image or a clip that a sampled clip has from a frame on; named as `LTXVideoCondition` in diffusers.
+
+    Raises:
+      UserError: the strength is not above 0 and at most 1.
+    """
+
+    content: Clip | Image
+    """Image, as a clip of one frame or as pixels `[H W 3]`, or a clip; it is fitted to the height and width."""
+    frame: int = 0
+    """Number of the sampled clip's frame that is the first of the content; negative numbers count from the end."""
+    mask: Bool[np.ndarray, "T H W"] | Bool[np.ndarray, " T"] | None = None
+    """Pixels, or frames, of the content that are kept (True); None for all."""
+    strength: float = 1.0
+    """Degree to which the content is kept: 1 keeps it, smaller values let the model change it."""
+
+    def __post_init__(self):
+        if not 0 < self.strength <= 1:
+            raise UserError(f"strength={self.strength} is invalid: it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +152,7 @@ class Request(NamedTuple):
         """Check that the model, or its task, accepts all pictures of the request, and options of how they are kept.
 
         Raises:
-          UserError: it does not.
+          UserError: one of them is not accepted.
         """
         defaults = Request("")
         options = {name for name in OPTIONS if getattr(self, name) != getattr(defaults, name)}
@@ -150,3 +175,64 @@ class Request(NamedTuple):
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, Sequence) and not value
+
+
+class GenerateOptions(SamplingOverrides, total=False):
+    """Arguments of `Pipeline.generate` besides the prompt and the kind of output."""
+
+    size: tuple[int, int, int] | None
+    negative: str | None
+    seed: int
+    noise: Float32[np.ndarray, "t h w c"] | None
+    image: Image | None
+    last_image: Image | None
+    conditioning: Mapping[str, Any] | None
+    strengths: Mapping[str, float | int | Sequence[float | int]] | None
+    task: GenerationTask | None
+    video: Clip | None
+    mask: Mask | None
+    control: Clip | None
+    reference_images: Sequence[Image]
+    conditions: Sequence[Condition]
+    strength: float | None
+    method: Method
+    resample: int
+
+
+def split_options(prompt: str | int, options: Mapping[str, Any]) -> tuple[Request, SamplingOverrides]:
+    """Return the request that arguments of `Pipeline.generate` describe, and what they override of its sampling.
+
+    Raises:
+      TypeError: an argument does not exist.
+    """
+    if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
+        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
+    overrides: Any = {name: value for name, value in options.items() if name in SamplingOverrides.__annotations__}
+    fields: Any = {name: value for name, value in options.items() if name not in overrides}
+    for name in ("conditioning", "strengths"):
+        fields[name] = fields.get(name) or {}
+    return Request(prompt=str(prompt), **fields), overrides
+
+
+def fit_image(image: Clip | np.ndarray, size: Grid) -> UInt8[np.ndarray, "h w 3"]:
+    """Return an image at the height and width of a clip, without distortion; see `fit_frames`.
+
+    Raises:
+      UserError: the clip has several frames, or the pixels are not uint8 `[H W 3]`.
+    """
+    if isinstance(image, Clip):
+        if len(image.frames) != 1:
+            raise UserError(f"a clip of {len(image.frames)} frames is no image; use Clip(clip.frames[:1], clip.fps)")
+        return fit_frames(image.frames, size)[0]
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape or pixels.dtype != np.uint8:
+        raise UserError(
+            f"an image of {pixels.dtype} {list(pixels.shape)} is invalid: it must be a clip of one frame, or uint8 "
+            "pixels [H W 3]. Use dit_video.core.pixels.to_uint8"
+        )
+    return fit_frames(pixels[None], size)[0]
+
+
+def fit_frames(frames: UInt8[np.ndarray, "T H W 3"], size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
+    """Return frames at a clip's height and width; see `resize_and_crop`."""
+    return resize_and_crop(frames, size.h, size.w)

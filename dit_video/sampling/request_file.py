@@ -11,8 +11,7 @@ from jaxtyping import Bool, Float32
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import atomic_path, read_json
-from dit_video.sampling.pictures import Condition, Image
-from dit_video.sampling.request import OPTIONS, PICTURES, Mask, Request
+from dit_video.sampling.request import OPTIONS, PICTURES, Condition, Image, Mask, Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
 
@@ -39,7 +38,7 @@ def read_requests(path: str | Path) -> list[Request]:
     folder. Lists that `write_request` made are read, too; what they say of samples has no effect.
 
     Raises:
-      MissingError: no file at `path`, or no file of a picture or of noise.
+      MissingError: there is no file at `path`, or that of a picture or of noise is missing.
       DecodeError: the file of a picture is damaged.
       UserError: the file is not such a list, or an object has another key.
     """
@@ -136,7 +135,7 @@ def read_pictures(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
       MissingError: a file does not exist.
       DecodeError: a file is damaged.
-      UserError: a mask without a video, or a value that is not a file's name, or not a list of what it should be.
+      UserError: a mask has no video, or a value is no name of a file, or no list of what it should be.
     """
 
     def read(name: str, file: Any, frames: int | None = None) -> Clip:

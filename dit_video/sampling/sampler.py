@@ -6,8 +6,8 @@ The program takes a block of steps at a time. Between blocks a run may be stoppe
 may change the latents.
 
 A model may have two experts (Wan 2.2, arXiv 2503.20314): one for times of high noise, one for those below a boundary.
-All requests are denoised by the first before the second. Of weights in host memory only the active expert's are on the
-devices (see `core.offload`).
+All requests are denoised by the first before the second. If weights are in host memory, only those of the active expert
+are on the devices (see `core.offload`).
 """
 
 import functools
@@ -17,22 +17,63 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.rng import key
-from dit_video.diffusion import GuidanceState, SampleTimes, SamplingState, init_sampling
+from dit_video.diffusion import GuidanceState, Process, SampleTimes, SamplingState, init_sampling
 from dit_video.distributed.gather import to_host
-from dit_video.sampling.batches import PlannedBatch, embed_prompts, plan_batches
-from dit_video.sampling.blocks import Monitor, SamplingProgress, choose_block_steps, estimate_parts, return_to_time
 from dit_video.sampling.denoiser import Denoiser
-from dit_video.sampling.packing import START_LATENTS, SamplingRequest
+from dit_video.sampling.packing import START_LATENTS, PlannedBatch, SamplingRequest, embed_prompts, plan_batches
 from dit_video.sampling.plan import BlockEnd
-from dit_video.sampling.program import compute_program_steps, make_program
+from dit_video.sampling.program import (
+    ProgramArguments,
+    compute_program_steps,
+    make_argument_shardings,
+    make_program,
+    put_on_devices,
+)
 from dit_video.sampling.sampling_config import Sampling
-from dit_video.sampling.sharding import ProgramArguments, make_argument_shardings, put_on_devices
 from dit_video.tokens import Grid, LayoutShape
+
+_EXHAUSTED_MEMORY_FIX = (
+    "Use offload=Layers() (--offload layers), a smaller size or a mesh of several devices; "
+    "tools/plan.py FOLDER --of sampler plans the memory"
+)
+_BLOCK_STEPS = 8
+"""Number of steps in a block, after which Ctrl-C stops a run."""
+_UPDATES = 16
+"""Number of blocks of all steps, if latents are changed or steps are repeated between them."""
+
+
+class SamplingProgress(NamedTuple):
+    """The progress of the requests that are sampled together, after a block of steps."""
+
+    planned: PlannedBatch
+    step: int
+    """Number of steps that are done."""
+    steps: int
+    """Number of all steps."""
+    data: Float[Array, "B N p"]
+    """Tokens of the data that the block's steps lead to."""
+
+    @property
+    def requests(self) -> tuple[int, ...]:
+        """Return the numbers of the requests."""
+        return tuple(sorted(index for row in self.planned.row_requests for index in row))
+
+    def estimate_latents(self) -> dict[int, Float32[np.ndarray, "_ _ _ c"]]:
+        """Return the latents `t h w c` that every request leads to, for previews."""
+        return self.planned.unpack_latents(self.data)
+
+
+class Monitor(NamedTuple):
+    """A function that is called with the progress after every block of steps. What it raises ends the sampling."""
+
+    function: Callable[[SamplingProgress], object]
+    block_steps: int = _BLOCK_STEPS
+    """Number of steps in a block, unless latents are changed or steps are repeated between blocks."""
 
 
 class LatentTrace(NamedTuple):
@@ -44,17 +85,6 @@ class LatentTrace(NamedTuple):
     """Latents after each step."""
     data: Float32[np.ndarray, "steps t h w c"]
     """Estimated result at the start of each step."""
-
-
-def draw_initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.ndarray, "t h w c"]:
-    """Return standard normal noise, a function of the seed and the size."""
-    return np.asarray(jax.random.normal(key(seed, "sample"), (*latents, channels), jnp.float32))
-
-
-_EXHAUSTED_MEMORY_FIX = (
-    "Use offload=Layers() (--offload layers), a smaller size or a mesh of several devices; "
-    "tools/plan.py FOLDER --of sampler plans the memory"
-)
 
 
 def sample_latents(
@@ -97,7 +127,7 @@ def trace_latents(
 ) -> list[LatentTrace]:
     """Sample like `sample_latents`, and return trajectories; the program is compiled for this number of steps.
 
-    Of steps that are taken several times (`resample`), they hold the last one.
+    If steps are taken several times (`resample`), they hold the last time.
     """
     results: dict[int, LatentTrace] = {}
     for planned, state in BatchSampler(denoiser, sampling, has_trace=True).run(requests, shape, rows):
@@ -107,6 +137,11 @@ def trace_latents(
             latents, data = (np.stack([step[index] for step in steps]) for steps in trajectories)
             results[index] = LatentTrace(planned.times, latents, data)
     return [results[index] for index in range(len(requests))]
+
+
+def draw_initial_noise(seed: int, latents: Grid, channels: int) -> Float32[np.ndarray, "t h w c"]:
+    """Return standard normal noise, a function of the seed and the size."""
+    return np.asarray(jax.random.normal(key(seed, "sample"), (*latents, channels), jnp.float32))
 
 
 class BatchSampler(NamedTuple):
@@ -236,10 +271,49 @@ class _Block(NamedTuple):
     """True if it is taken again."""
 
 
+def choose_block_steps(planned: PlannedBatch, monitor: Monitor | None) -> int:
+    """Return the number of steps in a block of a batch."""
+    if planned.has_updates or planned.resample > 1:
+        # Results depend on these blocks, and not on who watches.
+        return min(_BLOCK_STEPS, -(-(len(planned.times) - 1) // _UPDATES))
+    return _BLOCK_STEPS if monitor is None else monitor.block_steps
+
+
 def _get_ends(planned: PlannedBatch, block: _Block) -> tuple[Array, Array]:
     """Return the times at the start and at the end of a block."""
     times = jnp.asarray(planned.sample_times.times)
     return times[block.first], times[block.last]
+
+
+def estimate_parts(
+    process: Process,
+    before: Float[Array, "*shape"],
+    after: Float[Array, "*shape"],
+    time: Float[Array, ""],
+    next_time: Float[Array, ""],
+) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """Return the data and the noise that samples at two times are mixtures of.
+
+    This is the model's estimate for one step of DDIM, and a mean of its estimates for several. It needs no evaluation.
+    """
+    alpha, sigma, next_alpha, next_sigma = (
+        function(each) for each in (time, next_time) for function in (process.alpha, process.sigma)
+    )
+    determinant = next_alpha * sigma - alpha * next_sigma
+    data = (sigma * after - next_sigma * before) / determinant
+    return data, (next_alpha * before - alpha * after) / determinant
+
+
+def return_to_time(
+    process: Process,
+    sample: Float[Array, "*shape"],
+    noise: Float[Array, "*shape"],
+    time: Float[Array, ""],
+    next_time: Float[Array, ""],
+) -> Float[Array, "*shape"]:
+    """Return a sample at `next_time` with noise added up to the earlier `time` of sampling (RePaint, equation 1)."""
+    alpha_ratio = process.alpha(time) / process.alpha(next_time)
+    return alpha_ratio * sample + process.added_variance(time, next_time) ** 0.5 * noise
 
 
 def list_programs(

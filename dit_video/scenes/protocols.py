@@ -15,8 +15,7 @@ from dit_video.evaluation.metrics.distributions import FrechetMetric, PrecisionR
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.protocol import Protocol, Scenes
 from dit_video.evaluation.protocols import FRAME_METRICS, register_protocol
-from dit_video.sampling.pictures import Condition
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request
 from dit_video.scenes import Scene, draw_scene, render
 from dit_video.scenes.draw import FREE_FRAMES, SIZES
 from dit_video.scenes.features import SceneFeatures

@@ -9,7 +9,7 @@ import dit_video
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig
 from dit_video.nn.attention import SplashBlocks
-from dit_video.sampling.folder import write_pipeline_config
+from dit_video.sampling.pipeline_config import write_pipeline_config
 from support.tiny_wan import SIZE, write_wan
 
 OPTIONS = {"size": (5, 16, 16), "seed": 3, "output": "latents"}

@@ -8,7 +8,7 @@ import pytest
 import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.experiment.run import Run
-from dit_video.sampling.folder import PREVIEW
+from dit_video.sampling.pipeline_config import PREVIEW
 from dit_video.sampling.preview import load_preview_decoder
 from dit_video.training.trainer import Trainer
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
-from dit_video.sampling.pictures import Condition
-from dit_video.sampling.request import Request
+from dit_video.sampling.completion import Completion
+from dit_video.sampling.request import Condition, Request
 from dit_video.sampling.request_file import list_files, read_requests, write_request
-from dit_video.sampling.tasks.completion import Completion
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 

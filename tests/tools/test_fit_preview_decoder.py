@@ -10,7 +10,7 @@ import pytest
 import dit_video
 from dit_video.data.ingest.engine import ingest
 from dit_video.evaluation.metrics.reconstruction import psnr
-from dit_video.sampling.folder import AUTOENCODER, CONFIG, PREVIEW, read_pipeline_config
+from dit_video.sampling.pipeline_config import AUTOENCODER, CONFIG, PREVIEW, read_pipeline_config
 from dit_video.sampling.preview import load_preview_decoder
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
-from dit_video.sampling.folder import RUN_CONFIG
+from dit_video.sampling.pipeline_config import RUN_CONFIG
 
 _NAME = re.compile(r"[\w.-]{1,80}")
 _TITLES = {"autoencoder": "Autoencoder", "denoiser": "Denoiser"}

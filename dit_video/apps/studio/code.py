@@ -6,7 +6,7 @@ from typing import Any
 
 from dit_video.apps.studio.gallery import get_input_file
 from dit_video.apps.studio.submission import Submission
-from dit_video.sampling.lora import AdapterFile
+from dit_video.sampling.adapters import AdapterFile
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.video import Clip
 

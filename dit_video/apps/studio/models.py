@@ -11,10 +11,9 @@ from dit_video.core.errors import UserError
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment.checkpoints import list_checkpoints
 from dit_video.experiment.loading import load
-from dit_video.sampling.folder import is_pipeline_folder
-from dit_video.sampling.lora import AdapterFile
+from dit_video.sampling.adapters import AdapterFile
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.pipeline_config import PipelineConfig, is_pipeline_folder
 from dit_video.sampling.request import Request
 
 

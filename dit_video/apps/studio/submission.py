@@ -10,8 +10,8 @@ import numpy as np
 from dit_video.apps.studio.fields import FormError, FormField, MediaSource
 from dit_video.apps.studio.forms import Tab, parse_answers
 from dit_video.core.errors import UserError
-from dit_video.sampling.checks import check_requests, resolve_sampling
 from dit_video.sampling.pipeline_config import PipelineConfig, to_grid
+from dit_video.sampling.preparation import check_requests, resolve_sampling
 from dit_video.sampling.tasks import AnyTask, ClipTask
 from dit_video.video import Clip
 

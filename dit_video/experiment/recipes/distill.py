@@ -20,7 +20,7 @@ from dit_video.models.encoders import TextConfig
 from dit_video.nn import LoraConfig, Remat
 from dit_video.nn.attention import BackendName
 from dit_video.sampling import Sampling
-from dit_video.sampling.folder import is_pipeline_folder, read_pipeline_config
+from dit_video.sampling.pipeline_config import is_pipeline_folder, read_pipeline_config
 from dit_video.tokens import CanvasShape, PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
 from dit_video.training.optim.optimizer import OptimizerConfig

@@ -21,7 +21,7 @@ from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, 
 from dit_video.experiment.runtime import Runtime, Stage, Training
 from dit_video.models.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear, latent_grid
 from dit_video.nn import get_graph_def, init_params
-from dit_video.sampling.folder import PREVIEW
+from dit_video.sampling.pipeline_config import PREVIEW
 from dit_video.sampling.preview import fit_preview_decoder
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook

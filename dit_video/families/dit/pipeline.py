@@ -69,7 +69,7 @@ class DitFamily(Family):
           options: dtype, devices and host memory; the model has no text encoder.
 
         Raises:
-          MissingError: the folder does not exist, or lacks parts, all of which are named.
+          MissingError: the folder does not exist, or lacks parts; the message names all.
           UserError: a text encoder, a model that is not class-conditional, unsupported settings, or weights that do
             not fit.
         """

@@ -37,10 +37,9 @@ from dit_video.models.autoencoders import latent_grid
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.sampling.known_pixels import locate_condition
-from dit_video.sampling.pictures import Condition
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.plan import ExtraTokens, HeldTokens, SamplingPlan
-from dit_video.sampling.request import GenerationTask, Request, TaskModel
+from dit_video.sampling.request import Condition, GenerationTask, Request, TaskModel
 from dit_video.tokens import Field, Grid, compute_positions, compute_token_grid, patchify
 from dit_video.weights import LoadedScheduler, load_scheduler, read_text_encoder_config
 from dit_video.weights.scheduler import SIGMA_SPACINGS
@@ -176,7 +175,7 @@ def read_parts(folder: Path, *, text_encoder: str | os.PathLike | None = None) -
     """Read the configs of a folder of diffusers, and check that its parts fit each other.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts, all of which are named.
+      MissingError: the folder does not exist, or lacks parts; the message names all.
       UserError: a pipeline or a model of an unknown class, unsupported settings, or parts that do not fit.
     """
     _check_class(folder)
@@ -231,7 +230,7 @@ def _check_class(folder: Path) -> None:
 
     Raises:
       MissingError: the folder does not exist.
-      UserError: a pipeline of an unknown class.
+      UserError: the pipeline's class is unknown.
     """
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None

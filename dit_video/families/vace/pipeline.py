@@ -15,9 +15,8 @@ from dit_video.families.wan.pipeline import WanFamily
 from dit_video.models.backbones.vace import VaceControl
 from dit_video.models.conditioning import GREY
 from dit_video.sampling.known_pixels import collect_known_pixels, fit_clip
-from dit_video.sampling.pictures import fit_image
 from dit_video.sampling.plan import SamplingPlan
-from dit_video.sampling.request import GenerationTask, Request, TaskModel
+from dit_video.sampling.request import GenerationTask, Request, TaskModel, fit_image
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -61,7 +60,7 @@ def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bo
     """Return the pixels in 0..255 of a request's kept parts, with its control or grey elsewhere; True for the latter.
 
     Raises:
-      UserError: clips and masks that do not fit the request or each other.
+      UserError: clips and masks do not fit the request or each other.
     """
     size = request.grid
     pixels, is_generated = np.full((*size, 3), GREY, np.float32), np.ones(size, bool)

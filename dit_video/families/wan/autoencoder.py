@@ -46,7 +46,7 @@ def parse_normalizer(folder: Path, settings: Mapping[str, Any], channels: int) -
     """Return the mean and the standard deviation of each channel, from a folder's settings.
 
     Raises:
-      UserError: they don't fit the channels.
+      UserError: the weights don't fit the channels.
     """
     normalizer = {name: np.asarray(settings[f"latents_{name}"], np.float32) for name in ("mean", "std")}
     for name, values in normalizer.items():

@@ -115,7 +115,7 @@ def find_defaults(backbone: WanDitConfig, *, experts: int, flow_shift: float, na
       backbone: config of its denoiser.
       experts: number of its denoisers, 1 or 2.
       flow_shift: shift of the folder's scheduler.
-      name: path of the folder, of which a part such as `I2V-14B-720P` tells 2.1 I2V-14B-480P from 720P.
+      name: path of the folder; a part such as `I2V-14B-720P` tells 2.1 I2V-14B-480P from 720P.
     """
     model = _Model(backbone.width, backbone.layers, _get_input(backbone), experts, flow_shift)
     resolution = re.search("i2v[^/]*(480|720)p", name.lower())
@@ -184,7 +184,7 @@ def _read_parts(
     """Read the configs of a folder of diffusers, and check that its parts fit each other.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts, all of which are named.
+      MissingError: the folder does not exist, or lacks parts; the message names all.
       UserError: a pipeline or a model of an unknown class, unsupported settings, or parts that do not fit.
     """
     index = _read_index(folder, classes)
@@ -227,7 +227,7 @@ def _read_index(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
 
     Raises:
       MissingError: the folder does not exist, or lacks parts.
-      UserError: a pipeline of an unknown class, or two experts without a boundary.
+      UserError: the pipeline's class is unknown, or two experts have no boundary.
     """
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None

@@ -1,17 +1,19 @@
-"""Extension of a clip forwards and backwards, and transitions between two clips."""
+"""New frames after a clip, before it, between two clips, and between the frames of one."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.pictures import Condition
 from dit_video.sampling.pipeline_config import PipelineConfig
-from dit_video.sampling.request import Request
-from dit_video.sampling.tasks.clip_task import MAX_OVERLAP, ClipTask, check_equal_sizes, choose_overlap, get_size
+from dit_video.sampling.request import Condition, Request
+from dit_video.sampling.tasks.clip_task import ClipTask, get_size
 from dit_video.video import Clip
+
+_MAX_OVERLAP = 9
+"""Number of frames of a clip that the sampled part shares with it, at most, unless a task says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class Extend(ClipTask):
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of the known frames and the new ones."""
         stride = config.autoencoder.stride.t
-        overlap = choose_overlap(self.frames, len(self.clip.frames), stride, self.overlap)
+        overlap = _choose_overlap(self.frames, len(self.clip.frames), stride, self.overlap)
         known = self.clip.frames[:overlap] if self.before else self.clip.frames[-overlap:]
         condition = Condition(content=Clip(known, self.clip.fps), frame=self.frames if self.before else 0)
         size = get_size(self.clip)._replace(t=overlap + self.frames)
@@ -56,7 +58,7 @@ class Blend(ClipTask):
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of the end of the first clip, the transition and the beginning of the second."""
-        check_equal_sizes(self.first, self.second)
+        _check_equal_sizes(self.first, self.second)
         if self.frames < 1:
             raise UserError(f"frames={self.frames} is invalid: there is at least one new frame. Use a larger number")
         stride = config.autoencoder.stride.t
@@ -82,7 +84,100 @@ class Blend(ClipTask):
 
     def _choose_overlaps(self, is_fitting: Callable[[int], bool]) -> tuple[int, int] | None:
         """Return the number of known frames of each clip, as equal as a number of all frames that fits allows."""
-        limit = MAX_OVERLAP if self.overlap is None else self.overlap
+        limit = _MAX_OVERLAP if self.overlap is None else self.overlap
         counts = [range(1, min(limit, len(clip.frames)) + 1) for clip in (self.first, self.second)]
         pairs = [pair for pair in itertools.product(counts[0], counts[1]) if is_fitting(sum(pair) + self.frames)]
         return max(pairs, key=lambda pair: (min(pair), -max(pair)), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolate(ClipTask):
+    """A clip with new frames between its own.
+
+    Raises:
+      UserError: neither or both of `factor` and `times` are given, or they are invalid.
+    """
+
+    clip: Clip
+    factor: int | None = None
+    """Number of intervals that every interval of the clip becomes: 2 for one new frame between any two."""
+    times: Sequence[int] | None = None
+    """Numbers of the result's frames that are the clip's, in any rising pattern that begins at 0."""
+
+    def __post_init__(self):
+        if (self.factor is None) == (self.times is None):
+            raise UserError(f"factor={self.factor} and times={self.times} are invalid: use exactly one of them")
+        if self.factor is not None and self.factor < 2:
+            raise UserError(f"factor={self.factor} is invalid: there are no new frames. Use 2 or more")
+        if len(self.clip.frames) < 2:
+            raise UserError("a clip of one frame is invalid: there is nothing between. Use image=, or extend")
+        places = self.places
+        is_rising = all(first < second for first, second in itertools.pairwise(places))
+        if len(places) != len(self.clip.frames) or places[0] != 0 or not is_rising:
+            rule = f"they are rising numbers from 0 on, one for each of the {len(self.clip.frames)} frames"
+            raise UserError(f"times={self.times} are invalid: {rule}. Use factor= for equal distances")
+
+    @property
+    def places(self) -> list[int]:
+        """Return the numbers of the result's frames that are the clip's."""
+        if self.factor is None:
+            return list(self.times or ())
+        return [number * self.factor for number in range(len(self.clip.frames))]
+
+    def make_request(self, config: PipelineConfig) -> Request:
+        """Return the request of all frames, and up to the stride further ones, which are cut off."""
+        frames = self.places[-1] + 1
+        length = frames + -(frames - 1) % config.autoencoder.stride.t
+        pairs = zip(self.clip.frames, self.places, strict=True)
+        conditions = tuple(Condition(content=frame, frame=place) for frame, place in pairs)
+        size = get_size(self.clip)._replace(t=length)
+        return Request(self.get_prompt(self.clip), size, conditions=conditions)
+
+    def finish(self, sampled: Clip) -> Clip:
+        """Return the frames up to the clip's last, of the clip's duration."""
+        last = self.places[-1]
+        fps = self.clip.fps * last / (len(self.clip.frames) - 1)
+        return replace(sampled, frames=sampled.frames[: last + 1], fps=fps)
+
+
+def _choose_overlap(frames: int, available: int, stride: int, overlap: int | None) -> int:
+    """Return the number of known frames next to `frames` new ones, so that both together fit the temporal stride.
+
+    Args:
+      frames: number of new frames.
+      available: number of frames of the known clip.
+      stride: the autoencoder's temporal stride.
+      overlap: number that the user asks for; None for the largest that fits, of up to `_MAX_OVERLAP`.
+
+    Raises:
+      UserError: no number fits, or the user's does not; the message names numbers that fit.
+    """
+    if frames < 1:
+        raise UserError(f"frames={frames} is invalid: there is at least one new frame. Use a larger number")
+    fitting = [count for count in range(1, available + 1) if (count + frames - 1) % stride == 0]
+    if overlap is not None:
+        if overlap not in fitting:
+            rule = f"overlap + frames must be 1 + {stride}k, with at most {available} frames of the clip"
+            nearest = sorted(fitting, key=lambda count: abs(count - overlap))[:2]
+            fix = f"Use {' or '.join(map(str, sorted(nearest)))}" if nearest else "Use another number of frames"
+            raise UserError(f"overlap={overlap} is invalid for {frames} new frames: {rule}. {fix}")
+        return overlap
+    if not fitting:
+        below = frames - (available + frames - 1) % stride
+        fix = " or ".join(str(count) for count in (below, below + stride) if count > 0)
+        raise UserError(f"frames={frames} is invalid for a clip of {available} frames: use {fix}")
+    return max((count for count in fitting if count <= _MAX_OVERLAP), default=min(fitting))
+
+
+def _check_equal_sizes(first: Clip, second: Clip) -> None:
+    """Check that two clips have one height, width and frame rate.
+
+    Raises:
+      UserError: the clips differ in one of these.
+    """
+    for name, values in {
+        "sizes": tuple((clip.height, clip.width) for clip in (first, second)),
+        "frame rates": (first.fps, second.fps),
+    }.items():
+        if values[0] != values[1]:
+            raise UserError(f"clips of different {name}, {values[0]} and {values[1]}, are invalid: use equal ones")

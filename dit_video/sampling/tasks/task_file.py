@@ -29,12 +29,12 @@ def read_tasks(path: str | Path, name: str) -> list[TaskEntry]:
     """Read tasks of one kind from a JSON list of objects, or from a text file with a prompt on each line.
 
     Objects have the fields of the task's class: clips, images and masks are names of files relative to the list's
-    folder, of which masks are white where True; `seed` is 0 by default.
+    folder; masks are white where True, and `seed` is 0 by default.
 
     Raises:
       MissingError: the file, or one that it names, does not exist.
       DecodeError: a clip is damaged.
-      UserError: an unknown task or field, a missing field, or a value that does not fit.
+      UserError: the task or a field is unknown, a field is missing, or a value does not fit.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
@@ -52,7 +52,8 @@ def make_task(name: str, values: Mapping[str, Any], folder: Path, *, where: str 
     Raises:
       MissingError: a file does not exist.
       DecodeError: a clip is damaged.
-      UserError: an unknown task or field, a missing field, or a value that does not fit; `where` begins the message.
+      UserError: the task or a field is unknown, a field is missing, or a value does not fit; `where` begins the
+        message.
     """
     if name not in TASKS:
         raise UserError(f"task={name!r} is unknown; use {', '.join(TASKS)}")

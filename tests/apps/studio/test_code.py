@@ -17,7 +17,7 @@ from dit_video.apps.studio.gallery import get_input_file
 from dit_video.apps.studio.submission import parse_submission
 from dit_video.experiment.loading import read_config
 from dit_video.sampling import tasks
-from dit_video.sampling.lora import AdapterFile
+from dit_video.sampling.adapters import AdapterFile
 from dit_video.video import Clip, decode, encode
 from support.tiny_pipeline import make_config, make_pipeline
 

@@ -41,8 +41,8 @@ from dit_video.experiment.run import Run
 from dit_video.families import load_denoiser
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.nn import LoraConfig
+from dit_video.sampling.completion import Completion
 from dit_video.sampling.request import Request
-from dit_video.sampling.tasks.completion import Completion
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS

@@ -11,9 +11,8 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import LinearQuadraticTimes, RectifiedFlow, UniformTimes
 from dit_video.families.ltx.pipeline import KeyframesToVideo, read_parts
 from dit_video.models.conditioning import FrameConditioning
-from dit_video.sampling.pictures import Condition
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request
 from dit_video.tokens import PackedShape
 from dit_video.video import Clip
 from support.tiny_ltx import DIT, RESIDUAL_VAE, SIZE, VAE, write_ltx

@@ -11,7 +11,7 @@ import pytest
 
 import dit_video
 from dit_video.core.rng import key
-from dit_video.sampling.pictures import Condition
+from dit_video.sampling.request import Condition
 from dit_video.tokens import PackedRows
 from dit_video.video import Clip
 from support.tiny_t5 import write_tokenizer

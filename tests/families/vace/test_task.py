@@ -6,8 +6,7 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.families.vace.pipeline import VaceTask
-from dit_video.sampling.pictures import Condition
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request
 from dit_video.tokens import Grid
 from support.tiny_vace import CONTROL, write_vace
 from support.tiny_wan import write_wan

@@ -9,11 +9,11 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.core.rng import make_generator
-from dit_video.sampling.batches import PlannedBatch
 from dit_video.sampling.edit_paths import EditPaths
+from dit_video.sampling.packing import PlannedBatch
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
-from dit_video.sampling.tasks.seamless_loop import SeamlessLoop
+from dit_video.sampling.tasks.generation import SeamlessLoop
 from support.wan_tasks import (
     ALL,
     CLIP,

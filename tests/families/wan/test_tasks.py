@@ -9,8 +9,7 @@ import warnings
 import numpy as np
 
 import dit_video
-from dit_video.sampling.pictures import Condition
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request
 from support.wan_tasks import (
     ALL,
     CLIP,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.tasks import Blend, Edit, Extend, Generate, Inpaint, Interpolate, Loop, Outpaint, Vary
+from dit_video.sampling.tasks import Blend, Edit, Extend, Inpaint, Interpolate, Loop, Outpaint, Vary
 from dit_video.video import Clip
 from support.tiny_pipeline import make_config
 
@@ -129,7 +129,6 @@ def test_edits_start_from_the_clip():
         (lambda: Extend(clip=make_clip(17), frames=0), "frames=0 is invalid"),
         (lambda: Extend(clip=make_clip(17), frames=8, overlap=8), "overlap=8 is invalid .* Use 5 or 9"),
         (lambda: Extend(clip=make_clip(1), frames=6), "frames=6 is invalid for a clip of 1 frames: use 4 or 8"),
-        (lambda: Extend(clip=make_clip(5, height=18), frames=4), "height 18 is not divisible by 16.*use 16 or 32"),
         (
             lambda: Blend(first=make_clip(9), second=make_clip(9, width=16), frames=7),
             r"clips of different sizes, \(16, 32\) and \(16, 16\)",
@@ -148,12 +147,11 @@ def test_edits_start_from_the_clip():
         (lambda: Outpaint(clip=make_clip(5), size=(32, 16)), "size=32x16 is invalid"),
         (lambda: Loop(prompt="", size=(9, 16, 16)), "a loop has a multiple of 4 frames.* Use 8 or 12"),
         (lambda: Edit(clip=make_clip(5), strength=0.0), "strength=0.0 is invalid"),
-        (lambda: Generate(prompt="", size=(8, 16, 16)), "8"),
     ],
 )
 def test_tasks_that_do_not_fit_are_refused_with_what_does(make_task, message):
     with pytest.raises(UserError, match=message):
-        CONFIG.latent_grid(make_task().make_request(CONFIG).grid)
+        make_task().make_request(CONFIG)
 
 
 def test_a_result_has_the_recipe_of_its_sample():

@@ -11,9 +11,9 @@ from dit_video.families import DenoiserFormat, Family, register_family
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import TextTokens
 from dit_video.nn import ONE_DEVICE, Linear
-from dit_video.sampling.folder import read_pipeline_config
 from dit_video.sampling.loading import load_pipeline
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import read_pipeline_config
 from dit_video.tokens import segment_mean
 from dit_video.weights.lora import LoraModule
 from dit_video.weights.streaming import FileMap

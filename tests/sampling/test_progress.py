@@ -1,12 +1,13 @@
-"""Quick previews of a pipeline, in callbacks and in its folder."""
+"""Progress of a pipeline: callbacks, their previews, and the decoder of quick ones in its folder."""
 
 import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.folder import PREVIEW
 from dit_video.sampling.loading import load_pipeline
+from dit_video.sampling.pipeline_config import PREVIEW
 from dit_video.sampling.preview import PreviewFit
+from dit_video.sampling.progress import SamplingCancelled
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip
@@ -32,6 +33,40 @@ def plain():
 @pytest.fixture(scope="module")
 def pipeline(plain):
     return plain.with_preview_decoder(fit_decoder(plain))
+
+
+def test_a_callback_sees_previews_and_may_cancel(plain):
+    previews = []
+
+    def watch(progress):
+        previews.append((progress.step, progress.steps, progress.preview()[0].frames))
+
+    result = plain.generate("red", size=(5, 16, 16), steps=6, callback=watch)
+    assert [(step, steps, frames.shape) for step, steps, frames in previews] == [
+        (4, 6, (5, 16, 16, 3)),
+        (6, 6, (5, 16, 16, 3)),
+    ]
+    assert np.abs(previews[-1][2].astype(int) - result.frames).max() <= 1
+    with pytest.raises(SamplingCancelled, match="after step 4 of 6"):
+        plain.generate("red", size=(5, 16, 16), steps=6, callback=lambda progress: progress.cancel())
+
+
+@pytest.mark.parametrize(("method", "expected"), [("flow_edit", range(1, 7)), ("inversion", (4, 6, 10, 12))])
+def test_a_callback_sees_previews_of_an_edit_and_may_cancel(plain, method, expected):
+    options = {"source": "red", "edit_method": method, "strength": 1.0, "steps": 6}
+    frames = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    clip, seen, previews = Clip(frames, 8), [], []
+
+    def watch(progress):
+        seen.append((progress.step, progress.steps))
+        previews.append(progress.preview()[0].frames)
+
+    result = plain.edit(clip, "blue", callback=watch, **options)
+    assert seen == [(step, expected[-1]) for step in expected]
+    assert np.abs(previews[-1].astype(int) - result.frames).max() <= 1
+    assert (previews[0] != previews[-1]).any()
+    with pytest.raises(SamplingCancelled, match=f"after step {expected[0]} of {expected[-1]}"):
+        plain.edit(clip, "blue", callback=lambda progress: progress.cancel(), **options)
 
 
 def list_previews(pipeline, run, **options):

@@ -9,9 +9,9 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.models.conditioning import FrameConditioning, make_cond_latents
+from dit_video.sampling.completion import Completion
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
-from dit_video.sampling.tasks.completion import Completion
 from dit_video.tokens import Grid, patchify
 from support import tiny_clip
 from support.random_params import make_random_params
@@ -61,14 +61,6 @@ def test_the_image_conditions_as_latents_and_as_tokens(animating):
     latents = sample_latents(animating, image=IMAGES[0])
     assert np.isfinite(latents).all()
     assert np.abs(sample_latents(animating, image=dit_video.Clip(IMAGES[1:], 16)) - latents).max() > 1e-3
-
-
-def test_the_clean_first_frame_stays(knowing):
-    latents = sample_latents(knowing, image=IMAGES[0])
-    np.testing.assert_array_equal(latents[:1], knowing.encode(dit_video.Clip(IMAGES[:1], 16)))
-    free = sample_latents(knowing)
-    assert np.abs(latents - free)[1:].max() > 1e-3
-    assert np.abs(latents - free)[0].max() > 1e-3
 
 
 @pytest.mark.slow
@@ -131,17 +123,6 @@ def test_without_a_size_the_clip_has_the_aspect_ratio_of_the_image(animating):
     pipeline = Pipeline(config, autoencoder=animating.codec.params, denoiser=animating.denoiser_params)
     latents = sample_latents(pipeline, image=np.concatenate([IMAGES[0]] * 3, 1), size=None)
     assert pipeline.decode(latents).frames.shape == (5, 16, 48, 3)
-
-
-def test_a_model_without_image_conditioning_keeps_an_image_without_training(knowing):
-    config = replace(knowing.config, backbone=replace(KNOWING, time="segment"), frame_conditioning=None)
-    other = Pipeline(config, autoencoder=knowing.codec.params, denoiser=knowing.denoiser_params)
-    with pytest.warns(UserWarning, match="not trained for what is known of the clip"):
-        latents = sample_latents(other, image=IMAGES[0])
-    expected = other.encode(dit_video.Clip(np.broadcast_to(IMAGES[:1], (5, 16, 16, 3)), 16))
-    np.testing.assert_allclose(latents[0], expected[0], atol=1e-5)
-    with pytest.raises(UserError, match="method='trained' is invalid"):
-        sample_latents(other, image=IMAGES[0], method="trained")
 
 
 @pytest.mark.parametrize("mask_channels", [1, 3])

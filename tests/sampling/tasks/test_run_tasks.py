@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.pictures import Condition
-from dit_video.sampling.progress import SamplingCancelled
+from dit_video.sampling.request import Condition
 from dit_video.sampling.tasks import Extend, Interpolate, ZoomOut
 from dit_video.video import Clip, read_recipe
 from support.tiny_pipeline import SIZE, make_config, make_pipeline
@@ -41,33 +40,6 @@ def test_tasks_of_several_clips_are_those_of_each_alone(pipeline, clip):
         assert (alone.recipe, alone.fps) == (result.recipe, result.fps)
 
 
-def test_a_loop_keeps_its_frames_in_a_circle(pipeline):
-    """The rolled latents are those of a clip whose first frame is the one before the loop: its last."""
-    loop = pipeline.loop("waves", size=(8, 16, 32))
-    assert loop.frames.shape == (8, 16, 32, 3)
-    assert loop.recipe["task"] == "SeamlessLoop"
-    assert (loop.frames != pipeline.loop("waves", size=(8, 16, 32), seed=1).frames).any()
-
-
-def test_flow_edit_with_equal_descriptions_changes_nothing(pipeline, clip):
-    edited = pipeline.edit(clip, "red", source="red", guidance=1.0, strength=0.9)
-    unchanged = pipeline.reconstruct(clip)
-    assert np.abs(edited.frames.astype(int) - unchanged.frames).max() <= 1
-    other = pipeline.edit(clip, "blue", source="red", guidance=1.0, strength=0.9)
-    assert np.abs(other.frames.astype(int) - unchanged.frames).max() > 1
-    assert other.recipe["clip_task"]["name"] == "DescribedEdit"
-    assert other.fps == clip.fps
-
-
-def test_inversion_and_sampling_with_one_description_lead_back(pipeline, clip):
-    options = {"source": "red", "guidance": 1.0, "edit_method": "inversion", "strength": 0.6}
-    errors = []
-    for steps in (4, 32):
-        edited = pipeline.edit(clip, "red", steps=steps, **options)
-        errors.append(np.abs(edited.frames.astype(int) - pipeline.reconstruct(clip).frames).mean())
-    assert errors[1] < 0.5 * errors[0] or errors[1] < 1
-
-
 def test_zooming_out_makes_every_frame_the_middle_of_the_next(pipeline, clip):
     image = Clip(clip.frames[:1], 8, caption="a box")
     result = pipeline.zoom_out(image, frames=3, factor=2.0, steps=2)
@@ -77,43 +49,6 @@ def test_zooming_out_makes_every_frame_the_middle_of_the_next(pipeline, clip):
         pipeline.zoom_out(image, frames=3, factor=1.0)
     with pytest.raises(UserError, match="a clip of 9 frames is no image"):
         pipeline.zoom_out(clip, frames=3)
-
-
-def test_a_callback_sees_previews_and_may_cancel(pipeline):
-    seen = []
-
-    def watch(progress):
-        seen.append((progress.step, progress.steps, progress.preview()[0].frames.shape))
-
-    pipeline.generate("red", size=(5, 16, 16), steps=6, callback=watch)
-    assert seen == [(4, 6, (5, 16, 16, 3)), (6, 6, (5, 16, 16, 3))]
-    with pytest.raises(SamplingCancelled, match="after step 4 of 6"):
-        pipeline.generate("red", size=(5, 16, 16), steps=6, callback=lambda progress: progress.cancel())
-
-
-@pytest.mark.parametrize(("method", "expected"), [("flow_edit", range(1, 7)), ("inversion", (4, 6, 10, 12))])
-def test_a_callback_sees_previews_of_an_edit_and_may_cancel(pipeline, clip, method, expected):
-    options = {"source": "red", "edit_method": method, "strength": 1.0, "steps": 6}
-    seen, previews = [], []
-
-    def watch(progress):
-        seen.append((progress.step, progress.steps))
-        previews.append(progress.preview()[0].frames)
-
-    result = pipeline.edit(clip, "blue", callback=watch, **options)
-    assert seen == [(step, expected[-1]) for step in expected]
-    assert np.abs(previews[-1].astype(int) - result.frames).max() <= 1
-    assert (previews[0] != previews[-1]).any()
-    with pytest.raises(SamplingCancelled, match=f"after step {expected[0]} of {expected[-1]}"):
-        pipeline.edit(clip, "blue", callback=lambda progress: progress.cancel(), **options)
-
-
-def test_the_last_preview_is_the_result(pipeline):
-    previews = []
-    result = pipeline.generate(
-        "red", size=(5, 16, 16), steps=4, callback=lambda progress: previews.append(progress.preview()[0])
-    )
-    assert np.abs(previews[-1].frames.astype(int) - result.frames).max() <= 1
 
 
 def test_a_clip_knows_its_recipe_and_so_does_its_file(pipeline, clip, tmp_path):

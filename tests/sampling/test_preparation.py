@@ -8,9 +8,9 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.models.encoders import ClassNamesConfig
-from dit_video.sampling.checks import check_requests
-from dit_video.sampling.pictures import Condition
 from dit_video.sampling.pipeline import Request
+from dit_video.sampling.preparation import check_requests
+from dit_video.sampling.request import Condition
 from dit_video.video import Clip
 from support.tiny_class_dit import DIT
 from support.tiny_lora import CONFIG

@@ -23,9 +23,9 @@ from dit_video.models.conditioning import (
     OutsideOfBox,
     interleave_mask,
 )
+from dit_video.sampling.completion import Completion
 from dit_video.sampling.plan import CLEAN_LATENTS, CLEAN_MASK
 from dit_video.sampling.request import Request, TaskModel
-from dit_video.sampling.tasks.completion import Completion
 from dit_video.tokens import Grid, PackedShape, compute_token_grid, patchify, unpack
 from dit_video.video import Clip
 from support import tiny

@@ -10,7 +10,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.offload import Stages, is_in_host_memory
 from dit_video.core.trees import flatten
 from dit_video.families.denoisers import get_lora_modules
-from dit_video.sampling.lora import check_adapter
+from dit_video.sampling.adapters import check_adapter
 from dit_video.weights import save
 from support.compilations import count_compilations
 from support.device_memory import count_bytes

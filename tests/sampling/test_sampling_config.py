@@ -1,30 +1,49 @@
-"""Shift and times that replace those of a pipeline's own sampling."""
+"""Guidance, shift and times that replace those of a pipeline's own sampling."""
 
 import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
+    AdaptiveProjectedGuidance,
     DiscreteSchedule,
     DpmFlowSchedule,
     ExplicitTimes,
     FlowMatchSchedule,
+    Guidance,
     KarrasTimes,
     RectifiedFlow,
     ShiftedTimes,
+    SkipLayerGuidance,
     UniformTimes,
     UniPc,
     UniPcFlowSchedule,
     VariancePreservingProcess,
+    ZeroStarGuidance,
 )
 from dit_video.sampling import Sampling
-from dit_video.sampling.options import override_sampling
+from dit_video.sampling.sampling_config import override_sampling
 
 FLOW = RectifiedFlow(shift=3.0)
 
 
 def compute_times(own, process=FLOW, **overrides):
     return override_sampling(own, process, **overrides).make_times(process)
+
+
+def test_options_of_guidance_are_set_and_removed_one_by_one():
+    own = Sampling(guidance=Guidance(scale=3.0, rescale=0.5, zero_star=ZeroStarGuidance(zero_steps=2)))
+    assert own.override_guidance() == own.guidance
+    changed = own.override_guidance(scale=2.0, skip_layers=(1, 2), zero_star=False, projected=True)
+    assert changed == Guidance(
+        scale=2.0,
+        rescale=0.5,
+        projection=AdaptiveProjectedGuidance(),
+        skip_layers=SkipLayerGuidance(layers=(1, 2)),
+    )
+    assert own.override_guidance(zero_star=True).zero_star == ZeroStarGuidance()
+    within = own.override_guidance(interval=(0.1, 1.0), rescale=0.7)
+    assert (within.interval, within.rescale, within.scale) == ((0.1, 1.0), 0.7, 3.0)
 
 
 @pytest.mark.parametrize(

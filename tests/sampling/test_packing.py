@@ -17,6 +17,8 @@ from dit_video.diffusion import (
     Velocity,
     ZeroStarGuidance,
 )
+from dit_video.distributed import MeshConfig
+from dit_video.distributed.mesh import make_abstract_mesh
 from dit_video.nn import get_graph_def
 from dit_video.sampling import (
     Sampling,
@@ -26,7 +28,7 @@ from dit_video.sampling import (
     sample_latents,
     trace_latents,
 )
-from dit_video.sampling.packing import RequestSize, plan_rows
+from dit_video.sampling.packing import RequestSize, RowMultiples, compute_row_multiples, plan_rows
 from dit_video.tokens import Field, Grid, PackedShape
 from support.random_params import make_random_params
 from support.tiny_denoiser import DENOISER, DIT, SHAPE, SMALL, make_request
@@ -104,19 +106,6 @@ def test_samples_are_led_away_from_the_model_without_layers_however_branches_are
     for other in (replace(guidance, skip_layers=replace(skip, scale=0.0)), replace(guidance, scale=1.0)):
         changed = sample_requests(TWO, replace(sampling, guidance=other))
         assert np.abs(changed[0] - together[0]).max() > 1e-3
-
-
-def test_options_of_guidance_are_set_and_removed_one_by_one():
-    own = Sampling(guidance=Guidance(scale=3.0, rescale=0.5, zero_star=ZeroStarGuidance(zero_steps=2)))
-    assert own.override_guidance() == own.guidance
-    changed = own.override_guidance(scale=2.0, skip_layers=(1, 2), zero_star=False, projected=True)
-    assert changed == Guidance(
-        scale=2.0,
-        rescale=0.5,
-        projection=AdaptiveProjectedGuidance(),
-        skip_layers=SkipLayerGuidance(layers=(1, 2)),
-    )
-    assert own.override_guidance(zero_star=True).zero_star == ZeroStarGuidance()
 
 
 def test_the_trace_ends_at_the_sample():
@@ -208,3 +197,21 @@ def test_branches_side_by_side_have_room_for_their_texts():
     assert not plan_rows(long, ROW, rows=1, is_batched=True)[0].is_side_by_side
     assert plan_rows([RequestSize(Grid(1, 1, 10), (150, 60))], ROW, rows=1, is_batched=True)[0].is_side_by_side
     assert not plan_rows([RequestSize(Grid(1, 1, 10), (20,))], ROW, rows=1, is_batched=True)[0].is_side_by_side
+
+
+@pytest.mark.parametrize(
+    ("sizes", "guidance", "multiples"),
+    [
+        ({"data": 2, "context": 4}, Guidance(scale=2.0), RowMultiples(1, 2)),
+        ({"data": 8}, Guidance(scale=2.0), RowMultiples(4, 8)),
+        ({"data": 2, "fsdp": 4}, Guidance(scale=2.0, image_scale=3.0), RowMultiples(8, 8)),
+        ({"data": 8}, Guidance(scale=2.0, interval=(0.2, 0.8)), RowMultiples(8, 8)),
+        ({"data": 8}, Guidance(scale=1.0), RowMultiples(8, 8)),
+        ({"data": 1, "context": 8}, Guidance(scale=2.0), RowMultiples(1, 1)),
+    ],
+)
+def test_rows_are_as_many_as_devices_share_all_that_is_evaluated(sizes, guidance, multiples):
+    mesh = make_abstract_mesh(MeshConfig(**sizes), 8)
+    assert compute_row_multiples(mesh, guidance, is_batched=True) == multiples
+    assert compute_row_multiples(None, guidance, is_batched=True) == RowMultiples(1, 1)
+    assert compute_row_multiples(mesh, guidance, is_batched=False).separate == sizes["data"] * sizes.get("fsdp", 1)

@@ -5,8 +5,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.core.resize import compute_fitted_size
-from dit_video.sampling.pictures import Condition, fit_frames, fit_image
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request, fit_frames, fit_image
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
