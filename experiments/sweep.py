@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder
 from sampling_options import SamplingOptions
 
 import dit_video.scenes.protocols  # noqa: F401, registers its protocols
-from dit_video.apps.reports.sweep_report import write_sweep_report
+from dit_video.apps.reports.comparison_report import write_sweep_report
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import script
 from dit_video.core.files import write_json

@@ -53,8 +53,8 @@ def main(
     try:
         from dit_video.apps import server
         from dit_video.apps.browse.media import MediaMaker
+        from dit_video.apps.browse.pages import write_static_page
         from dit_video.apps.browse.routes import make_browse_app
-        from dit_video.apps.browse.static_page import write_static_page
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed. Use pip install 'dit-video[web]'") from error
     from dit_video.apps.access import AccessRules, is_loopback, make_token

@@ -63,7 +63,7 @@ from dit_video.planning import (
     read_calibration,
     suggest,
 )
-from dit_video.planning.calibrate import calibrate
+from dit_video.planning.efficiencies import calibrate
 
 _EXPERIMENT_OPTIONS = ("mesh", "rows", "clips", "steps", "price", "measure", "suggest", "set")
 _FOLDER_OPTIONS = ("size", "offload", "dtype", "text_dtype")

@@ -1,4 +1,4 @@
-"""Serve the studio of a model, and the page of its training run: `python -m dit_video.apps RUN_OR_FOLDER`."""
+"""Serve the studio of a model, and the page of its training run: `python -m dit_video.web RUN_OR_FOLDER`."""
 
 from dit_video.core.platform.scripts import prepare_script
 
@@ -41,9 +41,9 @@ def main(
 
     For example:
 
-        python -m dit_video.apps experiments/pretrained/shapes
-        python -m dit_video.apps runs/clips --port 8000
-        python -m dit_video.apps Wan2.1-T2V-1.3B-Diffusers --lora style.safetensors@0.8 --host 0.0.0.0
+        python -m dit_video.web experiments/pretrained/shapes
+        python -m dit_video.web runs/clips --port 8000
+        python -m dit_video.web Wan2.1-T2V-1.3B-Diffusers --lora style.safetensors@0.8 --host 0.0.0.0
 
     Args:
         folder: Folder of a run, which may be in training, of a pipeline or of open weights.

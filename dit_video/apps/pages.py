@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from dit_video.apps.reports.template import make_environment
+from dit_video.apps.reports.elements import make_environment
 from dit_video.core.errors import MissingError
 
 _ENVIRONMENT = make_environment("dit_video.apps")
@@ -15,7 +15,7 @@ _TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
 def render_page(template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
-    """Return the response with a rendered template of `web/templates`."""
+    """Return the response with a rendered template of `apps/templates`."""
     return HTMLResponse(_ENVIRONMENT.get_template(template).render(values), status_code=status)
 
 
@@ -26,7 +26,7 @@ def render_message(heading: str, text: str, *, title: str, has_run: bool, status
 
 
 def make_static_route() -> Route:
-    """Return the route of styles and scripts: those of `web/static`, and the style sheet of reports."""
+    """Return the route of styles and scripts: those of `apps/static`, and the style sheet of reports."""
     own = importlib.resources.files("dit_video.apps") / "static"
     files = {file.name: file for file in own.iterdir() if file.name.rpartition(".")[2] in _TYPES}
     files["page.css"] = importlib.resources.files("dit_video.apps.reports") / "page.css"

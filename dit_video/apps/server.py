@@ -20,11 +20,9 @@ from starlette.routing import Route
 from dit_video.apps.access import Access, AccessRules
 from dit_video.apps.pages import make_static_route, render_message
 from dit_video.apps.run_page import make_run_routes
-from dit_video.apps.studio.jobs import JobQueue
+from dit_video.apps.studio.jobs import JobQueue, Worker, show_warnings_as_notes
 from dit_video.apps.studio.models import StudioModel
-from dit_video.apps.studio.notes import show_warnings_as_notes
 from dit_video.apps.studio.routes import ERRORS, StudioRoutes, answer_http_error
-from dit_video.apps.studio.worker import Worker
 from dit_video.core.errors import UserError
 
 _SHUTDOWN_SECONDS = 2

@@ -7,24 +7,25 @@ from dit_video.planning.compiled_program import (
     count_argument_bytes,
     measure_peak_memory,
 )
-from dit_video.planning.costs import count_context_weights, count_step_costs, read_step_work
-from dit_video.planning.efficiencies import (
-    Calibration,
+from dit_video.planning.costs import (
+    Purpose,
+    StepSpec,
+    compute_min_collective_bytes,
+    count_context_weights,
+    count_step_costs,
+    estimate_step,
+    read_step_work,
+    sum_collective_bytes,
+)
+from dit_video.planning.efficiencies import Calibration, find_efficiencies, get_calibration_folder, read_calibration
+from dit_video.planning.fit import FitResult, fit
+from dit_video.planning.hardware import CHIPS, Chip, Topology, find_chip
+from dit_video.planning.hlo import CollectiveTraffic, read_program
+from dit_video.planning.pipeline import PipelinePlan, fit_pipeline, plan_pipeline
+from dit_video.planning.plan import Plan, plan_experiment
+from dit_video.planning.roofline import (
     Efficiencies,
     Efficiency,
-    find_efficiencies,
-    get_calibration_folder,
-    read_calibration,
-)
-from dit_video.planning.estimate import StepSpec, estimate_step
-from dit_video.planning.fit import FitResult, fit
-from dit_video.planning.hardware import CHIPS, Chip, find_chip
-from dit_video.planning.hlo import CollectiveTraffic, read_program
-from dit_video.planning.lower_bounds import Purpose, compute_min_collective_bytes, sum_collective_bytes
-from dit_video.planning.pipeline import PipelinePlan, fit_pipeline, plan_pipeline
-from dit_video.planning.plan import Plan
-from dit_video.planning.report import plan_experiment
-from dit_video.planning.roofline import (
     StepTimes,
     StepWork,
     compute_expected_times,
@@ -32,4 +33,3 @@ from dit_video.planning.roofline import (
     get_link_bandwidth,
 )
 from dit_video.planning.suggest import suggest
-from dit_video.planning.topology import Topology

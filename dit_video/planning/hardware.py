@@ -1,8 +1,12 @@
-"""Accelerators' peak rates from their makers' data sheets."""
+"""Accelerators: chips with the peak rates of their makers' data sheets, and topologies of connected chips."""
 
+import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.platform.devices import Platform
 from dit_video.core.platform.xla_flags import GPU_MEMORY_FRACTION
 
@@ -59,6 +63,14 @@ class Chip:
         return "tpu7x" if self.name == "v7x" else self.name
 
 
+def find_chip(device: Any) -> Chip | None:
+    """Return the chip of a JAX device, or None if it is not in the table."""
+    kind = device.device_kind
+    # The longest matching name wins: "TPU v5 lite" also contains "TPU v5".
+    matches = [(len(part), chip) for chip in CHIPS.values() for part in chip.device_kinds if part in kind]
+    return max(matches, key=lambda match: match[0])[1] if matches else None
+
+
 _DOCS = "docs.cloud.google.com/tpu/docs"
 _BOOK = "links: jax-ml.github.io/scaling-book/tpus"
 _PRICE_SOURCES = {
@@ -67,7 +79,6 @@ _PRICE_SOURCES = {
 }
 _V7X_SOURCE = f"{_DOCS}/tpu7x (1,200 GB/s of links in both directions, over the six of a torus)"
 _A100_SOURCE = "NVIDIA A100 80GB SXM data sheet; network: DGX A100 with 200 Gbit/s for each GPU"
-
 _COLUMNS = ("name", "flops", "memory", "bandwidth", "link_bandwidth", "hourly_price", "device_kinds", "source")
 _TPUS: tuple[tuple[Any, ...], ...] = (
     ("v4", 275e12, 32 * GIB, 1228e9, 90e9, 3.22, ("TPU v4",), f"{_DOCS}/v4; {_BOOK}"),
@@ -102,9 +113,88 @@ def _make_chip(row: tuple[Any, ...], kind: Literal["tpu", "gpu"]) -> Chip:
 CHIPS = {row[0]: _make_chip(row, "tpu") for row in _TPUS} | {row[0]: _make_chip(row, "gpu") for row in _GPUS}
 
 
-def find_chip(device: Any) -> Chip | None:
-    """Return the chip of a JAX device, or None if it is not in the table."""
-    kind = device.device_kind
-    # The longest matching name wins: "TPU v5 lite" also contains "TPU v5".
-    matches = [(len(part), chip) for chip in CHIPS.values() for part in chip.device_kinds if part in kind]
-    return max(matches, key=lambda match: match[0])[1] if matches else None
+@dataclass(frozen=True)
+class Topology:
+    """A number of connected chips."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+    """Shape of the torus of a TPU slice, or the number of other chips."""
+    slices: int = 1
+    """Number of TPU slices of this shape, which the data centre's network (DCN) connects."""
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape) * self.slices
+
+    def __str__(self) -> str:
+        shape = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+        return shape if self.slices == 1 else f"{shape}*{self.slices}"
+
+    @staticmethod
+    def parse(text: str, chips: Mapping[str, Chip] = CHIPS) -> "Topology":
+        """Parse a topology such as `v5e:4x4`, `v5p:4x4x8*2` or `h100:16`.
+
+        Args:
+          text: chip, shape, and for several slices of a TPU their number.
+          chips: supported chips by name.
+
+        Raises:
+          UserError: the chip is not in the table, the shape has the wrong number of sizes, or the number of slices is
+            not positive or not of TPUs.
+        """
+        name, _, size = text.lower().partition(":")
+        chip = next((chip for chip in chips.values() if name in (chip.name, chip.libtpu_name)), None)
+        if chip is None:
+            raise UserError(f"chip {name!r} is not supported. Use one of {', '.join(chips)}, as in v5e:4x4 or h100:8")
+        shape, star, count = size.partition("*")
+        parts = shape.split("x")
+        dimensions = (2 if chip.name in ("v5e", "v6e") else 3) if chip.kind == "tpu" else 1
+        example = f"{name}:{ {1: '8', 2: '4x4', 3: '4x4x4'}[dimensions] }"
+        if len(parts) != dimensions or not all(map(_is_positive, parts)):
+            fix = f"Use a shape such as {example}"
+            raise UserError(f"{text!r} is not a topology: a {name} has {dimensions} sizes. {fix}")
+        if star and chip.kind != "tpu":
+            rule = f"only TPUs come in slices, {name} are counted in all"
+            raise UserError(f"{text!r} is not a topology: {rule}. Use their number, such as {example}")
+        if star and not _is_positive(count):
+            rule = "the number of slices after * is an integer of at least 1"
+            raise UserError(f"{text!r} is not a topology: {rule}. Use, for two slices, {name}:{shape}*2")
+        return Topology(chip, tuple(map(int, parts)), int(count) if star else 1)
+
+    def get_devices(self) -> list[Any]:
+        """Return descriptions of TPU devices from libtpu, for which programs can be compiled without the hardware.
+
+        Raises:
+          MissingError: libtpu is not installed.
+          UserError: these chips don't come in this shape.
+        """
+        # libtpu queries its host and claims the chips exclusively; here there are none.
+        for name, value in _NO_HARDWARE_ENV.items():
+            os.environ.setdefault(name, value)
+        try:
+            import libtpu  # noqa: F401
+        except ImportError as error:
+            raise MissingError("libtpu, which compiles for TPUs, is not installed. Use pip install libtpu") from error
+        from jax.experimental import topologies
+
+        name = f"{self.chip.libtpu_name}:{'x'.join(map(str, self.shape))}"
+        slices = {} if self.slices == 1 else {"num_slices": self.slices}
+        try:
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices)
+        except Exception as error:
+            raise UserError(f"libtpu has no topology {name}: {str(error).splitlines()[0]}") from error
+
+
+def _is_positive(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
+
+
+_NO_HARDWARE_ENV = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}

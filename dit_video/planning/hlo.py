@@ -5,22 +5,25 @@ count of a loop is its `known_trip_count`, or the constant of its condition. A l
 data, counts once, and `Program.unknown_loops` is the number of such loops.
 """
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from dit_video.planning.hlo_text import CALLEES, Computation, Instruction, find_users, parse_computations
-from dit_video.planning.matmul_flops import count_convolution_flops, count_dot_flops, count_gemm_flops
-from dit_video.planning.memory_traffic import COLLECTIVES, count_collective_traffic, count_traffic
-from dit_video.planning.replica_groups import find_mesh_axes, parse_lists, parse_replica_groups
-from dit_video.planning.slice_transfers import read_slice_transfer
-
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CHAIN_ID = re.compile(r'"?chain_id"?[:=]"?(\w+)"?')
-_KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
-_KIND_ALIASES = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
+from dit_video.planning.hlo_text import (
+    CALLEES,
+    Computation,
+    Instruction,
+    Shape,
+    find_mesh_axes,
+    find_users,
+    parse_computations,
+    parse_lists,
+    parse_replica_groups,
+    read_slice_transfer,
+)
 
 
 @dataclass
@@ -86,6 +89,13 @@ def read_program(
     return reader.program
 
 
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+"""Kinds of collectives; a ragged all-to-all counts as an all-to-all, a broadcast as a permutation."""
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CHAIN_ID = re.compile(r'"?chain_id"?[:=]"?(\w+)"?')
+_KERNEL = re.compile(r'custom_call_target="(tpu_custom_call|__cudnn\$fmha)')
+_KIND_ALIASES = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
 _COPY_OPCODES = ("bitcast", "copy", "get-tuple-element")
 """Opcodes whose result has the values of their first operand."""
 
@@ -235,3 +245,190 @@ def _count_stacked_bytes(computations: dict[str, Computation], body: str, trip_c
         if any(part.opcode == "dynamic-update-slice" for part in inner.values()):
             total += sum(shape.bytes for shape in instruction.shapes)
     return total
+
+
+def count_dot_flops(instruction: Any, computation: Any) -> float:
+    """Return the FLOPs of a `dot` instruction, 0 if its operands are unknown."""
+    left = computation.get(instruction.operands[0])
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+    if left is None or contracted is None:
+        return 0.0
+    sizes = left.shapes[0].sizes
+    return 2.0 * instruction.shapes[0].values * math.prod(sizes[int(axis)] for axis in contracted[1].split(",") if axis)
+
+
+def count_gemm_flops(instruction: Any, computation: Any) -> float:
+    """Return the FLOPs of a `custom-call` instruction of cuBLAS, to which GPU programs pass matrix products, else 0.
+
+    Its result is the first of several: the others are workspace, and what the epilogue keeps.
+    """
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.rest)
+    left = computation.get(instruction.operands[0]) if instruction.operands else None
+    if "__cublas$" not in instruction.rest or left is None or contracted is None:
+        return 0.0
+    sizes = left.shapes[0].sizes
+    axes = [int(axis) for axis in re.findall(r"\d+", contracted[1])]
+    return 2.0 * instruction.shapes[0].values * math.prod(sizes[axis] for axis in axes)
+
+
+def count_convolution_flops(instruction: Any, computation: Any) -> float:
+    """Return the FLOPs of a `convolution` instruction, 0 if its operands are unknown.
+
+    TPU programs express matrix products as convolutions, batched ones with the batch as a dilated window.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    left, right = (computation.get(name) for name in instruction.operands[:2])
+    if labels is None or left is None or right is None:
+        return 0.0
+    window = re.search(r"window=\{([^}]*)\}", instruction.rest)
+    options = dict(part.split("=") for part in window[1].split()) if window else {}
+    spatial = sorted(label for label in labels[1] if label.isdigit())
+
+    def option(name: str, axis: int, default: str) -> str:
+        return options[name].split("x")[axis] if name in options else default
+
+    taps = 1
+    for axis, label in enumerate(spatial):
+        low = int(option("pad", axis, "0_0").split("_")[0])
+        taps *= _count_taps(
+            left.shapes[0].sizes[labels[1].index(label)],
+            right.shapes[0].sizes[labels[2].index(label)],
+            instruction.shapes[0].sizes[labels[3].index(label)],
+            (low, *(int(option(name, axis, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))),
+        )
+    groups = re.search(r"batch_group_count=(\d+)", instruction.rest)
+    batch = instruction.shapes[0].sizes[labels[3].index("b")]
+    values = right.shapes[0].sizes
+    outputs, inputs = values[labels[2].index("o")], values[labels[2].index("i")]
+    return 2.0 * taps * batch * outputs * inputs / (int(groups[1]) if groups else 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _count_taps(input_size: int, kernel_size: int, output_size: int, window: tuple[int, int, int, int]) -> int:
+    """Return the number of products along one spatial axis: pairs of output and weight that read no padding."""
+    padding, stride, input_dilation, weight_dilation = window
+    last = (input_size - 1) * input_dilation
+    total = 0
+    for weight in range(kernel_size):
+        first = weight * weight_dilation - padding
+        if input_dilation == 1:  # The outputs that read an input are contiguous.
+            begin, end = max(0, math.ceil(-first / stride)), min(output_size - 1, (last - first) // stride)
+            total += max(0, end - begin + 1)
+        else:
+            indices = range(first, first + output_size * stride, stride)
+            total += sum(0 <= index <= last and index % input_dilation == 0 for index in indices)
+    return total
+
+
+_NO_TRAFFIC = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+    *("while", "conditional", "call", "opt-barrier", "async-start", "async-update", "async-done"),
+}
+"""Opcodes that don't access memory themselves."""
+_SLICE_OPCODES = frozenset({"slice", "slice-start", "dynamic-slice", "gather"})
+"""Opcodes that read no more of their first operand than they return."""
+
+
+def count_traffic(instruction: Instruction, computation: Computation, computations: Mapping[str, Computation]) -> int:
+    """Return the bytes that an instruction outside of fusions reads and writes, assuming that no operand is cached.
+
+    A fusion does not read more of an operand than the slices that it takes of it, nor write more of an array that it
+    updates in place than the update. Collectives inside of fusions, of which several continue one, are not counted:
+    see `count_collective_traffic`.
+    """
+    if instruction.opcode in _NO_TRAFFIC:
+        return 0
+    read = sum(
+        _count_read_bytes(instruction, number, source.shapes[0], computations)
+        for number, source in enumerate(computation.get(name) for name in instruction.operands)
+        if source is not None and len(source.shapes) == 1 and not source.shapes[0].is_in_vmem
+    )
+    shapes = _get_result_shapes(instruction)
+    written = _list_written_bytes(instruction, shapes, computation, computations)
+    return read + sum(size for size, shape in zip(written, shapes, strict=True) if not shape.is_in_vmem)
+
+
+def count_collective_traffic(instruction: Instruction, computation: Computation) -> int:
+    """Return the bytes that a collective inside of a fusion reads and writes."""
+    sources = [computation[name] for name in instruction.operands if name in computation]
+    shapes = [*_get_result_shapes(instruction), *(shape for source in sources for shape in source.shapes)]
+    return sum(shape.bytes for shape in shapes if not shape.is_in_vmem)
+
+
+def _count_read_bytes(
+    instruction: Instruction, number: int, shape: Shape, computations: Mapping[str, Computation]
+) -> int:
+    """Return the bytes of an operand that an instruction reads, inside or outside of a fusion."""
+    if instruction.opcode in _SLICE_OPCODES:
+        return sum(part.bytes for part in _get_result_shapes(instruction)) if number == 0 else 0
+    if instruction.opcode == "tuple" or (instruction.opcode == "dynamic-update-slice" and number == 0):
+        return 0
+    fused = _get_fused_computation(instruction, computations)
+    parameter = next((part for part in fused.values() if _is_parameter(part, number)), None)
+    if parameter is None:
+        return shape.bytes
+    uses = _find_uses(parameter.name, fused)
+    return min(shape.bytes, sum(_count_read_bytes(user, index, shape, computations) for user, index in uses))
+
+
+def _find_uses(name: str, fused: Computation) -> Iterator[tuple[Instruction, int]]:
+    """Yield the instructions that read an array in a fusion, also after bitcasts, and the number of the operand."""
+    for user in fused.values():
+        if name in user.operands:
+            if user.opcode == "bitcast":
+                yield from _find_uses(user.name, fused)
+            elif user.opcode not in COLLECTIVES:
+                yield user, user.operands.index(name)
+
+
+def _list_written_bytes(
+    instruction: Instruction,
+    shapes: tuple[Shape, ...],
+    computation: Computation,
+    computations: Mapping[str, Computation],
+) -> list[int]:
+    """Return the bytes that an instruction writes of each result."""
+    if instruction.opcode == "dynamic-update-slice":
+        update = computation.get(instruction.operands[1])
+        return [update.shapes[0].bytes if update is not None and update.shapes else 0]
+    fused = _get_fused_computation(instruction, computations)
+    root = next((part for part in fused.values() if part.is_root), None)
+    if root is None:
+        return [shape.bytes for shape in shapes]
+    names = root.operands if root.opcode == "tuple" else (root.name,)
+    if len(names) != len(shapes):
+        return [shape.bytes for shape in shapes]
+    return [_count_result_bytes(name, shape, fused, computations) for name, shape in zip(names, shapes, strict=True)]
+
+
+def _count_result_bytes(name: str, shape: Shape, fused: Computation, computations: Mapping[str, Computation]) -> int:
+    """Return the bytes that a fusion writes of one result, which may be an updated array or one that it passes on."""
+    source = fused.get(name)
+    while source is not None and source.opcode == "bitcast" and source.operands:
+        source = fused.get(source.operands[0])
+    if source is None:
+        return shape.bytes
+    if source.opcode == "parameter" or source.opcode in COLLECTIVES:
+        return 0
+    written = _list_written_bytes(source, source.shapes, fused, computations)
+    return written[0] if len(written) == 1 else shape.bytes
+
+
+def _get_fused_computation(instruction: Instruction, computations: Mapping[str, Computation]) -> Computation:
+    """Return the computation of a fusion; an empty one of other instructions."""
+    callee = dict(CALLEES.findall(instruction.rest)).get("calls") if instruction.opcode == "fusion" else None
+    return computations.get(callee, {}) if callee else {}
+
+
+def _is_parameter(instruction: Instruction, number: int) -> bool:
+    return instruction.opcode == "parameter" and instruction.rest.split(")")[0] == str(number)
+
+
+def _get_result_shapes(instruction: Instruction) -> tuple[Shape, ...]:
+    """Return the shapes of an instruction's results; asynchronous starts list those of their operands, too."""
+    if instruction.opcode == "copy-start":  # (destination, source, context); the others list their operands first
+        return instruction.shapes[:1]
+    if instruction.opcode in ("slice-start", "all-gather-start", "collective-permute-start"):
+        operands = len(instruction.operands)
+        return instruction.shapes[operands : 2 * operands]
+    return instruction.shapes

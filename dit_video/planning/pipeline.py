@@ -28,8 +28,8 @@ from dit_video.models.encoders.embedder import make_embedding_program
 from dit_video.models.features.clip import make_frame_program
 from dit_video.nn.parallel import ONE_DEVICE
 from dit_video.planning.compiled_program import compile_step, count_local_bytes, override_default_backend
-from dit_video.planning.report import check_memory, find_devices
-from dit_video.planning.topology import Topology
+from dit_video.planning.hardware import Topology
+from dit_video.planning.plan import check_memory, find_devices
 from dit_video.sampling.memory import (
     AUTOENCODER,
     IMAGE_ENCODER,

@@ -5,11 +5,10 @@ An estimate divides each peak rate by the share of it that was measured, on this
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from dit_video.planning.efficiencies import COLLECTIVES, MEMORY, PRODUCTS, Efficiencies, name_attention_work
+from dit_video.planning.hardware import Topology
 from dit_video.planning.hlo import CollectiveTraffic
-from dit_video.planning.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,41 @@ class StepTimes:
     def scheduled(self) -> float:
         """Return the seconds of a step if only collectives of weights and gradients, and the ring, overlap."""
         return max(self.compute, self.memory, self.collectives - self.blocking) + self.blocking
+
+
+PRODUCTS, MEMORY, COLLECTIVES = "products", "memory", "collectives"
+"""Kinds of work besides attention, as keys of the tables: products of dense matrices, copies in the device's memory,
+collectives."""
+
+
+def name_attention_work(backend: str) -> str:
+    """Return the kind of work of an attention backend, as a key of the tables."""
+    return f"{backend} attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """A share of a peak rate, and its source."""
+
+    share: float
+    """Executed operations, or bytes, per second, in units of the chip's peak."""
+    source: str
+    """Publication, or date and device of the measurement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiencies:
+    """Efficiencies of a chip by kind of work."""
+
+    by_work: Mapping[str, Efficiency] = field(default_factory=dict)
+
+    def get_share(self, work: str) -> float | None:
+        """Return the share of a kind of work; None if none is known."""
+        return self.by_work[work].share if work in self.by_work else None
+
+    def update(self, measured: "Efficiencies") -> "Efficiencies":
+        """Return these efficiencies, with measured ones instead of published ones."""
+        return Efficiencies(by_work={**self.by_work, **measured.by_work})
 
 
 def compute_step_times(

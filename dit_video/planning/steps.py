@@ -27,8 +27,7 @@ from dit_video.models.backbones.flops import count_training_passes
 from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, make_mask_fields
 from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig
 from dit_video.nn import get_graph_def, init_lora, init_params
-from dit_video.planning.costs import count_step_costs
-from dit_video.planning.estimate import StepSpec
+from dit_video.planning.costs import StepSpec, count_step_costs
 from dit_video.sampling import SamplingRequest
 from dit_video.sampling.packing import PackedRequests, Packer, compute_row_multiples
 from dit_video.sampling.program import (

@@ -11,13 +11,11 @@ from dit_video.distributed.mesh import count_axis_slices, make_abstract_mesh
 from dit_video.experiment import Experiment
 from dit_video.nn import Remat
 from dit_video.planning.compiled_program import count_argument_bytes
-from dit_video.planning.efficiencies import Efficiencies
-from dit_video.planning.estimate import estimate_step
-from dit_video.planning.plan import Plan
-from dit_video.planning.report import check_mesh, find_devices, plan_experiment
-from dit_video.planning.roofline import compute_step_times
+from dit_video.planning.costs import estimate_step
+from dit_video.planning.hardware import Topology
+from dit_video.planning.plan import Plan, check_mesh, find_devices, plan_experiment
+from dit_video.planning.roofline import Efficiencies, compute_step_times
 from dit_video.planning.steps import Part, fill_row, plan_step, shard_shapes
-from dit_video.planning.topology import Topology
 
 _SLACK = 1.1
 """Largest estimate of a candidate's memory relative to a device's; for compiled steps, estimates were at most 5 % too

@@ -1,6 +1,6 @@
 """The studio's command, `python -m dit_video.web RUN_OR_FOLDER`; the studio itself is in `dit_video.apps`."""
 
-from dit_video.apps.__main__ import main
+import runpy
 
 if __name__ == "__main__":
-    main()
+    runpy.run_module("dit_video.apps", run_name="__main__")

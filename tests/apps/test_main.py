@@ -1,4 +1,4 @@
-"""The command `python -m dit_video.apps`: what it refuses before it listens, and what it prints."""
+"""The command `python -m dit_video.web`: what it refuses before it listens, and what it prints."""
 
 import re
 import shutil
@@ -93,7 +93,7 @@ def test_a_run_without_a_model_shows_its_page(tmp_path, tiny_run, served):
 def test_the_shipped_model_is_up_soon_and_ends_with_ctrl_c(tmp_path):
     arguments = ["experiments/pretrained/shapes", "--port", "0", "--out", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dit_video.apps", *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "dit_video.web", *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     start = time.monotonic()
     try:

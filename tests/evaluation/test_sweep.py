@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dit_video.apps.reports.sweep_report import write_sweep_report
+from dit_video.apps.reports.comparison_report import write_sweep_report
 from dit_video.core.errors import UserError
 from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.metrics.reconstruction import Psnr

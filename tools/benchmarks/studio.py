@@ -32,7 +32,7 @@ def measure(run: Path) -> dict[str, Any]:
 
 def _measure_start(run: Path, folder: Path) -> dict[str, float]:
     """Return seconds until the page is there, and from the click to a playing video: of two clips."""
-    command = [sys.executable, "-m", "dit_video.apps", str(run), "--port", "0", "--out", str(folder / "studio")]
+    command = [sys.executable, "-m", "dit_video.web", str(run), "--port", "0", "--out", str(folder / "studio")]
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     root = Path(dit_video.__file__).parents[1]
     start = time.perf_counter()

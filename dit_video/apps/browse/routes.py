@@ -16,8 +16,7 @@ from starlette.routing import Route
 from dit_video.apps.access import Access, AccessRules
 from dit_video.apps.browse.media import MediaMaker
 from dit_video.apps.browse.pages import describe_table, read_assets, render_browse_page
-from dit_video.apps.browse.row_queries import MAX_ROWS, RowQuery, TableView
-from dit_video.apps.browse.row_values import read_row, read_rows
+from dit_video.apps.browse.table_view import MAX_ROWS, RowQuery, TableView, read_row, read_rows
 from dit_video.core.errors import MissingError, UserError
 from dit_video.curation.export.stored_clips import StoredClips, detect_media_type
 

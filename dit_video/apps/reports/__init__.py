@@ -1,4 +1,4 @@
 """Report of a run on one self-contained page, `report.html`."""
 
-from dit_video.apps.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
-from dit_video.apps.reports.report import write_report
+from dit_video.apps.reports.elements import Chart, Curve
+from dit_video.apps.reports.report import Command, Figure, Reconstruction, Report, Sample, write_report

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dit_video.apps.reports.clips import join_side_by_side
-from dit_video.apps.reports.contents import Chart, Curve, Reconstruction, Report, Sample
-from dit_video.apps.reports.report import write_report
-from dit_video.apps.reports.results import format_values, make_headline_figures, make_result_table
+from dit_video.apps.reports.elements import Chart, Curve, join_side_by_side
+from dit_video.apps.reports.report import Figure, Reconstruction, Report, Sample, write_report
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.registry import get_class_name
 from dit_video.evaluation.clip_set import ClipSet
+from dit_video.evaluation.collection import MetricResult
 from dit_video.evaluation.measure import Measurement
 from dit_video.evaluation.metrics.likelihood import LOSS_PREFIX, LossByTime
 from dit_video.evaluation.metrics.metric import MetricDescription
@@ -203,3 +202,37 @@ def _make_reconstructions(
         label = f"{name} · {extremes[name]}" if name in extremes else name
         pairs.append(Reconstruction(original=original, decoded=decoded, values=values, name=label))
     return tuple(pairs)
+
+
+def make_result_table(results: Mapping[str, MetricResult]) -> dict[str, dict[str, Any]]:
+    """Return a row for every value of a metric."""
+    return {
+        name: {
+            "value": None if estimate.value is None else about.format_value(estimate.value, is_precise=True),
+            "95 % interval": about.format_interval(estimate, is_precise=True) or None,
+            "count": estimate.count,
+            "better": {True: "higher", False: "lower", None: None}[about.is_higher_better],
+            "meaning": ": ".join(filter(None, (about.label, about.explanation))),
+            "note": estimate.note or None,
+        }
+        for name, (_, about, estimate) in results.items()
+    }
+
+
+def make_headline_figures(results: Mapping[str, MetricResult]) -> tuple[Figure, ...]:
+    """Return the headline values of metrics with their intervals and counts; shares are drawn as bars."""
+    figures = []
+    for _, about, estimate in results.values():
+        if not about.is_headline or estimate.value is None:
+            continue
+        interval = f"95 % interval {about.format_interval(estimate)}" if estimate.interval else ""
+        note = "; ".join(filter(None, (interval, f"{estimate.count} examples", estimate.note, about.explanation)))
+        share = estimate.value if about.unit == "%" else None
+        figures.append(Figure(label=about.label, value=about.format_value(estimate.value), note=note, share=share))
+    return tuple(figures)
+
+
+def format_values(values: Mapping[str, float], results: Mapping[str, MetricResult]) -> dict[str, str]:
+    """Return the values of an example as text, by label."""
+    descriptions = {name: results[name].description for name in values}
+    return {descriptions[name].label: descriptions[name].format_value(value) for name, value in values.items()}

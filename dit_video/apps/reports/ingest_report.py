@@ -6,10 +6,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from dit_video.apps.reports import clips
-from dit_video.apps.reports.contents import Figure
-from dit_video.apps.reports.tables import format_value, render_json
-from dit_video.apps.reports.template import render_template
+from dit_video.apps.reports.elements import embed_clip, format_value, render_json, render_template
+from dit_video.apps.reports.report import Figure
 from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, StoragePathLike, write_text
@@ -72,7 +70,7 @@ def render(report: IngestReport, source: ClipSource) -> Markup:
         short_side=_SHORT_SIDE,
         max_bars=_MAX_BARS,
         make_bars=_make_bars,
-        embed=clips.embed,
+        embed=embed_clip,
         format_count=_format_count,
         format_time=_format_time,
         format_value=format_value,

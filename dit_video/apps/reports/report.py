@@ -1,23 +1,122 @@
-"""Report page: sections from top to bottom, in one file."""
+"""Contents of a report, and its page: sections from top to bottom, in one file."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from markupsafe import Markup
 
-from dit_video.apps.reports import clips
-from dit_video.apps.reports.charts import draw_line_chart
-from dit_video.apps.reports.contents import Report, Sample
+from dit_video.apps.reports.elements import (
+    Chart,
+    compute_common_scale,
+    draw_line_chart,
+    embed_clip,
+    join_side_by_side,
+    render_json,
+    render_metrics,
+    render_template,
+)
 from dit_video.apps.reports.run_times import render_run_times
-from dit_video.apps.reports.tables import render_json, render_metrics
-from dit_video.apps.reports.template import render_template
 from dit_video.core import files
+from dit_video.core.errors import UserError
+from dit_video.training.goodput import RunTimes
+from dit_video.video import Clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A headline figure."""
+
+    label: str
+    """Name of the figure."""
+    value: str
+    """Formatted value with its unit: `98 %`."""
+    note: str = ""
+    """Additional information, such as an interval or the number of clips."""
+    share: int | float | None = None
+    """Figure as a share of its best value, 0..1, drawn as a bar; values outside are clipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A generated clip."""
+
+    clip: Clip
+    """Clip that was generated."""
+    prompt: str | None = None
+    """Prompt of the sample; by default the clip's caption."""
+    seen: bool | None = None
+    """True if the prompt occurred in training; None if that does not apply."""
+    verdict: Mapping[str, bool] = field(default_factory=dict)
+    """Judgement of each attribute, `{"colour": True}`; empty without a judge."""
+    note: str = ""
+    """Line of small print, such as the seed."""
+    group: str = ""
+    """Heading under which the page shows the sample, with others of its length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """A clip and its reconstruction by the autoencoder.
+
+    Raises:
+      UserError: the two differ in size.
+    """
+
+    original: Clip
+    """Clip that was encoded."""
+    decoded: Clip
+    """Reconstruction by the autoencoder."""
+    values: Mapping[str, str] = field(default_factory=dict)
+    """Values of metrics as text, by label: `{"PSNR": "31.2 dB"}`."""
+    name: str = ""
+    """Name of the clip; by default the original's caption."""
+    linear: Clip | None = None
+    """Reconstruction by the best linear autoencoder with as many latent values."""
+
+    def __post_init__(self) -> None:
+        for reconstruction in (self.decoded, self.linear):
+            if reconstruction is not None and self.original.frames.shape != reconstruction.frames.shape:
+                raise UserError(
+                    f"a reconstruction of shape {reconstruction.frames.shape} differs from its original's, "
+                    f"{self.original.frames.shape} [T H W 3]; compare clips before resizing them"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command that the reader may copy."""
+
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that `write_report` shows, from top to bottom; empty parts have no section."""
+
+    title: str
+    summary: str = ""
+    figures: tuple[Figure, ...] = ()
+    samples: tuple[Sample, ...] = ()
+    reconstructions: tuple[Reconstruction, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    charts_title: str = "Training"
+    """Heading of the charts."""
+    times: RunTimes = field(default_factory=RunTimes)
+    """Where the time of the run went."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Nested metrics; the leaves are numbers, strings, booleans, `None` or sequences of them."""
+    config: Any = None
+    """JSON value of the experiment's config, from `config_json.to_json`."""
+    commands: tuple[Command, ...] = ()
 
 
 def write_report(path: str | os.PathLike, report: Report) -> None:
     """Write `report` as one self-contained HTML file, atomically: without network, with clips, style and script inside.
 
-    Tiny clips are embedded losslessly as animated PNG, larger ones as MP4 (see `clips.embed`).
+    Tiny clips are embedded losslessly as animated PNG, larger ones as MP4 (see `elements.embed_clip`).
     """
     files.write_text(path, render(report))
 
@@ -30,9 +129,9 @@ def render(report: Report) -> Markup:
         report=report,
         sample_groups=_group_by_length(report.samples),
         filters=_list_filters(report.samples),
-        joined_clips=[clips.join_side_by_side(*(clip for clip in group if clip is not None)) for group in compared],
-        compute_common_scale=clips.compute_common_scale,
-        embed=clips.embed,
+        joined_clips=[join_side_by_side(*(clip for clip in group if clip is not None)) for group in compared],
+        compute_common_scale=compute_common_scale,
+        embed=embed_clip,
         draw_line_chart=draw_line_chart,
         render_run_times=render_run_times,
         render_metrics=render_metrics,

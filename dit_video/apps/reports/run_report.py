@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from dit_video.apps.reports.contents import Chart, Command, Curve, Figure, Reconstruction, Report, Sample
-from dit_video.apps.reports.report import write_report
-from dit_video.apps.reports.results import format_values, make_headline_figures, make_result_table
+from dit_video.apps.reports.elements import Chart, Curve
+from dit_video.apps.reports.evaluation_report import format_values, make_headline_figures, make_result_table
+from dit_video.apps.reports.report import Command, Figure, Reconstruction, Report, Sample, write_report
 from dit_video.apps.reports.run_times import format_duration
 from dit_video.core import config_json
 from dit_video.core.files import read_json

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from dit_video.apps.reports.template import render_template
+from dit_video.apps.reports.elements import render_template
 from dit_video.training import goodput
 from dit_video.training.goodput import AttemptTimes, RunTimes
 

@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Float64
 from markupsafe import Markup
 
-from dit_video.apps.reports.charts import draw_line_chart
-from dit_video.apps.reports.contents import Chart, Curve
-from dit_video.apps.run_page.metrics_reader import Entry
+from dit_video.apps.reports.elements import Chart, Curve, draw_line_chart
+from dit_video.apps.run_page.run_files import Entry
 from dit_video.apps.run_page.run_state import TrainingState
 
 _TIMES = re.compile(r"(validation_)?loss_t([0-9.]+)-([0-9.]+)")

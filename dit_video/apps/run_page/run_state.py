@@ -1,40 +1,96 @@
-"""State of a run's folder while another process trains in it."""
+"""Plan of a run, and the state of its folder while another process trains in it."""
 
 import contextlib
 import itertools
 import math
+import re
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dit_video.apps.reports.run_times import format_duration
-from dit_video.apps.run_page.evaluation_log import EvaluationCurves, read_evaluations
-from dit_video.apps.run_page.grids import GridSeries, list_grids
-from dit_video.apps.run_page.metrics_reader import Entry, MetricsReader
-from dit_video.apps.run_page.run_plan import PlannedTraining, RunPlan, read_plan
-from dit_video.apps.run_page.time_use import TimeUse, TimeUseCounter
-from dit_video.apps.run_page.times_reader import TimesReader
+from dit_video.apps.run_page.run_files import (
+    Entry,
+    EvaluationCurves,
+    GridSeries,
+    MetricsReader,
+    TimesReader,
+    TimeUse,
+    TimeUseCounter,
+    list_grids,
+    read_evaluations,
+)
 from dit_video.core.errors import UserError
+from dit_video.core.files import read_json
 from dit_video.experiment.autoencoder import WEIGHTS_FILE
 from dit_video.experiment.checkpoints import SavedCheckpoint, list_checkpoints
+from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.training.folder_lock import LOCK_FILE
 from dit_video.training.goodput import RunTimes
 
 RunStatus = Literal["new", "starting", "training", "silent", "between", "finished"]
-_MIN_SILENCE = 120.0
-"""Seconds without news after which a run that logs often counts as silent."""
-_SILENT_INTERVALS = 5
-"""Number of intervals between entries after which a run without news counts as silent."""
-_MAX_START = 1800.0
-"""Seconds that a process may take from its start to the first entry: it loads, compiles and makes latents."""
-_PACE_ENTRIES = 20
-"""Number of entries of which the pace is the mean."""
-_REMOTE_SECONDS = 60.0
-"""Seconds for which a list of checkpoints at an address is used again."""
+
+
+class PlannedStage(NamedTuple):
+    """A stage of a curriculum."""
+
+    name: str
+    start: int
+    """Number of steps before it."""
+    end: int
+    """Number of steps at its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTraining:
+    """A training of a run."""
+
+    name: str
+    """Name of its folder."""
+    steps: int | None = None
+    """Number of steps at its end; None if the config does not say."""
+    stages: tuple[PlannedStage, ...] = ()
+    """Stages of its curriculum; none without one."""
+    averages: tuple[str, ...] = ()
+    """Averages of the weights that its checkpoints hold, as text."""
+
+    @property
+    def title(self) -> str:
+        """Return the name for readers."""
+        return _TITLES.get(self.name, self.name)
+
+    def find_stage(self, step: int) -> str:
+        """Return a description of the stage that the next step belongs to; empty without a curriculum."""
+        for number, stage in enumerate(self.stages, start=1):
+            if step < stage.end or number == len(self.stages):
+                return f"stage {stage.name} ({number} of {len(self.stages)}), steps {stage.start:,} to {stage.end:,}"
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """The trainings of a run, in order."""
+
+    title: str
+    """Name of the experiment."""
+    command: str = ""
+    """Command that started the run."""
+    trainings: tuple[PlannedTraining, ...] = ()
+    """Planned trainings; none of a run whose config cannot be read."""
+
+    def add_folders(self, run: Path) -> tuple[PlannedTraining, ...]:
+        """Return the trainings, with those of further folders of the run that have a log."""
+        try:
+            folders = sorted(path.parent.name for path in run.glob("*/metrics.jsonl"))
+        except OSError:
+            folders = []
+        names = {each.name for each in self.trainings}
+        others = (name for name in folders if name not in names and _TRAINING_NAME.fullmatch(name))
+        return (*self.trainings, *(PlannedTraining(name=name) for name in others))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +219,85 @@ class RunReader:
         return known
 
 
+def read_plan(run: Path) -> RunPlan:
+    """Return the plan in the config of a run; only the name of its folder if it cannot be read."""
+    try:
+        document = read_json(run / RUN_CONFIG)
+        experiment = document["experiment"]
+        trainings = tuple(_list_trainings(experiment))
+        return RunPlan(title=str(experiment["name"]), command=str(document.get("command", "")), trainings=trainings)
+    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError):
+        return RunPlan(title=run.resolve().name)
+
+
+def make_document(state: RunState) -> dict[str, Any]:
+    """Return a state as JSON values, in which NaN is null."""
+    return {
+        "title": state.plan.title,
+        "status": state.status,
+        "status_text": state.status_text,
+        "goodput": state.times.goodput,
+        "attempts": len(state.times.attempts),
+        "lost_steps": state.times.lost_steps,
+        "seconds": {name: value / 1e6 for name, value in state.times.microseconds.items()},
+        "trainings": [_describe_training(each) for each in state.trainings],
+    }
+
+
+_TRAINING_NAME = re.compile(r"[\w.-]{1,80}")
+_TITLES = {"autoencoder": "Autoencoder", "denoiser": "Denoiser"}
+
+
+def _list_trainings(experiment: Mapping[str, Any]) -> list[PlannedTraining]:
+    trainings = []
+    if steps := _get_steps(experiment.get("autoencoder")):
+        trainings.append(PlannedTraining(name="autoencoder", steps=steps))
+    for stage in experiment.get("stages") or ():
+        if _TRAINING_NAME.fullmatch(name := str(stage["name"])):
+            trainings.append(PlannedTraining(name=name, steps=_get_steps(stage)))
+    if last := _get_steps(denoiser := experiment.get("denoiser")):
+        named = [(str(each["name"]), _get_steps(each) or 0) for each in experiment.get("curriculum") or ()]
+        stages, start = [], 0
+        for name, steps in [*named, ("last", last)]:
+            stages.append(PlannedStage(name, start, start + steps))
+            start += steps
+        trainings.append(
+            PlannedTraining(
+                name="denoiser",
+                steps=start,
+                stages=tuple(stages) if named else (),
+                averages=_list_averages(denoiser or {}),
+            )
+        )
+    return trainings
+
+
+def _list_averages(denoiser: Mapping[str, Any]) -> tuple[str, ...]:
+    averages = denoiser.get("averages") or {}
+    decays: Sequence[Any] = averages.get("decays") or ()
+    widths: Sequence[Any] = averages.get("sigmas") or ()
+    texts = [f"decay {value:g}" for value in (denoiser["ema_decay"], *decays)]
+    return (*texts, *(f"relative width {value:g}" for value in widths), "no average")
+
+
+def _get_steps(config: Any) -> int | None:
+    """Return the number of steps of a config of a training; None if it has none."""
+    steps = config.get("steps") if isinstance(config, Mapping) else None
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
+_MIN_SILENCE = 120.0
+"""Seconds without news after which a run that logs often counts as silent."""
+_SILENT_INTERVALS = 5
+"""Number of intervals between entries after which a run without news counts as silent."""
+_MAX_START = 1800.0
+"""Seconds that a process may take from its start to the first entry: it loads, compiles and makes latents."""
+_PACE_ENTRIES = 20
+"""Number of entries of which the pace is the mean."""
+_REMOTE_SECONDS = 60.0
+"""Seconds for which a list of checkpoints at an address is used again."""
+
+
 def _find_newest_time(entries: Sequence[Entry]) -> float | None:
     """Return the time of the newest entry that has one; None without any, as in logs of older versions."""
     times = (entry.get("unix_seconds", math.nan) for entry in reversed(entries))
@@ -197,20 +332,6 @@ def _judge(folder: Path, trainings: Sequence[TrainingState]) -> tuple[RunStatus,
     if silence > active.compute_patience():
         return "silent", f"no news of the {title} for {format_duration(silence)}"
     return "training", f"training the {title}"
-
-
-def make_document(state: RunState) -> dict[str, Any]:
-    """Return a state as JSON values, in which NaN is null."""
-    return {
-        "title": state.plan.title,
-        "status": state.status,
-        "status_text": state.status_text,
-        "goodput": state.times.goodput,
-        "attempts": len(state.times.attempts),
-        "lost_steps": state.times.lost_steps,
-        "seconds": {name: value / 1e6 for name, value in state.times.microseconds.items()},
-        "trainings": [_describe_training(each) for each in state.trainings],
-    }
 
 
 def _describe_training(training: TrainingState) -> dict[str, Any]:

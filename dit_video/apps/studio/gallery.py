@@ -1,5 +1,6 @@
-"""The gallery of a user: finished clips with their recipes and what they were made of."""
+"""Files of a user: the gallery of finished clips, with their recipes and what they were made of, and the uploads."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -9,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_video.apps.studio.stored_clip import StoredClip
-from dit_video.apps.studio.uploads import get_folder, make_id
+from dit_video.apps.studio.uploads import ClipFit, StoredClip, Uploads, get_folder, make_id
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import write_json
 from dit_video.video import Clip
@@ -108,3 +108,47 @@ class Gallery:
 def get_input_file(size: Sequence[int]) -> str:
     """Return the suffix of the lossless file of an input of a size: frames, height, width."""
     return "png" if size[0] == 1 else "apng"
+
+
+@dataclass(frozen=True)
+class UserFiles:
+    """The files of a user."""
+
+    folder: Path
+    fit: ClipFit
+
+    @staticmethod
+    def open(root: Path, user: str, fit: ClipFit) -> "UserFiles":
+        """Return the files of the user with a cookie.
+
+        Args:
+          root: folder of all users.
+          user: value of the cookie.
+          fit: what the model can sample.
+        """
+        return UserFiles(root / hashlib.sha256(user.encode()).hexdigest()[:24], fit)
+
+    @property
+    def gallery(self) -> Gallery:
+        """Return the finished clips."""
+        return Gallery(self.folder / "items")
+
+    @property
+    def uploads(self) -> Uploads:
+        """Return the uploads."""
+        return Uploads(self.folder / "uploads", self.fit)
+
+    def open_clip(self, reference: Mapping[str, Any]) -> Clip:
+        """Return the clip of `{"upload": ID}`, or of `{"item": ID}` at a size that the model can sample.
+
+        Raises:
+          UserError: there is none of this user.
+        """
+        for kind, folder in (("upload", self.uploads), ("item", self.gallery)):
+            if isinstance(name := reference.get(kind), str):
+                return folder.open_clip(name)
+        raise UserError("it must name an upload or a clip of the gallery.")
+
+    def fit_image(self, image: Clip) -> Clip:
+        """Return an image at a size that the model can sample."""
+        return self.fit.fit_clip(image)

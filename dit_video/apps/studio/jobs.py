@@ -1,13 +1,28 @@
-"""Jobs of all users, and the order in which they are sampled."""
+"""Jobs of all users: the queue in which they wait, and the thread that samples them, with previews and notes."""
 
+import contextlib
+import io
+import logging
 import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+from PIL import Image
+
+from dit_video.apps.studio.gallery import Gallery
+from dit_video.apps.studio.models import StudioModel
+from dit_video.apps.studio.submission import Submission, format_command, format_python
 from dit_video.apps.studio.uploads import make_id
 from dit_video.core.errors import MissingError, UserError
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.preview import PreviewDecoder, PreviewFit
+from dit_video.sampling.progress import PipelineProgress, SamplingCancelled
+from dit_video.tokens import Grid
+from dit_video.video import Clip
 
 MAX_JOBS = 8
 """Maximum number of jobs of a user that wait or run."""
@@ -233,6 +248,96 @@ class JobQueue:
             self._mark(user)
 
 
+_LOG = logging.getLogger(__name__)
+
+
+class Worker(threading.Thread):
+    """A thread that samples one job after the other, as one device does.
+
+    Args:
+      model: the model.
+      queue: jobs of all users.
+      open_gallery: function that returns a user's gallery.
+    """
+
+    def __init__(self, model: StudioModel, queue: JobQueue, open_gallery: Callable[[str], Gallery]):
+        super().__init__(name="studio worker", daemon=True)
+        self._model, self._queue, self._open_gallery = model, queue, open_gallery
+        self._previewer = Previewer()
+
+    def run(self) -> None:
+        """Load the model, compile the program of its own size, and sample jobs until the queue is closed."""
+        if self._model.is_trained:  # the device may be that of the training
+            self._compile_example()
+        while (job := self._queue.take()) is not None:
+            self.run_job(job)
+
+    def _compile_example(self) -> None:
+        try:
+            pipeline = self._model.load(None, {})
+            # One step compiles the program of any number of them; the callback has it compiled for blocks of steps.
+            pipeline.generate_many([self._model.make_example()], steps=1, callback=lambda progress: None)
+        except Exception as error:  # of any part: jobs report it
+            _LOG.warning("the model cannot be prepared: %s", error)
+
+    def run_job(self, job: Job) -> None:
+        """Sample a job, and add its clips to the gallery of its user."""
+        try:
+            clips = self._sample(job)
+            if job.is_cancelled:
+                raise SamplingCancelled("cancelled while the clip was decoded")
+            items = [self._store(job, clip, seed) for clip, seed in zip(clips, job.content.seeds, strict=True)]
+        except SamplingCancelled:
+            self._queue.update(job, status="cancelled")
+        except UserError as error:
+            self._queue.update(job, status="failed", error=str(error))
+        except Exception as error:  # of any part: the thread serves the next user
+            _LOG.exception("job %s failed", job.id)
+            text = f"The program failed ({type(error).__name__}). The server's log says more."
+            self._queue.update(job, status="failed", error=text)
+        else:
+            self._queue.update(job, status="done", items=tuple(items), seconds_left=None)
+
+    def _sample(self, job: Job) -> list[Clip]:
+        submission: Submission = job.content
+        pipeline = self._previewer.start(self._model.load(submission.checkpoint, submission.scales))
+        timer = StepTimer()
+
+        def report(progress: PipelineProgress) -> None:
+            if job.is_cancelled:
+                progress.cancel()
+            preview = self._previewer.make_preview(progress)
+            status = "decoding" if progress.step == progress.steps else "sampling"
+            seconds = timer.estimate(progress.step, progress.steps)
+            values = {} if preview is None else {"preview": preview, "preview_version": job.preview_version + 1}
+            self._queue.update(
+                job, status=status, step=progress.step, steps=progress.steps, seconds_left=seconds, **values
+            )
+
+        tasks, seeds = [submission.task] * len(submission.seeds), submission.seeds
+        with collect_notes() as notes:
+            clips = pipeline.run_tasks(tasks, seeds=seeds, callback=report, **submission.overrides)
+        self._queue.update(job, notes=tuple(dict.fromkeys((*job.notes, *notes))))
+        self._previewer.learn(self._model.config.autoencoder.stride, clips)
+        return clips
+
+    def _store(self, job: Job, clip: Clip, seed: int) -> str:
+        submission: Submission = job.content
+        model, adapters = str(self._model.folder), self._model.adapters
+        values = {
+            "tab": submission.tab.name,
+            "tab_title": submission.tab.title,
+            "title": submission.title,
+            "seed": seed,
+            "notes": list(job.notes),
+            "values": submission.answers["values"],
+            "sampling": {**submission.answers["sampling"], "seed": seed, "count": 1},
+            "python": format_python(submission, model, seed, adapters),
+            "command": format_command(submission, model, seed, adapters),
+        }
+        return self._open_gallery(job.user).add(clip, values, submission.inputs)
+
+
 class StepTimer:
     """An estimate of the time that the remaining steps of a job take, from those after the first report."""
 
@@ -248,3 +353,102 @@ class StepTimer:
         self._last_step = step
         first, start = self._start
         return None if step == first else (now - start) / (step - first) * (steps - step)
+
+
+_MAX_PREVIEW_SIDE = 320
+"""Maximum pixels of a side of a preview."""
+_MAX_PREVIEW_FRAMES = 48
+"""Maximum number of frames of a preview, evenly spaced."""
+_MIN_PREVIEW_SECONDS = 0.15
+"""Minimum seconds between two previews of a job."""
+
+
+class Previewer:
+    """The previews of a model: by its own preview decoder, or by one that is fitted to the clips that it makes."""
+
+    def __init__(self) -> None:
+        self._fit: PreviewFit | None = None
+        self._decoder: PreviewDecoder | None = None
+        self._last_time = 0.0
+        self._latents: dict[int, np.ndarray] | None = None
+
+    def start(self, pipeline: Pipeline) -> Pipeline:
+        """Begin a job, and return the pipeline with the fitted preview decoder if it has none of its own."""
+        self._last_time = 0.0
+        self._latents = {} if pipeline.preview_decoder is None else None
+        return pipeline if self._latents is None else pipeline.with_preview_decoder(self._decoder)
+
+    def make_preview(self, progress: PipelineProgress) -> bytes | None:
+        """Return a preview of the first clip of a job; None if there is no decoder, or the last one is too recent."""
+        is_last = progress.step == progress.steps
+        if is_last and self._latents is not None:
+            self._latents |= progress.progress.estimate_latents()
+        is_recent = time.perf_counter() - self._last_time < _MIN_PREVIEW_SECONDS
+        if progress.preview_decoder is None or is_last or is_recent:
+            return None
+        clips = progress.quick_preview(max_side=_MAX_PREVIEW_SIDE)
+        self._last_time = time.perf_counter()
+        return encode_preview(clips[min(clips)])
+
+    def learn(self, stride: Grid, clips: Sequence[Clip]) -> None:
+        """Fit the preview decoder to finished clips of a model that has none, so that the next job has previews.
+
+        Clips that a task has changed since they were decoded are left out.
+
+        Args:
+          stride: stride of the autoencoder.
+          clips: clips of the job.
+        """
+        for number, latents in (self._latents or {}).items():
+            t, h, w, channels = latents.shape
+            size = (1 + (t - 1) * stride.t, h * stride.h, w * stride.w)
+            if number < len(clips) and clips[number].frames.shape[:3] == size and np.isfinite(latents).all():
+                self._fit = self._fit or PreviewFit(stride, channels)
+                self._fit.add(latents, clips[number].frames)
+                self._decoder = self._fit.solve()
+        self._latents = None
+
+
+def encode_preview(clip: Clip) -> bytes:
+    """Return an animated WebP that repeats for ever."""
+    step = -(-len(clip.frames) // _MAX_PREVIEW_FRAMES)
+    pictures = [Image.fromarray(frame) for frame in clip.frames[::step]]
+    buffer = io.BytesIO()
+    duration = max(20, round(1000 * step / clip.fps))
+    pictures[0].save(
+        buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=duration, loop=0, quality=80, method=0
+    )
+    return buffer.getvalue()
+
+
+_LOCAL = threading.local()
+
+
+@contextlib.contextmanager
+def collect_notes() -> Iterator[list[str]]:
+    """Collect the texts of warnings in this thread, each once, after `show_warnings_as_notes` was called."""
+    notes: list[str] = []
+    before = getattr(_LOCAL, "notes", None)
+    _LOCAL.notes = notes
+    try:
+        yield notes
+    finally:
+        _LOCAL.notes = before
+
+
+def show_warnings_as_notes() -> None:
+    """Have warnings become notes in threads that collect them; in others they are shown as before.
+
+    `warnings.catch_warnings` would collect those of all threads.
+    """
+    show = warnings.showwarning
+
+    def show_or_collect(message: Warning | str, category: type[Warning], *arguments: Any, **options: Any) -> None:
+        notes = getattr(_LOCAL, "notes", None)
+        if notes is None or not issubclass(category, UserWarning):
+            show(message, category, *arguments, **options)
+        elif str(message) not in notes:
+            notes.append(str(message))
+
+    warnings.filterwarnings("always", category=UserWarning)  # by default a second job has none
+    warnings.showwarning = show_or_collect

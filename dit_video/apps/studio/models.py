@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_video.apps.studio.clip_fit import ClipFit
-from dit_video.apps.studio.fields import FormField
-from dit_video.apps.studio.forms import get_size_steps, list_presets, make_sampling_form, make_tabs
+from dit_video.apps.studio.forms import FormField, get_size_steps, list_presets, make_sampling_form, make_tabs
+from dit_video.apps.studio.uploads import ClipFit
 from dit_video.core.errors import UserError
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment.checkpoints import list_checkpoints

@@ -15,15 +15,14 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from dit_video.apps.pages import render_page
-from dit_video.apps.studio.fields import FormError
-from dit_video.apps.studio.jobs import MAX_JOBS, Job, JobQueue, QueueFullError
+from dit_video.apps.studio.forms import FormError
+from dit_video.apps.studio.gallery import UserFiles
+from dit_video.apps.studio.jobs import MAX_JOBS, Job, JobQueue, QueueFullError, collect_notes
 from dit_video.apps.studio.models import StudioModel
-from dit_video.apps.studio.notes import collect_notes
-from dit_video.apps.studio.stored_clip import FILES, StoredClip
 from dit_video.apps.studio.submission import parse_submission
-from dit_video.apps.studio.uploads import TooLargeError, format_bytes, get_folder
-from dit_video.apps.studio.users import UserFiles
+from dit_video.apps.studio.uploads import FILES, StoredClip, TooLargeError, get_folder
 from dit_video.core.errors import MissingError, UserError
+from dit_video.core.memory import format_bytes
 
 _MAX_JSON = 16 << 20
 """Maximum bytes of a request that is no upload."""

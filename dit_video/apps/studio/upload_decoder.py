@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dit_video.apps.studio.clip_fit import ClipFit, limit_side
+from dit_video.apps.studio.uploads import ClipFit, limit_side
 from dit_video.core.errors import UserError
 from dit_video.core.resize import compute_covering_size, resize_and_crop
 from dit_video.video.decode import deinterlace, sample_frames

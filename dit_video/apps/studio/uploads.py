@@ -1,24 +1,161 @@
-"""Uploaded images and clips of a user."""
+"""Uploaded images and clips of a user: how they are fitted to what a model can sample, and stored."""
 
+import functools
 import json
+import math
 import re
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_video.apps.studio.clip_fit import ClipFit
-from dit_video.apps.studio.stored_clip import StoredClip
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.files import write_json
+from dit_video.core.files import atomic_path, write_json
+from dit_video.core.resize import compute_fitted_size, resize_and_crop
 from dit_video.video import Clip
+
+MAX_IMAGE_SIDE = 1280
+"""Maximum pixels of a side of an uploaded image, which every task fits to the size of its clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipFit:
+    """The rate, length and sizes of uploaded clips that a model can sample."""
+
+    fps: float
+    max_frames: int
+    """Number of frames that are used of a longer clip."""
+    stride: int
+    """Temporal stride: clips have `1 + k * stride` frames."""
+    multiple: tuple[int, int]
+    """Numbers that height and width are multiples of."""
+    area: int
+    """Number of pixels of a frame, about."""
+    planes: tuple[tuple[int, int], ...]
+    """Heights and widths that are preferred."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "ClipFit":
+        """Return the fit of `to_json`."""
+        planes = tuple((height, width) for height, width in values["planes"])
+        return ClipFit(**(values | {"planes": planes, "multiple": tuple(values["multiple"])}))
+
+    def choose_plane(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width for frames of another size.
+
+        Those of frames that the model can sample as they are stay; other frames get the one of the preferred sizes,
+        and of the multiples with about the model's number of pixels, whose aspect ratio is the nearest.
+        """
+        is_multiple = height % self.multiple[0] == 0 and width % self.multiple[1] == 0
+        if is_multiple and height * width <= 1.5 * self.area:
+            return height, width
+        candidates = [*self.planes, compute_fitted_size(height, width, area=self.area, multiple=self.multiple)]
+        return min(candidates, key=lambda plane: abs(math.log(plane[0] * width / (plane[1] * height))))
+
+    def round_length(self, frames: int) -> int:
+        """Return the number of frames that are used of a clip."""
+        used = min(frames, self.max_frames)
+        return 1 + (used - 1) // self.stride * self.stride
+
+    def fit_clip(self, clip: Clip) -> Clip:
+        """Return a clip at a size that the model can sample; its frame rate stays."""
+        frames = clip.frames[: self.round_length(len(clip.frames))]
+        plane = self.choose_plane(clip.height, clip.width)
+        return Clip(resize_and_crop(frames, *plane), fps=clip.fps, caption=clip.caption, recipe=clip.recipe)
+
+
+def limit_side(height: int, width: int) -> tuple[int, int]:
+    """Return the height and width of an uploaded image, reduced to at most `MAX_IMAGE_SIDE`."""
+    scale = min(1.0, MAX_IMAGE_SIDE / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+FILES = {
+    "clip.mp4": "video/mp4",
+    "clip.webm": "video/webm",
+    "clip.gif": "image/gif",
+    "clip.apng": "image/apng",
+    "clip.png": "image/png",
+}
+"""Names of the files of a clip, and their media types; the PNG is its first frame."""
+_FRAMES, _CLIP = "frames.npy", "clip.json"
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """A clip in a folder."""
+
+    folder: Path
+
+    @staticmethod
+    def write(folder: Path, clip: Clip) -> "StoredClip":
+        """Write a clip's frames and recipe to a folder, and return it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / _FRAMES) as temporary, temporary.open("wb") as file:
+            np.save(file, clip.frames)
+        values = {"fps": clip.fps, "caption": clip.caption, "recipe": dict(clip.recipe)}
+        write_json(folder / _CLIP, values | {"size": list(clip.frames.shape[:3])})
+        return StoredClip(folder)
+
+    def read(self) -> Clip:
+        """Return the clip.
+
+        Raises:
+          MissingError: its files are gone.
+        """
+        try:
+            frames, values = np.load(self.folder / _FRAMES, allow_pickle=False), self._values
+        except (OSError, ValueError) as error:
+            raise MissingError("this clip has been deleted. Use another one.") from error
+        return Clip(frames, fps=values["fps"], caption=values["caption"], recipe=values["recipe"])
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Return the number of frames, the height and the width."""
+        frames, height, width = self._values["size"]
+        return frames, height, width
+
+    @property
+    def fps(self) -> float:
+        """Return the frame rate."""
+        return float(self._values["fps"])
+
+    def list_files(self) -> tuple[str, ...]:
+        """Return the names of the files that the clip can be written to: H.264 needs even sizes."""
+        frames, height, width = self.size
+        if frames == 1:
+            return ("clip.png",)
+        is_even = height % 2 == 0 and width % 2 == 0
+        return tuple(name for name in FILES if is_even or name != "clip.mp4")
+
+    def make_file(self, name: str) -> Path:
+        """Return a file of the clip, written now if it is not there.
+
+        Raises:
+          MissingError: the clip has no such file.
+        """
+        if name not in self.list_files():
+            raise MissingError(f"{name} does not exist for this clip. Use {', '.join(self.list_files())}.")
+        path = self.folder / name
+        if not path.is_file():
+            clip = self.read()
+            (replace(clip, frames=clip.frames[:1]) if name == "clip.png" else clip).save(path)
+        return path
+
+    @functools.cached_property
+    def _values(self) -> dict[str, Any]:
+        return json.loads((self.folder / _CLIP).read_text(encoding="utf-8"))
+
 
 MAX_UPLOADS = 50
 """Maximum number of uploads of a user; a new one takes the place of the oldest."""
@@ -47,26 +184,6 @@ def get_folder(parent: Path, name: str) -> Path:
     if not _ID.fullmatch(name) or not folder.is_dir():
         raise MissingError("this clip does not exist, or has been deleted. Use another one.")
     return folder
-
-
-async def save_stream(stream: AsyncIterator[bytes], path: Path, *, max_bytes: int) -> None:
-    """Write the bytes of a request to a file.
-
-    Raises:
-      TooLargeError: there are more than `max_bytes`.
-    """
-    total = 0
-    with path.open("wb") as file:
-        async for part in stream:
-            total += len(part)
-            if total > max_bytes:
-                raise TooLargeError(f"the file is larger than {format_bytes(max_bytes)}. Use a smaller or shorter one.")
-            file.write(part)
-
-
-def format_bytes(count: int) -> str:
-    """Return a number of bytes as `200 MiB`."""
-    return f"{count / 2**20:.4g} MiB"
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def test_captions_of_models_are_captions(open_page, serve, model_clips):
 
 def test_captions_of_models_are_captions_of_a_page_without_a_server(open_page, model_clips, tmp_path):
     from dit_video.apps.browse.media import MediaMaker
-    from dit_video.apps.browse.static_page import write_static_page
+    from dit_video.apps.browse.pages import write_static_page
 
     media = MediaMaker(model_clips, tmp_path / "cache", max_bytes=1 << 24, processes=1)
     write_static_page(model_clips, "my data", tmp_path / "page", media)
@@ -273,7 +273,7 @@ def test_controls_have_names_and_rows_are_opened_by_the_keyboard(page):
 
 def test_the_page_without_a_server_filters_sorts_and_plays(open_page, clips, tmp_path):
     from dit_video.apps.browse.media import MediaMaker
-    from dit_video.apps.browse.static_page import write_static_page
+    from dit_video.apps.browse.pages import write_static_page
 
     media = MediaMaker(clips, tmp_path / "cache", max_bytes=1 << 24, processes=1)
     write_static_page(clips, "my data", tmp_path / "page", media, copy_clips=True)

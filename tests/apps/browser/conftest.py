@@ -33,7 +33,7 @@ def address(tmp_path_factory) -> Iterator[str]:
     """Return the address of a studio, which all tests share: every user has a gallery of its own."""
     folder = tmp_path_factory.mktemp("studio")
     log = folder / "log.txt"
-    command = [sys.executable, "-m", "dit_video.apps", MODEL, "--port", "0", "--out", str(folder / "out"), "--no-cache"]
+    command = [sys.executable, "-m", "dit_video.web", MODEL, "--port", "0", "--out", str(folder / "out"), "--no-cache"]
     environment = os.environ | QUICK
     with log.open("w") as output:
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)

@@ -72,7 +72,7 @@ def test_the_page_of_a_run_in_training_has_all_parts(client, run):
     write_entries(run, 10, 20, 30, gradient_norm=2.0, **times, **speeds, **losses)
     for step in (10, 30):
         write_grid(run, step)
-        write_checkpoint(run, step)
+        write_checkpoint(run, step, size=2**20)
         write_evaluation(run, step, "sharpness", 3.5)
     page = get_page(client)
     text = get_tiles(page)
@@ -81,7 +81,7 @@ def test_the_page_of_a_run_in_training_has_all_parts(client, run):
         *("0.3226", "validation loss 0.77", "1234", "43.2 %", "31.2 dB"),
         *("Loss by diffusion time", "0 to 0.5", "Newest loss over diffusion time", "Tokens per second", "sharpness"),
         *("waiting for data", "compilation", "checkpoints", "monitoring", "validation"),
-        *("decay 0.999, decay 0.9, relative width 0.1, no average", "2 kB", "gradient_norm"),
+        *("decay 0.999, decay 0.9, relative width 0.1, no average", "1.0 MiB", "gradient_norm"),
     ):
         assert expected in text, expected
     assert [link["href"] for link in page.find("a") if "checkpoint" in link["href"]] == [

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_video.apps.studio.fields import FormError
-from dit_video.apps.studio.forms import make_form, make_sampling_form, make_tabs, parse_answers, read_attribute_docs
+from dit_video.apps.studio.forms import (
+    FormError,
+    make_form,
+    make_sampling_form,
+    make_tabs,
+    parse_answers,
+    read_attribute_docs,
+)
 from dit_video.core.errors import UserError
 from dit_video.sampling import tasks
 from dit_video.sampling.tasks import ClipTask, Extend, Inpaint

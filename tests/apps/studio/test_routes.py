@@ -10,8 +10,8 @@ from starlette.testclient import TestClient
 
 from dit_video.apps.access import AccessRules
 from dit_video.apps.server import ServerConfig, make_app
+from dit_video.apps.studio.jobs import show_warnings_as_notes
 from dit_video.apps.studio.models import StudioModel
-from dit_video.apps.studio.notes import show_warnings_as_notes
 from dit_video.video import Clip, decode, encode
 from support.tiny_pipeline import make_config, make_pipeline
 
@@ -205,7 +205,7 @@ def test_bad_requests_are_answered_in_json(user):
 def test_uploads_have_a_limit_by_their_header_and_by_their_bytes(user):
     answer = upload(user, b"x" * (MAX_UPLOAD + 1))
     assert answer.status_code == 413
-    assert "larger than 0.1907 MiB" in answer.json()["error"]
+    assert "larger than 0.2 MiB" in answer.json()["error"]
 
     def stream():
         yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n'

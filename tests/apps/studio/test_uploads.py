@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from dit_video.apps.studio import uploads
-from dit_video.apps.studio.clip_fit import ClipFit
-from dit_video.apps.studio.uploads import Uploads
+from dit_video.apps.studio.uploads import ClipFit, Uploads
 from dit_video.core.errors import MissingError, UserError
 from dit_video.video import Clip, encode
 

@@ -2,8 +2,8 @@
 
 import jax
 
-from dit_video.planning.calibrate import CalibrationSize, calibrate, measure_gather
-from dit_video.planning.efficiencies import COLLECTIVES, MEMORY
+from dit_video.planning.efficiencies import CalibrationSize, calibrate, measure_gather
+from dit_video.planning.roofline import COLLECTIVES, MEMORY
 
 SIZE = CalibrationSize(width=32, mlp_dim=64, head_width=16, tokens=64, dense_tokens=32, copy_bytes=2**16, repeats=2)
 

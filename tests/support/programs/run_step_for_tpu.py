@@ -19,7 +19,7 @@ from dit_video.experiment.run import Run
 from dit_video.planning import Topology
 from dit_video.planning.compiled_program import override_default_backend
 from dit_video.planning.hlo import read_program
-from dit_video.planning.report import make_plan_mesh
+from dit_video.planning.plan import make_plan_mesh
 from dit_video.planning.steps import fill_row, plan_step
 
 OPERATION = re.compile(r"\bstablehlo\.(\w+)")

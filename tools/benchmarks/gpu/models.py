@@ -37,7 +37,7 @@ from dit_video.planning import (
     get_calibration_folder,
     read_calibration,
 )
-from dit_video.planning.calibrate import CalibrationSize, calibrate
+from dit_video.planning.efficiencies import CalibrationSize, calibrate
 from dit_video.tokens import (
     Grid,
     LayoutShape,

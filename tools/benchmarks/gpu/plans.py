@@ -19,7 +19,7 @@ from benchmarks.timer import TimeBudget
 from dit_video.core.errors import UserError
 from dit_video.nn import Remat
 from dit_video.planning import compute_expected_times, compute_step_times, get_calibration_folder, read_step_work
-from dit_video.planning.calibrate import calibrate
+from dit_video.planning.efficiencies import calibrate
 
 REMATS: tuple[Remat, ...] = ("attention", "full")
 _STEPS = 5

@@ -22,7 +22,7 @@ def media(clips, tmp_path_factory):
 
 
 def write(clips, folder, media, **options):
-    from dit_video.apps.browse.static_page import write_static_page
+    from dit_video.apps.browse.pages import write_static_page
 
     return write_static_page(clips, "my data", folder, media, **options)
 

@@ -1,16 +1,25 @@
+"""Elements of pages: charts, tables, and templates in which text cannot become markup."""
+
 import re
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
+from markupsafe import Markup
 
 from dit_video.apps.reports import Chart, Curve
-from dit_video.apps.reports.charts import (
+from dit_video.apps.reports.elements import (
     compute_linear_ticks,
     compute_log_ticks,
     draw_line_chart,
     format_number,
+    format_value,
+    render_json,
+    render_metrics,
+    render_template,
     smooth,
 )
+from support.html_page import HOSTILE, Page
 
 
 @pytest.mark.parametrize(
@@ -84,3 +93,64 @@ def test_constant_and_single_values_are_drawn():
     for steps, values in [((1,), (0.0,)), ((0, 1), (0.0, 0.0)), ((5, 5), (1.0, 1.0))]:
         svg = draw(steps, values)
         assert np.isfinite(polyline(svg, "line")).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (True, "yes"),
+        (3000, "3\u202f000"),
+        (0.98765, "0.9877"),
+        ([0.5, 0.75], "0.5, 0.75"),
+        ("flow", "flow"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_values_are_formatted_readably(value, text):
+    assert format_value(value) == text
+
+
+def test_groups_with_the_same_names_are_one_table():
+    table = render_metrics(
+        {"following": {"seen": {"colour": 1.0, "shape": 0.5}, "unseen": {"colour": 0.9, "shape": 0.4}}}
+    )
+    assert table.count("<table>") == 1
+    assert re.findall(r'<th scope="col">(\w+)', table) == ["colour", "shape"]
+    assert re.findall(r'<th scope="row">(\w+)', table) == ["seen", "unseen"]
+
+
+def test_other_groups_stand_under_headings():
+    table = render_metrics({"steps": 3, "a": {"b": {"x": 1}, "c": {"y": 2}, "d": 4}})
+    assert table.count("<table>") == 4
+    assert re.findall(r"<h(\d)>(\w+)", table) == [("3", "a"), ("4", "b"), ("4", "c")]
+
+
+def test_empty_groups_make_no_table():
+    assert "<table>" not in render_metrics({"a": {}, "b": {}})
+
+
+def test_json_marks_keys_only():
+    block = render_json({"width": 192, "name": 'a "key": <b>'})
+    assert re.findall(r'<span class="key">&#34;(\w+)', block) == ["width", "name"]
+    assert "&lt;b&gt;" in block
+
+
+CLIP = {"is_video": False, "classes": "media", "source": "data:,", "width": 3, "height": 2, "shown_width": 6}
+
+
+def test_text_cannot_become_markup():
+    page = Page(render_template("clip.html.jinja", label=HOSTILE, **CLIP))
+    ((tag, attributes),) = page.elements
+    assert tag == "img"
+    assert attributes["alt"] == attributes["title"] == HOSTILE
+    assert not page.find("script")
+
+
+def test_rendered_templates_are_not_escaped_again():
+    assert isinstance(render_template("clip.html.jinja", label="a & b", **CLIP), Markup)
+
+
+def test_a_missing_value_is_an_error():
+    with pytest.raises(UndefinedError, match="label"):
+        render_template("clip.html.jinja", **CLIP)

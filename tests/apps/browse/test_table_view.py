@@ -27,7 +27,7 @@ def table(tmp_path):
 
 
 def test_rows_keep_their_order(table):
-    from dit_video.apps.browse.row_values import read_rows
+    from dit_video.apps.browse.table_view import read_rows
 
     rows = read_rows(table, np.array([4, 0, 5, 0]), ["captions_long"])
     assert [(row["row"], row["name"], row["captions_long"]) for row in rows] == [
@@ -37,8 +37,7 @@ def test_rows_keep_their_order(table):
 
 
 def test_vectors_and_bytes_are_left_out(table):
-    from dit_video.apps.browse.column_views import make_column_views
-    from dit_video.apps.browse.row_values import read_row, read_rows
+    from dit_video.apps.browse.table_view import make_column_views, read_row, read_rows
 
     row = read_row(table, 2)
     assert (row["palette"], row["captions_long"]) == ([1, 2], "caption 2")
@@ -49,7 +48,7 @@ def test_vectors_and_bytes_are_left_out(table):
 
 
 def test_rows_of_columns_that_are_too_large_for_one_array_are_read(table, monkeypatch):
-    from dit_video.apps.browse.row_values import read_row, read_rows
+    from dit_video.apps.browse.table_view import read_row, read_rows
 
     read, huge = table.arrow, make_huge_texts()
     monkeypatch.setattr(table, "arrow", lambda name: huge if name == "captions_long" else read(name))
