@@ -19,6 +19,8 @@ from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.weights import get_native_modules
 from dit_video.weights.lora import GetLoraModules, LoraModules, add_module_prefix, check_lora
 
+ExpertName = Literal["backbone", "low_noise"]
+_ADAPTER = re.compile(r"(.+?)(?:@(-?\d*\.?\d+)(?:@(backbone|low_noise))?)?")
 _DIGEST_VALUES = 256
 """Number of values of each array that a digest is computed of."""
 
@@ -212,10 +214,6 @@ def _change(function: Callable[..., dict[str, Any]], params: dict[str, Any], lor
 def _get_bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     bounds = (part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
     return tuple((int(start), int(stop)) for start, stop in bounds)
-
-
-ExpertName = Literal["backbone", "low_noise"]
-_ADAPTER = re.compile(r"(.+?)(?:@(-?\d*\.?\d+)(?:@(backbone|low_noise))?)?")
 
 
 class AdapterFile(NamedTuple):

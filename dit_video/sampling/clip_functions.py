@@ -16,11 +16,9 @@ from jaxtyping import Array, Bool, Float, Float32, Key
 from dit_video.core.memory import name_exhausted_memory
 from dit_video.diffusion import DenoiseFn, Prediction, Process
 from dit_video.distributed.gather import to_host
-from dit_video.distributed.mesh import AnyMesh
 from dit_video.sampling.denoiser import Denoiser
 from dit_video.sampling.packing import (
     START_LATENTS,
-    PlannedBatch,
     SamplingBatch,
     SamplingRequest,
     embed_prompts,
@@ -97,26 +95,15 @@ def compute_clip_function(
         experts = [stack.enter_context(denoiser.open_params(expert)) for expert in denoiser.experts]
         params = {"text": experts[0]["text"], "experts": [each["backbone"] for each in experts]}
         for planned in plan_batches(denoiser, requests, texts, sampling, shape, rows):
-            program, batch = _make_program(denoiser, planned.transform, function), planned.batch
+            kinds = denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, denoiser.boundary
+            program, batch = _compile(*kinds, planned.transform, function), planned.batch
             if denoiser.mesh is not None:
-                batch = _put_batch(planned, denoiser.mesh)
+                arguments = ProgramArguments({}, None, batch, None, planned.sample_times, np.int32(0))
+                batch = put_on_devices(batch, make_argument_shardings(arguments, denoiser.mesh).batch)
             values = np.asarray(to_host(program(params, batch)), np.float32)
             for row, members in enumerate(planned.row_requests):
                 results |= {index: values[:, row, slot] for slot, index in enumerate(members)}
     return np.stack([results[index] for index in range(len(requests))])
-
-
-def _put_batch(planned: PlannedBatch, mesh: AnyMesh) -> SamplingBatch:
-    """Return the batch on the devices, sharded as in sampling."""
-    arguments = ProgramArguments({}, None, planned.batch, None, planned.sample_times, np.int32(0))
-    return put_on_devices(planned.batch, make_argument_shardings(arguments, mesh).batch)
-
-
-def _make_program(
-    denoiser: Denoiser, transform: StepTransform | None, function: ClipFunction
-) -> Callable[[Any, SamplingBatch], Array]:
-    kinds = denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, denoiser.boundary
-    return _compile(*kinds, transform, function)
 
 
 @functools.lru_cache(maxsize=16)

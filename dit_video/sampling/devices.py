@@ -25,6 +25,9 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip
 from dit_video.weights.parameter import Placement
 
+_BATCH = 8
+"""Number of clips that are decoded at once on one device."""
+
 
 class PipelineDevices(NamedTuple):
     """The devices that sample together: those of a mesh, or the default one."""
@@ -77,41 +80,6 @@ class PipelineDevices(NamedTuple):
         return LatentCodec(codec.config, params, memory=codec.memory, tiles=codec.tiles, sharding=sharding)
 
 
-def make_placement(mesh: MeshConfig | Mesh | None, offload: Offload | None = None) -> Placement:
-    """Return the placement of a pipeline's weights while they are read, on devices or in host memory.
-
-    On a mesh the denoiser's are sharded as in training; each process has the autoencoder on its first device.
-    """
-    devices = None if mesh is None else resolve_mesh(mesh)[0]
-
-    def place(path: str, parameter: Any) -> jax.Array:
-        sharding = None
-        if devices is not None and not path.startswith("autoencoder/"):
-            sharding = make_shardings({path: parameter}, devices)[path]
-        return parameter.to_device(sharding) if offload is None else parameter.to_host_memory(sharding)
-
-    return place
-
-
-def _put_params(params: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
-    """Put parameters on the devices once: sharded as in training, or without a mesh on the default device.
-
-    Arrays that are on devices already stay there; on a mesh only those that are on all of its devices.
-    """
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, params)
-    return jax.tree.map(functools.partial(_put_param, mesh=mesh), params, make_shardings(params, mesh))
-
-
-def _put_param(leaf: Any, sharding: NamedSharding, *, mesh: Mesh) -> jax.Array:
-    is_in_place = isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat)
-    return leaf if is_in_place else put_on_devices(leaf, sharding)
-
-
-_BATCH = 8
-"""Number of clips that are decoded at once on one device."""
-
-
 class ClipDecoder(NamedTuple):
     """A codec on one device, and one that shares clips among devices."""
 
@@ -154,3 +122,34 @@ class ClipDecoder(NamedTuple):
         if self.shared is not None and count > 1:
             return self.shared, self.device_count
         return self.codec, min(_BATCH, count)
+
+
+def make_placement(mesh: MeshConfig | Mesh | None, offload: Offload | None = None) -> Placement:
+    """Return the placement of a pipeline's weights while they are read, on devices or in host memory.
+
+    On a mesh the denoiser's are sharded as in training; each process has the autoencoder on its first device.
+    """
+    devices = None if mesh is None else resolve_mesh(mesh)[0]
+
+    def place(path: str, parameter: Any) -> jax.Array:
+        sharding = None
+        if devices is not None and not path.startswith("autoencoder/"):
+            sharding = make_shardings({path: parameter}, devices)[path]
+        return parameter.to_device(sharding) if offload is None else parameter.to_host_memory(sharding)
+
+    return place
+
+
+def _put_params(params: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+    """Put parameters on the devices once: sharded as in training, or without a mesh on the default device.
+
+    Arrays that are on devices already stay there; on a mesh only those that are on all of its devices.
+    """
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(functools.partial(_put_param, mesh=mesh), params, make_shardings(params, mesh))
+
+
+def _put_param(leaf: Any, sharding: NamedSharding, *, mesh: Mesh) -> jax.Array:
+    is_in_place = isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat)
+    return leaf if is_in_place else put_on_devices(leaf, sharding)

@@ -20,6 +20,9 @@ from dit_video.sampling.sampler import BatchSampler, estimate_parts, init_state
 from dit_video.sampling.sampling_config import Sampling
 from dit_video.tokens import LayoutShape
 
+_BLOCK_STEPS = 4
+"""Number of steps of an inversion that are taken together."""
+
 
 class LatentStepper:
     """The denoiser and solver for the latents of one request, whose prompt is embedded once.
@@ -82,10 +85,6 @@ class LatentStepper:
             else:
                 parts.append((number, denoiser.experts[number], [first, last]))
         return parts
-
-
-_BLOCK_STEPS = 4
-"""Number of steps of an inversion that are taken together."""
 
 
 class EditProgress(NamedTuple):

@@ -67,7 +67,9 @@ def collect_known_pixels(request: Request) -> KnownPixels | None:
         start, frames = locate_condition(condition, size)
         is_kept = np.ones(frames.shape[:3], bool)
         if condition.mask is not None:
-            is_kept = fit_mask(condition.mask, _make_clip(condition.content), Grid(len(frames), *size[1:]))
+            content = condition.content
+            clip = content if isinstance(content, Clip) else Clip(np.asarray(content)[None], fps=1.0)
+            is_kept = fit_mask(condition.mask, clip, Grid(len(frames), *size[1:]))
         _place(known, f"frame={condition.frame} of a condition", start, frames, is_kept, condition.strength)
     return known if known.strength.any() else None
 
@@ -118,10 +120,6 @@ def fit_mask(mask: np.ndarray, video: Clip, size: Grid) -> Bool[np.ndarray, "T h
         return np.broadcast_to(mask[:, None, None], size).copy()
     pixels = np.broadcast_to(np.where(mask, 255, 0).astype(np.uint8)[..., None], (*frames, 3))
     return fit_frames(pixels, size)[..., 0] > GREY
-
-
-def _make_clip(content: Clip | np.ndarray) -> Clip:
-    return content if isinstance(content, Clip) else Clip(np.asarray(content)[None], fps=1.0)
 
 
 def _place(

@@ -146,7 +146,11 @@ class Request(NamedTuple):
     def pictures(self) -> dict[str, Any]:
         """Return the images, clips and masks of the request by the names of their fields, without those it lacks."""
         values = {name: getattr(self, name) for name in PICTURES}
-        return {name: value for name, value in values.items() if not (value is None or _is_empty(value))}
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None and not (isinstance(value, Sequence) and not value)
+        }
 
     def check_pictures(self, accepted: Collection[str]) -> None:
         """Check that the model, or its task, accepts all pictures of the request, and options of how they are kept.
@@ -171,10 +175,6 @@ class Request(NamedTuple):
             return None
         frames = picture.frames if isinstance(picture, Clip) else np.asarray(picture)[None]
         return Grid(*frames.shape[:3])
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, Sequence) and not value
 
 
 class GenerateOptions(SamplingOverrides, total=False):
