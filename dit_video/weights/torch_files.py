@@ -334,7 +334,7 @@ def _check_members(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
     """Check that parts of an archive are stored as they are, and do not overlap, so that they are no larger than it.
 
     Raises:
-      UserError: a part is compressed, or parts overlap.
+      UserError: a part is compressed, or the parts are larger than the file.
     """
     if any(info.compress_type != zipfile.ZIP_STORED for info in members):
         rule = "torch.save stores values as they are"
