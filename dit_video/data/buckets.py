@@ -88,7 +88,7 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Buckets(SharesArrays):
-    """A set of buckets, to one of which every example is assigned."""
+    """A set of buckets; every example is assigned to one of them."""
 
     buckets: tuple[Bucket, ...]
     assignment: Int[np.ndarray, " n"]
@@ -418,9 +418,9 @@ def load_bucket_batches(
       captions: captions of the same clips.
       encode: function from clips to their latents.
       buckets: result of `plan_buckets`; its batches are over all hosts, and `config.batch` is not used.
-      latent_grid: function from the size of a clip to that of its latents.
+      latent_grid: function from a clip's size to its latents' size.
       channels: channels of the latents.
-      limits: limits of the training sizes, of which only `fps` is used.
+      limits: limits of the training sizes; only `fps` is used.
       patch: patch size of the denoiser, in latents.
       max_text: text tokens that a row has room for.
       config: configuration of the loader.

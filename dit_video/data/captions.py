@@ -97,7 +97,7 @@ class CaptionSource(Protocol):
 
 
 class TokenizedCaptions(SharesArrays):
-    """Captions as token ids, all of which are kept in memory, in one array.
+    """Captions as token ids, all kept in memory, in one array.
 
     Args:
       captions: captions of every example.

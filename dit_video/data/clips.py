@@ -68,13 +68,13 @@ class ClipInfo(NamedTuple):
 class ClipSource(SharesArrays):
     """A random-access source of the encoded clips of an ingested data set, or of several ones in sequence.
 
-    If there are several data sets, the name of a clip begins with that of its data set: `ucf/v_YoYo_g01_c01.avi`. Clips
+    If there are several data sets, the name of a clip begins with its data set's: `ucf/v_YoYo_g01_c01.avi`. Clips
     are read in place, also from buckets. No files are kept open, so a source can be pickled to workers.
 
     Args:
       folders: data set that `ingest` wrote: a folder or an address (`gs://…`, see `core.storage`), or several by name.
       where: condition on columns that the clips meet, such as `motion > 5 and sharpness > 60`, see `data.where`.
-      captions: columns of captions, with the share of each in training; by default those of the source alone.
+      captions: columns of captions, with the share of each in training; by default the source's own captions alone.
       cache: folder of the columns of large data sets; `tables.get_default_cache()` if None.
 
     Raises:
@@ -197,7 +197,7 @@ class ClipSource(SharesArrays):
         return self._compress(~self._has_name(names))
 
     def compute_caption_shares(self) -> Float[np.ndarray, " c"] | None:
-        """Return the share of every caption among those of its clip, clip after clip; None if all are equal.
+        """Return the share of every caption among its clip's captions, clip after clip; None if all are equal.
 
         A clip without captions has one, the empty caption.
         """

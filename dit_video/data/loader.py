@@ -222,7 +222,7 @@ def load_packed_batches(
       config: configuration of the loader.
       token_dt: spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
         tokens.
-      mask_mix: draws of the masks of known pixels, all kinds of which are cached; None without them.
+      mask_mix: draws of the masks of known pixels, whose kinds are all cached; None without them.
 
     Raises:
       UserError: the patch does not divide the latents, or an example is larger than a row.
@@ -231,7 +231,7 @@ def load_packed_batches(
     layout = RowLayout(grids, captions, shape=shape, names=source.names, token_dt=token_dt, **config.row_options)
     cache_bytes = config.cache_bytes // max(1, config.workers)
     rows = LatentRows(source, layout, patch, cache_bytes=cache_bytes, mask_mix=mask_mix)
-    # Grain forms batches of one host each, of which every `hosts`-th belongs to this host: so rows are shared among
+    # Grain forms batches of one host each, and every `hosts`-th of them belongs to this host: so rows are shared among
     # hosts in the same order for any number of hosts.
     host_rows = config.batch // config.hosts
     batches = grain.MapDataset.source(rows).batch(host_rows, drop_remainder=True, batch_fn=stack_rows)
@@ -261,7 +261,7 @@ def load_encoded_batches(
       source: the clips.
       captions: captions of the same clips.
       encode: function from clips of any sizes to their latents, e.g. on the device.
-      latent_grid: function from the size of a clip to that of its latents.
+      latent_grid: function from a clip's size to its latents' size.
       channels: channels of the latents.
       limits: limits of the training sizes.
       patch: patch size of the denoiser, in latents.

@@ -45,7 +45,7 @@ class SizeLimits:
 
 
 def get_sampled_fps(info: ClipInfo, limits: SizeLimits) -> float:
-    """Return the frame rate at which a clip is sampled: that of the limits, or its own if lower (never doubled)."""
+    """Return the frame rate at which a clip is sampled: the limits' rate, or its own if lower (never doubled)."""
     return info.fps if limits.fps is None else min(info.fps, limits.fps)
 
 

@@ -71,7 +71,7 @@ def write_column(folder: StoragePathLike, name: str, columns: Mapping[str, Any] 
     Args:
       folder: the data set.
       name: name of the file.
-      columns: values by name, one of which is the key `id` or `name`; rows that are not named have no value.
+      columns: values by name, among them the key `id` or `name`; rows that are not named have no value.
       note: what the values depend on, such as the version of a model; see `get_note`.
 
     Raises:
@@ -165,7 +165,7 @@ def read_bytes(path: StoragePath) -> bytes:
 
     Raises:
       MissingError: the file does not exist.
-      UserError: it cannot be reached.
+      UserError: the address cannot be reached.
     """
     with convert_storage_errors(path):
         try:
@@ -192,7 +192,7 @@ def open_parquet(path: StoragePath) -> pq.ParquetFile:
 
     Raises:
       MissingError: the file does not exist.
-      UserError: it cannot be reached, or is no Parquet file.
+      UserError: the address cannot be reached, or the file is no Parquet file.
     """
     with _convert_parquet_errors(path):
         if isinstance(path, Path):
@@ -201,7 +201,7 @@ def open_parquet(path: StoragePath) -> pq.ParquetFile:
 
 
 def read_schema(path: StoragePath) -> pa.Schema:
-    """Return the schema of a Parquet file, of which the footer alone is read; raises like `open_parquet`."""
+    """Return the schema of a Parquet file by reading its footer alone; raises like `open_parquet`."""
     if isinstance(path, Path):
         return open_parquet(path).schema_arrow
     with _convert_parquet_errors(path), convert_storage_errors(path), path.open("rb") as file:

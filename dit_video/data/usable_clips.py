@@ -35,7 +35,7 @@ class ClipRequirements:
     """Requirements of a training that each of its clips meets."""
 
     limits: tuple[SizeLimits, ...] = ()
-    """Limits within each of which a clip has a training size."""
+    """Limits; a clip has a training size within each of them."""
     has_room: Callable[[Grid], bool] | None = None
     """Function that tells if a canvas has room for a clip of a training size; None if it has for every clip within the
     limits."""
@@ -110,7 +110,7 @@ class UsableClips(NamedTuple):
         """Check that no more than this share of the clips is excluded, and not all of them.
 
         Raises:
-          UserError: too many are; the message names the first ones with their reasons.
+          UserError: too many clips are excluded; the message names the first ones with their reasons.
         """
         if len(self.excluded) > max_share * self.total or (self.excluded and not len(self.clips)):
             raise UserError(

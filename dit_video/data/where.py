@@ -160,7 +160,7 @@ class _Evaluator(ast.NodeVisitor):
         if not (isinstance(searched, pa.Scalar) and pa.types.is_string(searched.type)):
             self._refuse(left, "is not a text", "a text in quotes, as in 'dog' in captions")
         if pa.types.is_list(texts.type) or pa.types.is_large_list(texts.type):
-            texts = pc.binary_join(pc.cast(texts, pa.list_(pa.string())), "\n")  # of which alone there is a kernel
+            texts = pc.binary_join(pc.cast(texts, pa.list_(pa.string())), "\n")  # the kernel takes these lists alone
         return pc.match_substring(texts, searched.as_py())
 
 

@@ -97,7 +97,7 @@ class ClipCrops:
         self._lock = threading.Lock()
 
     def count_crops(self, clip: int) -> int:
-        """Return the number of crops of a clip, of which the last may overlap the one before it."""
+        """Return the number of crops of a clip; the last one may overlap the one before it."""
         return int(-(-self._frame_counts[clip] // self.sizes[clip, 0]))
 
     def read_crop(self, clip: int, crop: int) -> UInt8[np.ndarray, "T H W 3"]:

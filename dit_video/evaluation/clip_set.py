@@ -36,7 +36,7 @@ def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
 
     Raises:
       MissingError: the folder does not exist.
-      UserError: it holds no clips, or none of this split.
+      UserError: the folder holds no clips, or none of this split.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -130,7 +130,7 @@ def _check_record(file: Path, record: Any) -> None:
     """Check that a file holds a protocol and results.
 
     Raises:
-      UserError: it does not.
+      UserError: the file lacks either of them.
     """
     if not isinstance(record, dict) or "protocol" not in record or "results" not in record:
         raise UserError(f"{file} has no protocol: it is of an older version or no result. Evaluate again")

@@ -26,7 +26,7 @@ def distort(clip: Clip, distortion: str, severity: float | int, generator: np.ra
     Args:
       clip: the clip.
       distortion: kind of the distortion.
-      severity: standard deviation, or number of exchanged pairs of frames, of which each frame is in one at most.
+      severity: standard deviation, or number of exchanged pairs of frames; each frame is in one at most.
       generator: source of the noise and of the pairs.
 
     Raises:

@@ -72,7 +72,7 @@ class FeatureFunction(abc.ABC):
 
         Raises:
           MissingError: a file of weights does not exist.
-          UserError: it is of another network.
+          UserError: the file holds another network.
         """
 
     def open(self) -> OpenFeatures:
@@ -80,7 +80,7 @@ class FeatureFunction(abc.ABC):
 
         Raises:
           MissingError: a file of weights does not exist.
-          UserError: it is of another network.
+          UserError: the file holds another network.
         """
         return _load(self)
 
@@ -119,7 +119,7 @@ class NetworkInput:
         """Check that a clip has frames enough.
 
         Raises:
-          UserError: it has not, or has not exactly as many as the network reads.
+          UserError: the clip has too few frames, or another number than the network reads.
         """
         count = len(clip.frames)
         if count < self.min_frames or self.frames not in (None, count):

@@ -140,7 +140,7 @@ class Overlap(NamedTuple):
 
 
 def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, seed: int = 0) -> FrechetDistance:
-    """Return the Fréchet distance of two sets with its interval, that of halves of the sets, and its limit.
+    """Return the Fréchet distance of two sets with its interval, the distance of their halves, and its limit.
 
     Args:
       first: moments of one set.
@@ -283,7 +283,7 @@ def check_channels(first: int, second: int) -> None:
     """Check that two sets have features of the same number.
 
     Raises:
-      UserError: they have not.
+      UserError: the numbers differ.
     """
     if first != second:
         rule = f"one set has {first} features, the other {second}"
@@ -294,7 +294,7 @@ def check_finite(clips: Sequence[Float[np.ndarray, "*rows d"]] | Float[np.ndarra
     """Check that all features of each clip are finite.
 
     Raises:
-      UserError: they are not.
+      UserError: a feature is not finite.
     """
     if bad := sum(not np.isfinite(features).all() for features in clips):
         raise UserError(f"features of {bad} of {len(clips)} clips are not finite. Look at these clips first")

@@ -1,6 +1,6 @@
 """Optical flow between frames, by dense inverse search (arXiv 1603.03590), and warping of frames along it.
 
-OpenCV computes it. On rendered scenes whose flow is known its endpoint error is lower than that of OpenCV's Farnebäck
+OpenCV computes it. On rendered scenes whose flow is known its endpoint error is lower than with OpenCV's Farnebäck
 and of scikit-image's iterative Lucas-Kanade and TV-L1, and it is faster than the latter two.
 """
 
@@ -79,7 +79,7 @@ def import_opencv() -> Any:
     """Return the module `cv2`.
 
     Raises:
-      MissingError: it is not installed.
+      MissingError: OpenCV is not installed.
     """
     try:
         import cv2

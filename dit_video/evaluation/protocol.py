@@ -52,7 +52,7 @@ class ClipSampling:
         Args:
           clip: the clip, already at the sampled rate.
           seed: seed of random positions.
-          number: number of the clip in its set, of which the random position is a function.
+          number: number of the clip in its set; the random position is a function of it.
 
         Raises:
           UserError: the clip has too few frames.
@@ -72,7 +72,7 @@ class ClipSampling:
         """Return the frames in a multiple of the step of sizes.
 
         Raises:
-          UserError: they are smaller than one.
+          UserError: the frames are smaller than one step.
         """
         t, *steps = self.multiple
         if min(frames.shape[1] // steps[0], frames.shape[2] // steps[1]) < 1:
@@ -175,11 +175,11 @@ def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], *, nam
 
     Args:
       first: `protocol` of one result's `metrics.json`.
-      second: that of the other.
+      second: `protocol` of the other's.
       names: names of the results in the message.
 
     Raises:
-      UserError: they differ; the fields are named.
+      UserError: the protocols differ; the message names the fields.
     """
     if difference := config_json.describe_difference(dict(first), dict(second), "protocol"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Named protocols: those of published figures, and those that other modules register."""
+"""Named protocols: those for published figures, and those that other modules register."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace

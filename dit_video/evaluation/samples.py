@@ -103,7 +103,7 @@ def check_replaceable(folder: Path) -> None:
     """Check that a folder holds nothing other than samples, so that new ones may replace it.
 
     Raises:
-      UserError: it does.
+      UserError: the folder holds other files.
     """
     if not folder.exists():
         return
@@ -125,7 +125,7 @@ def list_samples(folder: str | Path) -> list[tuple[str, str]]:
 
     Raises:
       MissingError: there is no `prompts.json`.
-      UserError: it is no list of samples in the folder, or names a file twice.
+      UserError: the file is no list of samples in the folder, or names a file twice.
     """
     path = Path(folder) / PROMPTS_FILE
     entries = read_json(path)

@@ -38,7 +38,7 @@ def map_to_sdr(picture: UInt16[np.ndarray, "h w 3"], transfer: str, primaries: i
       primaries: ISO/IEC 23091-2's number of the primaries; BT.2020 stands for unknown ones.
     """
     light = _make_light_table(transfer)[picture]
-    if transfer == "hlg":  # from the light of the scene to that of the display
+    if transfer == "hlg":  # from the light of the scene to the light of the display
         luminance = light @ _compute_xyz_matrix(_BT2020)[1].astype(np.float32)
         light = light * (_HLG_PEAK / DIFFUSE_WHITE * luminance ** (_HLG_GAMMA - 1))[..., None]
     light = light @ _compute_conversion(primaries if primaries in _PRIMARIES else _BT2020)
@@ -47,7 +47,7 @@ def map_to_sdr(picture: UInt16[np.ndarray, "h w 3"], transfer: str, primaries: i
 
 @functools.cache
 def _make_light_table(transfer: str) -> Float32[np.ndarray, "65536"]:
-    """Return linear light by signal: for PQ relative to diffuse white, for HLG that of the scene, 0 to 1."""
+    """Return linear light by signal: for PQ relative to diffuse white, for HLG the light of the scene, 0 to 1."""
     signal = np.arange(1 << 16) / 0xFFFF
     if transfer == "pq":  # ITU-R BT.2100, table 4
         power = signal ** (32 / 2523)

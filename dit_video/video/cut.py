@@ -89,7 +89,7 @@ def cut_clips(
         span in a long group of pictures, which would need more, is encoded.
       crf: quality of encoded pictures, 0 (best) to 51.
       height: height of encoded pictures; even. By default that at which they are shown, or one less.
-      width: width of encoded pictures; even. The default is like that of `height`.
+      width: width of encoded pictures; even, with a default like that for `height`.
       fps: frames per second of encoded pictures; by default their times are kept.
 
     Raises:
@@ -146,7 +146,7 @@ def split_span(times: Sequence[float], max_seconds: float | int) -> tuple[tuple[
 def _select_packets(
     reader: PacketReader, origin: int, spans: Sequence[TimeSpan]
 ) -> Iterator[tuple[TimeSpan, Track | None, Track | None]]:
-    """Yield for every span the packets from which its frames are decoded, and those of its sound.
+    """Yield for every span the packets from which its frames are decoded, and the packets of its sound.
 
     There is no track of pictures if their packets have no times or there is no key frame, and none of sound if there
     are no packets of it.
@@ -253,7 +253,7 @@ class _PacketBuffer:
 
 
 def _measure_lead_in(video: Track) -> float:
-    """Return the size of the packets that are decoded but not shown, relative to that of those that are."""
+    """Return the size of the packets that are decoded but not shown, relative to the size of the shown ones."""
     visible = sum(timed.packet.size for timed in video.packets if video.is_visible(timed))
     return sum(timed.packet.size for timed in video.packets) / max(visible, 1) - 1
 

@@ -30,8 +30,8 @@ _CONTAINERS = (
     "mov,matroska,avi,mpeg,mpegvideo,mpegts,h264,hevc,ogg,asf,flv,gif,apng,mjpeg,"
     "png_pipe,jpeg_pipe,webp,webp_pipe,bmp_pipe,tiff_pipe"
 )
-"""ffmpeg's names of the formats that are opened, those of `data.ingest.formats`. ffmpeg would choose one of 400 by a
-file's content: playlists open other files, and texts and music are drawn."""
+"""ffmpeg's names of the formats that are opened, as in `data.ingest.formats`. ffmpeg would choose one of 400 by the
+content of a file: playlists open other files, and texts and music are drawn."""
 MAX_FRAME_SECONDS = 3600.0
 """Maximum seconds between timestamps: greater ones are damaged, and would be sampled without end."""
 TOLERANCE = 1e-3
@@ -358,8 +358,8 @@ def read_heif(content: bytes, name: str, max_pixels: int) -> av.VideoFrame:
     """Return the whole picture, upright and in sRGB.
 
     Raises:
-      DecodeError: it is too large, or a package is not installed.
-      OSError: it is damaged.
+      DecodeError: the picture is too large, or a package is not installed.
+      OSError: the picture is damaged.
     """
     with contextlib.suppress(ImportError):
         import pillow_heif

@@ -16,7 +16,7 @@ from dit_video.video.encode import ACCURATE_FLAGS
 from dit_video.video.reader import MAX_PIXELS, make_filter_graph, wrap_decode_errors
 
 RESIZE_FLAGS = ACCURATE_FLAGS & ~Interpolation.BICUBIC | Interpolation.BILINEAR
-"""Flags of swscale's triangle filter, which is widened when downsampling like that of `core.resize`."""
+"""Flags of swscale's triangle filter, which is widened when downsampling, as in `core.resize`."""
 
 _UNKNOWN, _BT709, _BT601 = (0, 2), 1, 6
 _COLORSPACES = {
@@ -104,7 +104,7 @@ class RgbConverter:
       name: name of the file, for messages.
       sample_aspect: width of a stored pixel divided by its height.
       size: height and width of the pictures; None uses their display size.
-      profile: colour profile of the pictures; None for that of a frame, if it has one.
+      profile: colour profile of the pictures; None for a frame's own profile, if it has one.
     """
 
     def __init__(

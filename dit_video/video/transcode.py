@@ -33,7 +33,7 @@ def transcode(
     Args:
       source: a file, or its bytes.
       height: height of the result; even. By default that at which the first frame is shown, or one less.
-      width: width of the result; even. The default is like that of `height`.
+      width: width of the result; even, with a default like that for `height`.
       average_fps: frames per second of the file, on average; by default the container's.
       fps: sampling rate: the frame shown at every time `first + k / fps` is taken. None keeps every frame and its
         time, including variable frame rates.

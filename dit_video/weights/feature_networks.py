@@ -84,7 +84,7 @@ def load_c3d(path: str | os.PathLike, *, mean: str | os.PathLike) -> dict[str, A
 
     Args:
       path: `conv3d_deepnetA_ucf.npz`, the weights in Chainer's names.
-      mean: `mean2.npz`, the mean of the training clips, of which the middle 112×112 pixels are used.
+      mean: `mean2.npz`, the mean of the training clips, whose middle 112×112 pixels are used.
 
     Raises:
       MissingError: a file does not exist.
@@ -144,7 +144,7 @@ def make_i3d_tensor_map() -> dict[str, TensorMapping]:
 
 
 def make_inception_tensor_map() -> dict[str, TensorMapping]:
-    """Return the names of our parameters in pytorch-fid, which are those of torchvision."""
+    """Return the names of our parameters in pytorch-fid, which are torchvision's."""
     units = {f"stem/{name}": name for name, *_ in STEM}
     for block, (branches, _) in BLOCKS.items():
         stages = (stage for branch in branches for stage in branch)

@@ -126,7 +126,7 @@ def check_width(config: FrozenTextConfig) -> None:
 
     Raises:
       MissingError: there is no encoder in the folder.
-      UserError: it has another width.
+      UserError: the encoder has another width.
     """
     width = read_text_encoder_config(config.folder).width
     if width != config.width:

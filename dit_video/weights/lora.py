@@ -62,7 +62,7 @@ GetLoraModules = Callable[[Any], Mapping[str, LoraModule]]
 
 
 def no_lora_modules(config: Any) -> Mapping[str, LoraModule]:
-    """Return no modules: those of a model whose LoRA files have native names only."""
+    """Return no modules, for a model whose LoRA files have native names only."""
     return {}
 
 

@@ -171,7 +171,7 @@ def _find_embedding_name(tensors: TensorFolder, *, is_compared: bool) -> str:
     """Return the name of the token embedding in a folder.
 
     Raises:
-      UserError: it has both names, with different values.
+      UserError: the folder has both names, with different values.
     """
     present = [name for name in _EMBEDDING_NAMES if name in tensors.shapes]
     has_both = is_compared and len(present) == 2

@@ -334,7 +334,7 @@ def _check_members(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
     """Check that parts of an archive are stored as they are, and do not overlap, so that they are no larger than it.
 
     Raises:
-      UserError: they are.
+      UserError: a part is compressed, or the parts are larger than the file.
     """
     if any(info.compress_type != zipfile.ZIP_STORED for info in members):
         rule = "torch.save stores values as they are"
@@ -408,7 +408,7 @@ def _check_size(path: Path, tensors: Mapping[str, StoredTensor], storages: Mappi
     """Check that views do not repeat the values of their storages more often than models do.
 
     Raises:
-      UserError: they do.
+      UserError: views repeat values more often than that.
     """
     size = sum(math.prod(each.shape) * _get_dtype(path, each).itemsize for each in tensors.values())
     if storages and size > _MAX_COPIES * sum(map(len, storages.values())):

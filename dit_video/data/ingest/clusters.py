@@ -75,7 +75,7 @@ def _import_engine(engine: str, module: str, fix: str) -> Any:
 
 @contextlib.contextmanager
 def _convert_errors(engine: str) -> Iterator[None]:
-    """Convert the error of an engine into one of a line: that of a worker, which the engine quotes, or its own."""
+    """Convert an engine's error into one line: the error of a worker, which the engine quotes, or its own."""
     try:
         yield
     except Exception as error:  # raised by the engine, or an RPC; Ray's may be a UserError of many lines

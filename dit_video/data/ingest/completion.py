@@ -44,7 +44,7 @@ def complete(folder: IngestFolder, screening: Screening, *, inherit_captions: bo
     """Write the columns of choice and captions, the metadata, the report and the manifest.
 
     Args:
-      folder: the data set, all parts of which are written.
+      folder: the data set, whose parts are all written.
       screening: finds the clips that are dropped as duplicates.
       inherit_captions: True to caption the parts of a file like the whole file.
 
@@ -117,7 +117,7 @@ def _check_names(names: pa.Array) -> None:
 
 
 def _assign_captions(used: pa.Table, listing: pa.Table, inherit_captions: bool) -> pa.ChunkedArray:
-    """Return the captions of clips: those of their file, unless they are a part of it."""
+    """Return the captions of clips: their file's captions, unless they are a part of it."""
     positions = pc.index_in(used["source"], value_set=listing["name"]).combine_chunks()
     # Offsets of 64 bits, as the captions of millions of clips have more than 2 GiB.
     captions = listing["captions"].cast(pa.large_list(pa.large_string())).combine_chunks().take(positions)

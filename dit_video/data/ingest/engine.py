@@ -173,7 +173,7 @@ def plan_ingest(
 
 
 def complete_ingest(folder: IngestFolder, config: IngestConfig) -> IngestReport:
-    """Complete a data set all parts of which are written: choice of clips, captions, metadata and report.
+    """Complete a data set whose parts are all written: choice of clips, captions, metadata and report.
 
     Raises:
       UserError: no clip can be used, two clips have the same name, or the destination cannot be written.

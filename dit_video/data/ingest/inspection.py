@@ -110,7 +110,7 @@ class Inspection(NamedTuple):
 
 
 def make_failure(clip: ListedClip, reason: str, *, transient: bool = False, sha256: str = "") -> Inspection:
-    """Return the inspection of a file of which nothing can be used."""
+    """Return the inspection of a file without anything that can be used."""
     return Inspection((Outcome(name=clip.name, kind="unreadable", reason=reason, transient=transient),), sha256)
 
 

@@ -196,7 +196,7 @@ class IngestFolder:
     def _plan(clips: Sequence[ListedClip], plans: Sequence[pa.Table]) -> pa.Table:
         """Return the clips with new parts that they are in, sorted by these.
 
-        The parts of before are those of `plans`, and not of files that another process has written since.
+        The earlier parts are read from `plans`, and not from files that another process has written since.
         """
         names_of_before = (name for plan in plans for name in pc.unique(plan["part"]).to_pylist())
         counts = collections.Counter(name.rpartition("-")[0] for name in names_of_before)
@@ -257,7 +257,7 @@ def make_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 
 
 def _read_part(path: StoragePath, part: str) -> pa.Table:
-    """Return the files of a part, of a file sorted by parts of which only the rows around it are read."""
+    """Return the files of a part; of the plan, which is sorted by parts, only the rows around it are read."""
     with convert_storage_errors(path), path.open("rb") as content:
         return pq.read_table(content, columns=[*_COLUMNS], filters=[("part", "==", part)], use_threads=False)
 

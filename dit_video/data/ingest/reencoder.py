@@ -19,7 +19,7 @@ class ReencodeConfig:
 
     A clip within the limits keeps its pictures. Others become H.264 in mp4, upright, in square pixels, of even height
     and width, 4:2:0 in BT.709, with their sound; images become JPEG if they were, else PNG. Times are kept unless `fps`
-    is set. The screening measures the original; the facts in the data set are those of the stored clip.
+    is set. The screening measures the original; the facts in the data set describe the stored clip.
 
     Raises:
       UserError: a limit is out of range.
@@ -87,7 +87,7 @@ def reencode_image(encoded: bytes, facts: VideoInfo, config: ReencodeConfig) -> 
 
 
 def update_facts(shot: Shot, facts: VideoInfo) -> Shot:
-    """Return a shot as it is in a file of its own with these facts; its measures are those of the original."""
+    """Return a shot as it is in a file of its own with these facts; its measures are the original's."""
     bars, rows, columns = shot.letterbox, facts.height / shot.height, facts.width / shot.width
     if bars is not None:
         scales = (rows, rows, columns, columns)

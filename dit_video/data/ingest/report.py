@@ -13,7 +13,7 @@ from dit_video.core.storage import StoragePath, read_document, write_document
 
 REPORT = "report.json"
 REPORT_COLUMNS = ("reason", "transient", "duration_us", "frames", "payload_bytes", "method")
-"""Columns of the index that a report needs, besides those of names and outcomes."""
+"""Columns of the index that a report needs, besides names and outcomes."""
 
 Reasons = tuple[tuple[str, str], ...]
 """Pairs of (name, reason)."""
@@ -31,7 +31,7 @@ class IngestReport:
     files: int = 0
     """Number of entries of the source: used, quarantined, dropped and rejected ones together."""
     usable_files: int = 0
-    """Number of files of which a clip is used."""
+    """Number of files with at least one used clip."""
     usable: int
     """Number of clips in the data set."""
     frames: int
@@ -56,7 +56,7 @@ class IngestReport:
     dropped: Reasons = ()
     """Clips that the screening dropped, with reasons."""
     dropped_files: tuple[str, ...] = ()
-    """Files of which the screening kept no clip."""
+    """Files without a clip that the screening kept."""
     rejected: Reasons = ()
     """Entries of the source that cannot be clips, such as a tar's entry outside of it, or a malformed row of a list
     (by its line), with reasons."""

@@ -65,7 +65,7 @@ class MemoryGuard:
         self._limit_growth(MAX_OPENING_BYTES + 8 * length)
 
     def limit_reading(self, length: int, pixels: int, total_pixels: int) -> None:
-        """Set the limit for decoding a file, by the pixels of a frame, and report those of all frames."""
+        """Set the limit for decoding a file, by the pixels of a frame, and report the pixels of all frames."""
         self._limit_growth(self._factor * (MAX_OPENING_BYTES + 8 * length + MAX_PIXEL_BYTES * pixels))
         self._report(total_pixels)
 
@@ -89,7 +89,7 @@ def _limit(kind: int, value: int) -> None:
 def restrict_process() -> None:
     """Restrict what this process may do besides decoding: files that it writes, open files, core dumps, privileges.
 
-    The number of processes is not limited, as the system counts all those of the user.
+    The number of processes is not limited, as the system counts all processes of the user.
     """
     _limit(resource.RLIMIT_FSIZE, MAX_WRITTEN_BYTES)
     _limit(resource.RLIMIT_NOFILE, MAX_OPEN_FILES)

@@ -1,4 +1,4 @@
-"""Worker processes that inspect clips, any of which may be lost at any time.
+"""Worker processes that inspect clips; any of them may be lost at any time.
 
 A process inspects one clip at a time, so that a lost process (killed by the system, crashed in a decoder, hanging)
 identifies its clip. (`concurrent.futures` breaks the whole pool instead, and does not say which task is the cause.)
@@ -72,7 +72,7 @@ def compute_time_limit(clip: ListedClip, time_limit: float | int, pixels: int = 
 
 
 def make_environment(*, is_trusted: bool) -> dict[str, str]:
-    """Return the environment of a process; that of this process without credentials, unless it is trusted."""
+    """Return the environment of a process: this process's own, without credentials unless the other is trusted."""
     kept = {name: text for name, text in os.environ.items() if is_trusted or _KEPT_VARIABLES.fullmatch(name)}
     # The same modules as in this process are imported, but nothing from the current folder.
     return {**kept, **_SINGLE_THREADED, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

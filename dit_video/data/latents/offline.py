@@ -44,7 +44,7 @@ class _EncodedBatch(NamedTuple):
     canvases: Sequence[ClipCanvas]
     latents: Array
     prefixes: dict[int, Array]
-    """Latents of the canvases of which only so many first frames are kept; see `Encoding.list_prefixes`."""
+    """Latents of the canvases with only so many first frames kept; see `Encoding.list_prefixes`."""
     cond_latents: list[Array]
     """Latents of the canvases with all but the known pixels grey, for each kind of mask."""
     masks: list[dict[int, KnownMask]]

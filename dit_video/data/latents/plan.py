@@ -53,7 +53,7 @@ class Augmentations:
     clips_per_video: int = 1
     """Largest number of temporal crops of the training length, spread over the clip."""
     resolutions: tuple[int, ...] = ()
-    """Further, smaller limits on the pixels of a frame, at each of which every clip is encoded too."""
+    """Further, smaller limits on the pixels of a frame: every clip is encoded at each of them, too."""
     flips: bool = False
     """True to encode each view mirrored too. Captions that say left or right are then wrong."""
 
@@ -100,7 +100,7 @@ class Encoding:
     cond_latents: bool = False
     """True to also encode each view with all frames after the first set to grey."""
     masks: tuple[MaskGenerator, ...] = ()
-    """Kinds of masks of known pixels, for each of which every view is encoded with all other pixels grey."""
+    """Kinds of masks of known pixels: every view is encoded for each of them with all other pixels grey."""
     storage: StorageDtype = "bfloat16"
     canvas_pixels: int = CANVAS_PIXELS
     """Approximate number of pixels of a canvas over its frames, which a device encodes at once."""
@@ -146,7 +146,7 @@ class EncodingPlan:
 
     @property
     def num_canvas_sizes(self) -> int:
-        """Return the number of canvas sizes, each of which is compiled once."""
+        """Return the number of canvas sizes; each one is compiled once."""
         return len({canvas.size for canvas in self.canvases})
 
     @property
@@ -233,7 +233,7 @@ def check_clips(latents: LatentSource, clips: ClipSource) -> None:
     The views of a clip are not compared: they follow from the clip and from the identity of the latents.
 
     Raises:
-      UserError: they are of other clips, or captions have changed.
+      UserError: the latents are of other clips, or captions have changed.
     """
     names, payloads = (pa.array(clips.column(name), pa.string()) for name in ("name", "payload"))
     keys, own_keys = pc.binary_join_element_wise(names, payloads, "\0"), latents.clip_keys

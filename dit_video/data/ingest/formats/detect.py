@@ -100,7 +100,7 @@ def list_clips(source: StoragePathLike, *, format: str = "auto", options: Listin
 
 
 def _complete_splits(listing: Listing) -> Listing:
-    """Give clips whose source says nothing of their split that of their first folder."""
+    """Give clips whose source names no split the split of their first folder."""
     clips = (clip._replace(split=clip.split or find_split(clip.name)) for clip in listing.clips)
     return listing._replace(clips=tuple(clips))
 
@@ -121,7 +121,7 @@ def _detect_format(folder: FolderScan) -> SourceFormat:
     """Return the one format whose characteristic files the folder has.
 
     Raises:
-      UserError: the folder has those of several formats.
+      UserError: the folder has characteristic files of several formats.
     """
     marks = {name: mark for name, each in _FORMATS.items() if (mark := each.find_mark(folder)) is not None}
     media, lists = folder.media, find_lists(folder)

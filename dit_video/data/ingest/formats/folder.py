@@ -173,8 +173,8 @@ def _choose_other_list(
     file is looked into, as a whole, only where no clip has a caption.
 
     Raises:
-      UserError: if there are several, or clips have caption files, too; if there is a list, and no clip; or if no clip
-        has a caption, and there is a file that may hold captions.
+      UserError: there are several lists, or clips have caption files, too; there is a list, and no clip; or no clip has
+        a caption, and there is a file that may hold captions.
     """
     has_captions = any(clip.captions for clip in clips)
     suffixes = [suffix for suffix in TABLE_SUFFIXES if suffix != ".json" or not has_captions]
@@ -260,7 +260,7 @@ def _index_by_base(scan: FolderScan) -> Mapping[str, list[str]]:
 def _find_name(scan: FolderScan, by_base: Mapping[str, list[str]], folder: str, name: str) -> str:
     """Return the path inside the source of a clip that a list in `folder` names.
 
-    A name without a folder may be that of a file in another folder (OpenVid-1M). Paths are normalised, so that `a.mp4`
+    A name without a folder may belong to a file in another folder (OpenVid-1M). Paths are normalised, so that `a.mp4`
     and `./a.mp4` are one clip.
 
     Raises:

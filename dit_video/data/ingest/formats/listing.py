@@ -50,7 +50,7 @@ class ListColumns:
     name: str | None = None
     """Column of the clip's path."""
     captions: tuple[str, ...] = ()
-    """Columns of captions; a clip has those of all of them."""
+    """Columns of captions; a clip has the captions of all of them."""
     split: str | None = None
     """Column of the split; `split` by default, if there is one."""
 
@@ -137,7 +137,7 @@ def check_name(name: str) -> None:
     """Raise if a name is not UTF-8, which neither the index nor a record can hold, or has a null byte.
 
     Raises:
-      UnusableClipError: the name is invalid, or that of a kind of file that cannot be decoded.
+      UnusableClipError: the name is invalid, or its suffix is of a kind that cannot be decoded.
     """
     if (suffix := os.path.splitext(name)[1].lower()) in UNSUPPORTED:
         raise UnusableClipError(UNSUPPORTED[suffix])

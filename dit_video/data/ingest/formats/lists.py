@@ -417,7 +417,7 @@ def _read_json(path: StoragePath, columns: ListColumns) -> Iterable[tuple[str, A
     """Return the entries of a JSON file, parsed or as JSON text, by location; it may have one a line.
 
     Raises:
-      UserError: if the file is not JSON, or holds no entries.
+      UserError: the file is not JSON, or holds no entries.
     """
     text = _read_text(path)
     try:

@@ -30,7 +30,7 @@ class FolderScan(NamedTuple):
     rejected: tuple[Rejection, ...] = ()
     """Folders that were not entered, with reasons."""
     roots: tuple[str, ...] = ()
-    """Folders out of which links may not lead; empty if they may lead anywhere."""
+    """Folders that links may not lead out of; empty if they may lead anywhere."""
     links: frozenset[str] = frozenset()
     """Names of links among the files."""
 
@@ -77,13 +77,13 @@ class FolderScan(NamedTuple):
         return ListedClip(name, captions, self.get_size(name), self.get_path(name), split=split)
 
     def is_file(self, name: str) -> bool:
-        """Return whether a name is that of a regular file."""
+        """Return whether a name belongs to a regular file."""
         with contextlib.suppress(FileNotFoundError, UnusableClipError):
             return self.get_size(name) >= 0
         return False
 
     def make_reader(self, names: Iterable[str], max_bytes: int) -> Callable[[str], bytes]:
-        """Return a function that reads small files, in the order of `names`; those of a bucket are read many at once.
+        """Return a function that reads small files, in the order of `names`; in a bucket many are read at once.
 
         The function raises `UnusableClipError` for a file that is too large, or cannot be read.
         """
@@ -162,7 +162,7 @@ def get_file_size(status: os.stat_result) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
-      UnusableClipError: the status is that of a folder, a pipe or a device.
+      UnusableClipError: the status belongs to a folder, a pipe or a device.
     """
     if not stat.S_ISREG(status.st_mode):
         raise UnusableClipError("is not a regular file")
@@ -234,7 +234,7 @@ def scan_folder(source: StoragePath, *, follow_links: bool = False) -> FolderSca
 def _find_roots(source: Path) -> tuple[str, ...]:
     """Return the folders into which links of a folder may lead: itself, and the blobs if it is of Hugging Face's cache.
 
-    There, files of `snapshots/COMMIT/` link to those of `blobs/`.
+    There, files of `snapshots/COMMIT/` link to files of `blobs/`.
     """
     root = Path(os.path.realpath(source))
     snapshots = next((folder for folder in (root, *root.parents) if folder.name == "snapshots"), None)

@@ -152,7 +152,7 @@ def _read_entries(file: io.BufferedReader, rejected: list[Rejection]) -> Iterato
 
 
 class _HeaderFile(io.RawIOBase):
-    """A tar of which an entry's headers may take a limited size: one of a few bytes may claim a name of gigabytes."""
+    """A tar whose entries' headers may take a limited size: a header of a few bytes may claim a name of gigabytes."""
 
     def __init__(self, file: io.BufferedReader):
         self._file = file
