@@ -43,9 +43,9 @@ class PictureOptions:
         """Return the arguments of `Pipeline.generate`: decoded files, and strengths.
 
         Raises:
-          MissingError: a file does not exist.
-          DecodeError: a file is damaged.
-          UserError: a mask without a video, or a text that is not of its form.
+          MissingError: If a file does not exist.
+          DecodeError: If a file is damaged.
+          UserError: If there is a mask without a video, or if a text does not have its form.
         """
         strengths = dict(map(_parse_strength, self.strengths))
         options = {"strength": self.strength, "method": self.method, "resample": self.resample}

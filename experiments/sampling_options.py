@@ -104,8 +104,8 @@ class SamplingOptions:
         Before any weight is read, adapters, sampling and the requests, if any, are checked against the folder's config.
 
         Raises:
-          UserError: a number of steps below 1, a mesh that is not AXIS=SIZE,…, an adapter or a request that does not
-            fit the model, or what `dit_video.load` refuses.
+          UserError: If the number of steps is below 1, if the mesh is not AXIS=SIZE,…, if an adapter or a request does
+            not fit the model, or if `dit_video.load` refuses the model.
         """
         check_minimum(1, steps=self.steps)
         adapters = [AdapterFile.parse(text) for text in self.lora]

@@ -63,7 +63,7 @@ def find_platform(*, is_small: bool) -> str:
     """Return the platform of the devices, which a process of its own finds: this one must not claim their memory.
 
     Raises:
-      UserError: there is no accelerator, and sizes are not small.
+      UserError: If there is no accelerator, and sizes are not small.
     """
     machine: Mapping[str, str] = {}
     for name, value in start_case("attention", MACHINE, TimeBudget(_PROBE_SECONDS), ["--small"] * is_small):

@@ -93,8 +93,9 @@ def open_trainable_denoiser(
     Pretrained weights are read one parameter at a time, to their devices on `mesh`.
 
     Raises:
-      MissingError: the folder of the initial weights does not exist.
-      UserError: a folder that holds no denoiser, or one of another model; other base or teacher weights than before.
+      MissingError: If the folder of the initial weights does not exist.
+      UserError: If the folder holds no denoiser or one of another model, or if base or teacher weights are others than
+        before.
     """
     init, train = functools.partial(init_denoiser, training), training.train
     check_initial_weights(training)

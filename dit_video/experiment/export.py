@@ -88,7 +88,7 @@ def make_pipeline(
     `offload` is that of `dit_video.load`.
 
     Raises:
-      MissingError: the autoencoder is not trained yet.
+      MissingError: If the autoencoder is not trained yet.
     """
     autoencoder = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
     config = get_pipeline_config(experiment, runtime)

@@ -91,8 +91,8 @@ def make_amendment(
       command: command that continues it.
 
     Raises:
-      UserError: a change would change what is trained, or the number of steps of a training that is finished, or that
-        is beyond the new number.
+      UserError: If a change would affect what is trained, or if it changes the number of steps of a training that is
+        finished or beyond the new number.
     """
     if refused := [change for change in changes if not _is_covered(change.path, new.amendable_fields)]:
         differences = describe_changes(refused)
@@ -194,7 +194,7 @@ class RunFolder:
           remote: folder at an address that `folder` is a copy of.
 
         Raises:
-          UserError: the folder holds a run of another config or version, or something else.
+          UserError: If the folder holds a run of another config or version, or something else.
         """
         folder = Path(folder)
         run = cls(folder=folder, experiment=experiment, command=get_command(), remote=remote)
@@ -233,8 +233,8 @@ class RunFolder:
         """Open the run in a folder.
 
         Raises:
-          MissingError: the folder does not exist, or holds no run.
-          UserError: a run of another version.
+          MissingError: If the folder does not exist, or holds no run.
+          UserError: If the run is of another version.
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
@@ -252,7 +252,7 @@ class RunFolder:
         """Link to a folder or an address for the cached latents, which need not exist yet.
 
         Raises:
-          UserError: the run has latents already, or has them elsewhere; its config caches none.
+          UserError: If the run has latents already, here or elsewhere, or if its config caches none.
         """
         if not (isinstance(self.experiment, Experiment) and self.experiment.data.cache_latents):
             raise UserError(f"latents={destination} is invalid: the config caches no latents; leave it out")
@@ -262,7 +262,7 @@ class RunFolder:
         """Link to a folder or an address for the checkpoints, which need not exist yet.
 
         Raises:
-          UserError: the run has checkpoints already, or has them elsewhere.
+          UserError: If the run has checkpoints already, here or elsewhere.
         """
         for own in sorted(self.folder.glob("*/checkpoints")):
             name = own.parent.name

@@ -69,11 +69,12 @@ def load(
       sigma_rel: runs only: relative width of an average that is reconstructed from the run's snapshots.
 
     Raises:
-      MissingError: the folder does not exist here or on the hub, or lacks parts; there is no checkpoint of this step.
-      UserError: a folder without a pipeline, of another version or of an unknown class; a text encoder that is not
-        frozen; a hub that cannot be reached; a mesh that does not fit the devices or the denoiser; attention
-        that the denoiser does not support or whose kernels the devices lack; weights that do not fit into the memory
-        of the device or of the machine, which is said before any is read.
+      MissingError: If the folder does not exist here or on the hub or lacks parts, or if there is no checkpoint of this
+        step.
+      UserError: If the folder has no pipeline, or one of another version or of an unknown class, if the text encoder is
+        not frozen, if the hub cannot be reached, if the mesh does not fit the devices or the denoiser, if the denoiser
+        does not support the attention or the devices lack its kernels, or if the weights do not fit into the memory of
+        the device or of the machine, which is said before any is read.
     """
     folder = find_folder(path)
     if place is not None and (mesh is not None or isinstance(offload, Stages | Layers)):
@@ -121,8 +122,8 @@ def find_folder(path: str | Path) -> Path:
     """Return a folder, or the local copy of one at an address or on the Hugging Face hub, downloading it if needed.
 
     Raises:
-      MissingError: it does not exist here or on the hub, or cannot be downloaded.
-      UserError: a pipeline of an unknown class on the hub.
+      MissingError: If the folder does not exist here or on the hub, or cannot be downloaded.
+      UserError: If the pipeline on the hub is of an unknown class.
     """
     if is_remote(address := restore_address(path)):
         return _fetch(address)
@@ -151,8 +152,8 @@ def _download(name: str) -> Path:
     """Return the local copy of a folder on the hub, downloading it if needed.
 
     Raises:
-      MissingError: it cannot be downloaded.
-      UserError: a pipeline of an unknown class.
+      MissingError: If the folder cannot be downloaded.
+      UserError: If the pipeline is of an unknown class.
     """
     from huggingface_hub import snapshot_download  # Imported here: local folders need no hub.
 
@@ -188,8 +189,8 @@ def read_config(
     `dit_video.load` says more.
 
     Raises:
-      MissingError: a folder of open weights that lacks parts.
-      UserError: a folder of an unknown class or with unsupported settings, or a text encoder that is not frozen.
+      MissingError: If a folder of open weights lacks parts.
+      UserError: If the folder is of an unknown class or has unsupported settings, or if the text encoder is not frozen.
     """
     folder = Path(folder)
     if (family := find_family(folder)) is not None:

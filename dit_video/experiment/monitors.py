@@ -61,8 +61,8 @@ def open_logs(monitoring: MonitoringConfig, folder: Path) -> list[Hook]:
     """Open the logs other than the JSON lines, in the folder of a training.
 
     Raises:
-      MissingError: if a package is not installed.
-      UserError: if Weights & Biases is not logged in.
+      MissingError: If a package is not installed.
+      UserError: If Weights & Biases is not logged in.
     """
     logs: list[Hook] = []
     if jax.process_index() == 0:  # the others need not have the packages, nor the time to import them
@@ -265,8 +265,8 @@ def select_average(
       sigma_rel: relative width of an average that is reconstructed from snapshots instead.
 
     Raises:
-      MissingError: there are no snapshots.
-      UserError: a decay that was not kept, or both.
+      MissingError: If there are no snapshots.
+      UserError: If the decay was not kept, or if both are given.
     """
     if ema is not None and sigma_rel is not None:
         raise UserError("ema and sigma_rel are both given: an average has a decay or a width; give ema or sigma_rel")
@@ -337,7 +337,7 @@ class EvaluationHook(Hook):
         """Return the values of the evaluations that have ended since the last entry.
 
         Raises:
-          UserError: of an evaluation that failed.
+          UserError: If an evaluation has failed.
         """
         ended = [each for each in self._pending if each.done()]
         self._pending = [each for each in self._pending if not each.done()]

@@ -28,7 +28,7 @@ class DataConfig:
     """Selection, sizes and augmentation of clips.
 
     Raises:
-      UserError: the share of a column of captions is not above 0.
+      UserError: If the share of a column of captions is not above 0.
     """
 
     max_pixels: int
@@ -110,7 +110,7 @@ class PretrainedAutoencoder:
     """Config of a pretrained autoencoder, which is not trained.
 
     Raises:
-      UserError: The folder is empty, or missing although the autoencoder has weights.
+      UserError: If the folder is empty, or missing although the autoencoder has weights.
     """
 
     model: AutoencoderConfig
@@ -127,7 +127,7 @@ class ExpertConfig:
     """Config of the trained one of a model's two experts (Wan 2.2 A14B); the other one is not changed.
 
     Raises:
-      UserError: The boundary leaves one of them no times.
+      UserError: If the boundary leaves one of the experts no times.
     """
 
     expert: Literal["high", "low"]

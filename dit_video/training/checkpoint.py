@@ -57,7 +57,7 @@ class CheckpointPolicy:
     """Policy for preserving checkpoints: one that matches any of the rules is kept.
 
     Raises:
-      UserError: A number that is too small.
+      UserError: If a number is too small.
     """
 
     newest: int = 2
@@ -170,11 +170,11 @@ class Checkpoints:
           The digest of each array, by its path.
 
         Raises:
-          UserError: The folder already has a checkpoint of this step or a later one, or this or the previous save
+          UserError: If the folder already has a checkpoint of this step or a later one, or this or the previous save
             cannot be written (disk full, no permission).
-          TransientError: This or the previous save cannot be written now (storage not reachable); or another run has
-            taken over a folder that this process has locked.
-          TypeError: JSON cannot represent `meta`.
+          TransientError: If this or the previous save cannot be written now (storage not reachable); or if another run
+            has taken over a folder that this process has locked.
+          TypeError: If JSON cannot represent `meta`.
         """
         check_locks()
         self._finish_previous(step)
@@ -326,10 +326,10 @@ class Checkpoints:
             which it differs from the config of the checkpoint, `meta["config"]`.
 
         Raises:
-          MissingError: There is no checkpoint, or none of this step.
-          UserError: The checkpoint has another config or format, access is denied, or nothing can be read.
-          TransientError: The storage does not answer, in one of the processes.
-          RuntimeError: Called in a block of `main_process_first`, or the processes call different methods.
+          MissingError: If there is no checkpoint, or none of this step.
+          UserError: If the checkpoint has another config or format, access is denied, or nothing can be read.
+          TransientError: If the storage does not answer, in one of the processes.
+          RuntimeError: If it is called in a block of `main_process_first`, or if the processes call different methods.
         """
         steps = sorted(self.list_steps(), reverse=True)
         if not steps or (step is not None and step not in steps):
@@ -399,8 +399,8 @@ class Checkpoints:
         that, those of the first call.
 
         Raises:
-          RuntimeError: Called in a block of `main_process_first`.
-          TransientError: The storage does not answer.
+          RuntimeError: If it is called in a block of `main_process_first`.
+          TransientError: If the storage does not answer.
         """
         check_is_not_in_turn("list checkpoints")
         self.wait()

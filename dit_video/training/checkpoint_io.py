@@ -65,8 +65,8 @@ class SaveBarrier:
           timeout_ms: Time to wait in milliseconds.
 
         Raises:
-          IncompleteSaveError: A process is at another barrier, now or at an earlier call.
-          TimeoutError: A process is at none.
+          IncompleteSaveError: If a process is at another barrier, now or at an earlier call.
+          TimeoutError: If a process is at no barrier.
         """
         if not self.has_failed:
             number, seconds = str(next(self._meeting_numbers)), timeout_ms / 1000
@@ -128,8 +128,8 @@ def resolve_folder(folder: str | os.PathLike) -> CheckpointFolder:
     """Return the path of a local folder, or of a URL such as gs://bucket/run that Orbax can write to.
 
     Raises:
-      UserError: No package for such URLs is installed, or access is denied.
-      TransientError: The storage does not answer.
+      UserError: If no package for such URLs is installed, or access is denied.
+      TransientError: If the storage does not answer.
     """
     if "://" not in str(folder):
         return Path(folder).absolute()
@@ -151,8 +151,8 @@ def create_folder(folder: CheckpointFolder) -> None:
     answers would deadlock in different collectives. So the first process writes an empty file into the folder.
 
     Raises:
-      UserError: Access is denied.
-      TransientError: The storage does not answer.
+      UserError: If access is denied.
+      TransientError: If the storage does not answer.
     """
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)

@@ -284,7 +284,7 @@ def list_attempt_files(folder: StoragePathLike) -> list[tuple[int, StoragePath]]
     """Return the numbers and files of the attempts in the folder of a run's records; none if it does not exist.
 
     Raises:
-      UserError: An address cannot be reached.
+      UserError: If an address cannot be reached.
     """
     folder = to_storage_path(folder)
     with convert_storage_errors(folder):

@@ -38,7 +38,7 @@ class LoopConfig:
     """Length of a run and its intervals of logging and saving, in steps. The last step is always logged and saved.
 
     Raises:
-      UserError: A number that is not positive.
+      UserError: If a number is not positive.
     """
 
     steps: int
@@ -83,9 +83,9 @@ def run(
       recorder: Recorder of where the time of the run goes, which accounts for the steps of this training already.
 
     Raises:
-      UserError: The run is beyond `config.steps`, or its folder has a later checkpoint; the data ended early; the loss
-        is not finite in a step that is not skipped, or `config.max_consecutive_skips` steps were skipped; the state is
-        not finite (such a state is never saved).
+      UserError: If the run is beyond `config.steps` or its folder has a later checkpoint, if the data ended early, if
+        the loss is not finite in a step that is not skipped, if `config.max_consecutive_skips` steps were skipped, or
+        if the state is not finite (such a state is never saved).
       GracefulStop: After a signal.
       KeyboardInterrupt: After a second signal.
     """

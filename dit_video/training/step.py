@@ -178,7 +178,7 @@ def accumulate_gradients(
       mesh: Mesh on which the sums are sharded like the parameters; None for a single device.
 
     Raises:
-      TypeError: The loss does not count its examples.
+      TypeError: If the loss does not count its examples.
     """
     microbatches = jax.tree.map(
         lambda leaf: jnp.moveaxis(leaf.reshape(leaf.shape[0] // num_parts, num_parts, *leaf.shape[1:]), 1, 0),

@@ -99,8 +99,8 @@ class Trainer:
           batches: Function from a step, counted from `start_step`, to an iterator over the batches from there on.
 
         Raises:
-          UserError: If the data differ from those that the checkpoint was trained on, if another process trains in
-            the folder, or if the checkpoint precedes this stage.
+          UserError: If the data differ from those that the checkpoint was trained on, if another process trains in the
+            folder, or if the checkpoint precedes this stage.
         """
         with lock_folder(self.folder):
             checkpoints = self.open_checkpoints()
@@ -151,7 +151,7 @@ class Trainer:
           first: Step of the checkpoint; 0 for the initial state, of which there is none.
 
         Raises:
-          MissingError: There is no checkpoint of this step.
+          MissingError: If there is no checkpoint of this step.
         """
         state = self._make_state() if first == 0 else self.restore(first)
         step = self._compile_step(state)
@@ -164,7 +164,7 @@ class Trainer:
         """Return the state of a checkpoint, on the mesh.
 
         Raises:
-          MissingError: There is no checkpoint of this step.
+          MissingError: If there is no checkpoint of this step.
         """
         return self._restore(self.open_checkpoints(), step)[0]
 

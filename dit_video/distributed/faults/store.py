@@ -69,7 +69,7 @@ class KeyValueStore:
 
         Raises:
           TimeoutError: After `seconds`.
-          AbortedWaitError: `abort` was set.
+          AbortedWaitError: If `abort` was set.
         """
         text = self._wait(lambda: self.try_read(name), seconds, abort)
         if text is None:
@@ -98,7 +98,7 @@ class KeyValueStore:
 
         Raises:
           TimeoutError: After `seconds`; in process 0 the message lists the processes that are missing.
-          AbortedWaitError: `abort` was set.
+          AbortedWaitError: If `abort` was set.
         """
         self.join_meeting(name, text)
         if not self.group.is_first:

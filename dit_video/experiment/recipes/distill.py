@@ -120,8 +120,8 @@ def make_distillation_experiment(
       options: options of the distillation.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts.
-      UserError: a model with two experts or with conditioning frames, or options that do not fit it.
+      MissingError: If the folder does not exist, or lacks parts.
+      UserError: If the model has two experts or conditioning frames, or if options do not fit it.
     """
     folder = Path(folder)
     teacher = _read_open_teacher(folder, options) if (folder / INDEX).is_file() else _read_own_teacher(folder, options)

@@ -37,8 +37,8 @@ def read_open_parts(folder: str | os.PathLike) -> PipelineParts:
     """Read the configs of a folder in diffusers' layout, and check its weights by the headers of their files.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts or files.
-      UserError: a pipeline or a model that cannot be trained here, unsupported settings, or weights that do not fit.
+      MissingError: If the folder does not exist, or lacks parts or files.
+      UserError: If the pipeline or the model cannot be trained here, settings are unsupported, or weights do not fit.
     """
     folder = Path(folder)
     if (family := find_family(folder)) is None:
@@ -77,7 +77,7 @@ class FineTuningOptions:
     """Options of the fine-tuning of open weights; defaults follow the original training.
 
     Raises:
-      UserError: a learning rate that is not positive.
+      UserError: If the learning rate is not positive.
     """
 
     train: Literal["lora", "full", "temporal", "scratch"] = "lora"
@@ -143,9 +143,9 @@ def make_finetuning_experiment(
       options: trained weights, number of steps and sizes.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts.
-      UserError: a pipeline or a model that cannot be fine-tuned here, unsupported settings, or options that do not fit
-        it.
+      MissingError: If the folder does not exist, or lacks parts.
+      UserError: If the pipeline or the model cannot be fine-tuned here, settings are unsupported, or options do not
+        fit.
     """
     folder, parts = Path(folder), read_open_parts(folder)
     backbone = parts.denoiser.replace(dtype=options.dtype, remat=options.remat, attention=options.attention)

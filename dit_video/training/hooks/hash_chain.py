@@ -120,8 +120,8 @@ def read_chain(path: str | os.PathLike) -> list[Record]:
     """Return the records of a hash chain, without a half-written last line.
 
     Raises:
-      MissingError: The file does not exist.
-      UserError: A line before the last is not a record, or was changed, left out or added after it was written.
+      MissingError: If the file does not exist.
+      UserError: If a line before the last is not a record, or was changed, left out or added after it was written.
     """
     return [record for record, _ in _iterate_chain(Path(path))]
 

@@ -50,7 +50,7 @@ class ConsistencyDistillation:
     average at the end of that step.
 
     Raises:
-      UserError: Less than one interval, or a width that is not positive.
+      UserError: If there is less than one interval, or if a width is not positive.
     """
 
     guidance: float = 1.0
@@ -75,7 +75,7 @@ class DistributionMatching:
     student's samples.
 
     Raises:
-      UserError: Less than one step.
+      UserError: If there is less than one step.
     """
 
     guidance: float = 1.0

@@ -31,7 +31,7 @@ class CodebookLearning:
     """Configuration of the codebook update.
 
     Raises:
-      UserError: values out of range.
+      UserError: If a value is out of range.
     """
 
     decay: float | None = 0.99

@@ -135,7 +135,7 @@ def measure(size: EpochSize, budget: TimeBudget) -> Iterator[tuple[str, Any]]:
     """Yield the figures of all methods, and their ratios.
 
     Raises:
-      UserError: the time of the part was spent.
+      UserError: If the time of the part was spent.
     """
     speeds: dict[str, float] = {}
     tokens: dict[str, float] = {}

@@ -119,7 +119,7 @@ def find_machine(size: TrainingSize) -> Machine:
     """Return the machine; a CPU's peak rates are measured.
 
     Raises:
-      UserError: a device that is neither a CPU nor in the table of chips.
+      UserError: If the device is neither a CPU nor in the table of chips.
     """
     device = jax.devices()[0]
     chip = find_chip(device)
