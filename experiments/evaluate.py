@@ -59,7 +59,7 @@ def main(
     """Compute metrics of a model or of a folder of videos, and write metrics.json, report.html and the samples.
 
     Without a protocol a model is evaluated as its config says, and a folder of videos by the protocol samples. Several
-    processes, started as those of train.py (docs/distributed.md), sample together and share the clips to measure.
+    processes, started as with train.py (docs/distributed.md), sample together and share the clips to measure.
 
     For example:
 

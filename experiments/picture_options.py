@@ -30,7 +30,7 @@ class PictureOptions:
     conditions: tuple[str, ...] = ()
     """Images or clips at some frames, each FILE@FRAME or FILE@FRAME@STRENGTH, such as middle.png@40@0.8."""
     strength: float | None = None
-    """Diffusion time, in (0, 1], that --video is noised to and sampling starts at; with a task, that of its clip."""
+    """Diffusion time, in (0, 1], that --video is noised to and sampling starts at; with a task, its clip's."""
     method: Method = "auto"
     """Way to keep what is known: as the model was trained (trained), by replacement of latents (training_free), or the
     first where the model was trained for it (auto)."""

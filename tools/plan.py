@@ -18,8 +18,7 @@ install libtpu) but no TPU. For GPUs that are not present, everything is compute
 memory. `--calibrate` measures this machine's devices, and later plans for such chips expect what was measured. `--set`
 changes any scalar of the config: `--set denoiser.backbone.layers=20`.
 
-Of a pipeline's folder, of which only the JSON files are read, the memory of each stage of sampling on one device is
-reported.
+For a pipeline's folder, the memory of each stage of sampling on one device is reported; only its JSON files are read.
 """
 
 from dit_video.core.platform.scripts import prepare_script
@@ -108,7 +107,7 @@ def plan_folder(arguments: Any, calibrations: Path) -> None:
     """
     if arguments.of != "sampler":
         raise UserError(f"--of {arguments.of} is invalid for a folder, whose sampling is planned; use --of sampler")
-    _refuse_options(arguments, _EXPERIMENT_OPTIONS, "a folder, of which one request is planned")
+    _refuse_options(arguments, _EXPERIMENT_OPTIONS, "a folder, for which one request is planned")
     topology, _ = find_topology(arguments.topology, calibrations)
     options = LoadOptions(
         dtype=arguments.dtype or DEFAULT_DTYPE,
@@ -167,7 +166,7 @@ def make_parser() -> ArgumentParser:
         "--offload", choices=tuple(OFFLOADS), help="Folders: weights in host memory; as the memory asks."
     )
     parser.add_argument("--dtype", choices=DTYPES, help="Folders: dtype of matrix products; bfloat16 by default.")
-    parser.add_argument("--text-dtype", choices=DTYPES, help="Folders: that of the text encoder; the same by default.")
+    parser.add_argument("--text-dtype", choices=DTYPES, help="Folders: dtype of the text encoder; the same by default.")
     parser.add_argument(
         "--fit",
         metavar="SIZE",

@@ -50,7 +50,7 @@ def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, 
 def read_autoencoder(
     config: AutoencoderTraining | PretrainedAutoencoder, folder: Path, *, command: str = ""
 ) -> dict[str, Any]:
-    """Read the parameters of a run's autoencoder: the trained ones, or those of a pretrained one's folder.
+    """Read the parameters of a run's autoencoder: the trained ones, or the ones in a pretrained autoencoder's folder.
 
     Args:
       config: the run's autoencoder.

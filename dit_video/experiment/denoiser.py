@@ -138,7 +138,7 @@ def make_denoiser_loss(
 
 
 def get_time_range(training: DenoiserTraining) -> tuple[float, float]:
-    """Return the range of the objective's times that is trained, as `DenoiserLoss.shares`."""
+    """Return the range of quantiles of the objective's times that is trained; see `DenoiserLoss.time_quantiles`."""
     if training.expert is None:
         return 0.0, 1.0
     boundary = time_quantile(training.objective, training.expert.boundary)
@@ -178,7 +178,7 @@ def make_denoiser_step(
 ) -> TrainStep:
     """Return the step of a denoiser's training, from the loss of its parameters.
 
-    Adapted weights, or those of a teacher, are the last constant of the step.
+    Adapted weights, or a teacher's, are the last constant of the step.
 
     Args:
       config: the training.

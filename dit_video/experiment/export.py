@@ -85,7 +85,7 @@ def make_pipeline(
 ) -> Pipeline:
     """Return the pipeline of a run with these weights of the denoiser, on the devices of a mesh or on the default one.
 
-    `offload` is that of `dit_video.load`.
+    `offload` is described at `dit_video.load`.
 
     Raises:
       MissingError: If the autoencoder is not trained yet.

@@ -42,8 +42,8 @@ def load(
 ) -> Pipeline:
     """Load the pipeline of a run folder, a pipeline folder, or a folder of open weights.
 
-    Of an unfinished run, the newest checkpoint's averaged weights are loaded; its clips are not needed, and nothing is
-    trained. `step` loads those of another checkpoint, also of a finished run.
+    An unfinished run gives the averaged weights of its newest checkpoint; its clips are not needed, and nothing is
+    trained. `step` names another checkpoint, of a finished run, too.
 
     Args:
       path: a folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
@@ -51,7 +51,7 @@ def load(
       text_encoder: folder of the model's frozen text encoder, if it has moved.
       dtype: open weights only: dtype of the denoiser's matrix products and of their weights, bfloat16 by default. All
         other weights, and the autoencoder, are in float32.
-      text_dtype: open weights only: dtype of those of the text encoder; by default that of the denoiser.
+      text_dtype: open weights only: dtype of the text encoder; by default the denoiser's.
       offload: `Stages()` or `Layers()` for weights in host memory that are copied to the devices when they are used;
         None for weights that stay on the devices. By default, on one GPU or TPU, `Stages()` for open weights and for
         models with two experts, or `Layers()` of parts whose weights do not fit on the device; None for other models
@@ -128,7 +128,7 @@ def find_folder(path: str | Path) -> Path:
     if is_remote(address := restore_address(path)):
         return _fetch(address)
     folder = Path(path)
-    # A name on the hub has two parts, of which the first is not a folder here.
+    # A name on the hub has two parts, and the first is not a folder here.
     if not folder.parent.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
         folder = _download(str(path))
     if not folder.is_dir():

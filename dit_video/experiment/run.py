@@ -126,7 +126,7 @@ class Run(StagedRun):
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """Return the stages in order: the autoencoder's, those of other packages, those of the denoiser."""
+        """Return the stages in order: the autoencoder's, other packages', the denoiser's."""
         experiment, start_step = self.experiment, 0
         stages: list[Stage] = [TrainAutoencoder(experiment=experiment), *experiment.stages]
         for index, name in enumerate([*(stage.name for stage in experiment.curriculum), ""]):

@@ -96,10 +96,10 @@ class AutoencoderTraining:
     """Codebook update of a vector-quantized autoencoder."""
     ema_decay: float = 0.99
     max_pixels: int | None = None
-    """Maximum number of pixels of the frames that windows are cut from; None for that of the data, at which the
+    """Maximum number of pixels of the frames that windows are cut from; None for the data's, at which the
     autoencoder is also evaluated."""
     max_frames: int | None = None
-    """Maximum number of frames of the clips that windows are cut from; None for that of the data."""
+    """Maximum number of frames of the clips that windows are cut from; None for the data's."""
     init_from: str | None = None
     """Folder of initial weights in diffusers' layout, of this model or of the image autoencoder that it inflates; None
     for random weights. If `normalizer` is not trained, the latents keep their mean and standard deviation."""
@@ -180,7 +180,7 @@ class LoraAdapters:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """Training of a few-step student; `objective` is that of its teacher's training."""
+    """Training of a few-step student; `objective` is its teacher's."""
 
     init_from: str
     """Folder of the teacher, from whose weights the student starts, as for `AllWeights`."""
@@ -262,7 +262,7 @@ class CurriculumStage:
     steps: int
     """Number of steps of this stage."""
     data: DataConfig
-    """Clips and sizes of this stage. `held_out` is that of the experiment, and so are `weights` if they are empty."""
+    """Clips and sizes of this stage. `held_out` is the experiment's, and so are `weights` if they are empty."""
     layout: PackedShape | CanvasShape | None = None
     """Shape of the packed rows or canvases."""
     batch: int | None = None

@@ -75,7 +75,7 @@ def call_together(action: str, function: Callable[[], T]) -> SharedResult[T]:
 
 
 def raise_failure(action: str, failure: SharedResult) -> NoReturn:
-    """Raise the failure that all processes have agreed on, which may be that of another one.
+    """Raise the failure that all processes have agreed on; it may have happened in another one.
 
     Args:
       action: Description of what failed, such as "read the checkpoint of step 3".

@@ -67,7 +67,7 @@ class CheckpointPolicy:
     best: int = 0
     """Number of best checkpoints by `metric` to keep."""
     metric: str = "loss"
-    """Name of a logged metric, whose value is that of the last entry of the log before the checkpoint was saved."""
+    """Name of a logged metric, as in the last entry of the log before the checkpoint was saved."""
     better: Literal["lower", "higher"] = "lower"
     """Direction in which `metric` improves."""
 
@@ -133,7 +133,7 @@ class _Save:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder, of which `keep` decides which are preserved.
+    """The checkpoints of one run, in one folder; `keep` decides which are preserved.
 
     The folder is neither created nor changed before the first save. In a run of several processes all call the same
     methods, in the same order (`read_document` is of each process alone).
@@ -264,7 +264,7 @@ class Checkpoints:
         self._unreadable.clear()
 
     def _finish_previous(self, step: int) -> None:
-        """Wait for the previous save. One that was not written is given up once, in favour of that of `step`."""
+        """Wait for the previous save. One that was not written is given up once, in favour of the save of `step`."""
         try:
             self._wait()
         except TransientError as error:
@@ -306,7 +306,7 @@ class Checkpoints:
             return reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def read_digests(self, step: int) -> dict[str, int]:
-        """Return the digest of each array of a checkpoint, by its path, as `save` has; none of those of format 1."""
+        """Return the digest of each array of a checkpoint, by its path, as `save` does; empty for format 1."""
         document = retry_transient(lambda: self.read_document(step))
         return {path: entry["digest"] for path, entry in document["arrays"].items()} if document["format"] > 1 else {}
 
@@ -374,7 +374,7 @@ class Checkpoints:
         return SharedResult(None, content.kind, content.reason, content.error)
 
     def _read(self, step: int, like: Any, config: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Return the arrays, of which this process reads its part, by their paths, and the document."""
+        """Return the arrays by their paths, each with this process's part, and the document."""
         checkpoint_path = self.folder / str(step)
         if not checkpoint_path.exists():  # on a network disk one machine may see a folder before another one does
             raise OSError(errno.ESTALE, f"{checkpoint_path} is listed, but cannot be seen")

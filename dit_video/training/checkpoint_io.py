@@ -81,7 +81,7 @@ def open_writer(
 ) -> ocp.CheckpointManager:
     """Return a manager of all processes that writes, and removes the remains of interrupted saves.
 
-    `barrier` is that of several processes; None for a single one.
+    `barrier` is None for a single process.
     """
     return _make_manager(
         folder,
@@ -223,7 +223,7 @@ def number_values(shape: tuple[int, ...], *, start: int = 0) -> UInt32[Array, ".
 
 
 def mix_bits(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Return words each bit of which depends on all bits of one word, by the finalizer of MurmurHash3."""
+    """Mix the bits of each word, so that each depends on all others, by the finalizer of MurmurHash3."""
     words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
     words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
     return words ^ (words >> 16)
@@ -243,7 +243,7 @@ def make_target(leaf: Any) -> jax.ShapeDtypeStruct:
 def check_arrays(
     folder: Path | epath.Path, stored: Mapping[str, Any], expected: Mapping[str, Any], config_difference: str
 ) -> None:
-    """Raise a user error with the first difference between the arrays of a checkpoint and those of the state.
+    """Raise a user error with the first difference between the arrays of a checkpoint and of the state.
 
     `config_difference` names the fields of the config that differ, or is empty.
     """

@@ -45,7 +45,7 @@ class LeaseConfig:
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """The content of the newest lease file, which may be that of another version."""
+    """The content of the newest lease file, which another version may have written."""
 
     number: int
     """Number of the file; 0 without one."""

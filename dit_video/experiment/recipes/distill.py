@@ -28,7 +28,7 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 _LEARNING_RATES = {"consistency": 1e-3, "dmd": 3e-4}
 _LORA_LEARNING_RATE = 1e-4
 _OPEN_GUIDANCE = 5.0
-"""Guidance scale of open weights, that of their pipelines in diffusers."""
+"""Guidance scale of open weights, as in their pipelines in diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,7 +207,7 @@ def _select_weights(
 def _select_expert(
     folder: Path, boundary: float | None, options: FineTuningOptions
 ) -> tuple[Path, ExpertConfig | None]:
-    """Return the folder of the weights that are trained, and the expert of two that they are."""
+    """Return the folder of the weights that are trained, and the config of their expert if the model has two."""
     if boundary is None:
         if options.expert is not None:
             raise UserError(f"expert={options.expert} is invalid: {folder} has one transformer; leave out expert")

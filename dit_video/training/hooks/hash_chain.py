@@ -75,7 +75,7 @@ class HashChain(Hook):
         self._append([{"step": step, "start": self._start}])
 
     def on_step(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-        recorded = (BATCH_DIGESTS, *_VALUES)  # of which steps of other packages may lack some
+        recorded = (BATCH_DIGESTS, *_VALUES)  # a step of another package may lack some
         self._steps.append((step, {name: metrics[name] for name in recorded if name in metrics}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

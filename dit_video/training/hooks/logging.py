@@ -138,7 +138,7 @@ class Progress:
         Args:
           step: Number of steps done.
           loss: Newest loss, which is shown until the next one is passed.
-          is_timed: False if the time since the last call is not that of steps, because it includes compilation.
+          is_timed: False if the time since the last call includes compilation.
 
         Raises:
           KeyboardInterrupt: If Ctrl-C was pressed in a script, and the code that ran meanwhile ignored it.

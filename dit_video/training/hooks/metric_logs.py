@@ -35,7 +35,7 @@ class MonitoringConfig:
     """Interval in steps of logging `validation_loss`, the loss of held-out clips with the averaged weights; 0 for
     never. Noise and times are the same each time, and no caption is dropped."""
     validation_batches: int = 4
-    """Number of validation batches, as large as those of training."""
+    """Number of validation batches, which are as large as training batches."""
     sample_every: int = 0
     """Interval in steps of sampling a grid of clips with the averaged weights to `samples/`, and of reconstructing
     held-out clips to the autoencoder's `reconstructions/`, with their PSNR in the log; 0 for never."""

@@ -71,7 +71,7 @@ class ConsistencyDistillation:
 class DistributionMatching:
     """Configuration of distribution matching distillation: DMD2 (arXiv 2405.14867) without its discriminator.
 
-    Samples move along the difference between the teacher's score and that of a critic, which is trained to denoise the
+    Samples move along the difference between the scores of the teacher and of a critic, which is trained to denoise the
     student's samples.
 
     Raises:

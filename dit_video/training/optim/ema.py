@@ -159,12 +159,12 @@ class EmaSnapshots:
         max_step: int | None = None,
         place: Placement = place_on_host,
     ) -> dict[str, Any]:
-        """Return the average of a relative width, of which the host holds one part at a time.
+        """Return the average of a relative width; the host holds one part of it at a time.
 
         Args:
           sigma_rel: Width of the average, relative to the length of the training.
           like: Parameters, or their shapes, which give the structure of the result.
-          step: Step of the average; that of the last snapshot if None.
+          step: Step of the average; None for the last snapshot's.
           max_step: Step after which snapshots are ignored, such as those that a killed run wrote after its last
             checkpoint.
           place: Reads each parameter to its destination, given its path; by default to the host.

@@ -123,7 +123,7 @@ def make_optimizer(
     Args:
       config: Configuration of the optimizer.
       steps: Length of the learning rate schedule.
-      start_step: Number of updates before the schedule begins: those of earlier stages.
+      start_step: Number of updates before the schedule begins: the updates of earlier stages.
       mesh: Mesh over whose devices Muon divides its matrices; None for a single device.
 
     Raises:

@@ -37,7 +37,7 @@ class AttentionSize:
     heads: int = 16
     head_width: int = 128
     repeats: int = 10
-    """Number of measurements, of which the median counts."""
+    """Number of measurements; their median counts."""
     checked: leaks.CheckedSize = field(default_factory=leaks.CheckedSize)
     """Sizes of the rows that are compared with the dense reference."""
 
