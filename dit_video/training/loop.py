@@ -137,14 +137,7 @@ def run(
         except NonFiniteLossError as error:
             raise saver.make_error(str(error)) from error
         except TooManySkipsError as error:
-            # Skipped steps leave the state unchanged, so it is still that from before the first of them.
-            saver.write(steps_done, state, log.entry)
-            saver.wait()
-            saved_note = "" if checkpoints is None else f" and is saved as step {steps_done}"
-            raise UserError(
-                f"{error}; the state is that from before them{saved_note}. Inspect the batches in skipped.jsonl. The "
-                "same command resumes after them; a lower learning rate or stronger gradient clipping needs a new run."
-            ) from error
+            raise saver.save_after_skips(error, steps_done, state, log) from error
         saver.wait()
         timer.end(steps_done)
         if stop.acknowledge():
@@ -248,6 +241,16 @@ class _Saver:
                 for hook in self._hooks:
                     hook.on_save(step, digests)
             self._saved_step = step
+
+    def save_after_skips(self, error: TooManySkipsError, step: int, state: Any, log: StepLog) -> UserError:
+        """Save the state, which skipped steps have left as it was before the first of them, and return the error."""
+        self.write(step, state, log.entry)
+        self.wait()
+        saved_note = "" if self._checkpoints is None else f" and is saved as step {step}"
+        return UserError(
+            f"{error}; the state is that from before them{saved_note}. Inspect the batches in skipped.jsonl. The "
+            "same command resumes after them; a lower learning rate or stronger gradient clipping needs a new run."
+        )
 
     def wait(self) -> None:
         """Wait until all saves are on disk."""

@@ -185,7 +185,7 @@ def get_clip_sizes(rows: PackedBatch) -> ClipSize:
 
 
 def time_quantile(objective: Objective, time: float) -> float:
-    """Return the share of an objective's training times below `time`: the inverse of `objective.time`."""
+    """Return the share of an objective's training times below `time`: the inverse of `objective.compute_time`."""
     low, high = 0.0, 1.0
     for _ in range(24):  # bisection to the precision of float32
         middle = (low + high) / 2
