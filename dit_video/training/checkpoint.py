@@ -76,60 +76,8 @@ class CheckpointPolicy:
         check_at_least(0, best=self.best)
 
 
-class OrbaxPreservationPolicy:
-    """A `CheckpointPolicy` as a policy of Orbax.
-
-    `get_metrics` returns the metrics of the checkpoint of a step, or None.
-    """
-
-    def __init__(self, keep: CheckpointPolicy, get_metrics: Callable[[int], Mapping[str, float] | None]) -> None:
-        from orbax.checkpoint import checkpoint_managers as orbax  # slow import, not needed for configs
-
-        policies: list[orbax.PreservationPolicy] = [orbax.LatestN(keep.newest)]
-        if keep.every is not None:
-            policies.append(orbax.EveryNSteps(keep.every))
-        if keep.best:
-            is_reversed = keep.better == "lower"  # Orbax keeps the last of the sorted checkpoints
-            options: dict[str, Any] = {"reverse": is_reversed, "keep_checkpoints_without_metrics": False}
-            policies.append(orbax.BestN(get_metric_fn=lambda metrics: metrics[keep.metric], n=keep.best, **options))
-        self._policy = orbax.AnyPreservationPolicy(policies)
-        self._keep = keep
-        self._get_metrics = get_metrics
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Return whether to keep each of the checkpoints, which are in the order of their steps."""
-        checkpoints_with_metrics = [
-            SimpleNamespace(step=info.step, time=info.time, metrics=self._read_metrics(info.step))
-            for info in checkpoints
-        ]
-        return self._policy.should_preserve(checkpoints_with_metrics, context=context)
-
-    def _read_metrics(self, step: int) -> Mapping[str, float] | None:
-        if not self._keep.best:
-            return None
-        metrics = self._get_metrics(step)
-        value = None if metrics is None else metrics.get(self._keep.metric)
-        return metrics if value is not None and math.isfinite(value) else None
-
-
 FORMAT = 2
 """Format of new checkpoints. Those of format 1 have other digests, and can be read, too."""
-
-
-@dataclass(frozen=True)
-class _Save:
-    """A save that was begun."""
-
-    step: int
-    """Number of steps that led to the state."""
-    references: dict[str, Any]
-    """Weak references to the arrays, by their paths; a training step may donate them."""
-    document: Mapping[str, Any]
-
-    def get_arrays(self) -> dict[str, jax.Array] | None:
-        """Return the arrays; None if some were freed or donated."""
-        arrays = {path: reference() for path, reference in self.references.items()}
-        return None if any(array is None or array.is_deleted() for array in arrays.values()) else arrays
 
 
 class Checkpoints:
@@ -442,7 +390,59 @@ class Checkpoints:
         return self._metrics[step]
 
 
+@dataclass(frozen=True)
+class _Save:
+    """A save that was begun."""
+
+    step: int
+    """Number of steps that led to the state."""
+    references: dict[str, Any]
+    """Weak references to the arrays, by their paths; a training step may donate them."""
+    document: Mapping[str, Any]
+
+    def get_arrays(self) -> dict[str, jax.Array] | None:
+        """Return the arrays; None if some were freed or donated."""
+        arrays = {path: reference() for path, reference in self.references.items()}
+        return None if any(array is None or array.is_deleted() for array in arrays.values()) else arrays
+
+
 def _check_digests(arrays: Mapping[str, jax.Array], document: Mapping[str, Any]) -> None:
     for path, digest in compute_digests(arrays, is_mixed=document["format"] > 1).items():
         if digest != document["arrays"][path]["digest"]:
             raise ValueError(f"the digest of {path} does not match: its values were lost or changed after writing")
+
+
+class OrbaxPreservationPolicy:
+    """A `CheckpointPolicy` as a policy of Orbax.
+
+    `get_metrics` returns the metrics of the checkpoint of a step, or None.
+    """
+
+    def __init__(self, keep: CheckpointPolicy, get_metrics: Callable[[int], Mapping[str, float] | None]) -> None:
+        from orbax.checkpoint import checkpoint_managers as orbax  # slow import, not needed for configs
+
+        policies: list[orbax.PreservationPolicy] = [orbax.LatestN(keep.newest)]
+        if keep.every is not None:
+            policies.append(orbax.EveryNSteps(keep.every))
+        if keep.best:
+            is_reversed = keep.better == "lower"  # Orbax keeps the last of the sorted checkpoints
+            options: dict[str, Any] = {"reverse": is_reversed, "keep_checkpoints_without_metrics": False}
+            policies.append(orbax.BestN(get_metric_fn=lambda metrics: metrics[keep.metric], n=keep.best, **options))
+        self._policy = orbax.AnyPreservationPolicy(policies)
+        self._keep = keep
+        self._get_metrics = get_metrics
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Return whether to keep each of the checkpoints, which are in the order of their steps."""
+        checkpoints_with_metrics = [
+            SimpleNamespace(step=info.step, time=info.time, metrics=self._read_metrics(info.step))
+            for info in checkpoints
+        ]
+        return self._policy.should_preserve(checkpoints_with_metrics, context=context)
+
+    def _read_metrics(self, step: int) -> Mapping[str, float] | None:
+        if not self._keep.best:
+            return None
+        metrics = self._get_metrics(step)
+        value = None if metrics is None else metrics.get(self._keep.metric)
+        return metrics if value is not None and math.isfinite(value) else None
