@@ -59,7 +59,7 @@ def main(
     """Compute metrics of a model or of a folder of videos, and write metrics.json, report.html and the samples.
 
     Without a protocol a model is evaluated as its config says, and a folder of videos by the protocol samples. Several
-    processes, started as those of train.py (docs/distributed.md), sample together and share the clips to measure.
+    processes, started as with train.py (docs/distributed.md), sample together and share the clips to measure.
 
     For example:
 
@@ -114,7 +114,7 @@ def _refuse(rule: str, **values: object) -> None:
     """Refuse options that would have no effect.
 
     Raises:
-      UserError: one has a value.
+      UserError: If one of the options has a value.
     """
     for name, value in values.items():
         if value not in (None, ()):
@@ -148,7 +148,7 @@ def _get_folder(run: Path, out: Path | None, *, is_model: bool) -> Path:
     """Return the folder of the files.
 
     Raises:
-      UserError: there is none for a pipeline, whose own folder holds nothing else.
+      UserError: If no folder is given for a pipeline, whose own folder holds nothing else.
     """
     if out is None and not (run / CONFIG).is_file():
         kind = "a pipeline, not a run" if is_model else "a folder of videos"

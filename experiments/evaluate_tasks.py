@@ -55,7 +55,7 @@ def main(
         tasks: Names of the tasks.
         count: Number of scenes of each task.
         levels: Levels of the scenes.
-        seed: Seed of the scenes and samples, another one than that of the training.
+        seed: Seed of the scenes and samples, another one than the training's.
         resample: Number of times that every block of steps is taken where known pixels are kept without training.
         cache: Keep compiled programs in ~/.cache/dit_video/programs.
     """

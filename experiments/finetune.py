@@ -11,7 +11,7 @@ first frames are encoded once, then the transformer is trained:
     --train temporal    only the temporal layers, for models that have them
     --train scratch     all weights, from random initialization
 
-A14B has two experts, of which one is trained, on its own range of times: --expert high (noisy times) or --expert low,
+A14B has two experts; one is trained, on its own range of times: --expert high (noisy times) or --expert low,
 which is written to RUN/transformer_2. The run samples with both. To combine the adapters of both, use
 `dit_video.load(MODEL).load_lora(HIGH).load_lora(LOW, expert="low_noise")`.
 

@@ -30,7 +30,7 @@ class PictureOptions:
     conditions: tuple[str, ...] = ()
     """Images or clips at some frames, each FILE@FRAME or FILE@FRAME@STRENGTH, such as middle.png@40@0.8."""
     strength: float | None = None
-    """Diffusion time, in (0, 1], that --video is noised to and sampling starts at; with a task, that of its clip."""
+    """Diffusion time, in (0, 1], that --video is noised to and sampling starts at; with a task, its clip's."""
     method: Method = "auto"
     """Way to keep what is known: as the model was trained (trained), by replacement of latents (training_free), or the
     first where the model was trained for it (auto)."""
@@ -43,9 +43,9 @@ class PictureOptions:
         """Return the arguments of `Pipeline.generate`: decoded files, and strengths.
 
         Raises:
-          MissingError: a file does not exist.
-          DecodeError: a file is damaged.
-          UserError: a mask without a video, or a text that is not of its form.
+          MissingError: If a file does not exist.
+          DecodeError: If a file is damaged.
+          UserError: If there is a mask without a video, or if a text does not have its form.
         """
         strengths = dict(map(_parse_strength, self.strengths))
         options = {"strength": self.strength, "method": self.method, "resample": self.resample}

@@ -45,7 +45,7 @@ _TILES = ("height", "width", "overlap")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Weights of the model, and values that replace those of its own sampling; None keeps the model's."""
+    """Weights of the model, and values that replace its own for sampling; None keeps the model's."""
 
     steps: int | None = None
     """Number of sampling steps; the model's own by default."""
@@ -55,7 +55,7 @@ class SamplingOptions:
     sampler: str | None = None
     """Name of the sampler, such as euler, heun, unipc, dpm++2m or ddim; the model's own by default."""
     shift: float | None = None
-    """Shift of the times towards noise, such as 5 for distilled models; that of training by default."""
+    """Shift of the times towards noise, such as 5 for distilled models; as in training by default."""
     times: tuple[float, ...] | None = None
     """Falling times at which the steps start, from at most 1 (noise) to above 0, instead of a number of steps."""
     interval: tuple[float, float] | None = None
@@ -82,9 +82,9 @@ class SamplingOptions:
     attention: BackendName | None = None
     """Backend of attention instead of the model's own; auto takes the best one for the devices."""
     dtype: Dtype | None = None
-    """Dtype of matrix products of open weights, bfloat16 by default; that of a run is its own."""
+    """Dtype of matrix products of open weights, bfloat16 by default; a run has its own."""
     text_dtype: Dtype | None = None
-    """Dtype of the text encoder of open weights; that of the denoiser by default."""
+    """Dtype of the text encoder of open weights; the denoiser's by default."""
     offload: Literal["auto", "stages", "text-layers", "layers", "none"] = "auto"
     """Weights in host memory: all but those of the current stage, also all layers but one (of the text encoder, or of
     the denoiser too), or none; auto: by the model and the device's memory."""
@@ -104,8 +104,8 @@ class SamplingOptions:
         Before any weight is read, adapters, sampling and the requests, if any, are checked against the folder's config.
 
         Raises:
-          UserError: a number of steps below 1, a mesh that is not AXIS=SIZE,…, an adapter or a request that does not
-            fit the model, or what `dit_video.load` refuses.
+          UserError: If the number of steps is below 1, if the mesh is not AXIS=SIZE,…, if an adapter or a request does
+            not fit the model, or if `dit_video.load` refuses the model.
         """
         check_minimum(1, steps=self.steps)
         adapters = [AdapterFile.parse(text) for text in self.lora]

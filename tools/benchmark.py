@@ -93,7 +93,7 @@ class BenchmarkSize:
     """Size of the benchmarks.
 
     Raises:
-      UserError: if a number is below 1.
+      UserError: If a number is below 1.
     """
 
     steps: int

@@ -1,4 +1,4 @@
-"""Convert weights between file layouts: that of diffusers or transformers, the authors' and ours."""
+"""Convert weights between file layouts: diffusers' or transformers', the authors' and ours."""
 
 from dit_video.core.platform.scripts import prepare_script
 
@@ -28,7 +28,7 @@ def main(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     model: Path | None = None,
 ) -> None:
-    """Convert weights between file layouts: that of diffusers or transformers, the authors' and ours.
+    """Convert weights between file layouts: diffusers' or transformers', the authors' and ours.
 
     For example:
 
@@ -44,7 +44,7 @@ def main(
             anything of it.
         destination: Folder to write, which must not exist yet; for a LoRA or a file of PyTorch, the file to write.
         to: Layout to write: diffusers, authors or dit_video; safetensors for the unchanged tensors of a PyTorch file.
-        dtype: Data type of the written weights; that of the source by default.
+        dtype: Data type of the written weights; the source's by default.
         model: Folder of the transformer that the LoRA adapts.
     """
     cast = None if dtype is None else jnp.dtype(dtype)

@@ -40,7 +40,7 @@ Destination = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DESTIN
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Views of the clips to encode; unset fields are those of the run or the pipeline."""
+    """Views of the clips to encode; unset fields are the run's or the pipeline's."""
 
     max_pixels: int | None = None
     """Maximum number of pixels of a frame; larger clips are resized, keeping their aspect ratio."""
@@ -90,7 +90,7 @@ def main(
     the same command to restart a killed process. The process that finishes last, or one with `--finish`, writes the
     index.
 
-    With a frozen text encoder (that of the config, or `--text-encoder FOLDER`), the embeddings of all captions are
+    With a frozen text encoder (the config's, or `--text-encoder FOLDER`), the embeddings of all captions are
     stored next to the latents; for an image-to-video denoiser, so is the conditioning on first frames.
 
     Args:
@@ -98,8 +98,8 @@ def main(
         data: Data set written by tools/ingest.py: a folder or an address (gs://…).
         destination: Folder or address (gs://…) to write the latents to.
         views: Views of the clips to encode.
-        shard: Index of this process; that of JAX by default.
-        shards: Number of processes; that of JAX by default.
+        shard: Index of this process; JAX's by default.
+        shards: Number of processes; JAX's by default.
         finish: Only write the index, once all files exist.
         storage: Data type in which latents are stored.
         views_per_file: Number of views in a file, which is also the most that a killed process loses.

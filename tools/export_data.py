@@ -41,7 +41,7 @@ def main(
         splits: Splits that are exported; all by default.
         captions: Columns of captions; by default captions and all columns of texts named captions_*.
         vectors: Columns of vectors and bytes that are written too, such as embedding; none by default.
-        title: Name of the data set in its card; that of the folder by default.
+        title: Name of the data set in its card; the folder's by default.
         license: License of the clips in the card, such as cc-by-4.0.
     """
     name = title or data.rstrip("/").rpartition("/")[2] or data

@@ -54,7 +54,7 @@ def main(
     time that of a clip of the pipeline's own size.
 
     Args:
-        pipeline: Folder of a pipeline; that of a finished run is RUN/pipeline.
+        pipeline: Folder of a pipeline; a finished run has RUN/pipeline.
         data: Data set written by tools/ingest.py: a folder, such as RUN/data, or an address (gs://…).
         clips: Maximum number of clips to fit to.
         held_out: Maximum number of other clips to measure on; at most half of all.

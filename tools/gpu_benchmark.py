@@ -18,7 +18,7 @@ The parts, each of which ends when its time is spent:
 
 Each figure is written as it appears, with the device, the version of JAX, the date and its target. Cases run in
 processes of their own, so that a kernel that fails, or memory that runs out, does not end the others. The flags of XLA
-are those of all scripts (`dit_video/core/platform/xla_flags.py`), and compiled programs are kept.
+are the same for all scripts (`dit_video/core/platform/xla_flags.py`), and compiled programs are kept.
 
 Only JAX, Flax, optax, einops, jaxtyping, safetensors, tokenizers and NumPy are needed; there is no data to prepare.
 """
@@ -63,7 +63,7 @@ def find_platform(*, is_small: bool) -> str:
     """Return the platform of the devices, which a process of its own finds: this one must not claim their memory.
 
     Raises:
-      UserError: there is no accelerator, and sizes are not small.
+      UserError: If there is no accelerator, and sizes are not small.
     """
     machine: Mapping[str, str] = {}
     for name, value in start_case("attention", MACHINE, TimeBudget(_PROBE_SECONDS), ["--small"] * is_small):

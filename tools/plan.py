@@ -18,8 +18,7 @@ install libtpu) but no TPU. For GPUs that are not present, everything is compute
 memory. `--calibrate` measures this machine's devices, and later plans for such chips expect what was measured. `--set`
 changes any scalar of the config: `--set denoiser.backbone.layers=20`.
 
-Of a pipeline's folder, of which only the JSON files are read, the memory of each stage of sampling on one device is
-reported.
+For a pipeline's folder, the memory of each stage of sampling on one device is reported; only its JSON files are read.
 """
 
 from dit_video.core.platform.scripts import prepare_script
@@ -104,11 +103,11 @@ def plan_folder(arguments: Any, calibrations: Path) -> None:
     """Plan the sampling of a pipeline's folder on one device.
 
     Raises:
-      UserError: options of plans of an experiment.
+      UserError: If options for plans of an experiment are set.
     """
     if arguments.of != "sampler":
         raise UserError(f"--of {arguments.of} is invalid for a folder, whose sampling is planned; use --of sampler")
-    _refuse_options(arguments, _EXPERIMENT_OPTIONS, "a folder, of which one request is planned")
+    _refuse_options(arguments, _EXPERIMENT_OPTIONS, "a folder, for which one request is planned")
     topology, _ = find_topology(arguments.topology, calibrations)
     options = LoadOptions(
         dtype=arguments.dtype or DEFAULT_DTYPE,
@@ -129,7 +128,7 @@ def _refuse_options(arguments: Any, names: Sequence[str], target: str) -> None:
     """Refuse options that have no effect on a plan.
 
     Raises:
-      UserError: one is set.
+      UserError: If one of the options is set.
     """
     options = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
     if options:
@@ -167,7 +166,7 @@ def make_parser() -> ArgumentParser:
         "--offload", choices=tuple(OFFLOADS), help="Folders: weights in host memory; as the memory asks."
     )
     parser.add_argument("--dtype", choices=DTYPES, help="Folders: dtype of matrix products; bfloat16 by default.")
-    parser.add_argument("--text-dtype", choices=DTYPES, help="Folders: that of the text encoder; the same by default.")
+    parser.add_argument("--text-dtype", choices=DTYPES, help="Folders: dtype of the text encoder; the same by default.")
     parser.add_argument(
         "--fit",
         metavar="SIZE",
@@ -189,7 +188,7 @@ def check_arguments(arguments: Any) -> None:
     """Check the options of a plan.
 
     Raises:
-      UserError: one is missing or out of range, or two exclude each other.
+      UserError: If an option is missing or out of range, or if two exclude each other.
     """
     for name, value in (("CONFIG", arguments.config), ("--topology", arguments.topology)):
         if value is None:
@@ -211,7 +210,7 @@ def find_topology(text: str, folder: Path) -> tuple[Topology, Calibration | None
     """Return a topology, and the calibration of its chip in a folder; None if there is none.
 
     Raises:
-      UserError: it is not a topology, or a file in the folder is not a calibration.
+      UserError: If the text is not a topology, or if a file in the folder is not a calibration.
     """
     name = text.lower().partition(":")[0]
     calibration = read_calibration(folder, "v7x" if name == "tpu7x" else name) if name.isalnum() else None
@@ -229,8 +228,8 @@ def read_experiment(path: Path, changes: list[str], *, rows: int | None) -> Expe
     """Read the experiment of a config file and change some of its fields.
 
     Raises:
-      MissingError: if the file does not exist.
-      UserError: if the file defines no experiment, or if a field does not exist or rejects its value.
+      MissingError: If the file does not exist.
+      UserError: If the file defines no experiment, or if a field does not exist or rejects its value.
     """
     experiment = read_setting(path)
     if not isinstance(experiment, Experiment):

@@ -66,7 +66,7 @@ def main(
         python tools/train_scene_clip.py scene_clip
         python tools/train_scene_clip.py scene_clip --clips 1000 --steps 200 --sigmoid
 
-    The folder is that of a `CLIPModel` of `transformers` with a tokenizer and image settings, like
+    The folder holds a `CLIPModel` of `transformers` with a tokenizer and image settings, like
     `openai/clip-vit-large-patch14`. It takes less than ten minutes on two cores.
 
     Args:

@@ -44,10 +44,10 @@ def main(
 
     Args:
         run: Folder or address of a run, which may be in training.
-        model: Name of the trained model: denoiser, autoencoder, or that of another stage.
+        model: Name of the trained model: denoiser, autoencoder, or another stage's.
         first: Step of a checkpoint that is kept, or 0; the newest one before the last step by default.
         last: Last step to repeat; the newest one by default.
-        mesh: Devices, such as data=1,fsdp=4; those of the run by default.
+        mesh: Devices, such as data=1,fsdp=4; the run's by default.
         json_: Print JSON instead of text.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """

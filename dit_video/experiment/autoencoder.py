@@ -35,8 +35,8 @@ def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, 
     An image autoencoder is inflated where the model is an inflated one; `key` initialises its temporal layers.
 
     Raises:
-      MissingError: the folder does not exist, or lacks files.
-      UserError: weights that cannot be read, or of another autoencoder.
+      MissingError: If the folder does not exist, or lacks files.
+      UserError: If the weights cannot be read, or are of another autoencoder.
     """
     if training.init_from is None:
         return None
@@ -50,7 +50,7 @@ def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, 
 def read_autoencoder(
     config: AutoencoderTraining | PretrainedAutoencoder, folder: Path, *, command: str = ""
 ) -> dict[str, Any]:
-    """Read the parameters of a run's autoencoder: the trained ones, or those of a pretrained one's folder.
+    """Read the parameters of a run's autoencoder: the trained ones, or the ones in a pretrained autoencoder's folder.
 
     Args:
       config: the run's autoencoder.
@@ -58,8 +58,8 @@ def read_autoencoder(
       command: command that continues the run, for the message.
 
     Raises:
-      MissingError: it is not trained yet, or its folder does not exist or lacks files.
-      UserError: weights that cannot be read, or of another autoencoder.
+      MissingError: If the autoencoder is not trained yet, or if its folder does not exist or lacks files.
+      UserError: If the weights cannot be read, or are of another autoencoder.
     """
     if isinstance(config, PretrainedAutoencoder):
         return {} if config.folder is None else _load_autoencoder_params(config.folder, config.model)
@@ -87,8 +87,8 @@ def make_autoencoder_step(
     The state is sharded on the mesh; None is for a single device.
 
     Raises:
-      MissingError: the file of the LPIPS weights does not exist.
-      UserError: the file holds other weights.
+      MissingError: If the file of the LPIPS weights does not exist.
+      UserError: If the file holds other weights.
     """
     objective, file = training.loss, training.loss.lpips_weights
     make_loss: Callable[..., AutoencoderLoss] = AutoencoderLoss

@@ -38,7 +38,7 @@ def list_checkpoints(folder: str | Path, name: str = "denoiser") -> tuple[SavedC
       name: name of the model.
 
     Raises:
-      UserError: the address of the checkpoints cannot be reached.
+      UserError: If the address of the checkpoints cannot be reached.
     """
     place = to_storage_path(get_checkpoint_folder(Path(folder), name))
     with convert_storage_errors(place), contextlib.suppress(FileNotFoundError, NotADirectoryError):

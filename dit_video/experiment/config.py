@@ -59,7 +59,7 @@ class Experiment(StagedExperiment):
     `stages` of other packages come before the denoiser's.
 
     Raises:
-      UserError: Values that are out of range or inconsistent.
+      UserError: If values are out of range or inconsistent.
     """
 
     autoencoder: AutoencoderTraining | PretrainedAutoencoder
@@ -360,8 +360,8 @@ def load_experiment(path: str | Path) -> StagedExperiment:
     """Return the `EXPERIMENT` of a config file, which may import its neighbours, by the name of their folder.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is not in Python, or defines no `EXPERIMENT`.
+      MissingError: If the file does not exist.
+      UserError: If the file is not in Python, or defines no `EXPERIMENT`.
     """
     path = Path(path)
     if not path.is_file():

@@ -32,7 +32,7 @@ def check_datasets(clips: Sequence[StoragePathLike], *, workdir: StoragePathLike
       workdir: folder of the run. Only the first process of a run at an address needs folders of clips, and only once.
 
     Raises:
-      UserError: one cannot be used.
+      UserError: If a data set cannot be used.
     """
     for folder in clips:
         if not is_ingested(folder) and not (workdir is not None and is_remote(workdir) and not is_remote(folder)):
@@ -58,7 +58,8 @@ def link_datasets(
       home: folder at an address where ingested clips are written instead of in `folder`, which then stands for it.
 
     Raises:
-      UserError: two folders of one name, another number of weights, unusable clips, or a folder that holds others.
+      UserError: If two folders have one name, if there is another number of weights, if clips cannot be used, or if the
+        folder holds others.
     """
     if weights and len(weights) != len(clips):
         raise UserError(f"the config weighs {len(weights)} data sets, {len(clips)} were given; give each one weight")
@@ -108,7 +109,7 @@ def link_folder(folder: Path, target: StoragePathLike, kind: str = "data set") -
       kind: kind of target, for the message.
 
     Raises:
-      UserError: the folder holds something, or stands for another target.
+      UserError: If the folder holds something, or stands for another target.
     """
     target = _make_absolute(to_storage_path(target))
     if target == folder.resolve():

@@ -93,8 +93,9 @@ def open_trainable_denoiser(
     Pretrained weights are read one parameter at a time, to their devices on `mesh`.
 
     Raises:
-      MissingError: the folder of the initial weights does not exist.
-      UserError: a folder that holds no denoiser, or one of another model; other base or teacher weights than before.
+      MissingError: If the folder of the initial weights does not exist.
+      UserError: If the folder holds no denoiser or one of another model, or if base or teacher weights are others than
+        before.
     """
     init, train = functools.partial(init_denoiser, training), training.train
     check_initial_weights(training)
@@ -137,7 +138,7 @@ def make_denoiser_loss(
 
 
 def get_time_range(training: DenoiserTraining) -> tuple[float, float]:
-    """Return the range of the objective's times that is trained, as `DenoiserLoss.shares`."""
+    """Return the range of quantiles of the objective's times that is trained; see `DenoiserLoss.time_quantiles`."""
     if training.expert is None:
         return 0.0, 1.0
     boundary = time_quantile(training.objective, training.expert.boundary)
@@ -177,7 +178,7 @@ def make_denoiser_step(
 ) -> TrainStep:
     """Return the step of a denoiser's training, from the loss of its parameters.
 
-    Adapted weights, or those of a teacher, are the last constant of the step.
+    Adapted weights, or a teacher's, are the last constant of the step.
 
     Args:
       config: the training.

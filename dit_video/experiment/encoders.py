@@ -25,8 +25,8 @@ def check_encoders(experiment: Experiment, runtime: Runtime) -> None:
     """Check the frozen encoders, until their identities are recorded; then a run continues without their folders.
 
     Raises:
-      MissingError: there is no encoder in a folder.
-      UserError: it has another width than the config.
+      MissingError: If there is no encoder in a folder.
+      UserError: If the encoder has another width than the config.
     """
     text = experiment.denoiser.text
     if isinstance(text, FrozenTextConfig) and not (runtime.folder / TEXT_ENCODER_FILE).is_file():
@@ -40,8 +40,8 @@ def check_image_encoder(training: DenoiserTraining, identity_file: Path) -> None
     Its weights are not read, nor its folder once its identity is recorded.
 
     Raises:
-      MissingError: there is no encoder in the folder.
-      UserError: it has another width.
+      MissingError: If there is no encoder in the folder.
+      UserError: If the encoder has another width.
     """
     folder, width = training.image_encoder, training.backbone.image_width
     if folder is None or identity_file.is_file():

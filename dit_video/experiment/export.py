@@ -84,10 +84,10 @@ def make_pipeline(
 ) -> Pipeline:
     """Return the pipeline of a run with these weights of the denoiser, on the devices of a mesh or on the default one.
 
-    `offload` is that of `dit_video.load`.
+    `offload` is described at `dit_video.load`.
 
     Raises:
-      MissingError: the autoencoder is not trained yet.
+      MissingError: If the autoencoder is not trained yet.
     """
     autoencoder = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
     config = get_pipeline_config(experiment, runtime)

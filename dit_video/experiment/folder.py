@@ -78,6 +78,118 @@ class Amendment:
         return cls(**{**value, "changes": tuple(Change(**change) for change in value["changes"])})
 
 
+FORMAT = 1
+EXCLUDED_FILE = "excluded_clips.json"
+"""Name of the list of the clips that a training excludes, and of the held-out ones that cannot be used."""
+AnyRun = TypeVar("AnyRun", bound="RunFolder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """Folder with the config of a run, made by `create` or `open`."""
+
+    folder: Path
+    experiment: StagedExperiment
+    command: str
+    """Command that started the run, or the last one that amended it."""
+    amendments: tuple[Amendment, ...] = ()
+    """Changes to the config since the run was started, in order."""
+    remote: RemoteFolder | None = field(default=None, compare=False, repr=False)
+    """Folder at an address that `folder` is a copy of; None for a run on this machine, or on a shared disk."""
+    experiment_class: ClassVar[type[StagedExperiment]] = StagedExperiment
+    """Class of the experiments that this class runs."""
+
+    @classmethod
+    def create(
+        cls: type[AnyRun], folder: str | Path, experiment: StagedExperiment, *, remote: RemoteFolder | None = None
+    ) -> AnyRun:
+        """Create a run, or open the one in this folder.
+
+        The config of a run that has begun to train may differ in fields that do not change what is trained; see
+        `amendments`.
+
+        Args:
+          folder: folder of the run.
+          experiment: its config.
+          remote: folder at an address that `folder` is a copy of.
+
+        Raises:
+          UserError: If the folder holds a run of another config or version, or something else.
+        """
+        folder = Path(folder)
+        run = cls(folder=folder, experiment=experiment, command=get_command(), remote=remote)
+        if (folder / CONFIG).is_file():
+            existing = replace(cls.open(folder), remote=remote)
+            configs = config_json.to_json(existing.experiment), config_json.to_json(experiment)
+            if not (changes := config_json.list_changes(*configs)):
+                return existing
+            if not any((folder / model).exists() for model in list_models(existing.experiment)):
+                return run._write_config()  # nothing was trained yet, so that the config may still change
+            amendment = make_amendment(folder, existing.experiment, experiment, changes, command=run.command)
+            print(f"amended: {amendment}", file=sys.stderr)
+            return replace(run, amendments=(*existing.amendments, amendment))._write_config()
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; use a folder")
+        if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no run; use another folder")
+        return run._write_config()
+
+    def _write_config(self: AnyRun) -> AnyRun:
+        """Write the config, and return the run. A pipeline's config that follows from another one goes."""
+        (self.folder / PIPELINE_CONFIG).unlink(missing_ok=True)
+        document = {
+            "format": FORMAT,
+            "version": version("dit-video"),
+            "command": self.command,
+            "experiment": config_json.to_json(self.experiment),
+        }
+        if self.amendments:
+            document["amendments"] = [amendment.to_json() for amendment in self.amendments]
+        write_json(self.folder / CONFIG, document)
+        return self
+
+    @classmethod
+    def open(cls: type[AnyRun], folder: str | Path) -> AnyRun:
+        """Open the run in a folder.
+
+        Raises:
+          MissingError: If the folder does not exist, or holds no run.
+          UserError: If the run is of another version.
+        """
+        folder = Path(folder)
+        if not (folder / CONFIG).is_file():
+            raise MissingError(f"no such run: {folder} has no {CONFIG}")
+        document = read_document(folder / CONFIG, format=FORMAT, kind="run", fix="start it anew")
+        experiment = config_json.from_json(document.get("experiment"))
+        if not isinstance(experiment, cls.experiment_class):
+            raise UserError(
+                f"{folder / CONFIG} holds no experiment for {cls.__name__}; start the run anew in another folder"
+            )
+        amendments = tuple(map(Amendment.from_json, document.get("amendments", [])))
+        return cls(folder=folder, experiment=experiment, command=str(document.get("command")), amendments=amendments)
+
+    def link_latents(self, destination: StoragePathLike) -> None:
+        """Link to a folder or an address for the cached latents, which need not exist yet.
+
+        Raises:
+          UserError: If the run has latents already, here or elsewhere, or if its config caches none.
+        """
+        if not (isinstance(self.experiment, Experiment) and self.experiment.data.cache_latents):
+            raise UserError(f"latents={destination} is invalid: the config caches no latents; leave it out")
+        datasets.link_folder(self.folder / "latents", destination, "latents")
+
+    def link_checkpoints(self, destination: StoragePathLike) -> None:
+        """Link to a folder or an address for the checkpoints, which need not exist yet.
+
+        Raises:
+          UserError: If the run has checkpoints already, here or elsewhere.
+        """
+        for own in sorted(self.folder.glob("*/checkpoints")):
+            name = own.parent.name
+            raise UserError(f"{self.folder} has checkpoints of its {name}; leave out checkpoints={destination}")
+        datasets.link_folder(self.folder / "checkpoints", destination, "checkpoints")
+
+
 def make_amendment(
     folder: Path, old: StagedExperiment, new: StagedExperiment, changes: Sequence[Change], *, command: str
 ) -> Amendment:
@@ -91,8 +203,8 @@ def make_amendment(
       command: command that continues it.
 
     Raises:
-      UserError: a change would change what is trained, or the number of steps of a training that is finished, or that
-        is beyond the new number.
+      UserError: If a change would affect what is trained, or if it changes the number of steps of a training that is
+        finished or beyond the new number.
     """
     if refused := [change for change in changes if not _is_covered(change.path, new.amendable_fields)]:
         differences = describe_changes(refused)
@@ -156,115 +268,3 @@ def _check_denoiser_steps(folder: Path, old: Experiment, new: Experiment, traine
 def _list_stage_ends(experiment: Experiment) -> list[int]:
     steps = (*(stage.steps for stage in experiment.curriculum), experiment.denoiser.steps)
     return list(itertools.accumulate(steps))
-
-
-FORMAT = 1
-EXCLUDED_FILE = "excluded_clips.json"
-"""Name of the list of the clips that a training excludes, and of the held-out ones that cannot be used."""
-AnyRun = TypeVar("AnyRun", bound="RunFolder")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunFolder:
-    """Folder with the config of a run, made by `create` or `open`."""
-
-    folder: Path
-    experiment: StagedExperiment
-    command: str
-    """Command that started the run, or the last one that amended it."""
-    amendments: tuple[Amendment, ...] = ()
-    """Changes to the config since the run was started, in order."""
-    remote: RemoteFolder | None = field(default=None, compare=False, repr=False)
-    """Folder at an address that `folder` is a copy of; None for a run on this machine, or on a shared disk."""
-    experiment_class: ClassVar[type[StagedExperiment]] = StagedExperiment
-    """Class of the experiments that this class runs."""
-
-    @classmethod
-    def create(
-        cls: type[AnyRun], folder: str | Path, experiment: StagedExperiment, *, remote: RemoteFolder | None = None
-    ) -> AnyRun:
-        """Create a run, or open the one in this folder.
-
-        The config of a run that has begun to train may differ in fields that do not change what is trained; see
-        `amendments`.
-
-        Args:
-          folder: folder of the run.
-          experiment: its config.
-          remote: folder at an address that `folder` is a copy of.
-
-        Raises:
-          UserError: the folder holds a run of another config or version, or something else.
-        """
-        folder = Path(folder)
-        run = cls(folder=folder, experiment=experiment, command=get_command(), remote=remote)
-        if (folder / CONFIG).is_file():
-            existing = replace(cls.open(folder), remote=remote)
-            configs = config_json.to_json(existing.experiment), config_json.to_json(experiment)
-            if not (changes := config_json.list_changes(*configs)):
-                return existing
-            if not any((folder / model).exists() for model in list_models(existing.experiment)):
-                return run._write_config()  # nothing was trained yet, so that the config may still change
-            amendment = make_amendment(folder, existing.experiment, experiment, changes, command=run.command)
-            print(f"amended: {amendment}", file=sys.stderr)
-            return replace(run, amendments=(*existing.amendments, amendment))._write_config()
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file; use a folder")
-        if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
-            raise UserError(f"{folder} is not empty and holds no run; use another folder")
-        return run._write_config()
-
-    def _write_config(self: AnyRun) -> AnyRun:
-        """Write the config, and return the run. A pipeline's config that follows from another one goes."""
-        (self.folder / PIPELINE_CONFIG).unlink(missing_ok=True)
-        document = {
-            "format": FORMAT,
-            "version": version("dit-video"),
-            "command": self.command,
-            "experiment": config_json.to_json(self.experiment),
-        }
-        if self.amendments:
-            document["amendments"] = [amendment.to_json() for amendment in self.amendments]
-        write_json(self.folder / CONFIG, document)
-        return self
-
-    @classmethod
-    def open(cls: type[AnyRun], folder: str | Path) -> AnyRun:
-        """Open the run in a folder.
-
-        Raises:
-          MissingError: the folder does not exist, or holds no run.
-          UserError: a run of another version.
-        """
-        folder = Path(folder)
-        if not (folder / CONFIG).is_file():
-            raise MissingError(f"no such run: {folder} has no {CONFIG}")
-        document = read_document(folder / CONFIG, format=FORMAT, kind="run", fix="start it anew")
-        experiment = config_json.from_json(document.get("experiment"))
-        if not isinstance(experiment, cls.experiment_class):
-            raise UserError(
-                f"{folder / CONFIG} holds no experiment for {cls.__name__}; start the run anew in another folder"
-            )
-        amendments = tuple(map(Amendment.from_json, document.get("amendments", [])))
-        return cls(folder=folder, experiment=experiment, command=str(document.get("command")), amendments=amendments)
-
-    def link_latents(self, destination: StoragePathLike) -> None:
-        """Link to a folder or an address for the cached latents, which need not exist yet.
-
-        Raises:
-          UserError: the run has latents already, or has them elsewhere; its config caches none.
-        """
-        if not (isinstance(self.experiment, Experiment) and self.experiment.data.cache_latents):
-            raise UserError(f"latents={destination} is invalid: the config caches no latents; leave it out")
-        datasets.link_folder(self.folder / "latents", destination, "latents")
-
-    def link_checkpoints(self, destination: StoragePathLike) -> None:
-        """Link to a folder or an address for the checkpoints, which need not exist yet.
-
-        Raises:
-          UserError: the run has checkpoints already, or has them elsewhere.
-        """
-        for own in sorted(self.folder.glob("*/checkpoints")):
-            name = own.parent.name
-            raise UserError(f"{self.folder} has checkpoints of its {name}; leave out checkpoints={destination}")
-        datasets.link_folder(self.folder / "checkpoints", destination, "checkpoints")

@@ -39,8 +39,9 @@ def check_initial_weights(training: DenoiserTraining) -> None:
     """Check the initial weights and the trained parameters, without reading weights.
 
     Raises:
-      MissingError: the folder of the initial weights does not exist.
-      UserError: a folder with weights of another model, or no temporal layers where only these are trained.
+      MissingError: If the folder of the initial weights does not exist.
+      UserError: If the folder has weights of another model, or if there are no temporal layers where only these are
+        trained.
     """
     if isinstance(training.train, TemporalWeights):
         paths = flatten(get_param_shapes(training.backbone.make))

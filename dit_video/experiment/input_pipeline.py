@@ -95,7 +95,7 @@ def make_online_batches(
       encode: `make_online_encoder` of the same experiment and clips.
 
     Raises:
-      UserError: a size of which not one example fits into the memory of a bucket's batch.
+      UserError: If not one example of some size fits into the memory of a bucket's batch.
     """
     config, model, weights = experiment.denoiser, experiment.autoencoder.model, experiment.data.used_weights
     buckets = None if config.buckets is None else make_buckets(experiment, mesh, clips)
@@ -134,7 +134,7 @@ def make_online_encoder(
     """Return an encoder of clips as they are read; `autoencoder` are the autoencoder's parameters.
 
     Raises:
-      UserError: a size of which not one example fits into the memory of a bucket's batch.
+      UserError: If not one example of some size fits into the memory of a bucket's batch.
     """
     config, model = experiment.denoiser, experiment.autoencoder.model
     hosts = RowPart.from_mesh(mesh).part_count
@@ -153,8 +153,8 @@ def check_inputs(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> None:
     """Check that the denoiser can be trained on these clips, before the autoencoder is trained for hours.
 
     Raises:
-      UserError: rows, tokens, heads or hidden widths that are not divisible by the devices, a data set without clips to
-        train on, or a size of which not one example fits into the memory.
+      UserError: If rows, tokens, heads or hidden widths are not divisible by the devices, if the data set has no clips
+        to train on, or if not one example of some size fits into the memory.
     """
     config = experiment.denoiser
     attention = experiment.mesh.context_attention
@@ -178,7 +178,7 @@ def make_buckets(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> Bucke
     """Plan the buckets of these clips.
 
     Raises:
-      UserError: no buckets in the config, or a size of which not one example fits into the memory.
+      UserError: If the config has no buckets, or if not one example of some size fits into the memory.
     """
     config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
     if config.buckets is None:
@@ -206,7 +206,7 @@ def open_captions(
     The examples are the clips, or those of the cached latents.
 
     Raises:
-      UserError: the latents were encoded without the captions, or embeddings have another width.
+      UserError: If the latents were encoded without the captions, or if the embeddings have another width.
     """
     shares = clips.compute_caption_shares()
     captions = clips.column("captions") if cached is None else cached.all_captions

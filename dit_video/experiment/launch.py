@@ -48,7 +48,7 @@ def open_run(
       profile: first and last step that are traced.
 
     Raises:
-      UserError: processes that do not start in time or differ, a folder of another run, or one that is in use.
+      UserError: If processes do not start in time or differ, or if the folder is another run's or in use.
     """
     config = config_json.to_json(experiment)
     with (

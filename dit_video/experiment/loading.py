@@ -48,8 +48,8 @@ def load(
 ) -> Pipeline:
     """Load the pipeline of a run folder, a pipeline folder, or a folder of open weights.
 
-    Of an unfinished run, the newest checkpoint's averaged weights are loaded; its clips are not needed, and nothing is
-    trained. `step` loads those of another checkpoint, also of a finished run.
+    An unfinished run gives the averaged weights of its newest checkpoint; its clips are not needed, and nothing is
+    trained. `step` names another checkpoint, of a finished run, too.
 
     Args:
       path: a folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
@@ -57,7 +57,7 @@ def load(
       text_encoder: folder of the model's frozen text encoder, if it has moved.
       dtype: open weights only: dtype of the denoiser's matrix products and of their weights, bfloat16 by default. All
         other weights, and the autoencoder, are in float32.
-      text_dtype: open weights only: dtype of those of the text encoder; by default that of the denoiser.
+      text_dtype: open weights only: dtype of the text encoder; by default the denoiser's.
       offload: `Stages()` or `Layers()` for weights in host memory that are copied to the devices when they are used;
         None for weights that stay on the devices. By default, on one GPU or TPU, `Stages()` for open weights and for
         models with two experts, or `Layers()` of parts whose weights do not fit on the device; None for other models
@@ -75,11 +75,12 @@ def load(
       sigma_rel: runs only: relative width of an average that is reconstructed from the run's snapshots.
 
     Raises:
-      MissingError: the folder does not exist here or on the hub, or lacks parts; there is no checkpoint of this step.
-      UserError: a folder without a pipeline, of another version or of an unknown class; a text encoder that is not
-        frozen; a hub that cannot be reached; a mesh that does not fit the devices or the denoiser; attention
-        that the denoiser does not support or whose kernels the devices lack; weights that do not fit into the memory
-        of the device or of the machine, which is said before any is read.
+      MissingError: If the folder does not exist here or on the hub or lacks parts, or if there is no checkpoint of this
+        step.
+      UserError: If the folder has no pipeline, or one of another version or of an unknown class, if the text encoder is
+        not frozen, if the hub cannot be reached, if the mesh does not fit the devices or the denoiser, if the denoiser
+        does not support the attention or the devices lack its kernels, or if the weights do not fit into the memory of
+        the device or of the machine, which is said before any is read.
     """
     folder = find_folder(path)
     if place is not None and (mesh is not None or isinstance(offload, Stages | Layers)):
@@ -127,13 +128,13 @@ def find_folder(path: str | Path) -> Path:
     """Return a folder, or the local copy of one at an address or on the Hugging Face hub, downloading it if needed.
 
     Raises:
-      MissingError: it does not exist here or on the hub, or cannot be downloaded.
-      UserError: a pipeline of an unknown class on the hub.
+      MissingError: If the folder does not exist here or on the hub, or cannot be downloaded.
+      UserError: If the pipeline on the hub is of an unknown class.
     """
     if is_remote(address := restore_address(path)):
         return _fetch(address)
     folder = Path(path)
-    # A name on the hub has two parts, of which the first is not a folder here.
+    # A name on the hub has two parts, and the first is not a folder here.
     if not folder.parent.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
         folder = _download(str(path))
     if not folder.is_dir():
@@ -157,8 +158,8 @@ def _download(name: str) -> Path:
     """Return the local copy of a folder on the hub, downloading it if needed.
 
     Raises:
-      MissingError: it cannot be downloaded.
-      UserError: a pipeline of an unknown class.
+      MissingError: If the folder cannot be downloaded.
+      UserError: If the pipeline is of an unknown class.
     """
     from huggingface_hub import snapshot_download  # Imported here: local folders need no hub.
 
@@ -194,8 +195,8 @@ def read_config(
     `dit_video.load` says more.
 
     Raises:
-      MissingError: a folder of open weights that lacks parts.
-      UserError: a folder of an unknown class or with unsupported settings, or a text encoder that is not frozen.
+      MissingError: If a folder of open weights lacks parts.
+      UserError: If the folder is of an unknown class or has unsupported settings, or if the text encoder is not frozen.
     """
     folder = Path(folder)
     if (family := find_family(folder)) is not None:

@@ -50,7 +50,7 @@ from dit_video.weights.frozen_encoders import FrozenTextEncoder
 _MAX_CLIPS = 4
 """Number of clips in a grid of reconstructions, or of samples whose prompts the config does not give."""
 _MAX_CANDIDATES = 1000
-"""Number of clips among which those of a grid of reconstructions are selected."""
+"""Number of clips from which a grid of reconstructions is selected."""
 _GAP = 2
 """Pixels between the clips of a grid."""
 TILES_FILE = "tiles.json"
@@ -61,8 +61,8 @@ def open_logs(monitoring: MonitoringConfig, folder: Path) -> list[Hook]:
     """Open the logs other than the JSON lines, in the folder of a training.
 
     Raises:
-      MissingError: if a package is not installed.
-      UserError: if Weights & Biases is not logged in.
+      MissingError: If a package is not installed.
+      UserError: If Weights & Biases is not logged in.
     """
     logs: list[Hook] = []
     if jax.process_index() == 0:  # the others need not have the packages, nor the time to import them
@@ -156,7 +156,7 @@ def make_reconstructions(
       folder: folder of the files, named by step, and of `TILES_FILE`.
       monitoring: holds the interval.
       model: config of the autoencoder.
-      clips: clips to reconstruct; of those of the most common size the first ones are.
+      clips: clips to reconstruct: the first ones of the most common size are.
       limits: limits of the sizes at which they are read.
     """
 
@@ -255,7 +255,7 @@ def _count_columns(clips: int) -> int:
 def select_average(
     state: Any, config: DenoiserTraining, folder: Path, *, ema: float | int | None, sigma_rel: float | None
 ) -> dict[str, Any]:
-    """Return the requested weights of a training, on its devices: those of one of its averages.
+    """Return the requested average of a training's weights, on its devices.
 
     Args:
       state: the newest state.
@@ -265,8 +265,8 @@ def select_average(
       sigma_rel: relative width of an average that is reconstructed from snapshots instead.
 
     Raises:
-      MissingError: there are no snapshots.
-      UserError: a decay that was not kept, or both.
+      MissingError: If there are no snapshots.
+      UserError: If the decay was not kept, or if both are given.
     """
     if ema is not None and sigma_rel is not None:
         raise UserError("ema and sigma_rel are both given: an average has a decay or a width; give ema or sigma_rel")
@@ -337,7 +337,7 @@ class EvaluationHook(Hook):
         """Return the values of the evaluations that have ended since the last entry.
 
         Raises:
-          UserError: of an evaluation that failed.
+          UserError: If an evaluation has failed.
         """
         ended = [each for each in self._pending if each.done()]
         self._pending = [each for each in self._pending if not each.done()]
@@ -356,7 +356,7 @@ class EvaluationHook(Hook):
         requests: Sequence[EvaluationRequest],
         latents: Sequence[Float32[np.ndarray, "_ _ _ c"]],
     ) -> dict[str, float]:
-        # Decoding reads the autoencoder alone: the denoiser's weights are those of a later step by now.
+        # Decoding reads the autoencoder alone: the denoiser's weights are a later step's by now.
         clips = pipeline.decode_many(latents, [each.request for each in requests])
         folder, sampling = self._folder / f"step_{step}", pipeline.resolve_sampling()
         results = measure_samples(self._evaluation, requests, clips, folder, sampling=sampling)

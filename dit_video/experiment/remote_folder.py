@@ -92,7 +92,7 @@ class RemoteFolder:
           whole_folders: names of folders in it that are of use only if all of their files are of one time.
 
         Raises:
-          UserError: the scheme of the address is unknown, or the service denies access.
+          UserError: If the scheme of the address is unknown, or the service denies access.
         """
         self.address: Any = to_storage_path(address)
         self.local = local
@@ -104,7 +104,7 @@ class RemoteFolder:
         """Make the copy equal to the folder at the address: fetch changed files, and remove those that are not there.
 
         Raises:
-          UserError: a file cannot be fetched.
+          UserError: If a file cannot be fetched.
         """
         with declare_phase("fetch"):
             for _ in range(_FETCH_ATTEMPTS - 1):
@@ -134,8 +134,8 @@ class RemoteFolder:
         """Make the folder at the address equal to the copy: send changed files, and remove those that are gone.
 
         Raises:
-          UserError: a file cannot be sent.
-          TransientError: another run has taken over the folder.
+          UserError: If a file cannot be sent.
+          TransientError: If another run has taken over the folder.
         """
         with self._lock:
             check_locks()

@@ -97,8 +97,8 @@ def replay(
       progress: called with the number of repeated steps, and of all.
 
     Raises:
-      MissingError: the model is not trained, or has no chain.
-      UserError: the chain was changed after it was written; there is no such stretch.
+      MissingError: If the model is not trained, or has no chain.
+      UserError: If the chain was changed after it was written, or if there is no such stretch.
     """
     records = read_chain(run.folder / model / CHAIN_FILE)
     steps = {record["step"]: record for record in records if "batch" in record}
@@ -241,7 +241,7 @@ def _find_stage(run: StagedRun, model: str, first: int, last: int) -> Stage:
     """Return the stage that a stretch lies in.
 
     Raises:
-      UserError: no stage trains the model, or the stretch lies in several.
+      UserError: If no stage trains the model, or the stretch lies in several.
     """
     for stage in run.stages:
         if isinstance(stage, TrainDenoiser):

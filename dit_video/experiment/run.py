@@ -77,7 +77,8 @@ class StagedRun(RunFolder):
           checkpoints: folder or address of the checkpoints of all models; None as above.
 
         Raises:
-          UserError: clips that cannot be used or do not fit the config; other latents or checkpoints than before.
+          UserError: If clips cannot be used or do not fit the config, or if latents or checkpoints are others than
+            before.
         """
         if latents is not None:
             self.link_latents(latents)
@@ -104,7 +105,7 @@ class StagedRun(RunFolder):
 
         Raises:
           UserError: If a stage cannot be run, or if no stage has that name.
-          KeyboardInterrupt: after a signal, once the state is saved.
+          KeyboardInterrupt: After a signal, once the state is saved.
         """
         names = [stage.name for stage in self.stages]
         if last is not None and last not in names:
@@ -124,7 +125,7 @@ class Run(StagedRun):
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """Return the stages in order: the autoencoder's, those of other packages, those of the denoiser."""
+        """Return the stages in order: the autoencoder's, other packages', the denoiser's."""
         experiment, start_step = self.experiment, 0
         stages: list[Stage] = [TrainAutoencoder(experiment=experiment), *experiment.stages]
         for index, name in enumerate([*(stage.name for stage in experiment.curriculum), ""]):
@@ -144,8 +145,9 @@ class Run(StagedRun):
         """Run all stages, from clips to the finished pipeline; arguments are as for `prepare`.
 
         Raises:
-          UserError: clips that cannot be used or do not fit the config; other latents or checkpoints than before.
-          KeyboardInterrupt: after a signal, once the state is saved.
+          UserError: If clips cannot be used or do not fit the config, or if latents or checkpoints are others than
+            before.
+          KeyboardInterrupt: After a signal, once the state is saved.
         """
         self.prepare(*clips, latents=latents, checkpoints=checkpoints)
         self.run_stages()
@@ -181,7 +183,7 @@ class Run(StagedRun):
         """Return the finished pipeline, on the run's devices; all its processes call this.
 
         Raises:
-          MissingError: the run is not finished.
+          MissingError: If the run is not finished.
         """
         with self.runtime.main_process_first():  # which writes it
             pass
@@ -208,9 +210,9 @@ class Run(StagedRun):
           offload: weights in host memory; see `dit_video.load`.
 
         Raises:
-          MissingError: there is no checkpoint of this step, there are no snapshots, or the autoencoder is not trained
-            yet.
-          UserError: the denoiser has no checkpoint yet, or kept no such average.
+          MissingError: If there is no checkpoint of this step, there are no snapshots, or the autoencoder is not
+            trained yet.
+          UserError: If the denoiser has no checkpoint yet, or kept no such average.
         """
         config, folder = self.experiment.denoiser, self.folder / "denoiser"
         devices = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else resolve_mesh(mesh)[0]
@@ -235,7 +237,7 @@ class Run(StagedRun):
         """Return the trained autoencoder.
 
         Raises:
-          MissingError: it is not trained yet.
+          MissingError: If the autoencoder is not trained yet.
         """
         config = self.experiment.autoencoder
         return LatentCodec(config.model, read_autoencoder(config, self.folder, command=self.command))
@@ -244,7 +246,7 @@ class Run(StagedRun):
         """Return the encoding of this run's clips.
 
         Raises:
-          MissingError: the autoencoder is not trained yet.
+          MissingError: If the autoencoder is not trained yet.
         """
         return CacheLatents(name="latents", experiment=self.experiment).make_encoding(self.runtime)
 
@@ -252,8 +254,8 @@ class Run(StagedRun):
         """Return the cached latents of the last stage.
 
         Raises:
-          MissingError: they are not encoded yet.
-          UserError: they are of other clips or of another autoencoder.
+          MissingError: If the latents are not encoded yet.
+          UserError: If the latents are of other clips or of another autoencoder.
         """
         return CacheLatents(name="latents", experiment=self.experiment).open(self.runtime)
 

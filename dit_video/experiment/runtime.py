@@ -61,7 +61,7 @@ class StagedExperiment:
     """Config of a run: its stages, one after the other, and what they share.
 
     Raises:
-      UserError: Values that are out of range or inconsistent.
+      UserError: If values are out of range or inconsistent.
     """
 
     name: str
@@ -173,7 +173,7 @@ class Runtime:
         """Return the clips of the split `train` that the config selects and does not hold out, if they can be used.
 
         Raises:
-          UserError: more clips cannot be used than the config allows.
+          UserError: If more clips cannot be used than the config allows.
         """
         data = self.experiment.data
         all_clips = self.clips.exclude(data.held_out).select_split("train")
@@ -292,7 +292,7 @@ class Stage(abc.ABC):
         """Check all that can be checked before the first stage begins.
 
         Raises:
-          UserError: The stage cannot be run.
+          UserError: If the stage cannot be run.
         """
 
     def is_done(self, runtime: "Runtime") -> bool:
@@ -303,7 +303,7 @@ class Stage(abc.ABC):
         """Return whether the stage is not done yet, after the first process has finished the stages before it.
 
         Raises:
-          MissingError: It is not done, and its inputs do not exist.
+          MissingError: If the stage is not done, and its inputs do not exist.
         """
         with runtime.main_process_first():
             pass

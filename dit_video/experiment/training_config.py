@@ -28,7 +28,7 @@ class DataConfig:
     """Selection, sizes and augmentation of clips.
 
     Raises:
-      UserError: the share of a column of captions is not above 0.
+      UserError: If the share of a column of captions is not above 0.
     """
 
     max_pixels: int
@@ -96,10 +96,10 @@ class AutoencoderTraining:
     """Codebook update of a vector-quantized autoencoder."""
     ema_decay: float = 0.99
     max_pixels: int | None = None
-    """Maximum number of pixels of the frames that windows are cut from; None for that of the data, at which the
+    """Maximum number of pixels of the frames that windows are cut from; None for the data's, at which the
     autoencoder is also evaluated."""
     max_frames: int | None = None
-    """Maximum number of frames of the clips that windows are cut from; None for that of the data."""
+    """Maximum number of frames of the clips that windows are cut from; None for the data's."""
     init_from: str | None = None
     """Folder of initial weights in diffusers' layout, of this model or of the image autoencoder that it inflates; None
     for random weights. If `normalizer` is not trained, the latents keep their mean and standard deviation."""
@@ -110,7 +110,7 @@ class PretrainedAutoencoder:
     """Config of a pretrained autoencoder, which is not trained.
 
     Raises:
-      UserError: The folder is empty, or missing although the autoencoder has weights.
+      UserError: If the folder is empty, or missing although the autoencoder has weights.
     """
 
     model: AutoencoderConfig
@@ -127,7 +127,7 @@ class ExpertConfig:
     """Config of the trained one of a model's two experts (Wan 2.2 A14B); the other one is not changed.
 
     Raises:
-      UserError: The boundary leaves one of them no times.
+      UserError: If the boundary leaves one of the experts no times.
     """
 
     expert: Literal["high", "low"]
@@ -180,7 +180,7 @@ class LoraAdapters:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """Training of a few-step student; `objective` is that of its teacher's training."""
+    """Training of a few-step student; `objective` is its teacher's."""
 
     init_from: str
     """Folder of the teacher, from whose weights the student starts, as for `AllWeights`."""
@@ -262,7 +262,7 @@ class CurriculumStage:
     steps: int
     """Number of steps of this stage."""
     data: DataConfig
-    """Clips and sizes of this stage. `held_out` is that of the experiment, and so are `weights` if they are empty."""
+    """Clips and sizes of this stage. `held_out` is the experiment's, and so are `weights` if they are empty."""
     layout: PackedShape | CanvasShape | None = None
     """Shape of the packed rows or canvases."""
     batch: int | None = None

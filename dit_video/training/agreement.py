@@ -30,7 +30,7 @@ def share_text(action: str, text: str) -> str:
       text: Text of this process.
 
     Raises:
-      RuntimeError: The processes do different things.
+      RuntimeError: If the processes do different things.
     """
     return _meet(action, text, lambda texts: texts[0])
 
@@ -58,7 +58,7 @@ def call_together(action: str, function: Callable[[], T]) -> SharedResult[T]:
       function: A function without collective operations, unless it cannot fail before them.
 
     Raises:
-      RuntimeError: The processes do different things, or this is called in a block of `main_process_first`.
+      RuntimeError: If the processes do different things, or this is called in a block of `main_process_first`.
     """
     check_is_not_in_turn(action)
     value, error = None, None
@@ -75,15 +75,15 @@ def call_together(action: str, function: Callable[[], T]) -> SharedResult[T]:
 
 
 def raise_failure(action: str, failure: SharedResult) -> NoReturn:
-    """Raise the failure that all processes have agreed on, which may be that of another one.
+    """Raise the failure that all processes have agreed on; it may have happened in another one.
 
     Args:
       action: Description of what failed, such as "read the checkpoint of step 3".
       failure: Result of `call_together` with a failure.
 
     Raises:
-      TransientError: The storage does not answer.
-      UserError: Access is denied, or the failing process has raised it.
+      TransientError: If the storage does not answer.
+      UserError: If access is denied, or the failing process has raised it.
     """
     if isinstance(failure.error, UserError):
         raise failure.error

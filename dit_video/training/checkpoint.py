@@ -57,7 +57,7 @@ class CheckpointPolicy:
     """Policy for preserving checkpoints: one that matches any of the rules is kept.
 
     Raises:
-      UserError: A number that is too small.
+      UserError: If a number is too small.
     """
 
     newest: int = 2
@@ -67,7 +67,7 @@ class CheckpointPolicy:
     best: int = 0
     """Number of best checkpoints by `metric` to keep."""
     metric: str = "loss"
-    """Name of a logged metric, whose value is that of the last entry of the log before the checkpoint was saved."""
+    """Name of a logged metric, as in the last entry of the log before the checkpoint was saved."""
     better: Literal["lower", "higher"] = "lower"
     """Direction in which `metric` improves."""
 
@@ -76,64 +76,12 @@ class CheckpointPolicy:
         check_at_least(0, best=self.best)
 
 
-class OrbaxPreservationPolicy:
-    """A `CheckpointPolicy` as a policy of Orbax.
-
-    `get_metrics` returns the metrics of the checkpoint of a step, or None.
-    """
-
-    def __init__(self, keep: CheckpointPolicy, get_metrics: Callable[[int], Mapping[str, float] | None]) -> None:
-        from orbax.checkpoint import checkpoint_managers as orbax  # slow import, not needed for configs
-
-        policies: list[orbax.PreservationPolicy] = [orbax.LatestN(keep.newest)]
-        if keep.every is not None:
-            policies.append(orbax.EveryNSteps(keep.every))
-        if keep.best:
-            is_reversed = keep.better == "lower"  # Orbax keeps the last of the sorted checkpoints
-            options: dict[str, Any] = {"reverse": is_reversed, "keep_checkpoints_without_metrics": False}
-            policies.append(orbax.BestN(get_metric_fn=lambda metrics: metrics[keep.metric], n=keep.best, **options))
-        self._policy = orbax.AnyPreservationPolicy(policies)
-        self._keep = keep
-        self._get_metrics = get_metrics
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Return whether to keep each of the checkpoints, which are in the order of their steps."""
-        checkpoints_with_metrics = [
-            SimpleNamespace(step=info.step, time=info.time, metrics=self._read_metrics(info.step))
-            for info in checkpoints
-        ]
-        return self._policy.should_preserve(checkpoints_with_metrics, context=context)
-
-    def _read_metrics(self, step: int) -> Mapping[str, float] | None:
-        if not self._keep.best:
-            return None
-        metrics = self._get_metrics(step)
-        value = None if metrics is None else metrics.get(self._keep.metric)
-        return metrics if value is not None and math.isfinite(value) else None
-
-
 FORMAT = 2
 """Format of new checkpoints. Those of format 1 have other digests, and can be read, too."""
 
 
-@dataclass(frozen=True)
-class _Save:
-    """A save that was begun."""
-
-    step: int
-    """Number of steps that led to the state."""
-    references: dict[str, Any]
-    """Weak references to the arrays, by their paths; a training step may donate them."""
-    document: Mapping[str, Any]
-
-    def get_arrays(self) -> dict[str, jax.Array] | None:
-        """Return the arrays; None if some were freed or donated."""
-        arrays = {path: reference() for path, reference in self.references.items()}
-        return None if any(array is None or array.is_deleted() for array in arrays.values()) else arrays
-
-
 class Checkpoints:
-    """The checkpoints of one run, in one folder, of which `keep` decides which are preserved.
+    """The checkpoints of one run, in one folder; `keep` decides which are preserved.
 
     The folder is neither created nor changed before the first save. In a run of several processes all call the same
     methods, in the same order (`read_document` is of each process alone).
@@ -170,11 +118,11 @@ class Checkpoints:
           The digest of each array, by its path.
 
         Raises:
-          UserError: The folder already has a checkpoint of this step or a later one, or this or the previous save
+          UserError: If the folder already has a checkpoint of this step or a later one, or this or the previous save
             cannot be written (disk full, no permission).
-          TransientError: This or the previous save cannot be written now (storage not reachable); or another run has
-            taken over a folder that this process has locked.
-          TypeError: JSON cannot represent `meta`.
+          TransientError: If this or the previous save cannot be written now (storage not reachable); or if another run
+            has taken over a folder that this process has locked.
+          TypeError: If JSON cannot represent `meta`.
         """
         check_locks()
         self._finish_previous(step)
@@ -264,7 +212,7 @@ class Checkpoints:
         self._unreadable.clear()
 
     def _finish_previous(self, step: int) -> None:
-        """Wait for the previous save. One that was not written is given up once, in favour of that of `step`."""
+        """Wait for the previous save. One that was not written is given up once, in favour of the save of `step`."""
         try:
             self._wait()
         except TransientError as error:
@@ -306,7 +254,7 @@ class Checkpoints:
             return reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def read_digests(self, step: int) -> dict[str, int]:
-        """Return the digest of each array of a checkpoint, by its path, as `save` has; none of those of format 1."""
+        """Return the digest of each array of a checkpoint, by its path, as `save` does; empty for format 1."""
         document = retry_transient(lambda: self.read_document(step))
         return {path: entry["digest"] for path, entry in document["arrays"].items()} if document["format"] > 1 else {}
 
@@ -326,10 +274,10 @@ class Checkpoints:
             which it differs from the config of the checkpoint, `meta["config"]`.
 
         Raises:
-          MissingError: There is no checkpoint, or none of this step.
-          UserError: The checkpoint has another config or format, access is denied, or nothing can be read.
-          TransientError: The storage does not answer, in one of the processes.
-          RuntimeError: Called in a block of `main_process_first`, or the processes call different methods.
+          MissingError: If there is no checkpoint, or none of this step.
+          UserError: If the checkpoint has another config or format, access is denied, or nothing can be read.
+          TransientError: If the storage does not answer, in one of the processes.
+          RuntimeError: If it is called in a block of `main_process_first`, or if the processes call different methods.
         """
         steps = sorted(self.list_steps(), reverse=True)
         if not steps or (step is not None and step not in steps):
@@ -374,7 +322,7 @@ class Checkpoints:
         return SharedResult(None, content.kind, content.reason, content.error)
 
     def _read(self, step: int, like: Any, config: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """Return the arrays, of which this process reads its part, by their paths, and the document."""
+        """Return the arrays by their paths, each with this process's part, and the document."""
         checkpoint_path = self.folder / str(step)
         if not checkpoint_path.exists():  # on a network disk one machine may see a folder before another one does
             raise OSError(errno.ESTALE, f"{checkpoint_path} is listed, but cannot be seen")
@@ -399,8 +347,8 @@ class Checkpoints:
         that, those of the first call.
 
         Raises:
-          RuntimeError: Called in a block of `main_process_first`.
-          TransientError: The storage does not answer.
+          RuntimeError: If it is called in a block of `main_process_first`.
+          TransientError: If the storage does not answer.
         """
         check_is_not_in_turn("list checkpoints")
         self.wait()
@@ -442,7 +390,59 @@ class Checkpoints:
         return self._metrics[step]
 
 
+@dataclass(frozen=True)
+class _Save:
+    """A save that was begun."""
+
+    step: int
+    """Number of steps that led to the state."""
+    references: dict[str, Any]
+    """Weak references to the arrays, by their paths; a training step may donate them."""
+    document: Mapping[str, Any]
+
+    def get_arrays(self) -> dict[str, jax.Array] | None:
+        """Return the arrays; None if some were freed or donated."""
+        arrays = {path: reference() for path, reference in self.references.items()}
+        return None if any(array is None or array.is_deleted() for array in arrays.values()) else arrays
+
+
 def _check_digests(arrays: Mapping[str, jax.Array], document: Mapping[str, Any]) -> None:
     for path, digest in compute_digests(arrays, is_mixed=document["format"] > 1).items():
         if digest != document["arrays"][path]["digest"]:
             raise ValueError(f"the digest of {path} does not match: its values were lost or changed after writing")
+
+
+class OrbaxPreservationPolicy:
+    """A `CheckpointPolicy` as a policy of Orbax.
+
+    `get_metrics` returns the metrics of the checkpoint of a step, or None.
+    """
+
+    def __init__(self, keep: CheckpointPolicy, get_metrics: Callable[[int], Mapping[str, float] | None]) -> None:
+        from orbax.checkpoint import checkpoint_managers as orbax  # slow import, not needed for configs
+
+        policies: list[orbax.PreservationPolicy] = [orbax.LatestN(keep.newest)]
+        if keep.every is not None:
+            policies.append(orbax.EveryNSteps(keep.every))
+        if keep.best:
+            is_reversed = keep.better == "lower"  # Orbax keeps the last of the sorted checkpoints
+            options: dict[str, Any] = {"reverse": is_reversed, "keep_checkpoints_without_metrics": False}
+            policies.append(orbax.BestN(get_metric_fn=lambda metrics: metrics[keep.metric], n=keep.best, **options))
+        self._policy = orbax.AnyPreservationPolicy(policies)
+        self._keep = keep
+        self._get_metrics = get_metrics
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Return whether to keep each of the checkpoints, which are in the order of their steps."""
+        checkpoints_with_metrics = [
+            SimpleNamespace(step=info.step, time=info.time, metrics=self._read_metrics(info.step))
+            for info in checkpoints
+        ]
+        return self._policy.should_preserve(checkpoints_with_metrics, context=context)
+
+    def _read_metrics(self, step: int) -> Mapping[str, float] | None:
+        if not self._keep.best:
+            return None
+        metrics = self._get_metrics(step)
+        value = None if metrics is None else metrics.get(self._keep.metric)
+        return metrics if value is not None and math.isfinite(value) else None

@@ -65,8 +65,8 @@ class SaveBarrier:
           timeout_ms: Time to wait in milliseconds.
 
         Raises:
-          IncompleteSaveError: A process is at another barrier, now or at an earlier call.
-          TimeoutError: A process is at none.
+          IncompleteSaveError: If a process is at another barrier, now or at an earlier call.
+          TimeoutError: If a process is at no barrier.
         """
         if not self.has_failed:
             number, seconds = str(next(self._meeting_numbers)), timeout_ms / 1000
@@ -81,7 +81,7 @@ def open_writer(
 ) -> ocp.CheckpointManager:
     """Return a manager of all processes that writes, and removes the remains of interrupted saves.
 
-    `barrier` is that of several processes; None for a single one.
+    `barrier` is None for a single process.
     """
     return _make_manager(
         folder,
@@ -128,8 +128,8 @@ def resolve_folder(folder: str | os.PathLike) -> CheckpointFolder:
     """Return the path of a local folder, or of a URL such as gs://bucket/run that Orbax can write to.
 
     Raises:
-      UserError: No package for such URLs is installed, or access is denied.
-      TransientError: The storage does not answer.
+      UserError: If no package for such URLs is installed, or access is denied.
+      TransientError: If the storage does not answer.
     """
     if "://" not in str(folder):
         return Path(folder).absolute()
@@ -151,8 +151,8 @@ def create_folder(folder: CheckpointFolder) -> None:
     answers would deadlock in different collectives. So the first process writes an empty file into the folder.
 
     Raises:
-      UserError: Access is denied.
-      TransientError: The storage does not answer.
+      UserError: If access is denied.
+      TransientError: If the storage does not answer.
     """
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def number_values(shape: tuple[int, ...], *, start: int = 0) -> UInt32[Array, ".
 
 
 def mix_bits(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Return words each bit of which depends on all bits of one word, by the finalizer of MurmurHash3."""
+    """Mix the bits of each word, so that each depends on all others, by the finalizer of MurmurHash3."""
     words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
     words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
     return words ^ (words >> 16)
@@ -243,7 +243,7 @@ def make_target(leaf: Any) -> jax.ShapeDtypeStruct:
 def check_arrays(
     folder: Path | epath.Path, stored: Mapping[str, Any], expected: Mapping[str, Any], config_difference: str
 ) -> None:
-    """Raise a user error with the first difference between the arrays of a checkpoint and those of the state.
+    """Raise a user error with the first difference between the arrays of a checkpoint and of the state.
 
     `config_difference` names the fields of the config that differ, or is empty.
     """

@@ -48,8 +48,9 @@ def lock_folder(folder: StoragePathLike, *, config: LeaseConfig = LeaseConfig())
       config: Times of the lease.
 
     Raises:
-      TransientError: Another run, which the error names, holds the lock and renews it, or the storage does not answer.
-      UserError: The folder cannot be written.
+      TransientError: If another run, which the error names, holds the lock and renews it, or the storage does not
+        answer.
+      UserError: If the folder cannot be written.
     """
     is_holder = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -70,7 +71,7 @@ def check_locks() -> None:
     Called before something is written. It reads the storage only if a lease was not renewed in time.
 
     Raises:
-      TransientError: The folder was taken over, or the storage does not answer.
+      TransientError: If the folder was taken over, or the storage does not answer.
     """
     for lock in _held_locks:
         lock.check()
@@ -151,7 +152,7 @@ class _FileLock:
         """Make the folder and open the file.
 
         Raises:
-          UserError: The folder cannot be written.
+          UserError: If the folder cannot be written.
         """
         self._path = folder / LOCK_FILE
         self.is_held = False
@@ -191,7 +192,7 @@ def _acquire_lease(folder: StoragePath, config: LeaseConfig, file: _FileLock | N
     """Wait until the folder is free or its lease has expired, and return a new lease.
 
     Raises:
-      TransientError: Another process renews its lease, or holds the operating system's lock without a lease.
+      TransientError: If another process renews its lease, or holds the operating system's lock without a lease.
     """
     poll_seconds = min(_POLL_SECONDS, config.renew_every / 4)
     start = last = time.monotonic()

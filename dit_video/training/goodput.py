@@ -43,7 +43,7 @@ _GROUPS = {
     IDLE: "restarts",
 }
 GROUPS = ("goodput", "data", "compile", "checkpoints", "monitoring", "stages", "startup", "restarts")
-"""Groups of categories, of which each has a metric in the log."""
+"""Groups of categories; each has a metric in the log."""
 
 
 def get_group(category: str) -> str:
@@ -182,7 +182,7 @@ def _count_steps(record: TimeRecord, limits: Mapping[str, int]) -> tuple[int, in
 
 
 def _move_lost(record: TimeRecord, lost: int, kept: int, limits: Mapping[str, int]) -> dict[str, int]:
-    """Return the times of a record, of which that of lost steps has the category of its own."""
+    """Return the times of a record, with lost steps in a category of their own."""
     times = dict(record.microseconds)
     if lost + kept:
         # A resume from the middle of a record, such as from an older checkpoint, loses a share of it.
@@ -235,7 +235,7 @@ def format_ending(ending: str) -> str:
 
 
 def parse_attempt(text: str) -> Attempt | None:
-    """Return the attempt in the text of its file; None if the first line is not that of an attempt.
+    """Return the attempt in the text of its file; None if the first line describes no attempt.
 
     Lines that are not complete or hold something else, such as a last one that is half written, are left out.
     """
@@ -284,7 +284,7 @@ def list_attempt_files(folder: StoragePathLike) -> list[tuple[int, StoragePath]]
     """Return the numbers and files of the attempts in the folder of a run's records; none if it does not exist.
 
     Raises:
-      UserError: An address cannot be reached.
+      UserError: If an address cannot be reached.
     """
     folder = to_storage_path(folder)
     with convert_storage_errors(folder):

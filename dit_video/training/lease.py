@@ -29,7 +29,7 @@ class LeaseConfig:
     """Times of a lease, in seconds.
 
     Raises:
-      UserError: A lease that ends before it is renewed a few times.
+      UserError: If a lease ends before it is renewed a few times.
     """
 
     renew_every: float = 10.0
@@ -45,7 +45,7 @@ class LeaseConfig:
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """The content of the newest lease file, which may be that of another version."""
+    """The content of the newest lease file, which another version may have written."""
 
     number: int
     """Number of the file; 0 without one."""
@@ -104,8 +104,8 @@ class Lease:
         """Return a new lease with this number; None if another process was first.
 
         Raises:
-          OSError: The folder cannot be written.
-          UserError: The address cannot be written.
+          OSError: If the folder cannot be written.
+          UserError: If the address cannot be written.
         """
         lease = cls(folder, number, config, has_file_lock=has_file_lock)
         if not _create_file(lease._path, lease._make_content()):
@@ -137,8 +137,8 @@ class Lease:
         """Return False if another process has taken the folder over.
 
         Raises:
-          OSError: The folder cannot be read.
-          UserError: The address cannot be read.
+          OSError: If the folder cannot be read.
+          UserError: If the address cannot be read.
         """
         if max((number for number, _ in _list_leases(self.folder)), default=0) > self._number:
             return False
@@ -153,8 +153,8 @@ class Lease:
         harm beside a newer one.
 
         Raises:
-          OSError: The folder cannot be read or written.
-          UserError: The address cannot be read or written.
+          OSError: If the folder cannot be read or written.
+          UserError: If the address cannot be read or written.
         """
         start = _get_time()
         if not self.is_newest():
@@ -195,8 +195,8 @@ def read_newest_lease(folder: StoragePath) -> LeaseRecord:
     """Return the newest lease of a folder, which need not exist.
 
     Raises:
-      OSError: The folder cannot be read.
-      UserError: The address cannot be read.
+      OSError: If the folder cannot be read.
+      UserError: If the address cannot be read.
     """
     number, path = max(_list_leases(folder), default=(0, None), key=lambda lease: lease[0])
     if path is None:

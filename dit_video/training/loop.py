@@ -38,7 +38,7 @@ class LoopConfig:
     """Length of a run and its intervals of logging and saving, in steps. The last step is always logged and saved.
 
     Raises:
-      UserError: A number that is not positive.
+      UserError: If a number is not positive.
     """
 
     steps: int
@@ -83,9 +83,9 @@ def run(
       recorder: Recorder of where the time of the run goes, which accounts for the steps of this training already.
 
     Raises:
-      UserError: The run is beyond `config.steps`, or its folder has a later checkpoint; the data ended early; the loss
-        is not finite in a step that is not skipped, or `config.max_consecutive_skips` steps were skipped; the state is
-        not finite (such a state is never saved).
+      UserError: If the run is beyond `config.steps` or its folder has a later checkpoint, if the data ended early, if
+        the loss is not finite in a step that is not skipped, if `config.max_consecutive_skips` steps were skipped, or
+        if the state is not finite (such a state is never saved).
       GracefulStop: After a signal.
       KeyboardInterrupt: After a second signal.
     """
@@ -137,14 +137,7 @@ def run(
         except NonFiniteLossError as error:
             raise saver.make_error(str(error)) from error
         except TooManySkipsError as error:
-            # Skipped steps leave the state unchanged, so it is still that from before the first of them.
-            saver.write(steps_done, state, log.entry)
-            saver.wait()
-            saved_note = "" if checkpoints is None else f" and is saved as step {steps_done}"
-            raise UserError(
-                f"{error}; the state is that from before them{saved_note}. Inspect the batches in skipped.jsonl. The "
-                "same command resumes after them; a lower learning rate or stronger gradient clipping needs a new run."
-            ) from error
+            raise saver.save_after_skips(error, steps_done, state, log) from error
         saver.wait()
         timer.end(steps_done)
         if stop.acknowledge():
@@ -249,6 +242,16 @@ class _Saver:
                     hook.on_save(step, digests)
             self._saved_step = step
 
+    def save_after_skips(self, error: TooManySkipsError, step: int, state: Any, log: StepLog) -> UserError:
+        """Save the state, which skipped steps have left as it was before the first of them, and return the error."""
+        self.write(step, state, log.entry)
+        self.wait()
+        saved_note = "" if self._checkpoints is None else f" and is saved as step {step}"
+        return UserError(
+            f"{error}; the state is that from before them{saved_note}. Inspect the batches in skipped.jsonl. The "
+            "same command resumes after them; a lower learning rate or stronger gradient clipping needs a new run."
+        )
+
     def wait(self) -> None:
         """Wait until all saves are on disk."""
         if self._checkpoints is not None:
@@ -276,7 +279,7 @@ def _is_finite(array: Array) -> Bool[Array, ""]:
 def _find_nonfinite(state: Any) -> str | None:
     """Return the path of the first array with NaN or infinity, or None."""
     arrays = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    # One array at a time, see `checkpoint_arrays.compute_digests`.
+    # One array at a time, see `checkpoint_io.compute_digests`.
     return next((path for path, array in arrays.items() if not _is_finite(array)), None)
 
 

@@ -223,7 +223,7 @@ def raise_on_sigterm() -> Iterator[None]:
     """Raise `GracefulStop` on SIGTERM, so that code around a training run ends as orderly as after Ctrl-C.
 
     Raises:
-      UserError: The machine's time after a signal is invalid, which no training should find at its first step.
+      UserError: If the machine's time after a signal is invalid, which no training should find at its first step.
     """
     get_machine_grace()
 

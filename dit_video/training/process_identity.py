@@ -38,7 +38,7 @@ class ProcessIdentity:
         """Return the identity that `to_json` has described.
 
         Raises:
-          KeyError: A field is missing.
+          KeyError: If a field is missing.
         """
         texts = [str(value[name]) for name in ("boot", "namespace", "start_time")]
         return cls(str(value["host"]), int(value["pid"]), *texts)
@@ -92,7 +92,7 @@ def _read_start_time(pid: int) -> str:
     """Return the start of a process in ticks since the boot; "ended" for one that only its parent has not noticed.
 
     Raises:
-      OSError: There is no such process, or the system does not tell.
+      OSError: If there is no such process, or if the system does not tell.
     """
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return "ended" if fields[0] in "ZX" else fields[19]

@@ -30,7 +30,7 @@ class TrainState:
 
 
 class CompositeState:
-    """A state that combines the model's with that of a second network; its step and averages are the model's."""
+    """A state of the model and of a second network; its step and averages are the model's."""
 
     model: TrainState
 
@@ -81,14 +81,14 @@ def init_state(
 def make_on_devices(
     make: Callable[..., PyTree], random_key: Array, *args: PyTree, shardings: Layout | None = None
 ) -> Any:
-    """Return the state `make(random_key, *args)`, of which each device computes its own shard; `args` are donated."""
+    """Return the state `make(random_key, *args)`; each device computes its own shard, and `args` are donated."""
     layout = None if shardings is None else shardings(jax.eval_shape(make, random_key, *args))
     donated = tuple(range(1, 1 + len(args)))
     return jax.jit(make, out_shardings=layout, donate_argnums=donated)(random_key, *args)
 
 
 def attach_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """Return shapes, or those of arrays, with their layout on the devices."""
+    """Return shapes (of arrays, too) with their layout on the devices."""
 
     def attach(leaf: Any, layout: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)

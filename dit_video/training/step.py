@@ -1,4 +1,4 @@
-"""Training steps: that of any loss, with gradient accumulation, and what all have in common."""
+"""Training steps: the step of any loss, with gradient accumulation, and what all steps have in common."""
 
 import abc
 import functools
@@ -41,7 +41,7 @@ class LossDetails(NamedTuple):
     metrics: Metrics
     num_examples: Float[Array, ""] | None = None
     """Number of examples that the mean is over, by which microbatches are combined exactly. None for a loss that
-    couples the examples of a batch, so that it is not a mean over those of its parts."""
+    couples the examples of a batch, so that it is not the mean of its parts' losses."""
     auxiliary: Any = None
     """Values that the step uses after the update, such as the latents that a codebook learns from."""
 
@@ -92,7 +92,7 @@ class TrainStep(abc.ABC):
         Args:
           constants: Arrays passed to the loss as further arguments, such as the weights of a perceptual network.
             (Arrays that the loss holds itself would be compiled into the program and make it large.)
-          state: State whose shardings all states have; None to take those of the state of each call.
+          state: State whose shardings all states have; None to take them from the state of each call.
         """
         step = JittedStep(self.update, constants)
         return step if state is None else step.specialize(state)
@@ -124,7 +124,7 @@ class GradientStep(ModelStep):
     """Loss to minimize."""
     accumulation_steps: int = 1
     """Number of microbatches that the batch's rows are divided into, whose gradients are computed sequentially and
-    equal those of the batch up to rounding. More than one need a loss that counts its examples."""
+    equal the whole batch's up to rounding. More than one need a loss that counts its examples."""
     mesh: AnyMesh | None = None
     """Mesh of the state, on which accumulated gradients are sharded like the parameters; None for a single device."""
 
@@ -178,7 +178,7 @@ def accumulate_gradients(
       mesh: Mesh on which the sums are sharded like the parameters; None for a single device.
 
     Raises:
-      TypeError: The loss does not count its examples.
+      TypeError: If the loss does not count its examples.
     """
     microbatches = jax.tree.map(
         lambda leaf: jnp.moveaxis(leaf.reshape(leaf.shape[0] // num_parts, num_parts, *leaf.shape[1:]), 1, 0),

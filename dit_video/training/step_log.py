@@ -32,7 +32,7 @@ from dit_video.training.time_recorder import TimeRecorder
 _MAX_QUEUED_STEPS = 2
 """Number of steps that may be queued on the device behind the one whose result is awaited."""
 _MAX_COMPILE_SECONDS = 3600.0
-"""Time that the compilation of a step may take; that of large models takes tens of minutes."""
+"""Time that the compilation of a step may take; large models take tens of minutes."""
 
 
 class NonFiniteLossError(Exception):
@@ -169,7 +169,7 @@ class LoopTimer:
         self._compiled_shapes: set[tuple[Any, ...]] = set()
         self._untimed_steps_left = 0
         self.is_timed = False
-        """True if the host spent the time since the step before the newest one on that of a step. It did not if the
+        """True if the time since the step before the newest one was a step's. It was not if the
         newest step or one of the two before was the first with its shapes, which compiles it: meanwhile the device
         empties its queue, which is then filled without waiting."""
         self._num_steps = 0
@@ -272,7 +272,7 @@ class LoopTimer:
 
     @contextlib.contextmanager
     def wait_for_devices(self) -> Iterator[None]:
-        """Count the time inside the context as that of devices, not of the host."""
+        """Count the time inside the context as the devices', not as the host's."""
         start_time = time.perf_counter()
         yield
         self._device_seconds += time.perf_counter() - start_time
@@ -296,7 +296,7 @@ class LoopTimer:
         self._recorder.cut(step)
 
     def make_entry(self) -> dict[str, float]:
-        """Return the times since the last entry, and begin to measure those of the next."""
+        """Return the times since the last entry, and begin to measure the next one's."""
         entry: dict[str, float] = {}
         if self._num_timed < self._num_steps and self._first_step_seconds is not None:
             entry["first_step_seconds"] = self._first_step_seconds

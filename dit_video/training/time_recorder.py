@@ -1,6 +1,6 @@
 """Recorder of where the time of a run goes: it gives every moment one category, and writes the records of its attempt.
 
-Moments are cut apart at boundaries: `charge` gives the time since the previous boundary a category, so that the times
+Boundaries divide the time: `charge` gives the time since the previous boundary a category, so that the times
 add up to what has passed whatever is measured between them. Inside an attempt the clock is monotonic; the time of day
 is read once, at its start. `training.goodput` describes the records and sums them.
 """
@@ -78,7 +78,7 @@ class TimeRecorder:
         self._boundary = 0
         """Clock at the newest boundary."""
         self._base_times = Counter[str]()
-        """Times of the run up to the newest resume, of which some steps may be lost."""
+        """Times of the run up to the newest resume, including lost steps."""
         self._new_times = Counter[str]()
         self._writer: _Writer | None = None
 
@@ -137,7 +137,7 @@ class TimeRecorder:
                 try:
                     number += max((number for number, _ in goodput.list_attempt_files(self._folder)), default=0)
                     self._earlier = goodput.read_attempts(self._folder)
-                except (UserError, OSError) as error:  # a number without a list could be that of an earlier attempt
+                except (UserError, OSError) as error:  # without a list, the number could be an earlier attempt's
                     print(f"the times of this attempt are not recorded: {error}", file=sys.stderr)
                     self._folder = None
             self._attempt = Attempt(
@@ -158,7 +158,7 @@ class TimeRecorder:
         self.flush(ending=ending)
 
     def charge(self, category: str | None = None) -> None:
-        """Give the time since the previous boundary a category: that of a step, or outside of trainings of the phase.
+        """Give the time since the previous boundary a category: by default a step's in a training, else the phase's.
 
         Outside of an attempt nothing is done.
         """

@@ -70,7 +70,7 @@ class Trainer:
     constants: tuple[PyTree, ...] = ()
     """Arrays passed to the step as further arguments, replicated on every device; see `TrainStep.compile`."""
     frozen_params: dict[str, Any] | None = None
-    """Parameters that are not trained, such as those of an adapted model or of a teacher: the last argument of the
+    """Parameters that are not trained, such as an adapted model's or a teacher's: the last argument of the
     step. They are sharded like parameters, while constants are replicated."""
     averages: EmaConfig | None = None
     """Averages of the parameters whose snapshots are written; None for none."""
@@ -99,8 +99,8 @@ class Trainer:
           batches: Function from a step, counted from `start_step`, to an iterator over the batches from there on.
 
         Raises:
-          UserError: If the data differ from those that the checkpoint was trained on, if another process trains in
-            the folder, or if the checkpoint precedes this stage.
+          UserError: If the data differ from those that the checkpoint was trained on, if another process trains in the
+            folder, or if the checkpoint precedes this stage.
         """
         with lock_folder(self.folder):
             checkpoints = self.open_checkpoints()
@@ -148,10 +148,10 @@ class Trainer:
 
         Args:
           batches: Function from a step, counted from `start_step`, to an iterator over the batches from there on.
-          first: Step of the checkpoint; 0 for the initial state, of which there is none.
+          first: Step of the checkpoint; 0 for the initial state, which has none.
 
         Raises:
-          MissingError: There is no checkpoint of this step.
+          MissingError: If there is no checkpoint of this step.
         """
         state = self._make_state() if first == 0 else self.restore(first)
         step = self._compile_step(state)
@@ -164,7 +164,7 @@ class Trainer:
         """Return the state of a checkpoint, on the mesh.
 
         Raises:
-          MissingError: There is no checkpoint of this step.
+          MissingError: If there is no checkpoint of this step.
         """
         return self._restore(self.open_checkpoints(), step)[0]
 

@@ -3,7 +3,7 @@
     python experiments/train.py experiments/configs/inflation.py --data CLIPS --workdir runs/inflation \
         --autoencoder.init-from FLUX/vae
 
-FLUX is a copy of black-forest-labs/FLUX.1-schnell from Hugging Face, of which only the folder `vae` is needed
+FLUX is a copy of black-forest-labs/FLUX.1-schnell from Hugging Face; only its folder `vae` is needed
 (`config.json` and `diffusion_pytorch_model.safetensors`). The encoder is frozen, so the latents are FLUX's, with 16
 channels per 1×8×8 pixels, and a denoiser of FLUX's latents needs no change.
 

@@ -5,7 +5,7 @@
     python experiments/train.py experiments/configs/scenes_tasks.py --data runs/scenes/one_object runs/scenes/clips \
         --workdir runs/scenes/tasks
 
-Half of the examples are text to video, as in `scenes.py`. Of the others parts are known: frames at the beginning, at
+Half of the examples are text to video, as in `scenes.py`. In the others parts are known: frames at the beginning, at
 the end or between, or regions. The model reads their mask and their latents beside the noisy ones, of clips in which
 all unknown pixels are grey. The first stage is text to video alone.
 """

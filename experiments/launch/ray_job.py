@@ -2,7 +2,7 @@
 
     python experiments/launch/ray_job.py --nodes 2 --gpus 8 -- experiments/configs/clips.py --data CLIPS --workdir RUN
 
-Arguments after `--` are those of experiments/train.py, or of another script: `--script experiments/finetune.py`. The
+Arguments after `--` are for experiments/train.py, or for another script: `--script experiments/finetune.py`. The
 run's folder must be on a file system that all nodes share. Ray runs the program on the cluster of RAY_ADDRESS, such as
 in a Ray job (see ray_job.yaml), or on this machine.
 

@@ -39,7 +39,7 @@ def measure(rounds: int, *, clips: int = CLIPS, images: int = IMAGES) -> dict[st
     """Measure the seconds of a batch, by the name of the network.
 
     Raises:
-      ModuleNotFoundError: pytest is not installed, which the parity tests import.
+      ModuleNotFoundError: If pytest is not installed, which the parity tests import.
     """
     torch.set_num_threads(count_cores())
     if str(TESTS) not in sys.path:

@@ -18,7 +18,7 @@ from dit_video.video import Clip
 def measure(run: Path, clips: Path | None) -> dict[str, Any]:
     """Measure what a type of storage costs in bytes and in quality, against latents that are not stored.
 
-    `relative_error` is the root of the mean square of a latent's error over that of its values; `psnr` compares the
+    `relative_error` is the root of the mean square of a latent's error over its values'; `psnr` compares the
     decoded frames with the clip, and `psnr_to_exact` with frames that are decoded from the exact latents.
 
     Args:

@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingShape:
-    """Shape of a model with random parameters and of the sampled clips, each of which fills a row."""
+    """Shape of a model with random parameters and of the sampled clips; each fills a row."""
 
     width: int = 384
     layers: int = 6

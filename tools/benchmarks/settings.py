@@ -77,8 +77,8 @@ def read_setting(path: Path) -> Setting:
     """Read the `EXPERIMENT` of a config file.
 
     Raises:
-      MissingError: if the file does not exist.
-      UserError: if the file defines no experiment, or imports a package that is not installed.
+      MissingError: If the file does not exist.
+      UserError: If the file defines no experiment, or imports a package that is not installed.
     """
     try:
         from dit_video.experiment.config import load_experiment
@@ -92,8 +92,8 @@ def resolve_setting(config: Path | None, changes: Sequence[str]) -> Setting:
     """Read a setting from a config file, or the default one, and apply changes of the form `NAME=VALUE`.
 
     Raises:
-      MissingError: if the file does not exist.
-      UserError: if the file defines no experiment or imports a package that is not installed, or if a field does not
+      MissingError: If the file does not exist.
+      UserError: If the file defines no experiment or imports a package that is not installed, or if a field does not
         exist.
     """
     setting = load_default_setting() if config is None else read_setting(config)
@@ -111,7 +111,7 @@ def replace_field(config: Any, path: str, new_value: Any) -> Any:
     """Return a nested config with one field replaced: `replace_field(setting, "denoiser.backbone.width", 1024)`.
 
     Raises:
-      UserError: if the field does not exist.
+      UserError: If the field does not exist.
     """
     name, _, rest = path.partition(".")
     fields = {field: getattr(config, field) for field in getattr(config, "__dict__", {})}

@@ -21,7 +21,7 @@ _PLAYS = "[...document.querySelectorAll('video')].some((video) => video.currentT
 
 
 def measure(run: Path) -> dict[str, Any]:
-    """Measure a start without kept programs, and one with those of the first; the click follows the page at once.
+    """Measure a start without kept programs, and one with the first one's; the click follows the page at once.
 
     Args:
       run: folder of a run or of a pipeline.

@@ -54,7 +54,7 @@ class TimeBudget:
         """Raise an error if it is spent.
 
         Raises:
-          UserError: it is.
+          UserError: If the budget is spent.
         """
         if self.is_spent:
             raise UserError("the time was spent")

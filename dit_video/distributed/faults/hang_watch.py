@@ -3,7 +3,7 @@
 `heartbeat` names a process that is behind the others. Where all hang at the same step, in a collective operation or in
 a read from storage, none is behind; and a single process has no others. So each process watches its own steps and
 phases (`progress`), and ends with the stacks of all threads and with exit code 75, to be started again. Processes of a
-run also watch what they do outside of trainings, where the progress of one is that of all: the others may wait for it.
+run also watch what they do outside of trainings, where the progress of one counts for all: the others may wait for it.
 """
 
 import math

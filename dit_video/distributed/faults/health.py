@@ -60,10 +60,10 @@ class RunHealth:
     failure: str = ""
     """Description of what is wrong with a process, so that all end; empty if nothing is."""
     exit_code: int = EXIT_TRY_AGAIN
-    """Exit code of all processes after the failure: that of a user's mistake after which one has ended, so that nothing
-    starts the run again."""
+    """Exit code of all processes after the failure: if one has ended after a user's mistake, the code of such mistakes,
+    so that nothing starts the run again."""
     is_hang: bool = False
-    """True if the failure is a hang, of which each process shows its stacks."""
+    """True if the failure is a hang, after which each process shows its stacks."""
     changes: int = 0
     """Number of signs of progress of all processes."""
     is_busy: bool = False

@@ -60,7 +60,7 @@ class HeartbeatMonitor:
 
         Args:
           timeouts: How long other processes are waited for.
-          group: Processes that are monitored; None for those of this run.
+          group: Processes that are monitored; None for all of this run.
         """
         self._timeouts = timeouts
         self._has_watchdog = group is None
@@ -276,7 +276,7 @@ class HeartbeatMonitor:
 
 
 def _is_of_jax(error: BaseException) -> bool:
-    """Return whether an error may come from another process; JAX raises those of Gloo as a ValueError, too."""
+    """Return whether an error may come from another process; JAX raises Gloo's errors as a ValueError, too."""
     return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 _MEDIAN_STEPS = 101
-"""Number of the newest steps of whose times the median is taken."""
+"""Number of newest steps whose median time is taken."""
 
 
 @dataclass(eq=False)
@@ -40,9 +40,9 @@ class ProgressRecord:
     changes: int = 0
     """Number of signs of progress: steps, other work that is counted, and begins and ends of loops and phases."""
     num_loops: int = 0
-    """Number of loops that are running, of which steps are expected."""
+    """Number of running loops, from which steps are expected."""
     num_counted_works: int = 0
-    """Number of works that are going on, of which progress besides steps is expected."""
+    """Number of works that are going on, from which progress besides steps is expected."""
     phases: list[Phase] = field(default_factory=list)
     """Phases that are active, in the order of their begins."""
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_MEDIAN_STEPS))

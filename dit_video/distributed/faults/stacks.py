@@ -13,7 +13,7 @@ _FLUSH_SECONDS = 5.0
 
 
 def get_stderr_descriptor() -> int:
-    """Return the file descriptor of `sys.stderr`, or that of the process where it is no file."""
+    """Return the file descriptor of `sys.stderr`, or the process's where it is no file."""
     with contextlib.suppress(AttributeError, io.UnsupportedOperation):
         return sys.stderr.fileno()
     return 2

@@ -39,8 +39,8 @@ class KeyValueStore:
         """Open a namespace of the store.
 
         Args:
-          namespace: Prefix that separates names from those of others.
-          group: Processes that share the store; None for those of this run.
+          namespace: Prefix that separates names from others.
+          group: Processes that share the store; None for all of this run.
         """
         self.group = group or ProcessGroup.get_current()
         self._prefix = f"{_PREFIX}/{namespace}/"
@@ -69,7 +69,7 @@ class KeyValueStore:
 
         Raises:
           TimeoutError: After `seconds`.
-          AbortedWaitError: `abort` was set.
+          AbortedWaitError: If `abort` was set.
         """
         text = self._wait(lambda: self.try_read(name), seconds, abort)
         if text is None:
@@ -90,7 +90,7 @@ class KeyValueStore:
         May be called again after an error.
 
         Args:
-          name: Name of the meeting, of which there is one in the namespace.
+          name: Name of the meeting, unique in the namespace.
           text: Text of this process.
           combine: Function of the texts of all processes, in their order, which must not raise. Process 0 calls it.
           seconds: Time to wait.
@@ -98,7 +98,7 @@ class KeyValueStore:
 
         Raises:
           TimeoutError: After `seconds`; in process 0 the message lists the processes that are missing.
-          AbortedWaitError: `abort` was set.
+          AbortedWaitError: If `abort` was set.
         """
         self.join_meeting(name, text)
         if not self.group.is_first:

@@ -4,8 +4,8 @@ No thread of this process can notice that, and a timer cannot do it either: one 
 (SIGSTOP, Ctrl-Z, `docker pause`), and would end a healthy one as soon as it goes on. So another process counts the
 seconds in which this one is not suspended.
 
-It ends this process without Python. A real-time signal lets `faulthandler` print the stacks, of which the C library
-sends one to the thread of the watch, as system calls of other threads would be interrupted. Then a byte completes an
+It ends this process without Python. The C library sends a real-time signal to the thread of the watch, as system calls
+of other threads would be interrupted, and `faulthandler` prints the stacks. Then a byte completes an
 asynchronous read, for which the C library calls `_exit` with the code that asks for another start. All of that needs
 Linux; elsewhere such hangs are not noticed.
 """

@@ -28,7 +28,7 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 _LEARNING_RATES = {"consistency": 1e-3, "dmd": 3e-4}
 _LORA_LEARNING_RATE = 1e-4
 _OPEN_GUIDANCE = 5.0
-"""Guidance scale of open weights, that of their pipelines in diffusers."""
+"""Guidance scale of open weights, as in their pipelines in diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,8 @@ def make_distillation_experiment(
       options: options of the distillation.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts.
-      UserError: a model with two experts or with conditioning frames, or options that do not fit it.
+      MissingError: If the folder does not exist, or lacks parts.
+      UserError: If the model has two experts or conditioning frames, or if options do not fit it.
     """
     folder = Path(folder)
     teacher = _read_open_teacher(folder, options) if (folder / INDEX).is_file() else _read_own_teacher(folder, options)

@@ -33,42 +33,6 @@ _MAX_CLIPS_PER_ROW = 4
 """Largest number of clips of a row, when they are smaller than the largest."""
 
 
-def read_open_parts(folder: str | os.PathLike) -> PipelineParts:
-    """Read the configs of a folder in diffusers' layout, and check its weights by the headers of their files.
-
-    Raises:
-      MissingError: the folder does not exist, or lacks parts or files.
-      UserError: a pipeline or a model that cannot be trained here, unsupported settings, or weights that do not fit.
-    """
-    folder = Path(folder)
-    if (family := find_family(folder)) is None:
-        raise MissingError(f"no such file: {folder / INDEX}")
-    parts = family.read_parts(folder)
-    family.check_weights(folder, parts)
-    return parts
-
-
-def make_data_config(
-    parts: PipelineParts, *, max_pixels: int | None, max_frames: int | None, fps: float | None, **fields: Any
-) -> DataConfig:
-    """Return the config of clips of at most these sizes, which are the family's own where they are None."""
-    size = parts.size
-    return DataConfig(
-        max_pixels=size.h * size.w if max_pixels is None else max_pixels,
-        max_frames=size.t if max_frames is None else max_frames,
-        fps=parts.fps if fps is None else fps,
-        **fields,
-    )
-
-
-def make_row_shape(data: DataConfig, parts: PipelineParts) -> PackedShape:
-    """Return the shape of rows that hold one clip of the largest size, or several smaller ones."""
-    stride, patch = parts.autoencoder.stride, parts.denoiser.patch
-    side = Grid(1, stride.h * patch.h, stride.w * patch.w)
-    tokens = latent_grid(side._replace(t=data.max_frames), stride).t * (data.max_pixels // side.volume)
-    return PackedShape(tokens=tokens, text=2 * parts.text.max_tokens, segments=_MAX_CLIPS_PER_ROW)
-
-
 _LEARNING_RATES = {"lora": 1e-4, "full": 1e-5, "temporal": 1e-5, "scratch": 1e-4}
 
 
@@ -77,7 +41,7 @@ class FineTuningOptions:
     """Options of the fine-tuning of open weights; defaults follow the original training.
 
     Raises:
-      UserError: a learning rate that is not positive.
+      UserError: If the learning rate is not positive.
     """
 
     train: Literal["lora", "full", "temporal", "scratch"] = "lora"
@@ -143,9 +107,9 @@ def make_finetuning_experiment(
       options: trained weights, number of steps and sizes.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts.
-      UserError: a pipeline or a model that cannot be fine-tuned here, unsupported settings, or options that do not fit
-        it.
+      MissingError: If the folder does not exist, or lacks parts.
+      UserError: If the pipeline or the model cannot be fine-tuned here, settings are unsupported, or options do not
+        fit.
     """
     folder, parts = Path(folder), read_open_parts(folder)
     backbone = parts.denoiser.replace(dtype=options.dtype, remat=options.remat, attention=options.attention)
@@ -191,6 +155,42 @@ def make_finetuning_experiment(
     )
 
 
+def read_open_parts(folder: str | os.PathLike) -> PipelineParts:
+    """Read the configs of a folder in diffusers' layout, and check its weights by the headers of their files.
+
+    Raises:
+      MissingError: If the folder does not exist, or lacks parts or files.
+      UserError: If the pipeline or the model cannot be trained here, settings are unsupported, or weights do not fit.
+    """
+    folder = Path(folder)
+    if (family := find_family(folder)) is None:
+        raise MissingError(f"no such file: {folder / INDEX}")
+    parts = family.read_parts(folder)
+    family.check_weights(folder, parts)
+    return parts
+
+
+def make_data_config(
+    parts: PipelineParts, *, max_pixels: int | None, max_frames: int | None, fps: float | None, **fields: Any
+) -> DataConfig:
+    """Return the config of clips of at most these sizes, which are the family's own where they are None."""
+    size = parts.size
+    return DataConfig(
+        max_pixels=size.h * size.w if max_pixels is None else max_pixels,
+        max_frames=size.t if max_frames is None else max_frames,
+        fps=parts.fps if fps is None else fps,
+        **fields,
+    )
+
+
+def make_row_shape(data: DataConfig, parts: PipelineParts) -> PackedShape:
+    """Return the shape of rows that hold one clip of the largest size, or several smaller ones."""
+    stride, patch = parts.autoencoder.stride, parts.denoiser.patch
+    side = Grid(1, stride.h * patch.h, stride.w * patch.w)
+    tokens = latent_grid(side._replace(t=data.max_frames), stride).t * (data.max_pixels // side.volume)
+    return PackedShape(tokens=tokens, text=2 * parts.text.max_tokens, segments=_MAX_CLIPS_PER_ROW)
+
+
 def _select_weights(
     folder: Path, boundary: float | None, options: FineTuningOptions
 ) -> AllWeights | TemporalWeights | LoraAdapters:
@@ -207,7 +207,7 @@ def _select_weights(
 def _select_expert(
     folder: Path, boundary: float | None, options: FineTuningOptions
 ) -> tuple[Path, ExpertConfig | None]:
-    """Return the folder of the weights that are trained, and the expert of two that they are."""
+    """Return the folder of the weights that are trained, and the config of their expert if the model has two."""
     if boundary is None:
         if options.expert is not None:
             raise UserError(f"expert={options.expert} is invalid: {folder} has one transformer; leave out expert")

@@ -145,7 +145,7 @@ def _average_blocks(frames: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "
 
 
 def check_latents(subject: CheckedTraining) -> list[Problem]:
-    """Check cached latents against those of their clips, each encoded alone."""
+    """Check cached latents against their clips, each encoded alone."""
     latents, encoding = subject.latents, subject.encoding
     if latents is None or encoding is None:
         return []
@@ -262,7 +262,7 @@ def check_text_embeddings(subject: CheckedTraining) -> list[Problem]:
 
 
 _MAX_CORRELATION = 0.9
-"""Correlation of the order of examples with that of the data set, from which they count as not shuffled."""
+"""Correlation of the examples' order with the data set's at which they count as not shuffled."""
 _MAX_ROWS = 16
 """Number of rows of a batch that are checked."""
 _MIN_ROWS = 4
@@ -272,7 +272,7 @@ _MAX_EQUAL_ROWS = 0.8
 _MIN_ORDERED = 12
 """Smallest number of examples whose order says something."""
 _MAX_EXAMPLES = 1_000_000
-"""Largest number of examples of which two epochs are planned at once."""
+"""Largest number of examples for which two epochs are planned at once."""
 
 
 def check_rows(subject: CheckedTraining, rows: PackedBatch, entries: Sequence[Sequence[RowEntry]]) -> list[Problem]:
@@ -349,7 +349,7 @@ class _Row:
         return problems + self._check_text(index, entry, name)
 
     def _check_text(self, index: int, entry: RowEntry, name: str) -> list[Problem]:
-        """Check that the text is that of a caption of the clip, as the table of the clips has it."""
+        """Check that the text is one of the clip's captions in the table of the clips."""
         places = np.flatnonzero(self._text_segments == index + 1)
         tokenize = self._subject.text
         if not len(places):

@@ -46,7 +46,7 @@ _INTERVAL = 2500
 
 
 class CheckedBatches(Iterator[PackedBatch]):
-    """Batches of a training, the newest of which stays readable, and the next of which can be read ahead."""
+    """Batches of a training: the newest one stays readable, and the next one can be read ahead."""
 
     def __init__(self, batches: DenoiserBatches, start: int):
         self.source = batches
@@ -224,5 +224,5 @@ class SelfCheck(Hook):
 
 
 def _perturb(subject: CheckedTraining, params: Any) -> Any:
-    """Return a copy of the parameters none of which are zero, on the same devices."""
+    """Return a copy of the parameters without zeros, on the same devices."""
     return subject.jit(perturb, make_shardings(params, subject.trainer.mesh))(params)

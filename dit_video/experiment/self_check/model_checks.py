@@ -81,7 +81,7 @@ class ModelProbe:
 
     Args:
       subject: The training.
-      params: Trained parameters, none of which are zero.
+      params: Trained parameters without zeros.
       rows: A batch of this process.
       is_zeroed: Whether the weights of embeddings that add positions to tokens are zero.
     """
@@ -136,7 +136,7 @@ def check_model(subject: CheckedTraining, params: Any, rows: PackedBatch) -> lis
 
     Args:
       subject: The training.
-      params: Trained parameters, none of which are zero.
+      params: Trained parameters without zeros.
       rows: A batch of this process.
     """
     probe = ModelProbe(subject, params, rows)
@@ -153,7 +153,7 @@ def _change_time(where: Bool[np.ndarray, "B N"], by: float) -> _Change:
 
 
 def change_text(rows: PackedBatch, where: Bool[np.ndarray, "B S"]) -> PackedBatch:
-    """Return rows with other text at some places: ids are mirrored in the range of those of the batch."""
+    """Return rows with other text at some places: ids are mirrored in the batch's range of ids."""
     text, is_text = np.asarray(rows.text), np.asarray(rows.text_segments) > 0
     if np.issubdtype(text.dtype, np.integer):
         used = text[is_text]
@@ -449,7 +449,7 @@ def _is_used(path: str, gradient: Array) -> Bool[Array, "*layers"]:
 def check_gradient(
     subject: CheckedTraining, probe: GradientProbe, params: Any, rows: PackedBatch
 ) -> tuple[list[Problem], Mapping[str, bool]]:
-    """Check the gradient of a batch of this process, at parameters none of which are zero.
+    """Check the gradient of a batch of this process, at parameters without zeros.
 
     Returns:
       The problems, and whether the loss depends on each parameter.

@@ -28,7 +28,7 @@ _STEPS = 512
 _MAX_DISTANCE = 0.05
 """Largest Kolmogorov-Smirnov distance of times from their distribution; its expectation is below 0.02."""
 _DEVIATIONS = 5.0
-"""Standard errors from which a difference is none of chance."""
+"""Number of standard errors that counts as a real difference."""
 _TIMES = np.linspace(0.05, 0.95, 10, dtype=np.float32)
 _TOLERANCE = 1e-3
 
@@ -218,7 +218,7 @@ def _evaluate_target(objective: Objective, data: Array, noise: Array, time: Arra
 
 
 def check_caption_dropout(subject: CheckedTraining, draws: RandomNumbers) -> list[Problem]:
-    """Check how often captions are dropped, and that the text of dropped ones is that of unconditional samples."""
+    """Check how often captions are dropped, and that dropped ones have the text of unconditional samples."""
     loss, rate = subject.loss, subject.experiment.denoiser.caption_dropout
     drawn = draws.dropped[:, draws.valid]
     problems = []
@@ -235,7 +235,7 @@ def check_loss_mean(compute: LossFn, rows: PackedBatch, draws: RandomNumbers) ->
     """Check that the loss is the mean over clips that count, and that dropped captions alone have no effect.
 
     Args:
-      compute: The loss of rows at a step, with parameters none of which are zero.
+      compute: The loss of rows at a step, with parameters without zeros.
       rows: A batch of this process.
       draws: Random numbers of the batch.
     """
@@ -275,7 +275,7 @@ def _keep_first_clips(rows: PackedBatch) -> PackedBatch:
 
 
 def _check_dropped_text(compute: LossFn, rows: PackedBatch, draws: RandomNumbers) -> list[Problem]:
-    """Check that the loss of clips whose captions are dropped does not depend on the text, and that of others does."""
+    """Check that the loss of a clip depends on the text unless its caption is dropped."""
     problems = list[Problem]()
     if len(draws.valid) != len(rows.valid):
         return problems  # other processes have rows of their own

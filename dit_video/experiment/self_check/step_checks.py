@@ -132,7 +132,7 @@ _UPDATE_TOLERANCE = 0.02
 """Largest relative error of an update."""
 _GRADIENT_TOLERANCE = 0.05
 _MAX_MATRIX_RATIO = 4.0
-"""Largest root mean square of a few values of Muon's update, relative to that of the whole update."""
+"""Largest root mean square of a few values of Muon's update, relative to the whole update's."""
 _MUON_BETA = 0.95
 """Decay of Muon's momentum."""
 
@@ -261,7 +261,7 @@ class UpdateCheck:
             self._add("optimizer", message.format(path=worst) + note)
 
     def _check_matrices(self) -> None:
-        """Check the size of Muon's updates: at most that of a matrix of full rank, a multiple of the learning rate."""
+        """Check the size of Muon's updates: at most a full-rank matrix's, a multiple of the learning rate."""
         if self._config.kind != "muon" or self._was_skipped:
             return
         errors = {}
@@ -275,7 +275,7 @@ class UpdateCheck:
         self._report(errors, f"{{path}} did not move by Muon's update with learning rate {self._rate:.3g}")
 
     def _check_gradients(self, gradients: Mapping[str, np.ndarray], norm: float) -> None:
-        """Check the gradients that the optimizer received against those of the loss, and how they were clipped."""
+        """Check the gradients that the optimizer received against the loss's, and how they were clipped."""
         received = self._received_gradients
         paths = [path for path in received if path in gradients]
         if not paths or norm == 0:
@@ -317,7 +317,7 @@ def _compare_direction(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def check_gradient_norm(logged: float, expected: float, *, step: int) -> list[Problem]:
-    """Check the norm that a step logs against that of the loss's gradient."""
+    """Check the norm that a step logs against the norm of the loss's gradient."""
     if abs(logged / max(expected, 1e-30) - 1) <= _GRADIENT_TOLERANCE:
         return []
     return [
@@ -402,11 +402,11 @@ def check_initial_weights(
 
 
 def check_adapter_scale(subject: CheckedTraining, params: Any, rows: PackedBatch, loss: float) -> list[Problem]:
-    """Check the loss of a step against that of the model with the adapter attached by the config's scale.
+    """Check the loss of a step against the model's with the adapter attached by the config's scale.
 
     Args:
       subject: The training.
-      params: Trained factors, none of which are zero.
+      params: Trained factors without zeros.
       rows: A batch of this process.
       loss: Loss of the step at step 0.
     """

@@ -211,8 +211,8 @@ class TrainDenoiser(DenoiserStage):
         """Check what the monitors, and the evaluation after the training, need besides the models.
 
         Raises:
-          MissingError: if a logging package, or what a metric reads, is missing.
-          UserError: if Weights & Biases is not logged in, if no clips are held out to validate on, or if there is no
+          MissingError: If a logging package, or what a metric reads, is missing.
+          UserError: If Weights & Biases is not logged in, if no clips are held out to validate on, or if there is no
             caption to sample during the training.
         """
         monitoring, evaluation = self.experiment.monitoring, self.experiment.evaluation

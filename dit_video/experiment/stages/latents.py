@@ -95,7 +95,7 @@ class CacheLatents(DenoiserStage):
           encoding: the encoding of the clips, if it is made already; it reads the autoencoder's weights.
 
         Raises:
-          UserError: they are of other clips or of another autoencoder.
+          UserError: If the latents are of other clips or of another autoencoder.
         """
         runtime = runtime.for_stage(self.experiment)
         encoding = self.make_encoding(runtime) if encoding is None else encoding
@@ -111,7 +111,7 @@ class CacheLatents(DenoiserStage):
         """Return the encoding of the clips.
 
         Raises:
-          MissingError: the autoencoder is not trained yet.
+          MissingError: If the autoencoder is not trained yet.
         """
         experiment, images = self.experiment, None
         if (folder := experiment.denoiser.image_encoder) is not None:

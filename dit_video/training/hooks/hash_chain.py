@@ -3,7 +3,7 @@
 `hash_chain.jsonl` has a record for each start (versions of the code, devices, mesh, plan of the data), for each step
 (digests of the batch's arrays, the bits of loss and gradient norm) and for each saved state (digests of its arrays).
 Each record ends with a hash of itself and of the record before, so that a damaged or edited file is noticed. Digests do
-not depend on the mesh (see `checkpoint_arrays`). `experiment.replay` compares them.
+not depend on the mesh (see `checkpoint_io`). `experiment.replay` compares them.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ class HashChain(Hook):
         self._append([{"step": step, "start": self._start}])
 
     def on_step(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-        recorded = (BATCH_DIGESTS, *_VALUES)  # of which steps of other packages may lack some
+        recorded = (BATCH_DIGESTS, *_VALUES)  # a step of another package may lack some
         self._steps.append((step, {name: metrics[name] for name in recorded if name in metrics}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -120,8 +120,8 @@ def read_chain(path: str | os.PathLike) -> list[Record]:
     """Return the records of a hash chain, without a half-written last line.
 
     Raises:
-      MissingError: The file does not exist.
-      UserError: A line before the last is not a record, or was changed, left out or added after it was written.
+      MissingError: If the file does not exist.
+      UserError: If a line before the last is not a record, or was changed, left out or added after it was written.
     """
     return [record for record, _ in _iterate_chain(Path(path))]
 

@@ -55,7 +55,7 @@ class Hook:
         """Prepare for a checkpoint of this state, from which the training may continue later."""
 
     def on_save(self, step: int, digests: Mapping[str, int]) -> None:
-        """Note that a checkpoint of this step is being written; `digests` are those of its arrays, by their paths."""
+        """Note that a checkpoint of this step is being written; `digests` holds each array's digest by its path."""
 
     def close(self) -> None:
         """End, after the last step or an error."""

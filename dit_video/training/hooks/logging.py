@@ -47,8 +47,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the entries of a `MetricsLog`, without a half-written last line; null is read as NaN.
 
     Raises:
-      MissingError: The file does not exist.
-      UserError: A line before the last is not an entry.
+      MissingError: If the file does not exist.
+      UserError: If a line before the last is not an entry.
     """
     path = Path(path)
     if not path.is_file():
@@ -138,10 +138,10 @@ class Progress:
         Args:
           step: Number of steps done.
           loss: Newest loss, which is shown until the next one is passed.
-          is_timed: False if the time since the last call is not that of steps, because it includes compilation.
+          is_timed: False if the time since the last call includes compilation.
 
         Raises:
-          KeyboardInterrupt: Ctrl-C was pressed in a script, and the code that ran meanwhile ignored it.
+          KeyboardInterrupt: If Ctrl-C was pressed in a script, and the code that ran meanwhile ignored it.
         """
         raise_if_interrupted()
         self._step = step

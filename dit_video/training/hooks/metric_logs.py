@@ -24,7 +24,7 @@ class MonitoringConfig:
     The autoencoder's training has reconstructions alone; all else is of the denoiser.
 
     Raises:
-      UserError: A number that is negative, or prompts that are never sampled.
+      UserError: If a number is negative, or if there are prompts that are never sampled.
     """
 
     tensorboard: bool = False
@@ -35,7 +35,7 @@ class MonitoringConfig:
     """Interval in steps of logging `validation_loss`, the loss of held-out clips with the averaged weights; 0 for
     never. Noise and times are the same each time, and no caption is dropped."""
     validation_batches: int = 4
-    """Number of validation batches, as large as those of training."""
+    """Number of validation batches, which are as large as training batches."""
     sample_every: int = 0
     """Interval in steps of sampling a grid of clips with the averaged weights to `samples/`, and of reconstructing
     held-out clips to the autoencoder's `reconstructions/`, with their PSNR in the log; 0 for never."""
@@ -68,7 +68,7 @@ class TensorBoard(Hook):
     """Event files for TensorBoard.
 
     Raises:
-      MissingError: The package tensorboardX is not installed.
+      MissingError: If the package tensorboardX is not installed.
     """
 
     first_process_only = True
@@ -102,8 +102,8 @@ class WeightsAndBiases(Hook):
     """A run of Weights & Biases, which is continued if the training is resumed.
 
     Raises:
-      MissingError: The package wandb is not installed.
-      UserError: Nobody is logged in, or the service refuses the login.
+      MissingError: If the package wandb is not installed.
+      UserError: If nobody is logged in, or the service refuses the login.
     """
 
     first_process_only = True
@@ -126,7 +126,7 @@ class WeightsAndBiases(Hook):
         """Start or continue the run; the service ignores entries of steps that it already has.
 
         Raises:
-          UserError: The service refuses the run, or is not reached.
+          UserError: If the service refuses the run, or is not reached.
         """
         del step
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ class TraceConfig:
     """Configuration of a profiler trace. Steps are counted from 1.
 
     Raises:
-      UserError: The range of steps is empty, or begins before step 1.
+      UserError: If the range of steps is empty, or begins before step 1.
     """
 
     folder: Path

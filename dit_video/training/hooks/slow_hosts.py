@@ -163,7 +163,7 @@ class SlowHostMonitor(Hook):
         return results
 
     def _exchange(self, own: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        """Return the newest messages of all processes, in the first; those of this one alone otherwise."""
+        """Return the newest messages of all processes in the first one, and only its own in another process."""
         if self._store is None:
             return {0: own}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first process is gone: the heartbeat says why

@@ -36,7 +36,7 @@ class ThroughputMeter(Hook):
         self._flops_fn = flops_fn
         devices = jax.local_devices() if mesh is None else list(mesh.devices.flat)
         self._peak_flops = None if peak_flops_fn is None else peak_flops_fn(devices)
-        # Processes along `tensor` and `context` hold the same rows, so their number is not that of the parts.
+        # Processes along `tensor` and `context` hold the same rows, so there are fewer parts than processes.
         self._part_count = 1 if mesh is None else RowPart.from_mesh(mesh).part_count
         self._tokens = self._flops = 0.0
         self._num_batches = 0

@@ -146,7 +146,7 @@ class AdversarialStep(TrainStep):
     """The step of an autoencoder and its discriminator, on an `AdversarialState`.
 
     Autoencoder and discriminator are updated simultaneously, both from their parameters before the step. Before step
-    `config.start_step` the discriminator is not updated, and the step is that of the autoencoder. R1 is applied in
+    `config.start_step` the discriminator is not updated, and the step is the autoencoder's alone. R1 is applied in
     every `every`-th step only. The host selects the compiled program of a step, because convolutions inside a
     `lax.cond` branch take 11 times as long on XLA's CPU backend (measured).
 

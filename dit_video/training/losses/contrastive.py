@@ -1,7 +1,7 @@
 """Contrastive losses of images and texts: CLIP's softmax (arXiv 2103.00020), SigLIP's sigmoid (2303.15343).
 
-They couple the examples: each image is compared with all texts of the batch, of which those of other devices are
-gathered first. So a batch cannot be accumulated from parts.
+They couple the examples: each image is compared with all texts of the batch, which are gathered from other devices
+first. So a batch cannot be accumulated from parts.
 """
 
 import abc
@@ -23,7 +23,7 @@ MAX_SCALE = 100.0
 
 
 class PairFeatures(NamedTuple):
-    """Projected features of the images and texts of a batch, of which those of one row belong together."""
+    """Projected features of a batch's images and texts; a row of both belongs together."""
 
     images: Float[Array, "B P"]
     texts: Float[Array, "B P"]
@@ -108,7 +108,7 @@ class ContrastiveLoss:
         return LossOutput(self.pair_loss(params["pairs"], cosines, is_pair), LossDetails(metrics))
 
     def _gather(self, features: PairFeatures) -> PairFeatures:
-        """Return the features of all devices on each of them, of which the similarities are cheap."""
+        """Return the features of all devices on each of them; their similarities are cheap."""
         if self.mesh is None:
             return features
         return jax.lax.with_sharding_constraint(features, NamedSharding(self.mesh, PartitionSpec()))

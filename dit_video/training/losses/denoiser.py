@@ -60,7 +60,7 @@ class DenoiserLoss:
     channels or, if each token has its own time, as noise-free tokens at time 0, which do not count in the loss. Image
     embeddings of the first frame are zeroed for clips whose first frame is not known."""
     time_quantiles: tuple[float, float] = (0.0, 1.0)
-    """Lower and upper quantile of the objective's times that this model is trained at, such as those of one of two
+    """Lower and upper quantile of the objective's times that this model is trained at, such as the times of one of two
     experts; see `time_quantile`."""
     time_per: Literal["clip", "frame"] = "clip"
     """Unit that has its own diffusion time; "frame" requires a denoiser with `time="token"`."""
@@ -145,7 +145,7 @@ class DenoiserLoss:
         return self.frame_conditioning.draw_mask(rows.layout, keys)
 
     def prepare_conditioning(self, config: ClipConditioning, rows: PackedBatch, step: Array) -> Any:
-        """Return the record of a field of the clips, of which some are dropped."""
+        """Return the record of a field of the clips, with some clips' values dropped."""
         keys = example_keys(key(self.seed, f"{config.field.name} dropout"), step, rows.examples)
         return config.prepare(jnp.asarray(rows.fields[config.field.name]), rows.layout, keys, None)
 
@@ -156,7 +156,7 @@ class DenoiserLoss:
         return self.objective.compute_time(u, get_clip_sizes(rows))
 
     def draw_token_times(self, rows: PackedBatch, step: Array) -> Float[Array, "B N"]:
-        """Return the diffusion time of each token: that of its clip, or of its frame (arXiv 2407.01392)."""
+        """Return the diffusion time of each token: its clip's, or its frame's (arXiv 2407.01392)."""
         if self.time_per == "clip":
             return expand_to_tokens(self.draw_times(rows, step), rows.segments)
         sizes = ClipSize(*(expand_to_tokens(jnp.asarray(part), rows.segments) for part in get_clip_sizes(rows)))
@@ -185,7 +185,7 @@ def get_clip_sizes(rows: PackedBatch) -> ClipSize:
 
 
 def time_quantile(objective: Objective, time: float) -> float:
-    """Return the share of an objective's training times below `time`: the inverse of `objective.time`."""
+    """Return the share of an objective's training times below `time`: the inverse of `objective.compute_time`."""
     low, high = 0.0, 1.0
     for _ in range(24):  # bisection to the precision of float32
         middle = (low + high) / 2

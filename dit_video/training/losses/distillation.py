@@ -50,7 +50,7 @@ class ConsistencyDistillation:
     average at the end of that step.
 
     Raises:
-      UserError: Less than one interval, or a width that is not positive.
+      UserError: If there is less than one interval, or if a width is not positive.
     """
 
     guidance: float = 1.0
@@ -71,11 +71,11 @@ class ConsistencyDistillation:
 class DistributionMatching:
     """Configuration of distribution matching distillation: DMD2 (arXiv 2405.14867) without its discriminator.
 
-    Samples move along the difference between the teacher's score and that of a critic, which is trained to denoise the
+    Samples move along the difference between the scores of the teacher and of a critic, which is trained to denoise the
     student's samples.
 
     Raises:
-      UserError: Less than one step.
+      UserError: If there is less than one step.
     """
 
     guidance: float = 1.0

@@ -31,7 +31,7 @@ class CodebookLearning:
     """Configuration of the codebook update.
 
     Raises:
-      UserError: values out of range.
+      UserError: If a value is out of range.
     """
 
     decay: float | None = 0.99
@@ -164,7 +164,7 @@ class VqStep(GradientStep):
     def update_extra(self, state: TrainState, auxiliary: Any) -> tuple[TrainState, ScalarMetrics]:
         """Return the state with the codebook updated by the batch's latents and their codes, and metrics of its use."""
         (latents, indices), learning = auxiliary, self.loss.effective_learning
-        # The gradient update has already incremented the step counter; the noise is that of the step itself.
+        # The gradient update has already incremented the step counter; the noise is the step's own.
         random_key = jax.random.fold_in(key(self.loss.seed, "codebook"), state.step - 1)
         codes, moments = state.params["codebook"]["codes"], state.extra["codebook"]
         update = learning.update(codes, moments, latents, indices, random_key)

@@ -35,7 +35,7 @@ class EmaConfig:
     """Configuration of further averages of the parameters, each as large as the parameters.
 
     Raises:
-      UserError: Values out of range, or given twice.
+      UserError: If a value is out of range or given twice.
     """
 
     decays: tuple[float, ...] = ()
@@ -103,7 +103,8 @@ def gamma_from_sigma(sigma_rel: float) -> float:
     It is the non-negative root of `sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1`.
 
     Raises:
-      UserError: No exponent has this width: it is not positive, or larger than about .2887, that of equal weights.
+      UserError: If no exponent has this width: it is not positive, or larger than about .2887, the width of equal
+        weights.
     """
     if not 0 < sigma_rel <= 12**-0.5:
         raise UserError(f"sigma_rel={sigma_rel} is invalid: it must be above 0, up to {12**-0.5:.4f}, a plain mean.")
@@ -158,19 +159,19 @@ class EmaSnapshots:
         max_step: int | None = None,
         place: Placement = place_on_host,
     ) -> dict[str, Any]:
-        """Return the average of a relative width, of which the host holds one part at a time.
+        """Return the average of a relative width; the host holds one part of it at a time.
 
         Args:
           sigma_rel: Width of the average, relative to the length of the training.
           like: Parameters, or their shapes, which give the structure of the result.
-          step: Step of the average; that of the last snapshot if None.
+          step: Step of the average; None for the last snapshot's.
           max_step: Step after which snapshots are ignored, such as those that a killed run wrote after its last
             checkpoint.
           place: Reads each parameter to its destination, given its path; by default to the host.
 
         Raises:
-          MissingError: There are no snapshots.
-          UserError: No average has this width.
+          MissingError: If there are no snapshots.
+          UserError: If no average has this width.
         """
         gamma = gamma_from_sigma(sigma_rel)
         end = math.inf if max_step is None else max_step

@@ -114,7 +114,7 @@ def _compute_gram(x: Float[Array, "*L m n"]) -> Float[Array, "*L n n"]:
 
 
 def _compute_factor(gram: Float[Array, "*L n n"], dtype: Any) -> Float[Array, "*L n n"]:
-    """Return the factor B of an iteration, from the Gram matrix; `dtype` is that of the product's operands."""
+    """Return the factor B of an iteration, from the Gram matrix; `dtype` is the operands' dtype."""
     a, b, c = _COEFFICIENTS
     return a * jnp.eye(gram.shape[-1]) + b * gram + c * _multiply(gram.astype(dtype), gram)
 

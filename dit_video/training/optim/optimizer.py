@@ -34,7 +34,7 @@ class OptimizerConfig:
     replaces the first moving average, and further averages are computed from it.
 
     Raises:
-      UserError: Values out of range, or patterns that are not regular expressions.
+      UserError: If a value is out of range, or if a pattern is not a regular expression.
     """
 
     kind: Literal["adamw", "adafactor", "muon", "schedule_free"] = "adamw"
@@ -98,7 +98,7 @@ def make_learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax
     """Return the learning rate schedule of a run of `steps` steps.
 
     Raises:
-      UserError: The run is not longer than its warmup.
+      UserError: If the run is not longer than its warmup.
     """
     if steps <= config.warmup:
         raise UserError(f"warmup={config.warmup} is invalid: it must be below steps={steps}. Use a shorter warmup.")
@@ -123,12 +123,12 @@ def make_optimizer(
     Args:
       config: Configuration of the optimizer.
       steps: Length of the learning rate schedule.
-      start_step: Number of updates before the schedule begins: those of earlier stages.
+      start_step: Number of updates before the schedule begins: the updates of earlier stages.
       mesh: Mesh over whose devices Muon divides its matrices; None for a single device.
 
     Raises:
-      UserError: The run is not longer than its warmup; or, raised by `init`, a trainable or frozen pattern matches no
-        parameter.
+      UserError: If the run is not longer than its warmup; or, raised by `init`, if a trainable or frozen pattern
+        matches no parameter.
     """
     schedule = make_learning_rate_schedule(config, steps=steps)
     rates: optax.Schedule = lambda count: schedule(count - start_step)  # noqa: E731

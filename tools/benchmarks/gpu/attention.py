@@ -37,7 +37,7 @@ class AttentionSize:
     heads: int = 16
     head_width: int = 128
     repeats: int = 10
-    """Number of measurements, of which the median counts."""
+    """Number of measurements; their median counts."""
     checked: leaks.CheckedSize = field(default_factory=leaks.CheckedSize)
     """Sizes of the rows that are compared with the dense reference."""
 
@@ -94,7 +94,7 @@ def make_backend(backend: BackendName) -> Attention:
     """Return the attention of a backend.
 
     Raises:
-      UserError: this machine lacks it.
+      UserError: If this machine lacks the backend.
     """
     check_platform(backend, get_default_platform())
     return make_attention(backend)
@@ -118,7 +118,7 @@ def measure_times(backend: BackendName, size: AttentionSize, budget: TimeBudget)
     """Yield the ratios of time to pair share, and the seconds as details.
 
     Raises:
-      UserError: this machine lacks the backend.
+      UserError: If this machine lacks the backend.
     """
     attention, platform = make_backend(backend), jax.default_backend()
     on_gpu, dtype = platform == "gpu", jnp.float32 if platform == "cpu" else jnp.bfloat16

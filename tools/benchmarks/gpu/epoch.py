@@ -47,9 +47,9 @@ class EpochSize:
     model: str = "0.1 B"
     clips: int = 512
     frames: tuple[int, ...] = (1, 3, 5, 9, 13, 21)
-    """Numbers of latent frames, one of which each clip has."""
+    """Numbers of latent frames; each clip has one of them."""
     sides: tuple[tuple[int, int], ...] = ((16, 16), (16, 24), (24, 16), (20, 20), (20, 32), (32, 20), (32, 16))
-    """Heights and widths in tokens, of which each clip has one."""
+    """Heights and widths in tokens; each clip has one of them."""
     buckets: int = 8
     segments: int = 32
     """Largest number of clips in a row."""
@@ -135,7 +135,7 @@ def measure(size: EpochSize, budget: TimeBudget) -> Iterator[tuple[str, Any]]:
     """Yield the figures of all methods, and their ratios.
 
     Raises:
-      UserError: the time of the part was spent.
+      UserError: If the time of the part was spent.
     """
     speeds: dict[str, float] = {}
     tokens: dict[str, float] = {}

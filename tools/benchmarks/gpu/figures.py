@@ -56,7 +56,7 @@ class Document:
     """The JSON of all parts, to which figures of several runs are added.
 
     Raises:
-      UserError: a file that is none, or one of a rehearsal where this is none, or the reverse.
+      UserError: If the file holds no figures, or if it is of a rehearsal and this is not, or the reverse.
     """
 
     def __init__(self, path: Path, *, is_small: bool):
@@ -116,8 +116,8 @@ def read_figures(path: Path) -> dict[str, Any]:
     """Read the JSON of figures.
 
     Raises:
-      MissingError: there is no such file.
-      UserError: it is none.
+      MissingError: If the file does not exist.
+      UserError: If the file holds no figures.
     """
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -29,7 +29,7 @@ SKIPPING = ("cudnn",)
 _RUNS = 3
 """Number of equal runs that show how much a kernel's results differ by themselves."""
 Others = Literal["large", "not finite"]
-"""Values that replace those of all tokens but one clip's."""
+"""Values that replace all tokens' but one clip's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ class TrainingSize:
     text: int
     """Number of text tokens of each clip."""
     steps: int = 10
-    """Number of steps, of which the median counts."""
+    """Number of steps; their median counts."""
     calibration: CalibrationSize | None = None
     """Sizes of calibration; None for those for the platform."""
 
@@ -106,7 +106,7 @@ class Machine(NamedTuple):
 
     topology: Topology
     efficiencies: Efficiencies
-    """Shares of the peak rates: published ones, or those of a calibration."""
+    """Shares of the peak rates: published ones, or a calibration's."""
     memory: int
     """Bytes of memory that a program can have."""
 
@@ -119,7 +119,7 @@ def find_machine(size: TrainingSize) -> Machine:
     """Return the machine; a CPU's peak rates are measured.
 
     Raises:
-      UserError: a device that is neither a CPU nor in the table of chips.
+      UserError: If the device is neither a CPU nor in the table of chips.
     """
     device = jax.devices()[0]
     chip = find_chip(device)
@@ -278,14 +278,14 @@ def choose_remat(
 
 
 def fits(compiled: CompiledStep, machine: Machine) -> bool:
-    """Return True if a step was compiled and its memory is within that of the machine."""
+    """Return True if a step was compiled and its memory is within the machine's."""
     return compiled.executable is not None and compiled.memory.peak <= machine.memory
 
 
 def time_steps(training: Training, compiled: CompiledStep, budget: TimeBudget, steps: int) -> tuple[list[float], float]:
     """Run the compiled step, and return the seconds of each of up to `steps` steps, and the last loss.
 
-    It is at least one step, after those of the warmup.
+    It is at least one step, after the warmup.
     """
     assert compiled.executable is not None
     state, batch = training.init_state(), shard_batch(training.batch, training.mesh)

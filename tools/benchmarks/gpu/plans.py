@@ -60,7 +60,7 @@ def measure(size: TrainingSize, model: str, clips: int, remat: Remat, budget: Ti
     """Yield the figures of one configuration.
 
     Raises:
-      UserError: its plan does not fit in memory; a device whose peak is unknown.
+      UserError: If the plan does not fit in memory, or if the device's peak is unknown.
     """
     name, machine = f"{name_case(model, clips)}, remat {remat}", find_machine(size)
     training = make_row_training(size, model, clips, remat)

@@ -51,7 +51,7 @@ def measure(size: TrainingSize, model: str, clips: int, budget: TimeBudget) -> I
     """Yield the figures of a training.
 
     Raises:
-      UserError: no recomputation makes the step fit in memory; a device whose peak is unknown.
+      UserError: If no recomputation makes the step fit in memory, or if the device's peak is unknown.
     """
     name, machine = name_case(model, clips), find_machine(size)
     chosen = choose_remat(functools.partial(make_row_training, size, model, clips), machine)
