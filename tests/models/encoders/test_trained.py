@@ -1,6 +1,5 @@
 """Text encoders that are trained with the denoiser."""
 
-import inspect
 import warnings
 
 import jax
@@ -12,12 +11,8 @@ from flax import nnx
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.models.encoders import (
-    ByteEncoder,
     ByteEncoderConfig,
     ByteTokenizer,
-    TextEncoder,
-    TextEncoderConfig,
-    WordEncoder,
     WordEncoderConfig,
 )
 from dit_video.nn import get_graph_def, init_params
@@ -146,12 +141,6 @@ def test_a_fresh_encoder_tells_texts_apart():
     assert np.abs(values[0, :3] - values[1, :3]).max() > 0.1
 
 
-def test_the_byte_encoder_has_the_interface_of_text_encoders():
-    assert isinstance(BYTES, TextEncoderConfig)
-    assert issubclass(ByteEncoder, TextEncoder)
-    assert list(inspect.signature(ByteEncoder.__call__).parameters) == ["self", "ids", "segments"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -227,11 +216,6 @@ def test_order_of_words_matters():
         encode(TOKENIZE_WORDS(text), np.ones(4, np.int32)).values for text in ("red above blue", "blue above red")
     )
     assert np.abs(one[0, -1] - other[0, -1]).max(axis=0) > 1e-3
-
-
-def test_the_word_encoder_has_the_interface_of_text_encoders():
-    assert isinstance(WORDS, TextEncoderConfig)
-    assert issubclass(WordEncoder, TextEncoder)
 
 
 @pytest.mark.parametrize(
