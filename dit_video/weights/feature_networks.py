@@ -21,7 +21,7 @@ from dit_video.models.features.convolutional import (
     I3d,
     InceptionV3,
 )
-from dit_video.models.features.lpips import STAGES
+from dit_video.models.features.lpips import VGG_STAGES
 from dit_video.models.features.video_mae import VideoMaeConfig
 from dit_video.nn import get_param_shapes
 from dit_video.weights.folders import DENSE, map_kernel_and_bias, map_scale_and_shift
@@ -270,7 +270,7 @@ def make_lpips_tensor_map() -> dict[str, TensorMapping]:
     """
     names: dict[str, TensorMapping] = {}
     layer = 0
-    for stage, convolutions in enumerate(STAGES):
+    for stage, convolutions in enumerate(VGG_STAGES):
         layer += 1 if stage else 0  # The pool is a layer, too.
         for convolution in range(convolutions):
             ours, theirs = f"stages/{stage}/{convolution}", f"net.slice{stage + 1}.{layer}"
