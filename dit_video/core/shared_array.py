@@ -46,7 +46,12 @@ class SharesArrays:
     """A base of objects whose large arrays are pickled as paths: each process maps the same memory."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: SharedArray(value) if _is_large(value) else value for name, value in vars(self).items()}
+        large = {
+            name: SharedArray(value)
+            for name, value in vars(self).items()
+            if isinstance(value, np.ndarray) and value.nbytes >= MIN_SHARED_BYTES
+        }
+        return vars(self) | large
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Unpickled values are arrays already; those of `copy.copy` are not.
@@ -72,10 +77,6 @@ class SharedStrings(SharesArrays, Sequence[str]):
         number = range(len(self))[index]
         part = self.content[self.offsets[number] : self.offsets[number + 1]]
         return part.tobytes().decode("utf-8", "surrogatepass")
-
-
-def _is_large(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.nbytes >= MIN_SHARED_BYTES
 
 
 def save_array(path: Path, values: np.ndarray) -> None:

@@ -9,11 +9,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.nn.layers import compute_kernel_gradient
@@ -91,7 +91,7 @@ def make_shardings(tree: Any, mesh: AnyMesh, rules: ShardingRules = DEFAULT_RULE
 
 def make_batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Return the sharding of rows over `data` and `fsdp`, replicated on every other axis."""
-    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    return NamedSharding(mesh, P(ROW_AXES))
 
 
 def count_row_shards(mesh: AnyMesh) -> int:
@@ -113,7 +113,7 @@ def make_batch_shardings(batch: Any, mesh: AnyMesh) -> Any:
         if leaf.shape[1] % ranks:
             fix = f"Use rows of {leaf.shape[1] + -leaf.shape[1] % ranks} tokens."
             raise UserError(f"rows of {leaf.shape[1]} tokens do not divide among context={ranks} devices. {fix}")
-        return NamedSharding(mesh, PartitionSpec(ROW_AXES, "context"))
+        return NamedSharding(mesh, P(ROW_AXES, "context"))
 
     return trees.map_with_path(layout, batch)
 
@@ -185,9 +185,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(make_global, batch, layouts)
 
 
-def _apply_rule(
-    path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: AnyMesh
-) -> PartitionSpec:
+def _apply_rule(path: str, shape: tuple[int, ...], pattern: str, axes: tuple[Axis, ...], mesh: AnyMesh) -> P:
     if len(axes) > len(shape):
         fix = f"Put a rule for {path} before it, such as () to replicate it."
         raise UserError(f"sharding rule {pattern!r} has {len(axes)} axes, {path} has {len(shape)}. {fix}")
@@ -202,13 +200,13 @@ def _apply_rule(
                 f"which does not divide {size}. Use another mesh, or put a rule for {path} before it."
             )
     if not any(axes):
-        return PartitionSpec()
-    return PartitionSpec(*(None,) * (len(shape) - len(axes)), *axes)
+        return P()
+    return P(*(None,) * (len(shape) - len(axes)), *axes)
 
 
-def _apply_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: ShardingRules) -> PartitionSpec:
+def _apply_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: ShardingRules) -> P:
     if math.prod(shape) < rules.min_size:
-        return PartitionSpec()
+        return P()
     first = 1 if re.search(rules.stacked_pattern, path) else 0
     split: dict[int, Axis] = {}
     from_end = rules.get_tensor_axis(path)
@@ -218,7 +216,7 @@ def _apply_default(path: str, shape: tuple[int, ...], mesh: AnyMesh, rules: Shar
     if (state := choose_state_split(shape, mesh, taken={*range(first), *split})) is not None:
         axis, names = state
         split[axis] = names[0] if len(names) == 1 else names
-    return PartitionSpec(*(split.get(axis) for axis in range(len(shape)))) if split else PartitionSpec()
+    return P(*(split.get(axis) for axis in range(len(shape)))) if split else P()
 
 
 def choose_state_split(
@@ -240,9 +238,7 @@ def choose_state_split(
     return None
 
 
-def choose_kernel_split(
-    shape: tuple[int, ...], spec: PartitionSpec, mesh: AnyMesh
-) -> tuple[int, tuple[str, ...]] | None:
+def choose_kernel_split(shape: tuple[int, ...], spec: P, mesh: AnyMesh) -> tuple[int, tuple[str, ...]] | None:
     """Return the axis of a layer's kernel `[i o]` that `STATE_AXES` shard at rest, and which do; None if none does.
 
     Args:

@@ -20,10 +20,10 @@ from dit_video.core.errors import UserError
 from dit_video.models.encoders import PretrainedTokenizer
 from dit_video.models.features import FrameEncoder
 from dit_video.models.features.convolutional import (
+    C3D_SIZE,
+    I3D_MIN_FRAMES,
     I3D_SIDE,
     INCEPTION_SIDE,
-    MIN_FRAMES,
-    SIZE,
     C3d,
     I3d,
     InceptionV3,
@@ -246,7 +246,7 @@ class I3dFeatures(FeatureFunction):
 
     def load(self) -> OpenFeatures:
         """Read the weights."""
-        network_input = NetworkInput(side=I3D_SIDE, min_frames=MIN_FRAMES)
+        network_input = NetworkInput(side=I3D_SIDE, min_frames=I3D_MIN_FRAMES)
         extract = make_extractor(lambda rngs: I3d(rngs=rngs), load_i3d(self.weights), network_input, batch=4)
         return OpenFeatures(extract, make_identity("I3D", self.weights))
 
@@ -266,7 +266,7 @@ class C3dLogits(FeatureFunction):
     def load(self) -> OpenFeatures:
         """Read the weights."""
         params = load_c3d(self.weights, mean=self.mean)
-        network_input = NetworkInput(side=SIZE.h, frames=SIZE.t, has_aligned_corners=True)
+        network_input = NetworkInput(side=C3D_SIZE.h, frames=C3D_SIZE.t, has_aligned_corners=True)
         extract = make_extractor(lambda rngs: C3d(rngs=rngs), params, network_input, batch=4)
         return OpenFeatures(extract, make_identity("C3D", self.weights, self.mean))
 

@@ -127,7 +127,11 @@ class CanvasShape(LayoutShape):
                 f"clips of {sizes} do not fit a canvas of {self.size} with padding of {self.padding} between them; use "
                 "a larger canvas or fewer clips"
             )
-        return [self._list_indices(corner, grid) for corner, grid in zip(corners, grids, strict=True)]
+        all_indices = np.arange(self.size.volume).reshape(self.size)
+        return [
+            all_indices[tuple(slice(start, start + side) for start, side in zip(corner, grid, strict=True))].reshape(-1)
+            for corner, grid in zip(corners, grids, strict=True)
+        ]
 
     def find_corners(self, grids: Sequence[Grid]) -> list[Grid] | None:
         """Return the first position of every clip; None if they do not fit.
@@ -147,10 +151,6 @@ class CanvasShape(LayoutShape):
 
     def enlarge(self, grid: Grid) -> "DenseShape":
         return DenseShape(size=grid, text=self.text)
-
-    def _list_indices(self, corner: Grid, grid: Grid) -> Int[np.ndarray, " n"]:
-        axes = (start + np.arange(side) for start, side in zip(corner, grid, strict=True))
-        return np.ravel_multi_index(np.meshgrid(*axes, indexing="ij"), self.size).reshape(-1)
 
 
 class CanvasFill:

@@ -11,8 +11,17 @@ from flax import nnx
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.models.features import Lpips
-from dit_video.models.features.convolutional import BLOCKS, CONVOLUTIONS, MIXED, SIZE, STEM, C3d, I3d, InceptionV3
-from dit_video.models.features.lpips import STAGES
+from dit_video.models.features.convolutional import (
+    C3D_CONVOLUTIONS,
+    C3D_SIZE,
+    I3D_BLOCKS,
+    INCEPTION_BLOCKS,
+    INCEPTION_STEM,
+    C3d,
+    I3d,
+    InceptionV3,
+)
+from dit_video.models.features.lpips import VGG_STAGES
 from dit_video.models.features.video_mae import VideoMaeConfig
 from dit_video.nn import get_param_shapes
 from dit_video.weights.folders import DENSE, map_kernel_and_bias, map_scale_and_shift
@@ -109,18 +118,18 @@ def _read_mean(path: str | os.PathLike) -> np.ndarray:
     """Return the pixels `3 16 112 112` of the mean clip that C3D's ones are compared with."""
     mean = _read_npz(path).get("mean", np.zeros(0))
     rows, columns = mean.shape[-2:] if mean.ndim >= 2 else (0, 0)
-    if mean.size != 3 * SIZE.t * rows * columns or min(rows, columns) < 8 + SIZE.h:
+    if mean.size != 3 * C3D_SIZE.t * rows * columns or min(rows, columns) < 8 + C3D_SIZE.h:
         rule = f"its mean has the shape {list(mean.shape)}"
         raise UserError(
             f"{path} is no mean clip of C3D: {rule}. Use mean2.npz of https://github.com/pfnet-research/tgan2"
         )
-    return mean.reshape(3, SIZE.t, rows, columns)[:, :, 8 : 8 + SIZE.h, 8 : 8 + SIZE.w]
+    return mean.reshape(3, C3D_SIZE.t, rows, columns)[:, :, 8 : 8 + C3D_SIZE.h, 8 : 8 + C3D_SIZE.w]
 
 
 def make_c3d_tensor_map() -> dict[str, TensorMapping]:
     """Return the names of our parameters in Chainer."""
     names = {"mean": TensorMapping("mean", "c t h w -> t h w c")}
-    for name in CONVOLUTIONS:
+    for name in C3D_CONVOLUTIONS:
         names[f"convolutions/{name}/kernel"] = TensorMapping(f"{name}/W", "o i t h w -> t h w i o")
         names[f"convolutions/{name}/bias"] = TensorMapping(f"{name}/b")
     for name in ("fc6", "fc7", "fc8"):
@@ -132,7 +141,7 @@ def make_c3d_tensor_map() -> dict[str, TensorMapping]:
 def make_i3d_tensor_map() -> dict[str, TensorMapping]:
     """Return the names of our parameters in pytorch-i3d."""
     units = {"conv_1a": "Conv3d_1a_7x7", "conv_2b": "Conv3d_2b_1x1", "conv_2c": "Conv3d_2c_3x3"}
-    for name in MIXED:
+    for name in I3D_BLOCKS:
         units |= {f"mixed/{name}/{ours}": f"Mixed_{name}.{theirs}" for ours, theirs in _I3D_BRANCHES.items()}
     pattern = "o i t h w -> t h w i o"
     names: dict[str, TensorMapping] = {}
@@ -145,8 +154,8 @@ def make_i3d_tensor_map() -> dict[str, TensorMapping]:
 
 def make_inception_tensor_map() -> dict[str, TensorMapping]:
     """Return the names of our parameters in pytorch-fid, which are torchvision's."""
-    units = {f"stem/{name}": name for name, *_ in STEM}
-    for block, (branches, _) in BLOCKS.items():
+    units = {f"stem/{name}": name for name, *_ in INCEPTION_STEM}
+    for block, (branches, _) in INCEPTION_BLOCKS.items():
         stages = (stage for branch in branches for stage in branch)
         units |= {f"blocks/{block}/units/{unit.name}": f"{block}.{unit.name}" for stage in stages for unit in stage}
     names: dict[str, TensorMapping] = {}
@@ -261,7 +270,7 @@ def make_lpips_tensor_map() -> dict[str, TensorMapping]:
     """
     names: dict[str, TensorMapping] = {}
     layer = 0
-    for stage, convolutions in enumerate(STAGES):
+    for stage, convolutions in enumerate(VGG_STAGES):
         layer += 1 if stage else 0  # The pool is a layer, too.
         for convolution in range(convolutions):
             ours, theirs = f"stages/{stage}/{convolution}", f"net.slice{stage + 1}.{layer}"

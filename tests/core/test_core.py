@@ -1,8 +1,6 @@
-"""The core modules: errors, files, random keys, trees, configs and pixels."""
+"""Files, random keys, trees, configs and pixels."""
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import jax
@@ -11,67 +9,8 @@ import numpy as np
 import pytest
 
 from dit_video.core import config_json, files, pixels, rng, trees
-from dit_video.core.errors import DecodeError, MissingError, UserError, script
+from dit_video.core.errors import MissingError, UserError
 from dit_video.tokens import PackedShape
-
-# --- errors ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_user_error_is_one_line_and_exit_code_2(capsys):
-    @script
-    def main():
-        raise MissingError("no such run: runs/x; train it first")
-
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: no such run: runs/x; train it first\n"
-
-
-def test_ctrl_c_is_exit_code_130(capsys):
-    @script
-    def main():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 130
-    assert "Traceback" not in capsys.readouterr().err
-
-
-def test_a_bug_keeps_its_traceback():
-    @script
-    def main():
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        main()
-
-
-def test_script_passes_arguments_and_keeps_the_name():
-    seen = []
-
-    @script
-    def train(run, *, seed):
-        """Train a model."""
-        seen.append((run, seed))
-
-    train("runs/x", seed=3)
-    assert seen == [("runs/x", 3)]
-    assert (train.__name__, train.__doc__) == ("train", "Train a model.")
-
-
-def test_a_closed_pipe_ends_quietly():
-    code = "from dit_video.core.errors import script\n@script\ndef main():\n    raise BrokenPipeError\nmain()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (141, "")
-
-
-def test_missing_files_and_damaged_clips_are_user_errors():
-    assert issubclass(MissingError, UserError)
-    assert issubclass(DecodeError, UserError)
-    assert not issubclass(UserError, ValueError)  # which argument parsers catch, and print in a frame
-
 
 # --- files ----------------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,21 @@ import contextlib
 import io
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
 
-from dit_video.core.errors import GracefulStop, TransientError, UserError, raise_if_interrupted, script
+from dit_video.core.errors import (
+    DecodeError,
+    GracefulStop,
+    MissingError,
+    TransientError,
+    UserError,
+    raise_if_interrupted,
+    script,
+)
 from dit_video.training.hooks.logging import Progress
 
 
@@ -21,15 +30,17 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_user_error_is_one_line_and_exit_code_2(capsys):
+@pytest.mark.parametrize(("kind", "code"), [(UserError, 2), (MissingError, 2), (DecodeError, 2), (TransientError, 75)])
+def test_an_error_of_a_user_is_one_line_and_an_exit_code(capsys, kind, code):
     @script
     def main():
-        raise UserError("T=16 is not 1 + 4k for temporal stride 4; use 13 or 17")
+        raise kind("T=16 is not 1 + 4k for temporal stride 4; use 13 or 17")
 
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 2
+    assert ended.value.code == code
     assert capsys.readouterr().err == "error: T=16 is not 1 + 4k for temporal stride 4; use 13 or 17\n"
+    assert not issubclass(kind, ValueError)  # which argument parsers catch, and print in a frame
 
 
 def test_other_errors_keep_their_traceback():
@@ -41,15 +52,23 @@ def test_other_errors_keep_their_traceback():
         main()
 
 
-def test_a_transient_error_asks_to_be_started_again(capsys):
-    @script
-    def main():
-        raise TransientError("gs://bucket cannot be reached")
+def test_script_passes_arguments_and_keeps_the_name():
+    seen = []
 
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 75
-    assert capsys.readouterr().err == "error: gs://bucket cannot be reached\n"
+    @script
+    def train(run, *, seed):
+        """Train a model."""
+        seen.append((run, seed))
+
+    train("runs/x", seed=3)
+    assert seen == [("runs/x", 3)]
+    assert (train.__name__, train.__doc__) == ("train", "Train a model.")
+
+
+def test_a_closed_pipe_ends_quietly():
+    code = "from dit_video.core.errors import script\n@script\ndef main():\n    raise BrokenPipeError\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("code", [0, 75])

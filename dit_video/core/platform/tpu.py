@@ -43,7 +43,10 @@ def skip_missing_tpu() -> None:
         return
     gpus = find_gpu_backends()
     jax = sys.modules.get("jax")
-    if gpus is None or (jax is not None and (jax.config.jax_platforms or _has_started())):
+    if gpus is None or (jax is not None and jax.config.jax_platforms):
+        return
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if jax is not None and (bridge is None or bridge.backends_are_initialized()):
         return
     platforms = ",".join([*gpus, "cpu"])
     os.environ["JAX_PLATFORMS"] = platforms
@@ -99,9 +102,3 @@ def find_gpu_backends() -> list[str] | None:
         if not hidden and any((_DEV / device).exists() for device in _GPU_DEVICES[backend]):
             usable.add(backend)
     return sorted(usable)
-
-
-def _has_started() -> bool:
-    """Return True if JAX, which is imported, has started its backends."""
-    bridge = sys.modules.get("jax._src.xla_bridge")
-    return bridge is None or bridge.backends_are_initialized()

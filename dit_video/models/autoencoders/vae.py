@@ -1,7 +1,8 @@
 """A causal convolutional variational autoencoder; both of Wan's are configurations of it.
 
 Resolution levels of residual blocks, attention in the middle (arXiv 2503.20314, section 4.1). With `shortcuts`, every
-level has a parallel path without parameters, as in the autoencoder of Wan 2.2 (after DC-AE, arXiv 2410.10733).
+level has a parallel path without parameters, as in the autoencoder of Wan 2.2 (after DC-AE, arXiv 2410.10733). The
+autoencoders of images and those with quantised latents are made of the same blocks.
 """
 
 import itertools

@@ -6,8 +6,6 @@ from dit_video.models.encoders.interface import (
     CaptionTokens,
     Context,
     FrozenTextConfig,
-    TextEncoder,
-    TextEncoderConfig,
     Tokenizer,
 )
 from dit_video.models.encoders.t5 import T5Config

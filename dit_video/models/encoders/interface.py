@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dit_video.core.errors import UserError, check_at_least
 
@@ -49,28 +49,6 @@ class Context(NamedTuple):
             return None
         in_segment = self.label_segments[..., None] == jnp.arange(1, count + 1)
         return jnp.where(in_segment, self.labels[..., None], 0).sum(axis=1)
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """A module from packed tokens to context."""
-
-    def __call__(self, tokens: Shaped[Array, "B S *E"], segments: Int[Array, "B S"], /) -> Context: ...
-
-
-@runtime_checkable
-class TextEncoderConfig(Protocol):
-    """The configuration of a text encoder: makes its module, and knows its width and maximum length."""
-
-    @property
-    def width(self) -> int:
-        """Return the width E of the context."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Return the number of tokens to which longer captions are cut."""
-
-    def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,9 +55,9 @@ def check_width(width: int, heads: int) -> None:
         raise UserError(f"width={width}, heads={heads} is invalid: use heads that divide an even width")
 
 
-_END, _FIRST_BYTE = 1, 3
+_BYTE_END, _FIRST_BYTE = 1, 3
 """Ids of the end token and of byte 0."""
-VOCABULARY = _FIRST_BYTE + 256
+_BYTE_VOCABULARY = _FIRST_BYTE + 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class ByteTokenizer:
 
         A text of more than `max_tokens` tokens is cut, with a warning.
         """
-        ids = cut_tokens([*(_FIRST_BYTE + byte for byte in text.encode()), _END], self.max_tokens, text)
+        ids = cut_tokens([*(_FIRST_BYTE + byte for byte in text.encode()), _BYTE_END], self.max_tokens, text)
         return np.asarray(ids + [0] * (-len(ids) % self.patch), np.int32)
 
 
@@ -113,7 +113,7 @@ class ByteEncoder(nnx.Module):
     def __init__(self, config: ByteEncoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, patch = config.width, config.patch
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (VOCABULARY, width)))
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (_BYTE_VOCABULARY, width)))
         self.neighbours = Linear(patch * width, width, rngs=rngs)
         self.merge = Linear(patch * width, width, rngs=rngs)
         self.blocks = make_stack(lambda r: TextBlock(width, config.heads, rngs=r), config.layers, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Convolutional networks of evaluation: Inception v3, I3D and C3D."""
+"""Convolutional networks of evaluation: their common layers, then Inception v3, I3D and C3D."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -154,16 +154,16 @@ def _reduce(
     return jax.lax.reduce_window(x, start, operation, (1, *window, 1), (1, *stride, 1), sides)
 
 
+# Inception v3
+
 INCEPTION_CLASSES = 1008
 INCEPTION_SIDE = 299
 """Height and width of its images in pixels."""
-CHANNELS = 2048
-"""Channels of the features before the classes."""
-Pool = Literal["mean", "max", "halve"]
-"""Pool of a block: 3×3 at every position before a unit, or at every second one without a unit."""
+InceptionPool = Literal["mean", "max", "halve"]
+"""InceptionPool of a block: 3×3 at every position before a unit, or at every second one without a unit."""
 
 
-class Unit(NamedTuple):
+class InceptionUnit(NamedTuple):
     """A convolution of a block."""
 
     name: str
@@ -173,78 +173,78 @@ class Unit(NamedTuple):
     """1 pads the sides so that the size stays; 2 pads nothing."""
 
 
-Branch = tuple[tuple[Unit, ...], ...]
+InceptionBranch = tuple[tuple[InceptionUnit, ...], ...]
 """Stages that follow each other, each of which has one unit, or two whose channels are concatenated."""
 
 
-def _chain(name: str, *units: tuple[int, tuple[int, int]], stride: int = 1) -> Branch:
+def _chain_branch(name: str, *units: tuple[int, tuple[int, int]], stride: int = 1) -> InceptionBranch:
     """Return a branch of numbered units, the last of which has the stride."""
     last = len(units)
     return tuple(
-        (Unit(f"{name}_{number}", width, kernel, stride if number == last else 1),)
+        (InceptionUnit(f"{name}_{number}", width, kernel, stride if number == last else 1),)
         for number, (width, kernel) in enumerate(units, 1)
     )
 
 
-def _single(name: str, width: int, kernel: tuple[int, int] = (1, 1), stride: int = 1) -> Branch:
-    return ((Unit(name, width, kernel, stride),),)
+def _make_branch(name: str, width: int, kernel: tuple[int, int] = (1, 1), stride: int = 1) -> InceptionBranch:
+    return ((InceptionUnit(name, width, kernel, stride),),)
 
 
-def _make_a(pooled: int) -> tuple[Branch, ...]:
+def _make_inception_a(pooled: int) -> tuple[InceptionBranch, ...]:
     return (
-        _single("branch1x1", 64),
-        _chain("branch5x5", (48, (1, 1)), (64, (5, 5))),
-        _chain("branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
-        _single("branch_pool", pooled),
+        _make_branch("branch1x1", 64),
+        _chain_branch("branch5x5", (48, (1, 1)), (64, (5, 5))),
+        _chain_branch("branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3))),
+        _make_branch("branch_pool", pooled),
     )
 
 
-def _make_c(width: int) -> tuple[Branch, ...]:
+def _make_inception_c(width: int) -> tuple[InceptionBranch, ...]:
     tall, wide = (7, 1), (1, 7)
     double = ((width, (1, 1)), (width, tall), (width, wide), (width, tall), (192, wide))
     return (
-        _single("branch1x1", 192),
-        _chain("branch7x7", (width, (1, 1)), (width, wide), (192, tall)),
-        _chain("branch7x7dbl", *double),
-        _single("branch_pool", 192),
+        _make_branch("branch1x1", 192),
+        _chain_branch("branch7x7", (width, (1, 1)), (width, wide), (192, tall)),
+        _chain_branch("branch7x7dbl", *double),
+        _make_branch("branch_pool", 192),
     )
 
 
-def _make_e() -> tuple[Branch, ...]:
-    def split(name: str) -> tuple[Unit, Unit]:
-        return Unit(f"{name}a", 384, (1, 3)), Unit(f"{name}b", 384, (3, 1))
+def _make_inception_e() -> tuple[InceptionBranch, ...]:
+    def split(name: str) -> tuple[InceptionUnit, InceptionUnit]:
+        return InceptionUnit(f"{name}a", 384, (1, 3)), InceptionUnit(f"{name}b", 384, (3, 1))
 
     return (
-        _single("branch1x1", 320),
-        (*_chain("branch3x3", (384, (1, 1))), split("branch3x3_2")),
-        (*_chain("branch3x3dbl", (448, (1, 1)), (384, (3, 3))), split("branch3x3dbl_3")),
-        _single("branch_pool", 192),
+        _make_branch("branch1x1", 320),
+        (*_chain_branch("branch3x3", (384, (1, 1))), split("branch3x3_2")),
+        (*_chain_branch("branch3x3dbl", (448, (1, 1)), (384, (3, 3))), split("branch3x3dbl_3")),
+        _make_branch("branch_pool", 192),
     )
 
 
-_B = (
-    _single("branch3x3", 384, (3, 3), 2),
-    _chain("branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), stride=2),
+_INCEPTION_B = (
+    _make_branch("branch3x3", 384, (3, 3), 2),
+    _chain_branch("branch3x3dbl", (64, (1, 1)), (96, (3, 3)), (96, (3, 3)), stride=2),
 )
-_D = (
-    _chain("branch3x3", (192, (1, 1)), (320, (3, 3)), stride=2),
-    _chain("branch7x7x3", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), stride=2),
+_INCEPTION_D = (
+    _chain_branch("branch3x3", (192, (1, 1)), (320, (3, 3)), stride=2),
+    _chain_branch("branch7x7x3", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)), (192, (3, 3)), stride=2),
 )
-BLOCKS: dict[str, tuple[tuple[Branch, ...], Pool]] = {
-    "Mixed_5b": (_make_a(32), "mean"),
-    "Mixed_5c": (_make_a(64), "mean"),
-    "Mixed_5d": (_make_a(64), "mean"),
-    "Mixed_6a": (_B, "halve"),
-    "Mixed_6b": (_make_c(128), "mean"),
-    "Mixed_6c": (_make_c(160), "mean"),
-    "Mixed_6d": (_make_c(160), "mean"),
-    "Mixed_6e": (_make_c(192), "mean"),
-    "Mixed_7a": (_D, "halve"),
-    "Mixed_7b": (_make_e(), "mean"),
-    "Mixed_7c": (_make_e(), "max"),
+INCEPTION_BLOCKS: dict[str, tuple[tuple[InceptionBranch, ...], InceptionPool]] = {
+    "Mixed_5b": (_make_inception_a(32), "mean"),
+    "Mixed_5c": (_make_inception_a(64), "mean"),
+    "Mixed_5d": (_make_inception_a(64), "mean"),
+    "Mixed_6a": (_INCEPTION_B, "halve"),
+    "Mixed_6b": (_make_inception_c(128), "mean"),
+    "Mixed_6c": (_make_inception_c(160), "mean"),
+    "Mixed_6d": (_make_inception_c(160), "mean"),
+    "Mixed_6e": (_make_inception_c(192), "mean"),
+    "Mixed_7a": (_INCEPTION_D, "halve"),
+    "Mixed_7b": (_make_inception_e(), "mean"),
+    "Mixed_7c": (_make_inception_e(), "max"),
 }
 """Branches and the pool of every block."""
-STEM: tuple[tuple[str, int, int, int, Padding], ...] = (
+INCEPTION_STEM: tuple[tuple[str, int, int, int, Padding], ...] = (
     ("Conv2d_1a_3x3", 32, 3, 2, "VALID"),
     ("Conv2d_2a_3x3", 32, 3, 1, "VALID"),
     ("Conv2d_2b_3x3", 64, 3, 1, "SAME"),
@@ -252,14 +252,14 @@ STEM: tuple[tuple[str, int, int, int, Padding], ...] = (
     ("Conv2d_4a_3x3", 192, 3, 1, "VALID"),
 )
 """Name, channels, kernel, stride and padding of the first units."""
-_POOLED = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
+_INCEPTION_POOLED = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
 """Units that a pool follows."""
 
 
 class InceptionBlock(nnx.Module):
     """Branches of convolutions, of which the last one has a pool before it, with concatenated channels."""
 
-    def __init__(self, channels_in: int, branches: tuple[Branch, ...], pool: Pool, *, rngs: nnx.Rngs):
+    def __init__(self, channels_in: int, branches: tuple[InceptionBranch, ...], pool: InceptionPool, *, rngs: nnx.Rngs):
         self.branches, self.pool = branches, pool
         units = {}
         for branch in branches:
@@ -305,14 +305,14 @@ class InceptionV3(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs):
         stem, width = {}, 3
-        for name, width_out, side, stride, padding in STEM:
+        for name, width_out, side, stride, padding in INCEPTION_STEM:
             stem[name] = ConvUnit(
                 width, width_out, (1, side, side), stride=(1, stride, stride), padding=padding, rngs=rngs
             )
             width = width_out
         self.stem = nnx.Dict(stem)
         blocks = {}
-        for name, (branches, pool) in BLOCKS.items():
+        for name, (branches, pool) in INCEPTION_BLOCKS.items():
             blocks[name] = InceptionBlock(width, branches, pool, rngs=rngs)
             width = blocks[name].channels_out
         self.blocks = nnx.Dict(blocks)
@@ -331,7 +331,7 @@ class InceptionV3(nnx.Module):
         x = images[:, None]
         for name, unit in self.stem.items():
             x = unit(x)
-            if name in _POOLED:
+            if name in _INCEPTION_POOLED:
                 x = pool_max(x, (1, 3, 3), stride=(1, 2, 2), padding="VALID")
         for block in self.blocks.values():
             x = block(x)
@@ -342,13 +342,15 @@ class InceptionV3(nnx.Module):
         return jnp.einsum("bi,io->bo", features, self.fc.kernel[...])
 
 
+# I3D
+
 I3D_CLASSES = 400
 """Classes of Kinetics-400."""
 I3D_SIDE = 224
 """Height and width of its frames in pixels."""
-MIN_FRAMES = 9
+I3D_MIN_FRAMES = 9
 """Frames of the shortest clip; time is halved three times, and its last pool has two positions."""
-MIXED: dict[str, tuple[int, int, int, int, int, int]] = {
+I3D_BLOCKS: dict[str, tuple[int, int, int, int, int, int]] = {
     "3b": (64, 96, 128, 16, 32, 32),
     "3c": (128, 128, 192, 32, 96, 64),
     "4b": (192, 96, 208, 16, 48, 64),
@@ -362,10 +364,10 @@ MIXED: dict[str, tuple[int, int, int, int, int, int]] = {
 """Channels of the convolutions of each mixed block: of its first branch, twice two of the next, and of the last."""
 _I3D_POOLS = {"4b": ((3, 3, 3), (2, 2, 2)), "5b": ((2, 2, 2), (2, 2, 2))}
 """Windows and strides of the pools before some mixed blocks."""
-_FRAME_POOL = (1, 3, 3), (1, 2, 2)
+_I3D_FRAME_POOL = (1, 3, 3), (1, 2, 2)
 
 
-class MixedBlock(nnx.Module):
+class I3dBlock(nnx.Module):
     """Four branches whose channels are concatenated: 1×1×1, two times 3×3×3 after 1×1×1, and a pool."""
 
     def __init__(self, channels_in: int, widths: tuple[int, int, int, int, int, int], *, rngs: nnx.Rngs):
@@ -395,8 +397,8 @@ class I3d(nnx.Module):
         self.conv_2b = ConvUnit(64, 64, (1, 1, 1), rngs=rngs)
         self.conv_2c = ConvUnit(64, 192, (3, 3, 3), rngs=rngs)
         width, mixed = 192, {}
-        for name, widths in MIXED.items():
-            mixed[name] = MixedBlock(width, widths, rngs=rngs)
+        for name, widths in I3D_BLOCKS.items():
+            mixed[name] = I3dBlock(width, widths, rngs=rngs)
             width = widths[0] + widths[2] + sum(widths[4:])
         self.mixed = nnx.Dict(mixed)
         self.logits = ConvUnit(width, I3D_CLASSES, (1, 1, 1), eps=None, relu=False, rngs=rngs)
@@ -408,11 +410,11 @@ class I3d(nnx.Module):
           UserError: other sizes, or fewer than 9 frames.
         """
         frames, *size = pixels.shape[1:4]
-        if size != [I3D_SIDE, I3D_SIDE] or frames < MIN_FRAMES:
-            rule = f"I3D reads {I3D_SIDE}x{I3D_SIDE} pixels and at least {MIN_FRAMES} frames"
+        if size != [I3D_SIDE, I3D_SIDE] or frames < I3D_MIN_FRAMES:
+            rule = f"I3D reads {I3D_SIDE}x{I3D_SIDE} pixels and at least {I3D_MIN_FRAMES} frames"
             raise UserError(f"clips of {frames} frames of {size[0]}x{size[1]} are invalid: {rule}. Use longer clips")
-        x = pool_max(self.conv_1a(pixels), _FRAME_POOL[0], stride=_FRAME_POOL[1])
-        x = pool_max(self.conv_2c(self.conv_2b(x)), _FRAME_POOL[0], stride=_FRAME_POOL[1])
+        x = pool_max(self.conv_1a(pixels), _I3D_FRAME_POOL[0], stride=_I3D_FRAME_POOL[1])
+        x = pool_max(self.conv_2c(self.conv_2b(x)), _I3D_FRAME_POOL[0], stride=_I3D_FRAME_POOL[1])
         for name, block in self.mixed.items():
             if name in _I3D_POOLS:
                 window, stride = _I3D_POOLS[name]
@@ -422,10 +424,12 @@ class I3d(nnx.Module):
         return jnp.mean(self.logits(x), axis=(1, 2, 3))
 
 
+# C3D
+
 C3D_CLASSES = 101
-SIZE = Grid(16, 112, 112)
+C3D_SIZE = Grid(16, 112, 112)
 """Frames, height and width of its clips."""
-CONVOLUTIONS: dict[str, int] = {
+C3D_CONVOLUTIONS: dict[str, int] = {
     "conv1a": 64,
     "conv2a": 128,
     "conv3a": 256,
@@ -440,7 +444,7 @@ _C3D_POOLS: dict[str, Extent] = {"conv1a": (1, 2, 2)} | dict.fromkeys(
     ("conv2a", "conv3b", "conv4b", "conv5b"), (2, 2, 2)
 )
 """Windows of the pools after some convolutions."""
-_HIDDEN = 4096
+_C3D_HIDDEN = 4096
 
 
 class C3d(nnx.Module):
@@ -452,14 +456,14 @@ class C3d(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs):
         width, convolutions = 3, {}
-        for name, width_out in CONVOLUTIONS.items():
+        for name, width_out in C3D_CONVOLUTIONS.items():
             convolutions[name] = ConvUnit(width, width_out, (3, 3, 3), eps=None, rngs=rngs)
             width = width_out
         self.convolutions = nnx.Dict(convolutions)
-        self.fc6 = Linear(width * 4 * 4, _HIDDEN, rngs=rngs)
-        self.fc7 = Linear(_HIDDEN, _HIDDEN, rngs=rngs)
-        self.fc8 = Linear(_HIDDEN, C3D_CLASSES, rngs=rngs)
-        self.mean = nnx.Param(jnp.zeros((*SIZE, 3), jnp.float32))
+        self.fc6 = Linear(width * 4 * 4, _C3D_HIDDEN, rngs=rngs)
+        self.fc7 = Linear(_C3D_HIDDEN, _C3D_HIDDEN, rngs=rngs)
+        self.fc8 = Linear(_C3D_HIDDEN, C3D_CLASSES, rngs=rngs)
+        self.mean = nnx.Param(jnp.zeros((*C3D_SIZE, 3), jnp.float32))
 
     def __call__(self, pixels: Float[Array, "B 16 112 112 3"]) -> Float[Array, "B 101"]:
         """Return the logits of clips in [-1, 1], red first.
@@ -468,8 +472,8 @@ class C3d(nnx.Module):
           UserError: another size.
         """
         size = Grid(*pixels.shape[1:4])
-        if size != SIZE:
-            raise UserError(f"clips of {size} are invalid: C3D reads {SIZE}. Resize them")
+        if size != C3D_SIZE:
+            raise UserError(f"clips of {size} are invalid: C3D reads {C3D_SIZE}. Resize them")
         x = 128 * (pixels[..., ::-1] + 1) - self.mean[...]
         for name, convolution in self.convolutions.items():
             x = convolution(x)

@@ -12,9 +12,9 @@ from jaxtyping import Array, Float
 from dit_video.core.errors import UserError
 from dit_video.nn import CausalConv
 
-STAGES = (2, 2, 3, 3, 3)
+VGG_STAGES = (2, 2, 3, 3, 3)
 """Convolutions of VGG16 per stage; stages are separated by halving, and each stage's features are compared."""
-WIDTHS = (64, 128, 256, 512, 512)
+VGG_WIDTHS = (64, 128, 256, 512, 512)
 MIN_SIDE = 16
 """Minimum pixels of a side, which is halved before every stage but the first."""
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -36,9 +36,9 @@ class Lpips(nnx.Module):
       rngs: random keys of the initial parameters, which are to be replaced by loaded ones.
     """
 
-    def __init__(self, *, widths: tuple[int, ...] = WIDTHS, rngs: nnx.Rngs):
+    def __init__(self, *, widths: tuple[int, ...] = VGG_WIDTHS, rngs: nnx.Rngs):
         stages = []
-        for width_in, width, convolutions in zip((3, *widths[:-1]), widths, STAGES, strict=True):
+        for width_in, width, convolutions in zip((3, *widths[:-1]), widths, VGG_STAGES, strict=True):
             pairs = itertools.pairwise((width_in, *[width] * convolutions))
             stages.append(nnx.List([CausalConv(*pair, (1, 3, 3), rngs=rngs) for pair in pairs]))
         self.stages = nnx.List(stages)

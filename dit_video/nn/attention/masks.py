@@ -249,16 +249,15 @@ def dense_mask(boxes: MaskBoxes) -> Bool[Array, "B N M"]:
     """Return the dense mask."""
 
     # Box by box and axis by axis: XLA fuses such two-dimensional comparisons into the operation that uses the mask.
-    def compute_box_mask(box: int) -> Bool[Array, "B N M"]:
-        axes = range(boxes.values.shape[-1])
-        return functools.reduce(operator.and_, (_is_between(boxes, box, axis) for axis in axes))
+    def is_between(box: int, axis: int) -> Bool[Array, "B N M"]:
+        values = boxes.values[:, None, :, axis]
+        return (boxes.low[:, :, None, box, axis] <= values) & (values <= boxes.high[:, :, None, box, axis])
 
-    return functools.reduce(operator.or_, map(compute_box_mask, range(boxes.low.shape[-2])))
-
-
-def _is_between(boxes: MaskBoxes, box: int, axis: int) -> Bool[Array, "B N M"]:
-    values = boxes.values[:, None, :, axis]
-    return (boxes.low[:, :, None, box, axis] <= values) & (values <= boxes.high[:, :, None, box, axis])
+    axes = range(boxes.values.shape[-1])
+    masks = (
+        functools.reduce(operator.and_, (is_between(box, axis) for axis in axes)) for box in range(boxes.low.shape[-2])
+    )
+    return functools.reduce(operator.or_, masks)
 
 
 @functools.lru_cache(maxsize=65_536)

@@ -172,3 +172,116 @@ def test_a_clip_that_the_stride_does_not_divide_is_refused(model):
 def test_an_initial_deviation_outside_the_posteriors_range_is_refused():
     with pytest.raises(UserError, match=r"init_std=0.001 .* 0.0025 to 2.7"):
         PatchVaeConfig(init_std=0.001)
+
+
+# Patches
+
+
+def clip(frames, height=8, width=12, batch=2):
+    return np.random.default_rng(0).normal(size=(batch, frames, height, width, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
+@pytest.mark.parametrize(("frames", "stride"), [(9, Grid(4, 4, 4)), (1, Grid(4, 8, 2)), (5, Grid(1, 2, 4))])
+def test_from_patches_inverts_to_patches(xp, frames, stride):
+    pixels = xp.asarray(clip(frames))
+    patches = to_patches(pixels, stride)
+    assert isinstance(patches, type(pixels))
+    assert patches.shape == (2, 1 + (frames - 1) // stride.t, 8 // stride.h, 12 // stride.w, stride.volume * 3)
+    np.testing.assert_array_equal(from_patches(patches, stride), pixels)
+
+
+def test_the_first_frame_fills_a_patch_of_its_own():
+    pixels, stride = clip(9), Grid(4, 4, 4)
+    patches = to_patches(pixels, stride).reshape(2, 3, 2, 3, 4, 4, 4, 3)
+    for offset in range(4):
+        np.testing.assert_array_equal(patches[:, 0, 0, 1, offset], pixels[:, 0, :4, 4:8])
+        np.testing.assert_array_equal(patches[:, 2, 1, 2, offset], pixels[:, 5 + offset, 4:, 8:])
+
+
+def test_an_image_is_the_first_patch_of_a_video():
+    pixels, stride = clip(9), Grid(4, 4, 4)
+    np.testing.assert_array_equal(to_patches(pixels[:, :1], stride), to_patches(pixels, stride)[:, :1])
+    np.testing.assert_array_equal(to_patches(pixels[:, :5], stride), to_patches(pixels, stride)[:, :2])
+
+
+def test_a_clip_that_the_patch_does_not_divide_is_refused():
+    with pytest.raises(UserError, match=r"T=8 .* use 5 or 9"):
+        to_patches(clip(8), Grid(4, 4, 4))
+    with pytest.raises(UserError, match=r"width 12 .* use 8 or 16"):
+        to_patches(clip(9), Grid(4, 4, 8))
+
+
+# Linear
+
+
+STRIDE, CHANNELS = Grid(2, 2, 2), 5
+
+
+def clips():
+    """Return clips of correlated pixels whose mean is not zero."""
+    draw = np.random.default_rng(0)
+    noise = draw.normal(size=(6, 5, 6, 8, 3)).cumsum(axis=1).cumsum(axis=2).cumsum(axis=3)
+    return np.tanh(0.3 + 0.2 * noise).astype(np.float32)
+
+
+LINEAR_CLIPS = clips()
+PATCHES = to_patches(LINEAR_CLIPS, STRIDE).reshape(-1, 24)
+LINEAR = fit_linear([LINEAR_CLIPS], stride=STRIDE, channels=CHANNELS)
+
+
+def error(linear) -> float:
+    return float(np.square(linear.reconstruct(PATCHES) - PATCHES).sum())
+
+
+def test_no_linear_autoencoder_of_so_many_channels_is_better():
+    centred = PATCHES.astype(np.float64) - PATCHES.mean(axis=0, dtype=np.float64)
+    singular = np.linalg.svd(centred, compute_uv=False)
+    assert error(LINEAR) == pytest.approx(np.square(singular[CHANNELS:]).sum(), rel=1e-4)
+
+
+def test_the_subspace_is_that_of_the_svd():
+    centred = PATCHES.astype(np.float64) - PATCHES.mean(axis=0, dtype=np.float64)
+    right = np.linalg.svd(centred, full_matrices=False)[2][:CHANNELS]
+    np.testing.assert_allclose(LINEAR.mean, PATCHES.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(LINEAR.basis.T @ LINEAR.basis, np.eye(CHANNELS), atol=1e-6)
+    np.testing.assert_allclose(LINEAR.basis @ LINEAR.basis.T, right.T @ right, atol=1e-4)
+
+
+def test_small_changes_of_basis_or_mean_make_it_worse():
+    draw = np.random.default_rng(1)
+    for _ in range(5):
+        basis = np.linalg.qr(LINEAR.basis + 0.05 * draw.normal(size=LINEAR.basis.shape))[0].astype(np.float32)
+        assert error(LINEAR._replace(basis=basis)) > error(LINEAR)
+        mean = LINEAR.mean + 0.05 * draw.normal(size=24).astype(np.float32)
+        assert error(LINEAR._replace(mean=mean)) > error(LINEAR)
+
+
+def test_the_scale_is_the_root_mean_square_of_the_latents():
+    latents = (PATCHES - LINEAR.mean) @ LINEAR.basis
+    assert LINEAR.scale == pytest.approx(np.sqrt(np.square(latents).mean()), rel=1e-4)
+
+
+def test_statistics_accumulate_over_batches():
+    parts = fit_linear((LINEAR_CLIPS[index : index + 1] for index in range(6)), stride=STRIDE, channels=CHANNELS)
+    np.testing.assert_allclose(parts.basis @ parts.basis.T, LINEAR.basis @ LINEAR.basis.T, atol=1e-5)
+    np.testing.assert_allclose(parts.mean, LINEAR.mean, atol=1e-6)
+    assert parts.scale == pytest.approx(LINEAR.scale, rel=1e-5)
+
+
+def test_all_channels_lose_nothing():
+    whole = fit_linear([LINEAR_CLIPS], stride=STRIDE, channels=24)
+    np.testing.assert_allclose(whole.reconstruct(PATCHES), PATCHES, atol=1e-5)
+
+
+def test_constant_clips_have_a_finite_scale():
+    flat = fit_linear([np.full((1, 1, 4, 4, 3), 0.5, np.float32)], stride=STRIDE, channels=3)
+    assert flat.scale > 0
+    np.testing.assert_allclose(flat.reconstruct(np.full((1, 24), 0.5, np.float32)), 0.5, atol=1e-6)
+
+
+def test_more_channels_than_values_of_a_patch_are_refused():
+    with pytest.raises(UserError, match=r"channels=25 .* 24 values.* Use fewer"):
+        fit_linear([LINEAR_CLIPS], stride=STRIDE, channels=25)
+    with pytest.raises(UserError, match="at least one clip"):
+        fit_linear([], stride=STRIDE, channels=3)

@@ -9,7 +9,7 @@ from flax import nnx
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.models.encoders import T5Config, TextEncoder
+from dit_video.models.encoders import T5Config
 from dit_video.models.encoders.t5 import compute_relative_buckets
 from dit_video.nn import get_graph_def
 from support.random_params import make_random_params
@@ -113,8 +113,7 @@ def test_a_bucket_depends_on_the_distance_alone():
     assert set(table.ravel().tolist()) == {0, 1, 2, 3, 5, 6, 7}  # 4 would be distance 0 ahead
 
 
-def test_the_parts_fit_the_protocol_and_configs_go_to_json_and_back():
-    assert isinstance(nnx.merge(get_graph_def(T5.make), make_random_params(T5.make)), TextEncoder)
+def test_configs_go_to_json_and_back():
     for config in (UMT5, T5):
         assert config_json.from_json(config_json.to_json(config)) == config
 

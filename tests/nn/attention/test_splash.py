@@ -1,5 +1,10 @@
 """Splash attention in blocks of other sizes, in Pallas' interpreter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +13,7 @@ import pytest
 from dit_video.nn.attention import AttentionInputs, CausalFrames, Full, SplashBlocks
 from dit_video.nn.attention.dense import DenseAttention
 from dit_video.nn.attention.splash import SplashAttention
+from support.devices import HANG, PROGRAMS
 
 LENGTH, HEADS, WIDTH = 500, 2, 8
 SEGMENTS = jnp.asarray(np.repeat([1, 2, 3, 0], [260, 100, 100, 40])[None], jnp.int32)
@@ -57,3 +63,36 @@ def test_any_blocks_equal_the_dense_mask_in_values_and_gradients(pattern, fused)
     result = compute(SplashAttention(pattern=pattern, blocks=blocks, interpret=True))
     for name, one, other in zip("vqkv", result, compute(DenseAttention(pattern=pattern)), strict=True):
         np.testing.assert_allclose(one, other, atol=5e-6, err_msg=name)
+
+
+# The kernel for TPU is compiled ahead of time, by the libtpu of the [tpu] extra
+
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.usefixtures("optimized_compilation")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "width"),
+    [
+        ("v5e:2x2", 64),
+        *(pytest.param(each, 128, marks=pytest.mark.exhaustive) for each in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")),
+    ],
+)
+def test_splash_compiles_for_a_topology(topology, width):
+    """This takes a process of its own: one that has libtpu would look for TPUs from then on."""
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]'")
+    command = [sys.executable, "-P", str(PROGRAMS / "splash_for_tpu.py"), topology, str(width)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANG, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        pattern, kernels, sorts, temporary = line.rsplit(" ", 3)
+        assert int(kernels) >= 3, pattern  # forward, gradients of queries, gradients of keys and values
+        # A token with a segment sees itself, so nothing needs a sort.
+        assert int(sorts) == 0 or "CausalFrames" in pattern, pattern
+        # One row a chip. Its scores alone would take 2 heads × 8192² × 4 bytes = 537 MB.
+        assert int(temporary) < 60e6, pattern

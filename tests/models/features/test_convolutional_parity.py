@@ -7,7 +7,7 @@ import safetensors.numpy
 from flax import nnx
 
 from dit_video.core import trees
-from dit_video.models.features.convolutional import MIXED, C3d, I3d, InceptionV3
+from dit_video.models.features.convolutional import I3D_BLOCKS, C3d, I3d, InceptionV3
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.weights.feature_networks import (
     load_c3d,
@@ -74,7 +74,7 @@ class TorchI3d:
         x = self.pool(self.unit("Conv3d_1a_7x7", x, (2, 2, 2)), (1, 3, 3), (1, 2, 2))
         x = self.unit("Conv3d_2c_3x3", self.unit("Conv3d_2b_1x1", x))
         x = self.pool(x, (1, 3, 3), (1, 2, 2))
-        for name in MIXED:
+        for name in I3D_BLOCKS:
             if name == "4b":
                 x = self.pool(x, (3, 3, 3), (2, 2, 2))
             if name == "5b":

@@ -2,8 +2,7 @@
 
 With x_t = (1 - t) x_0 + t e, x_t is normal of mean a(t) = (1 - t) m and variance b(t)^2 = (1 - t)^2 s^2 + t^2. The best
 velocity is E[e - x_0 | x_t = x] = -m + (b'(t) / b(t)) (x - a(t)), for b b' = t - (1 - t) s^2 is the covariance of
-e - x_0 with x_t. So (x - a) / b is constant along the flow, and the noise e at t = 1 becomes m + s e at t = 0.
-"""
+e - x_0 with x_t. So (x - a) / b is constant along the flow, and the noise e at t = 1 becomes m + s e at t = 0."""
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,10 @@ from dit_video.diffusion import (
     StepInterval,
     UniPc,
     VariancePreservingProcess,
+    Velocity,
     get_sampler,
     invert,
+    make_estimator,
     make_noise_fn,
     make_uniform_times,
     sample,
@@ -281,3 +282,35 @@ def test_impossible_combinations_are_refused(make, message):
 def inverted(solver, prediction=Epsilon()):  # noqa: B008
     times = make_uniform_times(RectifiedFlow(), 2)[::-1]
     return invert(stateless(denoise), NOISE, times, process=RectifiedFlow(), solver=solver, prediction=prediction)
+
+
+# Sampling a rectified flow equals diffusers', step by step
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("shift", [1.0, 3.0, 12.0])
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_euler_equals_flow_match_euler(shift, steps):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps))
+    process = RectifiedFlow(shift=shift)
+    times = make_uniform_times(process, steps)
+    np.testing.assert_allclose(np.asarray(times), scheduler.sigmas.numpy(), atol=1e-6)
+
+    def velocity(x, time):
+        return np.sin(3 * x) + time * x
+
+    ours = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    theirs = torch.from_numpy(ours.copy())
+    state = Euler().init(jnp.asarray(ours), steps=steps)
+    for index, timestep in enumerate(scheduler.timesteps):
+        sigma = float(scheduler.sigmas[index])
+        prediction = torch.from_numpy(velocity(theirs.numpy(), sigma).astype(np.float32))
+        theirs = scheduler.step(prediction, timestep, theirs).prev_sample
+        estimate = make_estimator(
+            stateless(lambda x, time: jnp.asarray(velocity(np.asarray(x), float(time)))), process, Velocity()
+        )
+        state = Euler().step(estimate, process, state, StepInterval(times[index], times[index + 1]))
+        np.testing.assert_allclose(np.asarray(state.x), theirs.numpy(), rtol=1e-5, atol=1e-5)

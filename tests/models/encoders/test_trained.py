@@ -1,4 +1,6 @@
-import inspect
+"""Text encoders that are trained with the denoiser."""
+
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,16 @@ from flax import nnx
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.models.encoders import ByteEncoder, ByteEncoderConfig, ByteTokenizer, TextEncoder, TextEncoderConfig
+from dit_video.models.encoders import (
+    ByteEncoderConfig,
+    ByteTokenizer,
+    WordEncoderConfig,
+)
 from dit_video.nn import get_graph_def, init_params
 from support.random_params import make_random_params
 
-CONFIG = ByteEncoderConfig(width=16, layers=2, heads=2, max_tokens=32, patch=4)
-TOKENIZE = CONFIG.make_tokenizer()
+BYTES = ByteEncoderConfig(width=16, layers=2, heads=2, max_tokens=32, patch=4)
+TOKENIZE_BYTES = BYTES.make_tokenizer()
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
@@ -38,16 +44,16 @@ def test_ids_are_those_of_byt5():
 def test_a_text_is_its_bytes_an_end_and_padding_to_whole_patches(text):
     expected = [byte + 3 for byte in text.encode()] + [1]
     expected += [0] * (-len(expected) % 4)
-    assert TOKENIZE(text).tolist() == expected
-    assert TOKENIZE(text).dtype == np.int32
+    assert TOKENIZE_BYTES(text).tolist() == expected
+    assert TOKENIZE_BYTES(text).dtype == np.int32
 
 
 def test_a_long_text_is_cut_and_still_ends():
     for length in (30, 31, 32, 33, 500):
-        ids = TOKENIZE("x" * length)
+        ids = TOKENIZE_BYTES("x" * length)
         assert len(ids) == 32
         assert ids[min(length, 31)] == 1
-    assert len(TOKENIZE("ä" * 40)) == 32
+    assert len(TOKENIZE_BYTES("ä" * 40)) == 32
 
 
 def test_the_empty_caption_has_a_token():
@@ -57,7 +63,7 @@ def test_the_empty_caption_has_a_token():
 # --- encoder --------------------------------------------------------------------------------------------------------
 
 
-GRAPH, PARAMS = get_graph_def(CONFIG.make), make_random_params(CONFIG.make)
+GRAPH, PARAMS = get_graph_def(BYTES.make), make_random_params(BYTES.make)
 TEXTS = ["a red ball", "moves left"]
 LENGTH = 32
 WEIGHTS = np.random.default_rng(1).normal(size=(2, 12, 16)).astype(np.float32)
@@ -70,7 +76,7 @@ def row(*numbers: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     weights = np.zeros((LENGTH // 4, 16), np.float32)
     start = 0
     for index, number in enumerate(numbers):
-        text = TOKENIZE(TEXTS[number])
+        text = TOKENIZE_BYTES(TEXTS[number])
         ids[start : start + len(text)], segments[start : start + len(text)] = text, index + 1
         weights[start // 4 : (start + len(text)) // 4] = WEIGHTS[number, : len(text) // 4]
         start += len(text)
@@ -129,16 +135,10 @@ def test_order_counts():
 
 
 def test_a_fresh_encoder_tells_texts_apart():
-    params = jax.jit(init_params, static_argnums=0)(CONFIG.make, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(BYTES.make, jax.random.key(0))
     values, _, _ = run(params, *rows((0,), (1,)))
     assert values.dtype == jnp.float32
     assert np.abs(values[0, :3] - values[1, :3]).max() > 0.1
-
-
-def test_the_byte_encoder_has_the_interface_of_text_encoders():
-    assert isinstance(CONFIG, TextEncoderConfig)
-    assert issubclass(ByteEncoder, TextEncoder)
-    assert list(inspect.signature(ByteEncoder.__call__).parameters) == ["self", "ids", "segments"]
 
 
 @pytest.mark.parametrize(
@@ -155,3 +155,77 @@ def test_the_byte_encoder_has_the_interface_of_text_encoders():
 def test_invalid_byte_encoders_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         ByteEncoderConfig(**options)
+
+
+# Word encoder
+
+
+WORDS = WordEncoderConfig(width=16, layers=2, heads=2, max_tokens=8)
+TOKENIZE_WORDS = WORDS.make_tokenizer()
+
+
+def test_a_text_is_its_words_and_an_end():
+    ids = TOKENIZE_WORDS("A cat, a dog")
+    assert ids.dtype == np.int32
+    assert len(ids) == 6
+    assert ids[0] == ids[3]
+    assert ids[-1] == 1
+    assert len(set(ids.tolist())) == 5
+    assert ids.min() >= 1
+    assert ids.max() < WORDS.buckets
+
+
+def test_case_and_spaces_do_not_matter():
+    np.testing.assert_array_equal(TOKENIZE_WORDS("Ein  Ball\n"), TOKENIZE_WORDS("ein ball"))
+
+
+def test_ids_are_the_same_on_every_machine():
+    assert TOKENIZE_WORDS("red ball").tolist() == [4005, 119, 1]
+
+
+def test_the_empty_caption_has_a_token_without_words():
+    assert TOKENIZE_WORDS("").tolist() == [1]
+
+
+def test_a_long_text_is_cut_at_a_word_and_still_ends():
+    with pytest.warns(UserWarning, match="a text of 10 tokens is cut to 8"):
+        ids = TOKENIZE_WORDS("one two three four five six seven eight nine")
+    assert len(ids) == 8
+    assert ids[-1] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(TOKENIZE_WORDS("one two three four five six seven")) == 8
+
+
+def encode(ids, segments):
+    encoder = nnx.merge(get_graph_def(WORDS.make), make_random_params(WORDS.make))
+    return encoder(jnp.asarray(ids)[None], jnp.asarray(segments)[None])
+
+
+def test_packed_texts_are_encoded_as_alone():
+    first, second = TOKENIZE_WORDS("a red ball"), TOKENIZE_WORDS("moves left")
+    segments = np.repeat([1, 2, 0], [len(first), len(second), 3])
+    packed = encode(np.concatenate([first, second, np.zeros(3, np.int32)]), segments)
+    np.testing.assert_array_equal(packed.segments[0], segments)
+    alone = [encode(ids, np.ones(len(ids), np.int32)).values[0] for ids in (first, second)]
+    np.testing.assert_allclose(packed.values[0, : len(first) + len(second)], np.concatenate(alone), atol=1e-5)
+
+
+def test_order_of_words_matters():
+    one, other = (
+        encode(TOKENIZE_WORDS(text), np.ones(4, np.int32)).values for text in ("red above blue", "blue above red")
+    )
+    assert np.abs(one[0, -1] - other[0, -1]).max(axis=0) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 15}, "use heads that divide an even width"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"buckets": 2}, "buckets=2 is invalid"),
+    ],
+)
+def test_invalid_word_encoders_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        WordEncoderConfig(**options)

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes
 from dit_video.planning import count_argument_bytes
 from dit_video.training.state import attach_shardings
-from support.devices import check_on_eight_devices, run_together
+from support.devices import HANG, PROGRAMS, check_on_eight_devices, make_environment, run_together
 
 
 def test_layouts_on_eight_devices_follow_the_rules():
@@ -83,3 +85,21 @@ def test_rules_that_cannot_apply_are_refused():
         make_shardings(leaf, mesh, ShardingRules(rules=(("bias", ("model",)),)))
     with pytest.raises(UserError, match=r"has 2 axes, bias has 1\. Put a rule for bias before it"):
         make_shardings(leaf, mesh, ShardingRules(rules=(("bias", (None, "fsdp")),)))
+
+
+# The work of an update is divided over devices, and its values are those of one device
+
+
+@pytest.mark.usefixtures("optimized_compilation")
+@pytest.mark.slow
+def test_matrices_and_accumulated_gradients_are_divided_over_devices():
+    check_on_eight_devices("divided_updates.py")
+
+
+@pytest.mark.usefixtures("optimized_compilation")
+@pytest.mark.slow
+def test_tpus_divide_the_matrices_of_muon():
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-P", str(PROGRAMS / "muon_for_tpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=make_environment(1), timeout=HANG, check=False)
+    assert "done" in done.stdout, done.stderr
