@@ -30,10 +30,6 @@ from support.doc_pages import (
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
-REQUIRED = {
-    *("get_started", "concepts", "architecture", "glossary", "data", "autoencoders", "backbones", "diffusion"),
-    *("training", "distributed", "open_weights", "tasks", "evaluation", "benchmarks", "release_notes", "faq"),
-}
 MAX_README_WORDS = 800
 PARSED = 77
 """Exit code of a script whose arguments were parsed and that was stopped there."""
@@ -119,8 +115,7 @@ def copy_of_root(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_every_page_exists_and_is_in_the_navigation():
-    assert {f"{name}.md" for name in REQUIRED} <= {page.name for page in DOCS.glob("*.md")}
+def test_every_page_is_in_the_navigation():
     linked = nav_pages((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     assert sorted(linked) == sorted(page.name for page in DOCS.glob("*.md"))
 
