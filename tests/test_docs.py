@@ -10,6 +10,7 @@ Code blocks of README.md, CONTRIBUTING.md and docs/:
 
 import argparse
 import functools
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from support.doc_pages import (
     broken_links,
     commands,
     count_words,
+    exists,
     nav_pages,
     split_command,
     unresolved_imports,
@@ -131,6 +133,12 @@ def test_code_parses_and_its_imports_exist(page):
         if block.language == "python":
             problems += [f"{page.name}:{block.line}: {name}" for name in unresolved_imports(block.text)]
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("page", pages())
+def test_names_of_the_package_in_the_text_exist(page):
+    names = set(re.findall(r"\bdit_video(?:\.\w+)+", page.read_text(encoding="utf-8")))
+    assert sorted(name for name in names if not exists(name)) == []
 
 
 @pytest.mark.parametrize("page", pages())
