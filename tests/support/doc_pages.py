@@ -32,7 +32,7 @@ def blocks(page: str) -> list[Block]:
     """Return the fenced code blocks of a page.
 
     Raises:
-      ValueError: a fence that is not closed, or a language that is not checked.
+      ValueError: if a fence is not closed, or a language is not checked.
     """
     result, mark, lines = [], "", iter(enumerate(page.split("\n"), start=1))
     for number, line in lines:
@@ -71,7 +71,7 @@ def commands(block: Block) -> list[str]:
     """Return the commands of a console block, each on one line.
 
     Raises:
-      ValueError: a line that is not a command.
+      ValueError: if a line is not a command.
     """
     lines = [line for line in block.text.replace("\\\n", " ").split("\n") if line.strip()]
     for line in lines:
@@ -84,7 +84,7 @@ def split_command(command: str) -> tuple[str | None, list[str]]:
     """Return the script that a command starts, relative to the repository's root, and its arguments, if it starts one.
 
     Raises:
-      ValueError: an unknown program, or a file that does not exist.
+      ValueError: if the program is unknown, or its file does not exist.
     """
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -108,7 +108,7 @@ def unresolved_imports(source: str) -> list[str]:
     """Return the names that code imports from dit_video, or reads as `dit_video.…`, and that do not exist.
 
     Raises:
-      SyntaxError: the code is no Python.
+      SyntaxError: if the code is no Python.
     """
     tree, names = ast.parse(source), []
     for node in ast.walk(tree):
