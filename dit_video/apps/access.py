@@ -53,7 +53,7 @@ class AccessRules:
     """Rules for requests.
 
     Raises:
-      UserError: a token that is too short, or with characters that addresses and cookies change.
+      UserError: if the token is too short, or has characters that addresses and cookies change.
     """
 
     is_local: bool
@@ -101,7 +101,8 @@ class Access:
         """Return the answer to a request that is not passed on; note the cookies that the answer sets."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self._rules.is_local and _get_host_name(host) not in _LOCAL_NAMES:
+        name = (urlsplit(f"//{host}").hostname or "").lower() if host else ""  # without the port
+        if self._rules.is_local and name not in _LOCAL_NAMES:
             return _make_refusal(scope, 403, "Use this server by its own address, such as http://127.0.0.1.")
         origin = headers.get("origin")
         is_foreign = origin is not None and urlsplit(origin).netloc != host
@@ -137,11 +138,6 @@ def _make_refusal(scope: Scope, status: int, text: str) -> Response:
     if _is_api(scope):
         return JSONResponse({"error": text, "field": None}, status_code=status)
     return render_message("Not here", text, title="dit_video", has_run=False, status=status)
-
-
-def _get_host_name(host: str) -> str:
-    """Return the name in a Host header, without its port and without brackets."""
-    return (urlsplit(f"//{host}").hostname or "").lower() if host else ""
 
 
 def _name_token_cookie(host: str) -> str:

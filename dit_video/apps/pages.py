@@ -26,7 +26,7 @@ def render_message(heading: str, text: str, *, title: str, has_run: bool, status
 
 
 def make_static_route() -> Route:
-    """Return the route of styles and scripts: those of `apps/static`, and the style sheet of reports."""
+    """Return the route of the styles and scripts in `apps/static`, and of the style sheet of reports."""
     own = importlib.resources.files("dit_video.apps") / "static"
     files = {file.name: file for file in own.iterdir() if file.name.rpartition(".")[2] in _TYPES}
     files["page.css"] = importlib.resources.files("dit_video.apps.reports") / "page.css"

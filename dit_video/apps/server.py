@@ -91,7 +91,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     """Return a socket that listens; port 0 is any that is free.
 
     Raises:
-      UserError: the port is in use, or the address is not one of this machine.
+      UserError: if the port is in use, or the address is not one of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -65,7 +65,7 @@ def read_calibration(folder: Path, name: str) -> Calibration | None:
     """Read the calibration of a chip, or of "cpu"; None if there is none.
 
     Raises:
-      UserError: the file is not a calibration.
+      UserError: if the file is not a calibration.
     """
     path = folder / f"{name}.json"
     if not path.exists():
@@ -99,7 +99,7 @@ class CalibrationSize:
     copy_bytes: int = 2**30
     """Bytes that are copied, and that all devices together gather."""
     repeats: int = 10
-    """Number of measurements, of which the median counts."""
+    """Number of measurements; the median counts."""
 
 
 CPU_SIZE = CalibrationSize(
@@ -125,7 +125,7 @@ def calibrate(
       report: called with a line about every measurement.
 
     Raises:
-      UserError: devices that are neither in the table of chips nor CPUs.
+      UserError: if the devices are neither in the table of chips nor CPUs.
     """
     devices = jax.local_devices() if devices is None else devices
     device, chip = devices[0], find_chip(devices[0])
@@ -198,7 +198,7 @@ def _measure_seconds(function: Callable[..., Any], *arguments: Any, repeats: int
 
 
 def _get_dtype() -> Any:
-    """Return the dtype of products: CPUs compute those of bfloat16 in float32."""
+    """Return the dtype of products: CPUs compute products of bfloat16 in float32."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
@@ -227,7 +227,7 @@ def measure_attention(backend: BackendName, size: CalibrationSize) -> float:
     """Return the FLOPs per second that a backend executes, as plans count them, forwards and backwards.
 
     Raises:
-      UserError: the backend is not available here.
+      UserError: if the backend is not available here.
     """
     tokens = size.dense_tokens if backend == "dense" else size.tokens
     attention, heads = make_attention(backend), size.width // size.head_width

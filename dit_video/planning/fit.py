@@ -60,7 +60,7 @@ class Combination(NamedTuple):
     seconds_per_row: float
     """Seconds of a step for each row: expected ones where the chip's speeds are known, else the limit."""
     method: str = "analytic"
-    """Source of the figures: "analytic", or "compiled" for those of the compiled step."""
+    """Source of the figures: "analytic", or "compiled" from the compiled step."""
 
     def __str__(self) -> str:
         names = " ".join(map(str, self.settings)) or "as configured"
@@ -142,7 +142,7 @@ def fit(
     """Search for the options that make a part of an experiment fit into a device's memory.
 
     All settings of one option, then of two, and so on, are estimated together; a combination is tried only if none of
-    its parts fits. Of the values with which the same options fit, the fastest are kept. The fastest combinations are
+    its parts fits. Where several values of the same options fit, the fastest are kept. The fastest combinations are
     compiled, where that is possible.
 
     Args:
@@ -156,7 +156,7 @@ def fit(
       report: called with a line about every combination that is compiled.
 
     Raises:
-      UserError: an autoencoder, whose step cannot be estimated; a limit that is not within the device's memory.
+      UserError: if the part is an autoencoder, whose step cannot be estimated, or the limit exceeds the memory.
     """
     if part == "autoencoder":
         raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; use --set for it")
@@ -291,7 +291,7 @@ class FitEstimates:
         self, settings: Settings, experiment: Experiment, planned: PlannedStep, mesh: AnyMesh
     ) -> dict[str, int]:
         """Return the bytes of the arguments on a device of the mesh by kind."""
-        # Of a training the second argument is rows, of a sampler all but the first; the others are sharded as weights.
+        # Rows are the second argument of a training, and all but the first of a sampler; others are sharded as weights.
         rows = planned.arguments[1:] if self.part == "sampler" else planned.arguments[1:2]
         weights = planned.arguments[:1] if self.part == "sampler" else (planned.arguments[0], *planned.arguments[2:])
         reshaping = tuple(setting for setting in settings if setting.reshapes_step)
@@ -339,7 +339,7 @@ def apply_settings(experiment: Experiment, settings: Sequence[Setting]) -> Exper
     """Return the experiment with other settings.
 
     Raises:
-      UserError: settings that do not go together.
+      UserError: if the settings do not go together.
     """
     for setting in settings:
         experiment = setting.apply(experiment)

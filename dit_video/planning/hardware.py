@@ -140,8 +140,8 @@ class Topology:
           chips: supported chips by name.
 
         Raises:
-          UserError: the chip is not in the table, the shape has the wrong number of sizes, or the number of slices is
-            not positive or not of TPUs.
+          UserError: if the chip is not in the table, the shape has the wrong number of sizes, or the number of slices
+            is not positive or not of TPUs.
         """
         name, _, size = text.lower().partition(":")
         chip = next((chip for chip in chips.values() if name in (chip.name, chip.libtpu_name)), None)
@@ -166,8 +166,8 @@ class Topology:
         """Return descriptions of TPU devices from libtpu, for which programs can be compiled without the hardware.
 
         Raises:
-          MissingError: libtpu is not installed.
-          UserError: these chips don't come in this shape.
+          MissingError: if libtpu is not installed.
+          UserError: if these chips don't come in this shape.
         """
         # libtpu queries its host and claims the chips exclusively; here there are none.
         for name, value in _NO_HARDWARE_ENV.items():

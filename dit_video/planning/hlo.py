@@ -112,7 +112,7 @@ class _CostReader:
         max_trip_count: int | None,
     ):
         self.computations, self.slices = computations, slices
-        # The program of several slices is that of one slice, with its own devices.
+        # The program of several slices is the program of one slice, with its own devices.
         self.mesh = {axis: size // slices[axis] for axis, size in mesh.items()}
         self.outer_trip_count, self.max_outer_trip_count = trip_count, max_trip_count
         self.program = Program()
@@ -209,7 +209,7 @@ class _CostReader:
         if len(group) < 2:
             return False
         if kind == "all-reduce" and not instruction.is_root:
-            # A compiler pass makes a reduce-scatter of an all-reduce of which only slices are used.
+            # A compiler pass makes a reduce-scatter of an all-reduce if only slices of it are used.
             opcodes = {user.opcode for user in find_users(instruction.name, computation)}
             kind = "reduce-scatter" if opcodes == {"dynamic-slice"} else kind
         copies = {"all-gather": len(group), "all-reduce": 2}.get(kind, 1)
@@ -333,8 +333,8 @@ def count_traffic(instruction: Instruction, computation: Computation, computatio
     """Return the bytes that an instruction outside of fusions reads and writes, assuming that no operand is cached.
 
     A fusion does not read more of an operand than the slices that it takes of it, nor write more of an array that it
-    updates in place than the update. Collectives inside of fusions, of which several continue one, are not counted:
-    see `count_collective_traffic`.
+    updates in place than the update. Collectives inside of fusions are not counted, as several
+    fusions may continue one: see `count_collective_traffic`.
     """
     if instruction.opcode in _NO_TRAFFIC:
         return 0
@@ -425,7 +425,7 @@ def _is_parameter(instruction: Instruction, number: int) -> bool:
 
 
 def _get_result_shapes(instruction: Instruction) -> tuple[Shape, ...]:
-    """Return the shapes of an instruction's results; asynchronous starts list those of their operands, too."""
+    """Return the shapes of an instruction's results; asynchronous starts list their operands' shapes, too."""
     if instruction.opcode == "copy-start":  # (destination, source, context); the others list their operands first
         return instruction.shapes[:1]
     if instruction.opcode in ("slice-start", "all-gather-start", "collective-permute-start"):

@@ -136,16 +136,16 @@ def plan_pipeline(
     speed. Those that run need as much memory or less.
 
     Args:
-      folder: folder of open weights, of which only the JSON files are read, or of a pipeline of one's own.
-      topology: the hardware, of which one device is used.
+      folder: folder of open weights or of a pipeline of one's own; only its JSON files are read.
+      topology: the hardware; one device is used.
       size: frames, height and width of the clip; the pipeline's own by default.
       options: dtypes, text encoder and offload, as for `dit_video.load` on a GPU or TPU; no mesh.
       memory: bytes that the device may use; all of its memory by default.
 
     Raises:
-      MissingError: the folder does not exist or lacks parts.
-      UserError: a device that programs cannot be compiled for here, an unsupported size or memory, or a family that
-        cannot be planned.
+      MissingError: if the folder does not exist or lacks parts.
+      UserError: if programs cannot be compiled for the device here, the size or the memory is not supported, or the
+        family cannot be planned.
     """
     return next(_list_plans(folder, topology, [options.offload], size=size, options=options, memory=memory))
 

@@ -238,7 +238,7 @@ def check_memory(memory: int | None, available: int, topology: Topology) -> int:
     """Return the bytes that a device may use: `memory`, or all of its memory by default.
 
     Raises:
-      UserError: a memory that is not within the device's.
+      UserError: if the memory is not within the device's.
     """
     if memory is None:
         return available
@@ -252,7 +252,7 @@ def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfi
     """Return the mesh of a run on a topology, and whether a program can be compiled for it.
 
     Raises:
-      UserError: axes that do not divide the devices; rows, heads or tokens that are not divisible by these.
+      UserError: if the axes do not divide the devices, or rows, heads or tokens are not divisible by these.
     """
     devices, present = find_devices(topology)
     with warnings.catch_warnings():
@@ -267,7 +267,7 @@ def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
     """Check that an experiment's rows, heads and tokens are divisible by the devices of a mesh.
 
     Raises:
-      UserError: one is not; the message says what would be.
+      UserError: if one is not; the message says what would be.
     """
     denoiser = experiment.denoiser
     rows, attention = denoiser.batch // denoiser.accumulation_steps, experiment.mesh.context_attention
@@ -300,8 +300,8 @@ def plan_experiment(
       efficiencies: measured shares of the chip's peak rates; the published ones by default.
 
     Raises:
-      MissingError: libtpu is needed and not installed.
-      UserError: a mesh that does not divide the devices, or is not divisible by them; a part that cannot be planned.
+      MissingError: if libtpu is needed and not installed.
+      UserError: if the mesh does not divide the devices, the rows or the heads, or the part cannot be planned.
     """
     config, chip = experiment.mesh if mesh is None else mesh, topology.chip
     experiment = dataclasses.replace(experiment, mesh=config)

@@ -1,6 +1,6 @@
 """Steps of an experiment as shapes: what training and sampling compile, without computing anything.
 
-The functions are those of a run (`training.step`, `training.denoiser`, `generation.program`), with the experiment's own
+A run has the same functions (`training.program`, `experiment.denoiser`, `sampling.program`), with the experiment's own
 denoiser, text encoder, loss and optimizer; states and batches are sharded as in a run.
 """
 
@@ -64,7 +64,7 @@ class PlannedStep(NamedTuple):
     max_steps: int | None = None
     """Largest number of steps that its program supports."""
     branch_passes: int = 1
-    """Number of passes of a sampling step: that of guidance's branches, unless they are evaluated together."""
+    """Number of passes of a sampling step: one for each branch of guidance, unless these are evaluated together."""
     costs: StepSpec | None = None
     """Costs of a denoiser that are counted without compiling."""
     layer_bytes: int = 0
@@ -82,7 +82,7 @@ def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
     What is left of the row is one more clip, unless it is so small a part that it is padding.
 
     Raises:
-      UserError: more clips than fit in a row.
+      UserError: if more clips are asked for than fit in a row.
     """
     rows = experiment.denoiser.row_shape
     if count is not None:
@@ -106,10 +106,10 @@ def plan_step(
       part: the step.
       mesh: devices, which need not be present.
       clips: number of tokens of each clip of a row.
-      platform: platform of the devices, by which attention is counted; that of the mesh by default.
+      platform: platform of the devices, by which attention is counted; the mesh's by default.
 
     Raises:
-      UserError: a part that is not trained; rows, heads or tokens that are not divisible by the mesh.
+      UserError: if the part is not trained, or rows, heads or tokens are not divisible by the mesh.
     """
     if platform is None:
         platform = make_parallelism(mesh).platform

@@ -73,7 +73,7 @@ def suggest(
       report: called with a line about every candidate that is compiled.
 
     Raises:
-      UserError: an autoencoder, whose step cannot be estimated; nothing that fits.
+      UserError: if the part is an autoencoder, whose step cannot be estimated, or nothing fits.
     """
     if part == "autoencoder":
         raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; set --mesh for it")

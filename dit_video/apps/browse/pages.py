@@ -85,8 +85,8 @@ def write_static_page(
       copy_clips: also write the clips, which the page then plays.
 
     Raises:
-      UserError: more rows than such a page can hold, a folder that is not empty or cannot be written, or an invalid
-        condition.
+      UserError: if there are more rows than such a page can hold, the folder is not empty or cannot be written, or the
+        condition is invalid.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"static={folder} is not an empty folder. Use another one, or remove it.")

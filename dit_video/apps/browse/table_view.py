@@ -28,7 +28,7 @@ class RowQuery:
     """Rows that a page shows.
 
     Raises:
-      UserError: an unknown kind of rows.
+      UserError: if `show` is no kind of rows.
     """
 
     where: str = ""
@@ -75,7 +75,7 @@ class ColumnView:
         }
 
     def count(self, selected: Bool[np.ndarray, " n"]) -> list[int]:
-        """Return the number of selected rows in each bin, and after them that of rows without a value."""
+        """Return the number of selected rows in each bin, then the number of rows without a value."""
         assert self.bins is not None
         counts = np.bincount(self.bins[selected], minlength=256)
         size = len(self.values) if self.values else len(self.edges) - 1
@@ -105,7 +105,7 @@ class TableView:
         """Return the numbers of the rows in their order; rows without a value of the column come last.
 
         Raises:
-          UserError: an invalid condition, or a column that does not exist or has no order.
+          UserError: if the condition is invalid, or the column does not exist or has no order.
         """
         mask = self._make_mask(query)
         if not query.sort:
@@ -126,7 +126,7 @@ class TableView:
         return self.summarize_rows(self._match(where.strip()))
 
     def summarize_rows(self, selected: Bool[np.ndarray, " n"]) -> dict[str, Any]:
-        """Return the number and the seconds of those of these rows that are trained on."""
+        """Return the number and the seconds of the selected rows that are trained on."""
         mask = selected & self.kept
         return {"clips": int(mask.sum()), "seconds": float(self._seconds[mask].sum())}
 
@@ -173,7 +173,7 @@ class TableView:
 def read_rows(table: Table, rows: Int64[np.ndarray, " n"], columns: Sequence[str]) -> list[dict[str, Any]]:
     """Return the values of rows in columns, and the rows' numbers as `row`.
 
-    Columns that do not exist are left out, as are those of vectors and bytes.
+    Columns that do not exist, or hold vectors or bytes, are left out.
 
     `media` is a part of the address of a row's clip, with which the address changes when the clip does; absent if there
     is no clip.

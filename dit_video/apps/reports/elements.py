@@ -40,7 +40,7 @@ class Curve:
     """Values over steps.
 
     Raises:
-      UserError: the numbers of steps and values differ.
+      UserError: if the numbers of steps and values differ.
     """
 
     name: str

@@ -36,7 +36,7 @@ def write_ingest_report(folder: StoragePathLike) -> StoragePath:
       The page's path.
 
     Raises:
-      MissingError, UserError: the folder holds no ingested data set.
+      MissingError, UserError: if the folder holds no ingested data set.
     """
     source = ClipSource(folder)
     path = source.folders[0] / PAGE

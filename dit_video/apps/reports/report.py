@@ -61,7 +61,7 @@ class Reconstruction:
     """A clip and its reconstruction by the autoencoder.
 
     Raises:
-      UserError: the two differ in size.
+      UserError: if the two differ in size.
     """
 
     original: Clip

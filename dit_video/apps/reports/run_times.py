@@ -67,7 +67,7 @@ class AttemptRow(NamedTuple):
     idle: str
     """Time before it in which nothing ran; empty if there was hardly any."""
     parts: tuple[TimePart, ...]
-    """Parts of its time, of which the shares are those of the longest attempt."""
+    """Parts of its time, with shares of the longest attempt's time."""
     kept_steps: int
     lost_steps: int
     goodput: float
@@ -106,7 +106,7 @@ def list_parts(microseconds: Mapping[str, int], *, total: int | None = None) -> 
 
     Args:
       microseconds: Time by category.
-      total: Time of which the shares are; the sum if None.
+      total: Whole time, for the shares; the sum if None.
     """
     total = sum(microseconds.values()) if total is None else total
     parts, start = list[TimePart](), 0.0
@@ -159,7 +159,7 @@ def describe_slow_hosts(times: RunTimes) -> Iterator[str]:
 
 
 def render_run_times(times: RunTimes) -> Markup:
-    """Return the bar and the tables of a run, of which there is an attempt."""
+    """Return the bar and the tables of a run that has an attempt."""
     return render_template(
         "run_times.html.jinja",
         parts=list_parts(times.microseconds),

@@ -30,7 +30,7 @@ _MAX_OTHERS = 40
 _MAX_POINTS = 1500
 """Number of points of a curve from which neighbouring ones are averaged, as a chart cannot show more."""
 _PROFILE_ENTRIES = 20
-"""Number of entries of which the profile over diffusion times is the mean."""
+"""Number of entries over which the profile over diffusion times is averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def _list_names(entries: Iterable[Entry]) -> list[str]:
 
 
 def _find_intervals(entries: Iterable[Entry], prefix: str) -> dict[str, tuple[float, float]]:
-    """Return the intervals of diffusion times of which the loss is logged, by the name of the value, in order."""
+    """Return the intervals of diffusion times with a logged loss, by the name of the value, in order."""
     names = {name: match for name in _list_names(entries) if (match := _TIMES.fullmatch(name))}
     intervals = {}
     for name, match in names.items():

@@ -21,7 +21,7 @@ Entry = dict[str, float]
 
 
 class MetricsReader:
-    """The entries of one log, of which every reading takes only what was appended since the last one.
+    """The entries of one log; every reading takes only what was appended since the last one.
 
     Lines that are no entries are skipped, as a page has to show the others. (`read_metrics`, by which a training
     resumes, refuses them.)
@@ -219,7 +219,7 @@ def list_grids(run: Path, training: str) -> tuple[GridSeries, ...]:
     """Return the grids that a training has written.
 
     Args:
-      run: folder of the run, outside of which no file is listed.
+      run: folder of the run; no file outside is listed.
       training: name of the training's folder in it.
     """
     series = (_list_series(run, training, kind) for kind in KINDS)

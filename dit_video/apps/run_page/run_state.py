@@ -83,7 +83,7 @@ class RunPlan:
     """Planned trainings; none of a run whose config cannot be read."""
 
     def add_folders(self, run: Path) -> tuple[PlannedTraining, ...]:
-        """Return the trainings, with those of further folders of the run that have a log."""
+        """Return the trainings, and further folders of the run that have a log."""
         try:
             folders = sorted(path.parent.name for path in run.glob("*/metrics.jsonl"))
         except OSError:
@@ -293,7 +293,7 @@ _SILENT_INTERVALS = 5
 _MAX_START = 1800.0
 """Seconds that a process may take from its start to the first entry: it loads, compiles and makes latents."""
 _PACE_ENTRIES = 20
-"""Number of entries of which the pace is the mean."""
+"""Number of entries over which the pace is averaged."""
 _REMOTE_SECONDS = 60.0
 """Seconds for which a list of checkpoints at an address is used again."""
 

@@ -41,7 +41,7 @@ class FormError(UserError):
 
     Args:
       message: text for the user.
-      field: name of the field whose answer it is, if it is that of one.
+      field: name of the field with this answer; None for none.
     """
 
     def __init__(self, message: str, field: str | None = None):
@@ -57,7 +57,7 @@ class MediaSource(Protocol):
         """Return the clip of `{"upload": ID}` or `{"item": ID}`.
 
         Raises:
-          UserError: there is none of this user.
+          UserError: if this user has no such clip.
         """
 
     def fit_image(self, image: Clip) -> Clip:
@@ -85,10 +85,10 @@ class FormField(abc.ABC):
         return {}
 
     def parse(self, answers: Mapping[str, Any], media: MediaSource) -> Any:
-        """Return the value of this field's answer among those of a form; None for an empty one.
+        """Return the value of this field's answer; None for an empty one.
 
         Raises:
-          FormError: no answer to a required field, or one that is invalid.
+          FormError: if a required field has no answer, or the answer is invalid.
         """
         answer = answers.get(self.name)
         if answer is None or answer == "":
@@ -347,7 +347,7 @@ class Tab:
         """Return the values of the task.
 
         Raises:
-          FormError: an answer that is invalid, or one to a field that does not exist.
+          FormError: if an answer is invalid, or its field does not exist.
         """
         return parse_answers(self.fields, answers, media)
 
@@ -357,10 +357,10 @@ class Tab:
 
 
 def parse_answers(form: Sequence[FormField], answers: Any, media: MediaSource) -> dict[str, Any]:
-    """Return the values of a form's answers, without those of empty ones.
+    """Return the values of a form's answers, without empty ones.
 
     Raises:
-      FormError: an answer that is invalid, or one to a field that does not exist.
+      FormError: if an answer is invalid, or its field does not exist.
     """
     if not isinstance(answers, Mapping):
         raise FormError("the answers of a form must be an object")
@@ -371,14 +371,15 @@ def parse_answers(form: Sequence[FormField], answers: Any, media: MediaSource) -
 
 
 def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
-    """Return the tabs for a model: those of generation, and one for every other task."""
+    """Return the tabs for a model: several of generation, and one for every other task."""
     tabs = []
     for name, (title, names) in _PICTURE_TABS.items():
         form = make_form("generate", config, names=names)
         tabs.append(Tab(name=name, title=title, help=_TAB_HELP[name], task_name="generate", fields=form))
     for name, task in TASKS.items():
         if name != "generate":
-            title, help = _TAB_TITLES.get(name) or (name.replace("_", " ").capitalize(), _read_first_line(task))
+            own_title, first_line = name.replace("_", " ").capitalize(), (inspect.getdoc(task) or "").partition("\n")[0]
+            title, help = _TAB_TITLES.get(name, (own_title, first_line))
             tabs.append(Tab(name=name, title=title, help=help, task_name=name, fields=make_form(name, config)))
     note = _TRAINING_FREE if config.frame_conditioning is None and config.task is None else ""
     return tuple(tab if tab.name in _UNCONDITIONAL else replace(tab, note=note) for tab in tabs)
@@ -421,7 +422,8 @@ def _make_field(
     task_name: str, name: str, kind: Any, default: Any, shared: dict[str, Any], config: PipelineConfig
 ) -> FormField | None:
     """Return the field of an attribute; None if its type has none."""
-    options = [each for each in typing.get_args(kind) if each is not type(None)] if _is_union(kind) else [kind]
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    options = [each for each in typing.get_args(kind) if each is not type(None)] if is_union else [kind]
     single = options[0]
     if name == "prompt":
         return TextField(**(shared | {"help": "", "lines": 2}))
@@ -466,10 +468,6 @@ def _choose_default(task_name: str, name: str, config: PipelineConfig) -> float 
     if name == "factor":
         return 2
     return 2 * config.autoencoder.stride.t if name == "frames" else None
-
-
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
 
 
 def get_size_steps(config: PipelineConfig) -> Grid:
@@ -543,7 +541,3 @@ def read_attribute_docs(kind: type) -> dict[str, str]:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     docs[name] = " ".join(text.split())
     return docs
-
-
-def _read_first_line(kind: type) -> str:
-    return (inspect.getdoc(kind) or "").partition("\n")[0]

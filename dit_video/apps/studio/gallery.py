@@ -31,7 +31,7 @@ class Gallery:
         """Check that the gallery has room.
 
         Raises:
-          UserError: it is full.
+          UserError: if it is full.
         """
         if self.folder.is_dir() and sum(1 for _ in self.folder.iterdir()) >= MAX_ITEMS:
             raise UserError(f"the gallery is full: it holds {MAX_ITEMS} clips. Delete some.")
@@ -62,7 +62,7 @@ class Gallery:
         """Return the description of an item for the page.
 
         Raises:
-          MissingError: there is no such item.
+          MissingError: if there is no such item.
         """
         folder = get_folder(self.folder, item)
         values, clip = json.loads((folder / _ITEM).read_text(encoding="utf-8")), StoredClip(folder)
@@ -77,7 +77,7 @@ class Gallery:
         """Return the clip of an item.
 
         Raises:
-          MissingError: there is no such item.
+          MissingError: if there is no such item.
         """
         return StoredClip(get_folder(self.folder, item)).read()
 
@@ -85,7 +85,7 @@ class Gallery:
         """Return a clip or image that an item was made of.
 
         Raises:
-          MissingError: there is no such item or input.
+          MissingError: if there is no such item or input.
         """
         folder = get_folder(self.folder, item) / "inputs" / name
         if not _INPUT.fullmatch(name) or not folder.is_dir():
@@ -96,7 +96,7 @@ class Gallery:
         """Delete an item.
 
         Raises:
-          MissingError: there is no such item.
+          MissingError: if there is no such item.
         """
         shutil.rmtree(get_folder(self.folder, item))
 
@@ -142,7 +142,7 @@ class UserFiles:
         """Return the clip of `{"upload": ID}`, or of `{"item": ID}` at a size that the model can sample.
 
         Raises:
-          UserError: there is none of this user.
+          UserError: if this user has no such clip.
         """
         for kind, folder in (("upload", self.uploads), ("item", self.gallery)):
             if isinstance(name := reference.get(kind), str):

@@ -102,7 +102,7 @@ class JobQueue:
         """Add a job.
 
         Raises:
-          QueueFullError: the user has as many as are allowed.
+          QueueFullError: if the user has as many jobs as are allowed.
         """
         with self._changed:
             if sum(each.is_active for each in self._list(job.user)) >= MAX_JOBS:
@@ -143,7 +143,7 @@ class JobQueue:
         """Cancel a job that waits or runs, or take a finished one off the list.
 
         Raises:
-          MissingError: the user has no such job.
+          MissingError: if the user has no such job.
         """
         with self._changed:
             chosen = self.get(user, job)
@@ -159,7 +159,7 @@ class JobQueue:
         """Return a job of a user.
 
         Raises:
-          MissingError: the user has no such job.
+          MissingError: if the user has no such job.
         """
         chosen = self._jobs.get(job)
         if chosen is None or chosen.user != user:
@@ -439,7 +439,7 @@ def collect_notes() -> Iterator[list[str]]:
 def show_warnings_as_notes() -> None:
     """Have warnings become notes in threads that collect them; in others they are shown as before.
 
-    `warnings.catch_warnings` would collect those of all threads.
+    `warnings.catch_warnings` would collect the warnings of all threads.
     """
     show = warnings.showwarning
 

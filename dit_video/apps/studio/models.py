@@ -91,7 +91,7 @@ class StudioModel:
         """Return the pipeline of a checkpoint with scales of its adapters; one checkpoint is in memory.
 
         Raises:
-          UserError: what `dit_video.load` refuses.
+          UserError: if `dit_video.load` refuses the folder.
         """
         if checkpoint is None and not self.is_trained:
             checkpoint = max(self._list_steps(), default=None)

@@ -202,7 +202,7 @@ def _limit_body(request: Request, max_bytes: int) -> Request:
     """Return a request whose body ends with an error after `max_bytes`.
 
     Raises:
-      TooLargeError: its header says that it has more.
+      TooLargeError: if its header says that it has more.
     """
     error = TooLargeError(f"the file is larger than {format_bytes(max_bytes)}. Use a smaller or shorter one.")
     length = request.headers.get("content-length", "")
@@ -225,7 +225,7 @@ async def _read_json(request: Request) -> Any:
     """Return the JSON of a request.
 
     Raises:
-      FormError: it is not JSON.
+      FormError: if it is not JSON.
     """
     try:
         return json.loads(await _limit_body(request, _MAX_JSON).body())

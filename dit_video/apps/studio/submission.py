@@ -86,7 +86,7 @@ def parse_submission(
       media: uploads and gallery of the user.
 
     Raises:
-      FormError: an answer that is invalid, or values that do not fit the model or each other.
+      FormError: if an answer is invalid, or the values do not fit the model or each other.
     """
     if not isinstance(body, Mapping):
         raise FormError("the request must be an object")
@@ -259,5 +259,5 @@ def _format_option(name: str, value: Any, inputs: Mapping[str, Clip]) -> str:
 
 
 def _is_default(submission: Submission, name: str, value: Any) -> bool:
-    """Return whether a value is that of the task's class, which need not be written."""
+    """Return whether a value is the default of the task's class, which need not be written."""
     return name != "prompt" and getattr(type(submission.task), name, None) == value

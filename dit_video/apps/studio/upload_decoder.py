@@ -60,7 +60,7 @@ def decode_upload(path: Path, out: Path, kind: str, fit: ClipFit) -> dict[str, A
       fit: what the model can sample.
 
     Raises:
-      UserError: a file that cannot be read, or whose frames are too large.
+      UserError: if the file cannot be read, or its frames are too large.
     """
     _check_signature(path)
     _check_picture_size(path)

@@ -53,8 +53,8 @@ class ClipFit:
     def choose_plane(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width for frames of another size.
 
-        Those of frames that the model can sample as they are stay; other frames get the one of the preferred sizes,
-        and of the multiples with about the model's number of pixels, whose aspect ratio is the nearest.
+        Frames that the model can sample keep their size. Others get the size with the nearest aspect ratio, among the
+        preferred ones and the multiples with about the model's number of pixels.
         """
         is_multiple = height % self.multiple[0] == 0 and width % self.multiple[1] == 0
         if is_multiple and height * width <= 1.5 * self.area:
@@ -111,7 +111,7 @@ class StoredClip:
         """Return the clip.
 
         Raises:
-          MissingError: its files are gone.
+          MissingError: if its files are gone.
         """
         try:
             frames, values = np.load(self.folder / _FRAMES, allow_pickle=False), self._values
@@ -142,7 +142,7 @@ class StoredClip:
         """Return a file of the clip, written now if it is not there.
 
         Raises:
-          MissingError: the clip has no such file.
+          MissingError: if the clip has no such file.
         """
         if name not in self.list_files():
             raise MissingError(f"{name} does not exist for this clip. Use {', '.join(self.list_files())}.")
@@ -178,7 +178,7 @@ def get_folder(parent: Path, name: str) -> Path:
     """Return the folder of a name that `make_id` returned.
 
     Raises:
-      MissingError: there is none, or the name is another text, such as a path.
+      MissingError: if there is none, or the name is another text, such as a path.
     """
     folder = parent / name
     if not _ID.fullmatch(name) or not folder.is_dir():
@@ -202,7 +202,7 @@ class Uploads:
           kind: `clip`, or `image` for the first frame alone.
 
         Raises:
-          UserError: a file that is not a readable image or video, or too large.
+          UserError: if the file is no readable image or video, or is too large.
         """
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "frames.npy"
@@ -221,7 +221,7 @@ class Uploads:
         """Return the description of an upload for the page.
 
         Raises:
-          MissingError: there is no such upload.
+          MissingError: if there is no such upload.
         """
         folder = get_folder(self.folder, upload)
         info, clip = json.loads((folder / _INFO).read_text(encoding="utf-8")), StoredClip(folder)
@@ -234,7 +234,7 @@ class Uploads:
         """Return the clip of an upload.
 
         Raises:
-          MissingError: there is no such upload.
+          MissingError: if there is no such upload.
         """
         return StoredClip(get_folder(self.folder, upload)).read()
 
