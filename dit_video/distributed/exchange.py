@@ -107,8 +107,8 @@ def _rebuild(value: Any, arrays: dict[str, np.ndarray]) -> Any:
     if kind == "array":
         return arrays[content][()]  # a number for no dimensions
     if isinstance(content, dict):
-        items = {name: _rebuild(item, arrays) for name, item in content.items()}
-        return items if kind == "dict" else _find_class(kind)(**items)
+        fields = {name: _rebuild(item, arrays) for name, item in content.items()}
+        return fields if kind == "dict" else _find_class(kind)(**fields)
     items = [_rebuild(item, arrays) for item in content]
     return tuple(items) if kind == "tuple" else _find_class(kind)(*items)
 

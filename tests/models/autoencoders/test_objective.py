@@ -15,8 +15,8 @@ DECODED, ORIGINAL = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 2, 3
 
 
 def test_an_objective_returns_its_weighted_parts_by_name():
-    objective = AutoencoderObjective(absolute=0.5, charbonnier=2.0, pyramid=0.0, frequency=3.0, temporal=0.25)
-    value, parts = jax.jit(objective.compare)(DECODED, ORIGINAL)
+    weighted = AutoencoderObjective(absolute=0.5, charbonnier=2.0, pyramid=0.0, frequency=3.0, temporal=0.25)
+    value, parts = jax.jit(weighted.compare)(DECODED, ORIGINAL)
     assert parts.keys() == {"absolute", "charbonnier", "frequency", "temporal"}
     error = DECODED - ORIGINAL
     expected = 0.5 * objective.absolute_error(error) + 2 * objective.charbonnier_loss(error)
