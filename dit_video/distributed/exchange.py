@@ -103,7 +103,7 @@ def _rebuild(value: Any, arrays: dict[str, np.ndarray]) -> Any:
         return [_rebuild(item, arrays) for item in value]
     if not isinstance(value, dict):
         return value
-    [(kind, content)] = value.items()
+    kind, content = next(iter(value.items()))
     if kind == "array":
         return arrays[content][()]  # a number for no dimensions
     if isinstance(content, dict):

@@ -11,6 +11,7 @@ import numpy as np
 from dit_video.apps.studio.forms import FormError, FormField, MediaSource, Tab, parse_answers
 from dit_video.apps.studio.gallery import get_input_file
 from dit_video.core.errors import UserError
+from dit_video.sampling.adapters import AdapterFile
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig, to_grid
 from dit_video.sampling.preparation import check_requests, resolve_sampling
