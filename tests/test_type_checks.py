@@ -1,4 +1,4 @@
-"""The default suite checks the arguments and results of our functions, with the shapes and dtypes of arrays."""
+"""The stage `nightly` checks the arguments and results of our functions, with the shapes and dtypes of arrays."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ SECONDS, CENTRES = np.zeros(4), np.zeros((4, 2, 2))
 
 @pytest.fixture(autouse=True)
 def _is_checked(pytestconfig) -> None:
-    """Skip without the checks, as other stages run."""
+    """Skip without the checks, as the other stages run."""
     if not pytestconfig.getoption("--jaxtyping-packages"):
         pytest.skip("needs --jaxtyping-packages")
 

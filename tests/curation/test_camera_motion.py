@@ -116,7 +116,7 @@ def test_a_pan_has_its_speed_in_widths():
 
 
 @pytest.mark.parametrize(
-    "scenes", [pytest.param(50, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.exhaustive)]
+    "scenes", [pytest.param(50, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.nightly)]
 )
 def test_nineteen_of_twenty_labels_of_scenes_are_right(scenes):
     right, count, wrong = 0, 0, []

@@ -131,6 +131,7 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.nightly
 def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
     result, batches = load_rows(source, CachedCaptions(source))
     drawn = set()

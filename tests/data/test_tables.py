@@ -377,7 +377,7 @@ def test_the_hash_of_a_column_does_not_depend_on_its_chunks(tmp_path, monkeypatc
     assert (tmp_path / "columns" / "other.parquet").read_bytes() not in contents
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_captions_of_more_than_two_gibibytes_are_stored_and_read(tmp_path):
     """A column in one array holds 2 GiB of text."""
     count = 20_000

@@ -74,6 +74,7 @@ def test_momentum_accumulates_guidance_over_the_steps_of_sampling():
     assert np.abs(result - without).max() > 0.1
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("prediction", [Epsilon(), V(), Velocity()], ids=lambda kind: type(kind).__name__)
 def test_momentum_accumulates_data_whatever_is_predicted(prediction):
     process = VariancePreservingProcess()

@@ -86,6 +86,7 @@ def test_between_steps_the_loss_is_finite():
         assert np.isfinite(hybrid(VALUES, SHARES, jnp.full((4,), time))).all()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("number", [3, 20])
 def test_the_variance_that_is_learned_is_that_of_the_step_back(number):
     """The data are normal, so that the best prediction and the variance of a step from it are known."""

@@ -95,6 +95,7 @@ def estimated(keys, data=DATA[:2]):
     return log_likelihood(stateless(mixed), data, times, process=RectifiedFlow(), divergence=divergence).nats
 
 
+@pytest.mark.nightly
 def test_hutchinsons_estimate_is_unbiased():
     exact = log_likelihood(
         stateless(mixed), DATA[:2], make_uniform_times(RectifiedFlow(), 8), process=RectifiedFlow()

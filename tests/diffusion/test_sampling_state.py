@@ -71,6 +71,7 @@ def test_the_first_step_that_is_not_finite_is_noted(broken, step):
     assert int(run(Euler(), 4, 6, stateless(model)).failed_step) == step
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SAMPLER_NAMES)
 def test_the_state_of_the_model_advances_once_a_step(name):
     """All evaluations of a step get the state that it begins with. Of Heun's two, the second one's is dropped."""

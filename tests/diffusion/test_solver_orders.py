@@ -104,6 +104,7 @@ STOCHASTIC = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", mark_slow_except(("ddpm", "euler-ancestral-edm", "dpm++sde-flow"), STOCHASTIC))
 def test_stochastic_solvers_sample_the_mixture(name):
     solver, setting = STOCHASTIC[name]
@@ -129,6 +130,7 @@ def test_stochastic_solvers_sample_the_mixture(name):
     np.testing.assert_allclose(np.cov(many.T), mixture.COVARIANCE, atol=0.1)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("setting", "solver", "order"), [("flow", Euler(), 1), ("flow", Heun(), 2), ("vp", Ddim(), 1)])
 def test_inversion_recovers_the_data_better_with_more_steps(setting, solver, order):
     process, _, _ = SETTINGS[setting]

@@ -26,7 +26,7 @@ from dit_video.diffusion import (
     stateless,
 )
 from support import gaussian_mixture as mixture
-from support.marks import mark_exhaustive_except
+from support.marks import mark_nightly_except
 
 WIDTH, BATCH, STEPS, SAMPLES = 64, 256, 1200, 2000
 DATA_STD = float(np.sqrt(np.trace(mixture.COVARIANCE) / 2))
@@ -131,7 +131,7 @@ SAMPLED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("process", "prediction"), mark_exhaustive_except(SAMPLED, COMBINATIONS))
+@pytest.mark.parametrize(("process", "prediction"), mark_nightly_except(SAMPLED, COMBINATIONS))
 def test_training_recovers_the_mixture(process, prediction):
     before, after = distances(PROCESSES[process], PREDICTIONS[prediction])
     assert before > 0.1

@@ -21,7 +21,7 @@ from dit_video.nn.attention import AttentionInputs, Full, SlidingWindow, SpaceOn
 from dit_video.nn.attention.chunked import attend_part, compute_part_gradients
 from dit_video.nn.attention.dense import DenseAttention
 from support.devices import check_on_eight_devices, run_together
-from support.marks import mark_exhaustive_except
+from support.marks import mark_nightly_except
 
 MESHES = {
     # Every two axes beside each other, and two and four devices of context.
@@ -55,12 +55,12 @@ def test_context_parallel_attention_exchanges_no_more_than_it_has_to():
     check_on_eight_devices("collective_bytes.py", "attention")
 
 
-@pytest.mark.exhaustive  # other tests count the gathers of programs for TPUs
+@pytest.mark.nightly  # other tests count the gathers of programs for TPUs
 def test_weights_are_gathered_once_in_each_pass():
     check_on_eight_devices("collective_bytes.py", "weights")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_weights_of_other_models_and_meshes_are_gathered_once_in_each_pass():
     check_on_eight_devices("collective_bytes.py", "other weights")
 
@@ -83,12 +83,12 @@ def test_tokens_stay_on_their_device_outside_attention():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", mark_exhaustive_except(("some",), MESHES))
+@pytest.mark.parametrize("group", mark_nightly_except(("some",), MESHES))
 def test_meshes_of_eight_devices_train_as_one_device(group):
     check_on_eight_devices("mesh_training_runs.py", "backbone", str(MESHES[group]), OPTIMIZERS[group])
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 @pytest.mark.parametrize("group", OTHER_MESHES)
 def test_all_other_meshes_of_eight_devices_train_as_one_device(group):
     check_on_eight_devices("mesh_training_runs.py", "backbone", str(OTHER_MESHES[group]), OPTIMIZERS[group])
@@ -105,7 +105,7 @@ def test_wan_trains_on_meshes_as_on_one_device():
     ("backbone", "meshes"),
     [
         pytest.param("backbone", [((1, 2, 1, 4), "ulysses"), ((1, 2, 2, 2), "ring")], marks=pytest.mark.slow),
-        pytest.param("wan", [((1, 2, 2, 2), "ring"), ((1, 2, 1, 4), "ulysses")], marks=pytest.mark.exhaustive),
+        pytest.param("wan", [((1, 2, 2, 2), "ring"), ((1, 2, 1, 4), "ulysses")], marks=pytest.mark.nightly),
     ],
 )
 def test_gradients_that_are_summed_as_on_accelerators_are_those_of_one_device(backbone, meshes):

@@ -22,7 +22,7 @@ from dit_video.distributed.processes import (
     main_process_first,
 )
 from support.devices import HANG, PROGRAMS, find_free_port, make_environment
-from support.marks import mark_exhaustive_except
+from support.marks import mark_nightly_except
 
 
 def start(index: int, port: str, case: str, *, lost_process: int | None = None, **options: Any) -> subprocess.Popen:
@@ -113,7 +113,7 @@ def test_a_process_that_writes_for_longer_than_the_patience_does_not_end_the_run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_all_processes_end_with_the_code_of_a_mistake_of_the_user(index):
     """Any other code would make a cluster start the run again, though it would fail again."""
     processes = start_both("fail", lost_process=index)
@@ -125,7 +125,7 @@ def test_all_processes_end_with_the_code_of_a_mistake_of_the_user(index):
     assert "Correct that first" in ended[1 - index][2]
 
 
-@pytest.mark.exhaustive  # it waits
+@pytest.mark.nightly  # it waits
 def test_the_first_steps_of_two_processes_may_be_forty_seconds_apart():
     for code, out, err in wait_for_all(start_both("compile for long")):
         assert code == 0, err
@@ -133,9 +133,7 @@ def test_the_first_steps_of_two_processes_may_be_forty_seconds_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["lose connection", pytest.param("lose connection in one", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("case", ["lose connection", pytest.param("lose connection in one", marks=pytest.mark.nightly)])
 def test_processes_that_lose_their_connection_ask_for_another_start(case):
     """Both fail, or one does while the other waits for it."""
     for code, _, err in wait_for_all(start_both(case, lost_process=1, max_silence=5)):
@@ -154,7 +152,7 @@ SAMPLED_HANGS = ("killed", "the first is stopped")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", mark_exhaustive_except(SAMPLED_HANGS, HANGS))
+@pytest.mark.parametrize("how", mark_nightly_except(SAMPLED_HANGS, HANGS))
 def test_a_lost_process_is_named_in_time(how):
     case, index, message = HANGS[how]
     processes = start_both(case, lost_process=index, max_lag=20)

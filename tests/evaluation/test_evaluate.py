@@ -74,6 +74,7 @@ def test_the_best_linear_autoencoder_is_reported_for_comparison(tiny_pipeline, t
         assert 10 < value == psnr(one.original.frames, one.baseline.frames) < 60
 
 
+@pytest.mark.nightly
 def test_a_measure_of_the_denoiser_reads_the_held_out_clips(tiny_pipeline, tiny_run, held_out, tmp_path):
     clips = Run.open(tiny_run).evaluation_clips()
     config = CaptionEvaluation(trained=1, held_out=0, metrics=(LossByTime(bins=2),))

@@ -72,6 +72,7 @@ def test_requests_have_every_caption_and_the_models_size(pipeline, data):
         make_requests(pipeline, PROTOCOL, uncaptioned)
 
 
+@pytest.mark.nightly
 def test_samples_are_made_once_and_go_on_after_a_kill(pipeline, data, tmp_path, monkeypatch):
     sampled = count_sampled(monkeypatch)
     first = evaluate_protocol(pipeline, PROTOCOL, tmp_path, data=data)

@@ -138,7 +138,7 @@ def test_every_stage_has_its_own_learning_rate_schedule(staged, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("call", "saved"), [(4, 2), pytest.param(6, 4, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("call", "saved"), [(4, 2), pytest.param(6, 4, marks=pytest.mark.nightly)])
 def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
     tiny_run, staged, tmp_path, monkeypatch, uninterrupted, call, saved
 ):

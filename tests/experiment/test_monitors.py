@@ -174,7 +174,7 @@ def test_a_config_written_before_averages_existed_is_read(tiny):
     assert config_json.from_json(document) == tiny.EXPERIMENT
 
 
-@pytest.mark.exhaustive  # another test compares the samples of two processes
+@pytest.mark.nightly  # another test compares the samples of two processes
 def test_samples_during_training_on_eight_devices_are_those_of_one(tiny_clips):
     check_on_eight_devices("samples_during_training.py", str(tiny_clips))
 

@@ -26,6 +26,7 @@ def copy(tiny_run, tmp_path):
     return shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
 
 
+@pytest.mark.nightly
 def test_the_last_steps_of_a_run_have_the_same_bits(tiny_run):
     before, calls = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}, []
     result = replay(Run.open(tiny_run), progress=lambda done, total: calls.append((done, total)))

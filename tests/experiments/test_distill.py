@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 COMMON = ["--log-every", 1, "--warmup", 1, "--seeds", 1, "--full", 3]
 
 
-@pytest.mark.parametrize("method", ["consistency", pytest.param("dmd", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("method", ["consistency", pytest.param("dmd", marks=pytest.mark.nightly)])
 def test_one_command_distills_a_run(script, tiny_run, tmp_path, method):
     options = ["--method", method, "--steps", 4, "--critic-steps", 2, *COMMON]
     ended = script("experiments/distill.py", tiny_run, "--workdir", tmp_path / "run", *options)

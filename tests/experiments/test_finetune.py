@@ -110,7 +110,7 @@ def animating(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("train", ["lora", pytest.param("full", marks=pytest.mark.nightly)])
 def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(finetuned, animating, train):
     """Both ways of training change the layers that read the tokens of the image."""
     rate = {"lora": 3e-2, "full": 3e-3}[train]
@@ -130,7 +130,7 @@ def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(f
         np.testing.assert_allclose(leaf, trained[path], atol=1e-5, err_msg=path)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_fine_tuning_a_model_with_control_adapts_its_control_layers_too(finetuned, tmp_path):
     write_vace(tmp_path / "vace")
     targets = ("--lora.targets", r"^backbone/(control/)?blocks/.*kernel$")

@@ -159,6 +159,7 @@ def test_a_script_without_arguments_prints_its_usage(name):
     assert done.stderr.startswith("usage:")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", STARTING)
 def test_the_script_takes_the_arguments_of_every_file(name, tools, parse):
     started = start(name, tools)

@@ -189,7 +189,7 @@ def test_the_notebook_of_own_clips_trains_from_a_folder_to_samples_and_is_interr
     assert (tmp_path / "sample.mp4").stat().st_size > 0
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_the_model_of_the_notebook_of_own_clips_follows_its_captions_when_trained_in_full(tmp_path, monkeypatch):
     questions = {"followed": "followed", "quality": "quality"}
     _, result = evaluate_notebook("train_your_own", monkeypatch, questions, DIT_VIDEO_WORKDIR=tmp_path, XLA_FLAGS="")
@@ -224,7 +224,7 @@ def test_the_spiral_notebook_shows_the_results_that_its_text_states(monkeypatch)
     assert actual["right"][0] < actual["right"][1] < actual["right"][2]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_the_spiral_is_learned_when_the_notebook_runs_in_full(monkeypatch):
     _, result = evaluate_notebook("spiral", monkeypatch, SPIRAL, **OPTIMIZED)
     floor = result["floor"]
@@ -279,7 +279,7 @@ def test_the_inside_a_run_notebook_runs_and_shows_pictures(tiny_run, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_the_bundled_model_shows_the_effects_that_the_inside_a_run_notebook_describes(monkeypatch):
     questions = {
         "losses": "{name: values.mean(axis=1).tolist() for name, values in losses.items()}",

@@ -102,7 +102,7 @@ def test_two_processes_fine_tune_adapters_on_a_mesh(tmp_path):
     assert pipeline.generate("a red ball", size=(5, 16, 16), steps=1).frames.shape == (5, 16, 16, 3)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_two_processes_distil_a_student_on_a_mesh(tiny_run, tiny_clips, tmp_path):
     run = tmp_path / "student"
     options = ("--steps", 4, "--warmup", 1, "--log-every", 1, "--seeds", 1, "--full", 2, "--remat", "full")

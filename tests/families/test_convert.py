@@ -53,6 +53,7 @@ def assert_same_params(actual, expected):
         np.testing.assert_array_equal(flatten(actual)[path], leaf, err_msg=path)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("config", "layouts"),
     [

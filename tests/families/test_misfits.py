@@ -50,6 +50,7 @@ KINDS = {
 }
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loader_names_all_tensors_that_do_not_fit(tmp_path, kind):
     config, write, load = KINDS[kind]

@@ -122,7 +122,7 @@ def test_two_experts_are_planned_for_a_tpu_that_is_not_here(tmp_path):
     assert plan.fits
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_a_published_model_samples_in_the_memory_of_a_small_gpu(tmp_path):
     """Its clips of 81x480x832 take less than 12 GB on one chip; larger models are in docs/benchmarks.md."""
     folder = tmp_path / "Wan2.1-T2V-1.3B-Diffusers"

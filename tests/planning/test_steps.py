@@ -47,7 +47,7 @@ def run_in_pixels(tiny, tiny_clips, tmp_path) -> Path:
 
 @pytest.mark.usefixtures("optimized_compilation")
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", [pytest.param("v5p:2x2x1", marks=pytest.mark.exhaustive), "v6e:2x2"])
+@pytest.mark.parametrize("topology", [pytest.param("v5p:2x2x1", marks=pytest.mark.nightly), "v6e:2x2"])
 def test_a_run_s_own_step_has_the_kernels_and_operations_of_its_plan(run_in_pixels, topology):
     """This takes a process of its own: one that has libtpu would look for TPUs from then on."""
     pytest.importorskip("libtpu", reason="libtpu is not installed: pip install -e '.[tpu]'")

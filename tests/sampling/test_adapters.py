@@ -198,6 +198,7 @@ def test_each_of_two_experts_has_its_adapters(tmp_path):
         assert get_bits(restored.denoiser_params) == own
 
 
+@pytest.mark.nightly
 def test_weights_in_host_memory_are_adapted_there(pipeline, file, plain):
     own = make_pipeline(offload=Stages())
     bits, expected = get_bits(own.denoiser_params), sample(pipeline.load_lora(file, 0.5))

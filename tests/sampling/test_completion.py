@@ -113,11 +113,13 @@ def test_missing_or_misshapen_images_are_refused(request, kind, options, message
         sample_latents(request.getfixturevalue(kind), **options)
 
 
+@pytest.mark.nightly
 def test_an_image_of_another_size_is_scaled_and_cropped(animating):
     wide = np.concatenate([IMAGES[1], IMAGES[0], IMAGES[1]], 1)
     np.testing.assert_array_equal(sample_latents(animating, image=wide), sample_latents(animating, image=IMAGES[0]))
 
 
+@pytest.mark.nightly
 def test_without_a_size_the_clip_has_the_aspect_ratio_of_the_image(animating):
     config = replace(animating.config, size=Grid(5, 32, 32))
     pipeline = Pipeline(config, autoencoder=animating.codec.params, denoiser=animating.denoiser_params)
@@ -125,6 +127,7 @@ def test_without_a_size_the_clip_has_the_aspect_ratio_of_the_image(animating):
     assert pipeline.decode(latents).frames.shape == (5, 16, 48, 3)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("mask_channels", [1, 3])
 def test_without_grey_frames_sampling_has_the_latents_of_training(knowing, mask_channels):
     """Those are the latents of the first frame, and zeros; all are zero without an image, if training knew that."""

@@ -41,6 +41,7 @@ def count_bytes(params):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.nightly
 def test_bytes_of_stages_are_those_of_the_weights_that_are_loaded(tmp_path):
     write_animating_wan(tmp_path / "wan", backbone=replace(ANIMATING, layers=3))
     stages = count_stage_bytes(make_shapes(tmp_path / "wan"))
@@ -116,6 +117,7 @@ def test_a_text_encoder_larger_than_the_denoiser_moves_by_layers_alone():
         check_weight_memory(stages, chosen, MemoryLimits(999, None))
 
 
+@pytest.mark.nightly
 def test_too_little_memory_of_the_machine_is_said_before_weights_are_read(tmp_path, monkeypatch):
     def read(*_):
         raise AssertionError("weights are read")

@@ -95,6 +95,7 @@ def resident(folder):
     return latents, count_bytes_of_decoding(pipeline, latents) - before
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("offload", mark_slow_except([Layers()], [Stages(), Layers(), Layers(denoiser=False)]))
 def test_each_stage_has_only_its_own_weights_on_the_device(folder, offload, resident, program_calls):
     before = count_device_bytes()

@@ -68,6 +68,7 @@ def test_known_pixels_of_other_requests_change_nothing(pipeline, clip):
         np.testing.assert_allclose(latents, pipeline.generate_latents([request])[0], atol=2e-5)
 
 
+@pytest.mark.nightly
 def test_resampling_keeps_what_is_known_and_changes_the_rest(pipeline, clip):
     once, twice = (sample(pipeline, image=clip.frames[0], resample=count) for count in (1, 2))
     np.testing.assert_allclose(once[:1], twice[:1], atol=1e-5)
@@ -83,6 +84,7 @@ def test_resampling_works_with_solvers_of_several_steps(pipeline, clip):
         np.testing.assert_allclose(latents[:1], pipeline.encode(Clip(clip.frames[:1], 8)), atol=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("options", [{"frame": 0, "resample": 2}, {"frame": 6, "resample": 1}])
 def test_a_callback_does_not_change_the_result(pipeline, clip, options):
     """Sample with more steps than one block holds."""
@@ -92,6 +94,7 @@ def test_a_callback_does_not_change_the_result(pipeline, clip, options):
     np.testing.assert_array_equal(watched, sample(pipeline, **values))
 
 
+@pytest.mark.nightly
 def test_a_trace_ends_with_the_sample(pipeline, clip):
     for frame, resample in ((0, 1), (6, 1), (0, 2)):
         condition = Condition(content=clip.frames[0], frame=frame)

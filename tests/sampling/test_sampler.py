@@ -114,6 +114,7 @@ def test_one_program_serves_every_prompt_size_seed_guidance_and_number_of_steps(
     assert program._cache_size() == before
 
 
+@pytest.mark.nightly
 def test_a_request_larger_than_a_row_is_sampled_too():
     large = make_request("wide", (3, 4, 6), seed=4)
     results = sample_requests([SMALL, large])
@@ -132,6 +133,7 @@ def test_guidance_follows_the_prompt_and_the_negative_prompt_by_its_scale():
     assert np.abs(plain - mixed()[1]).max() > 1e-3
 
 
+@pytest.mark.nightly
 def test_a_solver_is_chosen_with_the_request():
     """Heun corrects the first of two steps, from 1 to 2/3; the step to the data is one of Euler."""
     heun = sample_requests([SMALL], Sampling(steps=2, guidance=1.0, solver=Heun()))[0]
@@ -179,6 +181,7 @@ def sample_in_blocks(sampling=SEVEN_STEPS, requests=REQUESTS, **options):
     return sample_latents(DENOISER, requests, sampling=sampling, shape=SHAPE, rows=2, **options)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("solver", [SEVEN_STEPS.solver, DpmMultistep()])
 def test_samples_do_not_depend_on_the_length_of_blocks(solver):
     sampling = Sampling(steps=7, guidance=2.0, solver=solver)

@@ -17,7 +17,7 @@ from dit_video.scenes.protocols import PHYSICS_METRICS
 from dit_video.tokens import Grid
 from support.physics_truths import make_physics_truths
 
-COUNTS = [24, pytest.param(64, marks=pytest.mark.exhaustive)]
+COUNTS = [24, pytest.param(64, marks=pytest.mark.nightly)]
 """Numbers of scenes of each law in slow tests."""
 
 METRICS = {metric.law: metric for metric in PHYSICS_METRICS}

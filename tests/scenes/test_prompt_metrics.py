@@ -61,6 +61,7 @@ def rerender(truths, change):
     return [render(scene).clip for scene in scenes]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("metric", SHARES, ids=lambda metric: metric.name)
 def test_renderings_follow_their_prompt(metric):
     truths = make_truths()[: 12 if metric in APPEARANCES else None]
@@ -77,6 +78,7 @@ def test_many_renderings_follow_their_prompt(metric):
     assert measure(metric, get_clips(truths), truths).value >= 0.99
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("metric", SHARES, ids=lambda metric: metric.name)
 def test_clips_of_other_scenes_fail(metric):
     truths = make_truths()
@@ -89,6 +91,7 @@ def choose_other(values, value):
     return values[(values.index(value) + 1) % len(values)]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("metric", "change"),
     [

@@ -104,7 +104,7 @@ def compute_matches(folder, count):
     ("steps", "loss"),
     [
         pytest.param(100, (), id="softmax", marks=pytest.mark.slow),
-        pytest.param(160, ("--sigmoid",), id="sigmoid", marks=pytest.mark.exhaustive),
+        pytest.param(160, ("--sigmoid",), id="sigmoid", marks=pytest.mark.nightly),
     ],
 )
 def test_a_clip_trained_for_half_a_minute_tells_right_captions_from_wrong_ones(

@@ -133,7 +133,7 @@ def test_the_attention_benchmark_measures_packed_rows(script):
         assert 1 / 12 < figures["mixed segments"]["share"] < 1 / 4
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_the_tiling_benchmark_compares_tiles_with_whole_pictures(script, tiny_run):
     ended = script("tools/benchmark.py", "tiling", "--run", tiny_run)
     assert ended.code == 0
@@ -173,7 +173,7 @@ def test_the_model_benchmark_measures_a_transformer(script):
 
 
 @pytest.mark.parity
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_the_model_benchmark_compares_a_transformer_with_diffusers(script):
     ended = script("tools/benchmark.py", "model", "--small", "--rounds", 1, "--peers")
     assert ended.code == 0
@@ -204,7 +204,7 @@ SMALL = (
 )
 
 
-@pytest.mark.exhaustive  # the rehearsal of the GPU's benchmark has these parts, too
+@pytest.mark.nightly  # the rehearsal of the GPU's benchmark has these parts, too
 def test_models_are_measured_where_only_jax_flax_and_optax_are_installed():
     program = str(PROGRAMS / "script_without_packages.py")
     command = [sys.executable, "-P", program, str(ROOT / "tools" / "benchmark.py"), "denoiser", "data"]

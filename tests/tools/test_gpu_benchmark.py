@@ -70,6 +70,7 @@ def rows(request, load):
     return leaks.draw_arrays(attention.SMALL.checked, inputs, "float32"), inputs
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("backend", [make_attention("dense"), CudnnAttention(kernels=EMULATED_KERNELS)])
 def test_the_reference_and_the_packed_backend_neither_differ_nor_leak(load, rows, backend):
     leaks, (arrays, inputs) = load("gpu.leaks"), rows
@@ -78,6 +79,7 @@ def test_the_reference_and_the_packed_backend_neither_differ_nor_leak(load, rows
     assert leaks.count_leaks(backend, arrays, inputs, clip=clip, others="large") == (0, 0.0)
 
 
+@pytest.mark.nightly
 def test_attention_across_clips_is_a_leak_and_an_error(load, rows):
     leaks, (arrays, inputs) = load("gpu.leaks"), rows
 
@@ -317,6 +319,7 @@ def test_a_case_is_started_as_this_process_was(load):
     assert cases.get_command_prefix(["pytest", "-q"], ["tool.py", "plans"]) == [sys.executable, "tool.py"]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

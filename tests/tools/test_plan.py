@@ -140,7 +140,7 @@ def test_the_command_fits_a_training_and_a_sampler_on_an_absent_tpu(tmp_path, sc
 
 
 @pytest.mark.usefixtures("optimized_compilation")
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_a_plan_for_a_tpu_without_a_price_works(script):
     pytest.importorskip("libtpu")
     done = script(TOOL, CONFIG, "--topology", "v7x:2x2x1", "--rows", 8)
@@ -150,7 +150,7 @@ def test_a_plan_for_a_tpu_without_a_price_works(script):
 
 
 @pytest.mark.usefixtures("optimized_compilation")
-@pytest.mark.exhaustive  # the search compiles for one, too
+@pytest.mark.nightly  # the search compiles for one, too
 def test_the_command_compiles_for_an_absent_tpu(tmp_path, script):
     pytest.importorskip("libtpu")
     target = tmp_path / "plan.json"

@@ -11,7 +11,7 @@ def test_one_two_four_and_eight_devices_continue_with_the_same_losses(tmp_path):
     check_on_eight_devices("elastic_training.py", "device counts", str(tmp_path))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_a_state_that_context_shares_or_not_continues_with_the_same_losses(tmp_path):
     check_on_eight_devices("elastic_training.py", "context", str(tmp_path))
 

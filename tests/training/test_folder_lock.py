@@ -319,7 +319,7 @@ def test_the_client_of_a_service_lets_one_of_two_have_a_folder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "options"),
-    [pytest.param("disk", (), marks=pytest.mark.exhaustive), ("disk", ("no-flock",)), ("gs://bucket", ())],
+    [pytest.param("disk", (), marks=pytest.mark.nightly), ("disk", ("no-flock",)), ("gs://bucket", ())],
 )
 def test_of_two_that_start_at_once_exactly_one_has_the_folder(tmp_path, place, options):
     """They compete fifty times: most folders are new, every tenth has the lease of a machine that is gone."""

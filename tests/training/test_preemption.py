@@ -103,6 +103,7 @@ def test_an_invalid_time_of_the_machine_is_refused_at_the_start_of_a_run(monkeyp
         pass
 
 
+@pytest.mark.nightly
 def test_a_shorter_time_of_the_machine_ends_a_process_that_hangs():
     command = [sys.executable, str(PROGRAMS / "slow_to_stop.py")]
     environment = make_environment(1) | {"DIT_VIDEO_PREEMPTION_GRACE": "1"}

@@ -10,7 +10,7 @@ import pytest
 
 from dit_video.core.storage import to_storage_path
 from dit_video.training.checkpoint import Checkpoints
-from support.marks import mark_exhaustive_except
+from support.marks import mark_nightly_except
 
 pytestmark = pytest.mark.slow  # in CI, that stage has gcsfs
 
@@ -51,7 +51,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
 }
 
 
-@pytest.mark.parametrize("kind", mark_exhaustive_except(["empty", "removed"], DAMAGES))
+@pytest.mark.parametrize("kind", mark_nightly_except(["empty", "removed"], DAMAGES))
 def test_any_damage_of_any_file_leads_to_the_checkpoint_before(gcs, kind):
     """A file without which all values are read does not matter."""
     prefix = f"runs/{kind.replace(' ', '-')}/checkpoints/"

@@ -129,6 +129,7 @@ def make_captioned_clips(folder):
     return MemoryClips(folder, files.__getitem__)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("captions", "expected"),

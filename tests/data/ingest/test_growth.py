@@ -118,6 +118,7 @@ def test_the_clip_of_a_removed_file_is_not_used_any_more(clips, tmp_path, list_i
     assert list_captions(out) == {"a.mp4": (), "b.mp4": (), "test/c.mp4": ()}
 
 
+@pytest.mark.nightly
 def test_a_file_of_another_size_is_another_file(clips, tmp_path, list_inspected):
     out = tmp_path / "out"
     ingest(clips, out)
@@ -134,6 +135,7 @@ def test_a_file_of_another_size_is_another_file(clips, tmp_path, list_inspected)
     assert source[1] == (clips / "b.mp4").read_bytes()
 
 
+@pytest.mark.nightly
 def test_a_source_that_was_moved_is_the_same(clips, tmp_path, list_inspected):
     out = tmp_path / "out"
 

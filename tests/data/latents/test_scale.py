@@ -54,7 +54,7 @@ def write_many(folder, count):
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(60_000, marks=pytest.mark.slow), pytest.param(1_000_000, marks=pytest.mark.exhaustive)]
+    "count", [pytest.param(60_000, marks=pytest.mark.slow), pytest.param(1_000_000, marks=pytest.mark.nightly)]
 )
 def test_latents_of_many_clips_are_opened_in_seconds(tmp_path, monkeypatch, count):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -166,7 +166,7 @@ def test_a_phase_longer_than_a_step_may_take_does_not_end_the_process():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["work", pytest.param("save", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("case", ["work", pytest.param("save", marks=pytest.mark.nightly)])
 def test_a_process_that_was_suspended_for_much_longer_than_its_limits_goes_on(case):
     command = [sys.executable, str(PROGRAMS / "hanging_process.py"), case]
     environment = make_environment(1) | {"NUM_PROCESSES": "1"}

@@ -70,7 +70,7 @@ def test_a_process_that_does_not_start_is_named():
         run_in_all(start, groups[:2])
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_the_load_of_the_first_process_is_linear_up_to_300_processes():
     """Each process has its own connection to the service of process 0, whose CPU time is measured."""
     command = [sys.executable, str(PROGRAMS / "coordinator_load.py"), "100", "300"]

@@ -47,6 +47,7 @@ def compute_true_bits(clip, std=STD):
     return -stats.norm.logpdf(clip, MEAN, std).mean(axis=(0, 1)) / math.log(2)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", mark_slow_except(["shifted-flow-v", "ddpm-noise"], OBJECTIVES))
 def test_bits_of_normal_latents_are_those_of_their_density(name):
     bits = compute_bits(*OBJECTIVES[name], [CLIPS[:2], CLIPS[2:]], [[1, 2], [3]])

@@ -31,6 +31,7 @@ def test_losses_equal_those_by_hand():
             assert losses[number, row, segment - 1] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("process", "prediction"), [FLOW, DDPM], ids=["flow", "ddpm"])
 def test_the_best_model_has_the_variance_that_the_noisy_latents_leave(process, prediction):
     clips = make_clip_rows([draw_clips(4000)], process, prediction, seeds=[[1]])

@@ -34,7 +34,7 @@ def weights(folder):
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("consistency", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        pytest.param("consistency", marks=[pytest.mark.slow, pytest.mark.nightly]),
         pytest.param("dmd", marks=pytest.mark.slow),
     ],
 )

@@ -73,7 +73,7 @@ class Distilled(NamedTuple):
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("consistency", marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+        pytest.param("consistency", marks=[pytest.mark.slow, pytest.mark.nightly]),
         pytest.param("dmd", marks=pytest.mark.slow),
     ],
 )

@@ -170,6 +170,7 @@ def controlled(tmp_path_factory):
     return folder
 
 
+@pytest.mark.nightly
 def test_a_model_with_control_keeps_its_task_and_its_conditioning(controlled):
     experiment = make_finetuning_experiment(controlled, OPTIONS)
     assert experiment.denoiser.backbone == CONTROLLED.replace(remat="full")

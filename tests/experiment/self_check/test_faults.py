@@ -44,7 +44,7 @@ def all_results(tmp_path_factory):
     return run_harness(tmp_path_factory.mktemp("faults"), "--good", "20")
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_changes_a_training_that_goes_on(all_results, name):
     result = all_results[name]
@@ -52,7 +52,7 @@ def test_a_fault_changes_a_training_that_goes_on(all_results, name):
     assert result["effect"]
 
 
-@pytest.mark.exhaustive
+@pytest.mark.nightly
 def test_nine_in_ten_faults_are_named_without_a_false_alarm(all_results):
     good = [result for result in all_results.values() if result["kind"] == "good"]
     assert len(good) == 20

@@ -136,6 +136,7 @@ def test_pictures_with_latents_of_the_same_frames_are_refused(pipeline):
         pipeline.generate(PROMPT, size=(25, *SIZE[1:]), conditions=conditions)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["last_image", "conditions"])
 def test_versions_before_095_know_a_first_image_alone(folder, name):
     pipeline, image = dit_video.load(folder, dtype="float32"), draw_clip(1)

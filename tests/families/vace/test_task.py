@@ -132,6 +132,7 @@ def test_requests_sampled_together_are_those_sampled_alone(pipeline):
         np.testing.assert_allclose(latents, sample_latents(pipeline, **arguments), atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_one_strength_is_that_of_every_layer(pipeline):
     full, half, each, last = (
         sample_latents(pipeline, control=POSES, strengths=strengths)

@@ -72,6 +72,7 @@ def test_every_clip_lies_on_one_canvas_apart_from_the_others(sizes, pixels, prog
             assert (owners[top : top + h, left : left + w] == number).all()
 
 
+@pytest.mark.nightly
 def test_latents_on_a_canvas_are_those_of_the_clip_alone():
     sizes = random_sizes(18)
     assert len(set(sizes)) > 15

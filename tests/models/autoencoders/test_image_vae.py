@@ -39,6 +39,7 @@ def clip(frames, height, width, seed=0):
     return np.tanh(noise.cumsum(axis=2)).astype(np.float32)
 
 
+@pytest.mark.nightly
 def test_frames_are_coded_one_by_one(params):
     pixels = clip(3, 3, 2)
     latents = call("encode", params, pixels)
@@ -81,6 +82,7 @@ def test_latents_are_normalised(params):
     np.testing.assert_allclose(call("decode", params, normal), call("decode", plain, latents), atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_a_fixed_or_zero_variance_keeps_the_mean(params):
     images = clip(1, 4, 6)
     learned = call("posterior", params, images)

@@ -26,7 +26,7 @@ from dit_video.models.autoencoders.streaming import compute_blend_weights, cut_t
 from dit_video.nn import get_graph_def, init_params
 from dit_video.tokens import Grid
 from support.devices import PROGRAMS, check_on_eight_devices, make_environment
-from support.marks import mark_exhaustive_except
+from support.marks import mark_nightly_except
 from support.random_params import make_random_params
 from support.tiny_autoencoders import CONFIGS, assert_frames_are_close
 
@@ -232,7 +232,7 @@ def test_a_height_that_the_devices_do_not_divide_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frames", mark_exhaustive_except((481,), (481, 1441)))
+@pytest.mark.parametrize("frames", mark_nightly_except((481,), (481, 1441)))
 def test_a_long_video_needs_the_memory_of_a_few_seconds(frames):
     """481 frames are twenty seconds, and 1441 a minute."""
     command, environment = [sys.executable, str(PROGRAMS / "streaming_memory.py")], make_environment(1)

@@ -66,6 +66,7 @@ def test_every_network_has_the_interface_of_autoencoders(name):
     assert np.std(decoded) > 0.1
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", mark_slow_except(("video",), CONFIGS))
 def test_indices_determine_the_latents(name):
     config, params, clip, latents, decoded = setting(name)
@@ -147,6 +148,7 @@ def test_the_config_of_kandinsky_has_its_size():
     assert round(count_values(get_param_shapes(VqConfig.kandinsky().make)) / 1e6) == 68
 
 
+@pytest.mark.nightly
 def test_a_fresh_autoencoder_is_finite_and_its_codes_differ():
     config = CONFIGS["video"]
     params = jax.jit(lambda key: init_params(config.make, key))(jax.random.key(0))

@@ -65,6 +65,7 @@ def test_attention_weights_of_a_query_sum_to_one_within_its_clip(config, layers,
     assert result[..., 0, :8].max() > result[..., 0, :8].min()
 
 
+@pytest.mark.nightly
 def test_a_map_shows_what_a_layer_does_not_see():
     config = dataclasses.replace(CONFIG, pattern=(SpaceOnly(), CausalFrames()))
     result = maps(config, make_random_params(config.make), list(range(8)))[:, 0, :, :, :8]

@@ -91,6 +91,7 @@ def test_temporal_layers_alone_are_trained_by_their_name():
     assert {path for path in flatten(grown) if trains(path)} == new
 
 
+@pytest.mark.nightly
 def test_a_video_model_from_nothing_trains_its_temporal_layers():
     """Its gates are zero, too; if its last kernels were zero as well, neither would have a gradient."""
     video = dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=TemporalLayers())

@@ -97,6 +97,7 @@ def test_every_input_and_the_text_change_the_prediction():
         assert np.abs(prediction - base).max() > 1e-2
 
 
+@pytest.mark.nightly
 def test_a_new_model_predicts_zero():
     model = nnx.merge(get_graph_def(CONFIG.make), jax.jit(lambda key: init_params(CONFIG.make, key))(jax.random.key(0)))
     assert isinstance(model, Backbone)

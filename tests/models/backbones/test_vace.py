@@ -50,6 +50,7 @@ def test_packed_clips_are_those_of_separate_rows(params):
     assert_packed_is_unpacked(params, CONFIG)
 
 
+@pytest.mark.nightly
 def test_a_clips_prediction_does_not_depend_on_its_neighbours(params):
     assert_segments_are_apart(params, CONFIG)
 
@@ -92,6 +93,7 @@ def test_each_hint_is_added_after_its_own_block(params):
             assert difference == 0 if block <= layer else difference > 1e-3, (layer, block)
 
 
+@pytest.mark.nightly
 def test_the_number_of_products_does_not_grow_with_depth():
     def count(layers):
         control = VaceControl(latent_channels=1, mask_channels=1, layers=layers // 2)

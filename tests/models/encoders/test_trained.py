@@ -134,6 +134,7 @@ def test_order_counts():
     assert np.abs(swapped[0] - swapped[1]).max() > 1e-2
 
 
+@pytest.mark.nightly
 def test_a_fresh_encoder_tells_texts_apart():
     params = jax.jit(init_params, static_argnums=0)(BYTES.make, jax.random.key(0))
     values, _, _ = run(params, *rows((0,), (1,)))
@@ -202,6 +203,7 @@ def encode(ids, segments):
     return encoder(jnp.asarray(ids)[None], jnp.asarray(segments)[None])
 
 
+@pytest.mark.nightly
 def test_packed_texts_are_encoded_as_alone():
     first, second = TOKENIZE_WORDS("a red ball"), TOKENIZE_WORDS("moves left")
     segments = np.repeat([1, 2, 0], [len(first), len(second), 3])

@@ -77,7 +77,7 @@ ROOT = Path(__file__).resolve().parents[3]
     ("topology", "width"),
     [
         ("v5e:2x2", 64),
-        *(pytest.param(each, 128, marks=pytest.mark.exhaustive) for each in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")),
+        *(pytest.param(each, 128, marks=pytest.mark.nightly) for each in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")),
     ],
 )
 def test_splash_compiles_for_a_topology(topology, width):

@@ -75,6 +75,7 @@ def plain(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("size", [(3, 8, 6), (2, 7, 5), (1, 1, 1), (4, 2, 9)])
 @pytest.mark.parametrize("rows", [1, 20, 4096])  # tiles at once: one picture, some, all
 def test_values_and_gradients_are_those_of_the_plain_sum(size, rows, monkeypatch):

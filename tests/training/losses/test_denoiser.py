@@ -74,6 +74,7 @@ def embedded(*rows) -> PackedBatch:
     return stack_rows(packed)
 
 
+@pytest.mark.nightly
 def test_embeddings_have_the_same_loss_wherever_they_are_packed():
     params = {"backbone": PARAMS["backbone"], "text": init_params(FROZEN.make, rng.key(0, "text"))}
     assert params["text"] == {}

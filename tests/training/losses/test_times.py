@@ -88,6 +88,7 @@ def test_the_times_of_frames_are_those_of_the_objective():
     assert shuffled < 0.15  # neighbours are independent
 
 
+@pytest.mark.nightly
 def test_the_loss_is_of_every_frame_at_its_own_time():
     loss = make_loss(frame_conditioning=FrameConditioning(prob=1.0))
     keys = example_keys(key(3, "noise"), STEP, ROWS.examples)
@@ -113,6 +114,7 @@ def test_clip_sizes_are_computed_for_every_clip_of_a_row():
     np.testing.assert_array_equal(sizes.frame_tokens, [[2, 3, 3], [3, 1, 1]])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("time_per", ["clip", "frame"])
 def test_clips_of_one_row_are_trained_at_the_shift_of_their_own_size(time_per):
     by_size = RectifiedFlow(shift=2.0, size_shift=SHIFT)

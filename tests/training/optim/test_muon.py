@@ -82,6 +82,7 @@ def get_largest_singular_value(matrix):
     return np.linalg.svd(np.asarray(matrix, np.float32), compute_uv=False)[0]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("rounding", MANTISSA_BITS)
 @pytest.mark.parametrize(
     "shape", mark_slow_except([(768, 256)], [(768, 256), (256, 256), (256, 768), (1536, 512)]), ids=str
