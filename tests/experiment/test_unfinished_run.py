@@ -42,7 +42,7 @@ def test_an_unfinished_run_has_the_preview_decoder_of_its_autoencoder(copy, tiny
 def test_what_is_read_of_a_run_trains_nothing(copy, monkeypatch):
     shutil.rmtree(copy / "pipeline")
     (copy / "autoencoder" / "weights.safetensors").unlink()
-    monkeypatch.setattr(Trainer, "prepare", lambda *_: pytest.fail("a training was started"))
+    monkeypatch.setattr(Trainer, "run", lambda *_: pytest.fail("a training was started"))
     run = Run.open(copy)
     for read in (lambda: dit_video.load(copy), run.codec, run.encoding, run.open_latents):
         with pytest.raises(MissingError, match="no trained autoencoder yet; continue its training with: python"):

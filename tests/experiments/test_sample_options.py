@@ -114,7 +114,7 @@ def files(tmp_path_factory):
         ("wan", ("--zero-star", "True", "--steps", 1), "zero_steps=1 is invalid: it must be below the number of steps"),
         ("own", ("--skip-layers", 2), "skip_layers=(2,) is invalid: the model has 2 layers"),
         ("own", ("--guidance", 4, 3), "guidance=(4.0, 3.0) is invalid: this model has no second expert"),
-        ("own", ("--guidance", 4, 3, 2), "--guidance 4 3 2 is invalid: it must be one or two numbers"),
+        ("own", ("--guidance", 4, 3, 2), "--guidance: more than two numbers"),
         ("wan", ("--strengths", "control=0.5"), "conditioning control is unknown to this model"),
         ("wan", ("--prompts", "image.json"), "method='trained' is invalid"),
         ("wan", ("--prompts", "noise.json"), "has shape (1, 4, 4, 4), not (1, 4, 5, 4)"),

@@ -58,7 +58,7 @@ def test_columns_of_captions_and_vectors_are_options(script, data, tmp_path):
     [
         (("--captions", "nothing"), "captions=nothing"),
         (("--vectors", "nothing"), "vectors=nothing"),
-        (("--to", "parquet"), "videofolder, webdataset, csv"),
+        (("--to", "parquet"), "('videofolder', 'webdataset', 'csv')"),
         (("--where", "motion >"), "not an expression"),
         (("--where", "motion > 9"), "selects no clip"),
         (("--splits", "dev"), "splits=dev"),

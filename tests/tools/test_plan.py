@@ -63,7 +63,7 @@ def test_the_command_searches_for_a_mesh_that_fits(script):
         ),
         (
             ("tests/support", "--topology", "h100:8", "--of", "sampler", "--rows", "2", "--set", "x=1"),
-            "--rows --set is invalid for a folder, of which one request is planned. Leave it out",
+            "--rows --set is invalid for a folder, for which one request is planned. Leave it out",
         ),
         (
             (CONFIG, "--topology", "h100:8", "--offload", "layers"),

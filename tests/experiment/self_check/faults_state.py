@@ -257,7 +257,7 @@ def averages_restored_as_weights(run):
     variant="resumed",
 )
 def data_restarted_at_resume(run):
-    replace_method(Trainer, "prepare", lambda prepare: lambda self, batches: prepare(self, lambda start: batches(0)))
+    replace_method(Trainer, "run", lambda run: lambda self, batches: run(self, lambda start: batches(0)))
 
 
 @FAULTS.add("A training of the temporal layers changes all of them.", "trained_parameters", variant="temporal")

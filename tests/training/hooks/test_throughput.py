@@ -50,7 +50,7 @@ def test_entries_have_the_shares_of_the_time_so_far(tmp_path):
     assert seconds == sorted(seconds)
     # The records say the same as the last entry.
     times = summarize(read_attempts(tmp_path / "goodput"))
-    assert times.total / 1e6 == pytest.approx(last["run_seconds"], abs=0.2)
+    assert times.total / 1e6 == pytest.approx(last["run_seconds"], abs=1)  # the attempt ends after the last entry
     assert times.microseconds["hook/validate"] >= 0.6e6
     assert times.kept_steps == 30
 
