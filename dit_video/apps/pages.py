@@ -7,8 +7,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from dit_video.apps.reports.elements import make_environment
 from dit_video.core.errors import MissingError
+from dit_video.core.templates import make_environment
 
 _ENVIRONMENT = make_environment("dit_video.apps")
 _TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}

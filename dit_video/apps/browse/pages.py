@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 from dit_video.apps.browse.media import MediaMaker
 from dit_video.apps.browse.table_view import RowQuery, TableView, read_rows
-from dit_video.apps.reports.elements import make_environment
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path, write_text
+from dit_video.core.templates import make_environment
 from dit_video.curation.export.stored_clips import StoredClips, detect_media_type
 
 

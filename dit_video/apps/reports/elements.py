@@ -1,7 +1,6 @@
 """Elements of pages as HTML: templates in which text cannot become markup, line charts, clips and tables."""
 
 import base64
-import importlib.resources
 import json
 import math
 import re
@@ -10,27 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 from jaxtyping import Float64
 from markupsafe import Markup, escape
 
 from dit_video.core.errors import UserError
+from dit_video.core.templates import make_environment
 from dit_video.video import Clip, encode
-
-_FOLDER = importlib.resources.files("dit_video.apps.reports")
-
-
-def make_environment(package: str) -> jinja2.Environment:
-    """Return an environment for the folder `templates` of a package, in which text cannot become markup."""
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader(package),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
 
 _ENVIRONMENT = make_environment("dit_video.apps.reports")
 
@@ -70,12 +55,6 @@ def render_template(name: str, **values: Any) -> Markup:
     return Markup(_ENVIRONMENT.get_template(name).render(values))
 
 
-def read_asset(name: str) -> Markup:
-    """Return a style sheet or script of this folder, for a page to contain."""
-    return Markup(_FOLDER.joinpath(name).read_text(encoding="utf-8"))
-
-
-_ENVIRONMENT.globals["read_asset"] = read_asset
 _WIDTH, _HEIGHT = 560, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 546, 14, 266
 """Edges of the axes, in pixels from the chart's left and upper edges."""

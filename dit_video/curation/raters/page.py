@@ -1,6 +1,5 @@
 """The page: pairs of samples under random names, and its key in a file of its own."""
 
-import importlib.resources
 import itertools
 import math
 import zlib
@@ -9,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-from markupsafe import Markup
-
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import atomic_path, write_text
+from dit_video.core.templates import make_environment
 from dit_video.curation.raters.prompt_domains import PromptDomains, load_default_prompt_domains
 from dit_video.curation.raters.samples import PromptSamples, copy_sample, degrade, read_sample_sets
 from dit_video.curation.raters.votes import FORMAT, QUESTIONS, TIE, PageControl, PageKey, PagePair
@@ -196,12 +193,7 @@ def _render_page(key: PageKey, files: Mapping[str, str], title: str) -> str:
         ],
         "draws": _list_draws(key),
     }
-    folder = importlib.resources.files(__package__)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals["read_asset"] = lambda name: Markup(folder.joinpath(name).read_text(encoding="utf-8"))
-    template = environment.from_string(folder.joinpath("side_by_side.html.jinja").read_text(encoding="utf-8"))
+    template = make_environment("dit_video.curation.raters").get_template("side_by_side.html.jinja")
     return template.render(title=title, data=data, questions=QUESTIONS)
 
 
