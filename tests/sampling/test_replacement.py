@@ -45,6 +45,13 @@ def test_latents_of_a_strength_below_1_are_released(pipeline, clip):
     np.testing.assert_allclose(never, free, atol=1e-5)
 
 
+def test_a_keyframe_off_the_temporal_stride_is_kept(pipeline, clip):
+    condition = Condition(content=clip.frames[6], frame=6)
+    kept, free = (pipeline.generate("red", size=SIZE, conditions=each) for each in ([condition], []))
+    gain = compute_limited_psnr(clip.frames[6], kept.frames[6]) - compute_limited_psnr(clip.frames[6], free.frames[6])
+    assert gain > 3
+
+
 def test_pixels_next_to_a_region_are_kept_although_they_share_latents_with_it(pipeline, clip):
     mask = np.zeros(SIZE, bool)
     mask[:, :, :11] = True  # the second column of latents has known columns 8 to 10, and unknown ones
