@@ -1,4 +1,4 @@
-"""What a model predicts, the weights of its loss, and both as the objective that it is trained with."""
+"""Training objectives: what the network predicts (data, noise, velocity, …), and how its loss is weighted over time."""
 
 import math
 from abc import ABC, abstractmethod

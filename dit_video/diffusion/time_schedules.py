@@ -1,4 +1,4 @@
-"""Times of the steps of a sampler."""
+"""Time schedules of samplers: the diffusion times at which a solver steps from noise to data."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Sharding of parameters, of their updates and of their gradients."""
+"""Sharding rules of parameters, and the sharding of optimizer updates and weight gradients that follows from them."""
 
 import functools
 import math

@@ -19,7 +19,7 @@ _LoadedAutoencoder = tuple[AutoencoderConfig, dict[str, Any]]
 _FORMATS_BY_CLASS = {each.class_name: each for each in (WAN_FORMAT, IMAGE_FORMAT, VQ_FORMAT, LTX_FORMAT)}
 EXTERNAL_CLASSES = tuple(_FORMATS_BY_CLASS)
 """Supported model classes of diffusers."""
-SUPPORTED_CLASSES = (*EXTERNAL_CLASSES, io.CLASS)
+SUPPORTED_CLASSES = (*EXTERNAL_CLASSES, io.NATIVE_CLASS)
 
 
 def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
@@ -31,7 +31,7 @@ def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
     """
     folder = Path(folder)
     document = _read_document(folder)
-    if document["_class_name"] == io.CLASS:
+    if document["_class_name"] == io.NATIVE_CLASS:
         config = io.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
         return config, io.read_native(folder, config)
     return _FORMATS_BY_CLASS[document["_class_name"]].load(folder, document)
@@ -44,7 +44,7 @@ def check_autoencoder_weights(folder: str | os.PathLike) -> None:
     """
     folder = Path(folder)
     document = _read_document(folder)
-    if document["_class_name"] != io.CLASS:
+    if document["_class_name"] != io.NATIVE_CLASS:
         _FORMATS_BY_CLASS[document["_class_name"]].check_weights(folder, document)
         return
     config = io.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
@@ -56,7 +56,7 @@ def read_autoencoder_config(folder: str | os.PathLike) -> AutoencoderConfig:
     """Read the config of an autoencoder, without the weights; raises as `load_autoencoder` does."""
     folder = Path(folder)
     document = _read_document(folder)
-    if document["_class_name"] == io.CLASS:
+    if document["_class_name"] == io.NATIVE_CLASS:
         return io.read_native_config(folder, document, AutoencoderConfig, "an autoencoder")
     return _FORMATS_BY_CLASS[document["_class_name"]].read_config(folder, document)
 

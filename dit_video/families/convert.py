@@ -58,9 +58,9 @@ def convert(
     kind, formats = str(document.get("_class_name") or document.get("model_type")), list_formats()
     if document:
         denoisers = [name for each in formats for name in each.layouts]
-        supported = (*denoisers, *AUTOENCODERS, *T5_MODEL_TYPES, io.CLASS)
+        supported = (*denoisers, *AUTOENCODERS, *T5_MODEL_TYPES, io.NATIVE_CLASS)
         folders.check_class(source, kind, supported)
-    config = io.read_native_config(source, document) if kind == io.CLASS else None
+    config = io.read_native_config(source, document) if kind == io.NATIVE_CLASS else None
     if kind in AUTOENCODERS or (config is not None and not isinstance(config, BackboneConfig | T5Config)):
         _convert_autoencoder(source, destination, document, layout, dtype, shard_bytes)
         return
@@ -170,7 +170,7 @@ def _convert_autoencoder(
     """Convert an autoencoder between diffusers' and the native layout."""
     if layout == "authors":
         raise UserError("the authors' layout of autoencoders is not supported. Use diffusers or dit_video")
-    if document["_class_name"] == io.CLASS:
+    if document["_class_name"] == io.NATIVE_CLASS:
         config = io.read_native_config(folder, document)
         params = io.read_native(folder, config, dtype_fn=lambda path: None)
     else:

@@ -151,7 +151,7 @@ def open_files(
         denoiser_format, tensors, document = opened
     else:
         document = _read_document(formats, folder)
-        if document["_class_name"] == io.CLASS:
+        if document["_class_name"] == io.NATIVE_CLASS:
             config = io.read_native_config(folder, document, config_class, "a supported denoiser")
             with io.open_native(folder, config, _get_shapes(config)) as source:
                 yield config, source
@@ -209,7 +209,7 @@ def read_files_config(formats: Sequence[DenoiserFormat], folder: Path, *, config
         with open_files(formats, folder, config_class=config_class) as (config, _):
             return config
     document = _read_document(formats, folder)
-    if document["_class_name"] == io.CLASS:
+    if document["_class_name"] == io.NATIVE_CLASS:
         return io.read_native_config(folder, document, config_class, "a supported denoiser")
     return _get_format(formats, document).read_config(folder, document)
 
@@ -217,7 +217,7 @@ def read_files_config(formats: Sequence[DenoiserFormat], folder: Path, *, config
 def _read_document(formats: Sequence[DenoiserFormat], folder: Path) -> dict[str, Any]:
     """Read `config.json`; raise UserError if the model class is that of none of the formats."""
     document, classes = folders.read_document(folder), [name for each in formats for name in each.layouts]
-    folders.check_class(folder, document.get("_class_name"), (*classes, io.CLASS))
+    folders.check_class(folder, document.get("_class_name"), (*classes, io.NATIVE_CLASS))
     return document
 
 

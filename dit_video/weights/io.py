@@ -28,7 +28,7 @@ from dit_video.weights.safetensors import check_safetensors_file, check_tensors_
 from dit_video.weights.streaming import FileMap, FolderSource, ParamSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
 
-CLASS, STEM = "dit_video", "model"
+NATIVE_CLASS, STEM = "dit_video", "model"
 
 
 def read_native(
@@ -136,7 +136,7 @@ def write_native(
     shapes = get_param_shapes(config.make)
     file_map = FileMap.from_params(shapes)
     streaming.write(folder, STEM, source, file_map, shapes, dtype=dtype, shard_bytes=shard_bytes, metadata={})
-    write_json(Path(folder) / "config.json", {"_class_name": CLASS, "config": config_json.to_json(config)})
+    write_json(Path(folder) / "config.json", {"_class_name": NATIVE_CLASS, "config": config_json.to_json(config)})
 
 
 EncoderConfigT = TypeVar("EncoderConfigT")

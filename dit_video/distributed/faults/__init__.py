@@ -1,1 +1,1 @@
-"""Lost and hanging processes: heartbeats, limits of time, and stacks of all threads."""
+"""Detection of lost and of hanging processes: heartbeats, time limits and stack traces."""

@@ -160,7 +160,7 @@ INCEPTION_CLASSES = 1008
 INCEPTION_SIDE = 299
 """Height and width of its images in pixels."""
 InceptionPool = Literal["mean", "max", "halve"]
-"""InceptionPool of a block: 3×3 at every position before a unit, or at every second one without a unit."""
+"""Pool of a block: 3×3 at every position before a unit, or at every second one without a unit."""
 
 
 class InceptionUnit(NamedTuple):

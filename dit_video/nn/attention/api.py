@@ -1,4 +1,4 @@
-"""Interface of attention: inputs, and the functions that backends implement."""
+"""The interface of attention backends: queries, keys, values, segments and biases in, outputs out."""
 
 import itertools
 import math

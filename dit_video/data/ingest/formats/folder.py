@@ -42,9 +42,8 @@ _CAPTION_LISTS = ("captions.txt", "caption.txt", "prompts.txt", "prompt.txt")
 """Names of two lists, of a path and of a caption a line (finetrainers, docs/dataset/README.md)."""
 _CAPTION_FOLDER = "captions"
 """Name of a folder of caption files that lie apart from their clips."""
-_TEXT_SUFFIXES = frozenset(
-    (*TABLE_SUFFIXES, *CAPTION_SUFFIXES, *".yaml .yml .toml .xml .xls .xlsx .ods .srt .vtt".split())  # noqa: SIM905
-)
+_UNREAD_SUFFIXES = (".yaml", ".yml", ".toml", ".xml", ".xls", ".xlsx", ".ods", ".srt", ".vtt")
+_TEXT_SUFFIXES = frozenset((*TABLE_SUFFIXES, *CAPTION_SUFFIXES, *_UNREAD_SUFFIXES))
 """Suffixes of files that may hold captions."""
 _NO_CAPTIONS = ("readme", "license", "licence")
 """Names, without suffix, of files without captions."""
