@@ -12,10 +12,10 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from dit_video.apps import __main__ as command
 from dit_video.apps import server
 from dit_video.core.errors import MissingError, UserError
 from dit_video.distributed import MeshConfig
+from dit_video.web import __main__ as command
 from support.tiny_pipeline import make_config, make_pipeline
 
 CONFIG = make_config(steps=2)
