@@ -54,15 +54,14 @@ from dit_video.planning import (
     Calibration,
     Topology,
     find_efficiencies,
-    fit,
-    fit_pipeline,
     get_calibration_folder,
-    plan_experiment,
-    plan_pipeline,
     read_calibration,
-    suggest,
 )
 from dit_video.planning.efficiencies import calibrate
+from dit_video.planning.fit import fit
+from dit_video.planning.pipeline import fit_pipeline, plan_pipeline
+from dit_video.planning.plan import plan_experiment
+from dit_video.planning.suggest import suggest
 
 _EXPERIMENT_OPTIONS = ("mesh", "rows", "clips", "steps", "price", "measure", "suggest", "set")
 _FOLDER_OPTIONS = ("size", "offload", "dtype", "text_dtype")

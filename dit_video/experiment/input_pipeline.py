@@ -12,7 +12,8 @@ from jaxtyping import Float, Int64
 
 from dit_video.core.errors import UserError
 from dit_video.core.grid import find_distinct_grids
-from dit_video.data.buckets import Buckets, load_bucket_batches, plan_buckets
+from dit_video.data.bucket_batches import load_bucket_batches
+from dit_video.data.buckets import Buckets, plan_buckets
 from dit_video.data.captions import (
     CachedCaptions,
     CaptionSource,

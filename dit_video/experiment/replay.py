@@ -22,7 +22,7 @@ from dit_video.distributed import MeshConfig
 from dit_video.experiment.run import StagedRun
 from dit_video.experiment.runtime import Stage, Training
 from dit_video.experiment.stages.denoiser import TrainDenoiser
-from dit_video.training.checkpoint_io import compute_digests
+from dit_video.training.digests import compute_digests
 from dit_video.training.hooks.hash_chain import CHAIN_FILE, Record, make_step_record, read_chain
 
 TOLERANCES = {"loss": 1e-6, "gradient_norm": 5e-6}

@@ -1,4 +1,7 @@
-"""Plans of experiments and of single steps, compiled for hardware that need not be present."""
+"""Costs, memory and programs of steps for hardware that need not be present.
+
+Plans of experiments are in `planning.plan`, `fit`, `suggest` and `pipeline`, which import what trainings need.
+"""
 
 from dit_video.planning.compiled_program import (
     CompiledStep,
@@ -18,11 +21,8 @@ from dit_video.planning.costs import (
     sum_collective_bytes,
 )
 from dit_video.planning.efficiencies import Calibration, find_efficiencies, get_calibration_folder, read_calibration
-from dit_video.planning.fit import FitResult, fit
 from dit_video.planning.hardware import CHIPS, Chip, Topology, find_chip
 from dit_video.planning.hlo import CollectiveTraffic, read_program
-from dit_video.planning.pipeline import PipelinePlan, fit_pipeline, plan_pipeline
-from dit_video.planning.plan import Plan, plan_experiment
 from dit_video.planning.roofline import (
     Efficiencies,
     Efficiency,
@@ -32,4 +32,3 @@ from dit_video.planning.roofline import (
     compute_step_times,
     get_link_bandwidth,
 )
-from dit_video.planning.suggest import suggest

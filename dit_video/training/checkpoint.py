@@ -39,7 +39,6 @@ from dit_video.training.agreement import SharedResult, call_together, check_is_n
 from dit_video.training.checkpoint_io import (
     SaveBarrier,
     check_arrays,
-    compute_digests,
     convert_save_errors,
     create_folder,
     describe_array,
@@ -49,6 +48,7 @@ from dit_video.training.checkpoint_io import (
     rename_unreadable,
     resolve_folder,
 )
+from dit_video.training.digests import compute_digests
 from dit_video.training.folder_lock import check_locks
 
 

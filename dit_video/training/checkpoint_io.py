@@ -1,7 +1,6 @@
 """Contents and files of checkpoints: arrays with their digests, and how Orbax reads and writes them."""
 
 import contextlib
-import functools
 import itertools
 import logging
 import os
@@ -10,11 +9,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, UInt32
 
 from dit_video.core.errors import TransientError, UserError
 from dit_video.core.storage import classify_storage_error, convert_storage_errors, is_transient, retry_transient
@@ -185,48 +182,6 @@ def convert_save_errors(step: int, folder: CheckpointFolder) -> Iterator[None]:
             raise
         advice = "free disk space or grant write permission, then run the same command to resume."
         raise UserError(f"{message}: {advice}") from error
-
-
-def compute_digests(arrays: Mapping[str, Array], *, is_mixed: bool = True) -> dict[str, int]:
-    """Return the digest of each array, in all processes; it is the same on every mesh.
-
-    Args:
-      arrays: Arrays by their paths.
-      is_mixed: Whether bits are mixed, as in checkpoints of format 2. Without that, equal values whose low bits are
-        zero may have the digest of zeros.
-    """
-    # One array at a time: on CPUs, concurrent multi-device programs may deadlock.
-    return {path: int(compute_digest(array, is_mixed=is_mixed)) for path, array in arrays.items()}
-
-
-@functools.partial(jax.jit, static_argnames="is_mixed")
-def compute_digest(array: Array, *, is_mixed: bool = True) -> UInt32[Array, ""]:
-    """Return the sum of the bits of all values, mixed or weighted with their position, modulo 2^32."""
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    if array.dtype == jnp.bool_:
-        words = array.astype(jnp.uint32)
-    else:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-        words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    position = number_values(words.shape)
-    words = mix_bits(words ^ mix_bits(position + jnp.uint32(1))) if is_mixed else words * (2 * position + 1)
-    return jnp.sum(words, dtype=jnp.uint32)
-
-
-def number_values(shape: tuple[int, ...], *, start: int = 0) -> UInt32[Array, "..."]:
-    """Return the index of each value in row-major order, after `start` times their number, modulo 2^32."""
-    position = jnp.full(shape, start, jnp.uint32)
-    for axis, size in enumerate(shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return position
-
-
-def mix_bits(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Mix the bits of each word, so that each depends on all others, by the finalizer of MurmurHash3."""
-    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
-    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
-    return words ^ (words >> 16)
 
 
 def describe_array(leaf: Any) -> dict[str, Any]:

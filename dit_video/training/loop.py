@@ -279,7 +279,7 @@ def _is_finite(array: Array) -> Bool[Array, ""]:
 def _find_nonfinite(state: Any) -> str | None:
     """Return the path of the first array with NaN or infinity, or None."""
     arrays = {path: leaf for path, leaf in trees.flatten(state).items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
-    # One array at a time, see `checkpoint_io.compute_digests`.
+    # One array at a time, see `digests.compute_digests`.
     return next((path for path, array in arrays.items() if not _is_finite(array)), None)
 
 

@@ -16,7 +16,7 @@ from dit_video.core import trees
 from dit_video.distributed import make_batch_shardings, make_shardings
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.sharding import constrain_like_params
-from dit_video.training.checkpoint_io import compute_digest
+from dit_video.training.digests import compute_digest
 from dit_video.training.optim.ema import EmaConfig, update_averages, update_ema
 from dit_video.training.optim.optimizer import get_schedule_free_average
 from dit_video.training.state import TrainState, attach_shardings, get_shapes_on_devices, init_state, replace_step

@@ -8,8 +8,9 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import AllWeights, LoraAdapters
-from dit_video.planning import Topology, fit, plan_experiment
-from dit_video.planning.fit import apply_settings, list_settings
+from dit_video.planning import Topology
+from dit_video.planning.fit import apply_settings, fit, list_settings
+from dit_video.planning.plan import plan_experiment
 from dit_video.tokens import PackedShape
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.optimizer import OptimizerConfig

@@ -10,7 +10,8 @@ from dit_video.core.errors import UserError
 from dit_video.core.offload import Layers, Stages, is_stacked_kernel
 from dit_video.core.trees import flatten
 from dit_video.families.family import LoadOptions
-from dit_video.planning import CHIPS, Topology, fit_pipeline, plan_pipeline
+from dit_video.planning import CHIPS, Topology
+from dit_video.planning.pipeline import fit_pipeline, plan_pipeline
 from dit_video.weights import load_clip_vision
 from support.tiny_ltx import SIZE as LTX_SIZE
 from support.tiny_ltx import write_ltx

@@ -14,9 +14,10 @@ from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetu
 from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective
 from dit_video.models.backbones.flops import count_forward_flops
 from dit_video.models.backbones.unet import UnetConfig
-from dit_video.planning import Topology, compile_step, plan_experiment, suggest
+from dit_video.planning import Topology, compile_step
+from dit_video.planning.plan import plan_experiment
 from dit_video.planning.steps import fill_row, plan_step
-from dit_video.planning.suggest import list_candidates
+from dit_video.planning.suggest import list_candidates, suggest
 from dit_video.tokens import CanvasShape, Grid
 from support.devices import check_on_eight_devices
 from support.marks import mark_slow_except

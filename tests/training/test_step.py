@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from dit_video.core import trees
-from dit_video.training.checkpoint_io import compute_digests
+from dit_video.training.digests import compute_digests
 from dit_video.training.optim.ema import EmaConfig, gamma_from_sigma
 from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule, make_optimizer
 from dit_video.training.state import init_state

@@ -27,7 +27,7 @@ from dit_video.experiment.self_check.step_checks import (
 )
 from dit_video.experiment.self_check.subject import FILE, CheckedTraining, Problem, ProblemLog
 from dit_video.tokens import PackedBatch
-from dit_video.training.checkpoint_io import compute_digests
+from dit_video.training.digests import compute_digests
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.step import GradientStep
 

@@ -24,7 +24,7 @@ from dit_video.experiment.self_check.subject import CheckedTraining, Problem
 from dit_video.models.conditioning import COND_LATENTS, ConditioningLatents
 from dit_video.tokens import PackedBatch
 from dit_video.tokens.positions import Rotary3d, compute_rotary_angles
-from dit_video.training.checkpoint_io import mix_bits, number_values
+from dit_video.training.digests import mix_bits, number_values
 
 SMALL = 0.02
 """Root mean square of a parameter below which it gets random values."""

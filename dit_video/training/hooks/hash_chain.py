@@ -3,7 +3,7 @@
 `hash_chain.jsonl` has a record for each start (versions of the code, devices, mesh, plan of the data), for each step
 (digests of the batch's arrays, the bits of loss and gradient norm) and for each saved state (digests of its arrays).
 Each record ends with a hash of itself and of the record before, so that a damaged or edited file is noticed. Digests do
-not depend on the mesh (see `checkpoint_io`). `experiment.replay` compares them.
+not depend on the mesh (see `digests`). `experiment.replay` compares them.
 """
 
 import hashlib

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from dit_video.distributed import MeshConfig, Slices, make_mesh
 from dit_video.distributed.mesh import count_axis_slices
-from dit_video.planning import Topology, compile_step, plan_experiment
+from dit_video.planning import Topology, compile_step
+from dit_video.planning.plan import plan_experiment
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support import tiny
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.training.checkpoint_io import compute_digests
+from dit_video.training.digests import compute_digests
 from dit_video.training.hooks.hash_chain import HashChain, read_chain
 from dit_video.training.step import BATCH_DIGESTS
 

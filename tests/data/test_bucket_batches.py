@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.buckets import BatchMemory, BucketConfig, compute_covering_size, load_bucket_batches, plan_buckets
+from dit_video.data.bucket_batches import compute_covering_size, load_bucket_batches
+from dit_video.data.buckets import BatchMemory, BucketConfig, plan_buckets
 from dit_video.data.captions import EmbeddedCaptions, TokenizedCaptions
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.ingest.engine import ingest
