@@ -21,6 +21,8 @@ MISTAKE = 2
 """Exit code of processes that want a person to act first."""
 MAX_STARTS = 5
 """Number of starts after which the training has not recovered."""
+MAX_HANG_SECONDS = 180.0
+"""Seconds in which a process that hangs has to be noticed."""
 PROCESS_COUNTS = (2, 3, 4)
 """Numbers of processes of a training that is resized."""
 
@@ -95,6 +97,13 @@ class Chaos:
             self._note_end(event)
         codes = event.codes[-1]
         event.hit = all(code not in (0, KILLED) for index, code in enumerate(codes) if index != victim)
+
+    def hang(self, event: Event) -> None:
+        """Let a process hang, while its heartbeats go on."""
+        self.cluster.processes[self._choose_victim(event)].send_signal(signal.SIGUSR1)
+        self.cluster.wait_for(lambda: False, MAX_HANG_SECONDS)
+        event.hit = any(" hangs: " in output for output in self.cluster.read_outputs())
+        self._note_end(event)
 
     def pause(self, event: Event) -> None:
         """Stop a process for a time that is tolerated: the same processes go on."""

@@ -32,16 +32,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
-from chaos_cluster import KILLED, SILENCE, Cluster, make_environment  # noqa: E402
+from chaos_cluster import SILENCE, Cluster, make_environment  # noqa: E402
 from chaos_disturbances import MAX_STARTS, MISTAKE, PROCESS_COUNTS, Chaos, Event  # noqa: E402
 
 from support.fake_gcs import FakeGcs, serve  # noqa: E402
 
 PROCESSES = 4
 STEPS = 100
-KINDS = ("kill", "kill_starting", "freeze", "pause", "preempt", "damage", "outage", "flaky", "slow", "deny")
+KINDS = ("kill", "kill_starting", "freeze", "hang", "pause", "preempt", "damage", "outage", "flaky", "slow", "deny")
 TRAININGS = ("fixed", "resized")
 """Trainings of a round: one with as many processes all the time, and one whose number of processes changes."""
+LOSSES = ("kill", "kill_starting", "freeze", "damage", "flaky", "remove")
+"""Kinds by which a process is lost."""
 TOLERATED = ("pause", "slow")
 """Kinds after which no process may end."""
 MAX_PAUSE_STEPS, MAX_PAUSE_SECONDS = 6, 1.0
@@ -217,8 +219,8 @@ def recover(cluster: Cluster, event: Event) -> None:
     first = cluster.find_first_step(beyond=event.step, since=end)
     codes = {code for codes in event.codes for code in codes}
     is_orderly = not codes & {1, -signal.SIGSEGV} and (MISTAKE not in codes or event.kind == "deny")
-    # JAX aborts processes only where the first one, which keeps them together, was killed.
-    is_orderly &= all(-signal.SIGABRT not in codes or codes[0] == KILLED for codes in event.codes)
+    # JAX aborts processes only where one was lost.
+    is_orderly &= -signal.SIGABRT not in codes or event.kind in LOSSES
     event.recovered = first is not None and is_orderly and not (event.codes and event.kind in TOLERATED)
     if first is not None:
         event.seconds = first.time - event.begin

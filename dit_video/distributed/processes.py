@@ -1,8 +1,9 @@
 """Several processes as one run: detection, connection, and checks that they run the same.
 
 A script runs its work inside `initialize_distributed()`. It detects from the environment if the process is one of
-several, connects them (`jax.distributed`), stops them if they were started with different configs or code, and monitors
-them (`heartbeat`, `hang_watch`). A single process is only watched for trainings that hang.
+several, connects them (`jax.distributed`), and stops them if they were started with different configs or code. JAX's
+heartbeats end all of them if one is lost; `hang_watch` ends all if one hangs, or has ended with an error. A single
+process is only watched for trainings that hang.
 
 Detection (`cluster_detection`), in this order:
 
@@ -12,15 +13,19 @@ Detection (`cluster_detection`), in this order:
 """
 
 import contextlib
+import hashlib
 import itertools
+import json
 import math
 import os
+import re
 import socket
 import sys
 import threading
 import time
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -30,10 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
+from dit_video.core import config_json
+from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, TransientError, UserError
 from dit_video.distributed.faults.hang_watch import HangWatch
-from dit_video.distributed.faults.health import GRACE_SECONDS
-from dit_video.distributed.faults.heartbeat import HeartbeatMonitor
 from dit_video.distributed.faults.stacks import exit_now
 from dit_video.distributed.faults.store import KeyValueStore
 from dit_video.distributed.faults.timeouts import TimeoutConfig
@@ -192,18 +196,105 @@ def initialize_distributed(
             yield
         return
     _connect(info, timeouts)
-    with HeartbeatMonitor(timeouts) as monitor:
-        monitor.compare({"config": config, "code": code})
-        if jax.process_index() == 0:
-            print(_describe_processes(info), file=sys.stderr)
-        with HangWatch(
-            timeouts,
-            end=monitor.report_hang,
-            is_waiting=lambda: monitor.is_other_busy,
-            count_run_changes=lambda: monitor.num_changes,
-        ):
+    store = KeyValueStore("run")
+    names = _compare_processes(store, {"config": config, "code": code}, timeouts)
+    name = names[store.group.process_id]
+    if jax.process_index() == 0:
+        print(_describe_processes(info, names), file=sys.stderr)
+    with HangWatch(timeouts, store, name=name) as watch:
+        try:
             _connect_devices()
             yield
+        except BaseException as error:
+            _end_with_error(error, store, watch, names, timeouts)
+            raise
+        store.meet("done")  # The others may have more to do, and are watched meanwhile.
+
+
+def _compare_processes(store: KeyValueStore, settings: dict[str, Any], timeouts: TimeoutConfig) -> list[str]:
+    """Return the names of all processes, and stop the run in all of them if one has different settings.
+
+    Raises:
+      TransientError: If some do not start in time.
+      UserError: If one differs; the message names the first difference and the processes.
+    """
+
+    def meet(title: str, text: str, combine: Callable[[list[str]], str]) -> str:
+        try:
+            return store.meet(title, text, combine=combine, seconds=timeouts.startup)
+        except TimeoutError as error:
+            problem = f"no message from processes within {timeouts.startup:g} s: {error}"
+            raise TransientError(f"{problem}. Start all processes again.") from error
+
+    text = json.dumps(settings, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    infos = json.loads(meet("hosts", json.dumps([socket.gethostname(), os.getpid(), digest]), _join))
+    names = [f"process {index} ({host}, pid {pid})" for index, (host, pid, _) in enumerate(infos)]
+    if len({digest for *_, digest in infos}) > 1:
+        raise UserError(meet("settings", text, lambda texts: _describe_difference(names, texts)))
+    return names
+
+
+def _join(texts: list[str]) -> str:
+    return f"[{', '.join(texts)}]"
+
+
+def _describe_difference(names: list[str], texts: list[str]) -> str:
+    first, *others = map(json.loads, texts)
+    for name, other in zip(names[1:], others, strict=True):
+        for field in first:
+            if difference := config_json.describe_difference(other.get(field), first[field], field):
+                return (
+                    f"{name} was started with another {field} than {names[0]}: {difference} (there is the former, here "
+                    f"the latter). Use the same {field} for all processes."
+                )
+    return ""
+
+
+def _end_with_error(
+    error: BaseException, store: KeyValueStore, watch: HangWatch, names: list[str], timeouts: TimeoutConfig
+) -> None:
+    """End together with the others, which would wait for this process, and for which JAX would wait at exit.
+
+    Returns if all others have ended with errors of their own, too.
+    """
+    code, is_of_others = _get_code(error), _is_lost_connection(error)
+    if not is_of_others:  # Otherwise another one is the cause, and may say so itself.
+        watch.tell(f"{names[store.group.process_id]} has ended ({type(error).__name__}: {error})", code)
+    try:
+        store.meet("failed", seconds=timeouts.grace)
+        if not is_of_others:
+            return
+        if watch.cause:
+            time.sleep(timeouts.grace)  # The watch ends this process, with the cause.
+    except (TimeoutError, jax.errors.JaxRuntimeError) as missing:  # The first process, with the store, may be gone.
+        if is_of_others and isinstance(missing, TimeoutError) and store.group.is_first:
+            lost = ", ".join(names[int(index)] for index in str(missing).split(", "))
+            print(f"error: no answer from {lost}; the others end, too. Start all processes again.", file=sys.stderr)
+    if isinstance(error, UserError | KeyboardInterrupt):
+        print(f"{'error' if isinstance(error, UserError) else 'stopped'}: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    watch.leave(code)
+
+
+_LOST_CONNECTION = re.compile(r"Gloo|\bDEADLINE_EXCEEDED\b|\bUNAVAILABLE\b")
+"""Pattern of the messages of JAX's errors where other processes do not answer, or not in time."""
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Return whether an error comes from another process; JAX raises Gloo's errors as a ValueError, too."""
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+    return is_of_jax and _LOST_CONNECTION.search(str(error)) is not None
+
+
+def _get_code(error: BaseException) -> int:
+    """Return the exit code of a process after an error."""
+    if isinstance(error, UserError | GracefulStop):
+        return error.code
+    if _is_lost_connection(error):
+        return EXIT_TRY_AGAIN
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 _turn_numbers = itertools.count()
@@ -252,7 +343,7 @@ def wait_for_main_process() -> None:
     """Wait until the first process has reached this call: what it wrote before is there.
 
     The others do not wait in a collective operation, which some platforms end after a while. The heartbeat goes on, and
-    takes none of them for slow, since all are at the same step.
+    takes none of them for lost.
     """
     with main_process_first():
         pass
@@ -281,10 +372,7 @@ def _connect(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=math.ceil(timeouts.startup) + _EXTRA_SECONDS,
-            # `HeartbeatMonitor` should be first, since it names the lost process; JAX's heartbeat is the fallback. Its
-            # last one may be half of its time old when a process dies, and it must not end the others while they read
-            # the message.
-            heartbeat_timeout_seconds=math.ceil(3 * (timeouts.max_silence + GRACE_SECONDS)),
+            heartbeat_timeout_seconds=math.ceil(timeouts.max_silence),
             shutdown_timeout_seconds=math.ceil(timeouts.max_silence),
         )
     except Exception as error:  # JAX raises many types for a failed connection.
@@ -340,9 +428,8 @@ def _exit_after_timeout(info: ProcessInfo, timeouts: TimeoutConfig) -> None:
     exit_now(EXIT_TRY_AGAIN)
 
 
-def _describe_processes(info: ProcessInfo) -> str:
+def _describe_processes(info: ProcessInfo, names: list[str]) -> str:
+    """Describe the run in one line, and each process in one, as JAX's messages have their numbers alone."""
     devices = jax.devices()
-    return (
-        f"{jax.process_count()} processes, found by {info.source}; the first on {socket.gethostname()}; "
-        f"{len(devices)} devices ({devices[0].device_kind}), {jax.local_device_count()} here"
-    )
+    head = f"{len(names)} processes, found by {info.source}; {len(devices)} devices ({devices[0].device_kind})"
+    return "\n  ".join([f"{head}, {jax.local_device_count()} here", *names])

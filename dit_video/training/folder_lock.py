@@ -1,51 +1,91 @@
 """Lock that lets one run at a time write into a folder or an address.
 
-On a disk it is the operating system's lock (`flock`), which ends with its process even if that is killed. Everywhere it
-is also a lease (see `lease`), which ends if the machine of its holder is gone, and holds where there are no such locks
-or they do not reach other machines. Leases decide; the system's lock only tells at once that a holder has ended.
+On a disk these are two locks of `filelock`: flock, which ends with its process and holds between all containers of a
+machine, and a lease, which holds between machines, and ends if the machine of its holder is gone. At an address it is a
+lease alone: the newest file `.lease-NUMBER`, which its holder changes every few seconds. Who wants the address watches
+the file by its own clock, as clocks of machines differ; if it does not change for the time of a lease, this process
+makes the file of the next number, which only one can do. A holder that finds a newer file has lost the address.
 """
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
+import re
+import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
+import filelock
 import jax
+from upath import UPath
 
-from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
-from dit_video.core.storage import StoragePath, StoragePathLike, is_transient, to_storage_path
+from dit_video.core.errors import EXIT_TRY_AGAIN, MissingError, TransientError, UserError, check_at_least
+from dit_video.core.storage import (
+    StoragePathLike,
+    convert_storage_errors,
+    is_transient,
+    retry_read,
+    to_storage_path,
+)
 from dit_video.distributed.faults.stacks import exit_now
 from dit_video.training.agreement import call_together, format_error, raise_failure
-from dit_video.training.lease import Lease, LeaseConfig, LeaseRecord, read_newest_lease
-from dit_video.training.process_identity import ProcessIdentity
 
-LOCK_FILE = ".lock"
-_POLL_SECONDS = 1.0
-"""Longest interval at which a process that waits for a folder looks at it."""
-RELEASE_SECONDS = 30.0
-"""Longest time to wait at the end for a renewal that the storage does not answer."""
-_held_locks: list["_FolderLock"] = []
-"""Locks that this process holds."""
+LOCK_FILE, LEASE_FILE = ".lock", ".lease"
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
+"""Errors of network disks that have no flock, where the lease decides alone."""
+_NUMBERED = re.compile(r"\.lease-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaseConfig:
+    """Times of a lease, in seconds.
+
+    Raises:
+      UserError: If a lease ends before it is renewed a few times.
+    """
+
+    renew_every: float = 10.0
+    """Interval at which the holder renews it."""
+    expires_after: float = 60.0
+    """Time without a renewal after which others may take the folder over."""
+
+    def __post_init__(self) -> None:
+        check_at_least(3 * self.renew_every, expires_after=self.expires_after)
+
+
+class _Lock(Protocol):
+    """A lock of a folder or an address that this process holds."""
+
+    def is_lost(self) -> bool: ...
+
+    def release(self) -> None: ...
+
+
+_held_locks: list[tuple[StoragePathLike, _Lock]] = []
+"""Locks that this process holds, with what they lock."""
 
 
 @contextlib.contextmanager
-def lock_folder(folder: StoragePathLike, *, config: LeaseConfig = LeaseConfig()) -> Iterator[None]:  # noqa: B008  # it is frozen
+def lock_folder(folder: StoragePathLike, *, config: LeaseConfig = LeaseConfig()) -> Iterator[None]:
     """Keep other runs out of a folder or an address, which is created if it does not exist.
 
     If another run holds it, this waits for up to the time of its lease, with a message: a pod that is started again may
     meet the lease of its predecessor. In a run of several processes the first one holds the lock for all, and the
-    others wait for it. The lock may be taken over if its process is suspended or cut off from the storage for longer
-    than its lease. The process then ends with exit code 75: before it saves a checkpoint (`check_locks`), and otherwise
-    at its next renewal that the storage answers; it may add lines to its logs until then.
+    others wait for it. A process that is cut off from the storage for longer than its lease, or is suspended and not on
+    the machine of the other, may lose the folder to another run. It then ends with exit code 75: before it saves a
+    checkpoint (`check_locks`), and otherwise at its next renewal that the storage answers; it may add lines to its logs
+    until then.
 
     Args:
       folder: Path or address.
-      config: Times of the lease.
+      config: Times of the lease, which must be the same in all runs.
 
     Raises:
       TransientError: If another run, which the error names, holds the lock and renews it, or the storage does not
@@ -57,7 +97,7 @@ def lock_folder(folder: StoragePathLike, *, config: LeaseConfig = LeaseConfig())
 
         def acquire() -> None:
             if is_holder:
-                stack.callback(_FolderLock(to_storage_path(folder), config).release)
+                stack.enter_context(_hold(folder, config))
 
         result = call_together("lock the folder", acquire)
         if result.kind != "none":
@@ -65,192 +105,59 @@ def lock_folder(folder: StoragePathLike, *, config: LeaseConfig = LeaseConfig())
         yield
 
 
-def check_locks() -> None:
-    """Raise an error if another run may have taken over a folder that this process has locked.
+@contextlib.contextmanager
+def _hold(folder: StoragePathLike, config: LeaseConfig) -> Iterator[None]:
+    path = to_storage_path(folder)
+    with _convert_errors(folder):
+        lock: _Lock = _DiskLock(path, config) if isinstance(path, Path) else _AddressLease(path, config)
+    _held_locks.append((folder, lock))
+    try:
+        yield
+    finally:
+        _held_locks.remove((folder, lock))
+        lock.release()
 
-    Called before something is written. It reads the storage only if a lease was not renewed in time.
+
+def check_locks() -> None:
+    """Raise an error if another run has taken over a folder that this process has locked; before something is written.
 
     Raises:
       TransientError: If the folder was taken over, or the storage does not answer.
     """
-    for lock in _held_locks:
-        lock.check()
-
-
-class _FolderLock:
-    """A lock that this process holds, and the thread that renews its lease."""
-
-    def __init__(self, folder: StoragePath, config: LeaseConfig) -> None:
-        self._folder = Path(os.path.abspath(folder)) if isinstance(folder, Path) else folder
-        self._file = _FileLock(self._folder) if isinstance(self._folder, Path) else None
-        try:
-            with _convert_errors(self._folder):
-                self._lease = _acquire_lease(self._folder, config, self._file)
-        except BaseException:
-            if self._file is not None:
-                self._file.release()
-            raise
-        self._released = threading.Event()
-        self._renewal_lock = threading.Lock()
-        _held_locks.append(self)
-        self._thread = threading.Thread(target=self._renew_regularly, name="renew the lock", daemon=True)
-        self._thread.start()
-
-    @property
-    def lease_id(self) -> str:
-        return self._lease.id
-
-    def release(self) -> None:
-        _held_locks.remove(self)
-        self._released.set()
-        self._thread.join(RELEASE_SECONDS)
-        # If the storage does not answer, the lease ends later, and the system's lock with this process.
-        if self._file is not None and not self._thread.is_alive():
-            self._file.release()
-
-    def check(self) -> None:
-        if not self._lease.may_be_lost:
-            return
-        with self._renewal_lock, _convert_errors(self._folder):
-            if not self._lease.renew():
-                raise TransientError(self._describe_loss())
-
-    def _renew_regularly(self) -> None:
-        has_warned = False
-        while not self._released.wait(self._lease.config.renew_every):
-            try:
-                with self._renewal_lock:
-                    is_held = self._lease.renew()
-            except Exception as error:  # the storage may answer at the next renewal
-                if not has_warned:
-                    limit = f"others may take it over after {self._lease.config.expires_after:g} s"
-                    message = f"the lock of {self._folder} cannot be renewed now ({format_error(error)}); {limit}"
-                    print(f"warning: {message}", file=sys.stderr, flush=True)
-                has_warned = True
-                continue
-            has_warned = False
-            if not is_held and not self._released.is_set():
-                self._end()
-        self._lease.release()
-
-    def _end(self) -> None:
-        """End this process, which has lost its lock."""
-        print(f"error: {self._describe_loss()}", file=sys.stderr)
-        exit_now(EXIT_TRY_AGAIN)
-
-    def _describe_loss(self) -> str:
-        return (
-            f"{self._folder} was taken over by {self._lease.get_successor()}, as this process was suspended or cut off "
-            f"from it for more than {self._lease.config.expires_after:g} s. It ends without writing there."
-        )
-
-
-class _FileLock:
-    """The operating system's lock on the file `.lock` of a folder, as far as it can be had."""
-
-    def __init__(self, folder: Path) -> None:
-        """Make the folder and open the file.
-
-        Raises:
-          UserError: If the folder cannot be written.
-        """
-        self._path = folder / LOCK_FILE
-        self.is_held = False
-        self._is_supported = True
+    for folder, lock in _held_locks:
         with _convert_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    @property
-    def is_blocked(self) -> bool:
-        """True if another process has the lock, or it was not tried yet."""
-        return self._is_supported and not self.is_held
-
-    def try_acquire(self) -> None:
-        """Take the lock if nobody has it."""
-        if not self.is_blocked:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        except OSError:  # some network file systems have no locks; there the lease decides alone
-            self._is_supported = False
-            return
-        self.is_held = True
-        holder = {**ProcessIdentity.get_current().to_json(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with contextlib.suppress(OSError):  # it only informs
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, json.dumps(holder).encode(), 0)
-
-    def release(self) -> None:
-        # The file is not removed: otherwise one process could lock the old file and another process a new one.
-        os.close(self._file)
+            if lock.is_lost():
+                raise TransientError(_describe_loss(folder))
 
 
-def _acquire_lease(folder: StoragePath, config: LeaseConfig, file: _FileLock | None) -> Lease:
-    """Wait until the folder is free or its lease has expired, and return a new lease.
-
-    Raises:
-      TransientError: If another process renews its lease, or holds the operating system's lock without a lease.
-    """
-    poll_seconds = min(_POLL_SECONDS, config.renew_every / 4)
-    start = last = time.monotonic()
-    content, waiting_for, unchanged_seconds = b"", "", 0.0
-    while True:
-        if file is not None:
-            file.try_acquire()
-        newest, now = read_newest_lease(folder), time.monotonic()
-        # While the storage did not answer, or this process was suspended, the holder could not renew it, either.
-        unchanged_seconds, last = unchanged_seconds + min(now - last, 2 * poll_seconds), now
-        if newest.content != content:
-            is_renewed = content != b"" and not _is_free(newest, file)
-            if is_renewed and (newest.holder_is_visible or now - start >= newest.expires_after):
-                raise _make_in_use_error(folder, newest)
-            content, unchanged_seconds = newest.content, 0.0
-        if newest.id in {lock.lease_id for lock in _held_locks}:
-            raise _make_in_use_error(folder, newest)
-        patience = newest.expires_after if newest.number else config.expires_after
-        has_expired, is_free = unchanged_seconds >= patience, _is_free(newest, file)
-        if has_expired and newest.number == 0:  # the lock of a version without leases, or of a process that hangs
-            raise _make_in_use_error(folder, newest)
-        is_waiting_for_file = file is not None and file.is_blocked and now - start < config.settle
-        if has_expired or (is_free and not is_waiting_for_file):
-            if has_expired and read_newest_lease(folder).content != content:  # renewed in the meantime
-                continue
-            if has_expired and not is_free:
-                message = f"{newest} has not renewed its lock of {folder} for {newest.expires_after:g} s"
-                print(f"{message}; taking it over", file=sys.stderr, flush=True)
-            has_file_lock = file is not None and file.is_held
-            lease = Lease.try_create(folder, newest.number + 1, config, has_file_lock=has_file_lock)
-            if lease is not None:
-                return lease
-        elif str(newest) != waiting_for and not is_free:
-            waiting_for = str(newest)
-            limit = f"up to {patience:g} s for it to end or to fail to renew its lock"
-            print(f"{folder} is in use by {waiting_for}; waiting {limit}", file=sys.stderr, flush=True)
-        time.sleep(poll_seconds)
+def _describe_loss(folder: StoragePathLike) -> str:
+    return (
+        f"the lock of {folder} is lost: another run has taken it over, as this process was suspended or cut off from "
+        "the storage, or it cannot be renewed. This process ends without writing there."
+    )
 
 
-def _is_free(newest: LeaseRecord, file: _FileLock | None) -> bool:
-    """Return whether nobody holds the folder, so that a new lease may begin at once."""
-    if newest.number == 0:
-        return file is None or not file.is_blocked
-    if newest.is_released:
-        return True
-    # A holder on this machine had the lock of the operating system until its end.
-    holder_had_lock = newest.has_file_lock and newest.holder is not None and newest.holder.is_on_this_machine
-    if file is not None and holder_had_lock and (file.is_held or file.is_blocked):
-        return file.is_held
-    return newest.is_over
+def _end(folder: StoragePathLike) -> None:
+    """End this process, which has lost its lock."""
+    print(f"error: {_describe_loss(folder)}", file=sys.stderr)
+    exit_now(EXIT_TRY_AGAIN)
 
 
-def _make_in_use_error(folder: StoragePath, newest: LeaseRecord) -> TransientError:
-    return TransientError(f"{folder} is in use by {newest}. Stop it, wait for it, or use another folder.")
+def _make_in_use_error(folder: StoragePathLike, holder: str) -> TransientError:
+    return TransientError(f"{folder} is in use by {holder}. Stop it, wait for it, or use another folder.")
+
+
+def _describe_holder(pid: int | str, host: str) -> str:
+    return f"process {pid} on {host}"
+
+
+def _tell_wait(folder: StoragePathLike, holder: str, config: LeaseConfig) -> None:
+    limit = f"up to {config.expires_after:g} s for it to end or to fail to renew its lock"
+    print(f"{folder} is in use by {holder}; waiting {limit}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _convert_errors(folder: StoragePath) -> Iterator[None]:
+def _convert_errors(folder: StoragePathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -260,3 +167,191 @@ def _convert_errors(folder: StoragePath) -> Iterator[None]:
             raise TransientError(f"{folder} cannot be locked now ({reason}). {advice}") from error
         fix = "Use a writable folder, or free disk space."
         raise UserError(f"{folder} cannot be written ({reason}). {fix}") from error
+
+
+class _DiskLock:
+    """Flock and lease of a folder on a disk."""
+
+    def __init__(self, folder: Path, config: LeaseConfig) -> None:
+        """Wait for the locks.
+
+        Raises:
+          OSError: If the folder cannot be written.
+          TransientError: If another run holds them.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = filelock.FileLock(folder / LOCK_FILE, fallback_to_soft=False, thread_local=False)
+        self._lease = filelock.SoftFileLease(
+            folder / LEASE_FILE,
+            lease_duration=config.expires_after,
+            heartbeat_interval=config.renew_every,
+            on_compromise=lambda _: _end(folder),
+            thread_local=False,
+        )
+        try:
+            is_blocked = not self._try_flock(config.renew_every)
+            owner = self._lease.owner
+            # A holder on another machine that is gone may leave a flock behind on a server, but renews no lease.
+            if is_blocked and (owner is None or owner.hostname == socket.gethostname()):
+                raise filelock.Timeout(self._file.lock_file)
+            if owner is not None:
+                _tell_wait(folder, _describe_holder(owner.pid, owner.hostname), config)
+            self._lease.acquire(timeout=config.expires_after + config.renew_every)
+        except (filelock.Timeout, filelock.LeaseSettingsMismatch):
+            owner = self._lease.owner
+            self.release()
+            holder = _describe_holder(owner.pid, owner.hostname) if owner else "another process"
+            raise _make_in_use_error(folder, holder) from None
+        except BaseException:
+            self.release()
+            raise
+
+    def _try_flock(self, seconds: float) -> bool:
+        """Return False if another process has the flock; True if this one has it, or the disk has none."""
+        try:
+            self._file.acquire(timeout=seconds)
+        except filelock.Timeout:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+        return True
+
+    def is_lost(self) -> bool:
+        owner = self._lease.owner
+        return owner is None or owner.token != self._lease.token
+
+    def release(self) -> None:
+        for lock in (self._lease, self._file):
+            with contextlib.suppress(OSError):  # A lease that is left behind expires, a flock ends with its process.
+                lock.release()
+
+
+class _AddressLease:
+    """Lease of an address, and the thread that renews it."""
+
+    def __init__(self, folder: UPath, config: LeaseConfig) -> None:
+        """Wait until the address is free, or its lease has expired.
+
+        Raises:
+          TransientError: If another run renews its lease, or the storage does not answer.
+          UserError: If the address cannot be written.
+        """
+        self._folder, self._config = folder, config
+        self._fields = {"pid": os.getpid(), "host": socket.gethostname(), "id": uuid.uuid4().hex}
+        self._renewals = 0
+        self._number = self._acquire()
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew_regularly, name="renew the lock", daemon=True)
+        self._thread.start()
+
+    def _acquire(self) -> int:
+        """Return the number of the file that this process has made."""
+        config, pause = self._config, min(1.0, self._config.renew_every / 4)
+        start = last = time.monotonic()
+        content, unchanged_seconds = b"", 0.0
+        while True:
+            number = self._find_newest()
+            newest, now = self._read(number), time.monotonic()
+            record = _parse(newest)
+            # While the storage did not answer, or this process was suspended, the holder could not renew it, either.
+            unchanged_seconds, last = unchanged_seconds + min(now - last, 2 * pause), now
+            has_expired = newest == content and unchanged_seconds >= config.expires_after
+            if (not newest or record.get("is_released") or has_expired) and self._create(number + 1):
+                return number + 1
+            holder = _describe_holder(record.get("pid", "?"), record.get("host", "another machine"))
+            if now - start >= config.expires_after + config.renew_every:
+                raise _make_in_use_error(self._folder, holder)
+            if newest != content:
+                if not content:
+                    _tell_wait(self._folder, holder, config)
+                content, unchanged_seconds = newest, 0.0
+            time.sleep(pause)
+
+    def is_lost(self) -> bool:
+        # A list may be old, and who takes the address over removes this file.
+        own = self._read(self._number)
+        return self._find_newest() > self._number or _parse(own).get("id") != self._fields["id"]
+
+    def release(self) -> None:
+        self._released.set()
+        self._thread.join(3 * self._config.renew_every)  # If the storage does not answer, the lease ends later.
+
+    def _renew_regularly(self) -> None:
+        has_warned = False
+        while not self._released.wait(self._config.renew_every):
+            try:
+                if self.is_lost():
+                    _end(self._folder)
+                self._renewals += 1
+                self._write()
+                has_warned = False
+            except Exception as error:  # the storage may answer at the next renewal
+                if not has_warned:
+                    limit = f"others may take it over after {self._config.expires_after:g} s"
+                    message = f"the lock of {self._folder} cannot be renewed now ({format_error(error)}); {limit}"
+                    print(f"warning: {message}", file=sys.stderr, flush=True)
+                has_warned = True
+        with contextlib.suppress(Exception):  # Others wait for the end of the lease.
+            # The file stays: without it, one process could make the next number and another one the same as this.
+            if not self.is_lost():
+                self._write(is_released=True)
+
+    # Files
+
+    def _get_path(self, number: int) -> str:
+        return (self._folder / f"{LEASE_FILE}-{number:06d}").path
+
+    def _list_numbers(self) -> list[int]:
+        self._folder.fs.invalidate_cache()
+        try:
+            with convert_storage_errors(self._folder):
+                names = retry_read(self._folder.fs, lambda: self._folder.fs.ls(self._folder.path, detail=False))
+        except MissingError:
+            return []
+        matches = (_NUMBERED.fullmatch(str(name).rstrip("/").rpartition("/")[2]) for name in names)
+        return [int(match[1]) for match in matches if match]
+
+    def _find_newest(self) -> int:
+        return max(self._list_numbers(), default=0)
+
+    def _read(self, number: int) -> bytes:
+        """Return the content of a file; empty if there is none."""
+        self._folder.fs.invalidate_cache()
+        try:
+            with convert_storage_errors(self._folder):
+                return retry_read(self._folder.fs, lambda: self._folder.fs.cat_file(self._get_path(number)))
+        except MissingError:
+            return b""
+
+    def _make_content(self, *, is_released: bool = False) -> bytes:
+        return json.dumps({**self._fields, "renewals": self._renewals, "is_released": is_released}).encode()
+
+    def _write(self, *, is_released: bool = False) -> None:
+        with convert_storage_errors(self._folder):
+            self._folder.fs.pipe_file(self._get_path(self._number), self._make_content(is_released=is_released))
+
+    def _create(self, number: int) -> bool:
+        """Make a file that does not exist, and return True; return False if another process was first."""
+        content = self._make_content()
+        with convert_storage_errors(self._folder):
+            try:
+                self._folder.fs.pipe_file(self._get_path(number), content, mode="create")
+            except FileExistsError:
+                # A request that was repeated, as its answer was lost, meets its own file.
+                if self._read(number) != content:
+                    return False
+        with contextlib.suppress(Exception):  # Older ones do no harm.
+            for older in self._list_numbers():
+                if older < number:
+                    self._folder.fs.rm_file(self._get_path(older))
+        return True
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    """Return the fields of a lease; none if another program has written it."""
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

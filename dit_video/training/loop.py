@@ -1,4 +1,4 @@
-"""Training loop: batch, step, evaluate, log, save, in this order. The caller restores the state.
+"""Training loop: evaluate, log and save when they are due, then batch and step. The caller restores the state.
 
 The loop waits for the device when it logs and saves. Otherwise it only keeps the device from falling more than two
 steps behind, so that the device always has work while few batches are queued. `training.step_log` describes the entries
@@ -89,21 +89,21 @@ def run(
       GracefulStop: After a signal.
       KeyboardInterrupt: After a second signal.
     """
-    steps_done = int(state.step)
+    start = int(state.step)
     hooks = [hook for hook in hooks if jax.process_index() == 0 or not hook.first_process_only]
     timer = LoopTimer(recorder)
-    saver = _Saver(checkpoints, dict(meta or {}), steps_done, hooks=hooks, timer=timer)
+    saver = _Saver(checkpoints, dict(meta or {}), start, hooks=hooks, timer=timer)
     saver.check_start(config.steps)
     for hook in hooks:
-        hook.resume(steps_done)
-    if steps_done == config.steps:
+        hook.resume(start)
+    if start == config.steps:
         return state
-    log = StepLog(steps_done, max_consecutive_skips=config.max_consecutive_skips, hooks=hooks, timer=timer)
-    step = _annotate_steps(timer.wrap_step(step), hooks, steps_done)
+    log = StepLog(start, max_consecutive_skips=config.max_consecutive_skips, hooks=hooks, timer=timer)
+    step = _annotate_steps(timer.wrap_step(step), hooks, start)
     with (
-        handle_signals(steps_done, grace=config.preemption_grace) as stop,
-        _close_at_end(batches(steps_done)) as iterator,
-        Progress(title, config.steps, start=steps_done, visible=jax.process_index() == 0) as progress,
+        handle_signals(start, grace=config.preemption_grace) as stop,
+        _close_at_end(batches(start)) as iterator,
+        Progress(title, config.steps, start=start, visible=jax.process_index() == 0) as progress,
         timer.run_loop(),
         contextlib.ExitStack() as stack,
     ):
@@ -111,55 +111,64 @@ def run(
             stack.callback(hook.close)
         timed_batches = timer.wrap_batches(iterator)
         try:
-            while steps_done < config.steps and not stop.should_stop():
-                batch = _read_batch(timed_batches, stop, steps_done)
-                if stop.should_stop():
+            for index in range(start, config.steps + 1):  # number of steps done
+                if index > start:
+                    is_last = index == config.steps
+                    results = _evaluate(hooks, index, state, timer, is_last=is_last)
+                    if index % config.log_every == 0 or is_last or results:
+                        log.write(results)
+                        saver.check()
+                    progress.update(index, log.entry.get("loss"), is_timed=timer.is_timed)
+                    stop.record_step(index)
+                    if index % config.save_every == 0:
+                        saver.save(index, state, log)
+                if index == config.steps or stop.should_stop():
+                    break
+                batch = _read_batch(timed_batches, stop, index)
+                if batch is None:
                     break
                 state, metrics = step(state, batch)  # asynchronous
-                steps_done += 1
                 log.add(batch, get_scalars(metrics))
-                is_last = steps_done == config.steps
-                results: dict[str, float] = {}
-                for hook in [hook for hook in hooks if hook.is_due(steps_done, is_last=is_last)]:
-                    with timer.timed(hook.name, wait=True):
-                        results |= hook.call(steps_done, state)
-                if steps_done % config.log_every == 0 or is_last or results:
-                    log.write(results)
-                    saver.check()
-                stop.record_step(steps_done)
-                progress.update(steps_done, log.entry.get("loss"), is_timed=timer.is_timed)
                 with timer.timed("hook"):
                     for hook in hooks:
-                        hook.on_step(steps_done, state, metrics)
-                if steps_done % config.save_every == 0:
-                    saver.save(steps_done, state, log)
-            saver.save(steps_done, state, log)
+                        hook.on_step(index + 1, state, metrics)
+            saver.save(index, state, log)
         except NonFiniteLossError as error:
             raise saver.make_error(str(error)) from error
         except TooManySkipsError as error:
-            raise saver.save_after_skips(error, steps_done, state, log) from error
+            raise saver.save_after_skips(error, log.step, state, log) from error
         saver.wait()
-        timer.end(steps_done)
+        timer.end(index)
         if stop.acknowledge():
-            raise GracefulStop(f"{title}, by {stop.signal_name} after step {steps_done}, which is saved")
+            raise GracefulStop(f"{title}, by {stop.signal_name} after step {index}, which is saved")
     return state
 
 
-def _read_batch(batches: Iterator[Any], stop: StopRequest, steps_done: int) -> Any:
-    """Return the next batch, or None if a signal to stop has also ended the data loader's processes.
+def _evaluate(hooks: Sequence[Hook], index: int, state: Any, timer: LoopTimer, *, is_last: bool) -> dict[str, float]:
+    """Return the metrics of all hooks that are due."""
+    results: dict[str, float] = {}
+    for hook in [hook for hook in hooks if hook.is_due(index, is_last=is_last)]:
+        with timer.timed(hook.name, wait=True):
+            results |= hook.call(index, state)
+    return results
+
+
+def _read_batch(batches: Iterator[Any], stop: StopRequest, index: int) -> Any:
+    """Return the next batch, or None after a signal to stop, which may also have ended the data loader's processes.
 
     Raises:
       UserError: If the data ended before the training.
     """
     try:
-        return next(batches)
+        batch = next(batches)
     except Exception as error:
         if stop.should_stop():
             return None
         if isinstance(error, StopIteration):
-            fix = f"Repeat them, or train for {steps_done} steps."
-            raise UserError(f"the data ended after step {steps_done}. {fix}") from error
+            fix = f"Repeat them, or train for {index} steps."
+            raise UserError(f"the data ended after step {index}. {fix}") from error
         raise
+    return None if stop.should_stop() else batch
 
 
 def _annotate_steps(step: StepFn, hooks: Sequence[Hook], steps_done: int) -> StepFn:

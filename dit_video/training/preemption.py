@@ -23,7 +23,6 @@ from types import FrameType
 import jax
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, UserError
-from dit_video.distributed.faults.progress import count_step, expect_steps
 from dit_video.distributed.faults.stacks import dump_stacks, exit_now
 from dit_video.distributed.faults.store import AbortedWaitError, KeyValueStore
 
@@ -52,7 +51,6 @@ class StopRequest:
 
     def record_step(self, steps_done: int) -> None:
         """Record the number of steps done; the next step begins unless `should_stop`."""
-        count_step()
 
     def acknowledge(self) -> bool:
         """Return True if a signal came before the end of the run, in which case nothing is started after it."""
@@ -101,7 +99,6 @@ class SharedStopRequest(StopRequest):
         return self._is_stopping
 
     def record_step(self, steps_done: int) -> None:
-        count_step()
         with self._lock:  # blocks while the processes agree, so that the published step stays true
             if self._last_step is None:
                 self._committed_step = steps_done + 1
@@ -190,7 +187,7 @@ def handle_signals(steps_done: int, *, grace: float) -> Iterator[StopRequest]:
     stop: StopRequest
     stop = StopRequest() if jax.process_count() == 1 else SharedStopRequest(steps_done, on_request=start_timer)
     try:
-        with expect_steps(), _install_handler(handle, *_SIGNALS):
+        with _install_handler(handle, *_SIGNALS):
             yield stop
     finally:
         timer.cancel()

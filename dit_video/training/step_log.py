@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from dit_video.core.typing import AnyArray
-from dit_video.distributed.faults.progress import declare_phase
+from dit_video.distributed.faults.progress import count_progress, declare_phase, expect_steps
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.step import Average, Metrics
@@ -193,7 +193,8 @@ class LoopTimer:
         """Count the time before the context as preparation, and the end of the context after the steps as a hook's."""
         self._recorder.charge(goodput.STARTUP)
         try:
-            yield
+            with expect_steps():
+                yield
         finally:
             self._recorder.charge(f"{goodput.HOOK}hook")
 
@@ -228,7 +229,7 @@ class LoopTimer:
             start_time = time.perf_counter()
             shapes = tuple(getattr(leaf, "shape", None) for leaf in jax.tree.leaves(batch))
             is_new = shapes not in self._compiled_shapes
-            with declare_phase("compile", max_seconds=_MAX_COMPILE_SECONDS) if is_new else contextlib.nullcontext():
+            with declare_phase("compile", _MAX_COMPILE_SECONDS) if is_new else contextlib.nullcontext():
                 result = step(state, batch)
             seconds = time.perf_counter() - start_time
             self._device_seconds += seconds
@@ -260,7 +261,7 @@ class LoopTimer:
         self._recorder.charge(goodput.STEP)
         start_time = time.perf_counter()
         try:
-            with declare_phase(name, is_short=name == "hook"):
+            with declare_phase(name, "max_step" if name == "hook" else "max_phase"):
                 yield
         finally:
             # Devices that still work on a step are not kept from it.
@@ -280,6 +281,7 @@ class LoopTimer:
     def add_step(self, step: int, loss: Any) -> bool:
         """Count a step that was just started, and return whether it was the first, which is waited for."""
         self._recorder.count_step(step)
+        count_progress()
         self._num_steps += 1
         self._newest_loss = loss
         if self._first_step_seconds is None:  # it includes compilation, so it is timed separately

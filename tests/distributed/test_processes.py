@@ -12,7 +12,6 @@ import pytest
 from jax._src.clusters import GkeTpuCluster, K8sCluster, SlurmCluster, cloud_tpu_cluster
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, TransientError, UserError
-from dit_video.distributed.faults.health import GRACE_SECONDS
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import (
     ProcessInfo,
@@ -30,7 +29,6 @@ def start(index: int, port: str, case: str, *, lost_process: int | None = None, 
     timeouts = {
         "startup": options.pop("startup", 600),
         "max_silence": options.pop("max_silence", 15),
-        "max_lag": options.pop("max_lag", 600),
         "max_step": options.pop("max_step", 600),
         "max_idle": options.pop("max_idle", 600),
     }
@@ -85,8 +83,8 @@ def test_two_processes_are_one_run():
     for code, out, err in (ended := wait_for_all(processes)):
         assert code == 0, err
         assert get_own_lines(out) == ["joined [0, 1]", "left"]
-    assert "2 processes, found by the environment; the first on" in ended[0][2]
-    assert "2 devices (cpu), 1 here" in ended[0][2]
+    assert "2 processes, found by the environment; 2 devices (cpu), 1 here" in ended[0][2]
+    assert f"process 1 ({os.uname().nodename}, pid" in ended[0][2]
     assert "found by" not in ended[1][2]
 
 
@@ -103,13 +101,6 @@ def test_a_process_with_another_config_is_refused_at_the_start():
         )
         assert f"{message} process 0 ({os.uname().nodename}, pid {differing[0].pid})" in err
         assert "config.denoiser.steps is 6 there and 5 here" in err
-
-
-@pytest.mark.slow
-def test_a_process_that_writes_for_longer_than_the_patience_does_not_end_the_run():
-    for code, out, err in wait_for_all(start_both("write in first process", max_lag=5)):
-        assert code == 0, err
-        assert get_own_lines(out) == ["joined [0, 1]", "left"]
 
 
 @pytest.mark.slow
@@ -136,26 +127,26 @@ def test_the_first_steps_of_two_processes_may_be_forty_seconds_apart():
 @pytest.mark.parametrize("case", ["lose connection", pytest.param("lose connection in one", marks=pytest.mark.nightly)])
 def test_processes_that_lose_their_connection_ask_for_another_start(case):
     """Both fail, or one does while the other waits for it."""
-    for code, _, err in wait_for_all(start_both(case, lost_process=1, max_silence=5)):
+    for code, _, err in wait_for_all(start_both(case, lost_process=1)):
         assert code == EXIT_TRY_AGAIN, err
         assert "Gloo context initialization failed" in err
 
 
-HANGS = {
-    "killed": ("kill", 1, "has sent no heartbeat for 15 s"),
-    "stopped": ("stop", 1, "has sent no heartbeat for 15 s"),
-    "slow": ("sleep", 1, "has been behind the others for 20 s"),
-    "the first is killed": ("kill", 0, "which keeps the run together, is gone"),
-    "the first is stopped": ("stop", 0, "has not answered for 15 s"),
+LOSSES = {
+    "killed": ("kill", 1),
+    "stopped": ("stop", 1),
+    "the first is killed": ("kill", 0),
+    "the first is stopped": ("stop", 0),
 }
-SAMPLED_HANGS = ("killed", "the first is stopped")
+SAMPLED_LOSSES = ("killed", "the first is stopped")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", mark_nightly_except(SAMPLED_HANGS, HANGS))
-def test_a_lost_process_is_named_in_time(how):
-    case, index, message = HANGS[how]
-    processes = start_both(case, lost_process=index, max_lag=20)
+@pytest.mark.parametrize("how", mark_nightly_except(SAMPLED_LOSSES, LOSSES))
+def test_the_others_of_a_lost_process_end_in_time(how):
+    """JAX ends them, or a collective operation of CPUs fails."""
+    case, index = LOSSES[how]
+    processes = start_both(case, lost_process=index)
     lost, other = processes[index], processes[1 - index]
     try:
         assert other.stdout is not None
@@ -164,11 +155,9 @@ def test_a_lost_process_is_named_in_time(how):
         began = time.monotonic()
         _, err = other.communicate(timeout=HANG)
         took = time.monotonic() - began
-        assert other.returncode in (
-            (EXIT_TRY_AGAIN,) if index == 1 or "stopped" in how else (EXIT_TRY_AGAIN, -signal.SIGABRT)
-        ), err
-        assert f"error: process {index} ({os.uname().nodename}, pid {lost.pid})" in err
-        assert message in err
+        assert other.returncode in (EXIT_TRY_AGAIN, -signal.SIGABRT), err
+        if other.returncode == EXIT_TRY_AGAIN and index == 1:
+            assert f"error: no answer from process {index} ({os.uname().nodename}, pid {lost.pid})" in err
         assert took < 120  # 15 alone; on a busy machine everything takes longer
     finally:
         lost.kill()
@@ -177,10 +166,21 @@ def test_a_lost_process_is_named_in_time(how):
 
 
 @pytest.mark.slow
-def test_processes_that_all_hang_in_a_step_end_with_their_stacks():
-    for index, (code, _, err) in enumerate(wait_for_all(start_both("hang in all processes", max_step=5))):
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.nightly), 1])
+def test_a_process_that_hangs_while_its_heartbeats_go_on_ends_all(index):
+    ended = wait_for_all(start_both("hang", lost_process=index, max_step=5))
+    for code, _, err in ended:
         assert code == EXIT_TRY_AGAIN, err
-        assert f"error: each process hangs: no step was finished for 5 s; process {index} ends too" in err
+        assert "hangs: no step was finished for 5 s" in err
+    assert "in hang" in ended[index][2]  # The stacks tell who waits for whom.
+    assert "in hang" not in ended[1 - index][2]
+
+
+@pytest.mark.slow
+def test_processes_that_all_hang_in_a_step_end_with_their_stacks():
+    for code, _, err in wait_for_all(start_both("hang in all processes", max_step=5)):
+        assert code == EXIT_TRY_AGAIN, err
+        assert "hangs: no step was finished for 5 s" in err
         assert "in sleep_in_step" in err
 
 
@@ -204,7 +204,7 @@ def test_the_progress_of_one_process_is_that_of_all_that_wait_for_it():
 def test_a_log_that_hangs_in_one_process_ends_all_after_the_time_of_a_step():
     for code, _, err in wait_for_all(start_both("log in first process", max_step=5)):
         assert code == EXIT_TRY_AGAIN, err
-        assert "hangs: the phase hook has not ended for 5 s" in err
+        assert "hangs: the phase hook has made no progress for 5 s" in err
 
 
 @pytest.mark.slow
@@ -264,25 +264,6 @@ def test_errors_of_the_connection_ask_for_another_start_only_if_it_may_succeed(m
         pass
     assert raised.value.code == code
     assert ("within" in str(raised.value)) == ("DEADLINE" in str(error))
-
-
-@pytest.mark.parametrize("max_silence", [1.0, 10.0, 60.0])
-def test_jax_waits_until_our_message_about_a_lost_process_is_read(monkeypatch, max_silence):
-    arguments: dict[str, Any] = {}
-
-    def fail(**options):
-        arguments.update(options)
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    for name, value in {"COORDINATOR_ADDRESS": "node0:1234", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}.items():
-        monkeypatch.setenv(name, value)
-    timeouts = TimeoutConfig(max_silence=max_silence)
-    with pytest.raises(UserError), initialize_distributed(timeouts=timeouts):
-        pass
-    # JAX sends its heartbeats at half of this time, so that it may find a lost process after the other half.
-    assert arguments["heartbeat_timeout_seconds"] / 2 > 1.1 * max_silence + GRACE_SECONDS
 
 
 # Cluster detection

@@ -83,7 +83,7 @@ def test_a_log_that_ran_ahead_is_cut(tmp_path):
     config = LoopConfig(steps=12, log_every=1, save_every=5)
 
     def die(done: int, _state: Any) -> None:
-        if done == 9:
+        if done == 10:
             raise RuntimeError("power")
 
     with pytest.raises(RuntimeError, match="power"):

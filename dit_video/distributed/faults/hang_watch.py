@@ -1,40 +1,36 @@
 """A watch that ends a process in which nothing goes on, as where all processes of a run wait for each other.
 
-`heartbeat` names a process that is behind the others. Where all hang at the same step, in a collective operation or in
-a read from storage, none is behind; and a single process has no others. So each process watches its own steps and
-phases (`progress`), and ends with the stacks of all threads and with exit code 75, to be started again. Processes of a
-run also watch what they do outside of trainings, where the progress of one counts for all: the others may wait for it.
+JAX ends the others of a process that is lost, but takes one that hangs for a healthy one. So each process watches its
+own progress (`progress`): if there is none for the time that its work may take, it ends with the stacks of all threads
+and with exit code 75, to be started again. Processes of a run wait for each other: the progress of one counts for all,
+and so does the longest time that one of them may take. All end if one ends with an error.
 """
 
-import math
+import contextlib
+import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from types import TracebackType
 
-from dit_video.core.errors import EXIT_TRY_AGAIN
-from dit_video.distributed.faults.progress import PROGRESS, Phase, ProgressRecord
+import jax
+
+from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
+from dit_video.distributed.faults.progress import PROGRESS, ProgressRecord, Work
 from dit_video.distributed.faults.stacks import dump_stacks, exit_now
+from dit_video.distributed.faults.store import KeyValueStore
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.faults.watchdog import Watchdog
 
 _MAX_INTERVAL = 1.0
 """Longest interval between two looks at the progress, in seconds."""
+_READ_SHARE = 0.1
+"""Share of its limit after which a process without progress looks again if others have made some."""
 _MIN_STALL = 10.0
 """Shortest time without Python after which the watchdog ends the process, in seconds."""
-_MAX_END_SECONDS = 120.0
-"""Time in which a process that hangs has to end by itself."""
-_MEDIAN_STEPS = 20
-"""Number of median steps that a step may take, if that is more than `TimeoutConfig.max_step`."""
-
-
-def end_hanging_process(message: str) -> None:
-    """Print that this process hangs, with the stacks of its threads, and end it."""
-    advice = "Checkpoints are complete: start it again to continue from the newest one."
-    print(f"error: this process hangs: {message}. Its stacks follow. {advice}", file=sys.stderr)
-    dump_stacks()
-    exit_now(EXIT_TRY_AGAIN)
+_PROGRESS, _ENDED = "progress/", "ended"
+"""Names in the store: of the progress of each process, whose number follows, and of why the first one ended."""
 
 
 class HangWatch:
@@ -43,28 +39,32 @@ class HangWatch:
     def __init__(
         self,
         timeouts: TimeoutConfig,
+        store: KeyValueStore | None = None,
         *,
-        end: Callable[[str], None] = end_hanging_process,
-        is_waiting: Callable[[], bool] = lambda: False,
-        count_run_changes: Callable[[], int] | None = None,
+        name: str = "this process",
         progress: ProgressRecord = PROGRESS,
     ) -> None:
         """Initialize the watch.
 
         Args:
-          timeouts: Limits of a step and of a phase.
-          end: Function that ends the process; its argument says what hangs.
-          is_waiting: Function that returns True while another process is in a phase, so that this one may wait for it.
-          count_run_changes: Function that returns the number of signs of progress in all processes of a run, which is
-            watched outside of loops, too; None for a single process.
+          timeouts: Longest times without progress.
+          store: Store of the processes of a run; None for a single process.
+          name: Name of this process for messages.
           progress: What the process works on.
         """
-        self._timeouts, self._end, self._is_waiting, self._progress = timeouts, end, is_waiting, progress
-        self._count_run_changes = count_run_changes
+        self._timeouts, self._store, self._name, self._progress = timeouts, store, name, progress
         self._interval = min(_MAX_INTERVAL, timeouts.max_step / 10)
-        self._changes = (-1, -1)
-        """Numbers of signs of progress, here and in all processes, at the last look."""
-        self._idle_seconds, self._remaining_seconds = 0.0, math.inf
+        if store is not None:
+            self._interval = max(self._interval, store.group.get_interval(self._interval, calls=2))
+        self._changes = -1
+        self._others: Mapping[str, list[float]] = {}
+        """Signs of progress and limits of all processes when they were last read."""
+        self._seconds = self._read_seconds = 0.0
+        """Time without a sign of progress, in which this process was not suspended, now and at the last read."""
+        self.cause = ""
+        """What another process has told of its end, after which this one ends, too."""
+        self._tell_time = 0.0
+        """Time at which this process told the others that it ends."""
         self._finished = threading.Event()
         self._watchdog = Watchdog()
         self._thread = threading.Thread(target=self._run, name="watch for hangs", daemon=True)
@@ -77,12 +77,8 @@ class HangWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._finished.set()
-        self._thread.join()
+        self._thread.join(5 * self._interval)  # a call of the store may hang
         self._watchdog.close()
-
-    def get_step_limit(self) -> float:
-        """Return the time without a step, in seconds, after which the process counts as hung."""
-        return max(self._timeouts.max_step, _MEDIAN_STEPS * self._progress.median_step_seconds)
 
     def find_hang(self, seconds: float) -> str:
         """Return what hangs; empty if nothing does.
@@ -90,49 +86,82 @@ class HangWatch:
         Args:
           seconds: Time since the last call, in which the process was not suspended.
         """
-        self._remaining_seconds = math.inf
-        num_run_changes = 0 if self._count_run_changes is None else self._count_run_changes()
         with self._progress.lock:
-            phases, is_looping = list(self._progress.phases), self._progress.num_loops > 0
-            is_counting = self._progress.num_counted_works > 0
-            changes = (self._progress.changes, num_run_changes)
+            changes, works = self._progress.changes, list(self._progress.works)
         if changes != self._changes:
-            self._changes, self._idle_seconds = changes, 0.0
-        for phase in phases:
-            phase.seconds += seconds
-            limit = self._get_phase_limit(phase)
-            if self._is_over(phase.seconds, limit):
-                return f"the phase {phase.name} has not ended for {limit:g} s"
-        is_single = self._count_run_changes is None
-        if phases or (is_single and not is_looping) or self._is_waiting():
+            self._changes, self._seconds, self._read_seconds = changes, 0.0, 0.0
+        self._seconds += seconds
+        work, limit = self._find_limit(works)
+        if self._store is not None and self._seconds - self._read_seconds > _READ_SHARE * limit:
+            others = {name: json.loads(text) for name, text in self._store.read(_PROGRESS).items()}
+            if others != self._others:
+                self._others, self._seconds = others, 0.0
+            self._read_seconds = self._seconds
+        limit = max([limit, *(other_limit for _, other_limit in self._others.values())])
+        if self._seconds <= limit:
             return ""
-        self._idle_seconds += seconds
-        if is_looping:
-            limit, problem = self.get_step_limit(), "no step was finished"
-        else:
-            limit = self._timeouts.max_step if is_counting else self._timeouts.max_idle
-            problem = "no progress was made"
-        return f"{problem} for {limit:g} s" if self._is_over(self._idle_seconds, limit) else ""
+        problem = {"step": "no step was finished", "progress": "no progress was made"}
+        return f"{problem.get(work, f'the phase {work} has made no progress')} for {limit:g} s"
 
-    def _get_phase_limit(self, phase: Phase) -> float:
-        if phase.is_short:
-            return self._timeouts.max_step
-        return self._timeouts.max_phase if phase.max_seconds is None else phase.max_seconds
-
-    def _is_over(self, seconds: float, limit: float) -> bool:
-        self._remaining_seconds = min(self._remaining_seconds, limit - seconds)
-        return seconds > limit
+    def _find_limit(self, works: list[Work]) -> tuple[str, float]:
+        """Return the innermost work, and the time that may pass without progress."""
+        is_watched = self._store is not None or any(work.is_loop for work in works)
+        if not works or not is_watched:
+            return "progress", self._timeouts.max_idle if is_watched else float("inf")
+        name, limit = works[-1].name, works[-1].limit
+        return name, getattr(self._timeouts, limit) if isinstance(limit, str) else limit
 
     def _run(self) -> None:
         last = time.monotonic()
         while not self._finished.wait(self._interval):
             now = time.monotonic()
             # A process that was suspended, or a laptop that slept, did not hang meanwhile.
-            message = self.find_hang(min(now - last, 2 * self._interval))
-            last = now
+            seconds, last = min(now - last, 2 * self._interval), now
+            try:
+                if self._store is not None:
+                    self._follow(self._store)
+                message = self.find_hang(seconds)
+            except jax.errors.JaxRuntimeError:  # JAX ends this process if the first one, with the store, is gone.
+                message = ""
             if message:
-                self._watchdog.expect_call(_MAX_END_SECONDS)
-                self._end(message)
-                return
+                message = f"{self._name} hangs: {message}"
+                self.tell(message, EXIT_TRY_AGAIN)
+                self.end(message, EXIT_TRY_AGAIN)
             # It ends the process if no Python code, and so not this thread, can run until the limit.
-            self._watchdog.expect_call(max(1.1 * self._remaining_seconds, _MIN_STALL))
+            _, limit = self._find_limit(self._progress.works)
+            self._watchdog.expect_call(max(1.1 * (limit - self._seconds), _MIN_STALL))
+
+    def _follow(self, store: KeyValueStore) -> None:
+        """Publish the progress of this process, and end it if another one has ended with an error."""
+        _, limit = self._find_limit(self._progress.works)
+        store.write(f"{_PROGRESS}{store.group.process_id}", json.dumps([self._progress.changes, limit]))
+        if not self._tell_time and (text := store.try_read(_ENDED)):
+            self.cause, code = json.loads(text)
+            if not self._finished.wait(self._timeouts.grace):  # It may have the same error, and reports it itself.
+                self.end(self.cause, code if code == UserError.code else EXIT_TRY_AGAIN)
+
+    def tell(self, message: str, code: int) -> None:
+        """Tell all processes that this one ends with an error."""
+        if self._store is not None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                if self._store.try_read(_ENDED) is None:
+                    self._store.write(_ENDED, json.dumps([message, code]))
+                    self._tell_time = time.monotonic()
+
+    def end(self, message: str, code: int) -> None:
+        """End this process with its stacks, because it hangs or another one has ended."""
+        advice = "Checkpoints are complete: start it again to continue from the newest one."
+        if code != EXIT_TRY_AGAIN:
+            advice = "Correct that first. Checkpoints are complete: the same command continues from the newest one."
+        print(f"error: {message}. {advice}", file=sys.stderr)
+        if code == EXIT_TRY_AGAIN:
+            dump_stacks()
+        self.leave(code)
+
+    def leave(self, code: int) -> None:
+        """End this process at once; the first one, which keeps the store, once the others could end by themselves."""
+        self._watchdog.close()
+        grace = self._timeouts.grace
+        if self._store is not None and self._store.group.is_first:
+            time.sleep(max(0.0, self._tell_time + grace - time.monotonic()) + grace / 4)
+        exit_now(code)

@@ -16,20 +16,22 @@ class TimeoutConfig:
     startup: float = 300.0
     """Time until all processes have started."""
     max_silence: float = 60.0
-    """Time without a heartbeat of a process."""
-    max_lag: float = 1800.0
-    """Time that a process stays at a step while others are ahead; longer than a step takes. Where one process writes or
-    evaluates, the others wait for it at the same step, so that none is behind."""
+    """Time without a heartbeat after which JAX takes a process for lost, and ends the others."""
     max_step: float = 1800.0
-    """Time in which a training finishes no step, in no process, before it counts as hung and ends; 20 times the median
-    step if that is longer. Phases such as saving and sampling, in any process, do not count."""
+    """Time in which a training finishes no step, in no process, before it counts as hung and ends. Phases such as
+    saving and sampling, in any process, do not count."""
     max_phase: float = 14400.0
-    """Time that such a phase takes before it counts as hung and ends the run."""
+    """Time in which such a phase makes no progress before it counts as hung and ends the run."""
     max_idle: float = 7200.0
     """Time in which a run of several processes makes no progress outside of trainings, such as before the first step,
     before it counts as hung and ends. Samples and evaluated clips count as progress; encoded clips do, too, and have to
     follow each other within `max_step`."""
 
     def __post_init__(self) -> None:
-        check_at_least(1, startup=self.startup, max_silence=self.max_silence, max_lag=self.max_lag)
+        check_at_least(1, startup=self.startup, max_silence=self.max_silence)
         check_at_least(1, max_step=self.max_step, max_phase=self.max_phase, max_idle=self.max_idle)
+
+    @property
+    def grace(self) -> float:
+        """Time for the other processes to read why one ends, and to end by themselves before JAX ends them."""
+        return min(10.0, self.max_silence / 4)

@@ -206,14 +206,14 @@ def test_what_is_encoded_counts_as_progress(tmp_path):
     source, encoding = make_source(MIXED_SIZES[:5]), make_encoding(views_per_file=3)
     plan = plan_encoding(source, encoding)
     before = PROGRESS.changes
-    arguments = {"identity": "a", "progress": lambda _: seen.append((PROGRESS.changes, PROGRESS.num_counted_works))}
+    arguments = {"identity": "a", "progress": lambda _: seen.append((PROGRESS.changes, len(PROGRESS.works)))}
     encode_latents(tmp_path / "l", source, encoding, plan, **arguments)
     changes, works = zip(*seen, strict=True)
     assert len(seen) >= 5
     assert list(changes) == sorted(set(changes))
     assert changes[-1] - before >= 2 * 5  # Each clip is decoded, and encoded.
     assert set(works) == {1}
-    assert PROGRESS.num_counted_works == 0
+    assert not PROGRESS.works
 
 
 def read_contents(folder):

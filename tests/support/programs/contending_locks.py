@@ -1,7 +1,7 @@
 """Try to lock many folders, each at the same time as another process, and print the numbers of those that were locked.
 
 The arguments are the name of this process and of the other, a folder for files with which they wait for each other, the
-place of the folders, their number, and `no-flock` for a disk without locks of the system.
+place of the folders, their number, `no-flock` for a disk without locks of the system, and `google` for its client.
 """
 
 import errno
@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 from dit_video.core.errors import TransientError
-from dit_video.training.folder_lock import lock_folder
-from dit_video.training.lease import LeaseConfig
+from dit_video.training.folder_lock import LeaseConfig, lock_folder
 from support import exclusive_bucket
 
 own, other, meeting, place, count, *options = sys.argv[1:]
-CONFIG = LeaseConfig(renew_every=0.1, expires_after=3.0, settle=0.05)
+CONFIG = LeaseConfig(renew_every=0.2, expires_after=1.0)
 
 
 def refuse(*_: object) -> None:
@@ -31,7 +30,8 @@ def meet(name: str) -> None:
         time.sleep(0.001)
 
 
-exclusive_bucket.register()
+if "google" not in options:
+    exclusive_bucket.register()
 if "no-flock" in options:
     fcntl.flock = refuse  # type: ignore[assignment]
 for number in range(int(count)):

@@ -5,7 +5,7 @@ import sys
 import time
 
 from dit_video.core.errors import script
-from dit_video.distributed.faults.progress import count_step, declare_phase, expect_steps
+from dit_video.distributed.faults.progress import count_progress, declare_phase, expect_steps
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
 
@@ -18,7 +18,8 @@ def sleep_in_step() -> None:
 def sleep_with_lock() -> None:
     """Hang in compiled code that lets no other thread run Python, after the watch has begun."""
     time.sleep(0.5)
-    ctypes.PyDLL(None).sleep(600)
+    while True:  # a signal ends a sleep
+        ctypes.PyDLL(None).sleep(600)
 
 
 def save_slowly() -> None:
@@ -32,13 +33,13 @@ def work() -> None:
     print("working", flush=True)
     for _ in range(30):
         time.sleep(0.1)
-        count_step()
+        count_progress()
 
 
 def work_in_phase() -> None:
     """Work for three seconds in a phase that may take five."""
     print("working", flush=True)
-    with declare_phase("save", max_seconds=5.0):
+    with declare_phase("save", 5.0):
         for _ in range(30):
             time.sleep(0.1)
 
@@ -50,7 +51,7 @@ CASES = {"step": sleep_in_step, "save": work_in_phase, "lock": sleep_with_lock, 
 def main() -> None:
     """Take a step, then run the case."""
     with initialize_distributed(timeouts=TimeoutConfig(max_step=1.0)), expect_steps():
-        count_step()
+        count_progress()
         CASES[sys.argv[1]]()
 
 

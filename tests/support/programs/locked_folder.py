@@ -10,8 +10,7 @@ import sys
 import time
 
 from dit_video.core.errors import script
-from dit_video.training.folder_lock import check_locks, lock_folder
-from dit_video.training.lease import LeaseConfig
+from dit_video.training.folder_lock import LeaseConfig, check_locks, lock_folder
 from support import exclusive_bucket
 
 folder, seconds, renew_every, expires_after, log, *options = sys.argv[1:]
@@ -28,7 +27,7 @@ def main() -> None:
     exclusive_bucket.register()
     if "no-flock" in options:
         fcntl.flock = refuse  # type: ignore[assignment]
-    config = LeaseConfig(renew_every=float(renew_every), expires_after=float(expires_after), settle=0.05)
+    config = LeaseConfig(renew_every=float(renew_every), expires_after=float(expires_after))
     with lock_folder(folder, config=config), open(log, "a") as file:
         print("held", flush=True)
         end = time.monotonic() + float(seconds)

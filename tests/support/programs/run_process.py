@@ -14,13 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dit_video.core.errors import TransientError, UserError, script
-from dit_video.distributed.faults.progress import (
-    count_progress,
-    count_step,
-    declare_phase,
-    expect_progress,
-    expect_steps,
-)
+from dit_video.distributed.faults.progress import count_progress, declare_phase, expect_progress, expect_steps
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed, wait_for_main_process
 
@@ -37,18 +31,10 @@ def wait_in_first_process() -> None:
     time.sleep(3 * (1 - INDEX))
 
 
-def write_in_first_process() -> None:
-    """Let process 1 wait longer than `max_lag` for process 0, at the same step."""
-    count_step()
-    time.sleep(20 * (1 - INDEX))
-    wait_for_main_process()
-    count_step()
-
-
 def save_in_first_process() -> None:
     """Let process 1 wait for a phase of process 0 that is longer than a step may take."""
     with expect_steps():
-        count_step()
+        count_progress()
         if INDEX == 0:
             with declare_phase("save"):
                 time.sleep(15)
@@ -75,9 +61,9 @@ def hang_before_training() -> None:
 def log_in_first_process() -> None:
     """Hang in the log of process 0, for which process 1 waits."""
     with expect_steps():
-        count_step()
+        count_progress()
         if INDEX == 0:
-            with declare_phase("hook", is_short=True):
+            with declare_phase("hook", "max_step"):
                 time.sleep(600)
         gather(0)
 
@@ -85,7 +71,7 @@ def log_in_first_process() -> None:
 def sleep_in_step() -> None:
     """Hang in a step, in which the other process hangs, too."""
     with expect_steps():
-        count_step()
+        count_progress()
         time.sleep(600)
 
 
@@ -106,8 +92,8 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def sleep() -> None:
-    """Take longer than the others wait."""
+def hang() -> None:
+    """Hang in Python, while the heartbeats of JAX go on."""
     time.sleep(600)
 
 
@@ -124,7 +110,6 @@ def lose_connection() -> None:
 
 CASES = {
     "wait in first process": wait_in_first_process,
-    "write in first process": write_in_first_process,
     "save in first process": save_in_first_process,
     "encode in first process": encode_in_first_process,
     "log in first process": log_in_first_process,
@@ -133,7 +118,7 @@ CASES = {
     "fail for a while": fail_for_a_while,
     "lose connection": lose_connection,
 }
-LOSSES = {"kill": kill, "stop": stop, "sleep": sleep, "fail": fail, "lose connection in one": lose_connection}
+LOSSES = {"kill": kill, "stop": stop, "hang": hang, "fail": fail, "lose connection in one": lose_connection}
 """Cases in which one process is lost to the others."""
 
 
@@ -151,11 +136,11 @@ def main() -> None:
             CASES[case]()
         elif case in LOSSES:
             gather(0)
-            if options["lost_process"] == INDEX:
-                LOSSES[case]()
-            count_step()
-            count_step()
-            gather(1)
+            with expect_steps():
+                if options["lost_process"] == INDEX:
+                    LOSSES[case]()
+                count_progress()
+                gather(1)
         print("left", flush=True)
 
 
