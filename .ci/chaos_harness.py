@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 from chaos_cluster import SILENCE, Cluster, make_environment  # noqa: E402
 from chaos_disturbances import MAX_STARTS, MISTAKE, PROCESS_COUNTS, Chaos, Event  # noqa: E402
+from code_digest import compute_digest  # noqa: E402
 
 from support.fake_gcs import FakeGcs, serve  # noqa: E402
 
@@ -70,7 +71,11 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.monotonic()
     path = arguments.json
-    rounds = json.loads(path.read_text())["rounds"] if path and path.exists() else []
+    code = compute_digest(*Path(__file__).parent.glob("chaos_*.py"))
+    stored = json.loads(path.read_text())["rounds"] if path and path.exists() else []
+    rounds = [each for each in stored if each.get("code") == code]
+    if len(rounds) < len(stored):
+        print(f"{len(stored) - len(rounds)} rounds of other code do not count", flush=True)
     folder = arguments.folder.absolute()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
     with serve() as bucket:
@@ -81,7 +86,13 @@ def main() -> None:
             if time.monotonic() - start > 60 * arguments.minutes:
                 break
             seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed + len(rounds)
-            results: dict[str, Any] = {"seed": seed, "undisturbed": harness.goodput, "missed": [], "events": []}
+            results: dict[str, Any] = {
+                "code": code,
+                "seed": seed,
+                "undisturbed": harness.goodput,
+                "missed": [],
+                "events": [],
+            }
             rounds.append(results)
 
             def save() -> None:

@@ -17,7 +17,6 @@ as they should be. The folder keeps what was prepared for this state of the code
 """
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -29,10 +28,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from code_digest import compute_digest, digest_files
+
 ROOT = Path(__file__).resolve().parents[1]
+INJECTED = ROOT / "tests" / "experiment" / "self_check"
 MAX_SECONDS = 600
 """Time limit of a case."""
-SOURCE_FOLDERS = tuple(f"dit_video/{name}/" for name in ("autoencoders", "backbones", "encoders", "tokens", "video"))
+SOURCE_FOLDERS = tuple(f"dit_video/{name}/" for name in ("models", "nn", "tokens", "video"))
 """Folders of code that prepared clips, latents and weights depend on."""
 
 Result = dict[str, Any]
@@ -66,14 +68,17 @@ def main() -> None:
     # The effects of faults are seen in comparison with the first run of each variant.
     cases = [*good[: len(variants)], *faults, *good[len(variants) :]]
 
-    results = read_results(arguments.json)
-    code = compute_digest()
+    code = compute_digest(*INJECTED.glob("*.py"))
+    stored = read_results(arguments.json)
+    results = {name: result for name, result in stored.items() if result["code"] == code}
+    if len(results) < len(stored):
+        print(f"{len(stored) - len(results)} results of other code do not count", flush=True)
     done = {name for name, result in results.items() if not arguments.again or is_as_it_should_be(result)}
     pending = [case for case in cases if get_case_name(case) not in done]
     needed = {variant for _, variant, _ in pending}
     needed |= {each for variant in needed for each in VARIANTS[variant].needs}
     start_time = time.monotonic()
-    sources = folder / f"sources-{compute_digest(of_sources=True)}"
+    sources = folder / f"sources-{compute_source_digest()}"
     prepare(sources, [name for name in VARIANTS if name in needed], code, arguments.processes)
     for case, result in run_cases(run_case, [(case, sources, code) for case in pending], arguments.processes):
         name = get_case_name(case[0])
@@ -101,15 +106,11 @@ def set_environment(folder: Path) -> None:
     set_quick_flags()
 
 
-def compute_digest(*, of_sources: bool = False) -> str:
-    """Return a digest of the package and of what is injected into it, or of the part that prepared files depend on."""
-    own, content = ROOT / "tests" / "experiment" / "self_check", hashlib.sha256()
-    for path in sorted([*(ROOT / "dit_video").rglob("*.py"), *own.glob("*.py")]):
-        name = path.relative_to(ROOT).as_posix()
-        is_source = path == own / "variants.py" or name.startswith(SOURCE_FOLDERS)
-        if is_source or not of_sources:
-            content.update(name.encode() + path.read_bytes())
-    return content.hexdigest()[:12]
+def compute_source_digest() -> str:
+    """Return a digest of the part of the code that prepared files depend on."""
+    package = (ROOT / "dit_video").rglob("*.py")
+    sources = [path for path in package if path.relative_to(ROOT).as_posix().startswith(SOURCE_FOLDERS)]
+    return digest_files([*sources, INJECTED / "variants.py"])
 
 
 def prepare(folder: Path, variants: list[str], code: str, processes: int) -> None:

@@ -28,6 +28,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from code_digest import compute_digest
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVE_EVERY, BATCH = 120, 3, 2
 MAX_SECONDS = 3600
@@ -40,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int, help="Number of kills.")
     parser.add_argument("--folder", type=Path, default=Path("runs/kills"))
+    parser.add_argument("--json", type=Path, default=None, help="File of the results, which is continued.")
     parser.add_argument("--seed", type=int, default=None, help="Seed of the random moments; a new one by default.")
     arguments = parser.parse_args()
     seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed
@@ -55,7 +58,9 @@ def main() -> None:
             f"uninterrupted run: {STEPS} steps in {time.monotonic() - start_time:.0f} s including its start", flush=True
         )
     expected = read_result(uninterrupted)
-    done, runs, kill_counts = 0, 0, Counter[str]()
+    results = read_results(arguments.json)
+    runs, kill_counts = results["runs"], Counter[str](results["kills"])
+    done = kill_counts.total()
     while done < arguments.kills:
         run = folder / "killed"
         reset_run(folder / "prepared", run)
@@ -66,8 +71,19 @@ def main() -> None:
         runs += 1
         compare(expected, read_result(run), run)
         print(f"run {runs}: after {done} kills, its log and arrays equal those of the uninterrupted run", flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps({**results, "runs": runs, "kills": kill_counts}, indent=1) + "\n")
     summary = ", ".join(f"{count} {when}" for when, count in kill_counts.most_common())
     print(f"{done} kills in {runs} runs ({summary}; seed {seed}): no bit differs")
+
+
+def read_results(path: Path | None) -> dict[str, Any]:
+    """Return the results of this code, which has to be the same from the first kill to the last."""
+    code = compute_digest(Path(__file__))
+    stored = json.loads(path.read_text()) if path and path.exists() else {}
+    if stored and stored["code"] != code:
+        print(f"{sum(stored['kills'].values())} kills of other code do not count", flush=True)
+    return stored if stored.get("code") == code else {"code": code, "runs": 0, "kills": {}}
 
 
 def run_until_killed(run: Path, moments: random.Random | None) -> str:

@@ -39,14 +39,14 @@ step=()
 export DIT_VIDEO_PREEMPTION_GRACE=100
 
 # Since 22.05 srun does not take --cpus-per-task over from sbatch, and would bind each task to one core.
-# If a process is lost, the others name it and exit within `--patience.max-silence` (60 s). They need that time, so the
+# If a process is lost, the others exit within `--patience.max-silence` (60 s). They need that time, so the
 # step must not end with its first task (--kill-on-bad-exit); --wait ends it if they hang.
 code=0
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=120 ${step[@]+"${step[@]}"} \
   "${program[@]}" "${SCRIPT:-experiments/train.py}" "$@" --stopped-code 75 || code=$?
 
 # This is the highest exit code of the tasks. 0: finished. 2: a user error. 75: stopped by a signal and saved, or
-# another process was lost. 137: a task was killed, for example since it was out of memory. All but the first two may
+# a process hung. 134: another process was lost. 137: a task was killed, for example since it was out of memory. All but the first two may
 # succeed at a retry.
 if [ "$code" -eq 0 ] || [ "$code" -eq 2 ]; then
   exit "$code"
