@@ -145,8 +145,8 @@ class Runtime:
     """Recorder of where the time of the run goes, one for all its stages."""
 
     def __post_init__(self) -> None:
-        if self.process == 0:
-            self.recorder.set_folder(self.folder / GOODPUT_FOLDER)
+        if self.process == 0 and self.recorder.folder is None:
+            self.recorder.folder = self.folder / GOODPUT_FOLDER
 
     @property
     def seed(self) -> int:

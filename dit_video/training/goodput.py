@@ -6,8 +6,8 @@ badput of a category. The library itself keeps its records in Google Cloud Loggi
 needs three packages of Google Cloud; here they are files in the folder of the run, `goodput/ATTEMPT.jsonl`.
 
 An attempt is one start of the run: a process and, with several, the others that run together with it. Its file has a
-line that describes the attempt, and one for each stretch of its time, `TimeRecord`. It is never cut when the run
-resumes, unlike the log of metrics. `training.time_recorder` writes it.
+line that describes the attempt, and one for each stretch of its time, `TimeRecord`. Lines are only added, also when the
+run resumes, unlike in the log of metrics. `training.time_recorder` writes it.
 
 Which steps were lost follows from where later attempts resumed: steps of a training behind that step were taken
 again. The time between the newest record of an attempt and the start of the next one is idle. Clocks of machines are
@@ -211,44 +211,38 @@ def compute_metrics(microseconds: Mapping[str, int]) -> dict[str, float]:
 # Files
 
 
-def format_header(attempt: Attempt) -> str:
-    """Return the first line of an attempt's file."""
+def describe_attempt(attempt: Attempt) -> dict[str, Any]:
+    """Return the first line of an attempt's file, as JSON."""
     values = {"attempt": attempt.number, "begin": attempt.begin, "host": attempt.host}
-    return json.dumps({**values, "processes": attempt.process_count}) + "\n"
+    return {**values, "processes": attempt.process_count}
 
 
-def format_record(record: TimeRecord) -> str:
-    """Return the line of a record."""
-    steps = {"start_step": record.start_step, "step": record.step} if record.training else {}
-    values = {"training": record.training, **steps} if record.training else {}
-    return json.dumps({**values, "microseconds": dict(record.microseconds)}) + "\n"
-
-
-def format_slow_host(slow: SlowHost) -> str:
-    """Return the line of a slow host."""
-    return json.dumps({"slow_host": vars(slow)}) + "\n"
-
-
-def format_ending(ending: str) -> str:
-    """Return the line of the end of an attempt."""
-    return json.dumps({"ending": ending}) + "\n"
+def describe_record(record: TimeRecord) -> dict[str, Any]:
+    """Return the line of a record, as JSON."""
+    steps = {"training": record.training, "start_step": record.start_step, "step": record.step}
+    return {**(steps if record.training else {}), "microseconds": dict(record.microseconds)}
 
 
 def parse_attempt(text: str) -> Attempt | None:
     """Return the attempt in the text of its file; None if the first line describes no attempt.
 
-    Lines that are not complete or hold something else, such as a last one that is half written, are left out.
+    Lines that are not complete or hold something else, such as a last one that is half written, are left out. A record
+    that is open counts only until the next one.
     """
     header, *lines = (_parse_line(line) for line in text.split("\n"))
     try:
         begin, number = int(header["begin"]), int(header["attempt"])
     except (KeyError, TypeError, ValueError):
         return None
-    records, slow_hosts, ending = list[TimeRecord](), list[SlowHost](), ""
+    records, slow_hosts, ending, is_open = list[TimeRecord](), list[SlowHost](), "", False
     for line in lines:
         try:
             if "microseconds" in line:
-                records.append(_parse_record(line))
+                record = _parse_record(line)
+                if is_open:
+                    records.pop()
+                records.append(record)
+                is_open, ending = bool(line.get("is_open")), ""
             elif "slow_host" in line:
                 slow_hosts.append(SlowHost(**line["slow_host"]))
             elif "ending" in line:

@@ -7,29 +7,25 @@ is read once, at its start. `training.goodput` describes the records and sums th
 
 import contextlib
 import dataclasses
+import json
 import socket
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 
 from dit_video.core.errors import GracefulStop, UserError
 from dit_video.core.platform.process_time import get_process_age
-from dit_video.core.storage import StoragePathLike, to_storage_path, write_text
 from dit_video.training import goodput
 from dit_video.training.goodput import Attempt, SlowHost, TimeRecord
 
-_WRITE_SECONDS = 5.0
-"""Seconds between two writes of the records, by a thread of its own."""
-_MIN_GAP = 1.0
-"""Minimum number of seconds between two writes of that thread."""
-_MAX_WRITE_SHARE = 0.01
-"""Maximum share of the time for which that thread writes, such as to an address that is slow to answer."""
-_MAX_RECORDS = 1000
-"""Number of records of an attempt from which neighbours of its older half are merged."""
+_FLUSH_SECONDS = 10.0
+"""Interval at which a thread writes the time that goes on, of which a killed process loses at most this much."""
 
 
 def _read_clock() -> int:
@@ -49,7 +45,7 @@ class TimeRecorder:
 
     def __init__(
         self,
-        folder: StoragePathLike | None = None,
+        folder: Path | None = None,
         *,
         clock: Callable[[], int] = _read_clock,
         time_of_day: Callable[[], int] = _read_time_of_day,
@@ -57,35 +53,26 @@ class TimeRecorder:
         """Initialize the recorder.
 
         Args:
-          folder: Folder or address of the records of all attempts, `RUN/goodput`; None to write nothing.
+          folder: Folder of the records of all attempts, `RUN/goodput`; None to write nothing.
           clock: Monotonic clock in microseconds.
           time_of_day: Time of day in microseconds.
         """
-        self._folder = None if folder is None else to_storage_path(folder)
+        self.folder = folder
         self._clock, self._time_of_day = clock, time_of_day
         self._lock = threading.RLock()
-        self._write_lock = threading.RLock()
         self._phases: list[str] = []
         self._earlier: tuple[Attempt, ...] = ()
         self._attempt: Attempt | None = None
         self._records: list[TimeRecord] = []
-        self._lines: list[str] = []
-        """Lines of the records, which never change."""
         self._pending = Counter[str]()
         self._training, self._start_step, self._step = "", 0, 0
         self._start_of_training = 0
         """Step at which this process began the training."""
         self._boundary = 0
         """Clock at the newest boundary."""
-        self._base_times = Counter[str]()
-        """Times of the run up to the newest resume, including lost steps."""
-        self._new_times = Counter[str]()
-        self._writer: _Writer | None = None
-
-    def set_folder(self, folder: StoragePathLike) -> None:
-        """Set the folder of the records, unless there is one."""
-        if self._folder is None:
-            self._folder = to_storage_path(folder)
+        self._times = Counter[str]()
+        """Times of the run up to the newest boundary, with the steps that the newest resume has lost."""
+        self._paused = threading.Event()
 
     @contextlib.contextmanager
     def attempt(self, *, from_process_start: bool = False) -> Iterator[None]:
@@ -123,39 +110,38 @@ class TimeRecorder:
             with self._lock:
                 self.charge()
                 self._phases.pop()
-            if not self._phases:
-                self._pause(ending)
+                if not self._phases:
+                    self._paused.set()
+                    self.end_training(self._step)
+                    self._append({"ending": ending})
 
     def _begin(self, age: int) -> None:
         """Begin the attempt, or continue it after a pause, which was idle."""
         if self._attempt is not None:
             self._charge(goodput.IDLE)
         else:
-            # Read before the storage is, which may take seconds.
-            self._boundary, begin, number = self._clock() - age, self._time_of_day() - age, 1
-            if self._folder is not None:
-                try:
-                    number += max((number for number, _ in goodput.list_attempt_files(self._folder)), default=0)
-                    self._earlier = goodput.read_attempts(self._folder)
-                except (UserError, OSError) as error:  # without a list, the number could be an earlier attempt's
-                    print(f"the times of this attempt are not recorded: {error}", file=sys.stderr)
-                    self._folder = None
-            self._attempt = Attempt(
-                number=number, begin=begin, host=socket.gethostname(), process_count=jax.process_count()
-            )
-            self._restart_sums()
-        if self._folder is not None:
-            self._writer = _Writer(self.flush)
+            # Read before the disk is, which may take seconds.
+            self._boundary, begin = self._clock() - age, self._time_of_day() - age
+            number = self._read_earlier()
+            values = {"host": socket.gethostname(), "process_count": jax.process_count()}
+            self._attempt = Attempt(number=number, begin=begin, **values)
+            self._append(goodput.describe_attempt(self._attempt))
+            self._sum_times()
+        if self.folder is not None:
+            self._paused = threading.Event()
+            threading.Thread(target=self._flush_regularly, args=(self._paused,), name="goodput", daemon=True).start()
 
-    def _pause(self, ending: str) -> None:
-        """Write the records, and end the thread that does."""
-        with self._lock:
-            self._close_record(self._step)
-            self._training = ""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        self.flush(ending=ending)
+    def _read_earlier(self) -> int:
+        """Read the earlier attempts, and return the number of this one."""
+        if self.folder is None:
+            return 1
+        try:
+            self._earlier = goodput.read_attempts(self.folder)
+            return 1 + max((number for number, _ in goodput.list_attempt_files(self.folder)), default=0)
+        except (UserError, OSError) as error:  # without a list, the number could be an earlier attempt's
+            print(f"the times of this attempt are not recorded: {error}", file=sys.stderr)
+            self.folder = None
+            return 1
 
     def charge(self, category: str | None = None) -> None:
         """Give the time since the previous boundary a category: by default a step's in a training, else the phase's.
@@ -176,7 +162,7 @@ class TimeRecorder:
             now = self._clock()
             passed, self._boundary = now - self._boundary, now
             self._pending[category] += passed
-            self._new_times[category] += passed
+            self._times[category] += passed
 
     def resume(self, training: str, step: int) -> None:
         """Begin to account for the steps of a training, or continue it after `step`."""
@@ -184,18 +170,16 @@ class TimeRecorder:
             return
         with self._lock:
             self.charge()
-            self._close_record(self._step)
+            self.cut(self._step)
             self._training, self._start_step, self._step = training, step, step
             self._start_of_training = step
-            self._restart_sums()
-        self._wake()
+            self._sum_times()
 
     def end_training(self, step: int) -> None:
         """Account for the steps up to the end of a training's loop, and for none from there on."""
         with self._lock:
-            self._close_record(step)
+            self.cut(step)
             self._training = ""
-        self._wake()
 
     def count_step(self, step: int) -> None:
         """Set the number of steps done."""
@@ -204,148 +188,60 @@ class TimeRecorder:
     def cut(self, step: int) -> None:
         """End a record at a step that is finished: at entries of the log, and where a later attempt may resume."""
         with self._lock:
-            self._close_record(step)
-        self._wake()
+            self._step = step
+            record = self._make_record(self._pending)
+            self._pending.clear()
+            self._start_step = step
+            if record.microseconds or record.step > record.start_step:
+                self._records.append(record)
+                self._append(goodput.describe_record(record))
 
     def note_slow_host(self, slow: SlowHost) -> None:
         """Record a process that is slower than the others."""
-        with self._lock:
-            if self._attempt is not None:
-                self._attempt = dataclasses.replace(self._attempt, slow_hosts=(*self._attempt.slow_hosts, slow))
-        self._wake()
+        self._append({"slow_host": vars(slow)})
 
     def compute_metrics(self) -> dict[str, float]:
         """Return the goodput and the badput up to the newest boundary; see `goodput.compute_metrics`.
 
         Outside of an attempt there are none.
         """
-        if not self._phases:
-            return {}
         with self._lock:
-            return goodput.compute_metrics(self._base_times + self._new_times)
+            return goodput.compute_metrics(self._times) if self._phases else {}
 
-    def _restart_sums(self) -> None:
-        """Sum the times of the run again, as a resume decides which steps are lost."""
+    def _sum_times(self) -> None:
+        """Sum the times of the run, of which a resume decides which steps are lost."""
         if self._attempt is not None:
-            attempt = dataclasses.replace(self._attempt, records=(*self._records, self._make_pending_record()))
-            self._base_times = Counter(goodput.summarize([*self._earlier, attempt]).microseconds)
-            self._new_times.clear()
+            attempt = dataclasses.replace(self._attempt, records=(*self._records, self._make_record(self._pending)))
+            self._times = Counter(goodput.summarize([*self._earlier, attempt]).microseconds)
 
-    def _make_pending_record(self) -> TimeRecord:
-        times = {name: value for name, value in self._pending.items() if value}
+    def _make_record(self, times: Counter[str]) -> TimeRecord:
+        microseconds = {name: value for name, value in times.items() if value}
         if not self._training:
-            return TimeRecord(microseconds=times)
-        return TimeRecord(
-            microseconds=times,
-            training=self._training,
-            start_step=self._start_step,
-            step=max(self._step, self._start_step),
-        )
+            return TimeRecord(microseconds=microseconds)
+        step = max(self._step, self._start_step)
+        return TimeRecord(microseconds=microseconds, training=self._training, start_step=self._start_step, step=step)
 
-    def _close_record(self, step: int) -> None:
-        """End the pending record, which is a part of the one before it if no step was taken."""
-        self._step = step
-        record = self._make_pending_record()
-        last = self._records[-1] if self._records else None
-        self._pending.clear()
-        self._start_step = step
-        if last is not None and last.training == record.training and record.step == record.start_step == last.step:
-            self._records.pop()
-            self._lines.pop()
-            record = _merge(last, record)
-        elif not record.microseconds and record.step == record.start_step:
+    def flush(self) -> None:
+        """Write the time since the last record, which the next record replaces."""
+        with self._lock:
+            if not self._phases:
+                return
+            times = self._pending.copy()
+            times[self._get_default_category()] += self._clock() - self._boundary  # a later boundary may decide else
+            self._append({**goodput.describe_record(self._make_record(times)), "is_open": True})
+
+    def _flush_regularly(self, paused: threading.Event) -> None:
+        while not paused.wait(_FLUSH_SECONDS):
+            self.flush()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        """Write a line. A failure is printed and changes nothing: a training does not end because of its times."""
+        if self.folder is None or self._attempt is None:
             return
-        self._records.append(record)
-        self._lines.append(goodput.format_record(record))
-        if len(self._records) > _MAX_RECORDS:
-            self._records = merge_records(self._records)
-            self._lines = [goodput.format_record(each) for each in self._records]
-
-    def _wake(self) -> None:
-        if self._writer is not None:
-            self._writer.wake()
-
-    def flush(self, *, ending: str = "") -> None:
-        """Write all records up to now, with the time of the pending one. A failure is printed and changes nothing.
-
-        Args:
-          ending: How the attempt ends; empty while it goes on.
-        """
-        if self._folder is None or self._attempt is None:
-            return
-        with self._write_lock:  # or a thread could write an older state over a newer one
+        try:
             with self._lock:
-                attempt, lines, pending = self._attempt, list(self._lines), self._make_pending_record()
-                if self._phases:  # only a later boundary decides on the category
-                    category, passed = self._get_default_category(), self._clock() - self._boundary
-                    times = Counter(pending.microseconds)
-                    times[category] += passed
-                    pending = dataclasses.replace(pending, microseconds=dict(times))
-            if pending.microseconds or pending.training:
-                lines.append(goodput.format_record(pending))
-            lines += [goodput.format_slow_host(slow) for slow in attempt.slow_hosts]
-            if ending:
-                lines.append(goodput.format_ending(ending))
-            with _report_failures():
-                text = "".join([goodput.format_header(attempt), *lines])
-                write_text(self._folder / f"{attempt.number:04}.jsonl", text)
-
-
-def merge_records(records: list[TimeRecord]) -> list[TimeRecord]:
-    """Return fewer records of the same times and steps: neighbours of the older half are merged.
-
-    A resume from the middle of a record loses a share of its time, so that the newer half stays as it is.
-    """
-    half = len(records) // 2
-    merged: list[TimeRecord] = []
-    is_merged = False  # whether the last one has two records already
-    for record in records[:half]:
-        last = merged[-1] if merged and not is_merged else None
-        is_merged = last is not None and last.training == record.training and last.step == record.start_step
-        if last is not None and is_merged:
-            merged[-1] = _merge(last, record)
-        else:
-            merged.append(record)
-    return merged + records[half:]
-
-
-def _merge(first: TimeRecord, second: TimeRecord) -> TimeRecord:
-    times = Counter(first.microseconds)
-    times.update(second.microseconds)
-    return dataclasses.replace(first, microseconds=dict(times), step=second.step)
-
-
-@contextlib.contextmanager
-def _report_failures() -> Iterator[None]:
-    """Print a failure of the storage: a training does not end because its times cannot be written."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        print(f"the times of this run cannot be recorded now: {error}", file=sys.stderr)
-
-
-class _Writer:
-    """A thread that writes at an interval, and soon after it was woken."""
-
-    def __init__(self, write: Callable[[], None]) -> None:
-        self._write = write
-        self._woken, self._closed = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="goodput", daemon=True)
-        self._thread.start()
-
-    def wake(self) -> None:
-        self._woken.set()
-
-    def close(self) -> None:
-        self._closed.set()
-        self._woken.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            start_time = time.monotonic()
-            self._write()
-            seconds = time.monotonic() - start_time
-            self._closed.wait(max(_MIN_GAP, seconds / _MAX_WRITE_SHARE))
-            self._woken.wait(_WRITE_SECONDS)
-            self._woken.clear()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with (self.folder / f"{self._attempt.number:04}.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            print(f"the times of this run cannot be recorded now: {error}", file=sys.stderr)

@@ -16,10 +16,8 @@ from dit_video.training.goodput import (
     SlowHost,
     TimeRecord,
     compute_metrics,
-    format_ending,
-    format_header,
-    format_record,
-    format_slow_host,
+    describe_attempt,
+    describe_record,
     parse_attempt,
     read_attempts,
     read_run_times,
@@ -148,9 +146,10 @@ def test_metrics_are_shares_by_group():
 
 
 def write(folder, attempt):
-    slow = [format_slow_host(each) for each in attempt.slow_hosts]
-    lines = [format_header(attempt), *map(format_record, attempt.records), *slow]
-    text = "".join(lines) + (format_ending(attempt.ending) if attempt.ending else "")
+    lines = [describe_attempt(attempt), *map(describe_record, attempt.records)]
+    lines += [{"slow_host": vars(each)} for each in attempt.slow_hosts]
+    lines += [{"ending": attempt.ending}] if attempt.ending else []
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{attempt.number:04}.jsonl").write_text(text)
     return text
@@ -193,6 +192,15 @@ def test_lines_that_are_no_records_are_left_out(tmp_path, line):
     assert parse_attempt(f"{line}\n{first}") is None
 
 
+def test_an_open_record_counts_until_the_next_one(tmp_path):
+    header, *_ = write(tmp_path, attempt(1, 7)).splitlines()
+    open_line = json.dumps({**describe_record(startup(3)), "is_open": True})
+    line = json.dumps(describe_record(startup(5)))
+    assert parse_attempt(f"{header}\n{open_line}").records == (startup(3),)
+    assert parse_attempt(f"{header}\n{open_line}\n{open_line}").records == (startup(3),)
+    assert parse_attempt(f"{header}\n{open_line}\n{line}\n{line}").records == (startup(5), startup(5))
+
+
 def test_records_lie_at_addresses_too():
     import fsspec
 
@@ -204,4 +212,4 @@ def test_records_lie_at_addresses_too():
 def test_categories_of_hooks_and_stages_have_their_groups():
     assert {goodput.get_group(name) for name in ("hook/validate", "hook/save")} == {"monitoring"}
     assert {goodput.get_group(name) for name in ("stage/latents", "evaluation", "report")} == {"stages"}
-    assert json.loads(format_record(startup())) == {"microseconds": {"startup": 10**7}}
+    assert describe_record(startup()) == {"microseconds": {"startup": 10**7}}
