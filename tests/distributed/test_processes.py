@@ -124,7 +124,7 @@ def test_the_first_steps_of_two_processes_may_be_forty_seconds_apart():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["lose connection", pytest.param("lose connection in one", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("case", [pytest.param("lose connection", marks=pytest.mark.nightly), "lose connection in one"])
 def test_processes_that_lose_their_connection_ask_for_another_start(case):
     """Both fail, or one does while the other waits for it."""
     for code, _, err in wait_for_all(start_both(case, lost_process=1)):
@@ -138,7 +138,7 @@ LOSSES = {
     "the first is killed": ("kill", 0),
     "the first is stopped": ("stop", 0),
 }
-SAMPLED_LOSSES = ("killed", "the first is stopped")
+SAMPLED_LOSSES = ("killed",)
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_process_that_hangs_while_its_heartbeats_go_on_ends_all(index):
     assert "in hang" not in ended[1 - index][2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_processes_that_all_hang_in_a_step_end_with_their_stacks():
     for code, _, err in wait_for_all(start_both("hang in all processes", max_step=5)):
         assert code == EXIT_TRY_AGAIN, err
@@ -200,7 +200,7 @@ def test_the_progress_of_one_process_is_that_of_all_that_wait_for_it():
         assert get_own_lines(out) == ["joined [0, 1]", "left"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_log_that_hangs_in_one_process_ends_all_after_the_time_of_a_step():
     ended = wait_for_all(start_both("log in first process", max_step=5))
     for code, _, err in ended:
@@ -209,14 +209,14 @@ def test_a_log_that_hangs_in_one_process_ends_all_after_the_time_of_a_step():
     assert "in log_in_first_process" in ended[0][2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_declared_phase_longer_than_a_step_may_take_does_not_end_the_run():
     for code, out, err in wait_for_all(start_both("save in first process", max_step=5)):
         assert code == 0, err
         assert get_own_lines(out) == ["joined [0, 1]", "left"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_error_that_another_start_may_not_meet_asks_for_one():
     for index, (code, _, err) in enumerate(wait_for_all(start_both("fail for a while"))):
         assert code == EXIT_TRY_AGAIN, err

@@ -24,6 +24,7 @@ from dit_video.training.folder_lock import LEASE_FILE, LOCK_FILE, LeaseConfig, c
 from support import exclusive_bucket
 from support.devices import HANG, PROGRAMS, make_environment, run_together, wait_until
 from support.fake_gcs import serve
+from support.marks import mark_nightly_except
 from support.shared_bucket import VARIABLE
 
 FAST = LeaseConfig(renew_every=0.2, expires_after=2.0)
@@ -251,7 +252,7 @@ def test_the_processes_of_a_run_hold_one_lock_or_end_together(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["disk", "disk without flock", "bucket", "google"])
+@pytest.mark.parametrize("place", mark_nightly_except(["bucket"], ["disk", "disk without flock", "bucket", "google"]))
 def test_of_two_that_start_at_once_exactly_one_has_the_folder(tmp_path, place):
     """They compete ten times. Google's client creates a file on the condition that there is none."""
     (tmp_path / "meeting").mkdir()

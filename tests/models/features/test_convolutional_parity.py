@@ -181,7 +181,7 @@ def check(actual, expected):
     np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 
-@pytest.mark.parametrize("frames", [9, 16])
+@pytest.mark.parametrize("frames", [pytest.param(9, marks=pytest.mark.nightly), 16])
 def test_i3d_equals_its_published_architecture(tmp_path, frames):
     def make(rngs):
         return I3d(rngs=rngs)
@@ -208,6 +208,7 @@ def test_inception_equals_its_published_architecture(tmp_path):
     check(model.classify(features), expected @ torch.from_numpy(weights["fc.weight"]).T)
 
 
+@pytest.mark.nightly
 def test_c3d_equals_its_published_architecture(tmp_path):
     def make(rngs):
         return C3d(rngs=rngs)
