@@ -17,7 +17,7 @@ from types import TracebackType
 import jax
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, UserError
-from dit_video.distributed.faults.progress import PROGRESS, ProgressRecord, Work
+from dit_video.distributed.faults.progress import PROGRESS, PROGRESS_NAME, STEP_NAME, ProgressRecord, Work
 from dit_video.distributed.faults.stacks import dump_stacks, exit_now
 from dit_video.distributed.faults.store import KeyValueStore
 from dit_video.distributed.faults.timeouts import TimeoutConfig
@@ -27,7 +27,7 @@ _MAX_INTERVAL = 1.0
 """Longest interval between two looks at the progress, in seconds."""
 _READ_SHARE = 0.1
 """Share of its limit after which a process without progress looks again if others have made some."""
-_MIN_STALL = 10.0
+_MIN_STALL = 20.0
 """Shortest time without Python after which the watchdog ends the process, in seconds."""
 _PROGRESS, _ENDED = "progress/", "ended"
 """Names in the store: of the progress of each process, whose number follows, and of why the first one ended."""
@@ -100,16 +100,17 @@ class HangWatch:
         limit = max([limit, *(other_limit for _, other_limit in self._others.values())])
         if self._seconds <= limit:
             return ""
-        problem = {"step": "no step was finished", "progress": "no progress was made"}
+        problem = {STEP_NAME: "no step was finished", PROGRESS_NAME: "no progress was made"}
         return f"{problem.get(work, f'the phase {work} has made no progress')} for {limit:g} s"
 
     def _find_limit(self, works: list[Work]) -> tuple[str, float]:
         """Return the innermost work, and the time that may pass without progress."""
-        is_watched = self._store is not None or any(work.is_loop for work in works)
-        if not works or not is_watched:
-            return "progress", self._timeouts.max_idle if is_watched else float("inf")
-        name, limit = works[-1].name, works[-1].limit
-        return name, getattr(self._timeouts, limit) if isinstance(limit, str) else limit
+        is_single = self._store is None
+        watched = [work for work in works if not (is_single and work.name == PROGRESS_NAME)]
+        if not watched:
+            return PROGRESS_NAME, float("inf") if is_single else self._timeouts.max_idle
+        limit = watched[-1].limit
+        return watched[-1].name, getattr(self._timeouts, limit) if isinstance(limit, str) else limit
 
     def _run(self) -> None:
         last = time.monotonic()

@@ -13,6 +13,8 @@ from typing import Literal
 
 Limit = float | Literal["max_step", "max_phase"]
 """Longest time without a sign of progress: seconds, or the name of a field of `TimeoutConfig`."""
+STEP_NAME, PROGRESS_NAME = "step", "progress"
+"""Names of works that are no phases."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +23,6 @@ class Work:
 
     name: str
     limit: Limit
-    is_loop: bool = False
-    """True for the loop of a training, which alone is watched in a single process."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ def count_progress() -> None:
 
 def expect_steps() -> contextlib.AbstractContextManager[None]:
     """Return the context of a training's loop, which counts its steps at least every `TimeoutConfig.max_step`."""
-    return PROGRESS.do(Work("step", "max_step", is_loop=True))
+    return PROGRESS.do(Work(STEP_NAME, "max_step"))
 
 
 def expect_progress() -> contextlib.AbstractContextManager[None]:
@@ -73,7 +73,7 @@ def expect_progress() -> contextlib.AbstractContextManager[None]:
 
     A single process is not watched outside of trainings.
     """
-    return PROGRESS.do(Work("progress", "max_step"))
+    return PROGRESS.do(Work(PROGRESS_NAME, "max_step"))
 
 
 def declare_phase(name: str, limit: Limit = "max_phase") -> contextlib.AbstractContextManager[None]:

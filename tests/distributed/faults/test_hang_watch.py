@@ -17,7 +17,7 @@ from support.coordination import simulate_processes
 from support.devices import HANG, PROGRAMS, make_environment, wait_until
 
 LIMITS = TimeoutConfig(max_step=10.0, max_phase=100.0, max_idle=50.0)
-LOOP = Work("step", "max_step", is_loop=True)
+LOOP = Work("step", "max_step")
 
 
 def test_a_loop_hangs_if_it_finishes_no_step_in_time():
@@ -52,11 +52,14 @@ def test_a_phase_has_its_own_limit():
         assert not watch.find_hang(9.0)
 
 
-def test_a_single_process_is_watched_in_trainings_only():
+def test_a_single_process_is_watched_in_trainings_and_phases_only():
     progress = ProgressRecord()
     watch = HangWatch(LIMITS, progress=progress)
     with progress.do(Work("progress", "max_step")):
         assert not watch.find_hang(1e9)
+    with progress.do(Work("restore", "max_phase")):
+        assert not watch.find_hang(99.0)
+        assert watch.find_hang(2.0)
 
 
 def write_progress(groups, changes, limit):
