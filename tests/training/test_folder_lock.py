@@ -234,6 +234,18 @@ def test_storage_that_stalls_for_longer_than_the_lease_gives_nobody_the_address(
     assert [path.name for path in place.iterdir()] == [".lease-000001"]
 
 
+def test_a_dead_process_of_this_machine_holds_no_address(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setitem(_registry, "gs", exclusive_bucket.ExclusiveBucket)
+    with hold_lock("gs://bucket/run", bucket=tmp_path) as other:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    config = LeaseConfig(renew_every=10.0, expires_after=60.0)
+    began = time.monotonic()
+    with lock_folder("gs://bucket/run", config=config):
+        assert time.monotonic() - began < 30
+
+
 @pytest.mark.slow
 def test_the_processes_of_a_run_hold_one_lock_or_end_together(tmp_path):
     program = "lock_in_two_processes.py"
