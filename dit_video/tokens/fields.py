@@ -24,7 +24,7 @@ class Field:
     the clip but are not predicted. In packed rows the values of frames are repeated for their tokens.
 
     Raises:
-      UserError: a name that is no identifier, or tokens of its own without a length.
+      UserError: If a name that is no identifier, or tokens of its own without a length.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Field:
         """Return the array of an example with this many tokens as a packed row holds it.
 
         Raises:
-          UserError: it is missing, or has another shape.
+          UserError: If it is missing, or has another shape.
         """
         counts: dict[str, tuple[int, ...]] = {"example": (), "grid": (tokens,)}
         if values is not None and self.alignment == "frame":

@@ -81,7 +81,7 @@ def pack(
       fields: further fields of the row, which every example must have.
 
     Raises:
-      UserError: the examples do not fit into the row, or an example lacks a field or has one of another shape.
+      UserError: If the examples do not fit into the row, or an example lacks a field or has one of another shape.
     """
     needed = {
         "tokens": sum(len(example.tokens) for example in examples),

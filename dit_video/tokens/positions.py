@@ -46,7 +46,7 @@ class Rotary3d:
     (NTK-aware, arXiv 2309.00071, section 3.1).
 
     Raises:
-      UserError: a scale or stretch that is not positive.
+      UserError: If a scale or stretch that is not positive.
     """
 
     split: tuple[int, int, int]
@@ -67,7 +67,7 @@ class Rotary3d:
         """Check that the split divides this head width.
 
         Raises:
-          UserError: the parts of the split are not even, or do not add up to the head width.
+          UserError: If the parts of the split are not even, or do not add up to the head width.
         """
         if sum(self.split) != head_width or any(part % 2 or part < 0 for part in self.split):
             raise UserError(f"rotary split {self.split} must be even and add up to the head width {head_width}")

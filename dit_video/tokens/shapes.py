@@ -36,7 +36,7 @@ class LayoutShape(abc.ABC):
         """Return where the tokens of each example lie, from the positions of the examples' tokens.
 
         Raises:
-          UserError: they do not fit.
+          UserError: If they do not fit.
         """
 
     @abc.abstractmethod
@@ -86,7 +86,7 @@ class CanvasShape(LayoutShape):
     """Capacity of a canvas, on which clips of several sizes lie apart from each other.
 
     Raises:
-      UserError: a canvas that its cells do not divide, sizes below 1, or negative padding.
+      UserError: If a canvas that its cells do not divide, sizes below 1, or negative padding.
     """
 
     size: Grid
@@ -137,7 +137,7 @@ class CanvasShape(LayoutShape):
         """Return the first position of every clip; None if they do not fit.
 
         Raises:
-          UserError: a clip whose sides are no multiples of `cell`.
+          UserError: If a clip whose sides are no multiples of `cell`.
         """
         corners, fill = [Grid(0, 0, 0)] * len(grids), CanvasFill(self)
         for index in sort_grids(grids):
@@ -168,7 +168,7 @@ class CanvasFill:
         """Add a clip, and return its first position; None if there is no room.
 
         Raises:
-          UserError: a side of the clip is no multiple of the canvas's `cell`.
+          UserError: If a side of the clip is no multiple of the canvas's `cell`.
         """
         size, cell = self._shape.size, self._shape.cell
         if any(side % unit for side, unit in zip(grid, cell, strict=True)):

@@ -52,8 +52,8 @@ def load_clip_image_processor(folder: str | os.PathLike) -> ClipImageProcessor:
     """Read the image preprocessing from a folder, a pipeline's folder, or next to a pipeline's `image_encoder`.
 
     Raises:
-      MissingError: there is no config of an image processor.
-      UserError: the class of the image processor or one of its settings is not supported.
+      MissingError: If there is no config of an image processor.
+      UserError: If the class of the image processor or one of its settings is not supported.
     """
     path = _find_file(Path(folder))
     values = read_json(path)
@@ -178,8 +178,8 @@ def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEnc
     Tensors are read one at a time. `dtype` is that of the matrix products and their weights.
 
     Raises:
-      MissingError: the config or the weights do not exist.
-      UserError: the model class is not supported, tensors do not fit the config, or files are pickled or damaged.
+      MissingError: If the config or the weights do not exist.
+      UserError: If the model class is not supported, tensors do not fit the config, or files are pickled or damaged.
     """
     path, name, theirs = _read_config(Path(folder), [_CLIP_CLASS])
     text = _parse_text_config(path, name, theirs, dtype)
@@ -213,8 +213,8 @@ def read_clip_text_config(folder: str | os.PathLike, *, dtype: str = "float32") 
     """Read the config of a folder's text tower, without its weights.
 
     Raises:
-      MissingError: the config does not exist.
-      UserError: the model class or a setting is not supported.
+      MissingError: If the config does not exist.
+      UserError: If the model class or a setting is not supported.
     """
     folder = find_model_folder(folder, "text_encoder")
     return _parse_text_config(*_read_config(folder, [_CLIP_CLASS, *_TEXT_CLASSES]), dtype)
@@ -227,7 +227,7 @@ def read_clip_vision_config(folder: str | os.PathLike, *, dtype: str = "float32"
 
 
 def check_clip_weights(folder: str | os.PathLike, config: AnyClipConfig) -> None:
-    """Check that the weights in a folder are complete and fit a config, by the headers of the files.
+    """Check by the files' headers that the weights in a folder are complete and fit a config.
 
     It raises as `load_clip` does.
     """

@@ -49,8 +49,8 @@ def load_i3d(path: str | os.PathLike) -> dict[str, Any]:
     `tools/convert.py rgb_imagenet.pt i3d.safetensors --to safetensors` makes it of the published file.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     return _read(path, make_i3d_tensor_map(), lambda rngs: I3d(rngs=rngs), network="I3D", file=I3D_FILE)
 
@@ -61,8 +61,8 @@ def load_inception(path: str | os.PathLike) -> dict[str, Any]:
     `tools/convert.py FILE inception.safetensors --to safetensors` makes it of the published file.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     return _read(
         path,
@@ -96,8 +96,8 @@ def load_c3d(path: str | os.PathLike, *, mean: str | os.PathLike) -> dict[str, A
       mean: `mean2.npz`, the mean of the training clips, whose middle 112×112 pixels are used.
 
     Raises:
-      MissingError: a file does not exist.
-      UserError: a file is corrupt, or arrays are missing or of another shape.
+      MissingError: If a file does not exist.
+      UserError: If a file is corrupt, or arrays are missing or of another shape.
     """
     arrays = _read_npz(path) | {"mean": _read_mean(mean)}
     like = get_param_shapes(lambda rngs: C3d(rngs=rngs))
@@ -187,8 +187,8 @@ def load_video_mae(path: str | os.PathLike, config: VideoMaeConfig = VIDEO_MAE) 
     classes is not read.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     names = _list_names(Path(path))
     root = next((root for root in _ROOTS if any(name.startswith(root) for name in names)), "")
@@ -250,8 +250,8 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
     (`lins` are the linear layers under a second name, which safetensors doesn't allow.)
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     return read_network_file(
         path,

@@ -29,8 +29,8 @@ def read_document(folder: Path) -> dict[str, Any]:
     """Read a folder's `config.json`.
 
     Raises:
-      MissingError: the folder or the file does not exist.
-      UserError: the file holds no JSON object.
+      MissingError: If the folder or the file does not exist.
+      UserError: If the file holds no JSON object.
     """
     document = read_json(folder / "config.json")
     if not isinstance(document, dict):
@@ -42,7 +42,7 @@ def check_class(folder: Path, kind: Any, supported: Collection[str]) -> None:
     """Check the class of the model in a folder.
 
     Raises:
-      UserError: the class is not supported.
+      UserError: If the class is not supported.
     """
     if kind not in supported:
         raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(supported)}")
@@ -60,7 +60,7 @@ def get_settings(
       unused: settings of published documents that the class does not have, and that change nothing.
 
     Raises:
-      UserError: the document has an argument that is neither in `defaults` nor unused.
+      UserError: If the document has an argument that is neither in `defaults` nor unused.
     """
     settings = {name: value for name, value in document.items() if not name.startswith("_") and name not in unused}
     values = {**defaults, **settings}
@@ -73,7 +73,7 @@ def check_supported(folder: Path, settings: Mapping[str, Any], supported: Mappin
     """Check that settings have the only values that are supported.
 
     Raises:
-      UserError: a setting has another value; the first one is named.
+      UserError: If a setting has another value; the first one is named.
     """
     for name, value in supported.items():
         if settings[name] != value:
@@ -122,8 +122,8 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         """Open `stem`.safetensors, or the files that `stem`.safetensors.index.json lists.
 
         Raises:
-          MissingError: neither file exists, or a listed file doesn't.
-          UserError: the weights are pickled, a file is damaged, or the index does not fit its files.
+          MissingError: If neither file exists, or a listed file doesn't.
+          UserError: If the weights are pickled, a file is damaged, or the index does not fit its files.
         """
         self.folder = Path(folder)
         self._open = contextlib.ExitStack()
@@ -154,7 +154,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         """Read one tensor, in the dtype of the file.
 
         Raises:
-          UserError: the file is damaged, or has a dtype that NumPy lacks.
+          UserError: If the file is damaged, or has a dtype that NumPy lacks.
         """
         return self._read_rows(name, 0, self.shapes[name])
 
@@ -162,7 +162,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         """Return the dtype of one tensor in the file.
 
         Raises:
-          UserError: NumPy lacks the dtype.
+          UserError: If NumPy lacks the dtype.
         """
         location = self._locations[name]
         if location.dtype not in NUMPY_DTYPES:
@@ -215,8 +215,8 @@ def read_transformers_config(path: Path, description: str, model_types: Collecti
       model_types: supported model types.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the model type is not supported, or its config has invalid values.
+      MissingError: If the file does not exist.
+      UserError: If the model type is not supported, or its config has invalid values.
     """
     values = read_json(path)
     kind = values.get("model_type") if isinstance(values, dict) else None

@@ -60,7 +60,7 @@ class FrozenTextEncoder:
         """Return the embedding of a text: one vector for each of its tokens.
 
         Raises:
-          UserError: there is no such encoder, or another one than the config's.
+          UserError: If there is no such encoder, or another one than the config's.
         """
         return self._embedder(text)
 
@@ -125,8 +125,8 @@ def check_width(config: FrozenTextConfig) -> None:
     """Check that the encoder in the folder has the config's width, without reading its weights.
 
     Raises:
-      MissingError: there is no encoder in the folder.
-      UserError: the encoder has another width.
+      MissingError: If there is no encoder in the folder.
+      UserError: If the encoder has another width.
     """
     width = read_text_encoder_config(config.folder).width
     if width != config.width:
@@ -140,7 +140,7 @@ def set_encoder_folder(config: TextConfig, folder: str | os.PathLike) -> FrozenT
     """Return the config of a frozen text encoder in another folder.
 
     Raises:
-      UserError: the text encoder was trained with the denoiser, or there is none.
+      UserError: If the text encoder was trained with the denoiser, or there is none.
     """
     if isinstance(config, ClassNamesConfig):
         raise UserError(f"this model is class-conditional and has no text encoder; leave out text_encoder={folder}")
@@ -179,7 +179,7 @@ class FrozenImageEncoder:
         """Return the number of tokens of a frame, and their width; only the tower's config is read.
 
         Raises:
-          MissingError: the folder does not exist, or lacks the config.
+          MissingError: If the folder does not exist, or lacks the config.
         """
         config = read_clip_vision_config(self._folder)
         return config.tokens, config.width
@@ -188,8 +188,8 @@ class FrozenImageEncoder:
         """Return the tokens of each frame.
 
         Raises:
-          MissingError: the folder does not exist, or lacks parts.
-          UserError: a folder of another model, or of another encoder than before.
+          MissingError: If the folder does not exist, or lacks parts.
+          UserError: If a folder of another model, or of another encoder than before.
         """
         return self._encoder_and_identity[0](frames)
 
@@ -210,8 +210,8 @@ def open_image_encoder(folder: str | os.PathLike, *, identity_file: Path) -> Fro
     """Open an image encoder and record its identity: later it must be the same, and is known without the weights.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts.
-      UserError: a folder of another model.
+      MissingError: If the folder does not exist, or lacks parts.
+      UserError: If a folder of another model.
     """
     if identity_file.is_file():
         return FrozenImageEncoder(folder, identity=read_json(identity_file)["identity"])

@@ -47,8 +47,8 @@ def read_native(
       place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
-      MissingError: files are missing.
-      UserError: the weights do not fit the config.
+      MissingError: If files are missing.
+      UserError: If the weights do not fit the config.
     """
     with open_native(folder, config) as source:
         return streaming.read(source, source.like, dtype_fn=dtype_fn, place=place)
@@ -74,8 +74,8 @@ def read_params_file(path: Path, like: Any, *, place: Placement = place_on_host)
       place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
     """
     with open_params_file(path, like) as source:
         return streaming.read(source, like, dtype_fn=lambda path: np.float32, place=place)
@@ -106,7 +106,7 @@ def read_native_config(folder: Path, document: Mapping[str, Any], kind: Any = ob
       owner: owner of such configs, for the message.
 
     Raises:
-      UserError: the document has no config of a model, one of another version, or one of another type.
+      UserError: If the document has no config of a model, one of another version, or one of another type.
     """
     config = config_json.from_json(document.get("config"))
     if not hasattr(config, "make"):
@@ -172,8 +172,8 @@ def read_params(
       ignored: names of tensors to skip; all others must be mapped.
 
     Raises:
-      MissingError: the folder or one of its files does not exist.
-      UserError: files are pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the folder or one of its files does not exist.
+      UserError: If files are pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     with TensorFolder(folder, stem=stem) as tensors:
         source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
@@ -192,7 +192,7 @@ def convert_arrays(
       source: file of the arrays, for errors.
 
     Raises:
-      UserError: arrays are missing or of another shape.
+      UserError: If arrays are missing or of another shape.
     """
     expected = FileMap.from_tensor_map(tensor_map).compute_shapes(like)
     shapes = {name: array.shape for name, array in arrays.items() if name in expected}
@@ -221,8 +221,8 @@ def read_network_file(
       ignored: names of tensors to skip; all others must be mapped.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected, of another shape or not finite.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected, of another shape or not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -248,7 +248,7 @@ def check_tensors(tensors: TensorFolder, tensor_map: TensorMap, like: Any, *, ig
     Arguments are those of `read_encoder_params`.
 
     Raises:
-      UserError: tensors are missing, unexpected or of another shape.
+      UserError: If tensors are missing, unexpected or of another shape.
     """
     FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
 

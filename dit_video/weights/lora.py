@@ -139,7 +139,7 @@ def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, 
     that is no linear map and has another shape: the patch embedding, whose input channels differ from model to model.
 
     Raises:
-      UserError: tensors are missing, unexpected or misshapen.
+      UserError: If tensors are missing, unexpected or misshapen.
     """
     flat = {name.replace(".", "_"): name for name in modules}
     if len(flat) != len(modules):
@@ -290,8 +290,8 @@ def load_lora(
       dtype: dtype that factors and differences are cast to; None keeps the file's.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, is not a LoRA of this model (tensors are missing, unexpected or of
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, is not a LoRA of this model (tensors are missing, unexpected or of
         another shape), or is of an unsupported kind (DoRA).
     """
     file = _find_file(Path(path))
@@ -361,7 +361,7 @@ def save_lora(
       dtype: dtype that factors and differences are cast to; None keeps theirs.
 
     Raises:
-      UserError: the adapter has parameters that correspond to no module, or full differences in diffusers' style.
+      UserError: If the adapter has parameters that correspond to no module, or full differences in diffusers' style.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(lora).items()}
     mapped = {f"{module.path}/a" for module in modules.values() if module.mapping is None}

@@ -72,7 +72,7 @@ def save(
       is_writer: False in a process that only reads the arrays' chunks, in the order in which another one writes them.
 
     Raises:
-      ValueError: two arrays get the same name, or the format lacks a dtype.
+      ValueError: If two arrays get the same name, or the format lacks a dtype.
     """
     arrays = trees.flatten(tree)
     if len(arrays) != len(jax.tree.leaves(tree)):
@@ -116,8 +116,8 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
       dtype: dtype that floating arrays are cast to (bfloat16 to float32 is exact); None keeps the file's.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
     """
     path = Path(path)
     arrays: dict[str, np.ndarray] = {}
@@ -142,8 +142,8 @@ def load_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Read the names and shapes of a file's arrays from its header.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt.
     """
     with open_safetensors(Path(path)) as file:
         names = list(file.keys())
@@ -154,8 +154,8 @@ def load_metadata(path: str | os.PathLike) -> dict[str, str]:
     """Read the metadata in a file's header.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt.
     """
     with open_safetensors(Path(path)) as file:
         return dict(file.metadata() or {})
@@ -166,8 +166,8 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """Open a file with the safetensors library, which checks that it is complete.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt.
     """
     check_safetensors_file(path)
     try:
@@ -209,8 +209,8 @@ def check_safetensors_file(path: Path) -> None:
     """Check that a file exists and is not a pickle, as reading a pickle can run any code.
 
     Raises:
-      MissingError: the file does not exist, or only a pointer to it.
-      UserError: the file is pickled.
+      MissingError: If the file does not exist, or only a pointer to it.
+      UserError: If the file is pickled.
     """
     if not path.is_file():
         raise MissingError(f"no such file: {path}. Use the path of a .safetensors file")
@@ -239,7 +239,7 @@ def check_tensors_match(
     """Check that a file has the expected tensors; `fix` ends the error.
 
     Raises:
-      UserError: tensors are missing, unexpected or misshapen; one error lists all three kinds.
+      UserError: If tensors are missing, unexpected or misshapen; one error lists all three kinds.
     """
     missing = [name for name in expected if name not in actual]
     unexpected = sorted(actual.keys() - expected.keys())

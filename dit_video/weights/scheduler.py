@@ -66,7 +66,7 @@ def complete_settings(settings: Mapping[str, Any], fields: Mapping[str, Schedule
     """Return the values of `fields`, the settings of a scheduler, and diffusers' defaults of those that are not set.
 
     Raises:
-      UserError: a value is not supported, or two of them exclude each other.
+      UserError: If a value is not supported, or two of them exclude each other.
     """
     if settings.get("use_flow_sigmas"):
         fields = {name: _FLOW_OVERRIDES.get(name, field) for name, field in fields.items()}
@@ -276,8 +276,8 @@ def load_scheduler(folder: str | os.PathLike) -> LoadedScheduler:
     in the number of tokens of a clip, as in most pipelines of diffusers.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the scheduler or one of its settings is not supported.
+      MissingError: If the file does not exist.
+      UserError: If the scheduler or one of its settings is not supported.
     """
     path = Path(folder) / CONFIG_FILE
     document = read_json(path)

@@ -102,7 +102,7 @@ class FolderSource:
     """Parameters in an open folder.
 
     Raises:
-      UserError: tensors are missing, unexpected or of another shape, copies differ, or constants have other values.
+      UserError: If tensors are missing, unexpected or of another shape, copies differ, or constants have other values.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ def read(
       place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
-      UserError: layers of a stack have several dtypes that nothing casts.
+      UserError: If layers of a stack have several dtypes that nothing casts.
     """
 
     def parameter(path: str, leaf: Any) -> Any:

@@ -94,7 +94,7 @@ def parse_pickle(file: BufferedIOBase, *, name: str) -> Any:
       name: name of the file in errors.
 
     Raises:
-      UserError: the pickle is damaged, or names anything but tensors and plain containers.
+      UserError: If the pickle is damaged, or names anything but tensors and plain containers.
     """
     machine = _Machine(name)
     try:
@@ -120,7 +120,7 @@ class _Machine:
         """Run one instruction.
 
         Raises:
-          UserError: the instruction could run code.
+          UserError: If the instruction could run code.
         """
         stack = self._stack
         if instruction in _VALUES:
@@ -277,8 +277,8 @@ def read_torch_tensors(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, 
     in that before PyTorch 1.6, and what `torch.jit.save` writes. No code of the file is run; see `torch_pickle`.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is damaged, of another format, or holds anything but tensors and plain containers.
+      MissingError: If the file does not exist.
+      UserError: If the file is damaged, of another format, or holds anything but tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
@@ -297,8 +297,8 @@ def convert_torch_file(source: str | os.PathLike, destination: str | os.PathLike
       dtype: dtype that floating tensors are cast to; None keeps theirs.
 
     Raises:
-      MissingError: the source does not exist.
-      UserError: as `read_torch_tensors`, or the destination exists or has another suffix.
+      MissingError: If the source does not exist.
+      UserError: If as `read_torch_tensors`, or the destination exists or has another suffix.
     """
     destination = Path(destination)
     if destination.exists() or destination.suffix != ".safetensors":
@@ -334,7 +334,7 @@ def _check_members(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
     """Check that parts of an archive are stored as they are, and do not overlap, so that they are no larger than it.
 
     Raises:
-      UserError: a part is compressed, or the parts are larger than the file.
+      UserError: If a part is compressed, or the parts are larger than the file.
     """
     if any(info.compress_type != zipfile.ZIP_STORED for info in members):
         rule = "torch.save stores values as they are"
@@ -408,7 +408,7 @@ def _check_size(path: Path, tensors: Mapping[str, StoredTensor], storages: Mappi
     """Check that views do not repeat the values of their storages more often than models do.
 
     Raises:
-      UserError: views repeat values more often than that.
+      UserError: If views repeat values more often than that.
     """
     size = sum(math.prod(each.shape) * _get_dtype(path, each).itemsize for each in tensors.values())
     if storages and size > _MAX_COPIES * sum(map(len, storages.values())):
