@@ -43,8 +43,8 @@ def convert(
     Args:
       source: a folder with a `config.json`, or a file of a denoiser's authors.
       destination: a folder that does not exist or is empty.
-      layout: layout to write: `diffusers` (which means `transformers` for a text encoder), the model `authors`' or the
-        native one.
+      layout: layout to write: `diffusers` (for a text encoder, the layout of `transformers`), `authors` for the model
+        authors' layout, or `dit_video` for the native one.
       dtype: dtype that floating tensors are cast to; None keeps the source's.
       shard_bytes: maximum size of a file; larger ones are split, with an index.
 

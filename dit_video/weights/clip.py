@@ -31,7 +31,7 @@ from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 _FILE, _PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 """Files of an image processor alone, and of one that was saved with a tokenizer."""
 _SUBFOLDERS = ("image_processor", "feature_extractor")
-"""Names of its folder in pipelines."""
+"""Names of the image processor's folder in pipelines."""
 _CLASSES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _BICUBIC = 3
 _DEFAULTS: dict[str, Any] = {
@@ -167,7 +167,7 @@ _TOWER_FIELDS = {
 }
 _TEXT_FIELDS = {"vocabulary": "vocab_size", "positions": "max_position_embeddings", "end_token": "eos_token_id"}
 _VISION_FIELDS = {"size": "image_size", "patch": "patch_size"}
-"""Our names of the fields of both towers' configs and of either's, and theirs."""
+"""Our names and theirs for the config fields that both towers have, and for those that only one has."""
 
 AnyClipConfig = ClipConfig | ClipTextConfig | ClipVisionConfig
 
@@ -175,7 +175,7 @@ AnyClipConfig = ClipConfig | ClipTextConfig | ClipVisionConfig
 def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder[ClipConfig]:
     """Read both towers of a `CLIPModel`.
 
-    Tensors are read one at a time. `dtype` is that of the matrix products and their weights.
+    Tensors are read one at a time. `dtype` is the dtype of the matrix products and their weights.
 
     Raises:
       MissingError: If the config or the weights do not exist.
@@ -299,13 +299,13 @@ def _read(folder: Path, config: Any, dtype: str, place: Placement = place_on_dev
 
 def _map_tensors(tensors: TensorFolder, config: AnyClipConfig) -> tuple[TensorMap, list[str]]:
     """Return the map of a folder's tensors, and the names of the tensors to skip."""
-    # Names of a tower that was saved alone have the root or not, depending on the version that wrote it.
+    # Whether names in a tower that was saved alone start with the root depends on the version that wrote it.
     nested = any(name.startswith((_TEXT_ROOT, _VISION_ROOT)) for name in tensors.shapes)
     return _make_tensor_map(config, nested=nested), [name for name in tensors.shapes if _is_ignored(name, config)]
 
 
 def _is_ignored(name: str, config: AnyClipConfig) -> bool:
-    """Return True if a tensor is not part of what is read."""
+    """Return True if a tensor is not to be read."""
     if name.endswith("embeddings.position_ids"):  # 0, 1, 2, …
         return True
     text, vision = (_TEXT_ROOT, "text_projection."), (_VISION_ROOT, "visual_projection.")

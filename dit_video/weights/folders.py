@@ -57,7 +57,7 @@ def get_settings(
       folder: folder of the model, for error messages.
       document: content of its `config.json`.
       defaults: all arguments of the class, with its defaults.
-      unused: settings of published documents that the class does not have, and that change nothing.
+      unused: settings in published documents that the class lacks and that change nothing.
 
     Raises:
       UserError: If the document has an argument that is neither in `defaults` nor unused.
@@ -70,10 +70,10 @@ def get_settings(
 
 
 def check_supported(folder: Path, settings: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """Check that settings have the only values that are supported.
+    """Check that each setting has its only supported value.
 
     Raises:
-      UserError: If a setting has another value; the first one is named.
+      UserError: If a setting has another value; the message names the first one.
     """
     for name, value in supported.items():
         if settings[name] != value:
@@ -87,7 +87,7 @@ def map_kernel_and_bias(ours: str, theirs: str, pattern: str, *, layers: int | N
 
 
 def map_scale_and_shift(ours: str, theirs: str, *, layers: int | None = None) -> dict[str, TensorMapping]:
-    """Return the names of a norm's scale and shift."""
+    """Return the mappings of a norm's scale and shift."""
     scale = TensorMapping(f"{theirs}.weight", layers=layers)
     return {f"{ours}/scale": scale, f"{ours}/shift": TensorMapping(f"{theirs}.bias", layers=layers)}
 
@@ -174,7 +174,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         return self._read_rows(name, index, self.shapes[name][1:])
 
     def read_chunks(self, name: str, chunk_bytes: int) -> Iterator[np.ndarray]:
-        """Yield a tensor in chunks of its first axis, each of at most `chunk_bytes` bytes but at least one row."""
+        """Yield a tensor in chunks along its first axis, each of at most `chunk_bytes` bytes but at least one row."""
         shape = self.shapes[name]
         if not shape:
             yield self.read(name)
@@ -227,7 +227,7 @@ def read_transformers_config(path: Path, description: str, model_types: Collecti
 
     try:
         return kind, AutoConfig.for_model(**values)
-    except Exception as error:  # Its validation raises exceptions of several libraries.
+    except Exception as error:  # Its validation raises exceptions from several libraries.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is not a valid config of a {kind} model ({reason}). Copy it again") from error
 

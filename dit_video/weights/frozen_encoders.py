@@ -48,7 +48,7 @@ class FrozenTextEncoder:
 
     @property
     def identity(self) -> str:
-        """Return the identity that embeddings are stamped with; it opens the encoder unless the config has it."""
+        """Return the identity that embeddings are stamped with; the encoder is opened unless the config has it."""
         return self.config.identity or self._embedder.identity
 
     @property
@@ -60,7 +60,7 @@ class FrozenTextEncoder:
         """Return the embedding of a text: one vector for each of its tokens.
 
         Raises:
-          UserError: If there is no such encoder, or another one than the config's.
+          UserError: If there is no such encoder, or it differs from the config's.
         """
         return self._embedder(text)
 
@@ -162,7 +162,7 @@ class FrozenImageEncoder:
 
     Args:
       folder: folder of the tower, with its image settings in it or next to it, or of the pipeline that it is part of.
-      identity: identity of tower and settings that the folder must hold; any if empty.
+      identity: identity of the tower and settings that the folder must hold; empty accepts any.
       offload: weights in host memory; None for weights that stay on the device.
     """
 
@@ -171,7 +171,7 @@ class FrozenImageEncoder:
 
     @property
     def identity(self) -> str:
-        """Return the identity that tokens are stamped with; it reads the tower unless the identity was given."""
+        """Return the identity that tokens are stamped with; the tower is read unless the identity was given."""
         return self._identity or self._encoder_and_identity[1]
 
     @functools.cached_property
@@ -189,7 +189,7 @@ class FrozenImageEncoder:
 
         Raises:
           MissingError: If the folder does not exist, or lacks parts.
-          UserError: If a folder of another model, or of another encoder than before.
+          UserError: If the folder holds another model, or not the same encoder as before.
         """
         return self._encoder_and_identity[0](frames)
 
@@ -211,7 +211,7 @@ def open_image_encoder(folder: str | os.PathLike, *, identity_file: Path) -> Fro
 
     Raises:
       MissingError: If the folder does not exist, or lacks parts.
-      UserError: If a folder of another model.
+      UserError: If the folder holds another model.
     """
     if identity_file.is_file():
         return FrozenImageEncoder(folder, identity=read_json(identity_file)["identity"])

@@ -44,7 +44,7 @@ class StreamedArray:
     dtype: np.dtype
     """Dtype that the chunks are cast to."""
     read_chunks: Callable[[], Iterator[np.ndarray]]
-    """Returns the chunks, each read when it is reached."""
+    """Function that returns the chunks, each of which is read when it is reached."""
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +69,8 @@ def save(
       metadata: text by name, kept in the header.
       dtype: dtype that floating arrays are cast to, such as `jnp.bfloat16`; None keeps theirs. Integers and booleans
         are never cast.
-      is_writer: False in a process that only reads the arrays' chunks, in the order in which another one writes them.
+      is_writer: False in a process that only reads the arrays' chunks, in the order in which another process writes
+        them.
 
     Raises:
       ValueError: If two arrays get the same name, or the format lacks a dtype.
@@ -110,14 +111,14 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
     """Read the arrays of a file as a nested dictionary of NumPy arrays.
 
     Args:
-      path: safetensors file of `save` or any other program; names without `/` give a flat dictionary.
+      path: safetensors file from `save` or any other program; names without `/` give a flat dictionary.
       like: tree of `jax.ShapeDtypeStruct` with the names and shapes that the file must have, and the structure of the
         result.
       dtype: dtype that floating arrays are cast to (bfloat16 to float32 is exact); None keeps the file's.
 
     Raises:
       MissingError: If the file does not exist.
-      UserError: If the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
+      UserError: If the file is pickled, truncated or corrupt, or its tensors do not match `like`.
     """
     path = Path(path)
     arrays: dict[str, np.ndarray] = {}
@@ -181,7 +182,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _read_expected_size(path: Path) -> int | None:
-    """Return the size of a file, in bytes, by its header; None if the header itself is cut or damaged."""
+    """Return the size in bytes that a file's header implies; None if the header itself is truncated or damaged."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, _MAX_HEADER_BYTES))
@@ -209,7 +210,7 @@ def check_safetensors_file(path: Path) -> None:
     """Check that a file exists and is not a pickle, as reading a pickle can run any code.
 
     Raises:
-      MissingError: If the file does not exist, or only a pointer to it.
+      MissingError: If the file does not exist, or is only a pointer of Git LFS.
       UserError: If the file is pickled.
     """
     if not path.is_file():
@@ -236,7 +237,7 @@ def check_tensors_match(
     *,
     fix: str = "use the config it was made with",
 ) -> None:
-    """Check that a file has the expected tensors; `fix` ends the error.
+    """Check that a file has the expected tensors; `fix` is the end of the error message.
 
     Raises:
       UserError: If tensors are missing, unexpected or misshapen; one error lists all three kinds.

@@ -22,7 +22,7 @@ from dit_video.weights.parameter import Placement, place_on_device
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 _EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")
-"""The names of the token embedding, which a file has under either or both."""
+"""Names of the token embedding; a file has one or both."""
 _IGNORED_PREFIXES = ("decoder.", "lm_head.")
 """Prefixes of the decoder's tensors in a full checkpoint, which are skipped."""
 _FINAL_NORM = "encoder.final_layer_norm.weight"
@@ -41,7 +41,7 @@ _PER_LAYER = {
 """Our names below `blocks/`, and theirs below `encoder.block.<layer>.`."""
 _UNGATED_UP = "layer.1.DenseReluDense.wi.weight"
 _POSITION_BIASES: dict[str, Literal["each layer", "shared"]] = {"t5": "shared", "umt5": "each layer"}
-"""Position biases of the model types, which differ only in them."""
+"""Position biases of the model types, their only difference."""
 T5_MODEL_TYPES = tuple(_POSITION_BIASES)
 _FIELDS = {
     "vocabulary": "vocab_size",
@@ -63,10 +63,10 @@ def load_text_encoder(
 ) -> LoadedEncoder[T5Config]:
     """Read the encoder of a `T5EncoderModel`, a `UMT5EncoderModel`, or a full T5 or UMT5 with its decoder.
 
-    Tensors are read one at a time, so host memory holds little more than one of them besides the result. `dtype` is
-    that of the matrix products and their weights; scales and position biases are float32. (`transformers` keeps the
-    MLP's second map in float32 in loads as float16 only, for its range, which bfloat16 has.) `place` reads each
-    parameter to its destination.
+    Tensors are read one at a time, so host memory holds little more than one of them besides the result. `dtype` is the
+    dtype of the matrix products and their weights; scales and position biases are float32. (`transformers` keeps the
+    MLP's second map in float32 only when it loads the others as float16, whose range is too small; bfloat16's
+    suffices.) `place` reads each parameter to its destination.
 
     Raises:
       MissingError: If the config or the weights do not exist.
@@ -100,10 +100,10 @@ def make_t5_tensor_map(
     Args:
       tensors: the open folder.
       config: config of the encoder.
-      is_compared: False leaves out the comparison of an embedding that has both of its names, which reads both.
+      is_compared: False skips the comparison of an embedding that is stored under both names, which reads both tensors.
 
     Raises:
-      UserError: If the embedding has two names, with different values.
+      UserError: If the embedding is stored under both names, with different values.
     """
     embedding = _find_embedding_name(tensors, is_compared=is_compared)
     decoder = {name for name in tensors.shapes if name.startswith(_IGNORED_PREFIXES)}
@@ -253,7 +253,7 @@ def read_text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextCo
 
 
 def check_text_encoder(folder: str | os.PathLike) -> None:
-    """Check that a text encoder and its tokenizer are there, and that the weights fit its config, without reading them.
+    """Check that a text encoder and its tokenizer exist, and that the weights fit its config, without reading them.
 
     `folder` and errors are those of `load_embedder`; the tokenizer's content is not checked.
     """

@@ -320,7 +320,7 @@ def _list_copies(parts: dict[str, tuple[TensorMapping, ...]], layers: int) -> di
 
 
 def _make_position_table(config: DitConfig) -> np.ndarray:
-    """Return the authors' table of positions: sines and cosines that depend on the sizes alone, computed in float64."""
+    """Return the authors' table of positions: sines and cosines that depend only on the sizes, computed in float64."""
     position = config.absolute_position
     assert isinstance(position, ImageSineCosine)
     quarter = config.width // 4

@@ -55,8 +55,8 @@ class KeyframesToVideo(GenerationTask):
     noise_scale: float = 0.0
     """Noise that the model sees in conditions of strength 1, in units of the squared time."""
     has_keyframes: bool = True
-    """Accepts images and clips at any frame; False for models that were trained with a first image alone (versions
-    0.9.0 and 0.9.1)."""
+    """Whether images and clips may be at any frame; False for models that were trained only with a first image
+    (versions 0.9.0 and 0.9.1)."""
 
     def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
         """Return the plan of a request, which may have no conditions.

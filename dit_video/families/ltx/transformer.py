@@ -48,7 +48,7 @@ _SUPPORTED = {
 """Settings with a single supported value, which all published versions have."""
 
 _CAUSAL_POSITIONS = "_causal_temporal_positioning"
-"""Setting of our own, named as in the authors' configs: positions count the seconds before a token's first frame.
+"""Our own setting, named as in the authors' configs: positions count the seconds before a token's first frame.
 diffusers has no such setting, and ignores those that begin with an underscore."""
 
 # Names: ours, diffusers', and the authors' in LoRA files where they differ.

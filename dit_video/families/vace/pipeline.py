@@ -1,4 +1,4 @@
-"""VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's with a task of their own."""
+"""VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's pipelines with their own task."""
 
 import os
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class VaceTask(GenerationTask):
 
 
 def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bool[np.ndarray, "T H W"]]:
-    """Return the pixels in 0..255 of a request's kept parts, with its control or grey elsewhere; True means elsewhere.
+    """Return pixels (0..255), with a request's control or grey where it keeps nothing, and True at these positions.
 
     Raises:
       UserError: If clips and masks do not fit the request or each other.

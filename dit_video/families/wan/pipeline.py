@@ -217,7 +217,7 @@ def _read_parts(
 
 
 def _get_frame_conditioning(backbone: WanDitConfig) -> FrameConditioning | None:
-    """Return the conditioning of the original models' training: I2V always had an image, TI2V-5B sometimes."""
+    """Return the conditioning that the models were trained with: I2V always had an image, TI2V-5B sometimes."""
     if backbone.cond_channels:
         return FrameConditioning(prob=1.0, rest="grey")
     return FrameConditioning() if backbone.time == "token" else None

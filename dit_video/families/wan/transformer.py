@@ -62,7 +62,7 @@ _AUTHORS_DEFAULTS: dict[str, Any] = {
 }
 _SUPPORTED = {"cross_attn_norm": True, "eps": 1e-6}
 _SIZES = {"context_width": "text_dim", "mlp_dim": "ffn_dim", "layers": "num_layers", "time_width": "freq_dim"}
-"""Our names of sizes, and the names that both layouts share for them."""
+"""Our names of sizes, and the files' names, which both layouts share."""
 _MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 
 # Names below a block: ours, diffusers', the authors'. Linear maps come first, then those with reordered channels.
