@@ -1,4 +1,4 @@
-"""Format of a class of autoencoders in diffusers: how one of them is read and written."""
+"""File format of one of diffusers' autoencoder classes: how its folders are read and written."""
 
 import contextlib
 import os
@@ -17,11 +17,11 @@ from dit_video.weights.streaming import FileMap, FolderSource
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
 
 _LEGACY_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-"""Names of attention's linear maps in diffusers before 2023, which it still reads."""
+"""Names that diffusers gave attention's linear maps before 2023, and still reads."""
 
 
 class AutoencoderFormat(NamedTuple):
-    """Files of a class of autoencoders in diffusers."""
+    """The files of one of diffusers' autoencoder classes."""
 
     class_name: str
     config_class: type
@@ -30,32 +30,33 @@ class AutoencoderFormat(NamedTuple):
     parse_config: Callable[[Path, Mapping[str, Any]], Any]
     """Function from a folder and its settings to our config; raises UserError if a setting is not supported."""
     make_tensor_map: Callable[[Any], TensorMap]
-    """Function from our config to the tensor map of all parameters, but not the normalizer's if settings hold them."""
+    """Function from our config to the tensor map of all parameters, except the normalizer's if the settings hold
+    them."""
     parse_normalizer: Callable[[Path, Mapping[str, Any], int], dict[str, Any]] | None
-    """Function from a folder, its settings and the channels to the normalizer's parameters; None if they are tensors of
-    the map."""
+    """Function from a folder, its settings and the number of channels to the normalizer's parameters; None if the
+    tensor map contains them."""
     make_document: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
-    """Function from our config and parameters (of which it reads the normalizer's) to `config.json`, without the class.
+    """Function from our config and parameters (it reads only the normalizer's) to `config.json`, without the class.
 
     It raises UserError if the class can't express the config.
     """
     unused: tuple[str, ...] = ()
-    """Settings of published folders that the class doesn't have, and that change nothing."""
+    """Settings in published folders that the class lacks and that change nothing."""
 
     def read_config(self, folder: Path, document: Mapping[str, Any]) -> Any:
-        """Return the config of a folder, whose config file is `document`.
+        """Return the config of a folder whose config file holds `document`.
 
         Raises:
-          UserError: a setting is not supported.
+          UserError: If a setting is not supported.
         """
         return self.parse_config(folder, self._get_settings(folder, document))
 
     def load(self, folder: Path, document: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Read the config and parameters of a folder, whose config file is `document`.
+        """Read the config and parameters of a folder whose config file holds `document`.
 
         Raises:
-          MissingError: files are missing.
-          UserError: a setting is not supported, or the weights do not fit.
+          MissingError: If files are missing.
+          UserError: If a setting is not supported, or the weights do not fit.
         """
         settings, config = self._get_settings(folder, document), self.read_config(folder, document)
         with self._open(folder, config) as source:
@@ -65,7 +66,7 @@ class AutoencoderFormat(NamedTuple):
         return config, params
 
     def check_weights(self, folder: Path, document: Mapping[str, Any]) -> None:
-        """Check that a folder's weights are complete and fit its config, by their headers; raises as `load` does."""
+        """Check by the files' headers that the weights are complete and fit the config; raises as `load` does."""
         with self._open(folder, self.read_config(folder, document)):
             pass
 
@@ -88,7 +89,7 @@ class AutoencoderFormat(NamedTuple):
         """Write a config and parameters as a folder; the inverse of `load`.
 
         Raises:
-          UserError: the class can't express the config.
+          UserError: If the class can't express the config.
         """
         document = {"_class_name": self.class_name, **self.make_document(config, params)}
         has_tensors = self.parse_normalizer is None

@@ -26,8 +26,8 @@ def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
     """Read the config and parameters of an autoencoder from diffusers, or in the native format.
 
     Raises:
-      MissingError: the folder or one of its files does not exist.
-      UserError: the model class or one of its settings is not supported, or the weights do not fit.
+      MissingError: If the folder or one of its files does not exist.
+      UserError: If the model class or one of its settings is not supported, or the weights do not fit.
     """
     folder = Path(folder)
     document = _read_document(folder)
@@ -38,7 +38,7 @@ def load_autoencoder(folder: str | os.PathLike) -> _LoadedAutoencoder:
 
 
 def check_autoencoder_weights(folder: str | os.PathLike) -> None:
-    """Check that the weights in a folder are complete and fit its config, by the headers of the files.
+    """Check by the files' headers that the weights in a folder are complete and fit its config.
 
     It raises as `load_autoencoder` does.
     """
@@ -76,7 +76,7 @@ def save_autoencoder(
     Files that would be larger than `shard_bytes` are split.
 
     Raises:
-      UserError: diffusers has no class for the config, or its class can't express it.
+      UserError: If diffusers has no class for the config, or its class can't express it.
     """
     autoencoder_format = next((each for each in _FORMATS_BY_CLASS.values() if type(config) is each.config_class), None)
     if autoencoder_format is None:
@@ -85,6 +85,6 @@ def save_autoencoder(
 
 
 def load_placed_autoencoder(folder: Path, place: Placement) -> dict[str, Any]:
-    """Read the parameters of an autoencoder; `place` gets `autoencoder/...`. Errors are those of `load_autoencoder`."""
+    """Read the parameters of an autoencoder; `place` gets `autoencoder/...`. Raises as `load_autoencoder` does."""
     _, params = load_autoencoder(folder)
     return map_with_path(lambda path, x: place(f"autoencoder/{path}", Parameter.from_array(x)), params)

@@ -1,7 +1,8 @@
 """Conversion of models between file layouts, tensor by tensor.
 
-Denoisers have diffusers' layout, their authors' or the native one (`native_format`), text encoders that of
-`transformers` or the native one. Autoencoders, in diffusers' or the native layout, are small and converted in memory.
+Denoisers have the layout of diffusers, their authors' layout or the native one (`native_format`). Text encoders have
+the layout of `transformers` or the native one. Autoencoders have the layout of diffusers or the native one; they are
+small and converted in memory.
 """
 
 import contextlib
@@ -42,14 +43,14 @@ def convert(
     Args:
       source: a folder with a `config.json`, or a file of a denoiser's authors.
       destination: a folder that does not exist or is empty.
-      layout: layout to write: `diffusers` (for a text encoder that of `transformers`), the model's `authors`, or
-        native.
+      layout: layout to write: `diffusers` (for a text encoder, the layout of `transformers`), `authors` for the model
+        authors' layout, or `dit_video` for the native one.
       dtype: dtype that floating tensors are cast to; None keeps the source's.
       shard_bytes: maximum size of a file; larger ones are split, with an index.
 
     Raises:
-      MissingError: files of the source are missing.
-      UserError: the class is not supported (the supported ones are listed), the layout can't express the model, the
+      MissingError: If files of the source are missing.
+      UserError: If the class is not supported (the supported ones are listed), the layout can't express the model, the
         weights do not fit, or the destination is not empty.
     """
     source, destination = Path(source), Path(destination)
@@ -82,7 +83,7 @@ def convert_native_denoiser(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Convert one denoiser in a pipeline's file, whose names begin with `prefix`, such as `backbone/`.
+    """Convert the denoiser in a pipeline's file whose names begin with `prefix`, such as `backbone/`.
 
     The other arguments and the errors are those of `convert`.
     """
@@ -108,14 +109,14 @@ def convert_lora(
     Args:
       source: a safetensors file, or a folder of PEFT or diffusers.
       destination: file to write.
-      model: folder of the transformer that it adapts; only its config is read.
+      model: folder of the transformer that the adapter changes; only its config is read.
       layout: whose names to write.
       dtype: dtype that factors are cast to; None keeps theirs.
 
     Raises:
-      MissingError: a file does not exist.
-      UserError: the adapter is of another model, no family has LoRA files for the model, or the layout has no names for
-        the adapter's full differences.
+      MissingError: If a file does not exist.
+      UserError: If the adapter belongs to another model, no family has LoRA files for the model, or the layout has no
+        names for the adapter's full differences.
     """
     folder = Path(model)
     config = read_denoiser_config(folder)

@@ -22,7 +22,7 @@ from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, make_dtype_fn
 
 FileLayout = Literal["diffusers", "authors"]
-"""Layout of a denoiser's files: that of diffusers, or of the model's authors."""
+"""Layout of a denoiser's files: diffusers' or the model authors'."""
 
 
 class DenoiserFormat(abc.ABC, Generic[ConfigT]):
@@ -41,16 +41,16 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
     unused: ClassVar[tuple[str, ...]] = ()
     """Endings of the names of tensors that published files hold and the models do not read."""
     float32_kernels: ClassVar[tuple[str, ...]] = ()
-    """Paths of kernels whose products are float32 whatever the config's dtype: they are not rounded where the others
-    are read in another dtype."""
+    """Paths of kernels whose products are float32 whatever the config's dtype: they stay unrounded when the others are
+    read in another dtype."""
 
     @abc.abstractmethod
     def read_config(self, folder: Path, document: dict[str, Any]) -> ConfigT:
-        """Return the config of a folder, or of the authors' file, with this `config.json`.
+        """Return the config of a folder or an authors' file that has this `config.json`.
 
         Raises:
-          MissingError: files are missing.
-          UserError: a setting is not supported.
+          MissingError: If files are missing.
+          UserError: If a setting is not supported.
         """
 
     @abc.abstractmethod
@@ -58,7 +58,7 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
         """Return the `config.json` of a config; the inverse of `read_config`.
 
         Raises:
-          UserError: the layout can't express the config.
+          UserError: If the layout can't express the config.
         """
 
     def can_express(self, config: ConfigT, layout: FileLayout = "diffusers") -> bool:
@@ -71,19 +71,19 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
 
     @abc.abstractmethod
     def make_file_map(self, config: ConfigT, layout: FileLayout) -> FileMap:
-        """Return which tensors hold each parameter."""
+        """Return the tensors that hold each parameter."""
 
     def get_lora_modules(self, config: ConfigT, *, primary_layout: FileLayout = "diffusers") -> dict[str, LoraModule]:
-        """Return the modules that LoRA files may change, by their names there; those of `primary_layout` come first.
+        """Return the modules that LoRA files may change, by their names in the files, `primary_layout`'s names first.
 
-        It is empty for a family without LoRA files of its own.
+        The result is empty for a family without its own LoRA files.
         """
         return {}
 
     def open_file(self, path: Path) -> tuple[TensorFolder, dict[str, Any]] | None:
         """Open the authors' checkpoint in a single file; return its tensors and what its `config.json` would say.
 
-        Return None for a file that is not of this family.
+        Return None for a file that does not belong to this family.
         """
         return None
 
@@ -123,10 +123,10 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
     ) -> None:
         """Write a config and parameters as a folder, with tensors in their own dtypes; the inverse of `load`.
 
-        `is_writer` is False in a process that only gathers the parameters with the one that writes.
+        `is_writer` is False in a process that only helps the writing process to gather the parameters.
 
         Raises:
-          UserError: the layout can't express the config.
+          UserError: If the layout can't express the config.
         """
         document, shapes = self.make_document(config, layout), _get_shapes(config)
         names, source = self.make_file_map(config, layout), ParamsSource(params)
@@ -165,7 +165,7 @@ def open_files(
 
 
 def _get_shapes(config: Any) -> dict[str, Any]:
-    """Return the shapes of the parameters. Runs read them before their processes connect, so no device is opened."""
+    """Return the parameters' shapes without opening a device, because runs read them before their processes connect."""
     is_backbone = isinstance(config, BackboneConfig)
     return get_param_shapes(functools.partial(config.make, parallel=NO_DEVICE) if is_backbone else config.make)
 
@@ -179,10 +179,10 @@ def load_files(
     kernel_dtype: Any = None,
     place: Placement = place_on_host,
 ) -> tuple[Any, dict[str, Any]]:
-    """Read the config and parameters of a denoiser in a layout of one of the formats, or in the native format.
+    """Read the config and parameters of a denoiser in the layout of one of the formats, or in the native format.
 
     Args:
-      formats: formats of the families that the denoiser may be of.
+      formats: formats of the families that the denoiser may belong to.
       folder: folder such as a pipeline's `transformer`, or a file of a model's authors such as
         `DiT-XL-2-256x256.safetensors`.
       config_class: class of the config of a folder in the native format.
@@ -192,8 +192,8 @@ def load_files(
       place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
-      MissingError: the folder or one of its files does not exist.
-      UserError: the model class or one of its settings is not supported, or the weights do not fit.
+      MissingError: If the folder or one of its files does not exist.
+      UserError: If the model class or one of its settings is not supported, or the weights do not fit.
     """
     with open_files(formats, Path(folder), config_class=config_class) as (config, source):
         float32_kernels = [
@@ -215,7 +215,7 @@ def read_files_config(formats: Sequence[DenoiserFormat], folder: Path, *, config
 
 
 def _read_document(formats: Sequence[DenoiserFormat], folder: Path) -> dict[str, Any]:
-    """Read `config.json`; raise UserError if the model class is that of none of the formats."""
+    """Read `config.json`; raise UserError if none of the formats has its model class."""
     document, classes = folders.read_document(folder), [name for each in formats for name in each.layouts]
     folders.check_class(folder, document.get("_class_name"), (*classes, io.NATIVE_CLASS))
     return document

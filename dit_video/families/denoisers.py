@@ -24,12 +24,12 @@ def list_formats() -> tuple[DenoiserFormat, ...]:
 
 
 def find_format(config: BackboneConfig) -> DenoiserFormat | None:
-    """Return the file format for models of a config; None if no family has any."""
+    """Return the file format for models with this config; None if no family has one."""
     return next((each for each in list_formats() if isinstance(config, each.config_class)), None)
 
 
 def get_lora_modules(config: BackboneConfig, *, primary_layout: FileLayout = "diffusers") -> dict[str, LoraModule]:
-    """Return the modules that LoRA files of the config's family may change, by their names there."""
+    """Return the modules that LoRA files of the config's family may change, by their names in the files."""
     denoiser_format = find_format(config)
     return {} if denoiser_format is None else denoiser_format.get_lora_modules(config, primary_layout=primary_layout)
 
@@ -43,7 +43,7 @@ def load_denoiser(
 ) -> tuple[BackboneConfig, dict[str, Any]]:
     """Read a denoiser of any family, or in the native format; arguments, results and errors are those of `load_files`.
 
-    `folder` is that of a model, such as a pipeline's `transformer`, or a file of its authors.
+    `folder` is a model's folder, such as a pipeline's `transformer`, or a file from its authors.
     """
     return load_files(list_formats(), folder, dtype=dtype, kernel_dtype=kernel_dtype, place=place)
 
@@ -66,7 +66,7 @@ def save_denoiser(
     Files that would be larger than `shard_bytes` are split.
 
     Raises:
-      UserError: no family has files for the config, or the layout can't express it.
+      UserError: If no family has files for the config, or the layout can't express it.
     """
     if (denoiser_format := find_format(config)) is None:
         raise UserError(f"no family has files for a {type(config).__name__}; write it in the native format (dit_video)")

@@ -42,7 +42,7 @@ DEFAULT_DTYPE = DTYPES[0]
 DENOISER_FOLDERS = dict(zip(EXPERTS, ("transformer", "transformer_2"), strict=True))
 """Folders of a pipeline's experts in diffusers' layout."""
 INDEX = "model_index.json"
-"""File of a pipeline's folder that names its class and its parts."""
+"""File in a pipeline's folder that names its class and its parts."""
 
 
 def read_pipeline_class(folder: Path) -> str | None:
@@ -55,21 +55,21 @@ def read_pipeline_class(folder: Path) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options of loading a pipeline of open weights; those of `dit_video.load`."""
+    """Options for loading a pipeline of open weights, the same as in `dit_video.load`."""
 
     text_encoder: str | os.PathLike | None = None
     """Folder of the text encoder, if it is not the pipeline's own."""
     dtype: Dtype = DEFAULT_DTYPE
     """Dtype of the denoiser's matrix products and of their weights."""
     text_dtype: Dtype | None = None
-    """Dtype of those of the text encoder; None for the denoiser's."""
+    """Dtype of the text encoder's matrix products and their weights; None for the denoiser's."""
     place: Placement | None = None
-    """Function that places a parameter, given its path: `backbone/…`, `low_noise/…` of a second expert, or
+    """Function that places a parameter, given its path: `backbone/…`, `low_noise/…` for a second expert, or
     `autoencoder/…`; None to read it to the devices, or to host memory with `offload`."""
     mesh: MeshConfig | Mesh | None = None
     """Devices that sample together; None for one device."""
     offload: Offload | Literal["auto"] | None = "auto"
-    """Weights in host memory; None for weights that stay on the devices, `auto` for what the device's memory allows
+    """How weights are kept in host memory; None keeps all weights on the devices, `auto` chooses by the device's memory
     (`pipelines.memory.choose_offload`)."""
 
 
@@ -81,13 +81,14 @@ class PipelineParts(NamedTuple):
     text: FrozenTextConfig
     schedule: LoadedScheduler
     size: Grid
-    """Frames, height and width of the clips that the model was trained on, at most."""
+    """Maximum frames, height and width of the clips that the model was trained on."""
     fps: float
     """Frame rate of these clips."""
     guidance: float = 5.0
-    """Scale of guidance that its authors sample with."""
+    """Guidance scale that its authors sample with."""
     boundary: float | None = None
-    """Boundary time of two experts: the one in `transformer` denoises from it on, the one in `transformer_2` below."""
+    """Boundary time between two experts: the one in `transformer` denoises at and above it, the one in `transformer_2`
+    below."""
     frame_conditioning: FrameConditioning | None = None
     """Conditioning on a first frame; None for a model without it."""
     image_encoder: str | None = None
@@ -105,15 +106,15 @@ def make_open_config(
     guidance: float | tuple[float, float],
     negative: str = "",
 ) -> PipelineConfig:
-    """Return the config of a text-to-video pipeline with a frozen text encoder, each clip in a row of its own.
+    """Return the config of a text-to-video pipeline with a frozen text encoder, where each clip has its own row.
 
     Args:
       folder: folder of the pipeline.
-      parts: the configs in it, with the size and the schedule that it samples by default.
+      parts: the folder's configs, with the default size and schedule for sampling.
       options: dtypes.
       steps: number of steps that its authors sample with.
-      guidance: scale of their guidance, one for each of two experts.
-      negative: their negative prompt.
+      guidance: the authors' guidance scale; one per expert if there are two.
+      negative: the authors' negative prompt.
     """
     schedule = parts.schedule
     return PipelineConfig(
@@ -140,7 +141,7 @@ def check_channels(folder: Path, backbone: BackboneConfig, autoencoder: Autoenco
     """Check that a pipeline's denoiser reads latents of its autoencoder.
 
     Raises:
-      UserError: it has another number of channels.
+      UserError: If the denoiser and the autoencoder differ in their number of latent channels.
     """
     if backbone.channels != autoencoder.channels:
         rule = f"the transformer reads latents of {backbone.channels} channels, the vae has {autoencoder.channels}"
@@ -151,7 +152,7 @@ def check_context_width(text_encoder: Path, width: int, backbone: Any) -> None:
     """Check that a pipeline's denoiser reads embeddings of its text encoder.
 
     Raises:
-      UserError: it reads another width.
+      UserError: If the denoiser reads embeddings of another width.
     """
     if width != backbone.context_width:
         rule = f"it makes embeddings of width {width}, the transformer reads {backbone.context_width}"
@@ -179,19 +180,19 @@ class Family(abc.ABC):
         """Return the config of the pipeline in a folder, from its JSON files.
 
         Raises:
-          MissingError: the folder lacks parts; the message names all.
-          UserError: unsupported settings, or parts that do not fit each other.
+          MissingError: If the folder lacks parts; the message names all of them.
+          UserError: If a setting is not supported, or the parts do not fit each other.
         """
 
     def load_pipeline(self, folder: Path, options: LoadOptions) -> Pipeline:
-        """Load the pipeline of a folder; its text encoder is read at the first prompt.
+        """Load the pipeline in a folder; its text encoder is read at the first prompt.
 
         All files, and the memory that the weights take, are checked before any weight is read. Parameters are read one
-        at a time, of a stack one layer at a time.
+        at a time, and stacks layer by layer.
 
         Raises:
-          MissingError: the folder lacks parts; the message names all.
-          UserError: unsupported settings, or weights that do not fit the config, the device or the machine.
+          MissingError: If the folder lacks parts; the message names all of them.
+          UserError: If a setting is not supported, or the weights do not fit the config, the device or the machine.
         """
         config = self.make_config(folder, options)
         self.check_weights(folder, config)
@@ -219,14 +220,14 @@ class Family(abc.ABC):
         return add_preview_decoder(pipeline, folder)
 
     def check_weights(self, folder: Path, parts: PipelineConfig | PipelineParts) -> None:
-        """Check that all weights of a pipeline are there, complete, and fit its configs, by the headers of their files.
+        """Check by the files' headers that all weights of a pipeline exist, are complete and fit its configs.
 
-        Reading takes minutes and the text encoder is read at the first prompt, so that without this check a shard that
-        is missing or cut would be noticed late.
+        Reading takes minutes, and the text encoder is read only at the first prompt, so without this check a missing or
+        truncated shard would be noticed late.
 
         Raises:
-          MissingError: files are missing, which are named.
-          UserError: a file is cut, damaged or pickled, or tensors are missing, unexpected or of another shape.
+          MissingError: If files are missing; the message names them.
+          UserError: If a file is truncated, damaged or pickled, or tensors are missing, unexpected or of another shape.
         """
         for expert in list_experts(parts.boundary):
             self.denoiser.check_weights(self.find_denoiser(folder, expert))
@@ -238,7 +239,7 @@ class Family(abc.ABC):
             load_clip_image_processor(parts.image_encoder)
 
     def find_denoiser(self, folder: Path, expert: str) -> Path:
-        """Return the folder, or the file of a model's authors, of an expert of a pipeline: `backbone`, `low_noise`."""
+        """Return the folder, or the authors' file, of one of a pipeline's experts: `backbone` or `low_noise`."""
         return folder / DENOISER_FOLDERS[expert]
 
     def make_dtype_fn(self, options: LoadOptions) -> Callable[[str], Any]:
@@ -250,7 +251,7 @@ class Family(abc.ABC):
         """Read the configs of a pipeline's folder, from which its denoiser is fine-tuned.
 
         Raises:
-          MissingError: the folder lacks parts.
-          UserError: unsupported settings, or a family whose models cannot be fine-tuned here.
+          MissingError: If the folder lacks parts.
+          UserError: If a setting is not supported, or the family's models cannot be fine-tuned here.
         """
         raise UserError(f"{folder} holds a model of the family {self.name}, which cannot be fine-tuned; use another")

@@ -1,4 +1,4 @@
-"""The open model families that are known here."""
+"""The registry of open model families."""
 
 from pathlib import Path
 
@@ -10,24 +10,24 @@ from dit_video.families.ltx.pipeline import LtxFamily
 from dit_video.families.vace.pipeline import VaceFamily
 from dit_video.families.wan.pipeline import WanFamily
 
-# The config of VACE's models is also one of Wan's, so that VACE comes first.
+# VACE comes first, because its models' configs are also Wan configs.
 _FAMILIES: list[Family] = [VaceFamily(), WanFamily(), DitFamily(), LtxFamily()]
 
 
 def register_family(family: Family) -> None:
-    """Add a family of another package, which takes the place of one of the same name.
+    """Add a family from another package; it replaces a family of the same name.
 
-    It is called by the user's own code, or by a module that an installed package names with an entry point of the group
-    `dit_video`. The config of its denoisers, if it is a class of its own, is registered with `register`.
+    The user's own code calls this, or a module that an installed package names with an entry point of the group
+    `dit_video`. If its denoisers have their own config class, that class is registered with `register`.
     """
     _FAMILIES[:] = [family, *(each for each in _FAMILIES if each.name != family.name)]
 
 
 def find_family(folder: Path) -> Family | None:
-    """Return the family of a pipeline's folder; None if it has no `model_index.json`, and is of no family without it.
+    """Return the family of a pipeline's folder; None if it belongs to no known family and has no `model_index.json`.
 
     Raises:
-      UserError: no family has the pipeline's class.
+      UserError: If no family has the pipeline's class.
     """
     families = list_families()
     family = next((each for each in families if each.is_pipeline(folder)), None)
@@ -38,6 +38,6 @@ def find_family(folder: Path) -> Family | None:
 
 
 def list_families() -> tuple[Family, ...]:
-    """Return all families, those that were registered last first."""
+    """Return all families, the last registered first."""
     registry.load_entry_points()
     return tuple(_FAMILIES)

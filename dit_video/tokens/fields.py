@@ -17,14 +17,14 @@ Alignment = Literal["example", "frame", "grid", "sequence", "extra"]
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """The description of a field, whose arrays have the same shape for all examples but for the size of the clip.
+    """The description of a field, whose arrays have the same shape in all examples except for the size of the clip.
 
     An example's array has one value per example (`example`), per latent frame (`frame`) or per token (`grid`), or a
-    fixed number of tokens of its own: a `sequence` that the model attends to, or `extra` tokens, which join those of
-    the clip but are not predicted. In packed rows the values of frames are repeated for their tokens.
+    fixed number of tokens of its own: a `sequence` that the model attends to, or `extra` tokens, which join the clip's
+    tokens but are not predicted. In packed rows the values of frames are repeated for their tokens.
 
     Raises:
-      UserError: a name that is no identifier, or tokens of its own without a length.
+      UserError: If the name is not an identifier, or a field with its own tokens has no length.
     """
 
     name: str
@@ -43,18 +43,18 @@ class Field:
             raise UserError(f"length={self.length} of the field {self.name} ({self.alignment}) is invalid: {rule}.")
 
     def get_shape(self, latents: Grid) -> tuple[int, ...]:
-        """Return the shape of the array of a clip whose latents have this size; of a grid it is `t h w *shape`."""
+        """Return the array's shape for a clip whose latents have this size, such as `t h w *shape` for a grid."""
         counts = {"example": (), "frame": (latents.t,), "grid": tuple(latents)}
         return (*counts.get(self.alignment, (self.length,)), *self.shape)
 
     def to_rows(self, patch: Grid) -> "Field":
-        """Return the field as rows have it: of one on the latents' grid, the patches."""
+        """Return the field as rows hold it: a field on the latents' grid is cut into patches."""
         if self.alignment != "grid":
             return self
         return dataclasses.replace(self, shape=(patch.volume * math.prod(self.shape),))
 
     def patchify(self, values: np.ndarray, patch: Grid) -> np.ndarray:
-        """Return the array of a clip as an example of rows has it: of one on the latents' grid, the patches."""
+        """Return a clip's array as rows hold it: an array on the latents' grid is cut into patches."""
         if self.alignment != "grid":
             return values
         return np.ascontiguousarray(patchify(values.reshape(*values.shape[:3], -1), patch))
@@ -65,7 +65,7 @@ class Field:
         return (counts.get(self.alignment, segments * self.length), *self.shape)
 
     def get_slots(self, index: int, tokens: TokenIndices) -> TokenIndices:
-        """Return where the values of the row's segment `index` (from 0) lie, whose tokens are at `tokens`."""
+        """Return where the values of the row's segment `index` (from 0) lie, given that its tokens are at `tokens`."""
         if self.alignment in ("frame", "grid"):
             return tokens
         count = self.length or 1
@@ -75,7 +75,7 @@ class Field:
         """Return the array of an example with this many tokens as a packed row holds it.
 
         Raises:
-          UserError: it is missing, or has another shape.
+          UserError: If the array is missing or has another shape.
         """
         counts: dict[str, tuple[int, ...]] = {"example": (), "grid": (tokens,)}
         if values is not None and self.alignment == "frame":

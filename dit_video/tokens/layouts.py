@@ -56,7 +56,7 @@ class PackedRows:
         return compute_segment_offsets(self.segments)
 
     def get_sequence_segments(self, length: int) -> Int[Array, "B _"]:
-        """Return the segment ids of a field's tokens, of which every segment has `length`; 0 for absent segments."""
+        """Return the segment ids of a field's tokens, `length` for each segment; 0 for absent segments."""
         ids = jnp.arange(1, self.count + 1)
         is_present = (jnp.asarray(self.segments)[..., None] == ids).any(axis=1)
         return jnp.repeat(jnp.where(is_present, ids, 0), length, axis=1)
@@ -77,7 +77,7 @@ class PackedRows:
 
     @classmethod
     def tree_unflatten(cls, rest: tuple[tuple[str, Any], ...], arrays: tuple[Any, Any]) -> "PackedRows":
-        """Return the layout of these arrays, which may be placeholders of JAX."""
+        """Return the layout of these arrays, which may be JAX's placeholders."""
         layout = object.__new__(cls)
         for name, value in {"segments": arrays[0], "positions": arrays[1], **dict(rest)}.items():
             object.__setattr__(layout, name, value)
@@ -89,15 +89,15 @@ class PackedRows:
 class Canvas(PackedRows):
     """The layout of canvases: several examples of any sizes in one dense array, with padding between them.
 
-    The positions of the array, in (t, h, w) order, are the tokens. A convolution keeps examples apart if padding is
-    zero before it is applied, and as wide as it reaches.
+    The positions of the array, in (t, h, w) order, are the tokens. A convolution keeps examples apart if the padding is
+    as wide as its reach, and is set to zero before it.
     """
 
     size: Grid
     """Number of positions of the array along (t, h, w)."""
 
     def mask_padding(self, array: Float[Array, "B t h w D"]) -> Float[Array, "B t h w D"]:
-        """Return a dense array of features, zero where there is no example."""
+        """Return a dense array of features, with zeros where there is no example."""
         return jnp.where(self.to_array(jnp.asarray(self.segments))[..., None] > 0, array, 0)
 
     def to_array(self, values: Shaped[Array, "B N *rest"]) -> Shaped[Array, "B t h w *rest"]:
@@ -109,7 +109,7 @@ class Canvas(PackedRows):
         return array.reshape(array.shape[0], self.size.volume, *array.shape[4:])
 
     def coarsen(self, factor: Grid) -> "Canvas":
-        """Return the canvas of a lower resolution, at which every `factor` positions are one.
+        """Return the canvas at a lower resolution, where every `factor` positions become one.
 
         Examples lie at multiples of `factor`, and their sizes are multiples of it.
         """
@@ -157,12 +157,12 @@ class RowView(NamedTuple):
 
     layout: PackedRows
     order: Int[Array, "B N"] | None = None
-    """Position on the canvas of each token of the row; None if it is the same."""
+    """Canvas position of each token in the row; None if the two orders are the same."""
     inverse: Int[Array, "B N"] | None = None
-    """Token of the row of each position on the canvas."""
+    """Row token of each position on the canvas."""
 
     def pack(self, values: Shaped[Array, "B N *rest"]) -> Shaped[Array, "B N *rest"]:
-        """Return the row's values from those of the canvas."""
+        """Return the row's values, given the canvas's."""
         return values if self.order is None else _take(values, self.order)
 
     def unpack(self, values: Shaped[Array, "B N *rest"]) -> Shaped[Array, "B N *rest"]:

@@ -40,7 +40,7 @@ class PackedBatch(NamedTuple):
 
     tokens: Float[AnyArray, "*B N p"]
     layout: PackedRows
-    """TokenIndices of the examples."""
+    """Layout of the examples."""
     text: Int[AnyArray, "*B S"] | Float[AnyArray, "*B S E"]
     """Token ids, or embeddings."""
     text_segments: Int[AnyArray, "*B S"]
@@ -49,8 +49,8 @@ class PackedBatch(NamedTuple):
     valid: Bool[AnyArray, "*B G"]
     """True for segments that exist and count in the loss."""
     fields: dict[str, Any]
-    """Further fields by name: per token (`*B N *shape`), per segment (`*B G *shape`), or with as many tokens for every
-    segment (`*B G*length *shape`; see `PackedRows.get_sequence_segments`). Padding is zero."""
+    """Further fields by name: per token (`*B N *shape`), per segment (`*B G *shape`), or with the same number of tokens
+    for every segment (`*B G*length *shape`; see `PackedRows.get_sequence_segments`). Padding is zero."""
 
     @property
     def segments(self) -> Int[AnyArray, "*B N"]:
@@ -81,7 +81,7 @@ def pack(
       fields: further fields of the row, which every example must have.
 
     Raises:
-      UserError: the examples do not fit into the row, or an example lacks a field or has one of another shape.
+      UserError: If the examples do not fit into the row, or an example lacks a field or has one of another shape.
     """
     needed = {
         "tokens": sum(len(example.tokens) for example in examples),

@@ -14,7 +14,7 @@ def compute_token_grid(latents: Grid, patch: Grid) -> Grid:
     """Return the number of patches along each axis for latents of this size.
 
     Raises:
-      UserError: the patch does not divide the latents.
+      UserError: If the patch does not divide the latents.
     """
     if latents.t % patch.t or latents.h % patch.h or latents.w % patch.w:
         raise UserError(
@@ -28,7 +28,7 @@ def patchify(latents: Float[SameArray, "*batch t h w c"], patch: Grid) -> Float[
     """Cut latents into `n` tokens in (t, h, w) order, each of `p = patch volume * c` values in (t, h, w, c) order.
 
     Raises:
-      UserError: the patch does not divide the latents.
+      UserError: If the patch does not divide the latents.
     """
     compute_token_grid(Grid(*latents.shape[-4:-1]), patch)
     return rearrange(latents, f"{_LATENT_AXES} -> {_TOKEN_AXES}", pt=patch.t, ph=patch.h, pw=patch.w)

@@ -19,8 +19,8 @@ def compute_positions(
       grid: number of patches along each axis.
       step: spacing of neighbouring patches: 1 counts patches; `(frames per patch / fps, 1, 1)` gives time in seconds,
         which distinguishes clips of different frame rates (see `Rotary3d.scale`).
-      lead: fraction of a step in time by which all patches but the first begin earlier: with patches of n frames of
-        which the first has one frame, (n - 1) / n gives the time of each patch's first frame.
+      lead: fraction of a step in time by which all patches but the first begin earlier: if patches have n frames,
+        except the first with one frame, (n - 1) / n gives the time of each patch's first frame.
     """
     axes = np.meshgrid(*(np.arange(count, dtype=np.float32) for count in grid), indexing="ij")
     positions = np.stack([axis.reshape(-1) for axis in axes], axis=-1)
@@ -39,14 +39,14 @@ class Rotary3d:
     """Configuration of rotary embedding: the division of a head's width among (t, h, w), and the frequencies.
 
     Pair `j` of an axis with `d_a` channels is rotated by `scale_a * coordinate * theta_a^(-2j / d_a)`; so the product
-    of a query and a key depends on the difference of their positions alone.
+    of a query and a key depends only on the difference between their positions.
 
     For clips longer or larger than those in training, `scale` below 1 interpolates between the trained positions
     (arXiv 2306.15595), and `stretch` above 1 slows the slow pairs but not the fast ones, which distinguish neighbours
     (NTK-aware, arXiv 2309.00071, section 3.1).
 
     Raises:
-      UserError: a scale or stretch that is not positive.
+      UserError: If a scale or stretch is not positive.
     """
 
     split: tuple[int, int, int]
@@ -67,7 +67,7 @@ class Rotary3d:
         """Check that the split divides this head width.
 
         Raises:
-          UserError: the parts of the split are not even, or do not add up to the head width.
+          UserError: If the parts of the split are not even, or do not add up to the head width.
         """
         if sum(self.split) != head_width or any(part % 2 or part < 0 for part in self.split):
             raise UserError(f"rotary split {self.split} must be even and add up to the head width {head_width}")

@@ -1,7 +1,7 @@
 """Values of segments and of their tokens, in packed rows.
 
-Products with one-hot matrices stand for sums and copies, so they have an explicit precision: by default TPUs round the
-operands of a float32 product to bfloat16, and GPUs to TF32.
+Sums and copies are computed as products with one-hot matrices, which have an explicit precision: by default TPUs round
+the operands of a float32 product to bfloat16, and GPUs to TF32.
 """
 
 import functools
@@ -43,8 +43,8 @@ _gather_differentiable = jax.custom_jvp(_gather)
 
 @_gather_differentiable.defjvp
 def _gather_jvp(primals, tangents):
-    # A product with a one-hot matrix, whose transpose is a product too: that of a gather is a scatter, which adds the
-    # tokens' gradients one by one.
+    # A product with a one-hot matrix, whose transpose is a product, too. The transpose of a gather is a scatter, which
+    # adds the tokens' gradients one by one.
     values, indices = primals
     one_hot = jax.nn.one_hot(indices, values.shape[1], dtype=values.dtype)
     multiply = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -80,7 +80,7 @@ def segment_quantile(
     """Return a quantile of the values of each segment's tokens, interpolated linearly; zero for an absent segment."""
     values = values.reshape(*values.shape[:2], -1)
     member = segments[:, None, :, None] == jnp.arange(1, count + 1)[:, None, None]
-    # Values of other segments are last. The position of the quantile is a number of values of the segment itself.
+    # Values of other segments come last. The position of the quantile counts the segment's own values.
     ordered = jnp.sort(jnp.where(member, values[:, None], jnp.inf).reshape(len(values), count, -1), axis=-1)
     last = jnp.maximum(member.sum(axis=(2, 3)) * values.shape[-1] - 1, 0)
     position = quantile * last

@@ -14,7 +14,7 @@ from dit_video.tokens.layouts import Canvas, DenseBatch, PackedRows
 from dit_video.tokens.positions import infer_grid
 
 TokenIndices = slice | Int[np.ndarray, " _"]
-"""Where the tokens of an example lie among those of a row."""
+"""Where an example's tokens lie in a row."""
 
 
 class LayoutShape(abc.ABC):
@@ -36,7 +36,7 @@ class LayoutShape(abc.ABC):
         """Return where the tokens of each example lie, from the positions of the examples' tokens.
 
         Raises:
-          UserError: they do not fit.
+          UserError: If the examples do not fit.
         """
 
     @abc.abstractmethod
@@ -48,7 +48,7 @@ class LayoutShape(abc.ABC):
         """Return the shape for a single example of this size, which is larger than this shape."""
 
     def pad_tokens(self, multiple: int) -> "LayoutShape":
-        """Return the shape with so much padding that `multiple` devices share the tokens; a dense array has none."""
+        """Return the shape, padded so that `multiple` devices can share the tokens; a dense array is not padded."""
         return self
 
 
@@ -86,7 +86,7 @@ class CanvasShape(LayoutShape):
     """Capacity of a canvas, on which clips of several sizes lie apart from each other.
 
     Raises:
-      UserError: a canvas that its cells do not divide, sizes below 1, or negative padding.
+      UserError: If the cells do not divide the canvas, a size is below 1, or the padding is negative.
     """
 
     size: Grid
@@ -137,7 +137,7 @@ class CanvasShape(LayoutShape):
         """Return the first position of every clip; None if they do not fit.
 
         Raises:
-          UserError: a clip whose sides are no multiples of `cell`.
+          UserError: If a side of a clip is not a multiple of `cell`.
         """
         corners, fill = [Grid(0, 0, 0)] * len(grids), CanvasFill(self)
         for index in sort_grids(grids):
@@ -168,7 +168,7 @@ class CanvasFill:
         """Add a clip, and return its first position; None if there is no room.
 
         Raises:
-          UserError: a side of the clip is no multiple of the canvas's `cell`.
+          UserError: If a side of the clip is not a multiple of the canvas's `cell`.
         """
         size, cell = self._shape.size, self._shape.cell
         if any(side % unit for side, unit in zip(grid, cell, strict=True)):
@@ -201,7 +201,7 @@ class CanvasFill:
         return corner
 
     def _get_next(self, axis: int, end: int) -> int:
-        """Return the first place along an axis for what follows a clip that ends there."""
+        """Return the first place along an axis for a clip that follows one ending at `end`."""
         unit = self._shape.cell[axis]
         return -(-(end + self._shape.padding[axis]) // unit) * unit
 

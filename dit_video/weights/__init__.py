@@ -1,6 +1,6 @@
 """Readers and writers of model weights: safetensors files and the folders of other projects.
 
-Pickles are never run; `torch_files` reads the tensors of PyTorch's files without that.
+Pickles are never run; `torch_files` reads the tensors in PyTorch's files without running them.
 """
 
 from dit_video.weights.clip import (

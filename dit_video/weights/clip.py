@@ -31,7 +31,7 @@ from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 _FILE, _PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
 """Files of an image processor alone, and of one that was saved with a tokenizer."""
 _SUBFOLDERS = ("image_processor", "feature_extractor")
-"""Names of its folder in pipelines."""
+"""Names of the image processor's folder in pipelines."""
 _CLASSES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 _BICUBIC = 3
 _DEFAULTS: dict[str, Any] = {
@@ -52,8 +52,8 @@ def load_clip_image_processor(folder: str | os.PathLike) -> ClipImageProcessor:
     """Read the image preprocessing from a folder, a pipeline's folder, or next to a pipeline's `image_encoder`.
 
     Raises:
-      MissingError: there is no config of an image processor.
-      UserError: the class of the image processor or one of its settings is not supported.
+      MissingError: If there is no config of an image processor.
+      UserError: If the class of the image processor or one of its settings is not supported.
     """
     path = _find_file(Path(folder))
     values = read_json(path)
@@ -167,7 +167,7 @@ _TOWER_FIELDS = {
 }
 _TEXT_FIELDS = {"vocabulary": "vocab_size", "positions": "max_position_embeddings", "end_token": "eos_token_id"}
 _VISION_FIELDS = {"size": "image_size", "patch": "patch_size"}
-"""Our names of the fields of both towers' configs and of either's, and theirs."""
+"""Our names and theirs for the config fields that both towers have, and for those that only one has."""
 
 AnyClipConfig = ClipConfig | ClipTextConfig | ClipVisionConfig
 
@@ -175,11 +175,11 @@ AnyClipConfig = ClipConfig | ClipTextConfig | ClipVisionConfig
 def load_clip(folder: str | os.PathLike, *, dtype: str = "float32") -> LoadedEncoder[ClipConfig]:
     """Read both towers of a `CLIPModel`.
 
-    Tensors are read one at a time. `dtype` is that of the matrix products and their weights.
+    Tensors are read one at a time. `dtype` is the dtype of the matrix products and their weights.
 
     Raises:
-      MissingError: the config or the weights do not exist.
-      UserError: the model class is not supported, tensors do not fit the config, or files are pickled or damaged.
+      MissingError: If the config or the weights do not exist.
+      UserError: If the model class is not supported, tensors do not fit the config, or files are pickled or damaged.
     """
     path, name, theirs = _read_config(Path(folder), [_CLIP_CLASS])
     text = _parse_text_config(path, name, theirs, dtype)
@@ -213,8 +213,8 @@ def read_clip_text_config(folder: str | os.PathLike, *, dtype: str = "float32") 
     """Read the config of a folder's text tower, without its weights.
 
     Raises:
-      MissingError: the config does not exist.
-      UserError: the model class or a setting is not supported.
+      MissingError: If the config does not exist.
+      UserError: If the model class or a setting is not supported.
     """
     folder = find_model_folder(folder, "text_encoder")
     return _parse_text_config(*_read_config(folder, [_CLIP_CLASS, *_TEXT_CLASSES]), dtype)
@@ -227,7 +227,7 @@ def read_clip_vision_config(folder: str | os.PathLike, *, dtype: str = "float32"
 
 
 def check_clip_weights(folder: str | os.PathLike, config: AnyClipConfig) -> None:
-    """Check that the weights in a folder are complete and fit a config, by the headers of the files.
+    """Check by the files' headers that the weights in a folder are complete and fit a config.
 
     It raises as `load_clip` does.
     """
@@ -299,13 +299,13 @@ def _read(folder: Path, config: Any, dtype: str, place: Placement = place_on_dev
 
 def _map_tensors(tensors: TensorFolder, config: AnyClipConfig) -> tuple[TensorMap, list[str]]:
     """Return the map of a folder's tensors, and the names of the tensors to skip."""
-    # Names of a tower that was saved alone have the root or not, depending on the version that wrote it.
+    # Whether names in a tower that was saved alone start with the root depends on the version that wrote it.
     nested = any(name.startswith((_TEXT_ROOT, _VISION_ROOT)) for name in tensors.shapes)
     return _make_tensor_map(config, nested=nested), [name for name in tensors.shapes if _is_ignored(name, config)]
 
 
 def _is_ignored(name: str, config: AnyClipConfig) -> bool:
-    """Return True if a tensor is not part of what is read."""
+    """Return True if a tensor is not to be read."""
     if name.endswith("embeddings.position_ids"):  # 0, 1, 2, …
         return True
     text, vision = (_TEXT_ROOT, "text_projection."), (_VISION_ROOT, "visual_projection.")

@@ -1,4 +1,4 @@
-"""Files of the networks of evaluation: Inception, I3D, C3D, VideoMAE and LPIPS."""
+"""Files of the evaluation networks: Inception, I3D, C3D, VideoMAE and LPIPS."""
 
 import os
 import zipfile
@@ -44,25 +44,25 @@ _I3D_BRANCHES = {
 
 
 def load_i3d(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the parameters of `I3d` from a file of tensors with the names of pytorch-i3d.
+    """Read the parameters of `I3d` from a file of tensors under pytorch-i3d's names.
 
-    `tools/convert.py rgb_imagenet.pt i3d.safetensors --to safetensors` makes it of the published file.
+    `tools/convert.py rgb_imagenet.pt i3d.safetensors --to safetensors` makes it from the published file.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     return _read(path, make_i3d_tensor_map(), lambda rngs: I3d(rngs=rngs), network="I3D", file=I3D_FILE)
 
 
 def load_inception(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the parameters of `InceptionV3` from a file of tensors with the names of pytorch-fid.
+    """Read the parameters of `InceptionV3` from a file of tensors under pytorch-fid's names.
 
-    `tools/convert.py FILE inception.safetensors --to safetensors` makes it of the published file.
+    `tools/convert.py FILE inception.safetensors --to safetensors` makes it from the published file.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     return _read(
         path,
@@ -96,8 +96,8 @@ def load_c3d(path: str | os.PathLike, *, mean: str | os.PathLike) -> dict[str, A
       mean: `mean2.npz`, the mean of the training clips, whose middle 112×112 pixels are used.
 
     Raises:
-      MissingError: a file does not exist.
-      UserError: a file is corrupt, or arrays are missing or of another shape.
+      MissingError: If a file does not exist.
+      UserError: If a file is corrupt, or arrays are missing or of another shape.
     """
     arrays = _read_npz(path) | {"mean": _read_mean(mean)}
     like = get_param_shapes(lambda rngs: C3d(rngs=rngs))
@@ -115,7 +115,7 @@ def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_mean(path: str | os.PathLike) -> np.ndarray:
-    """Return the pixels `3 16 112 112` of the mean clip that C3D's ones are compared with."""
+    """Return the mean clip's pixels, `3 16 112 112`, which C3D's input is relative to."""
     mean = _read_npz(path).get("mean", np.zeros(0))
     rows, columns = mean.shape[-2:] if mean.ndim >= 2 else (0, 0)
     if mean.size != 3 * C3D_SIZE.t * rows * columns or min(rows, columns) < 8 + C3D_SIZE.h:
@@ -172,23 +172,23 @@ def _map_unit(ours: str, convolution: str, norm: str, pattern: str) -> dict[str,
 VIDEO_MAE_FILE = "vit_g_hybrid_pt_1200e_ssv2_ft.pth"
 """Published file of https://huggingface.co/OpenGVLab/InternVideoMAE_models, in its folder `mae-g`."""
 VIDEO_MAE = VideoMaeConfig()
-"""Configuration of the network of that file."""
+"""Configuration of that file's network."""
 _ROOTS = ("model.", "module.")
-"""Beginnings of names, in this order, where the file has the state dict in a dictionary with other values."""
+"""Prefixes of names, tried in this order, in case the file nests the state dict in a dictionary with other values."""
 _LINEAR = {"out": "attn.proj", "up": "mlp.fc1", "down": "mlp.fc2"}
 _NORMS = {"norm_attention": "norm1", "norm_mlp": "norm2"}
 _BIASES = {"query_bias": "attn.q_bias", "value_bias": "attn.v_bias"}
 
 
 def load_video_mae(path: str | os.PathLike, config: VideoMaeConfig = VIDEO_MAE) -> dict[str, Any]:
-    """Read the parameters of `VideoMae` from a file of tensors with the names of VideoMAE v2.
+    """Read the parameters of `VideoMae` from a file of tensors under VideoMAE v2's names.
 
-    `tools/convert.py FILE video_mae.safetensors --to safetensors` makes it of the published file. The layer of the
-    classes is not read.
+    `tools/convert.py FILE video_mae.safetensors --to safetensors` makes it from the published file. The classification
+    layer is not read.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     names = _list_names(Path(path))
     root = next((root for root in _ROOTS if any(name.startswith(root) for name in names)), "")
@@ -240,9 +240,9 @@ EXPORT_COMMAND = (
 
 
 def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the parameters of `Lpips` from a file of the weights of `lpips.LPIPS(net="vgg")`, in that package's names.
+    """Read the parameters of `Lpips` from a file with the weights of `lpips.LPIPS(net="vgg")`, under its names.
 
-    Where `lpips` is installed (`pip install lpips torchvision`; it downloads VGG16's weights), this makes the file:
+    This makes the file if `lpips` is installed (`pip install lpips torchvision`; it downloads VGG16's weights):
 
         python -c "import lpips, safetensors.torch as s; s.save_file({n: v for n, v in
             lpips.LPIPS(net='vgg').state_dict().items() if 'lins.' not in n}, 'lpips.safetensors')"
@@ -250,8 +250,8 @@ def load_lpips(path: str | os.PathLike) -> dict[str, Any]:
     (`lins` are the linear layers under a second name, which safetensors doesn't allow.)
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     return read_network_file(
         path,

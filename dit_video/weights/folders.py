@@ -29,8 +29,8 @@ def read_document(folder: Path) -> dict[str, Any]:
     """Read a folder's `config.json`.
 
     Raises:
-      MissingError: the folder or the file does not exist.
-      UserError: the file holds no JSON object.
+      MissingError: If the folder or the file does not exist.
+      UserError: If the file holds no JSON object.
     """
     document = read_json(folder / "config.json")
     if not isinstance(document, dict):
@@ -42,7 +42,7 @@ def check_class(folder: Path, kind: Any, supported: Collection[str]) -> None:
     """Check the class of the model in a folder.
 
     Raises:
-      UserError: the class is not supported.
+      UserError: If the class is not supported.
     """
     if kind not in supported:
         raise UserError(f"{folder} has a model of class {kind}. Supported classes are {', '.join(supported)}")
@@ -57,10 +57,10 @@ def get_settings(
       folder: folder of the model, for error messages.
       document: content of its `config.json`.
       defaults: all arguments of the class, with its defaults.
-      unused: settings of published documents that the class does not have, and that change nothing.
+      unused: settings in published documents that the class lacks and that change nothing.
 
     Raises:
-      UserError: the document has an argument that is neither in `defaults` nor unused.
+      UserError: If the document has an argument that is neither in `defaults` nor unused.
     """
     settings = {name: value for name, value in document.items() if not name.startswith("_") and name not in unused}
     values = {**defaults, **settings}
@@ -70,10 +70,10 @@ def get_settings(
 
 
 def check_supported(folder: Path, settings: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """Check that settings have the only values that are supported.
+    """Check that each setting has its only supported value.
 
     Raises:
-      UserError: a setting has another value; the first one is named.
+      UserError: If a setting has another value; the message names the first one.
     """
     for name, value in supported.items():
         if settings[name] != value:
@@ -87,7 +87,7 @@ def map_kernel_and_bias(ours: str, theirs: str, pattern: str, *, layers: int | N
 
 
 def map_scale_and_shift(ours: str, theirs: str, *, layers: int | None = None) -> dict[str, TensorMapping]:
-    """Return the names of a norm's scale and shift."""
+    """Return the mappings of a norm's scale and shift."""
     scale = TensorMapping(f"{theirs}.weight", layers=layers)
     return {f"{ours}/scale": scale, f"{ours}/shift": TensorMapping(f"{theirs}.bias", layers=layers)}
 
@@ -122,8 +122,8 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         """Open `stem`.safetensors, or the files that `stem`.safetensors.index.json lists.
 
         Raises:
-          MissingError: neither file exists, or a listed file doesn't.
-          UserError: the weights are pickled, a file is damaged, or the index does not fit its files.
+          MissingError: If neither file exists, or a listed file doesn't.
+          UserError: If the weights are pickled, a file is damaged, or the index does not fit its files.
         """
         self.folder = Path(folder)
         self._open = contextlib.ExitStack()
@@ -154,7 +154,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         """Read one tensor, in the dtype of the file.
 
         Raises:
-          UserError: the file is damaged, or has a dtype that NumPy lacks.
+          UserError: If the file is damaged, or has a dtype that NumPy lacks.
         """
         return self._read_rows(name, 0, self.shapes[name])
 
@@ -162,7 +162,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         """Return the dtype of one tensor in the file.
 
         Raises:
-          UserError: NumPy lacks the dtype.
+          UserError: If NumPy lacks the dtype.
         """
         location = self._locations[name]
         if location.dtype not in NUMPY_DTYPES:
@@ -174,7 +174,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         return self._read_rows(name, index, self.shapes[name][1:])
 
     def read_chunks(self, name: str, chunk_bytes: int) -> Iterator[np.ndarray]:
-        """Yield a tensor in chunks of its first axis, each of at most `chunk_bytes` bytes but at least one row."""
+        """Yield a tensor in chunks along its first axis, each of at most `chunk_bytes` bytes but at least one row."""
         shape = self.shapes[name]
         if not shape:
             yield self.read(name)
@@ -215,8 +215,8 @@ def read_transformers_config(path: Path, description: str, model_types: Collecti
       model_types: supported model types.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the model type is not supported, or its config has invalid values.
+      MissingError: If the file does not exist.
+      UserError: If the model type is not supported, or its config has invalid values.
     """
     values = read_json(path)
     kind = values.get("model_type") if isinstance(values, dict) else None
@@ -227,7 +227,7 @@ def read_transformers_config(path: Path, description: str, model_types: Collecti
 
     try:
         return kind, AutoConfig.for_model(**values)
-    except Exception as error:  # Its validation raises exceptions of several libraries.
+    except Exception as error:  # Its validation raises exceptions from several libraries.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path} is not a valid config of a {kind} model ({reason}). Copy it again") from error
 

@@ -48,7 +48,7 @@ class FrozenTextEncoder:
 
     @property
     def identity(self) -> str:
-        """Return the identity that embeddings are stamped with; it opens the encoder unless the config has it."""
+        """Return the identity that embeddings are stamped with; the encoder is opened unless the config has it."""
         return self.config.identity or self._embedder.identity
 
     @property
@@ -60,7 +60,7 @@ class FrozenTextEncoder:
         """Return the embedding of a text: one vector for each of its tokens.
 
         Raises:
-          UserError: there is no such encoder, or another one than the config's.
+          UserError: If there is no such encoder, or it differs from the config's.
         """
         return self._embedder(text)
 
@@ -125,8 +125,8 @@ def check_width(config: FrozenTextConfig) -> None:
     """Check that the encoder in the folder has the config's width, without reading its weights.
 
     Raises:
-      MissingError: there is no encoder in the folder.
-      UserError: the encoder has another width.
+      MissingError: If there is no encoder in the folder.
+      UserError: If the encoder has another width.
     """
     width = read_text_encoder_config(config.folder).width
     if width != config.width:
@@ -140,7 +140,7 @@ def set_encoder_folder(config: TextConfig, folder: str | os.PathLike) -> FrozenT
     """Return the config of a frozen text encoder in another folder.
 
     Raises:
-      UserError: the text encoder was trained with the denoiser, or there is none.
+      UserError: If the text encoder was trained with the denoiser, or there is none.
     """
     if isinstance(config, ClassNamesConfig):
         raise UserError(f"this model is class-conditional and has no text encoder; leave out text_encoder={folder}")
@@ -162,7 +162,7 @@ class FrozenImageEncoder:
 
     Args:
       folder: folder of the tower, with its image settings in it or next to it, or of the pipeline that it is part of.
-      identity: identity of tower and settings that the folder must hold; any if empty.
+      identity: identity of the tower and settings that the folder must hold; empty accepts any.
       offload: weights in host memory; None for weights that stay on the device.
     """
 
@@ -171,7 +171,7 @@ class FrozenImageEncoder:
 
     @property
     def identity(self) -> str:
-        """Return the identity that tokens are stamped with; it reads the tower unless the identity was given."""
+        """Return the identity that tokens are stamped with; the tower is read unless the identity was given."""
         return self._identity or self._encoder_and_identity[1]
 
     @functools.cached_property
@@ -179,7 +179,7 @@ class FrozenImageEncoder:
         """Return the number of tokens of a frame, and their width; only the tower's config is read.
 
         Raises:
-          MissingError: the folder does not exist, or lacks the config.
+          MissingError: If the folder does not exist, or lacks the config.
         """
         config = read_clip_vision_config(self._folder)
         return config.tokens, config.width
@@ -188,8 +188,8 @@ class FrozenImageEncoder:
         """Return the tokens of each frame.
 
         Raises:
-          MissingError: the folder does not exist, or lacks parts.
-          UserError: a folder of another model, or of another encoder than before.
+          MissingError: If the folder does not exist, or lacks parts.
+          UserError: If the folder holds another model, or not the same encoder as before.
         """
         return self._encoder_and_identity[0](frames)
 
@@ -210,8 +210,8 @@ def open_image_encoder(folder: str | os.PathLike, *, identity_file: Path) -> Fro
     """Open an image encoder and record its identity: later it must be the same, and is known without the weights.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts.
-      UserError: a folder of another model.
+      MissingError: If the folder does not exist, or lacks parts.
+      UserError: If the folder holds another model.
     """
     if identity_file.is_file():
         return FrozenImageEncoder(folder, identity=read_json(identity_file)["identity"])

@@ -1,4 +1,4 @@
-"""Reading and writing of other projects' model folders, bit for bit, through a tensor map (`tensor_map`).
+"""Reading and writing other projects' model folders, bit for bit, through a tensor map (`tensor_map`).
 
 A folder holds one safetensors file, or several with an index, as Hugging Face's libraries write them.
 """
@@ -47,8 +47,8 @@ def read_native(
       place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
-      MissingError: files are missing.
-      UserError: the weights do not fit the config.
+      MissingError: If files are missing.
+      UserError: If the weights do not fit the config.
     """
     with open_native(folder, config) as source:
         return streaming.read(source, source.like, dtype_fn=dtype_fn, place=place)
@@ -58,7 +58,7 @@ def read_native(
 def open_native(folder: Path, config: Any, shapes: dict[str, Any] | None = None) -> Iterator[FolderSource]:
     """Open the parameters of a folder in the native format; errors are those of `read_native`.
 
-    `shapes` are those of the parameters, which are computed if they are not passed.
+    `shapes` are the parameters' shapes, which are computed if they are not passed.
     """
     shapes = get_param_shapes(config.make) if shapes is None else shapes
     with TensorFolder(folder, stem=STEM) as tensors:
@@ -66,23 +66,23 @@ def open_native(folder: Path, config: Any, shapes: dict[str, Any] | None = None)
 
 
 def read_params_file(path: Path, like: Any, *, place: Placement = place_on_host) -> dict[str, Any]:
-    """Read the parameters of a file of our own in float32, one after the other, in chunks.
+    """Read the parameters in one of our own files in float32, one after the other, in chunks.
 
     Args:
-      path: safetensors file of `safetensors.save`.
+      path: safetensors file from `safetensors.save`.
       like: shapes of the parameters, a tree of `jax.ShapeDtypeStruct`.
       place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt, or its tensors do not match `like`.
     """
     with open_params_file(path, like) as source:
         return streaming.read(source, like, dtype_fn=lambda path: np.float32, place=place)
 
 
 def read_shapes(path: Path) -> dict[str, Any]:
-    """Read the shapes of the parameters in a file of our own; errors are those of `read_params_file`."""
+    """Read the shapes of the parameters in one of our own files; errors are those of `read_params_file`."""
     with TensorFolder(path.parent, stem=path.stem) as tensors:
         shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in tensors.shapes.items()}
     return trees.unflatten(shapes)
@@ -90,7 +90,7 @@ def read_shapes(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_params_file(path: Path, like: Any) -> Iterator[FolderSource]:
-    """Open the parameters of a file of our own; arguments and errors are those of `read_params_file`."""
+    """Open the parameters in one of our own files; arguments and errors are those of `read_params_file`."""
     check_safetensors_file(path)
     with TensorFolder(path.parent, stem=path.stem) as tensors:
         yield FolderSource(tensors, FileMap.from_params(like), like)
@@ -106,7 +106,7 @@ def read_native_config(folder: Path, document: Mapping[str, Any], kind: Any = ob
       owner: owner of such configs, for the message.
 
     Raises:
-      UserError: the document has no config of a model, one of another version, or one of another type.
+      UserError: If the document has no model config, or the config has another version or type.
     """
     config = config_json.from_json(document.get("config"))
     if not hasattr(config, "make"):
@@ -172,8 +172,8 @@ def read_params(
       ignored: names of tensors to skip; all others must be mapped.
 
     Raises:
-      MissingError: the folder or one of its files does not exist.
-      UserError: files are pickled or corrupt, or tensors are missing, unexpected or of another shape.
+      MissingError: If the folder or one of its files does not exist.
+      UserError: If files are pickled or corrupt, or tensors are missing, unexpected or of another shape.
     """
     with TensorFolder(folder, stem=stem) as tensors:
         source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
@@ -183,16 +183,16 @@ def read_params(
 def convert_arrays(
     arrays: Mapping[str, np.ndarray], tensor_map: TensorMap, like: Any, *, source: str | os.PathLike
 ) -> dict[str, Any]:
-    """Return our parameters in float32 from another project's arrays in memory, those that a map names.
+    """Return our parameters in float32 from the arrays of another project that a map names.
 
     Args:
-      arrays: the arrays by their names; others than the map's are not used.
+      arrays: the arrays by name; those that the map does not name are not used.
       tensor_map: the model's map.
       like: shapes of our parameters.
       source: file of the arrays, for errors.
 
     Raises:
-      UserError: arrays are missing or of another shape.
+      UserError: If arrays are missing or of another shape.
     """
     expected = FileMap.from_tensor_map(tensor_map).compute_shapes(like)
     shapes = {name: array.shape for name, array in arrays.items() if name in expected}
@@ -210,7 +210,7 @@ def read_network_file(
     recipe: str,
     ignored: Collection[str] = (),
 ) -> Any:
-    """Read the parameters of a network from one safetensors file that the user made of its published weights.
+    """Read the parameters of a network from one safetensors file that the user made from its published weights.
 
     Args:
       path: the file.
@@ -221,8 +221,8 @@ def read_network_file(
       ignored: names of tensors to skip; all others must be mapped.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, or tensors are missing, unexpected, of another shape or not finite.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected, of another shape or not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -248,7 +248,7 @@ def check_tensors(tensors: TensorFolder, tensor_map: TensorMap, like: Any, *, ig
     Arguments are those of `read_encoder_params`.
 
     Raises:
-      UserError: tensors are missing, unexpected or of another shape.
+      UserError: If tensors are missing, unexpected or of another shape.
     """
     FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored)
 

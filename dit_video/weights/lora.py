@@ -33,14 +33,15 @@ _BIASES = {"kernel": "bias", "scale": "shift"}
 
 
 class LoraModule(NamedTuple):
-    """The parameters of ours that another project's module corresponds to: a linear map, a norm or a table."""
+    """Our parameters that correspond to another project's module: a linear map, a norm or a table."""
 
     path: str | None
-    """Path of our kernel, scale or table; None if only other models of the family have it, whose files are read."""
+    """Path of our kernel, scale or table; None if only other models of the family, whose files are read too, have
+    it."""
     layer: int | None = None
     """Layer of a stacked parameter."""
     columns: tuple[int, int] | None = None
-    """Output columns, as start and end, of a kernel that computes several linear maps of theirs."""
+    """Start and end of the module's output columns in a kernel that computes several of their linear maps."""
     order: tuple[int, ...] | None = None
     """Index of their output for each of ours, if they are ordered differently."""
     mapping: TensorMapping | None = None
@@ -67,7 +68,7 @@ def no_lora_modules(config: Any) -> Mapping[str, LoraModule]:
 
 
 def add_module_prefix(modules: LoraModules, prefix: str) -> dict[str, LoraModule]:
-    """Return the modules of a model whose parameters have a prefix, such as `backbone`, in those of a pipeline."""
+    """Return the modules of a model whose parameters have a prefix, such as `backbone`, in a pipeline."""
     return {
         name: module if module.path is None else module._replace(path=f"{prefix}/{module.path}")
         for name, module in modules.items()
@@ -75,7 +76,7 @@ def add_module_prefix(modules: LoraModules, prefix: str) -> dict[str, LoraModule
 
 
 def get_native_modules(params: Mapping[str, Any]) -> dict[str, LoraModule]:
-    """Return the modules of all kernels of linear maps under native names.
+    """Return the modules of all linear maps' kernels, under native names.
 
     For example, `backbone.blocks.0.qkv` is layer 0 of `backbone/blocks/qkv/kernel`.
 
@@ -135,11 +136,12 @@ class TensorMatches(NamedTuple):
 def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, modules: LoraModules) -> TensorMatches:
     """Match the tensors of a file to modules.
 
-    Left out are the tensors of modules that only other models of the family have, and the full difference of a kernel
-    that is no linear map and has another shape: the patch embedding, whose input channels differ from model to model.
+    Two kinds of tensors are left out. The first belong to modules that only other models of the family have. The second
+    is the full difference of a kernel that is not a linear map and has another shape: the patch embedding, whose input
+    channels differ from model to model.
 
     Raises:
-      UserError: tensors are missing, unexpected or misshapen.
+      UserError: If tensors are missing, unexpected or misshapen.
     """
     flat = {name.replace(".", "_"): name for name in modules}
     if len(flat) != len(modules):
@@ -208,7 +210,7 @@ def _expect_factors(
     name, is_down = parsed.string, _get_part(parsed) == "a"
     counterpart = f"{parsed['module']}.{_COUNTERPART[parsed['factor']]}{parsed['rest']}"
     a, b = (name, counterpart) if is_down else (counterpart, name)
-    # The rank is that of the first factor, so that only the second is reported if they differ.
+    # The first factor sets the rank, so only the second is reported if they differ.
     array = arrays[name]
     rank = next(iter((array if is_down else arrays.get(counterpart, array.T)).shape), 1)
     features_in, features_out = shapes[module.path][-2], _count_outputs(module, shapes)
@@ -290,8 +292,8 @@ def load_lora(
       dtype: dtype that factors and differences are cast to; None keeps the file's.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled or corrupt, is not a LoRA of this model (tensors are missing, unexpected or of
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, is not a LoRA for this model (tensors are missing, unexpected or of
         another shape), or is of an unsupported kind (DoRA).
     """
     file = _find_file(Path(path))
@@ -323,9 +325,9 @@ def load_lora(
 
 
 def check_lora(path: str | os.PathLike, params: Mapping[str, Any], modules: LoraModules) -> None:
-    """Check that `load_lora` would read an adapter, by the file's header; arguments and errors are the same."""
+    """Check by the file's header that `load_lora` would read an adapter; arguments and errors are the same."""
     file = _find_file(Path(path))
-    # Only shapes are compared, and a zero with another shape takes no memory.
+    # Only shapes are compared, and a zero that is broadcast to a shape takes no memory.
     arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in ours.load_shapes(file).items()}
     match_tensors(file, arrays, _get_shapes(params), modules)
     _read_settings(file)
@@ -361,7 +363,8 @@ def save_lora(
       dtype: dtype that factors and differences are cast to; None keeps theirs.
 
     Raises:
-      UserError: the adapter has parameters that correspond to no module, or full differences in diffusers' style.
+      UserError: If the adapter has parameters that correspond to no module, or has full differences and the style is
+        diffusers'.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(lora).items()}
     mapped = {f"{module.path}/a" for module in modules.values() if module.mapping is None}
@@ -461,8 +464,8 @@ def _join_factors(shape: tuple[int, ...], parts: list[_ModuleFactors]) -> dict[s
     scale = np.zeros(leading)
     for layer, layer_parts in layers.items():
         index = () if layer is None else (layer,)
-        # Modules that share a kernel occupy ranks and columns of their own. A kernel has one scale, so that different
-        # scales are multiplied into `b`.
+        # Modules that share a kernel have their own ranks and columns. A kernel has one scale, so different scales are
+        # multiplied into `b`.
         same_scale = len({part.scale for part in layer_parts}) == 1
         scale[index] = layer_parts[0].scale if same_scale else 1.0
         rank_start = 0

@@ -35,7 +35,7 @@ class Parameter(StreamedArray):
         return self._join(self._iterate_chunks())
 
     def to_device(self, sharding: Sharding | None = None) -> jax.Array:
-        """Read the parameter to devices; without a sharding to the default device.
+        """Read the parameter to devices, or to the default device without a sharding.
 
         A large parameter is allocated there and filled with one chunk after the other, each before the next one is
         read.

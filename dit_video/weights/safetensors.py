@@ -44,7 +44,7 @@ class StreamedArray:
     dtype: np.dtype
     """Dtype that the chunks are cast to."""
     read_chunks: Callable[[], Iterator[np.ndarray]]
-    """Returns the chunks, each read when it is reached."""
+    """Function that returns the chunks, each of which is read when it is reached."""
 
     @property
     def nbytes(self) -> int:
@@ -69,10 +69,11 @@ def save(
       metadata: text by name, kept in the header.
       dtype: dtype that floating arrays are cast to, such as `jnp.bfloat16`; None keeps theirs. Integers and booleans
         are never cast.
-      is_writer: False in a process that only reads the arrays' chunks, in the order in which another one writes them.
+      is_writer: False in a process that only reads the arrays' chunks, in the order in which another process writes
+        them.
 
     Raises:
-      ValueError: two arrays get the same name, or the format lacks a dtype.
+      ValueError: If two arrays get the same name, or the format lacks a dtype.
     """
     arrays = trees.flatten(tree)
     if len(arrays) != len(jax.tree.leaves(tree)):
@@ -110,14 +111,14 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
     """Read the arrays of a file as a nested dictionary of NumPy arrays.
 
     Args:
-      path: safetensors file of `save` or any other program; names without `/` give a flat dictionary.
+      path: safetensors file from `save` or any other program; names without `/` give a flat dictionary.
       like: tree of `jax.ShapeDtypeStruct` with the names and shapes that the file must have, and the structure of the
         result.
       dtype: dtype that floating arrays are cast to (bfloat16 to float32 is exact); None keeps the file's.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt, or its tensors are not those of `like`.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt, or its tensors do not match `like`.
     """
     path = Path(path)
     arrays: dict[str, np.ndarray] = {}
@@ -142,8 +143,8 @@ def load_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """Read the names and shapes of a file's arrays from its header.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt.
     """
     with open_safetensors(Path(path)) as file:
         names = list(file.keys())
@@ -154,8 +155,8 @@ def load_metadata(path: str | os.PathLike) -> dict[str, str]:
     """Read the metadata in a file's header.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt.
     """
     with open_safetensors(Path(path)) as file:
         return dict(file.metadata() or {})
@@ -166,8 +167,8 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     """Open a file with the safetensors library, which checks that it is complete.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is pickled, truncated or corrupt.
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled, truncated or corrupt.
     """
     check_safetensors_file(path)
     try:
@@ -181,7 +182,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _read_expected_size(path: Path) -> int | None:
-    """Return the size of a file, in bytes, by its header; None if the header itself is cut or damaged."""
+    """Return the size in bytes that a file's header implies; None if the header itself is truncated or damaged."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, _MAX_HEADER_BYTES))
@@ -209,8 +210,8 @@ def check_safetensors_file(path: Path) -> None:
     """Check that a file exists and is not a pickle, as reading a pickle can run any code.
 
     Raises:
-      MissingError: the file does not exist, or only a pointer to it.
-      UserError: the file is pickled.
+      MissingError: If the file does not exist, or is only a pointer of Git LFS.
+      UserError: If the file is pickled.
     """
     if not path.is_file():
         raise MissingError(f"no such file: {path}. Use the path of a .safetensors file")
@@ -236,10 +237,10 @@ def check_tensors_match(
     *,
     fix: str = "use the config it was made with",
 ) -> None:
-    """Check that a file has the expected tensors; `fix` ends the error.
+    """Check that a file has the expected tensors; `fix` is the end of the error message.
 
     Raises:
-      UserError: tensors are missing, unexpected or misshapen; one error lists all three kinds.
+      UserError: If tensors are missing, unexpected or misshapen; one error lists all three kinds.
     """
     missing = [name for name in expected if name not in actual]
     unexpected = sorted(actual.keys() - expected.keys())

@@ -1,4 +1,4 @@
-"""Sampling of a diffusers folder: its `scheduler_config.json` as solver, process, time schedule and prediction."""
+"""Sampling settings of a diffusers folder: `scheduler_config.json` as solver, process, time schedule and prediction."""
 
 import math
 import os
@@ -53,7 +53,7 @@ class SchedulerSetting(NamedTuple):
     """A setting of a scheduler, with its supported values."""
 
     default: Any
-    """Default of diffusers."""
+    """diffusers' default."""
     supported: tuple[Any, ...] = ()
     """Supported values; if empty, all values are supported, or the setting has no effect."""
     is_positive: bool = False
@@ -63,10 +63,10 @@ class SchedulerSetting(NamedTuple):
 
 
 def complete_settings(settings: Mapping[str, Any], fields: Mapping[str, SchedulerSetting]) -> dict[str, Any]:
-    """Return the values of `fields`, the settings of a scheduler, and diffusers' defaults of those that are not set.
+    """Return the values of a scheduler's settings, `fields`, with diffusers' defaults for those that are not set.
 
     Raises:
-      UserError: a value is not supported, or two of them exclude each other.
+      UserError: If a value is not supported, or two values exclude each other.
     """
     if settings.get("use_flow_sigmas"):
         fields = {name: _FLOW_OVERRIDES.get(name, field) for name, field in fields.items()}
@@ -151,7 +151,7 @@ _FLOW_OVERRIDES = {
     **dict.fromkeys(("timestep_spacing", "steps_offset", "sigma_min", "sigma_max"), _NO_EFFECT),
 }
 """Replacements of settings if flow sigmas are used."""
-# With uneven steps diffusers starts each step beside the end of the one before.
+# With uneven steps, diffusers does not start each step where the previous one ended.
 _UNIFORM_STEPS = {"timestep_spacing": SchedulerSetting("leading", ("leading", "trailing"))}
 DDIM = {
     **_make_ddpm_settings(),
@@ -262,7 +262,7 @@ class LoadedScheduler(NamedTuple):
 
     solver: Solver
     process: Process
-    """Diffusion process; for a flow including the shift."""
+    """Diffusion process; for a flow it includes the shift."""
     time_schedule: TimeSchedule
     prediction: Prediction = Velocity()
 
@@ -270,14 +270,14 @@ class LoadedScheduler(NamedTuple):
 def load_scheduler(folder: str | os.PathLike) -> LoadedScheduler:
     """Read the sampling settings of a folder with a `scheduler_config.json`.
 
-    The steps, their times and the model times (in units of `num_train_timesteps`) are those of diffusers' scheduler,
-    with one exception: if the trailing steps of DDIM or PNDM do not divide the training steps, each step starts where
-    the previous one ended, which diffusers' may miss by one. With dynamic shifting the shift or its logarithm is linear
-    in the number of tokens of a clip, as in most pipelines of diffusers.
+    The steps, their times and the model times (in units of `num_train_timesteps`) are the same as in diffusers'
+    scheduler, with one exception: if the trailing steps of DDIM or PNDM do not divide the training steps, each step
+    starts where the previous one ended, which diffusers' may miss by one. With dynamic shifting, the shift or its
+    logarithm is linear in the number of tokens of a clip, as in most pipelines of diffusers.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the scheduler or one of its settings is not supported.
+      MissingError: If the file does not exist.
+      UserError: If the scheduler or one of its settings is not supported.
     """
     path = Path(folder) / CONFIG_FILE
     document = read_json(path)
@@ -343,7 +343,7 @@ def _make_step_schedule(settings: Mapping[str, Any], **others: Any) -> DiscreteS
 
 
 def _make_sigma_schedule(settings: Mapping[str, Any], **others: Any) -> DiscreteSchedule:
-    """Return the schedule of a scheduler of sigmas, which needs them to be finite."""
+    """Return the schedule of a scheduler that steps in sigmas and needs them to be finite."""
     ratio = _MAX_SIGMA if settings.get("rescale_betas_zero_snr") else None
     return _make_step_schedule(settings, terminal_ratio=ratio, **others)
 

@@ -1,8 +1,8 @@
 """Conversion of parameters from files to files, tensor by tensor.
 
 Host memory holds little more than one tensor at a time. A `FileMap` says where a project's files store each of our
-parameters; reading through one and writing through another converts. Stacks are read layer by layer, and tensors whose
-layout is the same on both sides are copied in chunks.
+parameters; reading through one map and writing through another converts the files. Stacks are read layer by layer, and
+tensors whose layout is the same on both sides are copied in chunks.
 """
 
 import functools
@@ -39,7 +39,7 @@ class FileMap(NamedTuple):
     """Locations of our parameters in some project's files, by our path."""
 
     parts: Mapping[str, tuple[TensorMapping, ...]]
-    """Tensors whose concatenation along our last axis is the parameter; mostly one."""
+    """Tensors whose concatenation along our last axis is the parameter; usually one."""
     copies: Mapping[str, tuple[TensorMapping, ...]] = {}
     """Tensors that repeat the parameter."""
     constants: Mapping[str, "ConstantTensor"] = {}
@@ -75,7 +75,7 @@ class ParamsSource:
     """Parameters in memory; `layer` selects a block of a stack and is None for all other parameters."""
 
     depths: Mapping[str, int] = {}
-    """Number of layers of each parameter that is stored layer by layer: there is none."""
+    """Number of layers of each parameter that is stored layer by layer; in memory no parameter is."""
 
     def __init__(self, params: Mapping[str, Any]):
         self._leaves = trees.flatten(params)
@@ -102,7 +102,7 @@ class FolderSource:
     """Parameters in an open folder.
 
     Raises:
-      UserError: tensors are missing, unexpected or of another shape, copies differ, or constants have other values.
+      UserError: If tensors are missing, unexpected or of another shape, copies differ, or constants have other values.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class FolderSource:
         return self._read_hashed_chunks(path, name)
 
     def read_raw_chunks(self, path: str, layer: int | None, like: TensorMapping) -> Iterator[np.ndarray] | None:
-        """Return the chunks of a block's tensor if its layout is that of `like`, else None."""
+        """Return the chunks of a block's tensor if it has the layout of `like`, else None."""
         (name, foreign), *more = self._list_tensors(path, layer)
         stacked = layer is not None and foreign.layers is None
         if more or stacked or (foreign.pattern, foreign.axis_sizes) != (like.pattern, like.axis_sizes):
@@ -210,7 +210,7 @@ def read(
       place: reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
-      UserError: layers of a stack have several dtypes that nothing casts.
+      UserError: If the layers of a stack have several dtypes and are not cast to one.
     """
 
     def parameter(path: str, leaf: Any) -> Any:
@@ -245,7 +245,7 @@ def write(
       dtype: dtype that floating tensors are cast to; None keeps the source's.
       shard_bytes: maximum size of a file; larger ones are split.
       metadata: text for the files' headers; by default that of PyTorch's files.
-      is_writer: False in a process that only reads the source, in the order in which another one writes it.
+      is_writer: False in a process that only reads the source, in the order in which another process writes it.
     """
     folder = Path(folder)
     if is_writer:
@@ -258,7 +258,7 @@ def write(
         max_shard_size=shard_bytes,
     )
     file_metadata = {"format": "pt"} if metadata is None else metadata
-    # A model without parameters has a file, too.
+    # A model without parameters gets a file, too.
     for file, names in (split.filename_to_tensors or {f"{stem}.safetensors": []}).items():
         contents = {name: tensors[name] for name in names}
         ours.save(folder / file, contents, metadata=file_metadata, is_writer=is_writer)
@@ -273,7 +273,7 @@ def write(
 
 
 def _stream_tensors(source: ParamSource, file_map: FileMap, like: Any, dtype: Any) -> dict[str, ours.StreamedArray]:
-    """Return all tensors of a layout, none of them read yet."""
+    """Return all tensors of a layout, without reading any of them."""
     shapes, depths = file_map.compute_shapes(like), {**file_map.depths, **source.depths}
     tensors: dict[str, ours.StreamedArray] = {}
 
@@ -303,7 +303,7 @@ def _stream_tensors(source: ParamSource, file_map: FileMap, like: Any, dtype: An
 def _read_chunks(
     source: ParamSource, path: str, mapping: TensorMapping, layer: int | None, depth: int | None, part: tuple[int, int]
 ) -> Iterator[np.ndarray]:
-    """Yield one of their tensors in chunks of its first axis."""
+    """Yield one of their tensors in chunks along its first axis."""
     index, count = part
     blocks: Iterable[np.ndarray]
     if layer is None and depth is not None:
@@ -322,7 +322,7 @@ def _read_chunks(
 
 
 def _get_stack_dtype(source: ParamSource, path: str, depth: int, dtype: Any) -> np.dtype:
-    """Return the common dtype of a stack's layers, or that of the first layer if they are cast to `dtype` anyway."""
+    """Return the common dtype of a stack's layers, or the first layer's if they are cast to `dtype` anyway."""
     dtypes = [source.get_dtype(path, layer) for layer in range(depth)]
     if dtype is None and len(set(dtypes)) > 1:
         names = ", ".join(sorted({layer_dtype.name for layer_dtype in dtypes}))

@@ -22,7 +22,8 @@ class TensorMapping(NamedTuple):
     axis_sizes: tuple[tuple[str, int], ...] = ()
     """Sizes of axes that the pattern splits or joins, if the shapes don't determine them."""
     layers: int | None = None
-    """Number of layers along our parameter's first axis, each a tensor of theirs; None for a single tensor."""
+    """Number of layers along our parameter's first axis, each of which is one of their tensors; None for a single
+    tensor."""
 
     @property
     def names(self) -> list[str]:
@@ -50,8 +51,8 @@ def make_dtype_fn(
 ) -> Callable[[str], Any]:
     """Return a function from a parameter's path to the dtype that it is cast to.
 
-    That is `kernel_dtype` for the kernels of linear maps if it is given, and `dtype` for all others, to which the
-    kernels of `float32_kernels` belong; None keeps the file's.
+    If `kernel_dtype` is given, the kernels of linear maps are cast to it, except `float32_kernels`. All other
+    parameters are cast to `dtype`. None keeps the file's dtype.
     """
 
     def get_dtype(path: str) -> Any:

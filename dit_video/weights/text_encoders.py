@@ -22,7 +22,7 @@ from dit_video.weights.parameter import Placement, place_on_device
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap, TensorMapping
 
 _EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")
-"""The names of the token embedding, which a file has under either or both."""
+"""Names of the token embedding; a file has one or both."""
 _IGNORED_PREFIXES = ("decoder.", "lm_head.")
 """Prefixes of the decoder's tensors in a full checkpoint, which are skipped."""
 _FINAL_NORM = "encoder.final_layer_norm.weight"
@@ -41,7 +41,7 @@ _PER_LAYER = {
 """Our names below `blocks/`, and theirs below `encoder.block.<layer>.`."""
 _UNGATED_UP = "layer.1.DenseReluDense.wi.weight"
 _POSITION_BIASES: dict[str, Literal["each layer", "shared"]] = {"t5": "shared", "umt5": "each layer"}
-"""Position biases of the model types, which differ only in them."""
+"""Position biases of the model types, their only difference."""
 T5_MODEL_TYPES = tuple(_POSITION_BIASES)
 _FIELDS = {
     "vocabulary": "vocab_size",
@@ -63,14 +63,14 @@ def load_text_encoder(
 ) -> LoadedEncoder[T5Config]:
     """Read the encoder of a `T5EncoderModel`, a `UMT5EncoderModel`, or a full T5 or UMT5 with its decoder.
 
-    Tensors are read one at a time, so host memory holds little more than one of them besides the result. `dtype` is
-    that of the matrix products and their weights; scales and position biases are float32. (`transformers` keeps the
-    MLP's second map in float32 in loads as float16 only, for its range, which bfloat16 has.) `place` reads each
-    parameter to its destination.
+    Tensors are read one at a time, so host memory holds little more than one of them besides the result. `dtype` is the
+    dtype of the matrix products and their weights; scales and position biases are float32. (`transformers` keeps the
+    MLP's second map in float32 only when it loads the others as float16, whose range is too small; bfloat16's
+    suffices.) `place` reads each parameter to its destination.
 
     Raises:
-      MissingError: the config or the weights do not exist.
-      UserError: the model type is not supported, tensors do not fit the config, or files are pickled or damaged.
+      MissingError: If the config or the weights do not exist.
+      UserError: If the model type is not supported, tensors do not fit the config, or files are pickled or damaged.
     """
     folder = find_model_folder(folder, "text_encoder")
     config = read_t5_config(folder, dtype=dtype)
@@ -83,7 +83,7 @@ def load_text_encoder(
 
 
 def check_t5_weights(folder: str | os.PathLike, config: T5Config) -> None:
-    """Check that the weights in a folder are complete and fit a config, by the headers of the files.
+    """Check by the files' headers that the weights in a folder are complete and fit a config.
 
     It raises as `load_text_encoder` does.
     """
@@ -100,10 +100,10 @@ def make_t5_tensor_map(
     Args:
       tensors: the open folder.
       config: config of the encoder.
-      is_compared: False leaves out the comparison of an embedding that has both of its names, which reads both.
+      is_compared: False skips the comparison of an embedding that is stored under both names, which reads both tensors.
 
     Raises:
-      UserError: the embedding has two names, with different values.
+      UserError: If the embedding is stored under both names, with different values.
     """
     embedding = _find_embedding_name(tensors, is_compared=is_compared)
     decoder = {name for name in tensors.shapes if name.startswith(_IGNORED_PREFIXES)}
@@ -119,8 +119,8 @@ def read_t5_config(folder: str | os.PathLike, *, dtype: str = "float32") -> T5Co
     """Read the config of a folder's encoder, without its weights and with the defaults of `transformers`.
 
     Raises:
-      MissingError: the config does not exist.
-      UserError: the model type or a setting is not supported.
+      MissingError: If the config does not exist.
+      UserError: If the model type or a setting is not supported.
     """
     path = find_model_folder(folder, "text_encoder") / "config.json"
     kind, theirs = read_transformers_config(path, "T5 encoders", T5_MODEL_TYPES)
@@ -171,7 +171,7 @@ def _find_embedding_name(tensors: TensorFolder, *, is_compared: bool) -> str:
     """Return the name of the token embedding in a folder.
 
     Raises:
-      UserError: the folder has both names, with different values.
+      UserError: If the folder has both names, with different values.
     """
     present = [name for name in _EMBEDDING_NAMES if name in tensors.shapes]
     has_both = is_compared and len(present) == 2
@@ -216,8 +216,8 @@ def load_embedder(
       streams_layers: moves layers in host memory to the device one at a time.
 
     Raises:
-      MissingError: the encoder or the tokenizer does not exist.
-      UserError: the folder has another model or can't be read, or the model has fewer than `max_tokens` positions.
+      MissingError: If the encoder or the tokenizer does not exist.
+      UserError: If the folder has another model or can't be read, or the model has fewer than `max_tokens` positions.
     """
     folder = find_model_folder(folder, _SUBFOLDER)
     config = read_text_encoder_config(folder)
@@ -243,8 +243,8 @@ def read_text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextCo
     """Read the config of a folder's text encoder, without its weights.
 
     Raises:
-      MissingError: the config does not exist.
-      UserError: the model type or a setting is not supported.
+      MissingError: If the config does not exist.
+      UserError: If the model type or a setting is not supported.
     """
     folder = find_model_folder(folder, _SUBFOLDER)
     path = folder / "config.json"
@@ -253,7 +253,7 @@ def read_text_encoder_config(folder: str | os.PathLike) -> T5Config | ClipTextCo
 
 
 def check_text_encoder(folder: str | os.PathLike) -> None:
-    """Check that a text encoder and its tokenizer are there, and that the weights fit its config, without reading them.
+    """Check that a text encoder and its tokenizer exist, and that the weights fit its config, without reading them.
 
     `folder` and errors are those of `load_embedder`; the tokenizer's content is not checked.
     """
@@ -270,7 +270,7 @@ def find_tokenizer_folder(encoder_folder: Path) -> Path:
     """Return the folder of a text encoder's tokenizer: its own, or the one next to it.
 
     Raises:
-      MissingError: neither holds a tokenizer.
+      MissingError: If neither holds a tokenizer.
     """
     name = encoder_folder.name
     sibling = name.replace(_SUBFOLDER, "tokenizer") if name.startswith(_SUBFOLDER) else "tokenizer"

@@ -1,4 +1,4 @@
-"""Tensors of PyTorch's files: archives of `torch.save`, its older format, and TorchScript; nothing of them is run."""
+"""Tensors in PyTorch's files: archives of `torch.save`, its older format, and TorchScript; no code in them is run."""
 
 import io
 import math
@@ -20,7 +20,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.weights.safetensors import save
 
 _MODULE_PREFIX = "__torch__"
-"""Beginning of the names of the classes that TorchScript compiles."""
+"""Prefix of the names of classes that TorchScript compiles."""
 _CONTAINER_FUNCTIONS = (
     "torch.jit._pickle.build_boollist",
     "torch.jit._pickle.build_doublelist",
@@ -30,10 +30,10 @@ _CONTAINER_FUNCTIONS = (
     "torch.Size",
     "torch._utils._rebuild_parameter",
 )
-"""Functions whose result is their first argument, but for its type."""
+"""Functions that return their first argument, except for its type."""
 _TENSOR_FUNCTIONS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
 _IGNORED_PREFIXES = ("torch.float", "torch.bfloat", "torch.int", "torch.uint", "torch.bool", "torch.device")
-"""Beginnings of the names of constants and classes that say nothing about the tensors' values."""
+"""Prefixes of names of constants and classes that say nothing about the tensors' values."""
 
 
 class StoredTensor(NamedTuple):
@@ -47,7 +47,7 @@ class StoredTensor(NamedTuple):
     """Position of the first value in the storage."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """Distance of neighbours along each axis, in values."""
+    """Distance between neighbours along each axis, in values."""
 
 
 class _Name(NamedTuple):
@@ -75,7 +75,7 @@ _VALUES = frozenset(
 """Instructions that push their own argument."""
 _SMALL_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _KEYS = (str, int, float, bool, bytes, type(None))
-"""Types of keys of dictionaries; the hash of nested tuples could take any time."""
+"""Allowed types of dictionary keys; hashing nested tuples could take arbitrarily long."""
 _MAX_WHOLE_NUMBER = 1 << 63
 _DAMAGES = (
     *(ValueError, IndexError, KeyError, TypeError, AttributeError, EOFError),
@@ -87,14 +87,14 @@ _DAMAGES = (
 def parse_pickle(file: BufferedIOBase, *, name: str) -> Any:
     """Return the containers of the pickle at the file's position, with `StoredTensor` for tensors.
 
-    The position is then behind the pickle.
+    Afterwards the file's position is behind the pickle.
 
     Args:
       file: the file.
       name: name of the file in errors.
 
     Raises:
-      UserError: the pickle is damaged, or names anything but tensors and plain containers.
+      UserError: If the pickle is damaged, or names anything but tensors and plain containers.
     """
     machine = _Machine(name)
     try:
@@ -120,7 +120,7 @@ class _Machine:
         """Run one instruction.
 
         Raises:
-          UserError: the instruction could run code.
+          UserError: If the instruction could run code.
         """
         stack = self._stack
         if instruction in _VALUES:
@@ -226,7 +226,7 @@ class _Machine:
 
 
 def _pair(values: list[Any]) -> dict[Any, Any]:
-    """Return the dictionary of keys and values in turn."""
+    """Return the dictionary of alternating keys and values."""
     keys = values[::2]
     if not all(type(key) in _KEYS and (type(key) is not int or abs(key) < _MAX_WHOLE_NUMBER) for key in keys):
         raise TypeError("a dictionary has other keys than names and numbers")
@@ -257,10 +257,11 @@ _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 """First pickle of the format before PyTorch 1.6."""
 
 _MAX_DEPTH, _MAX_ENTRIES = 32, 1 << 20
-"""Maximum number of containers within each other, and of entries of all: a short pickle can name one list any number of
-times."""
+"""Maximum depth of nested containers, and maximum number of entries in all of them: a short pickle can name one list
+any number of times."""
 _MAX_COPIES = 16
-"""Maximum size of all tensors, in sizes of the values that the file stores: views share values, as tied weights do."""
+"""Maximum size of all tensors, as a multiple of the values that the file stores: views share values, as tied weights
+do."""
 _MAX_AXES, _MAX_EMPTY = 32, 1 << 31
 """Maximum number of axes, and length of an axis of a tensor without values."""
 _ARCHIVE_ERRORS = (
@@ -273,12 +274,12 @@ _ARCHIVE_ERRORS = (
 def read_torch_tensors(path: str | os.PathLike) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Return all tensors of a PyTorch file by their names, with the keys of nested containers joined by dots.
 
-    It reads what `torch.save` writes of a state dict, alone or within dictionaries and lists, in its current format and
-    in that before PyTorch 1.6, and what `torch.jit.save` writes. No code of the file is run; see `torch_pickle`.
+    It reads state dicts that `torch.save` wrote, alone or within dictionaries and lists, in the current format or the
+    one before PyTorch 1.6, and files of `torch.jit.save`. No code in the file is run; see `parse_pickle`.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is damaged, of another format, or holds anything but tensors and plain containers.
+      MissingError: If the file does not exist.
+      UserError: If the file is damaged, of another format, or holds anything but tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
@@ -297,8 +298,8 @@ def convert_torch_file(source: str | os.PathLike, destination: str | os.PathLike
       dtype: dtype that floating tensors are cast to; None keeps theirs.
 
     Raises:
-      MissingError: the source does not exist.
-      UserError: as `read_torch_tensors`, or the destination exists or has another suffix.
+      MissingError: If the source does not exist.
+      UserError: If `read_torch_tensors` refuses the source, or the destination exists or has another suffix.
     """
     destination = Path(destination)
     if destination.exists() or destination.suffix != ".safetensors":
@@ -331,10 +332,10 @@ def _read_archive(path: Path) -> tuple[dict[str, StoredTensor], dict[str, bytes]
 
 
 def _check_members(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
-    """Check that parts of an archive are stored as they are, and do not overlap, so that they are no larger than it.
+    """Check that an archive's parts are uncompressed and do not overlap, so that they are no larger than the archive.
 
     Raises:
-      UserError: a part is compressed, or the parts are larger than the file.
+      UserError: If a part is compressed, or the parts are larger than the file.
     """
     if any(info.compress_type != zipfile.ZIP_STORED for info in members):
         rule = "torch.save stores values as they are"
@@ -364,7 +365,7 @@ def _read_older_format(path: Path) -> tuple[dict[str, StoredTensor], dict[str, b
 
 
 class _WholeFile(io.BufferedReader):
-    """A file that reads no more than it has, so that a length in a pickle does not take memory of its own."""
+    """A file that allocates no more than its rest when it reads, whatever length a pickle states."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next bytes, at most the rest of the file."""
@@ -408,7 +409,7 @@ def _check_size(path: Path, tensors: Mapping[str, StoredTensor], storages: Mappi
     """Check that views do not repeat the values of their storages more often than models do.
 
     Raises:
-      UserError: views repeat values more often than that.
+      UserError: If views repeat values more often.
     """
     size = sum(math.prod(each.shape) * _get_dtype(path, each).itemsize for each in tensors.values())
     if storages and size > _MAX_COPIES * sum(map(len, storages.values())):

@@ -1,13 +1,13 @@
 """Class-conditional image pipelines, DiT and SiT, from diffusers' folders (`DiTPipeline`) or the authors' weights.
 
-A class, by its name or number, takes the place of the prompt; the empty prompt is no class: `pipeline.generate(207)`,
-or `generate_many([Request("golden retriever", pipeline.config.size), ...])`.
+A class, given by its name or number, takes the place of the prompt; the empty prompt means no class:
+`pipeline.generate(207)`, or `generate_many([Request("golden retriever", pipeline.config.size), ...])`.
 
-As in diffusers' pipeline, guidance acts on all latent channels and is 4 by default, and the learned variance is the
-conditional branch's. Diffusers' schedulers never read that variance. Here it is dropped only with a DDPM scheduler of
-fixed variance; `sampler="ddpm"` with any other scheduler, and `learned_range`, which fails in diffusers' pipeline, draw
-with it. A model without a scheduler, such as the authors', is sampled by DDPM with 250 of its 1000 steps (DiT), or
-along its flow (SiT).
+As in diffusers' pipeline, guidance acts on all latent channels and is 4 by default, and the learned variance comes from
+the conditional branch. diffusers' schedulers never read that variance. Here it is dropped only with a DDPM scheduler of
+fixed variance. It is used by `sampler="ddpm"` with any other scheduler, and by `learned_range`, which fails in
+diffusers' pipeline. A model without a scheduler, such as the authors', is sampled by DDPM with 250 of its 1000 steps
+(DiT), or along its flow (SiT).
 """
 
 import os
@@ -55,12 +55,12 @@ class DitFamily(Family):
     pipeline_classes = (CLASS,)
 
     def is_pipeline(self, folder: Path) -> bool:
-        """Return True for a folder of diffusers, or of the authors' weights: a `transformer` next to a `vae`."""
+        """Return True for a folder from diffusers or with the authors' weights: a `transformer` next to a `vae`."""
         has_parts = all((folder / part).is_dir() for part in _REQUIRED_PARTS)
         return super().is_pipeline(folder) or (has_parts and not (folder / INDEX).is_file())
 
     def make_config(self, folder: Path, options: LoadOptions) -> PipelineConfig:
-        """Return the config of a class-conditional image pipeline; its solver and steps are those of its scheduler.
+        """Return the config of a class-conditional image pipeline; its scheduler determines the solver and steps.
 
         Args:
           folder: holds `transformer` and `vae`; a folder of diffusers also holds `scheduler` and `model_index.json`,
@@ -69,9 +69,9 @@ class DitFamily(Family):
           options: dtype, devices and host memory; the model has no text encoder.
 
         Raises:
-          MissingError: the folder does not exist, or lacks parts; the message names all.
-          UserError: a text encoder, a model that is not class-conditional, unsupported settings, or weights that do
-            not fit.
+          MissingError: If the folder does not exist, or lacks parts; the message names all of them.
+          UserError: If a text encoder is given, the model is not class-conditional, a setting is not supported, or the
+            weights do not fit.
         """
         if options.text_encoder is not None:
             raise UserError(f"{folder} is class-conditional and has no text encoder; leave out text_encoder")

@@ -1,11 +1,12 @@
 """Class-conditional image transformers: DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740).
 
-Layouts: diffusers' `DiTTransformer2DModel`, and the authors' state dict, the same for both models, with a `config.json`
-of the model class's arguments or as one file of the authors' name.
+There are two layouts: diffusers' `DiTTransformer2DModel`, and the authors' state dict, which is the same for both
+models. The state dict comes with a `config.json` that holds the model class's arguments, or as a single file under the
+authors' name.
 
 DiT predicts noise, at `1000 * time` rounded to whole steps of its schedule, and a variance. SiT predicts a velocity
-from noise at 0 to data at 1: time and velocity are reversed here, and its variance is dropped. diffusers' DiT has a
-lower lowest frequency of the time embedding, by a factor of `10000 ** (1 / 127)`, and another eps of the MLP's norm.
+from noise at 0 to data at 1: time and velocity are reversed here, and its variance is dropped. In diffusers' DiT the
+time embedding's lowest frequency is lower by a factor of `10000 ** (1 / 127)`, and the MLP's norm has another eps.
 """
 
 import contextlib
@@ -66,7 +67,7 @@ _LEGACY_SETTINGS: dict[str, Any] = {
     "interpolation_scale": None,
     "use_additional_conditions": None,
 }
-"""Settings of `Transformer2DModel`, the class that the published folders' files still name."""
+"""Settings of `Transformer2DModel`, the class that published folders still name."""
 _LEGACY_DEFAULTS = {
     "norm_type": "layer_norm",
     "attention_bias": False,
@@ -91,7 +92,7 @@ _AUTHORS_DEFAULTS: dict[str, Any] = {
 _SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
 _FILE_PATTERN = re.compile(r"(?P<kind>DiT|SiT)-(?P<size>XL|L|B|S)-(?P<patch>\d+)(-(?P<height>\d+)(x\d+)?)?.*")
 
-# Our name, the authors', diffusers'; below a block, then once.
+# Names: ours, the authors', diffusers'. First those within a block, then those that occur once.
 _BLOCK_LINEAR = (
     ("out", "attn.proj", "attn1.to_out.0"),
     ("up", "mlp.fc1", "ff.net.0.proj"),
@@ -112,18 +113,18 @@ _TIME_LINEAR = (
 class DitDenoiserFormat(DenoiserFormat[DitConfig]):
     """Files of diffusers' DiT, and of the authors of DiT and SiT.
 
-    A checkpoint of the authors may be a single file, such as `SiT-XL-2-256.safetensors`. Its name decides what its
-    tensors don't show: the model, DiT or SiT, and its number of heads.
+    A checkpoint of the authors may be a single file, such as `SiT-XL-2-256.safetensors`. Its name tells what its
+    tensors don't show: the model (DiT or SiT) and its number of heads.
     """
 
     config_class = DitConfig
     layouts = LAYOUTS
 
     def read_config(self, folder: Path, document: dict[str, Any]) -> DitConfig:
-        """Return the config for the settings of either layout; `folder` is that of the folder, or of the authors' file.
+        """Return the config for the settings of either layout; `folder` is a model's folder or the authors' file.
 
         Raises:
-          UserError: a setting is not supported.
+          UserError: If a setting is not supported.
         """
         kind = document["_class_name"]
         if kind not in AUTHORS_CLASSES:
@@ -176,7 +177,7 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
         """Return the settings of a config; the inverse of `parse_config`.
 
         Raises:
-          UserError: the layout can't express the config.
+          UserError: If the layout can't express the config.
         """
         velocity = config.time_embedding.reversed
         kind = CLASS if layout == "diffusers" else "SiT" if velocity else "DiT"
@@ -256,8 +257,8 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
         """Open the authors' checkpoint in a single file.
 
         Raises:
-          MissingError: the file does not exist.
-          UserError: the name has another form, or the file is pickled or corrupt.
+          MissingError: If the file does not exist.
+          UserError: If the file's name has an unknown form, or the file is pickled or corrupt.
         """
         check_safetensors_file(path)
         if path.suffix != ".safetensors":
@@ -273,7 +274,7 @@ def infer_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
     """Infer the settings of the authors' checkpoint from its name and its tensors' shapes.
 
     Raises:
-      UserError: the name has another form.
+      UserError: If the file's name has an unknown form.
     """
     match = _FILE_PATTERN.fullmatch(path.stem)
     if not match:
@@ -301,7 +302,7 @@ def infer_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
 
 
 def _get_preserved_fields(config: DitConfig) -> dict[str, Any]:
-    """Return the fields that a folder must preserve: not how the model is computed, nor where the layouts differ."""
+    """Return the fields that a folder must preserve: all but how the model is computed and where the layouts differ."""
     ignored = ("attention", "dtype", "remat", "mlp_norm_eps")
     fields = {name: value for name, value in vars(config).items() if name not in ignored}
     embedding = replace(config.time_embedding, max_period=_PERIOD)
@@ -309,7 +310,7 @@ def _get_preserved_fields(config: DitConfig) -> dict[str, Any]:
 
 
 def _list_copies(parts: dict[str, tuple[TensorMapping, ...]], layers: int) -> dict[str, tuple[TensorMapping, ...]]:
-    """Return the other blocks' copies of the tensors that the first block has for all."""
+    """Return the other blocks' copies of the tensors that the first block holds for all blocks."""
     first = "transformer_blocks.0.norm1.emb."
     return {
         path: tuple(foreign._replace(name=foreign.name.replace(".0.", f".{layer}.", 1)) for layer in range(1, layers))
@@ -319,7 +320,7 @@ def _list_copies(parts: dict[str, tuple[TensorMapping, ...]], layers: int) -> di
 
 
 def _make_position_table(config: DitConfig) -> np.ndarray:
-    """Return the authors' table of positions: sines and cosines that depend on the sizes alone, computed in float64."""
+    """Return the authors' table of positions: sines and cosines that depend only on the sizes, computed in float64."""
     position = config.absolute_position
     assert isinstance(position, ImageSineCosine)
     quarter = config.width // 4

@@ -22,7 +22,7 @@ _DEFAULTS = image_autoencoder.DEFAULTS | {
     "lookup_from_codebook": False,
     "force_upcast": False,
 }
-"""diffusers' settings, and a normalisation per channel, which `scaling_factor` can't express and diffusers ignores."""
+"""diffusers' settings, and a per-channel normalisation that `scaling_factor` can't express and diffusers ignores."""
 _SPATIAL_NORM = image_autoencoder.NormMapping(
     "spatial_norm",
     {
@@ -43,7 +43,7 @@ def parse_config(folder: Path, settings: Mapping[str, Any]) -> VqConfig:
     ignored.
 
     Raises:
-      UserError: a setting is not supported.
+      UserError: If a setting is not supported.
     """
     norm_type, channels, width = settings["norm_type"], settings["latent_channels"], settings["vq_embed_dim"]
     if norm_type not in ("group", "spatial"):
@@ -61,7 +61,7 @@ def make_document(config: VqConfig, params: Mapping[str, Any]) -> dict[str, Any]
     """Return the settings of a config and its normalizer; the inverse of `parse_config`.
 
     Raises:
-      UserError: diffusers' class can't express the config.
+      UserError: If diffusers' class can't express the config.
     """
     network = config.network
     if not isinstance(network, ImageVaeConfig):

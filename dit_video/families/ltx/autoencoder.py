@@ -47,7 +47,7 @@ def parse_config(folder: Path, settings: Mapping[str, Any]) -> LtxVaeConfig:
     """Return the config for a folder's settings.
 
     Raises:
-      UserError: a setting is not supported.
+      UserError: If a setting is not supported.
     """
     folders.check_supported(folder, settings, _SUPPORTED)
     kinds = list(settings["down_block_types"])
@@ -101,7 +101,7 @@ def make_document(config: LtxVaeConfig, params: Mapping[str, Any]) -> dict[str, 
         "upsample_residual": list(config.upsample_residuals),
         "upsample_factor": list(config.upsample_factors),
         "timestep_conditioning": config.has_time,
-        # Of residual downsampling diffusers does not count the factors itself.
+        # diffusers does not derive these factors from residual downsampling.
         **(_make_ratios(config) if is_residual else {}),
     }
 
@@ -111,7 +111,7 @@ def _make_ratios(config: LtxVaeConfig) -> dict[str, int]:
 
 
 def make_tensor_map(config: LtxVaeConfig) -> dict[str, TensorMapping]:
-    """Return the tensor map of diffusers' class, in whose files the normalizer's values are tensors."""
+    """Return the tensor map of diffusers' class, whose files store the normalizer's values as tensors."""
     names = {f"normalizer/{name}": TensorMapping(f"latents_{name}") for name in ("mean", "std")}
     for side in ("encoder", "decoder"):
         names |= _map_conv(f"{side}/conv_in", f"{side}.conv_in") | _map_conv(f"{side}/conv_out", f"{side}.conv_out")

@@ -1,11 +1,11 @@
 """LTX-Video's pipelines, from diffusers' folders: `LTXPipeline`, `LTXImageToVideoPipeline`, `LTXConditionPipeline`.
 
-Settings that are not in a folder are those of diffusers' pipelines: clips of 161 frames of 512×704 at 25 frames a
-second, 50 steps, guidance 3, and the authors' negative prompt; texts are cut to 128 tokens, from version 0.9.5 on to
-256. Padding of texts is masked in the text encoder, too, as `encode_prompt` of Lightricks/LTX-Video and
-`LTXConditionPipeline` do; the other two classes mask it in the transformer alone.
+Settings that a folder lacks are taken from diffusers' pipelines: clips of 161 frames of 512×704 at 25 frames a second,
+50 steps, guidance 3, and the authors' negative prompt. Texts are cut to 128 tokens, or to 256 from version 0.9.5 on.
+Text padding is masked in the text encoder, too, as in `encode_prompt` of Lightricks/LTX-Video and in
+`LTXConditionPipeline`; the other two classes mask it only in the transformer.
 
-From version 0.9.5 on images and clips may be at any frame, images that are kept are seen with a little noise, positions
+From version 0.9.5 on, images and clips may be at any frame, the model sees kept images with a little noise, positions
 count the seconds before a token's first frame, and times are linear-quadratic (`is_095_pipeline`).
 """
 
@@ -45,25 +45,25 @@ from dit_video.weights import LoadedScheduler, load_scheduler, read_text_encoder
 from dit_video.weights.scheduler import SIGMA_SPACINGS
 
 _PREFIX = 2
-"""Number of latent frames of a clip that are extra tokens."""
+"""Number of a conditioning clip's first latent frames that become extra tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyframesToVideo(GenerationTask):
-    """Clips with images and clips at some frames: the request's `image`, `last_image` and `conditions`."""
+    """Clips conditioned on images and clips at some frames: the request's `image`, `last_image` and `conditions`."""
 
     noise_scale: float = 0.0
     """Noise that the model sees in conditions of strength 1, in units of the squared time."""
     has_keyframes: bool = True
-    """Accepts images and clips at any frame; False for models that were trained with a first image alone (versions
-    0.9.0 and 0.9.1)."""
+    """Whether images and clips may be at any frame; False for models that were trained only with a first image
+    (versions 0.9.0 and 0.9.1)."""
 
     def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
-        """Return the plan of a request, perhaps without any condition.
+        """Return the plan of a request, which may have no conditions.
 
         Raises:
-          UserError: a condition that the model was not trained with, whose frames are not in the clip, do not fit the
-            autoencoder's stride, or have the latents of another condition.
+          UserError: If the model was not trained with a condition of this kind, or the condition's frames are outside
+            the clip, do not fit the autoencoder's stride, or share latents with another condition.
         """
         request.check_pictures(("image", "last_image", "conditions") if self.has_keyframes else ("image",))
         size, stride, channels = request.grid, model.codec.config.stride, model.codec.config.channels
@@ -106,7 +106,7 @@ def _fit(condition: Condition, size: Grid, stride: Grid) -> tuple[int, UInt8[np.
     if condition.mask is not None:
         raise UserError("mask= of a condition is invalid: this model keeps whole frames. Leave it out")
     start, frames = locate_condition(condition, size)
-    # Latents of a clip are those of the sampled clip from the third on, so they must stand for the same frames.
+    # From the third on, a condition's latents replace the sampled clip's, so they must stand for the same frames.
     if len(frames) > 1 and start % stride.t:
         below = start - start % stride.t
         fix = f"{below} or {below + stride.t}" if below + stride.t + len(frames) <= size.t else str(below)
@@ -150,7 +150,7 @@ _SETTINGS_OF_TIMES = {
     "shift_terminal": None,
     **dict.fromkeys(SIGMA_SPACINGS, False),
 }
-"""Settings of a scheduler that change its times, with the values that keep them."""
+"""Scheduler settings that change its times, with the values that leave the times unchanged."""
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 """Negative prompt, the default of `inference.py` in Lightricks/LTX-Video."""
 
@@ -175,8 +175,9 @@ def read_parts(folder: Path, *, text_encoder: str | os.PathLike | None = None) -
     """Read the configs of a folder of diffusers, and check that its parts fit each other.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts; the message names all.
-      UserError: a pipeline or a model of an unknown class, unsupported settings, or parts that do not fit.
+      MissingError: If the folder does not exist, or lacks parts; the message names all of them.
+      UserError: If the class of the pipeline or of a model is unknown, a setting is not supported, or the parts do not
+        fit.
     """
     _check_class(folder)
     if missing := [part for part in PARTS if not (folder / part).is_dir()]:
@@ -208,7 +209,8 @@ def _read_schedule(folder: Path, *, is_095: bool) -> LoadedScheduler:
     """Return the folder's scheduler at the times that diffusers' pipelines pass to it.
 
     Raises:
-      UserError: it is of another class, or changes the times of a version that was published with fixed ones.
+      UserError: If the scheduler has another class, or changes the times of a version that was published with fixed
+        ones.
     """
     schedule, file = load_scheduler(folder / "scheduler"), folder / "scheduler" / "scheduler_config.json"
     own, document = schedule.time_schedule, read_json(file)
@@ -217,7 +219,7 @@ def _read_schedule(folder: Path, *, is_095: bool) -> LoadedScheduler:
         raise UserError(f"{file}: _class_name={document['_class_name']} is invalid: {rule}. Use that class.")
     if not is_095:
         return schedule._replace(time_schedule=UniformTimes(terminal_time=own.terminal_time, spacing=own.spacing))
-    # diffusers changes the times of the steps then, but not those that the model gets.
+    # diffusers then changes the times of the steps, but not the times that the model gets.
     for name, kept in _SETTINGS_OF_TIMES.items():
         if (value := document.get(name) or kept) != kept:
             rule = "times are linear-quadratic from version 0.9.5 on"
@@ -229,8 +231,8 @@ def _check_class(folder: Path) -> None:
     """Check the class of `model_index.json`.
 
     Raises:
-      MissingError: the folder does not exist.
-      UserError: the pipeline's class is unknown.
+      MissingError: If the folder does not exist.
+      UserError: If the pipeline's class is unknown.
     """
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None

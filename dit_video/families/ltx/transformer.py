@@ -45,10 +45,10 @@ _VARIABLE = ("in_channels", "out_channels", "num_attention_heads", "attention_he
 _SUPPORTED = {
     name: value for name, value in _DEFAULTS.items() if name not in (*_VARIABLE, "num_layers", "caption_channels")
 }
-"""Settings that have one supported value, that of all published versions."""
+"""Settings with a single supported value, which all published versions have."""
 
 _CAUSAL_POSITIONS = "_causal_temporal_positioning"
-"""Setting of our own, named as in the authors' configs: positions count the seconds before a token's first frame.
+"""Our own setting, named as in the authors' configs: positions count the seconds before a token's first frame.
 diffusers has no such setting, and ignores those that begin with an underscore."""
 
 # Names: ours, diffusers', and the authors' in LoRA files where they differ.
@@ -77,8 +77,8 @@ _ROTARY_LINEAR = (("query", "attn1.to_q"), ("key", "attn1.to_k"))
 class LtxDenoiserFormat(DenoiserFormat[LtxDitConfig]):
     """Files of diffusers' `LTXVideoTransformer3DModel`.
 
-    Positions count the seconds before a token's first frame if the config says so, as those written here do, or else
-    the pipeline.
+    Positions count the seconds before a token's first frame if the config says so (configs written here do), or if the
+    pipeline does.
     """
 
     config_class = LtxDitConfig
@@ -147,8 +147,8 @@ class LtxDenoiserFormat(DenoiserFormat[LtxDitConfig]):
 def is_095_pipeline(folder: Path) -> bool:
     """Return True for the folder of a pipeline of version 0.9.5 or later.
 
-    Its class is `LTXConditionPipeline`, or its autoencoder downsamples with residuals. Transformers of these versions
-    have `causal_temporal_positioning` in the authors' configs, which diffusers' lack.
+    Its class is `LTXConditionPipeline`, or its autoencoder downsamples with residuals. For these versions, the authors'
+    transformer configs have `causal_temporal_positioning`, which diffusers' lack.
     """
     vae = folder / "vae" / "config.json"
     kinds = read_json(vae).get("down_block_types") if vae.is_file() else None

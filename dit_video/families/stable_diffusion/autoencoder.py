@@ -1,6 +1,6 @@
 """Autoencoders of images: diffusers' `AutoencoderKL` (Stable Diffusion, FLUX).
 
-Other classes of diffusers with these networks share the maps of encoder and decoder; their decoder may have other
+Other diffusers classes with these networks share the maps of the encoder and the decoder; their decoders may have other
 norms.
 """
 
@@ -46,7 +46,7 @@ def parse_config(folder: Path, settings: Mapping[str, Any]) -> ImageVaeConfig:
     `sample_size` and `force_upcast`, which control diffusers' tiling and rounding, are ignored.
 
     Raises:
-      UserError: a setting is not supported.
+      UserError: If a setting is not supported.
     """
     return ImageVaeConfig(
         channels=settings["latent_channels"],
@@ -71,7 +71,7 @@ def parse_levels(folder: Path, settings: Mapping[str, Any]) -> ImageLevels:
     """Return the levels of encoder and decoder for a folder's settings.
 
     Raises:
-      UserError: a kind of block is not supported, or the decoder's kinds differ from the encoder's.
+      UserError: If a kind of block is not supported, or the decoder's kinds differ from the encoder's.
     """
     folders.check_supported(folder, settings, {"in_channels": 3, "out_channels": 3, "act_fn": "silu"})
     count = len(settings["block_out_channels"])
@@ -115,7 +115,7 @@ class NormMapping(NamedTuple):
     attention_name: str
     """Name of the norm inside attention."""
     params: Mapping[str, tuple[str, str]]
-    """Name and einops pattern in diffusers of each of our parameters."""
+    """diffusers' name and einops pattern for each of our parameters."""
 
     def make_tensor_map(self, ours: str, theirs: str) -> dict[str, TensorMapping]:
         """Return the tensor map of one norm."""
@@ -181,7 +181,7 @@ def parse_normalizer(folder: Path, settings: Mapping[str, Any], channels: int) -
     (`shift_factor`) and no deviations, or both of them per channel.
 
     Raises:
-      UserError: the settings contradict each other, or don't fit the channels.
+      UserError: If the settings contradict each other, or don't fit the channels.
     """
     file, scale = folder / "config.json", settings["scaling_factor"]
     mean, std, shift = settings["latents_mean"], settings["latents_std"], settings["shift_factor"]

@@ -1,4 +1,4 @@
-"""VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's with a task of their own."""
+"""VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's pipelines with their own task."""
 
 import os
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ class VaceTask(GenerationTask):
         """Return the plan of a request.
 
         Raises:
-          UserError: a model that is not VACE's, a mask without a video or a video without a mask, a video or a control
-            of another length than the clip, a mask of another shape than the video, or an image and a video for one
-            frame.
+          UserError: If the model is not VACE's, a mask comes without a video or a video without a mask, a video or a
+            control differs from the clip in length, a mask differs from the video in shape, or a frame has both an
+            image and a video.
         """
         request.check_pictures(_ACCEPTED)
         if request.method == "training_free":
@@ -57,10 +57,10 @@ class VaceTask(GenerationTask):
 
 
 def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bool[np.ndarray, "T H W"]]:
-    """Return the pixels in 0..255 of a request's kept parts, with its control or grey elsewhere; True for the latter.
+    """Return pixels (0..255), with a request's control or grey where it keeps nothing, and True at these positions.
 
     Raises:
-      UserError: clips and masks do not fit the request or each other.
+      UserError: If clips and masks do not fit the request or each other.
     """
     size = request.grid
     pixels, is_generated = np.full((*size, 3), GREY, np.float32), np.ones(size, bool)
@@ -81,10 +81,10 @@ def _encode_reference(
 ) -> Float32[np.ndarray, "1 h w q"]:
     """Return the control of an image's latent frame: all of it is inactive, and nothing is reactive or generated.
 
-    The image is scaled to fit into the frame, and is in the middle of a white one.
+    The image is scaled to fit into the frame, and centred on a white background.
     """
     shape = image.frames.shape[1:] if isinstance(image, Clip) else np.shape(image)
-    # At its own size, for the check alone, which an array that is no image does not pass.
+    # At its own size, for the check only, which an array that is not an image fails.
     pixels = fit_image(image, Grid(1, *shape[:2]) if len(shape) == 3 else Grid(1, 1, 1))
     scale = min(size.h / pixels.shape[0], size.w / pixels.shape[1])
     height, width = (max(1, int(side * scale)) for side in pixels.shape[:2])

@@ -1,7 +1,7 @@
 """VACE's transformers: diffusers' `WanVACETransformer3DModel` and the authors' `VaceWanModel`.
 
-Both are Wan's with further tensors: `vace_patch_embedding`, and the blocks of the control stack (`vace_blocks`) with a
-map after each and one before the first.
+Both are Wan's transformers with further tensors: `vace_patch_embedding`, and the blocks of the control stack
+(`vace_blocks`) with a map after each and one before the first.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def _count_mask_channels(folder: Path, name: str, channels: int, config: WanDitC
     """Return the number of mask channels among the control's.
 
     Raises:
-      UserError: two clips' latents leave none.
+      UserError: If the latents of two clips leave no channels for the mask.
     """
     if channels <= 2 * config.channels:
         rule = f"two latents of {config.channels} channels and a mask need at least {2 * config.channels + 1}"
@@ -95,7 +95,7 @@ def _count_control_layers(folder: Path, layers: Sequence[int], config: WanDitCon
     """Return the number of control layers.
 
     Raises:
-      UserError: their hints are not added after every second, third … block, beginning with the first.
+      UserError: If the layers' hints are not added after every second, third … block, beginning with the first.
     """
     count = len(layers)
     if not count or config.layers % count or list(layers) != list(range(0, config.layers, config.layers // count)):

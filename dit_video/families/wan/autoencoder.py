@@ -46,7 +46,7 @@ def parse_normalizer(folder: Path, settings: Mapping[str, Any], channels: int) -
     """Return the mean and the standard deviation of each channel, from a folder's settings.
 
     Raises:
-      UserError: the weights don't fit the channels.
+      UserError: If the weights don't fit the channels.
     """
     normalizer = {name: np.asarray(settings[f"latents_{name}"], np.float32) for name in ("mean", "std")}
     for name, values in normalizer.items():
@@ -68,7 +68,7 @@ def make_wan_vae_tensor_map(config: CausalVaeConfig) -> dict[str, TensorMapping]
         names |= _map_middle(f"{side}/middle", f"{side}.mid_block")
     offset = 0
     for level in range(len(config.multipliers)):
-        # Without shortcuts diffusers numbers blocks and downsamplers of all levels consecutively.
+        # Without shortcuts, diffusers numbers blocks and downsamplers of all levels consecutively.
         ours, theirs = f"encoder/levels/{level}", "encoder.down_blocks"
         for block in range(config.blocks):
             block_name = f"{theirs}.{level}.resnets.{block}" if config.shortcuts else f"{theirs}.{offset + block}"
@@ -113,7 +113,7 @@ def parse_config(folder: Path, settings: Mapping[str, Any]) -> CausalVaeConfig:
     """Return the config for a folder's settings.
 
     Raises:
-      UserError: a setting is not supported.
+      UserError: If a setting is not supported.
     """
     fixed = {"attn_scales": [], "dropout": 0.0}
     patch = settings["patch_size"] or 1
@@ -136,7 +136,7 @@ def make_document(config: CausalVaeConfig, params: Mapping[str, Any]) -> dict[st
     """Return the settings of a config and its normalizer; the inverse of `parse_config`.
 
     Raises:
-      UserError: diffusers' class can't express the config.
+      UserError: If diffusers' class can't express the config.
     """
     if any(factors.h != 2 for factors in config.factors):
         raise UserError(f"{CLASS} halves height and width at every level, so factors of (2, 1, 1) can't be written")
@@ -161,8 +161,8 @@ def make_document(config: CausalVaeConfig, params: Mapping[str, Any]) -> dict[st
     }
 
 
-# `clip_output` of the published TI2V-5B is no argument of diffusers' class, which drops it and always clamps its output
-# to [-1, 1] (`_decode` in `autoencoder_kl_wan.py`), as clips are clamped here.
+# `clip_output` of the published TI2V-5B is not an argument of diffusers' class, which drops it and always clamps its
+# output to [-1, 1] (`_decode` in `autoencoder_kl_wan.py`), as clips are clamped here.
 FORMAT = AutoencoderFormat(
     CLASS,
     CausalVaeConfig,

@@ -35,8 +35,8 @@ from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.weights import load_scheduler, read_clip_vision_config, read_text_encoder_config
 
-# `sample_neg_prompt` of wan/configs/shared_config.py in both repositories; those of I2V and FLF2V begin with more words
-# (wan/configs/wan_i2v_14B.py and wan/configs/__init__.py of Wan2.1).
+# `sample_neg_prompt` of wan/configs/shared_config.py in both repositories; the prompts of I2V and FLF2V begin with more
+# words (wan/configs/wan_i2v_14B.py and wan/configs/__init__.py of Wan2.1).
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
     "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
@@ -54,7 +54,7 @@ class WanDefaults(NamedTuple):
     """Frames, height and width."""
     steps: int = 50
     guidance: float | tuple[float, float] = 5.0
-    """Scale of guidance, one for each of two experts, noisy times first."""
+    """Guidance scale; one per expert if there are two, the one for noisy times first."""
     shift: float | None = None
     """Shift of times; None for the folder's."""
     negative: str = ""
@@ -69,7 +69,7 @@ class _Model(NamedTuple):
     input: Literal["text", "image", "first and last image", "text or image", "control"]
     experts: int
     flow_shift: float
-    """Shift in the published folder's scheduler_config.json; a folder with another one keeps it."""
+    """Shift in the published folder's scheduler_config.json; a folder with another shift keeps its own."""
 
 
 _DIFFUSERS = WanDefaults()
@@ -184,8 +184,9 @@ def _read_parts(
     """Read the configs of a folder of diffusers, and check that its parts fit each other.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts; the message names all.
-      UserError: a pipeline or a model of an unknown class, unsupported settings, or parts that do not fit.
+      MissingError: If the folder does not exist, or lacks parts; the message names all of them.
+      UserError: If the class of the pipeline or of a model is unknown, a setting is not supported, or the parts do not
+        fit.
     """
     index = _read_index(folder, classes)
     schedule = load_scheduler(folder / "scheduler")
@@ -216,18 +217,18 @@ def _read_parts(
 
 
 def _get_frame_conditioning(backbone: WanDitConfig) -> FrameConditioning | None:
-    """Return the conditioning that the original models were trained with: I2V always had an image, TI2V-5B at times."""
+    """Return the conditioning that the models were trained with: I2V always had an image, TI2V-5B sometimes."""
     if backbone.cond_channels:
         return FrameConditioning(prob=1.0, rest="grey")
     return FrameConditioning() if backbone.time == "token" else None
 
 
 def _read_index(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Return `model_index.json` after checking that all its parts exist; two experts have a `boundary_ratio` in it.
+    """Return `model_index.json` after checking that all its parts exist; with two experts it has a `boundary_ratio`.
 
     Raises:
-      MissingError: the folder does not exist, or lacks parts.
-      UserError: the pipeline's class is unknown, or two experts have no boundary.
+      MissingError: If the folder does not exist, or lacks parts.
+      UserError: If the pipeline's class is unknown, or two experts have no boundary.
     """
     index = read_json(folder / INDEX)
     name = index.get("_class_name") if isinstance(index, dict) else None
@@ -244,5 +245,5 @@ def _read_index(folder: Path, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _has_part(index: dict[str, Any], part: str) -> bool:
-    """Return True if a pipeline has a part: others are missing, or listed as two nulls."""
+    """Return True if a pipeline has a part; absent parts are not in the index, or are listed as two nulls."""
     return bool(index.get(part)) and None not in index[part]

@@ -62,7 +62,7 @@ _AUTHORS_DEFAULTS: dict[str, Any] = {
 }
 _SUPPORTED = {"cross_attn_norm": True, "eps": 1e-6}
 _SIZES = {"context_width": "text_dim", "mlp_dim": "ffn_dim", "layers": "num_layers", "time_width": "freq_dim"}
-"""Our names of the sizes that both layouts call the same, and theirs."""
+"""Our names of sizes, and the files' names, which both layouts share."""
 _MODEL_TYPES = ("t2v", "i2v", "flf2v", "ti2v")
 
 # Names below a block: ours, diffusers', the authors'. Linear maps come first, then those with reordered channels.
@@ -113,12 +113,12 @@ class WanDenoiserFormat(DenoiserFormat[WanDitConfig]):
     config_class = WanDitConfig
     layouts = LAYOUTS
     unadapted: ClassVar[tuple[str, ...]] = ("backbone/embed/kernel",)  # the patch embedding is a convolution there
-    # Norms of a query of the image tokens, which there is none of: diffusers 0.33.0.dev0, which wrote the I2V folders,
-    # made them (2d8a41cae8 of huggingface/diffusers, `models/attention_processor.py`), and later ignores them
+    # Norms of a query of the image tokens, which does not exist: diffusers 0.33.0.dev0, which wrote the I2V folders,
+    # made them (2d8a41cae8 of huggingface/diffusers, `models/attention_processor.py`), and later versions ignore them
     # (`_keys_to_ignore_on_load_unexpected` of `WanTransformer3DModel`).
     unused = ("attn2.norm_added_q.weight",)
-    # The authors compute the time, its projection and the head in float32; diffusers keeps the first two kernels so
-    # (`_keep_in_fp32_modules`), and rounds the others.
+    # The authors compute the time, its projection and the head in float32; diffusers keeps the first two kernels in
+    # float32 (`_keep_in_fp32_modules`), and rounds the others.
     float32_kernels = ("time_in/kernel", "time_out/kernel", "modulation/kernel", "head/kernel")
 
     def read_config(self, folder: Path, document: dict[str, Any]) -> WanDitConfig:
@@ -145,7 +145,7 @@ class WanDenoiserFormat(DenoiserFormat[WanDitConfig]):
     ) -> dict[str, LoraModule]:
         """Return the modules that a LoRA may change, under the names of both layouts, `primary_layout`'s first.
 
-        diffusers' (PEFT) files use diffusers' names, those of ComfyUI, kohya and LightX2V the authors'. Files are
+        Files of diffusers (PEFT) use diffusers' names; files of ComfyUI, kohya and LightX2V use the authors'. Files are
         written with the names of `primary_layout`. A model without image tokens lacks the modules of I2V models.
         """
         reordered = tuple(f"blocks/{ours}/kernel" for ours, *_ in _ROTARY_LINEAR)
@@ -201,7 +201,7 @@ def map_wan_blocks(
       layout: layout of the files.
       ours: path of the stack.
       theirs: its name in the files.
-      layers: number of its layers; None for that of the config.
+      layers: number of its layers; None for the config's.
     """
     names: dict[str, TensorMapping] = {}
     column = 1 if layout == "diffusers" else 2
@@ -272,7 +272,7 @@ def _make_diffusers_document(config: WanDitConfig) -> dict[str, Any]:
 def _parse_authors_config(folder: Path, document: dict[str, Any]) -> WanDitConfig:
     """Return the config of a folder in the authors' layout.
 
-    Their files omit the settings that a model type doesn't need, so the widths of text and image come from the weights.
+    Their files omit the settings that a model type doesn't need, so the text and image widths come from the weights.
     """
     settings = folders.get_settings(folder, document, _AUTHORS_DEFAULTS)
     folders.check_supported(folder, settings, _SUPPORTED | {"qk_norm": True, "window_size": [-1, -1]})
