@@ -85,8 +85,8 @@ def _scan_blocks(
 
     `own` marks the tokens from `start` on that belong to the block. `scan_others(step, state)` runs
     `state = step(start, mask, state)` for those blocks of the other row that have tokens of the block's segments;
-    `mask` marks the pairs of tokens in the same segment. A row's last block is moved back to fit into the row. The tokens that it
-    shares with the previous block are not its own, or are masked.
+    `mask` marks the pairs of tokens in the same segment. A row's last block is moved back to fit into it. The tokens
+    that it shares with the previous block are not its own, or are masked.
     """
     length, other_length = ids.shape[0], other_ids.shape[0]
     index = jnp.arange(length + 1, dtype=jnp.int32)
