@@ -49,10 +49,10 @@ class AdaptiveProjectedGuidance:
 class ZeroStarGuidance:
     r"""CFG-Zero*: an unconditional prediction of the best length, and first steps that change nothing.
 
-    Guidance replaces the unconditional prediction $u$ by $s^\star u$. In each sample, $s^\star = \langle c, u \rangle /
-    \lVert u \rVert^2$ brings it as close as possible to the conditional prediction $c$ (arXiv 2503.18886, section 4.1).
-    The velocity of the first steps is zero, because a model's velocity is less accurate there than none (section 4.2).
-    This is for models that predict velocities.
+    Guidance replaces the unconditional prediction $u$ by $s^\star u$. In each sample,
+    $s^\star = \langle c, u \rangle / \lVert u \rVert^2$ brings it as close as possible to the conditional prediction
+    $c$ (arXiv 2503.18886, section 4.1). The velocity of the first steps is zero, because a model's velocity is less
+    accurate there than none (section 4.2). This is for models that predict velocities.
 
     Raises:
       UserError: If `zero_steps` is negative.

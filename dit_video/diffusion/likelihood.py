@@ -4,9 +4,9 @@ The probability flow transports the density of the data to that of noise, which 
 
 With $r = \sqrt{\alpha^2 + \sigma^2}$ and the angle $\varphi$ of tangent $\sigma / \alpha$, every process is a rotation:
 $u = x / r = \cos\varphi\,x_0 + \sin\varphi\,\epsilon$ moves with $du/d\varphi = v$, the prediction of that name (arXiv
-2202.00512, appendix D). It is smooth both at pure noise and near the data. Along it the density changes by $d \log p /
-d\varphi = -\mathrm{tr}\,\partial v / \partial u$ (arXiv 1806.07366, eq. 8; 2011.13456, section 4.3), so that for data
-$x$ of $D$ values
+2202.00512, appendix D). It is smooth both at pure noise and near the data. Along it the density changes by
+$d \log p / d\varphi = -\mathrm{tr}\,\partial v / \partial u$ (arXiv 1806.07366, eq. 8; 2011.13456, section 4.3), so
+that for data $x$ of $D$ values
 
 $$\log p(x) = \log p_{noise}(x_1) + D \log r_1 + \int_0^{\varphi_1} \mathrm{tr} \frac{\partial v}{\partial u} d\varphi$$
 

@@ -253,9 +253,9 @@ class EdmWeight(Weighting):
 class SigmoidWeight(Weighting):
     r"""The weight $\mathrm{sigmoid}(b - 2\lambda)$ of errors of the noise (arXiv 2303.00848; 2410.19324).
 
-    The papers' loss is the mean over uniform log-SNRs $2\lambda$. For uniform times the weight is multiplied by $-2
-    \lambda'(t)$, which is included here: use it with `Uniform` times. With $\lambda' = (\alpha' \sigma - \sigma'
-    \alpha) / (\alpha \sigma)$,
+    The papers' loss is the mean over uniform log-SNRs $2\lambda$. For uniform times the weight is multiplied by
+    $-2 \lambda'(t)$, which is included here: use it with `Uniform` times. With
+    $\lambda' = (\alpha' \sigma - \sigma' \alpha) / (\alpha \sigma)$,
 
     $$W = \frac{2 \alpha \sigma (\sigma' \alpha - \alpha' \sigma)}{\sigma^2 + e^{-b} \alpha^2}$$
 

@@ -183,10 +183,11 @@ class Ddpm(OneStepSolver):
 class Lcm(OneStepSolver):
     r"""The sampler of a consistency model: jumps to the data, then returns to the next time with fresh noise only.
 
-    The data are $c_{skip} x + c_{out} \hat x_0$ with $c_{skip} = d^2 / (u^2 + d^2)$ and $c_{out} = u / \sqrt{u^2 +
-    d^2}$, where $d$ is `data_std` and $u$ is `scaling` times the time, so that at time 0 they are $x$ itself (arXiv
-    2303.01469, algorithm 1; 2310.04378, algorithm 3). With `scaling` None they are $\hat x_0$, as for a distilled flow
-    (`stochastic_sampling` of diffusers). It is a poor sampler for models that were not distilled.
+    The data are $c_{skip} x + c_{out} \hat x_0$ with $c_{skip} = d^2 / (u^2 + d^2)$ and
+    $c_{out} = u / \sqrt{u^2 + d^2}$, where $d$ is `data_std` and $u$ is `scaling` times the time, so that at time 0
+    they are $x$ itself (arXiv 2303.01469, algorithm 1; 2310.04378, algorithm 3). With `scaling` None they are
+    $\hat x_0$, as for a distilled flow (`stochastic_sampling` of diffusers). It is a poor sampler for models that were
+    not distilled.
 
     Raises:
       UserError: If `scaling` or `data_std` is not positive.

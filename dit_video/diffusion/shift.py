@@ -40,7 +40,7 @@ class LinearShift(SizeShift):
     With `per="clip"` it is linear in the whole clip's tokens: `time_shift_type="linear"` of diffusers.
 
     Raises:
-      UserError: If `tokens` do not rise, or the shift is not positive at some size.
+      UserError: If `tokens` are not positive and rising, `shifts` fall, or the shift is not positive at every size.
     """
 
     tokens: tuple[int, int] = (256, 4096)
@@ -74,7 +74,7 @@ class ExponentialShift(SizeShift):
     Flux uses 0.5 for 256 and 1.15 for 4096 tokens.
 
     Raises:
-      UserError: If `tokens` do not rise.
+      UserError: If `tokens` are not positive and rising.
     """
 
     tokens: tuple[int, int] = (1024, 4096)
