@@ -1,4 +1,4 @@
-"""Command lines of scripts, whose mistakes are reported like every other error of a user."""
+"""Command lines of scripts; mistakes in them are reported like every other user error."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ def parse_arguments(target: Callable[..., _Parsed], *, args: Sequence[str] | Non
       **options: Further options of `tyro.cli`.
 
     Raises:
-      UserError: if an option does not exist or is missing, or a value is invalid; in tyro's words, without its frame.
+      UserError: If an option does not exist or is missing, or a value is invalid; in tyro's words, without its frame.
     """
     import tyro
 
@@ -49,7 +49,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser of argparse for scripts that run without tyro.
 
     Raises:
-      UserError: if an option does not exist or is missing, or a value is invalid; in argparse's words.
+      UserError: If an option does not exist or is missing, or a value is invalid; in argparse's words.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -61,10 +61,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def check_minimum(minimum: float | int, **options: float | int | None) -> None:
-    """Check the values of options against their minimum; None is an option that is not set.
+    """Check the values of options against their minimum; None means that an option is not set.
 
     Raises:
-      UserError: A value is below the minimum.
+      UserError: If a value is below the minimum.
     """
     for name, value in options.items():
         if value is not None and not value >= minimum:
@@ -76,7 +76,7 @@ def parse_memory(text: str) -> int:
     """Parse a size of memory such as `24GiB`, and return its bytes.
 
     Raises:
-      UserError: it is not a positive number with a unit.
+      UserError: If the text is not a positive number with a unit.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     unit = None if match is None else next((unit for unit in _UNITS if unit.lower() == match[2].lower()), None)
@@ -90,7 +90,7 @@ def parse_size(text: str) -> Grid:
     """Parse a size such as `17x32x48` as frames, height and width.
 
     Raises:
-      UserError: for any other text.
+      UserError: If the text has another form.
     """
     if not re.fullmatch(r"\d+x\d+x\d+", text):
         raise UserError(f"--size {text} is invalid: it must be FRAMESxHEIGHTxWIDTH. Use --size 17x32x48")
@@ -98,7 +98,7 @@ def parse_size(text: str) -> Grid:
 
 
 def _join_lines(framed: str) -> str:
-    """Return the text of a frame, which has lines between its sections, on one line: each section's first paragraph."""
+    """Return the first paragraph of each section of a framed text on one line; rules separate the sections."""
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in framed.splitlines()]
     sections: list[list[str]] = [[]]
     for line in lines[1:]:  # without the title

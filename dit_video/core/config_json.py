@@ -1,9 +1,9 @@
 """Conversion of frozen, keyword-only dataclasses to JSON and back.
 
-A config is written as an object with the key `type`: its class's qualified name in the package that exports it, so
-that a class may move inside its package. It is rebuilt by that name, and only if it is a class of `dit_video` or a
-registered one (see `registry`), so that a config file can never run foreign code. Tuples are written as lists and come
-back as tuples (a config holds no lists), or as the NamedTuple that the field is annotated with.
+A config is written as an object whose key `type` holds the class's qualified name in the package that exports it, so a
+class may move inside its package. The config is rebuilt by that name, but only if the class belongs to `dit_video` or
+is registered (see `registry`), so a config file can never run foreign code. Tuples are written as lists and come back
+as tuples (a config holds no lists), or as the NamedTuple that the field is annotated with.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ def to_json(value: Any) -> Any:
     """Return a JSON value that `from_json` turns back into an equal `value`.
 
     Raises:
-      TypeError: a part that is not a dataclass of this package or a registered one, a tuple, a dict with string keys,
-        or a JSON scalar.
+      TypeError: If a part is not a dataclass of this package or a registered one, a tuple, a dict with string keys, or
+        a JSON scalar.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
@@ -52,8 +52,8 @@ def from_json(value: Any) -> Any:
     """Rebuild a value that `to_json` wrote.
 
     Raises:
-      UserError: a type that is neither of this package nor registered, or unknown to this version, fields that the type
-        does not have, or a value that is not of its field's type.
+      UserError: If a type is neither of this package nor registered, or is unknown to this version, a field does not
+        exist in its type, or a value does not have its field's type.
     """
     if isinstance(value, list):
         return tuple(from_json(item) for item in value)
@@ -84,9 +84,9 @@ class Change(NamedTuple):
     path: str
     """Path of the value, such as `curriculum[0].data.max_pixels`."""
     old: Any
-    """Value in the first config; None if it has none."""
+    """Value in the first config; None if it has no such value."""
     new: Any
-    """Value in the second config; None if it has none."""
+    """Value in the second config; None if it has no such value."""
 
 
 def describe_difference(old: Any, new: Any, path: str = "") -> str:
@@ -128,7 +128,7 @@ def _find_home_module(cls: type) -> str:
 
 
 def _to_named_tuples(hint: Any, value: Any) -> Any:
-    """Convert a tuple to the NamedTuple that the field is annotated with, or its items for a tuple of them."""
+    """Convert a tuple to the NamedTuple of the field's annotation, or its items if that is a tuple of NamedTuples."""
     if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,) and isinstance(value, tuple):
         return tuple(_to_named_tuples(typing.get_args(hint)[0], item) for item in value)
     fields = getattr(hint, "_fields", None)
@@ -140,7 +140,7 @@ def _to_named_tuples(hint: Any, value: Any) -> Any:
 
 
 def _is_valid(hint: Any, value: Any) -> bool:
-    """Return True for a value of the annotated type, and for any type that JSON cannot hold, such as a protocol."""
+    """Return True if a value has the annotated type, or if JSON cannot hold such a type (a protocol, for example)."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_is_valid(argument, value) for argument in arguments)

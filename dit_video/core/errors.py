@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 EXIT_TRY_AGAIN = 75
-"""Exit code of a run that was ended from outside and can be restarted without loss (`sysexits.h`: EX_TEMPFAIL)."""
+"""Exit code of a run that something outside ended and that can restart without loss (`sysexits.h`: EX_TEMPFAIL)."""
 
 
 class UserError(Exception):
     """A mistake of the user. The message states the rule, the value and the fix, on one line.
 
-    (Not a ValueError: libraries that catch those, such as tyro, would print it in a frame of their own.)
+    (It is not a ValueError because libraries that catch those, such as tyro, would print it in a frame of their own.)
     """
 
     code = 2
@@ -31,9 +31,10 @@ class MissingError(UserError):
 
 
 class TransientError(UserError):
-    """A problem that may be gone when the same command is started again, such as storage that does not answer.
+    """A problem that may be gone when the same command runs again, such as storage that does not answer.
 
-    Its exit code makes a cluster start the run again, while it gives up after that of another `UserError`.
+    Its exit code makes a cluster start the run again; after the exit code of any other `UserError` the cluster gives
+    up.
     """
 
     code = EXIT_TRY_AGAIN
@@ -47,7 +48,7 @@ def check_at_least(minimum: float | int, /, **values: float | int | None) -> Non
     """Refuse values below a minimum; None passes.
 
     Raises:
-      UserError: the first value that is too small or not a number.
+      UserError: If a value is too small or not a number; the message names the first one.
     """
     for name, value in values.items():
         if value is not None and not value >= minimum:
@@ -61,15 +62,15 @@ class GracefulStop(KeyboardInterrupt):
     """Exit code of the script."""
 
     def _render_traceback_(self, *_: object) -> list[str]:
-        """Return the lines that IPython shows instead of a traceback, of which a reader would have to find the end."""
+        """Return the lines that IPython shows instead of a traceback, whose end a reader would have to search for."""
         return [f"stopped: {self}; run the cell again to continue"]
 
 
 def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[..., None]:
-    """Decorate a script's `main` so that errors that a user can act on become one line on stderr.
+    """Decorate a script's `main` so that errors a user can act on become one line on stderr.
 
-    The line after a `GracefulStop` or Ctrl-C ends with the command that continues, or starts again a script that is not
-    resumable.
+    After a `GracefulStop` or Ctrl-C, the line ends with the command that continues the script, or restarts it if it is
+    not resumable.
 
     Exit codes: 2 after a `UserError`; 75 after a `TransientError`; 0 after a `GracefulStop`, because a preempted run
     did all that it could; 130 after Ctrl-C anywhere else.
@@ -107,7 +108,7 @@ _interrupted = threading.Event()
 
 
 def raise_if_interrupted() -> None:
-    """Raise the KeyboardInterrupt of Ctrl-C again if the code that ran in between swallowed it.
+    """Raise the KeyboardInterrupt of an earlier Ctrl-C again if other code has swallowed it.
 
     Long-running work calls this now and then (`Progress.update` does).
     """
@@ -119,9 +120,10 @@ def raise_if_interrupted() -> None:
 def _preserve_interrupts() -> Iterator[None]:
     """Make sure that a Ctrl-C is not lost.
 
-    A KeyboardInterrupt is raised wherever the main thread happens to be. In a finalizer or a weak reference's callback
+    A KeyboardInterrupt is raised wherever the main thread happens to be. In a finalizer or a weak reference's callback,
     Python prints and forgets it, and compiled code that calls back may drop it too; the script would then continue as
-    if nothing had happened. Therefore it is recorded for `raise_if_interrupted`, and sent again out of finalizers.
+    if nothing had happened. The interrupt is therefore recorded for `raise_if_interrupted`, and sent again if a
+    finalizer loses it.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield

@@ -16,8 +16,8 @@ from dit_video.core.errors import MissingError, UserError
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path next to `path`, with the same suffix; it is renamed to `path` on success, else removed.
 
-    Works for a file, or for a folder that the caller creates at the temporary path. A file at `path` is replaced; so is
-    a folder, after the new one is complete.
+    This works for a file, or for a folder that the caller creates at the temporary path. An existing file at `path` is
+    replaced, and so is a folder once the new one is complete.
     """
     path = Path(path)
     try:
@@ -56,8 +56,8 @@ def read_json(path: str | os.PathLike) -> Any:
     """Read a JSON file.
 
     Raises:
-      MissingError: no file at `path`.
-      UserError: the file is not JSON.
+      MissingError: If there is no file at `path`.
+      UserError: If the file is not JSON.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,10 +66,10 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def parse_json(content: bytes, path: Any) -> Any:
-    """Return the value of a JSON file with this content.
+    """Return the value in a JSON file's content.
 
     Raises:
-      UserError: content that is not JSON; `path` names it.
+      UserError: If the content is not JSON; the message calls it `path`.
     """
     try:
         return json.loads(content.decode("utf-8"))
@@ -83,12 +83,12 @@ def read_document(path: str | os.PathLike, *, format: int, kind: str, fix: str) 
     Args:
       path: the document, in the folder that it describes.
       format: required value of its `format`.
-      kind: kind of folder, for the message.
-      fix: advice for a folder of another format, for the message.
+      kind: kind of folder, for error messages.
+      fix: advice for a folder of another format, for error messages.
 
     Raises:
-      MissingError: no file at `path`.
-      UserError: the file is not JSON, or not a document of this format.
+      MissingError: If there is no file at `path`.
+      UserError: If the file is not JSON, or not a document of this format.
     """
     document = read_json(path)
     version = document.get("format") if isinstance(document, dict) else None

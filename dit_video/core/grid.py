@@ -8,7 +8,7 @@ from jaxtyping import Int, Int32
 
 
 class Grid(NamedTuple):
-    """A size along (time, height, width): of a clip in pixels, latents, a token grid, a stride or a patch."""
+    """A size along (time, height, width): a clip's in pixels, latents or tokens, a stride's or a patch's."""
 
     t: int
     h: int
@@ -25,7 +25,7 @@ class Grid(NamedTuple):
 def find_distinct_grids(
     grids: Int[np.ndarray, "n 3"],
 ) -> tuple[list[Grid], Int[np.ndarray, " k"], Int[np.ndarray, " n"]]:
-    """Return the distinct sizes in ascending order, the first index of each, and the number of each row's size."""
+    """Return the distinct sizes in ascending order, the first index of each, and each row's index among them."""
     bits = [int(length).bit_length() for length in grids.max(axis=0, initial=0)]
     t, h, w = grids.astype(np.int64).T  # one number a row, which is sorted many times faster than rows are
     _, first, inverse = np.unique((t << bits[1] | h) << bits[2] | w, return_index=True, return_inverse=True)
@@ -33,6 +33,6 @@ def find_distinct_grids(
 
 
 def map_grids(function: Callable[[Grid], Grid], grids: Int[np.ndarray, "n 3"]) -> Int32[np.ndarray, "n 3"]:
-    """Return the function's value for each row, after one call for each distinct row."""
+    """Return the function's value for each row; it is called once per distinct row."""
     distinct, _, inverse = find_distinct_grids(grids)
     return np.asarray([function(grid) for grid in distinct], np.int32).reshape(-1, 3)[inverse]

@@ -1,4 +1,4 @@
-"""Memory: the bytes of arrays and of a traced program, and the error of a device that has too few."""
+"""Memory: the bytes of arrays and of a traced program, and the error when a device has too few."""
 
 import contextlib
 import math
@@ -12,16 +12,17 @@ from dit_video.core.errors import UserError
 
 
 def count_peak_bytes(program: ClosedJaxpr) -> int:
-    """Return the largest number of bytes of values that are alive at once, without the program's inputs.
+    """Return the largest number of bytes that are alive at once, not counting the program's inputs.
 
-    Operations run in the order of the trace, and each stores its result. Compilers fuse elementwise operations, whose
-    results are then not stored, and need room for their own; so this is an estimate, mostly a high one.
+    The count assumes that operations run in the order of the trace, and that each stores its result. Compilers fuse
+    elementwise operations without storing their results, and need room of their own, so this is an estimate, mostly a
+    high one.
     """
     return _count_peak(program.jaxpr)
 
 
 def count_bytes(tree: Any) -> int:
-    """Return the bytes of all arrays, or shapes of arrays, of a tree; keys count nothing."""
+    """Return the bytes of all arrays, or array shapes, in a tree; random keys count as 0."""
     return sum(map(_count_array_bytes, jax.tree.leaves(tree)))
 
 
@@ -35,7 +36,7 @@ def name_exhausted_memory(work: str, fix: str) -> Iterator[None]:
     """Raise a UserError with a fix if the devices' memory is exhausted in a `with` block.
 
     Args:
-      work: the block's work, such as "sampling".
+      work: name of the block's work, such as "sampling".
       fix: sentence that says what takes less memory.
     """
     try:
@@ -66,14 +67,14 @@ def _count_peak(jaxpr: Jaxpr) -> int:
 
 
 def _list_jaxprs(params: Any) -> list[Jaxpr]:
-    """Return the programs within an operation: of calls, loops and branches."""
+    """Return the programs inside an operation: those of calls, loops and branches."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr | Jaxpr))
     closed = [leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf for leaf in leaves]
     return [each for each in closed if isinstance(each, Jaxpr)]
 
 
 def _count_array_bytes(array: Any) -> int:
-    """Return the bytes of an array, or of its shape and dtype; 0 for keys, and for tokens, which have no dtype."""
+    """Return the bytes of an array, or of a shape and dtype; 0 for random keys, and for tokens, which have no dtype."""
     dtype = getattr(array, "dtype", None)
     if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
         return 0

@@ -1,6 +1,6 @@
 """Weights in host memory that are copied to the devices when they are used.
 
-Arrays in host memory are `jax.Array`s of the memory kind `pinned_host`, sharded as on the devices; see
+Arrays in host memory are `jax.Array`s with the memory kind `pinned_host`, sharded as on the devices; see
 `jax.memory.Space`.
 """
 
@@ -22,25 +22,25 @@ Tree = TypeVar("Tree")
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """Weights lie in host memory, and those of one stage of generation are on the devices at a time.
+    """Weights lie in host memory; one stage of generation at a time has its weights on the devices.
 
     The stages are the text encoder, the image encoder, each expert of the denoiser, and the autoencoder. The text
-    encoder and each expert move once for all requests that are passed together.
+    encoder and each expert move once for all requests of a call.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layers:
-    """Like `Stages`, and the layers of stacks move one at a time: for weights that do not fit on the devices.
+    """Like `Stages`, but the layers of stacks move one at a time, for weights that do not fit on the devices.
 
     A pass of a model moves all of its layers, which takes longer than their computation if a pass has few tokens. The
     text encoder makes one pass, the denoiser one for each step and branch of guidance.
     """
 
     text: bool = True
-    """Layers of the text encoder move one at a time."""
+    """Moves the layers of the text encoder one at a time."""
     denoiser: bool = True
-    """Layers of the denoiser move one at a time."""
+    """Moves the layers of the denoiser one at a time."""
 
 
 Offload = Stages | Layers
@@ -50,7 +50,7 @@ OFFLOADS: dict[str, Offload | None] = {
     "layers": Layers(),
     "none": None,
 }
-"""Weights in host memory by their name on the command line."""
+"""Options for weights in host memory, by their names on the command line."""
 
 
 def streams_layers(offload: Offload | None, part: Literal["text", "denoiser"]) -> bool:
@@ -59,15 +59,15 @@ def streams_layers(offload: Offload | None, part: Literal["text", "denoiser"]) -
 
 
 def get_host_sharding(sharding: Sharding | None = None) -> Sharding:
-    """Return the sharding of host memory for an array whose sharding on devices is `sharding`, by default on one."""
+    """Return the host-memory sharding of an array whose sharding on devices is `sharding`; by default, one device."""
     if sharding is None:
-        # The default device may be set for a part of a program, which only a new array tells.
+        # The default device may be set for a part of a program, and only a new array reveals it.
         sharding = SingleDeviceSharding(next(iter(jnp.zeros(()).devices())))
     return sharding.with_memory_kind(HOST)
 
 
 def put_in_host_memory(tree: Tree) -> Tree:
-    """Move arrays to host memory; those that are there stay as they are."""
+    """Move arrays to host memory; arrays that are already there stay as they are."""
 
     def put(leaf: Any) -> jax.Array:
         if not isinstance(leaf, jax.Array):
@@ -81,13 +81,13 @@ def put_in_host_memory(tree: Tree) -> Tree:
 def move_to_devices(tree: Tree, *, streams_layers: bool = False) -> Iterator[Tree]:
     """Move arrays from host memory to the devices while a `with` block runs; the copies are freed at its end.
 
-    Arrays on the devices stay as they are. What is computed from the copies must be complete at the end of the block
-    (`jax.block_until_ready`); otherwise they are freed later.
+    Arrays on the devices stay as they are. Results computed from the copies must be complete at the end of the block
+    (`jax.block_until_ready`); otherwise the copies are freed later.
 
     Args:
       tree: arrays.
-      streams_layers: leaves the kernels of stacked layers where they are: a scan over the layers moves those of one
-        layer at a time (`nn.scan_layers`).
+      streams_layers: leaves the kernels of stacked layers where they are, since a scan over the layers moves one
+        layer's kernels at a time (`nn.scan_layers`).
     """
     copies: list[jax.Array] = []
 
@@ -106,7 +106,7 @@ def move_to_devices(tree: Tree, *, streams_layers: bool = False) -> Iterator[Tre
 
 
 def copy_to_devices(tree: Tree) -> Tree:
-    """Return arrays on the devices: copies of those in host memory, and the others as they are."""
+    """Return arrays on the devices: arrays in host memory are copied, the others stay as they are."""
     return jax.tree.map(lambda leaf: _copy_to_devices(leaf) if is_in_host_memory(leaf) else leaf, tree)
 
 
@@ -117,7 +117,7 @@ def _copy_to_devices(array: jax.Array) -> jax.Array:
 def is_stacked_kernel(path: str, leaf: Any) -> bool:
     """Return True for the kernels of stacked layers (`blocks/NAME/kernel`, not `blocks/0/NAME/kernel`).
 
-    All else is small, and XLA for TPUs cannot slice some small arrays in host memory.
+    Other arrays are small, and XLA for TPUs cannot slice some small arrays in host memory.
     """
     _, separator, name = f"/{path}".rpartition("/blocks/")
     return bool(separator) and not name.split("/")[0].isdigit() and name.endswith("/kernel") and len(leaf.shape) == 3

@@ -16,7 +16,7 @@ def to_uint8(pixels: Float[np.ndarray, "*batch H W 3"]) -> UInt8[np.ndarray, "*b
     """Convert [-1, 1] to 0..255, rounded to nearest and clipped.
 
     Raises:
-      UserError: a value that is NaN.
+      UserError: If a value is NaN.
     """
     if count := int(np.isnan(pixels).sum()):
         raise UserError(f"{count} of {pixels.size} pixel values are NaN; check the model and its inputs")

@@ -1,8 +1,8 @@
 """Classes of other packages that configs may hold.
 
-A config file names classes, and reading one must never run code that the file chooses. `config_json` rebuilds classes
-of `dit_video`, and those that were registered before: by the user's own code, or by an installed package with an entry
-point of the group `dit_video`, whose module registers them when it is imported:
+A config file names classes, and reading one must never run code that the file chooses. `config_json` rebuilds only
+classes of `dit_video` and classes that were registered before. The user's own code registers them, or an installed
+package with an entry point in the group `dit_video`, whose module registers them when it is imported:
 
     [project.entry-points.dit_video]
     my_samplers = "my_package.samplers"
@@ -28,10 +28,10 @@ def get_class_name(cls: type) -> str:
 def register(cls: AnyClass) -> AnyClass:
     """Let configs hold a dataclass of another package; usable as a decorator.
 
-    A class that is defined again, as in a notebook, takes the place of the one before.
+    A class that is defined again, as in a notebook, replaces the earlier one.
 
     Raises:
-      UserError: the class is not a dataclass.
+      UserError: If the class is not a dataclass.
     """
     if not dataclasses.is_dataclass(cls):
         raise UserError(f"{cls.__qualname__} is not a dataclass; add @dataclass(frozen=True, kw_only=True)")
@@ -40,7 +40,7 @@ def register(cls: AnyClass) -> AnyClass:
 
 
 def find_class(name: str) -> type | None:
-    """Return the registered class of a name, or None; entry points are loaded if it is not known yet."""
+    """Return the registered class with this name, or None; entry points are loaded if the name is not known yet."""
     if name not in _CLASSES:
         load_entry_points()
     return _CLASSES.get(name)
@@ -48,6 +48,6 @@ def find_class(name: str) -> type | None:
 
 @functools.cache
 def load_entry_points() -> None:
-    """Import the modules that installed packages name; once."""
+    """Import the modules that installed packages name as entry points, once."""
     for entry_point in entry_points(group=GROUP):
         entry_point.load()

@@ -28,9 +28,9 @@ def resize(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UIn
 
 
 def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
-    """Resize frames to cover a height and width, and crop what exceeds them on both sides alike.
+    """Resize frames to cover a height and width, and crop the excess equally on both sides.
 
-    The aspect ratio is kept to within one pixel: diffusers' pipelines crop the last image of Wan's clips so.
+    The aspect ratio is kept to within one pixel. diffusers' pipelines crop the last image of Wan's clips in this way.
     """
     source_height, source_width = frames.shape[1:3]
     covering = compute_covering_size(source_height, source_width, height, width)
@@ -39,7 +39,7 @@ def resize_and_crop(frames: UInt8[np.ndarray, "T H W 3"], height: int, width: in
 
 
 def compute_covering_size(source_height: int, source_width: int, height: int, width: int) -> tuple[int, int]:
-    """Return the height and width of a picture that is resized, at its aspect ratio, to cover others."""
+    """Return the height and width of a picture resized, at its own aspect ratio, to cover the given ones."""
     scale = max(height / source_height, width / source_width)
     return max(height, round(source_height * scale)), max(width, round(source_width * scale))
 
@@ -47,7 +47,7 @@ def compute_covering_size(source_height: int, source_width: int, height: int, wi
 def compute_fitted_size(height: int, width: int, *, area: int, multiple: tuple[int, int]) -> tuple[int, int]:
     """Return the height and width with a picture's aspect ratio and about this area, rounded down to multiples.
 
-    This is the size that diffusers' examples of Wan's image-to-video sample an image at.
+    diffusers' examples of Wan's image-to-video sample an image at this size.
     """
     sides = math.sqrt(area * height / width), math.sqrt(area * width / height)
     height, width = (max(step, round(side) // step * step) for side, step in zip(sides, multiple, strict=True))
@@ -55,7 +55,7 @@ def compute_fitted_size(height: int, width: int, *, area: int, multiple: tuple[i
 
 
 class _Band(NamedTuple):
-    """Some rows of a resize matrix, in the columns between their first and last weight."""
+    """Some rows of a resize matrix, limited to the columns between their first and last weight."""
 
     outputs: slice
     inputs: slice
@@ -63,15 +63,15 @@ class _Band(NamedTuple):
 
 
 _BAND_SIZE = 4
-"""Number of outputs of a band; more outputs would leave more of its weights zero."""
+"""Number of a band's outputs; more outputs would leave more of its weights zero."""
 _MAX_PRODUCTS = 1 << 18
-"""Largest number of multiplications in one matrix product.  OpenBLAS divides larger ones among threads
-(interface/gemm.c), which take 20 to 200 times as long, measured, while another computation uses the same cores."""
+"""Largest number of multiplications in one matrix product.  OpenBLAS divides larger products among threads
+(interface/gemm.c). These take 20 to 200 times as long, measured, while another computation uses the same cores."""
 
 
 @functools.lru_cache(maxsize=64)
 def _make_bands(source: int, target: int, channels: int) -> tuple[_Band, ...]:
-    """Return a one-dimensional resize of points of `channels` values each: of a frame's rows (1) or columns (3)."""
+    """Return a one-dimensional resize of points with `channels` values each: for a frame's rows (1) or columns (3)."""
     weights, bands = _make_weights(source, target), []
     order: Literal["C", "F"] = "C" if channels == 1 else "F"  # matches the frames, whose columns come transposed
     for start in range(0, target, _BAND_SIZE):

@@ -1,7 +1,7 @@
 """Random numbers as a function of their purpose.
 
-Every random number is drawn from `fold_in(seed, purpose, step, example id)`, so that it does not depend on the number
-of devices, hosts or rows: a run resumes exactly, and continues on another mesh with the same draws.
+Every random number is drawn from `fold_in(seed, purpose, step, example id)`, so it does not depend on the number of
+devices, hosts or rows. A run resumes exactly, and continues on another mesh with the same draws.
 """
 
 import zlib
@@ -16,7 +16,7 @@ from dit_video.core.typing import AnyArray
 
 
 def key(seed: int, purpose: str) -> Key[Array, ""]:
-    """Return the key of a purpose. Two purposes of one seed are independent."""
+    """Return the key of a purpose. Different purposes of one seed are independent."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
@@ -33,7 +33,7 @@ def make_generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:
     """Return a NumPy generator that is a function of (seed, purpose, ids) alone.
 
     Raises:
-      UserError: a negative seed.
+      UserError: If the seed is negative.
     """
     check_at_least(0, seed=seed)
     return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *ids])

@@ -1,4 +1,4 @@
-"""Arrays that the processes of one machine share: they are pickled as paths of files, which other processes map."""
+"""Arrays that the processes of one machine share: they are pickled as file paths, and other processes map the files."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ from jaxtyping import Int, UInt8
 from dit_video.core.files import atomic_path
 
 MIN_SHARED_BYTES = 1 << 12
-"""Arrays of fewer bytes are pickled with their values."""
+"""Size in bytes below which an array is pickled with its values."""
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def get_shared_folder() -> Path:
 
 
 class SharedArray(NamedTuple):
-    """An array that is pickled as the path of a file, whose name is the hash of its content, and unpickled as a map."""
+    """An array that is pickled as the path of a file, named by the hash of its content, and unpickled as a map."""
 
     values: np.ndarray
 
@@ -54,7 +54,7 @@ class SharesArrays:
         return vars(self) | large
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Unpickled values are arrays already; those of `copy.copy` are not.
+        # Unpickled values are already arrays; values from `copy.copy` are not.
         arrays = {name: value.values for name, value in state.items() if isinstance(value, SharedArray)}
         vars(self).update({**state, **arrays})
 
@@ -80,11 +80,11 @@ class SharedStrings(SharesArrays, Sequence[str]):
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
-    """Write an array to a file, which is complete or absent."""
+    """Write an array to a file, which is never incomplete."""
     with atomic_path(path) as temporary:
         np.save(temporary, values, allow_pickle=False)
 
 
 def map_array(path: str | os.PathLike) -> np.ndarray:
-    """Return the array of a file as a map: its pages are read when they are used, and shared by all processes."""
+    """Return a file's array as a map, whose pages are read when they are used and shared by all processes."""
     return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

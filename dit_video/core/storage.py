@@ -2,8 +2,9 @@
 
 A name that contains `://` is an address, which fsspec opens (`gs://`, `s3://`, `memory://` and all others that it
 knows); any other name is a path on this machine. `to_storage_path` turns both into a `Path` or a `UPath`. Errors of
-services, which have as many types as there are services, become a `UserError` of one line with a fix; those that may
-pass by themselves become a `TransientError`, after reads have been repeated. The kinds of errors stand at the end.
+services, which have as many types as there are services, become a `UserError` of one line with a fix. Errors that may
+pass by themselves become a `TransientError`, after reads have been repeated. The kinds of errors are at the end of the
+module.
 """
 
 import contextlib
@@ -38,16 +39,16 @@ StoragePathLike: TypeAlias = str | os.PathLike | UPath
 _MANGLED_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(?!/)")
 """Pattern of an address that `pathlib` has mangled."""
 _MAX_REASON = 300
-"""Maximum length of a service's error message in characters, which may be a whole page."""
+"""Largest number of characters shown from a service's error message, which may be a whole page."""
 _READ_AHEAD = 64 << 10
-"""Bytes that are read at once of an open file at an address."""
+"""Number of bytes read at once from an open file at an address."""
 _DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _accessible: set[tuple[AbstractFileSystem, str]] = set()
 """Addresses to which this process has been given access."""
 
 
 def get_default_cache() -> Path:
-    """Return the folder of copies of remote files: `dit_video` in `$XDG_CACHE_HOME` (by default `~/.cache`)."""
+    """Return the folder for copies of remote files: `dit_video` in `$XDG_CACHE_HOME` (by default `~/.cache`)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_video"
 
 
@@ -57,19 +58,19 @@ def is_remote(path: StoragePathLike) -> bool:
 
 
 def restore_address(path: StoragePathLike) -> str:
-    """Return the name of a path, or the address that `pathlib` has mangled, such as `gs:/bucket` of `gs://bucket`."""
+    """Return a path's name, or the address that `pathlib` has mangled: for example `gs://bucket` for `gs:/bucket`."""
     name = _get_name(path)
     match = _MANGLED_ADDRESS.match(name)
     return f"{match[1]}://{name[match.end() :]}" if match and match[1] in known_implementations else name
 
 
 def to_storage_path(path: StoragePathLike) -> StoragePath:
-    """Return the folder or file of that name, which need not exist, with cached listings of an address discarded.
+    """Return the folder or file with this name, which need not exist; cached listings of an address are discarded.
 
-    A process asks once for each address whether access is denied.
+    A process checks its access to each address only once.
 
     Raises:
-      UserError: the scheme is unknown or its package is not installed; `pathlib` has mangled the address; or the
+      UserError: If the scheme is unknown or its package is not installed, `pathlib` has mangled the address, or the
         service denies access.
     """
     name = _get_name(path)
@@ -79,7 +80,7 @@ def to_storage_path(path: StoragePathLike) -> StoragePath:
         return Path(name.removeprefix("file://"))
     _check_scheme(name)
     with convert_storage_errors(name):
-        # With some file systems, the name of the path would keep a slash at its end.
+        # With some file systems, the path's name would keep a slash at its end.
         remote = path if isinstance(path, UPath) else UPath(re.sub(r"(?<![:/])/+$", "", name))
         remote.fs.invalidate_cache()
         if (place := (remote.fs, remote.path)) not in _accessible:
@@ -94,12 +95,12 @@ def to_storage_path(path: StoragePathLike) -> StoragePath:
 def convert_storage_errors(path: StoragePathLike) -> Iterator[None]:
     """Convert errors of a service into `UserError`s of one line.
 
-    Of the errors of paths on this machine, which may be on a network disk, only transient ones are converted.
+    For paths on this machine, which may be on a network disk, only transient errors are converted.
 
     Raises:
-      MissingError: the path does not exist.
-      TransientError: the service does not answer, or is too busy.
-      UserError: the service denies access.
+      MissingError: If the path does not exist.
+      TransientError: If the service does not answer, or is too busy.
+      UserError: If the service denies access.
     """
     try:
         yield
@@ -120,10 +121,10 @@ def convert_storage_errors(path: StoragePathLike) -> Iterator[None]:
 
 
 def list_files(folder: UPath) -> dict[str, int]:
-    """Return the sizes in bytes of all files below an address, by their paths inside it, as the service lists them.
+    """Return the sizes in bytes of all files below an address by their paths inside it, as the service lists them.
 
     Raises:
-      UserError: the service denies access, or cannot be reached.
+      UserError: If the service denies access, or cannot be reached.
     """
     root = folder.path.rstrip("/")
     with convert_storage_errors(folder):
@@ -136,8 +137,8 @@ def open_file(path: StoragePathLike) -> io.BufferedReader:
     """Open a file for reading; at an address, only the parts that are read are transferred.
 
     Raises:
-      OSError: a file of this machine cannot be read.
-      UserError: an address cannot be read.
+      OSError: If a file on this machine cannot be read.
+      UserError: If an address cannot be read.
     """
     if not is_remote(path):
         return open(_get_name(path), "rb")
@@ -145,7 +146,7 @@ def open_file(path: StoragePathLike) -> io.BufferedReader:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file at an address whose parts are read by requests of their own; every error is a `UserError`."""
+    """A file at an address; each part is read by its own request, and every error is a `UserError`."""
 
     def __init__(self, address: str):
         self._address, self._position = address, 0
@@ -177,14 +178,14 @@ class _RemoteFile(io.RawIOBase):
 
 
 def read_range(path: StoragePathLike, offset: int = 0, size: int | None = None) -> bytes:
-    """Return `size` bytes of a file from an offset on, fewer at its end; all of them if None.
+    """Return `size` bytes of a file from an offset on, or fewer at its end; None returns all of them.
 
-    At an address it is one request: a file that is replaced meanwhile is read as it was before or is afterwards, while
-    files that fsspec opens are cut where they ended before.
+    At an address this is a single request. A file that is replaced meanwhile is read either as it was or as it becomes,
+    whereas files that fsspec opens are cut where they ended before.
 
     Raises:
-      OSError: a file of this machine cannot be read.
-      UserError: an address cannot be read.
+      OSError: If a file on this machine cannot be read.
+      UserError: If an address cannot be read.
     """
     if not is_remote(path):
         with open(_get_name(path), "rb") as file:
@@ -200,12 +201,12 @@ def read_files(folder: UPath, names: Collection[str]) -> dict[str, bytes]:
     """Return the contents of files below an address by their paths inside it, read at once.
 
     Raises:
-      MissingError: a file does not exist.
-      UserError: a file cannot be read.
+      MissingError: If a file does not exist.
+      UserError: If a file cannot be read.
     """
     root = folder.path.rstrip("/")
     with convert_storage_errors(folder):
-        # Not `cat`, which takes names with brackets for patterns.
+        # This avoids `cat`, which takes names with brackets for patterns.
         paths = [f"{root}/{name}" for name in names]
         contents = retry_read(folder.fs, lambda: folder.fs.cat_ranges(paths, None, None, on_error="return"))
     for index, (name, path) in enumerate(zip(names, paths, strict=True)):
@@ -221,8 +222,8 @@ def read_document(path: StoragePath) -> Any:
     """Read a JSON file.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is not valid JSON, or cannot be reached.
+      MissingError: If the file does not exist.
+      UserError: If the file is not valid JSON, or cannot be reached.
     """
     if isinstance(path, Path):
         return files.read_json(path)
@@ -233,7 +234,7 @@ def write_text(path: StoragePath, text: str) -> None:
     """Write UTF-8 text atomically.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: If the file cannot be written.
     """
     if isinstance(path, Path):
         files.write_text(path, text)
@@ -252,8 +253,8 @@ def download(source: UPath, target: Path) -> None:
     """Copy a file to this machine atomically.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file cannot be reached, or this machine has no room for it.
+      MissingError: If the file does not exist.
+      UserError: If the file cannot be reached, or this machine has no room for it.
     """
     with convert_storage_errors(source), files.atomic_path(target) as temporary:
         try:
@@ -265,10 +266,10 @@ def download(source: UPath, target: Path) -> None:
 
 
 def upload(source: Path, target: UPath) -> None:
-    """Copy a file to an address. In object stores it becomes visible once it is complete.
+    """Copy a file to an address. Object stores show it only once it is complete.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: If the file cannot be written.
     """
     with convert_storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -280,7 +281,7 @@ def _get_name(path: StoragePathLike) -> str:
 
 
 def _check_scheme(name: str) -> None:
-    """Raise `UserError` unless an installed package opens addresses of this scheme."""
+    """Raise `UserError` unless an installed package opens addresses with this scheme."""
     scheme = name.partition("://")[0]
     try:
         fsspec.get_filesystem_class(scheme)
@@ -304,7 +305,7 @@ ReadProblem = Literal["damage", "transient", "access"]
 """Kind of an error of reading: data are missing or wrong; it passes by itself; access is denied."""
 
 RETRY_SECONDS = (1.0, 2.0, 4.0)
-"""Waits between attempts, in seconds, each of which is lengthened by up to a half at random."""
+"""Waits between attempts, in seconds; each is lengthened at random by up to a half."""
 
 _ERRNO_NAMES: dict[StorageProblem, str] = {
     "transient": (
@@ -315,7 +316,7 @@ _ERRNO_NAMES: dict[StorageProblem, str] = {
     "space": "ENOSPC EDQUOT EFBIG",
     "missing": "ENOENT ENOTDIR ENXIO",
 }
-"""Names of the system's errors, some of which other systems lack."""
+"""Names of system errors; some systems lack some of them."""
 _ERRNOS: dict[int, StorageProblem] = {
     getattr(errno, name, 0): problem for problem, names in _ERRNO_NAMES.items() for name in names.split()
 }
@@ -340,7 +341,7 @@ _CLASS_NAMES: dict[StorageProblem, str] = {
         "botocore.TokenRetrievalError google.DefaultCredentialsError google.RefreshError"
     ),
 }
-"""Classes, or classes from which others are derived, as the package and the name, without modules."""
+"""Classes, or base classes, each as its package and name without modules."""
 _CLASSES = {name: problem for problem, names in _CLASS_NAMES.items() for name in names.split()}
 _TEXTS: tuple[tuple[str, StorageProblem], ...] = (
     (r"[Rr]ate.?[Ll]imit|SlowDown|Too Many Requests", "transient"),
@@ -349,11 +350,11 @@ _TEXTS: tuple[tuple[str, StorageProblem], ...] = (
     (r"\bUNAVAILABLE\b|\bDEADLINE_EXCEEDED\b|\bRESOURCE_EXHAUSTED\b|\bABORTED\b", "transient"),
     (r"\bNOT_FOUND\b", "missing"),
 )
-"""Patterns of messages without a code, the first of which decides: a full disk is RESOURCE_EXHAUSTED, too."""
+"""Patterns of messages without a code. The first match decides, as a full disk is RESOURCE_EXHAUSTED, too."""
 _DAMAGE = re.compile(r"\b(DATA_LOSS|INVALID_ARGUMENT)\b")
 """Pattern of tensorstore's codes of damaged data, whose messages may hold any word."""
 _OTHER_CODES = re.compile(r"(UNKNOWN|INTERNAL|CANCELLED|UNIMPLEMENTED|ALREADY_EXISTS)\b")
-"""Pattern of messages that begin with a code of tensorstore that says nothing about the data."""
+"""Pattern of messages that begin with a tensorstore code that says nothing about the data."""
 _PATHS = re.compile(r"""\"[^"/]*/[^"]*"|'[^'/]*/[^']*'|\S*/\S*""")
 """Pattern of paths and addresses in messages, whose folders may have any name."""
 _DEVICE_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
@@ -363,7 +364,7 @@ _CODES = re.compile(r"\[(?:[^\[\]]*, )?(os_error_code|http_response_code)='(\d+)
 
 
 def retry_read(filesystem: AbstractFileSystem, function: Callable[[], T]) -> T:
-    """Return the result of a function that reads. It is repeated unless the filesystem does that, as gcsfs and s3fs."""
+    """Return the result of a read, which is repeated unless the filesystem itself does so, like gcsfs and s3fs."""
     return function() if hasattr(filesystem, "retries") else retry_transient(function)
 
 
@@ -387,11 +388,11 @@ def retry_transient(function: Callable[[], T]) -> T:
 
 
 def classify_storage_error(error: BaseException) -> StorageProblem | None:
-    """Return the kind of an error of storage, or None for one that is of no kind, or not of storage.
+    """Return the kind of a storage error; None for an error of no kind, or one that storage did not cause.
 
-    The status of an HTTP response decides first, also where it is the cause of another error, then classes, the number
-    of the system's error, and the message without paths. Errors of JAX's devices, whose messages are alike, and damaged
-    data are of no kind, nor is a `UserError` that is not transient.
+    The status of an HTTP response decides first, even if it is the cause of another error. Then come classes, the
+    number of the system's error, and the message without paths. Errors of JAX's devices, which have similar messages,
+    damaged data, and a `UserError` that is not transient have no kind.
     """
     chain = list(_iterate_causes(error))
     for each in chain:
@@ -413,10 +414,10 @@ def classify_storage_error(error: BaseException) -> StorageProblem | None:
 
 
 def classify_read_error(error: BaseException) -> ReadProblem | None:
-    """Return the kind of an error of reading data; None for one that says nothing about storage or data.
+    """Return the kind of an error in reading data; None for an error that says nothing about storage or data.
 
-    Damaged are missing and shortened files, and wrong values, such as errors of JSON or of tensorstore. Other errors of
-    the system are transient, as they say nothing about the data. Mistakes in a program are of no kind.
+    Damage means missing and shortened files, and wrong values, such as errors of JSON or tensorstore. Other system
+    errors are transient, as they say nothing about the data. Mistakes in a program have no kind.
     """
     problem, chain = classify_storage_error(error), list(_iterate_causes(error))
     if any(isinstance(each, UserError) or type(each).__name__ in _DEVICE_ERRORS for each in chain):
@@ -447,13 +448,13 @@ def _iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        # `requests` and `urllib` keep what went wrong below them as an attribute.
+        # `requests` and `urllib` keep the underlying error as an attribute.
         reason = getattr(error, "reason", None)
         error = error.__cause__ or (reason if isinstance(reason, BaseException) else None)
 
 
 def _get_status(error: BaseException) -> int | None:
-    """Return the status, of 400 or more, of the HTTP response that an error stands for, in the ways of the clients."""
+    """Return the HTTP status, 400 or more, that an error stands for; each client stores it in its own way."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         candidates: list[Any] = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]

@@ -7,9 +7,9 @@ from markupsafe import Markup
 
 
 def make_environment(package: str) -> jinja2.Environment:
-    """Return an environment for the folder `templates` of a package, in which text cannot become markup.
+    """Return an environment for a package's folder `templates`, in which text cannot become markup.
 
-    In a template, `read_asset(name)` is the content of a style sheet or script beside that folder.
+    In a template, `read_asset(name)` gives the content of a style sheet or script next to that folder.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(package),

@@ -38,7 +38,7 @@ def count_values(tree: Any) -> int:
 
 
 def find_closest(pattern: str, paths: Iterable[str]) -> str:
-    """Return paths, and beginnings and ends of them, that resemble a pattern: what a misspelt one may have meant."""
+    """Return paths, or beginnings and ends of paths, that resemble a pattern, as suggestions for a misspelt one."""
     word = re.sub(r"[^\w/]", "", pattern).strip("/")
     parts = {part for path in paths for part in (path, *_split_path(path))}
     return ", ".join(difflib.get_close_matches(word, sorted(parts), n=3, cutoff=0.0))

@@ -12,4 +12,4 @@ import numpy as np
 AnyArray = jax.Array | np.ndarray
 """An array of NumPy (host) or JAX (device), for code that serves both."""
 SameArray = TypeVar("SameArray", jax.Array, np.ndarray)
-"""A type variable over both: a function of NumPy arrays returns NumPy arrays, one of JAX arrays JAX arrays."""
+"""A type variable over both: a function returns the same kind of array, NumPy or JAX, that it receives."""

@@ -1,8 +1,9 @@
 r"""Predictions whose estimated data are limited to the range of data, for every solver.
 
-Guidance and errors of the model at noisy times push the estimated data beyond the range of real ones. They can be
-limited to it value by value (arXiv 2006.11239, the authors' code), or relative to the sample's own largest values
-(arXiv 2205.11487, section 2.3). Both serve models of pixels, whose range is known; that of latents rarely is.
+Guidance and the model's errors at noisy times push the estimated data beyond the range of real data. The estimate can
+be limited to that range value by value (arXiv 2006.11239, the authors' code), or relative to the sample's own largest
+values (arXiv 2205.11487, section 2.3). Both serve models of pixels, whose range is known; the range of latents rarely
+is.
 """
 
 from abc import abstractmethod
@@ -28,8 +29,8 @@ class _LimitedPrediction(Prediction):
     prediction: Prediction = field(default_factory=Epsilon)
     """The prediction of the model."""
     recompute_noise: bool = False
-    """Recomputes the noise such that the noisy value still consists of data and noise, instead of keeping that of the
-    model. It matters to solvers that use both; DDPM's and DPM-Solver++ use the data alone."""
+    """Recomputes the noise so that the noisy value still consists of data and noise, instead of keeping the model's
+    noise. This matters to solvers that use both; DDPM and DPM-Solver++ use the data alone."""
 
     def __post_init__(self):
         if isinstance(self.prediction, LearnedVariance):

@@ -50,9 +50,8 @@ def consistency_loss(
 
     It is $\sqrt{\lVert d \rVert^2 / p + w^2} - w$ of $d = f_\theta(x_t, t) - f_{\theta^-}(x_s, s)$.
 
-    Large differences count in proportion to their size, so that the few large ones (at the noisiest times, from which
-    all data are reachable) do not dominate the others (arXiv 2310.14189, section 3.3). No gradient flows into the
-    target.
+    Large differences count in proportion to their size. The few large ones (at the noisiest times, from which all data
+    are reachable) thus do not dominate the others (arXiv 2310.14189, section 3.3). No gradient flows into the target.
 
     Args:
       student: $f_\theta$, the trained function.
@@ -79,7 +78,7 @@ def run_multistep(
 ) -> Values:
     """Return the input of $f$ at step number `steps`, counted from 0.
 
-    It is the sample after the steps before it, with noise added again. Each step adds fresh noise to its data to reach
+    It is the sample after the preceding steps, with noise added again. Each step adds fresh noise to its data to reach
     the next time (arXiv 2303.01469, algorithm 1). The noise is `noise_fn(step number)`. `steps` may be a traced number;
     no gradient passes through the steps.
 
@@ -99,7 +98,7 @@ def run_multistep(
 
 
 _MIN_NORMALIZER = 1e-6
-"""Lower bound of the normalizer."""
+"""Lower bound of the normalizer of `matching_gradient`."""
 
 
 def matching_gradient(
@@ -108,7 +107,7 @@ def matching_gradient(
     fake: Float[Array, "*batch n p"],
     normalizer: Float[Array, "*batch n 1"],
 ) -> Float[Array, "*batch n p"]:
-    r"""Return the gradient of the samples, $(\hat x_{0, fake} - \hat x_{0, real}) / normalizer$ (2311.18828, eq. 8).
+    r"""Return the gradient in the samples, $(\hat x_{0, fake} - \hat x_{0, real}) / normalizer$ (2311.18828, eq. 8).
 
     Args:
       generated: The samples.

@@ -20,11 +20,11 @@ from dit_video.diffusion.processes import MIN_ALPHA, Process, Times, Values
 class AdaptiveProjectedGuidance:
     """Adaptive projected guidance: steps lose their part parallel to the predicted data (arXiv 2410.02416).
 
-    The parallel part causes saturation. With `momentum` the steps are a running sum, over sampling steps, of
-    differences between predictions of the data, which is part of the `GuidanceState`.
+    The parallel part causes saturation. With `momentum`, each step is a running sum over sampling steps of the
+    differences between predictions of the data. The `GuidanceState` holds this sum.
 
     Raises:
-      UserError: If `parallel_weight` is not finite, `max_rms` is not positive or `momentum` is not between -1 and 1.
+      UserError: If `parallel_weight` is not finite, `max_rms` is not positive, or `momentum` is not between -1 and 1.
     """
 
     parallel_weight: float = 0.0
@@ -33,8 +33,8 @@ class AdaptiveProjectedGuidance:
     """Largest root mean square of a step over a sample, in units of the data; longer steps are shortened. The paper's r
     is this times the square root of the number of values: its 15 for latents of 4 × 128 × 128 is 0.06."""
     momentum: float = 0.0
-    """Factor of the sum of earlier steps that is added to each, beta in the paper; if negative (-0.5, for example), it
-    removes their common part."""
+    """Factor of the sum of earlier steps that is added to each step, beta in the paper; a negative factor (such as
+    -0.5) removes their common part."""
 
     def __post_init__(self):
         if not math.isfinite(self.parallel_weight):
@@ -49,10 +49,10 @@ class AdaptiveProjectedGuidance:
 class ZeroStarGuidance:
     r"""CFG-Zero*: an unconditional prediction of the best length, and first steps that change nothing.
 
-    Guidance replaces the unconditional prediction $u$ by $s^\star u$, where $s^\star = \langle c, u \rangle / \lVert u
-    \rVert^2$ of each sample brings it as close as possible to the conditional $c$ (arXiv 2503.18886, section 4.1). The
-    velocity of the first steps, where that of a model is less accurate than none, is zero (section 4.2). Models that
-    predict velocities use it.
+    Guidance replaces the unconditional prediction $u$ by $s^\star u$. In each sample,
+    $s^\star = \langle c, u \rangle / \lVert u \rVert^2$ brings it as close as possible to the conditional prediction
+    $c$ (arXiv 2503.18886, section 4.1). The velocity of the first steps is zero, because a model's velocity is less
+    accurate there than none (section 4.2). This is for models that predict velocities.
 
     Raises:
       UserError: If `zero_steps` is negative.
@@ -65,10 +65,10 @@ class ZeroStarGuidance:
         check_at_least(0, zero_steps=self.zero_steps)
 
     def get_zero_above(self, times: Float[np.ndarray, " n"]) -> Float32[np.ndarray, ""]:
-        """Return the time above which the velocity is zero, for the times of all steps from noise to data.
+        """Return the time above which the velocity is zero, given the times of all steps from noise to data.
 
         Raises:
-          UserError: If there are no further steps.
+          UserError: If no step is left after those with zero velocity.
         """
         if self.zero_steps >= len(times) - 1:
             rule = f"it must be below the number of steps, {len(times) - 1}. Use a smaller one, or more steps."
@@ -78,10 +78,10 @@ class ZeroStarGuidance:
 
 @dataclass(frozen=True, kw_only=True)
 class SkipLayerGuidance:
-    r"""Guidance away from a weaker model: the same, under the same condition, without some of its layers.
+    r"""Guidance away from a weaker model: the same model under the same condition, without some of its layers.
 
-    With its prediction $c_l$ the guided prediction is $g + w\,(c - c_l)$ (SLG of Stable Diffusion 3.5; STG for video,
-    arXiv 2411.18664). It takes one more evaluation, at some of the steps.
+    The weaker model predicts $c_l$, and the guided prediction becomes $g + w\,(c - c_l)$ (SLG of Stable Diffusion 3.5;
+    STG for video, arXiv 2411.18664). It takes one more evaluation, at some of the steps.
 
     Raises:
       UserError: If there are no layers, one of them is negative or repeated, the scale is not finite, or `start` and
@@ -107,17 +107,17 @@ class SkipLayerGuidance:
             raise UserError(f"start={self.start}, stop={self.stop} is invalid: {rule}")
 
     def check(self, layers: int) -> None:
-        """Check that a model has the layers, and others.
+        """Check that a model has the layers, and further ones.
 
         Raises:
-          UserError: If it does not.
+          UserError: If the model lacks one of the layers, or has no others.
         """
         if max(self.layers) >= layers or len(self.layers) == layers:
             rule = f"the model has {layers} layers, numbered from 0. Use some of these."
             raise UserError(f"skip_layers={self.layers} is invalid: {rule}")
 
     def get_params(self, times: Float[np.ndarray, " n"]) -> "SkipParams":
-        """Return the parameters for the times of all steps, from noise to data."""
+        """Return the parameters, given the times of all steps from noise to data."""
         steps = len(times) - 1
         first, last = int(self.start * steps) + 1, int(self.stop * steps) - 1
         bounds = (times[last], times[first]) if first <= last else (math.inf, -math.inf)
@@ -131,7 +131,7 @@ class SkipParams(NamedTuple):
     layers: Int[AnyArray, " k"]
     scale: Float[AnyArray, ""]
     interval: tuple[Float[AnyArray, ""], Float[AnyArray, ""]]
-    """Lowest and highest time at which it applies; none if they are not rising."""
+    """Lowest and highest time of skip-layer guidance; it never applies if they do not rise."""
 
 
 class GuidanceParams(NamedTuple):
@@ -145,7 +145,7 @@ class GuidanceParams(NamedTuple):
     max_rms: Float[AnyArray, ""] | None = None
     momentum: Float[AnyArray, ""] | None = None
     zero_above: Float[AnyArray, ""] | None = None
-    """Time above which a velocity is zero, and set where the unconditional one is scaled; see `ZeroStarGuidance`."""
+    """Time above which a velocity is zero; if set, the unconditional one is also scaled (see `ZeroStarGuidance`)."""
     skip: SkipParams | None = None
 
 
@@ -154,18 +154,18 @@ class Guidance:
     """Configuration of guidance: how strongly conditions are followed, at the cost of variety.
 
     Raises:
-      UserError: If a scale is negative, `interval` is no interval in [0, 1], or `rescale` lies outside of [0, 1].
+      UserError: If a scale is negative, `interval` is not an interval in [0, 1], or `rescale` lies outside [0, 1].
     """
 
     scale: float | tuple[float, float] = 2.0
-    """Scale of the prompt; 1 is no guidance. A pair holds the scales of two experts, that of the noisy times first."""
+    """Scale of the prompt; 1 is no guidance. A pair holds the scales of two experts, noisy times first."""
     image_scale: float | None = None
     """Scale of the conditions besides the prompt; None is 1, the model's own prediction, and needs no third branch."""
     interval: tuple[float, float] | None = None
     """First and last time of guidance, both included; None for all times (arXiv 2404.07724)."""
     rescale: float = 0.0
-    """Interpolation weight, from 0 to 1, between the guided prediction and one rescaled to the standard deviation of
-    the conditional one, which large scales exceed (phi in arXiv 2305.08891, section 3.4)."""
+    """Interpolation weight, from 0 to 1, between the guided prediction and a rescaled one. The latter has the standard
+    deviation of the conditional prediction, which large scales exceed (phi in arXiv 2305.08891, section 3.4)."""
     projection: AdaptiveProjectedGuidance | None = None
     """Adaptive projected guidance; None for none."""
     zero_star: ZeroStarGuidance | None = None
@@ -202,7 +202,7 @@ class Guidance:
 
     @property
     def has_momentum(self) -> bool:
-        """Return whether a sampling step depends on those before it; see `GuidanceState`."""
+        """Return True if a sampling step depends on earlier ones; see `GuidanceState`."""
         return self.projection is not None and self.projection.momentum != 0 and self.branch_count > 1
 
     @property
@@ -214,7 +214,7 @@ class Guidance:
 
     @property
     def is_active(self) -> bool:
-        """Return whether predictions are changed at all."""
+        """Return True if predictions are changed at all."""
         return self.branch_count > 1 or self.zero_star is not None or self.skip_layers is not None
 
     def get_params(self, expert: int = 0, *, times: Float[np.ndarray, " n"] | None = None) -> GuidanceParams:
@@ -225,7 +225,7 @@ class Guidance:
           times: Times of all steps, from noise to data; `zero_star` and `skip_layers` need them.
 
         Raises:
-          UserError: If there are not more steps than those that `zero_star` leaves out.
+          UserError: If `zero_star` leaves no steps.
         """
         scale = self.scales[min(expert, len(self.scales) - 1)]
         optional = {
@@ -250,8 +250,8 @@ def _to_float32(value: float | np.floating) -> Float32[np.ndarray, ""]:
 
 
 Branches = Callable[[Values, Times, Any], tuple[Sequence[Values], Any]]
-"""The function `branches(noisy, time, state) -> (predictions, state)`, a `DenoiseFn` of several predictions: with all
-conditions, without the prompt and (of three) without any."""
+"""The function `branches(noisy, time, state) -> (predictions, state)`, a `DenoiseFn` with several predictions: with all
+conditions, without the prompt and (the third, if any) without any condition."""
 
 MeanFn = Callable[[Values], Float[Array, "*means"]]
 """A function that averages each sample's own values, in a shape that broadcasts against them."""
@@ -261,11 +261,11 @@ class GuidanceState(NamedTuple):
     """The state of a `denoise` with guidance, which the sampler carries from step to step."""
 
     momentum: Values | None = None
-    """Running sum of the steps of guidance, of the shape of the sample, at first zero; None without momentum."""
+    """Running sum of guidance steps, in the sample's shape, initially zero; None without momentum."""
     branches: Any = None
     """State of the branches; None if they have none."""
     conditional: Any = None
-    """State of the first branch where it is evaluated alone, which it is at other times than the branches."""
+    """State of the first branch when it is evaluated alone, which happens at other times than the branches."""
 
 
 def apply_classifier_free_guidance(
@@ -276,7 +276,7 @@ def apply_classifier_free_guidance(
 
 
 def sequential(*branches: DenoiseFn) -> Branches:
-    """Return branches that are evaluated one after the other; their state is a tuple with that of each."""
+    """Return branches that are evaluated one after another; their state is a tuple with each branch's state."""
 
     def evaluate(noisy, time, state):
         states = [None] * len(branches) if state is None else state
@@ -315,21 +315,21 @@ def apply_guidance(
 ) -> DenoiseFn:
     """Return a `denoise` with guidance.
 
-    Its state is a `GuidanceState`; None serves guidance without momentum of branches without state.
+    Its state is a `GuidanceState`; None suffices if guidance has no momentum and the branches have no state.
 
     Args:
       branches: The predictions to combine.
       params: The parameters of guidance.
-      conditional: The first branch alone. If set, it is all that is evaluated outside of the interval, and time must be
-        a scalar. Otherwise all branches are evaluated at all times.
-      skipped: The first branch without the layers that skip-layer guidance skips, for which time must be a scalar.
+      conditional: The first branch alone. If set, only this is evaluated outside the interval, and time must be a
+        scalar. Otherwise all branches are evaluated at all times.
+      skipped: The first branch without the layers that skip-layer guidance skips; time must then be a scalar.
       mean: Mean over each sample's own values.
       process: The process, which projected guidance needs to compute the predicted data.
       prediction: The kind of the model's prediction.
 
     Raises:
-      UserError: If projected guidance has no process, CFG-Zero* another prediction than velocities, or the returned
-        function with momentum is called without one in its state.
+      UserError: If projected guidance has no process, the prediction for CFG-Zero* is not a velocity, or the returned
+        function has momentum and is called without momentum in its state.
     """
     projection = None
     if params.parallel_weight is not None:
@@ -414,8 +414,8 @@ class _Projection(NamedTuple):
     ) -> tuple[Array, Array | None]:
         """Return the projected `step`, a difference of predictions, and the next momentum.
 
-        A difference of predictions is a multiple of the difference of the data, so their directions are the same. At
-        pure noise some predictions do not determine the data: there the step is used without momentum, and not kept.
+        A difference of predictions is a multiple of the difference of the data, so they have the same direction. At
+        pure noise some predictions do not determine the data; the step is then used without momentum, and not kept.
         """
         if momentum is not None and self.momentum is not None:
             determinant = self.prediction.determinant(self.process, time)
@@ -441,7 +441,7 @@ def _combine(
     mean: MeanFn,
     momentum: Array | None,
 ) -> tuple[Array, Array | None]:
-    """Return the guided prediction (see the module docstring), and the next momentum."""
+    """Return the guided prediction and the next momentum."""
     if len(predictions) == 1:
         return predictions[0], momentum
     c, u = predictions[:2]

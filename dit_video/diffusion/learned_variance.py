@@ -20,7 +20,7 @@ from dit_video.diffusion.processes import Estimate, Process, Times, Values
 
 
 class _StepBounds(NamedTuple):
-    """The next time, and the logarithms of the bounds of a step's variance."""
+    """The next time, and the logarithms of the bounds on a step's variance."""
 
     next_time: Times
     lower: Float[Array, "*time"]
@@ -35,7 +35,7 @@ class LearnedVariance(Prediction):
     plus a multiple of the variational bound, whose gradient reaches the variance alone (eq. 16).
 
     Raises:
-      UserError: If `prediction` is a `LearnedVariance` itself, there are less than two steps, or `bound_weight` is
+      UserError: If `prediction` is itself a `LearnedVariance`, there are fewer than two steps, or `bound_weight` is
         negative.
     """
 
@@ -44,7 +44,7 @@ class LearnedVariance(Prediction):
     steps: int = 1000
     """Number of steps of the reverse process."""
     bound_weight: float = 0.001
-    """Weight of the variational bound, a sum over all steps in bits per value."""
+    """Weight of the variational bound, which is a sum over all steps in bits per value."""
 
     def __post_init__(self):
         if isinstance(self.prediction, LearnedVariance):
@@ -81,7 +81,7 @@ class LearnedVariance(Prediction):
     ) -> Float[Array, "*batch"]:
         r"""Return the weighted bound: per step, the divergence of the model's distribution from the posterior, in bits.
 
-        The first step has the bits of the data under the model's normal distribution instead. They are those of a
+        The first step instead counts the bits of the data under the model's normal distribution. These are bits of a
         density, since latents have no levels; for pixels with 256 levels in [-1, 1] add $\log_2(127.5)$.
         """
         values, variance = jnp.split(predicted.astype(jnp.float32), 2, axis=-1)
@@ -102,7 +102,7 @@ class LearnedVariance(Prediction):
     def _compute_bounds(self, process: Process, time: Times) -> _StepBounds:
         """Return the step back from a time.
 
-        The posterior of the first step has no variance; its lower bound is that of the second.
+        The posterior of the first step has no variance, so its lower bound is taken from the second step.
         """
         length = 1.0 / self.steps
         next_time = jnp.where(time < 1.5 * length, 0.0, time - length)

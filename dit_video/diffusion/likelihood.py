@@ -4,7 +4,7 @@ The probability flow transports the density of the data to that of noise, which 
 
 With $r = \sqrt{\alpha^2 + \sigma^2}$ and the angle $\varphi$ of tangent $\sigma / \alpha$, every process is a rotation:
 $u = x / r = \cos\varphi\,x_0 + \sin\varphi\,\epsilon$ moves with $du/d\varphi = v$, the prediction of that name (arXiv
-2202.00512, appendix D). This is smooth at pure noise and near the data alike. Along it the density changes by
+2202.00512, appendix D). It is smooth both at pure noise and near the data. Along it the density changes by
 $d \log p / d\varphi = -\mathrm{tr}\,\partial v / \partial u$ (arXiv 1806.07366, eq. 8; 2011.13456, section 4.3), so
 that for data $x$ of $D$ values
 
@@ -38,13 +38,13 @@ class Likelihood(NamedTuple):
 
 
 class ExactTrace(NamedTuple):
-    """The trace itself: as many derivatives as an example has values."""
+    """The trace itself, which takes as many derivatives as an example has values."""
 
 
 class HutchinsonTrace(NamedTuple):
     """An unbiased estimate of the trace: $E[v^T J v]$ over random signs $v$ (arXiv 1810.01367).
 
-    The signs are constant along the whole solution, so that it follows one flow, and independent between examples.
+    The signs are constant along the whole solution, so that it follows one flow. They are independent between examples.
     """
 
     keys: Key[Array, " batch"]
@@ -67,7 +67,7 @@ SumFn = Callable[[Float[Array, "batch *shape"]], Float[Array, "*examples"]]
 
 
 def sum_rows(values: Float[Array, "batch *shape"]) -> Float[Array, " batch"]:
-    """Return the sum of each row, where it is one example."""
+    """Return the sum of each row, for arrays with one example per row."""
     return values.reshape(values.shape[0], -1).sum(axis=1)
 
 
@@ -81,7 +81,7 @@ def log_likelihood(
     divergence: Divergence = ExactTrace(),  # noqa: B008 (a value)
     sum_values: SumFn = sum_rows,
 ) -> Likelihood:
-    """Return the log-density of every example, by Heun's rule over the intervals of `times`: an error of second order.
+    """Return the log-density of every example by Heun's rule over the intervals of `times`, which is of second order.
 
     Args:
       denoise: The model; it gets the time as a scalar.
@@ -89,12 +89,12 @@ def log_likelihood(
       times: Times that fall from 1, as for sampling; the data are inserted at the last one.
       process: The process that the model was trained on.
       prediction: The kind of the model's prediction.
-      divergence: The way to compute the trace; `ProbeTrace` where a row holds several examples.
-      sum_values: Sum over the values of every example; by default each row is one. Other values, such as padding, are
-        transported with them and do not count.
+      divergence: The way to compute the trace; `ProbeTrace` if a row holds several examples.
+      sum_values: Sum over the values of every example; by default each row is one example. Other values, such as
+        padding, are transported along but do not count.
 
     Raises:
-      UserError: If there is less than one step, or the number of keys is not the number of examples.
+      UserError: If there is no step, or the number of keys differs from the number of examples.
     """
     check_at_least(2, times=len(times))
     if isinstance(divergence, HutchinsonTrace) and divergence.keys.shape != data.shape[:1]:
@@ -162,7 +162,7 @@ def _compute_with_trace(
 ) -> tuple[Float[Array, "batch *shape"], Float[Array, "*examples"]]:
     """Return the values of a function of each example alone, and the traces of its Jacobians.
 
-    Backwards: some kernels of attention define no forward derivative.
+    Derivatives are taken backwards, because some attention kernels define no forward derivative.
     """
     value, pull_back = jax.vjp(function, u)
 

@@ -17,8 +17,8 @@ from dit_video.diffusion.time_distributions import LogitNormal, TimeDistribution
 DenoiseFn = Callable[[Values, Times, Any], tuple[Values, Any]]
 """The function `denoise(noisy, time, state) -> (prediction, state)`: the only interface between diffusion and a model.
 
-The state is a tree of arrays that a sampler carries from step to step unread: the momentum of guidance, or a cache of a
-model. It is None for a model that has none; `stateless` makes such a function from `predict(noisy, time)`."""
+The state is a tree of arrays that a sampler carries from step to step unread: the momentum of guidance, or a model's
+cache. It is None for a model without state; `stateless` makes such a function from `predict(noisy, time)`."""
 
 Estimator = Callable[[Values, Times], Estimate]
 """The function `estimate(noisy, time)`: the data and noise of a `denoise`'s prediction, used by solvers."""
@@ -45,7 +45,7 @@ class Prediction(ABC):
         """Check that a model of this process can make this prediction.
 
         Raises:
-          UserError: If it can't.
+          UserError: If a model of this process can't make this prediction.
         """
 
     def target(self, process: Process, data: Values, noise: Values, time: Times) -> Values:
@@ -56,7 +56,8 @@ class Prediction(ABC):
     def with_quantile(self, compute_quantile: QuantileFn) -> "Prediction":
         """Return the prediction for arrays whose samples `compute_quantile` tells apart.
 
-        Only predictions that depend on the distribution of a sample's values differ; see `ThresholdedPrediction`.
+        This only matters to predictions that depend on the distribution of a sample's values, such as
+        `ThresholdedPrediction`.
         """
         return self
 
@@ -88,7 +89,7 @@ class Prediction(ABC):
         )
 
     def determinant(self, process: Process, time: Times) -> Float[Array, "*time"]:
-        """Return $d$ of the module docstring, bounded away from 0."""
+        """Return (data coefficient) * sigma - (noise coefficient) * alpha, bounded away from 0."""
         coefficients = self.coefficients(process, time)
         value = coefficients.data * process.sigma(time) - coefficients.noise * process.alpha(time)
         return jnp.where(jnp.abs(value) < MIN_ALPHA, jnp.where(value < 0, -MIN_ALPHA, MIN_ALPHA), value)
@@ -109,7 +110,7 @@ class Epsilon(Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class X0(Prediction):
-    """The data themselves. Without noise they do not determine the noise, which is then set to 0."""
+    """The data themselves. At time 0 they do not determine the noise, which is then set to 0."""
 
     def coefficients(self, process: Process, time: Times) -> Coefficients:
         return Coefficients(jnp.ones_like(time), jnp.zeros_like(time))
@@ -124,7 +125,7 @@ class X0(Prediction):
 class V(Prediction):
     r"""The prediction $v = (\alpha \epsilon - \sigma x_0) / \sqrt{\alpha^2 + \sigma^2}$ (arXiv 2202.00512).
 
-    Its size is the same at all times. In the paper the root is 1, since the process preserves the variance.
+    Its size is the same at all times. The root is 1 in the paper, whose process preserves the variance.
     """
 
     def coefficients(self, process: Process, time: Times) -> Coefficients:
@@ -188,7 +189,7 @@ class Weighting(ABC):
 
     @abstractmethod
     def scaled_weight(self, process: Process, time: Times) -> Float[Array, "*time"]:
-        """Return $W$ of the module docstring."""
+        """Return a prediction's weight times the square of its determinant, which is the same for all predictions."""
 
     def __call__(self, process: Process, prediction: Prediction, time: Times) -> Float[Array, "*time"]:
         """Return the factor of a prediction's squared error."""
@@ -211,8 +212,8 @@ class UniformWeighting(Weighting):
 class MinSnr(Weighting):
     r"""The weight $\min(\alpha^2 / \sigma^2, \gamma)$ of errors of the data (arXiv 2303.09556, section 3.4).
 
-    The weight of errors of the noise is then $\min(1, \gamma \sigma^2 / \alpha^2)$, and that of $v$ is $\alpha^2$ times
-    this.
+    Errors of the noise then have the weight $\min(1, \gamma \sigma^2 / \alpha^2)$, and errors of $v$ have $\alpha^2$
+    times this weight.
 
     Raises:
       UserError: If gamma is not positive.
@@ -252,8 +253,8 @@ class EdmWeight(Weighting):
 class SigmoidWeight(Weighting):
     r"""The weight $\mathrm{sigmoid}(b - 2\lambda)$ of errors of the noise (arXiv 2303.00848; 2410.19324).
 
-    The papers' loss is the mean over uniform log-SNRs $2\lambda$. Over uniform times that is the weight times
-    $-2 \lambda'(t)$, which is included: use it with `Uniform` times. With
+    The papers' loss is the mean over uniform log-SNRs $2\lambda$. For uniform times the weight is multiplied by
+    $-2 \lambda'(t)$, which is included here: use it with `Uniform` times. With
     $\lambda' = (\alpha' \sigma - \sigma' \alpha) / (\alpha \sigma)$,
 
     $$W = \frac{2 \alpha \sigma (\sigma' \alpha - \alpha' \sigma)}{\sigma^2 + e^{-b} \alpha^2}$$

@@ -21,7 +21,7 @@ Times = Float[Array, "*time"]
 """Diffusion times, which broadcast against the values."""
 
 MIN_ALPHA = 1e-6
-"""Lower bound of alpha in divisions and logarithms; at pure noise it is 0."""
+"""Lower bound of alpha in divisions and logarithms; alpha is 0 at pure noise."""
 
 
 class Estimate(NamedTuple):
@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
     data: Values
     noise: Values
     variance: Values | None = None
-    """Position between the posterior's two bounds, from 0 to 1, in logarithms, of models that predict it; see
+    """Position of the log variance between the posterior's two bounds, from 0 to 1, for models that predict it; see
     `LearnedVariance`."""
 
 
@@ -64,10 +64,10 @@ class Process(ABC):
 
     @abstractmethod
     def ratio_to_time(self, ratio: Float[SameArray, "*shape"]) -> Float[SameArray, "*shape"]:
-        r"""Return the time at which noise and data have a ratio: the inverse of $\sigma / \alpha$."""
+        r"""Return the time at which noise and data have this ratio: the inverse of $\sigma / \alpha$."""
 
     def shift_time(self, time: Float[SameArray, "*shape"], size: ClipSize | None = None) -> Float[SameArray, "*shape"]:
-        """Return uniformly spaced times with the spacing of this process, the same in training and in sampling.
+        """Return uniformly spaced times with this process's spacing, which training and sampling share.
 
         If the shift depends on the size of a clip, `size` is the size of each clip that has these times.
         """
@@ -151,7 +151,7 @@ class RectifiedFlow(Process):
 
     shift: float = 1.0
     size_shift: LinearShift | ExponentialShift | None = None
-    """Factor of the shift that depends on the size of a clip; each clip then has times of its own."""
+    """Factor of the shift that depends on a clip's size; each clip then has its own times."""
 
     def __post_init__(self):
         if not self.shift > 0:
@@ -161,7 +161,7 @@ class RectifiedFlow(Process):
         """Return $t'$ of the class docstring.
 
         Raises:
-          UserError: If the shift depends on the size and none is passed.
+          UserError: If the shift depends on the size, and no size is passed.
         """
         shift: Any = self.shift
         if self.size_shift is not None:
@@ -260,7 +260,8 @@ class VariancePreservingProcess(Process):
     steps $\log \alpha$ is interpolated linearly (arXiv 2006.11239).
 
     Raises:
-      UserError: If there are no steps, fewer than two with `zero_terminal_snr`, or `snr_shift` is not positive.
+      UserError: If there are no steps, there are fewer than two with `zero_terminal_snr`, or `snr_shift` is not
+        positive.
     """
 
     betas: BetaSchedule = LinearBetas()
@@ -268,11 +269,11 @@ class VariancePreservingProcess(Process):
     steps: int = 1000
     """Number of noise steps."""
     snr_shift: float = 1.0
-    r"""Divisor of the signal-to-noise ratio $\alpha^2 / \sigma^2$ that the betas define: above 1 more noise
+    r"""Divisor of the signal-to-noise ratio $\alpha^2 / \sigma^2$ that the betas define; above 1 it adds noise
     (CogVideoX, arXiv 2408.06072; `snr_shift_scale` of diffusers)."""
     zero_terminal_snr: bool = False
-    r"""Pure noise after the last step: all $\alpha$ are moved down by that of the last step and scaled such that the
-    first one is kept (arXiv 2305.08891, algorithm 1; `rescale_betas_zero_snr` of diffusers)."""
+    r"""Pure noise after the last step: the last step's $\alpha$ is subtracted from all $\alpha$, which are then scaled
+    to keep the first one (arXiv 2305.08891, algorithm 1; `rescale_betas_zero_snr` of diffusers)."""
 
     def __post_init__(self):
         check_at_least(2 if self.zero_terminal_snr else 1, steps=self.steps)
@@ -281,7 +282,7 @@ class VariancePreservingProcess(Process):
 
     @functools.cached_property
     def log_alpha_squared(self) -> Float64[np.ndarray, " steps"]:
-        r"""Return $\log \alpha^2$ after 0, 1, 2, ... steps; for pure noise that of `MIN_ALPHA`."""
+        r"""Return $\log \alpha^2$ after 0, 1, 2, ... steps; pure noise has that of `MIN_ALPHA`."""
         values = np.cumsum(np.log1p(-self.betas(self.steps)))
         values = values - np.log(self.snr_shift + (1 - self.snr_shift) * np.exp(values))
         if self.zero_terminal_snr:
@@ -318,7 +319,7 @@ class Edm(Process):
     r"""The variance exploding process $x_t = x_0 + \sigma(t)\,\epsilon$ with $\sigma = \sigma_{max}\,t^\rho$.
 
     It is the process of arXiv 2206.00364. In this time the schedule of Karras et al. (eq. 5 there) is uniform except
-    for its smallest sigma, and 0 is data. The model's input is $x_t / \sqrt{\sigma^2 + \sigma_{data}^2}$.
+    for its smallest sigma, and time 0 is the data. The model's input is $x_t / \sqrt{\sigma^2 + \sigma_{data}^2}$.
 
     Raises:
       UserError: If a value is not positive.

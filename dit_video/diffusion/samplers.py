@@ -39,14 +39,14 @@ class Solver(ABC):
 
     @property
     def stochastic(self) -> bool:
-        """Return whether a step needs noise."""
+        """Return True if a step needs noise."""
         return False
 
     def check(self, process: Process) -> None:  # noqa: B027 (most serve every process)
         """Check that the solver can follow a process.
 
         Raises:
-          UserError: If it can't; the message names solvers that can.
+          UserError: If the solver can't follow the process; the message names solvers that can.
         """
 
     @abstractmethod
@@ -73,7 +73,7 @@ class OneStepSolver(Solver):
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(OneStepSolver):
-    """First order, with one evaluation per step. For every process it is DDIM without noise (arXiv 2010.02502)."""
+    """First order, with one evaluation per step. It is DDIM without noise for every process (arXiv 2010.02502)."""
 
     def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
         """Combine the estimated data and noise in the proportions of the next time."""
@@ -120,8 +120,8 @@ _MIN_VARIANCE = 1e-20
 class Ddim(OneStepSolver):
     """DDIM; the fresh noise has `eta` times the standard deviation of the posterior (arXiv 2010.02502, eq. 12, 16).
 
-    With `eta` 0 it is Euler's method, with 1 ancestral sampling. A larger eta adds more noise than DDPM; it is limited
-    to the noise level at $s$, where all noise is fresh.
+    It is Euler's method with `eta` 0, and ancestral sampling with 1. A larger eta adds more noise than DDPM, up to the
+    noise level of the next time, where all noise is fresh.
 
     Raises:
       UserError: If eta is negative.
@@ -138,7 +138,7 @@ class Ddim(OneStepSolver):
         return self.eta > 0
 
     def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
-        """Take the step described in the module docstring."""
+        """Combine the estimated data, the estimated noise and fresh noise."""
         prediction = estimate(state.x, interval.time)
         if not self.stochastic:
             return SolverState(process.add_noise(prediction.data, prediction.noise, interval.next_time))
@@ -154,9 +154,9 @@ class Ddim(OneStepSolver):
 class Ddpm(OneStepSolver):
     """A sample from the posterior at the estimated data (arXiv 2006.11239, algorithm 2).
 
-    Its variance is the posterior's (`small`, exact if the data are a single point), or that of the noise added between
-    the two times (`large`, exact if the data are standard normal). A model that predicts the variance interpolates
-    between the two in logarithms (arXiv 2102.09672, eq. 15). The last step, to the data, adds no noise.
+    Its variance is the posterior's (`small`, exact if the data are a single point), or the variance of the noise added
+    between the two times (`large`, exact if the data are standard normal). A model that predicts the variance
+    interpolates between the two in logarithms (arXiv 2102.09672, eq. 15). The last step, to the data, adds no noise.
     """
 
     variance: Literal["small", "large"] = "small"
@@ -166,7 +166,7 @@ class Ddpm(OneStepSolver):
         return True
 
     def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
-        """Take the step described in the module docstring."""
+        """Draw a sample from the posterior."""
         time, next_time, _ = interval
         prediction = estimate(state.x, time)
         mean, small = process.posterior(state.x, prediction.data, time, next_time)
@@ -186,8 +186,8 @@ class Lcm(OneStepSolver):
     The data are $c_{skip} x + c_{out} \hat x_0$ with $c_{skip} = d^2 / (u^2 + d^2)$ and
     $c_{out} = u / \sqrt{u^2 + d^2}$, where $d$ is `data_std` and $u$ is `scaling` times the time, so that at time 0
     they are $x$ itself (arXiv 2303.01469, algorithm 1; 2310.04378, algorithm 3). With `scaling` None they are
-    $\hat x_0$, as for a distilled flow (`stochastic_sampling` of diffusers). For a model that was not distilled it is a
-    poor sampler.
+    $\hat x_0$, as for a distilled flow (`stochastic_sampling` of diffusers). It is a poor sampler for models that were
+    not distilled.
 
     Raises:
       UserError: If `scaling` or `data_std` is not positive.
@@ -237,9 +237,9 @@ class DpmState(NamedTuple):
     time: Float[Array, ""]
     """The time at the start of the last step."""
     steps_done: Int[Array, ""]
-    """Number of steps that are done."""
+    """Number of completed steps."""
     steps_left: Int[Array, ""]
-    """Number of steps that remain."""
+    """Number of remaining steps."""
 
 
 class _DpmSolver(Solver):
@@ -252,8 +252,8 @@ class _DpmSolver(Solver):
 class DpmMultistep(_DpmSolver):
     """DPM-Solver++(2M), or its SDE form with `eta` 1; one evaluation per step.
 
-    The line goes through the previous evaluation. The first step is of first order, and so is the one after a step from
-    pure noise and a step to time 0, where the log-SNR is infinite.
+    The estimated data follow the line through this and the previous evaluation. The first step is of first order. So
+    are the step after one from pure noise, and a step to time 0, because the log-SNR is infinite at these times.
 
     Raises:
       UserError: If eta is negative.
@@ -295,8 +295,9 @@ class DpmMultistep(_DpmSolver):
 class DpmSinglestep(_DpmSolver):
     """DPM-Solver++(2S): a step spans two intervals and evaluates at the time between them; one evaluation per interval.
 
-    The first interval is a first-order step to the midpoint. The second one restarts from the step's start, now along
-    the line. A last interval without a second one is of first order, and so is one to time 0.
+    The first interval is a first-order step to the midpoint. The second interval restarts from the step's start, now
+    along the line through both evaluations. A last interval without a second one is of first order, and so is an
+    interval to time 0.
     """
 
     kind: DpmKind = "midpoint"
@@ -323,7 +324,7 @@ class DpmSinglestep(_DpmSolver):
 def _advance_dpm(
     process: Process, x: Values, interval: StepInterval, data: Values, rise: Values, kind: DpmKind, eta: float
 ) -> Values:
-    """Return the solution of the module docstring for data that change by `rise` over the interval."""
+    """Return the sample at the interval's end if the estimated data change by `rise` over the interval."""
     time, next_time, noise = interval
     alpha, sigma, h = process.alpha(next_time), process.sigma(next_time), _compute_length(process, time, next_time)
     rate = 1 + eta**2
@@ -333,8 +334,8 @@ def _advance_dpm(
     if eta == 0:
         return deterministic
     assert noise is not None, "the sampling loop passes noise to stochastic solvers"
-    # The solution scales `x` by e^{-eta^2 h}; `deterministic` has the factor 1, as for eta=0. Of pure noise nothing is
-    # left: there h is infinite, while that of `half_log_snr` is bounded.
+    # The solution scales `x` by e^{-eta^2 h}; `deterministic` has the factor 1, as for eta=0. Nothing is left of pure
+    # noise, where h is infinite, although `half_log_snr` is bounded.
     decay = sigma / process.sigma(time) * jnp.where(process.alpha(time) == 0, -1.0, jnp.expm1(-(eta**2) * h)) * x
     return deterministic + decay + sigma * jnp.sqrt(-jnp.expm1(-2 * eta**2 * h)) * noise
 
@@ -356,19 +357,19 @@ class UniPcState(NamedTuple):
     times: Float[Array, " M"]
     """Times of the predictions."""
     steps_done: Int[Array, ""]
-    """Number of steps that are done."""
+    """Number of completed steps."""
     steps_left: Int[Array, ""]
-    """Number of steps that remain."""
+    """Number of remaining steps."""
     order: Int[Array, ""]
     """Order of the last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniPc(Solver):
-    """UniPC with one evaluation per step; of accuracy `order` + 1 with the corrector.
+    """UniPC with one evaluation per step; its accuracy with the corrector is of order `order` + 1.
 
-    The first steps, which have no past yet, are of a lower order, and so is a step to time 0, where the log-SNR is
-    infinite: there the data are the model's prediction.
+    The first steps, which have no past yet, are of a lower order. So is a step to time 0, where the log-SNR is
+    infinite; its result is the model's prediction of the data.
 
     Raises:
       UserError: If the order is not 1, 2 or 3.
@@ -377,7 +378,7 @@ class UniPc(Solver):
     order: int = 2
     """Order of the predictor."""
     kind: Literal["bh1", "bh2"] = "bh2"
-    """Form of $B(h)$ in the module docstring: `solver_type` of diffusers."""
+    """Form of the paper's $B(h)$, `solver_type` of diffusers: `bh1` is linear in $h$, `bh2` exponential."""
     lower_order_final: bool = True
     """Lowers the order of the last steps to ..., 2, 1, which is more stable with few steps."""
     uncorrected_steps: tuple[int, ...] = ()
@@ -401,7 +402,7 @@ class UniPc(Solver):
         )
 
     def step(self, estimate: Estimator, process: Process, state: UniPcState, interval: StepInterval) -> UniPcState:
-        """Evaluate at `x`, correct `x` by it, and predict the sample at the next time."""
+        """Evaluate at `x`, correct `x` by the result, and predict the sample at the next time."""
         advance = partial(_advance_unipc, process, self.kind)
         time, next_time = interval.time, interval.next_time
         prediction = estimate(state.x, time).data
@@ -460,7 +461,7 @@ def _advance_unipc(
 
 
 def _compute_weights(kind: str, h: Float[Array, ""], ratios: Sequence[Float[Array, ""]]) -> list[Float[Array, ""]]:
-    """Return $w$ of the module docstring.
+    """Return the weight of each node's difference quotient.
 
     With several nodes, the weight of a node is the sum of the moments over the powers of its Lagrange polynomial, which
     is 1 at this node and 0 at the others.
@@ -500,14 +501,14 @@ class PndmState(NamedTuple):
     values: Float[Array, "4 *shape"]
     """Values at the starts of the latest steps, the newest first."""
     steps_done: Int[Array, ""]
-    """Number of steps that are done."""
+    """Number of completed steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pndm(Solver):
     """PNDM, for uniformly spaced times: one evaluation per step after the start.
 
-    A step to the data is not started by evaluations at its end, since few models predict the noise in data without
+    A starting step to the data makes no evaluation at its end, since few models predict the noise in data without
     noise.
 
     Raises:
@@ -515,13 +516,14 @@ class Pndm(Solver):
     """
 
     start: Literal["heun", "runge-kutta"] = "heun"
-    """Steps without past evaluations: one with the mean of two (PLMS, the samplers of Stable Diffusion), or three with
-    four each (the paper's)."""
+    """Steps that have no past evaluations yet: one step with the mean of two evaluations (PLMS, the sampler of Stable
+    Diffusion), or three steps with four each (the paper's)."""
     value: Literal["slope", "v"] = "slope"
-    """Value that is combined: the slope in `Process.flow_coordinates`, which is the noise or the velocity of a flow, or
-    that of a v prediction, as in diffusers for models that make one, with which the method is of first order only."""
+    """Value that is combined: `slope` is the slope in `Process.flow_coordinates`, which is the noise, or the velocity
+    of a flow; `v` is the v prediction, which diffusers uses for models that make one, and with which the method is only
+    of first order."""
     training_steps: int | None = None
-    """Number of the model's noise steps, to which the midpoints of Runge-Kutta steps are rounded; None for models of
+    """Number of the model's noise steps, to which the midpoints of Runge-Kutta steps are rounded; None for models with
     continuous time."""
 
     def __post_init__(self):
@@ -559,7 +561,7 @@ class Pndm(Solver):
             if self.start == "heun":
                 return (value + evaluate(move(value, next_time), next_time)) / 2
             middle, above = self._find_middle(time, next_time)
-            # If it lies between two noise steps, diffusers moves to one of them and evaluates at the other.
+            # If the midpoint lies between two noise steps, diffusers moves to one of them and evaluates at the other.
             second = evaluate(move(value, above), middle)
             third = evaluate(move(second, middle), middle)
             return (value + 2 * second + 2 * third + evaluate(move(third, next_time), next_time)) / 6
@@ -594,16 +596,16 @@ class Pndm(Solver):
         middle = (time + next_time) / 2
         if self.training_steps is None:
             return middle, middle
-        # The margins are for times that are steps up to rounding.
+        # The margins serve times that are steps up to rounding.
         step = middle * self.training_steps
         return jnp.floor(step + 1e-3) / self.training_steps, jnp.ceil(step - 1e-3) / self.training_steps
 
 
 NoiseFn = Callable[[Int[Array, ""]], Values]
-"""Standard normal noise of a step, by its number from 0 on, in the shape of the sample."""
+"""Standard normal noise of a step in the shape of the sample, by the step's number from 0 on."""
 
 TransformFn = Callable[[Values, Float[Array, ""], Int[Array, ""]], Values]
-"""Change of the sample after a step, from the sample, its time and the step's number."""
+"""Function that changes the sample after a step, given the sample, its time and the step's number."""
 
 SAMPLERS: dict[str, Solver] = {
     "ddim": Ddim(),
@@ -658,7 +660,7 @@ class SamplingState(NamedTuple):
     denoiser: Any
     """State of `denoise`; None if it has none."""
     steps_done: Int[Array, ""]
-    """Number of steps that are done."""
+    """Number of completed steps."""
     failed_step: Int[Array, ""]
     """Number of the first step, from 0 on, after which a value was not finite; -1 if there is none."""
     trace: Trace | None
@@ -673,14 +675,14 @@ class SamplingState(NamedTuple):
 def init_sampling(
     solver: Solver, noisy: Values, *, steps: int, denoiser: Any = None, has_trace: bool = False
 ) -> SamplingState:
-    """Return the state before the first of `steps` steps, not counting those of length 0.
+    """Return the state before the first of `steps` steps, not counting steps of length 0.
 
     Args:
       solver: The solver.
       noisy: The sample to start from, such as `process.scale_initial_noise(noise)`.
       steps: Number of steps.
       denoiser: Initial state of `denoise`.
-      has_trace: Keeps all intermediate results, in an array for `steps` steps.
+      has_trace: Keeps all intermediate results, in arrays for `steps` steps.
     """
     trace = Trace(*(jnp.zeros((steps, *noisy.shape), noisy.dtype) for _ in range(2))) if has_trace else None
     done, failed = jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
@@ -761,10 +763,10 @@ def advance(
     """Advance sampling to the last of `times`; arguments are as for `sample`.
 
     Consecutive calls are equivalent to a single one, even with different models: the state knows the number of steps,
-    and `first_step` is the number of the first step of this call. Steps of length 0 are skipped and cost nothing: times
-    may be padded with their last one, so that one program serves several numbers of steps.
+    and `first_step` is the number of the first step of this call. Steps of length 0 are skipped and cost nothing, so
+    times may be padded with the last one to let one program serve several numbers of steps.
 
-    `transform` changes the sample after each step, and estimated data in the trace as at time 0.
+    `transform` changes the sample after each step. It also changes the estimated data in the trace, as if at time 0.
     """
     solver.check(process)
     if solver.stochastic and noise_fn is None:
@@ -805,7 +807,7 @@ def advance(
 
 
 class Inversion(NamedTuple):
-    """Noise of inverted data, and how well it reconstructs them."""
+    """The noise of inverted data, and how well it reconstructs them."""
 
     noise: Float[Array, "B *shape"]
     """Noise that `sample` starts from, standard normal if the model is exact."""
@@ -825,10 +827,10 @@ def invert(
     prediction: Prediction = Velocity(),  # noqa: B008 (a value)
     model_times: Float[Array, " times"] | None = None,
 ) -> Inversion:
-    """Return the noise of data, and the data sampled from that noise. Costs twice as much as sampling.
+    """Return the noise of data, and the data sampled from that noise, at twice the cost of sampling.
 
-    The inverse step is not exact: it evaluates the model at its own start, the opposite end of the sampling step. The
-    error falls with the number of steps at the order of the solver.
+    The inverse step is not exact, as it evaluates the model at its own start, which is the end of the sampling step.
+    The error falls with the number of steps at the solver's order.
 
     Args:
       denoise: The model, without state and with little or no guidance: guidance has no invertible flow.

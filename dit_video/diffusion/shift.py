@@ -37,20 +37,20 @@ class SizeShift(ABC):
 class LinearShift(SizeShift):
     """A factor linear in the tokens of a frame, times a power of the number of frames: Open-Sora's (arXiv 2503.09642).
 
-    With `per="clip"` it is linear in the tokens of the whole clip: `time_shift_type="linear"` of diffusers.
+    With `per="clip"` it is linear in the whole clip's tokens: `time_shift_type="linear"` of diffusers.
 
     Raises:
-      UserError: If `tokens` do not rise, or the shift is not positive at every size.
+      UserError: If `tokens` are not positive and rising, `shifts` fall, or the shift is not positive at every size.
     """
 
     tokens: tuple[int, int] = (256, 4096)
-    """Number of tokens of two frames."""
+    """Numbers of tokens of two frames."""
     shifts: tuple[float, float] = (1.0, 3.0)
     """Factors for single frames of these sizes."""
     exponent: float = 0.5
     """Exponent of the number of frames, for `per="frame"`."""
     per: Literal["frame", "clip"] = "frame"
-    """Tokens that are counted: those of a frame or of the clip."""
+    """Unit whose tokens are counted: the frame or the clip."""
 
     def __post_init__(self):
         _check_tokens(self.tokens)
@@ -69,16 +69,16 @@ class LinearShift(SizeShift):
 
 @dataclass(frozen=True, kw_only=True)
 class ExponentialShift(SizeShift):
-    r"""A factor $e^\mu$ with $\mu$ linear in the tokens of the whole clip: LTX-Video's (arXiv 2501.00103).
+    r"""A factor $e^\mu$ with $\mu$ linear in the whole clip's tokens: LTX-Video's (arXiv 2501.00103).
 
     Flux uses 0.5 for 256 and 1.15 for 4096 tokens.
 
     Raises:
-      UserError: If `tokens` do not rise.
+      UserError: If `tokens` are not positive and rising.
     """
 
     tokens: tuple[int, int] = (1024, 4096)
-    """Number of tokens of two clips."""
+    """Numbers of tokens of two clips."""
     mu: tuple[float, float] = (0.95, 2.05)
     """Logarithms of their shifts."""
 

@@ -24,11 +24,10 @@ _MARGIN = 1e-5
 def draw_low_discrepancy(offset: Float[Array, ""], ranks: Integer[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Return numbers that cover [0, 1) evenly over consecutive ranks: `frac(offset + rank * golden ratio)`.
 
-    An example's number depends on its rank in the plan and not on its row, so it is the same on every mesh. Over a
-    batch the variance of the loss is lower than with independent draws (arXiv 2107.00630 stratifies for the same
-    reason).
+    An example's number depends on its rank in the plan and not on its row, so it is the same on every mesh. The
+    variance of a batch's loss is lower than with independent draws (arXiv 2107.00630 stratifies for the same reason).
     """
-    # The product is reduced modulo 1 in integers: in float32 it would lose its fraction at large ranks.
+    # The product is reduced modulo 1 in integers, since in float32 it would lose its fraction at large ranks.
     step = jnp.uint32(int(_GOLDEN_RATIO * 2**32))
     return (offset + (ranks.astype(jnp.uint32) * step).astype(jnp.float32) / 2.0**32) % 1.0
 
@@ -38,12 +37,12 @@ class TimeDistribution(ABC):
 
     @abstractmethod
     def quantile(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Return the number that a fraction `u` of the distribution lies below."""
+        """Return the number below which a fraction `u` of the distribution lies."""
 
     def __call__(
         self, process: Process, u: Float[Array, "*shape"], size: ClipSize | None = None
     ) -> Float[Array, "*shape"]:
-        """Return training times of clips from uniform numbers in [0, 1), with the shift that sampling has."""
+        """Return training times of clips from uniform numbers in [0, 1), with the same shift as sampling."""
         return process.shift_time(self.quantile(u), size)
 
 
@@ -78,7 +77,7 @@ class LogitNormal(TimeDistribution):
 class Mode(TimeDistribution):
     r"""A heavy-tailed distribution around the middle or, for a negative scale, both ends (2403.03206, eq. 20).
 
-    $t = u + s\,\big(u - \sin^2(\frac\pi2 u)\big)$, which is the paper's with $1 - u$ for $u$.
+    $t = u + s\,\big(u - \sin^2(\frac\pi2 u)\big)$, which is the paper's formula with $1 - u$ for $u$.
 
     Raises:
       UserError: If times would not rise with $u$ at this scale $s$.
@@ -136,13 +135,13 @@ class SampleTimes(NamedTuple):
 def put_on_device(values: np.ndarray) -> Float[Array, " times"]:
     """Return times on the device, in float32, or in float64 if JAX has it.
 
-    Other conversions would compile a program for every number of steps.
+    Other conversions would compile one program for each number of steps.
     """
     return jax.device_put(values.astype(jax.dtypes.canonicalize_dtype(np.float64)))
 
 
 def append_final_time(times: np.ndarray, model_times: np.ndarray, final_time: float = 0.0) -> SampleTimes:
-    """Return times with the steps' starts followed by a last one, whose model time is 0."""
+    """Return times: the steps' starts, followed by a last time whose model time is 0."""
 
     def append(values: np.ndarray, end: float) -> Float[Array, " times"]:
         return put_on_device(np.append(values, end))
@@ -164,9 +163,9 @@ def check_terminal_time(terminal_time: float | None) -> None:
 
 
 def stretch_to_terminal_time(times: np.ndarray, terminal_time: float | None) -> np.ndarray:
-    r"""Return times whose distances $1 - t$ to noise are scaled such that the last one is `terminal_time`.
+    r"""Return times with distances $1 - t$ to noise scaled such that the last time is `terminal_time`.
 
-    Of a single step, which starts at noise, the time is kept. None keeps all of them (LTX-Video, arXiv 2501.00103;
+    A single step starts at noise and keeps its time. None keeps all times (LTX-Video, arXiv 2501.00103;
     `shift_terminal` of diffusers).
     """
     if terminal_time is None or times[-1] == 1:

@@ -32,8 +32,8 @@ def space_values(
       first: First value.
       last: Last value.
       count: Number of values.
-      exponent: Order of the root, of `karras`.
-      concentration: Both parameters of the distribution, of `beta`.
+      exponent: Order of the root, for `karras`.
+      concentration: Both parameters of the distribution, for `beta`.
     """
     if spacing == "karras":
         return np.linspace(first ** (1 / exponent), last ** (1 / exponent), count) ** exponent
@@ -63,11 +63,11 @@ class DiscreteSchedule:
     has_extra_step: bool = False
     """Adds a step to the spacing and then drops the last one, as for solvers of higher order."""
     ratio_spacing: Literal["spaced"] | Spacing = "spaced"
-    """Ratios of noise to data: those of the steps (`spaced`), or ratios from the first to the last of them (of all
-    trained steps with `has_extra_step`) with the spacing of `KarrasTimes`, `ExponentialTimes` or `BetaTimes`."""
+    """Ratios of noise to data: `spaced` keeps the steps' own ratios. Other values space ratios like `KarrasTimes`,
+    `ExponentialTimes` or `BetaTimes`, from the first to the last step (of all trained steps with `has_extra_step`)."""
     terminal_ratio: float | None = None
-    """Ratio of noise to data of the last trained step, from which sampling starts; None for that of the process. For
-    `zero_terminal_snr`, whose own ratio is infinite, diffusers takes 4096 where a solver needs a finite one."""
+    """Ratio of noise to data at the last trained step, from which sampling starts; None for the process's own. With
+    `zero_terminal_snr` that ratio is infinite, and diffusers takes 4096 if a solver needs a finite one."""
     step_rounding: Literal["between", "nearest", "below"] = "between"
     """The step that the model receives for a time between two steps."""
     end: Literal["data", "first step"] = "data"
@@ -82,8 +82,8 @@ class DiscreteSchedule:
         """Return the times of `steps` steps, computed in float64.
 
         Raises:
-          UserError: If there is less than one step, there are more than the model was trained on, the process has no
-            steps, or its last ratio is infinite and `ratio_spacing` needs a finite one.
+          UserError: If `steps` is below 1 or exceeds the model's training steps, the process has no steps, or its last
+            ratio is infinite and `ratio_spacing` needs a finite one.
         """
         check_at_least(1, steps=steps)
         total = _count_trained_steps(process, self)
@@ -104,7 +104,7 @@ class DiscreteSchedule:
             max_ratio, min_ratio = (step_ratios[-1], step_ratios[0]) if self.has_extra_step else (ratios[0], ratios[-1])
             ratios = space_values(self.ratio_spacing, max_ratio, min_ratio, steps)
             model_steps = np.interp(np.log(ratios), np.log(step_ratios), np.arange(total))
-        # Interpolation returns a trained step only up to rounding: without the margin, `below` would miss it by one.
+        # Interpolation returns a trained step only up to rounding; without the margin, `below` would miss it by one.
         roundings = {"between": model_steps, "nearest": np.round(model_steps), "below": np.floor(model_steps + 1e-9)}
         end = 0.0 if self.end == "data" else 1 / total
         return append_final_time(process.ratio_to_time(ratios), roundings[self.step_rounding] / total, end)
@@ -146,7 +146,7 @@ class LcmSchedule:
     """
 
     distillation_steps: int = 50
-    """Number of the teacher's sampling steps, whose times are those of distillation."""
+    """Number of the teacher's sampling steps, at whose times the model was distilled."""
 
     def __post_init__(self):
         check_at_least(1, distillation_steps=self.distillation_steps)
@@ -155,8 +155,7 @@ class LcmSchedule:
         """Return the times of `steps` steps.
 
         Raises:
-          UserError: If there is less than one step, there are more than the model was distilled on, or the process has
-            no steps.
+          UserError: If `steps` is below 1 or exceeds the distillation steps, or the process has no steps.
         """
         check_at_least(1, steps=steps)
         total = _count_trained_steps(process, self)
@@ -174,8 +173,8 @@ class LcmSchedule:
 class UniPcFlowSchedule:
     """Times of diffusers' `UniPCMultistepScheduler` with `use_flow_sigmas`.
 
-    Before the shift the times end at `1 / training_steps`, which is replaced by the data. The first time is a millionth
-    below 1, where the log-SNR is finite. The model time is rounded down to multiples of `1 / training_steps`.
+    Before the shift, the times end at `1 / training_steps`, and the data replace this last time. The first time is a
+    millionth below 1, where the log-SNR is finite. The model time is rounded down to multiples of `1 / training_steps`.
 
     Raises:
       UserError: If `terminal_time` is not between 0 and 1.
@@ -193,7 +192,7 @@ class UniPcFlowSchedule:
         """Return the times of `steps` steps, computed in float64.
 
         Raises:
-          UserError: If there is less than one step.
+          UserError: If `steps` is below 1.
         """
         check_at_least(1, steps=steps)
         times = process.shift_time(np.linspace(1.0, 1.0 / self.training_steps, steps + 1)[:-1])
@@ -218,7 +217,7 @@ class DpmFlowSchedule:
         """Return the times of `steps` steps, computed in float64.
 
         Raises:
-          UserError: If there is less than one step.
+          UserError: If `steps` is below 1.
         """
         check_at_least(1, steps=steps)
         times = process.shift_time(1 - np.linspace(1.0, 1.0 / self.training_steps, steps + 1))[::-1][:-1]
@@ -230,8 +229,8 @@ class DpmFlowSchedule:
 class FlowMatchSchedule:
     """Times of diffusers' `FlowMatchEulerDiscreteScheduler`: from 1 to `1 / training_steps`, shifted.
 
-    These are its own times. Pipelines that pass it `sigmas` of `linspace(1, 1 / steps, steps)`, such as those of Flux
-    and LTX-Video, sample at `UniformTimes`.
+    These are the scheduler's own times. Pipelines that pass it `sigmas` of `linspace(1, 1 / steps, steps)`, such as
+    Flux's and LTX-Video's, sample at `UniformTimes`.
 
     Raises:
       UserError: If `terminal_time` is not between 0 and 1.
@@ -240,12 +239,12 @@ class FlowMatchSchedule:
     training_steps: int = 1000
     """Number of noise steps in training."""
     is_end_shifted_twice: bool = True
-    """Shifts `1 / training_steps` before the times are spaced, and with them again, as diffusers does unless the shift
-    depends on the size of the clip."""
+    """Shifts `1 / training_steps` before the times are spaced, and again with the times, as diffusers does unless the
+    shift depends on the clip's size."""
     terminal_time: float | None = None
     """Last time before the data, to which the shifted times are stretched; None to keep them."""
     spacing: Literal["uniform"] | Spacing = "uniform"
-    """Spacing of the times before the shift, or that of `space_values` between the first and the last shifted time."""
+    """Spacing of the times: uniform before the shift, or as in `space_values` between the shifted ends."""
 
     def __post_init__(self):
         check_terminal_time(self.terminal_time)
@@ -254,7 +253,7 @@ class FlowMatchSchedule:
         """Return the times of `steps` steps, computed in float64.
 
         Raises:
-          UserError: If there is less than one step.
+          UserError: If `steps` is below 1.
         """
         check_at_least(1, steps=steps)
         ends = np.asarray([1.0, 1.0 / self.training_steps])
@@ -288,7 +287,7 @@ class UniformTimes:
     terminal_time: float | None = None
     """Last time before the data, to which the shifted times are stretched; None to keep them (LTX-Video has 0.1)."""
     spacing: Literal["uniform"] | Spacing = "uniform"
-    """Spacing between the first and the last of the shifted times: their own, or that of `space_values`."""
+    """Spacing between the first and the last shifted time: the times' own, or as in `space_values`."""
 
     def __post_init__(self):
         check_terminal_time(self.terminal_time)
@@ -297,7 +296,7 @@ class UniformTimes:
         """Return the times of `steps` steps.
 
         Raises:
-          UserError: If there is less than one step.
+          UserError: If `steps` is below 1.
         """
         check_at_least(1, steps=steps)
         times = process.shift_time(np.linspace(1.0, 0.0, steps + 1))
@@ -324,7 +323,7 @@ class ShiftedTimes:
         """Return the times of `steps` steps.
 
         Raises:
-          UserError: If there is less than one step.
+          UserError: If `steps` is below 1.
         """
         times = make_uniform_times(RectifiedFlow(shift=self.shift), steps)
         return SampleTimes(times, times)
@@ -332,10 +331,10 @@ class ShiftedTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearQuadraticTimes:
-    """Times whose first half of the steps falls slowly and linearly, the second half quadratically; then shifted.
+    """Times that fall slowly and linearly in the first half of the steps, then quadratically; a shift follows.
 
-    The fine steps near noise are those of a sampler with many more steps (Movie Gen, arXiv 2410.13720, section 3.4.2);
-    LTX-Video samples so from version 0.9.5 on, without a shift.
+    The fine steps near noise match a sampler with many more steps (Movie Gen, arXiv 2410.13720, section 3.4.2).
+    LTX-Video samples this way from version 0.9.5 on, without a shift.
 
     Raises:
       UserError: If the threshold is not between 0 and 1.
@@ -352,7 +351,7 @@ class LinearQuadraticTimes:
         """Return the times of `steps` steps.
 
         Raises:
-          UserError: If there is less than one step.
+          UserError: If `steps` is below 1.
         """
         check_at_least(1, steps=steps)
         linear, quadratic = steps // 2, steps - steps // 2
@@ -385,7 +384,7 @@ class ExplicitTimes:
         """Return the times.
 
         Raises:
-          UserError: If `steps` is not the number of intervals between the times.
+          UserError: If `steps` differs from the number of intervals between the times.
         """
         intervals = len(self.times) - 1
         if steps != intervals:
@@ -418,7 +417,7 @@ class _RatioTimes(ABC):
         """Return the times of `steps` steps.
 
         Raises:
-          UserError: If there is less than one step, or the first time is not pure noise.
+          UserError: If `steps` is below 1, or the first time is not pure noise.
         """
         check_at_least(1, steps=steps)
         one = np.ones(1)
@@ -430,7 +429,8 @@ class _RatioTimes(ABC):
             raise UserError(f"max_ratio=None is invalid: that of {kind} at noise is infinite. Use a finite max_ratio.")
         first = process.ratio_to_time(np.asarray([max_ratio], np.float64))
         size = np.hypot(process.alpha(first), process.sigma(first)) / process.scale_initial_noise(one)
-        # Sampling starts from unit noise scaled by the process. The first time must have that total size (within 10 %).
+        # Sampling starts from unit noise scaled by the process, so the first time must have that total size (within 10
+        # %).
         if max_ratio > process_ratio * (1 + 1e-6) or abs(size.item() - 1) > 0.1:
             raise UserError(
                 f"max_ratio={max_ratio:g} is invalid: sampling starts from noise, whose ratio to the data in {kind} is "
@@ -450,7 +450,7 @@ class _RatioTimes(ABC):
 class ExponentialTimes(_RatioTimes):
     r"""Times uniformly spaced in the log-SNR: $\sigma / \alpha$ falls by one factor in every step, and then to 0.
 
-    They are those of DPM-Solver (arXiv 2206.00927, section 3.4; `use_lu_lambdas` of diffusers).
+    DPM-Solver uses these times (arXiv 2206.00927, section 3.4; `use_lu_lambdas` of diffusers).
     """
 
     def compute_ratios(self, max_ratio: float, steps: int) -> np.ndarray:
@@ -505,7 +505,7 @@ TimeSchedule = (
 def override_shift(schedule: TimeSchedule, process: Process, shift: float | int) -> tuple[TimeSchedule, Process]:
     """Return a schedule and a process for its times, which are shifted by `shift` instead of the shift of training.
 
-    A factor of the process's shift that depends on a clip's size is dropped, too.
+    This also drops a factor of the process's shift that depends on a clip's size.
 
     Raises:
       UserError: If the shift is not positive, or does not move the times of this schedule or process.
@@ -523,7 +523,7 @@ def make_uniform_times(process: Process, steps: int) -> Float[Array, " {steps}+1
     """Return times from 1 (noise) to 0 (data), uniformly spaced and then shifted as in training.
 
     Raises:
-      UserError: If there is less than one step.
+      UserError: If `steps` is below 1.
     """
     check_at_least(1, steps=steps)
     return put_on_device(process.shift_time(np.linspace(1.0, 0.0, steps + 1)))

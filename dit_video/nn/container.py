@@ -1,4 +1,4 @@
-"""Conversion of Flax modules into a structure and parameters in a plain nested dictionary."""
+"""Conversion of Flax modules into a structure and a plain nested dictionary of parameters."""
 
 import functools
 from collections.abc import Callable
@@ -15,10 +15,10 @@ ModuleFactory = Callable[[nnx.Rngs], nnx.Module]
 
 
 class ParamRngs(nnx.Rngs):
-    """The random keys of `nnx.Rngs(key)`, counted in Python instead of in a variable.
+    """The random keys of `nnx.Rngs(key)`, counted in Python instead of a variable.
 
-    `nnx.RngStream` assigns its counter at every key. If that is traced, JAX composes an error message each time, which
-    Flax catches (`Tracer.sharding`, in jax 0.10 and flax 0.12): half of the time in which a model is built.
+    `nnx.RngStream` assigns its counter at every key. Under tracing, JAX composes an error message each time, which Flax
+    catches (`Tracer.sharding`, in jax 0.10 and flax 0.12). This takes half of the time to build a model.
     """
 
     def __init__(self, key: Array):
@@ -49,7 +49,7 @@ def check_params(make: ModuleFactory, params: dict[str, Any]) -> dict[str, Any]:
     """Return the parameters by path, checked against the shapes of the module that `make` builds.
 
     Raises:
-      UserError: the parameters are those of another module.
+      UserError: If the parameters belong to another module.
     """
     leaves, expected = flatten(params), flatten(get_param_shapes(make))
     for path in (*expected, *leaves):
@@ -60,7 +60,7 @@ def check_params(make: ModuleFactory, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete_params(make: ModuleFactory, existing: dict[str, Any], key: Array) -> dict[str, Any]:
-    """Return parameters of the module that `make` builds: existing ones by path, and fresh ones for all others."""
+    """Return parameters of the module that `make` builds: existing ones by path, and fresh ones elsewhere."""
 
     @jax.jit  # jitted, so that the initial values of existing parameters are never computed
     def fresh(key: Array) -> dict[str, Array]:

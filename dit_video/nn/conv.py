@@ -1,7 +1,7 @@
 """Causal convolution over (t, h, w): an output frame depends on its own and earlier frames only.
 
-A clip can be processed whole, or in consecutive chunks. The earlier frames that a layer needs are handed over in a
-`ConvCache`, so that the chunks' outputs equal those of the whole clip.
+A clip can be processed whole, or in consecutive chunks. A `ConvCache` hands over the earlier frames that a layer needs,
+so that the chunks yield the same outputs as the whole clip.
 """
 
 import functools
@@ -24,11 +24,12 @@ ConvForm = Literal["auto", "offsets", "stacked", "winograd", "columns", "native"
 """Form in which a convolution is computed; see `CausalConv`."""
 
 _MIN_OFFSETS_CHANNELS = 48
-"""Input channels from which on the CPU sums over time offsets instead of stacking them. Stacking was measured 1.6 times
-faster at 32 channels and 1.2 times slower at 64."""
+"""Smallest number of input channels at which the CPU sums over time offsets instead of stacking them. Stacking was
+measured 1.6 times faster at 32 channels and 1.2 times slower at 64."""
 _MIN_WINOGRAD_CHANNELS, _MIN_WINOGRAD_PIXELS = 96, 1024
-"""Channels and pixels per frame from which on Winograd is faster on CPU. Measured speedup without and with gradients:
-96 channels at 128x128: 1.2 and 3; 192 at 64x64: 1.6 and 2.1; 384 at 32x32: 1.3 and 1.6, and at 16x16: 0.4 and 0.8."""
+"""Smallest numbers of channels and of pixels per frame at which Winograd is faster on CPU. Measured speedup without and
+with gradients: 96 channels at 128x128: 1.2 and 3; 192 at 64x64: 1.6 and 2.1; 384 at 32x32: 1.3 and 1.6, and at 16x16:
+0.4 and 0.8."""
 
 
 class ConvCache:
@@ -85,7 +86,7 @@ def pad_in_time(
 
 
 class CausalConv(nnx.Module):
-    """A causal 3-D convolution with zero padding in space; kernels are odd, or with `stride` 2 of any size from 2 on.
+    """A causal 3-D convolution with zero padding in space; kernels are odd or, with `stride` 2, of any size from 2 on.
 
     In time it is padded with the clip's first frame (`temporal_padding="first"`: an image then equals a still video) or
     with zeros. With `stride` 2 height and width are halved; a kernel of 3 is then padded below and to the right only,
@@ -95,7 +96,7 @@ class CausalConv(nnx.Module):
 
     - `offsets`: one 2-D convolution per time offset, summed;
     - `stacked`: one 2-D convolution with the time offsets as channels;
-    - `winograd`: as `offsets`, with fewer products;
+    - `winograd`: like `offsets`, with fewer products;
     - `columns`: one matrix product (im2col), for odd kernels and stride 1;
     - `native`: a 3-D convolution, whose backward pass is 2.4 times slower in XLA on CPU;
     - `auto`: the fastest measured on CPU for the size, and `native` on other platforms, which were not measured yet.
@@ -150,7 +151,7 @@ class CausalConv(nnx.Module):
         return y + self.bias[...].astype(self.dtype)
 
     def _uses_im2col(self, x: Float[Array, "B _ h w i"], step: int) -> bool:
-        """Return whether im2col is used; this depends on the frame size alone, so that all chunks of a clip agree."""
+        """Return True for im2col; this depends on the frame size alone, so that all chunks of a clip agree."""
         _, *size, _, _ = self.kernel.shape
         if self.stride != 1 or step != 1 or not all(length % 2 for length in size):
             return False
@@ -191,7 +192,7 @@ class CausalConv(nnx.Module):
         return y.reshape(batch, length, *y.shape[1:])
 
     def _uses_winograd(self, x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i o"]) -> bool:
-        """Return whether Winograd is used; this depends on the frame size alone, so that all chunks of a clip agree."""
+        """Return True for Winograd; this depends on the frame size alone, so that all chunks of a clip agree."""
         if kernel.shape[:2] != (3, 3) or self.stride != 1 or self.dtype != jnp.float32:
             return False
         if self.form != "auto":

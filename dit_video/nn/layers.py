@@ -52,11 +52,11 @@ def init_weights(init: Init, key: Array, shape: tuple[int, ...], *, fan: tuple[i
 class Linear(nnx.Module):
     """A linear layer `y = x W + b`, computed in `dtype`; weights and their gradients are float32.
 
-    The gradient's product is float32 too: otherwise the cross-device sum of the gradients would run in bfloat16.
+    The gradient's product is float32 too; otherwise the cross-device sum of the gradients would run in bfloat16.
 
     On CPU the leading axes are merged for the product: XLA runs the gradient of a 2-D product up to 1.5 times faster.
-    On other platforms they stay separate: with both rows and tokens sharded, a merged axis has no sharding as soon as a
-    device holds part of the tokens of two rows, and XLA would gather all tokens of both for every product.
+    On other platforms they stay separate. If both rows and tokens are sharded, a device may hold part of the tokens of
+    two rows; a merged axis then has no sharding, and XLA would gather all tokens of both rows for every product.
 
     Products of a float32 layer have the platform's default precision unless `precision` is set: TPUs round their
     operands to bfloat16, GPUs to TF32.
@@ -66,11 +66,11 @@ class Linear(nnx.Module):
       bias: adds a bias.
       init: initialisation of the kernel.
       dtype: dtype of the product.
-      split: division over the mesh axis `tensor`; it must agree with the rules by which weights are sharded at rest.
-      precision: precision of the products, also of those of the gradients; None for the platform's default. On TPUs
-        "highest" takes six passes instead of one: it is for small float32 maps, such as those of the time.
-      is_context: True if inputs are tokens of a context, which all devices that share a row's tokens have.
-      parallel: devices that the layer is computed on.
+      split: division over the mesh axis `tensor`; it must agree with the rules for the sharding of weights at rest.
+      precision: precision of the products, including the gradients' products; None for the platform's default. On TPUs
+        "highest" takes six passes instead of one, so it suits small float32 maps, such as the time's.
+      is_context: True if inputs are a context's tokens, which are present on every device that shares a row's tokens.
+      parallel: parallelism that the layer is computed with.
       rngs: random keys.
     """
 
@@ -148,7 +148,7 @@ def _matmul(
 def _constrain(
     weight_constraint: WeightConstraint | None, kernel: Float[Array, "i o"], dtype: Any
 ) -> Float[Array, "i o"]:
-    # Rounded before it is gathered, so that devices exchange no more bytes than are used.
+    # The kernel is rounded before it is gathered, so that devices exchange only the bytes that are used.
     kernel = kernel.astype(dtype)
     return kernel if weight_constraint is None else weight_constraint(kernel)
 
@@ -191,12 +191,12 @@ def _add_bias_jvp(primals, tangents):
 
 
 def layer_norm(x: Float[Array, "*batch D"], *, eps: float = 1e-6) -> Float[Array, "*batch D"]:
-    """Normalise to zero mean and unit variance, without learned scale, as adaptive modulation needs it."""
+    """Normalise to zero mean and unit variance, without a learned scale, as adaptive modulation needs."""
     return _normalize(_drop_unit_axes(x).astype(jnp.float32), eps, True)[0].astype(x.dtype).reshape(x.shape)
 
 
 def rms_norm(x: Float[Array, "*batch D"], *, eps: float = 1e-6) -> Float[Array, "*batch D"]:
-    """Normalise to a root mean square of 1, without learned scale (arXiv 1910.07467)."""
+    """Normalise to a root mean square of 1, without a learned scale (arXiv 1910.07467)."""
     return _normalize(_drop_unit_axes(x).astype(jnp.float32), eps, False)[0].astype(x.dtype).reshape(x.shape)
 
 
@@ -218,7 +218,7 @@ def _normalize(
 
 @_normalize.defjvp
 def _normalize_jvp(eps, centre, primals, tangents):
-    # Two means at most, where automatic differentiation takes four: half the time on CPU.
+    # This takes at most two means where automatic differentiation takes four: half the time on CPU.
     normal, inverse = _normalize(*primals, eps, centre)
     (tangent,) = tangents
     projection = (normal * tangent).mean(axis=-1, keepdims=True)
@@ -255,10 +255,10 @@ class LayerNorm(nnx.Module):
 class GroupNorm(nnx.Module):
     """Group norm (arXiv 1803.08494) of each frame, with a learned scale and shift per channel.
 
-    Statistics are those of one frame, over height, width and the channels of a group, so no frame sees later ones.
+    Statistics are taken over the height, width and group channels of one frame, so no frame sees later ones.
 
     Raises:
-      UserError: groups that do not divide the width.
+      UserError: If the number of groups does not divide the width.
     """
 
     def __init__(self, width: int, groups: int, *, eps: float = 1e-6):
@@ -271,14 +271,14 @@ class GroupNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "B t H W D"], segments: Int[Array, "B h w"] | None = None
     ) -> Float[Array, "B t H W D"]:
-        """Normalise frames, or canvases shared by several segments, each with statistics of its own.
+        """Normalise frames, or canvases shared by several segments, each with its own statistics.
 
         `segments` holds segment ids from 0 to at most `h * w`, at the resolution of `x` or coarser by integer factors.
         """
         if segments is None:
             segments = jnp.zeros((x.shape[0], 1, 1), jnp.int32)
         rows, columns = segments.shape[1:]
-        # Sums are taken within a cell of pixels first, so that few values are left and rounding stays small.
+        # Sums are first taken within a cell of pixels, so that few values are left and rounding errors stay small.
         cells = rearrange(x.astype(jnp.float32), "B t (h a) (w b) D -> B t (h w) (a b) D", h=rows, w=columns)
         counts = _sum_segments(jnp.ones((x.shape[0], rows * columns, 1)), segments)
         values = counts * (cells.shape[3] * x.shape[4] // self.groups)
@@ -297,7 +297,7 @@ class GroupNorm(nnx.Module):
 
 
 def _sum_segments(values: Float[Array, "B n V"], segments: Int[Array, "B h w"]) -> Float[Array, "B n V"]:
-    """Return for each position the sum over all positions of its segment."""
+    """Return, for each position, the sum over its segment's positions."""
     if values.shape[1] == 1:
         return values
 
@@ -322,10 +322,10 @@ def sinusoidal_embedding(
 def modulate(
     x: Float[Array, "*batch D"], shift: Float[Array, "*batch D"], scale: Float[Array, "*batch D"], *, eps: float = 1e-6
 ) -> Float[Array, "*batch D"]:
-    """Return `layer_norm(x) * (1 + scale) + shift`, computed in float32; `eps` is that of the norm."""
+    """Return `layer_norm(x) * (1 + scale) + shift`, computed in float32; `eps` is the norm's."""
     return (layer_norm(x.astype(jnp.float32), eps=eps) * (1 + scale) + shift).astype(x.dtype)
 
 
 def make_modulation_table(entries: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    """Return a learned table of a block's shifts, scales and gates, which are added to those of the projected time."""
+    """Return a block's learned table of shifts, scales and gates, which are added to the projected time's."""
     return nnx.Param(jax.random.normal(rngs.params(), (entries, width), jnp.float32) / width**0.5)

@@ -1,17 +1,17 @@
 r"""Low-rank adapters (LoRA, arXiv 2106.09685) as functions on parameter trees.
 
 An adapter adds $w\,s\,a\,b$, of rank $r$, to the kernel $W$ of a linear layer: $a$ is `[i, r]`, $b$ `[r, o]`, both with
-the leading axes of a stack of layers, $s$ is the adapter's own scale ($\alpha / r$) and $w$ a weight that users choose.
-It may add $w\,d$ to any parameter, too: $d$ is a full difference of the parameter's shape, such as that of a bias.
-An adapter is a nested dictionary with `{"a": ..., "b": ..., "scale": ...}` where the parameters have a kernel, and with
-`{"diff": ...}` where they have a parameter that it changes as a whole:
+the leading axes of a stack of layers, $s$ is the adapter's own scale ($\alpha / r$), and $w$ is a weight that users
+choose. It may also add $w\,d$ to any parameter, where $d$ is a full difference of the parameter's shape, such as a
+bias's. An adapter is a nested dictionary. It has `{"a": ..., "b": ..., "scale": ...}` in place of a kernel, and
+`{"diff": ...}` in place of a parameter that it changes as a whole:
 
 - `merge_lora` returns parameters of the same shapes, with the sums in them; `merge_lora_in_place` reuses their memory;
 - `attach_lora` returns parameters whose kernels are `LowRankKernel`: $x W + w\,s\,(x a)\,b$ is computed instead,
-  without ever materialising the product or the kernel's gradient. Adapters are trained this way. The weight is an array
-  there, so that a program is compiled once for all weights. Full differences are added.
+  without ever materialising the product or the kernel's gradient. Adapters are trained this way. The weight is an
+  array, so that a program is compiled once for all weights. Full differences are added.
 
-All can be applied repeatedly, with further adapters.
+All of these functions can be applied repeatedly, with further adapters.
 """
 
 import functools
@@ -39,7 +39,8 @@ class LoraConfig:
     """Configuration of a low-rank adapter: its rank, its scale and the kernels that it adapts.
 
     Raises:
-      UserError: a rank below 1, an alpha that is not positive, no targets, or an invalid regular expression.
+      UserError: If the rank is below 1, alpha is not positive, there are no targets, or a regular expression is
+        invalid.
     """
 
     rank: int = 16
@@ -75,7 +76,7 @@ def init_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> dict
       key: random key for `a`, which is uniform with variance 1 / (3 i).
 
     Raises:
-      UserError: a target that matches no parameter, or one that is not the kernel of a linear layer.
+      UserError: If a target matches no parameter, or a parameter that is not the kernel of a linear layer.
     """
     factors: dict[str, Any] = {}
     for number, (path, shape) in enumerate(_find_targets(params, config).items()):
@@ -97,10 +98,10 @@ def add_lora_scale(factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
 def merge_lora(
     params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
 ) -> dict[str, Any]:
-    """Return parameters with the adapter's changes added to them, which keep their dtype.
+    """Return parameters with the adapter's changes added; they keep their dtype.
 
     Raises:
-      UserError: an adapter for parameters that the model does not have, or of other shapes.
+      UserError: If the adapter is for parameters that the model lacks, or for other shapes.
     """
     leaves = flatten(params)
     for path, change in get_lora_changes(params, lora, weight).items():
@@ -112,13 +113,13 @@ def merge_lora(
 def merge_lora_in_place(
     params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
 ) -> dict[str, Any]:
-    """Return what `merge_lora` does, in the memory of the parameters: arrays on devices that change are deleted.
+    """Return what `merge_lora` returns, in the parameters' own memory: changed arrays on devices are deleted.
 
-    Parameters change one after the other, stacks layer by layer, and keep their sharding; so devices hold little more
-    than before. Arrays on the host stay as they are.
+    Parameters change one after another, and stacks layer by layer. They keep their sharding, so devices hold little
+    more than before. Arrays on the host stay as they are.
 
     Raises:
-      UserError: an adapter for parameters that the model does not have, or of other shapes; then nothing changes.
+      UserError: If the adapter is for parameters that the model lacks, or for other shapes; then nothing changes.
     """
     leaves = flatten(params)
     for path, change in get_lora_changes(params, lora, weight).items():
@@ -134,7 +135,7 @@ def attach_lora(
     """Return parameters whose adapted kernels are `LowRankKernel`, for `nn.Linear`; differences are added.
 
     Raises:
-      UserError: an adapter for parameters that the model does not have, or of other shapes.
+      UserError: If the adapter is for parameters that the model lacks, or for other shapes.
     """
     leaves = flatten(params, is_leaf=_is_adapted)
     for path, change in get_lora_changes(params, lora, weight).items():
@@ -152,11 +153,11 @@ class LowRankFactors(NamedTuple):
     """The factors of an adapter for one kernel, `scale * a b`."""
 
     a: Any
-    """First factor, `[i, r]`, of a stack `[L, i, r]`."""
+    """First factor, `[i, r]`, or `[L, i, r]` for a stack."""
     b: Any
-    """Second factor, `[r, o]`, of a stack `[L, r, o]`."""
+    """Second factor, `[r, o]`, or `[L, r, o]` for a stack."""
     scale: Any
-    """Product of the adapter's own scale and its weight, `[]`, of a stack `[L]`."""
+    """Product of the adapter's own scale and its weight, `[]`, or `[L]` for a stack."""
 
 
 class LoraChange(NamedTuple):
@@ -173,7 +174,7 @@ class LoraChange(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRankKernel:
-    """A kernel with products of factors added that is never materialised: linear layers only multiply by it.
+    """A kernel plus products of factors. The sum is never materialised: linear layers only multiply by it.
 
     Scans can slice it.
     """
@@ -192,17 +193,17 @@ class LowRankKernel:
         return self
 
     def astype(self, dtype: Any) -> "LowRankKernel":
-        """Return it in the dtype of the products; scales keep their precision."""
+        """Return the kernel in the dtype of the products; scales keep their precision."""
         factors = (LowRankFactors(a.astype(dtype), b.astype(dtype), scale) for a, b, scale in self.factors)
         return LowRankKernel(self.kernel.astype(dtype), tuple(factors))
 
     def constrain(self, weight_constraint: WeightConstraint) -> "LowRankKernel":
-        """Return it with a sharding constraint on the kernel, which is frozen, and on the factors."""
+        """Return the kernel with a sharding constraint on its frozen part and on the factors."""
         factors = (LowRankFactors(*weight_constraint.constrain_factors(a, b), scale) for a, b, scale in self.factors)
         return LowRankKernel(weight_constraint(self.kernel), tuple(factors))
 
     def multiply(self, x: Array, precision: Precision = None) -> Array:
-        """Return the product of `x` and the sum, in the dtype of `x` and with a precision; see `nn.Linear`."""
+        """Return the product of `x` and the sum, in the dtype of `x`; see `nn.Linear` for `precision`."""
         matmul = functools.partial(jnp.matmul, precision=precision)
         y = matmul(x, self.kernel)
         for a, b, scale in self.factors:
@@ -213,10 +214,10 @@ class LowRankKernel:
 def get_lora_changes(
     params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
 ) -> dict[str, LoraChange]:
-    """Return an adapter's changes by the path of the parameter.
+    """Return an adapter's changes by parameter path.
 
     Raises:
-      UserError: an adapter for parameters that the model does not have, or of other shapes.
+      UserError: If the adapter is for parameters that the model lacks, or for other shapes.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params, is_leaf=_is_adapted).items()}
     leaves = flatten(lora)
@@ -245,7 +246,7 @@ def _find_targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tu
 def _get_change(
     path: str, shape: tuple[int, ...], leaves: Mapping[str, Any], weight: float | Float[AnyArray, ""]
 ) -> LoraChange:
-    """Return the change of a parameter of this shape, from the leaves of the adapter."""
+    """Return the change of a parameter of this shape, from the adapter's leaves."""
     diff, factors = leaves.get(f"{path}/diff"), None
     actual: list[tuple[int, ...]] = [] if diff is None else [tuple(diff.shape)]
     expected = [] if diff is None else [shape]
@@ -266,7 +267,7 @@ def _get_change(
 
 
 def _add_change(leaf: Any, change: LoraChange) -> Any:
-    """Return a parameter with a change added, layer by layer on the host and if traced, in its dtype."""
+    """Return a parameter with a change added, in its dtype; on the host and under tracing, layer by layer."""
     dtype = leaf.dtype
     if change.diff is not None:
         leaf = (leaf + change.weight * change.diff).astype(dtype)
@@ -294,7 +295,7 @@ _add_on_devices = jax.jit(_add_change)
 
 @functools.lru_cache(maxsize=64)
 def _make_add_in_place(sharding: jax.sharding.Sharding) -> Callable[[Any, LoraChange], Any]:
-    """Return a function that adds a change to an array on devices in its own memory."""
+    """Return a function that adds a change to an array on devices, in the array's own memory."""
     return jax.jit(_add_change, donate_argnums=0, out_shardings=sharding)
 
 

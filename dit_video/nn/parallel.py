@@ -1,4 +1,4 @@
-"""The interface by which a model is computed over devices; `distributed` implements it for meshes."""
+"""The interface for computing a model over devices; `distributed` implements it for meshes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,18 +11,19 @@ from dit_video.nn.attention import ANY_PLATFORM, Attention, Backend, Full, Patte
 
 Split = Literal["outputs", "inputs", "fused"]
 """Division of a linear layer over the mesh axis `tensor`: by its outputs (maps into heads and hidden widths), by its
-inputs (maps out of these), or by the outputs of each of several maps that are fused."""
+inputs (maps out of these), or by each map's outputs if several maps are fused."""
 
 Precision = Literal["highest"] | None
 """Precision of a product: float32, or the default of the platform."""
 
 FusedConstraint = Callable[[Float[Array, "i o"], int], Float[Array, "i parts n"]]
-"""A function that splits the weights of several fused maps and constrains the parts' sharding; no value changes."""
+"""A function that splits the weights of several fused maps and constrains the parts' sharding without changing
+values."""
 
 
 @runtime_checkable
 class WeightConstraint(Protocol):
-    """A sharding constraint for weights during their use, and for their gradients; no value changes."""
+    """A sharding constraint for weights in use and for their gradients; values do not change."""
 
     def __call__(self, kernel: Float[Array, "i o"]) -> Float[Array, "i o"]: ...
 
@@ -41,15 +42,15 @@ class WeightConstraint(Protocol):
 
 @dataclass(frozen=True)
 class Parallelism:
-    """The attention and the sharding of weights that a model is made with; this class is for one device.
+    """The attention and the sharding of weights that a model is built with; this class serves one device.
 
-    Attention is the only operation of a transformer that mixes tokens. So a model gets its attention functions here,
-    its linear layers get the sharding of their weights, and nothing else in it depends on devices.
+    Attention is the only operation of a transformer that mixes tokens. A model therefore gets its attention functions
+    here, its linear layers get the sharding of their weights, and nothing else in it depends on devices.
     """
 
     @property
     def platform(self) -> Platform:
-        """Return the platform that the model is compiled for, by which `auto` attention chooses its kernels."""
+        """Return the platform that the model is compiled for; `auto` attention chooses its kernels by it."""
         return get_default_platform()
 
     def make_attention(self, backend: Backend, pattern: Pattern = Full()) -> Attention:
@@ -57,11 +58,11 @@ class Parallelism:
         return make_attention(backend, pattern=pattern, platform=self.platform)
 
     def make_cross_attention(self, backend: Backend) -> Attention:
-        """Return the attention of a row's tokens to those of a context."""
+        """Return the attention of a row's tokens to a context's tokens."""
         return make_attention(backend, platform=self.platform)
 
     def make_weight_constraint(self, split: Split | None, *, is_context: bool = False) -> WeightConstraint | None:
-        """Return the constraint on a linear layer's weights during use; its inputs are a context's if `is_context`."""
+        """Return the constraint on a linear layer's weights during use; `is_context` if its inputs are a context's."""
         return None
 
     def make_fused_constraint(self) -> FusedConstraint | None:
@@ -80,5 +81,5 @@ class _NoDevice(Parallelism):
 
 
 NO_DEVICE = _NoDevice()
-"""Parallelism of models that are made for the shapes of their parameters alone: JAX's devices are not opened, which
-must not happen before the processes of a run have connected."""
+"""Parallelism of models that are built only for their parameters' shapes. It does not open JAX's devices, which must
+not happen before the processes of a run have connected."""

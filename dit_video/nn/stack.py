@@ -13,10 +13,10 @@ from dit_video.nn.attention.api import CHECKPOINT_NAME
 from dit_video.nn.container import ParamRngs
 
 Remat = Literal["none", "full", "attention", "dots", "dots_no_batch", "dots_attention", "offload"]
-"""Rematerialisation policy: the values of a layer that are kept for the backward pass instead of being recomputed.
+"""Rematerialisation policy: the values of a layer that are kept for the backward pass rather than recomputed.
 
-- `none`: all, nothing is recomputed; `full`: the layer's input alone; the others keep the input and
-- `attention`: the output of attention. In long rows it is most of the work, and only one array of a layer's twenty;
+- `none`: all values; `full`: the layer's input alone; the other policies keep the input and
+- `attention`: the output of attention, which in long rows is most of the work but only one of a layer's twenty arrays;
 - `dots_no_batch`: the results of matrix products with weights; `offload`: the same, in host memory;
 - `dots_attention`: both of these, so that only products inside attention's backward pass are recomputed;
 - `dots`: the results of all matrix products, including the scores of dense attention.
@@ -45,19 +45,19 @@ def apply_stack(stack: nnx.Module, x: Carry, *context: PyTree, remat: Remat = "n
 
 
 LayerWrapper = Callable[..., tuple[Any, Any]]
-"""A function `(layer, x, *context, values) -> (x, output)` that calls a layer, with the layer's own values."""
+"""A function `(layer, x, *context, values) -> (x, output)` that calls a layer with the layer's own values."""
 
 
 class LayerGroup(NamedTuple):
-    """A stack of layers, and one tuple of arguments for each of its layers in a group.
+    """A stack of layers, and a tuple of arguments for each of its layers in a group.
 
-    `len(contexts)` is the number of the stack's layers in a group; the i-th of them is called with `contexts[i]`.
+    A group has `len(contexts)` of the stack's layers; the i-th of them is called with `contexts[i]`.
     """
 
     stack: nnx.Module
     contexts: Sequence[tuple[Any, ...]]
     wrapper: LayerWrapper | None = None
-    """Function that calls each layer: residuals, caches, skipped layers and routing of tokens need no other layers."""
+    """Function that calls each layer: the same layers then serve residuals, caches, skipping and token routing."""
     values: PyTree = None
     """Values of each layer for the wrapper, with a leading axis `L`."""
 
@@ -65,9 +65,9 @@ class LayerGroup(NamedTuple):
 def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none") -> tuple[Carry, list[Any]]:
     """Apply groups of layers, each with some layers of the first stack, then some of the second, and so on.
 
-    The i-th layer of a stack in a group is called as `x = layer(x, *contexts[i])`. So layers can alternate in what is
-    not a parameter (attention patterns), and different kinds of layers can alternate. The number of layers in every
-    stack must be the number of groups times `len(contexts)`.
+    The i-th layer of a stack in a group is called as `x = layer(x, *contexts[i])`. Layers can thus alternate in what is
+    not a parameter (attention patterns), and different kinds of layers can alternate. Every stack must have the number
+    of groups times `len(contexts)` layers.
 
     Layers in host memory are copied to the devices one group at a time (see `core.offload`).
 
@@ -75,7 +75,7 @@ def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none"
     which is about 1.5 times faster there. With any `remat` other than "none" a scan is used on every platform.
 
     Returns:
-      The last `x`, and for every stack the outputs of its wrapper, with a leading axis `L`.
+      The last `x`, and each stack's outputs of its wrapper, with a leading axis `L`.
     """
     graphs, grouped = [], []
     for stack, contexts, _, values in groups:
@@ -94,16 +94,16 @@ def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none"
             outputs.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *calls))
         return x, outputs
 
-    # In an unrolled loop XLA on CPU would merge a layer's recomputation with its first computation and save no memory.
+    # In an unrolled loop, XLA on CPU would merge a layer's recomputation with its first computation and save no memory.
     unroll = remat == "none" and jax.default_backend() == "cpu"
     x, outputs = jax.lax.scan(body, x, grouped, unroll=unroll)
     return x, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
 
 
 def _group(stacked: Any, *, size: int) -> Any:
-    """Return layers in groups along a second axis, which groups of one layer get only on the devices.
+    """Return layers in groups along a second axis; groups of one layer get that axis only on the devices.
 
-    XLA for TPUs does not reshape all arrays in host memory.
+    The reason is that XLA for TPUs cannot reshape every array in host memory.
     """
     return stacked if size == 1 else stacked.reshape(-1, size, *stacked.shape[1:])
 
@@ -121,7 +121,7 @@ def _apply_layer(
     """Apply one of a group's layers, through its wrapper if there is one."""
 
     def call(layers, x):
-        # Sliced inside, so that the backward pass keeps the group's parameters and not a copy of the layer's.
+        # The slice is taken here so that the backward pass keeps the group's parameters, not a copy of the layer's.
         params, values = jax.tree.map(lambda leaf: leaf[turn], layers)
         layer, context = nnx.merge(graph, params), group.contexts[turn]
         return (layer(x, *context), None) if group.wrapper is None else group.wrapper(layer, x, *context, values)
@@ -147,7 +147,7 @@ def _get_policy(remat: Remat) -> Callable[..., Any] | None:
 def rematerialize(call: Callable[[nnx.Module, Array], Array], layer: nnx.Module, x: Array) -> Array:
     """Return `call(layer, x)`, recomputed in the backward pass; only `x` and the parameters are kept for it.
 
-    On CPU it saves nothing: XLA merges the recomputation with the first computation there.
+    On CPU this saves nothing, because XLA merges the recomputation with the first computation.
     """
     graph, params = nnx.split(layer)
     return jax.checkpoint(lambda params, x: call(nnx.merge(graph, params), x))(params, x)

@@ -1,4 +1,4 @@
-"""Cache of compiled programs: the second start of a script does not compile what the first one did."""
+"""Cache of compiled programs: a script's second start does not compile again what the first one compiled."""
 
 import os
 import re
@@ -17,7 +17,7 @@ _NETWORK_DISKS = re.compile(
     r"nfs\d?|lustre|gpfs|mmfs|beegfs|ceph|glusterfs|afs|cifs|smb\d?|9p|wekafs|pvfs2|orangefs|daos|virtiofs"
     r"|fuse\.(?!fuse-overlayfs|lxcfs|portal|gvfsd).+"
 )
-"""Pattern of the types of file systems that several machines may share; those of object stores are FUSE's."""
+"""Pattern of file system types that several machines may share; object stores are mounted as FUSE types."""
 
 
 def enable_compilation_cache(
@@ -25,15 +25,15 @@ def enable_compilation_cache(
 ) -> Path | str:
     """Have JAX cache compiled programs in a folder from now on; returns the folder, or its address.
 
-    A folder that JAX was given before, for example by `JAX_COMPILATION_CACHE_DIR`, stays. JAX never removes a program;
-    the folder may be deleted at any time.
+    A folder that was set before, for example by `JAX_COMPILATION_CACHE_DIR`, stays. JAX never removes a program; the
+    folder may be deleted at any time.
 
-    Of the processes of a run only the first one writes programs, so that the others find them only in a folder that
-    all share. This may be an address (`gs://…`) if the package for it is installed.
+    Only the first process of a run writes programs, so the others find them only in a folder that all processes share.
+    This may be an address (`gs://…`) if the package for it is installed.
 
     Args:
       folder: Folder or address; by default, see `choose_cache_folder`.
-      run_folder: Folder or address of the run, which is known to all its processes; the run is connected already.
+      run_folder: Folder or address of the run, the same in all of its processes, which must have connected already.
     """
     if configured := cast(Any, jax.config).jax_compilation_cache_dir:
         return configured if "://" in configured else Path(configured)
@@ -50,14 +50,14 @@ def enable_compilation_cache(
 def choose_cache_folder(
     run_folder: str | os.PathLike | None = None, *, process_count: int, mounts: str | None = None
 ) -> Path | str:
-    """Return the folder of compiled programs: that of the user, which all runs share, or one in the folder of the run.
+    """Return the folder of compiled programs: the user's, which all runs share, or one in the run's folder.
 
-    The user's is `dit_video/programs` in `$XDG_CACHE_HOME`, or in `~/.cache` without that. The run's serves runs at an
-    address, as a later start may be on another machine, and several processes unless the user's is on a network disk,
-    where all machines find it.
+    The user's folder is `dit_video/programs` in `$XDG_CACHE_HOME`, or in `~/.cache` if that is not set. The run's
+    folder is chosen for a run at an address, as a later start may be on another machine. It is also chosen for several
+    processes, unless the user's folder is on a network disk, where all machines find it.
 
     Args:
-      run_folder: Folder or address of the run; None without one.
+      run_folder: Folder or address of the run; None if there is none.
       process_count: Number of processes of the run.
       mounts: See `is_on_network_disk`.
     """
@@ -81,7 +81,7 @@ def _find_problem(address: str) -> str:
 
 
 def is_on_network_disk(path: str | os.PathLike, *, mounts: str | None = None) -> bool:
-    """Return whether a path, which need not exist, is on a disk that other machines may share; False if not known.
+    """Return True if a path, which need not exist, is on a disk that other machines may share; False if unknown.
 
     Args:
       path: The path.

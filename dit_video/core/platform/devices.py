@@ -15,12 +15,12 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 @dataclass(frozen=True)
 class Platform:
-    """Kind of device that a program is compiled for, by which it chooses its kernels."""
+    """Kind of device that a program is compiled for; it decides which kernels the program uses."""
 
     name: str = "cpu"
     """Name of the platform in JAX: cpu, gpu or tpu."""
     compute_capability: tuple[int, int] | None = None
-    """Compute capability of an NVIDIA GPU, such as (9, 0) for Hopper; None of other devices."""
+    """Compute capability of an NVIDIA GPU, such as (9, 0) for Hopper; None for other devices."""
 
     @classmethod
     def from_device(cls, device: Any) -> "Platform":
@@ -72,8 +72,8 @@ _PEAK_FLOPS = {
     "H200": 989e12,
     "B200": 2250e12,
 }
-"""Peak FLOPs per second in bfloat16, without sparsity, of a device of JAX, by a part of its `device_kind`; from the
-makers' data sheets (see `dit_video.planning.hardware` for them)."""
+"""Peak FLOPs per second of a JAX device in bfloat16, without sparsity, by a part of its `device_kind`. The numbers are
+from the makers' data sheets (listed in `dit_video.planning.hardware`)."""
 
 
 def get_peak_flops(devices: Sequence[Any]) -> float | None:

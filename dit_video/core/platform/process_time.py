@@ -11,8 +11,8 @@ _IMPORT_TIME = time.monotonic()
 def get_process_age() -> float:
     """Return the seconds since the start of this process, before its first import.
 
-    A script that has started itself again (`os.exec…`) counts from its first start. Where the operating system does
-    not tell, it is the time since this module was imported.
+    A script that has restarted itself (`os.exec…`) counts from its first start. If the operating system does not tell,
+    this is the time since the import of this module.
     """
     since_import = time.monotonic() - _IMPORT_TIME
     try:
@@ -23,13 +23,13 @@ def get_process_age() -> float:
 
 
 def _read_proc() -> float:
-    """Return the age by Linux: the start is field 22, in ticks since the machine's start, with that of suspension."""
+    """Return the age from Linux: field 22 is the start, in ticks since the machine's start, including suspension."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _ask_ps() -> float:
-    """Return the age by `ps`, such as of macOS, which prints `[[days-]hours:]minutes:seconds`."""
+    """Return the age from `ps`, for example on macOS, which prints `[[days-]hours:]minutes:seconds`."""
     command = ["ps", "-o", "etime=", "-p", str(os.getpid())]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     days, _, clock = text.rpartition("-")

@@ -20,8 +20,8 @@ _PACKAGE = Path(__file__).parents[2]
 def get_code_version() -> dict[str, Any]:
     """Return the versions of the package, Python and JAX, a digest of the package's files, and the git commit, if any.
 
-    The digest tells whether two machines run the same code, also without git or with uncommitted changes. The flags of
-    XLA are part of it, because programs depend on them.
+    The digest tells whether two machines run the same code, even without git or with uncommitted changes. It includes
+    XLA's flags, because programs depend on them.
     """
     return {
         "dit_video": _get_version("dit-video"),
@@ -50,7 +50,7 @@ def _compute_digest() -> str:
 
 
 def _read_commit() -> str | None:
-    """Return the commit; None where the package is not at the top of a checkout: the repository may be another's."""
+    """Return the commit; None if the package is not at the top of a checkout, which may then be another project's."""
     root = _PACKAGE.parent
     if not (root / ".git").exists():
         return None

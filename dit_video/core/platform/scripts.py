@@ -14,14 +14,14 @@ _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def use_huge_pages(name: str) -> None:
     """Restart a script, with the same process id, so that its memory is allocated in huge pages; call it first.
 
-    XLA allocates a program's memory from the C library at every call and frees it, so on CPU every step pays for its
-    pages again: 200,000 of 4 KB for 0.8 GB. In pages of 2 MB the quickstart's steps take 17 % (denoiser) and 22 %
-    (autoencoder) less. glibc (2.35 on) requests such pages if `GLIBC_TUNABLES` says so, which it reads only when a
-    process starts; see "Memory Allocation Tunables" in its manual.
+    At every call, XLA allocates a program's memory from the C library and frees it, so on CPU every step pays for its
+    pages again: 200,000 pages of 4 KB for 0.8 GB. With pages of 2 MB the quickstart's steps take 17 % (denoiser) and 22
+    % (autoencoder) less time. glibc (from 2.35 on) requests such pages if `GLIBC_TUNABLES` says so, and reads this
+    variable only when a process starts; see "Memory Allocation Tunables" in its manual.
 
     Nothing happens in an imported module (its `name` is not `__main__`), in a process that has already imported JAX or
-    runs a debugger, where `GLIBC_TUNABLES` has a choice already, on other systems, and where Linux gives such pages to
-    nobody, or to everybody.
+    runs a debugger, if `GLIBC_TUNABLES` already holds a choice, on other systems, or if Linux gives such pages to
+    nobody or to everybody.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     skipped = name != "__main__" or "jax" in sys.modules or sys.gettrace() is not None

@@ -14,11 +14,11 @@ _PCI_STORAGE, _PCI_NETWORK = "0x01", "0x02"
 _TPU_CHIPS = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e"}
 """PCI device ids of TPU chips (`jax._src.hardware_utils`)."""
 _TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "MEGASCALE_", "JAX_FORCE_TPU_INIT", "JAX_PLATFORM_NAME", "PJRT_")
-"""Beginnings of the environment variables by which pods and users select TPUs, or any backend."""
+"""Prefixes of the environment variables with which pods and users select TPUs, or any backend."""
 _UNRELATED_VARIABLES = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}
-"""Variables that JAX and libtpu set themselves, also without a TPU."""
+"""Variables that JAX and libtpu set themselves, even without a TPU."""
 _GPU_BACKENDS = {"xla_cuda": "cuda", "xla_rocm": "rocm"}
-"""Beginnings of the names of JAX's GPU plugins, and the names of their backends."""
+"""Prefixes of the names of JAX's GPU plugins, and the names of their backends."""
 _GPU_DEVICES = {"cuda": ("nvidia0", "nvidiactl", "dxg"), "rocm": ("kfd", "dxg")}
 _GPU_CHOICES = {
     "cuda": ("CUDA_VISIBLE_DEVICES",),
@@ -30,12 +30,11 @@ _GPU_CHOICES = {
 def skip_missing_tpu() -> None:
     """Keep JAX from searching for a TPU on a machine without one, where `libtpu` is installed for planning.
 
-    The search prints a page of errors of libtpu. Programs can still be compiled for TPUs without it: see
-    `tools/plan.py`.
+    The search prints a page of libtpu errors. Programs can be compiled for TPUs without it: see `tools/plan.py`.
 
     `JAX_PLATFORMS` becomes "cpu", or for example "cuda,cpu" if the plugin of a GPU is installed and the GPU is present.
-    A choice of the user stays. Nothing happens after JAX has started its backends, where a plugin of another kind is
-    installed, or where a device or the environment suggests that there is a TPU.
+    A user's choice stays. Nothing happens after JAX has started its backends, if a plugin of another kind is installed,
+    or if a device or the environment suggests that there is a TPU.
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("libtpu") is None:
         return
@@ -57,8 +56,8 @@ def skip_missing_tpu() -> None:
 def has_tpu() -> bool:
     """Return True if a device or the environment suggests that there is a TPU.
 
-    The device is a PCI device of Google which is neither storage nor network, as virtual machines in its cloud have
-    those. (JAX's table of device ids would not include TPUs that are newer than this function.)
+    The device is a Google PCI device other than storage or network, which virtual machines in Google's cloud have too.
+    (JAX's table of device ids would not include TPUs that are newer than this function.)
     """
     is_named = any(name.startswith(_TPU_VARIABLES) for name in os.environ.keys() - _UNRELATED_VARIABLES)
     return is_named or any(_DEV.glob("accel*")) or any(_DEV.glob("vfio/[0-9]*")) or any(_list_tpus())

@@ -1,7 +1,7 @@
 """Flags of XLA and libtpu for each platform, set before JAX first computes.
 
-A flag that the environment sets already stays as it is, and `DIT_VIDEO_XLA_FLAGS=off` leaves all of them alone. XLA and
-libtpu end a process that has an unknown flag, so flags are set only for the releases that they were checked with.
+A flag that the environment already sets stays as it is, and `DIT_VIDEO_XLA_FLAGS=off` leaves all flags alone. XLA and
+libtpu end a process that has an unknown flag, so flags are set only for releases that they were checked with.
 """
 
 import os
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from dit_video.core.platform.tpu import find_gpu_backends, find_tpu_chip, has_tpu
 
 SWITCH = "DIT_VIDEO_XLA_FLAGS"
-"""Environment variable that turns the flags off, by the value `off`."""
+"""Environment variable that turns the flags off with the value `off`."""
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """Environment variables from which XLA, libtpu and JAX's GPU client take their flags."""
 
@@ -24,14 +24,14 @@ GPU_FLAGS = {
     # Collectives run while the computation that does not need them goes on; by default they wait for each other.
     "xla_gpu_enable_latency_hiding_scheduler": "true",
 }
-"""Flags for NVIDIA's GPUs: those that NVIDIA's own JAX images set. Command buffers are on by default.
+"""Flags for NVIDIA GPUs, as set in NVIDIA's own JAX images. Command buffers are on by default.
 
-Others are left alone until they are measured: those that pipeline collectives over the iterations of a scan do nothing
-in jaxlib 0.10.1 (openxla/xla issue 44228), and made trainings diverge in earlier ones (pull request 16953);
-`xla_gpu_enable_triton_gemm=false` saves the autotuning of products.
+Other flags are left alone until they are measured. The flags that pipeline collectives over the iterations of a scan do
+nothing in jaxlib 0.10.1 (openxla/xla issue 44228), and made training runs diverge in earlier releases (pull request
+16953). `xla_gpu_enable_triton_gemm=false` saves the autotuning of products.
 """
 GPU_MEMORY_FRACTION = "0.9"
-"""Part of a GPU's memory that JAX reserves, 0.75 by default; NVIDIA recommends 0.8 to 0.9. Libraries need the rest."""
+"""Fraction of GPU memory that JAX reserves, 0.75 by default; NVIDIA recommends 0.8 to 0.9. Libraries need the rest."""
 
 _TPU_RELEASES = ("0.0.42.1",)
 """Releases of libtpu that have the flags for TPUs."""
@@ -50,16 +50,16 @@ TPU_FLAGS = {
     "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
-"""Flags for TPUs: those of MaxText and MaxDiffusion for dense models sharded over `fsdp`, without host offloading."""
+"""Flags for TPUs, as in MaxText and MaxDiffusion for dense models sharded over `fsdp`, without host offloading."""
 SCOPED_VMEM_KIB = {"v5p": 65_536, "v6e": 98_304}
-"""On-chip memory that a fusion or kernel may use, in KiB, by chip: larger blocks than with the default of 16 MiB. These
-are MaxDiffusion's and MaxText's values; other chips keep the default."""
+"""On-chip memory that a fusion or kernel may use, in KiB, by chip; it allows larger blocks than the default of 16 MiB.
+These are MaxDiffusion's and MaxText's values; other chips keep the default."""
 
 
 def set_cpu_flags() -> None:
-    """Let CPUs compute 2-D convolutions by Eigen with jaxlib 0.10.2, which would use YNNPACK.
+    """Let CPUs compute 2-D convolutions with Eigen in jaxlib 0.10.2, which would otherwise use YNNPACK.
 
-    That is 1.4 to 2.2 times as fast: in billions of operations a second on two cores 129 against 58 (17 frames of
+    Eigen is 1.4 to 2.2 times as fast. In billions of operations per second on two cores: 129 against 58 (17 frames of
     128x128, 32 channels), 175 against 106 (64x64, 64 channels), 179 against 95 (128x128, 96 channels). Matrix products
     stay with YNNPACK, which is as fast. 0.10.0 and 0.10.1 use Eigen by default.
     """
@@ -87,17 +87,17 @@ def make_tpu_flags(chip: str | None) -> dict[str, str]:
 
 
 def get_compiler_options(chip: str) -> dict[str, str]:
-    """Return the options with which a program is compiled ahead of time for a TPU as it is on the TPU itself."""
+    """Return the options for compiling a program ahead of time for a TPU in the same way as on the TPU itself."""
     return make_tpu_flags(chip) if _is_on() and _get_release("libtpu") in _TPU_RELEASES else {}
 
 
 def get_flags() -> dict[str, str | None]:
-    """Return the flags in effect, by environment variable, without those that only write dumps."""
+    """Return the flags in effect, by environment variable, except flags that only write dumps."""
     return {name: _drop_dumps(os.environ.get(name)) for name in VARIABLES}
 
 
 def _drop_dumps(flags: str | None) -> str | None:
-    # Processes of one run may write theirs to different folders.
+    # Processes of one run may write their dumps to different folders.
     return flags and " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump"))
 
 
@@ -113,7 +113,7 @@ def _get_release(package: str) -> str | None:
 
 
 def add_flags(variable: str, flags: Mapping[str, str]) -> None:
-    """Add flags to an environment variable, except those that it sets."""
+    """Add flags to an environment variable, except flags that it already sets."""
     chosen = os.environ.get(variable, "").strip()
     if chosen and not chosen.startswith("-"):  # the name of a file with flags
         return

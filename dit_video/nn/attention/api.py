@@ -17,17 +17,17 @@ from dit_video.core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class RelativeBias:
-    """Configuration of a relative position bias: per head, the sum over the axes of one learned value each.
+    """Configuration of a relative position bias: in each head, the sum of one learned value per axis.
 
-    The value of an axis is chosen by the bucket of the difference of two tokens' positions, counted in steps; half of
-    an axis' buckets are for each direction. The first half of those hold one step each, the others grow by a constant
-    factor up to `max_distance`, and the last one holds all larger differences (T5, arXiv 1910.10683, section 2.1). With
-    `max_distance` None every bucket holds one step, as in a Swin window (arXiv 2103.14030, section 3.2), and the last
-    one all larger differences.
+    The difference of two tokens' positions, counted in steps, falls into a bucket that selects the axis's value. Half
+    of an axis's buckets serve each direction. The first half of these hold one step each, the others grow by a constant
+    factor up to `max_distance`, and the last one holds all larger differences (T5, arXiv 1910.10683, section 2.1). If
+    `max_distance` is None, every bucket holds one step, as in a Swin window (arXiv 2103.14030, section 3.2), and the
+    last one holds all larger differences.
 
     Raises:
-      UserError: an odd number of buckets or fewer than 4, a `max_distance` that the buckets of one step cover already,
-        or a scale that is not positive.
+      UserError: If the number of buckets is odd or below 4, the buckets of one step already cover `max_distance`, or a
+        scale is not positive.
     """
 
     buckets: tuple[int, int, int] = (32, 32, 32)
@@ -50,7 +50,7 @@ class RelativeBias:
         return sum(self.buckets)
 
     def find_entries(self, q: Float[Array, "*B N 3"], kv: Float[Array, "*B M 3"]) -> list[Int[Array, "*B N M"]]:
-        """Return each pair's table entry for every axis; it is beyond the table if a coordinate is not finite."""
+        """Return each pair's table entry for every axis; it lies beyond the table if a coordinate is not finite."""
         finite = jnp.isfinite(q).all(axis=-1)[..., :, None] & jnp.isfinite(kv).all(axis=-1)[..., None, :]
         q, kv = jnp.where(jnp.isfinite(q), q, 0), jnp.where(jnp.isfinite(kv), kv, 0)
         starts = itertools.accumulate(self.buckets[:-1], initial=0)
@@ -64,7 +64,7 @@ class RelativeBias:
         return entries
 
     def _list_buckets(self, axis: int) -> Int32[np.ndarray, " n"]:
-        """Return the buckets of 0, 1, 2, … steps in one direction; the last entry is for all larger distances."""
+        """Return the buckets of 0, 1, 2, … steps in one direction; the last entry serves all larger distances."""
         half, distance = self.buckets[axis] // 2, self.max_distance[axis]
         if distance is None:
             return np.arange(half, dtype=np.int32)
@@ -83,7 +83,8 @@ class RelativeBias:
     ) -> Float[Array, " T"]:
         """Return the gradient of a head's table from the gradients of its scores.
 
-        It is computed by sums: the transpose of `read` would scatter N × M values to a few entries, which is slow.
+        It is computed by sums, because the transpose of `read` would scatter N × M values to a few entries, which is
+        slow.
         """
         starts = list(itertools.accumulate(self.buckets, initial=0))
         sums = [
@@ -128,7 +129,7 @@ GLOBAL = -1
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ContiguousSegments:
-    """Order of rows in which the tokens of a segment follow one another, and those of a sole segment begin the row.
+    """Order of rows in which each segment's tokens are adjacent; a row's only segment begins the row.
 
     Kernels that take the lengths of segments instead of ids need it. It is part of a pytree's structure.
     """
@@ -140,10 +141,10 @@ class ContiguousSegments:
 class AttentionInputs(NamedTuple):
     """The metadata of attention's queries and keys.
 
-    Segment id 0 is padding. Grid indices are those of `compute_grid_indices`, queries and keys on one grid; only
+    Segment id 0 is padding. Grid indices come from `compute_grid_indices`, with queries and keys on one grid; only
     patterns other than `Full` read them. In self-attention the keys are the same tokens as the queries and their fields
-    are None, which tells a backend that every token with a segment sees at least itself. Keys that are not queries, of
-    a text or a cache, have fields of their own.
+    are None, which tells a backend that every token with a segment sees at least itself. Keys that are not queries,
+    such as a text's or a cache's, have fields of their own.
     """
 
     q_segments: Int[Array, "B N"]
@@ -154,7 +155,7 @@ class AttentionInputs(NamedTuple):
     bias: Bias | None = None
     """Bias that is added to the scores, for backends that support it."""
     contiguous: ContiguousSegments | None = None
-    """Order of queries and of keys; None in any other order."""
+    """Marks that queries and keys are in this order; None in any other order."""
 
     @classmethod
     def self_attention(
@@ -177,7 +178,7 @@ class AttentionInputs(NamedTuple):
         return cls(segments, q_indices=indices, bias=bias, contiguous=contiguous)
 
     def with_context(self, segments: Int[Array, "B M"]) -> "AttentionInputs":
-        """Return the inputs of these queries' attention to a context, whose segments are contiguous if theirs are."""
+        """Return the inputs of these queries' attention to a context; if their segments are contiguous, so are its."""
         return AttentionInputs(self.q_segments, segments, contiguous=self.contiguous)
 
     @property
@@ -197,7 +198,7 @@ class AttentionInputs(NamedTuple):
         """Return these inputs unchanged.
 
         Raises:
-          UserError: there is a bias, which this backend does not support.
+          UserError: If there is a bias, which this backend does not support.
         """
         if self.bias is not None:
             raise UserError(f"{backend} attention cannot add a bias to its scores; use the backend chunked or dense")
@@ -208,8 +209,8 @@ def compute_grid_indices(positions: Coordinates, segments: Int[Array, "B N"]) ->
     """Return the index of every token along t, h and w, from 0 in each segment.
 
     Integer positions are returned as they are. Real ones (seconds, fractions of the frame size) become ranks: the
-    number of distinct smaller positions along that axis in the token's segment. So neighbouring frames differ by 1,
-    however far apart they are in time.
+    number of distinct smaller positions along that axis in the token's segment. Neighbouring frames therefore differ by
+    1, however far apart they are in time.
     """
     if jnp.issubdtype(positions.dtype, jnp.integer):
         return positions
@@ -231,7 +232,7 @@ Queries = Float[Array, "B N K d"]
 Keys = Float[Array, "B M K d"]
 """Keys, or values."""
 CHECKPOINT_NAME = "attention"
-"""Checkpoint name of attention's output and of the other residuals of its backward pass, for `nn.Remat`."""
+"""Checkpoint name of attention's output and the other residuals of its backward pass, for `nn.Remat`."""
 Arrays = TypeVar("Arrays")
 
 

@@ -2,9 +2,9 @@
 
 Softmax is computed online over the key blocks of a query block (arXiv 2205.14135), and the backward pass recomputes the
 scores, so memory is linear in the row's length. The key blocks that a query block needs follow from the extremes of its
-boxes and of the blocks' values (see `masks`): with clips of `n_i` tokens packed into a row, time grows with the sum
-of `n_i²`, not with the square of the row. The result is right in any order of tokens, but fewer blocks are visited if
-tokens that see each other are adjacent; so tokens are sorted first for patterns with axes of their own.
+boxes and of the blocks' values (see `masks`): with clips of `n_i` tokens packed into a row, time grows with the sum of
+`n_i²`, not with the square of the row. The result is right in any order of tokens, but fewer blocks are visited if
+tokens that see each other are adjacent. Patterns with axes of their own therefore sort the tokens first.
 """
 
 import functools
@@ -28,7 +28,7 @@ def require_key_ranges(pattern: Pattern, backend: str) -> None:
     """Raise an error for a pattern whose queries see more than one range of keys.
 
     Raises:
-      UserError: such a pattern.
+      UserError: If the pattern is of locality "boxes".
     """
     if pattern.locality == "boxes":
         raise UserError(f"{backend} attention cannot do {pattern}, with several ranges of keys; use chunked or dense")
@@ -47,7 +47,7 @@ class KeyRanges(NamedTuple):
 
 def find_key_ranges(pattern: Pattern, boxes: MaskBoxes) -> KeyRanges:
     """Return the key ranges of a pattern of locality "group" or "prefix"."""
-    # In such patterns the only box ends at the query's own value, so its upper end sorts the queries.
+    # Such a pattern has one box, which ends at the query's own value, so its upper end sorts the queries.
     order, key_order = compute_sort_order(boxes.high[:, :, 0]), compute_sort_order(boxes.values)
     values = reorder(boxes.values, key_order)
     start, stop = find_bounds(reorder(boxes.low[:, :, 0], order), reorder(boxes.high[:, :, 0], order), values)
@@ -101,7 +101,7 @@ def pad_to_blocks(rows: Shaped[Array, "B N *rest"], size: int, fill: int = 0) ->
 
 
 EMPTY_LSE = -MASK_VALUE
-"""Log-sum-exp of a query that sees nothing, so far above all scores that the backward pass gives weights of zero."""
+"""Log-sum-exp of a query that sees nothing: so far above all scores that its weights are zero in the backward pass."""
 _MIN_INT, _MAX_INT = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 
 
@@ -112,13 +112,13 @@ class ChunkedAttention:
     It has a backward pass, but no forward-mode derivative (`jax.jvp`); `DenseAttention` has both.
 
     Raises:
-      UserError: a chunk below 1.
+      UserError: If the chunk is below 1.
     """
 
     pattern: Pattern = Full()
     chunk: int = 256
     platform: str = field(default_factory=jax.default_backend, repr=False)
-    """Platform that it is compiled for; on "cpu" full attention is computed by `segment_blocks`."""
+    """Platform that the program is compiled for; on "cpu", `segment_blocks` computes full attention."""
 
     def __post_init__(self):
         check_at_least(1, chunk=self.chunk)
@@ -131,8 +131,8 @@ class ChunkedAttention:
         if isinstance(self.pattern, Full):
             return _attend(q, k, v, boxes, bias, self.chunk)
         if self.pattern.locality == "boxes":
-            # Sorted by the first box's upper end, which lies at a constant distance from the query's own value: so
-            # queries get the order of the keys.
+            # The first box's upper end lies at a constant distance from the query's own value, so sorting by it puts
+            # queries in the order of the keys.
             order, key_order = compute_sort_order(boxes.high[:, :, 0]), compute_sort_order(boxes.values)
             boxes = MaskBoxes(reorder(boxes.low, order), reorder(boxes.high, order), reorder(boxes.values, key_order))
         else:
@@ -152,8 +152,8 @@ def attend_part(
 ) -> tuple[Queries, Float[Array, "B K N"]]:
     """Return attention to these keys alone, and the log-sum-exp of every query's scores, both float32.
 
-    Parts with different keys of a row are combined to its attention by weights `exp(lse)`. For a query that sees none
-    of these keys the output is zero and the log-sum-exp is `EMPTY_LSE`.
+    The weights `exp(lse)` combine parts with different keys of a row into the row's attention. If a query sees none of
+    these keys, its output is zero and its log-sum-exp is `EMPTY_LSE`.
     """
     arrays = _BlockedArrays.create(q * q.shape[-1] ** -0.5, k, v, mask_boxes(pattern, inputs), inputs.bias, chunk)
     row = functools.partial(_attend_head, arrays.bias_config, dtype=jnp.float32)
@@ -213,7 +213,7 @@ class _BlockedArrays(NamedTuple):
     def create(q: Queries, k: Keys, v: Keys, boxes: MaskBoxes, bias: Bias | None, chunk: int) -> "_BlockedArrays":
         q_chunk, kv_chunk = min(chunk, q.shape[1]), min(chunk, k.shape[1])
         low, high = (pad_to_blocks(ends, q_chunk, fill) for ends, fill in ((boxes.low, 1), (boxes.high, 0)))
-        # Keys are padded with -1: it is the segment of padding, and as a key index it is in no range.
+        # Keys are padded with -1, which is the segment of padding and, as a key index, lies in no range.
         blocks = _split_blocks(MaskBoxes(low, high, pad_to_blocks(boxes.values, kv_chunk, -1)), q_chunk, kv_chunk)
         table = relative = None
         if bias is not None:
@@ -239,10 +239,10 @@ class _Blocks(NamedTuple):
     key_max: Int[Array, "*B m A"]
     q_positions: Float[Array, "*B n b 3"] | None = None
     kv_positions: Float[Array, "*B m c 3"] | None = None
-    """Coordinates of the keys, like `q_positions` only present with a bias."""
+    """Coordinates of the keys; like `q_positions`, only present with a bias."""
 
     def find_key_blocks(self, index: Int[Array, ""]) -> tuple[Int[Array, " m"], Int[Array, ""]]:
-        """Return the key blocks of one row, those that a query block may see first, and the number of these."""
+        """Return the key blocks of one row, with those that a query block may see first, and the number of these."""
         overlaps = (self.query_min[index] <= self.key_max[:, None]) & (self.key_min[:, None] <= self.query_max[index])
         needed = overlaps.all(axis=-1).any(axis=-1)
         return jnp.argsort(~needed, stable=True).astype(jnp.int32), needed.sum(dtype=jnp.int32)
@@ -256,7 +256,7 @@ class _Blocks(NamedTuple):
         query_block: Int[Array, ""],
         key_block: Int[Array, ""],
     ) -> tuple[Float[Array, "b c"], list[Int[Array, "b c"]]]:
-        """Return the masked scores of a block of queries and one of keys, and the entries of their bias."""
+        """Return the masked scores of a query block and a key block, and the entries of their bias."""
         scores, entries = dot(queries, keys, 1, 1), list[Array]()
         if bias_config is not None:
             assert table is not None
@@ -290,7 +290,8 @@ def _map_heads(attend_head: Callable[..., Any], blocks: _Blocks, *arrays: Shaped
     """Return `row(blocks, ...)` for the heads of every row.
 
     Heads run one at a time on CPU, where products of 2-D matrices are the fastest, and together on other platforms.
-    Rows run in sequence, because they need different blocks: a loop has the length of one row, not of the longest.
+    Rows run in sequence because they need different blocks: each loop then has its own row's length, not the longest
+    row's.
     """
     if jax.default_backend() != "cpu":
         heads = jax.vmap(attend_head, in_axes=(None, *(0 for _ in arrays)))
@@ -338,7 +339,7 @@ def _attend_head(
 ) -> tuple[Float[Array, "N d"], Float[Array, " N"]]:
     """Return the output of one head of one row, and the log-sum-exp of every query's scores (float32).
 
-    The output is in `dtype`, by default that of the values.
+    The output is in `dtype`, by default the dtype of the values.
     """
     number, size = blocks.low.shape[:2]
 

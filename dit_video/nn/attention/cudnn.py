@@ -1,8 +1,8 @@
-"""GPU backend: cuDNN's fused attention, which computes no pair of two segments where these are contiguous.
+"""GPU backend: cuDNN's fused attention, which skips pairs of different segments if segments are contiguous.
 
-In cuDNN's packed layout a row is a list of segments with a length and an offset each, and the kernel starts one problem
-a segment: work grows with the sum of squared lengths, forwards and backwards. JAX has no public function for it whose
-residuals a remat policy could keep, so the forward and the backward kernel are called here under a `custom_vjp`.
+In cuDNN's packed layout a row is a list of segments, each with a length and an offset, and the kernel starts one
+problem per segment. The work grows with the sum of squared lengths in both passes. JAX's public functions do not expose
+residuals that a remat policy could keep, so this module calls the forward and the backward kernel under a `custom_vjp`.
 
 The project's tests emulate the kernels and lower the program for GPUs. `tools/gpu_benchmark.py` compares the kernels
 themselves with the dense reference on a GPU. On several devices, call the backend under `jax.shard_map`.
@@ -22,11 +22,11 @@ from dit_video.nn.attention.api import AttentionInputs, Keys, Queries, mark_chec
 from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
 
 MAX_HEAD_WIDTH = 256
-"""Largest width of a head that the kernels support from Hopper on; it must be a multiple of 8."""
+"""Largest head width that the kernels support from Hopper on; a width must be a multiple of 8."""
 
 
 class SegmentRanges(NamedTuple):
-    """Ranges of the tokens of G segments, among the queries and among the keys of each row."""
+    """Token ranges of G segments, among the queries and among the keys of each row."""
 
     q_lengths: Int[Array, "B G"]
     """Number of queries of each segment; 0 for a segment that has no keys, whose queries see nothing."""
@@ -37,11 +37,11 @@ class SegmentRanges(NamedTuple):
 
 
 PackedForward = Callable[[Queries, Keys, Keys, SegmentRanges], tuple[Queries, Array]]
-"""Function of queries, keys, values and ranges that returns the output and the residuals of the softmax. Outputs of
-queries outside of all ranges are undefined."""
+"""Function of queries, keys, values and ranges that returns the output and the residuals of the softmax. The outputs
+are undefined for queries outside all ranges."""
 PackedBackward = Callable[[Queries, Keys, Keys, SegmentRanges, Array, Queries, Queries], tuple[Queries, Keys, Keys]]
-"""Function of queries, keys, values, ranges, residuals, output and the output's gradient that returns the gradients of
-queries, keys and values, which are undefined outside of all ranges."""
+"""Function of queries, keys, values, ranges, residuals, output and the output's gradient. It returns the gradients of
+queries, keys and values, which are undefined outside all ranges."""
 
 
 class PackedKernels(NamedTuple):
@@ -52,7 +52,7 @@ class PackedKernels(NamedTuple):
 
 
 def compute_segment_ranges(inputs: AttentionInputs, count: int) -> SegmentRanges:
-    """Return the ranges of the segments 1 to `count`, each of which is contiguous."""
+    """Return the ranges of segments 1 to `count`, which are contiguous."""
 
     def measure(segments: Int[Array, "B N"]) -> tuple[Int[Array, "B G"], Int[Array, "B G"]]:
         is_member = segments[..., None] == jnp.arange(1, count + 1)
@@ -62,12 +62,12 @@ def compute_segment_ranges(inputs: AttentionInputs, count: int) -> SegmentRanges
     if inputs.context_segments is None:
         return SegmentRanges(q_lengths, q_lengths, q_offsets, q_offsets)
     kv_lengths, kv_offsets = measure(inputs.context_segments)
-    # The kernel must not compute the softmax of no scores.
+    # The kernel must not compute a softmax over no scores.
     return SegmentRanges(jnp.where(kv_lengths > 0, q_lengths, 0), kv_lengths, q_offsets, kv_offsets)
 
 
 def _cudnn() -> Any:
-    """Return JAX's module of cuDNN's attention."""
+    """Return JAX's module for cuDNN's attention."""
     from jax._src.cudnn import fused_attention_stablehlo  # Imported here: only GPUs need it.
 
     return fused_attention_stablehlo
@@ -79,10 +79,10 @@ def _check_dtype(q: Queries) -> None:
 
 
 def _make_operands(ranges: SegmentRanges) -> tuple[Array | None, ...]:
-    """Return lengths of queries and keys, then their offsets, as JAX's function takes them.
+    """Return the lengths of queries and keys, then their offsets, as JAX's function takes them.
 
-    It has one column of offsets more than of lengths, and ignores negative values. The layout of one segment a row is
-    not packed: it has no offsets.
+    It expects one more column of offsets than of lengths, and ignores negative values. With one segment per row the
+    layout is not packed and has no offsets.
     """
     if ranges.q_lengths.shape[1] == 1:
         return ranges.q_lengths[:, 0], ranges.kv_lengths[:, 0], None, None
@@ -132,23 +132,23 @@ def _backward_kernel(
 
 
 CUDNN_KERNELS = PackedKernels(_forward_kernel, _backward_kernel)
-"""Kernels of cuDNN. Several segments a row need compute capability 9.0 (Hopper), one needs 8.0."""
+"""Kernels of cuDNN. Several segments per row need compute capability 9.0 (Hopper), one needs 8.0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CudnnAttention:
     """cuDNN's fused attention, in bfloat16 or float16.
 
-    Full attention within contiguous segments (`AttentionInputs.segment_count`) skips all pairs of two segments. Any
-    other pattern or order is computed with the dense mask: JAX passes it to cuDNN as a bias of N × M values, shared by
-    all heads, so that memory is quadratic in the row and no block is skipped.
+    Full attention within contiguous segments (`AttentionInputs.segment_count`) skips all pairs of different segments.
+    Any other pattern or order uses the dense mask: JAX passes it to cuDNN as a bias of N × M values, shared by all
+    heads, so memory is quadratic in the row and no block is skipped.
     """
 
     pattern: Pattern = Full()
     kernels: PackedKernels = field(default=CUDNN_KERNELS, repr=False)
     """Kernels of attention within segments; tests replace them."""
     mask_implementation: Literal["cudnn", "xla"] = "cudnn"
-    """Implementation in JAX of attention with a mask; "xla" runs on any platform and is meant for tests."""
+    """JAX's implementation of attention with a mask; "xla" runs on any platform and is meant for tests."""
 
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         inputs.require_no_bias("cudnn")
@@ -177,7 +177,7 @@ def _attend(
 
 def _forward(kernels, q, k, v, ranges, q_segments, kv_segments):
     out, residuals = kernels.forward(q, k, v, ranges)
-    # What the kernels leave undefined may be NaN, so it is replaced, not multiplied by zero.
+    # Values that the kernels leave undefined may be NaN, so they are replaced, not multiplied by zero.
     out = _zero_outside(out, _is_inside(q_segments, ranges.q_lengths))
     out, residuals = mark_checkpoint((out, residuals), queries=q.shape[1], keys=k.shape[1])
     return out, (q, k, v, ranges, q_segments, kv_segments, out, residuals)

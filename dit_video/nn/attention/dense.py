@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from dit_video.nn.attention.api import Attention, AttentionInputs, Bias, Keys, Queries
 from dit_video.nn.attention.masks import Full, Pattern, dense_mask, mask_boxes
 
-# Finite instead of -inf: the weights of a query that sees nothing are then not NaN, and its output is set to zero.
+# Finite instead of -inf, so that a query that sees nothing gets no NaN weights; its output is set to zero.
 MASK_VALUE = -1e30
 
 
@@ -37,7 +37,7 @@ class DenseAttention:
 
 
 def _make_bias_reader(bias: Bias | None) -> Callable[[Float[Array, " T"]], Float[Array, "B N M"]] | None:
-    """Return the function from a head's table to the bias of its scores; the table entries are found once for all."""
+    """Return the function from a head's table to the bias of its scores; all heads share the table entries."""
     if bias is None:
         return None
     entries = bias.config.find_entries(bias.q_positions, bias.kv_positions)
@@ -52,7 +52,7 @@ def _attend(
     v: Float[Array, "B M d"],
     table: Float[Array, " T"] | None,
 ) -> Float[Array, "B N d"]:
-    """Compute attention of one head; `q` is already scaled."""
+    """Compute one head's attention; `q` is already scaled."""
     scores = jnp.einsum("bnd,bmd->bnm", q, k, preferred_element_type=jnp.float32)
     if bias is not None:
         assert table is not None
@@ -99,7 +99,7 @@ class RecordedAttention:
     attention: Attention
     pattern: Pattern
     queries: tuple[int, ...]
-    """Indices in the row of the Q tokens whose weights are recorded."""
+    """Row indices of the Q tokens whose weights are recorded."""
     record: WeightsCallback
 
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:

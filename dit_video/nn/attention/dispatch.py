@@ -17,10 +17,10 @@ from dit_video.nn.attention.tokamax import TokamaxAttention
 
 BackendName = Literal["auto", "dense", "chunked", "splash", "cudnn", "tokamax"]
 Backend = BackendName | SplashBlocks
-"""Backend of attention, or splash attention with these sizes of blocks."""
+"""Attention backend by name, or splash attention with these block sizes."""
 
 ANY_PLATFORM = Platform()
-"""Platform whose attention is plain XLA, which every platform runs and the compiler partitions."""
+"""Platform with attention in plain XLA, which runs everywhere and which the compiler can partition."""
 _KERNEL_PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "tokamax": "gpu"}
 _HOPPER, _AMPERE = (9, 0), (8, 0)
 
@@ -39,12 +39,12 @@ def make_attention(
     | `cudnn` | GPU, 16 bits | all others | no | quadratic (mask) |
     | `tokamax` | GPU, if installed | one key range | forwards | linear |
 
-    `auto` is resolved for each call by `choose_backend`, from the platform that the program is compiled for. Patterns
+    `choose_backend` resolves `auto` for each call, from the platform that the program is compiled for. The patterns
     whose queries see one range of keys are `Full`, `SpaceOnly`, `TimeOnly`, `CausalFrames`, and a `SlidingWindow` of
     radius 0. `chunk` is the block size of `chunked`; the kernels have their own.
 
     Raises:
-      UserError: an unknown backend, or a pattern that it cannot do.
+      UserError: If the backend is unknown or does not support the pattern.
     """
     if isinstance(backend, SplashBlocks):
         return SplashAttention(pattern=pattern, blocks=backend)
@@ -65,10 +65,10 @@ def make_attention(
 
 
 def check_attention(backend: Backend, *patterns: Pattern, biased: bool = False) -> None:
-    """Check that a backend supports these patterns, without building it, so also on machines that lack the backend.
+    """Check that a backend supports these patterns. It is not built, so this works on machines that lack it.
 
     Raises:
-      UserError: patterns, or a bias of the scores, that the backend does not support.
+      UserError: If the backend does not support one of the patterns, or a bias of the scores.
     """
     name = get_backend_name(backend)
     if name in ("splash", "tokamax"):
@@ -79,7 +79,7 @@ def check_attention(backend: Backend, *patterns: Pattern, biased: bool = False) 
 
 
 def get_backend_name(backend: Backend) -> BackendName:
-    """Return the name of a backend, which its settings may stand for."""
+    """Return the name of a backend that is given by name or by its settings."""
     return "splash" if isinstance(backend, SplashBlocks) else backend
 
 
@@ -87,7 +87,7 @@ def check_platform(backend: Backend, platform: Platform) -> None:
     """Check that a platform has the kernels of a backend.
 
     Raises:
-      UserError: it has not.
+      UserError: If the platform lacks the kernels.
     """
     name = get_backend_name(backend)
     if (needed := _KERNEL_PLATFORMS.get(name, platform.name)) != platform.name:
@@ -111,11 +111,11 @@ def choose_backend(
 ) -> BackendName:
     """Return the backend that `auto` stands for.
 
-    - `dense` on every platform for up to `(4 chunk)²` scores of a head, which no kernel computes faster;
+    - `dense` on every platform for up to `(4 chunk)²` scores per head, which no kernel computes faster;
     - `splash` on TPUs for patterns of one key range;
-    - `cudnn` on NVIDIA GPUs where it skips the pairs of two segments: full attention in 16 bits, from Hopper on, or
+    - `cudnn` on NVIDIA GPUs if it can skip pairs of different segments: full attention in 16 bits, from Hopper on, or
       from Ampere on for rows of one segment;
-    - `chunked` for all else.
+    - `chunked` otherwise.
 
     Args:
       platform: platform that the program is compiled for.

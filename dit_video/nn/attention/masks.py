@@ -5,9 +5,9 @@ more boxes along these axes. A query sees the keys of its own segment that lie i
 
     i sees j  <=>  segment_i = segment_j > 0  and  low_i <= value_j <= high_i along all axes, for one of the boxes.
 
-Backends use a pattern in this form only: the dense mask is the comparison itself, and whether a block of queries sees
-any key of a block follows from the extremes of their boxes and values. The segment is the first axis, so packing is
-part of the same comparison. Id 0 is padding: it sees nothing, is not seen, and gets zeros.
+Backends use a pattern in this form only: the dense mask is the comparison itself, and the extremes of boxes and values
+tell whether a block of queries sees any key in a block. The segment is the first axis, so packing is part of the same
+comparison. Id 0 is padding: it sees nothing, is not seen, and gets zeros.
 """
 
 import functools
@@ -27,31 +27,31 @@ OPEN_LOW, OPEN_HIGH = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 """Lower and upper end of a box that is unbounded along an axis."""
 
 Locality = Literal["group", "prefix", "boxes"]
-"""Locality of a pattern: the keys that a query sees once keys are sorted by their values. They are all with the query's
-own value ("group"), these and all earlier ones in its segment ("prefix"), or anything else ("boxes"). Kernels that take
-one range of keys for every query support the first two."""
+"""Locality of a pattern: the keys that a query sees once keys are sorted by their values. These are all keys with the
+query's own value ("group"), those and all earlier keys in its segment ("prefix"), or anything else ("boxes"). Kernels
+that take one range of keys per query support the first two."""
 
 
 @runtime_checkable
 class Pattern(Protocol):
-    """A rule for which tokens see each other, from which `MaskBoxes` are made: `A` axes, and one or more boxes."""
+    """A rule that decides which tokens see each other, given as `A` axes and one or more boxes (see `MaskBoxes`)."""
 
     @property
     def locality(self) -> Locality: ...
 
     @property
     def causal(self) -> bool:
-        """Return whether no frame sees a later one outside its chunk."""
+        """Return True if no frame sees a later one outside its chunk."""
 
     def compute_axes(self, indices: Int[Array, "B N 3"]) -> tuple[Int[Array, "B N"], ...]:
         """Return the values along the pattern's axes; without axes a query sees its whole segment."""
 
     def compute_boxes(self, values: Int[Array, "B N A"]) -> tuple[tuple[Int[Array, "B N A"], Int[Array, "B N A"]], ...]:
-        """Return (low, high), both inclusive, of every box of queries with these values."""
+        """Return (low, high), both inclusive, for every box of queries with these values."""
 
 
 class _Groups:
-    """Base of patterns in which the tokens of a group see each other: those that agree along `axes`."""
+    """Base of patterns in which tokens see each other if they agree along `axes`."""
 
     axes: ClassVar[tuple[int, ...]] = ()
     locality: ClassVar[Locality] = "group"
@@ -66,7 +66,7 @@ class _Groups:
 
 @dataclass(frozen=True, kw_only=True)
 class Full(_Groups):
-    """Full spacetime attention: a token sees its whole clip. The only pattern that needs no grid indices."""
+    """Full spacetime attention: a token sees its whole clip. No other pattern works without grid indices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class CausalFrames:
     """Causal attention over time: a frame sees its own chunk of `chunk` frames and all earlier frames.
 
     Raises:
-      UserError: a chunk below 1.
+      UserError: If the chunk is below 1.
     """
 
     chunk: int = 1
@@ -129,7 +129,7 @@ class SlidingWindow:
     which fits blocks exactly (sliding tile attention, arXiv 2502.04507). Radius 0 is attention within a tile.
 
     Raises:
-      UserError: a negative radius, a tile below 1, or no axis with a radius.
+      UserError: If a radius is negative, a tile is below 1, or no axis has a radius.
     """
 
     radius: tuple[int | None, int | None, int | None]
@@ -168,8 +168,8 @@ PatternChoice = Full | SpaceOnly | TimeOnly | CausalFrames | SparseCausal | Slid
 class WithGlobalTokens:
     """A pattern extended to tokens without a position (`GLOBAL`): registers, and text in joint attention.
 
-    All tokens of their segment see global tokens. Global tokens see their whole segment; or, in causal patterns, only
-    each other, because frames would otherwise receive information about later ones through them.
+    Every token sees the global tokens of its segment. Global tokens see their whole segment. In causal patterns they
+    see only each other, because frames would otherwise learn about later ones through them.
     """
 
     pattern: Pattern
@@ -191,7 +191,8 @@ class WithGlobalTokens:
         zeros = jnp.zeros_like(values[..., 1:])
         lowest, highest = zeros + OPEN_LOW, zeros + OPEN_HIGH
         has_position = kind > 0
-        # The pattern's boxes, along the first axis from 1 to 1; for a global token that must not look, from 1 to 0.
+        # The pattern's boxes go from 1 to 1 along the first axis, and from 1 to 0 for a global token that must not
+        # look.
         kind_end = jnp.where(has_position | self.globals_see_all, 1, 0)
         boxes = [
             (
@@ -200,7 +201,7 @@ class WithGlobalTokens:
             )
             for low, high in self.pattern.compute_boxes(values[..., 1:])
         ]
-        # One more box with all global tokens, which every query has.
+        # Every query also gets a box with all global tokens.
         is_global = jnp.zeros_like(kind)
         return *boxes, (jnp.concatenate([is_global, lowest], axis=-1), jnp.concatenate([is_global, highest], axis=-1))
 
@@ -219,7 +220,7 @@ class MaskBoxes(NamedTuple):
 def mask_boxes(pattern: Pattern, inputs: AttentionInputs) -> MaskBoxes:
     """Return the boxes of queries and the values of keys; a pattern with axes needs the tokens' grid indices.
 
-    Padding among the keys has segment -1, padding among the queries has an empty box, from 1 to 0.
+    Padding has segment -1 among the keys, and an empty box, from 1 to 0, among the queries.
     """
     queries = _stack_axes(pattern, inputs.q_segments, inputs.q_indices)
     keys = _stack_axes(pattern, inputs.kv_segments, inputs.kv_indices)
@@ -262,10 +263,11 @@ def dense_mask(boxes: MaskBoxes) -> Bool[Array, "B N M"]:
 
 @functools.lru_cache(maxsize=65_536)
 def count_pairs(pattern: Pattern, grid: tuple[int, int, int]) -> int:
-    """Count the visible (query, key) pairs in a clip of (t, h, w) tokens, which are the ones of its dense mask.
+    """Count the visible (query, key) pairs in a clip of (t, h, w) tokens: the ones in its dense mask.
 
-    Keys are counted by their values along the pattern's A axes, and the counts accumulated along each axis; the number
-    of keys in a query's box is then a signed sum of 2^A entries. Time and memory are linear in the tokens.
+    Keys are counted by their values along the pattern's A axes, and the counts are accumulated along each axis. The
+    number of keys in a query's box is then a signed sum of 2^A entries. Time and memory are linear in the number of
+    tokens.
     """
     indices = jnp.asarray(np.indices(grid, np.int32).reshape(3, 1, -1).transpose(1, 2, 0))
     axes = pattern.compute_axes(indices)

@@ -1,11 +1,11 @@
-"""TPU backend: JAX's Pallas splash attention, with the blocks to skip chosen at run time.
+"""TPU backend: JAX's Pallas splash attention, which here chooses the blocks to skip at run time.
 
 The kernel compares segment ids inside a block, but reads the blocks to visit from a table. JAX builds that table from a
-mask that is known at compile time. Here it is built inside the program from the row's own segments, so blocks of other
-segments are neither fetched nor computed, in the forward and in the backward pass.
+mask that is known at compile time. This module builds it inside the program from the row's own segments, so both passes
+neither fetch nor compute blocks of other segments.
 
-Tested on CPU in Pallas' interpreter, and compiled ahead of time for v5e and v6e; not yet run on hardware. As with every
-kernel, the compiler does not partition it: on several devices, call it under `jax.shard_map`.
+Tested on CPU in Pallas' interpreter, and compiled ahead of time for v5e and v6e; not yet run on hardware. The compiler
+does not partition kernels: on several devices, call it under `jax.shard_map`.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class KernelBlocks(NamedTuple):
 
     @property
     def row_multiples(self) -> tuple[int, int]:
-        """Return what the number of queries, and that of keys, of a row must be multiples of."""
+        """Return the numbers whose multiples a row's query count and key count must be."""
         queries, keys = [self.block_q, self.block_q_dkv], [self.block_kv, self.block_kv_dkv]
         if not self.use_fused_bwd_kernel:
             queries, keys = [*queries, self.block_q_dq], [*keys, self.block_kv_dq]
@@ -58,18 +58,17 @@ class KernelBlocks(NamedTuple):
 class SplashBlocks:
     """Numbers of queries and keys in the blocks of the splash kernels, named as in JAX's `BlockSizes`.
 
-    None of `block_q` and `block_kv` uses `choose_block_size`; None of the others uses these two. Blocks of more than
-    1,024 take more on-chip memory than a kernel gets by default (see the TPU flags in `platform.xla_flags`).
+    If `block_q` or `block_kv` is None, `choose_block_size` sets it; the others default to these two. Blocks above 1,024
+    take more on-chip memory than a kernel gets by default (see the TPU flags in `platform.xla_flags`).
 
     Raises:
-      UserError: A size that is not a multiple of 128, or a block of keys that its part computed at a time does not
-        divide.
+      UserError: If a size is not a multiple of 128, or a `_compute` size does not divide its block of keys.
     """
 
     block_q: int | None = None
     """Number of queries in a block of the forward pass."""
     block_kv: int | None = None
-    """Number of keys in a block of the forward pass, which are in on-chip memory together."""
+    """Number of keys in a block of the forward pass; they are in on-chip memory together."""
     block_kv_compute: int | None = None
     """Number of keys of a block that are multiplied at a time."""
     block_q_dkv: int | None = None
@@ -83,7 +82,7 @@ class SplashBlocks:
     block_kv_dq: int | None = None
     """Number of keys in a block of the gradients of queries."""
     use_fused_bwd_kernel: bool = False
-    """True to compute all gradients in one kernel, which takes 5 products of a block instead of 7, and keeps a copy of
+    """True to compute all gradients in one kernel, which takes 5 products per block instead of 7 and keeps a copy of
     the queries' gradients for each block of keys."""
 
     def __post_init__(self):
@@ -108,7 +107,7 @@ class SplashBlocks:
         return KernelBlocks(
             block_q=block_q,
             block_kv=block_kv,
-            # A block that is cut to the row's length may no longer be a multiple of the part.
+            # A block that is cut to the row's length may no longer be a multiple of its `_compute` size.
             block_kv_compute=math.gcd(self.block_kv_compute or block_kv, block_kv),
             block_q_dkv=limit(self.block_q_dkv, block_q, queries),
             block_kv_dkv=block_kv_dkv,
@@ -127,8 +126,8 @@ def choose_block_size(tokens: int) -> int:
 
     Keys and values are read once per block of queries. Blocks of 512 have 512 operations per byte, blocks of 1,024
     twice as many, and a v6e needs 560 to be compute-bound; larger blocks also mean a quarter as many kernel steps.
-    Blocks above 1,024 need more on-chip memory than v5e and v5p give a kernel. Short rows have short clips, of which
-    large blocks would mix several.
+    Blocks above 1,024 need more on-chip memory than v5e and v5p give a kernel. Short rows hold short clips, and large
+    blocks would mix several of them.
     """
     return 1024 if tokens >= _MIN_LARGE_BLOCK_TOKENS else 512
 
@@ -142,7 +141,7 @@ class SplashAttention:
     """Attention by the splash kernel, in blocks of queries by blocks of keys.
 
     Raises:
-      UserError: a pattern whose queries see several ranges of keys.
+      UserError: If the pattern's queries see several ranges of keys.
     """
 
     pattern: Pattern = Full()
@@ -157,7 +156,7 @@ class SplashAttention:
         inputs = inputs.require_no_bias("splash")
         q = q * q.shape[-1] ** -0.5
         if isinstance(self.pattern, Full):
-            # The kernel needs nothing but segment ids, so the tokens are not sorted.
+            # The kernel only needs segment ids, so the tokens are not sorted.
             ids = jnp.where(inputs.q_segments > 0, inputs.q_segments, _NO_QUERY)
             key_ids = jnp.where(inputs.kv_segments > 0, inputs.kv_segments, _NO_KEY)
             sees_any = ids >= 0
@@ -182,7 +181,7 @@ class SplashAttention:
         key_ids: Int[Array, "B M"],
         ends: Int[Array, "B N"],
     ) -> Float[Array, "B N K d"]:
-        """Compute attention of all rows, padded to whole blocks, in sequence, because each has its own block table."""
+        """Compute attention of all rows, padded to whole blocks, one after another: each has its own block table."""
         length = q.shape[1]
         blocks = self.blocks.resolve(length, k.shape[1])
         size, key_size = blocks.row_multiples
@@ -217,7 +216,8 @@ class SplashAttention:
 
         def build_query_table(block_q: int, block_kv: int) -> Any:
             overlaps = _find_overlaps(ids, key_ids, end_table, block_q, block_kv)
-            # A block of queries that sees nothing still visits one of keys: the kernel divides by the sum of weights.
+            # A query block that sees nothing still visits one key block, because the kernel divides by the sum of
+            # weights.
             visited = overlaps | (~overlaps.any(axis=1, keepdims=True) & (jnp.arange(overlaps.shape[1]) == 0))
             return _build_block_table(visited, end_table, axis=1)
 
@@ -250,7 +250,7 @@ def _find_overlaps(
     size: int,
     key_size: int,
 ) -> Bool[Array, "n m"]:
-    """Return which pairs of a query block and a key block may contain visible pairs, by the ranges of their ids."""
+    """Return which query and key blocks may contain visible pairs, judged by the ranges of their ids."""
     lowest, highest = _compute_id_range(ids.reshape(-1, size))
     key_lowest, key_highest = _compute_id_range(key_ids.reshape(-1, key_size))
     overlaps = (lowest[:, None] <= key_highest) & (key_lowest <= highest[:, None])
@@ -270,7 +270,7 @@ def _build_block_table(overlaps: Bool[Array, "n m"], ends: Int[Array, " N"] | No
     """Return the kernel's table of blocks.
 
     It says whether to compute a block, and which block of keys (axis 1) or queries (axis 0) to prefetch: the next one
-    that is computed, or the last one again, so that no block is fetched in vain.
+    to compute, or the last one again so that no fetch is wasted.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
 
@@ -280,7 +280,7 @@ def _build_block_table(overlaps: Bool[Array, "n m"], ends: Int[Array, " N"] | No
     upcoming = jax.lax.cummin(jnp.where(overlaps, index, number), axis=axis, reverse=True)
     last = jnp.where(overlaps, index, 0).max(axis=axis, keepdims=True)
     next_block = jnp.where(upcoming == number, last, upcoming)
-    # The smallest integer type, because tables are kept in scalar memory, which is small.
+    # Tables are kept in scalar memory, which is small, so they use the smallest integer type.
     dtype = next(kind for kind in (jnp.int8, jnp.int16, jnp.int32) if number <= jnp.iinfo(kind).max)
     return table(
         data_next=next_block.astype(dtype)[None],

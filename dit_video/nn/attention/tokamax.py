@@ -1,6 +1,6 @@
 """GPU backend: the attention kernels of tokamax, if that package is installed.
 
-The project's tests do not run them on a GPU: they test the kernels' arguments, with the XLA implementation of the same
+The project's tests do not run them on a GPU; they check the kernels' arguments with the XLA implementation of the same
 function. On several devices, call the backend under `jax.shard_map`.
 """
 
@@ -19,13 +19,13 @@ from dit_video.nn.attention.masks import Full, Pattern, mask_boxes
 class TokamaxAttention:
     """tokamax's attention kernels with one range of keys per query, in memory that is linear in the row.
 
-    `mosaic_gpu` is for Hopper and Blackwell. Its forward pass skips blocks outside of the ranges; its backward pass on
-    Hopper, as of 0.0.12, visits all blocks and masks them. (That of `triton` builds a dense mask.) Its results have no
-    checkpoint name, so every remat policy but `none` recomputes them. The public function of 0.0.12 takes no key
-    ranges, so the operations below it are called. `xla` runs on any platform and is meant for tests.
+    `mosaic_gpu` is for Hopper and Blackwell. Its forward pass skips blocks outside the ranges. Its backward pass on
+    Hopper, as of 0.0.12, visits all blocks and masks them. (The backward pass of `triton` builds a dense mask.) The
+    results have no checkpoint name, so every remat policy but `none` recomputes them. The public function of 0.0.12
+    takes no key ranges, so this class calls the operations below it. `xla` runs on any platform and is meant for tests.
 
     Raises:
-      UserError: tokamax is not installed, or a pattern whose queries see several ranges of keys.
+      UserError: If tokamax is not installed, or the pattern's queries see several ranges of keys.
     """
 
     pattern: Pattern = Full()
@@ -38,8 +38,8 @@ class TokamaxAttention:
     def __call__(self, q: Queries, k: Keys, v: Keys, inputs: AttentionInputs) -> Queries:
         ranges = find_key_ranges(self.pattern, mask_boxes(self.pattern, inputs.require_no_bias("tokamax")))
         sees_any = ranges.start < ranges.stop
-        # The kernel must not compute the softmax of no scores: queries without keys see the first key, and are set to
-        # zero afterwards.
+        # The kernel must not compute a softmax over no scores: queries without keys see the first key, and their
+        # outputs are set to zero afterwards.
         start, stop = jnp.where(sees_any, ranges.start, 0), jnp.where(sees_any, ranges.stop, 1)
         operations, mask = _load_operations()
         mixed = operations[self.implementation](

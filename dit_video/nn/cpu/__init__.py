@@ -1,1 +1,1 @@
-"""Operations in a form that XLA's CPU backend computes faster."""
+"""Forms of operations that XLA's CPU backend computes faster."""

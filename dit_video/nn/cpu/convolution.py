@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 MAX_COLUMN_BYTES = 2**26
-"""Bytes of columns in memory at once; a single frame is never split, so it may take more."""
+"""Largest number of bytes of columns in memory at once; a single frame is never split, so it may take more."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -22,13 +22,13 @@ def im2col_conv(
     bias: Float[Array, " o"],
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Float[Array, "B t h w o"]:
-    """Convolve with stride 1, zero-padded in space and not in time: `t = T - kt + 1` frames remain.
+    """Convolve with stride 1 and zero padding in space but not in time: `t = T - kt + 1` frames remain.
 
     Args:
-      x: input of any dtype, which its gradient has too.
+      x: input of any dtype; its gradient has the same dtype.
       kernel: weights of odd height and width.
       bias: added to every output.
-      dtype: dtype of the factors; products are summed in float32.
+      dtype: dtype in which values are multiplied; products are summed in float32.
 
     Returns:
       The output in float32; so are the gradients of the kernel and the bias.
@@ -53,7 +53,7 @@ def _backward(dtype: DTypeLike, kept: tuple[Array, Array, Array], gradient: Arra
     flipped = kernel[:, ::-1, ::-1].transpose(1, 2, 4, 0, 3).reshape(kernel_h, kernel_w, out, frames * width)
     d_stacked = _convolve_frames(gradient, flipped)
     extra = x.shape[1] - gradient.shape[1]
-    # A frame was stacked once at every time offset: its gradient is the sum over the offsets.
+    # A frame was stacked once at every time offset, so its gradient is the sum over the offsets.
     parts = enumerate(jnp.split(d_stacked, frames, axis=-1))
     padded = (jnp.pad(part, ((0, 0), (offset, extra - offset), (0, 0), (0, 0), (0, 0))) for offset, part in parts)
     d_x = functools.reduce(operator.add, padded)
@@ -80,7 +80,7 @@ def _convolve_frames(x: Float[Array, "B t h w i"], kernel: Float[Array, "kh kw i
 def _compute_kernel_gradient(
     x: Float[Array, "B t h w i"], gradient: Float[Array, "B t h w o"], kernel_size: tuple[int, int]
 ) -> Float[Array, "k o"]:
-    """Return the gradient of the 2-D convolution's kernel from that of its output."""
+    """Return the gradient of the 2-D convolution's kernel from its output's gradient."""
     parts = _split_frames(x, kernel_size)
     gradients = gradient.reshape(len(parts), -1, gradient.shape[-1])
 
@@ -123,7 +123,7 @@ def compute_column_bytes(
 
 
 def _gather_columns(x: Float[Array, "n h w i"], kernel_size: Sequence[int]) -> Float[Array, "p k"]:
-    """Gather the values that every output position sees, zeros beyond the edges, in (row, column, channel) order."""
+    """Gather the values that every output position sees, with zeros beyond the edges, by (row, column, channel)."""
     (kernel_h, kernel_w), (height, width) = kernel_size, x.shape[1:3]
     moved = _to_integers(x)
     padded = jnp.pad(moved, ((0, 0), (kernel_h // 2, kernel_h // 2), (kernel_w // 2, kernel_w // 2), (0, 0)))
@@ -142,7 +142,7 @@ def _stack_frames(x: Float[Array, "B T h w i"], frames: int) -> Float[Array, "B 
 
 
 def _to_integers(x: Float[Array, "*positions i"]) -> Array:
-    """Reinterpret bfloat16 as integers, two channels in one if their number is even.
+    """Reinterpret bfloat16 as integers; each holds two channels if their number is even.
 
     XLA on CPU converts bfloat16 to float32 and back merely to move it; integers are copied as they are.
     """
@@ -162,7 +162,7 @@ def _to_floats(x: Array, dtype: jnp.dtype) -> Array:
 
 
 _MAX_TILES = 4096
-"""Tiles that are computed at once, few enough that their 16 arrays stay in the caches of the cores."""
+"""Largest number of tiles computed at once, small enough that their 16 arrays stay in the cores' caches."""
 _KERNEL_TRANSFORM = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 
 
@@ -173,7 +173,7 @@ def winograd_conv(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -
     margins = ((0, 0), *((1, 1 + 2 * tile - size) for tile, size in zip(tiles, (height, width), strict=True)), (0, 0))
     padded = jnp.pad(x, margins)
     transformed = jnp.einsum("ai,bj,ijco->abco", _KERNEL_TRANSFORM, _KERNEL_TRANSFORM, kernel)
-    # Only the input is kept for the backward pass: its transform takes four times the memory, and little time.
+    # Only the input is kept for the backward pass, as its transform takes four times the memory but little time.
     convolve = jax.checkpoint(lambda part: _convolve_tiles(part, transformed))
     volume = tiles[0] * tiles[1]
     at_once = max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * volume <= _MAX_TILES))

@@ -1,9 +1,9 @@
-"""Full attention within segments in the form that is fastest on CPU: blocks are aligned with segments.
+"""Full attention within segments, with blocks aligned to segments: the fastest form on CPU.
 
 As in `chunked`, softmax is computed online and the backward pass recomputes the scores (arXiv 2205.14135). The blocks
 differ: a block of queries begins where the previous one ended, and ends with the last segment that fits completely, or
-when it is full; a block of keys begins at the next key that any of these queries can see. So a block holds several
-short segments, and little of it is wasted on long ones.
+when it is full; a block of keys begins at the next key that any of these queries can see. A block therefore holds
+several short segments, and long segments waste little of it.
 """
 
 import functools
@@ -29,10 +29,10 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Block sizes of the outer and the inner loop, largest first; a block has the first of these sizes that it fills.
+    """Block sizes of the outer and the inner loop, largest first; a block gets the first size that it fills.
 
-    Products of a narrow block with a wide one are the fastest in XLA's CPU backend, which gains little from threads in
-    products of less than two chunks. The smaller sizes are for the ends of segments.
+    Products of a narrow block with a wide one are the fastest in XLA's CPU backend, where products of less than two
+    chunks gain little from threads. The smaller sizes are for the ends of segments.
     """
 
     narrow: tuple[int, ...]
@@ -52,7 +52,7 @@ def _sort_descending(sizes: set[int]) -> tuple[int, ...]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(chunk: int, q: Queries, k: Keys, v: Keys, q_ids: Int[Array, "B N"], kv_ids: Int[Array, "B M"]) -> Queries:
-    """Compute attention of every token to those of its own segment; `q` is already scaled."""
+    """Compute every token's attention to its own segment; `q` is already scaled."""
     return _forward(chunk, q, k, v, q_ids, kv_ids)[0]
 
 
@@ -85,14 +85,14 @@ def _scan_blocks(
 
     `own` marks the tokens from `start` on that belong to the block. `scan_others(step, state)` runs
     `state = step(start, mask, state)` for those blocks of the other row that have tokens of the block's segments;
-    `mask` marks the pairs of tokens in the same segment. The last block of a row is moved back to fit into it: the
-    tokens that it shares with the previous block are not its own, or masked.
+    `mask` marks the pairs of tokens in the same segment. A row's last block is moved back to fit into it. The tokens
+    that it shares with the previous block are not its own, or are masked.
     """
     length, other_length = ids.shape[0], other_ids.shape[0]
     index = jnp.arange(length + 1, dtype=jnp.int32)
     is_boundary = jnp.pad(ids[1:] != ids[:-1], 1, constant_values=True)
     last_boundary = jax.lax.cummax(jnp.where(is_boundary, index, 0))  # at or before each token
-    # Indices are float32, exact up to 16 million, because only for floats XLA's CPU backend has a fast minimum.
+    # Indices are float32, exact up to 16 million, because XLA's CPU backend has a fast minimum for floats only.
     other_index = jnp.arange(other_length, dtype=jnp.float32)
 
     def find_stop(first, size):
@@ -121,8 +121,8 @@ def _scan_blocks(
 
         def scan_others(step, state):
             first = find_next(0)
-            # One loop for every block size, as XLA's shapes are static: large blocks while they are well filled, then
-            # smaller ones for the rest.
+            # XLA's shapes are static, so every block size has its own loop: large blocks while they are well filled,
+            # then smaller ones for the rest.
             for size in sizes.wide:
 
                 def continues(state, size=size):
@@ -186,7 +186,8 @@ def _attend_row(
             sees_any = maximum > MASK_VALUE
             out, lse = carried
             mixed = jnp.where(sees_any[:, None], mixed / total[:, None], 0.0)
-            # Queries that see nothing get a value so far above all scores that the backward pass gives weights of zero.
+            # Queries that see nothing get a value so far above all scores that their weights are zero in the backward
+            # pass.
             block_lse = jnp.where(sees_any, maximum + jnp.log(total), -MASK_VALUE)
             # Tokens that are not the block's own keep the result of the previous block.
             previous_lse = jax.lax.dynamic_slice(lse, (index, start), (1, size))
@@ -213,8 +214,8 @@ def _attend_row_backward(
 ) -> tuple[Float[Array, "N K d"], Float[Array, "M K d"], Float[Array, "M K d"]]:
     """Return a row's gradients in float32 (arXiv 2205.14135, appendix B.2).
 
-    Keys are the outer loop and the first axis of the scores: two of the three products that follow then need no
-    transposed factor, instead of one. The queries' gradient is computed transposed, the fastest way in XLA on CPU.
+    Keys are the outer loop and the first axis of the scores. Of the three products that follow, two then need no
+    transposed factor instead of one. The queries' gradient is computed transposed, the fastest way in XLA on CPU.
     """
     delta = (out * d_out.astype(jnp.float32)).sum(axis=-1).T
 
