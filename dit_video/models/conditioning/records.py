@@ -48,7 +48,7 @@ class Conditioning:
     """The conditioning of a batch: a set of records, at most one of each kind. A kind is the record's class.
 
     Raises:
-      UserError: two records of one kind.
+      UserError: If two records are of one kind.
     """
 
     def __init__(self, *records: Any):
@@ -70,19 +70,19 @@ class Conditioning:
         """Return the record of a kind.
 
         Raises:
-          KeyError: there is none.
+          KeyError: If there is none.
         """
         return self._records[kind]
 
     def add(self, *records: Any) -> "Conditioning":
-        """Return the conditioning with further records, which take the place of those of the same kinds."""
+        """Return the conditioning with further records, which replace existing records of the same kinds."""
         return Conditioning(*(self._records | {type(record): record for record in records}).values())
 
     def check(self, required: Iterable[type]) -> None:
         """Check that there is a record of each of the required kinds, and no other.
 
         Raises:
-          UserError: one is missing, or there is another one.
+          UserError: If a required record is missing, or there is a record of another kind.
         """
         required = frozenset(required)
         for kind in sorted(required ^ self.kinds, key=lambda kind: kind.__name__):
