@@ -122,8 +122,7 @@ class DitArchitecture(BackboneConfig):
     """Number of channels of clean latents and masks that accompany the noisy latents (`ConditioningLatents`)."""
     conditioning: tuple[ClipConditioning, ...] = ()
     """Conditioning on fields of the clips. Embeddings of values per frame or on the grid are added to the tokens,
-    embeddings of values per clip modulate the blocks, and tokens of `extra` fields follow the clip's tokens, at time
-    0."""
+    embeddings of values per clip modulate the blocks, and tokens of `extra` fields follow the clip's, at time 0."""
     registers: int = 0
     """Number of learned register tokens for each clip (arXiv 2309.16588)."""
     attention: Backend = "auto"
