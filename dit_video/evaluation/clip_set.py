@@ -35,8 +35,8 @@ def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
       split: split of a data set; all of its clips if empty.
 
     Raises:
-      MissingError: the folder does not exist.
-      UserError: the folder holds no clips, or none of this split.
+      MissingError: If the folder does not exist.
+      UserError: If the folder holds no clips, or none of this split.
     """
     folder = Path(folder)
     if not folder.is_dir():
