@@ -1,4 +1,4 @@
-"""Sets of clips that an evaluation reads: samples of a model, or clips of the data, from folders of many kinds."""
+"""Sets of clips that an evaluation reads: a model's samples, or data clips, from folders of many kinds."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence

@@ -27,7 +27,7 @@ _MAX_NAMED, _MAX_TRIED = 5, 64
 
 @dataclass
 class ClipReader:
-    """Clips of a set as a protocol samples them; those that cannot be read are counted and named."""
+    """Clips of a set as a protocol samples them; unreadable ones are counted and named."""
 
     clips: ClipSet
     protocol: Protocol
@@ -140,7 +140,7 @@ class ClipUpdates:
         return {name: self.real_names[number] for name, number in zip(self.names, numbers, strict=True)}
 
     def add_real_clips(self, clips: ClipSet) -> None:
-        """Read clips of the data."""
+        """Read data clips."""
         protocol = self.protocol
         numbers = protocol.choose(len(clips.names), protocol.real_count, purpose="measured clips of the data")
         for part in self._read(clips, numbers):
@@ -171,7 +171,7 @@ class ClipUpdates:
             self.collection.update(batch)
             self.names += [clips.names[number] for number, _ in part]
         if pairs is not None:
-            self._totals.setdefault(pairs.location, len(clips.names))  # also for those that other processes leave out
+            self._totals.setdefault(pairs.location, len(clips.names))  # also for clips that other processes leave out
             if pairs.excluded:
                 self.excluded.setdefault(pairs.location, {}).update(pairs.excluded)
 

@@ -44,7 +44,7 @@ class MetricCollection:
                 self.states[index] = metric.update(self.states[index], batch.select(metric.needs))
 
     def merge(self, states: Sequence[Any]) -> None:
-        """Add the examples of further states of the same metrics, which come after those of this collection."""
+        """Add the examples of further states of the same metrics, which come after this collection's own."""
         merged = zip(self.metrics, self.states, states, strict=True)
         self.states = [metric.merge(own, other) for metric, own, other in merged]
 

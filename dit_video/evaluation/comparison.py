@@ -144,7 +144,7 @@ def _check_record(file: Path, record: Any) -> None:
 
 
 def _check_counts(first: Mapping[str, Any], second: Mapping[str, Any], *, names: tuple[str, str]) -> None:
-    """Check that equally many samples were measured, apart from those that the protocol allows to leave out.
+    """Check that equally many samples were measured, apart from clips that the protocol allows to leave out.
 
     Raises:
       UserError: If the numbers differ by more.

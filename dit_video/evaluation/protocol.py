@@ -112,7 +112,7 @@ class Protocol:
     A subclass may render its own data clips (`make_scenes`) and give a part of them to the model (`add_known_frames`).
 
     Raises:
-      UserError: If there are fewer samples than one.
+      UserError: If a number of clips is below 1, or `max_unreadable` is outside [0, 1].
     """
 
     name: str

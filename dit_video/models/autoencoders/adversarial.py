@@ -23,7 +23,7 @@ _SLOPE = 0.2
 class Discriminator(nnx.Module):
     """A 3-D PatchGAN: one logit per patch, which sees the patch and its surroundings (arXiv 1611.07004, 3.2.2).
 
-    It has `layers` convolutions of 3×4×4, each of which halves frames (rounded up), height and width, then one more
+    It has `layers` convolutions of 3×4×4, each halving frames (rounded up), height and width, then one more
     convolution, then the logits. It sees both directions in time, with zeros before and after a clip, so that an image
     is judged as a clip of one frame. Norms are over channels alone: a logit depends on no other clip and on nothing
     outside its receptive field.
@@ -83,7 +83,7 @@ class R1:
 
 @dataclass(frozen=True, kw_only=True)
 class LeCam:
-    """LeCam regulariser: keeps logits near the other kind of clips' running mean (arXiv 2104.03310).
+    """LeCam regulariser: keeps logits near the running mean for the other kind of clips (arXiv 2104.03310).
 
     Raises:
       UserError: If a value is out of range.

@@ -193,7 +193,7 @@ _FACTORS: dict[Downsampling, Grid] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LtxVaeConfig:
-    """Configuration of LTX-Video's autoencoder; the defaults are those of version 0.9.0.
+    """Configuration of LTX-Video's autoencoder; the defaults are version 0.9.0's.
 
     Levels, the decoder's too, are in the order of diffusers' settings: from the highest resolution to the lowest.
 

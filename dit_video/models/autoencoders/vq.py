@@ -2,8 +2,8 @@
 
     pixels -> encoder -> linear -> nearest code -> linear -> decoder -> pixels
 
-Encoder and decoder are those of a VAE of clips or images; in MoVQ the codes also modulate the decoder's norms.
-Denoisers see the latents before quantisation; decoding quantises them first, so a denoiser need not hit a code exactly.
+Encoder and decoder come from a VAE of clips or images; in MoVQ the codes also modulate the decoder's norms. Denoisers
+see the latents before quantisation; decoding quantises them first, so a denoiser need not hit a code exactly.
 """
 
 from dataclasses import dataclass, field

@@ -143,7 +143,7 @@ def fold_pixel_mask(mask: Shaped[np.ndarray, "T H W"], latents: Grid) -> Shaped[
 
 @dataclass(frozen=True, kw_only=True)
 class VaceDitConfig(WanDitConfig):
-    """Configuration of VACE's transformer; the defaults are those of VACE 1.3B.
+    """Configuration of VACE's transformer; the defaults are VACE 1.3B's.
 
     Raises:
       UserError: If the conditioning is not one `VaceControl` whose number of layers divides the number of blocks, there
@@ -205,7 +205,7 @@ class VaceDitConfig(WanDitConfig):
 
 
 class ControlInputs(NamedTuple):
-    """Inputs of the control layers besides those of all blocks."""
+    """Inputs of the control layers besides the inputs of all blocks."""
 
     state: Float[Array, "B N D"]
     """Input of the first control layer."""

@@ -53,7 +53,7 @@ from dit_video.tokens import Grid, PackedRows, Rotary3d, compute_rotary_angles, 
 
 @dataclass(frozen=True, kw_only=True)
 class WanDitConfig(BackboneConfig):
-    """Configuration of Wan's transformer; the defaults are those of Wan 2.1 T2V 1.3B.
+    """Configuration of Wan's transformer; the defaults are Wan 2.1 T2V 1.3B's.
 
     Raises:
       UserError: If the heads do not divide the width into even parts, the text length is below 1, there are image

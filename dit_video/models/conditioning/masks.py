@@ -178,7 +178,7 @@ class OutsideOfBox(MaskGenerator):
     """
 
     min_share: float = 0.3
-    """Smallest height and width of the box, relative to those of a frame."""
+    """Smallest height and width of the box, relative to the frame's."""
     max_share: float = 0.8
     """Largest height and width of the box."""
 
@@ -212,7 +212,7 @@ class InsideOfBox(MaskGenerator):
     """
 
     min_share: float = 0.4
-    """Smallest height and width of the box, relative to those of a frame."""
+    """Smallest height and width of the box, relative to the frame's."""
     max_share: float = 0.95
     """Largest height and width of the box."""
 

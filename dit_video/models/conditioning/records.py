@@ -111,8 +111,8 @@ def drop_captions(
 ) -> tuple[Shaped[Array, "B S *E"], Int[Array, "B S"]]:
     """Replace the captions of the dropped segments by the empty caption `empty`: tokens, or embeddings of width `E`.
 
-    The first tokens of a dropped caption become those of the empty one, the others become padding: exactly the input of
-    the unconditional branch of guidance. A caption has at least as many tokens as the empty one.
+    The first tokens of a dropped caption become the empty caption's, the others become padding: exactly the input of
+    guidance's unconditional branch. A caption has at least as many tokens as the empty one.
     """
     is_dropped = expand_to_tokens(drop, segments) & (segments > 0)
     index = compute_segment_offsets(segments)

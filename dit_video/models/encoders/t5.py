@@ -156,7 +156,7 @@ def compute_relative_buckets(length: int, *, buckets: int, max_distance: int) ->
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance, half = np.abs(offset), buckets // 2
     exact = half // 2
-    # In float32, as in the models' training: where the logarithm is a whole number, rounding decides the bucket.
+    # In float32, as in the models' training: if the logarithm is a whole number, rounding decides the bucket.
     ratio = np.log(np.maximum(distance, exact).astype(np.float32) / exact) / math.log(max_distance / exact)
     far = np.minimum(exact + (ratio * (half - exact)).astype(np.int32), half - 1)
     return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)

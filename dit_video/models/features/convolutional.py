@@ -174,11 +174,11 @@ class InceptionUnit(NamedTuple):
 
 
 InceptionBranch = tuple[tuple[InceptionUnit, ...], ...]
-"""Stages that follow each other, each of which has one unit, or two whose channels are concatenated."""
+"""Stages that follow each other; each has one unit, or two whose channels are concatenated."""
 
 
 def _chain_branch(name: str, *units: tuple[int, tuple[int, int]], stride: int = 1) -> InceptionBranch:
-    """Return a branch of numbered units, the last of which has the stride."""
+    """Return a branch of numbered units; the last one has the stride."""
     last = len(units)
     return tuple(
         (InceptionUnit(f"{name}_{number}", width, kernel, stride if number == last else 1),)

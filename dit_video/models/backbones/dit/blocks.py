@@ -88,7 +88,7 @@ class Stream(nnx.Module):
         self.gate = linear(width, hidden, split="outputs") if config.mlp == "swiglu" else None
 
     def compute_modulation(self, modulation: TokenConditions) -> tuple[Float[Array, "B N D"], ...]:
-        """Return shift, scale and gate of attention, then those of the MLP."""
+        """Return shift, scale and gate for attention, then for the MLP."""
         if self.own is not None:
             return tuple(jnp.split(modulation.expand(self.own(modulation.values)), 6, axis=-1))
         assert self.table is not None
@@ -173,7 +173,7 @@ class TemporalBlock(Stream):
 
 
 class JointBlock(nnx.Module):
-    """A block with two streams and joint attention; in `x` the context's tokens follow those of the video."""
+    """A block with two streams and joint attention; in `x` the context's tokens follow the video's."""
 
     def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
         self.is_parallel = config.order == "parallel"
