@@ -1,4 +1,4 @@
-"""Sets of clips that an evaluation reads: samples of a model, or clips of the data, from folders of many kinds."""
+"""Sets of clips that an evaluation reads: a model's samples, or data clips, from folders of many kinds."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +35,8 @@ def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
       split: split of a data set; all of its clips if empty.
 
     Raises:
-      MissingError: the folder does not exist.
-      UserError: the folder holds no clips, or none of this split.
+      MissingError: If the folder does not exist.
+      UserError: If the folder holds no clips, or none of this split.
     """
     folder = Path(folder)
     if not folder.is_dir():

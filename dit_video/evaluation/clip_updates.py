@@ -1,4 +1,4 @@
-"""Clips of a set that metrics get in batches, shared among the processes of a run."""
+"""Clips of a set, which metrics get in batches and a run's processes share."""
 
 import hashlib
 import itertools
@@ -22,12 +22,12 @@ from dit_video.video import Clip
 _BATCH = 16
 """Number of clips in memory at once."""
 _MAX_NAMED, _MAX_TRIED = 5, 64
-"""Number of clips that an error names, and of further clips that are tried for it."""
+"""Number of clips that an error names, and number of further clips that are tried for it."""
 
 
 @dataclass
 class ClipReader:
-    """Clips of a set as a protocol samples them; those that cannot be read are counted and named."""
+    """Clips of a set as a protocol samples them; unreadable ones are counted and named."""
 
     clips: ClipSet
     protocol: Protocol
@@ -51,7 +51,7 @@ class ClipReader:
         """Yield the numbers and the clips that can be read.
 
         Raises:
-          UserError: more clips are left out than the protocol allows.
+          UserError: If more clips are left out than the protocol allows.
         """
         self.check()
         for place, number in enumerate(self.numbers):
@@ -67,7 +67,7 @@ class ClipReader:
           others: numbers of clips that may be tried so that the error names more than one.
 
         Raises:
-          UserError: more are left out.
+          UserError: If more clips are left out.
         """
         if len(self.excluded) > self.protocol.max_unreadable * self.total:
             for number in others[:_MAX_TRIED]:
@@ -86,7 +86,7 @@ def check_excluded(excluded: Mapping[str, str], protocol: Protocol, location: st
       total: number of clips to read.
 
     Raises:
-      UserError: more are left out; the first of them are named.
+      UserError: If more clips are left out; the message names the first of them.
     """
     if len(excluded) > protocol.max_unreadable * total:
         named = "; ".join(f"{each}: {reason}" for each, reason in itertools.islice(excluded.items(), _MAX_NAMED))
@@ -108,23 +108,23 @@ class ClipUpdates:
     collection: MetricCollection
     protocol: Protocol
     pipeline: Pipeline | None = None
-    """Model, for metrics of its denoiser."""
+    """Model, for metrics that measure its denoiser."""
     progress: Callable[[int], None] | None = None
     """Called with the number of clips that were read."""
     names: list[str] = field(default_factory=list)
     """Names of the samples that were measured."""
     real_names: list[str] = field(default_factory=list)
-    """Names of the clips of the data that were read."""
+    """Names of the data clips that were read."""
     excluded: dict[str, dict[str, str]] = field(default_factory=dict)
     """Reasons for the clips that are left out, by set and name."""
     _hashes: list[str] = field(default_factory=list)
     _totals: dict[str, int] = field(default_factory=dict)
-    """Number of clips to read of each set."""
+    """Number of clips to read from each set."""
     _count: int = 0
 
     @property
     def data_digest(self) -> str | None:
-        """Return a hash of the pixels of all clips of the data, in their order; None without any."""
+        """Return a hash of all data clips' pixels, in order; None without data clips."""
         return hashlib.sha256("".join(self._hashes).encode()).hexdigest()[:16] if self._hashes else None
 
     @property
@@ -133,14 +133,14 @@ class ClipUpdates:
         return jax.process_count() > 1 and "pipeline" not in self.collection.needs
 
     def list_nearest(self) -> dict[str, str]:
-        """Return the name of the nearest clip of the data of each sample; empty if no metric knows them."""
+        """Return the name of each sample's nearest data clip; empty if no metric knows it."""
         numbers = self.collection.list_nearest()
         if len(numbers) != len(self.names):
             return {}  # no metric knows them
         return {name: self.real_names[number] for name, number in zip(self.names, numbers, strict=True)}
 
     def add_real_clips(self, clips: ClipSet) -> None:
-        """Read clips of the data."""
+        """Read data clips."""
         protocol = self.protocol
         numbers = protocol.choose(len(clips.names), protocol.real_count, purpose="measured clips of the data")
         for part in self._read(clips, numbers):
@@ -150,7 +150,7 @@ class ClipUpdates:
             self.collection.update(MetricBatch(real_clips=real_clips, pipeline=self.pipeline))
 
     def add_samples(self, clips: ClipSet, *, truths: Sequence[Any] = (), originals: ClipSet | None = None) -> None:
-        """Read samples, of rendered scenes with their truths, of reconstructions with the originals."""
+        """Read samples: of rendered scenes with their truths, or reconstructions with their originals."""
         protocol = self.protocol
         pairs = None if originals is None else _PairReader(originals, clips, protocol)
         for part in self._read(clips, protocol.choose(len(clips.names), protocol.count, purpose="measured samples")):
@@ -171,18 +171,18 @@ class ClipUpdates:
             self.collection.update(batch)
             self.names += [clips.names[number] for number, _ in part]
         if pairs is not None:
-            self._totals.setdefault(pairs.location, len(clips.names))  # also for those that other processes leave out
+            self._totals.setdefault(pairs.location, len(clips.names))  # also for clips that other processes leave out
             if pairs.excluded:
                 self.excluded.setdefault(pairs.location, {}).update(pairs.excluded)
 
     def merge_processes(self, error: UserError | None = None) -> None:
-        """Join what all processes have read, in each of them, in the order of the clips.
+        """Join, in every process, what all processes have read, in the order of the clips.
 
         Args:
-          error: error of this process, which ends the reading in all of them.
+          error: error of this process, which ends reading in all processes.
 
         Raises:
-          UserError: the error of a process, or together they leave out more clips than the protocol allows.
+          UserError: If a process has an error, or together they leave out more clips than the protocol allows.
         """
         if not self.is_shared:
             if error is not None:
@@ -206,7 +206,7 @@ class ClipUpdates:
             check_excluded(reasons, self.protocol, location, total=self._totals[location])
 
     def _read(self, clips: ClipSet, numbers: Sequence[int]) -> Iterator[list[tuple[int, Clip]]]:
-        """Yield batches of clips with their numbers; of this process's part."""
+        """Yield batches of this process's clips with their numbers."""
         processes, process = (jax.process_count(), jax.process_index()) if self.is_shared else (1, 0)
         own = np.array_split(np.array(numbers, np.int64), processes)[process].tolist()
         total = self._totals[clips.location] = len(numbers) + len(clips.rejected)
@@ -248,10 +248,10 @@ class _PairReader:
     def make_pair(self, number: int, decoded: Clip) -> ClipReconstruction | None:
         """Return a reconstruction with its original, whose first frames are compared if it is longer.
 
-        It is None, and the original is left out, if that cannot be read or has another size.
+        It is None, and the original is left out, if the original cannot be read or has another size.
 
         Raises:
-          UserError: more originals are left out than the protocol allows.
+          UserError: If more originals are left out than the protocol allows.
         """
         name = self._samples.names[number]
         index = self._numbers[Path(name).with_suffix("").as_posix()]

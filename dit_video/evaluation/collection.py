@@ -44,7 +44,7 @@ class MetricCollection:
                 self.states[index] = metric.update(self.states[index], batch.select(metric.needs))
 
     def merge(self, states: Sequence[Any]) -> None:
-        """Add the examples of further states of the same metrics, which come after those of this collection."""
+        """Add the examples of further states of the same metrics, which come after this collection's own."""
         merged = zip(self.metrics, self.states, states, strict=True)
         self.states = [metric.merge(own, other) for metric, own, other in merged]
 
@@ -57,14 +57,14 @@ class MetricCollection:
         return results
 
     def list_nearest(self) -> Sequence[int]:
-        """Return the number of the nearest clip of the data of each sample, by the first metric that knows them."""
+        """Return the number of each sample's nearest data clip, from the first metric that knows it."""
         lists = (metric.list_nearest(state) for metric, state in zip(self.metrics, self.states, strict=True))
         return next(filter(None, lists), ())
 
     def list_examples(self, names: Sequence[str], needs: Collection[MetricInput]) -> dict[str, dict[str, Any]]:
-        """Return the values of each named example, of metrics whose examples are of this kind.
+        """Return each named example's values by the metrics whose examples are of this kind.
 
-        Clips of the data are the examples of metrics that need nothing else but the pipeline.
+        Data clips are the examples of metrics that need nothing else but the pipeline.
         """
         values: dict[str, dict[str, Any]] = {name: {} for name in names}
         for metric, state in zip(self.metrics, self.states, strict=True):

@@ -1,4 +1,4 @@
-"""Comparison of evaluations by one protocol: of several models, or of checkpoints of one."""
+"""Comparison of evaluations by one protocol: several models, or checkpoints of one model."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ class Comparison(NamedTuple):
     """Values of several evaluations by one protocol."""
 
     names: tuple[str, ...]
-    """Name of each evaluation: the end of its path that tells it from the others."""
+    """Name of each evaluation: the part of its path that tells it from the others."""
     steps: tuple[int, ...] | None
-    """Step of training of each, if all paths end with one, such as `step_2000`."""
+    """Training step of each evaluation, if all paths end with one, such as `step_2000`."""
     descriptions: Mapping[str, MetricDescription]
     """Descriptions of the values that all evaluations have, by name."""
     values: Mapping[str, tuple[ComparedValue, ...]]
@@ -57,12 +57,13 @@ def compare(paths: Sequence[str | Path], *, ignored: Sequence[str] = ()) -> Comp
 
     Args:
       paths: folders of `metrics.json`, or the files.
-      ignored: names of parts of the recorded protocols that may differ, since they are what is compared.
+      ignored: names of the recorded protocols' parts that may differ, since they are what is compared.
 
     Raises:
-      MissingError: a file does not exist.
-      UserError: fewer than two, one twice, a file without a protocol or damaged, different protocols (the fields are
-        named), numbers of samples that differ by more than clips may be left out, or other weights of a network.
+      MissingError: If a file does not exist.
+      UserError: If there are fewer than two evaluations, one is given twice, a file has no protocol or is damaged,
+        protocols differ (the message names the fields), numbers of samples differ by more than the clips that may be
+        left out, or a network's weights differ.
     """
     files = [Path(path) if Path(path).is_file() else Path(path) / METRICS_FILE for path in paths]
     if len(files) < 2:
@@ -94,7 +95,7 @@ def compare(paths: Sequence[str | Path], *, ignored: Sequence[str] = ()) -> Comp
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """Return the values as a table of text: a row for each, a star where it may be the best."""
+    """Return the values as a text table: a row for each value, a star where it may be the best."""
     rows = [["", *comparison.names]]
     for name, about in comparison.descriptions.items():
         best = comparison.find_best(name)
@@ -130,7 +131,7 @@ def _check_record(file: Path, record: Any) -> None:
     """Check that a file holds a protocol and results.
 
     Raises:
-      UserError: the file lacks either of them.
+      UserError: If the file lacks either of them.
     """
     if not isinstance(record, dict) or "protocol" not in record or "results" not in record:
         raise UserError(f"{file} has no protocol: it is of an older version or no result. Evaluate again")
@@ -143,10 +144,10 @@ def _check_record(file: Path, record: Any) -> None:
 
 
 def _check_counts(first: Mapping[str, Any], second: Mapping[str, Any], *, names: tuple[str, str]) -> None:
-    """Check that as many samples were measured, but for those that the protocol allows to be left out.
+    """Check that equally many samples were measured, apart from clips that the protocol allows to leave out.
 
     Raises:
-      UserError: the numbers differ by more.
+      UserError: If the numbers differ by more.
     """
     counts = [record["samples"] for record in (first, second) if isinstance(record.get("samples"), int)]
     config = first["protocol"].get("config")

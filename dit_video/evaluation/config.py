@@ -20,7 +20,7 @@ class Evaluation(abc.ABC):
     """Base of the configs of an evaluation: a subclass says what is sampled, whatever the metrics are.
 
     Raises:
-      UserError: metrics with a value of the same name, or that need data which these prompts do not have.
+      UserError: If two metrics have a value of the same name, or one needs data that these prompts do not have.
     """
 
     metrics: tuple[Metric, ...] = RECONSTRUCTION_METRICS
@@ -28,7 +28,7 @@ class Evaluation(abc.ABC):
     provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput)) - {"scenes"}
     """Data that metrics may need."""
     example_prompt: ClassVar[str] = "a prompt"
-    """Prompt of the commands in reports."""
+    """Prompt in the commands that reports show."""
 
     def __post_init__(self):
         names = Counter(name for metric in self.metrics for name in metric.describe())
@@ -47,7 +47,7 @@ class Evaluation(abc.ABC):
         """Return the requests to sample.
 
         Args:
-          clips: clips of the training, if they are known.
+          clips: clips of the training run, if they are known.
           seed: seed of the evaluation.
           image: True if every request needs a first frame.
         """
@@ -55,12 +55,12 @@ class Evaluation(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEvaluation(Evaluation):
-    """Evaluation on captions of training clips and of held-out clips."""
+    """Evaluation on captions of training clips and held-out clips."""
 
     trained: int = 4
-    """Number of different captions of training clips, each at its clip's size; their samples show memorisation."""
+    """Number of different training captions, each sampled at its clip's size; the samples show memorisation."""
     held_out: int = 4
-    """Number of different captions of held-out clips."""
+    """Number of different held-out captions."""
 
     def make_requests(self, clips: EvaluationClips | None, seed: int, *, image: bool) -> list[EvaluationRequest]:
         """Return requests for captions of the training clips, then of the held-out clips."""

@@ -1,4 +1,4 @@
-"""Values of the denoiser itself on clips of the data: their latents, captions and noise."""
+"""Measurements of the denoiser itself on data clips: their latents, captions and noise."""
 
 import zlib
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ from dit_video.video import Clip
 def measure_clips(
     pipeline: Pipeline, clips: Sequence[Clip], function: ClipFunction, *, seed: int
 ) -> Float32[np.ndarray, "clips values"]:
-    """Return the values of a function of the denoiser for every clip, under its caption.
+    """Return a denoiser function's values for every clip, under its caption.
 
-    The autoencoder encodes clips to the mean of their posterior. Random numbers are a function of the seed and of the
-    clip's pixels alone: any two models, and any order of the clips, have the same. A model that always has a first
-    frame gets that of the clip.
+    The autoencoder encodes clips to the mean of their posterior. Random numbers depend only on the seed and the clip's
+    pixels, so they are the same for all models and any order of the clips. A model that always has a first frame gets
+    the clip's.
 
     Args:
       pipeline: the model.
-      clips: clips of any sizes; frames and borders that the model's steps of sizes do not divide are cut off.
+      clips: clips of any sizes; frames and borders beyond a multiple of the model's size steps are cut off.
       function: the function.
       seed: seed of its random numbers.
 
     Raises:
-      UserError: a clip that is smaller than a step of sizes, or a caption that the model does not accept.
+      UserError: If a clip is smaller than a size step, or the model does not accept a caption.
     """
     if not clips:
         return np.zeros((0, 0), np.float32)

@@ -1,4 +1,4 @@
-"""Distortions of clips of known severity, to try distances of sets of clips with (arXiv 1812.01717, section 4)."""
+"""Distortions of clips with known severity, to test distances between sets of clips (arXiv 1812.01717, section 4)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,7 +17,7 @@ SEVERITIES: Mapping[str, tuple[float | int, ...]] = {
     "shuffle": (1, 2, 4, 8),
 }
 """Severities of each distortion: standard deviations of Gaussian noise in levels of 255 and of a Gaussian blur in
-pixels; numbers of exchanged pairs, of neighbouring frames and of any."""
+pixels; numbers of exchanged pairs, of neighbouring frames or of any frames."""
 
 
 def distort(clip: Clip, distortion: str, severity: float | int, generator: np.random.Generator) -> Clip:
@@ -26,11 +26,11 @@ def distort(clip: Clip, distortion: str, severity: float | int, generator: np.ra
     Args:
       clip: the clip.
       distortion: kind of the distortion.
-      severity: standard deviation, or number of exchanged pairs of frames; each frame is in one at most.
+      severity: standard deviation, or number of exchanged pairs of frames; each frame is in at most one pair.
       generator: source of the noise and of the pairs.
 
     Raises:
-      UserError: an unknown distortion, or a negative severity.
+      UserError: If the distortion is unknown, or the severity is negative.
     """
     if distortion not in _FUNCTIONS or severity < 0:
         rule = f"use {', '.join(_FUNCTIONS)} with a severity of at least 0"

@@ -36,7 +36,7 @@ from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip
 
 _CLIP_NEEDS = CLIP_NEEDS | frozenset[MetricInput](("real_clips",))
-"""Needs of metrics whose examples are the held-out clips, which are also the clips of the data."""
+"""Needs of metrics whose examples are the held-out clips, which are also the data clips."""
 _BATCH = 16
 """Number of examples that metrics get at once."""
 
@@ -68,20 +68,21 @@ def evaluate(
 
     The samples depend on the config's prompts and the seed, never on its metrics; if no clip has a caption to sample,
     there are none. In a run of several processes all of them call this and sample; the first one decodes, measures and
-    writes. All compute metrics that need the pipeline.
+    writes. All of them compute metrics that need the pipeline.
 
     Args:
       pipeline: the pipeline to evaluate.
       folder: folder of the results.
       seed: seed of the samples.
-      clips: clips of the pipeline's training; without them nothing is reconstructed.
-      evaluation: prompts and metrics; by default those that the pipeline's training asked for.
-      share: returns a context in which each process has the files that the first one has written to `folder`; needed
-        where the processes have folders of their own.
+      clips: clips of the pipeline's training run; without them nothing is reconstructed.
+      evaluation: prompts and metrics; by default the ones that the pipeline's training run asked for.
+      share: returns a context in which each process has the files that the first one has written to `folder`; needed if
+        the processes have folders of their own.
       sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
-      UserError: neither clips nor prompts, other files in `samples/` of `folder`, a negative seed, or invalid sampling.
+      UserError: If there are neither clips nor prompts, the folder's `samples/` holds other files, the seed is
+        negative, or the sampling is invalid.
     """
     folder = Path(folder)
     check_at_least(0, seed=seed)
@@ -127,7 +128,7 @@ def measure_samples(
     sampling: Sampling,
     seed: int = 0,
 ) -> dict[str, MetricResult]:
-    """Compute the metrics of samples in memory that need neither the model nor reconstructions, and write them.
+    """Compute metrics of in-memory samples that need neither the model nor reconstructions, and write them.
 
     Args:
       evaluation: metrics.
@@ -146,7 +147,7 @@ def measure_samples(
 
 
 def _describe_protocol(evaluation: Evaluation, sampling: Sampling, seed: int) -> dict[str, Any]:
-    """Return all that the values depend on besides the model."""
+    """Return everything besides the model that the values depend on."""
     return {"config": config_json.to_json(evaluation), "sampling": config_json.to_json(sampling), "seed": seed}
 
 
@@ -210,9 +211,9 @@ def print_results(results: Mapping[str, MetricResult], *, is_precise: bool = Fal
 
 
 def _describe_sampling(sampling: Sampling) -> dict[str, Any]:
-    """Return steps, sampler and guidance scale; also a shift, explicit times and options of guidance if there are any.
+    """Return steps, sampler and guidance scale; also a shift, explicit times and guidance options if there are any.
 
-    The sampler is named as on the command line, else by its class.
+    The sampler has its name on the command line, or else its class name.
     """
     guidance, solver = sampling.full_guidance, sampling.solver
     sampler = next((name for name, each in SAMPLERS.items() if each == solver), type(solver).__name__.lower())
@@ -228,10 +229,10 @@ def _describe_sampling(sampling: Sampling) -> dict[str, Any]:
 def evaluate_autoencoder(
     codec: LatentCodec, clips: EvaluationClips, folder: str | Path, *, metrics: Sequence[Metric]
 ) -> EvaluationResult:
-    """Reconstruct held-out clips of an autoencoder's training, compute the metrics that need no more, and write them.
+    """Reconstruct an autoencoder's held-out clips, compute the metrics that need no more, and write them.
 
     Raises:
-      UserError: no clips are held out.
+      UserError: If no clips are held out.
     """
     check_held_out(clips.held_out)
     collection = MetricCollection([metric for metric in metrics if CLIP_NEEDS.issuperset(metric.needs)])
@@ -244,7 +245,7 @@ def check_held_out(clips: ClipSource) -> None:
     """Check that there are held-out clips to reconstruct.
 
     Raises:
-      UserError: there are none.
+      UserError: If there are none.
     """
     if not len(clips):
         raise UserError("no clips are held out to be reconstructed; name some with --data.held-out")

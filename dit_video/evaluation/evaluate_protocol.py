@@ -29,9 +29,9 @@ class ProtocolResult(NamedTuple):
 
     measurement: Measurement
     protocol: Protocol
-    """Protocol with what the model determines."""
+    """Protocol, completed by what the model determines."""
     samples: ClipSet
-    """Samples or reconstructions; none where the model itself is measured, on clips of the data."""
+    """Samples or reconstructions; none if the model itself is measured on data clips."""
     real_clips: ClipSet | None
 
 
@@ -53,23 +53,24 @@ def evaluate_protocol(
 ) -> ProtocolResult:
     """Sample or reconstruct as a protocol says, compute its metrics, and write `metrics.json`.
 
-    Samples are in `protocol_samples/NAME` of the folder; those that exist are not made again, so that a run that was
-    killed goes on, and further metrics are computed on the same ones. In a run of several processes all of them call
-    this with a folder that they share: they sample together, and each decodes and measures a part of the clips.
+    Samples are in the folder's `protocol_samples/NAME`. Existing samples are not made again, so that a killed run goes
+    on and further metrics use the same samples. In a run of several processes all of them call this with a folder that
+    they share: they sample together, and each decodes and measures a part of the clips.
 
     Args:
       pipeline: the model.
       protocol: what is sampled and measured.
       folder: folder of the results.
-      data: clips of the data with captions; not needed for a protocol that renders scenes.
-      average: average of a run's weights that the pipeline has, as `dit_video.load` was called for it, which is a part
-        of the recorded protocol; None for the model's own.
+      data: data clips with captions; not needed for a protocol that renders scenes.
+      average: average of a run's weights that the pipeline has, as passed to `dit_video.load`; it is part of the
+        recorded protocol. None for the model's own weights.
       sampling_progress: called with the number of samples that exist.
       progress: called with the number of clips that were measured.
       sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
-      UserError: no data, clips without captions, samples of other settings in the folder, or as `measure`.
+      UserError: If there are no data, clips have no captions, the folder holds samples of other settings, or `measure`
+        raises it.
     """
     folder, truths, sizes = Path(folder), tuple[Any, ...](), tuple[Grid, ...]()
     if (scenes := protocol.make_scenes()) is not None:
@@ -121,18 +122,18 @@ def evaluate_protocol(
 def make_requests(
     pipeline: Pipeline, protocol: Protocol, data: ClipSet, *, sizes: Sequence[Grid] = ()
 ) -> tuple[list[Request], list[int]]:
-    """Return the requests of a protocol, and the number of the clip of the data whose caption each has.
+    """Return the requests of a protocol, and the number of the data clip whose caption each has.
 
-    Samples have the model's own height and width, and frames enough for those that are measured.
+    Samples have the model's own height and width, and enough frames for the measurement.
 
     Args:
       pipeline: the model.
       protocol: the protocol.
       data: clips with captions.
-      sizes: size for the caption of each clip instead.
+      sizes: size for each clip's caption instead.
 
     Raises:
-      UserError: clips without captions, or a size that the model cannot generate.
+      UserError: If clips have no captions, or the model cannot generate a size.
     """
     if lacking := [name for name, caption in zip(data.names, data.captions, strict=True) if not caption]:
         raise UserError(
@@ -155,7 +156,7 @@ def make_requests(
 
 
 def _reconstruct(pipeline: Pipeline, protocol: Protocol, data: ClipSet) -> tuple[Protocol, ClipSet]:
-    """Return the protocol with the autoencoder's step of sizes, and the reconstructions, made when they are read."""
+    """Return the protocol with the autoencoder's size steps, and the reconstructions, made when they are read."""
     stride = pipeline.config.autoencoder.stride
     adapted = replace(protocol, clips=replace(protocol.clips, multiple=(stride.t, stride.h, stride.w)))
 

@@ -1,4 +1,4 @@
-"""Functions from clips to features, of networks whose weights are files."""
+"""Functions from clips to features, by networks whose weights are files."""
 
 import abc
 import functools
@@ -41,17 +41,17 @@ class OpenFeatures(NamedTuple):
     """A function of clips with its weights in memory."""
 
     extract: Callable[[Sequence[Clip]], Float32[np.ndarray, "n d"]]
-    """Returns a row of features for each clip, or for each frame where `is_of_frames`."""
+    """Returns a row of features for each clip, or for each frame if `is_of_frames`."""
     identity: str
-    """Name of the function, and hash of its weights: values of different identities are not comparable."""
+    """Name of the function, and hash of its weights: values with different identities are not comparable."""
     is_of_frames: bool = False
-    """True for a row of each frame, clip after clip; False for one row of each clip."""
+    """True for one row per frame, clip after clip; False for one row per clip."""
 
     def extract_by_clip(self, clips: Sequence[Clip]) -> list[Float32[np.ndarray, "_ d"]]:
         """Return the rows of each clip.
 
         Raises:
-          UserError: the function returned another number of rows than `is_of_frames` says.
+          UserError: If the function returned another number of rows than `is_of_frames` says.
         """
         lengths = [len(clip.frames) if self.is_of_frames else 1 for clip in clips]
         rows = self.extract(clips)
@@ -64,23 +64,23 @@ class OpenFeatures(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureFunction(abc.ABC):
-    """Base of the configs of functions of clips; a subclass names the weights, which `open` reads once."""
+    """Base of the configs of clip functions; a subclass names the weights, which `open` reads once."""
 
     @abc.abstractmethod
     def load(self) -> OpenFeatures:
         """Read the weights.
 
         Raises:
-          MissingError: a file of weights does not exist.
-          UserError: the file holds another network.
+          MissingError: If a weight file does not exist.
+          UserError: If the file holds another network.
         """
 
     def open(self) -> OpenFeatures:
-        """Return the function; configs that are equal share one, so that its weights are read once.
+        """Return the function; equal configs share one, so that its weights are read once.
 
         Raises:
-          MissingError: a file of weights does not exist.
-          UserError: the file holds another network.
+          MissingError: If a weight file does not exist.
+          UserError: If the file holds another network.
         """
         return _load(self)
 
@@ -91,7 +91,7 @@ def _load(config: FeatureFunction) -> OpenFeatures:
 
 
 def make_identity(name: str, *files: str | Path) -> str:
-    """Return the name of a function with the first 12 digits of the SHA-256 of its files of weights."""
+    """Return the name of a function with the first 12 digits of its weight files' SHA-256."""
     digest = hashlib.sha256()
     for file in files:
         with Path(file).open("rb") as stream:
@@ -101,7 +101,7 @@ def make_identity(name: str, *files: str | Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInput:
-    """Frames that a network reads: squares, resized bilinearly without a filter against aliasing, as the references do.
+    """Frames that a network reads: squares, resized bilinearly without antialiasing, as the references do.
 
     Clips keep their numbers of frames.
     """
@@ -116,10 +116,10 @@ class NetworkInput:
     """True to map the centres of the corners' pixels to each other; False for the corners of the frame."""
 
     def check(self, clip: Clip) -> None:
-        """Check that a clip has frames enough.
+        """Check that a clip has enough frames.
 
         Raises:
-          UserError: the clip has too few frames, or another number than the network reads.
+          UserError: If the clip has too few frames, or another number than the network reads.
         """
         count = len(clip.frames)
         if count < self.min_frames or self.frames not in (None, count):
@@ -147,18 +147,18 @@ def make_extractor(
     is_image: bool = False,
     output: Callable[[Any, Array], Array] | None = None,
 ) -> Callable[[Sequence[Clip]], Float32[np.ndarray, "n d"]]:
-    """Return the function from clips to features of a network.
+    """Return the function from clips to a network's features.
 
-    Clips of a length share one program, whose batches are padded to one size for the computation only. This process's
-    devices share a batch.
+    Clips of the same length share one program, whose batches are padded to one size for the computation only. This
+    process's devices share a batch.
 
     Args:
       make: makes the network, whose call maps pixels in [-1, 1], `B T H W 3`, to features `B D`.
       params: its parameters.
       network_input: frames that it reads.
       batch: examples of a batch; at least one for each device.
-      is_image: True for a network of images `B H W 3`; each frame of a clip is an example then.
-      output: called with the network and its features, returns those to use; by default these.
+      is_image: True for a network of images `B H W 3`; then each frame of a clip is an example.
+      output: called with the network and its features, returns the features to use; by default the network's.
     """
     graph, devices = get_graph_def(make), Mesh(jax.local_devices(), ("examples",))
     sharding = NamedSharding(devices, PartitionSpec("examples"))
@@ -172,7 +172,7 @@ def make_extractor(
 
     @functools.cache
     def put_params() -> Any:
-        # Not before features are extracted: metrics are opened before a training, which needs the memory.
+        # Not before features are extracted: metrics are opened before training, which needs the memory.
         return jax.device_put(params, NamedSharding(devices, PartitionSpec()))
 
     def extract(clips: Sequence[Clip]) -> Float32[np.ndarray, "n d"]:
@@ -210,7 +210,7 @@ def _resize(frames: Array, side: int, *, has_aligned_corners: bool) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class InceptionFeatures(FeatureFunction):
-    """The 2048 pooled features of Inception-v3, of every frame, in the variant of FID (arXiv 1706.08500).
+    """The 2048 pooled features of Inception-v3 for every frame, in FID's variant (arXiv 1706.08500).
 
     Frames are resized to 299×299 pixels.
     """
@@ -296,10 +296,10 @@ _TEXTS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class ClipEmbeddings(FeatureFunction):
-    """The projected embeddings of CLIP, of length 1: one of every frame (arXiv 2103.00020)."""
+    """CLIP's projected embeddings, of length 1: one per frame (arXiv 2103.00020)."""
 
     folder: str = "weights/clip"
-    """Folder of a `CLIPModel` of `transformers` with its tokenizer and image settings, such as
+    """Folder of a `transformers` `CLIPModel` with its tokenizer and image settings, such as
     `openai/clip-vit-base-patch32`."""
 
     def load(self) -> OpenFeatures:
@@ -316,8 +316,8 @@ class ClipEmbeddings(FeatureFunction):
         """Return the function from texts to embeddings of length 1.
 
         Raises:
-          MissingError: the folder lacks the text tower or the tokenizer.
-          UserError: the text tower has no projection.
+          MissingError: If the folder lacks the text tower or the tokenizer.
+          UserError: If the text tower has no projection.
         """
         return _load_texts(self)
 

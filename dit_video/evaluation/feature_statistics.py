@@ -1,8 +1,8 @@
 """Statistics of features: the Fréchet distance, kernel distance, precision and recall, and inception score.
 
-The Fréchet distance (arXiv 1706.08500, eq. 6) needs the moments of features alone, the others all features. Where a
-clip has several examples, such as its frames, `clips` holds the number of each example's clip in rising order. Examples
-of a clip are alike, so that they are drawn together, and are not compared with each other.
+The Fréchet distance (arXiv 1706.08500, eq. 6) needs only the features' moments, the others need all features. If a clip
+has several examples, such as its frames, `clips` holds the number of each example's clip in rising order. Examples of a
+clip are alike, so they are drawn together, and are not compared with each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,19 @@ from dit_video.core.rng import make_generator
 
 _MAX_GROUPS, _MIN_GROUPS = 32, 8
 _GROUP_VALUES = 2**24
-"""Products of features that all groups have together, at most, before there are fewer groups: 128 MiB."""
+"""Largest number of feature products over all groups (128 MiB); beyond it there are fewer groups."""
 _RESAMPLINGS = 40
-"""Number of resamplings of groups, whose standard deviation is then known within a tenth."""
+"""Number of resamplings of groups; it determines the standard deviation within a tenth."""
 _BLOCK = 1024
 """Number of examples whose distances to all others are computed at once."""
 
 
 class FeatureMoments(NamedTuple):
-    """Sums of features and of their products in float64, which examples of any number are added to.
+    """Sums of features and of their products in float64, to which any number of examples can be added.
 
     Examples are in groups by the running number of their clip, so that a distance has an interval without keeping all
-    features. All frames of a clip are in one group: they are alike, so that groups that share clips differ too little.
+    features. All frames of a clip are in one group: they are alike, so groups that shared clips would differ too
+    little.
     """
 
     clips: Int[np.ndarray, " g"]
@@ -42,7 +43,7 @@ class FeatureMoments(NamedTuple):
 
     @classmethod
     def zeros(cls, channels: int) -> "FeatureMoments":
-        """Return the moments of no examples, of 8 to 32 groups."""
+        """Return the moments of no examples, in 8 to 32 groups."""
         groups = int(np.clip(_GROUP_VALUES // channels**2, _MIN_GROUPS, _MAX_GROUPS))
         shape = (groups, channels)
         empty = np.zeros(groups, np.int64)
@@ -58,7 +59,7 @@ class FeatureMoments(NamedTuple):
           lengths: number of examples of each clip; one by default.
 
         Raises:
-          UserError: features that are not finite.
+          UserError: If the features are not finite.
         """
         check_finite(features)
         values = features.astype(np.float64)
@@ -74,7 +75,7 @@ class FeatureMoments(NamedTuple):
         return FeatureMoments(clips, counts, total, products)
 
     def merge(self, other: "FeatureMoments") -> "FeatureMoments":
-        """Return the moments of the examples of both."""
+        """Return the moments of both sets of examples."""
         return FeatureMoments(*(first + second for first, second in zip(self, other, strict=True)))
 
     def select(self, groups: Int[np.ndarray, " n"]) -> "FeatureMoments":
@@ -100,7 +101,7 @@ class FeatureMoments(NamedTuple):
         """Return the mean and the unbiased covariance.
 
         Raises:
-          UserError: fewer than two examples.
+          UserError: If there are fewer than two examples.
         """
         size = self.size
         if size < 2:
@@ -111,12 +112,12 @@ class FeatureMoments(NamedTuple):
 
 
 class FrechetDistance(NamedTuple):
-    """A Fréchet distance, and what it depends on the number of examples."""
+    """A Fréchet distance, and how it depends on the number of examples."""
 
     value: float
     """Distance of all examples."""
     half: float
-    """Mean distance of both halves of the examples, which is larger: the estimate falls with their number."""
+    """Mean distance of the two halves of the examples, which is larger: the estimate falls with their number."""
     limit: float
     """Distance of infinitely many examples, extrapolated in the reciprocal of their number (arXiv 1911.07023)."""
     interval: tuple[float, float]
@@ -140,7 +141,7 @@ class Overlap(NamedTuple):
 
 
 def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, seed: int = 0) -> FrechetDistance:
-    """Return the Fréchet distance of two sets with its interval, the distance of their halves, and its limit.
+    """Return the Fréchet distance between two sets with its interval, the distance of their halves, and its limit.
 
     Args:
       first: moments of one set.
@@ -148,7 +149,7 @@ def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, s
       seed: seed of the resampling.
 
     Raises:
-      UserError: as `compute_frechet_distance`, also for halves of the sets.
+      UserError: If `compute_frechet_distance` raises it, also for halves of the sets.
     """
     value = compute_frechet_distance(first, second)
     groups = np.arange(len(first.counts))
@@ -167,7 +168,7 @@ def compute_frechet_distance(first: FeatureMoments, second: FeatureMoments) -> f
     r"""Return $|\mu_1-\mu_2|^2 + \mathrm{tr}(\Sigma_1+\Sigma_2-2(\Sigma_1\Sigma_2)^{1/2})$.
 
     Raises:
-      UserError: other numbers of features, or fewer than two examples.
+      UserError: If the numbers of features differ, or there are fewer than two examples.
     """
     check_channels(first.channels, second.channels)
     (mean, covariance), (other_mean, other_covariance) = first.compute(), second.compute()
@@ -194,12 +195,12 @@ def compute_kernel_distance(
       first: features of one set.
       second: features of the other.
       subsets: number of random subsets of both sets.
-      subset_size: clips of each; at most all of the smaller set.
+      subset_size: clips in each subset; at most all clips of the smaller set.
       seed: seed of the subsets.
       clips: number of each example's clip in both sets; each example is a clip by default.
 
     Raises:
-      UserError: fewer than two clips in a set, or other numbers of features.
+      UserError: If a set has fewer than two clips, or the numbers of features differ.
     """
     sets = [(each, _number_clips(each, clips and clips[index])) for index, each in enumerate((first, second))]
     counts = [_count_clips(numbers) for _, numbers in sets]
@@ -228,17 +229,17 @@ def compute_overlap(
 ) -> Overlap:
     """Return precision and recall.
 
-    The manifold of a set is the union of balls around its examples, which reach to their `neighbours`-th nearest other
+    A set's manifold is the union of balls around its examples; each ball reaches to the `neighbours`-th nearest other
     clip.
 
     Args:
-      real: features of clips of the data.
+      real: features of data clips.
       generated: features of samples.
       neighbours: number of neighbours.
       clips: number of each example's clip in both sets; each example is a clip by default.
 
     Raises:
-      UserError: no more clips than neighbours, or other numbers of features.
+      UserError: If there are no more clips than neighbours, or the numbers of features differ.
     """
     numbers = [_number_clips(each, clips and clips[index]) for index, each in enumerate((real, generated))]
     count = min(map(_count_clips, numbers))
@@ -260,11 +261,11 @@ def compute_inception_score(
 
     Args:
       logits: logits of each example.
-      splits: number of parts, each of whole clips.
+      splits: number of parts, each made of whole clips.
       clips: number of each example's clip; each example is a clip by default.
 
     Raises:
-      UserError: fewer clips than splits.
+      UserError: If there are fewer clips than splits.
     """
     numbers = _number_clips(logits, clips)
     count = _count_clips(numbers)
@@ -280,10 +281,10 @@ def compute_inception_score(
 
 
 def check_channels(first: int, second: int) -> None:
-    """Check that two sets have features of the same number.
+    """Check that two sets have the same number of features.
 
     Raises:
-      UserError: the numbers differ.
+      UserError: If the numbers differ.
     """
     if first != second:
         rule = f"one set has {first} features, the other {second}"
@@ -294,7 +295,7 @@ def check_finite(clips: Sequence[Float[np.ndarray, "*rows d"]] | Float[np.ndarra
     """Check that all features of each clip are finite.
 
     Raises:
-      UserError: a feature is not finite.
+      UserError: If a feature is not finite.
     """
     if bad := sum(not np.isfinite(features).all() for features in clips):
         raise UserError(f"features of {bad} of {len(clips)} clips are not finite. Look at these clips first")
@@ -303,8 +304,8 @@ def check_finite(clips: Sequence[Float[np.ndarray, "*rows d"]] | Float[np.ndarra
 def compute_root_trace(first: Float64[np.ndarray, "d d"], second: Float64[np.ndarray, "d d"]) -> float:
     r"""Return $\mathrm{tr}((AB)^{1/2})$ of two covariances.
 
-    $AB$ has the eigenvalues of the symmetric $A^{1/2} B A^{1/2}$, whose decomposition stays accurate where that of $AB$
-    does not: for covariances of fewer examples than features.
+    $AB$ has the eigenvalues of the symmetric $A^{1/2} B A^{1/2}$. Its decomposition stays accurate when covariances
+    come from fewer examples than features, while the decomposition of $AB$ does not.
     """
     values, vectors = np.linalg.eigh(first)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
@@ -316,10 +317,10 @@ def compute_root_trace(first: Float64[np.ndarray, "d d"], second: Float64[np.nda
 def find_nearest(
     points: Float[np.ndarray, "n d"], centres: Float[np.ndarray, "m _"]
 ) -> tuple[Float64[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return the distance from each point to the nearest centre, and its number.
+    """Return the distance from each point to the nearest centre, and the centre's number.
 
     Raises:
-      UserError: other numbers of features.
+      UserError: If the numbers of features differ.
     """
     check_channels(points.shape[1], centres.shape[1])
     return _find_smallest(_square_distances(block, centres) for block in _split(points))
@@ -328,7 +329,7 @@ def find_nearest(
 def find_nearest_other(
     points: Float[np.ndarray, "n d"], clips: Int[np.ndarray, " n"] | None = None
 ) -> tuple[Float64[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return the distance from each point to the nearest one of another clip, infinite without any, and its number.
+    """Return the distance from each point to the nearest one of another clip (infinite without any), and its number.
 
     Args:
       points: the points.
@@ -360,7 +361,7 @@ def _find_covered(
     neighbours: int,
     clips: Int[np.ndarray, " n"],
 ) -> Bool[np.ndarray, " m"]:
-    """Return True for the points in a ball of a centre; `clips` are those of the centres."""
+    """Return True for the points in a centre's ball; `clips` are the clips of the centres."""
     starts = np.unique(clips, return_index=True)[1]
     blocks = (np.minimum.reduceat(block, starts, axis=1) for block in _square_other_distances(centres, clips))
     radii = np.concatenate([np.partition(block, neighbours - 1, axis=1)[:, neighbours - 1] for block in blocks])
@@ -370,7 +371,7 @@ def _find_covered(
 def _find_smallest(
     blocks: Iterator[Float64[np.ndarray, "_ m"]],
 ) -> tuple[Float64[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return the root of the smallest value of each row of blocks of rows, and its column."""
+    """Return the root of each row's smallest value, and its column; the rows come in blocks."""
     numbers, squares = zip(*((block.argmin(axis=1), block.min(axis=1)) for block in blocks), strict=True)
     return np.sqrt(np.concatenate(squares)), np.concatenate(numbers)
 
@@ -378,7 +379,7 @@ def _find_smallest(
 def _square_other_distances(
     points: Float[np.ndarray, "n d"], clips: Int[np.ndarray, " n"]
 ) -> Iterator[Float64[np.ndarray, "_ n"]]:
-    """Yield squared distances of blocks of points from all points, which are infinite within a clip."""
+    """Yield, block by block, squared distances from points to all points; distances within a clip are infinite."""
     for start, block in zip(range(0, len(points), _BLOCK), _split(points), strict=True):
         apart = _are_apart(clips[start : start + len(block)], clips)
         yield np.where(apart, _square_distances(block, points), np.inf)

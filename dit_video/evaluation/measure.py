@@ -1,4 +1,4 @@
-"""Metrics of a set of clips by a protocol, and their record: what was measured, left out, and could not be computed."""
+"""A protocol's metrics of a set of clips, and their record: what was measured, left out, or not computable."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ from dit_video.sampling.pipeline import Pipeline
 
 METRICS_FILE = "metrics.json"
 WEIGHT_FIELDS = ("weights", "mean", "folder")
-"""Names of fields of feature functions and metrics that hold paths of weights."""
+"""Names of the fields in feature functions and metrics that hold weight paths."""
 _EXAMPLE_NEEDS = PROMPT_NEEDS | CLIP_NEEDS
 """Needs of metrics whose examples are the samples."""
 _REAL_NEEDS = frozenset[MetricInput](("real_clips",))
-"""Needs of metrics whose examples are the clips of the data."""
+"""Needs of metrics whose examples are the data clips."""
 _INPUTS = {
     "samples": "samples. Name a model, or a folder of videos",
     "real_clips": "clips of the data. Name them with --data",
@@ -65,19 +65,20 @@ def measure(
     several processes all of them call this with a folder that they share, and each reads a part of the clips.
 
     Args:
-      samples: clips of a model; none where only the model itself is measured, on clips of the data.
+      samples: clips of a model; none if only the model itself is measured, on data clips.
       protocol: what is measured.
       folder: folder of `metrics.json`.
-      real_clips: clips of the data, if any.
-      is_reconstruction: each sample is a reconstruction of the clip of the data with its name.
-      truths: true content of each sample, where prompts are of rendered scenes.
-      pipeline: the model, for metrics of its denoiser.
+      real_clips: data clips, if any.
+      is_reconstruction: True if each sample is a reconstruction of the data clip with its name.
+      truths: true content of each sample, if the prompts describe rendered scenes.
+      pipeline: the model, for metrics that measure its denoiser.
       recorded: further fields of the recorded protocol: how the samples were made.
       model: description of the model, recorded next to the protocol.
       progress: called with the number of clips that were read.
 
     Raises:
-      UserError: no metric can be computed, too many clips cannot be read, or reconstructions of other clips or of none.
+      UserError: If no metric can be computed, too many clips cannot be read, or reconstructions have other originals or
+        none.
     """
     if is_reconstruction and real_clips is None:
         raise UserError(f"the protocol {protocol.name} compares clips with their originals. Name these with --data")
@@ -103,7 +104,7 @@ def measure(
     except UserError as raised:
         error = raised
     updates.merge_processes(error)
-    if real_clips is not None and real_clips.rejected:  # also where no metric reads them: their captions are missing
+    if real_clips is not None and real_clips.rejected:  # even if no metric reads them: their captions are missing
         updates.excluded.setdefault(real_clips.location, {}).update(real_clips.rejected)
     results = updates.collection.compute()
     config = _drop_paths(config_json.to_json(protocol))
@@ -128,21 +129,21 @@ def measure(
 
 
 def count_clips(protocol: Protocol, *, samples: int, real_clips: int) -> int:
-    """Return the number of clips that `measure` reads of so many samples, or reconstructions, and clips of the data."""
+    """Return the number of clips that `measure` reads from so many samples or reconstructions, and data clips."""
     needs = {need for metric in protocol.metrics for need in metric.needs}
     reads_real_clips = "real_clips" in needs and "pairs" not in needs
     return samples * ("samples" in needs or "pairs" in needs) + real_clips * reads_real_clips
 
 
 def check_computable(protocol: Protocol, inputs: Collection[MetricInput]) -> None:
-    """Check that any metric of a protocol can be computed, before samples are made for it.
+    """Check that at least one metric of a protocol can be computed, before samples are made for it.
 
     Args:
       protocol: the protocol.
-      inputs: what there will be.
+      inputs: data that the metrics will get.
 
     Raises:
-      UserError: none can; the reason for each is named.
+      UserError: If none can; the message gives the reason for each.
     """
     _open_metrics(protocol, inputs)
 
@@ -153,7 +154,7 @@ def _open_metrics(
     """Return the metrics that can be computed, the reasons for the others, and the weights of each by name.
 
     Raises:
-      UserError: none can be computed; the reason for each is named.
+      UserError: If none can be computed; the message gives the reason for each.
     """
     opened, skipped, identities = [], {}, {}
     for metric in protocol.metrics:
@@ -176,7 +177,7 @@ def _open_metrics(
 
 
 def _drop_paths(value: Any) -> Any:
-    """Return a config without the paths of weights, whose hashes are recorded instead."""
+    """Return a config without weight paths; the weights' hashes are recorded instead."""
     if isinstance(value, dict):
         return {name: _drop_paths(item) for name, item in value.items() if name not in WEIGHT_FIELDS}
     return [_drop_paths(item) for item in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """Optical flow between frames, by dense inverse search (arXiv 1603.03590), and warping of frames along it.
 
-OpenCV computes it. On rendered scenes whose flow is known its endpoint error is lower than with OpenCV's Farnebäck
-and of scikit-image's iterative Lucas-Kanade and TV-L1, and it is faster than the latter two.
+OpenCV computes it. On rendered scenes with known flow, its endpoint error is lower than with OpenCV's Farnebäck and
+scikit-image's iterative Lucas-Kanade and TV-L1, and it is faster than the latter two.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from dit_video.core.errors import MissingError
 MIN_FLOW_SIDE = 144
 """Shorter side in pixels to which smaller frames are enlarged by a whole number.
 
-The search compares blocks of 8×8 pixels on a grid of half the size, too coarse for objects of a few pixels: in frames
-of 48×48 it halves the endpoint error.
+The search compares blocks of 8×8 pixels on a grid of half the size, which is too coarse for objects of a few pixels:
+enlarging frames of 48×48 halves the endpoint error.
 """
 
 
@@ -25,7 +25,7 @@ def estimate_flow(
     """Return the rows and columns in pixels by which the content of each pixel moves to the second frame.
 
     Raises:
-      MissingError: OpenCV is not installed.
+      MissingError: If OpenCV is not installed.
     """
     cv2 = import_opencv()
     height, width = first.shape[:2]
@@ -34,7 +34,7 @@ def estimate_flow(
     if factor > 1:
         size = (width * factor, height * factor)
         frames = [cv2.resize(each, size, interpolation=cv2.INTER_CUBIC) for each in frames]
-    # An object of its own for every pair: it keeps buffers, which threads must not share.
+    # Every pair has its own object: it keeps buffers, which threads must not share.
     search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     flow = search.calc(*frames, None)
     if factor > 1:
@@ -50,7 +50,7 @@ def warp_backward(
     Positions outside of the frame have the value of the nearest pixel inside.
 
     Raises:
-      MissingError: OpenCV is not installed.
+      MissingError: If OpenCV is not installed.
     """
     cv2 = import_opencv()
     height, width = frame.shape[:2]
@@ -62,13 +62,13 @@ def warp_backward(
 def interpolate_middle(
     first: UInt8[np.ndarray, "H W 3"], second: UInt8[np.ndarray, "H W 3"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Return the frame in the middle of two, by flow in both directions.
+    """Return the frame in the middle between two, by flow in both directions.
 
-    The flow from the middle is combined of both (arXiv 1712.00080, eq. 4, at time 1/2), and both warped frames are
-    averaged. There is no network, and no mask of hidden pixels.
+    The flow from the middle combines both (arXiv 1712.00080, eq. 4, at time 1/2), and both warped frames are averaged.
+    There is no network, and no mask of hidden pixels.
 
     Raises:
-      MissingError: OpenCV is not installed.
+      MissingError: If OpenCV is not installed.
     """
     to_second = (estimate_flow(first, second) - estimate_flow(second, first)) / 4
     warped = (warp_backward(first, -to_second) + warp_backward(second, to_second)) / 2
@@ -79,7 +79,7 @@ def import_opencv() -> Any:
     """Return the module `cv2`.
 
     Raises:
-      MissingError: OpenCV is not installed.
+      MissingError: If OpenCV is not installed.
     """
     try:
         import cv2

@@ -1,4 +1,4 @@
-"""Protocols: everything that a figure depends on besides the model, kept with every result."""
+"""Protocols: everything besides the model that a figure depends on, kept with every result."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ class ClipSampling:
     """Frames of clips that are measured.
 
     Raises:
-      UserError: an empty size.
+      UserError: If a size is empty.
     """
 
     frames: int | None = None
@@ -35,12 +35,13 @@ class ClipSampling:
     start: Literal["first", "middle", "random"] = "first"
     """Position of the frames in a longer clip."""
     size: tuple[int, int] | None = None
-    """Height and width: the largest centred part of their aspect ratio is resized to them; None for each clip's own."""
+    """Height and width: the largest centred part with this aspect ratio is resized to them; None for each clip's
+    own."""
     filter: Filter = "bicubic"
-    """Filter of Pillow, which is wider where pictures become smaller (against aliasing)."""
+    """Pillow's resampling filter, which is wider when pictures become smaller (against aliasing)."""
     multiple: tuple[int, int, int] = (1, 1, 1)
-    """Step of sizes: frames are 1 + k times the first number, heights and widths multiples of the others, as an
-    autoencoder needs it. What is more is cut off, of height and width on both sides."""
+    """Step of sizes: frames are 1 + k times the first number, heights and widths are multiples of the others, as an
+    autoencoder needs. The excess is cut off; in height and width, on both sides."""
 
     def __post_init__(self):
         sides = self.size or (1, 1)
@@ -55,7 +56,7 @@ class ClipSampling:
           number: number of the clip in its set; the random position is a function of it.
 
         Raises:
-          UserError: the clip has too few frames.
+          UserError: If the clip has too few frames.
         """
         total, count = len(clip.frames), self.frames or len(clip.frames)
         if total < count:
@@ -69,10 +70,10 @@ class ClipSampling:
         return replace(clip, frames=np.ascontiguousarray(self._cut(frames)))
 
     def _cut(self, frames: np.ndarray) -> np.ndarray:
-        """Return the frames in a multiple of the step of sizes.
+        """Return the frames, cut to a multiple of the size step.
 
         Raises:
-          UserError: the frames are smaller than one step.
+          UserError: If the frames are smaller than one step.
         """
         t, *steps = self.multiple
         if min(frames.shape[1] // steps[0], frames.shape[2] // steps[1]) < 1:
@@ -94,7 +95,7 @@ class ClipSampling:
 
 
 class Scenes(NamedTuple):
-    """Rendered clips of the data, which are known in full."""
+    """Rendered data clips, whose content is fully known."""
 
     clips: ClipSet
     """Renderings, with captions."""
@@ -108,11 +109,10 @@ class Scenes(NamedTuple):
 class Protocol:
     """Everything that a figure depends on besides the model.
 
-    A subclass may render its own clips of the data (`make_scenes`) and give a part of them to the model
-    (`add_known_frames`).
+    A subclass may render its own data clips (`make_scenes`) and give a part of them to the model (`add_known_frames`).
 
     Raises:
-      UserError: fewer than one sample.
+      UserError: If a number of clips is below 1, or `max_unreadable` is outside [0, 1].
     """
 
     name: str
@@ -120,19 +120,19 @@ class Protocol:
     metrics: tuple[Metric, ...]
     """Metrics to compute."""
     clips: ClipSampling = ClipSampling()
-    """Frames that are measured, of samples and of clips of the data."""
+    """Frames that are measured, in samples and in data clips."""
     count: int | None = None
-    """Number of samples; None for one for each clip of the data."""
+    """Number of samples; None for one per data clip."""
     real_count: int | None = None
-    """Number of clips of the data; None for all."""
+    """Number of data clips; None for all."""
     split: str = ""
     """Split of the data; all of its clips if empty."""
     codec: Literal["mp4", "webm"] = "mp4"
-    """Container of the samples' files, from which they are measured."""
+    """Container of the sample files, which measurements read."""
     crf: int | None = 10
-    """Quality of the samples' files, 0 (best) to 51; None for the default of written clips."""
+    """Quality of the sample files, 0 (best) to 51; None for the default quality of written clips."""
     seed: int = 0
-    """Seed of samples, of positions in longer clips and of the choice of clips."""
+    """Seed of samples, positions in longer clips, and the choice of clips."""
     max_unreadable: float = 0.01
     """Largest share of clips that may be unreadable or too short; these are named in the result."""
 
@@ -142,13 +142,13 @@ class Protocol:
             raise UserError(f"max_unreadable={self.max_unreadable} is invalid: it is a share. Use 0 to 1")
 
     def make_scenes(self) -> Scenes | None:
-        """Return the scenes that are the clips of the data; None, as by default, if these are the user's."""
+        """Return the scenes that serve as data clips; None (the default) if the data clips are the user's."""
         return None
 
     def add_known_frames(
         self, requests: Sequence[Request], clips: Sequence[Callable[[], Clip]], *, fps: float | int
     ) -> list[Request]:
-        """Return the requests with the part of the clips of the data that the model gets: by default nothing.
+        """Return the requests with the parts of data clips that the model gets; by default it gets none.
 
         Args:
           requests: requests of the clips' captions.
@@ -164,7 +164,7 @@ class Protocol:
         return sorted(make_generator(self.seed, purpose).choice(total, count, replace=False).tolist())
 
     def repeat_captions(self, captions: int) -> list[int]:
-        """Return the number of the caption of each sample: every caption as often as another, give or take one."""
+        """Return the caption number of each sample: every caption as often as another, give or take one."""
         count = captions if self.count is None else self.count
         rounds = math.ceil(count / max(1, captions))
         return [number for _ in range(rounds) for number in range(captions)][:count]
@@ -179,7 +179,7 @@ def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], *, nam
       names: names of the results in the message.
 
     Raises:
-      UserError: the protocols differ; the message names the fields.
+      UserError: If the protocols differ; the message names the fields.
     """
     if difference := config_json.describe_difference(dict(first), dict(second), "protocol"):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Named protocols: those for published figures, and those that other modules register."""
+"""Named protocols: the ones for published figures, and the ones that other modules register."""
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -49,7 +49,7 @@ FRAME_METRICS: tuple[Metric, ...] = (
     Sharpness(),
     Colourfulness(),
 )
-"""Metrics of samples that need neither weights nor clips of the data."""
+"""Metrics of samples that need neither weights nor data clips."""
 _FVD = FrechetMetric(features=I3dFeatures(), name="fvd", label="FVD")
 _FVD_VIDEO_MAE = FrechetMetric(features=VideoMaeFeatures(), name="fvd_video_mae", label="FVD (VideoMAE)")
 _FID = FrechetMetric(features=InceptionFeatures(), name="fid", label="FID of frames")
@@ -92,7 +92,7 @@ PROTOCOLS: dict[str, Protocol] = {
             FrechetMetric(features=I3dFeatures(), name="rfvd", label="rFVD"),
         ),
     ),
-    # The model itself on clips of the data: nothing is sampled.
+    # The model itself is measured on data clips: nothing is sampled.
     "likelihood": Protocol(
         name="likelihood",
         clips=ClipSampling(frames=17),
@@ -128,12 +128,12 @@ def get_protocol(
     Args:
       name: its name.
       metrics: names of values; only the metrics that compute one of them are kept.
-      weights: folder of the files of weights, instead of `weights/`.
-      count: number of samples instead of its own, or of clips of the data where nothing is sampled; a figure of
-        another number is not comparable.
+      weights: folder of the weight files, instead of `weights/`.
+      count: number of samples instead of the protocol's own, or number of data clips if nothing is sampled; figures
+        with different numbers are not comparable.
 
     Raises:
-      UserError: an unknown name, or a metric that the protocol does not have.
+      UserError: If the name is unknown, or the protocol lacks a metric.
     """
     if name not in PROTOCOLS:
         raise UserError(f"protocol={name!r} is invalid: there is no such protocol. Use one of {', '.join(PROTOCOLS)}")
@@ -154,7 +154,7 @@ def get_protocol(
 
 
 def _move_weights(config: Any, folder: Path) -> Any:
-    """Return a metric or a feature function whose files of weights are in a folder."""
+    """Return a metric or a feature function whose weight files are in a folder."""
     values: dict[str, Any] = {}
     for each in fields(config):
         value = getattr(config, each.name)

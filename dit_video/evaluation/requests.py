@@ -14,7 +14,7 @@ from dit_video.video import Clip
 
 
 class EvaluationClips(NamedTuple):
-    """Clips of a training, on which its models are evaluated."""
+    """Clips of a training run, on which its models are evaluated."""
 
     training: ClipSource
     held_out: ClipSource
@@ -30,11 +30,11 @@ class EvaluationRequest(NamedTuple):
 
     request: Request
     read_reference: Callable[[], Clip]
-    """Returns a clip of the data with this prompt, of the sample's size."""
+    """Returns a data clip with this prompt, in the sample's size."""
     is_trained_caption: bool = False
     """True if the prompt belongs to a training clip."""
     scene: Any = None
-    """True content of the reference, if it is rendered: a value that only metrics of such data read."""
+    """True content of the reference, if it is rendered: a value that only metrics for such data read."""
 
 
 def make_caption_requests(
@@ -43,7 +43,7 @@ def make_caption_requests(
     """Return requests for up to `count` different captions, spread over the clips, each at its clip's training size.
 
     `first_index` is the number of the first request in its evaluation, which determines its seed. With
-    `use_first_frame` a request starts from the first frame of the clip.
+    `use_first_frame`, a request starts from the first frame of the clip.
     """
     different: dict[str, int] = {}
     for index, info in enumerate(clips.infos):

@@ -1,4 +1,4 @@
-"""Samples that are made once: a file each, kept when a run is killed, and reused by all metrics."""
+"""Samples that are made once: one file each, kept if a run is killed, and reused by all metrics."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,17 +23,17 @@ SETTINGS_FILE = "settings.json"
 
 
 class SampleStore:
-    """A folder of samples: those that exist are not made again.
+    """A folder of samples; existing ones are not made again.
 
     Args:
       folder: folder of the samples.
       requests: one request for each sample.
-      settings: JSON value of all that the samples depend on besides their requests: weights, sampler, codec.
+      settings: JSON value of everything besides the requests that the samples depend on: weights, sampler, codec.
       suffix: suffix of clips of several frames; images are PNG files.
       crf: quality of the clips.
 
     Raises:
-      UserError: the folder holds samples of other requests or settings; the differences are named.
+      UserError: If the folder holds samples of other requests or settings; the message names the differences.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SampleStore:
     ):
         self.folder, self._requests, self._suffix, self._crf = Path(folder), tuple(requests), suffix, crf
         listed = list(map(_describe, requests))
-        # As it is read from its file, where tuples are lists.
+        # In the form that is read from the file, where tuples are lists.
         expected = json.loads(json.dumps({"settings": settings, "requests": listed}))
         path = self.folder / SETTINGS_FILE
         if path.is_file():
@@ -105,7 +105,7 @@ class SampleStore:
 
 
 def _describe_difference(old: Any, new: dict[str, Any]) -> str:
-    """Return how samples were made otherwise; of other numbers of samples only these."""
+    """Return how samples were made differently; if their numbers differ, only the numbers."""
     counts = [len(each["requests"]) if isinstance(each, dict) and "requests" in each else 0 for each in (old, new)]
     if counts[0] == counts[1]:
         return config_json.describe_difference(old, new)
@@ -114,7 +114,7 @@ def _describe_difference(old: Any, new: dict[str, Any]) -> str:
 
 
 def _describe(request: Request) -> dict[str, Any]:
-    """Return all that a request asks for: the frames that it continues by a hash of their pixels."""
+    """Return all that a request asks for; the frames that it continues are given by a hash of their pixels."""
     size = None if request.size is None else list(request.size)
     known = [[each.frame, hash_clip(_make_clip(each.content))] for each in request.conditions]
     return {"prompt": request.prompt, "size": size, "seed": request.seed, **({"conditions": known} if known else {})}

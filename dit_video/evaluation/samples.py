@@ -1,4 +1,4 @@
-"""Samples in a folder: a file for each, and a list of their requests."""
+"""Samples in a folder: one file each, and a list of their requests."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +45,7 @@ def write_samples(
     and writes, and returns the entries.
 
     Raises:
-      UserError: the folder holds files that are not samples, or an invalid request.
+      UserError: If the folder holds files that are not samples, or a request is invalid.
     """
     folder, count = Path(folder).absolute(), max(1, 4 * pipeline.config.batch)
     parts = [requests[start : start + count] for start in range(0, len(requests), count)]
@@ -82,8 +82,8 @@ def _sample_parts(
 ) -> Iterator[tuple[Sequence[Request], Sequence[Float32[np.ndarray, "_ _ _ c"]]]]:
     """Yield parts of the requests with their latents; before sampling, all processes wait for the first one.
 
-    Of weights in host memory each stage moves its own to the devices. So that these move once and not for every part,
-    all latents, which are small, are sampled first.
+    Each stage moves its weights from host memory to the devices. All latents, which are small, are sampled first, so
+    that the weights move once and not for every part.
     """
     if pipeline.task_model.offload is None:
         for part in parts:
@@ -103,7 +103,7 @@ def check_replaceable(folder: Path) -> None:
     """Check that a folder holds nothing other than samples, so that new ones may replace it.
 
     Raises:
-      UserError: the folder holds other files.
+      UserError: If the folder holds other files.
     """
     if not folder.exists():
         return
@@ -121,11 +121,11 @@ def check_replaceable(folder: Path) -> None:
 
 
 def list_samples(folder: str | Path) -> list[tuple[str, str]]:
-    """Return the prompt and the name of the file of each sample that `prompts.json` lists.
+    """Return the prompt and the file name of each sample that `prompts.json` lists.
 
     Raises:
-      MissingError: there is no `prompts.json`.
-      UserError: the file is no list of samples in the folder, or names a file twice.
+      MissingError: If there is no `prompts.json`.
+      UserError: If the file is not a list of samples in the folder, or names a file twice.
     """
     path = Path(folder) / PROMPTS_FILE
     entries = read_json(path)

@@ -1,4 +1,4 @@
-"""Sweep of guidance scales and numbers of steps, with the quality and the cost of each."""
+"""Sweep over guidance scales and numbers of steps, with the quality and the cost of each."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ COST_FILE = "cost.json"
 
 
 class SweepPoint(NamedTuple):
-    """Sampling of one point of a sweep, and its cost."""
+    """Sampling at one point of a sweep, and its cost."""
 
     steps: int
     guidance: float
     seconds: float
-    """Seconds of sampling, of all samples; compilation included."""
+    """Seconds of sampling for all samples, including compilation."""
 
 
 class Sweep(NamedTuple):
@@ -45,8 +45,7 @@ def sweep_sampling(
 ) -> Sweep:
     """Evaluate a model by one protocol at every number of steps and guidance scale.
 
-    Each point has its own folder, `steps_N_guidance_S`; samples that exist are not made again, and neither their time
-    is measured again.
+    Each point has its own folder, `steps_N_guidance_S`; existing samples are not made or timed again.
 
     Args:
       pipeline: the model.
@@ -54,12 +53,13 @@ def sweep_sampling(
       folder: folder of the points.
       steps: numbers of steps.
       guidance: guidance scales.
-      data: clips of the data, where the protocol needs them.
+      data: data clips, if the protocol needs them.
       on_point: called with the steps and the scale before each point.
       sampling: further overrides of the pipeline's sampling.
 
     Raises:
-      UserError: fewer than two points, a protocol of reconstructions, or as `evaluate_protocol`.
+      UserError: If there are fewer than two points, the protocol compares reconstructions, or `evaluate_protocol`
+        raises it.
     """
     if len(steps) * len(guidance) < 2:
         raise UserError(f"steps={list(steps)} and guidance={list(guidance)} are one point. Use two or more")

@@ -1,4 +1,4 @@
-"""Results of tasks in a folder: a file each, a line of JSON each, and a contact sheet."""
+"""Task results in a folder: one file and one line of JSON each, and a contact sheet."""
 
 import contextlib
 import json
@@ -26,9 +26,9 @@ def write_task_results(
     progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> list[Path]:
-    """Run tasks, and write each result as it is finished: what is written stays if the run is stopped.
+    """Run tasks, and write each result as soon as it is finished; written results stay if the run is stopped.
 
-    `samples.jsonl` has a line for each file, with its recipe; `contact_sheet.png` has a row of frames for each.
+    `samples.jsonl` has a line with the recipe of each file; `contact_sheet.png` has a row of frames for each.
 
     Args:
       pipeline: the model.
@@ -38,7 +38,7 @@ def write_task_results(
       options: options of `Pipeline.run_tasks`.
 
     Raises:
-      UserError: a folder with files, a task that does not fit the model, or a disk that is full.
+      UserError: If the folder holds files, a task does not fit the model, or the disk is full.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -62,7 +62,7 @@ def write_task_results(
         ) from error
     finally:
         if clips:
-            with contextlib.suppress(OSError):  # of a full disk, about which there is an error already
+            with contextlib.suppress(OSError):  # the disk may be full, which is reported already
                 make_contact_sheet(clips).save(folder / SHEET_FILE)
     return paths
 

@@ -20,7 +20,7 @@ from dit_video.evaluation.metrics.metric import (
 
 @dataclass(frozen=True, kw_only=True)
 class ClipSimilarity(MeanMetric):
-    """Mean over samples of the cosine of CLIP's embeddings of their prompt and of each frame (arXiv 2104.14806)."""
+    """Mean over samples of the cosine between CLIP's embeddings of the prompt and of each frame (arXiv 2104.14806)."""
 
     needs = ("samples", "prompts")
     name: ClassVar[str] = "clip_similarity"
@@ -79,14 +79,14 @@ class TextRetrieval(ExampleMetric[EmbeddedSample]):
         ]
 
     def compute(self, state: tuple[EmbeddedSample, ...]) -> Mapping[str, MetricValue]:
-        """Return the shares, with the number of prompts that is chosen from."""
+        """Return the shares, with the number of prompts to choose from."""
         if not state:
             return {name: MetricValue(value=None, count=0) for name in self.describe()}
         prompts = list(dict.fromkeys(each.prompt for each in state))
         texts = self.embeddings.open_texts()(prompts)
         similarities = np.stack([each.embedding for each in state]) @ texts.T
         own = similarities[np.arange(len(state)), [prompts.index(each.prompt) for each in state]]
-        # Equal similarities count against the sample, so that a model with one embedding for all retrieves nothing.
+        # Equal similarities count against the sample, so that a model with a single embedding retrieves nothing.
         places = (similarities >= own[:, None]).sum(axis=1)
         note = f"of {len(prompts)} prompts; {self.embeddings.open().identity}"
         values = {}

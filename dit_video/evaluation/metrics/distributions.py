@@ -34,18 +34,18 @@ class JoinedRows(NamedTuple):
     samples: Float32[np.ndarray, "n d"]
     real_clips: Float32[np.ndarray, "m d"]
     numbers: tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]
-    """Number of the clip that each row of both sets is of."""
+    """Number of each row's clip, for both sets."""
 
 
 class NearestClips(NamedTuple):
-    """Distances of clips, each the mean over its rows, from the nearest rows of the data."""
+    """Distances from clips to the nearest rows of the data, each a mean over the clip's rows."""
 
     samples: Float64[np.ndarray, " s"]
     """Distance of each sample from the data."""
     numbers: Int64[np.ndarray, " s"]
-    """Number of the clip of the data that has the row nearest to one of each sample."""
+    """Number of the data clip that has the row nearest to any of each sample's rows."""
     real_clips: Float64[np.ndarray, " r"]
-    """Distance of each clip of the data from the other ones."""
+    """Distance from each data clip to the others."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class FeatureRows:
 
     @functools.cached_property
     def nearest(self) -> NearestClips | None:
-        """Return the nearest clips of the data, computed once; None if a set is empty."""
+        """Return the nearest data clips, computed once; None if a set is empty."""
         joined = self.joined
         if joined is None:
             return None
@@ -105,17 +105,17 @@ class SetMetric(Metric[FeatureRows]):
 def join_clips(
     clips: Sequence[Float32[np.ndarray, "_ d"]],
 ) -> tuple[Float32[np.ndarray, "n d"], Int64[np.ndarray, " n"]]:
-    """Return the rows of all clips, and the number of the clip that each is of."""
+    """Return the rows of all clips, and the number of each row's clip."""
     return np.concatenate(clips), np.repeat(np.arange(len(clips)), [len(rows) for rows in clips])
 
 
 def extract_sets(
     features: FeatureFunction, batch: MetricBatch
 ) -> tuple[Sequence[Float32[np.ndarray, "_ d"]], Sequence[Float32[np.ndarray, "_ d"]]]:
-    """Return the features of each sample and of each clip of the data in a batch.
+    """Return the features of each sample and each data clip in a batch.
 
     Raises:
-      UserError: features that are not finite.
+      UserError: If the features are not finite.
     """
     samples = batch.extract(features, "samples") if batch.samples else []
     real_clips = batch.extract(features, "real_clips") if batch.real_clips else []
@@ -157,7 +157,7 @@ class FrechetMetric(Metric[MomentPair]):
     """Seed of the resampling that gives the interval."""
 
     def describe(self) -> Mapping[str, MetricDescription]:
-        """Return the descriptions of the distance, that of halves of both sets and the extrapolated one."""
+        """Return the descriptions of the distance, the distance of halves of both sets, and the extrapolated one."""
         explanation = "distance of the samples' features from those of clips of the data (arXiv 1706.08500)"
         distance = MetricDescription(label=self.label, decimals=2, is_higher_better=False, explanation=explanation)
         half = MetricDescription(
@@ -232,7 +232,8 @@ class KernelMetric(SetMetric):
     subsets: int = 100
     """Number of random subsets."""
     subset_size: int = 1000
-    """Examples of a subset of at least two whole clips; at most half of the smaller set, so that subsets differ."""
+    """Examples in a subset, which has at least two whole clips; at most half of the smaller set, so that subsets
+    differ."""
 
     def describe(self) -> Mapping[str, MetricDescription]:
         """Return the description of the distance."""
@@ -252,7 +253,7 @@ class KernelMetric(SetMetric):
         distance = compute_kernel_distance(
             joined.samples, joined.real_clips, subsets=self.subsets, subset_size=size, clips=joined.numbers
         )
-        # The deviation of subsets of a share of the clips, scaled to that of all clips.
+        # The deviation of subsets with a share of the clips, scaled to all clips.
         share = size / smaller
         reach = 1.96 * distance.std * np.sqrt(share / (1 - share))
         note = f"{len(state.real_clips)} clips of the data; {self.features.open().identity}"
@@ -276,7 +277,7 @@ class InceptionScore(Metric[LogitRows]):
     label: str = "Inception score"
     """Name in reports."""
     splits: int = 10
-    """Number of parts, of whole samples, whose scores are averaged."""
+    """Number of parts, made of whole samples, whose scores are averaged."""
 
     def describe(self) -> Mapping[str, MetricDescription]:
         """Return the description of the score."""
@@ -320,7 +321,7 @@ class PrecisionRecall(SetMetric):
     """Precision and recall within manifolds of nearest neighbours (arXiv 1904.06991)."""
 
     neighbours: int = 3
-    """Number of neighbours up to which the ball around an example reaches."""
+    """Rank of the neighbour that the ball around an example reaches to."""
 
     def describe(self) -> Mapping[str, MetricDescription]:
         """Return the descriptions of both."""
@@ -336,7 +337,7 @@ class PrecisionRecall(SetMetric):
     def compute(self, state: FeatureRows) -> Mapping[str, MetricValue]:
         """Return both, with Wilson's intervals, in which the manifolds are fixed; None for too few clips.
 
-        Of frames, the intervals are those of as many independent answers as there are clips.
+        For frames, the intervals count as many independent answers as there are clips.
         """
         joined, counts = state.joined, (len(state.samples), len(state.real_clips))
         if joined is None or min(counts) <= self.neighbours:
@@ -356,15 +357,15 @@ class PrecisionRecall(SetMetric):
 
 _QUANTILE = 0.05
 _MIN_MEMORISATION_CLIPS = 20
-"""Number of clips of the data for which the quantile has a meaning."""
+"""Smallest number of data clips for which the quantile is meaningful."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memorisation(SetMetric):
-    """Share of samples that are nearer to a clip of the data than 95 % of these are to their nearest other one.
+    """Share of samples that are nearer to a data clip than 95 % of data clips are to their nearest other one.
 
-    New samples of the data's distribution give 5 %, copies of its clips 100 %. The clips of the data should be those of
-    the training. By a function of single frames a clip's distance is the mean of its frames' distances.
+    New samples of the data's distribution give 5 %, copies of its clips 100 %. The data clips should be the training
+    clips. With a function of single frames, a clip's distance is the mean of its frames' distances.
     """
 
     name: str = "memorised"
@@ -395,7 +396,7 @@ class Memorisation(SetMetric):
         return [{self.name: bool(each)} for each in self._find_memorised(state)]
 
     def list_nearest(self, state: FeatureRows) -> Sequence[int]:
-        """Return the number of the nearest clip of the data of every sample."""
+        """Return the number of every sample's nearest data clip."""
         return (
             ()
             if state.nearest is None or len(state.real_clips) < _MIN_MEMORISATION_CLIPS
@@ -403,7 +404,7 @@ class Memorisation(SetMetric):
         )
 
     def _find_memorised(self, state: FeatureRows) -> Bool[np.ndarray, " n"]:
-        """Return the answer for each sample; none with too few clips of the data."""
+        """Return the answer for each sample; none with too few data clips."""
         nearest = state.nearest
         if nearest is None or len(state.real_clips) < _MIN_MEMORISATION_CLIPS:
             return np.zeros(0, bool)

@@ -1,4 +1,4 @@
-"""Metrics of the frames of single clips: flicker, smoothness, motion, sharpness, colour, consistency."""
+"""Metrics of single clips' frames: flicker, smoothness, motion, sharpness, colour, consistency."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from dit_video.video import Clip
 class TemporalMetric(MeanMetric):
     """A metric with one number per clip of several frames: their mean, with Student's 95 % interval.
 
-    Clips that are too short to have a number, such as images, have the measurement None and do not count; the note of
-    the value says how many they are.
+    Clips that are too short to have a number, such as images, have the measurement None and do not count; the value's
+    note says how many there are.
     """
 
     min_frames: ClassVar[int] = 2
@@ -37,7 +37,7 @@ def describe_short_clips(state: Sequence[float | bool | None]) -> str:
 
 
 def compute_temporal_flickering(frames: UInt8[np.ndarray, "T H W 3"]) -> float:
-    """Return `(255 - E) / 255` with the mean absolute difference E of neighbouring frames, of at least two.
+    """Return `(255 - E) / 255` with the mean absolute difference E of neighbouring frames; there are at least two.
 
     This is the definition of VBench's `temporal_flickering.py`. 1 is a clip at rest.
     """
@@ -53,8 +53,8 @@ def compute_temporal_flickering(frames: UInt8[np.ndarray, "T H W 3"]) -> float:
 class TemporalFlickering(TemporalMetric):
     """Mean likeness of neighbouring frames, VBench's temporal flickering.
 
-    Motion lowers it as well as flicker does: VBench computes it on prompts of scenes at rest, and leaves out samples in
-    which much moves (see `DynamicDegree`).
+    Motion lowers it as flicker does: VBench computes it on prompts of scenes at rest, and leaves out samples with much
+    motion (see `DynamicDegree`).
     """
 
     needs, name = ("samples",), "temporal_flickering"
@@ -77,7 +77,7 @@ def compute_motion_smoothness(frames: UInt8[np.ndarray, "T H W 3"]) -> float:
     three frames. 1 is a clip whose frames are where a steady motion puts them.
 
     Raises:
-      UserError: OpenCV is not installed.
+      UserError: If OpenCV is not installed.
     """
     errors = []
     for index in range(1, len(frames) - 1, 2):
@@ -91,8 +91,8 @@ def compute_motion_smoothness(frames: UInt8[np.ndarray, "T H W 3"]) -> float:
 class MotionSmoothness(TemporalMetric):
     """Mean smoothness of motion: how well frames are predicted from their neighbours.
 
-    A variant of VBench's, whose values are not comparable with it: VBench interpolates by the network AMT-S, this by
-    optical flow (see `interpolate_middle`).
+    Values are not comparable with VBench's: VBench interpolates by the network AMT-S, this variant by optical flow (see
+    `interpolate_middle`).
     """
 
     needs, name, min_frames = ("samples",), "motion_smoothness", 3
@@ -107,7 +107,7 @@ class MotionSmoothness(TemporalMetric):
         return (f"OpenCV {import_opencv().__version__}",)
 
     def measure(self, batch: MetricBatch) -> Sequence[float | None]:
-        """Return the smoothness of every sample; None for those of fewer than three frames."""
+        """Return the smoothness of every sample; None for samples of fewer than three frames."""
         clips = [clip.frames for clip in batch.samples]
         return [compute_motion_smoothness(each) if len(each) >= self.min_frames else None for each in clips]
 
@@ -115,15 +115,15 @@ class MotionSmoothness(TemporalMetric):
 FLOW_FPS = 8.0
 """Rate at which frames are compared, per second."""
 TOP_SHARE = 0.05
-"""Share of a frame's pixels, those that move most, whose mean flow counts."""
+"""Share of a frame's pixels whose mean flow counts: the ones that move most."""
 FLOW_THRESHOLD = 6.0 / 256
 """Mean flow of a frame with large motion, in shorter sides of the frame."""
 MOVING_SHARE = 4 / 16
-"""Share of the frames that have large motion in a clip with large motion."""
+"""Share of frames with large motion that makes a clip one with large motion."""
 
 
 def compute_top_flow(flow: Float32[np.ndarray, "H W 2"]) -> float:
-    """Return the mean length in pixels of the flow of the 5 % of pixels that move most."""
+    """Return the mean flow length, in pixels, of the 5 % of pixels that move most."""
     lengths = np.hypot(flow[..., 0], flow[..., 1]).ravel()
     count = max(1, int(TOP_SHARE * lengths.size))
     return float(np.partition(lengths, -count)[-count:].mean(axis=0))
@@ -137,12 +137,12 @@ def select_frames(clip: Clip) -> UInt8[np.ndarray, "t H W 3"]:
 def is_dynamic(frames: UInt8[np.ndarray, "t H W 3"]) -> bool:
     """Return True if at least two frames, at 8 per second, have large motion.
 
-    A quarter of them must move by more than 6/256 of the shorter side until the next one; a frame moves as the 5 % of
-    its pixels that move most. These are the rules of VBench's `dynamic_degree.py`, except that at least one frame must
-    move; there, two frames always count as dynamic.
+    A quarter of the frames must move by more than 6/256 of the shorter side until the next one; a frame moves as much
+    as the 5 % of its pixels that move most. These are the rules of VBench's `dynamic_degree.py`, except that at least
+    one frame must move; there, two frames always count as dynamic.
 
     Raises:
-      UserError: OpenCV is not installed.
+      UserError: If OpenCV is not installed.
     """
     threshold = FLOW_THRESHOLD * min(frames.shape[1:3])
     required, moving = max(1, round(MOVING_SHARE * len(frames))), 0
@@ -157,7 +157,7 @@ def is_dynamic(frames: UInt8[np.ndarray, "t H W 3"]) -> bool:
 class DynamicDegree(ShareMetric):
     """Share of samples with large motion, with Wilson's 95 % interval.
 
-    VBench's rules with another flow: VBench computes it by the network RAFT, this by dense inverse search.
+    It uses VBench's rules with another flow: VBench computes flow by the network RAFT, this by dense inverse search.
     """
 
     needs, name = ("samples",), "dynamic_degree"
@@ -173,7 +173,7 @@ class DynamicDegree(ShareMetric):
         return (f"OpenCV {import_opencv().__version__}",)
 
     def measure(self, batch: MetricBatch) -> Sequence[bool | None]:
-        """Return True for every sample with large motion; None for images, and clips of less than 1/8 s."""
+        """Return True for every sample with large motion; None for images and for clips shorter than 1/8 s."""
         clips = [select_frames(clip) for clip in batch.samples]
         return [is_dynamic(each) if len(each) > 1 else None for each in clips]
 
@@ -202,8 +202,8 @@ def compute_sharpness(frames: UInt8[np.ndarray, "T H W 3"]) -> float:
 class Sharpness(MeanMetric):
     """Mean sharpness of samples.
 
-    Noise raises it as edges do, and it depends on the content and the size of frames: it is to be compared with that of
-    the data, at one size.
+    Noise raises it as edges do, and it depends on the content and the size of frames, so it should be compared with the
+    data's sharpness at the same size.
     """
 
     needs, name = ("samples",), "sharpness"
@@ -236,7 +236,7 @@ def compute_colourfulness(frames: UInt8[np.ndarray, "T H W 3"]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Colourfulness(MeanMetric):
-    """Mean colourfulness of samples, to be compared with that of the data."""
+    """Mean colourfulness of samples, to be compared with the data's."""
 
     needs, name = ("samples",), "colourfulness"
     description = MetricDescription(
@@ -251,10 +251,10 @@ class Colourfulness(MeanMetric):
 
 
 def compute_consistency(features: Float[np.ndarray, "T d"]) -> float:
-    """Return the mean cosine similarity of each frame's features with those of the first and of the previous frame.
+    """Return the mean cosine similarity of each frame's features with the first and the previous frame's.
 
     Negative similarities count as 0, as in VBench's `subject_consistency.py`; there are at least two frames. Features
-    that are all zero are like no others.
+    that are all zero are similar to no others.
     """
     features = features.astype(np.float64)
     units = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
@@ -264,10 +264,10 @@ def compute_consistency(features: Float[np.ndarray, "T d"]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectConsistency(TemporalMetric):
-    """Mean likeness of the frames of a sample by features of images.
+    """Mean likeness of a sample's frames by image features.
 
-    VBench's features are those of DINO ViT-B/16; values of other features are not comparable with it. Every sample
-    counts alike, which differs from VBench's mean over frames where lengths differ.
+    VBench uses the features of DINO ViT-B/16; values with other features are not comparable with it. Every sample
+    counts alike, unlike in VBench's mean over frames, if lengths differ.
     """
 
     features: FeatureFunction

@@ -1,4 +1,4 @@
-"""Metrics of a model on clips of the data: loss by time, and bits per dimension."""
+"""Metrics of a model on data clips: loss by time, and bits per dimension."""
 
 import functools
 import math
@@ -24,18 +24,18 @@ from dit_video.evaluation.metrics.metric import (
 from dit_video.sampling.clip_functions import ClipFunction, PackedLatents
 
 LOSS_PREFIX = "loss_t"
-"""Start of the names of the losses at single times, which the time follows."""
+"""Prefix of the names of losses at single times, which the time follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingLoss(ClipFunction):
-    """The mean squared error of the prediction at each of some times."""
+    """The prediction's mean squared error at several times."""
 
     times: tuple[float, ...]
     """Diffusion times."""
 
     def __call__(self, denoise: DenoiseFn, clips: PackedLatents) -> Float[Array, "times B G"]:
-        """Return the losses of every clip: means over its tokens, but for those that the model gets without noise."""
+        """Return the losses of every clip: means over its tokens, except those that the model gets without noise."""
         objective = Objective(process=clips.process, prediction=clips.prediction)
         layout = clips.rows.layout
         is_counted = jnp.ones(clips.data.shape[:2]) if clips.is_clean is None else 1.0 - clips.is_clean
@@ -60,11 +60,11 @@ class LossByTime(ExampleMetric[tuple[float, ...]]):
     """Loss of the denoiser at the midpoints of equal bins of diffusion time, and its mean over them.
 
     It is the mean squared error of the quantity that the model predicts (velocity, noise, …), in latents, without the
-    weights and the distribution of times of training: models of one prediction, process and autoencoder compare.
-    Captions are the clips' own. A clip has the same noise at the same time in every model.
+    loss weights and time distribution of training. Models with the same prediction, process and autoencoder are
+    comparable. Captions are the clips' own. A clip has the same noise at the same time in every model.
 
     Raises:
-      UserError: no bins, or a negative seed.
+      UserError: If there are no bins, or the seed is negative.
     """
 
     needs = ("real_clips", "pipeline")
@@ -132,7 +132,7 @@ class LossByTime(ExampleMetric[tuple[float, ...]]):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentLikelihood(ClipFunction):
-    """The negative log-density of latents under the probability flow, in bits for each value."""
+    """The negative log-density of latents under the probability flow, in bits per value."""
 
     steps: int
     """Number of steps of Heun's rule."""
@@ -145,7 +145,7 @@ class LatentLikelihood(ClipFunction):
         """Return the bits of every clip.
 
         Raises:
-          UserError: a model that gets some tokens without noise: they have no density.
+          UserError: If the model gets some tokens without noise: they have no density.
         """
         if clips.is_clean is not None:
             rule = "this model gets parts of a clip without noise, which have no density"
@@ -168,7 +168,7 @@ class LatentLikelihood(ClipFunction):
     def make_times(self, process: Process) -> Float32[np.ndarray, " times"]:
         r"""Return falling times at angles whose roots are uniformly spaced: most steps are near the data.
 
-        The angle $\arctan(\sigma / \alpha)$ is the coordinate that the flow is integrated along.
+        The flow is integrated along the angle $\arctan(\sigma / \alpha)$.
         """
         one = np.ones(1)
         last = math.atan2(process.sigma(one).item(), process.alpha(one).item())
@@ -179,16 +179,16 @@ class LatentLikelihood(ClipFunction):
 
 @dataclass(frozen=True, kw_only=True)
 class BitsPerDimension(MeanMetric):
-    """Negative log-likelihood of clips of the data under the model, in bits for each value of their latents.
+    """Negative log-likelihood of data clips under the model, in bits per latent value.
 
     The probability flow ODE takes the latents to noise, whose density is known, by Heun's rule; the change of density
-    on the way is the integral of the divergence (arXiv 1810.01367; 2011.13456, section 4.3), which Hutchinson's
-    estimate has of random signs that are a function of the seed and the clip. Without guidance, under the clips'
-    captions. The density is that of continuous latents, so that a value may be negative, and models compare if they
-    have one autoencoder.
+    on the way is the integral of the divergence (arXiv 1810.01367; 2011.13456, section 4.3). Hutchinson's method
+    estimates the divergence with random signs, which depend on the seed and the clip. The model runs without guidance,
+    under the clips' captions. As latents are continuous, a value may be negative, and only models with the same
+    autoencoder are comparable.
 
     Raises:
-      UserError: no steps or probes, a ratio that is not between 0 and 1, or a negative seed.
+      UserError: If there are no steps or probes, the ratio is not between 0 and 1, or the seed is negative.
     """
 
     needs, name = ("real_clips", "pipeline"), "bits_per_dimension"
@@ -199,7 +199,7 @@ class BitsPerDimension(MeanMetric):
         explanation="of continuous latents, for each of their values; comparable for one autoencoder only",
     )
     steps: int = 32
-    """Number of steps of Heun's rule, with two evaluations and derivatives of the model each."""
+    """Number of steps of Heun's rule, each with two evaluations and derivatives of the model."""
     probes: int = 1
     """Number of vectors of random signs for each clip."""
     min_ratio: float = 0.002

@@ -1,8 +1,8 @@
-"""The interface of metrics: what an evaluation computes from samples, reconstructions or the model itself.
+"""Interface of metrics: what an evaluation computes from samples, reconstructions or the model itself.
 
 A metric is pure: a frozen dataclass whose methods are functions of its fields and their arguments. An evaluation starts
-with `init`, hands batches to `update`, and reads the result with `compute`. States of several processes or runs are
-combined by `merge`, and the result is that of all their examples.
+with `init`, hands batches to `update`, and reads the result with `compute`. `merge` combines the states of several
+processes or runs, and the result covers all their examples.
 """
 
 import abc
@@ -22,7 +22,7 @@ from dit_video.video import Clip
 
 
 def compute_wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """Return Wilson's interval of a share (1927); (0, 1) if the count is 0."""
+    """Return Wilson's interval (1927) for a share; (0, 1) if the count is 0."""
     from scipy.stats import binomtest  # slow to import, and needed by few programs that import this module
 
     if count == 0:
@@ -32,7 +32,7 @@ def compute_wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def compute_mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return Student's t interval of a mean (1908), exact for independent normal values; None for fewer than two."""
+    """Return Student's t interval (1908) for a mean, exact for independent normal values; None for fewer than two."""
     if len(values) < 2:
         return None
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
@@ -66,7 +66,7 @@ class ClipReconstruction(NamedTuple):
 class MetricBatch:
     """Some examples of an evaluation: prompts or held-out clips, of any sizes.
 
-    A metric gets the fields that it needs; the others are empty, and so are those of the other kind of examples.
+    A metric gets the fields that it needs; all others are empty, and so are the fields of the other kind of examples.
     """
 
     samples: Sequence[Clip] = ()
@@ -74,11 +74,11 @@ class MetricBatch:
     prompts: Sequence[str] = ()
     """Prompt of each sample."""
     references: Sequence[Clip] = ()
-    """Clip of the data for each prompt, of the sample's size: the clip whose caption it is, or a rendering of it."""
+    """Data clip for each prompt, in the sample's size: the clip that it is the caption of, or a rendering of it."""
     scenes: Sequence[Any] = ()
-    """True content of each reference, where the data are rendered."""
+    """True content of each reference, if the data are rendered."""
     real_clips: Sequence[Clip] = ()
-    """Clips of the data that the set of all samples is compared with, in batches of their own."""
+    """Data clips that the set of all samples is compared with, in batches of their own."""
     pairs: Sequence[ClipReconstruction] = ()
     """Held-out clips, each with its reconstruction."""
     baselines: Sequence[Clip] = ()
@@ -90,7 +90,7 @@ class MetricBatch:
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def select(self, needs: Collection[MetricInput]) -> "MetricBatch":
-        """Return the batch with only these fields; all that are selected from it share what they compute of clips."""
+        """Return the batch with only these fields; selected batches share what they compute from clips."""
         values = {need: getattr(self, need) for need in needs}
         return MetricBatch(**values, _features=self._features, _derived=self._derived)
 
@@ -99,11 +99,11 @@ class MetricBatch:
     ) -> list[Float32[np.ndarray, "_ d"]]:
         """Return the features of each clip in a field, which metrics with the same function share.
 
-        Each clip has one row, or one for each of its frames.
+        Each clip has one row, or one row per frame.
 
         Raises:
-          MissingError: the weights do not exist.
-          UserError: they are of another network, or the network does not read clips of this length.
+          MissingError: If the weights do not exist.
+          UserError: If they belong to another network, or the network does not read clips of this length.
         """
         key = (features, name)
         if key not in self._features:
@@ -121,9 +121,9 @@ class MetricBatch:
 
         Args:
           function: a pure function of a clip, such as one that tracks its objects; no metric changes its result.
-          clip: a clip of the batch, or a reference of one of its scenes.
-          *args: further arguments of the function, hashable, as those by name are.
-          **kwargs: its arguments by name.
+          clip: a clip of the batch, or the reference of one of its scenes.
+          *args: further arguments of the function; like the keyword arguments, they are hashable.
+          **kwargs: its keyword arguments.
         """
         key = (function, clip, args, frozenset(kwargs.items()))
         if key not in self._derived:
@@ -136,7 +136,7 @@ class MetricValue:
     """A value of a metric, with its uncertainty.
 
     Raises:
-      UserError: the value is not finite.
+      UserError: If the value is not finite.
     """
 
     value: float | None
@@ -171,7 +171,7 @@ class MetricDescription:
     """True for a value that is printed and shown at the top of reports; all values are in their table."""
 
     def format_value(self, value: float | int, *, is_precise: bool = False) -> str:
-        """Return a value with its unit, with one more decimal place if it is precise and no share."""
+        """Return a value with its unit, with one more decimal place if it is precise and not a share."""
         if self.unit == "%":
             return f"{value:.{self.decimals}%}"
         return f"{value:.{self.decimals + is_precise}f} {self.unit}".rstrip()
@@ -182,7 +182,7 @@ class MetricDescription:
 
 
 class Metric(abc.ABC, Generic[MetricState]):
-    """A metric of an evaluation; a subclass is a frozen dataclass, and registered if it is of another package."""
+    """A metric of an evaluation; subclasses are frozen dataclasses, and registered if they are of other packages."""
 
     needs: ClassVar[tuple[MetricInput, ...]]
     """Data that the metric reads."""
@@ -201,7 +201,7 @@ class Metric(abc.ABC, Generic[MetricState]):
 
     @abc.abstractmethod
     def merge(self, first: MetricState, second: MetricState) -> MetricState:
-        """Return the state of the examples of both states."""
+        """Return the combined state for the examples of both."""
 
     @abc.abstractmethod
     def compute(self, state: MetricState) -> Mapping[str, MetricValue]:
@@ -213,8 +213,8 @@ class Metric(abc.ABC, Generic[MetricState]):
         By default these are the weights of the feature functions in its fields.
 
         Raises:
-          MissingError: a file of weights does not exist.
-          UserError: it is of another network.
+          MissingError: If a weight file does not exist.
+          UserError: If the file holds another network.
         """
         functions = [value for value in vars(self).values() if isinstance(value, FeatureFunction)]
         return tuple(each.open().identity for each in functions)
@@ -224,7 +224,7 @@ class Metric(abc.ABC, Generic[MetricState]):
         return ()
 
     def list_nearest(self, state: MetricState) -> Sequence[int]:
-        """Return the number of the clip of the data that a page shows next to each sample; none by default."""
+        """Return the number of the data clip that a page shows next to each sample; none by default."""
         return ()
 
 
@@ -249,7 +249,7 @@ class ExampleMetric(Metric[tuple[Example, ...]], Generic[Example]):
 
 
 class SingleValueMetric(ExampleMetric[Example | None], Generic[Example]):
-    """A metric with one value, computed of one measurement per example: None for an example that does not count."""
+    """A metric with one value, computed from one measurement per example: None for an example that does not count."""
 
     name: ClassVar[str]
     """Name of the value."""
@@ -274,7 +274,7 @@ class SingleValueMetric(ExampleMetric[Example | None], Generic[Example]):
         return {self.name: replace(value, note=self.make_note(state))}
 
     def list_examples(self, state: tuple[Example | None, ...]) -> Sequence[Mapping[str, Any]]:
-        """Return the measurement of every example, and nothing of one that does not count."""
+        """Return the measurement of every example, and nothing for one that does not count."""
         return [{} if each is None else {self.name: each} for each in state]
 
 
@@ -286,7 +286,7 @@ class MeanMetric(SingleValueMetric[float]):
         return estimate_mean(measurements)
 
     def list_examples(self, state: tuple[float | None, ...]) -> Sequence[Mapping[str, float]]:
-        """Return the number of every example, and nothing of one that does not count."""
+        """Return the number of every example, and nothing for one that does not count."""
         return [{} if number is None else {self.name: float(number)} for number in state]
 
 

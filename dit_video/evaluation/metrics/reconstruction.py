@@ -35,7 +35,7 @@ K1, K2 = 0.01, 0.03
 
 
 class SsimTerms(NamedTuple):
-    """Means of a frame's similarity over all positions at which the window lies inside the frame, for each plane."""
+    """A frame's mean similarity in each plane, over all positions at which the window lies inside the frame."""
 
     similarity: Float[np.ndarray, " planes"]
     """Structural similarity: the product of luminance, contrast and structure (eq. 13)."""
@@ -62,7 +62,7 @@ def check_same_shape(original: UInt8[np.ndarray, "..."], other: UInt8[np.ndarray
     """Check that two clips can be compared.
 
     Raises:
-      UserError: their shapes differ.
+      UserError: If their shapes differ.
     """
     if original.shape != other.shape:
         raise UserError(
@@ -78,14 +78,14 @@ def _compute_window_mean(plane: Float[np.ndarray, "H W planes"]) -> Float[np.nda
 
 
 MAX_PSNR = 100.0
-"""Largest PSNR that the metrics count, in dB: that of equal clips is infinite."""
+"""Largest PSNR that the metrics count, in dB, as equal clips have an infinite PSNR."""
 
 
 def psnr(original: UInt8[np.ndarray, "*pixels 3"], other: UInt8[np.ndarray, "..."]) -> float:
     """Return the peak signal-to-noise ratio in dB: `10 log10(255^2 / MSE)`, MSE over all pixels; inf if equal.
 
     Raises:
-      UserError: the shapes differ.
+      UserError: If the shapes differ.
     """
     check_same_shape(original, other)
     error = np.mean(np.square(original.astype(np.float64) - other.astype(np.float64)), axis=None)
@@ -93,10 +93,10 @@ def psnr(original: UInt8[np.ndarray, "*pixels 3"], other: UInt8[np.ndarray, "...
 
 
 def compute_limited_psnr(original: UInt8[np.ndarray, "*pixels 3"], other: UInt8[np.ndarray, "..."]) -> float:
-    """Return the PSNR in dB, at most `MAX_PSNR`, which has a mean where some pixels are equal.
+    """Return the PSNR in dB, at most `MAX_PSNR`, so that its mean exists even if some clips are equal.
 
     Raises:
-      UserError: the shapes differ.
+      UserError: If the shapes differ.
     """
     return min(psnr(original, other), MAX_PSNR)
 
@@ -107,7 +107,7 @@ def ssim(original: UInt8[np.ndarray, "T H W 3"], other: UInt8[np.ndarray, "..."]
     The mean is over all positions at which the window lies inside the frame, the R, G and B planes, and the frames.
 
     Raises:
-      UserError: the shapes differ, or the frames are smaller than the window.
+      UserError: If the shapes differ, or the frames are smaller than the window.
     """
     check_same_shape(original, other)
     height, width = original.shape[1:3]
@@ -147,7 +147,7 @@ class Ssim(MeanMetric):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearPsnr(MeanMetric):
-    """Mean PSNR of the best linear autoencoder with as many latent values, which a trained one must exceed."""
+    """Mean PSNR of the best linear autoencoder with as many latent values; a trained autoencoder must exceed it."""
 
     needs, name = ("pairs", "baselines"), "linear_psnr"
     description = MetricDescription(
@@ -169,16 +169,16 @@ class MultiscaleValue(NamedTuple):
 
     value: float
     scales: int
-    """Number of scales; values of different numbers are not comparable."""
+    """Number of scales; values with different numbers are not comparable."""
 
 
 def count_scales(height: int, width: int) -> int:
     """Return the largest number of scales, at most 5, whose coarsest one is no smaller than the window.
 
-    Five need 176 pixels of the shorter side, four 88, three 44, two 22.
+    Five scales need 176 pixels on the shorter side, four need 88, three 44, two 22.
 
     Raises:
-      UserError: not even the frame is as large as the window.
+      UserError: If the frame itself is smaller than the window.
     """
     side = min(height, width)
     if side < WINDOW:
@@ -192,9 +192,9 @@ def compute_multiscale_ssim(
     """Return the multi-scale structural similarity, at most 1, with an 11×11 Gaussian window, sigma 1.5.
 
     It is the product of the structure at every scale and of the luminance at the coarsest one, each to the power of the
-    scale's weight (eq. 7), of each of the R, G and B planes, averaged over planes and frames. Scales are halved by the
-    mean of 2×2 pixels; the last row or column of an odd size is repeated. A negative mean, of which there is no power,
-    counts as 0. With fewer than five scales their weights are divided by their sum.
+    scale's weight (eq. 7), computed for each of the R, G and B planes, and averaged over planes and frames. Scales are
+    halved by the mean of 2×2 pixels; an odd size repeats the last row or column. A negative mean, which has no power,
+    counts as 0. Weights of fewer than five scales are divided by their sum.
 
     Args:
       original: frames of a clip.
@@ -202,7 +202,7 @@ def compute_multiscale_ssim(
       scales: number of scales, by default as many as fit.
 
     Raises:
-      UserError: the shapes differ, or the frames are too small for the scales.
+      UserError: If the shapes differ, or the frames are too small for the scales.
     """
     check_same_shape(original, other)
     height, width = original.shape[1:3]
@@ -305,15 +305,15 @@ def compute_perceptual_distance(
       original: frames of a clip, of at least 16×16 pixels.
       other: frames of the other.
       weights: file of the weights (see `load_lpips`), which is read once.
-      chunk_pixels: pixels of the frames that are compared at once; a frame at least.
+      chunk_pixels: pixels of the frames that are compared at once; at least one frame.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: it is of another network, the shapes differ, or the frames are too small.
+      MissingError: If the file does not exist.
+      UserError: If the file holds another network, the shapes differ, or the frames are too small.
     """
     check_same_shape(original, other)
     frames, height, width = original.shape[:3]
-    # Chunks of equal lengths, the last one filled up with repeated frames: one program for all of a clip.
+    # Chunks have equal lengths, the last one filled up with repeated frames, so one program serves all of a clip.
     chunks = -(-frames // max(1, chunk_pixels // (height * width)))
     size = -(-frames // chunks)
     params, distances = _load_weights(weights).params, []
@@ -329,7 +329,7 @@ class PerceptualDistance(MeanMetric):
     """Mean LPIPS of the autoencoder's reconstructions, with features of VGG16."""
 
     weights: str
-    """File of the weights of the package `lpips`; `dit_video.weights.load_lpips` says how to make it."""
+    """File of the `lpips` package's weights; `dit_video.weights.load_lpips` says how to make it."""
 
     needs, name = ("pairs",), "perceptual_distance"
     description = MetricDescription(
@@ -353,14 +353,14 @@ class PerceptualDistance(MeanMetric):
 
 
 def compute_added_flicker(original: UInt8[np.ndarray, "T H W 3"], decoded: UInt8[np.ndarray, "..."]) -> float:
-    """Return the mean absolute difference of the changes from frame to frame, in 0..255.
+    """Return the mean absolute difference between the clips' changes from frame to frame, in 0..255.
 
     It is the mean of `|(y[t+1] - y[t]) - (x[t+1] - x[t])|` over time, pixels and colours, with the original x and its
     reconstruction y: dtSSD (Erofeev et al. 2015) with absolute values in place of squares, so that its unit is a level
     of brightness. An error that is the same in all frames, such as a blurred background at rest, adds nothing.
 
     Raises:
-      UserError: the shapes differ.
+      UserError: If the shapes differ.
     """
     check_same_shape(original, decoded)
     errors = (y.astype(np.int16) - x.astype(np.int16) for x, y in zip(original, decoded, strict=True))
@@ -374,7 +374,7 @@ def compute_added_flicker(original: UInt8[np.ndarray, "T H W 3"], decoded: UInt8
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionFlicker(TemporalMetric):
-    """Mean change from frame to frame that reconstructions have and their originals do not."""
+    """Mean change from frame to frame that is in reconstructions but not in their originals."""
 
     needs, name = ("pairs",), "reconstruction_flicker"
     description = MetricDescription(

@@ -13,7 +13,7 @@ from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 
 @dataclass(frozen=True, kw_only=True)
 class KeptPixels(MeanMetric):
-    """Mean PSNR of kept pixels below that of the autoencoder's own reconstruction of them."""
+    """Mean loss of PSNR in kept pixels, relative to the autoencoder's own reconstruction."""
 
     needs = ("samples", "scenes")
     name: ClassVar[str] = "kept_psnr_loss"
@@ -42,7 +42,7 @@ _REACH = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RegionBorder(MeanMetric):
-    """Mean gradient across the border of known pixels, relative to that near it: above 1 where there is an edge."""
+    """Mean gradient across the border of known pixels, relative to the one near it: above 1 if there is an edge."""
 
     needs = ("samples", "scenes")
     name: ClassVar[str] = "border_gradient"
@@ -59,7 +59,7 @@ class RegionBorder(MeanMetric):
 
 
 def measure_border(frames: np.ndarray, is_known: np.ndarray) -> float:
-    """Return the mean gradient across the border of a mask over that of pixel pairs near it, on either side."""
+    """Return the mean gradient across a mask's border, divided by the gradient near it on either side."""
     across, nearby = [], []
     values = frames.astype(np.float32)
     for axis in (1, 2):
@@ -75,7 +75,7 @@ def measure_border(frames: np.ndarray, is_known: np.ndarray) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class TransitionJump(MeanMetric):
-    """Largest change of neighbouring frames over the median one, in the mean over clips: high where there is a cut."""
+    """Largest change between neighbouring frames over the median one, averaged over clips: high if there is a cut."""
 
     needs = ("samples",)
     name: ClassVar[str] = "transition_jump"
@@ -94,7 +94,7 @@ class TransitionJump(MeanMetric):
 
 @dataclass(frozen=True, kw_only=True)
 class ZoomSteps(MeanMetric):
-    """Mean PSNR of the centres of a zoom out below that of the autoencoder's own reconstruction of the first frame.
+    """Mean loss of PSNR in the centres of a zoom out, relative to the autoencoder's reconstruction of the first frame.
 
     The centre of a frame, the known pixels of `TaskTruth.is_known`, is compared with the former frame of that size.
     """
@@ -127,7 +127,7 @@ def _measure_step(former: np.ndarray, frame: np.ndarray, is_centre: np.ndarray) 
 
 @dataclass(frozen=True, kw_only=True)
 class InterpolationGain(MeanMetric):
-    """Mean PSNR of new frames above that of linear blending of the autoencoder's reconstruction of known frames."""
+    """Mean gain in PSNR of new frames over linear blending of the autoencoder's reconstructions of known frames."""
 
     needs = ("samples", "scenes")
     name: ClassVar[str] = "interpolation_gain"
@@ -149,7 +149,7 @@ class InterpolationGain(MeanMetric):
 
 
 def blend_linearly(frames: np.ndarray, is_known: Any) -> np.ndarray:
-    """Return frames of which unknown ones are blended of the known ones around them."""
+    """Fill unknown frames by blending their known neighbours."""
     known = np.flatnonzero(is_known)
     blended = []
     for number in range(len(frames)):

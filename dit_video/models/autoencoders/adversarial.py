@@ -23,7 +23,7 @@ _SLOPE = 0.2
 class Discriminator(nnx.Module):
     """A 3-D PatchGAN: one logit per patch, which sees the patch and its surroundings (arXiv 1611.07004, 3.2.2).
 
-    `layers` convolutions of 3×4×4, each of which halves frames (rounded up), height and width, then one more
+    It has `layers` convolutions of 3×4×4, each halving frames (rounded up), height and width, then one more
     convolution, then the logits. It sees both directions in time, with zeros before and after a clip, so that an image
     is judged as a clip of one frame. Norms are over channels alone: a logit depends on no other clip and on nothing
     outside its receptive field.
@@ -68,7 +68,7 @@ class R1:
     arXiv 1801.04406, eq. 9; lazy as in arXiv 1912.04958, section 3.1.
 
     Raises:
-      UserError: values out of range.
+      UserError: If a value is out of range.
     """
 
     weight: float = 10.0
@@ -83,10 +83,10 @@ class R1:
 
 @dataclass(frozen=True, kw_only=True)
 class LeCam:
-    """LeCam regulariser: keeps logits near the running mean of the other kind of clips' (arXiv 2104.03310).
+    """LeCam regulariser: keeps logits near the running mean for the other kind of clips (arXiv 2104.03310).
 
     Raises:
-      UserError: values out of range.
+      UserError: If a value is out of range.
     """
 
     weight: float = 1e-3
@@ -104,7 +104,7 @@ class AdversarialConfig:
     """Configuration of the discriminator that an autoencoder is trained against.
 
     Raises:
-      UserError: values out of range.
+      UserError: If a value is out of range.
     """
 
     weight: float = 0.05

@@ -64,7 +64,7 @@ def pack_canvases(
       max_programs: maximum number of canvas sizes.
 
     Raises:
-      UserError: `max_programs` or `pixels` below 1.
+      UserError: If `max_programs` or `pixels` is below 1.
     """
     check_at_least(1, max_programs=max_programs, pixels=pixels)
     if len(set(sizes)) <= max_programs:
@@ -89,22 +89,22 @@ def merge_sizes(sizes: Sequence[Grid], *, max_programs: int = MAX_PROGRAMS) -> l
     """Return at most `max_programs` sizes such that every clip fits into one, for clips encoded one by one.
 
     Repeatedly merges the two sizes whose common size adds the fewest pixels over all clips. The result is sorted by
-    volume, so that a clip should use the first size that holds it.
+    volume: a clip should use the first size that holds it.
 
     Raises:
-      UserError: `max_programs` below 1.
+      UserError: If `max_programs` is below 1.
     """
     check_at_least(1, max_programs=max_programs)
     unique, counts = np.unique(np.asarray(sizes, np.int64).reshape(-1, 3), axis=0, return_counts=True)
     merged_sizes, counts, alive = unique.astype(np.float64), counts.astype(np.float64), np.ones(len(unique), bool)
 
     def compute_added(index: int) -> np.ndarray:
-        """Return the pixels that merging this size with each other one adds; inf for itself and merged sizes."""
+        """Return the pixels added by merging this size with each other one; inf for itself and merged sizes."""
         pixels = merged_sizes.prod(axis=1) * counts
         merged = np.maximum(merged_sizes[index], merged_sizes).prod(axis=1) * (counts[index] + counts)
         return np.where(alive & (np.arange(len(alive)) != index), merged - pixels[index] - pixels, np.inf)
 
-    # A merger changes the costs of one row and column alone, so the whole matrix is computed only once.
+    # A merge changes the costs of one row and column only, so the whole matrix is computed only once.
     added = np.stack([compute_added(index) for index in range(len(merged_sizes))])
     for _ in range(len(merged_sizes) - max_programs):
         one, other = sorted(divmod(int(np.argmin(added)), len(added)))

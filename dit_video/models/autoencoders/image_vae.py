@@ -27,7 +27,7 @@ class ImageLevels:
     """Configuration of the levels of an encoder and decoder; each level has half the height and width of the previous.
 
     Raises:
-      UserError: no levels, groups that do not divide a width, or attention at a level that does not exist.
+      UserError: If there are no levels, groups do not divide a width, or attention is at a level that does not exist.
     """
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
@@ -88,7 +88,7 @@ class FrameNorm(GroupNorm):
 
 
 class ImageVaeEncoder(Encoder):
-    """An encoder of pixels to `channels` features per latent position."""
+    """An encoder from pixels to `channels` features per latent position."""
 
     def __init__(self, levels: ImageLevels, channels: int, *, rngs: nnx.Rngs):
         layers = levels.make_layers(levels.make_norm, rngs)
@@ -96,10 +96,10 @@ class ImageVaeEncoder(Encoder):
 
 
 class ImageVaeDecoder(Decoder):
-    """A decoder of features with `channels` channels to pixels."""
+    """A decoder from features with `channels` channels to pixels."""
 
     def __init__(self, levels: ImageLevels, channels: int, norm: NormFactory, *, rngs: nnx.Rngs):
-        """Create the decoder, whose norms `norm` makes."""
+        """Create the decoder; `norm` makes its norms."""
         self.config = levels
         layers = levels.make_layers(norm, rngs)
         super().__init__(layers, levels.resolutions, channels=channels)
@@ -110,7 +110,7 @@ class ImageVaeConfig:
     """Configuration of an image VAE. Clips of any length are coded frame by frame: the temporal stride is 1.
 
     Raises:
-      UserError: no channels, or a negative standard deviation.
+      UserError: If there are no channels, or the standard deviation is negative.
     """
 
     channels: int = 4

@@ -1,9 +1,9 @@
-"""Inflation of an image autoencoder to clips, by temporal layers in its decoder that start as the identity.
+"""Inflation of an image autoencoder to clips by temporal layers in its decoder, which start as the identity.
 
 As in Video LDM (arXiv 2304.08818, section 3.1.1), Stable Video Diffusion (arXiv 2311.15127) and Kandinsky Video (arXiv
-2311.13073) the encoder stays unchanged, so that a denoiser of its latents needs no change, and only the temporal layers
-are trained: they remove flicker. These are causal, so that clips can be decoded chunk by chunk. The temporal stride
-stays 1.
+2311.13073), the encoder stays unchanged, so that a denoiser of its latents needs no change, and only the temporal
+layers are trained: they remove flicker. These are causal, so that clips can be decoded chunk by chunk. The temporal
+stride stays 1.
 """
 
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ class InflatedConfig:
     """Configuration of an image autoencoder with a temporal layer after every residual block of its decoder's levels.
 
     Raises:
-      UserError: an autoencoder with a temporal stride other than 1, or a kernel of fewer than 2 frames.
+      UserError: If the autoencoder's temporal stride is not 1, or the kernel has fewer than 2 frames.
     """
 
     image: AutoencoderConfig
@@ -63,7 +63,7 @@ class InflatedConfig:
         """Return the image autoencoder's module with temporal layers.
 
         Raises:
-          UserError: an autoencoder whose decoder is not an `ImageVaeDecoder`.
+          UserError: If the autoencoder's decoder is not an `ImageVaeDecoder`.
         """
         model = self.image.make(rngs)
         decoder = getattr(model, "decoder", None)
@@ -89,7 +89,7 @@ def inflate(
       kernel_size: frames that a temporal convolution sees.
 
     Raises:
-      UserError: an autoencoder that can't be inflated, or parameters that do not fit it.
+      UserError: If the autoencoder can't be inflated, or the parameters do not fit it.
     """
     inflated = InflatedConfig(image=config, kernel_size=kernel_size)
     return inflated, complete_params(inflated.make, check_params(config.make, params), key)

@@ -76,7 +76,7 @@ class NoisyAutoencoderConfig(AutoencoderConfig, Protocol):
 
 @runtime_checkable
 class SymmetricAutoencoderConfig(AutoencoderConfig, Protocol):
-    """The configuration of an autoencoder whose decoder sees later frames, too: it decodes clips as a whole."""
+    """The configuration of an autoencoder whose decoder also sees later frames: it decodes whole clips."""
 
     @property
     def is_decoder_symmetric(self) -> bool:
@@ -93,7 +93,7 @@ def latent_grid(clip: Grid, stride: Grid) -> Grid:
     """Return the latent size of a clip of `T H W` pixels.
 
     Raises:
-      UserError: a length other than 1 + k * temporal stride, or a size that the spatial stride does not divide.
+      UserError: If the length is not 1 + k * temporal stride, or the spatial stride does not divide the size.
     """
     if clip.t < 1 or (clip.t - 1) % stride.t:
         below = max(1, clip.t - (clip.t - 1) % stride.t)
@@ -109,7 +109,7 @@ def chunk_grid(chunk: Grid, stride: Grid, *, is_first: bool) -> Grid:
     """Return the latent size of a chunk of a clip: its first frames, or frames that follow.
 
     Raises:
-      UserError: a first chunk that `latent_grid` rejects, or later frames that the temporal stride does not divide.
+      UserError: If `latent_grid` rejects a first chunk, or the temporal stride does not divide later frames.
     """
     if is_first:
         return latent_grid(chunk, stride)
@@ -172,7 +172,7 @@ def check_std(std: float | None) -> None:
     """Check the fixed standard deviation of a config.
 
     Raises:
-      UserError: a negative or infinite one.
+      UserError: If it is negative or infinite.
     """
     if std is not None and not 0 <= std < math.inf:
         raise UserError(f"std={std} is invalid: must be finite and not negative. None learns it")
@@ -202,7 +202,7 @@ class Vae(nnx.Module):
           cache: cache left by the previous chunk.
 
         Raises:
-          UserError: a size that does not fit the stride, or pixels that are not RGB.
+          UserError: If the size does not fit the stride, or the pixels are not RGB.
         """
         return self.normalizer.normalize(self.posterior(pixels, segment_ids, cache).mean)
 

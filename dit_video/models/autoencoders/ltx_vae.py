@@ -1,7 +1,7 @@
 """LTX-Video's autoencoder (arXiv 2501.00103, section 2): 8×32×32 pixels to 128 channels, one token of a transformer.
 
-From version 0.9.1 on its decoder is also the last denoising step: latents get a little noise, and the decoder their
-time.
+From version 0.9.1 on, the decoder is also the last denoising step: latents get a little noise, and the decoder gets
+their time.
 """
 
 import math
@@ -31,7 +31,7 @@ class SpatialNoise:
         self._keys, self._drawn = keys, 0
 
     def draw(self, x: Float[Array, "B t h w D"]) -> Float[Array, "B 1 h w 1"]:
-        """Return standard normal noise for the positions of a frame, of each clip by its key."""
+        """Return standard normal noise for the positions of a frame, drawn for each clip from its key."""
         keys = jax.vmap(jax.random.fold_in, (0, None))(self._keys, self._drawn)
         self._drawn += 1
         return jax.vmap(lambda key: jax.random.normal(key, (1, *x.shape[2:4], 1)))(keys)
@@ -59,7 +59,7 @@ class EncoderConv(CausalConv):
         if self.step == 1:
             return self(x, inputs.cache)
         # A window begins at every second frame: the first one at two copies of the first frame, a later chunk's first
-        # at the last frame before it. Rows and columns are padded before, too, other than `CausalConv` does.
+        # at the last frame before it. Rows and columns are padded before, too, unlike in `CausalConv`.
         if inputs.is_first:
             x = jnp.concatenate([x[:, :1], x], axis=1)
         x = jnp.concatenate([x[:, :1], x], axis=1) if inputs.cache is None else inputs.cache.prepend(x[:, :1], x)
@@ -80,7 +80,7 @@ class DecoderConv(CausalConv):
 
 
 class LtxResidualBlock(nnx.Module):
-    """Two times norm, modulation, SiLU, a convolution and noise, added to the identity or a projection."""
+    """Norm, modulation, SiLU, a convolution and noise, twice, added to the identity or a projection."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class DecoderTimeEmbedding(nnx.Module):
 
 
 class ResidualDownsample(nnx.Module):
-    """Downsampling by moving pixels into channels, of a convolution and, averaged, of the features themselves."""
+    """Downsampling by moving pixels into channels: a convolution's output plus the averaged features themselves."""
 
     def __init__(self, width_in: int, width_out: int, factors: Grid, *, rngs: nnx.Rngs):
         self.factors, self.width = factors, width_out
@@ -151,7 +151,7 @@ class ResidualDownsample(nnx.Module):
 
 
 class ShuffleUpsample(nnx.Module):
-    """Upsampling by 2 along all axes by moving channels into pixels, of a convolution and perhaps of the features."""
+    """Upsampling by 2 along all axes by moving channels into pixels: a convolution's, and perhaps the features' own."""
 
     def __init__(self, width_in: int, width_out: int, *, is_residual: bool, rngs: nnx.Rngs):
         self.is_residual, self.width = is_residual, width_out
@@ -165,14 +165,14 @@ class ShuffleUpsample(nnx.Module):
         return y + jnp.tile(residual, self.width // residual.shape[-1])
 
     def _to_pixels(self, x: Float[Array, "B t h w i"]) -> Float[Array, "B T H W _"]:
-        """Move channels into pixels; of the two frames that the first one makes, the second is kept."""
+        """Move channels into pixels; the first frame makes two, and only the second is kept."""
         return rearrange(x, "B t h w (i a b c) -> B (t a) (h b) (w c) i", a=2, b=2, c=2)[:, 1:]
 
 
 def modulate_features(
     x: Float[Array, "B t h w D"], shift_scale: Float[Array, "B 2 D"] | None
 ) -> Float[Array, "B t h w D"]:
-    """Return `x * (1 + scale) + shift`, of each clip; the features themselves if there is none."""
+    """Return `x * (1 + scale) + shift` for each clip; the features themselves if there is no modulation."""
     if shift_scale is None:
         return x
     shift, scale = (shift_scale[:, part, None, None, None] for part in range(2))
@@ -180,8 +180,8 @@ def modulate_features(
 
 
 Downsampling = Literal["none", "conv", "spatial", "temporal", "spatiotemporal"]
-"""End of an encoder's level: nothing or a convolution, either with a block to the next width; or residual downsampling
-along the named axes."""
+"""How an encoder's level ends: with nothing or a convolution, followed by a block to the next width; or with residual
+downsampling along the named axes."""
 _FACTORS: dict[Downsampling, Grid] = {
     "none": Grid(1, 1, 1),
     "conv": Grid(2, 2, 2),
@@ -193,14 +193,14 @@ _FACTORS: dict[Downsampling, Grid] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LtxVaeConfig:
-    """Configuration of LTX-Video's autoencoder; the defaults are those of version 0.9.0.
+    """Configuration of LTX-Video's autoencoder; the defaults are version 0.9.0's.
 
-    Levels are in the order of diffusers' settings, from the highest resolution to the lowest, the decoder's too.
+    Levels, the decoder's too, are in the order of diffusers' settings: from the highest resolution to the lowest.
 
     Raises:
-      UserError: numbers of levels that differ, widths that do not divide, sizes below 1, two kinds of downsampling, a
-        decoder that does not undo the encoder's strides, one with a time whose width changes in a block, or a time or
-        a share of noise outside of [0, 1].
+      UserError: If numbers of levels differ, widths do not divide, a size is below 1, two kinds of downsampling are
+        mixed, the decoder does not undo the encoder's strides, a decoder with a time changes its width in a block, or a
+        time or a share of noise is outside [0, 1].
     """
 
     channels: int = 128
@@ -353,7 +353,7 @@ class LtxVae(Vae):
         self.normalizer = Normalizer(config.channels)
 
     def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
-        """Return the distribution of latents before normalisation, of one variance for all channels of a position."""
+        """Return the distribution of latents before normalisation, with one variance for all channels of a position."""
         inputs = make_encoder_inputs(pixels, self.config.stride, segment_ids, cache)
         moments = self.encoder(pixels, inputs)
         mean = moments[..., :-1]
@@ -389,8 +389,7 @@ class LtxVae(Vae):
     ) -> Pixels:
         """Return pixels, approximately in [-1, 1], of the normalised latents of a clip.
 
-        If the decoder is conditioned on a time, latents get a share `decode_noise` of noise first, where there are
-        keys.
+        If the decoder is conditioned on a time, latents first get a share `decode_noise` of noise if there are keys.
         """
         latents, share = self.normalizer.denormalize(latents), self.config.decode_noise
         if keys is not None and self.config.has_time:

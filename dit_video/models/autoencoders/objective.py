@@ -50,7 +50,7 @@ def charbonnier_loss(error: Float[Array, "B T H W C"], *, epsilon: float = 1e-3)
 
 
 def pyramid_loss(error: Float[Array, "B T H W C"], *, levels: int = 5) -> Float[Array, " B"]:
-    """Return the absolute error of the levels of each frame's Laplacian pyramid: errors at several scales.
+    """Return the absolute error over the levels of each frame's Laplacian pyramid: errors at several scales.
 
         sum_j mean |L_j|,    L_j = G_j - blur(G_j),    G_0 = e,    G_{j+1} = every second pixel of blur(G_j)
 
@@ -84,7 +84,7 @@ def _make_blur_matrix(size: int) -> np.ndarray:
 
 
 def frequency_loss(error: Float[Array, "B T H W C"], *, focus: float = 1.0) -> Float[Array, " B"]:
-    """Return the squared error of the spectrum of each frame, weighted to its largest values (focal frequency loss).
+    """Return the squared error of each frame's spectrum, weighted to its largest values (focal frequency loss).
 
         mean w |F|²,    F = orthonormal 2-D Fourier transform of a channel of e,    w = (|F| / max |F|)^focus
 
@@ -138,12 +138,12 @@ _ERROR_LOSSES = {
 class AutoencoderObjective:
     """Weights of the terms of the loss; a term of weight 0 is not computed.
 
-    The default is the absolute error with three terms that need no weights of another network: where errors are
+    The default is the absolute error with three terms that need no other network's weights: where errors are
     (`pyramid`: edges and areas count, not only single pixels), at which frequencies (`frequency`), and whether they
     flicker (`temporal`). See `dit_video.models.autoencoders.objective` for the equations.
 
     Raises:
-      UserError: negative weights, no term that compares pixels, or LPIPS without its weights.
+      UserError: If a weight is negative, no term compares pixels, or LPIPS lacks its weights.
     """
 
     squared: float = 0.0

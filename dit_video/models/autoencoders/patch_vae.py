@@ -35,7 +35,7 @@ def to_patches(
     If `is_first` is false, the pixels are a later chunk of a clip and all patches have `stride.t` frames.
 
     Raises:
-      UserError: a size that does not fit the stride.
+      UserError: If the size does not fit the stride.
     """
     chunk_grid(Grid(*pixels.shape[1:4]), stride, is_first=is_first)
     if is_first:
@@ -76,7 +76,7 @@ def fit_linear(
     """Return the principal components of causal patches of clips with pixels in [-1, 1], computed in float64.
 
     Raises:
-      UserError: more channels than a patch has values, or no clips.
+      UserError: If there are more channels than a patch has values, or no clips.
     """
     values = stride.volume * 3
     if channels > values:
@@ -99,7 +99,7 @@ class PatchVaeConfig:
     """Configuration of a causal VAE on patches.
 
     Raises:
-      UserError: a size below 1.
+      UserError: If a size is below 1, or `init_std` is out of range.
     """
 
     stride: Grid = Grid(4, 8, 8)

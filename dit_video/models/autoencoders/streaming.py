@@ -42,7 +42,7 @@ class Tiles:
     over the overlap. It is smaller for larger overlaps; `measure_tiling_error` computes it.
 
     Raises:
-      UserError: a tile that is not larger than twice its overlap.
+      UserError: If a tile is not larger than twice its overlap.
     """
 
     height: int
@@ -70,10 +70,10 @@ class Tile(NamedTuple):
 
 
 def cut_tiles(height: int, width: int, tiles: Tiles | None, stride: Grid) -> list[Tile]:
-    """Return the tiles of a picture of `height` by `width` latent positions: all of one size, one tile if None.
+    """Return tiles of one size for a picture of `height` by `width` latent positions; a single tile for None.
 
     Raises:
-      UserError: tiles that the stride does not divide.
+      UserError: If the stride does not divide the tiles.
     """
     if tiles is None:
         return [Tile(0, 0, height, width)]
@@ -96,7 +96,8 @@ def compute_blend_weights(
 ) -> Float32[np.ndarray, "H W"]:
     """Return the blend weight of each pixel of a tile, with `scale` pixels (rows, columns) per latent position.
 
-    Linear ramps over the overlaps with neighbours (as in diffusers' tiled autoencoders), one elsewhere.
+    The weights are linear ramps over the overlaps with neighbours (as in diffusers' tiled autoencoders), and one
+    elsewhere.
     """
     rows = _compute_ramp(sorted({other.row for other in tiles}), tile.row, tile.height, scale[0])
     columns = _compute_ramp(sorted({other.column for other in tiles}), tile.column, tile.width, scale[1])
@@ -139,14 +140,14 @@ def decode_stream(
       config: configuration of an autoencoder.
       params: its parameters.
       latents: normalised latents.
-      chunk: latent frames per chunk of a causal decoder; one that sees later frames gets all of them at once.
+      chunk: latent frames per chunk of a causal decoder; a decoder that sees later frames gets all of them at once.
       tiles: sizes of tiles for pictures that do not fit in memory; None decodes whole pictures.
       sharding: sharding of a chunk's latents, such as `NamedSharding(mesh, P(None, None, "context"))` for height.
       seeds: seed of each clip, for decoders that take noise; 0 by default.
 
     Raises:
-      UserError: latents of another number of channels, a chunk without frames, tiles that don't fit the stride or whose
-        decoder takes noise, a height that the number of devices does not divide, or pixels that are NaN or infinite.
+      UserError: If the latents have another number of channels, a chunk has no frames, tiles don't fit the stride or
+        their decoder takes noise, the number of devices does not divide the height, or pixels are NaN or infinite.
     """
     if latents.ndim != 5 or latents.shape[-1] != config.channels:
         raise UserError(f"latents {list(latents.shape)} are invalid: use latents [B t h w {config.channels}]")
@@ -187,8 +188,8 @@ def encode_stream(
       sharding: sharding of a chunk's frames.
 
     Raises:
-      UserError: frames that are not [B T H W 3] in 0..255, a chunk without frames, tiles or frames that do not fit the
-        stride (their number when they end), or a height that the number of devices does not divide.
+      UserError: If frames are not [B T H W 3] in 0..255, a chunk has no frames, tiles or frames do not fit the stride
+        (the number of frames is checked when they end), or the number of devices does not divide the height.
     """
     stride = config.stride
     portions = _regroup_frames(frames, stride, chunk)
@@ -224,7 +225,7 @@ def make_chunk_program(
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return the program that codes a chunk of whole pictures after the first one, and the shapes of its arguments.
 
-    Arguments are those of `estimate_chunk_bytes`.
+    The arguments are as in `estimate_chunk_bytes`.
     """
     run, stride = _jit_method(config, method), config.stride
     if method == "decode":
@@ -242,7 +243,7 @@ def make_chunk_program(
 
 
 class TilingError(NamedTuple):
-    """Differences of tiled from whole pictures, in pixels of [-1, 1]."""
+    """Differences between tiled and whole pictures, in pixels of [-1, 1]."""
 
     largest: float
     """Largest absolute difference."""
@@ -283,7 +284,7 @@ def _regroup_frames(
     """Yield portions of 1 + (chunk - 1) * stride frames first, then of chunk * stride; the last may be shorter.
 
     Raises:
-      UserError: not such frames, or not 1 + k * stride of them in all.
+      UserError: If the frames are not [B T H W 3] in 0..255, or their number is not 1 + k * stride in all.
     """
     buffer: list[np.ndarray] = []
     needed, total = 1 + (chunk - 1) * stride.t, 0
@@ -320,7 +321,7 @@ def _run_chunks(
 
     The second value is the number of each clip's pixels that are not finite, which integers cannot show.
 
-    An output is yielded after the next chunk was dispatched, so that its transfer overlaps with that computation.
+    An output is yielded after the next chunk is dispatched, so that its transfer overlaps with that computation.
     """
     stride = config.stride
     # Input and output pixels, or latents, per latent position.
@@ -400,7 +401,7 @@ def _check_finite(bad: Int[Array, " B"] | None) -> None:
     """Check the numbers of values of each clip that are not finite.
 
     Raises:
-      UserError: a clip has some.
+      UserError: If a clip has some.
     """
     if bad is not None and (clips := int((np.asarray(bad) > 0).sum(axis=0))):
         raise UserError(

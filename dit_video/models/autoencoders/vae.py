@@ -86,7 +86,7 @@ def make_encoder_inputs(
     """Return the inputs of an encoder's blocks.
 
     Raises:
-      UserError: pixels of other than 3 channels, or clip sizes that the stride does not divide.
+      UserError: If pixels do not have 3 channels, or the stride does not divide the clip sizes.
     """
     if pixels.shape[-1] != 3:
         raise UserError(f"pixels have {pixels.shape[-1]} channels: use 3, red, green and blue")
@@ -130,7 +130,7 @@ class LayerOptions:
 
 
 class ResidualBlock(nnx.Module):
-    """Two times norm, SiLU and a convolution, added to the identity or a projection."""
+    """Norm, SiLU and a convolution, twice, added to the identity or a projection."""
 
     def __init__(self, width_in: int, width_out: int, layers: LayerOptions, *, init: Init = "xavier"):
         """Create the block; `init` fills the kernel of the second convolution."""
@@ -251,7 +251,7 @@ class Resolution(NamedTuple):
     width: int
     """Channels."""
     factors: Grid | None
-    """Factors along (t, h, w) by which the level ends; None keeps the resolution."""
+    """Factors along (t, h, w) of the resampling that ends the level; None keeps the resolution."""
     has_attention: bool = False
     """True adds attention after every residual block."""
 
@@ -262,9 +262,9 @@ class Encoder(nnx.Module):
     def __init__(
         self, layers: LayerOptions, resolutions: Sequence[Resolution], *, channels: int = 3, width: int, features: int
     ):
-        """Create the encoder of `channels` to `features` channels, with `width` after the first convolution.
+        """Create the encoder from `channels` to `features` channels, with `width` after the first convolution.
 
-        That is the base width whatever the first level's, as in the open models.
+        `width` is the base width whatever the first level's width, as in the open models.
         """
         last = resolutions[-1].width
         self.conv_in = layers.make_conv(channels, width)
@@ -288,7 +288,7 @@ class Decoder(nnx.Module):
     """Latents to pixels, by levels of ever higher resolution."""
 
     def __init__(self, layers: LayerOptions, resolutions: Sequence[Resolution], *, channels: int, features: int = 3):
-        """Create the decoder of `channels` to `features` channels; its levels are the reverse of `resolutions`."""
+        """Create the decoder from `channels` to `features` channels; its levels are the reverse of `resolutions`."""
         width = resolutions[-1].width
         self.conv_in = layers.make_conv(channels, width)
         self.middle = _MiddleBlock(width, layers, has_attention=layers.middle_attention)
@@ -334,7 +334,7 @@ class _Level(nnx.Module):
 
 
 class _DownLevel(_Level):
-    """Residual blocks, then downsampling if it has factors."""
+    """Residual blocks, then downsampling if the level has factors."""
 
     def __init__(self, widths: Sequence[int], resolution: Resolution, layers: LayerOptions):
         super().__init__(widths, resolution, layers)
@@ -348,7 +348,7 @@ class _DownLevel(_Level):
 
 
 class _UpLevel(_Level):
-    """Residual blocks, then upsampling if it has factors."""
+    """Residual blocks, then upsampling if the level has factors."""
 
     def __init__(self, widths: Sequence[int], up_width: int, resolution: Resolution, layers: LayerOptions):
         super().__init__(widths, resolution, layers)
@@ -376,7 +376,7 @@ class _MiddleBlock(nnx.Module):
 
 
 class ConvVae(Vae):
-    """A variational autoencoder of an encoder and a decoder of levels, with linear maps to and from the latents."""
+    """A variational autoencoder: an encoder and a decoder made of levels, with linear maps to and from the latents."""
 
     def __init__(
         self,
@@ -389,7 +389,7 @@ class ConvVae(Vae):
         has_latents_map: bool = True,
         rngs: nnx.Rngs,
     ):
-        """Create the model; `std` is that of its posterior, None if it is learned."""
+        """Create the model; `std` is its posterior's standard deviation, None if it is learned."""
         self.config, self.std, self.encoder, self.decoder = config, std, encoder, decoder
         channels = config.channels
         self.moments = Linear(2 * channels, 2 * channels, rngs=rngs) if has_moments_map else None
@@ -397,7 +397,7 @@ class ConvVae(Vae):
         self.normalizer = Normalizer(channels)
 
     def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
-        """Return the posterior of the latents, not normalized; arguments as those of `encode`."""
+        """Return the posterior of the latents before normalization. See `encode` for the arguments."""
         inputs = make_encoder_inputs(pixels, self.config.stride, segment_ids, cache)
         moments = self.encoder(pixels, inputs).astype(jnp.float32)
         moments = moments if self.moments is None else self.moments(moments)
@@ -417,8 +417,8 @@ class CausalVaeConfig:
     """Configuration of a causal VAE.
 
     Raises:
-      UserError: factors other than 1 and 2, numbers of levels and multipliers that differ, shortcuts whose channels do
-        not divide, or an unknown form of convolutions.
+      UserError: If a factor is not 1 or 2, the numbers of levels and multipliers differ, the channels of shortcuts do
+        not divide, or the form of convolutions is unknown.
     """
 
     channels: int = 16
@@ -526,7 +526,7 @@ class CausalVaeConfig:
 
 
 class CausalVaeEncoder(Encoder):
-    """An encoder of pixels to `features` features per latent position."""
+    """An encoder from pixels to `features` features per latent position."""
 
     def __init__(self, config: CausalVaeConfig, features: int, *, rngs: nnx.Rngs):
         self.config = config
@@ -541,7 +541,7 @@ class CausalVaeEncoder(Encoder):
 
 
 class CausalVaeDecoder(Decoder):
-    """A decoder of latents to pixels, whose norms `norm` makes."""
+    """A decoder from latents to pixels; `norm` makes its norms."""
 
     def __init__(self, config: CausalVaeConfig, norm: NormFactory, *, rngs: nnx.Rngs):
         self.config = config

@@ -2,8 +2,8 @@
 
     pixels -> encoder -> linear -> nearest code -> linear -> decoder -> pixels
 
-Encoder and decoder are those of a VAE of clips or images; in MoVQ the codes also modulate the decoder's norms.
-Denoisers see the latents before quantisation; decoding quantises them first, so a denoiser need not hit a code exactly.
+Encoder and decoder come from a VAE of clips or images; in MoVQ the codes also modulate the decoder's norms. Denoisers
+see the latents before quantisation; decoding quantises them first, so a denoiser need not hit a code exactly.
 """
 
 from dataclasses import dataclass, field
@@ -76,7 +76,7 @@ class CodebookConfig:
     """Configuration of a codebook.
 
     Raises:
-      UserError: no codes, or codes of no width.
+      UserError: If there are no codes, or the codes have no width.
     """
 
     codes: int = 8192
@@ -111,7 +111,7 @@ class Codebook(nnx.Module):
 
     def __init__(self, config: CodebookConfig, *, rngs: nnx.Rngs):
         self.config = config
-        # Unit variance as a new encoder's latents, so that more than a few codes are the nearest of some latent.
+        # Unit variance like a new encoder's latents, so that more than a few codes are the nearest to some latent.
         self.codes = nnx.Param(jax.random.normal(rngs.params(), (config.codes, config.width), jnp.float32))
 
     def __call__(self, latents: Float[Array, "B t h w c"]) -> QuantizedLatents:
@@ -137,7 +137,7 @@ class Codebook(nnx.Module):
         """Return the codes of indices. Inside `jax.jit` values are unknown: an index out of range gives NaN.
 
         Raises:
-          UserError: indices out of range.
+          UserError: If an index is out of range.
         """
         last = self.config.codes - 1
         if not isinstance(indices, jax.core.Tracer) and indices.size:
@@ -166,10 +166,10 @@ class Codebook(nnx.Module):
 def find_nearest_codes(
     latents: Float[Array, "*batch c"], codes: Float[Array, "n c"], *, chunk: int = _CODES_PER_CHUNK
 ) -> Int[Array, "*batch"]:
-    """Return the index of the nearest code, the first one of a tie.
+    """Return the index of the nearest code, the first one in a tie.
 
-    Computed as `|z - e|^2 = |z|^2 - 2 z e + |e|^2`, a matrix product; the first term is the same for all codes and
-    left out. Memory is that of `chunk` distances per latent.
+    Computed as `|z - e|^2 = |z|^2 - 2 z e + |e|^2`, a matrix product; the first term is the same for all codes and left
+    out. It takes memory for `chunk` distances per latent.
     """
     flat = latents.reshape(-1, latents.shape[-1])
 
@@ -199,7 +199,7 @@ class VqConfig:
     """Configuration of a vector-quantised autoencoder.
 
     Raises:
-      UserError: a network with a variance, or without the linear maps around the codebook.
+      UserError: If the network has a variance, or lacks the linear maps around the codebook.
     """
 
     network: CausalVaeConfig | ImageVaeConfig = field(default_factory=CausalVaeConfig)
@@ -276,7 +276,7 @@ class VqAutoencoder(nnx.Module):
         return self.decoder(self.from_codes(codes), BlockInputs(latents=codes, cache=cache)).astype(jnp.float32)
 
     def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
-        """Return normalised latents that are not quantised; arguments as in `Vae` of the module `posterior`."""
+        """Return normalised latents that are not quantised. See `Vae.encode` for the arguments."""
         return self.normalizer.normalize(self.compute_latents(pixels, segment_ids, cache))
 
     def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
@@ -293,7 +293,7 @@ class VqAutoencoder(nnx.Module):
         """Return pixels, approximately in [-1, 1], of codes. Inside `jax.jit` an index out of range gives NaN.
 
         Raises:
-          UserError: indices out of range.
+          UserError: If an index is out of range.
         """
         return self.reconstruct(self.codebook.look_up(indices), cache)
 

@@ -49,7 +49,7 @@ def compute_attention_maps(
       queries: indices in the row of the Q tokens whose weights are returned.
 
     Raises:
-      UserError: no queries, or an index outside the row.
+      UserError: If there are no queries, or an index is outside the row.
     """
     if not queries or not all(0 <= query < noisy.shape[1] for query in queries):
         raise UserError(f"queries={list(queries)} is invalid; give token indices from 0 to {noisy.shape[1] - 1}")
@@ -59,5 +59,5 @@ def compute_attention_maps(
     model = nnx.merge(graph, nnx.state(backbone))
     prediction, _ = model(noisy, time, layout, conditioning)
     jax.block_until_ready(prediction)
-    jax.effects_barrier()  # the weights arrive by callbacks, which may be later than the prediction
+    jax.effects_barrier()  # the weights arrive by callbacks, which may run after the prediction
     return np.stack(weights)

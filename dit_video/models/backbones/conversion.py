@@ -28,8 +28,8 @@ def add_temporal_layers(
       key: random key for the parameters of the temporal layers.
 
     Raises:
-      UserError: if the model has temporal layers, a pattern other than `Full` or `SpaceOnly`, registers or joint
-        attention, or the parameters are those of another model.
+      UserError: If the model has temporal layers, a pattern other than `Full` or `SpaceOnly`, registers or joint
+        attention, or the parameters belong to another model.
     """
     if config.temporal is not None or config.pattern not in (Full(), SpaceOnly()):
         raise UserError(
@@ -46,7 +46,7 @@ def add_cond_channels(config: ConfigT, params: dict[str, Any], channels: int) ->
     This turns a text-to-video model into an image-to-video model; Wan's have 4 mask channels and 16 latent channels.
 
     Raises:
-      UserError: if the model has this many channels already, or the parameters are those of another model.
+      UserError: If the model has this many channels already, or the parameters belong to another model.
     """
     if channels <= config.cond_channels:
         raise UserError(f"channels={channels} does not extend a model with {config.cond_channels}; give more channels")

@@ -20,18 +20,18 @@ def make_denoise_fn(
     change_input: Callable[[Array, Array], tuple[Array, Array]] | None = None,
     is_clean: Bool[Array, "B N"] | None = None,
 ) -> DenoiseFn:
-    """Return the `denoise` of rows, from noisy tokens `B N p` and times `B N`, or one time, to `B N prediction`.
+    """Return the `denoise` function of rows: noisy tokens `B N p` and times `B N`, or one time, to `B N prediction`.
 
-    All tokens of a segment have one time, except in a model with a time per token. A predicted variance follows the
+    All tokens of a segment share one time, except in a model with a time per token. A predicted variance follows the
     whole prediction: the two are not interleaved per position as in the model's output.
 
     Args:
       backbone: the model.
       layout: places of the clips in the rows.
       conditioning: conditioning of the clips.
-      change_input: function of the tokens and their times `B N` that returns those that the model gets.
-      is_clean: True for tokens that the model gets at time 0, where it has a time per token and all others of a clip
-        have the same; None if the times of tokens are arbitrary.
+      change_input: function that maps the tokens and their times `B N` to the ones that the model gets.
+      is_clean: True for tokens at time 0, in a model with a time per token, if all other tokens of a clip share one
+        time; None if the times of tokens are arbitrary.
     """
     config = backbone.config
 
@@ -55,7 +55,7 @@ def make_denoise_fn(
 
 
 def make_text_record(context: Context, layout: PackedRows) -> TextTokens | ClassIds:
-    """Return the record of what a text encoder made: tokens, or classes."""
+    """Return the record of a text encoder's output: tokens, or classes."""
     if (classes := context.get_classes(layout.count)) is not None:
         return ClassIds(classes)
     assert context.values is not None

@@ -1,8 +1,8 @@
 """Floating-point operations of a denoiser's matrix products, counted from its config.
 
-A multiplication and an addition are two operations (PaLM, arXiv 2204.02311, appendix B). Tokens attend to their own
-clip, so attention is counted by the sum over clips of their token pairs. Padding is not counted, nor is recomputation
-in the backward pass, nor norms, softmax, gates, rotary embedding, lookups and pooling (under 2 % for a width of 1,024).
+A multiplication and an addition are two operations (PaLM, arXiv 2204.02311, appendix B). Tokens attend only to their
+own clip, so attention is counted by token pairs, summed over clips. Padding is not counted, nor is recomputation in the
+backward pass, nor norms, softmax, gates, rotary embedding, lookups and pooling (under 2 % for a width of 1,024).
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ def count_forward_flops(
       config: config of the denoiser; text and image encoders are not included.
       clips: size of every clip (segment) in tokens.
       texts: number of context tokens of every clip; all 0 for a model without context. Wan's blocks attend to
-        `text_length` tokens whatever the text, but project only those of the text.
+        `text_length` tokens whatever the text, but project only the text's own tokens.
       images: number of image tokens of every clip, for models that use them.
 
     Raises:
-      UserError: different numbers of clips, texts and images, or a clip without a grid although the pattern needs one.
+      UserError: If the numbers of clips, texts and images differ, or a clip has no grid although the pattern needs one.
     """
     if len(clips) != len(texts) or len(images) not in (0, len(clips)):
         raise UserError(
@@ -54,9 +54,9 @@ def count_training_flops(
 def count_training_passes(*, adapters: bool = False) -> int:
     """Return the operations of a training step in units of a forward pass.
 
-    The backward pass has two products for each one of the forward pass: the gradients of the input and of the weights,
-    the latter not computed if only adapters are trained. The first layers count too, although their input needs no
-    gradient.
+    The backward pass has two products for each one of the forward pass: the gradient of the input, and the gradient of
+    the weights, which is not computed if only adapters are trained. The first layers count too, although their input
+    needs no gradient.
     """
     return 2 if adapters else 3
 

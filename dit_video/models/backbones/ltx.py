@@ -51,11 +51,11 @@ _ROTARY_PERIOD, _QK_EPSILON = 10_000.0, 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class LtxDitConfig(BackboneConfig):
-    """Configuration of LTX-Video's transformer; the defaults are those of the versions of 2 billion parameters.
+    """Configuration of LTX-Video's transformer; the defaults are for the versions with 2 billion parameters.
 
     Raises:
-      UserError: heads that do not divide the width into even parts, an extent that is not positive, or patterns that do
-        not divide the layers or that the attention backend does not support.
+      UserError: If the heads do not divide the width into even parts, an extent is not positive, or patterns do not
+        divide the layers or the attention backend does not support them.
     """
 
     channels: int = 128
@@ -65,12 +65,12 @@ class LtxDitConfig(BackboneConfig):
     layers: int = 28
     heads: int = 32
     time: Literal["segment", "token"] = "token"
-    """Diffusion time per token, as latents of conditions are at times of their own; or per segment."""
+    """Diffusion time per token, as conditioning latents have times of their own; or per segment."""
     time_coordinate: TimeCoordinate = "seconds"
     """Time coordinate of positions: `frame seconds` from version 0.9.5 on."""
     extents: tuple[float, float, float] = (20.0, 64.0, 64.0)
-    """Extents along (t, h, w), in units of positions, of which the rotary embedding takes fractions: 20 seconds, and
-    2048 pixels, which are 64 latents of 32 pixels."""
+    """Extents along (t, h, w) by which the rotary embedding divides positions, in the same units: 20 seconds, and 2048
+    pixels, which are 64 latents of 32 pixels."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
     attention: Backend = "auto"
     dtype: str = "float32"
@@ -250,7 +250,7 @@ def compute_fraction_angles(
     """Return the angle of every pair of channels of the full width, in float32.
 
     Pairs take turns among (t, h, w), with frequencies from 1 to 10000 in units of a quarter turn for half an extent;
-    positions run from -1 to 1. The first pairs, those by which the width exceeds a multiple of 6, are not rotated.
+    positions run from -1 to 1. The first pairs, by which the width exceeds a multiple of 6, are not rotated.
     """
     count = width // 6
     frequencies = np.float32(_ROTARY_PERIOD) ** np.linspace(0, 1, count, dtype=np.float32) * np.float32(math.pi / 2)

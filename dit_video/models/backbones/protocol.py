@@ -1,4 +1,4 @@
-"""The interface of backbones, the architectures of denoisers: what training, sampling and planning ask of them."""
+"""Interface of backbones, the denoisers' architectures: what training, sampling and planning require of them."""
 
 import abc
 import dataclasses
@@ -27,7 +27,7 @@ from dit_video.tokens import DenseBatch, Grid, PackedRows
 
 
 class ClipTimes(NamedTuple):
-    """Diffusion times of tokens: 0 of clean tokens, and their clip's of all others."""
+    """Diffusion times of tokens: 0 for clean tokens, and the clip's time for all others."""
 
     values: Float[Array, "B G"]
     """Time of each clip's noisy tokens."""
@@ -35,7 +35,7 @@ class ClipTimes(NamedTuple):
 
     @classmethod
     def from_tokens(cls, time: Float[Array, "B N"], is_clean: Bool[Array, "B N"], layout: PackedRows) -> "ClipTimes":
-        """Return the times of tokens, of which a clip's noisy ones have the same."""
+        """Return the times of tokens; all noisy tokens of a clip have the same time."""
         return cls(layout.max(jnp.where(is_clean, 0, time)), is_clean)
 
     @property
@@ -58,8 +58,8 @@ ClipTokens = int | Grid
 
 
 TimeCoordinate = Literal["tokens", "seconds", "frame seconds"]
-"""Time coordinate of a token's position: its number, its number times the seconds of a token's frames, or the seconds
-before its first frame, where the first token has a single frame."""
+"""Time coordinate of a token's position: its number, its number times a token's duration in seconds, or the seconds
+before its first frame, given that the first token has a single frame."""
 
 
 @runtime_checkable
@@ -87,20 +87,20 @@ class Backbone(Protocol):
             `B N`: one per token, or `ClipTimes` if it `accepts_clip_times`.
           layout: places of the clips in the rows.
           conditioning: records of exactly the config's `conditioning_kinds`.
-          state: state of the sampler's loop, which a model without caches returns as it is.
+          state: state of the sampler's loop, which a model without caches returns unchanged.
 
         Raises:
-          UserError: a record is missing, or one that the model does not use is present.
+          UserError: If a record is missing, or there is one that the model does not use.
         """
         ...
 
 
 @runtime_checkable
 class BlockBackbone(Backbone, Protocol):
-    """A backbone made of an embedding, blocks and a head, which another one can call one by one.
+    """A backbone made of an embedding, blocks and a head, which other backbones can call one by one.
 
-    `x, inputs = embed_inputs(…)`, `x, outputs = apply_blocks(x, inputs)`, `apply_head(x[:, :N], inputs)` is its call
-    without the check of the conditioning.
+    `x, inputs = embed_inputs(…)`, `x, outputs = apply_blocks(x, inputs)`, `apply_head(x[:, :N], inputs)` equals calling
+    it, without the check of the conditioning.
     """
 
     blocks: nnx.Module
@@ -113,7 +113,7 @@ class BlockBackbone(Backbone, Protocol):
         layout: PackedRows,
         conditioning: Conditioning,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Return the embedded tokens, of which the clips' N are the first, and the blocks' other inputs."""
+        """Return the embedded tokens, the clips' N first, and the blocks' other inputs."""
         ...
 
     def apply_blocks(
@@ -140,24 +140,24 @@ class BlockBackbone(Backbone, Protocol):
 
 @runtime_checkable
 class CachingBackbone(Backbone, Protocol):
-    """A backbone that generates clips chunk by chunk: what later chunks need of finished ones is its state."""
+    """A backbone that generates clips chunk by chunk; its state holds what later chunks need from finished ones."""
 
     def init_state(self, rows: int, tokens: int) -> Any:
-        """Return the state before the first chunk, with room for `tokens` tokens of all chunks in each row.
+        """Return the state before the first chunk, with room in each row for `tokens` tokens over all chunks.
 
         Raises:
-          UserError: a finished chunk would depend on later ones.
+          UserError: If a finished chunk would depend on later ones.
         """
         ...
 
     def extend(self, state: Any, clean: Float[Array, "B N p"], layout: PackedRows, conditioning: Conditioning) -> Any:
-        """Return the state with a finished chunk, of whole frames; a chunk without room makes later predictions NaN.
+        """Return the state with a finished chunk of whole frames; if it does not fit, later predictions are NaN.
 
         Args:
-          state: state of the chunks before, which calls of the backbone return as it is.
+          state: state of the earlier chunks, which calls of the backbone return unchanged.
           clean: tokens of the chunk, as the backbone receives them at time 0.
           layout: their places; positions count from the start of the clips.
-          conditioning: that of the chunk.
+          conditioning: conditioning of the chunk.
         """
         ...
 
@@ -165,9 +165,9 @@ class CachingBackbone(Backbone, Protocol):
 class BackboneConfig(abc.ABC):
     """Configuration of a backbone, a frozen dataclass: it makes the backbone, and knows its inputs and its cost.
 
-    The attributes below are fields of a subclass, or keep their value here. Costs are those of a plain transformer with
-    cross-attention to the text, unless a subclass counts its own. Configs of runs can hold a subclass of another
-    package after `dit_video.core.registry.register`.
+    The attributes below are fields of a subclass, or keep their value here. By default, costs are counted for a plain
+    transformer with cross-attention to the text; a subclass can count its own. A run's config can hold another
+    package's subclass after `dit_video.core.registry.register`.
     """
 
     channels: int
@@ -186,7 +186,7 @@ class BackboneConfig(abc.ABC):
     time: Literal["segment", "token"] = "segment"
     """Diffusion time: one per clip, or one per token."""
     accepts_clip_times: ClassVar[bool] = False
-    """True if a model with a time per token takes `ClipTimes`, too, whose projections it spreads over the tokens."""
+    """True if a model with a time per token also takes `ClipTimes`, and spreads their projections over the tokens."""
     time_coordinate: TimeCoordinate = "tokens"
     """Unit of the time coordinate of positions."""
     cond_channels: int = 0
@@ -194,9 +194,9 @@ class BackboneConfig(abc.ABC):
     image_width: int | None = None
     """Width of the image encoder's output (F); None for models without image tokens."""
     image_positions: int | None = None
-    """Number of learned positions of image tokens, those of the first and the last frame together."""
+    """Number of learned positions of image tokens, for the first and the last frame together."""
     conditioning: tuple[ClipConditioning, ...] = ()
-    """Conditioning by fields of the clips."""
+    """Conditioning on fields of the clips."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
     """Pattern of self-attention, or several that the layers use in turn."""
 
@@ -261,7 +261,7 @@ class BackboneConfig(abc.ABC):
           channels: number of channels, larger than `cond_channels`.
 
         Raises:
-          UserError: the model reads no conditioning latents.
+          UserError: If the model reads no conditioning latents.
         """
         raise UserError(f"a model of {type(self).__name__} reads no conditioning latents; use another model")
 
@@ -277,7 +277,7 @@ class BackboneConfig(abc.ABC):
 
     @property
     def layer_params(self) -> float:
-        """Return the weights of attention and MLP in a layer that act on each video token, in units of width²."""
+        """Return the number of a layer's attention and MLP weights that act on each video token, in units of width²."""
         return 4 + (2 if self.context_width else 0) + 2 * self.mlp_dim / self.width
 
     def replace(self: "ConfigT", **changes: Any) -> "ConfigT":
@@ -328,7 +328,7 @@ class BackboneConfig(abc.ABC):
 
     @property
     def size_multiple(self) -> Grid:
-        """Return the size of which latents are multiples along each axis."""
+        """Return the divisor of the latents' size along each axis."""
         return self.patch
 
     @property
@@ -354,7 +354,7 @@ def count_self_pairs(config: BackboneConfig, clip: ClipTokens, global_tokens: in
     """Count the self-attention pairs of an average layer; tokens without a position are assumed to see everything.
 
     Raises:
-      UserError: the size of the clip is no grid, although the pattern needs one.
+      UserError: If the clip's size is not a grid, although the pattern needs one.
     """
     tokens = count_tokens(clip)
     if not config.needs_grids:
@@ -389,11 +389,11 @@ def check_frame_conditioning(
       backbone: the denoiser.
       autoencoder: autoencoder of its latents.
       frames: conditioning on known frames.
-      image_encoder: folder of the image encoder whose tokens of the first frame the denoiser attends to.
+      image_encoder: folder of the image encoder; the denoiser attends to its tokens of the first frame.
       cached: True if latents are cached.
 
     Raises:
-      UserError: it does not.
+      UserError: If training lacks conditioning that the denoiser reads, or provides conditioning that it does not read.
     """
     attends, channels = backbone.image_width is not None, backbone.cond_channels
     if channels and frames is None:

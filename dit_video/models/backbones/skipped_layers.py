@@ -16,9 +16,9 @@ from dit_video.tokens import PackedRows
 
 @dataclass(frozen=True)
 class SkippedLayers:
-    """A `Backbone` that passes tokens by some blocks of another one, which costs nothing for these.
+    """A `Backbone` that passes tokens around some blocks of another one; skipped blocks cost nothing.
 
-    Which ones is a traced value: one compiled program serves all choices.
+    The choice of blocks is a traced value, so one compiled program serves all choices.
     """
 
     backbone: BlockBackbone
@@ -36,7 +36,7 @@ class SkippedLayers:
         conditioning: Conditioning,
         state: Any = None,
     ) -> tuple[Float[Array, "B N prediction"], Any]:
-        """Predict from noisy tokens; see `Backbone`. The state is returned as it is."""
+        """Predict from noisy tokens; see `Backbone`. The state is returned unchanged."""
         conditioning.check(self.config.conditioning_kinds)
         x, inputs = self.backbone.embed_inputs(noisy, time, layout, conditioning)
         x, _ = self.backbone.apply_blocks(x, inputs, wrapper=_apply_or_skip, values=self.is_skipped)
@@ -44,10 +44,10 @@ class SkippedLayers:
 
 
 def skip_layers(backbone: Backbone, layers: Int[AnyArray, " k"]) -> SkippedLayers:
-    """Return a model without the layers of these numbers.
+    """Return a model without the layers with these numbers.
 
     Raises:
-      UserError: the model is not made of equal blocks.
+      UserError: If the model is not made of equal blocks.
     """
     if not isinstance(backbone, BlockBackbone):
         rule = f"{type(backbone).__name__} is not made of equal blocks. Use skip_layers=None."

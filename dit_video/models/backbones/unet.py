@@ -43,7 +43,7 @@ class UnetArchitecture(BackboneConfig):
     """Fields of a `UnetConfig`, with their checks and costs.
 
     Raises:
-      UserError: no levels, a level that attends but does not exist, or widths that groups or heads do not divide.
+      UserError: If there are no levels, an attention level does not exist, or groups or heads do not divide the widths.
     """
 
     channels: int
@@ -58,7 +58,7 @@ class UnetArchitecture(BackboneConfig):
     blocks: int = 1
     """Number of residual blocks of a level, on the way down and again on the way up."""
     attention_levels: tuple[int, ...] = (1,)
-    """Levels, from 0, at which tokens attend to those of their clip and to the text; those in the middle always do."""
+    """Levels, counted from 0, at which tokens attend to their clip and to the text; the middle always does."""
     heads: int = 4
     groups: int = 8
     """Number of groups of channels in the norms."""
@@ -100,12 +100,12 @@ class UnetArchitecture(BackboneConfig):
 
     @property
     def condition_width(self) -> int:
-        """Return the width of the condition of a clip, which is made of its time."""
+        """Return the width of a clip's condition, which is made from its time."""
         return 4 * self.width
 
     @property
     def layers(self) -> int:  # type: ignore[override]
-        """Return the number of layers of attention."""
+        """Return the number of attention layers."""
         return sum(layers for _, _, layers in self._list_attention(1))
 
     @property
@@ -171,7 +171,7 @@ class ClipNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "B t h w D"], layout: Canvas, modulation: Float[Array, "B G 2*D"] | None = None
     ) -> Float[Array, "B t h w D"]:
-        """Normalise, then scale by `1 + modulation[..., :D]` and shift by `modulation[..., D:]`, one of each a clip."""
+        """Normalise, then scale by `1 + modulation[..., :D]` and shift by `modulation[..., D:]`, once per clip."""
         width = x.shape[-1] // self.groups
         tokens = rearrange(layout.from_array(x.astype(jnp.float32)), "B N (g d) -> B N g d", d=width)
         moments = layout.mean(jnp.stack([tokens.mean(axis=-1), jnp.square(tokens).mean(axis=-1)], axis=-1))
@@ -181,13 +181,13 @@ class ClipNorm(nnx.Module):
         if modulation is not None:
             factor, offset = jnp.split(modulation, 2, axis=-1)
             scale, shift = scale * (1 + factor), shift * (1 + factor) + offset
-        # One scale and one shift for every clip and channel: they are all that is expanded to positions.
+        # Only one scale and one shift per clip and channel are expanded to positions.
         expanded = layout.to_array(layout.expand(jnp.concatenate([scale, shift], axis=-1)))
         return x * expanded[..., : x.shape[-1]] + expanded[..., x.shape[-1] :]
 
 
 class ConvBlock(nnx.Module):
-    """A convolution over space and one over time, each after a norm; the condition of a clip scales and shifts between.
+    """A spatial and a temporal convolution, each after a norm; the clip's condition scales and shifts in between.
 
     This is the factorised convolution of R(2+1)D (arXiv 1711.11248) in the residual block of ADM (arXiv 2105.05233).
     """

@@ -1,8 +1,8 @@
 """VACE's transformer (arXiv 2503.07598, section 3.3) over packed rows: Wan's with a stack of control layers.
 
-The control layers are blocks of Wan's kind over the embedded control, each of which starts from the one before. A
-linear map of each, its hint, is added to the tokens after a block of the main stack. Control layer and main blocks take
-turns, so that no more than one hint is in memory.
+The control layers are blocks of Wan's kind over the embedded control, and each continues from the one before. Each
+layer's hint, a linear map of its output, is added to the tokens after a block of the main stack. Control layers and
+main blocks take turns, so that no more than one hint is in memory.
 """
 
 import functools
@@ -24,7 +24,7 @@ from dit_video.nn import ONE_DEVICE, LayerGroup, LayerWrapper, Linear, Paralleli
 from dit_video.tokens import Field, Grid, PackedRows
 
 NAME = "control"
-"""Name of the conditioning, of which requests set the strengths."""
+"""Name of the conditioning, whose strengths requests set."""
 
 
 class ControlLatents(NamedTuple):
@@ -44,7 +44,7 @@ class VaceControl(ClipConditioning):
     image always is.
 
     Raises:
-      UserError: no channels or no layers, or a dropout that is no probability below 1.
+      UserError: If there are no channels or no layers, or `dropout` is outside [0, 1).
     """
 
     latent_channels: int = 16
@@ -52,7 +52,7 @@ class VaceControl(ClipConditioning):
     mask_channels: int = 64
     """Number of channels of the mask: the pixels of a frame that a latent position covers."""
     layers: int = 15
-    """Number of control layers, each of which has a strength of its own."""
+    """Number of control layers, each with its own strength."""
     dropout: float = 0.5
     record = ControlLatents
     encoded_prefixes = (0, 1)
@@ -75,10 +75,10 @@ class VaceControl(ClipConditioning):
         return (self.layers,)
 
     def from_clip(self, view: ClipView) -> Float32[np.ndarray, "t h w q"]:
-        """Return the control of a clip of which the first frame is kept, or of an image, which is generated.
+        """Return the control of a clip whose first frame is kept, or of an image, which is generated.
 
         Raises:
-          UserError: the autoencoder's latents and its stride make other numbers of channels.
+          UserError: If the autoencoder's latents and stride make other numbers of channels.
         """
         is_generated = np.ones(view.frames.shape[:3], bool)
         kept = int(len(view.frames) > 1)
@@ -86,10 +86,10 @@ class VaceControl(ClipConditioning):
         return self.concatenate(view.encoded[kept], view.encoded[0], is_generated)
 
     def from_request(self, value: Any, latents: Grid) -> np.ndarray:
-        """Refuse the value: a request holds the clips and the mask of which the control is made.
+        """Refuse the value: a request holds the clips and the mask from which the control is made.
 
         Raises:
-          UserError: always.
+          UserError: If it is called, as no value is valid.
         """
         raise UserError(
             f"conditioning={{{NAME!r}: …}} is invalid. Use control=, video= with mask=, or reference_images="
@@ -116,10 +116,10 @@ class VaceControl(ClipConditioning):
         reactive: Float32[np.ndarray, "t h w c"],
         is_generated: Bool[np.ndarray, "T H W"],
     ) -> Float32[np.ndarray, "t h w q"]:
-        """Return the control of a clip from the latents of its two parts and its pixels that are generated.
+        """Return a clip's control from the latents of its two parts and the mask of its generated pixels.
 
         Raises:
-          UserError: the latents and the mask have other numbers of channels.
+          UserError: If the latents or the mask have other numbers of channels.
         """
         mask = fold_pixel_mask(is_generated, Grid(*inactive.shape[:3])).astype(np.float32)
         widths = (inactive.shape[-1], mask.shape[-1])
@@ -134,8 +134,8 @@ class VaceControl(ClipConditioning):
 def fold_pixel_mask(mask: Shaped[np.ndarray, "T H W"], latents: Grid) -> Shaped[np.ndarray, "t h w s"]:
     """Return a mask of pixels on the latents' grid: the pixels of one frame that each position covers, row by row.
 
-    The frame is the one in the middle of those between two latent frames, so that the mask of a single first frame has
-    no effect, only its pixels have: the models were trained so (`nearest-exact` in PyTorch).
+    The frame is the middle one between two latent frames. The mask of a single first frame therefore has no effect,
+    only its pixels have; the models were trained this way (`nearest-exact` in PyTorch).
     """
     frames = (2 * np.arange(latents.t) + 1) * len(mask) // (2 * latents.t)
     return rearrange(mask[frames], "t (h y) (w x) -> t h w (y x)", h=latents.h, w=latents.w)
@@ -143,11 +143,11 @@ def fold_pixel_mask(mask: Shaped[np.ndarray, "T H W"], latents: Grid) -> Shaped[
 
 @dataclass(frozen=True, kw_only=True)
 class VaceDitConfig(WanDitConfig):
-    """Configuration of VACE's transformer; the defaults are those of VACE 1.3B.
+    """Configuration of VACE's transformer; the defaults are VACE 1.3B's.
 
     Raises:
-      UserError: a conditioning other than one `VaceControl`, of whose layers the number does not divide that of the
-        blocks, several attention patterns, or what `WanDitConfig` refuses.
+      UserError: If the conditioning is not one `VaceControl` whose number of layers divides the number of blocks, there
+        are several attention patterns, or `WanDitConfig` refuses the values.
     """
 
     conditioning: tuple[ClipConditioning, ...] = (VaceControl(),)
@@ -205,7 +205,7 @@ class VaceDitConfig(WanDitConfig):
 
 
 class ControlInputs(NamedTuple):
-    """Inputs of the control layers besides those of all blocks."""
+    """Inputs of the control layers besides the inputs of all blocks."""
 
     state: Float[Array, "B N D"]
     """Input of the first control layer."""
@@ -227,7 +227,7 @@ class VaceDit(WanDit):
         layout: PackedRows,
         conditioning: Conditioning,
     ) -> tuple[Float[Array, "B N D"], WanInputs]:
-        """Return the embedded tokens, and the blocks' other inputs, with those of the control layers."""
+        """Return the embedded tokens, and the blocks' other inputs, including the control layers'."""
         x, inputs = super().embed_inputs(noisy, time, layout, conditioning)
         control = conditioning[ControlLatents]
         state = x + self.control.input(self.control.embed(control.values)).astype(jnp.float32)
@@ -277,7 +277,7 @@ class ControlLayer(WanBlock):
     def __init__(self, config: WanDitConfig, *, parallel: Parallelism, rngs: nnx.Rngs):
         super().__init__(config, parallel=parallel, rngs=rngs)
         dtype = jnp.dtype(config.dtype)
-        # Zero weights, so that a trained model that is extended by control predicts as before.
+        # Zero weights, so that extending a trained model by control leaves its predictions unchanged.
         self.hint = Linear(config.width, config.width, init="zero", dtype=dtype, parallel=parallel, rngs=rngs)
 
     def make_hint(self, state: Float[Array, "B N D"]) -> Float[Array, "B N D"]:

@@ -53,12 +53,12 @@ from dit_video.tokens import Grid, PackedRows, Rotary3d, compute_rotary_angles, 
 
 @dataclass(frozen=True, kw_only=True)
 class WanDitConfig(BackboneConfig):
-    """Configuration of Wan's transformer; the defaults are those of Wan 2.1 T2V 1.3B.
+    """Configuration of Wan's transformer; the defaults are Wan 2.1 T2V 1.3B's.
 
     Raises:
-      UserError: heads that do not divide the width into even parts, a text length below 1, image positions without an
-        image width, factors of positions that are not positive, or patterns that do not divide the layers or that the
-        attention backend does not support.
+      UserError: If the heads do not divide the width into even parts, the text length is below 1, there are image
+        positions without an image width, a factor of positions is not positive, or patterns do not divide the layers or
+        the attention backend does not support them.
     """
 
     channels: int = 16
@@ -72,7 +72,7 @@ class WanDitConfig(BackboneConfig):
     image_width: int | None = None
     """Width of the image encoder's output (F); None for models without image tokens."""
     image_positions: int | None = None
-    """Number of learned positions of image tokens, those of the first and the last frame together."""
+    """Number of learned positions of image tokens, for the first and the last frame together."""
     patch: Grid = Grid(1, 2, 2)
     width: int = 1536
     mlp_dim: int = 8960
@@ -132,7 +132,7 @@ class WanDitConfig(BackboneConfig):
             raise UserError(f"image_width=None has no image tokens; leave out images, of which this clip has {image}")
         block = 6 * square + 2 * width * self.mlp_dim
         ends = tokens * width * (2 * self.token_width + self.cond_width)
-        times = 2 if self.time == "token" else 1  # of noisy and of clean tokens; see `ClipTimes`
+        times = 2 if self.time == "token" else 1  # for noisy and for clean tokens; see `ClipTimes`
         conditions = times * (self.time_width * width + 7 * square)
         context = text * (self.context_width * width + square + layers * 2 * square)
         if self.image_width is not None:
@@ -159,7 +159,7 @@ class WanDitConfig(BackboneConfig):
 
     @classmethod
     def i2v_14b(cls, **fields: Any) -> "WanDitConfig":
-        """Return the config of Wan 2.1 I2V 14B; with `image_width=None` that of both experts of Wan 2.2 I2V A14B."""
+        """Return the config of Wan 2.1 I2V 14B; with `image_width=None`, of both experts of Wan 2.2 I2V A14B."""
         return cls.t2v_14b(**{"cond_channels": 20, "image_width": 1280} | fields)
 
     @classmethod
@@ -173,7 +173,7 @@ class PaddedText(NamedTuple):
     """Embedded texts, padded to a fixed length by reference to a single token of padding."""
 
     values: Float[Array, "B _ D"]
-    """Embedded tokens, followed by one of padding."""
+    """Embedded tokens, followed by one padding token."""
     sources: Int[Array, "B M"]
     """Index of the token in each slot of the padded texts."""
     segments: Int[Array, "B M"]

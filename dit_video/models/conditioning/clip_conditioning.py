@@ -1,4 +1,4 @@
-"""The interface of conditioning by values of a clip besides its text: a camera's path, actions, a control signal."""
+"""Interface for conditioning on a clip's values other than its text: a camera path, actions, a control signal."""
 
 import abc
 import math
@@ -26,7 +26,7 @@ class ClipView(NamedTuple):
     latents: Grid
     """Size of its latents: latent frames, rows, columns."""
     start: int = 0
-    """Number of frames of the clip, at the rate of training, before the first of these."""
+    """Number of the clip's frames, at the training rate, that precede the first frame here."""
     is_flipped: bool = False
     """True if the frames are mirrored."""
     encoded: Mapping[int, Float32[np.ndarray, "t h w c"]] = {}
@@ -35,13 +35,14 @@ class ClipView(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConditioning(abc.ABC):
-    """Conditioning of a model by a field of every clip; a subclass is a frozen dataclass.
+    """Conditioning of a model on one field per clip; subclasses are frozen dataclasses.
 
-    Its values are computed when clips are encoded, are stored with their latents, and go through the rows to the model,
-    which embeds them. In sampling a request gives them, and how strongly they act; without, they are zero.
+    The values are computed when clips are encoded, stored with their latents, and passed in the rows to the model,
+    which embeds them. In sampling, a request gives the values and how strongly they act; values that it leaves out are
+    zero.
 
     Raises:
-      UserError: If `dropout` is no probability below 1.
+      UserError: If `dropout` is outside [0, 1).
     """
 
     dropout: float = 0.1
@@ -49,7 +50,7 @@ class ClipConditioning(abc.ABC):
     record: ClassVar[type]
     """Class of the record that the model gets: a NamedTuple of its own, with the field `values`."""
     encoded_prefixes: ClassVar[tuple[int, ...]] = ()
-    """Numbers of first frames that a training clip keeps, the others grey, when it is encoded for `from_clip`."""
+    """Counts of leading frames to keep when a training clip is encoded for `from_clip`; the other frames are grey."""
 
     def __post_init__(self):
         if not 0 <= self.dropout < 1:
@@ -58,40 +59,40 @@ class ClipConditioning(abc.ABC):
     @property
     @abc.abstractmethod
     def field(self) -> Field:
-        """Return the description of the field, of which the name is that of the conditioning, too."""
+        """Return the description of the field; its name is also the conditioning's name."""
 
     @property
     def strength_shape(self) -> tuple[int, ...]:
-        """Return the shape of a clip's strength: that of one number, unless parts of the model have their own."""
+        """Return the shape of a clip's strength: a single number, unless parts of the model have their own."""
         return ()
 
     @abc.abstractmethod
     def from_clip(self, view: ClipView) -> np.ndarray:
-        """Return the values of a training clip, of the shape `field.get_shape(view.latents)`."""
+        """Return the values of a training clip, with shape `field.get_shape(view.latents)`."""
 
     @abc.abstractmethod
     def from_request(self, value: Any, latents: Grid) -> np.ndarray:
-        """Return the values that a request asks for, of the shape `field.get_shape(latents)`.
+        """Return the values that a request asks for, with shape `field.get_shape(latents)`.
 
         Raises:
-          UserError: the request's value is invalid.
+          UserError: If the request's value is invalid.
         """
 
     def make_embedding(
         self, width: int, *, patch: Grid, dtype: Any, parallel: Parallelism, rngs: nnx.Rngs
     ) -> nnx.Module:
-        """Return the module from the record's values to the model's width; those of a grid are patches.
+        """Return the module that maps the record's values to the model's width; values on a grid come as patches.
 
-        By default it is a linear map that starts at zero, so that a trained model that is extended by it predicts as
-        before.
+        By default it is a linear map that starts at zero, so that extending a trained model leaves its predictions
+        unchanged.
         """
         features = math.prod(self.field.to_rows(patch).shape)
         return _LinearEmbedding(Linear(features, width, init="zero", dtype=dtype, parallel=parallel, rngs=rngs))
 
     def make_positions(self) -> Float32[np.ndarray, "length 3"]:
-        """Return the positions (t, h, w) of the tokens of an `extra` field, in the units of those of a clip.
+        """Return the positions (t, h, w) of an `extra` field's tokens, in the units of clip positions.
 
-        By default they are zero, which rotates nothing.
+        By default they are zero, so nothing is rotated.
         """
         return np.zeros((self.field.length, 3), np.float32)
 
@@ -105,8 +106,8 @@ class ClipConditioning(abc.ABC):
         Args:
           values: the field in rows.
           layout: places of the clips.
-          keys: keys of the clips, for random numbers; in sampling those of the requests' seeds.
-          strength: strengths that requests ask for, 1 unless they say so, of `strength_shape`; None in training.
+          keys: keys of the clips, for random numbers; in sampling they come from the requests' seeds.
+          strength: strengths that requests ask for (1 by default), of shape `strength_shape`; None in training.
         """
         if strength is not None:
             if self.field.dtype == "float32":

@@ -1,4 +1,4 @@
-"""Conditioning on known parts of a clip: a mask of them, and latents of them that the denoiser reads."""
+"""Conditioning on known parts of a clip: their mask, and their latents, which the denoiser reads."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -28,7 +28,7 @@ def blank_unknown(
 
 
 def split_cells(values: Shaped[np.ndarray, "T H W"], stride: Grid) -> Shaped[np.ndarray, "t h w s y x"]:
-    """Return the pixels of every latent: those of `s` frames, `y` rows and `x` columns.
+    """Return the pixels of every latent: `s` frames, `y` rows and `x` columns.
 
     The first latent frame has a single frame, which is repeated `s` times (Wan, arXiv 2503.20314, section 5.1.1).
     """
@@ -38,22 +38,22 @@ def split_cells(values: Shaped[np.ndarray, "T H W"], stride: Grid) -> Shaped[np.
 
 
 def fold_mask(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Float32[np.ndarray, "t h w s"]:
-    """Return the mask on the latents' grid: for each of a latent's `s` frames the share of its pixels that is known."""
+    """Return the mask on the latent grid: the share of known pixels in each of a latent's `s` frames."""
     return split_cells(is_known, stride).mean(axis=(4, 5), dtype=np.float32)
 
 
 def find_any_known(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Bool[np.ndarray, "t h w"]:
-    """Return True for the latents at least one of whose pixels is known."""
+    """Return True for the latents with at least one known pixel."""
     return np.any(split_cells(is_known, stride), axis=(3, 4, 5))
 
 
 def find_known_latents(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Bool[np.ndarray, "t h w"]:
-    """Return True for the latents all of whose pixels are known."""
+    """Return True for the latents whose pixels are all known."""
     return np.all(split_cells(is_known, stride), axis=(3, 4, 5))
 
 
 def find_partly_known_latents(is_known: Bool[np.ndarray, "T H W"], stride: Grid) -> Bool[np.ndarray, "t h w"]:
-    """Return True for the latents with known pixels and with unknown ones."""
+    """Return True for the latents with both known and unknown pixels."""
     return find_any_known(is_known, stride) & ~find_known_latents(is_known, stride)
 
 
@@ -64,21 +64,22 @@ tokens of the first frame."""
 
 @dataclass(frozen=True, kw_only=True)
 class FrameConditioning:
-    """Configuration of training in which parts of a clip are known at random: the task mix.
+    """Configuration of the task mix: training in which random parts of a clip are known.
 
-    By default the first latent frame is known, never that of an image. The autoencoder is causal: the first latent
-    frame is the first frame of the clip alone.
+    By default the first latent frame is known, except for images. The autoencoder is causal, so the first latent frame
+    holds only the clip's first frame.
 
     Raises:
-      UserError: `prob` is no probability, there are no masks, or masks need another `rest`.
+      UserError: If `prob` is outside [0, 1], there are no masks, or the masks need another `rest`.
     """
 
     prob: float = 0.5
     """Probability that something is known. Otherwise the clip is generated from its text alone, and latents, mask and
     image tokens are zero. Wan's image-to-video models always get a first frame: 1."""
     rest: Literal["zero", "grey"] = "zero"
-    """Conditioning latents of the frames after a known one: zeros, or `grey`, the latents of the clip with unknown
-    pixels grey, as in Wan's models; they are cached with the clips' own latents. Sampling uses the same."""
+    """Conditioning latents of the frames after a known one: zeros, or with `grey` the latents of the clip whose unknown
+    pixels are grey, as in Wan's models; these are cached with the clips' own latents. Sampling uses the same
+    setting."""
     masks: tuple[MaskGenerator, ...] = (FirstFrame(),)
     """Kinds of known parts, each with a relative weight; all but the first frame need `rest="grey"`."""
 
@@ -92,11 +93,11 @@ class FrameConditioning:
 
     @property
     def has_mask_mix(self) -> bool:
-        """Return whether masks are drawn as examples are read, and the clips with unknown pixels grey are encoded."""
+        """Return whether masks are drawn as examples are read, and clips are encoded with unknown pixels grey."""
         return tuple(map(type, self.masks)) != (FirstFrame,)
 
     def accepts(self, is_known: KnownMask) -> bool:
-        """Return whether a model that is trained with this conditioning completes such a mask.
+        """Return whether a model trained with this conditioning can complete such a mask.
 
         Wan's models also accept a last frame with the first one.
         """
@@ -127,7 +128,7 @@ def make_mask_fields(*, channels: int, temporal_stride: int, kind: int | None = 
     Args:
       channels: channels of the latents.
       temporal_stride: frames of a latent.
-      kind: number of the kind of mask, of several that are cached; None for the one that an example is trained with.
+      kind: number of the mask kind, if several are cached; None for the kind that an example is trained with.
     """
     suffix = "" if kind is None else f"_{kind}"
     latents = Field(name=COND_LATENTS + suffix, alignment="grid", shape=(channels,))
@@ -135,14 +136,14 @@ def make_mask_fields(*, channels: int, temporal_stride: int, kind: int | None = 
 
 
 def mask_first_frames(layout: PackedRows, is_conditioned: Bool[Array, "B G"]) -> Bool[Array, "B N"]:
-    """Return the mask of the first latent frame's tokens, in the chosen segments that have other frames too."""
+    """Return the mask of the first latent frame's tokens in the chosen segments that have more than one frame."""
     frame_positions = jnp.asarray(layout.positions[..., 0])
     is_video = layout.max(frame_positions) > 0
     return layout.expand(is_conditioned & is_video) & (frame_positions == 0) & (layout.segments > 0)
 
 
 def make_image_tokens(values: Float[AnyArray, "B I F"], layout: PackedRows) -> ImageTokens:
-    """Return the record of a batch's image tokens, of which every segment has `I / G`."""
+    """Return the record of a batch's image tokens; every segment has `I / G` tokens."""
     return ImageTokens(jnp.asarray(values), layout.get_sequence_segments(values.shape[1] // layout.count))
 
 
@@ -154,15 +155,15 @@ def make_cond_latents(
     channels: int,
     visible: Bool[Array, "B N"] | None = None,
 ) -> Float[Array, "B N g"]:
-    """Return the conditioning channels of tokens: per patch position the mask, then latents, zero where not visible.
+    """Return the conditioning channels of tokens: at each patch position the mask, then latents, zero if not visible.
 
-    The order of channels is that of Wan's image-to-video models (arXiv 2503.20314, section 5.1).
+    The channels are in the order of Wan's image-to-video models (arXiv 2503.20314, section 5.1).
 
     Args:
       latents: The latents, as tokens.
       cond_mask: Mask of the known tokens.
       patch_volume: Number of latent positions in a patch.
-      channels: Number of mask and latent channels together; those that the latents leave belong to the mask.
+      channels: Number of mask and latent channels together; the channels that latents do not fill belong to the mask.
       visible: Mask of the tokens whose latents are visible; the known ones by default.
     """
     mask_channels = channels - latents.shape[-1] // patch_volume
@@ -174,6 +175,6 @@ def make_cond_latents(
 def interleave_mask(
     mask: Float[AnyArray, "B N m"], latents: Float[AnyArray, "B N p"], *, patch_volume: int
 ) -> Float[Array, "B N g"]:
-    """Return the conditioning channels of tokens: per patch position those of the mask, then those of the latents."""
+    """Return the conditioning channels of tokens: at each patch position the mask's, then the latents'."""
     parts = [jnp.asarray(values).reshape(*values.shape[:2], patch_volume, -1) for values in (mask, latents)]
     return jnp.concatenate(parts, axis=-1).reshape(*latents.shape[:2], -1)

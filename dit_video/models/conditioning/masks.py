@@ -1,7 +1,7 @@
-"""Generators of masks of known pixels: what a model is trained to complete, and recognises in a request.
+"""Generators of known-pixel masks: which masks a model is trained to complete, and which it accepts in a request.
 
-Each stands for a generation task. Training draws masks from the generators of a config; in sampling they tell whether
-a model was trained for what a request knows.
+Each stands for a generation task. Training draws masks from the generators of a config; in sampling the generators tell
+whether a model was trained for the pixels that a request gives.
 """
 
 import abc
@@ -23,11 +23,11 @@ class MaskGenerator(abc.ABC):
     """A generator of masks of one kind.
 
     Raises:
-      UserError: a weight that is not positive.
+      UserError: If the weight is not positive.
     """
 
     weight: float = 1.0
-    """Relative probability among the generators of a training."""
+    """Relative probability among a training run's generators."""
 
     def __post_init__(self):
         if not self.weight > 0:
@@ -35,7 +35,7 @@ class MaskGenerator(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, generator: np.random.Generator, size: Grid) -> KnownMask | None:
-        """Return a random mask; None for a clip of a size that has none."""
+        """Return a random mask; None if clips of this size have none."""
 
     @abc.abstractmethod
     def accepts(self, is_known: KnownMask) -> bool:
@@ -47,7 +47,7 @@ class FrameMask(MaskGenerator):
 
     @abc.abstractmethod
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
-        """Return the numbers of the known frames of a clip of `count`, at least two, frames."""
+        """Return the numbers of the known frames of a clip with `count` frames, at least two."""
 
     @abc.abstractmethod
     def accepts_frames(self, frames: list[int], count: int) -> bool:
@@ -62,7 +62,7 @@ class FrameMask(MaskGenerator):
         return is_known
 
     def accepts(self, is_known: KnownMask) -> bool:
-        """Return whether whole frames of a clip of several frames are known, and are of this kind."""
+        """Return whether the clip has several frames, only whole frames are known, and they are of this kind."""
         frames = find_known_frames(is_known)
         return len(is_known) > 1 and frames is not None and self.accepts_frames(frames, len(is_known))
 
@@ -130,7 +130,7 @@ class Ending(FrameMask):
 
 @dataclass(frozen=True, kw_only=True)
 class BothEnds(FrameMask):
-    """Masks of frames at the beginning and at the end, for blending of two clips."""
+    """Masks of frames at the beginning and at the end, for blending two clips."""
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         if count < 3:
@@ -148,11 +148,11 @@ class Keyframes(FrameMask):
     """Masks of single frames, at equal or random distances, for interpolation and keyframes.
 
     Raises:
-      UserError: a largest distance below 2.
+      UserError: If the largest distance is below 2.
     """
 
     max_distance: int = 8
-    """Largest distance of two known frames at equal distances."""
+    """Largest distance between two known frames when distances are equal."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -174,11 +174,11 @@ class OutsideOfBox(MaskGenerator):
     """Masks of all but a box, which moves at a constant speed, for inpainting.
 
     Raises:
-      UserError: shares outside of (0, 1), or in the wrong order.
+      UserError: If a share is outside (0, 1), or the shares are in the wrong order.
     """
 
     min_share: float = 0.3
-    """Smallest height and width of the box, relative to those of a frame."""
+    """Smallest height and width of the box, relative to the frame's."""
     max_share: float = 0.8
     """Largest height and width of the box."""
 
@@ -199,7 +199,7 @@ class OutsideOfBox(MaskGenerator):
         return is_known
 
     def accepts(self, is_known: KnownMask) -> bool:
-        """Return whether parts of frames are known, and not only a box inside of them."""
+        """Return whether parts of frames are known, but not just a box inside them."""
         return find_known_frames(is_known) is None and not _is_inner_box(is_known)
 
 
@@ -208,11 +208,11 @@ class InsideOfBox(MaskGenerator):
     """Masks of a box, for outpainting.
 
     Raises:
-      UserError: a share outside of (0, 1).
+      UserError: If a share is outside (0, 1).
     """
 
     min_share: float = 0.4
-    """Smallest height and width of the box, relative to those of a frame."""
+    """Smallest height and width of the box, relative to the frame's."""
     max_share: float = 0.95
     """Largest height and width of the box."""
 
@@ -240,7 +240,7 @@ def _check_shares(min_share: float, max_share: float) -> None:
 
 
 def _is_inner_box(is_known: KnownMask) -> bool:
-    """Return whether the known pixels of every frame are one box, the same in all frames."""
+    """Return whether the known pixels form one box, the same in all frames."""
     rows, columns = is_known[0].any(axis=1), is_known[0].any(axis=0)
     box = rows[:, None] & columns[None]
     is_contiguous = all(np.ptp(np.flatnonzero(axis)) + 1 == axis.sum() for axis in (rows, columns) if axis.any())

@@ -48,7 +48,7 @@ class Conditioning:
     """The conditioning of a batch: a set of records, at most one of each kind. A kind is the record's class.
 
     Raises:
-      UserError: two records of one kind.
+      UserError: If two records are of one kind.
     """
 
     def __init__(self, *records: Any):
@@ -70,19 +70,19 @@ class Conditioning:
         """Return the record of a kind.
 
         Raises:
-          KeyError: there is none.
+          KeyError: If there is none.
         """
         return self._records[kind]
 
     def add(self, *records: Any) -> "Conditioning":
-        """Return the conditioning with further records, which take the place of those of the same kinds."""
+        """Return the conditioning with further records, which replace existing records of the same kinds."""
         return Conditioning(*(self._records | {type(record): record for record in records}).values())
 
     def check(self, required: Iterable[type]) -> None:
         """Check that there is a record of each of the required kinds, and no other.
 
         Raises:
-          UserError: one is missing, or there is another one.
+          UserError: If a required record is missing, or there is a record of another kind.
         """
         required = frozenset(required)
         for kind in sorted(required ^ self.kinds, key=lambda kind: kind.__name__):
@@ -111,8 +111,8 @@ def drop_captions(
 ) -> tuple[Shaped[Array, "B S *E"], Int[Array, "B S"]]:
     """Replace the captions of the dropped segments by the empty caption `empty`: tokens, or embeddings of width `E`.
 
-    The first tokens of a dropped caption become those of the empty one, the others become padding: exactly the input of
-    the unconditional branch of guidance. A caption has at least as many tokens as the empty one.
+    The first tokens of a dropped caption become the empty caption's, the others become padding: exactly the input of
+    guidance's unconditional branch. A caption has at least as many tokens as the empty one.
     """
     is_dropped = expand_to_tokens(drop, segments) & (segments > 0)
     index = compute_segment_offsets(segments)

@@ -83,7 +83,7 @@ class FolderCache:
         """Write an embedding, atomically.
 
         Raises:
-          UserError: the folder cannot be written.
+          UserError: If the folder cannot be written.
         """
         with atomic_path(self.get_path(text)) as temporary:
             np.save(temporary, value, allow_pickle=False)
@@ -91,8 +91,9 @@ class FolderCache:
 
 _MIN_LENGTH = 32
 _BATCH_ROWS = 8
-"""Rows of a batch, unless it has one. Lengths are a power of two or the limit: a handful of programs for all texts.
-In a batch of eight a caption of 24 tokens takes a third of the CPU time that it takes alone (8 layers of width 512)."""
+"""Rows of a batch, unless it has one. Lengths are a power of two or the limit, so a handful of programs serve all
+texts. In a batch of eight, a caption of 24 tokens takes a third of the CPU time that it takes alone (8 layers of width
+512)."""
 
 
 @runtime_checkable
@@ -105,7 +106,7 @@ class FrozenEncoderConfig(Protocol):
 
     @property
     def vocabulary(self) -> int:
-        """Return the size of the vocabulary, which token ids are below."""
+        """Return the size of the vocabulary; token ids are below it."""
 
     @property
     def width(self) -> int:
@@ -123,9 +124,9 @@ def make_embedding_program(config: FrozenEncoderConfig) -> Callable[..., Any]:
 class Embedder:
     """A function from texts to a frozen encoder's embeddings: `embed("a red ball")` has one vector per token.
 
-    Padding exists during the computation only; it is masked and cut off, as Wan does, so that the vectors are those of
-    the text alone. The other texts of a batch change no more than rounding. Texts are not cleaned; `clean` them first
-    if the model was trained so.
+    Padding exists during the computation only; it is masked and cut off, as Wan does, so that the vectors depend on the
+    text alone. The other texts of a batch change nothing but rounding. Texts are not cleaned; `clean` them first if the
+    model was trained that way.
 
     Threads may share an embedder and the arrays that it returns: they are read-only.
     """
@@ -153,7 +154,7 @@ class Embedder:
           streams_layers: moves layers in host memory to the device one at a time.
 
         Raises:
-          UserError: the tokenizer has tokens that the encoder has no embedding for.
+          UserError: If the tokenizer has tokens that the encoder has no embedding for.
         """
         if tokenizer.max_id >= config.vocabulary:
             raise UserError(

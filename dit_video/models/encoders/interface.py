@@ -23,7 +23,7 @@ Tokenizer = Callable[[str], CaptionTokens]
 
 @runtime_checkable
 class BatchTokenizer(Protocol):
-    """A tokenizer for which several captions together take less time, or fewer moves of its weights."""
+    """A tokenizer that takes less time, or moves its weights less often, for several captions together."""
 
     def __call__(self, caption: str, /) -> CaptionTokens: ...
 
@@ -56,7 +56,7 @@ class FrozenTextConfig:
     """Configuration of a frozen text encoder, and the values that its files must match.
 
     Raises:
-      UserError: no folder, or a width or limit below 1.
+      UserError: If there is no folder, or a width or limit is below 1.
     """
 
     folder: str

@@ -29,7 +29,7 @@ class T5Config:
     """Configuration of an encoder; `weights.load_text_encoder` reads one from a folder.
 
     Raises:
-      UserError: a size below 1, buckets that do not fit the maximum distance, or another dtype.
+      UserError: If a size is below 1, the buckets do not fit the maximum distance, or the dtype is not supported.
     """
 
     vocabulary: int
@@ -68,7 +68,7 @@ class T5Config:
 
 
 class T5Encoder(nnx.Module):
-    """An encoder of token ids to context; texts packed in a row do not see each other.
+    """An encoder from token ids to context; texts packed in a row do not see each other.
 
     The tokens of a text are adjacent, as `tokens.pack` places them: the distance between two of them in the row is
     their distance in the text, and one table of biases serves all rows.
@@ -156,7 +156,7 @@ def compute_relative_buckets(length: int, *, buckets: int, max_distance: int) ->
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance, half = np.abs(offset), buckets // 2
     exact = half // 2
-    # In float32, as in the models' training: where the logarithm is a whole number, rounding decides the bucket.
+    # In float32, as in the models' training: if the logarithm is a whole number, rounding decides the bucket.
     ratio = np.log(np.maximum(distance, exact).astype(np.float32) / exact) / math.log(max_distance / exact)
     far = np.minimum(exact + (ratio * (half - exact)).astype(np.int32), half - 1)
     return (np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)

@@ -22,8 +22,8 @@ TOKENIZER_FILES = "tokenizer.json, spiece.model, or vocab.json and merges.txt"
 class PretrainedTokenizer:
     """A tokenizer from a local folder; no padding, the end token last, CLIP's start token first.
 
-    `tokenizer.json` is read by the library that it is the format of, whose ids are those that models were trained with.
-    Other files are converted by `transformers`, as is needed for CLIP's, and for `spiece.model` alone.
+    `tokenizer.json` is read by the library that defines the format; its ids are the ones that models were trained with.
+    Other files are converted by `transformers`, as CLIP's and a lone `spiece.model` need it.
 
     Letters that spell a special token, such as `</s>`, become that token, as in `transformers`' own pipelines.
     """
@@ -32,8 +32,8 @@ class PretrainedTokenizer:
         """Read the files, without downloads; with `cleaned`, texts go through `clean` first.
 
         Raises:
-          MissingError: the folder holds no tokenizer.
-          UserError: files that can't be read, a tokenizer without an end token, or a limit that leaves no room for one.
+          MissingError: If the folder holds no tokenizer.
+          UserError: If files can't be read, the tokenizer has no end token, or the limit leaves no room for one.
         """
         folder = Path(folder)
         if max_tokens < 2:
@@ -41,7 +41,7 @@ class PretrainedTokenizer:
         if not has_tokenizer(folder):
             raise MissingError(f"no tokenizer in {folder} ({TOKENIZER_FILES}); copy the model's own files there")
         tokenizer = _read_tokenizer(folder)
-        # Some files ask for them; a text is cut below, and padded where it is embedded.
+        # Some files ask for these; a text is cut below, and padded where it is embedded.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         end = tokenizer.encode("").ids[-1:]
@@ -64,7 +64,7 @@ def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """Read a folder's tokenizer.
 
     Raises:
-      UserError: files that can't be read.
+      UserError: If files can't be read.
     """
     path, fix = folder / "tokenizer.json", "copy the files again"
     if not path.is_file() and (folder / "spiece.model").is_file():
@@ -105,8 +105,8 @@ def clean(text: str) -> str:
     """Clean a prompt as diffusers' Wan pipeline does before tokenization.
 
     `ftfy` repairs mojibake and straightens quotes, HTML entities are resolved twice (`&amp;lt;` is `<`), and runs of
-    white space become one space. Without `ftfy`, which is optional, texts with characters that it may change are warned
-    of.
+    white space become one space. Without `ftfy`, which is optional, texts with characters that it may change cause a
+    warning.
     """
     if importlib.util.find_spec("ftfy"):
         import ftfy

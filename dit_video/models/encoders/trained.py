@@ -1,4 +1,4 @@
-"""Text encoders that are trained with the denoiser: of bytes, of words and of class names."""
+"""Text encoders that are trained with the denoiser: for bytes, words and class names."""
 
 import re
 import zlib
@@ -49,7 +49,7 @@ def check_width(width: int, heads: int) -> None:
     """Check the width of an encoder.
 
     Raises:
-      UserError: an odd width, or one not divisible by the heads.
+      UserError: If the width is odd or not divisible by the heads.
     """
     if heads < 1 or width % heads or width % 2:
         raise UserError(f"width={width}, heads={heads} is invalid: use heads that divide an even width")
@@ -65,7 +65,7 @@ class ByteEncoderConfig:
     """Configuration of a pre-norm transformer over patches of bytes.
 
     Raises:
-      UserError: an odd width, or one not divisible by the heads, or a limit that is not divisible by the patch.
+      UserError: If the width is odd or not divisible by the heads, or the limit is not divisible by the patch.
     """
 
     width: int = 96
@@ -91,8 +91,8 @@ class ByteEncoderConfig:
 class ByteTokenizer:
     """A tokenizer with the ids of ByT5's, which needs no files; texts are padded to whole patches.
 
-    It is not the one of `transformers`, whose import takes 2.5 s of each start. A text that spells `</s>` has the bytes
-    of these letters, as with its `split_special_tokens`.
+    It does not use `transformers`, whose import takes 2.5 s at each start. A text that spells `</s>` has the bytes of
+    these letters, as with its `split_special_tokens`.
     """
 
     def __init__(self, max_tokens: int, patch: int):
@@ -148,7 +148,7 @@ class WordEncoderConfig:
     """Configuration of a pre-norm transformer over words.
 
     Raises:
-      UserError: an odd width, or one not divisible by the heads, no tokens or too few buckets.
+      UserError: If the width is odd or not divisible by the heads, or there are no tokens or too few buckets.
     """
 
     width: int = 96
@@ -207,7 +207,7 @@ class ClassNamesConfig:
     """Configuration of the classes, for a denoiser with `ClassLabels` of the same number.
 
     Raises:
-      UserError: no class, or more names than classes.
+      UserError: If there is no class, or there are more names than classes.
     """
 
     classes: int
@@ -249,7 +249,7 @@ class ClassTokenizer:
         """Return the class of a caption.
 
         Raises:
-          UserError: no class has this name or number, or several have it.
+          UserError: If no class has this name or number, or several have it.
         """
         return np.asarray([self._find_class(text.strip())], np.int32)
 

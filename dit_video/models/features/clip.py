@@ -29,7 +29,7 @@ class ClipTowerConfig:
     """Configuration common to both towers.
 
     Raises:
-      UserError: a size below 1, heads that do not divide the width, or another dtype.
+      UserError: If a size is below 1, the heads do not divide the width, or the dtype is not supported.
     """
 
     width: int
@@ -69,7 +69,7 @@ class ClipFeatures(NamedTuple):
     penultimate: Float[Array, "B S E"]
     """Penultimate hidden states, the input of the last layer: the image tokens of Wan's image-to-video."""
     pooled: Float[Array, "B E"]
-    """Element of `values` at a text's end token, or an image's first one after a norm."""
+    """Element of `values` at a text's end token, or at an image's first token after a norm."""
     projected: Float[Array, "B P"] | None
     """Projection of `pooled` to the space shared by both towers; None for a tower without a map to it."""
 
@@ -125,7 +125,7 @@ class ClipImageProcessor:
     """Options of `transformers`' `CLIPImageProcessor`; `weights.load_clip_images` reads them from a folder.
 
     Raises:
-      UserError: a size below 1, or standard deviations that are not above zero.
+      UserError: If a size is below 1, or a standard deviation is not above zero.
     """
 
     resize: int | tuple[int, int] | None = 224
@@ -145,7 +145,7 @@ class ClipImageProcessor:
             raise UserError(f"std={self.std} is invalid: use values above 0")
 
     def compute_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width that frames of a size are resized to."""
+        """Return the height and width that frames of this size are resized to."""
         if self.resize is None:
             return height, width
         if isinstance(self.resize, tuple):
@@ -160,7 +160,7 @@ def preprocess_frames(
     """Return `(cropped / 255 - mean) / std` of the resized frames.
 
     Raises:
-      UserError: frames that are smaller than the crop.
+      UserError: If the frames are smaller than the crop.
     """
     resized = resize_bicubic(frames, *processor.compute_size(*frames.shape[1:3]))
     if processor.crop is not None:
@@ -191,7 +191,7 @@ class ClipVisionConfig(ClipTowerConfig):
     """Configuration of a vision tower; `weights.load_clip_vision` reads one from a folder.
 
     Raises:
-      UserError: patches that do not divide the image.
+      UserError: If patches do not divide the image.
     """
 
     size: int = 224
@@ -215,7 +215,7 @@ class ClipVisionConfig(ClipTowerConfig):
 
 
 class ClipVision(nnx.Module):
-    """A vision tower of images of one size to features; `preprocess_frames` makes such images of frames."""
+    """A vision tower from images of one size to features; `preprocess_frames` turns frames into such images."""
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
         width, patch = config.width, config.patch
@@ -233,7 +233,7 @@ class ClipVision(nnx.Module):
         """Return the features of images that were preprocessed as in the tower's training.
 
         Raises:
-          UserError: images of another size than the tower's.
+          UserError: If the images have another size than the tower's.
         """
         size, patch = self.config.size, self.config.patch
         if images.shape[1:3] != (size, size):
@@ -275,7 +275,7 @@ class ClipTextConfig(ClipTowerConfig):
 
 
 class ClipText(nnx.Module):
-    """A text tower of token ids to features, one text per row; each token sees itself and those before it."""
+    """A text tower from token ids to features, one text per row; each token sees itself and those before it."""
 
     def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -289,7 +289,7 @@ class ClipText(nnx.Module):
         """Return features of texts; `mask` is 0 at padding, which no token sees. Each row holds one text.
 
         Raises:
-          UserError: rows of more than `max_positions` tokens.
+          UserError: If rows have more tokens than the config's `positions`.
         """
         length = ids.shape[1]
         if length > self.config.positions:
@@ -298,7 +298,7 @@ class ClipText(nnx.Module):
         visible = jnp.tril(jnp.ones((length, length), bool)) & (mask != 0)[:, None, :]
         states = apply_stack(self.blocks, LayerStates(hidden=x, penultimate=x), visible)
         values = self.norm(states.hidden)
-        # Texts may be padded with more end tokens, of which the first is the end.
+        # Texts may be padded with more end tokens; the first one is the end.
         is_legacy = self.config.end_token == _LEGACY_END_TOKEN
         end = jnp.argmax(ids if is_legacy else ids == self.config.end_token, axis=1)
         pooled = jnp.take_along_axis(values, end[:, None, None], axis=1)[:, 0]
@@ -311,7 +311,7 @@ class ClipConfig:
     """Configuration of both towers; `weights.load_clip` reads it from a folder.
 
     Raises:
-      UserError: towers that do not project into one space.
+      UserError: If the towers do not project into one space.
     """
 
     text: ClipTextConfig
@@ -337,7 +337,7 @@ class ClipTowers(nnx.Module):
         self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / 0.07)))
 
     def similarity(self, texts: Float[Array, "A P"], images: Float[Array, "B P"]) -> Float[Array, "A B"]:
-        """Return `exp(logit_scale) cos(text, image)` of every pair of projected texts and images.
+        """Return `exp(logit_scale) cos(text, image)` for every pair of projected texts and images.
 
         Its softmax over texts is the probability of each text as the image's caption.
         """
@@ -382,7 +382,7 @@ class FrameEncoder:
           batch: frames per batch.
 
         Raises:
-          UserError: a projection that the tower does not have, images of another size than it reads, or an empty batch.
+          UserError: If the tower lacks the projection, images have another size than it reads, or the batch is empty.
         """
         if feature == "projected" and config.projection is None:
             raise UserError("feature='projected' is invalid: this tower has no projection. Use 'pooled'")
@@ -396,7 +396,7 @@ class FrameEncoder:
         """Return the feature of each frame: a vector, or one vector per token.
 
         Raises:
-          UserError: no frames, or frames that the preprocessing does not bring to the tower's size.
+          UserError: If there are no frames, or the preprocessing does not bring them to the tower's size.
         """
         if not len(frames):
             raise UserError("frames are empty: there is nothing to encode. Use at least one frame")

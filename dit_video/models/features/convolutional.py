@@ -1,4 +1,4 @@
-"""Convolutional networks of evaluation: their common layers, then Inception v3, I3D and C3D."""
+"""Convolutional networks for evaluation: their common layers, then Inception v3, I3D and C3D."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -37,13 +37,13 @@ def resize_frames(
 
 
 Padding = Literal["SAME", "VALID"] | tuple[tuple[int, int], ...]
-"""Padding along (t, h, w): TensorFlow's, in which the side after the values has an odd one, or numbers per side."""
+"""Padding along (t, h, w): TensorFlow's, which puts an odd one after the values, or numbers per side."""
 Extent = tuple[int, int, int]
 """Numbers along (t, h, w)."""
 _MIN_WINOGRAD_CHANNELS, _MIN_WINOGRAD_PIXELS = 64, 784
-"""Channels, of all frames of a kernel together, and pixels of a frame from which on Winograd is faster on CPU.
+"""Channels, over all frames of a kernel, and pixels of a frame from which Winograd is faster on CPU.
 
-Measured with C3D: it takes 1.2 times as much time of the cores if its convolutions of 14×14 pixels have the form too.
+Measured with C3D: it takes 1.2 times as much core time if its convolutions of 14×14 pixels also have the form.
 """
 
 
@@ -96,8 +96,8 @@ def convolve(
 ) -> Float[Array, "B _ _ _ o"]:
     """Return a convolution.
 
-    With a kernel of one position it is a product of matrices. On CPU it is one of frames, whose channels are those of
-    all frames that the kernel spans: XLA takes up to four times as long for a convolution in three dimensions.
+    With a kernel of one position it is a matrix product. On CPU it is a convolution of frames, with the channels of all
+    frames in the kernel's span stacked: XLA takes up to four times as long for a three-dimensional convolution.
     """
     if kernel.shape[:3] == stride == (1, 1, 1):
         return jnp.einsum("bthwi,io->bthwo", x, kernel[0, 0, 0])
@@ -174,11 +174,11 @@ class InceptionUnit(NamedTuple):
 
 
 InceptionBranch = tuple[tuple[InceptionUnit, ...], ...]
-"""Stages that follow each other, each of which has one unit, or two whose channels are concatenated."""
+"""Stages that follow each other; each has one unit, or two whose channels are concatenated."""
 
 
 def _chain_branch(name: str, *units: tuple[int, tuple[int, int]], stride: int = 1) -> InceptionBranch:
-    """Return a branch of numbered units, the last of which has the stride."""
+    """Return a branch of numbered units; the last one has the stride."""
     last = len(units)
     return tuple(
         (InceptionUnit(f"{name}_{number}", width, kernel, stride if number == last else 1),)
@@ -257,7 +257,7 @@ _INCEPTION_POOLED = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
 
 
 class InceptionBlock(nnx.Module):
-    """Branches of convolutions, of which the last one has a pool before it, with concatenated channels."""
+    """Branches of convolutions with concatenated channels; the last branch has a pool before it."""
 
     def __init__(self, channels_in: int, branches: tuple[InceptionBranch, ...], pool: InceptionPool, *, rngs: nnx.Rngs):
         self.branches, self.pool = branches, pool
@@ -322,7 +322,7 @@ class InceptionV3(nnx.Module):
         """Return the features of images in [-1, 1], means over positions.
 
         Raises:
-          UserError: another size.
+          UserError: If the size differs from what the network reads.
         """
         if images.shape[1:3] != (INCEPTION_SIDE, INCEPTION_SIDE):
             height, width = images.shape[1:3]
@@ -338,7 +338,7 @@ class InceptionV3(nnx.Module):
         return jnp.mean(x, axis=(1, 2, 3))
 
     def classify(self, features: Float[Array, "B 2048"]) -> Float[Array, "B 1008"]:
-        """Return the logits of the classes, without their bias, as the inception score of TensorFlow's release."""
+        """Return the class logits without their bias, as in TensorFlow's release of the inception score."""
         return jnp.einsum("bi,io->bo", features, self.fc.kernel[...])
 
 
@@ -361,7 +361,8 @@ I3D_BLOCKS: dict[str, tuple[int, int, int, int, int, int]] = {
     "5b": (256, 160, 320, 32, 128, 128),
     "5c": (384, 192, 384, 48, 128, 128),
 }
-"""Channels of the convolutions of each mixed block: of its first branch, twice two of the next, and of the last."""
+"""Channels of each mixed block's convolutions: one in the first branch, two in each of the next two, one in the
+last."""
 _I3D_POOLS = {"4b": ((3, 3, 3), (2, 2, 2)), "5b": ((2, 2, 2), (2, 2, 2))}
 """Windows and strides of the pools before some mixed blocks."""
 _I3D_FRAME_POOL = (1, 3, 3), (1, 2, 2)
@@ -407,7 +408,7 @@ class I3d(nnx.Module):
         """Return the features of clips of 224×224 pixels in [-1, 1].
 
         Raises:
-          UserError: other sizes, or fewer than 9 frames.
+          UserError: If the sizes differ, or there are fewer than 9 frames.
         """
         frames, *size = pixels.shape[1:4]
         if size != [I3D_SIDE, I3D_SIDE] or frames < I3D_MIN_FRAMES:
@@ -469,7 +470,7 @@ class C3d(nnx.Module):
         """Return the logits of clips in [-1, 1], red first.
 
         Raises:
-          UserError: another size.
+          UserError: If the size differs from what the network reads.
         """
         size = Grid(*pixels.shape[1:4])
         if size != C3D_SIZE:
@@ -479,6 +480,6 @@ class C3d(nnx.Module):
             x = convolution(x)
             if name in _C3D_POOLS:
                 x = pool_max(x, _C3D_POOLS[name], stride=_C3D_POOLS[name])
-        # Caffe's order of values is that of channels, rows and columns.
+        # Caffe orders values by channels, rows and columns.
         x = jnp.moveaxis(x[:, 0], -1, 1).reshape(len(x), -1)
         return self.fc8(jax.nn.relu(self.fc7(jax.nn.relu(self.fc6(x)))))

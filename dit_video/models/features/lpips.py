@@ -1,4 +1,4 @@
-"""LPIPS, a distance of pictures fitted to human perception (arXiv 1801.03924), on features of VGG16."""
+"""LPIPS, a distance between pictures fitted to human perception (arXiv 1801.03924), on features of VGG16."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ class Lpips(nnx.Module):
         """Return the distance of each clip in [-1, 1] from its other, with frames of at least 16×16 pixels.
 
         Raises:
-          UserError: smaller frames.
+          UserError: If the frames are smaller.
         """
         height, width = pixels.shape[2:4]
         if min(height, width) < MIN_SIDE:

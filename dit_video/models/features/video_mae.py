@@ -1,7 +1,7 @@
 """VideoMAE v2's ViT-g, the network of the content-debiased Fréchet video distance (arXiv 2303.16727 and 2404.12391).
 
-It was fine-tuned on Something-Something v2. The reference of its use is content-debiased-fvd, whose features are the
-normalised means over tokens, before the layer of the classes.
+It was fine-tuned on Something-Something v2. The reference implementation is content-debiased-fvd; its features are the
+normalised means over tokens, before the class layer.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dit_video.nn import Attention, AttentionInputs, LayerNorm, Linear, apply_st
 
 _PERIOD = 10_000
 _MARGIN = 0.1
-"""Number that the reference adds to the length in tokens before it divides by that of the training."""
+"""Number that the reference adds to the length in tokens before dividing by the training length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class VideoMaeConfig:
     """Configuration of VideoMAE; the default is the published ViT-g.
 
     Raises:
-      UserError: a size below 1, heads that do not divide the width, or patches that do not divide the clip.
+      UserError: If a size is below 1, the heads do not divide the width, or patches do not divide the clip.
     """
 
     width: int = 1408
@@ -38,7 +38,7 @@ class VideoMaeConfig:
     patch: int = 14
     """Height and width of a patch in pixels."""
     frames: int = 16
-    """Frames of the clips of the training, for which the positions are."""
+    """Frames of a training clip, which the positions are made for."""
     patch_frames: int = 2
     """Frames of a patch."""
     eps: float = 1e-6
@@ -53,7 +53,7 @@ class VideoMaeConfig:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Return the tokens of a clip of the training along (t, h, w)."""
+        """Return the tokens of a training clip along (t, h, w)."""
         return self.frames // self.patch_frames, self.side // self.patch, self.side // self.patch
 
     def make(self, rngs: nnx.Rngs) -> "VideoMae":
@@ -100,11 +100,11 @@ class VideoMae(nnx.Module):
     def __call__(self, pixels: Float[Array, "B T H W 3"]) -> Float[Array, "B D"]:
         """Return the features of clips in [-1, 1]; `resize_frames` makes their size, without keeping their shape.
 
-        Clips may be shorter or longer than those of the training: positions are then interpolated in time, as in the
+        Clips may be shorter or longer than training clips: positions are then interpolated in time, as in the
         reference.
 
         Raises:
-          UserError: another height or width, or frames that patches do not divide.
+          UserError: If the height or width differs, or patches do not divide the frames.
         """
         config, (frames, *size) = self.config, pixels.shape[1:4]
         if size != [config.side, config.side] or frames % config.patch_frames:
@@ -120,8 +120,8 @@ class VideoMae(nnx.Module):
 def make_position_table(config: VideoMaeConfig, length: int) -> Float32[np.ndarray, "N D"]:
     """Return the sinusoids that are added to the tokens of clips of `length` tokens in time.
 
-    Token `n` of a clip of the training, counted over all three axes, has sin(n / 10000^(2i/D)) in the channel 2i and
-    the cosine in the next one (arXiv 1706.03762, section 3.5). For other lengths they are linear in time between these.
+    Token `n` of a training clip, counted over all three axes, has sin(n / 10000^(2i/D)) in the channel 2i and the
+    cosine in the next one (arXiv 1706.03762, section 3.5). For other lengths these are interpolated linearly in time.
     """
     steps, rows, columns = config.grid
     channels = np.arange(config.width)
@@ -129,7 +129,7 @@ def make_position_table(config: VideoMaeConfig, length: int) -> Float32[np.ndarr
     table = np.where(channels % 2, np.cos(angles), np.sin(angles)).astype(np.float32)
     if length == steps:
         return table
-    # The reference's interpolation divides by this ratio, not by that of the two lengths.
+    # The reference's interpolation divides by this ratio, not by the ratio of the two lengths.
     ratio = (length + _MARGIN) / steps
     times = np.clip((np.arange(length) + 0.5) / ratio - 0.5, 0, steps - 1)
     weights = np.maximum(0, 1 - np.abs(times[:, None] - np.arange(steps))).astype(np.float32)

@@ -44,7 +44,7 @@ class DitInputs(NamedTuple):
     """Inputs of all blocks besides the tokens and the attention function."""
 
     condition: TokenConditions
-    """Conditions of width D, from which the head and blocks with a modulation of their own project it."""
+    """Conditions of width D; the head, and blocks with their own modulation, project their modulation from them."""
     modulation: TokenConditions
     """Shared modulation `B M 6 D`, or `condition` if each block projects it itself."""
     segments: Int[Array, "B N"]
@@ -88,7 +88,7 @@ class Stream(nnx.Module):
         self.gate = linear(width, hidden, split="outputs") if config.mlp == "swiglu" else None
 
     def compute_modulation(self, modulation: TokenConditions) -> tuple[Float[Array, "B N D"], ...]:
-        """Return shift, scale and gate of attention, then those of the MLP."""
+        """Return shift, scale and gate for attention, then for the MLP."""
         if self.own is not None:
             return tuple(jnp.split(modulation.expand(self.own(modulation.values)), 6, axis=-1))
         assert self.table is not None
@@ -173,7 +173,7 @@ class TemporalBlock(Stream):
 
 
 class JointBlock(nnx.Module):
-    """A block with two streams and joint attention; in `x` the context's tokens follow those of the video."""
+    """A block with two streams and joint attention; in `x` the context's tokens follow the video's."""
 
     def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
         self.is_parallel = config.order == "parallel"
@@ -205,7 +205,7 @@ class JointBlock(nnx.Module):
 
 
 def split_heads(x: Float[Array, "B N D"], norm: RmsNorm | None, heads: int) -> Float[Array, "B N {heads} d"]:
-    """Split the width into heads; a norm of the full width is applied before the split, one of a head's width after."""
+    """Split the width into heads; a norm over the full width comes before the split, a norm over a head after it."""
     if norm is not None and norm.scale.shape[-1] == x.shape[-1]:
         x, norm = norm(x), None
     x = x.reshape(*x.shape[:2], heads, -1)

@@ -19,7 +19,7 @@ class KvCache(NamedTuple):
     indices: Int[Array, "B M 3"]
     """Indices of each token on its clip's grid."""
     length: Int[Array, ""]
-    """Number of tokens of a row that are used."""
+    """Number of tokens in use in each row."""
 
 
 def apply_blocks_with_cache(
@@ -30,16 +30,16 @@ def apply_blocks_with_cache(
     Args:
       backbone: a `BlockBackbone`.
       x, inputs: the chunk, as `embed_inputs` returned it.
-      cache: keys and values of the chunks before.
+      cache: keys and values of the earlier chunks.
       length: number of the chunk's tokens that are cached; extra tokens, which follow them, are not.
 
     Returns:
-      The chunk's tokens, and the cache with it; the cached values are NaN if there is no room for it.
+      The chunk's tokens, and the cache extended by the chunk; the cached values are NaN if the chunk does not fit.
     """
     segments, indices = inputs.attention_inputs.q_segments, inputs.attention_inputs.q_indices
     is_same = segments[:, :, None] == cache.segments[:, None]
     first_frame = jnp.where(is_same, cache.indices[:, None, :, 0] + 1, 0).max(axis=-1)
-    # The chunk's frames follow those of the cache; tokens without a place in the clip have no frame.
+    # The chunk's frames follow the cached frames; tokens without a place in the clip have no frame.
     indices = indices.at[..., 0].add(jnp.where(indices[..., 0] >= 0, first_frame, 0))
     key_segments = jnp.concatenate([cache.segments, segments], axis=1)
     key_indices = jnp.concatenate([cache.indices, indices], axis=1)

@@ -1,4 +1,4 @@
-"""Configs of the conditioning of `Dit`: context, class labels and time embedding."""
+"""Configs of `Dit`'s conditioning: context, class labels and time embedding."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -49,7 +49,7 @@ class ClassLabels:
     """Class labels, each a learned vector that modulates the blocks; one more, the last, stands for no class.
 
     Raises:
-      UserError: fewer than one class.
+      UserError: If there is no class.
     """
 
     classes: int
@@ -63,7 +63,7 @@ class TimeEmbedding:
     """Configuration of the sinusoidal embedding of the diffusion time (0 = data, 1 = noise).
 
     Raises:
-      UserError: a scale or a period that is not positive.
+      UserError: If the scale or the period is not positive.
     """
 
     scale: float = TIME_SCALE
@@ -79,5 +79,5 @@ class TimeEmbedding:
             raise UserError(f"scale={self.scale}, max_period={self.max_period} of time is invalid; use positive values")
 
     def model_time(self, time: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """Return the model time, of which sines and cosines are computed."""
+        """Return the model time, from which sines and cosines are computed."""
         return self.scale * (1 - time if self.reversed else time)

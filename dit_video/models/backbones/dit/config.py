@@ -38,7 +38,7 @@ TIME_FEATURES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class TemporalLayers:
-    """Configuration of temporal layers: in them a token sees the same position in all frames; other layers are spatial.
+    """Configuration of temporal layers, in which a token sees its position in all frames; other layers are spatial.
 
     `layers` temporal layers follow every group of `spatial_layers` spatial ones: 1 and 1 alternate (Latte, arXiv
     2401.03048, variant 1), 2 after 4 form blocks, and a group of all spatial layers puts the temporal ones at the end.
@@ -46,7 +46,7 @@ class TemporalLayers:
     their parameters have `temporal` in their paths.
 
     Raises:
-      UserError: fewer than 1 layer of a kind.
+      UserError: If there is no layer of one of the kinds.
     """
 
     spatial_layers: int = 1
@@ -67,9 +67,9 @@ class DitArchitecture(BackboneConfig):
     """Fields of a `DitConfig`, with their checks and costs.
 
     Raises:
-      UserError: heads that do not divide the width, a rotary split that does not add up to the head width, a negative
-        count, a context without a width, patterns that do not divide the layers or that the attention backend does not
-        support, or temporal layers combined with tokens or patterns that are not limited to one frame.
+      UserError: If the heads do not divide the width, the rotary split does not add up to the head width, a count is
+        negative, a context has no width, patterns do not divide the layers or the attention backend does not support
+        them, or temporal layers are combined with tokens or patterns that are not limited to one frame.
     """
 
     channels: int
@@ -99,9 +99,9 @@ class DitArchitecture(BackboneConfig):
     """Relative position bias, learned per layer; it needs the attention backend auto, dense or chunked."""
     pattern: PatternChoice | tuple[PatternChoice, ...] = Full()
     """Pattern of self-attention, or several that the layers use in turn: `(SpaceOnly(), TimeOnly())` is factorised
-    attention. Registers, extra tokens and the text of joint attention are in no frame: all tokens of the clip see them,
-    and they see the whole clip. With a causal pattern they see only each other, as frames would otherwise depend on
-    later ones."""
+    attention. Registers, extra tokens and the text of joint attention belong to no frame: all tokens of the clip see
+    them, and they see the whole clip. With a causal pattern they see only each other, as frames would otherwise depend
+    on later ones."""
     temporal: TemporalLayers | None = None
     """Additional temporal layers between the layers of `pattern`, which must then be `SpaceOnly()`."""
     context: ContextConfig = CrossAttention()
@@ -109,8 +109,8 @@ class DitArchitecture(BackboneConfig):
     modulation: Literal["shared", "own"] = "shared"
     """Modulation: projected once, with a table per block (PixArt, Wan), or with a projection per block (DiT)."""
     mlp_norm_eps: float = 1e-6
-    """Epsilon of the norm before the MLP, which differs from that before attention in diffusers'
-    `DiTTransformer2DModel`."""
+    """Epsilon of the norm before the MLP; in diffusers' `DiTTransformer2DModel` it differs from the one before
+    attention."""
     time_embedding: TimeEmbedding = TimeEmbedding()
     variance: Literal["none", "predicted", "dropped"] = "none"
     """Learned variance (arXiv 2102.09672), for which the head has twice the channels: none, predicted as the second
@@ -121,8 +121,8 @@ class DitArchitecture(BackboneConfig):
     cond_channels: int = 0
     """Number of channels of clean latents and masks that accompany the noisy latents (`ConditioningLatents`)."""
     conditioning: tuple[ClipConditioning, ...] = ()
-    """Conditioning by fields of the clips: embeddings of values per frame or on the grid are added to the tokens, those
-    of values per clip modulate the blocks, and those of `extra` fields follow the clip's tokens, at time 0."""
+    """Conditioning on fields of the clips. Embeddings of values per frame or on the grid are added to the tokens,
+    embeddings of values per clip modulate the blocks, and tokens of `extra` fields follow the clip's, at time 0."""
     registers: int = 0
     """Number of learned register tokens for each clip (arXiv 2309.16588)."""
     attention: Backend = "auto"
@@ -168,7 +168,7 @@ class DitArchitecture(BackboneConfig):
         """Check that keys and values of finished frames can be kept, as they do not depend on later frames.
 
         Raises:
-          UserError: they do depend on them, or attention has a bias.
+          UserError: If finished frames depend on later ones, or attention has a bias.
         """
         is_joint, position = isinstance(self.context, JointAttention), self.absolute_position
         depends = not all(pattern.causal for pattern in self.patterns) or self.registers or is_joint
@@ -180,7 +180,7 @@ class DitArchitecture(BackboneConfig):
 
     @property
     def extra_tokens(self) -> int:
-        """Return the number of tokens that join those of each clip: registers and tokens of `extra` fields."""
+        """Return the number of tokens that join each clip's own: registers and tokens of `extra` fields."""
         return self.registers + sum(each.field.length for each in self.conditioning)
 
     @property
@@ -227,7 +227,7 @@ class DitArchitecture(BackboneConfig):
 
     @property
     def layer_params(self) -> float:
-        """Return the weights of attention and MLP in a layer that act on each video token, in units of width².
+        """Return the number of a layer's attention and MLP weights that act on each video token, in units of width².
 
         The weights of temporal layers are divided equally among the spatial layers.
         """
@@ -265,7 +265,7 @@ class DitArchitecture(BackboneConfig):
         ends = video_tokens * width * (self.token_width + self.cond_width + position + self.output_width)
         per_block = self.modulation == "own"
         modulations = 2 + 6 * ((layers + temporal) if per_block else 1)
-        # Of noisy and of clean tokens; see `ClipTimes`.
+        # One time for noisy tokens, and one for clean ones; see `ClipTimes`.
         times = 1 + (self.time == "token" or self.extra_tokens > self.registers)
         conditions = times * (TIME_FEATURES * width + square + modulations * square)
         if self.context.pooled:
@@ -291,7 +291,7 @@ def check_patterns(patterns: tuple[PatternChoice, ...], layers: int) -> None:
     """Check that the layers can use the patterns in turn.
 
     Raises:
-      UserError: the number of patterns is zero, or does not divide the number of layers.
+      UserError: If the number of patterns is zero, or does not divide the number of layers.
     """
     if not patterns or layers % len(patterns):
         raise UserError(f"{layers} layers cannot use {len(patterns)} patterns in turn; give 1 or a divisor of {layers}")

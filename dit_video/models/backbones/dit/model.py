@@ -47,7 +47,7 @@ _TIME_AXIS = np.asarray([1, 0, 0], np.float32)
 
 
 class _Tokens(NamedTuple):
-    """Embedded tokens of rows: those of the clips, or further ones that follow them."""
+    """Embedded tokens of rows: the clips' own, or further ones that follow them."""
 
     x: Float[Array, "B N D"]
     segments: Int[Array, "B N"]
@@ -84,7 +84,7 @@ class Dit(nnx.Module):
         self.head = precise(width, config.output_width, init="zero")
         normal = nnx.initializers.normal(0.02)
         if config.cond_channels:
-            # Zero weights, so that a trained model that is extended by this input predicts as before.
+            # Zero weights, so that extending a trained model by this input leaves its predictions unchanged.
             self.cond_embed = linear(config.cond_width, width, bias=False, init="zero", dtype=dtype)
         for each in config.conditioning:
             embedding = each.make_embedding(width, patch=config.patch, dtype=dtype, **options)
@@ -140,7 +140,7 @@ class Dit(nnx.Module):
         layout: PackedRows,
         conditioning: Conditioning,
     ) -> tuple[Float[Array, "B T D"], DitInputs]:
-        """Return the embedded tokens, first those of the clips, and the blocks' other inputs."""
+        """Return the embedded tokens, the clips' first, and the blocks' other inputs."""
         config = self.config
         clips = self._embed_clips(noisy, layout, conditioning)
         tokens = self._append_extras(clips, layout, conditioning)
@@ -204,7 +204,7 @@ class Dit(nnx.Module):
     def _embed_conditions(
         self, tokens: _Tokens, time: Float[Array, "B _"] | ClipTimes, layout: PackedRows, conditioning: Conditioning
     ) -> tuple[TokenConditions, Float[Array, "B G D"]]:
-        """Return the conditions of tokens, and those of segments, which have one time."""
+        """Return the conditions of tokens and of segments; each segment has one time."""
         static, conditions = self._embed_static_condition(layout, conditioning), tokens.conditions
         has_clean = self.config.extra_tokens > self.config.registers
         if isinstance(time, ClipTimes):
@@ -212,7 +212,7 @@ class Dit(nnx.Module):
             conditions, has_clean = jnp.concatenate([numbers, conditions[:, extras]], axis=1), True
             time = time.values
         elif self.config.time == "token":
-            # Known tokens of a segment are at time 0: its time is that of the others.
+            # Known tokens of a segment are at time 0; the others have the segment's time.
             segment_time, extras = layout.max(time), slice(time.shape[1], None)
             extra_time = expand_to_tokens(segment_time, tokens.segments[:, extras])
             extra_time = jnp.where(tokens.conditions[:, extras] > layout.count, 0, extra_time)
@@ -270,7 +270,7 @@ class Dit(nnx.Module):
         return _Tokens(x.astype(jnp.float32), segments, positions, segments)
 
     def _append_extras(self, clips: _Tokens, layout: PackedRows, conditioning: Conditioning) -> _Tokens:
-        """Return the tokens of the clips followed by those that join them.
+        """Return the clips' tokens, followed by the tokens that join them.
 
         The tokens of `extra` fields are at time 0 and have positions of their own. Registers are at their clip's time,
         with positions of zero, which rotate nothing.
@@ -291,7 +291,7 @@ class Dit(nnx.Module):
         return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), *parts)
 
     def _drop_time(self, positions: Float[Array, "B N 3"]) -> Float[Array, "B N 3"]:
-        """Return the positions that blocks use: in a model with temporal layers the others ignore time."""
+        """Return the positions that blocks use: in a model with temporal layers, spatial layers ignore time."""
         return positions if self.config.temporal is None else positions * (1 - _TIME_AXIS)
 
     def _project_modulation(self, condition: TokenConditions) -> TokenConditions:

@@ -34,14 +34,14 @@ class PositionEmbedding(ABC):
         return 0
 
     def check(self, width: int) -> None:  # noqa: B027 (most serve every width)
-        """Check that a model of this width can have it.
+        """Check that a model of this width can use the embedding.
 
         Raises:
-          UserError: it can't.
+          UserError: If the width does not suit the embedding.
         """
 
     def make(self, width: int, *, dtype: jnp.dtype, parallel: Parallelism, rngs: nnx.Rngs) -> nnx.Module | None:
-        """Make the layer that maps features to the width; None if the features have it."""
+        """Make the layer that maps features to the width; None if the features already have it."""
         return None
 
     @abstractmethod
@@ -76,7 +76,7 @@ class BoundaryEmbedding(PositionEmbedding):
 class SineCosine(PositionEmbedding):
     """Sines and cosines of the positions, without parameters; the width is divided among the axes (arXiv 2212.09748).
 
-    Coordinates count patches, so a clip larger than those in training has values that were not trained.
+    Coordinates count patches, so a clip larger than any in training has untrained values.
     """
 
     max_period: float = 10_000.0
@@ -86,7 +86,7 @@ class SineCosine(PositionEmbedding):
         """Check that the width is even.
 
         Raises:
-          UserError: an odd width.
+          UserError: If the width is odd.
         """
         if width % 2:
             raise UserError(f"sine-cosine positions need an even width, not {width}")
@@ -103,11 +103,11 @@ class SineCosine(PositionEmbedding):
 class ImageSineCosine(PositionEmbedding):
     """Sines and cosines of column and row, without parameters; half of the width each (DiT, arXiv 2212.09748).
 
-    Columns come first. Coordinates of images of another size than in training are scaled to the trained range. The
+    Columns come first. For images whose size differs from training, coordinates are scaled to the trained range. The
     embedding does not depend on time.
 
     Raises:
-      UserError: a side below 1.
+      UserError: If `side` is below 1.
     """
 
     side: int = 16
@@ -121,7 +121,7 @@ class ImageSineCosine(PositionEmbedding):
         """Check that the width is divisible by 4.
 
         Raises:
-          UserError: another width.
+          UserError: If the width is not divisible by 4.
         """
         if width % 4:
             raise UserError(f"sine-cosine positions of images need a width divisible by 4, not {width}")
@@ -142,11 +142,11 @@ class ImageSineCosine(PositionEmbedding):
 class FactorizedEmbedding(PositionEmbedding):
     """Learned tables, one per axis, read at the token's fractional position in its clip.
 
-    Between two entries the tables are interpolated linearly, so clips of all sizes share them, including larger ones
+    Between two entries the tables are interpolated linearly, so clips of all sizes share them, including clips larger
     than in training (NaViT's factorised positions with fractional positions, arXiv 2307.06304, section 2.1).
 
     Raises:
-      UserError: a table of fewer than two entries.
+      UserError: If a table has fewer than two entries.
     """
 
     sizes: tuple[int, int, int] = (32, 64, 64)
