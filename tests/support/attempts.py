@@ -1,5 +1,6 @@
 """Records of the attempts of a run, as its first process writes them."""
 
+import json
 from pathlib import Path
 
 from dit_video.training.goodput import (
@@ -7,10 +8,8 @@ from dit_video.training.goodput import (
     Attempt,
     SlowHost,
     TimeRecord,
-    format_ending,
-    format_header,
-    format_record,
-    format_slow_host,
+    describe_attempt,
+    describe_record,
 )
 
 
@@ -54,8 +53,10 @@ def write_attempt(
         ending=ending,
         slow_hosts=(slow,) if slow_host else (),
     )
-    lines = [format_header(attempt), *map(format_record, attempt.records), *map(format_slow_host, attempt.slow_hosts)]
+    lines = [describe_attempt(attempt), *map(describe_record, attempt.records)]
+    lines += [{"slow_host": vars(each)} for each in attempt.slow_hosts]
+    lines += [{"ending": ending}] if ending else []
     path = run / GOODPUT_FOLDER / f"{number:04}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join([*lines, format_ending(ending) if ending else ""]))
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return attempt
