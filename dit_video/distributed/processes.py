@@ -230,8 +230,9 @@ def _compare_processes(store: KeyValueStore, settings: dict[str, Any], timeouts:
     digest = hashlib.sha256(text.encode()).hexdigest()
     infos = json.loads(meet("hosts", json.dumps([socket.gethostname(), os.getpid(), digest]), _join))
     names = [f"process {index} ({host}, pid {pid})" for index, (host, pid, _) in enumerate(infos)]
-    if len({digest for *_, digest in infos}) > 1:
-        raise UserError(meet("settings", text, lambda texts: _describe_difference(names, texts)))
+    is_same = len({digest for *_, digest in infos}) == 1
+    if not is_same and (difference := meet("settings", text, lambda texts: _describe_difference(names, texts))):
+        raise UserError(difference)
     return names
 
 

@@ -200,6 +200,7 @@ class _DiskLock:
                 holder = "another process" if owner is None else _describe_holder(owner.pid, owner.hostname)
                 _tell_wait(folder, holder, config)
                 self._lease.acquire(timeout=config.expires_after + config.renew_every)
+            (folder / LOCK_FILE).touch()  # Its time tells when the newest run began.
         except (filelock.Timeout, filelock.LeaseSettingsMismatch):
             owner = self._lease.owner
             self.release()

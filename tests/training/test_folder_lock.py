@@ -101,6 +101,16 @@ def test_a_folder_in_use_names_who_uses_it_until_that_one_is_dead(tmp_path):
         pass
 
 
+def test_the_lock_file_tells_when_the_newest_run_began(tmp_path):
+    """The page of a run reads it."""
+    with lock_folder(tmp_path, config=FAST):
+        pass
+    os.utime(tmp_path / LOCK_FILE, (5.0, 5.0))
+    began = time.time()
+    with lock_folder(tmp_path, config=FAST):
+        assert (tmp_path / LOCK_FILE).stat().st_mtime > began - 5
+
+
 def test_a_second_start_ends_with_a_code_that_asks_for_another(tmp_path):
     with lock_folder(tmp_path, config=FAST):
         other = start("locked_folder.py", tmp_path, 0, 0.2, 2, os.devnull)
