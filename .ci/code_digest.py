@@ -1,5 +1,9 @@
-"""The version of the code that a harness has checked: results of another one do not count."""
+"""The version of the code that a harness has checked: results of another one do not count.
 
+Comments and docstrings are no part of it.
+"""
+
+import ast
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +17,19 @@ def compute_digest(*more: Path) -> str:
 
 
 def digest_files(paths: Iterable[Path]) -> str:
-    """Return a digest of the names and contents of files of the project."""
+    """Return a digest of the names and the code of files of the project."""
     content = hashlib.sha256()
     for path in sorted(paths):
-        content.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+        code = path.read_text(encoding="utf-8")
+        if path.suffix == ".py":
+            code = ast.dump(_DropStrings().visit(ast.parse(code)))
+        content.update(f"{path.relative_to(ROOT).as_posix()} {code}".encode())
     return content.hexdigest()[:12]
+
+
+class _DropStrings(ast.NodeTransformer):
+    """Removal of strings that are statements: docstrings, also of fields and constants."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_string = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_string else node

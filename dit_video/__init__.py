@@ -7,7 +7,7 @@ from dit_video.core.platform.tpu import skip_missing_tpu
 from dit_video.core.platform.xla_flags import set_cpu_flags
 
 if TYPE_CHECKING:
-    from dit_video.experiment.loading import load
+    from dit_video.loading import load
     from dit_video.sampling.pipeline import Pipeline, Request
     from dit_video.video import Clip
 
@@ -21,7 +21,7 @@ _LAZY = {
     "Clip": "dit_video.video",
     "Pipeline": "dit_video.sampling.pipeline",
     "Request": "dit_video.sampling.pipeline",
-    "load": "dit_video.experiment.loading",
+    "load": "dit_video.loading",
 }
 
 

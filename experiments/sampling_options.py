@@ -13,9 +13,9 @@ from dit_video.core.command_line import check_minimum, parse_memory
 from dit_video.core.offload import OFFLOADS
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed.mesh import MeshConfig, parse_mesh
-from dit_video.experiment.loading import find_folder, read_config
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import Dtype
+from dit_video.loading import find_folder, read_config
 from dit_video.models.autoencoders import Tiles
 from dit_video.nn.attention import BackendName
 from dit_video.sampling.adapters import AdapterFile, check_adapter

@@ -17,9 +17,9 @@ from dit_video.core.errors import MissingError, script
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed.mesh import parse_mesh
 from dit_video.experiment import Experiment
-from dit_video.experiment.loading import find_folder
 from dit_video.experiment.replay import Replay, replay, with_mesh
 from dit_video.experiment.run import Run, StagedRun
+from dit_video.loading import find_folder
 from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.training.hooks.logging import Progress
 

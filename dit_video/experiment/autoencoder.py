@@ -10,8 +10,8 @@ from jaxtyping import Array
 from dit_video.core import rng
 from dit_video.core.errors import MissingError, UserError
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.experiment import AutoencoderTraining, PretrainedAutoencoder
 from dit_video.experiment.initial_weights import describe_difference
+from dit_video.experiment.training_config import AutoencoderTraining, PretrainedAutoencoder
 from dit_video.families import load_autoencoder
 from dit_video.models.autoencoders import InflatedConfig, VqConfig, inflate
 from dit_video.models.features import Lpips

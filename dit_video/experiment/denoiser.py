@@ -15,7 +15,7 @@ from jaxtyping import Array, Shaped
 from dit_video.core.trees import flatten, map_with_path, unflatten
 from dit_video.distributed import make_parallelism
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.experiment import DenoiserTraining, Experiment, LoraAdapters, Student, TemporalWeights
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.initial_weights import (
     ParameterPlacer,
     check_initial_weights,
@@ -23,6 +23,7 @@ from dit_video.experiment.initial_weights import (
     load_initial_denoiser,
     record_identity,
 )
+from dit_video.experiment.training_config import DenoiserTraining, LoraAdapters, Student, TemporalWeights
 from dit_video.families import load_denoiser
 from dit_video.nn import LoraConfig, add_lora_scale, attach_lora, get_graph_def, init_lora, init_params, merge_lora
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, LoraLoss, time_quantile

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from dit_video.core.errors import UserError
-from dit_video.experiment import DenoiserTraining, Experiment
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.runtime import Runtime
+from dit_video.experiment.training_config import DenoiserTraining
 from dit_video.models.encoders import FrozenTextConfig, Tokenizer
 from dit_video.weights import read_clip_vision_config
 from dit_video.weights.frozen_encoders import IDENTITY_FILE, FrozenTextEncoder, check_width, open_tokenizer

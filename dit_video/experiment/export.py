@@ -20,11 +20,12 @@ from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process, to_host
-from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, read_autoencoder
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.denoiser import add_other_expert
 from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime
+from dit_video.experiment.training_config import AutoencoderTraining, PretrainedAutoencoder
 from dit_video.families import find_format, get_lora_modules
 from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.models.backbones.protocol import BackboneConfig

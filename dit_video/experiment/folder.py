@@ -44,10 +44,12 @@ from dit_video.core.config_json import Change, describe_changes
 from dit_video.core.errors import MissingError, UserError, get_command
 from dit_video.core.files import read_document, write_json
 from dit_video.core.storage import StoragePathLike
-from dit_video.experiment import Experiment, StagedExperiment, datasets
+from dit_video.experiment import datasets
 from dit_video.experiment.autoencoder import WEIGHTS_FILE
 from dit_video.experiment.checkpoints import list_checkpoints
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.remote_folder import RemoteFolder
+from dit_video.experiment.runtime import StagedExperiment
 from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
 from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 

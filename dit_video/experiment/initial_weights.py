@@ -18,7 +18,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.core.trees import flatten
 from dit_video.distributed import make_shardings
-from dit_video.experiment import DenoiserTraining, TemporalWeights
+from dit_video.experiment.training_config import DenoiserTraining, TemporalWeights
 from dit_video.families import find_format, load_denoiser, read_denoiser_config
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_param_shapes

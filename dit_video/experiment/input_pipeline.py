@@ -33,7 +33,7 @@ from dit_video.data.packing.rows import Encode
 from dit_video.data.sizes import compute_all_sampled_fps, fit_sizes
 from dit_video.data.windows import DECODE_THREADS
 from dit_video.distributed import RowPart, check_denoiser, count_row_shards
-from dit_video.experiment import Experiment
+from dit_video.experiment.config import Experiment
 from dit_video.models.autoencoders import latent_grid
 from dit_video.models.encoders import Tokenizer
 from dit_video.tokens import Grid, compute_token_grid

@@ -31,8 +31,10 @@ from dit_video.evaluation.config import Evaluation
 from dit_video.evaluation.evaluate import measure_samples
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
-from dit_video.experiment import DenoiserTraining, Experiment, Student, input_pipeline
+from dit_video.experiment import input_pipeline
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.denoiser import TrainableDenoiser
+from dit_video.experiment.training_config import DenoiserTraining, Student
 from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.models.backbones.flops import count_training_flops
 from dit_video.models.conditioning import IMAGE_TOKENS

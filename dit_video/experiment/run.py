@@ -22,8 +22,9 @@ from dit_video.data.latents.plan import Encoding
 from dit_video.distributed import MeshConfig, make_mesh, make_shardings
 from dit_video.distributed.mesh import resolve_mesh
 from dit_video.evaluation.evaluate import EvaluationClips
-from dit_video.experiment import Experiment, datasets, export, monitors
+from dit_video.experiment import datasets, export, monitors
 from dit_video.experiment.autoencoder import read_autoencoder
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.denoiser import make_denoiser_loss, make_denoiser_step, open_trainable_denoiser
 from dit_video.experiment.folder import RunFolder
 from dit_video.experiment.runtime import Runtime, Stage

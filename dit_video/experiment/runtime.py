@@ -20,9 +20,10 @@ from dit_video.core.storage import StoragePath
 from dit_video.data.clips import ClipSource
 from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_usable
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.experiment import DataConfig, datasets
+from dit_video.experiment import datasets
 from dit_video.experiment.checkpoints import get_checkpoint_folder
 from dit_video.experiment.remote_folder import RemoteFolder, SendLogs, main_process_first
+from dit_video.experiment.training_config import DataConfig
 from dit_video.training.checkpoint import CheckpointPolicy, Checkpoints
 from dit_video.training.goodput import GOODPUT_FOLDER
 from dit_video.training.hooks.profiler import TraceConfig

@@ -253,20 +253,21 @@ class _AddressLease:
     def _acquire(self) -> int:
         """Return the number of the file that this process has made."""
         config, pause = self._config, min(1.0, self._config.renew_every / 4)
-        start = last = time.monotonic()
-        content, unchanged_seconds = b"", 0.0
+        last = time.monotonic()
+        content, waited_seconds, unchanged_seconds = b"", 0.0, 0.0
         while True:
             number = self._find_newest()
             newest, now = self._read(number), time.monotonic()
             record = _parse(newest)
             # While the storage did not answer, or this process was suspended, the holder could not renew it, either.
-            unchanged_seconds, last = unchanged_seconds + min(now - last, 2 * pause), now
+            passed, last = min(now - last, 2 * pause), now
+            waited_seconds, unchanged_seconds = waited_seconds + passed, unchanged_seconds + passed
             has_expired = newest == content and unchanged_seconds >= config.expires_after
             is_free = not newest or record.get("is_released") or has_expired or _has_ended(record)
             if is_free and self._create(number + 1):
                 return number + 1
             holder = _describe_holder(record.get("pid", "?"), record.get("host", "another machine"))
-            if now - start >= config.expires_after + config.renew_every:
+            if waited_seconds >= config.expires_after + config.renew_every:
                 raise _make_in_use_error(self._folder, holder)
             if newest != content:
                 if not content:

@@ -14,8 +14,8 @@ from dit_video.core.command_line import parse_arguments, parse_memory
 from dit_video.core.errors import MissingError, UserError, script
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed.mesh import parse_mesh
-from dit_video.experiment.loading import find_folder, read_config
 from dit_video.families.family import Dtype
+from dit_video.loading import find_folder, read_config
 from dit_video.nn.attention import BackendName
 from dit_video.sampling.adapters import AdapterFile
 from dit_video.sampling.pipeline_config import RUN_CONFIG

@@ -221,6 +221,21 @@ def test_the_lease_of_an_address_that_nobody_renews_expires(memory, monkeypatch)
             check_locks()
 
 
+def test_an_address_is_taken_over_also_where_each_look_takes_long(memory, monkeypatch):
+    place = to_storage_path("memory://bucket/run")
+    content = {"pid": 12, "host": "node7", "id": "abc", "renewals": 3, "is_released": False}
+    place.fs.pipe_file((place / ".lease-000007").path, json.dumps(content).encode())
+    read = folder_lock._AddressLease._read
+
+    def look_slowly(lease, number):
+        time.sleep(FAST.renew_every)
+        return read(lease, number)
+
+    monkeypatch.setattr(folder_lock._AddressLease, "_read", look_slowly)
+    with lock_folder(place, config=FAST):
+        assert [path.name for path in place.iterdir()] == [".lease-000008"]
+
+
 def test_storage_that_stalls_for_longer_than_the_lease_gives_nobody_the_address(memory, monkeypatch):
     """Neither the holder's renewals nor the looks of who waits come through for a while."""
     place = to_storage_path("memory://bucket/run")

@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 
 import dit_video
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment.loading import read_config
+from dit_video.loading import read_config
 
 _MAX_SECONDS = 120
 _PLAYS = "[...document.querySelectorAll('video')].some((video) => video.currentTime > 0)"

@@ -8,8 +8,7 @@ from dit_video.apps.studio.forms import FormField, get_size_steps, list_presets,
 from dit_video.apps.studio.uploads import ClipFit
 from dit_video.core.errors import UserError
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment.checkpoints import list_checkpoints
-from dit_video.experiment.loading import load
+from dit_video.loading import load
 from dit_video.sampling.adapters import AdapterFile
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig, is_pipeline_folder
@@ -106,6 +105,9 @@ class StudioModel:
         return pipeline.set_lora_scales(changed) if changed else pipeline
 
     def _list_steps(self) -> list[int]:
+        # Imported here: a finished pipeline needs nothing of what training imports.
+        from dit_video.experiment.checkpoints import list_checkpoints
+
         return [each.step for each in list_checkpoints(self.folder)] if self._is_run else []
 
     def make_example(self) -> Request:

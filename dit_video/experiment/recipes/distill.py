@@ -10,10 +10,11 @@ from dit_video.data.buckets import BucketConfig
 from dit_video.diffusion import FlowMatching, Lcm, Objective
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
-from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder, Student
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.folder import CONFIG as RUN
 from dit_video.experiment.recipes.finetune import make_data_config, make_row_shape, read_open_parts
 from dit_video.experiment.run import Run
+from dit_video.experiment.training_config import DataConfig, DenoiserTraining, PretrainedAutoencoder, Student
 from dit_video.families.family import INDEX
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import TextConfig

@@ -9,11 +9,11 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import FlowMatching, LogitNormal
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import (
+from dit_video.experiment.config import Experiment
+from dit_video.experiment.training_config import (
     AllWeights,
     DataConfig,
     DenoiserTraining,
-    Experiment,
     ExpertConfig,
     LoraAdapters,
     PretrainedAutoencoder,

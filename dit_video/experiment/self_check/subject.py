@@ -21,8 +21,9 @@ from dit_video.core import rng
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.plan import Encoding
-from dit_video.experiment import Experiment, TemporalWeights
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.denoiser import TrainableDenoiser
+from dit_video.experiment.training_config import TemporalWeights
 from dit_video.models.encoders import Tokenizer
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, attach_factors
 from dit_video.training.trainer import Trainer

@@ -16,9 +16,11 @@ from dit_video.data.latents.offline import measure_latent_moments
 from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart
 from dit_video.distributed.gather import to_host
-from dit_video.experiment import AutoencoderTraining, Experiment, PretrainedAutoencoder, monitors
+from dit_video.experiment import monitors
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.runtime import Runtime, Stage, Training
+from dit_video.experiment.training_config import AutoencoderTraining, PretrainedAutoencoder
 from dit_video.models.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear, latent_grid
 from dit_video.nn import get_graph_def, init_params
 from dit_video.sampling.pipeline_config import PREVIEW

@@ -9,8 +9,9 @@ from dit_video.data.latents import offline
 from dit_video.data.latents import plan as latent_plan
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.tables import MANIFEST
-from dit_video.experiment import Experiment, datasets, input_pipeline
+from dit_video.experiment import datasets, input_pipeline
 from dit_video.experiment.autoencoder import read_autoencoder
+from dit_video.experiment.config import Experiment
 from dit_video.experiment.encoders import open_text_encoder
 from dit_video.experiment.runtime import Runtime, Stage
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder

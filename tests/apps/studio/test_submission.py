@@ -14,7 +14,7 @@ from PIL import Image
 from dit_video.apps.studio.forms import make_sampling_form, make_tabs
 from dit_video.apps.studio.gallery import get_input_file
 from dit_video.apps.studio.submission import format_command, format_python, parse_submission
-from dit_video.experiment.loading import read_config
+from dit_video.loading import read_config
 from dit_video.sampling import tasks
 from dit_video.sampling.adapters import AdapterFile
 from dit_video.video import Clip, decode, encode
