@@ -8,7 +8,7 @@ background every three steps) is trained once without interruption. Then it is t
 killed (SIGKILL) at random moments: while it starts, restores, computes, logs or, most of the time, saves. The same
 command continues it each time. In the end its log and every array of its last checkpoint are compared bit by bit with
 the uninterrupted run. This is repeated until the requested number of kills is reached. The folder can be reused: the
-prepared data and the uninterrupted run stay in it.
+prepared data and the uninterrupted run of this code stay in it.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seed = time.time_ns() % 2**32 if arguments.seed is None else arguments.seed
     moments = random.Random(seed)
-    folder = arguments.folder.absolute()
+    folder = arguments.folder.absolute() / compute_digest(Path(__file__))
     uninterrupted = folder / "whole"
     ensure_prepared(folder / "prepared")
     if not (uninterrupted / "done").is_file():
