@@ -52,27 +52,27 @@ def load(
     trained. `step` names another checkpoint, of a finished run, too.
 
     Args:
-      path: a folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
+      path: A folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
         downloaded once into the cache of `huggingface_hub`.
-      text_encoder: folder of the model's frozen text encoder, if it has moved.
-      dtype: open weights only: dtype of the denoiser's matrix products and of their weights, bfloat16 by default. All
+      text_encoder: Folder of the model's frozen text encoder, if it has moved.
+      dtype: Open weights only: dtype of the denoiser's matrix products and of their weights, bfloat16 by default. All
         other weights, and the autoencoder, are in float32.
-      text_dtype: open weights only: dtype of the text encoder; by default the denoiser's.
+      text_dtype: Open weights only: dtype of the text encoder; by default the denoiser's.
       offload: `Stages()` or `Layers()` for weights in host memory that are copied to the devices when they are used;
         None for weights that stay on the devices. By default, on one GPU or TPU, `Stages()` for open weights and for
         models with two experts, or `Layers()` of parts whose weights do not fit on the device; None for other models
         and elsewhere.
-      place: open weights only: function that places each parameter, given its path: `backbone/…`, `low_noise/…` of a
+      place: Open weights only: function that places each parameter, given its path: `backbone/…`, `low_noise/…` of a
         second expert, `autoencoder/…`; for devices `lambda path, parameter: parameter.to_device(SHARDING)`.
-      mesh: devices that sample together: a `MeshConfig`, or a mesh with its axes; None for one device. The denoiser's
+      mesh: Devices that sample together: a `MeshConfig`, or a mesh with its axes; None for one device. The denoiser's
         weights are sharded as in training, and clips, branches of guidance, tokens and heads are divided among the
         devices. In a run of several processes all of them load and sample.
-      attention: backend of attention, by name or as its settings, instead of the model's own; `auto` takes the best one
+      attention: Backend of attention, by name or as its settings, instead of the model's own; `auto` takes the best one
         for the devices.
-      step: runs only: step of the checkpoint; None for the finished pipeline, or the newest checkpoint.
-      ema: runs only: decay of another average that the run keeps, at that checkpoint or the newest; 0 for the weights
+      step: Runs only: step of the checkpoint; None for the finished pipeline, or the newest checkpoint.
+      ema: Runs only: decay of another average that the run keeps, at that checkpoint or the newest; 0 for the weights
         without an average.
-      sigma_rel: runs only: relative width of an average that is reconstructed from the run's snapshots.
+      sigma_rel: Runs only: relative width of an average that is reconstructed from the run's snapshots.
 
     Raises:
       MissingError: If the folder does not exist here or on the hub or lacks parts, or if there is no checkpoint of this

@@ -52,11 +52,11 @@ class TaskOptions:
         """Return the task that the options describe.
 
         Args:
-          name: name of the task.
-          prompt: description of the result.
-          size: frames, height and width, or for outpainting height and width.
-          seed: seed of the noise.
-          pictures: files of `image`, `last_image`, `mask` and `conditions`, and `strength`.
+          name: Name of the task.
+          prompt: Description of the result.
+          size: Frames, height and width, or for outpainting height and width.
+          seed: Seed of the noise.
+          pictures: Files of `image`, `last_image`, `mask` and `conditions`, and `strength`.
         """
         values = {key: value for key, value in vars(self).items() if value is not None}
         if "new_frames" in values:

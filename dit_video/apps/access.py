@@ -53,7 +53,7 @@ class AccessRules:
     """Rules for requests.
 
     Raises:
-      UserError: if the token is too short, or has characters that addresses and cookies change.
+      UserError: If the token is too short, or has characters that addresses and cookies change.
     """
 
     is_local: bool

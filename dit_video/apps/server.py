@@ -47,8 +47,8 @@ def make_app(config: ServerConfig, model: StudioModel | None) -> Starlette:
     """Return the application.
 
     Args:
-      config: its settings.
-      model: the model; None for a run that has none yet.
+      config: Its settings.
+      model: The model; None for a run that has none yet.
     """
     has_run, queue = config.run is not None, JobQueue()
     routes: list[Route] = [make_static_route()]
@@ -91,7 +91,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     """Return a socket that listens; port 0 is any that is free.
 
     Raises:
-      UserError: if the port is in use, or the address is not one of this machine.
+      UserError: If the port is in use, or the address is not one of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

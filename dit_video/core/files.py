@@ -81,10 +81,10 @@ def read_document(path: str | os.PathLike, *, format: int, kind: str, fix: str) 
     """Read the JSON document that describes a folder, after checking its format.
 
     Args:
-      path: the document, in the folder that it describes.
-      format: required value of its `format`.
-      kind: kind of folder, for error messages.
-      fix: advice for a folder of another format, for error messages.
+      path: The document, in the folder that it describes.
+      format: Required value of its `format`.
+      kind: Kind of folder, for error messages.
+      fix: Advice for a folder of another format, for error messages.
 
     Raises:
       MissingError: If there is no file at `path`.

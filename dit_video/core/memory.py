@@ -36,8 +36,8 @@ def name_exhausted_memory(work: str, fix: str) -> Iterator[None]:
     """Raise a UserError with a fix if the devices' memory is exhausted in a `with` block.
 
     Args:
-      work: name of the block's work, such as "sampling".
-      fix: sentence that says what takes less memory.
+      work: Name of the block's work, such as "sampling".
+      fix: Sentence that says what takes less memory.
     """
     try:
         yield

@@ -85,8 +85,8 @@ def move_to_devices(tree: Tree, *, streams_layers: bool = False) -> Iterator[Tre
     (`jax.block_until_ready`); otherwise the copies are freed later.
 
     Args:
-      tree: arrays.
-      streams_layers: leaves the kernels of stacked layers where they are, since a scan over the layers moves one
+      tree: Arrays.
+      streams_layers: Leaves the kernels of stacked layers where they are, since a scan over the layers moves one
         layer's kernels at a time (`nn.scan_layers`).
     """
     copies: list[jax.Array] = []

@@ -58,15 +58,15 @@ def annotate(
     A clip that cannot be annotated gets nulls, and the reason in the column `NAME_error`.
 
     Args:
-      source: clips of one data set.
-      annotator: annotator.
-      shard: index of this process.
-      shards: number of processes.
-      retry: also compute the clips again that could not be annotated.
-      progress: called after each clip.
+      source: Clips of one data set.
+      annotator: Annotator.
+      shard: Index of this process.
+      shards: Number of processes.
+      retry: Also compute the clips again that could not be annotated.
+      progress: Called after each clip.
 
     Raises:
-      UserError: no clips, the annotator cannot run, its columns are those of another file or would replace values of
+      UserError: If no clips, the annotator cannot run, its columns are those of another file or would replace values of
         clips that are not in `source`, or they cannot be written. What was computed is kept.
     """
     if not 0 <= shard < shards:
@@ -102,7 +102,8 @@ def annotate_table(source: ClipSource, annotator: TableAnnotator) -> None:
     """Compute and write the columns of an annotator that reads other columns.
 
     Raises:
-      UserError: no clips, not all of them, a needed column does not exist, or another file has the columns.
+      UserError: If there are no clips or not all of them, a needed column does not exist, or another file has the
+        columns.
     """
     check_clips(source)
     table = source.tables[0]
@@ -136,7 +137,7 @@ def check_clips(source: ClipSource) -> None:
     """Check that there are clips to annotate.
 
     Raises:
-      UserError: there are none, or of several data sets.
+      UserError: If there are no clips, or clips of several data sets.
     """
     if len(source.folders) != 1:
         raise UserError(f"{len(source.folders)} data sets are annotated one at a time. Use one")
@@ -219,13 +220,13 @@ def read_rows(
     """Return the rows of this annotator's identity: of each clip one of its present key, of these one without error.
 
     Args:
-      source: clips.
-      annotator: annotator.
-      keys: present key of each clip.
-      columns: columns that are read, in addition to those of the key and the error; None for all.
+      source: Clips.
+      annotator: Annotator.
+      keys: Present key of each clip.
+      columns: Columns that are read, in addition to those of the key and the error; None for all.
 
     Raises:
-      UserError: a file cannot be read.
+      UserError: If a file cannot be read.
     """
     folder, name = source.folders[0] / COLUMNS_FOLDER, annotator.name
     schema = make_schema(annotator)
@@ -254,7 +255,7 @@ def write_rows(folder: StoragePath, annotator: Annotator, rows: Sequence[Mapping
     """Write the rows of clips as a part.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: If it cannot be written.
     """
     rows = sorted(rows, key=lambda row: row["clip"])
     schema, columns = make_schema(annotator), annotator.columns
@@ -272,7 +273,7 @@ def merge_rows(source: ClipSource, annotator: Annotator, keys: UInt64[np.ndarray
     """Write the columns of all clips in the order of the table, and remove the parts that they were read from.
 
     Raises:
-      UserError: a file cannot be read or written.
+      UserError: If a file cannot be read or written.
     """
     folder = source.folders[0]
     results, parts = read_rows(source, annotator, keys)
@@ -289,7 +290,7 @@ def check_columns(source: ClipSource, annotator: AnyAnnotator) -> None:
     """Check that the columns of an annotator neither are those of other files nor replace values of other clips.
 
     Raises:
-      UserError: a column exists in another file, or clips that are not in `source` have values by other settings.
+      UserError: If a column exists in another file, or clips that are not in `source` have values by other settings.
     """
     table, path = source.tables[0], source.folders[0] / COLUMNS_FOLDER / f"{annotator.name}{SUFFIX}"
     file = open_parquet(path) if path.exists() else None

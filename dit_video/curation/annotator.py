@@ -41,7 +41,7 @@ class ClipFile:
           max_side: Maximum height and width in pixels, to which larger frames are shrunk; None for the native size.
 
         Raises:
-          DecodeError: the file is damaged.
+          DecodeError: If the file is damaged.
         """
         info, count = self.info, min(count, self.info.frames)
         shrink = 1.0 if max_side is None else min(1.0, max_side / max(info.height, info.width))
@@ -103,14 +103,14 @@ class Annotator(_NamedColumns):
 
         Raises:
           AnnotationError, DecodeError: this clip has no values.
-          UserError: no clip can be annotated, as when a server is not reached.
+          UserError: If no clip can be annotated, as when a server is not reached.
         """
 
     def check(self) -> None:  # most need nothing
         """Check, before any clip is read, that the annotator can run.
 
         Raises:
-          UserError: a package, weights or a key are missing.
+          UserError: If a package, weights or a key are missing.
         """
 
     def estimate_cost(self, infos: Sequence[ClipInfo]) -> "ServiceCost":

@@ -22,7 +22,7 @@ def check_names(names: tuple[str, ...]) -> None:
     """Check the names of annotators.
 
     Raises:
-      UserError: there is no such annotator, or no name.
+      UserError: If there is no such annotator, or no name.
     """
     if not names:
         raise UserError(f"no annotator is named. Use one or more of {', '.join(ANNOTATORS)}, or --list")

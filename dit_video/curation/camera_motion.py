@@ -97,9 +97,9 @@ def track_camera(
     """Return the camera's motion; windows without enough vectors are left out.
 
     Args:
-      vectors: motion of blocks.
-      matches: vectors of the same clip with a span of 1, which decide by which factor others are too large.
-      tolerance: difference in widths per second up to which a vector counts for the camera's motion.
+      vectors: Motion of blocks.
+      matches: Vectors of the same clip with a span of 1, which decide by which factor others are too large.
+      tolerance: Difference in widths per second up to which a vector counts for the camera's motion.
     """
     start = vectors.times.min(initial=np.inf)
     windows = np.floor_divide(vectors.times - start, WINDOW_SECONDS).astype(int)
@@ -258,7 +258,7 @@ def read_block_vectors(content: bytes) -> tuple[BlockVectors, BlockVectors]:
     Vectors are those of the clip as it is shown: upright, in square pixels.
 
     Raises:
-      DecodeError: not a readable video, or damaged.
+      DecodeError: If the file is not a readable video, or is damaged.
     """
     parts: list[BlockVectors] = []
     lumas: list[_Luma] = []

@@ -46,7 +46,7 @@ class ChatServer:
     """A server, its model, and how patiently it is asked. Threads share it.
 
     Raises:
-      UserError: an address that is not http:// or https://.
+      UserError: If the address does not begin with http:// or https://.
     """
 
     url: str = "http://localhost:8000/v1"
@@ -74,8 +74,8 @@ class ChatServer:
         """Check that there is a model, and a key for a server on another machine.
 
         Raises:
-          MissingError: if the package openai is not installed, or the environment variable is not set.
-          UserError: if no model is named, or the key is none.
+          MissingError: If the package openai is not installed, or the environment variable is not set.
+          UserError: If no model is named, or the key is none.
         """
         if not self.model:
             raise UserError(
@@ -100,8 +100,8 @@ class ChatServer:
         """Return the answer to a prompt with pictures.
 
         Raises:
-          RequestError: if the server refuses this request, or its answer is no chat completion.
-          UserError: if the server cannot be reached, denies access, limits the rate for too long, or the key is none.
+          RequestError: If the server refuses this request, or its answer is no chat completion.
+          UserError: If the server cannot be reached, denies access, limits the rate for too long, or the key is none.
         """
         key, client = self._read_key(), self._client
         import httpx2  # what openai sends requests with
@@ -192,7 +192,7 @@ def _parse_text(response: str, key: str) -> str:
     """Return the text in a response.
 
     Raises:
-      RequestError: if the response is no chat completion, or the model refuses to answer, was cut, or repeats the key.
+      RequestError: If the response is no chat completion, or the model refuses to answer, was cut, or repeats the key.
     """
     try:
         choice = json.loads(response)["choices"][0]
@@ -236,7 +236,7 @@ class Captions(Annotator):
     """Captions of a column of their own, which training may draw by weight.
 
     Raises:
-      UserError: a name or a prompt that is not valid, or numbers out of range.
+      UserError: If a name or a prompt is not valid, or numbers are out of range.
     """
 
     threads: ClassVar[int] = 16

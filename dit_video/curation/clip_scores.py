@@ -64,8 +64,8 @@ def load_aesthetic_head(path: str | Path) -> AestheticHead:
     """Read a head.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is damaged, or holds no head of a known layout.
+      MissingError: If the file does not exist.
+      UserError: If the file is damaged, or holds no head of a known layout.
     """
     path = Path(path)
     tensors = load(path) if path.suffix == ".safetensors" else read_torch_tensors(path)

@@ -30,15 +30,15 @@ def drop_duplicates(
     are compared (Manku et al., "Detecting near-duplicates for web crawling", WWW 2007).
 
     Args:
-      hashes: hashes of every clip; None, or another number of hashes, matches no other clip.
-      distance: maximum number of differing bits, 0 to 64.
-      groups: group of every clip, such as its file: clips of one group do not duplicate each other. None for none.
+      hashes: Hashes of every clip; None, or another number of hashes, matches no other clip.
+      distance: Maximum number of differing bits, 0 to 64.
+      groups: Group of every clip, such as its file: clips of one group do not duplicate each other. None for none.
 
     Returns:
       For every clip the number of the first kept clip that it duplicates, or None if it is kept.
 
     Raises:
-      UserError: the distance is outside 0 to 64.
+      UserError: If the distance is outside 0 to 64.
     """
     if not 0 <= distance <= HASH_BITS:
         raise UserError(f"distance={distance} is invalid: it is a number of bits. Use 0 to {HASH_BITS}, typically 4")

@@ -42,7 +42,7 @@ class ThumbnailMaker:
     Its methods raise `DecodeError` for a frame that ffmpeg cannot convert.
 
     Args:
-      name: name of the file, for messages.
+      name: Name of the file, for messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -245,8 +245,8 @@ class FrameSampler:
     Frames are added in order.
 
     Args:
-      pictures: converts frames to thumbnails.
-      letterbox: also measure black bars, at the stored size.
+      pictures: Converts frames to thumbnails.
+      letterbox: Also measure black bars, at the stored size.
     """
 
     def __init__(self, pictures: ThumbnailMaker, *, letterbox: bool):

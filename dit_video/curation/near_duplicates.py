@@ -60,15 +60,15 @@ def find_near_duplicates(
     them, all others are kept. A row that is not finite, or zero, duplicates none.
 
     Args:
-      embeddings: embeddings of any length.
-      read_thumbnails: function that returns small luma of at least one frame of the clip of a number. It is called for
+      embeddings: Embeddings of any length.
+      read_thumbnails: Function that returns small luma of at least one frame of the clip of a number. It is called for
         clips of similar embeddings; None compares embeddings alone.
-      threshold: cosine from which on two clips are near-duplicates.
-      min_match: correlation of frames from which on they are, see `compute_frame_matches`; 0 compares embeddings alone.
-      cluster_clips: mean number of clips of a cluster.
+      threshold: Cosine from which on two clips are near-duplicates.
+      min_match: Correlation of frames from which on they are, see `compute_frame_matches`; 0 compares embeddings alone.
+      cluster_clips: Mean number of clips of a cluster.
 
     Raises:
-      UserError: the threshold is not in (0, 1].
+      UserError: If the threshold is not in (0, 1].
     """
     if not 0 < threshold <= 1:
         raise UserError(f"threshold={threshold} is invalid: it is a cosine. Use a number in (0, 1], such as 0.97")
@@ -96,8 +96,8 @@ def compute_frame_matches(
     Of two clips the one whose frames are all in the other counts, as a trimmed clip's are.
 
     Args:
-      frames: frames with mean 0 and length 1.
-      others: such frames of other clips, at least one each.
+      frames: Frames with mean 0 and length 1.
+      others: Such frames of other clips, at least one each.
     """
     counts = np.array([len(other) for other in others])
     starts = np.cumsum(counts) - counts

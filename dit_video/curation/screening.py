@@ -34,7 +34,7 @@ class ScreeningConfig(Screening):
     defines the measures.
 
     Raises:
-      UserError: a limit is out of range, or a minimum is above its maximum.
+      UserError: If a limit is out of range, or a minimum is above its maximum.
     """
 
     shots: DetectorName | None = None

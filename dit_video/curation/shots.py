@@ -86,8 +86,8 @@ def detect_transitions(pictures: UInt8[np.ndarray, "T h w 3"], threshold: float 
     """Return the transitions in order: the frames that belong to no shot, and an empty span for a cut.
 
     Args:
-      pictures: pictures of `HEIGHT` by `WIDTH` pixels, RGB.
-      threshold: factor of the minimum changes; a greater one detects fewer transitions.
+      pictures: Pictures of `HEIGHT` by `WIDTH` pixels, RGB.
+      threshold: Factor of the minimum changes; a greater one detects fewer transitions.
     """
     spans: list[Span] = []
     for start in range(0, len(pictures), _CHUNK):
@@ -238,11 +238,11 @@ class CutDetector:
         neighbouring frames: a cut is where hue, saturation and lightness (0..255) change by `threshold` or more on
         average. "adaptive" requires a change of 15 or more that is `threshold` times as large as in the two frames on
         each side, so that fast motion is not a cut.
-      threshold: threshold of the detector; by default PySceneDetect's, 27 and 3, and for "gradual" 1, a factor of the
+      threshold: Threshold of the detector; by default PySceneDetect's, 27 and 3, and for "gradual" 1, a factor of the
         minimum change.
 
     Raises:
-      UserError: PySceneDetect, or the OpenCV that it brings, is not installed.
+      UserError: If PySceneDetect, or the OpenCV that it brings, is not installed.
     """
 
     def __init__(self, detector: DetectorName, threshold: float | int | None = None):

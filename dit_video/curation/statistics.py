@@ -66,9 +66,9 @@ def make_histogram(name: str, column: pa.ChunkedArray | pa.Array | np.ndarray, *
     counts in the outer bins. NaN counts as null.
 
     Args:
-      name: name of the column.
-      column: values.
-      bins: number of bins of numbers.
+      name: Name of the column.
+      column: Values.
+      bins: Number of bins of numbers.
     """
     values = pa.chunked_array([pa.array(column, from_pandas=True)]) if isinstance(column, np.ndarray) else column
     if isinstance(values, pa.Array):
@@ -215,7 +215,7 @@ def compute_caption_statistics(captions: Sequence[tuple[str, ...]]) -> dict[str,
     - `repeated`: the twenty most frequent captions that occur more than once, cut to 200 characters, with their counts.
 
     Args:
-      captions: captions of every clip, any number.
+      captions: Captions of every clip, any number.
     """
     non_blank = [tuple(text for text in texts if text.strip()) for texts in captions]
     texts = [text for clip in non_blank for text in clip]

@@ -73,20 +73,20 @@ def load_bucket_batches(
     The crop in space and time is a function of (seed, running number). A damaged clip keeps its row and does not count.
 
     Args:
-      source: the clips.
-      captions: captions of the same clips.
-      encode: function from clips to their latents.
-      buckets: result of `plan_buckets`; its batches are over all hosts, and `config.batch` is not used.
-      latent_grid: function from a clip's size to its latents' size.
-      channels: channels of the latents.
-      limits: limits of the training sizes; only `fps` is used.
-      patch: patch size of the denoiser, in latents.
-      max_text: text tokens that a row has room for.
-      config: configuration of the loader.
-      token_dt: see `load_packed_batches`.
+      source: The clips.
+      captions: Captions of the same clips.
+      encode: Function from clips to their latents.
+      buckets: Result of `plan_buckets`; its batches are over all hosts, and `config.batch` is not used.
+      latent_grid: Function from a clip's size to its latents' size.
+      channels: Channels of the latents.
+      limits: Limits of the training sizes; only `fps` is used.
+      patch: Patch size of the denoiser, in latents.
+      max_text: Text tokens that a row has room for.
+      config: Configuration of the loader.
+      token_dt: See `load_packed_batches`.
 
     Raises:
-      UserError: a caption is longer than `max_text`.
+      UserError: If a caption is longer than `max_text`.
     """
     lengths = captions.lengths.longest
     if lengths.max() > max_text:

@@ -26,7 +26,7 @@ class BatchMemory:
     """A model of a device's memory: `fixed + batch * (per_token * n + per_pair * n**2)` bytes for n tokens per example.
 
     Raises:
-      UserError: a value is negative, or `per_token` is not positive.
+      UserError: If a value is negative, or `per_token` is not positive.
     """
 
     fixed: float | int
@@ -55,7 +55,7 @@ class BucketConfig:
     """Configuration of dense batches: the choice of sizes and batches, see `plan_buckets`.
 
     Raises:
-      UserError: there is no bucket, or the budget does not exceed the fixed part of the memory.
+      UserError: If there is no bucket, or the budget does not exceed the fixed part of the memory.
     """
 
     sampling: PackedShape | CanvasShape
@@ -129,17 +129,17 @@ def plan_buckets(
     1 - 1/e of the best possible gain), then replaced one by one as long as that helps.
 
     Args:
-      sizes: frames, height and width of every example, all of them valid lengths along their axis.
-      memory: memory model of a batch on a device.
-      budget: memory of a device, in bytes.
-      count: maximum number of buckets: a program is compiled for each.
-      devices: number of devices; batch sizes are multiples of it. No example occurs twice in a batch as long as the
+      sizes: Frames, height and width of every example, all of them valid lengths along their axis.
+      memory: Memory model of a batch on a device.
+      budget: Memory of a device, in bytes.
+      count: Maximum number of buckets: a program is compiled for each.
+      devices: Number of devices; batch sizes are multiples of it. No example occurs twice in a batch as long as the
         bucket has enough examples.
-      max_batch: maximum number of examples per batch; None for as many as fit.
-      count_tokens: function from a size to its number of tokens.
+      max_batch: Maximum number of examples per batch; None for as many as fit.
+      count_tokens: Function from a size to its number of tokens.
 
     Raises:
-      UserError: there are no examples or buckets, or a single example of some size does not fit into the budget.
+      UserError: If there are no examples or buckets, or a single example of some size does not fit into the budget.
     """
     sizes = np.asarray(sizes, np.int64)
     if not len(sizes) or sizes.min() < 1:
@@ -217,7 +217,7 @@ class BucketStream(SharesArrays):
         """Return a host's share of a batch: the size, the examples, and their running numbers modulo 2**32.
 
         Raises:
-          UserError: the batch does not divide among the hosts.
+          UserError: If the batch does not divide among the hosts.
         """
         index, number, before = self._locate(step)
         bucket = self.buckets.buckets[index]

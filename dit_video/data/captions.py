@@ -27,9 +27,9 @@ class CaptionLengths(SharesArrays):
     """The number of tokens of every caption of every example: `lengths[example][caption]`.
 
     Args:
-      values: number of tokens of every caption, example after example.
-      counts: number of captions of every example, at least one.
-      shares: probability of every caption among those of its example; None for equal ones.
+      values: Number of tokens of every caption, example after example.
+      counts: Number of captions of every example, at least one.
+      shares: Probability of every caption among those of its example; None for equal ones.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class CaptionSource(Protocol):
         """Return one caption of an example.
 
         Raises:
-          DecodeError: its record is damaged.
+          DecodeError: If its record is damaged.
         """
 
 
@@ -100,10 +100,10 @@ class TokenizedCaptions(SharesArrays):
     """Captions as token ids, all kept in memory, in one array.
 
     Args:
-      captions: captions of every example.
-      tokenize: function from a caption to its token ids. The constructor calls it once per caption, so it need not be
+      captions: Captions of every example.
+      tokenize: Function from a caption to its token ids. The constructor calls it once per caption, so it need not be
         picklable.
-      shares: see `CaptionLengths`.
+      shares: See `CaptionLengths`.
     """
 
     width = 0
@@ -134,7 +134,7 @@ class CachedCaptions:
     """Captions as embeddings that are cached with latents.
 
     Raises:
-      UserError: the data set has no embeddings.
+      UserError: If the data set has no embeddings.
     """
 
     def __init__(self, source: LatentSource, *, shares: Float[np.ndarray, " c"] | None = None):
@@ -159,7 +159,7 @@ class CachedCaptions:
         """Return one caption of an example.
 
         Raises:
-          DecodeError: its record is damaged.
+          DecodeError: If its record is damaged.
         """
         return self._source.read_text(example, caption) if self._source.caption_counts[example] else self.empty
 
@@ -171,13 +171,13 @@ class EmbeddedCaptions:
     object: in others only the lengths are known, as `embed` need not be picklable.
 
     Args:
-      captions: captions of every example.
-      embed: function from captions to their embeddings.
-      identity: identity of the encoder.
-      count_tokens: function from a caption to the length of its embedding; None embeds each caption for its length, so
+      captions: Captions of every example.
+      embed: Function from captions to their embeddings.
+      identity: Identity of the encoder.
+      count_tokens: Function from a caption to the length of its embedding; None embeds each caption for its length, so
         that `embed` should cache its results on disk.
-      shares: see `CaptionLengths`.
-      progress: called with the number of distinct captions whose lengths are known.
+      shares: See `CaptionLengths`.
+      progress: Called with the number of distinct captions whose lengths are known.
     """
 
     def __init__(

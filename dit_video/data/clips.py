@@ -72,14 +72,15 @@ class ClipSource(SharesArrays):
     are read in place, also from buckets. No files are kept open, so a source can be pickled to workers.
 
     Args:
-      folders: data set that `ingest` wrote: a folder or an address (`gs://…`, see `core.storage`), or several by name.
-      where: condition on columns that the clips meet, such as `motion > 5 and sharpness > 60`, see `data.where`.
-      captions: columns of captions, with the share of each in training; by default the source's own captions alone.
-      cache: folder of the columns of large data sets; `tables.get_default_cache()` if None.
+      folders: Data set that `ingest` wrote: a folder or an address (`gs://…`, see `core.storage`), or several by name.
+      where: Condition on columns that the clips meet, such as `motion > 5 and sharpness > 60`, see `data.where`.
+      captions: Columns of captions, with the share of each in training; by default the source's own captions alone.
+      cache: Folder of the columns of large data sets; `tables.get_default_cache()` if None.
 
     Raises:
-      MissingError: a folder does not exist.
-      UserError: a folder is not an ingested data set of this version, or cannot be reached; the condition is invalid.
+      MissingError: If a folder does not exist.
+      UserError: If a folder is not an ingested data set of this version, or cannot be reached; the condition is
+        invalid.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class ClipSource(SharesArrays):
 
         Raises:
           MissingError, UserError: the data set cannot be reached.
-          DecodeError: the clip's record is damaged.
+          DecodeError: If the clip's record is damaged.
         """
         number, row = self._locate(int(index))
         try:
@@ -145,7 +146,7 @@ class ClipSource(SharesArrays):
         """Return a column of all clips: an array of numbers, or a list of other values; `name` is that in `infos`.
 
         Raises:
-          UserError: a data set has no such column.
+          UserError: If a data set has no such column.
         """
         pairs = list(zip(self.tables, self._rows, strict=True))
         if name != "captions" and all(isinstance(table[name], np.ndarray) for table in self.tables):
@@ -172,7 +173,7 @@ class ClipSource(SharesArrays):
         """Return the clips that meet a condition on columns, see `data.where`; there may be none.
 
         Raises:
-          UserError: the condition is invalid.
+          UserError: If the condition is invalid.
         """
         return self._filter(lambda table, rows: np.isin(rows, table.select(where))) if where.strip() else self
 
@@ -184,7 +185,7 @@ class ClipSource(SharesArrays):
         """Return the clips with these names, in the data set's order.
 
         Raises:
-          UserError: the source has no clip of some name.
+          UserError: If the source has no clip of some name.
         """
         return self._compress(self._has_name(names))
 
@@ -192,7 +193,7 @@ class ClipSource(SharesArrays):
         """Return all clips but those with these names.
 
         Raises:
-          UserError: the source has no clip of some name.
+          UserError: If the source has no clip of some name.
         """
         return self._compress(~self._has_name(names))
 
@@ -297,7 +298,7 @@ def is_ingested(folder: StoragePathLike) -> bool:
     """Return True for an ingested data set, False for a folder of clips that are not ingested yet.
 
     Raises:
-      UserError: the address cannot be reached.
+      UserError: If the address cannot be reached.
     """
     return (to_storage_path(folder) / MANIFEST).is_file()
 
@@ -314,7 +315,7 @@ def _count_texts(table: Table, rows: Int64[np.ndarray, " n"], name: str) -> Int6
     """Return the number of texts in a column of captions.
 
     Raises:
-      UserError: the column has other values than texts or lists.
+      UserError: If the column has other values than texts or lists.
     """
     texts = table.arrow(name)
     if pa.types.is_list(texts.type) or pa.types.is_large_list(texts.type):

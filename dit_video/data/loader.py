@@ -64,7 +64,7 @@ class LoaderConfig:
     """Configuration of a loader: the batches that a process reads, and its threads, workers and memory.
 
     Raises:
-      UserError: a number is out of range, or the batch does not divide among the hosts.
+      UserError: If a number is out of range, or the batch does not divide among the hosts.
     """
 
     batch: int
@@ -215,17 +215,17 @@ def load_packed_batches(
     """Return batches of rows from cached latents, read ahead.
 
     Args:
-      source: cached latents.
-      captions: captions of the same examples.
-      patch: patch size of the denoiser, in latents.
-      shape: budgets of a row.
-      config: configuration of the loader.
-      token_dt: spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
+      source: Cached latents.
+      captions: Captions of the same examples.
+      patch: Patch size of the denoiser, in latents.
+      shape: Budgets of a row.
+      config: Configuration of the loader.
+      token_dt: Spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
         tokens.
-      mask_mix: draws of the masks of known pixels, whose kinds are all cached; None without them.
+      mask_mix: Draws of the masks of known pixels, whose kinds are all cached; None without them.
 
     Raises:
-      UserError: the patch does not divide the latents, or an example is larger than a row.
+      UserError: If the patch does not divide the latents, or an example is larger than a row.
     """
     grids = compute_token_grids(source, patch)
     layout = RowLayout(grids, captions, shape=shape, names=source.names, token_dt=token_dt, **config.row_options)
@@ -258,20 +258,20 @@ def load_encoded_batches(
     """Return batches of rows from video files: decoded by threads or workers, encoded in a thread of this process.
 
     Args:
-      source: the clips.
-      captions: captions of the same clips.
-      encode: function from clips of any sizes to their latents, e.g. on the device.
-      latent_grid: function from a clip's size to its latents' size.
-      channels: channels of the latents.
-      limits: limits of the training sizes.
-      patch: patch size of the denoiser, in latents.
-      shape: budgets of a row.
-      config: configuration of the loader.
-      token_dt: see `load_packed_batches`.
-      mask_mix: draws of the masks of known pixels, with which every clip is encoded once more; None without them.
+      source: The clips.
+      captions: Captions of the same clips.
+      encode: Function from clips of any sizes to their latents, e.g. on the device.
+      latent_grid: Function from a clip's size to its latents' size.
+      channels: Channels of the latents.
+      limits: Limits of the training sizes.
+      patch: Patch size of the denoiser, in latents.
+      shape: Budgets of a row.
+      config: Configuration of the loader.
+      token_dt: See `load_packed_batches`.
+      mask_mix: Draws of the masks of known pixels, with which every clip is encoded once more; None without them.
 
     Raises:
-      UserError: a clip has no size within the limits, or is larger than a row.
+      UserError: If a clip has no size within the limits, or is larger than a row.
     """
     sizes = fit_sizes(source, limits)
     grids = map_grids(lambda size: compute_token_grid(latent_grid(size), patch), sizes)

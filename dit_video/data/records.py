@@ -80,8 +80,8 @@ def write_records(
     """Write a file of records atomically, and return the place of each.
 
     Raises:
-      OSError: the file cannot be written, for example because the disk is full.
-      UserError: the destination cannot be reached.
+      OSError: If the file cannot be written, for example because the disk is full.
+      UserError: If the destination cannot be reached.
     """
     feature_dict = tfds.features.FeaturesDict(dict(features))
     serializer = example_serializer.ExampleSerializer(feature_dict.get_serialized_info())
@@ -111,8 +111,8 @@ class RecordReader:
     """A reader of records in a folder, which holds no open files, so that threads share it and workers receive it.
 
     Args:
-      folder: folder or address of the data set.
-      features: features with which the records were written.
+      folder: Folder or address of the data set.
+      features: Features with which the records were written.
     """
 
     def __init__(self, folder: StoragePath, features: Mapping[str, Any]):
@@ -122,9 +122,9 @@ class RecordReader:
         """Return an example.
 
         Raises:
-          MissingError: the file does not exist.
-          UserError: the file cannot be reached.
-          DecodeError: the record is damaged.
+          MissingError: If the file does not exist.
+          UserError: If the file cannot be reached.
+          DecodeError: If the record is damaged.
         """
         content = self._read_bytes(self._folder / file, place)
         if len(content) != place.length or zlib.crc32(content) != place.crc32:
@@ -157,10 +157,10 @@ def write_metadata(
     """Write TFDS's metadata for existing files, which `tfds.builder_from_directory(folder)` then reads in order.
 
     Args:
-      folder: folder of the files.
-      name: name of the data set.
-      counts: number of examples of each file, for each split.
-      features: features with which the files were written.
+      folder: Folder of the files.
+      name: Name of the data set.
+      counts: Number of examples of each file, for each split.
+      features: Features with which the files were written.
     """
     # Written to a temporary folder and then copied, so that the metadata files are complete or absent too. TFDS looks
     # for the files of records by name, so empty ones stand in for them.

@@ -20,7 +20,7 @@ class SizeLimits:
     """Limits of the sizes at which a model trains.
 
     Raises:
-      UserError: no size is within the limits.
+      UserError: If no size is within the limits.
     """
 
     max_pixels: int
@@ -62,7 +62,7 @@ def fit_size(info: ClipInfo, limits: SizeLimits) -> Grid:
     Frames beyond `max_frames` (rounded down to 1 + k * multiple.t) belong to further crops of the clip.
 
     Raises:
-      UserError: the clip is smaller than one multiple, or so narrow that no size within the limits keeps its aspect
+      UserError: If the clip is smaller than one multiple, or so narrow that no size within the limits keeps its aspect
         ratio.
     """
     if reason := explain_misfit(info, limits):
@@ -79,12 +79,12 @@ def fit_sizes(source: ClipSource, limits: SizeLimits, *, allow_misfits: bool = F
     """Return the training sizes of all clips, as `fit_size` does: a data set has few sizes of frames, fitted once each.
 
     Args:
-      source: the clips.
-      limits: limits of the sizes.
+      source: The clips.
+      limits: Limits of the sizes.
       allow_misfits: True to return zeros for a clip that has no training size.
 
     Raises:
-      UserError: a clip has no training size.
+      UserError: If a clip has no training size.
     """
     frames, t = np.minimum(count_all_sampled_frames(source, limits), limits.max_frames), limits.multiple.t
     native = np.stack([np.ones_like(frames), source.column("height"), source.column("width")], axis=-1).astype(np.int64)
@@ -148,8 +148,8 @@ def read_fitted_clip(source: ClipSource, index: int, limits: SizeLimits, *, star
     Frames are selected by timestamp: for each sampling time the frame displayed then, also for variable frame rates.
 
     Raises:
-      UserError: the clip has no training size, or too few frames after `start`.
-      DecodeError: its bytes are damaged.
+      UserError: If the clip has no training size, or too few frames after `start`.
+      DecodeError: If its bytes are damaged.
     """
     info = source.infos[index]
     size, fps, total = fit_size(info, limits), get_sampled_fps(info, limits), count_sampled_frames(info, limits)

@@ -69,13 +69,13 @@ def write_column(folder: StoragePathLike, name: str, columns: Mapping[str, Any] 
     """Write `columns/NAME.parquet` atomically; it replaces an older one.
 
     Args:
-      folder: the data set.
-      name: name of the file.
-      columns: values by name, among them the key `id` or `name`; rows that are not named have no value.
-      note: what the values depend on, such as the version of a model; see `get_note`.
+      folder: The data set.
+      name: Name of the file.
+      columns: Values by name, among them the key `id` or `name`; rows that are not named have no value.
+      note: What the values depend on, such as the version of a model; see `get_note`.
 
     Raises:
-      UserError: there is no key, a row is named twice, or a column has another number of values.
+      UserError: If there is no key, a row is named twice, or a column has another number of values.
     """
     try:
         table = columns if isinstance(columns, pa.Table) else pa.table(dict(columns))
@@ -110,10 +110,10 @@ def write_manifest(folder: StoragePath, kind: str, settings: Mapping[str, Any], 
     """Write `table.json`, which makes parts that exist a table.
 
     Args:
-      folder: the data set.
-      kind: kind of the data set, such as "clips".
+      folder: The data set.
+      kind: Kind of the data set, such as "clips".
       settings: JSON values.
-      parts: names of the parts, in the order of their rows.
+      parts: Names of the parts, in the order of their rows.
     """
 
     def describe(name: str) -> dict[str, Any]:
@@ -132,13 +132,13 @@ def read_manifest(folder: StoragePath, kind: str, make_it: str) -> dict[str, Any
     """Return the content of `table.json`.
 
     Args:
-      folder: the data set.
-      kind: required kind of the data set.
-      make_it: how to make such a data set, for messages.
+      folder: The data set.
+      kind: Required kind of the data set.
+      make_it: How to make such a data set, for messages.
 
     Raises:
-      MissingError: the folder does not exist.
-      UserError: the folder holds no finished data set of this kind and version.
+      MissingError: If the folder does not exist.
+      UserError: If the folder holds no finished data set of this kind and version.
     """
     try:
         manifest = read_document(folder / MANIFEST)
@@ -164,8 +164,8 @@ def read_bytes(path: StoragePath) -> bytes:
     """Return the content of a file.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the address cannot be reached.
+      MissingError: If the file does not exist.
+      UserError: If the address cannot be reached.
     """
     with convert_storage_errors(path):
         try:
@@ -191,8 +191,8 @@ def open_parquet(path: StoragePath) -> pq.ParquetFile:
     """Open a Parquet file.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the address cannot be reached, or the file is no Parquet file.
+      MissingError: If the file does not exist.
+      UserError: If the address cannot be reached, or the file is no Parquet file.
     """
     with _convert_parquet_errors(path):
         if isinstance(path, Path):
@@ -251,14 +251,14 @@ class Table:
     """The columns of a data set.
 
     Args:
-      folder: folder or address of the data set.
-      kind: required kind of the data set.
-      make_it: how to make such a data set, for messages.
-      cache: folder of the columns of large tables; `get_default_cache()` if None.
+      folder: Folder or address of the data set.
+      kind: Required kind of the data set.
+      make_it: How to make such a data set, for messages.
+      cache: Folder of the columns of large tables; `get_default_cache()` if None.
 
     Raises:
-      MissingError: the folder does not exist.
-      UserError: the folder holds no finished data set of this kind and version, or two files have the same column.
+      MissingError: If the folder does not exist.
+      UserError: If the folder holds no finished data set of this kind and version, or two files have the same column.
     """
 
     def __init__(
@@ -301,7 +301,7 @@ class Table:
         """Return a column: an array of numbers (null is NaN, also among integers), or Arrow's array of other values.
 
         Raises:
-          UserError: there is no such column.
+          UserError: If there is no such column.
         """
         column = self.arrow(name)
         if not (pa.types.is_primitive(column.type) or pa.types.is_boolean(column.type)):
@@ -314,7 +314,7 @@ class Table:
         """Return a column as Arrow's array, with nulls.
 
         Raises:
-          UserError: there is no such column.
+          UserError: If there is no such column.
         """
         if name not in self._columns:
             if name not in self.types:
@@ -335,7 +335,7 @@ class Table:
         """Return the numbers of the rows that meet a condition, see `dit_video.data.where`.
 
         Raises:
-          UserError: the condition is invalid.
+          UserError: If the condition is invalid.
         """
         return np.flatnonzero(conditions.evaluate(where, self.arrow, self.types).to_numpy())
 

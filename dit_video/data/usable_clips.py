@@ -110,7 +110,7 @@ class UsableClips(NamedTuple):
         """Check that no more than this share of the clips is excluded, and not all of them.
 
         Raises:
-          UserError: too many clips are excluded; the message names the first ones with their reasons.
+          UserError: If too many clips are excluded; the message names the first ones with their reasons.
         """
         if len(self.excluded) > max_share * self.total or (self.excluded and not len(self.clips)):
             raise UserError(

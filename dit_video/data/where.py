@@ -36,7 +36,7 @@ def list_columns(where: str) -> set[str]:
     """Return the names of the columns that a condition reads.
 
     Raises:
-      UserError: the condition is no expression.
+      UserError: If the condition is no expression.
     """
     return {node.id for node in ast.walk(_parse(where)) if isinstance(node, ast.Name)}
 
@@ -45,13 +45,13 @@ def evaluate(where: str, get_column: Callable[[str], pa.ChunkedArray], names: Co
     """Return a Boolean for every row of a table: whether it meets the condition; null counts as False.
 
     Args:
-      where: the condition.
-      get_column: returns the column of a name.
-      names: names of all columns.
+      where: The condition.
+      get_column: Returns the column of a name.
+      names: Names of all columns.
 
     Raises:
-      UserError: the condition is no expression of the language, names an unknown column, compares text to numbers, or
-        computes an integer of more than 64 bits.
+      UserError: If the condition is no expression of the language, names an unknown column, compares text to numbers,
+        or computes an integer of more than 64 bits.
     """
     root = _parse(where)
     if unknown := sorted(list_columns(where) - set(names)):

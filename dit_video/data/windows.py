@@ -41,7 +41,7 @@ class Augmentation:
     inverted; its colour channels are permuted at random.
 
     Raises:
-      UserError: `composite_prob` is not a probability.
+      UserError: If `composite_prob` is not a probability.
     """
 
     transpose: bool = False
@@ -60,7 +60,7 @@ class WindowConfig:
     """Configuration of the windows that the autoencoder is trained on.
 
     Raises:
-      UserError: a size or the batch is below 1, or windows that are not square are to be transposed.
+      UserError: If a size or the batch is below 1, or windows that are not square are to be transposed.
     """
 
     size: Grid
@@ -83,9 +83,9 @@ class ClipCrops:
     every clip is used once per epoch, the oldest crop is the one that is needed again first. Thread-safe.
 
     Args:
-      source: the clips.
-      limits: limits of the training sizes.
-      cache_bytes: memory for decoded clips.
+      source: The clips.
+      limits: Limits of the training sizes.
+      cache_bytes: Memory for decoded clips.
     """
 
     def __init__(self, source: ClipSource, limits: SizeLimits, *, cache_bytes: int = CACHE_BYTES):
@@ -121,14 +121,14 @@ class Windows:
     set smaller than a batch fills it too. One crop of the clip is drawn, and the window at a random position in it.
 
     Args:
-      crops: the clips.
-      config: size and number of the windows.
-      seed: seed of the run.
-      host: index of this host; batches hold its share alone.
-      hosts: number of hosts.
+      crops: The clips.
+      config: Size and number of the windows.
+      seed: Seed of the run.
+      host: Index of this host; batches hold its share alone.
+      hosts: Number of hosts.
 
     Raises:
-      UserError: no clip has room for a window, or the batch does not divide among the hosts.
+      UserError: If no clip has room for a window, or the batch does not divide among the hosts.
     """
 
     def __init__(self, crops: ClipCrops, config: WindowConfig, *, seed: int, host: int = 0, hosts: int = 1):
@@ -196,16 +196,16 @@ class WindowBatches(Iterator[UInt8[np.ndarray, "B T H W 3"]]):
     """An endless iterator over batches of several shapes in turn, read ahead by threads in a deterministic order.
 
     Args:
-      crops: the clips.
-      configs: configuration of each shape.
-      seed: seed of the run.
-      start_step: step of the first batch.
-      host: index of this host; batches hold its share alone.
-      hosts: number of hosts.
-      threads: number of threads that decode.
+      crops: The clips.
+      configs: Configuration of each shape.
+      seed: Seed of the run.
+      start_step: Step of the first batch.
+      host: Index of this host; batches hold its share alone.
+      hosts: Number of hosts.
+      threads: Number of threads that decode.
 
     Raises:
-      UserError: no clip has room for a window of one of the shapes.
+      UserError: If no clip has room for a window of one of the shapes.
     """
 
     def __init__(

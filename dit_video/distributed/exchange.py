@@ -30,10 +30,10 @@ def broadcast_values(value: T) -> Iterator[T]:
     the others waiting: pass them as values.
 
     Args:
-      value: what `encode` takes.
+      value: What `encode` takes.
 
     Raises:
-      TypeError: if it holds anything else.
+      TypeError: If it holds anything else.
     """
     if jax.process_count() == 1:
         yield value
@@ -54,11 +54,11 @@ def encode(value: Any) -> bytes:
     """Return a value as safetensors: its arrays, and its structure in JSON.
 
     Args:
-      value: an array, a JSON scalar, a `UserError`, or a list, tuple, dict with string keys, NamedTuple or dataclass of
+      value: An array, a JSON scalar, a `UserError`, or a list, tuple, dict with string keys, NamedTuple or dataclass of
         such values.
 
     Raises:
-      TypeError: if it holds anything else.
+      TypeError: If it holds anything else.
     """
     arrays: dict[str, np.ndarray] = {}
     structure = json.dumps(_describe(value, arrays)).encode()

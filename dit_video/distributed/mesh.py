@@ -96,7 +96,7 @@ def arrange_hybrid_mesh(config: MeshConfig, devices: Sequence[Any]) -> np.ndarra
     """Return devices of several slices in mesh order, with slices as the outer part of each axis.
 
     Raises:
-      UserError: As for `make_mesh`.
+      UserError: As `make_mesh`.
     """
     # Imported here because runs on a single slice don't need it.
     from jax.experimental import mesh_utils
@@ -130,7 +130,7 @@ def describe_slow_axes(slices: Mapping[str, int]) -> str | None:
     """Return a warning if slices do not lie along `data`, whose devices communicate once a step; else None.
 
     Args:
-      slices: number of slices along each axis.
+      slices: Number of slices along each axis.
     """
     slow = [
         f"{count} slices lie along {axis}, so {_SLOW_TRAFFIC[axis]}"

@@ -225,9 +225,9 @@ def choose_state_split(
     """Return the axis of an array that `STATE_AXES` shard, and which of them do; None if they divide none.
 
     Args:
-      shape: shape of the array.
-      mesh: the mesh.
-      taken: axes of the array that are not sharded, or over other axes of the mesh.
+      shape: Shape of the array.
+      mesh: The mesh.
+      taken: Axes of the array that are not sharded, or over other axes of the mesh.
     """
     used = tuple(name for name in STATE_AXES if mesh.shape[name] > 1)
     alone = sorted(((name,) for name in used), key=lambda names: -mesh.shape[names[0]])
@@ -242,9 +242,9 @@ def choose_kernel_split(shape: tuple[int, ...], spec: P, mesh: AnyMesh) -> tuple
     """Return the axis of a layer's kernel `[i o]` that `STATE_AXES` shard at rest, and which do; None if none does.
 
     Args:
-      shape: shape of the kernel.
-      spec: sharding of the kernel during use.
-      mesh: the mesh.
+      shape: Shape of the kernel.
+      spec: Sharding of the kernel during use.
+      mesh: The mesh.
     """
     return choose_state_split(shape, mesh, taken=[axis for axis, name in enumerate(spec) if name is not None])
 
@@ -256,8 +256,8 @@ def constrain_like_params(tree: Any, mesh: AnyMesh | None) -> Any:
     """Constrain the arrays of a tree to the sharding of the parameters with the same paths.
 
     Args:
-      tree: arrays with the paths and shapes of parameters, such as gradients.
-      mesh: mesh of the parameters; None for a single device.
+      tree: Arrays with the paths and shapes of parameters, such as gradients.
+      mesh: Mesh of the parameters; None for a single device.
     """
     if mesh is None or mesh.size == 1:
         return tree
@@ -271,9 +271,9 @@ def apply_to_matrices(function: Callable[[Matrices], Matrices], stack: Matrices,
     the stack each. With fewer matrices than devices, some devices compute nothing but padding.
 
     Args:
-      function: function of each matrix by itself, which returns its shape; it also gets matrices of zeros.
-      stack: matrices.
-      sharding: sharding of the stack and of the result.
+      function: Function of each matrix by itself, which returns its shape; it also gets matrices of zeros.
+      stack: Matrices.
+      sharding: Sharding of the stack and of the result.
     """
     mesh, spec = sharding.mesh, (*sharding.spec, None, None, None)[:3]
     axes = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
@@ -327,12 +327,12 @@ def compute_sharded_gradient(
     inputs whose rows and tokens are not two axes, or not divisible.
 
     Args:
-      mesh: the mesh.
-      spec: sharding of the kernel during use.
-      inputs: what `x` holds.
-      x: inputs of the layer.
-      cotangent: cotangents of its outputs.
-      precision: precision of the product.
+      mesh: The mesh.
+      spec: Sharding of the kernel during use.
+      inputs: What `x` holds.
+      x: Inputs of the layer.
+      cotangent: Cotangents of its outputs.
+      precision: Precision of the product.
     """
     used = (*spec, None, None)[:2]
     split = choose_kernel_split((x.shape[-1], cotangent.shape[-1]), spec, mesh)

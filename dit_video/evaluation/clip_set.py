@@ -31,8 +31,8 @@ def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
     """Open the clips of a folder: samples, an ingested data set, or any folder that `tools/ingest.py` reads.
 
     Args:
-      folder: the folder.
-      split: split of a data set; all of its clips if empty.
+      folder: The folder.
+      split: Split of a data set; all of its clips if empty.
 
     Raises:
       MissingError: If the folder does not exist.

@@ -64,7 +64,7 @@ class ClipReader:
         """Check that no more clips are left out than the protocol allows.
 
         Args:
-          others: numbers of clips that may be tried so that the error names more than one.
+          others: Numbers of clips that may be tried so that the error names more than one.
 
         Raises:
           UserError: If more clips are left out.
@@ -80,10 +80,10 @@ def check_excluded(excluded: Mapping[str, str], protocol: Protocol, location: st
     """Check that no more clips are left out than a protocol allows.
 
     Args:
-      excluded: reason for each clip that is left out, by name.
-      protocol: the protocol.
-      location: folder of the clips.
-      total: number of clips to read.
+      excluded: Reason for each clip that is left out, by name.
+      protocol: The protocol.
+      location: Folder of the clips.
+      total: Number of clips to read.
 
     Raises:
       UserError: If more clips are left out; the message names the first of them.
@@ -179,7 +179,7 @@ class ClipUpdates:
         """Join, in every process, what all processes have read, in the order of the clips.
 
         Args:
-          error: error of this process, which ends reading in all processes.
+          error: Error of this process, which ends reading in all processes.
 
         Raises:
           UserError: If a process has an error, or together they leave out more clips than the protocol allows.

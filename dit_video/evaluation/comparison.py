@@ -56,8 +56,8 @@ def compare(paths: Sequence[str | Path], *, ignored: Sequence[str] = ()) -> Comp
     """Read evaluations and compare them.
 
     Args:
-      paths: folders of `metrics.json`, or the files.
-      ignored: names of the recorded protocols' parts that may differ, since they are what is compared.
+      paths: Folders of `metrics.json`, or the files.
+      ignored: Names of the recorded protocols' parts that may differ, since they are what is compared.
 
     Raises:
       MissingError: If a file does not exist.

@@ -47,8 +47,8 @@ class Evaluation(abc.ABC):
         """Return the requests to sample.
 
         Args:
-          clips: clips of the training run, if they are known.
-          seed: seed of the evaluation.
+          clips: Clips of the training run, if they are known.
+          seed: Seed of the evaluation.
           image: True if every request needs a first frame.
         """
 

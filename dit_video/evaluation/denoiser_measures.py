@@ -26,10 +26,10 @@ def measure_clips(
     the clip's.
 
     Args:
-      pipeline: the model.
-      clips: clips of any sizes; frames and borders beyond a multiple of the model's size steps are cut off.
-      function: the function.
-      seed: seed of its random numbers.
+      pipeline: The model.
+      clips: Clips of any sizes; frames and borders beyond a multiple of the model's size steps are cut off.
+      function: The function.
+      seed: Seed of its random numbers.
 
     Raises:
       UserError: If a clip is smaller than a size step, or the model does not accept a caption.

@@ -24,10 +24,10 @@ def distort(clip: Clip, distortion: str, severity: float | int, generator: np.ra
     """Return a distorted clip.
 
     Args:
-      clip: the clip.
-      distortion: kind of the distortion.
-      severity: standard deviation, or number of exchanged pairs of frames; each frame is in at most one pair.
-      generator: source of the noise and of the pairs.
+      clip: The clip.
+      distortion: Kind of the distortion.
+      severity: Standard deviation, or number of exchanged pairs of frames; each frame is in at most one pair.
+      generator: Source of the noise and of the pairs.
 
     Raises:
       UserError: If the distortion is unknown, or the severity is negative.

@@ -71,14 +71,14 @@ def evaluate(
     writes. All of them compute metrics that need the pipeline.
 
     Args:
-      pipeline: the pipeline to evaluate.
-      folder: folder of the results.
-      seed: seed of the samples.
-      clips: clips of the pipeline's training run; without them nothing is reconstructed.
-      evaluation: prompts and metrics; by default the ones that the pipeline's training run asked for.
-      share: returns a context in which each process has the files that the first one has written to `folder`; needed if
+      pipeline: The pipeline to evaluate.
+      folder: Folder of the results.
+      seed: Seed of the samples.
+      clips: Clips of the pipeline's training run; without them nothing is reconstructed.
+      evaluation: Prompts and metrics; by default the ones that the pipeline's training run asked for.
+      share: Returns a context in which each process has the files that the first one has written to `folder`; needed if
         the processes have folders of their own.
-      sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
+      sampling: Overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
       UserError: If there are neither clips nor prompts, the folder's `samples/` holds other files, the seed is
@@ -131,12 +131,12 @@ def measure_samples(
     """Compute metrics of in-memory samples that need neither the model nor reconstructions, and write them.
 
     Args:
-      evaluation: metrics.
-      requests: requests of the samples.
-      clips: the samples.
-      folder: folder of `metrics.json`.
-      sampling: how the samples were made.
-      seed: seed of the requests.
+      evaluation: Metrics.
+      requests: Requests of the samples.
+      clips: The samples.
+      folder: Folder of `metrics.json`.
+      sampling: How the samples were made.
+      seed: Seed of the requests.
     """
     metrics = [metric for metric in evaluation.metrics if PROMPT_NEEDS.issuperset(metric.needs)]
     collection = MetricCollection(metrics)

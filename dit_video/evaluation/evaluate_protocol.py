@@ -58,15 +58,15 @@ def evaluate_protocol(
     they share: they sample together, and each decodes and measures a part of the clips.
 
     Args:
-      pipeline: the model.
-      protocol: what is sampled and measured.
-      folder: folder of the results.
-      data: data clips with captions; not needed for a protocol that renders scenes.
-      average: average of a run's weights that the pipeline has, as passed to `dit_video.load`; it is part of the
+      pipeline: The model.
+      protocol: What is sampled and measured.
+      folder: Folder of the results.
+      data: Data clips with captions; not needed for a protocol that renders scenes.
+      average: Average of a run's weights that the pipeline has, as passed to `dit_video.load`; it is part of the
         recorded protocol. None for the model's own weights.
-      sampling_progress: called with the number of samples that exist.
-      progress: called with the number of clips that were measured.
-      sampling: overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
+      sampling_progress: Called with the number of samples that exist.
+      progress: Called with the number of clips that were measured.
+      sampling: Overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
       UserError: If there are no data, clips have no captions, the folder holds samples of other settings, or `measure`
@@ -127,10 +127,10 @@ def make_requests(
     Samples have the model's own height and width, and enough frames for the measurement.
 
     Args:
-      pipeline: the model.
-      protocol: the protocol.
-      data: clips with captions.
-      sizes: size for each clip's caption instead.
+      pipeline: The model.
+      protocol: The protocol.
+      data: Clips with captions.
+      sizes: Size for each clip's caption instead.
 
     Raises:
       UserError: If clips have no captions, or the model cannot generate a size.

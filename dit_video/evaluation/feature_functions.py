@@ -153,12 +153,12 @@ def make_extractor(
     process's devices share a batch.
 
     Args:
-      make: makes the network, whose call maps pixels in [-1, 1], `B T H W 3`, to features `B D`.
-      params: its parameters.
-      network_input: frames that it reads.
-      batch: examples of a batch; at least one for each device.
+      make: Makes the network, whose call maps pixels in [-1, 1], `B T H W 3`, to features `B D`.
+      params: Its parameters.
+      network_input: Frames that it reads.
+      batch: Examples of a batch; at least one for each device.
       is_image: True for a network of images `B H W 3`; then each frame of a clip is an example.
-      output: called with the network and its features, returns the features to use; by default the network's.
+      output: Called with the network and its features, returns the features to use; by default the network's.
     """
     graph, devices = get_graph_def(make), Mesh(jax.local_devices(), ("examples",))
     sharding = NamedSharding(devices, PartitionSpec("examples"))

@@ -55,8 +55,8 @@ class FeatureMoments(NamedTuple):
         """Return the moments with further examples.
 
         Args:
-          features: the examples, clip after clip.
-          lengths: number of examples of each clip; one by default.
+          features: The examples, clip after clip.
+          lengths: Number of examples of each clip; one by default.
 
         Raises:
           UserError: If the features are not finite.
@@ -144,9 +144,9 @@ def measure_frechet_distance(first: FeatureMoments, second: FeatureMoments, *, s
     """Return the Fréchet distance between two sets with its interval, the distance of their halves, and its limit.
 
     Args:
-      first: moments of one set.
-      second: moments of the other.
-      seed: seed of the resampling.
+      first: Moments of one set.
+      second: Moments of the other.
+      seed: Seed of the resampling.
 
     Raises:
       UserError: If `compute_frechet_distance` raises it, also for halves of the sets.
@@ -192,12 +192,12 @@ def compute_kernel_distance(
     The kernel is `(x y / d + 1)³`.
 
     Args:
-      first: features of one set.
-      second: features of the other.
-      subsets: number of random subsets of both sets.
-      subset_size: clips in each subset; at most all clips of the smaller set.
-      seed: seed of the subsets.
-      clips: number of each example's clip in both sets; each example is a clip by default.
+      first: Features of one set.
+      second: Features of the other.
+      subsets: Number of random subsets of both sets.
+      subset_size: Clips in each subset; at most all clips of the smaller set.
+      seed: Seed of the subsets.
+      clips: Number of each example's clip in both sets; each example is a clip by default.
 
     Raises:
       UserError: If a set has fewer than two clips, or the numbers of features differ.
@@ -233,10 +233,10 @@ def compute_overlap(
     clip.
 
     Args:
-      real: features of data clips.
-      generated: features of samples.
-      neighbours: number of neighbours.
-      clips: number of each example's clip in both sets; each example is a clip by default.
+      real: Features of data clips.
+      generated: Features of samples.
+      neighbours: Number of neighbours.
+      clips: Number of each example's clip in both sets; each example is a clip by default.
 
     Raises:
       UserError: If there are no more clips than neighbours, or the numbers of features differ.
@@ -260,9 +260,9 @@ def compute_inception_score(
     It is $\exp E_x KL(p(y|x) \Vert p(y))$, with the mean over a split as $p(y)$.
 
     Args:
-      logits: logits of each example.
-      splits: number of parts, each made of whole clips.
-      clips: number of each example's clip; each example is a clip by default.
+      logits: Logits of each example.
+      splits: Number of parts, each made of whole clips.
+      clips: Number of each example's clip; each example is a clip by default.
 
     Raises:
       UserError: If there are fewer clips than splits.
@@ -332,8 +332,8 @@ def find_nearest_other(
     """Return the distance from each point to the nearest one of another clip (infinite without any), and its number.
 
     Args:
-      points: the points.
-      clips: number of each point's clip; each point is a clip by default.
+      points: The points.
+      clips: Number of each point's clip; each point is a clip by default.
     """
     return _find_smallest(_square_other_distances(points, _number_clips(points, clips)))
 

@@ -65,16 +65,16 @@ def measure(
     several processes all of them call this with a folder that they share, and each reads a part of the clips.
 
     Args:
-      samples: clips of a model; none if only the model itself is measured, on data clips.
-      protocol: what is measured.
-      folder: folder of `metrics.json`.
-      real_clips: data clips, if any.
+      samples: Clips of a model; none if only the model itself is measured, on data clips.
+      protocol: What is measured.
+      folder: Folder of `metrics.json`.
+      real_clips: Data clips, if any.
       is_reconstruction: True if each sample is a reconstruction of the data clip with its name.
-      truths: true content of each sample, if the prompts describe rendered scenes.
-      pipeline: the model, for metrics that measure its denoiser.
-      recorded: further fields of the recorded protocol: how the samples were made.
-      model: description of the model, recorded next to the protocol.
-      progress: called with the number of clips that were read.
+      truths: True content of each sample, if the prompts describe rendered scenes.
+      pipeline: The model, for metrics that measure its denoiser.
+      recorded: Further fields of the recorded protocol: how the samples were made.
+      model: Description of the model, recorded next to the protocol.
+      progress: Called with the number of clips that were read.
 
     Raises:
       UserError: If no metric can be computed, too many clips cannot be read, or reconstructions have other originals or
@@ -139,8 +139,8 @@ def check_computable(protocol: Protocol, inputs: Collection[MetricInput]) -> Non
     """Check that at least one metric of a protocol can be computed, before samples are made for it.
 
     Args:
-      protocol: the protocol.
-      inputs: data that the metrics will get.
+      protocol: The protocol.
+      inputs: Data that the metrics will get.
 
     Raises:
       UserError: If none can; the message gives the reason for each.

@@ -51,9 +51,9 @@ class ClipSampling:
         """Return the frames of a clip that are measured.
 
         Args:
-          clip: the clip, already at the sampled rate.
-          seed: seed of random positions.
-          number: number of the clip in its set; the random position is a function of it.
+          clip: The clip, already at the sampled rate.
+          seed: Seed of random positions.
+          number: Number of the clip in its set; the random position is a function of it.
 
         Raises:
           UserError: If the clip has too few frames.
@@ -151,9 +151,9 @@ class Protocol:
         """Return the requests with the parts of data clips that the model gets; by default it gets none.
 
         Args:
-          requests: requests of the clips' captions.
-          clips: functions that read the clip of each request.
-          fps: frames per second of the samples.
+          requests: Requests of the clips' captions.
+          clips: Functions that read the clip of each request.
+          fps: Frames per second of the samples.
         """
         return list(requests)
 
@@ -176,7 +176,7 @@ def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], *, nam
     Args:
       first: `protocol` of one result's `metrics.json`.
       second: `protocol` of the other's.
-      names: names of the results in the message.
+      names: Names of the results in the message.
 
     Raises:
       UserError: If the protocols differ; the message names the fields.

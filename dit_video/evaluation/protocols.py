@@ -126,10 +126,10 @@ def get_protocol(
     """Return a named protocol.
 
     Args:
-      name: its name.
-      metrics: names of values; only the metrics that compute one of them are kept.
-      weights: folder of the weight files, instead of `weights/`.
-      count: number of samples instead of the protocol's own, or number of data clips if nothing is sampled; figures
+      name: Its name.
+      metrics: Names of values; only the metrics that compute one of them are kept.
+      weights: Folder of the weight files, instead of `weights/`.
+      count: Number of samples instead of the protocol's own, or number of data clips if nothing is sampled; figures
         with different numbers are not comparable.
 
     Raises:

@@ -26,11 +26,11 @@ class SampleStore:
     """A folder of samples; existing ones are not made again.
 
     Args:
-      folder: folder of the samples.
-      requests: one request for each sample.
+      folder: Folder of the samples.
+      requests: One request for each sample.
       settings: JSON value of everything besides the requests that the samples depend on: weights, sampler, codec.
-      suffix: suffix of clips of several frames; images are PNG files.
-      crf: quality of the clips.
+      suffix: Suffix of clips of several frames; images are PNG files.
+      crf: Quality of the clips.
 
     Raises:
       UserError: If the folder holds samples of other requests or settings; the message names the differences.
@@ -77,9 +77,9 @@ class SampleStore:
         In a run of several processes all of them call this, and each decodes and writes a part of the samples.
 
         Args:
-          pipeline: the model.
-          progress: called with the number of samples that exist.
-          sampling: overrides of the pipeline's own sampling.
+          pipeline: The model.
+          progress: Called with the number of samples that exist.
+          sampling: Overrides of the pipeline's own sampling.
         """
         wait_for_main_process()
         missing, batch = self.list_missing(), max(1, 4 * pipeline.config.batch)

@@ -48,14 +48,14 @@ def sweep_sampling(
     Each point has its own folder, `steps_N_guidance_S`; existing samples are not made or timed again.
 
     Args:
-      pipeline: the model.
-      protocol: what is sampled and measured.
-      folder: folder of the points.
-      steps: numbers of steps.
-      guidance: guidance scales.
-      data: data clips, if the protocol needs them.
-      on_point: called with the steps and the scale before each point.
-      sampling: further overrides of the pipeline's sampling.
+      pipeline: The model.
+      protocol: What is sampled and measured.
+      folder: Folder of the points.
+      steps: Numbers of steps.
+      guidance: Guidance scales.
+      data: Data clips, if the protocol needs them.
+      on_point: Called with the steps and the scale before each point.
+      sampling: Further overrides of the pipeline's sampling.
 
     Raises:
       UserError: If there are fewer than two points, the protocol compares reconstructions, or `evaluate_protocol`

@@ -31,11 +31,11 @@ def write_task_results(
     `samples.jsonl` has a line with the recipe of each file; `contact_sheet.png` has a row of frames for each.
 
     Args:
-      pipeline: the model.
-      entries: the tasks.
-      folder: folder of the results, which does not exist or is empty.
-      progress: called with the number of finished results.
-      options: options of `Pipeline.run_tasks`.
+      pipeline: The model.
+      entries: The tasks.
+      folder: Folder of the results, which does not exist or is empty.
+      progress: Called with the number of finished results.
+      options: Options of `Pipeline.run_tasks`.
 
     Raises:
       UserError: If the folder holds files, a task does not fit the model, or the disk is full.

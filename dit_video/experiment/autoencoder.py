@@ -53,9 +53,9 @@ def read_autoencoder(
     """Read the parameters of a run's autoencoder: the trained ones, or the ones in a pretrained autoencoder's folder.
 
     Args:
-      config: the run's autoencoder.
-      folder: folder of the run.
-      command: command that continues the run, for the message.
+      config: The run's autoencoder.
+      folder: Folder of the run.
+      command: Command that continues the run, for the message.
 
     Raises:
       MissingError: If the autoencoder is not trained yet, or if its folder does not exist or lacks files.

@@ -34,8 +34,8 @@ def list_checkpoints(folder: str | Path, name: str = "denoiser") -> tuple[SavedC
     Only names and sizes of files are read, so that this is fast, and another process may train in the folder.
 
     Args:
-      folder: folder of the run.
-      name: name of the model.
+      folder: Folder of the run.
+      name: Name of the model.
 
     Raises:
       UserError: If the address of the checkpoints cannot be reached.

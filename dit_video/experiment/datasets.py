@@ -28,8 +28,8 @@ def check_datasets(clips: Sequence[StoragePathLike], *, workdir: StoragePathLike
     """Check quickly that folders of clips can be ingested and data sets opened, before a run is created.
 
     Args:
-      clips: folders of clips, or data sets.
-      workdir: folder of the run. Only the first process of a run at an address needs folders of clips, and only once.
+      clips: Folders of clips, or data sets.
+      workdir: Folder of the run. Only the first process of a run at an address needs folders of clips, and only once.
 
     Raises:
       UserError: If a data set cannot be used.
@@ -51,11 +51,11 @@ def link_datasets(
     Of several processes, the first one calls this before the others.
 
     Args:
-      folder: the folder to create.
-      clips: folders of clips, which are ingested, or data sets of `tools/ingest.py`, which are linked to; the latter
+      folder: The folder to create.
+      clips: Folders of clips, which are ingested, or data sets of `tools/ingest.py`, which are linked to; the latter
         may be addresses (`gs://…`).
-      weights: weight of each data set, if any.
-      home: folder at an address where ingested clips are written instead of in `folder`, which then stands for it.
+      weights: Weight of each data set, if any.
+      home: Folder at an address where ingested clips are written instead of in `folder`, which then stands for it.
 
     Raises:
       UserError: If two folders have one name, if there is another number of weights, if clips cannot be used, or if the
@@ -104,9 +104,9 @@ def link_folder(folder: Path, target: StoragePathLike, kind: str = "data set") -
     """Let `folder` stand for a folder or address elsewhere, which need not exist yet.
 
     Args:
-      folder: is empty, or stands for the same target already.
-      target: a folder or an address.
-      kind: kind of target, for the message.
+      folder: A folder that is empty, or stands for the same target already.
+      target: A folder or an address.
+      kind: Kind of target, for the message.
 
     Raises:
       UserError: If the folder holds something, or stands for another target.

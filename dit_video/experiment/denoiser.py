@@ -119,9 +119,9 @@ def make_denoiser_loss(
     """Return the loss of the denoiser's training, with its attention sharded over a mesh.
 
     Args:
-      experiment: the experiment.
-      mesh: the mesh that the loss is computed on.
-      empty_caption: tokens of an empty caption, or their embeddings.
+      experiment: The experiment.
+      mesh: The mesh that the loss is computed on.
+      empty_caption: Tokens of an empty caption, or their embeddings.
     """
     config = experiment.denoiser
     return DenoiserLoss(
@@ -182,10 +182,10 @@ def make_denoiser_step(
     Adapted weights, or a teacher's, are the last constant of the step.
 
     Args:
-      config: the training.
-      loss: loss of the model's parameters.
-      start_step: number of steps of earlier stages.
-      mesh: mesh that the state is sharded on; None for a single device.
+      config: The training.
+      loss: Loss of the model's parameters.
+      start_step: Number of steps of earlier stages.
+      mesh: Mesh that the state is sharded on; None for a single device.
     """
     optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps, start_step=start_step, mesh=mesh)
     if isinstance(config.train, Student):

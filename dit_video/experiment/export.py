@@ -48,11 +48,11 @@ def save_adapter(
     """Write an adapter under our own names, and under its family's, as diffusers reads it: `load_lora_weights(folder)`.
 
     Args:
-      folder: folder of the run.
-      backbone: the denoiser's config.
-      adapter: the adapter, with the parts of `params` that it changes.
-      params: the adapted parameters `{"backbone": ..., "text": ...}`, or their shapes.
-      expert: name of the model in a pipeline: `backbone` or, for the second of two experts, `low_noise`.
+      folder: Folder of the run.
+      backbone: The denoiser's config.
+      adapter: The adapter, with the parts of `params` that it changes.
+      params: The adapted parameters `{"backbone": ..., "text": ...}`, or their shapes.
+      expert: Name of the model in a pipeline: `backbone` or, for the second of two experts, `low_noise`.
     """
     adapter = to_host(adapter)
     if not is_first_process():
@@ -128,10 +128,10 @@ def make_pipeline_config(
     """Return the config of a run's pipeline.
 
     Args:
-      experiment: the run's experiment.
-      infos: the training clips.
-      encoder: encoder of their captions.
-      command: command that started the run.
+      experiment: The run's experiment.
+      infos: The training clips.
+      encoder: Encoder of their captions.
+      command: Command that started the run.
     """
     rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
     sizes = [fit_size(info, experiment.limits) for info in infos]

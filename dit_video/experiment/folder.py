@@ -111,9 +111,9 @@ class RunFolder:
         `amendments`.
 
         Args:
-          folder: folder of the run.
-          experiment: its config.
-          remote: folder at an address that `folder` is a copy of.
+          folder: Folder of the run.
+          experiment: Its config.
+          remote: Folder at an address that `folder` is a copy of.
 
         Raises:
           UserError: If the folder holds a run of another config or version, or something else.
@@ -198,11 +198,11 @@ def make_amendment(
     """Return the amendment of a run in a folder.
 
     Args:
-      folder: folder of the run.
-      old: config of the run.
-      new: config that it is to continue with.
-      changes: their differences.
-      command: command that continues it.
+      folder: Folder of the run.
+      old: Config of the run.
+      new: Config that it is to continue with.
+      changes: Their differences.
+      command: Command that continues it.
 
     Raises:
       UserError: If a change would affect what is trained, or if it changes the number of steps of a training that is

@@ -89,10 +89,10 @@ def make_online_batches(
     """Return rows, or bucket batches where the config has buckets, of clips that are encoded from their video files.
 
     Args:
-      experiment: its denoiser, size limits and weights are used.
-      mesh: devices that the rows are divided among.
-      clips: the training clips.
-      texts: their captions.
+      experiment: Its denoiser, size limits and weights are used.
+      mesh: Devices that the rows are divided among.
+      clips: The training clips.
+      texts: Their captions.
       encode: `make_online_encoder` of the same experiment and clips.
 
     Raises:

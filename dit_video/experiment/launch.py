@@ -40,12 +40,12 @@ def open_run(
     intervals and at the end of the block. The time of the block, and of the process before it, is recorded.
 
     Args:
-      run_class: class of the run.
-      folder: folder or address of the run.
-      experiment: its config, equal in all processes.
-      timeouts: how long other processes are waited for.
-      stopped_code: exit code after SIGTERM or Ctrl-C.
-      profile: first and last step that are traced.
+      run_class: Class of the run.
+      folder: Folder or address of the run.
+      experiment: Its config, equal in all processes.
+      timeouts: How long other processes are waited for.
+      stopped_code: Exit code after SIGTERM or Ctrl-C.
+      profile: First and last step that are traced.
 
     Raises:
       UserError: If processes do not start in time or differ, or if the folder is another run's or in use.

@@ -87,13 +87,13 @@ def make_validation(
     """Return a hook that computes the loss of the first batches of held-out clips, with the averaged weights.
 
     Args:
-      experiment: the config.
-      mesh: devices of the training.
-      clips: the held-out clips.
-      tokenizer: tokenizer or encoder of their captions.
-      autoencoder: parameters of the autoencoder.
-      loss: the training loss.
-      trained: the trained part of the denoiser: weights or adapters.
+      experiment: The config.
+      mesh: Devices of the training.
+      clips: The held-out clips.
+      tokenizer: Tokenizer or encoder of their captions.
+      autoencoder: Parameters of the autoencoder.
+      loss: The training loss.
+      trained: The trained part of the denoiser: weights or adapters.
     """
     data = dataclasses.replace(experiment.data, weights=(), workers=0)
     validated = dataclasses.replace(experiment, data=data)
@@ -130,10 +130,10 @@ def make_sampling(
     """Return a hook that saves a grid of clips at the training size, with the same prompts and seeds each time.
 
     Args:
-      folder: folder of the files, named by step, and of `TILES_FILE`.
-      monitoring: holds the prompts.
-      captions: prompts to use if it has none; without any, the prompt is empty.
-      pipeline: returns a pipeline from averaged weights, which stay where they are on the devices.
+      folder: Folder of the files, named by step, and of `TILES_FILE`.
+      monitoring: Holds the prompts.
+      captions: Prompts to use if it has none; without any, the prompt is empty.
+      pipeline: Returns a pipeline from averaged weights, which stay where they are on the devices.
     """
     prompts = monitoring.prompts or tuple(captions[:_MAX_CLIPS]) or ("",) * _MAX_CLIPS
 
@@ -155,11 +155,11 @@ def make_reconstructions(
     """Return a hook that saves a grid of clips, each next to its reconstruction, and computes their mean PSNR.
 
     Args:
-      folder: folder of the files, named by step, and of `TILES_FILE`.
-      monitoring: holds the interval.
-      model: config of the autoencoder.
-      clips: clips to reconstruct: the first ones of the most common size are.
-      limits: limits of the sizes at which they are read.
+      folder: Folder of the files, named by step, and of `TILES_FILE`.
+      monitoring: Holds the interval.
+      model: Config of the autoencoder.
+      clips: Clips to reconstruct: the first ones of the most common size are.
+      limits: Limits of the sizes at which they are read.
     """
 
     @functools.cache
@@ -260,11 +260,11 @@ def select_average(
     """Return the requested average of a training's weights, on its devices.
 
     Args:
-      state: the newest state.
-      config: names the averages that it has.
-      folder: folder of its snapshots.
-      ema: a decay; 0 for the weights without an average; None for the average that is sampled from.
-      sigma_rel: relative width of an average that is reconstructed from snapshots instead.
+      state: The newest state.
+      config: Names the averages that it has.
+      folder: Folder of its snapshots.
+      ema: A decay; 0 for the weights without an average; None for the average that is sampled from.
+      sigma_rel: Relative width of an average that is reconstructed from snapshots instead.
 
     Raises:
       MissingError: If there are no snapshots.
@@ -298,11 +298,11 @@ class EvaluationHook(Hook):
     the denoiser itself are left out, since its weights go on changing.
 
     Args:
-      folder: folder of the evaluations.
-      every: interval in steps.
-      evaluation: prompts and metrics.
-      clips: clips of the training.
-      make_pipeline: returns a pipeline from averaged weights, which stay where they are on the devices.
+      folder: Folder of the evaluations.
+      every: Interval in steps.
+      evaluation: Prompts and metrics.
+      clips: Clips of the training.
+      make_pipeline: Returns a pipeline from averaged weights, which stay where they are on the devices.
     """
 
     name = "evaluate"

@@ -87,9 +87,9 @@ class RemoteFolder:
         """Name the two folders; neither is read yet.
 
         Args:
-          address: folder at an address, which need not exist yet.
-          local: folder of the copy.
-          whole_folders: names of folders in it that are of use only if all of their files are of one time.
+          address: Folder at an address, which need not exist yet.
+          local: Folder of the copy.
+          whole_folders: Names of folders in it that are of use only if all of their files are of one time.
 
         Raises:
           UserError: If the scheme of the address is unknown, or the service denies access.
@@ -274,7 +274,7 @@ def main_process_first(folder: RemoteFolder | None) -> Iterator[None]:
     """Run the block in the first process before the others, which then have the files that it has written.
 
     Args:
-      folder: folder of the run; None for one that all processes share.
+      folder: Folder of the run; None for one that all processes share.
     """
     with processes.main_process_first():
         is_first = jax.process_index() == 0

@@ -89,12 +89,12 @@ def replay(
     """Replay a stretch of a training on the devices of `run.runtime`, and compare it with the hash chain.
 
     Args:
-      run: the run; another mesh in its config replays on that mesh.
-      model: name of the trained model.
-      first: step of a checkpoint that is kept, or 0; by default the newest one before `last`.
-      last: last step to repeat; by default the newest one of the chain, but on other devices than the run's at most 50
+      run: The run; another mesh in its config replays on that mesh.
+      model: Name of the trained model.
+      first: Step of a checkpoint that is kept, or 0; by default the newest one before `last`.
+      last: Last step to repeat; by default the newest one of the chain, but on other devices than the run's at most 50
         steps after the first, as rounding adds up.
-      progress: called with the number of repeated steps, and of all.
+      progress: Called with the number of repeated steps, and of all.
 
     Raises:
       MissingError: If the model is not trained, or has no chain.

@@ -72,10 +72,10 @@ class StagedRun(RunFolder):
         Data set, latents and checkpoints of a run at an address lie there, too, if nothing else is said.
 
         Args:
-          clips: folders of clips, or data sets of `tools/ingest.py`: one, or several that are mixed.
-          latents: folder or address (`gs://…`) of the cached latents; None for the run's own folder, or the one set
+          clips: Folders of clips, or data sets of `tools/ingest.py`: one, or several that are mixed.
+          latents: Folder or address (`gs://…`) of the cached latents; None for the run's own folder, or the one set
             before.
-          checkpoints: folder or address of the checkpoints of all models; None as above.
+          checkpoints: Folder or address of the checkpoints of all models; None as above.
 
         Raises:
           UserError: If clips cannot be used or do not fit the config, or if latents or checkpoints are others than
@@ -102,7 +102,7 @@ class StagedRun(RunFolder):
         """Run the stages that are not done yet.
 
         Args:
-          last: name of the last stage to run; None for all.
+          last: Name of the last stage to run; None for all.
 
         Raises:
           UserError: If a stage cannot be run, or if no stage has that name.
@@ -204,11 +204,11 @@ class Run(StagedRun):
         """Return the pipeline of a checkpoint of a run that may be unfinished. Its clips are not needed.
 
         Args:
-          step: step of the checkpoint, see `list_checkpoints`; None for the newest that can be read.
-          ema: decay of the average, 0 for the weights themselves; the config's `ema_decay` if None.
-          sigma_rel: relative width of an average that is reconstructed from snapshots.
-          mesh: devices that sample together, to which the weights are read; None for the default one.
-          offload: weights in host memory; see `dit_video.load`.
+          step: Step of the checkpoint, see `list_checkpoints`; None for the newest that can be read.
+          ema: Decay of the average, 0 for the weights themselves; the config's `ema_decay` if None.
+          sigma_rel: Relative width of an average that is reconstructed from snapshots.
+          mesh: Devices that sample together, to which the weights are read; None for the default one.
+          offload: Weights in host memory; see `dit_video.load`.
 
         Raises:
           MissingError: If there is no checkpoint of this step, there are no snapshots, or the autoencoder is not

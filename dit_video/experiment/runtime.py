@@ -320,8 +320,8 @@ class Stage(abc.ABC):
         """Return the training that `run` carries out, without its logs, so that its steps can be repeated.
 
         Args:
-          runtime: the run.
-          is_new: whether it begins with the initial state, not with a checkpoint.
+          runtime: The run.
+          is_new: Whether it begins with the initial state, not with a checkpoint.
 
         Returns:
           None for a stage that trains nothing, or whose steps cannot be repeated.

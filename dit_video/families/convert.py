@@ -41,12 +41,12 @@ def convert(
     """Write a model's folder in another layout.
 
     Args:
-      source: a folder with a `config.json`, or a file of a denoiser's authors.
-      destination: a folder that does not exist or is empty.
-      layout: layout to write: `diffusers` (for a text encoder, the layout of `transformers`), `authors` for the model
+      source: A folder with a `config.json`, or a file of a denoiser's authors.
+      destination: A folder that does not exist or is empty.
+      layout: Layout to write: `diffusers` (for a text encoder, the layout of `transformers`), `authors` for the model
         authors' layout, or `dit_video` for the native one.
-      dtype: dtype that floating tensors are cast to; None keeps the source's.
-      shard_bytes: maximum size of a file; larger ones are split, with an index.
+      dtype: Dtype that floating tensors are cast to; None keeps the source's.
+      shard_bytes: Maximum size of a file; larger ones are split, with an index.
 
     Raises:
       MissingError: If files of the source are missing.
@@ -107,11 +107,11 @@ def convert_lora(
     """Rename the tensors of a LoRA adapter to diffusers' (PEFT) names, the authors' (ComfyUI) or native ones.
 
     Args:
-      source: a safetensors file, or a folder of PEFT or diffusers.
-      destination: file to write.
-      model: folder of the transformer that the adapter changes; only its config is read.
-      layout: whose names to write.
-      dtype: dtype that factors are cast to; None keeps theirs.
+      source: A safetensors file, or a folder of PEFT or diffusers.
+      destination: File to write.
+      model: Folder of the transformer that the adapter changes; only its config is read.
+      layout: Whose names to write.
+      dtype: Dtype that factors are cast to; None keeps theirs.
 
     Raises:
       MissingError: If a file does not exist.

@@ -182,14 +182,14 @@ def load_files(
     """Read the config and parameters of a denoiser in the layout of one of the formats, or in the native format.
 
     Args:
-      formats: formats of the families that the denoiser may belong to.
-      folder: folder such as a pipeline's `transformer`, or a file of a model's authors such as
+      formats: Formats of the families that the denoiser may belong to.
+      folder: Folder such as a pipeline's `transformer`, or a file of a model's authors such as
         `DiT-XL-2-256x256.safetensors`.
-      config_class: class of the config of a folder in the native format.
-      dtype: dtype that floating tensors are cast to; None keeps the file's.
-      kernel_dtype: dtype that the kernels of linear maps are cast to, except for the format's `float32_kernels`; None
+      config_class: Class of the config of a folder in the native format.
+      dtype: Dtype that floating tensors are cast to; None keeps the file's.
+      kernel_dtype: Dtype that the kernels of linear maps are cast to, except for the format's `float32_kernels`; None
         casts them to `dtype`, too.
-      place: reads each parameter to its destination, given its path; by default to the host.
+      place: Reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
       MissingError: If the folder or one of its files does not exist.

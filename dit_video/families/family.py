@@ -109,12 +109,12 @@ def make_open_config(
     """Return the config of a text-to-video pipeline with a frozen text encoder, where each clip has its own row.
 
     Args:
-      folder: folder of the pipeline.
-      parts: the folder's configs, with the default size and schedule for sampling.
-      options: dtypes.
-      steps: number of steps that its authors sample with.
-      guidance: the authors' guidance scale; one per expert if there are two.
-      negative: the authors' negative prompt.
+      folder: Folder of the pipeline.
+      parts: The folder's configs, with the default size and schedule for sampling.
+      options: Dtypes.
+      steps: Number of steps that its authors sample with.
+      guidance: The authors' guidance scale; one per expert if there are two.
+      negative: The authors' negative prompt.
     """
     schedule = parts.schedule
     return PipelineConfig(

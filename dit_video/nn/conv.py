@@ -55,7 +55,7 @@ class ConvCache:
 
         Args:
           padding: `n` frames, prepended to the clip's first chunk.
-          chunk: any number of frames, including zero.
+          chunk: Any number of frames, including zero.
 
         Returns:
           `n` frames, followed by the chunk.

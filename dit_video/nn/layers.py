@@ -62,16 +62,16 @@ class Linear(nnx.Module):
     operands to bfloat16, GPUs to TF32.
 
     Args:
-      features_in, features_out: widths.
-      bias: adds a bias.
-      init: initialisation of the kernel.
-      dtype: dtype of the product.
-      split: division over the mesh axis `tensor`; it must agree with the rules for the sharding of weights at rest.
-      precision: precision of the products, including the gradients' products; None for the platform's default. On TPUs
+      features_in, features_out: Widths.
+      bias: Adds a bias.
+      init: Initialisation of the kernel.
+      dtype: Dtype of the product.
+      split: Division over the mesh axis `tensor`; it must agree with the rules for the sharding of weights at rest.
+      precision: Precision of the products, including the gradients' products; None for the platform's default. On TPUs
         "highest" takes six passes instead of one, so it suits small float32 maps, such as the time's.
       is_context: True if inputs are a context's tokens, which are present on every device that shares a row's tokens.
-      parallel: parallelism that the layer is computed with.
-      rngs: random keys.
+      parallel: Parallelism that the layer is computed with.
+      rngs: Random keys.
     """
 
     def __init__(

@@ -71,9 +71,9 @@ def init_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> dict
     """Return fresh factors `{"a", "b"}` for every target; `b` is zero, so they change nothing yet. Can be traced.
 
     Args:
-      params: parameters of the model, or their shapes.
-      config: configuration that names the targets.
-      key: random key for `a`, which is uniform with variance 1 / (3 i).
+      params: Parameters of the model, or their shapes.
+      config: Configuration that names the targets.
+      key: Random key for `a`, which is uniform with variance 1 / (3 i).
 
     Raises:
       UserError: If a target matches no parameter, or a parameter that is not the kernel of a linear layer.

@@ -80,14 +80,14 @@ def compile_step(
     """Compile a jitted step for the devices of a mesh, and read its memory and operations.
 
     Args:
-      step: jitted function whose first argument is a state with parts named `step`, `params`, `ema` and `opt_state`
+      step: Jitted function whose first argument is a state with parts named `step`, `params`, `ema` and `opt_state`
         (possibly one state per player), or bare parameters.
-      arguments: shapes and shardings of the arguments (`jax.ShapeDtypeStruct`).
-      mesh: mesh of attached devices, or of devices that libtpu describes.
-      slices: number of slices along each axis of the mesh; None for a single slice.
-      outer_trip_count: assumed iterations of an outermost loop with a data-dependent end; see `read_program`.
-      max_outer_trip_count: upper bound of that loop's iterations.
-      compiler_options: further options of XLA, besides those of runs.
+      arguments: Shapes and shardings of the arguments (`jax.ShapeDtypeStruct`).
+      mesh: Mesh of attached devices, or of devices that libtpu describes.
+      slices: Number of slices along each axis of the mesh; None for a single slice.
+      outer_trip_count: Assumed iterations of an outermost loop with a data-dependent end; see `read_program`.
+      max_outer_trip_count: Upper bound of that loop's iterations.
+      compiler_options: Further options of XLA, besides those of runs.
     """
     platform, chip = mesh.devices.flat[0].platform, find_chip(mesh.devices.flat[0])
     options = get_compiler_options(chip.name) if platform == "tpu" and chip is not None else {}
@@ -185,8 +185,8 @@ def parse_oom_message(message: str, *, argument_bytes: int) -> tuple[str, int]:
     """Parse the compiler's out-of-memory message and return its main sentence and the required peak memory in bytes.
 
     Args:
-      message: message of the compiler's error.
-      argument_bytes: bytes of the program's arguments. XLA's TPU compiler leaves them out of the message if the
+      message: Message of the compiler's error.
+      argument_bytes: Bytes of the program's arguments. XLA's TPU compiler leaves them out of the message if the
         temporaries alone exceed the memory.
     """
     lines = [line.strip().removeprefix("RESOURCE_EXHAUSTED: ") for line in message.splitlines()]

@@ -119,13 +119,13 @@ def count_step_costs(
     """Return the counted costs of a denoiser's step on rows of the same clips.
 
     Args:
-      backbone: config of the denoiser.
-      row_shape: shape of a row.
-      platform: platform of the devices, by which attention is counted.
-      rows: rows of the global batch.
-      clips: grids of the clips of each row, in tokens.
-      texts: number of text tokens of each clip.
-      images: number of image tokens of each clip, for models that use them.
+      backbone: Config of the denoiser.
+      row_shape: Shape of a row.
+      platform: Platform of the devices, by which attention is counted.
+      rows: Rows of the global batch.
+      clips: Grids of the clips of each row, in tokens.
+      texts: Number of text tokens of each clip.
+      images: Number of image tokens of each clip, for models that use them.
       training: True for a training step, False for a pass of sampling.
     """
     attention = backbone.resolve_attention(platform, tokens=row_shape.tokens, segments=row_shape.segments)[0]
@@ -161,11 +161,11 @@ def read_step_work(
     number of blocks are counted as one turn; the known costs of both are added.
 
     Args:
-      compiled: the step.
-      costs: its counted costs; None if they are not known.
-      model_flops: operations of the model on all devices, which stand for a program that does not fit in memory.
-      devices: number of devices.
-      turns: number of times that the costs are incurred.
+      compiled: The step.
+      costs: Its counted costs; None if they are not known.
+      model_flops: Operations of the model on all devices, which stand for a program that does not fit in memory.
+      devices: Number of devices.
+      turns: Number of times that the costs are incurred.
     """
     program = compiled.program
     if program is None:
@@ -199,11 +199,11 @@ def estimate_step(
     """Estimate the memory and the work of a step on one device.
 
     Args:
-      step: sizes and FLOPs of the step.
-      state_bytes: bytes of the state on one device by kind, as `count_argument_bytes` returns them.
-      layer_bytes: bytes of one unsharded layer's parameters in float32.
-      mesh: sizes of the mesh's axes by name.
-      slices: number of slices along each axis; None for a single slice.
+      step: Sizes and FLOPs of the step.
+      state_bytes: Bytes of the state on one device by kind, as `count_argument_bytes` returns them.
+      layer_bytes: Bytes of one unsharded layer's parameters in float32.
+      mesh: Sizes of the mesh's axes by name.
+      slices: Number of slices along each axis; None for a single slice.
     """
     devices, tensor = math.prod(mesh.values()), mesh["tensor"]
     rows = step.rows // step.accumulation
@@ -277,11 +277,11 @@ def compute_min_collective_bytes(
     Sums over `data` and `tensor` are not counted.
 
     Args:
-      step: a training step that updates all weights.
-      parameters: number of the model's parameters.
-      mesh: sizes of the mesh's axes by name.
-      context_attention: how attention is parallelised over `context`.
-      context_weights: number of those parameters that are weights of maps of a context.
+      step: A training step that updates all weights.
+      parameters: Number of the model's parameters.
+      mesh: Sizes of the mesh's axes by name.
+      context_attention: How attention is parallelised over `context`.
+      context_weights: Number of those parameters that are weights of maps of a context.
     """
     fsdp, tensor, context = (mesh[name] for name in ("fsdp", "tensor", "context"))
     forwards = 2 if step.is_recomputed else 1

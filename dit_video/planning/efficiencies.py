@@ -65,7 +65,7 @@ def read_calibration(folder: Path, name: str) -> Calibration | None:
     """Read the calibration of a chip, or of "cpu"; None if there is none.
 
     Raises:
-      UserError: if the file is not a calibration.
+      UserError: If the file is not a calibration.
     """
     path = folder / f"{name}.json"
     if not path.exists():
@@ -119,13 +119,13 @@ def calibrate(
     are the largest rates that are measured.
 
     Args:
-      devices: devices of one kind; all of this process by default. The collective is measured between all of them, the
+      devices: Devices of one kind; all of this process by default. The collective is measured between all of them, the
         rest on the first.
-      size: sizes of the arrays; by default those for the platform.
-      report: called with a line about every measurement.
+      size: Sizes of the arrays; by default those for the platform.
+      report: Called with a line about every measurement.
 
     Raises:
-      UserError: if the devices are neither in the table of chips nor CPUs.
+      UserError: If the devices are neither in the table of chips nor CPUs.
     """
     devices = jax.local_devices() if devices is None else devices
     device, chip = devices[0], find_chip(devices[0])
@@ -227,7 +227,7 @@ def measure_attention(backend: BackendName, size: CalibrationSize) -> float:
     """Return the FLOPs per second that a backend executes, as plans count them, forwards and backwards.
 
     Raises:
-      UserError: if the backend is not available here.
+      UserError: If the backend is not available here.
     """
     tokens = size.dense_tokens if backend == "dense" else size.tokens
     attention, heads = make_attention(backend), size.width // size.head_width

@@ -146,17 +146,17 @@ def fit(
     compiled, where that is possible.
 
     Args:
-      experiment: the experiment.
-      topology: the hardware.
-      limit: bytes that a device may use; all of its memory by default.
-      part: the denoiser, or its sampler.
-      tries: number of combinations to compile; more if some of them turn out not to fit.
-      clips: number of clips in each row; see `plan_experiment`.
-      efficiencies: measured shares of the chip's peak rates; the published ones by default.
-      report: called with a line about every combination that is compiled.
+      experiment: The experiment.
+      topology: The hardware.
+      limit: Bytes that a device may use; all of its memory by default.
+      part: The denoiser, or its sampler.
+      tries: Number of combinations to compile; more if some of them turn out not to fit.
+      clips: Number of clips in each row; see `plan_experiment`.
+      efficiencies: Measured shares of the chip's peak rates; the published ones by default.
+      report: Called with a line about every combination that is compiled.
 
     Raises:
-      UserError: if the part is an autoencoder, whose step cannot be estimated, or the limit exceeds the memory.
+      UserError: If the part is an autoencoder, whose step cannot be estimated, or the limit exceeds the memory.
     """
     if part == "autoencoder":
         raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; use --set for it")
@@ -339,7 +339,7 @@ def apply_settings(experiment: Experiment, settings: Sequence[Setting]) -> Exper
     """Return the experiment with other settings.
 
     Raises:
-      UserError: if the settings do not go together.
+      UserError: If the settings do not go together.
     """
     for setting in settings:
         experiment = setting.apply(experiment)
@@ -350,9 +350,9 @@ def list_settings(experiment: Experiment, part: Part, devices: int) -> dict[str,
     """Return the settings of every option that the experiment has, by option; options without any are left out.
 
     Args:
-      experiment: the experiment.
-      part: the denoiser, or its sampler.
-      devices: number of devices of the mesh.
+      experiment: The experiment.
+      part: The denoiser, or its sampler.
+      devices: Number of devices of the mesh.
     """
     settings = [*_list_meshes(experiment, devices), *_list_rows(experiment), *_list_dtypes(experiment)]
     settings += _list_sampling(experiment) if part == "sampler" else _list_training(experiment)

@@ -136,11 +136,11 @@ class Topology:
         """Parse a topology such as `v5e:4x4`, `v5p:4x4x8*2` or `h100:16`.
 
         Args:
-          text: chip, shape, and for several slices of a TPU their number.
-          chips: supported chips by name.
+          text: Chip, shape, and for several slices of a TPU their number.
+          chips: Supported chips by name.
 
         Raises:
-          UserError: if the chip is not in the table, the shape has the wrong number of sizes, or the number of slices
+          UserError: If the chip is not in the table, the shape has the wrong number of sizes, or the number of slices
             is not positive or not of TPUs.
         """
         name, _, size = text.lower().partition(":")
@@ -166,8 +166,8 @@ class Topology:
         """Return descriptions of TPU devices from libtpu, for which programs can be compiled without the hardware.
 
         Raises:
-          MissingError: if libtpu is not installed.
-          UserError: if these chips don't come in this shape.
+          MissingError: If libtpu is not installed.
+          UserError: If these chips don't come in this shape.
         """
         # libtpu queries its host and claims the chips exclusively; here there are none.
         for name, value in _NO_HARDWARE_ENV.items():

@@ -74,12 +74,12 @@ def read_program(
     """Read the operations of a compiled program from `compiled.as_text()`.
 
     Args:
-      text: the program's HLO.
-      mesh: sizes of the mesh's axes by name.
-      slices: number of slices along each axis; None for a single slice.
-      outer_trip_count: assumed trip count of an outermost loop whose end depends on data, such as a sampler's steps:
+      text: The program's HLO.
+      mesh: Sizes of the mesh's axes by name.
+      slices: Number of slices along each axis; None for a single slice.
+      outer_trip_count: Assumed trip count of an outermost loop whose end depends on data, such as a sampler's steps:
         one with an unknown trip count, or with `max_outer_trip_count`, most of whose iterations may do nothing.
-      max_outer_trip_count: upper bound of that loop's trip count.
+      max_outer_trip_count: Upper bound of that loop's trip count.
     """
     computations, entry = parse_computations(text)
     slices = dict.fromkeys(mesh, 1) if slices is None else dict(slices)

@@ -193,8 +193,8 @@ def read_slice_transfer(attributes: str, result_bytes: int) -> SliceTransfer | N
     """Return the transfer of a `recv` instruction; None if it doesn't receive from another slice.
 
     Args:
-      attributes: the instruction's attributes.
-      result_bytes: bytes of its result.
+      attributes: The instruction's attributes.
+      result_bytes: Bytes of its result.
     """
     kind = _TRANSFER_TYPE.search(attributes)
     if kind is None:

@@ -136,15 +136,15 @@ def plan_pipeline(
     speed. Those that run need as much memory or less.
 
     Args:
-      folder: folder of open weights or of a pipeline of one's own; only its JSON files are read.
-      topology: the hardware; one device is used.
-      size: frames, height and width of the clip; the pipeline's own by default.
-      options: dtypes, text encoder and offload, as for `dit_video.load` on a GPU or TPU; no mesh.
-      memory: bytes that the device may use; all of its memory by default.
+      folder: Folder of open weights or of a pipeline of one's own; only its JSON files are read.
+      topology: The hardware; one device is used.
+      size: Frames, height and width of the clip; the pipeline's own by default.
+      options: Dtypes, text encoder and offload, as for `dit_video.load` on a GPU or TPU; no mesh.
+      memory: Bytes that the device may use; all of its memory by default.
 
     Raises:
-      MissingError: if the folder does not exist or lacks parts.
-      UserError: if programs cannot be compiled for the device here, the size or the memory is not supported, or the
+      MissingError: If the folder does not exist or lacks parts.
+      UserError: If programs cannot be compiled for the device here, the size or the memory is not supported, or the
         family cannot be planned.
     """
     return next(_list_plans(folder, topology, [options.offload], size=size, options=options, memory=memory))
@@ -229,10 +229,10 @@ def _list_programs(config: PipelineConfig, size: Grid, shapes: dict[str, Any], *
     """Yield the programs of a request in their order, of one with a first image if the model takes one.
 
     Args:
-      config: config of the pipeline.
-      size: frames, height and width of the clip.
-      shapes: shapes of the weights of each stage.
-      memory: bytes that coding may take, besides the autoencoder.
+      config: Config of the pipeline.
+      size: Frames, height and width of the clip.
+      shapes: Shapes of the weights of each stage.
+      memory: Bytes that coding may take, besides the autoencoder.
     """
     if isinstance(config.text, FrozenTextConfig):
         yield _make_text_program(config.text, shapes[TEXT])
@@ -294,10 +294,10 @@ def _compile(program: _Program, mesh: Mesh, *, streams_layers: bool, reserved: i
     """Compile a program, and return its memory; weights of other stages are not counted.
 
     Args:
-      program: the program.
-      mesh: mesh of the one device.
-      streams_layers: leaves the kernels of stacked layers in host memory.
-      reserved: bytes of the device's memory that the program must leave to others.
+      program: The program.
+      mesh: Mesh of the one device.
+      streams_layers: Leaves the kernels of stacked layers in host memory.
+      reserved: Bytes of the device's memory that the program must leave to others.
     """
 
     def place(kind: str, leaf: Any) -> Any:

@@ -238,7 +238,7 @@ def check_memory(memory: int | None, available: int, topology: Topology) -> int:
     """Return the bytes that a device may use: `memory`, or all of its memory by default.
 
     Raises:
-      UserError: if the memory is not within the device's.
+      UserError: If the memory is not within the device's.
     """
     if memory is None:
         return available
@@ -252,7 +252,7 @@ def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfi
     """Return the mesh of a run on a topology, and whether a program can be compiled for it.
 
     Raises:
-      UserError: if the axes do not divide the devices, or rows, heads or tokens are not divisible by these.
+      UserError: If the axes do not divide the devices, or rows, heads or tokens are not divisible by these.
     """
     devices, present = find_devices(topology)
     with warnings.catch_warnings():
@@ -267,7 +267,7 @@ def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
     """Check that an experiment's rows, heads and tokens are divisible by the devices of a mesh.
 
     Raises:
-      UserError: if one is not; the message says what would be.
+      UserError: If one is not; the message says what would be.
     """
     denoiser = experiment.denoiser
     rows, attention = denoiser.batch // denoiser.accumulation_steps, experiment.mesh.context_attention
@@ -289,19 +289,19 @@ def plan_experiment(
     """Compile a part of an experiment for a topology, and return what it needs.
 
     Args:
-      experiment: the experiment.
-      topology: the hardware.
-      part: the step to plan.
-      mesh: mesh instead of the experiment's.
-      clips: number of equally long clips in each row; by default as many of the largest as fit.
-      steps: number of steps to pay for; the experiment's by default. For a sampler, batches, by default one.
-      price: price of a chip for an hour, instead of the table's.
+      experiment: The experiment.
+      topology: The hardware.
+      part: The step to plan.
+      mesh: Mesh instead of the experiment's.
+      clips: Number of equally long clips in each row; by default as many of the largest as fit.
+      steps: Number of steps to pay for; the experiment's by default. For a sampler, batches, by default one.
+      price: Price of a chip for an hour, instead of the table's.
       measure: True to run a step and measure the devices' peak memory, where the hardware is present.
-      efficiencies: measured shares of the chip's peak rates; the published ones by default.
+      efficiencies: Measured shares of the chip's peak rates; the published ones by default.
 
     Raises:
-      MissingError: if libtpu is needed and not installed.
-      UserError: if the mesh does not divide the devices, the rows or the heads, or the part cannot be planned.
+      MissingError: If libtpu is needed and not installed.
+      UserError: If the mesh does not divide the devices, the rows or the heads, or the part cannot be planned.
     """
     config, chip = experiment.mesh if mesh is None else mesh, topology.chip
     experiment = dataclasses.replace(experiment, mesh=config)

@@ -82,7 +82,7 @@ def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
     What is left of the row is one more clip, unless it is so small a part that it is padding.
 
     Raises:
-      UserError: if more clips are asked for than fit in a row.
+      UserError: If more clips are asked for than fit in a row.
     """
     rows = experiment.denoiser.row_shape
     if count is not None:
@@ -102,14 +102,14 @@ def plan_step(
     """Return the step of a part of an experiment on a mesh, with rows of clips of these token counts.
 
     Args:
-      experiment: the experiment.
-      part: the step.
-      mesh: devices, which need not be present.
-      clips: number of tokens of each clip of a row.
-      platform: platform of the devices, by which attention is counted; the mesh's by default.
+      experiment: The experiment.
+      part: The step.
+      mesh: Devices, which need not be present.
+      clips: Number of tokens of each clip of a row.
+      platform: Platform of the devices, by which attention is counted; the mesh's by default.
 
     Raises:
-      UserError: if the part is not trained, or rows, heads or tokens are not divisible by the mesh.
+      UserError: If the part is not trained, or rows, heads or tokens are not divisible by the mesh.
     """
     if platform is None:
         platform = make_parallelism(mesh).platform

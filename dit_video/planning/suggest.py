@@ -61,19 +61,19 @@ def suggest(
     """Search for the best plan that fits: estimate all candidates, then compile the best few.
 
     Args:
-      experiment: the experiment, whose mesh, batch and remat are replaced.
-      topology: the hardware.
-      part: the denoiser, or its sampler.
-      tries: number of candidates to compile; until one fits, up to three times as many.
-      rows: number of rows of the batch, if fixed.
-      clips: number of clips in each row; see `plan_experiment`.
-      steps: number of steps to pay for.
-      price: price of a chip for an hour.
-      efficiencies: measured shares of the chip's peak rates; the published ones by default.
-      report: called with a line about every candidate that is compiled.
+      experiment: The experiment, whose mesh, batch and remat are replaced.
+      topology: The hardware.
+      part: The denoiser, or its sampler.
+      tries: Number of candidates to compile; until one fits, up to three times as many.
+      rows: Number of rows of the batch, if fixed.
+      clips: Number of clips in each row; see `plan_experiment`.
+      steps: Number of steps to pay for.
+      price: Price of a chip for an hour.
+      efficiencies: Measured shares of the chip's peak rates; the published ones by default.
+      report: Called with a line about every candidate that is compiled.
 
     Raises:
-      UserError: if the part is an autoencoder, whose step cannot be estimated, or nothing fits.
+      UserError: If the part is an autoencoder, whose step cannot be estimated, or nothing fits.
     """
     if part == "autoencoder":
         raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; set --mesh for it")

@@ -56,7 +56,7 @@ class AdaptedWeights(NamedTuple):
         """Return the weights with a further adapter; its name gets a number if there is one of this name.
 
         Raises:
-          UserError: the adapter does not fit.
+          UserError: If the adapter does not fit.
         """
         get_lora_changes(self.params, adapter.lora)
         numbered = (name if number == 1 else f"{name}_{number}" for number in range(1, len(self.adapters) + 2))
@@ -67,7 +67,7 @@ class AdaptedWeights(NamedTuple):
         """Return the weights with other scales of some adapters.
 
         Raises:
-          UserError: no attached adapter has the name.
+          UserError: If no attached adapter has the name.
         """
         changed = {name: self._get(name)._replace(scale=float(scale)) for name, scale in scales.items()}
         return self._replace(adapters={**self.adapters, **changed})
@@ -76,7 +76,7 @@ class AdaptedWeights(NamedTuple):
         """Return the weights without an adapter.
 
         Raises:
-          UserError: no attached adapter has the name.
+          UserError: If no attached adapter has the name.
         """
         self._get(name)
         return self._replace(adapters={each: adapter for each, adapter in self.adapters.items() if each != name})
@@ -87,7 +87,7 @@ class AdaptedWeights(NamedTuple):
         Arrays on devices that change are deleted: other weights that share them cannot be used any more.
 
         Raises:
-          UserError: the adapter does not fit; then nothing changes.
+          UserError: If the adapter does not fit; then nothing changes.
         """
         leaves = flatten(self.params)
         changed = [path for path in get_lora_changes(self.params, lora) if path not in self.originals]
@@ -131,7 +131,7 @@ class AdaptedWeights(NamedTuple):
         """Check that the arrays are there.
 
         Raises:
-          UserError: the arrays were changed in place for other weights.
+          UserError: If the arrays were changed in place for other weights.
         """
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(self.params)):
             raise UserError(
@@ -228,7 +228,7 @@ class AdapterFile(NamedTuple):
         """Return the adapter of `FILE`, `FILE@SCALE` or `FILE@SCALE@EXPERT`, as options of commands name it.
 
         Raises:
-          MissingError: the file does not exist.
+          MissingError: If the file does not exist.
         """
         match = _ADAPTER.fullmatch(text)
         assert match is not None  # any text is at least the name of a file
@@ -244,14 +244,14 @@ def check_adapter(
     """Check that `load_lora` of a pipeline would accept an adapter, by the file's header, before weights are read.
 
     Args:
-      path: a safetensors file, or a folder.
-      config: config of the pipeline.
-      get_lora_modules: names of modules in LoRA files of other projects, from the denoiser's config.
-      expert: expert of two that is adapted.
+      path: A safetensors file, or a folder.
+      config: Config of the pipeline.
+      get_lora_modules: Names of modules in LoRA files of other projects, from the denoiser's config.
+      expert: Expert of two that is adapted.
 
     Raises:
-      MissingError: there is no file at `path`.
-      UserError: the file is no LoRA of this model, or the model has no second expert.
+      MissingError: If there is no file at `path`.
+      UserError: If the file is no LoRA of this model, or the model has no second expert.
     """
     shapes = config.denoiser_shapes
     check_lora(path, shapes, list_lora_modules(config, shapes, get_lora_modules, expert))
@@ -263,7 +263,7 @@ def list_lora_modules(
     """Return the modules of an expert that adapters change, by their names in files.
 
     Raises:
-      UserError: the model has no second expert.
+      UserError: If the model has no second expert.
     """
     if expert not in params:
         raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")

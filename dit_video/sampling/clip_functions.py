@@ -62,8 +62,8 @@ class ClipFunction(abc.ABC):
         """Return the values of every clip, in their segments.
 
         Args:
-          denoise: the model; it gets the time as a scalar.
-          clips: the clips.
+          denoise: The model; it gets the time as a scalar.
+          clips: The clips.
         """
 
 
@@ -79,15 +79,15 @@ def compute_clip_function(
     """Return the values of a function for every clip. The values of a clip do not depend on the other clips.
 
     Args:
-      function: the function.
-      denoiser: the trained denoiser. Two experts are both on the devices.
-      requests: prompts, seeds and conditioning of the clips, whose latents are the plans' `start`.
-      sampling: sampling without guidance.
-      shape: shape of a row.
-      rows: number of rows that are computed at a time.
+      function: The function.
+      denoiser: The trained denoiser. Two experts are both on the devices.
+      requests: Prompts, seeds and conditioning of the clips, whose latents are the plans' `start`.
+      sampling: Sampling without guidance.
+      shape: Shape of a row.
+      rows: Number of rows that are computed at a time.
 
     Raises:
-      UserError: `sample_latents` would refuse the requests.
+      UserError: If `sample_latents` would refuse the requests.
     """
     results: dict[int, Float32[np.ndarray, " values"]] = {}
     texts = embed_prompts(denoiser, requests, sampling)

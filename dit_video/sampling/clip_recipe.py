@@ -20,10 +20,10 @@ def make_recipe(config: PipelineConfig, request: Request, plan: SamplingPlan, sa
     Pictures are named by the hashes of their pixels: the same pictures, values and model give the same clip.
 
     Args:
-      config: config of the pipeline.
-      request: the request, with its size.
-      plan: its plan, which says how known pixels were kept.
-      sampling: steps, solver and guidance.
+      config: Config of the pipeline.
+      request: The request, with its size.
+      plan: Its plan, which says how known pixels were kept.
+      sampling: Steps, solver and guidance.
     """
     values: dict[str, Any] = {
         "prompt": request.prompt,

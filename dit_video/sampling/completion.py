@@ -66,7 +66,7 @@ class Completion(GenerationTask):
         """Return the plan of a request.
 
         Raises:
-          UserError: pictures, the strength or the method do not fit the request or the model.
+          UserError: If pictures, the strength or the method do not fit the request or the model.
         """
         request.check_pictures(_ACCEPTED)
         _check_options(request)
@@ -101,7 +101,7 @@ def _choose_trained_mask(known: KnownPixels, request: Request, model: TaskModel)
     """Return the known pixels that are given to the model as in its training; None for none.
 
     Raises:
-      UserError: the model is not trained for them, and the request does not allow another method.
+      UserError: If the model is not trained for them, and the request does not allow another method.
     """
     conditioning = model.frame_conditioning
     needs_image = conditioning is not None and conditioning.prob == 1
@@ -221,7 +221,7 @@ def plan_trained(known: KnownPixels | None, size: Grid, model: TaskModel) -> Sam
     """Return the plan of a clip with known pixels as the model is trained with, or without any.
 
     Raises:
-      UserError: the model needs an image and there is none, or it is trained with other frames.
+      UserError: If the model needs an image and there is none, or it is trained with other frames.
     """
     backbone, conditioning = model.backbone, model.frame_conditioning
     if conditioning is None:

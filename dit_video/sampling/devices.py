@@ -41,8 +41,8 @@ class PipelineDevices(NamedTuple):
         """Return the devices of a mesh, or of its config.
 
         Raises:
-          UserError: the mesh does not fit the devices, its axes do not divide the denoiser's heads and widths, or the
-            devices lack the kernels of the attention.
+          UserError: If the mesh does not fit the devices, its axes do not divide the denoiser's heads and widths, or
+            the devices lack the kernels of the attention.
         """
         if mesh is None:
             check_platform(backbone.attention, ONE_DEVICE.platform)
@@ -62,9 +62,9 @@ class PipelineDevices(NamedTuple):
         """Put parameters on the devices, or in host memory with `offload`, unless they are there.
 
         Args:
-          params: parameters.
-          offload: weights in host memory; None for none.
-          mesh: mesh that shards them; None for the default device.
+          params: Parameters.
+          offload: Weights in host memory; None for none.
+          mesh: Mesh that shards them; None for the default device.
         """
         if offload is None:
             return _put_params(params, mesh)
@@ -95,7 +95,7 @@ class ClipDecoder(NamedTuple):
         """Check that clips of these latent grids can be decoded in the codec's memory, before they are sampled.
 
         Raises:
-          UserError: the memory is too small.
+          UserError: If the memory is too small.
         """
         for grid, count in Counter(grids).items():
             codec, batch = self._choose_codec(count)

@@ -28,13 +28,13 @@ class LatentStepper:
     """The denoiser and solver for the latents of one request, whose prompt is embedded once.
 
     Args:
-      denoiser: the trained denoiser.
-      request: the request, whose noise gives the size.
-      sampling: solver, guidance and times.
-      shape: shape of a row.
+      denoiser: The trained denoiser.
+      request: The request, whose noise gives the size.
+      sampling: Solver, guidance and times.
+      shape: Shape of a row.
 
     Raises:
-      UserError: `sample_latents` would refuse the request.
+      UserError: If `sample_latents` would refuse the request.
     """
 
     def __init__(self, denoiser: Denoiser, request: SamplingRequest, *, sampling: Sampling, shape: LayoutShape):
@@ -51,11 +51,11 @@ class LatentStepper:
         """Return the latents at the last of some times, from those at the first one.
 
         Args:
-          latents: the noisy latents.
-          steps: numbers of the times, falling or rising.
+          latents: The noisy latents.
+          steps: Numbers of the times, falling or rising.
 
         Raises:
-          UserError: values are not finite.
+          UserError: If values are not finite.
         """
         planned, sampler = self._planned, self._sampler
         tokens = jnp.asarray(planned.pack_latents(planned.batch.branches[0].tokens, {0: latents}))
@@ -119,7 +119,7 @@ class EditPaths(NamedTuple):
         """Return the number of the first time that is not above a strength.
 
         Raises:
-          UserError: the strength is outside of (0, 1], or below the last time.
+          UserError: If the strength is outside of (0, 1], or below the last time.
         """
         times = self.source.times
         if not 0 < strength <= 1:
@@ -139,14 +139,14 @@ class EditPaths(NamedTuple):
         draws.
 
         Args:
-          latents: latents of the clip.
-          strength: time that the edit begins at.
-          seed: seed of the noise.
-          draws: number of noises in every step, whose differences are averaged (n_avg of the paper).
-          monitor: called after every step.
+          latents: Latents of the clip.
+          strength: Time that the edit begins at.
+          seed: Seed of the noise.
+          draws: Number of noises in every step, whose differences are averaged (n_avg of the paper).
+          monitor: Called after every step.
 
         Raises:
-          UserError: there are no draws, or the strength is invalid or below the last time.
+          UserError: If there are no draws, or the strength is invalid or below the last time.
         """
         check_at_least(1, draws=draws)
         edited = latents
@@ -181,9 +181,9 @@ class EditPaths(NamedTuple):
         The noise is that of the probability flow with the clip's description (DDIM inversion, arXiv 2010.02502).
 
         Args:
-          latents: latents of the clip.
-          strength: time that the clip is inverted to.
-          monitor: called after every few steps.
+          latents: Latents of the clip.
+          strength: Time that the clip is inverted to.
+          monitor: Called after every few steps.
         """
         first, last = self.find_first_step(strength), len(self.source.times) - 1
         count = last - first

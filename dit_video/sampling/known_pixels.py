@@ -52,7 +52,7 @@ def collect_known_pixels(request: Request) -> KnownPixels | None:
     """Return the known pixels of a request's `image`, `last_image`, `video` with `mask`, and `conditions`, if any.
 
     Raises:
-      UserError: pictures do not fit the request or each other, or pixels are known twice.
+      UserError: If pictures do not fit the request or each other, or pixels are known twice.
     """
     size = request.grid
     known = KnownPixels(np.full((*size, 3), round(GREY), np.uint8), np.zeros(size, np.float32))
@@ -78,7 +78,7 @@ def locate_condition(condition: Condition, size: Grid) -> tuple[int, UInt8[np.nd
     """Return the number of a condition's first frame in a clip, and its frames at the clip's height and width.
 
     Raises:
-      UserError: frames are outside of the clip.
+      UserError: If frames are outside of the clip.
     """
     content, start = condition.content, condition.frame
     frames = fit_frames(content.frames, size) if isinstance(content, Clip) else fit_image(content, size)[None]
@@ -94,7 +94,7 @@ def fit_clip(name: str, clip: Clip, size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
     """Return the frames of a clip of a requested clip's length, at its height and width.
 
     Raises:
-      UserError: the clip has another length.
+      UserError: If the clip has another length.
     """
     if len(clip.frames) != size.t:
         raise UserError(
@@ -108,7 +108,7 @@ def fit_mask(mask: np.ndarray, video: Clip, size: Grid) -> Bool[np.ndarray, "T h
     """Return a video's mask at the size of the clip, fitted as the video is.
 
     Raises:
-      UserError: the mask has another type or shape.
+      UserError: If the mask has another type or shape.
     """
     frames = video.frames.shape[:3]
     if mask.dtype != np.bool_ or mask.shape not in (frames, frames[:1]):
@@ -128,7 +128,7 @@ def _place(
     """Put known pixels in place.
 
     Raises:
-      UserError: some of the pixels are known already.
+      UserError: If some of the pixels are known already.
     """
     part = slice(start, start + len(frames))
     if (known.strength[part][is_kept] > 0).any():

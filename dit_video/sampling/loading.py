@@ -39,18 +39,18 @@ def load_pipeline(
     """Read a pipeline folder, one parameter after the other to its devices.
 
     Args:
-      folder: folder of the pipeline.
-      text_encoder: folder of its frozen text encoder if it has moved; it is opened at the first prompt.
-      get_lora_modules: see `Pipeline`.
-      mesh: devices that sample together; None for the default one.
-      attention: backend of attention instead of the model's own.
-      offload: weights in host memory; see `dit_video.load`.
+      folder: Folder of the pipeline.
+      text_encoder: Folder of its frozen text encoder if it has moved; it is opened at the first prompt.
+      get_lora_modules: See `Pipeline`.
+      mesh: Devices that sample together; None for the default one.
+      attention: Backend of attention instead of the model's own.
+      offload: Weights in host memory; see `dit_video.load`.
 
     Raises:
-      MissingError: the folder does not exist, or holds no pipeline.
-      UserError: the pipeline is of another version, its weights do not fit its config or the memory, the text encoder
-        is not frozen, the mesh does not fit the devices or the denoiser, or the denoiser does not support the attention
-        or the devices lack its kernels.
+      MissingError: If the folder does not exist, or holds no pipeline.
+      UserError: If the pipeline is of another version, its weights do not fit its config or the memory, the text
+        encoder is not frozen, the mesh does not fit the devices or the denoiser, or the denoiser does not support the
+        attention or the devices lack its kernels.
     """
     folder = Path(folder)
     config = read_pipeline_config(folder)
@@ -84,7 +84,7 @@ def read_denoiser(folder: Path, config: PipelineConfig, place: Placement) -> dic
     """Read the parameters of a pipeline folder's denoiser to their destination, one after the other.
 
     Raises:
-      MissingError: the folder holds none.
-      UserError: the weights do not fit the config.
+      MissingError: If the folder holds none.
+      UserError: If the weights do not fit the config.
     """
     return read_params_file(folder / DENOISER, config.denoiser_shapes, place=place)

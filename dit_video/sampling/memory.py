@@ -36,11 +36,11 @@ def make_weight_shapes(config: PipelineConfig, dtype_fn: Callable[[str], Any] | 
     opened at the first prompt or image, perhaps in another place.
 
     Args:
-      config: config of the pipeline.
-      dtype_fn: returns the dtype of a parameter of the denoiser, given its path; float32 by default.
+      config: Config of the pipeline.
+      dtype_fn: Returns the dtype of a parameter of the denoiser, given its path; float32 by default.
 
     Raises:
-      UserError: an encoder is not supported.
+      UserError: If an encoder is not supported.
     """
 
     def cast(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
@@ -114,11 +114,11 @@ def choose_offload(
     the text encoder, 80 % for a denoiser.
 
     Args:
-      offload: the user's choice.
-      stages: bytes of the weights.
-      is_large: whether stages of the model are likely not to fit beside each other on one device.
-      platform: platform of the device, such as `gpu`.
-      device_memory: bytes of the device's memory; None if unknown.
+      offload: The user's choice.
+      stages: Bytes of the weights.
+      is_large: Whether stages of the model are likely not to fit beside each other on one device.
+      platform: Platform of the device, such as `gpu`.
+      device_memory: Bytes of the device's memory; None if unknown.
     """
     if offload != "auto":
         return offload
@@ -144,14 +144,14 @@ def fit_offload(
     """Return where a pipeline's weights are kept, after checking that they fit there, before any is read.
 
     Args:
-      offload: the user's choice; see `choose_offload`.
-      config: config of the pipeline.
-      dtype_fn: returns the dtype of a parameter of the denoiser; see `make_weight_shapes`.
-      mesh: devices that sample together; None for one.
-      is_large: see `choose_offload`.
+      offload: The user's choice; see `choose_offload`.
+      config: Config of the pipeline.
+      dtype_fn: Returns the dtype of a parameter of the denoiser; see `make_weight_shapes`.
+      mesh: Devices that sample together; None for one.
+      is_large: See `choose_offload`.
 
     Raises:
-      UserError: the weights do not fit into the memory of the device or the machine.
+      UserError: If the weights do not fit into the memory of the device or the machine.
     """
     limits = get_memory_limits()
     stages = count_stage_bytes(make_weight_shapes(config, dtype_fn), None if mesh is None else resolve_mesh(mesh)[0])
@@ -167,13 +167,13 @@ def check_weight_memory(
     """Check that weights alone fit into the memory of a device, and those in host memory into the machine's.
 
     Args:
-      stages: bytes of the weights.
-      offload: where they are kept.
-      limits: bytes of memory, each None if unknown; that of the device is None on a CPU.
+      stages: Bytes of the weights.
+      offload: Where they are kept.
+      limits: Bytes of memory, each None if unknown; that of the device is None on a CPU.
       is_sharded: True on a mesh, where a machine may hold only a part of the weights.
 
     Raises:
-      UserError: the weights do not fit; the message says what would.
+      UserError: If the weights do not fit; the message says what would.
     """
     needed = _count_device_bytes(stages, offload)
     if limits.device is not None and needed > limits.device:

@@ -195,7 +195,7 @@ def plan_batches(
     """Yield the batches of all requests.
 
     Raises:
-      UserError: a size, a text or a plan does not fit.
+      UserError: If a size, a text or a plan does not fit.
     """
     guidance, patch, mesh = sampling.full_guidance, denoiser.patch, denoiser.mesh
     conditions = [request.branches(guidance.branch_count) for request in requests]
@@ -267,12 +267,12 @@ def plan_steps(request: SamplingRequest, process: Process, sampling: Sampling) -
     """Return the steps of a request.
 
     Args:
-      request: the request.
-      process: process for clips of its size.
-      sampling: steps and schedule.
+      request: The request.
+      process: Process for clips of its size.
+      sampling: Steps and schedule.
 
     Raises:
-      UserError: the start does not fit the clip, or no step begins at it.
+      UserError: If the start does not fit the clip, or no step begins at it.
     """
     plan, first = request.plan, 0
     if plan.start is not None:

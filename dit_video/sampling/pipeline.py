@@ -99,17 +99,17 @@ class Pipeline:
         """Create a pipeline, with its weights on the devices.
 
         Args:
-          config: its configuration.
-          autoencoder: parameters of the autoencoder, nested dictionaries of arrays.
-          denoiser: parameters of the denoisers and of the text encoder.
-          previous: pipelines of the config's previous steps, by name.
-          get_lora_modules: names of linear maps in LoRA files of other projects that `load_lora` accepts.
-          mesh: devices that sample together; None for one device. Arrays that are on its devices stay as they are.
-          offload: weights in host memory; None for weights that stay on the devices.
+          config: Its configuration.
+          autoencoder: Parameters of the autoencoder, nested dictionaries of arrays.
+          denoiser: Parameters of the denoisers and of the text encoder.
+          previous: Pipelines of the config's previous steps, by name.
+          get_lora_modules: Names of linear maps in LoRA files of other projects that `load_lora` accepts.
+          mesh: Devices that sample together; None for one device. Arrays that are on its devices stay as they are.
+          offload: Weights in host memory; None for weights that stay on the devices.
 
         Raises:
-          UserError: the previous steps are not the config's, the mesh does not fit the devices or the denoiser, or the
-            devices lack the kernels of the attention.
+          UserError: If the previous steps are not the config's, the mesh does not fit the devices or the denoiser, or
+            the devices lack the kernels of the attention.
         """
         self.config = config
         self._mesh, self._offload = mesh, offload
@@ -156,41 +156,41 @@ class Pipeline:
         """Generate one clip from a prompt.
 
         Args:
-          prompt: content of the clip, or its class by name or number; empty samples without condition.
-          size: frames, height and width in pixels; the training size by default, with the aspect ratio of an image if
+          prompt: Content of the clip, or its class by name or number; empty samples without condition.
+          size: Frames, height and width in pixels; the training size by default, with the aspect ratio of an image if
             there is one. Frames are 1 + k * temporal stride.
-          steps: number of sampling steps; more are slower and closer to the exact flow.
-          guidance: guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
+          steps: Number of sampling steps; more are slower and closer to the exact flow.
+          guidance: Guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
             experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
-          negative: negative prompt, which replaces the empty prompt (or no class) in guidance; the model's own by
+          negative: Negative prompt, which replaces the empty prompt (or no class) in guidance; the model's own by
             default (`config.negative`), none if empty.
-          seed: random seed; the same seed, size and model give the same clip.
-          sampler: a name in `dit_video.diffusion.SAMPLERS`, or a solver. Noise that it draws depends on the seed.
-          shift: shift of the times towards noise, instead of that of training.
-          times: falling times at which the steps start, in (0, 1]; the last step leads to 0. With `shift` they are
+          seed: Random seed; the same seed, size and model give the same clip.
+          sampler: A name in `dit_video.diffusion.SAMPLERS`, or a solver. Noise that it draws depends on the seed.
+          shift: Shift of the times towards noise, instead of that of training.
+          times: Falling times at which the steps start, in (0, 1]; the last step leads to 0. With `shift` they are
             shifted by it, otherwise they are taken as they are.
-          noise: initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
-          image: first frame, a clip of one frame or pixels `[H W 3]` (Wan's I2V needs it). All pictures are fitted to
+          noise: Initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
+          image: First frame, a clip of one frame or pixels `[H W 3]` (Wan's I2V needs it). All pictures are fitted to
             the size: scaled to cover it, and cropped on both sides alike.
-          last_image: last frame.
-          video: clip that is kept where `mask` is True, or that `strength` changes.
-          mask: pixels `[T H W]`, or frames `[T]`, of `video` that are kept (True).
-          strength: diffusion time, in (0, 1], that `video` is noised to and sampling starts at.
-          control: clip that steers what is generated (poses, depth, edges), in models that accept one.
-          reference_images: images of subjects that the clip shows, in models that accept them.
-          conditions: images and clips at some frames, each a `Condition`.
-          method: way to keep known pixels: `trained`, `training_free` or, by default, what the model was trained for,
+          last_image: Last frame.
+          video: Clip that is kept where `mask` is True, or that `strength` changes.
+          mask: Pixels `[T H W]`, or frames `[T]`, of `video` that are kept (True).
+          strength: Diffusion time, in (0, 1], that `video` is noised to and sampling starts at.
+          control: Clip that steers what is generated (poses, depth, edges), in models that accept one.
+          reference_images: Images of subjects that the clip shows, in models that accept them.
+          conditions: Images and clips at some frames, each a `Condition`.
+          method: Way to keep known pixels: `trained`, `training_free` or, by default, what the model was trained for,
             and for the rest without training; see `docs/tasks.md`.
-          resample: number of times that training-free sampling takes every part of the steps.
-          conditioning: values of further conditioning that the model was trained with, by name; what previous steps
+          resample: Number of times that training-free sampling takes every part of the steps.
+          conditioning: Values of further conditioning that the model was trained with, by name; what previous steps
             sample may be left out.
-          strengths: strengths of further conditioning, by name; 1 by default.
-          task: a `GenerationTask` other than the model's own.
+          strengths: Strengths of further conditioning, by name; 1 by default.
+          task: A `GenerationTask` other than the model's own.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
-          callback: called with a `PipelineProgress` after every few steps; what it raises ends the sampling.
+          callback: Called with a `PipelineProgress` after every few steps; what it raises ends the sampling.
 
         Raises:
-          UserError: the size is not supported (the message names the nearest), the class or the sampler is unknown,
+          UserError: If the size is not supported (the message names the nearest), the class or the sampler is unknown,
             there is less than one step, the shift or the times are invalid, the seed is not a whole number below 2**32,
             the noise has another shape, images or a task do not fit size or model, or values become NaN or infinite.
         """
@@ -249,10 +249,10 @@ class Pipeline:
         """Run tasks on clips of any sizes, packed and sampled together; composite tasks one after the other.
 
         Args:
-          tasks: the tasks, such as `Extend(clip=clip, frames=16)`.
-          seeds: seed of each task; by default that of `options` for all.
-          callback: called with a `PipelineProgress` after every few steps.
-          options: options of `generate` for all tasks.
+          tasks: The tasks, such as `Extend(clip=clip, frames=16)`.
+          seeds: Seed of each task; by default that of `options` for all.
+          callback: Called with a `PipelineProgress` after every few steps.
+          options: Options of `generate` for all tasks.
         """
         shared, overrides = split_options("", options)
         values = {name: getattr(shared, name) for name in options if name in Request._fields}
@@ -286,12 +286,12 @@ class Pipeline:
         """Return a clip with new frames after it.
 
         Args:
-          clip: the clip, which is kept.
-          prompt: description of the result; None for the clip's caption.
-          frames: number of new pixel frames.
-          before: true for new frames before the clip.
-          overlap: number of the clip's frames that the model continues; by default the most of up to 9 that fit.
-          options: options of `generate`.
+          clip: The clip, which is kept.
+          prompt: Description of the result; None for the clip's caption.
+          frames: Number of new pixel frames.
+          before: True for new frames before the clip.
+          overlap: Number of the clip's frames that the model continues; by default the most of up to 9 that fit.
+          options: Options of `generate`.
         """
         task = Extend(prompt=prompt, clip=clip, frames=frames, before=before, overlap=overlap)
         return self.run_tasks([task], **options)[0]
@@ -309,12 +309,12 @@ class Pipeline:
         """Return two clips with a transition of new frames between them; both are kept.
 
         Args:
-          first: the first clip.
-          second: the second clip, of the same size and frame rate.
-          prompt: description of the transition; None for the first clip's caption.
-          frames: number of new frames.
-          overlap: number of frames of each clip that the model gets, at most.
-          options: options of `generate`.
+          first: The first clip.
+          second: The second clip, of the same size and frame rate.
+          prompt: Description of the transition; None for the first clip's caption.
+          frames: Number of new frames.
+          overlap: Number of frames of each clip that the model gets, at most.
+          options: Options of `generate`.
         """
         task = Blend(prompt=prompt, first=first, second=second, frames=frames, overlap=overlap)
         return self.run_tasks([task], **options)[0]
@@ -331,11 +331,11 @@ class Pipeline:
         """Return a clip with new frames between its own, of the same duration.
 
         Args:
-          clip: the clip, whose frames are kept.
-          prompt: description of the result; None for the clip's caption.
-          factor: number of intervals that every interval becomes: 2 for one new frame between any two.
-          times: instead, the numbers of the result's frames that are the clip's, in any rising pattern from 0 on.
-          options: options of `generate`.
+          clip: The clip, whose frames are kept.
+          prompt: Description of the result; None for the clip's caption.
+          factor: Number of intervals that every interval becomes: 2 for one new frame between any two.
+          times: Instead, the numbers of the result's frames that are the clip's, in any rising pattern from 0 on.
+          options: Options of `generate`.
         """
         return self.run_tasks([Interpolate(prompt=prompt, clip=clip, factor=factor, times=times)], **options)[0]
 
@@ -343,9 +343,9 @@ class Pipeline:
         """Return a clip whose first frame follows its last.
 
         Args:
-          prompt: description of the clip.
-          size: frames, a multiple of the temporal stride, height and width.
-          options: options of `generate`.
+          prompt: Description of the clip.
+          size: Frames, a multiple of the temporal stride, height and width.
+          options: Options of `generate`.
         """
         return self.run_tasks([Loop(prompt=prompt, size=size)], **options)[0]
 
@@ -359,10 +359,10 @@ class Pipeline:
         """Return a clip with a region filled in.
 
         Args:
-          clip: the clip, which is kept outside of the region.
-          mask: the region (True = fill in, as in diffusers), the same in all frames or moving.
-          prompt: description of the result; None for the clip's caption.
-          options: options of `generate`.
+          clip: The clip, which is kept outside of the region.
+          mask: The region (True = fill in, as in diffusers), the same in all frames or moving.
+          prompt: Description of the result; None for the clip's caption.
+          options: Options of `generate`.
         """
         return self.run_tasks([Inpaint(prompt=prompt, clip=clip, mask=mask)], **options)[0]
 
@@ -370,10 +370,10 @@ class Pipeline:
         """Return a clip in the middle of a larger one, whose border is filled in.
 
         Args:
-          clip: the clip, which is kept.
-          size: height and width of the result.
-          prompt: description of the result; None for the clip's caption.
-          options: options of `generate`.
+          clip: The clip, which is kept.
+          size: Height and width of the result.
+          prompt: Description of the result; None for the clip's caption.
+          options: Options of `generate`.
         """
         return self.run_tasks([Outpaint(prompt=prompt, clip=clip, size=size)], **options)[0]
 
@@ -383,11 +383,11 @@ class Pipeline:
         """Return a clip that zooms out of an image: every frame is the former one, smaller, with its border filled in.
 
         Args:
-          image: first frame, a clip of one frame.
-          prompt: description of the surroundings; None for the image's caption.
-          frames: number of new frames.
-          factor: factor of the zoom in each of them.
-          options: options of `generate`.
+          image: First frame, a clip of one frame.
+          prompt: Description of the surroundings; None for the image's caption.
+          frames: Number of new frames.
+          factor: Factor of the zoom in each of them.
+          options: Options of `generate`.
         """
         task = ZoomOut(prompt=prompt, image=image, frames=frames, factor=factor)
         return self.run_tasks([task], **options)[0]
@@ -396,10 +396,10 @@ class Pipeline:
         """Return a variation of a clip; every `seed` gives another.
 
         Args:
-          clip: the clip.
-          prompt: its description; None for its caption.
-          strength: diffusion time, in (0, 1], that it is noised to; more changes it more.
-          options: options of `generate`.
+          clip: The clip.
+          prompt: Its description; None for its caption.
+          strength: Diffusion time, in (0, 1], that it is noised to; more changes it more.
+          options: Options of `generate`.
         """
         return self.run_tasks([Vary(prompt=prompt, clip=clip, strength=strength)], **options)[0]
 
@@ -421,14 +421,14 @@ class Pipeline:
         both descriptions changes the clip: see `EditPaths`.
 
         Args:
-          clip: the clip.
-          prompt: description of the result.
-          source: description of the clip.
-          strength: diffusion time, in (0, 1], at which the change begins; more changes it more.
-          edit_method: with `source`, FlowEdit, or inversion of the clip to noise.
-          source_guidance: with `source`, guidance scale of the clip's description.
-          draws: with FlowEdit, number of noises in every step, whose changes are averaged.
-          options: options of `generate`.
+          clip: The clip.
+          prompt: Description of the result.
+          source: Description of the clip.
+          strength: Diffusion time, in (0, 1], at which the change begins; more changes it more.
+          edit_method: With `source`, FlowEdit, or inversion of the clip to noise.
+          source_guidance: With `source`, guidance scale of the clip's description.
+          draws: With FlowEdit, number of noises in every step, whose changes are averaged.
+          options: Options of `generate`.
         """
         if source is None:
             return self.run_tasks([Edit(prompt=prompt, clip=clip, strength=strength)], **options)[0]
@@ -447,7 +447,7 @@ class Pipeline:
         """Return the pipeline's own sampling with the given values replaced.
 
         Raises:
-          UserError: the sampler is unknown, there is less than one step, …; see `preparation.resolve_sampling`.
+          UserError: If the sampler is unknown, there is less than one step, …; see `preparation.resolve_sampling`.
         """
         return resolve_sampling(self.config, **overrides)
 
@@ -485,7 +485,7 @@ class Pipeline:
         """Encode a clip, whose size fits the stride, to normalised latents.
 
         Raises:
-          UserError: the size does not fit.
+          UserError: If the size does not fit.
         """
         return self.codec.encode(clip)
 
@@ -493,7 +493,7 @@ class Pipeline:
         """Decode normalised latents to a clip; `seed` is for autoencoders whose decoder takes noise.
 
         Raises:
-          UserError: the latents have another number of channels, or are not finite.
+          UserError: If the latents have another number of channels, or are not finite.
         """
         return self.codec.decode(latents, fps=self.config.fps, caption=caption, seed=seed)
 
@@ -509,7 +509,7 @@ class Pipeline:
         """Check that the clips of requests can be decoded in the memory of `with_decoding`, before they are sampled.
 
         Raises:
-          UserError: the memory is too small, or a size is not supported.
+          UserError: If the memory is too small, or a size is not supported.
         """
         self._decoder.check_memory([self.config.latent_grid(self.config.resolve_size(each)) for each in requests])
 
@@ -528,7 +528,7 @@ class Pipeline:
         request's prompts and seed. `save` writes all steps to one folder.
 
         Raises:
-          UserError: this model has no conditioning of the name.
+          UserError: If this model has no conditioning of the name.
         """
         names = [each.field.name for each in self.config.backbone.conditioning]
         if step.name not in names:
@@ -556,19 +556,19 @@ class Pipeline:
         set without copying weights or compiling.
 
         Args:
-          path: a safetensors file, or a folder of PEFT or diffusers. Module names are our own, as training writes them;
+          path: A safetensors file, or a folder of PEFT or diffusers. Module names are our own, as training writes them;
             for Wan also the names of diffusers (PEFT), ComfyUI, kohya and LightX2V, with full differences.
-          scale: strength of the adapter.
-          expert: expert of two that is adapted: `backbone`, for noisy times, or `low_noise`.
-          name: name of the adapter in `set_lora_scales` and `unload_lora`; by default that of the file, with a number
+          scale: Strength of the adapter.
+          expert: Expert of two that is adapted: `backbone`, for noisy times, or `low_noise`.
+          name: Name of the adapter in `set_lora_scales` and `unload_lora`; by default that of the file, with a number
             if another adapter has it. An adapter that is merged has none.
-          merge: adds the adapter to the weights instead, in their memory. Sampling then takes no more time than
+          merge: Adds the adapter to the weights instead, in their memory. Sampling then takes no more time than
             without it. The host keeps the weights that change for `unload_lora`. This pipeline, and others that share
             its weights on devices, cannot be used any more.
 
         Raises:
-          MissingError: there is no file at `path`.
-          UserError: the file is no LoRA of this model, the model has no second expert, an adapter has the name, or
+          MissingError: If there is no file at `path`.
+          UserError: If the file is no LoRA of this model, the model has no second expert, an adapter has the name, or
             there is a name for an adapter that is merged.
         """
         weights = self._weights
@@ -593,7 +593,7 @@ class Pipeline:
         An adapter of scale 0 is not computed.
 
         Raises:
-          UserError: no attached adapter has the name.
+          UserError: If no attached adapter has the name.
         """
         self._weights.check_usable()
         return self._with_weights(self._weights.set_scales(scales))
@@ -605,7 +605,7 @@ class Pipeline:
         weights in the devices' memory, and this pipeline cannot be used any more.
 
         Raises:
-          UserError: no attached adapter has the name; one that is merged has no name.
+          UserError: If no attached adapter has the name; one that is merged has no name.
         """
         self._weights.check_usable()
         return self._with_weights(self._weights.restore() if name is None else self._weights.detach(name))
@@ -640,7 +640,7 @@ class Pipeline:
         are gathered to the first one in parts, which writes them.
 
         Raises:
-          UserError: the dtype is another one, or the folder holds something other than a pipeline.
+          UserError: If the dtype is another one, or the folder holds something other than a pipeline.
         """
         folder, is_writer = Path(folder), is_first_process()
         if dtype not in _DTYPES:
@@ -664,7 +664,7 @@ class Pipeline:
         """Return the same pipeline with its frozen text encoder in another folder.
 
         Raises:
-          UserError: the text encoder was trained with the denoiser.
+          UserError: If the text encoder was trained with the denoiser.
         """
         return self._with_config(replace(self.config, text=set_encoder_folder(self.config.text, folder)))
 
@@ -672,7 +672,7 @@ class Pipeline:
         """Return the same pipeline, with its weights, that computes attention by another backend.
 
         Raises:
-          UserError: the backend does not support the denoiser's patterns, or the devices lack its kernels.
+          UserError: If the backend does not support the denoiser's patterns, or the devices lack its kernels.
         """
         return self._with_config(replace(self.config, backbone=self.config.backbone.replace(attention=backend)))
 
@@ -680,9 +680,9 @@ class Pipeline:
         """Return the same pipeline, with its weights, that encodes and decodes clips in other parts.
 
         Args:
-          memory: bytes that this may take on a device besides the autoencoder, by an estimate; by default 8 GiB, or
+          memory: Bytes that this may take on a device besides the autoencoder, by an estimate; by default 8 GiB, or
             half of the device's memory if that is less. As many frames are coded at once as it allows.
-          tiles: sizes of tiles of a picture, if not even one latent frame fits; see `Tiles` for the cost.
+          tiles: Sizes of tiles of a picture, if not even one latent frame fits; see `Tiles` for the cost.
         """
         changed = copy.copy(self)
         changed._set_codec(LatentCodec(self.config.autoencoder, self.codec.params, memory=memory, tiles=tiles))
@@ -692,7 +692,7 @@ class Pipeline:
         """Return the same pipeline, with its weights, with another decoder of quick previews.
 
         Raises:
-          UserError: the decoder is for latents of another stride or number of channels.
+          UserError: If the decoder is for latents of another stride or number of channels.
         """
         model = self.config.autoencoder
         if decoder is not None and (decoder.stride, decoder.channels) != (model.stride, model.channels):
@@ -772,7 +772,7 @@ def _add_options(request: Request, options: Mapping[str, Any]) -> Request:
     """Return the request of a task with options; conditions are added to its own.
 
     Raises:
-      UserError: the task has its own value of an option.
+      UserError: If the task has its own value of an option.
     """
     defaults = Request("")
     own = {name for name in request._fields if getattr(request, name) is not getattr(defaults, name)}

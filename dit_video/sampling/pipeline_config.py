@@ -40,7 +40,7 @@ class Downscale:
     """Size of clips that are shorter and smaller than others by factors; `t` is that of the frames after the first.
 
     Raises:
-      UserError: a factor is below 1.
+      UserError: If a factor is below 1.
     """
 
     t: int = 1
@@ -76,7 +76,7 @@ class PipelineConfig:
     """Configuration of a pipeline: everything but its weights.
 
     Raises:
-      UserError: the boundary is not a time, the prediction is not defined for the process, the denoiser has other
+      UserError: If the boundary is not a time, the prediction is not defined for the process, the denoiser has other
         classes than the captions, or it reads conditioning latents without `frame_conditioning`.
     """
 
@@ -176,7 +176,7 @@ class PipelineConfig:
         """Return the latent grid of a clip size.
 
         Raises:
-          UserError: the model cannot generate the size; the message names the nearest.
+          UserError: If the model cannot generate the size; the message names the nearest.
         """
         stride, multiple = self.autoencoder.stride, self.backbone.size_multiple
         for name, length, step, stride_, factor in (
@@ -209,8 +209,8 @@ def read_pipeline_config(folder: str | Path) -> PipelineConfig:
     """Read the config in the folder of a pipeline or of a run.
 
     Raises:
-      MissingError: the folder holds none.
-      UserError: the config is of another version, or of something else.
+      MissingError: If the folder holds none.
+      UserError: If the config is of another version, or of something else.
     """
     path = Path(folder) / CONFIG
     document = read_document(path, format=FORMAT, kind="pipeline", fix="export it again")
@@ -232,12 +232,12 @@ def make_denoiser(
     """Return a pipeline's denoiser.
 
     Args:
-      config: the pipeline's config.
-      params: parameters of its denoisers and of their text encoder, or their shapes.
-      tokenizer: tokenizer or encoder of prompts.
-      parallel: parallelism that the denoiser is made with.
-      mesh: devices that sample together; None for one device.
-      offload: weights in host memory; None for weights that stay on the devices.
+      config: The pipeline's config.
+      params: Parameters of its denoisers and of their text encoder, or their shapes.
+      tokenizer: Tokenizer or encoder of prompts.
+      parallel: Parallelism that the denoiser is made with.
+      mesh: Devices that sample together; None for one device.
+      offload: Weights in host memory; None for weights that stay on the devices.
     """
     return Denoiser(
         backbone=get_graph_def(config.backbone.make, parallel),
@@ -273,7 +273,7 @@ def check_classes(text: TextConfig, backbone: BackboneConfig) -> None:
     """Check that captions are classes where the denoiser has labels, and as many.
 
     Raises:
-      UserError: one of them has classes that the other lacks, or another number.
+      UserError: If one of them has classes that the other lacks, or another number.
     """
     caption_classes = text.classes if isinstance(text, ClassNamesConfig) else 0
     if caption_classes != backbone.class_count:

@@ -30,12 +30,12 @@ def check_requests(config: PipelineConfig, requests: Sequence[Request], **overri
     """Check that a pipeline of a config can sample requests, before its weights are read.
 
     Args:
-      config: config of the pipeline.
-      requests: requests, each planned with latents of zeros in the place of encoded pictures.
-      overrides: values that replace those of the pipeline's own sampling, as for `Pipeline.generate_many`.
+      config: Config of the pipeline.
+      requests: Requests, each planned with latents of zeros in the place of encoded pictures.
+      overrides: Values that replace those of the pipeline's own sampling, as for `Pipeline.generate_many`.
 
     Raises:
-      UserError: `Pipeline.generate_many` would refuse a request.
+      UserError: If `Pipeline.generate_many` would refuse a request.
     """
     sampling, model = resolve_sampling(config, **overrides), make_empty_task_model(config)
     tokenizer = None if isinstance(config.text, FrozenTextConfig) else config.text.make_tokenizer()
@@ -59,8 +59,8 @@ def resolve_sampling(config: PipelineConfig, **overrides: Unpack[SamplingOverrid
     """Return a pipeline's own sampling with the given values replaced, after checking that its model can do it.
 
     Raises:
-      UserError: `override_sampling` refuses the values, the model lacks layers to skip, or guidance is for two experts
-        and the model has one.
+      UserError: If `override_sampling` refuses the values, the model lacks layers to skip, or guidance is for two
+        experts and the model has one.
     """
     sampling = override_sampling(config.sampling, config.process, **overrides)
     if (skip := sampling.full_guidance.skip_layers) is not None:
@@ -73,13 +73,13 @@ def prepare_request(config: PipelineConfig, request: Request, model: TaskModel) 
     """Return a request of latents, with the pipeline's negative prompt where the request has none.
 
     Args:
-      config: config of the pipeline.
-      request: request with its size. Its noise is also that of the plan's `leading_frames`.
-      model: the pipeline's model, or one without weights.
+      config: Config of the pipeline.
+      request: Request with its size. Its noise is also that of the plan's `leading_frames`.
+      model: The pipeline's model, or one without weights.
 
     Raises:
-      UserError: the model cannot sample the size, the seed is not a whole number below 2**32, the noise does not fit,
-        or the request does not fit its task or the model.
+      UserError: If the model cannot sample the size, the seed is not a whole number below 2**32, the noise does not
+        fit, or the request does not fit its task or the model.
     """
     latents = config.latent_grid(to_grid(request.size))
     if request.negative is None:
@@ -112,7 +112,7 @@ def _make_request_fields(
     Values that the request lacks are zero.
 
     Raises:
-      UserError: the model has no conditioning of a name, or it does not accept a value.
+      UserError: If the model has no conditioning of a name, or it does not accept a value.
     """
     names = [each.field.name for each in configs]
     if unknown := sorted({*values, *strengths} - set(names)):

@@ -70,13 +70,13 @@ class PreviewDecoder:
         """Return a rough picture of what normalised latents decode to.
 
         Args:
-          latents: any values: an early estimate of a clip, even with NaN or infinity.
-          fps: frame rate of the clip.
-          max_side: maximum height and width in pixels; larger pictures are reduced by a whole number, which makes them
+          latents: Any values: an early estimate of a clip, even with NaN or infinity.
+          fps: Frame rate of the clip.
+          max_side: Maximum height and width in pixels; larger pictures are reduced by a whole number, which makes them
             faster, too.
 
         Raises:
-          UserError: the latents have another number of channels, or the maximum is below 1.
+          UserError: If the latents have another number of channels, or the maximum is below 1.
         """
         if np.ndim(latents) != 4 or np.shape(latents)[-1] != self.channels:
             raise UserError(
@@ -137,8 +137,8 @@ class PreviewFit:
     """Running sums of the least squares that a preview decoder is the solution of; clips are added one by one.
 
     Args:
-      stride: stride of the autoencoder.
-      channels: channels of its latents.
+      stride: Stride of the autoencoder.
+      channels: Channels of its latents.
     """
 
     def __init__(self, stride: Grid, channels: int):
@@ -155,7 +155,7 @@ class PreviewFit:
         """Add a clip: normalised latents, and the frames that the autoencoder decodes them to.
 
         Raises:
-          UserError: the latents are not finite or have another number of channels, or the frames have another size.
+          UserError: If the latents are not finite or have another number of channels, or the frames have another size.
         """
         expected = (*latent_grid(Grid(*frames.shape[:3]), self.stride), self.channels)
         if np.shape(latents) != expected:
@@ -186,7 +186,7 @@ class PreviewFit:
         """Return the decoder with the least squared error of the clips so far, of low rank.
 
         Raises:
-          UserError: no clip was added.
+          UserError: If no clip was added.
         """
         if not self.clips:
             raise UserError("a preview decoder is fitted to clips: add at least one")
@@ -208,7 +208,7 @@ def fit_preview_decoder(codec: LatentCodec, clips: Iterable[Clip]) -> PreviewDec
     """Return the preview decoder of an autoencoder, fitted to what it makes of clips whose sizes fit its stride.
 
     Raises:
-      UserError: there are no clips, or a size does not fit.
+      UserError: If there are no clips, or a size does not fit.
     """
     fit = PreviewFit(codec.config.stride, codec.config.channels)
     for clip in clips:
@@ -243,8 +243,8 @@ def load_preview_decoder(path: str | os.PathLike) -> PreviewDecoder:
     """Read a preview decoder.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file holds something else.
+      MissingError: If the file does not exist.
+      UserError: If the file holds something else.
     """
     metadata, arrays = load_metadata(path), load(path)
     if not {"stride", "channels"} <= metadata.keys() or arrays.keys() != {"projection", "patches"}:

@@ -40,12 +40,13 @@ class DenoiserProbe:
     `denoise` is the denoiser that the estimates, losses and samplers of `diffusion` accept.
 
     Args:
-      pipeline: the model's pipeline.
-      prompts: one prompt a clip (B); an empty prompt samples without condition.
-      size: frames, height and width of the clips in pixels; the training size by default.
+      pipeline: The model's pipeline.
+      prompts: One prompt a clip (B); an empty prompt samples without condition.
+      size: Frames, height and width of the clips in pixels; the training size by default.
 
     Raises:
-      UserError: there are no prompts, the size is not supported, or the model has two experts or conditioning frames.
+      UserError: If there are no prompts, the size is not supported, or the model has two experts or conditioning
+        frames.
     """
 
     def __init__(self, pipeline: Pipeline, prompts: Sequence[str], size: tuple[int, int, int] | None = None):
@@ -109,7 +110,7 @@ class DenoiserProbe:
         """Return how much some tokens (Q) attend to every token (M), by layer and head; see `backbones.attention_maps`.
 
         Raises:
-          UserError: a query that is not the number of a token.
+          UserError: If a query is not the number of a token.
         """
         times = jnp.full((noisy.shape[0], 1), time, jnp.float32)
         return compute_attention_maps(self.backbone, noisy, times, self._layout, self._conditioning, queries=queries)

@@ -190,12 +190,12 @@ def make_rows_denoise(
     """Return the `denoise` of rows, of noisy tokens and one time.
 
     Args:
-      model: the backbone.
-      context: texts of the rows, encoded.
-      rows: rows of requests with their fields.
-      keys: keys of the requests' seeds.
-      process: process of the model.
-      transform: change of its inputs.
+      model: The backbone.
+      context: Texts of the rows, encoded.
+      rows: Rows of requests with their fields.
+      keys: Keys of the requests' seeds.
+      process: Process of the model.
+      transform: Change of its inputs.
     """
     conditioning = make_conditioning(rows, model.config.conditioning, keys).add(make_text_record(context, rows.layout))
     change = None
@@ -210,9 +210,9 @@ def make_conditioning(batch: PackedBatch, configs: Sequence[ClipConditioning], k
     """Return the records of the fields that a model reads; `configs` describe some of them.
 
     Args:
-      batch: rows with the fields of requests.
-      configs: conditioning of the model by fields.
-      keys: keys of the requests' seeds.
+      batch: Rows with the fields of requests.
+      configs: Conditioning of the model by fields.
+      keys: Keys of the requests' seeds.
     """
     fields, layout = batch.fields, batch.layout
     conditioning = Conditioning()

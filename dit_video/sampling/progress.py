@@ -48,10 +48,10 @@ class PipelineProgress(NamedTuple):
         """Return rough pictures of the clips that `preview` returns, many times faster.
 
         Args:
-          max_side: maximum height and width in pixels; larger pictures are reduced by a whole number.
+          max_side: Maximum height and width in pixels; larger pictures are reduced by a whole number.
 
         Raises:
-          UserError: the pipeline has no preview decoder.
+          UserError: If the pipeline has no preview decoder.
         """
         decoder = self.preview_decoder
         if decoder is None:
@@ -65,7 +65,7 @@ class PipelineProgress(NamedTuple):
         """End the sampling.
 
         Raises:
-          SamplingCancelled: always.
+          SamplingCancelled: Always.
         """
         raise SamplingCancelled(f"sampling was cancelled after step {self.step} of {self.steps}")
 

@@ -37,7 +37,7 @@ class Condition:
     """An image or a clip that a sampled clip has from a frame on; named as `LTXVideoCondition` in diffusers.
 
     Raises:
-      UserError: the strength is not above 0 and at most 1.
+      UserError: If the strength is not above 0 and at most 1.
     """
 
     content: Clip | Image
@@ -91,7 +91,7 @@ class GenerationTask(abc.ABC):
         """Return the plan of a request.
 
         Raises:
-          UserError: the request or the model does not fit the task.
+          UserError: If the request or the model does not fit the task.
         """
 
 
@@ -156,7 +156,7 @@ class Request(NamedTuple):
         """Check that the model, or its task, accepts all pictures of the request, and options of how they are kept.
 
         Raises:
-          UserError: one of them is not accepted.
+          UserError: If one of them is not accepted.
         """
         defaults = Request("")
         options = {name for name in OPTIONS if getattr(self, name) != getattr(defaults, name)}
@@ -203,7 +203,7 @@ def split_options(prompt: str | int, options: Mapping[str, Any]) -> tuple[Reques
     """Return the request that arguments of `Pipeline.generate` describe, and what they override of its sampling.
 
     Raises:
-      TypeError: an argument does not exist.
+      TypeError: If an argument does not exist.
     """
     if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
         raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
@@ -218,7 +218,7 @@ def fit_image(image: Clip | np.ndarray, size: Grid) -> UInt8[np.ndarray, "h w 3"
     """Return an image at the height and width of a clip, without distortion; see `fit_frames`.
 
     Raises:
-      UserError: the clip has several frames, or the pixels are not uint8 `[H W 3]`.
+      UserError: If the clip has several frames, or the pixels are not uint8 `[H W 3]`.
     """
     if isinstance(image, Clip):
         if len(image.frames) != 1:

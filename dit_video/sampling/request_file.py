@@ -38,9 +38,9 @@ def read_requests(path: str | Path) -> list[Request]:
     folder. Lists that `write_request` made are read, too; what they say of samples has no effect.
 
     Raises:
-      MissingError: there is no file at `path`, or that of a picture or of noise is missing.
-      DecodeError: the file of a picture is damaged.
-      UserError: the file is not such a list, or an object has another key.
+      MissingError: If there is no file at `path`, or that of a picture or of noise is missing.
+      DecodeError: If the file of a picture is damaged.
+      UserError: If the file is not such a list, or an object has another key.
     """
     path, entries = Path(path), read_json(path)
     if not isinstance(entries, list) or not entries:
@@ -105,8 +105,8 @@ def _read_noise(file: Any, folder: Path) -> Float32[np.ndarray, "t h w c"]:
     """Read initial noise from a file of `numpy.save`.
 
     Raises:
-      MissingError: the file does not exist.
-      UserError: the file is no array of numbers `[t h w c]`.
+      MissingError: If the file does not exist.
+      UserError: If the file is no array of numbers `[t h w c]`.
     """
     if not isinstance(file, str):
         raise UserError(f"noise={file!r} is invalid: it must be the name of a file")
@@ -126,16 +126,16 @@ def read_pictures(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the images, clips and masks of a request, by the names of its fields, decoded from their files.
 
     Args:
-      values: files by name: `image`, `last_image`, `video`, `mask` (what is white is kept; an image is a mask of all
+      values: Files by name: `image`, `last_image`, `video`, `mask` (what is white is kept; an image is a mask of all
         frames of `video`) and `control`; a list of files `reference_images`; and `conditions`, a list of
         `{"file": …, "frame": …, "strength": …, "mask": …}`, of which all but the file may be left out. Others are
         ignored.
-      folder: folder that relative paths start from.
+      folder: Folder that relative paths start from.
 
     Raises:
-      MissingError: a file does not exist.
-      DecodeError: a file is damaged.
-      UserError: a mask has no video, or a value is no name of a file, or no list of what it should be.
+      MissingError: If a file does not exist.
+      DecodeError: If a file is damaged.
+      UserError: If a mask has no video, or a value is no name of a file, or no list of what it should be.
     """
 
     def read(name: str, file: Any, frames: int | None = None) -> Clip:

@@ -103,12 +103,12 @@ def sample_latents(
     padded, so that all devices share them and their tokens; all its processes call this, and all get the results.
 
     Args:
-      denoiser: the trained denoiser.
-      requests: requests of latents.
-      sampling: steps, solver and guidance.
-      shape: shape of a row.
-      rows: number of rows that are sampled at a time.
-      monitor: called after every block of steps; what it raises ends the sampling.
+      denoiser: The trained denoiser.
+      requests: Requests of latents.
+      sampling: Steps, solver and guidance.
+      shape: Shape of a row.
+      rows: Number of rows that are sampled at a time.
+      monitor: Called after every block of steps; what it raises ends the sampling.
 
     Raises:
       UserError: If the patch does not divide a size, a prompt is longer than a row's text, a single model gets two
@@ -211,12 +211,12 @@ class BatchSampler(NamedTuple):
         """Return the program that takes the steps between some times to the state after them, and its arguments.
 
         Args:
-          params: parameters of the expert and of the text encoder, on the devices.
-          number: number of the expert.
-          planned: rows of requests.
-          state: state before the steps.
-          times: their times.
-          first: number of the first one, for random numbers.
+          params: Parameters of the expert and of the text encoder, on the devices.
+          number: Number of the expert.
+          planned: Rows of requests.
+          state: State before the steps.
+          times: Their times.
+          first: Number of the first one, for random numbers.
         """
         denoiser = self.denoiser
         capacity = len(times.times) - 1 if self.has_trace else compute_program_steps(self.sampling.steps)

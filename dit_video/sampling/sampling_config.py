@@ -132,17 +132,17 @@ def override_sampling(
     """Return a pipeline's own sampling with the given values replaced.
 
     Args:
-      own: sampling of the pipeline.
-      process: process of the pipeline, whose shift the times have otherwise.
-      steps: number of steps.
-      guidance: guidance, or its scale.
-      sampler: a solver, or its name.
-      shift: shift of the times, as in `RectifiedFlow`.
-      times: falling times at which the steps start, in (0, 1]; the last step leads to 0. They are shifted by `shift`
+      own: Sampling of the pipeline.
+      process: Process of the pipeline, whose shift the times have otherwise.
+      steps: Number of steps.
+      guidance: Guidance, or its scale.
+      sampler: A solver, or its name.
+      shift: Shift of the times, as in `RectifiedFlow`.
+      times: Falling times at which the steps start, in (0, 1]; the last step leads to 0. They are shifted by `shift`
         alone, not by the process.
 
     Raises:
-      UserError: the sampler is unknown, there is less than one step, the shift is not positive or does not move the
+      UserError: If the sampler is unknown, there is less than one step, the shift is not positive or does not move the
         times, the times do not fall or are outside (0, 1], or there are not as many steps as times.
     """
     changes: dict[str, Any] = {}

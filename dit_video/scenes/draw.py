@@ -48,7 +48,7 @@ def draw_scene(index: int, *, seed: int, level: int, sizes: Sequence[Grid] = SIZ
     """Draw scene `index` of the data set `seed`, which is a function of the arguments alone.
 
     Raises:
-      UserError: no sizes, sizes that are too small for the objects, or another level.
+      UserError: If there are no sizes, a size is too small for the objects, or the level is another one.
     """
     if level not in (1, 2, 3):
         raise UserError(f"level={level} is invalid: a scene has one of three levels. Use 1, 2 or 3.")

@@ -99,9 +99,9 @@ def score_transitions(
     """Return the agreement of spans of frames with transitions: one span may account for one transition.
 
     Args:
-      detected: first frame and stop of each; equal for a cut.
-      transitions: the truth.
-      tolerance: frames by which a span may miss the transition.
+      detected: First frame and stop of each; equal for a cut.
+      transitions: The truth.
+      tolerance: Frames by which a span may miss the transition.
     """
     free, hits, misses = list(detected), Counter[str](), Counter[str]()
     for kind, first, stop in transitions:

@@ -78,7 +78,7 @@ class SceneFeatures(FeatureFunction):
         """Read the weights.
 
         Raises:
-          MissingError: the file does not exist.
+          MissingError: If the file does not exist.
         """
         path = self.weights or SCENE_WEIGHTS
         params = load(path)
@@ -122,9 +122,9 @@ class SceneClassifier(nnx.Module):
     """Convolutions over patches of frames, whose mean over all positions is the feature, and one logit for each label.
 
     Args:
-      labels: number of labels.
-      widths: channels of the embedding of patches and of the convolutions.
-      rngs: random keys of the initial parameters.
+      labels: Number of labels.
+      widths: Channels of the embedding of patches and of the convolutions.
+      rngs: Random keys of the initial parameters.
     """
 
     def __init__(self, labels: int, *, widths: Sequence[int] = WIDTHS, rngs: nnx.Rngs):
@@ -138,7 +138,7 @@ class SceneClassifier(nnx.Module):
         """Return the features of clips of 48×48 pixels in [-1, 1], of any number of frames.
 
         Raises:
-          UserError: another size.
+          UserError: If clips have another size.
         """
         if pixels.shape[2:4] != (SIDE, SIDE):
             height, width = pixels.shape[2:4]

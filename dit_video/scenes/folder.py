@@ -34,7 +34,7 @@ def write_folder(
     interrupted call completes it; `progress(done, total)` is called after every clip.
 
     Raises:
-      UserError: no clips, levels or sizes, or a folder that holds clips of other arguments.
+      UserError: If there are no clips, levels or sizes, or the folder holds clips of other arguments.
     """
     if count < 1 or not levels:
         raise UserError(f"count={count} of {len(levels)} levels is invalid: use at least one clip and one level")
@@ -79,13 +79,13 @@ def write_clip_folder(
     call completes it.
 
     Args:
-      folder: the folder, which may hold a part of the same clips.
-      entries: the clips.
-      recipe: values that the clips are a function of, as JSON; they are written to `recipe.json`.
-      progress: called with the numbers of written and of all clips after each.
+      folder: The folder, which may hold a part of the same clips.
+      entries: The clips.
+      recipe: Values that the clips are a function of, as JSON; they are written to `recipe.json`.
+      progress: Called with the numbers of written and of all clips after each.
 
     Raises:
-      UserError: the folder holds clips of another recipe.
+      UserError: If the folder holds clips of another recipe.
     """
     path = folder / "recipe.json"
     if not path.exists():

@@ -268,8 +268,8 @@ def fit_motion(
     """Return the least-squares fit of uniform motion, or of uniformly accelerated one.
 
     Args:
-      seconds: time of each frame.
-      centres: centroids of one object, or of several.
+      seconds: Time of each frame.
+      centres: Centroids of one object, or of several.
       is_accelerated: True to fit an acceleration.
     """
     degree = 2 if is_accelerated else 1
@@ -306,8 +306,8 @@ def fit_contact(seconds: Float[np.ndarray, " T"], centres: Float[np.ndarray, "T 
     The contact is between the two frames for which the sum of squares is the smallest.
 
     Args:
-      seconds: time of each frame.
-      centres: centroids of the objects.
+      seconds: Time of each frame.
+      centres: Centroids of the objects.
     """
     splits = range(_MIN_SIDE_FRAMES, len(seconds) - _MIN_SIDE_FRAMES + 1)
     fits = [

@@ -46,14 +46,14 @@ def draw_physics_scene(
     """Draw scene `index` of a law, which is a function of the arguments alone.
 
     Args:
-      index: number of the scene.
-      seed: seed of the scenes.
-      law: law that the scene shows, one of `LAWS`.
-      sizes: sizes that a scene may have; by default those of `SIZES`.
-      fps: frames per second.
+      index: Number of the scene.
+      seed: Seed of the scenes.
+      law: Law that the scene shows, one of `LAWS`.
+      sizes: Sizes that a scene may have; by default those of `SIZES`.
+      fps: Frames per second.
 
     Raises:
-      UserError: an unknown law, or a size in which it cannot be seen.
+      UserError: If the law is unknown, or cannot be seen in a size.
     """
     if law not in LAWS:
         raise UserError(f"law={law!r} is invalid: no scenes show it. Use one of {', '.join(LAWS)}.")

@@ -95,9 +95,9 @@ def find_objects(clip: Clip, background: str, *, min_share: float = MIN_SHARE) -
     """Return the objects of a clip by their colours, each the largest connected part of its colour in every frame.
 
     Args:
-      clip: the clip.
-      background: name of its background.
-      min_share: smallest share of the frames that show an object, which is lower for one that may be hidden.
+      clip: The clip.
+      background: Name of its background.
+      min_share: Smallest share of the frames that show an object, which is lower for one that may be hidden.
     """
     colours = classify_colours(clip, background)
     tracks = {}
@@ -123,8 +123,8 @@ def find_post(clip: Clip, background: str) -> Post | None:
     """Return the widest post of a clip that stands in all of its frames; None if there is none.
 
     Args:
-      clip: the clip.
-      background: name of its background.
+      clip: The clip.
+      background: Name of its background.
     """
     planes = _split_channels(clip)
     distance = _measure_distance(planes, POST_COLOUR, (0.95, 1.05))
@@ -142,8 +142,8 @@ def count_objects(clip: Clip, background: str) -> Int[np.ndarray, " T"]:
     """Return the number of objects in every frame.
 
     Args:
-      clip: the clip.
-      background: name of its background.
+      clip: The clip.
+      background: Name of its background.
     """
     colours = classify_colours(clip, background)
     smallest = MIN_COUNTED_AREA * min(clip.height, clip.width) ** 2
@@ -155,8 +155,8 @@ def select_whole_frames(track: ObjectTrack, *, min_area: float = MIN_WHOLE_AREA)
     """Return the numbers of the frames in which nothing hides an object, as its area shows.
 
     Args:
-      track: the object.
-      min_area: smallest area that counts as whole, relative to the area that a tenth of the frames exceed.
+      track: The object.
+      min_area: Smallest area that counts as whole, relative to the area that a tenth of the frames exceed.
     """
     area = track.area[track.is_visible]
     if not len(area):
@@ -168,9 +168,9 @@ def classify_speed(track: ObjectTrack, *, fps: float, side: int) -> str | None:
     """Return the name of an object's speed; None for one that is slower or faster than all of the data.
 
     Args:
-      track: the object.
-      fps: frames per second of its clip.
-      side: shorter side of the frame, in pixels.
+      track: The object.
+      fps: Frames per second of its clip.
+      side: Shorter side of the frame, in pixels.
     """
     frames = select_whole_frames(track)
     frames = frames[frames < FREE_FRAMES]
@@ -198,9 +198,9 @@ def judge_appearance(clip: Clip, background: str, track: ObjectTrack) -> Appeara
     The object must be upright, and the camera at rest.
 
     Args:
-      clip: the clip.
-      background: name of its background.
-      track: the object, as `find_objects` returns it.
+      clip: The clip.
+      background: Name of its background.
+      track: The object, as `find_objects` returns it.
     """
     side = min(clip.height, clip.width)
     crops = _cut_crops(clip, background, track)

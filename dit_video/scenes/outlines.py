@@ -16,12 +16,12 @@ def compute_distance(shape: str, points: Points, radius: float, half_length: flo
 
     Args:
       shape: `circle`, `square`, `triangle`, `ring`, `cross`, or `limb`, `post` for parts of figures and occluders.
-      points: rows and columns relative to the part's centre.
-      radius: half the side of the bounding box, or half the thickness of a limb or post.
-      half_length: half the length of a limb along rows.
+      points: Rows and columns relative to the part's centre.
+      radius: Half the side of the bounding box, or half the thickness of a limb or post.
+      half_length: Half the length of a limb along rows.
 
     Raises:
-      UserError: an unknown shape.
+      UserError: If the shape is unknown.
     """
     rows, columns = points[..., 0], points[..., 1]
     match shape:
@@ -55,7 +55,7 @@ def compute_shade(texture: str, points: Points, radius: float) -> Float[np.ndarr
     """Return the brightness of a texture at points, 1 at most.
 
     Raises:
-      UserError: an unknown texture.
+      UserError: If the texture is unknown.
     """
     wave = 2 * np.pi / max(0.7 * radius, _MIN_WAVELENGTH)
     rows, columns = np.cos(wave * points[..., 0]), np.cos(wave * points[..., 1])

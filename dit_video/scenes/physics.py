@@ -115,9 +115,9 @@ def exchange_momentum(velocities: np.ndarray, masses: np.ndarray, normal: np.nda
     """Return the velocities of two discs after an elastic collision `[2 2]`.
 
     Args:
-      velocities: velocities before it, `[2 2]`.
-      masses: their masses, `[2]`.
-      normal: unit vector from the first to the second, `[2]`.
+      velocities: Velocities before it, `[2 2]`.
+      masses: Their masses, `[2]`.
+      normal: Unit vector from the first to the second, `[2]`.
     """
     approach = (velocities[0] - velocities[1]) @ normal
     impulse = 2 * approach * masses.prod(axis=0) / masses.sum(axis=0) * normal

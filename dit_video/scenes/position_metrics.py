@@ -142,9 +142,9 @@ def draw_starts(scene: Scene, draws: int, *, seed: int = 0) -> Float[np.ndarray,
     There are fewer than `draws` if hardly any positions have the relation.
 
     Args:
-      scene: a scene of level 1 or 2.
-      draws: number of draws.
-      seed: seed of the draws.
+      scene: A scene of level 1 or 2.
+      draws: Number of draws.
+      seed: Seed of the draws.
     """
     generator = rng.make_generator(seed, f"start positions of {scene.caption}")
     radius = np.array([each.radius for each in scene.objects])[:, None]
@@ -172,10 +172,10 @@ def measure_position_error(batch: MetricBatch, clip: Clip, truth: Any, *, frame:
     An object that is lost, or farther away, counts as half the frame's diagonal.
 
     Args:
-      batch: batch of the sample, which keeps the objects of its clips.
-      clip: the sample.
-      truth: truth of the sample, with a scene and its rendering.
-      frame: number of the frame.
+      batch: Batch of the sample, which keeps the objects of its clips.
+      clip: The sample.
+      truth: Truth of the sample, with a scene and its rendering.
+      frame: Number of the frame.
     """
     own, true = (batch.derive(find_objects, each, truth.scene.background) for each in (clip, truth.reference))
     lost = float(np.hypot(clip.height, clip.width)) / 2
@@ -190,7 +190,7 @@ def is_first_frame_known(truth: Any) -> bool:
     """Return True if the model got the whole first frame of a sample.
 
     Args:
-      truth: truth of the sample; `is_known`, if it has one, are the pixels that the model got.
+      truth: Truth of the sample; `is_known`, if it has one, are the pixels that the model got.
     """
     is_known = getattr(truth, "is_known", None)
     return is_known is not None and bool(is_known[0].all(axis=(0, 1)))

@@ -69,7 +69,7 @@ class PhysicsProtocol(Protocol):
     """A protocol on scenes that each show one law of motion, as many of each law.
 
     Raises:
-      UserError: more known frames than there are before every contact, or less than none.
+      UserError: If there are more known frames than before every contact, or less than none.
     """
 
     laws: tuple[Law, ...] = LAWS
@@ -89,7 +89,7 @@ class PhysicsProtocol(Protocol):
         """Return scenes of the laws in turn, drawn from the seed.
 
         Raises:
-          UserError: an unknown law, or a size in which it cannot be seen.
+          UserError: If the law is unknown, or cannot be seen in a size.
         """
         truths = []
         for number in range(self.real_count or self.count or 1):
@@ -103,7 +103,7 @@ class PhysicsProtocol(Protocol):
         """Return the requests with the first frames of the scenes' renderings as their conditions.
 
         Raises:
-          UserError: samples of another rate, in which the scenes would move at another speed.
+          UserError: If the samples have another rate, at which the scenes would move at another speed.
         """
         if not self.known:
             return list(requests)

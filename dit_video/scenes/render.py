@@ -89,7 +89,7 @@ def render(scene: Scene) -> RenderedScene:
     """Render a scene.
 
     Raises:
-      UserError: a shape, a texture or a colour that does not exist.
+      UserError: If a shape, a texture or a colour does not exist.
     """
     trajectories = simulate(scene)
     joints = None if scene.figure is None else compute_joints(scene.figure, scene)

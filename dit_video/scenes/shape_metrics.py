@@ -204,7 +204,7 @@ class JudgedMetric(ExampleMetric[JudgedSample]):
         """Return the judgement of every sample.
 
         Raises:
-          UserError: a prompt that describes no shape.
+          UserError: If a prompt describes no shape.
         """
         pairs = zip(batch.prompts, batch.samples, strict=True)
         return [judge_sample(parse_caption(prompt), clip) for prompt, clip in pairs]

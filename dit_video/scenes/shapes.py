@@ -97,7 +97,7 @@ def parse_caption(prompt: str) -> Description:
     """Parse a caption, the inverse of `format_caption`; letter case and additional spaces are ignored.
 
     Raises:
-      UserError: the prompt does not follow the grammar.
+      UserError: If the prompt does not follow the grammar.
     """
     match prompt.lower().split():
         case ["a", colour, shape] if colour in COLOURS and shape in SHAPES:
@@ -123,7 +123,7 @@ def sample_geometry(generator: np.random.Generator, description: Description, *,
     In frames of less than 32 pixels in height or width, radius and speed shrink in proportion.
 
     Raises:
-      UserError: the frame is too small.
+      UserError: If the frame is too small.
     """
     if min(height, width) < MIN_SIDE:
         raise UserError(f"size={height}x{width} is invalid: a side has at least {MIN_SIDE} pixels. Use a larger size.")
@@ -155,7 +155,7 @@ def render(description: Description, geometry: Geometry, *, frames: int, height:
     """Render a clip at 8 fps, with its caption, anti-aliased by area (exact along columns, 16 lines per pixel row).
 
     Raises:
-      UserError: the shape is not completely inside its first frame, or there are no frames.
+      UserError: If the shape is not completely inside its first frame, or there are no frames.
     """
     radius = geometry.radius
     if frames < 1:
@@ -240,7 +240,7 @@ def write_folder(
     call completes it. `progress(done, total)` is called after every clip. Returns the folder.
 
     Raises:
-      UserError: there are no sizes or clips, or the folder holds clips of another seed or other sizes.
+      UserError: If there are no sizes or clips, or the folder holds clips of another seed or other sizes.
     """
     if not sizes or count < 1:
         raise UserError(f"count={count} of {len(sizes)} sizes is invalid: use at least one size and one clip")

@@ -72,12 +72,12 @@ def compare_few_steps(
     `samples`. Rows also have `following_kept` and `spread_kept`, their ratios to the teacher's at `reference_steps`.
 
     Args:
-      teacher: sampled with its own sampler and guidance.
-      student: sampled with its own.
-      reference_steps: number of steps of the teacher that all rows are compared with.
-      few_steps: further numbers of steps, of teacher and student.
-      seeds: seeds of the samples; each has all prompts (see `make_shape_requests`).
-      progress: called with the number of finished rows.
+      teacher: Sampled with its own sampler and guidance.
+      student: Sampled with its own.
+      reference_steps: Number of steps of the teacher that all rows are compared with.
+      few_steps: Further numbers of steps, of teacher and student.
+      seeds: Seeds of the samples; each has all prompts (see `make_shape_requests`).
+      progress: Called with the number of finished rows.
     """
     table: dict[str, dict[str, Any]] = {}
     for name, pipeline, steps in (

@@ -84,11 +84,11 @@ def make_cases(
     """Yield cases of scenes, of the levels in turn.
 
     Args:
-      task: the task.
-      reconstruct: the autoencoder's reconstruction.
-      count: number of cases.
-      seed: seed of the scenes, another one than that of the training.
-      levels: levels of the scenes.
+      task: The task.
+      reconstruct: The autoencoder's reconstruction.
+      count: Number of cases.
+      seed: Seed of the scenes, another one than that of the training.
+      levels: Levels of the scenes.
     """
     made = number = 0
     while made < count:

@@ -74,11 +74,11 @@ def pack(
     """Pack examples into one row or canvas (no batch axis), in order.
 
     Args:
-      examples: clips to pack.
-      shape: capacity of the row or canvas.
-      width: number of values of a video token.
-      text_width: number of values of a text token's embedding; 0 if texts are token ids.
-      fields: further fields of the row, which every example must have.
+      examples: Clips to pack.
+      shape: Capacity of the row or canvas.
+      width: Number of values of a video token.
+      text_width: Number of values of a text token's embedding; 0 if texts are token ids.
+      fields: Further fields of the row, which every example must have.
 
     Raises:
       UserError: If the examples do not fit into the row, or an example lacks a field or has one of another shape.

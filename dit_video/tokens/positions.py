@@ -16,10 +16,10 @@ def compute_positions(
     """Return the positions of all tokens of a grid, from 0, in the order of `patchify`.
 
     Args:
-      grid: number of patches along each axis.
-      step: spacing of neighbouring patches: 1 counts patches; `(frames per patch / fps, 1, 1)` gives time in seconds,
+      grid: Number of patches along each axis.
+      step: Spacing of neighbouring patches: 1 counts patches; `(frames per patch / fps, 1, 1)` gives time in seconds,
         which distinguishes clips of different frame rates (see `Rotary3d.scale`).
-      lead: fraction of a step in time by which all patches but the first begin earlier: if patches have n frames,
+      lead: Fraction of a step in time by which all patches but the first begin earlier: if patches have n frames,
         except the first with one frame, (n - 1) / n gives the time of each patch's first frame.
     """
     axes = np.meshgrid(*(np.arange(count, dtype=np.float32) for count in grid), indexing="ij")

@@ -24,7 +24,7 @@ class Clip:
     """A video clip: frames in sRGB, 0..255, `[T H W 3]`; an image is a clip of one frame.
 
     Raises:
-      UserError: `frames` is empty or not uint8 `[T H W 3]`, or `fps` is not positive.
+      UserError: If `frames` is empty or not uint8 `[T H W 3]`, or `fps` is not positive.
     """
 
     frames: UInt8[np.ndarray, "T H W 3"]
@@ -66,11 +66,11 @@ class Clip:
         """Write the clip to a file, atomically; the suffix chooses the format (mp4, webm, gif, png, apng).
 
         Args:
-          path: file to write; its folder is created if necessary.
-          crf: quality of mp4 and webm, 0 (best) to 51; None uses the default of `dit_video.video.encode`.
+          path: File to write; its folder is created if necessary.
+          crf: Quality of mp4 and webm, 0 (best) to 51; None uses the default of `dit_video.video.encode`.
 
         Raises:
-          UserError: an unknown suffix, or frames that the format does not support.
+          UserError: If the suffix is unknown, or the format does not support the frames.
         """
         path = Path(path)
         suffix = path.suffix.lower().removeprefix(".")
@@ -105,12 +105,12 @@ def encode(clip: Clip, format: Format, *, crf: int | None = None) -> bytes:
     256 colours and shows frames for whole hundredths of a second; png (one frame) and apng are lossless.
 
     Args:
-      clip: clip to encode.
-      format: format of the file.
-      crf: quality of mp4 and webm, 0 (best) to 51 (mp4) or 63 (webm).
+      clip: Clip to encode.
+      format: Format of the file.
+      crf: Quality of mp4 and webm, 0 (best) to 51 (mp4) or 63 (webm).
 
     Raises:
-      UserError: frames that the format does not support: an odd height or width as mp4, several frames as png.
+      UserError: If the format does not support the frames: an odd height or width as mp4, several frames as png.
     """
     comment = format_recipe(clip.recipe) if clip.recipe else ""
     return encode_frames(clip.frames, clip.fps, format, crf=crf, comment=comment)

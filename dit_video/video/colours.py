@@ -33,8 +33,8 @@ def map_to_sdr(picture: UInt16[np.ndarray, "h w 3"], transfer: str, primaries: i
     """Return a picture for a display of standard dynamic range.
 
     Args:
-      picture: full-range signal, as RGB.
-      transfer: transfer function of the signal, "pq" or "hlg".
+      picture: Full-range signal, as RGB.
+      transfer: Transfer function of the signal, "pq" or "hlg".
       primaries: ISO/IEC 23091-2's number of the primaries; BT.2020 stands for unknown ones.
     """
     light = _make_light_table(transfer)[picture]

@@ -47,8 +47,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """Return how the clip in a file was made, as `Clip.recipe`; empty if the file does not say.
 
     Raises:
-      MissingError: no such file.
-      DecodeError: the file is no video or image.
+      MissingError: If the file does not exist.
+      DecodeError: If the file is no video or image.
     """
     path = Path(path)
     if not path.is_file():

@@ -82,20 +82,20 @@ def cut_clips(
     aspect ratio, colours, HDR, interlacing and varying times are copied, too.
 
     Args:
-      source: a file, or its bytes.
-      spans: spans of the file, in the order of their first frames.
+      source: A file, or its bytes.
+      spans: Spans of the file, in the order of their first frames.
       mode: "copy" copies packets where that is exact, and else encodes; "encode" always encodes.
-      max_lead_in: maximum size of the packets of a copy that are decoded but not shown, relative to those that are; a
+      max_lead_in: Maximum size of the packets of a copy that are decoded but not shown, relative to those that are; a
         span in a long group of pictures, which would need more, is encoded.
-      crf: quality of encoded pictures, 0 (best) to 51.
-      height: height of encoded pictures; even. By default that at which they are shown, or one less.
-      width: width of encoded pictures; even, with a default like that for `height`.
-      fps: frames per second of encoded pictures; by default their times are kept.
+      crf: Quality of encoded pictures, 0 (best) to 51.
+      height: Height of encoded pictures; even. By default that at which they are shown, or one less.
+      width: Width of encoded pictures; even, with a default like that for `height`.
+      fps: Frames per second of encoded pictures; by default their times are kept.
 
     Raises:
-      MissingError: no such file.
-      DecodeError: not a readable video, or damaged.
-      UserError: an odd height or width, or a span without a frame.
+      MissingError: If the file does not exist.
+      DecodeError: If the file is not a readable video, or is damaged.
+      UserError: If the height or width is odd, or the span has no frame.
     """
     if mode == "copy" and any(span.is_whole for span in spans):
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -124,9 +124,9 @@ def split_span(times: Sequence[float], max_seconds: float | int) -> tuple[tuple[
     """Return windows of at most this duration and of nearly equal lengths, as first frame and stop.
 
     Args:
-      times: times of consecutive frames, in seconds. A window lasts until the first frame of the next one; the last
+      times: Times of consecutive frames, in seconds. A window lasts until the first frame of the next one; the last
         frame is shown as long as the one before.
-      max_seconds: maximum duration; a single frame that is longer is a window of its own.
+      max_seconds: Maximum duration; a single frame that is longer is a window of its own.
     """
     if not times:
         return ()
@@ -178,10 +178,10 @@ class _PacketBuffer:
     """Packets of a file, from the key frame before the next span on.
 
     Args:
-      video_stream: stream of the pictures.
-      audio_stream: stream of the sound; None without sound.
-      origin: time of the first frame, in units of its stream.
-      spacing: duration in seconds of pictures that don't say it.
+      video_stream: Stream of the pictures.
+      audio_stream: Stream of the sound; None without sound.
+      origin: Time of the first frame, in units of its stream.
+      spacing: Duration in seconds of pictures that don't say it.
     """
 
     def __init__(self, video_stream: VideoStream, audio_stream: AudioStream | None, origin: int, spacing: float):

@@ -56,19 +56,19 @@ def decode(
     and highlights are clipped.
 
     Args:
-      source: a file, or its bytes.
-      size: number of frames, height and width to return; pictures are resized by an anti-aliased triangle filter,
+      source: A file, or its bytes.
+      size: Number of frames, height and width to return; pictures are resized by an anti-aliased triangle filter,
         without regard to the aspect ratio. By default the display size.
-      frames: number of frames to return, at the display size; an alternative to `size`.
-      start: seconds after the first frame; the first frame returned is the one shown at that time.
-      fps: sampling rate: the frame shown at every time `start + k / fps` is returned, which is the latest one at or
+      frames: Number of frames to return, at the display size; an alternative to `size`.
+      start: Seconds after the first frame; the first frame returned is the one shown at that time.
+      fps: Sampling rate: the frame shown at every time `start + k / fps` is returned, which is the latest one at or
         before it (a rate above the native one repeats frames). By default all frames, at the stream's average rate.
 
     Raises:
-      MissingError: no such file.
-      DecodeError: not a readable video or image, or damaged, or its frames change their size: the message says at
-        which second.
-      UserError: fewer frames than requested, or arguments that are out of range or contradict each other.
+      MissingError: If the file does not exist.
+      DecodeError: If the file is not a readable video or image, is damaged, or its frames change their size; the
+        message says at which second.
+      UserError: If there are fewer frames than requested, or arguments are out of range or contradict each other.
     """
     count = _check_request(size, frames, start, fps)
     with Video(source) as video:
@@ -106,16 +106,16 @@ def probe(
     """Return the properties of `decode(source)`; decodes the whole file, as not all containers count their frames.
 
     Args:
-      source: a file, or its bytes.
-      on_frame: function called with every frame, in order, and its time in seconds after the first: frames are as
+      source: A file, or its bytes.
+      on_frame: Function called with every frame, in order, and its time in seconds after the first: frames are as
         stored, not upright, of any format. (Reading side data keeps a frame in memory until garbage collection.)
-      on_resize: function called with the number of each frame from which on frames have another size, and the height
+      on_resize: Function called with the number of each frame from which on frames have another size, and the height
         and width at which they are shown. Without it such a file is refused; with it, the info has the first size.
       is_exact: False to decode faster, see `Video`.
 
     Raises:
-      MissingError: no such file.
-      DecodeError: not a readable video or image, or damaged, or its frames change their size.
+      MissingError: If the file does not exist.
+      DecodeError: If the file is not a readable video or image, is damaged, or its frames change their size.
     """
     with Video(source, is_exact=is_exact) as video:
         count, size, last_time, stored_size, transfer = 0, (0, 0), 0.0, (0, 0), "sdr"
@@ -151,9 +151,9 @@ def compute_average_fps(frames: int, last_time: float, container_fps: float) -> 
     """Return frames per second: the container's, if its frames' times agree with it to half a frame.
 
     Args:
-      frames: number of frames.
-      last_time: time of the last frame, in seconds after the first.
-      container_fps: frames per second that the container states.
+      frames: Number of frames.
+      last_time: Time of the last frame, in seconds after the first.
+      container_fps: Frames per second that the container states.
     """
     agrees = abs(last_time - (frames - 1) / container_fps) <= 0.5 / container_fps
     return container_fps if agrees or frames < 2 or last_time <= 0 else (frames - 1) / last_time
@@ -177,7 +177,7 @@ def deinterlace(frames: Iterator[TimedFrame], name: str) -> Iterator[TimedFrame]
     ffmpeg's bwdif), so a frame is yielded when the next one has been read. Progressive frames are unchanged.
 
     Raises:
-      DecodeError: ffmpeg can't filter the frames of the file `name`.
+      DecodeError: If ffmpeg can't filter the frames of the file `name`.
     """
     active_filter: _DeinterlaceFilter | None = None
     previous: TimedFrame | None = None

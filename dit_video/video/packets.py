@@ -114,11 +114,11 @@ def probe_audio(source: str | Path | bytes) -> AudioInfo | None:
     The first frames of video and sound are decoded, as containers may hide samples at the beginning.
 
     Args:
-      source: a file, or its bytes.
+      source: A file, or its bytes.
 
     Raises:
-      MissingError: no such file.
-      DecodeError: not a readable video or image.
+      MissingError: If the file does not exist.
+      DecodeError: If the file is not a readable video or image.
     """
     with PacketReader(source) as reader:
         if reader.audio_stream is None:
@@ -171,7 +171,7 @@ def write_packets(tracks: Sequence[Track]) -> tuple[bytes, str] | None:
     The same packets give the same bytes.
 
     Args:
-      tracks: streams and their packets, which are not empty; pictures first.
+      tracks: Streams and their packets, which are not empty; pictures first.
     """
     for format in ("mp4", "mov"):
         with contextlib.suppress(ValueError, av.FFmpegError):  # no place for a codec, or for its header

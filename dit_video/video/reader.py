@@ -95,13 +95,13 @@ class Video(contextlib.AbstractContextManager["Video"]):
     """An open file and its video stream; a context manager.
 
     Args:
-      source: a file, or its bytes.
+      source: A file, or its bytes.
       is_exact: False to decode up to a fifth faster, without the filter that smooths the edges of blocks; the number
         and the times of frames, and what is damaged, are the same.
 
     Raises:
-      MissingError: no such file.
-      DecodeError: not a readable video or image.
+      MissingError: If the file does not exist.
+      DecodeError: If the file is not a readable video or image.
     """
 
     guard: ClassVar[FileGuard | None] = None
@@ -248,7 +248,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         Times never decrease. Frames are as stored, interlaced ones too.
 
         Raises:
-          DecodeError: the file is damaged; says where.
+          DecodeError: If the file is damaged; the message says where.
         """
         seeks = start > _SEEK_MARGIN and self._picture is None
         frames, origin = self._seek(start) if seeks else (self._decode_frames(), None)
@@ -358,8 +358,8 @@ def read_heif(content: bytes, name: str, max_pixels: int) -> av.VideoFrame:
     """Return the whole picture, upright and in sRGB.
 
     Raises:
-      DecodeError: the picture is too large, or a package is not installed.
-      OSError: the picture is damaged.
+      DecodeError: If the picture is too large, or a package is not installed.
+      OSError: If the picture is damaged.
     """
     with contextlib.suppress(ImportError):
         import pillow_heif

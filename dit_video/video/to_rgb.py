@@ -77,7 +77,7 @@ def compute_display_size(frame: av.VideoFrame, sample_aspect: Fraction, name: st
     """Return height and width of the upright picture in square pixels; a width is `round(width * sample_aspect)`.
 
     Raises:
-      DecodeError: the picture exceeds `MAX_PIXELS`, or ffmpeg can't read its orientation.
+      DecodeError: If the picture exceeds `MAX_PIXELS`, or ffmpeg can't read its orientation.
     """
     with wrap_decode_errors(name):
         transposed = read_orientation(frame).transposed
@@ -101,10 +101,10 @@ class RgbConverter:
     """A converter of a file's frames to RGB pictures.
 
     Args:
-      name: name of the file, for messages.
-      sample_aspect: width of a stored pixel divided by its height.
-      size: height and width of the pictures; None uses their display size.
-      profile: colour profile of the pictures; None for a frame's own profile, if it has one.
+      name: Name of the file, for messages.
+      sample_aspect: Width of a stored pixel divided by its height.
+      size: Height and width of the pictures; None uses their display size.
+      profile: Colour profile of the pictures; None for a frame's own profile, if it has one.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class RgbConverter:
         """Convert a frame that is shown at `time`, in seconds.
 
         Raises:
-          DecodeError: the frame is too large, or has another size than the first one; or ffmpeg can't convert its
+          DecodeError: If the frame is too large, or has another size than the first one; or ffmpeg can't convert its
             colours or format.
         """
         size = frame.height, frame.width

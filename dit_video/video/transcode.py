@@ -31,19 +31,19 @@ def transcode(
     (`dit_video.video.cut` adds it).
 
     Args:
-      source: a file, or its bytes.
-      height: height of the result; even. By default that at which the first frame is shown, or one less.
-      width: width of the result; even, with a default like that for `height`.
-      average_fps: frames per second of the file, on average; by default the container's.
-      fps: sampling rate: the frame shown at every time `first + k / fps` is taken. None keeps every frame and its
+      source: A file, or its bytes.
+      height: Height of the result; even. By default that at which the first frame is shown, or one less.
+      width: Width of the result; even, with a default like that for `height`.
+      average_fps: Frames per second of the file, on average; by default the container's.
+      fps: Sampling rate: the frame shown at every time `first + k / fps` is taken. None keeps every frame and its
         time, including variable frame rates.
-      crf: quality, 0 (best) to 51.
-      first: time of the first frame that is taken, in seconds after the file's first frame.
-      last: time of the last frame that is taken.
+      crf: Quality, 0 (best) to 51.
+      first: Time of the first frame that is taken, in seconds after the file's first frame.
+      last: Time of the last frame that is taken.
 
     Raises:
-      DecodeError: not a readable video, or damaged.
-      UserError: an odd height or width.
+      DecodeError: If the file is not a readable video, or is damaged.
+      UserError: If the height or width is odd.
     """
     with Video(source) as video:
         rate = video.get_rate(2) if average_fps is None else float(average_fps)

@@ -242,10 +242,10 @@ def save_clip(
     """Write a folder that `transformers` loads, and `load_clip`, `load_clip_text` or `load_clip_vision` too.
 
     Args:
-      folder: destination; created if it does not exist.
-      config: config of both towers, written as a `CLIPModel`, or of one, written with a projection if it has one.
-      params: its parameters.
-      shard_bytes: maximum size of a file; larger ones are split, with an index.
+      folder: Destination; created if it does not exist.
+      config: Config of both towers, written as a `CLIPModel`, or of one, written with a projection if it has one.
+      params: Its parameters.
+      shard_bytes: Maximum size of a file; larger ones are split, with an index.
     """
     write_params(folder, "model", _make_tensor_map(config, nested=True), params, shard_bytes=shard_bytes)
     write_json(Path(folder) / "config.json", _make_their_config(config))

@@ -54,10 +54,10 @@ def get_settings(
     """Return the arguments of a model's class: its defaults, updated by the document.
 
     Args:
-      folder: folder of the model, for error messages.
-      document: content of its `config.json`.
-      defaults: all arguments of the class, with its defaults.
-      unused: settings in published documents that the class lacks and that change nothing.
+      folder: Folder of the model, for error messages.
+      document: Content of its `config.json`.
+      defaults: All arguments of the class, with its defaults.
+      unused: Settings in published documents that the class lacks and that change nothing.
 
     Raises:
       UserError: If the document has an argument that is neither in `defaults` nor unused.
@@ -210,9 +210,9 @@ def read_transformers_config(path: Path, description: str, model_types: Collecti
     """Return the model type and the config of a `config.json`, with the defaults of `transformers`.
 
     Args:
-      path: path of the file.
-      description: plural noun for the models, for error messages.
-      model_types: supported model types.
+      path: Path of the file.
+      description: Plural noun for the models, for error messages.
+      model_types: Supported model types.
 
     Raises:
       MissingError: If the file does not exist.

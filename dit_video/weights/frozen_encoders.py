@@ -32,9 +32,9 @@ class FrozenTextEncoder:
     """A frozen text encoder, opened when the first text is embedded.
 
     Args:
-      config: the encoder's config.
-      cache: folder of computed embeddings.
-      offload: weights in host memory; None for weights that stay on the device.
+      config: The encoder's config.
+      cache: Folder of computed embeddings.
+      offload: Weights in host memory; None for weights that stay on the device.
     """
 
     def __init__(
@@ -103,11 +103,11 @@ def open_tokenizer(
     """Return a tokenizer of captions to token ids or classes, or a frozen encoder of captions to embeddings.
 
     Args:
-      config: the encoder's config.
-      identity_file: file for the identity of a frozen encoder. It is written the first time; later the encoder must be
+      config: The encoder's config.
+      identity_file: File for the identity of a frozen encoder. It is written the first time; later the encoder must be
         the same, and its identity is known without reading its weights.
-      cache: folder for the embeddings of a frozen encoder.
-      offload: weights of a frozen encoder in host memory; None for weights that stay on the device.
+      cache: Folder for the embeddings of a frozen encoder.
+      offload: Weights of a frozen encoder in host memory; None for weights that stay on the device.
     """
     if not isinstance(config, FrozenTextConfig):
         return config.make_tokenizer()
@@ -161,9 +161,9 @@ class FrozenImageEncoder:
     It is opened at the first frame.
 
     Args:
-      folder: folder of the tower, with its image settings in it or next to it, or of the pipeline that it is part of.
-      identity: identity of the tower and settings that the folder must hold; empty accepts any.
-      offload: weights in host memory; None for weights that stay on the device.
+      folder: Folder of the tower, with its image settings in it or next to it, or of the pipeline that it is part of.
+      identity: Identity of the tower and settings that the folder must hold; empty accepts any.
+      offload: Weights in host memory; None for weights that stay on the device.
     """
 
     def __init__(self, folder: str | os.PathLike, *, identity: str = "", offload: Offload | None = None):

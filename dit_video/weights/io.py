@@ -41,10 +41,10 @@ def read_native(
     """Read the parameters of a folder in the native format.
 
     Args:
-      folder: folder of the model.
-      config: its config, from `read_native_config`.
-      dtype_fn: returns the dtype that a floating parameter is cast to, given its path; None keeps the file's.
-      place: reads each parameter to its destination, given its path; by default to the host.
+      folder: Folder of the model.
+      config: Its config, from `read_native_config`.
+      dtype_fn: Returns the dtype that a floating parameter is cast to, given its path; None keeps the file's.
+      place: Reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
       MissingError: If files are missing.
@@ -70,8 +70,8 @@ def read_params_file(path: Path, like: Any, *, place: Placement = place_on_host)
 
     Args:
       path: safetensors file from `safetensors.save`.
-      like: shapes of the parameters, a tree of `jax.ShapeDtypeStruct`.
-      place: reads each parameter to its destination, given its path; by default to the host.
+      like: Shapes of the parameters, a tree of `jax.ShapeDtypeStruct`.
+      place: Reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
       MissingError: If the file does not exist.
@@ -100,10 +100,10 @@ def read_native_config(folder: Path, document: Mapping[str, Any], kind: Any = ob
     """Return the config in a folder's `config.json`.
 
     Args:
-      folder: folder of the model.
-      document: content of its `config.json`.
-      kind: type that the config must have.
-      owner: owner of such configs, for the message.
+      folder: Folder of the model.
+      document: Content of its `config.json`.
+      kind: Type that the config must have.
+      owner: Owner of such configs, for the message.
 
     Raises:
       UserError: If the document has no model config, or the config has another version or type.
@@ -127,11 +127,11 @@ def write_native(
     """Write a folder in the native format, one tensor at a time; the inverse of `read_native`.
 
     Args:
-      folder: destination; created if it does not exist.
-      config: config of the model.
-      source: source of its parameters.
-      dtype: dtype that floating tensors are cast to; None keeps the source's.
-      shard_bytes: maximum size of a file; larger ones are split, with an index.
+      folder: Destination; created if it does not exist.
+      config: Config of the model.
+      source: Source of its parameters.
+      dtype: Dtype that floating tensors are cast to; None keeps the source's.
+      shard_bytes: Maximum size of a file; larger ones are split, with an index.
     """
     shapes = get_param_shapes(config.make)
     file_map = FileMap.from_params(shapes)
@@ -165,11 +165,11 @@ def read_params(
     """Read our parameters in float32 from another project's folder to the host, one tensor at a time.
 
     Args:
-      folder: folder with `stem.safetensors`, or with `stem.safetensors.index.json` and the files that it lists.
-      stem: base name of the files, such as `model` or `diffusion_pytorch_model`.
-      tensor_map: the model's map.
-      like: shapes of our parameters: a tree of `jax.ShapeDtypeStruct`, whose structure the result has.
-      ignored: names of tensors to skip; all others must be mapped.
+      folder: Folder with `stem.safetensors`, or with `stem.safetensors.index.json` and the files that it lists.
+      stem: Base name of the files, such as `model` or `diffusion_pytorch_model`.
+      tensor_map: The model's map.
+      like: Shapes of our parameters: a tree of `jax.ShapeDtypeStruct`, whose structure the result has.
+      ignored: Names of tensors to skip; all others must be mapped.
 
     Raises:
       MissingError: If the folder or one of its files does not exist.
@@ -186,10 +186,10 @@ def convert_arrays(
     """Return our parameters in float32 from the arrays of another project that a map names.
 
     Args:
-      arrays: the arrays by name; those that the map does not name are not used.
-      tensor_map: the model's map.
-      like: shapes of our parameters.
-      source: file of the arrays, for errors.
+      arrays: The arrays by name; those that the map does not name are not used.
+      tensor_map: The model's map.
+      like: Shapes of our parameters.
+      source: File of the arrays, for errors.
 
     Raises:
       UserError: If arrays are missing or of another shape.
@@ -213,12 +213,12 @@ def read_network_file(
     """Read the parameters of a network from one safetensors file that the user made from its published weights.
 
     Args:
-      path: the file.
-      tensor_map: the network's map.
-      like: shapes of our parameters.
-      network: name of the network in errors.
-      recipe: sentence in errors that says how to make the file.
-      ignored: names of tensors to skip; all others must be mapped.
+      path: The file.
+      tensor_map: The network's map.
+      like: Shapes of our parameters.
+      network: Name of the network in errors.
+      recipe: Sentence in errors that says how to make the file.
+      ignored: Names of tensors to skip; all others must be mapped.
 
     Raises:
       MissingError: If the file does not exist.
@@ -272,12 +272,12 @@ def read_encoder_params(
     The digest covers every tensor in our order, however they are split into files.
 
     Args:
-      tensors: the open folder.
-      tensor_map: the model's map.
-      like: shapes of our parameters.
-      ignored: names of tensors to skip.
-      dtype: dtype of kernels and embeddings, the inputs of matrix products; all other parameters are float32.
-      place: reads each parameter to its destination, given its path; by default to the default device.
+      tensors: The open folder.
+      tensor_map: The model's map.
+      like: Shapes of our parameters.
+      ignored: Names of tensors to skip.
+      dtype: Dtype of kernels and embeddings, the inputs of matrix products; all other parameters are float32.
+      place: Reads each parameter to its destination, given its path; by default to the default device.
     """
     digest = hashlib.sha256()
     source = FolderSource(tensors, FileMap.from_tensor_map(tensor_map), like, ignored=ignored, digest=digest)

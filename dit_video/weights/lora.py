@@ -81,7 +81,7 @@ def get_native_modules(params: Mapping[str, Any]) -> dict[str, LoraModule]:
     For example, `backbone.blocks.0.qkv` is layer 0 of `backbone/blocks/qkv/kernel`.
 
     Args:
-      params: the model's parameters, or their shapes.
+      params: The model's parameters, or their shapes.
     """
     modules = {}
     for path, leaf in trees.flatten(params).items():
@@ -286,10 +286,10 @@ def load_lora(
     rank.
 
     Args:
-      path: a safetensors file, or a folder of PEFT or diffusers.
-      params: the model's parameters, or their shapes.
-      modules: the parameters that the file's modules correspond to.
-      dtype: dtype that factors and differences are cast to; None keeps the file's.
+      path: A safetensors file, or a folder of PEFT or diffusers.
+      params: The model's parameters, or their shapes.
+      modules: The parameters that the file's modules correspond to.
+      dtype: Dtype that factors and differences are cast to; None keeps the file's.
 
     Raises:
       MissingError: If the file does not exist.
@@ -356,11 +356,11 @@ def save_lora(
     in diffusers.
 
     Args:
-      path: the file.
-      lora: adapter as `load_lora` returns it.
-      modules: the modules that our kernels correspond to.
-      style: style of the tensors' names.
-      dtype: dtype that factors and differences are cast to; None keeps theirs.
+      path: The file.
+      lora: Adapter as `load_lora` returns it.
+      modules: The modules that our kernels correspond to.
+      style: Style of the tensors' names.
+      dtype: Dtype that factors and differences are cast to; None keeps theirs.
 
     Raises:
       UserError: If the adapter has parameters that correspond to no module, or has full differences and the style is

@@ -57,7 +57,7 @@ class Parameter(StreamedArray):
         """Read the parameter to host memory that devices copy from; see `core.offload`.
 
         Args:
-          sharding: sharding on the devices that it is copied to; the default device if None.
+          sharding: Sharding on the devices that it is copied to; the default device if None.
         """
         array, host = self.to_host(), get_host_sharding(sharding)
         return jax.block_until_ready(jax.make_array_from_callback(self.shape, host, lambda index: array[index]))

@@ -63,11 +63,11 @@ def save(
     """Write the arrays of a nested dictionary to a file, atomically.
 
     Args:
-      path: the file, by convention `*.safetensors`; an existing one is replaced.
-      tree: nested dictionary of JAX or NumPy arrays, or of `StreamedArray`s. Its keys must not contain `/`, which joins
+      path: The file, by convention `*.safetensors`; an existing one is replaced.
+      tree: Nested dictionary of JAX or NumPy arrays, or of `StreamedArray`s. Its keys must not contain `/`, which joins
         them in the file.
-      metadata: text by name, kept in the header.
-      dtype: dtype that floating arrays are cast to, such as `jnp.bfloat16`; None keeps theirs. Integers and booleans
+      metadata: Text by name, kept in the header.
+      dtype: Dtype that floating arrays are cast to, such as `jnp.bfloat16`; None keeps theirs. Integers and booleans
         are never cast.
       is_writer: False in a process that only reads the arrays' chunks, in the order in which another process writes
         them.
@@ -112,9 +112,9 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
 
     Args:
       path: safetensors file from `save` or any other program; names without `/` give a flat dictionary.
-      like: tree of `jax.ShapeDtypeStruct` with the names and shapes that the file must have, and the structure of the
+      like: Tree of `jax.ShapeDtypeStruct` with the names and shapes that the file must have, and the structure of the
         result.
-      dtype: dtype that floating arrays are cast to (bfloat16 to float32 is exact); None keeps the file's.
+      dtype: Dtype that floating arrays are cast to (bfloat16 to float32 is exact); None keeps the file's.
 
     Raises:
       MissingError: If the file does not exist.

@@ -111,10 +111,10 @@ class FolderSource:
         """Check the folder's tensors against a map.
 
         Args:
-          tensors: the open folder.
-          file_map: where its files store our parameters.
-          like: shapes of our parameters: a tree of `jax.ShapeDtypeStruct`.
-          ignored: names of tensors to skip; all others must be mapped.
+          tensors: The open folder.
+          file_map: Where its files store our parameters.
+          like: Shapes of our parameters: a tree of `jax.ShapeDtypeStruct`.
+          ignored: Names of tensors to skip; all others must be mapped.
           digest: `hashlib` object that is updated with every block that is read, as it is stored.
         """
         self._tensors, self._file_map, self._digest, self.like = tensors, file_map, digest, like
@@ -204,10 +204,10 @@ def read(
     """Read parameters to their destination, in the structure of `like`; one layer of a stack is in memory at a time.
 
     Args:
-      source: source of the parameters.
-      like: shapes of the parameters: a tree of `jax.ShapeDtypeStruct`.
-      dtype_fn: returns the dtype that a floating parameter is cast to, given its path; None keeps the source's.
-      place: reads each parameter to its destination, given its path; by default to the host.
+      source: Source of the parameters.
+      like: Shapes of the parameters: a tree of `jax.ShapeDtypeStruct`.
+      dtype_fn: Returns the dtype that a floating parameter is cast to, given its path; None keeps the source's.
+      place: Reads each parameter to its destination, given its path; by default to the host.
 
     Raises:
       UserError: If the layers of a stack have several dtypes and are not cast to one.
@@ -237,14 +237,14 @@ def write(
     """Write `stem.safetensors`, or several files with an index, in the layout of a file map.
 
     Args:
-      folder: destination; created if it does not exist.
-      stem: base name of the files.
-      source: source of the parameters.
-      file_map: where the files store our parameters.
-      like: shapes of the parameters: a tree of `jax.ShapeDtypeStruct`.
-      dtype: dtype that floating tensors are cast to; None keeps the source's.
-      shard_bytes: maximum size of a file; larger ones are split.
-      metadata: text for the files' headers; by default that of PyTorch's files.
+      folder: Destination; created if it does not exist.
+      stem: Base name of the files.
+      source: Source of the parameters.
+      file_map: Where the files store our parameters.
+      like: Shapes of the parameters: a tree of `jax.ShapeDtypeStruct`.
+      dtype: Dtype that floating tensors are cast to; None keeps the source's.
+      shard_bytes: Maximum size of a file; larger ones are split.
+      metadata: Text for the files' headers; by default that of PyTorch's files.
       is_writer: False in a process that only reads the source, in the order in which another process writes it.
     """
     folder = Path(folder)

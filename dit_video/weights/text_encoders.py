@@ -98,8 +98,8 @@ def make_t5_tensor_map(
     """Return the map of a folder's tensors, and the names of the tensors to skip.
 
     Args:
-      tensors: the open folder.
-      config: config of the encoder.
+      tensors: The open folder.
+      config: Config of the encoder.
       is_compared: False skips the comparison of an embedding that is stored under both names, which reads both tensors.
 
     Raises:
@@ -141,11 +141,11 @@ def save_text_encoder(
     """Write a folder that `transformers` loads as `T5EncoderModel` or `UMT5EncoderModel`, and `load_text_encoder` too.
 
     Args:
-      folder: destination; created if it does not exist.
-      config: config of the encoder.
-      params: its parameters.
-      dtype: dtype of all tensors in the file; None keeps theirs.
-      shard_bytes: maximum size of a file; larger ones are split, with an index.
+      folder: Destination; created if it does not exist.
+      config: Config of the encoder.
+      params: Its parameters.
+      dtype: Dtype of all tensors in the file; None keeps theirs.
+      shard_bytes: Maximum size of a file; larger ones are split, with an index.
     """
     names, document = make_t5_export(config)
     write_params(folder, "model", names, params, dtype=dtype, shard_bytes=shard_bytes)
@@ -205,15 +205,15 @@ def load_embedder(
     A CLIP's embeddings are the values after its last norm; the last vector, of the end token, is the pooled embedding.
 
     Args:
-      folder: a model of `transformers`, a pipeline's `text_encoder`, or the pipeline's folder. The tokenizer is in the
+      folder: A model of `transformers`, a pipeline's `text_encoder`, or the pipeline's folder. The tokenizer is in the
         encoder's folder, or next to it in `tokenizer` (in `tokenizer_2` for a `text_encoder_2`).
-      max_tokens: maximum length of a text, including start and end tokens; longer ones are cut with a warning. By
+      max_tokens: Maximum length of a text, including start and end tokens; longer ones are cut with a warning. By
         default Wan's 512, or the number of positions of a CLIP, which is also its maximum.
-      cleaned: clean texts first, as Wan does (`text.clean`).
-      dtype: dtype of the matrix products and their weights, float32 or bfloat16.
-      cache: folder for embeddings, which other embedders and processes may share.
-      place: reads each parameter to its destination; those in host memory are copied to the device for each call.
-      streams_layers: moves layers in host memory to the device one at a time.
+      cleaned: Clean texts first, as Wan does (`text.clean`).
+      dtype: Dtype of the matrix products and their weights, float32 or bfloat16.
+      cache: Folder for embeddings, which other embedders and processes may share.
+      place: Reads each parameter to its destination; those in host memory are copied to the device for each call.
+      streams_layers: Moves layers in host memory to the device one at a time.
 
     Raises:
       MissingError: If the encoder or the tokenizer does not exist.

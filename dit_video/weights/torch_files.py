@@ -90,8 +90,8 @@ def parse_pickle(file: BufferedIOBase, *, name: str) -> Any:
     Afterwards the file's position is behind the pickle.
 
     Args:
-      file: the file.
-      name: name of the file in errors.
+      file: The file.
+      name: Name of the file in errors.
 
     Raises:
       UserError: If the pickle is damaged, or names anything but tensors and plain containers.
@@ -293,9 +293,9 @@ def convert_torch_file(source: str | os.PathLike, destination: str | os.PathLike
     """Write the tensors of a PyTorch file to a safetensors file, with their names.
 
     Args:
-      source: the file.
-      destination: a safetensors file that does not exist.
-      dtype: dtype that floating tensors are cast to; None keeps theirs.
+      source: The file.
+      destination: A safetensors file that does not exist.
+      dtype: Dtype that floating tensors are cast to; None keeps theirs.
 
     Raises:
       MissingError: If the source does not exist.

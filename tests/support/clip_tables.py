@@ -41,8 +41,8 @@ class MemoryClips:
     """A data set whose clips a function makes.
 
     Args:
-      folder: folder of the table.
-      read_clip: returns the encoded file of a row.
+      folder: Folder of the table.
+      read_clip: Returns the encoded file of a row.
     """
 
     def __init__(self, folder: Path, read_clip: Callable[[int], bytes]):

@@ -33,7 +33,7 @@ def check_on_eight_devices(program: str, *arguments: str) -> None:
     """Run a program on eight devices, with the project and its tests on the path, and check that it prints `done`.
 
     Args:
-      program: file name below `tests/support/programs`.
+      program: File name below `tests/support/programs`.
     """
     command = [*_make_command(program), *arguments]
     environment = make_environment(8)
@@ -49,7 +49,7 @@ def run_together(program: str, *arguments: str, devices: int = 1) -> tuple[str, 
     where the two were not joined: another process took the port first, or one was too slow.
 
     Args:
-      program: file name below `tests/support/programs`.
+      program: File name below `tests/support/programs`.
     """
     command = _make_command(program)
     for _ in range(4):

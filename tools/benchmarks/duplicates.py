@@ -85,7 +85,7 @@ def measure(folder: Path, *, scenes: int = 200) -> dict[str, Any]:
 
     Args:
       folder: CLIP of `tools/train_scene_clip.py`.
-      scenes: number of scenes.
+      scenes: Number of scenes.
     """
     known, annotator = make_known_clips(scenes), ClipScores(folder=str(folder))
     rows = [annotator.annotate(each.clip) for each in known]

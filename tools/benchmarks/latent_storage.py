@@ -22,8 +22,8 @@ def measure(run: Path, clips: Path | None) -> dict[str, Any]:
     decoded frames with the clip, and `psnr_to_exact` with frames that are decoded from the exact latents.
 
     Args:
-      run: folder of a run or of a pipeline.
-      clips: folder of clips; rendered ones if None.
+      run: Folder of a run or of a pipeline.
+      clips: Folder of clips; rendered ones if None.
     """
     codec = open_codec(run)
     originals = list_stored_clips(codec, clips)

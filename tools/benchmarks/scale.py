@@ -74,7 +74,7 @@ def measure(count: int, *, is_read: bool = True) -> dict[str, Any]:
     """Return the seconds and the memory of each stage of a training's start on `count` clips.
 
     Args:
-      count: number of clips.
+      count: Number of clips.
       is_read: True to also plan the next epoch, and to read steps until the one after it begins.
     """
     stages: dict[str, dict[str, float]] = {"imports": {"seconds": 0.0, "rss_mb": _read_rss()}}

@@ -24,7 +24,7 @@ def measure(run: Path) -> dict[str, Any]:
     """Measure a start without kept programs, and one with the first one's; the click follows the page at once.
 
     Args:
-      run: folder of a run or of a pipeline.
+      run: Folder of a run or of a pipeline.
     """
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         return {name: _measure_start(run, Path(folder)) for name in ("first start", "with kept programs")}

@@ -34,8 +34,8 @@ def measure(run: Path, clips: Path | None) -> dict[str, Any]:
     Clips are read from their start, at the largest size of at most 192×256 pixels with their aspect ratio.
 
     Args:
-      run: folder of a run or of a pipeline.
-      clips: folder of clips; rendered ones if None.
+      run: Folder of a run or of a pipeline.
+      clips: Folder of clips; rendered ones if None.
     """
     codec = open_codec(run)
     stride, fitted = codec.config.stride, list_stored_clips(codec, clips)

@@ -34,8 +34,8 @@ class TimeBudget:
     """Seconds that measurements may take from now on.
 
     Args:
-      seconds: the budget.
-      clock: function that returns the time in seconds.
+      seconds: The budget.
+      clock: Function that returns the time in seconds.
     """
 
     def __init__(self, seconds: float, *, clock: Callable[[], float] = time.monotonic):

@@ -42,11 +42,11 @@ def measure(
     """Measure everything, with the denoiser of a setting on random latents.
 
     Args:
-      setting: the setting to train.
-      steps: number of timed steps of every measurement, and of steps between two saves.
-      num_examples: number of examples.
-      rounds: number of rounds of interleaved measurements.
-      worker_arguments: command-line arguments that select the same setting in the worker whose starts are timed.
+      setting: The setting to train.
+      steps: Number of timed steps of every measurement, and of steps between two saves.
+      num_examples: Number of examples.
+      rounds: Number of rounds of interleaved measurements.
+      worker_arguments: Command-line arguments that select the same setting in the worker whose starts are timed.
     """
     trained = make_training_setup(setting, *make_denoiser_parts(setting))
     undigested_step = _drop_digests(trained.step)
@@ -169,7 +169,7 @@ def measure_starts(worker_arguments: Sequence[str]) -> dict[str, Any]:
     The first process compiles; the second one uses the kept programs and restores a checkpoint.
 
     Args:
-      worker_arguments: command-line arguments of the worker that select the setting.
+      worker_arguments: Command-line arguments of the worker that select the setting.
     """
     with tempfile.TemporaryDirectory() as folder:
         start, _ = _run_until_step(folder, worker_arguments, extra_steps=_STEPS_BEFORE_KILL)

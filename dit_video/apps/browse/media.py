@@ -26,8 +26,8 @@ class MediaCache:
     """A folder of files by key, from which those that were not read for the longest time are removed.
 
     Args:
-      folder: folder, which is created.
-      max_bytes: limit of the files' sizes.
+      folder: Folder, which is created.
+      max_bytes: Limit of the files' sizes.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -119,10 +119,10 @@ class MediaMaker:
     """A maker of thumbnails, pictures and clips that every browser shows.
 
     Args:
-      clips: the data set.
-      cache: folder of what was made.
-      max_bytes: limit of that folder.
-      processes: number of decoding processes.
+      clips: The data set.
+      cache: Folder of what was made.
+      max_bytes: Limit of that folder.
+      processes: Number of decoding processes.
     """
 
     def __init__(self, clips: StoredClips, cache: Path, *, max_bytes: int, processes: int):

@@ -26,9 +26,9 @@ def describe_table(view: TableView, title: str, rows: np.ndarray | None = None) 
     """Return what the page shows of a table before its rows.
 
     Args:
-      view: the table.
-      title: name of the data set.
-      rows: rows that the page has; all if None.
+      view: The table.
+      title: Name of the data set.
+      rows: Rows that the page has; all if None.
     """
     included = np.ones(len(view.table), bool)
     if rows is not None:
@@ -77,15 +77,15 @@ def write_static_page(
     """Write `index.html`, thumbnails and, if asked for, clips; return the number of rows.
 
     Args:
-      clips: the data set.
-      title: name of the data set.
-      folder: folder, which is created; it may exist if it is empty.
-      media: maker of thumbnails.
-      where: condition that rows meet; empty for all.
-      copy_clips: also write the clips, which the page then plays.
+      clips: The data set.
+      title: Name of the data set.
+      folder: Folder, which is created; it may exist if it is empty.
+      media: Maker of thumbnails.
+      where: Condition that rows meet; empty for all.
+      copy_clips: Also write the clips, which the page then plays.
 
     Raises:
-      UserError: if there are more rows than such a page can hold, the folder is not empty or cannot be written, or the
+      UserError: If there are more rows than such a page can hold, the folder is not empty or cannot be written, or the
         condition is invalid.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -30,9 +30,9 @@ class BrowseRoutes:
     """The requests that the page sends.
 
     Args:
-      clips: the data set.
-      title: name of the data set.
-      media: maker of thumbnails and clips.
+      clips: The data set.
+      title: Name of the data set.
+      media: Maker of thumbnails and clips.
     """
 
     def __init__(self, clips: StoredClips, title: str, media: MediaMaker):
@@ -115,10 +115,10 @@ def make_browse_app(clips: StoredClips, title: str, access: AccessRules, media: 
     """Return the application that shows a data set.
 
     Args:
-      clips: the data set.
-      title: name of the data set.
-      access: who may use the server.
-      media: maker of thumbnails and clips, which the application starts and closes.
+      clips: The data set.
+      title: Name of the data set.
+      access: Who may use the server.
+      media: Maker of thumbnails and clips, which the application starts and closes.
     """
 
     @contextlib.asynccontextmanager

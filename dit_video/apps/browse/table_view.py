@@ -28,7 +28,7 @@ class RowQuery:
     """Rows that a page shows.
 
     Raises:
-      UserError: if `show` is no kind of rows.
+      UserError: If `show` is no kind of rows.
     """
 
     where: str = ""
@@ -86,7 +86,7 @@ class TableView:
     """A table whose rows are selected, ordered and counted; the results of the latest queries are kept.
 
     Args:
-      table: the table.
+      table: The table.
     """
 
     def __init__(self, table: Table):
@@ -105,7 +105,7 @@ class TableView:
         """Return the numbers of the rows in their order; rows without a value of the column come last.
 
         Raises:
-          UserError: if the condition is invalid, or the column does not exist or has no order.
+          UserError: If the condition is invalid, or the column does not exist or has no order.
         """
         mask = self._make_mask(query)
         if not query.sort:

@@ -25,7 +25,7 @@ class Curve:
     """Values over steps.
 
     Raises:
-      UserError: if the numbers of steps and values differ.
+      UserError: If the numbers of steps and values differ.
     """
 
     name: str

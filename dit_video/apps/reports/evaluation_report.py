@@ -37,12 +37,12 @@ def write_evaluation_report(
 
     Args:
       path: HTML file.
-      measurement: results of the metrics.
-      protocol: what was measured.
-      samples: clips that were measured.
-      title: headline of the page.
-      real_clips: clips of the data.
-      is_reconstruction: each sample is a reconstruction of the clip of the data with its number.
+      measurement: Results of the metrics.
+      protocol: What was measured.
+      samples: Clips that were measured.
+      title: Headline of the page.
+      real_clips: Clips of the data.
+      is_reconstruction: Each sample is a reconstruction of the clip of the data with its number.
     """
     reader = _Reader(samples, protocol)
     record = measurement.record

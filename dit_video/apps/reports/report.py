@@ -61,7 +61,7 @@ class Reconstruction:
     """A clip and its reconstruction by the autoencoder.
 
     Raises:
-      UserError: if the two differ in size.
+      UserError: If the two differ in size.
     """
 
     original: Clip

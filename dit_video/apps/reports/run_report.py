@@ -44,12 +44,12 @@ def write_run_report(
 
     Args:
       path: HTML file.
-      pipeline: pipeline that was evaluated.
-      evaluation: result of the evaluation.
-      title: headline of the page.
-      source: folder of the run, whose loss curves are shown, or of a pipeline: anything that `dit_video.load` reads.
-      config: resolved config, shown as JSON; by default the pipeline's.
-      minutes: duration of the whole run.
+      pipeline: Pipeline that was evaluated.
+      evaluation: Result of the evaluation.
+      title: Headline of the page.
+      source: Folder of the run, whose loss curves are shown, or of a pipeline: anything that `dit_video.load` reads.
+      config: Resolved config, shown as JSON; by default the pipeline's.
+      minutes: Duration of the whole run.
     """
     counts, sampling = evaluation.metrics["parameters"], evaluation.metrics["sampling"]
     summary = (

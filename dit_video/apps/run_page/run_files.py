@@ -219,8 +219,8 @@ def list_grids(run: Path, training: str) -> tuple[GridSeries, ...]:
     """Return the grids that a training has written.
 
     Args:
-      run: folder of the run; no file outside is listed.
-      training: name of the training's folder in it.
+      run: Folder of the run; no file outside is listed.
+      training: Name of the training's folder in it.
     """
     series = (_list_series(run, training, kind) for kind in KINDS)
     return tuple(each for each in series if each is not None)

@@ -40,8 +40,8 @@ class FormError(UserError):
     """An answer to a form that is refused.
 
     Args:
-      message: text for the user.
-      field: name of the field with this answer; None for none.
+      message: Text for the user.
+      field: Name of the field with this answer; None for none.
     """
 
     def __init__(self, message: str, field: str | None = None):
@@ -57,7 +57,7 @@ class MediaSource(Protocol):
         """Return the clip of `{"upload": ID}` or `{"item": ID}`.
 
         Raises:
-          UserError: if this user has no such clip.
+          UserError: If this user has no such clip.
         """
 
     def fit_image(self, image: Clip) -> Clip:
@@ -88,7 +88,7 @@ class FormField(abc.ABC):
         """Return the value of this field's answer; None for an empty one.
 
         Raises:
-          FormError: if a required field has no answer, or the answer is invalid.
+          FormError: If a required field has no answer, or the answer is invalid.
         """
         answer = answers.get(self.name)
         if answer is None or answer == "":
@@ -347,7 +347,7 @@ class Tab:
         """Return the values of the task.
 
         Raises:
-          FormError: if an answer is invalid, or its field does not exist.
+          FormError: If an answer is invalid, or its field does not exist.
         """
         return parse_answers(self.fields, answers, media)
 
@@ -360,7 +360,7 @@ def parse_answers(form: Sequence[FormField], answers: Any, media: MediaSource) -
     """Return the values of a form's answers, without empty ones.
 
     Raises:
-      FormError: if an answer is invalid, or its field does not exist.
+      FormError: If an answer is invalid, or its field does not exist.
     """
     if not isinstance(answers, Mapping):
         raise FormError("the answers of a form must be an object")
@@ -391,9 +391,9 @@ def make_form(task_name: str, config: PipelineConfig, *, names: Sequence[str] = 
     Attributes of other types, such as lists, have no field.
 
     Args:
-      task_name: name of the task in `TASKS`.
-      config: config of the model, whose sizes the defaults fit.
-      names: names of the fields; all by default.
+      task_name: Name of the task in `TASKS`.
+      config: Config of the model, whose sizes the defaults fit.
+      names: Names of the fields; all by default.
     """
     task = TASKS[task_name]
     types_by_name, docs = typing.get_type_hints(task), read_attribute_docs(task)
@@ -490,9 +490,9 @@ def make_sampling_form(
     """Return the fields that all tabs share.
 
     Args:
-      config: config of the model.
-      adapters: scales of the attached adapters (LoRA), by name.
-      checkpoints: steps of the checkpoints of a run, from which another than the newest may be chosen.
+      config: Config of the model.
+      adapters: Scales of the attached adapters (LoRA), by name.
+      checkpoints: Steps of the checkpoints of a run, from which another than the newest may be chosen.
     """
     own = config.sampling
     scales = own.full_guidance.scales

@@ -31,7 +31,7 @@ class Gallery:
         """Check that the gallery has room.
 
         Raises:
-          UserError: if it is full.
+          UserError: If it is full.
         """
         if self.folder.is_dir() and sum(1 for _ in self.folder.iterdir()) >= MAX_ITEMS:
             raise UserError(f"the gallery is full: it holds {MAX_ITEMS} clips. Delete some.")
@@ -40,9 +40,9 @@ class Gallery:
         """Add a clip, and return the identifier of its item.
 
         Args:
-          clip: the clip.
-          values: what the page shows of it and fills the form with again, JSON values.
-          inputs: clips and images that it was made of, by the names of their fields.
+          clip: The clip.
+          values: What the page shows of it and fills the form with again, JSON values.
+          inputs: Clips and images that it was made of, by the names of their fields.
         """
         item = make_id()
         folder = self.folder / item
@@ -62,7 +62,7 @@ class Gallery:
         """Return the description of an item for the page.
 
         Raises:
-          MissingError: if there is no such item.
+          MissingError: If there is no such item.
         """
         folder = get_folder(self.folder, item)
         values, clip = json.loads((folder / _ITEM).read_text(encoding="utf-8")), StoredClip(folder)
@@ -77,7 +77,7 @@ class Gallery:
         """Return the clip of an item.
 
         Raises:
-          MissingError: if there is no such item.
+          MissingError: If there is no such item.
         """
         return StoredClip(get_folder(self.folder, item)).read()
 
@@ -85,7 +85,7 @@ class Gallery:
         """Return a clip or image that an item was made of.
 
         Raises:
-          MissingError: if there is no such item or input.
+          MissingError: If there is no such item or input.
         """
         folder = get_folder(self.folder, item) / "inputs" / name
         if not _INPUT.fullmatch(name) or not folder.is_dir():
@@ -96,7 +96,7 @@ class Gallery:
         """Delete an item.
 
         Raises:
-          MissingError: if there is no such item.
+          MissingError: If there is no such item.
         """
         shutil.rmtree(get_folder(self.folder, item))
 
@@ -122,9 +122,9 @@ class UserFiles:
         """Return the files of the user with a cookie.
 
         Args:
-          root: folder of all users.
-          user: value of the cookie.
-          fit: what the model can sample.
+          root: Folder of all users.
+          user: Value of the cookie.
+          fit: What the model can sample.
         """
         return UserFiles(root / hashlib.sha256(user.encode()).hexdigest()[:24], fit)
 
@@ -142,7 +142,7 @@ class UserFiles:
         """Return the clip of `{"upload": ID}`, or of `{"item": ID}` at a size that the model can sample.
 
         Raises:
-          UserError: if this user has no such clip.
+          UserError: If this user has no such clip.
         """
         for kind, folder in (("upload", self.uploads), ("item", self.gallery)):
             if isinstance(name := reference.get(kind), str):

@@ -102,7 +102,7 @@ class JobQueue:
         """Add a job.
 
         Raises:
-          QueueFullError: if the user has as many jobs as are allowed.
+          QueueFullError: If the user has as many jobs as are allowed.
         """
         with self._changed:
             if sum(each.is_active for each in self._list(job.user)) >= MAX_JOBS:
@@ -143,7 +143,7 @@ class JobQueue:
         """Cancel a job that waits or runs, or take a finished one off the list.
 
         Raises:
-          MissingError: if the user has no such job.
+          MissingError: If the user has no such job.
         """
         with self._changed:
             chosen = self.get(user, job)
@@ -159,7 +159,7 @@ class JobQueue:
         """Return a job of a user.
 
         Raises:
-          MissingError: if the user has no such job.
+          MissingError: If the user has no such job.
         """
         chosen = self._jobs.get(job)
         if chosen is None or chosen.user != user:
@@ -255,9 +255,9 @@ class Worker(threading.Thread):
     """A thread that samples one job after the other, as one device does.
 
     Args:
-      model: the model.
-      queue: jobs of all users.
-      open_gallery: function that returns a user's gallery.
+      model: The model.
+      queue: Jobs of all users.
+      open_gallery: Function that returns a user's gallery.
     """
 
     def __init__(self, model: StudioModel, queue: JobQueue, open_gallery: Callable[[str], Gallery]):
@@ -396,8 +396,8 @@ class Previewer:
         Clips that a task has changed since they were decoded are left out.
 
         Args:
-          stride: stride of the autoencoder.
-          clips: clips of the job.
+          stride: Stride of the autoencoder.
+          clips: Clips of the job.
         """
         for number, latents in (self._latents or {}).items():
             t, h, w, channels = latents.shape

@@ -19,11 +19,11 @@ class StudioModel:
     """A model that the studio samples.
 
     Args:
-      folder: folder of a run, a pipeline or open weights.
-      config: config of its pipeline.
+      folder: Folder of a run, a pipeline or open weights.
+      config: Config of its pipeline.
       adapters: LoRA files that are attached.
-      is_run: whether the folder is a run, of whose checkpoints users may choose one.
-      options: further arguments of `dit_video.load`.
+      is_run: Whether the folder is a run, of whose checkpoints users may choose one.
+      options: Further arguments of `dit_video.load`.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class StudioModel:
         """Return the pipeline of a checkpoint with scales of its adapters; one checkpoint is in memory.
 
         Raises:
-          UserError: if `dit_video.load` refuses the folder.
+          UserError: If `dit_video.load` refuses the folder.
         """
         if checkpoint is None and not self.is_trained:
             checkpoint = max(self._list_steps(), default=None)

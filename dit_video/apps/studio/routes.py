@@ -36,11 +36,11 @@ class StudioRoutes:
     """The requests that the studio answers.
 
     Args:
-      model: the model.
-      queue: jobs of all users.
-      root: folder of the users' files.
-      max_upload: maximum bytes of an upload.
-      has_run: whether the page of a training run is served besides.
+      model: The model.
+      queue: Jobs of all users.
+      root: Folder of the users' files.
+      max_upload: Maximum bytes of an upload.
+      has_run: Whether the page of a training run is served besides.
     """
 
     def __init__(self, model: StudioModel, queue: JobQueue, root: Path, *, max_upload: int, has_run: bool):
@@ -202,7 +202,7 @@ def _limit_body(request: Request, max_bytes: int) -> Request:
     """Return a request whose body ends with an error after `max_bytes`.
 
     Raises:
-      TooLargeError: if its header says that it has more.
+      TooLargeError: If its header says that it has more.
     """
     error = TooLargeError(f"the file is larger than {format_bytes(max_bytes)}. Use a smaller or shorter one.")
     length = request.headers.get("content-length", "")
@@ -225,7 +225,7 @@ async def _read_json(request: Request) -> Any:
     """Return the JSON of a request.
 
     Raises:
-      FormError: if it is not JSON.
+      FormError: If it is not JSON.
     """
     try:
         return json.loads(await _limit_body(request, _MAX_JSON).body())

@@ -81,13 +81,13 @@ def parse_submission(
 
     Args:
       body: `{"tab": NAME, "values": {...}, "sampling": {...}}`.
-      config: config of the model.
-      tabs: tabs of the model.
-      sampling_form: fields that all tabs share.
-      media: uploads and gallery of the user.
+      config: Config of the model.
+      tabs: Tabs of the model.
+      sampling_form: Fields that all tabs share.
+      media: Uploads and gallery of the user.
 
     Raises:
-      FormError: if an answer is invalid, or the values do not fit the model or each other.
+      FormError: If an answer is invalid, or the values do not fit the model or each other.
     """
     if not isinstance(body, Mapping):
         raise FormError("the request must be an object")
@@ -117,9 +117,9 @@ def format_python(submission: Submission, model: str, seed: int, adapters: Mappi
     """Return Python that makes the clip of a seed; it reads the inputs from the working folder.
 
     Args:
-      submission: the job.
-      model: folder of the model.
-      seed: seed of the clip.
+      submission: The job.
+      model: Folder of the model.
+      seed: Seed of the clip.
       adapters: LoRA files of the model, by name.
     """
     values = {name: value for name, value in submission.values.items() if name not in submission.inputs}
@@ -151,9 +151,9 @@ def format_command(submission: Submission, model: str, seed: int, adapters: Mapp
     It is None for tasks of other packages, and for values that `sample.py` has no option for.
 
     Args:
-      submission: the job.
-      model: folder of the model.
-      seed: seed of the clip.
+      submission: The job.
+      model: Folder of the model.
+      seed: Seed of the clip.
       adapters: LoRA files of the model, by name.
     """
     task, values = submission.tab.task_name, dict(submission.values)

@@ -54,13 +54,13 @@ def decode_upload(path: Path, out: Path, kind: str, fit: ClipFit) -> dict[str, A
     """Decode a file, write the frames that are used of it, and return its properties.
 
     Args:
-      path: the uploaded file.
+      path: The uploaded file.
       out: NumPy file that is written.
       kind: `clip`, or `image` for the first frame alone.
-      fit: what the model can sample.
+      fit: What the model can sample.
 
     Raises:
-      UserError: if the file cannot be read, or its frames are too large.
+      UserError: If the file cannot be read, or its frames are too large.
     """
     _check_signature(path)
     _check_picture_size(path)

@@ -111,7 +111,7 @@ class StoredClip:
         """Return the clip.
 
         Raises:
-          MissingError: if its files are gone.
+          MissingError: If its files are gone.
         """
         try:
             frames, values = np.load(self.folder / _FRAMES, allow_pickle=False), self._values
@@ -142,7 +142,7 @@ class StoredClip:
         """Return a file of the clip, written now if it is not there.
 
         Raises:
-          MissingError: if the clip has no such file.
+          MissingError: If the clip has no such file.
         """
         if name not in self.list_files():
             raise MissingError(f"{name} does not exist for this clip. Use {', '.join(self.list_files())}.")
@@ -178,7 +178,7 @@ def get_folder(parent: Path, name: str) -> Path:
     """Return the folder of a name that `make_id` returned.
 
     Raises:
-      MissingError: if there is none, or the name is another text, such as a path.
+      MissingError: If there is none, or the name is another text, such as a path.
     """
     folder = parent / name
     if not _ID.fullmatch(name) or not folder.is_dir():
@@ -197,12 +197,12 @@ class Uploads:
         """Decode an uploaded file, keep the frames that the model can sample, and return its description.
 
         Args:
-          source: the file.
-          name: its name on the user's machine, for the page.
+          source: The file.
+          name: Its name on the user's machine, for the page.
           kind: `clip`, or `image` for the first frame alone.
 
         Raises:
-          UserError: if the file is no readable image or video, or is too large.
+          UserError: If the file is no readable image or video, or is too large.
         """
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "frames.npy"
@@ -221,7 +221,7 @@ class Uploads:
         """Return the description of an upload for the page.
 
         Raises:
-          MissingError: if there is no such upload.
+          MissingError: If there is no such upload.
         """
         folder = get_folder(self.folder, upload)
         info, clip = json.loads((folder / _INFO).read_text(encoding="utf-8")), StoredClip(folder)
@@ -234,7 +234,7 @@ class Uploads:
         """Return the clip of an upload.
 
         Raises:
-          MissingError: if there is no such upload.
+          MissingError: If there is no such upload.
         """
         return StoredClip(get_folder(self.folder, upload)).read()
 

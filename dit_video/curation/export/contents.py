@@ -29,7 +29,7 @@ def find_caption_columns(types: Mapping[str, pa.DataType]) -> tuple[str, ...]:
     Columns of errors, `captions_*_error`, are none.
 
     Args:
-      types: types of the columns by name.
+      types: Types of the columns by name.
     """
     others = (name for name in types if name.startswith(f"{CAPTIONS}_") and not name.endswith("_error"))
     return tuple(name for name in (CAPTIONS, *others) if name in types and is_text(types[name]))
@@ -97,7 +97,7 @@ class ExportContents:
     """The clips of an export, which are read when they are used.
 
     Raises:
-      UserError: there is no clip, or a name leads out of the folder.
+      UserError: If there is no clip, or a name leads out of the folder.
     """
 
     clips: StoredClips
@@ -126,16 +126,16 @@ class ExportContents:
         """Return the clips that are trained on, meet a condition, and are in one of the splits, if any is named.
 
         Args:
-          clips: the data set.
-          title: name of the data set.
-          license: license of the clips.
-          where: condition; empty for all clips.
-          splits: splits; all if empty.
-          captions: columns of captions; if empty, `captions` and all columns of texts named `captions_*`.
-          vectors: columns of vectors and bytes that are written too, such as `embedding`.
+          clips: The data set.
+          title: Name of the data set.
+          license: License of the clips.
+          where: Condition; empty for all clips.
+          splits: Splits; all if empty.
+          captions: Columns of captions; if empty, `captions` and all columns of texts named `captions_*`.
+          vectors: Columns of vectors and bytes that are written too, such as `embedding`.
 
         Raises:
-          UserError: the condition is invalid, there is no such split or column, or there is no clip.
+          UserError: If the condition is invalid, there is no such split or column, or there is no clip.
         """
         table = clips.table
         _check_columns(table, captions, vectors)
@@ -232,7 +232,7 @@ class PathRegister:
         """Note the path of a clip.
 
         Raises:
-          UserError: another clip has it.
+          UserError: If another clip has the name.
         """
         other = self._names.setdefault(path.lower(), name)
         if other != name:
@@ -246,7 +246,7 @@ def make_path(name: str, content: bytes) -> str:
     """Return the path of a clip's file.
 
     Raises:
-      UserError: the name leads out of the folder.
+      UserError: If the name leads out of the folder.
     """
     file, mark, part = name.partition("#")
     parts = file.split("/")

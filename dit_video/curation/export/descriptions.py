@@ -45,9 +45,9 @@ def make_croissant(contents: ExportContents, folder: Path, *, texts: Sequence[st
     """Return the description of what was written into a folder.
 
     Args:
-      contents: the clips.
-      folder: folder of the export.
-      texts: names of the columns of captions in its lists.
+      contents: The clips.
+      folder: Folder of the export.
+      texts: Names of the columns of captions in its lists.
     """
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     lists = [path for path in paths if Path(path).name in ("metadata.parquet", "metadata.csv", "index.jsonl")]
@@ -120,9 +120,9 @@ def make_data_card(contents: ExportContents, format: str, files: WrittenFiles) -
     """Return the text of a data card.
 
     Args:
-      contents: the clips.
-      format: name of the format.
-      files: what was written.
+      contents: The clips.
+      format: Name of the format.
+      files: What was written.
     """
     count = len(contents)
     size = next((name for limit, name in _SIZES if count < limit), "n>10M")

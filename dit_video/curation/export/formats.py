@@ -38,7 +38,7 @@ def write_web_dataset(contents: ExportContents, folder: Path) -> WrittenFiles:
     A clip's key is its path, with dots as underscores: a key ends at the first dot.
 
     Raises:
-      UserError: two clips would have the same key.
+      UserError: If two clips would have the same key.
     """
     keys = PathRegister()
     tars: dict[str, _TarWriter] = {}
@@ -130,7 +130,7 @@ def write_video_folder(contents: ExportContents, folder: Path) -> WrittenFiles:
     otherwise a folder for each split is put in front.
 
     Raises:
-      UserError: two clips would have the same path.
+      UserError: If two clips would have the same path.
     """
     place = _choose_folders(contents)
     register, patterns = PathRegister(), dict[str, set[str]]()
@@ -187,7 +187,7 @@ def write_csv_table(contents: ExportContents, folder: Path) -> WrittenFiles:
     A clip has a row for each of its captions, and one if it has none.
 
     Raises:
-      UserError: two clips would have the same path.
+      UserError: If two clips would have the same path.
     """
     register, names = PathRegister(), None
     with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
@@ -231,12 +231,12 @@ def export_clips(contents: ExportContents, destination: Path, format: str) -> No
     The folder is complete or absent.
 
     Args:
-      contents: the clips.
-      destination: folder, which is created; it may exist if it is empty.
-      format: name of the format.
+      contents: The clips.
+      destination: Folder, which is created; it may exist if it is empty.
+      format: Name of the format.
 
     Raises:
-      UserError: an unknown format; a folder that is not empty or cannot be written; clips whose files would clash.
+      UserError: If the format is unknown, the folder is not empty or cannot be written, or files of clips would clash.
     """
     if format not in EXPORT_FORMATS:
         raise UserError(f"to={format!r} is invalid: there is no such format. Use {', '.join(EXPORT_FORMATS)}.")

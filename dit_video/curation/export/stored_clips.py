@@ -20,7 +20,7 @@ class StoredClips(Protocol):
         """Return the encoded file of the clip in a row of the table.
 
         Raises:
-          UserError: the file cannot be reached, or is damaged.
+          UserError: If the file cannot be reached, or is damaged.
         """
 
 
@@ -28,7 +28,7 @@ class TableClips:
     """A data set that an ingest wrote, with the clips of all its rows: also of those that are not chosen.
 
     Args:
-      folder: folder or address of the data set.
+      folder: Folder or address of the data set.
     """
 
     def __init__(self, folder: StoragePathLike):
@@ -39,7 +39,7 @@ class TableClips:
         """Return the encoded file of the clip in a row of the table.
 
         Raises:
-          UserError: the file cannot be reached, or is damaged.
+          UserError: If the file cannot be reached, or is damaged.
         """
         return read_row(self._reader, self.table, row, DATASET_NAME)["clip"]
 
@@ -48,8 +48,8 @@ def open_clips(folder: StoragePathLike) -> StoredClips:
     """Return the clips of a data set.
 
     Raises:
-      MissingError: the folder does not exist.
-      UserError: the folder holds no finished data set.
+      MissingError: If the folder does not exist.
+      UserError: If the folder holds no finished data set.
     """
     return TableClips(folder)
 

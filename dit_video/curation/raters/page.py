@@ -25,7 +25,7 @@ class PageOptions:
     """Options of a page.
 
     Raises:
-      UserError: if the seed is negative, the share is negative or 1/2 or more, or a number is below 1.
+      UserError: If the seed is negative, the share is negative or 1/2 or more, or a number is below 1.
     """
 
     title: str = "Which one is better?"
@@ -78,15 +78,15 @@ def write_page(
     likely as any other, and pairs of systems are equally frequent. It needs no server and no network.
 
     Args:
-      folders: folder of each system's samples, by the system's name.
-      out: folder to write; it must not exist, since votes on an older page need that page's key.
-      options: seed, share of controls and heading.
-      domains: domains of prompts; the default ones if None.
-      progress: called with the number of finished pairs and of all.
+      folders: Folder of each system's samples, by the system's name.
+      out: Folder to write; it must not exist, since votes on an older page need that page's key.
+      options: Seed, share of controls and heading.
+      domains: Domains of prompts; the default ones if None.
+      progress: Called with the number of finished pairs and of all.
 
     Raises:
-      MissingError: if a folder has no `prompts.json`, or a sample's file does not exist.
-      UserError: if the page or its key exists, the prompts of the systems do not match, or there are fewer comparisons
+      MissingError: If a folder has no `prompts.json`, or a sample's file does not exist.
+      UserError: If the page or its key exists, the prompts of the systems do not match, or there are fewer comparisons
         than each rater is to see.
     """
     options, domains, out = options or PageOptions(), domains or load_default_prompt_domains(), Path(out).absolute()
@@ -153,11 +153,11 @@ def _draft_controls(
     """Return control pairs, by turns with a degraded copy and with a sample of another prompt, if there is one.
 
     Args:
-      sets: samples of each prompt.
-      systems: names of the systems.
-      options: seed, and the number of sets of controls; there are fewer if they would repeat.
-      count: number of controls that a rater sees.
-      domains: domains of prompts: the other prompt is of another one if possible, so that it clearly does not follow.
+      sets: Samples of each prompt.
+      systems: Names of the systems.
+      options: Seed, and the number of sets of controls; there are fewer if they would repeat.
+      count: Number of controls that a rater sees.
+      domains: Domains of prompts: the other prompt is of another one if possible, so that it clearly does not follow.
     """
     generator = rng.make_generator(options.seed, "controls")
     drafts: list[_Draft] = []

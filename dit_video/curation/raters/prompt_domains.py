@@ -22,7 +22,7 @@ class PromptDomain:
     """A domain of prompts: every template with every subject and scene.
 
     Raises:
-      UserError: if the name is reserved, or a template has other slots or none of the words for one.
+      UserError: If the name is reserved, or a template has other slots or none of the words for one.
     """
 
     name: str
@@ -66,7 +66,7 @@ class PromptDomains:
     """The domains of an evaluation.
 
     Raises:
-      UserError: if two domains have one name or one prompt.
+      UserError: If two domains have one name or one prompt.
     """
 
     domains: tuple[PromptDomain, ...]
@@ -84,7 +84,7 @@ class PromptDomains:
         """Return `count` prompts of every domain, drawn without repetition by the seed, domain by domain.
 
         Raises:
-          UserError: if a domain has fewer prompts.
+          UserError: If a domain has fewer prompts.
         """
         prompts = []
         for number, domain in enumerate(self.domains):
@@ -113,8 +113,8 @@ def read_prompt_domains(path: str | Path) -> PromptDomains:
     """Read domains from a JSON list of objects with the fields of `PromptDomain`.
 
     Raises:
-      MissingError: if there is no file at `path`.
-      UserError: if the file is not such a list.
+      MissingError: If there is no file at `path`.
+      UserError: If the file is not such a list.
     """
     entries = read_json(path)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):

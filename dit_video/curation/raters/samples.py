@@ -36,7 +36,7 @@ def name_systems(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str
     """Return the folders of samples by the names of their systems: by default the folder's name if names differ.
 
     Raises:
-      UserError: fewer than two folders, another number of names than of folders, or a name or a folder twice.
+      UserError: If there are fewer than two folders or another number of names, or a name or a folder is given twice.
     """
     if len(folders) < 2:
         raise UserError(
@@ -59,11 +59,11 @@ def read_sample_sets(folders: Mapping[str, Path]) -> list[PromptSamples]:
     If a prompt has several samples, the first one of a system is matched with the first ones of the others, and so on.
 
     Args:
-      folders: folder of each system's samples, with `prompts.json`.
+      folders: Folder of each system's samples, with `prompts.json`.
 
     Raises:
-      MissingError: a folder without `prompts.json`, or a sample's file that does not exist.
-      UserError: a damaged list, or prompts that not all systems have.
+      MissingError: If a folder has no `prompts.json`, or a sample's file does not exist.
+      UserError: If a list is damaged, or not all systems have the same prompts.
     """
     samples = {system: _read_folder(folder) for system, folder in folders.items()}
     first, *others = samples
@@ -104,7 +104,7 @@ def copy_sample(source: Path, target: Path) -> None:
     Pixels do not change: the packets of a video are copied, and an image is written again without loss.
 
     Raises:
-      DecodeError: the file is damaged.
+      DecodeError: If the file is damaged.
     """
     if source.suffix.lower() == ".png":
         replace(decode(source), recipe={}).save(target)

@@ -40,7 +40,7 @@ def compute_win_rate(scores: Float64[np.ndarray, " n"], items: Int64[np.ndarray,
 
     Args:
       scores: 1 for a vote for the system, 0.5 for a tie, 0 for a vote for the other one.
-      items: number of each vote's prompt.
+      items: Number of each vote's prompt.
     """
     if not len(scores):
         return WinRate(value=None, interval=(0.0, 1.0), wins=0, ties=0, losses=0, prompts=0)
@@ -71,9 +71,9 @@ def compute_score_interval(value: float, tie_share: float, count: float | int) -
     it too wide.)
 
     Args:
-      value: share of wins, with ties as half a win.
-      tie_share: share of ties.
-      count: number of independent votes.
+      value: Share of wins, with ties as half a win.
+      tie_share: Share of ties.
+      count: Number of independent votes.
     """
     square = QUANTILE**2
     ties = tie_share * count / (count + square)
@@ -106,8 +106,8 @@ def fit_bradley_terry(
     interval empty.
 
     Args:
-      wins: for each prompt the number of votes for system i (first axis) against j.
-      ties: for each prompt the number of ties of i and j; symmetric.
+      wins: For each prompt the number of votes for system i (first axis) against j.
+      ties: For each prompt the number of ties of i and j; symmetric.
     """
     halves = wins + ties / 2
     halves = halves[halves.sum(axis=(1, 2)) > 0]
@@ -148,7 +148,7 @@ def compute_krippendorff_alpha(values: Float64[np.ndarray, "rater unit"], *, is_
     units. None if no unit has two answers, or if all answers are equal.
 
     Args:
-      values: answers, NaN where a rater has none.
+      values: Answers, NaN where a rater has none.
       is_ordered: True for differences of values (interval data), which make a tie half as far from a win as a loss is;
         False for values that are equal or not (nominal data).
     """

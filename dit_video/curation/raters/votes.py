@@ -91,8 +91,8 @@ class PageKey:
         """Read a key that `write` wrote.
 
         Raises:
-          MissingError: if there is no file at `path`.
-          UserError: if the file is damaged, or no key.
+          MissingError: If there is no file at `path`.
+          UserError: If the file is damaged, or no key.
         """
         document = read_json(path)
         if not isinstance(document, dict) or document.get("format") != FORMAT or "pairs" not in document:
@@ -137,8 +137,8 @@ def read_votes(paths: Sequence[str | Path], key: PageKey) -> dict[str, list[Vote
     """Return the votes of each rater by name; a rater who has not finished has fewer.
 
     Raises:
-      MissingError: if a file does not exist.
-      UserError: if there is no file, a file is damaged or of another page, votes are not of the page's pairs, or a
+      MissingError: If a file does not exist.
+      UserError: If there is no file, a file is damaged or of another page, votes are not of the page's pairs, or a
         rater has two files.
     """
     if not paths:
@@ -214,7 +214,7 @@ def summarize_votes(
       `left_win_rate`: win rate of the side on the left, 1/2 for raters without a preference for a side.
 
     Raises:
-      UserError: if `max_failed_controls` is no share.
+      UserError: If `max_failed_controls` is no share.
     """
     if not 0 <= max_failed_controls <= 1:
         rule = "it is a share of control questions"

@@ -24,7 +24,7 @@ def make_beam(runner: Any = None, options: Any = None) -> RunParts:
     """Return a function that writes parts by a pipeline of Apache Beam, with these options of `beam.Pipeline`.
 
     Raises:
-      UserError: Apache Beam is not installed.
+      UserError: If Apache Beam is not installed.
     """
     beam = _import_engine("Apache Beam", "apache_beam", "pip install -e '.[beam]' in a separate environment")
 
@@ -40,7 +40,7 @@ def make_ray(**options: Any) -> RunParts:
     """Return a function that writes parts by Ray Data, with these options of its `map`, such as `num_cpus`.
 
     Raises:
-      UserError: Ray is not installed.
+      UserError: If Ray is not installed.
     """
     ray = _import_engine("Ray", "ray", "pip install -e '.[ray]'")
 
@@ -56,7 +56,7 @@ def write_part(destination: str, config: IngestConfig, part: str) -> None:
     """Write a part of a data set in a process of its own.
 
     Raises:
-      UserError: see `write_parts`.
+      UserError: As `write_parts`.
     """
     write_parts(IngestFolder(to_storage_path(destination), config.settings), [part], config=config, workers=1)
 

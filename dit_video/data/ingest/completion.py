@@ -44,13 +44,13 @@ def complete(folder: IngestFolder, screening: Screening, *, inherit_captions: bo
     """Write the columns of choice and captions, the metadata, the report and the manifest.
 
     Args:
-      folder: the data set, whose parts are all written.
-      screening: finds the clips that are dropped as duplicates.
+      folder: The data set, whose parts are all written.
+      screening: Finds the clips that are dropped as duplicates.
       inherit_captions: True to caption the parts of a file like the whole file.
 
     Raises:
-      NoClipsError: no clip can be used.
-      UserError: two clips have the same name, or a file of the source is in no part.
+      NoClipsError: If no clip can be used.
+      UserError: If two clips have the same name, or a file of the source is in no part.
     """
     parts = folder.parts
     tables = _read_rows(folder, parts, _COLUMNS)

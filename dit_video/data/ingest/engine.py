@@ -119,19 +119,19 @@ def ingest(
     """Read every clip of `source`, and write the data set, its table and `report.json` into the folder `destination`.
 
     Args:
-      source: the clips, in any format that `list_clips` reads; a folder, a file or an address.
-      destination: folder or address (`gs://…`) to create, or to complete if it holds an earlier state of the source.
-      config: configuration of the ingest.
-      progress: called with (done, total) for inspected files.
-      workers: maximum number of processes that inspect files; by default one per core.
-      retry: inspect files again that failed for a transient reason.
+      source: The clips, in any format that `list_clips` reads; a folder, a file or an address.
+      destination: Folder or address (`gs://…`) to create, or to complete if it holds an earlier state of the source.
+      config: Configuration of the ingest.
+      progress: Called with (done, total) for inspected files.
+      workers: Maximum number of processes that inspect files; by default one per core.
+      retry: Inspect files again that failed for a transient reason.
       is_fixed: True to refuse a source that has changed, instead of completing the data set.
-      run_parts: writes parts elsewhere, see `clusters`; by default this process and `workers` do.
+      run_parts: Writes parts elsewhere, see `clusters`; by default this process and `workers` do.
 
     Raises:
-      MissingError: the source does not exist.
-      UserError: no clip is usable; the source has mistakes (see `list_clips`); the destination holds something else, or
-        cannot be written.
+      MissingError: If the source does not exist.
+      UserError: If no clip is usable; the source has mistakes (see `list_clips`); the destination holds something else,
+        or cannot be written.
     """
     check_at_least(1, workers=workers)
     folder = plan_ingest(source, destination, config=config, is_fixed=is_fixed)
@@ -176,7 +176,7 @@ def complete_ingest(folder: IngestFolder, config: IngestConfig) -> IngestReport:
     """Complete a data set whose parts are all written: choice of clips, captions, metadata and report.
 
     Raises:
-      UserError: no clip can be used, two clips have the same name, or the destination cannot be written.
+      UserError: If no clip can be used, two clips have the same name, or the destination cannot be written.
     """
     options = {"inherit_captions": config.inherit_captions}
     with _convert_write_errors(folder.folder):
@@ -217,7 +217,7 @@ def write_parts(
     """Write parts of a data set; see `plan_ingest` and `complete_ingest` for what comes before and afterwards.
 
     Raises:
-      UserError: the screening cannot work for any file, or the destination cannot be written.
+      UserError: If the screening cannot work for any file, or the destination cannot be written.
     """
     done, total = itertools.count(), folder.count_clips(parts)
     progress(next(done), total)
@@ -313,7 +313,7 @@ def _make_example(clip: ListedClip, outcome: Outcome) -> dict[str, Any]:
     """Return the record of a clip.
 
     Raises:
-      _ChangedError: the source file has changed.
+      _ChangedError: If the source file has changed.
     """
     if outcome.file is not None:
         content = Path(outcome.file).read_bytes()

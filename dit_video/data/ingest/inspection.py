@@ -118,7 +118,7 @@ def inspect(clip: ListedClip, config: InspectionConfig) -> Inspection:
     """Read, decode and screen a file, and cut its clips; every failure becomes its outcome.
 
     Raises:
-      UserError: the screening cannot work for any file, or the disk is full.
+      UserError: If the screening cannot work for any file, or the disk is full.
     """
     try:
         encoded = clip.read()

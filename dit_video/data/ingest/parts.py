@@ -67,11 +67,11 @@ class IngestFolder:
     """The parts of a data set, and the files that each is made of.
 
     Args:
-      folder: the data set.
-      settings: settings of the ingest, as JSON values; they may differ from earlier ones until a part is written.
+      folder: The data set.
+      settings: Settings of the ingest, as JSON values; they may differ from earlier ones until a part is written.
 
     Raises:
-      UserError: the data set was made with other settings.
+      UserError: If the data set was made with other settings.
     """
 
     def __init__(self, folder: StoragePath, settings: Mapping[str, Any]):
@@ -128,11 +128,11 @@ class IngestFolder:
         """Add parts for the files of a source that no part has.
 
         Args:
-          listing: files of the source.
+          listing: Files of the source.
           is_fixed: True if the data set must not change.
 
         Raises:
-          UserError: no file of the source is in a part, so it is another one; or a fixed data set would change.
+          UserError: If no file of the source is in a part, so it is another one; or a fixed data set would change.
         """
         listed = _make_clip_table(listing.clips, (*_COLUMNS, "captions"))
         skipped = {

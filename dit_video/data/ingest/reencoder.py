@@ -22,7 +22,7 @@ class ReencodeConfig:
     is set. The screening measures the original; the facts in the data set describe the stored clip.
 
     Raises:
-      UserError: a limit is out of range.
+      UserError: If a limit is out of range.
     """
 
     max_pixels: int | None = None
@@ -60,7 +60,7 @@ class ReencodeConfig:
         """Return the largest height and width of this aspect ratio within the limit, in multiples of `step`.
 
         Raises:
-          DecodeError: there is none.
+          DecodeError: If there is no such stream.
         """
         short, long = sorted((height, width))
         max_pixels = max(short * long, 4) if self.max_pixels is None else self.max_pixels
@@ -80,7 +80,7 @@ def reencode_image(encoded: bytes, facts: VideoInfo, config: ReencodeConfig) -> 
     """Return an image at the largest size within the limit: JPEG if it was, else PNG.
 
     Raises:
-      DecodeError: the image cannot be shrunk at its aspect ratio.
+      DecodeError: If the image cannot be shrunk at its aspect ratio.
     """
     frames = decode(encoded, size=Grid(1, *config.fit_size(facts.height, facts.width, 1))).frames
     return encode_jpeg(frames[0]) if facts.codec == "mjpeg" else encode_frames(frames, 1.0, "png")

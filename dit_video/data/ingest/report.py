@@ -79,7 +79,7 @@ class IngestReport:
         """Return the report itself if its counts add up, so that no clip is lost silently.
 
         Raises:
-          AssertionError: the counts do not add up.
+          AssertionError: If the counts do not add up.
         """
         counted = self.usable_files + len(self.quarantined) + len(self.dropped_files) + len(self.rejected)
         if counted != self.files or sum(self.splits.values()) != self.usable:
@@ -110,11 +110,11 @@ def make_report(
     """Return the report of a data set.
 
     Args:
-      rows: rows of the table for all files that the source holds, with the columns of choice: a clip that is not chosen
+      rows: Rows of the table for all files that the source holds, with the columns of choice: a clip that is not chosen
         duplicates another one.
-      uncaptioned: number of used clips without a caption.
-      skipped: format of the source, and entries that are no clips: "unlisted" and "rejected".
-      settings: settings of the ingest.
+      uncaptioned: Number of used clips without a caption.
+      skipped: Format of the source, and entries that are no clips: "unlisted" and "rejected".
+      settings: Settings of the ingest.
     """
     is_duplicate = pc.and_(pc.equal(rows["outcome"], "kept"), pc.invert(rows["chosen"]))
     rows = rows.append_column("account", pc.if_else(is_duplicate, "duplicate", rows["outcome"]))

@@ -107,12 +107,12 @@ class Screening:
         """Return the shots of a file, decoding it once; every shot is either kept or dropped with a reason.
 
         Args:
-          encoded: bytes of the file.
-          name: name of the file, from which the names of its shots are made.
+          encoded: Bytes of the file.
+          name: Name of the file, from which the names of its shots are made.
 
         Raises:
-          DecodeError: the file is damaged, or is not a readable video or image.
-          UserError: the screening cannot work for any file.
+          DecodeError: If the file is damaged, or is not a readable video or image.
+          UserError: If the screening cannot work for any file.
         """
         times: list[float] = []
         facts = probe(encoded, on_frame=lambda time, frame: times.append(time), is_exact=False)
@@ -123,7 +123,7 @@ class Screening:
         """Return the clips of a data set that are dropped as duplicates, each with the kept clip that it duplicates.
 
         Args:
-          hashes: hashes of every clip, as in its `Shot`.
-          files: number of every clip's file.
+          hashes: Hashes of every clip, as in its `Shot`.
+          files: Number of every clip's file.
         """
         return {}

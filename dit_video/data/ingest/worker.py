@@ -46,8 +46,8 @@ class MemoryGuard:
     """Limits of this process's memory (Linux), by the file that it reads and the sizes that its header claims.
 
     Args:
-      factor: factor of the limits.
-      report: function that is called with the pixels of all frames of a file that is opened, as its header claims.
+      factor: Factor of the limits.
+      report: Function that is called with the pixels of all frames of a file that is opened, as its header claims.
     """
 
     def __init__(self, factor: int, report: Callable[[int], None]):

@@ -140,7 +140,7 @@ class _WorkerProcess:
         """Return the process's answer, or None while it is incomplete; a report before it extends the time limit.
 
         Raises:
-          _WorkerLostError: the process has ended.
+          _WorkerLostError: If the process has ended.
         """
         chunk = os.read(self.answer_pipe.fileno(), 1 << 20)
         if not chunk:
@@ -168,9 +168,9 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
     """A pool of processes that inspect clips; a context manager. Processes start with the first clip.
 
     Args:
-      count: number of processes.
-      config: configuration of the inspection.
-      time_limit: seconds for a clip, see `compute_time_limit`; a process that takes longer is assumed to hang.
+      count: Number of processes.
+      config: Configuration of the inspection.
+      time_limit: Seconds for a clip, see `compute_time_limit`; a process that takes longer is assumed to hang.
     """
 
     def __init__(self, count: int, config: InspectionConfig, time_limit: float | int):
@@ -186,7 +186,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         """Yield (number, verdict) of numbered clips as they complete; a lost process is always a transient reason.
 
         Raises:
-          UserError: the screening cannot work for any clip, or a process cannot be started.
+          UserError: If the screening cannot work for any clip, or a process cannot be started.
         """
         for (number, clip), answer in self._run_tasks(deque(clips), self._count, memory_factor=1):
             if isinstance(answer, _WorkerLostError):
@@ -199,7 +199,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         A process may take twice the usual memory; what needs more fails for good.
 
         Raises:
-          UserError: see `inspect`.
+          UserError: As `inspect`.
         """
         for task in clips:
             self._stop()

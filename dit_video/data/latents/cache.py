@@ -90,14 +90,14 @@ class LatentSource(SharesArrays):
     No files are kept open, so a source can be pickled to workers.
 
     Args:
-      folder: folder or address (`gs://…`) that `LatentWriter` or `write_latents` wrote, see `core.storage`.
-      identity: required identity of the latents; None accepts any. Every part of a mapping must be equal.
-      cache: folder of the columns of large data sets; `tables.get_default_cache()` if None.
+      folder: Folder or address (`gs://…`) that `LatentWriter` or `write_latents` wrote, see `core.storage`.
+      identity: Required identity of the latents; None accepts any. Every part of a mapping must be equal.
+      cache: Folder of the columns of large data sets; `tables.get_default_cache()` if None.
 
     Raises:
-      MissingError: the folder does not exist.
-      UserError: the folder holds no latents of this version, unfinished ones, or latents of another autoencoder or text
-        encoder.
+      MissingError: If the folder does not exist.
+      UserError: If the folder holds no latents of this version, unfinished ones, or latents of another autoencoder or
+        text encoder.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class LatentSource(SharesArrays):
         """Return the latents of one example, and the arrays of its further fields by name.
 
         Raises:
-          DecodeError: its record is damaged.
+          DecodeError: If its record is damaged.
         """
         try:
             record = read_row(self._reader, self._table, int(self._rows[index]), DATASET_NAME)
@@ -210,8 +210,8 @@ class LatentSource(SharesArrays):
         """Return the embedding of one caption of an example.
 
         Raises:
-          DecodeError: its record is damaged.
-          UserError: the example has no such caption, or the data set has no embeddings.
+          DecodeError: If its record is damaged.
+          UserError: If the example has no such caption, or the data set has no embeddings.
         """
         count = 0 if self._texts is None else int(self.caption_counts[index])
         if self._texts is None or self._text_rows is None or not 0 <= caption < count:
@@ -257,7 +257,7 @@ class _TextReader(SharesArrays):
         """Return the rows of captions with these ids.
 
         Raises:
-          UserError: a caption has no embedding.
+          UserError: If a caption has no embedding.
         """
         rows = pc.index_in(pa.array(ids), value_set=self._table.arrow("id"))
         if rows.null_count:
@@ -309,7 +309,7 @@ def check_identity(folder: StoragePathLike, actual: Identity, expected: Identity
     """Check that latents have the expected identity.
 
     Raises:
-      UserError: a part of the identity differs; the message names both values.
+      UserError: If a part of the identity differs; the message names both values.
     """
     parts: list[tuple[str, Any, Any]]
     if isinstance(actual, str) or isinstance(expected, str):

@@ -35,13 +35,13 @@ class LatentCodec:
     at once.
 
     Args:
-      config: the autoencoder's config.
-      params: its parameters, a nested dictionary of arrays; those in host memory are copied to the device for each
+      config: The autoencoder's config.
+      params: Its parameters, a nested dictionary of arrays; those in host memory are copied to the device for each
         call.
-      memory: bytes that coding may take on a device besides the parameters; by default 8 GiB, or half of the device's
+      memory: Bytes that coding may take on a device besides the parameters; by default 8 GiB, or half of the device's
         memory if that is less.
-      tiles: how frames that do not fit into memory are tiled; see `Tiles` for the cost.
-      sharding: devices that the height of a frame is sharded over; see `decode_stream`.
+      tiles: How frames that do not fit into memory are tiled; see `Tiles` for the cost.
+      sharding: Devices that the height of a frame is sharded over; see `decode_stream`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class LatentCodec:
         """Encode a clip, whose size fits the stride, to normalised latents.
 
         Raises:
-          UserError: the size does not fit.
+          UserError: If the size does not fit.
         """
         return self.encode_pixels(clip.frames)
 
@@ -78,7 +78,7 @@ class LatentCodec:
         """Decode normalised latents to a clip; `seed` is for decoders that take noise.
 
         Raises:
-          UserError: latents with another number of channels, or that are not finite.
+          UserError: If latents have another number of channels, or are not finite.
         """
         channels, shape = self.config.channels, np.shape(latents)
         if len(shape) != 4 or shape[-1] != channels:
@@ -114,7 +114,7 @@ class LatentCodec:
         """Return the number of latent frames of `clips` clips that `encode` or `decode` codes at once.
 
         Raises:
-          UserError: the memory does not allow a single one.
+          UserError: If the memory does not allow a single one.
         """
         memory = compute_default_memory(get_memory_limits().device) if self.memory is None else self.memory
         sharding, tiles = self._options["sharding"], self.tiles

@@ -67,14 +67,15 @@ def encode_latents(
     """Write this process's share of the missing files, and the index once all files exist; returns True if they do.
 
     Args:
-      destination: the folder, or an address (`gs://…`); see `core.storage`.
-      clips, encoding, plan: clips, encoders and settings, and their `plan_encoding`.
-      identity: identity of the autoencoder and of all else that the latents depend on; training asks for it again.
-      shard: number of this process among `shards`, which writes the files `shard`, `shard + shards`, …
-      progress: called with the number of finished views in this process's files.
+      destination: The folder, or an address (`gs://…`); see `core.storage`.
+      clips, encoding, plan: Clips, encoders and settings, and their `plan_encoding`.
+      identity: Identity of the autoencoder and of all else that the latents depend on; training asks for it again.
+      shard: Number of this process among `shards`, which writes the files `shard`, `shard + shards`, …
+      progress: Called with the number of finished views in this process's files.
 
     Raises:
-      UserError: a destination with other latents, an identity without that of a used encoder, or no such shard.
+      UserError: If the destination holds other latents, the identity lacks that of a used encoder, or there is no such
+        shard.
     """
     if not 0 <= shard < shards:
         raise UserError(f"shard={shard} must be one of 0 to {shards - 1}")

@@ -29,9 +29,9 @@ class CanvasEncoder:
     """The autoencoder over batches of canvases, which are sharded over the devices of this process.
 
     Args:
-      autoencoder: its config.
-      params: its parameters.
-      canvas_pixels: approximate number of pixels that a device encodes at once, over all frames of its canvases.
+      autoencoder: Its config.
+      params: Its parameters.
+      canvas_pixels: Approximate number of pixels that a device encodes at once, over all frames of its canvases.
     """
 
     def __init__(self, autoencoder: AutoencoderConfig, params: dict[str, Any], *, canvas_pixels: int = CANVAS_PIXELS):
@@ -80,12 +80,12 @@ class OnlineEncoder:
     latents are those that it has alone.
 
     Args:
-      autoencoder: the autoencoder's config.
-      params: its parameters.
-      sizes: sizes of all clips that will be encoded, in frames and pixels.
-      calls: number of calls that these clips arrive in. A batch holds as many canvases of a size as one call has on
+      autoencoder: The autoencoder's config.
+      params: Its parameters.
+      sizes: Sizes of all clips that will be encoded, in frames and pixels.
+      calls: Number of calls that these clips arrive in. A batch holds as many canvases of a size as one call has on
         average, or as many as the devices encode at once. The unused part of a call's last batch is computed too.
-      canvas_pixels: approximate number of pixels that a device encodes at once.
+      canvas_pixels: Approximate number of pixels that a device encodes at once.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class OnlineEncoder:
         """Return the latents of the clips, in order; with masks, of the clips with all but the known pixels grey.
 
         Raises:
-          UserError: a clip that is larger than all `sizes`.
+          UserError: If a clip is larger than all `sizes`.
         """
         by_canvas: dict[Grid, list[int]] = {}
         for number, clip in enumerate(clips):

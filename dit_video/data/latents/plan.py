@@ -47,7 +47,7 @@ class Augmentations:
     """Selection of the views of every clip.
 
     Raises:
-      UserError: no crop, or a resolution without pixels.
+      UserError: If there is no crop, or a resolution has no pixels.
     """
 
     clips_per_video: int = 1
@@ -83,7 +83,7 @@ class Encoding:
     """Encoders and settings that turn clips into latents.
 
     Raises:
-      UserError: files without views, or no threads.
+      UserError: If files would hold no views, or there are no threads.
     """
 
     autoencoder: AutoencoderConfig
@@ -163,12 +163,12 @@ def plan_encoding(clips: ClipSource, encoding: Encoding, destination: StoragePat
     """Plan the encoding of clips; every process gets the same plan.
 
     Args:
-      clips: clips to encode.
-      encoding: encoders and settings.
-      destination: folder of latents; views and captions that it holds are left out.
+      clips: Clips to encode.
+      encoding: Encoders and settings.
+      destination: Folder of latents; views and captions that it holds are left out.
 
     Raises:
-      UserError: no clips, or one without a size within the limits.
+      UserError: If there are no clips, or one has no size within the limits.
     """
     clip_views = list_views(clips.infos, encoding.limits, encoding.augmentations)
     if not clip_views:
@@ -233,7 +233,7 @@ def check_clips(latents: LatentSource, clips: ClipSource) -> None:
     The views of a clip are not compared: they follow from the clip and from the identity of the latents.
 
     Raises:
-      UserError: the latents are of other clips, or captions have changed.
+      UserError: If the latents are of other clips, or captions have changed.
     """
     names, payloads = (pa.array(clips.column(name), pa.string()) for name in ("name", "payload"))
     keys, own_keys = pc.binary_join_element_wise(names, payloads, "\0"), latents.clip_keys
@@ -262,7 +262,7 @@ def list_views(infos: Sequence[ClipInfo], limits: SizeLimits, augmentations: Aug
     A view is named `clip.mp4@0`, by its first frame, followed by `~64x96` in a smaller resolution and by `~flipped`.
 
     Raises:
-      UserError: a clip without a size within the limits.
+      UserError: If a clip has no size within the limits.
     """
     clip_views = []
     for number, info in enumerate(infos):

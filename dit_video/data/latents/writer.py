@@ -66,7 +66,7 @@ class LatentWriter:
     Once all parts are written, further ones may be added by a writer with another plan.
 
     Raises:
-      UserError: the folder holds something else, or unfinished parts of another plan.
+      UserError: If the folder holds something else, or unfinished parts of another plan.
     """
 
     folder: StoragePath
@@ -124,12 +124,12 @@ class LatentWriter:
         """Write one part atomically.
 
         Args:
-          number: number of the part, among those that are added.
-          examples: its examples.
-          texts: captions and their embeddings, in addition to those of the examples.
+          number: Number of the part, among those that are added.
+          examples: Its examples.
+          texts: Captions and their embeddings, in addition to those of the examples.
 
         Raises:
-          UserError: latents are empty, not finite, or differ in channels from those before them.
+          UserError: If latents are empty, not finite, or differ in channels from those before them.
         """
         part, widths = self._get_part(number), _ExampleShapes(self.fields)
         rows: list[dict[str, Any]] = []
@@ -162,14 +162,14 @@ class LatentWriter:
         """Write the table once all parts exist: every process calls this, and the last one succeeds.
 
         Args:
-          captions: function from the id of an example to its captions now, or to None if it is no longer used; by
+          captions: Function from the id of an example to its captions now, or to None if it is no longer used; by
             default all are used, with the captions with which they were written.
 
         Returns:
           True if the data set is finished.
 
         Raises:
-          UserError: no clip could be encoded, or the parts disagree on the number of channels.
+          UserError: If no clip could be encoded, or the parts disagree on the number of channels.
         """
         count = sum(_read_plan(self.folder)["files"])
         if not _is_complete(self.folder, count):
@@ -306,16 +306,16 @@ def write_latents(
     """Write the data set `destination` in one file, atomically. Latents in that folder are replaced.
 
     Args:
-      destination: a local folder.
-      examples: the examples, read once, one at a time, in order.
-      identity: identity of the autoencoder; `LatentSource` checks it.
-      fields: further fields, which every example has.
-      dtype: stored type of the values; they are read as float32.
-      progress: called with the number of examples done.
+      destination: A local folder.
+      examples: The examples, read once, one at a time, in order.
+      identity: Identity of the autoencoder; `LatentSource` checks it.
+      fields: Further fields, which every example has.
+      dtype: Stored type of the values; they are read as float32.
+      progress: Called with the number of examples done.
 
     Raises:
-      UserError: there are no examples; latents are empty, not finite, or differ in channels from those before them; or
-        the destination holds something other than latents.
+      UserError: If there are no examples; latents are empty, not finite, or differ in channels from those before them;
+        or the destination holds something other than latents.
     """
     if is_remote(destination):
         raise UserError(f"{destination} is an address. Write it with `LatentWriter`, or use a folder on this machine.")

@@ -50,7 +50,7 @@ class Cost:
     same for every row, and needs no balancing.
 
     Raises:
-      UserError: a cost is negative, or both are zero.
+      UserError: If a cost is negative, or both are zero.
     """
 
     linear: float | int = 0
@@ -70,8 +70,8 @@ class Cost:
         """Return the cost in forward operations of one layer.
 
         Args:
-          width: width of the denoiser (D).
-          layer_params: weights of a layer that every token is multiplied by, in units of D²: 4 for attention, 8 for an
+          width: Width of the denoiser (D).
+          layer_params: Weights of a layer that every token is multiplied by, in units of D²: 4 for attention, 8 for an
             MLP of four times the width, 2 for the query and output of cross-attention.
         """
         return cls(linear=2 * layer_params * width**2, attention=4 * width)
@@ -89,7 +89,7 @@ class Balance:
     """Configuration of the order of rows.
 
     Raises:
-      UserError: the batch is not a multiple of the block, or the tolerance is outside (0, 1).
+      UserError: If the batch is not a multiple of the block, or the tolerance is outside (0, 1).
     """
 
     cost: Cost
@@ -130,10 +130,10 @@ def order_rows(
     """Return the order of an epoch's rows.
 
     Args:
-      costs: cost of each row.
-      balance: the configuration.
-      generator: source of all random choices.
-      first: running number of the epoch's first row. The steps that this epoch shares with the one before and the one
+      costs: Cost of each row.
+      balance: The configuration.
+      generator: Source of all random choices.
+      first: Running number of the epoch's first row. The steps that this epoch shares with the one before and the one
         after get rows of the most common cost.
     """
     batch, rows = balance.batch, len(costs)
@@ -168,7 +168,7 @@ def measure_imbalance(costs: Float[np.ndarray, " r"], *, batch: int, devices: in
     """Measure rows in their order, from running number `first` on; only complete steps count.
 
     Raises:
-      UserError: the batch does not divide among the devices, or there are too few rows for one step.
+      UserError: If the batch does not divide among the devices, or there are too few rows for one step.
     """
     if devices < 1 or batch % devices:
         raise UserError(f"batch={batch} must be a positive multiple of devices={devices}")

@@ -95,12 +95,12 @@ def fill_rows(
     """Shuffle the examples and pack each into one row; no row exceeds one of the budgets.
 
     Args:
-      examples: indices into the sizes; an example may occur several times.
-      tokens: video tokens of every example, at most those of a row.
-      text: text tokens of every example, at most those of a row.
-      shape: budgets of a row.
-      generator: source of the random order.
-      attention_pairs: token pairs in the attention of every example.
+      examples: Indices into the sizes; an example may occur several times.
+      tokens: Video tokens of every example, at most those of a row.
+      text: Text tokens of every example, at most those of a row.
+      shape: Budgets of a row.
+      generator: Source of the random order.
+      attention_pairs: Token pairs in the attention of every example.
     """
     budget = _Budget(tokens, text, shape)
     order = generator.permutation(examples)
@@ -332,13 +332,13 @@ class CanvasPacking(SharesArrays):
     """Packing of examples on canvases of one shape, for `RowStream`.
 
     Args:
-      grids: size of every example, in tokens.
-      text: text tokens of every example.
-      shape: capacity of a canvas.
-      names: names of the examples, for errors.
+      grids: Size of every example, in tokens.
+      text: Text tokens of every example.
+      shape: Capacity of a canvas.
+      names: Names of the examples, for errors.
 
     Raises:
-      UserError: an example is larger than a canvas, or its sides are no multiples of the canvas's `cell`.
+      UserError: If an example is larger than a canvas, or its sides are no multiples of the canvas's `cell`.
     """
 
     def __init__(

@@ -34,8 +34,8 @@ class MaskMix(NamedTuple):
         """Return the fields of an example with the drawn mask in place of all cached kinds; zero if nothing is known.
 
         Args:
-          fields: its fields by name.
-          rank: running number of the example in the plan.
+          fields: Its fields by name.
+          rank: Running number of the example in the plan.
         """
         cached = [tuple(fields[field.name] for field in pair) for pair in self.list_cached_fields()]
         names = {field.name for pair in self.list_cached_fields() for field in pair}

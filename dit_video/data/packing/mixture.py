@@ -30,7 +30,7 @@ class Mixture(SharesArrays):
     Clips are numbered over all sources, those of the first source first.
 
     Raises:
-      UserError: a source is empty, a weight is not positive, the epoch is too short, or variants do not match the
+      UserError: If a source is empty, a weight is not positive, the epoch is too short, or variants do not match the
         clips.
     """
 
@@ -83,12 +83,12 @@ class MixtureSampler(SharesArrays):
     """A sampler that draws the examples of every epoch.
 
     Args:
-      mixture: share of each source.
-      tokens: video tokens of every example.
-      seed: seed of the run.
+      mixture: Share of each source.
+      tokens: Video tokens of every example.
+      seed: Seed of the run.
 
     Raises:
-      UserError: the mixture has another number of examples, or some epochs would be empty.
+      UserError: If the mixture has another number of examples, or some epochs would be empty.
     """
 
     def __init__(self, mixture: Mixture, tokens: Int[np.ndarray, " n"], *, seed: int):

@@ -92,7 +92,7 @@ class PlanCache:
     one of them has made, in a folder that they share.
 
     Args:
-      make: function from an epoch to its plan.
+      make: Function from an epoch to its plan.
     """
 
     def __init__(self, make: Callable[[int], RowPlan]):
@@ -175,18 +175,18 @@ class RowStream(SharesArrays):
     rows are dropped: `RowPlan.dropped_examples` holds their examples, and a warning reports how many there are.
 
     Args:
-      tokens: video tokens of every example.
-      text: text tokens of every example.
-      shape: budgets of a row.
-      seed: seed of the run.
-      names: names of the examples, for errors.
-      mixture: choice of an epoch's examples; None for each example once.
-      balance: configuration of the order of rows; None for a random order.
-      attention_pairs: token pairs in the attention of every example; None for full attention.
-      canvases: packing on canvases of the same examples; None for packed rows.
+      tokens: Video tokens of every example.
+      text: Text tokens of every example.
+      shape: Budgets of a row.
+      seed: Seed of the run.
+      names: Names of the examples, for errors.
+      mixture: Choice of an epoch's examples; None for each example once.
+      balance: Configuration of the order of rows; None for a random order.
+      attention_pairs: Token pairs in the attention of every example; None for full attention.
+      canvases: Packing on canvases of the same examples; None for packed rows.
 
     Raises:
-      UserError: there are no examples, one is larger than a row, or the mixture is invalid (see `MixtureSampler`).
+      UserError: If there are no examples, one is larger than a row, or the mixture is invalid (see `MixtureSampler`).
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class RowStream(SharesArrays):
         """Return the differences between the devices' costs over the complete steps of an epoch.
 
         Raises:
-          UserError: the batch does not divide among the devices, or the epoch has no complete step.
+          UserError: If the batch does not divide among the devices, or the epoch has no complete step.
         """
         cost = balancing.Cost() if self.balance is None else self.balance.cost
         costs = cost.compute(self.get_epoch(epoch).attention_cost * 1e6, self.shape.tokens)

@@ -89,20 +89,20 @@ class RowLayout(SharesArrays):
     The plan reserves room for the longest caption of an example, so that every caption fits.
 
     Args:
-      grids: grid of every example, in tokens.
-      captions: captions of every example; the drawn ones are read when a row is packed.
-      shape: budgets of a row.
-      seed: seed of the run.
-      names: names of the examples, for errors.
-      mixture: choice of an epoch's examples; None for each example once.
-      balance: configuration of the order of rows; None for a random order.
-      token_dt: spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
+      grids: Grid of every example, in tokens.
+      captions: Captions of every example; the drawn ones are read when a row is packed.
+      shape: Budgets of a row.
+      seed: Seed of the run.
+      names: Names of the examples, for errors.
+      mixture: Choice of an epoch's examples; None for each example once.
+      balance: Configuration of the order of rows; None for a random order.
+      token_dt: Spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
         tokens.
-      attention_pairs: function from a grid to its token pairs in attention; None for full attention.
-      token_lead: fraction of `token_dt` by which all tokens but a clip's first begin earlier.
+      attention_pairs: Function from a grid to its token pairs in attention; None for full attention.
+      token_lead: Fraction of `token_dt` by which all tokens but a clip's first begin earlier.
 
     Raises:
-      UserError: an example is larger than a row, or the mixture is of other examples.
+      UserError: If an example is larger than a row, or the mixture is of other examples.
     """
 
     def __init__(
@@ -319,7 +319,7 @@ def compute_token_grids(source: LatentSource, patch: Grid) -> Int[np.ndarray, "n
     """Return the grid of every example, in tokens.
 
     Raises:
-      UserError: the patch does not divide the latents.
+      UserError: If the patch does not divide the latents.
     """
     distinct, first, kinds = find_distinct_grids(np.asarray(source.sizes, np.int32).reshape(-1, 3))
     grids = []

@@ -120,10 +120,10 @@ class MetricBatch:
         """Return `function(clip, *args, **kwargs)`, which is computed once for all metrics of the batch.
 
         Args:
-          function: a pure function of a clip, such as one that tracks its objects; no metric changes its result.
-          clip: a clip of the batch, or the reference of one of its scenes.
-          *args: further arguments of the function; like the keyword arguments, they are hashable.
-          **kwargs: its keyword arguments.
+          function: A pure function of a clip, such as one that tracks its objects; no metric changes its result.
+          clip: A clip of the batch, or the reference of one of its scenes.
+          *args: Further arguments of the function; like the keyword arguments, they are hashable.
+          **kwargs: Its keyword arguments.
         """
         key = (function, clip, args, frozenset(kwargs.items()))
         if key not in self._derived:

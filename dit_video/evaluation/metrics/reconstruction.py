@@ -197,9 +197,9 @@ def compute_multiscale_ssim(
     counts as 0. Weights of fewer than five scales are divided by their sum.
 
     Args:
-      original: frames of a clip.
-      other: frames of the other.
-      scales: number of scales, by default as many as fit.
+      original: Frames of a clip.
+      other: Frames of the other.
+      scales: Number of scales, by default as many as fit.
 
     Raises:
       UserError: If the shapes differ, or the frames are too small for the scales.
@@ -302,10 +302,10 @@ def compute_perceptual_distance(
     Frames are compared in chunks, so that memory does not grow with the clip.
 
     Args:
-      original: frames of a clip, of at least 16×16 pixels.
-      other: frames of the other.
-      weights: file of the weights (see `load_lpips`), which is read once.
-      chunk_pixels: pixels of the frames that are compared at once; at least one frame.
+      original: Frames of a clip, of at least 16×16 pixels.
+      other: Frames of the other.
+      weights: File of the weights (see `load_lpips`), which is read once.
+      chunk_pixels: Pixels of the frames that are compared at once; at least one frame.
 
     Raises:
       MissingError: If the file does not exist.

@@ -117,8 +117,8 @@ def make_distillation_experiment(
     No weights are read yet.
 
     Args:
-      folder: a run that has its pipeline, a pipeline, or open weights in diffusers' layout that can be fine-tuned.
-      options: options of the distillation.
+      folder: A run that has its pipeline, a pipeline, or open weights in diffusers' layout that can be fine-tuned.
+      options: Options of the distillation.
 
     Raises:
       MissingError: If the folder does not exist, or lacks parts.

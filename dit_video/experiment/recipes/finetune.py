@@ -103,8 +103,8 @@ def make_finetuning_experiment(
     the folder's scheduler.
 
     Args:
-      folder: a folder in diffusers' layout, with `model_index.json`.
-      options: trained weights, number of steps and sizes.
+      folder: A folder in diffusers' layout, with `model_index.json`.
+      options: Trained weights, number of steps and sizes.
 
     Raises:
       MissingError: If the folder does not exist, or lacks parts.

@@ -92,8 +92,8 @@ class CacheLatents(DenoiserStage):
         """Return the cached latents.
 
         Args:
-          runtime: the run.
-          encoding: the encoding of the clips, if it is made already; it reads the autoencoder's weights.
+          runtime: The run.
+          encoding: The encoding of the clips, if it is made already; it reads the autoencoder's weights.
 
         Raises:
           UserError: If the latents are of other clips or of another autoencoder.

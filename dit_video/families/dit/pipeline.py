@@ -63,10 +63,10 @@ class DitFamily(Family):
         """Return the config of a class-conditional image pipeline; its scheduler determines the solver and steps.
 
         Args:
-          folder: holds `transformer` and `vae`; a folder of diffusers also holds `scheduler` and `model_index.json`,
+          folder: Holds `transformer` and `vae`; a folder of diffusers also holds `scheduler` and `model_index.json`,
             which names the classes. `transformer` holds a model of diffusers, an authors' model with the arguments of
             its class in a `config.json`, or a single file of the authors under its original name.
-          options: dtype, devices and host memory; the model has no text encoder.
+          options: Dtype, devices and host memory; the model has no text encoder.
 
         Raises:
           MissingError: If the folder does not exist, or lacks parts; the message names all of them.

@@ -112,10 +112,10 @@ def find_defaults(backbone: WanDitConfig, *, experts: int, flow_shift: float, na
     """Return the defaults of a model: its authors', if the folder has the config of a published one, or diffusers'.
 
     Args:
-      backbone: config of its denoiser.
-      experts: number of its denoisers, 1 or 2.
-      flow_shift: shift of the folder's scheduler.
-      name: path of the folder; a part such as `I2V-14B-720P` tells 2.1 I2V-14B-480P from 720P.
+      backbone: Config of its denoiser.
+      experts: Number of its denoisers, 1 or 2.
+      flow_shift: Shift of the folder's scheduler.
+      name: Path of the folder; a part such as `I2V-14B-720P` tells 2.1 I2V-14B-480P from 720P.
     """
     model = _Model(backbone.width, backbone.layers, _get_input(backbone), experts, flow_shift)
     resolution = re.search("i2v[^/]*(480|720)p", name.lower())

@@ -197,11 +197,11 @@ def map_wan_blocks(
     """Return the tensor map of a stack of blocks.
 
     Args:
-      config: config of the model.
-      layout: layout of the files.
-      ours: path of the stack.
-      theirs: its name in the files.
-      layers: number of its layers; None for the config's.
+      config: Config of the model.
+      layout: Layout of the files.
+      ours: Path of the stack.
+      theirs: Its name in the files.
+      layers: Number of its layers; None for the config's.
     """
     names: dict[str, TensorMapping] = {}
     column = 1 if layout == "diffusers" else 2

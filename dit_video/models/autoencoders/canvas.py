@@ -58,10 +58,10 @@ def pack_canvases(
     on canvases.
 
     Args:
-      sizes: sizes of the clips in frames and pixels; heights and widths are multiples of the stride.
-      stride: stride of the autoencoder.
-      pixels: approximate pixels of a canvas over all its frames; more if a clip is larger, fewer for few clips.
-      max_programs: maximum number of canvas sizes.
+      sizes: Sizes of the clips in frames and pixels; heights and widths are multiples of the stride.
+      stride: Stride of the autoencoder.
+      pixels: Approximate pixels of a canvas over all its frames; more if a clip is larger, fewer for few clips.
+      max_programs: Maximum number of canvas sizes.
 
     Raises:
       UserError: If `max_programs` or `pixels` is below 1.

@@ -83,10 +83,10 @@ def inflate(
     """Return a video autoencoder that decodes every frame like the image autoencoder until it is trained.
 
     Args:
-      config: configuration of an image autoencoder.
-      params: its parameters, which the result shares.
-      key: random key for the temporal layers.
-      kernel_size: frames that a temporal convolution sees.
+      config: Configuration of an image autoencoder.
+      params: Its parameters, which the result shares.
+      key: Random key for the temporal layers.
+      kernel_size: Frames that a temporal convolution sees.
 
     Raises:
       UserError: If the autoencoder can't be inflated, or the parameters do not fit it.

@@ -195,11 +195,11 @@ class Vae(nnx.Module):
         """Return normalised latents.
 
         Args:
-          pixels: clips, canvases that several clips share (see `dit_video.models.autoencoders.canvas`), or a chunk of
+          pixels: Clips, canvases that several clips share (see `dit_video.models.autoencoders.canvas`), or a chunk of
             them: 1 + k * temporal stride frames of a clip's start, then multiples of the temporal stride.
-          segment_ids: clip of each latent position of a canvas; 0 is padding. Clips, one position or more apart, do
+          segment_ids: Clip of each latent position of a canvas; 0 is padding. Clips, one position or more apart, do
             not see each other: they get the latents that they get alone.
-          cache: cache left by the previous chunk.
+          cache: Cache left by the previous chunk.
 
         Raises:
           UserError: If the size does not fit the stride, or the pixels are not RGB.

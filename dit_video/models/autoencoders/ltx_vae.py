@@ -371,10 +371,10 @@ class LtxVae(Vae):
         """Return pixels from latents of a whole clip that are not normalised.
 
         Args:
-          latents: the latents, with noise of `time`.
-          cache: unused, as the decoder sees later frames.
-          time: diffusion time of the latents, if the decoder is conditioned on it; 0 by default.
-          keys: keys of the clips for the noise that layers add; None adds none.
+          latents: The latents, with noise of `time`.
+          cache: Unused, as the decoder sees later frames.
+          time: Diffusion time of the latents, if the decoder is conditioned on it; 0 by default.
+          keys: Keys of the clips for the noise that layers add; None adds none.
         """
         model_time = jnp.broadcast_to(jnp.asarray(0.0 if time is None else time), latents.shape[:1])
         return self.decoder(latents, model_time, None if keys is None else SpatialNoise(keys))

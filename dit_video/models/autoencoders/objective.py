@@ -191,8 +191,8 @@ class AutoencoderObjective:
         """Return the weighted sum of the reconstruction terms, and the terms by name.
 
         Args:
-          decoded: pixels, approximately in [-1, 1].
-          original: pixels in [-1, 1].
+          decoded: Pixels, approximately in [-1, 1].
+          original: Pixels in [-1, 1].
           perceptual_net: LPIPS, required if it has a weight.
         """
         error = decoded - original

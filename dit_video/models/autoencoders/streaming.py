@@ -137,13 +137,13 @@ def decode_stream(
     """Yield the frames of latents, one chunk at a time.
 
     Args:
-      config: configuration of an autoencoder.
-      params: its parameters.
-      latents: normalised latents.
-      chunk: latent frames per chunk of a causal decoder; a decoder that sees later frames gets all of them at once.
-      tiles: sizes of tiles for pictures that do not fit in memory; None decodes whole pictures.
-      sharding: sharding of a chunk's latents, such as `NamedSharding(mesh, P(None, None, "context"))` for height.
-      seeds: seed of each clip, for decoders that take noise; 0 by default.
+      config: Configuration of an autoencoder.
+      params: Its parameters.
+      latents: Normalised latents.
+      chunk: Latent frames per chunk of a causal decoder; a decoder that sees later frames gets all of them at once.
+      tiles: Sizes of tiles for pictures that do not fit in memory; None decodes whole pictures.
+      sharding: Sharding of a chunk's latents, such as `NamedSharding(mesh, P(None, None, "context"))` for height.
+      seeds: Seed of each clip, for decoders that take noise; 0 by default.
 
     Raises:
       UserError: If the latents have another number of channels, a chunk has no frames, tiles don't fit the stride or
@@ -180,12 +180,12 @@ def encode_stream(
     """Yield the normalised latents of frames that come in portions of any length.
 
     Args:
-      config: configuration of a causal autoencoder.
-      params: its parameters.
-      frames: portions of frames in 0..255, 1 + k * temporal stride frames in all.
-      chunk: latent frames per chunk.
-      tiles: sizes of tiles for pictures that do not fit in memory; None encodes whole pictures.
-      sharding: sharding of a chunk's frames.
+      config: Configuration of a causal autoencoder.
+      params: Its parameters.
+      frames: Portions of frames in 0..255, 1 + k * temporal stride frames in all.
+      chunk: Latent frames per chunk.
+      tiles: Sizes of tiles for pictures that do not fit in memory; None encodes whole pictures.
+      sharding: Sharding of a chunk's frames.
 
     Raises:
       UserError: If frames are not [B T H W 3] in 0..255, a chunk has no frames, tiles or frames do not fit the stride
@@ -210,10 +210,10 @@ def estimate_chunk_bytes(config: AutoencoderConfig, method: str, clips: int, lat
     """Estimate the memory of coding a chunk of whole pictures, without the parameters; see `count_peak_bytes`.
 
     Args:
-      config: configuration of a causal autoencoder.
+      config: Configuration of a causal autoencoder.
       method: `encode` or `decode`.
-      clips: number of clips.
-      latents: latent frames of the chunk, and the height and width of the latents.
+      clips: Number of clips.
+      latents: Latent frames of the chunk, and the height and width of the latents.
     """
     run, arguments = make_chunk_program(config, method, clips, latents)
     program = jax.make_jaxpr(run)(*arguments)

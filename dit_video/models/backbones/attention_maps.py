@@ -44,9 +44,9 @@ def compute_attention_maps(
     usual backend; the weights are computed separately, so memory grows with the number of queries only.
 
     Args:
-      backbone: denoiser to inspect.
-      noisy, time, layout, conditioning: its inputs; see `Backbone`.
-      queries: indices in the row of the Q tokens whose weights are returned.
+      backbone: Denoiser to inspect.
+      noisy, time, layout, conditioning: Its inputs; see `Backbone`.
+      queries: Indices in the row of the Q tokens whose weights are returned.
 
     Raises:
       UserError: If there are no queries, or an index is outside the row.

@@ -22,10 +22,10 @@ def add_temporal_layers(
     Kandinsky Video (arXiv 2311.13073, section 3.2), set the optimizer's `trainable=("temporal",)`.
 
     Args:
-      config: config of an image model.
-      params: parameters of that model, which the result shares.
-      temporal: config of the temporal layers.
-      key: random key for the parameters of the temporal layers.
+      config: Config of an image model.
+      params: Parameters of that model, which the result shares.
+      temporal: Config of the temporal layers.
+      key: Random key for the parameters of the temporal layers.
 
     Raises:
       UserError: If the model has temporal layers, a pattern other than `Full` or `SpaceOnly`, registers or joint

@@ -26,10 +26,10 @@ def make_denoise_fn(
     whole prediction: the two are not interleaved per position as in the model's output.
 
     Args:
-      backbone: the model.
-      layout: places of the clips in the rows.
-      conditioning: conditioning of the clips.
-      change_input: function that maps the tokens and their times `B N` to the ones that the model gets.
+      backbone: The model.
+      layout: Places of the clips in the rows.
+      conditioning: Conditioning of the clips.
+      change_input: Function that maps the tokens and their times `B N` to the ones that the model gets.
       is_clean: True for tokens at time 0, in a model with a time per token, if all other tokens of a clip share one
         time; None if the times of tokens are arbitrary.
     """

@@ -17,11 +17,11 @@ def count_forward_flops(
     """Count the operations of one forward pass over clips, which do not depend on their packing.
 
     Args:
-      config: config of the denoiser; text and image encoders are not included.
-      clips: size of every clip (segment) in tokens.
-      texts: number of context tokens of every clip; all 0 for a model without context. Wan's blocks attend to
+      config: Config of the denoiser; text and image encoders are not included.
+      clips: Size of every clip (segment) in tokens.
+      texts: Number of context tokens of every clip; all 0 for a model without context. Wan's blocks attend to
         `text_length` tokens whatever the text, but project only the text's own tokens.
-      images: number of image tokens of every clip, for models that use them.
+      images: Number of image tokens of every clip, for models that use them.
 
     Raises:
       UserError: If the numbers of clips, texts and images differ, or a clip has no grid although the pattern needs one.
@@ -45,7 +45,7 @@ def count_training_flops(
     """Count the operations of a training step, from which the utilisation (MFU) is computed.
 
     Args:
-      config, clips, texts, images: as for `count_forward_flops`, which also raises the errors.
+      config, clips, texts, images: As for `count_forward_flops`, which also raises the errors.
       adapters: True if only LoRA adapters are trained.
     """
     return count_training_passes(adapters=adapters) * count_forward_flops(config, clips, texts, images=images)

@@ -82,12 +82,12 @@ class Backbone(Protocol):
         position in a patch.
 
         Args:
-          noisy: noisy tokens.
-          time: diffusion time (0 = data, 1 = noise), `B G`: one per segment; or, if the config's `time` is "token",
+          noisy: Noisy tokens.
+          time: Diffusion time (0 = data, 1 = noise), `B G`: one per segment; or, if the config's `time` is "token",
             `B N`: one per token, or `ClipTimes` if it `accepts_clip_times`.
-          layout: places of the clips in the rows.
-          conditioning: records of exactly the config's `conditioning_kinds`.
-          state: state of the sampler's loop, which a model without caches returns unchanged.
+          layout: Places of the clips in the rows.
+          conditioning: Records of exactly the config's `conditioning_kinds`.
+          state: State of the sampler's loop, which a model without caches returns unchanged.
 
         Raises:
           UserError: If a record is missing, or there is one that the model does not use.
@@ -122,11 +122,11 @@ class BlockBackbone(Backbone, Protocol):
         """Apply all blocks.
 
         Args:
-          x, inputs: what `embed_inputs` returned.
-          wrapper: function `(block, x, inputs, attention, values) -> (x, output)` that calls each block: it may add a
+          x, inputs: What `embed_inputs` returned.
+          wrapper: Function `(block, x, inputs, attention, values) -> (x, output)` that calls each block: it may add a
             residual, skip the block, route tokens around it, or wrap the attention function, whose keys need not be the
             queries' tokens, and return a value of the block.
-          values: values of each block for the wrapper, with a leading axis of layers.
+          values: Values of each block for the wrapper, with a leading axis of layers.
 
         Returns:
           The tokens, and the outputs of the wrapper with a leading axis of layers; None without a wrapper.
@@ -154,10 +154,10 @@ class CachingBackbone(Backbone, Protocol):
         """Return the state with a finished chunk of whole frames; if it does not fit, later predictions are NaN.
 
         Args:
-          state: state of the earlier chunks, which calls of the backbone return unchanged.
-          clean: tokens of the chunk, as the backbone receives them at time 0.
-          layout: their places; positions count from the start of the clips.
-          conditioning: conditioning of the chunk.
+          state: State of the earlier chunks, which calls of the backbone return unchanged.
+          clean: Tokens of the chunk, as the backbone receives them at time 0.
+          layout: Their places; positions count from the start of the clips.
+          conditioning: Conditioning of the chunk.
         """
         ...
 
@@ -225,9 +225,9 @@ class BackboneConfig(abc.ABC):
         """Return the backends of self-attention that the model uses, one for each of its patterns.
 
         Args:
-          platform: platform that the model is compiled for.
-          tokens: number of tokens of a row.
-          segments: largest number of clips in a row.
+          platform: Platform that the model is compiled for.
+          tokens: Number of tokens of a row.
+          segments: Largest number of clips in a row.
         """
         if self.attention != "auto":
             return (get_backend_name(self.attention),) * len(self.patterns)
@@ -257,8 +257,8 @@ class BackboneConfig(abc.ABC):
         """Return the parameters of the model with `channels` conditioning channels; weights of new ones are zero.
 
         Args:
-          leaves: parameters of the model with this config, by path.
-          channels: number of channels, larger than `cond_channels`.
+          leaves: Parameters of the model with this config, by path.
+          channels: Number of channels, larger than `cond_channels`.
 
         Raises:
           UserError: If the model reads no conditioning latents.
@@ -386,10 +386,10 @@ def check_frame_conditioning(
     """Check that training provides the frame conditioning that the denoiser reads, and no other.
 
     Args:
-      backbone: the denoiser.
-      autoencoder: autoencoder of its latents.
-      frames: conditioning on known frames.
-      image_encoder: folder of the image encoder; the denoiser attends to its tokens of the first frame.
+      backbone: The denoiser.
+      autoencoder: Autoencoder of its latents.
+      frames: Conditioning on known frames.
+      image_encoder: Folder of the image encoder; the denoiser attends to its tokens of the first frame.
       cached: True if latents are cached.
 
     Raises:

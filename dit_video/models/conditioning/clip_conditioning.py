@@ -104,10 +104,10 @@ class ClipConditioning(abc.ABC):
         By default values are dropped at random in training, and multiplied by the strength in sampling.
 
         Args:
-          values: the field in rows.
-          layout: places of the clips.
-          keys: keys of the clips, for random numbers; in sampling they come from the requests' seeds.
-          strength: strengths that requests ask for (1 by default), of shape `strength_shape`; None in training.
+          values: The field in rows.
+          layout: Places of the clips.
+          keys: Keys of the clips, for random numbers; in sampling they come from the requests' seeds.
+          strength: Strengths that requests ask for (1 by default), of shape `strength_shape`; None in training.
         """
         if strength is not None:
             if self.field.dtype == "float32":

@@ -108,8 +108,8 @@ class FrameConditioning:
         """Return the number of the mask that an example is trained with; None if nothing is known.
 
         Args:
-          seed: seed of the run.
-          example: running number of the example in the data plan, which differs from step to step.
+          seed: Seed of the run.
+          example: Running number of the example in the data plan, which differs from step to step.
         """
         generator = make_generator(seed, "kind of mask", example)
         if generator.random() >= self.prob:
@@ -126,9 +126,9 @@ def make_mask_fields(*, channels: int, temporal_stride: int, kind: int | None = 
     """Return the fields of conditioning latents and of their mask, which holds the shares of known pixels.
 
     Args:
-      channels: channels of the latents.
-      temporal_stride: frames of a latent.
-      kind: number of the mask kind, if several are cached; None for the kind that an example is trained with.
+      channels: Channels of the latents.
+      temporal_stride: Frames of a latent.
+      kind: Number of the mask kind, if several are cached; None for the kind that an example is trained with.
     """
     suffix = "" if kind is None else f"_{kind}"
     latents = Field(name=COND_LATENTS + suffix, alignment="grid", shape=(channels,))

@@ -145,13 +145,13 @@ class Embedder:
         """Create an embedder; `weights.load_embedder` makes one from a folder.
 
         Args:
-          config: configuration of the encoder.
-          params: its parameters, a nested dictionary; those in host memory are copied to the device for each call.
-          tokenizer: the tokenizer that it was trained with.
-          identity: hash of config, weights, tokenizer and limit together; names a folder in `cache`.
-          cache: folder of embeddings, which other embedders and processes may share.
-          memory_bytes: bytes of embeddings to keep in memory.
-          streams_layers: moves layers in host memory to the device one at a time.
+          config: Configuration of the encoder.
+          params: Its parameters, a nested dictionary; those in host memory are copied to the device for each call.
+          tokenizer: The tokenizer that it was trained with.
+          identity: Hash of config, weights, tokenizer and limit together; names a folder in `cache`.
+          cache: Folder of embeddings, which other embedders and processes may share.
+          memory_bytes: Bytes of embeddings to keep in memory.
+          streams_layers: Moves layers in host memory to the device one at a time.
 
         Raises:
           UserError: If the tokenizer has tokens that the encoder has no embedding for.

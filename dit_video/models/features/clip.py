@@ -375,11 +375,11 @@ class FrameEncoder:
         """Create an encoder; `weights.load_clip_vision` reads config and parameters.
 
         Args:
-          config: configuration of the tower.
-          params: its parameters, a nested dictionary; those in host memory are copied to the device for each call.
-          processor: preprocessing of frames.
-          feature: field of `ClipFeatures` to return; Wan's image-to-video uses `penultimate`.
-          batch: frames per batch.
+          config: Configuration of the tower.
+          params: Its parameters, a nested dictionary; those in host memory are copied to the device for each call.
+          processor: Preprocessing of frames.
+          feature: Field of `ClipFeatures` to return; Wan's image-to-video uses `penultimate`.
+          batch: Frames per batch.
 
         Raises:
           UserError: If the tower lacks the projection, images have another size than it reads, or the batch is empty.

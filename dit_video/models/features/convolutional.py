@@ -22,8 +22,8 @@ def resize_frames(
     """Resize frames linearly between the four nearest pixels.
 
     Args:
-      pixels: frames.
-      height, width: their new size in pixels.
+      pixels: Frames.
+      height, width: Their new size in pixels.
       has_aligned_corners: True to map the centres of the corners' pixels to each other; False for the corners of the
         frame.
     """
@@ -51,13 +51,13 @@ class ConvUnit(nnx.Module):
     """A convolution over (t, h, w), batch normalisation with the statistics of its training, and ReLU.
 
     Args:
-      channels_in, channels_out: channels.
-      kernel: size of the kernel.
-      stride: step of the kernel.
-      padding: padding with zeros.
-      eps: number that is added to the variance; None for a bias instead of the normalisation.
+      channels_in, channels_out: Channels.
+      kernel: Size of the kernel.
+      stride: Step of the kernel.
+      padding: Padding with zeros.
+      eps: Number that is added to the variance; None for a bias instead of the normalisation.
       relu: False leaves out the ReLU.
-      rngs: random keys of the initial parameters, which are to be replaced by loaded ones.
+      rngs: Random keys of the initial parameters, which are to be replaced by loaded ones.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class InceptionV3(nnx.Module):
     """The features of the Fréchet inception distance, and the logits of the inception score.
 
     Args:
-      rngs: random keys of the initial parameters, which are to be replaced by loaded ones.
+      rngs: Random keys of the initial parameters, which are to be replaced by loaded ones.
     """
 
     def __init__(self, *, rngs: nnx.Rngs):
@@ -390,7 +390,7 @@ class I3d(nnx.Module):
     """The logits of Kinetics-400's classes, averaged over time: the features of the Fréchet video distance.
 
     Args:
-      rngs: random keys of the initial parameters, which are to be replaced by loaded ones.
+      rngs: Random keys of the initial parameters, which are to be replaced by loaded ones.
     """
 
     def __init__(self, *, rngs: nnx.Rngs):
@@ -452,7 +452,7 @@ class C3d(nnx.Module):
     """The logits of UCF-101's classes.
 
     Args:
-      rngs: random keys of the initial parameters, which are to be replaced by loaded ones.
+      rngs: Random keys of the initial parameters, which are to be replaced by loaded ones.
     """
 
     def __init__(self, *, rngs: nnx.Rngs):

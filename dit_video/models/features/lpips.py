@@ -32,8 +32,8 @@ class Lpips(nnx.Module):
     `LPIPS(net="vgg")` of the package `lpips` 0.1; `dit_video.weights.load_lpips` reads the parameters.
 
     Args:
-      widths: channels of the stages, for tests.
-      rngs: random keys of the initial parameters, which are to be replaced by loaded ones.
+      widths: Channels of the stages, for tests.
+      rngs: Random keys of the initial parameters, which are to be replaced by loaded ones.
     """
 
     def __init__(self, *, widths: tuple[int, ...] = VGG_WIDTHS, rngs: nnx.Rngs):

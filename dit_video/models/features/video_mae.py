@@ -87,8 +87,8 @@ class VideoMae(nnx.Module):
     """The features of the content-debiased Fréchet video distance: means over tokens, normalised.
 
     Args:
-      config: sizes.
-      rngs: random keys of the initial parameters, which are to be replaced by loaded ones.
+      config: Sizes.
+      rngs: Random keys of the initial parameters, which are to be replaced by loaded ones.
     """
 
     def __init__(self, config: VideoMaeConfig, *, rngs: nnx.Rngs):

@@ -169,10 +169,10 @@ class AttentionInputs(NamedTuple):
         """Return the inputs of self-attention, whose queries and keys are the same tokens.
 
         Args:
-          segments: segment ids.
-          indices: grid indices, for patterns other than `Full`.
-          bias: bias of the scores.
-          segment_count: largest segment id of a row whose segments are contiguous; None in any other order.
+          segments: Segment ids.
+          indices: Grid indices, for patterns other than `Full`.
+          bias: Bias of the scores.
+          segment_count: Largest segment id of a row whose segments are contiguous; None in any other order.
         """
         contiguous = None if segment_count is None else ContiguousSegments(segment_count)
         return cls(segments, q_indices=indices, bias=bias, contiguous=contiguous)

@@ -118,15 +118,15 @@ def choose_backend(
     - `chunked` otherwise.
 
     Args:
-      platform: platform that the program is compiled for.
-      pattern: pattern of attention.
-      queries: number of queries in a row.
-      keys: number of keys in a row.
-      head_width: width of a head.
-      dtype: dtype of queries, keys and values.
-      segment_count: see `AttentionInputs`.
+      platform: Platform that the program is compiled for.
+      pattern: Pattern of attention.
+      queries: Number of queries in a row.
+      keys: Number of keys in a row.
+      head_width: Width of a head.
+      dtype: Dtype of queries, keys and values.
+      segment_count: See `AttentionInputs`.
       biased: True if a bias is added to the scores.
-      chunk: block size of `chunked`.
+      chunk: Block size of `chunked`.
     """
     if queries * keys <= (4 * chunk) ** 2:
         return "dense"

@@ -202,10 +202,10 @@ class SplashAttention:
         """Compute attention of one row.
 
         Args:
-          heads: queries, keys and values.
-          token_data: ids of the queries, ids of the keys, and ends of the queries' key ranges.
-          blocks: sizes of the blocks.
-          name: checkpoint name of the kernel's residuals.
+          heads: Queries, keys and values.
+          token_data: Ids of the queries, ids of the keys, and ends of the queries' key ranges.
+          blocks: Sizes of the blocks.
+          name: Checkpoint name of the kernel's residuals.
         """
         # Imported here because it takes half a second and is only needed on a TPU.
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds, splash_attention_kernel

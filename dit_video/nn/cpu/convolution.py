@@ -25,10 +25,10 @@ def im2col_conv(
     """Convolve with stride 1 and zero padding in space but not in time: `t = T - kt + 1` frames remain.
 
     Args:
-      x: input of any dtype; its gradient has the same dtype.
-      kernel: weights of odd height and width.
-      bias: added to every output.
-      dtype: dtype in which values are multiplied; products are summed in float32.
+      x: Input of any dtype; its gradient has the same dtype.
+      kernel: Weights of odd height and width.
+      bias: Added to every output.
+      dtype: Dtype in which values are multiplied; products are summed in float32.
 
     Returns:
       The output in float32; so are the gradients of the kernel and the bias.

@@ -25,7 +25,7 @@ class ClipTask(abc.ABC):
         """Return the request.
 
         Raises:
-          UserError: sizes, lengths or values do not fit the model or each other.
+          UserError: If sizes, lengths or values do not fit the model or each other.
         """
 
     def get_prompt(self, clip: Clip) -> str:
@@ -64,7 +64,7 @@ class CompositeTask(abc.ABC):
         """Return the result, sampled with options of `Pipeline.generate`.
 
         Raises:
-          UserError: values do not fit the model or each other.
+          UserError: If values do not fit the model or each other.
         """
 
 

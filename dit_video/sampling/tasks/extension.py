@@ -95,7 +95,7 @@ class Interpolate(ClipTask):
     """A clip with new frames between its own.
 
     Raises:
-      UserError: neither or both of `factor` and `times` are given, or they are invalid.
+      UserError: If neither or both of `factor` and `times` are given, or they are invalid.
     """
 
     clip: Clip
@@ -144,13 +144,13 @@ def _choose_overlap(frames: int, available: int, stride: int, overlap: int | Non
     """Return the number of known frames next to `frames` new ones, so that both together fit the temporal stride.
 
     Args:
-      frames: number of new frames.
-      available: number of frames of the known clip.
-      stride: the autoencoder's temporal stride.
-      overlap: number that the user asks for; None for the largest that fits, of up to `_MAX_OVERLAP`.
+      frames: Number of new frames.
+      available: Number of frames of the known clip.
+      stride: The autoencoder's temporal stride.
+      overlap: Number that the user asks for; None for the largest that fits, of up to `_MAX_OVERLAP`.
 
     Raises:
-      UserError: no number fits, or the user's does not; the message names numbers that fit.
+      UserError: If no number fits, or the user's does not; the message names numbers that fit.
     """
     if frames < 1:
         raise UserError(f"frames={frames} is invalid: there is at least one new frame. Use a larger number")
@@ -173,7 +173,7 @@ def _check_equal_sizes(first: Clip, second: Clip) -> None:
     """Check that two clips have one height, width and frame rate.
 
     Raises:
-      UserError: the clips differ in one of these.
+      UserError: If the clips differ in one of these.
     """
     for name, values in {
         "sizes": tuple((clip.height, clip.width) for clip in (first, second)),

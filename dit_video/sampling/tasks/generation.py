@@ -75,7 +75,7 @@ class SeamlessLoop(GenerationTask):
         """Return the plan of a request.
 
         Raises:
-          UserError: the request has pictures, or too few frames for a loop.
+          UserError: If the request has pictures, or too few frames for a loop.
         """
         request.check_pictures(())
         if request.grid.t < 1 + 2 * model.codec.config.stride.t:

@@ -32,9 +32,9 @@ def read_tasks(path: str | Path, name: str) -> list[TaskEntry]:
     folder; masks are white where True, and `seed` is 0 by default.
 
     Raises:
-      MissingError: the file, or one that it names, does not exist.
-      DecodeError: a clip is damaged.
-      UserError: the task or a field is unknown, a field is missing, or a value does not fit.
+      MissingError: If the file, or one that it names, does not exist.
+      DecodeError: If a clip is damaged.
+      UserError: If the task or a field is unknown, a field is missing, or a value does not fit.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
@@ -50,9 +50,9 @@ def make_task(name: str, values: Mapping[str, Any], folder: Path, *, where: str 
     """Return a task of a name with values of its fields, decoded from files in a folder.
 
     Raises:
-      MissingError: a file does not exist.
-      DecodeError: a clip is damaged.
-      UserError: the task or a field is unknown, a field is missing, or a value does not fit; `where` begins the
+      MissingError: If a file does not exist.
+      DecodeError: If a clip is damaged.
+      UserError: If the task or a field is unknown, a field is missing, or a value does not fit; `where` begins the
         message.
     """
     if name not in TASKS:

@@ -22,11 +22,11 @@ def run_part(part: str, cases: Sequence[Case], document: Document, *, seconds: f
     """Measure the cases of a part one after the other, until the seconds are spent.
 
     Args:
-      part: name of the part.
-      cases: its cases.
+      part: Name of the part.
+      cases: Its cases.
       document: JSON that figures are written to.
-      seconds: budget of the part.
-      arguments: command-line arguments of the process of a case, besides its name and budget.
+      seconds: Budget of the part.
+      arguments: Command-line arguments of the process of a case, besides its name and budget.
     """
     budget, spent = TimeBudget(seconds), f"the {seconds:g} s of the part were spent"
     for case in cases:
@@ -82,8 +82,8 @@ def get_command_prefix(original: Sequence[str], arguments: Sequence[str]) -> lis
     """Return the command that starts this script as this process was started, without the script's arguments.
 
     Args:
-      original: the interpreter's command line, `sys.orig_argv`.
-      arguments: the script and its arguments, `sys.argv`.
+      original: The interpreter's command line, `sys.orig_argv`.
+      arguments: The script and its arguments, `sys.argv`.
     """
     if list(original[len(original) - len(arguments) :]) == list(arguments):
         return [sys.executable, *original[1 : len(original) - len(arguments) + 1]]

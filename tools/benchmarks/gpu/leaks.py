@@ -148,11 +148,11 @@ def count_leaks(
     """Count the values of a clip's output and gradients that change when all other tokens do.
 
     Args:
-      attention: the backend.
-      arrays: queries, keys, values and the gradient of the output.
-      inputs: segments of queries and keys.
-      clip: segment id of the clip.
-      others: values of the other tokens: finite ones that would change every result, or NaN and infinity.
+      attention: The backend.
+      arrays: Queries, keys, values and the gradient of the output.
+      inputs: Segments of queries and keys.
+      clip: Segment id of the clip.
+      others: Values of the other tokens: finite ones that would change every result, or NaN and infinity.
     """
     own = [np.asarray(ids == clip) for ids in (inputs.q_segments, inputs.kv_segments)]
     own = [own[0], own[1], own[1], own[0]]

@@ -182,10 +182,10 @@ def make_training(
     """Return the training of a model on batches of the shape of `batch`.
 
     Args:
-      config: config of the model.
-      shape: shape of a row.
-      batch: a batch of rows.
-      rows: grids of the clips of every row, and the text tokens of each of them.
+      config: Config of the model.
+      shape: Shape of a row.
+      batch: A batch of rows.
+      rows: Grids of the clips of every row, and the text tokens of each of them.
     """
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     text = FrozenTextConfig(folder="random", width=config.context_width)
@@ -261,8 +261,8 @@ def choose_remat(
     """Return the training with the fastest policy whose compiled step fits, the step, and what else was compiled.
 
     Args:
-      make: function from a policy to the training.
-      machine: the machine.
+      make: Function from a policy to the training.
+      machine: The machine.
 
     Returns:
       None if no policy fits.

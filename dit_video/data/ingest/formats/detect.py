@@ -72,14 +72,14 @@ def list_clips(source: StoragePathLike, *, format: str = "auto", options: Listin
     Nothing is decoded, and the content of media files is not read.
 
     Args:
-      source: a folder, a list of clips, or a tar; a path of this machine or an address.
-      format: name of the source's format; "auto" detects it, and the listing holds the result.
-      options: options of the formats.
+      source: A folder, a list of clips, or a tar; a path of this machine or an address.
+      format: Name of the source's format; "auto" detects it, and the listing holds the result.
+      options: Options of the formats.
 
     Raises:
-      MissingError: `source`, or a list that the format requires, does not exist.
-      UserError: there are no clips; the format is unknown or ambiguous, or is not the source's; a list is unusable as a
-        whole.
+      MissingError: If `source`, or a list that the format requires, does not exist.
+      UserError: If there are no clips; the format is unknown or ambiguous, or is not the source's; a list is unusable
+        as a whole.
     """
     load_entry_points()
     if format not in ("auto", *_FORMATS):
@@ -121,7 +121,7 @@ def _detect_format(folder: FolderScan) -> SourceFormat:
     """Return the one format whose characteristic files the folder has.
 
     Raises:
-      UserError: the folder has characteristic files of several formats.
+      UserError: If the folder has characteristic files of several formats.
     """
     marks = {name: mark for name, each in _FORMATS.items() if (mark := each.find_mark(folder)) is not None}
     media, lists = folder.media, find_lists(folder)

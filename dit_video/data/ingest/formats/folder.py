@@ -70,7 +70,7 @@ def find_lists(scan: FolderScan) -> list[ClipList]:
     """Return the lists of a folder and of its subfolders, which are known by their names.
 
     Raises:
-      UserError: a folder has two.
+      UserError: If a folder has two lists.
     """
     lists: dict[str, ClipList] = {}
     for clip_list in _iterate_lists(scan):
@@ -110,8 +110,8 @@ def list_folder(scan: FolderScan, options: ListingOptions) -> Listing:
     a list with any name is read; it is about all clips, as is a list that the options name.
 
     Raises:
-      UserError: there is no clip, there are several lists, or a list is unusable as a whole (see `read_rows`).
-      MissingError: the list that the options name does not exist.
+      UserError: If there is no clip, there are several lists, or a list is unusable as a whole (see `read_rows`).
+      MissingError: If the list that the options name does not exist.
     """
     lists = find_lists(scan) if options.list_path is None else [_get_list(scan, options.list_path)]
     loose, unlisted, rejected = _list_loose_clips(scan, {each.scope for each in lists})
@@ -172,8 +172,8 @@ def _choose_other_list(
     file is looked into, as a whole, only where no clip has a caption.
 
     Raises:
-      UserError: there are several lists, or clips have caption files, too; there is a list, and no clip; or no clip has
-        a caption, and there is a file that may hold captions.
+      UserError: If there are several lists, or clips have caption files, too; there is a list, and no clip; or no clip
+        has a caption, and there is a file that may hold captions.
     """
     has_captions = any(clip.captions for clip in clips)
     suffixes = [suffix for suffix in TABLE_SUFFIXES if suffix != ".json" or not has_captions]
@@ -263,7 +263,7 @@ def _find_name(scan: FolderScan, by_base: Mapping[str, list[str]], folder: str, 
     and `./a.mp4` are one clip.
 
     Raises:
-      UnusableClipError: the path lies outside of the source, or several files have the name.
+      UnusableClipError: If the path lies outside of the source, or several files have the name.
     """
     path = os.path.normpath(os.path.join(folder, name)).replace(os.sep, "/")
     if os.path.isabs(name) or path.split("/")[0] == "..":

@@ -90,7 +90,7 @@ class ListedClip(NamedTuple):
         """Return the encoded bytes of the clip.
 
         Raises:
-          OSError: the file cannot be read, or has become shorter.
+          OSError: If the file cannot be read, or has become shorter.
         """
         try:
             content = read_range(self.path, self.offset or 0, None if self.offset is None else self.size)
@@ -137,7 +137,7 @@ def check_name(name: str) -> None:
     """Raise if a name is not UTF-8, which neither the index nor a record can hold, or has a null byte.
 
     Raises:
-      UnusableClipError: the name is invalid, or its suffix is of a kind that cannot be decoded.
+      UnusableClipError: If the name is invalid, or its suffix is of a kind that cannot be decoded.
     """
     if (suffix := os.path.splitext(name)[1].lower()) in UNSUPPORTED:
         raise UnusableClipError(UNSUPPORTED[suffix])
@@ -164,7 +164,7 @@ def make_listing(
     """Return the listing if it has at least one clip.
 
     Raises:
-      UserError: there is no clip.
+      UserError: If there is no clip.
     """
     reasons = tuple((escape_name(name), escape_name(reason)) for name, reason in rejected)
     listing = Listing(tuple(clips), tuple(map(escape_name, unlisted)), reasons, format)
@@ -181,7 +181,7 @@ def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:
     """Return the captions stripped, without empty ones and duplicates.
 
     Raises:
-      UnusableClipError: a caption is too long, or cannot be encoded as UTF-8 (it has half of a surrogate pair).
+      UnusableClipError: If a caption is too long, or cannot be encoded as UTF-8 (it has half of a surrogate pair).
     """
     unique = dict.fromkeys(text for text in map(str.strip, texts) if text)
     for text in unique:
@@ -198,7 +198,7 @@ def read_caption_fields(fields: Mapping[str, Any], names: Sequence[str] = CAPTIO
     """Return all captions of a JSON object, in the fields of these names; it may have other fields too.
 
     Raises:
-      UnusableClipError: a caption is neither a string nor a list of strings.
+      UnusableClipError: If a caption is neither a string nor a list of strings.
     """
     texts: list[str] = []
     for name in names:
@@ -217,7 +217,7 @@ def read_caption_file(name: str, content: bytes) -> list[str] | None:
       None for a JSON object that has fields, but none of captions.
 
     Raises:
-      UnusableClipError: the file is not UTF-8, or a `.json` file does not hold a JSON object.
+      UnusableClipError: If the file is not UTF-8, or a `.json` file does not hold a JSON object.
     """
     try:
         text = content.decode("utf-8-sig")

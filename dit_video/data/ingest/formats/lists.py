@@ -72,7 +72,7 @@ class ListRow(NamedTuple):
         """Return the cleaned captions.
 
         Raises:
-          UnusableClipError: the captions cannot be used.
+          UnusableClipError: If the captions cannot be used.
         """
         if self.problem:
             raise UnusableClipError(self.problem)
@@ -82,7 +82,7 @@ class ListRow(NamedTuple):
         """Return the split, empty if the row says none.
 
         Raises:
-          UnusableClipError: there is no such split.
+          UnusableClipError: If there is no such split.
         """
         if not self.split:
             return ""
@@ -105,12 +105,12 @@ class ClipTable(NamedTuple):
         """Add the rows of a list.
 
         Args:
-          name: name of the list in messages.
-          rows: its rows.
-          key: normalises a name, so that a clip has one key; raises `UnusableClipError` for an invalid name.
+          name: Name of the list in messages.
+          rows: Its rows.
+          key: Normalises a name, so that a clip has one key; raises `UnusableClipError` for an invalid name.
 
         Raises:
-          UserError: the list is unusable as a whole, see `read_rows`.
+          UserError: If the list is unusable as a whole, see `read_rows`.
         """
         for row in rows:
             if not row.name:
@@ -130,7 +130,7 @@ def list_table(source: StoragePath, options: ListingOptions) -> Listing:
     relative to the deepest folder that contains all of them. Rejected rows keep the name that is in the list.
 
     Raises:
-      UserError: there is no clip, or the list is unusable as a whole, see `read_rows`.
+      UserError: If there is no clip, or the list is unusable as a whole, see `read_rows`.
     """
     if not isinstance(source, Path):
         return _list_remote_table(source, options)
@@ -172,8 +172,8 @@ def find_clips(table: ClipTable, find: Callable[[str], ListedClip]) -> tuple[lis
     """Return the clips of a list with their captions, and the entries of the list that cannot be used.
 
     Args:
-      table: the list.
-      find: returns the clip of a key of the table; raises `FileNotFoundError` or `UnusableClipError`.
+      table: The list.
+      find: Returns the clip of a key of the table; raises `FileNotFoundError` or `UnusableClipError`.
     """
     clips: list[ListedClip] = []
     rejected = [*table.rejected]
@@ -205,11 +205,11 @@ def read_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
     Bytes that are not UTF-8 become surrogates in names and captions, and are rejected later, clip by clip.
 
     Args:
-      path: the list.
-      columns: columns with other names than the known ones.
+      path: The list.
+      columns: Columns with other names than the known ones.
 
     Raises:
-      UserError: the list cannot be read, or no column (in JSON: no field of any object) holds names or captions.
+      UserError: If the list cannot be read, or no column (in JSON: no field of any object) holds names or captions.
     """
     if not path.is_file():  # first, as opening a pipe would block forever
         raise UserError(f"{path} is not a regular file; write the list into a regular file")
@@ -252,7 +252,7 @@ def read_paired_rows(names: StoragePath, texts: StoragePath) -> Iterator[ListRow
     """Yield the rows of two lists, of a path and of a caption in each line (finetrainers).
 
     Raises:
-      UserError: a list cannot be read, or they have different numbers of lines.
+      UserError: If a list cannot be read, or they have different numbers of lines.
     """
     lines = []
     for path in (names, texts):
@@ -292,7 +292,7 @@ def _find_columns(path: StoragePath, header: Sequence[str], columns: ListColumns
     """Return the columns of a list that are read.
 
     Raises:
-      UserError: a column is missing.
+      UserError: If a column is missing.
     """
     names = NAME_COLUMNS if columns.name is None else (columns.name,)
     split = SPLIT_COLUMN if columns.split is None else columns.split
@@ -417,7 +417,7 @@ def _read_json(path: StoragePath, columns: ListColumns) -> Iterable[tuple[str, A
     """Return the entries of a JSON file, parsed or as JSON text, by location; it may have one a line.
 
     Raises:
-      UserError: the file is not JSON, or holds no entries.
+      UserError: If the file is not JSON, or holds no entries.
     """
     text = _read_text(path)
     try:
@@ -451,7 +451,7 @@ def _parse_objects(path: StoragePath, rows: Iterable[tuple[str, Any]], columns: 
     """Yield the rows of objects, parsed or as JSON text, by location.
 
     Raises:
-      UserError: no object has a caption.
+      UserError: If no object has a caption.
     """
     fields = columns.captions or CAPTION_FIELDS
     count, has_captions = 0, False

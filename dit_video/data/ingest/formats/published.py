@@ -54,8 +54,8 @@ def list_msrvtt(scan: FolderScan, options: ListingOptions) -> Listing:
     """Return the clips that the annotations name, in their order.
 
     Raises:
-      MissingError: there are no annotations.
-      UserError: there is no clip, or the annotations have another format.
+      MissingError: If there are no annotations.
+      UserError: If there is no clip, or the annotations have another format.
     """
     paths = [scan.get_document(name) for name in find_annotations(scan)]
     if not paths:
@@ -84,8 +84,8 @@ def list_ucf101(scan: FolderScan, options: ListingOptions) -> Listing:
     """Return the clips that the chosen train and test list name, in their order; the caption is the class name.
 
     Raises:
-      MissingError: a list does not exist.
-      UserError: there is no clip; a list exists twice, or cannot be read.
+      MissingError: If a list does not exist.
+      UserError: If there is no clip; a list exists twice, or cannot be read.
     """
     files, rejected = index_files(scan.media, _get_ucf101_key, "UCF-101")
     classes, class_rejected = _read_classes(scan)

@@ -47,8 +47,8 @@ class FolderScan(NamedTuple):
         """Return the size of a file in bytes.
 
         Raises:
-          FileNotFoundError: the file does not exist, and was not scanned.
-          UnusableClipError: the file is not a regular file, cannot be read, or is a link out of the source.
+          FileNotFoundError: If the file does not exist, and was not scanned.
+          UnusableClipError: If the file is not a regular file, cannot be read, or is a link out of the source.
         """
         if (size := self.files.get(name)) is not None:
             return size
@@ -70,8 +70,8 @@ class FolderScan(NamedTuple):
         """Return the clip with a name, which need not have been scanned: the file is hidden, or behind a link.
 
         Raises:
-          FileNotFoundError: the file does not exist, and was not scanned.
-          UnusableClipError: see `get_size`; or the name is not UTF-8.
+          FileNotFoundError: If the file does not exist, and was not scanned.
+          UnusableClipError: As `get_size`; or if the name is not UTF-8.
         """
         check_name(name)
         return ListedClip(name, captions, self.get_size(name), self.get_path(name), split=split)
@@ -111,7 +111,7 @@ class FolderScan(NamedTuple):
         """Return the path of a list or of annotations.
 
         Raises:
-          UserError: the file is a link out of the source.
+          UserError: If the file is a link out of the source.
         """
         if name in self.links and not is_inside(self.get_path(name), self.roots):
             raise UserError(f"{self.get_path(name)} {_LINK_OUT}")
@@ -128,8 +128,8 @@ def list_file(name: str, path: str) -> ListedClip:
     """Return the file at `path` as a clip called `name`.
 
     Raises:
-      FileNotFoundError: the file does not exist.
-      UnusableClipError: the file is not a regular file, or its name is not UTF-8.
+      FileNotFoundError: If the file does not exist.
+      UnusableClipError: If the file is not a regular file, or its name is not UTF-8.
     """
     check_name(name)
     try:
@@ -162,7 +162,7 @@ def get_file_size(status: os.stat_result) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
-      UnusableClipError: the status belongs to a folder, a pipe or a device.
+      UnusableClipError: If the status belongs to a folder, a pipe or a device.
     """
     if not stat.S_ISREG(status.st_mode):
         raise UnusableClipError("is not a regular file")
@@ -185,7 +185,7 @@ def scan_folder(source: StoragePath, *, follow_links: bool = False) -> FolderSca
     rejected unless `follow_links`.
 
     Raises:
-      UserError: the folder itself cannot be read.
+      UserError: If the folder itself cannot be read.
     """
     if not isinstance(source, Path):
         sizes = {name: size for name, size in list_files(source).items() if not re.search(r"(^|/)\.", name)}

@@ -51,7 +51,7 @@ def list_tar(source: StoragePath, options: ListingOptions) -> Listing:
     """Return the clips of one tar, named by their paths in it.
 
     Raises:
-      UserError: the file is compressed, or is not a tar.
+      UserError: If the file is compressed, or is not a tar.
     """
     try:
         if isinstance(source, Path):
@@ -66,7 +66,7 @@ def list_tars(scan: FolderScan, options: ListingOptions) -> Listing:
     """Return the clips of a folder of tars, named `shard.tar/path/in/it`; media next to the tars are left out.
 
     Raises:
-      UserError: a tar is compressed.
+      UserError: If a tar is compressed.
     """
     clips: list[ListedClip] = []
     rejected: list[Rejection] = []

@@ -28,10 +28,10 @@ def apply_blocks_with_cache(
     """Apply all blocks to a chunk whose tokens also see the cached ones.
 
     Args:
-      backbone: a `BlockBackbone`.
-      x, inputs: the chunk, as `embed_inputs` returned it.
-      cache: keys and values of the earlier chunks.
-      length: number of the chunk's tokens that are cached; extra tokens, which follow them, are not.
+      backbone: A `BlockBackbone`.
+      x, inputs: The chunk, as `embed_inputs` returned it.
+      cache: Keys and values of the earlier chunks.
+      length: Number of the chunk's tokens that are cached; extra tokens, which follow them, are not.
 
     Returns:
       The chunk's tokens, and the cache extended by the chunk; the cached values are NaN if the chunk does not fit.
