@@ -1,6 +1,6 @@
 """Columns of a data set by an annotator, in any number of processes that may be killed at any time.
 
-Clips are annotated in blocks of the data set's order, of which process I of N takes every N-th one. Only clips without
+Clips are annotated in blocks of the data set's order; process I of N takes every N-th one. Only clips without
 a row are computed: a row is that of the same annotator (`identity`), payload and, if values depend on them, captions.
 
 columns/NAME.parts/TIME-DIGEST.parquet   rows of the clips that a process has annotated

@@ -65,7 +65,7 @@ class BlockVectors(NamedTuple):
     times: Float[np.ndarray, " n"]
     """Seconds at which the blocks are seen."""
     positions: Float[np.ndarray, "n 2"]
-    """Positions (x, y), of which y grows downwards."""
+    """Positions (x, y); y grows downwards."""
     velocities: Float[np.ndarray, "n 2"]
     """Widths per second by which the content moves, (x, y), if its span is 1."""
     weights: Float[np.ndarray, " n"]

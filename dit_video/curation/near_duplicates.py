@@ -179,7 +179,7 @@ class _Search:
 
 
 class _Matcher:
-    """Comparison of clips by their thumbnails, of which those that were compared last are in memory."""
+    """Comparison of clips by their thumbnails; those that were compared last are in memory."""
 
     def __init__(self, read_thumbnails: ThumbnailReader, usable: Int64[np.ndarray, " n"], min_match: float):
         @functools.lru_cache(_CACHED_CLIPS)

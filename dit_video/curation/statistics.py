@@ -15,7 +15,7 @@ from dit_video.data.clips import ClipSource
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 MAX_VALUES = 20
-"""Maximum number of different values of which each is counted."""
+"""Maximum number of different values that are counted one by one."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _LIST_CHECKS = (
     *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),

@@ -46,7 +46,7 @@ outputs would not be a set of heads: it is sharded along its input, and resharde
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-    """Path rules, of which the first match decides, and defaults for all other arrays.
+    """Path rules, the first match of which decides, and defaults for all other arrays.
 
     Without a match, weights of heads and hidden widths are sharded over `tensor`, and the largest other axis that
     `fsdp` x `context` divides over both (the last of equal ones); where these divide no axis, over the larger of the

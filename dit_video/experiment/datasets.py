@@ -48,7 +48,7 @@ def link_datasets(
 ) -> None:
     """Make `folder` a data set, or a folder of several by the names of their folders.
 
-    Of several processes, the first one calls this before the others.
+    The first of several processes calls this before the others.
 
     Args:
       folder: The folder to create.

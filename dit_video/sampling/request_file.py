@@ -128,7 +128,7 @@ def read_pictures(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     Args:
       values: Files by name: `image`, `last_image`, `video`, `mask` (what is white is kept; an image is a mask of all
         frames of `video`) and `control`; a list of files `reference_images`; and `conditions`, a list of
-        `{"file": …, "frame": …, "strength": …, "mask": …}`, of which all but the file may be left out. Others are
+        `{"file": …, "frame": …, "strength": …, "mask": …}`; all but the file may be left out. Others are
         ignored.
       folder: Folder that relative paths start from.
 

@@ -2,7 +2,7 @@
 
 Every microsecond from the first start of a run to its newest record has one category. The names are those of
 `ml-goodput-measurement`, the library of MaxText and others: time of steps that were kept is goodput, all other is
-badput of a category. The library itself keeps its records in Google Cloud Logging, of which it reads them again, and
+badput of a category. The library itself keeps its records in Google Cloud Logging, reads them from there again, and
 needs three packages of Google Cloud; here they are files in the folder of the run, `goodput/ATTEMPT.jsonl`.
 
 An attempt is one start of the run: a process and, with several, the others that run together with it. Its file has a

@@ -25,7 +25,7 @@ from dit_video.training import goodput
 from dit_video.training.goodput import Attempt, SlowHost, TimeRecord
 
 _FLUSH_SECONDS = 10.0
-"""Interval at which a thread writes the time that goes on, of which a killed process loses at most this much."""
+"""Interval at which a thread writes the time that goes on: a killed process loses at most this much."""
 
 
 def _read_clock() -> int:
@@ -209,7 +209,7 @@ class TimeRecorder:
             return goodput.compute_metrics(self._times) if self._phases else {}
 
     def _sum_times(self) -> None:
-        """Sum the times of the run, of which a resume decides which steps are lost."""
+        """Sum the times of the run; a resume decides which steps are lost."""
         if self._attempt is not None:
             attempt = dataclasses.replace(self._attempt, records=(*self._records, self._make_record(self._pending)))
             self._times = Counter(goodput.summarize([*self._earlier, attempt]).microseconds)

@@ -223,7 +223,7 @@ class WrittenFiles(NamedTuple):
 
 
 class PathRegister:
-    """The paths of an export, of which no two are equal, even where upper and lower case are alike."""
+    """The paths of an export: no two are equal, even where upper and lower case are alike."""
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}

@@ -89,7 +89,7 @@ def _find_feature(type: pa.DataType) -> dict[str, str]:
 
 
 class _TarWriter:
-    """The tars of a split, of which a new one is begun when one is full."""
+    """The tars of a split; a new one is begun when one is full."""
 
     def __init__(self, folder: Path, split: str):
         self._folder, self._split, self._number, self._bytes = folder, split, -1, MAX_TAR_BYTES

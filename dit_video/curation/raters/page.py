@@ -200,7 +200,7 @@ def _render_page(key: PageKey, files: Mapping[str, str], title: str) -> str:
 def _list_draws(key: PageKey) -> list[dict[str, Any]]:
     """Return the numbers of pairs that a rater sees, of comparisons and of controls, and the pairs' numbers by stratum.
 
-    Strata are the pairs of systems and the kinds of controls, of which a rater sees equal shares.
+    Strata are the pairs of systems and the kinds of controls; a rater sees equal shares of them.
     """
     draws = []
     for is_control, count in ((False, key.comparisons_per_rater), (True, key.controls_per_rater)):

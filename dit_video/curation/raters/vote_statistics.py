@@ -115,7 +115,7 @@ def fit_bradley_terry(
     groups, _ = connected_components(total > 0, directed=True, connection="strong")
     if groups != 1 or systems < 2:
         return None
-    # The likelihood depends on differences alone: the mean, of which it says nothing, is held at 0 by this matrix.
+    # The likelihood depends on differences alone and says nothing of their mean, which this matrix holds at 0.
     mean = np.full((systems, systems), 1 / systems)
 
     def compute_gradients(scores: np.ndarray) -> np.ndarray:

@@ -184,7 +184,7 @@ class SlowHostMonitor(Hook):
             for number, seconds in enumerate(each["devices"])
         }
         for times, minimum in ((hosts, self._config.min_step_share * step_seconds), (devices, 0.0)):
-            # Of two, the median is the smaller one.
+            # The median of two is the smaller one.
             limit = max(minimum, self._config.ratio * statistics.median_low(times.values()))
             for suspect, seconds in times.items():
                 if suspect.process in fresh:
