@@ -38,6 +38,7 @@ pytestmark = pytest.mark.slow
 SOURCES = Path(__file__).parent / "support" / "extensions"
 
 
+@pytest.mark.nightly
 def test_a_sampler(add_package, tiny, tiny_run, tiny_pipeline, tmp_path):
     solver = add_package("their_sampler", "adams_sampler").Adams()
     arguments = {"size": (9, 16, 32), "seed": 1, "output": "latents"}
@@ -50,6 +51,7 @@ def test_a_sampler(add_package, tiny, tiny_run, tiny_pipeline, tmp_path):
     assert np.isfinite(pipeline.generate("a red circle", output="latents")).all()
 
 
+@pytest.mark.nightly
 def test_a_position_embedding(add_package, tiny, tiny_run, tmp_path):
     position = add_package("their_positions", "triangle_positions").Triangles()
     backbone = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, absolute_position=position)
@@ -59,6 +61,7 @@ def test_a_position_embedding(add_package, tiny, tiny_run, tmp_path):
     assert np.isfinite(pipeline.generate("a red circle", steps=2, output="latents")).all()
 
 
+@pytest.mark.nightly
 def test_a_data_source(add_package, tiny, tiny_run, tiny_clips, tmp_path, monkeypatch):
     """All clips in one file are ingested like any other source, and train a model."""
     monkeypatch.setattr(detect, "_FORMATS", dict(detect._FORMATS))
@@ -73,6 +76,7 @@ def test_a_data_source(add_package, tiny, tiny_run, tiny_clips, tmp_path, monkey
         list_clips(tmp_path / "packed", format="pile")
 
 
+@pytest.mark.nightly
 def test_a_unet_on_canvases_of_two_sizes(add_package, tiny, tiny_run, tmp_path):
     """It trains on one canvas, samples on another, and gives a clip the same result on both and alone."""
     theirs = add_package("their_unet", "canvas_mixer")
@@ -154,6 +158,7 @@ def test_a_conditioning(add_package, tiny, tiny_run, tmp_path):
         sample_latents(conditioning={"camera": [1]})
 
 
+@pytest.mark.nightly
 def test_a_control_stack(add_package, tiny, tiny_run, tmp_path):
     """It predicts as the model that it controls, until it is trained and wherever its strength is 0."""
     theirs = add_package("their_control", "control_stack")
@@ -184,6 +189,7 @@ def test_a_control_stack(add_package, tiny, tiny_run, tmp_path):
     np.testing.assert_array_equal(result, sample_latents(config.backbone.base, base))
 
 
+@pytest.mark.nightly
 def test_reference_frames_as_extra_tokens(add_package, tiny, tiny_run, tmp_path):
     """They join the tokens of their clip alone, and are not predicted."""
     reference = add_package("their_references", "reference_frames").ReferenceFrame()
@@ -219,6 +225,7 @@ def test_reference_frames_as_extra_tokens(add_package, tiny, tiny_run, tmp_path)
         assert (np.abs(together[SECOND] - other[SECOND]).max(axis=-1) > 1e-4).all()
 
 
+@pytest.mark.nightly
 def test_actions_with_a_kv_cache(add_package, tiny, tiny_run, tmp_path):
     """Frames that are sampled one by one, with keys and values of earlier ones cached, equal those without a cache."""
     theirs = add_package("their_actions", "frame_actions")

@@ -18,6 +18,7 @@ from dit_video.nn.attention.cudnn import CudnnAttention
 from dit_video.planning import Topology, count_argument_bytes, find_efficiencies
 from support.cudnn_emulation import EMULATED_KERNELS
 from support.devices import HANG, PROGRAMS
+from support.marks import mark_nightly_except
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "gpu_benchmark.py"
@@ -342,39 +343,41 @@ def test_mistakes_are_reported_in_one_line(script, tmp_path, arguments, message)
 
 
 @pytest.mark.slow
-def test_all_parts_are_rehearsed_where_only_the_packages_of_the_gpu_machine_are_installed(tmp_path):
+@pytest.mark.parametrize("part", mark_nightly_except(("attention", "training"), PARTS))
+def test_a_part_is_rehearsed_where_only_the_packages_of_the_gpu_machine_are_installed(part, tmp_path):
     target = tmp_path / "figures.json"
-    command = [sys.executable, "-P", PROGRAMS / "script_without_packages.py", TOOL, "--small", "--json", target]
+    command = [sys.executable, "-P", PROGRAMS / "script_without_packages.py", TOOL, part, "--small", "--json", target]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(
         list(map(str, [*command, "--seconds", HANG])),
         capture_output=True,
         text=True,
         env=environment,
-        timeout=5 * HANG,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     content = json.loads(target.read_text())
-    assert tuple(content["parts"]) == PARTS
-    figures = {name: each for part in content["parts"].values() for name, each in part["figures"].items()}
-    unmeasured = {name: each["reason"] for name, each in figures.items() if each["value"] is None}
-    assert unmeasured == {}
+    assert [*content["parts"]] == [part]
+    figures = content["parts"][part]["figures"]
+    values = {name: each["value"] for name, each in figures.items()}
+    assert {name: figures[name]["reason"] for name, value in values.items() if value is None} == {}
     assert {(each["device"], each["jax"]) for each in figures.values()} == {("cpu", jax.__version__)}
-    assert all(each["value"] == 0 for name, each in figures.items() if "depend on others" in name)
-    errors = {name: each["value"] for name, each in figures.items() if "largest error" in name}
-    assert len(errors) == 4
-    assert all(value <= (2e-5 if "float32" in name else 2e-2) for name, value in errors.items())
-    assert figures["padded: compilations"]["value"] == figures["packed: compilations"]["value"] == 1
-    assert figures["buckets: compilations"]["value"] > 1
-    assert figures["packed: padding"]["value"] < figures["padded: padding"]["value"]
-    for name, each in figures.items():
-        if any(part in name for part in ("MFU", "expected / measured", "pair share", "seconds")):
-            assert each["value"] > 0, name
+    for name, value in values.items():
+        if any(each in name for each in ("MFU", "expected / measured", "pair share", "seconds")):
+            assert value > 0, name
+    if part == "attention":
+        assert all(value == 0 for name, value in values.items() if "depend on others" in name)
+        errors = {name: value for name, value in values.items() if "largest error" in name}
+        assert len(errors) == 4
+        assert all(value <= (2e-5 if "float32" in name else 2e-2) for name, value in errors.items())
+    if part == "epoch":
+        assert values["padded: compilations"] == values["packed: compilations"] == 1
+        assert values["buckets: compilations"] > 1
+        assert values["packed: padding"] < values["padded: padding"]
     # The table of the same file lists the same figures.
     table = subprocess.run(
         [sys.executable, TOOL, "--table", target], capture_output=True, text=True, env=environment, check=True
     ).stdout
     assert table == done.stdout
-    assert "not run" not in table
-    assert "not measured" not in table
+    assert not any(f"| {part} |" in row and "not " in row for row in table.splitlines())

@@ -14,6 +14,7 @@ from support.chromium import open_chromium
 from support.sample_folders import write_sample_folder
 
 pytest.importorskip("playwright")
+pytestmark = pytest.mark.slow
 
 PROMPTS = load_default_prompt_domains().make_prompts(1)[:4]
 SYSTEMS = ("walrus", "heron", "ocelot")
