@@ -4,8 +4,6 @@ import os
 import re
 from pathlib import Path
 
-import nbclient
-import nbformat
 import numpy as np
 import pytest
 
@@ -50,6 +48,9 @@ def evaluate_notebook(name, monkeypatch, questions, *, interrupted_cell="", **en
     result = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     for variable, value in {"PYTHONPATH": os.pathsep.join(result), **environment}.items():
         monkeypatch.setenv(variable, str(value))
+    import nbclient  # Imported here: with its schemas it takes seconds, which all workers of a session would wait for.
+    import nbformat
+
     notebook = nbformat.read(path, as_version=4)
     dictionary = ", ".join(f"{key!r}: {expression}" for key, expression in questions.items())
     question = f"import json\nprint(json.dumps({{{dictionary}}}, default=float))"
@@ -67,6 +68,7 @@ def evaluate_notebook(name, monkeypatch, questions, *, interrupted_cell="", **en
 
 async def execute_interrupted(client, interrupted_cell):
     """Execute a notebook, and one of its cells twice: it is interrupted the first time, as by the stop button."""
+    from nbclient.exceptions import CellExecutionError
 
     async with client.async_setup_kernel():
         for index, cell in enumerate(client.nb.cells):
@@ -75,7 +77,7 @@ async def execute_interrupted(client, interrupted_cell):
                 while not (execution.done() or any(map(is_bar_of_some_steps, cell.outputs))):
                     await asyncio.sleep(0.02)
                 await client.km.interrupt_kernel()
-                with pytest.raises(nbclient.exceptions.CellExecutionError) as error:
+                with pytest.raises(CellExecutionError) as error:
                     await execution
                 assert error.value.ename == "GracefulStop"
                 assert re.search(r"by SIGINT after step \d+, which is saved", error.value.evalue)
@@ -108,6 +110,8 @@ def get_html_outputs(notebook):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_valid_and_holds_no_outputs(path):
+    import nbformat
+
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     ids = [cell.id for cell in notebook.cells]

@@ -9,7 +9,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from dit_video.scenes import shapes
@@ -18,6 +17,7 @@ from support.chromium import open_chromium
 
 pytest.importorskip("playwright")
 pytest.importorskip("jupyterlab")
+nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "experiments" / "notebooks"
