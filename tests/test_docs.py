@@ -11,7 +11,6 @@ Code blocks of README.md, CONTRIBUTING.md and docs/:
 import argparse
 import functools
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -94,17 +93,10 @@ def is_run(block: Block, *, slow: bool) -> bool:
     return block.language == "console" and (block.mark == "run" or (slow and block.mark == "run: slow"))
 
 
-HEAVY_PAGES = ("autoencoders.md", "backbones.md", "diffusion.md", "distributed.md", "evaluation.md", "tasks.md")
-"""Pages whose code compiles for many seconds."""
-
-
-def pages(*, with_slow: bool = False, slow: Collection[str] = ()) -> list:
-    """Return all pages, or those with slow blocks, as parameters; the pages named in `slow` are marked so."""
+def pages(*, with_slow: bool = False) -> list:
+    """Return all pages, or those with slow blocks, as parameters."""
     chosen = [page for page in PAGES if not with_slow or "<!-- run: slow -->" in page.read_text(encoding="utf-8")]
-    return [
-        pytest.param(page, id=str(page.relative_to(ROOT)), marks=[pytest.mark.slow] * (page.name in slow))
-        for page in chosen
-    ]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in chosen]
 
 
 @pytest.fixture
@@ -156,7 +148,8 @@ def test_links_lead_somewhere(page):
     assert broken_links(page.read_text(encoding="utf-8"), page.parent) == []
 
 
-@pytest.mark.parametrize("page", pages(slow=HEAVY_PAGES))
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages())
 def test_code_runs(page, copy_of_root, script):
     namespace = {"__name__": "page"}
     for block in blocks(page.read_text(encoding="utf-8")):

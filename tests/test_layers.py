@@ -1,6 +1,7 @@
 """Imports point down the levels of the package, and heavy packages stay in their folders."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,10 +39,17 @@ LIGHT_FOLDERS = ("models/backbones", "models/autoencoders", "models/encoders", "
 LIGHT_MODULES = ("dit_video.training.step", "dit_video.training.state", "dit_video.sampling")
 
 
+@functools.cache
+def walk(source: str) -> list[ast.AST]:
+    """Return the nodes of a source that name modules, classes or variables; every test reads all sources."""
+    kinds = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Name)
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
 def imports(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:
     """Yield the modules that `source` may import, also in functions: `from a import b` gives `a.b`."""
     here = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in walk(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -100,8 +108,8 @@ def test_only_backbones_and_families_name_one():
     own = [PACKAGE / "models" / "backbones", PACKAGE / "families"]
     places = [own[0] / name for name in BACKBONES] + [path.parent for path in own[1].glob("*/__init__.py")]
     files = [path for place in places for path in (place.rglob("*.py") if place.is_dir() else [place])]
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
-    names = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    nodes = [node for path in files for node in walk(path.read_text(encoding="utf-8"))]
+    names = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
     assert {"DitConfig", "WanDit", "WanFamily"} <= names
     modules = tuple(f"{module_name(place.with_suffix('.py'))}." for place in places)
     used = []
@@ -110,8 +118,7 @@ def test_only_backbones_and_families_name_one():
             continue
         source, module = path.read_text(encoding="utf-8"), module_name(path)
         used += [f"{module}: {name}" for name in imports(source, module) if f"{name}.".startswith(modules)]
-        nodes = ast.walk(ast.parse(source))
-        used += [f"{module}: {node.id}" for node in nodes if isinstance(node, ast.Name) and node.id in names]
+        used += [f"{module}: {node.id}" for node in walk(source) if isinstance(node, ast.Name) and node.id in names]
     assert used == []
 
 

@@ -107,6 +107,7 @@ def test_a_head_of_another_clip_is_refused(folder, tmp_path):
         ClipScores(folder=str(tmp_path / "absent")).check()
 
 
+@pytest.mark.nightly
 def test_trimmed_mirrored_and_re_encoded_clips_are_found_and_second_takes_kept(folder, tmp_path):
     def move(seed, start, step):
         generator = np.random.default_rng(seed)

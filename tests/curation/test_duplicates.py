@@ -37,12 +37,14 @@ def families(draw):
     return hashes + draw(st.lists(st.one_of(st.none(), st.tuples(word)), max_size=3))
 
 
+@pytest.mark.nightly
 @settings(max_examples=300, deadline=None)
 @given(families(), st.sampled_from([0, 1, 2, 3, 5, 6, MAX_BANDED_DISTANCE, MAX_BANDED_DISTANCE + 1, 20, 63, 64]))
 def test_duplicates_equal_those_of_comparing_all_pairs(hashes, distance):
     assert drop_duplicates(hashes, distance=distance) == brute_force(hashes, distance)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("distance", [0, 4, MAX_BANDED_DISTANCE, MAX_BANDED_DISTANCE + 1])
 def test_duplicates_among_many_equal_those_of_comparing_all_pairs(distance):
     generator = np.random.default_rng(distance)

@@ -42,6 +42,7 @@ def test_the_result_is_that_of_all_pairs(cluster_clips, threshold):
         np.testing.assert_array_equal(result.originals[300:], np.arange(60))
 
 
+@pytest.mark.nightly
 def test_many_clusters_miss_no_copies():
     rows = make_embeddings(6000, 500, noise=0.05)
     result = find_near_duplicates(rows, threshold=0.97, cluster_clips=100)

@@ -322,6 +322,7 @@ def test_damaged_files_are_judged_as_probing_does(kind):
 SHARED = Path(__file__).parents[2].parent / "shared" / "clips"
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real clips beside the checkout")
 def test_real_clips_are_screened():
     pillars = screen_single_shot((SHARED / "crystal.webm").read_bytes())

@@ -125,6 +125,7 @@ def test_resumed_and_shared_batches_are_the_same(clips, buckets):
             jax.tree.map(np.testing.assert_array_equal, resumed[step - 4], rows)
 
 
+@pytest.mark.nightly
 def test_embeddings_take_the_places_of_token_ids(clips, buckets, tmp_path):
     (tmp_path / "seed.txt").write_text("1")
     embedder, captions = FakeEmbedder(tmp_path), [info.captions for info in clips.infos]

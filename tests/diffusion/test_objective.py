@@ -119,6 +119,7 @@ def test_edm_weights_are_those_of_the_paper():
         np.testing.assert_allclose(result, 1, rtol=1e-4)
 
 
+@pytest.mark.nightly
 @each_process
 def test_the_sigmoid_weighting_is_defined_over_uniform_log_snrs(process):
     """The integral of the weights over time is that over the log-SNR, which ends at the ends of the process."""
@@ -136,6 +137,7 @@ def test_the_sigmoid_weighting_is_defined_over_uniform_log_snrs(process):
     np.testing.assert_allclose(of_flow, of_noise * (1 - TIMES) ** 2, rtol=1e-4)
 
 
+@pytest.mark.nightly
 @each_process
 @each_weighting
 def test_weights_are_finite_and_not_negative_at_all_training_times(process, weighting):

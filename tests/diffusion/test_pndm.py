@@ -41,6 +41,7 @@ def solve(solver, process, prediction, times):
     return jax.lax.scan(step, solver.init(start, steps=len(times) - 1), pairs)[0].x
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("solver", "process", "prediction", "order"),
     [

@@ -67,6 +67,7 @@ def test_solvers_converge_at_their_order(solver, order, steps):
     np.testing.assert_allclose(result, order, atol=0.15)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "shift"), [(name, 1.0) for name in sorted(set(SAMPLERS) - {"lcm"})] + [("euler", 3.0), ("unipc", 3.0)]
 )

@@ -49,6 +49,7 @@ def test_solvers_with_corrector_converge_at_their_order(order, expected, kind):
     assert order == 3 or (result < expected + 0.25).all()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_predictor_alone_converges_at_its_order(order):
     solver = UniPc(order=order, lower_order_final=False, uncorrected_steps=tuple(range(160)))
@@ -71,6 +72,7 @@ def test_from_noise_to_data_it_needs_fewer_evaluations_than_euler():
     assert whole(UniPc(), 40) < whole(UniPc(), 20) < whole(Euler(), 160)
 
 
+@pytest.mark.nightly
 def test_each_step_evaluates_the_model_once_at_its_time():
     calls = []
 

@@ -78,6 +78,7 @@ def test_borders_that_do_not_fit_are_cut_off(pipeline):
         measure_clips(pipeline, [small], LOSS, seed=0)
 
 
+@pytest.mark.nightly
 def test_each_of_two_experts_has_its_times():
     config = tiny_pipeline.make_config(steps=1)
     parts = {name: make_random_params(getattr(config, name).make) for name in ("backbone", "text")}

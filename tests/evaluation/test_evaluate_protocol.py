@@ -95,6 +95,7 @@ def test_samples_are_made_once_and_go_on_after_a_kill(pipeline, data, tmp_path, 
     assert record["model"]["weights"] == pipeline.compute_digest()
 
 
+@pytest.mark.nightly
 def test_values_of_another_average_are_not_comparable(pipeline, data, tmp_path):
     folders = [tmp_path / "own", tmp_path / "short"]
     for folder, average in zip(folders, ({"ema": None}, {"ema": 0.9}), strict=True):

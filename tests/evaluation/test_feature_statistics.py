@@ -91,6 +91,7 @@ def test_the_limit_is_closer_to_the_truth_and_half_the_examples_farther():
     assert limit < value / 5
 
 
+@pytest.mark.nightly
 def test_the_interval_holds_the_mean_of_other_draws():
     values, intervals = [], []
     for seed in range(60):

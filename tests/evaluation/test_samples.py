@@ -64,6 +64,7 @@ def test_samples_count_as_progress(tiny_pipeline, tmp_path):
     assert PROGRESS.changes - before >= 2
 
 
+@pytest.mark.nightly
 def test_samples_are_the_pipeline_s_clips(tiny_pipeline, tmp_path):
     write_samples(tiny_pipeline, REQUESTS[1:2], tmp_path / "samples", steps=3, guidance=1.0, sampler="heun")
     expected = tiny_pipeline.generate("a blue square", size=(1, 16, 16), seed=2, steps=3, guidance=1.0, sampler="heun")

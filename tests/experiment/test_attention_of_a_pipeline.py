@@ -24,7 +24,7 @@ def trained_on_tpus(tiny_pipeline, tmp_path):
     return tmp_path / "pipeline"
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig()], ids=["one device", "mesh"])
+@pytest.mark.parametrize("mesh", [None, pytest.param(MeshConfig(), marks=pytest.mark.slow)], ids=["one device", "mesh"])
 def test_a_kernel_that_the_devices_lack_is_refused_and_replaced(trained_on_tpus, tiny_pipeline, mesh):
     with pytest.raises(UserError, match=r"'splash' is invalid: its kernels are for tpu.*Use attention='auto'"):
         dit_video.load(trained_on_tpus, mesh=mesh)

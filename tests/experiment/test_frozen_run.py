@@ -99,6 +99,7 @@ def test_a_run_with_cached_embeddings_continues_without_the_encoder_bit_for_bit(
     assert opened == []
 
 
+@pytest.mark.slow
 def test_a_pipeline_opens_the_encoder_at_the_first_prompt(frozen_run, encoder, tmp_path, opened):
     pipeline = dit_video.load(frozen_run)
     assert opened == []
@@ -117,6 +118,7 @@ def test_a_pipeline_opens_the_encoder_at_the_first_prompt(frozen_run, encoder, t
     assert pipeline.count_parameters()["text"] == 0
 
 
+@pytest.mark.slow
 def test_prompts_are_embedded_once(frozen_run, opened):
     from dit_video import Request
 
@@ -134,6 +136,7 @@ def test_a_pipeline_refuses_another_encoder(frozen_run, tiny_run, encoder, tmp_p
         dit_video.load(tiny_run, text_encoder=encoder)
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_can_be_sampled_with_a_moved_encoder(frozen_run, copy, encoder, tmp_path, opened):
     shutil.rmtree(copy / "pipeline")
     moved = shutil.copytree(encoder, tmp_path / "moved")
@@ -198,6 +201,7 @@ def test_the_encode_tool_stores_embeddings_of_a_named_encoder(tiny, tiny_run, en
 
 
 @pytest.mark.filterwarnings("ignore:a text of")
+@pytest.mark.slow
 def test_the_encode_tool_stores_embeddings_of_a_clip_text_encoder(tiny_run, tmp_path, script):
     tiny_clip.write_clip(tmp_path / "clip")
     tiny_clip.write_tokenizer(tmp_path / "clip")

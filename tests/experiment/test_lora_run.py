@@ -75,6 +75,7 @@ def test_adapters_alone_are_trained_and_the_result_is_merged(tiny_run, adapted):
     assert max(np.prod(entry["shape"]) for entry in table.values()) < largest / 4
 
 
+@pytest.mark.slow
 def test_loading_the_adapter_file_into_the_base_model_gives_the_pipeline(tiny_run, adapted):
     start = load_weights(tiny_run / "pipeline" / "denoiser.safetensors")
     lora = load_lora(adapted / "adapter.safetensors", start, get_native_modules(start))

@@ -31,6 +31,7 @@ def test_an_unfinished_run_is_loaded_without_its_clips(tiny_pipeline, copy):
     assert dit_video.load(copy).config == tiny_pipeline.config
 
 
+@pytest.mark.nightly
 def test_an_unfinished_run_has_the_preview_decoder_of_its_autoencoder(copy, tiny_run):
     shutil.rmtree(copy / "pipeline")
     expected = load_preview_decoder(tiny_run / "pipeline" / PREVIEW)

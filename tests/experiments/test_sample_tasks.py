@@ -31,6 +31,7 @@ def clip(tmp_path):
     return tmp_path / "clip.apng"
 
 
+@pytest.mark.slow
 def test_a_task_writes_a_folder_with_a_contact_sheet_and_lines(script, tmp_path, clip):
     write_wan(tmp_path / "wan")
     entries = [{"prompt": "a dog", "clip": clip.name, "frames": 4, "seed": seed} for seed in range(2)]

@@ -22,6 +22,7 @@ def test_a_path_may_be_a_string(tiny_run, tiny_pipeline):
     assert dit_video.load(str(tiny_run)).config == tiny_pipeline.config
 
 
+@pytest.mark.nightly
 def test_a_finished_run_without_an_export_gives_the_same_pipeline(tiny_run, tiny_pipeline, tmp_path):
     copy = shutil.copytree(tiny_run, tmp_path / "run")
     shutil.rmtree(copy / "pipeline")

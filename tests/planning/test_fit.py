@@ -98,6 +98,7 @@ def test_settings_are_printed_as_options_of_the_command(training):
     assert expected <= printed
 
 
+@pytest.mark.nightly
 def test_adapters_save_the_state_of_the_optimizer(training):
     denoiser = dataclasses.replace(training.denoiser, batch=4, train=AllWeights(init_from="weights"))
     experiment = dataclasses.replace(training, denoiser=denoiser)

@@ -113,6 +113,7 @@ def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(t
     compiled.step.lower(*compiled.arguments)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("part", mark_slow_except(["sampler"], ["denoiser", "sampler"]))
 def test_a_model_with_control_is_planned(tmp_path, part):
     """Control layers count as blocks, and rows hold the control and its strengths."""

@@ -165,6 +165,7 @@ def test_all_requests_pass_one_expert_after_the_other(experts, program_calls):
         assert on_device - before < 1.5 * one_expert
 
 
+@pytest.mark.nightly
 def test_a_saved_pipeline_can_be_offloaded(folder, resident, tmp_path):
     pipeline = dit_video.load(folder, dtype="float32", offload=Stages())
     pipeline.save(tmp_path / "own")
@@ -192,6 +193,7 @@ def test_a_placement_beside_offload_is_refused(folder):
         dit_video.load(folder, offload=Stages(), place=lambda path, parameter: parameter.to_host())
 
 
+@pytest.mark.nightly
 def test_open_weights_are_bfloat16_unless_said_otherwise(folder):
     pipeline = dit_video.load(folder)
     dtypes = {path: str(leaf.dtype) for path, leaf in flatten(pipeline.denoiser_params["backbone"]).items()}

@@ -47,6 +47,7 @@ def sample_requests(requests, sampling, *, denoiser=DENOISER, rows=1, shape=SHAP
     return sample_latents(denoiser, requests, sampling=sampling, shape=shape, rows=rows)
 
 
+@pytest.mark.nightly
 def test_branches_give_the_same_result_in_any_row_or_order():
     """They may share a row, have a row each, or be evaluated one after the other."""
     sampling = Sampling(steps=3, guidance=EVERYTHING)
@@ -59,6 +60,7 @@ def test_branches_give_the_same_result_in_any_row_or_order():
         np.testing.assert_allclose(two, three, atol=5e-5)
 
 
+@pytest.mark.nightly
 def test_statistics_of_guidance_are_of_each_clip_alone():
     both = sample_requests(TWO, Sampling(steps=3, guidance=EVERYTHING))
     louder = TWO[1]._replace(noise=20 * TWO[1].noise)
@@ -67,6 +69,7 @@ def test_statistics_of_guidance_are_of_each_clip_alone():
     assert np.abs(both[0] - sample_requests([SMALL], Sampling(steps=3, guidance=4.0))[0]).max() > 1e-3
 
 
+@pytest.mark.nightly
 def test_a_threshold_is_of_each_clip_alone():
     prediction = ThresholdedPrediction(prediction=Velocity(), quantile=0.9, max_threshold=100.0)
     denoiser, sampling = DENOISER._replace(prediction=prediction), Sampling(steps=2, guidance=4.0)
@@ -108,6 +111,7 @@ def test_samples_are_led_away_from_the_model_without_layers_however_branches_are
         assert np.abs(changed[0] - together[0]).max() > 1e-3
 
 
+@pytest.mark.nightly
 def test_the_trace_ends_at_the_sample():
     sampling = Sampling(steps=3, guidance=2.0)
     plain = sample_requests(TWO, sampling)

@@ -142,6 +142,7 @@ def test_latents_have_the_stride_s_size_and_decode_to_the_clip(pipeline, latents
     assert (decoded.fps, decoded.caption) == (clip.fps, clip.caption)
 
 
+@pytest.mark.nightly
 def test_samplers_are_chosen_by_name(pipeline, latents):
     assert isinstance(pipeline.config.sampling.solver, Euler)
     np.testing.assert_array_equal(pipeline.generate(PROMPT, size=SMALL, sampler="euler", output="latents"), latents)
@@ -266,6 +267,7 @@ def test_a_config_without_a_prediction_predicts_velocity(pipeline):
         replace(pipeline.config, process=Edm())
 
 
+@pytest.mark.nightly
 def test_guidance_accepts_all_its_options(pipeline, latents):
     plain = pipeline.generate(PROMPT, size=SMALL, guidance=Guidance(scale=2.0), output="latents")
     np.testing.assert_array_equal(plain, latents)

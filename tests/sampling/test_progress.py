@@ -51,6 +51,7 @@ def test_a_callback_sees_previews_and_may_cancel(plain):
         plain.generate("red", size=(5, 16, 16), steps=6, callback=lambda progress: progress.cancel())
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("method", "expected"), [("flow_edit", range(1, 7)), ("inversion", (4, 6, 10, 12))])
 def test_a_callback_sees_previews_of_an_edit_and_may_cancel(plain, method, expected):
     options = {"source": "red", "edit_method": method, "strength": 1.0, "steps": 6}

@@ -211,6 +211,7 @@ def test_renderings_keep_the_law(law):
     assert get_share(law, list(map(add_noise, clips)), truths) == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("law", "control"), FAST_CONTROLS, ids=name_controls(FAST_CONTROLS))
 def test_wrong_motion_does_not_keep_the_law(law, control):
     truths = get_truths(law)
@@ -250,6 +251,7 @@ def test_an_object_in_front_of_the_post_is_not_hidden():
     assert get_share("permanence", [render(scene).clip for scene in scenes], truths) == 0
 
 
+@pytest.mark.nightly
 def test_the_mass_of_a_disc_is_the_square_of_its_radius():
     """Discs of different radii that exchange momentum as if their masses were equal do not keep the law."""
     truths = [
@@ -291,6 +293,7 @@ def test_each_metric_counts_the_scenes_of_its_law():
     ]
 
 
+@pytest.mark.nightly
 def test_posts_are_where_the_scenes_have_them():
     truths = get_truths("permanence")
     for truth in truths:

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import pytest
 
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
@@ -18,6 +19,7 @@ def values(folder):
     return {name: source[index] for index, name in enumerate(source.names)}
 
 
+@pytest.mark.nightly
 def test_two_processes_make_the_latents_of_a_run(tiny, tiny_run, tmp_path, script):
     options = ("--views-per-file", 4, "--shards", 2)
     arguments = (tiny_run, tiny_run / "data", tmp_path / "l", *options)
@@ -61,6 +63,7 @@ def test_the_views_of_a_pipeline_are_chosen_on_the_command_line(tiny, tiny_run, 
     assert source.identity["autoencoder"] == LatentSource(tiny_run / "latents").identity["autoencoder"]
 
 
+@pytest.mark.nightly
 def test_the_command_reads_and_writes_at_addresses(tiny, tiny_run, tiny_clips, memory, tmp_path, script):
     ingest(tiny_clips, f"{memory}/data")
     ignored = shutil.ignore_patterns("data", "latents", "denoiser", "pipeline")

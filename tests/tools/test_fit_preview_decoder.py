@@ -38,6 +38,7 @@ def test_the_shipped_decoder_shows_other_clips():
     assert to_clip > 22
 
 
+@pytest.mark.nightly
 def test_the_command_writes_the_decoder_of_a_pipeline(tiny_run, tmp_path, script):
     pipeline = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     (pipeline / PREVIEW).unlink(missing_ok=True)

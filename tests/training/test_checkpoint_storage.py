@@ -129,7 +129,9 @@ def test_a_save_is_begun_again_if_the_storage_does_not_answer(tmp_path, monkeypa
     assert (restore(tmp_path), calls) == (1, [1, 1, 1])
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ESTALE, 75), (errno.EDQUOT, 2)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(errno.ESTALE, 75, marks=pytest.mark.slow), (errno.EDQUOT, 2)]
+)
 def test_a_script_that_cannot_save_ends_with_the_code_of_the_error(tmp_path, number, code):
     command = [sys.executable, "-P", str(PROGRAMS / "checkpoint_on_faulty_disk.py"), str(tmp_path), str(number)]
     done = subprocess.run(command, env=make_environment(1), capture_output=True, text=True, check=False, timeout=HANG)

@@ -111,6 +111,7 @@ def test_the_lock_file_tells_when_the_newest_run_began(tmp_path):
         assert (tmp_path / LOCK_FILE).stat().st_mtime > began - 5
 
 
+@pytest.mark.nightly
 def test_a_second_start_ends_with_a_code_that_asks_for_another(tmp_path):
     with lock_folder(tmp_path, config=FAST):
         other = start("locked_folder.py", tmp_path, 0, 0.2, 2, os.devnull)
@@ -170,6 +171,7 @@ def test_a_process_that_was_suspended_for_longer_than_its_lease_goes_on(tmp_path
         assert other.poll() is None
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("place", ["disk", pytest.param("gs://bucket/run", marks=pytest.mark.slow)])
 def test_a_process_whose_folder_another_machine_took_while_it_was_suspended_writes_no_more(tmp_path, place):
     log = tmp_path / "lines"
@@ -221,6 +223,7 @@ def test_the_lease_of_an_address_that_nobody_renews_expires(memory, monkeypatch)
             check_locks()
 
 
+@pytest.mark.nightly
 def test_an_address_is_taken_over_also_where_each_look_takes_long(memory, monkeypatch):
     place = to_storage_path("memory://bucket/run")
     content = {"pid": 12, "host": "node7", "id": "abc", "renewals": 3, "is_released": False}
@@ -236,6 +239,7 @@ def test_an_address_is_taken_over_also_where_each_look_takes_long(memory, monkey
         assert [path.name for path in place.iterdir()] == [".lease-000008"]
 
 
+@pytest.mark.nightly
 def test_storage_that_stalls_for_longer_than_the_lease_gives_nobody_the_address(memory, monkeypatch):
     """Neither the holder's renewals nor the looks of who waits come through for a while."""
     place = to_storage_path("memory://bucket/run")

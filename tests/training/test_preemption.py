@@ -56,6 +56,7 @@ def test_all_processes_stop_after_the_same_step():
     assert all(event.is_set() for event in informed)  # So each starts its timer, not only the one with the signal.
 
 
+@pytest.mark.nightly
 def test_they_stop_together_though_calls_fail():
     """More calls in a row fail than one call is repeated."""
     with simulate_processes(3) as groups:

@@ -263,6 +263,7 @@ def test_the_identity_covers_all_that_an_embedding_depends_on(model, copied):
     assert len(set(identities)) == len(identities)
 
 
+@pytest.mark.nightly
 def test_embeddings_of_a_clip_end_with_the_pooled_one(clip):
     embed, tokenize = load_embedder(clip), PretrainedTokenizer(clip, max_tokens=12)
     loaded = load_clip_text(clip)

@@ -222,6 +222,7 @@ def test_a_copy_of_a_clip_is_h264_with_the_same_frames(tmp_path, make_app):
     assert np.abs(decode(copy.content).frames.astype(int) - decode(file).frames).mean() < 3
 
 
+@pytest.mark.nightly
 def test_damaged_clips_are_said_and_the_next_ones_are_made(tmp_path, make_app):
     files = [b"\0\0\0\x18ftypisom" + b"\xff" * 500, make_clip_file(3)]
     write_table(tmp_path, [make_row(f"{number}.mp4", file) for number, file in enumerate(files)])
@@ -233,6 +234,7 @@ def test_damaged_clips_are_said_and_the_next_ones_are_made(tmp_path, make_app):
         assert client.get("/media/thumbnail/1").status_code == 200
 
 
+@pytest.mark.nightly
 def test_a_decoder_that_is_lost_is_started_again(tmp_path, make_app, monkeypatch):
     from dit_video.apps.browse import media
 

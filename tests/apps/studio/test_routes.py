@@ -283,6 +283,7 @@ def test_a_prompt_that_is_cut_is_said_with_the_job(user):
     assert list_items(user)[0]["notes"] == [note]
 
 
+@pytest.mark.nightly
 def test_clips_of_the_gallery_are_shortened_where_a_task_changes_all_of_them(user):
     show_warnings_as_notes()
     wait(user, submit(user, "loop", prompt="around", size=SIZE | {"frames": 8}))

@@ -128,6 +128,7 @@ def test_names_that_are_no_upload_of_this_user_do_not_exist(tmp_path, name):
         Uploads(tmp_path / "uploads", FIT).open_clip(name)
 
 
+@pytest.mark.nightly
 def test_the_oldest_uploads_make_room(add, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_UPLOADS", 2)
     content = encode(make_clip(1, 16, 16), "png")

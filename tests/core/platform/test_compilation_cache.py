@@ -62,6 +62,7 @@ def test_an_address_without_its_package_is_passed_over_with_a_warning(tmp_path):
     assert any("compiled programs are not kept at nowhere://bucket/run/.programs (" in line for line in messages)
 
 
+@pytest.mark.nightly
 def test_programs_of_a_run_at_an_address_are_kept_there(tmp_path):
     """With the file system of a package that is installed: a folder of this machine as `gs://bucket`."""
     bucket = {"DIT_VIDEO_TEST_BUCKET": str(tmp_path / "buckets")}

@@ -141,6 +141,7 @@ def test_nothing_of_libtpu_is_printed(imports):
     assert "tpu" not in done.stderr.lower()
 
 
+@pytest.mark.nightly
 def test_backends_that_have_started_stay():
     python(
         "import os, jax\n"

@@ -45,6 +45,7 @@ def test_this_release_of_xla_accepts_the_flags():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 def test_this_release_of_xla_knows_the_flags_for_gpus():
     """They are parsed on CPUs, too; they have not been run on a GPU."""
     done = run("cpu_convolution.py", XLA_FLAGS=format_flags(xla_flags.GPU_FLAGS))

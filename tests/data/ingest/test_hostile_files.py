@@ -118,6 +118,7 @@ def test_the_time_limit_grows_with_the_pixels_of_the_header():
     assert workers.compute_time_limit(clip._replace(size=2_800), 120, pixels) < 121
 
 
+@pytest.mark.nightly
 def test_a_file_gets_more_time_once_its_header_is_read(tmp_path, log):
     """The worker takes 1.5 seconds for a `slow` file; only one whose header claims hours is waited for."""
     files = {"slow_short.mkv": make_mkv(1.0, 4 << 20), "slow_long.mkv": make_mkv(1e6, 4 << 20)}

@@ -72,6 +72,7 @@ def with_key_frames(frames: np.ndarray, fps: int = FPS) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.nightly
 def test_kept_shots_take_their_share_of_the_file(tmp_path):
     """10 shots of 40 are kept, which are 20 s of 50."""
     pytest.importorskip("scenedetect")
@@ -136,6 +137,7 @@ def test_long_files_are_cut_into_clips_with_their_sound(tmp_path):
             assert float(sound.duration * sound.time_base) == pytest.approx(info.frames / FPS, abs=0.15)
 
 
+@pytest.mark.nightly
 def test_measures_are_columns_by_which_clips_are_chosen_afterwards(tmp_path):
     """The condition selects what the limits of an ingest keep."""
     blurred = np.broadcast_to(np.linspace(0, 255, WIDTH).astype(np.uint8)[:, None], (10, HEIGHT, WIDTH, 3)).copy()

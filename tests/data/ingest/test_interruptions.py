@@ -153,7 +153,12 @@ def test_files_that_a_killed_run_left_are_no_part_of_the_result(tmp_path):
 
 
 @pytest.mark.parametrize("grown", mark_slow_except([True], [False, True]))
-@pytest.mark.parametrize("step", ["write_column", "write_metadata", "make_report", "write_document", "write_manifest"])
+@pytest.mark.parametrize(
+    "step",
+    mark_slow_except(
+        ["write_manifest"], ["write_column", "write_metadata", "make_report", "write_document", "write_manifest"]
+    ),
+)
 def test_an_interrupted_completion_is_done_again(tmp_path, monkeypatch, step, grown):
     """The data set of an earlier state of the source stays usable until then."""
 
@@ -245,6 +250,7 @@ def tiny_disk(folder: Path) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["disk", "limit"])
 def test_a_full_disk_ends_the_run_and_the_next_one_continues(tmp_path, kind):
     """The disk has 100 kB if the user may mount one; otherwise the size of a file is limited."""

@@ -123,6 +123,7 @@ def test_the_command_refuses_a_shard_that_is_not_there(bucket, tmp_path, script)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.nightly
 def test_the_command_says_which_process_has_written_its_parts(bucket, tmp_path, script, monkeypatch):
     monkeypatch.setattr(parts, "_MIN_PART_BYTES", 1)
     command = ("tools/ingest.py", bucket / "clips", tmp_path / "out", "--shards", "2")

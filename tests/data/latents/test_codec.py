@@ -37,6 +37,7 @@ def test_values_count_from_their_operation_to_their_last_use():
     assert peak <= count_peak_bytes(looped) <= peak + 1_000
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_the_estimate_is_near_the_memory_of_the_compiled_program(method):
     graph, stride = get_graph_def(CONFIG.make), CONFIG.stride

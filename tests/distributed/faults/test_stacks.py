@@ -22,6 +22,7 @@ def run_python(program):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.nightly
 def test_what_was_printed_before_an_immediate_exit_is_written():
     program = "import sys; print('a line'); print('an error', end='', file=sys.stderr)"
     assert run_python(program) == (75, "a line\n", "an error")

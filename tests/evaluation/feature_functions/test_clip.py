@@ -39,6 +39,7 @@ def test_embeddings_have_the_length_one_and_batches_do_not_change_them(embedding
     assert not np.allclose(together[0], together[1])
 
 
+@pytest.mark.nightly
 def test_similarity_is_the_mean_cosine_of_the_frames(embeddings):
     clips = make_clips(3, 1)
     values = ClipSimilarity(embeddings=embeddings).measure(MetricBatch(samples=clips, prompts=TEXTS[:2]))

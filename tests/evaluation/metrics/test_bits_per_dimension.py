@@ -67,6 +67,7 @@ def test_a_model_of_another_scale_has_more_bits():
     assert other - best == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.nightly
 def test_more_steps_are_closer():
     errors = []
     for steps in (4, 8, 16):

@@ -74,6 +74,7 @@ def test_merged_states_give_the_values_of_one(metric):
     )
 
 
+@pytest.mark.nightly
 def test_fewer_clips_than_features_are_said_in_the_figure(monkeypatch):
     wide = OpenFeatures(
         lambda clips: np.random.default_rng(len(clips)).normal(size=(len(clips), 100)).astype("f4"), "w"

@@ -45,6 +45,7 @@ def test_the_best_model_has_the_variance_that_the_noisy_latents_leave(process, p
         assert other > loss
 
 
+@pytest.mark.nightly
 def test_the_loss_of_a_clip_depends_on_neither_row_nor_neighbours():
     together = compute_losses(make_best_denoise(*FLOW), make_clip_rows([CLIPS], *FLOW, seeds=[[1, 2, 3]]))
     for number, clip in enumerate(CLIPS):

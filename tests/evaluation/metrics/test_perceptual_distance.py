@@ -60,6 +60,7 @@ def test_the_distance_in_chunks_is_that_of_the_network(weights):
     assert value == pytest.approx(float(expected[0]), rel=1e-5)
 
 
+@pytest.mark.nightly
 def test_the_weights_are_read_once_and_named_in_the_note(weights, tmp_path):
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(Path(weights).read_bytes())

@@ -129,6 +129,7 @@ def test_a_learned_variance_is_used_only_if_the_scheduler_says_so(tmp_path):
     assert np.abs(drawn_with["fixed_small"] - drawn_with["learned_range"]).max() > 1e-2
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("backbone", [pytest.param(DIT, marks=pytest.mark.slow), SIT], ids=["DiT", "SiT"])
 def test_the_authors_models_need_no_scheduler(tmp_path, backbone):
     result = dit_video.load(write_pipeline(tmp_path, backbone, scheduler=None))

@@ -95,6 +95,7 @@ def test_clips_with_other_conditions_that_share_a_row_are_those_of_a_row_of_thei
     assert np.abs(apart[0].frames.astype(int) - apart[1].frames).max() > 10
 
 
+@pytest.mark.nightly
 def test_a_pipeline_saved_in_the_native_layout_is_the_same(pipeline, tmp_path):
     pipeline.save(tmp_path / "own")
     again = dit_video.load(tmp_path / "own")

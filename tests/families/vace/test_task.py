@@ -151,6 +151,7 @@ def test_a_trajectory_is_that_of_the_clip_alone(pipeline):
     np.testing.assert_allclose(trace.latents[-1], pipeline.generate_latents([request], **OPTIONS)[0], atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_saved_pipeline_keeps_its_task(pipeline, tmp_path):
     pipeline.save(tmp_path / "saved")
     again = dit_video.load(tmp_path / "saved")

@@ -81,6 +81,7 @@ def make_paths(pipeline, prompt, source, *, source_guidance=2.0, **options):
     )
 
 
+@pytest.mark.nightly
 @each(ALL)
 def test_an_edit_to_what_the_clip_shows_changes_nothing(pipeline):
     latents = pipeline.encode(CLIP)
@@ -227,6 +228,7 @@ def test_steps_of_two_experts_are_repeated(two_experts, image):
     np.testing.assert_array_equal(sample_latents(two_experts, resample=2), sample_latents(two_experts))
 
 
+@pytest.mark.nightly
 def test_repeated_steps_return_to_their_first_time_with_noise(two_experts, monkeypatch):
     """The parts of the steps are single ones, where there are few."""
     noise, further = np.random.default_rng(1).standard_normal((2, 3, 4, 4, 4)).astype(np.float32)
@@ -248,6 +250,7 @@ def test_repeated_steps_return_to_their_first_time_with_noise(two_experts, monke
     np.testing.assert_allclose(latents, expected, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_two_equal_experts_repeat_the_steps_of_one(two_experts):
     params = {"autoencoder": two_experts.codec.params}
     first, text = two_experts.denoiser_params["backbone"], two_experts.denoiser_params["text"]

@@ -156,6 +156,7 @@ def add_tensor(path, name):
     save(path, load(path, dtype=None) | {name: np.ones(16, np.float32)})
 
 
+@pytest.mark.nightly
 def test_an_image_to_video_folder_with_its_unused_norms_loads(tmp_path):
     write_animating_wan(tmp_path / "wan")
     transformer = tmp_path / "wan" / "transformer"

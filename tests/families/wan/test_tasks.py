@@ -7,6 +7,7 @@ are those of the frames 0, 1 to 4, and 5 to 8.
 import warnings
 
 import numpy as np
+import pytest
 
 import dit_video
 from dit_video.sampling.request import Condition, Request
@@ -34,6 +35,7 @@ from support.wan_tasks import (
 # Images.
 
 
+@pytest.mark.nightly
 @each(UNTRAINED)
 def test_a_model_of_text_keeps_a_first_image_without_training(pipeline):
     with warns():
@@ -57,6 +59,7 @@ def test_a_kept_image_has_the_noise_of_each_time(pipeline):
         np.testing.assert_allclose(latents[:1], add_noise(clean, noise[:1], time), atol=1e-4)
 
 
+@pytest.mark.nightly
 @each(["knowing", "animating"])
 def test_a_model_that_is_trained_for_a_first_image_does_not_warn(pipeline):
     with warnings.catch_warnings():

@@ -46,6 +46,7 @@ def call(config, method, params, *arrays):
     return getattr(nnx.merge(get_graph_def(config.make), params), method)(*arrays)
 
 
+@pytest.mark.nightly
 def test_it_starts_as_the_image_autoencoder_frame_by_frame(image, inflated):
     config, params = inflated
     decoded = call(config, "decode", params, LATENTS)

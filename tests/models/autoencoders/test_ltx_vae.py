@@ -72,6 +72,7 @@ def test_a_clip_is_decoded_as_a_whole_with_the_noise_of_its_seed():
         list(decode_stream(VAE, params, latents, tiles=Tiles(height=32, width=32, overlap=0)))
 
 
+@pytest.mark.nightly
 def test_frames_depend_on_later_latents_on_time_and_on_noise():
     params, latents, keys = make_params(VAE), make_latents(), jax.random.split(jax.random.key(0), 1)
     frames = np.asarray(decode(VAE, params, latents, 0.05, keys))

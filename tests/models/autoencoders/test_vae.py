@@ -47,7 +47,7 @@ def setting(name):
     return config, params, clip, np.asarray(latents), np.asarray(decoded)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mark_slow_except(["plain"], CONFIGS))
 def test_latents_and_frames_have_the_expected_sizes(name):
     _, _, clip, latents, decoded = setting(name)
     assert latents.shape == (2, 4, 2, 3, 4)
@@ -67,10 +67,10 @@ def test_strides_follow_from_the_factors():
 @pytest.mark.parametrize(
     ("stride", "channels", "options"),
     [
-        (Grid(1, 4, 4), 4, {}),
-        (Grid(2, 8, 8), 16, {}),
+        pytest.param(Grid(1, 4, 4), 4, {}, marks=pytest.mark.slow),
+        pytest.param(Grid(2, 8, 8), 16, {}, marks=pytest.mark.slow),
         (Grid(4, 16, 16), 48, {"patch": 2, "shortcuts": True}),
-        (Grid(8, 32, 32), 128, {}),
+        pytest.param(Grid(8, 32, 32), 128, {}, marks=pytest.mark.slow),
         (Grid(8, 4, 4), 128, {"shortcuts": True}),
     ],
     ids=str,
@@ -174,6 +174,7 @@ def test_forms_of_the_convolution_agree(form):
     np.testing.assert_allclose(call(chosen, "encode", params, None, clip)[0], latents, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_bfloat16_is_close_to_float32():
     config, params, clip, latents, _ = setting("plain")
     near, _ = call(dataclasses.replace(config, bfloat16=True), "encode", params, None, clip)

@@ -116,6 +116,7 @@ def test_clips_on_a_canvas_do_not_see_each_other(name):
     np.testing.assert_allclose(together[0, :, :, 4:], latents[1], atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_frames_are_modulated_by_the_latents_of_their_places():
     norm = SpatialNorm(PositionNorm(4), 4, 3, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 5, 4, 6, 4))

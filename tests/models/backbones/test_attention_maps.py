@@ -39,6 +39,7 @@ def maps(config, params, queries, batch=None):
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("config", "layers", "others"),
     [

@@ -32,7 +32,7 @@ class HopperParallelism(Parallelism):
         return Platform("gpu", (9, 0))
 
 
-@pytest.mark.parametrize("config", [WAN, DIT], ids=["Wan", "DiT"])
+@pytest.mark.parametrize("config", [pytest.param(WAN, marks=pytest.mark.slow), DIT], ids=["Wan", "DiT"])
 @pytest.mark.parametrize("count", mark_slow_except([COUNT], [COUNT, 1]))
 def test_rows_of_any_number_of_clips_are_computed_without_a_mask(monkeypatch, config, count):
     pretend_hopper(monkeypatch)

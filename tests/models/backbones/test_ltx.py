@@ -49,6 +49,7 @@ def predict(config, time, positions):
     return np.asarray(make_program(config)(jnp.asarray(noisy, jnp.float32), time, layout, conditioning))
 
 
+@pytest.mark.nightly
 def test_a_time_per_segment_is_that_of_all_its_tokens():
     positions = jnp.asarray(compute_positions(GRID)[None])
     per_token = predict(DIT, jnp.full((1, 4), 0.3), positions)

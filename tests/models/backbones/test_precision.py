@@ -52,6 +52,7 @@ def test_small_float32_maps_are_computed_in_float32_and_large_products_are_not(n
     assert len(rounded) > len(exact)
 
 
+@pytest.mark.nightly
 def test_a_modulation_of_every_token_is_a_large_product(monkeypatch):
     segment, token = (
         sum("HIGHEST" in product for product in list_products(lower_gradients(config, monkeypatch)))

@@ -75,6 +75,7 @@ def call(params, batch, strengths, *, config=CONFIG):
     return run(params, jnp.asarray(strengths, jnp.float32))
 
 
+@pytest.mark.nightly
 def test_without_strength_the_model_is_wans(params):
     batch, wan = make_batch((0, 1)), WanDitConfig(**SIZES)
     base = {name: part for name, part in params.items() if name != "control"}

@@ -34,6 +34,7 @@ def predict(config, positions):
 TIME, POSITIONS = jnp.full((1, 1), 0.6), compute_positions(GRID)
 
 
+@pytest.mark.nightly
 def test_factors_of_1_change_nothing_and_a_scale_multiplies_positions():
     plain = predict(CONFIG, POSITIONS)
     ones = dataclasses.replace(CONFIG, position_scale=(1.0, 1.0, 1.0), position_stretch=(1.0, 1.0, 1.0))

@@ -99,6 +99,7 @@ def test_similarity_is_a_scaled_cosine():
         np.testing.assert_allclose(result[a, b], np.exp(PARAMS["logit_scale"]) * cosine, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_bfloat16_is_close():
     half = ClipConfig(
         text=dataclasses.replace(TEXT, dtype="bfloat16"), vision=dataclasses.replace(VISION, dtype="bfloat16")

@@ -23,6 +23,7 @@ def expected():
     return nnx.merge(get_graph_def(VISION.make), PARAMS)(jnp.asarray(preprocess_frames(FRAMES, IMAGES)))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("part", "shape"),
     [("values", (10, 12)), pytest.param("penultimate", (10, 12), marks=pytest.mark.slow), ("projected", (6,))],

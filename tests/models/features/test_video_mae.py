@@ -94,6 +94,7 @@ def test_longer_clips_have_positions_between_those_of_the_training():
     assert extract(jnp.concatenate([CLIPS, CLIPS], axis=1)).shape == (2, 12)
 
 
+@pytest.mark.nightly
 def test_resizing_interpolates_linearly_and_does_not_filter():
     ramp = jnp.asarray(np.broadcast_to(np.linspace(-1, 1, 8)[None, None, None, :, None], (1, 1, 8, 8, 3)), jnp.float32)
     np.testing.assert_allclose(resize_frames(ramp, height=8, width=8), ramp, atol=1e-6)

@@ -40,6 +40,7 @@ def test_tasks_of_several_clips_are_those_of_each_alone(pipeline, clip):
         assert (alone.recipe, alone.fps) == (result.recipe, result.fps)
 
 
+@pytest.mark.nightly
 def test_zooming_out_makes_every_frame_the_middle_of_the_next(pipeline, clip):
     image = Clip(clip.frames[:1], 8, caption="a box")
     result = pipeline.zoom_out(image, frames=3, factor=2.0, steps=2)

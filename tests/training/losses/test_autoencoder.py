@@ -79,6 +79,7 @@ def test_a_batch_of_one_is_a_batch():
     assert all(np.isfinite(figure) for figure in figures.values())
 
 
+@pytest.mark.nightly
 def test_a_few_steps_on_one_batch_reconstruct_it_better():
     optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
     step = make_step(make_loss(AutoencoderObjective.pixels(kl=1e-4)), optimizer, ema_decay=0.9)

@@ -189,6 +189,7 @@ def test_noise_is_a_function_of_the_example_and_the_step():
         assert (values != expected[example]).all()
 
 
+@pytest.mark.nightly
 def test_noise_values_are_distinct_and_normal():
     rows = make_batch([A, A._replace(example=9)], [A._replace(example=10), B])
     steps = [np.concatenate(list(get_noise(rows, step).values())) for step in range(20)]

@@ -66,6 +66,7 @@ def token_times(loss, rows, step=STEP):
     return np.asarray(jax.jit(loss.draw_token_times)(rows, step))
 
 
+@pytest.mark.nightly
 def test_every_frame_has_its_own_time():
     """The times of an example do not depend on the mesh or on its place."""
     times = token_times(make_loss(), ROWS)

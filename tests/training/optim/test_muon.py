@@ -40,6 +40,7 @@ def compute_updates(optimizer, gradients):
     return run(gradients)
 
 
+@pytest.mark.nightly
 def test_updates_are_those_of_optax():
     gradients = [
         {name: jnp.asarray(DRAW.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}

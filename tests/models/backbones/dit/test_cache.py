@@ -44,6 +44,7 @@ def make_model(config):
     return nnx.merge(get_graph_def(config.make), make_random_params(config.make))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "fields",
     [

@@ -225,7 +225,7 @@ WANS = {
 }
 CONFIGS = {name: dataclasses.replace(DEFAULT_CONFIG, **fields) for name, fields in OPTIONS.items()}
 CONFIGS |= {name: dataclasses.replace(WAN, **fields) for name, fields in WANS.items()}
-QUICK = ("most", "wan with images")
+QUICK = ("most",)
 """Configs of the default suite, which hold most options; all others are tested by the slow tests."""
 
 
@@ -262,6 +262,7 @@ def test_fresh_denoisers_predict_zero(name):
     assert not predict(fresh, make_batch((0, 1), (1, 0)), config).any()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "name", [pytest.param("token time, factorised", marks=pytest.mark.slow), "wan with a time per token"]
 )
@@ -286,6 +287,7 @@ def test_denoise_passes_every_token_its_time():
     np.testing.assert_allclose(result[0, :14], expected[0, :14], atol=1e-5)
 
 
+@pytest.mark.nightly
 def test_wans_texts_are_padded_with_zeros_that_are_seen():
     """Explicit zeros instead of padding change nothing; a longer padding does."""
     params = make_random_params(WAN.make)
