@@ -4,7 +4,6 @@ The key says which system each anonymous side is of, and the right answers of co
 page and not in it, so that a rater who has the page cannot see the systems.
 """
 
-import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.curation.raters.vote_statistics import (
@@ -26,7 +26,7 @@ from dit_video.curation.raters.vote_statistics import (
 from dit_video.evaluation.metrics.metric import compute_wilson_interval
 
 FORMAT = 1
-"""Version of the files of keys and of votes."""
+"""Version of the files of votes."""
 QUESTIONS: Mapping[str, str] = {"prompt": "Which one follows the prompt better?", "look": "Which one looks better?"}
 """Text of each question of a pair, by its name."""
 TIE = "tie"
@@ -84,7 +84,7 @@ class PageKey:
 
     def write(self, path: str | Path) -> None:
         """Write the key as JSON."""
-        write_json(path, {"format": FORMAT, **dataclasses.asdict(self)})
+        write_json(path, config_json.to_json(self))
 
     @classmethod
     def read(cls, path: str | Path) -> "PageKey":
@@ -95,22 +95,13 @@ class PageKey:
           UserError: If the file is damaged, or no key.
         """
         document = read_json(path)
-        if not isinstance(document, dict) or document.get("format") != FORMAT or "pairs" not in document:
-            raise UserError(f"{path} is no key of a page: format {FORMAT} and pairs are missing. Use PAGE.key.json")
         try:
-            values = {name: value for name, value in document.items() if name != "format"}
-            pairs = tuple(
-                PagePair(
-                    **entry
-                    | {name: tuple(entry[name]) for name in ("sides", "systems")}
-                    | {"control": None if entry["control"] is None else PageControl(**entry["control"])}
-                )
-                for entry in document["pairs"]
-            )
-            key = cls(**values | {"pairs": pairs, "systems": tuple(document["systems"])})
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is a damaged key ({error!r}). Make the page again") from error
-        if unknown := {system for pair in pairs for system in pair.systems} - set(key.systems):
+            key = config_json.from_json(document)
+        except UserError as error:
+            raise UserError(f"{path} is a damaged key ({error}). Make the page again") from error
+        if not isinstance(key, cls):
+            raise UserError(f"{path} is no key of a page. Use PAGE.key.json")
+        if unknown := {system for pair in key.pairs for system in pair.systems} - set(key.systems):
             raise UserError(f"{path} is a damaged key: {min(unknown)} is none of its systems. Make the page again")
         return key
 

@@ -1,12 +1,12 @@
 """Files of votes, control questions and results."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 from scipy.special import expit
 
+from dit_video.core import config_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.curation.raters.vote_statistics import WinRate
 from dit_video.curation.raters.votes import TIE, PageKey, format_results, read_votes, summarize_votes
@@ -235,11 +235,12 @@ def test_a_rater_with_two_files_is_an_error_that_names_both(tmp_path):
 
 def test_a_damaged_key_is_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "page.key.json"
-    entry = dataclasses.asdict(KEY.pairs[0])
+    whole = config_json.to_json(KEY)
     for document, match in (
         ({"votes": []}, "no key"),
-        ({"format": 1, "page": "page", "systems": ["a"], "seed": 0, "pairs": [{}]}, "damaged key"),
-        ({"format": 1, "page": "page", "systems": ["a"], "seed": 0, "pairs": [entry]}, "b is none of its systems"),
+        (whole | {"seed": "0"}, "damaged key"),
+        (whole | {"pairs": [{}]}, "damaged key"),
+        (whole | {"systems": ["a"]}, "b is none of its systems"),
     ):
         path.write_text(json.dumps(document))
         with pytest.raises(UserError, match=rf"page\.key\.json.*{match}"):
