@@ -117,6 +117,7 @@ def package(torch):
 
 
 @pytest.mark.parity
+@pytest.mark.nightly
 def test_the_distance_and_its_gradients_equal_the_package(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file

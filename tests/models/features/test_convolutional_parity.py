@@ -181,7 +181,7 @@ def check(actual, expected):
     np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
 
 
-@pytest.mark.parametrize("frames", [pytest.param(9, marks=pytest.mark.nightly), 16])
+@pytest.mark.parametrize("frames", [9, pytest.param(16, marks=pytest.mark.nightly)])
 def test_i3d_equals_its_published_architecture(tmp_path, frames):
     def make(rngs):
         return I3d(rngs=rngs)
