@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion.objective import X0, DenoiseFn, Estimator, Prediction, make_estimator
+from dit_video.diffusion.objective import DenoiseFn, Estimator, Prediction, make_estimator, predicts_data
 from dit_video.diffusion.processes import Process, Times, Values
 from dit_video.diffusion.samplers import NoiseFn
 
@@ -21,10 +21,10 @@ def make_consistency_fn(denoise: DenoiseFn, process: Process, prediction: Predic
     Raises:
       UserError: If the model predicts the data themselves, which need not equal its input at time 0.
     """
-    if isinstance(prediction, X0):
+    if predicts_data(prediction):
         raise UserError(
-            "prediction=X0() is invalid: a model that predicts X0 is no consistency function at time 0. Distil one "
-            "that predicts Velocity, V, Epsilon or Preconditioning."
+            f"prediction={prediction} is invalid: a model that predicts X0 is no consistency function at time 0. "
+            "Distil one that predicts Velocity, V, Epsilon or Preconditioning."
         )
     estimate = make_estimator(denoise, process, prediction)
     return lambda noisy, time: estimate(noisy, time).data

@@ -21,7 +21,7 @@ The state is a tree of arrays that a sampler carries from step to step unread: t
 cache. It is None for a model without state; `stateless` makes such a function from `predict(noisy, time)`."""
 
 Estimator = Callable[[Values, Times], Estimate]
-"""The function `estimate(noisy, time)`: the data and noise of a `denoise`'s prediction, used by solvers."""
+"""The function `estimate(noisy, time)`, which gives solvers the data and noise that a model's prediction determines."""
 
 QuantileFn = Callable[[Values, float], Values]
 """The function `compute_quantile(values, quantile)`: a quantile of each sample's values, which broadcasts to them."""
@@ -121,6 +121,13 @@ class X0(Prediction):
         return Estimate(prediction, jnp.where(sigma < MIN_ALPHA, 0.0, noise))
 
 
+def predicts_data(prediction: Prediction) -> bool:
+    """Return whether a model predicts the data themselves, whatever else: their limits, or a variance."""
+    while (inner := getattr(prediction, "prediction", None)) is not None:
+        prediction = inner
+    return isinstance(prediction, X0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class V(Prediction):
     r"""The prediction $v = (\alpha \epsilon - \sigma x_0) / \sqrt{\alpha^2 + \sigma^2}$ (arXiv 2202.00512).
@@ -212,8 +219,8 @@ class UniformWeighting(Weighting):
 class MinSnr(Weighting):
     r"""The weight $\min(\alpha^2 / \sigma^2, \gamma)$ of errors of the data (arXiv 2303.09556, section 3.4).
 
-    Errors of the noise then have the weight $\min(1, \gamma \sigma^2 / \alpha^2)$, and errors of $v$ have $\alpha^2$
-    times this weight.
+    Errors of the noise then have the weight $\min(1, \gamma \sigma^2 / \alpha^2)$. If $\alpha^2 + \sigma^2 = 1$, errors
+    of $v$ have $\min(\alpha^2, \gamma \sigma^2)$.
 
     Raises:
       UserError: If gamma is not positive.
@@ -255,7 +262,7 @@ class SigmoidWeight(Weighting):
 
     The papers' loss is the mean over uniform log-SNRs $2\lambda$. For uniform times the weight is multiplied by
     $-2 \lambda'(t)$, which is included here: use it with `Uniform` times. With
-    $\lambda' = (\alpha' \sigma - \sigma' \alpha) / (\alpha \sigma)$,
+    $\lambda' = (\alpha' \sigma - \sigma' \alpha) / (\alpha \sigma)$, the scaled weight is
 
     $$W = \frac{2 \alpha \sigma (\sigma' \alpha - \alpha' \sigma)}{\sigma^2 + e^{-b} \alpha^2}$$
 
@@ -279,7 +286,9 @@ class SigmoidWeight(Weighting):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    r"""The loss $w(t) \lVert p_\theta(x_t, t) - p \rVert^2$ at times drawn from `times`.
+    r"""The loss $w(t)$ times the mean square of $p_\theta(x_t, t) - p$, at times drawn from `times`.
+
+    $p$ is the prediction's target.
 
     Raises:
       UserError: If a model of this process can't make this prediction.
@@ -308,7 +317,7 @@ class Objective:
     ) -> Float[Array, "*batch N"]:
         """Return the squared error of every token, averaged over its values, in float32.
 
-        The model gets the tokens of `cond_mask` unchanged, at time 0; they have no loss, whatever their time.
+        The model gets tokens where `cond_mask` is True without noise, at time 0. They have no loss.
         """
         token_time = time[..., None]
         noisy, model_time = self.process.add_noise(data, noise, token_time), time

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion.objective import X0, DenoiseFn, Estimator, Prediction, V, Velocity, estimate_with_state
+from dit_video.diffusion.objective import (
+    DenoiseFn,
+    Estimator,
+    Prediction,
+    V,
+    Velocity,
+    estimate_with_state,
+    predicts_data,
+)
 from dit_video.diffusion.processes import Estimate, Process, Values
 
 
@@ -226,7 +234,7 @@ _LOWER_ORDER_STEP_LIMIT = 15
 
 
 class DpmState(NamedTuple):
-    """The state of both solvers."""
+    """The state of `DpmMultistep` and `DpmSinglestep`."""
 
     x: Values
     """The current sample."""
@@ -846,10 +854,10 @@ def invert(
     """
     if not isinstance(solver, Euler | Heun | Ddim) or solver.stochastic:
         raise UserError(f"solver={solver} is invalid: can't be run towards noise. Use euler, heun or ddim without eta.")
-    if isinstance(prediction, X0):
+    if predicts_data(prediction):
         raise UserError(
-            "prediction=X0() is invalid: at time 0, where inversion starts, it does not determine the noise. Use a "
-            "model with another prediction."
+            f"prediction={prediction} is invalid: at time 0, where inversion starts, it does not determine the noise. "
+            "Use a model with another prediction."
         )
     start = init_sampling(solver, data, steps=times.shape[0] - 1)
     end = advance(denoise, start, times, process=process, solver=solver, prediction=prediction, model_times=model_times)

@@ -50,13 +50,14 @@ _AMENDABLE_FIELDS = (
     "monitoring",
     "sampling",
 )
+"""Fields that may change after the run has begun, besides the base class's; see `amendable_fields`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(StagedExperiment):
     """Config of a run from clips to samples: its stages train an autoencoder, then a denoiser on its latents.
 
-    `stages` of other packages come before the denoiser's.
+    `stages` of other packages come after the autoencoder's training and before the denoiser's stages.
 
     Raises:
       UserError: If values are out of range or inconsistent.
@@ -75,7 +76,11 @@ class Experiment(StagedExperiment):
     def __post_init__(self):
         super().__post_init__()
         self._check_numbers()
+        self._check_training()
+        self._check_accumulation()
+        self._check_data()
         self._check_models()
+        self._check_conditioning()
         self._check_sizes()
         self._check_curriculum()
 
@@ -96,19 +101,19 @@ class Experiment(StagedExperiment):
             make_learning_rate_schedule(training.optimizer, steps=training.steps)
             if not 0 <= training.ema_decay < 1:
                 raise UserError(f"ema_decay={training.ema_decay} is invalid: it must lie in [0, 1).")
-        self._check_training()
-        self._check_parts()
         if not 0 <= self.denoiser.caption_dropout <= 1:
             raise UserError(f"caption_dropout={self.denoiser.caption_dropout} is invalid: it must lie in [0, 1].")
-        cached = self.data.clips_per_video > 1 or self.data.resolutions or self.data.flips
-        if cached and not self.data.cache_latents:
+
+    def _check_data(self) -> None:
+        needs_cache = self.data.clips_per_video > 1 or self.data.resolutions or self.data.flips
+        if needs_cache and not self.data.cache_latents:
             options = "data.clips_per_video, data.resolutions and data.flips"
             raise UserError(f"{options} need cached latents. Leave them out, or set data.cache_latents=True.")
         if self.denoiser.buckets is not None and (self.data.cache_latents or self.data.weights):
             fix = "Set data.cache_latents=False, and leave out data.weights."
             raise UserError(f"denoiser.buckets are read from video files, without weights of data sets. {fix}")
 
-    def _check_parts(self) -> None:
+    def _check_accumulation(self) -> None:
         denoiser, parts = self.denoiser, self.denoiser.accumulation_steps
         used = self.monitoring.validate_every, parts > 1
         for option, is_used in zip(("monitoring.validate_every", "denoiser.accumulation_steps"), used, strict=True):
@@ -158,7 +163,6 @@ class Experiment(StagedExperiment):
                 f"layout.text={room} is invalid: it is not divisible by the text encoder's patch of "
                 f"{denoiser.text.patch} bytes. Use layout.text={room - rest}."
             )
-        self._check_conditioning()
 
     def _check_conditioning(self) -> None:
         """Raise if conditioning, times or variance do not fit the denoiser."""
@@ -188,7 +192,7 @@ class Experiment(StagedExperiment):
     def _check_sizes(self) -> None:
         denoiser = self.denoiser
         if denoiser.backbone.patch.t != 1:
-            rule = "it divides no clip, because the first latent frame is encoded on its own. Use backbone.patch.t=1."
+            rule = "it does not divide an image, which has one latent frame. Use backbone.patch.t=1."
             raise UserError(f"backbone.patch.t={denoiser.backbone.patch.t} is invalid: {rule}")
         self._check_fits("max_frames", Grid(self.data.max_frames, *self._size_multiple[1:]))
         if isinstance(self.autoencoder, AutoencoderTraining):
@@ -196,7 +200,7 @@ class Experiment(StagedExperiment):
         self._check_layout(denoiser.backbone, denoiser.row_shape)
 
     def _check_layout(self, backbone: BackboneConfig, shape: PackedShape | CanvasShape) -> None:
-        """Raise if the backbone does not accept the layout, or if no clip of the largest size fits."""
+        """Raise if the backbone does not accept the layout, or if a row cannot hold the largest clip."""
         if PackedRows not in backbone.layouts and isinstance(shape, PackedShape):
             raise UserError(
                 f"layout={shape} is invalid: {type(backbone).__name__} takes canvases. Use CanvasShape(...)."
@@ -357,11 +361,11 @@ class Experiment(StagedExperiment):
 
 
 def load_experiment(path: str | Path) -> StagedExperiment:
-    """Return the `EXPERIMENT` of a config file, which may import its neighbours, by the name of their folder.
+    """Return the `EXPERIMENT` of a config file, which may import its neighbours by the name of their folder.
 
     Raises:
       MissingError: If the file does not exist.
-      UserError: If the file is not in Python, or defines no `EXPERIMENT`.
+      UserError: If it is not a `.py` file, or defines no `EXPERIMENT`.
     """
     path = Path(path)
     if not path.is_file():

@@ -69,7 +69,8 @@ class StagedRun(RunFolder):
     def prepare(self, *clips: StoragePathLike, latents: _Location = None, checkpoints: _Location = None) -> None:
         """Link the clips, and check everything that can be checked before the first stage begins.
 
-        Data set, latents and checkpoints of a run at an address lie there, too, if nothing else is said.
+        For a run at an address, its data set, latents and checkpoints are stored there, too, unless other places are
+        given.
 
         Args:
           clips: Folders of clips, or data sets of `tools/ingest.py`: one, or several that are mixed.
@@ -78,8 +79,8 @@ class StagedRun(RunFolder):
           checkpoints: Folder or address of the checkpoints of all models; None as above.
 
         Raises:
-          UserError: If clips cannot be used or do not fit the config, or if latents or checkpoints are others than
-            before.
+          UserError: If clips cannot be used or do not fit the config, or if other places for latents or
+            checkpoints were set before.
         """
         if latents is not None:
             self.link_latents(latents)
@@ -146,8 +147,8 @@ class Run(StagedRun):
         """Run all stages, from clips to the finished pipeline; arguments are as for `prepare`.
 
         Raises:
-          UserError: If clips cannot be used or do not fit the config, or if latents or checkpoints are others than
-            before.
+          UserError: If clips cannot be used or do not fit the config, or if other places for latents or
+            checkpoints were set before.
           KeyboardInterrupt: After a signal, once the state is saved.
         """
         self.prepare(*clips, latents=latents, checkpoints=checkpoints)
@@ -165,7 +166,7 @@ class Run(StagedRun):
             self._update_finished_pipeline()
 
     def _update_finished_pipeline(self) -> None:
-        """Write the config of the finished pipeline, if any, with what was amended and needs no other weights."""
+        """Update the finished pipeline's config, if there is one, with amended fields that need no other weights."""
         folder, experiment = self.folder / "pipeline", self.experiment
         if not (folder / PIPELINE_CONFIG).is_file():
             return
@@ -201,7 +202,7 @@ class Run(StagedRun):
         mesh: MeshConfig | Mesh | None = None,
         offload: Offload | Literal["auto"] | None = "auto",
     ) -> Pipeline:
-        """Return the pipeline of a checkpoint of a run that may be unfinished. Its clips are not needed.
+        """Return the pipeline of a checkpoint. The run may be unfinished, and its clips need not be present.
 
         Args:
           step: Step of the checkpoint, see `list_checkpoints`; None for the newest that can be read.
@@ -211,19 +212,19 @@ class Run(StagedRun):
           offload: Weights in host memory; see `dit_video.load`.
 
         Raises:
-          MissingError: If there is no checkpoint of this step, there are no snapshots, or the autoencoder is not
-            trained yet.
-          UserError: If the denoiser has no checkpoint yet, or kept no such average.
+          MissingError: If the run has no checkpoint of this step, no snapshots, or no trained autoencoder.
+          UserError: If the denoiser has no checkpoint yet, the average was not kept, or `ema` and `sigma_rel` are both
+            given.
         """
         config, folder = self.experiment.denoiser, self.folder / "denoiser"
-        devices = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else resolve_mesh(mesh)[0]
-        layout = functools.partial(make_shardings, mesh=devices)
+        sampling_mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else resolve_mesh(mesh)[0]
         if (checkpoints := self.runtime.open_checkpoints("denoiser")).latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
-        trained = open_trainable_denoiser(config, folder, devices, is_resuming=True)
-        loss = make_denoiser_loss(self.experiment, devices, empty_caption=np.zeros(1, np.int32))
+        trained = open_trainable_denoiser(config, folder, sampling_mesh, is_resuming=True)
+        loss = make_denoiser_loss(self.experiment, sampling_mesh, empty_caption=np.zeros(1, np.int32))
         train_step = make_denoiser_step(config, loss)  # all stages share one state
-        shapes = get_shapes_on_devices(lambda key: train_step.init(trained.init(key)), shardings=layout)
+        make_state_shardings = functools.partial(make_shardings, mesh=sampling_mesh)
+        shapes = get_shapes_on_devices(lambda key: train_step.init(trained.init(key)), shardings=make_state_shardings)
         state, _ = checkpoints.restore(shapes, step)
         chosen = monitors.select_average(state, config, folder, ema=ema, sigma_rel=sigma_rel)
         del state

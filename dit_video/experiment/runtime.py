@@ -271,7 +271,7 @@ class Runtime:
 
 
 class Stage(abc.ABC):
-    """A step of an experiment: it reads its inputs, and leaves its outputs in the folder of the run.
+    """A part of a run: it reads its inputs, and leaves its outputs in the folder of the run.
 
     A stage of another package is a registered, frozen and keyword-only dataclass; it stands in the config's `stages`.
     """

@@ -156,7 +156,7 @@ class Pipeline:
         """Generate one clip from a prompt.
 
         Args:
-          prompt: Content of the clip, or its class by name or number; empty samples without condition.
+          prompt: Content of the clip, or its class by name or number; an empty one samples without a condition.
           size: Frames, height and width in pixels; the training size by default, with the aspect ratio of an image if
             there is one. Frames are 1 + k * temporal stride.
           steps: Number of sampling steps; more are slower and closer to the exact flow.
@@ -179,11 +179,11 @@ class Pipeline:
           control: Clip that steers what is generated (poses, depth, edges), in models that accept one.
           reference_images: Images of subjects that the clip shows, in models that accept them.
           conditions: Images and clips at some frames, each a `Condition`.
-          method: Way to keep known pixels: `trained`, `training_free` or, by default, what the model was trained for,
-            and for the rest without training; see `docs/tasks.md`.
+          method: Way to keep known pixels: `trained`, `training_free`, or `auto` (the default): as trained where the
+            model was, and without training elsewhere; see `docs/tasks.md`.
           resample: Number of times that training-free sampling takes every part of the steps.
-          conditioning: Values of further conditioning that the model was trained with, by name; what previous steps
-            sample may be left out.
+          conditioning: Values of further conditioning that the model was trained with, by name. Values that previous
+            steps sample may be left out.
           strengths: Strengths of further conditioning, by name; 1 by default.
           task: A `GenerationTask` other than the model's own.
           output: `clip`, or `latents` for normalised latents `[t h w c]`.
@@ -191,8 +191,8 @@ class Pipeline:
 
         Raises:
           UserError: If the size is not supported (the message names the nearest), the class or the sampler is unknown,
-            there is less than one step, the shift or the times are invalid, the seed is not a whole number below 2**32,
-            the noise has another shape, images or a task do not fit size or model, or values become NaN or infinite.
+            `steps` is below 1, the shift or the times are invalid, the seed is not a whole number below 2**32, the
+            noise has another shape, images or a task do not fit size or model, or values become NaN or infinite.
         """
         if output not in ("clip", "latents"):
             raise UserError(f"unknown output {output!r}; use clip or latents")
@@ -246,7 +246,7 @@ class Pipeline:
         callback: Callback | None = None,
         **options: Unpack[GenerateOptions],
     ) -> list[Clip]:
-        """Run tasks on clips of any sizes, packed and sampled together; composite tasks one after the other.
+        """Run tasks on clips of any sizes: packed and sampled together, then composite tasks one after the other.
 
         Args:
           tasks: The tasks, such as `Extend(clip=clip, frames=16)`.
@@ -283,7 +283,7 @@ class Pipeline:
         overlap: int | None = None,
         **options: Any,
     ) -> Clip:
-        """Return a clip with new frames after it.
+        """Return a clip with new frames after it, or before it.
 
         Args:
           clip: The clip, which is kept.
@@ -431,6 +431,11 @@ class Pipeline:
           options: Options of `generate`.
         """
         if source is None:
+            given = {"edit_method": edit_method, "source_guidance": source_guidance, "draws": draws}
+            for name, default in {"edit_method": "flow_edit", "source_guidance": 1, "draws": 1}.items():
+                if given[name] != default:
+                    rule = "it needs source, a description of the clip. Give one, or leave it out."
+                    raise UserError(f"{name}={given[name]!r} is invalid: {rule}")
             return self.run_tasks([Edit(prompt=prompt, clip=clip, strength=strength)], **options)[0]
         task = DescribedEdit(
             prompt=prompt,
@@ -447,7 +452,7 @@ class Pipeline:
         """Return the pipeline's own sampling with the given values replaced.
 
         Raises:
-          UserError: If the sampler is unknown, there is less than one step, …; see `preparation.resolve_sampling`.
+          UserError: If the sampler is unknown, `steps` is below 1, …; see `preparation.resolve_sampling`.
         """
         return resolve_sampling(self.config, **overrides)
 
@@ -549,7 +554,9 @@ class Pipeline:
         name: str | None = None,
         merge: bool = False,
     ) -> "Pipeline":
-        """Return the same pipeline with an adapter, which shares its weights with this one; this one is unchanged.
+        """Return the pipeline with an adapter.
+
+        It shares its weights with this one, which stays usable unless `merge` is set.
 
         Calls are chained for several adapters: `pipe.load_lora(style, 0.8).load_lora(motion, 0.5)`. An adapter is
         attached: its factors are kept beside the weights, and its products are computed in sampling. Another scale is
@@ -559,12 +566,12 @@ class Pipeline:
           path: A safetensors file, or a folder of PEFT or diffusers. Module names are our own, as training writes them;
             for Wan also the names of diffusers (PEFT), ComfyUI, kohya and LightX2V, with full differences.
           scale: Strength of the adapter.
-          expert: Expert of two that is adapted: `backbone`, for noisy times, or `low_noise`.
+          expert: Which of two experts is adapted: `backbone`, for noisy times, or `low_noise`.
           name: Name of the adapter in `set_lora_scales` and `unload_lora`; by default that of the file, with a number
             if another adapter has it. An adapter that is merged has none.
           merge: Adds the adapter to the weights instead, in their memory. Sampling then takes no more time than
-            without it. The host keeps the weights that change for `unload_lora`. This pipeline, and others that share
-            its weights on devices, cannot be used any more.
+            without it. The host keeps a copy of the changed weights for `unload_lora`. This pipeline, and others that
+            share its weights on devices, cannot be used any more.
 
         Raises:
           MissingError: If there is no file at `path`.
@@ -617,9 +624,9 @@ class Pipeline:
 
     @property
     def denoiser_params(self) -> dict[str, Any]:
-        """Return `{"backbone": ..., "text": ...}`, and `"low_noise"` of models with two experts.
+        """Return `{"backbone": ..., "text": ...}`, and `"low_noise"` for models with two experts.
 
-        Attached adapters are in them, in copies of the weights that they change.
+        Attached adapters are merged into copies of the weights that they change.
         """
         self._weights.check_usable()
         return self._weights.make_merged_params()
@@ -630,14 +637,14 @@ class Pipeline:
         return {"autoencoder": self.codec.count_parameters()} | denoiser
 
     def compute_digest(self) -> str:
-        """Return a hash that tells the denoiser's weights and adapters from others, of some values of every array."""
+        """Return a hash of some values of every array, which tells the denoiser's weights and adapters from others."""
         return self._weights.compute_digest()
 
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
 
         Attached adapters are merged into what is written. On a mesh of several processes all of them call this. Weights
-        are gathered to the first one in parts, which writes them.
+        are gathered in parts to the first process, which writes them.
 
         Raises:
           UserError: If the dtype is another one, or the folder holds something other than a pipeline.
@@ -680,8 +687,8 @@ class Pipeline:
         """Return the same pipeline, with its weights, that encodes and decodes clips in other parts.
 
         Args:
-          memory: Bytes that this may take on a device besides the autoencoder, by an estimate; by default 8 GiB, or
-            half of the device's memory if that is less. As many frames are coded at once as it allows.
+          memory: Estimated bytes that encoding and decoding may take on a device, besides the autoencoder; by default
+            8 GiB, or half of the device's memory if that is less. As many frames are coded at once as fit.
           tiles: Sizes of tiles of a picture, if not even one latent frame fits; see `Tiles` for the cost.
         """
         changed = copy.copy(self)

@@ -28,8 +28,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from dit_video.core import config_json
-from dit_video.core import trees as trees
+from dit_video.core import config_json, trees
 from dit_video.core.errors import MissingError, TransientError, UserError, check_at_least
 from dit_video.core.platform.provenance import get_code_version
 from dit_video.core.storage import classify_read_error, retry_transient

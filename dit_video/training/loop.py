@@ -5,8 +5,8 @@ steps behind, so that the device always has work while few batches are queued. `
 of the log and measures where the time goes; all else that happens besides the steps is a hook.
 
 A step whose loss or gradient is not finite leaves the state unchanged (see `training.step`), is counted in the log as
-`skipped`, and is logged with its batch. After `LoopConfig.max_consecutive_skips` consecutive ones the run ends and
-saves the state from before them.
+`skipped`, and is logged with its batch. After `LoopConfig.max_consecutive_skips` such steps in a row the state from
+before them is saved, and the run ends with an error.
 
 After SIGINT or SIGTERM the current step is finished and saved, and the run ends with `GracefulStop`; a second signal
 ends it immediately. Several processes all stop after the same step (see `training.preemption`).
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import GracefulStop, UserError, check_at_least
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import Hook
@@ -38,7 +38,7 @@ class LoopConfig:
     """Length of a run and its intervals of logging and saving, in steps. The last step is always logged and saved.
 
     Raises:
-      UserError: If a number is not positive.
+      UserError: If `steps`, an interval or `max_consecutive_skips` is below 1.
     """
 
     steps: int
@@ -72,7 +72,7 @@ def run(
 
     Args:
       step: Jitted function `(state, batch) -> (state, metrics)` that increments `state.step`; it may donate the state.
-        Metrics are scalar arrays and include `loss`.
+        Metrics include `loss`; see `Metrics` of `training.step`.
       state: State to start from.
       batches: Function from the number of steps done to an iterator over the batches from there on.
       config: Length of the run and its intervals.
@@ -80,7 +80,7 @@ def run(
       hooks: Logs and all else that happens besides the steps.
       title: Title of the progress bar.
       meta: Metadata saved with each checkpoint.
-      recorder: Recorder of where the time of the run goes, which accounts for the steps of this training already.
+      recorder: Recorder of the run's time, which `resume` has already given this training; None for a new one.
 
     Raises:
       UserError: If the run is beyond `config.steps` or its folder has a later checkpoint, if the data ended early, if
@@ -112,8 +112,8 @@ def run(
         timed_batches = timer.wrap_batches(iterator)
         try:
             for index in range(start, config.steps + 1):  # number of steps done
+                is_last = index == config.steps
                 if index > start:
-                    is_last = index == config.steps
                     results = _evaluate(hooks, index, state, timer, is_last=is_last)
                     if index % config.log_every == 0 or is_last or results:
                         log.write(results)
@@ -122,7 +122,7 @@ def run(
                     stop.record_step(index)
                     if index % config.save_every == 0:
                         saver.save(index, state, log)
-                if index == config.steps or stop.should_stop():
+                if is_last or stop.should_stop():
                     break
                 batch = _read_batch(timed_batches, stop, index)
                 if batch is None:
@@ -140,7 +140,8 @@ def run(
         saver.wait()
         timer.end(index)
         if stop.acknowledge():
-            raise GracefulStop(f"{title}, by {stop.signal_name} after step {index}, which is saved")
+            saved = "" if checkpoints is None else ", which is saved"
+            raise GracefulStop(f"{title}, by {stop.signal_name} after step {index}{saved}")
     return state
 
 

@@ -123,16 +123,15 @@ class GradientStep(ModelStep):
     loss: Loss
     """Loss to minimize."""
     accumulation_steps: int = 1
-    """Number of microbatches that the batch's rows are divided into, whose gradients are computed sequentially and
-    equal the whole batch's up to rounding. More than one need a loss that counts its examples."""
+    """Number of microbatches that the batch's rows are divided into. Their gradients are computed one after the other,
+    and their mean is the whole batch's gradient up to rounding. More than one need a loss that counts its examples."""
     mesh: AnyMesh | None = None
     """Mesh of the state, on which accumulated gradients are sharded like the parameters; None for a single device."""
 
     def update(self, state: TrainState, batch: PyTree, constants: Constants = ()) -> tuple[TrainState, Metrics]:
         args = (state.params, batch, state.step, *constants)
         if self.accumulation_steps == 1:
-            pair, gradients = jax.value_and_grad(self.loss, has_aux=True)(*args)
-            value, details = LossOutput.from_pair(*pair)
+            (value, details), gradients = compute_gradients(self.loss, *args)
         else:
             (value, details), gradients = accumulate_gradients(
                 self.loss, self.accumulation_steps, *args, mesh=self.mesh
@@ -143,13 +142,12 @@ class GradientStep(ModelStep):
         return finish_step(state, next_state, batch, metrics | own_metrics)
 
     def update_extra(self, state: TrainState, auxiliary: Any) -> tuple[TrainState, Metrics]:
-        """Return the state after what is updated without gradients, which follows the gradient update, and metrics."""
+        """Update what is learned without gradients, after the gradient update; return the state and further metrics."""
         return state, {}
 
 
 def compute_gradients(loss: Loss, params: PyTree, *args: Any) -> tuple[LossOutput, PyTree]:
     """Return a loss and its gradients with respect to the parameters."""
-
     pair, gradients = jax.value_and_grad(loss, has_aux=True)(params, *args)
     return LossOutput.from_pair(*pair), gradients
 
@@ -213,8 +211,8 @@ def finish_step(state: Any, next_state: Any, batch: PyTree, metrics: Metrics, *n
     A step is not finite if the loss, the gradient norm or one of the metrics `names` is NaN or infinite. The step
     counter increases in any case, so that the next step has another batch and other noise.
 
-    The metrics are float32 with `skipped`, and with `BATCH_DIGESTS`, by which a hash chain records the batch. (Another
-    program for the digests would run beside the step, where two programs of several CPU devices may deadlock.)
+    All metrics are cast to float32. `skipped` is added, and `BATCH_DIGESTS`, from which a hash chain records the batch.
+    (Digests in a program of their own would run beside the step, and two programs on several CPU devices may deadlock.)
     """
     is_finite = jnp.all(jnp.stack([jnp.isfinite(metrics[name]) for name in ("loss", "gradient_norm", *names)]))
     selected_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), next_state, state)

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_video.core import config_json
-from dit_video.core import trees as trees
+from dit_video.core import config_json, trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes

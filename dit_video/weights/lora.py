@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.weights import safetensors as ours

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import atomic_path
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.weights import safetensors as ours

@@ -14,6 +14,7 @@ from dit_video.core.errors import UserError
 from dit_video.diffusion import (
     SAMPLERS,
     X0,
+    ClippedPrediction,
     Ddim,
     Ddpm,
     DpmMultistep,
@@ -273,6 +274,7 @@ def test_a_stochastic_solver_without_noise_is_refused(name):
         (lambda: inverted(UniPc()), r"can't be run towards noise\. Use euler, heun or ddim"),
         (lambda: inverted(Ddim(eta=1.0)), "can't be run towards noise"),
         (lambda: inverted(Euler(), X0()), r"X0\(\) is invalid: .* Use a model with another prediction"),
+        (lambda: inverted(Euler(), ClippedPrediction(prediction=X0())), "does not determine the noise"),
     ],
 )
 def test_impossible_combinations_are_refused(make, message):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import FlowMatching, RectifiedFlow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.experiment import AllWeights, LoraAdapters
 from dit_video.experiment.denoiser import open_trainable_denoiser

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.core import config_json
-from dit_video.core import trees as trees
+from dit_video.core import config_json, trees
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import compute_autoencoder_identity
 from dit_video.diffusion import (

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.models.features import Lpips
 from dit_video.models.features.convolutional import C3d

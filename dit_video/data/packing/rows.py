@@ -93,7 +93,7 @@ class RowLayout(SharesArrays):
       captions: Captions of every example; the drawn ones are read when a row is packed.
       shape: Budgets of a row.
       seed: Seed of the run.
-      names: Names of the examples, for errors.
+      names: Names of the examples, for errors and the hash.
       mixture: Choice of an epoch's examples; None for each example once.
       balance: Configuration of the order of rows; None for a random order.
       token_dt: Spacing of consecutive tokens along time for each example, in the unit of the positions; None counts
@@ -102,7 +102,7 @@ class RowLayout(SharesArrays):
       token_lead: Fraction of `token_dt` by which all tokens but a clip's first begin earlier.
 
     Raises:
-      UserError: If an example is larger than a row, or the mixture is of other examples.
+      UserError: If an example is larger than a row, or the mixture is for other examples.
     """
 
     def __init__(
@@ -165,13 +165,13 @@ class RowLayout(SharesArrays):
     ) -> PackedBatch:
         """Pack one row with these fields. Damaged examples keep their segment, but do not count in the loss."""
         items, valid = [], []
-        for member, clip in zip(entries, clips, strict=True):
-            text = read_caption(self.captions, member.example, member.caption, self.names[member.example])
+        for entry, clip in zip(entries, clips, strict=True):
+            text = read_caption(self.captions, entry.example, entry.caption, self.names[entry.example])
             valid.append(not clip.is_damaged and text is not None)
-            interval = 1.0 if self._token_dt is None else float(self._token_dt[member.example])
-            positions = get_positions(self.get_grid(member.example), interval, self._token_lead)
+            interval = 1.0 if self._token_dt is None else float(self._token_dt[entry.example])
+            positions = get_positions(self.get_grid(entry.example), interval, self._token_lead)
             text = self.captions.empty if text is None else text
-            items.append(PackedExample(clip.tokens, positions, text, member.rank, clip.fields))
+            items.append(PackedExample(clip.tokens, positions, text, entry.rank, clip.fields))
         widths = {"width": clips[0].tokens.shape[1], "text_width": self.captions.width}
         row = pack(items, self.shape, **widths, fields=fields)
         row.valid[: len(valid)] = valid
@@ -183,7 +183,7 @@ class RowLayout(SharesArrays):
 
 
 class LatentRows:
-    """A random-access data source of packed rows from cached latents, which hold every kind of a mask mix."""
+    """Random access to packed rows of cached latents. With a mask mix, the cache holds every kind of mask."""
 
     def __init__(
         self,
@@ -208,12 +208,12 @@ class LatentRows:
         return ENDLESS_LENGTH
 
     def __getitem__(self, number: int) -> PackedBatch:
-        members = self._layout.get_entries(number)
-        clips = [self._get_clip(member.example) for member in members]
+        entries = self._layout.get_entries(number)
+        clips = [self._get_clip(entry.example) for entry in entries]
         if (mix := self._mask_mix) is not None:
-            pairs = zip(clips, members, strict=True)
-            clips = [clip._replace(fields=mix.select(clip.fields, member.rank)) for clip, member in pairs]
-        return self._layout.pack(members, clips, fields=self._fields)
+            pairs = zip(clips, entries, strict=True)
+            clips = [clip._replace(fields=mix.select(clip.fields, entry.rank)) for clip, entry in pairs]
+        return self._layout.pack(entries, clips, fields=self._fields)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_clips": {}, "_lock": None}
@@ -226,12 +226,12 @@ class LatentRows:
         if (clip := self._clips.get(example)) is not None:
             return clip
         source, size = self._source, self._source.get_size(example)
-        values = read_undamaged(self._layout.names[example], lambda: source.read_example(example))
-        is_damaged = values is None
-        if values is None:
+        content = read_undamaged(self._layout.names[example], lambda: source.read_example(example))
+        is_damaged = content is None
+        if content is None:
             zeros = {field.name: np.zeros(field.get_shape(size), field.dtype) for field in source.fields}
-            values = np.zeros((*size, source.channels), np.float32), zeros
-        latents, arrays = values
+            content = np.zeros((*size, source.channels), np.float32), zeros
+        latents, arrays = content
         fields = {field.name: field.patchify(arrays[field.name], self._patch) for field in source.fields}
         clip = EncodedClip(np.ascontiguousarray(patchify(latents, self._patch)), fields, is_damaged)
         with self._lock:
@@ -256,21 +256,21 @@ class ClipRow(NamedTuple):
 
 
 class ClipRows:
-    """A random-access data source of rows decoded from video files, at training size, from a start drawn per epoch."""
+    """Random access to rows decoded from video files, at training size, from a start drawn in each epoch."""
 
     def __init__(self, source: ClipSource, layout: RowLayout, limits: SizeLimits, *, seed: int):
         self._source, self._layout, self._limits, self._seed = source, layout, limits, seed
 
     def __getitem__(self, number: int) -> ClipRow:
-        members = self._layout.get_entries(number)
-        return ClipRow(members, [self._read_frames(member) for member in members])
+        entries = self._layout.get_entries(number)
+        return ClipRow(entries, [self._read_frames(entry) for entry in entries])
 
-    def _read_frames(self, member: RowEntry) -> UInt8[np.ndarray, "T H W 3"] | None:
-        info = self._source.infos[member.example]
+    def _read_frames(self, entry: RowEntry) -> UInt8[np.ndarray, "T H W 3"] | None:
+        info = self._source.infos[entry.example]
         spare = count_sampled_frames(info, self._limits) - fit_size(info, self._limits).t
-        start = int(rng.make_generator(self._seed, "start", member.epoch, member.example).integers(spare + 1))
+        start = int(rng.make_generator(self._seed, "start", entry.epoch, entry.example).integers(spare + 1))
         return read_undamaged(
-            info.name, lambda: read_fitted_clip(self._source, member.example, self._limits, start=start).frames
+            info.name, lambda: read_fitted_clip(self._source, entry.example, self._limits, start=start).frames
         )
 
 
@@ -293,8 +293,8 @@ class RowEncoder(NamedTuple):
         if mix is not None:
             masks = [mix.draw_mask(Grid(*clip.shape[:3]), entry.rank) for entry, clip in pairs]
             for values, cond_latents, mask in zip(fields, self.encode(clips, masks), masks, strict=True):
-                arrays = cond_latents if mask.any() else np.zeros_like(cond_latents), fold_mask(mask, mix.stride)
-                for field, array in zip(mix.fields, arrays, strict=True):
+                masked = cond_latents if mask.any() else np.zeros_like(cond_latents)
+                for field, array in zip(mix.fields, (masked, fold_mask(mask, mix.stride)), strict=True):
                     values[field.name] = field.patchify(array, self.patch)
         encoded = iter(zip(latents, fields, strict=True))
         return [self._pack(row, encoded) for row in rows]
@@ -303,9 +303,9 @@ class RowEncoder(NamedTuple):
         """Pack a row, taking the latents and fields of its clips from the iterator."""
         row_fields = [] if self.mask_mix is None else [field.to_rows(self.patch) for field in self.mask_mix.fields]
         clips = []
-        for member, clip in zip(row.entries, row.clips, strict=True):
+        for entry, clip in zip(row.entries, row.clips, strict=True):
             if clip is None:
-                tokens = self.layout.get_grid(member.example).volume
+                tokens = self.layout.get_grid(entry.example).volume
                 zeros = {field.name: np.zeros((tokens, *field.shape), np.float32) for field in row_fields}
                 empty = np.zeros((tokens, self.patch.volume * self.channels), np.float32)
                 clips.append(EncodedClip(empty, zeros, is_damaged=True))

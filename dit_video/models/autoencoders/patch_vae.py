@@ -65,7 +65,7 @@ class LinearAutoencoder(NamedTuple):
         return (patches - self.mean) @ self.basis @ self.basis.T + self.mean
 
     def reconstruct_clip(self, frames: UInt8[np.ndarray, "T H W 3"], stride: Grid) -> UInt8[np.ndarray, "T H W 3"]:
-        """Return the nearest clip for the stride that this was fitted with."""
+        """Return the nearest clip. The stride is the one that this was fitted with."""
         patches = to_patches(pixels.to_float(frames)[None], stride)
         return pixels.to_uint8(from_patches(self.reconstruct(patches), stride)[0])
 
@@ -73,10 +73,10 @@ class LinearAutoencoder(NamedTuple):
 def fit_linear(
     batches: Iterable[Float32[np.ndarray, "B T H W 3"]], *, stride: Grid, channels: int
 ) -> LinearAutoencoder:
-    """Return the principal components of causal patches of clips with pixels in [-1, 1], computed in float64.
+    """Return the best linear autoencoder of causal patches of clips with pixels in [-1, 1]. Sums are float64.
 
     Raises:
-      UserError: If there are more channels than a patch has values, or no clips.
+      UserError: If there are more channels than a patch has values, or there are no clips.
     """
     values = stride.volume * 3
     if channels > values:
@@ -111,12 +111,13 @@ class PatchVaeConfig:
     blocks: int = 3
     """Residual blocks of the encoder, and of the decoder."""
     preactivated: bool = False
-    """True uses blocks of convolutions alone, each after its activation (arXiv 1603.05027), and a small initial output
-    of the network next to its linear path. Steps are a fifth cheaper and each gains more: best for training within
-    minutes from principal components."""
+    """True uses blocks of convolutions alone, each after its activation (arXiv 1603.05027), and scales the network's
+    outputs down before they are added to the linear path's. Steps are a fifth cheaper and each gains more: best for
+    training within minutes from principal components."""
     init_std: float = 0.05
-    """Initial standard deviation of the latents' noise, in units of all latents' root mean square; the finest latents
-    have less than a tenth of that. Noise that hides a latent from the decoder keeps it from improving."""
+    """Initial standard deviation of the noise on the latents, relative to the root mean square of all latents; the
+    finest latents have less than a tenth of that. A latent that noise hides is not learned, as the decoder cannot read
+    it."""
     bfloat16: bool = False
     """True computes convolutions in bfloat16, with products summed in float32; parameters, residual features, norms,
     linear maps and latents stay float32."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import Lcm
 from dit_video.experiment import CurriculumStage, DataConfig, PretrainedAutoencoder, Student

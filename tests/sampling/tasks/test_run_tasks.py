@@ -77,6 +77,12 @@ def test_options_do_not_replace_values_of_a_task(pipeline, clip):
     assert len(with_condition.recipe["pictures"]["conditions"]) == 2
     with pytest.raises(UserError, match="invalid with source="):
         pipeline.edit(clip, "blue", source="red", sampler="unipc")
+    for options in ({"edit_method": "inversion"}, {"source_guidance": 2.0}, {"draws": 4}):
+        (name,) = options
+        with pytest.raises(
+            UserError, match=rf"^{name}=.* is invalid: it needs source, .*\. Give one, or leave it out\.$"
+        ):
+            pipeline.edit(clip, "blue", **options)
 
 
 def test_options_that_do_not_exist_are_refused(pipeline):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.core import trees as trees
+from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.models.autoencoders import R1, AdversarialConfig

@@ -199,12 +199,13 @@ class Dit(nnx.Module):
         if config.variance == "dropped":
             by_position = head.reshape(*head.shape[:2], config.patch.volume, -1)
             head = by_position[..., : config.channels].reshape(*head.shape[:2], -1)
+        # With a reversed time the network predicts the velocity along its own time.
         return -head if config.time_embedding.reversed else head
 
     def _embed_conditions(
         self, tokens: _Tokens, time: Float[Array, "B _"] | ClipTimes, layout: PackedRows, conditioning: Conditioning
     ) -> tuple[TokenConditions, Float[Array, "B G D"]]:
-        """Return the conditions of tokens and of segments; each segment has one time."""
+        """Return the conditions of all tokens, and one for each segment at the time of its noisy tokens."""
         static, conditions = self._embed_static_condition(layout, conditioning), tokens.conditions
         has_clean = self.config.extra_tokens > self.config.registers
         if isinstance(time, ClipTimes):
