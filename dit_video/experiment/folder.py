@@ -19,7 +19,7 @@ pytorch_lora_weights.safetensors   the adapter of a Wan, under diffusers' names
 transformer/              all weights of a trained Wan, as diffusers reads them; transformer_2/ for its second expert
 goodput/                  where the time went: a file for each start, see `training.goodput`
 .programs/                compiled programs of several processes, or of a folder on shared storage
-.lock, .lease             the lock of the folder, see `training.folder_lock`
+.lock, .lease-NUMBER      the lock of the folder, see `training.folder_lock`
 checkpoints/              a link to the checkpoints of both models, where they lie elsewhere
 pipeline/                 the result, which `dit_video.load` reads
 

@@ -1,10 +1,10 @@
 """Lock that lets one run at a time write into a folder or an address.
 
-On a disk these are two locks of `filelock`: flock, which ends with its process and holds between all containers of a
-machine, and a lease, which holds between machines, and ends if the machine of its holder is gone. At an address it is a
-lease alone: the newest file `.lease-NUMBER`, which its holder changes every few seconds. Who wants the address watches
+It is a lease: the newest file `.lease-NUMBER`, which its holder changes every few seconds. Who wants the folder watches
 the file by its own clock, as clocks of machines differ; if it does not change for the time of a lease, this process
-makes the file of the next number, which only one can do. A holder that finds a newer file has lost the address.
+makes the file of the next number, which only one can do. A holder that finds a newer file has lost the folder. On a
+disk a flock comes before: it holds between all containers of a machine, also for a process that is suspended.
+(`SoftFileLease` of filelock cannot be taken over on network disks, which exchange no files.)
 """
 
 import contextlib
@@ -20,18 +20,21 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import filelock
 import jax
-from upath import UPath
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, MissingError, TransientError, UserError, check_at_least
+from dit_video.core.files import atomic_path
 from dit_video.core.storage import (
+    StoragePath,
     StoragePathLike,
     convert_storage_errors,
     is_transient,
+    read_range,
     retry_read,
+    retry_transient,
     to_storage_path,
 )
 from dit_video.distributed.faults.stacks import exit_now
@@ -60,16 +63,8 @@ class LeaseConfig:
         check_at_least(3 * self.renew_every, expires_after=self.expires_after)
 
 
-class _Lock(Protocol):
-    """A lock of a folder or an address that this process holds."""
-
-    def is_lost(self) -> bool: ...
-
-    def release(self) -> None: ...
-
-
-_held_locks: list[tuple[StoragePathLike, _Lock]] = []
-"""Locks that this process holds, with what they lock."""
+_held: list[tuple[StoragePathLike, "_Lease"]] = []
+"""Folders that this process has locked, with their leases."""
 
 
 @contextlib.contextmanager
@@ -108,14 +103,36 @@ def lock_folder(folder: StoragePathLike, *, config: LeaseConfig = LeaseConfig())
 @contextlib.contextmanager
 def _hold(folder: StoragePathLike, config: LeaseConfig) -> Iterator[None]:
     path = to_storage_path(folder)
-    with _convert_errors(folder):
-        lock: _Lock = _DiskLock(path, config) if isinstance(path, Path) else _AddressLease(path, config)
-    _held_locks.append((folder, lock))
-    try:
+    with contextlib.ExitStack() as stack:
+        with _convert_errors(folder):
+            is_blocked = isinstance(path, Path) and not stack.enter_context(_try_flock(path, config.renew_every))
+            lease = _Lease(path, config, is_blocked=is_blocked)
+            stack.callback(lease.release)
+            if isinstance(path, Path):
+                (path / LOCK_FILE).touch()  # Its time tells when the newest run began.
+        _held.append((folder, lease))
+        stack.callback(_held.remove, (folder, lease))
         yield
+
+
+@contextlib.contextmanager
+def _try_flock(folder: Path, seconds: float) -> Iterator[bool]:
+    """Yield False if another process has the flock of a folder; True if this one has it, or the disk has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK_FILE, fallback_to_soft=False, thread_local=False)
+    is_free = True
+    try:
+        lock.acquire(timeout=seconds)
+    except filelock.Timeout:
+        is_free = False
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+    try:
+        yield is_free
     finally:
-        _held_locks.remove((folder, lock))
-        lock.release()
+        with contextlib.suppress(OSError):  # A flock ends with its process.
+            lock.release()
 
 
 def check_locks() -> None:
@@ -124,9 +141,9 @@ def check_locks() -> None:
     Raises:
       TransientError: If the folder was taken over, or the storage does not answer.
     """
-    for folder, lock in _held_locks:
+    for folder, lease in _held:
         with _convert_errors(folder):
-            if lock.is_lost():
+            if lease.is_lost():
                 raise TransientError(_describe_loss(folder))
 
 
@@ -147,8 +164,8 @@ def _make_in_use_error(folder: StoragePathLike, holder: str) -> TransientError:
     return TransientError(f"{folder} is in use by {holder}. Stop it, wait for it, or use another folder.")
 
 
-def _describe_holder(pid: int | str, host: str) -> str:
-    return f"process {pid} on {host}"
+def _describe_holder(record: dict[str, Any]) -> str:
+    return f"process {record['pid']} on {record.get('host')}" if "pid" in record else "another process"
 
 
 def _tell_wait(folder: StoragePathLike, holder: str, config: LeaseConfig) -> None:
@@ -169,88 +186,31 @@ def _convert_errors(folder: StoragePathLike) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written ({reason}). {fix}") from error
 
 
-class _DiskLock:
-    """Flock and lease of a folder on a disk."""
+class _Lease:
+    """Lease of a folder or an address, and the thread that renews it."""
 
-    def __init__(self, folder: Path, config: LeaseConfig) -> None:
-        """Wait for the locks.
+    def __init__(self, folder: StoragePath, config: LeaseConfig, *, is_blocked: bool) -> None:
+        """Wait until the folder is free, or its lease has expired.
 
-        Raises:
-          OSError: If the folder cannot be written.
-          TransientError: If another run holds them.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = filelock.FileLock(folder / LOCK_FILE, fallback_to_soft=False, thread_local=False)
-        self._lease = filelock.SoftFileLease(
-            folder / LEASE_FILE,
-            lease_duration=config.expires_after,
-            heartbeat_interval=config.renew_every,
-            on_compromise=lambda _: _end(folder),
-            thread_local=False,
-        )
-        try:
-            is_blocked = not self._try_flock(config.renew_every)
-            owner = self._lease.owner
-            # A holder on another machine that is gone may leave a flock behind on a server, but renews no lease.
-            if is_blocked and (owner is None or owner.hostname == socket.gethostname()):
-                raise filelock.Timeout(self._file.lock_file)
-            with contextlib.suppress(filelock.Timeout):  # A holder that has ended on this machine is known at once.
-                self._lease.acquire(timeout=config.renew_every / 10)
-            if not self._lease.is_locked:
-                holder = "another process" if owner is None else _describe_holder(owner.pid, owner.hostname)
-                _tell_wait(folder, holder, config)
-                self._lease.acquire(timeout=config.expires_after + config.renew_every)
-            (folder / LOCK_FILE).touch()  # Its time tells when the newest run began.
-        except (filelock.Timeout, filelock.LeaseSettingsMismatch):
-            owner = self._lease.owner
-            self.release()
-            holder = _describe_holder(owner.pid, owner.hostname) if owner else "another process"
-            raise _make_in_use_error(folder, holder) from None
-        except BaseException:
-            self.release()
-            raise
-
-    def _try_flock(self, seconds: float) -> bool:
-        """Return False if another process has the flock; True if this one has it, or the disk has none."""
-        try:
-            self._file.acquire(timeout=seconds)
-        except filelock.Timeout:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_FLOCK:
-                raise
-        return True
-
-    def is_lost(self) -> bool:
-        owner = self._lease.owner
-        return owner is None or owner.token != self._lease.token
-
-    def release(self) -> None:
-        for lock in (self._lease, self._file):
-            with contextlib.suppress(OSError):  # A lease that is left behind expires, a flock ends with its process.
-                lock.release()
-
-
-class _AddressLease:
-    """Lease of an address, and the thread that renews it."""
-
-    def __init__(self, folder: UPath, config: LeaseConfig) -> None:
-        """Wait until the address is free, or its lease has expired.
+        Args:
+          folder: The folder or address.
+          config: Times of the lease.
+          is_blocked: Whether another process has the flock of the folder.
 
         Raises:
           TransientError: If another run renews its lease, or the storage does not answer.
-          UserError: If the address cannot be written.
+          UserError: If the folder cannot be written.
         """
         self._folder, self._config = folder, config
         self._fields = {"pid": os.getpid(), "host": socket.gethostname(), "machine": _identify_machine()}
         self._fields["id"] = uuid.uuid4().hex
         self._renewals = 0
-        self._number = self._acquire()
+        self._number = self._acquire(is_blocked=is_blocked)
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew_regularly, name="renew the lock", daemon=True)
         self._thread.start()
 
-    def _acquire(self) -> int:
+    def _acquire(self, *, is_blocked: bool) -> int:
         """Return the number of the file that this process has made."""
         config, pause = self._config, min(1.0, self._config.renew_every / 4)
         last = time.monotonic()
@@ -263,10 +223,14 @@ class _AddressLease:
             passed, last = min(now - last, 2 * pause), now
             waited_seconds, unchanged_seconds = waited_seconds + passed, unchanged_seconds + passed
             has_expired = newest == content and unchanged_seconds >= config.expires_after
-            is_free = not newest or record.get("is_released") or has_expired or _has_ended(record)
+            is_free = not number or record.get("is_released") or has_expired or _has_ended(record)
+            holder = _describe_holder(record)
+            # A server may keep the flock of a machine that is gone. On this machine its holder lives, suspended or not;
+            # without a lease, it has just begun.
+            if is_blocked and not _has_ended(record) and (not number or _is_of_this_machine(record)):
+                raise _make_in_use_error(self._folder, holder)
             if is_free and self._create(number + 1):
                 return number + 1
-            holder = _describe_holder(record.get("pid", "?"), record.get("host", "another machine"))
             if waited_seconds >= config.expires_after + config.renew_every:
                 raise _make_in_use_error(self._folder, holder)
             if newest != content:
@@ -276,11 +240,13 @@ class _AddressLease:
             time.sleep(pause)
 
     def is_lost(self) -> bool:
-        # A list may be old, and who takes the address over removes this file.
+        """Return whether another process has taken the folder over."""
+        # A list may be old, and who takes the folder over removes this file.
         own = self._read(self._number)
         return self._find_newest() > self._number or _parse(own).get("id") != self._fields["id"]
 
     def release(self) -> None:
+        """End the lease."""
         self._released.set()
         self._thread.join(3 * self._config.renew_every)  # If the storage does not answer, the lease ends later.
 
@@ -306,15 +272,19 @@ class _AddressLease:
 
     # Files
 
-    def _get_path(self, number: int) -> str:
-        return (self._folder / f"{LEASE_FILE}-{number:06d}").path
+    def _get_path(self, number: int) -> StoragePath:
+        return self._folder / f"{LEASE_FILE}-{number:06d}"
 
     def _list_numbers(self) -> list[int]:
-        self._folder.fs.invalidate_cache()
+        folder = self._folder
         try:
-            with convert_storage_errors(self._folder):
-                names = retry_read(self._folder.fs, lambda: self._folder.fs.ls(self._folder.path, detail=False))
-        except MissingError:
+            if isinstance(folder, Path):
+                names = retry_transient(lambda: os.listdir(folder))
+            else:
+                folder.fs.invalidate_cache()
+                with convert_storage_errors(folder):
+                    names = retry_read(folder.fs, lambda: folder.fs.ls(folder.path, detail=False))
+        except (FileNotFoundError, MissingError):
             return []
         matches = (_NUMBERED.fullmatch(str(name).rstrip("/").rpartition("/")[2]) for name in names)
         return [int(match[1]) for match in matches if match]
@@ -324,26 +294,34 @@ class _AddressLease:
 
     def _read(self, number: int) -> bytes:
         """Return the content of a file; empty if there is none."""
-        self._folder.fs.invalidate_cache()
+        path = self._get_path(number)
         try:
-            with convert_storage_errors(self._folder):
-                return retry_read(self._folder.fs, lambda: self._folder.fs.cat_file(self._get_path(number)))
-        except MissingError:
+            return retry_transient(lambda: read_range(path)) if isinstance(path, Path) else read_range(path)
+        except (FileNotFoundError, MissingError):
             return b""
 
     def _make_content(self, *, is_released: bool = False) -> bytes:
         return json.dumps({**self._fields, "renewals": self._renewals, "is_released": is_released}).encode()
 
     def _write(self, *, is_released: bool = False) -> None:
-        with convert_storage_errors(self._folder):
-            self._folder.fs.pipe_file(self._get_path(self._number), self._make_content(is_released=is_released))
+        path, content = self._get_path(self._number), self._make_content(is_released=is_released)
+        if isinstance(path, Path):
+            with atomic_path(path) as temporary:
+                temporary.write_bytes(content)
+        else:
+            with convert_storage_errors(path):
+                path.fs.pipe_file(path.path, content)
 
     def _create(self, number: int) -> bool:
         """Make a file that does not exist, and return True; return False if another process was first."""
-        content = self._make_content()
-        with convert_storage_errors(self._folder):
+        path, content = self._get_path(number), self._make_content()
+        with convert_storage_errors(path):
             try:
-                self._folder.fs.pipe_file(self._get_path(number), content, mode="create")
+                if isinstance(path, Path):
+                    with path.open("xb") as file:
+                        file.write(content)
+                else:
+                    path.fs.pipe_file(path.path, content, mode="create")
             except FileExistsError:
                 # A request that was repeated, as its answer was lost, meets its own file.
                 if self._read(number) != content:
@@ -351,7 +329,7 @@ class _AddressLease:
         with contextlib.suppress(Exception):  # Older ones do no harm.
             for older in self._list_numbers():
                 if older < number:
-                    self._folder.fs.rm_file(self._get_path(older))
+                    self._get_path(older).unlink()
         return True
 
 
@@ -362,6 +340,12 @@ def _identify_machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
+
+
+def _is_of_this_machine(record: dict[str, Any]) -> bool:
+    """Return whether the holder of a lease runs, or ran, since the newest boot of this machine, in any container."""
+    boot = _identify_machine().partition(" ")[0]
+    return boot != "" and str(record.get("machine")).partition(" ")[0] == boot
 
 
 def _has_ended(record: dict[str, Any]) -> bool:

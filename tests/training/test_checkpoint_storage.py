@@ -251,12 +251,12 @@ def test_a_folder_that_cannot_be_listed_now_is_no_new_run(tmp_path, monkeypatch)
 
 
 def test_a_process_whose_folder_was_taken_over_saves_nothing(tmp_path):
-    from dit_video.training.folder_lock import LEASE_FILE, lock_folder
+    from dit_video.training.folder_lock import lock_folder
 
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with lock_folder(tmp_path):
         checkpoints.save(1, make_state(1), {})
-        lease = tmp_path / LEASE_FILE
+        lease = tmp_path / ".lease-000001"
         content = lease.read_text()
         lease.write_text("another process has made it")
         with pytest.raises(TransientError, match=r"is lost: another run has taken it over.* ends without writing"):

@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 from fsspec.registry import _registry
 
@@ -53,13 +52,12 @@ def hold_lock(folder: object, *options: str, **keywords: Any) -> Iterator[subpro
         process.communicate()
 
 
-def write_lease(folder: Path) -> Path:
+def write_lease(folder: Path, machine: str = "another boot") -> Path:
     """Write the lease of a process on another machine."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LEASE_FILE
-    with filelock.SoftFileLease(path, lease_duration=FAST.expires_after):
-        content = path.read_text().replace(HOST, "node7")
-    path.write_text(content)
+    path = folder / f"{LEASE_FILE}-000001"
+    content = {"pid": 12, "host": "node7", "machine": machine, "id": "abc", "renewals": 1000, "is_released": False}
+    path.write_text(json.dumps(content))
     return path
 
 
@@ -69,9 +67,12 @@ def renew(path: Path) -> Iterator[None]:
     done = threading.Event()
 
     def update() -> None:
-        while not done.wait(0.1):
-            with suppress(FileNotFoundError):
-                os.utime(path)
+        content = path.read_text()
+        for renewals in range(1001, 10_000):
+            if done.wait(0.1):
+                return
+            with suppress(FileNotFoundError), path.open("r+") as file:  # a file that is gone is not made again
+                file.write(content.replace("1000", str(renewals)))
 
     thread = threading.Thread(target=update)
     thread.start()
@@ -132,6 +133,17 @@ def test_the_lease_of_a_dead_machine_expires(tmp_path, capfd):
     assert " on node7; waiting up to 2 s" in capfd.readouterr().err
 
 
+def test_a_flock_of_this_machine_holds_whatever_the_lease(tmp_path):
+    """Its holder may be suspended, also in another container, whose processes have other numbers."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    write_lease(tmp_path, f"{boot} another container")
+    with (tmp_path / LOCK_FILE).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        error = "is in use by process 12 on node7"
+        with pytest.raises(TransientError, match=error), lock_folder(tmp_path, config=FAST):
+            pass
+
+
 def test_a_lease_that_another_machine_renews_holds(tmp_path):
     error = r"is in use by process \d+ on node7"
     with renew(write_lease(tmp_path)), pytest.raises(TransientError, match=error), lock_folder(tmp_path, config=FAST):
@@ -181,8 +193,7 @@ def test_a_process_whose_folder_another_machine_took_while_it_was_suspended_writ
         wait_until(lambda: log.exists() and log.stat().st_size > 0)
         other.send_signal(signal.SIGSTOP)
         if isinstance(folder, Path):
-            path = folder / LEASE_FILE
-            path.unlink()
+            (folder / f"{LEASE_FILE}-000001").unlink()
             write_lease(folder)
         else:
             contender = start("locked_folder.py", folder, 0, 0.2, 2.0, os.devnull, bucket=tmp_path)
@@ -228,13 +239,13 @@ def test_an_address_is_taken_over_also_where_each_look_takes_long(memory, monkey
     place = to_storage_path("memory://bucket/run")
     content = {"pid": 12, "host": "node7", "id": "abc", "renewals": 3, "is_released": False}
     place.fs.pipe_file((place / ".lease-000007").path, json.dumps(content).encode())
-    read = folder_lock._AddressLease._read
+    read = folder_lock._Lease._read
 
     def look_slowly(lease, number):
         time.sleep(FAST.renew_every)
         return read(lease, number)
 
-    monkeypatch.setattr(folder_lock._AddressLease, "_read", look_slowly)
+    monkeypatch.setattr(folder_lock._Lease, "_read", look_slowly)
     with lock_folder(place, config=FAST):
         assert [path.name for path in place.iterdir()] == [".lease-000008"]
 
@@ -245,7 +256,7 @@ def test_storage_that_stalls_for_longer_than_the_lease_gives_nobody_the_address(
     place = to_storage_path("memory://bucket/run")
     content = {"pid": 12, "host": "node7", "id": "abc", "is_released": False}
     count = 0
-    read = folder_lock._AddressLease._read
+    read = folder_lock._Lease._read
 
     def stall(lease, number):
         nonlocal count
@@ -257,7 +268,7 @@ def test_storage_that_stalls_for_longer_than_the_lease_gives_nobody_the_address(
         return read(lease, number)
 
     place.fs.pipe_file((place / ".lease-000001").path, json.dumps(content).encode())
-    monkeypatch.setattr(folder_lock._AddressLease, "_read", stall)
+    monkeypatch.setattr(folder_lock._Lease, "_read", stall)
     with pytest.raises(TransientError, match="is in use by process 12 on node7"), lock_folder(place, config=FAST):
         pass
     assert [path.name for path in place.iterdir()] == [".lease-000001"]
@@ -319,7 +330,7 @@ def test_the_end_waits_for_no_storage_that_hangs_and_says_once_that_renewals_fai
         raise OSError(errno.EIO, "the disk is away")
 
     with lock_folder(place, config=FAST):
-        monkeypatch.setattr(folder_lock._AddressLease, "_find_newest", fail)
+        monkeypatch.setattr(folder_lock._Lease, "_find_newest", fail)
         time.sleep(4 * FAST.renew_every)
         with pytest.raises(TransientError, match="cannot be locked now"):
             check_locks()

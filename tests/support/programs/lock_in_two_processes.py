@@ -19,7 +19,7 @@ def main() -> None:
         time.sleep(1)  # the other one must not go on without the lock
     try:
         with lock_folder(folder, config=LeaseConfig(renew_every=0.2, expires_after=2.0)):
-            print("held", jax.process_index() > 0 or (folder / ".lease").exists())
+            print("held", jax.process_index() > 0 or (folder / ".lease-000001").exists())
     except UserError as error:
         print("error", type(error).__name__, error.code, error)
 
