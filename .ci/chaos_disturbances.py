@@ -116,6 +116,16 @@ class Chaos:
         event.step = self.cluster.get_newest_step()
         send_signal(process, signal.SIGCONT)
 
+    def suspend(self, event: Event) -> None:
+        """Suspend all processes for a long time, as a scheduler may: JAX ends them when they go on."""
+        for process in self.cluster.processes:
+            send_signal(process, signal.SIGSTOP)
+        time.sleep(2 * SILENCE)
+        for process in self.cluster.processes:
+            send_signal(process, signal.SIGCONT)
+        self._note_end(event)
+        event.hit = all(code not in (0, KILLED) for code in event.codes[-1])
+
     def preempt(self, event: Event) -> None:
         """Send SIGTERM to one process or to all, which save and end."""
         if self.chosen.random() < 0.5:

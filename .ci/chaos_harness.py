@@ -40,7 +40,20 @@ from support.fake_gcs import FakeGcs, serve  # noqa: E402
 
 PROCESSES = 4
 STEPS = 100
-KINDS = ("kill", "kill_starting", "freeze", "hang", "pause", "preempt", "damage", "outage", "flaky", "slow", "deny")
+KINDS = (
+    "kill",
+    "kill_starting",
+    "freeze",
+    "hang",
+    "pause",
+    "suspend",
+    "preempt",
+    "damage",
+    "outage",
+    "flaky",
+    "slow",
+    "deny",
+)
 TRAININGS = ("fixed", "resized")
 """Trainings of a round: one with as many processes all the time, and one whose number of processes changes."""
 LOSSES = ("kill", "kill_starting", "freeze", "damage", "flaky", "remove")

@@ -66,6 +66,10 @@ class GracefulStop(KeyboardInterrupt):
         return [f"stopped: {self}; run the cell again to continue"]
 
 
+class AgreedStop(GracefulStop):
+    """A stop that all processes of a run have agreed on, so that none of them waits for the others."""
+
+
 def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[..., None]:
     """Decorate a script's `main` so that errors a user can act on become one line on stderr.
 

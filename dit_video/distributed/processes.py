@@ -36,7 +36,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_video.core import config_json
-from dit_video.core.errors import EXIT_TRY_AGAIN, GracefulStop, TransientError, UserError
+from dit_video.core.errors import EXIT_TRY_AGAIN, AgreedStop, GracefulStop, TransientError, UserError
 from dit_video.distributed.faults.hang_watch import HangWatch
 from dit_video.distributed.faults.stacks import exit_now
 from dit_video.distributed.faults.store import KeyValueStore
@@ -205,6 +205,9 @@ def initialize_distributed(
         try:
             _connect_devices()
             yield
+        except AgreedStop:  # All others stop, too, and may have more to close.
+            store.meet("done")
+            raise
         except BaseException as error:
             _end_with_error(error, store, watch, names, timeouts)
             raise

@@ -9,9 +9,9 @@ from typing import TypeVar
 import jax
 
 from dit_video.core import config_json
-from dit_video.core.errors import GracefulStop
+from dit_video.core.errors import GracefulStop, TransientError, UserError
 from dit_video.core.platform.provenance import get_code_version
-from dit_video.core.storage import StoragePathLike, to_storage_path
+from dit_video.core.storage import StoragePathLike, classify_storage_error, to_storage_path
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
 from dit_video.experiment.remote_folder import RemoteFolder, get_local_copy, main_process_first
@@ -55,6 +55,8 @@ def open_run(
         _exit_with(stopped_code),
         raise_on_sigterm(),
         initialize_distributed(config, code=get_code_version(), timeouts=timeouts),
+        _exit_with(stopped_code),  # once more, as the processes tell each other their codes
+        _convert_disk_errors(),
         lock_folder(folder),
         _open_copy(folder) as (local, remote),
     ):
@@ -71,6 +73,20 @@ def _exit_with(code: int) -> Iterator[None]:
         yield
     except GracefulStop as stopped:
         stopped.code = code
+        raise
+
+
+@contextlib.contextmanager
+def _convert_disk_errors() -> Iterator[None]:
+    """Give errors of a disk inside the context, such as that of a log, the exit codes of errors of storage."""
+    try:
+        yield
+    except OSError as error:
+        problem = None if isinstance(error, BrokenPipeError) else classify_storage_error(error)
+        if problem == "transient":
+            raise TransientError(f"the disk does not answer ({error}). Run the same command again.") from error
+        if problem in ("space", "access"):
+            raise UserError(f"the disk cannot be written ({error}). Free space, or check the permissions.") from error
         raise
 
 

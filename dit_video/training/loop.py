@@ -8,8 +8,8 @@ A step whose loss or gradient is not finite leaves the state unchanged (see `tra
 `skipped`, and is logged with its batch. After `LoopConfig.max_consecutive_skips` such steps in a row the state from
 before them is saved, and the run ends with an error.
 
-After SIGINT or SIGTERM the current step is finished and saved, and the run ends with `GracefulStop`; a second signal
-ends it immediately. Several processes all stop after the same step (see `training.preemption`).
+After SIGINT or SIGTERM the current step is finished and saved, and the run ends with `AgreedStop`; a signal that
+is repeated ends it immediately. Several processes all stop after the same step (see `training.preemption`).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from dit_video.core import trees
-from dit_video.core.errors import GracefulStop, UserError, check_at_least
+from dit_video.core.errors import AgreedStop, UserError, check_at_least
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import Progress
@@ -47,7 +47,8 @@ class LoopConfig:
     max_consecutive_skips: int = 10
     """Number of consecutive steps with a non-finite loss or gradient after which the run ends."""
     preemption_grace: float = 300.0
-    """Maximum number of seconds from a signal to the end of the process; preempted machines usually have about 30."""
+    """Maximum number of seconds from a signal to the end of the training, which is saved. Preempted machines usually
+    have about 30."""
 
     def __post_init__(self) -> None:
         check_at_least(1, steps=self.steps, log_every=self.log_every, save_every=self.save_every)
@@ -86,30 +87,27 @@ def run(
       UserError: If the run is beyond `config.steps` or its folder has a later checkpoint, if the data ended early, if
         the loss is not finite in a step that is not skipped, if `config.max_consecutive_skips` steps were skipped, or
         if the state is not finite (such a state is never saved).
-      GracefulStop: After a signal.
-      KeyboardInterrupt: After a second signal.
+      AgreedStop: After a signal.
+      KeyboardInterrupt: If the signal is repeated.
     """
     start = int(state.step)
     hooks = [hook for hook in hooks if jax.process_index() == 0 or not hook.first_process_only]
     timer = LoopTimer(recorder)
     saver = _Saver(checkpoints, dict(meta or {}), start, hooks=hooks, timer=timer)
     saver.check_start(config.steps)
-    for hook in hooks:
-        hook.resume(start)
-    if start == config.steps:
-        return state
     log = StepLog(start, max_consecutive_skips=config.max_consecutive_skips, hooks=hooks, timer=timer)
-    step = _annotate_steps(timer.wrap_step(step), hooks, start)
-    with (
-        handle_signals(start, grace=config.preemption_grace) as stop,
-        _close_at_end(batches(start)) as iterator,
-        Progress(title, config.steps, start=start, visible=jax.process_index() == 0) as progress,
-        timer.run_loop(),
-        contextlib.ExitStack() as stack,
-    ):
+    with contextlib.ExitStack() as stack:
         for hook in hooks:
+            hook.resume(start)
             stack.callback(hook.close)
-        timed_batches = timer.wrap_batches(iterator)
+        if start == config.steps:
+            return state
+        step = _annotate_steps(timer.wrap_step(step), hooks, start)
+        stop = stack.enter_context(handle_signals(start, grace=config.preemption_grace))
+        timed_batches = timer.wrap_batches(stack.enter_context(_close_at_end(batches(start))))
+        is_visible = jax.process_index() == 0
+        progress = stack.enter_context(Progress(title, config.steps, start=start, visible=is_visible))
+        stack.enter_context(timer.run_loop())
         try:
             for index in range(start, config.steps + 1):  # number of steps done
                 is_last = index == config.steps
@@ -141,7 +139,7 @@ def run(
         timer.end(index)
         if stop.acknowledge():
             saved = "" if checkpoints is None else ", which is saved"
-            raise GracefulStop(f"{title}, by {stop.signal_name} after step {index}{saved}")
+            raise AgreedStop(f"{title}, by {stop.signal_name} after step {index}{saved}")
     return state
 
 

@@ -1,6 +1,6 @@
 """Graceful end of a training run after a signal: after the same saved step in all processes, and in time.
 
-SIGTERM (preemption) and SIGINT (Ctrl-C) stop the loop after the current step; a second signal ends the process
+SIGTERM (preemption) and SIGINT (Ctrl-C) stop the loop after the current step; one that is repeated ends the process
 immediately. In a run of several processes any of them may receive the signal. It publishes the request, which a thread
 in each process polls for. Then each process tells the step that it will reach in any case, and process 0 publishes the
 largest of these as the last step of all: no process is beyond it, and none has to wait for a device to agree.
@@ -155,9 +155,10 @@ class SharedStopRequest(StopRequest):
 
 @contextlib.contextmanager
 def handle_signals(steps_done: int, *, grace: float) -> Iterator[StopRequest]:
-    """Record the first SIGINT or SIGTERM and raise KeyboardInterrupt on the second; restore the handlers at the end.
+    """Record SIGINT and SIGTERM, and raise KeyboardInterrupt if one is repeated; restore the handlers at the end.
 
-    Python allows handlers in the main thread only; in other threads signals are left to the caller.
+    Ctrl-C reaches all processes of a terminal, and a launcher among them may send SIGTERM to the others. Python allows
+    handlers in the main thread only; in other threads signals are left to the caller.
 
     Args:
       steps_done: Number of steps done at the start.
@@ -178,7 +179,7 @@ def handle_signals(steps_done: int, *, grace: float) -> Iterator[StopRequest]:
             timer.start()
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if received:
+        if number in received:
             raise KeyboardInterrupt
         received.append(number)
         stop.signal_name = stop.signal_name or signal.Signals(number).name

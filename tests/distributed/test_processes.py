@@ -224,6 +224,15 @@ def test_an_error_that_another_start_may_not_meet_asks_for_one():
         assert ("has ended (TransientError: the storage does not answer)" in err) == (index == 0)
 
 
+@pytest.mark.nightly
+def test_processes_that_stop_together_wait_for_the_one_with_most_to_close():
+    for code, _, err in wait_for_all(start_both("stop together")):
+        assert code == EXIT_TRY_AGAIN, err
+        assert "stopped: training" in err
+        assert "has ended" not in err
+        assert "hangs" not in err
+
+
 @pytest.mark.slow
 def test_a_run_whose_other_process_never_starts_ends_after_the_timeout():
     process = start(0, find_free_port(), "join", startup=5)

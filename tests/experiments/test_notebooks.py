@@ -79,7 +79,7 @@ async def execute_interrupted(client, interrupted_cell):
                 await client.km.interrupt_kernel()
                 with pytest.raises(CellExecutionError) as error:
                     await execution
-                assert error.value.ename == "GracefulStop"
+                assert error.value.ename == "AgreedStop"
                 assert re.search(r"by SIGINT after step \d+, which is saved", error.value.evalue)
             await client.async_execute_cell(cell, index)
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.core.errors import GracefulStop, UserError
+from dit_video.core.errors import AgreedStop, GracefulStop, UserError
 from dit_video.training.checkpoint import Checkpoints
-from dit_video.training.hooks.hook import PeriodicCall
+from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.logging import MetricsLog, read_metrics
 from dit_video.training.loop import LoopConfig, run
 from support.devices import HANG, PROGRAMS, run_together
@@ -306,6 +306,40 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert not waited
     assert Checkpoints(tmp_path / "checkpoints").latest() is None
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_another_signal_is_no_repetition(tmp_path):
+    """Ctrl-C on a script that starts the processes: they get SIGINT of the terminal, and SIGTERM of the script."""
+
+    def on_step(done: int, _state: Any) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(AgreedStop):
+        train(tmp_path, LoopConfig(steps=9), on_step=on_step)
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 3
+
+
+def test_hooks_that_were_resumed_are_closed_if_the_start_fails():
+    class Log(Hook):
+        is_open = False
+
+        def resume(self, step: int) -> None:
+            self.is_open = True
+
+        def close(self) -> None:
+            self.is_open = False
+
+    def fail(_: int) -> Iterator[Any]:
+        assert log.is_open
+        raise UserError("no clips")
+
+    log = Log()
+    with pytest.raises(UserError, match="no clips"):
+        run(step, init_state(), fail, config=LoopConfig(steps=9), hooks=[log])
+    assert not log.is_open
 
 
 def test_a_thread_other_than_the_main_one_can_train(tmp_path):

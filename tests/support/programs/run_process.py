@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dit_video.core.errors import TransientError, UserError, script
+from dit_video.core.errors import EXIT_TRY_AGAIN, AgreedStop, TransientError, UserError, script
 from dit_video.distributed.faults.progress import count_progress, declare_phase, expect_progress, expect_steps
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed, wait_for_main_process
@@ -82,6 +82,16 @@ def fail_for_a_while() -> None:
     time.sleep(600)
 
 
+def stop_together() -> None:
+    """Stop as all processes have agreed to; process 0 takes long to close its logs."""
+    try:
+        stopped = AgreedStop("training")
+        stopped.code = EXIT_TRY_AGAIN
+        raise stopped
+    finally:
+        time.sleep(15 * (1 - INDEX))
+
+
 def kill() -> None:
     """Kill this process."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -116,6 +126,7 @@ CASES = {
     "hang before training": hang_before_training,
     "hang in all processes": sleep_in_step,
     "fail for a while": fail_for_a_while,
+    "stop together": stop_together,
     "lose connection": lose_connection,
 }
 LOSSES = {"kill": kill, "stop": stop, "hang": hang, "fail": fail, "lose connection in one": lose_connection}
