@@ -26,7 +26,6 @@ import filelock
 import jax
 
 from dit_video.core.errors import EXIT_TRY_AGAIN, MissingError, TransientError, UserError, check_at_least
-from dit_video.core.files import atomic_path
 from dit_video.core.storage import (
     StoragePath,
     StoragePathLike,
@@ -36,6 +35,7 @@ from dit_video.core.storage import (
     retry_read,
     retry_transient,
     to_storage_path,
+    write_text,
 )
 from dit_video.distributed.faults.stacks import exit_now
 from dit_video.training.agreement import call_together, format_error, raise_failure
@@ -223,11 +223,12 @@ class _Lease:
             passed, last = min(now - last, 2 * pause), now
             waited_seconds, unchanged_seconds = waited_seconds + passed, unchanged_seconds + passed
             has_expired = newest == content and unchanged_seconds >= config.expires_after
-            is_free = not number or record.get("is_released") or has_expired or _has_ended(record)
+            has_ended = _has_ended(record)
+            is_free = not number or record.get("is_released") or has_expired or has_ended
             holder = _describe_holder(record)
             # A server may keep the flock of a machine that is gone. On this machine its holder lives, suspended or not;
             # without a lease, it has just begun.
-            if is_blocked and not _has_ended(record) and (not number or _is_of_this_machine(record)):
+            if is_blocked and not has_ended and (not number or _is_of_this_machine(record)):
                 raise _make_in_use_error(self._folder, holder)
             if is_free and self._create(number + 1):
                 return number + 1
@@ -300,21 +301,15 @@ class _Lease:
         except (FileNotFoundError, MissingError):
             return b""
 
-    def _make_content(self, *, is_released: bool = False) -> bytes:
-        return json.dumps({**self._fields, "renewals": self._renewals, "is_released": is_released}).encode()
+    def _make_content(self, *, is_released: bool = False) -> str:
+        return json.dumps({**self._fields, "renewals": self._renewals, "is_released": is_released})
 
     def _write(self, *, is_released: bool = False) -> None:
-        path, content = self._get_path(self._number), self._make_content(is_released=is_released)
-        if isinstance(path, Path):
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(content)
-        else:
-            with convert_storage_errors(path):
-                path.fs.pipe_file(path.path, content)
+        write_text(self._get_path(self._number), self._make_content(is_released=is_released))
 
     def _create(self, number: int) -> bool:
         """Make a file that does not exist, and return True; return False if another process was first."""
-        path, content = self._get_path(number), self._make_content()
+        path, content = self._get_path(number), self._make_content().encode()
         with convert_storage_errors(path):
             try:
                 if isinstance(path, Path):
