@@ -61,22 +61,23 @@ def test_latents_of_many_clips_are_opened_in_seconds(tmp_path, monkeypatch, coun
     write_many(tmp_path, count)
     gc.collect()
     release_memory()
-    before, start = read_memory("RssAnon"), time.perf_counter()
+    # CPU time, as other tests run beside this one.
+    before, start = read_memory("RssAnon"), time.process_time()
     latents = LatentSource(tmp_path / "latents")
     captions = CachedCaptions(latents)
     assert len(latents) == len(captions.lengths) == count
-    assert time.perf_counter() - start < 5 * max(0.2, count / 1_000_000)
+    assert time.process_time() - start < 5 * max(0.2, count / 1_000_000)
     release_memory()
     assert read_memory("RssAnon") - before < 300 * 2**20
     assert latents.groups[-1] == count - 1
     assert latents.all_captions[count - 1] == (f"a caption of clip {count - 1} of some sixty characters, and more",)
     np.testing.assert_array_equal(captions.read(count - 1, 0), np.ones((1, 3)))
-    start = time.perf_counter()
+    start = time.process_time()
     clips = ClipSource(tmp_path / "clips")
     check_clips(latents, clips)
     with pytest.raises(UserError, match=r"0 clips are missing, 1 examples have changed, such as folder/0000007\.mp4"):
         check_clips(latents, clips.exclude(["folder/0000007.mp4"]))
-    assert time.perf_counter() - start < 20 * max(0.2, count / 1_000_000)
+    assert time.process_time() - start < 20 * max(0.2, count / 1_000_000)
     # What a worker receives.
     shape, patch = PackedShape(tokens=1024, text=1024, segments=64), Grid(1, 2, 2)
     layout = RowLayout(compute_token_grids(latents, patch), captions, shape=shape, seed=0, names=latents.names)

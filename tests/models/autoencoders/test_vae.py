@@ -128,7 +128,7 @@ def test_streamed_chunks_equal_the_whole_clip(name, cuts):
     np.testing.assert_allclose(np.concatenate(frames, axis=1), decoded, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mark_slow_except(["plain"], CONFIGS))
 def test_no_value_depends_on_later_frames(name):
     config, params, clip, latents, decoded = setting(name)
     stride = config.stride.t
@@ -144,7 +144,7 @@ def test_no_value_depends_on_later_frames(name):
     assert (np.abs(changed[:, 1 + stride :] - decoded[:, 1 + stride :]).max(axis=(0, 2, 3, 4)) > 1e-4).all()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mark_slow_except(["plain"], CONFIGS))
 def test_clips_on_a_canvas_do_not_see_each_other(name):
     config, params, clip, latents, _ = setting(name)
     stride = config.stride
