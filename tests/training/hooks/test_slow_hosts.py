@@ -201,9 +201,10 @@ def test_devices_of_one_process_are_compared():
 def test_two_real_processes_of_which_one_is_slow(tmp_path, slow):
     outputs = run_together("slow_host_in_two_processes.py", str(tmp_path), slow)
     (attempt,) = read_attempts(tmp_path / "goodput")
-    named = [(each.process, each.host, each.cause) for each in attempt.slow_hosts]
+    # Other tests on this machine may slow the other process down.
+    named = [(each.host, each.cause) for each in attempt.slow_hosts if each.process == 1]
     cause = {"nothing": [], "data": ["data"], "device": ["device 0"]}[slow]
-    assert named == [(1, socket.gethostname(), each) for each in cause]
+    assert named == [(socket.gethostname(), each) for each in cause]
     assert outputs[0].count(f"process 1 ({socket.gethostname()})") == len(cause)
     assert "process 1 (" not in outputs[1]  # the first process says it
     entries = read_metrics(tmp_path / "metrics.jsonl")
