@@ -56,8 +56,8 @@ KINDS = (
 )
 TRAININGS = ("fixed", "resized")
 """Trainings of a round: one with as many processes all the time, and one whose number of processes changes."""
-LOSSES = ("kill", "kill_starting", "freeze", "damage", "flaky", "remove")
-"""Kinds by which a process is lost."""
+LOSSES = ("kill", "kill_starting", "freeze", "hang", "suspend", "damage", "flaky", "remove")
+"""Kinds by which a process is lost, or silent for as long as a lost one."""
 TOLERATED = ("pause", "slow")
 """Kinds after which no process may end."""
 MAX_PAUSE_STEPS, MAX_PAUSE_SECONDS = 6, 1.0
