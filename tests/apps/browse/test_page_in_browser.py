@@ -294,6 +294,23 @@ def test_the_page_without_a_server_filters_sorts_and_plays(open_page, clips, tmp
     page.wait_for_function("() => document.querySelector('dialog video').videoWidth === 96")
 
 
+def test_rows_do_not_wait_for_pictures(open_page, serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_table(tmp_path / "data", make_large_table(1000))
+    file = make_clip_file(0)
+    page = open_page(serve(MemoryClips(tmp_path / "data", lambda row: time.sleep(0.5) or file)))
+    page.get_by_role("button", name="All", exact=True).click()
+    wait_for_total(page, "1,000")
+    for first in (101, 201, 301):
+        page.get_by_role("button", name="Next").click()
+        page.locator("#position").get_by_text(re.compile(f"^{first}–")).wait_for()
+    entries = "performance.getEntriesByType('resource').filter((entry) => entry.name.includes('/api/rows'))"
+    assert max(page.evaluate(f"{entries}.map((entry) => entry.duration)")) < 3000  # ms; some wait 20 s otherwise
+    page.locator("#expression").fill("motion >")
+    page.locator("#expression-error").wait_for()
+    assert page.locator("#list img").count() == page.locator("#list img[src]").count() == 100
+
+
 def test_100_000_rows_are_sorted_and_filtered_within_a_second(open_page, serve, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_table(tmp_path / "data", make_large_table(100_000), parts=10)
@@ -314,7 +331,8 @@ def test_100_000_rows_are_sorted_and_filtered_within_a_second(open_page, serve, 
 
     table = MemoryClips(tmp_path / "data", lambda row: b"").table
     kept = np.asarray(table.arrow("outcome").to_pylist()) == "kept"
-    for low in (4, 5, 6):  # three times, as other programs of the machine only add to the least time
+    least: dict[str, float] = {}
+    for low in range(4, 10):  # several times, as other programs of the machine only add to the least time
         for name in ("motion", "seconds", "name"):
             time_change(name, page.locator("#list th button", has_text=name).click, kept.sum())
         where = f"motion > {low} and sharpness > 6"
@@ -322,6 +340,7 @@ def test_100_000_rows_are_sorted_and_filtered_within_a_second(open_page, serve, 
         time_change("expression", lambda where=where: page.locator("#expression").fill(where), total)
         time_change("next", page.get_by_role("button", name="Next").click, total)
         time_change("all", lambda: page.locator("#expression").fill(""), kept.sum())
-    least = {name: round(min(values), 2) for name, values in seconds.items()}
-    print(f"seconds to the rows: {least}")
-    assert max(least.values()) < 1, seconds
+        least = {name: round(min(values), 2) for name, values in seconds.items()}
+        if max(least.values()) < 1:
+            return
+    pytest.fail(f"rows took longer than a second: {least} of {seconds}")

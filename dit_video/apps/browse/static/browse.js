@@ -1,7 +1,7 @@
 // The page of a data set: what is selected, and the rows that are shown of it.
 import { Charts } from "./browse_charts.js";
 import { openDetail } from "./browse_detail.js";
-import { makeTable, makeTiles } from "./browse_rows.js";
+import { makeTable, makeTiles, resumeThumbnails, stopThumbnails } from "./browse_rows.js";
 import { ServerSource, StaticSource, describeLimit, formatOption, formatWhere } from "./browse_source.js";
 import { countClips, formatDuration, formatNumber, formatTitle } from "./browse_text.js";
 import { byId, copyText, make, makeButton } from "./dom.js";
@@ -57,6 +57,7 @@ async function load() {
   const number = ++request;
   const columns = [...data.captions, ...(state.view === "table" ? listColumns() : [state.sort, ...TILE_COLUMNS].filter(Boolean))];
   byId("list").setAttribute("aria-busy", "true");
+  stopThumbnails(byId("list"));
   let answer;
   try {
     answer = await source.getRows({ ...state, count: PAGE_ROWS, columns });
@@ -80,7 +81,9 @@ function showError(error) {
   (isExpression ? text : banner).textContent = error?.message.replace(/^where=.* is invalid: /, "") ?? "";
   byId("expression").setAttribute("aria-invalid", String(isExpression));
   byId("copy-where").disabled = isExpression || !byId("where").textContent;
-  if (error) byId("list").removeAttribute("aria-busy");
+  if (!error) return;
+  resumeThumbnails(byId("list"));
+  byId("list").removeAttribute("aria-busy");
 }
 
 function showSelected({ clips, seconds }) {

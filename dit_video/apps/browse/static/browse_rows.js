@@ -35,6 +35,20 @@ function makeThumbnail(source, row) {
   return box;
 }
 
+/** Stop loading thumbnails: they use all connections of a browser, and rows would wait for them. */
+export function stopThumbnails(list) {
+  for (const image of list.querySelectorAll("img")) {
+    if (image.complete) continue;
+    image.dataset.address = image.src;
+    image.removeAttribute("src");
+  }
+}
+
+/** Load the thumbnails that were stopped. */
+export function resumeThumbnails(list) {
+  for (const image of list.querySelectorAll("img:not([src])")) image.src = image.dataset.address;
+}
+
 /** Play the clip over its thumbnail while the pointer rests on it. */
 function addPreview(tile, box, source, row) {
   const address = row.media && !isImage(row) && source.getAddress("original", row);
