@@ -62,6 +62,7 @@ def test_window_sizes_alternate(source):
         np.testing.assert_array_equal(one, other)
     both = WindowBatches(ClipCrops(source, LIMITS), (CONFIG, image), seed=0)
     assert both.excluded_clips == frozenset()
+    assert next(both).shape == (3, 5, 16, 16, 3)  # batches start at step 0 by default
     both.close()
     alone = WindowBatches(ClipCrops(source, LIMITS), (CONFIG,), seed=0)
     assert alone.excluded_clips == {"3.apng", "4.apng"}
