@@ -172,6 +172,7 @@ def test_without_a_caption_to_sample_clips_are_only_reconstructed(tiny_pipeline,
         assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 
+@pytest.mark.nightly
 def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes_evaluation, "make_shape_requests", lambda seed: REQUESTS[1:2])
     measured = evaluate.evaluate(tiny_pipeline, tmp_path, seed=0)

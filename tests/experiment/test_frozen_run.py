@@ -126,6 +126,7 @@ def test_prompts_are_embedded_once(frozen_run, opened):
     assert sorted(opened[0].texts) == ["", PROMPT]
 
 
+@pytest.mark.slow
 def test_a_pipeline_refuses_another_encoder(frozen_run, tiny_run, encoder, tmp_path):
     (tmp_path / "seed.txt").write_text("2")
     pipeline = load_pipeline(frozen_run / "pipeline", text_encoder=tmp_path)
@@ -146,6 +147,7 @@ def test_an_unfinished_run_can_be_sampled_with_a_moved_encoder(frozen_run, copy,
     np.testing.assert_array_equal(latents, expected)
 
 
+@pytest.mark.nightly
 def test_latents_of_another_encoder_or_of_none_are_refused(tiny, tiny_run, frozen_run, tmp_path):
     (tmp_path / "seed.txt").write_text("2")
     begun = start(tmp_path / "run", experiment(tiny, tmp_path), tiny_run)
@@ -214,6 +216,7 @@ def test_the_encode_tool_stores_embeddings_of_a_clip_text_encoder(tiny_run, tmp_
     np.testing.assert_allclose(latents.read_text(0), embedder(latents.all_captions[0][0]), rtol=2**-8, atol=2**-8)
 
 
+@pytest.mark.nightly
 def test_the_encode_tool_makes_the_latents_of_a_run_with_a_frozen_encoder(frozen_run, copy, tmp_path, script, opened):
     shutil.rmtree(copy / "latents")
     done = script("tools/encode_latents.py", copy, copy / "data", copy / "latents")

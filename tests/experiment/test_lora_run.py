@@ -103,6 +103,7 @@ def test_an_interrupted_adapter_run_ends_bit_for_bit_like_the_uninterrupted_one(
         assert (run.folder / name).read_bytes() == (adapted / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_continuing_from_other_base_weights_is_refused(tiny, tiny_run, adapted, tmp_path):
     start = shutil.copytree(tiny_run / "pipeline", tmp_path / "start")
     run = adapting(tiny, tiny_run, tmp_path / "run", train=LoraAdapters(init_from=str(start), lora=LORA))

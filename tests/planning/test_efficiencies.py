@@ -93,6 +93,7 @@ def test_calibrations_lie_in_the_users_cache(monkeypatch, tmp_path):
     assert get_calibration_folder() == tmp_path / "dit_video" / "calibration"
 
 
+@pytest.mark.nightly
 def test_a_cpu_is_measured_and_planned_for(tmp_path):
     lines = []
     calibration = calibrate(jax.devices("cpu")[:1], size=SMALL, report=lines.append)

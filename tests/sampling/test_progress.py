@@ -112,7 +112,7 @@ def test_a_callback_of_latents_gets_them_too(pipeline):
     assert quick[-1].frames.shape == (5, 16, 16, 3)
 
 
-@pytest.mark.parametrize("method", ["flow_edit", "inversion"])
+@pytest.mark.parametrize("method", [pytest.param("flow_edit", marks=pytest.mark.nightly), "inversion"])
 def test_steps_of_an_edit_have_quick_previews_at_the_rate_of_the_clip(pipeline, method):
     frames = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 

@@ -112,6 +112,7 @@ def test_a_job_is_sampled_and_its_clip_is_in_the_gallery_with_its_recipe(user, t
     assert user.get(item["files"]["mp4"]).status_code == 404
 
 
+@pytest.mark.nightly
 def test_uploads_and_clips_of_the_gallery_are_inputs(user, tmp_path):
     described = upload(user, encode(make_clip(), "mp4")).json()
     assert described["used"] == {"frames": 9, "height": 16, "width": 32}

@@ -235,7 +235,7 @@ def test_many_clips_are_written_without_tensorflow(tmp_path, monkeypatch):
     assert len(tfds.builder_from_directory(tmp_path / "out").as_data_source("train")) == 5
 
 
-@pytest.mark.parametrize("how", ["changed", "removed"])
+@pytest.mark.parametrize("how", ["changed", pytest.param("removed", marks=pytest.mark.nightly)])
 def test_a_clip_that_changes_after_its_inspection_is_left_for_a_retry(clips, tmp_path, how):
     content = (clips / "c.png").read_bytes()
 

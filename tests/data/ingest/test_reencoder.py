@@ -161,6 +161,7 @@ def test_other_options_make_another_data_set(reencoded):
             ingest(root / "clips", root / "data", config=IngestConfig(reencode=other))
 
 
+@pytest.mark.nightly
 def test_clips_that_are_not_stored_yet_take_the_room_of_a_part(tmp_path, monkeypatch):
     """They lie in the data set's folder until their part is written."""
     monkeypatch.setattr(parts, "_MIN_PART_BYTES", 1)

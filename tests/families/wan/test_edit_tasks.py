@@ -36,6 +36,7 @@ from support.wan_tasks import (
 # Changes of a clip.
 
 
+@pytest.mark.nightly
 @each(ALL)
 @pytest.mark.parametrize("first_step", [1, 3])
 def test_editing_starts_from_the_noisy_clip(pipeline, first_step):
@@ -169,6 +170,7 @@ def test_inversion_with_the_prompt_of_the_clip_returns_to_the_clip(pipeline):
 # Loops.
 
 
+@pytest.mark.nightly
 @each(OF_TEXT)
 def test_a_loop_begins_where_it_ends(pipeline):
     result = pipeline.loop(PROMPT, size=(12, 16, 16), **OPTIONS)

@@ -83,6 +83,7 @@ def test_a_clean_first_image_is_kept_exactly(knowing):
     assert np.abs(latents - sample_latents(knowing, image=FRAMES[0]))[1:].max() > 1e-3
 
 
+@pytest.mark.nightly
 @each(ALL)
 def test_a_last_image_is_put_in_its_place(pipeline):
     pictures = {"image": FRAMES[0], "last_image": FRAMES[-1]}

@@ -91,7 +91,7 @@ def test_an_index_out_of_range_is_refused():
 @pytest.mark.parametrize(
     ("name", "chunk"),
     [
-        ("video", 1),
+        pytest.param("video", 1, marks=pytest.mark.nightly),
         pytest.param("video", 3, marks=pytest.mark.slow),
         pytest.param("image", 2, marks=pytest.mark.slow),
     ],

@@ -76,6 +76,7 @@ def test_a_map_shows_what_a_layer_does_not_see():
     assert (result[1][:, FRAME[:, None] >= FRAME] > 0).all()
 
 
+@pytest.mark.nightly
 def test_recording_attention_does_not_change_predictions():
     params, batch = make_random_params(CONFIG.make), make_batch((0, 1))
     before = predict(params, batch, CONFIG)

@@ -33,6 +33,7 @@ ARGUMENTS = (
 )
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", mark_slow_except(["joint"], MODELS))
 def test_a_model_without_layers_equals_one_that_has_only_the_others(name):
     config, layers = MODELS[name], np.asarray([0, 2], np.int32)

@@ -85,6 +85,7 @@ def test_the_gradient_of_a_clip_does_not_depend_on_its_neighbours():
         np.testing.assert_allclose(other, one, atol=1e-5 * scale)
 
 
+@pytest.mark.nightly
 def test_every_input_and_the_text_change_the_prediction():
     base = run((0,), DenseShape(size=GRIDS[0], text=16))[0]
     row = pack([make_example(0)], DenseShape(size=GRIDS[0], text=16), width=3, text_width=6)

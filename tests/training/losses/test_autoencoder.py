@@ -92,6 +92,7 @@ def test_a_few_steps_on_one_batch_reconstruct_it_better():
     assert figures["psnr"] > first + 8
 
 
+@pytest.mark.nightly
 def test_the_objective_of_pixels_is_bit_for_bit_the_sum_that_measured_runs_were_trained_with():
     def before(params, clips, step):
         pixels = clips.astype(jnp.float32) / 127.5 - 1

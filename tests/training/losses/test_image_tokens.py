@@ -89,6 +89,7 @@ def test_a_segment_sees_its_own_first_frame_alone():
             assert (compute_first_loss(fields=PACKED.fields | {name: changed}) == before) == same, (name, segment)
 
 
+@pytest.mark.nightly
 def test_a_clip_without_a_known_first_frame_gets_no_image_conditioning():
     result = jax.jit(lambda rows: make_loss(0.0)(PARAMS, rows, STEP)[0])
     other = PACKED._replace(fields={name: 1 - values for name, values in PACKED.fields.items()})

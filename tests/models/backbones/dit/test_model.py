@@ -255,6 +255,7 @@ def test_a_model_can_be_conditioned_on_class_labels_alone():
     assert np.isfinite(predict(make_random_params(unlabelled.make), batch, unlabelled)).all()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", mark_slow_except(["joint"], ["joint", "rotary, own modulation"]))
 def test_fresh_denoisers_predict_zero(name):
     config = CONFIGS[name]
@@ -330,6 +331,7 @@ def test_options_add_and_remove_parameters():
     assert get_param_shapes(CONFIGS["factorised, full norm"].make)["blocks"]["query_norm"]["scale"].shape == (2, 24)
 
 
+@pytest.mark.nightly
 def test_interpolated_positions_are_those_of_a_smaller_clip():
     stretched = dataclasses.replace(
         DEFAULT_CONFIG, absolute_position=None, rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 0.25, 1.0))
