@@ -196,6 +196,7 @@ def test_captions_before_an_end_are_kept(server, source):
     assert read(source)[0] == [["a caption"]] * COUNT
 
 
+@pytest.mark.nightly
 def test_a_server_that_is_not_there_and_one_that_always_fails_end_the_run(server, tmp_path):
     contents = {f"{number}.png": make_clip(number, frames=2) for number in range(MAX_FAILURES + 4)}
     source = open_clips(tmp_path, contents)

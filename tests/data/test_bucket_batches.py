@@ -112,6 +112,7 @@ def test_clips_show_the_colour_of_their_caption(clips, buckets):
             assert light @ requested / np.linalg.norm(light) / np.linalg.norm(requested) > 0.95
 
 
+@pytest.mark.slow
 def test_resumed_and_shared_batches_are_the_same(clips, buckets):
     whole = take_batches(clips, buckets, 6)[0]
     resumed = take_batches(clips, buckets, 2, start_step=4)[0]

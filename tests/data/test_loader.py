@@ -295,6 +295,7 @@ def encoded(clips, count, encode=average_patches, token_dt=None, **reading):
     return taken
 
 
+@pytest.mark.slow
 def test_rows_can_be_made_from_video_files(clips):
     batches = encoded(clips, 8)
     assert all(batch.valid.sum() and batch.tokens.shape == (2, 32, 12) for batch in batches)

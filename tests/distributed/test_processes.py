@@ -77,6 +77,7 @@ def test_a_block_in_turn_is_known_as_one():
     assert not is_in_turn()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run():
     """Process 1 leaves first, and waits for the other."""
     processes = start_both("wait in first process", config={"steps": 5}, code={"commit": "a"})
@@ -241,6 +242,7 @@ def test_a_run_whose_other_process_never_starts_ends_after_the_timeout():
     assert "error: the 2 processes of the run did not find each other within 5 s" in err
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_no_timeout():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

@@ -47,6 +47,7 @@ def pipeline():
     return tiny_pipeline.make_pipeline(tiny_pipeline.make_config(steps=1))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("function", [LOSS, pytest.param(BITS, marks=pytest.mark.slow)], ids=["loss", "bits"])
 def test_values_of_a_clip_depend_on_neither_order_nor_neighbours(pipeline, function):
     together = measure_clips(pipeline, CLIPS, function, seed=0)

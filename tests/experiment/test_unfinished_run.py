@@ -25,6 +25,7 @@ def test_a_run_without_a_checkpoint_of_its_denoiser_says_how_to_go_on(copy):
         Run.open(copy).newest_pipeline()
 
 
+@pytest.mark.nightly
 def test_an_unfinished_run_is_loaded_without_its_clips(tiny_pipeline, copy):
     shutil.rmtree(copy / "pipeline")
     shutil.rmtree(copy / "data")

@@ -94,6 +94,7 @@ def test_reversed_falls_do_not_keep_their_law(scenes, tmp_path):
     assert get_shares(measure_files(clips, scenes, tmp_path)) == dict.fromkeys(NAMES, 1.0) | {"free_fall": 0.0}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "known"), [("physics", 0), pytest.param("physics_extension", MIN_FRAMES, marks=pytest.mark.slow)]
 )

@@ -91,6 +91,7 @@ def test_the_command_reads_and_writes_at_addresses(tiny, tiny_run, tiny_clips, m
     assert len(LatentSource(f"{memory}/all")) == tiny.COUNT
 
 
+@pytest.mark.nightly
 def test_what_is_new_in_a_data_set_is_encoded_alone(tiny_run, tmp_path, script, monkeypatch):
     def add_clip(number):
         frames = np.random.default_rng(number).integers(0, 256, (5, 16, 32, 3), np.uint8)

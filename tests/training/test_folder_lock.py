@@ -169,6 +169,7 @@ def test_a_flock_without_a_lease_holds(tmp_path):
             pass
 
 
+@pytest.mark.slow
 def test_a_process_that_was_suspended_for_longer_than_its_lease_goes_on(tmp_path):
     log = tmp_path / "lines"
     with hold_lock(tmp_path / "run", log=log) as other:

@@ -272,6 +272,7 @@ def test_missing_sources_and_unusable_destinations_are_refused(clips, tmp_path):
         ingest(clips, tmp_path / "file" / "out")
 
 
+@pytest.mark.slow
 def test_the_command_ingests_a_folder(clips, tmp_path, script):
     command = [sys.executable, str(REPOSITORY / "tools" / "ingest.py"), str(clips), str(tmp_path / "out")]
     environment = {"PYTHONPATH": str(REPOSITORY), "PATH": "", "JAX_PLATFORMS": "cpu"}

@@ -39,6 +39,7 @@ def inspect(folder: Path, files: dict[str, bytes], time_limit: float = 60.0) -> 
     return {clip.name: verdicts[number] for number, clip in enumerate(clips)}
 
 
+@pytest.mark.slow
 def test_small_files_that_claim_gigabytes_are_quarantined_in_little_memory(tmp_path, log):
     files = {
         "audio.mp4": claim_audio_packets(),

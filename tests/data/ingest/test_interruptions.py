@@ -104,6 +104,7 @@ def test_a_mistake_in_the_screening_ends_the_run(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["ingest"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path, log, monkeypatch):
     monkeypatch.setattr(parts, "_MIN_PART_BYTES", 1)
     names = ["0.mp4", "1.mp4", "2.mp4", "3_held.mp4", "4.mp4", "5.mp4"]

@@ -102,6 +102,7 @@ def test_the_dtype_of_the_file_is_kept_on_demand(tmp_path):
     assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "in" / FILE).read_bytes()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("kind", "config"), [pytest.param("DiT", DIT, marks=pytest.mark.slow), ("SiT", SIT)])
 def test_a_checkpoint_file_is_recognised_by_its_name(tmp_path, kind, config):
     config = dataclasses.replace(config, width=384, heads=6, layers=12, channels=1, mlp_ratio=4.0)

@@ -64,7 +64,7 @@ def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
 
 
 @pytest.mark.parametrize("name", mark_slow_except(["wan"], MODELS))
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.nightly)])
 def test_counted_flops_equal_those_of_xla(name, backward):
     config, tokens, text = MODELS[name]
     counted = (count_training_flops if backward else count_forward_flops)(config, [tokens], [text])

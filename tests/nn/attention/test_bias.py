@@ -69,7 +69,7 @@ def value_and_gradients(attention):
     return [value, *to_arrays, to_table]
 
 
-@pytest.mark.parametrize("pattern", [Full(), TimeOnly()], ids=str)
+@pytest.mark.parametrize("pattern", [Full(), pytest.param(TimeOnly(), marks=pytest.mark.nightly)], ids=str)
 def test_backends_add_the_bias_of_its_definition_in_values_and_gradients(pattern):
     expected = value_and_gradients(explicit(pattern))
     assert np.abs(np.asarray(expected[-1])).max() > 0.1

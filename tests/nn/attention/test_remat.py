@@ -73,6 +73,7 @@ def test_attention_is_not_recomputed_under_its_remat_policy(name):
     assert products("dots_attention") == once
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", mark_slow_except(("of blocks",), BACKENDS))
 def test_gradients_do_not_depend_on_the_remat_policy(name):
     params = nnx.split(STACK)[1]

@@ -83,6 +83,7 @@ def test_mask_shares_and_latents_of_the_blanked_clip_are_next_to_each_other():
     np.testing.assert_allclose(loss(PARAMS, rows, jnp.zeros((), jnp.int32))[0], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_clean_tokens_are_those_of_the_blanked_clip_and_do_not_count():
     shares = np.zeros((*GRID, STRIDE), np.float32)
     shares[1, :, :2] = 1  # the third token

@@ -54,6 +54,7 @@ CONFIG = DitConfig(channels=2, context_width=6, patch=Grid(1, 2, 2), width=24, l
 PARAMS = make_random_params(CONFIG.make)
 
 
+@pytest.mark.nightly
 def test_packed_is_unpacked_in_values_and_gradients():
     assert_packed_is_unpacked(PARAMS, CONFIG)
 
