@@ -48,7 +48,7 @@ def pipeline():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("function", [LOSS, pytest.param(BITS, marks=pytest.mark.slow)], ids=["loss", "bits"])
+@pytest.mark.parametrize("function", [LOSS, BITS], ids=["loss", "bits"])
 def test_values_of_a_clip_depend_on_neither_order_nor_neighbours(pipeline, function):
     together = measure_clips(pipeline, CLIPS, function, seed=0)
     reversed_order = measure_clips(pipeline, CLIPS[::-1], function, seed=0)

@@ -287,7 +287,7 @@ def test_a_training_on_slurm_continues_after_a_killed_process(cluster, tiny_clip
     assert job.field("Restarts") == "1"
     log = job.read()
     assert "2 processes, found by SlurmCluster" in log
-    assert re.search(r"no answer from process 1 \(|process 1 .* has ended|process 1 .*gone", log), log
+    assert "no answer from process 1 (" in log, log
     steps = [entry["step"] for entry in read_metrics(metrics)]
     assert steps == sorted(set(steps))
     assert steps[-1] == 200

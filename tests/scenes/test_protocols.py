@@ -95,9 +95,7 @@ def test_reversed_falls_do_not_keep_their_law(scenes, tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("name", "known"), [("physics", 0), pytest.param("physics_extension", MIN_FRAMES, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "known"), [("physics", 0), ("physics_extension", MIN_FRAMES)])
 def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known):
     recorded, generate = [], Pipeline.generate_latents
 

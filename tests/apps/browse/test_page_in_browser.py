@@ -331,8 +331,7 @@ def test_100_000_rows_are_sorted_and_filtered_within_a_second(open_page, serve, 
 
     table = MemoryClips(tmp_path / "data", lambda row: b"").table
     kept = np.asarray(table.arrow("outcome").to_pylist()) == "kept"
-    least: dict[str, float] = {}
-    for low in range(4, 10):  # several times, as other programs of the machine only add to the least time
+    for low in (4, 5, 6):  # three times, as other programs of the machine only add to the least time
         for name in ("motion", "seconds", "name"):
             time_change(name, page.locator("#list th button", has_text=name).click, kept.sum())
         where = f"motion > {low} and sharpness > 6"
@@ -340,7 +339,6 @@ def test_100_000_rows_are_sorted_and_filtered_within_a_second(open_page, serve, 
         time_change("expression", lambda where=where: page.locator("#expression").fill(where), total)
         time_change("next", page.get_by_role("button", name="Next").click, total)
         time_change("all", lambda: page.locator("#expression").fill(""), kept.sum())
-        least = {name: round(min(values), 2) for name, values in seconds.items()}
-        if max(least.values()) < 1:
-            return
-    pytest.fail(f"rows took longer than a second: {least} of {seconds}")
+    least = {name: round(min(values), 2) for name, values in seconds.items()}
+    print(f"seconds to the rows: {least}")
+    assert max(least.values()) < 1, seconds

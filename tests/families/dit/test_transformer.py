@@ -103,7 +103,7 @@ def test_the_dtype_of_the_file_is_kept_on_demand(tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("kind", "config"), [pytest.param("DiT", DIT, marks=pytest.mark.slow), ("SiT", SIT)])
+@pytest.mark.parametrize(("kind", "config"), [("DiT", DIT), ("SiT", SIT)])
 def test_a_checkpoint_file_is_recognised_by_its_name(tmp_path, kind, config):
     config = dataclasses.replace(config, width=384, heads=6, layers=12, channels=1, mlp_ratio=4.0)
     params = make_random_params(config.make)

@@ -14,7 +14,6 @@ from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid, PackedRows, compute_positions
-from support.marks import mark_slow_except
 from support.random_params import make_random_params
 
 SIZES = {"channels": 2, "context_width": 6, "width": 24, "layers": 4, "heads": 2, "attention": "dense"}
@@ -34,7 +33,7 @@ ARGUMENTS = (
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", mark_slow_except(["joint"], MODELS))
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_without_layers_equals_one_that_has_only_the_others(name):
     config, layers = MODELS[name], np.asarray([0, 2], np.int32)
     params = make_random_params(config.make)

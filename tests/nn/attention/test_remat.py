@@ -16,7 +16,6 @@ from dit_video.nn.attention.cudnn import CudnnAttention
 from dit_video.nn.attention.splash import SplashAttention
 from support.cudnn_emulation import EMULATED_KERNELS
 from support.jaxprs import count_primitive
-from support.marks import mark_slow_except
 
 HEADS, WIDTH, LENGTH = 2, 8, 24
 SEGMENTS = jnp.asarray([[1] * 10 + [2] * 8 + [0] * 6, [1] * 3 + [2] * 21], jnp.int32)
@@ -74,7 +73,7 @@ def test_attention_is_not_recomputed_under_its_remat_policy(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", mark_slow_except(("of blocks",), BACKENDS))
+@pytest.mark.parametrize("name", BACKENDS)
 def test_gradients_do_not_depend_on_the_remat_policy(name):
     params = nnx.split(STACK)[1]
     expected, result = (

@@ -257,7 +257,7 @@ def test_a_model_can_be_conditioned_on_class_labels_alone():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", mark_slow_except(["joint"], ["joint", "rotary, own modulation"]))
+@pytest.mark.parametrize("name", ["joint", "rotary, own modulation"])
 def test_fresh_denoisers_predict_zero(name):
     config = CONFIGS[name]
     fresh = jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0))
