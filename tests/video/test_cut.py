@@ -237,12 +237,12 @@ def test_what_cannot_be_copied_is_encoded(write_video, textured, kind):
 
 def test_a_whole_file_is_returned_as_it_is(write_video, textured, tmp_path):
     content = add_sound(write_video(textured(12, 64, 64), **H264), "aac")
-    clip = cut_clip(content, first=0, last=1.1, is_whole=True)
+    clip = cut_clip(content, first=0.0, last=1.1, is_whole=True)
     assert (clip.content, clip.suffix, clip.method) == (content, ".mp4", "whole")
     assert clip.audio == probe_audio(content)
     (tmp_path / "a.mp4").write_bytes(content)
-    assert cut_clip(tmp_path / "a.mp4", first=0, last=1.1, is_whole=True) == clip
-    assert cut_clip(content, first=0, last=1.1, is_whole=True, mode="encode").method == "encode"
+    assert cut_clip(tmp_path / "a.mp4", first=0.0, last=1.1, is_whole=True) == clip
+    assert cut_clip(content, first=0.0, last=1.1, is_whole=True, mode="encode").method == "encode"
 
 
 def test_many_spans_share_the_bytes_of_the_file(write_video, textured):
