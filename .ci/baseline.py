@@ -115,10 +115,8 @@ def list_quickstarts(folder: Path) -> Entries:
         experiment = {"quickstart": quickstart, "unet": unet}[name].make_experiment(brief=True)
         windows = tuple(replace(window, batch=2) for window in experiment.autoencoder.windows)
         for model, changes in (("autoencoder", {"windows": windows}), ("denoiser", {"batch": 1})):
-            training = getattr(experiment, model)
-            optimizer = replace(training.optimizer, warmup=STEPS // 4)
-            training = replace(training, steps=STEPS, optimizer=optimizer, **changes)
-            experiment = replace(experiment, **{model: training})
+            optimizer = replace(experiment.get_stage(model).optimizer, warmup=STEPS // 4)
+            experiment = experiment.replace_stage(model, steps=STEPS, optimizer=optimizer, **changes)
         return train_on_shapes(folder / name, experiment, quickstart.count_clips(brief=True))
 
     names = [(name, model) for name in ("quickstart", "unet") for model in MODELS]
@@ -131,8 +129,7 @@ def list_samples(folder: Path) -> Entries:
     @functools.cache
     def train() -> Path:
         experiment = tiny.experiment()
-        backbone = experiment.denoiser.backbone.replace(layers=2)  # of which one can be skipped
-        experiment = replace(experiment, denoiser=replace(experiment.denoiser, backbone=backbone))
+        experiment = experiment.replace_backbone(layers=2)  # of which one can be skipped
         return train_on_shapes(folder / "tiny", experiment, tiny.COUNT, sizes=tiny.SIZES)
 
     size, clip = (9, 16, 32), draw_clip((9, 16, 32))

@@ -40,7 +40,8 @@ def main() -> None:
         if arguments.action == "prepare":
             shapes.write_folder(arguments.clips, count=tiny.COUNT, seed=0, sizes=tiny.SIZES)
             run.prepare(arguments.clips)
-            run.run_stages("latents")
+            run.run_stages("autoencoder")
+            run.experiment.get_stage("denoiser").encode_latents(run)
         else:
             run.prepare(f"{arguments.address}/data")
             run.run_stages()
@@ -49,16 +50,16 @@ def main() -> None:
 def open_training(address: str, steps: int, *, silence: float) -> contextlib.AbstractContextManager[Run]:
     """Return a context that opens the run at an address."""
     timeouts = TimeoutConfig(startup=40.0, max_silence=silence, max_step=60.0)
-    return open_run(Run, address, make_experiment(steps), timeouts=timeouts, stopped_code=EXIT_TRY_AGAIN)
+    return open_run(address, make_experiment(steps), timeouts=timeouts, stopped_code=EXIT_TRY_AGAIN)
 
 
 def make_experiment(steps: int) -> Experiment:
     """Return the tiny experiment with more rows and steps, and with AdamW."""
     experiment = tiny.EXPERIMENT
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup=10)
-    denoiser = dataclasses.replace(experiment.denoiser, steps=steps, batch=BATCH, optimizer=optimizer)
+    experiment = experiment.replace_stage("denoiser", steps=steps, batch=BATCH, optimizer=optimizer)
     keep = CheckpointPolicy(newest=KEPT_CHECKPOINTS)
-    return dataclasses.replace(experiment, denoiser=denoiser, log_every=1, save_every=SAVE_EVERY, keep=keep)
+    return dataclasses.replace(experiment, log_every=1, save_every=SAVE_EVERY, keep=keep)
 
 
 if __name__ == "__main__":

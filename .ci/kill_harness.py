@@ -188,8 +188,8 @@ def load_tiny_module() -> Any:
 
 
 def make_experiment(config: Any) -> Any:
-    denoiser = dataclasses.replace(config.denoiser, steps=STEPS, batch=BATCH)
-    return dataclasses.replace(config, denoiser=denoiser, log_every=1, save_every=SAVE_EVERY)
+    experiment = config.replace_stage("denoiser", steps=STEPS, batch=BATCH)
+    return dataclasses.replace(experiment, log_every=1, save_every=SAVE_EVERY)
 
 
 def prepare(folder: Path) -> None:
@@ -200,7 +200,8 @@ def prepare(folder: Path) -> None:
     clips = shapes.write_folder(folder / "clips", count=module.COUNT, seed=0, sizes=module.SIZES)
     run = Run.create(folder / "run", make_experiment(module.EXPERIMENT))
     run.prepare(clips)
-    run.run_stages("latents")
+    run.run_stages("autoencoder")
+    run.experiment.get_stage("denoiser").encode_latents(run)
 
 
 def train(folder: Path) -> None:

@@ -206,4 +206,7 @@ def read_config(
     if inner is None:
         return None
     config = read_pipeline_config(inner)
-    return config if text_encoder is None else replace(config, text=set_encoder_folder(config.text, text_encoder))
+    if text_encoder is None:
+        return config
+    moved = set_encoder_folder(config.model.text_encoder, text_encoder)
+    return replace(config, model=replace(config.model, text_encoder=moved))

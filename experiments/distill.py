@@ -41,11 +41,10 @@ from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation import evaluate
 from dit_video.experiment import datasets
 from dit_video.experiment.export import LORA_FILE
-from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.recipes.distill import DistillationOptions, make_distillation_experiment
-from dit_video.experiment.run import Run
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 from dit_video.scenes import shapes
 from dit_video.scenes.shape_metrics import ATTRIBUTES
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation, compare_few_steps
@@ -99,22 +98,23 @@ def main() -> None:
     elif not is_shapes and not (arguments.teacher / CONFIG).is_file():
         raise UserError(f"{arguments.teacher} has no clips of its own; use --data CLIPS")
     launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
-    with open_run(Run, arguments.workdir, experiment, **launch) as run:
+    with open_run(arguments.workdir, experiment, **launch) as run:
         if arguments.cache:
             enable_compilation_cache(run_folder=arguments.workdir)
-        with run.runtime.main_process_first():
+        with run.main_process_first():
             data = arguments.data or _get_data(arguments, run.folder)
-        student = run.train(*data)
+        run.train(*data)
+        student = run.load_pipeline()
         evaluation = evaluate.evaluate(
             student,
             run.folder,
             seed=experiment.seed,
             clips=run.evaluation_clips(),
             evaluation=experiment.evaluation,
-            share=run.runtime.main_process_first,
+            share=run.main_process_first,
         )
         if is_shapes and arguments.seeds:
-            teacher = dit_video.load(arguments.teacher, mesh=run.runtime.sampling_mesh)
+            teacher = dit_video.load(arguments.teacher, mesh=run.sampling_mesh)
             evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
         if not is_first_process():
             return

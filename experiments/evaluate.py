@@ -31,9 +31,9 @@ from dit_video.evaluation.evaluate_protocol import ProtocolResult, evaluate_prot
 from dit_video.evaluation.measure import count_clips, measure
 from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.protocols import PROTOCOLS, get_protocol
-from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
 from dit_video.loading import find_folder, read_config
+from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.training.hooks.logging import Progress
 

@@ -48,7 +48,6 @@ from dit_video.experiment import datasets
 from dit_video.experiment.export import ADAPTER_FILE, LORA_FILE
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
-from dit_video.experiment.run import Run
 from dit_video.families.family import DENOISER_FOLDERS
 
 
@@ -94,7 +93,7 @@ def main() -> None:
     workdir = arguments.workdir or f"runs/{experiment.name}"
     datasets.check_datasets(arguments.data, workdir=workdir)  # fail before the run's folder is created
     launch: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
-    with open_run(Run, workdir, experiment, **launch) as run:
+    with open_run(workdir, experiment, **launch) as run:
         if arguments.cache:
             enable_compilation_cache(run_folder=workdir)
         run.prepare(*arguments.data, latents=arguments.latents)

@@ -23,8 +23,8 @@ from dit_video.core.errors import script
 from dit_video.core.files import read_json, write_json
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.evaluation import evaluate
-from dit_video.experiment.folder import CONFIG
 from dit_video.experiment.run import Run
+from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 from dit_video.scenes import shapes
 from dit_video.training.hooks.logging import Progress
 
@@ -65,7 +65,8 @@ def main(
     count = quickstart.count_clips(brief=brief)
     with Progress("rendering clips", count, unit="clip") as progress:
         shapes.write_folder(workdir / "clips", count=count, seed=seed, progress=lambda done, _: progress.update(done))
-    pipeline = run.train(workdir / "clips")
+    run.train(workdir / "clips")
+    pipeline = run.load_pipeline()
     evaluation = evaluate.evaluate(pipeline, workdir, seed=seed, clips=run.evaluation_clips())
     minutes = _record_minutes(workdir, time.perf_counter() - start_time if is_new else None)
     write_run_report(

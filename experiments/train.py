@@ -17,6 +17,7 @@ from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
+import dataclasses
 import sys
 import time
 from dataclasses import dataclass, field
@@ -39,10 +40,9 @@ from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.collection import MetricResult
-from dit_video.experiment import Experiment, StagedExperiment, datasets
-from dit_video.experiment.config import load_experiment
+from dit_video.experiment import Experiment, Run, datasets
+from dit_video.experiment.config_file import load_experiment
 from dit_video.experiment.launch import open_run
-from dit_video.experiment.run import Run, StagedRun
 from dit_video.nn.attention import Backend, BackendName
 from dit_video.sampling import Sampling
 from dit_video.training import goodput
@@ -58,7 +58,7 @@ class Arguments:
         python experiments/train.py experiments/configs/clips.py --data gs://BUCKET/clips --denoiser.steps 2000
     """
 
-    experiment: Annotated[StagedExperiment, tyro.conf.arg(name="")]
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     data: tuple[str, ...]
     """Folders of clips, or data sets written by tools/ingest.py; several are mixed by the config's data.weights."""
     latents: str | None = None
@@ -89,57 +89,57 @@ def main() -> None:
     if not config or config.startswith("-"):
         raise UserError("the first argument must be a config; use train.py experiments/configs/clips.py --data CLIPS")
     experiment = load_experiment(config)
-    run_class = Run if isinstance(experiment, Experiment) else StagedRun
     arguments = parse_arguments(
         Arguments,
         args=rest,
-        default=Arguments(experiment=experiment, data=tyro.MISSING),
+        default=Arguments(experiment=make_options(experiment), data=tyro.MISSING),
         prog=f"train.py {config}",
         config=(tyro.conf.AvoidSubcommands,),
         registry=make_registry(experiment),
     )
-    workdir = arguments.workdir or f"runs/{arguments.experiment.name}"
+    experiment = read_options(arguments.experiment, experiment)
+    workdir = arguments.workdir or f"runs/{experiment.name}"
     if not arguments.data:
         raise UserError("--data is empty: it needs at least one folder. Use --data CLIPS")
     datasets.check_datasets(arguments.data, workdir=workdir)  # fail before the run's folder is created
     start_time = time.perf_counter()
     options: dict[str, Any] = {"timeouts": arguments.patience, "stopped_code": arguments.stopped_code}
-    with open_run(run_class, workdir, arguments.experiment, profile=arguments.profile, **options) as run:
+    with open_run(workdir, experiment, profile=arguments.profile, **options) as run:
         if arguments.cache:
             enable_compilation_cache(run_folder=workdir)
         run.prepare(*arguments.data, latents=arguments.latents, checkpoints=arguments.checkpoints)
-        if arguments.autoencoder_only and isinstance(run, Run):
-            evaluate.check_held_out(run.runtime.held_out_clips)  # before the training, not after it
+        if arguments.autoencoder_only:
+            evaluate.check_held_out(run.held_out_clips)  # before the training, not after it
         run.run_stages("autoencoder" if arguments.autoencoder_only else None)
         results = evaluate_autoencoder(run) if arguments.autoencoder_only else evaluate_run(run)
     evaluate.print_results(results)
     if is_first_process():
-        result = f"report: {workdir}/report.html" if isinstance(run, Run) else f"run: {workdir}"
+        result = f"run: {workdir}" if experiment.model is None else f"report: {workdir}/report.html"
         print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; {result}")
 
 
-def evaluate_autoencoder(run: StagedRun) -> dict[str, MetricResult]:
+def evaluate_autoencoder(run: Run) -> dict[str, MetricResult]:
     """Write the report of a run whose autoencoder is trained, and return the results."""
-    if not is_first_process() or not isinstance(run, Run):
+    if not is_first_process():
         return {}
-    with run.runtime.recorder.phase(goodput.EVALUATION):
+    with run.recorder.phase(goodput.EVALUATION):
         evaluation = evaluate.evaluate_autoencoder(
             run.codec(), run.evaluation_clips(), run.folder, metrics=run.experiment.evaluation.metrics
         )
-    run.runtime.recorder.flush()  # the report shows where the time went
-    with run.runtime.recorder.phase(goodput.REPORT):
+    run.recorder.flush()  # the report shows where the time went
+    with run.recorder.phase(goodput.REPORT):
         write_autoencoder_report(run.folder / "report.html", run, evaluation)
     return evaluation.results
 
 
-def evaluate_run(run: StagedRun) -> dict[str, MetricResult]:
+def evaluate_run(run: Run) -> dict[str, MetricResult]:
     """Sample a finished run on its devices, write its report and return the results in the first process.
 
     A run without a denoiser has none.
     """
-    if not isinstance(run, Run):
+    if run.experiment.model is None:
         return {}
-    experiment, workdir, recorder = run.experiment, run.folder, run.runtime.recorder
+    experiment, workdir, recorder = run.experiment, run.folder, run.recorder
     with recorder.phase(goodput.EVALUATION):
         pipeline = run.load_pipeline()
         evaluation = evaluate.evaluate(
@@ -148,7 +148,7 @@ def evaluate_run(run: StagedRun) -> dict[str, MetricResult]:
             seed=experiment.seed,
             clips=run.evaluation_clips(),
             evaluation=experiment.evaluation,
-            share=run.runtime.main_process_first,
+            share=run.main_process_first,
         )
     if not is_first_process():
         return {}
@@ -165,22 +165,44 @@ def evaluate_run(run: StagedRun) -> dict[str, MetricResult]:
     return evaluation.results
 
 
-def make_registry(experiment: StagedExperiment) -> tyro.constructors.ConstructorRegistry | None:
+def make_options(experiment: Experiment) -> Experiment:
+    """Return an experiment of a class with a field for each stage, so that stages have options by their names."""
+    stages = [
+        (f"stage_{number}", Annotated[type(stage), tyro.conf.arg(name=stage.name)], field(default=stage))
+        for number, stage in enumerate(experiment.stages)
+    ]
+    hidden = ("stages", Annotated[tuple, tyro.conf.Fixed, tyro.conf.Suppress], field(default=experiment.stages))
+    # Checked by `read_options`, as a whole.
+    unchecked = {"__post_init__": lambda self: None}
+    options = dataclasses.make_dataclass(
+        "Options", [*stages, hidden], bases=(Experiment,), namespace=unchecked, frozen=True, kw_only=True
+    )
+    return options(**{each.name: getattr(experiment, each.name) for each in dataclasses.fields(experiment)})
+
+
+def read_options(options: Any, experiment: Experiment) -> Experiment:
+    """Return the experiment with the values that options have set."""
+    values = {each.name: getattr(options, each.name) for each in dataclasses.fields(experiment)}
+    values["stages"] = tuple(getattr(options, f"stage_{number}") for number in range(len(experiment.stages)))
+    return type(experiment)(**values)
+
+
+def make_registry(experiment: Experiment) -> tyro.constructors.ConstructorRegistry | None:
     """Return rules for values that are a scalar or a record, which tyro would make positional arguments.
 
     Guidance becomes an option of one scale or two, and attention one with the name of a backend. A config whose
     `Guidance` or `SplashBlocks` is a record has an option for each of its fields.
     """
-    if not isinstance(experiment, Experiment):
+    if experiment.model is None:
         return None
-    registry = tyro.constructors.ConstructorRegistry()
+    backbone, registry = experiment.model.backbone, tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
     def parse_value(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
         is_guidance = info.type == get_type_hints(Sampling)["guidance"]
         if is_guidance and not isinstance(experiment.sampling.guidance, Guidance):
             return GUIDANCE_SPEC
-        if info.type == Backend and isinstance(experiment.denoiser.backbone.attention, str):
+        if info.type == Backend and isinstance(backbone.attention, str):
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,
                 metavar=f"{{{','.join(get_args(BackendName))}}}",

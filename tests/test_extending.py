@@ -69,7 +69,7 @@ def test_a_data_source(add_package, tiny, tiny_run, tiny_clips, tmp_path, monkey
     clips = [(clip.name, clip.captions[0], clip.read()) for clip in listed]
     add_package("their_source", "packed_source").write_packed(tmp_path / "packed", clips)
     pipeline = train(tiny.EXPERIMENT, tiny_run, tmp_path / "run", tmp_path / "packed")
-    infos = {info.name: info.captions for info in Run.open(tmp_path / "run").runtime.clips.infos}
+    infos = {info.name: info.captions for info in Run.open(tmp_path / "run").clips.infos}
     assert infos == {clip.name: clip.captions for clip in listed}
     assert np.isfinite(pipeline.generate("a red circle", output="latents")).all()
     with pytest.raises(UserError, match=r"format='pile' is invalid: .* Use auto, .*packed"):
@@ -267,7 +267,7 @@ def test_a_metric(add_package, load_file, tiny_run, tiny_clips, tmp_path, script
 
     written, again = (json.loads((folder / "metrics.json").read_text()) for folder in (run, tmp_path))
     assert again["results"] == written["results"]
-    source, values = Run.open(run).runtime.clips, {}
+    source, values = Run.open(run).clips, {}
     for entry in json.loads((run / "samples" / "prompts.json").read_text()):
         index = next(index for index, info in enumerate(source.infos) if info.caption == entry["prompt"])
         clips = decode(run / "samples" / entry["file"]), decode(source[index])

@@ -78,8 +78,8 @@ def _convert_pipeline(source: Path, destination: Path, to: TargetLayout, dtype: 
     experts = {"backbone": "transformer"} | ({} if config.boundary is None else {"low_noise": "transformer_2"})
     for name, folder in experts.items():
         file = source / "denoiser.safetensors"
-        convert_native_denoiser(file, f"{name}/", config.backbone, destination / folder, layout=to, dtype=dtype)
-    save_autoencoder(destination / "vae", config.autoencoder, load(source / "autoencoder.safetensors"))
+        convert_native_denoiser(file, f"{name}/", config.model.backbone, destination / folder, layout=to, dtype=dtype)
+    save_autoencoder(destination / "vae", config.model.autoencoder, load(source / "autoencoder.safetensors"))
 
 
 if __name__ == "__main__":

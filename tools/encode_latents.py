@@ -18,16 +18,15 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource, StorageDtype
 from dit_video.data.latents.offline import encode_latents, finish_latents
 from dit_video.data.latents.plan import Augmentations, Encoding, compute_latent_identity, plan_encoding
-from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements, select_usable
 from dit_video.experiment import DataConfig
 from dit_video.experiment.datasets import open_datasets, resolve
-from dit_video.experiment.folder import CONFIG
+from dit_video.experiment.latents import make_encoding
 from dit_video.experiment.run import Run
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_param_shapes
+from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 from dit_video.sampling.pipeline_config import read_pipeline_config
-from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.weights import load as load_weights
 from dit_video.weights import load_embedder
@@ -149,32 +148,24 @@ def _prepare_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
     run = Run.open(folder)
     run = replace(run, experiment=replace(run.experiment, data=views.override(run.experiment.data)))
     if str(resolve(to_storage_path(data))) == str(resolve(folder / "data")):
-        clips = run.runtime.training_clips
+        clips = run.training_clips
     else:
         clips = open_datasets(data)
         clips = clips.exclude({info.name for info in clips.infos} & set(run.experiment.data.held_out))
-        clips = _select_usable(clips.select_split("train"), run.experiment.requirements, run.experiment.data)
-    return run.encoding(), clips
+        clips = _select_usable(clips.select_split("train"), run.requirements, run.data)
+    return make_encoding(run), clips
 
 
 def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     config = read_pipeline_config(folder)
-    settings = views.override(
-        DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
-    )
-    stride, patch = config.autoencoder.stride, config.backbone.patch
-    text = FrozenTextEncoder(config.text) if isinstance(config.text, FrozenTextConfig) else None
-    images = None if config.image_encoder is None else FrozenImageEncoder(config.image_encoder)
-    frames = config.frame_conditioning
+    settings = views.override(DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t))
+    model, frames = config.model, config.model.frame_conditioning
+    text = FrozenTextEncoder(model.text_encoder) if isinstance(model.text_encoder, FrozenTextConfig) else None
+    images = None if model.image_encoder is None else FrozenImageEncoder(model.image_encoder)
     encoding = Encoding(
-        autoencoder=config.autoencoder,
-        params=load_weights(folder / "autoencoder.safetensors", like=get_param_shapes(config.autoencoder.make)),
-        limits=SizeLimits(
-            max_pixels=settings.max_pixels,
-            max_frames=settings.max_frames,
-            multiple=Grid(stride.t, stride.h * patch.h, stride.w * patch.w),
-            fps=settings.fps,
-        ),
+        autoencoder=model.autoencoder,
+        params=load_weights(folder / "autoencoder.safetensors", like=get_param_shapes(model.autoencoder.make)),
+        limits=settings.make_limits(model),
         augmentations=Augmentations(
             clips_per_video=settings.clips_per_video, resolutions=settings.resolutions, flips=settings.flips
         ),

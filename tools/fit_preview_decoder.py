@@ -66,7 +66,7 @@ def main(
     limits = SizeLimits(
         max_pixels=config.size.h * config.size.w,
         max_frames=config.size.t,
-        multiple=config.autoencoder.stride,
+        multiple=config.model.autoencoder.stride,
         fps=config.fps,
     )
     source = _select_clips(data, limits)
@@ -74,7 +74,8 @@ def main(
     measured = order[: min(held_out, len(source) // 2)]
     fitted = order[len(measured) :][:clips]
     codec = LatentCodec(
-        config.autoencoder, load_weights(pipeline / AUTOENCODER, like=get_param_shapes(config.autoencoder.make))
+        config.model.autoencoder,
+        load_weights(pipeline / AUTOENCODER, like=get_param_shapes(config.model.autoencoder.make)),
     )
     with Progress("fitting", len(fitted), unit="clip") as progress:
 
@@ -115,7 +116,7 @@ def _print_quality(codec: LatentCodec, decoder: PreviewDecoder, clips: Sequence[
 
 def _print_time(codec: LatentCodec, decoder: PreviewDecoder, config: PipelineConfig) -> None:
     """Print the median times of a clip of the pipeline's size, whose calls alternate."""
-    shape = (*config.latent_grid(config.size), codec.config.channels)
+    shape = (*config.model.latent_grid(config.size), codec.config.channels)
     latents = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     calls = {
         "preview": lambda: decoder.decode(latents, fps=config.fps),

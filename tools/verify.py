@@ -16,9 +16,8 @@ from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import MissingError, script
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed.mesh import parse_mesh
-from dit_video.experiment import Experiment
 from dit_video.experiment.replay import Replay, replay, with_mesh
-from dit_video.experiment.run import Run, StagedRun
+from dit_video.experiment.run import Run
 from dit_video.loading import find_folder
 from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.training.hooks.logging import Progress
@@ -58,9 +57,7 @@ def main(
     folder = find_folder(run)
     if not (folder / RUN_CONFIG).is_file():
         raise MissingError(f"RUN={folder} is invalid: it has no {RUN_CONFIG}. Use the folder of a run.")
-    opened = StagedRun.open(folder)
-    if isinstance(opened.experiment, Experiment):
-        opened = Run.open(folder)
+    opened = Run.open(folder)
     if mesh is not None:
         opened = with_mesh(opened, parse_mesh(mesh))
     with Progress("replaying", 1, unit="step") as progress:

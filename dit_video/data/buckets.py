@@ -13,7 +13,7 @@ from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.grid import find_distinct_grids
 from dit_video.core.shared_array import SharesArrays
-from dit_video.tokens import CanvasShape, Grid, PackedShape
+from dit_video.tokens import Grid
 
 MAX_LENGTHS = 16
 """Maximum number of candidate lengths along each axis: quantiles, if the data have more lengths."""
@@ -58,8 +58,6 @@ class BucketConfig:
       UserError: If there is no bucket, or the budget does not exceed the fixed part of the memory.
     """
 
-    sampling: PackedShape | CanvasShape
-    """Rows or canvases in which clips are sampled."""
     memory: BatchMemory
     budget: float | int
     """Memory of a device, in bytes."""

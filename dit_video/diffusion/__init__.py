@@ -96,6 +96,7 @@ from dit_video.diffusion.time_distributions import (
     LogNormalSigma,
     Mode,
     SampleTimes,
+    TimeDistribution,
     Uniform,
     draw_low_discrepancy,
 )

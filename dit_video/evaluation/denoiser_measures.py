@@ -37,7 +37,7 @@ def measure_clips(
     if not clips:
         return np.zeros((0, 0), np.float32)
     cut = [_cut_clip(pipeline.config, clip) for clip in clips]
-    frames = pipeline.config.frame_conditioning
+    frames = pipeline.config.model.frame_conditioning
     needs_image = frames is not None and frames.prob == 1
     requests = [
         Request(
@@ -52,5 +52,5 @@ def measure_clips(
 
 
 def _cut_clip(config: PipelineConfig, clip: Clip) -> Clip:
-    stride, step = config.autoencoder.stride, config.backbone.size_multiple
+    stride, step = config.model.autoencoder.stride, config.model.backbone.size_multiple
     return ClipSampling(multiple=(stride.t, stride.h * step.h, stride.w * step.w)).sample(clip, seed=0, number=0)

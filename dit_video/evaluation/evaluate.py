@@ -90,7 +90,7 @@ def evaluate(
         check_replaceable(folder / "samples")
     resolved = pipeline.resolve_sampling(**sampling)
     config = evaluation or pipeline.config.evaluation or CaptionEvaluation()
-    frames = pipeline.config.frame_conditioning
+    frames = pipeline.config.model.frame_conditioning
     requests = config.make_requests(clips, seed, image=frames is not None and frames.prob == 1)
     if not requests and clips is None:
         raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")

@@ -81,7 +81,7 @@ def evaluate_protocol(
     recorded: dict[str, Any] = {"average": dict(average or {})}
     if is_reconstruction(protocol):
         protocol, samples = _reconstruct(pipeline, protocol, data)
-        recorded |= {"autoencoder": config_json.to_json(pipeline.config.autoencoder)}
+        recorded |= {"autoencoder": config_json.to_json(pipeline.config.model.autoencoder)}
     elif any("samples" in metric.needs for metric in protocol.metrics):
         requests, numbers = make_requests(pipeline, protocol, data, sizes=sizes)
         clips = [partial(data.read, number, None) for number in numbers]
@@ -101,8 +101,8 @@ def evaluate_protocol(
     else:
         config = pipeline.config
         recorded = {
-            "autoencoder": compute_autoencoder_identity(config.autoencoder, pipeline.codec.params),
-            "objective": [config_json.to_json(config.process), config_json.to_json(config.prediction)],
+            "autoencoder": compute_autoencoder_identity(config.model.autoencoder, pipeline.codec.params),
+            "objective": [config_json.to_json(config.model.process), config_json.to_json(config.model.prediction)],
         }
     measurement = measure(
         samples,
@@ -142,7 +142,7 @@ def make_requests(
         )
     chosen = protocol.choose(len(data.names), protocol.count, purpose="prompts")
     numbers = [chosen[index] for index in protocol.repeat_captions(len(chosen))]
-    default, stride = pipeline.config.size, pipeline.config.autoencoder.stride.t
+    default, stride = pipeline.config.size, pipeline.config.model.autoencoder.stride.t
     frames = protocol.clips.frames or default.t
     size = default._replace(t=1 + -(-(frames - 1) // stride) * stride)
     seeds = make_generator(protocol.seed, "seeds of samples").integers(2**32, size=len(numbers)).tolist()
@@ -151,13 +151,13 @@ def make_requests(
         for number, seed in zip(numbers, seeds, strict=True)
     ]
     for request in requests:
-        pipeline.config.latent_grid(pipeline.config.resolve_size(request))
+        pipeline.config.model.latent_grid(pipeline.config.resolve_size(request))
     return requests, numbers
 
 
 def _reconstruct(pipeline: Pipeline, protocol: Protocol, data: ClipSet) -> tuple[Protocol, ClipSet]:
     """Return the protocol with the autoencoder's size steps, and the reconstructions, made when they are read."""
-    stride = pipeline.config.autoencoder.stride
+    stride = pipeline.config.model.autoencoder.stride
     adapted = replace(protocol, clips=replace(protocol.clips, multiple=(stride.t, stride.h, stride.w)))
 
     def read(index: int, fps: float | None) -> Clip:

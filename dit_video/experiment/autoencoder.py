@@ -1,19 +1,33 @@
-"""Autoencoders of an experiment: initial and trained weights, and the training step."""
+"""Training of a model's autoencoder: its initial and trained weights, its windows, and its step."""
 
+import contextlib
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Array
 
-from dit_video.core import rng
+from dit_video.core import pixels, rng
 from dit_video.core.errors import MissingError, UserError
+from dit_video.data.clips import ClipSource
+from dit_video.data.sizes import SizeLimits
+from dit_video.data.windows import ClipCrops, WindowBatches
+from dit_video.distributed import RowPart
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment.initial_weights import describe_difference
-from dit_video.experiment.training_config import AutoencoderTraining, PretrainedAutoencoder
+from dit_video.experiment.training_config import AutoencoderTraining
 from dit_video.families import load_autoencoder
-from dit_video.models.autoencoders import InflatedConfig, VqConfig, inflate
+from dit_video.models.autoencoders import (
+    AutoencoderConfig,
+    InflatedConfig,
+    LinearAutoencoder,
+    VqConfig,
+    fit_linear,
+    inflate,
+)
 from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.sampling.pipeline_config import AUTOENCODER, is_pipeline_folder, read_pipeline_config
@@ -24,13 +38,18 @@ from dit_video.training.optim.optimizer import make_optimizer
 from dit_video.training.step import GradientStep, TrainStep
 from dit_video.weights import load as load_weights
 from dit_video.weights import load_lpips
+from dit_video.weights import save as save_weights
 
 WEIGHTS_FILE = "autoencoder/weights.safetensors"
 """File of the trained weights in the folder of a run."""
+MAX_LINEAR_VALUES = 4096
+"""Largest number of values of a patch whose principal components are a baseline: they are of a matrix of its square."""
+_LINEAR_BATCHES = 32
+"""Number of batches of training windows that the linear start is measured on."""
 
 
-def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
-    """Load the parameters of `training.model` from the folder `training.init_from`; None without a folder.
+def load_initial_params(training: AutoencoderTraining, model: AutoencoderConfig, key: Array) -> dict[str, Any] | None:
+    """Load the parameters of `model` from the folder `training.init_from`; None without a folder.
 
     An image autoencoder is inflated where the model is an inflated one; `key` initialises its temporal layers.
 
@@ -40,7 +59,6 @@ def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, 
     """
     if training.init_from is None:
         return None
-    model = training.model
     if not isinstance(model, InflatedConfig):
         return _load_autoencoder_params(training.init_from, model)
     params = _load_autoencoder_params(training.init_from, model.image)
@@ -48,29 +66,31 @@ def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, 
 
 
 def read_autoencoder(
-    config: AutoencoderTraining | PretrainedAutoencoder, folder: Path, *, command: str = ""
+    model: AutoencoderConfig, folder: Path, *, pretrained: str | None = None, is_trained: bool = True, command: str = ""
 ) -> dict[str, Any]:
-    """Read the parameters of a run's autoencoder: the trained ones, or the ones in a pretrained autoencoder's folder.
+    """Read the parameters of a run's autoencoder.
 
     Args:
-      config: The run's autoencoder.
+      model: The autoencoder.
       folder: Folder of the run.
+      pretrained: Folder of a pretrained autoencoder; None for one that the run trains, or without weights.
+      is_trained: Whether the run trains it.
       command: Command that continues the run, for the message.
 
     Raises:
       MissingError: If the autoencoder is not trained yet, or if its folder does not exist or lacks files.
       UserError: If the weights cannot be read, or are of another autoencoder.
     """
-    if isinstance(config, PretrainedAutoencoder):
-        return {} if config.folder is None else _load_autoencoder_params(config.folder, config.model)
+    if not is_trained:
+        return {} if pretrained is None else _load_autoencoder_params(pretrained, model)
     if not (folder / WEIGHTS_FILE).is_file():
         raise MissingError(f"{folder} has no trained autoencoder yet; continue its training with: {command}")
-    return load_weights(folder / WEIGHTS_FILE, like=get_param_shapes(config.model.make))
+    return load_weights(folder / WEIGHTS_FILE, like=get_param_shapes(model.make))
 
 
 def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
     if is_pipeline_folder(folder):
-        config = read_pipeline_config(folder).autoencoder
+        config = read_pipeline_config(folder).model.autoencoder
         params = load_weights(Path(folder) / AUTOENCODER, like=get_param_shapes(config.make))
     else:
         config, params = load_autoencoder(folder)
@@ -80,7 +100,7 @@ def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
 
 
 def make_autoencoder_step(
-    training: AutoencoderTraining, seed: int, *, mesh: AnyMesh | None = None
+    training: AutoencoderTraining, model: AutoencoderConfig, seed: int, *, mesh: AnyMesh | None = None
 ) -> tuple[TrainStep, tuple[Any, ...]]:
     """Return the step of an autoencoder's training, and its constants: the weights of LPIPS if it is used.
 
@@ -93,10 +113,10 @@ def make_autoencoder_step(
     objective, file = training.loss, training.loss.lpips_weights
     make_loss: Callable[..., AutoencoderLoss] = AutoencoderLoss
     make_step: Callable[..., GradientStep] = GradientStep
-    if isinstance(training.model, VqConfig):
+    if isinstance(model, VqConfig):
         make_loss, make_step = functools.partial(VqLoss, learning=training.codebook), VqStep
     loss = make_loss(
-        graph=get_graph_def(training.model.make),
+        graph=get_graph_def(model.make),
         objective=objective,
         seed=seed,
         perceptual_net=None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
@@ -109,7 +129,77 @@ def make_autoencoder_step(
         return step, constants
     discriminator = DiscriminatorTraining(
         config=objective.adversarial,
-        last_layer=training.model.last_layer,
+        last_layer=model.last_layer,
         random_key=rng.key(seed, "discriminator"),
     )
     return AdversarialStep(autoencoder=step, discriminator=discriminator), constants
+
+
+def limit_windows(training: AutoencoderTraining, limits: SizeLimits) -> SizeLimits:
+    """Return the limits on the sizes that clips are resized to before windows are cut, for the data's limits."""
+    max_pixels, max_frames = training.max_pixels or limits.max_pixels, training.max_frames or limits.max_frames
+    return dataclasses.replace(limits, max_pixels=max_pixels, max_frames=max_frames)
+
+
+def open_windows(
+    training: AutoencoderTraining,
+    crops: ClipCrops,
+    purpose: str,
+    *,
+    seed: int,
+    start: int = 0,
+    part: RowPart | None = None,
+    augment: bool = True,
+) -> WindowBatches:
+    """Return batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own.
+
+    Args:
+      training: The training.
+      crops: The clips.
+      purpose: What the windows are for.
+      seed: Seed of the run.
+      start: Step that the batches begin with.
+      part: Part of each batch that this process has; None for whole batches.
+      augment: Whether windows are augmented where the config says so.
+    """
+    windows = training.windows
+    if not augment:
+        windows = tuple(dataclasses.replace(window, augment=None) for window in windows)
+    return WindowBatches(
+        crops,
+        windows,
+        seed=int(rng.make_generator(seed, purpose).integers(2**31)),
+        start_step=start,
+        host=0 if part is None else part.part_index,
+        hosts=1 if part is None else part.part_count,
+    )
+
+
+def fit_linear_baseline(
+    folder: Path,
+    model: AutoencoderConfig,
+    training: AutoencoderTraining,
+    clips: ClipSource,
+    limits: SizeLimits,
+    *,
+    seed: int,
+) -> LinearAutoencoder:
+    """Return the principal components of the patches of unaugmented training clips, which are kept in the folder.
+
+    Args:
+      folder: Folder of the training.
+      model: The autoencoder, whose stride and number of channels the linear one has.
+      training: The training, whose windows are used.
+      clips: The training clips.
+      limits: Limits on their sizes.
+      seed: Seed of the run.
+    """
+    path = folder / "linear.safetensors"
+    if path.is_file():
+        return LinearAutoencoder(**load_weights(path))
+    crops = ClipCrops(clips, limit_windows(training, limits))
+    with contextlib.closing(open_windows(training, crops, "linear start", seed=seed, augment=False)) as batches:
+        first = itertools.islice(batches, _LINEAR_BATCHES)
+        fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
+    save_weights(path, fitted._asdict())
+    return fitted

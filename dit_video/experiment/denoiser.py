@@ -1,4 +1,4 @@
-"""Denoisers of an experiment: their trained part, loss and training step."""
+"""Training of a model's denoiser: its trained part, its loss, its step, and its checkpoints."""
 
 import dataclasses
 import functools
@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
+from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path, unflatten
-from dit_video.distributed import make_parallelism
+from dit_video.distributed import make_shardings
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.experiment.config import Experiment
 from dit_video.experiment.initial_weights import (
     ParameterPlacer,
     check_initial_weights,
@@ -25,10 +25,15 @@ from dit_video.experiment.initial_weights import (
 )
 from dit_video.experiment.training_config import DenoiserTraining, LoraAdapters, Student, TemporalWeights
 from dit_video.families import load_denoiser
+from dit_video.models.model_config import ModelConfig
 from dit_video.nn import LoraConfig, add_lora_scale, attach_lora, get_graph_def, init_lora, init_params, merge_lora
+from dit_video.nn.parallel import ONE_DEVICE, Parallelism
+from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, LoraLoss, time_quantile
 from dit_video.training.losses.distillation import make_distillation_step
+from dit_video.training.optim.ema import DECAY, EmaSnapshots, format_average_name
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.state import get_shapes_on_devices
 from dit_video.training.step import GradientStep, TrainStep
 from dit_video.weights.parameter import Placement, place_on_host
 
@@ -78,18 +83,18 @@ class TrainableDenoiser(NamedTuple):
         return map_with_path(merge_leaf, self.base_params)
 
 
-def init_denoiser(training: DenoiserTraining, key: Array) -> dict[str, Any]:
-    """Return random parameters of a denoiser and its text encoder. Traceable."""
+def init_denoiser(model: ModelConfig, key: Array) -> dict[str, Any]:
+    """Return random parameters of a model's denoiser and text encoder. Traceable."""
     return {
-        "backbone": init_params(training.backbone.make, jax.random.fold_in(key, 0)),
-        "text": init_params(training.text.make, jax.random.fold_in(key, 1)),
+        "backbone": init_params(model.backbone.make, jax.random.fold_in(key, 0)),
+        "text": init_params(model.text_encoder.make, jax.random.fold_in(key, 1)),
     }
 
 
 def open_trainable_denoiser(
-    training: DenoiserTraining, folder: Path, mesh: Mesh, *, is_resuming: bool
+    training: DenoiserTraining, model: ModelConfig, folder: Path, mesh: Mesh, *, is_resuming: bool
 ) -> TrainableDenoiser:
-    """Return the trained part of the denoiser; `is_resuming` is True if `folder` has checkpoints already.
+    """Return the trained part of a model's denoiser; `is_resuming` is True if `folder` has checkpoints already.
 
     Pretrained weights are read one parameter at a time, to their devices on `mesh`.
 
@@ -98,11 +103,11 @@ def open_trainable_denoiser(
       UserError: If the folder holds no denoiser or one of another model, or if base or teacher weights are others than
         before.
     """
-    init, train = functools.partial(init_denoiser, training), training.train
-    check_initial_weights(training)
-    placer = ParameterPlacer(mesh, training)
+    init, train = functools.partial(init_denoiser, model), training.train
+    check_initial_weights(training, model)
+    placer = ParameterPlacer(mesh, training, model.backbone)
     if isinstance(train, LoraAdapters | Student):
-        params = load_initial_denoiser(training, train.init_from, placer)
+        params = load_initial_denoiser(model, train.init_from, placer)
         record_identity(folder / "start.json", placer.identity, train.init_from)
         if (lora := train.lora) is None:
             return TrainableDenoiser(init, load_initial=lambda: jax.tree.map(jnp.copy, params), teacher=params)
@@ -110,44 +115,50 @@ def open_trainable_denoiser(
         return TrainableDenoiser(lambda key: init_lora(shapes, lora, key), base_params=params, lora=lora)
     if (start := train.init_from) is None or is_resuming:
         return TrainableDenoiser(init)
-    return TrainableDenoiser(init, load_initial=lambda: load_initial_denoiser(training, start, placer))
+    return TrainableDenoiser(init, load_initial=lambda: load_initial_denoiser(model, start, placer))
 
 
 def make_denoiser_loss(
-    experiment: Experiment, mesh: AnyMesh, *, empty_caption: Shaped[np.ndarray, "s *E"]
+    training: DenoiserTraining,
+    model: ModelConfig,
+    parallel: Parallelism,
+    *,
+    seed: int,
+    empty_caption: Shaped[np.ndarray, "s *E"],
 ) -> DenoiserLoss:
-    """Return the loss of the denoiser's training, with its attention sharded over a mesh.
+    """Return the loss of the training of a model's denoiser.
 
     Args:
-      experiment: The experiment.
-      mesh: The mesh that the loss is computed on.
+      training: The training.
+      model: The model, as this training has it.
+      parallel: Parallelism that the loss is computed with.
+      seed: Seed of the run.
       empty_caption: Tokens of an empty caption, or their embeddings.
     """
-    config = experiment.denoiser
     return DenoiserLoss(
-        backbone=get_graph_def(config.backbone.make, make_parallelism(mesh, experiment.mesh.context_attention)),
-        text=get_graph_def(config.text.make),
-        objective=config.objective,
-        caption_dropout=config.caption_dropout,
+        backbone=get_graph_def(model.backbone.make, parallel),
+        text=get_graph_def(model.text_encoder.make),
+        objective=training.make_objective(model),
+        caption_dropout=training.caption_dropout,
         empty_caption=empty_caption,
-        seed=experiment.seed,
-        frame_conditioning=config.frame_conditioning,
-        time_quantiles=get_time_range(config),
-        time_per=config.time_per,
-        optimizer=get_optimizer_config(config) if config.lora is None else None,
+        seed=seed,
+        frame_conditioning=model.frame_conditioning,
+        time_quantiles=get_time_range(training, model),
+        time_per=training.time_per,
+        optimizer=get_optimizer_config(training) if training.lora is None else None,
     )
 
 
-def get_time_range(training: DenoiserTraining) -> tuple[float, float]:
+def get_time_range(training: DenoiserTraining, model: ModelConfig) -> tuple[float, float]:
     """Return the range of quantiles of the objective's times that is trained; see `DenoiserLoss.time_quantiles`."""
     if training.expert is None:
         return 0.0, 1.0
-    boundary = time_quantile(training.objective, training.expert.boundary)
+    boundary = time_quantile(training.make_objective(model), training.expert.boundary)
     return (boundary, 1.0) if training.expert.expert == "high" else (0.0, boundary)
 
 
 def add_other_expert(
-    training: DenoiserTraining, params: dict[str, Any], place: Placement = place_on_host
+    training: DenoiserTraining, model: ModelConfig, params: dict[str, Any], place: Placement = place_on_host
 ) -> dict[str, Any]:
     """Return a pipeline's parameters from the trained ones; the other of two experts is read to its destination."""
     if (expert_config := training.expert) is None:
@@ -155,7 +166,7 @@ def add_other_expert(
     trained, kept = get_expert_names(training)
     _, other = load_denoiser(
         expert_config.other_folder,
-        kernel_dtype=get_kernel_dtype(training),
+        kernel_dtype=get_kernel_dtype(training, model.backbone),
         place=lambda path, parameter: place(f"{kept}/{path}", parameter),
     )
     return {trained: params["backbone"], kept: other, "text": params["text"]}
@@ -200,3 +211,73 @@ def make_denoiser_step(
         accumulation_steps=config.accumulation_steps,
         mesh=mesh,
     )
+
+
+def load_checkpoint(
+    checkpoints: Checkpoints,
+    training: DenoiserTraining,
+    model: ModelConfig,
+    folder: Path,
+    mesh: Mesh,
+    *,
+    step: int | None = None,
+    ema: float | int | None = None,
+    sigma_rel: float | None = None,
+) -> dict[str, Any]:
+    """Return the parameters of a model's denoiser in a checkpoint; see `Run.newest_pipeline`.
+
+    Args:
+      checkpoints: The checkpoints.
+      training: The training that made them.
+      model: The model.
+      folder: Folder of the training.
+      mesh: Devices that the weights are read to.
+      step: Step of the checkpoint; None for the newest that can be read.
+      ema: Decay of the average; 0 for the weights themselves, None for the average that is sampled from.
+      sigma_rel: Relative width of an average that is reconstructed from snapshots.
+    """
+    trained = open_trainable_denoiser(training, model, folder, mesh, is_resuming=True)
+    loss = make_denoiser_loss(training, model, ONE_DEVICE, seed=0, empty_caption=np.zeros(1, np.int32))
+    train_step = make_denoiser_step(training, loss)  # all stages share one state
+    make_state_shardings = functools.partial(make_shardings, mesh=mesh)
+    shapes = get_shapes_on_devices(lambda key: train_step.init(trained.init(key)), shardings=make_state_shardings)
+    state, _ = checkpoints.restore(shapes, step)
+    chosen = select_average(state, training, folder, ema=ema, sigma_rel=sigma_rel)
+    del state
+    return trained.merge_params(chosen)
+
+
+def select_average(
+    state: Any, config: DenoiserTraining, folder: Path, *, ema: float | int | None, sigma_rel: float | None
+) -> dict[str, Any]:
+    """Return the requested average of a training's weights, on its devices.
+
+    Args:
+      state: The newest state.
+      config: Names the averages that it has.
+      folder: Folder of its snapshots.
+      ema: A decay; 0 for the weights without an average; None for the average that is sampled from.
+      sigma_rel: Relative width of an average that is reconstructed from snapshots instead.
+
+    Raises:
+      MissingError: If there are no snapshots.
+      UserError: If the decay was not kept, or if both are given.
+    """
+    if ema is not None and sigma_rel is not None:
+        raise UserError("ema and sigma_rel are both given: an average has a decay or a width; give ema or sigma_rel")
+    if sigma_rel is not None:
+        shapes, arrays = jax.eval_shape(lambda: state.params), flatten(state.params)
+        return EmaSnapshots(folder / "snapshots").reconstruct(
+            sigma_rel,
+            like=shapes,
+            max_step=int(state.step),
+            place=lambda path, parameter: parameter.to_device(arrays[path].sharding),
+        )
+    if ema is None or ema == config.ema_decay:
+        return state.ema
+    if ema == 0:
+        return state.params
+    if ema not in config.averages.decays:
+        kept_decays = ", ".join(map(str, (config.ema_decay, *config.averages.decays)))
+        raise UserError(f"the run keeps no average of decay {ema}; use {kept_decays}, or 0 for the weights themselves")
+    return state.averages[DECAY][format_average_name(ema)]

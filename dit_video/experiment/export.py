@@ -1,43 +1,33 @@
-"""Results of a run: the config of its pipeline, and adapters and weights under other projects' names.
+"""Results of a training: its pipeline, and adapters and weights under other projects' names.
 
 With several processes all of them call the functions that write: the first one writes what they gather.
 """
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from dit_video.core.files import atomic_path
 from dit_video.core.offload import Offload
 from dit_video.data.clips import ClipInfo
-from dit_video.data.sizes import fit_size
+from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process, to_host
-from dit_video.experiment.autoencoder import WEIGHTS_FILE, read_autoencoder
-from dit_video.experiment.config import Experiment
 from dit_video.experiment.denoiser import add_other_expert
-from dit_video.experiment.encoders import open_text_encoder
-from dit_video.experiment.runtime import Runtime
-from dit_video.experiment.training_config import AutoencoderTraining, PretrainedAutoencoder
+from dit_video.experiment.training_config import DenoiserTraining
 from dit_video.families import find_format, get_lora_modules
 from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.models.backbones.protocol import BackboneConfig
-from dit_video.models.encoders import Tokenizer
+from dit_video.models.model_config import ModelConfig
 from dit_video.sampling.devices import make_placement
 from dit_video.sampling.loading import add_preview_decoder
 from dit_video.sampling.memory import fit_offload
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
-from dit_video.sampling.pipeline_config import PipelineConfig, read_pipeline_config
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.weights import get_native_modules, save_lora
-from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 ADAPTER_FILE, LORA_FILE = "adapter.safetensors", "pytorch_lora_weights.safetensors"
 
@@ -76,88 +66,62 @@ def save_transformer(
 
 
 def make_pipeline(
-    experiment: Experiment,
-    runtime: Runtime,
-    denoiser: dict[str, Any],
+    config: PipelineConfig,
+    training: DenoiserTraining,
     *,
+    autoencoder: dict[str, Any],
+    denoiser: dict[str, Any],
+    preview_folder: Path,
     mesh: MeshConfig | Mesh | None = None,
     offload: Offload | Literal["auto"] | None = "auto",
 ) -> Pipeline:
-    """Return the pipeline of a run with these weights of the denoiser, on the devices of a mesh or on the default one.
+    """Return the pipeline of a training, on the devices of a mesh or on the default one.
 
-    `offload` is described at `dit_video.load`.
-
-    Raises:
-      MissingError: If the autoencoder is not trained yet.
+    Args:
+      config: Its config.
+      training: The training of its denoiser.
+      autoencoder: Parameters of its autoencoder.
+      denoiser: Parameters that the training has made.
+      preview_folder: Folder that may hold the preview decoder of its autoencoder.
+      mesh: Devices that sample together; None for the default one.
+      offload: Weights in host memory; see `dit_video.load`.
     """
-    autoencoder = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
-    config = get_pipeline_config(experiment, runtime)
     offload = fit_offload(offload, config, mesh=mesh, is_large=mesh is None and config.boundary is not None)
     place = make_placement(mesh, offload)
     pipeline = Pipeline(
         config,
         autoencoder=autoencoder,
-        denoiser=add_other_expert(experiment.denoiser, denoiser, place),
+        denoiser=add_other_expert(training, config.model, denoiser, place),
         get_lora_modules=get_lora_modules,
         mesh=mesh,
         offload=offload,
     )
-    return add_preview_decoder(pipeline, _get_preview_folder(experiment.autoencoder, runtime.folder))
-
-
-def _get_preview_folder(config: AutoencoderTraining | PretrainedAutoencoder, folder: Path) -> Path:
-    """Return the folder that may hold the preview decoder of a run's autoencoder."""
-    if isinstance(config, PretrainedAutoencoder):
-        return Path(config.folder or folder)
-    return (folder / WEIGHTS_FILE).parent
-
-
-def get_pipeline_config(experiment: Experiment, runtime: Runtime) -> PipelineConfig:
-    """Return the config of a run's pipeline, which was written when it began, or which follows from the clips."""
-    if (runtime.folder / PIPELINE_CONFIG).is_file():
-        # The experiment's own backbone may have another attention than when the run began.
-        return replace(read_pipeline_config(runtime.folder), backbone=experiment.denoiser.backbone)
-    text, infos = open_text_encoder(experiment, runtime), runtime.training_clips.infos
-    config = make_pipeline_config(experiment, infos, text, command=runtime.command)
-    return replace(config, provenance=config.provenance | {"data": " ".join(runtime.clips.versions)})
+    return add_preview_decoder(pipeline, preview_folder)
 
 
 def make_pipeline_config(
-    experiment: Experiment, infos: Sequence[ClipInfo], encoder: Tokenizer | FrozenTextEncoder, *, command: str
+    model: ModelConfig,
+    training: DenoiserTraining,
+    infos: Sequence[ClipInfo],
+    *,
+    limits: SizeLimits,
+    **options: Any,
 ) -> PipelineConfig:
-    """Return the config of a run's pipeline.
+    """Return the config of the pipeline of a training.
 
     Args:
-      experiment: The run's experiment.
+      model: The model, with its frame rate.
+      training: The training of its denoiser.
       infos: The training clips.
-      encoder: Encoder of their captions.
-      command: Command that started the run.
+      limits: Limits on their sizes; the largest is the default size of samples.
+      options: Further fields of the config.
     """
-    rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
-    sizes = [fit_size(info, experiment.limits) for info in infos]
-    denoiser = experiment.denoiser
+    sizes = [fit_size(info, limits) for info in infos]
     return PipelineConfig(
-        autoencoder=experiment.autoencoder.model,
-        backbone=denoiser.backbone,
-        text=encoder.pinned_config if isinstance(encoder, FrozenTextEncoder) else denoiser.text,
-        process=denoiser.objective.process,
-        prediction=denoiser.objective.prediction,
-        caption_dropout=denoiser.caption_dropout,
-        boundary=None if denoiser.expert is None else denoiser.expert.boundary,
-        layout=denoiser.row_shape,
-        batch=denoiser.batch,
-        sampling=experiment.sampling,
-        fps=float(np.median(rates)) if experiment.data.fps is None else experiment.data.fps,
-        frame_conditioning=denoiser.frame_conditioning,
-        task=denoiser.task,
-        image_encoder=denoiser.image_encoder,
-        evaluation=experiment.evaluation,
+        model=model,
+        caption_dropout=training.caption_dropout,
+        boundary=None if training.expert is None else training.expert.boundary,
+        batch=training.batch,
         size=max(sizes, key=lambda size: (size.volume, size)),
-        provenance={
-            "command": command,
-            "experiment": experiment.name,
-            "seed": str(experiment.seed),
-            "dit_video": version("dit-video"),
-            "jax": jax.__version__,
-        },
+        **options,
     )

@@ -20,7 +20,9 @@ from dit_video.core.trees import flatten
 from dit_video.distributed import make_shardings
 from dit_video.experiment.training_config import DenoiserTraining, TemporalWeights
 from dit_video.families import find_format, load_denoiser, read_denoiser_config
+from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import FrozenTextConfig
+from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_param_shapes
 from dit_video.sampling.loading import read_denoiser
 from dit_video.sampling.pipeline_config import is_pipeline_folder, read_pipeline_config
@@ -35,8 +37,8 @@ _TRAINING_ONLY_FIELDS = (
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
 
 
-def check_initial_weights(training: DenoiserTraining) -> None:
-    """Check the initial weights and the trained parameters, without reading weights.
+def check_initial_weights(training: DenoiserTraining, model: ModelConfig) -> None:
+    """Check the initial weights of a model and its trained parameters, without reading weights.
 
     Raises:
       MissingError: If the folder of the initial weights does not exist.
@@ -44,19 +46,19 @@ def check_initial_weights(training: DenoiserTraining) -> None:
         trained.
     """
     if isinstance(training.train, TemporalWeights):
-        paths = flatten(get_param_shapes(training.backbone.make))
+        paths = flatten(get_param_shapes(model.backbone.make))
         if not any(re.search(TEMPORAL_PATHS, path) for path in paths):
             rule = "the denoiser has no temporal layers. Use AllWeights or LoraAdapters."
             raise UserError(f"train=TemporalWeights is invalid: {rule}")
     start = training.train.init_from
     if start is not None and (folder := _find_transformer(start)):
-        _check_same(str(folder), "the transformer", read_denoiser_config(folder), training.backbone)
+        _check_same(str(folder), "the transformer", read_denoiser_config(folder), model.backbone)
         if training.expert is not None:
             other = training.expert.other_folder
-            _check_same(other, "the transformer", read_denoiser_config(other), training.backbone)
-        if not isinstance(training.text, FrozenTextConfig):
-            raise UserError(f"{start} has no text encoder to train; set text=FrozenTextConfig(...)")
-    denoiser_format = find_format(training.backbone)
+            _check_same(other, "the transformer", read_denoiser_config(other), model.backbone)
+        if not isinstance(model.text_encoder, FrozenTextConfig):
+            raise UserError(f"{start} has no text encoder to train; set text_encoder=FrozenTextConfig(...)")
+    denoiser_format = find_format(model.backbone)
     targets = () if training.lora is None else training.lora.targets
     for path in () if denoiser_format is None else denoiser_format.unadapted:
         if any(re.search(pattern, path) for pattern in targets):
@@ -64,7 +66,7 @@ def check_initial_weights(training: DenoiserTraining) -> None:
             raise UserError(f"adapters of {path} can't be written in other programs' formats; {fix}")
 
 
-def load_initial_denoiser(training: DenoiserTraining, start: str, placer: "ParameterPlacer") -> dict[str, Any]:
+def load_initial_denoiser(model: ModelConfig, start: str, placer: "ParameterPlacer") -> dict[str, Any]:
     """Load the initial parameters from the folder `start`, each to its devices as soon as it is read."""
     if transformer := _find_transformer(start):
         dtype = placer.kernel_dtype
@@ -75,8 +77,8 @@ def load_initial_denoiser(training: DenoiserTraining, start: str, placer: "Param
     folder = Path(start)
     pipeline = folder if is_pipeline_folder(folder) else folder / "pipeline"
     config = read_pipeline_config(pipeline)
-    for part in ("backbone", "text"):
-        _check_same(str(folder), part, getattr(config, part), getattr(training, part))
+    for part in ("backbone", "text_encoder"):
+        _check_same(str(folder), part, getattr(config.model, part), getattr(model, part))
     return read_denoiser(pipeline, config, placer)
 
 
@@ -93,21 +95,21 @@ def _find_transformer(start: str) -> Path | None:
     return folder if (folder / "config.json").is_file() else None
 
 
-def get_kernel_dtype(training: DenoiserTraining) -> np.dtype:
+def get_kernel_dtype(training: DenoiserTraining, backbone: BackboneConfig) -> np.dtype:
     """Return the dtype that the kernels of linear maps are read in.
 
     Where only adapters are trained, kernels are kept in the dtype of the matrix products: half the memory in bfloat16.
     """
-    return jnp.dtype("float32" if training.lora is None else training.backbone.dtype)
+    return jnp.dtype("float32" if training.lora is None else backbone.dtype)
 
 
 class ParameterPlacer:
     """Placement of parameters on a mesh, which records a digest of each."""
 
-    def __init__(self, mesh: Mesh, training: DenoiserTraining):
+    def __init__(self, mesh: Mesh, training: DenoiserTraining, backbone: BackboneConfig):
         self._mesh, self._digests = mesh, dict[str, str]()
-        self.kernel_dtype = get_kernel_dtype(training)
-        denoiser_format = find_format(training.backbone)
+        self.kernel_dtype = get_kernel_dtype(training, backbone)
+        denoiser_format = find_format(backbone)
         float32_kernels = () if denoiser_format is None else denoiser_format.float32_kernels
         self._get_dtype = make_dtype_fn(
             np.dtype(np.float32), self.kernel_dtype, float32_kernels=[f"backbone/{path}" for path in float32_kernels]

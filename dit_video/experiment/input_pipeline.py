@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jax.sharding import Mesh
 from jaxtyping import Float, Int64
 
 from dit_video.core.errors import UserError
 from dit_video.core.grid import find_distinct_grids
 from dit_video.data.bucket_batches import load_bucket_batches
-from dit_video.data.buckets import Buckets, plan_buckets
+from dit_video.data.buckets import BucketConfig, Buckets, plan_buckets
 from dit_video.data.captions import (
     CachedCaptions,
     CaptionSource,
@@ -24,7 +23,6 @@ from dit_video.data.captions import (
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.online import OnlineEncoder
-from dit_video.data.latents.plan import Augmentations, Encoding
 from dit_video.data.loader import DenoiserBatches, LoaderConfig, load_encoded_batches, load_packed_batches
 from dit_video.data.packing.balance import Balance, Cost
 from dit_video.data.packing.mask_mix import MaskMix
@@ -33,12 +31,13 @@ from dit_video.data.packing.rows import Encode
 from dit_video.data.sizes import compute_all_sampled_fps, fit_sizes
 from dit_video.data.windows import DECODE_THREADS
 from dit_video.distributed import RowPart, check_denoiser, count_row_shards
-from dit_video.experiment.config import Experiment
+from dit_video.experiment.run import Run
+from dit_video.experiment.training_config import DenoiserTraining
 from dit_video.models.autoencoders import latent_grid
 from dit_video.models.encoders import Tokenizer
 from dit_video.tokens import Grid, compute_token_grid
 from dit_video.training.hooks.logging import Progress
-from dit_video.weights.frozen_encoders import FrozenImageEncoder, FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 _BATCHES_PER_STEP = 4
 """Number of encoder batches per canvas size that a step's clips are divided into.  The number of clips varies from step
@@ -49,31 +48,28 @@ BatchFactory = Callable[[int], DenoiserBatches]
 
 
 def make_cached_batches(
-    experiment: Experiment, mesh: Mesh, latents: LatentSource, clips: ClipSource, texts: CaptionSource
+    run: Run, training: DenoiserTraining, latents: LatentSource, texts: CaptionSource
 ) -> BatchFactory:
-    """Return the input of a training on cached latents of these clips; `texts` are the captions of the latents."""
-    config = experiment.denoiser
-    mixed, mask_mix = make_mixture(latents, clips, experiment.data.used_weights), make_mask_mix(experiment)
-    intervals = _compute_token_dt(experiment, clips, latents.clips)
+    """Return the input of a training on cached latents of the training clips; `texts` are their captions."""
+    model, clips = run.model, run.training_clips
+    mixed, mask_mix = make_mixture(latents, clips, run.data.used_weights), make_mask_mix(run)
+    intervals = _compute_token_dt(run, clips, latents.clips)
 
     def feed(start: int) -> DenoiserBatches:
-        reading = _make_loader_config(experiment, mesh, start, mixed, threads=1)
-        sizes: dict[str, Any] = {"patch": config.backbone.patch, "shape": config.row_shape, "token_dt": intervals}
+        reading = _make_loader_config(run, training, start, mixed, threads=1)
+        sizes: dict[str, Any] = {"patch": model.backbone.patch, "shape": model.row_shape, "token_dt": intervals}
         return load_packed_batches(latents, texts, config=reading, mask_mix=mask_mix, **sizes)
 
     return feed
 
 
 def _compute_token_dt(
-    experiment: Experiment, clips: ClipSource, names: Sequence[str] | None = None
+    run: Run, clips: ClipSource, names: Sequence[str] | None = None
 ) -> Float[np.ndarray, " n"] | None:
     """Return the seconds between tokens along time in the clips of these names, or in all; None if positions count."""
-    backbone = experiment.denoiser.backbone
-    if backbone.time_coordinate == "tokens":
+    if run.model.backbone.time_coordinate == "tokens":
         return None
-    intervals = (
-        experiment.autoencoder.model.stride.t * backbone.patch.t / compute_all_sampled_fps(clips, experiment.limits)
-    )
+    intervals = np.asarray(run.model.compute_token_dt(compute_all_sampled_fps(clips, run.limits)))
     return intervals if names is None else intervals[_find_numbers(clips, names)]
 
 
@@ -84,117 +80,117 @@ def _find_numbers(clips: ClipSource, names: Sequence[str]) -> Int64[np.ndarray, 
 
 
 def make_online_batches(
-    experiment: Experiment, mesh: Mesh, clips: ClipSource, texts: CaptionSource, encode: Encode
+    run: Run, training: DenoiserTraining, clips: ClipSource, texts: CaptionSource, encode: Encode
 ) -> BatchFactory:
     """Return rows, or bucket batches where the config has buckets, of clips that are encoded from their video files.
 
     Args:
-      experiment: Its denoiser, size limits and weights are used.
-      mesh: Devices that the rows are divided among.
-      clips: The training clips.
+      run: The run, as the stage sees it.
+      training: The training.
+      clips: The clips.
       texts: Their captions.
-      encode: `make_online_encoder` of the same experiment and clips.
+      encode: `make_online_encoder` of the same run and clips.
 
     Raises:
       UserError: If not one example of some size fits into the memory of a bucket's batch.
     """
-    config, model, weights = experiment.denoiser, experiment.autoencoder.model, experiment.data.used_weights
-    buckets = None if config.buckets is None else make_buckets(experiment, mesh, clips)
+    model, weights = run.model, run.data.used_weights
+    buckets = None if training.buckets is None else make_buckets(run, training.buckets, clips)
     mixed = Mixture(sizes=clips.dataset_sizes, weights=weights) if weights else None
 
     def feed(start: int) -> DenoiserBatches:
-        reading = _make_loader_config(experiment, mesh, start, mixed, threads=DECODE_THREADS)
+        reading = _make_loader_config(run, training, start, mixed, threads=DECODE_THREADS)
         common: dict[str, Any] = {
-            "latent_grid": functools.partial(latent_grid, stride=model.stride),
-            "channels": model.channels,
-            "limits": experiment.limits,
-            "patch": config.backbone.patch,
+            "latent_grid": functools.partial(latent_grid, stride=model.autoencoder.stride),
+            "channels": model.autoencoder.channels,
+            "limits": run.limits,
+            "patch": model.backbone.patch,
             "config": reading,
-            "token_dt": _compute_token_dt(experiment, clips),
+            "token_dt": _compute_token_dt(run, clips),
         }
         if buckets is None:
-            mask_mix = make_mask_mix(experiment)
-            return load_encoded_batches(clips, texts, encode, shape=config.row_shape, mask_mix=mask_mix, **common)
-        text_length = min(config.row_shape.text, config.text.max_tokens)
+            mask_mix = make_mask_mix(run)
+            return load_encoded_batches(clips, texts, encode, shape=model.row_shape, mask_mix=mask_mix, **common)
+        text_length = min(model.row_shape.text, model.text_encoder.max_tokens)
         return load_bucket_batches(clips, texts, encode, buckets, max_text=text_length, **common)
 
     return feed
 
 
-def make_mask_mix(experiment: Experiment) -> MaskMix | None:
+def make_mask_mix(run: Run) -> MaskMix | None:
     """Return the draws of masks of known pixels; None for a denoiser with a first frame alone, or without it."""
-    frames, model = experiment.denoiser.frame_conditioning, experiment.autoencoder.model
+    frames, autoencoder = run.model.frame_conditioning, run.model.autoencoder
     if frames is None or not frames.has_mask_mix:
         return None
-    return MaskMix(frames, experiment.seed, model.channels, model.stride)
+    return MaskMix(frames, run.seed, autoencoder.channels, autoencoder.stride)
 
 
 def make_online_encoder(
-    experiment: Experiment, mesh: Mesh, autoencoder_params: dict[str, Any], clips: ClipSource
+    run: Run, training: DenoiserTraining, autoencoder_params: dict[str, Any], clips: ClipSource
 ) -> OnlineEncoder:
-    """Return an encoder of clips as they are read; `autoencoder` are the autoencoder's parameters.
+    """Return an encoder of clips as they are read, with the parameters of the autoencoder.
 
     Raises:
       UserError: If not one example of some size fits into the memory of a bucket's batch.
     """
-    config, model = experiment.denoiser, experiment.autoencoder.model
-    hosts = RowPart.from_mesh(mesh).part_count
-    if config.buckets is not None:
-        buckets = make_buckets(experiment, mesh, clips).buckets
+    model, shape = run.model.autoencoder, run.model.row_shape
+    hosts = RowPart.from_mesh(run.mesh).part_count
+    if training.buckets is not None:
+        buckets = make_buckets(run, training.buckets, clips).buckets
         sizes = [bucket.size for bucket in buckets for _ in range(bucket.batch // hosts)]
         return OnlineEncoder(model, autoencoder_params, sizes)
-    distinct, _, kinds = find_distinct_grids(fit_sizes(clips, experiment.limits))
-    grids = [compute_token_grid(latent_grid(size, model.stride), config.backbone.patch) for size in distinct]
+    distinct, _, kinds = find_distinct_grids(fit_sizes(clips, run.limits))
+    grids = [compute_token_grid(latent_grid(size, model.stride), run.model.backbone.patch) for size in distinct]
     tokens, sizes = sum(grids[kind].volume for kind in kinds.tolist()), [distinct[kind] for kind in kinds.tolist()]
-    steps = tokens / (config.row_shape.tokens * config.batch / hosts)
+    steps = tokens / (shape.tokens * training.batch / hosts)
     return OnlineEncoder(model, autoencoder_params, sizes, calls=max(1, _BATCHES_PER_STEP * steps))
 
 
-def check_inputs(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> None:
-    """Check that the denoiser can be trained on these clips, before the autoencoder is trained for hours.
+def check_inputs(run: Run, training: DenoiserTraining) -> None:
+    """Check that the denoiser can be trained on the run's clips, before the autoencoder is trained for hours.
 
     Raises:
       UserError: If rows, tokens, heads or hidden widths are not divisible by the devices, if the data set has no clips
         to train on, or if not one example of some size fits into the memory.
     """
-    config = experiment.denoiser
-    attention = experiment.mesh.context_attention
-    options: dict[str, Any] = {"tokens": config.row_shape.tokens, "context_attention": attention}
-    if config.buckets is not None:
-        make_buckets(experiment, mesh, clips)
+    model, mesh, clips = run.model, run.mesh, run.training_clips
+    attention = run.mesh_config.context_attention
+    options: dict[str, Any] = {"tokens": model.row_shape.tokens, "context_attention": attention}
+    if training.buckets is not None:
+        make_buckets(run, training.buckets, clips)
         if mesh.shape["context"] > 1:
-            rule = "the tokens of a clip may not be divisible by it; use layout=PackedShape(...), or context=1"
+            rule = "the tokens of a clip may not be divisible by it; leave out buckets, or use context=1"
             raise UserError(f"context={mesh.shape['context']} is invalid with buckets: {rule}")
-        check_denoiser(mesh, config.backbone, rows=count_row_shards(mesh), **options)
+        check_denoiser(mesh, model.backbone, rows=count_row_shards(mesh), **options)
         return
-    if config.batch // config.accumulation_steps % (shards := count_row_shards(mesh)):
-        part = "" if config.accumulation_steps == 1 else f", in {config.accumulation_steps} parts,"
-        raise UserError(f"a batch of {config.batch} rows{part} does not divide among {shards} devices; use a multiple")
-    check_denoiser(mesh, config.backbone, rows=config.batch // config.accumulation_steps, **options)
-    if experiment.data.used_weights:
-        Mixture(sizes=clips.dataset_sizes, weights=experiment.data.used_weights)
+    if training.batch // training.accumulation_steps % (shards := count_row_shards(mesh)):
+        part = "" if training.accumulation_steps == 1 else f", in {training.accumulation_steps} parts,"
+        raise UserError(
+            f"a batch of {training.batch} rows{part} does not divide among {shards} devices; use a multiple"
+        )
+    check_denoiser(mesh, model.backbone, rows=training.batch // training.accumulation_steps, **options)
+    if run.data.used_weights:
+        Mixture(sizes=clips.dataset_sizes, weights=run.data.used_weights)
 
 
-def make_buckets(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> Buckets:
+def make_buckets(run: Run, config: BucketConfig, clips: ClipSource) -> Buckets:
     """Plan the buckets of these clips.
 
     Raises:
-      UserError: If the config has no buckets, or if not one example of some size fits into the memory.
+      UserError: If not one example of some size fits into the memory.
     """
-    config, model, limits = experiment.denoiser, experiment.autoencoder.model, experiment.limits
-    if config.buckets is None:
-        raise UserError("the config has no buckets; set denoiser layout=BucketConfig(...)")
+    model = run.model
 
     def tokens(size: Grid) -> int:
-        return compute_token_grid(latent_grid(size, model.stride), config.backbone.patch).volume
+        return compute_token_grid(latent_grid(size, model.autoencoder.stride), model.backbone.patch).volume
 
     return plan_buckets(
-        fit_sizes(clips, limits),
-        config.buckets.memory,
-        budget=config.buckets.budget,
-        count=config.buckets.count,
-        devices=count_row_shards(mesh),
-        max_batch=config.buckets.max_batch,
+        fit_sizes(clips, run.limits),
+        config.memory,
+        budget=config.budget,
+        count=config.count,
+        devices=count_row_shards(run.mesh),
+        max_batch=config.max_batch,
         count_tokens=tokens,
     )
 
@@ -222,7 +218,7 @@ def open_captions(
         if texts.width != tokenizer.config.width:
             raise UserError(
                 f"{cached.folder} holds embeddings of width {texts.width}, the config says {tokenizer.config.width}; "
-                f"set text width={texts.width} and backbone context_width={texts.width}"
+                f"set text_encoder width={texts.width} and backbone context_width={texts.width}"
             )
         return texts
     with Progress("embedding captions", len(get_distinct_captions(captions)), unit="caption") as progress:
@@ -250,46 +246,19 @@ def make_mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[flo
 
 
 def _make_loader_config(
-    experiment: Experiment, mesh: Mesh, start: int, mixture: Mixture | None, *, threads: int
+    run: Run, training: DenoiserTraining, start: int, mixture: Mixture | None, *, threads: int
 ) -> LoaderConfig:
-    config, part = experiment.denoiser, RowPart.from_mesh(mesh)
-    backbone = config.backbone
+    backbone, part = run.model.backbone, RowPart.from_mesh(run.mesh)
     return LoaderConfig(
-        batch=config.batch,
-        seed=experiment.seed,
+        batch=training.batch,
+        seed=run.seed,
         start_step=start,
         host=part.part_index,
         hosts=part.part_count,
         threads=threads,
-        workers=experiment.data.workers,
+        workers=run.data.workers,
         mixture=mixture,
-        balance=Balance(cost=Cost.from_width(backbone.width, layer_params=backbone.layer_params), batch=config.batch),
+        balance=Balance(cost=Cost.from_width(backbone.width, layer_params=backbone.layer_params), batch=training.batch),
         attention_pairs=backbone.attention_pairs,
-        token_lead=backbone.compute_token_lead(experiment.autoencoder.model.stride.t),
-    )
-
-
-def make_encoding(
-    experiment: Experiment,
-    params: dict[str, Any],
-    *,
-    text: Tokenizer | FrozenTextEncoder,
-    images: FrozenImageEncoder | None,
-) -> Encoding:
-    """Return the encoding of an experiment, with the parameters of its autoencoder and its frozen encoders."""
-    data, frames = experiment.data, experiment.denoiser.frame_conditioning
-    frozen = text if isinstance(text, FrozenTextEncoder) else None
-    views = Augmentations(clips_per_video=data.clips_per_video, resolutions=data.resolutions, flips=data.flips)
-    return Encoding(
-        autoencoder=experiment.autoencoder.model,
-        params=params,
-        limits=experiment.limits,
-        augmentations=views,
-        encode_text=frozen,
-        text_identity="" if frozen is None else frozen.identity,
-        encode_image=images,
-        image_identity="" if images is None else images.identity,
-        cond_latents=frames is not None and frames.rest == "grey" and not frames.has_mask_mix,
-        masks=frames.masks if frames is not None and frames.has_mask_mix else (),
-        conditioning=experiment.denoiser.backbone.conditioning,
+        token_lead=run.model.token_lead,
     )

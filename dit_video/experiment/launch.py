@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 
@@ -15,32 +14,27 @@ from dit_video.core.storage import StoragePathLike, classify_storage_error, to_s
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
 from dit_video.experiment.remote_folder import RemoteFolder, get_local_copy, main_process_first
-from dit_video.experiment.run import StagedRun
-from dit_video.experiment.runtime import StagedExperiment
+from dit_video.experiment.run import Experiment, Run
 from dit_video.sampling.pipeline_config import WHOLE_FOLDERS
 from dit_video.training.folder_lock import lock_folder
 from dit_video.training.preemption import raise_on_sigterm
 
-RunT = TypeVar("RunT", bound=StagedRun)
-
 
 @contextlib.contextmanager
 def open_run(
-    run_class: type[RunT],
     folder: StoragePathLike,
-    experiment: StagedExperiment,
+    experiment: Experiment,
     *,
     timeouts: TimeoutConfig | None = None,
     stopped_code: int = 0,
     profile: tuple[int, int] | None = None,
-) -> Iterator[RunT]:
+) -> Iterator[Run]:
     """Connect the processes of a run, lock its folder and create or open the run inside the block.
 
     The folder of a run at an address (`gs://…`) is fetched to this machine first; what changes in it is sent back, at
     intervals and at the end of the block. The time of the block, and of the process before it, is recorded.
 
     Args:
-      run_class: Class of the run.
       folder: Folder or address of the run.
       experiment: Its config, equal in all processes.
       timeouts: How long other processes are waited for.
@@ -61,8 +55,8 @@ def open_run(
         _open_copy(folder) as (local, remote),
     ):
         with main_process_first(remote):
-            run = replace(run_class.create(local, experiment, remote=remote), profile=profile)
-        with run.runtime.recorder.attempt(from_process_start=True):
+            run = replace(Run.create(local, experiment, remote=remote), profile=profile)
+        with run.open_recorder().attempt(from_process_start=True):
             yield run
 
 

@@ -14,15 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.errors import DecodeError
 from dit_video.core.files import write_json
-from dit_video.core.trees import flatten
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.codec import LatentCodec
-from dit_video.data.latents.online import OnlineEncoder
 from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.distributed import shard_batch
 from dit_video.distributed.gather import is_first_process, to_host
@@ -32,22 +29,20 @@ from dit_video.evaluation.evaluate import measure_samples
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
 from dit_video.experiment import input_pipeline
-from dit_video.experiment.config import Experiment
 from dit_video.experiment.denoiser import TrainableDenoiser
+from dit_video.experiment.run import Run
 from dit_video.experiment.training_config import DenoiserTraining, Student
 from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.models.backbones.flops import count_training_flops
+from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import IMAGE_TOKENS
-from dit_video.models.encoders import Tokenizer
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.tokens import PackedBatch, infer_grid
 from dit_video.training.hooks.hook import Hook, PeriodicCall
 from dit_video.training.hooks.metric_logs import MonitoringConfig, TensorBoard, WeightsAndBiases
 from dit_video.training.losses.denoiser import DenoiserLoss, LoraLoss
-from dit_video.training.optim.ema import DECAY, EmaSnapshots, format_average_name
 from dit_video.training.step import Average
 from dit_video.video import Clip
-from dit_video.weights.frozen_encoders import FrozenTextEncoder
 
 _MAX_CLIPS = 4
 """Number of clips in a grid of reconstructions, or of samples whose prompts the config does not give."""
@@ -76,32 +71,24 @@ def open_logs(monitoring: MonitoringConfig, folder: Path) -> list[Hook]:
 
 
 def make_validation(
-    experiment: Experiment,
-    mesh: Mesh,
-    clips: ClipSource,
-    tokenizer: Tokenizer | FrozenTextEncoder,
-    autoencoder: dict[str, Any],
-    loss: DenoiserLoss,
-    trained: TrainableDenoiser,
+    run: Run, training: DenoiserTraining, loss: DenoiserLoss, trained: TrainableDenoiser
 ) -> PeriodicCall:
     """Return a hook that computes the loss of the first batches of held-out clips, with the averaged weights.
 
     Args:
-      experiment: The config.
-      mesh: Devices of the training.
-      clips: The held-out clips.
-      tokenizer: Tokenizer or encoder of their captions.
-      autoencoder: Parameters of the autoencoder.
+      run: The run, as the stage of the training sees it.
+      training: The training.
       loss: The training loss.
       trained: The trained part of the denoiser: weights or adapters.
     """
-    data = dataclasses.replace(experiment.data, weights=(), workers=0)
-    validated = dataclasses.replace(experiment, data=data)
-    texts = input_pipeline.open_captions(tokenizer, clips)
-    encode: OnlineEncoder = input_pipeline.make_online_encoder(validated, mesh, autoencoder, clips)
-    open_batches = input_pipeline.make_online_batches(validated, mesh, clips, texts, encode)
+    clips, mesh, monitoring = run.held_out_clips, run.mesh, run.experiment.monitoring
+    data = dataclasses.replace(run.data, weights=(), workers=0)
+    validated = dataclasses.replace(run, adapted=run.adapted._replace(data=data))
+    captions = input_pipeline.open_captions(run.open_text_encoder(cache=run.folder / "texts"), clips)
+    encode = input_pipeline.make_online_encoder(validated, training, run.read_autoencoder(), clips)
+    open_batches = input_pipeline.make_online_batches(validated, training, clips, captions, encode)
     with contextlib.closing(open_batches(0)) as batches:
-        rows = list(itertools.islice(batches, experiment.monitoring.validation_batches))
+        rows = list(itertools.islice(batches, monitoring.validation_batches))
     undropped = dataclasses.replace(loss, caption_dropout=0.0)
     eval_loss = undropped if trained.lora is None else LoraLoss(loss=undropped, scale=trained.lora.scale)
     constants = () if trained.base_params is None else (trained.base_params,)
@@ -121,7 +108,7 @@ def make_validation(
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(ratio, np.float64)
         return {f"validation_{name}": float(total / count) for name, (total, count) in totals.items() if count}
 
-    return PeriodicCall(every=experiment.monitoring.validate_every, function=call, name="validate")
+    return PeriodicCall(every=monitoring.validate_every, function=call, name="validate")
 
 
 def make_sampling(
@@ -213,14 +200,14 @@ def _save_grid(folder: Path, step: int, clips: Sequence[Clip], texts: Sequence[s
     write_json(folder / TILES_FILE, {**sizes, "tiles": tiles})
 
 
-def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | None:
+def make_flops_fn(training: DenoiserTraining, backbone: BackboneConfig) -> Callable[[PackedBatch], float] | None:
     """Return a function from rows to the FLOPs of the denoiser's step, for utilisation; None for a student.
 
     Padding does not count.
     """
-    if isinstance(config.train, Student):
+    if isinstance(training.train, Student):
         return None
-    backbone, adapters = config.backbone, config.lora is not None
+    adapters = training.lora is not None
 
     def work(rows: PackedBatch) -> float:
         clips, texts, images = list[Any](), list[int](), list[int]()
@@ -252,42 +239,6 @@ def tile_clips(clips: Sequence[Clip], *, gap: int = _GAP) -> Clip:
 
 def _count_columns(clips: int) -> int:
     return math.ceil(math.sqrt(clips))
-
-
-def select_average(
-    state: Any, config: DenoiserTraining, folder: Path, *, ema: float | int | None, sigma_rel: float | None
-) -> dict[str, Any]:
-    """Return the requested average of a training's weights, on its devices.
-
-    Args:
-      state: The newest state.
-      config: Names the averages that it has.
-      folder: Folder of its snapshots.
-      ema: A decay; 0 for the weights without an average; None for the average that is sampled from.
-      sigma_rel: Relative width of an average that is reconstructed from snapshots instead.
-
-    Raises:
-      MissingError: If there are no snapshots.
-      UserError: If the decay was not kept, or if both are given.
-    """
-    if ema is not None and sigma_rel is not None:
-        raise UserError("ema and sigma_rel are both given: an average has a decay or a width; give ema or sigma_rel")
-    if sigma_rel is not None:
-        shapes, arrays = jax.eval_shape(lambda: state.params), flatten(state.params)
-        return EmaSnapshots(folder / "snapshots").reconstruct(
-            sigma_rel,
-            like=shapes,
-            max_step=int(state.step),
-            place=lambda path, parameter: parameter.to_device(arrays[path].sharding),
-        )
-    if ema is None or ema == config.ema_decay:
-        return state.ema
-    if ema == 0:
-        return state.params
-    if ema not in config.averages.decays:
-        kept_decays = ", ".join(map(str, (config.ema_decay, *config.averages.decays)))
-        raise UserError(f"the run keeps no average of decay {ema}; use {kept_decays}, or 0 for the weights themselves")
-    return state.averages[DECAY][format_average_name(ema)]
 
 
 class EvaluationHook(Hook):
@@ -328,7 +279,7 @@ class EvaluationHook(Hook):
     def call(self, step: int, state: Any) -> Mapping[str, float]:
         """Sample, and let the first process measure."""
         pipeline = self._make_pipeline(state.ema)
-        image = pipeline.config.frame_conditioning
+        image = pipeline.config.model.frame_conditioning
         requests = self._evaluation.make_requests(self._clips, 0, image=image is not None and image.prob == 1)
         latents = pipeline.generate_latents([each.request for each in requests])
         if is_first_process():

@@ -19,8 +19,7 @@ from dit_video.core import trees
 from dit_video.core.config_json import Change, list_changes
 from dit_video.core.errors import MissingError, UserError
 from dit_video.distributed import MeshConfig
-from dit_video.experiment.run import StagedRun
-from dit_video.experiment.runtime import Stage, Training
+from dit_video.experiment.run import Run, Stage, Training
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.training.digests import compute_digests
 from dit_video.training.hooks.hash_chain import CHAIN_FILE, Record, make_step_record, read_chain
@@ -79,14 +78,14 @@ class Replay:
 
 
 def replay(
-    run: StagedRun,
+    run: Run,
     *,
     model: str = "denoiser",
     first: int | None = None,
     last: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Replay:
-    """Replay a stretch of a training on the devices of `run.runtime`, and compare it with the hash chain.
+    """Replay a stretch of a training on the devices of the run, and compare it with the hash chain.
 
     Args:
       run: The run; another mesh in its config replays on that mesh.
@@ -107,14 +106,14 @@ def replay(
         raise MissingError(f"the hash chain of the {model} in {run.folder} has no steps yet. Train first.")
     starts = {record["step"]: record["start"] for record in records if "start" in record}
     known = steps.keys() | states.keys() | starts.keys()
-    kept = sorted(step for step in run.runtime.open_checkpoints(model).list_steps() if step in known)
+    kept = sorted(step for step in run.open_checkpoints(model).list_steps() if step in known)
     first, end = _choose_stretch(kept, first, max(steps) if last is None else last, newest=max(steps))
     if first < min(starts):
         raise UserError(
             f"first={first} is invalid: the hash chain begins at step {min(starts)}. Use that or a later one."
         )
     stage = _find_stage(run, model, first, end)
-    training = stage.open_training(run.runtime, is_new=first == 0)
+    training = stage.open_training(run, is_new=first == 0)
     if training is None:
         raise UserError(f"the steps of the {model} cannot be repeated: its stage does not open its training.")
     changes = {
@@ -149,12 +148,12 @@ def replay(
     )
 
 
-def with_mesh(run: StagedRun, mesh: MeshConfig) -> StagedRun:
-    """Return a run on another mesh, also of the stages of its curriculum."""
-    changes: dict[str, Any] = {"mesh": mesh}
-    if stages := getattr(run.experiment, "curriculum", ()):
-        changes["curriculum"] = tuple(dataclasses.replace(stage, mesh=None) for stage in stages)
-    return dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, **changes))
+def with_mesh(run: Run, mesh: MeshConfig) -> Run:
+    """Return a run on another mesh, which its stages have, too."""
+    experiment = dataclasses.replace(run.experiment, mesh=mesh)
+    for stage in experiment.denoiser_stages:
+        experiment = experiment.replace_stage(stage.name, mesh=None)
+    return dataclasses.replace(run, experiment=experiment)
 
 
 class _Comparison:
@@ -237,7 +236,7 @@ def _choose_stretch(kept: Sequence[int], first: int | None, last: int, *, newest
     return first, last
 
 
-def _find_stage(run: StagedRun, model: str, first: int, last: int) -> Stage:
+def _find_stage(run: Run, model: str, first: int, last: int) -> Stage:
     """Return the stage that a stretch lies in.
 
     Raises:
@@ -245,7 +244,8 @@ def _find_stage(run: StagedRun, model: str, first: int, last: int) -> Stage:
     """
     for stage in run.stages:
         if isinstance(stage, TrainDenoiser):
-            is_covered = model == "denoiser" and stage.start_step <= first and last <= stage.end_step
+            start = stage.get_start_step(run)
+            is_covered = model == "denoiser" and start <= first and last <= start + stage.steps
         else:
             is_covered = stage.name == model
         if is_covered:
@@ -263,5 +263,5 @@ def _check_schedule(changes: Sequence[Change]) -> None:
 
 def _changes_rounding(change: Change) -> bool:
     """Return whether the same steps may round otherwise after a change."""
-    rounding = ("devices", "mesh", "code.jax", "code.jaxlib", "code.flags", "config.denoiser.backbone", "config.mesh")
-    return change.path.startswith((*rounding, "config.denoiser.accumulation_steps", "config.autoencoder.model"))
+    rounding = ("devices", "mesh", "code.jax", "code.jaxlib", "code.flags", "config.model", "config.mesh")
+    return change.path.startswith(rounding) or change.path.endswith((".accumulation_steps", ".mesh"))

@@ -1,21 +1,19 @@
-"""Configs of a run's data, and of the training of its autoencoder and denoiser."""
+"""Configs of the training of an autoencoder and of a denoiser, which are stages of an experiment."""
 
-import math
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, Objective
+from dit_video.diffusion import LogitNormal, Objective, Process, TimeDistribution, UniformWeighting, Weighting
 from dit_video.distributed import MeshConfig
-from dit_video.models.autoencoders import AutoencoderConfig, AutoencoderObjective
-from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.experiment.data_config import DataConfig
+from dit_video.models.autoencoders import AutoencoderObjective
 from dit_video.models.conditioning import FrameConditioning
-from dit_video.models.encoders import TextConfig
-from dit_video.nn import LoraConfig, get_param_shapes
-from dit_video.sampling.request import GenerationTask
+from dit_video.models.model_config import ModelConfig
+from dit_video.nn import LoraConfig
 from dit_video.tokens import CanvasShape, PackedShape
 from dit_video.training.losses.distillation import Distillation
 from dit_video.training.losses.vq import CodebookLearning
@@ -24,69 +22,11 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Selection, sizes and augmentation of clips.
-
-    Raises:
-      UserError: If the share of a column of captions is not above 0.
-    """
-
-    max_pixels: int
-    """Maximum number of pixels of a frame; larger clips are resized, keeping their aspect ratio."""
-    max_frames: int
-    """Maximum number of frames, 1 + k * temporal stride."""
-    fps: float | None = None
-    """Frame rate that clips of a higher rate are resampled to; None keeps each clip's own."""
-    held_out: tuple[str, ...] = ()
-    """Names of clips that are not trained on, but reconstructed and reported; the split `validation` if empty."""
-    where: str = ""
-    """Condition on columns of the data set that training clips meet, such as `motion > 5 and sharpness > 60`."""
-    captions: Mapping[str, float] = field(default_factory=dict, hash=False)
-    """Columns of captions and the share of each in training, such as {"long": 0.7, "short": 0.3}; if empty, the
-    captions of the source."""
-    max_excluded_share: float = 0.01
-    """Maximum share of the training clips that are excluded because they cannot be used, such as those smaller than one
-    multiple; with more of them it is an error."""
-    weights: tuple[float, ...] = ()
-    """Relative number of clips of each data set in an epoch; if empty, all clips have the same weight. A data set of
-    weight 0 is not used."""
-    clips_per_video: int = 1
-    """Number of temporal crops of `max_frames`, spread over its length, that are taken from a longer clip."""
-    resolutions: tuple[int, ...] = ()
-    """Further, smaller limits on the pixels of a frame, at which each clip is trained on too."""
-    flips: bool = False
-    """True to train on each clip mirrored too; captions that mention left or right are then wrong."""
-    cache_latents: bool = True
-    """True to encode all clips once, before the denoiser is trained. False decodes and encodes them at every use, which
-    needs no disk space and draws another temporal crop in every epoch. `clips_per_video`, `resolutions` and `flips`
-    apply to the cache only."""
-    workers: int = 0
-    """Number of processes that read the denoiser's data; 0 for a thread."""
-
-    def __post_init__(self):
-        for name, share in self.captions.items():
-            if not 0 < share < math.inf:
-                raise UserError(
-                    f"data.captions={dict(self.captions)} is invalid: the share of {name} is {share}, but must be a "
-                    f"number above 0. Use a share such as 0.5, or leave {name} out."
-                )
-
-    @property
-    def used_datasets(self) -> tuple[int, ...]:
-        """Return the numbers of the data sets that are used; empty if all clips have the same weight."""
-        return tuple(number for number, weight in enumerate(self.weights) if weight > 0)
-
-    @property
-    def used_weights(self) -> tuple[float, ...]:
-        """Return the weights of the data sets that are used; empty if all clips have the same weight."""
-        return tuple(self.weights[number] for number in self.used_datasets)
-
-
-@dataclass(frozen=True, kw_only=True)
 class AutoencoderTraining:
-    """Config of an autoencoder and its training."""
+    """Config of the training of a model's autoencoder."""
 
-    model: AutoencoderConfig
+    name: str = "autoencoder"
+    """Name of the stage, and of its folder."""
     windows: tuple[WindowConfig, ...]
     """Shapes of the training batches, which steps use in turn."""
     optimizer: OptimizerConfig
@@ -103,23 +43,6 @@ class AutoencoderTraining:
     init_from: str | None = None
     """Folder of initial weights in diffusers' layout, of this model or of the image autoencoder that it inflates; None
     for random weights. If `normalizer` is not trained, the latents keep their mean and standard deviation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainedAutoencoder:
-    """Config of a pretrained autoencoder, which is not trained.
-
-    Raises:
-      UserError: If the folder is empty, or missing although the autoencoder has weights.
-    """
-
-    model: AutoencoderConfig
-    folder: str | None = None
-    """Folder of its weights in diffusers' layout, or of a pipeline that contains it; None for one without weights."""
-
-    def __post_init__(self):
-        if self.folder == "" or (self.folder is None and get_param_shapes(self.model.make)):
-            raise UserError("autoencoder.folder is empty. Use the folder of its weights, such as MODEL/vae.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,12 +116,10 @@ class Student:
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserTraining:
-    """Config of a denoiser, its text encoder, and their training; only a text encoder that is not frozen is trained."""
+    """Config of the training of a model's denoiser, with its text encoder unless that is frozen."""
 
-    backbone: BackboneConfig
-    text: TextConfig
-    layout: PackedShape | CanvasShape | BucketConfig
-    """Layout of the batches: packed rows, canvases, or dense batches of one size each, read from the video files."""
+    name: str = "denoiser"
+    """Name of the stage. The folder of the training is `denoiser`, for all its stages."""
     batch: int
     """Number of rows or canvases in a step; dense batches have as many clips as fit into the memory."""
     accumulation_steps: int = 1
@@ -206,7 +127,10 @@ class DenoiserTraining:
     summed. Memory is divided by it, and gradients are the same up to rounding."""
     optimizer: OptimizerConfig
     steps: int
-    objective: Objective = field(default_factory=FlowMatching)
+    times: TimeDistribution = field(default_factory=LogitNormal)
+    """Distribution of the diffusion times. Logit-normal times are those of flow matching; DDPM has `Uniform()`."""
+    weighting: Weighting = field(default_factory=UniformWeighting)
+    """Weight of the squared error at each time."""
     time_per: Literal["clip", "frame"] = "clip"
     """Unit that has its own diffusion time. "frame" needs a denoiser with a time per token (diffusion forcing, arXiv
     2407.01392), which then handles frames at any mixture of times, with known frames at time 0."""
@@ -216,17 +140,37 @@ class DenoiserTraining:
     """Decay of the average that is sampled from by default."""
     averages: EmaConfig = field(default_factory=EmaConfig)
     """Further averages, each as large as the model."""
-    frame_conditioning: FrameConditioning | None = None
-    """Conditioning on known frames, for a denoiser that continues a first frame: by `cond_channels`, image embeddings
-    or a time per token. None without it."""
-    task: GenerationTask | None = None
-    """Task that the model is used for after its training; None for text to video, or image to video where there is an
-    image."""
-    image_encoder: str | None = None
-    """Folder of the CLIP whose embeddings of a known first frame the denoiser attends to (`image_width`), or of a
-    pipeline that contains it; None without it."""
     train: AllWeights | TemporalWeights | LoraAdapters | Student = field(default_factory=AllWeights)
     """Trained parameters, and the weights that they start from."""
+    buckets: BucketConfig | None = None
+    """Dense batches of one size each, read from the video files, instead of rows of the model's layout."""
+    continues: str | None = None
+    """Name of the stage whose training this one goes on with, with its weights, optimizer state and averages: such as
+    one on images, or on small clips. Sizes and lengths may change, because tokens have real-valued positions."""
+    data: DataConfig | None = None
+    """Clips and sizes of this stage; None for the experiment's."""
+    layout: PackedShape | CanvasShape | None = None
+    """Shape of this stage's rows or canvases; None for the model's."""
+    process: Process | None = None
+    """Process of this stage, such as one with another shift of times; None for the model's."""
+    frame_conditioning: FrameConditioning | None = None
+    """Conditioning of this stage on known pixels; None for the model's."""
+    mesh: MeshConfig | None = None
+    """Mesh of devices of this stage; None for the experiment's."""
+
+    def adapt_model(self, model: ModelConfig) -> ModelConfig:
+        """Return the model as this stage trains it."""
+        own = {name: getattr(self, name) for name in ("layout", "process", "frame_conditioning")}
+        return dataclasses.replace(model, **{name: value for name, value in own.items() if value is not None})
+
+    def make_objective(self, model: ModelConfig) -> Objective:
+        """Return the objective of the training of a model."""
+        return Objective(
+            process=self.process or model.process,
+            prediction=model.prediction,
+            times=self.times,
+            weighting=self.weighting,
+        )
 
     @property
     def expert(self) -> ExpertConfig | None:
@@ -237,43 +181,3 @@ class DenoiserTraining:
     def lora(self) -> LoraConfig | None:
         """Return the config of the adapters; None where weights are trained."""
         return self.train.lora if isinstance(self.train, LoraAdapters | Student) else None
-
-    @property
-    def buckets(self) -> BucketConfig | None:
-        """Return the config of dense batches; None for another layout."""
-        return self.layout if isinstance(self.layout, BucketConfig) else None
-
-    @property
-    def row_shape(self) -> PackedShape | CanvasShape:
-        """Return the rows or canvases in which clips are sampled, and packed unless they are in dense batches."""
-        return self.layout.sampling if isinstance(self.layout, BucketConfig) else self.layout
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurriculumStage:
-    """Config of a stage of the denoiser's curriculum. None stands for the experiment's own value.
-
-    Weights, optimizer state and averages are carried over from stage to stage. Sizes and lengths may change, because
-    tokens have real-valued positions.
-    """
-
-    name: str
-    """Name of its folder, `stages/NAME` in the run's."""
-    steps: int
-    """Number of steps of this stage."""
-    data: DataConfig
-    """Clips and sizes of this stage. `held_out` is the experiment's, and so are `weights` if they are empty."""
-    layout: PackedShape | CanvasShape | None = None
-    """Shape of the packed rows or canvases."""
-    batch: int | None = None
-    """Number of rows in a step."""
-    optimizer: OptimizerConfig | None = None
-    """Optimizer, whose warmup and schedule span this stage's steps."""
-    objective: Objective | None = None
-    """Objective, such as one with another shift of times."""
-    frame_conditioning: FrameConditioning | None = None
-    """Conditioning on known frames."""
-    caption_dropout: float | None = None
-    """Probability that a clip's caption is dropped."""
-    mesh: MeshConfig | None = None
-    """Mesh of devices."""

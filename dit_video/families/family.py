@@ -20,7 +20,8 @@ from dit_video.families.denoiser_format import DenoiserFormat
 from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import FrameConditioning
-from dit_video.models.encoders import FrozenTextConfig
+from dit_video.models.encoders import FrozenTextConfig, TextConfig
+from dit_video.models.model_config import ModelConfig
 from dit_video.sampling import Sampling
 from dit_video.sampling.denoiser import EXPERTS, list_experts
 from dit_video.sampling.devices import make_placement
@@ -118,20 +119,21 @@ def make_open_config(
     """
     schedule = parts.schedule
     return PipelineConfig(
-        autoencoder=parts.autoencoder,
-        backbone=parts.denoiser.replace(dtype=options.dtype),
-        text=replace(parts.text, dtype=options.text_dtype or options.dtype),
-        process=schedule.process,
-        prediction=schedule.prediction,
-        layout=None,
+        model=ModelConfig(
+            autoencoder=parts.autoencoder,
+            backbone=parts.denoiser.replace(dtype=options.dtype),
+            text_encoder=replace(parts.text, dtype=options.text_dtype or options.dtype),
+            process=schedule.process,
+            prediction=schedule.prediction,
+            frame_conditioning=parts.frame_conditioning,
+            image_encoder=parts.image_encoder,
+            fps=parts.fps,
+        ),
         batch=1,
         sampling=Sampling(steps=steps, guidance=guidance, solver=schedule.solver, time_schedule=schedule.time_schedule),
-        fps=parts.fps,
         size=parts.size,
         negative=negative,
         boundary=parts.boundary,
-        frame_conditioning=parts.frame_conditioning,
-        image_encoder=parts.image_encoder,
         task=parts.task,
         provenance={"loaded from": os.fspath(folder), "class": str(read_pipeline_class(folder))},
     )
@@ -195,7 +197,8 @@ class Family(abc.ABC):
           UserError: If a setting is not supported, or the weights do not fit the config, the device or the machine.
         """
         config = self.make_config(folder, options)
-        self.check_weights(folder, config)
+        model = config.model
+        self.check_weights(folder, text=model.text_encoder, image_encoder=model.image_encoder, boundary=config.boundary)
         place, offload = options.place, None
         if place is None:
             choice, is_large = options.offload, options.mesh is None
@@ -219,7 +222,9 @@ class Family(abc.ABC):
         )
         return add_preview_decoder(pipeline, folder)
 
-    def check_weights(self, folder: Path, parts: PipelineConfig | PipelineParts) -> None:
+    def check_weights(
+        self, folder: Path, *, text: TextConfig, image_encoder: str | None, boundary: float | None
+    ) -> None:
         """Check by the files' headers that all weights of a pipeline exist, are complete and fit its configs.
 
         Reading takes minutes, and the text encoder is read only at the first prompt, so without this check a missing or
@@ -229,14 +234,14 @@ class Family(abc.ABC):
           MissingError: If files are missing; the message names them.
           UserError: If a file is truncated, damaged or pickled, or tensors are missing, unexpected or of another shape.
         """
-        for expert in list_experts(parts.boundary):
+        for expert in list_experts(boundary):
             self.denoiser.check_weights(self.find_denoiser(folder, expert))
         check_autoencoder_weights(folder / "vae")
-        if isinstance(parts.text, FrozenTextConfig):
-            check_text_encoder(parts.text.folder)
-        if parts.image_encoder is not None:
-            check_clip_weights(parts.image_encoder, read_clip_vision_config(parts.image_encoder))
-            load_clip_image_processor(parts.image_encoder)
+        if isinstance(text, FrozenTextConfig):
+            check_text_encoder(text.folder)
+        if image_encoder is not None:
+            check_clip_weights(image_encoder, read_clip_vision_config(image_encoder))
+            load_clip_image_processor(image_encoder)
 
     def find_denoiser(self, folder: Path, expert: str) -> Path:
         """Return the folder, or the authors' file, of one of a pipeline's experts: `backbone` or `low_noise`."""

@@ -308,7 +308,7 @@ class FitEstimates:
         costs, denoiser = planned.costs, experiment.denoiser
         assert costs is not None
         branches = costs.rows // self.experiment.denoiser.batch
-        remat = denoiser.backbone.remat if costs.training else costs.remat
+        remat = experiment.get_model().backbone.remat if costs.training else costs.remat
         costs = costs.resize(denoiser.batch * branches, remat)
         return dataclasses.replace(costs, accumulation=denoiser.accumulation_steps if costs.training else 1)
 
@@ -373,9 +373,9 @@ def _list_rows(experiment: Experiment) -> Iterator[Setting]:
 
 
 def _list_dtypes(experiment: Experiment) -> Iterator[Setting]:
-    if experiment.denoiser.backbone.dtype == "float32":
+    if experiment.get_model().backbone.dtype == "float32":
         yield Setting(
-            "denoiser.backbone.dtype",
+            "model.backbone.dtype",
             "bfloat16",
             functools.partial(Experiment.replace_backbone, dtype="bfloat16"),
             keeps_result=False,
@@ -393,10 +393,10 @@ def _list_sampling(experiment: Experiment) -> Iterator[Setting]:
 
 
 def _list_training(experiment: Experiment) -> Iterator[Setting]:
-    denoiser = experiment.denoiser
+    denoiser, own_remat = experiment.denoiser, experiment.get_model().backbone.remat
     for remat in get_args(Remat):
-        if remat != denoiser.backbone.remat and remat not in SKIPPED_REMATS:
-            yield Setting("denoiser.backbone.remat", remat, functools.partial(Experiment.replace_backbone, remat=remat))
+        if remat != own_remat and remat not in SKIPPED_REMATS:
+            yield Setting("model.backbone.remat", remat, functools.partial(Experiment.replace_backbone, remat=remat))
     count = denoiser.accumulation_steps
     while (count := count * 2) <= denoiser.batch:
         if denoiser.batch % count == 0:
@@ -416,6 +416,6 @@ def _replace_denoiser(**changes: Any) -> Callable[[Experiment], Experiment]:
     """Return a function that replaces fields of the denoiser's training."""
 
     def apply(experiment: Experiment) -> Experiment:
-        return dataclasses.replace(experiment, denoiser=dataclasses.replace(experiment.denoiser, **changes))
+        return experiment.replace_stage(experiment.denoiser.name, **changes)
 
     return apply

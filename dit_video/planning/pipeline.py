@@ -234,24 +234,24 @@ def _list_programs(config: PipelineConfig, size: Grid, shapes: dict[str, Any], *
       shapes: Shapes of the weights of each stage.
       memory: Bytes that coding may take, besides the autoencoder.
     """
-    if isinstance(config.text, FrozenTextConfig):
-        yield _make_text_program(config.text, shapes[TEXT])
+    if isinstance(config.model.text_encoder, FrozenTextConfig):
+        yield _make_text_program(config.model.text_encoder, shapes[TEXT])
     image_fields = _list_image_fields(config)
-    if config.image_encoder is not None:
-        yield _make_image_program(config.image_encoder, shapes[IMAGE_ENCODER], len(image_fields))
-    latents = config.latent_grid(size)
+    if config.model.image_encoder is not None:
+        yield _make_image_program(config.model.image_encoder, shapes[IMAGE_ENCODER], len(image_fields))
+    latents = config.model.latent_grid(size)
     model = make_empty_task_model(config)
-    codec = LatentCodec(config.autoencoder, shapes[AUTOENCODER])
-    if config.backbone.cond_channels or config.backbone.conditioning:
+    codec = LatentCodec(config.model.autoencoder, shapes[AUTOENCODER])
+    if config.model.backbone.cond_channels or config.model.backbone.conditioning:
         yield _make_coding_program(codec, "encode", latents, memory)
-    elif config.frame_conditioning is not None:
+    elif config.model.frame_conditioning is not None:
         yield _make_coding_program(codec, "encode", latents._replace(t=1), memory)
     params = {name: shapes[name] for name in config.denoiser_shapes if name != TEXT}
-    params[TEXT] = {} if isinstance(config.text, FrozenTextConfig) else shapes[TEXT]
+    params[TEXT] = {} if isinstance(config.model.text_encoder, FrozenTextConfig) else shapes[TEXT]
     denoiser = make_denoiser(config, params, _make_tokenizer(config), parallel=ONE_DEVICE)
     images: dict[str, Any] = dict.fromkeys(image_fields, np.zeros((*size[1:], 3), np.uint8))
     request = prepare_request(config, Request("", size)._replace(**images), model)
-    programs = list_programs(denoiser, [request], sampling=config.sampling, shape=config.row_shape, rows=1)
+    programs = list_programs(denoiser, [request], sampling=config.sampling, shape=config.model.row_shape, rows=1)
     for expert, program, (own, *rest) in programs:
         yield _Program("sampling" if expert == "backbone" else "second expert", expert, program, own, tuple(rest))
     yield _make_coding_program(codec, "decode", latents, memory)
@@ -277,16 +277,16 @@ def _make_coding_program(codec: LatentCodec, method: str, latents: Grid, memory:
 
 def _list_image_fields(config: PipelineConfig) -> tuple[str, ...]:
     """Return the fields of a request with the images that the model takes, or needs."""
-    if config.frame_conditioning is None:
+    if config.model.frame_conditioning is None:
         return ()
-    return ("image",) if config.backbone.image_positions is None else ("image", "last_image")
+    return ("image",) if config.model.backbone.image_positions is None else ("image", "last_image")
 
 
 def _make_tokenizer(config: PipelineConfig) -> Tokenizer:
     """Return a tokenizer whose texts are as long as they can be, if its encoder is frozen."""
-    if not isinstance(config.text, FrozenTextConfig):
-        return config.text.make_tokenizer()
-    shape = config.text.max_tokens, config.text.width
+    if not isinstance(config.model.text_encoder, FrozenTextConfig):
+        return config.model.text_encoder.make_tokenizer()
+    shape = config.model.text_encoder.max_tokens, config.model.text_encoder.width
     return lambda _caption: np.zeros(shape, np.float32)
 
 

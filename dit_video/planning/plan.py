@@ -269,9 +269,9 @@ def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
     Raises:
       UserError: If one is not; the message says what would be.
     """
-    denoiser = experiment.denoiser
+    denoiser, model = experiment.denoiser, experiment.get_model()
     rows, attention = denoiser.batch // denoiser.accumulation_steps, experiment.mesh.context_attention
-    check_denoiser(mesh, denoiser.backbone, rows=rows, tokens=denoiser.row_shape.tokens, context_attention=attention)
+    check_denoiser(mesh, model.backbone, rows=rows, tokens=model.row_shape.tokens, context_attention=attention)
 
 
 def plan_experiment(
@@ -333,7 +333,7 @@ def plan_experiment(
         mesh=mesh_shape,
         rows=planned.arguments[1].shape[0] if planned.costs is None else planned.costs.rows,
         clips=tuple(rows_of_clips),
-        remat=experiment.denoiser.backbone.remat if part == "denoiser" else "none",
+        remat=experiment.get_model().backbone.remat if part == "denoiser" else "none",
         parameter_count=_count_parameters(planned),
         method="compiled" if present else "analytic",
         fits=fits,
@@ -380,12 +380,11 @@ def _measure_peak(planned: PlannedStep, mesh: Any, topology: Topology, fits: boo
 
 
 def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[Purpose, float]:
-    denoiser = experiment.denoiser
-    if isinstance(denoiser.train, LoraAdapters | Student):
+    if isinstance(experiment.denoiser.train, LoraAdapters | Student):
         return {}
     assert planned.costs is not None
     parameters, attention = _count_parameters(planned), experiment.mesh.context_attention
-    context_weights = count_context_weights(denoiser.backbone)
+    context_weights = count_context_weights(experiment.get_model().backbone)
     return compute_min_collective_bytes(planned.costs, parameters, mesh, attention, context_weights=context_weights)
 
 

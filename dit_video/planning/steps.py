@@ -20,12 +20,13 @@ from dit_video.core.trees import flatten
 from dit_video.diffusion import SampleTimes
 from dit_video.distributed import count_row_shards, make_parallelism, make_shardings
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.experiment import DenoiserTraining, Experiment, LoraAdapters, PretrainedAutoencoder, Student
+from dit_video.experiment import Experiment, LoraAdapters, Student
 from dit_video.experiment.autoencoder import make_autoencoder_step
 from dit_video.experiment.denoiser import init_denoiser, make_denoiser_loss, make_denoiser_step
 from dit_video.models.backbones.flops import count_training_passes
 from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, make_mask_fields
-from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig
+from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig, TextConfig
+from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_graph_def, init_lora, init_params
 from dit_video.planning.costs import StepSpec, count_step_costs
 from dit_video.sampling import SamplingRequest
@@ -84,13 +85,13 @@ def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
     Raises:
       UserError: If more clips are asked for than fit in a row.
     """
-    rows = experiment.denoiser.row_shape
+    rows = experiment.get_model().row_shape
     if count is not None:
         if not 1 <= count <= min(rows.segments, rows.tokens):
             room = min(rows.segments, rows.tokens)
             raise UserError(f"clips={count} is invalid: a row has room for 1 to {room}; use one of these")
         return [rows.tokens // count + (index < rows.tokens % count) for index in range(count)]
-    largest = min(experiment.count_max_clip_tokens(), rows.tokens)
+    largest = min(experiment.data.count_max_clip_tokens(experiment.get_model()), rows.tokens)
     full, rest = divmod(rows.tokens, largest)
     clips = [largest] * full + [rest] * (rest * _MIN_CLIP_DIVISOR > rows.tokens)
     return clips[: rows.segments]
@@ -123,10 +124,14 @@ def plan_step(
 
 
 def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:
-    config = experiment.denoiser
-    base = make_denoiser_loss(experiment, mesh, empty_caption=_make_empty_caption(config))
+    config, model = experiment.denoiser, experiment.get_model()
+    parallel, caption = (
+        make_parallelism(mesh, experiment.mesh.context_attention),
+        _make_empty_caption(model.text_encoder),
+    )
+    base = make_denoiser_loss(config, model, parallel, seed=experiment.seed, empty_caption=caption)
     train_step = make_denoiser_step(config, base, mesh=mesh)
-    init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, config)
+    init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, model)
     frozen: tuple[PyTree, ...] = ()
     if isinstance(config.train, LoraAdapters | Student):
         weights = jax.eval_shape(init, jax.random.key(0))
@@ -134,56 +139,57 @@ def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], 
     if (lora := config.lora) is not None:
         init = lambda key: init_lora(weights, lora, key)  # noqa: E731
 
-    step, arguments = make_step_program(train_step, init, _make_batch_shapes(experiment), mesh, frozen_params=frozen)
-    images = sum(field.length for field in _list_fields(experiment))
-    costs = _count_costs(config, clips, platform, training=True, images=images)
+    step, arguments = make_step_program(
+        train_step, init, _make_batch_shapes(model, config.batch), mesh, frozen_params=frozen
+    )
+    images = sum(field.length for field in _list_fields(model))
+    costs = _count_costs(model, config.batch, clips, platform, training=True, images=images)
     costs = dataclasses.replace(costs, accumulation=config.accumulation_steps)
     return PlannedStep(
         step,
         arguments,
         model_flops=count_training_passes(adapters=config.lora is not None) * costs.forward_flops,
         costs=costs,
-        layer_bytes=_count_layer_bytes(config, init),
+        layer_bytes=_count_layer_bytes(model, init),
     )
 
 
-def _count_layer_bytes(config: DenoiserTraining, init: Callable[[Array], dict[str, Any]]) -> int:
+def _count_layer_bytes(model: ModelConfig, init: Callable[[Array], dict[str, Any]]) -> int:
     shapes = flatten(jax.eval_shape(init, jax.random.key(0)))
     stacked = [leaf for path, leaf in shapes.items() if "backbone/blocks/" in path]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in stacked) // config.backbone.layers
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in stacked) // model.backbone.layers
 
 
-def _make_empty_caption(config: DenoiserTraining) -> np.ndarray:
-    if isinstance(config.text, FrozenTextConfig):
-        return np.zeros((1, config.text.width), np.float32)
-    return config.text.make_tokenizer()("")
+def _make_empty_caption(text_encoder: TextConfig) -> np.ndarray:
+    if isinstance(text_encoder, FrozenTextConfig):
+        return np.zeros((1, text_encoder.width), np.float32)
+    return text_encoder.make_tokenizer()("")
 
 
-def _make_batch_shapes(experiment: Experiment) -> PyTree:
-    config = experiment.denoiser
-    text_width = config.text.width if isinstance(config.text, FrozenTextConfig) else 0
-    fields = _list_fields(experiment)
-    row = make_empty_row(config.row_shape, width=config.backbone.token_width, text_width=text_width, fields=fields)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((config.batch, *leaf.shape), leaf.dtype), row)
+def _make_batch_shapes(model: ModelConfig, rows: int) -> PyTree:
+    text_width = model.text_encoder.width if isinstance(model.text_encoder, FrozenTextConfig) else 0
+    fields = _list_fields(model)
+    row = make_empty_row(model.row_shape, width=model.backbone.token_width, text_width=text_width, fields=fields)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape), leaf.dtype), row)
 
 
-def _list_fields(experiment: Experiment) -> list[Field]:
+def _list_fields(model: ModelConfig) -> list[Field]:
     """Return the fields of the training's rows."""
-    config, frames = experiment.denoiser, experiment.denoiser.frame_conditioning
-    fields = [each.field.to_rows(config.backbone.patch) for each in config.backbone.conditioning]
+    frames, patch = model.frame_conditioning, model.backbone.patch
+    fields = [each.field.to_rows(patch) for each in model.backbone.conditioning]
     if frames is not None and frames.has_mask_mix:
-        model = experiment.autoencoder.model
-        pair = make_mask_fields(channels=model.channels, temporal_stride=model.stride.t)
-        fields += [field.to_rows(config.backbone.patch) for field in pair]
+        autoencoder = model.autoencoder
+        pair = make_mask_fields(channels=autoencoder.channels, temporal_stride=autoencoder.stride.t)
+        fields += [field.to_rows(patch) for field in pair]
     elif frames is not None and frames.rest == "grey":
-        fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(config.backbone.token_width,)))
-    return fields + _list_image_fields(config)
+        fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(model.backbone.token_width,)))
+    return fields + _list_image_fields(model)
 
 
-def _list_image_fields(config: DenoiserTraining) -> list[Field]:
-    if config.image_encoder is None:
+def _list_image_fields(model: ModelConfig) -> list[Field]:
+    if model.image_encoder is None:
         return []
-    encoder = read_clip_vision_config(config.image_encoder)
+    encoder = read_clip_vision_config(model.image_encoder)
     return [Field(name=IMAGE_TOKENS, alignment="sequence", shape=(encoder.width,), length=encoder.tokens)]
 
 
@@ -193,7 +199,8 @@ def shard_shapes(state: PyTree, mesh: AnyMesh) -> PyTree:
 
 
 def _count_costs(
-    config: DenoiserTraining,
+    model: ModelConfig,
+    rows: int,
     clips: Sequence[int],
     platform: Platform,
     *,
@@ -202,14 +209,14 @@ def _count_costs(
     copies: int = 1,
 ) -> StepSpec:
     """Return the counted costs of a denoiser's step, with texts as long as fit and `images` image tokens a clip."""
-    text = min(config.text.max_tokens, config.row_shape.text // max(1, len(clips)))
-    if isinstance(config.text, ByteEncoderConfig):
-        text = -(-text // config.text.patch)
+    text = min(model.text_encoder.max_tokens, model.row_shape.text // max(1, len(clips)))
+    if isinstance(model.text_encoder, ByteEncoderConfig):
+        text = -(-text // model.text_encoder.patch)
     return count_step_costs(
-        config.backbone,
-        config.row_shape,
+        model.backbone,
+        model.row_shape,
         platform,
-        rows=config.batch * copies,
+        rows=rows * copies,
         clips=[Grid(1, 1, clip) for clip in clips],
         texts=[text] * len(clips),
         images=[images] * len(clips),
@@ -218,38 +225,38 @@ def _count_costs(
 
 
 def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:
-    config, sampling = experiment.denoiser, experiment.sampling
+    model, rows, sampling = experiment.get_model(), experiment.denoiser.batch, experiment.sampling
     parallel = make_parallelism(mesh, experiment.mesh.context_attention)
     guidance = sampling.full_guidance
-    empty_caption = _make_empty_caption(config)
+    empty_caption = _make_empty_caption(model.text_encoder)
     # The shapes of a batch do not depend on the clips in it: the smallest one is enough.
-    smallest = np.zeros((*config.backbone.size_multiple, config.backbone.channels), np.float32)
-    requests = [SamplingRequest("", "", smallest)] * config.batch
-    fields = [field for each in config.backbone.conditioning for field in list_fields(each)]
-    if channels := config.backbone.cond_channels:
+    smallest = np.zeros((*model.backbone.size_multiple, model.backbone.channels), np.float32)
+    requests = [SamplingRequest("", "", smallest)] * rows
+    fields = [field for each in model.backbone.conditioning for field in list_fields(each)]
+    if channels := model.backbone.cond_channels:
         fields.append(Field(name=COND_LATENTS, alignment="grid", shape=(channels,)))
-    fields += _list_image_fields(config)
+    fields += _list_image_fields(model)
     batched = sampling.branch_evaluation == "together"
     multiples = compute_row_multiples(mesh, guidance, is_batched=batched)
-    count = multiples.round_up(config.batch, is_side_by_side=False)
+    count = multiples.round_up(rows, is_side_by_side=False)
     texts, branch_count = {"": empty_caption}, guidance.branch_count
-    packer = Packer(requests, texts, config.backbone.patch, 1.0, branch_count, count, tuple(fields))
-    members = [[index] for index in range(config.batch)]
-    row_shape = config.row_shape.pad_tokens(mesh.shape["context"])
+    packer = Packer(requests, texts, model.backbone.patch, 1.0, branch_count, count, tuple(fields))
+    members = [[index] for index in range(rows)]
+    row_shape = model.row_shape.pad_tokens(mesh.shape["context"])
     batch = packer.make_batch(PackedRequests(row_shape, False, members), members)
-    backbone, text = get_graph_def(config.backbone.make, parallel), get_graph_def(config.text.make)
-    kinds = config.objective.process, config.objective.prediction, sampling.solver
+    backbone, text = get_graph_def(model.backbone.make, parallel), get_graph_def(model.text_encoder.make)
+    kinds = model.process, model.prediction, sampling.solver
     program = make_program(backbone, text, *kinds, None, batched, mesh)
 
     def start(tokens: Array) -> Any:
-        return init_state(sampling, config.objective.process.scale_initial_noise(tokens), steps=sampling.steps)
+        return init_state(sampling, model.process.scale_initial_noise(tokens), steps=sampling.steps)
 
-    own_times = np.asarray(sampling.time_schedule(config.objective.process, sampling.steps).times)
+    own_times = np.asarray(sampling.time_schedule(model.process, sampling.steps).times)
     strength = guidance.get_params(0, times=own_times) if guidance.is_active else None
     room = compute_program_steps(sampling.steps)
     times: Any = jax.ShapeDtypeStruct((room + 1,), jnp.float32)
     arguments = ProgramArguments(
-        jax.eval_shape(functools.partial(init_denoiser, config), jax.random.key(0)),
+        jax.eval_shape(functools.partial(init_denoiser, model), jax.random.key(0)),
         jax.eval_shape(start, batch.branches[0].tokens),
         jax.eval_shape(lambda: batch),
         jax.eval_shape(lambda: strength),
@@ -258,18 +265,18 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], p
     )
     arguments = attach_shardings(arguments, make_argument_shardings(arguments, mesh))
     passes = 1 if batched else guidance.branch_count
-    costs = _count_costs(config, clips, platform, training=False, copies=guidance.branch_count // passes)
-    layers = _count_layer_bytes(config, functools.partial(init_denoiser, config))
+    costs = _count_costs(model, rows, clips, platform, training=False, copies=guidance.branch_count // passes)
+    layers = _count_layer_bytes(model, functools.partial(init_denoiser, model))
     flops = sampling.steps * passes * costs.forward_flops
     lengths = {"sampling_steps": sampling.steps, "max_steps": room, "branch_passes": passes}
     return PlannedStep(program, arguments, flops, **lengths, costs=costs, layer_bytes=layers)
 
 
 def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
-    config = experiment.autoencoder
-    if isinstance(config, PretrainedAutoencoder):
+    config, model = experiment.autoencoder, experiment.get_model().autoencoder
+    if config is None:
         raise UserError("the autoencoder of this experiment is pretrained; plan its denoiser or its sampler")
-    train_step, constants = make_autoencoder_step(config, experiment.seed, mesh=mesh)
+    train_step, constants = make_autoencoder_step(config, model, experiment.seed, mesh=mesh)
     window = max(config.windows, key=lambda window: window.batch * window.size.volume)
     if window.batch % (shards := count_row_shards(mesh)):
         raise UserError(
@@ -277,7 +284,7 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
             f"autoencoder windows of batch={window.batch + -window.batch % shards}, or use fewer chips"
         )
     batch = jax.ShapeDtypeStruct((window.batch, *window.size, 3), jnp.uint8)
-    init = functools.partial(init_params, config.model.make)
+    init = functools.partial(init_params, model.make)
     step, arguments = make_step_program(train_step, init, batch, mesh, constants=constants)
     unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     flops = jax.jit(train_step.update).lower(*unsharded).cost_analysis() or {}

@@ -41,8 +41,8 @@ class Candidate(NamedTuple):
     def apply_to(self, experiment: Experiment) -> Experiment:
         """Return the experiment with this candidate's settings."""
         changed = experiment.replace_backbone(remat=self.remat)
-        denoiser = dataclasses.replace(changed.denoiser, batch=self.rows)
-        return dataclasses.replace(changed, denoiser=denoiser, mesh=self.mesh)
+        changed = changed.replace_stage(changed.denoiser.name, batch=self.rows)
+        return dataclasses.replace(changed, mesh=self.mesh)
 
 
 def suggest(
@@ -155,7 +155,7 @@ def list_candidates(
 
 def list_meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
     """Yield every mesh of the devices, with at most as many along `tensor` and `context` as there are heads."""
-    backbone = experiment.denoiser.backbone
+    backbone = experiment.get_model().backbone
     for tensor in _list_divisors(devices):
         if backbone.heads % tensor or backbone.mlp_dim % tensor:
             continue

@@ -267,7 +267,7 @@ def list_lora_modules(
     """
     if expert not in params:
         raise UserError(f"expert={expert!r} is invalid: this model has one expert; leave out expert")
-    modules = add_module_prefix(get_lora_modules(config.backbone), expert)
+    modules = add_module_prefix(get_lora_modules(config.model.backbone), expert)
     return get_native_modules(params) | modules
 
 

@@ -55,12 +55,12 @@ def load_pipeline(
     folder = Path(folder)
     config = read_pipeline_config(folder)
     if attention is not None:
-        config = replace(config, backbone=config.backbone.replace(attention=attention))
+        config = replace(config, model=config.model.replace_backbone(attention=attention))
     resolved = fit_offload(offload, config, mesh=mesh, is_large=mesh is None and config.boundary is not None)
     place = make_placement(mesh, resolved)
     pipeline = Pipeline(
         config,
-        autoencoder=load_weights(folder / AUTOENCODER, like=get_param_shapes(config.autoencoder.make)),
+        autoencoder=load_weights(folder / AUTOENCODER, like=get_param_shapes(config.model.autoencoder.make)),
         denoiser=read_denoiser(folder, config, place),
         previous={
             step.name: load_pipeline(folder / STEPS / step.name, mesh=mesh, attention=attention, offload=offload)

@@ -48,11 +48,13 @@ def make_weight_shapes(config: PipelineConfig, dtype_fn: Callable[[str], Any] | 
 
     denoiser = map_with_path(cast, config.denoiser_shapes)
     shapes = {TEXT: denoiser.pop(TEXT)}
-    if isinstance(config.text, FrozenTextConfig):
-        shapes[TEXT] = _make_encoder_shapes(read_text_encoder_config, config.text.folder, config.text.dtype)
-    if config.image_encoder is not None:
-        shapes[IMAGE_ENCODER] = _make_encoder_shapes(read_clip_vision_config, config.image_encoder, "float32")
-    return shapes | denoiser | {AUTOENCODER: get_param_shapes(config.autoencoder.make)}
+    if isinstance(config.model.text_encoder, FrozenTextConfig):
+        shapes[TEXT] = _make_encoder_shapes(
+            read_text_encoder_config, config.model.text_encoder.folder, config.model.text_encoder.dtype
+        )
+    if config.model.image_encoder is not None:
+        shapes[IMAGE_ENCODER] = _make_encoder_shapes(read_clip_vision_config, config.model.image_encoder, "float32")
+    return shapes | denoiser | {AUTOENCODER: get_param_shapes(config.model.autoencoder.make)}
 
 
 def _make_encoder_shapes(read_config: Callable[[str], Any], folder: str, dtype: str) -> Any:

@@ -28,6 +28,7 @@ from dit_video.diffusion import Euler
 from dit_video.distributed import MeshConfig
 from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.models.autoencoders import Tiles
+from dit_video.models.model_config import ModelConfig
 from dit_video.nn import Backend
 from dit_video.sampling import LatentTrace, Monitor, Sampling, sample_latents, trace_latents
 from dit_video.sampling.adapters import AdaptedWeights, Adapter, ExpertName, list_lora_modules, split_factors
@@ -113,17 +114,17 @@ class Pipeline:
         """
         self.config = config
         self._mesh, self._offload = mesh, offload
-        self._devices = PipelineDevices.from_mesh(mesh, config.backbone)
+        self._devices = PipelineDevices.from_mesh(mesh, config.model.backbone)
         self._previous = dict(previous or {})
         if set(self._previous) != (names := {step.name for step in config.previous}):
             raise UserError(f"previous={sorted(self._previous)} is invalid: the config has {sorted(names)}. Use these.")
         self._get_lora_modules = get_lora_modules
         codec_params = self._devices.put(autoencoder, offload=offload, mesh=None)
-        self._set_codec(LatentCodec(config.autoencoder, codec_params))
+        self._set_codec(LatentCodec(config.model.autoencoder, codec_params))
         self._denoiser = make_denoiser(
             config,
             self._devices.put(denoiser, offload=offload, mesh=self._devices.mesh),
-            open_tokenizer(config.text, offload=offload),
+            open_tokenizer(config.model.text_encoder, offload=offload),
             parallel=self._devices.parallel,
             mesh=self._devices.mesh,
             offload=offload,
@@ -516,7 +517,7 @@ class Pipeline:
         Raises:
           UserError: If the memory is too small, or a size is not supported.
         """
-        self._decoder.check_memory([self.config.latent_grid(self.config.resolve_size(each)) for each in requests])
+        self._decoder.check_memory([self.config.model.latent_grid(self.config.resolve_size(each)) for each in requests])
 
     def reconstruct(self, clip: Clip) -> Clip:
         """Encode and decode a clip."""
@@ -535,7 +536,7 @@ class Pipeline:
         Raises:
           UserError: If this model has no conditioning of the name.
         """
-        names = [each.field.name for each in self.config.backbone.conditioning]
+        names = [each.field.name for each in self.config.model.backbone.conditioning]
         if step.name not in names:
             fix = f"Use {', '.join(names)}." if names else "Use a model with conditioning by fields."
             raise UserError(f"name={step.name!r} of a step is invalid: this model has no such conditioning. {fix}")
@@ -673,7 +674,8 @@ class Pipeline:
         Raises:
           UserError: If the text encoder was trained with the denoiser.
         """
-        return self._with_config(replace(self.config, text=set_encoder_folder(self.config.text, folder)))
+        text_encoder = set_encoder_folder(self.config.model.text_encoder, folder)
+        return self._with_model(replace(self.config.model, text_encoder=text_encoder))
 
     def with_attention(self, backend: Backend) -> "Pipeline":
         """Return the same pipeline, with its weights, that computes attention by another backend.
@@ -681,7 +683,7 @@ class Pipeline:
         Raises:
           UserError: If the backend does not support the denoiser's patterns, or the devices lack its kernels.
         """
-        return self._with_config(replace(self.config, backbone=self.config.backbone.replace(attention=backend)))
+        return self._with_model(self.config.model.replace_backbone(attention=backend))
 
     def with_decoding(self, *, memory: int | None = None, tiles: Tiles | None = None) -> "Pipeline":
         """Return the same pipeline, with its weights, that encodes and decodes clips in other parts.
@@ -692,7 +694,7 @@ class Pipeline:
           tiles: Sizes of tiles of a picture, if not even one latent frame fits; see `Tiles` for the cost.
         """
         changed = copy.copy(self)
-        changed._set_codec(LatentCodec(self.config.autoencoder, self.codec.params, memory=memory, tiles=tiles))
+        changed._set_codec(LatentCodec(self.config.model.autoencoder, self.codec.params, memory=memory, tiles=tiles))
         return changed
 
     def with_preview_decoder(self, decoder: PreviewDecoder | None) -> "Pipeline":
@@ -701,7 +703,7 @@ class Pipeline:
         Raises:
           UserError: If the decoder is for latents of another stride or number of channels.
         """
-        model = self.config.autoencoder
+        model = self.config.model.autoencoder
         if decoder is not None and (decoder.stride, decoder.channels) != (model.stride, model.channels):
             raise UserError(
                 f"a preview decoder for stride {list(decoder.stride)} and {decoder.channels} channels is invalid: the "
@@ -718,9 +720,9 @@ class Pipeline:
         self._decoder = ClipDecoder(codec, self.config.fps, shared, self._devices.local_count)
         self.task_model = make_task_model(self.config, codec, offload=self._offload)
 
-    def _with_config(self, config: PipelineConfig) -> "Pipeline":
+    def _with_model(self, model: ModelConfig) -> "Pipeline":
         pipeline = Pipeline(
-            config,
+            replace(self.config, model=model),
             autoencoder=self.codec.params,
             denoiser=self._weights.params,
             previous=self._previous,
@@ -753,7 +755,7 @@ class Pipeline:
             prepare_request(config, request, self.task_model) for request in self._sample_previous_steps(sized)
         ]
         rows = max(1, min(config.batch, len(requests)))
-        return {"requests": latent_requests, "sampling": sampling, "shape": config.row_shape, "rows": rows}
+        return {"requests": latent_requests, "sampling": sampling, "shape": config.model.row_shape, "rows": rows}
 
     def _sample_previous_steps(self, requests: Sequence[Request]) -> list[Request]:
         """Return requests, which have sizes, with the conditioning that previous steps sample, where they lack it."""

@@ -13,17 +13,14 @@ from dit_video.core.files import read_document, write_json
 from dit_video.core.offload import Offload, streams_layers
 from dit_video.core.resize import compute_fitted_size
 from dit_video.data.latents.codec import LatentCodec
-from dit_video.diffusion import Prediction, Process, Velocity
-from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
-from dit_video.models.backbones.protocol import BackboneConfig
-from dit_video.models.conditioning import FrameConditioning
-from dit_video.models.encoders import BatchTokenizer, ClassNamesConfig, TextConfig, Tokenizer
+from dit_video.models.encoders import BatchTokenizer, Tokenizer
+from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.nn.parallel import Parallelism
 from dit_video.sampling import Denoiser, Sampling
 from dit_video.sampling.denoiser import list_experts
 from dit_video.sampling.request import GenerationTask, Request, TaskModel
-from dit_video.tokens import CanvasShape, DenseShape, Grid, LayoutShape, PackedRows, PackedShape, compute_token_grid
+from dit_video.tokens import Grid
 
 FORMAT = 1
 CONFIG, RUN_CONFIG = "pipeline.json", "experiment.json"
@@ -76,40 +73,26 @@ class PipelineConfig:
     """Configuration of a pipeline: everything but its weights.
 
     Raises:
-      UserError: If the boundary is not a time, the prediction is not defined for the process, the denoiser has other
-        classes than the captions, or it reads conditioning latents without `frame_conditioning`.
+      UserError: If the boundary is not a time, or the model has no frame rate.
     """
 
-    autoencoder: AutoencoderConfig
-    backbone: BackboneConfig
-    text: TextConfig
-    """Text encoder; a frozen one by its folder and identity, because its weights are not part of the pipeline."""
-    process: Process
-    layout: PackedShape | CanvasShape | None
-    """Shape of the rows or canvases that clips are sampled in; if None, every clip has one of its own, of its size."""
+    model: ModelConfig
+    """The model, as its training had it; its frame rate is that of sampled clips."""
     batch: int
     """Number of rows or canvases that are sampled at once."""
     sampling: Sampling
-    fps: float
-    """Frame rate of the training clips."""
     size: Grid
     """Default size of generated clips: frames, height, width."""
     negative: str = ""
     """Default negative prompt."""
-    prediction: Prediction = field(default_factory=Velocity)
-    """Quantity that the denoiser was trained to predict."""
     caption_dropout: float | None = None
     """Share of captions that were dropped in training, so that guidance has an unconditional branch; None if
     unknown."""
     boundary: float | None = None
     """Boundary time of two experts (Wan 2.2 A14B): `backbone` denoises from it on, a second model of the same config
     below it."""
-    frame_conditioning: FrameConditioning | None = None
-    """Conditioning on a first frame that the denoiser was trained with; None for a model without it."""
     task: GenerationTask | None = None
     """Task that the model is used for; None for text to video, or image to video where there is an image."""
-    image_encoder: str | None = None
-    """Folder of the frozen CLIP whose image tokens the denoiser attends to, in image-to-video models that use one."""
     previous: tuple[PreviousStep, ...] = ()
     """Steps that are sampled before: pipelines of their own, in `steps/NAME` of the folder."""
     evaluation: Any = None
@@ -120,38 +103,25 @@ class PipelineConfig:
     def __post_init__(self):
         if self.boundary is not None and not 0 <= self.boundary <= 1:
             raise UserError(f"boundary={self.boundary} is invalid: it must be a time from 0 to 1")
-        self.prediction.check(self.process)
-        check_classes(self.text, self.backbone)
-        if self.backbone.cond_channels and self.frame_conditioning is None:
-            fix = "use FrameConditioning(...) with the prob and rest of the training"
-            raise UserError(f"frame_conditioning=None is invalid: the denoiser reads conditioning latents; {fix}")
+        if self.model.fps is None:
+            raise UserError("model.fps=None is invalid: sampled clips have a frame rate. Use model fps=24.0.")
+
+    @property
+    def fps(self) -> float:
+        """Return the frame rate of sampled clips."""
+        assert self.model.fps is not None  # which __post_init__ checks
+        return self.model.fps
 
     @property
     def token_dt(self) -> float:
         """Return the spacing of tokens along time in the denoiser's positions: 1 in tokens, or seconds."""
-        if self.backbone.time_coordinate == "tokens":
-            return 1.0
-        return self.autoencoder.stride.t * self.backbone.patch.t / self.fps
-
-    @property
-    def token_lead(self) -> float:
-        """Return the fraction of `token_dt` by which all tokens but a clip's first begin earlier."""
-        return self.backbone.compute_token_lead(self.autoencoder.stride.t)
-
-    @property
-    def row_shape(self) -> LayoutShape:
-        """Return the shape of sampled rows; a larger clip has a row of its own."""
-        if self.layout is not None:
-            return self.layout
-        if PackedRows in self.backbone.layouts:
-            return PackedShape(tokens=1, text=self.text.max_tokens, segments=1)
-        return DenseShape(size=self.backbone.size_multiple, text=self.text.max_tokens)
+        return self.model.compute_token_dt(self.fps)
 
     @property
     def denoiser_shapes(self) -> dict[str, Any]:
         """Return the shapes of the denoiser's parameters."""
-        return {name: get_param_shapes(self.backbone.make) for name in list_experts(self.boundary)} | {
-            "text": get_param_shapes(self.text.make)
+        return {name: get_param_shapes(self.model.backbone.make) for name in list_experts(self.boundary)} | {
+            "text": get_param_shapes(self.model.text_encoder.make)
         }
 
     def resolve_size(self, request: Request) -> Grid:
@@ -164,34 +134,11 @@ class PipelineConfig:
             return to_grid(request.size)
         if (picture := request.get_picture_size()) is None:
             return self.size
-        stride, step = self.autoencoder.stride, self.backbone.size_multiple
-        height, width = compute_fitted_size(
-            *picture[1:], area=self.size.h * self.size.w, multiple=(stride.h * step.h, stride.w * step.w)
-        )
+        stride, height, width = self.model.size_multiple
+        height, width = compute_fitted_size(*picture[1:], area=self.size.h * self.size.w, multiple=(height, width))
         is_whole = request.video is not None or request.control is not None
-        frames = 1 + (picture.t - 1) // stride.t * stride.t if is_whole else self.size.t
+        frames = 1 + (picture.t - 1) // stride * stride if is_whole else self.size.t
         return Grid(frames, height, width)
-
-    def latent_grid(self, size: Grid) -> Grid:
-        """Return the latent grid of a clip size.
-
-        Raises:
-          UserError: If the model cannot generate the size; the message names the nearest.
-        """
-        stride, multiple = self.autoencoder.stride, self.backbone.size_multiple
-        for name, length, step, stride_, factor in (
-            ("height", size.h, stride.h * multiple.h, stride.h, multiple.h),
-            ("width", size.w, stride.w * multiple.w, stride.w, multiple.w),
-        ):
-            if length < 1 or length % step:
-                below = max(step, length - length % step)
-                raise UserError(
-                    f"{name} {length} is not divisible by {step} (the autoencoder's stride {stride_} times the "
-                    f"denoiser's {factor}); use {below} or {below + step}"
-                )
-        grid = latent_grid(size, stride)
-        compute_token_grid(grid, self.backbone.patch)
-        return grid
 
 
 def is_pipeline_folder(folder: str | Path) -> bool:
@@ -239,18 +186,19 @@ def make_denoiser(
       mesh: Devices that sample together; None for one device.
       offload: Weights in host memory; None for weights that stay on the devices.
     """
+    model = config.model
     return Denoiser(
-        backbone=get_graph_def(config.backbone.make, parallel),
-        text=get_graph_def(config.text.make),
+        backbone=get_graph_def(model.backbone.make, parallel),
+        text=get_graph_def(model.text_encoder.make),
         params=params,
         streams_layers=streams_layers(offload, "denoiser"),
         tokenizer=tokenizer,
-        process=config.process,
-        prediction=config.prediction,
-        patch=config.backbone.patch,
+        process=model.process,
+        prediction=model.prediction,
+        patch=model.backbone.patch,
         boundary=config.boundary,
         token_dt=config.token_dt,
-        token_lead=config.token_lead,
+        token_lead=model.token_lead,
         mesh=mesh,
     )
 
@@ -258,29 +206,15 @@ def make_denoiser(
 def make_task_model(config: PipelineConfig, codec: LatentCodec, *, offload: Offload | None = None) -> TaskModel:
     """Return the parts of a pipeline that generation tasks use; arguments are as for `make_denoiser`."""
     return TaskModel(
-        backbone=config.backbone,
+        backbone=config.model.backbone,
         codec=codec,
-        frame_conditioning=config.frame_conditioning,
-        image_encoder_folder=config.image_encoder,
+        frame_conditioning=config.model.frame_conditioning,
+        image_encoder_folder=config.model.image_encoder,
         task=config.task,
         token_dt=config.token_dt,
-        token_lead=config.token_lead,
+        token_lead=config.model.token_lead,
         offload=offload,
     )
-
-
-def check_classes(text: TextConfig, backbone: BackboneConfig) -> None:
-    """Check that captions are classes where the denoiser has labels, and as many.
-
-    Raises:
-      UserError: If one of them has classes that the other lacks, or another number.
-    """
-    caption_classes = text.classes if isinstance(text, ClassNamesConfig) else 0
-    if caption_classes != backbone.class_count:
-        fix = "give text=ClassNamesConfig(classes=...) and backbone labels=ClassLabels(classes=...) the same number"
-        raise UserError(
-            f"captions are of {caption_classes} classes, the denoiser's labels of {backbone.class_count}; {fix}"
-        )
 
 
 def to_grid(size: Any) -> Grid:

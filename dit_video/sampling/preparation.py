@@ -38,14 +38,16 @@ def check_requests(config: PipelineConfig, requests: Sequence[Request], **overri
       UserError: If `Pipeline.generate_many` would refuse a request.
     """
     sampling, model = resolve_sampling(config, **overrides), make_empty_task_model(config)
-    tokenizer = None if isinstance(config.text, FrozenTextConfig) else config.text.make_tokenizer()
+    tokenizer = (
+        None if isinstance(config.model.text_encoder, FrozenTextConfig) else config.model.text_encoder.make_tokenizer()
+    )
     for request in requests:
         sized = request._replace(size=config.resolve_size(request))
         # Values of conditioning that previous steps sample are zero here.
         prepared = prepare_request(config, sized, model)
-        grid = prepared.get_token_grid(config.backbone.patch)
+        grid = prepared.get_token_grid(config.model.backbone.patch)
         size = ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w)
-        process = config.process.specialize(size)
+        process = config.model.process.specialize(size)
         times = sampling.make_times(process)
         plan_steps(prepared, process, sampling)
         for expert in range(len(sampling.full_guidance.scales)):
@@ -62,9 +64,9 @@ def resolve_sampling(config: PipelineConfig, **overrides: Unpack[SamplingOverrid
       UserError: If `override_sampling` refuses the values, the model lacks layers to skip, or guidance is for two
         experts and the model has one.
     """
-    sampling = override_sampling(config.sampling, config.process, **overrides)
+    sampling = override_sampling(config.sampling, config.model.process, **overrides)
     if (skip := sampling.full_guidance.skip_layers) is not None:
-        skip.check(config.backbone.layers)
+        skip.check(config.model.backbone.layers)
     sampling.check_experts(len(list_experts(config.boundary)))
     return sampling
 
@@ -81,7 +83,7 @@ def prepare_request(config: PipelineConfig, request: Request, model: TaskModel) 
       UserError: If the model cannot sample the size, the seed is not a whole number below 2**32, the noise does not
         fit, or the request does not fit its task or the model.
     """
-    latents = config.latent_grid(to_grid(request.size))
+    latents = config.model.latent_grid(to_grid(request.size))
     if request.negative is None:
         request = request._replace(negative=config.negative)
     if not 0 <= request.seed < 2**32:
@@ -174,4 +176,4 @@ class EmptyTaskModel(TaskModel):
 
 def make_empty_task_model(config: PipelineConfig) -> EmptyTaskModel:
     """Return what generation tasks use of a pipeline, without weights."""
-    return EmptyTaskModel(**vars(make_task_model(config, EmptyCodec(config.autoencoder, {}))))
+    return EmptyTaskModel(**vars(make_task_model(config, EmptyCodec(config.model.autoencoder, {}))))

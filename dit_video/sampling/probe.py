@@ -53,19 +53,19 @@ class DenoiserProbe:
         config = pipeline.config
         if not prompts:
             raise UserError("prompts is empty: each clip needs a prompt; name one, or '' to sample without condition")
-        if config.boundary is not None or config.backbone.cond_channels or config.backbone.time == "token":
+        if config.boundary is not None or config.model.backbone.cond_channels or config.model.backbone.time == "token":
             raise UserError("this model has two experts or conditioning frames; use a plain text-to-video model")
-        latents = config.latent_grid(config.size if size is None else to_grid(size))
-        self.patch, self.channels = config.backbone.patch, config.autoencoder.channels
-        self.latent_grid, self.token_grid = latents, compute_token_grid(latents, config.backbone.patch)
+        latents = config.model.latent_grid(config.size if size is None else to_grid(size))
+        self.patch, self.channels = config.model.backbone.patch, config.model.autoencoder.channels
+        self.latent_grid, self.token_grid = latents, compute_token_grid(latents, config.model.backbone.patch)
         """Latent grid, and token grid, of a clip."""
         grid = self.token_grid
-        self.process = config.process.specialize(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
+        self.process = config.model.process.specialize(ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w))
         """Process that the model was trained on, for clips of this size."""
         params = copy_to_devices(pipeline.denoiser_params)
-        self.backbone = nnx.merge(get_graph_def(config.backbone.make), params["backbone"])
+        self.backbone = nnx.merge(get_graph_def(config.model.backbone.make), params["backbone"])
         rows = self._pack_prompts(prompts, pipeline)
-        text = nnx.merge(get_graph_def(config.text.make), params["text"])
+        text = nnx.merge(get_graph_def(config.model.text_encoder.make), params["text"])
         context = text(jnp.asarray(rows.text), jnp.asarray(rows.text_segments))
         self._layout = jax.tree.map(jnp.asarray, rows.layout)
         self._conditioning = Conditioning(make_text_record(context, self._layout))
@@ -73,10 +73,10 @@ class DenoiserProbe:
 
     def _pack_prompts(self, prompts: Sequence[str], pipeline: Pipeline) -> PackedBatch:
         config = pipeline.config
-        tokenizer = open_tokenizer(config.text)
+        tokenizer = open_tokenizer(config.model.text_encoder)
         texts = [tokenizer(prompt) for prompt in prompts]
         shape = PackedShape(tokens=self.token_grid.volume, text=max(map(len, texts)), segments=1)
-        positions = compute_positions(self.token_grid, step=(config.token_dt, 1.0, 1.0), lead=config.token_lead)
+        positions = compute_positions(self.token_grid, step=(config.token_dt, 1.0, 1.0), lead=config.model.token_lead)
         width = self.patch.volume * self.channels
         tokens = np.zeros((self.token_grid.volume, width), np.float32)
         rows = []

@@ -21,8 +21,8 @@ steps, 28.4 minutes:
 """
 
 from dit_video.data.windows import Augmentation, WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
+from dit_video.diffusion import RectifiedFlow
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
@@ -35,8 +35,8 @@ AUGMENTATION = Augmentation(transpose=True, composite_prob=0.35)
 EXPERIMENT = Experiment(
     name="autoencoder",
     data=DataConfig(max_pixels=192 * 256, max_frames=17, clips_per_video=4),
-    autoencoder=AutoencoderTraining(
-        model=PatchVaeConfig(
+    model=ModelConfig(
+        autoencoder=PatchVaeConfig(
             stride=Grid(4, 8, 8),
             channels=16,
             width=192,
@@ -45,33 +45,37 @@ EXPERIMENT = Experiment(
             init_std=0.01,
             bfloat16=True,
         ),
-        windows=(
-            WindowConfig(size=Grid(9, 64, 64), batch=8, augment=AUGMENTATION),
-            WindowConfig(size=Grid(17, 64, 64), batch=5, augment=AUGMENTATION),
-        ),
-        optimizer=OptimizerConfig(
-            kind="muon",
-            learning_rate=2e-3,
-            muon_rms=0.5,
-            muon_patterns=("coder",),
-            b2=0.95,
-            weight_decay=0.1,
-            schedule="cosine",
-            warmup=30,
-        ),
-        steps=8400,
-        loss=AutoencoderObjective(squared=1.0, absolute=0.0, pyramid=0.0, frequency=0.0, temporal=0.0),
-        ema_decay=0.995,
-    ),
-    denoiser=DenoiserTraining(
         backbone=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
-        text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
+        text_encoder=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
+        process=RectifiedFlow(shift=2.0),
         layout=PackedShape(tokens=960, text=512, segments=8),
-        batch=4,
-        optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
-        steps=400,
-        objective=FlowMatching(process=RectifiedFlow(shift=2.0), times=LogitNormal()),
-        ema_decay=0.99,
+    ),
+    stages=(
+        TrainAutoencoder(
+            windows=(
+                WindowConfig(size=Grid(9, 64, 64), batch=8, augment=AUGMENTATION),
+                WindowConfig(size=Grid(17, 64, 64), batch=5, augment=AUGMENTATION),
+            ),
+            optimizer=OptimizerConfig(
+                kind="muon",
+                learning_rate=2e-3,
+                muon_rms=0.5,
+                muon_patterns=("coder",),
+                b2=0.95,
+                weight_decay=0.1,
+                schedule="cosine",
+                warmup=30,
+            ),
+            steps=8400,
+            loss=AutoencoderObjective(squared=1.0, absolute=0.0, pyramid=0.0, frequency=0.0, temporal=0.0),
+            ema_decay=0.995,
+        ),
+        TrainDenoiser(
+            batch=4,
+            optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
+            steps=400,
+            ema_decay=0.99,
+        ),
     ),
     sampling=Sampling(steps=32, guidance=1.5),
     save_every=100,

@@ -17,7 +17,7 @@ The following numbers are computed from shapes and from XLA's count for the lowe
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig, LeCam
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
@@ -28,31 +28,36 @@ BATCH = 16
 
 EXPERIMENT = Experiment(
     name="autoencoder-4x16x16",
-    data=DataConfig(max_pixels=256 * 256, max_frames=17, fps=16.0, clips_per_video=4),
-    autoencoder=AutoencoderTraining(
-        model=CausalVaeConfig(channels=48, width=128, patch=2, shortcuts=True, bfloat16=True, remat=True),
-        windows=(
-            WindowConfig(size=Grid(17, 256, 256), batch=BATCH),
-            WindowConfig(size=Grid(17, 192, 320), batch=BATCH),
-            WindowConfig(size=Grid(17, 320, 192), batch=BATCH),
-            WindowConfig(size=Grid(9, 256, 256), batch=BATCH),
-            WindowConfig(size=Grid(1, 256, 256), batch=4 * BATCH),
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=1000, b1=0.9, b2=0.95),
-        steps=200_000,
-        loss=AutoencoderObjective(
-            kl=1e-6,
-            adversarial=AdversarialConfig(start_step=100_000, regulariser=LeCam()),
-        ),
-        ema_decay=0.999,
-    ),
-    denoiser=DenoiserTraining(
+    data=DataConfig(max_pixels=256 * 256, max_frames=17, clips_per_video=4),
+    model=ModelConfig(
+        autoencoder=CausalVaeConfig(channels=48, width=128, patch=2, shortcuts=True, bfloat16=True, remat=True),
         backbone=DitConfig(channels=48, context_width=512, width=768, layers=12, heads=12),
-        text=ByteEncoderConfig(width=512, layers=6, max_tokens=256),
+        text_encoder=ByteEncoderConfig(width=512, layers=6, max_tokens=256),
         layout=PackedShape(tokens=2560, text=2048, segments=16),
-        batch=16,
-        optimizer=OptimizerConfig(learning_rate=2e-4, warmup=1000),
-        steps=200_000,
-        ema_decay=0.9999,
+        fps=16.0,
+    ),
+    stages=(
+        TrainAutoencoder(
+            windows=(
+                WindowConfig(size=Grid(17, 256, 256), batch=BATCH),
+                WindowConfig(size=Grid(17, 192, 320), batch=BATCH),
+                WindowConfig(size=Grid(17, 320, 192), batch=BATCH),
+                WindowConfig(size=Grid(9, 256, 256), batch=BATCH),
+                WindowConfig(size=Grid(1, 256, 256), batch=4 * BATCH),
+            ),
+            optimizer=OptimizerConfig(learning_rate=1e-4, warmup=1000, b1=0.9, b2=0.95),
+            steps=200_000,
+            loss=AutoencoderObjective(
+                kl=1e-6,
+                adversarial=AdversarialConfig(start_step=100_000, regulariser=LeCam()),
+            ),
+            ema_decay=0.999,
+        ),
+        TrainDenoiser(
+            batch=16,
+            optimizer=OptimizerConfig(learning_rate=2e-4, warmup=1000),
+            steps=200_000,
+            ema_decay=0.9999,
+        ),
     ),
 )

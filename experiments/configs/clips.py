@@ -9,9 +9,9 @@ shows that every step works on real input, and is a starting point for others.
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
@@ -21,28 +21,28 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="clips",
-    data=DataConfig(
-        max_pixels=96 * 128,
-        max_frames=17,
-        fps=8.0,
-        clips_per_video=4,
-    ),
-    autoencoder=AutoencoderTraining(
-        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=4),
-        windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=30),
-        steps=600,
-        loss=AutoencoderObjective.pixels(kl=1e-6),
-    ),
-    denoiser=DenoiserTraining(
+    data=DataConfig(max_pixels=96 * 128, max_frames=17, clips_per_video=4),
+    model=ModelConfig(
+        autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=4),
         backbone=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
-        text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
+        text_encoder=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
+        process=RectifiedFlow(shift=2.0),
         layout=PackedShape(tokens=480, text=512, segments=8),
-        batch=4,
-        optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
-        steps=400,
-        objective=FlowMatching(process=RectifiedFlow(shift=2.0), times=LogitNormal()),
-        ema_decay=0.99,
+        fps=8.0,
+    ),
+    stages=(
+        TrainAutoencoder(
+            windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
+            optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=30),
+            steps=600,
+            loss=AutoencoderObjective.pixels(kl=1e-6),
+        ),
+        TrainDenoiser(
+            batch=4,
+            optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
+            steps=400,
+            ema_decay=0.99,
+        ),
     ),
     sampling=Sampling(steps=32, guidance=1.5),
     evaluation=CaptionEvaluation(trained=6, held_out=4),

@@ -18,9 +18,9 @@ parameters, is a starting point.
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, ImageLevels, ImageVaeConfig, InflatedConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
@@ -30,28 +30,33 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="inflation",
-    data=DataConfig(max_pixels=256 * 256, max_frames=9, fps=8.0),
-    autoencoder=AutoencoderTraining(
-        model=InflatedConfig(
+    data=DataConfig(max_pixels=256 * 256, max_frames=9),
+    model=ModelConfig(
+        autoencoder=InflatedConfig(
             image=ImageVaeConfig(
                 channels=16, use_quant_conv=False, use_post_quant_conv=False, levels=ImageLevels(bfloat16=True)
             )
         ),
-        init_from="FLUX/vae",
-        windows=(WindowConfig(size=Grid(9, 256, 256), batch=8), WindowConfig(size=Grid(9, 192, 320), batch=8)),
-        optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup=500, trainable=("/temporal/",)),
-        steps=20_000,
-        loss=AutoencoderObjective(kl=0.0),
-        ema_decay=0.999,
-    ),
-    denoiser=DenoiserTraining(
         backbone=DitConfig(channels=16, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
-        text=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
+        text_encoder=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
+        process=RectifiedFlow(shift=3.0),
         layout=PackedShape(tokens=4608, text=1024, segments=16),
-        batch=16,
-        optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=500, weight_decay=0.01),
-        steps=50_000,
-        objective=FlowMatching(process=RectifiedFlow(shift=3.0), times=LogitNormal()),
+        fps=8.0,
+    ),
+    stages=(
+        TrainAutoencoder(
+            init_from="FLUX/vae",
+            windows=(WindowConfig(size=Grid(9, 256, 256), batch=8), WindowConfig(size=Grid(9, 192, 320), batch=8)),
+            optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup=500, trainable=("/temporal/",)),
+            steps=20_000,
+            loss=AutoencoderObjective(kl=0.0),
+            ema_decay=0.999,
+        ),
+        TrainDenoiser(
+            batch=16,
+            optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=500, weight_decay=0.01),
+            steps=50_000,
+        ),
     ),
     sampling=Sampling(steps=40, guidance=3.0),
     evaluation=CaptionEvaluation(trained=6, held_out=4),

@@ -7,9 +7,9 @@ Latents and embedded captions are cached first, with the autoencoder and the tex
 Hugging Face (Lightricks/LTX-Video-0.9.5). It is designed for v5p:2x2x4, and has not been trained.
 """
 
-from dit_video.diffusion import ExponentialShift, FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import ExponentialShift, RectifiedFlow
 from dit_video.distributed import MeshConfig
-from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainDenoiser
 from dit_video.models.autoencoders import LtxVaeConfig
 from dit_video.models.backbones.ltx import LtxDitConfig
 from dit_video.models.conditioning import FrameConditioning
@@ -22,18 +22,24 @@ _FOLDER = "LTX-Video-0.9.5"
 
 EXPERIMENT = Experiment(
     name="ltx_2b",
-    data=DataConfig(max_pixels=512 * 704, max_frames=161, fps=25.0, workers=8),
-    autoencoder=PretrainedAutoencoder(model=LtxVaeConfig.ltx_095(), folder=f"{_FOLDER}/vae"),
-    denoiser=DenoiserTraining(
+    data=DataConfig(max_pixels=512 * 704, max_frames=161, workers=8),
+    model=ModelConfig(
+        autoencoder=LtxVaeConfig.ltx_095(),
         backbone=LtxDitConfig.ltx_2b(time_coordinate="frame seconds", dtype="bfloat16", remat="dots_attention"),
-        text=FrozenTextConfig(folder=_FOLDER, width=4096, max_tokens=256, dtype="bfloat16"),
+        text_encoder=FrozenTextConfig(folder=_FOLDER, width=4096, max_tokens=256, dtype="bfloat16"),
+        process=RectifiedFlow(size_shift=ExponentialShift()),
         layout=PackedShape(tokens=7_424, text=1024, segments=4),
-        batch=32,
-        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=2000, b2=0.95, weight_decay=0.01),
-        steps=100_000,
-        objective=FlowMatching(process=RectifiedFlow(size_shift=ExponentialShift()), times=LogitNormal()),
-        ema_decay=0.9999,
         frame_conditioning=FrameConditioning(),
+        fps=25.0,
+    ),
+    autoencoder_from=f"{_FOLDER}/vae",
+    stages=(
+        TrainDenoiser(
+            batch=32,
+            optimizer=OptimizerConfig(learning_rate=1e-4, warmup=2000, b2=0.95, weight_decay=0.01),
+            steps=100_000,
+            ema_decay=0.9999,
+        ),
     ),
     sampling=Sampling(steps=50, guidance=3.0),
     mesh=MeshConfig(data=-1, fsdp=16),

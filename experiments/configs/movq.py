@@ -16,9 +16,9 @@ starting point.
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import (
     AdversarialConfig,
     AutoencoderObjective,
@@ -35,28 +35,33 @@ from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
     name="movq",
-    data=DataConfig(max_pixels=256 * 256, max_frames=17, fps=8.0),
-    autoencoder=AutoencoderTraining(
-        model=VqConfig(
+    data=DataConfig(max_pixels=256 * 256, max_frames=17),
+    model=ModelConfig(
+        autoencoder=VqConfig(
             network=CausalVaeConfig(channels=16, width=64, bfloat16=True),
             codebook=CodebookConfig(codes=16384, width=8, spherical=True),
             modulated=True,
         ),
-        windows=(WindowConfig(size=Grid(9, 128, 128), batch=16), WindowConfig(size=Grid(1, 256, 256), batch=32)),
-        optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup=1000),
-        steps=100_000,
-        loss=AutoencoderObjective(kl=0.0, adversarial=AdversarialConfig(start_step=20_000)),
-        codebook=CodebookLearning(decay=0.99, restart_after=200),
-        ema_decay=0.999,
-    ),
-    denoiser=DenoiserTraining(
         backbone=DitConfig(channels=8, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
-        text=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
+        text_encoder=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
+        process=RectifiedFlow(shift=3.0),
         layout=PackedShape(tokens=2560, text=1024, segments=16),
-        batch=16,
-        optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=500, weight_decay=0.01),
-        steps=50_000,
-        objective=FlowMatching(process=RectifiedFlow(shift=3.0), times=LogitNormal()),
+        fps=8.0,
+    ),
+    stages=(
+        TrainAutoencoder(
+            windows=(WindowConfig(size=Grid(9, 128, 128), batch=16), WindowConfig(size=Grid(1, 256, 256), batch=32)),
+            optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup=1000),
+            steps=100_000,
+            loss=AutoencoderObjective(kl=0.0, adversarial=AdversarialConfig(start_step=20_000)),
+            codebook=CodebookLearning(decay=0.99, restart_after=200),
+            ema_decay=0.999,
+        ),
+        TrainDenoiser(
+            batch=16,
+            optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=500, weight_decay=0.01),
+            steps=50_000,
+        ),
     ),
     sampling=Sampling(steps=40, guidance=3.0),
     evaluation=CaptionEvaluation(trained=6, held_out=4),

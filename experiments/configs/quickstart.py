@@ -4,8 +4,8 @@ python experiments/quickstart.py
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
+from dit_video.diffusion import RectifiedFlow
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
@@ -37,28 +37,32 @@ def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             max_frames=17,
             held_out=tuple(shapes.get_file_name(index, seed=seed) for index in range(count - NUM_HELD_OUT, count)),
         ),
-        autoencoder=AutoencoderTraining(
-            model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
-            windows=(
-                WindowConfig(size=Grid(17, 32, 32), batch=16),
-                WindowConfig(size=Grid(9, 32, 32), batch=16),
-                WindowConfig(size=Grid(1, 32, 32), batch=32),
-            ),
-            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
-            steps=autoencoder_steps,
-            loss=AutoencoderObjective.pixels(kl=1e-4),
-        ),
-        denoiser=DenoiserTraining(
+        model=ModelConfig(
+            autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
             backbone=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
-            text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
+            text_encoder=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
+            process=RectifiedFlow(shift=5.0),
             layout=PackedShape(tokens=120, text=224, segments=12),
-            batch=8,
-            optimizer=OptimizerConfig(
-                kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99
+        ),
+        stages=(
+            TrainAutoencoder(
+                windows=(
+                    WindowConfig(size=Grid(17, 32, 32), batch=16),
+                    WindowConfig(size=Grid(9, 32, 32), batch=16),
+                    WindowConfig(size=Grid(1, 32, 32), batch=32),
+                ),
+                optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+                steps=autoencoder_steps,
+                loss=AutoencoderObjective.pixels(kl=1e-4),
             ),
-            steps=denoiser_steps,
-            objective=FlowMatching(process=RectifiedFlow(shift=5.0), times=LogitNormal()),
-            ema_decay=0.995,
+            TrainDenoiser(
+                batch=8,
+                optimizer=OptimizerConfig(
+                    kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99
+                ),
+                steps=denoiser_steps,
+                ema_decay=0.995,
+            ),
         ),
         sampling=Sampling(steps=32, guidance=1.1),
         evaluation=ShapesEvaluation(),

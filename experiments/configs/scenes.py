@@ -13,9 +13,9 @@ tasks.
 import dataclasses
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, CurriculumStage, DataConfig, DenoiserTraining, Experiment
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import WordEncoderConfig
@@ -23,43 +23,40 @@ from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 
-AUTOENCODER = AutoencoderTraining(
-    model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=128, blocks=3, preactivated=True),
-    windows=(
-        WindowConfig(size=Grid(17, 32, 32), batch=12),
-        WindowConfig(size=Grid(9, 32, 32), batch=16),
-        WindowConfig(size=Grid(1, 32, 32), batch=32),
-    ),
-    optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=30),
-    steps=2500,
-    loss=AutoencoderObjective.pixels(kl=1e-4),
-)
 DATA = DataConfig(max_pixels=32 * 48, max_frames=17, weights=(0.0, 1.0))
 OPTIMIZER = OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99)
-DENOISER = DenoiserTraining(
-    backbone=DitConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
-    text=WordEncoderConfig(width=96, layers=1, max_tokens=64),
-    layout=PackedShape(tokens=120, text=256, segments=8),
-    batch=10,
-    optimizer=OPTIMIZER,
-    steps=2400,
-    objective=FlowMatching(process=RectifiedFlow(shift=4.0), times=LogitNormal()),
-    ema_decay=0.995,
-)
 
 EXPERIMENT = Experiment(
     name="scenes",
     data=DATA,
-    autoencoder=AUTOENCODER,
-    curriculum=(
-        CurriculumStage(
-            name="one_object",
-            steps=450,
-            data=dataclasses.replace(DATA, weights=(1.0, 0.0)),
-            optimizer=dataclasses.replace(OPTIMIZER, schedule="constant"),
-        ),
+    model=ModelConfig(
+        autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=128, blocks=3, preactivated=True),
+        backbone=DitConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
+        text_encoder=WordEncoderConfig(width=96, layers=1, max_tokens=64),
+        process=RectifiedFlow(shift=4.0),
+        layout=PackedShape(tokens=120, text=256, segments=8),
     ),
-    denoiser=DENOISER,
+    stages=(
+        TrainAutoencoder(
+            windows=(
+                WindowConfig(size=Grid(17, 32, 32), batch=12),
+                WindowConfig(size=Grid(9, 32, 32), batch=16),
+                WindowConfig(size=Grid(1, 32, 32), batch=32),
+            ),
+            optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=30),
+            steps=2500,
+            loss=AutoencoderObjective.pixels(kl=1e-4),
+        ),
+        TrainDenoiser(
+            name="one_object",
+            data=dataclasses.replace(DATA, weights=(1.0, 0.0)),
+            batch=10,
+            optimizer=dataclasses.replace(OPTIMIZER, schedule="constant"),
+            steps=450,
+            ema_decay=0.995,
+        ),
+        TrainDenoiser(continues="one_object", batch=10, optimizer=OPTIMIZER, steps=2400, ema_decay=0.995),
+    ),
     sampling=Sampling(steps=32, guidance=2.0),
     evaluation=CaptionEvaluation(trained=8, held_out=0),
     save_every=300,

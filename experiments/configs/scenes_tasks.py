@@ -31,33 +31,31 @@ from dit_video.models.conditioning import (
     OutsideOfBox,
 )
 
-_BACKBONE = scenes.DENOISER.backbone
-_AUTOENCODER = scenes.AUTOENCODER.model
+_MODEL = scenes.EXPERIMENT.get_model()
+_MASKS = (
+    FirstFrame(weight=2.0),
+    LastFrame(),
+    FirstAndLastFrame(),
+    Beginning(),
+    Ending(),
+    BothEnds(),
+    Keyframes(),
+    OutsideOfBox(weight=2.0),
+    InsideOfBox(weight=2.0),
+)
 
 EXPERIMENT = dataclasses.replace(
     scenes.EXPERIMENT,
     name="scenes_tasks",
-    curriculum=tuple(
-        dataclasses.replace(stage, frame_conditioning=FrameConditioning(prob=0.0))
-        for stage in scenes.EXPERIMENT.curriculum
+    model=dataclasses.replace(
+        _MODEL,
+        backbone=_MODEL.backbone.replace(cond_channels=_MODEL.autoencoder.stride.t + _MODEL.autoencoder.channels),
+        frame_conditioning=FrameConditioning(prob=0.5, rest="grey", masks=_MASKS),
     ),
-    denoiser=dataclasses.replace(
-        scenes.DENOISER,
-        backbone=_BACKBONE.replace(cond_channels=_AUTOENCODER.stride.t + _AUTOENCODER.channels),
-        frame_conditioning=FrameConditioning(
-            prob=0.5,
-            rest="grey",
-            masks=(
-                FirstFrame(weight=2.0),
-                LastFrame(),
-                FirstAndLastFrame(),
-                Beginning(),
-                Ending(),
-                BothEnds(),
-                Keyframes(),
-                OutsideOfBox(weight=2.0),
-                InsideOfBox(weight=2.0),
-            ),
-        ),
+    stages=tuple(
+        dataclasses.replace(stage, frame_conditioning=FrameConditioning(prob=0.0))
+        if stage.name == "one_object"
+        else stage
+        for stage in scenes.EXPERIMENT.stages
     ),
 )

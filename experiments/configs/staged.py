@@ -12,9 +12,9 @@ ends at 0.20, and samples of the training clips, which the model has memorized, 
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import AutoencoderTraining, CurriculumStage, DataConfig, DenoiserTraining, Experiment
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
@@ -27,55 +27,63 @@ def make_optimizer(learning_rate: float) -> OptimizerConfig:
     return OptimizerConfig(kind="muon", learning_rate=learning_rate, warmup=20)
 
 
-def make_objective(shift: float) -> FlowMatching:
-    return FlowMatching(process=RectifiedFlow(shift=shift), times=LogitNormal())
-
-
 EXPERIMENT = Experiment(
     name="staged",
-    autoencoder=AutoencoderTraining(
-        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=4),
-        windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
-        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=30),
-        steps=600,
-        loss=AutoencoderObjective.pixels(kl=1e-6),
-    ),
-    curriculum=(
-        CurriculumStage(
-            name="images",
-            steps=100,
-            data=DataConfig(max_pixels=48 * 64, max_frames=1, fps=8.0, clips_per_video=8),
-            layout=PackedShape(tokens=96, text=1024, segments=8),
-            optimizer=make_optimizer(2e-3),
-            objective=make_objective(1.0),
-        ),
-        CurriculumStage(
-            name="small",
-            steps=100,
-            data=DataConfig(max_pixels=48 * 64, max_frames=17, fps=8.0, clips_per_video=4),
-            layout=PackedShape(tokens=240, text=512, segments=8),
-            optimizer=make_optimizer(2e-3),
-            objective=make_objective(1.5),
-        ),
-        CurriculumStage(
-            name="large",
-            steps=250,
-            data=DataConfig(max_pixels=96 * 128, max_frames=17, fps=8.0, clips_per_video=4),
-            layout=PackedShape(tokens=480, text=512, segments=8),
-            optimizer=make_optimizer(2e-3),
-            objective=make_objective(2.0),
-        ),
-    ),
-    data=DataConfig(max_pixels=96 * 128, max_frames=33, fps=8.0, clips_per_video=4),
-    denoiser=DenoiserTraining(
+    data=DataConfig(max_pixels=96 * 128, max_frames=33, clips_per_video=4),
+    model=ModelConfig(
+        autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=4),
         backbone=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
-        text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
+        text_encoder=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
+        process=RectifiedFlow(shift=3.0),
         layout=PackedShape(tokens=864, text=512, segments=8),
-        batch=2,
-        optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=20),
-        steps=120,
-        objective=make_objective(3.0),
-        ema_decay=0.98,
+        fps=8.0,
+    ),
+    stages=(
+        TrainAutoencoder(
+            windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
+            optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=30),
+            steps=600,
+            loss=AutoencoderObjective.pixels(kl=1e-6),
+        ),
+        TrainDenoiser(
+            name="images",
+            data=DataConfig(max_pixels=48 * 64, max_frames=1, clips_per_video=8),
+            layout=PackedShape(tokens=96, text=1024, segments=8),
+            process=RectifiedFlow(shift=1.0),
+            batch=2,
+            optimizer=make_optimizer(2e-3),
+            steps=100,
+            ema_decay=0.98,
+        ),
+        TrainDenoiser(
+            name="small",
+            continues="images",
+            data=DataConfig(max_pixels=48 * 64, max_frames=17, clips_per_video=4),
+            layout=PackedShape(tokens=240, text=512, segments=8),
+            process=RectifiedFlow(shift=1.5),
+            batch=2,
+            optimizer=make_optimizer(2e-3),
+            steps=100,
+            ema_decay=0.98,
+        ),
+        TrainDenoiser(
+            name="large",
+            continues="small",
+            data=DataConfig(max_pixels=96 * 128, max_frames=17, clips_per_video=4),
+            layout=PackedShape(tokens=480, text=512, segments=8),
+            process=RectifiedFlow(shift=2.0),
+            batch=2,
+            optimizer=make_optimizer(2e-3),
+            steps=250,
+            ema_decay=0.98,
+        ),
+        TrainDenoiser(
+            continues="large",
+            batch=2,
+            optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=20),
+            steps=120,
+            ema_decay=0.98,
+        ),
     ),
     sampling=Sampling(steps=32, guidance=1.5),
     evaluation=CaptionEvaluation(trained=6, held_out=4),

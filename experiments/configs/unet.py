@@ -7,7 +7,7 @@ import dataclasses
 
 from configs import quickstart
 from dit_video.data.windows import WindowConfig
-from dit_video.experiment import AutoencoderTraining, Experiment
+from dit_video.experiment import Experiment, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.backbones.unet import UnetConfig
@@ -23,34 +23,37 @@ def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
     unet = UnetConfig(channels=CHANNELS, context_width=64, width=32, multipliers=(1, 2), heads=4)
     size = Grid(5, 28, 28)
     canvas = CanvasShape(size=size, text=320, segments=18, cell=unet.size_multiple, padding=unet.canvas_padding)
-    return dataclasses.replace(
-        transformer, denoiser=dataclasses.replace(transformer.denoiser, backbone=unet, layout=canvas)
-    )
+    return transformer.replace_model(backbone=unet, layout=canvas)
 
 
 def make_transformer_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
     """Return the same experiment with a transformer: it differs in `backbone` and `layout` alone."""
     base = quickstart.make_experiment(seed, brief=brief)
-    autoencoder = AutoencoderTraining(
-        model=PatchVaeConfig(stride=Grid(4, 4, 4), channels=CHANNELS, width=40, blocks=2),
-        windows=(
-            WindowConfig(size=Grid(17, 32, 32), batch=8),
-            WindowConfig(size=Grid(9, 32, 32), batch=8),
-            WindowConfig(size=Grid(1, 32, 32), batch=16),
-        ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
-        steps=60 if brief else 900,
-        loss=AutoencoderObjective.pixels(kl=1e-4),
-    )
-    denoiser = dataclasses.replace(
-        base.denoiser,
+    model = dataclasses.replace(
+        base.get_model(),
+        autoencoder=PatchVaeConfig(stride=Grid(4, 4, 4), channels=CHANNELS, width=40, blocks=2),
         backbone=DitConfig(channels=CHANNELS, context_width=64, patch=Grid(1, 4, 4), width=176, layers=4, heads=4),
         layout=PackedShape(tokens=120, text=320, segments=18),
-        batch=4,
-        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99),
-        steps=60 if brief else 2800,
     )
-    return dataclasses.replace(base, name="shapes-unet", autoencoder=autoencoder, denoiser=denoiser)
+    stages = (
+        TrainAutoencoder(
+            windows=(
+                WindowConfig(size=Grid(17, 32, 32), batch=8),
+                WindowConfig(size=Grid(9, 32, 32), batch=8),
+                WindowConfig(size=Grid(1, 32, 32), batch=16),
+            ),
+            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+            steps=60 if brief else 900,
+            loss=AutoencoderObjective.pixels(kl=1e-4),
+        ),
+        TrainDenoiser(
+            batch=4,
+            optimizer=OptimizerConfig(learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99),
+            steps=60 if brief else 2800,
+            ema_decay=0.995,
+        ),
+    )
+    return dataclasses.replace(base, name="shapes-unet", model=model, stages=stages)
 
 
 EXPERIMENT = make_experiment()

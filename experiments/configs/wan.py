@@ -6,9 +6,9 @@ Hugging Face (`vae`, `text_encoder` and `tokenizer`).
 These configs have not been trained.
 """
 
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import RectifiedFlow
 from dit_video.distributed import MeshConfig
-from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainDenoiser
 from dit_video.models.autoencoders import CausalVaeConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.encoders import FrozenTextConfig
@@ -46,17 +46,23 @@ def make_experiment(
     """
     return Experiment(
         name=name,
-        data=DataConfig(max_pixels=height * width, max_frames=81, fps=16.0, workers=8),
-        autoencoder=PretrainedAutoencoder(model=CausalVaeConfig.wan21(), folder=f"{folder}/vae"),
-        denoiser=DenoiserTraining(
+        data=DataConfig(max_pixels=height * width, max_frames=81, workers=8),
+        model=ModelConfig(
+            autoencoder=CausalVaeConfig.wan21(),
             backbone=backbone,
-            text=FrozenTextConfig(folder=folder, width=4096, max_tokens=512, dtype="bfloat16", cleaned=True),
+            text_encoder=FrozenTextConfig(folder=folder, width=4096, max_tokens=512, dtype="bfloat16", cleaned=True),
+            process=RectifiedFlow(shift=shift),
             layout=PackedShape(tokens=tokens, text=2048, segments=4),
-            batch=batch,
-            optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=2000, b2=0.95, weight_decay=0.01),
-            steps=100_000,
-            objective=FlowMatching(process=RectifiedFlow(shift=shift), times=LogitNormal()),
-            ema_decay=0.9999,
+            fps=16.0,
+        ),
+        autoencoder_from=f"{folder}/vae",
+        stages=(
+            TrainDenoiser(
+                batch=batch,
+                optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=2000, b2=0.95, weight_decay=0.01),
+                steps=100_000,
+                ema_decay=0.9999,
+            ),
         ),
         sampling=Sampling(steps=50, guidance=5.0),
         mesh=mesh,

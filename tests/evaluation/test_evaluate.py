@@ -28,7 +28,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def held_out(tiny_run):
-    return Run.open(tiny_run).runtime.held_out_clips
+    return Run.open(tiny_run).held_out_clips
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +156,8 @@ def test_an_evaluation_by_captions_uses_held_out_captions(tiny_pipeline, tiny_ru
     measured = evaluate.evaluate(pipeline, tmp_path, seed=0, clips=run.evaluation_clips())
     prompts = [sample.entry["prompt"] for sample in measured.samples]
     assert measured.is_trained_caption == [True, True, True, False, False]
-    assert set(prompts[:3]) <= {info.caption for info in run.runtime.training_clips.infos}
-    assert set(prompts[3:]) <= {info.caption for info in run.runtime.held_out_clips.infos}
+    assert set(prompts[:3]) <= {info.caption for info in run.training_clips.infos}
+    assert set(prompts[3:]) <= {info.caption for info in run.held_out_clips.infos}
     assert len({sample.entry["seed"] for sample in measured.samples}) == 5
     assert list(measured.results) == ["psnr", "ssim", "linear_psnr"]
     with pytest.raises(UserError, match="there are no captions to sample"):

@@ -9,7 +9,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.windows import WindowConfig
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import Experiment
-from dit_video.experiment.config import load_experiment
+from dit_video.experiment.config_file import load_experiment
 from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.conditioning import FrameConditioning

@@ -37,8 +37,8 @@ def test_a_condition_selects_training_clips_and_leaves_held_out_ones(tiny, datas
     run = open_run(tiny, dataset, tmp_path, where="score >= 10")
     expected = [info.name for number, info in enumerate(ClipSource(dataset).infos) if number >= 10]
     held_out = set(tiny.EXPERIMENT.data.held_out)
-    assert [info.name for info in run.runtime.training_clips.infos] == [n for n in expected if n not in held_out]
-    assert {info.name for info in run.runtime.held_out_clips.infos} == held_out
+    assert [info.name for info in run.training_clips.infos] == [n for n in expected if n not in held_out]
+    assert {info.name for info in run.held_out_clips.infos} == held_out
 
 
 def test_a_condition_that_is_wrong_or_selects_nothing_ends_the_run_before_it_trains(tiny, dataset, tmp_path):
@@ -54,7 +54,7 @@ def test_a_condition_that_is_wrong_or_selects_nothing_ends_the_run_before_it_tra
 def test_captions_are_drawn_from_columns_by_their_shares(tiny, dataset, tmp_path):
     """Three of four draws of a clip that has a long caption are of that."""
     run = open_run(tiny, dataset, tmp_path, captions={"captions": 0.25, "long": 0.75})
-    clips = run.runtime.training_clips
+    clips = run.training_clips
     texts = input_pipeline.open_captions(lambda text: np.frombuffer(text.encode(), np.uint8), clips)
     draws: dict[int, Counter[int]] = {}
     for example in range(len(clips)):

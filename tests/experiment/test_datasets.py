@@ -106,7 +106,7 @@ def test_an_ingested_data_set_is_used_where_it_lies(tiny, tiny_clips, tmp_path):
     started = Run.create(tmp_path / "run", tiny.EXPERIMENT)
     started.take(tmp_path / "ingested")
     started.take(tmp_path / "ingested")
-    assert started.runtime.clips.infos == ClipSource(tmp_path / "ingested").infos
+    assert started.clips.infos == ClipSource(tmp_path / "ingested").infos
     assert (tmp_path / "run" / "data").is_symlink()
     ingest(tiny_clips, tmp_path / "other")
     with pytest.raises(UserError, match="was started with the data set"):

@@ -7,9 +7,8 @@ import shutil
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.experiment.config import Experiment
-from dit_video.experiment.folder import EXCLUDED_FILE
-from dit_video.experiment.run import Run
+from dit_video.experiment import Experiment
+from dit_video.experiment.run import EXCLUDED_FILE, Run
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
@@ -77,8 +76,8 @@ def test_a_held_out_clip_that_cannot_be_used_is_listed_and_does_not_count_as_a_t
 ):
     held_out = ("clips/000006.png", "clips/000007.png")
     run = begun(tmp_path / "run", experiment(tiny, held_out=held_out, max_excluded_share=0.0), tiny_run, images)
-    assert len(run.runtime.training_clips) == COUNT - 2
-    assert [info.name for info in run.runtime.held_out_clips.infos] == ["clips/000006.png"]
+    assert len(run.training_clips) == COUNT - 2
+    assert [info.name for info in run.held_out_clips.infos] == ["clips/000006.png"]
     listed = json.loads((run.folder / EXCLUDED_FILE).read_text())
     assert listed == {"held_out": {"clips": 2, "excluded": {"clips/000007.png": REASON}}}
 

@@ -168,7 +168,7 @@ def test_captions_of_clips_without_a_cache_are_embedded_and_kept(tiny, tiny_run,
     begun.run_stages()
     assert begun.load_pipeline().denoiser_params["text"] == {}
     assert opened[-1].cache == tmp_path / "run" / "texts"
-    captions = {caption for info in begun.runtime.training_clips.infos for caption in info.captions}
+    captions = {caption for info in begun.training_clips.infos for caption in info.captions}
     assert set(opened[-1].texts) == {"", *captions}
     assert not (tmp_path / "run" / "latents").exists()
 

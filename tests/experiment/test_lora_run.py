@@ -41,8 +41,8 @@ def adapting(tiny, tiny_run, folder, **changes):
 def open_trained(run):
     """Return what a run trains of its denoiser."""
     config, folder = run.experiment.denoiser, run.folder / "denoiser"
-    is_resuming = run.runtime.open_checkpoints("denoiser").latest() is not None
-    return open_trainable_denoiser(config, folder, run.runtime.mesh, is_resuming=is_resuming)
+    is_resuming = run.open_checkpoints("denoiser").latest() is not None
+    return open_trainable_denoiser(config, folder, run.mesh, is_resuming=is_resuming)
 
 
 @pytest.fixture(scope="module")

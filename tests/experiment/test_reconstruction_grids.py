@@ -53,7 +53,7 @@ def test_grids_hold_held_out_clips_next_to_their_reconstructions(monitored):
         "tiles.json",
     ]
     tiles = json.loads((folder / "tiles.json").read_text())
-    clips, limits = monitored.runtime.held_out_clips, monitored.experiment.limits
+    clips, limits = monitored.held_out_clips, monitored.experiment.limits
     names = [info.name for info in clips.infos]
     sizes = {fit_size(clips.infos[names.index(tile["text"])], limits) for tile in tiles["tiles"]}
     assert len(sizes) == 1

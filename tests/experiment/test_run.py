@@ -94,11 +94,9 @@ def test_training_a_finished_run_again_recomputes_nothing(tiny, tiny_run, tiny_c
 def test_latents_are_those_of_the_training_clips_and_normalised(tiny, tiny_run):
     source, opened = LatentSource(tiny_run / "latents"), Run.open(tiny_run)
     held_out = set(tiny.EXPERIMENT.data.held_out)
-    assert {info.name for info in opened.runtime.held_out_clips.infos} == held_out
+    assert {info.name for info in opened.held_out_clips.infos} == held_out
     assert len(held_out) == tiny.HELD_OUT
-    assert {name.split("@")[0] for name in source.names} == {
-        info.name for info in opened.runtime.clips.infos
-    } - held_out
+    assert {name.split("@")[0] for name in source.names} == {info.name for info in opened.clips.infos} - held_out
     assert {Grid(*size) for size in source.sizes.tolist()} == {Grid(1, 2, 2), Grid(2, 2, 2), Grid(3, 2, 4)}
     values = np.concatenate([source[index].reshape(-1, 4) for index in range(len(source))])
     assert np.abs(values.mean(axis=0)).max() < 0.5
@@ -174,7 +172,7 @@ def test_files_that_cannot_be_decoded_are_skipped_and_counted(tiny, clips, tmp_p
     said = capsys.readouterr().err
     assert f"2 files cannot be decoded and are skipped, such as clips/{damaged.name}: " in said
     assert "1 files are not listed as clips by the source and are skipped" in said
-    assert len(started.runtime.clips) == tiny.COUNT - 2
+    assert len(started.clips) == tiny.COUNT - 2
     assert len(json.loads((tmp_path / "run" / "data" / "report.json").read_text())["quarantined"]) == 2
     started.run_stages("latents")
     assert len(started.open_latents()) == tiny.COUNT - 2 - tiny.HELD_OUT
@@ -218,7 +216,7 @@ def open_windows(run, crops, start, purpose):
 
 
 def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
-    stretches = ClipCrops(two_windows.runtime.training_clips, two_windows.experiment.limits)
+    stretches = ClipCrops(two_windows.training_clips, two_windows.experiment.limits)
     whole = list(itertools.islice(open_windows(two_windows, stretches, 0, "autoencoder"), 7))
     assert [batch.shape[:2] for batch in whole] == [(2, 5), (1, 9), (2, 5), (1, 9), (2, 5), (1, 9), (2, 5)]
     for start in (1, 2, 5):
@@ -229,9 +227,9 @@ def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
 
 
 def test_clips_smaller_than_every_window_are_reported(two_windows, capsys):
-    stretches = ClipCrops(two_windows.runtime.training_clips, two_windows.experiment.limits)
+    stretches = ClipCrops(two_windows.training_clips, two_windows.experiment.limits)
     open_windows(two_windows, stretches, 0, "autoencoder").close()
-    images = sum(info.frames == 1 for info in two_windows.runtime.training_clips.infos)
+    images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips are smaller than a window" in capsys.readouterr().err
 
@@ -248,13 +246,13 @@ def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
     with pytest.raises(UserError, match="both named one"):
         started.take(tmp_path / "one", tmp_path / "one")
     started.take(tmp_path / "one", tmp_path / "two")
-    count = len(Run.open(tiny_run).runtime.clips)
-    assert started.runtime.clips.dataset_sizes == (count, count)
-    assert [info.name for info in started.runtime.held_out_clips.infos] == sorted(held_out)
+    count = len(Run.open(tiny_run).clips)
+    assert started.clips.dataset_sizes == (count, count)
+    assert [info.name for info in started.held_out_clips.infos] == sorted(held_out)
     (tmp_path / "run" / "autoencoder").mkdir()
     shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
     started.run_stages("latents")
-    mixture = input_pipeline.make_mixture(started.open_latents(), started.runtime.training_clips, data.weights)
+    mixture = input_pipeline.make_mixture(started.open_latents(), started.training_clips, data.weights)
     assert mixture.sizes == (count - len(held_out), count)
     assert mixture.weights == (1.0, 3.0)
     assert len(mixture.variants) == 2 * count - len(held_out)
@@ -287,7 +285,7 @@ def test_a_run_can_train_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, 
     params = started.load_pipeline().denoiser_params
     assert not (tmp_path / "run" / "latents").exists()
     summary = json.loads((tmp_path / "run" / "denoiser" / "rows.json").read_text())
-    assert summary["examples"] == len(started.runtime.training_clips)
+    assert summary["examples"] == len(started.training_clips)
     assert all(np.isfinite(leaf).all() for leaf in trees.flatten(params).values())
     entries = logging.read_metrics(tmp_path / "run" / "denoiser" / "metrics.jsonl")
     assert all(0 <= entry["padding"] < 1 and entry["masked"] == 0 for entry in entries)

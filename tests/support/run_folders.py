@@ -12,17 +12,28 @@ from dit_video.video import Clip
 
 def write_config(run: Path, *, curriculum: tuple[tuple[str, int], ...] = (), **changes: Any) -> None:
     """Write the config of a run of 20 steps of an autoencoder and 100 of a denoiser, with changes of its experiment."""
-    stages = [
-        {"type": "dit_video.experiment:CurriculumStage", "name": name, "steps": steps} for name, steps in curriculum
-    ]
     averages = {"decays": [0.9], "sigmas": [0.1]}
+    denoisers = [
+        {"type": "dit_video.experiment:TrainDenoiser", "name": name, "continues": None, "steps": steps}
+        for name, steps in curriculum
+    ]
+    denoisers.append(
+        {
+            "type": "dit_video.experiment:TrainDenoiser",
+            "name": "denoiser",
+            "continues": None,
+            "steps": 100,
+            "ema_decay": 0.999,
+            "averages": averages,
+        }
+    )
     experiment = {
         "type": "dit_video.experiment:Experiment",
         "name": "ducks",
-        "autoencoder": {"steps": 20},
-        "denoiser": {"steps": 100, "ema_decay": 0.999, "averages": averages},
-        "curriculum": stages,
-        "stages": [],
+        "stages": [
+            {"type": "dit_video.experiment:TrainAutoencoder", "name": "autoencoder", "steps": 20},
+            *denoisers,
+        ],
         **changes,
     }
     run.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ almost nothing.
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
@@ -34,21 +34,25 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
                 shapes.get_file_name(index, seed=seed, sizes=SIZES) for index in range(COUNT - HELD_OUT, COUNT)
             ),
         ),
-        autoencoder=AutoencoderTraining(
-            model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=4, width=8, blocks=1),
-            windows=(WindowConfig(size=Grid(5, 16, 16), batch=4),),
-            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=2),
-            steps=8,
-            loss=AutoencoderObjective.pixels(),
-        ),
-        denoiser=DenoiserTraining(
+        model=ModelConfig(
+            autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=4, width=8, blocks=1),
             backbone=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),
-            text=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
+            text_encoder=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
             layout=PackedShape(tokens=12, text=96, segments=3),
-            batch=2,
-            optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=2),
-            steps=10,
-            ema_decay=0.9,
+        ),
+        stages=(
+            TrainAutoencoder(
+                windows=(WindowConfig(size=Grid(5, 16, 16), batch=4),),
+                optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=2),
+                steps=8,
+                loss=AutoencoderObjective.pixels(),
+            ),
+            TrainDenoiser(
+                batch=2,
+                optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=2),
+                steps=10,
+                ema_decay=0.9,
+            ),
         ),
         sampling=Sampling(steps=2, guidance=2.0),
         evaluation=ShapesEvaluation(),

@@ -16,7 +16,7 @@ from typing import Any
 
 import av
 
-from benchmarks.settings import Setting, get_row_shape, make_examples, make_latents
+from benchmarks.settings import Setting, make_examples, make_latents
 from benchmarks.steps import TrainingSetup, count_compilations, get_peak_memory
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
@@ -59,9 +59,9 @@ def measure_latents(setting: Setting, setup: TrainingSetup, num_examples: int) -
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source = LatentSource(Path(folder) / "latents")
         reading = LoaderConfig(batch=config.batch, seed=0)
-        texts = TokenizedCaptions(source.all_captions, config.text.make_tokenizer())
+        texts = TokenizedCaptions(source.all_captions, setting.model.text_encoder.make_tokenizer())
         batches = load_packed_batches(
-            source, texts, patch=config.backbone.patch, shape=get_row_shape(config), config=reading
+            source, texts, patch=setting.model.backbone.patch, shape=setting.model.row_shape, config=reading
         )
         epoch = -(-batches.rows_per_epoch // config.batch)
         last = int(setup.state.step) + epoch
@@ -95,7 +95,7 @@ def measure_videos(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
     limits = SizeLimits(
         max_pixels=max(setting.data.max_pixels, window.size.h * window.size.w),
         max_frames=max(setting.data.max_frames, window.size.t),
-        multiple=setting.autoencoder.model.stride,
+        multiple=setting.model.autoencoder.stride,
     )
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
@@ -136,7 +136,7 @@ def measure_decoding(setting: Setting, clips: Path, rounds: int) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         ingest(clips, Path(folder) / "data")
         infos = {info.name: info for info in ClipSource(Path(folder) / "data").infos}
-    stride, patch = setting.autoencoder.model.stride, setting.denoiser.backbone.patch
+    stride, patch = setting.model.autoencoder.stride, setting.model.backbone.patch
     multiple = Grid(1, stride.h * patch.h, stride.w * patch.w)
     limits = SizeLimits(max_pixels=max(setting.data.max_pixels, 96 * 128), max_frames=1 << 30, multiple=multiple)
     files = [(Path(path), infos[name]) for path in names if (name := os.path.relpath(path, clips)) in infos]
@@ -199,9 +199,9 @@ def measure_memory(setting: Setting, num_examples: int, batches: int) -> dict[st
         source = LatentSource(Path(folder) / "latents")
         loader = load_packed_batches(
             source,
-            TokenizedCaptions(source.all_captions, config.text.make_tokenizer()),
-            patch=config.backbone.patch,
-            shape=get_row_shape(config),
+            TokenizedCaptions(source.all_captions, setting.model.text_encoder.make_tokenizer()),
+            patch=setting.model.backbone.patch,
+            shape=setting.model.row_shape,
             config=LoaderConfig(batch=config.batch, seed=0),
         )
         memory = {}

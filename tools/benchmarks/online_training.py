@@ -21,7 +21,7 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.packing.rows import Encode
 from dit_video.distributed import count_row_shards, make_mesh
-from dit_video.experiment import input_pipeline
+from dit_video.experiment import Run, input_pipeline
 from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.models.conditioning import KnownMask
 from dit_video.nn import init_params
@@ -64,39 +64,37 @@ def measure_online(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
     """
     data = replace(setting.data, cache_latents=False, weights=(), clips_per_video=1, resolutions=(), flips=False)
     mesh = make_mesh(setting.mesh)
-    rows = replace(setting, data=data, denoiser=replace(setting.denoiser, layout=setting.denoiser.row_shape))
+    rows = replace(setting, data=data).replace_stage("denoiser", buckets=None)
     # As many tokens per step as the rows have, so that both layouts are comparable.
     config = BucketConfig(
-        sampling=setting.denoiser.row_shape,
         memory=BatchMemory(fixed=0, per_token=1),
-        budget=setting.denoiser.row_shape.tokens * setting.denoiser.batch / count_row_shards(mesh),
+        budget=setting.model.row_shape.tokens * setting.denoiser.batch / count_row_shards(mesh),
         count=_NUM_BUCKETS,
     )
-    buckets = replace(rows, denoiser=replace(rows.denoiser, layout=config))
-    model = setting.autoencoder.model
+    buckets = rows.replace_stage("denoiser", buckets=config)
+    model = setting.model.autoencoder
     figures: dict[str, Any] = {}
     params = init_params(model.make, rng.key(0, "benchmark"))
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         ingest(clips, Path(folder) / "data")
         source = ClipSource(Path(folder) / "data")
         for name, experiment in (("rows", rows), ("buckets", buckets)):
-            figures[name] = {}
+            run, figures[name] = Run(folder=Path(folder), experiment=experiment), {}
             for mode, encode in (
-                ("encoded", input_pipeline.make_online_encoder(experiment, mesh, params, source)),
+                ("encoded", input_pipeline.make_online_encoder(run, experiment.denoiser, params, source)),
                 ("given", functools.partial(encode_zeros, model)),
             ):
-                figures[name][mode], setup = _train(experiment, setup, source, TimedEncoder(encode), steps)
+                figures[name][mode], setup = _train(run, setup, source, TimedEncoder(encode), steps)
     return {"clips": len(source), "steps": steps, **figures}
 
 
 def _train(
-    experiment: Setting, setup: TrainingSetup, source: ClipSource, encode: TimedEncoder, steps: int
+    run: Run, setup: TrainingSetup, source: ClipSource, encode: TimedEncoder, steps: int
 ) -> tuple[dict[str, Any], TrainingSetup]:
     """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
     first, warmup_seconds = int(setup.state.step), [0.0]
-    texts = TokenizedCaptions([info.captions for info in source.infos], experiment.denoiser.text.make_tokenizer())
-    mesh = make_mesh(experiment.mesh)
-    batches = input_pipeline.make_online_batches(experiment, mesh, source, texts, encode)(0)
+    texts = TokenizedCaptions([info.captions for info in source.infos], run.model.text_encoder.make_tokenizer()  # type: ignore[union-attr])
+    batches = input_pipeline.make_online_batches(run, run.experiment.denoiser, source, texts, encode)(0)
 
     def record_warmup(done: int, _state: Any) -> None:
         if done == first + steps:

@@ -15,15 +15,15 @@ from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.data.packing.bin_packing import CanvasPacking
 from dit_video.data.packing.plan import RowStream
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import RectifiedFlow
 from dit_video.distributed import MeshConfig
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_grid
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
+from dit_video.models.model_config import ModelConfig
 from dit_video.tokens import (
     CanvasShape,
     Grid,
-    LayoutShape,
     PackedBatch,
     PackedExample,
     PackedShape,
@@ -45,19 +45,21 @@ DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "experiments" / "configs"
 BUILT_IN = SimpleNamespace(
     name="built in",
     data=SimpleNamespace(max_pixels=32 * 48, max_frames=17),
+    model=ModelConfig(
+        autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
+        backbone=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
+        text_encoder=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
+        process=RectifiedFlow(shift=5.0),
+        layout=PackedShape(tokens=120, text=224, segments=12),
+    ),
     autoencoder=SimpleNamespace(
-        model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
         windows=(SimpleNamespace(size=Grid(17, 32, 32), batch=16),),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
         loss=AutoencoderObjective.pixels(kl=1e-4),
     ),
     denoiser=SimpleNamespace(
-        backbone=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
-        text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
-        layout=PackedShape(tokens=120, text=224, segments=12),
         batch=8,
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99),
-        objective=FlowMatching(process=RectifiedFlow(shift=5.0), times=LogitNormal()),
     ),
     mesh=MeshConfig(),
 )
@@ -81,7 +83,7 @@ def read_setting(path: Path) -> Setting:
       UserError: If the file defines no experiment, or imports a package that is not installed.
     """
     try:
-        from dit_video.experiment.config import load_experiment
+        from dit_video.experiment.config_file import load_experiment
 
         return load_experiment(path)
     except ModuleNotFoundError as error:
@@ -108,15 +110,21 @@ def resolve_setting(config: Path | None, changes: Sequence[str]) -> Setting:
 
 
 def replace_field(config: Any, path: str, new_value: Any) -> Any:
-    """Return a nested config with one field replaced: `replace_field(setting, "denoiser.backbone.width", 1024)`.
+    """Return a nested config with one field replaced: `replace_field(setting, "model.backbone.width", 1024)`.
+
+    A stage of an experiment is a field of its name: `replace_field(experiment, "denoiser.batch", 16)`.
 
     Raises:
       UserError: If the field does not exist.
     """
     name, _, rest = path.partition(".")
     fields = {field: getattr(config, field) for field in getattr(config, "__dict__", {})}
+    stages = {stage.name: stage for stage in fields.get("stages", ())}
+    if name in stages and rest:
+        stages[name] = replace_field(stages[name], rest, new_value)
+        return type(config)(**fields | {"stages": tuple(stages.values())})
     if name not in fields:
-        raise UserError(f"field {name!r} does not exist; use one of {', '.join(fields)}")
+        raise UserError(f"field {name!r} does not exist; use one of {', '.join((*fields, *stages))}")
     old = fields[name]
     new_value = (
         replace_field(old, rest, new_value) if rest else Grid(*new_value) if isinstance(old, Grid) else new_value
@@ -135,7 +143,7 @@ class SyntheticExample(NamedTuple):
 
 def make_clip_sizes(setting: Setting) -> list[Grid]:
     """Return sizes within the limits: an image, half the length and the full length, each square, wide and high."""
-    stride, patch = setting.autoencoder.model.stride, setting.denoiser.backbone.patch
+    stride, patch = setting.model.autoencoder.stride, setting.model.backbone.patch
     step_h, step_w = stride.h * patch.h, stride.w * patch.w
     longest = (setting.data.max_frames - 1) // stride.t
     sizes = []
@@ -150,7 +158,7 @@ def make_clip_sizes(setting: Setting) -> list[Grid]:
 def make_examples(setting: Setting, num_examples: int) -> list[SyntheticExample]:
     """Make examples of mixed sizes and captions, 15 % of them images, as in the quickstart's data."""
     generator = rng.make_generator(0, "benchmark")
-    grids = [latent_grid(size, setting.autoencoder.model.stride) for size in make_clip_sizes(setting)]
+    grids = [latent_grid(size, setting.model.autoencoder.stride) for size in make_clip_sizes(setting)]
     images, videos = [grid for grid in grids if grid.t == 1], [grid for grid in grids if grid.t > 1]
     examples = []
     for _ in range(num_examples):
@@ -165,19 +173,14 @@ def make_examples(setting: Setting, num_examples: int) -> list[SyntheticExample]
 
 def make_latents(setting: Setting, index: int, example: SyntheticExample) -> np.ndarray:
     """Return random latents of an example."""
-    shape = (*example.latents, setting.denoiser.backbone.channels)
+    shape = (*example.latents, setting.model.backbone.channels)
     return rng.make_generator(0, "benchmark latents", index).standard_normal(shape, np.float32)
 
 
-def tokenize_bytes(config: ByteEncoderConfig, caption: str) -> np.ndarray:
+def tokenize_bytes(config: Any, caption: str) -> np.ndarray:
     """Tokenize a caption like the byte encoder's tokenizer, without `transformers`."""
     tokens = [*(byte + 3 for byte in caption.encode()[: config.max_tokens - 1]), 1]
     return np.asarray(tokens + [0] * (-len(tokens) % config.patch), np.int32)
-
-
-def get_row_shape(config: Any) -> LayoutShape:
-    """Return the rows or canvases of a setting's denoiser; the built-in one has no dense batches."""
-    return getattr(config, "row_shape", config.layout)
 
 
 class SyntheticBatches:
@@ -185,10 +188,10 @@ class SyntheticBatches:
 
     def __init__(self, setting: Setting, num_examples: int):
         self._setting, self._examples = setting, make_examples(setting, num_examples)
-        self._config = config = setting.denoiser
-        grids = [compute_token_grid(example.latents, config.backbone.patch) for example in self._examples]
-        text = np.asarray([len(tokenize_bytes(config.text, example.caption)) for example in self._examples])
-        shape, names = get_row_shape(config), [example.caption for example in self._examples]
+        model: ModelConfig = setting.model
+        grids = [compute_token_grid(example.latents, model.backbone.patch) for example in self._examples]
+        text = np.asarray([len(tokenize_bytes(model.text_encoder, example.caption)) for example in self._examples])
+        shape, names = model.row_shape, [example.caption for example in self._examples]
         canvases = CanvasPacking(grids, text, shape, names) if isinstance(shape, CanvasShape) else None
         tokens = np.asarray([grid.volume for grid in grids])
         self._stream = RowStream(tokens, text, shape, seed=0, canvases=canvases)
@@ -198,14 +201,15 @@ class SyntheticBatches:
     def __iter__(self) -> Iterator[PackedBatch]:
         rows = (self._pack_row(number) for number in itertools.count())
         while True:
-            yield stack_rows(itertools.islice(rows, self._config.batch))
+            yield stack_rows(itertools.islice(rows, self._setting.denoiser.batch))
 
     def _pack_row(self, row_index: int) -> PackedBatch:
-        patch = self._config.backbone.patch
-        examples = []
+        model: ModelConfig = self._setting.model
+        patch, examples = model.backbone.patch, []
         for index, rank in zip(*self._stream.get_row(row_index), strict=True):
             example = self._examples[index]
             tokens = patchify(make_latents(self._setting, int(index), example), patch)
             positions = compute_positions(compute_token_grid(example.latents, patch))
-            examples.append(PackedExample(tokens, positions, tokenize_bytes(self._config.text, example.caption), rank))
-        return pack(examples, get_row_shape(self._config), width=self._config.backbone.token_width)
+            caption = tokenize_bytes(model.text_encoder, example.caption)
+            examples.append(PackedExample(tokens, positions, caption, rank))
+        return pack(examples, model.row_shape, width=model.backbone.token_width)

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.settings import Setting, SyntheticBatches, get_row_shape, tokenize_bytes
+from benchmarks.settings import Setting, SyntheticBatches, tokenize_bytes
 from dit_video.core import rng
 from dit_video.core.trees import count_values as count
+from dit_video.diffusion import FlowMatching
 from dit_video.distributed import make_mesh, make_shardings, shard_batch
 from dit_video.models.autoencoders import latent_grid
+from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_graph_def, init_params
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.denoiser import DenoiserLoss
@@ -97,21 +99,24 @@ def time_steps(setup: TrainingSetup, batches: Sequence[Any], steps: int) -> tupl
 
 def make_denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, OptimizerConfig]:
     """Return the init function, the loss and the optimizer config of the denoiser with its text encoder."""
-    config = setting.denoiser
+    model: ModelConfig = setting.model
     loss = DenoiserLoss(
-        backbone=get_graph_def(config.backbone.make),
-        text=get_graph_def(config.text.make),
-        objective=config.objective,
+        backbone=get_graph_def(model.backbone.make),
+        text=get_graph_def(model.text_encoder.make),
+        objective=FlowMatching(process=model.process, prediction=model.prediction),
         caption_dropout=0.1,
-        empty_caption=tokenize_bytes(setting.denoiser.text, ""),
+        empty_caption=tokenize_bytes(model.text_encoder, ""),
         seed=0,
     )
 
     def init(key):
         first, second = jax.random.split(key)
-        return {"backbone": init_params(config.backbone.make, first), "text": init_params(config.text.make, second)}
+        return {
+            "backbone": init_params(model.backbone.make, first),
+            "text": init_params(model.text_encoder.make, second),
+        }
 
-    return init, loss, config.optimizer
+    return init, loss, setting.denoiser.optimizer
 
 
 def measure_denoiser(setting: Setting, steps: int, num_examples: int) -> tuple[dict[str, Any], TrainingSetup]:
@@ -120,7 +125,7 @@ def measure_denoiser(setting: Setting, steps: int, num_examples: int) -> tuple[d
     packed = SyntheticBatches(setting, num_examples)
     batches = list(itertools.islice(packed, 8))
     figures, setup = time_steps(make_training_setup(setting, *make_denoiser_parts(setting)), batches, steps)
-    tokens = config.batch * get_row_shape(config).tokens
+    tokens = config.batch * setting.model.row_shape.tokens
     real = float(np.mean([(batch.segments > 0).sum(axis=(0, 1)) for batch in batches]))
     figures |= {
         "tokens_per_step": tokens,
@@ -135,7 +140,7 @@ def measure_denoiser(setting: Setting, steps: int, num_examples: int) -> tuple[d
 
 def measure_autoencoder(setting: Setting, steps: int) -> tuple[dict[str, Any], TrainingSetup]:
     """Measure the autoencoder's training step on windows of pixels; its tokens are latent positions."""
-    config, model, window = setting.autoencoder, setting.autoencoder.model, setting.autoencoder.windows[0]
+    config, model, window = setting.autoencoder, setting.model.autoencoder, setting.autoencoder.windows[0]
     loss = AutoencoderLoss(graph=get_graph_def(model.make), objective=config.loss, seed=0)
     setup = make_training_setup(setting, functools.partial(init_params, model.make), loss, config.optimizer)
     generator = rng.make_generator(0, "benchmark windows")

@@ -16,8 +16,7 @@ from dit_video.core.files import read_json
 from dit_video.evaluation.collection import MetricResult
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.evaluate import EvaluationResult
-from dit_video.experiment.folder import EXCLUDED_FILE
-from dit_video.experiment.run import Run
+from dit_video.experiment.run import EXCLUDED_FILE, Run
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.training.goodput import RunTimes, read_run_times
 from dit_video.training.hooks.logging import read_metrics

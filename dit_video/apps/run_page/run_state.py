@@ -249,26 +249,18 @@ _TITLES = {"autoencoder": "Autoencoder", "denoiser": "Denoiser"}
 
 
 def _list_trainings(experiment: Mapping[str, Any]) -> list[PlannedTraining]:
-    trainings = []
-    if steps := _get_steps(experiment.get("autoencoder")):
-        trainings.append(PlannedTraining(name="autoencoder", steps=steps))
+    trainings, stages, last = [], list[PlannedStage](), None
     for stage in experiment.get("stages") or ():
-        if _TRAINING_NAME.fullmatch(name := str(stage["name"])):
-            trainings.append(PlannedTraining(name=name, steps=_get_steps(stage)))
-    if last := _get_steps(denoiser := experiment.get("denoiser")):
-        named = [(str(each["name"]), _get_steps(each) or 0) for each in experiment.get("curriculum") or ()]
-        stages, start = [], 0
-        for name, steps in [*named, ("last", last)]:
-            stages.append(PlannedStage(name, start, start + steps))
-            start += steps
-        trainings.append(
-            PlannedTraining(
-                name="denoiser",
-                steps=start,
-                stages=tuple(stages) if named else (),
-                averages=_list_averages(denoiser or {}),
-            )
-        )
+        name, steps = str(stage["name"]), _get_steps(stage)
+        if "continues" in stage:  # a stage of the denoiser, as DenoiserTraining
+            start, last = stages[-1].end if stages else 0, stage
+            stages.append(PlannedStage(name, start, start + (steps or 0)))
+        elif _TRAINING_NAME.fullmatch(name):
+            trainings.append(PlannedTraining(name=name, steps=steps))
+    if last is not None:
+        named = tuple(stages) if len(stages) > 1 else ()
+        averages = _list_averages(last)
+        trainings.append(PlannedTraining(name="denoiser", steps=stages[-1].end, stages=named, averages=averages))
     return trainings
 
 

@@ -381,7 +381,7 @@ def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
             own_title, first_line = name.replace("_", " ").capitalize(), (inspect.getdoc(task) or "").partition("\n")[0]
             title, help = _TAB_TITLES.get(name, (own_title, first_line))
             tabs.append(Tab(name=name, title=title, help=help, task_name=name, fields=make_form(name, config)))
-    note = _TRAINING_FREE if config.frame_conditioning is None and config.task is None else ""
+    note = _TRAINING_FREE if config.model.frame_conditioning is None and config.task is None else ""
     return tuple(tab if tab.name in _UNCONDITIONAL else replace(tab, note=note) for tab in tabs)
 
 
@@ -467,12 +467,12 @@ def _choose_default(task_name: str, name: str, config: PipelineConfig) -> float 
     """Return the value that the page begins with of a number without a default."""
     if name == "factor":
         return 2
-    return 2 * config.autoencoder.stride.t if name == "frames" else None
+    return 2 * config.model.autoencoder.stride.t if name == "frames" else None
 
 
 def get_size_steps(config: PipelineConfig) -> Grid:
     """Return the distances of the numbers of frames, heights and widths that a model can sample."""
-    stride, multiple = config.autoencoder.stride, config.backbone.size_multiple
+    stride, multiple = config.model.autoencoder.stride, config.model.backbone.size_multiple
     return Grid(stride.t, stride.h * multiple.h, stride.w * multiple.w)
 
 

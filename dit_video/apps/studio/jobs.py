@@ -318,7 +318,7 @@ class Worker(threading.Thread):
         with collect_notes() as notes:
             clips = pipeline.run_tasks(tasks, seeds=seeds, callback=report, **submission.overrides)
         self._queue.update(job, notes=tuple(dict.fromkeys((*job.notes, *notes))))
-        self._previewer.learn(self._model.config.autoencoder.stride, clips)
+        self._previewer.learn(self._model.config.model.autoencoder.stride, clips)
         return clips
 
     def _store(self, job: Job, clip: Clip, seed: int) -> str:

@@ -103,7 +103,7 @@ def parse_submission(
         try:
             return _make_submission(values, config, **shared)
         except UserError:
-            fitted = _fit_lengths(values, config.autoencoder.stride.t)
+            fitted = _fit_lengths(values, config.model.autoencoder.stride.t)
             if fitted == values:
                 raise
         submission = _make_submission(fitted, config, **shared)
@@ -207,7 +207,7 @@ def _check(submission: Submission, config: PipelineConfig) -> None:
     else:
         resolve_sampling(config, **overrides)
         for clip in submission.inputs.values():
-            config.latent_grid(to_grid(clip.frames.shape[:3]))
+            config.model.latent_grid(to_grid(clip.frames.shape[:3]))
 
 
 def _get_caption(values: Mapping[str, Any]) -> str:

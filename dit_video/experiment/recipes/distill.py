@@ -7,22 +7,21 @@ from typing import Any, Literal, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
-from dit_video.diffusion import FlowMatching, Lcm, Objective
+from dit_video.diffusion import Lcm, LogitNormal, TimeDistribution, UniformWeighting, Weighting
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
-from dit_video.experiment.config import Experiment
-from dit_video.experiment.folder import CONFIG as RUN
+from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.recipes.finetune import make_data_config, make_row_shape, read_open_parts
-from dit_video.experiment.run import Run
-from dit_video.experiment.training_config import DataConfig, DenoiserTraining, PretrainedAutoencoder, Student
+from dit_video.experiment.run import Experiment, Run
+from dit_video.experiment.stages.denoiser import TrainDenoiser
+from dit_video.experiment.training_config import Student
 from dit_video.families.family import INDEX
-from dit_video.models.backbones.protocol import BackboneConfig
-from dit_video.models.encoders import TextConfig
+from dit_video.models.model_config import ModelConfig
 from dit_video.nn import LoraConfig, Remat
 from dit_video.nn.attention import BackendName
 from dit_video.sampling import Sampling
-from dit_video.sampling.pipeline_config import is_pipeline_folder, read_pipeline_config
-from dit_video.tokens import CanvasShape, PackedShape
+from dit_video.sampling.pipeline_config import RUN_CONFIG, is_pipeline_folder, read_pipeline_config
+from dit_video.tokens import PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
 from dit_video.training.optim.optimizer import OptimizerConfig
 
@@ -85,8 +84,9 @@ class DistillationOptions:
 
     @property
     def limits(self) -> dict[str, Any]:
-        """Return the limits of clips, None where they are the teacher's."""
-        return {"max_pixels": self.max_pixels, "max_frames": self.max_frames, "fps": self.fps}
+        """Return the limits of clips that are not the teacher's."""
+        limits = {"max_pixels": self.max_pixels, "max_frames": self.max_frames}
+        return {name: value for name, value in limits.items() if value is not None}
 
 
 class _Teacher(NamedTuple):
@@ -95,12 +95,13 @@ class _Teacher(NamedTuple):
     folder: Path
     """Folder of its weights."""
     name: str
-    backbone: BackboneConfig
-    text: TextConfig
-    autoencoder: PretrainedAutoencoder
-    objective: Objective
+    model: ModelConfig
+    autoencoder: Path
+    """Folder of the weights of its autoencoder."""
+    times: TimeDistribution
+    weighting: Weighting
+    buckets: BucketConfig | None
     data: DataConfig
-    layout: PackedShape | CanvasShape | BucketConfig
     batch: int
     guidance: Any
     """Guidance of its sampling: a number, or a `Guidance`, which has no single scale."""
@@ -137,26 +138,28 @@ def make_distillation_experiment(
         name=f"{teacher.name}-{options.method}",
         seed=options.seed,
         data=teacher.data,
-        autoencoder=teacher.autoencoder,
-        denoiser=DenoiserTraining(
-            backbone=teacher.backbone.replace(**changes),
-            text=teacher.text,
-            layout=teacher.layout,
-            batch=options.batch or teacher.batch,
-            optimizer=OptimizerConfig(
-                kind=options.optimizer or ("adamw" if train == "lora" else "muon"),
-                learning_rate=default_rate if options.learning_rate is None else options.learning_rate,
-                muon_rms=0.5,
-                schedule="wsd",
-                warmup=min(options.warmup, options.steps - 1),
-            ),
-            steps=options.steps,
-            objective=teacher.objective,
-            ema_decay=options.ema_decay,
-            train=Student(
-                init_from=os.fspath(teacher.folder),
-                distillation=_make_distillation(options, scale),
-                lora=options.lora if train == "lora" else None,
+        model=teacher.model.replace_backbone(**changes),
+        autoencoder_from=os.fspath(teacher.autoencoder),
+        stages=(
+            TrainDenoiser(
+                batch=options.batch or teacher.batch,
+                optimizer=OptimizerConfig(
+                    kind=options.optimizer or ("adamw" if train == "lora" else "muon"),
+                    learning_rate=default_rate if options.learning_rate is None else options.learning_rate,
+                    muon_rms=0.5,
+                    schedule="wsd",
+                    warmup=min(options.warmup, options.steps - 1),
+                ),
+                steps=options.steps,
+                times=teacher.times,
+                weighting=teacher.weighting,
+                buckets=teacher.buckets,
+                ema_decay=options.ema_decay,
+                train=Student(
+                    init_from=os.fspath(teacher.folder),
+                    distillation=_make_distillation(options, scale),
+                    lora=options.lora if train == "lora" else None,
+                ),
             ),
         ),
         sampling=Sampling(steps=options.sampling_steps, guidance=1.0, solver=Lcm()),
@@ -169,25 +172,26 @@ def make_distillation_experiment(
 
 def _read_own_teacher(folder: Path, options: DistillationOptions) -> _Teacher:
     """Return the teacher in a run or a pipeline."""
-    run = Run.open(folder).experiment if (folder / RUN).is_file() else None
+    run = Run.open(folder).experiment if (folder / RUN_CONFIG).is_file() else None
     start = folder if is_pipeline_folder(folder) else folder / "pipeline"
     config = read_pipeline_config(start)
-    has_frames = bool(config.backbone.cond_channels) or config.backbone.time == "token"
+    model, size = config.model, config.size
+    has_frames = bool(model.backbone.cond_channels) or model.backbone.time == "token"
     _check_teacher(folder, boundary=config.boundary, has_frames=has_frames)
-    autoencoder: Any = config.autoencoder
-    data = DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t, fps=config.fps)
-    max_tokens = config.latent_grid(config.size).volume // config.backbone.patch.volume
-    own_objective = FlowMatching(process=config.process, prediction=config.prediction)
-    limits = {name: value for name, value in options.limits.items() if value is not None}
+    if model.layout is None:
+        tokens = model.latent_grid(size).volume // model.backbone.patch.volume
+        model = replace(model, layout=PackedShape(tokens=tokens, text=model.text_encoder.max_tokens, segments=1))
+    fps = options.fps if run is None or options.fps is not None else run.get_model().fps
+    data = DataConfig(max_pixels=size.h * size.w, max_frames=size.t) if run is None else run.data
     return _Teacher(
         folder=start,
         name="shapes" if run is None else run.name,
-        backbone=config.backbone,
-        text=config.text,
-        autoencoder=PretrainedAutoencoder(model=autoencoder, folder=os.fspath(start)),
-        objective=own_objective if run is None else run.denoiser.objective,
-        data=replace(data if run is None else run.data, **limits),
-        layout=config.layout or PackedShape(tokens=max_tokens, text=config.text.max_tokens, segments=1),
+        model=model if run is None and fps is None else replace(model, fps=fps),
+        autoencoder=start,
+        times=LogitNormal() if run is None else run.denoiser.times,
+        weighting=UniformWeighting() if run is None else run.denoiser.weighting,
+        buckets=None if run is None else run.denoiser.buckets,
+        data=replace(data, **options.limits),
         batch=config.batch,
         guidance=config.sampling.guidance,
         evaluation=config.evaluation or CaptionEvaluation(),
@@ -199,16 +203,24 @@ def _read_open_teacher(folder: Path, options: DistillationOptions) -> _Teacher:
     """Return the teacher in a folder of open weights, with the settings of their fine-tuning."""
     parts = read_open_parts(folder)
     _check_teacher(folder, boundary=parts.boundary, has_frames=parts.frame_conditioning is not None)
-    data, schedule = make_data_config(parts, **options.limits), parts.schedule
+    data = make_data_config(parts, max_pixels=options.max_pixels, max_frames=options.max_frames)
     return _Teacher(
         folder=folder,
         name=folder.resolve().name,
-        backbone=parts.denoiser.replace(dtype="bfloat16", remat="full"),
-        text=replace(parts.text, dtype=options.dtype or "bfloat16"),
-        autoencoder=PretrainedAutoencoder(model=parts.autoencoder, folder=os.fspath(folder / "vae")),
-        objective=FlowMatching(process=schedule.process, prediction=schedule.prediction),
+        model=ModelConfig(
+            autoencoder=parts.autoencoder,
+            backbone=parts.denoiser.replace(dtype="bfloat16", remat="full"),
+            text_encoder=replace(parts.text, dtype=options.dtype or "bfloat16"),
+            process=parts.schedule.process,
+            prediction=parts.schedule.prediction,
+            layout=make_row_shape(data, parts),
+            fps=parts.fps if options.fps is None else options.fps,
+        ),
+        autoencoder=folder / "vae",
+        times=LogitNormal(),
+        weighting=UniformWeighting(),
+        buckets=None,
         data=data,
-        layout=make_row_shape(data, parts),
         batch=1,
         guidance=_OPEN_GUIDANCE,
         evaluation=CaptionEvaluation(),

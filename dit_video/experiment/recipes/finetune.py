@@ -6,23 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.diffusion import FlowMatching, LogitNormal
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment.config import Experiment
-from dit_video.experiment.training_config import (
-    AllWeights,
-    DataConfig,
-    DenoiserTraining,
-    ExpertConfig,
-    LoraAdapters,
-    PretrainedAutoencoder,
-    TemporalWeights,
-)
+from dit_video.experiment.data_config import DataConfig
+from dit_video.experiment.run import Experiment
+from dit_video.experiment.stages.denoiser import TrainDenoiser
+from dit_video.experiment.training_config import AllWeights, ExpertConfig, LoraAdapters, TemporalWeights
 from dit_video.families import PipelineParts, find_family
 from dit_video.families.family import INDEX
 from dit_video.models.autoencoders import latent_grid
 from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.model_config import ModelConfig
 from dit_video.nn import LoraConfig, Remat
 from dit_video.nn.attention import BackendName
 from dit_video.sampling import Sampling
@@ -118,7 +112,6 @@ def make_finetuning_experiment(
         parts,
         max_pixels=options.max_pixels,
         max_frames=options.max_frames,
-        fps=options.fps,
         clips_per_video=options.clips_per_video,
         held_out=options.held_out,
     )
@@ -127,21 +120,28 @@ def make_finetuning_experiment(
         name=folder.resolve().name,
         seed=options.seed,
         data=data,
-        autoencoder=PretrainedAutoencoder(model=parts.autoencoder, folder=os.fspath(folder / "vae")),
-        denoiser=DenoiserTraining(
+        model=ModelConfig(
+            autoencoder=parts.autoencoder,
             backbone=backbone,
-            text=text,
+            text_encoder=text,
+            process=schedule.process,
+            prediction=schedule.prediction,
             layout=make_row_shape(data, parts),
-            batch=options.batch,
-            optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=min(options.warmup, options.steps - 1)),
-            steps=options.steps,
-            objective=FlowMatching(process=schedule.process, prediction=schedule.prediction, times=LogitNormal()),
-            ema_decay=0.99,
             frame_conditioning=_make_frame_conditioning(options, parts),
-            task=parts.task,
             image_encoder=parts.image_encoder,
-            train=_select_weights(folder, parts.boundary, options),
+            fps=parts.fps if options.fps is None else options.fps,
         ),
+        autoencoder_from=os.fspath(folder / "vae"),
+        stages=(
+            TrainDenoiser(
+                batch=options.batch,
+                optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=min(options.warmup, options.steps - 1)),
+                steps=options.steps,
+                ema_decay=0.99,
+                train=_select_weights(folder, parts.boundary, options),
+            ),
+        ),
+        task=parts.task,
         sampling=Sampling(
             steps=options.sampling_steps,
             guidance=parts.guidance if options.guidance is None else options.guidance,
@@ -166,19 +166,18 @@ def read_open_parts(folder: str | os.PathLike) -> PipelineParts:
     if (family := find_family(folder)) is None:
         raise MissingError(f"no such file: {folder / INDEX}")
     parts = family.read_parts(folder)
-    family.check_weights(folder, parts)
+    family.check_weights(folder, text=parts.text, image_encoder=parts.image_encoder, boundary=parts.boundary)
     return parts
 
 
 def make_data_config(
-    parts: PipelineParts, *, max_pixels: int | None, max_frames: int | None, fps: float | None, **fields: Any
+    parts: PipelineParts, *, max_pixels: int | None, max_frames: int | None, **fields: Any
 ) -> DataConfig:
     """Return the config of clips of at most these sizes, which are the family's own where they are None."""
     size = parts.size
     return DataConfig(
         max_pixels=size.h * size.w if max_pixels is None else max_pixels,
         max_frames=size.t if max_frames is None else max_frames,
-        fps=parts.fps if fps is None else fps,
         **fields,
     )
 

@@ -41,8 +41,8 @@ _TIME_TOLERANCE = 1e-3
 
 def check_held_out(subject: CheckedTraining) -> list[Problem]:
     """Check that no held-out clip is trained on, nor one with the same bytes."""
-    held_out, clips = subject.held_out_clips, subject.clips
-    names = {*held_out.column("name"), *subject.experiment.data.held_out}
+    held_out, clips = subject.run.held_out_clips, subject.clips
+    names = {*held_out.column("name"), *subject.run.data.held_out}
     payloads = {payload for payload in held_out.column("payload") if payload}
     trained = subject.clip_names if subject.latents is None else pa.array(subject.latents.clips, pa.string())
     problems = [f"{name} is held out, but trained on" for name in _find_common(trained, trained, names)]
@@ -59,7 +59,7 @@ def _find_common(names: pa.Array, values: pa.Array, requested: set[str]) -> list
 
 def check_frames(subject: CheckedTraining) -> list[Problem]:
     """Check the frames and rates of clips against their files, which PyAV decodes a second time."""
-    generator, limits = subject.make_generator("frames"), subject.experiment.limits
+    generator, limits = subject.make_generator("frames"), subject.run.limits
     problems = []
     order = generator.permutation(len(subject.clips)).tolist()
     for number in iterate_within(SECONDS, order, minimum=_MIN_EXAMPLES):
@@ -72,7 +72,7 @@ def check_frames(subject: CheckedTraining) -> list[Problem]:
 
 def _check_clip(subject: CheckedTraining, number: int, info: ClipInfo, start: int) -> str:
     """Return what is wrong with a clip that is read from one of its frames on; empty if nothing is."""
-    limits = subject.experiment.limits
+    limits = subject.run.limits
     try:
         clip = read_fitted_clip(subject.clips, number, limits, start=start)
     except DecodeError:  # the training passes over it, too
@@ -222,7 +222,7 @@ def check_latent_statistics(subject: CheckedTraining, tokens: Float[np.ndarray, 
       subject: The training.
       tokens: Tokens of clips in the first batches, without padding.
     """
-    values = tokens.reshape(-1, subject.experiment.autoencoder.model.channels)
+    values = tokens.reshape(-1, subject.model.autoencoder.channels)
     mean, std = values.mean(axis=0), values.std(axis=0)
     overall = float(np.sqrt(np.square(values).mean()))
     if 0.4 < overall < 2.5 and np.abs(mean).max() < 2 and std.min() > 0.1 and std.max() < 4:
@@ -308,7 +308,7 @@ class _Row:
             places = np.flatnonzero(self._segments == index + 1)
             problems += self._check_segment(index, entry, places)
             expected_segments += [index + 1] * len(self._make_positions(entry.example))
-        if isinstance(self._subject.experiment.denoiser.layout, PackedShape):
+        if isinstance(self._subject.model.layout, PackedShape):
             padded = np.pad(expected_segments, (0, max(0, len(self._segments) - len(expected_segments))))
             if not np.array_equal(padded, self._segments):
                 first = int(np.flatnonzero(padded != self._segments)[0])
@@ -341,7 +341,7 @@ class _Row:
         if not self._valid[index]:
             return problems  # a clip or a caption is damaged
         if values is not None:
-            expected = _cut_patches(values, self._subject.experiment.denoiser.backbone.patch)
+            expected = _cut_patches(values, self._subject.model.backbone.patch)
             if not np.allclose(self._tokens[places], expected, atol=1e-5):
                 problems.append(self._make(f"the tokens of {name} are not the patches of its latents"))
         elif not np.any(self._tokens[places]):
@@ -379,18 +379,18 @@ class _Row:
 
     def _make_positions(self, example: int) -> Float[np.ndarray, "n 3"]:
         """Return the positions of a clip's tokens: counts, or in time seconds at the rate of its frames."""
-        experiment, latents = self._subject.experiment, self._subject.latents
-        backbone, stride = experiment.denoiser.backbone, experiment.autoencoder.model.stride
+        model, limits, latents = self._subject.model, self._subject.run.limits, self._subject.latents
+        backbone, stride = model.backbone, model.autoencoder.stride
         info = self._subject.clips.infos[self._get_clip(example)]
         if latents is None:
-            size = fit_size(info, experiment.limits)
+            size = fit_size(info, limits)
             sizes = 1 + (size.t - 1) // stride.t, size.h // stride.h, size.w // stride.w
         else:
             sizes = latents.get_size(example)
         counts = [size // patch for size, patch in zip(sizes, backbone.patch, strict=True)]
         t, h, w = np.indices(counts).reshape(3, -1).astype(np.float64)
         if backbone.time_coordinate != "tokens":
-            rate = info.fps if experiment.limits.fps is None else min(info.fps, experiment.limits.fps)
+            rate = info.fps if limits.fps is None else min(info.fps, limits.fps)
             frames = stride.t * backbone.patch.t
             # The first token stands for one frame; others may count from the first of theirs.
             lead = (frames - 1) / frames if backbone.time_coordinate == "frame seconds" else 0.0

@@ -160,7 +160,7 @@ class SelfCheck(Hook):
         problems += objective_checks.check_precision(state)
         gradient_problems, self._used = check_gradient(subject, self._probe, params, rows)
         problems += gradient_problems + check_adapter_paths(subject, state.params)
-        if subject.trained.lora is not None and subject.experiment.denoiser.accumulation_steps == 1:
+        if subject.trained.lora is not None and subject.training.accumulation_steps == 1:
             problems += check_adapter_scale(subject, params, rows, probe.compute_loss(params, rows, 0))
         if batches.step != step - 1 - subject.trainer.start_step:
             message = f"step {step} is trained on the batch of step {batches.step + 1 + subject.trainer.start_step}"

@@ -216,10 +216,7 @@ def _check_inputs(subject: CheckedTraining, probe: ModelProbe) -> list[Problem]:
 def _check_known_frames(subject: CheckedTraining, probe: ModelProbe) -> list[Problem]:
     """Check that a model with conditioning latents depends on them where frames are known."""
     loss, rows = subject.loss, probe.rows
-    if (
-        loss.frame_conditioning is None
-        or ConditioningLatents not in subject.experiment.denoiser.backbone.conditioning_kinds
-    ):
+    if loss.frame_conditioning is None or ConditioningLatents not in subject.model.backbone.conditioning_kinds:
         return []
     if len(masks := _draw_masks(subject, rows)) == 0:
         return []
@@ -281,7 +278,7 @@ def _check_mixing(subject: CheckedTraining, probe: ModelProbe) -> list[Problem]:
     for row, segment in np.ndindex(len(half), probe.rows.layout.count):
         places = np.flatnonzero(probe.segments[row] == segment + 1)
         half[row, places[: len(places) // 2]] = True
-    is_causal = any(pattern.causal for pattern in subject.experiment.denoiser.backbone.patterns)
+    is_causal = any(pattern.causal for pattern in subject.model.backbone.patterns)
     problems = []
     for name, source, region in (("earlier", half, ~half), ("later", ~half, half)):
         change = probe.measure(_change_tokens(source), region)
@@ -295,7 +292,7 @@ def _check_positions(subject: CheckedTraining, params: Any, rows: PackedBatch) -
 
     Positions that are also embedded are left out, by zero weights; `trained_parameters` has these.
     """
-    rotary = getattr(subject.experiment.denoiser.backbone, "rotary", None)
+    rotary = getattr(subject.model.backbone, "rotary", None)
     if rotary == "none":
         return []
     probe = ModelProbe(subject, params, rows, is_zeroed=True)
@@ -373,7 +370,7 @@ class GradientProbe:
 
     def __init__(self, subject: CheckedTraining, loss: Any, reader: ValueReader, params: Any):
         self._subject, self._loss, self._reader = subject, loss, reader
-        self._num_parts = subject.experiment.denoiser.accumulation_steps
+        self._num_parts = subject.training.accumulation_steps
         layout = make_shardings(params, subject.trainer.mesh)
         self._differentiate = subject.jit(self._compute_part, (layout, subject.replicated))
         self._summarize = subject.jit(self._summarize_tree)
@@ -473,7 +470,7 @@ def check_gradient(
         else:
             check = "adapter" if is_adapter else "trained_parameters"
             problems.append(Problem(check, f"{path} is trained, but the loss does not depend on it"))
-    if subject.experiment.denoiser.backbone.dtype == "float32" and gradient.slope > 0:
+    if subject.model.backbone.dtype == "float32" and gradient.slope > 0:
         size = min(_MAX_STEP, _CHANGE * abs(loss) / (2 * gradient.slope))
         expected = 2 * size * gradient.slope
         if expected > _MIN_CHANGE * abs(loss):

@@ -99,7 +99,7 @@ def check_noise(draws: RandomNumbers) -> list[Problem]:
 
 def check_times(subject: CheckedTraining, draws: RandomNumbers) -> list[Problem]:
     """Check the times of training against their distribution, and the times of an expert against its boundary."""
-    training = subject.experiment.denoiser
+    training = subject.training
     drawn, valid, sizes = draws.times.astype(np.float64), draws.valid, draws.sizes
     times = drawn[:, valid]
     problems = []
@@ -130,7 +130,7 @@ def check_times(subject: CheckedTraining, draws: RandomNumbers) -> list[Problem]
 
 def _find_quantile(subject: CheckedTraining) -> Callable[..., np.ndarray] | None:
     """Return the function from times to the share of times below; None for distributions without a simple one."""
-    objective = subject.experiment.denoiser.objective
+    objective = subject.training.make_objective(subject.model)
     process, distribution = objective.process, objective.times
     if not isinstance(process, RectifiedFlow) or not isinstance(distribution, Uniform | LogitNormal):
         return None
@@ -158,7 +158,7 @@ def check_target(subject: CheckedTraining) -> list[Problem]:
     A prediction is a linear function of the data that a sampler estimates from it; so the prediction that stands for
     the true data follows from two estimates. The objective must have no loss for it.
     """
-    objective = subject.experiment.denoiser.objective
+    objective = subject.training.make_objective(subject.model)
     process, prediction = objective.process, objective.prediction
     generator = subject.make_generator("objective")
     data, noise = (generator.standard_normal((len(_TIMES), 16)).astype(np.float32) for _ in range(2))
@@ -219,7 +219,7 @@ def _evaluate_target(objective: Objective, data: Array, noise: Array, time: Arra
 
 def check_caption_dropout(subject: CheckedTraining, draws: RandomNumbers) -> list[Problem]:
     """Check how often captions are dropped, and that dropped ones have the text of unconditional samples."""
-    loss, rate = subject.loss, subject.experiment.denoiser.caption_dropout
+    loss, rate = subject.loss, subject.training.caption_dropout
     drawn = draws.dropped[:, draws.valid]
     problems = []
     error = _DEVIATIONS * math.sqrt(max(rate * (1 - rate), 1e-9) / max(1, drawn.size))

@@ -156,7 +156,7 @@ class UpdateCheck:
 
     def __init__(self, subject: CheckedTraining, before: StateValues, after: StateValues, *, step: int):
         """Prepare the check of the update that led to `step` steps."""
-        training = subject.experiment.denoiser
+        training = subject.training
         self._config = training.optimizer
         self._subject, self._before, self._after, self._step = subject, before, after, step
         self._update = step - 1
@@ -187,7 +187,7 @@ class UpdateCheck:
         """Check $e' = e + (1 - d) (p' - e)$ with the decay of `update_ema`."""
         if self._config.kind == "schedule_free":
             return
-        decay = min(self._subject.experiment.denoiser.ema_decay, (1 + self._update) / (10 + self._update))
+        decay = min(self._subject.training.ema_decay, (1 + self._update) / (10 + self._update))
         errors = {}
         for path, average in self._before["ema"].items():
             params, actual = self._after["params"][path], self._after["ema"][path]
@@ -356,7 +356,7 @@ class _ReadingPlacer:
     """Reads a few values of some parameters, and passes over the others."""
 
     def __init__(self, subject: CheckedTraining, reader: ValueReader, paths: list[str]):
-        self.kernel_dtype = get_kernel_dtype(subject.experiment.denoiser)
+        self.kernel_dtype = get_kernel_dtype(subject.training, subject.model.backbone)
         self._reader, self._paths = reader, set(paths)
 
     def __call__(self, path: str, parameter: Parameter) -> np.ndarray:
@@ -376,7 +376,7 @@ def check_initial_weights(
       values: Values after the first step.
       frozen: Weights that adapters change, or a teacher's.
     """
-    training = subject.experiment.denoiser
+    training = subject.training
     start = training.train.init_from
     if start is None:
         return []
@@ -386,7 +386,7 @@ def check_initial_weights(
     params = values["params"] if leaves is None else own.read_values(leaves)
     generator = subject.make_generator("initial weights")
     paths = [str(path) for path in generator.permutation(sorted(params))[:_MAX_READ]]
-    stored = flatten(load_initial_denoiser(training, start, _ReadingPlacer(subject, own, paths)))  # type: ignore[arg-type]
+    stored = flatten(load_initial_denoiser(subject.model, start, _ReadingPlacer(subject, own, paths)))  # type: ignore[arg-type]
     rate = compute_learning_rate(config, training.steps, 0)
     problems = []
     for path in paths:

@@ -21,10 +21,11 @@ from dit_video.core import rng
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.plan import Encoding
-from dit_video.experiment.config import Experiment
 from dit_video.experiment.denoiser import TrainableDenoiser
-from dit_video.experiment.training_config import TemporalWeights
+from dit_video.experiment.run import Run
+from dit_video.experiment.training_config import DenoiserTraining, TemporalWeights
 from dit_video.models.encoders import Tokenizer
+from dit_video.models.model_config import ModelConfig
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, attach_factors
 from dit_video.training.trainer import Trainer
 from dit_video.weights.frozen_encoders import FrozenTextEncoder
@@ -83,17 +84,27 @@ class ProblemLog:
 class CheckedTraining:
     """The training of a denoiser, and all that its batches and steps are made of."""
 
-    experiment: Experiment
+    run: Run
+    """The run, as the stage of the training sees it."""
+    training: DenoiserTraining
     trainer: Trainer
     loss: DenoiserLoss
     trained: TrainableDenoiser
-    clips: ClipSource
-    held_out_clips: ClipSource
     text: Tokenizer | FrozenTextEncoder
     latents: LatentSource | None = None
     """Cached latents; None where clips are encoded as they are read."""
     encoding: Encoding | None = None
     """Encoding that made the latents."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Return the model, as this training has it."""
+        return self.run.model
+
+    @property
+    def clips(self) -> ClipSource:
+        """Return the training clips."""
+        return self.run.training_clips
 
     @property
     def frozen_params(self) -> tuple[dict[str, Any], ...]:
@@ -108,16 +119,15 @@ class CheckedTraining:
 
     def is_trained(self, path: str) -> bool:
         """Return whether the config has this parameter trained."""
-        training = self.experiment.denoiser
         if self.trained.lora is not None:
             return True
-        if isinstance(training.train, TemporalWeights) and not re.search(TEMPORAL_PATHS, path):
+        if isinstance(self.training.train, TemporalWeights) and not re.search(TEMPORAL_PATHS, path):
             return False
-        return training.optimizer.is_trained(path)
+        return self.training.optimizer.is_trained(path)
 
     def make_generator(self, check: str) -> np.random.Generator:
         """Return the random numbers of a check, the same in all processes."""
-        return rng.make_generator(self.experiment.seed, f"self-check: {check}")
+        return rng.make_generator(self.run.seed, f"self-check: {check}")
 
     @functools.cached_property
     def replicated(self) -> NamedSharding:

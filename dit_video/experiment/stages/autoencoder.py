@@ -5,162 +5,170 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Array
 
-from dit_video.core import pixels, rng
+from dit_video.core import rng
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.offline import measure_latent_moments
 from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart
 from dit_video.distributed.gather import to_host
 from dit_video.experiment import monitors
-from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step
-from dit_video.experiment.config import Experiment
-from dit_video.experiment.runtime import Runtime, Stage, Training
-from dit_video.experiment.training_config import AutoencoderTraining, PretrainedAutoencoder
-from dit_video.models.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear, latent_grid
+from dit_video.experiment.autoencoder import (
+    WEIGHTS_FILE,
+    fit_linear_baseline,
+    limit_windows,
+    load_initial_params,
+    make_autoencoder_step,
+    open_windows,
+)
+from dit_video.experiment.run import Experiment, Run, Stage, Training
+from dit_video.experiment.training_config import AutoencoderTraining
+from dit_video.models.autoencoders import PatchVaeConfig, init_from_linear, latent_grid
+from dit_video.models.features.lpips import MIN_SIDE as LPIPS_SMALLEST
 from dit_video.nn import get_graph_def, init_params
 from dit_video.sampling.pipeline_config import PREVIEW
 from dit_video.sampling.preview import fit_preview_decoder
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
+from dit_video.training.optim.optimizer import make_learning_rate_schedule
 from dit_video.video import Clip
-from dit_video.weights import load as load_weights
 from dit_video.weights import save as save_weights
 
-_MAX_LINEAR_VALUES = 4096
-"""Largest number of values of a patch whose principal components are computed, from a matrix of its square."""
-_LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
-"""Numbers of batches of training windows that the linear start, and the latents' mean and deviation, are measured
-on."""
-
+_MOMENT_BATCHES = 64
+"""Number of batches of training windows that the latents' mean and deviation are measured on."""
 _PREVIEW_WINDOWS, _PREVIEW_LATENTS = 256, 32768
 """Maximum numbers of windows, and of their latents, that the preview decoder is fitted to: seconds of decoding."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainAutoencoder(Stage):
-    """Training of the autoencoder on windows of the training clips; a pretrained one is not trained.
+class TrainAutoencoder(AutoencoderTraining, Stage):
+    """Training of the model's autoencoder on windows of the training clips.
 
     Its weights are averages, with the mean and deviation of the latents measured. Where the config does not train
     `normalizer`, these are unchanged.
+
+    Raises:
+      UserError: If values are out of range, or windows do not fit the autoencoder, its loss or the clips.
     """
 
-    experiment: Experiment
-    name: str = "autoencoder"
+    @property
+    def amendable_fields(self) -> tuple[str, ...]:
+        return ("steps",)
 
-    def list_outputs(self, runtime: Runtime) -> tuple[Path, ...]:
-        is_pretrained = isinstance(self.experiment.autoencoder, PretrainedAutoencoder)
-        return () if is_pretrained else (runtime.folder / WEIGHTS_FILE,)
+    def check_config(self, experiment: Experiment) -> None:
+        if self.name != "autoencoder":
+            raise UserError(f"name={self.name!r} is invalid: the autoencoder has this folder. Use name='autoencoder'.")
+        check_at_least(1, **{"autoencoder.steps": self.steps})
+        make_learning_rate_schedule(self.optimizer, steps=self.steps)
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} is invalid: it must lie in [0, 1).")
+        adversarial = self.loss.adversarial
+        if adversarial is not None and adversarial.start_step >= self.steps:
+            raise UserError(
+                f"adversarial.start_step={adversarial.start_step} is invalid: the autoencoder is trained for only "
+                f"{self.steps} steps. Start earlier, or leave out adversarial."
+            )
+        self._check_windows(experiment)
 
-    def run(self, runtime: Runtime) -> None:
-        config = self._training
-        graph = get_graph_def(config.model.make)
-        with runtime.recorder.phase(goodput.STARTUP):
-            crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
-            is_new = runtime.open_checkpoints(self.name).latest() is None
-            trainer, open_batches = self.open_training(runtime, is_new=is_new)
-            trainer = dataclasses.replace(trainer, hooks=(*trainer.hooks, *self._make_hooks(runtime)))
+    def _check_windows(self, experiment: Experiment) -> None:
+        if not self.windows:
+            raise UserError("autoencoder.windows is empty: training needs at least one window shape.")
+        stride, limits = experiment.get_model().autoencoder.stride, limit_windows(self, experiment.limits)
+        for window in self.windows:
+            try:
+                latent_grid(window.size, stride)
+            except UserError as error:
+                raise UserError(f"window does not fit the autoencoder: {error}") from error
+        adversarial = self.loss.adversarial
+        smallest = min(min(window.size[1:]) for window in self.windows)
+        if adversarial is not None and smallest < 2**adversarial.layers:
+            raise UserError(
+                f"adversarial.layers={adversarial.layers} is invalid: a discriminator of this depth needs windows of "
+                f"{2**adversarial.layers} pixels or more, but one has {smallest}. Use fewer layers or larger windows."
+            )
+        if self.loss.lpips and smallest < LPIPS_SMALLEST:
+            raise UserError(f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, not {smallest}. Use larger ones.")
+        for window in self.windows:
+            t, h, w = window.size
+            if t > limits.max_frames or h * w > limits.max_pixels:
+                raise UserError(
+                    f"a window of {t}x{h}x{w} is larger than any clip of {limits.max_frames} frames of "
+                    f"{limits.max_pixels} pixels. Use a smaller window, or raise max_frames or max_pixels."
+                )
+
+    def is_done(self, run: Run) -> bool:
+        return (run.folder / WEIGHTS_FILE).exists()
+
+    def run(self, run: Run) -> None:
+        graph = get_graph_def(run.model.autoencoder.make)
+        with run.recorder.phase(goodput.STARTUP):
+            crops = self.open_crops(run)
+            is_new = run.open_checkpoints(self.name).latest() is None
+            trainer, open_batches = self.open_training(run, is_new=is_new)
+            trainer = dataclasses.replace(trainer, hooks=(*trainer.hooks, *self._make_hooks(run)))
             state = trainer.run(open_batches)
         params = to_host(state.ema)
-        if config.optimizer.is_trained("normalizer/mean"):
-            with contextlib.closing(self.open_windows(runtime, crops, 0, "latent moments")) as windows:
+        if self.optimizer.is_trained("normalizer/mean"):
+            # Each process measures on whole batches, so that all get the same values.
+            with contextlib.closing(open_windows(self, crops, "latent moments", seed=run.seed)) as windows:
                 mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))
             params["normalizer"] = {"mean": mean, "std": std}
-        if runtime.process == 0:
-            self._fit_preview_decoder(runtime, crops, params)
+        if run.process == 0:
+            self._fit_preview_decoder(run, crops, params)
             # The last output: the stage is done when it is there.
-            save_weights(runtime.folder / WEIGHTS_FILE, params)
+            save_weights(run.folder / WEIGHTS_FILE, params)
 
-    def open_training(self, runtime: Runtime, *, is_new: bool) -> Training:
-        config = self._training
-        step, constants = make_autoencoder_step(config, runtime.seed, mesh=runtime.mesh)
-        crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
-        linear = self._fit_linear(runtime, crops) if isinstance(config.model, PatchVaeConfig) and is_new else None
+    def open_training(self, run: Run, *, is_new: bool) -> Training:
+        model, linear = run.model.autoencoder, None
+        step, constants = make_autoencoder_step(self, model, run.seed, mesh=run.mesh)
+        if isinstance(model, PatchVaeConfig) and is_new:
+            linear = fit_linear_baseline(
+                run.folder / self.name, model, self, run.training_clips, run.limits, seed=run.seed
+            )
 
         def init(key: Array) -> dict[str, Any]:
-            params = init_params(config.model.make, key)
+            params = init_params(model.make, key)
             return params if linear is None else init_from_linear(params, linear)
 
-        trainer = runtime.make_trainer(self.name, steps=config.steps, init=init, train_step=step)
-        load_params = functools.partial(load_initial_params, config, rng.key(runtime.seed, "inflation"))
+        trainer = run.make_trainer(self.name, steps=self.steps, init=init, train_step=step)
+        load_params = functools.partial(load_initial_params, self, model, rng.key(run.seed, "inflation"))
         trainer = dataclasses.replace(trainer, load_params=load_params, constants=constants)
-        return Training(trainer, functools.partial(self.open_windows, runtime, crops, purpose="autoencoder"))
+        return Training(trainer, functools.partial(self.open_batches, run, self.open_crops(run)))
 
-    def _fit_preview_decoder(self, runtime: Runtime, crops: ClipCrops, params: dict[str, Any]) -> None:
+    def open_crops(self, run: Run) -> ClipCrops:
+        """Return the training clips at the sizes that windows are cut from."""
+        return ClipCrops(run.training_clips, limit_windows(self, run.limits))
+
+    def open_batches(self, run: Run, crops: ClipCrops, start: int) -> WindowBatches:
+        """Return the batches of the training from step `start` on."""
+        part = RowPart.from_mesh(run.mesh)
+        batches = open_windows(self, crops, "autoencoder", seed=run.seed, start=start, part=part)
+        if batches.excluded_clips:
+            count = len(batches.excluded_clips)
+            print_on_first_process(f"{count} clips are smaller than a window of the autoencoder's training")
+        return batches
+
+    def _fit_preview_decoder(self, run: Run, crops: ClipCrops, params: dict[str, Any]) -> None:
         """Write the preview decoder of the trained autoencoder, fitted to unaugmented windows."""
-        config = self._training
-        latents = max(latent_grid(window.size, config.model.stride).volume for window in config.windows)
+        model = run.model.autoencoder
+        latents = max(latent_grid(window.size, model.stride).volume for window in self.windows)
         count = min(_PREVIEW_WINDOWS, max(1, _PREVIEW_LATENTS // latents))
-        with contextlib.closing(self.open_windows(runtime, crops, 0, "preview", augment=False)) as batches:
+        with contextlib.closing(open_windows(self, crops, "preview", seed=run.seed, augment=False)) as batches:
             windows = itertools.islice(itertools.chain.from_iterable(batches), count)
             clips = (Clip(frames=window, fps=1.0) for window in windows)
-            decoder = fit_preview_decoder(LatentCodec(config.model, params), clips)
-        decoder.save(runtime.folder / self.name / PREVIEW)
+            decoder = fit_preview_decoder(LatentCodec(model, params), clips)
+        decoder.save(run.folder / self.name / PREVIEW)
 
-    def _make_hooks(self, runtime: Runtime) -> tuple[Hook, ...]:
+    def _make_hooks(self, run: Run) -> tuple[Hook, ...]:
         """Return the reconstructions of held-out clips, or of training clips if none is held out, if configured."""
-        experiment = self.experiment
-        if not experiment.monitoring.sample_every:
+        monitoring = run.experiment.monitoring
+        if not monitoring.sample_every:
             return ()
-        clips = runtime.held_out_clips if len(runtime.held_out_clips) else runtime.training_clips
-        folder, limits = runtime.folder / self.name / "reconstructions", experiment.limits
-        model = self._training.model
-        return (monitors.make_reconstructions(folder, experiment.monitoring, model, clips, limits),)
-
-    def open_windows(
-        self, runtime: Runtime, crops: ClipCrops, start: int, purpose: str, *, augment: bool = True
-    ) -> WindowBatches:
-        """Return batches of the window shapes in turn, from step `start` on. Each purpose has windows of its own.
-
-        With `augment` they are augmented where the config says so.
-        """
-        windows, is_training = self._training.windows, purpose == "autoencoder"
-        if not augment:
-            windows = tuple(dataclasses.replace(window, augment=None) for window in windows)
-        # Each process measures statistics on whole batches, so that all get the same values.
-        host, hosts = RowPart.from_mesh(runtime.mesh)[:2] if is_training else (0, 1)
-        window_batches = WindowBatches(
-            crops,
-            windows,
-            seed=int(rng.make_generator(runtime.seed, purpose).integers(2**31)),
-            start_step=start,
-            host=host,
-            hosts=hosts,
-        )
-        if is_training and window_batches.excluded_clips:
-            count = len(window_batches.excluded_clips)
-            print_on_first_process(f"{count} clips are smaller than a window of the autoencoder's training")
-        return window_batches
-
-    def fit_linear_baseline(self, runtime: Runtime) -> LinearAutoencoder | None:
-        """Return the best linear autoencoder with as many latent values, fitted on the training clips, as a baseline.
-
-        Returns:
-          None where a patch has too many values for it, or where the autoencoder is pretrained.
-        """
-        config = self.experiment.autoencoder
-        if isinstance(config, PretrainedAutoencoder) or 3 * config.model.stride.volume > _MAX_LINEAR_VALUES:
-            return None
-        return self._fit_linear(runtime, ClipCrops(runtime.training_clips, self.experiment.window_limits))
-
-    def _fit_linear(self, runtime: Runtime, crops: ClipCrops) -> LinearAutoencoder:
-        """Return the principal components of the unaugmented training clips, which are cached in the run's folder."""
-        model = self.experiment.autoencoder.model
-        path = runtime.folder / self.name / "linear.safetensors"
-        if path.is_file():
-            return LinearAutoencoder(**load_weights(path))
-        with contextlib.closing(self.open_windows(runtime, crops, 0, "linear start", augment=False)) as batches:
-            first = itertools.islice(batches, _LINEAR_BATCHES)
-            fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
-        save_weights(path, fitted._asdict())
-        return fitted
-
-    @property
-    def _training(self) -> AutoencoderTraining:
-        assert isinstance(self.experiment.autoencoder, AutoencoderTraining)  # a pretrained one is not trained
-        return self.experiment.autoencoder
+        clips = run.held_out_clips if len(run.held_out_clips) else run.training_clips
+        folder = run.folder / self.name / "reconstructions"
+        return (monitors.make_reconstructions(folder, monitoring, run.model.autoencoder, clips, run.limits),)

@@ -1,18 +1,17 @@
 """The stage that trains the denoiser."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import write_json
-from dit_video.core.storage import StoragePath
 from dit_video.data.captions import CaptionSource
 from dit_video.data.loader import DenoiserBatches
-from dit_video.distributed import count_row_shards
+from dit_video.distributed import count_row_shards, make_parallelism
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.requests import EvaluationClips
-from dit_video.experiment import export, input_pipeline, monitors
-from dit_video.experiment.autoencoder import read_autoencoder
+from dit_video.experiment import export, input_pipeline, latents, monitors
 from dit_video.experiment.denoiser import (
     TrainableDenoiser,
     get_expert_names,
@@ -20,194 +19,296 @@ from dit_video.experiment.denoiser import (
     make_denoiser_step,
     open_trainable_denoiser,
 )
-from dit_video.experiment.encoders import check_encoders, open_text_encoder
-from dit_video.experiment.folder import EXCLUDED_FILE
+from dit_video.experiment.encoders import check_encoders
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.monitors import EvaluationHook
-from dit_video.experiment.runtime import Runtime, Training
+from dit_video.experiment.run import EXCLUDED_FILE, Experiment, Run, Stage, Training, check_sizes
 from dit_video.experiment.self_check.hook import SelfCheck
 from dit_video.experiment.self_check.subject import CheckedTraining
-from dit_video.experiment.stages.autoencoder import TrainAutoencoder
-from dit_video.experiment.stages.latents import CacheLatents, DenoiserStage
+from dit_video.experiment.training_config import DenoiserTraining, Student, TemporalWeights
+from dit_video.models.backbones.protocol import check_frame_conditioning
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.losses.denoiser import DenoiserLoss
+from dit_video.training.optim.optimizer import make_learning_rate_schedule
 from dit_video.training.trainer import BatchIterator, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDenoiser(DenoiserStage):
-    """Training of the denoiser on cached latents, or on clips that are encoded as they are read.
+class TrainDenoiser(DenoiserTraining, Stage):
+    """Training of the model's denoiser on cached latents, which it encodes first, or on clips that it reads.
 
-    The last stage leaves the pipeline.
+    Several such stages are one training: each continues the one before, in the same folder, and the last one leaves the
+    pipeline.
+
+    Raises:
+      UserError: If values are out of range, or do not fit the model, the data or the other stages.
     """
 
-    latents: CacheLatents | None = None
-    """Stage that has cached the latents; None to encode clips as they are read."""
+    @property
+    def amendable_fields(self) -> tuple[str, ...]:
+        return ("accumulation_steps", "data.max_excluded_share", "data.workers", "mesh", "steps")
 
-    def list_inputs(self, runtime: Runtime) -> tuple[StoragePath, ...]:
-        previous = self.latents or TrainAutoencoder(experiment=self.experiment)
-        return previous.list_outputs(runtime)
+    def check_config(self, experiment: Experiment) -> None:
+        model = self.adapt_model(experiment.get_model())
+        data = experiment.data if self.data is None else self.data
+        check_at_least(
+            1,
+            **{
+                f"{self.name}.steps": self.steps,
+                f"{self.name}.batch": self.batch,
+                f"{self.name}.accumulation_steps": self.accumulation_steps,
+            },
+        )
+        make_learning_rate_schedule(self.optimizer, steps=self.steps)
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} is invalid: it must lie in [0, 1).")
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"caption_dropout={self.caption_dropout} is invalid: it must lie in [0, 1].")
+        if model.layout is None:
+            raise UserError("model.layout=None is invalid: training packs clips. Use layout=PackedShape(...).")
+        self._check_place(experiment)
+        self._check_accumulation(experiment)
+        check_sizes(model, data)
+        if self.time_per == "frame" and model.backbone.time != "token":
+            raise UserError(
+                "time_per='frame' needs a denoiser with time='token'. Set backbone.time, or time_per='clip'."
+            )
+        if isinstance(self.train, TemporalWeights) and self.optimizer.trainable:
+            raise UserError("train=TemporalWeights selects what is trained. Leave optimizer.trainable empty.")
+        if self.buckets is not None and (data.cache_latents or data.weights):
+            fix = "Set data.cache_latents=False, and leave out data.weights."
+            raise UserError(f"{self.name}.buckets are read from video files, without weights of data sets. {fix}")
+        frames = model.frame_conditioning
+        if isinstance(self.train, Student) and frames is not None:
+            raise UserError("train=Student has no frame conditioning. Leave out frame_conditioning, or use AllWeights.")
+        if frames is not None and frames.has_mask_mix and self.buckets is not None:
+            raise UserError("frame_conditioning.masks need packed rows. Leave out buckets.")
+        conditioning = model.backbone.conditioning
+        if conditioning and (isinstance(self.train, Student) or not data.cache_latents):
+            names = ", ".join(each.field.name for each in conditioning)
+            raise UserError(
+                f"conditioning ({names}) needs cached latents and no distillation; set data cache_latents=True"
+            )
+        check_frame_conditioning(
+            model.backbone, model.autoencoder, frames, model.image_encoder, cached=data.cache_latents
+        )
 
-    def list_outputs(self, runtime: Runtime) -> tuple[StoragePath, ...]:
-        return () if self.curriculum else (runtime.folder / "pipeline",)
+    def _check_place(self, experiment: Experiment) -> None:
+        """Raise if this stage does not continue the one before, or has another optimizer than the last one."""
+        stages = experiment.denoiser_stages
+        index, last = stages.index(self), stages[-1]
+        before = stages[index - 1].name if index else None
+        if self.continues != before:
+            fix = "Leave it out." if before is None else f"Use continues={before!r}."
+            raise UserError(f"continues={self.continues!r} is invalid: it comes after {before}. {fix}")
+        if self.data is not None and self.data.held_out:
+            raise UserError("data.held_out applies to all stages. Set it in the experiment's data.")
+        weights, own = experiment.data.weights, () if self.data is None else self.data.weights
+        if weights and own and len(weights) != len(own):
+            numbers = f"{len(own)} data sets, the experiment {len(weights)}"
+            raise UserError(f"data.weights weighs {numbers}. Give each data set one weight.")
+        for name in ("kind", "muon_patterns", "trainable", "frozen"):
+            value, last_value = getattr(self.optimizer, name), getattr(last.optimizer, name)
+            if value != last_value:
+                raise UserError(
+                    f"optimizer.{name}={value!r} is invalid: the last one has {last_value!r}, and "
+                    "its state could not be carried over. Use the same for all stages."
+                )
 
-    def is_done(self, runtime: Runtime) -> bool:
-        return self.is_trained(runtime)
+    def _check_accumulation(self, experiment: Experiment) -> None:
+        parts = self.accumulation_steps
+        used = {"monitoring.validate_every": experiment.monitoring.validate_every > 0}
+        used[f"{self.name}.accumulation_steps"] = parts > 1
+        for option, is_used in used.items():
+            if is_used and (self.buckets is not None or isinstance(self.train, Student)):
+                raise UserError(f"{option} needs packed rows and no distillation. Leave it out.")
+        if self.batch % parts:
+            raise UserError(f"batch={self.batch} is not divisible by accumulation_steps={parts}. Use a multiple.")
 
-    def check(self, runtime: Runtime) -> None:
-        runtime = runtime.for_stage(self.experiment)
-        self._record_excluded(runtime)
-        input_pipeline.check_inputs(self.experiment, runtime.mesh, runtime.training_clips)
-        check_initial_weights(self.experiment.denoiser)
-        check_encoders(self.experiment, runtime)
-        self._check_evaluation(runtime)
+    def adapt_run(self, run: Run) -> Run:
+        """Return the run with the model, the data and the mesh of this stage."""
+        model = run.experiment.get_model()
+        own = self.adapt_model(model)
+        return run.adapt(model=None if own == model else own, data=self.data, mesh=self.mesh)
 
-    def run(self, runtime: Runtime) -> None:
-        runtime, config = runtime.for_stage(self.experiment), self.experiment.denoiser
-        if self.curriculum:
-            print_on_first_process(f"stage {self.curriculum}: up to step {self.end_step}")
-        with runtime.recorder.phase(goodput.STARTUP):
-            is_new = runtime.open_checkpoints("denoiser").latest() is None
-            trainer, open_batches, loss, trained = self._open_training(runtime, is_new=is_new)
+    def get_start_step(self, run: Run) -> int:
+        """Return the number of steps of the stages before this one."""
+        stages = run.experiment.denoiser_stages
+        return sum(stage.steps for stage in stages[: stages.index(self)])
+
+    def is_last(self, run: Run) -> bool:
+        """Return whether no stage continues this one."""
+        return run.experiment.denoiser == self
+
+    def get_folder(self, run: Run) -> Path:
+        """Return the folder of this stage's own files."""
+        return run.folder if self.is_last(run) else run.folder / "stages" / self.name
+
+    def is_done(self, run: Run) -> bool:
+        newest, end_step = run.open_checkpoints("denoiser").latest(), self.get_start_step(run) + self.steps
+        if not self.is_last(run):
+            return (newest or 0) >= end_step
+        # The pipeline of a finished run, which may be trained further, and whose checkpoints may be gone.
+        return (run.folder / "pipeline").is_dir() and (newest is None or newest >= end_step)
+
+    def check(self, run: Run) -> None:
+        run = self.adapt_run(run)
+        latents.link_latents(run, self.get_folder(run) / "latents")
+        self._record_excluded(run)
+        input_pipeline.check_inputs(run, self)
+        check_initial_weights(self, run.model)
+        check_encoders(run.model, run.folder)
+        self._check_evaluation(run)
+
+    def encode_latents(self, run: Run) -> None:
+        """Encode the latents of the training clips, all processes together, unless they are encoded or not cached."""
+        run = self.adapt_run(run)
+        if run.data.cache_latents:
+            latents.encode_latents(run, self.get_folder(run) / "latents")
+
+    def run(self, run: Run) -> None:
+        run = self.adapt_run(run)
+        self.encode_latents(run)
+        if not self.is_last(run):
+            print_on_first_process(f"stage {self.name}: up to step {self.get_start_step(run) + self.steps}")
+        with run.recorder.phase(goodput.STARTUP):
+            is_new = run.open_checkpoints("denoiser").latest() is None
+            trainer, open_batches, loss, trained = self._open_training(run, is_new=is_new)
             trainer = replace(
                 trainer,
-                hooks=(*trainer.hooks, *self._make_hooks(runtime, loss, trained)),
-                flops_fn=monitors.make_flops_fn(config),
+                hooks=(*trainer.hooks, *self._make_hooks(run, loss, trained)),
+                flops_fn=monitors.make_flops_fn(self, run.model.backbone),
             )
-            check = self._make_self_check(runtime, trainer, loss, trained, is_new=is_new)
+            check = self._make_self_check(run, trainer, loss, trained, is_new=is_new)
             if check is not None:
                 trainer = replace(trainer, hooks=(*trainer.hooks, check))
 
             def open_and_record(start: int) -> BatchIterator:
                 batches = open_batches(start)
-                self._record_rows(runtime, batches)
+                self._record_rows(run, batches)
                 return batches if check is None else check.watch(batches, start)
 
             state = trainer.run(open_and_record)
-        if not self.curriculum:
+        if self.is_last(run):
             ema_params = state.ema
             del state
-            self._export(runtime, trained, ema_params)
+            self._export(run, trained, ema_params)
 
-    def open_training(self, runtime: Runtime, *, is_new: bool) -> Training:
-        return Training(*self._open_training(runtime.for_stage(self.experiment), is_new=is_new)[:2])
+    def open_training(self, run: Run, *, is_new: bool) -> Training:
+        return Training(*self._open_training(self.adapt_run(run), is_new=is_new)[:2])
 
     def _open_training(
-        self, runtime: Runtime, *, is_new: bool
+        self, run: Run, *, is_new: bool
     ) -> tuple[Trainer, input_pipeline.BatchFactory, DenoiserLoss, TrainableDenoiser]:
         """Return the trainer without logs, the function that opens the batches, the loss and what is trained."""
-        texts, open_batches = self.open_inputs(runtime)
-        loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=texts.empty)
-        folder = runtime.folder / "denoiser"
-        trained = open_trainable_denoiser(self.experiment.denoiser, folder, runtime.mesh, is_resuming=not is_new)
-        return self.make_trainer(runtime, loss, trained), open_batches, loss, trained
+        captions, open_batches = self.open_inputs(run)
+        loss = self.make_loss(run, captions)
+        trained = open_trainable_denoiser(self, run.model, run.folder / "denoiser", run.mesh, is_resuming=not is_new)
+        return self.make_trainer(run, loss, trained), open_batches, loss, trained
 
-    def make_trainer(self, runtime: Runtime, loss: DenoiserLoss, trained: TrainableDenoiser) -> Trainer:
-        """Return the trainer of the denoiser, without logs."""
-        config = self.experiment.denoiser
-        trainer = runtime.make_trainer(
+    def make_loss(self, run: Run, captions: CaptionSource) -> DenoiserLoss:
+        """Return the loss, of a run as this stage sees it."""
+        parallel = make_parallelism(run.mesh, run.mesh_config.context_attention)
+        return make_denoiser_loss(self, run.model, parallel, seed=run.seed, empty_caption=captions.empty)
+
+    def make_trainer(self, run: Run, loss: DenoiserLoss, trained: TrainableDenoiser) -> Trainer:
+        """Return the trainer without logs, of a run as this stage sees it."""
+        start_step = self.get_start_step(run)
+        trainer = run.make_trainer(
             "denoiser",
-            steps=config.steps,
+            steps=self.steps,
             init=trained.init,
-            train_step=make_denoiser_step(config, loss, start_step=self.start_step, mesh=runtime.mesh),
-            start_step=self.start_step,
+            train_step=make_denoiser_step(self, loss, start_step=start_step, mesh=run.mesh),
+            start_step=start_step,
         )
         return replace(
-            trainer, load_params=trained.load_initial, frozen_params=trained.frozen_params, averages=config.averages
+            trainer, load_params=trained.load_initial, frozen_params=trained.frozen_params, averages=self.averages
         )
 
-    def open_inputs(self, runtime: Runtime) -> tuple[CaptionSource, input_pipeline.BatchFactory]:
-        """Return the captions, and what opens the batches from a step on."""
-        experiment, clips = self.experiment, runtime.training_clips
-        if self.latents is not None:
-            latents, text = self.latents.open(runtime), open_text_encoder(experiment, runtime)
-            texts = input_pipeline.open_captions(text, clips, cached=latents)
-            return texts, input_pipeline.make_cached_batches(experiment, runtime.mesh, latents, clips, texts)
-        text = open_text_encoder(experiment, runtime, cache=runtime.folder / "texts")
-        texts = input_pipeline.open_captions(text, clips)
-        params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
-        encode = input_pipeline.make_online_encoder(experiment, runtime.mesh, params, clips)
-        return texts, input_pipeline.make_online_batches(experiment, runtime.mesh, clips, texts, encode)
+    def open_inputs(self, run: Run) -> tuple[CaptionSource, input_pipeline.BatchFactory]:
+        """Return the captions, and what opens the batches from a step on, of a run as this stage sees it."""
+        clips = run.training_clips
+        if run.data.cache_latents:
+            source = latents.open_latents(run, self.get_folder(run) / "latents")
+            captions = input_pipeline.open_captions(run.open_text_encoder(), clips, cached=source)
+            return captions, input_pipeline.make_cached_batches(run, self, source, captions)
+        captions = input_pipeline.open_captions(run.open_text_encoder(cache=run.folder / "texts"), clips)
+        encode = input_pipeline.make_online_encoder(run, self, run.read_autoencoder(), clips)
+        return captions, input_pipeline.make_online_batches(run, self, clips, captions, encode)
 
-    def _make_hooks(self, runtime: Runtime, loss: DenoiserLoss, trained: TrainableDenoiser) -> tuple[Hook, ...]:
+    def _make_hooks(self, run: Run, loss: DenoiserLoss, trained: TrainableDenoiser) -> tuple[Hook, ...]:
         """Return the logs, the validation and the samples that the config asks for."""
-        experiment, monitoring, folder = self.experiment, self.experiment.monitoring, runtime.folder / "denoiser"
+        monitoring, folder = run.experiment.monitoring, run.folder / "denoiser"
         hooks = monitors.open_logs(monitoring, folder)
         if monitoring.validate_every:
-            text = open_text_encoder(experiment, runtime, cache=runtime.folder / "texts")
-            params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
-            clips = runtime.held_out_clips
-            hooks.append(monitors.make_validation(experiment, runtime.mesh, clips, text, params, loss, trained))
+            hooks.append(monitors.make_validation(run, self, loss, trained))
 
         def make_pipeline(ema_params: dict[str, Any]) -> Pipeline:
-            params = trained.attach_params(ema_params)
-            return export.make_pipeline(experiment, runtime, params, mesh=runtime.sampling_mesh)
+            return run.make_pipeline(trained.attach_params(ema_params), mesh=run.sampling_mesh)
 
         if monitoring.evaluate_every:
-            evaluated = EvaluationClips(
-                runtime.training_clips, runtime.held_out_clips, experiment.limits, linear=lambda: None
-            )
+            evaluated = EvaluationClips(run.training_clips, run.held_out_clips, run.limits, linear=lambda: None)
             hooks.append(
                 EvaluationHook(
                     folder / "evaluations",
                     every=monitoring.evaluate_every,
-                    evaluation=experiment.evaluation,
+                    evaluation=run.experiment.evaluation,
                     clips=evaluated,
                     make_pipeline=make_pipeline,
                 )
             )
         if monitoring.sample_every:
-            captions = [info.captions[0] for info in runtime.training_clips.infos if info.captions]
+            captions = [info.captions[0] for info in run.training_clips.infos if info.captions]
             hooks.append(monitors.make_sampling(folder / "samples", monitoring, captions, make_pipeline))
         return tuple(hooks)
 
     def _make_self_check(
-        self, runtime: Runtime, trainer: Trainer, loss: DenoiserLoss, trained: TrainableDenoiser, *, is_new: bool
+        self, run: Run, trainer: Trainer, loss: DenoiserLoss, trained: TrainableDenoiser, *, is_new: bool
     ) -> SelfCheck | None:
         """Return the hook that checks the training; None if the config asks for none."""
-        if not self.experiment.monitoring.self_check:
+        if not run.experiment.monitoring.self_check:
             return None
-        encoding = None if self.latents is None else self.latents.make_encoding(runtime)
+        encoding = latents.make_encoding(run) if run.data.cache_latents else None
+        folder = self.get_folder(run) / "latents"
         subject = CheckedTraining(
-            experiment=self.experiment,
+            run=run,
+            training=self,
             trainer=trainer,
             loss=loss,
             trained=trained,
-            clips=runtime.training_clips,
-            held_out_clips=runtime.held_out_clips,
-            text=open_text_encoder(self.experiment, runtime),
-            latents=None if self.latents is None else self.latents.open(runtime, encoding=encoding),
+            text=run.open_text_encoder(),
+            latents=None if encoding is None else latents.open_latents(run, folder, encoding=encoding),
             encoding=encoding,
         )
         return SelfCheck(subject, is_new=is_new)
 
-    def _record_rows(self, runtime: Runtime, batches: DenoiserBatches) -> None:
+    def _record_rows(self, run: Run, batches: DenoiserBatches) -> None:
         """Write `rows.json`, and log what an epoch holds."""
-        summary = batches.summarize(devices=count_row_shards(runtime.mesh))
-        if runtime.process == 0:
-            folder = self.get_folder(runtime) if self.curriculum else runtime.folder / "denoiser"
+        summary = batches.summarize(devices=count_row_shards(run.mesh))
+        if run.process == 0:
+            folder = run.folder / "denoiser" if self.is_last(run) else self.get_folder(run)
             write_json(folder / "rows.json", summary)
         imbalance = summary.get("imbalance")
         lost = f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else ""
         print_on_first_process(f"{batches}{lost}")
 
-    def _record_excluded(self, runtime: Runtime) -> None:
+    def _record_excluded(self, run: Run) -> None:
         """Log the clips that cannot be used, and list all of them in a file, if there are any."""
-        selections = {"training": runtime.usable_training_clips, "held_out": runtime.usable_held_out_clips}
-        path = self.get_folder(runtime) / EXCLUDED_FILE
+        selections = {"training": run.usable_training_clips, "held_out": run.usable_held_out_clips}
+        path = self.get_folder(run) / EXCLUDED_FILE
         excluded = {name: selected for name, selected in selections.items() if selected.excluded}
         for selected in excluded.values():
             print_on_first_process(f"{selected.describe()} (all are listed in {path})")
-        if runtime.process:
+        if run.process:
             return
         path.unlink(missing_ok=True)  # of another config, before anything was trained
         if excluded:
             write_json(path, {name: one.to_json() for name, one in excluded.items()})
 
-    def _check_evaluation(self, runtime: Runtime) -> None:
+    def _check_evaluation(self, run: Run) -> None:
         """Check what the monitors, and the evaluation after the training, need besides the models.
 
         Raises:
@@ -215,18 +316,18 @@ class TrainDenoiser(DenoiserStage):
           UserError: If Weights & Biases is not logged in, if no clips are held out to validate on, or if there is no
             caption to sample during the training.
         """
-        monitoring, evaluation = self.experiment.monitoring, self.experiment.evaluation
-        if not self.is_trained(runtime):
-            monitors.open_logs(monitoring, runtime.folder / "denoiser")
-        if runtime.process == 0:
+        monitoring, evaluation = run.experiment.monitoring, run.experiment.evaluation
+        if not self.is_done(run):
+            monitors.open_logs(monitoring, run.folder / "denoiser")
+        if run.process == 0:
             for metric in evaluation.metrics:
                 metric.open_weights()
-        if monitoring.validate_every and not len(runtime.held_out_clips):
+        if monitoring.validate_every and not len(run.held_out_clips):
             raise UserError(
                 f"monitoring.validate_every={monitoring.validate_every} is invalid: no clips are held out to validate "
                 "on. Name some in data.held_out, or leave it out."
             )
-        if any(info.captions for clips in (runtime.training_clips, runtime.held_out_clips) for info in clips.infos):
+        if any(info.captions for clips in (run.training_clips, run.held_out_clips) for info in clips.infos):
             return
         samples_captions = isinstance(evaluation, CaptionEvaluation)
         if samples_captions and monitoring.evaluate_every:
@@ -234,17 +335,17 @@ class TrainDenoiser(DenoiserStage):
                 f"monitoring.evaluate_every={monitoring.evaluate_every} is invalid: no clip has a caption to sample. "
                 "Give clips captions, or leave it out."
             )
-        if not self.curriculum:
+        if self.is_last(run):
             consequence = ", and the report has no samples" if samples_captions else ""
             print_on_first_process(f"no clip has a caption: the denoiser is trained without text{consequence}")
 
-    def _export(self, runtime: Runtime, trained: TrainableDenoiser, ema_params: dict[str, Any]) -> None:
+    def _export(self, run: Run, trained: TrainableDenoiser, ema_params: dict[str, Any]) -> None:
         """Write the averaged weights: under the names of other projects, and as a pipeline."""
-        folder, config = runtime.folder, self.experiment.denoiser
-        expert, _ = get_expert_names(config)
+        folder, backbone = run.folder, run.model.backbone
+        expert, _ = get_expert_names(self)
         if (adapter := trained.get_adapter(ema_params)) is None:
-            export.save_transformer(folder, config.backbone, ema_params, expert=expert)
+            export.save_transformer(folder, backbone, ema_params, expert=expert)
         else:
-            export.save_adapter(folder, config.backbone, adapter, trained.base_params or {}, expert=expert)
-        params, mesh = trained.merge_params(ema_params), runtime.sampling_mesh
-        export.make_pipeline(self.experiment, runtime, params, mesh=mesh).save(folder / "pipeline")
+            export.save_adapter(folder, backbone, adapter, trained.base_params or {}, expert=expert)
+        params = trained.merge_params(ema_params)
+        run.make_pipeline(params, mesh=run.sampling_mesh).save(folder / "pipeline")

@@ -33,6 +33,7 @@ from dit_video.families.dit.transformer import DitDenoiserFormat
 from dit_video.families.family import INDEX, Family, LoadOptions, check_channels
 from dit_video.models.backbones.dit import DitConfig, ImageSineCosine
 from dit_video.models.encoders import ClassNamesConfig
+from dit_video.models.model_config import ModelConfig
 from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid
@@ -94,12 +95,14 @@ class DitFamily(Family):
         backbone, prediction = _match_schedule(folder, replace(backbone, dtype=options.dtype), schedule)
         class_names = tuple(str(names.get(str(number), number)) for number in range(classes)) if names else ()
         return PipelineConfig(
-            autoencoder=autoencoder,
-            backbone=backbone,
-            text=ClassNamesConfig(classes=classes, names=class_names),
-            process=schedule.process,
-            prediction=prediction,
-            layout=None,
+            model=ModelConfig(
+                autoencoder=autoencoder,
+                backbone=backbone,
+                text_encoder=ClassNamesConfig(classes=classes, names=class_names),
+                process=schedule.process,
+                prediction=prediction,
+                fps=1.0,
+            ),
             batch=_BATCH,
             sampling=Sampling(
                 steps=_AUTHORS_STEPS if schedule.solver == Ddpm() and not index else _STEPS,
@@ -107,7 +110,6 @@ class DitFamily(Family):
                 solver=schedule.solver,
                 time_schedule=schedule.time_schedule,
             ),
-            fps=1.0,
             size=Grid(1, side * backbone.patch.h * stride.h, side * backbone.patch.w * stride.w),
             provenance={"loaded from": os.fspath(folder), "class": index.get("_class_name", "")},
         )

@@ -30,7 +30,7 @@ class Extend(ClipTask):
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of the known frames and the new ones."""
-        stride = config.autoencoder.stride.t
+        stride = config.model.autoencoder.stride.t
         overlap = _choose_overlap(self.frames, len(self.clip.frames), stride, self.overlap)
         known = self.clip.frames[:overlap] if self.before else self.clip.frames[-overlap:]
         condition = Condition(content=Clip(known, self.clip.fps), frame=self.frames if self.before else 0)
@@ -61,7 +61,7 @@ class Blend(ClipTask):
         _check_equal_sizes(self.first, self.second)
         if self.frames < 1:
             raise UserError(f"frames={self.frames} is invalid: there is at least one new frame. Use a larger number")
-        stride = config.autoencoder.stride.t
+        stride = config.model.autoencoder.stride.t
         pair = self._choose_overlaps(lambda length: (length - 1) % stride == 0)
         if pair is None:
             rule = f"with the known frames of both clips it cannot be 1 + {stride}k"
@@ -127,7 +127,7 @@ class Interpolate(ClipTask):
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of all frames, and up to the stride further ones, which are cut off."""
         frames = self.places[-1] + 1
-        length = frames + -(frames - 1) % config.autoencoder.stride.t
+        length = frames + -(frames - 1) % config.model.autoencoder.stride.t
         pairs = zip(self.clip.frames, self.places, strict=True)
         conditions = tuple(Condition(content=frame, frame=place) for frame, place in pairs)
         size = get_size(self.clip)._replace(t=length)

@@ -53,7 +53,7 @@ class Loop(ClipTask):
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of a clip with a further first frame, which is that before the loop: its last."""
-        stride = config.autoencoder.stride.t
+        stride = config.model.autoencoder.stride.t
         frames, height, width = self.size or config.size._replace(t=config.size.t - 1)
         if frames < 2 * stride or frames % stride:
             below = max(2 * stride, frames - frames % stride)

@@ -10,7 +10,7 @@ from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.evaluate import EvaluationResult, SavedSample
 from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, MetricBatch
-from dit_video.experiment.folder import EXCLUDED_FILE
+from dit_video.experiment.run import EXCLUDED_FILE
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.scenes import shapes
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation

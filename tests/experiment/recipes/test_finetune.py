@@ -132,7 +132,7 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
     run = Run.create(tmp_path / "run", dataclasses.replace(experiment, data=data))
     run.prepare(clips)
     run.run_stages("latents")
-    latents, encoding, clips = run.open_latents(), run.encoding(), run.runtime.training_clips
+    latents, encoding, clips = run.open_latents(), run.encoding(), run.training_clips
     assert latents.identity["image"] == FrozenImageEncoder(animating).identity
     assert latents.identity["behind"] == "grey"
     model = dit_video.load(animating).task_model
@@ -152,7 +152,7 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
         visible = expected["cond_latents"][..., -VAE.channels :]
         np.testing.assert_allclose(cond_latents, visible, atol=2**-8 * np.abs(visible).max() + 1e-4)
         assert np.abs(cond_latents[1:] - latents[index][1:]).max() > 1e-2
-    mesh, texts = run.runtime.mesh, CachedCaptions(latents)
+    mesh, texts = run.mesh, CachedCaptions(latents)
     rows = next(input_pipeline.make_cached_batches(run.experiment, mesh, latents, clips, texts)(0))
     tokens = VISION.tokens
     assert rows.fields["image_tokens"].shape == (1, 4 * tokens, VISION.width)
@@ -188,7 +188,7 @@ def test_training_and_sampling_receive_the_same_control(controlled, tmp_path):
     run = Run.create(tmp_path / "run", make_finetuning_experiment(controlled, OPTIONS))
     run.prepare(clips)
     run.run_stages("latents")
-    latents, encoding, clips = run.open_latents(), run.encoding(), run.runtime.training_clips
+    latents, encoding, clips = run.open_latents(), run.encoding(), run.training_clips
     model = dit_video.load(controlled, dtype="float32").task_model
     for view in plan_encoding(clips, encoding).views:
         index = latents.names.index(view.name)

@@ -232,7 +232,7 @@ def captions_shifted(run):
     variant="two data sets",
 )
 def captions_of_one_data_set_mixed(run):
-    number, first = caption_sources.number_captions, run.runtime.clips.dataset_sizes[0]
+    number, first = caption_sources.number_captions, run.clips.dataset_sizes[0]
 
     def number_mixed(captions):
         captions = list(captions)

@@ -90,7 +90,7 @@ def test_every_tensor_and_setting_of_a_published_folder_is_known(folders, name):
     parts = family.read_parts(folder)
     denoisers = sorted(path.name for path in folder.glob("transformer*"))
     assert (parts.boundary is not None) == (len(denoisers) == 2)
-    family.check_weights(folder, parts)
+    family.check_weights(folder, text=parts.text, image_encoder=parts.image_encoder, boundary=parts.boundary)
 
 
 def test_configs_of_published_folders_are_those_of_the_models(folders):
