@@ -93,7 +93,8 @@ def _train(
 ) -> tuple[dict[str, Any], TrainingSetup]:
     """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
     first, warmup_seconds = int(setup.state.step), [0.0]
-    texts = TokenizedCaptions([info.captions for info in source.infos], run.model.text_encoder.make_tokenizer()  # type: ignore[union-attr])
+    tokenizer = run.model.text_encoder.make_tokenizer()  # type: ignore[union-attr]
+    texts = TokenizedCaptions([info.captions for info in source.infos], tokenizer)
     batches = input_pipeline.make_online_batches(run, run.experiment.denoiser, source, texts, encode)(0)
 
     def record_warmup(done: int, _state: Any) -> None:
