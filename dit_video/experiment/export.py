@@ -6,7 +6,6 @@ With several processes all of them call the functions that write: the first one 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 
 from dit_video.core.files import atomic_path
 from dit_video.core.offload import Offload
+from dit_video.core.version import __version__
 from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
 from dit_video.distributed import MeshConfig
@@ -157,7 +157,7 @@ def make_pipeline_config(
             "command": command,
             "experiment": experiment.name,
             "seed": str(experiment.seed),
-            "dit_video": version("dit-video"),
+            "dit_video": __version__,
             "jax": jax.__version__,
         },
     )

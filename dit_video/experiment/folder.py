@@ -35,7 +35,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -44,6 +43,7 @@ from dit_video.core.config_json import Change, describe_changes
 from dit_video.core.errors import MissingError, UserError, get_command
 from dit_video.core.files import read_document, write_json
 from dit_video.core.storage import StoragePathLike
+from dit_video.core.version import __version__
 from dit_video.experiment import datasets
 from dit_video.experiment.autoencoder import WEIGHTS_FILE
 from dit_video.experiment.checkpoints import list_checkpoints
@@ -116,7 +116,8 @@ class RunFolder:
           remote: Folder at an address that `folder` is a copy of.
 
         Raises:
-          UserError: If the folder holds a run of another config or version, or something else.
+          UserError: If the folder holds a run of another config or version, or something else; or other processes
+            cannot import a class of the config.
         """
         folder = Path(folder)
         run = cls(folder=folder, experiment=experiment, command=get_command(), remote=remote)
@@ -138,15 +139,15 @@ class RunFolder:
 
     def _write_config(self: AnyRun) -> AnyRun:
         """Write the config, and return the run. A pipeline's config that follows from another one goes."""
-        (self.folder / PIPELINE_CONFIG).unlink(missing_ok=True)
         document = {
             "format": FORMAT,
-            "version": version("dit-video"),
+            "version": __version__,
             "command": self.command,
-            "experiment": config_json.to_json(self.experiment),
+            "experiment": config_json.to_portable_json(self.experiment),
         }
         if self.amendments:
             document["amendments"] = [amendment.to_json() for amendment in self.amendments]
+        (self.folder / PIPELINE_CONFIG).unlink(missing_ok=True)
         write_json(self.folder / CONFIG, document)
         return self
 
