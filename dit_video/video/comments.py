@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_video.core.errors import DecodeError, MissingError
 from dit_video.video.reader import Video
-from dit_video.video.webp import find_comment
+from dit_video.video.webp import find_webp_comment
 
 _IMAGE_SUFFIXES = (".png", ".apng", ".gif", ".webp", ".jpg")
 KEY = "comment"
@@ -80,7 +80,7 @@ def _read_comment(path: Path) -> str:
     if content.startswith(b"GIF"):
         return _find_gif_comment(content)
     if content.startswith(b"RIFF"):
-        return find_comment(content)
+        return find_webp_comment(content)
     if content.startswith(b"\xff\xd8"):
         return _find_jpeg_comment(content)
     with Video(path) as video:

@@ -66,7 +66,7 @@ def encode_frames(
     quality = DEFAULT_CRF if crf is None else crf
     match format:
         case "mp4" | "mov":
-            _check_even(*frames.shape[1:3], format)
+            _check_even(*frames.shape[1:3], format=format)
             options = _make_x264_options(quality, "medium")
             # QuickTime's own comments are cut after 64 KiB.
             container = {"movflags": "use_metadata_tags"} if format == "mov" else {}
@@ -140,7 +140,7 @@ def _make_x264_options(crf: int, preset: str) -> dict[str, str]:
     return {"crf": str(crf), "preset": preset, "threads": "1", "mbtree": "0"}
 
 
-def _check_even(height: int, width: int, format: str) -> None:
+def _check_even(height: int, width: int, *, format: str) -> None:
     if height % 2 or width % 2:
         raise UserError(
             f"frames of {height}x{width} are invalid for {format} (H.264, 4:2:0): use an even height and width, or "
@@ -152,7 +152,7 @@ def _make_timed_frames(pictures: Iterable[TimedPicture]) -> Iterator[av.VideoFra
     """Yield frames with their times in ticks."""
     reformatter, ticks = VideoReformatter(), -1
     for time, seconds, picture in pictures:
-        _check_even(*picture.shape[:2], "mp4")
+        _check_even(*picture.shape[:2], format="mp4")
         ticks = max(round(time * TICKS_PER_SECOND), ticks + 1)
         frame = _convert_to_yuv420(reformatter, picture)
         frame.pts, frame.duration = ticks, max(1, round(seconds * TICKS_PER_SECOND))

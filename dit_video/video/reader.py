@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.video.colours import TRANSFERS, convert_to_srgb
-from dit_video.video.webp import Animation, is_animation
+from dit_video.video.webp import AnimatedWebp, is_animated_webp
 
 MAX_PIXELS = int(os.environ.get("DIT_VIDEO_MAX_PIXELS", 1 << 26))
 """Maximum pixels of a frame, stored or displayed: a damaged header may claim any size, and memory for it."""
@@ -203,8 +203,8 @@ class Video(contextlib.AbstractContextManager["Video"]):
         # Pillow would leave HDR as it is.
         if heif_kind and (len(streams) > 1 or int(context.color_trc) not in TRANSFERS):
             self._pictures = (read_heif(self._read_content(), self.name),)
-        elif is_animation(self._head):
-            self._pictures = animation = Animation(self._read_content())
+        elif is_animated_webp(self._head):
+            self._pictures = animation = AnimatedWebp(self._read_content())
             check_size(animation.height, animation.width, self.name)
             self.claimed_seconds, pixels = sum(animation.durations), animation.height * animation.width
         if stream.metadata.get("alpha_mode") == "1" and self.codec in _ALPHA_DECODERS:
@@ -224,7 +224,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
         candidates = rates if self._start_time is not None else rates[1:]
         self._rate = next((float(rate) for rate in candidates if rate), 25.0)
-        if isinstance(self._pictures, Animation) and self.claimed_seconds:
+        if isinstance(self._pictures, AnimatedWebp) and self.claimed_seconds:
             self._rate = len(self._pictures.durations) / self.claimed_seconds
         if self.guard is not None:
             total_pixels = int(pixels * max(1.0, self.claimed_seconds * self._rate))

@@ -59,19 +59,19 @@ def encode_webp(
     return _make_chunk(b"RIFF", b"WEBP" + header + b"".join(chunks))
 
 
-def find_comment(content: bytes) -> str:
+def find_webp_comment(content: bytes) -> str:
     """Return the comment of a WebP file; empty if it has none."""
     lists = (data for name, data in _read_chunks(content) if name == b"LIST")
     comments = (text for data in lists for name, text in _read_chunks(data, start=4) if name == b"ICMT")
     return next(comments, b"").decode("latin-1")
 
 
-def is_animation(head: bytes) -> bool:
+def is_animated_webp(head: bytes) -> bool:
     """Return whether a file is an animated WebP, by its first 21 bytes."""
     return head[8:16] == b"WEBPVP8X" and bool(head[20:21]) and bool(head[20] & _ANIMATION)
 
 
-class Animation:
+class AnimatedWebp:
     """An animated WebP file; iterating decodes its frames. Its size and durations are what its headers claim."""
 
     def __init__(self, content: bytes):
