@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 from dit_video.core.platform.tpu import skip_missing_tpu
 from dit_video.core.platform.xla_flags import set_cpu_flags
+from dit_video.core.version import __version__
 
 if TYPE_CHECKING:
     from dit_video.loading import load
     from dit_video.sampling.pipeline import Pipeline, Request
     from dit_video.video import Clip
 
-__version__ = "0.1.0"
 __all__ = ["Clip", "Pipeline", "Request", "__version__", "load"]
 
 skip_missing_tpu()

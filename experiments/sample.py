@@ -60,7 +60,8 @@ def main(
 
     Args:
         run: Folder of a run, a pipeline or open weights.
-        out: File to write with --prompt (mp4, webm, gif, apng; png for one frame), or folder to write with --prompts.
+        out: File to write with --prompt (mp4, mov, webm, gif, webp, apng; png or jpg for one frame), or folder
+            to write with --prompts.
         prompt: Description of the clip.
         prompts: JSON file with a list of {prompt, frames, height, width, seed, image, …}; see docs/evaluation.md.
         size: Number of frames, height and width, such as 17x32x48; the training size by default.

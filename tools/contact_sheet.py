@@ -35,7 +35,7 @@ def main(
 
     Args:
         samples: Folder of samples, with prompts.json.
-        out: File to write: gif, apng, mp4 or webm; png for one frame.
+        out: File to write: gif, webp, apng, mp4, mov or webm; png or jpg for one frame.
         columns: Number of clips in a row of the grid.
         frames: Number of frames of the samples to show; others are skipped.
         scale: Integer factor by which frames are enlarged.

@@ -2,12 +2,14 @@
 
 A config is written as an object whose key `type` holds the class's qualified name in the package that exports it, so a
 class may move inside its package. The config is rebuilt by that name, but only if the class belongs to `dit_video` or
-is registered (see `registry`), so a config file can never run foreign code. Tuples are written as lists and come back
+is registered (see `registry`), so a config file can never run foreign code. Files that other processes read are written
+by `to_portable_json`, which refuses classes that those could not import. Tuples are written as lists and come back
 as tuples (a config holds no lists), or as the NamedTuple that the field is annotated with.
 """
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import sys
 import types
@@ -46,6 +48,22 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a config cannot hold a {type(value).__name__}")
+
+
+def to_portable_json(value: Any) -> Any:
+    """Return `to_json(value)`, for a file that other processes read.
+
+    Raises:
+      UserError: If a class is defined in a script, a notebook or a config file, which other processes cannot import.
+    """
+    written = to_json(value)
+    for name in _iter_types(written):
+        if not _is_importable(name.partition(":")[0]):
+            raise UserError(
+                f"config type {name!r} is invalid: it is defined in a script, a notebook or a config file, which other "
+                "processes cannot import. Use a module that can be imported: move the class there."
+            )
+    return written
 
 
 def from_json(value: Any) -> Any:
@@ -115,6 +133,25 @@ def _iter_changes(old: Any, new: Any, path: str) -> Iterator[Change]:
             yield from _iter_changes(*items, f"{path}[{index}]")
     elif old != new:
         yield Change(path, old, new)
+
+
+def _iter_types(written: Any) -> Iterator[str]:
+    """Yield the names of the classes in what `to_json` returned."""
+    if isinstance(written, dict):
+        if "type" in written:
+            yield written["type"]
+        written = list(written.values())
+    if isinstance(written, list):
+        for item in written:
+            yield from _iter_types(item)
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # ValueError: of a file that runs, such as a script
+        return False
+    return spec is not None and spec.name == module  # `python -m package.module` has the spec of `package.module`
 
 
 def _find_home_module(cls: type) -> str:

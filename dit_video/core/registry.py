@@ -6,6 +6,9 @@ package with an entry point in the group `dit_video`, whose module registers the
 
     [project.entry-points.dit_video]
     my_samplers = "my_package.samplers"
+
+A class of a script, a notebook or a config file may be registered, too, but is not written (`to_portable_json`): no
+other process could read it.
 """
 
 import dataclasses

@@ -32,7 +32,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +45,7 @@ from dit_video.core.errors import MissingError, UserError, check_at_least, get_c
 from dit_video.core.files import read_document, write_json
 from dit_video.core.offload import Offload
 from dit_video.core.storage import StoragePathLike
+from dit_video.core.version import __version__
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.sizes import SizeLimits
@@ -389,7 +389,8 @@ class Run:
           remote: Folder at an address that `folder` is a copy of.
 
         Raises:
-          UserError: If the folder holds a run of another config or version, or something else.
+          UserError: If the folder holds a run of another config or version, or something else; or other processes
+            cannot import a class of the config.
         """
         folder = Path(folder)
         run = cls(folder=folder, experiment=experiment, command=get_command(), remote=remote)
@@ -419,15 +420,15 @@ class Run:
 
     def _write_config(self) -> "Run":
         """Write the config, and return the run. A pipeline's config that follows from another one goes."""
-        (self.folder / PIPELINE_CONFIG).unlink(missing_ok=True)
         document = {
             "format": FORMAT,
-            "version": version("dit-video"),
+            "version": __version__,
             "command": self.command,
-            "experiment": config_json.to_json(self.experiment),
+            "experiment": config_json.to_portable_json(self.experiment),
         }
         if self.amendments:
             document["amendments"] = [amendment.to_json() for amendment in self.amendments]
+        (self.folder / PIPELINE_CONFIG).unlink(missing_ok=True)
         write_json(self.folder / CONFIG, document)
         return self
 
@@ -745,7 +746,7 @@ class Run:
                 "command": self.command,
                 "experiment": experiment.name,
                 "seed": str(self.seed),
-                "dit_video": version("dit-video"),
+                "dit_video": __version__,
                 "jax": jax.__version__,
                 "data": " ".join(self.clips.versions),
             },

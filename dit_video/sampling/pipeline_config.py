@@ -148,8 +148,12 @@ def is_pipeline_folder(folder: str | Path) -> bool:
 
 
 def write_pipeline_config(folder: str | Path, config: PipelineConfig) -> None:
-    """Write the config of a pipeline or of a run, whose weights `load` finds by it."""
-    write_json(Path(folder) / CONFIG, {"format": FORMAT, "config": config_json.to_json(config)})
+    """Write the config of a pipeline or of a run, whose weights `load` finds by it.
+
+    Raises:
+      UserError: If other processes cannot import a class of the config.
+    """
+    write_json(Path(folder) / CONFIG, {"format": FORMAT, "config": config_json.to_portable_json(config)})
 
 
 def read_pipeline_config(folder: str | Path) -> PipelineConfig:

@@ -12,14 +12,17 @@ from jaxtyping import UInt8
 
 from dit_video.core.errors import UserError
 from dit_video.video.comments import KEY as COMMENT
-from dit_video.video.comments import add_gif_comment, add_png_comment
+from dit_video.video.comments import add_gif_comment, add_jpeg_comment, add_png_comment
+from dit_video.video.webp import encode_webp
 
-Format = Literal["mp4", "webm", "gif", "png", "apng"]
+Format = Literal["mp4", "mov", "webm", "gif", "webp", "apng", "png", "jpg"]
 FORMATS: tuple[str, ...] = get_args(Format)
-DEFAULT_CRF = {"mp4": 12, "webm": 12}
+MAX_CRF = {"mp4": 51, "mov": 51, "webm": 63}
+"""Lowest quality of the formats that have one."""
+DEFAULT_CRF = 12
 """Default quality: no visible loss on clips of few pixels."""
-MAX_CRF = {"mp4": 51, "webm": 63}
-"""Lowest quality."""
+LOSSLESS_FORMATS = ("webp", "apng", "png")
+"""Formats that can be, or always are, without loss."""
 
 TICKS_PER_SECOND = 360_000
 """Resolution in which `encode_timed` writes times: a whole number of ticks per frame at 23.976, 24, 25, 29.97, 30, 60 …
@@ -38,28 +41,52 @@ ACCURATE_FLAGS = (
 
 
 def encode_frames(
-    frames: UInt8[np.ndarray, "T H W 3"], fps: float, format: str, *, crf: int | None = None, comment: str = ""
+    frames: UInt8[np.ndarray, "T H W 3"],
+    fps: float | int,
+    format: str,
+    *,
+    crf: int | None = None,
+    lossless: bool = False,
+    comment: str = "",
 ) -> bytes:
-    """Return the bytes of a file of these frames with a comment; formats and `crf` are those of `clip.encode`."""
+    """Return the bytes of a file of these frames with a comment; formats and options are those of `clip.encode`."""
     if format not in FORMATS:
         raise UserError(f"format={format!r} is invalid: use one of {', '.join(FORMATS)}")
-    if crf is not None and format not in DEFAULT_CRF:
-        raise UserError(f"crf={crf} is invalid for {format}: only {' and '.join(DEFAULT_CRF)} have it. Leave it out")
+    if crf is not None and format not in MAX_CRF:
+        raise UserError(f"crf={crf} is invalid for {format}: only {', '.join(MAX_CRF)} have it. Leave it out")
     if crf is not None and not 0 <= crf <= MAX_CRF[format]:
         raise UserError(f"crf={crf} is invalid for {format}: use 0 to {MAX_CRF[format]}, where 0 is best")
-    if format == "gif":
-        content = _encode_gif(frames, fps)
-        return add_gif_comment(content, comment) if comment else content
-    if format in ("png", "apng"):
-        content = _encode_png(frames) if format == "png" else _encode_apng(frames, fps)
-        return add_png_comment(content, comment) if comment else content
-    quality = DEFAULT_CRF[format] if crf is None else crf
-    if format == "mp4":
-        _check_even(*frames.shape[1:3])
-        options = _make_x264_options(quality, "medium")
-        return _mux(_make_yuv_frames(frames), "mp4", "libx264", "yuv420p", fps, options, comment=comment)
-    options = {"crf": str(quality), "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "0", "threads": "1"}
-    return _mux(_make_yuv_frames(frames), "webm", "libvpx-vp9", "yuv420p", fps, options, comment=comment)
+    if lossless and format not in LOSSLESS_FORMATS:
+        raise UserError(f"lossless=True is invalid for {format}: use {', '.join(LOSSLESS_FORMATS)}, or leave it out")
+    if format in ("png", "jpg") and len(frames) != 1:
+        raise UserError(
+            f"{len(frames)} frames are invalid for {format}: use one frame, such as clip[:1], or write .webp, .apng, "
+            ".gif, .mp4 or .webm"
+        )
+    quality = DEFAULT_CRF if crf is None else crf
+    match format:
+        case "mp4" | "mov":
+            _check_even(*frames.shape[1:3], format=format)
+            options = _make_x264_options(quality, "medium")
+            # QuickTime's own comments are cut after 64 KiB.
+            container = {"movflags": "use_metadata_tags"} if format == "mov" else {}
+            pictures = _make_yuv_frames(frames)
+            return _mux(pictures, format, "libx264", "yuv420p", fps, options, container=container, comment=comment)
+        case "webm":
+            options = {"crf": str(quality), "b": "0", "threads": "1", "row-mt": "0"}
+            options |= {"deadline": "good", "cpu-used": "4"}
+            return _mux(_make_yuv_frames(frames), "webm", "libvpx-vp9", "yuv420p", fps, options, comment=comment)
+        case "webp":
+            return encode_webp(frames, fps, lossless=lossless, comment=comment)
+        case "gif":
+            content, add_comment = _encode_gif(frames, fps), add_gif_comment
+        case "apng":
+            content, add_comment = _encode_apng(frames, fps), add_png_comment
+        case "png":
+            content, add_comment = _encode_png(frames[0]), add_png_comment
+        case _:  # jpg
+            content, add_comment = encode_jpeg(frames[0]), add_jpeg_comment
+    return add_comment(content, comment) if comment else content
 
 
 class TimedPicture(NamedTuple):
@@ -113,11 +140,11 @@ def _make_x264_options(crf: int, preset: str) -> dict[str, str]:
     return {"crf": str(crf), "preset": preset, "threads": "1", "mbtree": "0"}
 
 
-def _check_even(height: int, width: int) -> None:
+def _check_even(height: int, width: int, *, format: str) -> None:
     if height % 2 or width % 2:
         raise UserError(
-            f"frames of {height}x{width} are invalid for mp4 (H.264, 4:2:0): use an even height and width, or "
-            "write .webm, .gif or .apng"
+            f"frames of {height}x{width} are invalid for {format} (H.264, 4:2:0): use an even height and width, or "
+            "write .webm, .webp, .gif or .apng"
         )
 
 
@@ -125,7 +152,7 @@ def _make_timed_frames(pictures: Iterable[TimedPicture]) -> Iterator[av.VideoFra
     """Yield frames with their times in ticks."""
     reformatter, ticks = VideoReformatter(), -1
     for time, seconds, picture in pictures:
-        _check_even(*picture.shape[:2])
+        _check_even(*picture.shape[:2], format="mp4")
         ticks = max(round(time * TICKS_PER_SECOND), ticks + 1)
         frame = _convert_to_yuv420(reformatter, picture)
         frame.pts, frame.duration = ticks, max(1, round(seconds * TICKS_PER_SECOND))
@@ -200,10 +227,8 @@ def _convert_to_yuv(
     )
 
 
-def _encode_png(frames: UInt8[np.ndarray, "T H W 3"]) -> bytes:
-    if len(frames) != 1:
-        raise UserError(f"{len(frames)} frames are invalid for png: use one frame, or .apng, .gif, .mp4, .webm")
-    return _encode_image(av.CodecContext.create("png", "w"), next(_make_rgb_frames(frames)))
+def _encode_png(picture: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    return _encode_image(av.CodecContext.create("png", "w"), next(_make_rgb_frames(picture[None])))
 
 
 def _encode_apng(frames: UInt8[np.ndarray, "T H W 3"], fps: float) -> bytes:

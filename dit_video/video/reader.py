@@ -1,15 +1,15 @@
 """Reader of video and image files: frames with the time from which each is shown, for any file that ffmpeg reads.
 
-The header of mp4 and mov is checked before ffmpeg allocates memory for it. Pictures in HEIF files (HEIC, AVIF) are read
-by Pillow, for HEIC with the package pillow-heif: ffmpeg gives their tiles and their transparency one by one, with the
-padding of tiles, and without rotation.
+The header of mp4 and mov is checked before ffmpeg allocates memory for it. Pillow reads what ffmpeg does not: animated
+WebP, and pictures in HEIF files (HEIC, AVIF; for HEIC with the package pillow-heif), of which ffmpeg gives tiles and
+transparency one by one, with the padding of tiles, and without rotation.
 """
 
 import contextlib
 import io
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.video.colours import TRANSFERS, convert_to_srgb
+from dit_video.video.webp import AnimatedWebp, is_animated_webp
 
 MAX_PIXELS = int(os.environ.get("DIT_VIDEO_MAX_PIXELS", 1 << 26))
 """Maximum pixels of a frame, stored or displayed: a damaged header may claim any size, and memory for it."""
@@ -140,7 +141,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
         file.name = ""
         self._resources.callback(file.close)
-        self._head = file.read(12)
+        self._head = file.read(21)
         self._length = file.seek(0, 2)
         if self.guard is not None:
             self.guard.limit_opening(self._length)
@@ -195,12 +196,17 @@ class Video(contextlib.AbstractContextManager["Video"]):
         """Tags of the file; bytes that are not UTF-8 are replaced by U+FFFD."""
         heif_kind = find_heif_kind(self._head)
         self.codec: str = heif_kind or context.name
-        self._picture = None
+        self.claimed_seconds: float = (container.duration or 0) / av.time_base
+        """Duration that the header claims, in seconds; 0 if it claims none."""
+        pixels = context.width * context.height
+        self._pictures: Iterable[av.VideoFrame] | None = None
         # Pillow would leave HDR as it is.
         if heif_kind and (len(streams) > 1 or int(context.color_trc) not in TRANSFERS):
-            source = self._source
-            content = source if isinstance(source, bytes) else source.read_bytes()
-            self._picture = read_heif(content, self.name, MAX_PIXELS)
+            self._pictures = (read_heif(self._read_content(), self.name),)
+        elif is_animated_webp(self._head):
+            self._pictures = animation = AnimatedWebp(self._read_content())
+            check_size(animation.height, animation.width, self.name)
+            self.claimed_seconds, pixels = sum(animation.durations), animation.height * animation.width
         if stream.metadata.get("alpha_mode") == "1" and self.codec in _ALPHA_DECODERS:
             context = cast(av.VideoCodecContext, av.CodecContext.create(_ALPHA_DECODERS[self.codec], "r"))
         context.thread_count = 1
@@ -218,14 +224,14 @@ class Video(contextlib.AbstractContextManager["Video"]):
         rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
         candidates = rates if self._start_time is not None else rates[1:]
         self._rate = next((float(rate) for rate in candidates if rate), 25.0)
+        if isinstance(self._pictures, AnimatedWebp) and self.claimed_seconds:
+            self._rate = len(self._pictures.durations) / self.claimed_seconds
         if self.guard is not None:
-            pixels, seconds = context.width * context.height, (container.duration or 0) / av.time_base
-            self.guard.limit_reading(self._length, pixels, int(pixels * max(1.0, seconds * self._rate)))
+            total_pixels = int(pixels * max(1.0, self.claimed_seconds * self._rate))
+            self.guard.limit_reading(self._length, pixels, total_pixels)
 
-    @property
-    def claimed_seconds(self) -> float:
-        """Return the duration that the header claims, in seconds; 0 if it claims none."""
-        return (self._container.duration or 0) / av.time_base
+    def _read_content(self) -> bytes:
+        return self._source if isinstance(self._source, bytes) else self._source.read_bytes()
 
     @property
     def profile(self) -> bytes | None:
@@ -250,7 +256,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         Raises:
           DecodeError: If the file is damaged; the message says where.
         """
-        seeks = start > _SEEK_MARGIN and self._picture is None
+        seeks = start > _SEEK_MARGIN and self._pictures is None
         frames, origin = self._seek(start) if seeks else (self._decode_frames(), None)
         spacing, previous = 1 / self._rate, None
         for frame in frames:
@@ -310,9 +316,14 @@ class Video(contextlib.AbstractContextManager["Video"]):
         return None if first is None else first.pts
 
     def _decode_frames(self) -> Iterator[av.VideoFrame]:
-        if self._picture is not None:
-            yield self._picture
-            return
+        if self._pictures is not None:
+            pictures = iter(self._pictures)
+            while True:
+                with wrap_decode_errors(self.name, self._error_location):
+                    picture = next(pictures, None)
+                if picture is None:
+                    return
+                yield picture
         packets, more, is_discarded = self._container.demux(self._stream), True, False
         while more:
             with wrap_decode_errors(self.name, self._error_location):
@@ -349,12 +360,18 @@ def make_filter_graph(frame: av.VideoFrame, *filters: tuple[str, str]) -> Graph:
     return graph
 
 
+def check_size(height: int, width: int, name: str) -> None:
+    """Raise `DecodeError` if a picture exceeds `MAX_PIXELS`."""
+    if height * width > MAX_PIXELS:
+        raise DecodeError(f"{name} has {height}x{width} pixels, over the limit of {MAX_PIXELS}; make it smaller")
+
+
 def find_heif_kind(head: bytes) -> str:
     """Return "avif" or "heic" for a picture, by the first 12 bytes of its file; empty for any other file."""
     return _BRANDS.get(head[8:12], "") if head[4:8] == b"ftyp" else ""
 
 
-def read_heif(content: bytes, name: str, max_pixels: int) -> av.VideoFrame:
+def read_heif(content: bytes, name: str) -> av.VideoFrame:
     """Return the whole picture, upright and in sRGB.
 
     Raises:
@@ -373,9 +390,7 @@ def read_heif(content: bytes, name: str, max_pixels: int) -> av.VideoFrame:
         )
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
-            if image.width * image.height > max_pixels:
-                size = f"{image.height}x{image.width}"
-                raise DecodeError(f"{name} has {size} pixels, over the limit of {max_pixels}; make it smaller")
+            check_size(image.height, image.width, name)
             profile, format = image.info.get("icc_profile"), "rgba" if image.has_transparency_data else "rgb24"
             picture = np.array(ImageOps.exif_transpose(image).convert("RGBA" if format == "rgba" else "RGB"))
     except (RuntimeError, SyntaxError) as error:  # of Pillow's plugins

@@ -13,7 +13,7 @@ from dit_video.core.errors import DecodeError
 from dit_video.core.resize import resize
 from dit_video.video.colours import TRANSFERS, convert_to_srgb, map_to_sdr
 from dit_video.video.encode import ACCURATE_FLAGS
-from dit_video.video.reader import MAX_PIXELS, make_filter_graph, wrap_decode_errors
+from dit_video.video.reader import check_size, make_filter_graph, wrap_decode_errors
 
 RESIZE_FLAGS = ACCURATE_FLAGS & ~Interpolation.BICUBIC | Interpolation.BILINEAR
 """Flags of swscale's triangle filter, which is widened when downsampling, as in `core.resize`."""
@@ -86,8 +86,7 @@ def compute_display_size(frame: av.VideoFrame, sample_aspect: Fraction, name: st
 
 def _compute_display_size(frame: av.VideoFrame, aspect: Fraction, transposed: bool, name: str) -> tuple[int, int]:
     width = max(1, round(frame.width * aspect))
-    if width * frame.height > MAX_PIXELS:
-        raise DecodeError(f"{name} has {frame.height}x{width} pixels, over the limit of {MAX_PIXELS}; make it smaller")
+    check_size(frame.height, width, name)
     return (width, frame.height) if transposed else (frame.height, width)
 
 

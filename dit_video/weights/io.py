@@ -131,11 +131,15 @@ def write_native(
       source: Source of its parameters.
       dtype: Dtype that floating tensors are cast to; None keeps the source's.
       shard_bytes: Maximum size of a file; larger ones are split, with an index.
+
+    Raises:
+      UserError: If other processes cannot import a class of the config.
     """
+    document = {"_class_name": NATIVE_CLASS, "config": config_json.to_portable_json(config)}
     shapes = get_param_shapes(config.make)
     file_map = FileMap.from_params(shapes)
     streaming.write(folder, STEM, source, file_map, shapes, dtype=dtype, shard_bytes=shard_bytes, metadata={})
-    write_json(Path(folder) / "config.json", {"_class_name": NATIVE_CLASS, "config": config_json.to_json(config)})
+    write_json(Path(folder) / "config.json", document)
 
 
 EncoderConfigT = TypeVar("EncoderConfigT")

@@ -1,6 +1,7 @@
 """Files, random keys, trees, configs and pixels."""
 
 import json
+import runpy
 from dataclasses import dataclass
 
 import jax
@@ -171,6 +172,23 @@ def test_values_that_are_no_config_are_not_written():
     for value in ([1], {1}, np.ones(2), len):
         with pytest.raises(TypeError, match="cannot hold"):
             config_json.to_json(value)
+
+
+@pytest.mark.parametrize("module", ["__main__", "<run_path>"])
+def test_a_class_of_a_file_that_is_run_is_not_written_for_other_processes(tmp_path, module):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from dataclasses import dataclass\n"
+        "from dit_video.core.registry import register\n"
+        "@register\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Width:\n"
+        "    width: int = 1\n"
+    )
+    value = {"widths": (runpy.run_path(str(script), run_name=module)["Width"](),)}
+    assert config_json.to_json(value) == {"widths": [{"type": f"{module}:Width", "width": 1}]}
+    with pytest.raises(UserError, match=f"'{module}:Width' is invalid: .* Use a module that can be imported"):
+        config_json.to_portable_json(value)
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,20 @@ from typing import Any, ClassVar
 
 import pytest
 
+import dit_video
 from dit_video.core import config_json, registry
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import CurriculumStage, Experiment, Stage
+from dit_video.experiment.config import load_experiment
 from dit_video.experiment.run import Run
 from dit_video.training.checkpoint import CheckpointPolicy
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.hooks.metric_logs import MonitoringConfig
+
+TINY = Path(__file__).parents[1] / "support" / "tiny.py"
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tiny, tmp_path):
@@ -261,6 +265,36 @@ def test_stages_of_other_packages_name_their_own_fields(tiny, tmp_path):
     assert Run.create(run.folder, amended).experiment == amended
     with pytest.raises(UserError, match=r"another config \(stages\[0\]\.seed is 0 there and 1 here\)"):
         Run.create(run.folder, dataclasses.replace(experiment, stages=(CountClips(seed=1),)))
+
+
+def test_a_run_of_a_class_that_its_config_file_defines_is_refused(tmp_path):
+    """Another process, such as the one that samples it, could not read its config."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"""
+import dataclasses
+import runpy
+from dit_video.core.registry import register
+from dit_video.sampling import Sampling
+
+@register
+class LongSampling(Sampling):
+    steps: int = 1000
+
+TINY = runpy.run_path({str(TINY)!r})["EXPERIMENT"]
+EXPERIMENT = dataclasses.replace(TINY, sampling=LongSampling())
+"""
+    )
+    with pytest.raises(UserError, match=r":LongSampling' is invalid: .* Use a module that can be imported"):
+        Run.create(tmp_path / "run", load_experiment(config))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_clone_writes_configs_without_metadata_of_a_package(tmp_path, process):
+    ended = process("tests/support/programs/clone.py", tmp_path / "run")
+    assert (ended.code, ended.out) == (0, f"{dit_video.__version__}\n"), ended.err
+    assert json.loads((tmp_path / "run" / "experiment.json").read_text())["version"] == dit_video.__version__
 
 
 def test_a_stage_does_not_speak_for_another(tiny):

@@ -8,6 +8,7 @@ import av
 import numpy as np
 
 from dit_video.video import Clip, encode
+from dit_video.video.encode import Format
 
 
 def make_pattern(frames: int = 5, height: int = 32, width: int = 48) -> Clip:
@@ -39,4 +40,5 @@ def encode_resized(frames: int = 8, *, fps: int = 8) -> bytes:
 
 def compute_digests() -> list[str]:
     """Return digests of the encoded clip."""
-    return [hashlib.sha256(encode(make_pattern(), format)).hexdigest() for format in ("mp4", "webm", "gif", "apng")]
+    formats: tuple[Format, ...] = ("mp4", "mov", "webm", "gif", "webp", "apng")
+    return [hashlib.sha256(encode(make_pattern(), format)).hexdigest() for format in formats]

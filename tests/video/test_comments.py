@@ -7,13 +7,13 @@ from dit_video.core.errors import DecodeError, MissingError
 from dit_video.video import Clip, decode, encode, read_recipe
 from dit_video.video.reader import Video
 
-RECIPE = {"prompt": 'a "red" cirçle\n', "seed": 3, "size": [5, 16, 16], "sampling": {"steps": 2}, "long": "x" * 700}
+RECIPE = {"prompt": 'a "red" cirçle\n', "seed": 3, "size": [5, 16, 16], "sampling": {"steps": 2}, "long": "x" * 70_000}
 FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "webm", "gif", "apng", "png"])
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "webm", "gif", "webp", "apng", "png", "jpg"])
 def test_a_file_holds_the_recipe_of_its_clip(tmp_path, suffix):
-    frames = FRAMES[:1] if suffix == "png" else FRAMES
+    frames = FRAMES[:1] if suffix in ("png", "jpg") else FRAMES
     clip, plain = Clip(frames, 8, recipe=RECIPE), Clip(frames, 8)
     clip.save(tmp_path / f"a.{suffix}")
     plain.save(tmp_path / f"b.{suffix}")

@@ -56,6 +56,55 @@ def test_display_p3_becomes_srgb(format):
     assert np.abs(converted - plain.astype(int)).max() > 10
 
 
+def save_animation(pictures: np.ndarray, **options) -> bytes:
+    """Return an animated WebP without loss, with frames of 100, 200, … ms; parts that do not change are left out."""
+    file, images = io.BytesIO(), [Image.fromarray(picture) for picture in pictures]
+    durations = [100 * number for number in range(1, len(images) + 1)]
+    options = {"save_all": True, "append_images": images[1:], "duration": durations, "lossless": True} | options
+    images[0].save(file, "WEBP", **options)
+    return file.getvalue()
+
+
+def test_an_animated_webp_has_its_frames_and_their_times():
+    pictures = np.stack([make_smooth_picture(3)] * 3)
+    pictures[1, :8, :8], pictures[2, 8:16] = 200, 9
+    content = save_animation(pictures)
+    np.testing.assert_array_equal(decode(content).frames, pictures)
+    info = probe(content)
+    assert (info.frames, info.fps, info.seconds, info.codec) == (3, pytest.approx(2 / 0.3), pytest.approx(0.3), "webp")
+    sampled = decode(content, start=0.05, fps=10)
+    np.testing.assert_array_equal(sampled.frames, pictures[[0, 1, 1, 2, 2, 2]])
+
+
+def test_a_transparent_animation_is_composited_over_black():
+    pictures = np.stack([make_smooth_picture(4), make_smooth_picture(4)[::-1]])
+    expected = pictures[..., :3] * (pictures[..., 3:] / 255)
+    assert np.abs(decode(save_animation(pictures, exact=True)).frames - expected).max() <= 1
+
+
+def test_the_profile_of_an_animation_is_applied():
+    pictures = np.stack([make_smooth_picture(3), make_smooth_picture(3)[::-1]])
+    converted = decode(save_animation(pictures, icc_profile=make_p3_profile())).frames
+    assert np.abs(converted - convert_p3(pictures)).max() <= 2
+
+
+def test_a_damaged_animation_is_refused():
+    content = save_animation(np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3)).astype(np.uint8))
+    late = bytearray(content)
+    late[content.rindex(b"VP8L") + 8] = 0
+    for damaged in (content[:25], content[:-300], bytes(late)):
+        for read in (probe, decode):
+            with pytest.raises(DecodeError, match=r"is not a readable|is damaged"):
+                read(damaged)
+
+
+def test_an_animation_of_impossible_size_is_refused_by_its_header():
+    content = bytearray(save_animation(np.stack([make_smooth_picture(3), make_smooth_picture(3)[::-1]])))
+    content[24:30] = struct.pack("<I", 9_999)[:3] * 2
+    with pytest.raises(DecodeError, match="10000x10000 pixels, over the limit"):
+        probe(bytes(content))
+
+
 def test_frames_of_pictures_with_a_profile_can_be_collected():
     """PyAV 18 frees the name of a profile twice, which ends the process when frames are collected."""
     content = save(make_smooth_picture(3), "PNG", icc_profile=make_p3_profile())

@@ -7,11 +7,11 @@ import functools
 import hashlib
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dit_video.core.platform.xla_flags import get_flags
+from dit_video.core.platform.xla_flags import get_flags, get_release
+from dit_video.core.version import __version__
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -24,21 +24,14 @@ def get_code_version() -> dict[str, Any]:
     XLA's flags, because programs depend on them.
     """
     return {
-        "dit_video": _get_version("dit-video"),
+        "dit_video": __version__,
         "sources": _compute_digest(),
         "commit": _read_commit(),
         "python": platform.python_version(),
-        "jax": _get_version("jax"),
-        "jaxlib": _get_version("jaxlib"),
+        "jax": get_release("jax"),
+        "jaxlib": get_release("jaxlib"),
         "flags": get_flags(),
     }
-
-
-def _get_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _compute_digest() -> str:

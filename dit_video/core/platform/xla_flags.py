@@ -63,7 +63,7 @@ def set_cpu_flags() -> None:
     128x128, 32 channels), 175 against 106 (64x64, 64 channels), 179 against 95 (128x128, 96 channels). Matrix products
     stay with YNNPACK, which is as fast. 0.10.0 and 0.10.1 use Eigen by default.
     """
-    if _is_on() and _get_release("jaxlib") == _CPU_RELEASE:
+    if _is_on() and get_release("jaxlib") == _CPU_RELEASE:
         add_flags("XLA_FLAGS", _CPU_FLAGS)
 
 
@@ -72,11 +72,11 @@ def set_accelerator_flags() -> None:
     if not _is_on():
         return
     if "cuda" in (find_gpu_backends() or ()):
-        if _get_release("jaxlib") in _GPU_RELEASES:
+        if get_release("jaxlib") in _GPU_RELEASES:
             add_flags("XLA_FLAGS", GPU_FLAGS)
         if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # the newer name of the same choice
             os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
-    elif has_tpu() and _get_release("libtpu") in _TPU_RELEASES:
+    elif has_tpu() and get_release("libtpu") in _TPU_RELEASES:
         add_flags("LIBTPU_INIT_ARGS", make_tpu_flags(find_tpu_chip()))
 
 
@@ -88,7 +88,7 @@ def make_tpu_flags(chip: str | None) -> dict[str, str]:
 
 def get_compiler_options(chip: str) -> dict[str, str]:
     """Return the options for compiling a program ahead of time for a TPU in the same way as on the TPU itself."""
-    return make_tpu_flags(chip) if _is_on() and _get_release("libtpu") in _TPU_RELEASES else {}
+    return make_tpu_flags(chip) if _is_on() and get_release("libtpu") in _TPU_RELEASES else {}
 
 
 def get_flags() -> dict[str, str | None]:
@@ -105,7 +105,8 @@ def _is_on() -> bool:
     return os.environ.get(SWITCH) != "off"
 
 
-def _get_release(package: str) -> str | None:
+def get_release(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -87,7 +87,7 @@ class MetricBatch:
     """Pipeline that is evaluated, whose denoiser a loss or likelihood calls."""
 
     _features: dict[Any, list[np.ndarray]] = field(default_factory=dict, repr=False)
-    _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _derived: dict[Any, tuple[Clip, Any]] = field(default_factory=dict, repr=False)
 
     def select(self, needs: Collection[MetricInput]) -> "MetricBatch":
         """Return the batch with only these fields; selected batches share what they compute from clips."""
@@ -125,10 +125,10 @@ class MetricBatch:
           *args: Further arguments of the function; like the keyword arguments, they are hashable.
           **kwargs: Its keyword arguments.
         """
-        key = (function, clip, args, frozenset(kwargs.items()))
+        key = (function, id(clip), args, frozenset(kwargs.items()))
         if key not in self._derived:
-            self._derived[key] = function(clip, *args, **kwargs)
-        return self._derived[key]
+            self._derived[key] = clip, function(clip, *args, **kwargs)  # the clip stays, and its id with it
+        return self._derived[key][1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -212,7 +212,7 @@ def mutate(encoded: bytes, other: bytes, seed: int) -> bytes:
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_mutated_clips_are_all_accounted_for(tmp_path, count):
     """Nothing crashes, hangs or is lost, for rendered clips and for real ones if they are next to the checkout."""
-    originals = {f"{format}.{format}": encode(clip(), format) for format in ("mp4", "webm", "gif", "apng")}
+    originals = {f"{format}.{format}": encode(clip(), format) for format in ("mp4", "webm", "gif", "webp", "apng")}
     originals["png.png"] = encode(clip(1), "png")
     for path in sorted(SHARED.glob("*")):
         if path.suffix in (".mp4", ".mkv", ".webm") and path.stat().st_size < 180_000:
