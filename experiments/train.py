@@ -40,7 +40,7 @@ from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation import evaluate
 from dit_video.evaluation.collection import MetricResult
-from dit_video.experiment import Experiment, Run, datasets
+from dit_video.experiment import Experiment, Run, TrainModel, datasets
 from dit_video.experiment.config_file import load_experiment
 from dit_video.experiment.launch import open_run
 from dit_video.nn.attention import Backend, BackendName
@@ -166,11 +166,16 @@ def evaluate_run(run: Run) -> dict[str, MetricResult]:
 
 
 def make_options(experiment: Experiment) -> Experiment:
-    """Return an experiment of a class with a field for each stage, so that stages have options by their names."""
-    stages = [
-        (f"stage_{number}", Annotated[type(stage), tyro.conf.arg(name=stage.name)], field(default=stage))
-        for number, stage in enumerate(experiment.stages)
-    ]
+    """Return an experiment of a class with a field for each stage, so that stages have options by their names.
+
+    A stage with an experiment of its own has that one's options: `--prior.denoiser.steps`.
+    """
+    stages = []
+    for number, stage in enumerate(experiment.stages):
+        options = make_options(stage.experiment) if isinstance(stage, TrainModel) else stage
+        stages.append(
+            (f"stage_{number}", Annotated[type(options), tyro.conf.arg(name=stage.name)], field(default=options))
+        )
     hidden = ("stages", Annotated[tuple, tyro.conf.Fixed, tyro.conf.Suppress], field(default=experiment.stages))
     # Checked by `read_options`, as a whole.
     unchecked = {"__post_init__": lambda self: None}
@@ -183,8 +188,13 @@ def make_options(experiment: Experiment) -> Experiment:
 def read_options(options: Any, experiment: Experiment) -> Experiment:
     """Return the experiment with the values that options have set."""
     values = {each.name: getattr(options, each.name) for each in dataclasses.fields(experiment)}
-    values["stages"] = tuple(getattr(options, f"stage_{number}") for number in range(len(experiment.stages)))
-    return type(experiment)(**values)
+    stages = []
+    for number, stage in enumerate(experiment.stages):
+        changed = getattr(options, f"stage_{number}")
+        if isinstance(stage, TrainModel):
+            changed = dataclasses.replace(stage, experiment=read_options(changed, stage.experiment))
+        stages.append(changed)
+    return Experiment(**values | {"stages": tuple(stages)})
 
 
 def make_registry(experiment: Experiment) -> tyro.constructors.ConstructorRegistry | None:

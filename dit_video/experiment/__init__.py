@@ -4,6 +4,8 @@ from dit_video.experiment.data_config import DataConfig as DataConfig
 from dit_video.experiment.run import Experiment as Experiment
 from dit_video.experiment.run import Run as Run
 from dit_video.experiment.run import Stage as Stage
+from dit_video.experiment.several_models import JoinPipelines as JoinPipelines
+from dit_video.experiment.several_models import TrainModel as TrainModel
 from dit_video.experiment.stages.autoencoder import TrainAutoencoder as TrainAutoencoder
 from dit_video.experiment.stages.denoiser import TrainDenoiser as TrainDenoiser
 from dit_video.experiment.training_config import AllWeights as AllWeights

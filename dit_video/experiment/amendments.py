@@ -48,10 +48,16 @@ class Amendment:
 
 
 def describe_stages(experiment: dict[str, Any]) -> dict[str, Any]:
-    """Return an experiment's JSON with each stage under its name, so that a change is that of `denoiser.steps`."""
-    stages = experiment["stages"]
-    own = {stage["name"]: {name: value for name, value in stage.items() if name != "name"} for stage in stages}
-    return experiment | {"stages": list(own)} | own
+    """Return an experiment's JSON with each stage under its name, so that a change is that of `denoiser.steps`.
+
+    A stage with an experiment of its own has that one's fields: `prior.denoiser.steps`.
+    """
+    stages = {}
+    for stage in experiment["stages"]:
+        values = {name: value for name, value in stage.items() if name not in ("name", "experiment")}
+        nested = describe_stages(stage["experiment"]) if "experiment" in stage else {}
+        stages[stage["name"]] = values | nested
+    return experiment | {"stages": list(stages)} | stages
 
 
 def make_amendment(

@@ -47,7 +47,7 @@ def make_encoding(run: Run) -> Encoding:
 def link_latents(run: Run, folder: Path) -> None:
     """Let the latents of a run at an address lie there, if they have no other place."""
     if run.remote is not None and not folder.exists():
-        datasets.link_folder(folder, run.remote.address / folder.relative_to(run.folder), "latents")
+        datasets.link_folder(folder, run.remote.address / folder.relative_to(run.remote.local), "latents")
 
 
 def encode_latents(run: Run, folder: Path) -> None:

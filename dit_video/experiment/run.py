@@ -375,6 +375,8 @@ class Run:
     """Recorder of where the time of the run goes, one for all its stages."""
     adapted: _Adapted = field(default_factory=_Adapted)
     """What the stage that is run has of its own; see `adapt`."""
+    path: str = ""
+    """Path from the outermost run's folder to a nested one, with a slash at its end; see `open_nested`."""
 
     @classmethod
     def create(cls, folder: str | Path, experiment: Experiment, *, remote: RemoteFolder | None = None) -> "Run":
@@ -487,6 +489,14 @@ class Run:
         if checkpoints is not None:
             self.link_checkpoints(checkpoints)
         self.take(*clips)
+        self.check()
+
+    def check(self) -> None:
+        """Check everything that can be checked before the first stage begins, and write the pipeline's config.
+
+        Raises:
+          UserError: If clips cannot be used or do not fit the config, or if a stage cannot be run.
+        """
         self.clips.select(self.experiment.data.held_out)  # raises for an unknown name
         for stage in self.stages:
             stage.check(self)
@@ -515,6 +525,21 @@ class Run:
                     stage.run(self)
             if stage.name == last:
                 return
+
+    def open_nested(self, name: str, experiment: Experiment) -> "Run":
+        """Return the run of another model in a folder of this one's, with its clips, devices and recorder.
+
+        Raises:
+          UserError: If the folder holds a run of another config, or something else.
+        """
+        folder, data = self.folder / name, datasets.resolve(self.folder / "data")
+        with self.main_process_first():
+            created = Run.create(folder, experiment)
+            datasets.link_folder(folder / "data", data)
+            if self.remote is not None and not (folder / "checkpoints").exists():
+                created.link_checkpoints(self.remote.address / self.path / name / "checkpoints")
+        shared = {each: getattr(self, each) for each in ("command", "remote", "devices", "recorder", "profile")}
+        return replace(created, **shared, path=f"{self.path}{name}/")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -676,7 +701,7 @@ class Run:
         return Trainer(
             folder=folder,
             checkpoints=self.get_checkpoint_folder(name),
-            title=f"training the {name}",
+            name=f"{self.path}{name}",
             init=init,
             random_key=rng.key(self.seed, name),
             train_step=train_step,

@@ -56,8 +56,8 @@ class Trainer:
     """Folder of the logs, and of the checkpoints unless `checkpoints` is set."""
     checkpoints: str | os.PathLike | None = None
     """Folder or URL (`gs://…`) of the checkpoints; None for a folder in `folder`."""
-    title: str
-    """Title of the progress bar."""
+    name: str
+    """Name of the training in the run, such as `denoiser`: that of the progress bar, and of where the time goes."""
     init: Callable[[Array], dict[str, Any]]
     """Traceable function from a random key to parameters."""
     random_key: Array
@@ -120,7 +120,7 @@ class Trainer:
                     f"the data of {self.folder.parent} differ from those of its checkpoint at step {step} (plan "
                     f"{meta['plan']}, now {data.hash}). Restore the data, or start another run."
                 )
-            self.recorder.resume(self.folder.name, step)
+            self.recorder.resume(self.name, step)
             meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)
             return loop.run(
                 self._compile_step(state),
@@ -129,7 +129,7 @@ class Trainer:
                 config=self.config,
                 checkpoints=checkpoints,
                 hooks=self._list_hooks(meter, checkpoints, plan=data.hash),
-                title=self.title,
+                title=f"training the {self.name}",
                 meta={"plan": data.hash, "config": self.resolved_config},
                 recorder=self.recorder,
             )

@@ -58,7 +58,7 @@ def main() -> None:
 
     trainer.Trainer(
         folder=arguments.folder / "denoiser",
-        title="training",
+        name="training",
         init=init,
         random_key=rng.key(0, "benchmark"),
         train_step=GradientStep(

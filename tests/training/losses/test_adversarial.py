@@ -156,7 +156,7 @@ class Repeated:
 def train(folder, steps, batches=Repeated):
     training = Trainer(
         folder=folder,
-        title="training",
+        name="training",
         init=lambda key: PARAMS,
         random_key=jax.random.key(0),
         train_step=make_train_step(LECAM),
