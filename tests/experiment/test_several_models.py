@@ -81,5 +81,5 @@ def test_fields_of_a_nested_model_are_amended_by_its_name(finished, two_models, 
 
 def test_a_join_of_models_that_do_not_exist_is_refused(two_models):
     join = JoinPipelines(last="prior", previous={"decoder": PreviousStep(name="color")})
-    with pytest.raises(UserError, match="'decoder' is invalid: no earlier stage .* Use one of prior, other"):
+    with pytest.raises(UserError, match=r"'decoder' is invalid: no earlier stage .* Use one of prior, other"):
         dataclasses.replace(two_models, stages=(*two_models.stages, join))
