@@ -39,7 +39,7 @@ _AMENDABLE_FIELDS = (
     "autoencoder.steps",
     "curriculum[].data.max_excluded_share",
     "curriculum[].data.workers",
-    "curriculum[].mesh",
+    "curriculum[].parallel",
     "curriculum[].steps",
     "denoiser.accumulation_steps",
     "denoiser.backbone.attention",
@@ -285,8 +285,8 @@ class Experiment(StagedExperiment):
         fields = (*super().amendable_fields, *_AMENDABLE_FIELDS)
         if self.denoiser.buckets is None:
             return fields
-        # Batches of buckets have as many clips as fit into the memory of the mesh's devices.
-        return tuple(field for field in fields if field not in ("mesh", "curriculum[].mesh"))
+        # Batches of buckets have as many clips as fit into the memory of the devices.
+        return tuple(field for field in fields if field not in ("parallel", "curriculum[].parallel"))
 
     def replace_backbone(self, **changes: Any) -> "Experiment":
         """Return the experiment with other fields of the denoiser's architecture, such as its attention."""
@@ -306,9 +306,9 @@ class Experiment(StagedExperiment):
         if isinstance(autoencoder, AutoencoderTraining):  # it is trained before the first stage, so its sizes are kept
             limits = self.window_limits
             autoencoder = dataclasses.replace(autoencoder, max_pixels=limits.max_pixels, max_frames=limits.max_frames)
-        denoiser, mesh = dataclasses.replace(self.denoiser, **overrides), stage.mesh or self.mesh
+        denoiser, parallel = dataclasses.replace(self.denoiser, **overrides), stage.parallel or self.parallel
         return dataclasses.replace(
-            self, autoencoder=autoencoder, data=data, denoiser=denoiser, mesh=mesh, curriculum=()
+            self, autoencoder=autoencoder, data=data, denoiser=denoiser, parallel=parallel, curriculum=()
         )
 
     @property

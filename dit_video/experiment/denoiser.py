@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Shaped
 
 from dit_video.core.trees import flatten, map_with_path, unflatten
-from dit_video.distributed import make_parallelism
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment.config import Experiment
 from dit_video.experiment.initial_weights import (
@@ -25,7 +24,16 @@ from dit_video.experiment.initial_weights import (
 )
 from dit_video.experiment.training_config import DenoiserTraining, LoraAdapters, Student, TemporalWeights
 from dit_video.families import load_denoiser
-from dit_video.nn import LoraConfig, add_lora_scale, attach_lora, get_graph_def, init_lora, init_params, merge_lora
+from dit_video.nn import (
+    LoraConfig,
+    Partitioner,
+    add_lora_scale,
+    attach_lora,
+    get_graph_def,
+    init_lora,
+    init_params,
+    merge_lora,
+)
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, LoraLoss, time_quantile
 from dit_video.training.losses.distillation import make_distillation_step
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
@@ -114,18 +122,18 @@ def open_trainable_denoiser(
 
 
 def make_denoiser_loss(
-    experiment: Experiment, mesh: AnyMesh, *, empty_caption: Shaped[np.ndarray, "s *E"]
+    experiment: Experiment, partitioner: Partitioner, *, empty_caption: Shaped[np.ndarray, "s *E"]
 ) -> DenoiserLoss:
-    """Return the loss of the denoiser's training, with its attention sharded over a mesh.
+    """Return the loss of the denoiser's training.
 
     Args:
       experiment: The experiment.
-      mesh: The mesh that the loss is computed on.
+      partitioner: Attention and sharding of weights that the denoiser is made with.
       empty_caption: Tokens of an empty caption, or their embeddings.
     """
     config = experiment.denoiser
     return DenoiserLoss(
-        backbone=get_graph_def(config.backbone.make, make_parallelism(mesh, experiment.mesh.context_attention)),
+        backbone=get_graph_def(config.backbone.make, partitioner),
         text=get_graph_def(config.text.make),
         objective=config.objective,
         caption_dropout=config.caption_dropout,

@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dit_video.core.files import atomic_path
 from dit_video.core.offload import Offload
 from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import fit_size
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.distributed.gather import gather_parts, is_first_process, to_host
 from dit_video.experiment.autoencoder import WEIGHTS_FILE, read_autoencoder
 from dit_video.experiment.config import Experiment
@@ -80,10 +79,10 @@ def make_pipeline(
     runtime: Runtime,
     denoiser: dict[str, Any],
     *,
-    mesh: MeshConfig | Mesh | None = None,
+    parallel: Parallelism | None = None,
     offload: Offload | Literal["auto"] | None = "auto",
 ) -> Pipeline:
-    """Return the pipeline of a run with these weights of the denoiser, on the devices of a mesh or on the default one.
+    """Return the pipeline of a run with these weights of the denoiser, on several devices or on the default one.
 
     `offload` is described at `dit_video.load`.
 
@@ -92,14 +91,14 @@ def make_pipeline(
     """
     autoencoder = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
     config = get_pipeline_config(experiment, runtime)
-    offload = fit_offload(offload, config, mesh=mesh, is_large=mesh is None and config.boundary is not None)
-    place = make_placement(mesh, offload)
+    offload = fit_offload(offload, config, parallel=parallel, is_large=parallel is None and config.boundary is not None)
+    place = make_placement(parallel, offload)
     pipeline = Pipeline(
         config,
         autoencoder=autoencoder,
         denoiser=add_other_expert(experiment.denoiser, denoiser, place),
         get_lora_modules=get_lora_modules,
-        mesh=mesh,
+        parallel=parallel,
         offload=offload,
     )
     return add_preview_decoder(pipeline, _get_preview_folder(experiment.autoencoder, runtime.folder))

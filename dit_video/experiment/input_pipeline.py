@@ -32,7 +32,8 @@ from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.rows import Encode
 from dit_video.data.sizes import compute_all_sampled_fps, fit_sizes
 from dit_video.data.windows import DECODE_THREADS
-from dit_video.distributed import RowPart, check_denoiser, count_row_shards
+from dit_video.distributed import MeshPartitioner, RowPart, check_denoiser, count_row_shards
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment.config import Experiment
 from dit_video.models.autoencoders import latent_grid
 from dit_video.models.encoders import Tokenizer
@@ -150,32 +151,30 @@ def make_online_encoder(
     return OnlineEncoder(model, autoencoder_params, sizes, calls=max(1, _BATCHES_PER_STEP * steps))
 
 
-def check_inputs(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> None:
+def check_inputs(experiment: Experiment, partitioner: MeshPartitioner, clips: ClipSource) -> None:
     """Check that the denoiser can be trained on these clips, before the autoencoder is trained for hours.
 
     Raises:
       UserError: If rows, tokens, heads or hidden widths are not divisible by the devices, if the data set has no clips
         to train on, or if not one example of some size fits into the memory.
     """
-    config = experiment.denoiser
-    attention = experiment.mesh.context_attention
-    options: dict[str, Any] = {"tokens": config.row_shape.tokens, "context_attention": attention}
+    config, mesh, tokens = experiment.denoiser, partitioner.mesh, experiment.denoiser.row_shape.tokens
     if config.buckets is not None:
         make_buckets(experiment, mesh, clips)
         if mesh.shape["context"] > 1:
             rule = "the tokens of a clip may not be divisible by it; use layout=PackedShape(...), or context=1"
             raise UserError(f"context={mesh.shape['context']} is invalid with buckets: {rule}")
-        check_denoiser(mesh, config.backbone, rows=count_row_shards(mesh), **options)
+        check_denoiser(partitioner, config.backbone, rows=count_row_shards(mesh), tokens=tokens)
         return
     if config.batch // config.accumulation_steps % (shards := count_row_shards(mesh)):
         part = "" if config.accumulation_steps == 1 else f", in {config.accumulation_steps} parts,"
         raise UserError(f"a batch of {config.batch} rows{part} does not divide among {shards} devices; use a multiple")
-    check_denoiser(mesh, config.backbone, rows=config.batch // config.accumulation_steps, **options)
+    check_denoiser(partitioner, config.backbone, rows=config.batch // config.accumulation_steps, tokens=tokens)
     if experiment.data.used_weights:
         Mixture(sizes=clips.dataset_sizes, weights=experiment.data.used_weights)
 
 
-def make_buckets(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> Buckets:
+def make_buckets(experiment: Experiment, mesh: AnyMesh, clips: ClipSource) -> Buckets:
     """Plan the buckets of these clips.
 
     Raises:

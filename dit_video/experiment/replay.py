@@ -18,7 +18,7 @@ import numpy as np
 from dit_video.core import trees
 from dit_video.core.config_json import Change, list_changes
 from dit_video.core.errors import MissingError, UserError
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.experiment.run import StagedRun
 from dit_video.experiment.runtime import Stage, Training
 from dit_video.experiment.stages.denoiser import TrainDenoiser
@@ -149,11 +149,11 @@ def replay(
     )
 
 
-def with_mesh(run: StagedRun, mesh: MeshConfig) -> StagedRun:
+def with_parallelism(run: StagedRun, parallel: Parallelism) -> StagedRun:
     """Return a run on another mesh, also of the stages of its curriculum."""
-    changes: dict[str, Any] = {"mesh": mesh}
+    changes: dict[str, Any] = {"parallel": parallel}
     if stages := getattr(run.experiment, "curriculum", ()):
-        changes["curriculum"] = tuple(dataclasses.replace(stage, mesh=None) for stage in stages)
+        changes["curriculum"] = tuple(dataclasses.replace(stage, parallel=None) for stage in stages)
     return dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, **changes))
 
 
@@ -263,5 +263,6 @@ def _check_schedule(changes: Sequence[Change]) -> None:
 
 def _changes_rounding(change: Change) -> bool:
     """Return whether the same steps may round otherwise after a change."""
-    rounding = ("devices", "mesh", "code.jax", "code.jaxlib", "code.flags", "config.denoiser.backbone", "config.mesh")
-    return change.path.startswith((*rounding, "config.denoiser.accumulation_steps", "config.autoencoder.model"))
+    rounding = ("devices", "mesh", "code.jax", "code.jaxlib", "code.flags", "config.parallel")
+    model = ("config.denoiser.backbone", "config.denoiser.accumulation_steps", "config.autoencoder.model")
+    return change.path.startswith((*rounding, *model))

@@ -11,7 +11,6 @@ from typing import Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dit_video.core.errors import UserError
 from dit_video.core.offload import Offload
@@ -19,8 +18,7 @@ from dit_video.core.storage import StoragePathLike
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.plan import Encoding
-from dit_video.distributed import MeshConfig, make_mesh, make_shardings
-from dit_video.distributed.mesh import resolve_mesh
+from dit_video.distributed import Parallelism, make_mesh, make_shardings
 from dit_video.evaluation.evaluate import EvaluationClips
 from dit_video.experiment import datasets, export, monitors
 from dit_video.experiment.autoencoder import read_autoencoder
@@ -33,6 +31,7 @@ from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.experiment.stages.latents import CacheLatents
 from dit_video.families import get_lora_modules
 from dit_video.models.autoencoders import LinearAutoencoder
+from dit_video.nn import ONE_DEVICE
 from dit_video.sampling.loading import load_pipeline
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
@@ -190,7 +189,7 @@ class Run(StagedRun):
         with self.runtime.main_process_first():  # which writes it
             pass
         return load_pipeline(
-            self.folder / "pipeline", get_lora_modules=get_lora_modules, mesh=self.runtime.sampling_mesh
+            self.folder / "pipeline", get_lora_modules=get_lora_modules, parallel=self.runtime.sampling_parallelism
         )
 
     def newest_pipeline(
@@ -199,7 +198,7 @@ class Run(StagedRun):
         step: int | None = None,
         ema: float | int | None = None,
         sigma_rel: float | None = None,
-        mesh: MeshConfig | Mesh | None = None,
+        parallel: Parallelism | None = None,
         offload: Offload | Literal["auto"] | None = "auto",
     ) -> Pipeline:
         """Return the pipeline of a checkpoint. The run may be unfinished, and its clips need not be present.
@@ -208,7 +207,7 @@ class Run(StagedRun):
           step: Step of the checkpoint, see `list_checkpoints`; None for the newest that can be read.
           ema: Decay of the average, 0 for the weights themselves; the config's `ema_decay` if None.
           sigma_rel: Relative width of an average that is reconstructed from snapshots.
-          mesh: Devices that sample together, to which the weights are read; None for the default one.
+          parallel: Devices that sample together, to which the weights are read; None for the default one.
           offload: Weights in host memory; see `dit_video.load`.
 
         Raises:
@@ -217,19 +216,19 @@ class Run(StagedRun):
             given.
         """
         config, folder = self.experiment.denoiser, self.folder / "denoiser"
-        sampling_mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else resolve_mesh(mesh)[0]
+        mesh = make_mesh(Parallelism(), jax.local_devices()[:1]) if parallel is None else make_mesh(parallel)
         if (checkpoints := self.runtime.open_checkpoints("denoiser")).latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
-        trained = open_trainable_denoiser(config, folder, sampling_mesh, is_resuming=True)
-        loss = make_denoiser_loss(self.experiment, sampling_mesh, empty_caption=np.zeros(1, np.int32))
-        train_step = make_denoiser_step(config, loss)  # all stages share one state
-        make_state_shardings = functools.partial(make_shardings, mesh=sampling_mesh)
+        trained = open_trainable_denoiser(config, folder, mesh, is_resuming=True)
+        loss = make_denoiser_loss(self.experiment, ONE_DEVICE, empty_caption=np.zeros(1, np.int32))
+        train_step = make_denoiser_step(config, loss)  # only its state is made, which all stages share
+        make_state_shardings = functools.partial(make_shardings, mesh=mesh)
         shapes = get_shapes_on_devices(lambda key: train_step.init(trained.init(key)), shardings=make_state_shardings)
         state, _ = checkpoints.restore(shapes, step)
         chosen = monitors.select_average(state, config, folder, ema=ema, sigma_rel=sigma_rel)
         del state
         params = trained.merge_params(chosen)
-        return export.make_pipeline(self.experiment, self.runtime, params, mesh=mesh, offload=offload)
+        return export.make_pipeline(self.experiment, self.runtime, params, parallel=parallel, offload=offload)
 
     def pipeline_config(self) -> PipelineConfig:
         """Return the config of this run's pipeline, which `prepare` has written, or which follows from the clips."""

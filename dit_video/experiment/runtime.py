@@ -19,7 +19,7 @@ from dit_video.core.errors import MissingError, UserError, check_at_least
 from dit_video.core.storage import StoragePath
 from dit_video.data.clips import ClipSource
 from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_usable
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import MeshPartitioner, Parallelism, make_mesh
 from dit_video.experiment import datasets
 from dit_video.experiment.checkpoints import get_checkpoint_folder
 from dit_video.experiment.remote_folder import RemoteFolder, SendLogs, main_process_first
@@ -51,7 +51,7 @@ _AMENDABLE_FIELDS = (
     "keep",
     "log_every",
     "max_consecutive_skips",
-    "mesh",
+    "parallel",
     "preemption_grace",
     "save_every",
 )
@@ -69,7 +69,7 @@ class StagedExperiment:
     data: DataConfig
     stages: tuple["Stage", ...] = ()
     """Stages of other packages, such as the training of a model that a later stage reads."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    parallel: Parallelism = field(default_factory=Parallelism)
     seed: int = 0
     log_every: int = 20
     save_every: int = 500
@@ -157,12 +157,17 @@ class Runtime:
     @functools.cached_property
     def mesh(self) -> Mesh:
         """Return the devices, which a run that is only read does not need."""
-        return make_mesh(self.experiment.mesh, self.devices)
+        return make_mesh(self.experiment.parallel, self.devices)
 
     @property
-    def sampling_mesh(self) -> MeshConfig | None:
-        """Return the devices that sample the run's models together; None for a run on one device."""
-        return None if self.mesh.size == 1 else self.experiment.mesh
+    def partitioner(self) -> MeshPartitioner:
+        """Return what the run's models are made with to be trained on its devices."""
+        return MeshPartitioner(self.mesh, self.experiment.parallel.context_attention)
+
+    @property
+    def sampling_parallelism(self) -> Parallelism | None:
+        """Return how devices sample the run's models together; None for a run on one device."""
+        return None if self.mesh.size == 1 else self.experiment.parallel
 
     @functools.cached_property
     def clips(self) -> ClipSource:

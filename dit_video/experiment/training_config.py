@@ -9,7 +9,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, Objective
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.models.autoencoders import AutoencoderConfig, AutoencoderObjective
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import FrameConditioning
@@ -275,5 +275,5 @@ class CurriculumStage:
     """Conditioning on known frames."""
     caption_dropout: float | None = None
     """Probability that a clip's caption is dropped."""
-    mesh: MeshConfig | None = None
-    """Mesh of devices."""
+    parallel: Parallelism | None = None
+    """Devices along each axis of the mesh."""

@@ -63,7 +63,7 @@ def measure_online(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
     memory of the process at the end.
     """
     data = replace(setting.data, cache_latents=False, weights=(), clips_per_video=1, resolutions=(), flips=False)
-    mesh = make_mesh(setting.mesh)
+    mesh = make_mesh(setting.parallel)
     rows = replace(setting, data=data, denoiser=replace(setting.denoiser, layout=setting.denoiser.row_shape))
     # As many tokens per step as the rows have, so that both layouts are comparable.
     config = BucketConfig(
@@ -95,7 +95,7 @@ def _train(
     """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
     first, warmup_seconds = int(setup.state.step), [0.0]
     texts = TokenizedCaptions([info.captions for info in source.infos], experiment.denoiser.text.make_tokenizer())
-    mesh = make_mesh(experiment.mesh)
+    mesh = make_mesh(experiment.parallel)
     batches = input_pipeline.make_online_batches(experiment, mesh, source, texts, encode)(0)
 
     def record_warmup(done: int, _state: Any) -> None:

@@ -60,7 +60,7 @@ class TrainDenoiser(DenoiserStage):
     def check(self, runtime: Runtime) -> None:
         runtime = runtime.for_stage(self.experiment)
         self._record_excluded(runtime)
-        input_pipeline.check_inputs(self.experiment, runtime.mesh, runtime.training_clips)
+        input_pipeline.check_inputs(self.experiment, runtime.partitioner, runtime.training_clips)
         check_initial_weights(self.experiment.denoiser)
         check_encoders(self.experiment, runtime)
         self._check_evaluation(runtime)
@@ -100,7 +100,7 @@ class TrainDenoiser(DenoiserStage):
     ) -> tuple[Trainer, input_pipeline.BatchFactory, DenoiserLoss, TrainableDenoiser]:
         """Return the trainer without logs, the function that opens the batches, the loss and what is trained."""
         texts, open_batches = self.open_inputs(runtime)
-        loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=texts.empty)
+        loss = make_denoiser_loss(self.experiment, runtime.partitioner, empty_caption=texts.empty)
         folder = runtime.folder / "denoiser"
         trained = open_trainable_denoiser(self.experiment.denoiser, folder, runtime.mesh, is_resuming=not is_new)
         return self.make_trainer(runtime, loss, trained), open_batches, loss, trained
@@ -144,7 +144,7 @@ class TrainDenoiser(DenoiserStage):
 
         def make_pipeline(ema_params: dict[str, Any]) -> Pipeline:
             params = trained.attach_params(ema_params)
-            return export.make_pipeline(experiment, runtime, params, mesh=runtime.sampling_mesh)
+            return export.make_pipeline(experiment, runtime, params, parallel=runtime.sampling_parallelism)
 
         if monitoring.evaluate_every:
             evaluated = EvaluationClips(
@@ -246,5 +246,5 @@ class TrainDenoiser(DenoiserStage):
             export.save_transformer(folder, config.backbone, ema_params, expert=expert)
         else:
             export.save_adapter(folder, config.backbone, adapter, trained.base_params or {}, expert=expert)
-        params, mesh = trained.merge_params(ema_params), runtime.sampling_mesh
-        export.make_pipeline(self.experiment, runtime, params, mesh=mesh).save(folder / "pipeline")
+        params, parallel = trained.merge_params(ema_params), runtime.sampling_parallelism
+        export.make_pipeline(self.experiment, runtime, params, parallel=parallel).save(folder / "pipeline")
