@@ -5,12 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from jax.sharding import Mesh
-
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.offload import Layers, Offload, Stages
 from dit_video.core.storage import convert_storage_errors, is_remote, restore_address
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import DEFAULT_DTYPE, INDEX, Dtype, LoadOptions
 from dit_video.families.registry import find_family, list_families
@@ -40,7 +38,7 @@ def load(
     text_dtype: Dtype | None = None,
     offload: Offload | Literal["auto"] | None = "auto",
     place: Placement | None = None,
-    mesh: MeshConfig | Mesh | None = None,
+    parallel: Parallelism | None = None,
     attention: Backend | None = None,
     step: int | None = None,
     ema: float | int | None = None,
@@ -64,9 +62,9 @@ def load(
         and elsewhere.
       place: Open weights only: function that places each parameter, given its path: `backbone/…`, `low_noise/…` of a
         second expert, `autoencoder/…`; for devices `lambda path, parameter: parameter.to_device(SHARDING)`.
-      mesh: Devices that sample together: a `MeshConfig`, or a mesh with its axes; None for one device. The denoiser's
-        weights are sharded as in training, and clips, branches of guidance, tokens and heads are divided among the
-        devices. In a run of several processes all of them load and sample.
+      parallel: Devices that sample together, such as `Parallelism(data=1, context=4)`; None for one device. The
+        denoiser's weights are sharded as in training, and clips, branches of guidance, tokens and heads are divided
+        among the devices. In a run of several processes all of them load and sample.
       attention: Backend of attention, by name or as its settings, instead of the model's own; `auto` takes the best one
         for the devices.
       step: Runs only: step of the checkpoint; None for the finished pipeline, or the newest checkpoint.
@@ -78,20 +76,20 @@ def load(
       MissingError: If the folder does not exist here or on the hub or lacks parts, or if there is no checkpoint of this
         step.
       UserError: If the folder has no pipeline, or one of another version or of an unknown class, if the text encoder is
-        not frozen, if the hub cannot be reached, if the mesh does not fit the devices or the denoiser, if the denoiser
-        does not support the attention or the devices lack its kernels, or if the weights do not fit into the memory of
-        the device or of the machine, which is said before any is read.
+        not frozen, if the hub cannot be reached, if `parallel` does not fit the devices or the denoiser, if the
+        denoiser does not support the attention or the devices lack its kernels, or if the weights do not fit into the
+        memory of the device or of the machine, which is said before any is read.
     """
     folder = find_folder(path)
-    if place is not None and (mesh is not None or isinstance(offload, Stages | Layers)):
-        raise UserError("place is invalid beside mesh or offload, which place the weights. Use one of them.")
+    if place is not None and (parallel is not None or isinstance(offload, Stages | Layers)):
+        raise UserError("place is invalid beside parallel or offload, which place the weights. Use one of them.")
     if (family := find_family(folder)) is not None:
         options = LoadOptions(
             text_encoder=text_encoder,
             dtype=dtype or DEFAULT_DTYPE,
             text_dtype=text_dtype,
             place=place,
-            mesh=mesh,
+            parallel=parallel,
             offload=offload,
         )
         pipeline = family.load_pipeline(folder, options)
@@ -108,7 +106,7 @@ def load(
             inner,
             text_encoder=text_encoder,
             get_lora_modules=get_lora_modules,
-            mesh=mesh,
+            parallel=parallel,
             attention=attention,
             offload=offload,
         )
@@ -120,7 +118,7 @@ def load(
     run = Run.open(folder)
     if attention is not None:
         run = replace(run, experiment=run.experiment.replace_backbone(attention=attention))
-    pipeline = run.newest_pipeline(step=step, ema=ema, sigma_rel=sigma_rel, mesh=mesh, offload=offload)
+    pipeline = run.newest_pipeline(step=step, ema=ema, sigma_rel=sigma_rel, parallel=parallel, offload=offload)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
 
 

@@ -114,7 +114,7 @@ def main() -> None:
             share=run.main_process_first,
         )
         if is_shapes and arguments.seeds:
-            teacher = dit_video.load(arguments.teacher, mesh=run.sampling_mesh)
+            teacher = dit_video.load(arguments.teacher, parallel=run.sampling_parallelism)
             evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
         if not is_first_process():
             return

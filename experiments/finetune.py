@@ -18,7 +18,7 @@ which is written to RUN/transformer_2. The run samples with both. To combine the
 RUN/samples holds samples of the clips' captions; samples of image-to-video models begin with the clip's first frame.
 RUN/report.html shows all metrics. Use `dit_video.load(RUN)` to sample more, or `sample.py` for a model that needs no
 image. After an interruption, run the same command again to continue. Several processes, on one host or many, train one
-run together, as with `train.py` (see experiments/launch); --mesh.fsdp and its like divide the devices. For settings
+run together, as with `train.py` (see experiments/launch); --parallel.fsdp and its like divide the devices. For settings
 that this command does not offer, write a config with
 `EXPERIMENT = make_finetuning_experiment(MODEL, FineTuningOptions(...))` and use `train.py`.
 """

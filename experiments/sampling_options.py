@@ -12,7 +12,7 @@ import dit_video
 from dit_video.core.command_line import check_minimum, parse_memory
 from dit_video.core.offload import OFFLOADS
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
-from dit_video.distributed.mesh import MeshConfig, parse_mesh
+from dit_video.distributed.mesh import Parallelism, parse_parallelism
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import Dtype
 from dit_video.loading import find_folder, read_config
@@ -76,7 +76,7 @@ class SamplingOptions:
     """Decay of the weight average to load from a run; 0 loads the raw weights."""
     sigma_rel: float | None = None
     """Relative width of a post-hoc average, reconstructed from the snapshots of a run."""
-    mesh: str | None = None
+    parallel: str | None = None
     """Devices that sample together, such as data=2,context=4 for branches of guidance and tokens; by default one, or
     those of all processes."""
     attention: BackendName | None = None
@@ -104,12 +104,12 @@ class SamplingOptions:
         Before any weight is read, adapters, sampling and the requests, if any, are checked against the folder's config.
 
         Raises:
-          UserError: If the number of steps is below 1, if the mesh is not AXIS=SIZE,…, if an adapter or a request does
-            not fit the model, or if `dit_video.load` refuses the model.
+          UserError: If the number of steps is below 1, if `parallel` is not AXIS=SIZE,…, if an adapter or a request
+            does not fit the model, or if `dit_video.load` refuses the model.
         """
         check_minimum(1, steps=self.steps)
         adapters = [AdapterFile.parse(text) for text in self.lora]
-        mesh = None if self.mesh is None else parse_mesh(self.mesh)
+        parallel = None if self.parallel is None else parse_parallelism(self.parallel)
         memory = None if self.decode_memory is None else parse_memory(self.decode_memory)
         tiles = None if self.decode_tiles is None else Tiles(**dict(zip(_TILES, self.decode_tiles, strict=True)))
         dtypes: dict[str, Any] = {"dtype": self.dtype, "text_dtype": self.text_dtype}
@@ -124,9 +124,9 @@ class SamplingOptions:
         options: dict[str, Any] = {"step": self.step, "ema": self.ema, "sigma_rel": self.sigma_rel}
         options["attention"] = self.attention
         options["offload"] = OFFLOADS.get(self.offload, "auto")
-        if mesh is None and jax.process_count() > 1:
-            mesh = MeshConfig()
-        pipeline = dit_video.load(folder, text_encoder=text_encoder, mesh=mesh, **dtypes, **options)
+        if parallel is None and jax.process_count() > 1:
+            parallel = Parallelism()
+        pipeline = dit_video.load(folder, text_encoder=text_encoder, parallel=parallel, **dtypes, **options)
         if memory is not None or tiles is not None:
             pipeline = pipeline.with_decoding(memory=memory, tiles=tiles)
         for file, scale, expert in adapters:

@@ -179,10 +179,10 @@ def make_options(experiment: Experiment) -> Experiment:
     hidden = ("stages", Annotated[tuple, tyro.conf.Fixed, tyro.conf.Suppress], field(default=experiment.stages))
     # Checked by `read_options`, as a whole.
     unchecked = {"__post_init__": lambda self: None}
-    options = dataclasses.make_dataclass(
+    made: Any = dataclasses.make_dataclass(
         "Options", [*stages, hidden], bases=(Experiment,), namespace=unchecked, frozen=True, kw_only=True
     )
-    return options(**{each.name: getattr(experiment, each.name) for each in dataclasses.fields(experiment)})
+    return made(**{each.name: getattr(experiment, each.name) for each in dataclasses.fields(experiment)})
 
 
 def read_options(options: Any, experiment: Experiment) -> Experiment:

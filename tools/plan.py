@@ -1,7 +1,7 @@
 """Plan a training step without its hardware: compile it and report memory, FLOPs, communication, time and price.
 
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5p:2x2x4
-    python tools/plan.py experiments/configs/wan_14b_480p.py --topology v6e:16x16 --mesh fsdp=64,context=4 --rows 64
+    python tools/plan.py experiments/configs/wan_14b_480p.py --topology v6e:16x16 --parallel fsdp=64,context=4 --rows 64
     python tools/plan.py experiments/configs/wan_14b_480p.py --topology v5p:4x4x8 --suggest --json plan.json
     python tools/plan.py experiments/configs/clips.py --topology h100:8          # analytic, unless 8 H100 are present
     python tools/plan.py experiments/configs/wan_1_3b_480p.py --topology v5e:4x4 --of sampler
@@ -46,7 +46,7 @@ from dit_video.core.command_line import ArgumentParser, check_minimum, parse_mem
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
 from dit_video.core.offload import OFFLOADS
-from dit_video.distributed.mesh import parse_mesh
+from dit_video.distributed.mesh import parse_parallelism
 from dit_video.experiment import Experiment
 from dit_video.families.family import DEFAULT_DTYPE, DTYPES, LoadOptions
 from dit_video.planning import (
@@ -63,7 +63,7 @@ from dit_video.planning.pipeline import fit_pipeline, plan_pipeline
 from dit_video.planning.plan import plan_experiment
 from dit_video.planning.suggest import suggest
 
-_EXPERIMENT_OPTIONS = ("mesh", "rows", "clips", "steps", "price", "measure", "suggest", "set")
+_EXPERIMENT_OPTIONS = ("parallel", "rows", "clips", "steps", "price", "measure", "suggest", "set")
 _FOLDER_OPTIONS = ("size", "offload", "dtype", "text_dtype")
 
 
@@ -80,8 +80,8 @@ def main() -> None:
     _refuse_options(arguments, _FOLDER_OPTIONS, "a config, whose fields are set by --set")
     topology, calibration = find_topology(arguments.topology, folder)
     experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)
-    if arguments.mesh is not None:
-        experiment = dataclasses.replace(experiment, mesh=parse_mesh(arguments.mesh))
+    if arguments.parallel is not None:
+        experiment = dataclasses.replace(experiment, parallel=parse_parallelism(arguments.parallel))
     efficiencies = find_efficiencies(topology.chip, calibration)
     options: dict[str, Any] = {"part": arguments.of, "clips": arguments.clips, "efficiencies": efficiencies}
     search: dict[str, Any] = {"tries": arguments.tries, "report": _print_progress}
@@ -148,7 +148,8 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--of", choices=("denoiser", "autoencoder", "sampler"), default="denoiser")
     parser.add_argument(
-        "--mesh", help="Mesh, data=..,fsdp=..,tensor=..,context=.., where -1 is the rest; the config's by default."
+        "--parallel",
+        help="Devices along each axis, data=..,fsdp=..,tensor=..,context=.., where -1 is the rest; as in the config.",
     )
     parser.add_argument("--rows", type=int, help="Number of rows of a step's batch; the config's by default.")
     parser.add_argument(
@@ -197,9 +198,9 @@ def check_arguments(arguments: Any) -> None:
     numbers = {name: getattr(arguments, name) for name in ("steps", "tries", "rows", "clips")}
     check_minimum(1, **numbers)
     check_minimum(0, price=arguments.price)
-    if arguments.suggest and arguments.mesh is not None:
+    if arguments.suggest and arguments.parallel is not None:
         raise UserError(
-            "--suggest and --mesh exclude each other, because --suggest searches for a mesh; drop one of them"
+            "--suggest and --parallel exclude each other, because --suggest searches for a mesh; drop one of them"
         )
     if arguments.suggest and arguments.fit is not None:
         raise UserError("--suggest and --fit exclude each other, because both search; drop one of them")

@@ -15,8 +15,8 @@ import tyro
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import MissingError, script
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
-from dit_video.distributed.mesh import parse_mesh
-from dit_video.experiment.replay import Replay, replay, with_mesh
+from dit_video.distributed.mesh import parse_parallelism
+from dit_video.experiment.replay import Replay, replay, with_parallelism
 from dit_video.experiment.run import Run
 from dit_video.loading import find_folder
 from dit_video.sampling.pipeline_config import RUN_CONFIG
@@ -28,7 +28,7 @@ def main(
     model: str = "denoiser",
     first: int | None = None,
     last: int | None = None,
-    mesh: str | None = None,
+    parallel: str | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
     cache: bool = True,
 ) -> None:
@@ -39,14 +39,14 @@ def main(
 
         python tools/verify.py runs/clips
         python tools/verify.py runs/clips --model autoencoder --first 0 --last 20
-        python tools/verify.py gs://BUCKET/runs/clips --mesh data=1,fsdp=4 --json
+        python tools/verify.py gs://BUCKET/runs/clips --parallel data=1,fsdp=4 --json
 
     Args:
         run: Folder or address of a run, which may be in training.
         model: Name of the trained model: denoiser, autoencoder, or another stage's.
         first: Step of a checkpoint that is kept, or 0; the newest one before the last step by default.
         last: Last step to repeat; the newest one by default.
-        mesh: Devices, such as data=1,fsdp=4; the run's by default.
+        parallel: Devices, such as data=1,fsdp=4; the run's by default.
         json_: Print JSON instead of text.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
@@ -58,8 +58,8 @@ def main(
     if not (folder / RUN_CONFIG).is_file():
         raise MissingError(f"RUN={folder} is invalid: it has no {RUN_CONFIG}. Use the folder of a run.")
     opened = Run.open(folder)
-    if mesh is not None:
-        opened = with_mesh(opened, parse_mesh(mesh))
+    if parallel is not None:
+        opened = with_parallelism(opened, parse_parallelism(parallel))
     with Progress("replaying", 1, unit="step") as progress:
 
         def update(done: int, total: int) -> None:

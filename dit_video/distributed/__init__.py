@@ -1,8 +1,14 @@
 """Distributed computation: the device mesh, path rules that shard arrays over it, and sharded attention."""
 
 from dit_video.distributed.checks import check_denoiser
-from dit_video.distributed.context_parallel import RingAttention, ShardedAttention, make_parallelism
-from dit_video.distributed.mesh import AXES, MeshConfig, Slices, make_mesh
+from dit_video.distributed.context_parallel import (
+    MeshPartitioner,
+    RingAttention,
+    ShardedAttention,
+    make_abstract_partitioner,
+    make_partitioner,
+)
+from dit_video.distributed.mesh import AXES, Parallelism, Slices, make_mesh
 from dit_video.distributed.sharding import (
     RowPart,
     ShardingRules,

@@ -18,6 +18,7 @@ ranks with which it shares no segment. The keys of cross-attention are replicate
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dit_video.core.errors import UserError
 from dit_video.core.platform.devices import Platform
-from dit_video.distributed.mesh import AnyMesh, ContextAttention
+from dit_video.distributed.mesh import AnyMesh, ContextAttention, Parallelism, make_abstract_mesh, make_mesh
 from dit_video.distributed.sharding import (
     DEFAULT_RULES,
     ROW_AXES,
@@ -52,7 +53,7 @@ from dit_video.nn.attention import (
 from dit_video.nn.attention.api import Keys, Queries, mark_checkpoint
 from dit_video.nn.attention.chunked import EMPTY_LSE, attend_part, compute_part_gradients, pad_to_blocks
 from dit_video.nn.layers import compute_kernel_gradient
-from dit_video.nn.parallel import ONE_DEVICE, FusedConstraint, Parallelism, Precision, Split, WeightConstraint
+from dit_video.nn.partitioner import FusedConstraint, Partitioner, Precision, Split, WeightConstraint
 
 _MAX_SEGMENT = int(np.iinfo(np.int32).max)
 
@@ -212,32 +213,30 @@ _HEAD_SPEC = P(ROW_AXES, "context", "tensor", None)
 _FULL_SPEC = P(ROW_AXES, None, "tensor", None)
 
 
-def make_parallelism(mesh: AnyMesh, context_attention: ContextAttention = "ulysses") -> Parallelism:
-    """Return what a model is made with (`config.make(rngs, parallel)`) to be computed over all devices of a mesh.
+def make_partitioner(parallel: Parallelism, devices: Sequence[jax.Device] | None = None) -> "MeshPartitioner":
+    """Return what a model is made with (`config.make(rngs, partitioner)`) to be computed on `devices`, all by default.
 
-    The model's parameters do not depend on it.
+    Raises:
+      UserError: As `make_mesh`.
     """
-    if mesh.size > 1:
-        return MeshParallelism(mesh, context_attention)
-    if isinstance(mesh, jax.sharding.AbstractMesh) or mesh.devices.flat[0] in jax.devices():
-        return ONE_DEVICE
-    return DeviceParallelism(mesh.devices.flat[0])
+    return MeshPartitioner(make_mesh(parallel, devices), parallel.context_attention)
+
+
+def make_abstract_partitioner(parallel: Parallelism, count: int) -> "MeshPartitioner":
+    """Return what a model is made with to be planned for `count` devices, which need not exist.
+
+    Raises:
+      UserError: As `make_abstract_mesh`.
+    """
+    return MeshPartitioner(make_abstract_mesh(parallel, count), parallel.context_attention)
 
 
 @dataclass(frozen=True)
-class DeviceParallelism(Parallelism):
-    """A model on one device that JAX does not use by default, such as one that libtpu only describes."""
+class MeshPartitioner(Partitioner):
+    """Attention over the devices of a mesh, and weights that are gathered or resharded for their use.
 
-    device: Any
-
-    @property
-    def platform(self) -> Platform:
-        return Platform.from_device(self.device)
-
-
-@dataclass(frozen=True)
-class MeshParallelism(Parallelism):
-    """Attention over the devices of a mesh, and weights that are gathered or resharded for their use."""
+    A model's parameters do not depend on it. A mesh of one device leaves its attention and weights as they are.
+    """
 
     mesh: AnyMesh
     context_attention: ContextAttention
@@ -258,10 +257,12 @@ class MeshParallelism(Parallelism):
         if ranks > 1 and self.context_attention == "ring":
             check_ring(backend)
             return ShardedAttention(self.mesh, RingAttention("context", ranks, pattern), "ring")
-        return ShardedAttention(self.mesh, super().make_attention(backend, pattern), "ulysses")
+        attention = super().make_attention(backend, pattern)
+        return attention if self.mesh.size == 1 else ShardedAttention(self.mesh, attention, "ulysses")
 
     def make_cross_attention(self, backend: Backend) -> Attention:
-        return ShardedAttention(self.mesh, super().make_cross_attention(backend), "cross")
+        attention = super().make_cross_attention(backend)
+        return attention if self.mesh.size == 1 else ShardedAttention(self.mesh, attention, "cross")
 
     def make_weight_constraint(self, split: Split | None, *, is_context: bool = False) -> WeightConstraint | None:
         if all(self.mesh.shape[axis] == 1 for axis in STATE_AXES):
@@ -282,7 +283,7 @@ def check_ring(backend: Backend) -> None:
     if (name := get_backend_name(backend)) not in ("auto", "chunked"):
         raise UserError(
             f"attention={name!r} is invalid: ring attention computes its own blocks, those of chunked. Use the "
-            "denoiser's attention='chunked', or the mesh's context_attention='ulysses'."
+            "denoiser's attention='chunked', or context_attention='ulysses'."
         )
 
 
@@ -292,7 +293,7 @@ def check_ulysses(heads: int, ranks: int) -> None:
         valid = [str(size) for size in range(1, heads + 1) if heads % size == 0]
         raise UserError(
             f"context={ranks} is invalid: ulysses gives each of context={ranks} devices some of {heads} heads, which "
-            f"do not divide. Use context={' or '.join(valid)}, or the mesh's context_attention='ring'."
+            f"do not divide. Use context={' or '.join(valid)}, or context_attention='ring'."
         )
 
 

@@ -1,4 +1,4 @@
-"""The device mesh, with the usual axis names."""
+"""Parallelism of a training or a sampler, and the device mesh that follows from it, with the usual axis names."""
 
 import math
 import warnings
@@ -40,8 +40,10 @@ class Slices:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Configuration of the number of devices along each axis; -1 (at most once) for all remaining devices.
+class Parallelism:
+    """How devices share the work: their number along each axis of the mesh, and the method of attention among them.
+
+    A size of -1 (at most one) stands for all remaining devices.
 
     Raises:
       UserError: If a size is neither -1 nor positive, or more than one is -1.
@@ -71,7 +73,7 @@ class MeshConfig:
             raise UserError(f"{'=-1, '.join(free)}=-1 is invalid: only one axis can be -1. Use sizes for all but one.")
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(parallel: Parallelism, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Return the mesh of `devices` (all of the run by default), in Auto mode, `data` outermost.
 
     Warns if slices do not lie along `data`; see `describe_slow_axes`.
@@ -82,17 +84,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = list(jax.devices() if devices is None else devices)
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
     if (slices := _count_slices(devices)) > 1:
-        if message := describe_slow_axes(count_axis_slices(config, len(devices), slices)):
+        if message := describe_slow_axes(count_axis_slices(parallel, len(devices), slices)):
             warnings.warn(message, stacklevel=2)
-        return jax.sharding.Mesh(arrange_hybrid_mesh(config, devices), AXES, axis_types=types)
+        return jax.sharding.Mesh(arrange_hybrid_mesh(parallel, devices), AXES, axis_types=types)
     # `jax.make_mesh` refuses mesh axes that split an axis of a TPU's torus, except on v5e.
     from jax.experimental import mesh_utils
 
-    array = mesh_utils.create_device_mesh(_resolve_sizes(config, len(devices)), devices, allow_split_physical_axes=True)
+    sizes = _resolve_sizes(parallel, len(devices))
+    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(array, AXES, axis_types=types)
 
 
-def arrange_hybrid_mesh(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+def arrange_hybrid_mesh(parallel: Parallelism, devices: Sequence[Any]) -> np.ndarray:
     """Return devices of several slices in mesh order, with slices as the outer part of each axis.
 
     Raises:
@@ -101,22 +104,23 @@ def arrange_hybrid_mesh(config: MeshConfig, devices: Sequence[Any]) -> np.ndarra
     # Imported here because runs on a single slice don't need it.
     from jax.experimental import mesh_utils
 
-    sizes, count = _resolve_sizes(config, len(devices)), _count_slices(devices)
+    sizes, count = _resolve_sizes(parallel, len(devices)), _count_slices(devices)
     if len(devices) % count:
         rule = f"they are no whole number for each of {count} slices. Use all devices of each slice."
         raise UserError(f"{len(devices)} devices are invalid: {rule}")
-    outer = _split_slices(config.slices, sizes, count)
+    outer = _split_slices(parallel.slices, sizes, count)
     inner = tuple(size // part for size, part in zip(sizes, outer, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
-def count_axis_slices(config: MeshConfig, devices: int, slices: int) -> dict[str, int]:
+def count_axis_slices(parallel: Parallelism, devices: int, slices: int) -> dict[str, int]:
     """Return the number of slices along each axis of the mesh of so many devices.
 
     Raises:
       UserError: If the axes do not divide the number of devices, or the slices do not fit the axes.
     """
-    return dict(zip(AXES, _split_slices(config.slices, _resolve_sizes(config, devices), slices), strict=True))
+    sizes = _resolve_sizes(parallel, devices)
+    return dict(zip(AXES, _split_slices(parallel.slices, sizes, slices), strict=True))
 
 
 _SLOW_TRAFFIC = {
@@ -179,9 +183,9 @@ def _format_sizes(sizes: tuple[int, ...]) -> str:
     return " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
 
 
-def _resolve_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
+def _resolve_sizes(parallel: Parallelism, count: int) -> tuple[int, ...]:
     """Return the size of every axis, in the order of `AXES`."""
-    sizes = {name: getattr(config, name) for name in AXES}
+    sizes = {name: getattr(parallel, name) for name in AXES}
     requested = _format_sizes(tuple(sizes.values()))
     remaining = count
     for name, size in sizes.items():
@@ -201,18 +205,18 @@ def _resolve_sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
     return tuple(sizes.values())
 
 
-def make_abstract_mesh(config: MeshConfig, count: int) -> jax.sharding.AbstractMesh:
+def make_abstract_mesh(parallel: Parallelism, count: int) -> jax.sharding.AbstractMesh:
     """Return a mesh of `count` devices that need not exist: enough to shard shapes.
 
     Raises:
       UserError: If the axes do not divide the number of devices.
     """
     types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.sharding.AbstractMesh(_resolve_sizes(config, count), AXES, axis_types=types)
+    return jax.sharding.AbstractMesh(_resolve_sizes(parallel, count), AXES, axis_types=types)
 
 
-def parse_mesh(text: str) -> MeshConfig:
-    """Parse a mesh such as `fsdp=8,context=4`; unnamed axes have size 1, except for `data`, which takes the rest.
+def parse_parallelism(text: str) -> Parallelism:
+    """Parse sizes such as `fsdp=8,context=4`; unnamed axes have size 1, except for `data`, which takes the rest.
 
     Raises:
       UserError: If an axis does not exist or its size is not an integer.
@@ -222,23 +226,9 @@ def parse_mesh(text: str) -> MeshConfig:
         name, _, size = part.partition("=")
         if name not in AXES or not size.lstrip("-").isdecimal():
             raise UserError(
-                f"--mesh {part} is invalid: it must be AXIS=SIZE. Use {','.join(f'{axis}=1' for axis in AXES)}"
+                f"--parallel {part} is invalid: it must be AXIS=SIZE. Use {','.join(f'{axis}=1' for axis in AXES)}"
             )
         sizes[name] = int(size)
     if "data" not in sizes and -1 in sizes.values():
         sizes["data"] = 1
-    return MeshConfig(**sizes)
-
-
-def resolve_mesh(mesh: MeshConfig | jax.sharding.Mesh) -> tuple[jax.sharding.Mesh, ContextAttention]:
-    """Return the mesh of a config, or a mesh with the axes of this package, and its method of context attention.
-
-    Raises:
-      UserError: If the config does not fit the devices, or the mesh has other axes.
-    """
-    if isinstance(mesh, MeshConfig):
-        return make_mesh(mesh), mesh.context_attention
-    if tuple(mesh.axis_names) != AXES:
-        fix = "Use dit_video.distributed.make_mesh(MeshConfig(...))."
-        raise UserError(f"mesh with axes {', '.join(mesh.axis_names)} is invalid: it has {', '.join(AXES)}. {fix}")
-    return mesh, "ulysses"
+    return Parallelism(**sizes)

@@ -17,7 +17,7 @@ from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.nn.layers import compute_kernel_gradient
-from dit_video.nn.parallel import Precision
+from dit_video.nn.partitioner import Precision
 
 Axis = str | tuple[str, ...] | None
 """Sharding of one array axis: a mesh axis, several, or none."""

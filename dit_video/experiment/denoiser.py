@@ -26,8 +26,17 @@ from dit_video.experiment.initial_weights import (
 from dit_video.experiment.training_config import DenoiserTraining, LoraAdapters, Student, TemporalWeights
 from dit_video.families import load_denoiser
 from dit_video.models.model_config import ModelConfig
-from dit_video.nn import LoraConfig, add_lora_scale, attach_lora, get_graph_def, init_lora, init_params, merge_lora
-from dit_video.nn.parallel import ONE_DEVICE, Parallelism
+from dit_video.nn import (
+    ONE_DEVICE,
+    LoraConfig,
+    Partitioner,
+    add_lora_scale,
+    attach_lora,
+    get_graph_def,
+    init_lora,
+    init_params,
+    merge_lora,
+)
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, LoraLoss, time_quantile
 from dit_video.training.losses.distillation import make_distillation_step
@@ -121,7 +130,7 @@ def open_trainable_denoiser(
 def make_denoiser_loss(
     training: DenoiserTraining,
     model: ModelConfig,
-    parallel: Parallelism,
+    partitioner: Partitioner,
     *,
     seed: int,
     empty_caption: Shaped[np.ndarray, "s *E"],
@@ -131,12 +140,12 @@ def make_denoiser_loss(
     Args:
       training: The training.
       model: The model, as this training has it.
-      parallel: Parallelism that the loss is computed with.
+      partitioner: Attention and sharding of weights that the denoiser is made with.
       seed: Seed of the run.
       empty_caption: Tokens of an empty caption, or their embeddings.
     """
     return DenoiserLoss(
-        backbone=get_graph_def(model.backbone.make, parallel),
+        backbone=get_graph_def(model.backbone.make, partitioner),
         text=get_graph_def(model.text_encoder.make),
         objective=training.make_objective(model),
         caption_dropout=training.caption_dropout,

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jax.sharding import Mesh
-
 from dit_video.core.files import atomic_path
 from dit_video.core.offload import Offload
 from dit_video.data.clips import ClipInfo
 from dit_video.data.sizes import SizeLimits, fit_size
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.distributed.gather import gather_parts, is_first_process, to_host
 from dit_video.experiment.denoiser import add_other_expert
 from dit_video.experiment.training_config import DenoiserTraining
@@ -72,10 +70,10 @@ def make_pipeline(
     autoencoder: dict[str, Any],
     denoiser: dict[str, Any],
     preview_folder: Path,
-    mesh: MeshConfig | Mesh | None = None,
+    parallel: Parallelism | None = None,
     offload: Offload | Literal["auto"] | None = "auto",
 ) -> Pipeline:
-    """Return the pipeline of a training, on the devices of a mesh or on the default one.
+    """Return the pipeline of a training, on several devices or on the default one.
 
     Args:
       config: Its config.
@@ -83,17 +81,17 @@ def make_pipeline(
       autoencoder: Parameters of its autoencoder.
       denoiser: Parameters that the training has made.
       preview_folder: Folder that may hold the preview decoder of its autoencoder.
-      mesh: Devices that sample together; None for the default one.
+      parallel: Devices that sample together; None for the default one.
       offload: Weights in host memory; see `dit_video.load`.
     """
-    offload = fit_offload(offload, config, mesh=mesh, is_large=mesh is None and config.boundary is not None)
-    place = make_placement(mesh, offload)
+    offload = fit_offload(offload, config, parallel=parallel, is_large=parallel is None and config.boundary is not None)
+    place = make_placement(parallel, offload)
     pipeline = Pipeline(
         config,
         autoencoder=autoencoder,
         denoiser=add_other_expert(training, config.model, denoiser, place),
         get_lora_modules=get_lora_modules,
-        mesh=mesh,
+        parallel=parallel,
         offload=offload,
     )
     return add_preview_decoder(pipeline, preview_folder)

@@ -154,21 +154,20 @@ def check_inputs(run: Run, training: DenoiserTraining) -> None:
         to train on, or if not one example of some size fits into the memory.
     """
     model, mesh, clips = run.model, run.mesh, run.training_clips
-    attention = run.mesh_config.context_attention
-    options: dict[str, Any] = {"tokens": model.row_shape.tokens, "context_attention": attention}
+    tokens = model.row_shape.tokens
     if training.buckets is not None:
         make_buckets(run, training.buckets, clips)
         if mesh.shape["context"] > 1:
             rule = "the tokens of a clip may not be divisible by it; leave out buckets, or use context=1"
             raise UserError(f"context={mesh.shape['context']} is invalid with buckets: {rule}")
-        check_denoiser(mesh, model.backbone, rows=count_row_shards(mesh), **options)
+        check_denoiser(run.partitioner, model.backbone, rows=count_row_shards(mesh), tokens=tokens)
         return
     if training.batch // training.accumulation_steps % (shards := count_row_shards(mesh)):
         part = "" if training.accumulation_steps == 1 else f", in {training.accumulation_steps} parts,"
         raise UserError(
             f"a batch of {training.batch} rows{part} does not divide among {shards} devices; use a multiple"
         )
-    check_denoiser(mesh, model.backbone, rows=training.batch // training.accumulation_steps, **options)
+    check_denoiser(run.partitioner, model.backbone, rows=training.batch // training.accumulation_steps, tokens=tokens)
     if run.data.used_weights:
         Mixture(sizes=clips.dataset_sizes, weights=run.data.used_weights)
 

@@ -18,7 +18,7 @@ import numpy as np
 from dit_video.core import trees
 from dit_video.core.config_json import Change, list_changes
 from dit_video.core.errors import MissingError, UserError
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.experiment.run import Run, Stage, Training
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.training.digests import compute_digests
@@ -148,11 +148,11 @@ def replay(
     )
 
 
-def with_mesh(run: Run, mesh: MeshConfig) -> Run:
+def with_parallelism(run: Run, parallel: Parallelism) -> Run:
     """Return a run on another mesh, which its stages have, too."""
-    experiment = dataclasses.replace(run.experiment, mesh=mesh)
+    experiment = dataclasses.replace(run.experiment, parallel=parallel)
     for stage in experiment.denoiser_stages:
-        experiment = experiment.replace_stage(stage.name, mesh=None)
+        experiment = experiment.replace_stage(stage.name, parallel=None)
     return dataclasses.replace(run, experiment=experiment)
 
 
@@ -263,5 +263,5 @@ def _check_schedule(changes: Sequence[Change]) -> None:
 
 def _changes_rounding(change: Change) -> bool:
     """Return whether the same steps may round otherwise after a change."""
-    rounding = ("devices", "mesh", "code.jax", "code.jaxlib", "code.flags", "config.model", "config.mesh")
-    return change.path.startswith(rounding) or change.path.endswith((".accumulation_steps", ".mesh"))
+    rounding = ("devices", "mesh", "code.jax", "code.jaxlib", "code.flags", "config.model", "config.parallel")
+    return change.path.startswith(rounding) or change.path.endswith((".accumulation_steps", ".parallel"))

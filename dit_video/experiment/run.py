@@ -50,8 +50,7 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_usable
-from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.distributed.mesh import resolve_mesh
+from dit_video.distributed import MeshPartitioner, Parallelism, make_mesh
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.evaluation.evaluate import EvaluationClips
 from dit_video.experiment import datasets, export
@@ -98,12 +97,12 @@ _AMENDABLE_FIELDS = (
     "keep",
     "log_every",
     "max_consecutive_skips",
-    "mesh",
     "model.autoencoder.form",
     "model.autoencoder.remat",
     "model.backbone.attention",
     "model.backbone.remat",
     "monitoring",
+    "parallel",
     "preemption_grace",
     "sampling",
     "save_every",
@@ -138,7 +137,7 @@ class Experiment:
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     """Monitoring of the trainings."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    parallel: Parallelism = field(default_factory=Parallelism)
     seed: int = 0
     log_every: int = 20
     save_every: int = 500
@@ -232,8 +231,8 @@ class Experiment:
         fields = (*_AMENDABLE_FIELDS, *of_stages)
         if not any(stage.buckets for stage in self.denoiser_stages):
             return fields
-        # Batches of buckets have as many clips as fit into the memory of the mesh's devices.
-        return tuple(name for name in fields if name.rpartition(".")[2] != "mesh")
+        # Batches of buckets have as many clips as fit into the memory of the devices.
+        return tuple(name for name in fields if name.rpartition(".")[2] != "parallel")
 
     def get_stage(self, name: str) -> "Stage":
         """Return the stage of a name.
@@ -347,7 +346,7 @@ class _Adapted(NamedTuple):
 
     model: ModelConfig | None = None
     data: DataConfig | None = None
-    mesh: MeshConfig | None = None
+    parallel: Parallelism | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -553,16 +552,20 @@ class Run:
         return tuple(dict.fromkeys(("autoencoder", "denoiser", *others)))
 
     def adapt(
-        self, *, model: ModelConfig | None = None, data: DataConfig | None = None, mesh: MeshConfig | None = None
+        self,
+        *,
+        model: ModelConfig | None = None,
+        data: DataConfig | None = None,
+        parallel: Parallelism | None = None,
     ) -> "Run":
-        """Return the run as a stage sees it that has its own variant of the model, its own data or mesh of devices.
+        """Return the run as a stage sees it that has its own variant of the model, its own data or devices.
 
         `held_out` and, if it has none, `weights` of the data are the experiment's.
         """
         if data is not None:
             own = self.experiment.data
             data = replace(data, held_out=own.held_out, weights=data.weights or own.weights)
-        adapted = _Adapted(model, data, mesh)
+        adapted = _Adapted(model, data, parallel)
         return self if adapted == self.adapted else replace(self, adapted=adapted)
 
     @property
@@ -580,19 +583,24 @@ class Run:
         return self.adapted.data or self.experiment.data
 
     @property
-    def mesh_config(self) -> MeshConfig:
-        """Return the config of the mesh."""
-        return self.adapted.mesh or self.experiment.mesh
+    def parallel(self) -> Parallelism:
+        """Return how the devices share the work."""
+        return self.adapted.parallel or self.experiment.parallel
 
     @functools.cached_property
     def mesh(self) -> Mesh:
         """Return the devices, which a run that is only read does not need."""
-        return make_mesh(self.mesh_config, self.devices)
+        return make_mesh(self.parallel, self.devices)
 
     @property
-    def sampling_mesh(self) -> MeshConfig | None:
-        """Return the devices that sample the run's models together; None for a run on one device."""
-        return None if self.mesh.size == 1 else self.mesh_config
+    def partitioner(self) -> MeshPartitioner:
+        """Return what the run's models are made with to be trained on its devices."""
+        return MeshPartitioner(self.mesh, self.parallel.context_attention)
+
+    @property
+    def sampling_parallelism(self) -> Parallelism | None:
+        """Return how devices sample the run's models together; None for a run on one device."""
+        return None if self.mesh.size == 1 else self.parallel
 
     @property
     def seed(self) -> int:
@@ -797,10 +805,10 @@ class Run:
         self,
         denoiser: dict[str, Any],
         *,
-        mesh: MeshConfig | Mesh | None = None,
+        parallel: Parallelism | None = None,
         offload: Offload | Literal["auto"] | None = "auto",
     ) -> Pipeline:
-        """Return the pipeline with these weights of the denoiser, on the devices of a mesh or on the default one.
+        """Return the pipeline with these weights of the denoiser, on several devices or on the default one.
 
         `offload` is described at `dit_video.load`.
 
@@ -813,7 +821,7 @@ class Run:
             autoencoder=self.read_autoencoder(),
             denoiser=denoiser,
             preview_folder=Path(self.experiment.autoencoder_from or self.folder / "autoencoder"),
-            mesh=mesh,
+            parallel=parallel,
             offload=offload,
         )
 
@@ -825,7 +833,9 @@ class Run:
         """
         with self.main_process_first():  # which writes it
             pass
-        return load_pipeline(self.folder / "pipeline", get_lora_modules=get_lora_modules, mesh=self.sampling_mesh)
+        return load_pipeline(
+            self.folder / "pipeline", get_lora_modules=get_lora_modules, parallel=self.sampling_parallelism
+        )
 
     def newest_pipeline(
         self,
@@ -833,7 +843,7 @@ class Run:
         step: int | None = None,
         ema: float | int | None = None,
         sigma_rel: float | None = None,
-        mesh: MeshConfig | Mesh | None = None,
+        parallel: Parallelism | None = None,
         offload: Offload | Literal["auto"] | None = "auto",
     ) -> Pipeline:
         """Return the pipeline of a checkpoint. The run may be unfinished, and its clips need not be present.
@@ -842,7 +852,7 @@ class Run:
           step: Step of the checkpoint, see `list_checkpoints`; None for the newest that can be read.
           ema: Decay of the average, 0 for the weights themselves; the config's `ema_decay` if None.
           sigma_rel: Relative width of an average that is reconstructed from snapshots.
-          mesh: Devices that sample together, to which the weights are read; None for the default one.
+          parallel: Devices that sample together, to which the weights are read; None for the default one.
           offload: Weights in host memory; see `dit_video.load`.
 
         Raises:
@@ -850,7 +860,7 @@ class Run:
           UserError: If the denoiser has no checkpoint yet, the average was not kept, or `ema` and `sigma_rel` are both
             given.
         """
-        sampling_mesh = make_mesh(MeshConfig(), jax.local_devices()[:1]) if mesh is None else resolve_mesh(mesh)[0]
+        mesh = make_mesh(Parallelism(), jax.local_devices()[:1]) if parallel is None else make_mesh(parallel)
         if (checkpoints := self.open_checkpoints("denoiser")).latest() is None:
             raise UserError(f"{self.folder} has no checkpoint of its denoiser yet; continue it with: {self.command}")
         params = load_checkpoint(
@@ -858,12 +868,12 @@ class Run:
             self.experiment.denoiser,
             self.experiment.get_model(),
             self.folder / "denoiser",
-            sampling_mesh,
+            mesh,
             step=step,
             ema=ema,
             sigma_rel=sigma_rel,
         )
-        return self.make_pipeline(params, mesh=mesh, offload=offload)
+        return self.make_pipeline(params, parallel=parallel, offload=offload)
 
     def open_text_encoder(self, *, cache: Path | None = None) -> Tokenizer | FrozenTextEncoder:
         """Return the text encoder. The identity of a frozen one is recorded, to be known without its weights."""

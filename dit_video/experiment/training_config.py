@@ -8,7 +8,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import LogitNormal, Objective, Process, TimeDistribution, UniformWeighting, Weighting
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.experiment.data_config import DataConfig
 from dit_video.models.autoencoders import AutoencoderObjective
 from dit_video.models.conditioning import FrameConditioning
@@ -155,8 +155,8 @@ class DenoiserTraining:
     """Process of this stage, such as one with another shift of times; None for the model's."""
     frame_conditioning: FrameConditioning | None = None
     """Conditioning of this stage on known pixels; None for the model's."""
-    mesh: MeshConfig | None = None
-    """Mesh of devices of this stage; None for the experiment's."""
+    parallel: Parallelism | None = None
+    """Devices of this stage along each axis of the mesh; None for the experiment's."""
 
     def adapt_model(self, model: ModelConfig) -> ModelConfig:
         """Return the model as this stage trains it."""

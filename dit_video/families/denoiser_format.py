@@ -167,7 +167,7 @@ def open_files(
 def _get_shapes(config: Any) -> dict[str, Any]:
     """Return the parameters' shapes without opening a device, because runs read them before their processes connect."""
     is_backbone = isinstance(config, BackboneConfig)
-    return get_param_shapes(functools.partial(config.make, parallel=NO_DEVICE) if is_backbone else config.make)
+    return get_param_shapes(functools.partial(config.make, partitioner=NO_DEVICE) if is_backbone else config.make)
 
 
 def load_files(

@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.core.offload import Offload
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.families.autoencoders import check_autoencoder_weights, load_placed_autoencoder
 from dit_video.families.denoiser_format import DenoiserFormat
 from dit_video.models.autoencoders import AutoencoderConfig
@@ -67,7 +66,7 @@ class LoadOptions:
     place: Placement | None = None
     """Function that places a parameter, given its path: `backbone/…`, `low_noise/…` for a second expert, or
     `autoencoder/…`; None to read it to the devices, or to host memory with `offload`."""
-    mesh: MeshConfig | Mesh | None = None
+    parallel: Parallelism | None = None
     """Devices that sample together; None for one device."""
     offload: Offload | Literal["auto"] | None = "auto"
     """How weights are kept in host memory; None keeps all weights on the devices, `auto` chooses by the device's memory
@@ -201,9 +200,9 @@ class Family(abc.ABC):
         self.check_weights(folder, text=model.text_encoder, image_encoder=model.image_encoder, boundary=config.boundary)
         place, offload = options.place, None
         if place is None:
-            choice, is_large = options.offload, options.mesh is None
-            offload = fit_offload(choice, config, self.make_dtype_fn(options), mesh=options.mesh, is_large=is_large)
-            place = make_placement(options.mesh, offload)
+            parallel, dtype_fn = options.parallel, self.make_dtype_fn(options)
+            offload = fit_offload(options.offload, config, dtype_fn, parallel=parallel, is_large=parallel is None)
+            place = make_placement(parallel, offload)
 
         def read(expert: str) -> dict[str, Any]:
             return self.denoiser.load(
@@ -217,7 +216,7 @@ class Family(abc.ABC):
             denoiser={expert: read(expert) for expert in list_experts(config.boundary)} | {"text": {}},
             autoencoder=load_placed_autoencoder(folder / "vae", place),
             get_lora_modules=self.denoiser.get_lora_modules,
-            mesh=options.mesh,
+            parallel=options.parallel,
             offload=offload,
         )
         return add_preview_decoder(pipeline, folder)

@@ -32,5 +32,5 @@ from dit_video.nn.lora import (
     merge_lora,
     merge_lora_in_place,
 )
-from dit_video.nn.parallel import NO_DEVICE, ONE_DEVICE, Parallelism
+from dit_video.nn.partitioner import NO_DEVICE, ONE_DEVICE, Partitioner
 from dit_video.nn.stack import LayerGroup, LayerWrapper, Remat, apply_stack, make_stack, rematerialize, scan_layers

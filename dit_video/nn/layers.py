@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Real
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
-from dit_video.nn.parallel import ONE_DEVICE, Parallelism, Precision, Split, WeightConstraint
+from dit_video.nn.partitioner import ONE_DEVICE, Partitioner, Precision, Split, WeightConstraint
 
 _INNER, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -70,7 +70,7 @@ class Linear(nnx.Module):
       precision: Precision of the products, including the gradients' products; None for the platform's default. On TPUs
         "highest" takes six passes instead of one, so it suits small float32 maps, such as the time's.
       is_context: True if inputs are a context's tokens, which are present on every device that shares a row's tokens.
-      parallel: Parallelism that the layer is computed with.
+      partitioner: Attention and sharding of weights of the devices that the layer is computed on.
       rngs: Random keys.
     """
 
@@ -85,15 +85,15 @@ class Linear(nnx.Module):
         split: Split | None = None,
         precision: Precision = None,
         is_context: bool = False,
-        parallel: Parallelism = ONE_DEVICE,
+        partitioner: Partitioner = ONE_DEVICE,
         rngs: nnx.Rngs,
     ):
         shape = (features_in, features_out)
         self.kernel = nnx.Param(init_weights(init, rngs.params(), shape, fan=shape))
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
         self.dtype, self.precision, self.is_context = dtype, precision, is_context
-        self.weight_constraint = parallel.make_weight_constraint(split, is_context=is_context)
-        self.fused_constraint = parallel.make_fused_constraint() if split == "fused" else None
+        self.weight_constraint = partitioner.make_weight_constraint(split, is_context=is_context)
+        self.fused_constraint = partitioner.make_fused_constraint() if split == "fused" else None
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]

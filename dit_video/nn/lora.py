@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from dit_video.core.errors import UserError
 from dit_video.core.trees import find_closest, flatten, map_with_path, unflatten
 from dit_video.core.typing import AnyArray
-from dit_video.nn.parallel import Precision, WeightConstraint
+from dit_video.nn.partitioner import Precision, WeightConstraint
 
 _MAX_LISTED = 10
 

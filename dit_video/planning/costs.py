@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dit_video.core.platform.devices import Platform
-from dit_video.distributed.mesh import ContextAttention
+from dit_video.distributed import AXES, MeshPartitioner
 from dit_video.distributed.sharding import STATE_AXES
 from dit_video.models.backbones.flops import count_attention_flops, count_forward_flops
 from dit_video.models.backbones.protocol import BackboneConfig
@@ -258,8 +258,7 @@ def split_over_slices(
 def compute_min_collective_bytes(
     step: StepSpec,
     parameters: int,
-    mesh: Mapping[str, int],
-    context_attention: ContextAttention,
+    partitioner: MeshPartitioner,
     *,
     context_weights: int = 0,
 ) -> dict[Purpose, float]:
@@ -279,14 +278,13 @@ def compute_min_collective_bytes(
     Args:
       step: A training step that updates all weights.
       parameters: Number of the model's parameters.
-      mesh: Sizes of the mesh's axes by name.
-      context_attention: How attention is parallelised over `context`.
+      partitioner: The mesh, and the method of attention over `context`.
       context_weights: Number of those parameters that are weights of maps of a context.
     """
-    fsdp, tensor, context = (mesh[name] for name in ("fsdp", "tensor", "context"))
+    data, fsdp, tensor, context = (partitioner.mesh.shape[name] for name in AXES)
     forwards = 2 if step.is_recomputed else 1
-    values = step.layers * step.rows * step.tokens_per_row // (mesh["data"] * fsdp * context) * step.width // tensor
-    if context_attention == "ulysses":
+    values = step.layers * step.rows * step.tokens_per_row // (data * fsdp * context) * step.width // tensor
+    if partitioner.context_attention == "ulysses":
         attention = 4 * (forwards + 1) * (context - 1) / context * values * step.itemsize
     else:
         attention = (context - 1) * values * 2 * ((forwards + 1) * step.itemsize + 4)

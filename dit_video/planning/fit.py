@@ -12,18 +12,18 @@ import jax
 
 from dit_video.core.errors import UserError
 from dit_video.core.memory import format_bytes
-from dit_video.distributed import AXES, MeshConfig, count_row_shards
-from dit_video.distributed.mesh import AnyMesh, count_axis_slices, make_abstract_mesh
+from dit_video.distributed import AXES, Parallelism, count_row_shards, make_abstract_partitioner
+from dit_video.distributed.mesh import AnyMesh, count_axis_slices
 from dit_video.experiment import AllWeights, Experiment, LoraAdapters
 from dit_video.nn import Remat
 from dit_video.planning.compiled_program import count_argument_bytes
 from dit_video.planning.costs import StepSpec, estimate_step
 from dit_video.planning.efficiencies import find_efficiencies
 from dit_video.planning.hardware import Topology
-from dit_video.planning.plan import check_memory, check_mesh, find_devices, plan_experiment
+from dit_video.planning.plan import check_devices, check_memory, find_devices, plan_experiment
 from dit_video.planning.roofline import Efficiencies, compute_expected_times, compute_step_times
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step, shard_shapes
-from dit_video.planning.suggest import SKIPPED_REMATS, list_meshes
+from dit_video.planning.suggest import SKIPPED_REMATS, list_parallelisms
 from dit_video.training.optim.ema import EmaConfig
 
 
@@ -32,7 +32,7 @@ class Setting:
     """A value of an option, other than the experiment's."""
 
     option: str
-    """Path of the field in the config, or name of an option of `tools/plan.py` such as `--mesh`."""
+    """Path of the field in the config, or name of an option of `tools/plan.py` such as `--parallel`."""
     value: str
     apply: Callable[[Experiment], Experiment] = field(compare=False)
     """Function that returns the experiment with this value."""
@@ -167,8 +167,8 @@ def fit(
     efficiencies = find_efficiencies(topology.chip) if efficiencies is None else efficiencies
     options: dict[str, Any] = {"part": part, "clips": clips, "efficiencies": efficiencies}
     estimates = FitEstimates(experiment, topology, device_count, **options)
-    meshes = [estimates.estimate(()), *estimates.estimate_all(frozenset({"--mesh"}.intersection(estimates.options)))]
-    if not any(meshes):
+    searched = frozenset({"--parallel"}.intersection(estimates.options))
+    if not any([estimates.estimate(()), *estimates.estimate_all(searched)]):
         rule = "no mesh of its devices divides the denoiser's heads, hidden width and rows"
         raise UserError(f"{topology} is invalid: {rule}. Use fewer chips, or another number of rows")
     confirmed: dict[Settings, Combination] = {}
@@ -216,9 +216,9 @@ class FitEstimates:
         self.options = list_settings(experiment, part, devices)
         self.results: dict[Settings, Combination | None] = {}
         self._experiments: dict[Settings, Experiment | None] = {(): experiment}
-        self._meshes: dict[tuple[MeshConfig, int, int], tuple[AnyMesh, dict[str, int]] | None] = {}
+        self._meshes: dict[tuple[Parallelism, int, int], tuple[AnyMesh, dict[str, int]] | None] = {}
         self._planned: dict[Settings, PlannedStep] = {}
-        self._state_bytes: dict[tuple[Settings, MeshConfig], dict[str, int]] = {}
+        self._state_bytes: dict[tuple[Settings, Parallelism], dict[str, int]] = {}
 
     def estimate_all(self, options: frozenset[str]) -> Iterator[Combination]:
         """Yield the valid combinations that set these options, and no others."""
@@ -268,12 +268,13 @@ class FitEstimates:
 
     def _check_mesh(self, experiment: Experiment) -> tuple[AnyMesh, dict[str, int]] | None:
         """Return the mesh and the slices along its axes; None if it does not divide devices, rows or heads."""
-        key = experiment.mesh, experiment.denoiser.batch, experiment.denoiser.accumulation_steps
+        key = experiment.parallel, experiment.denoiser.batch, experiment.denoiser.accumulation_steps
         if key not in self._meshes:
             try:
-                mesh = make_abstract_mesh(experiment.mesh, self.devices)
-                check_mesh(experiment, mesh)
-                self._meshes[key] = mesh, count_axis_slices(experiment.mesh, self.devices, self.topology.slices)
+                partitioner = make_abstract_partitioner(experiment.parallel, self.devices)
+                check_devices(experiment, partitioner)
+                slices = count_axis_slices(experiment.parallel, self.devices, self.topology.slices)
+                self._meshes[key] = partitioner.mesh, slices
             except UserError:
                 self._meshes[key] = None
         return self._meshes[key]
@@ -281,10 +282,10 @@ class FitEstimates:
     def _plan(self, reshaping: Settings) -> PlannedStep:
         """Return the step on one device with settings that change its state or its costs."""
         if reshaping not in self._planned:
-            alone = dataclasses.replace(apply_settings(self.experiment, reshaping), mesh=MeshConfig())
-            mesh = make_abstract_mesh(MeshConfig(), 1)
+            alone = dataclasses.replace(apply_settings(self.experiment, reshaping), parallel=Parallelism())
+            partitioner = make_abstract_partitioner(alone.parallel, 1)
             options: dict[str, Any] = {"clips": fill_row(alone, self.clips), "platform": self.topology.chip.platform}
-            self._planned[reshaping] = plan_step(alone, self.part, mesh, **options)
+            self._planned[reshaping] = plan_step(alone, self.part, partitioner, **options)
         return self._planned[reshaping]
 
     def _count_bytes(
@@ -295,10 +296,10 @@ class FitEstimates:
         rows = planned.arguments[1:] if self.part == "sampler" else planned.arguments[1:2]
         weights = planned.arguments[:1] if self.part == "sampler" else (planned.arguments[0], *planned.arguments[2:])
         reshaping = tuple(setting for setting in settings if setting.reshapes_step)
-        if (reshaping, experiment.mesh) not in self._state_bytes:
+        if (reshaping, experiment.parallel) not in self._state_bytes:
             shapes = tuple(shard_shapes(each, mesh) for each in weights)
-            self._state_bytes[reshaping, experiment.mesh] = count_argument_bytes(shapes)
-        counted = self._state_bytes[reshaping, experiment.mesh]
+            self._state_bytes[reshaping, experiment.parallel] = count_argument_bytes(shapes)
+        counted = self._state_bytes[reshaping, experiment.parallel]
         row_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows))
         shards = self.experiment.denoiser.batch * count_row_shards(mesh)
         return {**counted, "other": counted["other"] + row_bytes * experiment.denoiser.batch // shards}
@@ -354,16 +355,17 @@ def list_settings(experiment: Experiment, part: Part, devices: int) -> dict[str,
       part: The denoiser, or its sampler.
       devices: Number of devices of the mesh.
     """
-    settings = [*_list_meshes(experiment, devices), *_list_rows(experiment), *_list_dtypes(experiment)]
+    settings = [*_list_parallelisms(experiment, devices), *_list_rows(experiment), *_list_dtypes(experiment)]
     settings += _list_sampling(experiment) if part == "sampler" else _list_training(experiment)
     return {option: [each for each in settings if each.option == option] for option in {s.option: 0 for s in settings}}
 
 
-def _list_meshes(experiment: Experiment, devices: int) -> Iterator[Setting]:
-    for mesh in list_meshes(experiment, devices):
-        value = ",".join(f"{name}={getattr(mesh, name)}" for name in AXES if getattr(mesh, name) > 1) or "data=1"
-        if mesh != experiment.mesh:
-            yield Setting("--mesh", value, functools.partial(dataclasses.replace, mesh=mesh))
+def _list_parallelisms(experiment: Experiment, devices: int) -> Iterator[Setting]:
+    for parallel in list_parallelisms(experiment, devices):
+        sizes = {name: getattr(parallel, name) for name in AXES}
+        value = ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "data=1"
+        if parallel != experiment.parallel:
+            yield Setting("--parallel", value, functools.partial(dataclasses.replace, parallel=parallel))
 
 
 def _list_rows(experiment: Experiment) -> Iterator[Setting]:

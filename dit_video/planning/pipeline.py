@@ -26,7 +26,7 @@ from dit_video.models.autoencoders.streaming import make_chunk_program
 from dit_video.models.encoders import FrozenTextConfig, Tokenizer
 from dit_video.models.encoders.embedder import make_embedding_program
 from dit_video.models.features.clip import make_frame_program
-from dit_video.nn.parallel import ONE_DEVICE
+from dit_video.nn.partitioner import ONE_DEVICE
 from dit_video.planning.compiled_program import compile_step, count_local_bytes, override_default_backend
 from dit_video.planning.hardware import Topology
 from dit_video.planning.plan import check_memory, find_devices
@@ -248,7 +248,7 @@ def _list_programs(config: PipelineConfig, size: Grid, shapes: dict[str, Any], *
         yield _make_coding_program(codec, "encode", latents._replace(t=1), memory)
     params = {name: shapes[name] for name in config.denoiser_shapes if name != TEXT}
     params[TEXT] = {} if isinstance(config.model.text_encoder, FrozenTextConfig) else shapes[TEXT]
-    denoiser = make_denoiser(config, params, _make_tokenizer(config), parallel=ONE_DEVICE)
+    denoiser = make_denoiser(config, params, _make_tokenizer(config), partitioner=ONE_DEVICE)
     images: dict[str, Any] = dict.fromkeys(image_fields, np.zeros((*size[1:], 3), np.uint8))
     request = prepare_request(config, Request("", size)._replace(**images), model)
     programs = list_programs(denoiser, [request], sampling=config.sampling, shape=config.model.row_shape, rows=1)

@@ -13,8 +13,8 @@ from dit_video.core.errors import UserError
 from dit_video.core.memory import format_bytes
 from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
-from dit_video.distributed import MeshConfig, check_denoiser, make_mesh
-from dit_video.distributed.mesh import AnyMesh, count_axis_slices, describe_slow_axes, make_abstract_mesh
+from dit_video.distributed import MeshPartitioner, check_denoiser, make_abstract_partitioner, make_partitioner
+from dit_video.distributed.mesh import AnyMesh, count_axis_slices, describe_slow_axes
 from dit_video.experiment import Experiment, LoraAdapters, Student
 from dit_video.planning.compiled_program import (
     CompiledStep,
@@ -248,30 +248,33 @@ def check_memory(memory: int | None, available: int, topology: Topology) -> int:
     return memory
 
 
-def make_plan_mesh(experiment: Experiment, topology: Topology, config: MeshConfig, part: Part) -> tuple[AnyMesh, bool]:
-    """Return the mesh of a run on a topology, and whether a program can be compiled for it.
+def make_plan_partitioner(experiment: Experiment, topology: Topology, part: Part) -> tuple[MeshPartitioner, bool]:
+    """Return what a run's models are made with on a topology, and whether a program can be compiled for it.
 
     Raises:
       UserError: If the axes do not divide the devices, or rows, heads or tokens are not divisible by these.
     """
     devices, present = find_devices(topology)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of slices: the plan says it
-        mesh = make_mesh(config, devices) if present else make_abstract_mesh(config, topology.num_chips)
+    if present:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of slices: the plan says it
+            partitioner = make_partitioner(experiment.parallel, devices)
+    else:
+        partitioner = make_abstract_partitioner(experiment.parallel, topology.num_chips)
     if part != "autoencoder":
-        check_mesh(dataclasses.replace(experiment, mesh=config), mesh)
-    return mesh, present
+        check_devices(experiment, partitioner)
+    return partitioner, present
 
 
-def check_mesh(experiment: Experiment, mesh: AnyMesh) -> None:
-    """Check that an experiment's rows, heads and tokens are divisible by the devices of a mesh.
+def check_devices(experiment: Experiment, partitioner: MeshPartitioner) -> None:
+    """Check that a training's rows, heads and tokens are divisible by the devices of a mesh.
 
     Raises:
       UserError: If one is not; the message says what would be.
     """
     denoiser, model = experiment.denoiser, experiment.get_model()
-    rows, attention = denoiser.batch // denoiser.accumulation_steps, experiment.mesh.context_attention
-    check_denoiser(mesh, model.backbone, rows=rows, tokens=model.row_shape.tokens, context_attention=attention)
+    rows = denoiser.batch // denoiser.accumulation_steps
+    check_denoiser(partitioner, model.backbone, rows=rows, tokens=model.row_shape.tokens)
 
 
 def plan_experiment(
@@ -279,7 +282,6 @@ def plan_experiment(
     topology: Topology,
     *,
     part: Part = "denoiser",
-    mesh: MeshConfig | None = None,
     clips: int | None = None,
     steps: int | None = None,
     price: float | None = None,
@@ -292,7 +294,6 @@ def plan_experiment(
       experiment: The experiment.
       topology: The hardware.
       part: The step to plan.
-      mesh: Mesh instead of the experiment's.
       clips: Number of equally long clips in each row; by default as many of the largest as fit.
       steps: Number of steps to pay for; the experiment's by default. For a sampler, batches, by default one.
       price: Price of a chip for an hour, instead of the table's.
@@ -301,19 +302,19 @@ def plan_experiment(
 
     Raises:
       MissingError: If libtpu is needed and not installed.
-      UserError: If the mesh does not divide the devices, the rows or the heads, or the part cannot be planned.
+      UserError: If the axes do not divide the devices, the rows or the heads, or the part cannot be planned.
     """
-    config, chip = experiment.mesh if mesh is None else mesh, topology.chip
-    experiment = dataclasses.replace(experiment, mesh=config)
-    plan_mesh, present = make_plan_mesh(experiment, topology, config, part)
+    chip = topology.chip
+    partitioner, present = make_plan_partitioner(experiment, topology, part)
+    mesh = partitioner.mesh
     if part == "autoencoder" and not present:
         raise UserError(f"an autoencoder is planned by compiling: run this on {topology}, or plan for a TPU")
     rows_of_clips = fill_row(experiment, clips)
-    planned = plan_step(experiment, part, plan_mesh, clips=rows_of_clips, platform=chip.platform)
-    devices, mesh_shape = plan_mesh.size, dict(plan_mesh.shape)
-    slices = count_axis_slices(config, devices, topology.slices)
+    planned = plan_step(experiment, part, partitioner, clips=rows_of_clips, platform=chip.platform)
+    devices, mesh_shape = mesh.size, dict(mesh.shape)
+    slices = count_axis_slices(experiment.parallel, devices, topology.slices)
     limit = chip.usable_memory * topology.num_chips // devices  # devices of one chip share its memory
-    memory, work, compiled = _count_work(planned, plan_mesh, slices, is_compiled=present)
+    memory, work, compiled = _count_work(planned, mesh, slices, is_compiled=present)
     over = None if compiled is None else compiled.oom_message
     fits = over is None and memory.peak <= limit
     per_chip = devices // topology.num_chips
@@ -321,7 +322,7 @@ def plan_experiment(
     times = compute_step_times(work, topology, mesh_shape, devices_per_chip=per_chip)
     expected = compute_expected_times(work, efficiencies, topology, mesh_shape, devices_per_chip=per_chip)
     has_lower_bounds = work.collectives and present and part == "denoiser"
-    lower_bounds = _compute_lower_bounds(experiment, planned, mesh_shape) if has_lower_bounds else {}
+    lower_bounds = _compute_lower_bounds(experiment, planned, partitioner) if has_lower_bounds else {}
     if steps is None:
         training = experiment.autoencoder if part == "autoencoder" else experiment.denoiser
         steps = 1 if part == "sampler" else int(getattr(training, "steps", 1))
@@ -351,7 +352,7 @@ def plan_experiment(
         expected=expected if over is None and part != "autoencoder" else None,
         compile_seconds=0.0 if compiled is None else compiled.compile_seconds,
         unknown_loops=0 if compiled is None or compiled.program is None else compiled.program.unknown_loops,
-        device_peak=_measure_peak(planned, plan_mesh, topology, fits) if measure else None,
+        device_peak=_measure_peak(planned, mesh, topology, fits) if measure else None,
         steps=steps,
         price=chip.hourly_price if price is None else price,
         warning=describe_slow_axes(slices),
@@ -379,13 +380,15 @@ def _measure_peak(planned: PlannedStep, mesh: Any, topology: Topology, fits: boo
     return measure_peak_memory(planned.step, planned.arguments) if fits else None
 
 
-def _compute_lower_bounds(experiment: Experiment, planned: PlannedStep, mesh: dict[str, int]) -> dict[Purpose, float]:
+def _compute_lower_bounds(
+    experiment: Experiment, planned: PlannedStep, partitioner: MeshPartitioner
+) -> dict[Purpose, float]:
     if isinstance(experiment.denoiser.train, LoraAdapters | Student):
         return {}
     assert planned.costs is not None
-    parameters, attention = _count_parameters(planned), experiment.mesh.context_attention
+    parameters = _count_parameters(planned)
     context_weights = count_context_weights(experiment.get_model().backbone)
-    return compute_min_collective_bytes(planned.costs, parameters, mesh, attention, context_weights=context_weights)
+    return compute_min_collective_bytes(planned.costs, parameters, partitioner, context_weights=context_weights)
 
 
 def _count_parameters(planned: PlannedStep) -> int:

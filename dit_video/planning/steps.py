@@ -18,7 +18,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.platform.devices import Platform
 from dit_video.core.trees import flatten
 from dit_video.diffusion import SampleTimes
-from dit_video.distributed import count_row_shards, make_parallelism, make_shardings
+from dit_video.distributed import MeshPartitioner, count_row_shards, make_shardings
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment import Experiment, LoraAdapters, Student
 from dit_video.experiment.autoencoder import make_autoencoder_step
@@ -98,38 +98,42 @@ def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
 
 
 def plan_step(
-    experiment: Experiment, part: Part, mesh: AnyMesh, *, clips: Sequence[int], platform: Platform | None = None
+    experiment: Experiment,
+    part: Part,
+    partitioner: MeshPartitioner,
+    *,
+    clips: Sequence[int],
+    platform: Platform | None = None,
 ) -> PlannedStep:
     """Return the step of a part of an experiment on a mesh, with rows of clips of these token counts.
 
     Args:
       experiment: The experiment.
       part: The step.
-      mesh: Devices, which need not be present.
+      partitioner: What the models are made with; its devices need not be present.
       clips: Number of tokens of each clip of a row.
-      platform: Platform of the devices, by which attention is counted; the mesh's by default.
+      platform: Platform of the devices, by which attention is counted; the partitioner's by default.
 
     Raises:
       UserError: If the part is not trained, or rows, heads or tokens are not divisible by the mesh.
     """
     if platform is None:
-        platform = make_parallelism(mesh).platform
+        platform = partitioner.platform
     match part:
         case "denoiser":
-            return _plan_denoiser(experiment, mesh, clips, platform)
+            return _plan_denoiser(experiment, partitioner, clips, platform)
         case "sampler":
-            return _plan_sampler(experiment, mesh, clips, platform)
+            return _plan_sampler(experiment, partitioner, clips, platform)
         case "autoencoder":
-            return _plan_autoencoder(experiment, mesh)
+            return _plan_autoencoder(experiment, partitioner.mesh)
 
 
-def _plan_denoiser(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:
-    config, model = experiment.denoiser, experiment.get_model()
-    parallel, caption = (
-        make_parallelism(mesh, experiment.mesh.context_attention),
-        _make_empty_caption(model.text_encoder),
-    )
-    base = make_denoiser_loss(config, model, parallel, seed=experiment.seed, empty_caption=caption)
+def _plan_denoiser(
+    experiment: Experiment, partitioner: MeshPartitioner, clips: Sequence[int], platform: Platform
+) -> PlannedStep:
+    config, model, mesh = experiment.denoiser, experiment.get_model(), partitioner.mesh
+    caption = _make_empty_caption(model.text_encoder)
+    base = make_denoiser_loss(config, model, partitioner, seed=experiment.seed, empty_caption=caption)
     train_step = make_denoiser_step(config, base, mesh=mesh)
     init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, model)
     frozen: tuple[PyTree, ...] = ()
@@ -224,9 +228,11 @@ def _count_costs(
     )
 
 
-def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:
+def _plan_sampler(
+    experiment: Experiment, partitioner: MeshPartitioner, clips: Sequence[int], platform: Platform
+) -> PlannedStep:
     model, rows, sampling = experiment.get_model(), experiment.denoiser.batch, experiment.sampling
-    parallel = make_parallelism(mesh, experiment.mesh.context_attention)
+    mesh = partitioner.mesh
     guidance = sampling.full_guidance
     empty_caption = _make_empty_caption(model.text_encoder)
     # The shapes of a batch do not depend on the clips in it: the smallest one is enough.
@@ -244,7 +250,7 @@ def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], p
     members = [[index] for index in range(rows)]
     row_shape = model.row_shape.pad_tokens(mesh.shape["context"])
     batch = packer.make_batch(PackedRequests(row_shape, False, members), members)
-    backbone, text = get_graph_def(model.backbone.make, parallel), get_graph_def(model.text_encoder.make)
+    backbone, text = get_graph_def(model.backbone.make, partitioner), get_graph_def(model.text_encoder.make)
     kinds = model.process, model.prediction, sampling.solver
     program = make_program(backbone, text, *kinds, None, batched, mesh)
 

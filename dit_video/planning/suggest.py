@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_args
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import AXES, MeshConfig, count_row_shards
-from dit_video.distributed.mesh import count_axis_slices, make_abstract_mesh
+from dit_video.distributed import AXES, Parallelism, count_row_shards, make_abstract_partitioner
+from dit_video.distributed.mesh import count_axis_slices
 from dit_video.experiment import Experiment
 from dit_video.nn import Remat
 from dit_video.planning.compiled_program import count_argument_bytes
 from dit_video.planning.costs import estimate_step
 from dit_video.planning.hardware import Topology
-from dit_video.planning.plan import Plan, check_mesh, find_devices, plan_experiment
+from dit_video.planning.plan import Plan, check_devices, find_devices, plan_experiment
 from dit_video.planning.roofline import Efficiencies, compute_step_times
 from dit_video.planning.steps import Part, fill_row, plan_step, shard_shapes
 
@@ -29,7 +29,7 @@ SKIPPED_REMATS = ("dots", "dots_no_batch", "offload")
 class Candidate(NamedTuple):
     """A candidate of the search."""
 
-    mesh: MeshConfig
+    parallel: Parallelism
     rows: int
     """Number of rows of the batch."""
     remat: Remat
@@ -42,7 +42,7 @@ class Candidate(NamedTuple):
         """Return the experiment with this candidate's settings."""
         changed = experiment.replace_backbone(remat=self.remat)
         changed = changed.replace_stage(changed.denoiser.name, batch=self.rows)
-        return dataclasses.replace(changed, mesh=self.mesh)
+        return dataclasses.replace(changed, parallel=self.parallel)
 
 
 def suggest(
@@ -61,7 +61,7 @@ def suggest(
     """Search for the best plan that fits: estimate all candidates, then compile the best few.
 
     Args:
-      experiment: The experiment, whose mesh, batch and remat are replaced.
+      experiment: The experiment, whose parallelism, batch and remat are replaced.
       topology: The hardware.
       part: The denoiser, or its sampler.
       tries: Number of candidates to compile; until one fits, up to three times as many.
@@ -76,7 +76,7 @@ def suggest(
       UserError: If the part is an autoencoder, whose step cannot be estimated, or nothing fits.
     """
     if part == "autoencoder":
-        raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; set --mesh for it")
+        raise UserError("part=autoencoder is invalid: only denoiser and sampler are searched; set --parallel for it")
     ranked = list_candidates(experiment, topology, part=part, rows=rows, clips=clips)
     if not ranked:
         raise UserError(f"nothing on {topology} divides the denoiser's heads, hidden width and rows, or nearly fits")
@@ -86,7 +86,7 @@ def suggest(
         if number >= tries * (1 if best else 3):
             break
         options: dict[str, Any] = {"part": part, "clips": clips, "steps": steps, "price": price}
-        options |= {"mesh": candidate.mesh, "efficiencies": efficiencies}
+        options |= {"efficiencies": efficiencies}
         plan = plan_experiment(candidate.apply_to(experiment), topology, **options)
         report(_format_line(candidate, plan))
         if plan.fits and (best is None or _score(plan) > _score(best)):
@@ -103,7 +103,7 @@ def _score(plan: Plan) -> float:
 
 
 def _format_line(candidate: Candidate, plan: Plan) -> str:
-    mesh = " ".join(f"{name}={getattr(candidate.mesh, name)}" for name in AXES)
+    mesh = " ".join(f"{name}={getattr(candidate.parallel, name)}" for name in AXES)
     verdict = "does not fit"
     if plan.fits and plan.times is not None:
         kind = "at most" if plan.expected is None else "expected"
@@ -127,34 +127,35 @@ def list_candidates(
     limit = topology.chip.usable_memory * topology.num_chips // device_count
     devices_per_chip = device_count // topology.num_chips
     remats = [remat for remat in get_args(Remat) if remat not in SKIPPED_REMATS] if part == "denoiser" else ["none"]
-    one_device, platform = make_abstract_mesh(MeshConfig(), 1), topology.chip.platform
+    one_device, platform = make_abstract_partitioner(Parallelism(), 1), topology.chip.platform
     unsharded = plan_step(experiment, part, one_device, clips=fill_row(experiment, clips), platform=platform)
     assert unsharded.costs is not None
-    for mesh in list_meshes(experiment, device_count):
-        abstract = make_abstract_mesh(mesh, device_count)
-        state_shapes = shard_shapes(unsharded.arguments[0], abstract)
-        state, parts = count_argument_bytes((state_shapes,)), count_row_shards(abstract)
+    for parallel in list_parallelisms(experiment, device_count):
+        partitioner = make_abstract_partitioner(parallel, device_count)
+        mesh = partitioner.mesh
+        state_shapes = shard_shapes(unsharded.arguments[0], mesh)
+        state, parts = count_argument_bytes((state_shapes,)), count_row_shards(mesh)
         batches = [rows] if rows is not None else [parts * rows_per_shard for rows_per_shard in _ROWS_PER_SHARD]
         for batch, remat in itertools.product(batches, remats):
             try:
-                check_mesh(Candidate(mesh, batch, remat, 0.0, 0).apply_to(experiment), abstract)
-                slices = count_axis_slices(mesh, device_count, topology.slices)
+                check_devices(Candidate(parallel, batch, remat, 0.0, 0).apply_to(experiment).denoiser, partitioner)
+                slices = count_axis_slices(parallel, device_count, topology.slices)
             except UserError:
                 continue
             costs = unsharded.costs.resize(batch, remat)
-            memory, work = estimate_step(costs, state, unsharded.layer_bytes, dict(abstract.shape), slices)
+            memory, work = estimate_step(costs, state, unsharded.layer_bytes, dict(mesh.shape), slices)
             if memory.peak > _SLACK * limit:
                 continue
-            times = compute_step_times(work, topology, dict(abstract.shape), devices_per_chip=devices_per_chip)
+            times = compute_step_times(work, topology, dict(mesh.shape), devices_per_chip=devices_per_chip)
             flops = costs.forward_flops * (3 if costs.training else 1)
             share = flops / (times.apart * topology.num_chips * topology.chip.flops)
-            results.append(Candidate(mesh, batch, remat, share, memory.peak))
+            results.append(Candidate(parallel, batch, remat, share, memory.peak))
     # Estimates do not tell shares within one percent apart: there, prefer fewer rows, then more `fsdp`.
-    return sorted(results, key=lambda unsharded: (-round(unsharded.mfu, 2), unsharded.rows, -unsharded.mesh.fsdp))
+    return sorted(results, key=lambda unsharded: (-round(unsharded.mfu, 2), unsharded.rows, -unsharded.parallel.fsdp))
 
 
-def list_meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
-    """Yield every mesh of the devices, with at most as many along `tensor` and `context` as there are heads."""
+def list_parallelisms(experiment: Experiment, devices: int) -> Iterator[Parallelism]:
+    """Yield every parallelism of the devices, with at most as many along `tensor` and `context` as there are heads."""
     backbone = experiment.get_model().backbone
     for tensor in _list_divisors(devices):
         if backbone.heads % tensor or backbone.mlp_dim % tensor:
@@ -163,8 +164,8 @@ def list_meshes(experiment: Experiment, devices: int) -> Iterator[MeshConfig]:
             if context > backbone.heads // tensor:
                 continue
             for fsdp in _list_divisors(devices // (tensor * context)):
-                data, attention = devices // (tensor * context * fsdp), experiment.mesh.context_attention
-                yield MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, context_attention=attention)
+                data, attention = devices // (tensor * context * fsdp), experiment.parallel.context_attention
+                yield Parallelism(data=data, fsdp=fsdp, tensor=tensor, context=context, context_attention=attention)
 
 
 def _list_divisors(number: int) -> list[int]:

@@ -13,12 +13,11 @@ from jaxtyping import Float32
 
 from dit_video.core.offload import Offload, put_in_host_memory
 from dit_video.data.latents.codec import LatentCodec
-from dit_video.distributed import MeshConfig, count_row_shards, make_parallelism, make_shardings
+from dit_video.distributed import MeshPartitioner, Parallelism, count_row_shards, make_mesh, make_shardings
 from dit_video.distributed.checks import check_denoiser
-from dit_video.distributed.mesh import resolve_mesh
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.nn.attention import check_platform
-from dit_video.nn.parallel import ONE_DEVICE, Parallelism
+from dit_video.nn.partitioner import ONE_DEVICE, Partitioner
 from dit_video.sampling.program import put_on_devices
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid
@@ -33,25 +32,25 @@ class PipelineDevices(NamedTuple):
     """The devices that sample together: those of a mesh, or the default one."""
 
     mesh: Mesh | None = None
-    parallel: Parallelism = ONE_DEVICE
-    """Parallelism that the denoiser is made with."""
+    partitioner: Partitioner = ONE_DEVICE
+    """Attention and sharding of weights that the denoiser is made with."""
 
     @staticmethod
-    def from_mesh(mesh: MeshConfig | Mesh | None, backbone: BackboneConfig) -> "PipelineDevices":
-        """Return the devices of a mesh, or of its config.
+    def make(parallel: Parallelism | None, backbone: BackboneConfig) -> "PipelineDevices":
+        """Return the devices that share the work, or the default one.
 
         Raises:
           UserError: If the mesh does not fit the devices, its axes do not divide the denoiser's heads and widths, or
             the devices lack the kernels of the attention.
         """
-        if mesh is None:
+        if parallel is None:
             check_platform(backbone.attention, ONE_DEVICE.platform)
             return PipelineDevices()
-        devices, method = resolve_mesh(mesh)
+        mesh = make_mesh(parallel)
+        partitioner = MeshPartitioner(mesh, parallel.context_attention)
         # Rows and tokens are padded to what the devices divide.
-        rows, tokens = count_row_shards(devices), devices.shape["context"]
-        check_denoiser(devices, backbone, rows=rows, tokens=tokens, context_attention=method)
-        return PipelineDevices(devices, make_parallelism(devices, method))
+        check_denoiser(partitioner, backbone, rows=count_row_shards(mesh), tokens=mesh.shape["context"])
+        return PipelineDevices(mesh, partitioner)
 
     @property
     def local_count(self) -> int:
@@ -124,17 +123,17 @@ class ClipDecoder(NamedTuple):
         return self.codec, min(_BATCH, count)
 
 
-def make_placement(mesh: MeshConfig | Mesh | None, offload: Offload | None = None) -> Placement:
+def make_placement(parallel: Parallelism | None, offload: Offload | None = None) -> Placement:
     """Return the placement of a pipeline's weights while they are read, on devices or in host memory.
 
-    On a mesh the denoiser's are sharded as in training; each process has the autoencoder on its first device.
+    On several devices the denoiser's are sharded as in training; each process has the autoencoder on its first device.
     """
-    devices = None if mesh is None else resolve_mesh(mesh)[0]
+    mesh = None if parallel is None else make_mesh(parallel)
 
     def place(path: str, parameter: Any) -> jax.Array:
         sharding = None
-        if devices is not None and not path.startswith("autoencoder/"):
-            sharding = make_shardings({path: parameter}, devices)[path]
+        if mesh is not None and not path.startswith("autoencoder/"):
+            sharding = make_shardings({path: parameter}, mesh)[path]
         return parameter.to_device(sharding) if offload is None else parameter.to_host_memory(sharding)
 
     return place

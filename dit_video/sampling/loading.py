@@ -4,10 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jax.sharding import Mesh
-
 from dit_video.core.offload import Offload
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.nn import Backend, get_param_shapes
 from dit_video.sampling.devices import make_placement
 from dit_video.sampling.memory import fit_offload
@@ -32,7 +30,7 @@ def load_pipeline(
     *,
     text_encoder: str | Path | None = None,
     get_lora_modules: GetLoraModules = no_lora_modules,
-    mesh: MeshConfig | Mesh | None = None,
+    parallel: Parallelism | None = None,
     attention: Backend | None = None,
     offload: Offload | Literal["auto"] | None = "auto",
 ) -> Pipeline:
@@ -42,32 +40,35 @@ def load_pipeline(
       folder: Folder of the pipeline.
       text_encoder: Folder of its frozen text encoder if it has moved; it is opened at the first prompt.
       get_lora_modules: See `Pipeline`.
-      mesh: Devices that sample together; None for the default one.
+      parallel: Devices that sample together; None for the default one.
       attention: Backend of attention instead of the model's own.
       offload: Weights in host memory; see `dit_video.load`.
 
     Raises:
       MissingError: If the folder does not exist, or holds no pipeline.
       UserError: If the pipeline is of another version, its weights do not fit its config or the memory, the text
-        encoder is not frozen, the mesh does not fit the devices or the denoiser, or the denoiser does not support the
+        encoder is not frozen, `parallel` does not fit the devices or the denoiser, or the denoiser does not support the
         attention or the devices lack its kernels.
     """
     folder = Path(folder)
     config = read_pipeline_config(folder)
     if attention is not None:
         config = replace(config, model=config.model.replace_backbone(attention=attention))
-    resolved = fit_offload(offload, config, mesh=mesh, is_large=mesh is None and config.boundary is not None)
-    place = make_placement(mesh, resolved)
+    is_large = parallel is None and config.boundary is not None
+    resolved = fit_offload(offload, config, parallel=parallel, is_large=is_large)
+    place = make_placement(parallel, resolved)
     pipeline = Pipeline(
         config,
         autoencoder=load_weights(folder / AUTOENCODER, like=get_param_shapes(config.model.autoencoder.make)),
         denoiser=read_denoiser(folder, config, place),
         previous={
-            step.name: load_pipeline(folder / STEPS / step.name, mesh=mesh, attention=attention, offload=offload)
+            step.name: load_pipeline(
+                folder / STEPS / step.name, parallel=parallel, attention=attention, offload=offload
+            )
             for step in config.previous
         },
         get_lora_modules=get_lora_modules,
-        mesh=mesh,
+        parallel=parallel,
         offload=resolved,
     )
     pipeline = add_preview_decoder(pipeline, folder)

@@ -5,15 +5,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.memory import format_bytes
 from dit_video.core.offload import Layers, Offload, Stages, is_stacked_kernel, streams_layers
 from dit_video.core.platform.devices import MemoryLimits, get_default_platform, get_memory_limits
 from dit_video.core.trees import flatten, map_with_path
-from dit_video.distributed import MeshConfig, make_shardings
-from dit_video.distributed.mesh import AnyMesh, resolve_mesh
+from dit_video.distributed import Parallelism, make_mesh, make_shardings
+from dit_video.distributed.mesh import AnyMesh
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_param_shapes
 from dit_video.sampling.pipeline_config import PipelineConfig
@@ -140,7 +139,7 @@ def fit_offload(
     config: PipelineConfig,
     dtype_fn: Callable[[str], Any] | None = None,
     *,
-    mesh: MeshConfig | Mesh | None = None,
+    parallel: Parallelism | None = None,
     is_large: bool,
 ) -> Offload | None:
     """Return where a pipeline's weights are kept, after checking that they fit there, before any is read.
@@ -149,17 +148,18 @@ def fit_offload(
       offload: The user's choice; see `choose_offload`.
       config: Config of the pipeline.
       dtype_fn: Returns the dtype of a parameter of the denoiser; see `make_weight_shapes`.
-      mesh: Devices that sample together; None for one.
+      parallel: Devices that sample together; None for one.
       is_large: See `choose_offload`.
 
     Raises:
       UserError: If the weights do not fit into the memory of the device or the machine.
     """
     limits = get_memory_limits()
-    stages = count_stage_bytes(make_weight_shapes(config, dtype_fn), None if mesh is None else resolve_mesh(mesh)[0])
+    mesh = None if parallel is None else make_mesh(parallel)
+    stages = count_stage_bytes(make_weight_shapes(config, dtype_fn), mesh)
     platform = get_default_platform().name
     chosen = choose_offload(offload, stages, is_large=is_large, platform=platform, device_memory=limits.device)
-    check_weight_memory(stages, chosen, limits, is_sharded=mesh is not None)
+    check_weight_memory(stages, chosen, limits, is_sharded=parallel is not None)
     return chosen
 
 

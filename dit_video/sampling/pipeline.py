@@ -14,7 +14,6 @@ from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Bool, Float32
 
 from dit_video.core.errors import UserError
@@ -25,7 +24,7 @@ from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten, unflatten
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.diffusion import Euler
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.models.autoencoders import Tiles
 from dit_video.models.model_config import ModelConfig
@@ -94,7 +93,7 @@ class Pipeline:
         denoiser: dict[str, Any],
         previous: Mapping[str, "Pipeline"] | None = None,
         get_lora_modules: GetLoraModules = no_lora_modules,
-        mesh: MeshConfig | Mesh | None = None,
+        parallel: Parallelism | None = None,
         offload: Offload | None = None,
     ):
         """Create a pipeline, with its weights on the devices.
@@ -105,16 +104,16 @@ class Pipeline:
           denoiser: Parameters of the denoisers and of the text encoder.
           previous: Pipelines of the config's previous steps, by name.
           get_lora_modules: Names of linear maps in LoRA files of other projects that `load_lora` accepts.
-          mesh: Devices that sample together; None for one device. Arrays that are on its devices stay as they are.
+          parallel: Devices that sample together; None for one device. Arrays that are on its devices stay as they are.
           offload: Weights in host memory; None for weights that stay on the devices.
 
         Raises:
-          UserError: If the previous steps are not the config's, the mesh does not fit the devices or the denoiser, or
+          UserError: If the previous steps are not the config's, `parallel` does not fit the devices or the denoiser, or
             the devices lack the kernels of the attention.
         """
         self.config = config
-        self._mesh, self._offload = mesh, offload
-        self._devices = PipelineDevices.from_mesh(mesh, config.model.backbone)
+        self._parallel, self._offload = parallel, offload
+        self._devices = PipelineDevices.make(parallel, config.model.backbone)
         self._previous = dict(previous or {})
         if set(self._previous) != (names := {step.name for step in config.previous}):
             raise UserError(f"previous={sorted(self._previous)} is invalid: the config has {sorted(names)}. Use these.")
@@ -125,7 +124,7 @@ class Pipeline:
             config,
             self._devices.put(denoiser, offload=offload, mesh=self._devices.mesh),
             open_tokenizer(config.model.text_encoder, offload=offload),
-            parallel=self._devices.parallel,
+            partitioner=self._devices.partitioner,
             mesh=self._devices.mesh,
             offload=offload,
         )
@@ -727,7 +726,7 @@ class Pipeline:
             denoiser=self._weights.params,
             previous=self._previous,
             get_lora_modules=self._get_lora_modules,
-            mesh=self._mesh,
+            parallel=self._parallel,
             offload=self._offload,
         )
         pipeline._set_codec(self.codec)

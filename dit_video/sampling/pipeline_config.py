@@ -16,7 +16,7 @@ from dit_video.data.latents.codec import LatentCodec
 from dit_video.models.encoders import BatchTokenizer, Tokenizer
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_graph_def, get_param_shapes
-from dit_video.nn.parallel import Parallelism
+from dit_video.nn.partitioner import Partitioner
 from dit_video.sampling import Denoiser, Sampling
 from dit_video.sampling.denoiser import list_experts
 from dit_video.sampling.request import GenerationTask, Request, TaskModel
@@ -176,7 +176,7 @@ def make_denoiser(
     params: dict[str, Any],
     tokenizer: Tokenizer | BatchTokenizer,
     *,
-    parallel: Parallelism,
+    partitioner: Partitioner,
     mesh: Mesh | None = None,
     offload: Offload | None = None,
 ) -> Denoiser:
@@ -186,13 +186,13 @@ def make_denoiser(
       config: The pipeline's config.
       params: Parameters of its denoisers and of their text encoder, or their shapes.
       tokenizer: Tokenizer or encoder of prompts.
-      parallel: Parallelism that the denoiser is made with.
+      partitioner: Attention and sharding of weights that the denoiser is made with.
       mesh: Devices that sample together; None for one device.
       offload: Weights in host memory; None for weights that stay on the devices.
     """
     model = config.model
     return Denoiser(
-        backbone=get_graph_def(model.backbone.make, parallel),
+        backbone=get_graph_def(model.backbone.make, partitioner),
         text=get_graph_def(model.text_encoder.make),
         params=params,
         streams_layers=streams_layers(offload, "denoiser"),

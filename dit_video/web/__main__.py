@@ -13,7 +13,7 @@ import tyro
 from dit_video.core.command_line import parse_arguments, parse_memory
 from dit_video.core.errors import MissingError, UserError, script
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
-from dit_video.distributed.mesh import parse_mesh
+from dit_video.distributed.mesh import parse_parallelism
 from dit_video.families.family import Dtype
 from dit_video.loading import find_folder, read_config
 from dit_video.nn.attention import BackendName
@@ -34,7 +34,7 @@ def main(
     text_encoder: Path | None = None,
     dtype: Dtype | None = None,
     attention: BackendName | None = None,
-    mesh: str | None = None,
+    parallel: str | None = None,
     cache: bool = True,
 ) -> None:
     """Serve a page on which a model is sampled, and one that follows its training run.
@@ -58,7 +58,7 @@ def main(
         text_encoder: Folder of the model's frozen text encoder, if it has been moved.
         dtype: Dtype of matrix products of open weights, bfloat16 by default; that of a run is its own.
         attention: Backend of attention instead of the model's own; auto takes the best one for the devices.
-        mesh: Devices that sample together, such as data=2,context=4 for branches of guidance and tokens.
+        parallel: Devices that sample together, such as data=2,context=4 for branches of guidance and tokens.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
     try:
@@ -76,7 +76,7 @@ def main(
     access = AccessRules(is_local=is_local and token is None, token=token if is_local else token or make_token())
     adapters = [AdapterFile.parse(text) for text in lora]
     options: dict[str, Any] = {"text_encoder": text_encoder, "dtype": dtype, "attention": attention}
-    options["mesh"] = None if mesh is None else parse_mesh(mesh)
+    options["parallel"] = None if parallel is None else parse_parallelism(parallel)
     model = None
     if config is not None:
         model = StudioModel(local_folder, config, adapters=adapters, is_run=is_run, options=options)

@@ -8,7 +8,7 @@ Hugging Face (Lightricks/LTX-Video-0.9.5). It is designed for v5p:2x2x4, and has
 """
 
 from dit_video.diffusion import ExponentialShift, RectifiedFlow
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainDenoiser
 from dit_video.models.autoencoders import LtxVaeConfig
 from dit_video.models.backbones.ltx import LtxDitConfig
@@ -42,6 +42,6 @@ EXPERIMENT = Experiment(
         ),
     ),
     sampling=Sampling(steps=50, guidance=3.0),
-    mesh=MeshConfig(data=-1, fsdp=16),
+    parallel=Parallelism(data=-1, fsdp=16),
     save_every=1000,
 )

@@ -7,7 +7,7 @@ These configs have not been trained.
 """
 
 from dit_video.diffusion import RectifiedFlow
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainDenoiser
 from dit_video.models.autoencoders import CausalVaeConfig
 from dit_video.models.backbones.wan import WanDitConfig
@@ -28,7 +28,7 @@ def make_experiment(
     shift: float,
     batch: int,
     learning_rate: float,
-    mesh: MeshConfig,
+    parallel: Parallelism,
 ) -> Experiment:
     """Return an experiment on clips of 81 frames at 16 frames per second.
 
@@ -42,7 +42,7 @@ def make_experiment(
       shift: Shift of the diffusion times towards noise, which grows with the number of tokens.
       batch: Number of rows of a step.
       learning_rate: Peak of the learning rate.
-      mesh: Devices along each axis; `context` divides a row.
+      parallel: Devices along each axis; `context` divides a row.
     """
     return Experiment(
         name=name,
@@ -65,6 +65,6 @@ def make_experiment(
             ),
         ),
         sampling=Sampling(steps=50, guidance=5.0),
-        mesh=mesh,
+        parallel=parallel,
         save_every=1000,
     )

@@ -7,7 +7,7 @@ It is designed for v5p:4x4x8 and v6e:16x16, and has not been trained.
 """
 
 from configs import wan
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.models.backbones.wan import WanDitConfig
 
 EXPERIMENT = wan.make_experiment(
@@ -20,5 +20,5 @@ EXPERIMENT = wan.make_experiment(
     shift=5.0,
     batch=32,
     learning_rate=5e-5,
-    mesh=MeshConfig(data=1, fsdp=-1, context=8),
+    parallel=Parallelism(data=1, fsdp=-1, context=8),
 )

@@ -7,7 +7,7 @@ It is designed for v5p:4x4x4 and v6e:8x8, and has not been trained.
 """
 
 from configs import wan
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.models.backbones.wan import WanDitConfig
 
 EXPERIMENT = wan.make_experiment(
@@ -20,5 +20,5 @@ EXPERIMENT = wan.make_experiment(
     shift=3.0,
     batch=16,
     learning_rate=1e-4,
-    mesh=MeshConfig(data=-1, fsdp=16, context=4),
+    parallel=Parallelism(data=-1, fsdp=16, context=4),
 )

@@ -5,7 +5,7 @@
 #
 # All arguments are passed to experiments/train.py, or to another script: SCRIPT=experiments/finetune.py sbatch ….
 # The run's folder must be on a file system that all nodes share.
-# The config sets the size of the mesh (`--mesh.fsdp 8`); -1 stands for the remaining devices.
+# The config sets the size of the mesh (`--parallel.fsdp 8`); -1 stands for the remaining devices.
 #SBATCH --job-name=dit-video
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -10,7 +10,7 @@
 # On maintenance and preemption the hosts receive SIGTERM: the training saves and exits with code 0. Set in the
 # environment:
 #   TYPE, RUNTIME   type of a slice and its software, v5litepod-16 and v2-alpha-tpuv5-lite by default
-#   SLICES          number of slices, 1 by default; with more, --mesh.data must be a multiple of it
+#   SLICES          number of slices, 1 by default; with more, --parallel.data must be a multiple of it
 #   RESERVE         --spot (the default), --reserved or --guaranteed
 #   SETUP           a command that brings this project to ~/dit_video and mounts what the hosts share, such as
 #                   "git clone REPOSITORY dit_video; cd dit_video && pip install -e '.[tpu,gcs]' -c constraints.txt"

@@ -7,7 +7,7 @@
 # arguments after IMAGE are those of experiments/train.py, or of SCRIPT=experiments/finetune.py. Set in the environment:
 #   WORKLOAD    name of the workload, dit-video by default
 #   TPU_TYPE    type of a slice, v5litepod-16 by default
-#   SLICES      number of slices, 1 by default; with more, --mesh.data must be a multiple of it
+#   SLICES      number of slices, 1 by default; with more, --parallel.data must be a multiple of it
 #   STORAGE     name of a storage of the cluster (`xpk storage attach`) that is mounted at /runs
 #   XPK         options of XPK, such as "--dry-run --project=PROJECT --zone=ZONE"
 set -euo pipefail

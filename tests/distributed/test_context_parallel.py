@@ -12,11 +12,20 @@ from jax.sharding import PartitionSpec as P
 
 from dit_video.core import trees
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, ShardingRules, check_denoiser, make_parallelism, make_shardings
+from dit_video.distributed import (
+    MeshPartitioner,
+    Parallelism,
+    ShardingRules,
+    check_denoiser,
+    make_abstract_partitioner,
+    make_mesh,
+    make_partitioner,
+    make_shardings,
+)
 from dit_video.distributed.sharding import DEFAULT_RULES, FUSED_MAPS
 from dit_video.models.backbones.dit import DitConfig, JointAttention, TemporalLayers
 from dit_video.models.backbones.wan import WanDitConfig
-from dit_video.nn import Linear, get_graph_def, get_param_shapes
+from dit_video.nn import ONE_DEVICE, Linear, get_param_shapes
 from dit_video.nn.attention import AttentionInputs, Full, SlidingWindow, SpaceOnly
 from dit_video.nn.attention.chunked import attend_part, compute_part_gradients
 from dit_video.nn.attention.dense import DenseAttention
@@ -166,14 +175,14 @@ SIZE = {"channels": 1, "context_width": 8, "width": 64, "heads": 8}
 def test_a_batch_or_model_that_does_not_fit_a_mesh_is_refused_with_values_that_fit(fields, batch, way, message):
     backbone = DitConfig(**{"channels": 1, "context_width": 8, "width": 64, "heads": 8} | fields)
     with pytest.raises(UserError, match=message):
-        check_denoiser(MESH, backbone, **FITS | batch, context_attention=way)
+        check_denoiser(MeshPartitioner(MESH, way), backbone, **FITS | batch)
 
 
 def test_a_batch_and_model_that_fit_a_mesh_are_accepted():
     backbone = DitConfig(channels=1, context_width=8, width=64, heads=8, pattern=SlidingWindow(radius=(1, None, None)))
-    check_denoiser(MESH, backbone, **FITS, context_attention="ring")
+    check_denoiser(MeshPartitioner(MESH, "ring"), backbone, **FITS)
     wan = WanDitConfig(width=128, mlp_dim=64, heads=16)
-    check_denoiser(MESH, wan, **FITS, context_attention="ulysses")
+    check_denoiser(MeshPartitioner(MESH, "ulysses"), wan, **FITS)
 
 
 def test_heads_and_hidden_widths_are_split_over_tensor_as_are_their_moments():
@@ -207,7 +216,7 @@ def test_heads_and_hidden_widths_are_split_over_tensor_as_are_their_moments():
     ids=["cross", "joint", "wan"],
 )
 def test_layers_are_made_with_the_sharding_that_the_rules_give_their_weights(backbone):
-    model = nnx.eval_shape(lambda: backbone.make(nnx.Rngs(0), make_parallelism(MESH)))
+    model = nnx.eval_shape(lambda: backbone.make(nnx.Rngs(0), MeshPartitioner(MESH, "ulysses")))
     layers = {"/".join(map(str, path)): part for path, part in nnx.iter_modules(model) if isinstance(part, Linear)}
     assert len(layers) > 10
     for path, layer in layers.items():
@@ -220,20 +229,33 @@ def test_layers_are_made_with_the_sharding_that_the_rules_give_their_weights(bac
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1, 1), (1, 2, 1, 4), (2, 1, 1, 4)])
 def test_layers_gather_weights_where_fsdp_or_context_shards_them(sizes):
-    mesh = jax.sharding.AbstractMesh(sizes, MESH.axis_names)
-    layer = nnx.eval_shape(lambda: Linear(8, 8, parallel=make_parallelism(mesh), rngs=nnx.Rngs(0)))
+    partitioner = MeshPartitioner(jax.sharding.AbstractMesh(sizes, MESH.axis_names), "ulysses")
+    layer = nnx.eval_shape(lambda: Linear(8, 8, partitioner=partitioner, rngs=nnx.Rngs(0)))
     assert layer.weight_constraint.spec == P()
 
 
 @pytest.mark.parametrize("sizes", [(4, 1, 1, 1), (1, 1, 4, 1)])
 def test_layers_use_weights_as_they_are_where_neither_fsdp_nor_context_shards_them(sizes):
-    mesh = jax.sharding.AbstractMesh(sizes, MESH.axis_names)
-    layer = nnx.eval_shape(lambda: Linear(8, 8, parallel=make_parallelism(mesh), rngs=nnx.Rngs(0)))
+    partitioner = MeshPartitioner(jax.sharding.AbstractMesh(sizes, MESH.axis_names), "ulysses")
+    layer = nnx.eval_shape(lambda: Linear(8, 8, partitioner=partitioner, rngs=nnx.Rngs(0)))
     assert layer.weight_constraint is None
 
 
-def test_one_device_computes_with_the_model_as_it_is():
-    backbone = DitConfig(channels=1, context_width=8, width=8, heads=2)
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1, 1), MESH.axis_names)
-    assert get_graph_def(backbone.make, make_parallelism(mesh)) == get_graph_def(backbone.make)
-    assert MeshConfig().context_attention == "ulysses"
+def test_a_mesh_of_one_device_computes_with_the_model_as_it_is():
+    parts = [
+        (
+            partitioner.platform,
+            partitioner.make_attention("auto"),
+            partitioner.make_cross_attention("auto"),
+            partitioner.make_weight_constraint("outputs"),
+            partitioner.make_fused_constraint(),
+        )
+        for partitioner in (ONE_DEVICE, make_partitioner(Parallelism(), jax.devices()[:1]))
+    ]
+    assert parts[0] == parts[1]
+
+
+def test_a_partitioner_has_the_mesh_and_the_method_of_its_parallelism():
+    ring = Parallelism(data=len(jax.devices()), context_attention="ring")
+    assert make_partitioner(ring) == MeshPartitioner(make_mesh(ring), "ring")
+    assert make_abstract_partitioner(Parallelism(data=1, context=4), 4).context_attention == "ulysses"

@@ -5,19 +5,18 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import AXES, MeshConfig, Slices, make_mesh
+from dit_video.distributed import AXES, Parallelism, Slices, make_mesh
 from dit_video.distributed.mesh import (
     _resolve_sizes,
     arrange_hybrid_mesh,
     count_axis_slices,
     describe_slow_axes,
-    parse_mesh,
-    resolve_mesh,
+    parse_parallelism,
 )
 
 
 def test_one_device_makes_a_mesh_in_auto_mode():
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(Parallelism(), jax.devices()[:1])
     assert mesh.axis_names == AXES == ("data", "fsdp", "tensor", "context")
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
@@ -26,11 +25,11 @@ def test_one_device_makes_a_mesh_in_auto_mode():
 @pytest.mark.parametrize(
     ("config", "count", "sizes"),
     [
-        (MeshConfig(), 8, (8, 1, 1, 1)),
-        (MeshConfig(fsdp=2), 8, (4, 2, 1, 1)),
-        (MeshConfig(data=1, fsdp=-1, context=2), 8, (1, 4, 1, 2)),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2, 1)),
-        (MeshConfig(fsdp=8), 8, (1, 8, 1, 1)),
+        (Parallelism(), 8, (8, 1, 1, 1)),
+        (Parallelism(fsdp=2), 8, (4, 2, 1, 1)),
+        (Parallelism(data=1, fsdp=-1, context=2), 8, (1, 4, 1, 2)),
+        (Parallelism(data=2, fsdp=2, tensor=2), 8, (2, 2, 2, 1)),
+        (Parallelism(fsdp=8), 8, (1, 8, 1, 1)),
     ],
 )
 def test_the_free_axis_takes_what_is_left(config, count, sizes):
@@ -40,13 +39,13 @@ def test_the_free_axis_takes_what_is_left(config, count, sizes):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(fsdp=3), r"fsdp=3 does not divide the 8 devices\. Use fsdp=1 or 2 or 4 or 8"),
+        (Parallelism(fsdp=3), r"fsdp=3 does not divide the 8 devices\. Use fsdp=1 or 2 or 4 or 8"),
         (
-            MeshConfig(fsdp=4, context=4),
+            Parallelism(fsdp=4, context=4),
             r"context=4 does not divide the 2 of 8 devices that are left for it\. Use context=1 or 2",
         ),
-        (MeshConfig(data=2, fsdp=2), r"uses 4 of 8 devices\. Use data=4, or -1"),
-        (MeshConfig(data=16), "data=16 does not divide the 8 devices"),
+        (Parallelism(data=2, fsdp=2), r"uses 4 of 8 devices\. Use data=4, or -1"),
+        (Parallelism(data=16), "data=16 does not divide the 8 devices"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_sizes_that_do(config, message):
@@ -56,9 +55,9 @@ def test_a_mesh_that_does_not_fit_is_refused_with_sizes_that_do(config, message)
 
 def test_invalid_sizes_are_refused_in_the_config():
     with pytest.raises(UserError, match="tensor=0 is invalid"):
-        MeshConfig(tensor=0)
+        Parallelism(tensor=0)
     with pytest.raises(UserError, match="data=-1, fsdp=-1 is invalid: only one"):
-        MeshConfig(fsdp=-1)
+        Parallelism(fsdp=-1)
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,18 @@ CHIPS = [Chip(number, number // 4) for number in range(16)]
 """Four slices of four devices."""
 
 
-def get_slice_indices(config: MeshConfig) -> np.ndarray:
+def get_slice_indices(config: Parallelism) -> np.ndarray:
     return np.vectorize(lambda chip: chip.slice_index)(arrange_hybrid_mesh(config, CHIPS))
 
 
 @pytest.mark.parametrize(
     ("config", "along"),
     [
-        (MeshConfig(fsdp=4), (4, 1, 1, 1)),
-        (MeshConfig(data=2, fsdp=4, context=2), (2, 2, 1, 1)),
-        (MeshConfig(data=1, fsdp=2, context=8), (1, 2, 1, 2)),
-        (MeshConfig(data=4, fsdp=4, slices=Slices(fsdp=4)), (1, 4, 1, 1)),
-        (MeshConfig(data=4, fsdp=4, slices=Slices(data=2, fsdp=2)), (2, 2, 1, 1)),
+        (Parallelism(fsdp=4), (4, 1, 1, 1)),
+        (Parallelism(data=2, fsdp=4, context=2), (2, 2, 1, 1)),
+        (Parallelism(data=1, fsdp=2, context=8), (1, 2, 1, 2)),
+        (Parallelism(data=4, fsdp=4, slices=Slices(fsdp=4)), (1, 4, 1, 1)),
+        (Parallelism(data=4, fsdp=4, slices=Slices(data=2, fsdp=2)), (2, 2, 1, 1)),
     ],
 )
 def test_slices_lie_along_the_outer_part_of_the_outermost_axes(config, along):
@@ -102,8 +101,8 @@ def test_slices_lie_along_the_outer_part_of_the_outermost_axes(config, along):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (MeshConfig(data=4, fsdp=4, slices=Slices(data=2)), r"data=2 x .* are 2, there are 4\. Use data=4"),
-        (MeshConfig(data=2, fsdp=8, slices=Slices(data=4)), r"4 slices do not divide data=2 .* multiple of 4"),
+        (Parallelism(data=4, fsdp=4, slices=Slices(data=2)), r"data=2 x .* are 2, there are 4\. Use data=4"),
+        (Parallelism(data=2, fsdp=8, slices=Slices(data=4)), r"4 slices do not divide data=2 .* multiple of 4"),
     ],
 )
 def test_slices_that_do_not_fit_a_mesh_are_refused_with_sizes_that_do(config, message):
@@ -113,15 +112,15 @@ def test_slices_that_do_not_fit_a_mesh_are_refused_with_sizes_that_do(config, me
         Slices(data=0)
     odd = [Chip(number, number // 3) for number in range(9)]
     with pytest.raises(UserError, match=r"9 devices are invalid: .* each of 2 slices"):
-        arrange_hybrid_mesh(MeshConfig(data=1, fsdp=9), [Chip(n, n % 2) for n in range(9)])
-    assert arrange_hybrid_mesh(MeshConfig(fsdp=3), odd).shape == (3, 3, 1, 1)
+        arrange_hybrid_mesh(Parallelism(data=1, fsdp=9), [Chip(n, n % 2) for n in range(9)])
+    assert arrange_hybrid_mesh(Parallelism(fsdp=3), odd).shape == (3, 3, 1, 1)
 
 
 def test_slices_off_the_data_axis_are_warned_of():
-    along_data = count_axis_slices(MeshConfig(data=4, fsdp=4), 16, 4)
+    along_data = count_axis_slices(Parallelism(data=4, fsdp=4), 16, 4)
     assert along_data == {"data": 4, "fsdp": 1, "tensor": 1, "context": 1}
     assert describe_slow_axes(along_data) is None
-    along_two = count_axis_slices(MeshConfig(data=2, fsdp=4, context=2), 16, 4)
+    along_two = count_axis_slices(Parallelism(data=2, fsdp=4, context=2), 16, 4)
     message = describe_slow_axes(along_two)
     assert message is not None
     assert "2 slices lie along fsdp, so weights are gathered over the data centre's network (DCN)" in message
@@ -132,26 +131,17 @@ def test_slices_off_the_data_axis_are_warned_of():
 @pytest.mark.parametrize(
     ("text", "config"),
     [
-        ("fsdp=8,context=4", MeshConfig(fsdp=8, context=4)),
-        ("data=2,context=-1", MeshConfig(data=2, context=-1)),
-        ("fsdp=-1", MeshConfig(data=1, fsdp=-1)),
-        ("", MeshConfig()),
+        ("fsdp=8,context=4", Parallelism(fsdp=8, context=4)),
+        ("data=2,context=-1", Parallelism(data=2, context=-1)),
+        ("fsdp=-1", Parallelism(data=1, fsdp=-1)),
+        ("", Parallelism()),
     ],
 )
 def test_a_mesh_is_read_from_the_command_line(text, config):
-    assert parse_mesh(text) == config
+    assert parse_parallelism(text) == config
 
 
 @pytest.mark.parametrize("text", ["pipeline=2", "data=two", "data"])
 def test_a_mesh_with_unknown_axes_or_sizes_is_refused_on_the_command_line(text):
-    with pytest.raises(UserError, match=rf"--mesh {text} is invalid: .* Use data=1,fsdp=1,tensor=1,context=1"):
-        parse_mesh(text)
-
-
-def test_a_mesh_of_jax_needs_the_axes_of_this_package():
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert resolve_mesh(mesh) == (mesh, "ulysses")
-    ring = MeshConfig(data=len(jax.devices()), context_attention="ring")
-    assert resolve_mesh(ring) == (make_mesh(ring), "ring")
-    with pytest.raises(UserError, match=r"axes x is invalid: it has data, fsdp, tensor, context\. Use .*make_mesh"):
-        resolve_mesh(jax.sharding.Mesh(jax.devices()[:1], ("x",)))
+    with pytest.raises(UserError, match=rf"--parallel {text} is invalid: .* Use data=1,fsdp=1,tensor=1,context=1"):
+        parse_parallelism(text)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings, shard_batch
+from dit_video.distributed import Parallelism, ShardingRules, make_mesh, make_shardings, shard_batch
 from dit_video.distributed.mesh import make_abstract_mesh
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes
@@ -29,7 +29,7 @@ def test_two_processes_give_one_global_batch():
 
 
 def test_one_device_shards_nothing():
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(Parallelism(), jax.devices()[:1])
     leaf = jax.ShapeDtypeStruct((512, 512), np.float32)
     assert make_shardings({"kernel": leaf}, mesh)["kernel"].spec == P()
     batch = (np.ones((3, 2)), {"y": np.zeros(3)})
@@ -38,7 +38,7 @@ def test_one_device_shards_nothing():
 
 
 def make_abstract(**sizes: int) -> jax.sharding.AbstractMesh:
-    return make_abstract_mesh(MeshConfig(**{"data": 1} | sizes), math.prod(sizes.values()))
+    return make_abstract_mesh(Parallelism(**{"data": 1} | sizes), math.prod(sizes.values()))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_every_device_of_context_holds_its_part_of_parameters_moments_and_averag
 
 
 def test_rules_that_cannot_apply_are_refused():
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(Parallelism(), jax.devices()[:1])
     leaf = {"bias": jax.ShapeDtypeStruct((8,), np.float32)}
     with pytest.raises(UserError, match="names model; the mesh has data, fsdp, tensor, context"):
         make_shardings(leaf, mesh, ShardingRules(rules=(("bias", ("model",)),)))

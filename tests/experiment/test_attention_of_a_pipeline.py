@@ -7,7 +7,7 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.nn.attention import SplashBlocks
 from dit_video.sampling.pipeline_config import write_pipeline_config
 from support.tiny_wan import SIZE, write_wan
@@ -24,11 +24,13 @@ def trained_on_tpus(tiny_pipeline, tmp_path):
     return tmp_path / "pipeline"
 
 
-@pytest.mark.parametrize("mesh", [None, pytest.param(MeshConfig(), marks=pytest.mark.slow)], ids=["one device", "mesh"])
-def test_a_kernel_that_the_devices_lack_is_refused_and_replaced(trained_on_tpus, tiny_pipeline, mesh):
+@pytest.mark.parametrize(
+    "parallel", [None, pytest.param(Parallelism(), marks=pytest.mark.slow)], ids=["one device", "mesh"]
+)
+def test_a_kernel_that_the_devices_lack_is_refused_and_replaced(trained_on_tpus, tiny_pipeline, parallel):
     with pytest.raises(UserError, match=r"'splash' is invalid: its kernels are for tpu.*Use attention='auto'"):
-        dit_video.load(trained_on_tpus, mesh=mesh)
-    pipeline = dit_video.load(trained_on_tpus, attention="auto", mesh=mesh)
+        dit_video.load(trained_on_tpus, parallel=parallel)
+    pipeline = dit_video.load(trained_on_tpus, attention="auto", parallel=parallel)
     latents = pipeline.generate("a red circle", **OPTIONS)
     np.testing.assert_allclose(latents, tiny_pipeline.generate("a red circle", **OPTIONS), atol=1e-5)
 

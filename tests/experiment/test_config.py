@@ -7,7 +7,7 @@ import pytest
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.data.windows import WindowConfig
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.experiment import Experiment
 from dit_video.experiment.config_file import load_experiment
 from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, PatchVaeConfig
@@ -126,7 +126,7 @@ def test_windows_that_lpips_cannot_see_are_refused(tiny):
         (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate=0.0"),
         (lambda: OptimizerConfig(warmup=-1), "warmup=-1"),
         (lambda: Sampling(steps=0), "steps=0 is invalid: it must be at least 1"),
-        (lambda: MeshConfig(data=-1, fsdp=-1), "only one axis"),
+        (lambda: Parallelism(data=-1, fsdp=-1), "only one axis"),
     ],
 )
 def test_a_part_that_is_wrong_by_itself_is_refused(make, message):

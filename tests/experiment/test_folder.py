@@ -13,7 +13,7 @@ import dit_video
 from dit_video.core import config_json, registry
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.buckets import BatchMemory, BucketConfig
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import CurriculumStage, Experiment, Stage
 from dit_video.experiment.config import load_experiment
@@ -96,7 +96,7 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
     changed = dataclasses.replace(
         changed,
         data=data,
-        mesh=MeshConfig(data=1, fsdp=4),
+        parallel=Parallelism(data=1, fsdp=4),
         save_every=2,
         log_every=1,
         preemption_grace=20.0,
@@ -107,7 +107,7 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
     assert Run.create(copy, changed).experiment == changed
     said = capsys.readouterr().err
     assert said.startswith("amended: ")
-    assert "mesh.fsdp 1 -> 4" in said
+    assert "parallel.fsdp 1 -> 4" in said
     reopened = Run.open(copy)
     assert reopened.experiment == changed
     (amendment,) = reopened.amendments
@@ -117,8 +117,8 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
     assert paths["denoiser.backbone.attention"] == ("auto", "chunked")
     assert set(paths) == {
         "data.workers",
-        "mesh.data",
-        "mesh.fsdp",
+        "parallel.data",
+        "parallel.fsdp",
         "save_every",
         "log_every",
         "preemption_grace",
@@ -182,7 +182,10 @@ def test_the_mesh_may_not_change_the_size_of_bucket_batches(tiny):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, layout=buckets)
     bucketed = dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser)
-    assert set(tiny.EXPERIMENT.amendable_fields) - set(bucketed.amendable_fields) == {"mesh", "curriculum[].mesh"}
+    assert set(tiny.EXPERIMENT.amendable_fields) - set(bucketed.amendable_fields) == {
+        "parallel",
+        "curriculum[].parallel",
+    }
 
 
 def test_the_steps_of_a_finished_stage_of_the_curriculum_may_not_change(tiny, copy):

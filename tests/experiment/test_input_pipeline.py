@@ -63,7 +63,7 @@ def test_positions_of_rows_count_the_seconds_of_each_clip(tiny, tiny_run):
     timed = dataclasses.replace(denoiser, backbone=dataclasses.replace(denoiser.backbone, time_coordinate="seconds"))
     experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=timed)
     batches = input_pipeline.make_cached_batches(
-        experiment, make_mesh(experiment.mesh), latents, clips, TokenizedCaptions(latents.all_captions, tokenize)
+        experiment, make_mesh(experiment.parallel), latents, clips, TokenizedCaptions(latents.all_captions, tokenize)
     )(0)
     result = {time for _ in range(4) for time in next(batches).positions[..., 0].flat}
     batches.close()

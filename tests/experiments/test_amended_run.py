@@ -15,7 +15,7 @@ from support.devices import HANG, make_environment
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ("--denoiser.batch", "8", "--log-every", "1", "--keep.newest", "10", "--mesh.data", "1")
+OPTIONS = ("--denoiser.batch", "8", "--log-every", "1", "--keep.newest", "10", "--parallel.data", "1")
 
 
 def train(run: Path, clips: Path, *options: str, devices: int) -> str:
@@ -30,15 +30,15 @@ def train(run: Path, clips: Path, *options: str, devices: int) -> str:
 
 def test_half_the_devices_continue_with_the_same_losses(tiny_clips, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert "amended" not in train(whole, tiny_clips, "--mesh.fsdp", "4", "--mesh.context", "2", devices=8)
-    options = ("--mesh.fsdp", "4", "--denoiser.accumulation-steps", "2", "--denoiser.backbone.attention", "chunked")
+    assert "amended" not in train(whole, tiny_clips, "--parallel.fsdp", "4", "--parallel.context", "2", devices=8)
+    options = ("--parallel.fsdp", "4", "--denoiser.accumulation-steps", "2", "--denoiser.backbone.attention", "chunked")
     shutil.copytree(whole, run, symlinks=True)
     shutil.rmtree(run / "pipeline")  # as after a failure between steps 4 and 8
     for step in (8, 10):
         shutil.rmtree(run / "denoiser" / "checkpoints" / str(step))
     said = train(run, tiny_clips, *options, "--save-every", "3", devices=4)
     assert "amended: " in said
-    assert "mesh.context 2 -> 1" in said
+    assert "parallel.context 2 -> 1" in said
     (amendment,) = json.loads((run / "experiment.json").read_text())["amendments"]
     assert amendment["steps"]["denoiser"] == 4
     expected, actual = (read_metrics(each / "denoiser" / "metrics.jsonl") for each in (whole, run))

@@ -167,7 +167,7 @@ def test_the_script_takes_the_arguments_of_every_file(name, tools, parse):
     for (unbuffered, path, *arguments), _ in started:
         assert (unbuffered, path) == ("-u", "experiments/train.py")
         assert parse(path, *arguments).code == 77, parse(path, *arguments).err
-        refused = parse(path, *arguments, "--mesh.pipeline", "2")
+        refused = parse(path, *arguments, "--parallel.pipeline", "2")
         assert refused.code == 2, refused.out
         if name in SHELL:
             assert arguments[: len(TRAINING)] == list(TRAINING)

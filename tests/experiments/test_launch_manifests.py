@@ -92,13 +92,13 @@ def test_the_mesh_has_the_devices_of_the_hosts(name):
     assert job["parallelism"] == job["completions"]
     ((resource, of_a_host),) = container_of(document)["resources"]["limits"].items()
     options = options_of(document)
-    mesh = {key: int(value) for key, value in options.items() if key.startswith("mesh.")}
-    assert math.prod(mesh.values()) == replicated["replicas"] * job["completions"] * of_a_host
+    sizes = {key: int(value) for key, value in options.items() if key.startswith("parallel.")}
+    assert math.prod(sizes.values()) == replicated["replicas"] * job["completions"] * of_a_host
     if resource == "google.com/tpu":
         topology = job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
         assert job["completions"] * of_a_host == math.prod(map(int, topology.split("x")))
     # Slices are the outermost part of the mesh, along `data`.
-    assert mesh.get("mesh.data", 1) % replicated["replicas"] == 0
+    assert sizes.get("parallel.data", 1) % replicated["replicas"] == 0
 
 
 @pytest.mark.parametrize("name", JOBSETS)
@@ -181,7 +181,7 @@ def test_a_skypilot_job_is_recovered_as_other_files_restart():
     assert f"--workdir {volume}/" in task["run"]
     assert get_machine_grace(task["envs"]) < 30
     gpus = task["num_nodes"] * int(task["resources"]["accelerators"].rpartition(":")[2])
-    assert f"--mesh.fsdp {gpus} " in task["run"]
+    assert f"--parallel.fsdp {gpus} " in task["run"]
 
 
 def test_the_manifest_of_ray_has_the_nodes_that_the_job_asks_for():
@@ -194,7 +194,7 @@ def test_the_manifest_of_ray_has_the_nodes_that_the_job_asks_for():
     nodes, gpus = int(line[line.index("--nodes") + 1]), int(line[line.index("--gpus") + 1])
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == nodes
     assert container["resources"]["limits"]["nvidia.com/gpu"] == gpus
-    assert int(line[line.index("--mesh.fsdp") + 1]) == nodes * gpus
+    assert int(line[line.index("--parallel.fsdp") + 1]) == nodes * gpus
     (claim, *_) = group["template"]["spec"]["volumes"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert line[line.index("--workdir") + 1].startswith(mounts[claim["name"]])

@@ -93,7 +93,9 @@ def test_two_processes_fine_tune_adapters_on_a_mesh(tmp_path):
     sizes = ("--max-pixels", 32 * 48, "--max-frames", 5, "--dtype", "float32", "--batch", 2, "--steps", 4)
     options = ("--sampling-steps", 2, "--samples", 2, "--log-every", 1, "--warmup", 1, "--attention", "chunked")
     command = ("experiments/finetune.py", model, "--data", clips, "--workdir", run, *sizes, *options)
-    run_in_two_processes(tmp_path, *command, "--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.context", 2, devices=2)
+    run_in_two_processes(
+        tmp_path, *command, "--parallel.data", 1, "--parallel.fsdp", 2, "--parallel.context", 2, devices=2
+    )
     assert (run / ADAPTER_FILE).is_file()
     assert (run / LORA_FILE).is_file()
     assert len(list((run / "samples").glob("*.mp4"))) == 2
@@ -107,7 +109,7 @@ def test_two_processes_distil_a_student_on_a_mesh(tiny_run, tiny_clips, tmp_path
     run = tmp_path / "student"
     options = ("--steps", 4, "--warmup", 1, "--log-every", 1, "--seeds", 1, "--full", 2, "--remat", "full")
     command = ("experiments/distill.py", tiny_run, "--data", tiny_clips, "--workdir", run, *options)
-    run_in_two_processes(tmp_path, *command, "--mesh.fsdp", 2)
+    run_in_two_processes(tmp_path, *command, "--parallel.fsdp", 2)
     assert len(read_metrics(run / "denoiser" / "metrics.jsonl")) == 4
     assert (run / "few_steps.json").is_file()
     pipeline = dit_video.load(run)

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from dit_video.distributed.context_parallel import GatheredWeight
 from dit_video.nn import (
     AttentionInputs,
@@ -128,7 +128,7 @@ def make_precise_parts(monkeypatch, *, adapted=False, constrained=False, precisi
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     layer, draw = rough(64, 8, precision=precision), np.random.default_rng(0)
     if constrained:
-        layer.weight_constraint = GatheredWeight(make_mesh(MeshConfig(), jax.devices()[:1]), PartitionSpec())
+        layer.weight_constraint = GatheredWeight(make_mesh(Parallelism(), jax.devices()[:1]), PartitionSpec())
     graph, params = nnx.graphdef(layer), nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     if adapted:
         factors = {"a": draw.normal(size=(64, 2)), "b": draw.normal(size=(2, 8)), "scale": np.ones(())}

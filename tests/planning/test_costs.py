@@ -1,7 +1,9 @@
 import dataclasses
+import math
 
 import pytest
 
+from dit_video.distributed import Parallelism, make_abstract_partitioner
 from dit_video.models.backbones.dit import DitConfig, JointAttention
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.planning import (
@@ -145,20 +147,26 @@ TRAINING = StepSpec(
 LARGE_MESH = {"data": 2, "fsdp": 4, "tensor": 2, "context": 8}
 
 
+def partition(context_attention, **sizes):
+    """Return the partitioner of a large mesh of devices that do not exist, with other sizes of some axes."""
+    parallel = Parallelism(**LARGE_MESH | sizes, context_attention=context_attention)
+    return make_abstract_partitioner(parallel, math.prod((LARGE_MESH | sizes).values()))
+
+
 @pytest.mark.parametrize(("remat", "times"), [("full", 2), ("none", 1)])
 def test_weights_move_for_every_forward_pass_and_gradients_once(remat, times):
-    result = compute_min_collective_bytes(TRAINING.resize(8, remat), 1000, LARGE_MESH, "ulysses")["weights"]
+    result = compute_min_collective_bytes(TRAINING.resize(8, remat), 1000, partition("ulysses"))["weights"]
     assert result == 31 / 32 * 1000 / 2 * (2 * times + 4)
 
 
 def test_weights_move_over_context_where_fsdp_has_one_device():
-    mesh = {"data": 2, "fsdp": 1, "tensor": 1, "context": 8}
-    assert compute_min_collective_bytes(TRAINING, 1000, mesh, "ring")["weights"] == 7 / 8 * 1000 * (2 + 4)
+    partitioner = partition("ring", fsdp=1, tensor=1)
+    assert compute_min_collective_bytes(TRAINING, 1000, partitioner)["weights"] == 7 / 8 * 1000 * (2 + 4)
 
 
 def test_gradients_of_maps_of_a_context_move_over_fsdp_alone_a_part_to_each_device_of_context():
     bounds = [
-        compute_min_collective_bytes(TRAINING, 1000, LARGE_MESH, "ulysses", context_weights=size)["weights"]
+        compute_min_collective_bytes(TRAINING, 1000, partition("ulysses"), context_weights=size)["weights"]
         for size in (0, 400)
     ]
     assert bounds[0] - bounds[1] == pytest.approx(4 * 400 / 2 * (31 / 32 - 3 / 4 / 8))
@@ -175,13 +183,13 @@ def test_gradients_of_maps_of_a_context_move_over_fsdp_alone_a_part_to_each_devi
 )
 def test_attention_over_context_moves_the_minimum_of_tokens(way, remat, of_a_value):
     values = 3 * (8 * 1024 // (2 * 4 * 8)) * 64 // 2
-    assert compute_min_collective_bytes(TRAINING.resize(8, remat), 1000, LARGE_MESH, way)["attention"] == pytest.approx(
+    assert compute_min_collective_bytes(TRAINING.resize(8, remat), 1000, partition(way))["attention"] == pytest.approx(
         values * of_a_value
     )
 
 
 def test_axes_of_size_one_move_nothing():
-    assert compute_min_collective_bytes(TRAINING, 1000, {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}, "ring") == {}
+    assert compute_min_collective_bytes(TRAINING, 1000, partition("ring", fsdp=1, tensor=1, context=1)) == {}
 
 
 def test_collectives_over_fsdp_and_context_are_those_of_weights_except_exchanges_of_tokens():

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.experiment import AllWeights, LoraAdapters
 from dit_video.planning import Topology
 from dit_video.planning.fit import apply_settings, fit, list_settings
@@ -29,7 +29,7 @@ def training(tiny):
         optimizer=OptimizerConfig(warmup=1),
         averages=EmaConfig(decays=(0.5,)),
     )
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, mesh=MeshConfig(data=2))
+    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, parallel=Parallelism(data=2))
     return experiment.replace_backbone(width=128, layers=4, rotary="even")
 
 
@@ -72,8 +72,8 @@ def test_only_options_that_the_experiment_has_are_tried(training):
     names = set(list_settings(training, "denoiser", 2))
     backbone = {"denoiser.backbone.remat", "denoiser.backbone.dtype"}
     trained = {"denoiser.accumulation_steps", "denoiser.optimizer.kind", "denoiser.averages"}
-    assert names == {"--mesh", "--rows"} | backbone | trained
-    sampler = {"--mesh", "--rows", "denoiser.backbone.dtype", "sampling.branch_evaluation"}
+    assert names == {"--parallel", "--rows"} | backbone | trained
+    sampler = {"--parallel", "--rows", "denoiser.backbone.dtype", "sampling.branch_evaluation"}
     assert set(list_settings(training, "sampler", 2)) == sampler
     changed = dataclasses.replace(
         training.denoiser,
@@ -84,7 +84,7 @@ def test_only_options_that_the_experiment_has_are_tried(training):
     )
     changed = dataclasses.replace(training, denoiser=changed).replace_backbone(dtype="bfloat16")
     settings = list_settings(changed, "denoiser", 1)
-    assert set(settings) == {"--mesh", "denoiser.backbone.remat", "denoiser.train"}
+    assert set(settings) == {"--parallel", "denoiser.backbone.remat", "denoiser.train"}
     (adapters,) = settings["denoiser.train"]
     assert isinstance(adapters.apply(changed).denoiser.train, LoraAdapters)
     assert not adapters.keeps_result
@@ -93,7 +93,7 @@ def test_only_options_that_the_experiment_has_are_tried(training):
 def test_settings_are_printed_as_options_of_the_command(training):
     settings = list_settings(training, "denoiser", 2)
     printed = {str(setting) for each in settings.values() for setting in each}
-    expected = {"--mesh fsdp=2", "--rows 2", "--set denoiser.backbone.remat=full"}
+    expected = {"--parallel fsdp=2", "--rows 2", "--set denoiser.backbone.remat=full"}
     expected |= {"--set denoiser.accumulation_steps=2", "--set denoiser.optimizer.kind=adafactor"}
     assert expected <= printed
 
@@ -128,10 +128,10 @@ def test_what_cannot_fit_at_all_is_said_with_the_least_that_it_needs(training):
 
 
 def test_a_mesh_for_other_devices_is_replaced(training):
-    experiment = dataclasses.replace(training, mesh=MeshConfig(data=1, fsdp=64))
+    experiment = dataclasses.replace(training, parallel=Parallelism(data=1, fsdp=64))
     result = fit(experiment, GPUS, 60 * 2**30)
     assert result.configured is None
-    assert [get_options(each) for each in result.fitting] == [{"--mesh"}]
+    assert [get_options(each) for each in result.fitting] == [{"--parallel"}]
     assert "as configured: the mesh is for other devices" in str(result)
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
-from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.distributed.mesh import make_abstract_mesh
+from dit_video.distributed import Parallelism, make_abstract_partitioner, make_partitioner
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective
 from dit_video.models.backbones.flops import count_forward_flops
@@ -40,8 +39,8 @@ def eight_rows(two_rows):
 
 
 def test_absent_hardware_is_planned_analytically(eight_rows):
-    mesh = MeshConfig(fsdp=2)
-    plan = plan_experiment(eight_rows, GPUS, mesh=mesh, steps=3600, price=2.0)
+    experiment = dataclasses.replace(eight_rows, parallel=Parallelism(fsdp=2))
+    plan = plan_experiment(experiment, GPUS, steps=3600, price=2.0)
     assert (plan.method, plan.fits, plan.devices, plan.rows) == ("analytic", True, 8, 8)
     assert plan.mesh == {"data": 4, "fsdp": 2, "tensor": 1, "context": 1}
     memory = plan.memory
@@ -66,7 +65,9 @@ def test_a_unet_on_canvases_is_planned(two_rows):
     experiment = dataclasses.replace(two_rows, denoiser=denoiser)
     clips = fill_row(experiment)
     assert sum(clips) <= canvas.tokens
-    plans = [plan_step(experiment, part, make_mesh(MeshConfig()), clips=clips) for part in ("denoiser", "sampler")]
+    plans = [
+        plan_step(experiment, part, make_partitioner(Parallelism()), clips=clips) for part in ("denoiser", "sampler")
+    ]
     assert plans[0].model_flops == 3 * plans[0].costs.forward_flops > 0
     for plan in plans:
         assert any(leaf.shape == (2, 144, 4) for leaf in jax.tree.leaves(plan.arguments))  # the tokens
@@ -106,7 +107,7 @@ def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(t
     context = {"texts": [text] * 2, "images": [VISION.tokens] * 2}
     forward = count_forward_flops(backbone, [rows.tokens // 2] * 2, **context)
     assert plan.model_flops == passes * forward * experiment.denoiser.batch
-    compiled = plan_step(experiment, "denoiser", make_mesh(MeshConfig()), clips=[rows.tokens])
+    compiled = plan_step(experiment, "denoiser", make_partitioner(Parallelism()), clips=[rows.tokens])
     batch = compiled.arguments[1]
     assert batch.fields["cond_latents"].shape == batch.tokens.shape
     assert batch.fields["image_tokens"].shape[1:] == (rows.segments * VISION.tokens, VISION.width)
@@ -124,7 +125,7 @@ def test_a_model_with_control_is_planned(tmp_path, part):
     config = experiment.denoiser
     forward = count_forward_flops(config.backbone, [config.row_shape.tokens], [config.text.max_tokens])
     assert plan.model_flops == forward * (2 if part == "denoiser" else 4)  # adapters; two steps of two branches
-    compiled = plan_step(experiment, part, make_mesh(MeshConfig()), clips=[config.row_shape.tokens])
+    compiled = plan_step(experiment, part, make_partitioner(Parallelism()), clips=[config.row_shape.tokens])
     batch = compiled.arguments[1] if part == "denoiser" else compiled.arguments.batch.branches[0]
     assert batch.fields["control"].shape[1:] == (config.row_shape.tokens, config.backbone.control_width)
     if part == "sampler":
@@ -144,21 +145,21 @@ def test_the_sampler_is_planned_too(eight_rows):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "says"),
+    ("parallel", "says"),
     [
-        (MeshConfig(data=3), "data=3 does not divide the 8 devices"),
-        (MeshConfig(data=4, tensor=2), None),
-        (MeshConfig(data=1, tensor=8), "2 heads, which tensor=8"),
-        (MeshConfig(data=1, context=8), "12 tokens, which context=8"),
-        (MeshConfig(data=8), "2 rows, which data x fsdp=8"),
+        (Parallelism(data=3), "data=3 does not divide the 8 devices"),
+        (Parallelism(data=4, tensor=2), None),
+        (Parallelism(data=1, tensor=8), "2 heads, which tensor=8"),
+        (Parallelism(data=1, context=8), "12 tokens, which context=8"),
+        (Parallelism(data=8), "2 rows, which data x fsdp=8"),
     ],
 )
-def test_meshes_that_do_not_divide_the_model_or_batch_are_refused(mesh, says, eight_rows, two_rows):
+def test_meshes_that_do_not_divide_the_model_or_batch_are_refused(parallel, says, eight_rows, two_rows):
     if says is None:
-        assert plan_experiment(eight_rows, GPUS, mesh=mesh).fits
+        assert plan_experiment(dataclasses.replace(eight_rows, parallel=parallel), GPUS).fits
         return
     with pytest.raises(UserError, match=says):
-        plan_experiment(two_rows, GPUS, mesh=mesh)
+        plan_experiment(dataclasses.replace(two_rows, parallel=parallel), GPUS)
 
 
 def test_the_tokens_of_a_row_are_divided_among_its_clips(two_rows):
@@ -171,9 +172,9 @@ def test_the_tokens_of_a_row_are_divided_among_its_clips(two_rows):
 @pytest.mark.slow
 def test_the_best_of_those_that_fit_is_suggested(two_rows):
     result = list_candidates(two_rows, GPUS)
-    assert len({(one.mesh, one.rows, one.remat) for one in result}) == len(result)
+    assert len({(one.parallel, one.rows, one.remat) for one in result}) == len(result)
     assert {"none", "full"} <= {one.remat for one in result} <= {"none", "full", "attention", "dots_attention"}
-    assert all(one.mesh.tensor <= 2 and one.mesh.context <= 2 for one in result)  # there are two heads
+    assert all(one.parallel.tensor <= 2 and one.parallel.context <= 2 for one in result)  # there are two heads
     reports = []
     best = suggest(two_rows, GPUS, tries=3, report=reports.append)
     assert best.fits
@@ -181,7 +182,7 @@ def test_the_best_of_those_that_fit_is_suggested(two_rows):
     assert best.times is not None
     kept = suggest(two_rows, GPUS, rows=4, tries=1)
     assert kept.rows == 4
-    with pytest.raises(UserError, match=r"part=autoencoder is invalid: .* set --mesh"):
+    with pytest.raises(UserError, match=r"part=autoencoder is invalid: .* set --parallel"):
         suggest(two_rows, GPUS, part="autoencoder")
 
 
@@ -204,10 +205,10 @@ def test_a_discriminator_adds_to_the_plan_of_an_autoencoder(two_rows):
     loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=1, start_step=1))
     autoencoder = dataclasses.replace(two_rows.autoencoder, loss=loss)
     experiment = dataclasses.replace(two_rows, autoencoder=autoencoder)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    alone, both = (plan_step(each, "autoencoder", mesh, clips=[]) for each in (two_rows, experiment))
+    partitioner = make_partitioner(Parallelism(), jax.devices()[:1])
+    alone, both = (plan_step(each, "autoencoder", partitioner, clips=[]) for each in (two_rows, experiment))
     assert both.model_flops > alone.model_flops > 0
-    compiled = compile_step(both.step, both.arguments, mesh)
+    compiled = compile_step(both.step, both.arguments, partitioner.mesh)
     assert compiled.memory.parameters == 4 * count_values(both.arguments[0].model.params) + 4 * count_values(
         both.arguments[0].discriminator.params
     )
@@ -216,8 +217,8 @@ def test_a_discriminator_adds_to_the_plan_of_an_autoencoder(two_rows):
 def test_a_sampler_splits_tokens_over_the_context_axis_and_keeps_texts_whole(eight_rows):
     rows = dataclasses.replace(eight_rows.denoiser.row_shape, tokens=16, text=256)
     experiment = dataclasses.replace(eight_rows, denoiser=dataclasses.replace(eight_rows.denoiser, layout=rows))
-    mesh = make_abstract_mesh(MeshConfig(data=1, context=2), 2)
-    _, state, batch, *_ = plan_step(experiment, "sampler", mesh, clips=[16]).arguments
+    partitioner = make_abstract_partitioner(Parallelism(data=1, context=2), 2)
+    _, state, batch, *_ = plan_step(experiment, "sampler", partitioner, clips=[16]).arguments
     split = {path: leaf.sharding.spec for path, leaf in flatten((state, batch)).items() if leaf.ndim > 1}
     along = {path.split("/")[-1] for path, spec in split.items() if "context" in spec}
     assert along == {"x", "tokens", "segments", "positions"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.experiment import PretrainedAutoencoder
 from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import IdentityConfig
@@ -39,7 +39,7 @@ def run_in_pixels(tiny, tiny_clips, tmp_path) -> Path:
             batch=4,
             optimizer=OptimizerConfig(warmup=2),
         ),
-        mesh=MeshConfig(data=1, fsdp=2, context=2),
+        parallel=Parallelism(data=1, fsdp=2, context=2),
     )
     Run.create(tmp_path / "run", experiment).take(tiny_clips)
     return tmp_path / "run"

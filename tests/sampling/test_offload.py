@@ -189,7 +189,7 @@ def test_too_little_memory_of_decoding_is_said_before_sampling(folder, program_c
 
 
 def test_a_placement_beside_offload_is_refused(folder):
-    with pytest.raises(UserError, match="place is invalid beside mesh or offload"):
+    with pytest.raises(UserError, match="place is invalid beside parallel or offload"):
         dit_video.load(folder, offload=Stages(), place=lambda path, parameter: parameter.to_host())
 
 

@@ -17,7 +17,7 @@ from dit_video.diffusion import (
     Velocity,
     ZeroStarGuidance,
 )
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.distributed.mesh import make_abstract_mesh
 from dit_video.nn import get_graph_def
 from dit_video.sampling import (
@@ -215,7 +215,7 @@ def test_branches_side_by_side_have_room_for_their_texts():
     ],
 )
 def test_rows_are_as_many_as_devices_share_all_that_is_evaluated(sizes, guidance, multiples):
-    mesh = make_abstract_mesh(MeshConfig(**sizes), 8)
+    mesh = make_abstract_mesh(Parallelism(**sizes), 8)
     assert compute_row_multiples(mesh, guidance, is_batched=True) == multiples
     assert compute_row_multiples(None, guidance, is_batched=True) == RowMultiples(1, 1)
     assert compute_row_multiples(mesh, guidance, is_batched=False).separate == sizes["data"] * sizes.get("fsdp", 1)

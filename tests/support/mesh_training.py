@@ -9,10 +9,9 @@ import optax
 from dit_video.core import trees
 from dit_video.diffusion import FlowMatching
 from dit_video.distributed import (
-    MeshConfig,
+    Parallelism,
     ShardingRules,
-    make_mesh,
-    make_parallelism,
+    make_partitioner,
     make_shardings,
     shard_batch,
 )
@@ -61,15 +60,16 @@ def make_test_optimizer(name: str) -> optax.GradientTransformation:
     return make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup=0), steps=10)
 
 
-def begin(mesh_config: MeshConfig, backbone=DIT, *, optimizer: str, devices=None, lora: LoraConfig | None = None):
+def begin(parallel: Parallelism, backbone=DIT, *, optimizer: str, devices=None, lora: LoraConfig | None = None):
     """Return a mesh, a state of random parameters on it, the step and its constants.
 
     The constants are the parameters if an adapter is trained.
     """
-    mesh = make_mesh(mesh_config, devices)
+    partitioner = make_partitioner(parallel, devices)
+    mesh = partitioner.mesh
     transformation = make_test_optimizer(optimizer)
     loss = DenoiserLoss(
-        backbone=get_graph_def(backbone.make, make_parallelism(mesh, mesh_config.context_attention)),
+        backbone=get_graph_def(backbone.make, partitioner),
         text=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.2,
@@ -99,22 +99,22 @@ def make_random_factors(params, lora: LoraConfig):
     return jax.tree.map(lambda leaf: 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), factors)
 
 
-def read_collectives(mesh_config: MeshConfig, backbone, *, lora: LoraConfig | None = None):
+def read_collectives(parallel: Parallelism, backbone, *, lora: LoraConfig | None = None):
     """Return the collectives of a step that is compiled with the layout of TPUs, and the number of its parameters."""
     jax.default_backend = lambda: "tpu"
-    mesh, state, step, frozen = begin(mesh_config, backbone, optimizer="adamw", lora=lora)
+    mesh, state, step, frozen = begin(parallel, backbone, optimizer="adamw", lora=lora)
     program, constants = (step.get_program(state), ((),)) if isinstance(step, JittedStep) else (step, frozen)
     compiled = program.lower(state, shard_batch(make_rows(0), mesh), *constants).compile()
     return read_program(compiled.as_text(), dict(mesh.shape)).collectives, trees.count_values((state.params, frozen))
 
 
-def train(mesh_config: MeshConfig, backbone=DIT, *, optimizer: str, devices=None, steps: int = STEPS, lora=None):
+def train(parallel: Parallelism, backbone=DIT, *, optimizer: str, devices=None, steps: int = STEPS, lora=None):
     """Train for some steps from random parameters.
 
     Returns:
       The losses and gradient norms, the parameters after the last step, and the number of arrays that are split.
     """
-    mesh, state, step, frozen = begin(mesh_config, backbone, optimizer=optimizer, devices=devices, lora=lora)
+    mesh, state, step, frozen = begin(parallel, backbone, optimizer=optimizer, devices=devices, lora=lora)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
     metrics, compiled = [], None
     for number in range(steps):

@@ -9,7 +9,7 @@ import numpy as np
 from dit_video.core.offload import Offload
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.diffusion import RectifiedFlow
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
@@ -37,7 +37,7 @@ def make_pipeline(
     config: PipelineConfig = CONFIG,
     *,
     dtype: str = "float32",
-    mesh: MeshConfig | None = None,
+    parallel: Parallelism | None = None,
     offload: Offload | None = None,
 ) -> Pipeline:
     """Return a pipeline with random weights, the same ones each time, in arrays of its own.
@@ -52,7 +52,11 @@ def make_pipeline(
         lambda path, leaf: np.array(leaf, jnp.dtype(dtype) if path.endswith("kernel") else np.float32), denoiser
     )
     return Pipeline(
-        config, autoencoder=make_random_params(config.autoencoder.make), denoiser=denoiser, mesh=mesh, offload=offload
+        config,
+        autoencoder=make_random_params(config.autoencoder.make),
+        denoiser=denoiser,
+        parallel=parallel,
+        offload=offload,
     )
 
 

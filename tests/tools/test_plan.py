@@ -12,7 +12,7 @@ TOOL, CONFIG = "tools/plan.py", "tests/support/tiny.py"
 
 def test_the_command_prints_a_plan_and_writes_its_document(tmp_path, script):
     target = tmp_path / "plan.json"
-    more = ("--rows", 8, "--mesh", "fsdp=2", "--steps", 100, "--price", 3, "--json", target)
+    more = ("--rows", 8, "--parallel", "fsdp=2", "--steps", 100, "--price", 3, "--json", target)
     done = script(TOOL, CONFIG, "--topology", "h200:8", *more)
     assert done.code == 0, done.err
     assert "tiny: denoiser" in done.out
@@ -38,10 +38,10 @@ def test_the_command_searches_for_a_mesh_that_fits(script):
         (("tests/experiments/none.py", "--topology", "h100:8"), "none.py does not exist; use"),
         ((CONFIG, "--topology", "v9:8"), "Use one of v4, v5e, v5p, v6e, v7x, a100, h100, h200, b200"),
         ((CONFIG, "--topology", "v5e:4x4x4"), "Use a shape such as v5e:4x4"),
-        ((CONFIG, "--topology", "h100:8", "--mesh", "fsdp=3"), "fsdp=3 does not divide the 8 devices"),
-        ((CONFIG, "--topology", "h100:8", "--mesh", "pipeline=2"), "pipeline=2 is invalid: it must be AXIS=SIZE"),
+        ((CONFIG, "--topology", "h100:8", "--parallel", "fsdp=3"), "fsdp=3 does not divide the 8 devices"),
+        ((CONFIG, "--topology", "h100:8", "--parallel", "pipeline=2"), "pipeline=2 is invalid: it must be AXIS=SIZE"),
         ((CONFIG, "--topology", "h100:8", "--steps", "0"), "at least 1"),
-        ((CONFIG, "--topology", "h100:8", "--suggest", "--mesh", "fsdp=2"), "drop one of them"),
+        ((CONFIG, "--topology", "h100:8", "--suggest", "--parallel", "fsdp=2"), "drop one of them"),
         ((CONFIG, "--topology", "h100:8", "--suggest", "--fit", "24GiB"), "drop one of them"),
         ((CONFIG, "--topology", "h100:8", "--fit", "24"), "'24' is invalid: it must be a positive number with one of"),
         ((CONFIG, "--topology", "h100:8", "--fit", "200GiB"), "a device of h100:8 has 67.06 GiB. Use 68664MiB or less"),
@@ -155,7 +155,7 @@ def test_the_command_compiles_for_an_absent_tpu(tmp_path, script):
     pytest.importorskip("libtpu")
     target = tmp_path / "plan.json"
     model = ("--set", "denoiser.backbone.width=256", "--set", "denoiser.backbone.attention='splash'", "--rows", 4)
-    more = (*model, "--set", "denoiser.backbone.remat='full'", "--json", target, "--mesh", "fsdp=4")
+    more = (*model, "--set", "denoiser.backbone.remat='full'", "--json", target, "--parallel", "fsdp=4")
     done = script(TOOL, CONFIG, "--topology", "v5e:2x2", *more)
     assert done.code == 0, done.err
     assert "compiled in" in done.out

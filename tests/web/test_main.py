@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from dit_video.apps import server
 from dit_video.core.errors import MissingError, UserError
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.web import __main__ as command
 from support.tiny_pipeline import make_config, make_pipeline
 
@@ -130,12 +130,12 @@ def test_loading_has_the_options_of_sampling(model, tmp_path, served, monkeypatc
 
     loaded = []
     monkeypatch.setattr(models, "load", lambda folder, **options: loaded.append(options) or make_pipeline(CONFIG))
-    command.main(model, port=0, out=tmp_path, attention="dense", mesh="data=1", cache=False)
+    command.main(model, port=0, out=tmp_path, attention="dense", parallel="data=1", cache=False)
     with TestClient(served[0][0], base_url="http://127.0.0.1"):
         end = time.monotonic() + 60
         while not loaded and time.monotonic() < end:
             time.sleep(0.05)
     assert loaded[0]["attention"] == "dense"
-    assert loaded[0]["mesh"] == MeshConfig(data=1)
-    with pytest.raises(UserError, match="mesh"):
-        command.main(model, port=0, out=tmp_path, mesh="nonsense", cache=False)
+    assert loaded[0]["parallel"] == Parallelism(data=1)
+    with pytest.raises(UserError, match="--parallel nonsense is invalid"):
+        command.main(model, port=0, out=tmp_path, parallel="nonsense", cache=False)

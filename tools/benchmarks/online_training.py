@@ -63,7 +63,7 @@ def measure_online(setting: Setting, setup: TrainingSetup, clips: Path, steps: i
     memory of the process at the end.
     """
     data = replace(setting.data, cache_latents=False, weights=(), clips_per_video=1, resolutions=(), flips=False)
-    mesh = make_mesh(setting.mesh)
+    mesh = make_mesh(setting.parallel)
     rows = replace(setting, data=data).replace_stage("denoiser", buckets=None)
     # As many tokens per step as the rows have, so that both layouts are comparable.
     config = BucketConfig(

@@ -65,7 +65,7 @@ def main() -> None:
             loss=loss, optimizer=make_optimizer(optimizer, steps=_STEPS + optimizer.warmup), ema_decay=0.999
         ),
         config=loop.LoopConfig(steps=_STEPS, save_every=_SAVE_EVERY),
-        mesh=make_mesh(setting.mesh),
+        mesh=make_mesh(setting.parallel),
         hooks=(PeriodicCall(every=1, function=print_step),),
     ).run(lambda start: _RowIterator(setting, start))
 

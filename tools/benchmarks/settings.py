@@ -16,7 +16,7 @@ from dit_video.core.errors import UserError
 from dit_video.data.packing.bin_packing import CanvasPacking
 from dit_video.data.packing.plan import RowStream
 from dit_video.diffusion import RectifiedFlow
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_grid
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.encoders import ByteEncoderConfig
@@ -61,7 +61,7 @@ BUILT_IN = SimpleNamespace(
         batch=8,
         optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99),
     ),
-    mesh=MeshConfig(),
+    parallel=Parallelism(),
 )
 Setting = Any
 """An `Experiment`, or `BUILT_IN`, which has the fields that the benchmarks use."""

@@ -57,7 +57,7 @@ class TrainingSetup(NamedTuple):
 
 def make_training_setup(setting: Setting, init: Callable, loss: Loss, config: OptimizerConfig) -> TrainingSetup:
     """Initialize a model on the mesh."""
-    mesh = make_mesh(setting.mesh)
+    mesh = make_mesh(setting.parallel)
     optimizer = make_optimizer(config, steps=_SCHEDULE_STEPS + config.warmup)
     layout = functools.partial(make_shardings, mesh=mesh)
     random_key = rng.key(0, "benchmark")

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt8
 
 from dit_video.core import pixels
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, make_batch_sharding, make_mesh
+from dit_video.distributed import Parallelism, make_batch_sharding, make_mesh
 from dit_video.models.autoencoders import AutoencoderConfig, latent_grid, merge_sizes
 from dit_video.models.autoencoders.canvas import CANVAS_PIXELS
 from dit_video.nn import get_graph_def
@@ -35,7 +35,7 @@ class CanvasEncoder:
     """
 
     def __init__(self, autoencoder: AutoencoderConfig, params: dict[str, Any], *, canvas_pixels: int = CANVAS_PIXELS):
-        mesh = make_mesh(MeshConfig(), jax.local_devices())
+        mesh = make_mesh(Parallelism(), jax.local_devices())
         self._devices, self._split, self._pixels = mesh.size, make_batch_sharding(mesh), canvas_pixels
         self._graph = get_graph_def(autoencoder.make)
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
 from dit_video.diffusion import Lcm, LogitNormal, TimeDistribution, UniformWeighting, Weighting
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.recipes.finetune import make_data_config, make_row_shape, read_open_parts
@@ -69,7 +69,7 @@ class DistillationOptions:
     """Activations that are kept for the backward pass; the teacher's choice by default, and `full` for open weights."""
     attention: BackendName | None = None
     """Backend of attention; the teacher's by default, where `auto` chooses by platform."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    parallel: Parallelism = field(default_factory=Parallelism)
     """Number of devices along each axis of the mesh, on which the student is trained and sampled."""
     optimizer: Literal["adamw", "muon"] | None = None
     """Optimizer; `adamw` for adapters and `muon` for all weights by default."""
@@ -164,7 +164,7 @@ def make_distillation_experiment(
         ),
         sampling=Sampling(steps=options.sampling_steps, guidance=1.0, solver=Lcm()),
         evaluation=teacher.evaluation,
-        mesh=options.mesh,
+        parallel=options.parallel,
         log_every=options.log_every,
         save_every=options.save_every,
     )

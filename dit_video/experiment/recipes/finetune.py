@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.run import Experiment
@@ -72,7 +72,7 @@ class FineTuningOptions:
     clips."""
     attention: BackendName = "auto"
     """Backend of attention; `auto` chooses by platform."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    parallel: Parallelism = field(default_factory=Parallelism)
     """Number of devices along each axis of the mesh, on which the model is trained and sampled."""
     sampling_steps: int = 50
     guidance: float | None = None
@@ -149,7 +149,7 @@ def make_finetuning_experiment(
             time_schedule=schedule.time_schedule,
         ),
         evaluation=CaptionEvaluation(trained=options.samples, held_out=options.samples),
-        mesh=options.mesh,
+        parallel=options.parallel,
         log_every=options.log_every,
         save_every=options.save_every,
     )

@@ -8,7 +8,7 @@ from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import write_json
 from dit_video.data.captions import CaptionSource
 from dit_video.data.loader import DenoiserBatches
-from dit_video.distributed import count_row_shards, make_parallelism
+from dit_video.distributed import count_row_shards
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.requests import EvaluationClips
 from dit_video.experiment import export, input_pipeline, latents, monitors
@@ -49,7 +49,7 @@ class TrainDenoiser(DenoiserTraining, Stage):
 
     @property
     def amendable_fields(self) -> tuple[str, ...]:
-        return ("accumulation_steps", "data.max_excluded_share", "data.workers", "mesh", "steps")
+        return ("accumulation_steps", "data.max_excluded_share", "data.workers", "parallel", "steps")
 
     def check_config(self, experiment: Experiment) -> None:
         model = self.adapt_model(experiment.get_model())
@@ -129,10 +129,10 @@ class TrainDenoiser(DenoiserTraining, Stage):
             raise UserError(f"batch={self.batch} is not divisible by accumulation_steps={parts}. Use a multiple.")
 
     def adapt_run(self, run: Run) -> Run:
-        """Return the run with the model, the data and the mesh of this stage."""
+        """Return the run with the model, the data and the devices of this stage."""
         model = run.experiment.get_model()
         own = self.adapt_model(model)
-        return run.adapt(model=None if own == model else own, data=self.data, mesh=self.mesh)
+        return run.adapt(model=None if own == model else own, data=self.data, parallel=self.parallel)
 
     def get_start_step(self, run: Run) -> int:
         """Return the number of steps of the stages before this one."""
@@ -211,8 +211,7 @@ class TrainDenoiser(DenoiserTraining, Stage):
 
     def make_loss(self, run: Run, captions: CaptionSource) -> DenoiserLoss:
         """Return the loss, of a run as this stage sees it."""
-        parallel = make_parallelism(run.mesh, run.mesh_config.context_attention)
-        return make_denoiser_loss(self, run.model, parallel, seed=run.seed, empty_caption=captions.empty)
+        return make_denoiser_loss(self, run.model, run.partitioner, seed=run.seed, empty_caption=captions.empty)
 
     def make_trainer(self, run: Run, loss: DenoiserLoss, trained: TrainableDenoiser) -> Trainer:
         """Return the trainer without logs, of a run as this stage sees it."""
@@ -247,7 +246,7 @@ class TrainDenoiser(DenoiserTraining, Stage):
             hooks.append(monitors.make_validation(run, self, loss, trained))
 
         def make_pipeline(ema_params: dict[str, Any]) -> Pipeline:
-            return run.make_pipeline(trained.attach_params(ema_params), mesh=run.sampling_mesh)
+            return run.make_pipeline(trained.attach_params(ema_params), parallel=run.sampling_parallelism)
 
         if monitoring.evaluate_every:
             evaluated = EvaluationClips(run.training_clips, run.held_out_clips, run.limits, linear=lambda: None)
@@ -348,4 +347,4 @@ class TrainDenoiser(DenoiserTraining, Stage):
         else:
             export.save_adapter(folder, backbone, adapter, trained.base_params or {}, expert=expert)
         params = trained.merge_params(ema_params)
-        run.make_pipeline(params, mesh=run.sampling_mesh).save(folder / "pipeline")
+        run.make_pipeline(params, parallel=run.sampling_parallelism).save(folder / "pipeline")

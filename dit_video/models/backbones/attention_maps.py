@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Float32
 from dit_video.core.errors import UserError
 from dit_video.models.backbones.protocol import Backbone
 from dit_video.models.conditioning import Conditioning
-from dit_video.nn import Backend, Parallelism
+from dit_video.nn import Backend, Partitioner
 from dit_video.nn.attention import Attention, Full, Pattern, RecordedAttention
 from dit_video.nn.attention.dense import WeightsCallback
 from dit_video.tokens import PackedRows
 
 
 @dataclass(frozen=True)
-class _Recorder(Parallelism):
+class _Recorder(Partitioner):
     """Self-attention that reports its weights."""
 
     queries: tuple[int, ...]

@@ -30,7 +30,7 @@ from dit_video.nn import (
     LayerGroup,
     LayerWrapper,
     Linear,
-    Parallelism,
+    Partitioner,
     Remat,
     RmsNorm,
     gelu,
@@ -97,8 +97,8 @@ class LtxDitConfig(BackboneConfig):
         pairs = self.count_pairs(clip, text=text)
         return tokens * self.layers * block + ends + conditions + context + 2 * width * pairs
 
-    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> "LtxDit":
-        return LtxDit(self, parallel=parallel, rngs=rngs)
+    def make(self, rngs: nnx.Rngs, partitioner: Partitioner = ONE_DEVICE) -> "LtxDit":
+        return LtxDit(self, partitioner=partitioner, rngs=rngs)
 
     @classmethod
     def ltx_2b(cls, **fields: Any) -> "LtxDitConfig":
@@ -129,10 +129,10 @@ class LtxInputs(NamedTuple):
 class LtxDit(nnx.Module):
     """LTX-Video's transformer on packed rows, see `BlockBackbone`; its velocity points from data to noise."""
 
-    def __init__(self, config: LtxDitConfig, *, parallel: Parallelism = ONE_DEVICE, rngs: nnx.Rngs):
-        self.config, self.parallel = config, parallel
+    def __init__(self, config: LtxDitConfig, *, partitioner: Partitioner = ONE_DEVICE, rngs: nnx.Rngs):
+        self.config, self.partitioner = config, partitioner
         width, dtype = config.width, jnp.dtype(config.dtype)
-        linear = functools.partial(Linear, parallel=parallel, rngs=rngs)
+        linear = functools.partial(Linear, partitioner=partitioner, rngs=rngs)
         self.embed = linear(config.token_width, width, dtype=dtype)
         self.text_in = linear(config.context_width, width, init="normal", dtype=dtype)
         self.text_out = linear(width, width, init="normal", dtype=dtype)
@@ -140,7 +140,7 @@ class LtxDit(nnx.Module):
         self.time_out = linear(width, width, init="normal", precision="highest")
         # With a time per token, this is a large product.
         self.modulation = linear(width, 6 * width, precision="highest" if config.time == "segment" else None)
-        self.blocks = make_stack(lambda r: LtxBlock(config, parallel=parallel, rngs=r), config.layers, rngs=rngs)
+        self.blocks = make_stack(lambda r: LtxBlock(config, partitioner=partitioner, rngs=r), config.layers, rngs=rngs)
         self.head_table = make_modulation_table(2, width, rngs)
         self.head = linear(width, config.token_width, init="zero", precision="highest")
 
@@ -183,7 +183,7 @@ class LtxDit(nnx.Module):
     ) -> tuple[Float[Array, "B N D"], Any]:
         """Apply all blocks; see `BlockBackbone`."""
         config = self.config
-        contexts = [(inputs, self.parallel.make_attention(config.attention, pattern)) for pattern in config.patterns]
+        contexts = [(inputs, self.partitioner.make_attention(config.attention, pattern)) for pattern in config.patterns]
         x, (outputs,) = scan_layers(x, [LayerGroup(self.blocks, contexts, wrapper, values)], remat=config.remat)
         return x, outputs
 
@@ -200,15 +200,15 @@ class LtxBlock(nnx.Module):
     neighbours.
     """
 
-    def __init__(self, config: LtxDitConfig, *, parallel: Parallelism, rngs: nnx.Rngs):
+    def __init__(self, config: LtxDitConfig, *, partitioner: Partitioner, rngs: nnx.Rngs):
         width = config.width
-        linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), parallel=parallel, rngs=rngs)
+        linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), partitioner=partitioner, rngs=rngs)
         map_in = functools.partial(linear, width, width, split="outputs")
         map_out = functools.partial(linear, width, width, split="inputs")
         map_context = functools.partial(map_in, is_context=True)
         norm = functools.partial(RmsNorm, width, eps=_QK_EPSILON)
         self.heads = config.heads
-        self.cross = parallel.make_cross_attention(config.attention)
+        self.cross = partitioner.make_cross_attention(config.attention)
         self.table = make_modulation_table(6, width, rngs)
         self.query, self.key, self.value, self.out = map_in(), map_in(), map_in(), map_out()
         self.query_norm, self.key_norm = norm(), norm()

@@ -21,7 +21,7 @@ from dit_video.models.conditioning import (
     ImageTokens,
     TextTokens,
 )
-from dit_video.nn import ONE_DEVICE, Backend, LayerWrapper, Parallelism, Remat
+from dit_video.nn import ONE_DEVICE, Backend, LayerWrapper, Partitioner, Remat
 from dit_video.nn.attention import BackendName, Full, PatternChoice, choose_backend, count_pairs, get_backend_name
 from dit_video.tokens import DenseBatch, Grid, PackedRows
 
@@ -201,8 +201,8 @@ class BackboneConfig(abc.ABC):
     """Pattern of self-attention, or several that the layers use in turn."""
 
     @abc.abstractmethod
-    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> Any:
-        """Return a backbone with random weights, which gets its attention and its weights' sharding from `parallel`."""
+    def make(self, rngs: nnx.Rngs, partitioner: Partitioner = ONE_DEVICE) -> Any:
+        """Return a backbone with random weights, and with the attention and weights' sharding of `partitioner`."""
 
     def count_multiplications(self, clip: ClipTokens, *, text: int, image: int) -> int:
         """Count the multiplications of a forward pass for one clip with these numbers of context tokens."""

@@ -26,7 +26,7 @@ from dit_video.nn import (
     CausalConv,
     LayerNorm,
     Linear,
-    Parallelism,
+    Partitioner,
     RmsNorm,
     gelu,
     sinusoidal_embedding,
@@ -213,17 +213,17 @@ class ConvBlock(nnx.Module):
 class AttentionBlock(nnx.Module):
     """Attention to all tokens of the clip, attention to its text, and an MLP (arXiv 2112.10752, appendix E.2.1)."""
 
-    def __init__(self, width: int, config: UnetArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
-        linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), parallel=parallel, rngs=rngs)
+    def __init__(self, width: int, config: UnetArchitecture, *, partitioner: Partitioner, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), partitioner=partitioner, rngs=rngs)
         self.heads, head_width = config.heads, width // config.heads
         self.rotary = Rotary3d.even(head_width)
-        self.attention = parallel.make_attention(config.attention)
+        self.attention = partitioner.make_attention(config.attention)
         self.norm = LayerNorm(width)
         self.query_norm, self.key_norm = RmsNorm(head_width), RmsNorm(head_width)
         self.qkv = linear(width, 3 * width, bias=False)
         self.out = linear(width, width, init="zero", split="inputs")
         if config.context_width:
-            self.cross = parallel.make_cross_attention(config.attention)
+            self.cross = partitioner.make_cross_attention(config.attention)
             self.cross_norm = LayerNorm(width)
             self.cross_query = linear(width, width, bias=False, split="outputs")
             self.cross_key_value = linear(config.context_width, 2 * width, bias=False)
@@ -295,12 +295,14 @@ class _LevelInputs(NamedTuple):
 class _UnetLevel(nnx.Module):
     """Residual blocks at one resolution, each followed by attention where the config says so."""
 
-    def __init__(self, width_in: int, level: int, config: UnetArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
+    def __init__(
+        self, width_in: int, level: int, config: UnetArchitecture, *, partitioner: Partitioner, rngs: nnx.Rngs
+    ):
         width, blocks = config.widths[level], range(config.blocks)
         attends = level in config.attention_levels
         self.residual = nnx.List([ConvBlock(width_in, width, config, rngs=rngs) for _ in blocks])
         self.attention = nnx.List(
-            [AttentionBlock(width, config, parallel=parallel, rngs=rngs) for _ in blocks if attends]
+            [AttentionBlock(width, config, partitioner=partitioner, rngs=rngs) for _ in blocks if attends]
         )
 
     def apply(self, index: int, x: Float[Array, "B t h w i"], inputs: _LevelInputs) -> Float[Array, "B t h w o"]:
@@ -312,7 +314,7 @@ class _UnetLevel(nnx.Module):
 class Unet(nnx.Module):
     """A U-Net on dense batches and canvases; see `Backbone`."""
 
-    def __init__(self, config: UnetArchitecture, *, parallel: Parallelism = ONE_DEVICE, rngs: nnx.Rngs):
+    def __init__(self, config: UnetArchitecture, *, partitioner: Partitioner = ONE_DEVICE, rngs: nnx.Rngs):
         self.config = config
         widths, dtype = config.widths, jnp.dtype(config.dtype)
         levels, last = range(len(widths)), widths[-1]
@@ -320,16 +322,16 @@ class Unet(nnx.Module):
         self.time_out = Linear(config.condition_width, config.condition_width, precision="highest", rngs=rngs)
         self.embed = CausalConv(config.channels, widths[0], SPATIAL_KERNEL, dtype=dtype, rngs=rngs)
         self.down = nnx.List(
-            [_UnetLevel(widths[level], level, config, parallel=parallel, rngs=rngs) for level in levels]
+            [_UnetLevel(widths[level], level, config, partitioner=partitioner, rngs=rngs) for level in levels]
         )
         self.shrink = nnx.List(
             [Linear(HALF.volume * fine, coarse, dtype=dtype, rngs=rngs) for fine, coarse in itertools.pairwise(widths)]
         )
         self.middle_in = ConvBlock(last, last, config, rngs=rngs)
-        self.middle_attention = AttentionBlock(last, config, parallel=parallel, rngs=rngs)
+        self.middle_attention = AttentionBlock(last, config, partitioner=partitioner, rngs=rngs)
         self.middle_out = ConvBlock(last, last, config, rngs=rngs)
         self.up = nnx.List(
-            [_UnetLevel(2 * widths[level], level, config, parallel=parallel, rngs=rngs) for level in levels]
+            [_UnetLevel(2 * widths[level], level, config, partitioner=partitioner, rngs=rngs) for level in levels]
         )
         self.grow = nnx.List(
             [
@@ -385,5 +387,5 @@ class Unet(nnx.Module):
 class UnetConfig(UnetArchitecture):
     """Configuration of the U-Net; for the fields see `UnetArchitecture`."""
 
-    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> Unet:
-        return Unet(self, parallel=parallel, rngs=rngs)
+    def make(self, rngs: nnx.Rngs, partitioner: Partitioner = ONE_DEVICE) -> Unet:
+        return Unet(self, partitioner=partitioner, rngs=rngs)

@@ -20,7 +20,7 @@ from dit_video.core.errors import UserError, check_at_least
 from dit_video.models.backbones.protocol import ClipTimes, ClipTokens, count_tokens
 from dit_video.models.backbones.wan import WanBlock, WanDit, WanDitConfig, WanInputs
 from dit_video.models.conditioning import ClipConditioning, ClipView, Conditioning
-from dit_video.nn import ONE_DEVICE, LayerGroup, LayerWrapper, Linear, Parallelism, make_stack, scan_layers
+from dit_video.nn import ONE_DEVICE, LayerGroup, LayerWrapper, Linear, Partitioner, make_stack, scan_layers
 from dit_video.tokens import Field, Grid, PackedRows
 
 NAME = "control"
@@ -189,8 +189,8 @@ class VaceDitConfig(WanDitConfig):
         own = count_tokens(clip) * (self.control_width * self.width + hints)
         return super().count_multiplications(clip, text=text, image=image) + own
 
-    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> "VaceDit":
-        return VaceDit(self, parallel=parallel, rngs=rngs)
+    def make(self, rngs: nnx.Rngs, partitioner: Partitioner = ONE_DEVICE) -> "VaceDit":
+        return VaceDit(self, partitioner=partitioner, rngs=rngs)
 
     @classmethod
     def vace_1_3b(cls, **fields: Any) -> "VaceDitConfig":
@@ -216,9 +216,9 @@ class ControlInputs(NamedTuple):
 class VaceDit(WanDit):
     """VACE's transformer on packed rows, see `BlockBackbone`."""
 
-    def __init__(self, config: VaceDitConfig, *, parallel: Parallelism = ONE_DEVICE, rngs: nnx.Rngs):
-        super().__init__(config, parallel=parallel, rngs=rngs)
-        self.control = ControlStack(config, parallel=parallel, rngs=rngs)
+    def __init__(self, config: VaceDitConfig, *, partitioner: Partitioner = ONE_DEVICE, rngs: nnx.Rngs):
+        super().__init__(config, partitioner=partitioner, rngs=rngs)
+        self.control = ControlStack(config, partitioner=partitioner, rngs=rngs)
 
     def embed_inputs(
         self,
@@ -238,7 +238,7 @@ class VaceDit(WanDit):
     ) -> tuple[Float[Array, "B N D"], Any]:
         """Apply all blocks; see `BlockBackbone`. Control layers are not wrapped."""
         config, control = self.config, inputs.control
-        attention = self.parallel.make_attention(config.attention, config.patterns[0])
+        attention = self.partitioner.make_attention(config.attention, config.patterns[0])
 
         def call_control(layer, carry, inputs, attention, strength):
             x, state, _ = carry
@@ -263,22 +263,22 @@ class VaceDit(WanDit):
 class ControlStack(nnx.Module):
     """The control layers, with the maps to the input of the first one."""
 
-    def __init__(self, config: VaceDitConfig, *, parallel: Parallelism, rngs: nnx.Rngs):
-        linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), parallel=parallel, rngs=rngs)
+    def __init__(self, config: VaceDitConfig, *, partitioner: Partitioner, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), partitioner=partitioner, rngs=rngs)
         self.embed = linear(config.control_width, config.width)
         self.input = linear(config.width, config.width, init="zero")
-        make_layer = functools.partial(ControlLayer, config, parallel=parallel)
+        make_layer = functools.partial(ControlLayer, config, partitioner=partitioner)
         self.blocks = make_stack(lambda r: make_layer(rngs=r), config.control.layers, rngs=rngs)
 
 
 class ControlLayer(WanBlock):
     """A block of Wan with a hint for the main stack."""
 
-    def __init__(self, config: WanDitConfig, *, parallel: Parallelism, rngs: nnx.Rngs):
-        super().__init__(config, parallel=parallel, rngs=rngs)
+    def __init__(self, config: WanDitConfig, *, partitioner: Partitioner, rngs: nnx.Rngs):
+        super().__init__(config, partitioner=partitioner, rngs=rngs)
         dtype = jnp.dtype(config.dtype)
         # Zero weights, so that extending a trained model by control leaves its predictions unchanged.
-        self.hint = Linear(config.width, config.width, init="zero", dtype=dtype, parallel=parallel, rngs=rngs)
+        self.hint = Linear(config.width, config.width, init="zero", dtype=dtype, partitioner=partitioner, rngs=rngs)
 
     def make_hint(self, state: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         """Return the hint of the layer's output."""

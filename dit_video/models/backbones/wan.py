@@ -37,7 +37,7 @@ from dit_video.nn import (
     LayerNorm,
     LayerWrapper,
     Linear,
-    Parallelism,
+    Partitioner,
     Remat,
     RmsNorm,
     gelu,
@@ -144,8 +144,8 @@ class WanDitConfig(BackboneConfig):
         kernel = widen_kernel(leaves["embed/kernel"], self.patch.volume, self.channels + channels)
         return leaves | {"embed/kernel": kernel}
 
-    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> "WanDit":
-        return WanDit(self, parallel=parallel, rngs=rngs)
+    def make(self, rngs: nnx.Rngs, partitioner: Partitioner = ONE_DEVICE) -> "WanDit":
+        return WanDit(self, partitioner=partitioner, rngs=rngs)
 
     @classmethod
     def t2v_1_3b(cls, **fields: Any) -> "WanDitConfig":
@@ -204,10 +204,10 @@ class WanInputs(NamedTuple):
 class WanDit(nnx.Module):
     """Wan's transformer on packed rows, see `BlockBackbone`; its velocity points from data to noise."""
 
-    def __init__(self, config: WanDitConfig, *, parallel: Parallelism = ONE_DEVICE, rngs: nnx.Rngs):
-        self.config, self.parallel = config, parallel
+    def __init__(self, config: WanDitConfig, *, partitioner: Partitioner = ONE_DEVICE, rngs: nnx.Rngs):
+        self.config, self.partitioner = config, partitioner
         width, dtype = config.width, jnp.dtype(config.dtype)
-        linear = functools.partial(Linear, parallel=parallel, rngs=rngs)
+        linear = functools.partial(Linear, partitioner=partitioner, rngs=rngs)
         self.embed = linear(config.token_width + config.cond_width, width, dtype=dtype)
         self.text_in = linear(config.context_width, width, init="normal", dtype=dtype)
         self.text_out = linear(width, width, init="normal", dtype=dtype)
@@ -215,8 +215,10 @@ class WanDit(nnx.Module):
         self.time_out = linear(width, width, init="normal", precision="highest")
         # With a time of every token, this is a large product.
         self.modulation = linear(width, 6 * width, precision="highest" if config.time == "segment" else None)
-        self.image = None if config.image_width is None else WanImageEmbedding(config, parallel=parallel, rngs=rngs)
-        self.blocks = make_stack(lambda r: WanBlock(config, parallel=parallel, rngs=r), config.layers, rngs=rngs)
+        self.image = (
+            None if config.image_width is None else WanImageEmbedding(config, partitioner=partitioner, rngs=rngs)
+        )
+        self.blocks = make_stack(lambda r: WanBlock(config, partitioner=partitioner, rngs=r), config.layers, rngs=rngs)
         self.head_table = make_modulation_table(2, width, rngs)
         self.head = linear(width, config.token_width, init="zero", precision="highest")
 
@@ -277,7 +279,7 @@ class WanDit(nnx.Module):
     ) -> tuple[Float[Array, "B N D"], Any]:
         """Apply all blocks; see `BlockBackbone`."""
         config = self.config
-        contexts = [(inputs, self.parallel.make_attention(config.attention, pattern)) for pattern in config.patterns]
+        contexts = [(inputs, self.partitioner.make_attention(config.attention, pattern)) for pattern in config.patterns]
         x, (outputs,) = scan_layers(x, [LayerGroup(self.blocks, contexts, wrapper, values)], remat=config.remat)
         return x, outputs
 
@@ -318,14 +320,14 @@ class WanDit(nnx.Module):
 class WanImageEmbedding(nnx.Module):
     """Projection of an image encoder's tokens to the model's width: norm, linear, GELU, linear, norm."""
 
-    def __init__(self, config: WanDitConfig, *, parallel: Parallelism, rngs: nnx.Rngs):
+    def __init__(self, config: WanDitConfig, *, partitioner: Partitioner, rngs: nnx.Rngs):
         assert config.image_width is not None
         image_width, width, dtype = config.image_width, config.width, jnp.dtype(config.dtype)
         count = config.image_positions
         self.positions = None if count is None else nnx.Param(jnp.zeros((count, image_width), jnp.float32))
         self.norm_in, self.norm_out = LayerNorm(image_width, eps=1e-5), LayerNorm(width, eps=1e-5)
-        self.up = Linear(image_width, image_width, dtype=dtype, parallel=parallel, rngs=rngs)
-        self.down = Linear(image_width, width, dtype=dtype, parallel=parallel, rngs=rngs)
+        self.up = Linear(image_width, image_width, dtype=dtype, partitioner=partitioner, rngs=rngs)
+        self.down = Linear(image_width, width, dtype=dtype, partitioner=partitioner, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "B I F"], segments: Int[Array, "B I"]) -> Float[Array, "B I D"]:
         if self.positions is not None:
@@ -341,14 +343,14 @@ class WanBlock(nnx.Module):
     Rotary embedding rotates the channel pairs (j, j + d/2); in Wan's files the channels of a pair are neighbours.
     """
 
-    def __init__(self, config: WanDitConfig, *, parallel: Parallelism, rngs: nnx.Rngs):
+    def __init__(self, config: WanDitConfig, *, partitioner: Partitioner, rngs: nnx.Rngs):
         width = config.width
-        linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), parallel=parallel, rngs=rngs)
+        linear = functools.partial(Linear, dtype=jnp.dtype(config.dtype), partitioner=partitioner, rngs=rngs)
         map_in = functools.partial(linear, width, width, split="outputs")
         map_out = functools.partial(linear, width, width, split="inputs")
         map_context = functools.partial(map_in, is_context=True)
         self.heads = config.heads
-        self.cross = parallel.make_cross_attention(config.attention)
+        self.cross = partitioner.make_cross_attention(config.attention)
         self.table = make_modulation_table(6, width, rngs)
         self.query, self.key, self.value, self.out = map_in(), map_in(), map_in(), map_out()
         self.query_norm, self.key_norm = RmsNorm(width), RmsNorm(width)

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
 from dit_video.core.errors import UserError
-from dit_video.nn import Linear, Parallelism
+from dit_video.nn import Linear, Partitioner
 from dit_video.tokens import Field, Grid, PackedRows
 
 
@@ -79,7 +79,7 @@ class ClipConditioning(abc.ABC):
         """
 
     def make_embedding(
-        self, width: int, *, patch: Grid, dtype: Any, parallel: Parallelism, rngs: nnx.Rngs
+        self, width: int, *, patch: Grid, dtype: Any, partitioner: Partitioner, rngs: nnx.Rngs
     ) -> nnx.Module:
         """Return the module that maps the record's values to the model's width; values on a grid come as patches.
 
@@ -87,7 +87,7 @@ class ClipConditioning(abc.ABC):
         unchanged.
         """
         features = math.prod(self.field.to_rows(patch).shape)
-        return _LinearEmbedding(Linear(features, width, init="zero", dtype=dtype, parallel=parallel, rngs=rngs))
+        return _LinearEmbedding(Linear(features, width, init="zero", dtype=dtype, partitioner=partitioner, rngs=rngs))
 
     def make_positions(self) -> Float32[np.ndarray, "length 3"]:
         """Return the positions (t, h, w) of an `extra` field's tokens, in the units of clip positions.

@@ -17,7 +17,7 @@ from dit_video.data.captions import CachedCaptions
 from dit_video.data.latents.plan import plan_encoding
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.diffusion import RectifiedFlow, UniPc, UniPcFlowSchedule
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from dit_video.experiment import (
     AllWeights,
     ExpertConfig,
@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mesh():
-    return make_mesh(MeshConfig())
+    return make_mesh(Parallelism())
 
 
 def get_training(folder, **options):

@@ -12,7 +12,7 @@ from dit_video.core.platform.devices import Platform
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
-from dit_video.nn import Parallelism, get_graph_def, get_param_shapes
+from dit_video.nn import Partitioner, get_graph_def, get_param_shapes
 from dit_video.tokens import PackedRows
 from support.gpu_programs import list_kernels, lower_for_gpus, pretend_hopper
 from support.marks import mark_slow_except
@@ -24,7 +24,7 @@ DIT = DitConfig(**SMALL)
 
 
 @dataclasses.dataclass(frozen=True)
-class HopperParallelism(Parallelism):
+class HopperPartitioner(Partitioner):
     """A model on one Hopper GPU."""
 
     @property
@@ -36,7 +36,7 @@ class HopperParallelism(Parallelism):
 @pytest.mark.parametrize("count", mark_slow_except([COUNT], [COUNT, 1]))
 def test_rows_of_any_number_of_clips_are_computed_without_a_mask(monkeypatch, config, count):
     pretend_hopper(monkeypatch)
-    graph = get_graph_def(config.make, HopperParallelism())
+    graph = get_graph_def(config.make, HopperPartitioner())
     segments = jnp.minimum(jnp.arange(TOKENS) // 700, count)[None]
     text_segments = 1 + jnp.arange(TEXT)[None] * count // TEXT
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.distributed import MeshConfig, make_shardings
+from dit_video.distributed import Parallelism, make_shardings
 from dit_video.distributed.mesh import make_abstract_mesh
 from dit_video.models.backbones.vace import VaceControl, VaceDitConfig
 from dit_video.models.backbones.wan import WanDitConfig
@@ -111,7 +111,7 @@ def test_the_number_of_products_does_not_grow_with_depth():
 
 
 def test_control_layers_are_sharded_as_blocks_are():
-    mesh = make_abstract_mesh(MeshConfig(data=1, fsdp=2, tensor=2), 4)
+    mesh = make_abstract_mesh(Parallelism(data=1, fsdp=2, tensor=2), 4)
     specs = flatten(make_shardings(get_param_shapes(VaceDitConfig().make), mesh), is_leaf=lambda x: hasattr(x, "spec"))
     blocks = {path: each.spec for path, each in specs.items() if path.startswith("blocks/")}
     assert P(None, "fsdp", "tensor") in blocks.values()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
+from dit_video.distributed import Parallelism, RingAttention, ShardedAttention, make_mesh
 from dit_video.nn import Linear, apply_stack, make_stack
 from dit_video.nn.attention import AttentionInputs, CausalFrames, ContiguousSegments, SplashBlocks
 from dit_video.nn.attention.chunked import ChunkedAttention
@@ -27,8 +27,8 @@ BACKENDS = {
     "of a pattern": ChunkedAttention(chunk=8, pattern=CausalFrames()),
     "splash": SplashAttention(blocks=SplashBlocks(block_q=128, block_kv=128), interpret=True),
     "cudnn": CUDNN,
-    "over devices": ShardedAttention(make_mesh(MeshConfig(), jax.devices()[:1]), ChunkedAttention(chunk=8), "ulysses"),
-    "ring": ShardedAttention(make_mesh(MeshConfig(), jax.devices()[:1]), RingAttention("context", 1, chunk=8), "ring"),
+    "over devices": ShardedAttention(make_mesh(Parallelism(), jax.devices()[:1]), ChunkedAttention(chunk=8), "ulysses"),
+    "ring": ShardedAttention(make_mesh(Parallelism(), jax.devices()[:1]), RingAttention("context", 1, chunk=8), "ring"),
 }
 
 

@@ -26,7 +26,7 @@ class SmallUnetConfig(BackboneConfig):
     size_multiple = HALF
     canvas_padding = Grid(2, 2, 2)  # three frames of a causal convolution
 
-    def make(self, rngs, parallel=ONE_DEVICE):
+    def make(self, rngs, partitioner=ONE_DEVICE):
         return SmallUnet(self, rngs=rngs)
 
 

@@ -55,7 +55,7 @@ class ColorEmbedding(ClipConditioning):
     def from_request(self, value, latents):
         return np.asarray(value, np.float32).reshape(3)
 
-    def make_embedding(self, width, *, patch, dtype, parallel, rngs):
+    def make_embedding(self, width, *, patch, dtype, partitioner, rngs):
         return ColorMap(nnx.Param(0.1 * jnp.ones((3, width))))
 
 

@@ -60,19 +60,19 @@ class ControlledConfig(DitConfig):
             | {"conditioning": ()}
         )
 
-    def make(self, rngs, parallel=ONE_DEVICE):
-        return ControlledDit(self, parallel, rngs)
+    def make(self, rngs, partitioner=ONE_DEVICE):
+        return ControlledDit(self, partitioner, rngs)
 
 
 class ControlledDit(nnx.Module):
-    def __init__(self, config, parallel, rngs):
+    def __init__(self, config, partitioner, rngs):
         self.config, count, width = config, len(config.after), config.width
-        self.base = Dit(config.base, parallel=parallel, rngs=rngs)
+        self.base = Dit(config.base, partitioner=partitioner, rngs=rngs)
         graph, blocks = nnx.split(self.base.blocks)
         self.copies = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[:count], blocks))
-        self.hint = Linear(config.patch.volume, width, parallel=parallel, rngs=rngs)
+        self.hint = Linear(config.patch.volume, width, partitioner=partitioner, rngs=rngs)
         self.outputs = make_stack(
-            lambda r: Linear(width, width, init="zero", parallel=parallel, rngs=r), count, rngs=rngs
+            lambda r: Linear(width, width, init="zero", partitioner=partitioner, rngs=r), count, rngs=rngs
         )
 
     def __call__(self, noisy, time, layout, conditioning, state=None):
@@ -86,7 +86,7 @@ class ControlledDit(nnx.Module):
             return x, nnx.merge(graph, output)(x)
 
         hint = self.hint(conditioning[Control].values)
-        contexts = [(inputs, base.parallel.make_attention(config.attention))]
+        contexts = [(inputs, base.partitioner.make_attention(config.attention))]
         group = LayerGroup(self.copies, contexts, collect, outputs)
         _, (residuals,) = scan_layers(x.at[:, : noisy.shape[1]].add(hint), [group], remat=config.remat)
         strength = jnp.pad(layout.expand(conditioning[Control].strength), ((0, 0), (0, x.shape[1] - noisy.shape[1])))

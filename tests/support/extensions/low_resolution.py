@@ -49,5 +49,5 @@ class LowResolutionClip(ClipConditioning):
         record = super().prepare(noisy, layout, keys, clean_strength)
         return LowResolution(jnp.concatenate([record.values, jnp.broadcast_to(level, (*values.shape[:2], 1))], axis=-1))
 
-    def make_embedding(self, width, *, patch, dtype, parallel, rngs):
-        return Linear(3 * patch.volume + 1, width, dtype=dtype, parallel=parallel, rngs=rngs)
+    def make_embedding(self, width, *, patch, dtype, partitioner, rngs):
+        return Linear(3 * patch.volume + 1, width, dtype=dtype, partitioner=partitioner, rngs=rngs)

@@ -28,18 +28,18 @@ class MixerConfig(BackboneConfig):
     width: int = 16
     layers: int = 1
 
-    def make(self, rngs, parallel=ONE_DEVICE):
-        return Mixer(self, parallel, rngs)
+    def make(self, rngs, partitioner=ONE_DEVICE):
+        return Mixer(self, partitioner, rngs)
 
 
 class Mixer(nnx.Module):
     """Tokens that know of the others only their mean, the text and the time."""
 
-    def __init__(self, config, parallel, rngs):
+    def __init__(self, config, partitioner, rngs):
         self.config = config
-        self.tokens = Linear(config.token_width, config.width, parallel=parallel, rngs=rngs)
-        self.clip = Linear(config.width + config.context_width + 1, config.width, parallel=parallel, rngs=rngs)
-        self.head = Linear(config.width, config.token_width, parallel=parallel, rngs=rngs)
+        self.tokens = Linear(config.token_width, config.width, partitioner=partitioner, rngs=rngs)
+        self.clip = Linear(config.width + config.context_width + 1, config.width, partitioner=partitioner, rngs=rngs)
+        self.head = Linear(config.width, config.token_width, partitioner=partitioner, rngs=rngs)
 
     def __call__(self, noisy, time, layout, conditioning, state=None):
         conditioning.check(self.config.conditioning_kinds)
@@ -82,7 +82,9 @@ class MixerFamily(Family):
         _, params = self.denoiser.load(folder / "transformer")
         parameters = {"autoencoder": rest.codec.params, "denoiser": rest.denoiser_params | {"backbone": params}}
         config = self.make_config(folder, options)
-        return Pipeline(config, **parameters, get_lora_modules=self.denoiser.get_lora_modules, mesh=options.mesh)
+        return Pipeline(
+            config, **parameters, get_lora_modules=self.denoiser.get_lora_modules, parallel=options.parallel
+        )
 
 
 register_family(MixerFamily())

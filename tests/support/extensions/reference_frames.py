@@ -39,5 +39,5 @@ class ReferenceFrame(ClipConditioning):
     def make_positions(self):
         return compute_positions(GRID) - np.asarray([1, 0, 0], np.float32)
 
-    def make_embedding(self, width, *, patch, dtype, parallel, rngs):
-        return Linear(3, width, dtype=dtype, parallel=parallel, rngs=rngs)
+    def make_embedding(self, width, *, patch, dtype, partitioner, rngs):
+        return Linear(3, width, dtype=dtype, partitioner=partitioner, rngs=rngs)

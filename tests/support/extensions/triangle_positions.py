@@ -20,8 +20,8 @@ class Triangles(PositionEmbedding):
     def linear_features(self):
         return 3 * len(self.periods)
 
-    def make(self, width, *, dtype, parallel, rngs):
-        return Linear(self.linear_features, width, dtype=dtype, parallel=parallel, rngs=rngs)
+    def make(self, width, *, dtype, partitioner, rngs):
+        return Linear(self.linear_features, width, dtype=dtype, partitioner=partitioner, rngs=rngs)
 
     def compute_features(self, positions, segments, *, count, width):
         phases = positions[..., None] / jnp.asarray(self.periods) % 1

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings, shard_batch
+from dit_video.distributed import Parallelism, ShardingRules, make_mesh, make_shardings, shard_batch
 from dit_video.training.state import make_on_devices
 from support.adversarial_game import CLIPS, LECAM, init_game, make_game_step
 
@@ -29,10 +29,10 @@ def train(mesh) -> tuple[np.ndarray, int]:
 def main() -> None:
     """Train on one device and on eight."""
     assert jax.device_count() == 8
-    expected, num_sharded = train(make_mesh(MeshConfig(), jax.devices()[:1]))
+    expected, num_sharded = train(make_mesh(Parallelism(), jax.devices()[:1]))
     assert num_sharded == 0
     assert expected[2, 2] > 0
-    actual, num_sharded = train(make_mesh(MeshConfig(data=2, fsdp=4)))
+    actual, num_sharded = train(make_mesh(Parallelism(data=2, fsdp=4)))
     assert num_sharded >= 4, num_sharded
     np.testing.assert_allclose(actual, expected, rtol=1e-4)
     print("done")

@@ -6,12 +6,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings
+from dit_video.distributed import Parallelism, ShardingRules, make_mesh, make_shardings
 from dit_video.training.checkpoint import Checkpoints
 
 folder = Path(sys.argv[1])
 shapes = {"kernel": jax.ShapeDtypeStruct((16, 64), jnp.float32), "count": jax.ShapeDtypeStruct((), jnp.int32)}
-layout = make_shardings(shapes, make_mesh(MeshConfig(fsdp=8)), ShardingRules(min_size=1))
+layout = make_shardings(shapes, make_mesh(Parallelism(fsdp=8)), ShardingRules(min_size=1))
 like = jax.tree.map(
     lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, layout
 )

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from dit_video.core.trees import flatten
-from dit_video.distributed import MeshConfig, ShardingRules, make_mesh, make_shardings, shard_batch
+from dit_video.distributed import Parallelism, ShardingRules, make_mesh, make_shardings, shard_batch
 from dit_video.training.losses.vq import VqStep
 from dit_video.training.state import make_on_devices
 from support.codebook_model import AVERAGES, CLIPS, OPTIMIZER, init, make_loss
@@ -31,10 +31,10 @@ def train(mesh):
 def main() -> None:
     """Train on one device and on eight."""
     assert jax.device_count() == 8
-    expected, expected_history, is_sharded = train(make_mesh(MeshConfig(), jax.devices()[:1]))
+    expected, expected_history, is_sharded = train(make_mesh(Parallelism(), jax.devices()[:1]))
     assert not is_sharded
     assert expected_history[0, 3] == 15
-    actual, history, is_sharded = train(make_mesh(MeshConfig(data=2, fsdp=4)))
+    actual, history, is_sharded = train(make_mesh(Parallelism(data=2, fsdp=4)))
     assert is_sharded
     np.testing.assert_allclose(history, expected_history, rtol=1e-4)
     for path, leaf in expected.items():

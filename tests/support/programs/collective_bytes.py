@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dit_video.distributed import MeshConfig, RingAttention, ShardedAttention, make_mesh
+from dit_video.distributed import Parallelism, RingAttention, ShardedAttention, make_mesh
 from dit_video.distributed.sharding import DEFAULT_RULES
 from dit_video.nn import LoraConfig
 from dit_video.nn.attention import AttentionInputs, Full
@@ -30,7 +30,7 @@ def check_attention() -> None:
     """Check that attention over a context axis exchanges at most a tenth more than it has to."""
     ranks, length, heads, width, size = 8, 512, 8, 16, 4
     # In float32: the backend for CPUs exchanges bfloat16 as that.
-    mesh = make_mesh(MeshConfig(data=1, context=ranks))
+    mesh = make_mesh(Parallelism(data=1, context=ranks))
     split = NamedSharding(mesh, P(None, "context"))
     shape = jax.ShapeDtypeStruct((1, length, heads, width), jnp.float32, sharding=split)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=NamedSharding(mesh, P()))
@@ -68,7 +68,7 @@ def check_rows() -> None:
     """
     backbone = dataclasses.replace(mesh_training.DIT, width=48, heads=6, attention="chunked")
     assert 6 * backbone.width**2 < DEFAULT_RULES.min_size
-    collectives, _ = mesh_training.read_collectives(MeshConfig(data=1, fsdp=4, context=2), backbone)
+    collectives, _ = mesh_training.read_collectives(Parallelism(data=1, fsdp=4, context=2), backbone)
     gathered = [
         traffic for (kind, axes), traffic in collectives.items() if (kind, axes) == ("all-gather", ("context",))
     ]
@@ -86,7 +86,7 @@ def check_weights(kind: str) -> None:
     """Check that weights are gathered once for each pass, and that frozen weights have no gradients to sum."""
     for config, sizes in WEIGHTS[kind]:
         backbone = dataclasses.replace(config, attention="chunked", remat="full")
-        mesh = MeshConfig(data=1, **sizes)
+        mesh = Parallelism(data=1, **sizes)
         collectives, parameters = mesh_training.read_collectives(mesh, backbone)
         once = 7 / 8 * 4 * parameters
         gathered = sum_gathered(collectives) / once

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_video.distributed import AXES, MeshConfig, RingAttention, ShardedAttention, make_mesh
+from dit_video.distributed import AXES, Parallelism, RingAttention, ShardedAttention, make_mesh
 from dit_video.nn.attention import AttentionInputs, Bias, CausalFrames, Full, RelativeBias, SparseCausal
 from dit_video.nn.attention.chunked import ChunkedAttention
 from dit_video.nn.attention.dense import DenseAttention
@@ -35,7 +35,7 @@ def check_values_and_gradients(q, k, v, weight, table) -> None:
     for pattern, biased in ((Full(), True), (CausalFrames(), False), (SparseCausal(), False)):
         expected = compute(DenseAttention(pattern=pattern), biased)
         for sizes, method in (((1, 1, 1, 8), "ring"), ((2, 1, 1, 4), "ulysses"), ((1, 2, 2, 2), "ring")):
-            mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+            mesh = make_mesh(Parallelism(**dict(zip(AXES, sizes, strict=True))))
             inner = (
                 ChunkedAttention(pattern=pattern, chunk=8)
                 if method == "ulysses"
@@ -54,7 +54,7 @@ def check_keys_that_are_not_queries(q, k, v) -> None:
     pattern, inputs = CausalFrames(), AttentionInputs(*tokens)
     expected = DenseAttention(pattern=pattern)(q[:, first:], k, v, inputs)
     for method in ("ulysses", "ring"):
-        mesh = make_mesh(MeshConfig(data=2, context=4))
+        mesh = make_mesh(Parallelism(data=2, context=4))
         inner = DenseAttention(pattern=pattern) if method == "ulysses" else RingAttention("context", 4, pattern, 8)
         actual = jax.jit(ShardedAttention(mesh, inner, method))(q[:, first:], k, v, inputs)
         np.testing.assert_allclose(actual, expected, atol=2e-5, err_msg=method)
@@ -64,7 +64,7 @@ def check_ranks_without_common_segments(q, k, v) -> None:
     """Check that a rank computes nothing with keys of which it has no segment, so that NaNs do not spread."""
     segments = np.asarray([[1] * 22 + [2] * 22] * 2, np.int32)
     v = v.at[:, :22].set(jnp.nan)
-    mesh = make_mesh(MeshConfig(data=4, context=2))
+    mesh = make_mesh(Parallelism(data=4, context=2))
     inputs = AttentionInputs.self_attention(jnp.tile(jnp.asarray(segments), (2, 1)))
     heads = [jnp.concatenate([x, x]) for x in (q, k, v)]
     attention = ShardedAttention(mesh, RingAttention("context", 2, Full(), 32), "ring")

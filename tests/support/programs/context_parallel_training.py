@@ -6,7 +6,7 @@ The throughput that the processes log is compared, too, on this mesh and on othe
 import jax
 import numpy as np
 
-from dit_video.distributed import MeshConfig, RowPart, make_mesh
+from dit_video.distributed import Parallelism, RowPart, make_mesh
 from dit_video.training.hooks.throughput import ThroughputMeter
 from support import mesh_training
 from support.devices import join_processes
@@ -24,10 +24,10 @@ def check_throughput() -> None:
     """Check that processes which share rows, or parts of rows, log what a single process with all rows does."""
     local = mesh_training.make_rows(0)
     for config, parts in (
-        (MeshConfig(data=1, context=8), 1),
-        (MeshConfig(data=1, tensor=8), 1),
-        (MeshConfig(data=2, context=4), 2),
-        (MeshConfig(data=2, fsdp=4), 2),
+        (Parallelism(data=1, context=8), 1),
+        (Parallelism(data=1, tensor=8), 1),
+        (Parallelism(data=2, context=4), 2),
+        (Parallelism(data=2, fsdp=4), 2),
     ):
         everything = jax.tree.map(lambda leaf, parts=parts: np.concatenate([leaf] * parts), local)
         expected, measured = measure_throughput(everything), measure_throughput(local, make_mesh(config))
@@ -39,10 +39,10 @@ def check_throughput() -> None:
 def main() -> None:
     """Train on both."""
     join_processes()
-    config = MeshConfig(data=1, context=8, context_attention="ring")
+    config = Parallelism(data=1, context=8, context_attention="ring")
     assert RowPart.from_mesh(make_mesh(config))[:2] == (0, 1)
     actual = mesh_training.train(config, optimizer="sgd")
-    expected = mesh_training.train(MeshConfig(), optimizer="sgd", devices=jax.local_devices()[:1])
+    expected = mesh_training.train(Parallelism(), optimizer="sgd", devices=jax.local_devices()[:1])
     mesh_training.assert_runs_are_equal(actual, expected, optimizer="sgd")
     check_throughput()
     print("done")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.evaluation.denoiser_measures import measure_clips
 from dit_video.evaluation.metrics.likelihood import DenoisingLoss, LatentLikelihood
 from dit_video.sampling.pipeline import Pipeline
@@ -21,8 +21,10 @@ def main():
     ]
     for function in (DenoisingLoss(times=(0.25, 0.75)), LatentLikelihood(steps=2, probes=1, min_ratio=0.01)):
         one, eight = (
-            measure_clips(Pipeline(config, autoencoder=codec, denoiser=denoiser, mesh=mesh), clips, function, seed=0)
-            for mesh in (None, MeshConfig(data=4, context=2))
+            measure_clips(
+                Pipeline(config, autoencoder=codec, denoiser=denoiser, parallel=parallel), clips, function, seed=0
+            )
+            for parallel in (None, Parallelism(data=4, context=2))
         )
         np.testing.assert_allclose(eight, one, rtol=1e-4)
     print("done")

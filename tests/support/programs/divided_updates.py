@@ -6,16 +6,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.core import trees
-from dit_video.distributed import MeshConfig, make_mesh, make_shardings
+from dit_video.distributed import Parallelism, make_mesh, make_shardings
 from dit_video.planning import read_program
 from dit_video.training.optim.muon import scale_by_muon
 from dit_video.training.step import LossDetails, LossOutput, accumulate_gradients
 
 SHAPES = {"up": (64, 256), "out": (64, 64)}
 MESHES = {
-    MeshConfig(fsdp=8): (8, 6),
-    MeshConfig(data=2, fsdp=2, context=2): (8, 6, 3),
-    MeshConfig(fsdp=2, tensor=2, context=2): (6,),
+    Parallelism(fsdp=8): (8, 6),
+    Parallelism(data=2, fsdp=2, context=2): (8, 6, 3),
+    Parallelism(fsdp=2, tensor=2, context=2): (6,),
 }
 """Numbers of layers by mesh."""
 

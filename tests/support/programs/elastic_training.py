@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dit_video.distributed import MeshConfig, ShardingRules, make_mesh
+from dit_video.distributed import Parallelism, ShardingRules, make_mesh
 from support.elastic_training import train
 
 
@@ -24,14 +24,14 @@ def assert_equal_up_to_rounding(actual: list[list[float]], expected: list[list[f
 def check_device_counts(folder: Path) -> None:
     """Compare steps on one, two, four and eight devices with eight steps on one."""
     devices = jax.devices()
-    expected = train(folder / "whole", make_mesh(MeshConfig(), devices[:1]), 8)
+    expected = train(folder / "whole", make_mesh(Parallelism(), devices[:1]), 8)
     assert np.ptp(np.asarray(expected)[:, 0]) > 1e-3, expected
     actual = []
     for mesh in (
-        make_mesh(MeshConfig(), devices[:1]),
-        make_mesh(MeshConfig(), devices[:2]),
-        make_mesh(MeshConfig(data=2, fsdp=2), devices[:4]),
-        make_mesh(MeshConfig(data=1, fsdp=8), devices),
+        make_mesh(Parallelism(), devices[:1]),
+        make_mesh(Parallelism(), devices[:2]),
+        make_mesh(Parallelism(data=2, fsdp=2), devices[:4]),
+        make_mesh(Parallelism(data=1, fsdp=8), devices),
     ):
         actual += train(folder / "parts", mesh, 2)
     assert_equal_up_to_rounding(actual, expected)
@@ -40,14 +40,14 @@ def check_device_counts(folder: Path) -> None:
 def check_context(folder: Path) -> None:
     """Compare steps on meshes with `context`, which at first shares no state, with eight steps on one device."""
     devices = jax.devices()
-    expected = train(folder / "whole", make_mesh(MeshConfig(), devices[:1]), 8)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=4), devices)
+    expected = train(folder / "whole", make_mesh(Parallelism(), devices[:1]), 8)
+    mesh = make_mesh(Parallelism(data=1, fsdp=2, context=4), devices)
     replicated = ShardingRules(rules=((r"kernel$", (None, "fsdp")), ("", ())))
     actual = train(folder / "parts", mesh, 2, rules=replicated)
     for continued in (
         mesh,
-        make_mesh(MeshConfig(data=1, context=4), devices[:4]),
-        make_mesh(MeshConfig(data=1, fsdp=8), devices),
+        make_mesh(Parallelism(data=1, context=4), devices[:4]),
+        make_mesh(Parallelism(data=1, fsdp=8), devices),
     ):
         actual += train(folder / "parts", continued, 2)
     assert_equal_up_to_rounding(actual, expected)
@@ -55,14 +55,14 @@ def check_context(folder: Path) -> None:
 
 def start_on_one_host(folder: Path) -> None:
     """Save the expected losses of six steps, and take the first two."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(Parallelism(), jax.devices()[:1])
     np.save(folder / "expected.npy", train(folder / "whole", mesh, 6))
     train(folder / "parts", mesh, 2)
 
 
 def end_on_one_host(folder: Path) -> None:
     """Take the last two steps, after those of two hosts."""
-    actual = train(folder / "parts", make_mesh(MeshConfig(fsdp=2, data=-1)), 2)
+    actual = train(folder / "parts", make_mesh(Parallelism(fsdp=2, data=-1)), 2)
     assert_equal_up_to_rounding(actual, np.load(folder / "expected.npy")[4:])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from support.devices import join_processes
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     assert jax.device_count() == 8
     assert jax.process_count() == 2
     folder = Path(sys.argv[1])
-    actual = train(folder / "parts", make_mesh(MeshConfig(data=2, fsdp=4)), 2)
+    actual = train(folder / "parts", make_mesh(Parallelism(data=2, fsdp=4)), 2)
     np.testing.assert_allclose(actual, np.load(folder / "expected.npy")[2:4], rtol=1e-6)
     print("done")
 

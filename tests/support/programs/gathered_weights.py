@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, exchange, make_mesh, make_shardings
+from dit_video.distributed import Parallelism, exchange, make_mesh, make_shardings
 from dit_video.distributed.gather import GatheredArray, gather_parts, is_first_process, to_host
 from dit_video.families import find_format
 from dit_video.weights import load, save
@@ -44,7 +44,7 @@ def main() -> None:
     """Join the processes, write and compare."""
     join_processes()
     check_exchange()
-    folder, mesh = Path(sys.argv[1]), make_mesh(MeshConfig(data=1, fsdp=jax.device_count()))
+    folder, mesh = Path(sys.argv[1]), make_mesh(Parallelism(data=1, fsdp=jax.device_count()))
     sharding = make_shardings({"blocks/up/kernel": jax.ShapeDtypeStruct(SHAPE, np.float32)}, mesh)["blocks/up/kernel"]
     array = jax.make_array_from_callback(SHAPE, sharding, make_rows)
     assert not array.is_fully_addressable

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from dit_video.core.trees import flatten
-from dit_video.distributed import MeshConfig, make_mesh, make_shardings
+from dit_video.distributed import Parallelism, make_mesh, make_shardings
 from dit_video.families import load_denoiser
 from dit_video.nn import get_param_shapes
 from support.numbered_denoiser import CONFIG, make_numbers
 from support.process_memory import read_memory, reset_peak_memory
 
-LAYOUTS = flatten(make_shardings(get_param_shapes(CONFIG.make), make_mesh(MeshConfig(data=1, fsdp=-1))))
+LAYOUTS = flatten(make_shardings(get_param_shapes(CONFIG.make), make_mesh(Parallelism(data=1, fsdp=-1))))
 
 
 def place(path: str, parameter):

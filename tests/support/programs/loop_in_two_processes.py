@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import StepCall
 from dit_video.training.hooks.logging import MetricsLog
@@ -29,7 +29,7 @@ def main() -> None:
     """Join the processes, train, and print the step of the last checkpoint."""
     join_processes()
     folder = Path(sys.argv[1])
-    sharding = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
+    sharding = NamedSharding(make_mesh(Parallelism()), PartitionSpec())
 
     def replicate(tree):
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)

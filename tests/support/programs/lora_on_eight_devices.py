@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from dit_video.core.trees import flatten
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from support.device_memory import count_bytes
 from support.tiny_lora import make_pipeline, write_lora
 
-MESHES = (MeshConfig(data=1, fsdp=8), MeshConfig(data=1, fsdp=2, tensor=2, context=2))
+PARALLELISMS = (Parallelism(data=1, fsdp=8), Parallelism(data=1, fsdp=2, tensor=2, context=2))
 
 
 def sample(pipeline) -> np.ndarray:
@@ -25,9 +25,9 @@ def main() -> None:
         file = write_lora(Path(temporary) / "style.safetensors", one)
         plain, expected = sample(one), sample(one.load_lora(file, 0.5))
         assert np.abs(expected - plain).max() > 1e-2
-        for mesh in MESHES:
+        for parallel in PARALLELISMS:
             start = count_bytes()
-            several = make_pipeline(mesh=mesh)
+            several = make_pipeline(parallel=parallel)
             own = {path: np.array(leaf) for path, leaf in flatten(several.denoiser_params).items()}
             shardings = {path: leaf.sharding for path, leaf in flatten(several.denoiser_params).items()}
             weight_bytes = {device: size - start[device] for device, size in count_bytes().items()}

@@ -10,7 +10,7 @@ import sys
 
 import jax
 
-from dit_video.distributed import AXES, MeshConfig
+from dit_video.distributed import AXES, Parallelism
 from support import mesh_training
 
 
@@ -22,10 +22,10 @@ def main() -> None:
         backbone = dataclasses.replace(backbone, attention="chunked")
         jax.default_backend = lambda: "tpu"
     meshes, optimizer = ast.literal_eval(sys.argv[2]), sys.argv[3]
-    expected = mesh_training.train(MeshConfig(), backbone, optimizer=optimizer, devices=jax.devices()[:1])
+    expected = mesh_training.train(Parallelism(), backbone, optimizer=optimizer, devices=jax.devices()[:1])
     assert expected[2] == 0
     for sizes, method in meshes:
-        config = MeshConfig(**dict(zip(AXES, sizes, strict=True)), context_attention=method)
+        config = Parallelism(**dict(zip(AXES, sizes, strict=True)), context_attention=method)
         actual = mesh_training.train(config, backbone, optimizer=optimizer)
         print(optimizer, sizes, method, abs(actual[0] / expected[0] - 1).max(), flush=True)
         assert (actual[2] > 20) == (sizes[0] < 8), actual[2]

@@ -5,7 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from dit_video.distributed import MeshConfig, make_mesh, make_shardings
+from dit_video.distributed import Parallelism, make_mesh, make_shardings
 from dit_video.planning import Topology, read_program
 from dit_video.planning.compiled_program import override_default_backend
 from dit_video.training.optim.muon import scale_by_muon
@@ -14,7 +14,7 @@ from dit_video.training.state import attach_shardings
 LAYERS, ROWS, COLUMNS = 6, 1024, 256
 
 if __name__ == "__main__":
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, context=2), Topology.parse("v5e:2x4").get_devices())
+    mesh = make_mesh(Parallelism(data=2, fsdp=2, context=2), Topology.parse("v5e:2x4").get_devices())
     params = {"blocks": {"down": {"kernel": jax.ShapeDtypeStruct((LAYERS, ROWS, COLUMNS), jnp.float32)}}}
     optimizer = scale_by_muon(0.2, mesh=mesh)
     state = jax.eval_shape(optimizer.init, params)

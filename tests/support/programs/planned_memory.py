@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from dit_video.distributed import MeshConfig, make_mesh, make_shardings, shard_batch
+from dit_video.distributed import Parallelism, make_partitioner, make_shardings, shard_batch
 from dit_video.experiment.denoiser import get_optimizer_config, init_denoiser
 from dit_video.planning import compile_step
 from dit_video.planning.compiled_program import compute_peak_memory, measure_peak_memory
@@ -33,8 +33,9 @@ def count_bytes(tree) -> int:
 def main() -> None:
     """Plan a step, and run it."""
     experiment = make_experiment()
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=2))
-    planned = plan_step(experiment, "denoiser", mesh, clips=fill_row(experiment))
+    partitioner = make_partitioner(Parallelism(data=1, fsdp=4, context=2))
+    mesh = partitioner.mesh
+    planned = plan_step(experiment, "denoiser", partitioner, clips=fill_row(experiment))
     compiled = compile_step(planned.step, planned.arguments, mesh)
     memory, program = compiled.memory, compiled.program
     # The step runs, but CPUs do not report their peak.

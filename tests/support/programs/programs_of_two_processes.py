@@ -14,7 +14,7 @@ from jax._src import cache_key
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.core.platform import compilation_cache
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from support.devices import join_processes
 
 compilation_cache.MIN_COMPILE_SECONDS = 0.0
@@ -39,7 +39,7 @@ def main() -> None:
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
     folder = compilation_cache.enable_compilation_cache(run_folder=run_folder)
-    sharding = NamedSharding(make_mesh(MeshConfig(fsdp=2)), PartitionSpec("fsdp"))
+    sharding = NamedSharding(make_mesh(Parallelism(fsdp=2)), PartitionSpec("fsdp"))
     shape = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=sharding)
     for function in (lambda x: (jnp.sin(x) @ jnp.cos(x).T, x.sum()), lambda x: x * 2 + 1):
         jax.jit(function).lower(shape).compile()

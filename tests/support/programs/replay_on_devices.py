@@ -7,8 +7,8 @@ from unittest import mock
 
 import jax
 
-from dit_video.distributed import MeshConfig
-from dit_video.experiment.replay import replay, with_mesh
+from dit_video.distributed import Parallelism
+from dit_video.experiment.replay import replay, with_parallelism
 from dit_video.experiment.run import Run
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.training.checkpoint import CheckpointPolicy
@@ -19,24 +19,25 @@ def main(clips: str, folder: Path) -> None:
     """Train, and replay all steps after the first checkpoint on each mesh."""
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, batch=8, steps=12)
     keep = CheckpointPolicy(newest=10)
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, mesh=MeshConfig(data=2), keep=keep)
+    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, parallel=Parallelism(data=2), keep=keep)
     run = Run.create(folder, experiment)
-    run = open_on(run, MeshConfig(data=2))
+    run = open_on(run, Parallelism(data=2))
     run.prepare(clips)
     with mock.patch.object(TrainDenoiser, "_export"):  # its pipeline would take all devices
         run.run_stages()
-    for mesh in (MeshConfig(data=1), MeshConfig(data=2), MeshConfig(data=1, fsdp=4), MeshConfig(data=2, fsdp=4)):
-        result = replay(open_on(Run.open(folder), mesh), first=4)
-        is_same = mesh == MeshConfig(data=2)
-        assert result.result == ("same bits" if is_same else "within 1e-6"), (mesh, result)
+    for data, fsdp in ((1, 1), (2, 1), (1, 4), (2, 4)):
+        parallel = Parallelism(data=data, fsdp=fsdp)
+        result = replay(open_on(Run.open(folder), parallel), first=4)
+        is_same = parallel == Parallelism(data=2)
+        assert result.result == ("same bits" if is_same else "within 1e-6"), (parallel, result)
         assert result.compared_states == (8, 12), result
         assert is_same or any(result.max_errors.values()), result
 
 
-def open_on(run: Run, mesh: MeshConfig) -> Run:
+def open_on(run: Run, parallel: Parallelism) -> Run:
     """Return a run on the first devices that a mesh needs."""
-    run = with_mesh(run, mesh)
-    runtime = dataclasses.replace(run.runtime, devices=tuple(jax.devices()[: mesh.data * mesh.fsdp]))
+    run = with_parallelism(run, parallel)
+    runtime = dataclasses.replace(run.runtime, devices=tuple(jax.devices()[: parallel.data * parallel.fsdp]))
     run.__dict__["runtime"] = runtime
     return run
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.core import storage
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from dit_video.training.checkpoint import Checkpoints
 from support.devices import join_processes
 
@@ -74,7 +74,7 @@ def main() -> None:
     """Join the processes, save or restore, and print the step or the error."""
     join_processes()
     folder, fault = sys.argv[1:]
-    mesh = make_mesh(MeshConfig(fsdp=2))
+    mesh = make_mesh(Parallelism(fsdp=2))
     checkpoints = Checkpoints(folder)
     if fault == "save":
         for step in (1, 2):

@@ -19,7 +19,7 @@ from dit_video.experiment.run import Run
 from dit_video.planning import Topology
 from dit_video.planning.compiled_program import override_default_backend
 from dit_video.planning.hlo import read_program
-from dit_video.planning.plan import make_plan_mesh
+from dit_video.planning.plan import make_plan_partitioner
 from dit_video.planning.steps import fill_row, plan_step
 
 OPERATION = re.compile(r"\bstablehlo\.(\w+)")
@@ -32,7 +32,7 @@ def get_run_step(run: Run, topology: Topology) -> tuple[Any, tuple[Any, ...]]:
     runtime = dataclasses.replace(run.runtime, experiment=stage.experiment, devices=tuple(topology.get_devices()))
     stage.check(runtime)
     texts, open_batches = stage.open_inputs(runtime)
-    loss = make_denoiser_loss(stage.experiment, runtime.mesh, empty_caption=texts.empty)
+    loss = make_denoiser_loss(stage.experiment, runtime.partitioner, empty_caption=texts.empty)
     training, folder = stage.experiment.denoiser, runtime.folder / "denoiser"
     trained = open_trainable_denoiser(training, folder, runtime.mesh, is_resuming=True)
     batches = open_batches(0)
@@ -61,15 +61,15 @@ def main() -> None:
     run, topology = Run.open(Path(sys.argv[1])), Topology.parse(sys.argv[2])
     step, arguments = get_run_step(run, topology)
     experiment = run.stages[-1].experiment
-    mesh, _ = make_plan_mesh(experiment, topology, experiment.mesh, "denoiser")
-    planned = plan_step(experiment, "denoiser", mesh, clips=fill_row(experiment))
+    partitioner, _ = make_plan_partitioner(experiment, topology, "denoiser")
+    planned = plan_step(experiment, "denoiser", partitioner, clips=fill_row(experiment))
     programs = lower(step, arguments), lower(planned.step, planned.arguments)
     compiled = programs[0].compile()
     results = {
         "run": describe(programs[0], arguments),
         "plan": describe(programs[1], planned.arguments),
         "attention": planned.costs.attention,
-        "compiled_kernels": read_program(compiled.as_text(), dict(mesh.shape)).kernel_calls,
+        "compiled_kernels": read_program(compiled.as_text(), dict(partitioner.mesh.shape)).kernel_calls,
     }
     print(json.dumps(results))
 

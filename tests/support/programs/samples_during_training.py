@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import dit_video
-from dit_video.distributed import MeshConfig
+from dit_video.distributed import Parallelism
 from dit_video.experiment import Experiment, LoraAdapters, PretrainedAutoencoder, export
 from dit_video.experiment.monitors import tile_clips
 from dit_video.experiment.run import Run
@@ -37,7 +37,7 @@ def make_experiment() -> Experiment:
     return replace(
         EXPERIMENT,
         denoiser=denoiser,
-        mesh=MeshConfig(data=2, fsdp=2, context=2),
+        parallel=Parallelism(data=2, fsdp=2, context=2),
         monitoring=MonitoringConfig(sample_every=STEPS, prompts=PROMPTS),
     )
 

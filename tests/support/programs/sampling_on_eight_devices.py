@@ -13,7 +13,7 @@ import dit_video
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, Guidance, RectifiedFlow
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh, make_partitioner
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.planning.steps import plan_step
 from dit_video.sampling import sampler
@@ -47,17 +47,17 @@ REQUESTS = [
     Request("a square", Grid(9, 16, 32), 2),
     Request("larger than a row", Grid(9, 32, 32), 3, "blue"),
 ]
-MESHES = (
-    MeshConfig(data=8),
-    MeshConfig(data=2, context=4),
-    MeshConfig(data=1, fsdp=2, tensor=2, context=2),
-    MeshConfig(data=2, context=4, context_attention="ring"),
+PARALLELISMS = (
+    Parallelism(data=8),
+    Parallelism(data=2, context=4),
+    Parallelism(data=1, fsdp=2, tensor=2, context=2),
+    Parallelism(data=2, context=4, context_attention="ring"),
 )
 
 
-def make_pipeline(config: PipelineConfig = CONFIG, mesh: MeshConfig | None = None) -> Pipeline:
+def make_pipeline(config: PipelineConfig = CONFIG, parallel: Parallelism | None = None) -> Pipeline:
     """Return a pipeline with random weights."""
-    return Pipeline(config, **PARAMS, mesh=mesh)
+    return Pipeline(config, **PARAMS, parallel=parallel)
 
 
 def assert_latents_are_equal(actual, expected) -> None:
@@ -71,12 +71,12 @@ def latents() -> None:
     """Check that latents of any mesh are those of one device, and so are clips, up to rounding of a pixel."""
     one = make_pipeline()
     expected, clips = one.generate_latents(REQUESTS), one.generate_many(REQUESTS)
-    for mesh in MESHES:
-        several = make_pipeline(mesh=mesh)
+    for parallel in PARALLELISMS:
+        several = make_pipeline(parallel=parallel)
         assert_latents_are_equal(several.generate_latents(REQUESTS), expected)
         for mine, theirs in zip(several.generate_many(REQUESTS * 2), clips * 2, strict=True):
             assert np.abs(mine.frames.astype(int) - theirs.frames).max() <= 1
-    (trace,) = (several.trace(REQUESTS[0]) for several in [make_pipeline(mesh=MESHES[1])])
+    (trace,) = (several.trace(REQUESTS[0]) for several in [make_pipeline(parallel=PARALLELISMS[1])])
     np.testing.assert_allclose(trace.latents[-1], expected[0], atol=TOLERANCE)
 
 
@@ -92,7 +92,7 @@ def guidance() -> None:
     for sampling in samplings:
         config = replace(CONFIG, sampling=sampling)
         expected = make_pipeline(config).generate_latents(REQUESTS)
-        assert_latents_are_equal(make_pipeline(config, MESHES[1]).generate_latents(REQUESTS), expected)
+        assert_latents_are_equal(make_pipeline(config, PARALLELISMS[1]).generate_latents(REQUESTS), expected)
 
 
 def wan() -> None:
@@ -104,16 +104,16 @@ def wan() -> None:
         write_wan(folder, **TWO)
         requests = [Request("a cat", SIZE, 1), Request("a dog on a sofa", (5, 32, 16), 2)]
         expected = dit_video.load(folder, dtype="float32").generate_latents(requests, steps=4)
-        mesh = MeshConfig(data=2, fsdp=2, context=2)
-        several = dit_video.load(folder, dtype="float32", mesh=mesh)
-        assert all(leaf.sharding.mesh == make_mesh(mesh) for leaf in jax.tree.leaves(several.denoiser_params))
+        parallel = Parallelism(data=2, fsdp=2, context=2)
+        several = dit_video.load(folder, dtype="float32", parallel=parallel)
+        assert all(leaf.sharding.mesh == make_mesh(parallel) for leaf in jax.tree.leaves(several.denoiser_params))
         assert_latents_are_equal(several.generate_latents(requests, steps=4), expected)
 
 
 def weights() -> None:
     """Check that weights are put on the devices once, and that each device holds its share."""
     calls = record_calls()
-    mesh, device = MeshConfig(data=1, fsdp=8), jax.devices()[-1]
+    parallel, device = Parallelism(data=1, fsdp=8), jax.devices()[-1]
     before = count_bytes()[device]
     wide = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=128, layers=2, heads=4)
     denoiser = {"backbone": make_random_params(wide.make), "text": PARAMS["denoiser"]["text"]}
@@ -122,7 +122,7 @@ def weights() -> None:
     big = several.denoiser_params
     with tempfile.TemporaryDirectory() as temporary:
         several.save(Path(temporary) / "pipeline")
-        loaded = dit_video.load(Path(temporary) / "pipeline", mesh=mesh)
+        loaded = dit_video.load(Path(temporary) / "pipeline", parallel=parallel)
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(big))
         assert count_bytes()[device] - before < 0.25 * total, (count_bytes()[device] - before, total)
         assert_latents_are_equal(loaded.generate_latents(REQUESTS), several.generate_latents(REQUESTS))
@@ -166,14 +166,14 @@ def record_calls(*, runs: bool = True) -> list:
 def plan() -> None:
     """Check that the program of a plan is that which is called, with arguments of the same shapes and shardings."""
     calls = record_calls(runs=False)
-    for mesh in MESHES:
-        experiment = replace(EXPERIMENT, denoiser=replace(EXPERIMENT.denoiser, backbone=DIT), mesh=mesh)
-        planned = plan_step(experiment, "sampler", make_mesh(mesh), clips=[12])
+    for parallel in PARALLELISMS:
+        experiment = replace(EXPERIMENT, denoiser=replace(EXPERIMENT.denoiser, backbone=DIT), parallel=parallel)
+        planned = plan_step(experiment, "sampler", make_partitioner(parallel), clips=[12])
         # Each fills a row, so that its branches are in rows of their own, as in the plan.
         requests = [Request("a", Grid(9, 16, 64), seed) for seed in range(planned.arguments[2].keys.shape[0])]
         calls.clear()
         with pytest.raises(RecordedCallError):
-            make_pipeline(mesh=mesh).generate_latents(requests)
+            make_pipeline(parallel=parallel).generate_latents(requests)
         ((program, arguments),) = calls
         assert program is planned.step
         expected, actual = (flatten(tuple(each)) for each in (planned.arguments, arguments))
@@ -184,16 +184,14 @@ def plan() -> None:
 
 
 def mistakes() -> None:
-    """Check that a mesh that does not fit the devices or the heads, or has other axes, is refused with a fix."""
-    other = jax.make_mesh((8,), ("x",))
-    for mesh, parts in (
-        (MeshConfig(data=3), ("data=3 does not divide", "Use data=1 or 2 or 4 or 8")),
-        (MeshConfig(data=1, tensor=8), ("4 heads", "tensor=8", "Use a mesh with tensor of 1, 2, 4")),
-        (MeshConfig(data=1, context=8), ("context=8 is invalid", "Use context=1 or 2 or 4", "ring")),
-        (other, ("axes x is invalid", "Use dit_video.distributed.make_mesh")),
+    """Check that sizes that do not fit the devices or the heads are refused with a fix."""
+    for parallel, parts in (
+        (Parallelism(data=3), ("data=3 does not divide", "Use data=1 or 2 or 4 or 8")),
+        (Parallelism(data=1, tensor=8), ("4 heads", "tensor=8", "Use a mesh with tensor of 1, 2, 4")),
+        (Parallelism(data=1, context=8), ("context=8 is invalid", "Use context=1 or 2 or 4", "ring")),
     ):
         with pytest.raises(UserError) as caught:
-            make_pipeline(mesh=mesh)
+            make_pipeline(parallel=parallel)
         assert all(part in str(caught.value) for part in parts), caught.value
 
 

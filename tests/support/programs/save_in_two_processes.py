@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.serialization import serialization
 
 from dit_video.core.errors import script
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from dit_video.distributed.processes import initialize_distributed
 from dit_video.training.checkpoint import Checkpoints
 
@@ -23,7 +23,7 @@ async def fail(*_, **__):
 def main() -> None:
     """Save twice, and train on."""
     with initialize_distributed():
-        mesh = make_mesh(MeshConfig(fsdp=2))
+        mesh = make_mesh(Parallelism(fsdp=2))
         values = np.random.default_rng(0).normal(size=(8, 50_000)).astype(np.float32)
         sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
         state = {"x": jax.make_array_from_callback(values.shape, sharding, values.__getitem__)}

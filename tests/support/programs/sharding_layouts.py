@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.distributed import (
-    MeshConfig,
+    Parallelism,
     ShardingRules,
     count_row_shards,
     make_batch_sharding,
@@ -107,11 +107,11 @@ def check_gradients(mesh) -> None:
 
 def main() -> None:
     """Run all checks."""
-    mesh = make_mesh(MeshConfig(fsdp=4))
+    mesh = make_mesh(Parallelism(fsdp=4))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
     assert count_row_shards(mesh) == 8
-    assert count_row_shards(make_mesh(MeshConfig(fsdp=2, tensor=2))) == 4
-    tensor_mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    assert count_row_shards(make_mesh(Parallelism(fsdp=2, tensor=2))) == 4
+    tensor_mesh = make_mesh(Parallelism(data=1, fsdp=2, tensor=4))
     check_default_rule(mesh)
     check_named_rules(tensor_mesh)
     check_batches(mesh, tensor_mesh)

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.core.errors import script
 from dit_video.data.loader import LoaderConfig, read_ahead
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from dit_video.distributed.processes import initialize_distributed
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks.hook import StepCall
@@ -36,7 +36,7 @@ def main() -> None:
     """Start or continue the training."""
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
     with initialize_distributed():
-        sharding = NamedSharding(make_mesh(MeshConfig()), PartitionSpec())
+        sharding = NamedSharding(make_mesh(Parallelism()), PartitionSpec())
 
         def replicate(tree):
             return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)

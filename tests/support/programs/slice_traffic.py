@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dit_video.distributed import MeshConfig, Slices, make_mesh
+from dit_video.distributed import Parallelism, Slices, make_mesh
 from dit_video.distributed.mesh import count_axis_slices
 from dit_video.planning import Topology, compile_step
 from dit_video.planning.plan import plan_experiment
@@ -37,7 +37,7 @@ def pass_on(mesh, x):
     return jax.shard_map(shift, mesh=mesh, in_specs=P("context"), out_specs=P("context"))(x)
 
 
-def read_traffic(slices: int, config: MeshConfig, function, specs, out, sizes) -> dict:
+def read_traffic(slices: int, config: Parallelism, function, specs, out, sizes) -> dict:
     """Return the bytes between slices, by kind and axes, of a function that is compiled for slices of 2x2 chips."""
     devices = Topology.parse(f"v5e:2x2*{slices}").get_devices()
     with warnings.catch_warnings():
@@ -58,23 +58,23 @@ def check_collectives() -> None:
     layer = ([P("fsdp"), P(("data", "fsdp"))], P("fsdp"), [(WIDTH, WIDTH), (64, WIDTH)])
     # Along data: each device sums its shard of the gradient with one or three others.
     for slices in (2, 4):
-        traffic = read_traffic(slices, MeshConfig(data=slices, fsdp=4), compute_gradient, *layer)
+        traffic = read_traffic(slices, Parallelism(data=slices, fsdp=4), compute_gradient, *layer)
         assert traffic == {("all-reduce", ("data",)): 2 * (slices - 1) / slices * WEIGHT_BYTES / 4}, traffic
     # Partly along data: the sum inside a slice leaves each device a quarter.
-    traffic = read_traffic(2, MeshConfig(data=4, fsdp=2), compute_gradient, *layer)
+    traffic = read_traffic(2, Parallelism(data=4, fsdp=2), compute_gradient, *layer)
     assert traffic == {("all-reduce", ("data",)): WEIGHT_BYTES / 4}, traffic
     # Along fsdp: each device gets its counterpart's shard of the weights; the quarter of a slice's gradient is summed.
     gathered, summed = ("all-gather", ("fsdp",)), ("all-reduce", ("fsdp",))
-    traffic = read_traffic(2, MeshConfig(data=1, fsdp=8), compute_gradient, *layer)
+    traffic = read_traffic(2, Parallelism(data=1, fsdp=8), compute_gradient, *layer)
     assert traffic == {gathered: WEIGHT_BYTES / 8, summed: WEIGHT_BYTES / 4}, traffic
     # Along both, where an eighth of the gradient is left to be summed along data.
-    config = MeshConfig(data=2, fsdp=8, slices=Slices(data=2, fsdp=2))
+    config = Parallelism(data=2, fsdp=8, slices=Slices(data=2, fsdp=2))
     traffic = read_traffic(4, config, compute_gradient, *layer)
     along_data = {("all-reduce", ("data",)): WEIGHT_BYTES / 8}
     assert traffic == {gathered: WEIGHT_BYTES / 8, summed: WEIGHT_BYTES / 4} | along_data, traffic
     # Along context: half of what is exchanged, or all that is passed on.
     local = 4 * 8 * 64 * 128
-    config, tokens = MeshConfig(data=1, context=8), (64, 64, 128)
+    config, tokens = Parallelism(data=1, context=8), (64, 64, 128)
     traffic = read_traffic(2, config, exchange, [P("context")], P(None, "context"), [tokens])
     assert traffic == {("all-to-all", ("context",)): local / 2}, traffic
     traffic = read_traffic(2, config, pass_on, [P("context")], P("context"), [tokens])
@@ -86,8 +86,8 @@ def check_plan() -> None:
     denoiser = tiny.EXPERIMENT.denoiser
     backbone = dataclasses.replace(denoiser.backbone, width=128, rotary="even", attention="dense")
     denoiser = dataclasses.replace(denoiser, batch=8, backbone=backbone, optimizer=OptimizerConfig(warmup=1))
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
-    plan = plan_experiment(experiment, Topology.parse("v5e:2x2*2"), mesh=MeshConfig(data=2, fsdp=4))
+    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, parallel=Parallelism(data=2, fsdp=4))
+    plan = plan_experiment(experiment, Topology.parse("v5e:2x2*2"))
     crossing = [part for part in plan.moved if part.between_slices]
     assert {part.axes for part in crossing} == {("data",)}, crossing
     # Two times half of each device's gradients; small arrays are padded to tiles of 4 KiB.
@@ -104,9 +104,9 @@ def check_warning() -> None:
     devices = Topology.parse("v5e:2x2*2").get_devices()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        make_mesh(MeshConfig(data=2, fsdp=4), devices)
+        make_mesh(Parallelism(data=2, fsdp=4), devices)
         assert not caught
-        make_mesh(MeshConfig(data=1, fsdp=8), devices)
+        make_mesh(Parallelism(data=1, fsdp=8), devices)
     (warning,) = caught
     assert "2 slices lie along fsdp, so weights are gathered over" in str(warning.message)
     assert "Use a mesh whose data is a multiple of 2" in str(warning.message)

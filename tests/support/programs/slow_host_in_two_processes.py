@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import MetricsLog
 from dit_video.training.hooks.slow_hosts import DeviceProbe, SlowHostConfig, SlowHostMonitor
@@ -36,7 +36,7 @@ def main() -> None:
     """Join the processes, train, and leave the log and the records in the folder."""
     join_processes()
     folder, slow = Path(sys.argv[1]), sys.argv[2] if jax.process_index() == 1 else "nothing"
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(Parallelism())
     replicated, divided = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (mesh.axis_names,)))
 
     def place(tree, sharding):

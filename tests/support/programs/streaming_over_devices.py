@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from dit_video.models.autoencoders import decode_stream, encode_stream, streaming
 from support.random_params import make_random_params
 from support.tiny_autoencoders import CONFIGS, assert_frames_are_close
@@ -18,7 +18,7 @@ def join_chunks(chunks) -> np.ndarray:
 def main() -> None:
     """Check both kinds of autoencoders."""
     assert jax.device_count() == 8
-    rows = NamedSharding(make_mesh(MeshConfig(data=1, context=8)), PartitionSpec(None, None, "context"))
+    rows = NamedSharding(make_mesh(Parallelism(data=1, context=8)), PartitionSpec(None, None, "context"))
     clip = np.random.default_rng(1).integers(0, 256, (1, 5, 64, 16, 3), np.uint8)
     for config in (CONFIGS["patches"], CONFIGS["levels"]):
         params = make_random_params(config.make)

@@ -5,7 +5,7 @@ import math
 import re
 
 from dit_video.core.trees import count_values
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_partitioner
 from dit_video.planning import (
     Topology,
     compute_min_collective_bytes,
@@ -36,18 +36,18 @@ def make_experiment():
 def main() -> None:
     """Compile the step and check its collectives."""
     experiment = make_experiment()
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, context=4), Topology.parse("v6e:4x4").get_devices())
-    planned = plan_step(experiment, "denoiser", mesh, clips=fill_row(experiment))
+    partitioner = make_partitioner(Parallelism(data=1, fsdp=4, context=4), Topology.parse("v6e:4x4").get_devices())
+    planned = plan_step(experiment, "denoiser", partitioner, clips=fill_row(experiment))
     with override_default_backend("tpu"):
         lowered = planned.step.trace(*planned.arguments).lower(lowering_platforms=("tpu",))
     text = lowered.compile().as_text()
-    moved = read_program(text, dict(mesh.shape)).collectives
+    moved = read_program(text, dict(partitioner.mesh.shape)).collectives
     for part in moved.values():
         print(part)
 
     parameters = count_values(planned.arguments[0].params)
     options = {"context_weights": count_context_weights(experiment.denoiser.backbone)}
-    bound = compute_min_collective_bytes(planned.costs, parameters, dict(mesh.shape), "ulysses", **options)["weights"]
+    bound = compute_min_collective_bytes(planned.costs, parameters, partitioner, **options)["weights"]
     ratio = sum_collective_bytes("weights", list(moved.values())) / bound
     print(ratio)
     assert ratio <= 1.1

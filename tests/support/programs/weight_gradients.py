@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from dit_video.distributed import AXES, MeshConfig, ShardingRules, make_mesh, make_parallelism, make_shardings
+from dit_video.distributed import AXES, Parallelism, ShardingRules, make_partitioner, make_shardings
 from dit_video.nn import Linear
 from dit_video.planning.compiled_program import override_default_backend
 
@@ -17,6 +17,7 @@ SIZES = [(1, 2, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 2, 4)]
 LAYERS = [{}] + [{"split": s, "is_context": is_context} for s in ("outputs", "inputs") for is_context in (False, True)]
 INPUTS = {"tokens": (8, 16, 24), "clips": (8, 3, 24), "grids": (8, 4, 2, 24), "shared": (1, 16, 24)}
 """Shapes of inputs: some whose tokens or rows the devices do not divide."""
+RULES = ShardingRules(min_size=1, stacked_pattern="$^")
 
 
 def compute_gradient(layer: Linear, x, weights):
@@ -39,12 +40,12 @@ def make_case(shape: tuple[int, ...], dtype: DTypeLike) -> tuple[jax.Array, jax.
 
 def check(sizes: tuple[int, ...], shape: tuple[int, ...], options: dict, dtype: DTypeLike) -> None:
     """Compare the gradient of one layer; that of bfloat16's products is summed in float32, too."""
-    mesh = make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))))
+    partitioner = make_partitioner(Parallelism(**dict(zip(AXES, sizes, strict=True))))
     x, weights, expected = make_case(shape, dtype)
-    layer = Linear(24, 16, dtype=dtype, parallel=make_parallelism(mesh), rngs=nnx.Rngs(0), **options)
+    layer = Linear(24, 16, dtype=dtype, partitioner=partitioner, rngs=nnx.Rngs(0), **options)
     name = {"outputs": "up", "inputs": "down", None: "time"}[options.get("split")]
     kernel = {f"blocks/{name}/kernel": layer.kernel[...]}
-    layout = make_shardings(kernel, mesh, ShardingRules(min_size=1, stacked_pattern="$^"))[f"blocks/{name}/kernel"]
+    layout = make_shardings(kernel, partitioner.mesh, RULES)[f"blocks/{name}/kernel"]
     assert not layout.is_fully_replicated
     layer.kernel[...] = jax.device_put(layer.kernel[...], layout)
     actual = nnx.jit(compute_gradient, out_shardings=layout)(layer, x, weights)

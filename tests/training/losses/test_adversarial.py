@@ -10,7 +10,7 @@ from flax import nnx
 
 from dit_video.core import trees
 from dit_video.core.errors import UserError
-from dit_video.distributed import MeshConfig, make_mesh
+from dit_video.distributed import Parallelism, make_mesh
 from dit_video.models.autoencoders import R1, AdversarialConfig
 from dit_video.models.autoencoders.adversarial import compute_adaptive_weight, generator_loss
 from dit_video.nn import get_graph_def
@@ -161,7 +161,7 @@ def train(folder, steps, batches=Repeated):
         random_key=jax.random.key(0),
         train_step=make_train_step(LECAM),
         config=LoopConfig(steps=steps, log_every=1, save_every=2),
-        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        mesh=make_mesh(Parallelism(), jax.devices()[:1]),
     )
     return training.run(lambda start: batches())
 

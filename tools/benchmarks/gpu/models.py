@@ -15,7 +15,7 @@ from dit_video.core import rng
 from dit_video.core.platform.devices import get_default_platform
 from dit_video.core.trees import count_values, flatten
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
-from dit_video.distributed import MeshConfig, make_mesh, make_parallelism, make_shardings, shard_batch
+from dit_video.distributed import Parallelism, make_mesh, make_shardings, shard_batch
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.models.backbones.flops import count_training_flops
 from dit_video.models.backbones.protocol import BackboneConfig
@@ -187,10 +187,10 @@ def make_training(
       batch: A batch of rows.
       rows: Grids of the clips of every row, and the text tokens of each of them.
     """
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(Parallelism(), jax.devices()[:1])
     text = FrozenTextConfig(folder="random", width=config.context_width)
     loss = DenoiserLoss(
-        backbone=get_graph_def(config.make, make_parallelism(mesh)),
+        backbone=get_graph_def(config.make),
         text=get_graph_def(text.make),
         objective=FlowMatching(process=RectifiedFlow(shift=3.0), times=LogitNormal()),
         caption_dropout=0.1,

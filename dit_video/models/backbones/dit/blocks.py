@@ -18,7 +18,7 @@ from dit_video.nn import (
     AttentionInputs,
     Init,
     Linear,
-    Parallelism,
+    Partitioner,
     RmsNorm,
     gelu,
     layer_norm,
@@ -72,15 +72,15 @@ class Stream(nnx.Module):
     output_init: ClassVar[Init] = "xavier"
     """Initialisation of the layers whose output is added to the residual stream."""
 
-    def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
+    def __init__(self, config: DitArchitecture, *, partitioner: Partitioner, rngs: nnx.Rngs):
         width, dtype = config.width, jnp.dtype(config.dtype)
         per_block, hidden = config.modulation == "own", config.mlp_dim
         options: dict[str, Any] = {"precision": "highest" if config.time == "segment" else None, "init": "zero"}
-        self.own = Linear(width, 6 * width, parallel=parallel, rngs=rngs, **options) if per_block else None
+        self.own = Linear(width, 6 * width, partitioner=partitioner, rngs=rngs, **options) if per_block else None
         self.table = None if per_block else nnx.Param(jnp.zeros((6, width), jnp.float32))
         self.heads, self.mlp_norm_eps = config.heads, config.mlp_norm_eps
         self.query_norm, self.key_norm = _make_qk_norm(config), _make_qk_norm(config)
-        linear = functools.partial(Linear, bias=config.bias, dtype=dtype, parallel=parallel, rngs=rngs)
+        linear = functools.partial(Linear, bias=config.bias, dtype=dtype, partitioner=partitioner, rngs=rngs)
         self.qkv = linear(width, 3 * width, split="fused")
         self.out = linear(width, width, split="inputs", init=self.output_init)
         self.up = linear(width, hidden, split="outputs")
@@ -123,15 +123,15 @@ class Stream(nnx.Module):
 class Block(Stream):
     """A block with self-attention within segments, cross-attention to the context if there is one, and an MLP."""
 
-    def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
-        super().__init__(config, parallel=parallel, rngs=rngs)
+    def __init__(self, config: DitArchitecture, *, partitioner: Partitioner, rngs: nnx.Rngs):
+        super().__init__(config, partitioner=partitioner, rngs=rngs)
         self.is_parallel = config.order == "parallel"
         self.relative = _make_bias_table(config, rngs)
         self.has_cross_attention = isinstance(config.context, CrossAttention)
         if self.has_cross_attention:
             width, dtype = config.width, jnp.dtype(config.dtype)
-            linear = functools.partial(Linear, bias=config.bias, dtype=dtype, parallel=parallel, rngs=rngs)
-            self.cross = parallel.make_cross_attention(config.attention)
+            linear = functools.partial(Linear, bias=config.bias, dtype=dtype, partitioner=partitioner, rngs=rngs)
+            self.cross = partitioner.make_cross_attention(config.attention)
             self.cross_query = linear(width, width, split="outputs")
             self.cross_key_value = linear(width, 2 * width, split="fused", is_context=True)
             self.cross_query_norm, self.cross_key_norm = _make_qk_norm(config), _make_qk_norm(config)
@@ -175,10 +175,10 @@ class TemporalBlock(Stream):
 class JointBlock(nnx.Module):
     """A block with two streams and joint attention; in `x` the context's tokens follow the video's."""
 
-    def __init__(self, config: DitArchitecture, *, parallel: Parallelism, rngs: nnx.Rngs):
+    def __init__(self, config: DitArchitecture, *, partitioner: Partitioner, rngs: nnx.Rngs):
         self.is_parallel = config.order == "parallel"
-        self.video = Stream(config, parallel=parallel, rngs=rngs)
-        self.context = Stream(config, parallel=parallel, rngs=rngs)
+        self.video = Stream(config, partitioner=partitioner, rngs=rngs)
+        self.context = Stream(config, partitioner=partitioner, rngs=rngs)
         self.relative = _make_bias_table(config, rngs)
 
     def __call__(self, x: Float[Array, "B T D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B T D"]:

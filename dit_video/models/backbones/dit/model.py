@@ -33,7 +33,7 @@ from dit_video.nn import (
     LayerGroup,
     LayerWrapper,
     Linear,
-    Parallelism,
+    Partitioner,
     make_stack,
     modulate,
     scan_layers,
@@ -59,10 +59,10 @@ class _Tokens(NamedTuple):
 class Dit(nnx.Module):
     """A diffusion transformer on packed rows: embeddings, blocks and a head; see `BlockBackbone`."""
 
-    def __init__(self, config: DitArchitecture, *, parallel: Parallelism = ONE_DEVICE, rngs: nnx.Rngs):
-        self.config, self.parallel = config, parallel
+    def __init__(self, config: DitArchitecture, *, partitioner: Partitioner = ONE_DEVICE, rngs: nnx.Rngs):
+        self.config, self.partitioner = config, partitioner
         width, dtype = config.width, jnp.dtype(config.dtype)
-        options: dict[str, Any] = {"parallel": parallel, "rngs": rngs}
+        options: dict[str, Any] = {"partitioner": partitioner, "rngs": rngs}
         linear: Any = functools.partial(Linear, **options)
         self.embed = linear(config.token_width, width, dtype=dtype)
         if config.absolute_position is not None:
@@ -78,7 +78,7 @@ class Dit(nnx.Module):
         if config.modulation == "shared":
             self.modulation = modulation(width, 6 * width, init="zero")
         kind = JointBlock if isinstance(config.context, JointAttention) else Block
-        block = functools.partial(kind, config, parallel=parallel)
+        block = functools.partial(kind, config, partitioner=partitioner)
         self.blocks = make_stack(lambda r: block(rngs=r), config.layers, rngs=rngs)
         self.head_modulation = modulation(width, 2 * width, init="zero")
         self.head = precise(width, config.output_width, init="zero")
@@ -96,7 +96,7 @@ class Dit(nnx.Module):
         if config.temporal is not None:
             self.temporal_position = BoundaryEmbedding().make(width, init="zero", dtype=dtype, **options)
             layers = config.layers // config.temporal.spatial_layers * config.temporal.layers
-            temporal = functools.partial(TemporalBlock, config, parallel=parallel)
+            temporal = functools.partial(TemporalBlock, config, partitioner=partitioner)
             self.temporal_blocks = make_stack(lambda r: temporal(rngs=r), layers, rngs=rngs)
 
     def __call__(
@@ -180,11 +180,11 @@ class Dit(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Apply all blocks; see `BlockBackbone`. Temporal blocks are not wrapped."""
         config = self.config
-        contexts = [(inputs, self.parallel.make_attention(config.attention, each)) for each in config.layer_patterns]
+        contexts = [(inputs, self.partitioner.make_attention(config.attention, each)) for each in config.layer_patterns]
         groups = [LayerGroup(self.blocks, contexts, wrapper, values)]
         if (temporal := config.temporal) is not None:
             in_time = inputs._replace(angles=compute_rotary_angles(inputs.positions, config.time_rotary))
-            time_context = (in_time, self.parallel.make_attention(config.attention, TimeOnly()))
+            time_context = (in_time, self.partitioner.make_attention(config.attention, TimeOnly()))
             groups = [groups[0]._replace(contexts=contexts * temporal.spatial_layers)]
             groups.append(LayerGroup(self.temporal_blocks, [time_context] * temporal.layers))
         x, outputs = scan_layers(x, groups, remat=config.remat)
@@ -307,8 +307,8 @@ class Dit(nnx.Module):
 class DitConfig(DitArchitecture):
     """Configuration of the diffusion transformer, and its named sizes; for the fields see `DitArchitecture`."""
 
-    def make(self, rngs: nnx.Rngs, parallel: Parallelism = ONE_DEVICE) -> Dit:
-        return Dit(self, parallel=parallel, rngs=rngs)
+    def make(self, rngs: nnx.Rngs, partitioner: Partitioner = ONE_DEVICE) -> Dit:
+        return Dit(self, partitioner=partitioner, rngs=rngs)
 
     @classmethod
     def small(cls, **fields: Any) -> "DitConfig":

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.nn import Init, Linear, Parallelism, sinusoidal_embedding
+from dit_video.nn import Init, Linear, Partitioner, sinusoidal_embedding
 from dit_video.tokens import expand_to_tokens, segment_max, split_evenly
 
 _DISTANCE_WIDTH = 32
@@ -40,7 +40,7 @@ class PositionEmbedding(ABC):
           UserError: If the width does not suit the embedding.
         """
 
-    def make(self, width: int, *, dtype: jnp.dtype, parallel: Parallelism, rngs: nnx.Rngs) -> nnx.Module | None:
+    def make(self, width: int, *, dtype: jnp.dtype, partitioner: Partitioner, rngs: nnx.Rngs) -> nnx.Module | None:
         """Make the layer that maps features to the width; None if the features already have it."""
         return None
 
@@ -60,9 +60,9 @@ class BoundaryEmbedding(PositionEmbedding):
         return 6 * _DISTANCE_WIDTH
 
     def make(
-        self, width: int, *, init: Init = "xavier", dtype: jnp.dtype, parallel: Parallelism, rngs: nnx.Rngs
+        self, width: int, *, init: Init = "xavier", dtype: jnp.dtype, partitioner: Partitioner, rngs: nnx.Rngs
     ) -> Linear:
-        return Linear(self.linear_features, width, init=init, dtype=dtype, parallel=parallel, rngs=rngs)
+        return Linear(self.linear_features, width, init=init, dtype=dtype, partitioner=partitioner, rngs=rngs)
 
     def compute_features(
         self, positions: Float[Array, "B N 3"], segments: Int[Array, "B N"], *, count: int, width: int
@@ -156,7 +156,7 @@ class FactorizedEmbedding(PositionEmbedding):
         if min(self.sizes) < 2:
             raise UserError(f"position table sizes {self.sizes} are invalid; use at least 2 entries for each axis")
 
-    def make(self, width: int, *, dtype: jnp.dtype, parallel: Parallelism, rngs: nnx.Rngs) -> nnx.Module | None:
+    def make(self, width: int, *, dtype: jnp.dtype, partitioner: Partitioner, rngs: nnx.Rngs) -> nnx.Module | None:
         return AxisTables(self.sizes, width, rngs=rngs)
 
     def compute_features(

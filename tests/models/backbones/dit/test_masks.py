@@ -9,7 +9,7 @@ import pytest
 
 from dit_video.models.backbones.dit import DitConfig, JointAttention
 from dit_video.models.backbones.wan import WanDitConfig
-from dit_video.nn import Parallelism
+from dit_video.nn import Partitioner
 from dit_video.nn.attention import CausalFrames, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
 from support.packed_rows import (
     FIRST,
@@ -78,7 +78,7 @@ def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, fie
     params, batch = make_random_params(config.make), make_batch((0, 1), (1, 0))
     result = predict_with_gradients(params, batch, config)
     explicit = iter([_explicit(batch, config, sees) for sees in masks])
-    monkeypatch.setattr(Parallelism, "make_attention", lambda *_: next(explicit))
+    monkeypatch.setattr(Partitioner, "make_attention", lambda *_: next(explicit))
     # Another config, so that nothing that is traced already serves; with it layers are scanned in groups.
     expected = predict_with_gradients(params, batch, dataclasses.replace(config, remat="full"))
     np.testing.assert_allclose(result[0][:, :14], expected[0][:, :14], atol=1e-5)

@@ -41,8 +41,8 @@ class WeightConstraint(Protocol):
 
 
 @dataclass(frozen=True)
-class Parallelism:
-    """The attention and the sharding of weights that a model is built with; this class serves one device.
+class Partitioner:
+    """The attention and the sharding of weights that a model is made with; this class serves one device.
 
     Attention is the only operation of a transformer that mixes tokens. A model therefore gets its attention functions
     here, its linear layers get the sharding of their weights, and nothing else in it depends on devices.
@@ -70,16 +70,16 @@ class Parallelism:
         return None
 
 
-ONE_DEVICE = Parallelism()
+ONE_DEVICE = Partitioner()
 
 
 @dataclass(frozen=True)
-class _NoDevice(Parallelism):
+class _NoDevice(Partitioner):
     @property
     def platform(self) -> Platform:
         return ANY_PLATFORM
 
 
 NO_DEVICE = _NoDevice()
-"""Parallelism of models that are built only for their parameters' shapes. It does not open JAX's devices, which must
+"""Partitioner of models that are made only for their parameters' shapes. It does not open JAX's devices, which must
 not happen before the processes of a run have connected."""
