@@ -138,7 +138,7 @@ def list_candidates(
         batches = [rows] if rows is not None else [parts * rows_per_shard for rows_per_shard in _ROWS_PER_SHARD]
         for batch, remat in itertools.product(batches, remats):
             try:
-                check_devices(Candidate(parallel, batch, remat, 0.0, 0).apply_to(experiment).denoiser, partitioner)
+                check_devices(Candidate(parallel, batch, remat, 0.0, 0).apply_to(experiment), partitioner)
                 slices = count_axis_slices(parallel, device_count, topology.slices)
             except UserError:
                 continue
