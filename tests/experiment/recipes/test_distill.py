@@ -53,7 +53,7 @@ def test_the_experiment_of_a_student_follows_from_a_run(tiny_run):
     assert experiment.autoencoder == PretrainedAutoencoder(model=teacher.autoencoder, folder=str(tiny_run / "pipeline"))
     assert experiment.denoiser.train.distillation == DistributionMatching(guidance=2.0, steps=2, critic_steps=2)
     assert experiment.denoiser.optimizer.learning_rate == 3e-4
-    assert experiment.denoiser.backbone == teacher.backbone
+    assert experiment.model.backbone == teacher.backbone
     assert experiment.data == Run.open(tiny_run).experiment.data
     assert (experiment.sampling.steps, experiment.sampling.guidance) == (2, 1.0)
     assert isinstance(experiment.sampling.solver, Lcm)
@@ -69,8 +69,8 @@ def test_the_experiment_of_a_student_follows_from_a_pipeline(tiny_run):
     assert experiment.denoiser.optimizer.learning_rate == 1e-3
     assert experiment.data.max_frames == teacher.size.t
     assert experiment.data.max_pixels == teacher.size.h * teacher.size.w
-    assert experiment.denoiser.layout == teacher.layout
-    assert experiment.denoiser.objective.process == teacher.process
+    assert experiment.model.layout == teacher.layout
+    assert experiment.model.process == teacher.process
 
 
 def test_the_student_differs_from_the_teacher_and_shares_its_autoencoder(tiny_run, distilled):

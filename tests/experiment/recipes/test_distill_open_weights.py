@@ -118,7 +118,7 @@ def test_the_experiment_of_a_student_follows_from_the_folder(folder):
     assert denoiser.objective.process == RectifiedFlow(shift=3.0)
     assert (denoiser.train.init_from, denoiser.lora) == (str(folder), OPTIONS.lora)
     assert denoiser.train.distillation.guidance == 5.0
-    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (32 * 48, 5, 16.0)
+    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.model.fps) == (32 * 48, 5, 16.0)
     assert (experiment.sampling.steps, experiment.sampling.guidance, experiment.sampling.solver) == (2, 1.0, Lcm())
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
     assert (denoiser.optimizer.kind, denoiser.optimizer.learning_rate) == ("adamw", 1e-2)

@@ -87,7 +87,7 @@ def test_the_experiment_of_fine_tuning_follows_from_the_folder(folder):
     )
     assert denoiser.objective.process == RectifiedFlow(shift=3.0)
     assert (experiment.sampling.solver, experiment.sampling.time_schedule) == (UniPc(), UniPcFlowSchedule())
-    assert (denoiser.layout.tokens, experiment.data.fps) == (2 * 4 * 6, 16.0)
+    assert (denoiser.layout.tokens, experiment.model.fps) == (2 * 4 * 6, 16.0)
     assert denoiser.train == LoraAdapters(init_from=str(folder), lora=OPTIONS.lora)
     assert denoiser.frame_conditioning is None
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
@@ -98,8 +98,8 @@ def test_the_defaults_of_fine_tuning_are_the_models(folder, tmp_path):
     assert (data.max_pixels, data.max_frames, data.fps) == (480 * 832, 81, 16.0)
     write_wan(tmp_path / "told", backbone=dataclasses.replace(DIT, time="token"))
     experiment = make_finetuning_experiment(tmp_path / "told")
-    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (704 * 1280, 121, 24.0)
-    assert experiment.denoiser.frame_conditioning == FrameConditioning()
+    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.model.fps) == (704 * 1280, 121, 24.0)
+    assert experiment.model.frame_conditioning == FrameConditioning()
     assert make_finetuning_experiment(
         tmp_path / "told", FineTuningOptions(first_frame_prob=0.2)
     ).denoiser.frame_conditioning == FrameConditioning(prob=0.2)
@@ -173,9 +173,9 @@ def controlled(tmp_path_factory):
 @pytest.mark.nightly
 def test_a_model_with_control_keeps_its_task_and_its_conditioning(controlled):
     experiment = make_finetuning_experiment(controlled, OPTIONS)
-    assert experiment.denoiser.backbone == CONTROLLED.replace(remat="full")
-    assert experiment.denoiser.task == dit_video.load(controlled).config.task
-    assert experiment.denoiser.frame_conditioning is None
+    assert experiment.model.backbone == CONTROLLED.replace(remat="full")
+    assert experiment.task == dit_video.load(controlled).config.task
+    assert experiment.model.frame_conditioning is None
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
     with pytest.raises(UserError, match="first_frame_prob is invalid"):
         get_training(controlled, first_frame_prob=0.5)

@@ -152,7 +152,7 @@ def _make_plain(seed: int, steps: int) -> Experiment:
 
 def _change(experiment: Experiment, backbone: dict | None = None, data: dict | None = None, **denoiser) -> Experiment:
     """Return the experiment with other values of the denoiser's training, its backbone and the data."""
-    changed = replace(experiment.denoiser, backbone=experiment.denoiser.backbone.replace(**(backbone or {})))
+    changed = replace(experiment.denoiser, backbone=experiment.model.backbone.replace(**(backbone or {})))
     return replace(experiment, denoiser=replace(changed, **denoiser), data=replace(experiment.data, **(data or {})))
 
 
