@@ -250,7 +250,7 @@ class Experiment:
         names = ", ".join(stage.name for stage in self.stages)
         raise UserError(f"stage={name!r} is invalid: the experiment has no such stage. Use one of {names}.")
 
-    def replace_stage(self, name: str, **changes: Any) -> "Experiment":
+    def replace_stage(self, name: str, /, **changes: Any) -> "Experiment":
         """Return the experiment with other values of a stage's fields."""
         changed: Any = self.get_stage(name)
         changed = replace(changed, **changes)
