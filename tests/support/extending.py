@@ -8,7 +8,7 @@ from dit_video.experiment.run import Run
 
 def train(experiment, tiny_run, folder, clips=None):
     """Train two steps of the denoiser on the tiny run's clips and autoencoder, and return the loaded pipeline."""
-    pretrained = experiment.autoencoder_from or str(tiny_run / "pipeline")
+    pretrained = experiment.autoencoder_from if experiment.autoencoder is None else str(tiny_run / "pipeline")
     optimizer = dataclasses.replace(experiment.denoiser.optimizer, warmup=0)
     denoiser = dataclasses.replace(experiment.denoiser, steps=2, optimizer=optimizer)
     experiment = dataclasses.replace(experiment, autoencoder_from=pretrained, stages=(denoiser,))

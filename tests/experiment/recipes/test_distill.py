@@ -119,9 +119,9 @@ def test_invalid_distillations_are_refused(tiny, tiny_run, tmp_path):
     experiment = tiny.EXPERIMENT.replace_stage("denoiser", train=student)
     first = dataclasses.replace(experiment.denoiser, name="first")
     last = dataclasses.replace(experiment.denoiser, continues="first")
-    with pytest.raises(UserError, match="train=Student takes a single stage. Leave out the others"):
+    with pytest.raises(UserError, match=r"train=Student takes a single stage. Leave out the others"):
         dataclasses.replace(experiment, stages=(experiment.autoencoder, first, last))
-    with pytest.raises(UserError, match="train=Student has no frame conditioning. Leave out frame_conditioning"):
+    with pytest.raises(UserError, match=r"train=Student has no frame conditioning. Leave out frame_conditioning"):
         experiment.replace_model(frame_conditioning=FrameConditioning())
     with pytest.raises(UserError, match="needs packed rows and no distillation"):
         experiment.replace_stage("denoiser", accumulation_steps=2)
