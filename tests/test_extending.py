@@ -16,11 +16,10 @@ from safetensors.numpy import load_file
 import dit_video
 from dit_video import families
 from dit_video.core import config_json, registry
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import UserError
 from dit_video.data.ingest.formats import detect, list_clips
 from dit_video.data.latents.cache import LatentSource
-from dit_video.experiment import LoraAdapters, StagedExperiment
-from dit_video.experiment.run import Run, StagedRun
+from dit_video.experiment import Experiment, LoraAdapters, Run
 from dit_video.families.convert import convert
 from dit_video.nn import LoraConfig, get_graph_def
 from dit_video.nn.attention import CausalFrames
@@ -54,10 +53,8 @@ def test_a_sampler(add_package, tiny, tiny_run, tiny_pipeline, tmp_path):
 @pytest.mark.nightly
 def test_a_position_embedding(add_package, tiny, tiny_run, tmp_path):
     position = add_package("their_positions", "triangle_positions").Triangles()
-    backbone = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, absolute_position=position)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, backbone=backbone)
-    pipeline = train(dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser), tiny_run, tmp_path / "run")
-    assert pipeline.config.backbone.absolute_position == position
+    pipeline = train(tiny.EXPERIMENT.replace_backbone(absolute_position=position), tiny_run, tmp_path / "run")
+    assert pipeline.config.model.backbone.absolute_position == position
     assert np.isfinite(pipeline.generate("a red circle", steps=2, output="latents")).all()
 
 
@@ -80,14 +77,14 @@ def test_a_data_source(add_package, tiny, tiny_run, tiny_clips, tmp_path, monkey
 def test_a_unet_on_canvases_of_two_sizes(add_package, tiny, tiny_run, tmp_path):
     """It trains on one canvas, samples on another, and gives a clip the same result on both and alone."""
     theirs = add_package("their_unet", "canvas_mixer")
-    base = tiny.EXPERIMENT.denoiser
-    backbone = theirs.SmallUnetConfig(channels=base.backbone.channels, context_width=base.backbone.context_width)
+    base = tiny.EXPERIMENT.model.backbone
+    backbone = theirs.SmallUnetConfig(channels=base.channels, context_width=base.context_width)
     room = {"text": 96, "segments": 4, "cell": theirs.HALF, "padding": backbone.canvas_padding}
     canvases = [CanvasShape(size=Grid(*size), **room) for size in ((3, 6, 8), (6, 4, 10))]
-    denoiser = dataclasses.replace(base, backbone=backbone, layout=canvases[0])
-    pipeline = train(dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser), tiny_run, tmp_path / "run")
+    experiment = tiny.EXPERIMENT.replace_model(backbone=backbone, layout=canvases[0])
+    pipeline = train(experiment, tiny_run, tmp_path / "run")
     other = Pipeline(
-        dataclasses.replace(pipeline.config, layout=canvases[1]),
+        dataclasses.replace(pipeline.config, model=dataclasses.replace(pipeline.config.model, layout=canvases[1])),
         autoencoder=pipeline.codec.params,
         denoiser=pipeline.denoiser_params,
     )
@@ -102,9 +99,9 @@ def test_a_model_family(add_package, tiny, tiny_run, tmp_path, monkeypatch):
     """Its folders are written by a run, loaded, converted, and adapted by LoRA files with their names."""
     monkeypatch.setattr(families.registry, "_FAMILIES", list(families.registry._FAMILIES))
     theirs = add_package("their_family", "mixer_family")
-    base = tiny.EXPERIMENT.denoiser
-    backbone = theirs.MixerConfig(channels=base.backbone.channels, context_width=base.backbone.context_width)
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=dataclasses.replace(base, backbone=backbone))
+    base = tiny.EXPERIMENT.model.backbone
+    backbone = theirs.MixerConfig(channels=base.channels, context_width=base.context_width)
+    experiment = tiny.EXPERIMENT.replace_model(backbone=backbone)
     pipeline = train(experiment, tiny_run, tmp_path / "run")
     result = pipeline.generate("a red circle", steps=2, output="latents")
 
@@ -120,8 +117,8 @@ def test_a_model_family(add_package, tiny, tiny_run, tmp_path, monkeypatch):
     assert files[0].read_bytes() == files[1].read_bytes()
 
     lora = LoraConfig(rank=2, targets=("^backbone/.*kernel$",))
-    tuned = dataclasses.replace(experiment.denoiser, train=LoraAdapters(init_from=str(tmp_path / "run"), lora=lora))
-    adapted = train(dataclasses.replace(experiment, denoiser=tuned), tiny_run, tmp_path / "tuned")
+    tuned = experiment.replace_stage("denoiser", train=LoraAdapters(init_from=str(tmp_path / "run"), lora=lora))
+    adapted = train(tuned, tiny_run, tmp_path / "tuned")
     file = tmp_path / "tuned" / "pytorch_lora_weights.safetensors"
     assert "transformer.proj_in.lora_A.weight" in load_file(file)
     merged = loaded.load_lora(file).denoiser_params["backbone"]["clip"]["kernel"]
@@ -132,10 +129,8 @@ def test_a_model_family(add_package, tiny, tiny_run, tmp_path, monkeypatch):
 def test_a_conditioning(add_package, tiny, tiny_run, tmp_path):
     """Poses of a camera are cached with latents, train a model and steer its samples."""
     camera = add_package("their_camera", "camera_poses").CameraPoses(dropout=0.5)
-    base = tiny.EXPERIMENT.denoiser
-    denoiser = dataclasses.replace(base, backbone=dataclasses.replace(base.backbone, conditioning=(camera,)))
-    pipeline = train(dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser), tiny_run, tmp_path / "run")
-    assert pipeline.config.backbone.conditioning == (camera,)
+    pipeline = train(tiny.EXPERIMENT.replace_backbone(conditioning=(camera,)), tiny_run, tmp_path / "run")
+    assert pipeline.config.model.backbone.conditioning == (camera,)
     source = LatentSource(tmp_path / "run" / "latents")
     poses = [source.read_field(index, camera.field) for index in range(len(source))]
     assert [len(path) for path in poses] == source.sizes[:, 0].tolist()
@@ -165,28 +160,28 @@ def test_a_control_stack(add_package, tiny, tiny_run, tmp_path):
     fields = {"layers": 3, "after": (0, 2), "registers": 1, "conditioning": (theirs.Brightness(),)}
     experiment = replace_backbone(tiny.EXPERIMENT, theirs.ControlledConfig, **fields)
     pipeline = train(experiment, tiny_run, tmp_path / "run")
-    config, trained = pipeline.config, pipeline.denoiser_params
-    assert config.backbone.after == (0, 2)
+    config, trained, controlled = pipeline.config, pipeline.denoiser_params, pipeline.config.model.backbone
+    assert controlled.after == (0, 2)
 
     def sample_latents(backbone, params, strength=None, **values):
         parts = {"autoencoder": pipeline.codec.params, "denoiser": trained | {"backbone": params}}
-        model = Pipeline(dataclasses.replace(config, backbone=backbone), **parts)
+        model = Pipeline(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone)), **parts
+        )
         strengths = {} if strength is None else {"brightness": strength}
         arguments = {"size": (9, 16, 32), "steps": 2, "output": "latents"}
         arguments |= {"conditioning": values, "strengths": strengths}
         return model.generate("a red circle", **arguments)
 
     params, hint = trained["backbone"], np.linspace(0, 1, 24).reshape(3, 2, 4)
-    expected = sample_latents(config.backbone.base, params["base"])
-    without, half, full = (
-        sample_latents(config.backbone, params, strength, brightness=hint) for strength in (0, 0.5, 1)
-    )
+    expected = sample_latents(controlled.base, params["base"])
+    without, half, full = (sample_latents(controlled, params, strength, brightness=hint) for strength in (0, 0.5, 1))
     np.testing.assert_array_equal(without, expected)
     assert np.abs(half - without).max() > 0 < np.abs(full - half).max()
-    base = make_random_params(config.backbone.base.make)
+    base = make_random_params(controlled.base.make)
     new = params | {"base": base, "outputs": {name: 0 * leaf for name, leaf in params["outputs"].items()}}
-    result = sample_latents(config.backbone, new, brightness=hint)
-    np.testing.assert_array_equal(result, sample_latents(config.backbone.base, base))
+    result = sample_latents(controlled, new, brightness=hint)
+    np.testing.assert_array_equal(result, sample_latents(controlled.base, base))
 
 
 @pytest.mark.nightly
@@ -205,7 +200,7 @@ def test_reference_frames_as_extra_tokens(add_package, tiny, tiny_run, tmp_path)
 
     values = np.stack([reference.from_request(frame, None) for frame in frames])
     for changes in ({}, {"time": "token", "registers": 1, "pattern": CausalFrames()}):
-        config = dataclasses.replace(pipeline.config.backbone, channels=2, context_width=6, **changes)
+        config = dataclasses.replace(pipeline.config.model.backbone, channels=2, context_width=6, **changes)
         model = nnx.merge(get_graph_def(config.make), make_random_params(config.make))
 
         @jax.jit
@@ -230,14 +225,14 @@ def test_actions_with_a_kv_cache(add_package, tiny, tiny_run, tmp_path):
     """Frames that are sampled one by one, with keys and values of earlier ones cached, equal those without a cache."""
     theirs = add_package("their_actions", "frame_actions")
     fields = {"pattern": CausalFrames(), "absolute_position": None, "conditioning": (theirs.FrameActions(),)}
-    training = {"time_per": "frame"}
-    experiment = replace_backbone(tiny.EXPERIMENT, time="token", layers=2, training=training, **fields)
+    experiment = replace_backbone(tiny.EXPERIMENT, time="token", layers=2, **fields)
+    experiment = experiment.replace_stage("denoiser", time_per="frame")
     pipeline = train(experiment, tiny_run, tmp_path / "run")
     actions = np.asarray([[0.2, 0.1], [0.5, -0.3], [0.1, 0.4]])
     trained = jax.device_put(pipeline.denoiser_params["backbone"])
     world = theirs.World(pipeline, "a red circle", tiny.SIZES[2])
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, world.grid.volume, 16)), jnp.float32)
-    random = make_random_params(pipeline.config.backbone.make)
+    random = make_random_params(pipeline.config.model.backbone.make)
     for params in (trained, random):
         cached, uncached = (world.sample_clip(params, noise, actions, cached=cached) for cached in (True, False))
         np.testing.assert_allclose(cached, uncached, atol=1e-5)
@@ -295,30 +290,29 @@ def test_a_stage_without_a_denoiser(add_package, tiny, tiny_run, tmp_path, monke
     contrastive = theirs.TrainContrastive(steps=2)
     stages = (contrastive, theirs.EmbedCaptions(contrastive=contrastive))
     data = dataclasses.replace(tiny.EXPERIMENT.data, held_out=())
-    experiment = StagedExperiment(name="contrastive", data=data, stages=stages, log_every=1, save_every=1)
+    experiment = Experiment(name="contrastive", data=data, stages=stages, log_every=1, save_every=1)
     clips, files = (tiny_run / "data").resolve(), ("contrastive/weights.safetensors", "captions/embeddings.json")
-    run = StagedRun.create(tmp_path / "whole", experiment)
+    run = Run.create(tmp_path / "whole", experiment)
     run.prepare(clips)
-    with pytest.raises(MissingError, match=r"stage captions reads .*contrastive/weights\.safetensors"):
-        stages[1].is_due(run.runtime)
+    assert not any(stage.is_done(run) for stage in run.stages)
     run.run_stages()
     written = [(run.folder / file).stat().st_mtime_ns for file in files]
     entries = read_metrics(run.folder / "contrastive" / "metrics.jsonl")
     assert [entry["step"] for entry in entries] == [1, 2]
     assert all(0 <= entry["accuracy"] <= 1 for entry in entries)
 
-    interrupted = StagedRun.create(tmp_path / "parts", experiment)
+    interrupted = Run.create(tmp_path / "parts", experiment)
     interrupted.prepare(clips)
     with monkeypatch.context() as patch:
         interrupt(patch, call=2, how="killed")
         with pytest.raises(KeyboardInterrupt):
             interrupted.run_stages()
-    wait_until(lambda: interrupted.runtime.open_checkpoints("contrastive").latest() == 1)
-    StagedRun.open(tmp_path / "parts").run_stages()
+    wait_until(lambda: interrupted.open_checkpoints("contrastive").latest() == 1)
+    Run.open(tmp_path / "parts").run_stages()
     for file in files:
         assert (tmp_path / "parts" / file).read_bytes() == (run.folder / file).read_bytes()
 
-    StagedRun.open(run.folder).run_stages()  # nothing is done again
+    Run.open(run.folder).run_stages()  # nothing is done again
     assert [(run.folder / file).stat().st_mtime_ns for file in files] == written
     config = tmp_path / "config.py"
     document = config_json.to_json(experiment)
@@ -328,9 +322,15 @@ def test_a_stage_without_a_denoiser(add_package, tiny, tiny_run, tmp_path, monke
     assert (tmp_path / "script" / files[1]).read_bytes() == (run.folder / files[1]).read_bytes()
 
     with pytest.raises(UserError, match=r"name='denoiser' is invalid: .* Use another name"):
-        dataclasses.replace(tiny.EXPERIMENT, stages=(dataclasses.replace(contrastive, name="denoiser"),))
-    both = Run(folder=tmp_path, experiment=dataclasses.replace(tiny.EXPERIMENT, stages=stages), command="")
-    assert [stage.name for stage in both.stages] == ["autoencoder", "contrastive", "captions", "latents", "denoiser"]
+        dataclasses.replace(experiment, stages=(dataclasses.replace(contrastive, name="denoiser"),))
+    autoencoder, denoiser = tiny.EXPERIMENT.stages
+    both = dataclasses.replace(tiny.EXPERIMENT, stages=(autoencoder, *stages, denoiser))
+    assert Run(folder=tmp_path, experiment=both).trained_models == (
+        "autoencoder",
+        "denoiser",
+        "contrastive",
+        "captions",
+    )
 
 
 def test_a_config_names_registered_classes_only(add_package, tmp_path, monkeypatch):

@@ -7,8 +7,7 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import UserError
-from dit_video.experiment import PretrainedAutoencoder
-from dit_video.experiment.run import Run
+from dit_video.experiment import Experiment, Run
 from dit_video.models.autoencoders import Tiles, decode_stream
 from dit_video.sampling.pipeline_config import Downscale, PreviousStep
 from dit_video.tokens import Grid
@@ -53,12 +52,11 @@ def test_a_generation_task(add_package, tiny_pipeline):
 def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
     """Its noise is that of the clip's seed, whatever clips are decoded with it."""
     theirs = add_package("their_decoder", "noisy_decoder")
-    training = tiny.EXPERIMENT.autoencoder
-    model = theirs.NoisyVaeConfig(**vars(training.model), decode_time=0.3)
-    adam = OptimizerConfig(learning_rate=1e-3, warmup=0)
-    training = dataclasses.replace(training, model=model, steps=2, optimizer=adam)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, steps=2, optimizer=adam)
-    experiment = dataclasses.replace(tiny.EXPERIMENT, autoencoder=training, denoiser=denoiser)
+    model = theirs.NoisyVaeConfig(**vars(tiny.EXPERIMENT.model.autoencoder), decode_time=0.3)
+    experiment = tiny.EXPERIMENT.replace_model(autoencoder=model)
+    for stage in ("autoencoder", "denoiser"):
+        optimizer = OptimizerConfig(learning_rate=1e-3, warmup=0)
+        experiment = experiment.replace_stage(stage, steps=2, optimizer=optimizer)
     Run.create(tmp_path / "run", experiment).train((tiny_run / "data").resolve())
     pipeline = dit_video.load(tmp_path / "run")
     requests = [dit_video.Request("a red circle", (9, 16, 32), seed=seed) for seed in (1, 2)]
@@ -74,15 +72,13 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
 
 def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_run, tmp_path):
     theirs = add_package("their_prior", "color_prior")
-    base = tiny.EXPERIMENT.denoiser
-    backbone = dataclasses.replace(base.backbone, channels=3, patch=Grid(1, 1, 1))
-    images = dataclasses.replace(tiny.EXPERIMENT.data, max_pixels=256, max_frames=1)
-    experiment = dataclasses.replace(
-        tiny.EXPERIMENT,
-        data=images,
-        autoencoder=PretrainedAutoencoder(model=theirs.MeanColorConfig()),
-        denoiser=dataclasses.replace(base, backbone=backbone),
+    model = dataclasses.replace(
+        tiny.EXPERIMENT.model,
+        autoencoder=theirs.MeanColorConfig(),
+        backbone=tiny.EXPERIMENT.model.backbone.replace(channels=3, patch=Grid(1, 1, 1)),
     )
+    images = dataclasses.replace(tiny.EXPERIMENT.data, max_pixels=256, max_frames=1)
+    experiment = Experiment(name="prior", data=images, model=model, stages=(tiny.EXPERIMENT.denoiser,))
     prior = train(experiment, tiny_run, tmp_path / "prior")
     experiment = replace_backbone(tiny.EXPERIMENT, conditioning=(theirs.ColorEmbedding(),))
     decoder = train(experiment, tiny_run, tmp_path / "decoder")

@@ -31,7 +31,7 @@ def train(run: Path, clips: Path, *options: str, devices: int) -> str:
 def test_half_the_devices_continue_with_the_same_losses(tiny_clips, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert "amended" not in train(whole, tiny_clips, "--parallel.fsdp", "4", "--parallel.context", "2", devices=8)
-    options = ("--parallel.fsdp", "4", "--denoiser.accumulation-steps", "2", "--denoiser.backbone.attention", "chunked")
+    options = ("--parallel.fsdp", "4", "--denoiser.accumulation-steps", "2", "--model.backbone.attention", "chunked")
     shutil.copytree(whole, run, symlinks=True)
     shutil.rmtree(run / "pipeline")  # as after a failure between steps 4 and 8
     for step in (8, 10):

@@ -22,14 +22,10 @@ GPUS = Topology.parse("h100:2")
 @pytest.fixture
 def training(tiny):
     """Return a training whose state is large enough to be sharded, and whose activations need most of the memory."""
-    denoiser = dataclasses.replace(
-        tiny.EXPERIMENT.denoiser,
-        batch=4,
-        layout=PackedShape(tokens=768, text=96, segments=3),
-        optimizer=OptimizerConfig(warmup=1),
-        averages=EmaConfig(decays=(0.5,)),
+    experiment = dataclasses.replace(tiny.EXPERIMENT, parallel=Parallelism(data=2)).replace_stage(
+        "denoiser", batch=4, optimizer=OptimizerConfig(warmup=1), averages=EmaConfig(decays=(0.5,))
     )
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, parallel=Parallelism(data=2))
+    experiment = experiment.replace_model(layout=PackedShape(tokens=768, text=96, segments=3))
     return experiment.replace_backbone(width=128, layers=4, rotary="even")
 
 
@@ -70,21 +66,21 @@ def test_what_is_listed_fits_and_needs_all_of_its_settings(training, part):
 
 def test_only_options_that_the_experiment_has_are_tried(training):
     names = set(list_settings(training, "denoiser", 2))
-    backbone = {"denoiser.backbone.remat", "denoiser.backbone.dtype"}
+    backbone = {"model.backbone.remat", "model.backbone.dtype"}
     trained = {"denoiser.accumulation_steps", "denoiser.optimizer.kind", "denoiser.averages"}
     assert names == {"--parallel", "--rows"} | backbone | trained
-    sampler = {"--parallel", "--rows", "denoiser.backbone.dtype", "sampling.branch_evaluation"}
+    sampler = {"--parallel", "--rows", "model.backbone.dtype", "sampling.branch_evaluation"}
     assert set(list_settings(training, "sampler", 2)) == sampler
-    changed = dataclasses.replace(
-        training.denoiser,
+    changed = training.replace_stage(
+        "denoiser",
         averages=EmaConfig(),
         optimizer=OptimizerConfig(kind="adafactor", warmup=1),
         train=AllWeights(init_from="weights"),
         batch=1,
     )
-    changed = dataclasses.replace(training, denoiser=changed).replace_backbone(dtype="bfloat16")
+    changed = changed.replace_backbone(dtype="bfloat16")
     settings = list_settings(changed, "denoiser", 1)
-    assert set(settings) == {"--parallel", "denoiser.backbone.remat", "denoiser.train"}
+    assert set(settings) == {"--parallel", "model.backbone.remat", "denoiser.train"}
     (adapters,) = settings["denoiser.train"]
     assert isinstance(adapters.apply(changed).denoiser.train, LoraAdapters)
     assert not adapters.keeps_result
@@ -93,15 +89,14 @@ def test_only_options_that_the_experiment_has_are_tried(training):
 def test_settings_are_printed_as_options_of_the_command(training):
     settings = list_settings(training, "denoiser", 2)
     printed = {str(setting) for each in settings.values() for setting in each}
-    expected = {"--parallel fsdp=2", "--rows 2", "--set denoiser.backbone.remat=full"}
+    expected = {"--parallel fsdp=2", "--rows 2", "--set model.backbone.remat=full"}
     expected |= {"--set denoiser.accumulation_steps=2", "--set denoiser.optimizer.kind=adafactor"}
     assert expected <= printed
 
 
 @pytest.mark.nightly
 def test_adapters_save_the_state_of_the_optimizer(training):
-    denoiser = dataclasses.replace(training.denoiser, batch=4, train=AllWeights(init_from="weights"))
-    experiment = dataclasses.replace(training, denoiser=denoiser)
+    experiment = training.replace_stage("denoiser", batch=4, train=AllWeights(init_from="weights"))
     (adapters,) = list_settings(experiment, "denoiser", 2)["denoiser.train"]
     limit = int(1.02 * get_peak(adapters.apply(experiment)))
     assert limit < get_peak(experiment)
@@ -124,7 +119,7 @@ def test_what_cannot_fit_at_all_is_said_with_the_least_that_it_needs(training):
     document = json.loads(json.dumps(result.to_json()))
     assert document["fitting"] == []
     assert document["smallest"]["settings"]["denoiser.optimizer.kind"] == "adafactor"
-    assert {"denoiser.backbone.remat", "--rows"} <= set(document["smallest"]["settings"])
+    assert {"model.backbone.remat", "--rows"} <= set(document["smallest"]["settings"])
 
 
 def test_a_mesh_for_other_devices_is_replaced(training):
@@ -141,6 +136,6 @@ def test_what_cannot_be_searched_is_refused(training):
     message = r"200.00 GiB is invalid: a device of h100:2 has 67.06 GiB\. Use 68664MiB or less"
     with pytest.raises(UserError, match=message):
         fit(training, GPUS, 200 * 2**30)
-    odd = dataclasses.replace(training, denoiser=dataclasses.replace(training.denoiser, batch=1))
+    odd = training.replace_stage("denoiser", batch=1)
     with pytest.raises(UserError, match=r"h100:7 is invalid: no mesh .* Use fewer chips"):
         fit(odd, Topology.parse("h100:7"))

@@ -35,7 +35,7 @@ def two_rows(tiny):
 
 @pytest.fixture
 def eight_rows(two_rows):
-    return dataclasses.replace(two_rows, denoiser=dataclasses.replace(two_rows.denoiser, batch=8))
+    return two_rows.replace_stage("denoiser", batch=8)
 
 
 def test_absent_hardware_is_planned_analytically(eight_rows):
@@ -61,8 +61,7 @@ def test_absent_hardware_is_planned_analytically(eight_rows):
 def test_a_unet_on_canvases_is_planned(two_rows):
     backbone = UnetConfig(channels=4, context_width=16, width=8, heads=2, groups=4)
     canvas = CanvasShape(size=Grid(3, 6, 8), text=96, segments=3, cell=backbone.size_multiple, padding=HALF)
-    denoiser = dataclasses.replace(two_rows.denoiser, backbone=backbone, layout=canvas)
-    experiment = dataclasses.replace(two_rows, denoiser=denoiser)
+    experiment = two_rows.replace_model(backbone=backbone, layout=canvas)
     clips = fill_row(experiment)
     assert sum(clips) <= canvas.tokens
     plans = [
@@ -102,8 +101,8 @@ def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(t
     tuning = FineTuningOptions(max_pixels=32 * 48, max_frames=5, dtype="float32", train=train)
     experiment = make_finetuning_experiment(tmp_path / "wan", tuning)
     plan = plan_experiment(experiment, Topology.parse("h100:1"), clips=2)
-    backbone, rows = experiment.denoiser.backbone, experiment.denoiser.row_shape
-    text = min(experiment.denoiser.text.max_tokens, rows.text // 2)
+    backbone, rows = experiment.model.backbone, experiment.model.row_shape
+    text = min(experiment.model.text_encoder.max_tokens, rows.text // 2)
     context = {"texts": [text] * 2, "images": [VISION.tokens] * 2}
     forward = count_forward_flops(backbone, [rows.tokens // 2] * 2, **context)
     assert plan.model_flops == passes * forward * experiment.denoiser.batch
@@ -122,14 +121,14 @@ def test_a_model_with_control_is_planned(tmp_path, part):
     tuning = FineTuningOptions(max_pixels=32 * 48, max_frames=5, dtype="float32", sampling_steps=2)
     experiment = make_finetuning_experiment(tmp_path / "vace", tuning)
     plan = plan_experiment(experiment, Topology.parse("h100:1"), part=part)
-    config = experiment.denoiser
-    forward = count_forward_flops(config.backbone, [config.row_shape.tokens], [config.text.max_tokens])
+    model, rows = experiment.model, experiment.model.row_shape
+    forward = count_forward_flops(model.backbone, [rows.tokens], [model.text_encoder.max_tokens])
     assert plan.model_flops == forward * (2 if part == "denoiser" else 4)  # adapters; two steps of two branches
-    compiled = plan_step(experiment, part, make_partitioner(Parallelism()), clips=[config.row_shape.tokens])
+    compiled = plan_step(experiment, part, make_partitioner(Parallelism()), clips=[rows.tokens])
     batch = compiled.arguments[1] if part == "denoiser" else compiled.arguments.batch.branches[0]
-    assert batch.fields["control"].shape[1:] == (config.row_shape.tokens, config.backbone.control_width)
+    assert batch.fields["control"].shape[1:] == (rows.tokens, model.backbone.control_width)
     if part == "sampler":
-        assert batch.fields["control_strength"].shape[1:] == (config.row_shape.segments, 2)
+        assert batch.fields["control_strength"].shape[1:] == (rows.segments, 2)
     compiled.step.lower(*compiled.arguments)
 
 
@@ -203,8 +202,7 @@ def test_plans_that_need_absent_hardware_are_refused(eight_rows, two_rows):
 def test_a_discriminator_adds_to_the_plan_of_an_autoencoder(two_rows):
     """The plan is for a step in which both players move."""
     loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=1, start_step=1))
-    autoencoder = dataclasses.replace(two_rows.autoencoder, loss=loss)
-    experiment = dataclasses.replace(two_rows, autoencoder=autoencoder)
+    experiment = two_rows.replace_stage("autoencoder", loss=loss)
     partitioner = make_partitioner(Parallelism(), jax.devices()[:1])
     alone, both = (plan_step(each, "autoencoder", partitioner, clips=[]) for each in (two_rows, experiment))
     assert both.model_flops > alone.model_flops > 0
@@ -215,8 +213,7 @@ def test_a_discriminator_adds_to_the_plan_of_an_autoencoder(two_rows):
 
 
 def test_a_sampler_splits_tokens_over_the_context_axis_and_keeps_texts_whole(eight_rows):
-    rows = dataclasses.replace(eight_rows.denoiser.row_shape, tokens=16, text=256)
-    experiment = dataclasses.replace(eight_rows, denoiser=dataclasses.replace(eight_rows.denoiser, layout=rows))
+    experiment = eight_rows.replace_model(layout=dataclasses.replace(eight_rows.model.layout, tokens=16, text=256))
     partitioner = make_abstract_partitioner(Parallelism(data=1, context=2), 2)
     _, state, batch, *_ = plan_step(experiment, "sampler", partitioner, clips=[16]).arguments
     split = {path: leaf.sharding.spec for path, leaf in flatten((state, batch)).items() if leaf.ndim > 1}

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from dit_video.distributed import Parallelism
-from dit_video.experiment import PretrainedAutoencoder
-from dit_video.experiment.run import Run
+from dit_video.experiment import Experiment, ModelConfig, Run
 from dit_video.models.autoencoders import IdentityConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.tokens import Grid, PackedShape
@@ -27,18 +26,17 @@ BACKBONE = DitConfig(
 @pytest.fixture
 def run_in_pixels(tiny, tiny_clips, tmp_path) -> Path:
     """Return the folder of a run whose rows are long enough for a kernel, and that has not begun to train."""
-    experiment = tiny.EXPERIMENT
-    experiment = dataclasses.replace(
-        experiment,
-        data=dataclasses.replace(experiment.data, cache_latents=False),
-        autoencoder=PretrainedAutoencoder(model=IdentityConfig(), folder=None),
-        denoiser=dataclasses.replace(
-            experiment.denoiser,
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, batch=4, optimizer=OptimizerConfig(warmup=2))
+    experiment = Experiment(
+        name="pixels",
+        data=dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False),
+        model=ModelConfig(
+            autoencoder=IdentityConfig(),
             backbone=BACKBONE,
+            text_encoder=tiny.EXPERIMENT.model.text_encoder,
             layout=PackedShape(tokens=2048, text=96, segments=3),
-            batch=4,
-            optimizer=OptimizerConfig(warmup=2),
         ),
+        stages=(denoiser,),
         parallel=Parallelism(data=1, fsdp=2, context=2),
     )
     Run.create(tmp_path / "run", experiment).take(tiny_clips)

@@ -8,7 +8,7 @@ from dit_video.experiment.run import Run
 
 def train(experiment, tiny_run, folder, clips=None):
     """Train two steps of the denoiser on the tiny run's clips and autoencoder, and return the loaded pipeline."""
-    pretrained = experiment.autoencoder_from or str(tiny_run / "pipeline")
+    pretrained = experiment.autoencoder_from if experiment.autoencoder is None else str(tiny_run / "pipeline")
     optimizer = dataclasses.replace(experiment.denoiser.optimizer, warmup=0)
     denoiser = dataclasses.replace(experiment.denoiser, steps=2, optimizer=optimizer)
     experiment = dataclasses.replace(experiment, autoencoder_from=pretrained, stages=(denoiser,))
@@ -16,9 +16,9 @@ def train(experiment, tiny_run, folder, clips=None):
     return dit_video.load(folder)
 
 
-def replace_backbone(experiment, kind=None, *, changes=None, **fields):
+def replace_backbone(experiment, kind=None, **fields):
     """Return the experiment with other fields of its backbone's config, perhaps of another class."""
     model = experiment.get_model()
     own = {field.name: getattr(model.backbone, field.name) for field in dataclasses.fields(model.backbone)}
     backbone = (kind or type(model.backbone))(**own | fields)
-    return experiment.replace_model(backbone=backbone, **(changes or {}))
+    return experiment.replace_model(backbone=backbone)
