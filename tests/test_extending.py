@@ -54,10 +54,10 @@ def test_a_sampler(add_package, tiny, tiny_run, tiny_pipeline, tmp_path):
 @pytest.mark.nightly
 def test_a_position_embedding(add_package, tiny, tiny_run, tmp_path):
     position = add_package("their_positions", "triangle_positions").Triangles()
-    backbone = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, absolute_position=position)
+    backbone = dataclasses.replace(tiny.EXPERIMENT.model.backbone, absolute_position=position)
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, backbone=backbone)
     pipeline = train(dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser), tiny_run, tmp_path / "run")
-    assert pipeline.config.backbone.absolute_position == position
+    assert pipeline.config.model.backbone.absolute_position == position
     assert np.isfinite(pipeline.generate("a red circle", steps=2, output="latents")).all()
 
 
@@ -135,7 +135,7 @@ def test_a_conditioning(add_package, tiny, tiny_run, tmp_path):
     base = tiny.EXPERIMENT.denoiser
     denoiser = dataclasses.replace(base, backbone=dataclasses.replace(base.backbone, conditioning=(camera,)))
     pipeline = train(dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser), tiny_run, tmp_path / "run")
-    assert pipeline.config.backbone.conditioning == (camera,)
+    assert pipeline.config.model.backbone.conditioning == (camera,)
     source = LatentSource(tmp_path / "run" / "latents")
     poses = [source.read_field(index, camera.field) for index in range(len(source))]
     assert [len(path) for path in poses] == source.sizes[:, 0].tolist()
@@ -205,7 +205,7 @@ def test_reference_frames_as_extra_tokens(add_package, tiny, tiny_run, tmp_path)
 
     values = np.stack([reference.from_request(frame, None) for frame in frames])
     for changes in ({}, {"time": "token", "registers": 1, "pattern": CausalFrames()}):
-        config = dataclasses.replace(pipeline.config.backbone, channels=2, context_width=6, **changes)
+        config = dataclasses.replace(pipeline.config.model.backbone, channels=2, context_width=6, **changes)
         model = nnx.merge(get_graph_def(config.make), make_random_params(config.make))
 
         @jax.jit
@@ -237,7 +237,7 @@ def test_actions_with_a_kv_cache(add_package, tiny, tiny_run, tmp_path):
     trained = jax.device_put(pipeline.denoiser_params["backbone"])
     world = theirs.World(pipeline, "a red circle", tiny.SIZES[2])
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, world.grid.volume, 16)), jnp.float32)
-    random = make_random_params(pipeline.config.backbone.make)
+    random = make_random_params(pipeline.config.model.backbone.make)
     for params in (trained, random):
         cached, uncached = (world.sample_clip(params, noise, actions, cached=cached) for cached in (True, False))
         np.testing.assert_allclose(cached, uncached, atol=1e-5)
@@ -313,7 +313,7 @@ def test_a_stage_without_a_denoiser(add_package, tiny, tiny_run, tmp_path, monke
         interrupt(patch, call=2, how="killed")
         with pytest.raises(KeyboardInterrupt):
             interrupted.run_stages()
-    wait_until(lambda: interrupted.runtime.open_checkpoints("contrastive").latest() == 1)
+    wait_until(lambda: interrupted.open_checkpoints("contrastive").latest() == 1)
     StagedRun.open(tmp_path / "parts").run_stages()
     for file in files:
         assert (tmp_path / "parts" / file).read_bytes() == (run.folder / file).read_bytes()

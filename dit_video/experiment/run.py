@@ -172,8 +172,11 @@ class Experiment:
     def _check_names(self) -> None:
         names = [stage.name for stage in self.stages]
         taken = {*_RUN_FOLDERS, *(each.name for each in dataclasses.fields(self))}
-        for name in names:
-            if not re.fullmatch(r"[\w.-]+", name) or name in taken or names.count(name) > 1:
+        owners = {"autoencoder": AutoencoderTraining, "denoiser": DenoiserTraining}
+        for stage in self.stages:
+            name = stage.name
+            is_free = name not in taken and names.count(name) == 1 and isinstance(stage, owners.get(name, Stage))
+            if not re.fullmatch(r"[\w.-]+", name) or not is_free:
                 rule = "it must be a folder name of letters, digits and _.- that nothing else of the run has."
                 raise UserError(f"stage name={name!r} is invalid: {rule} Use another name.")
 
@@ -247,7 +250,7 @@ class Experiment:
         names = ", ".join(stage.name for stage in self.stages)
         raise UserError(f"stage={name!r} is invalid: the experiment has no such stage. Use one of {names}.")
 
-    def replace_stage(self, name: str, **changes: Any) -> "Experiment":
+    def replace_stage(self, name: str, /, **changes: Any) -> "Experiment":
         """Return the experiment with other values of a stage's fields."""
         changed: Any = self.get_stage(name)
         changed = replace(changed, **changes)

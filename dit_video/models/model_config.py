@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Float
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion import LearnedVariance, Prediction, Process, RectifiedFlow, Velocity
 from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.models.backbones.protocol import BackboneConfig
@@ -64,6 +64,7 @@ class ModelConfig:
 
     def _check_parts(self) -> None:
         autoencoder, backbone = self.autoencoder, self.backbone
+        check_at_least(1, **{"backbone.layers": backbone.layers, "backbone.patch": min(backbone.patch)})
         if autoencoder.channels > 3 * autoencoder.stride.volume:
             raise UserError(
                 f"autoencoder.channels={autoencoder.channels} is invalid: a patch of {tuple(autoencoder.stride)} "

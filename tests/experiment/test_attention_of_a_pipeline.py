@@ -19,8 +19,8 @@ OPTIONS = {"size": (5, 16, 16), "seed": 3, "output": "latents"}
 def trained_on_tpus(tiny_pipeline, tmp_path):
     """Return the folder of a pipeline whose config names a kernel that CPUs lack."""
     tiny_pipeline.save(tmp_path / "pipeline")
-    backbone = tiny_pipeline.config.backbone.replace(attention="splash")
-    write_pipeline_config(tmp_path / "pipeline", dataclasses.replace(tiny_pipeline.config, backbone=backbone))
+    model = tiny_pipeline.config.model.replace_backbone(attention="splash")
+    write_pipeline_config(tmp_path / "pipeline", dataclasses.replace(tiny_pipeline.config, model=model))
     return tmp_path / "pipeline"
 
 
@@ -35,9 +35,9 @@ def test_a_kernel_that_the_devices_lack_is_refused_and_replaced(trained_on_tpus,
 
 @pytest.mark.slow
 def test_a_run_and_its_averages_are_loaded_with_any_backend(tiny_run, tiny_pipeline):
-    assert dit_video.load(tiny_run, ema=0, attention="chunked").config.backbone.attention == "chunked"
+    assert dit_video.load(tiny_run, ema=0, attention="chunked").config.model.backbone.attention == "chunked"
     dense = dit_video.load(tiny_run, attention="dense")
-    assert dense.config.backbone.attention == "dense"
+    assert dense.config.model.backbone.attention == "dense"
     latents = [pipeline.generate("a red circle", **OPTIONS) for pipeline in (dense, tiny_pipeline)]
     np.testing.assert_allclose(*latents, atol=1e-4)
     with pytest.raises(UserError, match="'splash' is invalid"):
@@ -48,7 +48,7 @@ def test_a_run_and_its_averages_are_loaded_with_any_backend(tiny_run, tiny_pipel
 def test_open_weights_are_loaded_with_any_backend(tmp_path):
     write_wan(tmp_path)
     pipelines = [dit_video.load(tmp_path, dtype="float32", attention=attention) for attention in ("dense", "chunked")]
-    assert [each.config.backbone.attention for each in pipelines] == ["dense", "chunked"]
+    assert [each.config.model.backbone.attention for each in pipelines] == ["dense", "chunked"]
     latents = [each.generate("a cat", size=SIZE, steps=1, output="latents") for each in pipelines]
     np.testing.assert_allclose(*latents, atol=1e-4)
     with pytest.raises(UserError, match="'splash' is invalid"):

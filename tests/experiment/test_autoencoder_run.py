@@ -18,15 +18,16 @@ from dit_video.training.hooks import logging
 def convolutional(tiny):
     """Return an experiment whose convolutional autoencoder meets a discriminator, on images and videos in turn."""
     loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=1))
+    model = CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1)
     autoencoder = replace(
         tiny.EXPERIMENT.autoencoder,
-        model=CausalVaeConfig(channels=4, width=4, multipliers=(1, 2), factors=(Grid(2, 2, 2),), blocks=1),
         windows=(WindowConfig(size=Grid(3, 8, 12), batch=2), WindowConfig(size=Grid(1, 8, 8), batch=3)),
         steps=3,
         loss=loss,
     )
-    denoiser = replace(tiny.EXPERIMENT.denoiser, layout=replace(tiny.EXPERIMENT.denoiser.layout, tokens=160))
-    return replace(tiny.EXPERIMENT, autoencoder=autoencoder, denoiser=denoiser, log_every=1)
+    model = replace(tiny.EXPERIMENT.model, autoencoder=model, layout=replace(tiny.EXPERIMENT.model.layout, tokens=160))
+    stages = (autoencoder, tiny.EXPERIMENT.denoiser)
+    return replace(tiny.EXPERIMENT, model=model, stages=stages, log_every=1)
 
 
 @pytest.mark.slow
@@ -51,8 +52,7 @@ def test_any_autoencoder_is_trained_against_a_discriminator(convolutional, tiny_
 
 def test_weights_of_lpips_that_are_not_there_end_a_run_before_it_trains(tiny, tiny_clips, tmp_path):
     loss = AutoencoderObjective(lpips=0.5, lpips_weights=str(tmp_path / "lpips.safetensors"))
-    experiment = replace(tiny.EXPERIMENT, autoencoder=replace(tiny.EXPERIMENT.autoencoder, loss=loss))
-    run = Run.create(tmp_path / "run", experiment)
+    run = Run.create(tmp_path / "run", tiny.EXPERIMENT.replace_stage("autoencoder", loss=loss))
     run.take(tiny_clips)
     with pytest.raises(MissingError, match=r"no such file of LPIPS weights: .*lpips\.safetensors"):
         run.run_stages("autoencoder")

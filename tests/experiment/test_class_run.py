@@ -1,7 +1,6 @@
 """A run whose captions are classes, from clips to samples by class."""
 
 import csv
-import dataclasses
 import shutil
 
 import numpy as np
@@ -27,12 +26,11 @@ def names(tiny_clips):
 def experiment(tiny, names):
     """Return the tiny experiment with captions that name classes."""
     labels = ClassLabels(classes=len(names))
-    backbone = dataclasses.replace(
-        tiny.EXPERIMENT.denoiser.backbone, context=NoContext(), context_width=0, labels=labels
+    return tiny.EXPERIMENT.replace_model(
+        backbone=tiny.EXPERIMENT.model.backbone.replace(context=NoContext(), context_width=0, labels=labels),
+        text_encoder=ClassNamesConfig(classes=len(names), names=names),
+        layout=PackedShape(tokens=12, text=3, segments=3),
     )
-    text, layout = ClassNamesConfig(classes=len(names), names=names), PackedShape(tokens=12, text=3, segments=3)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, backbone=backbone, text=text, layout=layout)
-    return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
 
 
 def begun(folder, experiment, tiny_run):
@@ -49,7 +47,7 @@ def test_classes_are_learned_and_sampled_by_name(tiny, tiny_run, names, tmp_path
     pipeline = dit_video.load(tmp_path / "run")
     assert pipeline.denoiser_params["text"] == {}
     label = np.asarray(pipeline.denoiser_params["backbone"]["labels"])
-    assert label.shape == (len(names) + 1, tiny.EXPERIMENT.denoiser.backbone.width)
+    assert label.shape == (len(names) + 1, tiny.EXPERIMENT.model.backbone.width)
 
     def sample_latents(prompt):
         return pipeline.generate(prompt, size=SIZE, steps=2, guidance=1.0, output="latents")
@@ -63,6 +61,6 @@ def test_captions_that_are_no_classes_are_refused(tiny, tiny_run, names, tmp_pat
     run = begun(tmp_path / "run", experiment(tiny, ("a dog", *names[1:])), tiny_run)
     with pytest.raises(UserError, match=f"{names[0]!r} is no class"):
         run.run_stages()
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, text=ClassNamesConfig(classes=3))
+    backbone = tiny.EXPERIMENT.model.backbone.replace(context=NoContext(), context_width=0)
     with pytest.raises(UserError, match="captions are of 3 classes, the denoiser's labels of 0"):
-        dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
+        tiny.EXPERIMENT.replace_model(backbone=backbone, text_encoder=ClassNamesConfig(classes=3))

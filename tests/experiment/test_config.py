@@ -23,9 +23,12 @@ CONFIGS = [path for path in CONFIGS if path.stem != "wan"]  # what the configs o
 
 
 def change_field(value, path, new):
-    """Change one field of a nested dataclass, as in `change_field(experiment, "denoiser.backbone.channels", 3)`."""
+    """Change one field of a nested dataclass, as in `change_field(experiment, "denoiser.optimizer.warmup", 3)`."""
     name, _, rest = path.partition(".")
-    return replace(value, **{name: change_field(getattr(value, name), rest, new) if rest else new})
+    changed = change_field(getattr(value, name), rest, new) if rest else new
+    if name in ("autoencoder", "denoiser") and isinstance(value, Experiment):
+        return replace(value, stages=tuple(changed if stage.name == name else stage for stage in value.stages))
+    return replace(value, **{name: changed})
 
 
 def test_the_limits_of_data_are_multiples_of_whole_patches(tiny):
@@ -43,29 +46,29 @@ DISAGREEMENTS = [
     ("autoencoder.windows", (), "autoencoder.windows is empty"),
     ("autoencoder.windows", (WindowConfig(size=Grid(13, 16, 16), batch=4),), "larger than any clip"),
     ("autoencoder.windows", (WindowConfig(size=Grid(9, 32, 32), batch=4),), "larger than any clip"),
-    ("autoencoder.model", PatchVaeConfig(stride=Grid(3, 8, 8), channels=4), "T=9 is not 1 + 3k"),
+    ("model.autoencoder", PatchVaeConfig(stride=Grid(3, 8, 8), channels=4), "T=9 is not 1 + 3k"),
     # output of one part that the other refuses
-    ("denoiser.backbone.channels", 5, "Use backbone.channels=4."),
-    ("denoiser.backbone.context_width", 8, "Use backbone.context_width=16."),
+    ("model.backbone.channels", 5, "Use backbone.channels=4."),
+    ("model.backbone.context_width", 8, "Use backbone.context_width=16."),
     (
-        "autoencoder.model",
+        "model.autoencoder",
         PatchVaeConfig(stride=Grid(4, 1, 1), channels=16),
         "channels=16 is invalid: a patch of (4, 1, 1) pixels has only 12 values",
     ),
     # rows
-    ("denoiser.layout", PackedShape(tokens=5, text=96, segments=3), "Use layout.tokens=6,"),
-    ("denoiser.layout", PackedShape(tokens=12, text=28, segments=3), "Use text.max_tokens=28 or less"),
+    ("model.layout", PackedShape(tokens=5, text=96, segments=3), "Use layout.tokens=6,"),
+    ("model.layout", PackedShape(tokens=12, text=28, segments=3), "Use text_encoder.max_tokens=28 or less"),
     (
-        "denoiser.layout",
+        "model.layout",
         PackedShape(tokens=12, text=97, segments=3),
         "layout.text=97 is invalid: it is not divisible by the text encoder's patch",
     ),
-    ("denoiser.layout", PackedShape(tokens=12, text=96, segments=0), "layout.segments=0 is invalid"),
-    ("denoiser.backbone.patch", Grid(2, 2, 2), "backbone.patch.t=2 is invalid"),
-    ("denoiser.backbone.patch", Grid(1, 0, 2), "backbone.patch=0 is invalid"),
+    ("model.layout", PackedShape(tokens=12, text=96, segments=0), "layout.segments=0 is invalid"),
+    ("model.backbone.patch", Grid(2, 2, 2), "backbone.patch.t=2 is invalid"),
+    ("model.backbone.patch", Grid(1, 0, 2), "backbone.patch=0 is invalid"),
     ("data.max_pixels", 15 * 16, "less than one multiple of 16x16"),
     ("data.max_pixels", 64 * 64, "lower data.max_pixels"),
-    ("data.fps", 0.0, "fps=0.0 is invalid: it must be positive"),
+    ("model.fps", 0.0, "fps=0.0 is invalid: it must be positive"),
     ("data.clips_per_video", 0, "data.clips_per_video=0 is invalid"),
     # trainings
     ("autoencoder.steps", 2, "warmup=2 is invalid: it must be below steps=2"),
@@ -84,9 +87,9 @@ DISAGREEMENTS = [
     ),
     ("autoencoder.loss.adversarial", AdversarialConfig(layers=5), "windows of 32 pixels or more, but one has 16"),
     ("denoiser.time_per", "frame", "a denoiser with time='token'"),
-    ("denoiser.backbone.variance", "predicted", "variance='predicted' of the denoiser and a LearnedVariance"),
-    ("denoiser.image_encoder", "clip", "attends to no image tokens; leave out image_encoder"),
-    ("denoiser.frame_conditioning", FrameConditioning(), "needs cond_channels or time="),
+    ("model.backbone.variance", "predicted", "variance='predicted' of the backbone and prediction=LearnedVariance"),
+    ("model.image_encoder", "clip", "attends to no image tokens; leave out image_encoder"),
+    ("model.frame_conditioning", FrameConditioning(), "needs cond_channels or time="),
     ("log_every", 0, "log_every=0 is invalid"),
     ("max_consecutive_skips", 0, "max_consecutive_skips=0 is invalid"),
     ("save_every", -5, "save_every=-5 is invalid"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,37 +12,45 @@ import pytest
 from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
-from dit_video.diffusion import FlowMatching, RectifiedFlow
-from dit_video.experiment import CurriculumStage, DataConfig
+from dit_video.diffusion import RectifiedFlow
+from dit_video.experiment import AllWeights, DataConfig, ExpertConfig, LoraAdapters, TemporalWeights
+from dit_video.experiment.latents import open_latents
 from dit_video.experiment.run import Run
 from dit_video.nn import init_params
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training import trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
+from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.optimizer import make_learning_rate_schedule, make_optimizer
 from dit_video.training.step import GradientStep
 from support.interruptions import wait_for_save
 from support.training_state import get_state_shapes
 
-IMAGES = CurriculumStage(
-    name="images",
-    steps=4,
-    data=DataConfig(max_pixels=16 * 16, max_frames=1),
-    layout=PackedShape(tokens=3, text=96, segments=3),
-    objective=FlowMatching(process=RectifiedFlow(shift=0.5)),
-)
-SMALL = CurriculumStage(name="small", steps=3, data=DataConfig(max_pixels=16 * 16, max_frames=5), batch=4)
-
 
 @pytest.fixture(scope="module")
 def staged(tiny):
-    experiment = tiny.EXPERIMENT
-    optimizer = dataclasses.replace(experiment.denoiser.optimizer, learning_rate=1e-3, warmup=1)
-    denoiser = dataclasses.replace(experiment.denoiser, steps=4, optimizer=optimizer)
-    hotter = dataclasses.replace(optimizer, learning_rate=4e-3, schedule="constant")
-    curriculum = (dataclasses.replace(IMAGES, optimizer=hotter), SMALL)
-    return dataclasses.replace(experiment, denoiser=denoiser, curriculum=curriculum, log_every=1, save_every=2)
+    autoencoder, denoiser = tiny.EXPERIMENT.stages
+    optimizer = dataclasses.replace(denoiser.optimizer, learning_rate=1e-3, warmup=1)
+    denoiser = dataclasses.replace(denoiser, steps=4, optimizer=optimizer)
+    images = dataclasses.replace(
+        denoiser,
+        name="images",
+        data=DataConfig(max_pixels=16 * 16, max_frames=1),
+        layout=PackedShape(tokens=3, text=96, segments=3),
+        process=RectifiedFlow(shift=0.5),
+        optimizer=dataclasses.replace(optimizer, learning_rate=4e-3, schedule="constant"),
+    )
+    small = dataclasses.replace(
+        denoiser,
+        name="small",
+        continues="images",
+        steps=3,
+        data=DataConfig(max_pixels=16 * 16, max_frames=5),
+        batch=4,
+    )
+    stages = (autoencoder, images, small, dataclasses.replace(denoiser, continues="small"))
+    return dataclasses.replace(tiny.EXPERIMENT, stages=stages, log_every=1, save_every=2)
 
 
 def begun(tiny_run, folder, staged):
@@ -60,13 +69,13 @@ def uninterrupted(tiny_run, staged, tmp_path_factory):
 @pytest.mark.slow
 def test_each_stage_has_data_of_its_own(uninterrupted, staged):
     run, _ = uninterrupted
-    names = ("autoencoder", "images/latents", "images", "small/latents", "small", "latents", "denoiser")
-    assert tuple(stage.name for stage in run.stages) == names
-    latents = [stage.open(run.runtime) for stage in run.stages[1::2]]
+    latents = [
+        open_latents(stage.adapt_run(run), stage.get_folder(run) / "latents") for stage in staged.denoiser_stages
+    ]
     assert {Grid(*size) for size in latents[0].sizes.tolist()} == {Grid(1, 2, 2)}
     assert set(latents[1].sizes[:, 0].tolist()) == {1, 2}
     assert set(latents[2].sizes[:, 0].tolist()) == {1, 2, 3}
-    assert [stage.start_step for stage in run.stages[2::2]] == [0, 4, 7]
+    assert [stage.get_start_step(run) for stage in staged.denoiser_stages] == [0, 4, 7]
     held_out = set(staged.data.held_out)
     for source in latents:
         assert not held_out & {name.split("@")[0] for name in source.names}
@@ -124,10 +133,9 @@ def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, m
         np.testing.assert_array_equal(leaf, trees.flatten(params)[path], err_msg=path)
 
 
-def test_every_stage_has_its_own_learning_rate_schedule(staged, monkeypatch):
-    images, last = staged.get_stage(0), staged.get_stage(2)
-    assert images.denoiser.optimizer.learning_rate == 4e-3
-    rates = make_learning_rate_schedule(last.denoiser.optimizer, steps=last.denoiser.steps)
+def test_every_stage_has_its_own_learning_rate_schedule(staged):
+    assert staged.get_stage("images").optimizer.learning_rate == 4e-3
+    rates = make_learning_rate_schedule(staged.denoiser.optimizer, steps=staged.denoiser.steps)
     assert [float(rates(step)) for step in (0, 1)] == pytest.approx([1e-3, 1e-3])
     assert float(rates(3)) == pytest.approx(1e-3)
 
@@ -164,9 +172,7 @@ def test_an_interrupted_stage_ends_as_the_uninterrupted_one(
 @pytest.mark.slow
 def test_a_stage_whose_predecessor_lost_its_last_checkpoint_is_refused(uninterrupted, tmp_path, staged):
     folder = shutil.copytree(uninterrupted[0].folder, tmp_path / "run")
-    moved = dataclasses.replace(
-        staged, curriculum=(dataclasses.replace(IMAGES, steps=8), SMALL)
-    )  # the last begins at 11
+    moved = staged.replace_stage("images", steps=8)  # the last begins at 11
     shutil.rmtree(folder / "denoiser" / "checkpoints" / "11" / "state")
     shutil.rmtree(folder / "pipeline")
     run = dataclasses.replace(uninterrupted[0], folder=folder, experiment=moved)
@@ -177,47 +183,58 @@ def test_a_stage_whose_predecessor_lost_its_last_checkpoint_is_refused(uninterru
         run.run_stages()
 
 
-def test_invalid_stages_are_refused(staged, tiny):
-    def refused(match, *stages):
+def test_invalid_stages_are_refused(staged):
+    def refused(match, **changes):
         with pytest.raises(UserError, match=match):
-            dataclasses.replace(staged, curriculum=stages)
+            staged.replace_stage("small", **changes)
 
-    refused("name='a/b' is invalid", dataclasses.replace(SMALL, name="a/b"))
-    refused("name='small' is invalid", SMALL, SMALL)
-    refused(
-        "stage small: layout.tokens=.* is invalid: a clip of",
-        dataclasses.replace(SMALL, data=DataConfig(max_pixels=256, max_frames=65)),
-    )
-    refused(
-        "stage small: held_out applies to all stages",
-        dataclasses.replace(SMALL, data=DataConfig(max_pixels=256, max_frames=5, held_out=("a",))),
-    )
-    refused("stage small: weights=\\(0.0,\\) is invalid: .* one must be positive", with_weights(0.0))
+    data = staged.get_stage("small").data
+    refused("name='a/b' is invalid", name="a/b")
+    refused("name='images' is invalid", name="images")
+    refused("stage small: layout.tokens=.* is invalid: a clip of", data=dataclasses.replace(data, max_frames=65))
+    refused("stage small: data.held_out applies to all stages", data=dataclasses.replace(data, held_out=("a",)))
+    refused("stage small: small.steps=0 is invalid", steps=0)
+    refused("stage small: continues=None is invalid: .* Use continues='images'", continues=None)
+    refused("stage small: continues='denoiser' is invalid: .* Use continues='images'", continues="denoiser")
+    with pytest.raises(UserError, match=r"stage images: continues='small' is invalid: .* Leave it out"):
+        staged.replace_stage("images", continues="small")
+    with pytest.raises(UserError, match=r"weights=\(0.0,\) is invalid: .* one must be positive"):
+        dataclasses.replace(data, weights=(0.0,))
     weighted = dataclasses.replace(staged, data=dataclasses.replace(staged.data, weights=(1.0, 0.0)))
     with pytest.raises(UserError, match=r"stage small: data\.weights weighs 1 data sets, the experiment 2"):
-        dataclasses.replace(weighted, curriculum=(with_weights(1.0),))
+        weighted.replace_stage("small", data=dataclasses.replace(data, weights=(1.0,)))
+
+
+def test_stages_that_could_not_carry_on_the_state_of_the_one_before_are_refused(staged):
     adamw = dataclasses.replace(staged.denoiser.optimizer, kind="adamw")
-    refused("kind='adamw' is invalid: the last one has 'muon'", dataclasses.replace(SMALL, optimizer=adamw))
-    refused("stage small: denoiser.steps=0 is invalid", dataclasses.replace(SMALL, steps=0))
-
-
-def with_weights(*weights):
-    """Return a stage with weights of data sets."""
-    return dataclasses.replace(SMALL, data=dataclasses.replace(SMALL.data, weights=weights))
+    elsewhere = {"init_from": "elsewhere"}
+    expert = ExpertConfig(expert="low", boundary=0.5, other_folder="elsewhere")
+    for changes, name in (
+        ({"optimizer": adamw}, r"optimizer\.kind='adamw'"),
+        ({"train": TemporalWeights()}, r"optimizer\.trainable=.*temporal.*"),
+        ({"train": LoraAdapters(**elsewhere)}, r"train\.lora=LoraConfig.*"),
+        ({"train": AllWeights(**elsewhere, expert=expert)}, r"train\.expert=ExpertConfig.*"),
+        ({"averages": EmaConfig(decays=(0.5,))}, "averages=EmaConfig.*"),
+    ):
+        with pytest.raises(UserError, match=f"stage small: {name} is invalid: the last one has .* Use the same for"):
+            staged.replace_stage("small", **changes)
+    # The first one alone begins with initial weights.
+    assert staged.replace_stage("images", train=AllWeights(**elsewhere)).get_stage("images").train.init_from
 
 
 def test_a_stage_weighs_data_sets_as_the_experiment_does_or_by_itself(staged):
-    data = dataclasses.replace(staged.data, weights=(0.0, 1.0))
-    weighted = dataclasses.replace(with_weights(1.0, 0.0), name="weighted")
-    experiment = dataclasses.replace(staged, data=data, curriculum=(SMALL, weighted))
-    assert [experiment.get_stage(number).data.weights for number in range(3)] == [(0.0, 1.0), (1.0, 0.0), (0.0, 1.0)]
+    data = dataclasses.replace(staged.get_stage("images").data, weights=(1.0, 0.0))
+    weighted = dataclasses.replace(staged, data=dataclasses.replace(staged.data, weights=(0.0, 1.0)))
+    weighted = weighted.replace_stage("images", data=data)
+    run = Run(folder=Path("none"), experiment=weighted)
+    weights = [stage.adapt_run(run).data.weights for stage in weighted.denoiser_stages]
+    assert weights == [(1.0, 0.0), (0.0, 1.0), (0.0, 1.0)]
 
 
 def test_all_stages_share_one_training_state(staged):
     shapes = []
-    for number in range(3):
-        config = staged.get_stage(number).denoiser
-        optimizer = make_optimizer(config.optimizer, steps=config.steps, start_step=number)
-        init = functools.partial(init_params, config.backbone.make)
+    for number, stage in enumerate(staged.denoiser_stages):
+        optimizer = make_optimizer(stage.optimizer, steps=stage.steps, start_step=number)
+        init = functools.partial(init_params, staged.model.backbone.make)
         shapes.append(jax.tree.leaves(get_state_shapes(init, optimizer)))
     assert shapes[0] == shapes[1] == shapes[2]

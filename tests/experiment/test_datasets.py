@@ -12,6 +12,7 @@ from dit_video.core.storage import to_storage_path, write_text
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.experiment import datasets
+from dit_video.experiment.latents import open_latents
 from dit_video.experiment.run import Run
 from dit_video.video import Clip
 from dit_video.weights import load as load_weights
@@ -126,7 +127,7 @@ def test_data_and_latents_at_an_address_make_the_same_pipeline(tiny, tiny_run, t
     assert weights == (tiny_run / "pipeline" / "denoiser.safetensors").read_bytes()
 
     again = Run.open(tmp_path / "run")  # the address of the latents is remembered
-    assert str(again.open_latents().folder) == f"{memory}/latents"
+    assert str(open_latents(again, again.folder / "latents").folder) == f"{memory}/latents"
     with pytest.raises(UserError, match=f"started with the latents {memory}/latents, not {memory}/other; name that"):
         again.train(f"{memory}/data", latents=f"{memory}/other")
     path = tmp_path / "run" / "autoencoder" / "weights.safetensors"
@@ -134,7 +135,7 @@ def test_data_and_latents_at_an_address_make_the_same_pipeline(tiny, tiny_run, t
     other["decoder_out"]["bias"] = other["decoder_out"]["bias"] + 1
     save_weights(path, other)
     with pytest.raises(UserError, match=f"{memory}/latents holds latents of autoencoder"):
-        again.open_latents()
+        open_latents(again, again.folder / "latents")
 
 
 def test_linked_latents_are_refused_if_the_run_caches_none_or_has_other_latents(tiny, tiny_run, tmp_path):

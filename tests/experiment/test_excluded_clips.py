@@ -29,8 +29,7 @@ def images(tmp_path_factory):
 def experiment(tiny, **data) -> Experiment:
     """Return the tiny experiment on these clips, with three steps of the denoiser."""
     config = dataclasses.replace(tiny.EXPERIMENT.data, **{"held_out": (), **data})
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, steps=3)
-    return dataclasses.replace(tiny.EXPERIMENT, data=config, denoiser=denoiser)
+    return dataclasses.replace(tiny.EXPERIMENT.replace_stage("denoiser", steps=3), data=config)
 
 
 def begun(folder, config, tiny_run, images):

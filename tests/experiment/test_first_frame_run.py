@@ -19,11 +19,10 @@ SIZE = (5, 16, 16)
 
 def test_a_model_that_reads_first_frames_is_trained_evaluated_and_sampled(tiny, tiny_run, tmp_path):
     """By default the latents of other frames are zeros; a mask needs one channel only."""
-    training = tiny.EXPERIMENT.denoiser
-    backbone = dataclasses.replace(training.backbone, cond_channels=training.backbone.channels + 1)
-    denoiser = dataclasses.replace(training, backbone=backbone, frame_conditioning=FrameConditioning())
-    evaluation = CaptionEvaluation(trained=2, held_out=0)
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, evaluation=evaluation)
+    backbone = tiny.EXPERIMENT.model.backbone
+    backbone = backbone.replace(cond_channels=backbone.channels + 1)
+    experiment = tiny.EXPERIMENT.replace_model(backbone=backbone, frame_conditioning=FrameConditioning())
+    experiment = dataclasses.replace(experiment, evaluation=CaptionEvaluation(trained=2, held_out=0))
     run = Run.create(tmp_path / "run", experiment)
     run.take((tiny_run / "data").resolve())
     (tmp_path / "run" / "autoencoder").mkdir()

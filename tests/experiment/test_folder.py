@@ -4,8 +4,7 @@ import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
@@ -14,7 +13,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import CurriculumStage, Experiment, Stage
+from dit_video.experiment import Experiment, Stage
 from dit_video.experiment.run import Run
 from dit_video.training.checkpoint import CheckpointPolicy
 from dit_video.training.hooks.logging import read_metrics
@@ -69,10 +68,6 @@ def copy(tiny_run, tmp_path):
     return shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
 
 
-def replace_denoiser(experiment: Experiment, **changes: Any) -> Experiment:
-    return dataclasses.replace(experiment, denoiser=dataclasses.replace(experiment.denoiser, **changes))
-
-
 def read_amendments(folder) -> list[dict]:
     return json.loads((folder / "experiment.json").read_text()).get("amendments", [])
 
@@ -86,7 +81,7 @@ def unfinish(folder, step: int = 0) -> None:
 
 
 def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(tiny, copy, capsys):
-    changed = replace_denoiser(tiny.EXPERIMENT, accumulation_steps=2)
+    changed = tiny.EXPERIMENT.replace_stage("denoiser", accumulation_steps=2)
     changed = changed.replace_backbone(attention="chunked", remat="full")
     data = dataclasses.replace(changed.data, workers=2)
     changed = dataclasses.replace(
@@ -110,7 +105,7 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
     assert amendment.steps == {"autoencoder": 8, "denoiser": 8}
     paths = {change.path: (change.old, change.new) for change in amendment.changes}
     assert paths["save_every"] == (4, 2)
-    assert paths["denoiser.backbone.attention"] == ("auto", "chunked")
+    assert paths["model.backbone.attention"] == ("auto", "chunked")
     assert set(paths) == {
         "data.workers",
         "mesh.data",
@@ -121,8 +116,8 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
         "keep.newest",
         "monitoring.tensorboard",
         "denoiser.accumulation_steps",
-        "denoiser.backbone.attention",
-        "denoiser.backbone.remat",
+        "model.backbone.attention",
+        "model.backbone.remat",
     }
     # A second amendment is recorded after the first, and the same config is none.
     Run.create(copy, changed)
@@ -136,11 +131,11 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
     [
         lambda experiment: dataclasses.replace(experiment, seed=1),
         lambda experiment: dataclasses.replace(experiment, name="another"),
-        lambda experiment: replace_denoiser(experiment, batch=4),
-        lambda experiment: replace_denoiser(experiment, ema_decay=0.5),
-        lambda experiment: replace_denoiser(experiment, caption_dropout=0.5),
-        lambda experiment: replace_denoiser(
-            experiment, optimizer=dataclasses.replace(experiment.denoiser.optimizer, learning_rate=1e-4)
+        lambda experiment: experiment.replace_stage("denoiser", batch=4),
+        lambda experiment: experiment.replace_stage("denoiser", ema_decay=0.5),
+        lambda experiment: experiment.replace_stage("denoiser", caption_dropout=0.5),
+        lambda experiment: experiment.replace_stage(
+            "denoiser", optimizer=dataclasses.replace(experiment.denoiser.optimizer, learning_rate=1e-4)
         ),
         lambda experiment: dataclasses.replace(
             experiment, data=dataclasses.replace(experiment.data, captions={"text": 1.0})
@@ -159,51 +154,46 @@ def test_fields_that_change_what_is_trained_are_refused(tiny, copy, change):
 
 def test_steps_may_not_end_before_the_newest_checkpoint(tiny, copy):
     with pytest.raises(UserError, match=r"would end at step 7, and the newest checkpoint is step 10. Use 3 steps more"):
-        Run.create(copy, replace_denoiser(tiny.EXPERIMENT, steps=7))
-    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, steps=20)
-    shorter = dataclasses.replace(tiny.EXPERIMENT.autoencoder, steps=7)
+        Run.create(copy, tiny.EXPERIMENT.replace_stage("denoiser", steps=7))
     with pytest.raises(UserError, match=r"autoencoder\.steps of the run .* cannot change: its autoencoder is trained"):
-        Run.create(copy, dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder))
+        Run.create(copy, tiny.EXPERIMENT.replace_stage("autoencoder", steps=20))
     (copy / "autoencoder" / "weights.safetensors").unlink()
     with pytest.raises(UserError, match=r"autoencoder\.steps=7 is too small: the newest checkpoint is step 8"):
-        Run.create(copy, dataclasses.replace(tiny.EXPERIMENT, autoencoder=shorter))
+        Run.create(copy, tiny.EXPERIMENT.replace_stage("autoencoder", steps=7))
     assert (copy / "pipeline").is_dir()
     assert read_amendments(copy) == []
 
 
 def test_the_mesh_may_not_change_the_size_of_bucket_batches(tiny):
-    buckets = BucketConfig(
-        sampling=tiny.EXPERIMENT.denoiser.row_shape, memory=BatchMemory(fixed=1, per_token=10), budget=2000
-    )
+    buckets = BucketConfig(memory=BatchMemory(fixed=1, per_token=10), budget=2000)
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, layout=buckets)
-    bucketed = dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser)
-    assert set(tiny.EXPERIMENT.amendable_fields) - set(bucketed.amendable_fields) == {"mesh", "curriculum[].mesh"}
+    bucketed = dataclasses.replace(tiny.EXPERIMENT, data=data).replace_stage("denoiser", buckets=buckets)
+    assert set(tiny.EXPERIMENT.amendable_fields) - set(bucketed.amendable_fields) == {"mesh", "denoiser.mesh"}
 
 
 def test_the_steps_of_a_finished_stage_of_the_curriculum_may_not_change(tiny, copy):
     def make(first: int, second: int) -> Experiment:
-        stages = [
-            CurriculumStage(name=name, steps=steps, data=dataclasses.replace(tiny.EXPERIMENT.data, held_out=()))
-            for name, steps in (("one", first), ("two", second))
-        ]
-        return dataclasses.replace(tiny.EXPERIMENT, curriculum=tuple(stages))
+        autoencoder, denoiser = tiny.EXPERIMENT.stages
+        one = dataclasses.replace(denoiser, name="one", steps=first)
+        two = dataclasses.replace(denoiser, name="two", steps=second, continues="one")
+        last = dataclasses.replace(denoiser, continues="two")
+        return dataclasses.replace(tiny.EXPERIMENT, stages=(autoencoder, one, two, last))
 
     unfinish(copy, step=8)
     document = json.loads((copy / "experiment.json").read_text())
     document["experiment"] = config_json.to_json(make(4, 8))
     (copy / "experiment.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"curriculum\[0\]\.steps cannot change: its stage ended at step 4"):
+    with pytest.raises(UserError, match=r"one\.steps cannot change: its stage ended at step 4"):
         Run.create(copy, make(5, 8))
-    with pytest.raises(UserError, match=r"curriculum\[1\]\.steps is too small: its stage would end at step 7"):
+    with pytest.raises(UserError, match=r"two\.steps is too small: its stage would end at step 7"):
         Run.create(copy, make(4, 3))
-    assert Run.create(copy, make(4, 9)).experiment.curriculum[1].steps == 9
+    assert Run.create(copy, make(4, 9)).experiment.get_stage("two").steps == 9
 
 
 @pytest.mark.slow
 def test_a_finished_run_trains_on_with_more_steps(tiny, tiny_clips, copy):
     before = (copy / "pipeline" / "denoiser.safetensors").read_bytes()
-    run = Run.create(copy, replace_denoiser(tiny.EXPERIMENT, steps=12))
+    run = Run.create(copy, tiny.EXPERIMENT.replace_stage("denoiser", steps=12))
     assert (copy / "pipeline" / "denoiser.safetensors").read_bytes() == before  # until there is a better one
     run.train(tiny_clips)
     assert [entry["step"] for entry in read_metrics(copy / "denoiser" / "metrics.jsonl")][-2:] == [10, 12]
@@ -218,7 +208,9 @@ def test_the_pipeline_of_a_finished_run_has_amended_defaults(tiny, tiny_clips, c
     evaluation = CaptionEvaluation()
     shutil.rmtree(copy / "latents")  # a finished run needs none
     changed = dataclasses.replace(tiny.EXPERIMENT, sampling=sampling, evaluation=evaluation)
-    pipeline = Run.create(copy, changed).train(tiny_clips)
+    run = Run.create(copy, changed)
+    run.train(tiny_clips)
+    pipeline = run.load_pipeline()
     assert pipeline.config.sampling.steps == 3
     assert pipeline.config.evaluation == evaluation != tiny.EXPERIMENT.evaluation
     assert not (copy / "latents").exists()
@@ -228,8 +220,8 @@ def test_the_pipeline_of_a_finished_run_has_amended_defaults(tiny, tiny_clips, c
 def test_a_finished_run_without_checkpoints_keeps_its_pipeline(tiny, copy):
     shutil.rmtree(copy / "denoiser" / "checkpoints")
     with pytest.raises(UserError, match="its denoiser has no checkpoints any more"):
-        Run.create(copy, replace_denoiser(tiny.EXPERIMENT, steps=12))
-    assert Run.create(copy, tiny.EXPERIMENT).stages[-1].is_done(Run.open(copy).runtime)
+        Run.create(copy, tiny.EXPERIMENT.replace_stage("denoiser", steps=12))
+    assert Run.create(copy, tiny.EXPERIMENT).stages[-1].is_done(Run.open(copy))
     assert (copy / "pipeline").is_dir()
     assert read_amendments(copy) == []
 
@@ -244,23 +236,24 @@ class CountClips(Stage):
     seed: int = 0
     amendable_fields: ClassVar[tuple[str, ...]] = ("every",)
 
-    def list_outputs(self, runtime) -> tuple[Path, ...]:
-        return (runtime.folder / self.name / "count.txt",)
+    def is_done(self, run: Run) -> bool:
+        return (run.folder / self.name / "count.txt").exists()
 
-    def run(self, runtime) -> None:
-        (path,) = self.list_outputs(runtime)
+    def run(self, run: Run) -> None:
+        path = run.folder / self.name / "count.txt"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(str(len(runtime.clips)))
+        path.write_text(str(len(run.clips)))
 
 
 def test_stages_of_other_packages_name_their_own_fields(tiny, tmp_path):
-    experiment = dataclasses.replace(tiny.EXPERIMENT, stages=(CountClips(),))
+    stages = tiny.EXPERIMENT.stages
+    experiment = dataclasses.replace(tiny.EXPERIMENT, stages=(*stages, CountClips()))
     run = Run.create(tmp_path / "run", experiment)
     (run.folder / "count").mkdir()
-    amended = dataclasses.replace(experiment, stages=(CountClips(every=5),))
+    amended = experiment.replace_stage("count", every=5)
     assert Run.create(run.folder, amended).experiment == amended
-    with pytest.raises(UserError, match=r"another config \(stages\[0\]\.seed is 0 there and 1 here\)"):
-        Run.create(run.folder, dataclasses.replace(experiment, stages=(CountClips(seed=1),)))
+    with pytest.raises(UserError, match=r"another config \(count\.seed is 0 there and 1 here\)"):
+        Run.create(run.folder, experiment.replace_stage("count", seed=1))
 
 
 def test_a_stage_does_not_speak_for_another(tiny):
@@ -270,5 +263,5 @@ def test_a_stage_does_not_speak_for_another(tiny):
         name: str = "strict"
         amendable_fields: ClassVar[tuple[str, ...]] = ()
 
-    experiment = dataclasses.replace(tiny.EXPERIMENT, stages=(StrictStage(), CountClips()))
-    assert [field for field in experiment.amendable_fields if "stages" in field] == ["stages[1].every"]
+    experiment = dataclasses.replace(tiny.EXPERIMENT, stages=(*tiny.EXPERIMENT.stages, StrictStage(), CountClips()))
+    assert [field for field in experiment.amendable_fields if field.startswith(("strict", "count"))] == ["count.every"]

@@ -33,12 +33,10 @@ def opened(monkeypatch):
 
 def experiment(tiny, folder, **data):
     """Return the tiny experiment with a frozen text encoder."""
-    denoiser = tiny.EXPERIMENT.denoiser
     text = FrozenTextConfig(folder=str(folder), width=8, max_tokens=6)
-    backbone = dataclasses.replace(denoiser.backbone, context_width=8)
-    denoiser = dataclasses.replace(denoiser, text=text, backbone=backbone)
-    data = dataclasses.replace(tiny.EXPERIMENT.data, **data)
-    return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, data=data)
+    backbone = tiny.EXPERIMENT.model.backbone.replace(context_width=8)
+    frozen = tiny.EXPERIMENT.replace_model(text_encoder=text, backbone=backbone)
+    return dataclasses.replace(frozen, data=dataclasses.replace(frozen.data, **data))
 
 
 def start(folder, experiment, tiny_run):
@@ -103,7 +101,7 @@ def test_a_run_with_cached_embeddings_continues_without_the_encoder_bit_for_bit(
 def test_a_pipeline_opens_the_encoder_at_the_first_prompt(frozen_run, encoder, tmp_path, opened):
     pipeline = dit_video.load(frozen_run)
     assert opened == []
-    text = pipeline.config.text
+    text = pipeline.config.model.text_encoder
     assert (text.folder, text.identity) == (str(encoder), FakeEmbedder(encoder, max_tokens=6).identity)
     latents = pipeline.generate(PROMPT, size=SIZE, output="latents")
     assert len(opened) == 1
@@ -176,12 +174,12 @@ def test_captions_of_clips_without_a_cache_are_embedded_and_kept(tiny, tiny_run,
 def test_a_frozen_encoder_with_the_wrong_width_or_too_many_tokens_is_refused(tiny):
     frozen = experiment(tiny, "encoder")
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(frozen)))) == frozen
-    wide = dataclasses.replace(frozen.denoiser.text, width=16)
+    wide = dataclasses.replace(frozen.model.text_encoder, width=16)
     with pytest.raises(UserError, match=r"Use backbone.context_width=16"):
-        dataclasses.replace(frozen, denoiser=dataclasses.replace(frozen.denoiser, text=wide))
-    long = dataclasses.replace(frozen.denoiser.text, max_tokens=512)
-    with pytest.raises(UserError, match=r"Use text.max_tokens=96 or less"):
-        dataclasses.replace(frozen, denoiser=dataclasses.replace(frozen.denoiser, text=long))
+        frozen.replace_model(text_encoder=wide)
+    long = dataclasses.replace(frozen.model.text_encoder, max_tokens=512)
+    with pytest.raises(UserError, match=r"Use text_encoder.max_tokens=96 or less"):
+        frozen.replace_model(text_encoder=long)
 
 
 def test_the_encode_tool_stores_embeddings_of_a_named_encoder(tiny, tiny_run, encoder, tmp_path, script, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.data.windows import WindowConfig
-from dit_video.experiment import AutoencoderTraining
+from dit_video.experiment import TrainAutoencoder
 from dit_video.experiment.autoencoder import load_initial_params
 from dit_video.experiment.run import Run
 from dit_video.families import save_autoencoder
@@ -30,14 +30,19 @@ from support.random_params import make_random_params
 IMAGE = ImageVaeConfig(channels=4, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
 
 
-def training(model, start=None):
-    return AutoencoderTraining(
-        model=model,
+def training(start=None):
+    return TrainAutoencoder(
         windows=(WindowConfig(size=Grid(5, 16, 16), batch=2),),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup=1, weight_decay=0.1, trainable=("/temporal/",)),
         steps=4,
         init_from=None if start is None else str(start),
     )
+
+
+def make_model(tiny, autoencoder):
+    """Return the tiny model with another autoencoder, whose latents are twice as high and wide."""
+    layout = PackedShape(tokens=512, text=96, segments=3)
+    return dataclasses.replace(tiny.EXPERIMENT.model, autoencoder=autoencoder, layout=layout)
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +53,19 @@ def folder(tmp_path_factory):
 
 
 def test_training_without_a_start_folder_has_no_initial_params():
-    assert load_initial_params(training(IMAGE), jax.random.key(0)) is None
+    assert load_initial_params(training(), IMAGE, jax.random.key(0)) is None
 
 
 def test_training_starts_from_the_weights_of_the_same_autoencoder(folder):
     faster = dataclasses.replace(IMAGE, levels=dataclasses.replace(IMAGE.levels, bfloat16=True))
     for model in (IMAGE, faster):
-        loaded = load_initial_params(training(model, folder), jax.random.key(0))
+        loaded = load_initial_params(training(folder), model, jax.random.key(0))
         np.testing.assert_array_equal(loaded["moments"]["bias"], make_random_params(IMAGE.make)["moments"]["bias"])
 
 
 def test_an_inflated_autoencoder_starts_from_the_image_weights(folder):
     loaded = flatten(
-        load_initial_params(training(InflatedConfig(image=IMAGE, kernel_size=2), folder), jax.random.key(0))
+        load_initial_params(training(folder), InflatedConfig(image=IMAGE, kernel_size=2), jax.random.key(0))
     )
     image = flatten(make_random_params(IMAGE.make))
     for path in image:
@@ -82,22 +87,22 @@ def test_an_inflated_autoencoder_starts_from_the_image_weights(folder):
 )
 def test_a_start_folder_with_another_autoencoder_is_refused(folder, model, message):
     with pytest.raises(UserError, match=message) as error:
-        load_initial_params(training(model, folder), jax.random.key(0))
+        load_initial_params(training(folder), model, jax.random.key(0))
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_start_folder_is_refused(tmp_path):
     with pytest.raises(MissingError):
-        load_initial_params(training(IMAGE, tmp_path / "none"), jax.random.key(0))
+        load_initial_params(training(tmp_path / "none"), IMAGE, jax.random.key(0))
 
 
 @pytest.mark.slow
 def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_clips, tmp_path):
     experiment = dataclasses.replace(
         tiny.EXPERIMENT,
-        autoencoder=training(InflatedConfig(image=IMAGE), folder),
-        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, layout=PackedShape(tokens=512, text=96, segments=3)),
+        model=make_model(tiny, InflatedConfig(image=IMAGE)),
+        stages=(training(folder), tiny.EXPERIMENT.denoiser),
     )
     run = Run.create(tmp_path / "run", experiment)
     run.take(tiny_clips)
@@ -112,8 +117,8 @@ def test_a_run_inflates_and_trains_the_temporal_layers_alone(folder, tiny, tiny_
     # A continued run neither needs the folder nor starts again.
     (run.folder / "autoencoder" / "weights.safetensors").unlink()
     again = Run.open(run.folder)
-    elsewhere = dataclasses.replace(experiment.autoencoder, init_from=str(tmp_path / "gone"))
-    again = dataclasses.replace(again, experiment=dataclasses.replace(experiment, autoencoder=elsewhere))
+    elsewhere = experiment.replace_stage("autoencoder", init_from=str(tmp_path / "gone"))
+    again = dataclasses.replace(again, experiment=elsewhere)
     again.run_stages("autoencoder")
     for path, value in flatten(again.codec().params).items():
         np.testing.assert_array_equal(value, trained[path])
@@ -126,14 +131,15 @@ def test_a_codebook_starts_at_latents_unless_its_weights_are_loaded(given, tiny,
     parameters = make_random_params(model.make)
     if given:
         save_autoencoder(tmp_path / "given", model, parameters)
+    autoencoder = dataclasses.replace(
+        training(tmp_path / "given" if given else None),
+        windows=(WindowConfig(size=Grid(1, 16, 16), batch=4),),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=1),
+    )
     experiment = dataclasses.replace(
         tiny.EXPERIMENT,
-        autoencoder=dataclasses.replace(
-            training(model, tmp_path / "given" if given else None),
-            windows=(WindowConfig(size=Grid(1, 16, 16), batch=4),),
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup=1),
-        ),
-        denoiser=dataclasses.replace(tiny.EXPERIMENT.denoiser, layout=PackedShape(tokens=512, text=96, segments=3)),
+        model=make_model(tiny, model),
+        stages=(autoencoder, tiny.EXPERIMENT.denoiser),
         log_every=1,
     )
     run = Run.create(tmp_path / "run", experiment)

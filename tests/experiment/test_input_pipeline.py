@@ -8,23 +8,18 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.data.captions import TokenizedCaptions
-from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
-from dit_video.distributed import make_mesh
 from dit_video.experiment import input_pipeline
 from dit_video.experiment.run import Run
 from dit_video.scenes import shapes
-from dit_video.tokens import PackedShape
 from support.fakes import tokenize
-
-ROWS = PackedShape(tokens=12, text=96, segments=3)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"layout": BucketConfig(sampling=ROWS, memory=BatchMemory(fixed=1, per_token=10), budget=12)},
+            {"buckets": BucketConfig(memory=BatchMemory(fixed=1, per_token=10), budget=12)},
             "takes .* bytes, but the budget is 12",
         ),
         ({"batch": 3}, "a batch of 3 rows does not divide among 2 devices"),
@@ -34,9 +29,9 @@ def test_invalid_batches_of_the_denoiser_are_refused_before_any_training(
     tiny, tiny_clips, tmp_path, monkeypatch, changes, message
 ):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, **changes)
+    experiment = dataclasses.replace(tiny.EXPERIMENT, data=data).replace_stage("denoiser", **changes)
     monkeypatch.setattr(input_pipeline, "count_row_shards", lambda mesh: 2 if "batch" in changes else 1)
-    started = Run.create(tmp_path / "run", dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser))
+    started = Run.create(tmp_path / "run", experiment)
     with pytest.raises(UserError, match=message):
         started.train(tiny_clips)
     assert not (tmp_path / "run" / "autoencoder").exists()
@@ -58,13 +53,10 @@ def test_a_data_set_without_training_clips_is_refused_before_any_training(tiny, 
 
 def test_positions_of_rows_count_the_seconds_of_each_clip(tiny, tiny_run):
     """The clips have 8 frames a second, and a latent frame stands for 4 of them."""
-    clips, latents = ClipSource(tiny_run / "data"), LatentSource(tiny_run / "latents")
-    denoiser = tiny.EXPERIMENT.denoiser
-    timed = dataclasses.replace(denoiser, backbone=dataclasses.replace(denoiser.backbone, time_coordinate="seconds"))
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=timed)
-    batches = input_pipeline.make_cached_batches(
-        experiment, make_mesh(experiment.mesh), latents, clips, TokenizedCaptions(latents.all_captions, tokenize)
-    )(0)
+    latents = LatentSource(tiny_run / "latents")
+    run = Run(folder=tiny_run, experiment=tiny.EXPERIMENT.replace_backbone(time_coordinate="seconds"))
+    captions = TokenizedCaptions(latents.all_captions, tokenize)
+    batches = input_pipeline.make_cached_batches(run, run.experiment.denoiser, latents, captions)(0)
     result = {time for _ in range(4) for time in next(batches).positions[..., 0].flat}
     batches.close()
     assert result == {0.0, 0.5, 1.0}

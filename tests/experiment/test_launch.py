@@ -7,7 +7,6 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.experiment.launch import open_run
-from dit_video.experiment.run import Run
 
 
 @pytest.mark.parametrize(
@@ -15,11 +14,11 @@ from dit_video.experiment.run import Run
 )
 def test_errors_of_a_disk_have_the_codes_of_storage(tiny, tmp_path, number, code):
     """A log may fail where checkpoints do not; a launcher starts a run again after 75 and not after 2."""
-    with pytest.raises(UserError, match="the disk") as error, open_run(Run, tmp_path / "run", tiny.EXPERIMENT):
+    with pytest.raises(UserError, match="the disk") as error, open_run(tmp_path / "run", tiny.EXPERIMENT):
         raise OSError(number, os.strerror(number))
     assert error.value.code == code
 
 
 def test_other_errors_stay_as_they_are(tiny, tmp_path):
-    with pytest.raises(FileNotFoundError), open_run(Run, tmp_path / "run", tiny.EXPERIMENT):
+    with pytest.raises(FileNotFoundError), open_run(tmp_path / "run", tiny.EXPERIMENT):
         (tmp_path / "nothing").read_text()

@@ -26,23 +26,23 @@ def adapting(tiny, tiny_run, folder, **changes):
     """Return a run with the data and autoencoder of the tiny run that trains adapters of its denoiser."""
     shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("denoiser", "pipeline"))
     (folder / "experiment.json").unlink()
-    denoiser = dataclasses.replace(
-        tiny.EXPERIMENT.denoiser,
-        train=LoraAdapters(init_from=str(tiny_run), lora=LORA),
-        steps=6,
-        optimizer=OptimizerConfig(learning_rate=3e-2, warmup=1),
-    )
-    experiment = dataclasses.replace(
-        tiny.EXPERIMENT, denoiser=dataclasses.replace(denoiser, **changes), save_every=2, log_every=2
+    own = {
+        "train": LoraAdapters(init_from=str(tiny_run), lora=LORA),
+        "steps": 6,
+        "optimizer": OptimizerConfig(learning_rate=3e-2, warmup=1),
+    }
+    experiment = dataclasses.replace(tiny.EXPERIMENT, save_every=2, log_every=2).replace_stage(
+        "denoiser", **own | changes
     )
     return Run(folder=folder, experiment=experiment, command="python train.py")._write_config()
 
 
 def open_trained(run):
     """Return what a run trains of its denoiser."""
-    config, folder = run.experiment.denoiser, run.folder / "denoiser"
     is_resuming = run.open_checkpoints("denoiser").latest() is not None
-    return open_trainable_denoiser(config, folder, run.mesh, is_resuming=is_resuming)
+    return open_trainable_denoiser(
+        run.experiment.denoiser, run.model, run.folder / "denoiser", run.mesh, is_resuming=is_resuming
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +119,12 @@ def test_a_missing_or_mismatched_base_model_is_refused(tiny, tiny_run, tmp_path)
     nowhere = LoraAdapters(init_from=str(tmp_path / "nowhere"))
     with pytest.raises(MissingError, match="no such file"):
         open_trained(adapting(tiny, tiny_run, tmp_path / "b", train=nowhere))
-    deep = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, layers=2)
+    run = adapting(tiny, tiny_run, tmp_path / "c")
+    deep = dataclasses.replace(run, experiment=run.experiment.replace_backbone(layers=2))
     with pytest.raises(
         UserError, match="holds another denoiser than the config's, in backbone: layers is 1 there and 2"
     ):
-        open_trained(adapting(tiny, tiny_run, tmp_path / "c", backbone=deep))
+        open_trained(deep)
 
 
 @pytest.mark.slow
@@ -136,6 +137,5 @@ def test_all_weights_can_be_trained_on_from_another_run(tiny, tiny_run, tiny_cli
     assert not (run.folder / "adapter.safetensors").exists()
     shutil.rmtree(run.folder / "pipeline")
     elsewhere = AllWeights(init_from=str(tmp_path / "nowhere"))  # not needed any more
-    moved = dataclasses.replace(run.experiment.denoiser, train=elsewhere)
-    kept = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, denoiser=moved))
-    open_trained(kept)
+    moved = run.experiment.replace_stage("denoiser", train=elsewhere)
+    open_trained(dataclasses.replace(run, experiment=moved))

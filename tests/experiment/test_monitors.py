@@ -47,7 +47,7 @@ def test_clips_are_tiled_into_one_sheet():
 
 
 def test_the_flops_of_rows_are_those_of_their_clips(tiny):
-    config = tiny.EXPERIMENT.denoiser
+    training, backbone = tiny.EXPERIMENT.denoiser, tiny.EXPERIMENT.model.backbone
     shape = PackedShape(tokens=20, text=9, segments=3)
     grids, texts = (Grid(2, 2, 2), Grid(1, 2, 3), Grid(1, 1, 4)), (4, 2, 3)
     items = [
@@ -56,10 +56,11 @@ def test_the_flops_of_rows_are_those_of_their_clips(tiny):
     ]
     rows = [pack(part, shape, width=4) for part in (items[:2], items[2:])]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-    work = monitors.make_flops_fn(config)
+    work = monitors.make_flops_fn(training, backbone)
     assert work is not None
-    assert work(batch) == count_training_flops(config.backbone, [grid.volume for grid in grids], texts)
-    adapted = monitors.make_flops_fn(dataclasses.replace(config, train=LoraAdapters(init_from="somewhere")))
+    assert work(batch) == count_training_flops(backbone, [grid.volume for grid in grids], texts)
+    adapters = dataclasses.replace(training, train=LoraAdapters(init_from="somewhere"))
+    adapted = monitors.make_flops_fn(adapters, backbone)
     assert adapted is not None
     assert adapted(batch) == work(batch) * 2 // 3
     assert [infer_grid(compute_positions(grid)) for grid in grids] == list(grids)
@@ -81,10 +82,9 @@ def watched(tiny, tiny_run, tiny_clips, tmp_path_factory):
     folder = shutil.copytree(tiny_run, tmp_path_factory.mktemp("watched") / "run")
     for part in ("denoiser", "pipeline"):
         shutil.rmtree(folder / part)
-    experiment = tiny.EXPERIMENT
-    denoiser = dataclasses.replace(experiment.denoiser, steps=6, accumulation_steps=2, averages=AVERAGES)
+    experiment = tiny.EXPERIMENT.replace_stage("denoiser", steps=6, accumulation_steps=2, averages=AVERAGES)
     evaluation = CaptionEvaluation(metrics=(Sharpness(),), trained=2, held_out=0)
-    experiment = dataclasses.replace(experiment, denoiser=denoiser, monitoring=WATCHED, evaluation=evaluation)
+    experiment = dataclasses.replace(experiment, monitoring=WATCHED, evaluation=evaluation)
     opened = dataclasses.replace(Run.open(folder), experiment=experiment, profile=(3, 3))
     opened._write_config()
     kept = []

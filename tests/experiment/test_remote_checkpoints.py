@@ -42,4 +42,4 @@ def test_a_run_remembers_the_address_of_its_checkpoints(tiny, tmp_path, memory):
     run = Run.create(tmp_path / "run", tiny.EXPERIMENT)
     run.link_checkpoints(memory)
     run.link_checkpoints(memory)  # the same command again
-    assert Run.open(tmp_path / "run").runtime.get_checkpoint_folder("denoiser") == f"{memory}/denoiser"
+    assert Run.open(tmp_path / "run").get_checkpoint_folder("denoiser") == f"{memory}/denoiser"

@@ -7,7 +7,6 @@ import pytest
 import dit_video
 from dit_video.core.errors import MissingError
 from dit_video.experiment.launch import open_run
-from dit_video.experiment.run import Run
 from dit_video.training.hooks.logging import read_metrics
 from support.fake_gcs import serve
 from support.interruptions import interrupt
@@ -19,7 +18,7 @@ ADDRESS = "gs://bucket/runs/tiny"
 
 
 def train(experiment, clips, last: str | None = None) -> None:
-    with open_run(Run, ADDRESS, experiment) as run:
+    with open_run(ADDRESS, experiment) as run:
         assert run.folder.is_relative_to(os.environ["XDG_CACHE_HOME"])
         run.prepare(clips)
         run.run_stages(last)
@@ -30,7 +29,7 @@ def test_a_run_at_an_address_continues_on_another_machine(tiny, tiny_run, tiny_c
         with pytest.raises(MissingError, match=f"no such run: {ADDRESS}"):
             dit_video.load(ADDRESS)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
-        train(tiny.EXPERIMENT, tiny_clips, "latents")
+        train(tiny.EXPERIMENT, tiny_clips, "autoencoder")
         with monkeypatch.context() as patch:
             interrupt(patch, call=6, how="Ctrl-C")
             with pytest.raises(KeyboardInterrupt):

@@ -116,7 +116,7 @@ def test_another_learning_rate_is_named_by_the_loss_that_follows(tiny, copy):
     run = Run.open(copy)
     denoiser = run.experiment.denoiser
     optimizer = dataclasses.replace(denoiser.optimizer, learning_rate=denoiser.optimizer.learning_rate * 1.01)
-    experiment = dataclasses.replace(run.experiment, denoiser=dataclasses.replace(denoiser, optimizer=optimizer))
+    experiment = run.experiment.replace_stage("denoiser", optimizer=optimizer)
     result = replay(dataclasses.replace(run, experiment=experiment), first=0)
     assert result.result == "differs"
     assert result.difference is not None

@@ -13,9 +13,9 @@ from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.windows import Augmentation, ClipCrops, WindowConfig
-from dit_video.experiment import input_pipeline
+from dit_video.experiment import autoencoder, input_pipeline
+from dit_video.experiment.latents import open_latents
 from dit_video.experiment.run import Run
-from dit_video.experiment.stages import autoencoder
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.checkpoint import Checkpoints
@@ -84,9 +84,10 @@ def test_the_config_and_the_command_are_kept(tiny, tiny_run):
 
 def test_training_a_finished_run_again_recomputes_nothing(tiny, tiny_run, tiny_clips, copy):
     before = content(copy)
-    pipeline = Run.create(copy, tiny.EXPERIMENT).train(tiny_clips)
+    run = Run.create(copy, tiny.EXPERIMENT)
+    run.train(tiny_clips)
     assert content(copy) == before
-    pipeline.save(copy / "again")
+    run.load_pipeline().save(copy / "again")
     for name in ("autoencoder.safetensors", "denoiser.safetensors"):
         assert (copy / "again" / name).read_bytes() == (tiny_run / "pipeline" / name).read_bytes()
 
@@ -123,9 +124,7 @@ def test_the_linear_start_is_fitted_once_by_a_new_run_alone(tiny_run, copy, monk
 def test_the_linear_start_is_fitted_on_clips_as_they_are(tiny, tiny_run, copy):
     experiment = tiny.EXPERIMENT
     windows = tuple(dataclasses.replace(window, augment=Augmentation()) for window in experiment.autoencoder.windows)
-    augmented = dataclasses.replace(
-        experiment, autoencoder=dataclasses.replace(experiment.autoencoder, windows=windows)
-    )
+    augmented = experiment.replace_stage("autoencoder", windows=windows)
     (copy / "autoencoder" / "linear.safetensors").unlink()
     again = dataclasses.replace(Run.open(copy), experiment=augmented).linear_baseline()
     for left, right in zip(again, Run.open(tiny_run).linear_baseline(), strict=True):
@@ -138,7 +137,7 @@ def test_latents_of_another_autoencoder_are_refused(copy):
     weights["decoder_out"]["bias"] = weights["decoder_out"]["bias"] + 1
     save_weights(path, weights)
     with pytest.raises(UserError, match="Encode the clips again"):
-        Run.open(copy).open_latents()
+        open_latents(Run.open(copy), copy / "latents")
 
 
 # Folders without a run, or with another one.
@@ -149,8 +148,8 @@ def test_the_same_config_continues_and_another_is_refused(tiny, copy):
     with pytest.raises(UserError, match=r"another config \(seed is 0 there and 1 here\)"):
         Run.create(copy, dataclasses.replace(tiny.EXPERIMENT, seed=1))
     (window,) = tiny.EXPERIMENT.autoencoder.windows
-    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=(dataclasses.replace(window, batch=5),))
-    other = dataclasses.replace(tiny.EXPERIMENT, name="a", autoencoder=autoencoder)
+    other = dataclasses.replace(tiny.EXPERIMENT, name="a")
+    other = other.replace_stage("autoencoder", windows=(dataclasses.replace(window, batch=5),))
     with pytest.raises(UserError, match=r"\(name is 'tiny' there and 'a' here, .*windows\[0\].batch is 4 there and 5"):
         Run.create(copy, other)
 
@@ -174,8 +173,9 @@ def test_files_that_cannot_be_decoded_are_skipped_and_counted(tiny, clips, tmp_p
     assert "1 files are not listed as clips by the source and are skipped" in said
     assert len(started.clips) == tiny.COUNT - 2
     assert len(json.loads((tmp_path / "run" / "data" / "report.json").read_text())["quarantined"]) == 2
-    started.run_stages("latents")
-    assert len(started.open_latents()) == tiny.COUNT - 2 - tiny.HELD_OUT
+    started.run_stages("autoencoder")
+    started.experiment.denoiser.encode_latents(started)
+    assert len(open_latents(started, started.folder / "latents")) == tiny.COUNT - 2 - tiny.HELD_OUT
 
 
 def test_too_many_clips_that_are_too_small_end_the_run_before_it_trains(tiny, clips, tmp_path):
@@ -207,12 +207,11 @@ def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path
 def two_windows(tiny, tiny_run):
     """Return a run with windows of two shapes."""
     windows = (WindowConfig(size=Grid(5, 16, 16), batch=2), WindowConfig(size=Grid(9, 16, 32), batch=1))
-    autoencoder = dataclasses.replace(tiny.EXPERIMENT.autoencoder, windows=windows)
-    return Run(folder=tiny_run, experiment=dataclasses.replace(tiny.EXPERIMENT, autoencoder=autoencoder), command="")
+    return Run(folder=tiny_run, experiment=tiny.EXPERIMENT.replace_stage("autoencoder", windows=windows))
 
 
 def open_windows(run, crops, start, purpose):
-    return run.stages[0].open_windows(run.runtime, crops, start, purpose)
+    return autoencoder.open_windows(run.experiment.autoencoder, crops, purpose, seed=run.seed, start=start)
 
 
 def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
@@ -228,7 +227,7 @@ def test_window_shapes_take_turns_and_continue_at_any_step(two_windows):
 
 def test_clips_smaller_than_every_window_are_reported(two_windows, capsys):
     stretches = ClipCrops(two_windows.training_clips, two_windows.experiment.limits)
-    open_windows(two_windows, stretches, 0, "autoencoder").close()
+    two_windows.experiment.autoencoder.open_batches(two_windows, stretches, 0).close()
     images = sum(info.frames == 1 for info in two_windows.training_clips.infos)
     assert images
     assert f"{images} clips are smaller than a window" in capsys.readouterr().err
@@ -251,13 +250,13 @@ def test_data_sets_are_mixed_by_weight(tiny, tiny_run, tiny_clips, tmp_path):
     assert [info.name for info in started.held_out_clips.infos] == sorted(held_out)
     (tmp_path / "run" / "autoencoder").mkdir()
     shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
-    started.run_stages("latents")
-    mixture = input_pipeline.make_mixture(started.open_latents(), started.training_clips, data.weights)
+    started.experiment.denoiser.encode_latents(started)
+    latents = open_latents(started, started.folder / "latents")
+    mixture = input_pipeline.make_mixture(latents, started.training_clips, data.weights)
     assert mixture.sizes == (count - len(held_out), count)
     assert mixture.weights == (1.0, 3.0)
     assert len(mixture.variants) == 2 * count - len(held_out)
-    data = dataclasses.replace(data, weights=(0.0, 3.0))
-    second = started.runtime.for_stage(dataclasses.replace(started.experiment, data=data))
+    second = started.adapt(data=dataclasses.replace(data, weights=(0.0, 3.0)))
     assert second.training_clips.dataset_sizes == (count,)
     assert {info.name.partition("/")[0] for info in second.training_clips.infos} == {"two"}
 
@@ -294,11 +293,8 @@ def test_a_run_can_train_without_a_cache_of_latents(tiny, tiny_run, tiny_clips, 
 @pytest.mark.slow
 def test_a_run_can_train_on_bucketed_batches(tiny, tiny_run, tiny_clips, tmp_path, capsys):
     data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False)
-    buckets = BucketConfig(
-        sampling=tiny.EXPERIMENT.denoiser.row_shape, memory=BatchMemory(fixed=0, per_token=1), budget=24, count=2
-    )
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, layout=buckets)
-    experiment = dataclasses.replace(tiny.EXPERIMENT, data=data, denoiser=denoiser)
+    buckets = BucketConfig(memory=BatchMemory(fixed=0, per_token=1), budget=24, count=2)
+    experiment = dataclasses.replace(tiny.EXPERIMENT, data=data).replace_stage("denoiser", buckets=buckets)
     assert config_json.from_json(config_json.to_json(experiment)) == experiment
     with pytest.raises(UserError, match="buckets are read from video files"):
         dataclasses.replace(experiment, data=tiny.EXPERIMENT.data)

@@ -9,7 +9,6 @@ import pytest
 
 import dit_video
 from dit_video.experiment.run import Run
-from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.models.conditioning import Beginning, FirstFrame, FrameConditioning, InsideOfBox
 
 pytestmark = pytest.mark.slow
@@ -17,13 +16,13 @@ MASKS = (FirstFrame(weight=2.0), Beginning(), InsideOfBox())
 
 
 def make_experiment(tiny, *, is_cached, time="segment"):
-    training, model = tiny.EXPERIMENT.denoiser, tiny.EXPERIMENT.autoencoder.model
-    cond_channels = model.stride.t + model.channels if time == "segment" else 0
-    backbone = dataclasses.replace(training.backbone, cond_channels=cond_channels, time=time)
+    autoencoder, backbone = tiny.EXPERIMENT.model.autoencoder, tiny.EXPERIMENT.model.backbone
+    cond_channels = autoencoder.stride.t + autoencoder.channels if time == "segment" else 0
+    backbone = backbone.replace(cond_channels=cond_channels, time=time)
     conditioning = FrameConditioning(prob=0.8, rest="grey", masks=MASKS)
-    denoiser = dataclasses.replace(training, backbone=backbone, frame_conditioning=conditioning, steps=6)
-    data = dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=is_cached)
-    return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, data=data)
+    experiment = tiny.EXPERIMENT.replace_model(backbone=backbone, frame_conditioning=conditioning)
+    data = dataclasses.replace(experiment.data, cache_latents=is_cached)
+    return dataclasses.replace(experiment, data=data).replace_stage("denoiser", steps=6)
 
 
 def prepare_run(tiny, tiny_run, folder, **options):
@@ -41,7 +40,7 @@ def test_a_task_mix_is_trained_and_sampled(tiny, tiny_run, tmp_path, is_cached, 
     run = prepare_run(tiny, tiny_run, tmp_path / "run", is_cached=is_cached, time=time)
     run.run_stages()
     pipeline = dit_video.load(tmp_path / "run")
-    assert pipeline.config.frame_conditioning.masks == MASKS
+    assert pipeline.config.model.frame_conditioning.masks == MASKS
     clip = dit_video.Clip(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8), 8)
     kept = pipeline.generate("red", size=(5, 16, 16), image=clip.frames[0], method="trained", output="latents")
     free = pipeline.generate("red", size=(5, 16, 16), output="latents")
@@ -53,8 +52,7 @@ def test_a_task_mix_is_trained_and_sampled(tiny, tiny_run, tmp_path, is_cached, 
 def test_a_resumed_run_draws_the_same_masks(tiny, tiny_run, tmp_path):
     run = prepare_run(tiny, tiny_run, tmp_path / "run", is_cached=True)
     run.run_stages()
-    stage = next(stage for stage in run.stages if isinstance(stage, TrainDenoiser))
-    _, open_batches = stage.open_inputs(run.for_stage(run.experiment))
+    _, open_batches = run.experiment.denoiser.open_inputs(run)
     whole = list(itertools.islice(open_batches(0), 5))
     rest = list(itertools.islice(open_batches(3), 2))
     for first, second in zip(whole[3:], rest, strict=True):

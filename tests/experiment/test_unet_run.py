@@ -24,19 +24,17 @@ CANVAS = CanvasShape(size=Grid(3, 16, 16), text=96, segments=6, cell=UNET.size_m
 
 @pytest.fixture
 def unet_experiment(tiny):
-    experiment = tiny.EXPERIMENT
-    model = PatchVaeConfig(stride=Grid(4, 4, 4), channels=4, width=8, blocks=1)
-    return dataclasses.replace(
-        experiment,
-        autoencoder=dataclasses.replace(experiment.autoencoder, model=model, steps=3),
-        denoiser=dataclasses.replace(experiment.denoiser, backbone=UNET, layout=CANVAS, steps=3),
-    )
+    autoencoder = PatchVaeConfig(stride=Grid(4, 4, 4), channels=4, width=8, blocks=1)
+    experiment = tiny.EXPERIMENT.replace_model(autoencoder=autoencoder, backbone=UNET, layout=CANVAS)
+    return experiment.replace_stage("autoencoder", steps=3).replace_stage("denoiser", steps=3)
 
 
 @pytest.mark.slow
 def test_a_unet_is_trained_on_canvases_and_sampled_at_any_size(unet_experiment, tiny_clips, tmp_path):
-    pipeline = Run.create(tmp_path / "run", unet_experiment).train(tiny_clips)
-    assert pipeline.config.layout == CANVAS
+    run = Run.create(tmp_path / "run", unet_experiment)
+    run.train(tiny_clips)
+    pipeline = run.load_pipeline()
+    assert pipeline.config.model.layout == CANVAS
     requests = [Request("a red circle", Grid(*size), seed=seed) for seed, size in enumerate([(9, 16, 32), (1, 16, 16)])]
     requests.append(Request("a blue square", Grid(5, 64, 72), seed=2))  # larger than the canvas
     together = pipeline.generate_many(requests)
@@ -57,15 +55,14 @@ def test_the_config_of_a_unet_differs_from_a_transformer_s_in_backbone_and_layou
     spec.loader.exec_module(config)
     experiments = config.make_experiment(), config.make_transformer_experiment()
     unet, transformer = (config_json.to_json(each) for each in experiments)
-    different = {name for name in unet["denoiser"] if unet["denoiser"][name] != transformer["denoiser"][name]}
+    different = {name for name in unet["model"] if unet["model"][name] != transformer["model"][name]}
     assert different == {"backbone", "layout"}
-    assert {**unet, "denoiser": None} == {**transformer, "denoiser": None}
+    assert {**unet, "model": None} == {**transformer, "model": None}
     for name in [name for name in sys.modules if name == "configs" or name.startswith("configs.")]:
         monkeypatch.delitem(sys.modules, name)
 
 
 def test_a_layout_that_the_backbone_does_not_accept_is_refused(unet_experiment):
-    denoiser = unet_experiment.denoiser
     dit = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2)
     for changes, message in (
         ({"layout": PackedShape(tokens=96, text=96, segments=6)}, r"UnetConfig takes canvases. Use CanvasShape"),
@@ -80,4 +77,4 @@ def test_a_layout_that_the_backbone_does_not_accept_is_refused(unet_experiment):
         ),
     ):
         with pytest.raises(UserError, match=message):
-            dataclasses.replace(unet_experiment, denoiser=dataclasses.replace(denoiser, **changes))
+            unet_experiment.replace_model(**changes)

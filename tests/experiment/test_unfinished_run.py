@@ -7,6 +7,7 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import MissingError, UserError
+from dit_video.experiment.latents import make_encoding
 from dit_video.experiment.run import Run
 from dit_video.sampling.pipeline_config import PREVIEW
 from dit_video.sampling.preview import load_preview_decoder
@@ -46,6 +47,6 @@ def test_what_is_read_of_a_run_trains_nothing(copy, monkeypatch):
     (copy / "autoencoder" / "weights.safetensors").unlink()
     monkeypatch.setattr(Trainer, "run", lambda *_: pytest.fail("a training was started"))
     run = Run.open(copy)
-    for read in (lambda: dit_video.load(copy), run.codec, run.encoding, run.open_latents):
+    for read in (lambda: dit_video.load(copy), run.codec, lambda: make_encoding(run)):
         with pytest.raises(MissingError, match="no trained autoencoder yet; continue its training with: python"):
             read()

@@ -69,7 +69,7 @@ def finetuned(process, model, clips, tmp_path):
         assert {decode(sample).frames.shape[0] for sample in samples} == {5}
         assert (run / "report.html").is_file()
         pipeline = dit_video.load(run)
-        image = np.full((16, 16, 3), 200, np.uint8) if pipeline.config.backbone.cond_channels else None
+        image = np.full((16, 16, 3), 200, np.uint8) if pipeline.config.model.backbone.cond_channels else None
         clip = pipeline.generate("a red ball", size=(5, 16, 16), steps=1, image=image)
         assert clip.frames.shape == (5, 16, 16, 3)
         return run
@@ -116,7 +116,7 @@ def test_fine_tuning_an_image_to_video_model_trains_the_layers_of_image_tokens(f
     rate = {"lora": 3e-2, "full": 3e-3}[train]
     run = finetuned("--train", train, "--learning-rate", rate, "--lora.rank", 4, model=animating)
     start, pipeline = dit_video.load(animating, dtype="float32"), dit_video.load(run)
-    assert pipeline.config.image_encoder == str(animating / "image_encoder")
+    assert pipeline.config.model.image_encoder == str(animating / "image_encoder")
     before, trained = flatten(start.denoiser_params), flatten(pipeline.denoiser_params)
     for path, leaf in before.items():
         changed = train == "full" or (path.startswith("backbone/blocks/") and path.endswith("kernel"))

@@ -43,7 +43,7 @@ def test_options_reach_the_pipeline(script, two_experts, tmp_path, monkeypatch):
     done = script(SAMPLE, two_experts, *PROMPT, *options)
     assert done.code == 0, done.err
     (pipeline,) = used
-    assert (pipeline.config.backbone.dtype, pipeline.config.text.dtype) == ("float32", "bfloat16")
+    assert (pipeline.config.model.backbone.dtype, pipeline.config.model.text_encoder.dtype) == ("float32", "bfloat16")
     assert (pipeline.task_model.offload, pipeline.codec.memory) == (Stages(), 2**30)
     assert pipeline.codec.tiles == Tiles(height=12, width=12, overlap=4)
     assert all(map(is_in_host_memory, flatten(pipeline.denoiser_params).values()))

@@ -98,7 +98,7 @@ def test_two_processes_fine_tune_adapters_on_a_mesh(tmp_path):
     assert (run / LORA_FILE).is_file()
     assert len(list((run / "samples").glob("*.mp4"))) == 2
     pipeline = dit_video.load(run)
-    assert pipeline.config.backbone.attention == "chunked"
+    assert pipeline.config.model.backbone.attention == "chunked"
     assert pipeline.generate("a red ball", size=(5, 16, 16), steps=1).frames.shape == (5, 16, 16, 3)
 
 
@@ -111,7 +111,7 @@ def test_two_processes_distil_a_student_on_a_mesh(tiny_run, tiny_clips, tmp_path
     assert len(read_metrics(run / "denoiser" / "metrics.jsonl")) == 4
     assert (run / "few_steps.json").is_file()
     pipeline = dit_video.load(run)
-    assert pipeline.config.backbone.remat == "full"
+    assert pipeline.config.model.backbone.remat == "full"
     assert pipeline.generate("a red circle", size=(5, 16, 16)).frames.shape == (5, 16, 16, 3)
 
 

@@ -101,8 +101,8 @@ def test_a_plan_of_image_to_video_fine_tuning_counts_image_tokens_and_adapters(t
     tuning = FineTuningOptions(max_pixels=32 * 48, max_frames=5, dtype="float32", train=train)
     experiment = make_finetuning_experiment(tmp_path / "wan", tuning)
     plan = plan_experiment(experiment, Topology.parse("h100:1"), clips=2)
-    backbone, rows = experiment.denoiser.backbone, experiment.denoiser.row_shape
-    text = min(experiment.denoiser.text.max_tokens, rows.text // 2)
+    backbone, rows = experiment.model.backbone, experiment.model.row_shape
+    text = min(experiment.model.text_encoder.max_tokens, rows.text // 2)
     context = {"texts": [text] * 2, "images": [VISION.tokens] * 2}
     forward = count_forward_flops(backbone, [rows.tokens // 2] * 2, **context)
     assert plan.model_flops == passes * forward * experiment.denoiser.batch

@@ -16,9 +16,9 @@ def train(experiment, tiny_run, folder, clips=None):
     return dit_video.load(folder)
 
 
-def replace_backbone(experiment, kind=None, *, changes=None, **fields):
+def replace_backbone(experiment, kind=None, **fields):
     """Return the experiment with other fields of its backbone's config, perhaps of another class."""
     model = experiment.get_model()
     own = {field.name: getattr(model.backbone, field.name) for field in dataclasses.fields(model.backbone)}
     backbone = (kind or type(model.backbone))(**own | fields)
-    return experiment.replace_model(backbone=backbone, **(changes or {}))
+    return experiment.replace_model(backbone=backbone)

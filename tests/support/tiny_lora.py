@@ -8,27 +8,20 @@ import numpy as np
 
 from dit_video.core.offload import Offload
 from dit_video.core.trees import flatten, map_with_path
-from dit_video.diffusion import RectifiedFlow
 from dit_video.distributed import MeshConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
-from dit_video.tokens import Grid, PackedShape
+from dit_video.tokens import Grid
 from dit_video.weights import get_native_modules, save
 from support.random_params import make_random_params
 from support.tiny import EXPERIMENT
 
+BACKBONE = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=64, layers=2, heads=4, attention="dense")
 CONFIG = PipelineConfig(
-    autoencoder=EXPERIMENT.autoencoder.model,
-    backbone=DitConfig(
-        channels=4, context_width=16, patch=Grid(1, 2, 2), width=64, layers=2, heads=4, attention="dense"
-    ),
-    text=EXPERIMENT.denoiser.text,
-    process=RectifiedFlow(),
-    layout=PackedShape(tokens=12, text=96, segments=3),
+    model=replace(EXPERIMENT.get_model(), backbone=BACKBONE, fps=16.0),
     batch=1,
     sampling=EXPERIMENT.sampling,
-    fps=16.0,
     size=Grid(5, 16, 16),
 )
 
@@ -44,15 +37,22 @@ def make_pipeline(
 
     Kernels, and their products, have the dtype.
     """
-    config = replace(config, backbone=config.backbone.replace(dtype=dtype))
-    denoiser = {"backbone": make_random_params(config.backbone.make), "text": make_random_params(config.text.make)}
+    model = config.model.replace_backbone(dtype=dtype)
+    denoiser = {
+        "backbone": make_random_params(model.backbone.make),
+        "text": make_random_params(model.text_encoder.make),
+    }
     if config.boundary is not None:
-        denoiser["low_noise"] = make_random_params(config.backbone.make, seed=1)
+        denoiser["low_noise"] = make_random_params(model.backbone.make, seed=1)
     denoiser = map_with_path(
         lambda path, leaf: np.array(leaf, jnp.dtype(dtype) if path.endswith("kernel") else np.float32), denoiser
     )
     return Pipeline(
-        config, autoencoder=make_random_params(config.autoencoder.make), denoiser=denoiser, mesh=mesh, offload=offload
+        replace(config, model=model),
+        autoencoder=make_random_params(model.autoencoder.make),
+        denoiser=denoiser,
+        mesh=mesh,
+        offload=offload,
     )
 
 

@@ -14,16 +14,11 @@ SIZE = Grid(9, 16, 32)
 
 def make_config(*, steps: int, **fields: Any) -> PipelineConfig:
     """Return the config of the pipeline, which samples in this many steps."""
-    training = tiny.EXPERIMENT.denoiser
+    layout = PackedShape(tokens=24, text=96, segments=3)
     return PipelineConfig(
-        autoencoder=tiny.EXPERIMENT.autoencoder.model,
-        backbone=training.backbone,
-        text=training.text,
-        process=training.objective.process,
-        layout=PackedShape(tokens=24, text=96, segments=3),
+        model=replace(tiny.EXPERIMENT.get_model(), layout=layout, fps=8.0),
         batch=2,
         sampling=replace(tiny.EXPERIMENT.sampling, steps=steps, guidance=1.5),
-        fps=8.0,
         size=SIZE,
         **fields,
     )
@@ -31,5 +26,14 @@ def make_config(*, steps: int, **fields: Any) -> PipelineConfig:
 
 def make_pipeline(config: PipelineConfig) -> Pipeline:
     """Return the pipeline of a config."""
-    denoiser = {name: make_random_params(getattr(config, name).make) for name in ("backbone", "text")}
-    return Pipeline(config, autoencoder=make_random_params(config.autoencoder.make), denoiser=denoiser)
+    return Pipeline(config, **make_params(config))
+
+
+def make_params(config: PipelineConfig) -> dict[str, Any]:
+    """Return random parameters of the models of a config, by the names of a pipeline's arguments."""
+    model = config.model
+    denoiser = {"backbone": model.backbone, "text": model.text_encoder}
+    return {
+        "autoencoder": make_random_params(model.autoencoder.make),
+        "denoiser": {name: make_random_params(part.make) for name, part in denoiser.items()},
+    }

@@ -42,7 +42,7 @@ def add_noise(latents, noise, time):
 
 def get_first_image(pipeline):
     """Return the options of a clip that begins with that of the clip, for models that need it."""
-    conditioning = pipeline.config.frame_conditioning
+    conditioning = pipeline.config.model.frame_conditioning
     return {"image": FRAMES[0]} if conditioning is not None and conditioning.prob == 1 else {}
 
 

@@ -15,6 +15,7 @@ from dit_video.experiment import export, input_pipeline, latents, monitors
 from dit_video.experiment.denoiser import (
     TrainableDenoiser,
     get_expert_names,
+    get_optimizer_config,
     make_denoiser_loss,
     make_denoiser_step,
     open_trainable_denoiser,
@@ -34,6 +35,9 @@ from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.optim.optimizer import make_learning_rate_schedule
 from dit_video.training.trainer import BatchIterator, Trainer
+
+_OPTIMIZER_STATE = ("kind", "muon_patterns", "trainable", "frozen")
+"""Fields of an optimizer that its state depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ class TrainDenoiser(DenoiserTraining, Stage):
         )
 
     def _check_place(self, experiment: Experiment) -> None:
-        """Raise if this stage does not continue the one before, or has another optimizer than the last one."""
+        """Raise if this stage does not continue the one before, or trains another state than the last one."""
         stages = experiment.denoiser_stages
         index, last = stages.index(self), stages[-1]
         before = stages[index - 1].name if index else None
@@ -110,12 +114,18 @@ class TrainDenoiser(DenoiserTraining, Stage):
         if weights and own and len(weights) != len(own):
             numbers = f"{len(own)} data sets, the experiment {len(weights)}"
             raise UserError(f"data.weights weighs {numbers}. Give each data set one weight.")
-        for name in ("kind", "muon_patterns", "trainable", "frozen"):
-            value, last_value = getattr(self.optimizer, name), getattr(last.optimizer, name)
-            if value != last_value:
+        if isinstance(self.train, Student) and len(stages) > 1:
+            raise UserError("train=Student takes a single stage. Leave out the others, or use AllWeights.")
+        own, of_last = (
+            {"averages": stage.averages, "train.lora": stage.lora, "train.expert": stage.expert}
+            | {f"optimizer.{name}": getattr(get_optimizer_config(stage), name) for name in _OPTIMIZER_STATE}
+            for stage in (self, last)
+        )
+        for name, value in own.items():
+            if value != of_last[name]:
                 raise UserError(
-                    f"optimizer.{name}={value!r} is invalid: the last one has {last_value!r}, and "
-                    "its state could not be carried over. Use the same for all stages."
+                    f"{name}={value!r} is invalid: the last one has {of_last[name]!r}, and its state could not be "
+                    "carried over. Use the same for all stages."
                 )
 
     def _check_accumulation(self, experiment: Experiment) -> None:

@@ -11,7 +11,7 @@ import dit_video
 from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import Lcm
-from dit_video.experiment import CurriculumStage, DataConfig, PretrainedAutoencoder, Student
+from dit_video.experiment import Student
 from dit_video.experiment.recipes.distill import DistillationOptions, make_distillation_experiment
 from dit_video.experiment.run import Run
 from dit_video.models.conditioning import FrameConditioning
@@ -50,10 +50,10 @@ def distilled(request, tiny_run, tmp_path_factory):
 def test_the_experiment_of_a_student_follows_from_a_run(tiny_run):
     experiment = make_distillation_experiment(tiny_run, OPTIONS["dmd"])
     teacher = dit_video.load(tiny_run).config
-    assert experiment.autoencoder == PretrainedAutoencoder(model=teacher.autoencoder, folder=str(tiny_run / "pipeline"))
+    assert (experiment.autoencoder, experiment.autoencoder_from) == (None, str(tiny_run / "pipeline"))
     assert experiment.denoiser.train.distillation == DistributionMatching(guidance=2.0, steps=2, critic_steps=2)
     assert experiment.denoiser.optimizer.learning_rate == 3e-4
-    assert experiment.denoiser.backbone == teacher.backbone
+    assert experiment.model == Run.open(tiny_run).experiment.model
     assert experiment.data == Run.open(tiny_run).experiment.data
     assert (experiment.sampling.steps, experiment.sampling.guidance) == (2, 1.0)
     assert isinstance(experiment.sampling.solver, Lcm)
@@ -69,8 +69,7 @@ def test_the_experiment_of_a_student_follows_from_a_pipeline(tiny_run):
     assert experiment.denoiser.optimizer.learning_rate == 1e-3
     assert experiment.data.max_frames == teacher.size.t
     assert experiment.data.max_pixels == teacher.size.h * teacher.size.w
-    assert experiment.denoiser.layout == teacher.layout
-    assert experiment.denoiser.objective.process == teacher.process
+    assert experiment.model == teacher.model
 
 
 def test_the_student_differs_from_the_teacher_and_shares_its_autoencoder(tiny_run, distilled):
@@ -117,13 +116,12 @@ def test_invalid_distillations_are_refused(tiny, tiny_run, tmp_path):
     with pytest.raises(MissingError, match="nowhere"):
         make_distillation_experiment(tmp_path / "nowhere")
     student = Student(init_from=str(tiny_run), distillation=ConsistencyDistillation())
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, train=student)
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
-    stage = CurriculumStage(name="images", steps=3, data=DataConfig(max_pixels=16 * 16, max_frames=1))
-    with pytest.raises(UserError, match=r"train=Student takes a single stage. Leave out curriculum"):
-        dataclasses.replace(experiment, curriculum=(stage,))
-    conditioned = dataclasses.replace(denoiser, frame_conditioning=FrameConditioning())
-    with pytest.raises(UserError, match=r"train=Student has no frame conditioning. Leave out frame_conditioning"):
-        dataclasses.replace(experiment, denoiser=conditioned)
+    experiment = tiny.EXPERIMENT.replace_stage("denoiser", train=student)
+    first = dataclasses.replace(experiment.denoiser, name="first")
+    last = dataclasses.replace(experiment.denoiser, continues="first")
+    with pytest.raises(UserError, match="train=Student takes a single stage. Leave out the others"):
+        dataclasses.replace(experiment, stages=(experiment.autoencoder, first, last))
+    with pytest.raises(UserError, match="train=Student has no frame conditioning. Leave out frame_conditioning"):
+        experiment.replace_model(frame_conditioning=FrameConditioning())
     with pytest.raises(UserError, match="needs packed rows and no distillation"):
-        dataclasses.replace(experiment, denoiser=dataclasses.replace(denoiser, accumulation_steps=2))
+        experiment.replace_stage("denoiser", accumulation_steps=2)

@@ -14,7 +14,6 @@ import dit_video
 from dit_video.core import config_json, trees
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Lcm, RectifiedFlow
-from dit_video.experiment import PretrainedAutoencoder
 from dit_video.experiment.export import LORA_FILE
 from dit_video.experiment.recipes.distill import DistillationOptions, make_distillation_experiment
 from dit_video.experiment.run import Run
@@ -111,14 +110,14 @@ def sample_few_steps(pipeline, config):
 
 def test_the_experiment_of_a_student_follows_from_the_folder(folder):
     experiment = make_distillation_experiment(folder, dataclasses.replace(OPTIONS, dtype=None, remat=None))
-    denoiser = experiment.denoiser
+    denoiser, model = experiment.denoiser, experiment.model
     assert experiment.name == "tiny-consistency"
-    assert experiment.autoencoder == PretrainedAutoencoder(model=VAE, folder=str(folder / "vae"))
-    assert denoiser.backbone == DIT.replace(dtype="bfloat16", remat="full", attention="dense")
-    assert denoiser.objective.process == RectifiedFlow(shift=3.0)
+    assert (model.autoencoder, experiment.autoencoder_from) == (VAE, str(folder / "vae"))
+    assert model.backbone == DIT.replace(dtype="bfloat16", remat="full", attention="dense")
+    assert model.process == RectifiedFlow(shift=3.0)
     assert (denoiser.train.init_from, denoiser.lora) == (str(folder), OPTIONS.lora)
     assert denoiser.train.distillation.guidance == 5.0
-    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (32 * 48, 5, 16.0)
+    assert (experiment.data.max_pixels, experiment.data.max_frames, model.fps) == (32 * 48, 5, 16.0)
     assert (experiment.sampling.steps, experiment.sampling.guidance, experiment.sampling.solver) == (2, 1.0, Lcm())
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
     assert (denoiser.optimizer.kind, denoiser.optimizer.learning_rate) == ("adamw", 1e-2)

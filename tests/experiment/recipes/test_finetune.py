@@ -18,14 +18,7 @@ from dit_video.data.latents.plan import plan_encoding
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.diffusion import RectifiedFlow, UniPc, UniPcFlowSchedule
 from dit_video.distributed import MeshConfig, make_mesh
-from dit_video.experiment import (
-    AllWeights,
-    ExpertConfig,
-    LoraAdapters,
-    PretrainedAutoencoder,
-    TemporalWeights,
-    input_pipeline,
-)
+from dit_video.experiment import AllWeights, ExpertConfig, LoraAdapters, TemporalWeights, input_pipeline
 from dit_video.experiment.autoencoder import read_autoencoder
 from dit_video.experiment.denoiser import (
     add_other_expert,
@@ -36,6 +29,7 @@ from dit_video.experiment.denoiser import (
 )
 from dit_video.experiment.encoders import check_image_encoder
 from dit_video.experiment.initial_weights import check_initial_weights
+from dit_video.experiment.latents import make_encoding, open_latents
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.experiment.run import Run
 from dit_video.families import load_denoiser
@@ -69,40 +63,43 @@ def mesh():
     return make_mesh(MeshConfig())
 
 
-def get_training(folder, **options):
-    return make_finetuning_experiment(folder, dataclasses.replace(OPTIONS, **options)).denoiser
+def make_experiment(folder, **options):
+    return make_finetuning_experiment(folder, dataclasses.replace(OPTIONS, **options))
+
+
+def open_denoiser(experiment, folder, mesh, *, is_resuming=False):
+    """Return what an experiment trains of its denoiser."""
+    return open_trainable_denoiser(experiment.denoiser, experiment.model, folder, mesh, is_resuming=is_resuming)
 
 
 def test_the_experiment_of_fine_tuning_follows_from_the_folder(folder):
     experiment = make_finetuning_experiment(folder, OPTIONS)
-    denoiser = experiment.denoiser
+    model, text = experiment.model, experiment.model.text_encoder
     assert experiment.name == "tiny"
-    assert experiment.autoencoder == PretrainedAutoencoder(model=VAE, folder=str(folder / "vae"))
-    assert denoiser.backbone == dataclasses.replace(DIT, remat="full")
-    assert get_training(folder, remat="attention").backbone == dataclasses.replace(DIT, remat="attention")
-    assert (denoiser.text.folder, denoiser.text.width, denoiser.text.cleaned) == (
-        str(folder / "text_encoder"),
-        16,
-        True,
-    )
-    assert denoiser.objective.process == RectifiedFlow(shift=3.0)
+    assert (experiment.autoencoder, model.autoencoder) == (None, VAE)
+    assert experiment.autoencoder_from == str(folder / "vae")
+    assert model.backbone == dataclasses.replace(DIT, remat="full")
+    remat = make_experiment(folder, remat="attention")
+    assert remat.model.backbone == dataclasses.replace(DIT, remat="attention")
+    assert (text.folder, text.width, text.cleaned) == (str(folder / "text_encoder"), 16, True)
+    assert model.process == RectifiedFlow(shift=3.0)
     assert (experiment.sampling.solver, experiment.sampling.time_schedule) == (UniPc(), UniPcFlowSchedule())
-    assert (denoiser.layout.tokens, experiment.data.fps) == (2 * 4 * 6, 16.0)
-    assert denoiser.train == LoraAdapters(init_from=str(folder), lora=OPTIONS.lora)
-    assert denoiser.frame_conditioning is None
+    assert (model.layout.tokens, model.fps) == (2 * 4 * 6, 16.0)
+    assert experiment.denoiser.train == LoraAdapters(init_from=str(folder), lora=OPTIONS.lora)
+    assert model.frame_conditioning is None
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
 def test_the_defaults_of_fine_tuning_are_the_models(folder, tmp_path):
-    data = make_finetuning_experiment(folder).data
-    assert (data.max_pixels, data.max_frames, data.fps) == (480 * 832, 81, 16.0)
+    experiment = make_finetuning_experiment(folder)
+    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.model.fps) == (480 * 832, 81, 16.0)
     write_wan(tmp_path / "told", backbone=dataclasses.replace(DIT, time="token"))
     experiment = make_finetuning_experiment(tmp_path / "told")
-    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (704 * 1280, 121, 24.0)
-    assert experiment.denoiser.frame_conditioning == FrameConditioning()
+    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.model.fps) == (704 * 1280, 121, 24.0)
+    assert experiment.model.frame_conditioning == FrameConditioning()
     assert make_finetuning_experiment(
         tmp_path / "told", FineTuningOptions(first_frame_prob=0.2)
-    ).denoiser.frame_conditioning == FrameConditioning(prob=0.2)
+    ).model.frame_conditioning == FrameConditioning(prob=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +112,11 @@ def animating(tmp_path_factory):
 
 def test_an_image_to_video_model_always_trains_with_its_first_frame(animating):
     experiment = make_finetuning_experiment(animating, OPTIONS)
-    denoiser = experiment.denoiser
-    assert denoiser.backbone == dataclasses.replace(ANIMATING, remat="full")
-    assert denoiser.frame_conditioning == FrameConditioning(prob=1.0, rest="grey")
-    assert denoiser.image_encoder == str(animating / "image_encoder")
-    assert get_training(animating, first_frame_prob=0.9).frame_conditioning == FrameConditioning(prob=0.9, rest="grey")
+    assert experiment.model.backbone == dataclasses.replace(ANIMATING, remat="full")
+    assert experiment.model.frame_conditioning == FrameConditioning(prob=1.0, rest="grey")
+    assert experiment.model.image_encoder == str(animating / "image_encoder")
+    model = make_experiment(animating, first_frame_prob=0.9).model
+    assert model.frame_conditioning == FrameConditioning(prob=0.9, rest="grey")
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
 
 
@@ -131,8 +128,8 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
     data = dataclasses.replace(experiment.data, flips=True)
     run = Run.create(tmp_path / "run", dataclasses.replace(experiment, data=data))
     run.prepare(clips)
-    run.run_stages("latents")
-    latents, encoding, clips = run.open_latents(), run.encoding(), run.training_clips
+    run.experiment.denoiser.encode_latents(run)
+    latents, encoding, clips = open_latents(run, run.folder / "latents"), make_encoding(run), run.training_clips
     assert latents.identity["image"] == FrozenImageEncoder(animating).identity
     assert latents.identity["behind"] == "grey"
     model = dit_video.load(animating).task_model
@@ -152,8 +149,8 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
         visible = expected["cond_latents"][..., -VAE.channels :]
         np.testing.assert_allclose(cond_latents, visible, atol=2**-8 * np.abs(visible).max() + 1e-4)
         assert np.abs(cond_latents[1:] - latents[index][1:]).max() > 1e-2
-    mesh, texts = run.mesh, CachedCaptions(latents)
-    rows = next(input_pipeline.make_cached_batches(run.experiment, mesh, latents, clips, texts)(0))
+    texts = CachedCaptions(latents)
+    rows = next(input_pipeline.make_cached_batches(run, run.experiment.denoiser, latents, texts)(0))
     tokens = VISION.tokens
     assert rows.fields["image_tokens"].shape == (1, 4 * tokens, VISION.width)
     kept = [latents.read_field(index, latents.fields[1]) for index in range(len(latents))]
@@ -173,12 +170,12 @@ def controlled(tmp_path_factory):
 @pytest.mark.nightly
 def test_a_model_with_control_keeps_its_task_and_its_conditioning(controlled):
     experiment = make_finetuning_experiment(controlled, OPTIONS)
-    assert experiment.denoiser.backbone == CONTROLLED.replace(remat="full")
-    assert experiment.denoiser.task == dit_video.load(controlled).config.task
-    assert experiment.denoiser.frame_conditioning is None
+    assert experiment.model.backbone == CONTROLLED.replace(remat="full")
+    assert experiment.task == dit_video.load(controlled).config.task
+    assert experiment.model.frame_conditioning is None
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
     with pytest.raises(UserError, match="first_frame_prob is invalid"):
-        get_training(controlled, first_frame_prob=0.5)
+        make_experiment(controlled, first_frame_prob=0.5)
 
 
 @pytest.mark.slow
@@ -187,8 +184,8 @@ def test_training_and_sampling_receive_the_same_control(controlled, tmp_path):
     clips = shapes.write_folder(tmp_path / "clips", count=2, seed=0, sizes=(Grid(9, 32, 48), Grid(1, 32, 32)))
     run = Run.create(tmp_path / "run", make_finetuning_experiment(controlled, OPTIONS))
     run.prepare(clips)
-    run.run_stages("latents")
-    latents, encoding, clips = run.open_latents(), run.encoding(), run.training_clips
+    run.experiment.denoiser.encode_latents(run)
+    latents, encoding, clips = open_latents(run, run.folder / "latents"), make_encoding(run), run.training_clips
     model = dit_video.load(controlled, dtype="float32").task_model
     for view in plan_encoding(clips, encoding).views:
         index = latents.names.index(view.name)
@@ -209,9 +206,9 @@ def test_another_image_encoder_is_refused(animating, tmp_path):
     with pytest.raises(UserError, match="was used before; put that one back"):
         again(np.zeros((1, 16, 16, 3), np.uint8))
     wider = dataclasses.replace(ANIMATING, image_width=16)
-    training = dataclasses.replace(get_training(animating), backbone=wider, image_encoder=str(moved))
+    model = dataclasses.replace(make_experiment(animating).model, backbone=wider, image_encoder=str(moved))
     with pytest.raises(UserError, match="makes tokens of width 12, the denoiser reads 16; set backbone image_width=12"):
-        check_image_encoder(training, tmp_path / "other.json")
+        check_image_encoder(model, tmp_path / "other.json")
 
 
 @pytest.mark.parametrize(
@@ -224,14 +221,14 @@ def test_another_image_encoder_is_refused(animating, tmp_path):
     ],
 )
 def test_one_option_chooses_the_trained_parameters_and_their_learning_rate(folder, train, expected, rate):
-    training = get_training(folder, train=train)
+    training = make_experiment(folder, train=train).denoiser
     assert (type(training.train), training.train.init_from is not None) == expected
     assert training.optimizer.learning_rate == rate
     assert get_optimizer_config(training).trainable == ((TEMPORAL_PATHS,) if train == "temporal" else ())
 
 
 def test_initial_weights_are_read_from_the_folder_and_placed_on_the_devices(folder, mesh, tmp_path):
-    trained = open_trainable_denoiser(get_training(folder, train="full"), tmp_path, mesh, is_resuming=False)
+    trained = open_denoiser(make_experiment(folder, train="full"), tmp_path, mesh)
     expected = flatten(load_denoiser(folder / "transformer")[1])
     result = flatten(trained.load_initial()["backbone"])
     assert trained.base_params is None
@@ -239,13 +236,13 @@ def test_initial_weights_are_read_from_the_folder_and_placed_on_the_devices(fold
         assert isinstance(result[path], jax.Array)
         np.testing.assert_array_equal(result[path], leaf)
     for choice, continues in (("full", True), ("scratch", False)):
-        started = open_trainable_denoiser(get_training(folder, train=choice), tmp_path, mesh, is_resuming=continues)
+        started = open_denoiser(make_experiment(folder, train=choice), tmp_path, mesh, is_resuming=continues)
         assert started.load_initial is None
 
 
 def test_adapted_weights_are_kept_in_the_dtype_of_the_products(folder, mesh, tmp_path):
-    training = get_training(folder, dtype="bfloat16", lora=LoraConfig(rank=2, alpha=3.0, targets=("query/kernel$",)))
-    trained = open_trainable_denoiser(training, tmp_path, mesh, is_resuming=False)
+    lora = LoraConfig(rank=2, alpha=3.0, targets=("query/kernel$",))
+    trained = open_denoiser(make_experiment(folder, dtype="bfloat16", lora=lora), tmp_path, mesh)
     adapted = flatten(trained.base_params)
     assert adapted["backbone/blocks/up/kernel"].dtype == jnp.bfloat16
     assert adapted["backbone/modulation/kernel"].dtype == adapted["backbone/head/kernel"].dtype == jnp.float32
@@ -262,29 +259,29 @@ QUERIES = ("query", "cross_query")
 
 
 def test_the_autoencoder_is_read_from_its_folder_and_not_copied(folder, tmp_path):
-    run = Run(folder=tmp_path, experiment=make_finetuning_experiment(folder, OPTIONS), command="")
+    run = Run(folder=tmp_path, experiment=make_finetuning_experiment(folder, OPTIONS))
     expected = flatten(make_random_params(VAE.make))
-    run.run_stages("autoencoder")
     for path, leaf in flatten(run.codec().params).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
     assert not (tmp_path / "autoencoder").exists()
     assert run.linear_baseline() is None
-    autoencoder = run.experiment.autoencoder
-    other = dataclasses.replace(autoencoder, model=dataclasses.replace(VAE, width=16))
+    other, start = dataclasses.replace(VAE, width=16), run.experiment.autoencoder_from
     with pytest.raises(UserError, match="holds another autoencoder than the config's: width is 8 there and 16 here"):
-        read_autoencoder(other, tmp_path)
+        read_autoencoder(other, tmp_path, pretrained=start, is_trained=False)
 
 
 def test_models_that_cannot_be_trained_are_refused_first(folder):
     with pytest.raises(UserError, match=r"train=TemporalWeights is invalid: .* Use AllWeights or LoraAdapters"):
-        check_initial_weights(get_training(folder, train="temporal"))
+        check(make_experiment(folder, train="temporal"))
     with pytest.raises(UserError, match="adapters of backbone/embed/kernel can't be written"):
-        check_initial_weights(get_training(folder, lora=LoraConfig(targets=("kernel$",))))
-    stretched = dataclasses.replace(DIT, position_stretch=(2.0, 1.0, 1.0))  # it has no weights of its own
-    check_initial_weights(dataclasses.replace(get_training(folder), backbone=stretched))
-    deeper = dataclasses.replace(get_training(folder), backbone=dataclasses.replace(DIT, layers=3))
+        check(make_experiment(folder, lora=LoraConfig(targets=("kernel$",))))
+    check(make_experiment(folder).replace_backbone(position_stretch=(2.0, 1.0, 1.0)))  # it has no weights of its own
     with pytest.raises(UserError, match="holds another denoiser than the config's, in the transformer: layers is 2"):
-        check_initial_weights(deeper)
+        check(make_experiment(folder).replace_backbone(layers=3))
+
+
+def check(experiment):
+    check_initial_weights(experiment.denoiser, experiment.model)
 
 
 @pytest.mark.parametrize(
@@ -318,17 +315,17 @@ def two(tmp_path_factory):
     ],
 )
 def test_one_of_two_experts_is_trained_at_its_times(two, mesh, tmp_path, expert, names):
-    training = get_training(two, expert=expert)
+    experiment = make_experiment(two, expert=expert)
+    training, model = experiment.denoiser, experiment.model
     own, other = (str(two / name) for name in names)
     assert training.train.init_from == own
     assert training.expert == ExpertConfig(expert=expert, boundary=0.875, other_folder=other)
-    first, last = get_time_range(training)
+    first, last = get_time_range(training, model)
     boundary, end, whole = (first, last, 1.0) if expert == "high" else (last, first, 0.0)
     assert end == whole
-    assert float(training.objective.compute_time(jnp.float32(boundary))) == pytest.approx(0.875, abs=1e-5)
-    check_initial_weights(training)
-    trained = open_trainable_denoiser(training, tmp_path, mesh, is_resuming=False)
-    both = add_other_expert(training, trained.base_params)
+    assert float(training.make_objective(model).compute_time(jnp.float32(boundary))) == pytest.approx(0.875, abs=1e-5)
+    check(experiment)
+    both = add_other_expert(training, model, open_denoiser(experiment, tmp_path, mesh).base_params)
     for name, path in zip(get_expert_names(training), (own, other), strict=True):
         expected = flatten(load_denoiser(path)[1])
         for leaf, value in flatten(both[name]).items():
@@ -337,24 +334,25 @@ def test_one_of_two_experts_is_trained_at_its_times(two, mesh, tmp_path, expert,
 
 def test_two_experts_are_trained_one_at_a_time(folder, two, tmp_path):
     with pytest.raises(UserError, match="two experts, which are trained one at a time; set expert=high"):
-        get_training(two)
+        make_experiment(two)
     with pytest.raises(UserError, match=r"expert=low is invalid: .* one transformer; leave out expert"):
-        get_training(folder, expert="low")
+        make_experiment(folder, expert="low")
     with pytest.raises(UserError, match=r"boundary=875.0 is invalid: it must be a time between 0 and 1"):
         ExpertConfig(expert="low", boundary=875.0, other_folder="transformer")
     write_wan(tmp_path / "other", backbone=dataclasses.replace(DIT, layers=3))
-    training = get_training(two, expert="low")
-    unlike = dataclasses.replace(training.expert, other_folder=str(tmp_path / "other" / "transformer"))
+    experiment = make_experiment(two, expert="low")
+    train = experiment.denoiser.train
+    unlike = dataclasses.replace(train.expert, other_folder=str(tmp_path / "other" / "transformer"))
     with pytest.raises(UserError, match="other/transformer holds another denoiser"):
-        check_initial_weights(dataclasses.replace(training, train=dataclasses.replace(training.train, expert=unlike)))
+        check(experiment.replace_stage("denoiser", train=dataclasses.replace(train, expert=unlike)))
 
 
 def test_options_that_do_not_fit_the_model_are_refused(folder, tmp_path):
     with pytest.raises(MissingError, match="no such file"):
         make_finetuning_experiment(tmp_path)
     with pytest.raises(UserError, match="trained without FrameConditioning; leave it out"):
-        get_training(folder, first_frame_prob=0.5)
+        make_experiment(folder, first_frame_prob=0.5)
     with pytest.raises(UserError, match="must be positive"):
         FineTuningOptions(learning_rate=-1.0)
     with pytest.raises(UserError, match=r"T=6 is not 1 \+ 4k"):
-        get_training(folder, max_frames=6)
+        make_experiment(folder, max_frames=6)

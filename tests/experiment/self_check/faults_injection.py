@@ -151,4 +151,5 @@ def encode_again(run: Run, *patches: tuple[Any, str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for owner, name, value in patches:
             patch.setattr(owner, name, value)
-        Run.open(run.folder).run_stages("latents")
+        again = Run.open(run.folder)
+        again.experiment.denoiser.encode_latents(again)

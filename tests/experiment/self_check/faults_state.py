@@ -208,9 +208,9 @@ def initial_weights_ignored(run):
 def _change_loaded(change):
     load = _denoiser.load_initial_denoiser
 
-    def load_changed(training, start, placer):
-        loaded = load(training, start, placer)
-        fresh = flatten(init_denoiser(training, jax.random.key(1)))
+    def load_changed(model, start, placer):
+        loaded = load(model, start, placer)
+        fresh = flatten(init_denoiser(model, jax.random.key(1)))
         return map_with_path(lambda path, leaf: fresh[path] if change(path) else leaf, loaded)
 
     _denoiser.load_initial_denoiser = load_changed

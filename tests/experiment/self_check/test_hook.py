@@ -60,8 +60,8 @@ def test_a_long_run_spends_less_than_a_hundredth_of_its_time_on_checks(tiny, tin
     interval = hook._INTERVAL
     monkeypatch.setattr(hook, "_INTERVAL", INTERVAL)
     monitoring = dataclasses.replace(tiny.EXPERIMENT.monitoring, self_check=True)
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, steps=STEPS)
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, monitoring=monitoring, save_every=250)
+    experiment = dataclasses.replace(tiny.EXPERIMENT, monitoring=monitoring, save_every=250)
+    experiment = experiment.replace_stage("denoiser", steps=STEPS)
     for folder in ("denoiser", "pipeline"):
         (copy / folder).rename(copy / f"old-{folder}")
     run = dataclasses.replace(Run.open(copy), experiment=experiment)

@@ -13,16 +13,17 @@ from pathlib import Path
 
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, RectifiedFlow
+from dit_video.diffusion import RectifiedFlow
 from dit_video.experiment import (
     AllWeights,
-    AutoencoderTraining,
     DataConfig,
-    DenoiserTraining,
     Experiment,
     ExpertConfig,
     LoraAdapters,
+    ModelConfig,
     TemporalWeights,
+    TrainAutoencoder,
+    TrainDenoiser,
 )
 from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
@@ -124,24 +125,28 @@ def _make_plain(seed: int, steps: int) -> Experiment:
         name="plain",
         seed=seed,
         data=DataConfig(max_pixels=32 * 48, max_frames=9, held_out=tuple(get_names()[-HELD_OUT:])),
-        autoencoder=AutoencoderTraining(
-            model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=4, width=8, blocks=1),
-            windows=(WindowConfig(size=Grid(5, 16, 16), batch=8),),
-            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=2),
-            steps=80,
-            loss=AutoencoderObjective.pixels(),
-        ),
-        denoiser=DenoiserTraining(
+        model=ModelConfig(
+            autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=4, width=8, blocks=1),
             backbone=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=48, layers=2, heads=2),
-            text=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
+            text_encoder=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
+            process=RectifiedFlow(shift=3.0),
             layout=PackedShape(tokens=40, text=192, segments=6),
-            batch=4,
-            objective=FlowMatching(process=RectifiedFlow(shift=3.0)),
-            optimizer=OptimizerConfig(
-                learning_rate=2e-3, warmup=5, schedule="cosine", weight_decay=0.1, max_grad_norm=0.5
+        ),
+        stages=(
+            TrainAutoencoder(
+                windows=(WindowConfig(size=Grid(5, 16, 16), batch=8),),
+                optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=2),
+                steps=80,
+                loss=AutoencoderObjective.pixels(),
             ),
-            steps=steps,
-            ema_decay=0.7,
+            TrainDenoiser(
+                batch=4,
+                optimizer=OptimizerConfig(
+                    learning_rate=2e-3, warmup=5, schedule="cosine", weight_decay=0.1, max_grad_norm=0.5
+                ),
+                steps=steps,
+                ema_decay=0.7,
+            ),
         ),
         sampling=Sampling(steps=2, guidance=2.0),
         evaluation=ShapesEvaluation(),
@@ -150,32 +155,41 @@ def _make_plain(seed: int, steps: int) -> Experiment:
     )
 
 
-def _change(experiment: Experiment, backbone: dict | None = None, data: dict | None = None, **denoiser) -> Experiment:
-    """Return the experiment with other values of the denoiser's training, its backbone and the data."""
-    changed = replace(experiment.denoiser, backbone=experiment.denoiser.backbone.replace(**(backbone or {})))
-    return replace(experiment, denoiser=replace(changed, **denoiser), data=replace(experiment.data, **(data or {})))
+def _change_data(experiment: Experiment, **changes) -> Experiment:
+    return replace(experiment, data=replace(experiment.data, **changes))
 
 
 def _accumulate(experiment: Experiment, sources: Sources) -> Experiment:
     optimizer = replace(experiment.denoiser.optimizer, kind="muon", schedule="wsd")
-    return _change(experiment, accumulation_steps=2, optimizer=optimizer)
+    return experiment.replace_stage("denoiser", accumulation_steps=2, optimizer=optimizer)
 
 
 def _freeze_text(experiment: Experiment, sources: Sources) -> Experiment:
-    return _change(experiment, text=FrozenTextConfig(folder=str(sources.wan), width=T5.width, max_tokens=30))
+    text = FrozenTextConfig(folder=str(sources.wan), width=T5.width, max_tokens=30)
+    return experiment.replace_model(text_encoder=text)
 
 
 def _expert(experiment: Experiment, sources: Sources) -> Experiment:
     weights, other = sources.wan / "transformer", sources.wan / "transformer_2"
     expert = ExpertConfig(expert="high", boundary=BOUNDARY, other_folder=str(other))
-    changed = replace(_freeze_text(experiment, sources).denoiser, backbone=WAN)
-    return replace(experiment, denoiser=replace(changed, train=AllWeights(init_from=str(weights), expert=expert)))
+    changed = _freeze_text(experiment, sources).replace_model(backbone=WAN)
+    return changed.replace_stage("denoiser", train=AllWeights(init_from=str(weights), expert=expert))
 
 
 def _lora(experiment: Experiment, sources: Sources) -> Experiment:
     lora = LoraConfig(rank=4, alpha=8.0, targets=(r"^backbone/blocks/.*kernel$",))
     train = LoraAdapters(init_from=str(sources.get_run("base")), lora=lora)
-    return _change(experiment, train=train)
+    return experiment.replace_stage("denoiser", train=train)
+
+
+def _train_temporal_layers(experiment: Experiment, sources: Sources) -> Experiment:
+    train = TemporalWeights(init_from=str(sources.get_run("spatial")))
+    return experiment.replace_backbone(**_SPATIAL).replace_stage("denoiser", train=train)
+
+
+def _condition_on_first_frames(experiment: Experiment, sources: Sources) -> Experiment:
+    backbone = experiment.get_model().backbone.replace(cond_channels=5)
+    return experiment.replace_model(backbone=backbone, frame_conditioning=FrameConditioning(prob=0.7))
 
 
 _SPATIAL = {"pattern": SpaceOnly(), "temporal": TemporalLayers()}
@@ -183,25 +197,21 @@ _IN_SECONDS = {"time_coordinate": "seconds", "rotary": Rotary3d(split=(8, 8, 8),
 
 VARIANTS = {
     "plain": Variant(),
-    "base": Variant(change=lambda e, s: _change(e, ema_decay=0.5), steps=30, is_trained=True),
-    "spatial": Variant(change=lambda e, s: _change(e, backbone=_SPATIAL), steps=20, is_trained=True),
+    "base": Variant(change=lambda e, s: e.replace_stage("denoiser", ema_decay=0.5), steps=30, is_trained=True),
+    "spatial": Variant(change=lambda e, s: e.replace_backbone(**_SPATIAL), steps=20, is_trained=True),
     "muon": Variant(change=_accumulate),
     "frozen text": Variant(change=_freeze_text),
     "lora": Variant(change=_lora, needs=("base",)),
     "finetune": Variant(
-        change=lambda e, s: _change(e, train=AllWeights(init_from=str(s.get_run("base")))), needs=("base",)
+        change=lambda e, s: e.replace_stage("denoiser", train=AllWeights(init_from=str(s.get_run("base")))),
+        needs=("base",),
     ),
-    "temporal": Variant(
-        change=lambda e, s: _change(e, backbone=_SPATIAL, train=TemporalWeights(init_from=str(s.get_run("spatial")))),
-        needs=("spatial",),
-    ),
+    "temporal": Variant(change=_train_temporal_layers, needs=("spatial",)),
     "expert": Variant(change=_expert),
-    "first frame": Variant(
-        change=lambda e, s: _change(e, backbone={"cond_channels": 5}, frame_conditioning=FrameConditioning(prob=0.7))
-    ),
-    "seconds": Variant(change=lambda e, s: _change(e, backbone=_IN_SECONDS, data={"fps": 8.0})),
-    "online": Variant(change=lambda e, s: _change(e, data={"cache_latents": False})),
-    "two data sets": Variant(change=lambda e, s: _change(e, data={"weights": (1.0, 1.0), "held_out": ()})),
+    "first frame": Variant(change=_condition_on_first_frames),
+    "seconds": Variant(change=lambda e, s: e.replace_backbone(**_IN_SECONDS).replace_model(fps=8.0)),
+    "online": Variant(change=lambda e, s: _change_data(e, cache_latents=False)),
+    "two data sets": Variant(change=lambda e, s: _change_data(e, weights=(1.0, 1.0), held_out=())),
     "resumed": Variant(steps=STEPS + RESUMED_STEP),
 }
 GOOD = tuple(name for name, variant in VARIANTS.items() if not variant.is_trained)
@@ -236,7 +246,7 @@ def prepare_variant(variant: str, sources: Sources) -> None:
     elif variant == "resumed":
         _train_until(RESUMED_STEP + 1, run)
     else:
-        run.run_stages("latents" if run.experiment.data.cache_latents else "autoencoder")
+        run.experiment.denoiser.encode_latents(run)
 
 
 def start_run(variant: str, sources: Sources, folder: Path, *, seed: int = 0) -> Run:

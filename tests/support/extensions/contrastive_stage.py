@@ -73,14 +73,18 @@ class TrainContrastive(Stage):
     batch: int = 8
     learning_rate: float = 1e-2
 
-    def list_outputs(self, runtime):
-        return (runtime.folder / self.name / "weights.safetensors",)
+    def get_weights(self, run):
+        """Return the file of the trained weights."""
+        return run.folder / self.name / "weights.safetensors"
 
-    def run(self, runtime):
+    def is_done(self, run):
+        return self.get_weights(run).exists()
+
+    def run(self, run):
         step = GradientStep(loss=contrastive_loss, optimizer=optax.adam(self.learning_rate), ema_decay=0.5)
-        trainer = runtime.make_trainer(self.name, steps=self.steps, init=init, train_step=step)
-        state = trainer.run(lambda start: Batches(runtime.training_clips, runtime.seed, start, self.batch))
-        save(*self.list_outputs(runtime), to_host(state.ema))
+        trainer = run.make_trainer(self.name, steps=self.steps, init=init, train_step=step)
+        state = trainer.run(lambda start: Batches(run.training_clips, run.seed, start, self.batch))
+        save(self.get_weights(run), to_host(state.ema))
 
 
 @register
@@ -91,16 +95,16 @@ class EmbedCaptions(Stage):
     name: str = "captions"
     contrastive: TrainContrastive
 
-    def list_inputs(self, runtime):
-        return self.contrastive.list_outputs(runtime)
+    def get_file(self, run):
+        """Return the file of the embeddings."""
+        return run.folder / self.name / "embeddings.json"
 
-    def list_outputs(self, runtime):
-        return (runtime.folder / self.name / "embeddings.json",)
+    def is_done(self, run):
+        return self.get_file(run).exists()
 
-    def run(self, runtime):
-        (weights,), (file,) = self.list_inputs(runtime), self.list_outputs(runtime)
-        kernel = load(weights)["text"]
-        captions = [info.captions[0] for info in runtime.training_clips.infos]
+    def run(self, run):
+        kernel, file = load(self.contrastive.get_weights(run))["text"], self.get_file(run)
+        captions = [info.captions[0] for info in run.training_clips.infos]
         file.parent.mkdir(parents=True, exist_ok=True)
         embeddings = {text: np.asarray(embed(kernel, count_bytes(text.encode()))).tolist() for text in captions}
         file.write_text(json.dumps(embeddings))

@@ -45,16 +45,16 @@ class World:
     """A pipeline's denoiser as a simulator: it samples the next frame of a clip from an action."""
 
     def __init__(self, pipeline, prompt, size):
-        config = pipeline.config
-        self.patch, self.latents = config.backbone.patch, config.latent_grid(size)
+        config, model = pipeline.config, pipeline.config.model
+        self.patch, self.latents = model.backbone.patch, model.latent_grid(size)
         self.grid = compute_token_grid(self.latents, self.patch)
         self.frame = self.grid.h * self.grid.w
         self.positions = compute_positions(self.grid, step=(config.token_dt, 1.0, 1.0))[None]
-        self.graph = get_graph_def(config.backbone.make)
-        text = nnx.merge(get_graph_def(config.text.make), pipeline.denoiser_params["text"])
-        tokens = jnp.asarray(open_tokenizer(config.text)(prompt))[None]
+        self.graph = get_graph_def(model.backbone.make)
+        text = nnx.merge(get_graph_def(model.text_encoder.make), pipeline.denoiser_params["text"])
+        tokens = jnp.asarray(open_tokenizer(model.text_encoder)(prompt))[None]
         self.context = text(tokens, jnp.ones(tokens.shape, jnp.int32))
-        self.process, self.times = config.process, jnp.linspace(1, 0, 4)
+        self.process, self.times = model.process, jnp.linspace(1, 0, 4)
         self.sample_next, self.sample_last = jax.jit(self._sample_next), jax.jit(self._sample_last)
 
     def describe(self, actions, first, last):

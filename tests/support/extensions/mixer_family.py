@@ -75,7 +75,8 @@ class MixerFamily(Family):
 
     def make_config(self, folder, options):
         backbone = self.denoiser.read_folder_config(folder / "transformer")
-        return replace(read_pipeline_config(folder / "rest"), backbone=backbone)
+        config = read_pipeline_config(folder / "rest")
+        return replace(config, model=replace(config.model, backbone=backbone))
 
     def load_pipeline(self, folder, options):
         rest = load_pipeline(folder / "rest")

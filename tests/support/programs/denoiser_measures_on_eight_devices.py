@@ -8,20 +8,18 @@ from dit_video.evaluation.metrics.likelihood import DenoisingLoss, LatentLikelih
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.video import Clip
 from support import tiny_pipeline
-from support.random_params import make_random_params
 
 
 def main():
     config = tiny_pipeline.make_config(steps=1)
-    denoiser = {name: make_random_params(getattr(config, name).make) for name in ("backbone", "text")}
-    codec, generator = make_random_params(config.autoencoder.make), np.random.default_rng(0)
+    params, generator = tiny_pipeline.make_params(config), np.random.default_rng(0)
     clips = [
         Clip(generator.integers(0, 256, (*size, 3)).astype(np.uint8), fps=8.0, caption="a red circle")
         for size in ((9, 16, 32), (9, 16, 16), (5, 16, 16))
     ]
     for function in (DenoisingLoss(times=(0.25, 0.75)), LatentLikelihood(steps=2, probes=1, min_ratio=0.01)):
         one, eight = (
-            measure_clips(Pipeline(config, autoencoder=codec, denoiser=denoiser, mesh=mesh), clips, function, seed=0)
+            measure_clips(Pipeline(config, **params, mesh=mesh), clips, function, seed=0)
             for mesh in (None, MeshConfig(data=4, context=2))
         )
         np.testing.assert_allclose(eight, one, rtol=1e-4)

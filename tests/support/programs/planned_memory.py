@@ -1,6 +1,5 @@
 """Compare the planned memory of a step with its state and its compiled program on eight devices."""
 
-import dataclasses
 import functools
 
 import jax
@@ -18,10 +17,8 @@ from support import tiny
 
 def make_experiment():
     """Return the tiny experiment with a wider denoiser and more rows."""
-    denoiser = tiny.EXPERIMENT.denoiser
     shape = {"width": 128, "layers": 2, "rotary": "even", "attention": "dense", "remat": "full"}
-    backbone = dataclasses.replace(denoiser.backbone, **shape)
-    return dataclasses.replace(tiny.EXPERIMENT, denoiser=dataclasses.replace(denoiser, batch=4, backbone=backbone))
+    return tiny.EXPERIMENT.replace_stage("denoiser", batch=4).replace_backbone(**shape)
 
 
 def count_bytes(tree) -> int:
@@ -44,7 +41,7 @@ def main() -> None:
     optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps)
 
     def begin(key):
-        return init_state(init_denoiser(config, key), optimizer)
+        return init_state(init_denoiser(experiment.get_model(), key), optimizer)
 
     state = make_on_devices(begin, jax.random.key(0), shardings=functools.partial(make_shardings, mesh=mesh))
     batch = shard_batch(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), planned.arguments[1]), mesh)

@@ -17,9 +17,8 @@ from support import tiny
 
 def main(clips: str, folder: Path) -> None:
     """Train, and replay all steps after the first checkpoint on each mesh."""
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, batch=8, steps=12)
-    keep = CheckpointPolicy(newest=10)
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, mesh=MeshConfig(data=2), keep=keep)
+    experiment = tiny.EXPERIMENT.replace_stage("denoiser", batch=8, steps=12)
+    experiment = dataclasses.replace(experiment, mesh=MeshConfig(data=2), keep=CheckpointPolicy(newest=10))
     run = Run.create(folder, experiment)
     run = open_on(run, MeshConfig(data=2))
     run.prepare(clips)
@@ -35,10 +34,7 @@ def main(clips: str, folder: Path) -> None:
 
 def open_on(run: Run, mesh: MeshConfig) -> Run:
     """Return a run on the first devices that a mesh needs."""
-    run = with_mesh(run, mesh)
-    runtime = dataclasses.replace(run.runtime, devices=tuple(jax.devices()[: mesh.data * mesh.fsdp]))
-    run.__dict__["runtime"] = runtime
-    return run
+    return dataclasses.replace(with_mesh(run, mesh), devices=tuple(jax.devices()[: mesh.data * mesh.fsdp]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 
-from dit_video.experiment.denoiser import make_denoiser_loss, open_trainable_denoiser
 from dit_video.experiment.run import Run
 from dit_video.planning import Topology
 from dit_video.planning.compiled_program import override_default_backend
@@ -28,17 +27,13 @@ KERNEL = 'kernel_name = "'
 
 def get_run_step(run: Run, topology: Topology) -> tuple[Any, tuple[Any, ...]]:
     """Return the step of a run's last stage on the devices of a topology, and the shapes of its arguments."""
-    stage = run.stages[-1]
-    runtime = dataclasses.replace(run.runtime, experiment=stage.experiment, devices=tuple(topology.get_devices()))
-    stage.check(runtime)
-    texts, open_batches = stage.open_inputs(runtime)
-    loss = make_denoiser_loss(stage.experiment, runtime.mesh, empty_caption=texts.empty)
-    training, folder = stage.experiment.denoiser, runtime.folder / "denoiser"
-    trained = open_trainable_denoiser(training, folder, runtime.mesh, is_resuming=True)
+    stage, run = run.experiment.denoiser, dataclasses.replace(run, devices=tuple(topology.get_devices()))
+    stage.check(run)
+    trainer, open_batches = stage.open_training(run, is_new=False)
     batches = open_batches(0)
     batch = next(iter(batches))
     batches.close()
-    return stage.make_trainer(runtime, loss, trained).get_program(batch)
+    return trainer.get_program(batch)
 
 
 def lower(step: Any, arguments: tuple[Any, ...]) -> jax.stages.Lowered:
@@ -60,7 +55,7 @@ def main() -> None:
     """Print both descriptions, and what the plan says about its attention."""
     run, topology = Run.open(Path(sys.argv[1])), Topology.parse(sys.argv[2])
     step, arguments = get_run_step(run, topology)
-    experiment = run.stages[-1].experiment
+    experiment = run.experiment
     mesh, _ = make_plan_mesh(experiment, topology, experiment.mesh, "denoiser")
     planned = plan_step(experiment, "denoiser", mesh, clips=fill_row(experiment))
     programs = lower(step, arguments), lower(planned.step, planned.arguments)

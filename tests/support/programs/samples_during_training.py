@@ -14,7 +14,7 @@ import numpy as np
 
 import dit_video
 from dit_video.distributed import MeshConfig
-from dit_video.experiment import Experiment, LoraAdapters, PretrainedAutoencoder, export
+from dit_video.experiment import Experiment, LoraAdapters, export
 from dit_video.experiment.monitors import tile_clips
 from dit_video.experiment.run import Run
 from dit_video.models.backbones.dit import DitConfig
@@ -33,10 +33,8 @@ STEPS = 4
 def make_experiment() -> Experiment:
     """Return the tiny experiment with a larger denoiser, on a mesh of eight devices."""
     backbone = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=96, layers=2, heads=4)
-    denoiser = replace(EXPERIMENT.denoiser, backbone=backbone, batch=4, steps=STEPS)
     return replace(
-        EXPERIMENT,
-        denoiser=denoiser,
+        EXPERIMENT.replace_model(backbone=backbone).replace_stage("denoiser", batch=4, steps=STEPS),
         mesh=MeshConfig(data=2, fsdp=2, context=2),
         monitoring=MonitoringConfig(sample_every=STEPS, prompts=PROMPTS),
     )
@@ -59,7 +57,8 @@ def train(folder: Path, clips: Path, experiment: Experiment) -> None:
     export.make_pipeline, Pipeline.decode_many = make_pipeline, decode_many
     try:
         run = Run.create(folder, experiment)
-        trained = run.train(clips)
+        run.train(clips)
+        trained = run.load_pipeline()
     finally:
         export.make_pipeline, Pipeline.decode_many = real_make, real_decode
     assert trained.denoiser_params["backbone"]["blocks"]["up"]["kernel"].sharding.num_devices == 8
@@ -88,8 +87,7 @@ def main() -> None:
         start = str(folder / "all" / "pipeline")
         lora = LoraConfig(rank=4, alpha=16.0, targets=(r"backbone/blocks/.*kernel$",))
         denoiser = replace(experiment.denoiser, train=LoraAdapters(init_from=start, lora=lora))
-        autoencoder = PretrainedAutoencoder(model=experiment.autoencoder.model, folder=start)
-        train(folder / "adapters", clips, replace(experiment, denoiser=denoiser, autoencoder=autoencoder))
+        train(folder / "adapters", clips, replace(experiment, stages=(denoiser,), autoencoder_from=start))
     print("done")
 
 

@@ -12,36 +12,29 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, Guidance, RectifiedFlow
+from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, Guidance
 from dit_video.distributed import MeshConfig, make_mesh
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.planning.steps import plan_step
 from dit_video.sampling import sampler
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.sampling.pipeline_config import PipelineConfig
-from dit_video.tokens import Grid, PackedShape
+from dit_video.tokens import Grid
 from support.device_memory import count_bytes
 from support.random_params import make_random_params
 from support.tiny import EXPERIMENT
+from support.tiny_pipeline import make_params
 
 TOLERANCE = 2e-5
 """Largest difference of latents of about unit size: sums of float32 in another order, over all steps."""
 DIT = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=32, layers=2, heads=4)
 CONFIG = PipelineConfig(
-    autoencoder=EXPERIMENT.autoencoder.model,
-    backbone=DIT,
-    text=EXPERIMENT.denoiser.text,
-    process=RectifiedFlow(),
-    layout=PackedShape(tokens=12, text=96, segments=3),
+    model=replace(EXPERIMENT.get_model(), backbone=DIT, fps=16.0),
     batch=2,
     sampling=EXPERIMENT.sampling,
-    fps=16.0,
     size=Grid(5, 16, 16),
 )
-PARAMS = {
-    "autoencoder": make_random_params(CONFIG.autoencoder.make),
-    "denoiser": {"backbone": make_random_params(DIT.make), "text": make_random_params(CONFIG.text.make)},
-}
+PARAMS = make_params(CONFIG)
 REQUESTS = [
     Request("a red circle", Grid(5, 16, 16), 1),
     Request("a square", Grid(9, 16, 32), 2),
@@ -117,7 +110,7 @@ def weights() -> None:
     before = count_bytes()[device]
     wide = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=128, layers=2, heads=4)
     denoiser = {"backbone": make_random_params(wide.make), "text": PARAMS["denoiser"]["text"]}
-    config = replace(CONFIG, backbone=wide)
+    config = replace(CONFIG, model=replace(CONFIG.model, backbone=wide))
     several = Pipeline(config, autoencoder=PARAMS["autoencoder"], denoiser=denoiser)
     big = several.denoiser_params
     with tempfile.TemporaryDirectory() as temporary:
@@ -167,7 +160,7 @@ def plan() -> None:
     """Check that the program of a plan is that which is called, with arguments of the same shapes and shardings."""
     calls = record_calls(runs=False)
     for mesh in MESHES:
-        experiment = replace(EXPERIMENT, denoiser=replace(EXPERIMENT.denoiser, backbone=DIT), mesh=mesh)
+        experiment = replace(EXPERIMENT.replace_model(backbone=DIT), mesh=mesh)
         planned = plan_step(experiment, "sampler", make_mesh(mesh), clips=[12])
         # Each fills a row, so that its branches are in rows of their own, as in the plan.
         requests = [Request("a", Grid(9, 16, 64), seed) for seed in range(planned.arguments[2].keys.shape[0])]

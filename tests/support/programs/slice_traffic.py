@@ -1,6 +1,5 @@
 """Compare the traffic between slices in programs for two and four slices of a v5e with what is computed by hand."""
 
-import dataclasses
 import warnings
 
 import jax
@@ -83,10 +82,8 @@ def check_collectives() -> None:
 
 def check_plan() -> None:
     """Check the plan of a training step, whose gradients alone cross the slices."""
-    denoiser = tiny.EXPERIMENT.denoiser
-    backbone = dataclasses.replace(denoiser.backbone, width=128, rotary="even", attention="dense")
-    denoiser = dataclasses.replace(denoiser, batch=8, backbone=backbone, optimizer=OptimizerConfig(warmup=1))
-    experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
+    experiment = tiny.EXPERIMENT.replace_stage("denoiser", batch=8, optimizer=OptimizerConfig(warmup=1))
+    experiment = experiment.replace_backbone(width=128, rotary="even", attention="dense")
     plan = plan_experiment(experiment, Topology.parse("v5e:2x2*2"), mesh=MeshConfig(data=2, fsdp=4))
     crossing = [part for part in plan.moved if part.between_slices]
     assert {part.axes for part in crossing} == {("data",)}, crossing

@@ -1,4 +1,4 @@
-"""Find out in two processes which stages of a run are due; the argument is the folder of the run."""
+"""Find out in two processes which stages of a curriculum are done; the argument is the folder of a run."""
 
 import dataclasses
 import sys
@@ -8,15 +8,16 @@ from support.devices import join_processes
 
 
 def main() -> None:
-    """Join the processes, and print the names of the stages that are due."""
+    """Join the processes, and print the names of the stages that are not done."""
     join_processes()
-    from dit_video.experiment import CurriculumStage
     from dit_video.experiment.run import Run
 
     run = Run.open(Path(sys.argv[1]))
-    first = CurriculumStage(name="small", steps=6, data=dataclasses.replace(run.experiment.data, held_out=()))
-    run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, curriculum=(first,)))
-    print("due:", *(stage.name for stage in run.stages if stage.name != "latents" and stage.is_due(run.runtime)))
+    autoencoder, denoiser = run.stages
+    first = dataclasses.replace(denoiser, name="small", steps=6)
+    stages = (autoencoder, first, dataclasses.replace(denoiser, continues="small"))
+    run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, stages=stages))
+    print("due:", *(stage.name for stage in run.stages if not stage.is_done(run)))
 
 
 if __name__ == "__main__":

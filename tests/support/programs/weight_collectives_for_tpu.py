@@ -24,13 +24,12 @@ COLLECTIVE = re.compile(r"= \(?(\w+)\[([\d,]*)\].* (all-gather|all-reduce|reduce
 
 def make_experiment():
     """Return the tiny experiment with a wide denoiser in bfloat16, whose weights outweigh its activations."""
-    denoiser = tiny.EXPERIMENT.denoiser
+    experiment = tiny.EXPERIMENT
     options = {"attention": "chunked", "remat": "full", "dtype": "bfloat16", "rotary": "even"}
-    backbone = dataclasses.replace(denoiser.backbone, width=512, layers=4, heads=4, **options)
-    layout = dataclasses.replace(denoiser.layout, tokens=64)
-    optimizer = dataclasses.replace(denoiser.optimizer, kind="adamw")
-    denoiser = dataclasses.replace(denoiser, batch=4, backbone=backbone, layout=layout, optimizer=optimizer)
-    return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
+    experiment = experiment.replace_backbone(width=512, layers=4, heads=4, **options)
+    experiment = experiment.replace_model(layout=dataclasses.replace(experiment.model.layout, tokens=64))
+    optimizer = dataclasses.replace(experiment.denoiser.optimizer, kind="adamw")
+    return experiment.replace_stage("denoiser", batch=4, optimizer=optimizer)
 
 
 def main() -> None:
@@ -46,7 +45,7 @@ def main() -> None:
         print(part)
 
     parameters = count_values(planned.arguments[0].params)
-    options = {"context_weights": count_context_weights(experiment.denoiser.backbone)}
+    options = {"context_weights": count_context_weights(experiment.model.backbone)}
     bound = compute_min_collective_bytes(planned.costs, parameters, dict(mesh.shape), "ulysses", **options)["weights"]
     ratio = sum_collective_bytes("weights", list(moved.values())) / bound
     print(ratio)
@@ -58,9 +57,9 @@ def main() -> None:
     # First over one axis, then over the other: the compiler makes all-reduces of small gathers over both.
     assert moved["all-gather", ("fsdp",)].bytes > moved["all-gather", ("context",)].bytes > 0
     assert moved["all-reduce", STATE_AXES].bytes < 0.05 * gathered
-    layers = planned.layer_bytes * experiment.denoiser.backbone.layers
+    layers = planned.layer_bytes * experiment.model.backbone.layers
     assert 0.9 * 3 / 4 * layers <= moved["reduce-scatter", ("fsdp",)].bytes
-    kernel, dtypes = experiment.denoiser.backbone.width**2, set()
+    kernel, dtypes = experiment.model.backbone.width**2, set()
     for line in text.splitlines():
         match = COLLECTIVE.search(line)
         # In the loops over layers; maps of the time, outside of them, are float32.
