@@ -23,7 +23,6 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support import tiny_pipeline
 from support.colour_features import ColourFeatures
-from support.random_params import make_random_params
 
 PROTOCOL = Protocol(
     name="test",
@@ -114,10 +113,8 @@ def test_samples_of_other_settings_are_refused_and_kept(pipeline, data, tmp_path
         evaluate_protocol(pipeline, replace(PROTOCOL, count=5), tmp_path, data=data)
     trained = tiny_pipeline.make_pipeline(tiny_pipeline.make_config(steps=1))
     assert trained.compute_digest() == pipeline.compute_digest()
-    codec = make_random_params(pipeline.config.model.autoencoder.make)
-    other = Pipeline(
-        pipeline.config, autoencoder=codec, denoiser=tiny_pipeline.make_denoiser_params(pipeline.config.model, 7)
-    )
+    denoiser = tiny_pipeline.make_params(pipeline.config, 7)["denoiser"]
+    other = Pipeline(pipeline.config, autoencoder=pipeline.codec.params, denoiser=denoiser)
     with pytest.raises(UserError, match=r"settings\.weights"):
         evaluate_protocol(other, PROTOCOL, tmp_path, data=data)
     assert all(file.is_file() for file in files)
