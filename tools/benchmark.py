@@ -11,7 +11,7 @@
     python tools/benchmark.py data --clips CLIPS                 # your own clips instead of rendered ones
     python tools/benchmark.py --config experiments/configs/clips.py --steps 50
     python tools/benchmark.py autoencoder --peers                # against diffusers, if it and torch are installed
-    python tools/benchmark.py denoiser --set denoiser.backbone.width=1024 --set denoiser.backbone.heads=16
+    python tools/benchmark.py denoiser --set model.backbone.width=1024 --set model.backbone.heads=16
 
 The default parts are:
 

@@ -24,6 +24,7 @@ from dit_video.experiment.datasets import open_datasets, resolve
 from dit_video.experiment.latents import make_encoding
 from dit_video.experiment.run import Run
 from dit_video.models.encoders import FrozenTextConfig
+from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_param_shapes
 from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 from dit_video.sampling.pipeline_config import read_pipeline_config
@@ -54,9 +55,10 @@ class Views:
     flips: bool | None = None
     """Add a mirrored copy of each view."""
 
-    def override(self, data: DataConfig) -> DataConfig:
-        """Return `data` with the fields that are set replaced."""
-        return replace(data, **{name: value for name, value in vars(self).items() if value is not None})
+    def override(self, data: DataConfig, model: ModelConfig) -> tuple[DataConfig, ModelConfig]:
+        """Return `data` and `model` with the fields that are set replaced."""
+        changes = {name: value for name, value in vars(self).items() if name != "fps" and value is not None}
+        return replace(data, **changes), model if self.fps is None else replace(model, fps=self.fps)
 
 
 def main(
@@ -146,7 +148,8 @@ def main(
 
 def _prepare_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     run = Run.open(folder)
-    run = replace(run, experiment=replace(run.experiment, data=views.override(run.experiment.data)))
+    own_data, model = views.override(run.data, run.model)
+    run = replace(run, experiment=replace(run.experiment, data=own_data, model=model))
     if str(resolve(to_storage_path(data))) == str(resolve(folder / "data")):
         clips = run.training_clips
     else:
@@ -158,8 +161,9 @@ def _prepare_run(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipS
 
 def _prepare_pipeline(folder: Path, data: str, views: Views) -> tuple[Encoding, ClipSource]:
     config = read_pipeline_config(folder)
-    settings = views.override(DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t))
-    model, frames = config.model, config.model.frame_conditioning
+    whole = DataConfig(max_pixels=config.size.h * config.size.w, max_frames=config.size.t)
+    settings, model = views.override(whole, config.model)
+    frames = model.frame_conditioning
     text = FrozenTextEncoder(model.text_encoder) if isinstance(model.text_encoder, FrozenTextConfig) else None
     images = None if model.image_encoder is None else FrozenImageEncoder(model.image_encoder)
     encoding = Encoding(

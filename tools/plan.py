@@ -16,7 +16,7 @@ limits of the time (the roofline), the expected time, and chip-hours and price. 
 install libtpu) but no TPU. For GPUs that are not present, everything is computed analytically and marked `analytic`.
 `--suggest` searches meshes, rows and rematerialization; `--fit` searches the options that make the step fit into a
 memory. `--calibrate` measures this machine's devices, and later plans for such chips expect what was measured. `--set`
-changes any scalar of the config: `--set denoiser.backbone.layers=20`.
+changes any scalar of the config: `--set model.backbone.layers=20`.
 
 For a pipeline's folder, the memory of each stage of sampling on one device is reported; only its JSON files are read.
 """
@@ -25,7 +25,6 @@ from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__, huge_pages=False)
 
-import ast
 import dataclasses
 import os
 import sys
@@ -41,7 +40,7 @@ if "JAX_PLATFORMS" not in os.environ and not is_measured:
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmarks.settings import read_setting, replace_field
+from benchmarks.settings import change_setting, read_setting
 from dit_video.core.command_line import ArgumentParser, check_minimum, parse_memory, parse_size
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import write_json
@@ -234,14 +233,7 @@ def read_experiment(path: Path, changes: list[str], *, rows: int | None) -> Expe
     experiment = read_setting(path)
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
-    for change in [*changes, *([] if rows is None else [f"denoiser.batch={rows}"])]:
-        name, _, text = change.partition("=")
-        try:
-            value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            value = text
-        experiment = replace_field(experiment, name, value)
-    return experiment
+    return change_setting(experiment, [*changes, *([] if rows is None else [f"denoiser.batch={rows}"])])
 
 
 if __name__ == "__main__":

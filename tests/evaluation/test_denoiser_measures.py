@@ -63,7 +63,7 @@ def test_another_seed_caption_or_model_has_other_values(pipeline):
     assert np.abs(measure_clips(pipeline, CLIPS[:1], LOSS, seed=1) - first).max() > 1e-4
     other_caption = replace(CLIPS[0], caption="a green square moving down")
     assert np.abs(measure_clips(pipeline, [other_caption], LOSS, seed=0) - first).max() > 1e-6
-    params = {name: make_random_params(getattr(pipeline.config, name).make, 7) for name in ("backbone", "text")}
+    params = tiny_pipeline.make_params(pipeline.config, 7)["denoiser"]
     other = Pipeline(pipeline.config, autoencoder=pipeline.codec.params, denoiser=params)
     assert np.abs(measure_clips(other, CLIPS[:1], LOSS, seed=0) - first).max() > 1e-4
 
@@ -82,9 +82,8 @@ def test_borders_that_do_not_fit_are_cut_off(pipeline):
 @pytest.mark.nightly
 def test_each_of_two_experts_has_its_times():
     config = tiny_pipeline.make_config(steps=1)
-    parts = {name: make_random_params(getattr(config, name).make) for name in ("backbone", "text")}
-    other = make_random_params(config.backbone.make, 7)
-    codec = make_random_params(config.autoencoder.make)
+    codec, parts = tiny_pipeline.make_params(config).values()
+    other = make_random_params(config.model.backbone.make, 7)
     both = Pipeline(replace(config, boundary=0.5), autoencoder=codec, denoiser={**parts, "low_noise": other})
     clean, noisy = measure_clips(both, CLIPS[:1], LOSS, seed=0)[0]
     for params, value, index in ((parts, noisy, 1), ({**parts, "backbone": other}, clean, 0)):
@@ -136,13 +135,14 @@ def test_the_protocol_measures_clips_without_samples(pipeline, tmp_path, monkeyp
     assert "Loss by time" in text
     assert [each["aria-label"] for each in Page(text).find("svg", role="img")] == ["denoising loss"]
 
-    coder = make_random_params(pipeline.config.autoencoder.make, 5)
-    parts = {name: make_random_params(getattr(pipeline.config, name).make) for name in ("backbone", "text")}
+    coder = make_random_params(pipeline.config.model.autoencoder.make, 5)
+    parts = tiny_pipeline.make_params(pipeline.config)["denoiser"]
     other = Pipeline(pipeline.config, autoencoder=coder, denoiser=parts)
     evaluate_protocol(other, protocol, tmp_path / "other", data=clips)
     with pytest.raises(UserError, match="autoencoder"):
         compare([folders[0], tmp_path / "other"])
-    noise = Pipeline(replace(pipeline.config, prediction=Epsilon()), autoencoder=pipeline.codec.params, denoiser=parts)
+    noise_config = replace(pipeline.config, model=replace(pipeline.config.model, prediction=Epsilon()))
+    noise = Pipeline(noise_config, autoencoder=pipeline.codec.params, denoiser=parts)
     evaluate_protocol(noise, protocol, tmp_path / "noise", data=clips)
     with pytest.raises(UserError, match="objective"):
         compare([folders[0], tmp_path / "noise"])

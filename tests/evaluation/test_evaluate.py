@@ -65,7 +65,7 @@ def test_reconstructions_are_of_the_held_out_clips_at_their_training_sizes(tiny_
 
 def test_the_best_linear_autoencoder_is_reported_for_comparison(tiny_pipeline, tiny_run, held_out, limits):
     linear = Run.open(tiny_run).linear_baseline()
-    assert linear.basis.shape[1] == tiny_pipeline.config.autoencoder.channels
+    assert linear.basis.shape[1] == tiny_pipeline.config.model.autoencoder.channels
     results = evaluate.reconstruct(tiny_pipeline.codec, held_out, limits, linear=linear)
     baselines = [one.baseline for one in results]
     values = LinearPsnr().measure(MetricBatch(pairs=results, baselines=baselines))

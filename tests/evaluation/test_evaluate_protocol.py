@@ -23,7 +23,6 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support import tiny_pipeline
 from support.colour_features import ColourFeatures
-from support.random_params import make_random_params
 
 PROTOCOL = Protocol(
     name="test",
@@ -114,9 +113,8 @@ def test_samples_of_other_settings_are_refused_and_kept(pipeline, data, tmp_path
         evaluate_protocol(pipeline, replace(PROTOCOL, count=5), tmp_path, data=data)
     trained = tiny_pipeline.make_pipeline(tiny_pipeline.make_config(steps=1))
     assert trained.compute_digest() == pipeline.compute_digest()
-    parts = {name: make_random_params(getattr(pipeline.config, name).make, 7) for name in ("backbone", "text")}
-    codec = make_random_params(pipeline.config.autoencoder.make)
-    other = Pipeline(pipeline.config, autoencoder=codec, denoiser=parts)
+    denoiser = tiny_pipeline.make_params(pipeline.config, 7)["denoiser"]
+    other = Pipeline(pipeline.config, autoencoder=pipeline.codec.params, denoiser=denoiser)
     with pytest.raises(UserError, match=r"settings\.weights"):
         evaluate_protocol(other, PROTOCOL, tmp_path, data=data)
     assert all(file.is_file() for file in files)
@@ -140,7 +138,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 def test_reconstructions_are_those_of_the_autoencoder(pipeline, data, tmp_path):
     protocol = Protocol(name="reconstruction", metrics=(Psnr(),), clips=ClipSampling(frames=9))
     result = evaluate_protocol(pipeline, protocol, tmp_path, data=data)
-    stride = pipeline.config.autoencoder.stride
+    stride = pipeline.config.model.autoencoder.stride
     assert result.protocol.clips.multiple == tuple(stride)
     cut = result.protocol.clips.sample(data.read(2, None), seed=0, number=2)
     assert (cut.height % stride.h, cut.width % stride.w) == (0, 0)

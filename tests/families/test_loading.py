@@ -57,7 +57,7 @@ def document(tiny_run):
         (lambda written: written | {"format": 0}, "format 0, this version reads 1; export it again"),
         (lambda written: [written], "format None"),
         (lambda written: {"format": 1}, "holds no pipeline's config"),
-        (lambda written: written | {"config": written["config"]["backbone"]}, "holds no pipeline's config"),
+        (lambda written: written | {"config": written["config"]["model"]}, "holds no pipeline's config"),
         (lambda written: written | {"config": {"type": "subprocess:Popen", "args": "id"}}, "lies outside dit_video"),
         (lambda written: written | {"config": written["config"] | {"colour": 1}}, "no field colour"),
         (
@@ -66,7 +66,7 @@ def document(tiny_run):
         ),
         (
             lambda written: (
-                written | {"config": written["config"] | {"backbone": {"type": "dit_video.core.errors:UserError"}}}
+                written | {"config": written["config"] | {"model": {"type": "dit_video.core.errors:UserError"}}}
             ),
             "is not a dataclass",
         ),
@@ -99,7 +99,7 @@ def test_an_incomplete_pipeline_is_refused(tiny_run, tmp_path):
 def test_weights_of_another_config_are_refused(tiny_run, tmp_path):
     copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     written = document(tiny_run)
-    written["config"]["backbone"] |= {"width": 32, "rotary": "even"}
+    written["config"]["model"]["backbone"] |= {"width": 32, "rotary": "even"}
     (copy / "pipeline.json").write_text(json.dumps(written))
     with pytest.raises(UserError, match="does not fit the model"):
         dit_video.load(copy)

@@ -142,13 +142,13 @@ def test_a_lora_of_comfyui_changes_wan_attached_or_merged_and_is_taken_away_exac
     write_wan(tmp_path / "wan")
     own = dit_video.load(tmp_path / "wan", dtype="float32")
     shapes, draw = flatten(own.denoiser_params["backbone"]), np.random.default_rng(0)
-    modules, tensors = get_lora_modules(own.config.backbone), {}
+    modules, tensors = get_lora_modules(own.config.model.backbone), {}
     for name in (f"blocks.{layer}.{part}" for layer in range(2) for part in WAN_PARTS):
         features_in, features_out = shapes[modules[name].path].shape[-2:]
         tensors[f"{name}.lora_down.weight"] = draw.normal(size=(2, features_in))
         tensors[f"{name}.lora_up.weight"] = draw.normal(size=(features_out, 2))
         tensors[f"{name}.alpha"] = np.asarray(1.0)
-    width = own.config.backbone.width
+    width = own.config.model.backbone.width
     tensors |= {f"blocks.{layer}.diff_m": draw.normal(size=(1, 6, width)) for layer in range(2)}
     tensors["blocks.0.norm3.diff_b"] = draw.normal(size=width)
     file = tmp_path / "style.safetensors"
@@ -168,7 +168,7 @@ def test_a_lora_of_comfyui_changes_wan_attached_or_merged_and_is_taken_away_exac
 
 
 def test_an_adapter_that_does_not_fit_changes_nothing(pipeline, file, plain):
-    narrow = make_pipeline(replace(CONFIG, backbone=CONFIG.backbone.replace(width=32, heads=2)))
+    narrow = make_pipeline(replace(CONFIG, model=CONFIG.model.replace_backbone(width=32, heads=2)))
     bits = get_bits(narrow.denoiser_params)
     with pytest.raises(UserError, match=r"misshapen \(backbone.blocks.0.* instead of .*use a LoRA of this model"):
         check_adapter(file, narrow.config, get_lora_modules)

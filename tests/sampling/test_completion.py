@@ -132,15 +132,15 @@ def test_without_a_size_the_clip_has_the_aspect_ratio_of_the_image(animating):
 def test_without_grey_frames_sampling_has_the_latents_of_training(knowing, mask_channels):
     """Those are the latents of the first frame, and zeros; all are zero without an image, if training knew that."""
     channels = mask_channels + DIT.channels
-    config = replace(
-        knowing.config,
+    model = replace(
+        knowing.config.model,
         backbone=replace(DIT, layers=1, cond_channels=channels),
         frame_conditioning=FrameConditioning(prob=0.5),
     )
     pipeline = Pipeline(
-        config,
+        replace(knowing.config, model=model),
         autoencoder=knowing.codec.params,
-        denoiser={"backbone": make_random_params(config.backbone.make), "text": {}},
+        denoiser={"backbone": make_random_params(model.backbone.make), "text": {}},
     )
     clip = dit_video.Clip(np.random.default_rng(1).integers(0, 256, (*SIZE, 3), dtype=np.uint8), 16)
     tokens = patchify(pipeline.encode(clip), DIT.patch)
@@ -159,5 +159,5 @@ def test_without_grey_frames_sampling_has_the_latents_of_training(knowing, mask_
 
 
 def test_a_model_with_mask_channels_needs_to_say_what_they_hold(animating):
-    with pytest.raises(UserError, match=r"frame_conditioning=None is invalid: .* use FrameConditioning"):
-        replace(animating.config, frame_conditioning=None)
+    with pytest.raises(UserError, match=r"frame_conditioning=None is invalid: .* Use FrameConditioning"):
+        replace(animating.config.model, frame_conditioning=None)

@@ -133,7 +133,7 @@ def test_the_text_encoder_is_alone_on_the_device_while_prompts_are_embedded(fold
 
     monkeypatch.setattr(embedder, "make_embedding_program", make)
     pipeline = dit_video.load(folder, dtype="float32", offload=offload)
-    encoder = open_tokenizer(pipeline.config.text, offload=offload)
+    encoder = open_tokenizer(pipeline.config.model.text_encoder, offload=offload)
     before = count_device_bytes()
     encoder.encode_many(PROMPTS)
     assert counts
@@ -199,7 +199,7 @@ def test_open_weights_are_bfloat16_unless_said_otherwise(folder):
     dtypes = {path: str(leaf.dtype) for path, leaf in flatten(pipeline.denoiser_params["backbone"]).items()}
     assert dtypes["blocks/query/kernel"] == "bfloat16"
     assert dtypes["blocks/query/bias"] == "float32"
-    assert pipeline.config.backbone.dtype == pipeline.config.text.dtype == "bfloat16"
+    assert pipeline.config.model.backbone.dtype == pipeline.config.model.text_encoder.dtype == "bfloat16"
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(pipeline.codec.params)} == {"float32"}
     own = dit_video.load(folder, text_dtype="float32")
-    assert (own.config.backbone.dtype, own.config.text.dtype) == ("bfloat16", "float32")
+    assert (own.config.model.backbone.dtype, own.config.model.text_encoder.dtype) == ("bfloat16", "float32")

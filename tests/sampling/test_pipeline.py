@@ -14,7 +14,6 @@ from dit_video.diffusion import (
     Euler,
     Guidance,
     Heun,
-    RectifiedFlow,
     SkipLayerGuidance,
     UniPc,
     UniPcFlowSchedule,
@@ -61,20 +60,10 @@ def test_the_default_size_is_the_training_size(pipeline):
 
 def test_the_interval_of_tokens_is_that_of_the_training(tiny):
     """A token stands for 4 pixel frames at 16 a second, and positions count seconds."""
-    experiment = tiny.EXPERIMENT
-    counted = PipelineConfig(
-        autoencoder=experiment.autoencoder.model,
-        backbone=experiment.denoiser.backbone,
-        text=experiment.denoiser.text,
-        process=RectifiedFlow(),
-        layout=None,
-        batch=1,
-        sampling=experiment.sampling,
-        fps=16.0,
-        size=Grid(5, 16, 16),
-    )
+    model = replace(tiny.EXPERIMENT.get_model(), layout=None, fps=16.0)
+    counted = PipelineConfig(model=model, batch=1, sampling=tiny.EXPERIMENT.sampling, size=Grid(5, 16, 16))
     assert counted.token_dt == 1.0
-    assert replace(counted, backbone=replace(counted.backbone, time_coordinate="seconds")).token_dt == 0.25
+    assert replace(counted, model=model.replace_backbone(time_coordinate="seconds")).token_dt == 0.25
 
 
 def test_another_seed_gives_another_clip(pipeline, latents):
@@ -190,7 +179,7 @@ def test_no_requests_make_no_clips(pipeline):
 
 
 def test_a_clip_larger_than_a_row_is_made_too(pipeline):
-    assert pipeline.config.layout.tokens == 12
+    assert pipeline.config.model.layout.tokens == 12
     assert pipeline.generate(PROMPT, size=(17, 32, 32)).frames.shape == (17, 32, 32, 3)
 
 
@@ -255,15 +244,15 @@ def test_guiding_a_model_trained_without_caption_dropout_warns(pipeline):
 
 def test_a_run_hands_its_caption_dropout_and_prediction_to_the_pipeline(tiny, pipeline):
     assert pipeline.config.caption_dropout == tiny.EXPERIMENT.denoiser.caption_dropout
-    assert pipeline.config.prediction == tiny.EXPERIMENT.denoiser.objective.prediction
+    assert pipeline.config.model.prediction == tiny.EXPERIMENT.get_model().prediction
 
 
 def test_a_config_without_a_prediction_predicts_velocity(pipeline):
     document = config_json.to_json(pipeline.config)
-    del document["prediction"], document["caption_dropout"]
+    del document["model"]["prediction"], document["caption_dropout"]
     assert config_json.from_json(document) == replace(pipeline.config, caption_dropout=None)
     with pytest.raises(UserError, match="the velocity of Edm"):
-        replace(pipeline.config, process=Edm())
+        replace(pipeline.config.model, process=Edm())
 
 
 @pytest.mark.nightly
@@ -373,7 +362,7 @@ def test_parameters_are_counted_by_part(tiny_pipeline):
 
 
 def test_the_identity_of_an_autoencoder_is_its_config_and_weights(tiny_pipeline):
-    config, params = tiny_pipeline.config.autoencoder, tiny_pipeline.codec.params
+    config, params = tiny_pipeline.config.model.autoencoder, tiny_pipeline.codec.params
     mark = compute_autoencoder_identity(config, params)
     assert compute_autoencoder_identity(config, {**params}) == mark
     assert compute_autoencoder_identity(replace(config, width=16), params) != mark

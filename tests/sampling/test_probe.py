@@ -22,8 +22,8 @@ def test_sampling_the_probe_gives_the_clip_of_the_pipeline(tiny_pipeline):
     inside, empty = DenoiserProbe(tiny_pipeline, PROMPTS), DenoiserProbe(tiny_pipeline, ["", ""])
     drawn = np.random.default_rng(0).normal(size=(2, *inside.latent_grid, inside.channels)).astype(np.float32)
     denoise = apply_classifier_free_guidance(inside.denoise, empty.denoise, 2.0)
-    times = UniformTimes()(config.process, 2).times
-    result = sample(denoise, jnp.asarray(inside.patchify(drawn)), times, process=config.process, solver=Euler())
+    times = UniformTimes()(config.model.process, 2).times
+    result = sample(denoise, jnp.asarray(inside.patchify(drawn)), times, process=config.model.process, solver=Euler())
     latents = np.asarray(inside.unpatchify(result))
     assert latents.shape == drawn.shape
     expected = tiny_pipeline.generate(PROMPTS[1], noise=drawn[1], steps=2, guidance=2.0, output="latents")

@@ -18,7 +18,7 @@ OPTIONS = {"size": (5, 16, 16), "steps": 4}
 
 
 def fit_decoder(pipeline):
-    model = pipeline.config.autoencoder
+    model = pipeline.config.model.autoencoder
     fitted = PreviewFit(model.stride, model.channels)
     latents = np.random.default_rng(0).standard_normal((3, 4, 4, model.channels)).astype(np.float32)
     fitted.add(latents, pipeline.decode(latents).frames)
@@ -141,7 +141,7 @@ def test_derived_pipelines_keep_the_decoder(pipeline, plain):
 def test_a_folder_holds_the_decoder(pipeline, plain, tmp_path):
     pipeline.save(tmp_path / "a")
     loaded = load_pipeline(tmp_path / "a")
-    latents = np.random.default_rng(1).standard_normal((3, 4, 4, pipeline.config.autoencoder.channels))
+    latents = np.random.default_rng(1).standard_normal((3, 4, 4, pipeline.config.model.autoencoder.channels))
     frames = [each.preview_decoder.decode(latents, fps=8).frames.astype(int) for each in (pipeline, loaded)]
     assert np.abs(frames[0] - frames[1]).max() <= 1
     loaded.save(tmp_path / "b")
@@ -152,7 +152,7 @@ def test_a_folder_holds_the_decoder(pipeline, plain, tmp_path):
 
 
 def test_a_decoder_of_another_autoencoder_is_refused(pipeline):
-    model = pipeline.config.autoencoder
+    model = pipeline.config.model.autoencoder
     fitted = PreviewFit(Grid(1, 2, 2), model.channels)
     fitted.add(np.zeros((1, 2, 2, model.channels)), np.zeros((1, 4, 4, 3), np.uint8))
     with pytest.raises(UserError, match=r"\[1, 2, 2\].*fitted to it"):

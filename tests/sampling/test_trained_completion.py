@@ -31,7 +31,7 @@ from dit_video.video import Clip
 from support import tiny
 from support.random_params import make_random_params
 
-AUTOENCODER = tiny.EXPERIMENT.autoencoder.model
+AUTOENCODER = tiny.EXPERIMENT.get_model().autoencoder
 PARAMS = make_random_params(AUTOENCODER.make)
 SIZES = (Grid(1, 16, 32), Grid(9, 32, 16))
 MASKS = (
@@ -63,7 +63,7 @@ def make_training_rows(patch, count):
         compute_token_grid(Grid(1 + (size.t - 1) // stride.t, size.h // stride.h, size.w // stride.w), patch)
         for size in sizes
     ]
-    captions = TokenizedCaptions([("a",)] * count, tiny.EXPERIMENT.denoiser.text.make_tokenizer())
+    captions = TokenizedCaptions([("a",)] * count, tiny.EXPERIMENT.get_model().text_encoder.make_tokenizer())
     shape = PackedShape(tokens=24, text=64, segments=4)
     layout = RowLayout(grids, captions, shape=shape, seed=0, names=[str(number) for number in range(count)])
     encode = OnlineEncoder(AUTOENCODER, PARAMS, sizes)
@@ -78,7 +78,7 @@ def make_training_rows(patch, count):
 
 
 def make_model(**changes):
-    backbone = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, **changes)
+    backbone = dataclasses.replace(tiny.EXPERIMENT.get_model().backbone, **changes)
     return TaskModel(
         backbone=backbone,
         codec=LatentCodec(AUTOENCODER, PARAMS),

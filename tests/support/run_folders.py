@@ -10,8 +10,17 @@ import numpy as np
 from dit_video.video import Clip
 
 
-def write_config(run: Path, *, curriculum: tuple[tuple[str, int], ...] = (), **changes: Any) -> None:
-    """Write the config of a run of 20 steps of an autoencoder and 100 of a denoiser, with changes of its experiment."""
+def write_config(
+    run: Path,
+    *,
+    curriculum: tuple[tuple[str, int], ...] = (),
+    others: tuple[dict[str, Any], ...] = (),
+    name: str = "ducks",
+) -> None:
+    """Write the config of a run of 20 steps of an autoencoder and 100 of a denoiser.
+
+    `curriculum` has the names and steps of the denoiser's stages before, and `others` are stages of other packages.
+    """
     averages = {"decays": [0.9], "sigmas": [0.1]}
     denoisers = [
         {"type": "dit_video.experiment:TrainDenoiser", "name": name, "continues": None, "steps": steps}
@@ -29,12 +38,12 @@ def write_config(run: Path, *, curriculum: tuple[tuple[str, int], ...] = (), **c
     )
     experiment = {
         "type": "dit_video.experiment:Experiment",
-        "name": "ducks",
+        "name": name,
         "stages": [
             {"type": "dit_video.experiment:TrainAutoencoder", "name": "autoencoder", "steps": 20},
+            *others,
             *denoisers,
         ],
-        **changes,
     }
     run.mkdir(parents=True, exist_ok=True)
     document = {"format": 1, "command": "python train.py", "experiment": experiment}

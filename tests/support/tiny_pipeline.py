@@ -29,11 +29,11 @@ def make_pipeline(config: PipelineConfig) -> Pipeline:
     return Pipeline(config, **make_params(config))
 
 
-def make_params(config: PipelineConfig) -> dict[str, Any]:
+def make_params(config: PipelineConfig, seed: int = 0) -> dict[str, Any]:
     """Return random parameters of the models of a config, by the names of a pipeline's arguments."""
     model = config.model
     denoiser = {"backbone": model.backbone, "text": model.text_encoder}
     return {
-        "autoencoder": make_random_params(model.autoencoder.make),
-        "denoiser": {name: make_random_params(part.make) for name, part in denoiser.items()},
+        "autoencoder": make_random_params(model.autoencoder.make, seed),
+        "denoiser": {name: make_random_params(part.make, seed) for name, part in denoiser.items()},
     }

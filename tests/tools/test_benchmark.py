@@ -77,7 +77,7 @@ def test_the_benchmark_of_an_experiment_measures_all_its_parts(script, tiny, tin
     assert document["machine"]["devices"] == jax.device_count()
 
     denoiser, data, autoencoder = document["denoiser"], document["data"]["latents"], document["autoencoder"]
-    rows = tiny.EXPERIMENT.denoiser.layout
+    rows = tiny.EXPERIMENT.get_model().layout
     assert denoiser["compilations"] == 1
     assert data["compilations"] == 0  # the same program serves the loader's rows
     assert document["packed_step_compilations"] == 1
@@ -188,17 +188,18 @@ def test_the_model_benchmark_compares_a_transformer_with_diffusers(script):
 SMALL = (
     "data.max_pixels=512",
     "data.max_frames=9",
-    "denoiser.backbone.channels=4",
-    "denoiser.backbone.context_width=16",
-    "denoiser.backbone.width=24",
-    "denoiser.backbone.heads=2",
-    "denoiser.backbone.layers=1",
-    "denoiser.text.width=16",
-    "denoiser.text.heads=2",
-    "denoiser.text.max_tokens=32",
-    "denoiser.layout.tokens=12",
-    "denoiser.layout.text=96",
-    "denoiser.layout.segments=3",
+    "model.autoencoder.channels=4",
+    "model.backbone.channels=4",
+    "model.backbone.context_width=16",
+    "model.backbone.width=24",
+    "model.backbone.heads=2",
+    "model.backbone.layers=1",
+    "model.text_encoder.width=16",
+    "model.text_encoder.heads=2",
+    "model.text_encoder.max_tokens=32",
+    "model.layout.tokens=12",
+    "model.layout.text=96",
+    "model.layout.segments=3",
     "denoiser.batch=2",
     "denoiser.optimizer.warmup=2",
 )
@@ -238,8 +239,8 @@ def test_rows_of_the_quickstart_are_nearly_full(benchmark, quickstart):
     assert packed.num_sizes == 9
     assert packed.padding < 0.01
     rows = next(iter(packed))
-    config = quickstart.denoiser
-    assert rows.tokens.shape == (config.batch, config.row_shape.tokens, config.backbone.token_width)
+    model = quickstart.get_model()
+    assert rows.tokens.shape == (quickstart.denoiser.batch, model.row_shape.tokens, model.backbone.token_width)
     assert len(np.unique(rows.examples[rows.valid])) == rows.valid.sum()
 
 
@@ -248,29 +249,37 @@ def test_sizes_are_within_the_limits_and_fit_the_model(benchmark, quickstart, ti
         for size in benchmark.make_clip_sizes(setting):
             assert size.h * size.w <= setting.data.max_pixels
             assert size.t <= setting.data.max_frames
-            benchmark.latent_grid(size, setting.autoencoder.model.stride)
-            assert size.h % (setting.autoencoder.model.stride.h * setting.denoiser.backbone.patch.h) == 0
+            benchmark.latent_grid(size, setting.model.autoencoder.stride)
+            assert size.h % setting.model.size_multiple.h == 0
 
 
 @pytest.mark.filterwarnings("ignore:a text of 501 tokens is cut")
 @pytest.mark.parametrize("caption", ["", "a red circle", "a cirçle", 100 * "long "])
 def test_captions_are_tokenised_as_in_training(benchmark, caption):
-    tokenizer = benchmark.BUILT_IN.denoiser.text.make_tokenizer()
+    tokenizer = benchmark.BUILT_IN.model.text_encoder.make_tokenizer()
     np.testing.assert_array_equal(
-        benchmark.tokenize_bytes(benchmark.BUILT_IN.denoiser.text, caption), tokenizer(caption)
+        benchmark.tokenize_bytes(benchmark.BUILT_IN.model.text_encoder, caption), tokenizer(caption)
     )
 
 
 def test_settings_can_be_changed_by_name(benchmark, quickstart):
-    wide = benchmark.replace_field(benchmark.BUILT_IN, "denoiser.backbone.width", 512)
-    assert wide.denoiser.backbone.width == 512
-    assert sum(wide.denoiser.backbone.rotary.split) == 128
-    assert benchmark.BUILT_IN.denoiser.backbone.width != 512
-    assert benchmark.replace_field(quickstart, "denoiser.backbone.patch", (1, 1, 1)).denoiser.backbone.patch.volume == 1
+    wide = benchmark.replace_fields(benchmark.BUILT_IN, {"model.backbone.width": 512})
+    assert wide.model.backbone.width == 512
+    assert sum(wide.model.backbone.rotary.split) == 128
+    assert benchmark.BUILT_IN.model.backbone.width != 512
+    changed = benchmark.replace_fields(quickstart, {"model.backbone.patch": (1, 1, 1), "denoiser.batch": 16})
+    assert (changed.model.backbone.patch.volume, changed.denoiser.batch) == (1, 16)
     with pytest.raises(UserError, match="'depth' does not exist; use one of channels"):
-        benchmark.replace_field(benchmark.BUILT_IN, "denoiser.backbone.depth", 3)
+        benchmark.replace_fields(benchmark.BUILT_IN, {"model.backbone.depth": 3})
     with pytest.raises(UserError, match="'w' does not exist; use one of"):
-        benchmark.replace_field(benchmark.BUILT_IN, "denoiser.batch.w", 3)
+        benchmark.replace_fields(benchmark.BUILT_IN, {"denoiser.batch.w": 3})
+
+
+def test_fields_that_must_agree_are_changed_together(benchmark):
+    changes = {"model.backbone.context_width": 16, "model.text_encoder.width": 16}
+    assert benchmark.replace_fields(benchmark.BUILT_IN, changes).model.backbone.context_width == 16
+    with pytest.raises(UserError, match="the text encoder has width=64"):
+        benchmark.replace_fields(benchmark.BUILT_IN, {"model.backbone.context_width": 16})
 
 
 @pytest.mark.parametrize(
@@ -280,8 +289,8 @@ def test_settings_can_be_changed_by_name(benchmark, quickstart):
         (["--config", "nowhere.py"], "nowhere.py does not exist; use"),
         (["--config", ROOT / "tests" / "conftest.py"], "defines no EXPERIMENT"),
         (["--steps", "0"], "must be at least 1"),
-        (["--set", "denoiser.backbone.depth=3"], "'depth' does not exist; use one of"),
-        (["--set", "denoiser.backbone.heads=7"], "must be divisible by its 7 heads"),
+        (["--set", "model.backbone.depth=3"], "'depth' does not exist; use one of"),
+        (["--set", "model.backbone.heads=7"], "must be divisible by its 7 heads"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(script, arguments, message):

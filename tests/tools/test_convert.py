@@ -30,7 +30,7 @@ def test_the_command_converts_pipelines_there_and_back(tmp_path, script):
     assert "convert each part: text_encoder, transformer, transformer_2, vae" in refused.err.replace("\n", " ")
     done = script(TOOL, tmp_path / "wan", tmp_path / "own", "--to", "dit_video")
     assert done.code == 0, done.err
-    assert dit_video.load(tmp_path / "own").config.backbone == DIT
+    assert dit_video.load(tmp_path / "own").config.model.backbone == DIT
     back = script(TOOL, tmp_path / "own", tmp_path / "back", "--to", "diffusers")
     assert back.code == 0, back.err
     name = "diffusion_pytorch_model.safetensors"

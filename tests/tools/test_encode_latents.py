@@ -8,6 +8,7 @@ import pytest
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.latents.cache import LatentSource
+from dit_video.experiment.latents import open_latents
 from dit_video.experiment.run import Run
 from dit_video.video import Clip
 
@@ -44,13 +45,13 @@ def test_two_processes_make_the_latents_of_a_run(tiny, tiny_run, tmp_path, scrip
     shutil.copytree(tiny_run, copy)
     shutil.rmtree(copy / "latents")
     shutil.copytree(tmp_path / "l", copy / "latents")
-    assert len(Run.open(copy).open_latents()) == count
+    assert len(open_latents(Run.open(copy), copy / "latents")) == count
 
 
 def test_the_views_of_a_pipeline_are_chosen_on_the_command_line(tiny, tiny_run, tmp_path, script):
     done = script(
         TOOL, tiny_run / "pipeline", tiny_run / "data", tmp_path / "l", "--max-frames", 5, "--stretches", 2,
-        "--flips", "True", "--resolutions", 256, "--storage", "float32",
+        "--flips", "True", "--resolutions", 256, "--storage", "float32", "--fps", 24,
     )  # fmt: skip
     assert done.code == 0, done.err
     source = LatentSource(tmp_path / "l")
@@ -60,6 +61,7 @@ def test_the_views_of_a_pipeline_are_chosen_on_the_command_line(tiny, tiny_run, 
     assert len(of_clip) == 8  # two stretches, two resolutions, two ways round
     assert {source.sizes[index][0] for index in of_clip} == {2}
     assert source.identity["limits"] != LatentSource(tiny_run / "latents").identity["limits"]
+    assert source.identity["limits"]["fps"] == 24
     assert source.identity["autoencoder"] == LatentSource(tiny_run / "latents").identity["autoencoder"]
 
 
@@ -81,7 +83,7 @@ def test_the_command_reads_and_writes_at_addresses(tiny, tiny_run, tiny_clips, m
     assert made.keys() == own.keys()
     for name, latents in made.items():
         np.testing.assert_array_equal(latents, own[name])
-    assert len(run.open_latents()) == len(own)
+    assert len(open_latents(run, run.folder / "latents")) == len(own)
     for data, destination in ((f"{memory}/none", f"{memory}/l"), (f"{memory}/data", "nonsense://l")):
         done = script(TOOL, run.folder, data, destination)
         assert done.code == 2

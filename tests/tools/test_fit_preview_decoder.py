@@ -47,7 +47,7 @@ def test_the_command_writes_the_decoder_of_a_pipeline(tiny_run, tmp_path, script
     assert "fitted to 6 clips" in done.out
     assert "on 2 other clips" in done.out
     loaded = dit_video.load(pipeline)
-    assert loaded.preview_decoder.channels == loaded.config.autoencoder.channels
+    assert loaded.preview_decoder.channels == loaded.config.model.autoencoder.channels
 
 
 def test_mistakes_are_one_line(tiny_run, script):

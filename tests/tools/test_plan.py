@@ -24,9 +24,7 @@ def test_the_command_prints_a_plan_and_writes_its_document(tmp_path, script):
 
 
 def test_the_command_searches_for_a_mesh_that_fits(script):
-    done = script(
-        TOOL, CONFIG, "--topology", "h100:4", "--suggest", "--tries", 2, "--set", "denoiser.backbone.layers=2"
-    )
+    done = script(TOOL, CONFIG, "--topology", "h100:4", "--suggest", "--tries", 2, "--set", "model.backbone.layers=2")
     assert done.code == 0, done.err
     assert len([line for line in done.err.splitlines() if "counted" in line]) == 2
     assert "fits" in done.out
@@ -69,7 +67,7 @@ def test_the_command_searches_for_a_mesh_that_fits(script):
             (CONFIG, "--topology", "h100:8", "--offload", "layers"),
             "--offload is invalid for a config, whose fields are set by --set",
         ),
-        ((CONFIG, "--topology", "h100:8", "--set", "denoiser.backbone.depth=2"), "'depth' does not exist; use one of"),
+        ((CONFIG, "--topology", "h100:8", "--set", "model.backbone.depth=2"), "'depth' does not exist; use one of"),
     ],
 )
 def test_the_command_refuses_wrong_arguments(script, arguments, says):
@@ -124,7 +122,7 @@ def test_the_command_fits_a_training_and_a_sampler_on_an_absent_tpu(tmp_path, sc
     """The memory of the combinations that are listed first is that of compiled steps."""
     pytest.importorskip("libtpu")
     target = tmp_path / "fit.json"
-    model = ("--set", "denoiser.backbone.width=256", "--set", "denoiser.backbone.attention='splash'", "--rows", 64)
+    model = ("--set", "model.backbone.width=256", "--set", "model.backbone.attention='splash'", "--rows", 64)
     more = (*model, "--set", "denoiser.optimizer.kind='adamw'", "--tries", 1, "--json", target)
     for part, size in (("denoiser", "40MiB"), ("sampler", "14MiB")):
         done = script(TOOL, CONFIG, "--topology", "v5e:2x2", *more, "--of", part, "--fit", size)
@@ -154,8 +152,8 @@ def test_a_plan_for_a_tpu_without_a_price_works(script):
 def test_the_command_compiles_for_an_absent_tpu(tmp_path, script):
     pytest.importorskip("libtpu")
     target = tmp_path / "plan.json"
-    model = ("--set", "denoiser.backbone.width=256", "--set", "denoiser.backbone.attention='splash'", "--rows", 4)
-    more = (*model, "--set", "denoiser.backbone.remat='full'", "--json", target, "--parallel", "fsdp=4")
+    model = ("--set", "model.backbone.width=256", "--set", "model.backbone.attention='splash'", "--rows", 4)
+    more = (*model, "--set", "model.backbone.remat='full'", "--json", target, "--parallel", "fsdp=4")
     done = script(TOOL, CONFIG, "--topology", "v5e:2x2", *more)
     assert done.code == 0, done.err
     assert "compiled in" in done.out

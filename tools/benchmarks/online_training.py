@@ -16,7 +16,6 @@ from benchmarks.settings import Setting
 from benchmarks.steps import TrainingSetup
 from dit_video.core import rng
 from dit_video.data.buckets import BatchMemory, BucketConfig
-from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.packing.rows import Encode
@@ -93,9 +92,8 @@ def _train(
 ) -> tuple[dict[str, Any], TrainingSetup]:
     """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
     first, warmup_seconds = int(setup.state.step), [0.0]
-    tokenizer = run.model.text_encoder.make_tokenizer()  # type: ignore[union-attr]
-    texts = TokenizedCaptions([info.captions for info in source.infos], tokenizer)
-    batches = input_pipeline.make_online_batches(run, run.experiment.denoiser, source, texts, encode)(0)
+    captions = input_pipeline.open_captions(run.open_text_encoder(), source)
+    batches = input_pipeline.make_online_batches(run, run.experiment.denoiser, source, captions, encode)(0)
 
     def record_warmup(done: int, _state: Any) -> None:
         if done == first + steps:

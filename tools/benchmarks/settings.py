@@ -4,7 +4,7 @@ import ast
 import itertools
 import math
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -98,40 +98,50 @@ def resolve_setting(config: Path | None, changes: Sequence[str]) -> Setting:
       UserError: If the file defines no experiment or imports a package that is not installed, or if a field does not
         exist.
     """
-    setting = load_default_setting() if config is None else read_setting(config)
+    return change_setting(load_default_setting() if config is None else read_setting(config), changes)
+
+
+def change_setting(setting: Setting, changes: Sequence[str]) -> Setting:
+    """Return a setting with changes of the form `NAME=VALUE`, which are made together.
+
+    Raises:
+      UserError: If a field does not exist or rejects its value.
+    """
+    values = {}
     for assignment in changes:
         name, _, text = assignment.partition("=")
         try:
-            value = ast.literal_eval(text)
+            values[name] = ast.literal_eval(text)
         except (SyntaxError, ValueError):
-            value = text
-        setting = replace_field(setting, name, value)
-    return setting
+            values[name] = text
+    return replace_fields(setting, values)
 
 
-def replace_field(config: Any, path: str, new_value: Any) -> Any:
-    """Return a nested config with one field replaced: `replace_field(setting, "model.backbone.width", 1024)`.
+def replace_fields(config: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a nested config with fields replaced together: `replace_fields(setting, {"model.backbone.width": 1024})`.
 
-    A stage of an experiment is a field of its name: `replace_field(experiment, "denoiser.batch", 16)`.
+    A stage of an experiment is a field of its name: `replace_fields(experiment, {"denoiser.batch": 16})`.
 
     Raises:
-      UserError: If the field does not exist.
+      UserError: If a field does not exist.
     """
-    name, _, rest = path.partition(".")
+    groups: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        groups.setdefault(name, {})[rest] = value
     fields = {field: getattr(config, field) for field in getattr(config, "__dict__", {})}
     stages = {stage.name: stage for stage in fields.get("stages", ())}
-    if name in stages and rest:
-        stages[name] = replace_field(stages[name], rest, new_value)
-        return type(config)(**fields | {"stages": tuple(stages.values())})
-    if name not in fields:
-        raise UserError(f"field {name!r} does not exist; use one of {', '.join((*fields, *stages))}")
-    old = fields[name]
-    new_value = (
-        replace_field(old, rest, new_value) if rest else Grid(*new_value) if isinstance(old, Grid) else new_value
-    )
-    # Another width or number of heads needs another split of the rotary channels.
-    dependent = {"rotary": "even"} if isinstance(config, DitConfig) and name in ("width", "heads") else {}
-    return type(config)(**fields | {name: new_value} | dependent)
+    if isinstance(config, DitConfig) and groups.keys() & {"width", "heads"}:
+        fields["rotary"] = "even"  # another split of the rotary channels
+    for name, inner in groups.items():
+        owner = stages if name in stages and "" not in inner else fields
+        if name not in owner:
+            raise UserError(f"field {name!r} does not exist; use one of {', '.join((*fields, *stages))}")
+        if "" not in inner:
+            owner[name] = replace_fields(owner[name], inner)
+        else:
+            owner[name] = Grid(*inner[""]) if isinstance(owner[name], Grid) else inner[""]
+    return type(config)(**fields | ({"stages": tuple(stages.values())} if stages else {}))
 
 
 class SyntheticExample(NamedTuple):

@@ -77,7 +77,7 @@ def test_the_page_of_a_run_in_training_has_all_parts(client, run):
     page = get_page(client)
     text = get_tiles(page)
     for expected in (
-        *("step 30 of 120", "3 min left", "stage last (2 of 2), steps 20 to 120", "training the denoiser"),
+        *("step 30 of 120", "3 min left", "stage denoiser (2 of 2), steps 20 to 120", "training the denoiser"),
         *("0.3226", "validation loss 0.77", "1234", "43.2 %", "31.2 dB"),
         *("Loss by diffusion time", "0 to 0.5", "Newest loss over diffusion time", "Tokens per second", "sharpness"),
         *("waiting for data", "compilation", "checkpoints", "monitoring", "validation"),
@@ -143,7 +143,7 @@ def test_an_older_log_without_times_has_a_note(client, run):
 
 
 def test_hostile_text_is_only_text(client, run):
-    write_config(run, name=HOSTILE, curriculum=((HOSTILE, 5),), stages=[{"type": "x", "name": HOSTILE, "steps": 3}])
+    write_config(run, name=HOSTILE, curriculum=((HOSTILE, 5),), others=({"type": "x", "name": HOSTILE, "steps": 3},))
     write_entries(run, 10, 20, **{HOSTILE: 1.0, f"{HOSTILE}_seconds": 3.0, "interval_seconds": 20.0})
     write_grid(run, 10, texts=(HOSTILE, "a fox"))
     write_evaluation(run, 10, HOSTILE, 1.0)

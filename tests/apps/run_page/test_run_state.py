@@ -102,7 +102,7 @@ def test_stages_of_a_curriculum_and_trainings_of_other_packages(tmp_path):
     write_config(
         tmp_path,
         curriculum=(("images", 30), ("small", 50)),
-        stages=[{"type": "other:TrainPrior", "name": "prior", "steps": 7}, {"type": "other:Export", "name": "export"}],
+        others=({"type": "other:TrainPrior", "name": "prior", "steps": 7}, {"type": "other:Export", "name": "export"}),
     )
     write_entries(tmp_path, 4, name="prior")
     write_entries(tmp_path, 30, 60)
@@ -113,7 +113,7 @@ def test_stages_of_a_curriculum_and_trainings_of_other_packages(tmp_path):
     plan = trainings["denoiser"].plan
     assert plan.find_stage(0) == "stage images (1 of 3), steps 0 to 30"
     assert plan.find_stage(60) == "stage small (2 of 3), steps 30 to 80"
-    assert plan.find_stage(180) == "stage last (3 of 3), steps 80 to 180"
+    assert plan.find_stage(180) == "stage denoiser (3 of 3), steps 80 to 180"
     assert plan.averages == ("decay 0.999", "decay 0.9", "relative width 0.1", "no average")
 
 

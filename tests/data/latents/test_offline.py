@@ -322,7 +322,7 @@ def test_batches_are_split_over_the_devices_of_a_process(tmp_path):
 
 @pytest.fixture
 def autoencoder(tiny):
-    make = tiny.EXPERIMENT.autoencoder.model.make
+    make = tiny.EXPERIMENT.get_model().autoencoder.make
     return get_graph_def(make), jax.jit(init_params, static_argnums=0)(make, rng.key(0, "autoencoder"))
 
 

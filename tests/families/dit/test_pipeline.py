@@ -62,9 +62,9 @@ def sample_latents(pipeline, label, **options):
 
 def test_the_pipeline_config_is_read_from_the_folder(pipeline):
     config = pipeline.config
-    assert config.text == ClassNamesConfig(classes=5, names=(*NAMES.values(), "4"))
-    assert config.process == VariancePreservingProcess()
-    assert config.prediction == LearnedVariance()
+    assert config.model.text_encoder == ClassNamesConfig(classes=5, names=(*NAMES.values(), "4"))
+    assert config.model.process == VariancePreservingProcess()
+    assert config.model.prediction == LearnedVariance()
     assert (config.sampling.solver, config.sampling.guidance, config.size) == (Ddim(), 4.0, (1, SIDE, SIDE))
 
 
@@ -124,7 +124,7 @@ def test_a_learned_variance_is_used_only_if_the_scheduler_says_so(tmp_path):
     ):
         scheduler = {"_class_name": "DDPMScheduler", "clip_sample": False, "variance_type": kind}
         result = dit_video.load(write_pipeline(tmp_path / kind, scheduler=scheduler))
-        assert (result.config.backbone.variance, result.config.prediction) == (variance, prediction)
+        assert (result.config.model.backbone.variance, result.config.model.prediction) == (variance, prediction)
         drawn_with[kind] = sample_latents(result, 1)
     assert np.abs(drawn_with["fixed_small"] - drawn_with["learned_range"]).max() > 1e-2
 
@@ -135,17 +135,17 @@ def test_the_authors_models_need_no_scheduler(tmp_path, backbone):
     result = dit_video.load(write_pipeline(tmp_path, backbone, scheduler=None))
     config = result.config
     if backbone is SIT:
-        assert (config.process, config.prediction) == (RectifiedFlow(), Velocity())
+        assert (config.model.process, config.model.prediction) == (RectifiedFlow(), Velocity())
         assert (config.sampling.solver, config.sampling.steps) == (Heun(), 50)
     else:
-        assert config.prediction == LearnedVariance()
+        assert config.model.prediction == LearnedVariance()
         assert (config.sampling.solver, config.sampling.steps) == (Ddpm(), 250)
     assert np.isfinite(sample_latents(result, 1)).all()
 
 
 def test_the_time_is_scaled_to_the_steps_of_the_scheduler(tmp_path):
     result = dit_video.load(write_pipeline(tmp_path, scheduler={**DDIM, "num_train_timesteps": 100}))
-    assert result.config.backbone.time_embedding.scale == 100.0
+    assert result.config.model.backbone.time_embedding.scale == 100.0
 
 
 def test_wrong_classes_text_encoders_and_missing_folders_are_refused(pipeline, folder, tmp_path):
@@ -168,4 +168,4 @@ def test_wrong_classes_text_encoders_and_missing_folders_are_refused(pipeline, f
     with pytest.raises(UserError, match="predicts noise, the scheduler is of a RectifiedFlow"):
         dit_video.load(write_pipeline(tmp_path / "flow", scheduler=flow))
     with pytest.raises(UserError, match="captions are of 0 classes, the denoiser's labels of 5"):
-        replace(pipeline.config, text=ByteEncoderConfig())
+        replace(pipeline.config.model, text_encoder=ByteEncoderConfig())

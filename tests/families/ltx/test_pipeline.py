@@ -47,12 +47,21 @@ def sample_latents(pipeline, **options):
 
 def test_the_pipeline_config_is_read_from_the_folder(folder):
     config = dit_video.load(folder, dtype="float32").config
-    assert (config.backbone.replace(dtype="float32"), config.autoencoder) == (DIT, VAE)
-    assert (config.text.folder, config.text.max_tokens) == (str(folder / "text_encoder"), 128)
-    assert (config.process, config.sampling.time_schedule) == (RectifiedFlow(shift=3.0), UniformTimes(spacing="beta"))
+    assert (config.model.backbone.replace(dtype="float32"), config.model.autoencoder) == (DIT, VAE)
+    assert (config.model.text_encoder.folder, config.model.text_encoder.max_tokens) == (
+        str(folder / "text_encoder"),
+        128,
+    )
+    assert (config.model.process, config.sampling.time_schedule) == (
+        RectifiedFlow(shift=3.0),
+        UniformTimes(spacing="beta"),
+    )
     assert (config.sampling.steps, config.sampling.guidance) == (50, 3.0)
-    assert (config.size, config.fps, config.token_dt, config.token_lead) == ((161, 512, 704), 25.0, 8 / 25, 0)
-    assert (config.task, config.frame_conditioning) == (KeyframesToVideo(has_keyframes=False), FrameConditioning())
+    assert (config.size, config.fps, config.token_dt, config.model.token_lead) == ((161, 512, 704), 25.0, 8 / 25, 0)
+    assert (config.task, config.model.frame_conditioning) == (
+        KeyframesToVideo(has_keyframes=False),
+        FrameConditioning(),
+    )
 
 
 @pytest.mark.parametrize("options", [{"kind": "LTXConditionPipeline"}, {"vae": RESIDUAL_VAE}], ids=["class", "vae"])
@@ -86,7 +95,8 @@ def test_clips_with_other_conditions_that_share_a_row_are_those_of_a_row_of_thei
         Request(PROMPT, SIZE, image=draw_clip(1)),
         Request("a green cube", SIZE, seed=3, conditions=[Condition(content=draw_clip(9), frame=8, strength=0.7)]),
     ]
-    config = replace(pipeline.config, layout=PackedShape(tokens=64, text=64, segments=4))
+    model = replace(pipeline.config.model, layout=PackedShape(tokens=64, text=64, segments=4))
+    config = replace(pipeline.config, model=model)
     packed = Pipeline(config, autoencoder=pipeline.codec.params, denoiser=pipeline.denoiser_params)
     overrides = {"steps": 2, "guidance": 2.0}
     together, apart = packed.generate_many(requests, **overrides), pipeline.generate_many(requests, **overrides)

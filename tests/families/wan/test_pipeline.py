@@ -68,9 +68,12 @@ def test_a_preview_decoder_in_the_folder_is_loaded(one, tmp_path):
 
 def test_the_pipeline_config_is_read_from_the_folder(pipeline, folder):
     config = pipeline.config
-    assert (config.backbone, config.boundary, config.autoencoder) == (DIT, 0.875, VAE)
-    assert (config.text.folder, config.text.max_tokens) == (str(folder / "text_encoder"), 512)
-    assert (config.process.shift, config.sampling.solver, config.sampling.time_schedule) == (
+    assert (config.model.backbone, config.boundary, config.model.autoencoder) == (DIT, 0.875, VAE)
+    assert (config.model.text_encoder.folder, config.model.text_encoder.max_tokens) == (
+        str(folder / "text_encoder"),
+        512,
+    )
+    assert (config.model.process.shift, config.sampling.solver, config.sampling.time_schedule) == (
         3.0,
         UniPc(),
         UniPcFlowSchedule(),
@@ -122,7 +125,7 @@ def test_a_pipeline_saved_in_the_native_layout_is_the_same(pipeline, tmp_path):
 def test_parameters_are_placed_one_at_a_time(folder, pipeline):
     placed = {}
     loaded = dit_video.load(folder, place=lambda path, each: placed.setdefault(path, each.shape), dtype="bfloat16")
-    assert loaded.config.backbone == replace(DIT, dtype="bfloat16")
+    assert loaded.config.model.backbone == replace(DIT, dtype="bfloat16")
     expected = {f"autoencoder/{path}": leaf.shape for path, leaf in flatten(pipeline.codec.params).items()}
     expected |= {path: leaf.shape for path, leaf in flatten(pipeline.denoiser_params).items()}
     assert placed == expected
@@ -273,7 +276,7 @@ def test_a_name_on_the_hub_is_fetched(folder, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert dit_video.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", dtype="float32").config.backbone == DIT
+    assert dit_video.load("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", dtype="float32").config.model.backbone == DIT
     (index_name, index), (name, patterns) = calls
     assert index_name == name == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert index == ("model_index.json",)

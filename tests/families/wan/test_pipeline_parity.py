@@ -136,7 +136,7 @@ def test_a_time_per_token_equals_diffusers(torch, tmp_path):
     size = (9, 64, 96)
     pipe = save_pipeline(torch, tmp_path, vae=WAN22, expand_timesteps=True)
     noise, pipeline = noise_for(pipe, 4, size), dit_video.load(tmp_path / "pipeline", dtype="float32")
-    assert pipeline.config.backbone.time == "token"
+    assert pipeline.config.model.backbone.time == "token"
     assert_equal(ours(pipeline, noise, size), theirs(torch, pipe, noise, size), noise)
 
 

@@ -126,7 +126,7 @@ def test_defaults_of_a_published_folder_are_its_authors(folders, name, size, fps
     folder = folders / name
     config = find_family(folder).make_config(folder, LoadOptions())
     assert (config.size, config.fps, config.sampling.steps, config.sampling.guidance) == (size, fps, steps, guidance)
-    assert (config.process.shift, config.negative) == (shift, negative)
+    assert (config.model.process.shift, config.negative) == (shift, negative)
 
 
 def test_the_negative_prompt_is_that_of_the_authors_letter_by_letter():
@@ -178,7 +178,7 @@ def test_a_setting_without_effect_is_read_and_unknown_ones_are_refused(tmp_path)
     path = tmp_path / "wan" / "vae" / "config.json"
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"clip_output": False}))
-    assert dit_video.load(tmp_path / "wan").config.autoencoder.stride == (4, 4, 4)
+    assert dit_video.load(tmp_path / "wan").config.model.autoencoder.stride == (4, 4, 4)
     path.write_text(json.dumps(document | {"clip_input": False}))
     with pytest.raises(UserError, match="settings that are not supported: clip_input"):
         dit_video.load(tmp_path / "wan")

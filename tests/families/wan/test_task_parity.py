@@ -99,7 +99,7 @@ def test_a_clip_noised_to_a_strength_equals_diffusers(torch, both, clip, noise, 
     expected = result.frames[0].permute(1, 2, 3, 0).float().numpy()
     assert draws == [(1, CHANNELS, *noise.shape[:3])]
 
-    times = np.asarray(pipeline.resolve_sampling(steps=STEPS).make_times(pipeline.config.process).times)
+    times = np.asarray(pipeline.resolve_sampling(steps=STEPS).make_times(pipeline.config.model.process).times)
     np.testing.assert_allclose(times[:-1], pipe.scheduler.sigmas[:-1], atol=1e-4)
     before = 1.0 if first_step == 0 else float(times[first_step - 1])
     strength = (before + float(times[first_step])) / 2

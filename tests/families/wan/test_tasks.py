@@ -87,7 +87,7 @@ def test_a_clean_first_image_is_kept_exactly(knowing):
 @each(ALL)
 def test_a_last_image_is_put_in_its_place(pipeline):
     pictures = {"image": FRAMES[0], "last_image": FRAMES[-1]}
-    is_trained = pipeline.config.frame_conditioning is not None
+    is_trained = pipeline.config.model.frame_conditioning is not None
     with warns():
         latents, expected = sample_and_put_in_place(pipeline, select_frames(0, 8), **pictures)
         clip = pipeline.generate(PROMPT, size=SIZE, **pictures, **OPTIONS)

@@ -54,7 +54,7 @@ def test_the_cost_of_a_layer_follows_from_its_pattern():
 
 
 def test_the_shipped_model_is_one_of_the_default_options():
-    written = json.loads((SHAPES / "pipeline.json").read_text())["config"]["backbone"]
+    written = json.loads((SHAPES / "pipeline.json").read_text())["config"]["model"]["backbone"]
     config = config_json.from_json(written)
     assert config == DitConfig(channels=8, context_width=64, width=176, layers=4, heads=4)
     with safetensors.safe_open(SHAPES / "denoiser.safetensors", framework="np") as file:
