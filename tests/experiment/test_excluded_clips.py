@@ -85,6 +85,6 @@ def test_clips_that_are_encoded_as_they_are_read_are_the_usable_ones(tiny, tiny_
     run = begun(tmp_path / "run", experiment(tiny, cache_latents=False), tiny_run, images)
     stage = run.stages[-1]
     assert isinstance(stage, TrainDenoiser)
-    batches = stage.open_inputs(run.runtime)[1](0)
+    batches = stage.open_inputs(run)[1](0)
     assert batches.summarize(devices=1)["examples"] == COUNT - 1
     batches.close()

@@ -110,13 +110,13 @@ class TrainDenoiser(DenoiserTraining, Stage):
             raise UserError(f"continues={self.continues!r} is invalid: it comes after {before}. {fix}")
         if self.data is not None and self.data.held_out:
             raise UserError("data.held_out applies to all stages. Set it in the experiment's data.")
-        weights, own = experiment.data.weights, () if self.data is None else self.data.weights
-        if weights and own and len(weights) != len(own):
-            numbers = f"{len(own)} data sets, the experiment {len(weights)}"
+        weights, own_weights = experiment.data.weights, () if self.data is None else self.data.weights
+        if weights and own_weights and len(weights) != len(own_weights):
+            numbers = f"{len(own_weights)} data sets, the experiment {len(weights)}"
             raise UserError(f"data.weights weighs {numbers}. Give each data set one weight.")
         if isinstance(self.train, Student) and len(stages) > 1:
             raise UserError("train=Student takes a single stage. Leave out the others, or use AllWeights.")
-        own, of_last = (
+        own, of_last = (  # what the structure of the state depends on
             {"averages": stage.averages, "train.lora": stage.lora, "train.expert": stage.expert}
             | {f"optimizer.{name}": getattr(get_optimizer_config(stage), name) for name in _OPTIMIZER_STATE}
             for stage in (self, last)
