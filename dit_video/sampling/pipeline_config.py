@@ -276,10 +276,10 @@ def check_classes(text: TextConfig, backbone: BackboneConfig) -> None:
       UserError: If one of them has classes that the other lacks, or another number.
     """
     caption_classes = text.classes if isinstance(text, ClassNamesConfig) else 0
-    if caption_classes != backbone.class_count:
-        fix = "give text=ClassNamesConfig(classes=...) and backbone labels=ClassLabels(classes=...) the same number"
+    if caption_classes != backbone.classes:
+        fix = "give text=ClassNamesConfig(classes=...) and backbone classes=... the same number"
         raise UserError(
-            f"captions are of {caption_classes} classes, the denoiser's labels of {backbone.class_count}; {fix}"
+            f"captions are of {caption_classes} classes, the denoiser's labels of {backbone.classes}; {fix}"
         )
 
 

@@ -20,7 +20,7 @@ The following numbers are computed from shapes and from XLA's count for the lowe
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig, LeCam
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
@@ -48,7 +48,7 @@ EXPERIMENT = Experiment(
         ema_decay=0.999,
     ),
     denoiser=DenoiserTraining(
-        backbone=DitConfig(channels=16, context_width=512, width=768, layers=12, heads=12),
+        backbone=DiTConfig(channels=16, context_width=512, width=768, layers=12, heads=12),
         text=ByteEncoderConfig(width=512, layers=6, max_tokens=256),
         layout=PackedShape(tokens=2560, text=2048, segments=16),
         batch=16,

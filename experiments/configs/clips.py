@@ -13,7 +13,7 @@ from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
@@ -35,7 +35,7 @@ EXPERIMENT = Experiment(
         loss=AutoencoderObjective.pixels(kl=1e-6),
     ),
     denoiser=DenoiserTraining(
-        backbone=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
+        backbone=DiTConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
         text=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
         layout=PackedShape(tokens=480, text=512, segments=8),
         batch=4,

@@ -26,7 +26,7 @@ from dit_video.models.autoencoders import (
     CodebookConfig,
     VqConfig,
 )
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
@@ -50,7 +50,7 @@ EXPERIMENT = Experiment(
         ema_decay=0.999,
     ),
     denoiser=DenoiserTraining(
-        backbone=DitConfig(channels=8, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
+        backbone=DiTConfig(channels=8, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
         text=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
         layout=PackedShape(tokens=2560, text=1024, segments=16),
         batch=16,

@@ -7,7 +7,7 @@ from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
@@ -49,7 +49,7 @@ def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             loss=AutoencoderObjective.pixels(kl=1e-4),
         ),
         denoiser=DenoiserTraining(
-            backbone=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
+            backbone=DiTConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
             text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
             layout=PackedShape(tokens=120, text=224, segments=12),
             batch=8,

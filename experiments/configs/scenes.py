@@ -17,7 +17,7 @@ from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, CurriculumStage, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import WordEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
@@ -37,7 +37,7 @@ AUTOENCODER = AutoencoderTraining(
 DATA = DataConfig(max_pixels=32 * 48, max_frames=17, weights=(0.0, 1.0))
 OPTIMIZER = OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99)
 DENOISER = DenoiserTraining(
-    backbone=DitConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
+    backbone=DiTConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
     text=WordEncoderConfig(width=96, layers=1, max_tokens=64),
     layout=PackedShape(tokens=120, text=256, segments=8),
     batch=10,

@@ -210,7 +210,7 @@ def test_values_that_are_no_config_are_not_written():
         ),
         (
             {
-                "type": "dit_video.models.backbones.dit.model:DitConfig",
+                "type": "dit_video.models.backbones.dit:DiTConfig",
                 "channels": 1,
                 "context_width": 1,
                 "absolute_position": 3,

@@ -10,7 +10,6 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.experiment.run import Run
-from dit_video.models.backbones.dit import ClassLabels, NoContext
 from dit_video.models.encoders import ClassNamesConfig
 from dit_video.tokens import PackedShape
 
@@ -26,10 +25,7 @@ def names(tiny_clips):
 
 def experiment(tiny, names):
     """Return the tiny experiment with captions that name classes."""
-    labels = ClassLabels(classes=len(names))
-    backbone = dataclasses.replace(
-        tiny.EXPERIMENT.denoiser.backbone, context=NoContext(), context_width=0, labels=labels
-    )
+    backbone = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, context_width=0, classes=len(names))
     text, layout = ClassNamesConfig(classes=len(names), names=names), PackedShape(tokens=12, text=3, segments=3)
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, backbone=backbone, text=text, layout=layout)
     return dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)

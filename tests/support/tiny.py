@@ -9,7 +9,7 @@ almost nothing.
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
@@ -42,7 +42,7 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
             loss=AutoencoderObjective.pixels(),
         ),
         denoiser=DenoiserTraining(
-            backbone=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),
+            backbone=DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),
             text=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
             layout=PackedShape(tokens=12, text=96, segments=3),
             batch=2,

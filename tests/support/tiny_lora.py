@@ -10,7 +10,7 @@ from dit_video.core.offload import Offload
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.diffusion import RectifiedFlow
 from dit_video.distributed import MeshConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid, PackedShape
@@ -20,7 +20,7 @@ from support.tiny import EXPERIMENT
 
 CONFIG = PipelineConfig(
     autoencoder=EXPERIMENT.autoencoder.model,
-    backbone=DitConfig(
+    backbone=DiTConfig(
         channels=4, context_width=16, patch=Grid(1, 2, 2), width=64, layers=2, heads=4, attention="dense"
     ),
     text=EXPERIMENT.denoiser.text,

@@ -18,7 +18,7 @@ from dit_video.data.packing.plan import RowStream
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_grid
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.tokens import (
     CanvasShape,
@@ -52,7 +52,7 @@ BUILT_IN = SimpleNamespace(
         loss=AutoencoderObjective.pixels(kl=1e-4),
     ),
     denoiser=SimpleNamespace(
-        backbone=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
+        backbone=DiTConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
         text=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
         layout=PackedShape(tokens=120, text=224, segments=12),
         batch=8,
@@ -121,9 +121,7 @@ def replace_field(config: Any, path: str, new_value: Any) -> Any:
     new_value = (
         replace_field(old, rest, new_value) if rest else Grid(*new_value) if isinstance(old, Grid) else new_value
     )
-    # Another width or number of heads needs another split of the rotary channels.
-    dependent = {"rotary": "even"} if isinstance(config, DitConfig) and name in ("width", "heads") else {}
-    return type(config)(**fields | {name: new_value} | dependent)
+    return type(config)(**fields | {name: new_value})
 
 
 class SyntheticExample(NamedTuple):

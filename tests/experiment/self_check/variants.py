@@ -26,12 +26,11 @@ from dit_video.experiment import (
 )
 from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
-from dit_video.models.backbones.dit.config import TemporalLayers
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig
 from dit_video.nn import LoraConfig
-from dit_video.nn.attention import SpaceOnly
 from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
 from dit_video.scenes.folder import ClipEntry, format_clip_name, write_clip_folder
@@ -132,7 +131,7 @@ def _make_plain(seed: int, steps: int) -> Experiment:
             loss=AutoencoderObjective.pixels(),
         ),
         denoiser=DenoiserTraining(
-            backbone=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=48, layers=2, heads=2),
+            backbone=DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=48, layers=2, heads=2),
             text=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
             layout=PackedShape(tokens=40, text=192, segments=6),
             batch=4,
@@ -178,13 +177,18 @@ def _lora(experiment: Experiment, sources: Sources) -> Experiment:
     return _change(experiment, train=train)
 
 
-_SPATIAL = {"pattern": SpaceOnly(), "temporal": TemporalLayers()}
+def _space_and_time(experiment: Experiment, sources: Sources) -> Experiment:
+    sizes = {name: getattr(experiment.denoiser.backbone, name) for name in ("channels", "context_width", "patch")}
+    backbone = SpatioTemporalDiTConfig(**sizes, width=48, layers=2, heads=2)
+    return replace(experiment, denoiser=replace(experiment.denoiser, backbone=backbone))
+
+
 _IN_SECONDS = {"time_coordinate": "seconds", "rotary": Rotary3d(split=(8, 8, 8), scale=(2.0, 1.0, 1.0))}
 
 VARIANTS = {
     "plain": Variant(),
     "base": Variant(change=lambda e, s: _change(e, ema_decay=0.5), steps=30, is_trained=True),
-    "spatial": Variant(change=lambda e, s: _change(e, backbone=_SPATIAL), steps=20, is_trained=True),
+    "spatial": Variant(change=_space_and_time, steps=20, is_trained=True),
     "muon": Variant(change=_accumulate),
     "frozen text": Variant(change=_freeze_text),
     "lora": Variant(change=_lora, needs=("base",)),
@@ -192,7 +196,7 @@ VARIANTS = {
         change=lambda e, s: _change(e, train=AllWeights(init_from=str(s.get_run("base")))), needs=("base",)
     ),
     "temporal": Variant(
-        change=lambda e, s: _change(e, backbone=_SPATIAL, train=TemporalWeights(init_from=str(s.get_run("spatial")))),
+        change=lambda e, s: _change(_space_and_time(e, s), train=TemporalWeights(init_from=str(s.get_run("spatial")))),
         needs=("spatial",),
     ),
     "expert": Variant(change=_expert),

@@ -17,7 +17,7 @@ from dit_video.distributed import MeshConfig
 from dit_video.experiment import Experiment, LoraAdapters, PretrainedAutoencoder, export
 from dit_video.experiment.monitors import tile_clips
 from dit_video.experiment.run import Run
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.nn import LoraConfig
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
@@ -32,7 +32,7 @@ STEPS = 4
 
 def make_experiment() -> Experiment:
     """Return the tiny experiment with a larger denoiser, on a mesh of eight devices."""
-    backbone = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=96, layers=2, heads=4)
+    backbone = DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=96, layers=2, heads=4)
     denoiser = replace(EXPERIMENT.denoiser, backbone=backbone, batch=4, steps=STEPS)
     return replace(
         EXPERIMENT,
