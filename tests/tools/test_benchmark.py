@@ -264,7 +264,7 @@ def test_captions_are_tokenised_as_in_training(benchmark, caption):
 def test_settings_can_be_changed_by_name(benchmark, quickstart):
     wide = benchmark.replace_field(benchmark.BUILT_IN, "denoiser.backbone.width", 512)
     assert wide.denoiser.backbone.width == 512
-    assert sum(wide.denoiser.backbone.rotary.split) == 128
+    assert sum(wide.denoiser.backbone.rotary_embedding.split) == 128
     assert benchmark.BUILT_IN.denoiser.backbone.width != 512
     assert benchmark.replace_field(quickstart, "denoiser.backbone.patch", (1, 1, 1)).denoiser.backbone.patch.volume == 1
     with pytest.raises(UserError, match="'depth' does not exist; use one of channels"):

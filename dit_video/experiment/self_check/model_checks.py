@@ -101,7 +101,8 @@ class ModelProbe:
 
     def _predict(self, params, frozen, inputs: _Inputs) -> Float[Array, "B N o"]:
         merged = self._subject.merge_params(params, frozen)
-        denoise, _ = self._subject.loss.make_denoise(merged, inputs.rows, jnp.int32(0))
+        loss = dataclasses.replace(self._subject.loss, is_training=False)
+        denoise, _ = loss.make_denoise(merged, inputs.rows, jnp.int32(0))
         return denoise(jnp.asarray(inputs.noisy), jnp.asarray(inputs.time), None)[0]
 
     def _compute_change(self, params, frozen, inputs: _Inputs, reference: _Inputs, region) -> Float[Array, " B"]:
@@ -295,8 +296,8 @@ def _check_positions(subject: CheckedTraining, params: Any, rows: PackedBatch) -
 
     Positions that are also embedded are left out, by zero weights; `trained_parameters` has these.
     """
-    rotary = getattr(subject.experiment.denoiser.backbone, "rotary", None)
-    if rotary == "none":
+    backbone = subject.experiment.denoiser.backbone
+    if getattr(backbone, "rotary", None) == "none":
         return []
     probe = ModelProbe(subject, params, rows, is_zeroed=True)
     layout = rows.layout
@@ -320,8 +321,8 @@ def _check_positions(subject: CheckedTraining, params: Any, rows: PackedBatch) -
     if probe.measure(move(moved)).max(initial=0) > 10 * _UNCHANGED:
         message = "outputs change if all positions are moved alike: are queries and keys rotated alike?"
         problems.append(Problem("positions", message))
-    if isinstance(rotary, Rotary3d):
-        problems += _check_angles(positions.reshape(-1, 3), rotary)
+    if backbone.rotary_embedding is not None:
+        problems += _check_angles(positions.reshape(-1, 3), backbone.rotary_embedding)
     return problems
 
 

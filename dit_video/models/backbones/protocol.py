@@ -23,7 +23,7 @@ from dit_video.models.conditioning import (
 )
 from dit_video.nn import ONE_DEVICE, Backend, LayerWrapper, Parallelism, Remat
 from dit_video.nn.attention import BackendName, Full, PatternChoice, choose_backend, count_pairs, get_backend_name
-from dit_video.tokens import DenseBatch, Grid, PackedRows
+from dit_video.tokens import DenseBatch, Grid, PackedRows, Rotary3d
 
 
 class ClipTimes(NamedTuple):
@@ -86,7 +86,8 @@ class Backbone(Protocol):
           time: Diffusion time (0 = data, 1 = noise), `B G`: one per segment; or, if the config's `time` is "token",
             `B N`: one per token, or `ClipTimes` if it `accepts_clip_times`.
           layout: Places of the clips in the rows.
-          conditioning: Records of exactly the config's `conditioning_kinds`.
+          conditioning: Records of exactly the config's `conditioning_kinds`; in training also `TrainingKeys`, if the
+            config says `draws_in_training`.
           state: State of the sampler's loop, which a model without caches returns unchanged.
 
         Raises:
@@ -275,6 +276,11 @@ class BackboneConfig(abc.ABC):
     def has_contiguous_clips(self) -> bool:
         """Return True if the tokens of a clip follow one another in attention, with nothing in between."""
         return True
+
+    @property
+    def rotary_embedding(self) -> Rotary3d | None:
+        """Return the rotary embedding of self-attention; None without one, or with another kind."""
+        return None
 
     @property
     def has_attention_bias(self) -> bool:

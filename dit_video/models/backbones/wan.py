@@ -110,7 +110,7 @@ class WanDitConfig(BackboneConfig):
         check_at_least(1, text_length=self.text_length)
         if self.image_positions is not None and self.image_width is None:
             raise UserError(f"image_positions={self.image_positions} needs image tokens; set image_width")
-        _ = self.rotary  # Its constructor checks the factors.
+        _ = self.rotary_embedding  # Its constructor checks the factors.
         check_patterns(self.patterns, self.layers)
         check_attention(self.attention, *self.patterns)
 
@@ -119,7 +119,7 @@ class WanDitConfig(BackboneConfig):
         return self.text_length
 
     @property
-    def rotary(self) -> Rotary3d:
+    def rotary_embedding(self) -> Rotary3d:
         even = Rotary3d.even(self.width // self.heads)
         return dataclasses.replace(even, scale=self.position_scale, stretch=self.position_stretch)
 
@@ -282,7 +282,7 @@ class WanDit(nnx.Module):
             condition=condition,
             modulation=condition._replace(values=modulation),
             layout=layout,
-            angles=compute_rotary_angles(positions, config.rotary),
+            angles=compute_rotary_angles(positions, config.rotary_embedding),
             attention_inputs=AttentionInputs.self_attention(segments, grid_indices, segment_count=layout.count),
             text=self._embed_text(conditioning[TextTokens], count=layout.count),
             image=image,

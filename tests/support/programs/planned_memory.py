@@ -19,7 +19,7 @@ from support import tiny
 def make_experiment():
     """Return the tiny experiment with a wider denoiser and more rows."""
     denoiser = tiny.EXPERIMENT.denoiser
-    shape = {"width": 128, "layers": 2, "rotary": "even", "attention": "dense", "remat": "full"}
+    shape = {"width": 128, "layers": 2, "attention": "dense", "remat": "full"}
     backbone = dataclasses.replace(denoiser.backbone, **shape)
     return dataclasses.replace(tiny.EXPERIMENT, denoiser=dataclasses.replace(denoiser, batch=4, backbone=backbone))
 

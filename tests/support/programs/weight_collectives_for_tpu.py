@@ -25,7 +25,7 @@ COLLECTIVE = re.compile(r"= \(?(\w+)\[([\d,]*)\].* (all-gather|all-reduce|reduce
 def make_experiment():
     """Return the tiny experiment with a wide denoiser in bfloat16, whose weights outweigh its activations."""
     denoiser = tiny.EXPERIMENT.denoiser
-    options = {"attention": "chunked", "remat": "full", "dtype": "bfloat16", "rotary": "even"}
+    options = {"attention": "chunked", "remat": "full", "dtype": "bfloat16"}
     backbone = dataclasses.replace(denoiser.backbone, width=512, layers=4, heads=4, **options)
     layout = dataclasses.replace(denoiser.layout, tokens=64)
     optimizer = dataclasses.replace(denoiser.optimizer, kind="adamw")
