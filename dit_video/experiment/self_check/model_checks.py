@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.core.typing import AnyArray
 from dit_video.distributed import make_shardings, shard_batch
+from dit_video.distributed.sharding import DEFAULT_RULES
 from dit_video.experiment.self_check.step_checks import COUNT, ValueReader
 from dit_video.experiment.self_check.subject import CheckedTraining, Problem
 from dit_video.models.conditioning import COND_LATENTS, ConditioningLatents
@@ -37,8 +38,8 @@ _CHANGED = 1e-6
 """Smallest change that counts as one."""
 _MIN_TIME_RATIO = 0.01
 """Smallest change for `_TIME_STEP`, relative to that for 0.2; it is 0.0035 if the outputs change linearly with time."""
-_POSITION_PATHS = re.compile(r"(^|/)(temporal_)?position(/|$)")
-"""Parameters of embeddings that add positions to the tokens."""
+POSITION_PATHS = r"(^|/)(temporal_)?position(/|$)"
+"""Regular expression for the paths of embeddings that add positions to the tokens."""
 _MASK_STEPS = 64
 _TIMES = 0.7, 0.3
 _TIME_STEP = 7e-4
@@ -129,7 +130,7 @@ class ModelProbe:
 
 
 def _zero_positions(path: str, leaf: Array) -> Array:
-    return 0 * leaf if _POSITION_PATHS.search(path) else leaf
+    return 0 * leaf if re.search(POSITION_PATHS, path) else leaf
 
 
 def check_model(subject: CheckedTraining, params: Any, rows: PackedBatch) -> list[Problem]:
@@ -345,8 +346,6 @@ _MIN_CHANGE = 5e-5
 """Relative change below which rounding of float32 hides the difference."""
 _MAX_STEP = 1e-2
 _TOLERANCE = 0.1
-_STACKED_PATHS = re.compile(r"(^|/)(\w+_)?blocks/")
-"""Parameters with a leading axis of layers."""
 _MAX_LEAVES = 16
 """Number of parameters without a gradient for which the loss is computed again."""
 
@@ -443,7 +442,7 @@ class GradientProbe:
 
 
 def _is_used(path: str, gradient: Array) -> Bool[Array, "*layers"]:
-    is_stacked = _STACKED_PATHS.search(path) and gradient.ndim > 1
+    is_stacked = re.search(DEFAULT_RULES.stacked_pattern, path) and gradient.ndim > 1
     return (gradient != 0).any(axis=tuple(range(1 if is_stacked else 0, gradient.ndim)))
 
 
