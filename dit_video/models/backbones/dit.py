@@ -7,6 +7,7 @@ that is projected once and shared, each block adding its own table, as in Wan 2.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
@@ -150,7 +151,7 @@ class Tokens(NamedTuple):
 class DiT(nnx.Module):
     """The diffusion transformer on packed rows; see `BlockBackbone`."""
 
-    block: ClassVar[type[nnx.Module]] = Block
+    block: ClassVar[Callable[..., nnx.Module]] = Block
 
     def __init__(self, config: TransformerConfig, *, parallel: Parallelism = ONE_DEVICE, rngs: nnx.Rngs):
         self.config, self.parallel = config, parallel
