@@ -17,20 +17,30 @@ import dit_video
 from dit_video import families
 from dit_video.core import config_json, registry
 from dit_video.core.errors import UserError
+from dit_video.core.trees import flatten
 from dit_video.data.ingest.formats import detect, list_clips
 from dit_video.data.latents.cache import LatentSource
 from dit_video.experiment import Experiment, LoraAdapters, Run
 from dit_video.families.convert import convert
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.ltx import LtxDitConfig
+from dit_video.models.backbones.mmdit import MMDiTConfig
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
+from dit_video.models.backbones.wan import WanDitConfig
+from dit_video.models.conditioning import TrainingKeys
 from dit_video.nn import LoraConfig, get_graph_def
-from dit_video.nn.attention import CausalFrames
+from dit_video.nn.attention import CausalFrames, Full
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.tokens import CanvasShape, Grid
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.video import decode
+from support import packed_rows
 from support.devices import wait_until
 from support.extending import replace_backbone, train
 from support.interruptions import interrupt
-from support.packed_rows import FIRST, SECOND, make_batch
+from support.jaxprs import count_primitive, find_branches
+from support.marks import mark_slow_except
+from support.packed_rows import FIRST, SECOND, TEXT_WIDTH, make_batch
 from support.random_params import make_random_params
 
 pytestmark = pytest.mark.slow
@@ -182,6 +192,91 @@ def test_a_control_stack(add_package, tiny, tiny_run, tmp_path):
     new = params | {"base": base, "outputs": {name: 0 * leaf for name, leaf in params["outputs"].items()}}
     result = sample_latents(controlled, new, brightness=hint)
     np.testing.assert_array_equal(result, sample_latents(controlled.base, base))
+
+
+_SIZES = {"channels": 2, "context_width": TEXT_WIDTH, "width": 24, "layers": 4, "heads": 2, "attention": "dense"}
+BACKBONES = {
+    "dit": DiTConfig(**_SIZES),
+    "mmdit": MMDiTConfig(**_SIZES, pattern=(Full(), CausalFrames())),
+    "spatio-temporal": SpatioTemporalDiTConfig(**_SIZES, temporal=TemporalLayers(spatial_layers=2)),
+    "wan": WanDitConfig(**_SIZES, mlp_dim=48, text_length=5, time_width=8),
+    "ltx": LtxDitConfig(**_SIZES, patch=Grid(1, 2, 2), time="segment"),
+}
+KEYS = TrainingKeys(step=jax.random.key(0), rows=jax.random.split(jax.random.key(1), 2))
+"""Keys of a step with two rows."""
+
+
+def make_predictor(mixin, config):
+    """Return a function of parameters and keys that predicts with the config's model, changed by a class."""
+    base = type(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))
+    changed = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
+    graph = get_graph_def(lambda rngs: changed(config, rngs=rngs))
+    batch = make_batch((0, 1), (1, 0))
+
+    def predict(params, keys=None):
+        conditioning = batch.get_conditioning(config)
+        conditioning = conditioning if keys is None else conditioning.add(keys)
+        return nnx.merge(graph, params)(batch.noisy, batch.get_time(config), batch.layout, conditioning)[0]
+
+    return predict
+
+
+def count_flops(predict, params, keys=None):
+    """Count the operations of a prediction with its gradients, as XLA does."""
+    step = jax.jit(jax.grad(lambda params: predict(params, keys).sum()))
+    return step.lower(params).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("name", mark_slow_except(["mmdit"], BACKBONES))
+def test_token_routing_on_any_backbone(add_package, monkeypatch, name):
+    """A share of the tokens is passed around the blocks in the middle in training, which then costs less."""
+    theirs, config = add_package("their_routing", "token_routing"), BACKBONES[name]
+    params, predict = make_random_params(config.make), make_predictor(theirs.Routed, config)
+    expected = jax.jit(predict)(params)
+    np.testing.assert_array_equal(expected, packed_rows.predict(params, make_batch((0, 1), (1, 0)), config))
+    routed, other = (jax.jit(predict)(params, keys) for keys in (KEYS, KEYS._replace(rows=KEYS.rows[::-1])))
+    assert np.isfinite(routed).all()
+    assert min(np.abs(routed - each)[0, FIRST].max() for each in (expected, other)) > 1e-3
+    assert count_flops(predict, params, KEYS) < 0.9 * count_flops(predict, params)
+    monkeypatch.setattr(theirs.Routed, "kept_share", 1.0)
+    np.testing.assert_allclose(
+        jax.jit(lambda params: predict(params, KEYS))(params)[:, :14], expected[:, :14], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", mark_slow_except(["dit"], BACKBONES))
+def test_drop_path_on_any_backbone(add_package, monkeypatch, name):
+    """Random blocks are skipped in training, and what is skipped is not computed."""
+    theirs, config = add_package("their_depth", "drop_path"), BACKBONES[name]
+    params, predict = make_random_params(config.make), make_predictor(theirs.DropPath, config)
+    expected = jax.jit(predict)(params)
+    results = [jax.jit(predict)(params, KEYS._replace(step=jax.random.key(seed))) for seed in range(4)]
+    assert len({result.tobytes() for result in map(np.asarray, results)}) > 1
+    program = jax.make_jaxpr(predict)(params, KEYS)
+    skipped, computed = find_branches(program.jaxpr)
+    assert count_primitive("dot_general", skipped) == 0 < count_primitive("dot_general", computed)
+    monkeypatch.setattr(theirs.DropPath, "last_rate", 0.0)
+    np.testing.assert_allclose(
+        jax.jit(lambda params: predict(params, KEYS))(params)[:, :14], expected[:, :14], atol=1e-5
+    )
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("source", "name"), [("token_routing", "RoutedConfig"), ("drop_path", "DropPathConfig")])
+def test_models_that_draw_in_training(add_package, tiny, tiny_run, tmp_path, source, name):
+    """They are trained from the seed, and sampled as the model that they change."""
+    theirs = add_package(f"their_{source}", source)
+    experiment = replace_backbone(tiny.EXPERIMENT, getattr(theirs, name), layers=3)
+    pipelines = [train(experiment, tiny_run, tmp_path / run) for run in ("first", "again")]
+    trained = [flatten(each.denoiser_params) for each in pipelines]
+    for path, leaf in trained[0].items():
+        np.testing.assert_array_equal(trained[1][path], leaf, err_msg=path)
+    plain = train(replace_backbone(tiny.EXPERIMENT, layers=3), tiny_run, tmp_path / "plain")
+    assert np.abs(flatten(plain.denoiser_params)["backbone/head/kernel"] - trained[0]["backbone/head/kernel"]).max() > 0
+    parts = {"autoencoder": plain.codec.params, "denoiser": pipelines[0].denoiser_params}
+    sampled = [pipelines[0], Pipeline(plain.config, **parts)]
+    results = [each.generate("a red circle", seed=1, steps=2, output="latents") for each in sampled]
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.nightly

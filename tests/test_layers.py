@@ -32,7 +32,7 @@ ORDER = [folder for level in LEVELS for folder in level]
 ROOT_PACKAGE = "dit_video"
 """`dit_video/__init__.py` lies above everything: no module imports it, and it imports lazily."""
 
-BACKBONES = ("dit", "ltx.py", "unet.py", "vace.py", "wan.py")
+BACKBONES = ("dit.py", "ltx.py", "mmdit.py", "spatio_temporal.py", "unet.py", "vace.py", "wan.py")
 """Architectures in dit_video/models/backbones/."""
 HEAVY = ("av", "flax", "grain", "jax", "orbax", "tensorflow_datasets", "transformers")
 LIGHT_FOLDERS = ("models/backbones", "models/autoencoders", "models/encoders", "diffusion", "nn", "tokens")
@@ -110,7 +110,7 @@ def test_only_backbones_and_families_name_one():
     files = [path for place in places for path in (place.rglob("*.py") if place.is_dir() else [place])]
     nodes = [node for path in files for node in walk(path.read_text(encoding="utf-8"))]
     names = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
-    assert {"DitConfig", "WanDit", "WanFamily"} <= names
+    assert {"DiTConfig", "WanDit", "WanFamily"} <= names
     modules = tuple(f"{module_name(place.with_suffix('.py'))}." for place in places)
     used = []
     for path in sources("dit_video"):
@@ -148,13 +148,13 @@ def cycle(edges: dict[str, set[str]]) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dit_video.models.backbones.dit.model", "from dit_video.training import step"),
-        ("dit_video.models.backbones.dit.model", "from dit_video import training"),
-        ("dit_video.models.backbones.dit.model", "import dit_video.weights.io"),
-        ("dit_video.models.backbones.dit.model", "def build():\n    from dit_video.data import rows"),
-        ("dit_video.models.backbones.dit.model", "from ....data import rows"),
-        ("dit_video.models.backbones.dit.model", "from dit_video import load"),
-        ("dit_video.models.backbones.dit.model", "import dit_video"),
+        ("dit_video.models.backbones.dit", "from dit_video.training import step"),
+        ("dit_video.models.backbones.dit", "from dit_video import training"),
+        ("dit_video.models.backbones.dit", "import dit_video.weights.io"),
+        ("dit_video.models.backbones.dit", "def build():\n    from dit_video.data import rows"),
+        ("dit_video.models.backbones.dit", "from ...data import rows"),
+        ("dit_video.models.backbones.dit", "from dit_video import load"),
+        ("dit_video.models.backbones.dit", "import dit_video"),
         ("dit_video.core.rng", "from dit_video.nn import linear"),
         ("dit_video.video.clip", "from dit_video.data import clips as source"),
         ("dit_video.diffusion.objective", "from flax import nnx"),

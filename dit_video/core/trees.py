@@ -3,12 +3,14 @@
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
+
+from dit_video.core.errors import UserError
 
 _format_path = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
@@ -35,6 +37,18 @@ def map_with_path(
 def count_values(tree: Any) -> int:
     """Return the number of values in all leaves."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def check_path_patterns(field: str, patterns: Iterable[str], paths: Collection[str]) -> None:
+    """Check that each pattern, a regular expression that is searched in paths, matches one of them.
+
+    Raises:
+      UserError: If a pattern matches no path.
+    """
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in paths):
+            closest = find_closest(pattern, paths)
+            raise UserError(f"{field}={pattern!r} is invalid: it matches no parameter. Use the path of one: {closest}.")
 
 
 def find_closest(pattern: str, paths: Iterable[str]) -> str:

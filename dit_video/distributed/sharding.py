@@ -76,8 +76,12 @@ def make_shardings(tree: Any, mesh: AnyMesh, rules: ShardingRules = DEFAULT_RULE
     """Return the layout of every leaf (anything with a `shape`), as a tree of `NamedSharding`.
 
     Raises:
-      UserError: If a rule names an axis that the mesh lacks, has more axes than the array, or does not divide it.
+      UserError: If a rule names an axis that the mesh lacks, has more axes than the array, or does not divide it; or if
+        the pattern of a rule of a user matches no array.
     """
+    own_tensor_rules = () if rules.tensor_rules is TENSOR_RULES else rules.tensor_rules
+    for name, own in (("rules", rules.rules), ("tensor_rules", own_tensor_rules)):
+        trees.check_path_patterns(name, (pattern for pattern, *_ in own), trees.flatten(tree))
 
     def layout(path: str, leaf: Any) -> NamedSharding:
         shape = tuple(leaf.shape)

@@ -89,7 +89,7 @@ def make_validation(
     open_batches = input_pipeline.make_online_batches(validated, training, clips, captions, encode)
     with contextlib.closing(open_batches(0)) as batches:
         rows = list(itertools.islice(batches, monitoring.validation_batches))
-    undropped = dataclasses.replace(loss, caption_dropout=0.0)
+    undropped = dataclasses.replace(loss, caption_dropout=0.0, is_training=False)
     eval_loss = undropped if trained.lora is None else LoraLoss(loss=undropped, scale=trained.lora.scale)
     constants = () if trained.base_params is None else (trained.base_params,)
 

@@ -89,10 +89,10 @@ class ModelConfig:
     def _check_text(self) -> None:
         text, backbone = self.text_encoder, self.backbone
         classes = text.classes if isinstance(text, ClassNamesConfig) else 0
-        if classes != backbone.class_count:
+        if classes != backbone.classes:
             raise UserError(
-                f"captions are of {classes} classes, the denoiser's labels of {backbone.class_count}; give the same "
-                "number to text_encoder=ClassNamesConfig(classes=...) and backbone labels=ClassLabels(classes=...)"
+                f"captions are of {classes} classes, the backbone of {backbone.classes}; give the same number to "
+                "text_encoder=ClassNamesConfig(classes=...) and backbone classes=..."
             )
         limits = [(backbone.max_text_tokens, "the backbone accepts captions of up to")]
         if self.layout is not None:

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.core.trees import find_closest, flatten, map_with_path, unflatten
+from dit_video.core.trees import check_path_patterns, flatten, map_with_path, unflatten
 from dit_video.core.typing import AnyArray
 from dit_video.nn.partitioner import Precision, WeightConstraint
 
@@ -232,10 +232,7 @@ def get_lora_changes(
 def _find_targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the adapted kernels by path."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
-    for pattern in config.targets:
-        if not any(re.search(pattern, path) for path in shapes):
-            closest = find_closest(pattern, shapes)
-            raise UserError(f"LoRA target {pattern!r} matches no parameter path; the closest are {closest}")
+    check_path_patterns("targets", config.targets, shapes)
     targets = {path: shape for path, shape in shapes.items() if any(re.search(p, path) for p in config.targets)}
     for path, shape in targets.items():
         if path.split("/")[-1] != "kernel" or len(shape) not in (2, 3):

@@ -1,6 +1,7 @@
 """Stacks of equal layers with parameters stacked along a leading axis `L`, and rematerialisation."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from dit_video.core.errors import UserError
 from dit_video.nn.attention.api import CHECKPOINT_NAME
 from dit_video.nn.container import ParamRngs
 
@@ -62,7 +64,9 @@ class LayerGroup(NamedTuple):
     """Values of each layer for the wrapper, with a leading axis `L`."""
 
 
-def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none") -> tuple[Carry, list[Any]]:
+def scan_layers(
+    x: Carry, groups: Sequence[LayerGroup], *, layers: slice = slice(None), remat: Remat = "none"
+) -> tuple[Carry, list[Any]]:
     """Apply groups of layers, each with some layers of the first stack, then some of the second, and so on.
 
     The i-th layer of a stack in a group is called as `x = layer(x, *contexts[i])`. Layers can thus alternate in what is
@@ -74,9 +78,49 @@ def scan_layers(x: Carry, groups: Sequence[LayerGroup], *, remat: Remat = "none"
     GPUs and TPUs run a scan over the groups, whose compile time does not grow with depth; on CPU the loop is unrolled,
     which is about 1.5 times faster there. With any `remat` other than "none" a scan is used on every platform.
 
+    Args:
+      x: Input of the first layer.
+      groups: The stacks, and the arguments of their layers.
+      layers: Range of the first stack's layers that are applied, and that its wrapper has values of. Layers of other
+        stacks are applied where they follow a group's last layer.
+      remat: Rematerialisation policy.
+
     Returns:
       The last `x`, and each stack's outputs of its wrapper, with a leading axis `L`.
+
+    Raises:
+      UserError: If the range has a step.
     """
+    first, size = groups[0], len(groups[0].contexts)
+    total = jax.tree.leaves(nnx.state(first.stack))[0].shape[0]
+    start, stop, step = layers.indices(total)
+    if step != 1:
+        raise UserError(f"layers={layers} is invalid: layers follow one another. Use a range without a step.")
+    if (start, stop) == (0, total):
+        return _scan_groups(x, groups, remat)
+    # Whole groups are scanned together; the parts of a group before and after them by themselves.
+    cuts = {start, min(-(-start // size) * size, stop), max(stop // size * size, start), max(start, stop)}
+    outputs: list[list[Any]] = [[] for _ in groups]
+    for begin, end in itertools.pairwise(sorted(cuts)):
+        contexts = first.contexts[begin % size :][: end - begin]
+        values = _take_layers(first.values, begin - start, end - start)
+        part = [LayerGroup(_take_layers(first.stack, begin, end), contexts, first.wrapper, values)]
+        for other in groups[1:] if end % size == 0 else ():
+            count = len(other.contexts)
+            part.append(other._replace(stack=_take_layers(other.stack, begin // size * count, end // size * count)))
+        x, results = _scan_groups(x, part, remat)
+        for collected, result in zip(outputs, results, strict=False):
+            collected.append(result)
+    return x, [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *each) if each else None for each in outputs]
+
+
+def _take_layers(stacked: Any, start: int, stop: int) -> Any:
+    """Return a range of the layers of a stack, or of values with a leading axis of layers."""
+    return jax.tree.map(lambda leaf: leaf[start:stop], stacked)
+
+
+def _scan_groups(x: Carry, groups: Sequence[LayerGroup], remat: Remat) -> tuple[Carry, list[Any]]:
+    """Apply groups of layers of which each stack has as many as it has contexts, or a multiple."""
     graphs, grouped = [], []
     for stack, contexts, _, values in groups:
         graph, stacked = nnx.split(stack)

@@ -13,5 +13,11 @@ from dit_video.tokens.positions import (
     rotate,
     split_evenly,
 )
-from dit_video.tokens.segments import compute_segment_offsets, expand_to_tokens, segment_max, segment_mean
+from dit_video.tokens.segments import (
+    compute_segment_offsets,
+    expand_to_tokens,
+    segment_max,
+    segment_mean,
+    take_tokens,
+)
 from dit_video.tokens.shapes import CanvasFill, CanvasShape, DenseShape, LayoutShape, PackedShape, sort_grids

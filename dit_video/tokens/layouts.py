@@ -20,6 +20,7 @@ from dit_video.tokens.segments import (
     segment_max,
     segment_mean,
     segment_quantile,
+    take_tokens,
 )
 
 
@@ -60,6 +61,11 @@ class PackedRows:
         ids = jnp.arange(1, self.count + 1)
         is_present = (jnp.asarray(self.segments)[..., None] == ids).any(axis=1)
         return jnp.repeat(jnp.where(is_present, ids, 0), length, axis=1)
+
+    def take(self, kept: Int[Array, "B K"]) -> "PackedRows":
+        """Return the layout of some of the tokens, by their numbers in increasing order."""
+        segments, positions = (take_tokens(jnp.asarray(each), kept) for each in (self.segments, self.positions))
+        return PackedRows(segments=segments, positions=positions, count=self.count)
 
     def sample_noise(self, keys: Key[Array, "B G"], width: int) -> Float[Array, "B N {width}"]:
         """Sample standard normal noise, which depends on an example's key and its tokens' order, but not on its row."""

@@ -20,6 +20,11 @@ def expand_to_tokens(values: Shaped[Array, "B G *rest"], segments: Int[AnyArray,
     return (_gather_differentiable if is_differentiable else _gather)(values, indices)
 
 
+def take_tokens(values: Shaped[Array, "B N *rest"], kept: Int[Array, "B K"]) -> Shaped[Array, "B K *rest"]:
+    """Return the values of each row's tokens with the numbers `kept`."""
+    return jnp.take_along_axis(values, kept.reshape(*kept.shape, *(1,) * (values.ndim - 2)), axis=1)
+
+
 _MAX_SELECTED_SEGMENTS = 8
 """Segments per row up to which accelerators select among the values instead of gathering them. Selection is fused into
 the operation that reads the values, whereas the result of a gather is written to memory first."""

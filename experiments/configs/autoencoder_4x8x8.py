@@ -20,7 +20,7 @@ The following numbers are computed from shapes and from XLA's count for the lowe
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig, LeCam
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
@@ -32,7 +32,7 @@ EXPERIMENT = Experiment(
     data=DataConfig(max_pixels=256 * 256, max_frames=17, clips_per_video=4),
     model=ModelConfig(
         autoencoder=CausalVaeConfig(bfloat16=True, remat=True),
-        backbone=DitConfig(channels=16, context_width=512, width=768, layers=12, heads=12),
+        backbone=DiTConfig(channels=16, context_width=512, width=768, layers=12, heads=12),
         text_encoder=ByteEncoderConfig(width=512, layers=6, max_tokens=256),
         layout=PackedShape(tokens=2560, text=2048, segments=16),
         fps=16.0,

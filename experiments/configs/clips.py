@@ -13,7 +13,7 @@ from dit_video.diffusion import RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
@@ -24,7 +24,7 @@ EXPERIMENT = Experiment(
     data=DataConfig(max_pixels=96 * 128, max_frames=17, clips_per_video=4),
     model=ModelConfig(
         autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=4),
-        backbone=DitConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
+        backbone=DiTConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=192, layers=6, heads=4),
         text_encoder=ByteEncoderConfig(width=96, layers=2, max_tokens=256),
         process=RectifiedFlow(shift=2.0),
         layout=PackedShape(tokens=480, text=512, segments=8),

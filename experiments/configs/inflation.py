@@ -22,7 +22,7 @@ from dit_video.diffusion import RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, ImageLevels, ImageVaeConfig, InflatedConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
@@ -37,7 +37,7 @@ EXPERIMENT = Experiment(
                 channels=16, use_quant_conv=False, use_post_quant_conv=False, levels=ImageLevels(bfloat16=True)
             )
         ),
-        backbone=DitConfig(channels=16, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
+        backbone=DiTConfig(channels=16, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
         text_encoder=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
         process=RectifiedFlow(shift=3.0),
         layout=PackedShape(tokens=4608, text=1024, segments=16),

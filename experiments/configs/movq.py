@@ -26,7 +26,7 @@ from dit_video.models.autoencoders import (
     CodebookConfig,
     VqConfig,
 )
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(
             codebook=CodebookConfig(codes=16384, width=8, spherical=True),
             modulated=True,
         ),
-        backbone=DitConfig(channels=8, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
+        backbone=DiTConfig(channels=8, context_width=256, patch=Grid(1, 2, 2), width=768, layers=12, heads=12),
         text_encoder=ByteEncoderConfig(width=256, layers=4, heads=4, max_tokens=256),
         process=RectifiedFlow(shift=3.0),
         layout=PackedShape(tokens=2560, text=1024, segments=16),

@@ -7,7 +7,7 @@ from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import RectifiedFlow
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
@@ -39,7 +39,7 @@ def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
         ),
         model=ModelConfig(
             autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
-            backbone=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
+            backbone=DiTConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
             text_encoder=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
             process=RectifiedFlow(shift=5.0),
             layout=PackedShape(tokens=120, text=224, segments=12),

@@ -17,7 +17,7 @@ from dit_video.diffusion import RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import WordEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
@@ -31,7 +31,7 @@ EXPERIMENT = Experiment(
     data=DATA,
     model=ModelConfig(
         autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=128, blocks=3, preactivated=True),
-        backbone=DitConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
+        backbone=DiTConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
         text_encoder=WordEncoderConfig(width=96, layers=1, max_tokens=64),
         process=RectifiedFlow(shift=4.0),
         layout=PackedShape(tokens=120, text=256, segments=8),

@@ -9,7 +9,7 @@ from configs import quickstart
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import Experiment, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.unet import UnetConfig
 from dit_video.tokens import CanvasShape, Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
@@ -32,7 +32,7 @@ def make_transformer_experiment(seed: int = 0, *, brief: bool = False) -> Experi
     model = dataclasses.replace(
         base.get_model(),
         autoencoder=PatchVaeConfig(stride=Grid(4, 4, 4), channels=CHANNELS, width=40, blocks=2),
-        backbone=DitConfig(channels=CHANNELS, context_width=64, patch=Grid(1, 4, 4), width=176, layers=4, heads=4),
+        backbone=DiTConfig(channels=CHANNELS, context_width=64, patch=Grid(1, 4, 4), width=176, layers=4, heads=4),
         layout=PackedShape(tokens=120, text=320, segments=18),
     )
     stages = (

@@ -228,7 +228,7 @@ def test_a_class_of_a_file_that_is_run_is_not_written_for_other_processes(tmp_pa
         ),
         (
             {
-                "type": "dit_video.models.backbones.dit.model:DitConfig",
+                "type": "dit_video.models.backbones.dit:DiTConfig",
                 "channels": 1,
                 "context_width": 1,
                 "absolute_position": 3,

@@ -23,10 +23,12 @@ from dit_video.distributed import (
     make_shardings,
 )
 from dit_video.distributed.sharding import DEFAULT_RULES, FUSED_MAPS
-from dit_video.models.backbones.dit import DitConfig, JointAttention, TemporalLayers
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.mmdit import MMDiTConfig
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import ONE_DEVICE, Linear, get_param_shapes
-from dit_video.nn.attention import AttentionInputs, Full, SlidingWindow, SpaceOnly
+from dit_video.nn.attention import AttentionInputs, Full, SlidingWindow
 from dit_video.nn.attention.chunked import attend_part, compute_part_gradients
 from dit_video.nn.attention.dense import DenseAttention
 from support.devices import check_on_eight_devices, run_together
@@ -173,13 +175,13 @@ SIZE = {"channels": 1, "context_width": 8, "width": 64, "heads": 8}
     ],
 )
 def test_a_batch_or_model_that_does_not_fit_a_mesh_is_refused_with_values_that_fit(fields, batch, way, message):
-    backbone = DitConfig(**{"channels": 1, "context_width": 8, "width": 64, "heads": 8} | fields)
+    backbone = DiTConfig(**{"channels": 1, "context_width": 8, "width": 64, "heads": 8} | fields)
     with pytest.raises(UserError, match=message):
         check_denoiser(MeshPartitioner(MESH, way), backbone, **FITS | batch)
 
 
 def test_a_batch_and_model_that_fit_a_mesh_are_accepted():
-    backbone = DitConfig(channels=1, context_width=8, width=64, heads=8, pattern=SlidingWindow(radius=(1, None, None)))
+    backbone = DiTConfig(channels=1, context_width=8, width=64, heads=8, pattern=SlidingWindow(radius=(1, None, None)))
     check_denoiser(MeshPartitioner(MESH, "ring"), backbone, **FITS)
     wan = WanDitConfig(width=128, mlp_dim=64, heads=16)
     check_denoiser(MeshPartitioner(MESH, "ulysses"), wan, **FITS)
@@ -187,7 +189,7 @@ def test_a_batch_and_model_that_fit_a_mesh_are_accepted():
 
 def test_heads_and_hidden_widths_are_split_over_tensor_as_are_their_moments():
     fits = ShardingRules(min_size=1)
-    backbone = DitConfig(channels=1, context_width=8, width=64, heads=8, layers=2)
+    backbone = DiTConfig(channels=1, context_width=8, width=64, heads=8, layers=2)
     shapes = jax.eval_shape(optax.adam(1e-3).init, get_param_shapes(backbone.make))
     moments = trees.flatten(make_shardings(shapes, MESH, fits))
     expected = {
@@ -207,10 +209,8 @@ def test_heads_and_hidden_widths_are_split_over_tensor_as_are_their_moments():
 @pytest.mark.parametrize(
     "backbone",
     [
-        DitConfig(
-            channels=1, context_width=8, width=64, heads=8, mlp="swiglu", pattern=SpaceOnly(), temporal=TemporalLayers()
-        ),
-        DitConfig(channels=1, context_width=8, width=64, heads=8, context=JointAttention(), modulation="own"),
+        SpatioTemporalDiTConfig(channels=1, context_width=8, width=64, heads=8, mlp="swiglu"),
+        MMDiTConfig(channels=1, context_width=8, width=64, heads=8),
         WanDitConfig(width=64, heads=8, image_width=8),
     ],
     ids=["cross", "joint", "wan"],

@@ -9,7 +9,6 @@ import pytest
 import dit_video
 from dit_video.core.errors import UserError
 from dit_video.experiment.run import Run
-from dit_video.models.backbones.dit import ClassLabels, NoContext
 from dit_video.models.encoders import ClassNamesConfig
 from dit_video.tokens import PackedShape
 
@@ -25,9 +24,8 @@ def names(tiny_clips):
 
 def experiment(tiny, names):
     """Return the tiny experiment with captions that name classes."""
-    labels = ClassLabels(classes=len(names))
     return tiny.EXPERIMENT.replace_model(
-        backbone=tiny.EXPERIMENT.model.backbone.replace(context=NoContext(), context_width=0, labels=labels),
+        backbone=tiny.EXPERIMENT.model.backbone.replace(context_width=0, classes=len(names)),
         text_encoder=ClassNamesConfig(classes=len(names), names=names),
         layout=PackedShape(tokens=12, text=3, segments=3),
     )
@@ -61,6 +59,6 @@ def test_captions_that_are_no_classes_are_refused(tiny, tiny_run, names, tmp_pat
     run = begun(tmp_path / "run", experiment(tiny, ("a dog", *names[1:])), tiny_run)
     with pytest.raises(UserError, match=f"{names[0]!r} is no class"):
         run.run_stages()
-    backbone = tiny.EXPERIMENT.model.backbone.replace(context=NoContext(), context_width=0)
+    backbone = tiny.EXPERIMENT.model.backbone.replace(context_width=0)
     with pytest.raises(UserError, match="captions are of 3 classes, the denoiser's labels of 0"):
         tiny.EXPERIMENT.replace_model(backbone=backbone, text_encoder=ClassNamesConfig(classes=3))

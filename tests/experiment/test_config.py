@@ -11,7 +11,7 @@ from dit_video.distributed import Parallelism
 from dit_video.experiment import Experiment
 from dit_video.experiment.config_file import load_experiment
 from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
@@ -117,10 +117,10 @@ def test_windows_that_lpips_cannot_see_are_refused(tiny):
     ("make", "message"),
     [
         (
-            lambda: DitConfig(channels=4, context_width=8, width=30, heads=4),
+            lambda: DiTConfig(channels=4, context_width=8, width=30, heads=4),
             "width 30 must be divisible by its 4 heads",
         ),
-        (lambda: DitConfig(channels=4, context_width=8, width=12, heads=4), "must be even"),
+        (lambda: DiTConfig(channels=4, context_width=8, width=12, heads=4), "must be even"),
         (lambda: ByteEncoderConfig(width=18, heads=4), "width=18, heads=4 .*heads that divide"),
         (lambda: ByteEncoderConfig(max_tokens=30), "patch=4 .*multiple of the patch"),
         (lambda: PatchVaeConfig(width=0), "width=0.*at least 1"),

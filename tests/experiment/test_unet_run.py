@@ -13,7 +13,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.unet import UnetConfig
 from dit_video.sampling.pipeline import Request
 from dit_video.tokens import CanvasShape, Grid, PackedShape
@@ -63,10 +63,10 @@ def test_the_config_of_a_unet_differs_from_a_transformer_s_in_backbone_and_layou
 
 
 def test_a_layout_that_the_backbone_does_not_accept_is_refused(unet_experiment):
-    dit = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2)
+    dit = DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2)
     for changes, message in (
         ({"layout": PackedShape(tokens=96, text=96, segments=6)}, r"UnetConfig takes canvases. Use CanvasShape"),
-        ({"backbone": dit}, r"DitConfig takes rows. Use PackedShape"),
+        ({"backbone": dit}, r"DiTConfig takes rows. Use PackedShape"),
         (
             {"layout": dataclasses.replace(CANVAS, cell=Grid(1, 1, 1))},
             r"layout.cell=\(1, 1, 1\) is invalid: .* Use \(1, 2, 2\)",

@@ -161,7 +161,7 @@ def test_the_names_of_adapters_are_converted(tmp_path):
     shapes = {"backbone": get_param_shapes(WAN.make)}
     assert_same_params(load_lora(paths[2], shapes, get_native_modules(shapes))["backbone"], lora)
     save_denoiser(tmp_path / "sit", SIT, make_random_params(SIT.make), layout="authors")
-    with pytest.raises(UserError, match=r"DitConfig, whose family has no LoRA files"):
+    with pytest.raises(UserError, match=r"DiTConfig, whose family has no LoRA files"):
         convert_lora(paths[0], tmp_path / "none.safetensors", tmp_path / "sit", layout="authors")
 
 

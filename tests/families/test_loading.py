@@ -99,7 +99,7 @@ def test_an_incomplete_pipeline_is_refused(tiny_run, tmp_path):
 def test_weights_of_another_config_are_refused(tiny_run, tmp_path):
     copy = shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     written = document(tiny_run)
-    written["config"]["model"]["backbone"] |= {"width": 32, "rotary": "even"}
+    written["config"]["model"]["backbone"] |= {"width": 32}
     (copy / "pipeline.json").write_text(json.dumps(written))
     with pytest.raises(UserError, match="does not fit the model"):
         dit_video.load(copy)

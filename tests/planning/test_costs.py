@@ -4,7 +4,8 @@ import math
 import pytest
 
 from dit_video.distributed import Parallelism, make_abstract_partitioner
-from dit_video.models.backbones.dit import DitConfig, JointAttention
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.mmdit import MMDiTConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.planning import (
     CollectiveTraffic,
@@ -23,8 +24,8 @@ KEYS_AND_VALUES = 3 * 2 * 32 * 32
 @pytest.mark.parametrize(
     ("config", "count"),
     [
-        (DitConfig(**SIZES), KEYS_AND_VALUES),
-        (DitConfig(**SIZES, context=JointAttention()), 0),
+        (DiTConfig(**SIZES), KEYS_AND_VALUES),
+        (MMDiTConfig(**SIZES), 0),
         (WanDitConfig(**SIZES, text_length=8, mlp_dim=48), KEYS_AND_VALUES),
         (WanDitConfig(**SIZES, text_length=8, mlp_dim=48, image_width=12), 2 * KEYS_AND_VALUES),
     ],

@@ -26,7 +26,7 @@ def training(tiny):
         "denoiser", batch=4, optimizer=OptimizerConfig(warmup=1), averages=EmaConfig(decays=(0.5,))
     )
     experiment = experiment.replace_model(layout=PackedShape(tokens=768, text=96, segments=3))
-    return experiment.replace_backbone(width=128, layers=4, rotary="even")
+    return experiment.replace_backbone(width=128, layers=4)
 
 
 def get_peak(experiment, part="denoiser"):

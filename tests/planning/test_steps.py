@@ -12,13 +12,13 @@ import pytest
 from dit_video.distributed import Parallelism
 from dit_video.experiment import Experiment, ModelConfig, Run
 from dit_video.models.autoencoders import IdentityConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support.devices import HANG, PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKBONE = DitConfig(
+BACKBONE = DiTConfig(
     channels=3, context_width=16, patch=Grid(1, 2, 2), width=128, layers=2, heads=2, dtype="bfloat16", remat="full"
 )
 

@@ -3,6 +3,18 @@
 from typing import Any
 
 
+def find_branches(jaxpr: Any) -> list[Any]:
+    """Return the branches of the first condition in a program, the cheapest first; none without a condition."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            branches = [branch.jaxpr for branch in equation.params["branches"]]
+            return sorted(branches, key=lambda branch: len(branch.eqns))
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr") and (found := find_branches(value.jaxpr)):
+                return found
+    return []
+
+
 def count_primitive(primitive: str, jaxpr: Any) -> int:
     """Return how often an operation occurs in a program; in a loop's body it counts once."""
     inner = [

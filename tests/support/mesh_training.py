@@ -15,7 +15,7 @@ from dit_video.distributed import (
     make_shardings,
     shard_batch,
 )
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
@@ -29,7 +29,7 @@ from support.random_params import make_random_params
 from support.training_state import create_state, make_step
 
 TEXT = ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=16)
-DIT = DitConfig(channels=1, context_width=16, patch=Grid(1, 2, 2), width=64, layers=2, heads=8, mlp_ratio=2.0)
+DIT = DiTConfig(channels=1, context_width=16, patch=Grid(1, 2, 2), width=64, layers=2, heads=8, mlp_ratio=2.0)
 WAN = WanDitConfig(channels=1, context_width=16, text_length=16, width=64, mlp_dim=96, layers=2, heads=8, time_width=16)
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=64, text=64, segments=4)

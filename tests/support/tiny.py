@@ -9,7 +9,7 @@ almost nothing.
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
@@ -36,7 +36,7 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
         ),
         model=ModelConfig(
             autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=4, width=8, blocks=1),
-            backbone=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),
+            backbone=DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=24, layers=1, heads=2),
             text_encoder=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
             layout=PackedShape(tokens=12, text=96, segments=3),
         ),

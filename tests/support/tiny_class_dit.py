@@ -2,13 +2,14 @@
 
 import dataclasses
 
-from dit_video.models.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.positions import ImageSineCosine
+from dit_video.models.backbones.transformer import TimeEmbedding
 
-DIT = DitConfig(
+DIT = DiTConfig(
     channels=3,
     context_width=0,
-    context=NoContext(),
-    labels=ClassLabels(classes=5),
+    classes=5,
     width=16,
     layers=2,
     heads=2,

@@ -1,7 +1,7 @@
 """A denoiser with random parameters, and requests for it."""
 
 from dit_video.diffusion import RectifiedFlow
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def
 from dit_video.sampling import Denoiser, Sampling, SamplingRequest, draw_initial_noise
@@ -9,7 +9,7 @@ from dit_video.tokens import Grid, PackedShape
 from support.random_params import make_random_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=32)
-DIT = DitConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
+DIT = DiTConfig(channels=2, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
 SHAPE = PackedShape(tokens=16, text=20, segments=3)
 SAMPLING = Sampling(steps=2, guidance=2.0)
 

@@ -9,7 +9,7 @@ import numpy as np
 from dit_video.core.offload import Offload
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.distributed import Parallelism
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid
@@ -17,7 +17,7 @@ from dit_video.weights import get_native_modules, save
 from support.random_params import make_random_params
 from support.tiny import EXPERIMENT
 
-BACKBONE = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=64, layers=2, heads=4, attention="dense")
+BACKBONE = DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=64, layers=2, heads=4, attention="dense")
 CONFIG = PipelineConfig(
     model=replace(EXPERIMENT.get_model(), backbone=BACKBONE, fps=16.0),
     batch=1,

@@ -265,7 +265,7 @@ def test_captions_are_tokenised_as_in_training(benchmark, caption):
 def test_settings_can_be_changed_by_name(benchmark, quickstart):
     wide = benchmark.replace_fields(benchmark.BUILT_IN, {"model.backbone.width": 512})
     assert wide.model.backbone.width == 512
-    assert sum(wide.model.backbone.rotary.split) == 128
+    assert sum(wide.model.backbone.rotary_embedding.split) == 128
     assert benchmark.BUILT_IN.model.backbone.width != 512
     changed = benchmark.replace_fields(quickstart, {"model.backbone.patch": (1, 1, 1), "denoiser.batch": 16})
     assert (changed.model.backbone.patch.volume, changed.denoiser.batch) == (1, 16)

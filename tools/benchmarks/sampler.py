@@ -27,7 +27,7 @@ from benchmarks.timer import time_median
 from dit_video.core import rng
 from dit_video.diffusion import RectifiedFlow
 from dit_video.models.backbones.denoise import make_denoise_fn
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def, init_params
@@ -75,7 +75,7 @@ class SamplingModel:
     def __init__(self, shape: SamplingShape):
         self.shape, self.num_rows = shape, shape.num_clips
         text = ByteEncoderConfig(width=64, layers=1, heads=2, max_tokens=shape.text_tokens)
-        self._config = DitConfig(
+        self._config = DiTConfig(
             channels=shape.channels,
             context_width=text.width,
             patch=Grid(1, 2, 2),

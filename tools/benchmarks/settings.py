@@ -18,7 +18,7 @@ from dit_video.data.packing.plan import RowStream
 from dit_video.diffusion import RectifiedFlow
 from dit_video.distributed import Parallelism
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_grid
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.models.model_config import ModelConfig
 from dit_video.tokens import (
@@ -47,7 +47,7 @@ BUILT_IN = SimpleNamespace(
     data=SimpleNamespace(max_pixels=32 * 48, max_frames=17),
     model=ModelConfig(
         autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=72, blocks=2),
-        backbone=DitConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
+        backbone=DiTConfig(channels=8, context_width=64, patch=Grid(1, 2, 2), width=176, layers=4, heads=4),
         text_encoder=ByteEncoderConfig(width=64, layers=1, max_tokens=64),
         process=RectifiedFlow(shift=5.0),
         layout=PackedShape(tokens=120, text=224, segments=12),
@@ -131,8 +131,6 @@ def replace_fields(config: Any, changes: Mapping[str, Any]) -> Any:
         groups.setdefault(name, {})[rest] = value
     fields = {field: getattr(config, field) for field in getattr(config, "__dict__", {})}
     stages = {stage.name: stage for stage in fields.get("stages", ())}
-    if isinstance(config, DitConfig) and groups.keys() & {"width", "heads"}:
-        fields["rotary"] = "even"  # another split of the rotary channels
     for name, inner in groups.items():
         owner = stages if name in stages and "" not in inner else fields
         if name not in owner:

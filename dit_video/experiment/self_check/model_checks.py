@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.core.typing import AnyArray
 from dit_video.distributed import make_shardings, shard_batch
+from dit_video.distributed.sharding import DEFAULT_RULES
 from dit_video.experiment.self_check.step_checks import COUNT, ValueReader
 from dit_video.experiment.self_check.subject import CheckedTraining, Problem
 from dit_video.models.conditioning import COND_LATENTS, ConditioningLatents
@@ -37,8 +38,8 @@ _CHANGED = 1e-6
 """Smallest change that counts as one."""
 _MIN_TIME_RATIO = 0.01
 """Smallest change for `_TIME_STEP`, relative to that for 0.2; it is 0.0035 if the outputs change linearly with time."""
-_POSITION_PATHS = re.compile(r"(^|/)(temporal_)?position(/|$)")
-"""Parameters of embeddings that add positions to the tokens."""
+POSITION_PATHS = r"(^|/)(temporal_)?position(/|$)"
+"""Regular expression for the paths of embeddings that add positions to the tokens."""
 _MASK_STEPS = 64
 _TIMES = 0.7, 0.3
 _TIME_STEP = 7e-4
@@ -101,7 +102,8 @@ class ModelProbe:
 
     def _predict(self, params, frozen, inputs: _Inputs) -> Float[Array, "B N o"]:
         merged = self._subject.merge_params(params, frozen)
-        denoise, _ = self._subject.loss.make_denoise(merged, inputs.rows, jnp.int32(0))
+        loss = dataclasses.replace(self._subject.loss, is_training=False)
+        denoise, _ = loss.make_denoise(merged, inputs.rows, jnp.int32(0))
         return denoise(jnp.asarray(inputs.noisy), jnp.asarray(inputs.time), None)[0]
 
     def _compute_change(self, params, frozen, inputs: _Inputs, reference: _Inputs, region) -> Float[Array, " B"]:
@@ -128,7 +130,7 @@ class ModelProbe:
 
 
 def _zero_positions(path: str, leaf: Array) -> Array:
-    return 0 * leaf if _POSITION_PATHS.search(path) else leaf
+    return 0 * leaf if re.search(POSITION_PATHS, path) else leaf
 
 
 def check_model(subject: CheckedTraining, params: Any, rows: PackedBatch) -> list[Problem]:
@@ -292,8 +294,8 @@ def _check_positions(subject: CheckedTraining, params: Any, rows: PackedBatch) -
 
     Positions that are also embedded are left out, by zero weights; `trained_parameters` has these.
     """
-    rotary = getattr(subject.model.backbone, "rotary", None)
-    if rotary == "none":
+    backbone = subject.model.backbone
+    if getattr(backbone, "rotary", None) == "none":
         return []
     probe = ModelProbe(subject, params, rows, is_zeroed=True)
     layout = rows.layout
@@ -317,8 +319,8 @@ def _check_positions(subject: CheckedTraining, params: Any, rows: PackedBatch) -
     if probe.measure(move(moved)).max(initial=0) > 10 * _UNCHANGED:
         message = "outputs change if all positions are moved alike: are queries and keys rotated alike?"
         problems.append(Problem("positions", message))
-    if isinstance(rotary, Rotary3d):
-        problems += _check_angles(positions.reshape(-1, 3), rotary)
+    if backbone.rotary_embedding is not None:
+        problems += _check_angles(positions.reshape(-1, 3), backbone.rotary_embedding)
     return problems
 
 
@@ -341,8 +343,6 @@ _MIN_CHANGE = 5e-5
 """Relative change below which rounding of float32 hides the difference."""
 _MAX_STEP = 1e-2
 _TOLERANCE = 0.1
-_STACKED_PATHS = re.compile(r"(^|/)(\w+_)?blocks/")
-"""Parameters with a leading axis of layers."""
 _MAX_LEAVES = 16
 """Number of parameters without a gradient for which the loss is computed again."""
 
@@ -439,7 +439,7 @@ class GradientProbe:
 
 
 def _is_used(path: str, gradient: Array) -> Bool[Array, "*layers"]:
-    is_stacked = _STACKED_PATHS.search(path) and gradient.ndim > 1
+    is_stacked = re.search(DEFAULT_RULES.stacked_pattern, path) and gradient.ndim > 1
     return (gradient != 0).any(axis=tuple(range(1 if is_stacked else 0, gradient.ndim)))
 
 

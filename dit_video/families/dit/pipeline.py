@@ -31,7 +31,8 @@ from dit_video.diffusion import (
 from dit_video.families.autoencoders import read_autoencoder_config
 from dit_video.families.dit.transformer import DitDenoiserFormat
 from dit_video.families.family import INDEX, Family, LoadOptions, check_channels
-from dit_video.models.backbones.dit import DitConfig, ImageSineCosine
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.positions import ImageSineCosine
 from dit_video.models.encoders import ClassNamesConfig
 from dit_video.models.model_config import ModelConfig
 from dit_video.sampling import Sampling
@@ -84,14 +85,14 @@ class DitFamily(Family):
         backbone, autoencoder = DENOISER.read_folder_config(transformer), read_autoencoder_config(folder / "vae")
         check_channels(folder, backbone, autoencoder)
         position = backbone.absolute_position
-        if backbone.labels is None or not isinstance(position, ImageSineCosine):
+        if not backbone.classes or not isinstance(position, ImageSineCosine):
             rule = f"a {CLASS} needs a class-conditional DiT"
             raise UserError(f"{transformer} is invalid: {rule}. Load it by dit_video.families.load_denoiser")
         schedule = (
             load_scheduler(folder / "scheduler") if (folder / "scheduler").is_dir() else _get_default_schedule(backbone)
         )
         names = index.get("id2label") or {}
-        side, stride, classes = position.side, autoencoder.stride, backbone.labels.classes
+        side, stride, classes = position.side, autoencoder.stride, backbone.classes
         backbone, prediction = _match_schedule(folder, replace(backbone, dtype=options.dtype), schedule)
         class_names = tuple(str(names.get(str(number), number)) for number in range(classes)) if names else ()
         return PipelineConfig(
@@ -121,7 +122,7 @@ class DitFamily(Family):
         return files[0] if len(files) == 1 else transformer
 
 
-def _get_default_schedule(backbone: DitConfig) -> LoadedScheduler:
+def _get_default_schedule(backbone: DiTConfig) -> LoadedScheduler:
     """Return the sampling schedule of a model that comes without a scheduler."""
     if backbone.time_embedding.reversed:
         return LoadedScheduler(Heun(), RectifiedFlow(), UniformTimes(), Velocity())
@@ -130,7 +131,7 @@ def _get_default_schedule(backbone: DitConfig) -> LoadedScheduler:
     return LoadedScheduler(Ddpm(), VariancePreservingProcess(), schedule, prediction)
 
 
-def _match_schedule(folder: Path, backbone: DitConfig, schedule: LoadedScheduler) -> tuple[DitConfig, Prediction]:
+def _match_schedule(folder: Path, backbone: DiTConfig, schedule: LoadedScheduler) -> tuple[DiTConfig, Prediction]:
     """Return the model with the schedule's number of steps, with or without its variance, and its prediction type."""
     flow = isinstance(schedule.process, RectifiedFlow)
     if flow != backbone.time_embedding.reversed:

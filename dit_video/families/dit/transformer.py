@@ -20,7 +20,9 @@ import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
-from dit_video.models.backbones.dit import ClassLabels, DitConfig, ImageSineCosine, NoContext, TimeEmbedding
+from dit_video.models.backbones.dit import DIT_SIZES, DiTConfig
+from dit_video.models.backbones.positions import ImageSineCosine
+from dit_video.models.backbones.transformer import TimeEmbedding
 from dit_video.tokens import Grid
 from dit_video.weights import folders
 from dit_video.weights.folders import DENSE, TensorFolder
@@ -89,7 +91,6 @@ _AUTHORS_DEFAULTS: dict[str, Any] = {
     "num_classes": 1000,
     "learn_sigma": True,
 }
-_SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
 _FILE_PATTERN = re.compile(r"(?P<kind>DiT|SiT)-(?P<size>XL|L|B|S)-(?P<patch>\d+)(-(?P<height>\d+)(x\d+)?)?.*")
 
 # Names: ours, the authors', diffusers'. First those within a block, then those that occur once.
@@ -110,17 +111,17 @@ _TIME_LINEAR = (
 """Layers of the time embedding, which diffusers repeats in every block."""
 
 
-class DitDenoiserFormat(DenoiserFormat[DitConfig]):
+class DitDenoiserFormat(DenoiserFormat[DiTConfig]):
     """Files of diffusers' DiT, and of the authors of DiT and SiT.
 
     A checkpoint of the authors may be a single file, such as `SiT-XL-2-256.safetensors`. Its name tells what its
     tensors don't show: the model (DiT or SiT) and its number of heads.
     """
 
-    config_class = DitConfig
+    config_class = DiTConfig
     layouts = LAYOUTS
 
-    def read_config(self, folder: Path, document: dict[str, Any]) -> DitConfig:
+    def read_config(self, folder: Path, document: dict[str, Any]) -> DiTConfig:
         """Return the config for the settings of either layout; `folder` is a model's folder or the authors' file.
 
         Raises:
@@ -154,11 +155,10 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
         if size % patch:
             raise UserError(f"{folder}: {size}x{size} latents are not divisible by the patch size {patch}")
         velocity = kind == "SiT"
-        return DitConfig(
+        return DiTConfig(
             channels=channels,
             context_width=0,
-            context=NoContext(),
-            labels=ClassLabels(classes=classes),
+            classes=classes,
             patch=Grid(1, patch, patch),
             width=width,
             layers=layers,
@@ -173,7 +173,7 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
             variance=variance,
         )
 
-    def make_document(self, config: DitConfig, layout: FileLayout) -> dict[str, Any]:
+    def make_document(self, config: DiTConfig, layout: FileLayout) -> dict[str, Any]:
         """Return the settings of a config; the inverse of `parse_config`.
 
         Raises:
@@ -183,8 +183,8 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
         kind = CLASS if layout == "diffusers" else "SiT" if velocity else "DiT"
         if layout == "diffusers" and velocity:
             raise UserError(f"{CLASS} predicts noise, so a SiT can't be written in its layout. Use the authors' layout")
-        position, labels, patch = config.absolute_position, config.labels, config.patch
-        if not isinstance(position, ImageSineCosine) or labels is None:
+        position, patch = config.absolute_position, config.patch
+        if not isinstance(position, ImageSineCosine) or not config.classes:
             raise UserError(f"can't write a {kind} without class labels and sine-cosine image positions; add both")
         size = position.side * patch.h
         document: dict[str, Any]
@@ -197,7 +197,7 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
                 "depth": config.layers,
                 "num_heads": config.heads,
                 "mlp_ratio": config.mlp_ratio,
-                "num_classes": labels.classes,
+                "num_classes": config.classes,
                 "learn_sigma": config.variance != "none",
             }
         else:
@@ -209,7 +209,7 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
                 "num_layers": config.layers,
                 "sample_size": size,
                 "patch_size": patch.h,
-                "num_embeds_ada_norm": labels.classes,
+                "num_embeds_ada_norm": config.classes,
                 "norm_eps": config.mlp_norm_eps if config.time_embedding.max_period == _DIFFUSERS_PERIOD else 1e-5,
             }
         document = {"_class_name": kind, **document}
@@ -221,7 +221,7 @@ class DitDenoiserFormat(DenoiserFormat[DitConfig]):
             )
         return document
 
-    def make_file_map(self, config: DitConfig, layout: FileLayout) -> FileMap:
+    def make_file_map(self, config: DiTConfig, layout: FileLayout) -> FileMap:
         """Return the file map of a layout."""
         column = 1 if layout == "authors" else 2
         authors = layout == "authors"
@@ -282,7 +282,7 @@ def infer_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
             f"{path} does not name its model. Name it as its authors do, such as DiT-XL-2-256x256.safetensors or "
             "SiT-XL-2-256.safetensors, or put it in a folder with a config.json"
         )
-    width, depth, heads = _SIZES[match["size"]]
+    size = DIT_SIZES[match["size"]]
     patch, shapes = int(match["patch"]), tensors.shapes
     head = shapes.get("final_layer.linear.bias", (0,))[0]
     channels = shapes.get("x_embedder.proj.weight", (0, 4))[1]
@@ -293,15 +293,15 @@ def infer_document(path: Path, tensors: TensorFolder) -> dict[str, Any]:
         "input_size": math.isqrt(tokens) * patch,
         "patch_size": patch,
         "in_channels": channels,
-        "hidden_size": width,
-        "depth": depth,
-        "num_heads": heads,
+        "hidden_size": size["width"],
+        "depth": size["layers"],
+        "num_heads": size["heads"],
         "num_classes": classes,
         "learn_sigma": head == 2 * patch**2 * channels,
     }
 
 
-def _get_preserved_fields(config: DitConfig) -> dict[str, Any]:
+def _get_preserved_fields(config: DiTConfig) -> dict[str, Any]:
     """Return the fields that a folder must preserve: all but how the model is computed and where the layouts differ."""
     ignored = ("attention", "dtype", "remat", "mlp_norm_eps")
     fields = {name: value for name, value in vars(config).items() if name not in ignored}
@@ -319,7 +319,7 @@ def _list_copies(parts: dict[str, tuple[TensorMapping, ...]], layers: int) -> di
     }
 
 
-def _make_position_table(config: DitConfig) -> np.ndarray:
+def _make_position_table(config: DiTConfig) -> np.ndarray:
     """Return the authors' table of positions: sines and cosines that depend only on the sizes, computed in float64."""
     position = config.absolute_position
     assert isinstance(position, ImageSineCosine)

@@ -7,15 +7,16 @@ from jaxtyping import Array
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import unflatten
-from dit_video.models.backbones.dit import DitConfig, TemporalLayers
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.protocol import ConfigT
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
 from dit_video.nn import check_params, complete_params
 from dit_video.nn.attention import Full, SpaceOnly
 
 
 def add_temporal_layers(
-    config: DitConfig, params: dict[str, Any], temporal: TemporalLayers, key: Array
-) -> tuple[DitConfig, dict[str, Any]]:
+    config: DiTConfig, params: dict[str, Any], temporal: TemporalLayers, key: Array
+) -> tuple[SpatioTemporalDiTConfig, dict[str, Any]]:
     """Extend an image model to a video model, which predicts every frame as the image model does until it is trained.
 
     Spatial layers process each frame as an image; only the temporal layers depend on time. To train these alone, as in
@@ -28,15 +29,22 @@ def add_temporal_layers(
       key: Random key for the parameters of the temporal layers.
 
     Raises:
-      UserError: If the model has temporal layers, a pattern other than `Full` or `SpaceOnly`, registers or joint
-        attention, or the parameters belong to another model.
+      UserError: If the model has a pattern other than `Full` or `SpaceOnly`, registers or another part that
+        `SpatioTemporalDiT` lacks, or the parameters belong to another model.
     """
-    if config.temporal is not None or config.pattern not in (Full(), SpaceOnly()):
+    if config.pattern not in (Full(), SpaceOnly()):
         raise UserError(
-            f"a model with pattern={config.pattern} and temporal={config.temporal} is not an image model; "
-            "use one with pattern Full() or SpaceOnly(), and without temporal layers"
+            f"pattern={config.pattern} is invalid: an image model's tokens see their frame. Use a model with Full() or "
+            "SpaceOnly()."
         )
-    grown = dataclasses.replace(config, pattern=SpaceOnly(), temporal=temporal)
+    kept = {field.name for field in dataclasses.fields(SpatioTemporalDiTConfig)}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for field in dataclasses.fields(config):
+        if field.name not in kept | {"pattern"} and values[field.name] != field.default:
+            rule = "SpatioTemporalDiT has no such part"
+            raise UserError(f"{field.name}={values[field.name]} is invalid: {rule}. Use a model with {field.default}.")
+    shared = {name: value for name, value in values.items() if name in kept}
+    grown = SpatioTemporalDiTConfig(**shared, temporal=temporal)
     return grown, complete_params(grown.make, check_params(config.make, params), key)
 
 

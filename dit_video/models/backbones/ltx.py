@@ -1,6 +1,6 @@
 """LTX-Video's transformer (arXiv 2501.00103) over packed rows.
 
-It differs from `Dit` as follows: norms before attention and MLP are RMS norms without a scale, and there is none before
+It differs from `DiT` as follows: norms before attention and MLP are RMS norms without a scale, and there is none before
 cross-attention; queries and keys are normalised over the full width; the rotary embedding spreads its frequencies over
 the full width, so that every head has frequencies of its own, and rotates by a position's fraction of a fixed extent in
 seconds and pixels; the time is projected once for all blocks, and the head's table is added to it before that.
@@ -14,13 +14,12 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
-from dit_video.models.backbones.dit.blocks import TokenConditions, split_heads
-from dit_video.models.backbones.dit.conditioning import TIME_SCALE
-from dit_video.models.backbones.dit.config import check_patterns
+from dit_video.models.backbones.blocks import TokenConditions, split_heads
 from dit_video.models.backbones.protocol import BackboneConfig, ClipTokens, TimeCoordinate, count_tokens
+from dit_video.models.backbones.transformer import TIME_FEATURES, TIME_SCALE, check_patterns
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import (
     ONE_DEVICE,
@@ -42,10 +41,8 @@ from dit_video.nn import (
     sinusoidal_embedding,
 )
 from dit_video.nn.attention import Full, PatternChoice, check_attention, compute_grid_indices
-from dit_video.tokens import Grid, PackedRows, rotate
+from dit_video.tokens import Grid, PackedRows, rotate, take_tokens
 
-TIME_FEATURES = 256
-"""Number of sines and cosines of the time."""
 _ROTARY_PERIOD, _QK_EPSILON = 10_000.0, 1e-5
 
 
@@ -125,6 +122,15 @@ class LtxInputs(NamedTuple):
     text: TextTokens
     """Embedded texts."""
 
+    def take(self, kept: Int[Array, "B K"]) -> "LtxInputs":
+        """Return the inputs of some of the tokens; see `BlockInputs`."""
+        return self._replace(
+            condition=self.condition.take(kept),
+            modulation=self.modulation.take(kept),
+            angles=take_tokens(self.angles, kept),
+            attention_inputs=self.attention_inputs.take(kept),
+        )
+
 
 class LtxDit(nnx.Module):
     """LTX-Video's transformer on packed rows, see `BlockBackbone`; its velocity points from data to noise."""
@@ -179,12 +185,19 @@ class LtxDit(nnx.Module):
         return self.embed(noisy).astype(jnp.float32), inputs
 
     def apply_blocks(
-        self, x: Float[Array, "B N D"], inputs: LtxInputs, *, wrapper: LayerWrapper | None = None, values: Any = None
+        self,
+        x: Float[Array, "B N D"],
+        inputs: LtxInputs,
+        *,
+        layers: slice = slice(None),
+        wrapper: LayerWrapper | None = None,
+        values: Any = None,
     ) -> tuple[Float[Array, "B N D"], Any]:
-        """Apply all blocks; see `BlockBackbone`."""
+        """Apply all blocks, or a range of them; see `BlockBackbone`."""
         config = self.config
         contexts = [(inputs, self.partitioner.make_attention(config.attention, pattern)) for pattern in config.patterns]
-        x, (outputs,) = scan_layers(x, [LayerGroup(self.blocks, contexts, wrapper, values)], remat=config.remat)
+        group = LayerGroup(self.blocks, contexts, wrapper, values)
+        x, (outputs,) = scan_layers(x, [group], layers=layers, remat=config.remat)
         return x, outputs
 
     def apply_head(self, x: Float[Array, "B N D"], inputs: LtxInputs) -> Float[Array, "B N p"]:

@@ -23,7 +23,7 @@ from dit_video.models.conditioning import (
 )
 from dit_video.nn import ONE_DEVICE, Backend, LayerWrapper, Partitioner, Remat
 from dit_video.nn.attention import BackendName, Full, PatternChoice, choose_backend, count_pairs, get_backend_name
-from dit_video.tokens import DenseBatch, Grid, PackedRows
+from dit_video.tokens import DenseBatch, Grid, PackedRows, Rotary3d
 
 
 class ClipTimes(NamedTuple):
@@ -86,7 +86,8 @@ class Backbone(Protocol):
           time: Diffusion time (0 = data, 1 = noise), `B G`: one per segment; or, if the config's `time` is "token",
             `B N`: one per token, or `ClipTimes` if it `accepts_clip_times`.
           layout: Places of the clips in the rows.
-          conditioning: Records of exactly the config's `conditioning_kinds`.
+          conditioning: Records of exactly the config's `conditioning_kinds`; in training also `TrainingKeys`, if the
+            config says `draws_in_training`.
           state: State of the sampler's loop, which a model without caches returns unchanged.
 
         Raises:
@@ -96,11 +97,25 @@ class Backbone(Protocol):
 
 
 @runtime_checkable
+class BlockInputs(Protocol):
+    """Inputs of a backbone's blocks besides the tokens: positions, segments, times and conditioning."""
+
+    def take(self, kept: Int[Array, "B K"]) -> "BlockInputs":
+        """Return the inputs of some of the tokens, such as those that are not routed around blocks.
+
+        Args:
+          kept: Numbers of the kept tokens in each row, in increasing order, with all tokens that follow the clips'.
+        """
+        ...
+
+
+@runtime_checkable
 class BlockBackbone(Backbone, Protocol):
     """A backbone made of an embedding, blocks and a head, which other backbones can call one by one.
 
     `x, inputs = embed_inputs(…)`, `x, outputs = apply_blocks(x, inputs)`, `apply_head(x[:, :N], inputs)` equals calling
-    it, without the check of the conditioning.
+    it, without the check of the conditioning. `apply_blocks(take_tokens(x, kept), inputs.take(kept))` applies blocks to
+    some of the tokens.
     """
 
     blocks: nnx.Module
@@ -113,28 +128,38 @@ class BlockBackbone(Backbone, Protocol):
         layout: PackedRows,
         conditioning: Conditioning,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Return the embedded tokens, the clips' N first, and the blocks' other inputs."""
+        """Return the embedded tokens, the clips' N first, and the blocks' other inputs, which are `BlockInputs`."""
         ...
 
     def apply_blocks(
-        self, x: Float[Array, "B T D"], inputs: Any, *, wrapper: LayerWrapper | None = None, values: Any = None
+        self,
+        x: Float[Array, "B T D"],
+        inputs: Any,
+        *,
+        layers: slice = slice(None),
+        wrapper: LayerWrapper | None = None,
+        values: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Apply all blocks.
+        """Apply all blocks, or a range of them.
 
         Args:
           x, inputs: What `embed_inputs` returned.
+          layers: Range of the blocks that are applied, without a step.
           wrapper: Function `(block, x, inputs, attention, values) -> (x, output)` that calls each block: it may add a
             residual, skip the block, route tokens around it, or wrap the attention function, whose keys need not be the
             queries' tokens, and return a value of the block.
-          values: Values of each block for the wrapper, with a leading axis of layers.
+          values: Values of each applied block for the wrapper, with a leading axis of layers.
 
         Returns:
           The tokens, and the outputs of the wrapper with a leading axis of layers; None without a wrapper.
+
+        Raises:
+          UserError: If `layers` has a step, or the model can't apply a range.
         """
         ...
 
     def apply_head(self, x: Float[Array, "B N D"], inputs: Any) -> Float[Array, "B N prediction"]:
-        """Return the prediction for the clips' tokens."""
+        """Return the prediction for the clips' tokens, with inputs of all tokens."""
         ...
 
 
@@ -185,6 +210,10 @@ class BackboneConfig(abc.ABC):
     attention: Backend = "auto"
     time: Literal["segment", "token"] = "segment"
     """Diffusion time: one per clip, or one per token."""
+    classes: int = 0
+    """Number of classes; 0 for a model without class labels."""
+    draws_in_training: ClassVar[bool] = False
+    """True if the model draws random numbers in training, from the keys of a `TrainingKeys`."""
     accepts_clip_times: ClassVar[bool] = False
     """True if a model with a time per token also takes `ClipTimes`, and spreads their projections over the tokens."""
     time_coordinate: TimeCoordinate = "tokens"
@@ -249,6 +278,11 @@ class BackboneConfig(abc.ABC):
         return True
 
     @property
+    def rotary_embedding(self) -> Rotary3d | None:
+        """Return the rotary embedding of self-attention; None without one, or with another kind."""
+        return None
+
+    @property
     def has_attention_bias(self) -> bool:
         """Return True if attention adds a bias to its scores."""
         return False
@@ -289,17 +323,12 @@ class BackboneConfig(abc.ABC):
         """Return the kinds of conditioning that the model needs; it takes no other."""
         kinds = {
             TextTokens: self.context_width > 0,
-            ClassIds: self.class_count > 0,
+            ClassIds: self.classes > 0,
             ConditioningLatents: self.cond_channels > 0,
             ImageTokens: self.image_width is not None,
         }
         own = {each.record for each in self.conditioning}
         return frozenset(kind for kind, is_needed in kinds.items() if is_needed) | own
-
-    @property
-    def class_count(self) -> int:
-        """Return the number of classes; 0 for a model without class labels."""
-        return 0
 
     @property
     def max_text_tokens(self) -> int | None:

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Key, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, Shaped
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.models.backbones.protocol import ClipTimes, ClipTokens, count_tokens
 from dit_video.models.backbones.wan import WanBlock, WanDit, WanDitConfig, WanInputs
 from dit_video.models.conditioning import ClipConditioning, ClipView, Conditioning
 from dit_video.nn import ONE_DEVICE, LayerGroup, LayerWrapper, Linear, Partitioner, make_stack, scan_layers
-from dit_video.tokens import Field, Grid, PackedRows
+from dit_video.tokens import Field, Grid, PackedRows, take_tokens
 
 NAME = "control"
 """Name of the conditioning, whose strengths requests set."""
@@ -212,6 +212,10 @@ class ControlInputs(NamedTuple):
     strengths: Float[Array, "J B G"]
     """Factors of the hints."""
 
+    def take(self, kept: Int[Array, "B K"]) -> "ControlInputs":
+        """Return the inputs of some of the tokens."""
+        return self._replace(state=take_tokens(self.state, kept))
+
 
 class VaceDit(WanDit):
     """VACE's transformer on packed rows, see `BlockBackbone`."""
@@ -234,9 +238,22 @@ class VaceDit(WanDit):
         return x, inputs._replace(control=ControlInputs(state, jnp.moveaxis(control.strengths, -1, 0)))
 
     def apply_blocks(
-        self, x: Float[Array, "B N D"], inputs: WanInputs, *, wrapper: LayerWrapper | None = None, values: Any = None
+        self,
+        x: Float[Array, "B N D"],
+        inputs: WanInputs,
+        *,
+        layers: slice = slice(None),
+        wrapper: LayerWrapper | None = None,
+        values: Any = None,
     ) -> tuple[Float[Array, "B N D"], Any]:
-        """Apply all blocks; see `BlockBackbone`. Control layers are not wrapped."""
+        """Apply all blocks; see `BlockBackbone`. Control layers are not wrapped.
+
+        Raises:
+          UserError: If `layers` is a range; each control layer continues from the one before.
+        """
+        if layers != slice(None):
+            rule = "control layers take turns with all blocks"
+            raise UserError(f"layers={layers} is invalid for VACE: {rule}. Use slice(None).")
         config, control = self.config, inputs.control
         attention = self.partitioner.make_attention(config.attention, config.patterns[0])
 

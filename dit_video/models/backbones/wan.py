@@ -1,6 +1,6 @@
 """Wan's transformer (arXiv 2503.20314; Wan 2.1 and 2.2) over packed rows.
 
-It differs from `Dit` as follows: queries and keys are normalised over the full width; the time is projected once for
+It differs from `DiT` as follows: queries and keys are normalised over the full width; the time is projected once for
 all blocks, and the head's table is added to the time before that projection; the norm before the ungated
 cross-attention is learned; text is padded with zeros to a fixed length, and the padding is attended to.
 """
@@ -16,9 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.models.backbones.dit.blocks import TokenConditions, split_heads
-from dit_video.models.backbones.dit.conditioning import TIME_SCALE
-from dit_video.models.backbones.dit.config import check_patterns
+from dit_video.models.backbones.blocks import TokenConditions, split_heads
 from dit_video.models.backbones.protocol import (
     BackboneConfig,
     ClipTimes,
@@ -27,6 +25,7 @@ from dit_video.models.backbones.protocol import (
     count_tokens,
     widen_kernel,
 )
+from dit_video.models.backbones.transformer import TIME_SCALE, check_patterns
 from dit_video.models.conditioning import Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.nn import (
     ONE_DEVICE,
@@ -48,7 +47,15 @@ from dit_video.nn import (
     sinusoidal_embedding,
 )
 from dit_video.nn.attention import Full, PatternChoice, check_attention, compute_grid_indices
-from dit_video.tokens import Grid, PackedRows, Rotary3d, compute_rotary_angles, compute_segment_offsets, rotate
+from dit_video.tokens import (
+    Grid,
+    PackedRows,
+    Rotary3d,
+    compute_rotary_angles,
+    compute_segment_offsets,
+    rotate,
+    take_tokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +110,7 @@ class WanDitConfig(BackboneConfig):
         check_at_least(1, text_length=self.text_length)
         if self.image_positions is not None and self.image_width is None:
             raise UserError(f"image_positions={self.image_positions} needs image tokens; set image_width")
-        _ = self.rotary  # Its constructor checks the factors.
+        _ = self.rotary_embedding  # Its constructor checks the factors.
         check_patterns(self.patterns, self.layers)
         check_attention(self.attention, *self.patterns)
 
@@ -112,7 +119,7 @@ class WanDitConfig(BackboneConfig):
         return self.text_length
 
     @property
-    def rotary(self) -> Rotary3d:
+    def rotary_embedding(self) -> Rotary3d:
         even = Rotary3d.even(self.width // self.heads)
         return dataclasses.replace(even, scale=self.position_scale, stretch=self.position_stretch)
 
@@ -200,6 +207,17 @@ class WanInputs(NamedTuple):
     control: Any = None
     """Inputs of a control stack next to the blocks, in a model that has one."""
 
+    def take(self, kept: Int[Array, "B K"]) -> "WanInputs":
+        """Return the inputs of some of the tokens; see `BlockInputs`."""
+        return self._replace(
+            condition=self.condition.take(kept),
+            modulation=self.modulation.take(kept),
+            layout=self.layout.take(kept),
+            angles=take_tokens(self.angles, kept),
+            attention_inputs=self.attention_inputs.take(kept),
+            control=None if self.control is None else self.control.take(kept),
+        )
+
 
 class WanDit(nnx.Module):
     """Wan's transformer on packed rows, see `BlockBackbone`; its velocity points from data to noise."""
@@ -266,7 +284,7 @@ class WanDit(nnx.Module):
             condition=condition,
             modulation=condition._replace(values=modulation),
             layout=layout,
-            angles=compute_rotary_angles(positions, config.rotary),
+            angles=compute_rotary_angles(positions, config.rotary_embedding),
             attention_inputs=AttentionInputs.self_attention(segments, grid_indices, segment_count=layout.count),
             text=self._embed_text(conditioning[TextTokens], count=layout.count),
             image=image,
@@ -275,12 +293,19 @@ class WanDit(nnx.Module):
         return self.embed(channels).astype(jnp.float32), inputs
 
     def apply_blocks(
-        self, x: Float[Array, "B N D"], inputs: WanInputs, *, wrapper: LayerWrapper | None = None, values: Any = None
+        self,
+        x: Float[Array, "B N D"],
+        inputs: WanInputs,
+        *,
+        layers: slice = slice(None),
+        wrapper: LayerWrapper | None = None,
+        values: Any = None,
     ) -> tuple[Float[Array, "B N D"], Any]:
-        """Apply all blocks; see `BlockBackbone`."""
+        """Apply all blocks, or a range of them; see `BlockBackbone`."""
         config = self.config
         contexts = [(inputs, self.partitioner.make_attention(config.attention, pattern)) for pattern in config.patterns]
-        x, (outputs,) = scan_layers(x, [LayerGroup(self.blocks, contexts, wrapper, values)], remat=config.remat)
+        group = LayerGroup(self.blocks, contexts, wrapper, values)
+        x, (outputs,) = scan_layers(x, [group], layers=layers, remat=config.remat)
         return x, outputs
 
     def apply_head(self, x: Float[Array, "B N D"], inputs: WanInputs) -> Float[Array, "B N p"]:

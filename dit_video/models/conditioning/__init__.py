@@ -38,5 +38,6 @@ from dit_video.models.conditioning.records import (
     ConditioningLatents,
     ImageTokens,
     TextTokens,
+    TrainingKeys,
     drop_captions,
 )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
@@ -41,6 +41,18 @@ class ConditioningLatents(NamedTuple):
 
     values: Float[Array, "B N g"]
     """Mask channels and latents, patchified like the noisy latents: see `make_cond_latents`."""
+
+
+class TrainingKeys(NamedTuple):
+    """Random keys of a training step, for a model whose config says `draws_in_training`.
+
+    They are functions of the seed, the step and the clips, not of the mesh. In sampling and validation there are none.
+    """
+
+    step: Key[Array, ""]
+    """Key of the step, the same for all rows."""
+    rows: Key[Array, " B"]
+    """Key of each row, which is that of its first clip."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -79,13 +91,13 @@ class Conditioning:
         return Conditioning(*(self._records | {type(record): record for record in records}).values())
 
     def check(self, required: Iterable[type]) -> None:
-        """Check that there is a record of each of the required kinds, and no other.
+        """Check that there is a record of each of the required kinds, and no other but `TrainingKeys`.
 
         Raises:
           UserError: If a required record is missing, or there is a record of another kind.
         """
         required = frozenset(required)
-        for kind in sorted(required ^ self.kinds, key=lambda kind: kind.__name__):
+        for kind in sorted(required ^ self.kinds - {TrainingKeys}, key=lambda kind: kind.__name__):
             verb = "needs" if kind in required else "does not take"
             raise UserError(f"this denoiser {verb} {kind.__name__} according to its config; give the inputs it names")
 

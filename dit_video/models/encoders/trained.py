@@ -204,7 +204,7 @@ class WordEncoder(nnx.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassNamesConfig:
-    """Configuration of the classes, for a denoiser with `ClassLabels` of the same number.
+    """Configuration of the classes, for a denoiser with `classes` of the same number.
 
     Raises:
       UserError: If there is no class, or there are more names than classes.

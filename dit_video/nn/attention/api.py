@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Int32
 
 from dit_video.core.errors import UserError
+from dit_video.tokens.segments import take_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,11 @@ class AttentionInputs(NamedTuple):
     def with_context(self, segments: Int[Array, "B M"]) -> "AttentionInputs":
         """Return the inputs of these queries' attention to a context; if their segments are contiguous, so are its."""
         return AttentionInputs(self.q_segments, segments, contiguous=self.contiguous)
+
+    def take(self, kept: Int[Array, "B Q"]) -> "AttentionInputs":
+        """Return the inputs of self-attention among some of the tokens, by their numbers in increasing order."""
+        indices = None if self.q_indices is None else take_tokens(self.q_indices, kept)
+        return self._replace(q_segments=take_tokens(self.q_segments, kept), q_indices=indices)
 
     @property
     def segment_count(self) -> int | None:

@@ -24,6 +24,7 @@ from dit_video.models.conditioning import (
     ConditioningLatents,
     FrameConditioning,
     ImageTokens,
+    TrainingKeys,
     drop_captions,
     interleave_mask,
     make_cond_latents,
@@ -66,6 +67,8 @@ class DenoiserLoss:
     """Unit that has its own diffusion time; "frame" requires a denoiser with `time="token"`."""
     optimizer: OptimizerConfig | None = None
     """Optimizer whose untrained parameters get no gradients; None if all parameters are trained."""
+    is_training: bool = True
+    """False in validation and checks, where the model itself draws no random numbers."""
     time_bins: int = 4
     """Number of equally wide bins of diffusion times whose losses are logged separately."""
 
@@ -102,9 +105,16 @@ class DenoiserLoss:
             make_text_record(context, rows.layout),
             *(self.prepare_conditioning(each, rows, step) for each in backbone.config.conditioning),
         )
+        if self.is_training and backbone.config.draws_in_training:
+            conditioning = conditioning.add(self.make_training_keys(rows, step))
         clean = cond_mask if backbone.config.time == "token" else None
         is_clean = clean if self.time_per == "clip" else None
         return make_denoise_fn(backbone, rows.layout, conditioning, is_clean=is_clean), clean
+
+    def make_training_keys(self, rows: PackedBatch, step: Array) -> TrainingKeys:
+        """Return the keys from which the model itself draws."""
+        own = key(self.seed, "model")
+        return TrainingKeys(step=jax.random.fold_in(own, step), rows=example_keys(own, step, rows.examples[:, 0]))
 
     def draw_noise(self, rows: PackedBatch, step: Array) -> Float[Array, "B N p"]:
         """Return standard normal noise, drawn per example and independently of its row."""

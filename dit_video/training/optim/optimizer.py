@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import optax.contrib
 from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
-from dit_video.core.trees import find_closest, flatten, map_with_path
+from dit_video.core.trees import check_path_patterns, flatten, map_with_path
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.training.optim.muon import scale_by_muon
 
@@ -127,8 +127,8 @@ def make_optimizer(
       mesh: Mesh over whose devices Muon divides its matrices; None for a single device.
 
     Raises:
-      UserError: If the run is not longer than its warmup; or, raised by `init`, if a trainable or frozen pattern
-        matches no parameter.
+      UserError: If the run is not longer than its warmup; or, raised by `init`, if a pattern that is used matches no
+        parameter.
     """
     schedule = make_learning_rate_schedule(config, steps=steps)
     rates: optax.Schedule = lambda count: schedule(count - start_step)  # noqa: E731
@@ -146,10 +146,34 @@ def make_optimizer(
                 {"matrix": muon, "other": _adamw(config, rates, nesterov=True)},
                 functools.partial(_label_matrices, config.muon_patterns),
             )
-    chain = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), main)
-    if not (config.trainable or config.frozen):
-        return chain
-    return optax.partition({"train": chain, "frozen": _SET_TO_ZERO}, lambda params: _label_trained(config, params))
+    chain: optax.GradientTransformation = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), main)
+    if config.trainable or config.frozen:
+        chain = optax.partition({"train": chain, "frozen": _SET_TO_ZERO}, lambda params: _label_trained(config, params))
+
+    def init(params: PyTree) -> optax.OptState:
+        check_optimizer_patterns(config, flatten(params))
+        return chain.init(params)
+
+    return chain._replace(init=init)
+
+
+def check_optimizer_patterns(config: OptimizerConfig, params: Mapping[str, Any]) -> None:
+    """Check that every pattern that the optimizer uses matches a parameter, given by path.
+
+    Raises:
+      UserError: If a pattern matches none, or one for Muon no kernel of a linear layer, of which there are some.
+    """
+    check_path_patterns("trainable", config.trainable, params)
+    check_path_patterns("frozen", config.frozen, params)
+    if config.kind == "muon" and (kernels := [path for path, leaf in params.items() if _is_linear(path, leaf)]):
+        check_path_patterns("muon_patterns", config.muon_patterns, kernels)
+    if config.weight_decay > 0:
+        check_path_patterns("weight_decay_patterns", config.weight_decay_patterns, params)
+
+
+def _is_linear(path: str, leaf: Array) -> bool:
+    """Return True for the kernel of a linear layer, or of a stack of them."""
+    return path.endswith("kernel") and leaf.ndim in (2, 3)
 
 
 def _adamw(config: OptimizerConfig, rates: optax.Schedule, *, nesterov: bool = False) -> optax.GradientTransformation:
@@ -215,11 +239,6 @@ _SET_TO_ZERO = optax.stateless(lambda updates, _: jax.tree.map(lambda leaf: jnp.
 
 def _label_trained(config: OptimizerConfig, params: PyTree) -> PyTree:
     """Return the label `frozen` or `train` of each parameter."""
-    paths = list(flatten(params))
-    for kind, patterns in (("trainable", config.trainable), ("frozen", config.frozen)):
-        for pattern in patterns:
-            if not any(re.search(pattern, path) for path in paths):
-                raise UserError(f"{kind}={pattern!r} matches no parameter. Closest: {find_closest(pattern, paths)}.")
     return map_with_path(lambda path, _: "train" if config.is_trained(path) else "frozen", params)
 
 
@@ -227,7 +246,7 @@ def _label_matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
     """Return the label `matrix` of each parameter that Muon updates, and `other` of the rest."""
 
     def choose(path: str, leaf: Array) -> str:
-        linear = leaf.ndim in (2, 3) and any(re.search(pattern, path) for pattern in patterns)
-        return "matrix" if path.endswith("kernel") and (linear or leaf.ndim == 5) else "other"
+        is_selected = _is_linear(path, leaf) and any(re.search(pattern, path) for pattern in patterns)
+        return "matrix" if is_selected or (path.endswith("kernel") and leaf.ndim == 5) else "other"
 
     return map_with_path(choose, params)

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from experiment.self_check.faults_injection import Catalogue, replace_function, replace_method
 from flax import nnx
 
+from dit_video.models.backbones.blocks import Stream
 from dit_video.models.backbones.denoise import make_text_record
-from dit_video.models.backbones.dit.blocks import Stream
-from dit_video.models.backbones.dit.conditioning import TimeEmbedding
-from dit_video.models.backbones.dit.model import Dit
+from dit_video.models.backbones.dit import DiT
+from dit_video.models.backbones.transformer import TimeEmbedding
 from dit_video.models.conditioning import TextTokens, make_cond_latents
 from dit_video.nn import AttentionInputs, scan_layers, sinusoidal_embedding
 from dit_video.nn.attention.masks import dense_mask
 from dit_video.tokens import compute_rotary_angles, rotate
 
 FAULTS = Catalogue("model")
-_dit = sys.modules["dit_video.models.backbones.dit.model"]
+_dit = sys.modules["dit_video.models.backbones.dit"]
 
 
 @FAULTS.add(
@@ -84,7 +84,7 @@ def time_of_first_clip(run):
 
         return embed_with_first
 
-    replace_method(Dit, "embed_inputs", make)
+    replace_method(DiT, "embed_inputs", make)
 
 
 @FAULTS.add("Queries and keys are not rotated.", "positions")
@@ -113,15 +113,15 @@ def rotary_axes_exchanged(run):
 @FAULTS.add("The positions that are added to the tokens are dropped.", *("positions", "trained_parameters"))
 def position_embedding_dropped(run):
     def make(embed):
-        def embed_without(self, noisy, layout, conditioning):
+        def embed_without(self, noisy, positions, layout, conditioning):
             position, self.position = self.position, lambda features: 0 * position(features)
-            tokens = embed(self, noisy, layout, conditioning)
+            tokens = embed(self, noisy, positions, layout, conditioning)
             self.position = position
             return tokens
 
         return embed_without
 
-    replace_method(Dit, "_embed_clips", make)
+    replace_method(DiT, "embed_tokens", make)
 
 
 @FAULTS.add("Self-attention is causal, as in the language model that it was copied from.", "token_mixing")

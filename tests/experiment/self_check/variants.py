@@ -27,12 +27,11 @@ from dit_video.experiment import (
 )
 from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
-from dit_video.models.backbones.dit import DitConfig
-from dit_video.models.backbones.dit.config import TemporalLayers
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig
 from dit_video.nn import LoraConfig
-from dit_video.nn.attention import SpaceOnly
 from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
 from dit_video.scenes.folder import ClipEntry, format_clip_name, write_clip_folder
@@ -127,7 +126,7 @@ def _make_plain(seed: int, steps: int) -> Experiment:
         data=DataConfig(max_pixels=32 * 48, max_frames=9, held_out=tuple(get_names()[-HELD_OUT:])),
         model=ModelConfig(
             autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=4, width=8, blocks=1),
-            backbone=DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=48, layers=2, heads=2),
+            backbone=DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=48, layers=2, heads=2),
             text_encoder=ByteEncoderConfig(width=16, layers=1, heads=2, max_tokens=32),
             process=RectifiedFlow(shift=3.0),
             layout=PackedShape(tokens=40, text=192, segments=6),
@@ -184,7 +183,7 @@ def _lora(experiment: Experiment, sources: Sources) -> Experiment:
 
 def _train_temporal_layers(experiment: Experiment, sources: Sources) -> Experiment:
     train = TemporalWeights(init_from=str(sources.get_run("spatial")))
-    return experiment.replace_backbone(**_SPATIAL).replace_stage("denoiser", train=train)
+    return _space_and_time(experiment, sources).replace_stage("denoiser", train=train)
 
 
 def _condition_on_first_frames(experiment: Experiment, sources: Sources) -> Experiment:
@@ -192,13 +191,18 @@ def _condition_on_first_frames(experiment: Experiment, sources: Sources) -> Expe
     return experiment.replace_model(backbone=backbone, frame_conditioning=FrameConditioning(prob=0.7))
 
 
-_SPATIAL = {"pattern": SpaceOnly(), "temporal": TemporalLayers()}
+def _space_and_time(experiment: Experiment, sources: Sources) -> Experiment:
+    own = experiment.get_model().backbone
+    sizes = {name: getattr(own, name) for name in ("channels", "context_width", "patch")}
+    return experiment.replace_model(backbone=SpatioTemporalDiTConfig(**sizes, width=48, layers=2, heads=2))
+
+
 _IN_SECONDS = {"time_coordinate": "seconds", "rotary": Rotary3d(split=(8, 8, 8), scale=(2.0, 1.0, 1.0))}
 
 VARIANTS = {
     "plain": Variant(),
     "base": Variant(change=lambda e, s: e.replace_stage("denoiser", ema_decay=0.5), steps=30, is_trained=True),
-    "spatial": Variant(change=lambda e, s: e.replace_backbone(**_SPATIAL), steps=20, is_trained=True),
+    "spatial": Variant(change=_space_and_time, steps=20, is_trained=True),
     "muon": Variant(change=_accumulate),
     "frozen text": Variant(change=_freeze_text),
     "lora": Variant(change=_lora, needs=("base",)),

@@ -11,7 +11,7 @@ import safetensors.numpy
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
-from dit_video.models.backbones.dit import TimeEmbedding
+from dit_video.models.backbones.transformer import TimeEmbedding
 from dit_video.tokens import Grid
 from support.random_params import make_random_params
 from support.tiny_class_dit import DIT, SIT

@@ -12,7 +12,7 @@ import safetensors.numpy
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.families import load_denoiser, save_denoiser
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes
 from dit_video.tokens import Grid, rotate
@@ -175,6 +175,6 @@ def test_configs_that_a_layout_cannot_express_are_not_written(tmp_path):
     thick = dataclasses.replace(CONFIG, patch=Grid(2, 2, 2))
     with pytest.raises(UserError, match="omit the patch"):
         save_denoiser(tmp_path, thick, make_random_params(thick.make), layout="authors")
-    small = DitConfig(channels=4, context_width=6)
+    small = DiTConfig(channels=4, context_width=6)
     with pytest.raises(UserError, match="DiTTransformer2DModel without class labels"):
         save_denoiser(tmp_path, small, {})

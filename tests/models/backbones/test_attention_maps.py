@@ -9,7 +9,9 @@ from flax import nnx
 
 from dit_video.core.errors import UserError
 from dit_video.models.backbones.attention_maps import compute_attention_maps
-from dit_video.models.backbones.dit import DitConfig, JointAttention, TemporalLayers
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.mmdit import MMDiTConfig
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_graph_def
 from dit_video.nn.attention import CausalFrames, SpaceOnly
@@ -18,7 +20,8 @@ from support.random_params import make_random_params
 
 SLOW = pytest.mark.slow
 
-CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+SIZES = {"channels": 2, "context_width": TEXT_WIDTH, "width": 24, "layers": 2, "heads": 2, "mlp_ratio": 2.0}
+CONFIG = DiTConfig(**SIZES)
 WAN = WanDitConfig(
     channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
@@ -45,15 +48,12 @@ def maps(config, params, queries, batch=None):
     [
         (CONFIG, 2, 0),
         pytest.param(dataclasses.replace(CONFIG, remat="full", attention="chunked"), 2, 0, marks=SLOW),
-        pytest.param(
-            dataclasses.replace(CONFIG, registers=1, context=JointAttention()), 2, 3 + 7, marks=pytest.mark.slow
-        ),
-        pytest.param(
-            dataclasses.replace(CONFIG, pattern=SpaceOnly(), temporal=TemporalLayers()), 4, 0, marks=pytest.mark.slow
-        ),
+        pytest.param(dataclasses.replace(CONFIG, registers=1), 2, 3, marks=pytest.mark.slow),
+        pytest.param(MMDiTConfig(**SIZES), 2, 7, marks=pytest.mark.slow),
+        pytest.param(SpatioTemporalDiTConfig(**SIZES), 4, 0, marks=pytest.mark.slow),
         pytest.param(WAN, 2, 0, marks=pytest.mark.slow),
     ],
-    ids=["plain", "recomputed", "joint", "temporal", "wan"],
+    ids=["plain", "recomputed", "registers", "joint", "temporal", "wan"],
 )
 def test_attention_weights_of_a_query_sum_to_one_within_its_clip(config, layers, others):
     params = make_random_params(config.make)

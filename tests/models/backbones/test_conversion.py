@@ -10,22 +10,20 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.models.backbones.conversion import add_cond_channels, add_temporal_layers
-from dit_video.models.backbones.dit import (
-    BoundaryEmbedding,
-    ClassLabels,
-    DitConfig,
-    JointAttention,
-    SineCosine,
-    TemporalLayers,
-)
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.positions import BoundaryEmbedding, SineCosine
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import init_params
-from dit_video.nn.attention import SpaceOnly, TimeOnly
+from dit_video.nn.attention import TimeOnly
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support.packed_rows import CLASSES, COND_WIDTH, FIRST, TEXT_WIDTH, make_batch, predict, predict_with_gradients
 from support.random_params import make_random_params
 
-IMAGE = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+IMAGE = DiTConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+VIDEO = SpatioTemporalDiTConfig(
+    channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0, temporal=TemporalLayers()
+)
 WAN = WanDitConfig(
     channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
@@ -57,7 +55,7 @@ def as_images(batch):
                 absolute_position=SineCosine(),
                 rotary="none",
                 modulation="own",
-                labels=ClassLabels(classes=CLASSES),
+                classes=CLASSES,
             ),
             TemporalLayers(spatial_layers=2, layers=3),
         ),
@@ -84,7 +82,7 @@ def test_a_new_video_model_predicts_every_frame_like_the_image_model(config, tem
 
 def test_temporal_layers_alone_are_trained_by_their_name():
     video, grown = add_temporal_layers(IMAGE, make_random_params(IMAGE.make), TemporalLayers(), KEY)
-    assert video == dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=TemporalLayers())
+    assert video == VIDEO
     trains = OptimizerConfig(trainable=("temporal",)).is_trained
     new = {path for path in flatten(grown) if path not in flatten(make_random_params(IMAGE.make))}
     assert new
@@ -94,10 +92,9 @@ def test_temporal_layers_alone_are_trained_by_their_name():
 @pytest.mark.nightly
 def test_a_video_model_from_nothing_trains_its_temporal_layers():
     """Its gates are zero, too; if its last kernels were zero as well, neither would have a gradient."""
-    video = dataclasses.replace(IMAGE, pattern=SpaceOnly(), temporal=TemporalLayers())
-    params = jax.jit(init_params, static_argnums=0)(video.make, KEY)
-    params["head"]["kernel"] = params["head"]["kernel"] + 0.1 * make_random_params(video.make)["head"]["kernel"]
-    _, gradients, _ = predict_with_gradients(params, make_batch((0,)), video)
+    params = jax.jit(init_params, static_argnums=0)(VIDEO.make, KEY)
+    params["head"]["kernel"] = params["head"]["kernel"] + 0.1 * make_random_params(VIDEO.make)["head"]["kernel"]
+    _, gradients, _ = predict_with_gradients(params, make_batch((0,)), VIDEO)
     assert np.abs(flatten(gradients)["temporal_blocks/out/kernel"]).max() > 1e-4
 
 
@@ -143,13 +140,11 @@ def test_a_model_with_more_conditioning_channels_predicts_the_same_at_first(conf
             lambda params: add_temporal_layers(
                 dataclasses.replace(IMAGE, pattern=TimeOnly()), params, TemporalLayers(), KEY
             ),
-            r"TimeOnly\(\) .* use one with pattern Full\(\) or SpaceOnly\(\)",
+            r"pattern=TimeOnly\(\) is invalid: .* Use a model with Full\(\) or SpaceOnly\(\)",
         ),
         (
-            lambda params: add_temporal_layers(
-                dataclasses.replace(IMAGE, context=JointAttention()), params, TemporalLayers(), KEY
-            ),
-            "use registers=0, another context",
+            lambda params: add_temporal_layers(dataclasses.replace(IMAGE, registers=1), params, TemporalLayers(), KEY),
+            "registers=1 is invalid: .* Use a model with 0",
         ),
     ],
 )

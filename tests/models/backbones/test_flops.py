@@ -6,8 +6,11 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
-from dit_video.models.backbones.dit import DitConfig, JointAttention, TemporalLayers
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.flops import count_attention_flops, count_forward_flops, count_training_flops
+from dit_video.models.backbones.mmdit import MMDiTConfig
+from dit_video.models.backbones.protocol import count_tokens
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig
 from dit_video.models.backbones.vace import VaceControl, VaceDitConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
@@ -18,13 +21,11 @@ from support.marks import mark_slow_except
 
 WIDE = {"width": 1024, "layers": 2, "heads": 8, "attention": "dense"}
 MODELS = {
-    "cross": (DitConfig(channels=16, context_width=256, **WIDE), 192, 64),
-    "joint, swiglu, own": (
-        DitConfig(channels=16, context_width=256, context=JointAttention(), mlp="swiglu", modulation="own", **WIDE),
-        192,
-        64,
-    ),
-    "registers": (DitConfig(channels=16, context_width=256, registers=64, **WIDE), 128, 64),
+    "cross": (DiTConfig(channels=16, context_width=256, **WIDE), 192, 64),
+    "own": (DiTConfig(channels=16, context_width=256, modulation="own", **WIDE), 192, 64),
+    "joint, swiglu": (MMDiTConfig(channels=16, context_width=256, mlp="swiglu", **WIDE), 192, 64),
+    "spatio-temporal": (SpatioTemporalDiTConfig(channels=16, context_width=256, **WIDE), Grid(1, 8, 8), 64),
+    "registers": (DiTConfig(channels=16, context_width=256, registers=64, **WIDE), 128, 64),
     "wan": (WanDitConfig(context_width=256, mlp_dim=4096, text_length=64, **WIDE), 192, 64),
     "vace": (
         VaceDitConfig(context_width=256, mlp_dim=4096, text_length=64, conditioning=(VaceControl(layers=1),), **WIDE),
@@ -68,7 +69,7 @@ def by_xla(config, tokens: int, text: int, *, backward: bool) -> float:
 def test_counted_flops_equal_those_of_xla(name, backward):
     config, tokens, text = MODELS[name]
     counted = (count_training_flops if backward else count_forward_flops)(config, [tokens], [text])
-    assert by_xla(config, tokens, text, backward=backward) == pytest.approx(counted, rel=0.02)
+    assert by_xla(config, count_tokens(tokens), text, backward=backward) == pytest.approx(counted, rel=0.02)
 
 
 def test_clips_of_a_row_do_not_attend_to_each_other():
@@ -84,9 +85,9 @@ def test_clips_of_a_row_do_not_attend_to_each_other():
 
 
 def test_pairs_of_a_pattern_are_counted_on_the_grid():
-    frames = DitConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly())
+    frames = DiTConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly())
     assert count_attention_flops(frames, [Grid(4, 2, 2)], [0]) == 4 * 48 * frames.layers * 4 * 16
-    both = DitConfig(channels=4, context_width=8, width=48, heads=2, pattern=SpaceOnly(), temporal=TemporalLayers())
+    both = SpatioTemporalDiTConfig(channels=4, context_width=8, width=48, heads=2)
     assert count_attention_flops(both, [Grid(4, 2, 2)], [0]) == 4 * 48 * both.layers * (4 * 16 + 4 * 16)
     with pytest.raises(UserError, match="grid"):
         count_forward_flops(frames, [16], [0])

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from dit_video.core.platform.devices import Platform
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import Partitioner, get_graph_def, get_param_shapes
@@ -20,7 +20,7 @@ from support.marks import mark_slow_except
 TOKENS, TEXT, COUNT = 2304, 640, 3
 SMALL = {"channels": 4, "context_width": 8, "width": 32, "layers": 1, "heads": 2, "dtype": "bfloat16"}
 WAN = WanDitConfig(**SMALL, mlp_dim=32, time_width=8, text_length=512)
-DIT = DitConfig(**SMALL)
+DIT = DiTConfig(**SMALL)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import get_graph_def, get_param_shapes
@@ -16,8 +16,8 @@ from support.jaxprs import list_products
 
 SIZES = {"context_width": 8, "width": 48, "layers": 1, "heads": 2, "dtype": "bfloat16", "attention": "dense"}
 MODELS = {
-    "shared": DitConfig(channels=4, **SIZES),
-    "own": DitConfig(channels=4, modulation="own", **SIZES),
+    "shared": DiTConfig(channels=4, **SIZES),
+    "own": DiTConfig(channels=4, modulation="own", **SIZES),
     "wan": WanDitConfig(channels=4, mlp_dim=64, text_length=8, time_width=16, **SIZES),
 }
 TOKENS, TEXT = 16, 8
@@ -56,6 +56,6 @@ def test_small_float32_maps_are_computed_in_float32_and_large_products_are_not(n
 def test_a_modulation_of_every_token_is_a_large_product(monkeypatch):
     segment, token = (
         sum("HIGHEST" in product for product in list_products(lower_gradients(config, monkeypatch)))
-        for config in (MODELS["shared"], DitConfig(channels=4, time="token", **SIZES))
+        for config in (MODELS["shared"], DiTConfig(channels=4, time="token", **SIZES))
     )
     assert 0 < token < segment

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
-from dit_video.models.backbones.dit import DitConfig, JointAttention
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.mmdit import MMDiTConfig
 from dit_video.models.backbones.skipped_layers import skip_layers
 from dit_video.models.backbones.unet import UnetConfig
 from dit_video.models.backbones.wan import WanDitConfig
@@ -19,8 +20,8 @@ from support.random_params import make_random_params
 SIZES = {"channels": 2, "context_width": 6, "width": 24, "layers": 4, "heads": 2, "attention": "dense"}
 MODELS = {
     "wan": WanDitConfig(mlp_dim=32, text_length=4, time_width=8, **SIZES),
-    "joint": DitConfig(mlp_ratio=2.0, context=JointAttention(), **SIZES),
-    "rematerialized": DitConfig(mlp_ratio=2.0, remat="full", **SIZES),
+    "joint": MMDiTConfig(mlp_ratio=2.0, **SIZES),
+    "rematerialized": DiTConfig(mlp_ratio=2.0, remat="full", **SIZES),
 }
 GRID, TEXT = Grid(2, 2, 2), 3
 DRAW = np.random.default_rng(0)

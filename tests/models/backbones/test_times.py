@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from dit_video.models.backbones.denoise import make_denoise_fn
-from dit_video.models.backbones.dit import CrossAttention, DitConfig, JointAttention
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.mmdit import MMDiTConfig
 from dit_video.models.backbones.protocol import ClipTimes
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
@@ -19,11 +20,10 @@ from support.marks import mark_slow_except
 from support.random_params import make_random_params
 
 SIZES = {"channels": 2, "context_width": 6, "width": 24, "layers": 2, "heads": 2, "time": "token", "attention": "dense"}
-DIT = functools.partial(DitConfig, mlp_ratio=2.0, **SIZES)
 MODELS = {
     "wan": WanDitConfig(mlp_dim=32, text_length=4, time_width=8, **SIZES),
-    "shared": DIT(context=CrossAttention(), registers=2),
-    "own": DIT(context=JointAttention(), modulation="own"),
+    "shared": DiTConfig(mlp_ratio=2.0, registers=2, **SIZES),
+    "own": MMDiTConfig(mlp_ratio=2.0, **SIZES),
 }
 GRIDS = (Grid(2, 2, 2), Grid(3, 1, 2))
 PADDING, TEXT = 2, 3

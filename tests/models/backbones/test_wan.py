@@ -49,7 +49,7 @@ def test_factors_of_1_change_nothing_and_a_scale_multiplies_positions():
 
 def test_factors_are_those_of_the_rotary_embedding():
     config = dataclasses.replace(CONFIG, position_scale=(0.5, 1.0, 1.0), position_stretch=(1.0, 2.0, 2.0))
-    assert config.rotary == Rotary3d(split=(4, 4, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0))
-    assert CONFIG.rotary == Rotary3d.even(12)
+    assert config.rotary_embedding == Rotary3d(split=(4, 4, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0))
+    assert CONFIG.rotary_embedding == Rotary3d.even(12)
     with pytest.raises(UserError, match="must be positive"):
         dataclasses.replace(CONFIG, position_scale=(0.0, 1.0, 1.0))

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from dit_video.core.registry import register
-from dit_video.models.backbones.dit import Dit, DitConfig
+from dit_video.models.backbones.dit import DiT, DiTConfig
 from dit_video.models.conditioning import ClipConditioning
 from dit_video.nn import ONE_DEVICE, LayerGroup, Linear, make_stack, scan_layers
 from dit_video.tokens import Field
@@ -48,15 +48,15 @@ class Brightness(ClipConditioning):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ControlledConfig(DitConfig):
+class ControlledConfig(DiTConfig):
     conditioning: tuple[ClipConditioning, ...] = (Brightness(),)
     after: tuple[int, ...] = (0,)
     """Blocks after which a residual is added."""
 
     @property
     def base(self):
-        return DitConfig(
-            **{name: getattr(self, name) for name in (field.name for field in dataclasses.fields(DitConfig))}
+        return DiTConfig(
+            **{name: getattr(self, name) for name in (field.name for field in dataclasses.fields(DiTConfig))}
             | {"conditioning": ()}
         )
 
@@ -67,7 +67,7 @@ class ControlledConfig(DitConfig):
 class ControlledDit(nnx.Module):
     def __init__(self, config, partitioner, rngs):
         self.config, count, width = config, len(config.after), config.width
-        self.base = Dit(config.base, partitioner=partitioner, rngs=rngs)
+        self.base = DiT(config.base, partitioner=partitioner, rngs=rngs)
         graph, blocks = nnx.split(self.base.blocks)
         self.copies = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[:count], blocks))
         self.hint = Linear(config.patch.volume, width, partitioner=partitioner, rngs=rngs)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from dit_video.core.registry import register
-from dit_video.models.backbones.dit import PositionEmbedding
+from dit_video.models.backbones.positions import PositionEmbedding
 from dit_video.nn import Linear
 
 

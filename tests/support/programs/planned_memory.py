@@ -17,7 +17,7 @@ from support import tiny
 
 def make_experiment():
     """Return the tiny experiment with a wider denoiser and more rows."""
-    shape = {"width": 128, "layers": 2, "rotary": "even", "attention": "dense", "remat": "full"}
+    shape = {"width": 128, "layers": 2, "attention": "dense", "remat": "full"}
     return tiny.EXPERIMENT.replace_stage("denoiser", batch=4).replace_backbone(**shape)
 
 

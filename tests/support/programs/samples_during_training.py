@@ -17,7 +17,7 @@ from dit_video.distributed import Parallelism
 from dit_video.experiment import Experiment, LoraAdapters, export
 from dit_video.experiment.monitors import tile_clips
 from dit_video.experiment.run import Run
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.nn import LoraConfig
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.tokens import Grid
@@ -32,7 +32,7 @@ STEPS = 4
 
 def make_experiment() -> Experiment:
     """Return the tiny experiment with a larger denoiser, on a mesh of eight devices."""
-    backbone = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=96, layers=2, heads=4)
+    backbone = DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=96, layers=2, heads=4)
     return replace(
         EXPERIMENT.replace_model(backbone=backbone).replace_stage("denoiser", batch=4, steps=STEPS),
         parallel=Parallelism(data=2, fsdp=2, context=2),

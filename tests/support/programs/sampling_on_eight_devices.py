@@ -14,7 +14,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import AdaptiveProjectedGuidance, Ddim, Guidance
 from dit_video.distributed import Parallelism, make_mesh, make_partitioner
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.planning.steps import plan_step
 from dit_video.sampling import sampler
 from dit_video.sampling.pipeline import Pipeline, Request
@@ -27,7 +27,7 @@ from support.tiny_pipeline import make_params
 
 TOLERANCE = 2e-5
 """Largest difference of latents of about unit size: sums of float32 in another order, over all steps."""
-DIT = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=32, layers=2, heads=4)
+DIT = DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=32, layers=2, heads=4)
 CONFIG = PipelineConfig(
     model=replace(EXPERIMENT.get_model(), backbone=DIT, fps=16.0),
     batch=2,
@@ -108,7 +108,7 @@ def weights() -> None:
     calls = record_calls()
     parallel, device = Parallelism(data=1, fsdp=8), jax.devices()[-1]
     before = count_bytes()[device]
-    wide = DitConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=128, layers=2, heads=4)
+    wide = DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=128, layers=2, heads=4)
     denoiser = {"backbone": make_random_params(wide.make), "text": PARAMS["denoiser"]["text"]}
     config = replace(CONFIG, model=replace(CONFIG.model, backbone=wide))
     several = Pipeline(config, autoencoder=PARAMS["autoencoder"], denoiser=denoiser)

@@ -83,7 +83,7 @@ def check_collectives() -> None:
 def check_plan() -> None:
     """Check the plan of a training step, whose gradients alone cross the slices."""
     experiment = tiny.EXPERIMENT.replace_stage("denoiser", batch=8, optimizer=OptimizerConfig(warmup=1))
-    experiment = experiment.replace_backbone(width=128, rotary="even", attention="dense")
+    experiment = experiment.replace_backbone(width=128, attention="dense")
     plan = plan_experiment(experiment, Topology.parse("v5e:2x2*2"), parallel=Parallelism(data=2, fsdp=4))
     crossing = [part for part in plan.moved if part.between_slices]
     assert {part.axes for part in crossing} == {("data",)}, crossing

@@ -25,7 +25,7 @@ COLLECTIVE = re.compile(r"= \(?(\w+)\[([\d,]*)\].* (all-gather|all-reduce|reduce
 def make_experiment():
     """Return the tiny experiment with a wide denoiser in bfloat16, whose weights outweigh its activations."""
     experiment = tiny.EXPERIMENT
-    options = {"attention": "chunked", "remat": "full", "dtype": "bfloat16", "rotary": "even"}
+    options = {"attention": "chunked", "remat": "full", "dtype": "bfloat16"}
     experiment = experiment.replace_backbone(width=512, layers=4, heads=4, **options)
     experiment = experiment.replace_model(layout=dataclasses.replace(experiment.model.layout, tokens=64))
     optimizer = dataclasses.replace(experiment.denoiser.optimizer, kind="adamw")

@@ -11,7 +11,7 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import FlowMatching, RectifiedFlow
-from dit_video.models.backbones.dit import ClassLabels, DitConfig, NoContext
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig, ClassNamesConfig
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
@@ -28,7 +28,7 @@ from dit_video.training.step import get_scalars
 from support.random_params import make_random_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
-DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
+DIT = DiTConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, mlp_ratio=2.0)
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=20, text=28, segments=3)
 LOSS = DenoiserLoss(
@@ -204,7 +204,7 @@ def test_options_out_of_range_are_refused():
 @pytest.mark.slow
 def test_distillation_conditions_on_classes():
     text = ClassNamesConfig(classes=3)
-    backbone = dataclasses.replace(DIT, context=NoContext(), context_width=0, labels=ClassLabels(classes=3))
+    backbone = dataclasses.replace(DIT, context_width=0, classes=3)
     empty = text.make_tokenizer()("")
     graphs = {"backbone": get_graph_def(backbone.make), "text": get_graph_def(text.make)}
     denoiser = dataclasses.replace(CONSISTENCY.denoiser, **graphs, empty_caption=empty)

@@ -8,7 +8,7 @@ import numpy as np
 
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import FlowMatching
-from dit_video.models.backbones.dit import Dit, DitConfig
+from dit_video.models.backbones.dit import DiT, DiTConfig
 from dit_video.models.conditioning import ConditioningLatents, FrameConditioning
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def
@@ -19,12 +19,12 @@ from support.random_params import make_random_params
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=20, text=56, segments=3)
-TOLD = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
+TOLD = DiTConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
 CHANNELS = dataclasses.replace(TOLD, time="segment", cond_channels=3)
 PARAMS = {"backbone": {}, "text": make_random_params(TEXT.make)}
 
 
-class FakeDenoiser(Dit):
+class FakeDenoiser(DiT):
     """A denoiser that predicts its noisy tokens, or its clean conditioning."""
 
     def __init__(self, config):

@@ -9,7 +9,7 @@ import pytest
 
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import FlowMatching
-from dit_video.models.backbones.dit import Dit, DitConfig
+from dit_video.models.backbones.dit import DiT, DiTConfig
 from dit_video.models.conditioning import ConditioningLatents, Ending, FrameConditioning, make_mask_fields
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def
@@ -19,7 +19,7 @@ from support.random_params import make_random_params
 
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 PATCH, STRIDE, CHANNELS = Grid(1, 2, 2), 3, 2
-CONCATENATING = DitConfig(
+CONCATENATING = DiTConfig(
     channels=CHANNELS, context_width=8, patch=PATCH, width=12, layers=1, heads=1, cond_channels=STRIDE + CHANNELS
 )
 CLEAN = dataclasses.replace(CONCATENATING, cond_channels=0, time="token")
@@ -28,7 +28,7 @@ FIELDS = make_mask_fields(channels=CHANNELS, temporal_stride=STRIDE)
 GRID = Grid(2, 2, 4)
 
 
-class Recorder(Dit):
+class Recorder(DiT):
     """A denoiser that predicts its noisy tokens, or the first channels of its conditioning."""
 
     def __init__(self, config):

@@ -10,7 +10,7 @@ from scipy import stats
 
 from dit_video.core.rng import example_keys, key
 from dit_video.diffusion import ClipSize, FlowMatching, LinearShift, RectifiedFlow, Uniform
-from dit_video.models.backbones.dit import Dit, DitConfig
+from dit_video.models.backbones.dit import DiT, DiTConfig
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def
@@ -21,12 +21,12 @@ from support.random_params import make_random_params
 TEXT = ByteEncoderConfig(width=8, layers=1, heads=1, max_tokens=16)
 TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=24, text=56, segments=3)
-DIT = DitConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
+DIT = DiTConfig(channels=1, context_width=8, patch=Grid(1, 2, 2), width=12, layers=1, heads=1, time="token")
 PARAMS = {"backbone": {}, "text": make_random_params(TEXT.make)}
 STEP = jnp.zeros((), jnp.int32)
 
 
-class FakeDenoiser(Dit):
+class FakeDenoiser(DiT):
     """A denoiser that predicts its noisy tokens."""
 
     def __init__(self, config):

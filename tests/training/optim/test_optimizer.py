@@ -298,8 +298,13 @@ def test_frozen_parameters_get_no_gradient():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frozen": ("^txet/",)}, r"frozen='\^txet/' matches no parameter. Closest: text"),
-        ({"trainable": ("text/block/",)}, r"trainable='text/block/' matches no parameter. Closest: text/blocks,"),
+        ({"frozen": ("^txet/",)}, r"frozen='\^txet/' is invalid: it matches no parameter. Use the path of one: text"),
+        (
+            {"trainable": ("text/block/",)},
+            r"trainable='text/block/' is invalid: it matches no parameter. Use the path of one: text/blocks,",
+        ),
+        ({"kind": "muon", "muon_patterns": ("block$",)}, r"muon_patterns='block\$' is invalid: .* Use the path of one"),
+        ({"weight_decay": 0.1, "weight_decay_patterns": ("kernal",)}, "weight_decay_patterns='kernal' is invalid"),
     ],
 )
 def test_a_pattern_without_matching_parameters_is_refused(options, message):

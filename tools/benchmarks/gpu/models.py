@@ -16,7 +16,7 @@ from dit_video.core.platform.devices import get_default_platform
 from dit_video.core.trees import count_values, flatten
 from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
 from dit_video.distributed import Parallelism, make_mesh, make_shardings, shard_batch
-from dit_video.models.backbones.dit import DitConfig
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.flops import count_training_flops
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import FrozenTextConfig
@@ -64,7 +64,7 @@ _WARMUP_STEPS = 2
 class TrainingSize:
     """Models and rows of tokens."""
 
-    models: dict[str, DitConfig]
+    models: dict[str, DiTConfig]
     tokens: int
     clips: dict[int, tuple[Grid, ...]]
     """Token grids of the clips of a row, by their number."""
@@ -76,8 +76,8 @@ class TrainingSize:
     """Sizes of calibration; None for those for the platform."""
 
 
-def _make_model(width: int, layers: int, heads: int, context_width: int = 4096) -> DitConfig:
-    return DitConfig(
+def _make_model(width: int, layers: int, heads: int, context_width: int = 4096) -> DiTConfig:
+    return DiTConfig(
         channels=16, context_width=context_width, width=width, layers=layers, heads=heads, dtype="bfloat16"
     )
 

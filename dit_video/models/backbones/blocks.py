@@ -1,4 +1,4 @@
-"""Transformer blocks: attention and an MLP, with shift, scale and gate from the conditioning.
+"""Blocks of transformers: attention and an MLP, with shift, scale and gate from the conditioning.
 
 The residual stream is float32; only matrix products are in the config's dtype.
 """
@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dit_video.models.backbones.dit.conditioning import CrossAttention
-from dit_video.models.backbones.dit.config import DitArchitecture
+from dit_video.models.backbones.transformer import TransformerConfig
 from dit_video.models.conditioning import TextTokens
 from dit_video.nn import (
     Attention,
@@ -25,7 +24,7 @@ from dit_video.nn import (
     modulate,
 )
 from dit_video.nn.attention import BiasTable
-from dit_video.tokens import expand_to_tokens, rotate
+from dit_video.tokens import expand_to_tokens, rotate, take_tokens
 
 
 class TokenConditions(NamedTuple):
@@ -39,31 +38,38 @@ class TokenConditions(NamedTuple):
         """Return every token's value from one value per condition."""
         return values if self.indices is None else expand_to_tokens(values, self.indices)
 
+    def take(self, kept: Int[Array, "B K"]) -> "TokenConditions":
+        """Return the conditions of the tokens with these numbers."""
+        if self.indices is None:
+            return self._replace(values=take_tokens(self.values, kept))
+        return self._replace(indices=take_tokens(self.indices, kept))
 
-class DitInputs(NamedTuple):
+
+class DiTInputs(NamedTuple):
     """Inputs of all blocks besides the tokens and the attention function."""
 
     condition: TokenConditions
     """Conditions of width D; the head, and blocks with their own modulation, project their modulation from them."""
     modulation: TokenConditions
     """Shared modulation `B M 6 D`, or `condition` if each block projects it itself."""
-    segments: Int[Array, "B N"]
-    positions: Float[Array, "B N 3"]
     angles: Float[Array, "B N half"] | None
     """Rotary angles of queries and keys; None for no rotation."""
     attention_inputs: AttentionInputs
-    """Metadata for self-attention; the tokens of a joint context follow the others."""
-    bias_positions: Float[Array, "B T 3"] | None = None
-    """Coordinates for a relative bias, of all tokens in self-attention."""
+    """Metadata for self-attention."""
+    bias_positions: Float[Array, "B N 3"] | None = None
+    """Coordinates for a relative bias."""
     context: TextTokens | None = None
     """Embedded text for cross-attention."""
-    context_modulation: TokenConditions | None = None
-    """Modulation of the text in joint attention."""
 
-    def add_bias(self, table: BiasTable | None) -> AttentionInputs:
-        """Return the metadata for self-attention with the relative bias of a block."""
-        bias = None if table is None or self.bias_positions is None else table(self.bias_positions)
-        return self.attention_inputs._replace(bias=bias)
+    def take(self, kept: Int[Array, "B K"]) -> "DiTInputs":
+        """Return the inputs of some of the tokens; see `BlockInputs`."""
+        return self._replace(
+            condition=self.condition.take(kept),
+            modulation=self.modulation.take(kept),
+            angles=None if self.angles is None else take_tokens(self.angles, kept),
+            attention_inputs=self.attention_inputs.take(kept),
+            bias_positions=None if self.bias_positions is None else take_tokens(self.bias_positions, kept),
+        )
 
 
 class Stream(nnx.Module):
@@ -72,7 +78,7 @@ class Stream(nnx.Module):
     output_init: ClassVar[Init] = "xavier"
     """Initialisation of the layers whose output is added to the residual stream."""
 
-    def __init__(self, config: DitArchitecture, *, partitioner: Partitioner, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, partitioner: Partitioner, rngs: nnx.Rngs):
         width, dtype = config.width, jnp.dtype(config.dtype)
         per_block, hidden = config.modulation == "own", config.mlp_dim
         options: dict[str, Any] = {"precision": "highest" if config.time == "segment" else None, "init": "zero"}
@@ -123,11 +129,12 @@ class Stream(nnx.Module):
 class Block(Stream):
     """A block with self-attention within segments, cross-attention to the context if there is one, and an MLP."""
 
-    def __init__(self, config: DitArchitecture, *, partitioner: Partitioner, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, partitioner: Partitioner, rngs: nnx.Rngs):
         super().__init__(config, partitioner=partitioner, rngs=rngs)
         self.is_parallel = config.order == "parallel"
-        self.relative = _make_bias_table(config, rngs)
-        self.has_cross_attention = isinstance(config.context, CrossAttention)
+        bias = config.relative_bias
+        self.relative = None if bias is None else BiasTable(bias, config.heads, rngs=rngs)
+        self.has_cross_attention = config.has_cross_attention
         if self.has_cross_attention:
             width, dtype = config.width, jnp.dtype(config.dtype)
             linear = functools.partial(Linear, bias=config.bias, dtype=dtype, partitioner=partitioner, rngs=rngs)
@@ -137,16 +144,21 @@ class Block(Stream):
             self.cross_query_norm, self.cross_key_norm = _make_qk_norm(config), _make_qk_norm(config)
             self.cross_out = linear(width, width, split="inputs", init="zero")
 
-    def __call__(self, x: Float[Array, "B N D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[Array, "B N D"], inputs: DiTInputs, attention: Attention) -> Float[Array, "B N D"]:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.compute_modulation(inputs.modulation)
         start = x
         q, k, v = self.project_qkv(modulate(x, shift, scale), inputs.angles)
-        x = x + gate * self.project_out(attention(q, k, v, inputs.add_bias(self.relative)))
+        x = x + gate * self.project_out(attention(q, k, v, self._add_bias(inputs)))
         if self.has_cross_attention:
             x = x + self._cross_attention(layer_norm(start if self.is_parallel else x), inputs)
         return x + mlp_gate * self.apply_mlp(start if self.is_parallel else x, mlp_shift, mlp_scale)
 
-    def _cross_attention(self, x: Float[Array, "B N D"], inputs: DitInputs) -> Float[Array, "B N D"]:
+    def _add_bias(self, inputs: DiTInputs) -> AttentionInputs:
+        if self.relative is None or inputs.bias_positions is None:
+            return inputs.attention_inputs
+        return inputs.attention_inputs._replace(bias=self.relative(inputs.bias_positions))
+
+    def _cross_attention(self, x: Float[Array, "B N D"], inputs: DiTInputs) -> Float[Array, "B N D"]:
         assert inputs.context is not None
         q = split_heads(self.cross_query(x), self.cross_query_norm, self.heads)
         key_value = self.cross_key_value.project_parts(inputs.context.values, 2)
@@ -154,54 +166,6 @@ class Block(Stream):
         v = split_heads(key_value[:, :, 1], None, self.heads)
         mixed = self.cross(q, k, v, inputs.attention_inputs.with_context(inputs.context.segments))
         return self.cross_out(mixed.reshape(x.shape)).astype(jnp.float32)
-
-
-class TemporalBlock(Stream):
-    """A block with attention over the frames at one position, and an MLP; it is the identity until it is trained.
-
-    Its output layers start at zero, so gates are `1 + gate`: if both were zero in a new model, neither would get a
-    gradient.
-    """
-
-    output_init: ClassVar[Init] = "zero"
-
-    def __call__(self, x: Float[Array, "B N D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B N D"]:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.compute_modulation(inputs.modulation)
-        q, k, v = self.project_qkv(modulate(x, shift, scale), inputs.angles)
-        x = x + (1 + gate) * self.project_out(attention(q, k, v, inputs.attention_inputs))
-        return x + (1 + mlp_gate) * self.apply_mlp(x, mlp_shift, mlp_scale)
-
-
-class JointBlock(nnx.Module):
-    """A block with two streams and joint attention; in `x` the context's tokens follow the video's."""
-
-    def __init__(self, config: DitArchitecture, *, partitioner: Partitioner, rngs: nnx.Rngs):
-        self.is_parallel = config.order == "parallel"
-        self.video = Stream(config, partitioner=partitioner, rngs=rngs)
-        self.context = Stream(config, partitioner=partitioner, rngs=rngs)
-        self.relative = _make_bias_table(config, rngs)
-
-    def __call__(self, x: Float[Array, "B T D"], inputs: DitInputs, attention: Attention) -> Float[Array, "B T D"]:
-        assert inputs.context_modulation is not None
-        length = inputs.segments.shape[1]
-        streams = [
-            (self.video, x[:, :length], inputs.modulation, inputs.angles),
-            (self.context, x[:, length:], inputs.context_modulation, None),
-        ]
-        heads, parts = [], []
-        for stream, start, modulation, angles in streams:
-            shift, scale, *part = stream.compute_modulation(modulation)
-            heads.append(stream.project_qkv(modulate(start, shift, scale), angles))
-            parts.append(part)
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*heads, strict=True))
-        mixed = attention(q, k, v, inputs.add_bias(self.relative))
-        ends = []
-        for (stream, start, *_), (gate, shift, scale, mlp_gate), mixed_part in zip(
-            streams, parts, (mixed[:, :length], mixed[:, length:]), strict=True
-        ):
-            end = start + gate * stream.project_out(mixed_part)
-            ends.append(end + mlp_gate * stream.apply_mlp(start if self.is_parallel else end, shift, scale))
-        return jnp.concatenate(ends, axis=1)
 
 
 def split_heads(x: Float[Array, "B N D"], norm: RmsNorm | None, heads: int) -> Float[Array, "B N {heads} d"]:
@@ -212,11 +176,7 @@ def split_heads(x: Float[Array, "B N D"], norm: RmsNorm | None, heads: int) -> F
     return x if norm is None else norm(x)
 
 
-def _make_bias_table(config: DitArchitecture, rngs: nnx.Rngs) -> BiasTable | None:
-    return None if config.relative_bias is None else BiasTable(config.relative_bias, config.heads, rngs=rngs)
-
-
-def _make_qk_norm(config: DitArchitecture) -> RmsNorm | None:
+def _make_qk_norm(config: TransformerConfig) -> RmsNorm | None:
     if config.qk_norm == "none":
         return None
     return RmsNorm(config.width if config.qk_norm == "full" else config.width // config.heads)

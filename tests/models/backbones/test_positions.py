@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
-from dit_video.models.backbones.dit.positions import AxisTables, FactorizedEmbedding, ImageSineCosine, SineCosine
+from dit_video.models.backbones.positions import AxisTables, FactorizedEmbedding, ImageSineCosine, SineCosine
 from dit_video.nn import sinusoidal_embedding
 from dit_video.tokens import expand_to_tokens, split_evenly
 from support.packed_rows import SEGMENTS, make_batch

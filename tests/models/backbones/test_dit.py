@@ -11,20 +11,11 @@ from flax import nnx
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.models.backbones.denoise import make_denoise_fn
-from dit_video.models.backbones.dit import (
-    BoundaryEmbedding,
-    ClassLabels,
-    CrossAttention,
-    DitConfig,
-    FactorizedEmbedding,
-    ImageSineCosine,
-    JointAttention,
-    NoContext,
-    PooledContext,
-    SineCosine,
-    TemporalLayers,
-    TimeEmbedding,
-)
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.mmdit import MMDiTConfig
+from dit_video.models.backbones.positions import BoundaryEmbedding, FactorizedEmbedding, ImageSineCosine, SineCosine
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
+from dit_video.models.backbones.transformer import CrossAttention, PooledContext, TimeEmbedding
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import ClassIds, Conditioning
 from dit_video.nn import get_graph_def, get_param_shapes, init_params, sinusoidal_embedding
@@ -49,7 +40,7 @@ from support.packed_rows import (
 )
 from support.random_params import make_random_params
 
-CONFIG = DitConfig(channels=2, context_width=6, patch=Grid(1, 2, 2), width=24, layers=2, heads=2, mlp_ratio=2.0)
+CONFIG = DiTConfig(channels=2, context_width=6, patch=Grid(1, 2, 2), width=24, layers=2, heads=2, mlp_ratio=2.0)
 
 PARAMS = make_random_params(CONFIG.make)
 
@@ -169,7 +160,8 @@ def test_denoise_takes_the_time_of_every_token():
 # Properties of the default denoiser that hold for every option: packed equals unpacked, and segments are apart
 
 
-DEFAULT_CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+SIZES = {"channels": 2, "context_width": TEXT_WIDTH, "width": 24, "layers": 2, "heads": 2, "mlp_ratio": 2.0}
+DEFAULT_CONFIG = DiTConfig(**SIZES)
 WAN = WanDitConfig(
     channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
@@ -185,10 +177,9 @@ OPTIONS = {
         "rotary": Rotary3d(split=(2, 6, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)),
         "modulation": "own",
     },
-    "joint": {"context": JointAttention()},
     "pooled, labels": {
         "context": PooledContext(),
-        "labels": ClassLabels(classes=CLASSES),
+        "classes": CLASSES,
         "absolute_position": ImageSineCosine(side=2),
         "variance": "dropped",
         "time_embedding": TimeEmbedding(scale=1.0, max_period=100.0, reversed=True),
@@ -206,9 +197,7 @@ OPTIONS = {
         "pattern": (SpaceOnly(), TimeOnly()),
         "attention": "chunked",
     },
-    "temporal": {"pattern": SpaceOnly(), "temporal": TemporalLayers(spatial_layers=2), "modulation": "own"},
     "most": {
-        "context": JointAttention(pooled=False),
         "order": "parallel",
         "modulation": "own",
         "time": "token",
@@ -216,7 +205,7 @@ OPTIONS = {
         "registers": 1,
         "pattern": (CausalFrames(), SparseCausal()),
         "relative_bias": RelativeBias(buckets=(4, 4, 4), max_distance=(None, None, None)),
-        "labels": ClassLabels(classes=CLASSES),
+        "classes": CLASSES,
     },
 }
 """Configs to test. Options that do not affect each other are combined, so that fewer programs are compiled."""
@@ -224,9 +213,23 @@ WANS = {
     "wan with images": {"cond_channels": 3, "image_width": IMAGE_WIDTH, "image_positions": 4},
     "wan with a time per token": {"time": "token", "pattern": (TimeOnly(), SpaceOnly())},
 }
-CONFIGS = {name: dataclasses.replace(DEFAULT_CONFIG, **fields) for name, fields in OPTIONS.items()}
+CONFIGS = {name: dataclasses.replace(DEFAULT_CONFIG, **fields) for name, fields in OPTIONS.items()} | {
+    "joint": MMDiTConfig(**SIZES),
+    "joint, most": MMDiTConfig(
+        **SIZES,
+        pooled=False,
+        mlp="swiglu",
+        time="token",
+        cond_channels=3,
+        rotary="none",
+        pattern=(CausalFrames(), SparseCausal()),
+    ),
+    "spatio-temporal": SpatioTemporalDiTConfig(
+        **SIZES, temporal=TemporalLayers(spatial_layers=2), modulation="own", time="token", cond_channels=3
+    ),
+}
 CONFIGS |= {name: dataclasses.replace(WAN, **fields) for name, fields in WANS.items()}
-QUICK = ("most",)
+QUICK = ("most", "joint, most", "spatio-temporal")
 """Configs of the default suite, which hold most options; all others are tested by the slow tests."""
 
 
@@ -239,9 +242,7 @@ def test_packed_is_unpacked_and_segments_are_apart(name):
 
 
 def test_a_model_can_be_conditioned_on_class_labels_alone():
-    config = dataclasses.replace(
-        DEFAULT_CONFIG, context=NoContext(), context_width=0, labels=ClassLabels(classes=CLASSES), time="token"
-    )
+    config = dataclasses.replace(DEFAULT_CONFIG, context_width=0, classes=CLASSES, time="token")
     params = make_random_params(config.make)
     assert not any(path.startswith("context") or "cross" in path for path in flatten(params))
     batch = make_batch((0, 1), ())
@@ -252,7 +253,7 @@ def test_a_model_can_be_conditioned_on_class_labels_alone():
     np.testing.assert_array_equal(after[0, SECOND], before[0, SECOND])
     none = predict(params, batch._replace(labels=batch.labels.at[0, 0].set(CLASSES + 1)), config)
     assert np.isnan(none[0, FIRST]).all()
-    unlabelled = dataclasses.replace(config, labels=None)
+    unlabelled = dataclasses.replace(config, classes=0)
     assert np.isfinite(predict(make_random_params(unlabelled.make), batch, unlabelled)).all()
 
 
@@ -328,7 +329,7 @@ def test_options_add_and_remove_parameters():
     assert not any(path.endswith("_norm/scale") for path in paths("sine-cosine, no norm"))
     assert "blocks/gate/kernel" in paths("parallel")
     assert not any(path.startswith("blocks") and path.endswith("bias") for path in paths("parallel"))
-    assert {"blocks/video/own/kernel", "blocks/context/own/kernel"} <= paths("most")
+    assert {"blocks/video/own/kernel", "blocks/context/own/kernel"} <= paths("joint")
     assert get_param_shapes(CONFIGS["factorised, full norm"].make)["blocks"]["query_norm"]["scale"].shape == (2, 24)
 
 

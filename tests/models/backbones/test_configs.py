@@ -1,5 +1,6 @@
 """Configs of denoisers: defaults, refused values, and names of earlier versions."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,33 +10,37 @@ import safetensors
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
-from dit_video.models.backbones.dit import (
-    BoundaryEmbedding,
-    ClassLabels,
-    CrossAttention,
-    DitConfig,
-    FactorizedEmbedding,
-    JointAttention,
-    NoContext,
-    SineCosine,
-    TemporalLayers,
-)
+from dit_video.models.backbones.dit import DIT_SIZES, DiTConfig
+from dit_video.models.backbones.mmdit import MMDiTConfig
+from dit_video.models.backbones.positions import BoundaryEmbedding, FactorizedEmbedding, SineCosine
+from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
+from dit_video.models.backbones.transformer import CrossAttention
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes
-from dit_video.nn.attention import RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
+from dit_video.nn.attention import CausalFrames, RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
 from dit_video.tokens import Grid, Rotary3d
 
-CONFIG = DitConfig(channels=2, context_width=6, width=24, layers=2, heads=2, mlp_ratio=2.0)
-SHAPES = Path(__file__).resolve().parents[4] / "experiments" / "pretrained" / "shapes"
+CONFIG = DiTConfig(channels=2, context_width=6, width=24, layers=2, heads=2, mlp_ratio=2.0)
+SHAPES = Path(__file__).resolve().parents[3] / "experiments" / "pretrained" / "shapes"
 
 
-def make_config(**fields) -> DitConfig:
-    return DitConfig(**{"channels": 2, "context_width": 6, "width": 24, "heads": 2} | fields)
+SIZES = {"channels": 2, "context_width": 6, "width": 24, "heads": 2}
+DIT_BILLIONS = {"S": 0.033, "B": 0.13, "L": 0.42, "XL": 0.62, "1B": 1.1, "5B": 5.0, "14B": 14.0}
+"""Parameters of the named sizes."""
+
+
+def make_config(**fields) -> DiTConfig:
+    return DiTConfig(**SIZES | fields)
+
+
+def make_size(name: str, **fields) -> DiTConfig:
+    return DiTConfig(**DIT_SIZES[name] | fields)
 
 
 def test_defaults_follow_from_other_fields():
     assert CONFIG.token_width == 8
-    assert CONFIG.rotary == Rotary3d(split=(4, 4, 4))
+    assert CONFIG.rotary_embedding == Rotary3d(split=(4, 4, 4))
+    assert CONFIG.replace(width=48).rotary_embedding == Rotary3d(split=(8, 8, 8))
     assert CONFIG.absolute_position == BoundaryEmbedding()
     assert make_config(cond_channels=3).cond_width == 12
 
@@ -45,7 +50,7 @@ def test_the_cost_of_a_layer_follows_from_its_pattern():
     whole, space, time = 30.0**2, 5 * 6.0**2, 6 * 5.0**2
     assert make_config(layers=3).attention_pairs(grid) == whole
     assert make_config(layers=4, pattern=(SpaceOnly(), TimeOnly())).attention_pairs(grid) == (space + time) / 2
-    latte = make_config(layers=4, pattern=SpaceOnly(), temporal=TemporalLayers(spatial_layers=2))
+    latte = SpatioTemporalDiTConfig(**SIZES | {"layers": 4}, temporal=TemporalLayers(spatial_layers=2))
     assert latte.attention_pairs(grid) == space + time / 2
     spatial = make_config(layers=4, pattern=SpaceOnly())
     assert latte.layer_params == spatial.layer_params + (4 + 2 * latte.mlp_ratio) / 2
@@ -56,7 +61,7 @@ def test_the_cost_of_a_layer_follows_from_its_pattern():
 def test_the_shipped_model_is_one_of_the_default_options():
     written = json.loads((SHAPES / "pipeline.json").read_text())["config"]["model"]["backbone"]
     config = config_json.from_json(written)
-    assert config == DitConfig(channels=8, context_width=64, width=176, layers=4, heads=4)
+    assert config == DiTConfig(channels=8, context_width=64, width=176, layers=4, heads=4)
     with safetensors.safe_open(SHAPES / "denoiser.safetensors", framework="np") as file:
         held = {
             name.removeprefix("backbone/"): tuple(file.get_slice(name).get_shape())
@@ -71,13 +76,12 @@ def test_the_shipped_model_is_one_of_the_default_options():
     [
         CONFIG,
         make_config(rotary="none", absolute_position=None, context=CrossAttention(pooled=False)),
-        make_config(context=JointAttention(), absolute_position=FactorizedEmbedding(sizes=(4, 5, 6)), registers=2),
-        make_config(
-            context=NoContext(), context_width=0, labels=ClassLabels(classes=7), absolute_position=SineCosine()
-        ),
+        make_config(absolute_position=FactorizedEmbedding(sizes=(4, 5, 6)), registers=2),
+        make_config(context_width=0, classes=7, absolute_position=SineCosine()),
         make_config(rotary=Rotary3d(split=(4, 4, 4), scale=(0.5, 1.0, 1.0), stretch=(1.0, 2.0, 2.0)), time="token"),
         make_config(pattern=(SpaceOnly(), TimeOnly()), relative_bias=RelativeBias(), registers=1),
-        make_config(pattern=SpaceOnly(), temporal=TemporalLayers(spatial_layers=3, layers=2)),
+        MMDiTConfig(**SIZES, pattern=CausalFrames()),
+        SpatioTemporalDiTConfig(**SIZES, temporal=TemporalLayers(spatial_layers=3, layers=2)),
         WanDitConfig.ti2v_5b(pattern=SlidingWindow(radius=(1, None, None))),
     ],
 )
@@ -88,13 +92,7 @@ def test_configs_are_the_same_after_json(config):
 @pytest.mark.parametrize(
     ("make", "billions"),
     [
-        (DitConfig.small, 0.033),
-        (DitConfig.base, 0.13),
-        (DitConfig.large, 0.42),
-        (DitConfig.extra_large, 0.62),
-        (DitConfig.dit_1b, 1.1),
-        (DitConfig.dit_5b, 5.0),
-        (DitConfig.dit_14b, 14.0),
+        *((functools.partial(make_size, name), billions) for name, billions in DIT_BILLIONS.items()),
         (WanDitConfig.t2v_1_3b, 1.42),
         (WanDitConfig.t2v_14b, 14.3),
         (WanDitConfig.i2v_14b, 16.4),
@@ -110,7 +108,7 @@ def test_named_configs_have_the_stated_numbers_of_parameters(make, billions):
 def test_the_cost_of_a_layer():
     assert make_config(mlp_ratio=4.0).layer_params == 14
     assert make_config(mlp_ratio=4.0, mlp="swiglu").layer_params == 18
-    assert make_config(mlp_ratio=4.0, context=JointAttention()).layer_params == 12
+    assert MMDiTConfig(**SIZES).layer_params == 12
     assert WanDitConfig(width=128, heads=1, mlp_dim=512).layer_params == 14
 
 
@@ -127,9 +125,9 @@ def test_the_cost_of_a_layer():
         (lambda: FactorizedEmbedding(sizes=(1, 4, 4)), r"\(1, 4, 4\) .* use at least 2"),
         (lambda: make_config(registers=-1), "registers=-1 is invalid: it must be at least 0"),
         (lambda: make_config(cond_channels=-1), "cond_channels=-1 is invalid: it must be at least 0"),
-        (lambda: make_config(context=NoContext()), "context_width=6 .* NoContext; use 0"),
-        (lambda: make_config(context_width=0), "context_width=0 .* CrossAttention; use 0 for NoContext"),
-        (lambda: ClassLabels(classes=0), "classes=0 .* at least 1"),
+        (lambda: make_config(context_width=-1), "context_width=-1 is invalid: it must be at least 0"),
+        (lambda: make_config(classes=-1), "classes=-1 is invalid: it must be at least 0"),
+        (lambda: MMDiTConfig(**SIZES | {"context_width": 0}), "context_width=0 is invalid: it must be at least 1"),
         (lambda: make_config(layers=3, pattern=(SpaceOnly(), TimeOnly())), "3 layers .* 2 patterns .* a divisor"),
         (lambda: make_config(pattern=()), "0 patterns in turn; give 1"),
         (lambda: make_config(attention="splash", pattern=SparseCausal()), "splash attention cannot do SparseCausal"),
@@ -138,13 +136,8 @@ def test_the_cost_of_a_layer():
             "tokamax attention cannot do With",
         ),
         (lambda: make_config(attention="cudnn", relative_bias=RelativeBias()), "cudnn attention cannot add a bias"),
-        (lambda: make_config(temporal=TemporalLayers()), r"set pattern=SpaceOnly\(\), not Full"),
         (
-            lambda: make_config(temporal=TemporalLayers(), pattern=SpaceOnly(), registers=1),
-            "use registers=0, another context",
-        ),
-        (
-            lambda: make_config(temporal=TemporalLayers(spatial_layers=4), pattern=SpaceOnly()),
+            lambda: SpatioTemporalDiTConfig(**SIZES, temporal=TemporalLayers(spatial_layers=4)),
             "6 layers .* spatial_layers, not 4",
         ),
         (lambda: TemporalLayers(layers=0), "layers=0 is invalid: it must be at least 1"),

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.models.backbones.dit import DitConfig, JointAttention
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.mmdit import MMDiTConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import Partitioner
 from dit_video.nn.attention import CausalFrames, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
@@ -22,15 +23,14 @@ from support.packed_rows import (
 )
 from support.random_params import make_random_params
 
-CONFIG = DitConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
+CONFIG = DiTConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
 WAN = WanDitConfig(
     channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
 FRAME, PLACE = np.arange(8) // 4, np.arange(8) % 4
 SAME_FRAME, SAME_PLACE = FRAME[:, None] == FRAME, PLACE[:, None] == PLACE
 NOT_LATER, ALL = FRAME[:, None] >= FRAME, np.ones((8, 8), bool)
-EXTRA_TOKENS = {"registers": 1, "context": JointAttention()}
-"""Numbers of tokens without a position, of both kinds."""
+JOINT = MMDiTConfig(channels=2, context_width=TEXT_WIDTH, width=24, layers=2, heads=2, mlp_ratio=2.0)
 
 
 @pytest.mark.parametrize(
@@ -39,10 +39,11 @@ EXTRA_TOKENS = {"registers": 1, "context": JointAttention()}
         pytest.param(dataclasses.replace(CONFIG, pattern=SpaceOnly()), SAME_FRAME, marks=pytest.mark.slow),
         (dataclasses.replace(CONFIG, pattern=TimeOnly()), SAME_PLACE),
         (dataclasses.replace(CONFIG, pattern=(SpaceOnly(), TimeOnly())), ALL),
-        pytest.param(dataclasses.replace(CONFIG, pattern=SpaceOnly(), **EXTRA_TOKENS), ALL, marks=pytest.mark.slow),
-        (dataclasses.replace(CONFIG, pattern=CausalFrames(), **EXTRA_TOKENS), NOT_LATER),
+        pytest.param(dataclasses.replace(CONFIG, pattern=SpaceOnly(), registers=1), ALL, marks=pytest.mark.slow),
+        (dataclasses.replace(CONFIG, pattern=CausalFrames(), registers=1), NOT_LATER),
+        pytest.param(dataclasses.replace(JOINT, pattern=SpaceOnly()), ALL, marks=pytest.mark.slow),
         pytest.param(
-            dataclasses.replace(CONFIG, pattern=(SpaceOnly(), SparseCausal()), **EXTRA_TOKENS),
+            dataclasses.replace(JOINT, pattern=(SpaceOnly(), SparseCausal())),
             NOT_LATER,
             marks=pytest.mark.slow,
         ),
@@ -63,18 +64,18 @@ def test_a_token_depends_on_exactly_the_tokens_that_its_layers_see(config, expec
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fields", "masks"),
+    ("config", "masks"),
     [
         (
-            {"pattern": (SpaceOnly(), SlidingWindow(radius=(None, 0, 0))), "attention": "chunked"},
+            dataclasses.replace(CONFIG, pattern=(SpaceOnly(), SlidingWindow(radius=(None, 0, 0))), attention="chunked"),
             [lambda q, k: q[0] == k[0], lambda q, k: tuple(q[1:]) == tuple(k[1:])],
         ),
-        ({"pattern": CausalFrames(), **EXTRA_TOKENS}, [lambda q, k: k[0] <= q[0]]),
+        (dataclasses.replace(CONFIG, pattern=CausalFrames(), registers=1), [lambda q, k: k[0] <= q[0]]),
+        (dataclasses.replace(JOINT, pattern=CausalFrames()), [lambda q, k: k[0] <= q[0]]),
     ],
-    ids=["factorised", "causal"],
+    ids=["factorised", "causal", "joint"],
 )
-def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, fields, masks):
-    config = dataclasses.replace(CONFIG, **fields)
+def test_patterns_are_their_dense_masks_in_values_and_gradients(monkeypatch, config, masks):
     params, batch = make_random_params(config.make), make_batch((0, 1), (1, 0))
     result = predict_with_gradients(params, batch, config)
     explicit = iter([_explicit(batch, config, sees) for sees in masks])
@@ -91,7 +92,7 @@ def _explicit(batch, config, sees):
     coordinates, ids = np.asarray(batch.positions), np.asarray(batch.segments)
     if config.registers:
         ids = np.concatenate([ids, np.tile(np.arange(1, 4), (2, 1))], axis=1)
-    if isinstance(config.context, JointAttention):
+    if isinstance(config, MMDiTConfig):
         ids = np.concatenate([ids, np.asarray(batch.context_segments)], axis=1)
 
     def visible(row, q, k):

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
-from dit_video.models.backbones.dit import BoundaryEmbedding, DitConfig, JointAttention, SineCosine
+from dit_video.models.backbones.dit import DiTConfig
+from dit_video.models.backbones.positions import BoundaryEmbedding, SineCosine
 from dit_video.models.backbones.protocol import BlockBackbone, CachingBackbone
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import get_graph_def
@@ -55,7 +56,7 @@ def make_model(config):
     ids=["causal", "turns", "chunked"],
 )
 def test_a_chunk_after_cached_ones_is_predicted_as_in_the_whole_clip(fields):
-    model, conditioning, size = make_model(DitConfig(**FIELDS | fields)), Conditioning(TEXT), 2
+    model, conditioning, size = make_model(DiTConfig(**FIELDS | fields)), Conditioning(TEXT), 2
     assert isinstance(model, BlockBackbone)
     assert isinstance(model, CachingBackbone)
 
@@ -91,11 +92,10 @@ def test_a_chunk_after_cached_ones_is_predicted_as_in_the_whole_clip(fields):
         {"pattern": Full()},
         {"absolute_position": BoundaryEmbedding()},
         {"registers": 1},
-        {"context": JointAttention()},
         {"relative_bias": RelativeBias()},
     ],
     ids=lambda fields: next(iter(fields)),
 )
 def test_a_model_whose_finished_frames_depend_on_later_ones_has_no_cache(fields):
     with pytest.raises(UserError, match="absolute_position=None, registers=0"):
-        make_model(DitConfig(**FIELDS | fields)).init_state(1, 8)
+        make_model(DiTConfig(**FIELDS | fields)).init_state(1, 8)
