@@ -177,11 +177,11 @@ class Experiment(StagedExperiment):
                 "variance='predicted' of the denoiser and a LearnedVariance prediction of the objective need each "
                 "other. Change one of the two."
             )
-        if backbone.conditioning and (isinstance(self.denoiser.train, Student) or not self.data.cache_latents):
-            names = ", ".join(each.field.name for each in backbone.conditioning)
-            raise UserError(
-                f"conditioning ({names}) needs cached latents and no distillation; set data cache_latents=True"
-            )
+        if backbone.conditioning and (isinstance(self.denoiser.train, Student) or self.denoiser.buckets is not None):
+            names, rule = ", ".join(each.field.name for each in backbone.conditioning), "a student has none"
+            if self.denoiser.buckets is not None:
+                rule = "buckets crop clips, which the values of a clip don't follow"
+            raise UserError(f"conditioning ({names}) is invalid: {rule}. Use layout=PackedShape(...) and no Student.")
         frames, image_encoder = self.denoiser.frame_conditioning, self.denoiser.image_encoder
         if frames is not None and frames.has_mask_mix and self.denoiser.buckets is not None:
             raise UserError("frame_conditioning.masks need packed rows. Use layout=PackedShape(...).")

@@ -126,7 +126,7 @@ def make_denoiser_loss(
     config = experiment.denoiser
     return DenoiserLoss(
         backbone=get_graph_def(config.backbone.make, make_parallelism(mesh, experiment.mesh.context_attention)),
-        text=get_graph_def(config.text.make),
+        text_encoder=get_graph_def(config.text.make),
         objective=config.objective,
         caption_dropout=config.caption_dropout,
         empty_caption=empty_caption,

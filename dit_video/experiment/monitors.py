@@ -79,7 +79,7 @@ def make_validation(
     experiment: Experiment,
     mesh: Mesh,
     clips: ClipSource,
-    tokenizer: Tokenizer | FrozenTextEncoder,
+    text_encoder: Tokenizer | FrozenTextEncoder,
     autoencoder: dict[str, Any],
     loss: DenoiserLoss,
     trained: TrainableDenoiser,
@@ -90,18 +90,18 @@ def make_validation(
       experiment: The config.
       mesh: Devices of the training.
       clips: The held-out clips.
-      tokenizer: Tokenizer or encoder of their captions.
+      text_encoder: Tokenizer or encoder of their captions.
       autoencoder: Parameters of the autoencoder.
       loss: The training loss.
       trained: The trained part of the denoiser: weights or adapters.
     """
     data = dataclasses.replace(experiment.data, weights=(), workers=0)
     validated = dataclasses.replace(experiment, data=data)
-    texts = input_pipeline.open_captions(tokenizer, clips)
     encode: OnlineEncoder = input_pipeline.make_online_encoder(validated, mesh, autoencoder, clips)
-    open_batches = input_pipeline.make_online_batches(validated, mesh, clips, texts, encode)
-    with contextlib.closing(open_batches(0)) as batches:
-        rows = list(itertools.islice(batches, experiment.monitoring.validation_batches))
+    captions = input_pipeline.open_captions(text_encoder, clips)
+    source = input_pipeline.make_clip_examples(validated, clips, captions, encode)
+    with contextlib.closing(input_pipeline.open_rows(validated, mesh, source, clips)(0)) as rows:
+        batches = list(itertools.islice(rows, experiment.monitoring.validation_batches))
     undropped = dataclasses.replace(loss, caption_dropout=0.0)
     eval_loss = undropped if trained.lora is None else LoraLoss(loss=undropped, scale=trained.lora.scale)
     constants = () if trained.base_params is None else (trained.base_params,)
@@ -115,7 +115,7 @@ def make_validation(
 
     def call(_done: int, state: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
-        for batch in rows:
+        for batch in batches:
             total_ratio, parts = jax.device_get(evaluate(state.ema, shard_batch(batch, mesh), *constants))
             for name, ratio in {"loss": total_ratio, **parts}.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(ratio, np.float64)

@@ -62,9 +62,9 @@ def test_positions_of_rows_count_the_seconds_of_each_clip(tiny, tiny_run):
     denoiser = tiny.EXPERIMENT.denoiser
     timed = dataclasses.replace(denoiser, backbone=dataclasses.replace(denoiser.backbone, time_coordinate="seconds"))
     experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=timed)
-    batches = input_pipeline.make_cached_batches(
-        experiment, make_mesh(experiment.mesh), latents, clips, TokenizedCaptions(latents.all_captions, tokenize)
-    )(0)
-    result = {time for _ in range(4) for time in next(batches).positions[..., 0].flat}
-    batches.close()
+    captions = TokenizedCaptions(latents.all_captions, tokenize)
+    source = input_pipeline.make_latent_examples(experiment, latents, clips, captions)
+    rows = input_pipeline.open_rows(experiment, make_mesh(experiment.mesh), source, clips)(0)
+    result = {time for _ in range(4) for time in next(rows).positions[..., 0].flat}
+    rows.close()
     assert result == {0.0, 0.5, 1.0}

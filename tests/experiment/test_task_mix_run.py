@@ -54,9 +54,9 @@ def test_a_resumed_run_draws_the_same_masks(tiny, tiny_run, tmp_path):
     run = prepare_run(tiny, tiny_run, tmp_path / "run", is_cached=True)
     run.run_stages()
     stage = next(stage for stage in run.stages if isinstance(stage, TrainDenoiser))
-    _, open_batches = stage.open_inputs(run.runtime.for_stage(run.experiment))
-    whole = list(itertools.islice(open_batches(0), 5))
-    rest = list(itertools.islice(open_batches(3), 2))
+    _, open_rows = stage.open_inputs(run.runtime.for_stage(run.experiment))
+    whole = list(itertools.islice(open_rows(0), 5))
+    rest = list(itertools.islice(open_rows(3), 2))
     for first, second in zip(whole[3:], rest, strict=True):
         for name in ("cond_mask", "cond_latents"):
             np.testing.assert_array_equal(first.fields[name], second.fields[name])

@@ -70,7 +70,7 @@ def begin(mesh_config: MeshConfig, backbone=DIT, *, optimizer: str, devices=None
     transformation = make_test_optimizer(optimizer)
     loss = DenoiserLoss(
         backbone=get_graph_def(backbone.make, make_parallelism(mesh, mesh_config.context_attention)),
-        text=get_graph_def(TEXT.make),
+        text_encoder=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.2,
         empty_caption=TOKENIZE(""),

@@ -100,7 +100,7 @@ def make_denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, Optim
     config = setting.denoiser
     loss = DenoiserLoss(
         backbone=get_graph_def(config.backbone.make),
-        text=get_graph_def(config.text.make),
+        text_encoder=get_graph_def(config.text.make),
         objective=config.objective,
         caption_dropout=0.1,
         empty_caption=tokenize_bytes(setting.denoiser.text, ""),

@@ -89,7 +89,7 @@ class CheckedTraining:
     trained: TrainableDenoiser
     clips: ClipSource
     held_out_clips: ClipSource
-    text: Tokenizer | FrozenTextEncoder
+    text_encoder: Tokenizer | FrozenTextEncoder
     latents: LatentSource | None = None
     """Cached latents; None where clips are encoded as they are read."""
     encoding: Encoding | None = None

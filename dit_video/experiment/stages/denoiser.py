@@ -7,7 +7,8 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.core.storage import StoragePath
 from dit_video.data.captions import CaptionSource
-from dit_video.data.loader import DenoiserBatches
+from dit_video.data.rows import RowStream
+from dit_video.data.sources import ClipExamples, LatentExamples
 from dit_video.distributed import count_row_shards
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.requests import EvaluationClips
@@ -71,7 +72,7 @@ class TrainDenoiser(DenoiserStage):
             print_on_first_process(f"stage {self.curriculum}: up to step {self.end_step}")
         with runtime.recorder.phase(goodput.STARTUP):
             is_new = runtime.open_checkpoints("denoiser").latest() is None
-            trainer, open_batches, loss, trained = self._open_training(runtime, is_new=is_new)
+            trainer, open_rows, loss, trained = self._open_training(runtime, is_new=is_new)
             trainer = replace(
                 trainer,
                 hooks=(*trainer.hooks, *self._make_hooks(runtime, loss, trained)),
@@ -82,9 +83,9 @@ class TrainDenoiser(DenoiserStage):
                 trainer = replace(trainer, hooks=(*trainer.hooks, check))
 
             def open_and_record(start: int) -> BatchIterator:
-                batches = open_batches(start)
-                self._record_rows(runtime, batches)
-                return batches if check is None else check.watch(batches, start)
+                rows = open_rows(start)
+                self._record_rows(runtime, rows)
+                return rows if check is None else check.watch(rows, start)
 
             state = trainer.run(open_and_record)
         if not self.curriculum:
@@ -97,13 +98,13 @@ class TrainDenoiser(DenoiserStage):
 
     def _open_training(
         self, runtime: Runtime, *, is_new: bool
-    ) -> tuple[Trainer, input_pipeline.BatchFactory, DenoiserLoss, TrainableDenoiser]:
+    ) -> tuple[Trainer, input_pipeline.OpenRows, DenoiserLoss, TrainableDenoiser]:
         """Return the trainer without logs, the function that opens the batches, the loss and what is trained."""
-        texts, open_batches = self.open_inputs(runtime)
-        loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=texts.empty)
+        captions, open_rows = self.open_inputs(runtime)
+        loss = make_denoiser_loss(self.experiment, runtime.mesh, empty_caption=captions.empty)
         folder = runtime.folder / "denoiser"
         trained = open_trainable_denoiser(self.experiment.denoiser, folder, runtime.mesh, is_resuming=not is_new)
-        return self.make_trainer(runtime, loss, trained), open_batches, loss, trained
+        return self.make_trainer(runtime, loss, trained), open_rows, loss, trained
 
     def make_trainer(self, runtime: Runtime, loss: DenoiserLoss, trained: TrainableDenoiser) -> Trainer:
         """Return the trainer of the denoiser, without logs."""
@@ -119,28 +120,31 @@ class TrainDenoiser(DenoiserStage):
             trainer, load_params=trained.load_initial, frozen_params=trained.frozen_params, averages=config.averages
         )
 
-    def open_inputs(self, runtime: Runtime) -> tuple[CaptionSource, input_pipeline.BatchFactory]:
-        """Return the captions, and what opens the batches from a step on."""
+    def open_inputs(self, runtime: Runtime) -> tuple[CaptionSource, input_pipeline.OpenRows]:
+        """Return the captions, and what opens the rows from a step on."""
         experiment, clips = self.experiment, runtime.training_clips
+        source: LatentExamples | ClipExamples
         if self.latents is not None:
-            latents, text = self.latents.open(runtime), open_text_encoder(experiment, runtime)
-            texts = input_pipeline.open_captions(text, clips, cached=latents)
-            return texts, input_pipeline.make_cached_batches(experiment, runtime.mesh, latents, clips, texts)
-        text = open_text_encoder(experiment, runtime, cache=runtime.folder / "texts")
-        texts = input_pipeline.open_captions(text, clips)
-        params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
-        encode = input_pipeline.make_online_encoder(experiment, runtime.mesh, params, clips)
-        return texts, input_pipeline.make_online_batches(experiment, runtime.mesh, clips, texts, encode)
+            latents, text_encoder = self.latents.open(runtime), open_text_encoder(experiment, runtime)
+            captions = input_pipeline.open_captions(text_encoder, clips, cached=latents)
+            source = input_pipeline.make_latent_examples(experiment, latents, clips, captions)
+        else:
+            text_encoder = open_text_encoder(experiment, runtime, cache=runtime.folder / "texts")
+            captions = input_pipeline.open_captions(text_encoder, clips)
+            params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
+            encode = input_pipeline.make_online_encoder(experiment, runtime.mesh, params, clips)
+            source = input_pipeline.make_clip_examples(experiment, clips, captions, encode)
+        return captions, input_pipeline.open_rows(experiment, runtime.mesh, source, clips)
 
     def _make_hooks(self, runtime: Runtime, loss: DenoiserLoss, trained: TrainableDenoiser) -> tuple[Hook, ...]:
         """Return the logs, the validation and the samples that the config asks for."""
         experiment, monitoring, folder = self.experiment, self.experiment.monitoring, runtime.folder / "denoiser"
         hooks = monitors.open_logs(monitoring, folder)
         if monitoring.validate_every:
-            text = open_text_encoder(experiment, runtime, cache=runtime.folder / "texts")
+            text_encoder = open_text_encoder(experiment, runtime, cache=runtime.folder / "texts")
             params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
             clips = runtime.held_out_clips
-            hooks.append(monitors.make_validation(experiment, runtime.mesh, clips, text, params, loss, trained))
+            hooks.append(monitors.make_validation(experiment, runtime.mesh, clips, text_encoder, params, loss, trained))
 
         def make_pipeline(ema_params: dict[str, Any]) -> Pipeline:
             params = trained.attach_params(ema_params)
@@ -178,21 +182,21 @@ class TrainDenoiser(DenoiserStage):
             trained=trained,
             clips=runtime.training_clips,
             held_out_clips=runtime.held_out_clips,
-            text=open_text_encoder(self.experiment, runtime),
+            text_encoder=open_text_encoder(self.experiment, runtime),
             latents=None if self.latents is None else self.latents.open(runtime, encoding=encoding),
             encoding=encoding,
         )
         return SelfCheck(subject, is_new=is_new)
 
-    def _record_rows(self, runtime: Runtime, batches: DenoiserBatches) -> None:
+    def _record_rows(self, runtime: Runtime, rows: RowStream) -> None:
         """Write `rows.json`, and log what an epoch holds."""
-        summary = batches.summarize(devices=count_row_shards(runtime.mesh))
+        summary = rows.summarize(devices=count_row_shards(runtime.mesh))
         if runtime.process == 0:
             folder = self.get_folder(runtime) if self.curriculum else runtime.folder / "denoiser"
             write_json(folder / "rows.json", summary)
         imbalance = summary.get("imbalance")
         lost = f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else ""
-        print_on_first_process(f"{batches}{lost}")
+        print_on_first_process(f"{rows}{lost}")
 
     def _record_excluded(self, runtime: Runtime) -> None:
         """Log the clips that cannot be used, and list all of them in a file, if there are any."""

@@ -101,7 +101,7 @@ class CacheLatents(DenoiserStage):
         runtime = runtime.for_stage(self.experiment)
         encoding = self.make_encoding(runtime) if encoding is None else encoding
         source = LatentSource(self._get_destination(runtime), identity=latent_plan.compute_latent_identity(encoding))
-        latent_plan.check_clips(source, runtime.training_clips)
+        latent_plan.check_clips(source, runtime.training_clips, encoding.columns)
         if source.skipped:
             name, reason, *_ = source.skipped[0]
             count = len(source.skipped)
@@ -118,8 +118,8 @@ class CacheLatents(DenoiserStage):
         if (folder := experiment.denoiser.image_encoder) is not None:
             images = open_image_encoder(folder, identity_file=runtime.folder / IDENTITY_FILE)
         params = read_autoencoder(experiment.autoencoder, runtime.folder, command=runtime.command)
-        text = open_text_encoder(experiment, runtime)
-        return input_pipeline.make_encoding(experiment, params, text=text, images=images)
+        text_encoder = open_text_encoder(experiment, runtime)
+        return input_pipeline.make_encoding(experiment, params, text_encoder=text_encoder, images=images)
 
     def link_destination(self, runtime: Runtime) -> None:
         """Let the latents of a run at an address lie there, if they have no other place."""

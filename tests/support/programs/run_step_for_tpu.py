@@ -31,13 +31,13 @@ def get_run_step(run: Run, topology: Topology) -> tuple[Any, tuple[Any, ...]]:
     stage = run.stages[-1]
     runtime = dataclasses.replace(run.runtime, experiment=stage.experiment, devices=tuple(topology.get_devices()))
     stage.check(runtime)
-    texts, open_batches = stage.open_inputs(runtime)
-    loss = make_denoiser_loss(stage.experiment, runtime.mesh, empty_caption=texts.empty)
+    captions, open_rows = stage.open_inputs(runtime)
+    loss = make_denoiser_loss(stage.experiment, runtime.mesh, empty_caption=captions.empty)
     training, folder = stage.experiment.denoiser, runtime.folder / "denoiser"
     trained = open_trainable_denoiser(training, folder, runtime.mesh, is_resuming=True)
-    batches = open_batches(0)
-    batch = next(iter(batches))
-    batches.close()
+    rows = open_rows(0)
+    batch = next(rows)
+    rows.close()
     return stage.make_trainer(runtime, loss, trained).get_program(batch)
 
 
