@@ -222,8 +222,8 @@ class BucketPlanner(SharesArrays):
         for bucket in buckets.buckets:
             if bucket.batch % hosts:
                 raise UserError(
-                    f"hosts={hosts} is invalid: the bucket of {bucket.size} has {bucket.batch} examples per batch. Plan "
-                    f"the buckets with devices={hosts} or a multiple."
+                    f"hosts={hosts} is invalid: the bucket of {bucket.size} has {bucket.batch} examples per batch. "
+                    f"Plan the buckets with devices={hosts} or a multiple."
                 )
         longest = table.captions.lengths.longest
         if longest.max() > buckets.text:

@@ -144,11 +144,15 @@ def load_rows(
         return [(row, [source.read(entry) for entry in row.entries]) for row in rows]
 
     def encode(rows: list[tuple[PlannedRow, list[Any]]]) -> PackedBatch:
-        pairs = [pair for row, values in rows for pair in zip(row.entries, values, strict=True)]
-        examples, options = iter(source.encode(pairs)), {"width": source.width, "fields": source.fields}
-        text_width = source.table.captions.width
+        examples = iter(source.encode([pair for row, values in rows for pair in zip(row.entries, values, strict=True)]))
         return stack_rows(
-            pack(list(itertools.islice(examples, len(row.entries))), row.shape, text_width=text_width, **options)
+            pack(
+                list(itertools.islice(examples, len(row.entries))),
+                row.shape,
+                width=source.width,
+                text_width=source.table.captions.width,
+                fields=source.fields,
+            )
             for row, _ in rows
         )
 

@@ -18,7 +18,14 @@ from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.prefetch import DECODE_THREADS
 from dit_video.data.records import read_undamaged
-from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, fit_sizes, get_sampled_fps, read_fitted_clip
+from dit_video.data.sizes import (
+    SizeLimits,
+    count_sampled_frames,
+    fit_size,
+    fit_sizes,
+    get_sampled_fps,
+    read_fitted_clip,
+)
 from dit_video.models.autoencoders import latent_grid
 from dit_video.models.conditioning import ClipConditioning, ClipView, KnownMask, fold_mask
 from dit_video.tokens import Grid, PackedExample, compute_token_grid, patchify
@@ -209,9 +216,7 @@ class ClipExamples:
         start = int(generator.integers(count_sampled_frames(info, self._limits) - size.t + 1))
         height, width = compute_covering_size(info, size)
         top, left = (int(generator.integers(spare + 1)) for spare in (height - size.h, width - size.w))
-        clip: Clip = decode(
-            self._clips[entry.example], size=Grid(size.t, height, width), start=start / fps, fps=fps
-        )
+        clip: Clip = decode(self._clips[entry.example], size=Grid(size.t, height, width), start=start / fps, fps=fps)
         # Copy the crop, so that the memory of the whole frames is freed.
         crop = slice(None), slice(top, top + size.h), slice(left, left + size.w)
         return DecodedClip(np.ascontiguousarray(clip.frames[crop]), start)

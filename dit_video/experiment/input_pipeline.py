@@ -248,7 +248,9 @@ def make_buckets(experiment: Experiment, mesh: Mesh, clips: ClipSource) -> Bucke
 
 def _compute_token_grid(experiment: Experiment, size: Grid) -> Grid:
     """Return the size in tokens of a clip of this size in pixels."""
-    return compute_token_grid(latent_grid(size, experiment.autoencoder.model.stride), experiment.denoiser.backbone.patch)
+    return compute_token_grid(
+        latent_grid(size, experiment.autoencoder.model.stride), experiment.denoiser.backbone.patch
+    )
 
 
 def open_captions(

@@ -152,9 +152,7 @@ def test_the_summary_counts_sizes_and_costs(source):
     assert summary["left_out"] == 0
     assert "0 examples dropped" in str(batches)
     assert summary["sources"] is None
-    pairs = compute_attention_pairs(
-        compute_latent_grids(source, PATCH), lambda grid: grid.t * (grid.h * grid.w) ** 2
-    )
+    pairs = compute_attention_pairs(compute_latent_grids(source, PATCH), lambda grid: grid.t * (grid.h * grid.w) ** 2)
     frames = open_rows(source, cost=cost, columns={"attention_pairs": pairs})
     assert frames.summarize(devices=2)["imbalance"]["mean"] < summary["imbalance"]["mean"]
     assert frames.hash != batches.hash
@@ -333,9 +331,7 @@ def test_a_clip_that_turns_out_damaged_is_masked(clips, monkeypatch):
 
 
 def test_rows_are_the_same_in_parts(clips):
-    for batch, expected in zip(
-        encoded(clips, 3, ahead_bytes=1, start=2), encoded(clips, 5)[2:], strict=True
-    ):
+    for batch, expected in zip(encoded(clips, 3, ahead_bytes=1, start=2), encoded(clips, 5)[2:], strict=True):
         assert_equal(batch, expected)
 
 

@@ -94,20 +94,20 @@ def _train(
 ) -> tuple[dict[str, Any], TrainingSetup]:
     """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
     first, warmup_seconds = int(setup.state.step), [0.0]
-    texts = TokenizedCaptions([info.captions for info in source.infos], experiment.denoiser.text.make_tokenizer())
-    mesh = make_mesh(experiment.mesh)
-    batches = input_pipeline.make_online_batches(experiment, mesh, source, texts, encode)(0)
+    captions = TokenizedCaptions(source.column("captions"), experiment.denoiser.text.make_tokenizer())
+    examples = input_pipeline.make_clip_examples(experiment, source, captions, encode)
+    rows = input_pipeline.open_rows(experiment, make_mesh(experiment.mesh), examples, source)(0)
 
     def record_warmup(done: int, _state: Any) -> None:
         if done == first + steps:
             warmup_seconds[0] = encode.seconds
 
-    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, contextlib.closing(batches):
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, contextlib.closing(rows):
         log = MetricsLog(Path(folder) / "metrics.jsonl")
         state = loop.run(
             setup.step,
             setup.state,
-            lambda _: map(setup.place_batch, batches),
+            lambda _: map(setup.place_batch, rows),
             config=loop.LoopConfig(steps=first + 2 * steps, log_every=steps, save_every=1 << 30),
             hooks=[log, StepCall(record_warmup)],
             title="training from video files",

@@ -32,7 +32,7 @@ from dit_video.data.packing import bin_packing
 from dit_video.data.packing.balance import Balance, Imbalance
 from dit_video.data.packing.bin_packing import CanvasPacking, RowArrays
 from dit_video.data.packing.mixture import MixtureSampler
-from dit_video.tokens import CanvasShape, LayoutShape, PackedShape
+from dit_video.tokens import CanvasShape, LayoutShape
 
 KEPT_PLANS = 3
 """Number of plans that are kept: those of the epoch that is read, of the next one, and of the one before."""
@@ -195,7 +195,7 @@ class RowPlanner(SharesArrays):
     def __init__(
         self,
         table: ExampleTable,
-        shape: PackedShape | CanvasShape,
+        shape: LayoutShape,
         *,
         seed: int,
         batch: int = 1,
@@ -203,7 +203,7 @@ class RowPlanner(SharesArrays):
         balance: Balance | None = None,
     ):
         if batch % hosts:
-            raise UserError(f"batch={batch} is invalid: it must be a positive multiple of hosts={hosts}. Use such a one.")
+            raise UserError(f"batch={batch} is invalid: it must be a multiple of hosts={hosts}. Use such a number.")
         self.table, self.shape, self.balance = table, shape, balance
         self.tokens: Int[np.ndarray, " n"] = table.grids.prod(axis=1, dtype=np.int64)
         """Video tokens of every example."""

@@ -7,8 +7,8 @@ import numpy as np
 from experiment.self_check.faults_injection import Catalogue, replace_function, replace_method
 
 from dit_video.core import rng
-from dit_video.data.latents.cache import KIND
 from dit_video.data.examples import ExampleTable
+from dit_video.data.latents.cache import KIND
 from dit_video.data.packing.plan import RowPlanner
 from dit_video.data.records import RecordPlace, get_file_name
 from dit_video.data.rows import RowStream
