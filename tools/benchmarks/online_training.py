@@ -19,7 +19,7 @@ from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.packing.rows import Encode
+from dit_video.data.sources import Encode
 from dit_video.distributed import count_row_shards, make_mesh
 from dit_video.experiment import input_pipeline
 from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
