@@ -9,7 +9,7 @@ state has an entry per worker, and does not survive a change of their number.)
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.buckets import BucketPlanner, Buckets
@@ -42,6 +42,7 @@ class RowSpec:
         check_at_least(1, batch=self.batch)
 
 
+@runtime_checkable
 class ExampleSource(Protocol[ReadT]):
     """A data set whose examples are read by workers, and encoded where the devices are."""
 

@@ -12,6 +12,7 @@ from jaxtyping import Float32, Int, UInt8
 from dit_video.core.errors import UserError
 from dit_video.core.grid import find_distinct_grids, map_grids
 from dit_video.core.storage import is_remote
+from dit_video.data.clip_fields import compute_clip_fields
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.examples import Entry, ExampleTable
 from dit_video.data.latents.cache import LatentSource
@@ -27,9 +28,9 @@ from dit_video.data.sizes import (
     read_fitted_clip,
 )
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.conditioning import ClipConditioning, ClipView, KnownMask, fold_mask
+from dit_video.models.conditioning import ClipConditioning, KnownMask, fold_mask
 from dit_video.tokens import Grid, PackedExample, compute_token_grid, patchify
-from dit_video.video import Clip, decode
+from dit_video.video import decode
 
 CACHE_BYTES = 1 << 30
 REMOTE_THREADS = 16
@@ -216,7 +217,7 @@ class ClipExamples:
         start = int(generator.integers(count_sampled_frames(info, self._limits) - size.t + 1))
         height, width = compute_covering_size(info, size)
         top, left = (int(generator.integers(spare + 1)) for spare in (height - size.h, width - size.w))
-        clip: Clip = decode(self._clips[entry.example], size=Grid(size.t, height, width), start=start / fps, fps=fps)
+        clip = decode(self._clips[entry.example], size=Grid(size.t, height, width), start=start / fps, fps=fps)
         # Copy the crop, so that the memory of the whole frames is freed.
         crop = slice(None), slice(top, top + size.h), slice(left, left + size.w)
         return DecodedClip(np.ascontiguousarray(clip.frames[crop]), start)
@@ -233,30 +234,20 @@ class ClipExamples:
         counts = {count for each in encoding.conditioning for count in each.encoded_prefixes}
         prefixes = {count: encoding.encode(frames, [_know_first(each, count) for each in frames]) for count in counts}
         for index, (values, (entry, clip)) in enumerate(zip(fields, clips, strict=True)):
-            encoded = {count: latents[index] for count, latents in prefixes.items()}
-            for each in encoding.conditioning:
-                values[each.field.name] = each.from_clip(self._make_view(each, entry, clip, encoded))
+            values |= compute_clip_fields(
+                encoding.conditioning,
+                self._clips,
+                entry.example,
+                encoding.limits,
+                frames=clip.frames,
+                stride=encoding.stride,
+                start=clip.start,
+                encoded={count: latents[index] for count, latents in prefixes.items()},
+            )
         return fields
 
     def _get_latent_size(self, entry: Entry) -> Grid:
         return Grid(*(count * side for count, side in zip(entry.grid, self._encoding.patch, strict=True)))
-
-    def _make_view(
-        self, conditioning: ClipConditioning, entry: Entry, clip: DecodedClip, encoded: Mapping[int, np.ndarray]
-    ) -> ClipView:
-        info, encoding = self._clips.infos[entry.example], self._encoding
-        fps = get_sampled_fps(info, encoding.limits)
-        return ClipView(
-            name=info.name,
-            frames=clip.frames,
-            fps=fps,
-            frame_stride=info.fps / fps,
-            latents=self._get_latent_size(entry),
-            stride=encoding.stride,
-            start=clip.start,
-            encoded=encoded,
-            columns=self._clips.read_columns(entry.example, conditioning.columns),
-        )
 
 
 def _know_first(frames: UInt8[np.ndarray, "T H W 3"], count: int) -> KnownMask:

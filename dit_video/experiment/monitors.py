@@ -223,15 +223,15 @@ def make_flops_fn(config: DenoiserTraining) -> Callable[[PackedBatch], float] | 
     backbone, adapters = config.backbone, config.lora is not None
 
     def work(rows: PackedBatch) -> float:
-        clips, texts, images = list[Any](), list[int](), list[int]()
+        clips, text_lengths, images = list[Any](), list[int](), list[int]()
         tokens = rows.fields[IMAGE_TOKENS].shape[1] // rows.layout.count if IMAGE_TOKENS in rows.fields else 0
         for segments, positions, text in zip(rows.segments, rows.positions, rows.text_segments, strict=True):
             lengths = np.bincount(segments)[1:]
             ids = range(1, len(lengths) + 1)
             clips += [infer_grid(positions[segments == i]) for i in ids] if backbone.needs_grids else lengths.tolist()
-            texts += np.bincount(text, minlength=len(lengths) + 1)[1:].tolist()
+            text_lengths += np.bincount(text, minlength=len(lengths) + 1)[1:].tolist()
             images += [tokens] * len(lengths)
-        return float(count_training_flops(backbone, clips, texts, images=images, adapters=adapters))
+        return float(count_training_flops(backbone, clips, text_lengths, images=images, adapters=adapters))
 
     return work
 

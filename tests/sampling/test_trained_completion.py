@@ -31,6 +31,7 @@ from dit_video.tokens import Grid, PackedShape, compute_token_grid, pack, patchi
 from dit_video.video import Clip
 from support import tiny
 from support.example_tables import make_table
+from support.offline_clips import MemorySource
 from support.random_params import make_random_params
 
 AUTOENCODER = tiny.EXPERIMENT.autoencoder.model
@@ -74,7 +75,7 @@ def make_training_rows(patch, count):
         patch=patch,
         mask_mix=MIX,
     )
-    planner, source = RowPlanner(table, shape, seed=0), ClipExamples(None, table, encoding)
+    planner, source = RowPlanner(table, shape, seed=0), ClipExamples(MemorySource([], None), table, encoding)
     rows, packed = [], []
     while sum(len(entries) for entries in rows) < count:
         rows.append(planner.get_entries(len(rows)))

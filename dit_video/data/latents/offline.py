@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt8
 from dit_video.core import pixels
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePathLike, to_storage_path
+from dit_video.data.clip_fields import compute_clip_fields
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import Identity, LatentExample, Skipped
 from dit_video.data.latents.online import CanvasEncoder
@@ -32,11 +33,11 @@ from dit_video.data.latents.plan import (
     place_masks,
 )
 from dit_video.data.latents.writer import LatentWriter
-from dit_video.data.sizes import get_sampled_fps, read_fitted_clip
+from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.tables import compute_row_id
 from dit_video.distributed.faults.progress import count_progress, expect_progress
 from dit_video.models.autoencoders import ClipCanvas, compute_segment_ids, latent_grid
-from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, ClipView, KnownMask
+from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, KnownMask
 from dit_video.tokens import Grid
 
 
@@ -233,23 +234,18 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
     def _compute_fields(
         self, view: View, frames: UInt8[np.ndarray, "T H W 3"], encoded: Mapping[int, Float32[np.ndarray, "t h w c"]]
     ) -> dict[str, np.ndarray]:
-        encoding, info, fields = self._encoding, self._clips.infos[view.clip], dict[str, np.ndarray]()
-        fps, stride = get_sampled_fps(info, view.limits), encoding.autoencoder.stride
-        for each in encoding.conditioning:
-            fields[each.field.name] = each.from_clip(
-                ClipView(
-                    name=info.name,
-                    frames=frames,
-                    fps=fps,
-                    frame_stride=info.fps / fps,
-                    latents=latent_grid(view.size, stride),
-                    stride=stride,
-                    start=view.start,
-                    is_flipped=view.flipped,
-                    encoded=encoded,
-                    columns=self._clips.read_columns(view.clip, each.columns),
-                )
-            )
+        encoding = self._encoding
+        fields = compute_clip_fields(
+            encoding.conditioning,
+            self._clips,
+            view.clip,
+            view.limits,
+            frames=frames,
+            stride=encoding.autoencoder.stride,
+            start=view.start,
+            is_flipped=view.flipped,
+            encoded=encoded,
+        )
         if encoding.cond_latents:
             fields[COND_LATENTS] = encoded[1]
         if encoding.encode_image is not None:

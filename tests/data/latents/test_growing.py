@@ -23,10 +23,10 @@ class SplitLength(ClipConditioning):
     field = Field(name="length", alignment="example")
 
     def from_clip(self, view):
-        return np.float32(len(view.columns["split"]))
+        return np.asarray(len(view.columns["split"]), np.float32)
 
     def from_request(self, value, latents):
-        return np.float32(value)
+        return np.asarray(value, np.float32)
 
 
 class Clips:
