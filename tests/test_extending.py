@@ -1,5 +1,6 @@
 """Extensions without an edit of the package: one file of another package, and one line that registers it."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,8 +19,10 @@ from dit_video import families
 from dit_video.core import config_json, registry
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
+from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.formats import detect, list_clips
 from dit_video.data.latents.cache import LatentSource
+from dit_video.data.tables import write_column
 from dit_video.experiment import Experiment, LoraAdapters, Run
 from dit_video.families.convert import convert
 from dit_video.models.backbones.dit import DiTConfig
@@ -161,6 +164,39 @@ def test_a_conditioning(add_package, tiny, tiny_run, tmp_path):
         sample_latents(conditioning={"path": 1})
     with pytest.raises(UserError, match="give its speed, a number"):
         sample_latents(conditioning={"camera": [1]})
+
+
+def test_a_conditioning_on_a_column_of_the_data_set(add_package, tiny, tiny_run, tmp_path):
+    """Motion vectors of a column are in the rows of cached latents and of clips that are encoded online."""
+    motion = add_package("their_motion", "motion_vectors").MotionVectors(dropout=0.5)
+    folder = shutil.copytree((tiny_run / "data").resolve(), tmp_path / "data")
+    infos = ClipSource(folder).infos
+    experiment = replace_backbone(tiny.EXPERIMENT, conditioning=(motion,))
+    with pytest.raises(UserError, match=r"has no column motion_vectors\. Use one of .*frames"):
+        train(experiment, tiny_run, tmp_path / "refused", folder)
+    assert not (tmp_path / "refused" / "denoiser").exists()
+    vectors = {info.name: 3.0 * index + np.arange(2 * info.frames).reshape(-1, 2) for index, info in enumerate(infos)}
+    columns = {"name": list(vectors), "motion_vectors": [values.ravel() for values in vectors.values()]}
+    write_column(folder, "motion_vectors", columns)
+    for is_cached in (True, False):
+        data = dataclasses.replace(experiment.data, cache_latents=is_cached)
+        path = tmp_path / f"run_{is_cached}"
+        pipeline = train(dataclasses.replace(experiment, data=data), tiny_run, path, folder)
+        run = Run.open(path)
+        with contextlib.closing(run.stages[-1].open_inputs(run.runtime)[1](0)) as rows:
+            planned, batch = rows.get_rows(0), next(rows)
+        for segment, entry in enumerate(planned[0].entries, 1):
+            name = rows.planner.table.names[entry.example].partition("@")[0]
+            own = batch.segments[0] == segment
+            frames = (4 * batch.positions[0, own, 0]).astype(int)
+            np.testing.assert_array_equal(batch.fields["motion"][0, own], vectors[name][frames])
+        options = {"size": (9, 16, 32), "steps": 2, "output": "latents"}
+        still, moving = (pipeline.generate("a circle", conditioning={"motion": (x, 0)}, **options) for x in (0, 2))
+        assert np.abs(moving - still).max() > 0
+    write_column(folder, "motion_vectors", columns | {"motion_vectors": [[0.0] * 99 for _ in infos]})
+    run = Run.open(tmp_path / "run_True")
+    with pytest.raises(UserError, match="clips are missing"):
+        run.stages[-1].open_inputs(run.runtime)
 
 
 @pytest.mark.nightly

@@ -174,7 +174,7 @@ def test_a_violation_is_reported(module, source):
     ("module", "source"),
     [
         ("dit_video.data.clips", "from dit_video.video import decode"),
-        ("dit_video.data.loader", "from dit_video.distributed import processes"),
+        ("dit_video.data.rows", "from dit_video.distributed import processes"),
         ("dit_video.models.autoencoders.objective", "from . import causal\nfrom .causal import Causal"),
         ("dit_video.nn.layers", "from dit_video.core.typing import AnyArray\nfrom flax import nnx"),
         ("dit_video.training.step", "from dit_video.core import rng; from dit_video import diffusion"),

@@ -5,15 +5,17 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Float, Int
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.grid import find_distinct_grids
 from dit_video.core.shared_array import SharesArrays
-from dit_video.tokens import Grid
+from dit_video.data.examples import Entry, ExampleTable, PlannedRow
+from dit_video.tokens import DenseShape, Grid
 
 MAX_LENGTHS = 16
 """Maximum number of candidate lengths along each axis: quantiles, if the data have more lengths."""
@@ -77,6 +79,9 @@ class Bucket:
     """A size, and the examples that are assigned to it."""
 
     size: Grid
+    """Frames, height and width in pixels."""
+    grid: Grid
+    """Size in tokens."""
     batch: int
     """Examples per step, over all devices."""
     examples: int
@@ -90,9 +95,11 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Buckets(SharesArrays):
-    """A set of buckets; every example is assigned to one of them."""
+    """The layout of dense batches: a set of buckets, to one of which every example is assigned."""
 
     buckets: tuple[Bucket, ...]
+    text: int
+    """Maximum number of text tokens of an example."""
     assignment: Int[np.ndarray, " n"]
     """Index of the bucket of every example."""
     token_retention: float
@@ -115,10 +122,11 @@ def plan_buckets(
     memory: BatchMemory,
     *,
     budget: float | int,
+    text: int,
     count: int = 8,
     devices: int = 1,
     max_batch: int | None = None,
-    count_tokens: Callable[[Grid], int] = lambda size: size.volume,
+    to_tokens: Callable[[Grid], Grid] = lambda size: size,
 ) -> Buckets:
     """Choose sizes that keep most of the data, and their batch sizes.
 
@@ -130,11 +138,12 @@ def plan_buckets(
       sizes: Frames, height and width of every example, all of them valid lengths along their axis.
       memory: Memory model of a batch on a device.
       budget: Memory of a device, in bytes.
+      text: Maximum number of text tokens of an example.
       count: Maximum number of buckets: a program is compiled for each.
       devices: Number of devices; batch sizes are multiples of it. No example occurs twice in a batch as long as the
         bucket has enough examples.
       max_batch: Maximum number of examples per batch; None for as many as fit.
-      count_tokens: Function from a size to its number of tokens.
+      to_tokens: Function from a size in pixels to that in tokens.
 
     Raises:
       UserError: If there are no examples or buckets, or a single example of some size does not fit into the budget.
@@ -146,6 +155,10 @@ def plan_buckets(
         )
     check_at_least(1, count=count, devices=devices)
     check_at_least(devices, max_batch=max_batch)
+
+    def count_tokens(size: Grid) -> int:
+        return to_tokens(size).volume
+
     grids, _, inverse = find_distinct_grids(sizes)
     distinct, weights = np.asarray(grids), np.bincount(inverse)
     chosen = _choose_sizes(distinct, weights, count_tokens, count)
@@ -170,6 +183,7 @@ def plan_buckets(
         buckets.append(
             Bucket(
                 size=size,
+                grid=to_tokens(size),
                 batch=devices * min(limit, _compute_device_batch(size, count_tokens(size), memory, budget)),
                 examples=examples,
                 share=examples / len(sizes),
@@ -179,21 +193,43 @@ def plan_buckets(
         )
     return Buckets(
         buckets=tuple(buckets),
+        text=text,
         assignment=assigned[inverse],
         token_retention=float(kept.sum() / total.sum()),
         frame_coverage=float(coverage.sum() / len(sizes)),
     )
 
 
-class BucketStream(SharesArrays):
-    """An endless sequence of batches by step: a function of (buckets, seed, step).
+class BucketPlanner(SharesArrays):
+    """The dense batch of every step: a function of (buckets, seed, step).
 
     An epoch has the steps that its examples fill. The last, incomplete batch of a bucket is filled up with examples of
     the next epoch, and belongs to that epoch.
+
+    Args:
+      table: The examples.
+      buckets: The sizes, with the examples and the batch of each.
+      seed: Seed of the run.
+      hosts: Number of hosts, among which each batch is divided.
+
+    Raises:
+      UserError: If a batch does not divide among the hosts, or a caption is longer than the buckets allow.
     """
 
-    def __init__(self, buckets: Buckets, *, seed: int):
-        self.buckets, self._seed = buckets, seed
+    def __init__(self, table: ExampleTable, buckets: Buckets, *, seed: int, hosts: int = 1):
+        for bucket in buckets.buckets:
+            if bucket.batch % hosts:
+                raise UserError(
+                    f"hosts={hosts} is invalid: the bucket of {bucket.size} has {bucket.batch} examples per batch. "
+                    f"Plan the buckets with devices={hosts} or a multiple."
+                )
+        longest = table.captions.lengths.longest
+        if longest.max() > buckets.text:
+            raise UserError(
+                f"{table.names[int(np.argmax(longest))]} has {longest.max()} text tokens, but a row has room for "
+                f"{buckets.text}; raise the row's text or shorten its caption"
+            )
+        self.table, self.buckets, self._seed, self._hosts = table, buckets, seed, hosts
         self._examples = np.argsort(buckets.assignment, kind="stable")
         """Examples of the first bucket, then those of the second, and so on."""
         self._counts = [bucket.examples for bucket in buckets.buckets]
@@ -209,29 +245,51 @@ class BucketStream(SharesArrays):
         """Return the average number of steps per epoch."""
         return sum(count / batch for count, batch in zip(self._counts, self._batches, strict=True))
 
-    def get_batch(
-        self, step: int, *, host: int = 0, hosts: int = 1
-    ) -> tuple[Grid, Int[np.ndarray, " b"], UInt32[np.ndarray, " b"]]:
-        """Return a host's share of a batch: the size, the examples, and their running numbers modulo 2**32.
+    @property
+    def max_rows(self) -> int:
+        """Return the largest number of rows of a host's batch."""
+        return max(self._batches) // self._hosts
 
-        Raises:
-          UserError: If the batch does not divide among the hosts.
-        """
+    @property
+    def max_tokens(self) -> int:
+        """Return the largest number of tokens of a host's batch."""
+        return max(bucket.batch * bucket.grid.volume for bucket in self.buckets.buckets) // self._hosts
+
+    def get_batch(self, step: int, *, host: int = 0) -> list[PlannedRow]:
+        """Return a host's rows of a step, each of one example, of which every use draws a caption."""
         index, number, before = self._locate(step)
         bucket = self.buckets.buckets[index]
-        if not 0 <= host < hosts or bucket.batch % hosts:
-            raise UserError(
-                f"host={host}, hosts={hosts} is invalid: the bucket of {bucket.size} has "
-                f"{bucket.batch} examples per batch; plan the buckets with devices={hosts} or a multiple"
-            )
-        share = bucket.batch // hosts
-        examples = self._get_examples(index, number * bucket.batch + host * share, share)
-        ranks = np.arange(before + host * share, before + (host + 1) * share, dtype=np.uint64)
-        return bucket.size, examples, (ranks & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        share = bucket.batch // self._hosts
+        shape = DenseShape(size=bucket.grid, text=self.buckets.text)
+        examples = self._get_examples(index, number * bucket.batch + host * share, share).tolist()
+        rows = []
+        for rank, example in enumerate(examples, before + host * share):
+            rank &= 0xFFFFFFFF
+            draw = (rank,)
+            caption = self.table.draw_caption(example, self._seed, draw)
+            entry = Entry(example, rank, self._seed, draw, caption, bucket.grid, crop=bucket.size)
+            rows.append(PlannedRow(shape, [entry]))
+        return rows
+
+    def summarize(self, *, devices: int, step: int = 0) -> dict[str, Any]:
+        """Return the buckets as JSON values: their sizes, numbers of examples, and what resizing and cropping keeps."""
+        buckets = self.buckets
+        return {
+            "examples": len(buckets.assignment),
+            "devices": devices,
+            "kept": round(buckets.token_retention, 5),
+            "shown": round(buckets.frame_coverage, 5),
+            "dropped": 0,
+            "buckets": [{**vars(each), "size": str(each.size), "grid": str(each.grid)} for each in buckets.buckets],
+        }
+
+    def report(self, *, step: int = 0) -> str:
+        """Return a table with one line per bucket; no step drops an example."""
+        return self.buckets.report()
 
     @functools.cached_property
     def hash(self) -> str:
-        """Return a hash that is equal for streams that yield equal batches."""
+        """Return a hash that is equal for planners of equal batches."""
         constants = ([(bucket.size, bucket.batch) for bucket in self.buckets.buckets], self._seed)
         content = self.buckets.assignment.astype("<i8").tobytes() + repr(constants).encode()
         return hashlib.sha256(content).hexdigest()[:16]

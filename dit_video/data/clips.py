@@ -156,6 +156,23 @@ class ClipSource(SharesArrays):
             return [prefix + each for prefix, part in zip(self._prefixes, values, strict=True) for each in part]
         return list(itertools.chain(*values))
 
+    def read_columns(self, index: int, names: Collection[str]) -> dict[str, Any]:
+        """Return the values of a clip in some columns, None where it has none; raises like `column`."""
+        number, row = self._locate(index)
+        table = self.tables[number]
+        return {name: self._read_values(table, np.asarray([row]), name)[0] for name in names}
+
+    def check_columns(self, names: Collection[str]) -> None:
+        """Check that every data set has these columns.
+
+        Raises:
+          UserError: If one lacks a column; the message has the names of those that exist.
+        """
+        for table, name in itertools.product(self.tables, names):
+            if name not in table.types:
+                fix = f"Use one of {', '.join(sorted(table.names))}, or write it by tools/annotate.py."
+                raise UserError(f"columns={tuple(names)} is invalid: {table.folder} has no column {name}. {fix}")
+
     @property
     def versions(self) -> tuple[str, ...]:
         """Return the hash of the table and the columns of each data set."""

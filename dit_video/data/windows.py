@@ -6,7 +6,6 @@ scenes and must generalise to others.
 """
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ from jaxtyping import Float, Int, UInt8
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError, check_at_least
 from dit_video.data.clips import ClipSource
-from dit_video.data.packing.rows import ENDLESS_LENGTH, log_damaged_clip
+from dit_video.data.prefetch import DECODE_THREADS, ENDLESS_LENGTH
+from dit_video.data.records import log_damaged_clip
 from dit_video.data.sizes import SizeLimits, count_all_sampled_frames, fit_sizes, hash_clips, read_fitted_clip
 from dit_video.tokens import Grid
 
 CACHE_BYTES = 2 << 30
 _MAX_ATTEMPTS = 8
 """Maximum number of clips that are tried in sequence if clips are damaged."""
-DECODE_THREADS = min(8, os.cpu_count() or 1)
-"""Number of threads that decode: they run in parallel, as PyAV releases Python's lock."""
 _SPEED_STD = 2.5
 """Standard deviation of the ellipse's speed along each axis, in pixels per frame."""
 _RADIUS_RANGE = (8.0, 40.0)

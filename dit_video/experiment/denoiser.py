@@ -146,7 +146,7 @@ def make_denoiser_loss(
     """
     return DenoiserLoss(
         backbone=get_graph_def(model.backbone.make, partitioner),
-        text=get_graph_def(model.text_encoder.make),
+        text_encoder=get_graph_def(model.text_encoder.make),
         objective=training.make_objective(model),
         caption_dropout=training.caption_dropout,
         empty_caption=empty_caption,

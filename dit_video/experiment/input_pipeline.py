@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 
 from dit_video.core.errors import UserError
 from dit_video.core.grid import find_distinct_grids
-from dit_video.data.bucket_batches import load_bucket_batches
+from dit_video.core.shared_array import SharedStrings
 from dit_video.data.buckets import BucketConfig, Buckets, plan_buckets
 from dit_video.data.captions import (
     CachedCaptions,
@@ -21,20 +21,29 @@ from dit_video.data.captions import (
     get_distinct_captions,
 )
 from dit_video.data.clips import ClipSource
+from dit_video.data.examples import ExampleTable, compute_attention_pairs
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.online import OnlineEncoder
-from dit_video.data.loader import DenoiserBatches, LoaderConfig, load_encoded_batches, load_packed_batches
-from dit_video.data.packing.balance import Balance, Cost
+from dit_video.data.packing.balance import Cost
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
-from dit_video.data.packing.rows import Encode
+from dit_video.data.rows import ExampleSource, RowSpec, RowStream, load_rows
 from dit_video.data.sizes import compute_all_sampled_fps, fit_sizes
-from dit_video.data.windows import DECODE_THREADS
+from dit_video.data.sources import (
+    CACHE_BYTES,
+    ClipExamples,
+    Encode,
+    LatentExamples,
+    OnlineEncoding,
+    compute_clip_grids,
+    compute_latent_grids,
+)
 from dit_video.distributed import RowPart, check_denoiser, count_row_shards
 from dit_video.experiment.run import Run
 from dit_video.experiment.training_config import DenoiserTraining
 from dit_video.models.autoencoders import latent_grid
 from dit_video.models.encoders import Tokenizer
+from dit_video.models.model_config import ModelConfig
 from dit_video.tokens import Grid, compute_token_grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.weights.frozen_encoders import FrozenTextEncoder
@@ -43,24 +52,99 @@ _BATCHES_PER_STEP = 4
 """Number of encoder batches per canvas size that a step's clips are divided into.  The number of clips varies from step
 to step, so the last batch is half empty on average: an eighth of the work."""
 
-BatchFactory = Callable[[int], DenoiserBatches]
+OpenRows = Callable[[int], RowStream]
 """Opens the batches from a step on."""
 
 
-def make_cached_batches(
-    run: Run, training: DenoiserTraining, latents: LatentSource, texts: CaptionSource
-) -> BatchFactory:
-    """Return the input of a training on cached latents of the training clips; `texts` are their captions."""
-    model, clips = run.model, run.training_clips
-    mixed, mask_mix = make_mixture(latents, clips, run.data.used_weights), make_mask_mix(run)
-    intervals = _compute_token_dt(run, clips, latents.clips)
+def make_latent_examples(run: Run, latents: LatentSource, captions: CaptionSource) -> LatentExamples:
+    """Return the examples of cached latents of the training clips; `captions` are those of the latents.
 
-    def feed(start: int) -> DenoiserBatches:
-        reading = _make_loader_config(run, training, start, mixed, threads=1)
-        sizes: dict[str, Any] = {"patch": model.backbone.patch, "shape": model.row_shape, "token_dt": intervals}
-        return load_packed_batches(latents, texts, config=reading, mask_mix=mask_mix, **sizes)
+    Raises:
+      UserError: If the patch does not divide the latents.
+    """
+    patch, clips, data = run.model.backbone.patch, run.training_clips, run.data
+    table = _make_table(
+        run.model,
+        names=SharedStrings(latents.names),
+        grids=compute_latent_grids(latents, patch),
+        captions=captions,
+        mixture=make_mixture(latents, clips, data.used_weights),
+        token_dt=_compute_token_dt(run, clips, latents.clips),
+    )
+    cache_bytes = CACHE_BYTES // max(1, data.workers)
+    return LatentExamples(latents, table, patch=patch, mask_mix=make_mask_mix(run), cache_bytes=cache_bytes)
 
-    return feed
+
+def make_clip_examples(run: Run, clips: ClipSource, captions: CaptionSource, encode: Encode) -> ClipExamples:
+    """Return the examples of clips that are encoded from their video files.
+
+    Args:
+      run: The run, as the stage sees it.
+      clips: The clips.
+      captions: Their captions.
+      encode: `make_online_encoder` of the same run and clips.
+
+    Raises:
+      UserError: If a clip has no size within the limits.
+    """
+    autoencoder, backbone, weights = run.model.autoencoder, run.model.backbone, run.data.used_weights
+    table = _make_table(
+        run.model,
+        names=SharedStrings(clips.column("name")),
+        grids=compute_clip_grids(clips, run.limits, stride=autoencoder.stride, patch=backbone.patch),
+        captions=captions,
+        mixture=Mixture(sizes=clips.dataset_sizes, weights=weights) if weights else None,
+        token_dt=_compute_token_dt(run, clips),
+    )
+    encoding = OnlineEncoding(
+        encode=encode,
+        limits=run.limits,
+        stride=autoencoder.stride,
+        channels=autoencoder.channels,
+        patch=backbone.patch,
+        mask_mix=make_mask_mix(run),
+        conditioning=backbone.conditioning,
+    )
+    return ClipExamples(clips, table, encoding)
+
+
+def open_rows(run: Run, training: DenoiserTraining, source: ExampleSource[Any], clips: ClipSource) -> OpenRows:
+    """Return what opens the rows of a training, or its dense batches where the config has buckets.
+
+    Args:
+      run: The run, as the stage sees it.
+      training: The training.
+      source: The examples.
+      clips: Clips of the examples, by which buckets are planned.
+
+    Raises:
+      UserError: If not one example of some size fits into the memory of a bucket's batch.
+    """
+    model, backbone, part = run.model, run.model.backbone, RowPart.from_mesh(run.mesh)
+    assert model.layout is not None  # which the stage checks
+    spec = RowSpec(
+        layout=model.layout if training.buckets is None else make_buckets(run, training.buckets, clips),
+        batch=training.batch,
+        cost=Cost.from_width(backbone.width, layer_params=backbone.layer_params),
+    )
+    return lambda start: load_rows(
+        source,
+        spec,
+        seed=run.seed,
+        start=start,
+        host=part.part_index,
+        hosts=part.part_count,
+        workers=run.data.workers,
+    )
+
+
+def _make_table(model: ModelConfig, *, grids: Int[np.ndarray, "n 3"], **columns: Any) -> ExampleTable:
+    return ExampleTable(
+        grids=grids,
+        attention_pairs=compute_attention_pairs(grids, model.backbone.attention_pairs),
+        token_lead=model.token_lead,
+        **columns,
+    )
 
 
 def _compute_token_dt(
@@ -79,44 +163,6 @@ def _find_numbers(clips: ClipSource, names: Sequence[str]) -> Int64[np.ndarray, 
     return numbers.to_numpy().astype(np.int64)
 
 
-def make_online_batches(
-    run: Run, training: DenoiserTraining, clips: ClipSource, texts: CaptionSource, encode: Encode
-) -> BatchFactory:
-    """Return rows, or bucket batches where the config has buckets, of clips that are encoded from their video files.
-
-    Args:
-      run: The run, as the stage sees it.
-      training: The training.
-      clips: The clips.
-      texts: Their captions.
-      encode: `make_online_encoder` of the same run and clips.
-
-    Raises:
-      UserError: If not one example of some size fits into the memory of a bucket's batch.
-    """
-    model, weights = run.model, run.data.used_weights
-    buckets = None if training.buckets is None else make_buckets(run, training.buckets, clips)
-    mixed = Mixture(sizes=clips.dataset_sizes, weights=weights) if weights else None
-
-    def feed(start: int) -> DenoiserBatches:
-        reading = _make_loader_config(run, training, start, mixed, threads=DECODE_THREADS)
-        common: dict[str, Any] = {
-            "latent_grid": functools.partial(latent_grid, stride=model.autoencoder.stride),
-            "channels": model.autoencoder.channels,
-            "limits": run.limits,
-            "patch": model.backbone.patch,
-            "config": reading,
-            "token_dt": _compute_token_dt(run, clips),
-        }
-        if buckets is None:
-            mask_mix = make_mask_mix(run)
-            return load_encoded_batches(clips, texts, encode, shape=model.row_shape, mask_mix=mask_mix, **common)
-        text_length = min(model.row_shape.text, model.text_encoder.max_tokens)
-        return load_bucket_batches(clips, texts, encode, buckets, max_text=text_length, **common)
-
-    return feed
-
-
 def make_mask_mix(run: Run) -> MaskMix | None:
     """Return the draws of masks of known pixels; None for a denoiser with a first frame alone, or without it."""
     frames, autoencoder = run.model.frame_conditioning, run.model.autoencoder
@@ -128,22 +174,21 @@ def make_mask_mix(run: Run) -> MaskMix | None:
 def make_online_encoder(
     run: Run, training: DenoiserTraining, autoencoder_params: dict[str, Any], clips: ClipSource
 ) -> OnlineEncoder:
-    """Return an encoder of clips as they are read, with the parameters of the autoencoder.
+    """Return an encoder of clips as they are read.
 
     Raises:
       UserError: If not one example of some size fits into the memory of a bucket's batch.
     """
-    model, shape = run.model.autoencoder, run.model.row_shape
-    hosts = RowPart.from_mesh(run.mesh).part_count
+    autoencoder, hosts = run.model.autoencoder, RowPart.from_mesh(run.mesh).part_count
     if training.buckets is not None:
         buckets = make_buckets(run, training.buckets, clips).buckets
         sizes = [bucket.size for bucket in buckets for _ in range(bucket.batch // hosts)]
-        return OnlineEncoder(model, autoencoder_params, sizes)
+        return OnlineEncoder(autoencoder, autoencoder_params, sizes)
     distinct, _, kinds = find_distinct_grids(fit_sizes(clips, run.limits))
-    grids = [compute_token_grid(latent_grid(size, model.stride), run.model.backbone.patch) for size in distinct]
-    tokens, sizes = sum(grids[kind].volume for kind in kinds.tolist()), [distinct[kind] for kind in kinds.tolist()]
-    steps = tokens / (shape.tokens * training.batch / hosts)
-    return OnlineEncoder(model, autoencoder_params, sizes, calls=max(1, _BATCHES_PER_STEP * steps))
+    volumes = np.asarray([_compute_token_grid(run.model, size).volume for size in distinct])
+    tokens, sizes = int(volumes[kinds].sum(axis=0)), [distinct[kind] for kind in kinds.tolist()]
+    steps = tokens / (run.model.row_shape.tokens * training.batch / hosts)
+    return OnlineEncoder(autoencoder, autoencoder_params, sizes, calls=max(1, _BATCHES_PER_STEP * steps))
 
 
 def check_inputs(run: Run, training: DenoiserTraining) -> None:
@@ -151,10 +196,10 @@ def check_inputs(run: Run, training: DenoiserTraining) -> None:
 
     Raises:
       UserError: If rows, tokens, heads or hidden widths are not divisible by the devices, if the data set has no clips
-        to train on, or if not one example of some size fits into the memory.
+        to train on or lacks a column that conditioning reads, or if not one example of some size fits into the memory.
     """
-    model, mesh, clips = run.model, run.mesh, run.training_clips
-    tokens = model.row_shape.tokens
+    model, mesh, clips, tokens = run.model, run.mesh, run.training_clips, run.model.row_shape.tokens
+    clips.check_columns([name for each in model.backbone.conditioning for name in each.columns])
     if training.buckets is not None:
         make_buckets(run, training.buckets, clips)
         if mesh.shape["context"] > 1:
@@ -167,7 +212,8 @@ def check_inputs(run: Run, training: DenoiserTraining) -> None:
         raise UserError(
             f"a batch of {training.batch} rows{part} does not divide among {shards} devices; use a multiple"
         )
-    check_denoiser(run.partitioner, model.backbone, rows=training.batch // training.accumulation_steps, tokens=tokens)
+    rows = training.batch // training.accumulation_steps
+    check_denoiser(run.partitioner, model.backbone, rows=rows, tokens=tokens)
     if run.data.used_weights:
         Mixture(sizes=clips.dataset_sizes, weights=run.data.used_weights)
 
@@ -178,28 +224,29 @@ def make_buckets(run: Run, config: BucketConfig, clips: ClipSource) -> Buckets:
     Raises:
       UserError: If not one example of some size fits into the memory.
     """
-    model = run.model
-
-    def tokens(size: Grid) -> int:
-        return compute_token_grid(latent_grid(size, model.autoencoder.stride), model.backbone.patch).volume
-
     return plan_buckets(
         fit_sizes(clips, run.limits),
         config.memory,
         budget=config.budget,
+        text=min(run.model.row_shape.text, run.model.text_encoder.max_tokens),
         count=config.count,
         devices=count_row_shards(run.mesh),
         max_batch=config.max_batch,
-        count_tokens=tokens,
+        to_tokens=functools.partial(_compute_token_grid, run.model),
     )
 
 
-def open_captions(
-    tokenizer: Tokenizer | FrozenTextEncoder, clips: ClipSource, *, cached: LatentSource | None = None
-) -> CaptionSource:
-    """Return the captions of every example as rows hold them: token ids, or embeddings, `cached` ones where they exist.
+def _compute_token_grid(model: ModelConfig, size: Grid) -> Grid:
+    """Return the size in tokens of a clip of this size in pixels."""
+    return compute_token_grid(latent_grid(size, model.autoencoder.stride), model.backbone.patch)
 
-    The examples are the clips, or those of the cached latents.
+
+def open_captions(
+    text_encoder: Tokenizer | FrozenTextEncoder, clips: ClipSource, *, cached: LatentSource | None = None
+) -> CaptionSource:
+    """Return the captions of every example as rows hold them: text tokens, or embeddings of a frozen encoder.
+
+    The examples are the clips, or those of the cached latents, with which the embeddings are `cached`, too.
 
     Raises:
       UserError: If the latents were encoded without the captions, or if the embeddings have another width.
@@ -207,25 +254,26 @@ def open_captions(
     shares = clips.compute_caption_shares()
     captions = clips.column("captions") if cached is None else cached.all_captions
     if shares is not None and cached is not None:
-        ends = np.cumsum([len(texts) or 1 for texts in clips.column("captions")])
+        ends = np.cumsum([len(each) or 1 for each in clips.column("captions")])
         parts = np.split(shares, ends[:-1])
         shares = np.concatenate([parts[number] for number in _find_numbers(clips, cached.clips)])
-    if not isinstance(tokenizer, FrozenTextEncoder):
-        return TokenizedCaptions(captions, tokenizer, shares=shares)
+    if not isinstance(text_encoder, FrozenTextEncoder):
+        return TokenizedCaptions(captions, text_encoder, shares=shares)
     if cached is not None:
-        texts = CachedCaptions(cached, shares=shares)
-        if texts.width != tokenizer.config.width:
+        source = CachedCaptions(cached, shares=shares)
+        if source.width != text_encoder.config.width:
             raise UserError(
-                f"{cached.folder} holds embeddings of width {texts.width}, the config says {tokenizer.config.width}; "
-                f"set text_encoder width={texts.width} and backbone context_width={texts.width}"
+                f"{cached.folder} holds embeddings of width {source.width}, the config says "
+                f"{text_encoder.config.width}; set text_encoder width={source.width} and backbone "
+                f"context_width={source.width}"
             )
-        return texts
+        return source
     with Progress("embedding captions", len(get_distinct_captions(captions)), unit="caption") as progress:
         return EmbeddedCaptions(
             captions,
-            tokenizer.encode_many,
-            identity=tokenizer.identity,
-            count_tokens=tokenizer.count_tokens,
+            text_encoder.encode_many,
+            identity=text_encoder.identity,
+            count_tokens=text_encoder.count_tokens,
             shares=shares,
             progress=progress.update,
         )
@@ -242,22 +290,3 @@ def make_mixture(latents: LatentSource, clips: ClipSource, weights: Sequence[flo
     clips = clips.select(set(latents.clips))
     variants = _find_numbers(clips, latents.clips)
     return Mixture(sizes=clips.dataset_sizes, weights=tuple(weights) or None, variants=variants)
-
-
-def _make_loader_config(
-    run: Run, training: DenoiserTraining, start: int, mixture: Mixture | None, *, threads: int
-) -> LoaderConfig:
-    backbone, part = run.model.backbone, RowPart.from_mesh(run.mesh)
-    return LoaderConfig(
-        batch=training.batch,
-        seed=run.seed,
-        start_step=start,
-        host=part.part_index,
-        hosts=part.part_count,
-        threads=threads,
-        workers=run.data.workers,
-        mixture=mixture,
-        balance=Balance(cost=Cost.from_width(backbone.width, layer_params=backbone.layer_params), batch=training.batch),
-        attention_pairs=backbone.attention_pairs,
-        token_lead=run.model.token_lead,
-    )

@@ -88,7 +88,7 @@ def open_latents(run: Run, folder: Path, *, encoding: Encoding | None = None) ->
     """
     encoding = make_encoding(run) if encoding is None else encoding
     source = LatentSource(datasets.resolve(folder), identity=compute_latent_identity(encoding))
-    check_clips(source, run.training_clips)
+    check_clips(source, run.training_clips, encoding.columns)
     if source.skipped:
         name, reason, *_ = source.skipped[0]
         count = len(source.skipped)

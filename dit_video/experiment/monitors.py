@@ -86,9 +86,9 @@ def make_validation(
     validated = dataclasses.replace(run, adapted=run.adapted._replace(data=data))
     captions = input_pipeline.open_captions(run.open_text_encoder(cache=run.folder / "texts"), clips)
     encode = input_pipeline.make_online_encoder(validated, training, run.read_autoencoder(), clips)
-    open_batches = input_pipeline.make_online_batches(validated, training, clips, captions, encode)
-    with contextlib.closing(open_batches(0)) as batches:
-        rows = list(itertools.islice(batches, monitoring.validation_batches))
+    source = input_pipeline.make_clip_examples(validated, clips, captions, encode)
+    with contextlib.closing(input_pipeline.open_rows(validated, training, source, clips)(0)) as rows:
+        batches = list(itertools.islice(rows, monitoring.validation_batches))
     undropped = dataclasses.replace(loss, caption_dropout=0.0, is_training=False)
     eval_loss = undropped if trained.lora is None else LoraLoss(loss=undropped, scale=trained.lora.scale)
     constants = () if trained.base_params is None else (trained.base_params,)
@@ -102,7 +102,7 @@ def make_validation(
 
     def call(_done: int, state: Any) -> dict[str, float]:
         totals: dict[str, np.ndarray] = {}
-        for batch in rows:
+        for batch in batches:
             total_ratio, parts = jax.device_get(evaluate(state.ema, shard_batch(batch, mesh), *constants))
             for name, ratio in {"loss": total_ratio, **parts}.items():
                 totals[name] = totals.get(name, np.zeros(2)) + np.asarray(ratio, np.float64)
@@ -210,15 +210,15 @@ def make_flops_fn(training: DenoiserTraining, backbone: BackboneConfig) -> Calla
     adapters = training.lora is not None
 
     def work(rows: PackedBatch) -> float:
-        clips, texts, images = list[Any](), list[int](), list[int]()
+        clips, text_lengths, images = list[Any](), list[int](), list[int]()
         tokens = rows.fields[IMAGE_TOKENS].shape[1] // rows.layout.count if IMAGE_TOKENS in rows.fields else 0
         for segments, positions, text in zip(rows.segments, rows.positions, rows.text_segments, strict=True):
             lengths = np.bincount(segments)[1:]
             ids = range(1, len(lengths) + 1)
             clips += [infer_grid(positions[segments == i]) for i in ids] if backbone.needs_grids else lengths.tolist()
-            texts += np.bincount(text, minlength=len(lengths) + 1)[1:].tolist()
+            text_lengths += np.bincount(text, minlength=len(lengths) + 1)[1:].tolist()
             images += [tokens] * len(lengths)
-        return float(count_training_flops(backbone, clips, texts, images=images, adapters=adapters))
+        return float(count_training_flops(backbone, clips, text_lengths, images=images, adapters=adapters))
 
     return work
 

@@ -30,6 +30,8 @@ class PackedExample(NamedTuple):
     """Identity of the example for random numbers: its rank in the epoch's plan, or a sample's number."""
     fields: Mapping[str, np.ndarray] = {}
     """Arrays of further fields, by name; see `Field`."""
+    valid: bool = True
+    """Whether it counts in the loss; False for one that could not be read."""
 
 
 class PackedBatch(NamedTuple):
@@ -103,7 +105,7 @@ def pack(
         row.text[text_start:text_stop] = example.text
         row.text_segments[text_start:text_stop] = index + 1
         row.examples[index] = example.example
-        row.valid[index] = True
+        row.valid[index] = example.valid
         for field in fields:
             values = field.spread(example.fields.get(field.name), tokens=len(example.tokens))
             row.fields[field.name][field.get_slots(index, places)] = values

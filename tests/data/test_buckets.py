@@ -1,5 +1,6 @@
 """Buckets: no batch over the memory budget, no example dropped or enlarged, no data set too small for a batch."""
 
+import functools
 import itertools
 import pickle
 
@@ -9,13 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_video.core.errors import UserError
-from dit_video.data.buckets import BatchMemory, BucketStream, plan_buckets
+from dit_video.data.buckets import BatchMemory, BucketPlanner, Buckets, plan_buckets
 from dit_video.tokens import Grid
+from support.example_tables import make_table
 
 MEMORY = BatchMemory(fixed=1000, per_token=10)
 some_sizes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=40).map(
     np.array
 )
+
+
+choose_buckets = functools.partial(plan_buckets, text=8)
+
+
+def plan(buckets: Buckets, *, seed: int, hosts: int = 1) -> BucketPlanner:
+    """Return the batches of examples with these buckets, and captions of 1 to 8 tokens."""
+    count = len(buckets.assignment)
+    return BucketPlanner(make_table(np.ones(count), 1 + np.arange(count) % 8), buckets, seed=seed, hosts=hosts)
+
+
+def get_uses(planner: BucketPlanner, step: int, host: int = 0) -> list[tuple[Grid, int, int]]:
+    """Return the size, the example and the rank of every row of a batch."""
+    return [(row.shape.size, *row.entries[0][:2]) for row in planner.get_batch(step, host=host)]
 
 
 def mixed(count: int = 400, seed: int = 0) -> np.ndarray:
@@ -41,7 +57,7 @@ def count_visible_tokens(sizes: np.ndarray, buckets: list[tuple[int, ...]]) -> f
 @settings(max_examples=60, deadline=None)
 @given(sizes=some_sizes, count=st.integers(1, 5), devices=st.integers(1, 4), budget=st.integers(6800, 40_000))
 def test_buckets_hold_every_example_without_enlarging_it_within_the_budget(sizes, count, devices, budget):
-    plan = plan_buckets(sizes, MEMORY, budget=budget, count=count, devices=devices)
+    plan = choose_buckets(sizes, MEMORY, budget=budget, count=count, devices=devices)
     assert 1 <= len(plan.buckets) <= count
     assert sum(bucket.examples for bucket in plan.buckets) == len(sizes) == len(plan.assignment)
     for index, bucket in enumerate(plan.buckets):
@@ -64,7 +80,7 @@ def test_buckets_hold_every_example_without_enlarging_it_within_the_budget(sizes
     count=st.integers(1, 3),
 )
 def test_the_chosen_buckets_are_nearly_optimal(sizes, count):
-    plan = plan_buckets(sizes, MEMORY, budget=1e9, count=count)
+    plan = choose_buckets(sizes, MEMORY, budget=1e9, count=count)
     candidates = list(itertools.product(*(sorted(set(axis)) for axis in sizes.T.tolist())))
     best = max(
         count_visible_tokens(sizes, list(group)) for group in itertools.combinations_with_replacement(candidates, count)
@@ -86,93 +102,101 @@ def test_the_chosen_buckets_are_nearly_optimal(sizes, count):
 def test_enough_buckets_lose_nothing():
     sizes = mixed()
     distinct = len(np.unique(sizes, axis=0))
-    plan = plan_buckets(sizes, MEMORY, budget=1e6, count=distinct)
+    plan = choose_buckets(sizes, MEMORY, budget=1e6, count=distinct)
     assert (plan.token_retention, plan.frame_coverage) == (1, 1)
-    few = plan_buckets(sizes, MEMORY, budget=1e6, count=6)
+    few = choose_buckets(sizes, MEMORY, budget=1e6, count=6)
     assert len(few.buckets) == 6
-    assert plan_buckets(sizes, MEMORY, budget=1e6, count=1).token_retention < few.token_retention < 1
+    assert choose_buckets(sizes, MEMORY, budget=1e6, count=1).token_retention < few.token_retention < 1
     assert few.token_retention > 0.7
 
 
 def test_many_lengths_are_thinned_and_still_hold_all():
     generator = np.random.default_rng(0)
     sizes = np.stack([generator.integers(1, 200, 500) for _ in range(3)], axis=1)
-    plan = plan_buckets(sizes, MEMORY, budget=1e12, count=12)
+    plan = choose_buckets(sizes, MEMORY, budget=1e12, count=12)
     assert all((plan.buckets[index].size <= size).all() for index, size in zip(plan.assignment, sizes, strict=True))
-    assert plan.token_retention > plan_buckets(sizes, MEMORY, budget=1e12, count=4).token_retention > 0.02
+    assert plan.token_retention > choose_buckets(sizes, MEMORY, budget=1e12, count=4).token_retention > 0.02
 
 
 def test_large_sizes_do_not_force_small_batches_on_small_ones():
     sizes = np.array([(1, 4, 4)] * 500 + [(9, 8, 8)] * 50)
-    plan = plan_buckets(sizes, MEMORY, budget=1000 + 10 * 9 * 64 * 2, count=2)
+    plan = choose_buckets(sizes, MEMORY, budget=1000 + 10 * 9 * 64 * 2, count=2)
     batches = {bucket.size: bucket.batch for bucket in plan.buckets}
     assert batches == {Grid(9, 8, 8): 2, Grid(1, 4, 4): 72}
     quadratic = BatchMemory(fixed=0, per_token=1, per_pair=1)
-    batches = {b.size: b.batch for b in plan_buckets(sizes, quadratic, budget=576 + 576**2, count=2).buckets}
+    batches = {b.size: b.batch for b in choose_buckets(sizes, quadratic, budget=576 + 576**2, count=2).buckets}
     assert batches == {Grid(9, 8, 8): 1, Grid(1, 4, 4): 500}
-    assert max(b.batch for b in plan_buckets(sizes, MEMORY, budget=1e9, max_batch=32, devices=4).buckets) == 32
+    assert max(b.batch for b in choose_buckets(sizes, MEMORY, budget=1e9, max_batch=32, devices=4).buckets) == 32
 
 
 def test_a_size_that_runs_out_of_memory_is_refused_before_training():
     with pytest.raises(UserError, match=r"example of 9x8x8 \(576 tokens\) takes 6.76e\+03 bytes, but the budget is"):
-        plan_buckets(np.array([(1, 4, 4), (9, 8, 8)]), MEMORY, budget=5000, count=2)
+        choose_buckets(np.array([(1, 4, 4), (9, 8, 8)]), MEMORY, budget=5000, count=2)
 
 
 @settings(max_examples=40, deadline=None)
 @given(sizes=some_sizes, seed=st.integers(0, 3), devices=st.sampled_from([1, 2, 4]), budget=st.integers(6800, 20_000))
 def test_every_example_comes_equally_often_and_no_batch_is_empty(sizes, seed, devices, budget):
-    plan = plan_buckets(sizes, MEMORY, budget=budget, count=4, devices=devices)
-    stream = BucketStream(plan, seed=seed)
-    size_of = {bucket.size: index for index, bucket in enumerate(plan.buckets)}
+    buckets = choose_buckets(sizes, MEMORY, budget=budget, count=4, devices=devices)
+    planner, hosts = plan(buckets, seed=seed), [plan(buckets, seed=seed, hosts=devices)] * devices
+    size_of = {bucket.size: index for index, bucket in enumerate(buckets.buckets)}
     seen = np.zeros(len(sizes), int)
     running = 0
-    for step in range(int(3 * stream.steps_per_epoch) + 2):
-        size, examples, ranks = stream.get_batch(step)
-        bucket = plan.buckets[size_of[size]]
-        assert len(examples) == bucket.batch >= 1
-        assert {int(index) for index in plan.assignment[examples]} == {size_of[size]}
-        assert ranks.tolist() == list(range(running, running + len(ranks)))
-        running += len(ranks)
+    for step in range(int(3 * planner.steps_per_epoch) + 2):
+        uses = get_uses(planner, step)
+        (size,) = {size for size, _, _ in uses}
+        examples = [example for _, example, _ in uses]
+        assert len(uses) == buckets.buckets[size_of[size]].batch >= 1
+        assert {int(index) for index in buckets.assignment[examples]} == {size_of[size]}
+        assert [rank for _, _, rank in uses] == list(range(running, running + len(uses)))
+        running += len(uses)
         np.add.at(seen, examples, 1)
-        parts = [stream.get_batch(step, host=host, hosts=devices) for host in range(devices)]
-        np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), examples)
-        np.testing.assert_array_equal(np.concatenate([part[2] for part in parts]), ranks)
-    for index in range(len(plan.buckets)):  # without replacement within a bucket
-        times = seen[plan.assignment == index]
+        assert [use for host, each in enumerate(hosts) for use in get_uses(each, step, host)] == uses
+    for index in range(len(buckets.buckets)):  # without replacement within a bucket
+        times = seen[buckets.assignment == index]
         assert times.max() - times.min() <= 1
-    assert seen.min() >= 1 or any(bucket.batch > 1 for bucket in plan.buckets)
+    assert seen.min() >= 1 or any(bucket.batch > 1 for bucket in buckets.buckets)
 
 
 def test_every_example_is_drawn_about_once_in_each_epoch():
     sizes = mixed()
-    stream = BucketStream(plan_buckets(sizes, MEMORY, budget=30_000, count=5), seed=0)
+    planner = plan(choose_buckets(sizes, MEMORY, budget=30_000, count=5), seed=0)
     seen = np.zeros(len(sizes), int)
-    for step in range(round(20 * stream.steps_per_epoch)):
-        np.add.at(seen, stream.get_batch(step)[1], 1)
+    for step in range(round(20 * planner.steps_per_epoch)):
+        np.add.at(seen, [example for _, example, _ in get_uses(planner, step)], 1)
     assert seen.min() >= 19
     assert seen.max() <= 21
 
 
-def test_the_stream_is_a_function_of_seed_and_step():
-    plan = plan_buckets(mixed(), MEMORY, budget=30_000, count=5, devices=2)
-    stream = BucketStream(plan, seed=1)
-    forward = [stream.get_batch(step) for step in range(200)]
-    fresh = pickle.loads(pickle.dumps(stream))
+def test_batches_are_a_function_of_seed_and_step():
+    buckets = choose_buckets(mixed(), MEMORY, budget=30_000, count=5, devices=2)
+    planner = plan(buckets, seed=1)
+    forward = [planner.get_batch(step) for step in range(200)]
+    fresh = pickle.loads(pickle.dumps(planner))
     for step in (199, 3, 120):
-        size, examples, ranks = fresh.get_batch(step)
-        assert size == forward[step][0]
-        np.testing.assert_array_equal(examples, forward[step][1])
-        np.testing.assert_array_equal(ranks, forward[step][2])
-    other = BucketStream(plan, seed=2)
-    assert any(not np.array_equal(other.get_batch(step)[1], forward[step][1]) for step in range(5))
-    assert len({stream.hash, other.hash, BucketStream(plan_buckets(mixed(), MEMORY, budget=20_000), seed=1).hash}) == 3
-    assert fresh.hash == stream.hash
-    with pytest.raises(UserError, match="plan the buckets with devices=7"):
-        stream.get_batch(0, hosts=7)
+        assert fresh.get_batch(step) == forward[step]
+    other = plan(buckets, seed=2)
+    assert any(get_uses(other, step) != get_uses(planner, step) for step in range(5))
+    third = plan(choose_buckets(mixed(), MEMORY, budget=20_000), seed=1)
+    assert len({planner.hash, other.hash, third.hash}) == 3
+    assert fresh.hash == planner.hash
+
+
+@pytest.mark.parametrize(
+    ("buckets", "options", "message"),
+    [
+        ({"devices": 2}, {"hosts": 7}, "Plan the buckets with devices=7"),
+        ({"text": 4}, {}, "example 7 has 8 text tokens, but a row has room for 4"),
+    ],
+)
+def test_buckets_that_do_not_fit_the_hosts_or_the_captions_are_refused(buckets, options, message):
+    chosen = choose_buckets(mixed(), MEMORY, budget=30_000, count=5, **buckets)
+    with pytest.raises(UserError, match=message):
+        plan(chosen, seed=1, **options)
 
 
 def test_the_report_counts_every_example():
-    plan = plan_buckets(mixed(), MEMORY, budget=30_000, count=3)
+    plan = choose_buckets(mixed(), MEMORY, budget=30_000, count=3)
     lines = plan.report().splitlines()
     assert len(lines) == 5
     assert sum(int(line.split()[2]) for line in lines[1:-1]) == 400
@@ -191,6 +215,6 @@ def test_the_report_counts_every_example():
 )
 def test_invalid_arguments_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        plan_buckets(**{"sizes": mixed(), "memory": MEMORY, "budget": 1e6} | arguments)
+        choose_buckets(**{"sizes": mixed(), "memory": MEMORY, "budget": 1e6} | arguments)
     with pytest.raises(UserError, match=r"per_token=0 is invalid: .* Use a positive number"):
         BatchMemory(fixed=1, per_token=0)

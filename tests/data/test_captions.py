@@ -1,5 +1,6 @@
 """Captions of rows: all lengths at once, texts one at a time."""
 
+import contextlib
 import pickle
 
 import jax
@@ -11,9 +12,9 @@ from dit_video.core.storage import to_storage_path
 from dit_video.data.captions import CachedCaptions, CaptionSource, EmbeddedCaptions, TokenizedCaptions
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import LatentWriter, write_latents
-from dit_video.data.loader import LoaderConfig, load_packed_batches
 from dit_video.data.tables import Table, compute_row_id
-from dit_video.tokens import Grid, PackedShape
+from dit_video.tokens import PackedShape
+from support.example_tables import open_latents
 from support.fakes import FakeEmbedder, tokenize
 
 CAPTIONS = [("a red ball", "it"), (), ("a blue box moves",), ("", "it")] * 5
@@ -118,12 +119,10 @@ def test_pickled_captions_are_small_and_read_the_same():
         np.testing.assert_array_equal(copy.read(example, 0), tokenize((*captions[example], "")[0]))
 
 
-def load_rows(source, texts, **reading):
-    shape, reading = PackedShape(tokens=16, text=24, segments=4), LoaderConfig(batch=2, seed=0, **reading)
-    batches = load_packed_batches(source, texts, patch=Grid(1, 2, 2), shape=shape, config=reading)
-    taken = [next(batches) for _ in range(6)]
-    batches.close()
-    return taken, batches
+def take_rows(source, captions, **options):
+    shape = PackedShape(tokens=16, text=24, segments=4)
+    with contextlib.closing(open_latents(source, captions, shape=shape, batch=2, **options)) as rows:
+        return [next(rows) for _ in range(6)], rows
 
 
 def assert_equal(one, other):
@@ -133,7 +132,7 @@ def assert_equal(one, other):
 
 @pytest.mark.nightly
 def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
-    result, batches = load_rows(source, CachedCaptions(source))
+    result, batches = take_rows(source, CachedCaptions(source))
     drawn = set()
     for rows in result:
         assert rows.text.shape == (2, 24, 8)
@@ -146,8 +145,8 @@ def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
         assert not rows.text[rows.text_segments == 0].any()
     assert drawn == {(number, caption) for number in range(4) for caption in CAPTIONS[number] or ("",)}
     # From the encoder, from the middle, and by worker processes the same.
-    live, _ = load_rows(source, EmbeddedCaptions(CAPTIONS, embedder.embed_many, identity="t"))
-    resumed, again = load_rows(source, CachedCaptions(source), start_step=2, workers=1)
+    live, _ = take_rows(source, EmbeddedCaptions(CAPTIONS, embedder.embed_many, identity="t"))
+    resumed, again = take_rows(source, CachedCaptions(source), start=2, workers=1)
     for one, other in (*zip(result, live, strict=True), *zip(result[2:], resumed[:4], strict=True)):
         assert_equal(one, other)
     assert again.hash == batches.hash
@@ -155,18 +154,18 @@ def test_rows_hold_the_embeddings_of_their_examples(source, embedder):
 
 def test_a_plan_of_the_same_lengths_is_another_one_with_another_encoder(source, embedder, tmp_path):
     other = write_cache(tmp_path / "l", embedder, identity="u")
-    assert load_rows(source, CachedCaptions(source))[1].hash != load_rows(other, CachedCaptions(other))[1].hash
+    assert take_rows(source, CachedCaptions(source))[1].hash != take_rows(other, CachedCaptions(other))[1].hash
 
 
 def test_an_example_whose_text_is_damaged_keeps_its_place_and_does_not_count(embedder, tmp_path, caplog):
     source = write_cache(tmp_path / "l", embedder)
-    whole, _ = load_rows(source, CachedCaptions(source))
+    whole, _ = take_rows(source, CachedCaptions(source))
     texts = Table(tmp_path / "l" / "texts", kind="texts")
     row = texts["id"].tolist().index(compute_row_id("a blue box moves"))
     with (tmp_path / "l" / "texts" / "texts-train-00000.array_record").open("r+b") as file:
         file.seek(int(texts["offset"][row]) + int(texts["length"][row]) // 2)
         file.write(b"\x7f" * 8)
-    result, _ = load_rows(source, CachedCaptions(source))
+    result, _ = take_rows(source, CachedCaptions(source))
     lost = 0
     for rows, expected in zip(result, whole, strict=True):
         np.testing.assert_array_equal(rows.segments, expected.segments)

@@ -221,3 +221,16 @@ def test_a_hundred_thousand_clips_are_opened_and_pickled_as_a_path(tmp_path, mon
     content = pickle.dumps(source)
     assert len(content) < 20_000
     assert pickle.loads(content).infos[7] == source.infos[7]
+
+
+def test_values_of_columns_are_read_by_clip_and_a_missing_column_is_named(dataset, tmp_path):
+    folder = shutil.copytree(dataset / "data", tmp_path / "data")
+    names = ClipSource(folder).column("name")
+    write_column(folder, "vector", {"name": names[:2], "vector": [[1.0, 2.0], [3.0]]})
+    source = ClipSource({"a": folder, "b": folder}).exclude([f"a/{names[0]}"])
+    values = [source.read_columns(index, ("vector", "captions")) for index in range(7)]
+    assert [each["vector"] for each in values] == [[3.0], None, None, [1.0, 2.0], [3.0], None, None]
+    assert [each["captions"] for each in values] == [info.captions for info in source.infos]
+    source.check_columns(("vector", "fps"))
+    with pytest.raises(UserError, match=r"columns=\('blur',\) is invalid: .* has no column blur\. Use one of .*vector"):
+        source.check_columns(("blur",))

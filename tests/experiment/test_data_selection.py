@@ -55,11 +55,11 @@ def test_captions_are_drawn_from_columns_by_their_shares(tiny, dataset, tmp_path
     """Three of four draws of a clip that has a long caption are of that."""
     run = open_run(tiny, dataset, tmp_path, captions={"captions": 0.25, "long": 0.75})
     clips = run.training_clips
-    texts = input_pipeline.open_captions(lambda text: np.frombuffer(text.encode(), np.uint8), clips)
+    captions = input_pipeline.open_captions(lambda text: np.frombuffer(text.encode(), np.uint8), clips)
     draws: dict[int, Counter[int]] = {}
     for example in range(len(clips)):
         generator = np.random.default_rng(example)
-        draws[example] = Counter(texts.lengths.draw(example, lambda g=generator: g) for _ in range(200))
+        draws[example] = Counter(captions.lengths.draw(example, lambda g=generator: g) for _ in range(200))
     for example, info in enumerate(clips.infos):
         if len(info.captions) == 1:
             assert draws[example] == {0: 200}

@@ -56,7 +56,8 @@ def test_positions_of_rows_count_the_seconds_of_each_clip(tiny, tiny_run):
     latents = LatentSource(tiny_run / "latents")
     run = Run(folder=tiny_run, experiment=tiny.EXPERIMENT.replace_backbone(time_coordinate="seconds"))
     captions = TokenizedCaptions(latents.all_captions, tokenize)
-    batches = input_pipeline.make_cached_batches(run, run.experiment.denoiser, latents, captions)(0)
-    result = {time for _ in range(4) for time in next(batches).positions[..., 0].flat}
-    batches.close()
+    source = input_pipeline.make_latent_examples(run, latents, captions)
+    rows = input_pipeline.open_rows(run, run.experiment.denoiser, source, run.training_clips)(0)
+    result = {time for _ in range(4) for time in next(rows).positions[..., 0].flat}
+    rows.close()
     assert result == {0.0, 0.5, 1.0}

@@ -5,11 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from dit_video.data.captions import TokenizedCaptions
+from dit_video.data.examples import Entry
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.online import OnlineEncoder
 from dit_video.data.packing.mask_mix import MaskMix
-from dit_video.data.packing.rows import ClipRow, RowEncoder, RowEntry, RowLayout
+from dit_video.data.packing.plan import RowPlanner
+from dit_video.data.sources import ClipExamples, DecodedClip, OnlineEncoding
 from dit_video.models.conditioning import (
     Beginning,
     BothEnds,
@@ -26,9 +27,11 @@ from dit_video.models.conditioning import (
 from dit_video.sampling.completion import Completion
 from dit_video.sampling.plan import CLEAN_LATENTS, CLEAN_MASK
 from dit_video.sampling.request import Request, TaskModel
-from dit_video.tokens import Grid, PackedShape, compute_token_grid, patchify, unpack
+from dit_video.tokens import Grid, PackedShape, compute_token_grid, pack, patchify, unpack
 from dit_video.video import Clip
 from support import tiny
+from support.example_tables import make_table
+from support.offline_clips import MemorySource
 from support.random_params import make_random_params
 
 AUTOENCODER = tiny.EXPERIMENT.get_model().autoencoder
@@ -63,18 +66,22 @@ def make_training_rows(patch, count):
         compute_token_grid(Grid(1 + (size.t - 1) // stride.t, size.h // stride.h, size.w // stride.w), patch)
         for size in sizes
     ]
-    captions = TokenizedCaptions([("a",)] * count, tiny.EXPERIMENT.get_model().text_encoder.make_tokenizer())
-    shape = PackedShape(tokens=24, text=64, segments=4)
-    layout = RowLayout(grids, captions, shape=shape, seed=0, names=[str(number) for number in range(count)])
-    encode = OnlineEncoder(AUTOENCODER, PARAMS, sizes)
-    encode_rows = RowEncoder(encode, layout, patch, AUTOENCODER.channels, MIX)
-    rows = []
-    number = 0
-    while sum(len(row.entries) for row in rows) < count:
-        entries = layout.get_entries(number)
-        rows.append(ClipRow(entries, [clips[entry.example] for entry in entries]))
-        number += 1
-    return rows, encode_rows(rows)
+    table, shape = make_table(grids, [1] * count), PackedShape(tokens=24, text=64, segments=4)
+    encoding = OnlineEncoding(
+        encode=OnlineEncoder(AUTOENCODER, PARAMS, sizes),
+        limits=tiny.EXPERIMENT.limits,
+        stride=stride,
+        channels=AUTOENCODER.channels,
+        patch=patch,
+        mask_mix=MIX,
+    )
+    planner, source = RowPlanner(table, shape, seed=0), ClipExamples(MemorySource([], None), table, encoding)
+    rows, packed = [], []
+    while sum(len(entries) for entries in rows) < count:
+        rows.append(planner.get_entries(len(rows)))
+        examples = source.encode([(entry, DecodedClip(clips[entry.example], 0)) for entry in rows[-1]])
+        packed.append(pack(examples, shape, width=source.width, fields=source.fields))
+    return rows, packed
 
 
 def make_model(**changes):
@@ -87,7 +94,7 @@ def make_model(**changes):
     )
 
 
-def plan_fields(model, entry: RowEntry):
+def plan_fields(model, entry: Entry):
     """Return the fields of a request with the mask of an example of training, by name."""
     frames = make_clip(entry.example)
     size = Grid(*frames.shape[:3])
@@ -111,7 +118,7 @@ def test_a_model_with_mask_channels_reads_in_sampling_what_it_was_trained_with()
             jnp.asarray(batch.fields["cond_latents"])[None],
             patch_volume=volume,
         )
-        for entry, values in zip(row.entries, unpack(np.asarray(trained)[0], batch.segments), strict=True):
+        for entry, values in zip(row, unpack(np.asarray(trained)[0], batch.segments), strict=True):
             sampled = plan_fields(model, entry)["cond_latents"]
             np.testing.assert_allclose(patchify(sampled, patch), values, atol=2e-4)
             kinds.add(CONDITIONING.draw_kind(5, entry.rank))
@@ -126,7 +133,7 @@ def test_a_model_with_clean_tokens_gets_in_sampling_what_it_was_trained_with():
     for row, batch in zip(rows, batches, strict=True):
         masks = unpack(np.asarray(batch.fields["cond_mask"]), batch.segments)
         latents = unpack(np.asarray(batch.fields["cond_latents"]), batch.segments)
-        for entry, mask, values in zip(row.entries, masks, latents, strict=True):
+        for entry, mask, values in zip(row, masks, latents, strict=True):
             is_clean = mask.min(axis=-1) == 1
             fields = plan_fields(model, entry)
             if CLEAN_MASK not in fields:

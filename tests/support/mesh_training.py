@@ -70,7 +70,7 @@ def begin(parallel: Parallelism, backbone=DIT, *, optimizer: str, devices=None, 
     transformation = make_test_optimizer(optimizer)
     loss = DenoiserLoss(
         backbone=get_graph_def(backbone.make, partitioner),
-        text=get_graph_def(TEXT.make),
+        text_encoder=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.2,
         empty_caption=TOKENIZE(""),

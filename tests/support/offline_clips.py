@@ -34,6 +34,9 @@ class MemorySource(ClipSource):
         values = [getattr(info, name) for info in self.infos]
         return np.asarray(values) if isinstance(values[0] if values else "", int | float) else values
 
+    def read_columns(self, index, names):
+        return {name: getattr(self.infos[index], name) for name in names}
+
     def __getitem__(self, index):
         if self.contents is None:
             raise MissingError("no such data set")

@@ -18,15 +18,19 @@ import av
 
 from benchmarks.settings import Setting, make_examples, make_latents
 from benchmarks.steps import TrainingSetup, count_compilations, get_peak_memory
+from dit_video.core.shared_array import SharedStrings
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
+from dit_video.data.examples import ExampleTable
 from dit_video.data.ingest.engine import IngestConfig, ingest
 from dit_video.data.ingest.formats import list_clips
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
-from dit_video.data.loader import LoaderConfig, load_packed_batches
+from dit_video.data.prefetch import DECODE_THREADS
+from dit_video.data.rows import RowSpec, RowStream, load_rows
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size
-from dit_video.data.windows import CACHE_BYTES, DECODE_THREADS, ClipCrops, WindowBatches
+from dit_video.data.sources import LatentExamples, compute_latent_grids
+from dit_video.data.windows import CACHE_BYTES, ClipCrops, WindowBatches
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training import loop
@@ -58,20 +62,16 @@ def measure_latents(setting: Setting, setup: TrainingSetup, num_examples: int) -
         )
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source = LatentSource(Path(folder) / "latents")
-        reading = LoaderConfig(batch=config.batch, seed=0)
-        texts = TokenizedCaptions(source.all_captions, setting.model.text_encoder.make_tokenizer())
-        batches = load_packed_batches(
-            source, texts, patch=setting.model.backbone.patch, shape=setting.model.row_shape, config=reading
-        )
-        epoch = -(-batches.rows_per_epoch // config.batch)
+        rows = load_latent_rows(setting, source)
+        epoch = -(-rows.summarize(devices=1)["rows_per_epoch"] // config.batch)
         last = int(setup.state.step) + epoch
         log = MetricsLog(Path(folder) / "metrics.jsonl")
         compile_counts: list[int] = []
-        with contextlib.closing(batches):
+        with contextlib.closing(rows):
             state = loop.run(
                 setup.step,
                 setup.state,
-                lambda _: map(setup.place_batch, batches),
+                lambda _: map(setup.place_batch, rows),
                 config=loop.LoopConfig(steps=last, log_every=last, save_every=last),
                 hooks=[log, StepCall(lambda _done, _state: compile_counts.append(compiled()))],
                 title="an epoch",
@@ -82,11 +82,21 @@ def measure_latents(setting: Setting, setup: TrainingSetup, num_examples: int) -
         "steps": epoch,
         "step_ms": round(1000 * entry["step_seconds"], 3),
         "waiting_share": round(entry["data_wait"], 4),
-        "padding_share": round(batches.padding, 4),
+        "padding_share": round(rows.summarize(devices=1)["padding"], 4),
         "compilations": compile_counts[-1],
         "peak_memory": get_peak_memory(),
     }
     return figures, setup._replace(state=state)
+
+
+def load_latent_rows(setting: Setting, latents: LatentSource) -> RowStream:
+    """Return the rows of a setting from cached latents."""
+    model = setting.model
+    captions = TokenizedCaptions(latents.all_captions, model.text_encoder.make_tokenizer())
+    grids = compute_latent_grids(latents, model.backbone.patch)
+    table = ExampleTable(names=SharedStrings(latents.names), grids=grids, captions=captions)
+    spec = RowSpec(layout=model.layout, batch=setting.denoiser.batch)
+    return load_rows(LatentExamples(latents, table, patch=model.backbone.patch), spec, seed=0)
 
 
 def measure_videos(setting: Setting, setup: TrainingSetup, clips: Path, steps: int) -> dict[str, Any]:
@@ -197,17 +207,10 @@ def measure_memory(setting: Setting, num_examples: int, batches: int) -> dict[st
         )
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source = LatentSource(Path(folder) / "latents")
-        loader = load_packed_batches(
-            source,
-            TokenizedCaptions(source.all_captions, setting.model.text_encoder.make_tokenizer()),
-            patch=setting.model.backbone.patch,
-            shape=setting.model.row_shape,
-            config=LoaderConfig(batch=config.batch, seed=0),
-        )
         memory = {}
-        with contextlib.closing(loader):
+        with contextlib.closing(load_latent_rows(config, source)) as rows:
             for done in range(1, batches + 1):
-                next(loader)
+                next(rows)
                 if done in (max(1, batches // 10), batches):
                     memory[done] = get_resident_memory()
     return {"batches": batches, "bytes": {str(done): size for done, size in memory.items()}}

@@ -18,7 +18,7 @@ from dit_video.core import rng
 from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.packing.rows import Encode
+from dit_video.data.sources import Encode
 from dit_video.distributed import count_row_shards, make_mesh
 from dit_video.experiment import Run, input_pipeline
 from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
@@ -93,18 +93,19 @@ def _train(
     """Train for twice the steps; new programs are compiled in the first half, and the second half is measured."""
     first, warmup_seconds = int(setup.state.step), [0.0]
     captions = input_pipeline.open_captions(run.open_text_encoder(), source)
-    batches = input_pipeline.make_online_batches(run, run.experiment.denoiser, source, captions, encode)(0)
+    examples = input_pipeline.make_clip_examples(run, source, captions, encode)
+    rows = input_pipeline.open_rows(run, run.experiment.denoiser, examples, source)(0)
 
     def record_warmup(done: int, _state: Any) -> None:
         if done == first + steps:
             warmup_seconds[0] = encode.seconds
 
-    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, contextlib.closing(batches):
+    with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder, contextlib.closing(rows):
         log = MetricsLog(Path(folder) / "metrics.jsonl")
         state = loop.run(
             setup.step,
             setup.state,
-            lambda _: map(setup.place_batch, batches),
+            lambda _: map(setup.place_batch, rows),
             config=loop.LoopConfig(steps=first + 2 * steps, log_every=steps, save_every=1 << 30),
             hooks=[log, StepCall(record_warmup)],
             title="training from video files",

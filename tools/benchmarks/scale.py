@@ -18,8 +18,10 @@ from dit_video.core.shared_array import SharedStrings
 from dit_video.data import tables
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
-from dit_video.data.packing.balance import Balance, Cost
-from dit_video.data.packing.rows import RowLayout
+from dit_video.data.examples import ExampleTable
+from dit_video.data.packing.balance import Cost
+from dit_video.data.packing.plan import RowPlanner
+from dit_video.data.rows import RowSpec, make_planner
 from dit_video.data.sizes import SizeLimits, fit_sizes
 from dit_video.tokens import Grid, PackedShape
 
@@ -96,32 +98,30 @@ def measure(count: int, *, is_read: bool = True) -> dict[str, Any]:
         grids = map_grids(lambda size: Grid(1 + size.t // 4, size.h // 16, size.w // 16), sizes)
         names = run("names", lambda: SharedStrings(clips.column("name")))
         captions = run("captions", lambda: TokenizedCaptions(clips.column("captions"), _tokenize))
-        balance = Balance(cost=Cost.from_width(1536), batch=_BATCH)
-        layout = run(
-            "plan of epoch 0",
-            lambda: RowLayout(grids, captions, shape=_SHAPE, seed=0, names=names, balance=balance),
-        )
+        table = ExampleTable(names=names, grids=grids, captions=captions)
+        spec = RowSpec(layout=_SHAPE, batch=_BATCH, cost=Cost.from_width(1536))
+        planner = run("plan of epoch 0", lambda: make_planner(table, spec, seed=0))
         if is_read:
-            run("plan of epoch 1", lambda: layout.stream.get_epoch(1))
-        content = run("pickle", lambda: ForkingPickler.dumps(layout))
+            run("plan of epoch 1", lambda: planner.get_epoch(1))
+        content = run("pickle", lambda: ForkingPickler.dumps(planner))
         worker = run("worker opens", lambda: ForkingPickler.loads(content))
         run("first batch", lambda: [worker.get_entries(number) for number in range(_BATCH)])
         document = {"examples": count, "pickle_bytes": len(content), "stages": stages}
         if is_read:
-            document["steps_ms"] = _measure_steps(layout, 2 * stages["plan of epoch 1"]["seconds"])
+            document["steps_ms"] = _measure_steps(planner, 2 * stages["plan of epoch 1"]["seconds"])
     return document
 
 
-def _measure_steps(layout: RowLayout, seconds: float) -> dict[str, float]:
+def _measure_steps(planner: RowPlanner, seconds: float) -> dict[str, float]:
     """Return milliseconds of a step that reads its rows, while a thread plans the next epoch and as that begins."""
-    edge = 2 * layout.stream.rows_per_epoch
-    starts = range(edge - layout.stream.rows_per_epoch // 2, edge + 10 * _BATCH, _BATCH)
+    edge = 2 * planner.rows_per_epoch
+    starts = range(edge - planner.rows_per_epoch // 2, edge + 10 * _BATCH, _BATCH)
     durations = []
     for start in starts:
         time.sleep(seconds / len(starts))
         begin = time.perf_counter()
         for number in range(start, start + _BATCH):
-            layout.get_entries(number)
+            planner.get_entries(number)
         durations.append(1000 * (time.perf_counter() - begin))
     figures = {"median": statistics.median(durations), "max": max(durations), "max_at_edge": max(durations[-12:])}
     print("milliseconds of a step's rows:", figures, file=sys.stderr)

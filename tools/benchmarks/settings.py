@@ -1,6 +1,7 @@
 """The models and the synthetic examples of the benchmarks."""
 
 import ast
+import functools
 import itertools
 import math
 import runpy
@@ -13,8 +14,10 @@ import numpy as np
 
 from dit_video.core import rng
 from dit_video.core.errors import UserError
-from dit_video.data.packing.bin_packing import CanvasPacking
-from dit_video.data.packing.plan import RowStream
+from dit_video.core.shared_array import SharedStrings
+from dit_video.data.captions import TokenizedCaptions
+from dit_video.data.examples import ExampleTable
+from dit_video.data.packing.plan import RowPlanner
 from dit_video.diffusion import RectifiedFlow
 from dit_video.distributed import Parallelism
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig, latent_grid
@@ -22,7 +25,6 @@ from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.models.model_config import ModelConfig
 from dit_video.tokens import (
-    CanvasShape,
     Grid,
     PackedBatch,
     PackedExample,
@@ -198,12 +200,12 @@ class SyntheticBatches:
         self._setting, self._examples = setting, make_examples(setting, num_examples)
         model: ModelConfig = setting.model
         grids = [compute_token_grid(example.latents, model.backbone.patch) for example in self._examples]
-        text = np.asarray([len(tokenize_bytes(model.text_encoder, example.caption)) for example in self._examples])
-        shape, names = model.row_shape, [example.caption for example in self._examples]
-        canvases = CanvasPacking(grids, text, shape, names) if isinstance(shape, CanvasShape) else None
-        tokens = np.asarray([grid.volume for grid in grids])
-        self._stream = RowStream(tokens, text, shape, seed=0, canvases=canvases)
-        self.padding = self._stream.get_epoch(0).padding
+        names = [example.caption for example in self._examples]
+        tokenize = functools.partial(tokenize_bytes, model.text_encoder)
+        captions = TokenizedCaptions([(name,) for name in names], tokenize)
+        table = ExampleTable(names=SharedStrings(names), grids=np.asarray(grids, np.int32), captions=captions)
+        self._planner = RowPlanner(table, model.row_shape, seed=0)
+        self.padding = self._planner.get_epoch(0).padding
         self.num_sizes = len({example.latents for example in self._examples})
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -214,7 +216,7 @@ class SyntheticBatches:
     def _pack_row(self, row_index: int) -> PackedBatch:
         model: ModelConfig = self._setting.model
         patch, examples = model.backbone.patch, []
-        for index, rank in zip(*self._stream.get_row(row_index), strict=True):
+        for index, rank in zip(*self._planner.get_row(row_index), strict=True):
             example = self._examples[index]
             tokens = patchify(make_latents(self._setting, int(index), example), patch)
             positions = compute_positions(compute_token_grid(example.latents, patch))

@@ -102,7 +102,7 @@ def make_denoiser_parts(setting: Setting) -> tuple[Callable, DenoiserLoss, Optim
     model: ModelConfig = setting.model
     loss = DenoiserLoss(
         backbone=get_graph_def(model.backbone.make),
-        text=get_graph_def(model.text_encoder.make),
+        text_encoder=get_graph_def(model.text_encoder.make),
         objective=FlowMatching(process=model.process, prediction=model.prediction),
         caption_dropout=0.1,
         empty_caption=tokenize_bytes(model.text_encoder, ""),

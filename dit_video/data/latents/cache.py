@@ -66,7 +66,8 @@ class LatentExample(NamedTuple):
     fields: Mapping[str, np.ndarray] = {}
     """Arrays of the data set's further fields: `t h w *shape` of one on the latents' grid, see `Field` for others."""
     payload: str = ""
-    """SHA-256 of the clip's bytes; other bytes under the same name are another example."""
+    """SHA-256 of the clip's bytes, and of its values in the columns that conditioning reads. With another one, the same
+    name is another example."""
 
 
 class Skipped(NamedTuple):

@@ -6,7 +6,7 @@ are written one by one, by any number of processes; a file that exists is not wr
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,13 +18,16 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt8
 from dit_video.core import pixels
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.storage import StoragePathLike, to_storage_path
+from dit_video.data.clip_fields import compute_clip_fields
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.cache import Identity, LatentExample, Skipped
 from dit_video.data.latents.online import CanvasEncoder
 from dit_video.data.latents.plan import (
     Encoding,
     EncodingPlan,
+    View,
     draw_view_masks,
+    hash_inputs,
     list_views,
     make_mask_values,
     place_masks,
@@ -34,7 +37,7 @@ from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.tables import compute_row_id
 from dit_video.distributed.faults.progress import count_progress, expect_progress
 from dit_video.models.autoencoders import ClipCanvas, compute_segment_ids, latent_grid
-from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, ClipView, KnownMask
+from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, KnownMask
 from dit_video.tokens import Grid
 
 
@@ -107,8 +110,8 @@ def finish_latents(
 ) -> bool:
     """Write the table if all files exist; returns True if they do."""
     views = list_views(clips.infos, encoding.limits, encoding.augmentations)
-    captions, payloads = clips.column("captions"), clips.column("payload")
-    current = {compute_row_id(view.name, payloads[view.clip]): captions[view.clip] for view in views}
+    captions, inputs = clips.column("captions"), hash_inputs(clips, encoding.columns)
+    current = {compute_row_id(view.name, inputs[view.clip]): captions[view.clip] for view in views}
     return _make_writer(destination, encoding, plan, identity).finish(captions=current.get)
 
 
@@ -121,6 +124,7 @@ def _make_writer(folder: StoragePathLike, encoding: Encoding, plan: EncodingPlan
 class _Encoder:  # encodes canvases on all devices of this process while threads decode the next ones
     def __init__(self, clips: ClipSource, encoding: Encoding, plan: EncodingPlan):
         self._clips, self._encoding, self._plan = clips, encoding, plan
+        self._inputs = hash_inputs(clips, encoding.columns)
         self._sizes = [view.size for view in plan.views]
         self._encode = CanvasEncoder(encoding.autoencoder, encoding.params, canvas_pixels=encoding.canvas_pixels)
         self._count = {size: len(list(same)) for size, same in itertools.groupby(plan.canvases, lambda one: one.size)}
@@ -179,11 +183,11 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
         try:
             frames = read_fitted_clip(self._clips, view.clip, view.limits, start=view.start).frames
         except DecodeError as error:
-            return Skipped(view.name, str(error), info.payload, info.name)
+            return Skipped(view.name, str(error), self._inputs[view.clip], info.name)
         if frames.shape[:3] != view.size:
             size = Grid(*frames.shape[:3])
             reason = f"decoded size {size} is not {view.size} of the index"
-            return Skipped(view.name, reason, info.payload, info.name)
+            return Skipped(view.name, reason, self._inputs[view.clip], info.name)
         return frames[:, :, ::-1] if view.flipped else frames
 
     def _draw_canvases(
@@ -221,19 +225,31 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
                 rows, columns = top // stride.h, left // stride.w
                 region = row, slice(grid.t), slice(rows, rows + grid.h), slice(columns, columns + grid.w)
                 encoded = {kept: latents[region] for kept, latents in prefixes.items()}
-                seen = ClipView(info.name, frames, grid, view.start, view.flipped, encoded)
-                fields = self._compute_fields(seen) | make_mask_values(
+                fields = self._compute_fields(view, frames, encoded) | make_mask_values(
                     [latents[region] for latents in cond_latents], [masks[clip] for masks in batch.masks], stride
                 )
-                yield LatentExample(view.name, info.captions, values[region], info.name, (), fields, info.payload)
+                name, inputs = info.name, self._inputs[view.clip]
+                yield LatentExample(view.name, info.captions, values[region], name, (), fields, inputs)
 
-    def _compute_fields(self, view: ClipView) -> dict[str, np.ndarray]:
-        encode_image = self._encoding.encode_image
-        fields = {each.field.name: each.from_clip(view) for each in self._encoding.conditioning}
-        if self._encoding.cond_latents:
-            fields[COND_LATENTS] = view.encoded[1]
-        if encode_image is not None:
-            fields[IMAGE_TOKENS] = encode_image(view.frames[:1])[0]
+    def _compute_fields(
+        self, view: View, frames: UInt8[np.ndarray, "T H W 3"], encoded: Mapping[int, Float32[np.ndarray, "t h w c"]]
+    ) -> dict[str, np.ndarray]:
+        encoding = self._encoding
+        fields = compute_clip_fields(
+            encoding.conditioning,
+            self._clips,
+            view.clip,
+            view.limits,
+            frames=frames,
+            stride=encoding.autoencoder.stride,
+            start=view.start,
+            is_flipped=view.flipped,
+            encoded=encoded,
+        )
+        if encoding.cond_latents:
+            fields[COND_LATENTS] = encoded[1]
+        if encoding.encode_image is not None:
+            fields[IMAGE_TOKENS] = encoding.encode_image(frames[:1])[0]
         return fields
 
 

@@ -110,6 +110,11 @@ class Encoding:
     def __post_init__(self):
         check_at_least(1, views_per_file=self.views_per_file, threads=self.threads)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the data set that the conditioning reads, sorted."""
+        return tuple(sorted({name for each in self.conditioning for name in each.columns}))
+
     def list_prefixes(self) -> tuple[int, ...]:
         """Return the numbers of first frames that are kept, all others grey, when a clip is encoded once more."""
         own = {number for each in self.conditioning for number in each.encoded_prefixes}
@@ -176,8 +181,8 @@ def plan_encoding(clips: ClipSource, encoding: Encoding, destination: StoragePat
     known_views, known_captions = set[int](), set[int]()
     if destination is not None:
         known_views, known_captions = (set(ids.tolist()) for ids in read_encoded(to_storage_path(destination)))
-    payloads = clips.column("payload")
-    views = [view for view in clip_views if compute_row_id(view.name, payloads[view.clip]) not in known_views]
+    inputs = hash_inputs(clips, encoding.columns)
+    views = [view for view in clip_views if compute_row_id(view.name, inputs[view.clip]) not in known_views]
     sizes = [view.size for view in views]
     canvases = pack_canvases(sizes, stride=encoding.autoencoder.stride, pixels=encoding.canvas_pixels) if sizes else []
     files, first, count = [], 0, 0
@@ -227,16 +232,26 @@ def compute_latent_identity(encoding: Encoding) -> dict[str, Any]:
     }
 
 
-def check_clips(latents: LatentSource, clips: ClipSource) -> None:
-    """Check that latents are those of some clips, with the captions that these have now.
+def hash_inputs(clips: ClipSource, columns: Sequence[str]) -> list[str]:
+    """Return a hash of each clip's bytes and of its values in some columns: of all that its encoding is made from."""
+    payloads = clips.column("payload")
+    if not columns:
+        return payloads
+    values = (each.tolist() if isinstance(each, np.ndarray) else each for each in map(clips.column, columns))
+    pairs = zip(payloads, *values, strict=True)
+    return [hashlib.sha256(repr(each).encode("utf-8", "surrogatepass")).hexdigest() for each in pairs]
+
+
+def check_clips(latents: LatentSource, clips: ClipSource, columns: Sequence[str] = ()) -> None:
+    """Check that latents are those of some clips, with the captions and values of columns that these have now.
 
     The views of a clip are not compared: they follow from the clip and from the identity of the latents.
 
     Raises:
       UserError: If the latents are of other clips, or captions have changed.
     """
-    names, payloads = (pa.array(clips.column(name), pa.string()) for name in ("name", "payload"))
-    keys, own_keys = pc.binary_join_element_wise(names, payloads, "\0"), latents.clip_keys
+    names, inputs = (pa.array(each, pa.string()) for each in (clips.column("name"), hash_inputs(clips, columns)))
+    keys, own_keys = pc.binary_join_element_wise(names, inputs, "\0"), latents.clip_keys
     skipped = [f"{each.clip}\0{each.payload}" for each in latents.skipped]
     known = pa.chunked_array([*own_keys.chunks, pa.array(skipped, pa.string())])
     is_missing = pc.invert(pc.is_in(keys, value_set=known)).to_numpy(False)

@@ -329,7 +329,7 @@ def keep_fullest(rows: RowArrays, count: int, tokens: Int[np.ndarray, " n"]) -> 
 
 
 class CanvasPacking(SharesArrays):
-    """Packing of examples on canvases of one shape, for `RowStream`.
+    """Packing of examples on canvases of one shape, for `RowPlanner`.
 
     Args:
       grids: Size of every example, in tokens.

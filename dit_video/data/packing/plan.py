@@ -24,13 +24,15 @@ from jaxtyping import Float, Int, UInt32
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import atomic_path
+from dit_video.core.grid import find_distinct_grids
 from dit_video.core.shared_array import SharesArrays, get_shared_folder, map_array
+from dit_video.data.examples import Entry, ExampleTable, PlannedRow
 from dit_video.data.packing import balance as balancing
 from dit_video.data.packing import bin_packing
 from dit_video.data.packing.balance import Balance, Imbalance
 from dit_video.data.packing.bin_packing import CanvasPacking, RowArrays
-from dit_video.data.packing.mixture import Mixture, MixtureSampler
-from dit_video.tokens import LayoutShape
+from dit_video.data.packing.mixture import MixtureSampler
+from dit_video.tokens import CanvasShape, LayoutShape
 
 KEPT_PLANS = 3
 """Number of plans that are kept: those of the epoch that is read, of the next one, and of the one before."""
@@ -163,8 +165,8 @@ COUNTED_EPOCHS = 8
 _NO_EXAMPLES = np.zeros(0, np.int64)
 
 
-class RowStream(SharesArrays):
-    """An endless sequence of rows, epoch after epoch, by row number.
+class RowPlanner(SharesArrays):
+    """The rows or canvases of every step, epoch after epoch.
 
     Every epoch has as many rows as epoch 0, and `1 / SLACK` more. A plan with fewer rows is brought to that number by
     halving rows. A plan with more rows is shuffled again; after `ATTEMPTS` shuffles the rows of epoch 0 are used, in
@@ -174,42 +176,50 @@ class RowStream(SharesArrays):
     among the first `COUNTED_EPOCHS`, plus one standard deviation. If a later epoch does not fit after all, its emptiest
     rows are dropped: `RowPlan.dropped_examples` holds their examples, and a warning reports how many there are.
 
+    The plan reserves room for the longest caption of an example, so that every caption fits. An example that cannot be
+    read keeps its segment of the row.
+
     Args:
-      tokens: Video tokens of every example.
-      text: Text tokens of every example.
+      table: The examples.
       shape: Budgets of a row.
       seed: Seed of the run.
-      names: Names of the examples, for errors.
-      mixture: Choice of an epoch's examples; None for each example once.
+      batch: Rows of a step, over all hosts.
+      hosts: Number of hosts, among which a step's rows are divided.
       balance: Configuration of the order of rows; None for a random order.
-      attention_pairs: Token pairs in the attention of every example; None for full attention.
-      canvases: Packing on canvases of the same examples; None for packed rows.
 
     Raises:
-      UserError: If there are no examples, one is larger than a row, or the mixture is invalid (see `MixtureSampler`).
+      UserError: If there are no examples, one is larger than a row, the mixture is invalid (see `MixtureSampler`), or
+        the batch does not divide among the hosts.
     """
 
     def __init__(
         self,
-        tokens: Int[np.ndarray, " n"],
-        text: Int[np.ndarray, " n"],
+        table: ExampleTable,
         shape: LayoutShape,
         *,
         seed: int,
-        names: Sequence[str] | None = None,
-        mixture: Mixture | None = None,
+        batch: int = 1,
+        hosts: int = 1,
         balance: Balance | None = None,
-        attention_pairs: Float[np.ndarray, " n"] | None = None,
-        canvases: CanvasPacking | None = None,
     ):
-        _check_sizes(tokens, text, shape, names)
-        self.tokens, self.text, self.shape, self.balance = tokens, text, shape, balance
-        """Sizes of every example. An example that cannot be read keeps its segment of the row."""
-        all_pairs = tokens.astype(np.float64) ** 2
-        self.attention_pairs = all_pairs if attention_pairs is None else attention_pairs
+        if batch % hosts:
+            raise UserError(f"batch={batch} is invalid: it must be a multiple of hosts={hosts}. Use such a number.")
+        self.table, self.shape, self.balance = table, shape, balance
+        self.tokens: Int[np.ndarray, " n"] = table.grids.prod(axis=1, dtype=np.int64)
+        """Video tokens of every example."""
+        self.text: Int[np.ndarray, " n"] = table.captions.lengths.longest.astype(np.int64)
+        """Text tokens that are reserved for every example."""
+        self._canvases: CanvasPacking | None = None
+        if isinstance(shape, CanvasShape):
+            self._canvases = CanvasPacking(table.grids, self.text, shape, table.names)
+        _check_sizes(self.tokens, self.text, shape, table.names)
+        all_pairs = self.tokens.astype(np.float64) ** 2
+        self.attention_pairs = all_pairs if table.attention_pairs is None else table.attention_pairs
         self._sparse = not np.array_equal(self.attention_pairs, all_pairs)
-        self._seed, self._canvases = seed, canvases
-        self.sampler: MixtureSampler | None = None if mixture is None else MixtureSampler(mixture, tokens, seed=seed)
+        self._seed, self._batch, self._hosts = seed, batch, hosts
+        self.sampler: MixtureSampler | None = None
+        if table.mixture is not None:
+            self.sampler = MixtureSampler(table.mixture, self.tokens, seed=seed)
         first_rows, generator = self._fill_rows(0, 0)
         self._first_examples, self._first_offsets = first_rows
         self.rows_per_epoch = self._count_rows()
@@ -217,12 +227,36 @@ class RowStream(SharesArrays):
         if len(self._first_offsets) - 1 <= self.rows_per_epoch:  # else another shuffle is the plan
             self._plans.put(0, self._make_plan(0, first_rows, generator))
 
+    @property
+    def max_rows(self) -> int:
+        """Return the number of rows of a host's batch."""
+        return self._batch // self._hosts
+
+    @property
+    def max_tokens(self) -> int:
+        """Return the number of tokens of a host's batch."""
+        return self.max_rows * self.shape.tokens
+
+    def get_batch(self, step: int, *, host: int = 0) -> list[PlannedRow]:
+        """Return a host's rows of a step."""
+        first = step * self._batch + host * self.max_rows
+        return [PlannedRow(self.shape, self.get_entries(number)) for number in range(first, first + self.max_rows)]
+
+    def get_entries(self, number: int) -> list[Entry]:
+        """Return the examples of row `number`; an epoch draws one caption of each."""
+        epoch, entries = number // self.rows_per_epoch, []
+        for example, rank in zip(*(values.tolist() for values in self.get_row(number)), strict=True):
+            draw = epoch, example
+            caption = self.table.draw_caption(example, self._seed, draw)
+            entries.append(Entry(example, rank, self._seed, draw, caption, self.table.get_grid(example)))
+        return entries
+
     def get_epoch(self, number: int) -> RowPlan:
         """Return the plan of one epoch; the most recent plans are cached."""
         return self._plans.get(number)
 
     def get_row(self, number: int) -> tuple[Int[np.ndarray, " G"], UInt32[np.ndarray, " G"]]:
-        """Return the examples of a row, and the running number of each over the whole stream, modulo 2**32."""
+        """Return the examples of row `number`, and the running number of each over all rows, modulo 2**32."""
         epoch, index = divmod(number, self.rows_per_epoch)
         plan = self.get_epoch(epoch)
         if 2 * index >= self.rows_per_epoch:  # no step waits for the plan of the next epoch
@@ -243,9 +277,43 @@ class RowStream(SharesArrays):
         costs = cost.compute(self.get_epoch(epoch).attention_cost * 1e6, self.shape.tokens)
         return balancing.measure_imbalance(costs, batch=batch, devices=devices, first=epoch * self.rows_per_epoch)
 
+    def summarize(self, *, devices: int, step: int = 0) -> dict[str, Any]:
+        """Return a summary of an epoch as JSON values: sizes, padding, and the imbalance of `devices` devices.
+
+        `sizes` counts the examples of each grid of tokens, `imbalance` is None if an epoch has no complete step,
+        `sources` holds the share of each data set of a mixture, and `left_out` counts the examples without room in the
+        epoch of a step.
+        """
+        sources = None
+        if self.sampler is not None:
+            shares = self.sampler.compute_shares(self.get_epoch(0).order)
+            sources = dict(zip(("examples", "tokens"), (share.round(5).tolist() for share in shares), strict=True))
+        distinct, _, kinds = find_distinct_grids(self.table.grids)
+        counts = dict(zip(map(str, distinct), np.bincount(kinds).tolist(), strict=True))
+        fits = self._batch % devices == 0 and self.rows_per_epoch >= self._batch
+        imbalance = self.measure_imbalance(batch=self._batch, devices=devices) if fits else None
+        return {
+            "examples": len(self.table),
+            "rows_per_epoch": self.rows_per_epoch,
+            "padding": round(self.get_epoch(0).padding, 5),
+            "left_out": self._count_dropped(step),
+            "sources": sources,
+            "cost": str(balancing.Cost() if self.balance is None else self.balance.cost),
+            "devices": devices,
+            "imbalance": None if imbalance is None else dataclasses.asdict(imbalance),
+            "sizes": dict(sorted(counts.items(), key=lambda item: -item[1])),
+        }
+
+    def report(self, *, step: int = 0) -> str:
+        """Return a sentence with the number of examples and rows, the padding, and what the epoch of a step drops."""
+        return (
+            f"{len(self.table)} examples in {self.rows_per_epoch} rows per epoch: "
+            f"{self.get_epoch(0).padding:.1%} padding, {self._count_dropped(step)} examples dropped"
+        )
+
     @functools.cached_property
     def hash(self) -> str:
-        """Return a hash that is equal for streams of equal rows; with the step it is the whole state of the data."""
+        """Return a hash that is equal for planners of equal rows."""
         sizes = np.stack([self.tokens, self.text]).astype("<i8").tobytes()
         constants = (bin_packing.CONSTANTS, ATTEMPTS, SLACK, COUNTED_EPOCHS)
         options = (self.balance, balancing.ORDER_VERSION, None if self.sampler is None else self.sampler.hash)
@@ -253,6 +321,9 @@ class RowStream(SharesArrays):
         if self._sparse:
             content += self.attention_pairs.astype("<f8").tobytes()
         return hashlib.sha256(content).hexdigest()[:16]
+
+    def _count_dropped(self, step: int) -> int:
+        return len(self.get_epoch(step * self._batch // self.rows_per_epoch).dropped_examples)
 
     def _get_examples(self, epoch: int) -> Int[np.ndarray, " m"]:
         return np.arange(len(self.tokens)) if self.sampler is None else self.sampler.draw_epoch(epoch)
@@ -315,7 +386,7 @@ class RowStream(SharesArrays):
         )
 
 
-def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: LayoutShape, names: Sequence[str] | None) -> None:
+def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: LayoutShape, names: Sequence[str]) -> None:
     if not len(tokens) or len(tokens) != len(text):
         raise UserError(
             f"{len(tokens)} video and {len(text)} text sizes are invalid: a plan needs examples with both. Use as many "
@@ -328,12 +399,9 @@ def _check_sizes(tokens: np.ndarray, text: np.ndarray, shape: LayoutShape, names
     ):
         largest = int(np.argmax(sizes))
         if sizes[largest] > room:
-            name = names[largest] if names is not None else f"example {largest}"
             raise UserError(
-                f"{name} has {sizes[largest]} {kind} tokens, but a row has room for {room} "
+                f"{names[largest]} has {sizes[largest]} {kind} tokens, but a row has room for {room} "
                 f"({int((sizes > room).sum())} examples are too large); raise the row's {budget} or {fix}"
             )
     if int(tokens.min()) < 1:
-        smallest = int(np.argmin(tokens))
-        name = names[smallest] if names is not None else f"example {smallest}"
-        raise UserError(f"{name} has no tokens; leave it out")
+        raise UserError(f"{names[int(np.argmin(tokens))]} has no tokens; leave it out")

@@ -13,11 +13,12 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Float32, UInt8
 
 from dit_video.core.errors import DecodeError
+from dit_video.data.buckets import BucketPlanner
 from dit_video.data.clips import ClipInfo
+from dit_video.data.examples import Entry
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.plan import View, list_views
-from dit_video.data.loader import DenoiserBatches, PackedBatches
-from dit_video.data.packing.rows import RowEntry
+from dit_video.data.packing.plan import RowPlanner
 from dit_video.data.sizes import count_sampled_frames, fit_size, read_fitted_clip
 from dit_video.experiment.self_check.subject import CheckedTraining, Problem, iterate_within
 from dit_video.tokens import PackedBatch, PackedShape
@@ -239,11 +240,11 @@ def check_latent_statistics(subject: CheckedTraining, tokens: Float[np.ndarray, 
 
 def check_text_embeddings(subject: CheckedTraining) -> list[Problem]:
     """Check cached embeddings of captions against those that the encoder computes now."""
-    text, latents = subject.text, subject.latents
-    if not isinstance(text, FrozenTextEncoder) or latents is None or not latents.text_width:
+    text_encoder, latents = subject.text_encoder, subject.latents
+    if not isinstance(text_encoder, FrozenTextEncoder) or latents is None or not latents.text_width:
         return []
     problems = []
-    encode = FrozenTextEncoder(text.config)  # without its cache
+    encode = FrozenTextEncoder(text_encoder.config)  # without its cache
     order = subject.make_generator("text").permutation(len(latents)).tolist()
     for index in iterate_within(SECONDS, order, minimum=_MIN_EXAMPLES):
         if not latents.all_captions[index]:
@@ -275,7 +276,7 @@ _MAX_EXAMPLES = 1_000_000
 """Largest number of examples for which two epochs are planned at once."""
 
 
-def check_rows(subject: CheckedTraining, rows: PackedBatch, entries: Sequence[Sequence[RowEntry]]) -> list[Problem]:
+def check_rows(subject: CheckedTraining, rows: PackedBatch, entries: Sequence[Sequence[Entry]]) -> list[Problem]:
     """Check the arrays of a batch against the examples that the plan puts into its rows."""
     problems: list[Problem] = []
     for number, row_entries in enumerate(entries[:_MAX_ROWS]):
@@ -284,9 +285,9 @@ def check_rows(subject: CheckedTraining, rows: PackedBatch, entries: Sequence[Se
     return problems
 
 
-def check_repeated_examples(entries: Sequence[Sequence[RowEntry]]) -> list[Problem]:
+def check_repeated_examples(entries: Sequence[Sequence[Entry]]) -> list[Problem]:
     """Check that the rows of a batch do not have an example of an epoch twice."""
-    keys = [(entry.epoch, entry.example) for row_entries in entries for entry in row_entries]
+    keys = [entry.draw for row_entries in entries for entry in row_entries]
     count = len(keys) - len(set(keys))
     return [Problem("order", f"a batch has {count} examples of one epoch more than once")] if count else []
 
@@ -301,7 +302,7 @@ class _Row:
         self._text, self._text_segments = rows.text[number], np.asarray(rows.text_segments[number])
         self._ranks = rows.examples[number]
 
-    def check(self, entries: Sequence[RowEntry]) -> list[Problem]:
+    def check(self, entries: Sequence[Entry]) -> list[Problem]:
         problems = []
         expected_segments = []
         for index, entry in enumerate(entries):
@@ -317,7 +318,7 @@ class _Row:
             problems.append(self._make(f"it has {extra} segments, but {len(entries)} clips"))
         return problems
 
-    def _check_segment(self, index: int, entry: RowEntry, places: np.ndarray) -> list[Problem]:
+    def _check_segment(self, index: int, entry: Entry, places: np.ndarray) -> list[Problem]:
         latents, name = self._subject.latents, self._get_name(entry.example)
         problems = []
         positions = self._make_positions(entry.example)
@@ -348,25 +349,25 @@ class _Row:
             problems.append(self._make(f"the tokens of {name} are all 0"))
         return problems + self._check_text(index, entry, name)
 
-    def _check_text(self, index: int, entry: RowEntry, name: str) -> list[Problem]:
+    def _check_text(self, index: int, entry: Entry, name: str) -> list[Problem]:
         """Check that the text is one of the clip's captions in the table of the clips."""
         places = np.flatnonzero(self._text_segments == index + 1)
-        tokenize = self._subject.text
+        text_encoder = self._subject.text_encoder
         if not len(places):
             return [Problem("captions", f"{name} has no text, not even that of an empty caption")]
         number = self._get_clip(entry.example)
         captions = self._subject.clips.infos[number].captions or ("",)
-        if not isinstance(tokenize, FrozenTextEncoder):
-            texts = [np.asarray(tokenize(caption)) for caption in captions]
+        if not isinstance(text_encoder, FrozenTextEncoder):
+            expected = [np.asarray(text_encoder(caption)) for caption in captions]
         elif self._subject.latents is not None:  # `check_text_embeddings` compares them with the encoder
             own = self._subject.latents.all_captions[entry.example]
             if own and not set(own) <= set(captions):
                 return [Problem("captions", f"{name} has the caption {own[0]!r}, its clip {captions[0]!r}")]
-            texts = [self._subject.latents.read_text(entry.example, number) for number in range(len(own))]
+            expected = [self._subject.latents.read_text(entry.example, number) for number in range(len(own))]
         else:
             return []
         values = self._text[places]
-        if any(each.shape == values.shape and np.allclose(values, each, atol=1e-5) for each in texts):
+        if any(each.shape == values.shape and np.allclose(values, each, atol=1e-5) for each in expected):
             return []
         return [Problem("captions", f"{name} has another text than its caption {captions[0]!r}")]
 
@@ -413,19 +414,20 @@ def _cut_patches(latents: Float[np.ndarray, "t h w c"], patch: Sequence[int]) ->
     return np.stack(patches)
 
 
-def check_order(batches: DenoiserBatches) -> list[Problem]:
+def check_order(planner: RowPlanner | BucketPlanner) -> list[Problem]:
     """Check that an epoch has each example once, in a random order, and the next one other rows."""
-    if not isinstance(batches, PackedBatches) or not _MIN_ORDERED <= (count := batches.num_examples) <= _MAX_EXAMPLES:
+    count = len(planner.table)
+    if not isinstance(planner, RowPlanner) or not _MIN_ORDERED <= count <= _MAX_EXAMPLES:
         return []
-    problems, plans = [], [batches.get_plan(epoch) for epoch in (0, 1)]
+    problems, plans = [], [planner.get_epoch(epoch) for epoch in (0, 1)]
     for epoch, plan in enumerate(plans):
         order = plan.order
         if abs(correlation := np.corrcoef(order, np.arange(len(order)))[0, 1]) > _MAX_CORRELATION:
             problems.append(f"epoch {epoch} is in the order of the data set (correlation {correlation:.2f})")
         used = len(np.unique(order))
-        if not batches.has_mixture and used < len(order):
+        if planner.sampler is None and used < len(order):
             problems.append(f"epoch {epoch} has {len(order) - used} examples more than once")
-        if not batches.has_mixture and used + len(plan.dropped_examples) < count:
+        if planner.sampler is None and used + len(plan.dropped_examples) < count:
             problems.append(f"epoch {epoch} leaves out {count - used} of {count} examples")
     first, second = ({frozenset(row) for row in plan.rows if len(row) > 1} for plan in plans)
     if len(first) >= _MIN_ROWS and len(first & second) > _MAX_EQUAL_ROWS * len(first):

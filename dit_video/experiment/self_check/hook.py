@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from dit_video.core.trees import flatten
-from dit_video.data.loader import DenoiserBatches, PackedBatches
+from dit_video.data.packing.plan import RowPlanner
+from dit_video.data.rows import RowStream
 from dit_video.distributed import make_shardings
 from dit_video.distributed.faults.progress import declare_phase
 from dit_video.experiment.self_check import data_checks, objective_checks
@@ -48,7 +49,7 @@ _INTERVAL = 2500
 class CheckedBatches(Iterator[PackedBatch]):
     """Batches of a training: the newest one stays readable, and the next one can be read ahead."""
 
-    def __init__(self, batches: DenoiserBatches, start: int):
+    def __init__(self, batches: RowStream, start: int):
         self.source = batches
         self._waiting: list[PackedBatch] = []
         self._start = start
@@ -105,7 +106,7 @@ class SelfCheck(Hook):
         step = subject.trainer.train_step
         self._loss = step.loss if isinstance(step, GradientStep) else None
 
-    def watch(self, batches: DenoiserBatches, start: int) -> CheckedBatches:
+    def watch(self, batches: RowStream, start: int) -> CheckedBatches:
         """Return the same batches, which this hook sees; `start` is the step of the first one."""
         self._batches = CheckedBatches(batches, start)
         return self._batches
@@ -142,7 +143,7 @@ class SelfCheck(Hook):
                 data_checks.check_text_embeddings,
             ):
                 problems += check(subject)
-            problems += data_checks.check_order(batches.source)
+            problems += data_checks.check_order(batches.source.planner)
         rows, params = batches.last, _perturb(subject, state.params)
         draws = objective_checks.draw_numbers(subject, rows)
         problems += objective_checks.check_noise(draws)
@@ -183,10 +184,11 @@ class SelfCheck(Hook):
         rows = batches.last
         assert rows is not None
         if done <= _ROW_STEPS or step % _INTERVAL == 0:
-            if isinstance(batches.source, PackedBatches):
-                entries = batches.source.get_entries(batches.step)
+            planner = batches.source.planner
+            if isinstance(planner, RowPlanner):
+                entries = [row.entries for row in batches.source.get_rows(batches.step)]
                 problems += data_checks.check_rows(self._subject, rows, entries)
-                problems += [] if batches.source.has_mixture else data_checks.check_repeated_examples(entries)
+                problems += data_checks.check_repeated_examples(entries) if planner.sampler is None else []
             if batches.previous is not None:
                 problems += data_checks.check_repetition(batches.previous, rows, step)
         if done <= _STATISTICS_STEPS:

@@ -225,7 +225,7 @@ def check_caption_dropout(subject: CheckedTraining, draws: RandomNumbers) -> lis
     error = _DEVIATIONS * math.sqrt(max(rate * (1 - rate), 1e-9) / max(1, drawn.size))
     if abs(drawn.mean() - rate) > error:
         problems.append(f"{drawn.mean():.1%} of the captions are dropped, not {rate:.1%}")
-    empty = np.asarray(subject.text(""))
+    empty = np.asarray(subject.text_encoder(""))
     if loss.empty_caption.shape != empty.shape or not np.allclose(loss.empty_caption, empty, atol=2e-2, rtol=2e-2):
         problems.append("dropped captions have another text than unconditional samples")
     return [Problem("caption_dropout", each) for each in problems]

@@ -90,7 +90,7 @@ class CheckedTraining:
     trainer: Trainer
     loss: DenoiserLoss
     trained: TrainableDenoiser
-    text: Tokenizer | FrozenTextEncoder
+    text_encoder: Tokenizer | FrozenTextEncoder
     latents: LatentSource | None = None
     """Cached latents; None where clips are encoded as they are read."""
     encoding: Encoding | None = None

@@ -7,7 +7,8 @@ from typing import Any
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.files import write_json
 from dit_video.data.captions import CaptionSource
-from dit_video.data.loader import DenoiserBatches
+from dit_video.data.rows import RowStream
+from dit_video.data.sources import ClipExamples, LatentExamples
 from dit_video.distributed import count_row_shards
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.requests import EvaluationClips
@@ -91,11 +92,11 @@ class TrainDenoiser(DenoiserTraining, Stage):
         if frames is not None and frames.has_mask_mix and self.buckets is not None:
             raise UserError("frame_conditioning.masks need packed rows. Leave out buckets.")
         conditioning = model.backbone.conditioning
-        if conditioning and (isinstance(self.train, Student) or not data.cache_latents):
-            names = ", ".join(each.field.name for each in conditioning)
-            raise UserError(
-                f"conditioning ({names}) needs cached latents and no distillation; set data cache_latents=True"
-            )
+        if conditioning and (isinstance(self.train, Student) or self.buckets is not None):
+            names, rule = ", ".join(each.field.name for each in conditioning), "a student has none"
+            if self.buckets is not None:
+                rule = "buckets crop clips, which the values of a clip don't follow"
+            raise UserError(f"conditioning ({names}) is invalid: {rule}. Leave out buckets, and use no Student.")
         check_frame_conditioning(
             model.backbone, model.autoencoder, frames, model.image_encoder, cached=data.cache_latents
         )
@@ -186,7 +187,7 @@ class TrainDenoiser(DenoiserTraining, Stage):
             print_on_first_process(f"stage {self.name}: up to step {self.get_start_step(run) + self.steps}")
         with run.recorder.phase(goodput.STARTUP):
             is_new = run.open_checkpoints("denoiser").latest() is None
-            trainer, open_batches, loss, trained = self._open_training(run, is_new=is_new)
+            trainer, open_rows, loss, trained = self._open_training(run, is_new=is_new)
             trainer = replace(
                 trainer,
                 hooks=(*trainer.hooks, *self._make_hooks(run, loss, trained)),
@@ -197,9 +198,9 @@ class TrainDenoiser(DenoiserTraining, Stage):
                 trainer = replace(trainer, hooks=(*trainer.hooks, check))
 
             def open_and_record(start: int) -> BatchIterator:
-                batches = open_batches(start)
-                self._record_rows(run, batches)
-                return batches if check is None else check.watch(batches, start)
+                rows = open_rows(start)
+                self._record_rows(run, rows)
+                return rows if check is None else check.watch(rows, start)
 
             state = trainer.run(open_and_record)
         if self.is_last(run):
@@ -212,12 +213,12 @@ class TrainDenoiser(DenoiserTraining, Stage):
 
     def _open_training(
         self, run: Run, *, is_new: bool
-    ) -> tuple[Trainer, input_pipeline.BatchFactory, DenoiserLoss, TrainableDenoiser]:
+    ) -> tuple[Trainer, input_pipeline.OpenRows, DenoiserLoss, TrainableDenoiser]:
         """Return the trainer without logs, the function that opens the batches, the loss and what is trained."""
-        captions, open_batches = self.open_inputs(run)
+        captions, open_rows = self.open_inputs(run)
         loss = self.make_loss(run, captions)
         trained = open_trainable_denoiser(self, run.model, run.folder / "denoiser", run.mesh, is_resuming=not is_new)
-        return self.make_trainer(run, loss, trained), open_batches, loss, trained
+        return self.make_trainer(run, loss, trained), open_rows, loss, trained
 
     def make_loss(self, run: Run, captions: CaptionSource) -> DenoiserLoss:
         """Return the loss, of a run as this stage sees it."""
@@ -237,16 +238,19 @@ class TrainDenoiser(DenoiserTraining, Stage):
             trainer, load_params=trained.load_initial, frozen_params=trained.frozen_params, averages=self.averages
         )
 
-    def open_inputs(self, run: Run) -> tuple[CaptionSource, input_pipeline.BatchFactory]:
-        """Return the captions, and what opens the batches from a step on, of a run as this stage sees it."""
+    def open_inputs(self, run: Run) -> tuple[CaptionSource, input_pipeline.OpenRows]:
+        """Return the captions, and what opens the rows from a step on, of a run as this stage sees it."""
         clips = run.training_clips
+        source: LatentExamples | ClipExamples
         if run.data.cache_latents:
-            source = latents.open_latents(run, self.get_folder(run) / "latents")
-            captions = input_pipeline.open_captions(run.open_text_encoder(), clips, cached=source)
-            return captions, input_pipeline.make_cached_batches(run, self, source, captions)
-        captions = input_pipeline.open_captions(run.open_text_encoder(cache=run.folder / "texts"), clips)
-        encode = input_pipeline.make_online_encoder(run, self, run.read_autoencoder(), clips)
-        return captions, input_pipeline.make_online_batches(run, self, clips, captions, encode)
+            cached = latents.open_latents(run, self.get_folder(run) / "latents")
+            captions = input_pipeline.open_captions(run.open_text_encoder(), clips, cached=cached)
+            source = input_pipeline.make_latent_examples(run, cached, captions)
+        else:
+            captions = input_pipeline.open_captions(run.open_text_encoder(cache=run.folder / "texts"), clips)
+            encode = input_pipeline.make_online_encoder(run, self, run.read_autoencoder(), clips)
+            source = input_pipeline.make_clip_examples(run, clips, captions, encode)
+        return captions, input_pipeline.open_rows(run, self, source, clips)
 
     def _make_hooks(self, run: Run, loss: DenoiserLoss, trained: TrainableDenoiser) -> tuple[Hook, ...]:
         """Return the logs, the validation and the samples that the config asks for."""
@@ -288,21 +292,21 @@ class TrainDenoiser(DenoiserTraining, Stage):
             trainer=trainer,
             loss=loss,
             trained=trained,
-            text=run.open_text_encoder(),
+            text_encoder=run.open_text_encoder(),
             latents=None if encoding is None else latents.open_latents(run, folder, encoding=encoding),
             encoding=encoding,
         )
         return SelfCheck(subject, is_new=is_new)
 
-    def _record_rows(self, run: Run, batches: DenoiserBatches) -> None:
+    def _record_rows(self, run: Run, rows: RowStream) -> None:
         """Write `rows.json`, and log what an epoch holds."""
-        summary = batches.summarize(devices=count_row_shards(run.mesh))
+        summary = rows.summarize(devices=count_row_shards(run.mesh))
         if run.process == 0:
             folder = run.folder / "denoiser" if self.is_last(run) else self.get_folder(run)
             write_json(folder / "rows.json", summary)
         imbalance = summary.get("imbalance")
         lost = f", {imbalance['mean']:.1%} of the time lost by unequal devices" if imbalance else ""
-        print_on_first_process(f"{batches}{lost}")
+        print_on_first_process(f"{rows}{lost}")
 
     def _record_excluded(self, run: Run) -> None:
         """Log the clips that cannot be used, and list all of them in a file, if there are any."""

@@ -23,14 +23,33 @@ class ClipView(NamedTuple):
     name: str
     """Name of the clip."""
     frames: UInt8[np.ndarray, "T H W 3"]
+    fps: float
+    """Rate of these frames."""
+    frame_stride: float
+    """Frames of the clip's file for each frame here: the file's rate divided by `fps`."""
     latents: Grid
     """Size of its latents: latent frames, rows, columns."""
+    stride: Grid
+    """Frames, rows and columns of pixels that a latent stands for; the first latent frame stands for one frame."""
     start: int = 0
     """Number of the clip's frames, at the training rate, that precede the first frame here."""
     is_flipped: bool = False
     """True if the frames are mirrored."""
     encoded: Mapping[int, Float32[np.ndarray, "t h w c"]] = {}
     """Latents of the frames for each of the conditioning's `encoded_prefixes`."""
+    columns: Mapping[str, Any] = {}
+    """Values of the clip in the conditioning's `columns`, as Python's; None where a column has none."""
+
+    @property
+    def caption(self) -> str:
+        """Return the clip's first caption, from the column `captions`; empty if there is none.
+
+        Raises:
+          UserError: If the conditioning does not name the column, so that changed captions would go unseen.
+        """
+        if "captions" not in self.columns:
+            raise UserError('columns lacks "captions", from which the caption is taken. Name it in `columns`.')
+        return next(iter(self.columns["captions"] or ()), "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +79,14 @@ class ClipConditioning(abc.ABC):
     @abc.abstractmethod
     def field(self) -> Field:
         """Return the description of the field; its name is also the conditioning's name."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the columns of the data set's table that `from_clip` reads, such as motion vectors or captions.
+
+        Each must exist before the training begins. Cached values of a clip whose value changes are computed again.
+        """
+        return ()
 
     @property
     def strength_shape(self) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ class DenoiserLoss:
     """
 
     backbone: nnx.GraphDef
-    text: nnx.GraphDef
+    text_encoder: nnx.GraphDef
     objective: Objective
     caption_dropout: float
     empty_caption: Shaped[np.ndarray, "s *E"]
@@ -100,7 +100,7 @@ class DenoiserLoss:
     def make_denoise(self, params, rows: PackedBatch, step: Array) -> tuple[DenoiseFn, Bool[Array, "B N"] | None]:
         """Return the function that denoises these rows, and the tokens it gets without noise if each has a time."""
         backbone, cond_mask = nnx.merge(self.backbone, params["backbone"]), self.draw_cond_mask(rows, step)
-        context = nnx.merge(self.text, params["text"])(rows.text, rows.text_segments)
+        context = nnx.merge(self.text_encoder, params["text"])(rows.text, rows.text_segments)
         conditioning = _make_frame_conditioning(backbone.config, rows, cond_mask).add(
             make_text_record(context, rows.layout),
             *(self.prepare_conditioning(each, rows, step) for each in backbone.config.conditioning),

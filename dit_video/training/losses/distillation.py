@@ -108,7 +108,7 @@ class _DistillationLoss:
         if unconditional:
             drop = jnp.ones(rows.examples.shape, bool)
             text, text_segments = drop_captions(text, text_segments, drop, empty=self.denoiser.empty_caption)
-        context = nnx.merge(self.denoiser.text, params["text"])(text, text_segments)
+        context = nnx.merge(self.denoiser.text_encoder, params["text"])(text, text_segments)
         conditioning = Conditioning(make_text_record(context, rows.layout))
         denoise = make_denoise_fn(nnx.merge(self.denoiser.backbone, params["backbone"]), rows.layout, conditioning)
         return lambda noisy, time, state: denoise(noisy, jnp.broadcast_to(time, (*noisy.shape[:-1], 1))[..., 0], state)

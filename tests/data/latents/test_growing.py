@@ -9,21 +9,36 @@ from dit_video.core.errors import UserError
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.latents.offline import encode_latents
 from dit_video.data.latents.plan import Augmentations, check_clips, plan_encoding
+from dit_video.models.conditioning import ClipConditioning
+from dit_video.tokens import Field
 from support.offline_clips import MIXED_SIZES, MemorySource, make_encoding, make_source
 
 IDENTITY = {"autoencoder": "a", "text": "t"}
 
 
+class SplitLength(ClipConditioning):
+    """Conditioning on the length of a column's text."""
+
+    columns = ("split",)
+    field = Field(name="length", alignment="example")
+
+    def from_clip(self, view):
+        return np.asarray(len(view.columns["split"]), np.float32)
+
+    def from_request(self, value, latents):
+        return np.asarray(value, np.float32)
+
+
 class Clips:
     """A data set of clips that changes, and its latents."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **options):
         made = make_source(MIXED_SIZES[:6])
         self.folder, self.infos, self.contents = folder, list(made.infos[:5]), list(made.contents[:5])
         self.spare = made.infos[5], made.contents[5]
         self.embedded = []
         self.encoding = make_encoding(
-            encode_text=self.embed, views_per_file=4, augmentations=Augmentations(clips_per_video=2)
+            encode_text=self.embed, views_per_file=4, augmentations=Augmentations(clips_per_video=2), **options
         )
 
     def embed(self, caption):
@@ -43,7 +58,7 @@ class Clips:
         source, self.embedded = self.source, []
         plan = plan_encoding(source, self.encoding, self.folder)
         assert encode_latents(self.folder, source, self.encoding, plan, identity=IDENTITY)
-        check_clips(self.open(), source)
+        check_clips(self.open(), source, self.encoding.columns)
         return sorted(set(source.read)), self.embedded
 
     def open(self):
@@ -91,6 +106,21 @@ def test_a_changed_caption_decodes_no_clip_and_is_embedded_alone(clips):
     clips.change_caption(1)
     assert clips.update() == ([], [])
     assert clips.open().all_captions[index] == ()
+
+
+def test_a_clip_whose_column_changes_is_encoded_alone_where_a_conditioning_reads_it(tmp_path, clips):
+    clips.infos[1] = clips.infos[1]._replace(split="validation")
+    assert clips.update() == ([], [])
+    read = Clips(tmp_path / "read", conditioning=(SplitLength(),))
+    assert read.update()[0] == [0, 1, 2, 3, 4]
+    before = read.open()
+    read.infos[1] = read.infos[1]._replace(split="validation")
+    with pytest.raises(UserError, match=r"\(1 clips are missing, 1 examples have changed, such as 1\.png\)"):
+        check_clips(before, read.source, ("split",))
+    assert read.update()[0] == [1]
+    after = read.open()
+    lengths = {after.clips[index]: float(after.read_field(index, SplitLength.field)) for index in range(len(after))}
+    assert lengths == {info.name: len(info.split) for info in read.infos}
 
 
 def test_an_added_clip_is_encoded_alone(clips):

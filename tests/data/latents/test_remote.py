@@ -11,8 +11,8 @@ from dit_video.core.storage import to_storage_path
 from dit_video.data.captions import CachedCaptions
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import LatentWriter
-from dit_video.data.loader import LoaderConfig, load_packed_batches
-from dit_video.tokens import Field, Grid, PackedShape
+from dit_video.tokens import Field, PackedShape
+from support.example_tables import open_latents
 from support.fake_bucket import CountingBucket
 
 FILES, EXAMPLES = 8, 8
@@ -94,10 +94,8 @@ def test_batches_read_every_record_once_and_several_at_once(latents, monkeypatch
 
     monkeypatch.setattr(LatentSource, "read_example", read_example)
     source = LatentSource(latents)
-    texts = CachedCaptions(source)
     SlowBucket.most = 0
-    config = LoaderConfig(batch=2, seed=0)
-    batches = load_packed_batches(source, texts, patch=Grid(1, 2, 2), shape=SHAPE, config=config)
+    batches = open_latents(source, CachedCaptions(source), shape=SHAPE, batch=2)
     read = count_read(lambda: [next(batches) for _ in range(4)])
     batches.close()
     assert SlowBucket.most >= 4

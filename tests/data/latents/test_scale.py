@@ -9,12 +9,15 @@ import pyarrow as pa
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.core.shared_array import SharedStrings
 from dit_video.data.captions import CachedCaptions
 from dit_video.data.clips import ClipSource
+from dit_video.data.examples import ExampleTable
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.plan import check_clips
 from dit_video.data.latents.writer import LatentWriter
-from dit_video.data.packing.rows import LatentRows, RowLayout, compute_token_grids
+from dit_video.data.packing.plan import RowPlanner
+from dit_video.data.sources import LatentExamples, compute_latent_grids
 from dit_video.data.tables import Table, compute_row_id, read_parquet, write_column, write_manifest, write_part
 from dit_video.tokens import Grid, PackedShape
 from support.clip_tables import SCHEMA, write_table
@@ -80,7 +83,11 @@ def test_latents_of_many_clips_are_opened_in_seconds(tmp_path, monkeypatch, coun
     assert time.process_time() - start < 20 * max(0.2, count / 1_000_000)
     # What a worker receives.
     shape, patch = PackedShape(tokens=1024, text=1024, segments=64), Grid(1, 2, 2)
-    layout = RowLayout(compute_token_grids(latents, patch), captions, shape=shape, seed=0, names=latents.names)
-    content = pickle.dumps(LatentRows(latents, layout, patch, cache_bytes=0))
+    table = ExampleTable(
+        names=SharedStrings(latents.names), grids=compute_latent_grids(latents, patch), captions=captions
+    )
+    examples, planner = LatentExamples(latents, table, patch=patch), RowPlanner(table, shape, seed=0)
+    content = pickle.dumps((examples, planner))
     assert len(content) < 50_000
-    assert pickle.loads(content)[3].tokens.any()
+    examples, planner = pickle.loads(content)
+    assert examples.read(planner.get_entries(3)[0]).tokens.any()

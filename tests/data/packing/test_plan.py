@@ -15,10 +15,16 @@ from dit_video.data.packing import bin_packing
 from dit_video.data.packing import plan as plan_module
 from dit_video.data.packing.balance import Balance, Cost, measure_imbalance
 from dit_video.data.packing.mixture import Mixture
-from dit_video.data.packing.plan import RowStream
+from dit_video.data.packing.plan import RowPlanner
 from dit_video.tokens import PackedShape
+from support.example_tables import make_table
 
 SHAPE = PackedShape(tokens=1024, text=1024, segments=64)
+
+
+def plan_rows(tokens, text, shape, *, seed, balance=None, **columns) -> RowPlanner:
+    """Return the plan of examples of so many tokens, with captions of so many."""
+    return RowPlanner(make_table(tokens, text, **columns), shape, seed=seed, balance=balance)
 
 
 def mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -44,10 +50,10 @@ shapes = st.builds(PackedShape, tokens=st.integers(50, 120), text=st.integers(20
 @given(sizes=sizes, shape=shapes, seed=st.integers(0, 5), epoch=st.integers(0, 5))
 def test_every_example_is_packed_once_within_three_budgets(sizes, shape, seed, epoch):
     tokens, text = np.array(sizes).T
-    plan = RowStream(tokens, text, shape, seed=seed).get_epoch(epoch)
+    plan = plan_rows(tokens, text, shape, seed=seed).get_epoch(epoch)
     check(plan.rows, tokens, text, shape)
     assert plan.padding == pytest.approx(1 - tokens.sum() / (len(plan) * shape.tokens))
-    again = RowStream(tokens.copy(), text.copy(), shape, seed=seed).get_epoch(epoch)
+    again = plan_rows(tokens.copy(), text.copy(), shape, seed=seed).get_epoch(epoch)
     assert again.rows == plan.rows
     assert again.hash == plan.hash
 
@@ -57,7 +63,7 @@ def test_every_example_is_packed_once_within_three_budgets(sizes, shape, seed, e
 def test_every_epoch_has_the_same_number_of_rows(sizes, shape, seed):
     tokens, text = np.array(sizes).T
     balance = Balance(cost=Cost(linear=seed), batch=2 + seed) if seed else None
-    stream = RowStream(tokens, text, shape, seed=seed, balance=balance)
+    stream = plan_rows(tokens, text, shape, seed=seed, balance=balance)
     for epoch in range(4):
         plan = stream.get_epoch(epoch)
         assert len(plan) == stream.rows_per_epoch
@@ -68,7 +74,7 @@ def test_shuffles_that_do_not_fit_use_the_rows_of_epoch_0(monkeypatch):
     tokens, text = mix(400)
     monkeypatch.setattr(plan_module, "ATTEMPTS", 1)
     monkeypatch.setattr(plan_module, "SLACK", 1 << 20)  # no spare rows: those of epoch 0 are not divided
-    stream = RowStream(tokens, text, SHAPE, seed=0)
+    stream = plan_rows(tokens, text, SHAPE, seed=0)
     one_each = lambda examples, *_: bin_packing.RowArrays.from_lists([[int(i)] for i in examples])  # noqa: E731
     monkeypatch.setattr(bin_packing, "fill_rows", one_each)
     first, plan = stream.get_epoch(0), stream.get_epoch(7)
@@ -84,27 +90,27 @@ def test_shuffles_that_do_not_fit_use_the_rows_of_epoch_0(monkeypatch):
 @pytest.mark.parametrize("count", [3000, 20_000])
 def test_padding_is_below_one_percent(count):
     tokens, text = mix(count)
-    stream = RowStream(tokens, text, SHAPE, seed=0)
-    assert RowStream(tokens, text, SHAPE, seed=0).get_epoch(0).padding < 0.01
+    stream = plan_rows(tokens, text, SHAPE, seed=0)
+    assert plan_rows(tokens, text, SHAPE, seed=0).get_epoch(0).padding < 0.01
     assert max(stream.get_epoch(epoch).padding for epoch in range(3)) < 0.01
 
 
 def test_epochs_and_seeds_differ():
     tokens, text = mix(500)
-    hashes = {RowStream(tokens, text, SHAPE, seed=s).get_epoch(e).hash for s in range(3) for e in range(3)}
+    hashes = {plan_rows(tokens, text, SHAPE, seed=s).get_epoch(e).hash for s in range(3) for e in range(3)}
     assert len(hashes) == 9
 
 
 def test_cost_is_the_sum_of_squares():
     tokens, text = mix(300)
-    plan = RowStream(tokens, text, SHAPE, seed=0).get_epoch(0)
+    plan = plan_rows(tokens, text, SHAPE, seed=0).get_epoch(0)
     expected = [sum(int(tokens[example]) ** 2 for example in row) / 1e6 for row in plan.rows]
     np.testing.assert_allclose(plan.attention_cost, expected)
 
 
 def test_the_stream_has_random_access_and_continues_over_epochs():
     tokens, text = mix(300)
-    stream = RowStream(tokens, text, SHAPE, seed=3)
+    stream = plan_rows(tokens, text, SHAPE, seed=3)
     forward = [stream.get_row(number) for number in range(3 * stream.rows_per_epoch)]
     assert np.concatenate([ranks for _, ranks in forward]).tolist() == list(range(900))
     fresh = pickle.loads(pickle.dumps(stream))
@@ -113,7 +119,7 @@ def test_the_stream_has_random_access_and_continues_over_epochs():
         np.testing.assert_array_equal(examples, forward[number][0])
         np.testing.assert_array_equal(ranks, forward[number][1])
     assert fresh.hash == stream.hash
-    assert RowStream(tokens, text, SHAPE, seed=4).hash != stream.hash
+    assert plan_rows(tokens, text, SHAPE, seed=4).hash != stream.hash
 
 
 @pytest.mark.parametrize(
@@ -136,12 +142,12 @@ def test_the_stream_has_random_access_and_continues_over_epochs():
 )
 def test_plans_are_those_of_version_1(options, hashes):
     """Runs that were begun with another version continue with the same rows."""
-    stream = RowStream(*mix(700), **{"shape": SHAPE, "seed": 1, **options})
+    stream = plan_rows(*mix(700), **{"shape": SHAPE, "seed": 1, **options})
     assert [stream.hash, *(stream.get_epoch(epoch).hash for epoch in range(3))] == hashes
 
 
 def test_ranks_wrap_at_32_bits():
-    stream = RowStream(np.array([4, 4, 4]), np.array([1, 1, 1]), SHAPE, seed=0)
+    stream = plan_rows(np.array([4, 4, 4]), np.array([1, 1, 1]), SHAPE, seed=0)
     epoch = 2**32 // 3
     ranks = stream.get_row(epoch * stream.rows_per_epoch)[1]
     assert ranks.dtype == np.uint32
@@ -180,7 +186,7 @@ def test_rows_are_99_percent_full_and_devices_within_5_percent(kind, rows):
     text = np.random.default_rng(1).integers(5, 60, len(tokens))
     shape = PackedShape(tokens=8192, text=16_384, segments=256)
     balance = Balance(cost=Cost.from_width(1152), batch=8 * rows, block=rows)
-    stream = RowStream(tokens, text, shape, seed=0, balance=balance)
+    stream = plan_rows(tokens, text, shape, seed=0, balance=balance)
     for epoch in range(2):
         check(stream.get_epoch(epoch).rows, tokens, text, shape)
         assert stream.get_epoch(epoch).padding < 0.01
@@ -188,7 +194,7 @@ def test_rows_are_99_percent_full_and_devices_within_5_percent(kind, rows):
             measured = stream.measure_imbalance(batch=8 * rows, devices=devices, epoch=epoch)
             assert measured.mean < 0.02
             assert measured.share_above_5_percent == 0  # though costs of `heavy` jump three times
-    assert RowStream(tokens, text, shape, seed=0).measure_imbalance(batch=8 * rows, devices=8).mean > 3 * measured.mean
+    assert plan_rows(tokens, text, shape, seed=0).measure_imbalance(batch=8 * rows, devices=8).mean > 3 * measured.mean
 
 
 @pytest.mark.parametrize("kind", ["mixed", "heavy", "long"])
@@ -196,7 +202,7 @@ def test_no_step_of_2000_clips_waits_for_a_device(kind):
     tokens = np.random.default_rng(2).permutation(histogram(kind, 10_000))[:2000]
     text = np.random.default_rng(1).integers(5, 60, len(tokens))
     balance = Balance(cost=Cost.from_width(1152), batch=8)
-    stream = RowStream(tokens, text, PackedShape(tokens=8192, text=16_384, segments=256), seed=0, balance=balance)
+    stream = plan_rows(tokens, text, PackedShape(tokens=8192, text=16_384, segments=256), seed=0, balance=balance)
     # The steps that two epochs share, too.
     costs = np.concatenate(
         [balance.cost.compute(stream.get_epoch(epoch).attention_cost * 1e6, 8192) for epoch in range(4)]
@@ -207,7 +213,7 @@ def test_no_step_of_2000_clips_waits_for_a_device(kind):
 def test_rows_cost_alike_where_short_clips_can_fill_them():
     tokens = histogram("mixed", 10_000)
     text, shape = np.full(len(tokens), 20), PackedShape(tokens=8192, text=16_384, segments=256)
-    cost = RowStream(tokens, text, shape, seed=0).get_epoch(0).attention_cost
+    cost = plan_rows(tokens, text, shape, seed=0).get_epoch(0).attention_cost
     order = np.random.default_rng(0).permutation(tokens)
     starts = np.flatnonzero(np.diff(np.cumsum(order) // 8192, prepend=-1))
     at_random = np.add.reduceat(order.astype(float) ** 2, starts)
@@ -219,7 +225,7 @@ def test_rows_cost_alike_where_short_clips_can_fill_them():
 def test_rows_may_be_filled_by_text_or_segments_first(tight):
     tokens, text = mix(2000)
     shape = PackedShape(**{"tokens": 1024, "text": 1024, "segments": 64} | tight)
-    plan = RowStream(tokens, text, shape, seed=0).get_epoch(0)
+    plan = plan_rows(tokens, text, shape, seed=0).get_epoch(0)
     check(plan.rows, tokens, text, shape)
     least = max(tokens.sum() / 1024, text.sum() / shape.text, len(tokens) / shape.segments)
     assert len(plan) < 1.1 * least
@@ -228,14 +234,14 @@ def test_rows_may_be_filled_by_text_or_segments_first(tight):
 def test_the_fullest_rows_need_exchanges():
     """Without short clips, longest first leaves gaps: three of five lengths fill a row only with their own kind."""
     tokens = np.random.default_rng(0).choice([512, 682, 1024, 1638, 2730], 5000)
-    plan = RowStream(tokens, np.ones_like(tokens), PackedShape(tokens=8192, text=64, segments=64), seed=0).get_epoch(0)
+    plan = plan_rows(tokens, np.ones_like(tokens), PackedShape(tokens=8192, text=64, segments=64), seed=0).get_epoch(0)
     assert plan.padding < 0.006
 
 
 def test_a_mixture_draws_the_rows_of_every_epoch():
     tokens, text = mix(1500)
     mixture = Mixture(sizes=(1000, 500), weights=(1, 3), length=1200)
-    stream = RowStream(tokens, text, SHAPE, seed=0, mixture=mixture)
+    stream = plan_rows(tokens, text, SHAPE, seed=0, mixture=mixture)
     running = 0
     for epoch in range(12):
         plan = stream.get_epoch(epoch)
@@ -252,7 +258,7 @@ def test_a_mixture_draws_the_rows_of_every_epoch():
 
 def test_examples_without_room_in_an_epoch_are_reported(monkeypatch, caplog):
     tokens, text = mix(300)
-    stream = RowStream(tokens, text, SHAPE, seed=0, mixture=Mixture(sizes=(300,)))
+    stream = plan_rows(tokens, text, SHAPE, seed=0, mixture=Mixture(sizes=(300,)))
     monkeypatch.setattr(stream, "rows_per_epoch", stream.rows_per_epoch - 3)
     plan = stream.get_epoch(1)
     assert len(plan) == stream.rows_per_epoch
@@ -271,7 +277,7 @@ def count_fills(monkeypatch) -> list[str]:
 
 def test_the_first_epoch_is_planned_once(monkeypatch):
     filled = count_fills(monkeypatch)
-    stream = RowStream(*mix(400), SHAPE, seed=0)
+    stream = plan_rows(*mix(400), SHAPE, seed=0)
     stream.get_row(0)
     pickle.loads(pickle.dumps(stream)).get_row(1)
     assert len(filled) == 1
@@ -279,8 +285,8 @@ def test_the_first_epoch_is_planned_once(monkeypatch):
 
 def test_the_next_epoch_is_planned_by_a_thread_while_this_one_is_read(monkeypatch):
     filled = count_fills(monkeypatch)
-    stream = RowStream(*mix(400), SHAPE, seed=0)
-    expected = RowStream(*mix(400), SHAPE, seed=0).get_epoch(1).hash
+    stream = plan_rows(*mix(400), SHAPE, seed=0)
+    expected = plan_rows(*mix(400), SHAPE, seed=0).get_epoch(1).hash
     filled.clear()
     half, is_released, fill_rows = stream.rows_per_epoch // 2, threading.Event(), bin_packing.fill_rows
     monkeypatch.setattr(bin_packing, "fill_rows", lambda *arguments: is_released.wait(60) and fill_rows(*arguments))
@@ -295,19 +301,19 @@ def test_the_next_epoch_is_planned_by_a_thread_while_this_one_is_read(monkeypatc
 
 def test_an_epoch_is_planned_once_for_all_workers(monkeypatch):
     filled = count_fills(monkeypatch)
-    stream = RowStream(*mix(1000), SHAPE, seed=0)
+    stream = plan_rows(*mix(1000), SHAPE, seed=0)
     workers = [pickle.loads(pickle.dumps(stream)) for _ in range(3)]
     with ThreadPoolExecutor(3) as pool:
         for epoch in range(6):
             plans = list(pool.map(lambda worker, epoch=epoch: worker.get_epoch(epoch), workers))
             assert len({plan.hash for plan in plans}) == 1
             assert len(filled) == 1 + epoch
-    assert plans[0].hash == RowStream(*mix(1000), SHAPE, seed=0).get_epoch(5).hash
+    assert plans[0].hash == plan_rows(*mix(1000), SHAPE, seed=0).get_epoch(5).hash
     assert stream.get_epoch(4).hash == workers[0].get_epoch(4).hash
 
 
 def test_a_pickled_stream_is_small_and_its_arrays_are_mapped():
-    stream = RowStream(*mix(20_000), SHAPE, seed=0)
+    stream = plan_rows(*mix(20_000), SHAPE, seed=0)
     content = pickle.dumps(stream)
     assert len(content) < 10_000
     copy = pickle.loads(content)
@@ -319,11 +325,11 @@ def test_a_pickled_stream_is_small_and_its_arrays_are_mapped():
 def test_an_epoch_is_planned_once_for_all_threads(monkeypatch):
     tokens, text = mix(2000)
     filled = count_fills(monkeypatch)
-    stream = RowStream(tokens, text, SHAPE, seed=0)
+    stream = plan_rows(tokens, text, SHAPE, seed=0)
     with ThreadPoolExecutor(4) as pool:
         rows = list(pool.map(stream.get_row, [0, 1, stream.rows_per_epoch, 2, stream.rows_per_epoch + 1, 3] * 4))
     assert len(filled) == 2
-    np.testing.assert_array_equal(rows[0][0], RowStream(tokens, text, SHAPE, seed=0).get_row(0)[0])
+    np.testing.assert_array_equal(rows[0][0], plan_rows(tokens, text, SHAPE, seed=0).get_row(0)[0])
 
 
 def test_rows_cost_as_much_as_their_pairs_in_attention():
@@ -332,7 +338,7 @@ def test_rows_cost_as_much_as_their_pairs_in_attention():
     pairs = tokens**2.0 / np.random.default_rng(0).choice([1, 16], len(tokens))
     arguments = tokens, np.ones_like(tokens), PackedShape(tokens=1024, text=64, segments=8)
     balance = Balance(cost=Cost(), batch=4)
-    blind, weighted = (RowStream(*arguments, seed=0, balance=balance, attention_pairs=each) for each in (None, pairs))
+    blind, weighted = (plan_rows(*arguments, seed=0, balance=balance, attention_pairs=each) for each in (None, pairs))
     for stream in (blind, weighted):
         np.testing.assert_allclose(
             stream.get_epoch(0).attention_cost,
@@ -341,7 +347,7 @@ def test_rows_cost_as_much_as_their_pairs_in_attention():
     costs = np.array([pairs[row].sum() for row in blind.get_epoch(0).rows])
     assert weighted.measure_imbalance(batch=4, devices=4).mean < 0.2 * measure_imbalance(costs, batch=4, devices=4).mean
     assert weighted.hash != blind.hash
-    assert RowStream(*arguments, seed=0, balance=balance, attention_pairs=tokens**2.0).hash == blind.hash
+    assert plan_rows(*arguments, seed=0, balance=balance, attention_pairs=tokens**2.0).hash == blind.hash
 
 
 def test_the_hash_changes_with_every_option(monkeypatch):
@@ -357,11 +363,11 @@ def test_the_hash_changes_with_every_option(monkeypatch):
         {"mixture": Mixture(sizes=(200,))},
         {"mixture": Mixture(sizes=(100, 100), weights=(1, 2))},
     ]
-    hashes = {RowStream(tokens, text, SHAPE, seed=0, **option).hash for option in options}
-    hashes.add(RowStream(tokens[::-1].copy(), text, SHAPE, seed=0).hash)
-    hashes.add(RowStream(tokens, text, replace(SHAPE, segments=63), seed=0).hash)
+    hashes = {plan_rows(tokens, text, SHAPE, seed=0, **option).hash for option in options}
+    hashes.add(plan_rows(tokens[::-1].copy(), text, SHAPE, seed=0).hash)
+    hashes.add(plan_rows(tokens, text, replace(SHAPE, segments=63), seed=0).hash)
     monkeypatch.setattr(bin_packing, "CONSTANTS", ("another way to fill rows",))
-    hashes.add(RowStream(tokens, text, SHAPE, seed=0).hash)
+    hashes.add(plan_rows(tokens, text, SHAPE, seed=0).hash)
     assert len(hashes) == len(options) + 3
 
 
@@ -370,12 +376,12 @@ def test_invalid_arguments_are_refused():
     with pytest.raises(
         UserError, match=r"b has 2000 video tokens, .* \(2 examples are too large\); raise the row's tokens"
     ):
-        RowStream(tokens, text, SHAPE, seed=0, names=["a", "b", "c"])
+        plan_rows(tokens, text, SHAPE, seed=0, names=["a", "b", "c"])
     with pytest.raises(UserError, match=r"example 1 has .* \(1 examples are too large\); raise the row's text"):
-        RowStream(np.array([1, 1]), np.array([1, 1025]), SHAPE, seed=0).get_epoch(0)
+        plan_rows(np.array([1, 1]), np.array([1, 1025]), SHAPE, seed=0).get_epoch(0)
     with pytest.raises(UserError, match="needs examples"):
-        RowStream(np.zeros(0, int), np.zeros(0, int), SHAPE, seed=0)
+        plan_rows(np.zeros(0, int), np.zeros(0, int), SHAPE, seed=0)
     with pytest.raises(UserError, match="no tokens"):
-        RowStream(np.array([0]), np.array([1]), SHAPE, seed=0)
+        plan_rows(np.array([0]), np.array([1]), SHAPE, seed=0)
     with pytest.raises(UserError, match="segments=0"):
-        RowStream(np.array([1]), np.array([1]), PackedShape(tokens=8, text=8, segments=0), seed=0)
+        plan_rows(np.array([1]), np.array([1]), PackedShape(tokens=8, text=8, segments=0), seed=0)

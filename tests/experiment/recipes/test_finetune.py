@@ -149,8 +149,8 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
         visible = expected["cond_latents"][..., -VAE.channels :]
         np.testing.assert_allclose(cond_latents, visible, atol=2**-8 * np.abs(visible).max() + 1e-4)
         assert np.abs(cond_latents[1:] - latents[index][1:]).max() > 1e-2
-    texts = CachedCaptions(latents)
-    rows = next(input_pipeline.make_cached_batches(run, run.experiment.denoiser, latents, texts)(0))
+    source = input_pipeline.make_latent_examples(run, latents, CachedCaptions(latents))
+    rows = next(input_pipeline.open_rows(run, run.experiment.denoiser, source, run.training_clips)(0))
     tokens = VISION.tokens
     assert rows.fields["image_tokens"].shape == (1, 4 * tokens, VISION.width)
     kept = [latents.read_field(index, latents.fields[1]) for index in range(len(latents))]

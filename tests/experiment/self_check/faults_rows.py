@@ -7,11 +7,11 @@ import numpy as np
 from experiment.self_check.faults_injection import Catalogue, replace_function, replace_method
 
 from dit_video.core import rng
+from dit_video.data.examples import ExampleTable
 from dit_video.data.latents.cache import KIND
-from dit_video.data.loader import DenoiserBatches
-from dit_video.data.packing.plan import RowStream
-from dit_video.data.packing.rows import RowLayout
+from dit_video.data.packing.plan import RowPlanner
 from dit_video.data.records import RecordPlace, get_file_name
+from dit_video.data.rows import RowStream
 from dit_video.data.tables import Table
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.tokens import compute_positions, pack
@@ -97,7 +97,7 @@ def batch_repeated(run):
 
         return advance_once
 
-    replace_method(DenoiserBatches, "__next__", make)
+    replace_method(RowStream, "__next__", make)
 
 
 class _Unshuffled:
@@ -147,7 +147,7 @@ def example_twice_in_row(run):
 
         return get_row_twice
 
-    replace_method(RowStream, "get_row", make)
+    replace_method(RowPlanner, "get_row", make)
 
 
 @FAULTS.add(
@@ -155,7 +155,7 @@ def example_twice_in_row(run):
     "order",
 )
 def clips_left_out(run):
-    replace_method(RowStream, "_get_examples", lambda get: lambda self, epoch: get(self, epoch)[::2])
+    replace_method(RowPlanner, "_get_examples", lambda get: lambda self, epoch: get(self, epoch)[::2])
 
 
 @FAULTS.add(
@@ -185,10 +185,7 @@ def damaged_clips_counted(run):
         path.write_bytes(content)
         assert zlib.crc32(content[place.offset :][: place.length]) != place.crc32
 
-    def make(pack_row):
-        def pack_all(self, entries, clips, **options):
-            return pack_row(self, entries, [clip._replace(is_damaged=False) for clip in clips], **options)
+    def make(make_example):
+        return lambda self, *arguments: make_example(self, *arguments)._replace(valid=True)
 
-        return pack_all
-
-    replace_method(RowLayout, "pack", make)
+    replace_method(ExampleTable, "make_example", make)

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video.core.errors import script
-from dit_video.data.loader import LoaderConfig, read_ahead
+from dit_video.data.prefetch import Prefetch
 from dit_video.distributed import Parallelism, make_mesh
 from dit_video.distributed.processes import initialize_distributed
 from dit_video.training.checkpoint import Checkpoints
@@ -43,8 +43,7 @@ def main() -> None:
 
         def batches(done):
             data = grain.MapDataset.range(done, 10**6).map(make_batch)
-            config = LoaderConfig(batch=1, seed=0, workers=2)
-            with contextlib.closing(iter(read_ahead(data, config))) as iterator:
+            with contextlib.closing(iter(Prefetch(workers=2).read_ahead(data))) as iterator:
                 yield from map(replicate, iterator)
 
         checkpoints = Checkpoints(folder / "checkpoints")

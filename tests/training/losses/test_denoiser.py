@@ -60,7 +60,7 @@ def test_an_example_has_the_same_loss_wherever_and_with_whatever_it_is_packed():
 
 FROZEN = FrozenTextConfig(folder="nowhere", width=8, max_tokens=16)
 TABLE = np.random.default_rng(7).normal(size=(300, 8)).astype(np.float32)
-FROZEN_LOSS = dataclasses.replace(LOSS, text=get_graph_def(FROZEN.make), empty_caption=TABLE[TOKENIZE("")])
+FROZEN_LOSS = dataclasses.replace(LOSS, text_encoder=get_graph_def(FROZEN.make), empty_caption=TABLE[TOKENIZE("")])
 
 
 @jax.jit

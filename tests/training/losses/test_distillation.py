@@ -33,7 +33,7 @@ TOKENIZE = TEXT.make_tokenizer()
 SHAPE = PackedShape(tokens=20, text=28, segments=3)
 LOSS = DenoiserLoss(
     backbone=get_graph_def(DIT.make),
-    text=get_graph_def(TEXT.make),
+    text_encoder=get_graph_def(TEXT.make),
     objective=FlowMatching(process=RectifiedFlow(shift=2.0)),
     caption_dropout=0.5,
     empty_caption=TOKENIZE(""),

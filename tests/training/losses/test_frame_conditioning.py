@@ -43,7 +43,7 @@ def make_loss(config, **fields):
         "frame_conditioning": FrameConditioning(prob=1.0),
     } | fields
     return DenoiserLoss(
-        text=get_graph_def(TEXT.make),
+        text_encoder=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.0,
         empty_caption=TOKENIZE(""),

@@ -31,7 +31,7 @@ FIELDS = (
 def make_loss(prob):
     return DenoiserLoss(
         backbone=get_graph_def(ANIMATING.make),
-        text=get_graph_def(TEXT.make),
+        text_encoder=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.0,
         empty_caption=np.zeros((1, TEXT.width), np.float32),

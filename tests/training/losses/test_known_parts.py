@@ -42,7 +42,7 @@ class Recorder(DiT):
 def make_loss(config):
     return DenoiserLoss(
         backbone=get_graph_def(lambda rngs: Recorder(config)),
-        text=get_graph_def(TEXT.make),
+        text_encoder=get_graph_def(TEXT.make),
         objective=FlowMatching(),
         caption_dropout=0.0,
         empty_caption=TEXT.make_tokenizer()(""),

@@ -39,7 +39,7 @@ class FakeDenoiser(DiT):
 def make_loss(time_per="frame", **fields):
     return DenoiserLoss(
         backbone=get_graph_def(lambda rngs: FakeDenoiser(DIT)),
-        text=get_graph_def(TEXT.make),
+        text_encoder=get_graph_def(TEXT.make),
         caption_dropout=0.0,
         empty_caption=TOKENIZE(""),
         seed=3,

@@ -25,10 +25,13 @@ from benchmarks.gpu.models import TrainingSize, make_batch, make_examples, make_
 from benchmarks.steps import count_compilations
 from benchmarks.timer import TimeBudget
 from dit_video.core import rng
-from dit_video.data.buckets import BatchMemory, BucketStream, plan_buckets
-from dit_video.data.packing.plan import RowStream
+from dit_video.core.shared_array import SharedStrings
+from dit_video.data.buckets import BatchMemory, BucketPlanner, plan_buckets
+from dit_video.data.captions import TokenizedCaptions
+from dit_video.data.examples import ExampleTable
+from dit_video.data.packing.plan import RowPlanner
 from dit_video.distributed import shard_batch
-from dit_video.tokens import DenseShape, Grid, LayoutShape, PackedBatch, PackedShape
+from dit_video.tokens import Grid, LayoutShape, PackedBatch, PackedShape
 
 METHODS = ("padded", "buckets", "packed")
 MIN_SPEEDUP = 1.5
@@ -110,6 +113,9 @@ def plan_batches(method: str, size: EpochSize) -> BatchPlan:
     """Return the batches of an epoch by one of `METHODS`, each of as many tokens as a row has at most."""
     grids, row_tokens, text = draw_grids(size), size.training.tokens, size.training.text
     tokens = np.asarray([grid.volume for grid in grids])
+    captions = TokenizedCaptions([("",)] * len(grids), lambda _: np.zeros(text, np.int32))
+    names = SharedStrings(map(str, range(len(grids))))
+    table = ExampleTable(names=names, grids=np.asarray(grids, np.int32), captions=captions)
     if method == "padded":
         shape = PackedShape(tokens=int(tokens.max()), text=text, segments=1)
         batch = max(1, row_tokens // shape.tokens)
@@ -120,14 +126,14 @@ def plan_batches(method: str, size: EpochSize) -> BatchPlan:
         return BatchPlan(steps, grids, 1 - float(tokens.mean()) / shape.tokens, 1.0)
     if method == "buckets":
         memory = BatchMemory(fixed=0, per_token=1)
-        buckets = plan_buckets(np.asarray(grids), memory, budget=row_tokens, count=size.buckets)
-        stream = BucketStream(buckets, seed=0)
+        buckets = plan_buckets(np.asarray(grids), memory, budget=row_tokens, text=text, count=size.buckets)
+        planner = BucketPlanner(table, buckets, seed=0)
         trained = [buckets.buckets[index].size for index in buckets.assignment]
-        drawn = (stream.get_batch(step) for step in range(round(stream.steps_per_epoch)))
-        dense = [(DenseShape(size=grid, text=text), [[int(i)] for i in examples]) for grid, examples, _ in drawn]
+        drawn = (planner.get_batch(step) for step in range(round(planner.steps_per_epoch)))
+        dense = [(rows[0].shape, [[row.entries[0].example] for row in rows]) for rows in drawn]
         return BatchPlan(dense, trained, 0.0, buckets.token_retention)
     shape = PackedShape(tokens=row_tokens, text=size.segments * text, segments=size.segments)
-    plan = RowStream(tokens, np.full(len(grids), text), shape, seed=0).get_epoch(0)
+    plan = RowPlanner(table, shape, seed=0).get_epoch(0)
     return BatchPlan([(shape, [row]) for row in plan.rows], grids, plan.padding, 1.0)
 
 

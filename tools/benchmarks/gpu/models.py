@@ -191,7 +191,7 @@ def make_training(
     text = FrozenTextConfig(folder="random", width=config.context_width)
     loss = DenoiserLoss(
         backbone=get_graph_def(config.make),
-        text=get_graph_def(text.make),
+        text_encoder=get_graph_def(text.make),
         objective=FlowMatching(process=RectifiedFlow(shift=3.0), times=LogitNormal()),
         caption_dropout=0.1,
         empty_caption=np.zeros((1, config.context_width), np.float32),

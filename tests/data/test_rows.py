@@ -1,5 +1,6 @@
 """Batches of rows: the same for any number of hosts and workers, and from any step."""
 
+import contextlib
 import itertools
 import json
 
@@ -8,22 +9,22 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import DecodeError, UserError
+from dit_video.core.shared_array import SharedStrings
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.clips import ClipSource
+from dit_video.data.examples import ExampleTable, compute_attention_pairs
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
-from dit_video.data.loader import (
-    LoaderConfig,
-    load_encoded_batches,
-    load_packed_batches,
-)
-from dit_video.data.packing.balance import Balance, Cost
+from dit_video.data.packing.balance import Cost
 from dit_video.data.packing.mixture import Mixture
-from dit_video.data.packing.rows import RowLayout
+from dit_video.data.packing.plan import RowPlanner
+from dit_video.data.rows import RowSpec, load_rows
 from dit_video.data.sizes import SizeLimits
+from dit_video.data.sources import ClipExamples, OnlineEncoding, compute_clip_grids, compute_latent_grids
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid, PackedShape, compute_positions, patchify, unpack
+from support.example_tables import open_latents
 from support.fakes import average_patches, tokenize
 
 PATCH = Grid(1, 2, 2)
@@ -45,23 +46,14 @@ def source(tmp_path_factory):
     return LatentSource(folder)
 
 
-def make_captions(source):
-    return TokenizedCaptions(source.all_captions, tokenize)
+def open_rows(source, *, shape=SHAPE, batch=4, tokenize=tokenize, **options):
+    captions = TokenizedCaptions(source.all_captions, tokenize)
+    return open_latents(source, captions, shape=shape, batch=batch, **options)
 
 
 def take(source, count, **options):
-    kwargs = {
-        name: options.pop(name)
-        for name in ("start_step", "host", "hosts", "workers", "cache_bytes", "ahead_bytes")
-        if name in options
-    }
-    reading = LoaderConfig(batch=options.pop("batch", 4), seed=options.pop("seed", 0), **kwargs)
-    options = {"patch": PATCH, "shape": SHAPE, **options}
-    texts = TokenizedCaptions(source.all_captions, options.pop("tokenize", tokenize))
-    batches = load_packed_batches(source, texts, config=reading, **options)
-    taken = [next(batches) for _ in range(count)]
-    batches.close()
-    return taken
+    with contextlib.closing(open_rows(source, **options)) as rows:
+        return [next(rows) for _ in range(count)]
 
 
 def join_shares(shares):
@@ -77,11 +69,9 @@ def assert_equal(one, two):
 
 
 def test_batches_hold_the_examples_of_the_plan(source):
-    batches = load_packed_batches(
-        source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
-    )
+    batches = open_rows(source)
     seen = {}
-    for _ in range(2 * batches.rows_per_epoch // 4 + 1):
+    for _ in range(2 * batches.planner.rows_per_epoch // 4 + 1):
         rows = next(batches)
         assert rows.tokens.shape == (4, 64, 16)
         assert rows.text.shape == (4, 256)
@@ -129,7 +119,7 @@ def test_workers_give_the_same_batches(source):
 @pytest.mark.slow
 def test_workers_of_several_hosts_give_the_same_batches(source):
     expected = take(source, 8)
-    shares = [take(source, 3, workers=workers, host=host, hosts=2, start_step=5) for host, workers in ((0, 0), (1, 2))]
+    shares = [take(source, 3, workers=workers, host=host, hosts=2, start=5) for host, workers in ((0, 0), (1, 2))]
     for step in range(3):
         assert_equal(join_shares([share[step] for share in shares]), expected[5 + step])
 
@@ -137,43 +127,33 @@ def test_workers_of_several_hosts_give_the_same_batches(source):
 def test_batches_resume_at_any_step(source):
     expected = take(source, 30)
     for start in (1, 7, 29):
-        assert_equal(take(source, 1, start_step=start)[0], expected[start])
-    assert_equal(take(source, 1, cache_bytes=0, start_step=7)[0], expected[7])
+        assert_equal(take(source, 1, start=start)[0], expected[start])
 
 
 def test_the_hash_and_the_batches_depend_on_the_seed(source):
-    first, again, other = (
-        load_packed_batches(
-            source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=seed)
-        )
-        for seed in (0, 0, 1)
-    )
+    first, again, other = (open_rows(source, seed=seed) for seed in (0, 0, 1))
     assert first.hash == again.hash != other.hash
-    assert 0 <= first.padding < 0.2
+    assert 0 <= first.summarize(devices=1)["padding"] < 0.2
     assert not np.array_equal(next(first).tokens, next(other).tokens)
 
 
 def test_the_summary_counts_sizes_and_costs(source):
-    balance = Balance(cost=Cost.from_width(32), batch=4)
-    batches = load_packed_batches(
-        source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0, balance=balance)
-    )
+    cost = Cost.from_width(32)
+    batches = open_rows(source, cost=cost)
     summary = json.loads(json.dumps(batches.summarize(devices=2)))
     batches.close()
     assert summary["sizes"] == {"1x2x2": 10, "1x2x3": 10, "3x2x2": 10, "3x3x2": 10, "5x2x2": 10}
     assert summary["examples"] == 50
     assert summary["plan"] == batches.hash
-    assert summary["padding"] == pytest.approx(batches.padding, abs=1e-5)
+    assert summary["padding"] == pytest.approx(batches.planner.get_epoch(0).padding, abs=1e-5)
     assert 0 <= summary["imbalance"]["mean"] <= summary["imbalance"]["worst"]
     assert summary["cost"] == "28672 * tokens of the row + 128 * pairs in attention"
     assert batches.summarize(devices=3)["imbalance"] is None
     assert summary["left_out"] == 0
     assert "0 examples dropped" in str(batches)
     assert summary["sources"] is None
-    limited = LoaderConfig(
-        batch=4, seed=0, balance=balance, attention_pairs=lambda grid: grid.t * (grid.h * grid.w) ** 2
-    )
-    frames = load_packed_batches(source, make_captions(source), patch=PATCH, shape=SHAPE, config=limited)
+    pairs = compute_attention_pairs(compute_latent_grids(source, PATCH), lambda grid: grid.t * (grid.h * grid.w) ** 2)
+    frames = open_rows(source, cost=cost, columns={"attention_pairs": pairs})
     assert frames.summarize(devices=2)["imbalance"]["mean"] < summary["imbalance"]["mean"]
     assert frames.hash != batches.hash
     frames.close()
@@ -181,12 +161,10 @@ def test_the_summary_counts_sizes_and_costs(source):
 
 def test_a_mixture_is_drawn_by_weight(source):
     mixture = Mixture(sizes=(25, 25), weights=(4, 1), length=50)
-    batches = load_packed_batches(
-        source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=1, seed=0, mixture=mixture)
-    )
+    batches = open_rows(source, batch=1, columns={"mixture": mixture})
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     drawn = []
-    for _ in range(4 * batches.rows_per_epoch):
+    for _ in range(4 * batches.planner.rows_per_epoch):
         rows = next(batches)
         drawn += [patches[part.tobytes()] for part in unpack(rows.tokens[0], rows.segments[0])]
     batches.close()
@@ -207,10 +185,11 @@ def test_a_data_set_smaller_than_a_batch_is_repeated(source, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"batch": 0}, "batch=0"),
         ({"batch": 3, "hosts": 2}, "multiple of hosts=2"),
         ({"host": 2, "hosts": 2}, "host=2"),
-        ({"start_step": -1}, "start_step=-1"),
-        ({"cache_bytes": 0, "ahead_bytes": 0}, "ahead_bytes=0"),
+        ({"start": -1}, "start=-1"),
+        ({"ahead_bytes": 0}, "ahead_bytes=0"),
         ({"patch": Grid(2, 2, 2)}, "0.mp4: latents of 1x4x4 are not divisible by the patch 2x2x2"),
         ({"shape": PackedShape(tokens=8, text=256, segments=4)}, "20 video tokens"),
         ({"shape": PackedShape(tokens=64, text=5, segments=4)}, "shorten its caption"),
@@ -223,19 +202,21 @@ def test_invalid_arguments_are_refused(source, options, message):
 
 def test_captions_are_drawn_anew_every_epoch():
     captions = [("a", "bb", "ccc"), ("d",), ()] * 4
-    texts = TokenizedCaptions(captions, tokenize)
-    layout = RowLayout([Grid(1, 2, 2)] * 12, texts, shape=SHAPE, seed=0, names=[str(index) for index in range(12)])
+    tokens = TokenizedCaptions(captions, tokenize)
+    names = SharedStrings(str(index) for index in range(12))
+    planner = RowPlanner(
+        ExampleTable(names=names, grids=np.asarray([Grid(1, 2, 2)] * 12), captions=tokens), SHAPE, seed=0
+    )
     drawn = {example: [] for example in range(12)}
-    for number in range(40 * layout.stream.rows_per_epoch):
-        for member in layout.get_entries(number):
-            text = texts.read(member.example, member.caption)
-            drawn[member.example].append(bytes(text.astype(np.uint8) - 3).decode())
+    for number in range(40 * planner.rows_per_epoch):
+        for entry in planner.get_entries(number):
+            text = tokens.read(entry.example, entry.caption_index)
+            drawn[entry.example].append(bytes(text.astype(np.uint8) - 3).decode())
     for example, texts in drawn.items():
         assert len(texts) == 40
         assert set(texts) == set(captions[example] or ("",))
     assert drawn[0] != drawn[3]
-    again = layout.get_entries(7)
-    assert [member.caption for member in layout.get_entries(7)] == [member.caption for member in again]
+    assert planner.get_entries(7) == planner.get_entries(7)
 
 
 def test_a_damaged_example_keeps_its_place_and_does_not_count(source, monkeypatch, caplog):
@@ -277,22 +258,20 @@ def clips(tmp_path_factory):
     return ClipSource(folder / "data")
 
 
-def encoded(clips, count, encode=average_patches, token_dt=None, **reading):
-    batches = load_encoded_batches(
-        clips,
-        TokenizedCaptions([info.captions for info in clips.infos], tokenize),
-        encode,
-        latent_grid=lambda size: Grid(1 + size.t // 4, size.h // 8, size.w // 8),
-        channels=3,
-        limits=LIMITS,
-        patch=PATCH,
-        shape=PackedShape(tokens=32, text=256, segments=8),
-        config=LoaderConfig(batch=2, seed=0, **reading),
-        token_dt=token_dt,
+STRIDE = Grid(4, 8, 8)
+
+
+def encoded(clips, count, encode=average_patches, columns=None, **options):
+    table = ExampleTable(
+        names=SharedStrings(clips.column("name")),
+        grids=compute_clip_grids(clips, LIMITS, stride=STRIDE, patch=PATCH),
+        captions=TokenizedCaptions(clips.column("captions"), tokenize),
+        **columns or {},
     )
-    taken = [next(batches) for _ in range(count)]
-    batches.close()
-    return taken
+    encoding = OnlineEncoding(encode=encode, limits=LIMITS, stride=STRIDE, channels=3, patch=PATCH)
+    spec = RowSpec(layout=PackedShape(tokens=32, text=256, segments=8), batch=2)
+    with contextlib.closing(load_rows(ClipExamples(clips, table, encoding), spec, seed=0, **options)) as rows:
+        return [next(rows) for _ in range(count)]
 
 
 @pytest.mark.slow
@@ -301,7 +280,7 @@ def test_rows_can_be_made_from_video_files(clips):
     assert all(batch.valid.sum() and batch.tokens.shape == (2, 32, 12) for batch in batches)
     assert {time for batch in batches for time in batch.positions[..., 0].flat} == {0.0, 1.0}
     for start in (1, 6):
-        assert_equal(encoded(clips, 1, start_step=start)[0], batches[start])
+        assert_equal(encoded(clips, 1, start=start)[0], batches[start])
     shares = [encoded(clips, 2, host=host, hosts=2, workers=host) for host in range(2)]
     for step in range(2):
         assert_equal(join_shares([share[step] for share in shares]), batches[step])
@@ -312,7 +291,7 @@ def test_coordinates_along_time_are_in_seconds(source, clips):
 
     With a lead, all tokens but the first begin earlier.
     """
-    [cached] = take(source, 1, token_dt=0.25 + np.arange(50))
+    [cached] = take(source, 1, columns={"token_dt": 0.25 + np.arange(50)})
     patches = {patchify(source[i], PATCH).tobytes(): i for i in range(50)}
     for row in range(4):
         both = [unpack(values[row], cached.segments[row]) for values in (cached.tokens, cached.positions)]
@@ -322,21 +301,12 @@ def test_coordinates_along_time_are_in_seconds(source, clips):
             np.testing.assert_array_equal(
                 coordinates, compute_positions(Grid(t, h // 2, w // 2), step=(0.25 + example, 1.0, 1.0))
             )
-    [live] = encoded(clips, 1, token_dt=np.full(len(clips), 0.5))
+    seconds = np.full(len(clips), 0.5)
+    [live] = encoded(clips, 1, columns={"token_dt": seconds})
     assert set(live.positions[..., 0].flat) == {0.0, 0.5}
-    [led] = encoded(clips, 1, token_dt=np.full(len(clips), 0.5), token_lead=0.75)
+    [led] = encoded(clips, 1, columns={"token_dt": seconds, "token_lead": 0.75})
     assert set(led.positions[..., 0].flat) == {0.0, 0.125}
-    counted = load_packed_batches(
-        source, make_captions(source), patch=PATCH, shape=SHAPE, config=LoaderConfig(batch=4, seed=0)
-    )
-    timed = load_packed_batches(
-        source,
-        make_captions(source),
-        patch=PATCH,
-        shape=SHAPE,
-        config=LoaderConfig(batch=4, seed=0),
-        token_dt=np.full(50, 0.5),
-    )
+    counted, timed = open_rows(source), open_rows(source, columns={"token_dt": np.full(50, 0.5)})
     assert counted.hash != timed.hash
     counted.close()
     timed.close()
@@ -361,9 +331,7 @@ def test_a_clip_that_turns_out_damaged_is_masked(clips, monkeypatch):
 
 
 def test_rows_are_the_same_in_parts(clips):
-    for batch, expected in zip(
-        encoded(clips, 3, ahead_bytes=1, threads=2, start_step=2), encoded(clips, 5)[2:], strict=True
-    ):
+    for batch, expected in zip(encoded(clips, 3, ahead_bytes=1, start=2), encoded(clips, 5)[2:], strict=True):
         assert_equal(batch, expected)
 
 

@@ -1,17 +1,21 @@
 """Batches of one size each: clips are resized to cover their bucket and cropped to it, and none is lost."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.bucket_batches import compute_covering_size, load_bucket_batches
+from dit_video.core.shared_array import SharedStrings
 from dit_video.data.buckets import BatchMemory, BucketConfig, plan_buckets
 from dit_video.data.captions import EmbeddedCaptions, TokenizedCaptions
 from dit_video.data.clips import ClipInfo, ClipSource
+from dit_video.data.examples import ExampleTable
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.loader import LoaderConfig
+from dit_video.data.rows import RowSpec, load_rows
 from dit_video.data.sizes import SizeLimits, fit_size
+from dit_video.data.sources import ClipExamples, OnlineEncoding, compute_clip_grids, compute_covering_size
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid, PackedShape, compute_positions, compute_token_grid, unpatchify
 from support.fakes import FakeEmbedder, average_patches, tokenize
@@ -41,36 +45,32 @@ def buckets(clips):
         BatchMemory(fixed=0, per_token=1),
         budget=36,
         count=3,
+        text=TEXT,
         devices=2,
-        count_tokens=lambda size: compute_token_grid(get_latent_grid(size), PATCH).volume,
+        to_tokens=lambda size: compute_token_grid(get_latent_grid(size), PATCH),
     )
 
 
-def take_batches(clips, buckets, count, encode=average_patches, texts=None, intervals=None, **reading):
-    batches = load_bucket_batches(
-        clips,
-        texts or TokenizedCaptions([info.captions for info in clips.infos], tokenize),
-        encode,
-        buckets,
-        latent_grid=get_latent_grid,
-        channels=3,
-        limits=LIMITS,
-        patch=PATCH,
-        max_text=TEXT,
-        config=LoaderConfig(batch=2, seed=0, **reading),
-        token_dt=intervals,
+def take_batches(clips, buckets, count, encode=average_patches, captions=None, columns=None, **options):
+    stride = Grid(4, 8, 8)
+    table = ExampleTable(
+        names=SharedStrings(clips.column("name")),
+        grids=compute_clip_grids(clips, LIMITS, stride=stride, patch=PATCH),
+        captions=captions or TokenizedCaptions(clips.column("captions"), tokenize),
+        **columns or {},
     )
-    result = [next(batches) for _ in range(count)]
-    batches.close()
-    return result, batches
+    encoding = OnlineEncoding(encode=encode, limits=LIMITS, stride=stride, channels=3, patch=PATCH)
+    spec = RowSpec(layout=buckets, batch=2)
+    with contextlib.closing(load_rows(ClipExamples(clips, table, encoding), spec, seed=0, **options)) as rows:
+        return [next(rows) for _ in range(count)], rows
 
 
 def test_coordinates_along_time_are_in_seconds(clips, buckets):
     counted, _ = take_batches(clips, buckets, 3)
-    timed, _ = take_batches(clips, buckets, 3, intervals=np.full(len(clips), 0.5))
+    timed, _ = take_batches(clips, buckets, 3, columns={"token_dt": np.full(len(clips), 0.5)})
     for rows, same in zip(counted, timed, strict=True):
         np.testing.assert_array_equal(same.positions, rows.positions * np.float32([0.5, 1, 1]))
-    led, _ = take_batches(clips, buckets, 3, intervals=np.full(len(clips), 0.5), token_lead=0.5)
+    led, _ = take_batches(clips, buckets, 3, columns={"token_dt": np.full(len(clips), 0.5), "token_lead": 0.5})
     assert {time for rows in led for time in rows.positions[..., 0].flat} == {0.0, 0.25, 0.75}
     assert any(rows.positions[..., 0].any() for rows in counted)
 
@@ -115,7 +115,7 @@ def test_clips_show_the_colour_of_their_caption(clips, buckets):
 @pytest.mark.slow
 def test_resumed_and_shared_batches_are_the_same(clips, buckets):
     whole = take_batches(clips, buckets, 6)[0]
-    resumed = take_batches(clips, buckets, 2, start_step=4)[0]
+    resumed = take_batches(clips, buckets, 2, start=4)[0]
     # The second host decodes clip by clip, in a process of its own.
     own = ({}, {"workers": 1, "ahead_bytes": 1})
     shares = [take_batches(clips, buckets, 6, host=host, hosts=2, **own[host])[0] for host in range(2)]
@@ -132,8 +132,8 @@ def test_embeddings_take_the_places_of_token_ids(clips, buckets, tmp_path):
     embedder, captions = FakeEmbedder(tmp_path), [info.captions for info in clips.infos]
     ids, plain = take_batches(clips, buckets, 4)
     # Its encoder can't be pickled to the workers, which don't need it.
-    texts = EmbeddedCaptions(captions, lambda many: embedder.embed_many(many), identity="t")
-    result, batches = take_batches(clips, buckets, 4, texts=texts, workers=1)
+    embedded = EmbeddedCaptions(captions, lambda many: embedder.embed_many(many), identity="t")
+    result, batches = take_batches(clips, buckets, 4, captions=embedded, workers=1)
     for rows, expected in zip(result, ids, strict=True):
         np.testing.assert_array_equal(rows.tokens, expected.tokens)
         assert rows.text.shape == (*expected.text.shape, 8)
@@ -143,7 +143,7 @@ def test_embeddings_take_the_places_of_token_ids(clips, buckets, tmp_path):
             assert not text[segments == 0].any()
     assert batches.hash != plain.hash
     other = EmbeddedCaptions(captions, embedder.embed_many, identity="u")
-    assert take_batches(clips, buckets, 0, texts=other)[1].hash != batches.hash
+    assert take_batches(clips, buckets, 0, captions=other)[1].hash != batches.hash
 
 
 def test_a_damaged_clip_is_masked(clips, buckets, monkeypatch):
@@ -178,20 +178,7 @@ def test_a_clip_covers_its_bucket_and_keeps_its_aspect_ratio(height, width):
         assert rows / columns == pytest.approx(height / width, rel=0.04)
 
 
-def test_invalid_arguments_are_refused(clips, buckets):
-    with pytest.raises(UserError, match="text tokens, but a row has room for 4"):
-        load_bucket_batches(
-            clips,
-            TokenizedCaptions([info.captions for info in clips.infos], tokenize),
-            average_patches,
-            buckets,
-            latent_grid=get_latent_grid,
-            channels=3,
-            limits=LIMITS,
-            patch=PATCH,
-            max_text=4,
-            config=LoaderConfig(batch=1, seed=0),
-        )
+def test_a_budget_that_the_state_alone_exceeds_is_refused():
     rows = PackedShape(tokens=8, text=8, segments=1)
     with pytest.raises(UserError, match="budget=100 is invalid: the state alone takes 100 bytes"):
         BucketConfig(sampling=rows, memory=BatchMemory(fixed=100, per_token=1), budget=100)

@@ -1,13 +1,15 @@
 """Packed rows of cached latents with further fields."""
 
+import contextlib
+
 import numpy as np
 
 from dit_video.core.errors import DecodeError
 from dit_video.data.captions import TokenizedCaptions
 from dit_video.data.latents.cache import LatentExample, LatentSource
 from dit_video.data.latents.writer import write_latents
-from dit_video.data.loader import LoaderConfig, load_packed_batches
 from dit_video.tokens import Field, Grid, PackedShape, patchify
+from support.example_tables import open_latents
 from support.fakes import tokenize
 
 PATCH = Grid(1, 2, 2)
@@ -16,10 +18,8 @@ PATCH = Grid(1, 2, 2)
 def take(source):
     """Return the first batch, of one row."""
     captions, shape = TokenizedCaptions(source.all_captions, tokenize), PackedShape(tokens=24, text=256, segments=4)
-    batches = load_packed_batches(source, captions, config=LoaderConfig(batch=1, seed=0), patch=PATCH, shape=shape)
-    batch = next(batches)
-    batches.close()
-    return batch
+    with contextlib.closing(open_latents(source, captions, shape=shape, patch=PATCH)) as rows:
+        return next(rows)
 
 
 def test_rows_hold_the_fields_of_their_clips(tmp_path, monkeypatch):
