@@ -69,7 +69,9 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
         np.testing.assert_allclose(decoded.astype(int), clip.frames.astype(int), atol=1)
         assert np.abs(pipeline.decode(own, seed=9).frames.astype(int) - decoded).max() > 1
     with pytest.raises(UserError, match=r"this decoder takes noise, .* Use tiles=None"):
-        list(decode_stream(model, pipeline.codec.params, latents[0][None], tiles=Tiles(height=8, width=16, overlap=0)))
+        list(
+            decode_stream(model, pipeline.codec.params, [latents[0][None]], tiles=Tiles(height=8, width=16, overlap=0))
+        )
 
 
 def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_run, tmp_path):

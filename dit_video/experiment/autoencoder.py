@@ -5,23 +5,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jaxtyping import Array
 
 from dit_video.core import rng
 from dit_video.core.errors import MissingError, UserError
+from dit_video.core.trees import flatten, map_with_path
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment.initial_weights import describe_difference
 from dit_video.experiment.training_config import AutoencoderTraining, PretrainedAutoencoder
 from dit_video.families import load_autoencoder
-from dit_video.models.autoencoders import InflatedConfig, VqConfig, inflate
+from dit_video.models.autoencoders import AutoencoderConfig, ClipStatistics
 from dit_video.models.features import Lpips
-from dit_video.nn import get_graph_def, get_param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.sampling.pipeline_config import AUTOENCODER, is_pipeline_folder, read_pipeline_config
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
-from dit_video.training.losses.autoencoder import AutoencoderLoss
-from dit_video.training.losses.vq import VqLoss, VqStep
+from dit_video.training.losses.autoencoder import AutoencoderLoss, AutoencoderStep
 from dit_video.training.optim.optimizer import make_optimizer
-from dit_video.training.step import GradientStep, TrainStep
+from dit_video.training.step import TrainStep
 from dit_video.weights import load as load_weights
 from dit_video.weights import load_lpips
 
@@ -29,10 +30,37 @@ WEIGHTS_FILE = "autoencoder/weights.safetensors"
 """File of the trained weights in the folder of a run."""
 
 
+def make_init(training: AutoencoderTraining, clips: ClipStatistics | None) -> Callable[[Array], dict[str, Any]]:
+    """Return the function from a random key to initial parameters; those that follow from the clips are computed now.
+
+    Args:
+      training: Config of the training.
+      clips: Statistics of the training clips; None for a training that has begun, or begins with other weights.
+
+    Raises:
+      UserError: If the model lacks a parameter that its config computes from the clips, or has it in another shape.
+    """
+    model = training.model
+    fitted = {} if clips is None else flatten(model.init_from_clips(clips))
+    shapes = {path: leaf.shape for path, leaf in flatten(get_param_shapes(model.make)).items()} if fitted else {}
+    for path, leaf in fitted.items():
+        if shapes.get(path) != np.shape(leaf):
+            name = f"{type(model).__name__}.init_from_clips"
+            raise UserError(
+                f"{name} is invalid: {path} has shape {np.shape(leaf)}, that of the model {shapes.get(path)}. Use "
+                "paths and shapes of the parameters"
+            )
+
+    def init(key: Array) -> dict[str, Any]:
+        return map_with_path(lambda path, leaf: fitted.get(path, leaf), init_params(model.make, key))
+
+    return init
+
+
 def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, Any] | None:
     """Load the parameters of `training.model` from the folder `training.init_from`; None without a folder.
 
-    An image autoencoder is inflated where the model is an inflated one; `key` initialises its temporal layers.
+    `key` is for parameters that the folder lacks, such as the temporal layers of an inflated image autoencoder.
 
     Raises:
       MissingError: If the folder does not exist, or lacks files.
@@ -40,11 +68,8 @@ def load_initial_params(training: AutoencoderTraining, key: Array) -> dict[str, 
     """
     if training.init_from is None:
         return None
-    model = training.model
-    if not isinstance(model, InflatedConfig):
-        return _load_autoencoder_params(training.init_from, model)
-    params = _load_autoencoder_params(training.init_from, model.image)
-    return inflate(model.image, params, key, kernel_size=model.kernel_size)[1]
+    load = functools.partial(_load_autoencoder_params, training.init_from)
+    return training.model.init_from_weights(load, key)
 
 
 def read_autoencoder(
@@ -68,7 +93,7 @@ def read_autoencoder(
     return load_weights(folder / WEIGHTS_FILE, like=get_param_shapes(config.model.make))
 
 
-def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
+def _load_autoencoder_params(folder: str, expected: AutoencoderConfig) -> dict[str, Any]:
     if is_pipeline_folder(folder):
         config = read_pipeline_config(folder).autoencoder
         params = load_weights(Path(folder) / AUTOENCODER, like=get_param_shapes(config.make))
@@ -91,19 +116,16 @@ def make_autoencoder_step(
       UserError: If the file holds other weights.
     """
     objective, file = training.loss, training.loss.lpips_weights
-    make_loss: Callable[..., AutoencoderLoss] = AutoencoderLoss
-    make_step: Callable[..., GradientStep] = GradientStep
-    if isinstance(training.model, VqConfig):
-        make_loss, make_step = functools.partial(VqLoss, learning=training.codebook), VqStep
-    loss = make_loss(
+    loss = AutoencoderLoss(
         graph=get_graph_def(training.model.make),
         objective=objective,
+        latents=training.model.make_loss(objective, training.optimizer.is_trained),
         seed=seed,
         perceptual_net=None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
         optimizer=training.optimizer,
     )
     optimizer = make_optimizer(training.optimizer, steps=training.steps, mesh=mesh)
-    step = make_step(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay, mesh=mesh)
+    step = AutoencoderStep(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay, mesh=mesh)
     constants = () if file is None else (load_lpips(file),)
     if objective.adversarial is None:
         return step, constants

@@ -128,7 +128,7 @@ def test_the_linear_start_is_fitted_on_clips_as_they_are(tiny, tiny_run, copy):
     augmented = dataclasses.replace(
         experiment, autoencoder=dataclasses.replace(experiment.autoencoder, windows=windows)
     )
-    (copy / "autoencoder" / "linear.safetensors").unlink()
+    (copy / "autoencoder" / "linear_4x8x8_4.safetensors").unlink()
     again = dataclasses.replace(Run.open(copy), experiment=augmented).linear_baseline()
     for left, right in zip(again, Run.open(tiny_run).linear_baseline(), strict=True):
         np.testing.assert_array_equal(left, right)

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Float32
 
 from dit_video.core import pixels, rng
 from dit_video.data.latents.codec import LatentCodec
@@ -17,14 +19,15 @@ from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart
 from dit_video.distributed.gather import to_host
 from dit_video.experiment import monitors
-from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step
+from dit_video.experiment.autoencoder import WEIGHTS_FILE, load_initial_params, make_autoencoder_step, make_init
 from dit_video.experiment.config import Experiment
 from dit_video.experiment.runtime import Runtime, Stage, Training
 from dit_video.experiment.training_config import AutoencoderTraining, PretrainedAutoencoder
-from dit_video.models.autoencoders import LinearAutoencoder, PatchVaeConfig, fit_linear, init_from_linear, latent_grid
-from dit_video.nn import get_graph_def, init_params
+from dit_video.models.autoencoders import LinearAutoencoder, fit_linear, latent_grid
+from dit_video.nn import get_graph_def
 from dit_video.sampling.pipeline_config import PREVIEW
 from dit_video.sampling.preview import fit_preview_decoder
+from dit_video.tokens import Grid
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
@@ -34,9 +37,9 @@ from dit_video.weights import save as save_weights
 
 _MAX_LINEAR_VALUES = 4096
 """Largest number of values of a patch whose principal components are computed, from a matrix of its square."""
-_LINEAR_BATCHES, _MOMENT_BATCHES = 32, 64
-"""Numbers of batches of training windows that the linear start, and the latents' mean and deviation, are measured
-on."""
+_STATISTICS_BATCHES, _MOMENT_BATCHES = 32, 64
+"""Numbers of batches of training windows that statistics of the clips, and the latents' mean and deviation, are
+measured on."""
 
 _PREVIEW_WINDOWS, _PREVIEW_LATENTS = 256, 32768
 """Maximum numbers of windows, and of their latents, that the preview decoder is fitted to: seconds of decoding."""
@@ -80,12 +83,8 @@ class TrainAutoencoder(Stage):
         config = self._training
         step, constants = make_autoencoder_step(config, runtime.seed, mesh=runtime.mesh)
         crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
-        linear = self._fit_linear(runtime, crops) if isinstance(config.model, PatchVaeConfig) and is_new else None
-
-        def init(key: Array) -> dict[str, Any]:
-            params = init_params(config.model.make, key)
-            return params if linear is None else init_from_linear(params, linear)
-
+        needs_clips = is_new and config.init_from is None
+        init = make_init(config, TrainingWindows(self, runtime, crops) if needs_clips else None)
         trainer = runtime.make_trainer(self.name, steps=config.steps, init=init, train_step=step)
         load_params = functools.partial(load_initial_params, config, rng.key(runtime.seed, "inflation"))
         trainer = dataclasses.replace(trainer, load_params=load_params, constants=constants)
@@ -146,21 +145,35 @@ class TrainAutoencoder(Stage):
         config = self.experiment.autoencoder
         if isinstance(config, PretrainedAutoencoder) or 3 * config.model.stride.volume > _MAX_LINEAR_VALUES:
             return None
-        return self._fit_linear(runtime, ClipCrops(runtime.training_clips, self.experiment.window_limits))
-
-    def _fit_linear(self, runtime: Runtime, crops: ClipCrops) -> LinearAutoencoder:
-        """Return the principal components of the unaugmented training clips, which are cached in the run's folder."""
-        model = self.experiment.autoencoder.model
-        path = runtime.folder / self.name / "linear.safetensors"
-        if path.is_file():
-            return LinearAutoencoder(**load_weights(path))
-        with contextlib.closing(self.open_windows(runtime, crops, 0, "linear start", augment=False)) as batches:
-            first = itertools.islice(batches, _LINEAR_BATCHES)
-            fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
-        save_weights(path, fitted._asdict())
-        return fitted
+        crops = ClipCrops(runtime.training_clips, self.experiment.window_limits)
+        windows = TrainingWindows(self, runtime, crops)
+        return windows.fit_linear(stride=config.model.stride, channels=config.model.channels)
 
     @property
     def _training(self) -> AutoencoderTraining:
         assert isinstance(self.experiment.autoencoder, AutoencoderTraining)  # a pretrained one is not trained
         return self.experiment.autoencoder
+
+
+class TrainingWindows(NamedTuple):
+    """The first windows of a training without augmentation, and their statistics: `ClipStatistics` of its config."""
+
+    stage: TrainAutoencoder
+    runtime: Runtime
+    crops: ClipCrops
+
+    def read_windows(self) -> Iterator[Float32[np.ndarray, "B T H W 3"]]:
+        """Yield batches of windows, with pixels in [-1, 1]."""
+        batches = self.stage.open_windows(self.runtime, self.crops, 0, "linear start", augment=False)
+        with contextlib.closing(batches):
+            yield from map(pixels.to_float, itertools.islice(batches, _STATISTICS_BATCHES))
+
+    def fit_linear(self, *, stride: Grid, channels: int) -> LinearAutoencoder:
+        """Return the best linear autoencoder of the windows, which the folder of the run keeps."""
+        name = f"linear_{stride.t}x{stride.h}x{stride.w}_{channels}.safetensors"
+        path = self.runtime.folder / self.stage.name / name
+        if path.is_file():
+            return LinearAutoencoder(**load_weights(path))
+        fitted = fit_linear(self.read_windows(), stride=stride, channels=channels)
+        save_weights(path, fitted._asdict())
+        return fitted

@@ -1,8 +1,7 @@
-"""Interface of autoencoders, and the sizes of clips and their latents."""
+"""Interface of autoencoders, the sizes of clips and their latents, and the base of variational autoencoders."""
 
 import abc
 import math
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -35,58 +34,6 @@ class Autoencoder(Protocol):
     def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Decode a clip, or one chunk of it given the cache left by the previous chunk."""
         ...
-
-
-@runtime_checkable
-class AutoencoderConfig(Protocol):
-    """The configuration of an autoencoder: makes its module and knows the size of its latents."""
-
-    def __hash__(self) -> int: ...
-
-    @property
-    def stride(self) -> Grid:
-        """Return the pixels per latent along (t, h, w); the first frame has a latent frame of its own."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Return the channels of the latents."""
-        ...
-
-    @property
-    def last_layer(self) -> str:
-        """Return the path of the parameter that makes the pixels: the decoder's last kernel."""
-        ...
-
-    def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
-
-
-@runtime_checkable
-class NoisyAutoencoderConfig(AutoencoderConfig, Protocol):
-    """The configuration of an autoencoder whose decoder is also a denoiser: it takes a time and noise.
-
-    Its module is called as `decode(latents, cache, time=…, keys=…)`, with one key for each clip and chunk.
-    """
-
-    @property
-    def decode_time(self) -> float:
-        """Return the diffusion time at which latents are decoded."""
-        ...
-
-
-@runtime_checkable
-class SymmetricAutoencoderConfig(AutoencoderConfig, Protocol):
-    """The configuration of an autoencoder whose decoder also sees later frames: it decodes whole clips."""
-
-    @property
-    def is_decoder_symmetric(self) -> bool:
-        """Return True if decoded frames depend on later latents."""
-        ...
-
-
-def decodes_whole_clips(config: AutoencoderConfig) -> bool:
-    """Return True for an autoencoder whose decoder gets all latents of a clip at once."""
-    return isinstance(config, SymmetricAutoencoderConfig) and config.is_decoder_symmetric
 
 
 def latent_grid(clip: Grid, stride: Grid) -> Grid:
@@ -209,25 +156,3 @@ class Vae(nnx.Module):
     def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels, approximately in [-1, 1], of the normalised latents of a clip or of one chunk of it."""
         return self.reconstruct(self.normalizer.denormalize(latents), cache)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdentityConfig:
-    """Configuration of `IdentityAutoencoder`, which has no parameters."""
-
-    stride: Grid = Grid(1, 1, 1)
-    channels: int = 3
-    last_layer: str = ""
-
-    def make(self, rngs: nnx.Rngs) -> "IdentityAutoencoder":
-        return IdentityAutoencoder()
-
-
-class IdentityAutoencoder(nnx.Module):
-    """Pixels as latents."""
-
-    def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
-        return pixels
-
-    def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
-        return latents
