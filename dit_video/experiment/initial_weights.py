@@ -23,8 +23,10 @@ from dit_video.families import find_format, load_denoiser, read_denoiser_config
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.nn import get_param_shapes
 from dit_video.sampling.loading import read_denoiser
-from dit_video.sampling.pipeline_config import is_pipeline_folder, read_pipeline_config
+from dit_video.sampling.pipeline_config import DENOISER, is_pipeline_folder, read_pipeline_config
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
+from dit_video.weights import load_metadata
+from dit_video.weights.kernels import get_kernel_classes
 from dit_video.weights.parameter import Parameter
 from dit_video.weights.tensor_map import make_dtype_fn
 
@@ -56,6 +58,10 @@ def check_initial_weights(training: DenoiserTraining) -> None:
             _check_same(other, "the transformer", read_denoiser_config(other), training.backbone)
         if not isinstance(training.text, FrozenTextConfig):
             raise UserError(f"{start} has no text encoder to train; set text=FrozenTextConfig(...)")
+    elif start is not None and (file := _find_pipeline(start) / DENOISER).is_file():
+        for path, name in get_kernel_classes(load_metadata(file)).items():
+            rule = f"{path} is a {name}, not an array, so that it cannot be trained, nor adapters be merged into it"
+            raise UserError(f"init_from={start} is invalid: {rule}. Use the weights that it was made of")
     denoiser_format = find_format(training.backbone)
     targets = () if training.lora is None else training.lora.targets
     for path in () if denoiser_format is None else denoiser_format.unadapted:
@@ -72,17 +78,21 @@ def load_initial_denoiser(training: DenoiserTraining, start: str, placer: "Param
             transformer, kernel_dtype=dtype, place=lambda path, each: placer(f"backbone/{path}", each)
         )
         return {"backbone": params, "text": {}}
-    folder = Path(start)
-    pipeline = folder if is_pipeline_folder(folder) else folder / "pipeline"
+    pipeline = _find_pipeline(start)
     config = read_pipeline_config(pipeline)
     for part in ("backbone", "text"):
-        _check_same(str(folder), part, getattr(config, part), getattr(training, part))
+        _check_same(start, part, getattr(config, part), getattr(training, part))
     return read_denoiser(pipeline, config, placer)
 
 
 def _check_same(folder: str, part: str, actual: Any, expected: Any) -> None:
     if difference := describe_difference(actual, expected):
         raise UserError(f"{folder} holds another denoiser than the config's, in {part}: {difference}")
+
+
+def _find_pipeline(start: str) -> Path:
+    """Return the folder of a pipeline, or of a run's pipeline."""
+    return Path(start) if is_pipeline_folder(start) else Path(start) / "pipeline"
 
 
 def _find_transformer(start: str) -> Path | None:

@@ -80,10 +80,16 @@ class Posterior(NamedTuple):
 
     mean: Latents
     log_variance: Latents
+    """Logarithm of the variance of each value."""
 
     @classmethod
     def from_moments(cls, moments: Float[Array, "B t h w _"], std: float | None) -> "Posterior":
-        """Split moments into mean and log variance; `std` replaces the variance unless it is None."""
+        """Split moments along channels into mean and log variance, which is bounded as in the open models.
+
+        Args:
+          moments: Means of all channels, then their log variances.
+          std: Standard deviation of all values instead, 0 for none; None for that of the moments.
+        """
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         if std is not None:
             log_variance = jnp.full_like(mean, 2 * math.log(std) if std else -math.inf)
@@ -100,7 +106,11 @@ class Posterior(NamedTuple):
 
 
 class Normalizer(nnx.Module):
-    """Mean and standard deviation of each latent channel, measured on the training set after training."""
+    """Mean and standard deviation of each latent channel, measured on training clips after the training.
+
+    They are the parameters `normalizer/mean` and `normalizer/std`. An optimizer that does not train them keeps them as
+    they are.
+    """
 
     def __init__(self, channels: int):
         self.mean = nnx.Param(jnp.zeros((channels,), jnp.float32))
@@ -126,9 +136,14 @@ def check_std(std: float | None) -> None:
 
 
 class Vae(nnx.Module):
-    """An autoencoder with a posterior; its normalised latents are the posterior's mean."""
+    """A variational autoencoder, from `posterior` and `reconstruct`: `encode` returns the posterior's normalised mean.
+
+    It is trained by the divergence of the posterior (`KlLoss`), and knows nothing of normalised latents then: their
+    mean and deviation are measured at the end. Layers with a cache, such as `nn.CausalConv`, make it stream.
+    """
 
     normalizer: Normalizer
+    """Mean and deviation of the posterior's means, which a subclass makes: `Normalizer(channels)`."""
 
     @abc.abstractmethod
     def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
