@@ -9,7 +9,8 @@ import pytest
 import dit_video
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.experiment import PretrainedAutoencoder
+from dit_video.experiment import LoraAdapters, PretrainedAutoencoder
+from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import Tiles, decode_stream
 from dit_video.sampling.pipeline import Pipeline
@@ -19,6 +20,7 @@ from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support.extending import replace_backbone, train
 from support.interruptions import interrupt, wait_for_save
+from support.tiny import EXPERIMENT
 from support.tiny_lora import make_pipeline, write_lora
 
 pytestmark = pytest.mark.slow
@@ -136,6 +138,9 @@ def test_weights_of_8_bits(add_package, tmp_path):
         with pytest.raises(UserError, match=r"cannot be merged: backbone/blocks/.*kernel is a Int8Kernel"):
             refused()
     assert not (tmp_path / "styled").exists()
+    training = LoraAdapters(init_from=str(tmp_path / "small"))
+    with pytest.raises(UserError, match=r"init_from=.*small is invalid: .*kernel is a their_kernel:Int8Kernel"):
+        check_initial_weights(dataclasses.replace(EXPERIMENT.denoiser, train=training))
     np.testing.assert_array_equal(sample_latents(loaded), result)
 
 

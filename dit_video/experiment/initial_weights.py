@@ -42,8 +42,8 @@ def check_initial_weights(training: DenoiserTraining) -> None:
 
     Raises:
       MissingError: If the folder of the initial weights does not exist.
-      UserError: If the folder has weights of another model, or if there are no temporal layers where only these are
-        trained.
+      UserError: If the folder has weights of another model, or kernels that are not arrays, or if there are no temporal
+        layers where only these are trained.
     """
     if isinstance(training.train, TemporalWeights):
         paths = flatten(get_param_shapes(training.backbone.make))

@@ -78,5 +78,5 @@ def multiply(
     """
     if isinstance(kernel, Kernel):
         return kernel.matmul(x, precision, weight_constraint)
-    kernel = kernel.astype(x.dtype)
+    kernel = jnp.asarray(kernel).astype(x.dtype)
     return jnp.matmul(x, kernel if weight_constraint is None else weight_constraint(kernel), precision=precision)

@@ -7,7 +7,7 @@ of each such kernel, which must be registered, so that a file can never choose t
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -68,7 +68,7 @@ def _make_shapes(path: str, leaf: Any, name: str, shapes: Mapping[str, tuple[int
     if cls is None or not issubclass(cls, Kernel):
         fix = "Import the module that registers it"
         raise UserError(f"{path} is a {name}, which is not registered as a kernel. {fix}")
-    fields = [field.name for field in dataclasses.fields(cls)]
+    fields = [field.name for field in dataclasses.fields(cast(Any, cls))]
     if missing := [field for field in fields if f"{path}/{field}" not in shapes]:
         raise UserError(f"{path} is a {name}, but the file lacks its {', '.join(missing)}. Write the file again")
     kernel = cls(**{field: jax.ShapeDtypeStruct(shapes[f"{path}/{field}"], np.float32) for field in fields})
