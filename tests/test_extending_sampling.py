@@ -2,17 +2,25 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 import dit_video
+from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.experiment import Experiment, Run
+from dit_video.experiment import Experiment, LoraAdapters, Run
+from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.models.autoencoders import Tiles, decode_stream
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import Downscale, PreviousStep
 from dit_video.tokens import Grid
+from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.optim.optimizer import OptimizerConfig
 from support.extending import replace_backbone, train
+from support.interruptions import interrupt, wait_for_save
+from support.tiny import EXPERIMENT
+from support.tiny_lora import make_pipeline, write_lora
 
 pytestmark = pytest.mark.slow
 
@@ -49,15 +57,30 @@ def test_a_generation_task(add_package, tiny_pipeline):
         sample_latents(1.0, size=(5, 16, 32))
 
 
-def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
-    """Its noise is that of the clip's seed, whatever clips are decoded with it."""
+def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path, monkeypatch, script):
+    """It trains by its own loss, also when it is continued, and its noise in sampling is that of the clip's seed."""
     theirs = add_package("their_decoder", "noisy_decoder")
     model = theirs.NoisyVaeConfig(**vars(tiny.EXPERIMENT.model.autoencoder), decode_time=0.3)
     experiment = tiny.EXPERIMENT.replace_model(autoencoder=model)
     for stage in ("autoencoder", "denoiser"):
         optimizer = OptimizerConfig(learning_rate=1e-3, warmup=0)
         experiment = experiment.replace_stage(stage, steps=2, optimizer=optimizer)
-    Run.create(tmp_path / "run", experiment).train((tiny_run / "data").resolve())
+    clips = (tiny_run / "data").resolve()
+    Run.create(tmp_path / "run", experiment).train(clips)
+    assert all(0 < entry["decode_time"] < 0.6 and entry["latent_size"] > 0 for entry in read_log(tmp_path / "run"))
+    config = tmp_path / "config.py"
+    document = config_json.to_json(dataclasses.replace(experiment, save_every=1))
+    config.write_text(f"from dit_video.core import config_json\nEXPERIMENT = config_json.from_json({document})")
+    command = ("experiments/train.py", config, "--data", clips, "--workdir", tmp_path / "parts", "--no-cache")
+    with monkeypatch.context() as patch:
+        interrupt(patch, call=2, how="killed")
+        assert script(*command).code != 0
+    wait_for_save(tmp_path / "parts" / "autoencoder", 1)
+    ended = script(*command)
+    assert ended.code == 0, ended.err
+    weights = [tmp_path / run / "autoencoder" / "weights.safetensors" for run in ("run", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
     pipeline = dit_video.load(tmp_path / "run")
     requests = [dit_video.Request("a red circle", (9, 16, 32), seed=seed) for seed in (1, 2)]
     latents = pipeline.generate_latents(requests, steps=2)
@@ -66,8 +89,57 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
         decoded = pipeline.decode(own, seed=request.seed).frames
         np.testing.assert_allclose(decoded.astype(int), clip.frames.astype(int), atol=1)
         assert np.abs(pipeline.decode(own, seed=9).frames.astype(int) - decoded).max() > 1
+    tiles = Tiles(height=8, width=16, overlap=0)
     with pytest.raises(UserError, match=r"this decoder takes noise, .* Use tiles=None"):
-        list(decode_stream(model, pipeline.codec.params, latents[0][None], tiles=Tiles(height=8, width=16, overlap=0)))
+        list(decode_stream(model, pipeline.codec.params, [latents[0][None]], tiles=tiles))
+
+
+def read_log(run):
+    return read_metrics(run / "autoencoder" / "metrics.jsonl")
+
+
+def test_weights_of_8_bits(add_package, tmp_path):
+    """They sample almost as the weights that they are made of, are saved and loaded, and have adapters beside them."""
+    theirs = add_package("their_kernel", "int8_kernel")
+    plain = make_pipeline()
+    small = theirs.quantize(plain)
+
+    def is_small(leaf):
+        return isinstance(leaf, theirs.Int8Kernel)
+
+    def restore(leaf):
+        return leaf.values * leaf.scale if is_small(leaf) else leaf
+
+    restored = jax.tree.map(restore, small.denoiser_params, is_leaf=is_small)
+    restored = Pipeline(plain.config, autoencoder=plain.codec.params, denoiser=restored)
+
+    def sample_latents(pipeline):
+        return pipeline.generate("a red circle", steps=2, guidance=1.0, output="latents")
+
+    result = sample_latents(small)
+    np.testing.assert_allclose(result, sample_latents(restored), atol=1e-4)
+    assert 0 < np.abs(result - sample_latents(plain)).max() < 0.05
+    for name, pipeline in (("plain", plain), ("small", small)):
+        pipeline.save(tmp_path / name)
+    sizes = [(tmp_path / name / "denoiser.safetensors").stat().st_size for name in ("plain", "small")]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded = dit_video.load(tmp_path / "small")
+    np.testing.assert_array_equal(sample_latents(loaded), result)
+
+    file = write_lora(tmp_path / "style.safetensors", plain)
+    styled = loaded.load_lora(file, 0.5)
+    changed = sample_latents(styled)
+    assert np.abs(changed - result).max() > 0.1
+    np.testing.assert_allclose(changed, sample_latents(restored.load_lora(file, 0.5)), atol=1e-4)
+    np.testing.assert_array_equal(sample_latents(styled.unload_lora()), result)
+    for refused in (lambda: loaded.load_lora(file, merge=True), lambda: styled.save(tmp_path / "styled")):
+        with pytest.raises(UserError, match=r"cannot be merged: backbone/blocks/.*kernel is a Int8Kernel"):
+            refused()
+    assert not (tmp_path / "styled").exists()
+    training = LoraAdapters(init_from=str(tmp_path / "small"))
+    with pytest.raises(UserError, match=r"init_from=.*small is invalid: .*kernel is a their_kernel:Int8Kernel"):
+        check_initial_weights(dataclasses.replace(EXPERIMENT.denoiser, train=training))
+    np.testing.assert_array_equal(sample_latents(loaded), result)
 
 
 def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_run, tmp_path):

@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Float32
 
 from dit_video.core import pixels, rng
 from dit_video.core.errors import MissingError, UserError
-from dit_video.data.clips import ClipSource
+from dit_video.core.trees import flatten, map_with_path
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import ClipCrops, WindowBatches
 from dit_video.distributed import RowPart
@@ -20,22 +21,15 @@ from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment.initial_weights import describe_difference
 from dit_video.experiment.training_config import AutoencoderTraining
 from dit_video.families import load_autoencoder
-from dit_video.models.autoencoders import (
-    AutoencoderConfig,
-    InflatedConfig,
-    LinearAutoencoder,
-    VqConfig,
-    fit_linear,
-    inflate,
-)
+from dit_video.models.autoencoders import AutoencoderConfig, ClipStatistics, LinearAutoencoder, fit_linear
 from dit_video.models.features import Lpips
-from dit_video.nn import get_graph_def, get_param_shapes
+from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.sampling.pipeline_config import AUTOENCODER, is_pipeline_folder, read_pipeline_config
+from dit_video.tokens import Grid
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
-from dit_video.training.losses.autoencoder import AutoencoderLoss
-from dit_video.training.losses.vq import VqLoss, VqStep
+from dit_video.training.losses.autoencoder import AutoencoderLoss, AutoencoderStep
 from dit_video.training.optim.optimizer import make_optimizer
-from dit_video.training.step import GradientStep, TrainStep
+from dit_video.training.step import TrainStep
 from dit_video.weights import load as load_weights
 from dit_video.weights import load_lpips
 from dit_video.weights import save as save_weights
@@ -44,14 +38,40 @@ WEIGHTS_FILE = "autoencoder/weights.safetensors"
 """File of the trained weights in the folder of a run."""
 MAX_LINEAR_VALUES = 4096
 """Largest number of values of a patch whose principal components are a baseline: they are of a matrix of its square."""
-_LINEAR_BATCHES = 32
-"""Number of batches of training windows that the linear start is measured on."""
+_STATISTICS_BATCHES = 32
+"""Number of batches of training windows that statistics of the clips are measured on."""
+
+
+def make_init(model: AutoencoderConfig, clips: ClipStatistics | None) -> Callable[[Array], dict[str, Any]]:
+    """Return the function from a random key to initial parameters; those that follow from the clips are computed now.
+
+    Args:
+      model: The autoencoder.
+      clips: Statistics of the training clips; None for a training that has begun, or begins with other weights.
+
+    Raises:
+      UserError: If the model lacks a parameter that its config computes from the clips, or has it in another shape.
+    """
+    fitted = {} if clips is None else flatten(model.init_from_clips(clips))
+    shapes = {path: leaf.shape for path, leaf in flatten(get_param_shapes(model.make)).items()} if fitted else {}
+    for path, leaf in fitted.items():
+        if shapes.get(path) != np.shape(leaf):
+            name = f"{type(model).__name__}.init_from_clips"
+            raise UserError(
+                f"{name} is invalid: {path} has shape {np.shape(leaf)}, that of the model {shapes.get(path)}. Use "
+                "paths and shapes of the parameters"
+            )
+
+    def init(key: Array) -> dict[str, Any]:
+        return map_with_path(lambda path, leaf: fitted.get(path, leaf), init_params(model.make, key))
+
+    return init
 
 
 def load_initial_params(training: AutoencoderTraining, model: AutoencoderConfig, key: Array) -> dict[str, Any] | None:
     """Load the parameters of `model` from the folder `training.init_from`; None without a folder.
 
-    An image autoencoder is inflated where the model is an inflated one; `key` initialises its temporal layers.
+    `key` is for parameters that the folder lacks, such as the temporal layers of an inflated image autoencoder.
 
     Raises:
       MissingError: If the folder does not exist, or lacks files.
@@ -59,10 +79,8 @@ def load_initial_params(training: AutoencoderTraining, model: AutoencoderConfig,
     """
     if training.init_from is None:
         return None
-    if not isinstance(model, InflatedConfig):
-        return _load_autoencoder_params(training.init_from, model)
-    params = _load_autoencoder_params(training.init_from, model.image)
-    return inflate(model.image, params, key, kernel_size=model.kernel_size)[1]
+    load = functools.partial(_load_autoencoder_params, training.init_from)
+    return model.init_from_weights(load, key)
 
 
 def read_autoencoder(
@@ -88,7 +106,7 @@ def read_autoencoder(
     return load_weights(folder / WEIGHTS_FILE, like=get_param_shapes(model.make))
 
 
-def _load_autoencoder_params(folder: str, expected: Any) -> dict[str, Any]:
+def _load_autoencoder_params(folder: str, expected: AutoencoderConfig) -> dict[str, Any]:
     if is_pipeline_folder(folder):
         config = read_pipeline_config(folder).model.autoencoder
         params = load_weights(Path(folder) / AUTOENCODER, like=get_param_shapes(config.make))
@@ -111,19 +129,16 @@ def make_autoencoder_step(
       UserError: If the file holds other weights.
     """
     objective, file = training.loss, training.loss.lpips_weights
-    make_loss: Callable[..., AutoencoderLoss] = AutoencoderLoss
-    make_step: Callable[..., GradientStep] = GradientStep
-    if isinstance(model, VqConfig):
-        make_loss, make_step = functools.partial(VqLoss, learning=training.codebook), VqStep
-    loss = make_loss(
+    loss = AutoencoderLoss(
         graph=get_graph_def(model.make),
         objective=objective,
+        latents=model.make_loss(objective, training.optimizer.is_trained),
         seed=seed,
         perceptual_net=None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
         optimizer=training.optimizer,
     )
     optimizer = make_optimizer(training.optimizer, steps=training.steps, mesh=mesh)
-    step = make_step(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay, mesh=mesh)
+    step = AutoencoderStep(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay, mesh=mesh)
     constants = () if file is None else (load_lpips(file),)
     if objective.adversarial is None:
         return step, constants
@@ -175,31 +190,27 @@ def open_windows(
     )
 
 
-def fit_linear_baseline(
-    folder: Path,
-    model: AutoencoderConfig,
-    training: AutoencoderTraining,
-    clips: ClipSource,
-    limits: SizeLimits,
-    *,
-    seed: int,
-) -> LinearAutoencoder:
-    """Return the principal components of the patches of unaugmented training clips, which are kept in the folder.
+class TrainingWindows(NamedTuple):
+    """The first windows of a training without augmentation, and their statistics: `ClipStatistics` of its config."""
 
-    Args:
-      folder: Folder of the training.
-      model: The autoencoder, whose stride and number of channels the linear one has.
-      training: The training, whose windows are used.
-      clips: The training clips.
-      limits: Limits on their sizes.
-      seed: Seed of the run.
-    """
-    path = folder / "linear.safetensors"
-    if path.is_file():
-        return LinearAutoencoder(**load_weights(path))
-    crops = ClipCrops(clips, limit_windows(training, limits))
-    with contextlib.closing(open_windows(training, crops, "linear start", seed=seed, augment=False)) as batches:
-        first = itertools.islice(batches, _LINEAR_BATCHES)
-        fitted = fit_linear(map(pixels.to_float, first), stride=model.stride, channels=model.channels)
-    save_weights(path, fitted._asdict())
-    return fitted
+    folder: Path
+    """Folder of the training."""
+    training: AutoencoderTraining
+    crops: ClipCrops
+    seed: int
+    """Seed of the run."""
+
+    def read_windows(self) -> Iterator[Float32[np.ndarray, "B T H W 3"]]:
+        """Yield batches of windows, with pixels in [-1, 1]."""
+        batches = open_windows(self.training, self.crops, "linear start", seed=self.seed, augment=False)
+        with contextlib.closing(batches):
+            yield from map(pixels.to_float, itertools.islice(batches, _STATISTICS_BATCHES))
+
+    def fit_linear(self, *, stride: Grid, channels: int) -> LinearAutoencoder:
+        """Return the best linear autoencoder of the windows, which the folder keeps."""
+        path = self.folder / f"linear_{stride.t}x{stride.h}x{stride.w}_{channels}.safetensors"
+        if path.is_file():
+            return LinearAutoencoder(**load_weights(path))
+        fitted = fit_linear(self.read_windows(), stride=stride, channels=channels)
+        save_weights(path, fitted._asdict())
+        return fitted

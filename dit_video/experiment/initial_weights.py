@@ -25,8 +25,10 @@ from dit_video.models.encoders import FrozenTextConfig
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_param_shapes
 from dit_video.sampling.loading import read_denoiser
-from dit_video.sampling.pipeline_config import is_pipeline_folder, read_pipeline_config
+from dit_video.sampling.pipeline_config import DENOISER, is_pipeline_folder, read_pipeline_config
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
+from dit_video.weights import load_metadata
+from dit_video.weights.kernels import get_kernel_classes
 from dit_video.weights.parameter import Parameter
 from dit_video.weights.tensor_map import make_dtype_fn
 
@@ -42,8 +44,8 @@ def check_initial_weights(training: DenoiserTraining, model: ModelConfig) -> Non
 
     Raises:
       MissingError: If the folder of the initial weights does not exist.
-      UserError: If the folder has weights of another model, or if there are no temporal layers where only these are
-        trained.
+      UserError: If the folder has weights of another model, or kernels that are not arrays, or if there are no temporal
+        layers where only these are trained.
     """
     if isinstance(training.train, TemporalWeights):
         paths = flatten(get_param_shapes(model.backbone.make))
@@ -58,6 +60,10 @@ def check_initial_weights(training: DenoiserTraining, model: ModelConfig) -> Non
             _check_same(other, "the transformer", read_denoiser_config(other), model.backbone)
         if not isinstance(model.text_encoder, FrozenTextConfig):
             raise UserError(f"{start} has no text encoder to train; set text_encoder=FrozenTextConfig(...)")
+    elif start is not None and (file := _find_pipeline(start) / DENOISER).is_file():
+        for path, name in get_kernel_classes(load_metadata(file)).items():
+            rule = f"{path} is a {name}, not an array, so that it cannot be trained, nor adapters be merged into it"
+            raise UserError(f"init_from={start} is invalid: {rule}. Use the weights that it was made of")
     denoiser_format = find_format(model.backbone)
     targets = () if training.lora is None else training.lora.targets
     for path in () if denoiser_format is None else denoiser_format.unadapted:
@@ -74,17 +80,21 @@ def load_initial_denoiser(model: ModelConfig, start: str, placer: "ParameterPlac
             transformer, kernel_dtype=dtype, place=lambda path, each: placer(f"backbone/{path}", each)
         )
         return {"backbone": params, "text": {}}
-    folder = Path(start)
-    pipeline = folder if is_pipeline_folder(folder) else folder / "pipeline"
+    pipeline = _find_pipeline(start)
     config = read_pipeline_config(pipeline)
     for part in ("backbone", "text_encoder"):
-        _check_same(str(folder), part, getattr(config.model, part), getattr(model, part))
+        _check_same(start, part, getattr(config.model, part), getattr(model, part))
     return read_denoiser(pipeline, config, placer)
 
 
 def _check_same(folder: str, part: str, actual: Any, expected: Any) -> None:
     if difference := describe_difference(actual, expected):
         raise UserError(f"{folder} holds another denoiser than the config's, in {part}: {difference}")
+
+
+def _find_pipeline(start: str) -> Path:
+    """Return the folder of a pipeline, or of a run's pipeline."""
+    return Path(start) if is_pipeline_folder(start) else Path(start) / "pipeline"
 
 
 def _find_transformer(start: str) -> Path | None:

@@ -50,12 +50,13 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_usable
+from dit_video.data.windows import ClipCrops
 from dit_video.distributed import MeshPartitioner, Parallelism, make_mesh
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.evaluation.evaluate import EvaluationClips
 from dit_video.experiment import datasets, export
 from dit_video.experiment.amendments import Amendment, describe_stages, make_amendment
-from dit_video.experiment.autoencoder import MAX_LINEAR_VALUES, fit_linear_baseline, read_autoencoder
+from dit_video.experiment.autoencoder import MAX_LINEAR_VALUES, TrainingWindows, limit_windows, read_autoencoder
 from dit_video.experiment.checkpoints import get_checkpoint_folder
 from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.denoiser import load_checkpoint
@@ -918,6 +919,6 @@ class Run:
         training, model = self.experiment.autoencoder, self.model.autoencoder
         if training is None or 3 * model.stride.volume > MAX_LINEAR_VALUES:
             return None
-        return fit_linear_baseline(
-            self.folder / "autoencoder", model, training, self.training_clips, self.limits, seed=self.seed
-        )
+        crops = ClipCrops(self.training_clips, limit_windows(training, self.limits))
+        windows = TrainingWindows(self.folder / "autoencoder", training, crops, self.seed)
+        return windows.fit_linear(stride=model.stride, channels=model.channels)

@@ -16,7 +16,6 @@ from dit_video.models.model_config import ModelConfig
 from dit_video.nn import LoraConfig
 from dit_video.tokens import CanvasShape, PackedShape
 from dit_video.training.losses.distillation import Distillation
-from dit_video.training.losses.vq import CodebookLearning
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.optimizer import OptimizerConfig
 
@@ -32,8 +31,6 @@ class AutoencoderTraining:
     optimizer: OptimizerConfig
     steps: int
     loss: AutoencoderObjective = field(default_factory=AutoencoderObjective)
-    codebook: CodebookLearning = field(default_factory=CodebookLearning)
-    """Codebook update of a vector-quantized autoencoder."""
     ema_decay: float = 0.99
     max_pixels: int | None = None
     """Maximum number of pixels of the frames that windows are cut from; None for the data's, at which the

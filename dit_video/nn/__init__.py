@@ -9,6 +9,7 @@ from dit_video.nn.container import (
     init_params,
 )
 from dit_video.nn.conv import CausalConv, ConvCache, ConvForm, TemporalPadding, set_conv_form
+from dit_video.nn.kernel import Kernel, is_kernel
 from dit_video.nn.layers import (
     GroupNorm,
     Init,
@@ -28,6 +29,7 @@ from dit_video.nn.lora import (
     add_lora_scale,
     attach_lora,
     get_lora_changes,
+    get_mergeable_changes,
     init_lora,
     merge_lora,
     merge_lora_in_place,

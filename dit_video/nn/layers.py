@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 from jax.custom_derivatives import linear_call
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int, Real
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
+from dit_video.nn.kernel import AnyKernel, Kernel, multiply
 from dit_video.nn.partitioner import ONE_DEVICE, Partitioner, Precision, Split, WeightConstraint
 
 _INNER, _CUBIC = math.sqrt(2 / math.pi), 0.044715
@@ -102,24 +102,20 @@ class Linear(nnx.Module):
     def project_parts(self, x: Float[Array, "*batch i"], count: int) -> Float[Array, "*batch {count} n"]:
         """Return the outputs of `count` fused maps of equal width."""
         kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...].reshape(count, -1)
-        if self.fused_constraint is None or not isinstance(kernel, jax.Array):  # a LoRA kernel has its own products
+        if self.fused_constraint is None or isinstance(kernel, Kernel):  # which has its own products
             return self(x).reshape(*x.shape[:-1], count, -1)
         kernels, x = self.fused_constraint(kernel, count), x.astype(self.dtype)
         parts = [self._apply(x, kernels[:, part], None if bias is None else bias[part]) for part in range(count)]
         return jnp.stack(parts, axis=-2)
 
     def _apply(
-        self, x: Float[Array, "*batch i"], kernel: Any, bias: Float[AnyArray, " o"] | None
+        self, x: Float[Array, "*batch i"], kernel: AnyKernel, bias: Float[AnyArray, " o"] | None
     ) -> Float[Array, "*batch o"]:
         if jax.default_backend() == "cpu" and x.ndim != 2:
             return self._apply(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], kernel.shape[1])
-        adapted = not isinstance(kernel, jax.Array | np.ndarray)
-        if adapted or (kernel.dtype == self.dtype and self.weight_constraint is None):
-            # `LowRankKernel` defines its own product; a kernel in the compute dtype needs no special gradient.
-            kernel = kernel.astype(self.dtype)
-            if adapted and self.weight_constraint is not None:
-                kernel = kernel.constrain(self.weight_constraint)
-            y = kernel.multiply(x, self.precision) if adapted else jnp.matmul(x, kernel, precision=self.precision)
+        if isinstance(kernel, Kernel) or (kernel.dtype == self.dtype and self.weight_constraint is None):
+            # A `Kernel` has a product of its own; an array in the compute dtype needs no special gradient.
+            y = multiply(x, kernel, self.precision, self.weight_constraint)
             return y if bias is None else y + bias.astype(self.dtype)
         y = _matmul(self.weight_constraint, self.precision, x, kernel)
         return y if bias is None else _add_bias(y, bias)

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from dit_video.core.errors import UserError
 from dit_video.core.trees import check_path_patterns, flatten, map_with_path, unflatten
 from dit_video.core.typing import AnyArray
+from dit_video.nn.kernel import Kernel, is_kernel, multiply
 from dit_video.nn.partitioner import Precision, WeightConstraint
 
 _MAX_LISTED = 10
@@ -101,13 +102,13 @@ def merge_lora(
     """Return parameters with the adapter's changes added; they keep their dtype.
 
     Raises:
-      UserError: If the adapter is for parameters that the model lacks, or for other shapes.
+      UserError: If the adapter is for parameters that the model lacks, or for other shapes, or changes a `Kernel`.
     """
-    leaves = flatten(params)
-    for path, change in get_lora_changes(params, lora, weight).items():
+    leaves = flatten(params, is_leaf=is_kernel)
+    for path, change in get_mergeable_changes(params, lora, weight).items():
         add = _add_on_devices if isinstance(leaves[path], jax.Array) else _add_change
         leaves[path] = add(leaves[path], change)
-    return map_with_path(lambda path, _: leaves[path], params)
+    return map_with_path(lambda path, _: leaves[path], params, is_leaf=is_kernel)
 
 
 def merge_lora_in_place(
@@ -119,14 +120,15 @@ def merge_lora_in_place(
     more than before. Arrays on the host stay as they are.
 
     Raises:
-      UserError: If the adapter is for parameters that the model lacks, or for other shapes; then nothing changes.
+      UserError: If the adapter is for parameters that the model lacks, or for other shapes, or changes a `Kernel`; then
+        nothing changes.
     """
-    leaves = flatten(params)
-    for path, change in get_lora_changes(params, lora, weight).items():
+    leaves = flatten(params, is_leaf=is_kernel)
+    for path, change in get_mergeable_changes(params, lora, weight).items():
         leaf = leaves[path]
         add = _make_add_in_place(leaf.sharding) if isinstance(leaf, jax.Array) else _add_change
         leaves[path] = add(leaf, change)
-    return map_with_path(lambda path, _: leaves[path], params)
+    return map_with_path(lambda path, _: leaves[path], params, is_leaf=is_kernel)
 
 
 def attach_lora(
@@ -135,18 +137,20 @@ def attach_lora(
     """Return parameters whose adapted kernels are `LowRankKernel`, for `nn.Linear`; differences are added.
 
     Raises:
-      UserError: If the adapter is for parameters that the model lacks, or for other shapes.
+      UserError: If the adapter is for parameters that the model lacks, or for other shapes, or has a difference of a
+        `Kernel`.
     """
-    leaves = flatten(params, is_leaf=_is_adapted)
+    leaves = flatten(params, is_leaf=is_kernel)
     for path, change in get_lora_changes(params, lora, weight).items():
         leaf = leaves[path]
         kernel, factors = (leaf.kernel, leaf.factors) if isinstance(leaf, LowRankKernel) else (leaf, ())
         if change.diff is not None:
+            _check_is_array(path, kernel, "Use an adapter that has factors alone")
             kernel = _add_change(kernel, change._replace(factors=None))
         if change.factors is not None:
             factors = (*factors, change.factors)
         leaves[path] = LowRankKernel(kernel, factors) if factors else kernel
-    return map_with_path(lambda path, _: leaves[path], params, is_leaf=_is_adapted)
+    return map_with_path(lambda path, _: leaves[path], params, is_leaf=is_kernel)
 
 
 class LowRankFactors(NamedTuple):
@@ -173,13 +177,11 @@ class LoraChange(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LowRankKernel:
-    """A kernel plus products of factors. The sum is never materialised: linear layers only multiply by it.
-
-    Scans can slice it.
-    """
+class LowRankKernel(Kernel):
+    """A kernel plus products of factors. The sum is never materialised: linear layers only multiply by it."""
 
     kernel: Any
+    """The kernel that is adapted, an array or a `Kernel`."""
     factors: tuple[LowRankFactors, ...]
     """Factors of each adapter."""
 
@@ -187,26 +189,22 @@ class LowRankKernel:
     def shape(self) -> tuple[int, ...]:
         return self.kernel.shape
 
-    def __getitem__(self, index: Any) -> "LowRankKernel":
-        if index is not Ellipsis:
-            raise TypeError("an adapted kernel can only be indexed with [...]; merge the adapter to read parts of it")
-        return self
+    @property
+    def dtype(self) -> np.dtype:
+        return self.kernel.dtype
 
-    def astype(self, dtype: Any) -> "LowRankKernel":
-        """Return the kernel in the dtype of the products; scales keep their precision."""
-        factors = (LowRankFactors(a.astype(dtype), b.astype(dtype), scale) for a, b, scale in self.factors)
-        return LowRankKernel(self.kernel.astype(dtype), tuple(factors))
-
-    def constrain(self, weight_constraint: WeightConstraint) -> "LowRankKernel":
-        """Return the kernel with a sharding constraint on its frozen part and on the factors."""
-        factors = (LowRankFactors(*weight_constraint.constrain_factors(a, b), scale) for a, b, scale in self.factors)
-        return LowRankKernel(weight_constraint(self.kernel), tuple(factors))
-
-    def multiply(self, x: Array, precision: Precision = None) -> Array:
-        """Return the product of `x` and the sum, in the dtype of `x`; see `nn.Linear` for `precision`."""
+    def matmul(
+        self,
+        x: Float[Array, "*batch i"],
+        precision: Precision = None,
+        weight_constraint: WeightConstraint | None = None,
+    ) -> Float[Array, "*batch o"]:
+        """Return the product of `x` and the sum; scales keep their precision."""
         matmul = functools.partial(jnp.matmul, precision=precision)
-        y = matmul(x, self.kernel)
+        y = multiply(x, self.kernel, precision, weight_constraint)
         for a, b, scale in self.factors:
+            a, b = a.astype(x.dtype), b.astype(x.dtype)
+            a, b = (a, b) if weight_constraint is None else weight_constraint.constrain_factors(a, b)
             y = y + matmul((matmul(x, a) * scale).astype(x.dtype), b)
         return y
 
@@ -219,7 +217,7 @@ def get_lora_changes(
     Raises:
       UserError: If the adapter is for parameters that the model lacks, or for other shapes.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params, is_leaf=_is_adapted).items()}
+    shapes = _get_shapes(params)
     leaves = flatten(lora)
     paths = dict.fromkeys(path.rsplit("/", 1)[0] for path in leaves)
     if unknown := [path for path in paths if path not in shapes]:
@@ -229,9 +227,33 @@ def get_lora_changes(
     return {path: _get_change(path, shapes[path], leaves, weight) for path in paths}
 
 
+def get_mergeable_changes(
+    params: Mapping[str, Any], lora: Mapping[str, Any], weight: float | Float[AnyArray, ""] = 1.0
+) -> dict[str, LoraChange]:
+    """Return an adapter's changes by parameter path, to be added to arrays.
+
+    Raises:
+      UserError: If the adapter is for parameters that the model lacks, or for other shapes, or changes a `Kernel`.
+    """
+    changes, leaves = get_lora_changes(params, lora, weight), flatten(params, is_leaf=is_kernel)
+    for path in changes:
+        _check_is_array(path, leaves[path], "Attach it (load_lora with merge=False), or merge it before")
+    return changes
+
+
+def _check_is_array(path: str, kernel: Any, fix: str) -> None:
+    if isinstance(kernel, Kernel):
+        rule = f"{path} is a {type(kernel).__name__}, not an array that it could be added to"
+        raise UserError(f"the adapter cannot be merged: {rule}. {fix}")
+
+
+def _get_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in flatten(params, is_leaf=is_kernel).items()}
+
+
 def _find_targets(params: Mapping[str, Any], config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the adapted kernels by path."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    shapes = _get_shapes(params)
     check_path_patterns("targets", config.targets, shapes)
     targets = {path: shape for path, shape in shapes.items() if any(re.search(p, path) for p in config.targets)}
     for path, shape in targets.items():
@@ -294,7 +316,3 @@ _add_on_devices = jax.jit(_add_change)
 def _make_add_in_place(sharding: jax.sharding.Sharding) -> Callable[[Any, LoraChange], Any]:
     """Return a function that adds a change to an array on devices, in the array's own memory."""
     return jax.jit(_add_change, donate_argnums=0, out_shardings=sharding)
-
-
-def _is_adapted(node: Any) -> bool:
-    return isinstance(node, LowRankKernel)

@@ -14,7 +14,15 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.offload import is_in_host_memory
 from dit_video.core.trees import flatten, map_with_path, unflatten
 from dit_video.distributed.gather import to_host
-from dit_video.nn import LowRankKernel, attach_lora, get_lora_changes, merge_lora, merge_lora_in_place
+from dit_video.nn import (
+    LowRankKernel,
+    attach_lora,
+    get_lora_changes,
+    get_mergeable_changes,
+    is_kernel,
+    merge_lora,
+    merge_lora_in_place,
+)
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.weights import get_native_modules
 from dit_video.weights.lora import GetLoraModules, LoraModules, add_module_prefix, check_lora
@@ -87,10 +95,10 @@ class AdaptedWeights(NamedTuple):
         Arrays on devices that change are deleted: other weights that share them cannot be used any more.
 
         Raises:
-          UserError: If the adapter does not fit; then nothing changes.
+          UserError: If the adapter does not fit, or changes a kernel that is not an array; then nothing changes.
         """
-        leaves = flatten(self.params)
-        changed = [path for path in get_lora_changes(self.params, lora) if path not in self.originals]
+        leaves = flatten(self.params, is_leaf=is_kernel)
+        changed = [path for path in get_mergeable_changes(self.params, lora) if path not in self.originals]
         copies = {path: _copy_to_host(leaves[path]) for path in changed}
         params = _change(merge_lora_in_place, self.params, lora, scale)
         return self._replace(params=params, originals={**self.originals, **copies})
@@ -108,7 +116,7 @@ class AdaptedWeights(NamedTuple):
             leaf.delete()
             return original.to_devices()
 
-        return AdaptedWeights(map_with_path(restore_leaf, self.params))
+        return AdaptedWeights(map_with_path(restore_leaf, self.params, is_leaf=is_kernel))
 
     def make_sampling_params(self) -> dict[str, Any]:
         """Return the parameters for sampling: kernels that adapters change are `LowRankKernel`.
@@ -121,7 +129,11 @@ class AdaptedWeights(NamedTuple):
         return params
 
     def make_merged_params(self) -> dict[str, Any]:
-        """Return the parameters with all adapters in them; those that change are copied."""
+        """Return the parameters with all adapters in them; those that change are copied.
+
+        Raises:
+          UserError: If an adapter changes a kernel that is not an array.
+        """
         params = self.params
         for adapter in self._list_active():
             params = _change(merge_lora, params, adapter.lora, adapter.scale)
@@ -187,7 +199,6 @@ def _change(function: Callable[..., dict[str, Any]], params: dict[str, Any], lor
 
     Factors that are attached leave their kernel where it is.
     """
-    is_adapted = lambda node: isinstance(node, LowRankKernel)  # noqa: E731
     changes = get_lora_changes(params, lora)
     host: dict[str, jax.Array] = {}
 
@@ -205,10 +216,10 @@ def _change(function: Callable[..., dict[str, Any]], params: dict[str, Any], lor
             return LowRankKernel(jax.device_put(leaf.kernel, host[path].sharding), leaf.factors)
         return jax.device_put(leaf, host[path].sharding)
 
-    params = map_with_path(to_numpy, params, is_leaf=is_adapted)
+    params = map_with_path(to_numpy, params, is_leaf=is_kernel)
     if function is not attach_lora and host:
         lora = jax.tree.map(np.asarray, lora)
-    return map_with_path(put_back, function(params, lora, scale), is_leaf=is_adapted)
+    return map_with_path(put_back, function(params, lora, scale), is_leaf=is_kernel)
 
 
 def _get_bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -277,7 +288,7 @@ def split_factors(lora: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[d
     Factors are multiplied in that dtype. Scales and differences stay on the host: they are small, and only needed when
     a scale is set.
     """
-    kernels, leaves = flatten(params), flatten(lora)
+    kernels, leaves = flatten(params, is_leaf=is_kernel), flatten(lora)
     factors = {
         path: leaf.astype(kernels[path[:-2]].dtype) for path, leaf in leaves.items() if path.endswith(("/a", "/b"))
     }

@@ -22,8 +22,9 @@ from dit_video.core.files import write_json
 from dit_video.nn import get_param_shapes
 from dit_video.weights import streaming
 from dit_video.weights.folders import TensorFolder
+from dit_video.weights.kernels import add_kernels
 from dit_video.weights.parameter import Placement, place_on_device, place_on_host
-from dit_video.weights.safetensors import check_safetensors_file, check_tensors_match
+from dit_video.weights.safetensors import check_safetensors_file, check_tensors_match, load_metadata
 from dit_video.weights.streaming import FileMap, FolderSource, ParamSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES, TensorMap
 
@@ -77,7 +78,7 @@ def read_params_file(path: Path, like: Any, *, place: Placement = place_on_host)
       UserError: If the file is pickled, truncated or corrupt, or its tensors do not match `like`.
     """
     with open_params_file(path, like) as source:
-        return streaming.read(source, like, dtype_fn=lambda path: np.float32, place=place)
+        return streaming.read(source, source.like, dtype_fn=lambda path: np.float32, place=place)
 
 
 def read_shapes(path: Path) -> dict[str, Any]:
@@ -89,9 +90,13 @@ def read_shapes(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_params_file(path: Path, like: Any) -> Iterator[FolderSource]:
-    """Open the parameters in one of our own files; arguments and errors are those of `read_params_file`."""
-    check_safetensors_file(path)
+    """Open the parameters in one of our own files; arguments and errors are those of `read_params_file`.
+
+    In `like` of the source, the file's kernels (`nn.Kernel`) take the place of arrays.
+    """
+    metadata = load_metadata(path)
     with TensorFolder(path.parent, stem=path.stem) as tensors:
+        like = add_kernels(like, tensors.shapes, metadata)
         yield FolderSource(tensors, FileMap.from_params(like), like)
 
 

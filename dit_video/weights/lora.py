@@ -26,6 +26,7 @@ import numpy as np
 from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
+from dit_video.nn import is_kernel
 from dit_video.weights import safetensors as ours
 from dit_video.weights.tensor_map import TensorMapping, get_their_shape
 
@@ -84,7 +85,7 @@ def get_native_modules(params: Mapping[str, Any]) -> dict[str, LoraModule]:
       params: The model's parameters, or their shapes.
     """
     modules = {}
-    for path, leaf in trees.flatten(params).items():
+    for path, leaf in trees.flatten(params, is_leaf=is_kernel).items():
         module, stack = path.removesuffix("/kernel").replace("/", "."), re.search(r"(?:^|/)blocks(?=/)", path)
         if not path.endswith("/kernel"):
             continue
@@ -98,7 +99,7 @@ def get_native_modules(params: Mapping[str, Any]) -> dict[str, LoraModule]:
 
 def expand_layers(names: Mapping[str, str], params: Mapping[str, Any]) -> dict[str, LoraModule]:
     """Return the modules for names such as `blocks.{}.attn1.to_q` (`{}` is the layer), given by our kernels' paths."""
-    shapes = {path: leaf.shape for path, leaf in trees.flatten(params).items()}
+    shapes = _get_shapes(params)
     return {
         name.format(layer): LoraModule(path, layer if "{}" in name else None)
         for path, name in names.items()
@@ -339,7 +340,7 @@ def _find_file(path: Path) -> Path:
 
 
 def _get_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
+    return {name: tuple(leaf.shape) for name, leaf in trees.flatten(params, is_leaf=is_kernel).items()}
 
 
 def save_lora(

@@ -21,6 +21,7 @@ import safetensors
 from dit_video.core import trees
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import atomic_path
+from dit_video.weights.kernels import add_kernels, describe_kernels
 
 _NUMBERS = {f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 _DTYPES = _NUMBERS | {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"}
@@ -64,8 +65,8 @@ def save(
 
     Args:
       path: The file, by convention `*.safetensors`; an existing one is replaced.
-      tree: Nested dictionary of JAX or NumPy arrays, or of `StreamedArray`s. Its keys must not contain `/`, which joins
-        them in the file.
+      tree: Nested dictionary of JAX or NumPy arrays, of `StreamedArray`s, or of registered kernels (`nn.Kernel`) of
+        these. Its keys must not contain `/`, which joins them in the file.
       metadata: Text by name, kept in the header.
       dtype: Dtype that floating arrays are cast to, such as `jnp.bfloat16`; None keeps theirs. Integers and booleans
         are never cast.
@@ -73,8 +74,10 @@ def save(
         them.
 
     Raises:
+      UserError: If the class of a kernel is not registered.
       ValueError: If two arrays get the same name, or the format lacks a dtype.
     """
+    metadata = {**(metadata or {}), **describe_kernels(tree)}
     arrays = trees.flatten(tree)
     if len(arrays) != len(jax.tree.leaves(tree)):
         raise ValueError("two arrays have the same name: keys must not contain '/'")
@@ -113,7 +116,7 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
     Args:
       path: safetensors file from `save` or any other program; names without `/` give a flat dictionary.
       like: Tree of `jax.ShapeDtypeStruct` with the names and shapes that the file must have, and the structure of the
-        result.
+        result, in which the file's kernels (`nn.Kernel`) take the place of arrays.
       dtype: Dtype that floating arrays are cast to (bfloat16 to float32 is exact); None keeps the file's.
 
     Raises:
@@ -126,6 +129,7 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
         names = list(file.keys())
         if like is not None:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            like = add_kernels(like, shapes, file.metadata() or {})
             expected = {name: tuple(leaf.shape) for name, leaf in trees.flatten(like).items()}
             check_tensors_match(path, shapes, expected)
         for name in names:

@@ -18,6 +18,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from dit_video.core import trees
 from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
+from dit_video.nn import is_kernel
 from dit_video.weights import safetensors as ours
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.parameter import Parameter, Placement, place_on_host
@@ -72,12 +73,20 @@ class FileMap(NamedTuple):
 
 
 class ParamsSource:
-    """Parameters in memory; `layer` selects a block of a stack and is None for all other parameters."""
+    """Parameters in memory; `layer` selects a block of a stack and is None for all other parameters.
+
+    Raises:
+      UserError: If a kernel is not an array.
+    """
 
     depths: Mapping[str, int] = {}
     """Number of layers of each parameter that is stored layer by layer; in memory no parameter is."""
 
     def __init__(self, params: Mapping[str, Any]):
+        kernels = (leaf for leaf in trees.flatten(params, is_leaf=is_kernel).items() if is_kernel(leaf[1]))
+        for path, kernel in kernels:
+            rule = f"{path} is a {type(kernel).__name__}, not an array, which other programs' formats cannot hold"
+            raise UserError(f"the weights cannot be written: {rule}. Use Pipeline.save, or weights that are arrays")
         self._leaves = trees.flatten(params)
 
     def get_dtype(self, path: str, layer: int | None) -> np.dtype:

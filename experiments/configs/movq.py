@@ -24,13 +24,13 @@ from dit_video.models.autoencoders import (
     AutoencoderObjective,
     CausalVaeConfig,
     CodebookConfig,
+    CodebookLearning,
     VqConfig,
 )
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.losses.vq import CodebookLearning
 from dit_video.training.optim.optimizer import OptimizerConfig
 
 EXPERIMENT = Experiment(
@@ -53,8 +53,11 @@ EXPERIMENT = Experiment(
             windows=(WindowConfig(size=Grid(9, 128, 128), batch=16), WindowConfig(size=Grid(1, 256, 256), batch=32)),
             optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup=1000),
             steps=100_000,
-            loss=AutoencoderObjective(kl=0.0, adversarial=AdversarialConfig(start_step=20_000)),
-            codebook=CodebookLearning(decay=0.99, restart_after=200),
+            loss=AutoencoderObjective(
+                kl=0.0,
+                codebook=CodebookLearning(decay=0.99, restart_after=200),
+                adversarial=AdversarialConfig(start_step=20_000),
+            ),
             ema_decay=0.999,
         ),
         TrainDenoiser(

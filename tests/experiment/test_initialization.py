@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.trees import flatten
+from dit_video.core.trees import flatten, unflatten
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment import TrainAutoencoder
-from dit_video.experiment.autoencoder import load_initial_params
+from dit_video.experiment.autoencoder import load_initial_params, make_autoencoder_step, make_init
 from dit_video.experiment.run import Run
 from dit_video.families import save_autoencoder
 from dit_video.models.autoencoders import (
+    AdversarialConfig,
+    AutoencoderConfig,
+    AutoencoderObjective,
     CausalVaeConfig,
     CodebookConfig,
     ImageLevels,
@@ -95,6 +98,39 @@ def test_a_start_folder_with_another_autoencoder_is_refused(folder, model, messa
 def test_a_missing_start_folder_is_refused(tmp_path):
     with pytest.raises(MissingError):
         load_initial_params(training(tmp_path / "none"), IMAGE, jax.random.key(0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitted(PatchVaeConfig):
+    """An autoencoder with initial parameters that follow from the clips."""
+
+    path: str
+    size: int
+
+    def init_from_clips(self, clips):
+        return unflatten({self.path: np.full(self.size, clips, np.float32)})
+
+
+def test_what_follows_from_the_clips_takes_the_place_of_random_parameters():
+    model = Fitted(width=8, blocks=1, path="decoder_in/bias", size=8)
+    random, fitted = (flatten(make_init(training(model), clips)(jax.random.key(0))) for clips in (None, 3.0))
+    for path, value in random.items():
+        np.testing.assert_array_equal(fitted[path], np.full(8, 3.0) if path == model.path else value)
+
+
+@pytest.mark.parametrize(("path", "size"), [("decoder_in/bais", 8), ("decoder_in/bias", 9)])
+def test_parameters_that_the_model_lacks_cannot_follow_from_the_clips(path, size):
+    with pytest.raises(UserError, match=rf"Fitted.init_from_clips is invalid: {path} has shape \({size},\)"):
+        make_init(training(Fitted(width=8, blocks=1, path=path, size=size)), 3.0)
+
+
+def test_a_model_without_a_last_layer_is_not_trained_against_a_discriminator():
+    class Nameless(PatchVaeConfig):
+        last_layer = AutoencoderConfig.last_layer
+
+    loss = AutoencoderObjective(adversarial=AdversarialConfig())
+    with pytest.raises(UserError, match=r"adversarial is invalid: Nameless .*Give it a property last_layer"):
+        make_autoencoder_step(dataclasses.replace(training(Nameless()), loss=loss), 0)
 
 
 @pytest.mark.slow

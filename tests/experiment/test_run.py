@@ -125,7 +125,7 @@ def test_the_linear_start_is_fitted_on_clips_as_they_are(tiny, tiny_run, copy):
     experiment = tiny.EXPERIMENT
     windows = tuple(dataclasses.replace(window, augment=Augmentation()) for window in experiment.autoencoder.windows)
     augmented = experiment.replace_stage("autoencoder", windows=windows)
-    (copy / "autoencoder" / "linear.safetensors").unlink()
+    (copy / "autoencoder" / "linear_4x8x8_4.safetensors").unlink()
     again = dataclasses.replace(Run.open(copy), experiment=augmented).linear_baseline()
     for left, right in zip(again, Run.open(tiny_run).linear_baseline(), strict=True):
         np.testing.assert_array_equal(left, right)

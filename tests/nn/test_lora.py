@@ -181,7 +181,7 @@ def test_an_adapter_of_another_model_is_refused(change):
 def test_parts_of_an_adapted_kernel_cannot_be_taken():
     attached = attach_lora(PARAMS, adapter(8))["embed"]["kernel"]
     assert attached[...] is attached
-    with pytest.raises(TypeError, match="merge the adapter"):
+    with pytest.raises(TypeError, match=r"parts of a LowRankKernel cannot be taken"):
         attached[:, :2]
 
 

@@ -11,15 +11,17 @@ from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjectiv
 from dit_video.nn import get_graph_def
 from dit_video.tokens import Grid
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
-from dit_video.training.losses.autoencoder import AutoencoderLoss
+from dit_video.training.losses.autoencoder import AutoencoderLoss, AutoencoderStep
 from dit_video.training.state import init_state
-from dit_video.training.step import GradientStep
 from support.random_params import make_random_params
 
 CONFIG = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=1)
 CLIPS = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), np.uint8)
 PARAMS = make_random_params(CONFIG.make)
-LOSS = AutoencoderLoss(graph=get_graph_def(CONFIG.make), objective=AutoencoderObjective.pixels(), seed=1)
+OBJECTIVE = AutoencoderObjective.pixels()
+LOSS = AutoencoderLoss(
+    graph=get_graph_def(CONFIG.make), objective=OBJECTIVE, latents=CONFIG.make_loss(OBJECTIVE), seed=1
+)
 SGD = optax.sgd(1e-2)
 LECAM = AdversarialConfig(
     weight=0.5, start_step=2, width=4, layers=1, learning_rate=1e-2, regulariser=LeCam(weight=0.1)
@@ -44,5 +46,5 @@ def make_game_step(config: AdversarialConfig):
 
 def make_train_step(config: AdversarialConfig) -> AdversarialStep:
     """Return the step of both players."""
-    autoencoder = GradientStep(loss=LOSS, optimizer=SGD, ema_decay=0.9)
+    autoencoder = AutoencoderStep(loss=LOSS, optimizer=SGD, ema_decay=0.9)
     return AdversarialStep(autoencoder=autoencoder, discriminator=make_discriminator(config))

@@ -5,12 +5,12 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
-from dit_video.models.autoencoders import AutoencoderObjective, CodebookConfig
-from dit_video.models.autoencoders.vq import Codebook
+from dit_video.models.autoencoders import AutoencoderObjective, CodebookConfig, CodebookLearning, CodebookLoss
+from dit_video.models.autoencoders.codebook import Codebook
 from dit_video.nn import Linear, get_graph_def, init_params
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
-from dit_video.training.losses.vq import CodebookLearning, VqLoss
+from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
 
 CODEBOOK = CodebookConfig(codes=16, width=4)
@@ -34,9 +34,10 @@ class Patches(nnx.Module):
         return rearrange(self.from_codes(codes), "B t h w (a b C) -> B t (h a) (w b) C", a=4, b=4)
 
 
-def make_loss(learning: CodebookLearning, make=Patches) -> VqLoss:
+def make_loss(learning: CodebookLearning, make=Patches) -> AutoencoderLoss:
     """Return the loss of a model."""
-    return VqLoss(graph=get_graph_def(make), objective=AutoencoderObjective.pixels(), seed=3, learning=learning)
+    latents = CodebookLoss(learning=learning)
+    return AutoencoderLoss(graph=get_graph_def(make), objective=AutoencoderObjective.pixels(), latents=latents, seed=3)
 
 
 def init(key, make=Patches):

@@ -141,7 +141,9 @@ def measure_denoiser(setting: Setting, steps: int, num_examples: int) -> tuple[d
 def measure_autoencoder(setting: Setting, steps: int) -> tuple[dict[str, Any], TrainingSetup]:
     """Measure the autoencoder's training step on windows of pixels; its tokens are latent positions."""
     config, model, window = setting.autoencoder, setting.model.autoencoder, setting.autoencoder.windows[0]
-    loss = AutoencoderLoss(graph=get_graph_def(model.make), objective=config.loss, seed=0)
+    loss = AutoencoderLoss(
+        graph=get_graph_def(model.make), objective=config.loss, latents=model.make_loss(config.loss), seed=0
+    )
     setup = make_training_setup(setting, functools.partial(init_params, model.make), loss, config.optimizer)
     generator = rng.make_generator(0, "benchmark windows")
     batches = [generator.integers(0, 256, (window.batch, *window.size, 3), dtype=np.uint8) for _ in range(2)]

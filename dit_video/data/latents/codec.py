@@ -15,7 +15,6 @@ from dit_video.core.platform.devices import get_memory_limits
 from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten
 from dit_video.models.autoencoders import AutoencoderConfig, Tiles, decode_stream, encode_stream, latent_grid
-from dit_video.models.autoencoders.interface import decodes_whole_clips
 from dit_video.models.autoencoders.streaming import OptionalSharding, estimate_chunk_bytes
 from dit_video.tokens import Grid
 from dit_video.video import Clip
@@ -100,7 +99,7 @@ class LatentCodec:
         values = np.asarray(latents, np.float32)
         chunk = self.get_chunk_length("decode", len(values), Grid(*values.shape[1:4]))
         with move_to_devices(self.params) as params:
-            yield from decode_stream(self.config, params, values, chunk=chunk, seeds=seeds, **self._options)
+            yield from decode_stream(self.config, params, [values], chunk=chunk, seeds=seeds, **self._options)
 
     def reconstruct(self, clip: Clip) -> Clip:
         """Encode and decode a clip."""
@@ -142,7 +141,7 @@ def fit_chunk(config: AutoencoderConfig, method: str, clips: int, latents: Grid,
     The shortest chunk is one latent frame, or the whole clip for a decoder that sees later frames; the longest one is
     at least as long.
     """
-    if method == "decode" and decodes_whole_clips(config):
+    if method == "decode" and config.is_decoder_symmetric:
         return estimate_chunk_bytes(config, method, clips, latents), latents.t
     one, two = (estimate_chunk_bytes(config, method, clips, latents._replace(t=count)) for count in (1, 2))
     return one, min(latents.t, 1 + max(0, memory - one) // max(1, two - one))

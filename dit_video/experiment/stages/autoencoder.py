@@ -7,8 +7,6 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Array
-
 from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.latents.codec import LatentCodec
@@ -19,17 +17,18 @@ from dit_video.distributed.gather import to_host
 from dit_video.experiment import monitors
 from dit_video.experiment.autoencoder import (
     WEIGHTS_FILE,
-    fit_linear_baseline,
+    TrainingWindows,
     limit_windows,
     load_initial_params,
     make_autoencoder_step,
+    make_init,
     open_windows,
 )
 from dit_video.experiment.run import Experiment, Run, Stage, Training
 from dit_video.experiment.training_config import AutoencoderTraining
-from dit_video.models.autoencoders import PatchVaeConfig, init_from_linear, latent_grid
+from dit_video.models.autoencoders import latent_grid
 from dit_video.models.features.lpips import MIN_SIDE as LPIPS_SMALLEST
-from dit_video.nn import get_graph_def, init_params
+from dit_video.nn import get_graph_def
 from dit_video.sampling.pipeline_config import PREVIEW
 from dit_video.sampling.preview import fit_preview_decoder
 from dit_video.training import goodput
@@ -124,21 +123,14 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
             save_weights(run.folder / WEIGHTS_FILE, params)
 
     def open_training(self, run: Run, *, is_new: bool) -> Training:
-        model, linear = run.model.autoencoder, None
+        model, crops = run.model.autoencoder, self.open_crops(run)
         step, constants = make_autoencoder_step(self, model, run.seed, mesh=run.mesh)
-        if isinstance(model, PatchVaeConfig) and is_new:
-            linear = fit_linear_baseline(
-                run.folder / self.name, model, self, run.training_clips, run.limits, seed=run.seed
-            )
-
-        def init(key: Array) -> dict[str, Any]:
-            params = init_params(model.make, key)
-            return params if linear is None else init_from_linear(params, linear)
-
+        windows = TrainingWindows(run.folder / self.name, self, crops, run.seed)
+        init = make_init(model, windows if is_new and self.init_from is None else None)
         trainer = run.make_trainer(self.name, steps=self.steps, init=init, train_step=step)
         load_params = functools.partial(load_initial_params, self, model, rng.key(run.seed, "inflation"))
         trainer = dataclasses.replace(trainer, load_params=load_params, constants=constants)
-        return Training(trainer, functools.partial(self.open_batches, run, self.open_crops(run)))
+        return Training(trainer, functools.partial(self.open_batches, run, crops))
 
     def open_crops(self, run: Run) -> ClipCrops:
         """Return the training clips at the sizes that windows are cut from."""

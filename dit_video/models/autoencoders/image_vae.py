@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.models.autoencoders.config import AutoencoderConfig
 from dit_video.models.autoencoders.interface import check_std
 from dit_video.models.autoencoders.vae import (
     BlockInputs,
@@ -106,7 +107,7 @@ class ImageVaeDecoder(Decoder):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageVaeConfig:
+class ImageVaeConfig(AutoencoderConfig):
     """Configuration of an image VAE. Clips of any length are coded frame by frame: the temporal stride is 1.
 
     Raises:

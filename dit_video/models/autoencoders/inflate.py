@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.trees import flatten
+from dit_video.models.autoencoders.config import AutoencoderConfig, LoadParams
 from dit_video.models.autoencoders.image_vae import ImageVaeDecoder
-from dit_video.models.autoencoders.interface import AutoencoderConfig
 from dit_video.models.autoencoders.vae import ResidualBlock
 from dit_video.nn import check_params, complete_params, get_param_shapes
 from dit_video.tokens import Grid
@@ -25,7 +25,7 @@ _TEMPORAL = "/temporal/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class InflatedConfig:
+class InflatedConfig(AutoencoderConfig):
     """Configuration of an image autoencoder with a temporal layer after every residual block of its decoder's levels.
 
     Raises:
@@ -75,6 +75,10 @@ class InflatedConfig:
             blocks = [ResidualBlock(level.width, level.width, layers, init="zero") for _ in level.blocks]
             level.temporal = nnx.List(blocks)
         return model
+
+    def init_from_weights(self, load: LoadParams, key: Array) -> dict[str, Any]:
+        """Return the parameters of the image autoencoder, inflated; `key` initialises the temporal layers."""
+        return inflate(self.image, load(self.image), key, kernel_size=self.kernel_size)[1]
 
 
 def inflate(

@@ -1,8 +1,7 @@
-"""Interface of autoencoders, and the sizes of clips and their latents."""
+"""Interface of autoencoders, the sizes of clips and their latents, and the base of variational autoencoders."""
 
 import abc
 import math
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -35,58 +34,6 @@ class Autoencoder(Protocol):
     def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Decode a clip, or one chunk of it given the cache left by the previous chunk."""
         ...
-
-
-@runtime_checkable
-class AutoencoderConfig(Protocol):
-    """The configuration of an autoencoder: makes its module and knows the size of its latents."""
-
-    def __hash__(self) -> int: ...
-
-    @property
-    def stride(self) -> Grid:
-        """Return the pixels per latent along (t, h, w); the first frame has a latent frame of its own."""
-        ...
-
-    @property
-    def channels(self) -> int:
-        """Return the channels of the latents."""
-        ...
-
-    @property
-    def last_layer(self) -> str:
-        """Return the path of the parameter that makes the pixels: the decoder's last kernel."""
-        ...
-
-    def make(self, rngs: nnx.Rngs) -> nnx.Module: ...
-
-
-@runtime_checkable
-class NoisyAutoencoderConfig(AutoencoderConfig, Protocol):
-    """The configuration of an autoencoder whose decoder is also a denoiser: it takes a time and noise.
-
-    Its module is called as `decode(latents, cache, time=…, keys=…)`, with one key for each clip and chunk.
-    """
-
-    @property
-    def decode_time(self) -> float:
-        """Return the diffusion time at which latents are decoded."""
-        ...
-
-
-@runtime_checkable
-class SymmetricAutoencoderConfig(AutoencoderConfig, Protocol):
-    """The configuration of an autoencoder whose decoder also sees later frames: it decodes whole clips."""
-
-    @property
-    def is_decoder_symmetric(self) -> bool:
-        """Return True if decoded frames depend on later latents."""
-        ...
-
-
-def decodes_whole_clips(config: AutoencoderConfig) -> bool:
-    """Return True for an autoencoder whose decoder gets all latents of a clip at once."""
-    return isinstance(config, SymmetricAutoencoderConfig) and config.is_decoder_symmetric
 
 
 def latent_grid(clip: Grid, stride: Grid) -> Grid:
@@ -133,10 +80,16 @@ class Posterior(NamedTuple):
 
     mean: Latents
     log_variance: Latents
+    """Logarithm of the variance of each value."""
 
     @classmethod
     def from_moments(cls, moments: Float[Array, "B t h w _"], std: float | None) -> "Posterior":
-        """Split moments into mean and log variance; `std` replaces the variance unless it is None."""
+        """Split moments along channels into mean and log variance, which is bounded as in the open models.
+
+        Args:
+          moments: Means of all channels, then their log variances.
+          std: Standard deviation of all values instead, 0 for none; None for that of the moments.
+        """
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         if std is not None:
             log_variance = jnp.full_like(mean, 2 * math.log(std) if std else -math.inf)
@@ -153,7 +106,11 @@ class Posterior(NamedTuple):
 
 
 class Normalizer(nnx.Module):
-    """Mean and standard deviation of each latent channel, measured on the training set after training."""
+    """Mean and standard deviation of each latent channel, measured on training clips after the training.
+
+    They are the parameters `normalizer/mean` and `normalizer/std`. An optimizer that does not train them keeps them as
+    they are.
+    """
 
     def __init__(self, channels: int):
         self.mean = nnx.Param(jnp.zeros((channels,), jnp.float32))
@@ -179,9 +136,14 @@ def check_std(std: float | None) -> None:
 
 
 class Vae(nnx.Module):
-    """An autoencoder with a posterior; its normalised latents are the posterior's mean."""
+    """A variational autoencoder, from `posterior` and `reconstruct`: `encode` returns the posterior's normalised mean.
+
+    It is trained by the divergence of the posterior (`KlLoss`), and knows nothing of normalised latents then: their
+    mean and deviation are measured at the end. Layers with a cache, such as `nn.CausalConv`, make it stream.
+    """
 
     normalizer: Normalizer
+    """Mean and deviation of the posterior's means, which a subclass makes: `Normalizer(channels)`."""
 
     @abc.abstractmethod
     def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
@@ -209,25 +171,3 @@ class Vae(nnx.Module):
     def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
         """Return pixels, approximately in [-1, 1], of the normalised latents of a clip or of one chunk of it."""
         return self.reconstruct(self.normalizer.denormalize(latents), cache)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdentityConfig:
-    """Configuration of `IdentityAutoencoder`, which has no parameters."""
-
-    stride: Grid = Grid(1, 1, 1)
-    channels: int = 3
-    last_layer: str = ""
-
-    def make(self, rngs: nnx.Rngs) -> "IdentityAutoencoder":
-        return IdentityAutoencoder()
-
-
-class IdentityAutoencoder(nnx.Module):
-    """Pixels as latents."""
-
-    def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
-        return pixels
-
-    def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
-        return latents

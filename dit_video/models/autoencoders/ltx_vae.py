@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from dit_video.core.errors import UserError
+from dit_video.models.autoencoders.config import AutoencoderConfig
 from dit_video.models.autoencoders.interface import Latents, Normalizer, Pixels, Posterior, SegmentIds, Vae
 from dit_video.models.autoencoders.vae import BlockInputs, average_downsample, make_encoder_inputs
 from dit_video.nn import CausalConv, ConvCache, LayerNorm, Linear, make_modulation_table, rms_norm, sinusoidal_embedding
@@ -192,7 +193,7 @@ _FACTORS: dict[Downsampling, Grid] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LtxVaeConfig:
+class LtxVaeConfig(AutoencoderConfig):
     """Configuration of LTX-Video's autoencoder; the defaults are version 0.9.0's.
 
     Levels, the decoder's too, are in the order of diffusers' settings: from the highest resolution to the lowest.
@@ -232,6 +233,8 @@ class LtxVaeConfig:
     decode_noise: float = 0.025
     """Share of noise in decoded latents, if the decoder is conditioned on a time (0.025 at time 0.05 in the authors'
     configs)."""
+
+    is_decoder_symmetric = True
 
     def __post_init__(self):
         sizes = (self.channels, self.patch, *self.widths, *self.decoder_widths, *self.upsample_factors)
@@ -321,11 +324,6 @@ class LtxVaeConfig:
     @property
     def last_layer(self) -> str:
         return "decoder/conv_out/kernel"
-
-    @property
-    def is_decoder_symmetric(self) -> bool:
-        """Return True: decoded frames depend on later latents, too."""
-        return True
 
     @property
     def has_residual_downsampling(self) -> bool:

@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.models.autoencoders.adversarial import AdversarialConfig
+from dit_video.models.autoencoders.codebook import CodebookLearning
 from dit_video.models.autoencoders.interface import Pixels
 
 LOG_FLOOR = 3e-4
@@ -165,7 +166,9 @@ class AutoencoderObjective:
     lpips_weights: str | None = None
     """File of LPIPS' weights; `dit_video.weights.load_lpips` says how to make it."""
     kl: float = 1e-6
-    """Weight of the latents' divergence from a standard normal, in nats per latent position."""
+    """Weight of the latents' divergence from a standard normal, in nats per latent position; codes have none."""
+    codebook: CodebookLearning = field(default_factory=CodebookLearning)
+    """Learning of the codebook, for an autoencoder that has one."""
     adversarial: AdversarialConfig | None = None
     """Discriminator that the autoencoder is trained against, if any."""
 

@@ -24,12 +24,8 @@ from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.memory import count_bytes, count_peak_bytes
 from dit_video.core.rng import key
-from dit_video.models.autoencoders.interface import (
-    AutoencoderConfig,
-    NoisyAutoencoderConfig,
-    decodes_whole_clips,
-    latent_grid,
-)
+from dit_video.models.autoencoders.config import AutoencoderConfig
+from dit_video.models.autoencoders.interface import latent_grid
 from dit_video.nn import ConvCache, get_graph_def, get_param_shapes
 from dit_video.tokens import Grid
 
@@ -127,41 +123,48 @@ OptionalSharding = jax.sharding.Sharding | None
 def decode_stream(
     config: AutoencoderConfig,
     params: dict[str, Any],
-    latents: Float[np.ndarray, "B t h w c"],
+    latents: Iterable[Float[np.ndarray, "B _ h w c"]],
     *,
     chunk: int = 1,
     tiles: Tiles | None = None,
     sharding: OptionalSharding = None,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[UInt8[np.ndarray, "B _ H W 3"]]:
-    """Yield the frames of latents, one chunk at a time.
+    """Yield the frames of latents that come in portions of any length, such as those of a clip while it is sampled.
+
+    The frames equal those of all latents at once. Those of a chunk are yielded when the next chunk is being decoded.
 
     Args:
       config: Configuration of an autoencoder.
       params: Its parameters.
-      latents: Normalised latents.
+      latents: Portions of normalised latents, one after the other in time: `[latents]` for whole clips.
       chunk: Latent frames per chunk of a causal decoder; a decoder that sees later frames gets all of them at once.
       tiles: Sizes of tiles for pictures that do not fit in memory; None decodes whole pictures.
       sharding: Sharding of a chunk's latents, such as `NamedSharding(mesh, P(None, None, "context"))` for height.
       seeds: Seed of each clip, for decoders that take noise; 0 by default.
 
     Raises:
-      UserError: If the latents have another number of channels, a chunk has no frames, tiles don't fit the stride or
-        their decoder takes noise, the number of devices does not divide the height, or pixels are NaN or infinite.
+      UserError: If there are no latents, a portion has another shape than [B t h w channels] with the first one's
+        clips, height and width, a chunk has no frames, tiles don't fit the stride or their decoder takes noise, the
+        number of devices does not divide the height, or pixels are NaN or infinite.
     """
-    if latents.ndim != 5 or latents.shape[-1] != config.channels:
-        raise UserError(f"latents {list(latents.shape)} are invalid: use latents [B t h w {config.channels}]")
-    _check_chunk(chunk, sharding, latents.shape[2], "latent rows")
-    if decodes_whole_clips(config):
-        chunk = latents.shape[1]
-    tile_plan = cut_tiles(latents.shape[2], latents.shape[3], tiles, config.stride)
-    chunks = (latents[:, start : start + chunk] for start in range(0, latents.shape[1], chunk))
-    options: dict[str, Any] = {}
-    if isinstance(config, NoisyAutoencoderConfig):
+    check_at_least(1, chunk=chunk)
+    portions = _check_latents(latents, config.channels)
+    if config.is_decoder_symmetric:
+        whole = [np.concatenate(list(portions), axis=1)]
+        chunk, portions = whole[0].shape[1], iter(whole)
+    chunks = _regroup(portions, chunk, chunk)
+    first = next(chunks)
+    clips, _, height, width, _ = first.shape
+    _check_rows(sharding, height, "latent rows")
+    tile_plan = cut_tiles(height, width, tiles, config.stride)
+    keys = None
+    if config.decode_time is not None:
         if len(tile_plan) > 1:
             raise UserError("tiles are invalid: this decoder takes noise, which tiles do not share. Use tiles=None.")
-        options["keys"] = jnp.stack([key(seed, "decoder") for seed in seeds or [0] * len(latents)])
-    coded_chunks = _run_chunks(config, params, chunks, tile_plan, "decode", chunk, sharding, **options)
+        keys = jnp.stack([key(seed, "decoder") for seed in seeds or [0] * clips])
+    all_chunks = itertools.chain([first], chunks)
+    coded_chunks = _run_chunks(config, params, all_chunks, tile_plan, "decode", chunk, sharding, keys)
     for coded, bad, count, is_first in coded_chunks:
         _check_finite(bad)
         frames = count * config.stride.t - (config.stride.t - 1 if is_first else 0)
@@ -191,17 +194,16 @@ def encode_stream(
       UserError: If frames are not [B T H W 3] in 0..255, a chunk has no frames, tiles or frames do not fit the stride
         (the number of frames is checked when they end), or the number of devices does not divide the height.
     """
+    check_at_least(1, chunk=chunk)
     stride = config.stride
-    portions = _regroup_frames(frames, stride, chunk)
-    first = next(portions, None)
-    if first is None:
-        raise UserError("frames are empty: there is nothing to encode. Use at least one frame")
-    _check_chunk(chunk, sharding, first.shape[2], "rows of pixels")
+    chunks = _regroup(_check_frames(frames, stride), 1 + (chunk - 1) * stride.t, chunk * stride.t)
+    first = next(chunks)
+    _check_rows(sharding, first.shape[2], "rows of pixels")
     grid = latent_grid(Grid(1, *first.shape[2:4]), stride)
     tile_plan = cut_tiles(grid.h, grid.w, tiles, stride)
 
-    all_portions = itertools.chain([first], portions)
-    for coded, _, count, is_first in _run_chunks(config, params, all_portions, tile_plan, "encode", chunk, sharding):
+    all_chunks = itertools.chain([first], chunks)
+    for coded, _, count, is_first in _run_chunks(config, params, all_chunks, tile_plan, "encode", chunk, sharding):
         yield np.asarray(coded)[:, : 1 + (count - 1) // stride.t if is_first else count // stride.t]
 
 
@@ -235,7 +237,7 @@ def make_chunk_program(
         values = jax.ShapeDtypeStruct((clips, frames, *size), jnp.uint8)
         first = jax.ShapeDtypeStruct((clips, frames - stride.t + 1, *size), jnp.uint8)
     noise: tuple[Any, ...] = ()
-    if method == "decode" and isinstance(config, NoisyAutoencoderConfig):
+    if method == "decode" and config.decode_time is not None:
         noise = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), clips)),)
     params = get_param_shapes(config.make)
     _, cache = jax.eval_shape(run, params, first, None, *noise)
@@ -255,18 +257,61 @@ def measure_tiling_error(
     config: AutoencoderConfig, params: dict[str, Any], latents: Float[np.ndarray, "B t h w c"], tiles: Tiles
 ) -> TilingError:
     """Measure the effect of tiles on decoded frames, in steps of 1/127.5 as frames are uint8."""
-    stream, tiled_stream = decode_stream(config, params, latents), decode_stream(config, params, latents, tiles=tiles)
-    errors = [np.abs(a.astype(np.float32) - b) / 127.5 for a, b in zip(stream, tiled_stream, strict=True)]
+    streams = (decode_stream(config, params, [latents], tiles=each) for each in (None, tiles))
+    errors = [np.abs(a.astype(np.float32) - b) / 127.5 for a, b in zip(*streams, strict=True)]
     return TilingError(max(float(error.max()) for error in errors), float(np.mean([error.mean() for error in errors])))
 
 
-def _check_chunk(chunk: int, sharding: OptionalSharding, rows: int, unit: str) -> None:
-    check_at_least(1, chunk=chunk)
+def _check_rows(sharding: OptionalSharding, rows: int, unit: str) -> None:
     if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) > 2 and sharding.spec[2] is not None:
         axes = sharding.spec[2] if isinstance(sharding.spec[2], tuple) else (sharding.spec[2],)
         devices = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
         if rows % devices:
             raise UserError(f"{rows} {unit} are not divisible by the {devices} devices; change height or devices")
+
+
+def _check_latents(
+    portions: Iterable[Float[np.ndarray, "B _ h w c"]], channels: int
+) -> Iterator[Float[np.ndarray, "B _ h w c"]]:
+    """Yield the portions, checked.
+
+    Raises:
+      UserError: If there are none, or one has another shape than [B t h w channels] with the first one's sizes.
+    """
+    total, first = 0, None
+    for portion in portions:
+        shape = list(portion.shape)
+        if portion.ndim != 5 or portion.shape[-1] != channels:
+            raise UserError(f"latents {shape} are invalid. Use portions [B t h w {channels}], such as [latents]")
+        first = shape if first is None else first
+        if [shape[0], *shape[2:]] != [first[0], *first[2:]]:
+            raise UserError(f"latents {shape} are invalid after {first}. Use portions that differ in t alone")
+        total += portion.shape[1]
+        yield portion
+    if not total:
+        raise UserError("latents are empty: there is nothing to decode. Use at least one latent frame")
+
+
+def _check_frames(
+    portions: Iterable[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]], stride: Grid
+) -> Iterator[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]]:
+    """Yield the portions, checked.
+
+    Raises:
+      UserError: If there are none, one is not [B T H W 3] in 0..255, or their frames are not 1 + k * stride in all.
+    """
+    total, size = 0, (0, 0)
+    for portion in portions:
+        if not _is_pixel_array(portion):
+            raise UserError(
+                f"frames {portion.dtype} {list(portion.shape)} are invalid: must be [B T H W 3] in 0..255, uint8 or "
+                "float32. Use dit_video.core.pixels.to_uint8"
+            )
+        total, size = total + portion.shape[1], portion.shape[2:4]
+        yield portion
+    if not total:
+        raise UserError("frames are empty: there is nothing to encode. Use at least one frame")
+    latent_grid(Grid(total, *size), stride)
 
 
 def _is_pixel_array(frames: np.ndarray) -> bool:
@@ -278,33 +323,19 @@ def _is_pixel_array(frames: np.ndarray) -> bool:
     return frames.dtype == np.float32 and bool((frames >= 0).all() and (frames <= 255).all())
 
 
-def _regroup_frames(
-    frames: Iterable[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]], stride: Grid, chunk: int
-) -> Iterator[UInt8[np.ndarray, "B _ H W 3"] | Float32[np.ndarray, "B _ H W 3"]]:
-    """Yield portions of 1 + (chunk - 1) * stride frames first, then of chunk * stride; the last may be shorter.
-
-    Raises:
-      UserError: If the frames are not [B T H W 3] in 0..255, or their number is not 1 + k * stride in all.
-    """
+def _regroup(portions: Iterable[np.ndarray], first: int, length: int) -> Iterator[np.ndarray]:
+    """Yield a portion of `first` frames, then portions of `length`; the last one may be shorter."""
     buffer: list[np.ndarray] = []
-    needed, total = 1 + (chunk - 1) * stride.t, 0
-    for portion in frames:
-        if not _is_pixel_array(portion):
-            raise UserError(
-                f"frames {portion.dtype} {list(portion.shape)} are invalid: must be [B T H W 3] in 0..255, uint8 or "
-                "float32. Use dit_video.core.pixels.to_uint8"
-            )
+    needed = first
+    for portion in portions:
         buffer.append(portion)
-        total += portion.shape[1]
         while sum(part.shape[1] for part in buffer) >= needed:
             joined = buffer[0] if len(buffer) == 1 else np.concatenate(buffer, axis=1)
             yield joined[:, :needed]
-            buffer, needed = [joined[:, needed:]], chunk * stride.t
-    if total:
-        latent_grid(Grid(total, *buffer[0].shape[2:4]), stride)
-        rest = np.concatenate(buffer, axis=1)
-        if rest.shape[1]:
-            yield rest
+            buffer, needed = [joined[:, needed:]], length
+    rest = np.concatenate(buffer, axis=1)
+    if rest.shape[1]:
+        yield rest
 
 
 def _run_chunks(
@@ -374,7 +405,7 @@ def _jit_method(config: AutoencoderConfig, method: str):
         cache = ConvCache(previous_cache)
         model = nnx.merge(graph, params)
         if method == "decode":
-            options = {"time": config.decode_time, "keys": keys} if isinstance(config, NoisyAutoencoderConfig) else {}
+            options = {} if config.decode_time is None else {"time": config.decode_time, "keys": keys}
             return model.decode(values, cache=cache, **options), cache.features
         return model.encode(values.astype(jnp.float32) * (2 / 255) - 1, cache=cache), cache.features
 

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dit_video.core.errors import UserError
+from dit_video.models.autoencoders.config import AutoencoderConfig
 from dit_video.models.autoencoders.interface import (
-    AutoencoderConfig,
     Latents,
     Normalizer,
     Pixels,
@@ -413,7 +413,7 @@ _EPSILON = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalVaeConfig:
+class CausalVaeConfig(AutoencoderConfig):
     """Configuration of a causal VAE.
 
     Raises:

@@ -29,12 +29,12 @@ from dit_video.models.autoencoders.adversarial import (
     lecam_loss,
     r1_penalty,
 )
+from dit_video.models.autoencoders.latent_loss import ScalarMetrics
 from dit_video.nn import get_graph_def, init_params
-from dit_video.training.losses.autoencoder import ScalarMetrics
+from dit_video.training.losses.autoencoder import AutoencoderStep
 from dit_video.training.state import CompositeState, TrainState
 from dit_video.training.step import (
     Constants,
-    GradientStep,
     JittedStep,
     Metrics,
     StepFn,
@@ -155,8 +155,7 @@ class AdversarialStep(TrainStep):
     regulariser), `verdict_real` and `verdict_decoded` (mean logits); these are 0 before `config.start_step`.
     """
 
-    autoencoder: GradientStep
-    """Step of the autoencoder, whose loss is an `AutoencoderLoss`."""
+    autoencoder: AutoencoderStep
     discriminator: DiscriminatorTraining
 
     def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> AdversarialState:
@@ -187,7 +186,7 @@ class AdversarialStep(TrainStep):
     ) -> tuple[AdversarialState, Metrics]:
         """Return the state after an update of both networks; R1 is part of it if `is_penalised`."""
         step, discriminator = self.autoencoder, self.discriminator
-        loss: Any = step.loss
+        loss = step.loss
         model, pixels = state.model, loss.to_pixels(clips)
 
         def decode(params):

@@ -1,38 +1,29 @@
-"""The loss of a variational autoencoder."""
+"""The loss of an autoencoder, and its training step."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from dit_video.core.rng import key
-from dit_video.models.autoencoders import AutoencoderObjective
+from dit_video.models.autoencoders import AutoencoderObjective, DecodedClips, LatentLoss, LearnedArrays
+from dit_video.models.autoencoders.latent_loss import ScalarMetrics
 from dit_video.training.optim.optimizer import OptimizerConfig, freeze
-from dit_video.training.step import LossDetails, LossOutput
-
-ScalarMetrics = dict[str, Float[Array, ""]]
-
-
-class DecodedClips(NamedTuple):
-    """Reconstructed clips of a training batch."""
-
-    pixels: Float[Array, "B T H W 3"]
-    bottleneck: Float[Array, " B"]
-    """Weighted regularization loss of each clip's latents."""
-    metrics: ScalarMetrics
-    auxiliary: Any = None
-    """Values that the step uses after the update; see `LossOutput`."""
+from dit_video.training.state import TrainState
+from dit_video.training.step import GradientStep, LossDetails, LossOutput
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderLoss:
-    """Reconstruction loss plus the KL divergence of the latents from a standard normal distribution."""
+    """The comparison of decoded clips with the original ones, plus the loss of the latents."""
 
     graph: nnx.GraphDef
     objective: AutoencoderObjective
+    latents: LatentLoss
+    """Loss of the latents, which also encodes and decodes the clips; from `AutoencoderConfig.make_loss`."""
     seed: int
     perceptual_net: nnx.GraphDef | None = None
     """Graph of the LPIPS network, whose parameters are an argument of each call; None if LPIPS is not used."""
@@ -63,17 +54,9 @@ class AutoencoderLoss:
         return clips.astype(jnp.float32) / 127.5 - 1
 
     def decode(self, params, pixels: Float[Array, "B T H W 3"], step: Array) -> DecodedClips:
-        """Encode and decode clips, with latents sampled from their posterior."""
-        model = nnx.merge(self.graph, self.freeze_untrained(params))
-        posterior = model.posterior(pixels)
-        random_key = jax.random.fold_in(key(self.seed, "latents"), step)
-        latents = posterior.sample(jax.random.normal(random_key, posterior.mean.shape))
-        kl = posterior.kl()
-        return DecodedClips(model.reconstruct(latents), self.objective.kl * kl, {"kl": kl.mean()})
-
-    def freeze_untrained(self, params):
-        """Return the parameters with gradients stopped at those that are not trained."""
-        return params if self.optimizer is None else freeze(self.optimizer, params)
+        """Encode and decode clips, with gradients stopped at parameters that are not trained."""
+        model = nnx.merge(self.graph, params if self.optimizer is None else freeze(self.optimizer, params))
+        return self.latents.decode(model, pixels, jax.random.fold_in(key(self.seed, "latents"), step))
 
     def compare(
         self, decoded: Float[Array, "B T H W 3"], pixels: Float[Array, "B T H W 3"], perceptual_params: Any = None
@@ -84,3 +67,20 @@ class AutoencoderLoss:
         mse = jnp.square(decoded - pixels).mean(axis=(1, 2, 3, 4)).mean()
         term_means = {name: term.mean() for name, term in terms.items() if name != "squared"}
         return value, {"mse": mse, "psnr": -10 * jnp.log10(mse / 4), **term_means}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderStep(GradientStep):
+    """A step of an autoencoder: along the gradient, then what the loss of the latents updates without gradients."""
+
+    loss: AutoencoderLoss
+
+    def init(self, params: dict[str, Any], *, is_fresh: bool = True) -> TrainState:
+        return replace(super().init(params), extra=self.loss.latents.init_extra(params, is_fresh=is_fresh))
+
+    def update_extra(self, state: TrainState, auxiliary: PyTree) -> tuple[TrainState, ScalarMetrics]:
+        # The gradient update has already incremented the step counter; the noise is the step's own.
+        random_key = jax.random.fold_in(key(self.loss.seed, "codebook"), state.step - 1)
+        arrays = LearnedArrays(state.params, state.ema, state.extra)
+        arrays, metrics = self.loss.latents.update(arrays, auxiliary, random_key)
+        return replace(state, **arrays._asdict()), metrics

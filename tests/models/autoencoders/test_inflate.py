@@ -81,7 +81,7 @@ def rough(inflated):
 def test_streamed_chunks_equal_the_whole_clip(rough, chunk):
     config, params = rough
     whole = np.asarray(call(config, "decode", params, LATENTS))
-    frames = np.concatenate(list(decode_stream(config, params, LATENTS, chunk=chunk)), axis=1)
+    frames = np.concatenate(list(decode_stream(config, params, [LATENTS], chunk=chunk)), axis=1)
     assert np.abs(frames / 127.5 - 1 - np.clip(whole, -1, 1)).max() < 1.01 / 127.5
     latents = np.concatenate(list(encode_stream(config, params, [frames], chunk=chunk)), axis=1)
     np.testing.assert_allclose(latents, call(config, "encode", params, to_float(frames)), atol=1e-5)

@@ -64,12 +64,12 @@ def make_latents(frames=3):
 
 def test_a_clip_is_decoded_as_a_whole_with_the_noise_of_its_seed():
     params, latents = make_params(VAE), make_latents()
-    streams = {seed: list(decode_stream(VAE, params, latents, chunk=1, seeds=[seed])) for seed in (0, 1)}
+    streams = {seed: list(decode_stream(VAE, params, [latents], chunk=1, seeds=[seed])) for seed in (0, 1)}
     assert [frames.shape for frames in streams[0]] == [(1, 17, 32, 64, 3)]
     assert (streams[0][0] != streams[1][0]).any()
-    np.testing.assert_array_equal(streams[0][0], next(decode_stream(VAE, params, latents, chunk=3, seeds=[0])))
+    np.testing.assert_array_equal(streams[0][0], next(decode_stream(VAE, params, [latents], chunk=3, seeds=[0])))
     with pytest.raises(UserError, match="tiles are invalid: this decoder takes noise"):
-        list(decode_stream(VAE, params, latents, tiles=Tiles(height=32, width=32, overlap=0)))
+        list(decode_stream(VAE, params, [latents], tiles=Tiles(height=32, width=32, overlap=0)))
 
 
 @pytest.mark.nightly

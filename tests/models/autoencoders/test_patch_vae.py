@@ -11,9 +11,14 @@ from flax import nnx
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.models.autoencoders import PatchVaeConfig, fit_linear, init_from_linear
-from dit_video.models.autoencoders.interface import Posterior
-from dit_video.models.autoencoders.patch_vae import from_patches, to_patches
+from dit_video.models.autoencoders import (
+    PatchVaeConfig,
+    Posterior,
+    fit_linear,
+    from_patches,
+    make_linear_path,
+    to_patches,
+)
 from dit_video.nn import get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
 from support.random_params import make_random_params
@@ -123,9 +128,8 @@ def test_an_autoencoder_initialised_from_principal_components_is_linear(model):
     linear = fit_linear([CLIPS], stride=model.config.stride, channels=model.config.channels)
     # What decides is that the networks' outputs are zero at first.
     fresh = jax.jit(init_params, static_argnums=0)(dataclasses.replace(model.config, blocks=0).make, jax.random.key(0))
-    params = init_from_linear(
-        model.params | fresh | {name: model.params[name] for name in ("encoder", "decoder")}, linear
-    )
+    random = {name: model.params[name] for name in ("encoder", "decoder")}
+    params = model.params | fresh | random | make_linear_path(linear)
     assert {path: leaf.shape for path, leaf in flatten(params).items()} == {
         path: leaf.shape for path, leaf in flatten(get_param_shapes(model.config.make)).items()
     }

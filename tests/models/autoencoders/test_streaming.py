@@ -18,7 +18,7 @@ from dit_video.models.autoencoders import (
     decode_stream,
     encode_stream,
     fit_linear,
-    init_from_linear,
+    make_linear_path,
     measure_tiling_error,
     streaming,
 )
@@ -60,19 +60,22 @@ def test_streamed_chunks_equal_the_whole_clip(name, chunk):
     encoded = list(encode_stream(config, params, portions, chunk=chunk))
     assert [part.shape[1] for part in encoded] == [min(chunk, 5 - start) for start in range(0, 5, chunk)]
     np.testing.assert_allclose(np.concatenate(encoded, axis=1), latents, atol=1e-5)
-    frames = list(decode_stream(config, params, latents, chunk=chunk))
+    frames = list(decode_stream(config, params, [latents], chunk=chunk))
     assert frames[0].dtype == np.uint8
     assert frames[0].shape[1] == 1 + 2 * (min(chunk, 5) - 1)
     assert_frames_are_close(np.concatenate(frames, axis=1), decoded)
+    portions = (latents[:, start:stop] for start, stop in ((0, 1), (1, 1), (1, 4), (4, 5)))
+    for streamed, expected in zip(decode_stream(config, params, portions, chunk=chunk), frames, strict=True):
+        np.testing.assert_array_equal(streamed, expected)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_pixels_that_are_not_finite_are_no_colours(value):
     config, params, latents, _ = setting("patches")
-    assert len(list(decode_stream(config, params, latents, chunk=2))) == 3
+    assert len(list(decode_stream(config, params, [latents], chunk=2))) == 3
     damaged = latents.copy()
     damaged[1, -1, 0, 0, 0] = value
-    stream = decode_stream(config, params, damaged, chunk=2)
+    stream = decode_stream(config, params, [damaged], chunk=2)
     next(stream)  # the first frames do not see it
     with pytest.raises(UserError, match="1 of 2 clips are NaN or infinite"):
         list(stream)
@@ -83,7 +86,7 @@ def test_clips_of_any_length_need_two_programs():
     other = dataclasses.replace(config, width=10)  # a program of its own
     params = make_random_params(other.make)
     for length in (1, 2, 3, 5):
-        list(decode_stream(other, params, latents[:, :length], chunk=2))
+        list(decode_stream(other, params, [latents[:, :length]], chunk=2))
     assert streaming._jit_method(other, "decode")._cache_size() == 2
 
 
@@ -110,7 +113,7 @@ def test_frame_counts_and_chunks_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="at least one frame"):
         list(encode_stream(config, params, [], chunk=2))
     with pytest.raises(UserError, match="chunk=0"):
-        list(decode_stream(config, params, np.zeros((1, 1, 4, 6, 3), np.float32), chunk=0))
+        list(decode_stream(config, params, [np.zeros((1, 1, 4, 6, 3), np.float32)], chunk=0))
 
 
 def test_arrays_that_are_no_frames_or_latents_are_refused():
@@ -119,8 +122,16 @@ def test_arrays_that_are_no_frames_or_latents_are_refused():
     for frames in (FRAMES[..., :2], FRAMES[0], real - 128, real * np.nan, real.astype(np.float64)):
         with pytest.raises(UserError, match=r"frames .* must be \[B T H W 3\] in 0..255.* Use dit_video.core.pixels"):
             list(encode_stream(config, params, iter([frames])))
-    with pytest.raises(UserError, match=r"latents \[1, 1, 4, 6, 4\] .*\[B t h w 3\]"):
-        list(decode_stream(config, params, np.zeros((1, 1, 4, 6, 4), np.float32)))
+    latents = np.zeros((1, 1, 4, 6, 3), np.float32)
+    for portions, message in (
+        ([latents[..., [0, 0, 1, 2]]], r"latents \[1, 1, 4, 6, 4\] .*\[B t h w 3\]"),
+        (latents, r"latents \[1, 4, 6, 3\] .*such as \[latents\]"),
+        ([latents, latents[:, :, :2]], r"latents \[1, 1, 2, 6, 3\] are invalid after \[1, 1, 4, 6, 3\]"),
+        ([latents[:, :0]], "at least one latent frame"),
+        ([], "at least one latent frame"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(decode_stream(config, params, portions, chunk=2))
 
 
 def test_weights_of_tiles_sum_to_one():
@@ -161,7 +172,7 @@ def seam(difference):
 def test_tiles_leave_no_seam_on_a_ramp():
     config, params, _, latents = ramp()
     whole, tiled, butted = (
-        np.concatenate(list(decode_stream(config, params, latents, tiles=tiles)), axis=1).astype(int)
+        np.concatenate(list(decode_stream(config, params, [latents], tiles=tiles)), axis=1).astype(int)
         for tiles in (None, TILES, Tiles(height=48, width=48, overlap=0))
     )
     assert tiled.shape == whole.shape
@@ -177,7 +188,7 @@ def test_a_blend_of_equal_tiles_is_exact():
     _, _, clip, _ = ramp()
     config = CONFIGS["patches"]
     linear = fit_linear([pixels.to_float(clip)], stride=config.stride, channels=config.channels)
-    params = init_from_linear(jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0)), linear)
+    params = jax.jit(init_params, static_argnums=0)(config.make, jax.random.key(0)) | make_linear_path(linear)
     latents = np.concatenate(list(encode_stream(config, params, [clip])), axis=1)
     assert measure_tiling_error(config, params, latents, TILES).largest <= 1 / 127.5
 
@@ -215,7 +226,7 @@ def test_invalid_tiles_are_refused(tiles, message):
 def test_tiles_that_the_stride_does_not_divide_are_refused():
     config, params, latents, _ = setting("patches")
     with pytest.raises(UserError, match="overlap 2 is not divisible by the spatial stride 4"):
-        list(decode_stream(config, params, latents, tiles=Tiles(height=8, width=8, overlap=2)))
+        list(decode_stream(config, params, [latents], tiles=Tiles(height=8, width=8, overlap=2)))
 
 
 @pytest.mark.slow
@@ -228,7 +239,7 @@ def test_a_height_that_the_devices_do_not_divide_is_refused():
     mesh = jax.sharding.AbstractMesh((8,), ("context",))
     rows = NamedSharding(mesh, PartitionSpec(None, None, "context"))
     with pytest.raises(UserError, match="12 latent rows are not divisible by the 8 devices"):
-        list(decode_stream(config, params, np.zeros((1, 1, 12, 4, 3), np.float32), sharding=rows))
+        list(decode_stream(config, params, [np.zeros((1, 1, 12, 4, 3), np.float32)], sharding=rows))
 
 
 @pytest.mark.slow

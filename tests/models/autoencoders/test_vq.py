@@ -22,8 +22,9 @@ from dit_video.models.autoencoders import (
     decode_stream,
     encode_stream,
 )
+from dit_video.models.autoencoders.codebook import Codebook, find_nearest_codes
 from dit_video.models.autoencoders.vae import BlockInputs, PositionNorm
-from dit_video.models.autoencoders.vq import Codebook, SpatialNorm, VqAutoencoder, find_nearest_codes
+from dit_video.models.autoencoders.vq import SpatialNorm, VqAutoencoder
 from dit_video.nn import ConvCache, get_graph_def, get_param_shapes, init_params
 from dit_video.tokens import Grid
 from support.marks import mark_slow_except
@@ -100,7 +101,7 @@ def test_streamed_chunks_equal_the_whole_clip(name, chunk):
     config, params, _, latents, decoded = setting(name)
     encoded = list(encode_stream(config, params, [FRAMES[:, :4], FRAMES[:, 4:]], chunk=chunk))
     np.testing.assert_allclose(np.concatenate(encoded, axis=1), latents, atol=1e-5)
-    frames = np.concatenate(list(decode_stream(config, params, np.asarray(latents), chunk=chunk)), axis=1)
+    frames = np.concatenate(list(decode_stream(config, params, [np.asarray(latents)], chunk=chunk)), axis=1)
     difference = np.abs(frames.astype(int) - pixels.to_uint8(np.asarray(decoded)))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01

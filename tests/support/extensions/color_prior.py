@@ -9,18 +9,18 @@ from einops import rearrange, repeat
 from flax import nnx
 
 from dit_video.core.registry import register
+from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.models.conditioning import ClipConditioning
 from dit_video.tokens import Field, Grid
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class MeanColorConfig:
+class MeanColorConfig(AutoencoderConfig):
     """An embedding of images without weights: the mean colour of 16 × 16 pixels is one latent."""
 
     stride: Grid = Grid(1, 16, 16)
     channels: int = 3
-    last_layer: str = ""
 
     def make(self, rngs):
         return MeanColor()

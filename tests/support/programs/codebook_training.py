@@ -7,12 +7,12 @@ import numpy as np
 
 from dit_video.core.trees import flatten
 from dit_video.distributed import Parallelism, ShardingRules, make_mesh, make_shardings, shard_batch
-from dit_video.training.losses.vq import VqStep
+from dit_video.training.losses.autoencoder import AutoencoderStep
 from dit_video.training.state import make_on_devices
 from support.codebook_model import AVERAGES, CLIPS, OPTIMIZER, init, make_loss
 
 LOSS = make_loss(AVERAGES)
-TRAIN_STEP = VqStep(loss=LOSS, optimizer=OPTIMIZER, ema_decay=0.9)
+TRAIN_STEP = AutoencoderStep(loss=LOSS, optimizer=OPTIMIZER, ema_decay=0.9)
 STEP = TRAIN_STEP.compile()
 
 

@@ -25,8 +25,8 @@ def main() -> None:
         latents = join_chunks(encode_stream(config, params, [clip]))
         sharded_latents = join_chunks(encode_stream(config, params, [clip], sharding=rows))
         np.testing.assert_allclose(sharded_latents, latents, atol=1e-5)
-        frames = join_chunks(decode_stream(config, params, latents))
-        assert_frames_are_close(join_chunks(decode_stream(config, params, latents, sharding=rows)), frames)
+        frames = join_chunks(decode_stream(config, params, [latents]))
+        assert_frames_are_close(join_chunks(decode_stream(config, params, [latents], sharding=rows)), frames)
         # Devices exchange the rows at their borders, and none has the whole picture at full resolution.
         chunk = jax.device_put(latents[:, :1], rows)
         text = streaming._jit_method(config, "decode").lower(params, chunk, None).compile().as_text()

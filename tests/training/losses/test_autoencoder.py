@@ -31,12 +31,13 @@ PARAMS = make_random_params(CONFIG.make)
 def _run(params, clips, step, kl):
     objective = AutoencoderObjective.pixels()
     object.__setattr__(objective, "kl", kl)  # traced, so that one program serves every weight
-    output = AutoencoderLoss(graph=GRAPH, objective=objective, seed=1)(params, clips, step)
+    output = make_loss(objective)(params, clips, step)
     return output.value, output.details.metrics
 
 
-def make_loss(objective):
-    return AutoencoderLoss(graph=GRAPH, objective=objective, seed=1)
+def make_loss(objective, **options):
+    latents = CONFIG.make_loss(objective)
+    return AutoencoderLoss(graph=GRAPH, objective=objective, latents=latents, seed=1, **options)
 
 
 def run(clips=CLIPS, step=0, kl=0.0):
@@ -119,7 +120,7 @@ def test_the_objective_of_pixels_is_bit_for_bit_the_sum_that_measured_runs_were_
 
 def test_parameters_that_are_not_trained_have_no_gradient():
     config = OptimizerConfig(trainable=("^decoder",))
-    loss = AutoencoderLoss(graph=GRAPH, objective=AutoencoderObjective.pixels(), seed=1, optimizer=config)
+    loss = make_loss(AutoencoderObjective.pixels(), optimizer=config)
     gradients = flatten(jax.jit(functools.partial(compute_gradients, loss))(PARAMS, CLIPS, jnp.asarray(0))[1])
     for path, gradient in gradients.items():
         assert bool(gradient.any()) == path.startswith("decoder"), path
@@ -140,9 +141,7 @@ def test_lpips_counts_with_weights_that_are_arguments_of_the_program():
     judge = functools.partial(Lpips, widths=(2, 2, 2, 2, 2))
     weights = init_params(lambda rngs: judge(rngs=rngs), jax.random.key(1))
     objective = dataclasses.replace(AutoencoderObjective.pixels(), lpips=0.5, lpips_weights="lpips.safetensors")
-    loss = AutoencoderLoss(
-        graph=GRAPH, objective=objective, seed=1, perceptual_net=get_graph_def(lambda rngs: judge(rngs=rngs))
-    )
+    loss = make_loss(objective, perceptual_net=get_graph_def(lambda rngs: judge(rngs=rngs)))
     clips = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 1, 16, 16, 3), np.uint8))
     value, (figures, *_) = jax.jit(loss)(PARAMS, clips, jnp.asarray(0), weights)
     plain = figures["mse"] + 0.1 * figures["absolute"] + objective.kl * figures["kl"]

@@ -84,7 +84,7 @@ def measure(size: SamplingSize, budget: TimeBudget) -> Iterator[tuple[str, Any]]
         start = time.perf_counter()
         (result,) = sample_latents(denoiser, [request], sampling=sampling, shape=row_shape, rows=1)
         sampled = time.perf_counter()
-        frames = sum(each.shape[1] for each in decode_stream(autoencoder, params, np.asarray(result)[None]))
+        frames = sum(each.shape[1] for each in decode_stream(autoencoder, params, [np.asarray(result)[None]]))
         assert frames == size.clip.t
         return time.perf_counter() - start, time.perf_counter() - sampled
 
