@@ -1,3 +1,4 @@
+import itertools
 from typing import get_args
 
 import jax
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dit_video.core.errors import UserError
 from dit_video.nn import LayerGroup, Linear, Remat, apply_stack, get_graph_def, init_params, make_stack, scan_layers
 from support.jaxprs import count_primitive
 
@@ -176,3 +178,33 @@ def test_each_remat_policy_recomputes_only_the_products_it_does_not_keep(remat, 
     again = products + (remat in ("dots_no_batch", "dots_attention", "offload"))  # the product of a batch
     # The backward pass adds two products for each.
     assert count_primitive("dot_general", jax.make_jaxpr(jax.grad(loss))(params, x).jaxpr) == again + 4
+
+
+@pytest.mark.parametrize("cuts", [(0, 1, 5, 6), (0, 2, 3, 6), (0, 0, 4, 6)])
+def test_ranges_of_layers_that_follow_one_another_are_the_whole_stack(cuts):
+    """Layers take turns with three shifts, and each third one is followed by a layer of another stack."""
+    stacks = [make_stack(Layer, count, rngs=nnx.Rngs(count)) for count in (6, 2)]
+    turns = [[(shift * X[:, :1], CONTEXT) for shift in shifts] for shifts in ((1, 2, 3), (4,))]
+
+    def collect(layer, x, shift, context, scale):
+        x = scale * layer(x, shift, context)
+        return x, x
+
+    def apply(x, layers):
+        groups = [LayerGroup(*pair) for pair in zip(stacks, turns, strict=True)]
+        groups[0] = groups[0]._replace(wrapper=collect, values=jnp.linspace(1, 2, 6)[layers])
+        return scan_layers(x, groups, layers=layers)
+
+    expected, (outputs, _) = apply(X, slice(None))
+    x, collected = X, []
+    for start, stop in itertools.pairwise(cuts):
+        x, (part, _) = apply(x, slice(start, stop))
+        collected += [] if part is None else [part]
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate(collected), outputs, atol=1e-5)
+
+
+def test_a_range_with_a_step_is_refused():
+    group = LayerGroup(nnx.merge(GRAPH, PARAMS), [(SHIFT, CONTEXT)])
+    with pytest.raises(UserError, match=r"layers follow one another\. Use a range without a step"):
+        scan_layers(X, [group], layers=slice(None, None, 2))
