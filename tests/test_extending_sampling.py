@@ -12,7 +12,8 @@ from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import Tiles, decode_stream
 from dit_video.sampling.pipeline_config import Downscale, PreviousStep
 from dit_video.tokens import Grid
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support.extending import replace_backbone, train
 
 pytestmark = pytest.mark.slow
@@ -55,7 +56,7 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path):
     theirs = add_package("their_decoder", "noisy_decoder")
     training = tiny.EXPERIMENT.autoencoder
     model = theirs.NoisyVaeConfig(**vars(training.model), decode_time=0.3)
-    adam = OptimizerConfig(learning_rate=1e-3, warmup=0)
+    adam = AdamW(learning_rate=1e-3, schedule=Constant(warmup=0))
     training = dataclasses.replace(training, model=model, steps=2, optimizer=adam)
     denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, steps=2, optimizer=adam)
     experiment = dataclasses.replace(tiny.EXPERIMENT, autoencoder=training, denoiser=denoiser)

@@ -34,7 +34,6 @@ from dit_video.sampling.pipeline_config import AUTOENCODER, is_pipeline_folder, 
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.vq import VqLoss, VqStep
-from dit_video.training.optim.optimizer import make_optimizer
 from dit_video.training.step import GradientStep, TrainStep
 from dit_video.weights import load as load_weights
 from dit_video.weights import load_lpips
@@ -122,7 +121,7 @@ def make_autoencoder_step(
         perceptual_net=None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
         optimizer=training.optimizer,
     )
-    optimizer = make_optimizer(training.optimizer, steps=training.steps, mesh=mesh)
+    optimizer = training.optimizer.make(steps=training.steps, mesh=mesh)
     step = make_step(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay, mesh=mesh)
     constants = () if file is None else (load_lpips(file),)
     if objective.adversarial is None:

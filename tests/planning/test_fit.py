@@ -13,7 +13,8 @@ from dit_video.planning.fit import apply_settings, fit, list_settings
 from dit_video.planning.plan import plan_experiment
 from dit_video.tokens import PackedShape
 from dit_video.training.optim.ema import EmaConfig
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import Adafactor, AdamW
+from dit_video.training.optim.schedules import Constant
 from support.marks import mark_slow_except
 
 GPUS = Topology.parse("h100:2")
@@ -26,7 +27,7 @@ def training(tiny):
         tiny.EXPERIMENT.denoiser,
         batch=4,
         layout=PackedShape(tokens=768, text=96, segments=3),
-        optimizer=OptimizerConfig(warmup=1),
+        optimizer=AdamW(schedule=Constant(warmup=1)),
         averages=EmaConfig(decays=(0.5,)),
     )
     experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser, mesh=MeshConfig(data=2))
@@ -78,7 +79,7 @@ def test_only_options_that_the_experiment_has_are_tried(training):
     changed = dataclasses.replace(
         training.denoiser,
         averages=EmaConfig(),
-        optimizer=OptimizerConfig(kind="adafactor", warmup=1),
+        optimizer=Adafactor(schedule=Constant(warmup=1)),
         train=AllWeights(init_from="weights"),
         batch=1,
     )

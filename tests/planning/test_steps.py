@@ -15,7 +15,8 @@ from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import IdentityConfig
 from dit_video.models.backbones.dit import DitConfig
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support.devices import HANG, PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,7 @@ def run_in_pixels(tiny, tiny_clips, tmp_path) -> Path:
             backbone=BACKBONE,
             layout=PackedShape(tokens=2048, text=96, segments=3),
             batch=4,
-            optimizer=OptimizerConfig(warmup=2),
+            optimizer=AdamW(schedule=Constant(warmup=2)),
         ),
         mesh=MeshConfig(data=1, fsdp=2, context=2),
     )

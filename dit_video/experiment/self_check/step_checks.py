@@ -25,7 +25,8 @@ from dit_video.experiment.initial_weights import get_kernel_dtype, load_initial_
 from dit_video.experiment.self_check.subject import CheckedTraining, Problem
 from dit_video.tokens import PackedBatch
 from dit_video.training.optim.muon import MuonState
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon, OptimizerConfig, ScheduleFreeAdamW
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 from dit_video.weights.parameter import Parameter
 
 StateValues = Mapping[str, Mapping[str, np.ndarray]]
@@ -139,14 +140,14 @@ _MUON_BETA = 0.95
 
 def compute_learning_rate(config: OptimizerConfig, steps: int, update: int) -> float:
     """Return the learning rate of an update, counted from 0: a linear warmup, then the schedule."""
-    peak, warmup = config.learning_rate, config.warmup
+    peak, schedule, warmup = config.learning_rate, config.schedule, config.schedule.warmup
     if update < warmup:
         return peak * (1 + (warmup - 1) * update / warmup) / warmup
     done, length = update - warmup, steps - warmup
-    if config.schedule == "cosine":
+    if isinstance(schedule, Cosine):
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done / length)))
-    if config.schedule == "wsd":
-        cooldown = max(1, min(steps // 5, length))
+    if isinstance(schedule, WarmupStableDecay):
+        cooldown = max(1, min(int(schedule.decay * steps), length))
         return peak * min(1.0, max(0.0, (length - done) / cooldown))
     return peak
 
@@ -171,7 +172,7 @@ class UpdateCheck:
           norm: Norm of the whole gradient, by which it is clipped.
         """
         self._check_average()
-        if self._config.kind in ("adamw", "muon"):
+        if isinstance(self._config, AdamW | Muon):
             self._check_counts()
             self._check_adam()
             self._check_matrices()
@@ -185,7 +186,7 @@ class UpdateCheck:
 
     def _check_average(self) -> None:
         """Check $e' = e + (1 - d) (p' - e)$ with the decay of `update_ema`."""
-        if self._config.kind == "schedule_free":
+        if isinstance(self._config, ScheduleFreeAdamW):
             return
         decay = min(self._subject.training.ema_decay, (1 + self._update) / (10 + self._update))
         errors = {}
@@ -238,7 +239,7 @@ class UpdateCheck:
     def _correct(self, first: np.ndarray, gradient: np.ndarray, count: float) -> np.ndarray:
         """Return the first moments without bias; Muon's other parameters use Nesterov momentum."""
         b1 = self._config.b1
-        if self._config.kind == "muon":
+        if isinstance(self._config, Muon):
             return b1 * first / (1 - b1 ** (count + 1)) + (1 - b1) * gradient / (1 - b1**count)
         return first / (1 - b1**count)
 
@@ -262,14 +263,14 @@ class UpdateCheck:
 
     def _check_matrices(self) -> None:
         """Check the size of Muon's updates: at most a full-rank matrix's, a multiple of the learning rate."""
-        if self._config.kind != "muon" or self._was_skipped:
+        if not isinstance(self._config, Muon) or self._was_skipped:
             return
         errors = {}
         for path in self._after["mu"].keys() - self._after["nu"].keys():
             before, after = self._before["params"][path], self._after["params"][path]
             decay = self._config.weight_decay if self._is_decayed(path) else 0.0
             size = np.sqrt(np.square(after - before + self._rate * decay * before).mean())
-            expected = self._rate * self._config.muon_rms
+            expected = self._rate * self._config.rms
             if expected > _ROUNDING * np.abs(before).max(initial=0):
                 errors[path] = float(size / expected / _MAX_MATRIX_RATIO)
         self._report(errors, f"{{path}} did not move by Muon's update with learning rate {self._rate:.3g}")

@@ -32,7 +32,6 @@ from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.optim.optimizer import make_learning_rate_schedule
 from dit_video.training.trainer import BatchIterator, Trainer
 
 
@@ -62,7 +61,7 @@ class TrainDenoiser(DenoiserTraining, Stage):
                 f"{self.name}.accumulation_steps": self.accumulation_steps,
             },
         )
-        make_learning_rate_schedule(self.optimizer, steps=self.steps)
+        self.optimizer.make_schedule(steps=self.steps)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} is invalid: it must lie in [0, 1).")
         if not 0 <= self.caption_dropout <= 1:
@@ -110,13 +109,14 @@ class TrainDenoiser(DenoiserTraining, Stage):
         if weights and own and len(weights) != len(own):
             numbers = f"{len(own)} data sets, the experiment {len(weights)}"
             raise UserError(f"data.weights weighs {numbers}. Give each data set one weight.")
-        for name in ("kind", "muon_patterns", "trainable", "frozen"):
-            value, last_value = getattr(self.optimizer, name), getattr(last.optimizer, name)
-            if value != last_value:
-                raise UserError(
-                    f"optimizer.{name}={value!r} is invalid: the last one has {last_value!r}, and "
-                    "its state could not be carried over. Use the same for all stages."
-                )
+        own, other = self.optimizer, last.optimizer
+        rule = "and its state could not be carried over. Use the same for all stages."
+        if type(own) is not type(other):
+            names = type(own).__name__, type(other).__name__
+            raise UserError(f"optimizer={names[0]}(...) is invalid: the last stage has {names[1]}(...), {rule}")
+        for name in own.state_fields:
+            if (value := getattr(own, name)) != (last_value := getattr(other, name)):
+                raise UserError(f"optimizer.{name}={value!r} is invalid: the last stage has {last_value!r}, {rule}")
 
     def _check_accumulation(self, experiment: Experiment) -> None:
         parts = self.accumulation_steps

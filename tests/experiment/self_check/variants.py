@@ -38,7 +38,8 @@ from dit_video.scenes.folder import ClipEntry, format_clip_name, write_clip_fold
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.tokens import Grid, PackedShape, Rotary3d
 from dit_video.training.hooks.metric_logs import MonitoringConfig
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Cosine
 from dit_video.training.step import TrainStep
 from support.tiny_t5 import CONFIG as T5
 from support.tiny_wan import DIT as WAN
@@ -127,7 +128,7 @@ def _make_plain(seed: int, steps: int) -> Experiment:
         autoencoder=AutoencoderTraining(
             model=PatchVaeConfig(stride=Grid(4, 8, 8), channels=4, width=8, blocks=1),
             windows=(WindowConfig(size=Grid(5, 16, 16), batch=8),),
-            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=2),
+            optimizer=AdamW(learning_rate=3e-3, schedule=Cosine(warmup=2)),
             steps=80,
             loss=AutoencoderObjective.pixels(),
         ),
@@ -137,9 +138,7 @@ def _make_plain(seed: int, steps: int) -> Experiment:
             layout=PackedShape(tokens=40, text=192, segments=6),
             batch=4,
             objective=FlowMatching(process=RectifiedFlow(shift=3.0)),
-            optimizer=OptimizerConfig(
-                learning_rate=2e-3, warmup=5, schedule="cosine", weight_decay=0.1, max_grad_norm=0.5
-            ),
+            optimizer=AdamW(learning_rate=2e-3, schedule=Cosine(warmup=5), weight_decay=0.1, max_grad_norm=0.5),
             steps=steps,
             ema_decay=0.7,
         ),

@@ -12,7 +12,8 @@ from dit_video.distributed import MeshConfig, Slices, make_mesh
 from dit_video.distributed.mesh import count_axis_slices
 from dit_video.planning import Topology, compile_step
 from dit_video.planning.plan import plan_experiment
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support import tiny
 
 WIDTH = 512
@@ -85,7 +86,7 @@ def check_plan() -> None:
     """Check the plan of a training step, whose gradients alone cross the slices."""
     denoiser = tiny.EXPERIMENT.denoiser
     backbone = dataclasses.replace(denoiser.backbone, width=128, rotary="even", attention="dense")
-    denoiser = dataclasses.replace(denoiser, batch=8, backbone=backbone, optimizer=OptimizerConfig(warmup=1))
+    denoiser = dataclasses.replace(denoiser, batch=8, backbone=backbone, optimizer=AdamW(schedule=Constant(warmup=1)))
     experiment = dataclasses.replace(tiny.EXPERIMENT, denoiser=denoiser)
     plan = plan_experiment(experiment, Topology.parse("v5e:2x2*2"), mesh=MeshConfig(data=2, fsdp=4))
     crossing = [part for part in plan.moved if part.between_slices]

@@ -14,7 +14,8 @@ from dit_video.nn import get_graph_def
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.vq import CodebookLearning, VqLoss, VqStep
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import AdamW, make_optimizer
+from dit_video.training.optim.schedules import Constant
 from dit_video.training.step import get_scalars
 from support.codebook_model import AVERAGES, CLIPS, CODEBOOK, OPTIMIZER, Patches, init, make_loss
 from support.devices import check_on_eight_devices
@@ -101,7 +102,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 
 
 def test_frozen_codes_stay_and_their_usage_is_reported():
-    frozen = OptimizerConfig(learning_rate=3e-3, warmup=5, frozen=("codebook",))
+    frozen = AdamW(learning_rate=3e-3, schedule=Constant(warmup=5), frozen=("codebook",))
     loss = VqLoss(
         graph=get_graph_def(Patches),
         objective=AutoencoderObjective.pixels(),

@@ -98,16 +98,16 @@ def test_a_long_warmup_leaves_the_rest_to_the_decay():
 
 def test_a_run_no_longer_than_its_warmup_is_refused():
     with pytest.raises(UserError, match="warmup=100 is invalid: it must be below steps=100"):
-        make_learning_rate_schedule(OptimizerConfig(), steps=100)
+        make_learning_rate_schedule(AdamW(), steps=100)
     with pytest.raises(UserError, match="Use a shorter warmup"):
-        make_optimizer(OptimizerConfig(warmup=7), steps=5)
+        make_optimizer(AdamW(schedule=Constant(warmup=7)), steps=5)
 
 
 # --- updates --------------------------------------------------------------------------------------------------------
 
 
 def test_adamw_is_that_of_optax():
-    config = OptimizerConfig(learning_rate=0.01, warmup=0, weight_decay=0.1, max_grad_norm=1e9)
+    config = AdamW(learning_rate=0.01, schedule=Constant(warmup=0), weight_decay=0.1, max_grad_norm=1e9)
     kernels = map_with_path(lambda path, _: path.endswith("kernel"), PARAMS)
     reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=kernels)
     expected, result = compute_updates(reference, [GRADIENTS, PARAMS]), compute_updates(config, [GRADIENTS, PARAMS])
@@ -116,14 +116,16 @@ def test_adamw_is_that_of_optax():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    config = OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=0.5)
+    config = AdamW(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=0.5)
     params, gradients = (jax.tree.map(np.asarray, tree) for tree in (PARAMS, GRADIENTS))
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradients)))
     small = jax.tree.map(lambda leaf: leaf * 0.1 / norm, params)
     clipped = jax.tree.map(lambda leaf: leaf * 0.5 / norm, gradients)
     huge = jax.tree.map(lambda leaf: leaf * 1e4, gradients)
     result, expected = compute_updates(config, [small, huge]), compute_updates(config, [small, clipped])
-    unclipped = compute_updates(OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=1e9), [small, huge])
+    unclipped = compute_updates(
+        AdamW(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=1e9), [small, huge]
+    )
     for path in SHAPES:
         np.testing.assert_allclose(result[path], expected[path], rtol=1e-4, atol=1e-7)
         assert np.abs(result[path] - unclipped[path]).max() > 1e-4
@@ -153,18 +155,18 @@ def test_weight_decay_is_that_of_kernels(kind):
 def test_factors_of_adapters_decay():
     params = {"out": {"kernel": {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}, "bias": jnp.ones(2)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    result = compute_updates(OptimizerConfig(warmup=0, weight_decay=0.1), (zeros,), params)
+    result = compute_updates(AdamW(schedule=Constant(warmup=0), weight_decay=0.1), (zeros,), params)
     assert {path for path, update in result.items() if update.any()} == {"out/kernel/a", "out/kernel/b"}
 
 
 def test_the_state_has_the_structure_of_optax_so_that_older_checkpoints_are_read():
-    config = OptimizerConfig(weight_decay=0.1, warmup=0, max_grad_norm=1e9)
+    config = AdamW(schedule=Constant(warmup=0), weight_decay=0.1, max_grad_norm=1e9)
     reference = optax.chain(optax.clip_by_global_norm(1e9), optax.adamw(lambda _: 0.01, weight_decay=0.1))
     state, expected = make_optimizer(config, steps=1000).init(PARAMS), reference.init(PARAMS)
     assert jax.tree.structure(state) == jax.tree.structure(expected)
 
 
-MUON = OptimizerConfig(kind="muon", learning_rate=0.01, warmup=0, max_grad_norm=1e9)
+MUON = Muon(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=1e9)
 MATRICES = ["blocks/qkv/kernel", "text/blocks/up/kernel", "plain/blocks/up/kernel"]
 
 
@@ -224,7 +226,7 @@ def test_frozen_paths_do_not_move_and_the_others_do(kind):
 
 
 def test_frozen_gradients_do_not_count_in_the_clipped_norm():
-    config = OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=0.5, frozen=("^text/",))
+    config = AdamW(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=0.5, frozen=("^text/",))
     loud = map_with_path(lambda path, leaf: leaf * 1e4 if path.startswith("text") else leaf, GRADIENTS)
     result, expected = compute_updates(config, [PARAMS, loud]), compute_updates(config, [PARAMS, GRADIENTS])
     for path in SHAPES:
@@ -244,7 +246,7 @@ def test_only_trainable_paths_move(kind):
 
 
 def test_adafactor_is_the_published_one_and_keeps_little():
-    config = OptimizerConfig(kind="adafactor", learning_rate=0.01, warmup=0, max_grad_norm=1e9)
+    config = Adafactor(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=1e9)
     draw = np.random.default_rng(3)
     params = {"kernel": jnp.asarray(draw.normal(size=(2, 160, 256)), jnp.float32), "bias": jnp.ones(256)}
     ours, theirs = (
@@ -265,7 +267,7 @@ def test_adafactor_is_the_published_one_and_keeps_little():
 
 
 def test_an_average_of_the_optimizer_leaves_what_is_frozen():
-    optimizer = make_optimizer(OptimizerConfig(kind="schedule_free", warmup=0, frozen=("still",)), steps=10)
+    optimizer = make_optimizer(ScheduleFreeAdamW(schedule=Constant(warmup=0), frozen=("still",)), steps=10)
     params = {"still": jnp.asarray([-0.0, jnp.pi]), "w": jnp.ones(3)}
     state = optimizer.init(params)
     for _ in range(3):
@@ -275,11 +277,11 @@ def test_an_average_of_the_optimizer_leaves_what_is_frozen():
     assert average is not None
     assert np.asarray(average["still"]).tobytes() == np.asarray([-0.0, np.pi], np.float32).tobytes()
     assert (average["w"] > params["w"]).all()
-    assert get_schedule_free_average(params, make_optimizer(OptimizerConfig(), steps=1000).init(params)) is None
+    assert get_schedule_free_average(params, make_optimizer(AdamW(), steps=1000).init(params)) is None
 
 
 def test_frozen_parameters_keep_every_bit():
-    optimizer = make_optimizer(OptimizerConfig(warmup=0, trainable=("w",)), steps=1000)
+    optimizer = make_optimizer(AdamW(schedule=Constant(warmup=0), trainable=("w",)), steps=1000)
     params = {"still": jnp.asarray([-0.0, 0.0, 1e-30, jnp.pi]), "w": jnp.ones(1)}
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
     after = optax.apply_updates(params, updates)
@@ -288,7 +290,7 @@ def test_frozen_parameters_keep_every_bit():
 
 
 def test_frozen_parameters_get_no_gradient():
-    config = OptimizerConfig(trainable=("w",))
+    config = AdamW(trainable=("w",))
     gradient = jax.grad(lambda params: sum(x.sum() for x in freeze(config, params).values()))
     result = gradient({"still": jnp.ones(2), "w": jnp.ones(2)})
     np.testing.assert_array_equal(result["still"], 0)
@@ -309,7 +311,7 @@ def test_a_pattern_without_matching_parameters_is_refused(options, message):
 
 
 def test_tiny_updates_of_float32_parameters_do_not_vanish():
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, warmup=0), steps=1000)
+    optimizer = make_optimizer(AdamW(learning_rate=1e-5, schedule=Constant(warmup=0)), steps=1000)
 
     @jax.jit
     def step(params, state):
@@ -348,5 +350,5 @@ def test_values_out_of_range_are_refused(options, message):
 
 
 def test_a_config_comes_back_from_json():
-    config = OptimizerConfig(kind="muon", frozen=("^text/",))
+    config = Muon(frozen=("^text/",))
     assert config_json.from_json(config_json.to_json(config)) == config
