@@ -14,7 +14,7 @@ from dit_video.nn import get_graph_def
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.vq import CodebookLearning, VqLoss, VqStep
-from dit_video.training.optim.optimizer import AdamW, make_optimizer
+from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
 from dit_video.training.step import get_scalars
 from support.codebook_model import AVERAGES, CLIPS, CODEBOOK, OPTIMIZER, Patches, init, make_loss
@@ -110,7 +110,7 @@ def test_frozen_codes_stay_and_their_usage_is_reported():
         learning=AVERAGES,
         optimizer=frozen,
     )
-    optimizer = make_optimizer(frozen, steps=80)
+    optimizer = frozen.make(steps=80)
     step = VqStep(loss=loss, optimizer=optimizer, ema_decay=0.9)
     state = start(step)
     codes = np.asarray(state.params["codebook"]["codes"])
