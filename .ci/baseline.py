@@ -115,7 +115,8 @@ def list_quickstarts(folder: Path) -> Entries:
         experiment = {"quickstart": quickstart, "unet": unet}[name].make_experiment(brief=True)
         windows = tuple(replace(window, batch=2) for window in experiment.autoencoder.windows)
         for model, changes in (("autoencoder", {"windows": windows}), ("denoiser", {"batch": 1})):
-            optimizer = replace(experiment.get_stage(model).optimizer, warmup=STEPS // 4)
+            optimizer = experiment.get_stage(model).optimizer
+            optimizer = replace(optimizer, schedule=replace(optimizer.schedule, warmup=STEPS // 4))
             experiment = experiment.replace_stage(model, steps=STEPS, optimizer=optimizer, **changes)
         return train_on_shapes(folder / name, experiment, quickstart.count_clips(brief=True))
 

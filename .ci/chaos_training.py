@@ -18,7 +18,8 @@ from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run
 from dit_video.scenes import shapes
 from dit_video.training.checkpoint import CheckpointPolicy
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support import tiny
 
 BATCH = 12
@@ -56,7 +57,7 @@ def open_training(address: str, steps: int, *, silence: float) -> contextlib.Abs
 def make_experiment(steps: int) -> Experiment:
     """Return the tiny experiment with more rows and steps, and with AdamW."""
     experiment = tiny.EXPERIMENT
-    optimizer = OptimizerConfig(learning_rate=1e-3, warmup=10)
+    optimizer = AdamW(learning_rate=1e-3, schedule=Constant(warmup=10))
     experiment = experiment.replace_stage("denoiser", steps=steps, batch=BATCH, optimizer=optimizer)
     keep = CheckpointPolicy(newest=KEPT_CHECKPOINTS)
     return dataclasses.replace(experiment, log_every=1, save_every=SAVE_EVERY, keep=keep)

@@ -16,7 +16,8 @@ from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import Downscale, PreviousStep
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import read_metrics
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support.extending import replace_backbone, train
 from support.interruptions import interrupt, wait_for_save
 from support.tiny import EXPERIMENT
@@ -63,7 +64,7 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path, mo
     model = theirs.NoisyVaeConfig(**vars(tiny.EXPERIMENT.model.autoencoder), decode_time=0.3)
     experiment = tiny.EXPERIMENT.replace_model(autoencoder=model)
     for stage in ("autoencoder", "denoiser"):
-        optimizer = OptimizerConfig(learning_rate=1e-3, warmup=0)
+        optimizer = AdamW(learning_rate=1e-3, schedule=Constant(warmup=0))
         experiment = experiment.replace_stage(stage, steps=2, optimizer=optimizer)
     clips = (tiny_run / "data").resolve()
     Run.create(tmp_path / "run", experiment).train(clips)

@@ -28,7 +28,6 @@ from dit_video.sampling.pipeline_config import AUTOENCODER, is_pipeline_folder, 
 from dit_video.tokens import Grid
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss, AutoencoderStep
-from dit_video.training.optim.optimizer import make_optimizer
 from dit_video.training.step import TrainStep
 from dit_video.weights import load as load_weights
 from dit_video.weights import load_lpips
@@ -137,7 +136,7 @@ def make_autoencoder_step(
         perceptual_net=None if file is None else get_graph_def(lambda rngs: Lpips(rngs=rngs)),
         optimizer=training.optimizer,
     )
-    optimizer = make_optimizer(training.optimizer, steps=training.steps, mesh=mesh)
+    optimizer = training.optimizer.make(steps=training.steps, mesh=mesh)
     step = AutoencoderStep(loss=loss, optimizer=optimizer, ema_decay=training.ema_decay, mesh=mesh)
     constants = () if file is None else (load_lpips(file),)
     if objective.adversarial is None:

@@ -41,7 +41,7 @@ from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, LoraLoss, time_quantile
 from dit_video.training.losses.distillation import make_distillation_step
 from dit_video.training.optim.ema import DECAY, EmaSnapshots, format_average_name
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import OptimizerConfig
 from dit_video.training.state import get_shapes_on_devices
 from dit_video.training.step import GradientStep, TrainStep
 from dit_video.weights.parameter import Placement, place_on_host
@@ -207,7 +207,7 @@ def make_denoiser_step(
       start_step: Number of steps of earlier stages.
       mesh: Mesh that the state is sharded on; None for a single device.
     """
-    optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps, start_step=start_step, mesh=mesh)
+    optimizer = get_optimizer_config(config).make(steps=config.steps, start_step=start_step, mesh=mesh)
     if isinstance(config.train, Student):
         scale = None if config.lora is None else config.lora.scale
         options: dict[str, Any] = {"ema_decay": config.ema_decay, "averages": config.averages, "lora_scale": scale}

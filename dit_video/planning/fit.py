@@ -25,6 +25,7 @@ from dit_video.planning.roofline import Efficiencies, compute_expected_times, co
 from dit_video.planning.steps import Part, PlannedStep, fill_row, plan_step, shard_shapes
 from dit_video.planning.suggest import SKIPPED_REMATS, list_parallelisms
 from dit_video.training.optim.ema import EmaConfig
+from dit_video.training.optim.optimizer import Adafactor, OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -404,9 +405,10 @@ def _list_training(experiment: Experiment) -> Iterator[Setting]:
         if denoiser.batch % count == 0:
             yield Setting("denoiser.accumulation_steps", str(count), _replace_denoiser(accumulation_steps=count))
     changes: dict[str, Any] = {"keeps_result": False, "reshapes_step": True}
-    if denoiser.optimizer.kind != "adafactor":
-        optimizer = dataclasses.replace(denoiser.optimizer, kind="adafactor")
-        yield Setting("denoiser.optimizer.kind", "adafactor", _replace_denoiser(optimizer=optimizer), **changes)
+    if not isinstance(denoiser.optimizer, Adafactor):
+        common = {each.name: getattr(denoiser.optimizer, each.name) for each in dataclasses.fields(OptimizerConfig)}
+        adafactor = _replace_denoiser(optimizer=Adafactor(**common))
+        yield Setting("denoiser.optimizer", "Adafactor(...)", adafactor, **changes)
     if denoiser.averages.decays or denoiser.averages.sigmas:
         yield Setting("denoiser.averages", "EmaConfig()", _replace_denoiser(averages=EmaConfig()), **changes)
     if isinstance(denoiser.train, AllWeights) and denoiser.train.init_from is not None:

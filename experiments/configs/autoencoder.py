@@ -28,7 +28,8 @@ from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import Muon
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 
 AUGMENTATION = Augmentation(transpose=True, composite_prob=0.35)
 
@@ -56,15 +57,8 @@ EXPERIMENT = Experiment(
                 WindowConfig(size=Grid(9, 64, 64), batch=8, augment=AUGMENTATION),
                 WindowConfig(size=Grid(17, 64, 64), batch=5, augment=AUGMENTATION),
             ),
-            optimizer=OptimizerConfig(
-                kind="muon",
-                learning_rate=2e-3,
-                muon_rms=0.5,
-                muon_patterns=("coder",),
-                b2=0.95,
-                weight_decay=0.1,
-                schedule="cosine",
-                warmup=30,
+            optimizer=Muon(
+                learning_rate=2e-3, schedule=Cosine(warmup=30), rms=0.5, patterns=("coder",), b2=0.95, weight_decay=0.1
             ),
             steps=8400,
             loss=AutoencoderObjective(squared=1.0, absolute=0.0, pyramid=0.0, frequency=0.0, temporal=0.0),
@@ -72,7 +66,7 @@ EXPERIMENT = Experiment(
         ),
         TrainDenoiser(
             batch=4,
-            optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
+            optimizer=Muon(learning_rate=2e-3, schedule=WarmupStableDecay(warmup=50)),
             steps=400,
             ema_decay=0.99,
         ),

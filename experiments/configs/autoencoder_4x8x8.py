@@ -23,7 +23,8 @@ from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjectiv
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 
 BATCH = 8
 
@@ -46,7 +47,7 @@ EXPERIMENT = Experiment(
                 WindowConfig(size=Grid(9, 256, 256), batch=BATCH),
                 WindowConfig(size=Grid(1, 256, 256), batch=4 * BATCH),
             ),
-            optimizer=OptimizerConfig(learning_rate=1e-4, warmup=1000, b1=0.9, b2=0.95),
+            optimizer=AdamW(learning_rate=1e-4, schedule=Constant(warmup=1000), b1=0.9, b2=0.95),
             steps=200_000,
             loss=AutoencoderObjective(
                 kl=1e-6,
@@ -56,7 +57,7 @@ EXPERIMENT = Experiment(
         ),
         TrainDenoiser(
             batch=16,
-            optimizer=OptimizerConfig(learning_rate=2e-4, warmup=1000),
+            optimizer=AdamW(learning_rate=2e-4, schedule=Constant(warmup=1000)),
             steps=200_000,
             ema_decay=0.9999,
         ),

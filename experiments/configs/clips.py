@@ -17,7 +17,8 @@ from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 
 EXPERIMENT = Experiment(
     name="clips",
@@ -33,13 +34,13 @@ EXPERIMENT = Experiment(
     stages=(
         TrainAutoencoder(
             windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
-            optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=30),
+            optimizer=AdamW(learning_rate=1e-3, schedule=Cosine(warmup=30)),
             steps=600,
             loss=AutoencoderObjective.pixels(kl=1e-6),
         ),
         TrainDenoiser(
             batch=4,
-            optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=50),
+            optimizer=Muon(learning_rate=2e-3, schedule=WarmupStableDecay(warmup=50)),
             steps=400,
             ema_decay=0.99,
         ),

@@ -26,7 +26,8 @@ from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 
 EXPERIMENT = Experiment(
     name="inflation",
@@ -47,14 +48,14 @@ EXPERIMENT = Experiment(
         TrainAutoencoder(
             init_from="FLUX/vae",
             windows=(WindowConfig(size=Grid(9, 256, 256), batch=8), WindowConfig(size=Grid(9, 192, 320), batch=8)),
-            optimizer=OptimizerConfig(learning_rate=1e-4, schedule="cosine", warmup=500, trainable=("/temporal/",)),
+            optimizer=AdamW(learning_rate=1e-4, schedule=Cosine(warmup=500), trainable=("/temporal/",)),
             steps=20_000,
             loss=AutoencoderObjective(kl=0.0),
             ema_decay=0.999,
         ),
         TrainDenoiser(
             batch=16,
-            optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=500, weight_decay=0.01),
+            optimizer=Muon(learning_rate=1e-3, schedule=WarmupStableDecay(warmup=500), weight_decay=0.01),
             steps=50_000,
         ),
     ),

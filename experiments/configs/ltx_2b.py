@@ -16,7 +16,8 @@ from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 
 _FOLDER = "LTX-Video-0.9.5"
 
@@ -36,7 +37,7 @@ EXPERIMENT = Experiment(
     stages=(
         TrainDenoiser(
             batch=32,
-            optimizer=OptimizerConfig(learning_rate=1e-4, warmup=2000, b2=0.95, weight_decay=0.01),
+            optimizer=AdamW(learning_rate=1e-4, schedule=Constant(warmup=2000), b2=0.95, weight_decay=0.01),
             steps=100_000,
             ema_decay=0.9999,
         ),

@@ -31,7 +31,8 @@ from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 
 EXPERIMENT = Experiment(
     name="movq",
@@ -51,7 +52,7 @@ EXPERIMENT = Experiment(
     stages=(
         TrainAutoencoder(
             windows=(WindowConfig(size=Grid(9, 128, 128), batch=16), WindowConfig(size=Grid(1, 256, 256), batch=32)),
-            optimizer=OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup=1000),
+            optimizer=AdamW(learning_rate=2e-4, schedule=Cosine(warmup=1000)),
             steps=100_000,
             loss=AutoencoderObjective(
                 kl=0.0,
@@ -62,7 +63,7 @@ EXPERIMENT = Experiment(
         ),
         TrainDenoiser(
             batch=16,
-            optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=500, weight_decay=0.01),
+            optimizer=Muon(learning_rate=1e-3, schedule=WarmupStableDecay(warmup=500), weight_decay=0.01),
             steps=50_000,
         ),
     ),

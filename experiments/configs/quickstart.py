@@ -13,7 +13,8 @@ from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 
 NUM_CLIPS = 4000
 NUM_HELD_OUT = 24
@@ -51,15 +52,13 @@ def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
                     WindowConfig(size=Grid(9, 32, 32), batch=16),
                     WindowConfig(size=Grid(1, 32, 32), batch=32),
                 ),
-                optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+                optimizer=AdamW(learning_rate=3e-3, schedule=Cosine(warmup=30)),
                 steps=autoencoder_steps,
                 loss=AutoencoderObjective.pixels(kl=1e-4),
             ),
             TrainDenoiser(
                 batch=8,
-                optimizer=OptimizerConfig(
-                    kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99
-                ),
+                optimizer=Muon(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=50), rms=0.5, b2=0.99),
                 steps=denoiser_steps,
                 ema_decay=0.995,
             ),

@@ -21,10 +21,11 @@ from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import WordEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon
+from dit_video.training.optim.schedules import Constant, Cosine, WarmupStableDecay
 
 DATA = DataConfig(max_pixels=32 * 48, max_frames=17, weights=(0.0, 1.0))
-OPTIMIZER = OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99)
+OPTIMIZER = Muon(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=50), rms=0.5, b2=0.99)
 
 EXPERIMENT = Experiment(
     name="scenes",
@@ -43,7 +44,7 @@ EXPERIMENT = Experiment(
                 WindowConfig(size=Grid(9, 32, 32), batch=16),
                 WindowConfig(size=Grid(1, 32, 32), batch=32),
             ),
-            optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup=30),
+            optimizer=AdamW(learning_rate=2e-3, schedule=Cosine(warmup=30)),
             steps=2500,
             loss=AutoencoderObjective.pixels(kl=1e-4),
         ),
@@ -51,7 +52,7 @@ EXPERIMENT = Experiment(
             name="one_object",
             data=dataclasses.replace(DATA, weights=(1.0, 0.0)),
             batch=10,
-            optimizer=dataclasses.replace(OPTIMIZER, schedule="constant"),
+            optimizer=dataclasses.replace(OPTIMIZER, schedule=Constant(warmup=50)),
             steps=450,
             ema_decay=0.995,
         ),

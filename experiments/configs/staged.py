@@ -20,11 +20,12 @@ from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon, OptimizerConfig
+from dit_video.training.optim.schedules import Constant, Cosine, WarmupStableDecay
 
 
 def make_optimizer(learning_rate: float) -> OptimizerConfig:
-    return OptimizerConfig(kind="muon", learning_rate=learning_rate, warmup=20)
+    return Muon(learning_rate=learning_rate, schedule=Constant(warmup=20))
 
 
 EXPERIMENT = Experiment(
@@ -41,7 +42,7 @@ EXPERIMENT = Experiment(
     stages=(
         TrainAutoencoder(
             windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
-            optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup=30),
+            optimizer=AdamW(learning_rate=1e-3, schedule=Cosine(warmup=30)),
             steps=600,
             loss=AutoencoderObjective.pixels(kl=1e-6),
         ),
@@ -80,7 +81,7 @@ EXPERIMENT = Experiment(
         TrainDenoiser(
             continues="large",
             batch=2,
-            optimizer=OptimizerConfig(kind="muon", learning_rate=1e-3, schedule="wsd", warmup=20),
+            optimizer=Muon(learning_rate=1e-3, schedule=WarmupStableDecay(warmup=20)),
             steps=120,
             ema_decay=0.98,
         ),

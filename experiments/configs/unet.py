@@ -12,7 +12,8 @@ from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.unet import UnetConfig
 from dit_video.tokens import CanvasShape, Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 
 CHANNELS = 4
 
@@ -42,13 +43,13 @@ def make_transformer_experiment(seed: int = 0, *, brief: bool = False) -> Experi
                 WindowConfig(size=Grid(9, 32, 32), batch=8),
                 WindowConfig(size=Grid(1, 32, 32), batch=16),
             ),
-            optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+            optimizer=AdamW(learning_rate=3e-3, schedule=Cosine(warmup=30)),
             steps=60 if brief else 900,
             loss=AutoencoderObjective.pixels(kl=1e-4),
         ),
         TrainDenoiser(
             batch=4,
-            optimizer=OptimizerConfig(learning_rate=2e-3, schedule="wsd", warmup=50, b2=0.99),
+            optimizer=AdamW(learning_rate=2e-3, schedule=WarmupStableDecay(warmup=50), b2=0.99),
             steps=60 if brief else 2800,
             ema_decay=0.995,
         ),

@@ -14,7 +14,8 @@ from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 
 
 def make_experiment(
@@ -59,7 +60,9 @@ def make_experiment(
         stages=(
             TrainDenoiser(
                 batch=batch,
-                optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=2000, b2=0.95, weight_decay=0.01),
+                optimizer=AdamW(
+                    learning_rate=learning_rate, schedule=Constant(warmup=2000), b2=0.95, weight_decay=0.01
+                ),
                 steps=100_000,
                 ema_decay=0.9999,
             ),

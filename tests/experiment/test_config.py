@@ -16,14 +16,15 @@ from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
 CONFIGS = [path for path in CONFIGS if path.stem != "wan"]  # what the configs of Wan's shapes share
 
 
 def change_field(value, path, new):
-    """Change one field of a nested dataclass, as in `change_field(experiment, "denoiser.optimizer.warmup", 3)`."""
+    """Change one field of a nested dataclass, as in `change_field(experiment, "denoiser.optimizer.b1", 0.5)`."""
     name, _, rest = path.partition(".")
     changed = change_field(getattr(value, name), rest, new) if rest else new
     if name in ("autoencoder", "denoiser") and isinstance(value, Experiment):
@@ -126,8 +127,8 @@ def test_windows_that_lpips_cannot_see_are_refused(tiny):
         (lambda: PatchVaeConfig(width=0), "width=0.*at least 1"),
         (lambda: WindowConfig(size=Grid(0, 16, 16), batch=1), "at least 1"),
         (lambda: WindowConfig(size=Grid(1, 16, 16), batch=0), "at least 1"),
-        (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate=0.0"),
-        (lambda: OptimizerConfig(warmup=-1), "warmup=-1"),
+        (lambda: AdamW(learning_rate=0.0), "learning_rate=0.0"),
+        (lambda: AdamW(schedule=Constant(warmup=-1)), "warmup=-1"),
         (lambda: Sampling(steps=0), "steps=0 is invalid: it must be at least 1"),
         (lambda: Parallelism(data=-1, fsdp=-1), "only one axis"),
     ],

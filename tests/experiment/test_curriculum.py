@@ -22,7 +22,8 @@ from dit_video.training import trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
 from dit_video.training.optim.ema import EmaConfig
-from dit_video.training.optim.optimizer import make_learning_rate_schedule, make_optimizer
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant, WarmupStableDecay
 from dit_video.training.step import GradientStep
 from support.interruptions import wait_for_save
 from support.training_state import get_state_shapes
@@ -31,7 +32,7 @@ from support.training_state import get_state_shapes
 @pytest.fixture(scope="module")
 def staged(tiny):
     autoencoder, denoiser = tiny.EXPERIMENT.stages
-    optimizer = dataclasses.replace(denoiser.optimizer, learning_rate=1e-3, warmup=1)
+    optimizer = dataclasses.replace(denoiser.optimizer, learning_rate=1e-3, schedule=WarmupStableDecay(warmup=1))
     denoiser = dataclasses.replace(denoiser, steps=4, optimizer=optimizer)
     images = dataclasses.replace(
         denoiser,
@@ -39,7 +40,7 @@ def staged(tiny):
         data=DataConfig(max_pixels=16 * 16, max_frames=1),
         layout=PackedShape(tokens=3, text=96, segments=3),
         process=RectifiedFlow(shift=0.5),
-        optimizer=dataclasses.replace(optimizer, learning_rate=4e-3, schedule="constant"),
+        optimizer=dataclasses.replace(optimizer, learning_rate=4e-3, schedule=Constant(warmup=1)),
     )
     small = dataclasses.replace(
         denoiser,
@@ -135,7 +136,7 @@ def test_a_stage_starts_where_the_one_before_ended(tiny_run, staged, tmp_path, m
 
 def test_every_stage_has_its_own_learning_rate_schedule(staged):
     assert staged.get_stage("images").optimizer.learning_rate == 4e-3
-    rates = make_learning_rate_schedule(staged.denoiser.optimizer, steps=staged.denoiser.steps)
+    rates = staged.denoiser.optimizer.make_schedule(steps=staged.denoiser.steps)
     assert [float(rates(step)) for step in (0, 1)] == pytest.approx([1e-3, 1e-3])
     assert float(rates(3)) == pytest.approx(1e-3)
 
@@ -206,11 +207,11 @@ def test_invalid_stages_are_refused(staged):
 
 
 def test_stages_that_could_not_carry_on_the_state_of_the_one_before_are_refused(staged):
-    adamw = dataclasses.replace(staged.denoiser.optimizer, kind="adamw")
+    adamw = AdamW(schedule=Constant(warmup=1))
     elsewhere = {"init_from": "elsewhere"}
     expert = ExpertConfig(expert="low", boundary=0.5, other_folder="elsewhere")
     for changes, name in (
-        ({"optimizer": adamw}, r"optimizer\.kind='adamw'"),
+        ({"optimizer": adamw}, "optimizer='AdamW'"),
         ({"train": TemporalWeights()}, r"optimizer\.trainable=.*temporal.*"),
         ({"train": LoraAdapters(**elsewhere)}, r"train\.lora=LoraConfig.*"),
         ({"train": AllWeights(**elsewhere, expert=expert)}, r"train\.expert=ExpertConfig.*"),
@@ -234,7 +235,7 @@ def test_a_stage_weighs_data_sets_as_the_experiment_does_or_by_itself(staged):
 def test_all_stages_share_one_training_state(staged):
     shapes = []
     for number, stage in enumerate(staged.denoiser_stages):
-        optimizer = make_optimizer(stage.optimizer, steps=stage.steps, start_step=number)
+        optimizer = stage.optimizer.make(steps=stage.steps, start_step=number)
         init = functools.partial(init_params, staged.model.backbone.make)
         shapes.append(jax.tree.leaves(get_state_shapes(init, optimizer)))
     assert shapes[0] == shapes[1] == shapes[2]

@@ -27,7 +27,8 @@ from dit_video.models.autoencoders import (
     VqConfig,
 )
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support.random_params import make_random_params
 
 IMAGE = ImageVaeConfig(channels=4, levels=ImageLevels(widths=(4, 8), blocks=1, groups=2))
@@ -36,7 +37,7 @@ IMAGE = ImageVaeConfig(channels=4, levels=ImageLevels(widths=(4, 8), blocks=1, g
 def training(start=None):
     return TrainAutoencoder(
         windows=(WindowConfig(size=Grid(5, 16, 16), batch=2),),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=1, weight_decay=0.1, trainable=("/temporal/",)),
+        optimizer=AdamW(learning_rate=1e-2, schedule=Constant(warmup=1), weight_decay=0.1, trainable=("/temporal/",)),
         steps=4,
         init_from=None if start is None else str(start),
     )
@@ -170,7 +171,7 @@ def test_a_codebook_starts_at_latents_unless_its_weights_are_loaded(given, tiny,
     autoencoder = dataclasses.replace(
         training(tmp_path / "given" if given else None),
         windows=(WindowConfig(size=Grid(1, 16, 16), batch=4),),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=1),
+        optimizer=AdamW(learning_rate=1e-3, schedule=Constant(warmup=1)),
     )
     experiment = dataclasses.replace(
         tiny.EXPERIMENT,

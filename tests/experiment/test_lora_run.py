@@ -14,7 +14,8 @@ from dit_video.experiment import AllWeights, LoraAdapters
 from dit_video.experiment.denoiser import open_trainable_denoiser
 from dit_video.experiment.run import Run
 from dit_video.nn import LoraConfig, merge_lora
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from dit_video.weights import get_native_modules, load_lora, save
 from dit_video.weights import load as load_weights
 from support.interruptions import interrupt, wait_for_save
@@ -29,7 +30,7 @@ def adapting(tiny, tiny_run, folder, **changes):
     own = {
         "train": LoraAdapters(init_from=str(tiny_run), lora=LORA),
         "steps": 6,
-        "optimizer": OptimizerConfig(learning_rate=3e-2, warmup=1),
+        "optimizer": AdamW(learning_rate=3e-2, schedule=Constant(warmup=1)),
     }
     experiment = dataclasses.replace(tiny.EXPERIMENT, save_every=2, log_every=2).replace_stage(
         "denoiser", **own | changes

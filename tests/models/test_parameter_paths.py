@@ -23,7 +23,7 @@ from dit_video.models.backbones.vace import VaceControl, VaceDitConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import LoraConfig, get_param_shapes
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import Muon
 
 LAYERS = 7
 """Number of layers, which no other axis has."""
@@ -39,7 +39,7 @@ MODELS = {
     "U-Net": UnetConfig(channels=4, context_width=8, width=8, heads=2, groups=4),
 }
 SHAPES = {name: flatten(get_param_shapes(config.make)) for name, config in MODELS.items()}
-OPTIMIZER = OptimizerConfig()
+OPTIMIZER = Muon()
 PATTERNS = {
     "tensor: fused maps into heads": TENSOR_RULES[0][0],
     "tensor: maps into heads and hidden widths": TENSOR_RULES[1][0],
@@ -146,7 +146,7 @@ def test_weights_that_decay_are_the_kernels(model):
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "U-Net"])
 def test_muon_updates_the_kernels_of_blocks(model):
     kernels = [path for path in SHAPES[model] if path.endswith("/kernel")]
-    chosen = {path for path in kernels if any(re.search(pattern, path) for pattern in OPTIMIZER.muon_patterns)}
+    chosen = {path for path in kernels if any(re.search(pattern, path) for pattern in OPTIMIZER.patterns)}
     assert chosen == {path for path in kernels if SHAPES[model][path].shape[0] == LAYERS}
 
 

@@ -13,7 +13,8 @@ from dit_video.planning.fit import apply_settings, fit, list_settings
 from dit_video.planning.plan import plan_experiment
 from dit_video.tokens import PackedShape
 from dit_video.training.optim.ema import EmaConfig
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import Adafactor, AdamW
+from dit_video.training.optim.schedules import Constant
 from support.marks import mark_slow_except
 
 GPUS = Topology.parse("h100:2")
@@ -23,7 +24,7 @@ GPUS = Topology.parse("h100:2")
 def training(tiny):
     """Return a training whose state is large enough to be sharded, and whose activations need most of the memory."""
     experiment = dataclasses.replace(tiny.EXPERIMENT, parallel=Parallelism(data=2)).replace_stage(
-        "denoiser", batch=4, optimizer=OptimizerConfig(warmup=1), averages=EmaConfig(decays=(0.5,))
+        "denoiser", batch=4, optimizer=AdamW(schedule=Constant(warmup=1)), averages=EmaConfig(decays=(0.5,))
     )
     experiment = experiment.replace_model(layout=PackedShape(tokens=768, text=96, segments=3))
     return experiment.replace_backbone(width=128, layers=4)
@@ -67,14 +68,14 @@ def test_what_is_listed_fits_and_needs_all_of_its_settings(training, part):
 def test_only_options_that_the_experiment_has_are_tried(training):
     names = set(list_settings(training, "denoiser", 2))
     backbone = {"model.backbone.remat", "model.backbone.dtype"}
-    trained = {"denoiser.accumulation_steps", "denoiser.optimizer.kind", "denoiser.averages"}
+    trained = {"denoiser.accumulation_steps", "denoiser.optimizer", "denoiser.averages"}
     assert names == {"--parallel", "--rows"} | backbone | trained
     sampler = {"--parallel", "--rows", "model.backbone.dtype", "sampling.branch_evaluation"}
     assert set(list_settings(training, "sampler", 2)) == sampler
     changed = training.replace_stage(
         "denoiser",
         averages=EmaConfig(),
-        optimizer=OptimizerConfig(kind="adafactor", warmup=1),
+        optimizer=Adafactor(schedule=Constant(warmup=1)),
         train=AllWeights(init_from="weights"),
         batch=1,
     )
@@ -90,7 +91,7 @@ def test_settings_are_printed_as_options_of_the_command(training):
     settings = list_settings(training, "denoiser", 2)
     printed = {str(setting) for each in settings.values() for setting in each}
     expected = {"--parallel fsdp=2", "--rows 2", "--set model.backbone.remat=full"}
-    expected |= {"--set denoiser.accumulation_steps=2", "--set denoiser.optimizer.kind=adafactor"}
+    expected |= {"--set denoiser.accumulation_steps=2", "--set denoiser.optimizer=Adafactor(...)"}
     assert expected <= printed
 
 
@@ -118,7 +119,7 @@ def test_what_cannot_fit_at_all_is_said_with_the_least_that_it_needs(training):
     assert planned == pytest.approx(result.smallest.memory, rel=0.02)
     document = json.loads(json.dumps(result.to_json()))
     assert document["fitting"] == []
-    assert document["smallest"]["settings"]["denoiser.optimizer.kind"] == "adafactor"
+    assert document["smallest"]["settings"]["denoiser.optimizer"] == "Adafactor(...)"
     assert {"model.backbone.remat", "--rows"} <= set(document["smallest"]["settings"])
 
 

@@ -14,7 +14,8 @@ from dit_video.experiment import Experiment, ModelConfig, Run
 from dit_video.models.autoencoders import IdentityConfig
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support.devices import HANG, PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ BACKBONE = DiTConfig(
 @pytest.fixture
 def run_in_pixels(tiny, tiny_clips, tmp_path) -> Path:
     """Return the folder of a run whose rows are long enough for a kernel, and that has not begun to train."""
-    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, batch=4, optimizer=OptimizerConfig(warmup=2))
+    denoiser = dataclasses.replace(tiny.EXPERIMENT.denoiser, batch=4, optimizer=AdamW(schedule=Constant(warmup=2)))
     experiment = Experiment(
         name="pixels",
         data=dataclasses.replace(tiny.EXPERIMENT.data, cache_latents=False),

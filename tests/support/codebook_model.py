@@ -11,13 +11,14 @@ from dit_video.nn import Linear, get_graph_def, init_params
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.losses.autoencoder import AutoencoderLoss
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 
 CODEBOOK = CodebookConfig(codes=16, width=4)
 CLIPS = np.stack([shapes.render_example(index, seed=0, sizes=(Grid(1, 16, 16),)).frames for index in range(8)])
 AVERAGES = CodebookLearning(decay=0.95, restart_after=10)
 """Codes that are averages of their latents."""
-OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=5), steps=80)
+OPTIMIZER = AdamW(learning_rate=3e-3, schedule=Constant(warmup=5)).make(steps=80)
 
 
 class Patches(nnx.Module):

@@ -8,11 +8,12 @@ from jax.sharding import Mesh
 
 from dit_video.distributed import ShardingRules, make_shardings, shard_batch
 from dit_video.training.checkpoint import CheckpointPolicy, Checkpoints
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support.denoiser_loss import LOSS, PARAMS, make_rows
 from support.training_state import create_state, get_state_shapes, make_step
 
-OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup=0), steps=10)
+OPTIMIZER = AdamW(learning_rate=1e-2, schedule=Constant(warmup=0)).make(steps=10)
 
 RULES = ShardingRules(min_size=1)
 

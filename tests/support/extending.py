@@ -4,12 +4,13 @@ import dataclasses
 
 import dit_video
 from dit_video.experiment.run import Run
+from dit_video.training.optim.schedules import Constant
 
 
 def train(experiment, tiny_run, folder, clips=None):
     """Train two steps of the denoiser on the tiny run's clips and autoencoder, and return the loaded pipeline."""
     pretrained = experiment.autoencoder_from if experiment.autoencoder is None else str(tiny_run / "pipeline")
-    optimizer = dataclasses.replace(experiment.denoiser.optimizer, warmup=0)
+    optimizer = dataclasses.replace(experiment.denoiser.optimizer, schedule=Constant(warmup=0))
     denoiser = dataclasses.replace(experiment.denoiser, steps=2, optimizer=optimizer)
     experiment = dataclasses.replace(experiment, autoencoder_from=pretrained, stages=(denoiser,))
     Run.create(folder, experiment).train((tiny_run / "data").resolve() if clips is None else clips)

@@ -22,7 +22,8 @@ from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.planning import read_program
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
 from dit_video.training.losses.denoiser import DenoiserLoss, LoraLoss
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from dit_video.training.step import JittedStep
 from support.compilations import count_compilations
 from support.random_params import make_random_params
@@ -57,7 +58,7 @@ def make_rows(start: int) -> PackedBatch:
 def make_test_optimizer(name: str) -> optax.GradientTransformation:
     if name == "sgd":
         return optax.sgd(2e-3)
-    return make_optimizer(OptimizerConfig(learning_rate=1e-3, warmup=0), steps=10)
+    return AdamW(learning_rate=1e-3, schedule=Constant(warmup=0)).make(steps=10)
 
 
 def begin(parallel: Parallelism, backbone=DIT, *, optimizer: str, devices=None, lora: LoraConfig | None = None):

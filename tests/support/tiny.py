@@ -15,7 +15,8 @@ from dit_video.sampling import Sampling
 from dit_video.scenes import shapes
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 
 COUNT = 24
 SIZES = (Grid(1, 16, 16), Grid(5, 16, 16), Grid(9, 16, 32))
@@ -43,13 +44,13 @@ def experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
         stages=(
             TrainAutoencoder(
                 windows=(WindowConfig(size=Grid(5, 16, 16), batch=4),),
-                optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=2),
+                optimizer=AdamW(learning_rate=3e-3, schedule=Cosine(warmup=2)),
                 steps=8,
                 loss=AutoencoderObjective.pixels(),
             ),
             TrainDenoiser(
                 batch=2,
-                optimizer=OptimizerConfig(kind="muon", learning_rate=2e-3, schedule="wsd", warmup=2),
+                optimizer=Muon(learning_rate=2e-3, schedule=WarmupStableDecay(warmup=2)),
                 steps=10,
                 ema_decay=0.9,
             ),

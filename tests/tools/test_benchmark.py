@@ -201,7 +201,7 @@ SMALL = (
     "model.layout.text=96",
     "model.layout.segments=3",
     "denoiser.batch=2",
-    "denoiser.optimizer.warmup=2",
+    "denoiser.optimizer.schedule.warmup=2",
 )
 
 

@@ -122,10 +122,17 @@ def test_the_command_fits_a_training_and_a_sampler_on_an_absent_tpu(tmp_path, sc
     """The memory of the combinations that are listed first is that of compiled steps."""
     pytest.importorskip("libtpu")
     target = tmp_path / "fit.json"
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import runpy\n"
+        "from dit_video.training.optim.optimizer import AdamW\n"
+        f'TINY = runpy.run_path({CONFIG!r})["EXPERIMENT"]\n'
+        'EXPERIMENT = TINY.replace_stage("denoiser", optimizer=AdamW(schedule=TINY.denoiser.optimizer.schedule))\n'
+    )
     model = ("--set", "model.backbone.width=256", "--set", "model.backbone.attention='splash'", "--rows", 64)
-    more = (*model, "--set", "denoiser.optimizer.kind='adamw'", "--tries", 1, "--json", target)
+    more = (*model, "--tries", 1, "--json", target)
     for part, size in (("denoiser", "40MiB"), ("sampler", "14MiB")):
-        done = script(TOOL, CONFIG, "--topology", "v5e:2x2", *more, "--of", part, "--fit", size)
+        done = script(TOOL, config, "--topology", "v5e:2x2", *more, "--of", part, "--fit", size)
         assert done.code == 0, done.err
         document = json.loads(target.read_text())
         compiled = [each for each in document["fitting"] + document["overflowing"] if each["method"] == "compiled"]

@@ -7,7 +7,8 @@ import pytest
 from dit_video.core import trees
 from dit_video.training.digests import compute_digests
 from dit_video.training.optim.ema import EmaConfig, gamma_from_sigma
-from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule, make_optimizer
+from dit_video.training.optim.optimizer import AdamW, ScheduleFreeAdamW
+from dit_video.training.optim.schedules import Constant, Cosine, WarmupStableDecay
 from dit_video.training.state import init_state
 from dit_video.training.step import BATCH_DIGESTS, Average, LossDetails, LossOutput
 from support.compilations import count_compilations
@@ -32,7 +33,7 @@ def start(optimizer):
 
 
 def test_the_loss_falls_to_zero():
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup=5, schedule="cosine"), steps=200)
+    optimizer = AdamW(learning_rate=0.1, schedule=Cosine(warmup=5)).make(steps=200)
     step, state = make_step(loss, optimizer, ema_decay=0.9), start(optimizer)
     losses = []
     for _ in range(200):
@@ -83,7 +84,7 @@ def test_the_state_is_donated_and_the_batch_is_not():
 
 
 def test_one_program_for_all_steps():
-    optimizer = make_optimizer(OptimizerConfig(schedule="wsd", warmup=2), steps=10)
+    optimizer = AdamW(schedule=WarmupStableDecay(warmup=2)).make(steps=10)
     step, state = make_step(loss, optimizer, ema_decay=0.9), start(optimizer)
     state, _ = step(state, BATCH)
     before = count_compilations()
@@ -167,13 +168,13 @@ def test_further_averages_are_those_of_their_own_decay():
 
 def test_a_schedule_free_optimizer_is_evaluated_at_its_own_average():
     """The expected values follow arXiv 2405.15682, equations 3 to 5, with steps of Adam."""
-    config = OptimizerConfig(kind="schedule_free", learning_rate=0.05, warmup=4, b1=0.8, max_grad_norm=1e9)
-    optimizer = make_optimizer(config, steps=50)
+    config = ScheduleFreeAdamW(learning_rate=0.05, schedule=Constant(warmup=4), b1=0.8, max_grad_norm=1e9)
+    optimizer = config.make(steps=50)
     step, state = make_step(loss, optimizer, ema_decay=0.9), start(optimizer)
     adam = optax.scale_by_adam(b1=0.0, b2=config.b2)
     x = y = z = jax.tree.map(jnp.array, state.params)
     moments, total = adam.init(x), 0.0
-    rates = make_learning_rate_schedule(config, steps=50)
+    rates = config.make_schedule(steps=50)
     for number in range(12):
         state, _ = step(state, BATCH)
         gradients = jax.grad(lambda params: loss(params, BATCH, 0)[0])(y)

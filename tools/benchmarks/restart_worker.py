@@ -16,7 +16,6 @@ from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed import make_mesh
 from dit_video.training import loop, trainer
 from dit_video.training.hooks.hook import PeriodicCall
-from dit_video.training.optim.optimizer import make_optimizer
 from dit_video.training.step import GradientStep
 
 _STEPS, _SAVE_EVERY, _EXAMPLES = 10_000, 2, 200
@@ -62,7 +61,7 @@ def main() -> None:
         init=init,
         random_key=rng.key(0, "benchmark"),
         train_step=GradientStep(
-            loss=loss, optimizer=make_optimizer(optimizer, steps=_STEPS + optimizer.warmup), ema_decay=0.999
+            loss=loss, optimizer=optimizer.make(steps=_STEPS + optimizer.schedule.warmup), ema_decay=0.999
         ),
         config=loop.LoopConfig(steps=_STEPS, save_every=_SAVE_EVERY),
         mesh=make_mesh(setting.parallel),

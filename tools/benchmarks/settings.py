@@ -35,7 +35,8 @@ from dit_video.tokens import (
     patchify,
     stack_rows,
 )
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 
 _WORDS = (
     ("red", "green", "blue", "yellow", "magenta", "white"),
@@ -56,12 +57,12 @@ BUILT_IN = SimpleNamespace(
     ),
     autoencoder=SimpleNamespace(
         windows=(SimpleNamespace(size=Grid(17, 32, 32), batch=16),),
-        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=30),
+        optimizer=AdamW(learning_rate=3e-3, schedule=Cosine(warmup=30)),
         loss=AutoencoderObjective.pixels(kl=1e-4),
     ),
     denoiser=SimpleNamespace(
         batch=8,
-        optimizer=OptimizerConfig(kind="muon", learning_rate=3e-3, muon_rms=0.5, schedule="wsd", warmup=50, b2=0.99),
+        optimizer=Muon(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=50), rms=0.5, b2=0.99),
     ),
     parallel=Parallelism(),
 )

@@ -21,7 +21,7 @@ from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_graph_def, init_params
 from dit_video.training.losses.autoencoder import AutoencoderLoss
 from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import OptimizerConfig
 from dit_video.training.state import TrainState, init_state, make_on_devices
 from dit_video.training.step import GradientStep, Loss, StepFn
 
@@ -58,7 +58,7 @@ class TrainingSetup(NamedTuple):
 def make_training_setup(setting: Setting, init: Callable, loss: Loss, config: OptimizerConfig) -> TrainingSetup:
     """Initialize a model on the mesh."""
     mesh = make_mesh(setting.parallel)
-    optimizer = make_optimizer(config, steps=_SCHEDULE_STEPS + config.warmup)
+    optimizer = config.make(steps=_SCHEDULE_STEPS + config.schedule.warmup)
     layout = functools.partial(make_shardings, mesh=mesh)
     random_key = rng.key(0, "benchmark")
     state = make_on_devices(lambda key: init_state(init(key), optimizer), random_key, shardings=layout)

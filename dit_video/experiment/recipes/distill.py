@@ -23,7 +23,8 @@ from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline_config import RUN_CONFIG, is_pipeline_folder, read_pipeline_config
 from dit_video.tokens import PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon, OptimizerConfig
+from dit_video.training.optim.schedules import WarmupStableDecay
 
 _LEARNING_RATES = {"consistency": 1e-3, "dmd": 3e-4}
 _LORA_LEARNING_RATE = 1e-4
@@ -133,7 +134,6 @@ def make_distillation_experiment(
     train = options.train or teacher.train
     changes = {name: getattr(options, name) for name in ("dtype", "remat", "attention")}
     changes = {name: value for name, value in changes.items() if value is not None}
-    default_rate = _LORA_LEARNING_RATE if train == "lora" else _LEARNING_RATES[options.method]
     return Experiment(
         name=f"{teacher.name}-{options.method}",
         seed=options.seed,
@@ -143,13 +143,7 @@ def make_distillation_experiment(
         stages=(
             TrainDenoiser(
                 batch=options.batch or teacher.batch,
-                optimizer=OptimizerConfig(
-                    kind=options.optimizer or ("adamw" if train == "lora" else "muon"),
-                    learning_rate=default_rate if options.learning_rate is None else options.learning_rate,
-                    muon_rms=0.5,
-                    schedule="wsd",
-                    warmup=min(options.warmup, options.steps - 1),
-                ),
+                optimizer=_make_optimizer(options, train),
                 steps=options.steps,
                 times=teacher.times,
                 weighting=teacher.weighting,
@@ -232,6 +226,15 @@ def _check_teacher(folder: Path, *, boundary: float | None, has_frames: bool) ->
     if boundary is not None or has_frames:
         fix = "distil a text-to-video model with one denoiser"
         raise UserError(f"{folder} holds a model with two experts or with conditioning frames; {fix}")
+
+
+def _make_optimizer(options: DistillationOptions, train: str) -> OptimizerConfig:
+    default_rate = _LORA_LEARNING_RATE if train == "lora" else _LEARNING_RATES[options.method]
+    learning_rate = default_rate if options.learning_rate is None else options.learning_rate
+    schedule = WarmupStableDecay(warmup=min(options.warmup, options.steps - 1))
+    if (options.optimizer or ("adamw" if train == "lora" else "muon")) == "adamw":
+        return AdamW(learning_rate=learning_rate, schedule=schedule)
+    return Muon(learning_rate=learning_rate, schedule=schedule, rms=0.5)
 
 
 def _make_distillation(options: DistillationOptions, guidance: float) -> Distillation:

@@ -21,7 +21,8 @@ from dit_video.nn import LoraConfig, Remat
 from dit_video.nn.attention import BackendName
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 
 _MAX_CLIPS_PER_ROW = 4
 """Largest number of clips of a row, when they are smaller than the largest."""
@@ -135,7 +136,9 @@ def make_finetuning_experiment(
         stages=(
             TrainDenoiser(
                 batch=options.batch,
-                optimizer=OptimizerConfig(learning_rate=learning_rate, warmup=min(options.warmup, options.steps - 1)),
+                optimizer=AdamW(
+                    learning_rate=learning_rate, schedule=Constant(warmup=min(options.warmup, options.steps - 1))
+                ),
                 steps=options.steps,
                 ema_decay=0.99,
                 train=_select_weights(folder, parts.boundary, options),

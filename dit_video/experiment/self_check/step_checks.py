@@ -25,7 +25,8 @@ from dit_video.experiment.initial_weights import get_kernel_dtype, load_initial_
 from dit_video.experiment.self_check.subject import CheckedTraining, Problem
 from dit_video.tokens import PackedBatch
 from dit_video.training.optim.muon import MuonState
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon, OptimizerConfig, ScheduleFreeAdamW
+from dit_video.training.optim.schedules import Constant, Cosine, WarmupStableDecay
 from dit_video.weights.parameter import Parameter
 
 StateValues = Mapping[str, Mapping[str, np.ndarray]]
@@ -139,14 +140,16 @@ _MUON_BETA = 0.95
 
 def compute_learning_rate(config: OptimizerConfig, steps: int, update: int) -> float:
     """Return the learning rate of an update, counted from 0: a linear warmup, then the schedule."""
-    peak, warmup = config.learning_rate, config.warmup
+    peak, schedule, warmup = config.learning_rate, config.schedule, config.schedule.warmup
+    if not isinstance(schedule, Constant | Cosine | WarmupStableDecay):
+        return float(config.make_schedule(steps=steps)(update))
     if update < warmup:
         return peak * (1 + (warmup - 1) * update / warmup) / warmup
     done, length = update - warmup, steps - warmup
-    if config.schedule == "cosine":
+    if isinstance(schedule, Cosine):
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done / length)))
-    if config.schedule == "wsd":
-        cooldown = max(1, min(steps // 5, length))
+    if isinstance(schedule, WarmupStableDecay):
+        cooldown = max(1, min(int(schedule.decay * steps), length))
         return peak * min(1.0, max(0.0, (length - done) / cooldown))
     return peak
 
@@ -158,6 +161,7 @@ class UpdateCheck:
         """Prepare the check of the update that led to `step` steps."""
         training = subject.training
         self._config = training.optimizer
+        self._adam = self._config if isinstance(self._config, AdamW | Muon) else AdamW()
         self._subject, self._before, self._after, self._step = subject, before, after, step
         self._update = step - 1
         self._rate = compute_learning_rate(self._config, training.steps, self._update - subject.trainer.start_step)
@@ -171,7 +175,7 @@ class UpdateCheck:
           norm: Norm of the whole gradient, by which it is clipped.
         """
         self._check_average()
-        if self._config.kind in ("adamw", "muon"):
+        if isinstance(self._config, AdamW | Muon):
             self._check_counts()
             self._check_adam()
             self._check_matrices()
@@ -185,7 +189,7 @@ class UpdateCheck:
 
     def _check_average(self) -> None:
         """Check $e' = e + (1 - d) (p' - e)$ with the decay of `update_ema`."""
-        if self._config.kind == "schedule_free":
+        if isinstance(self._config, ScheduleFreeAdamW):
             return
         decay = min(self._subject.training.ema_decay, (1 + self._update) / (10 + self._update))
         errors = {}
@@ -207,7 +211,7 @@ class UpdateCheck:
     @functools.cached_property
     def _received_gradients(self) -> dict[str, np.ndarray]:
         """Return the gradients that the optimizer received, clipped."""
-        before, after, b1 = self._before["mu"], self._after["mu"], self._config.b1
+        before, after, b1 = self._before["mu"], self._after["mu"], self._adam.b1
         beta = {path: b1 if path in self._after["nu"] else _MUON_BETA for path in after}
         return {path: (after[path] - beta[path] * before[path]) / (1 - beta[path]) for path in after if path in before}
 
@@ -220,7 +224,7 @@ class UpdateCheck:
         """Check second moments and parameters of AdamW (arXiv 1711.05101)."""
         if self._was_skipped:
             return
-        config, errors, moments = self._config, dict[str, float](), dict[str, float]()
+        config, errors, moments = self._adam, dict[str, float](), dict[str, float]()
         for path, gradient in self._received_gradients.items():
             if path not in self._after["nu"]:
                 continue
@@ -237,8 +241,8 @@ class UpdateCheck:
 
     def _correct(self, first: np.ndarray, gradient: np.ndarray, count: float) -> np.ndarray:
         """Return the first moments without bias; Muon's other parameters use Nesterov momentum."""
-        b1 = self._config.b1
-        if self._config.kind == "muon":
+        b1 = self._adam.b1
+        if isinstance(self._config, Muon):
             return b1 * first / (1 - b1 ** (count + 1)) + (1 - b1) * gradient / (1 - b1**count)
         return first / (1 - b1**count)
 
@@ -246,9 +250,15 @@ class UpdateCheck:
         """Return the error of an update, relative to its tolerance."""
         before, after = self._before["params"][path], self._after["params"][path]
         decay = self._config.weight_decay if self._is_decayed(path) else 0.0
-        expected = -self._rate * (direction + decay * before)
-        slack = _UPDATE_TOLERANCE * np.abs(expected) + _ROUNDING * np.abs(before) + 0.01 * self._rate
+        rate = self._get_rate(path)
+        expected = -rate * (direction + decay * before)
+        slack = _UPDATE_TOLERANCE * np.abs(expected) + _ROUNDING * np.abs(before) + 0.01 * rate
         return float((np.abs((after - before) - expected) / slack).max(initial=0))
+
+    def _get_rate(self, path: str) -> float:
+        """Return the learning rate of a parameter."""
+        factors = (factor for pattern, factor in self._config.rate_factors.items() if re.search(pattern, path))
+        return self._rate * math.prod(factors)
 
     def _is_decayed(self, path: str) -> bool:
         return any(re.search(pattern, path) for pattern in self._config.weight_decay_patterns)
@@ -262,14 +272,15 @@ class UpdateCheck:
 
     def _check_matrices(self) -> None:
         """Check the size of Muon's updates: at most a full-rank matrix's, a multiple of the learning rate."""
-        if self._config.kind != "muon" or self._was_skipped:
+        if not isinstance(self._config, Muon) or self._was_skipped:
             return
         errors = {}
         for path in self._after["mu"].keys() - self._after["nu"].keys():
             before, after = self._before["params"][path], self._after["params"][path]
             decay = self._config.weight_decay if self._is_decayed(path) else 0.0
-            size = np.sqrt(np.square(after - before + self._rate * decay * before).mean())
-            expected = self._rate * self._config.muon_rms
+            rate = self._get_rate(path)
+            size = np.sqrt(np.square(after - before + rate * decay * before).mean())
+            expected = rate * self._config.rms
             if expected > _ROUNDING * np.abs(before).max(initial=0):
                 errors[path] = float(size / expected / _MAX_MATRIX_RATIO)
         self._report(errors, f"{{path}} did not move by Muon's update with learning rate {self._rate:.3g}")

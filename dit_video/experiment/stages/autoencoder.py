@@ -34,7 +34,6 @@ from dit_video.sampling.preview import fit_preview_decoder
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
-from dit_video.training.optim.optimizer import make_learning_rate_schedule
 from dit_video.video import Clip
 from dit_video.weights import save as save_weights
 
@@ -63,7 +62,7 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
         if self.name != "autoencoder":
             raise UserError(f"name={self.name!r} is invalid: the autoencoder has this folder. Use name='autoencoder'.")
         check_at_least(1, **{"autoencoder.steps": self.steps})
-        make_learning_rate_schedule(self.optimizer, steps=self.steps)
+        self.optimizer.make_schedule(steps=self.steps)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} is invalid: it must lie in [0, 1).")
         adversarial = self.loss.adversarial

@@ -34,11 +34,7 @@ from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
 from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.optim.optimizer import make_learning_rate_schedule
 from dit_video.training.trainer import BatchIterator, Trainer
-
-_OPTIMIZER_STATE = ("kind", "muon_patterns", "trainable", "frozen")
-"""Fields of an optimizer that its state depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +63,7 @@ class TrainDenoiser(DenoiserTraining, Stage):
                 f"{self.name}.accumulation_steps": self.accumulation_steps,
             },
         )
-        make_learning_rate_schedule(self.optimizer, steps=self.steps)
+        self.optimizer.make_schedule(steps=self.steps)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} is invalid: it must lie in [0, 1).")
         if not 0 <= self.caption_dropout <= 1:
@@ -119,13 +115,14 @@ class TrainDenoiser(DenoiserTraining, Stage):
             raise UserError("train=Student takes a single stage. Leave out the others, or use AllWeights.")
         own, of_last = (  # what the structure of the state depends on
             {"averages": stage.averages, "train.lora": stage.lora, "train.expert": stage.expert}
-            | {f"optimizer.{name}": getattr(get_optimizer_config(stage), name) for name in _OPTIMIZER_STATE}
-            for stage in (self, last)
+            | {"optimizer": type(stage.optimizer).__name__}
+            | {f"optimizer.{name}": getattr(optimizer, name) for name in optimizer.state_fields}
+            for stage, optimizer in ((stage, get_optimizer_config(stage)) for stage in (self, last))
         )
         for name, value in own.items():
-            if value != of_last[name]:
+            if value != of_last.get(name):
                 raise UserError(
-                    f"{name}={value!r} is invalid: the last one has {of_last[name]!r}, and its state could not be "
+                    f"{name}={value!r} is invalid: the last one has {of_last.get(name)!r}, and its state could not be "
                     "carried over. Use the same for all stages."
                 )
 

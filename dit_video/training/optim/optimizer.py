@@ -1,10 +1,11 @@
-"""Optimizers and learning rate schedules from a config."""
+"""Optimizers from a config: which parameters are trained, at which rates, and by which rule."""
 
+import abc
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,181 +17,239 @@ from dit_video.core.errors import UserError
 from dit_video.core.trees import check_path_patterns, flatten, map_with_path
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.training.optim.muon import scale_by_muon
+from dit_video.training.optim.schedules import Constant, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Configuration of AdamW, Adafactor, Muon or schedule-free AdamW with warmup, schedule and gradient clipping.
+class OptimizerConfig(abc.ABC):
+    """Configuration of an optimizer, with its learning rate, weight decay, gradient clipping and trained parameters.
 
-    Adafactor (arXiv 1804.04235) keeps only the row and column means of a matrix's second moments and no momentum. The
-    root mean square of an array's update is clipped at 1 (times the learning rate, which is absolute, as for AdamW).
-
-    Muon orthogonalizes the updates of the kernels selected by `muon_patterns` and of convolutions, and scales them to a
-    common root mean square, by default about that of AdamW (arXiv 2502.16982, eq. 4). All other parameters use AdamW
-    with Nesterov momentum at the same learning rate.
-
-    `schedule_free` (arXiv 2405.15682) computes gradients at an interpolation, with weight `b1` of the average, between
-    the iterate of AdamW without momentum and the average of the iterates. The average is evaluated and sampled from: it
-    replaces the first moving average, and further averages are computed from it.
+    One of another package is a registered subclass with a `make_main` of its own, of any optax transformation. Patterns
+    are regular expressions that are searched in parameter paths, such as `backbone/blocks/attention/query/kernel`; one
+    that matches no parameter is an error.
 
     Raises:
       UserError: If a value is out of range, or if a pattern is not a regular expression.
     """
 
-    kind: Literal["adamw", "adafactor", "muon", "schedule_free"] = "adamw"
     learning_rate: float = 1e-4
-    schedule: Literal["constant", "cosine", "wsd"] = "constant"
-    """Schedule after the warmup; `wsd` is constant, then falls linearly to zero over the last fifth of the run."""
-    warmup: int = 100
-    """Number of steps of linear warmup."""
-    muon_rms: float = 0.2
-    """Root mean square of Muon's update of a matrix, relative to the learning rate."""
-    muon_patterns: tuple[str, ...] = ("blocks/",)
-    """Regular expressions, searched in the paths of linear kernels, that select those updated by Muon. Kernels of
-    convolutions always are."""
-    b1: float = 0.9
-    b2: float = 0.99
+    """Peak of the learning rate."""
+    schedule: Schedule = field(default_factory=Constant)
+    rate_factors: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Factors of the learning rate by pattern, such as `{"^text/": 0.1}`; a parameter has the product of those that
+    match it."""
     weight_decay: float = 0.0
     """Decay of the selected parameters in each step, relative to the learning rate."""
     weight_decay_patterns: tuple[str, ...] = (r"kernel(/[ab])?$",)
-    """Regular expressions, searched in parameter paths, that select the parameters that decay: by default the kernels
-    of linear layers and convolutions, and the factors of their adapters, but not biases, norms, tables, embeddings and
-    codebooks, which decay would pull away from what they have to be."""
+    """Patterns of the parameters that decay: by default the kernels of linear layers and convolutions, and the factors
+    of their adapters, but not biases, norms, tables, embeddings and codebooks, which decay would pull away from what
+    they have to be."""
     max_grad_norm: float = 1.0
     """Largest global norm of the gradients; larger gradients are scaled down to it."""
     trainable: tuple[str, ...] = ()
-    """Regular expressions, searched in parameter paths, that select the parameters to train; all if empty."""
+    """Patterns of the parameters to train; all if empty."""
     frozen: tuple[str, ...] = ()
-    """Regular expressions that select parameters not to train, even if they are `trainable`."""
+    """Patterns of parameters not to train, even if they are `trainable`."""
+    state_fields: ClassVar[tuple[str, ...]] = ("trainable", "frozen")
+    """Fields that the structure of the optimizer's state depends on."""
 
     def __post_init__(self):
-        if not self.learning_rate > 0 or self.warmup < 0:
-            rule = "the learning rate must be positive, and the warmup not negative."
-            raise UserError(f"learning_rate={self.learning_rate}, warmup={self.warmup} is invalid: {rule}")
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.weight_decay >= 0 and self.max_grad_norm > 0):
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate={self.learning_rate} is invalid: it must be positive. Use 1e-4.")
+        if not (self.weight_decay >= 0 and self.max_grad_norm > 0):
             raise UserError(
-                f"b1={self.b1}, b2={self.b2}, weight_decay={self.weight_decay}, max_grad_norm={self.max_grad_norm} "
-                "is invalid: b1 and b2 must lie in [0, 1), with weight_decay >= 0 and max_grad_norm > 0."
+                f"weight_decay={self.weight_decay}, max_grad_norm={self.max_grad_norm} is invalid: weight_decay must "
+                "not be negative, and max_grad_norm positive."
             )
-        if self.kind == "schedule_free" and (self.schedule != "constant" or self.b1 == 0):
-            raise UserError(
-                f"schedule={self.schedule!r}, b1={self.b1} is invalid for kind='schedule_free', which averages instead "
-                "of lowering its learning rate. Use schedule='constant' and a positive b1."
-            )
-        for pattern in (
-            *self.trainable,
-            *self.frozen,
-            *self.muon_patterns,
-            *self.weight_decay_patterns,
-        ):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{pattern!r} is not a regular expression for parameter paths: {error}") from error
+        for pattern, factor in self.rate_factors.items():
+            if not factor >= 0:
+                raise UserError(
+                    f"rate_factors={dict(self.rate_factors)} is invalid: the factor of {pattern!r} must not be "
+                    "negative. Use frozen for parameters that are not trained."
+                )
+        check_patterns((*self.trainable, *self.frozen, *self.rate_factors, *self.weight_decay_patterns))
 
     def is_trained(self, path: str) -> bool:
         """Return True if the parameter with this path is trained."""
         is_selected = not self.trainable or any(re.search(pattern, path) for pattern in self.trainable)
         return is_selected and not any(re.search(pattern, path) for pattern in self.frozen)
 
+    def make_schedule(self, *, steps: int) -> optax.Schedule:
+        """Return the learning rate after each number of updates of a training of `steps` steps.
 
-def make_learning_rate_schedule(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """Return the learning rate schedule of a run of `steps` steps.
+        Raises:
+          UserError: If the training is not longer than its warmup.
+        """
+        return self.schedule.make(self.learning_rate, steps=steps)
+
+    def make(self, *, steps: int, start_step: int = 0, mesh: AnyMesh | None = None) -> optax.GradientTransformation:
+        """Return the transformation from gradients to updates.
+
+        Args:
+          steps: Length of the learning rate schedule.
+          start_step: Number of updates before the schedule begins: the updates of earlier stages.
+          mesh: Mesh of the parameters; None for a single device.
+
+        Raises:
+          UserError: If the training is not longer than its warmup; or, raised by `init`, if a pattern matches no
+            parameter.
+        """
+        schedule = self.make_schedule(steps=steps)
+        rates: optax.Schedule = lambda count: schedule(count - start_step)  # noqa: E731
+        main = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), self.make_main(rates, mesh=mesh))
+        if self.trainable or self.frozen:
+            main = optax.partition({"train": main, "frozen": _SET_TO_ZERO}, functools.partial(_label_trained, self))
+
+        def init(params: PyTree) -> Any:
+            self.check_paths(flatten(params))
+            return main.init(params)
+
+        return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(main).update)
+
+    def check_paths(self, params: Mapping[str, Any]) -> None:
+        """Check that every pattern that is used matches a parameter, given by path.
+
+        Raises:
+          UserError: If a pattern matches none.
+        """
+        check_path_patterns("trainable", self.trainable, params)
+        check_path_patterns("frozen", self.frozen, params)
+        check_path_patterns("rate_factors", tuple(self.rate_factors), params)
+        if self.weight_decay > 0:
+            check_path_patterns("weight_decay_patterns", self.weight_decay_patterns, params)
+
+    @abc.abstractmethod
+    def make_main(self, rates: optax.Schedule, *, mesh: AnyMesh | None) -> optax.GradientTransformation:
+        """Return the transformation from clipped gradients to updates, which ends with `decay_and_scale(rates)`."""
+
+    def decay_and_scale(self, rates: optax.Schedule) -> list[optax.GradientTransformation]:
+        """Return the last transformations of an optimizer: weight decay, then the learning rate and its factors."""
+        transformations = [_decay_weights(self), optax.scale_by_learning_rate(rates)]
+        if self.rate_factors:
+            transformations.append(_scale_by_path(self.rate_factors))
+        return transformations
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(OptimizerConfig):
+    """AdamW (arXiv 1711.05101).
 
     Raises:
-      UserError: If the run is not longer than its warmup.
+      UserError: If a value is out of range.
     """
-    if steps <= config.warmup:
-        raise UserError(f"warmup={config.warmup} is invalid: it must be below steps={steps}. Use a shorter warmup.")
-    peak, decay_steps = config.learning_rate, steps - config.warmup
-    match config.schedule:
-        case "constant":
-            main = optax.constant_schedule(peak)
-        case "cosine":
-            main = optax.cosine_decay_schedule(peak, decay_steps)
-        case "wsd":
-            cooldown = max(1, min(steps // 5, decay_steps))
-            main = optax.linear_schedule(peak, 0.0, cooldown, transition_begin=decay_steps - cooldown)
-    warmup = optax.linear_schedule(peak / max(1, config.warmup), peak, max(1, config.warmup))
-    return optax.join_schedules([warmup, main], [config.warmup])
+
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_betas(self.b1, self.b2)
+
+    def make_main(self, rates: optax.Schedule, *, mesh: AnyMesh | None) -> optax.GradientTransformation:
+        return optax.chain(optax.scale_by_adam(b1=self.b1, b2=self.b2), *self.decay_and_scale(rates))
 
 
-def make_optimizer(
-    config: OptimizerConfig, *, steps: int, start_step: int = 0, mesh: AnyMesh | None = None
-) -> optax.GradientTransformation:
-    """Return the optax transformation of a config, for `steps` steps.
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(OptimizerConfig):
+    """Adafactor (arXiv 1804.04235), which keeps the row and column means of a matrix's second moments, and no momentum.
 
-    Args:
-      config: Configuration of the optimizer.
-      steps: Length of the learning rate schedule.
-      start_step: Number of updates before the schedule begins: the updates of earlier stages.
-      mesh: Mesh over whose devices Muon divides its matrices; None for a single device.
+    The root mean square of an array's update is clipped at 1, times the learning rate, which is absolute, as for AdamW.
+    """
+
+    def make_main(self, rates: optax.Schedule, *, mesh: AnyMesh | None) -> optax.GradientTransformation:
+        factored = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+        return optax.chain(*factored, *self.decay_and_scale(rates))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(OptimizerConfig):
+    """Muon, which orthogonalizes the updates of selected kernels and of convolutions.
+
+    It scales them to a common root mean square, by default about that of AdamW (arXiv 2502.16982, eq. 4). All other
+    parameters use AdamW with Nesterov momentum at the same learning rate.
 
     Raises:
-      UserError: If the run is not longer than its warmup; or, raised by `init`, if a pattern that is used matches no
-        parameter.
+      UserError: If a value is out of range, or if a pattern is not a regular expression.
     """
-    schedule = make_learning_rate_schedule(config, steps=steps)
-    rates: optax.Schedule = lambda count: schedule(count - start_step)  # noqa: E731
-    match config.kind:
-        case "adamw":
-            main = _adamw(config, rates)
-        case "adafactor":
-            factored = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
-            main = optax.chain(*factored, *_decay_and_scale(config, rates))
-        case "schedule_free":
-            main = _schedule_free(config, rates)
-        case "muon":
-            muon = optax.chain(scale_by_muon(config.muon_rms, mesh=mesh), *_decay_and_scale(config, rates))
-            main = optax.partition(
-                {"matrix": muon, "other": _adamw(config, rates, nesterov=True)},
-                functools.partial(_label_matrices, config.muon_patterns),
+
+    rms: float = 0.2
+    """Root mean square of the update of a matrix, relative to the learning rate."""
+    patterns: tuple[str, ...] = ("blocks/",)
+    """Patterns of the linear kernels that Muon updates. It always updates kernels of convolutions."""
+    b1: float = 0.9
+    b2: float = 0.99
+    state_fields: ClassVar[tuple[str, ...]] = ("patterns", *OptimizerConfig.state_fields)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_betas(self.b1, self.b2)
+        check_patterns(self.patterns)
+
+    def check_paths(self, params: Mapping[str, Any]) -> None:
+        super().check_paths(params)
+        if kernels := [path for path, leaf in params.items() if _is_linear(path, leaf)]:
+            check_path_patterns("patterns", self.patterns, kernels)
+
+    def make_main(self, rates: optax.Schedule, *, mesh: AnyMesh | None) -> optax.GradientTransformation:
+        muon = optax.chain(scale_by_muon(self.rms, mesh=mesh), *self.decay_and_scale(rates))
+        adam = optax.scale_by_adam(b1=self.b1, b2=self.b2, nesterov=True)
+        return optax.partition(
+            {"matrix": muon, "other": optax.chain(adam, *self.decay_and_scale(rates))},
+            functools.partial(_label_matrices, self.patterns),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleFreeAdamW(OptimizerConfig):
+    """Schedule-free AdamW (arXiv 2405.15682), which averages instead of lowering its learning rate.
+
+    Gradients are computed at an interpolation, with weight `b1` of the average, between the iterate of AdamW without
+    momentum and the average of the iterates. The average is evaluated and sampled from: it replaces the first moving
+    average, and further averages are computed from it.
+
+    Raises:
+      UserError: If a value is out of range, or if the schedule is not constant.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_betas(self.b1, self.b2)
+        if self.b1 == 0 or not isinstance(self.schedule, Constant):
+            raise UserError(
+                f"schedule={self.schedule}, b1={self.b1} is invalid: schedule-free AdamW averages instead of lowering "
+                "its learning rate. Use Constant(...) and a positive b1."
             )
-    chain: optax.GradientTransformation = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), main)
-    if config.trainable or config.frozen:
-        chain = optax.partition({"train": chain, "frozen": _SET_TO_ZERO}, lambda params: _label_trained(config, params))
 
-    def init(params: PyTree) -> optax.OptState:
-        check_optimizer_patterns(config, flatten(params))
-        return chain.init(params)
-
-    return chain._replace(init=init)
+    def make_main(self, rates: optax.Schedule, *, mesh: AnyMesh | None) -> optax.GradientTransformation:
+        rms = optax.scale_by_rms(self.b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
+        base = optax.chain(rms, *self.decay_and_scale(rates))
+        # optax.contrib.schedule_free counts its steps from 1.
+        return optax.contrib.schedule_free(base, lambda step: rates(step - 1), b1=self.b1)
 
 
-def check_optimizer_patterns(config: OptimizerConfig, params: Mapping[str, Any]) -> None:
-    """Check that every pattern that the optimizer uses matches a parameter, given by path.
+def check_patterns(patterns: Sequence[str]) -> None:
+    """Check that patterns of parameter paths are regular expressions.
 
     Raises:
-      UserError: If a pattern matches none, or one for Muon no kernel of a linear layer, of which there are some.
+      UserError: If one is not.
     """
-    check_path_patterns("trainable", config.trainable, params)
-    check_path_patterns("frozen", config.frozen, params)
-    if config.kind == "muon" and (kernels := [path for path, leaf in params.items() if _is_linear(path, leaf)]):
-        check_path_patterns("muon_patterns", config.muon_patterns, kernels)
-    if config.weight_decay > 0:
-        check_path_patterns("weight_decay_patterns", config.weight_decay_patterns, params)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{pattern!r} is not a regular expression for parameter paths: {error}") from error
 
 
-def _is_linear(path: str, leaf: Array) -> bool:
-    """Return True for the kernel of a linear layer, or of a stack of them."""
-    return path.endswith("kernel") and leaf.ndim in (2, 3)
-
-
-def _adamw(config: OptimizerConfig, rates: optax.Schedule, *, nesterov: bool = False) -> optax.GradientTransformation:
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, nesterov=nesterov)
-    return optax.chain(adam, *_decay_and_scale(config, rates))
-
-
-def _decay_and_scale(config: OptimizerConfig, rates: optax.Schedule) -> list[optax.GradientTransformation]:
-    """Return the last two transformations of an optimizer: weight decay, then the learning rate."""
-    return [_decay_weights(config), optax.scale_by_learning_rate(rates)]
+def _check_betas(b1: float, b2: float) -> None:
+    if not (0 <= b1 < 1 and 0 <= b2 < 1):
+        raise UserError(f"b1={b1}, b2={b2} is invalid: they must lie in [0, 1). Use 0.9 and 0.99.")
 
 
 def _decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return the weight decay of the selected parameters.
-
-    It has the state of `optax.add_decayed_weights` without a mask, so that checkpoints without patterns can be read.
-    """
+    """Return the weight decay of the selected parameters."""
 
     def decay(updates: PyTree, params: PyTree) -> PyTree:
         params_by_path = flatten(params)
@@ -204,11 +263,15 @@ def _decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.stateless(decay)
 
 
-def _schedule_free(config: OptimizerConfig, rates: optax.Schedule) -> optax.GradientTransformation:
-    rms = optax.scale_by_rms(config.b2, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
-    base = optax.chain(rms, *_decay_and_scale(config, rates))
-    # optax.contrib.schedule_free counts its steps from 1.
-    return optax.contrib.schedule_free(base, lambda step: rates(step - 1), b1=config.b1)
+def _scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Return the product of updates with the factors of their paths."""
+
+    def scale(path: str, update: Array) -> Array:
+        for pattern, factor in factors.items():
+            update = update * factor if re.search(pattern, path) else update
+        return update
+
+    return optax.stateless(lambda updates, _: map_with_path(scale, updates))
 
 
 def get_schedule_free_average(params: PyTree, opt_state: PyTree) -> PyTree | None:
@@ -247,6 +310,12 @@ def _label_matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
 
     def choose(path: str, leaf: Array) -> str:
         is_selected = _is_linear(path, leaf) and any(re.search(pattern, path) for pattern in patterns)
-        return "matrix" if is_selected or (path.endswith("kernel") and leaf.ndim == 5) else "other"
+        is_convolution = path.endswith("kernel") and leaf.ndim == 5
+        return "matrix" if is_selected or is_convolution else "other"
 
     return map_with_path(choose, params)
+
+
+def _is_linear(path: str, leaf: Array) -> bool:
+    """Return True for the kernel of a linear layer, or of a stack of them."""
+    return path.endswith("kernel") and leaf.ndim in (2, 3)

@@ -21,6 +21,7 @@ from dit_video.nn import LoraConfig
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
+from dit_video.training.optim.optimizer import AdamW, Muon
 from dit_video.training.step import TrainStep
 from support.interruptions import interrupt, wait_for_save
 from support.tiny_wan import DIT, TWO, VAE, write_animating_wan, write_wan
@@ -120,9 +121,9 @@ def test_the_experiment_of_a_student_follows_from_the_folder(folder):
     assert (experiment.data.max_pixels, experiment.data.max_frames, model.fps) == (32 * 48, 5, 16.0)
     assert (experiment.sampling.steps, experiment.sampling.guidance, experiment.sampling.solver) == (2, 1.0, Lcm())
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
-    assert (denoiser.optimizer.kind, denoiser.optimizer.learning_rate) == ("adamw", 1e-2)
+    assert (type(denoiser.optimizer), denoiser.optimizer.learning_rate) == (AdamW, 1e-2)
     full = make_distillation_experiment(folder, DistillationOptions(train="full", method="dmd"))
-    assert (full.denoiser.lora, full.denoiser.optimizer.kind) == (None, "muon")
+    assert (full.denoiser.lora, type(full.denoiser.optimizer)) == (None, Muon)
     assert (full.denoiser.optimizer.learning_rate, full.data.max_frames) == (3e-4, 81)
 
 

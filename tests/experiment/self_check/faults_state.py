@@ -11,7 +11,7 @@ from experiment.self_check.faults_injection import Catalogue, replace_function, 
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.experiment.denoiser import get_optimizer_config, init_denoiser
 from dit_video.training.losses.denoiser import LoraLoss
-from dit_video.training.optim.optimizer import make_learning_rate_schedule
+from dit_video.training.optim.optimizer import OptimizerConfig
 from dit_video.training.step import LossDetails, LossOutput, accumulate_gradients, compute_gradients
 from dit_video.training.trainer import Trainer
 
@@ -38,8 +38,8 @@ def ema_decay_exchanged(run):
 
 
 def _change_schedule(change):
-    make = make_learning_rate_schedule
-    replace_function(make, lambda config, *, steps: change(make, config, steps))
+    make = OptimizerConfig.make_schedule
+    OptimizerConfig.make_schedule = lambda config, *, steps: change(make, config, steps)
 
 
 @FAULTS.add("The learning rate is 0 at all steps.", *("optimizer", "trained_parameters"))
@@ -49,7 +49,9 @@ def learning_rate_zero(run):
 
 @FAULTS.add("The warmup is missing.", "optimizer")
 def warmup_missing(run):
-    _change_schedule(lambda make, config, steps: make(replace(config, warmup=0), steps=steps))
+    _change_schedule(
+        lambda make, config, steps: make(replace(config, schedule=replace(config.schedule, warmup=0)), steps=steps)
+    )
 
 
 @FAULTS.add("The learning rate is a tenth of the config's.", "optimizer")
@@ -66,8 +68,8 @@ def schedule_too_long(run):
 
 def _change_optimizer(**changes):
     """Let the optimizer be made with other values than those of the config."""
-    make = _denoiser.make_optimizer
-    _denoiser.make_optimizer = lambda config, **options: make(replace(config, **changes), **options)
+    make = OptimizerConfig.make
+    OptimizerConfig.make = lambda config, **options: make(replace(config, **changes), **options)
 
 
 @FAULTS.add("Weight decay pulls biases, norms and tables to zero, too.", "optimizer")

@@ -13,16 +13,17 @@ from dit_video.experiment.self_check.hook import SelfCheck
 from dit_video.experiment.self_check.step_checks import compute_learning_rate
 from dit_video.experiment.self_check.subject import FILE, MAX_MESSAGES, Problem, ProblemLog
 from dit_video.training.hooks import logging
-from dit_video.training.optim.optimizer import OptimizerConfig, make_learning_rate_schedule
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant, Cosine, WarmupStableDecay
 
 STEPS, FIRST, INTERVAL = 250, 60, 120
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize("kind", [Constant, Cosine, WarmupStableDecay])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_learning_rates_are_those_of_the_optimizer(schedule, warmup):
-    config = OptimizerConfig(learning_rate=3e-4, schedule=schedule, warmup=warmup)
-    rates = make_learning_rate_schedule(config, steps=50)
+def test_learning_rates_are_those_of_the_optimizer(kind, warmup):
+    config = AdamW(learning_rate=3e-4, schedule=kind(warmup=warmup))
+    rates = config.make_schedule(steps=50)
     for update in range(50):
         assert compute_learning_rate(config, 50, update) == pytest.approx(float(rates(update)), rel=1e-4, abs=1e-10)
 

@@ -8,7 +8,7 @@ import itertools
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dit_video.data.ingest.engine import ingest
@@ -38,7 +38,8 @@ from dit_video.scenes.folder import ClipEntry, format_clip_name, write_clip_fold
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.tokens import Grid, PackedShape, Rotary3d
 from dit_video.training.hooks.metric_logs import MonitoringConfig
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW, Muon
+from dit_video.training.optim.schedules import Cosine, WarmupStableDecay
 from dit_video.training.step import TrainStep
 from support.tiny_t5 import CONFIG as T5
 from support.tiny_wan import DIT as WAN
@@ -134,15 +135,13 @@ def _make_plain(seed: int, steps: int) -> Experiment:
         stages=(
             TrainAutoencoder(
                 windows=(WindowConfig(size=Grid(5, 16, 16), batch=8),),
-                optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=2),
+                optimizer=AdamW(learning_rate=3e-3, schedule=Cosine(warmup=2)),
                 steps=80,
                 loss=AutoencoderObjective.pixels(),
             ),
             TrainDenoiser(
                 batch=4,
-                optimizer=OptimizerConfig(
-                    learning_rate=2e-3, warmup=5, schedule="cosine", weight_decay=0.1, max_grad_norm=0.5
-                ),
+                optimizer=AdamW(learning_rate=2e-3, schedule=Cosine(warmup=5), weight_decay=0.1, max_grad_norm=0.5),
                 steps=steps,
                 ema_decay=0.7,
             ),
@@ -159,7 +158,9 @@ def _change_data(experiment: Experiment, **changes) -> Experiment:
 
 
 def _accumulate(experiment: Experiment, sources: Sources) -> Experiment:
-    optimizer = replace(experiment.denoiser.optimizer, kind="muon", schedule="wsd")
+    own = experiment.denoiser.optimizer
+    common = {each.name: getattr(own, each.name) for each in fields(own)}
+    optimizer = Muon(**common | {"schedule": WarmupStableDecay(warmup=own.schedule.warmup)})
     return experiment.replace_stage("denoiser", accumulation_steps=2, optimizer=optimizer)
 
 

@@ -16,7 +16,7 @@ from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, 
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import init_params
 from dit_video.nn.attention import TimeOnly
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
 from support.packed_rows import CLASSES, COND_WIDTH, FIRST, TEXT_WIDTH, make_batch, predict, predict_with_gradients
 from support.random_params import make_random_params
 
@@ -83,7 +83,7 @@ def test_a_new_video_model_predicts_every_frame_like_the_image_model(config, tem
 def test_temporal_layers_alone_are_trained_by_their_name():
     video, grown = add_temporal_layers(IMAGE, make_random_params(IMAGE.make), TemporalLayers(), KEY)
     assert video == VIDEO
-    trains = OptimizerConfig(trainable=("temporal",)).is_trained
+    trains = AdamW(trainable=("temporal",)).is_trained
     new = {path for path in flatten(grown) if path not in flatten(make_random_params(IMAGE.make))}
     assert new
     assert {path for path in flatten(grown) if trains(path)} == new

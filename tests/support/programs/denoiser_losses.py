@@ -6,11 +6,12 @@ import jax
 import numpy as np
 
 from dit_video.distributed import Parallelism, ShardingRules, make_mesh, make_shardings, shard_batch
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support.denoiser_loss import LOSS, PARAMS, make_rows
 from support.training_state import create_state, make_step
 
-OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup=0), steps=10)
+OPTIMIZER = AdamW(learning_rate=1e-2, schedule=Constant(warmup=0)).make(steps=10)
 STEP = make_step(LOSS, OPTIMIZER, ema_decay=0.9)
 
 

@@ -10,7 +10,6 @@ from dit_video.experiment.denoiser import get_optimizer_config, init_denoiser
 from dit_video.planning import compile_step
 from dit_video.planning.compiled_program import compute_peak_memory, measure_peak_memory
 from dit_video.planning.steps import fill_row, plan_step
-from dit_video.training.optim.optimizer import make_optimizer
 from dit_video.training.state import init_state, make_on_devices
 from support import tiny
 
@@ -39,7 +38,7 @@ def main() -> None:
     assert measure_peak_memory(planned.step, planned.arguments) is None
 
     config = experiment.denoiser
-    optimizer = make_optimizer(get_optimizer_config(config), steps=config.steps)
+    optimizer = get_optimizer_config(config).make(steps=config.steps)
 
     def begin(key):
         return init_state(init_denoiser(experiment.get_model(), key), optimizer)

@@ -11,7 +11,8 @@ from dit_video.distributed import Parallelism, Slices, make_mesh
 from dit_video.distributed.mesh import count_axis_slices
 from dit_video.planning import Topology, compile_step
 from dit_video.planning.plan import plan_experiment
-from dit_video.training.optim.optimizer import OptimizerConfig
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support import tiny
 
 WIDTH = 512
@@ -82,7 +83,7 @@ def check_collectives() -> None:
 
 def check_plan() -> None:
     """Check the plan of a training step, whose gradients alone cross the slices."""
-    experiment = tiny.EXPERIMENT.replace_stage("denoiser", batch=8, optimizer=OptimizerConfig(warmup=1))
+    experiment = tiny.EXPERIMENT.replace_stage("denoiser", batch=8, optimizer=AdamW(schedule=Constant(warmup=1)))
     experiment = experiment.replace_backbone(width=128, attention="dense")
     plan = plan_experiment(experiment, Topology.parse("v5e:2x2*2"), parallel=Parallelism(data=2, fsdp=4))
     crossing = [part for part in plan.moved if part.between_slices]

@@ -15,6 +15,8 @@ from dit_video.planning import (
 )
 from dit_video.planning.compiled_program import override_default_backend
 from dit_video.planning.steps import fill_row, plan_step
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from support import tiny
 
 STATE_AXES = ("fsdp", "context")
@@ -28,8 +30,7 @@ def make_experiment():
     options = {"attention": "chunked", "remat": "full", "dtype": "bfloat16"}
     experiment = experiment.replace_backbone(width=512, layers=4, heads=4, **options)
     experiment = experiment.replace_model(layout=dataclasses.replace(experiment.model.layout, tokens=64))
-    optimizer = dataclasses.replace(experiment.denoiser.optimizer, kind="adamw")
-    return experiment.replace_stage("denoiser", batch=4, optimizer=optimizer)
+    return experiment.replace_stage("denoiser", batch=4, optimizer=AdamW(schedule=Constant(warmup=2)))
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def, init_params
 from dit_video.tokens import Grid
 from dit_video.training.losses.autoencoder import AutoencoderLoss
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from dit_video.training.step import compute_gradients
 from support.random_params import make_random_params
 from support.training_state import create_state, make_step
@@ -82,7 +83,7 @@ def test_a_batch_of_one_is_a_batch():
 
 @pytest.mark.nightly
 def test_a_few_steps_on_one_batch_reconstruct_it_better():
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
+    optimizer = AdamW(learning_rate=3e-3, schedule=Constant(warmup=0)).make(steps=60)
     step = make_step(make_loss(AutoencoderObjective.pixels(kl=1e-4)), optimizer, ema_decay=0.9)
     state = create_state(lambda key: PARAMS, optimizer, jax.random.key(0))
     smooth = np.broadcast_to(np.arange(0, 240, 40, dtype=np.uint8)[None, None, None, :, None], CLIPS.shape).copy()
@@ -106,7 +107,7 @@ def test_the_objective_of_pixels_is_bit_for_bit_the_sum_that_measured_runs_were_
         return (squared + 0.1 * absolute + 1e-4 * kl).mean(), {"mse": squared.mean(), "kl": kl.mean()}
 
     now = make_loss(AutoencoderObjective.pixels(kl=1e-4))
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
+    optimizer = AdamW(learning_rate=3e-3, schedule=Constant(warmup=0)).make(steps=60)
     states, figures = {}, {}
     for name, loss in (("before", before), ("now", now)):
         step = make_step(loss, optimizer, ema_decay=0.9)
@@ -119,7 +120,7 @@ def test_the_objective_of_pixels_is_bit_for_bit_the_sum_that_measured_runs_were_
 
 
 def test_parameters_that_are_not_trained_have_no_gradient():
-    config = OptimizerConfig(trainable=("^decoder",))
+    config = AdamW(trainable=("^decoder",))
     loss = make_loss(AutoencoderObjective.pixels(), optimizer=config)
     gradients = flatten(jax.jit(functools.partial(compute_gradients, loss))(PARAMS, CLIPS, jnp.asarray(0))[1])
     for path, gradient in gradients.items():
@@ -150,7 +151,7 @@ def test_lpips_counts_with_weights_that_are_arguments_of_the_program():
     _, (without, *_) = jax.jit(loss)(PARAMS, clips, jnp.asarray(0), jax.tree.map(jnp.zeros_like, weights))
     assert without["lpips"] == 0
 
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup=0), steps=60)
+    optimizer = AdamW(learning_rate=3e-3, schedule=Constant(warmup=0)).make(steps=60)
     step = make_step(loss, optimizer, ema_decay=0.9, constants=(weights,))
     state = create_state(lambda key: jax.tree.map(jnp.copy, PARAMS), optimizer, jax.random.key(0))
     assert step(state, clips)[1]["loss"] == pytest.approx(float(value), rel=1e-5)

@@ -21,7 +21,8 @@ from dit_video.nn import get_graph_def
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss, AutoencoderStep
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from dit_video.training.step import get_scalars
 from support.codebook_model import AVERAGES, CLIPS, CODEBOOK, OPTIMIZER, Patches, init, make_loss
 from support.devices import check_on_eight_devices
@@ -108,7 +109,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
 
 
 def test_frozen_codes_stay_and_their_usage_is_reported():
-    frozen = OptimizerConfig(learning_rate=3e-3, warmup=5, frozen=("codebook",))
+    frozen = AdamW(learning_rate=3e-3, schedule=Constant(warmup=5), frozen=("codebook",))
     loss = AutoencoderLoss(
         graph=get_graph_def(Patches),
         objective=AutoencoderObjective.pixels(),
@@ -116,7 +117,7 @@ def test_frozen_codes_stay_and_their_usage_is_reported():
         seed=3,
         optimizer=frozen,
     )
-    optimizer = make_optimizer(frozen, steps=80)
+    optimizer = frozen.make(steps=80)
     step = AutoencoderStep(loss=loss, optimizer=optimizer, ema_decay=0.9)
     state = start(step)
     codes = np.asarray(state.params["codebook"]["codes"])

@@ -11,12 +11,17 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.training.optim.optimizer import (
+    Adafactor,
+    AdamW,
+    Muon,
     OptimizerConfig,
+    ScheduleFreeAdamW,
     freeze,
     get_schedule_free_average,
-    make_learning_rate_schedule,
-    make_optimizer,
 )
+from dit_video.training.optim.schedules import Constant, Cosine, WarmupStableDecay
+
+OPTIMIZERS = [AdamW, Adafactor, Muon, ScheduleFreeAdamW]
 
 DRAW = np.random.default_rng(0)
 SHAPES = {
@@ -50,7 +55,7 @@ PARAMS, GRADIENTS = normal(), normal()
 
 @functools.cache
 def program(config):
-    optimizer = make_optimizer(config, steps=1000) if isinstance(config, OptimizerConfig) else config
+    optimizer = config.make(steps=1000) if isinstance(config, OptimizerConfig) else config
 
     @jax.jit
     def run(gradients, params):
@@ -70,44 +75,44 @@ def compute_updates(config, gradients=(GRADIENTS,), params=PARAMS):
 # --- learning rates -------------------------------------------------------------------------------------------------
 
 
-def rates(steps, **options):
-    schedule = make_learning_rate_schedule(OptimizerConfig(learning_rate=1.0, **options), steps=steps)
+def rates(steps, schedule):
+    schedule = AdamW(learning_rate=1.0, schedule=schedule).make_schedule(steps=steps)
     return np.asarray(jax.vmap(schedule)(jnp.arange(steps + 1)))
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
-def test_warmup_is_linear_and_its_first_step_is_not_lost(schedule):
-    result = rates(100, schedule=schedule, warmup=10)
+@pytest.mark.parametrize("kind", [Constant, Cosine, WarmupStableDecay])
+def test_warmup_is_linear_and_its_first_step_is_not_lost(kind):
+    result = rates(100, kind(warmup=10))
     np.testing.assert_allclose(result[[0, 5, 10]], [0.1, 0.55, 1.0], rtol=1e-5)
     assert result.max() == pytest.approx(1)
-    assert rates(100, schedule=schedule, warmup=0)[0] == pytest.approx(1)
+    assert rates(100, kind(warmup=0))[0] == pytest.approx(1)
 
 
 def test_schedules_have_their_values_at_key_steps():
-    assert (rates(100, schedule="constant", warmup=10)[10:] == 1).all()
-    cosine = rates(110, schedule="cosine", warmup=10)
+    assert (rates(100, Constant(warmup=10))[10:] == 1).all()
+    cosine = rates(110, Cosine(warmup=10))
     np.testing.assert_allclose(cosine[[10, 60, 110]], [1, 0.5, 0], atol=1e-6)
-    wsd = rates(100, schedule="wsd", warmup=10)
+    wsd = rates(100, WarmupStableDecay(warmup=10))
     np.testing.assert_allclose(wsd[[10, 79, 80, 90, 99, 100]], [1, 1, 1, 0.5, 0.05, 0], atol=1e-6)
 
 
 def test_a_long_warmup_leaves_the_rest_to_the_decay():
-    result = rates(100, schedule="wsd", warmup=90)
+    result = rates(100, WarmupStableDecay(warmup=90))
     np.testing.assert_allclose(result[[0, 90, 95, 100]], [1 / 90, 1, 0.5, 0], atol=1e-6)
 
 
 def test_a_run_no_longer_than_its_warmup_is_refused():
     with pytest.raises(UserError, match="warmup=100 is invalid: it must be below steps=100"):
-        make_learning_rate_schedule(OptimizerConfig(), steps=100)
+        AdamW().make_schedule(steps=100)
     with pytest.raises(UserError, match="Use a shorter warmup"):
-        make_optimizer(OptimizerConfig(warmup=7), steps=5)
+        AdamW(schedule=Constant(warmup=7)).make(steps=5)
 
 
 # --- updates --------------------------------------------------------------------------------------------------------
 
 
 def test_adamw_is_that_of_optax():
-    config = OptimizerConfig(learning_rate=0.01, warmup=0, weight_decay=0.1, max_grad_norm=1e9)
+    config = AdamW(learning_rate=0.01, schedule=Constant(warmup=0), weight_decay=0.1, max_grad_norm=1e9)
     kernels = map_with_path(lambda path, _: path.endswith("kernel"), PARAMS)
     reference = optax.adamw(0.01, b1=0.9, b2=0.99, weight_decay=0.1, mask=kernels)
     expected, result = compute_updates(reference, [GRADIENTS, PARAMS]), compute_updates(config, [GRADIENTS, PARAMS])
@@ -116,24 +121,26 @@ def test_adamw_is_that_of_optax():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    config = OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=0.5)
+    config = AdamW(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=0.5)
     params, gradients = (jax.tree.map(np.asarray, tree) for tree in (PARAMS, GRADIENTS))
     norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradients)))
     small = jax.tree.map(lambda leaf: leaf * 0.1 / norm, params)
     clipped = jax.tree.map(lambda leaf: leaf * 0.5 / norm, gradients)
     huge = jax.tree.map(lambda leaf: leaf * 1e4, gradients)
     result, expected = compute_updates(config, [small, huge]), compute_updates(config, [small, clipped])
-    unclipped = compute_updates(OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=1e9), [small, huge])
+    unclipped = compute_updates(
+        AdamW(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=1e9), [small, huge]
+    )
     for path in SHAPES:
         np.testing.assert_allclose(result[path], expected[path], rtol=1e-4, atol=1e-7)
         assert np.abs(result[path] - unclipped[path]).max() > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "schedule_free"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_weight_decay_is_that_of_kernels(kind):
-    options = {"kind": kind, "learning_rate": 0.01, "warmup": 0, "max_grad_norm": 1e9}
+    options = {"learning_rate": 0.01, "schedule": Constant(warmup=0), "max_grad_norm": 1e9}
     decayed, plain, everything, biases = (
-        compute_updates(OptimizerConfig(**options, **decay))
+        compute_updates(kind(**options, **decay))
         for decay in (
             {"weight_decay": 0.1},
             {},
@@ -153,18 +160,18 @@ def test_weight_decay_is_that_of_kernels(kind):
 def test_factors_of_adapters_decay():
     params = {"out": {"kernel": {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}, "bias": jnp.ones(2)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    result = compute_updates(OptimizerConfig(warmup=0, weight_decay=0.1), (zeros,), params)
+    result = compute_updates(AdamW(schedule=Constant(warmup=0), weight_decay=0.1), (zeros,), params)
     assert {path for path, update in result.items() if update.any()} == {"out/kernel/a", "out/kernel/b"}
 
 
 def test_the_state_has_the_structure_of_optax_so_that_older_checkpoints_are_read():
-    config = OptimizerConfig(weight_decay=0.1, warmup=0, max_grad_norm=1e9)
+    config = AdamW(schedule=Constant(warmup=0), weight_decay=0.1, max_grad_norm=1e9)
     reference = optax.chain(optax.clip_by_global_norm(1e9), optax.adamw(lambda _: 0.01, weight_decay=0.1))
-    state, expected = make_optimizer(config, steps=1000).init(PARAMS), reference.init(PARAMS)
+    state, expected = config.make(steps=1000).init(PARAMS), reference.init(PARAMS)
     assert jax.tree.structure(state) == jax.tree.structure(expected)
 
 
-MUON = OptimizerConfig(kind="muon", learning_rate=0.01, warmup=0, max_grad_norm=1e9)
+MUON = Muon(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=1e9)
 MATRICES = ["blocks/qkv/kernel", "text/blocks/up/kernel", "plain/blocks/up/kernel"]
 
 
@@ -209,46 +216,70 @@ def test_muon_takes_a_convolution_for_the_matrix_from_what_it_sees():
 
 
 def test_muon_patterns_choose_the_orthogonalised_matrices():
-    chosen = compute_updates(dataclasses.replace(MUON, muon_patterns=("qkv",)))
-    plain, usual = compute_updates(dataclasses.replace(MUON, muon_patterns=())), compute_updates(MUON)
+    chosen = compute_updates(dataclasses.replace(MUON, patterns=("qkv",)))
+    plain, usual = compute_updates(dataclasses.replace(MUON, patterns=())), compute_updates(MUON)
     for path in MATRICES:
         expected = usual if "qkv" in path else plain
         np.testing.assert_allclose(chosen[path], expected[path], rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "schedule_free"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_factors_scale_the_updates_of_the_paths_that_match(kind):
+    factors = {"^text/": 0.5, "kernel$": 0.1}
+    plain = kind(learning_rate=0.01, schedule=Constant(warmup=0), weight_decay=0.1)
+    usual, scaled = compute_updates(plain), compute_updates(dataclasses.replace(plain, rate_factors=factors))
+    expected = {"text/blocks/up/kernel": 0.05, "blocks/qkv/bias": 1.0, "blocks/table": 1.0}
+    for path in SHAPES:
+        np.testing.assert_allclose(scaled[path], expected.get(path, 0.1) * usual[path], rtol=1e-4, atol=5e-7)
+
+
+def test_an_optimizer_of_another_package_is_any_transformation_of_optax():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Lion(OptimizerConfig):
+        b1: float = 0.9
+
+        def make_main(self, rates, *, mesh):
+            return optax.chain(optax.scale_by_lion(b1=self.b1), *self.decay_and_scale(rates))
+
+    config = Lion(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=1e9, frozen=("^head",))
+    expected = compute_updates(optax.lion(0.01, b1=0.9, weight_decay=0.0))
+    for path, update in compute_updates(config).items():
+        np.testing.assert_allclose(update, 0 if path == "head/kernel" else expected[path], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_frozen_paths_do_not_move_and_the_others_do(kind):
-    config = OptimizerConfig(kind=kind, warmup=0, weight_decay=0.1, frozen=("^text/", "qkv/bias$"))
+    config = kind(schedule=Constant(warmup=0), weight_decay=0.1, frozen=("^text/", "qkv/bias$"))
     for path, update in compute_updates(config).items():
         assert bool(update.any()) == (path not in ("text/blocks/up/kernel", "blocks/qkv/bias")), path
 
 
 def test_frozen_gradients_do_not_count_in_the_clipped_norm():
-    config = OptimizerConfig(learning_rate=0.01, warmup=0, max_grad_norm=0.5, frozen=("^text/",))
+    config = AdamW(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=0.5, frozen=("^text/",))
     loud = map_with_path(lambda path, leaf: leaf * 1e4 if path.startswith("text") else leaf, GRADIENTS)
     result, expected = compute_updates(config, [PARAMS, loud]), compute_updates(config, [PARAMS, GRADIENTS])
     for path in SHAPES:
         np.testing.assert_array_equal(result[path], expected[path])
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", [AdamW, Muon])
 def test_only_trainable_paths_move(kind):
-    config = OptimizerConfig(kind=kind, warmup=0, weight_decay=0.1, trainable=("qkv/", "^head"), frozen=("bias$",))
+    config = kind(schedule=Constant(warmup=0), weight_decay=0.1, trainable=("qkv/", "^head"), frozen=("bias$",))
     for path, update in compute_updates(config).items():
         assert bool(update.any()) == (path in ("blocks/qkv/kernel", "head/kernel")), path
-    state = make_optimizer(config, steps=1000).init(PARAMS)
+    state = config.make(steps=1000).init(PARAMS)
     size = sum(leaf.size for leaf in jax.tree.leaves(state))
     trained = 2 * 8 * 24 + 8 * 4
     # Two moments of AdamW, one of Muon's matrix; and counters.
-    assert size - (2 * trained if kind == "adamw" else trained + 8 * 4) in range(8)
+    assert size - (2 * trained if kind is AdamW else trained + 8 * 4) in range(8)
 
 
 def test_adafactor_is_the_published_one_and_keeps_little():
-    config = OptimizerConfig(kind="adafactor", learning_rate=0.01, warmup=0, max_grad_norm=1e9)
+    config = Adafactor(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=1e9)
     draw = np.random.default_rng(3)
     params = {"kernel": jnp.asarray(draw.normal(size=(2, 160, 256)), jnp.float32), "bias": jnp.ones(256)}
     ours, theirs = (
-        make_optimizer(config, steps=100),
+        config.make(steps=100),
         optax.adafactor(0.01, multiply_by_parameter_scale=False, clipping_threshold=1.0),
     )
     states = [one.init(params) for one in (ours, theirs)]
@@ -265,7 +296,7 @@ def test_adafactor_is_the_published_one_and_keeps_little():
 
 
 def test_an_average_of_the_optimizer_leaves_what_is_frozen():
-    optimizer = make_optimizer(OptimizerConfig(kind="schedule_free", warmup=0, frozen=("still",)), steps=10)
+    optimizer = ScheduleFreeAdamW(schedule=Constant(warmup=0), frozen=("still",)).make(steps=10)
     params = {"still": jnp.asarray([-0.0, jnp.pi]), "w": jnp.ones(3)}
     state = optimizer.init(params)
     for _ in range(3):
@@ -275,11 +306,11 @@ def test_an_average_of_the_optimizer_leaves_what_is_frozen():
     assert average is not None
     assert np.asarray(average["still"]).tobytes() == np.asarray([-0.0, np.pi], np.float32).tobytes()
     assert (average["w"] > params["w"]).all()
-    assert get_schedule_free_average(params, make_optimizer(OptimizerConfig(), steps=1000).init(params)) is None
+    assert get_schedule_free_average(params, AdamW().make(steps=1000).init(params)) is None
 
 
 def test_frozen_parameters_keep_every_bit():
-    optimizer = make_optimizer(OptimizerConfig(warmup=0, trainable=("w",)), steps=1000)
+    optimizer = AdamW(schedule=Constant(warmup=0), trainable=("w",)).make(steps=1000)
     params = {"still": jnp.asarray([-0.0, 0.0, 1e-30, jnp.pi]), "w": jnp.ones(1)}
     updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
     after = optax.apply_updates(params, updates)
@@ -288,7 +319,7 @@ def test_frozen_parameters_keep_every_bit():
 
 
 def test_frozen_parameters_get_no_gradient():
-    config = OptimizerConfig(trainable=("w",))
+    config = AdamW(trainable=("w",))
     gradient = jax.grad(lambda params: sum(x.sum() for x in freeze(config, params).values()))
     result = gradient({"still": jnp.ones(2), "w": jnp.ones(2)})
     np.testing.assert_array_equal(result["still"], 0)
@@ -303,18 +334,19 @@ def test_frozen_parameters_get_no_gradient():
             {"trainable": ("text/block/",)},
             r"trainable='text/block/' is invalid: it matches no parameter. Use the path of one: text/blocks,",
         ),
-        ({"kind": "muon", "muon_patterns": ("block$",)}, r"muon_patterns='block\$' is invalid: .* Use the path of one"),
+        ({"rate_factors": {"^txet/": 0.1}}, r"rate_factors='\^txet/' is invalid: .* Use the path of one: text"),
+        ({"patterns": ("block$",)}, r"patterns='block\$' is invalid: .* Use the path of one"),
         ({"weight_decay": 0.1, "weight_decay_patterns": ("kernal",)}, "weight_decay_patterns='kernal' is invalid"),
     ],
 )
 def test_a_pattern_without_matching_parameters_is_refused(options, message):
     with pytest.raises(UserError, match=message) as error:
-        make_optimizer(OptimizerConfig(**options), steps=1000).init(PARAMS)
+        Muon(**options).make(steps=1000).init(PARAMS)
     assert "\n" not in str(error.value)
 
 
 def test_tiny_updates_of_float32_parameters_do_not_vanish():
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5, warmup=0), steps=1000)
+    optimizer = AdamW(learning_rate=1e-5, schedule=Constant(warmup=0)).make(steps=1000)
 
     @jax.jit
     def step(params, state):
@@ -337,21 +369,28 @@ def test_tiny_updates_of_float32_parameters_do_not_vanish():
     [
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"warmup": -1}, "warmup=-1"),
+        ({"rate_factors": {"^text/": -0.1}}, "the factor of '\\^text/' must not be negative"),
         ({"trainable": ("(",)}, "'\\(' is not a regular expression"),
         ({"weight_decay_patterns": ("(",)}, "'\\(' is not a regular expression"),
-        ({"b1": 1.0}, r"b1=1.0.*b1 and b2 must lie in \[0, 1\)"),
+        ({"b1": 1.0}, r"b1=1.0.*they must lie in \[0, 1\)"),
         ({"b2": -0.1}, "b2=-0.1"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
-        ({"kind": "schedule_free", "schedule": "wsd"}, "Use schedule='constant' and a positive b1"),
+        ({"schedule": Cosine()}, r"Use Constant\(...\) and a positive b1"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        OptimizerConfig(**options)
+        ScheduleFreeAdamW(**options)
+
+
+def test_schedules_out_of_range_are_refused():
+    with pytest.raises(UserError, match="warmup=-1"):
+        Constant(warmup=-1)
+    with pytest.raises(UserError, match=r"decay=0.0 is invalid: it must lie in \(0, 1\]"):
+        WarmupStableDecay(decay=0.0)
 
 
 def test_a_config_comes_back_from_json():
-    config = OptimizerConfig(kind="muon", frozen=("^text/",))
+    config = Muon(frozen=("^text/",))
     assert config_json.from_json(config_json.to_json(config)) == config

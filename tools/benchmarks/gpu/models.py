@@ -49,7 +49,8 @@ from dit_video.tokens import (
     stack_rows,
 )
 from dit_video.training.losses.denoiser import DenoiserLoss
-from dit_video.training.optim.optimizer import OptimizerConfig, make_optimizer
+from dit_video.training.optim.optimizer import AdamW
+from dit_video.training.optim.schedules import Constant
 from dit_video.training.state import make_on_devices
 from dit_video.training.step import GradientStep, make_step_program
 
@@ -197,7 +198,7 @@ def make_training(
         empty_caption=np.zeros((1, config.context_width), np.float32),
         seed=0,
     )
-    optimizer = make_optimizer(OptimizerConfig(warmup=2000, b2=0.95, weight_decay=0.01), steps=100_000)
+    optimizer = AdamW(schedule=Constant(warmup=2000), b2=0.95, weight_decay=0.01).make(steps=100_000)
     grids, text_tokens = rows[0]
     return Training(
         config=config,
