@@ -45,7 +45,7 @@ from configs import quickstart, unet
 from dit_video import Clip, Pipeline, load
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.diffusion import (
-    SAMPLERS,
+    SOLVERS,
     AdaptiveProjectedGuidance,
     Guidance,
     SkipLayerGuidance,
@@ -169,7 +169,7 @@ def list_samples(folder: Path) -> Entries:
     }
     calls = {f"task: {name}": functools.partial(task, steps=4) for name, task in tasks.items()}
     generate = functools.partial(tasks["text to video"], steps=5)
-    calls |= {f"sampler: {name}": functools.partial(generate, sampler=name) for name in SAMPLERS}
+    calls |= {f"sampler: {name}": functools.partial(generate, sampler=name) for name in SOLVERS}
     calls |= {f"guidance: {name}": functools.partial(generate, guidance=each) for name, each in guidance.items()}
     trainings = {f"tiny: {model}": lambda model=model: read_chain(train() / model) for model in MODELS}
     return trainings | {name: lambda call=call: sample(load(train()), call) for name, call in calls.items()}

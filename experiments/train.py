@@ -21,13 +21,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder, such as a test
 
-from sampling_options import GUIDANCE_SPEC
+from sampling_options import parse_guidance
 
 from dit_video.apps.reports.run_report import write_autoencoder_report, write_run_report
 from dit_video.core import config_json
@@ -44,7 +44,6 @@ from dit_video.experiment.config import load_experiment
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.run import Run, StagedRun
 from dit_video.nn.attention import Backend, BackendName
-from dit_video.sampling import Sampling
 from dit_video.training import goodput
 
 
@@ -169,7 +168,7 @@ def make_registry(experiment: StagedExperiment) -> tyro.constructors.Constructor
     """Return rules for values that are a scalar or a record, which tyro would make positional arguments.
 
     Guidance becomes an option of one scale or two, and attention one with the name of a backend. A config whose
-    `Guidance` or `SplashBlocks` is a record has an option for each of its fields.
+    `Guidance` has other values, or whose attention is a `SplashBlocks`, has an option for each of its fields.
     """
     if not isinstance(experiment, Experiment):
         return None
@@ -177,9 +176,15 @@ def make_registry(experiment: StagedExperiment) -> tyro.constructors.Constructor
 
     @registry.primitive_rule
     def parse_value(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        is_guidance = info.type == get_type_hints(Sampling)["guidance"]
-        if is_guidance and not isinstance(experiment.sampling.guidance, Guidance):
-            return GUIDANCE_SPEC
+        own = experiment.sampling.guidance
+        if info.type is Guidance and own == Guidance(scale=own.scale):
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=(1, 2),
+                metavar="FLOAT [FLOAT]",
+                instance_from_str=lambda texts: Guidance(scale=parse_guidance(texts)),
+                is_instance=lambda value: isinstance(value, Guidance),
+                str_from_instance=lambda value: [str(scale) for scale in value.scales],
+            )
         if info.type == Backend and isinstance(experiment.denoiser.backbone.attention, str):
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,

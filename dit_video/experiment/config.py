@@ -45,7 +45,7 @@ _AMENDABLE_FIELDS = (
     "denoiser.backbone.attention",
     "denoiser.backbone.remat",
     "denoiser.steps",
-    "denoiser.task",
+    "denoiser.conditioner",
     "evaluation",
     "monitoring",
     "sampling",

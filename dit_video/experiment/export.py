@@ -149,7 +149,7 @@ def make_pipeline_config(
         sampling=experiment.sampling,
         fps=float(np.median(rates)) if experiment.data.fps is None else experiment.data.fps,
         frame_conditioning=denoiser.frame_conditioning,
-        task=denoiser.task,
+        conditioner=denoiser.conditioner,
         image_encoder=denoiser.image_encoder,
         evaluation=experiment.evaluation,
         size=max(sizes, key=lambda size: (size.volume, size)),

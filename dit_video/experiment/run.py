@@ -175,7 +175,7 @@ class Run(StagedRun):
             config,
             backbone=experiment.denoiser.backbone,
             sampling=experiment.sampling,
-            task=experiment.denoiser.task,
+            conditioner=experiment.denoiser.conditioner,
             evaluation=experiment.evaluation,
         )
         if amended != config:

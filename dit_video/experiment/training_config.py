@@ -15,7 +15,7 @@ from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import TextConfig
 from dit_video.nn import LoraConfig, get_param_shapes
-from dit_video.sampling.request import GenerationTask
+from dit_video.sampling.request import Conditioner
 from dit_video.tokens import CanvasShape, PackedShape
 from dit_video.training.losses.distillation import Distillation
 from dit_video.training.losses.vq import CodebookLearning
@@ -219,9 +219,8 @@ class DenoiserTraining:
     frame_conditioning: FrameConditioning | None = None
     """Conditioning on known frames, for a denoiser that continues a first frame: by `cond_channels`, image embeddings
     or a time per token. None without it."""
-    task: GenerationTask | None = None
-    """Task that the model is used for after its training; None for text to video, or image to video where there is an
-    image."""
+    conditioner: Conditioner | None = None
+    """Use of images, clips and masks in sampling after the training; None for `Completion`."""
     image_encoder: str | None = None
     """Folder of the CLIP whose embeddings of a known first frame the denoiser attends to (`image_width`), or of a
     pipeline that contains it; None without it."""

@@ -220,7 +220,7 @@ def _count_costs(
 def _plan_sampler(experiment: Experiment, mesh: AnyMesh, clips: Sequence[int], platform: Platform) -> PlannedStep:
     config, sampling = experiment.denoiser, experiment.sampling
     parallel = make_parallelism(mesh, experiment.mesh.context_attention)
-    guidance = sampling.full_guidance
+    guidance = sampling.guidance
     empty_caption = _make_empty_caption(config)
     # The shapes of a batch do not depend on the clips in it: the smallest one is enough.
     smallest = np.zeros((*config.backbone.size_multiple, config.backbone.channels), np.float32)

@@ -22,7 +22,7 @@ from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.nn.parallel import Parallelism
 from dit_video.sampling import Denoiser, Sampling
 from dit_video.sampling.denoiser import list_experts
-from dit_video.sampling.request import GenerationTask, Request, TaskModel
+from dit_video.sampling.request import Conditioner, ModelParts, Request
 from dit_video.tokens import CanvasShape, DenseShape, Grid, LayoutShape, PackedRows, PackedShape, compute_token_grid
 
 FORMAT = 1
@@ -106,8 +106,8 @@ class PipelineConfig:
     below it."""
     frame_conditioning: FrameConditioning | None = None
     """Conditioning on a first frame that the denoiser was trained with; None for a model without it."""
-    task: GenerationTask | None = None
-    """Task that the model is used for; None for text to video, or image to video where there is an image."""
+    conditioner: Conditioner | None = None
+    """Use of images, clips and masks that its family has of its own; None for `Completion`."""
     image_encoder: str | None = None
     """Folder of the frozen CLIP whose image tokens the denoiser attends to, in image-to-video models that use one."""
     previous: tuple[PreviousStep, ...] = ()
@@ -255,14 +255,14 @@ def make_denoiser(
     )
 
 
-def make_task_model(config: PipelineConfig, codec: LatentCodec, *, offload: Offload | None = None) -> TaskModel:
-    """Return the parts of a pipeline that generation tasks use; arguments are as for `make_denoiser`."""
-    return TaskModel(
+def make_model_parts(config: PipelineConfig, codec: LatentCodec, *, offload: Offload | None = None) -> ModelParts:
+    """Return the parts of a pipeline that conditioners use; arguments are as for `make_denoiser`."""
+    return ModelParts(
         backbone=config.backbone,
         codec=codec,
         frame_conditioning=config.frame_conditioning,
         image_encoder_folder=config.image_encoder,
-        task=config.task,
+        conditioner=config.conditioner,
         token_dt=config.token_dt,
         token_lead=config.token_lead,
         offload=offload,

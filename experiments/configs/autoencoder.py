@@ -21,7 +21,7 @@ steps, 28.4 minutes:
 """
 
 from dit_video.data.windows import Augmentation, WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import FlowMatching, Guidance, LogitNormal, RectifiedFlow
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DitConfig
@@ -73,6 +73,6 @@ EXPERIMENT = Experiment(
         objective=FlowMatching(process=RectifiedFlow(shift=2.0), times=LogitNormal()),
         ema_decay=0.99,
     ),
-    sampling=Sampling(steps=32, guidance=1.5),
+    sampling=Sampling(steps=32, guidance=Guidance(scale=1.5)),
     save_every=100,
 )

@@ -9,7 +9,7 @@ shows that every step works on real input, and is a starting point for others.
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import FlowMatching, Guidance, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
@@ -44,7 +44,7 @@ EXPERIMENT = Experiment(
         objective=FlowMatching(process=RectifiedFlow(shift=2.0), times=LogitNormal()),
         ema_decay=0.99,
     ),
-    sampling=Sampling(steps=32, guidance=1.5),
+    sampling=Sampling(steps=32, guidance=Guidance(scale=1.5)),
     evaluation=CaptionEvaluation(trained=6, held_out=4),
     save_every=100,
 )

@@ -18,7 +18,7 @@ parameters, is a starting point.
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import FlowMatching, Guidance, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, ImageLevels, ImageVaeConfig, InflatedConfig
@@ -53,6 +53,6 @@ EXPERIMENT = Experiment(
         steps=50_000,
         objective=FlowMatching(process=RectifiedFlow(shift=3.0), times=LogitNormal()),
     ),
-    sampling=Sampling(steps=40, guidance=3.0),
+    sampling=Sampling(steps=40, guidance=Guidance(scale=3.0)),
     evaluation=CaptionEvaluation(trained=6, held_out=4),
 )

@@ -7,7 +7,7 @@ Latents and embedded captions are cached first, with the autoencoder and the tex
 Hugging Face (Lightricks/LTX-Video-0.9.5). It is designed for v5p:2x2x4, and has not been trained.
 """
 
-from dit_video.diffusion import ExponentialShift, FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import ExponentialShift, FlowMatching, Guidance, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
 from dit_video.models.autoencoders import LtxVaeConfig
@@ -35,7 +35,7 @@ EXPERIMENT = Experiment(
         ema_decay=0.9999,
         frame_conditioning=FrameConditioning(),
     ),
-    sampling=Sampling(steps=50, guidance=3.0),
+    sampling=Sampling(steps=50, guidance=Guidance(scale=3.0)),
     mesh=MeshConfig(data=-1, fsdp=16),
     save_every=1000,
 )

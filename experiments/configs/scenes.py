@@ -13,7 +13,7 @@ tasks.
 import dataclasses
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import FlowMatching, Guidance, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, CurriculumStage, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
@@ -60,7 +60,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     denoiser=DENOISER,
-    sampling=Sampling(steps=32, guidance=2.0),
+    sampling=Sampling(steps=32, guidance=Guidance(scale=2.0)),
     evaluation=CaptionEvaluation(trained=8, held_out=0),
     save_every=300,
 )

@@ -12,7 +12,7 @@ ends at 0.20, and samples of the training clips, which the model has memorized, 
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import FlowMatching, Guidance, LogitNormal, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import AutoencoderTraining, CurriculumStage, DataConfig, DenoiserTraining, Experiment
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
@@ -77,7 +77,7 @@ EXPERIMENT = Experiment(
         objective=make_objective(3.0),
         ema_decay=0.98,
     ),
-    sampling=Sampling(steps=32, guidance=1.5),
+    sampling=Sampling(steps=32, guidance=Guidance(scale=1.5)),
     evaluation=CaptionEvaluation(trained=6, held_out=4),
     save_every=50,
 )

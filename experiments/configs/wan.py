@@ -6,7 +6,7 @@ Hugging Face (`vae`, `text_encoder` and `tokenizer`).
 These configs have not been trained.
 """
 
-from dit_video.diffusion import FlowMatching, LogitNormal, RectifiedFlow
+from dit_video.diffusion import FlowMatching, Guidance, LogitNormal, RectifiedFlow
 from dit_video.distributed import MeshConfig
 from dit_video.experiment import DataConfig, DenoiserTraining, Experiment, PretrainedAutoencoder
 from dit_video.models.autoencoders import CausalVaeConfig
@@ -58,7 +58,7 @@ def make_experiment(
             objective=FlowMatching(process=RectifiedFlow(shift=shift), times=LogitNormal()),
             ema_decay=0.9999,
         ),
-        sampling=Sampling(steps=50, guidance=5.0),
+        sampling=Sampling(steps=50, guidance=Guidance(scale=5.0)),
         mesh=mesh,
         save_every=1000,
     )

@@ -25,7 +25,7 @@ from dit_video.models.conditioning import (
 )
 from dit_video.sampling.completion import Completion
 from dit_video.sampling.plan import CLEAN_LATENTS, CLEAN_MASK
-from dit_video.sampling.request import Request, TaskModel
+from dit_video.sampling.request import ModelParts, Request
 from dit_video.tokens import Grid, PackedShape, compute_token_grid, patchify, unpack
 from dit_video.video import Clip
 from support import tiny
@@ -79,7 +79,7 @@ def make_training_rows(patch, count):
 
 def make_model(**changes):
     backbone = dataclasses.replace(tiny.EXPERIMENT.denoiser.backbone, **changes)
-    return TaskModel(
+    return ModelParts(
         backbone=backbone,
         codec=LatentCodec(AUTOENCODER, PARAMS),
         frame_conditioning=CONDITIONING,

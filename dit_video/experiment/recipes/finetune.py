@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.diffusion import FlowMatching, LogitNormal
+from dit_video.diffusion import FlowMatching, Guidance, LogitNormal
 from dit_video.distributed import MeshConfig
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment.config import Experiment
@@ -138,13 +138,13 @@ def make_finetuning_experiment(
             objective=FlowMatching(process=schedule.process, prediction=schedule.prediction, times=LogitNormal()),
             ema_decay=0.99,
             frame_conditioning=_make_frame_conditioning(options, parts),
-            task=parts.task,
+            conditioner=parts.conditioner,
             image_encoder=parts.image_encoder,
             train=_select_weights(folder, parts.boundary, options),
         ),
         sampling=Sampling(
             steps=options.sampling_steps,
-            guidance=parts.guidance if options.guidance is None else options.guidance,
+            guidance=Guidance(scale=parts.guidance if options.guidance is None else options.guidance),
             solver=schedule.solver,
             time_schedule=schedule.time_schedule,
         ),

@@ -135,7 +135,7 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
     latents, encoding, clips = run.open_latents(), run.encoding(), run.runtime.training_clips
     assert latents.identity["image"] == FrozenImageEncoder(animating).identity
     assert latents.identity["behind"] == "grey"
-    model = dit_video.load(animating).task_model
+    model = dit_video.load(animating).model_parts
     views = {view.name: view for view in plan_encoding(clips, encoding).views}
     assert {view.start > 0 for view in views.values()} == {True, False} == {view.flipped for view in views.values()}
     chosen = [
@@ -174,7 +174,7 @@ def controlled(tmp_path_factory):
 def test_a_model_with_control_keeps_its_task_and_its_conditioning(controlled):
     experiment = make_finetuning_experiment(controlled, OPTIONS)
     assert experiment.denoiser.backbone == CONTROLLED.replace(remat="full")
-    assert experiment.denoiser.task == dit_video.load(controlled).config.task
+    assert experiment.denoiser.conditioner == dit_video.load(controlled).config.conditioner
     assert experiment.denoiser.frame_conditioning is None
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
     with pytest.raises(UserError, match="first_frame_prob is invalid"):
@@ -189,12 +189,12 @@ def test_training_and_sampling_receive_the_same_control(controlled, tmp_path):
     run.prepare(clips)
     run.run_stages("latents")
     latents, encoding, clips = run.open_latents(), run.encoding(), run.runtime.training_clips
-    model = dit_video.load(controlled, dtype="float32").task_model
+    model = dit_video.load(controlled, dtype="float32").model_parts
     for view in plan_encoding(clips, encoding).views:
         index = latents.names.index(view.name)
         frame = read_fitted_clip(clips, view.clip, view.limits, start=view.start).frames[0]
         request = Request("", view.size, image=frame if view.size.t > 1 else None)
-        (expected,) = model.task(request, model).fields.values()
+        (expected,) = model.conditioner(request, model).fields.values()
         control = latents.read_field(index, latents.fields[0])
         np.testing.assert_allclose(control, expected, atol=2**-8 * np.abs(expected).max() + 1e-4)
 
