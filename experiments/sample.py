@@ -8,7 +8,7 @@ import functools
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import tyro
 
@@ -32,7 +32,7 @@ from dit_video.video import decode
 from dit_video.video.encode import FORMATS
 
 if TYPE_CHECKING:
-    AnyTaskOptions = TaskOptions
+    AnyTaskOptions: TypeAlias = TaskOptions
 else:
     AnyTaskOptions = make_subcommands()
 _GENERATE, _MODEL, _SAMPLING = make_default(), ModelOptions(), SamplingOptions()

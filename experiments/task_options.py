@@ -70,13 +70,13 @@ _SUBCOMMANDS: dict[str, type[TaskOptions]] = {}
 
 
 def _make_options(kind: type[Task]) -> type[TaskOptions]:
+    annotated: Any = Annotated  # of types that are computed
     fields = []
     for field in list_fields(kind):
         value: Any = Literal[field.choices] if field.kind == "choice" else _TYPES[field.kind]
-        described = Annotated[
-            value if field.is_required or field.default is not None else value | None,
-            tyro.conf.arg(help=field.doc.text, metavar=_METAVARS.get(field.kind)),
-        ]
+        if not field.is_required and field.default is None:
+            value = value | None
+        described = annotated[value, tyro.conf.arg(help=field.doc.text, metavar=_METAVARS.get(field.kind))]
         default: Any = dataclasses.field() if field.is_required else dataclasses.field(default=field.default)
         fields.append((field.name, described, default))
     name, namespace = f"{kind.__name__}Options", {"__doc__": kind.__doc__, "__module__": __name__}

@@ -60,8 +60,8 @@ def collect_known_pixels(request: Request) -> KnownPixels | None:
     if request.generated is not None and request.video is None:
         raise UserError("video=None is invalid with generated, a mask of its pixels. Give video=, or image=")
     if request.video is not None and request.generated is not None:
-        is_kept = ~fit_mask(request.generated, request.video, size)
-        _place(known, "video", 0, fit_clip("video", request.video, size), is_kept)
+        frames = fit_clip("video", request.video, size)
+        _place(known, "video", 0, frames, ~fit_mask(request.generated, request.video, size))
     for name, image, frame in (("image", request.image, 0), ("last_image", request.last_image, size.t - 1)):
         if image is not None:
             _place(known, name, frame, fit_frames(image.frames, size), np.ones((1, *size[1:]), bool))

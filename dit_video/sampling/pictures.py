@@ -69,8 +69,11 @@ def to_clip(name: str, value: Video) -> Clip:
 
 def to_image_or_clip(name: str, value: Image | Video) -> Clip:
     """Return an image or a video as a clip; a file has all its frames."""
-    is_image = isinstance(value, PilImage.Image) or (not isinstance(value, Clip | str | Path) and np.ndim(value) < 4)
-    return to_image(name, value) if is_image else to_clip(name, value)
+    if isinstance(value, Clip | Path | str):
+        return to_clip(name, value)
+    if isinstance(value, PilImage.Image) or np.ndim(value) < 4:
+        return to_image(name, value)
+    return to_clip(name, value)
 
 
 def to_mask(name: str, value: MaskImage) -> Mask:

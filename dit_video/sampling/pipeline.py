@@ -56,10 +56,10 @@ from dit_video.sampling.request import (
     Conditioner,
     Method,
     OneOrMany,
+    Prompts,
     Request,
     Size,
     Strengths,
-    is_many,
     make_requests,
 )
 from dit_video.sampling.sampling_config import GuidanceScale
@@ -141,7 +141,7 @@ class Pipeline:
 
     @overload
     def generate(
-        self, prompt: Sequence[str | int], *, size: OneOrMany[Size | None] = ..., seed: OneOrMany[int] = ...,
+        self, prompt: Prompts, *, size: OneOrMany[Size | None] = ..., seed: OneOrMany[int] = ...,
         negative: OneOrMany[str | None] = ..., image: OneOrMany[Image | None] = ...,
         last_image: OneOrMany[Image | None] = ..., video: OneOrMany[Video | None] = ...,
         generated: OneOrMany[MaskImage | None] = ..., strength: OneOrMany[float | None] = ...,
@@ -157,7 +157,7 @@ class Pipeline:
 
     def generate(
         self,
-        prompt: OneOrMany[str | int],
+        prompt: str | int | Prompts,
         *,
         size: OneOrMany[Size | None] = None,
         seed: OneOrMany[int] = 0,
@@ -256,7 +256,7 @@ class Pipeline:
         )
         sampling = self.make_sampling(sampling, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times)
         clips = self.generate_many(requests, sampling=sampling, callback=callback)
-        return clips if is_many(prompt) else clips[0]
+        return clips if isinstance(prompt, list | tuple) else clips[0]
 
     def make_sampling(
         self,

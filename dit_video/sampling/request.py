@@ -5,7 +5,7 @@ import functools
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -212,8 +212,10 @@ def fit_frames(frames: UInt8[np.ndarray, "T H W 3"], size: Grid) -> UInt8[np.nda
 
 
 T = TypeVar("T")
-OneOrMany = T | list[T] | tuple[T, ...]
+OneOrMany: TypeAlias = Sequence[T] | T
 """A value for all prompts, or a list with one for each."""
+Prompts = list[str] | list[int] | tuple[str | int, ...]
+"""A list of prompts."""
 _SEQUENCES = ("size", "conditions", "reference_images")
 """Fields whose single value is a sequence: only a list of sequences has one for each prompt."""
 
@@ -224,7 +226,7 @@ def is_many(value: Any) -> bool:
 
 
 def make_requests(
-    prompt: OneOrMany[str | int],
+    prompt: str | int | Prompts,
     *,
     has_classes: bool,
     method: Method,
@@ -246,7 +248,7 @@ def make_requests(
       TypeError: If a prompt is neither a text nor the number of a class.
       UserError: If a list is not as long as that of the prompts, or `Request` refuses a value.
     """
-    prompts = [_to_text(each, has_classes) for each in (prompt if is_many(prompt) else [prompt])]
+    prompts = [_to_text(each, has_classes) for each in (prompt if isinstance(prompt, list | tuple) else [prompt])]
     shared: dict[str, Any] = {"method": method, "resample": resample, "conditioner": conditioner}
     columns = {name: _spread(name, value, len(prompts), is_many(prompt)) for name, value in fields.items()}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -256,7 +258,7 @@ def make_requests(
 def _to_text(prompt: Any, has_classes: bool) -> str:
     if isinstance(prompt, str):
         return prompt
-    if has_classes and isinstance(prompt, numbers.Integral) and not isinstance(prompt, bool):
+    if has_classes and not isinstance(prompt, bool) and isinstance(prompt, numbers.Integral):
         return str(int(prompt))
     kinds = "a text or the number of a class" if has_classes else "a text"
     raise TypeError(f"prompt={prompt!r} is invalid: it must be {kinds}, or a list of them. Use str(prompt).")

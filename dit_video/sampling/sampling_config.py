@@ -142,8 +142,7 @@ def _find_solver(value: str | Solver) -> Solver:
     if isinstance(value, str):
         return get_solver(value)
     if not isinstance(value, Solver):
-        rule = "it must be a name of dit_video.diffusion.SOLVERS, or a Solver"
-        raise UserError(f"solver={value!r} is invalid: {rule}. Use 'euler'.")
+        raise UserError(f"solver={value!r} is invalid: it must be the name of one, or a Solver. Use 'euler'.")
     return value
 
 

@@ -92,7 +92,7 @@ def plan_fields(model, entry: RowEntry):
     frames = make_clip(entry.example)
     size = Grid(*frames.shape[:3])
     mask = MIX.draw_mask(size, entry.rank)
-    known = {"video": Clip(frames, 8), "mask": mask, "method": "trained"} if mask.any() else {}
+    known = {"video": Clip(frames, 8), "generated": ~mask, "method": "trained"} if mask.any() else {}
     plan = Completion()(Request("", size, **known), model)
     assert plan.method == ("trained" if mask.any() else "")
     return {field.name: values for field, values in plan.fields.items()}
@@ -142,7 +142,7 @@ def test_known_latents_of_a_task_mix_are_also_held_where_they_do_not_depend_on_u
     model = make_model(cond_channels=AUTOENCODER.stride.t + AUTOENCODER.channels)
     frames = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
     clip, size = Clip(frames, 8), Grid(9, 32, 32)
-    beginning = {"video": clip, "mask": np.arange(9) < 5}
+    beginning = {"video": clip, "generated": np.arange(9) >= 5}
     auto, trained = (Completion()(Request("", size, method=each, **beginning), model) for each in ("auto", "trained"))
     assert (auto.method, trained.method) == ("trained and training_free", "trained")
     names = {field.name: values for field, values in auto.fields.items()}
@@ -151,7 +151,7 @@ def test_known_latents_of_a_task_mix_are_also_held_where_they_do_not_depend_on_u
     encoded = model.codec.encode_pixels(frames)
     np.testing.assert_allclose(names["held_latents"][held], encoded[held], atol=1e-4)
     assert auto.update is None
-    ending = Completion()(Request("", size, video=clip, mask=np.arange(9) >= 5), model)
+    ending = Completion()(Request("", size, video=clip, generated=np.arange(9) < 5), model)
     held = next(values for field, values in ending.fields.items() if field.name == "held_strength")
     assert not held[:2].any()  # of the last one, pixels depend on the unknown ones before it
     np.testing.assert_array_equal(

@@ -185,7 +185,7 @@ def count_recompilations(model: SamplingModel, sampling: Sampling) -> int:
     with count_compilations() as count:
         model.sample(sampling, seed=3)
         model.sample(sampling, prompt="a blue square moving up")
-        model.sample(replace(sampling, guidance=4.5))
+        model.sample(replace(sampling, guidance=Guidance(scale=4.5)))
         for steps in (1, sampling.steps + 5):
             model.sample(replace(sampling, steps=steps))
         return count()

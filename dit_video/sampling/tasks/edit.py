@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Euler
@@ -13,11 +13,8 @@ from dit_video.sampling.progress import Callback, make_report
 from dit_video.sampling.request import Request
 from dit_video.sampling.sampling_config import Sampling, make_guidance
 from dit_video.sampling.tasks.fields import Doc, Limits
-from dit_video.sampling.tasks.task import Prompt, Task, add_options, get_prompt, get_size
+from dit_video.sampling.tasks.task import Prompt, Task, TaskPipeline, add_options, get_prompt, get_size
 from dit_video.video import Clip
-
-if TYPE_CHECKING:
-    from dit_video.sampling.pipeline import Pipeline
 
 _SHARE = Limits(above=0, maximum=1, step=0.05)
 
@@ -74,7 +71,7 @@ class DescribedEdit(Task):
         Limits(minimum=1),
     ] = 1
 
-    def run(self, pipeline: "Pipeline", options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
+    def run(self, pipeline: TaskPipeline, options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
         """Return the edited clip."""
         own, prompt = pipeline.config.sampling, get_prompt(self.prompt, self.clip)
         if sampling.solver not in (own.solver, Euler()) or options.resample > 1 or options.method == "trained":

@@ -4,7 +4,6 @@ The fields of a task's dataclass are its only description. A type says what a fi
 `Doc`, its `Limits`, and whether a clip is an image (`OneFrame`).
 """
 
-import functools
 import types
 import typing
 from collections.abc import Sequence
@@ -93,7 +92,6 @@ class TaskField:
         return self.doc.title or self.name.replace("_", " ").capitalize()
 
 
-@functools.cache
 def list_fields(kind: type) -> tuple[TaskField, ...]:
     """Return the fields of a task's class, in order; one of another type than those of `FieldKind` is left out."""
     hints = typing.get_type_hints(kind, include_extras=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -14,11 +14,8 @@ from dit_video.sampling.progress import Callback
 from dit_video.sampling.request import Request
 from dit_video.sampling.sampling_config import Sampling
 from dit_video.sampling.tasks.fields import Doc, Limits, OneFrame, Plane
-from dit_video.sampling.tasks.task import Prompt, Task, get_prompt, get_size
+from dit_video.sampling.tasks.task import Prompt, Task, TaskPipeline, get_prompt, get_size
 from dit_video.video import Clip
-
-if TYPE_CHECKING:
-    from dit_video.sampling.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class ZoomOut(Task):
         """Return the height and width of a frame in the centre of the next one."""
         return round(self.image.height / self.factor), round(self.image.width / self.factor)
 
-    def run(self, pipeline: "Pipeline", options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
+    def run(self, pipeline: TaskPipeline, options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
         """Return the clip; the seed is that of the first new frame, and the others have the next ones."""
         image, height, width = self.image, self.image.height, self.image.width
         inner = self.inner_size

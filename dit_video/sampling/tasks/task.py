@@ -1,13 +1,16 @@
 """The interface of tasks: what is generated from what."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from dit_video.core.errors import UserError, check_whole
+from dit_video.data.latents.codec import LatentCodec
 from dit_video.sampling.clip_recipe import hash_pixels
+from dit_video.sampling.edit_paths import LatentStepper
 from dit_video.sampling.pictures import to_clip, to_image, to_mask
 from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.preview import PreviewDecoder
 from dit_video.sampling.progress import Callback
 from dit_video.sampling.request import Request
 from dit_video.sampling.sampling_config import Sampling
@@ -15,10 +18,28 @@ from dit_video.sampling.tasks.fields import Doc, list_fields
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-if TYPE_CHECKING:
-    from dit_video.sampling.pipeline import Pipeline
-
 Prompt = Annotated[str | None, Doc("Description of the result; the caption of the clip by default.")]
+
+
+class TaskPipeline(Protocol):
+    """The part of a `Pipeline` that tasks of several passes use."""
+
+    config: PipelineConfig
+    codec: LatentCodec
+    preview_decoder: PreviewDecoder | None
+
+    def run_many(
+        self,
+        tasks: Sequence["Task"],
+        options: Sequence[Request],
+        *,
+        sampling: Sampling | None = None,
+        callback: Callback | None = None,
+    ) -> list[Clip]:
+        """Run tasks, each with its options."""
+
+    def make_stepper(self, request: Request, *, sampling: Sampling | None = None) -> LatentStepper:
+        """Return the denoiser and Euler's solver for the latents of a request."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +82,7 @@ class Task:
         """Return the result, of the clip that was sampled for the request."""
         return sampled
 
-    def run(self, pipeline: "Pipeline", options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
+    def run(self, pipeline: TaskPipeline, options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
         """Return the result of a task of several passes.
 
         Args:
