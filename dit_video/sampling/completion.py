@@ -26,7 +26,7 @@ from dit_video.models.autoencoders import latent_grid
 from dit_video.models.conditioning import (
     COND_LATENTS,
     IMAGE_TOKENS,
-    KnownMask,
+    IsKnown,
     find_any_known,
     find_known_latents,
     find_partly_known_latents,
@@ -71,11 +71,11 @@ class Completion(Conditioner):
         request.check_pictures(_ACCEPTED)
         _check_options(request)
         known = collect_known_pixels(request)
-        trained_mask = None if known is None else _choose_trained_mask(known, request, model)
-        trained = None if known is None or trained_mask is None else known.select(trained_mask)
+        trained_part = None if known is None else _choose_trained_part(known, request, model)
+        trained = None if known is None or trained_part is None else known.select(trained_part)
         plan = plan_trained(trained, request.grid, model)._replace(method="" if trained is None else "trained")
         if known is not None:
-            plan = _add_replacement(plan, known, trained_mask, request, model)
+            plan = _add_replacement(plan, known, trained_part, request, model)
         if request.video is not None and request.strength is not None and request.strength < 1:
             start = model.codec.encode_pixels(fit_clip("video", request.video, request.grid))
             plan = plan._replace(start=start, start_time=float(request.strength))
@@ -97,7 +97,7 @@ def _check_options(request: Request) -> None:
         raise UserError(f"resample={request.resample} is invalid: steps are taken at least once. Use 1 or more")
 
 
-def _choose_trained_mask(known: KnownPixels, request: Request, model: ModelParts) -> KnownMask | None:
+def _choose_trained_part(known: KnownPixels, request: Request, model: ModelParts) -> IsKnown | None:
     """Return the known pixels that are given to the model as in its training; None for none.
 
     Raises:
@@ -105,14 +105,14 @@ def _choose_trained_mask(known: KnownPixels, request: Request, model: ModelParts
     """
     conditioning = model.frame_conditioning
     needs_image = conditioning is not None and conditioning.prob == 1
-    mask = find_trained_part(known, model)
+    part = find_trained_part(known, model)
     if request.method == "training_free":
         if needs_image:
             rule = "this model reads a first image in any case"
             raise UserError(f"method='training_free' is invalid: {rule}. Use method='auto'")
         return None
-    is_complete = mask is not None and bool((mask == known.is_known).all(axis=(0, 1, 2)))
-    if mask is None and needs_image:
+    is_complete = part is not None and bool((part == known.is_known).all(axis=(0, 1, 2)))
+    if part is None and needs_image:
         raise UserError(IMAGE_IS_NEEDED)
     if not is_complete:
         rule = "this model was not trained for what is known of the clip"
@@ -120,7 +120,7 @@ def _choose_trained_mask(known: KnownPixels, request: Request, model: ModelParts
             raise UserError(f"method='trained' is invalid: {rule}. Use method='auto', or a model that was")
         if request.method == "auto":
             warnings.warn(f"{rule}: it is kept without training, by replacement of latents", stacklevel=2)
-    return mask
+    return part
 
 
 class _ReplacedLatents(NamedTuple):
@@ -135,10 +135,10 @@ class _ReplacedLatents(NamedTuple):
 
 
 def _add_replacement(
-    plan: SamplingPlan, known: KnownPixels, trained_mask: KnownMask | None, request: Request, model: ModelParts
+    plan: SamplingPlan, known: KnownPixels, trained_part: IsKnown | None, request: Request, model: ModelParts
 ) -> SamplingPlan:
     """Return the plan with the replacement of what the model is not trained to keep."""
-    replaced = _find_replaced_latents(known, trained_mask, request, model)
+    replaced = _find_replaced_latents(known, trained_part, request, model)
     if replaced is None:
         return plan
     transform = LatentReplacement()
@@ -159,35 +159,35 @@ def _add_replacement(
 
 
 def _find_replaced_latents(
-    known: KnownPixels, trained_mask: KnownMask | None, request: Request, model: ModelParts
+    known: KnownPixels, trained_part: IsKnown | None, request: Request, model: ModelParts
 ) -> _ReplacedLatents | None:
     """Return the latents that are replaced; None if there are none."""
     stride = model.codec.config.stride
-    rest = known.is_known if trained_mask is None else known.is_known & ~trained_mask
+    rest = known.is_known if trained_part is None else known.is_known & ~trained_part
     is_complete = find_known_latents(known.is_known, stride)
     is_held = is_complete & find_any_known(rest, stride)
-    if _holds_trained_latents(trained_mask, request, model):
+    if _holds_trained_latents(trained_part, request, model):
         encoded = model.codec.encode_pixels(known.spread())
         is_held |= is_complete & _is_independent(encoded, known, model)
         # All other latents with known pixels are corrected, those of known pixels that depend on unknown ones, too.
         return _ReplacedLatents(encoded, is_held, find_any_known(known.is_known, stride) & ~is_held)
     is_corrected = find_partly_known_latents(rest, stride)
-    if trained_mask is not None and model.backbone.time == "token" and request.method != "trained":
+    if trained_part is not None and model.backbone.time == "token" and request.method != "trained":
         # Clean tokens are of latents all of whose pixels are known. The model does not get any other known pixels.
-        is_corrected |= find_partly_known_latents(trained_mask, stride)
+        is_corrected |= find_partly_known_latents(trained_part, stride)
     if not is_held.any() and not is_corrected.any():
         return None
     return _ReplacedLatents(model.codec.encode_pixels(known.spread()), is_held, is_corrected)
 
 
-def _holds_trained_latents(trained_mask: KnownMask | None, request: Request, model: ModelParts) -> bool:
+def _holds_trained_latents(trained_part: IsKnown | None, request: Request, model: ModelParts) -> bool:
     """Return whether latents are also replaced that the model is trained to keep: those of a task mix.
 
     It then keeps them exactly. Models of other projects sample as these do.
     """
     conditioning = model.frame_conditioning
     is_mixed = conditioning is not None and conditioning.has_mask_mix and model.backbone.time != "token"
-    return trained_mask is not None and is_mixed and request.method == "auto"
+    return trained_part is not None and is_mixed and request.method == "auto"
 
 
 def _is_independent(
@@ -198,7 +198,7 @@ def _is_independent(
     return np.max(difference, axis=-1) < _MAX_DIFFERENCE
 
 
-def find_trained_part(known: KnownPixels, model: ModelParts) -> KnownMask | None:
+def find_trained_part(known: KnownPixels, model: ModelParts) -> IsKnown | None:
     """Return the part of the known pixels that the model is trained with; None if it is trained with no such part.
 
     All of them, or the first frame, from which a model of images to video continues. Pixels of a strength below 1 have
@@ -210,7 +210,7 @@ def find_trained_part(known: KnownPixels, model: ModelParts) -> KnownMask | None
     first = np.zeros_like(is_kept)
     first[0] = is_kept[0]
     candidates = [is_kept] if len(is_kept) == 1 or not is_kept[0].all() else [is_kept, first]
-    accepted = (each for each in candidates if each.any() and conditioning.accepts(each))
+    accepted = (each for each in candidates if each.any() and conditioning.accepts(~each))
     if model.image_encoder_folder is not None and model.backbone.image_positions is None:
         # Its image tokens are those of a first frame alone.
         return first if is_kept[0].all() and len(is_kept) > 1 else None

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float32, UInt8
 from scipy.ndimage import distance_transform_edt
 
 from dit_video.core.errors import UserError
-from dit_video.models.conditioning import GREY, KnownMask, blank_unknown
+from dit_video.models.conditioning import GREY, IsKnown, blank_unknown
 from dit_video.sampling.pictures import Mask
 from dit_video.sampling.request import Condition, Request, fit_frames
 from dit_video.tokens import Grid
@@ -23,8 +23,8 @@ class KnownPixels(NamedTuple):
     """Strength of every pixel: 0 where it is unknown, 1 where it is kept to the end."""
 
     @property
-    def is_known(self) -> KnownMask:
-        """Return the mask of known pixels."""
+    def is_known(self) -> IsKnown:
+        """Return True for known pixels."""
         return self.strength > 0
 
     def blank(self) -> Float32[np.ndarray, "T H W 3"]:
@@ -44,9 +44,9 @@ class KnownPixels(NamedTuple):
         assert nearest is not None
         return self.frames[tuple(nearest)].astype(np.float32)
 
-    def select(self, mask: KnownMask) -> "KnownPixels":
-        """Return the known pixels within a mask."""
-        return self._replace(strength=np.where(mask, self.strength, np.float32(0)))
+    def select(self, part: IsKnown) -> "KnownPixels":
+        """Return the known pixels of a part."""
+        return self._replace(strength=np.where(part, self.strength, np.float32(0)))
 
 
 def collect_known_pixels(request: Request) -> KnownPixels | None:

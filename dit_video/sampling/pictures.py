@@ -43,7 +43,7 @@ def to_image(name: str, value: Image) -> Clip:
     if isinstance(value, str | Path):
         return decode(value, frames=1)
     pixels = _read_pil(name, value) if isinstance(value, PilImage.Image) else _to_array(name, value)
-    if pixels.ndim == 2:
+    if pixels.ndim == 2 and pixels.shape[-1] > 4:  # a row of pixels, perhaps, if it is less wide
         pixels = np.repeat(pixels[..., None], 3, axis=-1)
     if pixels.ndim != 3:
         raise UserError(f"{name} of shape {list(pixels.shape)} is invalid: an image is [H W 3]. Use one frame")

@@ -9,7 +9,7 @@ import numpy as np
 from dit_video.core.rng import make_generator
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.metrics.tasks import InterpolationGain, KeptPixels, RegionBorder, TransitionJump, ZoomSteps
-from dit_video.models.conditioning import KnownMask
+from dit_video.models.conditioning import IsKnown
 from dit_video.sampling.tasks import (
     Blend,
     Edit,
@@ -50,7 +50,7 @@ class TaskTruth(NamedTuple):
     """Its rendering, of the sample's size."""
     reconstruction: Clip
     """The autoencoder's reconstruction of the rendering: the best that a sample can be."""
-    is_known: KnownMask | None = None
+    is_known: IsKnown | None = None
     """Pixels that the model got; None for none."""
     frame: int = -1
     """Number of the new frame at which positions are compared."""
@@ -208,7 +208,7 @@ def _cut(clip: Clip, frames: slice | list[int]) -> Clip:
     return replace(clip, frames=np.ascontiguousarray(clip.frames[frames]))
 
 
-def _know_frames(scene: Scene, frames: Sequence[int]) -> KnownMask:
+def _know_frames(scene: Scene, frames: Sequence[int]) -> IsKnown:
     is_known = np.zeros(scene.size, bool)
     is_known[list(frames)] = True
     return is_known
@@ -227,7 +227,7 @@ def _make_truth(
     scene: Scene,
     reconstruct: Reconstruct,
     *,
-    is_known: KnownMask | None = None,
+    is_known: IsKnown | None = None,
     frame: int = -1,
     source: Scene | None = None,
 ) -> TaskTruth:

@@ -91,10 +91,10 @@ def plan_fields(model, entry: RowEntry):
     """Return the fields of a request with the mask of an example of training, by name."""
     frames = make_clip(entry.example)
     size = Grid(*frames.shape[:3])
-    mask = MIX.draw_mask(size, entry.rank)
-    known = {"video": Clip(frames, 8), "generated": ~mask, "method": "trained"} if mask.any() else {}
+    is_known = MIX.draw_known(size, entry.rank)
+    known = {"video": Clip(frames, 8), "generated": ~is_known, "method": "trained"} if is_known.any() else {}
     plan = Completion()(Request("", size, **known), model)
-    assert plan.method == ("trained" if mask.any() else "")
+    assert plan.method == ("trained" if is_known.any() else "")
     return {field.name: values for field, values in plan.fields.items()}
 
 

@@ -27,7 +27,7 @@ from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.packing.mixture import Mixture
 from dit_video.data.packing.plan import RowStream
 from dit_video.data.sizes import SizeLimits, count_sampled_frames, fit_size, read_fitted_clip
-from dit_video.models.conditioning import KnownMask, fold_mask
+from dit_video.models.conditioning import IsKnown, fold_mask
 from dit_video.models.encoders import CaptionTokens
 from dit_video.tokens import (
     CanvasShape,
@@ -52,7 +52,7 @@ class Encode(Protocol):
     """A function from clips of any sizes to their latents."""
 
     def __call__(
-        self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], masks: Sequence[KnownMask] | None = None, /
+        self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], masks: Sequence[IsKnown] | None = None, /
     ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
         """Return the latents of clips, or of the clips with all but the known pixels grey."""
 
@@ -291,7 +291,7 @@ class RowEncoder(NamedTuple):
         clips, mix = [clip for _, clip in pairs], self.mask_mix
         latents, fields = self.encode(clips), [dict[str, np.ndarray]() for _ in clips]
         if mix is not None:
-            masks = [mix.draw_mask(Grid(*clip.shape[:3]), entry.rank) for entry, clip in pairs]
+            masks = [mix.draw_known(Grid(*clip.shape[:3]), entry.rank) for entry, clip in pairs]
             for values, cond_latents, mask in zip(fields, self.encode(clips, masks), masks, strict=True):
                 masked = cond_latents if mask.any() else np.zeros_like(cond_latents)
                 for field, array in zip(mix.fields, (masked, fold_mask(mask, mix.stride)), strict=True):
