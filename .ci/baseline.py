@@ -45,7 +45,7 @@ from configs import quickstart, unet
 from dit_video import Clip, Pipeline, load
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.diffusion import (
-    SAMPLERS,
+    SOLVERS,
     AdaptiveProjectedGuidance,
     Guidance,
     SkipLayerGuidance,
@@ -54,6 +54,19 @@ from dit_video.diffusion import (
 from dit_video.experiment.run import Run
 from dit_video.families import load_autoencoder, save_autoencoder, save_denoiser
 from dit_video.models.autoencoders import CodebookConfig, ImageLevels, ImageVaeConfig, VqConfig
+from dit_video.sampling.tasks import (
+    Blend,
+    DescribedEdit,
+    Edit,
+    Extend,
+    Inpaint,
+    Interpolate,
+    Loop,
+    Outpaint,
+    Task,
+    Vary,
+    ZoomOut,
+)
 from dit_video.scenes import shapes
 from support import tiny
 from support.quick_compilation import set_quick_flags, share_contexts
@@ -137,7 +150,27 @@ def list_samples(folder: Path) -> Entries:
     first, last, short = clip.frames[0], clip.frames[-1], draw_clip((5, 16, 32))
     box = np.zeros(size[1:], bool)
     box[4:12, 8:24] = True
-    described = {"source": "a blue ball", "guidance": 1.5}
+    described = functools.partial(DescribedEdit, clip, PROMPT, source="a blue ball")
+    others: dict[str, Task] = {
+        "extend": Extend(clip, PROMPT, frames=4),
+        "extend before": Extend(clip, PROMPT, frames=4, before=True),
+        "blend": Blend(clip, draw_clip(size, seed=1), PROMPT, frames=3, overlap=5),
+        "interpolate": Interpolate(short, PROMPT, factor=2),
+        "interpolate at times": Interpolate(short, PROMPT, places=(0, 1, 2, 5, 8)),
+        "inpaint": Inpaint(clip, box, PROMPT),
+        "outpaint": Outpaint(short, (32, 48), PROMPT),
+        "edit": Edit(clip, PROMPT),
+        "described edit": described(draws=2),
+        "described edit by inversion": described(edit_method="inversion"),
+        "vary": Vary(clip, PROMPT),
+        "loop": Loop(PROMPT, size=(8, 16, 32)),
+        "zoom out": ZoomOut(draw_clip((1, 16, 32)), PROMPT, frames=2, factor=1.5),
+    }
+
+    def run(pipeline: Pipeline, *, task: Task, **options: Any) -> Clip:
+        guidance = 1.5 if isinstance(task, DescribedEdit) else None
+        return pipeline.run(task, guidance=guidance, **options)
+
     tasks: dict[str, Callable[..., Clip]] = {
         "text to video": lambda p, **o: p.generate(PROMPT, size=size, **o),
         "text to image": lambda p, **o: p.generate(PROMPT, size=(1, 16, 32), **o),
@@ -145,20 +178,7 @@ def list_samples(folder: Path) -> Entries:
         "image to video": lambda p, **o: p.generate(PROMPT, size=size, image=first, **o),
         "first and last image": lambda p, **o: p.generate(PROMPT, size=size, image=first, last_image=last, **o),
         "resampling": lambda p, **o: p.generate(PROMPT, size=size, image=first, resample=2, **o),
-        "extend": lambda p, **o: p.extend(clip, PROMPT, frames=4, **o),
-        "extend before": lambda p, **o: p.extend(clip, PROMPT, frames=4, before=True, **o),
-        "blend": lambda p, **o: p.blend(clip, draw_clip(size, seed=1), PROMPT, frames=3, overlap=5, **o),
-        "interpolate": lambda p, **o: p.interpolate(short, PROMPT, factor=2, **o),
-        "interpolate at times": lambda p, **o: p.interpolate(short, PROMPT, times=(0, 1, 2, 5, 8), **o),
-        "inpaint": lambda p, **o: p.inpaint(clip, box, PROMPT, **o),
-        "outpaint": lambda p, **o: p.outpaint(short, (32, 48), PROMPT, **o),
-        "edit": lambda p, **o: p.edit(clip, PROMPT, **o),
-        "described edit": lambda p, **o: p.edit(clip, PROMPT, draws=2, **described, **o),
-        "described edit by inversion": lambda p, **o: p.edit(clip, PROMPT, edit_method="inversion", **described, **o),
-        "vary": lambda p, **o: p.vary(clip, PROMPT, **o),
-        "loop": lambda p, **o: p.loop(PROMPT, size=(8, 16, 32), **o),
-        "zoom out": lambda p, **o: p.zoom_out(draw_clip((1, 16, 32)), PROMPT, frames=2, factor=1.5, **o),
-    }
+    } | {name: functools.partial(run, task=task) for name, task in others.items()}
     guidance = {
         "rescaled in an interval": Guidance(scale=4.0, rescale=0.7, interval=(0.2, 0.9)),
         "projected": Guidance(scale=4.0, projection=AdaptiveProjectedGuidance(max_rms=0.5, momentum=-0.5)),
@@ -167,7 +187,7 @@ def list_samples(folder: Path) -> Entries:
     }
     calls = {f"task: {name}": functools.partial(task, steps=4) for name, task in tasks.items()}
     generate = functools.partial(tasks["text to video"], steps=5)
-    calls |= {f"sampler: {name}": functools.partial(generate, sampler=name) for name in SAMPLERS}
+    calls |= {f"sampler: {name}": functools.partial(generate, solver=name) for name in SOLVERS}
     calls |= {f"guidance: {name}": functools.partial(generate, guidance=each) for name, each in guidance.items()}
     trainings = {f"tiny: {model}": lambda model=model: read_chain(train() / model) for model in MODELS}
     return trainings | {name: lambda call=call: sample(load(train()), call) for name, call in calls.items()}
@@ -183,7 +203,7 @@ def list_families(folder: Path) -> Entries:
     def sample_family(write: Callable[[Path], None], size: tuple[int, int, int] | None, *pictures: str) -> Entry:
         clip = draw_clip(size or (1, 16, 16))
         known = {"image": clip.frames[0], "last_image": clip.frames[-1], "reference_images": [clip.frames[-1]]}
-        known |= {"control": clip, "video": clip, "mask": clip.frames[..., 0] > 127}
+        known |= {"control": clip, "video": clip, "generated": clip.frames[..., 0] <= 127}
         options = {name: known[name] for name in pictures} | {"size": size, "steps": 3, "guidance": 2.0}
         path = Path(tempfile.mkdtemp(dir=folder)) / "pipeline"
         write(path)
@@ -205,7 +225,7 @@ def list_families(folder: Path) -> Entries:
         "wan with two experts": (functools.partial(write_wan, **TWO), WAN_SIZE),
         "wan with a time per token": (with_token_time, WAN_SIZE, "image"),
         "wan from images": (write_animating_wan, WAN_SIZE, "image", "last_image"),
-        "vace": (write_vace, WAN_SIZE, "control", "video", "mask", "reference_images"),
+        "vace": (write_vace, WAN_SIZE, "control", "video", "generated", "reference_images"),
         "ltx": (functools.partial(write_ltx, shift=3.0), LTX_SIZE),
         "ltx from images": (with_conditions, LTX_SIZE, "image"),
         "dit": (functools.partial(write_class_dit, backbone=DIT), None),

@@ -12,6 +12,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder, such as a test
 
+from model_options import ModelOptions
 from sampling_options import SamplingOptions
 
 import dit_video.scenes.protocols  # noqa: F401, registers its protocols
@@ -37,7 +38,7 @@ from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
 from dit_video.training.hooks.logging import Progress
 
-_DEFAULTS, _PATIENCE = SamplingOptions(), TimeoutConfig()
+_MODEL, _SAMPLING, _PATIENCE = ModelOptions(), SamplingOptions(), TimeoutConfig()
 _FOLDER_PROTOCOL, _QUICKSTART = "samples", "quickstart"
 _MAX_NAMED = 5
 """Number of clips that are left out whose reasons are printed; all are in metrics.json."""
@@ -54,7 +55,8 @@ def main(
     weights: Path | None = None,
     count: int | None = None,
     patience: TimeoutConfig = _PATIENCE,
-    options: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _DEFAULTS,
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")] = _MODEL,
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _SAMPLING,
 ) -> None:
     """Compute metrics of a model or of a folder of videos, and write metrics.json, report.html and the samples.
 
@@ -78,10 +80,11 @@ def main(
         weights: Folder of the weights of feature networks; `weights` by default.
         count: Number of samples, instead of the protocol's.
         patience: How long other processes are waited for.
-        options: Weights and sampling.
+        model: Weights, devices and memory.
+        sampling: Steps, solver and guidance.
     """
     check_minimum(0, seed=seed)
-    check_minimum(1, count=count, steps=options.steps)
+    check_minimum(1, count=count, steps=sampling.steps)
     with initialize_distributed(sys.argv[1:], code=get_code_version(), timeouts=patience):
         if out is None and is_remote(restore_address(run)):
             raise UserError(f"the results of {restore_address(run)} need a folder on this machine. Use --out FOLDER.")
@@ -90,11 +93,14 @@ def main(
         if is_model and protocol in (None, _QUICKSTART):
             _refuse("they belong to a protocol", data=data, metrics=metrics, weights=weights, count=count)
             target = _get_folder(run, out, is_model=True)
-            _evaluate_run(run, target, seed or 0, options, is_quickstart=protocol is not None)
+            _evaluate_run(run, target, seed or 0, model, sampling, is_quickstart=protocol is not None)
             return
         _refuse("samples of a protocol have their own seed", seed=seed)
         if not is_model:
-            _refuse("a folder of videos is not sampled", options=None if options == _DEFAULTS else "of sampling")
+            _refuse(
+                "a folder of videos is not sampled",
+                options=None if (model, sampling) == (_MODEL, _SAMPLING) else "of sampling",
+            )
         if not any(run.iterdir()):
             raise UserError(
                 f"{run} holds neither a model nor videos: it is empty. Name a run, a pipeline or a folder of videos"
@@ -103,7 +109,7 @@ def main(
         folder = _get_folder(run, out, is_model=is_model) / chosen.name
         real_clips = None if data is None else open_clip_set(data, split=chosen.split)
         if is_model:
-            result = _evaluate_model(run, chosen, folder, real_clips, options)
+            result = _evaluate_model(run, chosen, folder, real_clips, model, sampling)
         else:
             result = _evaluate_samples(open_clip_set(run), chosen, folder, real_clips)
         if is_first_process():
@@ -156,9 +162,11 @@ def _get_folder(run: Path, out: Path | None, *, is_model: bool) -> Path:
     return run if out is None else out
 
 
-def _evaluate_run(run: Path, folder: Path, seed: int, options: SamplingOptions, *, is_quickstart: bool) -> None:
+def _evaluate_run(
+    run: Path, folder: Path, seed: int, model: ModelOptions, sampling: SamplingOptions, *, is_quickstart: bool
+) -> None:
     """Evaluate a model on the prompts and by the metrics of its own config, or of the quickstart."""
-    pipeline = options.load_pipeline(run)
+    pipeline = model.load_pipeline(run, sampling)
     trained = Run.open(run) if (run / CONFIG).is_file() else None
     evaluation = evaluate.evaluate(
         pipeline,
@@ -166,7 +174,7 @@ def _evaluate_run(run: Path, folder: Path, seed: int, options: SamplingOptions, 
         seed=seed,
         clips=None if trained is None else trained.evaluation_clips(),
         evaluation=ShapesEvaluation() if is_quickstart else None,
-        **options.make_overrides(pipeline.config),
+        sampling=sampling.make_sampling(pipeline.config),
     )
     if not is_first_process():
         return
@@ -202,14 +210,19 @@ def _evaluate_samples(samples: ClipSet, protocol: Protocol, folder: Path, real_c
 
 
 def _evaluate_model(
-    run: Path, protocol: Protocol, folder: Path, real_clips: ClipSet | None, options: SamplingOptions
+    run: Path,
+    protocol: Protocol,
+    folder: Path,
+    real_clips: ClipSet | None,
+    model: ModelOptions,
+    sampling: SamplingOptions,
 ) -> ProtocolResult:
-    pipeline = options.load_pipeline(run)
+    pipeline = model.load_pipeline(run, sampling)
     real_count = protocol.real_count or (protocol.count or 0 if real_clips is None else len(real_clips.names))
     total = protocol.count or real_count
     measured = count_clips(protocol, samples=total, real_clips=real_count)
     with (
-        Progress("sampling", total, unit="clip", visible=is_first_process()) as sampling,
+        Progress("sampling", total, unit="clip", visible=is_first_process()) as sampled,
         Progress("measuring", measured, unit="clip", visible=is_first_process()) as measuring,
     ):
         return evaluate_protocol(
@@ -217,10 +230,10 @@ def _evaluate_model(
             protocol,
             folder,
             data=real_clips,
-            average={"ema": options.ema, "sigma_rel": options.sigma_rel},
-            sampling_progress=sampling.update,
+            average={"ema": model.ema, "sigma_rel": model.sigma_rel},
+            sampling=sampling.make_sampling(pipeline.config),
+            sampling_progress=sampled.update,
             progress=measuring.update,
-            **options.make_overrides(pipeline.config),
         )
 
 

@@ -21,8 +21,8 @@ from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.evaluate import print_results
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.tasks import Edit
-from dit_video.scenes.tasks import SCENE_TASKS, SceneTask, TaskCase, make_cases
+from dit_video.sampling.tasks import DescribedEdit, Edit
+from dit_video.scenes.tasks import TASK_MEASURES, TaskCase, TaskMeasure, make_cases
 from dit_video.video import Clip, decode
 
 EDIT_METHODS = ("sdedit", "flow_edit", "inversion")
@@ -34,7 +34,7 @@ _BATCH = 32
 def main(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")],
     out: Path,
-    tasks: tuple[str, ...] = tuple(SCENE_TASKS),
+    tasks: tuple[str, ...] = tuple(TASK_MEASURES),
     count: int = 60,
     levels: tuple[int, ...] = (1, 2),
     seed: int = 1000,
@@ -60,14 +60,14 @@ def main(
         cache: Keep compiled programs in ~/.cache/dit_video/programs.
     """
     check_minimum(1, count=count, resample=resample)
-    if unknown := sorted(set(tasks) - SCENE_TASKS.keys()):
-        raise UserError(f"tasks={unknown[0]} is unknown; use {', '.join(SCENE_TASKS)}")
+    if unknown := sorted(set(tasks) - TASK_MEASURES.keys()):
+        raise UserError(f"tasks={unknown[0]} is unknown; use {', '.join(TASK_MEASURES)}")
     if cache:
         enable_compilation_cache()
     pipeline = dit_video.load(run)
     for name in tasks:
         start = time.perf_counter()
-        task = SCENE_TASKS[name]
+        task = TASK_MEASURES[name]
         cases = list(make_cases(task, pipeline.reconstruct, count=count, seed=seed, levels=levels))
         figures = {}
         for method in list_methods(name, task):
@@ -87,7 +87,7 @@ def main(
         write_json(out / f"{name}.json", settings | figures)
 
 
-def list_methods(name: str, task: SceneTask) -> tuple[str, ...]:
+def list_methods(name: str, task: TaskMeasure) -> tuple[str, ...]:
     """Return the ways in which a task is measured."""
     if name == "editing":
         return EDIT_METHODS
@@ -109,7 +109,7 @@ def sample(
             options: dict[str, Any] = {} if method == "auto" else {"method": method, "resample": resample}
             for start in range(0, len(cases), _BATCH):
                 part = slice(start, start + _BATCH)
-                clips += pipeline.run_tasks([case.task for case in cases[part]], seeds=seeds[part], **options)
+                clips += pipeline.run([case.task for case in cases[part]], seed=seeds[part], **options)
     decoded = []
     for number, clip in enumerate(clips):
         path = folder / f"{number:03d}.{'png' if len(clip.frames) == 1 else 'apng'}"
@@ -124,10 +124,10 @@ def edit(pipeline: Pipeline, case: TaskCase, method: str, seed: int) -> Clip:
     assert isinstance(task, Edit)
     assert task.prompt is not None
     if method == "sdedit":
-        return pipeline.edit(task.clip, task.prompt, seed=seed)
+        return pipeline.run(task, seed=seed)
+    described: dict[str, Any] = {"source": task.clip.caption, "edit_method": method}
     draws = _FLOW_EDIT_DRAWS if method == "flow_edit" else 1
-    options: dict[str, Any] = {"source": task.clip.caption, "edit_method": method, "draws": draws, "seed": seed}
-    return pipeline.edit(task.clip, task.prompt, **options)
+    return pipeline.run(DescribedEdit(task.clip, task.prompt, **described, draws=draws), seed=seed)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder, such as a test
 
+from model_options import ModelOptions
 from sampling_options import SamplingOptions
 
 import dit_video.scenes.protocols  # noqa: F401, registers its protocols
@@ -25,7 +26,7 @@ from dit_video.evaluation.comparison import format_comparison
 from dit_video.evaluation.protocols import get_protocol
 from dit_video.evaluation.sweep import sweep_sampling
 
-_DEFAULTS = SamplingOptions()
+_MODEL, _SAMPLING = ModelOptions(), SamplingOptions()
 
 
 def main(
@@ -38,7 +39,8 @@ def main(
     metrics: tuple[str, ...] = (),
     weights: Path | None = None,
     count: int | None = None,
-    options: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _DEFAULTS,
+    model: Annotated[ModelOptions, tyro.conf.arg(name="")] = _MODEL,
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _SAMPLING,
 ) -> None:
     """Evaluate a model at several numbers of steps and guidance scales, and plot quality against cost.
 
@@ -57,15 +59,13 @@ def main(
         metrics: Names of the protocol's values to compute; all by default.
         weights: Folder of the weights of feature networks; `weights` by default.
         count: Number of samples of a point, instead of the protocol's.
-        options: Weights, and sampling other than steps and guidance.
+        model: Weights, devices and memory.
+        sampling: Sampling, whose steps and guidance scale are those of the points.
     """
     check_minimum(1, count=count)
     chosen = get_protocol(protocol, metrics=metrics, weights=weights, count=count)
     real_clips = None if data is None else open_clip_set(data, split=chosen.split)
-    pipeline = options.load_pipeline(run)
-    overrides = options.make_overrides(pipeline.config)
-    for name in ("steps", "guidance"):
-        overrides.pop(name)
+    pipeline = model.load_pipeline(run, sampling)
     sweep = sweep_sampling(
         pipeline,
         chosen,
@@ -73,8 +73,8 @@ def main(
         steps=grid_steps,
         guidance=grid_guidance,
         data=real_clips,
+        sampling=sampling.make_sampling(pipeline.config),
         on_point=_announce,
-        **overrides,
     )
     if not is_first_process():
         return

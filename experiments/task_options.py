@@ -1,78 +1,117 @@
-"""Options of a generation task of `sample.py`."""
+"""Options of tasks: a subcommand of `sample.py` for each, made of the fields of its class."""
 
+import dataclasses
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Union
+
+import tyro
 
 from dit_video.core.command_line import parse_size
 from dit_video.core.errors import UserError
-from dit_video.sampling.tasks.task_file import TaskEntry, make_task
+from dit_video.sampling.tasks import TASKS, Task
+from dit_video.sampling.tasks.fields import FieldKind, TaskField, list_fields
+from dit_video.sampling.tasks.task_file import read_task
 
-TaskName = Literal[
-    "generate",
-    "extend",
-    "blend",
-    "interpolate",
-    "loop",
-    "inpaint",
-    "outpaint",
-    "zoom_out",
-    "edit",
-    "described_edit",
-    "vary",
-]
+_TYPES: dict[FieldKind, Any] = {
+    "text": str,
+    "whole": int,
+    "number": float,
+    "flag": bool,
+    "clip": Path,
+    "image": Path,
+    "mask": Path,
+    "size": str,
+    "plane": str,
+    "numbers": tuple[int, ...],
+    "conditions": tuple[str, ...],
+}
+_METAVARS: dict[FieldKind, str] = {
+    "size": "FRAMESxHEIGHTxWIDTH",
+    "plane": "HEIGHTxWIDTH",
+    "conditions": "FILE@FRAME[@STRENGTH]",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Task on a clip, for --task alone; with --prompts each entry of the list has its own values."""
+    """Options of a task. A subclass has those of one, by the names of its fields."""
 
-    clip: Path | None = None
-    """Clip that is extended, interpolated, inpainted, outpainted, edited or varied."""
-    first: Path | None = None
-    """First of two clips that are blended."""
-    second: Path | None = None
-    """Second of two clips that are blended."""
-    new_frames: int | None = None
-    """Number of new frames of extend, blend and zoom_out."""
-    before: bool | None = None
-    """Extend a clip before its first frame."""
-    overlap: int | None = None
-    """Number of known frames that the model gets in extend and blend."""
-    factor: float | None = None
-    """Number of intervals that every interval becomes in interpolate; factor of the zoom in zoom_out."""
-    source: str | None = None
-    """Description of the clip, of described_edit."""
-    edit_method: Literal["flow_edit", "inversion"] | None = None
-    """Method of described_edit."""
+    def read(self) -> Task:
+        """Return the task, with its files.
 
-    def make_entry(
-        self, name: str, *, prompt: str | None, size: str | None, seed: int, pictures: dict[str, Any]
-    ) -> TaskEntry:
-        """Return the task that the options describe.
-
-        Args:
-          name: Name of the task.
-          prompt: Description of the result.
-          size: Frames, height and width, or for outpainting height and width.
-          seed: Seed of the noise.
-          pictures: Files of `image`, `last_image`, `mask` and `conditions`, and `strength`.
+        Raises:
+          MissingError: If a file does not exist.
+          DecodeError: If a clip is damaged.
+          UserError: If a value is invalid.
         """
-        values = {key: value for key, value in vars(self).items() if value is not None}
-        if "new_frames" in values:
-            values["frames"] = values.pop("new_frames")
-        values |= {key: value for key, value in pictures.items() if value}
-        if name == "interpolate" and "factor" in values:
-            values["factor"] = int(values["factor"])
-        if size is not None:
-            values["size"] = _parse_plane(size) if name == "outpaint" else parse_size(size)
-        named = {"seed": seed} if prompt is None else {"prompt": prompt, "seed": seed}
-        return make_task(name, values | named, Path())
+        name = next(name for name, kind in _SUBCOMMANDS.items() if type(self) is kind)
+        given = {field: getattr(self, field.name) for field in list_fields(TASKS[name])}
+        values = {field.name: _parse(field, value) for field, value in given.items() if value not in (None, ())}
+        return read_task({"task": name, **values}, Path()).task
+
+
+def make_subcommands() -> Any:
+    """Return a type of which tyro makes a subcommand for every task."""
+    for name, kind in TASKS.items():
+        _SUBCOMMANDS[name] = _make_options(kind)
+    commands = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in _SUBCOMMANDS.items()]
+    return Union[tuple(commands)]  # noqa: UP007 (of members that are computed)
+
+
+def make_default() -> TaskOptions:
+    """Return the options of the task that is run without the name of one."""
+    return _SUBCOMMANDS["generate"]()
+
+
+_SUBCOMMANDS: dict[str, type[TaskOptions]] = {}
+
+
+def _make_options(kind: type[Task]) -> type[TaskOptions]:
+    annotated: Any = Annotated  # of types that are computed
+    fields = []
+    for field in list_fields(kind):
+        value: Any = Literal[field.choices] if field.kind == "choice" else _TYPES[field.kind]
+        if not field.is_required and field.default is None:
+            value = value | None
+        described = annotated[value, tyro.conf.arg(help=field.doc.text, metavar=_METAVARS.get(field.kind))]
+        default: Any = dataclasses.field() if field.is_required else dataclasses.field(default=field.default)
+        fields.append((field.name, described, default))
+    name, namespace = f"{kind.__name__}Options", {"__doc__": kind.__doc__, "__module__": __name__}
+    made: Any = dataclasses.make_dataclass(
+        name, fields, bases=(TaskOptions,), namespace=namespace, frozen=True, kw_only=True
+    )
+    return made
+
+
+def _parse(field: TaskField, value: Any) -> Any:
+    """Return an option's value as in a task file."""
+    match field.kind:
+        case "clip" | "image" | "mask":
+            return os.fspath(value)
+        case "size":
+            return tuple(parse_size(value))
+        case "plane":
+            return _parse_plane(value)
+        case "conditions":
+            return [_parse_condition(text) for text in value]
+        case _:
+            return value
 
 
 def _parse_plane(size: str) -> tuple[int, int]:
-    """Return a height and width, such as 64x64."""
     parts = size.split("x")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--size {size} is invalid: outpaint needs a height and width. Use --size 64x64")
+        raise UserError(f"--size {size} is invalid: it must be HEIGHTxWIDTH. Use --size 64x64")
     return int(parts[0]), int(parts[1])
+
+
+def _parse_condition(text: str) -> dict[str, Any]:
+    if (match := re.fullmatch(r"(.+?)@(-?\d+)(?:@(\d*\.?\d+))?", text)) is None:
+        raise UserError(
+            f"--conditions {text} is invalid: it must be FILE@FRAME or FILE@FRAME@STRENGTH. Use first.png@0"
+        )
+    file, frame, strength = match.groups()
+    return {"file": file, "frame": int(frame), "strength": float(strength or 1)}

@@ -22,13 +22,13 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder, such as a test
 
-from sampling_options import GUIDANCE_SPEC
+from sampling_options import parse_guidance
 
 from dit_video.apps.reports.run_report import write_autoencoder_report, write_run_report
 from dit_video.core import config_json
@@ -44,7 +44,6 @@ from dit_video.experiment import Experiment, Run, TrainModel, datasets
 from dit_video.experiment.config_file import load_experiment
 from dit_video.experiment.launch import open_run
 from dit_video.nn.attention import Backend, BackendName
-from dit_video.sampling import Sampling
 from dit_video.training import goodput
 
 
@@ -201,7 +200,7 @@ def make_registry(experiment: Experiment) -> tyro.constructors.ConstructorRegist
     """Return rules for values that are a scalar or a record, which tyro would make positional arguments.
 
     Guidance becomes an option of one scale or two, and attention one with the name of a backend. A config whose
-    `Guidance` or `SplashBlocks` is a record has an option for each of its fields.
+    `Guidance` has other values, or whose attention is a `SplashBlocks`, has an option for each of its fields.
     """
     if experiment.model is None:
         return None
@@ -209,9 +208,15 @@ def make_registry(experiment: Experiment) -> tyro.constructors.ConstructorRegist
 
     @registry.primitive_rule
     def parse_value(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        is_guidance = info.type == get_type_hints(Sampling)["guidance"]
-        if is_guidance and not isinstance(experiment.sampling.guidance, Guidance):
-            return GUIDANCE_SPEC
+        own = experiment.sampling.guidance
+        if info.type is Guidance and own == Guidance(scale=own.scale):
+            return tyro.constructors.PrimitiveConstructorSpec(
+                nargs=(1, 2),
+                metavar="FLOAT [FLOAT]",
+                instance_from_str=lambda texts: Guidance(scale=parse_guidance(texts)),
+                is_instance=lambda value: isinstance(value, Guidance),
+                str_from_instance=lambda value: [str(scale) for scale in value.scales],
+            )
         if info.type == Backend and isinstance(backbone.attention, str):
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,

@@ -42,6 +42,7 @@ from support.devices import wait_until
 from support.extending import replace_backbone, train
 from support.interruptions import interrupt
 from support.jaxprs import count_primitive, find_branches
+from support.latents import generate_latents
 from support.marks import mark_slow_except
 from support.packed_rows import FIRST, SECOND, TEXT_WIDTH, make_batch
 from support.random_params import make_random_params
@@ -53,14 +54,14 @@ SOURCES = Path(__file__).parent / "support" / "extensions"
 @pytest.mark.nightly
 def test_a_sampler(add_package, tiny, tiny_run, tiny_pipeline, tmp_path):
     solver = add_package("their_sampler", "adams_sampler").Adams()
-    arguments = {"size": (9, 16, 32), "seed": 1, "output": "latents"}
-    result = tiny_pipeline.generate("a red circle", steps=16, sampler=solver, **arguments)
-    expected = tiny_pipeline.generate("a red circle", steps=64, sampler="heun", **arguments)
+    arguments = {"size": (9, 16, 32), "seed": 1}
+    result = generate_latents(tiny_pipeline, "a red circle", steps=16, solver=solver, **arguments)
+    expected = generate_latents(tiny_pipeline, "a red circle", steps=64, solver="heun", **arguments)
     assert np.abs(result - expected).mean() < 1e-3 * np.abs(expected).mean()
     sampling = dataclasses.replace(tiny.EXPERIMENT.sampling, solver=solver, steps=2)
     pipeline = train(dataclasses.replace(tiny.EXPERIMENT, sampling=sampling), tiny_run, tmp_path / "run")
     assert pipeline.config.sampling.solver == solver
-    assert np.isfinite(pipeline.generate("a red circle", output="latents")).all()
+    assert np.isfinite(generate_latents(pipeline, "a red circle")).all()
 
 
 @pytest.mark.nightly
@@ -68,7 +69,7 @@ def test_a_position_embedding(add_package, tiny, tiny_run, tmp_path):
     position = add_package("their_positions", "triangle_positions").Triangles()
     pipeline = train(tiny.EXPERIMENT.replace_backbone(absolute_position=position), tiny_run, tmp_path / "run")
     assert pipeline.config.model.backbone.absolute_position == position
-    assert np.isfinite(pipeline.generate("a red circle", steps=2, output="latents")).all()
+    assert np.isfinite(generate_latents(pipeline, "a red circle", steps=2)).all()
 
 
 @pytest.mark.nightly
@@ -81,7 +82,7 @@ def test_a_data_source(add_package, tiny, tiny_run, tiny_clips, tmp_path, monkey
     pipeline = train(tiny.EXPERIMENT, tiny_run, tmp_path / "run", tmp_path / "packed")
     infos = {info.name: info.captions for info in Run.open(tmp_path / "run").clips.infos}
     assert infos == {clip.name: clip.captions for clip in listed}
-    assert np.isfinite(pipeline.generate("a red circle", output="latents")).all()
+    assert np.isfinite(generate_latents(pipeline, "a red circle")).all()
     with pytest.raises(UserError, match=r"format='pile' is invalid: .* Use auto, .*packed"):
         list_clips(tmp_path / "packed", format="pile")
 
@@ -102,7 +103,8 @@ def test_a_unet_on_canvases_of_two_sizes(add_package, tiny, tiny_run, tmp_path):
         denoiser=pipeline.denoiser_params,
     )
     requests = [Request("a red circle", size, seed=seed) for seed, size in enumerate([(9, 16, 32), (1, 16, 16)])]
-    results = [each.generate_many(requests, steps=2) for each in (pipeline, other)]
+    sampling = pipeline.make_sampling(steps=2)
+    results = [each.generate_many(requests, sampling=sampling) for each in (pipeline, other)]
     alone = [pipeline.generate(each.prompt, size=each.size, seed=each.seed, steps=2) for each in requests]
     for clips in zip(*results, alone, strict=True):
         assert all(np.abs(clip.frames.astype(int) - clips[0].frames).max() <= 1 for clip in clips)
@@ -116,13 +118,13 @@ def test_a_model_family(add_package, tiny, tiny_run, tmp_path, monkeypatch):
     backbone = theirs.MixerConfig(channels=base.channels, context_width=base.context_width)
     experiment = tiny.EXPERIMENT.replace_model(backbone=backbone)
     pipeline = train(experiment, tiny_run, tmp_path / "run")
-    result = pipeline.generate("a red circle", steps=2, output="latents")
+    result = generate_latents(pipeline, "a red circle", steps=2)
 
     shutil.copytree(tmp_path / "run" / "transformer", tmp_path / "theirs" / "transformer")
     pipeline.save(tmp_path / "theirs" / "rest")
     (tmp_path / "theirs" / "model_index.json").write_text(json.dumps({"_class_name": "TheirPipeline"}))
     loaded = dit_video.load(tmp_path / "theirs")
-    np.testing.assert_array_equal(loaded.generate("a red circle", steps=2, output="latents"), result)
+    np.testing.assert_array_equal(generate_latents(loaded, "a red circle", steps=2), result)
     for number, layout in enumerate(("dit_video", "diffusers")):
         source = tmp_path / ("theirs/transformer" if number == 0 else "0")
         convert(source, tmp_path / str(number), layout=layout)
@@ -150,7 +152,7 @@ def test_a_conditioning(add_package, tiny, tiny_run, tmp_path):
     assert len({float(path[-1, 0, 3]) for path in poses if len(path) > 1}) > 1
 
     def sample_latents(**options):
-        return pipeline.generate("a red circle", size=(9, 16, 32), steps=2, output="latents", **options)
+        return generate_latents(pipeline, "a red circle", size=(9, 16, 32), steps=2, **options)
 
     without, still, moving = sample_latents(), *(sample_latents(conditioning={"camera": speed}) for speed in (0, 2))
     assert np.abs(moving - still).max() > 0 < np.abs(still - without).max()
@@ -158,7 +160,7 @@ def test_a_conditioning(add_package, tiny, tiny_run, tmp_path):
     np.testing.assert_array_equal(scaled[0], without)
     assert np.abs(scaled[1] - moving).max() > 0 < np.abs(scaled[1] - without).max()
     requests = [dit_video.Request("a red circle", (9, 16, 32), conditioning={"camera": speed}) for speed in (0, 2)]
-    together = pipeline.generate_many(requests, steps=2)
+    together = pipeline.generate_many(requests, sampling=pipeline.make_sampling(steps=2))
     np.testing.assert_allclose(together[1].frames.astype(int), pipeline.decode(moving).frames.astype(int), atol=1)
     with pytest.raises(UserError, match="conditioning path is unknown to this model; use camera"):
         sample_latents(conditioning={"path": 1})
@@ -215,9 +217,9 @@ def test_a_control_stack(add_package, tiny, tiny_run, tmp_path):
             dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone)), **parts
         )
         strengths = {} if strength is None else {"brightness": strength}
-        arguments = {"size": (9, 16, 32), "steps": 2, "output": "latents"}
+        arguments = {"size": (9, 16, 32), "steps": 2}
         arguments |= {"conditioning": values, "strengths": strengths}
-        return model.generate("a red circle", **arguments)
+        return generate_latents(model, "a red circle", **arguments)
 
     params, hint = trained["backbone"], np.linspace(0, 1, 24).reshape(3, 2, 4)
     expected = sample_latents(controlled.base, params["base"])
@@ -311,7 +313,7 @@ def test_models_that_draw_in_training(add_package, tiny, tiny_run, tmp_path, sou
     assert np.abs(flatten(plain.denoiser_params)["backbone/head/kernel"] - trained[0]["backbone/head/kernel"]).max() > 0
     parts = {"autoencoder": plain.codec.params, "denoiser": pipelines[0].denoiser_params}
     sampled = [pipelines[0], Pipeline(plain.config, **parts)]
-    results = [each.generate("a red circle", seed=1, steps=2, output="latents") for each in sampled]
+    results = [generate_latents(each, "a red circle", seed=1, steps=2) for each in sampled]
     np.testing.assert_array_equal(*results)
 
 
@@ -323,8 +325,7 @@ def test_reference_frames_as_extra_tokens(add_package, tiny, tiny_run, tmp_path)
     pipeline = train(experiment, tiny_run, tmp_path / "run")
     frames = np.random.default_rng(0).integers(0, 256, (2, 16, 32, 3)).astype(np.uint8)
     first, second = (
-        pipeline.generate("a red circle", steps=2, output="latents", conditioning={"reference": frame})
-        for frame in frames
+        generate_latents(pipeline, "a red circle", steps=2, conditioning={"reference": frame}) for frame in frames
     )
     assert first.shape == second.shape
     assert np.abs(first - second).max() > 0

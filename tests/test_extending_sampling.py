@@ -20,38 +20,40 @@ from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
 from support.extending import replace_backbone, train
 from support.interruptions import interrupt, wait_for_save
+from support.latents import generate_latents
 from support.tiny import EXPERIMENT
 from support.tiny_lora import make_pipeline, write_lora
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_generation_task(add_package, tiny_pipeline):
+def test_a_conditioner(add_package, tiny_pipeline):
     """It keeps a part of a clip, starts from it at a time, and is sampled beside other requests."""
     theirs = add_package("their_task", "inpainting_task")
     clip = tiny_pipeline.generate("a blue square", size=(9, 16, 32), seed=5)
     latents = tiny_pipeline.encode(clip)
-    mask = np.zeros(latents.shape[:3], bool)
-    mask[:, :, :2] = True
+    generated = np.ones(latents.shape[:3], bool)
+    generated[:, :, :2] = False
 
     def sample_latents(start_time, steps=4, **options):
-        task = theirs.Inpainting(clip=clip, mask=mask, start_time=start_time)
-        options = {"size": (9, 16, 32), "seed": 3, "task": task, **options}
-        return tiny_pipeline.generate("a red circle", steps=steps, output="latents", **options)
+        conditioner = theirs.Inpainting(clip=clip, generated=generated, start_time=start_time)
+        options = {"size": (9, 16, 32), "seed": 3, "conditioner": conditioner, **options}
+        return generate_latents(tiny_pipeline, "a red circle", steps=steps, **options)
 
     full, half = sample_latents(1.0), sample_latents(0.5)
-    for result in (full, half, sample_latents(0.5, sampler="unipc"), sample_latents(0.5, sampler="ddpm")):
-        np.testing.assert_allclose(result[mask], latents[mask], atol=1e-5)
-    distances = [np.abs(result - latents)[~mask].mean() for result in (half, full)]
+    for result in (full, half, sample_latents(0.5, solver="unipc"), sample_latents(0.5, solver="ddpm")):
+        np.testing.assert_allclose(result[~generated], latents[~generated], atol=1e-5)
+    distances = [np.abs(result - latents)[generated].mean() for result in (half, full)]
     assert 0 < distances[0] < distances[1]
     plain = dit_video.Request("a red circle", (9, 16, 32), seed=3)
-    tasks = [theirs.Inpainting(clip=clip, mask=mask, start_time=time) for time in (1.0, 0.5)]
-    many = tiny_pipeline.generate_latents([plain, *(plain._replace(task=task) for task in tasks)], steps=4)
-    alone = tiny_pipeline.generate("a red circle", size=(9, 16, 32), seed=3, steps=4, output="latents")
+    conditioners = [theirs.Inpainting(clip=clip, generated=generated, start_time=time) for time in (1.0, 0.5)]
+    requests = [plain, *(dataclasses.replace(plain, conditioner=each) for each in conditioners)]
+    many = tiny_pipeline.generate_latents(requests, sampling=tiny_pipeline.make_sampling(steps=4))
+    alone = generate_latents(tiny_pipeline, "a red circle", size=(9, 16, 32), seed=3, steps=4)
     for result, expected in zip(many, (alone, full, half), strict=True):
         np.testing.assert_allclose(result, expected, atol=1e-5)
-    with pytest.raises(UserError, match=r"mask has the shape \(2, 4\); use that of the latents"):
-        sample_latents(1.0, task=theirs.Inpainting(clip=clip, mask=mask[0]))
+    with pytest.raises(UserError, match=r"generated has the shape \(2, 4\); use that of the latents"):
+        sample_latents(1.0, conditioner=theirs.Inpainting(clip=clip, generated=generated[0]))
     with pytest.raises(UserError, match=r"start_time=0\.1 is invalid: .* Use at least 0\.25, or more steps"):
         sample_latents(0.1)
     with pytest.raises(UserError, match=r"start is invalid: its latents are .* Encode a clip of the size"):
@@ -84,8 +86,9 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path, mo
 
     pipeline = dit_video.load(tmp_path / "run")
     requests = [dit_video.Request("a red circle", (9, 16, 32), seed=seed) for seed in (1, 2)]
-    latents = pipeline.generate_latents(requests, steps=2)
-    clips = pipeline.generate_many(requests, steps=2)
+    sampling = pipeline.make_sampling(steps=2)
+    latents = pipeline.generate_latents(requests, sampling=sampling)
+    clips = pipeline.generate_many(requests, sampling=sampling)
     for request, own, clip in zip(requests, latents, clips, strict=True):
         decoded = pipeline.decode(own, seed=request.seed).frames
         np.testing.assert_allclose(decoded.astype(int), clip.frames.astype(int), atol=1)
@@ -115,7 +118,7 @@ def test_weights_of_8_bits(add_package, tmp_path):
     restored = Pipeline(plain.config, autoencoder=plain.codec.params, denoiser=restored)
 
     def sample_latents(pipeline):
-        return pipeline.generate("a red circle", steps=2, guidance=1.0, output="latents")
+        return generate_latents(pipeline, "a red circle", steps=2, guidance=1.0)
 
     result = sample_latents(small)
     np.testing.assert_allclose(result, sample_latents(restored), atol=1e-4)
@@ -156,16 +159,18 @@ def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_r
     experiment = replace_backbone(tiny.EXPERIMENT, conditioning=(theirs.ColorEmbedding(),))
     decoder = train(experiment, tiny_run, tmp_path / "decoder")
     both = decoder.add_previous_step(PreviousStep(name="color", output="latents"), prior)
-    arguments = {"size": (9, 16, 32), "seed": 4, "steps": 2, "output": "latents"}
-    color = prior.generate("a red circle", seed=4, output="latents")
+    arguments = {"size": (9, 16, 32), "seed": 4, "steps": 2}
+    color = generate_latents(prior, "a red circle", seed=4)
     assert color.shape == (1, 1, 1, 3)
-    expected = decoder.generate("a red circle", conditioning={"color": color}, **arguments)
-    np.testing.assert_array_equal(both.generate("a red circle", **arguments), expected)
-    assert np.abs(decoder.generate("a red circle", **arguments) - expected).max() > 0
+    expected = generate_latents(decoder, "a red circle", conditioning={"color": color}, **arguments)
+    np.testing.assert_array_equal(generate_latents(both, "a red circle", **arguments), expected)
+    assert np.abs(generate_latents(decoder, "a red circle", **arguments) - expected).max() > 0
     both.save(tmp_path / "both")
-    np.testing.assert_array_equal(dit_video.load(tmp_path / "both").generate("a red circle", **arguments), expected)
-    own = both.generate("a red circle", conditioning={"color": (1, 0, 0)}, **arguments)
-    np.testing.assert_array_equal(own, decoder.generate("a red circle", conditioning={"color": (1, 0, 0)}, **arguments))
+    loaded = dit_video.load(tmp_path / "both")
+    np.testing.assert_array_equal(generate_latents(loaded, "a red circle", **arguments), expected)
+    arguments |= {"conditioning": {"color": (1, 0, 0)}}
+    own = generate_latents(both, "a red circle", **arguments)
+    np.testing.assert_array_equal(own, generate_latents(decoder, "a red circle", **arguments))
     with pytest.raises(UserError, match=r"name='size' of a step is invalid: .* Use color"):
         decoder.add_previous_step(PreviousStep(name="size"), prior)
 
@@ -177,11 +182,11 @@ def test_a_low_resolution_clip_with_noise_augmentation(add_package, tiny, tiny_r
     large = train(experiment, tiny_run, tmp_path / "run")
     both = large.add_previous_step(PreviousStep(name="low_resolution", size=Downscale(h=2, w=2)), tiny_pipeline)
     small = tiny_pipeline.generate("a red circle", size=(9, 16, 32), seed=4)
-    arguments = {"size": (9, 32, 64), "steps": 2, "output": "latents"}
+    arguments = {"size": (9, 32, 64), "steps": 2}
 
     def sample_latents(pipeline, seed=4, strength=1.0, **options):
         strengths = {"low_resolution": strength}
-        return pipeline.generate("a red circle", seed=seed, strengths=strengths, **arguments, **options)
+        return generate_latents(pipeline, "a red circle", seed=seed, strengths=strengths, **arguments, **options)
 
     expected = sample_latents(large, conditioning={"low_resolution": small})
     np.testing.assert_array_equal(sample_latents(both), expected)
@@ -190,7 +195,9 @@ def test_a_low_resolution_clip_with_noise_augmentation(add_package, tiny, tiny_r
     assert np.abs(noisy[0] - expected).max() > 0 < np.abs(noisy[2] - noisy[0]).max()
     strengths = [{"low_resolution": strength} for strength in (1.0, 0.2)]
     requests = [dit_video.Request("a red circle", (9, 32, 64), seed=4, strengths=each) for each in strengths]
-    for result, alone in zip(both.generate_latents(requests, steps=2), (expected, noisy[2]), strict=True):
+    for result, alone in zip(
+        both.generate_latents(requests, sampling=both.make_sampling(steps=2)), (expected, noisy[2]), strict=True
+    ):
         np.testing.assert_allclose(result, alone, atol=1e-5)
     both.save(tmp_path / "both")
     np.testing.assert_array_equal(sample_latents(dit_video.load(tmp_path / "both")), expected)

@@ -2,6 +2,7 @@
 
 import _thread
 import functools
+import numbers
 import os
 import shlex
 import signal
@@ -53,6 +54,17 @@ def check_at_least(minimum: float | int, /, **values: float | int | None) -> Non
     for name, value in values.items():
         if value is not None and not value >= minimum:
             raise UserError(f"{name}={value} is invalid: it must be at least {minimum}. Use {name}={minimum} or more.")
+
+
+def check_whole(**values: object) -> None:
+    """Refuse values that are not whole numbers; a NumPy integer is one, `True` and `2.0` are not.
+
+    Raises:
+      UserError: If a value is not; the message names the first one.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise UserError(f"{name}={value!r} is invalid: it must be a whole number. Use {name}=1.")
 
 
 class GracefulStop(KeyboardInterrupt):

@@ -28,7 +28,7 @@ from dit_video.data.sizes import (
     read_fitted_clip,
 )
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.conditioning import ClipConditioning, KnownMask, fold_mask
+from dit_video.models.conditioning import ClipConditioning, IsKnown, fold_mask
 from dit_video.tokens import Grid, PackedExample, compute_token_grid, patchify
 from dit_video.video import decode
 
@@ -127,7 +127,7 @@ class Encode(Protocol):
     """A function from clips of any sizes to their latents."""
 
     def __call__(
-        self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], masks: Sequence[KnownMask] | None = None, /
+        self, clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], masks: Sequence[IsKnown] | None = None, /
     ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
         """Return the latents of clips, or of the clips with all but the known pixels grey."""
 
@@ -227,7 +227,7 @@ class ClipExamples:
         encoding, frames = self._encoding, [clip.frames for _, clip in clips]
         fields = [dict[str, np.ndarray]() for _ in clips]
         if (mix := encoding.mask_mix) is not None:
-            masks = [mix.draw_mask(Grid(*clip.frames.shape[:3]), entry.rank) for entry, clip in clips]
+            masks = [mix.draw_known(Grid(*clip.frames.shape[:3]), entry.rank) for entry, clip in clips]
             for values, cond_latents, mask in zip(fields, encoding.encode(frames, masks), masks, strict=True):
                 arrays = cond_latents if mask.any() else np.zeros_like(cond_latents), fold_mask(mask, mix.stride)
                 values |= {field.name: array for field, array in zip(mix.fields, arrays, strict=True)}
@@ -250,7 +250,7 @@ class ClipExamples:
         return Grid(*(count * side for count, side in zip(entry.grid, self._encoding.patch, strict=True)))
 
 
-def _know_first(frames: UInt8[np.ndarray, "T H W 3"], count: int) -> KnownMask:
+def _know_first(frames: UInt8[np.ndarray, "T H W 3"], count: int) -> IsKnown:
     mask = np.zeros(frames.shape[:3], bool)
     mask[:count] = True
     return mask

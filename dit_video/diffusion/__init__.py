@@ -68,7 +68,7 @@ from dit_video.diffusion.processes import (
     VariancePreservingProcess,
 )
 from dit_video.diffusion.samplers import (
-    SAMPLERS,
+    SOLVERS,
     Ddim,
     Ddpm,
     DpmMultistep,
@@ -83,7 +83,7 @@ from dit_video.diffusion.samplers import (
     StepInterval,
     UniPc,
     advance,
-    get_sampler,
+    get_solver,
     init_sampling,
     invert,
     make_noise_fn,

@@ -786,7 +786,7 @@ class Pndm(Solver):
         return jnp.floor(step + 1e-3) / self.training_steps, jnp.ceil(step - 1e-3) / self.training_steps
 
 
-SAMPLERS: dict[str, Solver] = {
+SOLVERS: dict[str, Solver] = {
     "ddim": Ddim(),
     "ddpm": Ddpm(),
     "dpm++2m": DpmMultistep(),
@@ -801,15 +801,15 @@ SAMPLERS: dict[str, Solver] = {
 }
 
 
-def get_sampler(name: str) -> Solver:
-    """Return the sampler with this name.
+def get_solver(name: str) -> Solver:
+    """Return the solver with this name.
 
     Raises:
-      UserError: If no sampler has this name.
+      UserError: If no solver has this name.
     """
-    if name not in SAMPLERS:
-        raise UserError(f"unknown sampler {name!r}; use one of {', '.join(sorted(SAMPLERS))}")
-    return SAMPLERS[name]
+    if name not in SOLVERS:
+        raise UserError(f"unknown solver {name!r}; use one of {', '.join(sorted(SOLVERS))}")
+    return SOLVERS[name]
 
 
 class Inversion(NamedTuple):

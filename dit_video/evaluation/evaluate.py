@@ -14,7 +14,7 @@ from dit_video.core.files import write_json
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
-from dit_video.diffusion import SAMPLERS, ExplicitTimes, Guidance
+from dit_video.diffusion import SOLVERS, ExplicitTimes, Guidance
 from dit_video.distributed.faults.progress import count_progress
 from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
@@ -61,8 +61,8 @@ def evaluate(
     seed: int,
     clips: EvaluationClips | None = None,
     evaluation: Evaluation | None = None,
+    sampling: Sampling | None = None,
     share: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-    **sampling: Any,
 ) -> EvaluationResult:
     """Sample as the pipeline's config says, compute its metrics, and write `samples/` and `metrics.json`.
 
@@ -76,9 +76,9 @@ def evaluate(
       seed: Seed of the samples.
       clips: Clips of the pipeline's training run; without them nothing is reconstructed.
       evaluation: Prompts and metrics; by default the ones that the pipeline's training run asked for.
+      sampling: Steps, solver and guidance; the pipeline's own by default.
       share: Returns a context in which each process has the files that the first one has written to `folder`; needed if
         the processes have folders of their own.
-      sampling: Overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
       UserError: If there are neither clips nor prompts, the folder's `samples/` holds other files, the seed is
@@ -88,7 +88,7 @@ def evaluate(
     check_at_least(0, seed=seed)
     if is_first_process():
         check_replaceable(folder / "samples")
-    resolved = pipeline.resolve_sampling(**sampling)
+    sampling = pipeline.make_sampling(sampling)
     config = evaluation or pipeline.config.evaluation or CaptionEvaluation()
     frames = pipeline.config.model.frame_conditioning
     requests = config.make_requests(clips, seed, image=frames is not None and frames.prob == 1)
@@ -103,7 +103,7 @@ def evaluate(
     if requests:
         with Progress("sampling", len(requests), unit="clip", visible=is_first_process()) as progress:
             prompted = [each.request for each in requests]
-            write_samples(pipeline, prompted, folder / "samples", progress=progress.update, **sampling)
+            write_samples(pipeline, prompted, folder / "samples", sampling=sampling, progress=progress.update)
     if not is_measuring:
         return EvaluationResult({}, {}, [], [], [])
     seconds = round(time.perf_counter() - start_time, 1)
@@ -111,9 +111,9 @@ def evaluate(
         samples = read_samples(folder / "samples") if requests else []
     _update_samples(collection, requests, [sample.clip for sample in samples], pipeline)
     metrics = {
-        "protocol": _describe_protocol(config, resolved, seed),
+        "protocol": _describe_protocol(config, sampling, seed),
         "parameters": pipeline.count_parameters(),
-        "sampling": {"samples": len(requests), "seed": seed, **_describe_sampling(resolved), "seconds": seconds},
+        "sampling": {"samples": len(requests), "seed": seed, **_describe_sampling(sampling), "seconds": seconds},
     }
     result = EvaluationResult(metrics, {}, reconstructions, samples, [each.is_trained_caption for each in requests])
     return _write_results(folder, collection, result)
@@ -211,19 +211,19 @@ def print_results(results: Mapping[str, MetricResult], *, is_precise: bool = Fal
 
 
 def _describe_sampling(sampling: Sampling) -> dict[str, Any]:
-    """Return steps, sampler and guidance scale; also a shift, explicit times and guidance options if there are any.
+    """Return steps, solver and guidance scale; also a shift, explicit times and guidance options if there are any.
 
-    The sampler has its name on the command line, or else its class name.
+    The solver has its name on the command line, or else its class name.
     """
-    guidance, solver = sampling.full_guidance, sampling.solver
-    sampler = next((name for name, each in SAMPLERS.items() if each == solver), type(solver).__name__.lower())
+    guidance, solver = sampling.guidance, sampling.solver
+    named = next((name for name, each in SOLVERS.items() if each == solver), type(solver).__name__.lower())
     plain = guidance == Guidance(scale=guidance.scale)
     options = {} if plain else {"guidance_options": config_json.to_json(guidance)}
     if sampling.shift is not None:
         options["shift"] = sampling.shift
     if isinstance(sampling.time_schedule, ExplicitTimes):
         options["times"] = list(sampling.time_schedule.times)
-    return {"steps": sampling.steps, "guidance": guidance.scale, **options, "sampler": sampler}
+    return {"steps": sampling.steps, "guidance": guidance.scale, **options, "solver": named}
 
 
 def evaluate_autoencoder(

@@ -15,6 +15,7 @@ from dit_video.evaluation.measure import Measurement, check_computable, measure
 from dit_video.evaluation.metrics.metric import MetricInput
 from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.sample_store import SampleStore
+from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid
@@ -47,9 +48,9 @@ def evaluate_protocol(
     *,
     data: ClipSet | None = None,
     average: Mapping[str, float | None] | None = None,
+    sampling: Sampling | None = None,
     sampling_progress: OnProgress | None = None,
     progress: OnProgress | None = None,
-    **sampling: Any,
 ) -> ProtocolResult:
     """Sample or reconstruct as a protocol says, compute its metrics, and write `metrics.json`.
 
@@ -64,9 +65,9 @@ def evaluate_protocol(
       data: Data clips with captions; not needed for a protocol that renders scenes.
       average: Average of a run's weights that the pipeline has, as passed to `dit_video.load`; it is part of the
         recorded protocol. None for the model's own weights.
+      sampling: Steps, solver and guidance; the pipeline's own by default.
       sampling_progress: Called with the number of samples that exist.
       progress: Called with the number of clips that were measured.
-      sampling: Overrides of the pipeline's own sampling (see `Pipeline.generate_many`).
 
     Raises:
       UserError: If there are no data, clips have no captions, the folder holds samples of other settings, or `measure`
@@ -88,14 +89,14 @@ def evaluate_protocol(
         requests = protocol.add_known_frames(requests, clips, fps=pipeline.config.fps)
         own: tuple[MetricInput, ...] = ("scenes",) if truths else ()
         check_computable(protocol, ("samples", "prompts", "real_clips", "pipeline", *own))
-        resolved = pipeline.resolve_sampling(**sampling)
-        made = {"sampling": config_json.to_json(resolved)}
+        sampling = pipeline.make_sampling(sampling)
+        made = {"sampling": config_json.to_json(sampling)}
         recorded |= made
         settings = made | {"weights": weights, "codec": [protocol.codec, protocol.crf]}
         store = SampleStore(
             folder / SAMPLES_FOLDER / protocol.name, requests, settings, suffix=protocol.codec, crf=protocol.crf
         )
-        store.fill(pipeline, progress=sampling_progress, **sampling)
+        store.fill(pipeline, sampling=sampling, progress=sampling_progress)
         samples = store.open()
         truths = tuple(truths[number] for number in numbers) if truths else ()
     else:

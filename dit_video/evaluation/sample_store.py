@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
@@ -15,9 +14,9 @@ from dit_video.distributed.faults.progress import count_progress
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_all_processes, wait_for_main_process
 from dit_video.evaluation.clip_set import ClipSet, hash_clip, make_file_set
+from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
-from dit_video.video import Clip
 
 SETTINGS_FILE = "settings.json"
 
@@ -71,15 +70,21 @@ class SampleStore:
         """Return the numbers of the samples that do not exist yet."""
         return [number for number in range(len(self._requests)) if not self.get_path(number).is_file()]
 
-    def fill(self, pipeline: Pipeline, *, progress: Callable[[int], None] | None = None, **sampling: Any) -> None:
+    def fill(
+        self,
+        pipeline: Pipeline,
+        *,
+        sampling: Sampling | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Make the samples that do not exist yet; each file is complete or absent.
 
         In a run of several processes all of them call this, and each decodes and writes a part of the samples.
 
         Args:
           pipeline: The model.
+          sampling: Steps, solver and guidance; the pipeline's own by default.
           progress: Called with the number of samples that exist.
-          sampling: Overrides of the pipeline's own sampling.
         """
         wait_for_main_process()
         missing, batch = self.list_missing(), max(1, 4 * pipeline.config.batch)
@@ -87,7 +92,7 @@ class SampleStore:
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
             requests = [self._requests[number] for number in part]
-            latents = pipeline.generate_latents(requests, **sampling)
+            latents = pipeline.generate_latents(requests, sampling=sampling)
             count_progress()
             own = slice(jax.process_index(), None, jax.process_count())
             for number, clip in zip(part[own], pipeline.decode_many(latents[own], requests[own]), strict=True):
@@ -116,9 +121,5 @@ def _describe_difference(old: Any, new: dict[str, Any]) -> str:
 def _describe(request: Request) -> dict[str, Any]:
     """Return all that a request asks for; the frames that it continues are given by a hash of their pixels."""
     size = None if request.size is None else list(request.size)
-    known = [[each.frame, hash_clip(_make_clip(each.content))] for each in request.conditions]
+    known = [[each.frame, hash_clip(each.content)] for each in request.conditions]
     return {"prompt": request.prompt, "size": size, "seed": request.seed, **({"conditions": known} if known else {})}
-
-
-def _make_clip(content: Clip | np.ndarray) -> Clip:
-    return content if isinstance(content, Clip) else Clip(content[None], fps=1.0)

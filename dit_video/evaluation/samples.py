@@ -14,6 +14,7 @@ from dit_video.core.files import atomic_path, read_json, write_json
 from dit_video.distributed.faults.progress import count_progress, declare_phase
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import wait_for_main_process
+from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import INPUTS_FOLDER, list_files, write_request
@@ -34,14 +35,14 @@ def write_samples(
     requests: Sequence[Request],
     folder: str | Path,
     *,
+    sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
-    **sampling: Any,
 ) -> list[dict[str, Any]]:
     """Sample all requests into `folder`: one file each (mp4; png for one frame), and `prompts.json`, which is returned.
 
     `read_requests` reads the requests from `prompts.json`; their pictures and noise are in `inputs/`. The folder is
     complete or absent; samples in it are replaced. `progress` is called with the number of finished clips; `sampling`
-    is passed to `Pipeline.generate_latents`. In a run of several processes all of them call this; the first one decodes
+    is the pipeline's own by default. In a run of several processes all of them call this; the first one decodes
     and writes, and returns the entries.
 
     Raises:
@@ -61,7 +62,7 @@ def write_samples(
     entries: list[dict[str, Any]] = []
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        sized = (request._replace(size=pipeline.config.resolve_size(request)) for request in requests)
+        sized = (replace(request, size=pipeline.config.resolve_size(request)) for request in requests)
         written = [write_request(request, temporary) for request in sized]
         for part, latents in sampled:
             for request, clip in zip(part, pipeline.decode_many(latents, part), strict=True):
@@ -78,23 +79,23 @@ def write_samples(
 
 
 def _sample_parts(
-    pipeline: Pipeline, parts: Sequence[Sequence[Request]], sampling: dict[str, Any]
+    pipeline: Pipeline, parts: Sequence[Sequence[Request]], sampling: Sampling | None
 ) -> Iterator[tuple[Sequence[Request], Sequence[Float32[np.ndarray, "_ _ _ c"]]]]:
     """Yield parts of the requests with their latents; before sampling, all processes wait for the first one.
 
     Each stage moves its weights from host memory to the devices. All latents, which are small, are sampled first, so
     that the weights move once and not for every part.
     """
-    if pipeline.task_model.offload is None:
+    if pipeline.model_parts.offload is None:
         for part in parts:
             wait_for_main_process()
-            latents_of_part = pipeline.generate_latents(part, **sampling)
+            latents_of_part = pipeline.generate_latents(part, sampling=sampling)
             count_progress()
             yield part, latents_of_part
         return
     wait_for_main_process()
     with declare_phase("sample"):
-        latents = iter(pipeline.generate_latents([request for part in parts for request in part], **sampling))
+        latents = iter(pipeline.generate_latents([request for part in parts for request in part], sampling=sampling))
     for part in parts:
         yield part, [next(latents) for _ in part]
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
@@ -11,6 +11,7 @@ from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.comparison import Comparison, compare
 from dit_video.evaluation.evaluate_protocol import evaluate_protocol, is_reconstruction
 from dit_video.evaluation.protocol import Protocol
+from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Pipeline
 
 COST_FILE = "cost.json"
@@ -40,8 +41,8 @@ def sweep_sampling(
     steps: Sequence[int],
     guidance: Sequence[float],
     data: ClipSet | None = None,
+    sampling: Sampling | None = None,
     on_point: Callable[[int, float], None] | None = None,
-    **sampling: Any,
 ) -> Sweep:
     """Evaluate a model by one protocol at every number of steps and guidance scale.
 
@@ -54,8 +55,8 @@ def sweep_sampling(
       steps: Numbers of steps.
       guidance: Guidance scales.
       data: Data clips, if the protocol needs them.
+      sampling: Sampling whose steps and guidance scale are replaced; the pipeline's own by default.
       on_point: Called with the steps and the scale before each point.
-      sampling: Further overrides of the pipeline's sampling.
 
     Raises:
       UserError: If there are fewer than two points, the protocol compares reconstructions, or `evaluate_protocol`
@@ -71,21 +72,22 @@ def sweep_sampling(
             if on_point is not None:
                 on_point(count, scale)
             point = Path(folder) / f"steps_{count}_guidance_{scale:g}"
-            points.append(_evaluate(pipeline, protocol, point, data, steps=count, guidance=scale, **sampling))
+            changed = pipeline.make_sampling(sampling, steps=count, guidance=scale)
+            points.append(_evaluate(pipeline, protocol, point, data, changed, scale))
             folders.append(point)
     return Sweep(tuple(points), compare(folders, ignored=("sampling",)))
 
 
 def _evaluate(
-    pipeline: Pipeline, protocol: Protocol, folder: Path, data: ClipSet | None, **sampling: Any
+    pipeline: Pipeline, protocol: Protocol, folder: Path, data: ClipSet | None, sampling: Sampling, guidance: float
 ) -> SweepPoint:
     start, ends = time.perf_counter(), [0.0]
 
     def end(_: int) -> None:
         ends[0] = time.perf_counter() - start
 
-    evaluate_protocol(pipeline, protocol, folder, data=data, sampling_progress=end, **sampling)
+    evaluate_protocol(pipeline, protocol, folder, data=data, sampling=sampling, sampling_progress=end)
     path = folder / COST_FILE
     if not path.is_file():
         write_json(path, {"seconds": ends[0]})
-    return SweepPoint(sampling["steps"], sampling["guidance"], read_json(path)["seconds"])
+    return SweepPoint(sampling.steps, guidance, read_json(path)["seconds"])

@@ -4,13 +4,15 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.tasks.clip_task import TaskPipeline
+from dit_video.sampling import Sampling
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Request
 from dit_video.sampling.tasks.task_file import TaskEntry
 from dit_video.video import Clip
 
@@ -19,12 +21,13 @@ _SHEET_FRAMES, _GAP = 6, 2
 
 
 def write_task_results(
-    pipeline: TaskPipeline,
+    pipeline: Pipeline,
     entries: Sequence[TaskEntry],
     folder: str | Path,
     *,
+    options: Request,
+    sampling: Sampling | None = None,
     progress: Callable[[int], None] | None = None,
-    **options: Any,
 ) -> list[Path]:
     """Run tasks, and write each result as soon as it is finished; written results stay if the run is stopped.
 
@@ -34,8 +37,9 @@ def write_task_results(
       pipeline: The model.
       entries: The tasks.
       folder: Folder of the results, which does not exist or is empty.
+      options: Options of all tasks, of which each has its own seed; see `Pipeline.run_many`.
+      sampling: Steps, solver and guidance; the pipeline's own by default.
       progress: Called with the number of finished results.
-      options: Options of `Pipeline.run_tasks`.
 
     Raises:
       UserError: If the folder holds files, a task does not fit the model, or the disk is full.
@@ -50,8 +54,8 @@ def write_task_results(
     try:
         for start in range(0, len(entries), count):
             part = entries[start : start + count]
-            seeds = [entry.seed for entry in part]
-            for clip in pipeline.run_tasks([entry.task for entry in part], seeds=seeds, **options):
+            tasks, own = [entry.task for entry in part], [replace(options, seed=entry.seed) for entry in part]
+            for clip in pipeline.run_many(tasks, own, sampling=sampling):
                 paths.append(_write_clip(clip, folder, len(paths)))
                 clips.append(clip)
                 if progress is not None:

@@ -311,7 +311,7 @@ class EvaluationHook(Hook):
     ) -> dict[str, float]:
         # Decoding reads the autoencoder alone: the denoiser's weights are a later step's by now.
         clips = pipeline.decode_many(latents, [each.request for each in requests])
-        folder, sampling = self._folder / f"step_{step}", pipeline.resolve_sampling()
+        folder, sampling = self._folder / f"step_{step}", pipeline.config.sampling
         results = measure_samples(self._evaluation, requests, clips, folder, sampling=sampling)
         known = {name: each.estimate.value for name, each in results.items() if each.estimate.value is not None}
         return {f"evaluation_{name}": value for name, value in known.items()} | {"evaluation_step": float(step)}

@@ -74,7 +74,7 @@ from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
 from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 from dit_video.sampling.pipeline_config import PipelineConfig, read_pipeline_config, write_pipeline_config
-from dit_video.sampling.request import GenerationTask
+from dit_video.sampling.request import Conditioner
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training import goodput
 from dit_video.training.checkpoint import CheckpointPolicy, Checkpoints
@@ -92,6 +92,7 @@ EXCLUDED_FILE = "excluded_clips.json"
 _RUN_FOLDERS = ("checkpoints", "clips", "data", "goodput", "latents", "pipeline", "samples", "stages")
 """Names in the folder of a run that no stage may have."""
 _AMENDABLE_FIELDS = (
+    "conditioner",
     "data.max_excluded_share",
     "data.workers",
     "evaluation",
@@ -107,7 +108,6 @@ _AMENDABLE_FIELDS = (
     "preemption_grace",
     "sampling",
     "save_every",
-    "task",
 )
 """Fields that may change after the run has begun, besides those of its stages; see `Experiment.amendable_fields`."""
 
@@ -132,9 +132,8 @@ class Experiment:
     """Folder of the autoencoder's weights in diffusers' layout, or of a pipeline that contains it; None for one that a
     stage trains, or that has no weights."""
     sampling: Sampling = field(default_factory=Sampling)
-    task: GenerationTask | None = None
-    """Task that the model is used for after its training; None for text to video, or image to video where there is an
-    image."""
+    conditioner: Conditioner | None = None
+    """Use of images, clips and masks in sampling after the training; None for `Completion`."""
     evaluation: Evaluation = field(default_factory=CaptionEvaluation)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     """Monitoring of the trainings."""
@@ -777,7 +776,7 @@ class Run:
             infos,
             limits=experiment.limits,
             sampling=experiment.sampling,
-            task=experiment.task,
+            conditioner=experiment.conditioner,
             evaluation=experiment.evaluation,
             provenance={
                 "command": self.command,
@@ -799,7 +798,7 @@ class Run:
             config,
             model=replace(config.model, backbone=experiment.get_model().backbone),
             sampling=experiment.sampling,
-            task=experiment.task,
+            conditioner=experiment.conditioner,
             evaluation=experiment.evaluation,
         )
         if amended != config:

@@ -13,6 +13,7 @@ import numpy as np
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.core.offload import Offload
+from dit_video.diffusion import Guidance
 from dit_video.distributed import Parallelism
 from dit_video.families.autoencoders import check_autoencoder_weights, load_placed_autoencoder
 from dit_video.families.denoiser_format import DenoiserFormat
@@ -28,7 +29,7 @@ from dit_video.sampling.loading import add_preview_decoder
 from dit_video.sampling.memory import fit_offload
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
-from dit_video.sampling.request import GenerationTask
+from dit_video.sampling.request import Conditioner
 from dit_video.tokens import Grid
 from dit_video.weights import LoadedScheduler, load_clip_image_processor, read_clip_vision_config
 from dit_video.weights.clip import check_clip_weights
@@ -93,8 +94,8 @@ class PipelineParts(NamedTuple):
     """Conditioning on a first frame; None for a model without it."""
     image_encoder: str | None = None
     """Folder of the image encoder whose tokens the denoiser reads."""
-    task: GenerationTask | None = None
-    """Task that the model is used for; None for text to video, or image to video where there is an image."""
+    conditioner: Conditioner | None = None
+    """Use of images, clips and masks that its family has of its own; None for `Completion`."""
 
 
 def make_open_config(
@@ -129,11 +130,16 @@ def make_open_config(
             fps=parts.fps,
         ),
         batch=1,
-        sampling=Sampling(steps=steps, guidance=guidance, solver=schedule.solver, time_schedule=schedule.time_schedule),
+        sampling=Sampling(
+            steps=steps,
+            guidance=Guidance(scale=guidance),
+            solver=schedule.solver,
+            time_schedule=schedule.time_schedule,
+        ),
         size=parts.size,
         negative=negative,
         boundary=parts.boundary,
-        task=parts.task,
+        conditioner=parts.conditioner,
         provenance={"loaded from": os.fspath(folder), "class": str(read_pipeline_class(folder))},
     )
 

@@ -387,7 +387,7 @@ def _list_dtypes(experiment: Experiment) -> Iterator[Setting]:
 
 
 def _list_sampling(experiment: Experiment) -> Iterator[Setting]:
-    if experiment.sampling.full_guidance.branch_count > 1 and experiment.sampling.branch_evaluation == "together":
+    if experiment.sampling.guidance.branch_count > 1 and experiment.sampling.branch_evaluation == "together":
 
         def apart(old: Experiment) -> Experiment:
             return dataclasses.replace(old, sampling=dataclasses.replace(old.sampling, branch_evaluation="apart"))

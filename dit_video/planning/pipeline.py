@@ -40,7 +40,7 @@ from dit_video.sampling.memory import (
     make_weight_shapes,
 )
 from dit_video.sampling.pipeline_config import PipelineConfig, make_denoiser, read_pipeline_config, to_grid
-from dit_video.sampling.preparation import make_empty_task_model, prepare_request
+from dit_video.sampling.preparation import make_empty_model_parts, prepare_request
 from dit_video.sampling.request import Request
 from dit_video.sampling.sampler import list_programs
 from dit_video.tokens import Grid
@@ -240,7 +240,7 @@ def _list_programs(config: PipelineConfig, size: Grid, shapes: dict[str, Any], *
     if config.model.image_encoder is not None:
         yield _make_image_program(config.model.image_encoder, shapes[IMAGE_ENCODER], len(image_fields))
     latents = config.model.latent_grid(size)
-    model = make_empty_task_model(config)
+    model = make_empty_model_parts(config)
     codec = LatentCodec(config.model.autoencoder, shapes[AUTOENCODER])
     if config.model.backbone.cond_channels or config.model.backbone.conditioning:
         yield _make_coding_program(codec, "encode", latents, memory)
@@ -250,7 +250,7 @@ def _list_programs(config: PipelineConfig, size: Grid, shapes: dict[str, Any], *
     params[TEXT] = {} if isinstance(config.model.text_encoder, FrozenTextConfig) else shapes[TEXT]
     denoiser = make_denoiser(config, params, _make_tokenizer(config), partitioner=ONE_DEVICE)
     images: dict[str, Any] = dict.fromkeys(image_fields, np.zeros((*size[1:], 3), np.uint8))
-    request = prepare_request(config, Request("", size)._replace(**images), model)
+    request = prepare_request(config, Request("", size, **images), model)
     programs = list_programs(denoiser, [request], sampling=config.sampling, shape=config.model.row_shape, rows=1)
     for expert, program, (own, *rest) in programs:
         yield _Program("sampling" if expert == "backbone" else "second expert", expert, program, own, tuple(rest))

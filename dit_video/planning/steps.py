@@ -233,7 +233,7 @@ def _plan_sampler(
 ) -> PlannedStep:
     model, rows, sampling = experiment.get_model(), experiment.denoiser.batch, experiment.sampling
     mesh = partitioner.mesh
-    guidance = sampling.full_guidance
+    guidance = sampling.guidance
     empty_caption = _make_empty_caption(model.text_encoder)
     # The shapes of a batch do not depend on the clips in it: the smallest one is enough.
     smallest = np.zeros((*model.backbone.size_multiple, model.backbone.channels), np.float32)

@@ -33,7 +33,7 @@ def make_recipe(config: PipelineConfig, request: Request, plan: SamplingPlan, sa
         "strength": request.strength,
         "resample": plan.resample if plan.resample > 1 else None,
         "method": plan.method,
-        "task": None if request.task is None else type(request.task).__name__,
+        "conditioner": None if request.conditioner is None else type(request.conditioner).__name__,
         "strengths": {name: np.asarray(value, float).tolist() for name, value in request.strengths.items()},
         "conditioning": sorted(request.conditioning),
         "pictures": _describe_pictures(request.pictures),
@@ -72,5 +72,5 @@ def _describe_picture(picture: Any) -> Any:
     if isinstance(picture, Condition):
         parts: dict[str, Any] = {"frame": picture.frame, "strength": picture.strength}
         parts["content"] = _describe_picture(picture.content)
-        return parts if picture.mask is None else parts | {"mask": hash_pixels(picture.mask)}
-    return hash_pixels(picture.frames if isinstance(picture, Clip) else np.asarray(picture))
+        return parts if picture.generated is None else parts | {"generated": hash_pixels(picture.generated)}
+    return hash_pixels(picture.frames if isinstance(picture, Clip) else picture)

@@ -26,7 +26,7 @@ from dit_video.models.autoencoders import latent_grid
 from dit_video.models.conditioning import (
     COND_LATENTS,
     IMAGE_TOKENS,
-    KnownMask,
+    IsKnown,
     find_any_known,
     find_known_latents,
     find_partly_known_latents,
@@ -46,12 +46,12 @@ from dit_video.sampling.plan import (
     StepTransform,
     TransformSequence,
 )
-from dit_video.sampling.request import OPTIONS, GenerationTask, Request, TaskModel
+from dit_video.sampling.request import OPTIONS, Conditioner, ModelParts, Request
 from dit_video.tokens import Field, Grid
 from dit_video.video import Clip
 
 IMAGE_IS_NEEDED = "this model needs an image; give image=, a clip of one frame or pixels [H W 3]"
-_ACCEPTED = ("image", "last_image", "video", "mask", "conditions", *OPTIONS)
+_ACCEPTED = ("image", "last_image", "video", "generated", "conditions", *OPTIONS)
 _MAX_DIFFERENCE = 0.05
 """Largest difference of latents that counts as rounding; their standard deviation is about 1."""
 _TIME_TOLERANCE = 1e-6
@@ -59,10 +59,10 @@ _TIME_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion(GenerationTask):
+class Completion(Conditioner):
     """Clips that keep the known pixels of a request, or that start from its `video`; without them, text to video."""
 
-    def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
+    def __call__(self, request: Request, model: ModelParts) -> SamplingPlan:
         """Return the plan of a request.
 
         Raises:
@@ -71,11 +71,11 @@ class Completion(GenerationTask):
         request.check_pictures(_ACCEPTED)
         _check_options(request)
         known = collect_known_pixels(request)
-        trained_mask = None if known is None else _choose_trained_mask(known, request, model)
-        trained = None if known is None or trained_mask is None else known.select(trained_mask)
+        trained_part = None if known is None else _choose_trained_part(known, request, model)
+        trained = None if known is None or trained_part is None else known.select(trained_part)
         plan = plan_trained(trained, request.grid, model)._replace(method="" if trained is None else "trained")
         if known is not None:
-            plan = _add_replacement(plan, known, trained_mask, request, model)
+            plan = _add_replacement(plan, known, trained_part, request, model)
         if request.video is not None and request.strength is not None and request.strength < 1:
             start = model.codec.encode_pixels(fit_clip("video", request.video, request.grid))
             plan = plan._replace(start=start, start_time=float(request.strength))
@@ -83,8 +83,8 @@ class Completion(GenerationTask):
 
 
 def _check_options(request: Request) -> None:
-    if request.video is not None and request.mask is None and request.strength is None:
-        raise UserError("video= is invalid alone: say what of it is kept. Use mask=, or strength= for all of it")
+    if request.video is not None and request.generated is None and request.strength is None:
+        raise UserError("video= is invalid alone: say what of it changes. Use generated=, or strength= for all of it")
     if request.strength is not None:
         if request.video is None:
             raise UserError(f"strength={request.strength} is invalid: it is that of a video. Use video=")
@@ -97,7 +97,7 @@ def _check_options(request: Request) -> None:
         raise UserError(f"resample={request.resample} is invalid: steps are taken at least once. Use 1 or more")
 
 
-def _choose_trained_mask(known: KnownPixels, request: Request, model: TaskModel) -> KnownMask | None:
+def _choose_trained_part(known: KnownPixels, request: Request, model: ModelParts) -> IsKnown | None:
     """Return the known pixels that are given to the model as in its training; None for none.
 
     Raises:
@@ -105,14 +105,14 @@ def _choose_trained_mask(known: KnownPixels, request: Request, model: TaskModel)
     """
     conditioning = model.frame_conditioning
     needs_image = conditioning is not None and conditioning.prob == 1
-    mask = find_trained_part(known, model)
+    part = find_trained_part(known, model)
     if request.method == "training_free":
         if needs_image:
             rule = "this model reads a first image in any case"
             raise UserError(f"method='training_free' is invalid: {rule}. Use method='auto'")
         return None
-    is_complete = mask is not None and bool((mask == known.is_known).all(axis=(0, 1, 2)))
-    if mask is None and needs_image:
+    is_complete = part is not None and bool((part == known.is_known).all(axis=(0, 1, 2)))
+    if part is None and needs_image:
         raise UserError(IMAGE_IS_NEEDED)
     if not is_complete:
         rule = "this model was not trained for what is known of the clip"
@@ -120,7 +120,7 @@ def _choose_trained_mask(known: KnownPixels, request: Request, model: TaskModel)
             raise UserError(f"method='trained' is invalid: {rule}. Use method='auto', or a model that was")
         if request.method == "auto":
             warnings.warn(f"{rule}: it is kept without training, by replacement of latents", stacklevel=2)
-    return mask
+    return part
 
 
 class _ReplacedLatents(NamedTuple):
@@ -135,10 +135,10 @@ class _ReplacedLatents(NamedTuple):
 
 
 def _add_replacement(
-    plan: SamplingPlan, known: KnownPixels, trained_mask: KnownMask | None, request: Request, model: TaskModel
+    plan: SamplingPlan, known: KnownPixels, trained_part: IsKnown | None, request: Request, model: ModelParts
 ) -> SamplingPlan:
     """Return the plan with the replacement of what the model is not trained to keep."""
-    replaced = _find_replaced_latents(known, trained_mask, request, model)
+    replaced = _find_replaced_latents(known, trained_part, request, model)
     if replaced is None:
         return plan
     transform = LatentReplacement()
@@ -159,46 +159,46 @@ def _add_replacement(
 
 
 def _find_replaced_latents(
-    known: KnownPixels, trained_mask: KnownMask | None, request: Request, model: TaskModel
+    known: KnownPixels, trained_part: IsKnown | None, request: Request, model: ModelParts
 ) -> _ReplacedLatents | None:
     """Return the latents that are replaced; None if there are none."""
     stride = model.codec.config.stride
-    rest = known.is_known if trained_mask is None else known.is_known & ~trained_mask
+    rest = known.is_known if trained_part is None else known.is_known & ~trained_part
     is_complete = find_known_latents(known.is_known, stride)
     is_held = is_complete & find_any_known(rest, stride)
-    if _holds_trained_latents(trained_mask, request, model):
+    if _holds_trained_latents(trained_part, request, model):
         encoded = model.codec.encode_pixels(known.spread())
         is_held |= is_complete & _is_independent(encoded, known, model)
         # All other latents with known pixels are corrected, those of known pixels that depend on unknown ones, too.
         return _ReplacedLatents(encoded, is_held, find_any_known(known.is_known, stride) & ~is_held)
     is_corrected = find_partly_known_latents(rest, stride)
-    if trained_mask is not None and model.backbone.time == "token" and request.method != "trained":
+    if trained_part is not None and model.backbone.time == "token" and request.method != "trained":
         # Clean tokens are of latents all of whose pixels are known. The model does not get any other known pixels.
-        is_corrected |= find_partly_known_latents(trained_mask, stride)
+        is_corrected |= find_partly_known_latents(trained_part, stride)
     if not is_held.any() and not is_corrected.any():
         return None
     return _ReplacedLatents(model.codec.encode_pixels(known.spread()), is_held, is_corrected)
 
 
-def _holds_trained_latents(trained_mask: KnownMask | None, request: Request, model: TaskModel) -> bool:
+def _holds_trained_latents(trained_part: IsKnown | None, request: Request, model: ModelParts) -> bool:
     """Return whether latents are also replaced that the model is trained to keep: those of a task mix.
 
     It then keeps them exactly. Models of other projects sample as these do.
     """
     conditioning = model.frame_conditioning
     is_mixed = conditioning is not None and conditioning.has_mask_mix and model.backbone.time != "token"
-    return trained_mask is not None and is_mixed and request.method == "auto"
+    return trained_part is not None and is_mixed and request.method == "auto"
 
 
 def _is_independent(
-    encoded: Float32[np.ndarray, "t h w c"], known: KnownPixels, model: TaskModel
+    encoded: Float32[np.ndarray, "t h w c"], known: KnownPixels, model: ModelParts
 ) -> Bool[np.ndarray, "t h w"]:
     """Return True for latents that do not depend on unknown pixels: those that are equal with other values of these."""
     difference = np.abs(encoded - model.codec.encode_pixels(known.blank()))
     return np.max(difference, axis=-1) < _MAX_DIFFERENCE
 
 
-def find_trained_part(known: KnownPixels, model: TaskModel) -> KnownMask | None:
+def find_trained_part(known: KnownPixels, model: ModelParts) -> IsKnown | None:
     """Return the part of the known pixels that the model is trained with; None if it is trained with no such part.
 
     All of them, or the first frame, from which a model of images to video continues. Pixels of a strength below 1 have
@@ -210,14 +210,14 @@ def find_trained_part(known: KnownPixels, model: TaskModel) -> KnownMask | None:
     first = np.zeros_like(is_kept)
     first[0] = is_kept[0]
     candidates = [is_kept] if len(is_kept) == 1 or not is_kept[0].all() else [is_kept, first]
-    accepted = (each for each in candidates if each.any() and conditioning.accepts(each))
+    accepted = (each for each in candidates if each.any() and conditioning.accepts(~each))
     if model.image_encoder_folder is not None and model.backbone.image_positions is None:
         # Its image tokens are those of a first frame alone.
         return first if is_kept[0].all() and len(is_kept) > 1 else None
     return next(accepted, None)
 
 
-def plan_trained(known: KnownPixels | None, size: Grid, model: TaskModel) -> SamplingPlan:
+def plan_trained(known: KnownPixels | None, size: Grid, model: ModelParts) -> SamplingPlan:
     """Return the plan of a clip with known pixels as the model is trained with, or without any.
 
     Raises:
@@ -240,7 +240,7 @@ def plan_trained(known: KnownPixels | None, size: Grid, model: TaskModel) -> Sam
     return SamplingPlan(fields)
 
 
-def _plan_clean_tokens(known: KnownPixels | None, size: Grid, model: TaskModel) -> SamplingPlan:
+def _plan_clean_tokens(known: KnownPixels | None, size: Grid, model: ModelParts) -> SamplingPlan:
     """Return the plan of a model with a time per token."""
     transform, config = CleanTokens(), model.codec.config
     if known is None:
@@ -257,7 +257,7 @@ def _plan_clean_tokens(known: KnownPixels | None, size: Grid, model: TaskModel) 
     return SamplingPlan(fields, transform=transform)
 
 
-def _make_cond_latents(known: KnownPixels | None, size: Grid, model: TaskModel) -> Float32[np.ndarray, "t h w g"]:
+def _make_cond_latents(known: KnownPixels | None, size: Grid, model: ModelParts) -> Float32[np.ndarray, "t h w g"]:
     """Return the mask's channels, followed by the latents; zero if nothing is known, as in training."""
     assert model.frame_conditioning is not None
     stride, channels = model.codec.config.stride, model.codec.config.channels
@@ -278,11 +278,11 @@ def _make_cond_latents(known: KnownPixels | None, size: Grid, model: TaskModel) 
     return cond_latents
 
 
-def _encode_frame(frame: UInt8[np.ndarray, "H W 3"], model: TaskModel) -> Float32[np.ndarray, "1 h w c"]:
+def _encode_frame(frame: UInt8[np.ndarray, "H W 3"], model: ModelParts) -> Float32[np.ndarray, "1 h w c"]:
     return model.codec.encode(Clip(frame[None], fps=1.0))
 
 
-def _encode_tokens(known: KnownPixels | None, model: TaskModel) -> Float32[np.ndarray, "i F"]:
+def _encode_tokens(known: KnownPixels | None, model: ModelParts) -> Float32[np.ndarray, "i F"]:
     """Return the image encoder's tokens of the known frames, the first one or the first and the last one."""
     count = 1 if model.backbone.image_positions is None else 2
     if known is None:

@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float32, UInt8
 from scipy.ndimage import distance_transform_edt
 
 from dit_video.core.errors import UserError
-from dit_video.models.conditioning import GREY, KnownMask, blank_unknown
-from dit_video.sampling.request import Condition, Request, fit_frames, fit_image
+from dit_video.models.conditioning import GREY, IsKnown, blank_unknown
+from dit_video.sampling.pictures import Mask
+from dit_video.sampling.request import Condition, Request, fit_frames
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -22,8 +23,8 @@ class KnownPixels(NamedTuple):
     """Strength of every pixel: 0 where it is unknown, 1 where it is kept to the end."""
 
     @property
-    def is_known(self) -> KnownMask:
-        """Return the mask of known pixels."""
+    def is_known(self) -> IsKnown:
+        """Return True for known pixels."""
         return self.strength > 0
 
     def blank(self) -> Float32[np.ndarray, "T H W 3"]:
@@ -43,33 +44,32 @@ class KnownPixels(NamedTuple):
         assert nearest is not None
         return self.frames[tuple(nearest)].astype(np.float32)
 
-    def select(self, mask: KnownMask) -> "KnownPixels":
-        """Return the known pixels within a mask."""
-        return self._replace(strength=np.where(mask, self.strength, np.float32(0)))
+    def select(self, part: IsKnown) -> "KnownPixels":
+        """Return the known pixels of a part."""
+        return self._replace(strength=np.where(part, self.strength, np.float32(0)))
 
 
 def collect_known_pixels(request: Request) -> KnownPixels | None:
-    """Return the known pixels of a request's `image`, `last_image`, `video` with `mask`, and `conditions`, if any.
+    """Return the known pixels of a request's `image`, `last_image`, `video` with `generated`, and `conditions`, if any.
 
     Raises:
       UserError: If pictures do not fit the request or each other, or pixels are known twice.
     """
     size = request.grid
     known = KnownPixels(np.full((*size, 3), round(GREY), np.uint8), np.zeros(size, np.float32))
-    if request.mask is not None and request.video is None:
-        raise UserError("video=None is invalid with a mask, which is of its pixels. Give video=, or image=")
-    if request.video is not None and request.mask is not None:
-        _place(known, "video", 0, fit_clip("video", request.video, size), fit_mask(request.mask, request.video, size))
+    if request.generated is not None and request.video is None:
+        raise UserError("video=None is invalid with generated, a mask of its pixels. Give video=, or image=")
+    if request.video is not None and request.generated is not None:
+        frames = fit_clip("video", request.video, size)
+        _place(known, "video", 0, frames, ~fit_mask(request.generated, request.video, size))
     for name, image, frame in (("image", request.image, 0), ("last_image", request.last_image, size.t - 1)):
         if image is not None:
-            _place(known, name, frame, fit_image(image, size)[None], np.ones((1, *size[1:]), bool))
+            _place(known, name, frame, fit_frames(image.frames, size), np.ones((1, *size[1:]), bool))
     for condition in request.conditions:
         start, frames = locate_condition(condition, size)
         is_kept = np.ones(frames.shape[:3], bool)
-        if condition.mask is not None:
-            content = condition.content
-            clip = content if isinstance(content, Clip) else Clip(np.asarray(content)[None], fps=1.0)
-            is_kept = fit_mask(condition.mask, clip, Grid(len(frames), *size[1:]))
+        if condition.generated is not None:
+            is_kept = ~fit_mask(condition.generated, condition.content, Grid(len(frames), *size[1:]))
         _place(known, f"frame={condition.frame} of a condition", start, frames, is_kept, condition.strength)
     return known if known.strength.any() else None
 
@@ -80,8 +80,7 @@ def locate_condition(condition: Condition, size: Grid) -> tuple[int, UInt8[np.nd
     Raises:
       UserError: If frames are outside of the clip.
     """
-    content, start = condition.content, condition.frame
-    frames = fit_frames(content.frames, size) if isinstance(content, Clip) else fit_image(content, size)[None]
+    frames, start = fit_frames(condition.content.frames, size), condition.frame
     start = start + size.t if start < 0 else start
     if start < 0 or start + len(frames) > size.t:
         rule = f"frames {start} to {start + len(frames) - 1} are not all in a clip of {size.t}"
@@ -104,17 +103,18 @@ def fit_clip(name: str, clip: Clip, size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
     return fit_frames(clip.frames, size)
 
 
-def fit_mask(mask: np.ndarray, video: Clip, size: Grid) -> Bool[np.ndarray, "T h w"]:
-    """Return a video's mask at the size of the clip, fitted as the video is.
+def fit_mask(mask: Mask, video: Clip, size: Grid) -> Bool[np.ndarray, "T h w"]:
+    """Return a video's mask, True where pixels are generated, at the size of the clip, fitted as the video is.
 
     Raises:
-      UserError: If the mask has another type or shape.
+      UserError: If the mask has another shape.
     """
     frames = video.frames.shape[:3]
-    if mask.dtype != np.bool_ or mask.shape not in (frames, frames[:1]):
+    if mask.shape not in (frames, frames[1:], frames[:1]):
+        shapes = f"{list(frames)}, {list(frames[1:])} for all of its frames, or [{frames[0]}] for whole frames"
+        rule = f"it must have the shape of the video, {shapes}"
         raise UserError(
-            f"mask of {mask.dtype} {list(mask.shape)} is invalid: it must be a boolean of the video's pixels, "
-            f"{list(frames)}, or of its frames, [{frames[0]}]. Use a mask of this shape, True where pixels are kept"
+            f"generated of shape {list(mask.shape)} is invalid: {rule}. Use True where pixels are generated"
         )
     if mask.ndim == 1:
         return np.broadcast_to(mask[:, None, None], size).copy()

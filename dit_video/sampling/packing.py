@@ -178,7 +178,7 @@ def embed_prompts(
     denoiser: Denoiser, requests: Sequence[SamplingRequest], sampling: Sampling
 ) -> dict[str, CaptionTokens]:
     """Return the tokens of all prompts; raise UserError for guidance of two experts if the model has one."""
-    guidance = sampling.full_guidance
+    guidance = sampling.guidance
     sampling.check_experts(len(denoiser.experts))
     prompts = dict.fromkeys(prompt for request in requests for prompt, _ in request.branches(guidance.branch_count))
     return denoiser.embed(prompts)
@@ -197,7 +197,7 @@ def plan_batches(
     Raises:
       UserError: If a size, a text or a plan does not fit.
     """
-    guidance, patch, mesh = sampling.full_guidance, denoiser.patch, denoiser.mesh
+    guidance, patch, mesh = sampling.guidance, denoiser.patch, denoiser.mesh
     conditions = [request.branches(guidance.branch_count) for request in requests]
     sizes = [
         RequestSize(

@@ -8,13 +8,13 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import Any, overload
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
@@ -23,7 +23,7 @@ from dit_video.core.offload import Offload
 from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten, unflatten
 from dit_video.data.latents.codec import LatentCodec
-from dit_video.diffusion import Euler
+from dit_video.diffusion import Euler, Guidance, Solver
 from dit_video.distributed import Parallelism
 from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.models.autoencoders import Tiles
@@ -35,6 +35,7 @@ from dit_video.sampling.clip_functions import ClipFunction, compute_clip_functio
 from dit_video.sampling.clip_recipe import make_recipe
 from dit_video.sampling.devices import ClipDecoder, PipelineDevices
 from dit_video.sampling.edit_paths import LatentStepper
+from dit_video.sampling.pictures import Image, MaskImage, Video
 from dit_video.sampling.pipeline_config import (
     AUTOENCODER,
     CONFIG,
@@ -44,30 +45,26 @@ from dit_video.sampling.pipeline_config import (
     PipelineConfig,
     PreviousStep,
     make_denoiser,
-    make_task_model,
-    to_grid,
+    make_model_parts,
     write_pipeline_config,
 )
-from dit_video.sampling.preparation import prepare_request, resolve_sampling
+from dit_video.sampling.preparation import check_sampling, prepare_request
 from dit_video.sampling.preview import PreviewDecoder
 from dit_video.sampling.progress import Callback, make_monitor
-from dit_video.sampling.request import GenerateOptions, Request, split_options
-from dit_video.sampling.sampling_config import SamplingOverrides
-from dit_video.sampling.tasks import (
-    AnyTask,
-    Blend,
-    ClipTask,
-    DescribedEdit,
-    Edit,
-    EditMethod,
-    Extend,
-    Inpaint,
-    Interpolate,
-    Loop,
-    Outpaint,
-    Vary,
-    ZoomOut,
+from dit_video.sampling.request import (
+    Condition,
+    Conditioner,
+    Method,
+    OneOrMany,
+    Prompts,
+    Request,
+    Size,
+    Strengths,
+    make_requests,
 )
+from dit_video.sampling.sampling_config import GuidanceScale
+from dit_video.sampling.tasks import Task, get_task_name
+from dit_video.sampling.tasks.task import add_options, describe_task
 from dit_video.video import Clip
 from dit_video.weights import load_lora
 from dit_video.weights import save as save_weights
@@ -79,11 +76,7 @@ _DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or t
 
 
 class Pipeline:
-    """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back.
-
-    Methods of tasks (`extend`, `inpaint`, …) take the options of `generate`: `seed`, `negative`, `method`, `resample`,
-    `steps`, `guidance`, …. They raise `UserError` for sizes and values that do not fit.
-    """
+    """A trained autoencoder, denoiser and text encoder: prompts to clips, clips to latents and back."""
 
     def __init__(
         self,
@@ -132,336 +125,326 @@ class Pipeline:
         self.preview_decoder: PreviewDecoder | None = None
         """Decoder of quick previews; None if the pipeline's folder has none."""
 
+    # fmt: off
     @overload
     def generate(
-        self,
-        prompt: str | int,
-        *,
-        output: Literal["clip"] = ...,
+        self, prompt: str | int, *, size: Size | None = ..., seed: int = ..., negative: str | None = ...,
+        image: Image | None = ..., last_image: Image | None = ..., video: Video | None = ...,
+        generated: MaskImage | None = ..., strength: float | None = ..., conditions: Sequence[Condition] = ...,
+        control: Video | None = ..., reference_images: Sequence[Image] = ..., method: Method = ..., resample: int = ...,
+        conditioning: Mapping[str, Any] | None = ..., strengths: Strengths | None = ...,
+        noise: Float32[np.ndarray, "t h w c"] | None = ..., conditioner: Conditioner | None = ...,
+        steps: int | None = ..., guidance: GuidanceScale | None = ..., solver: str | Solver | None = ...,
+        shift: float | None = ..., times: Sequence[float] | None = ..., sampling: Sampling | None = ...,
         callback: Callback | None = ...,
-        **options: Unpack[GenerateOptions],
     ) -> Clip: ...
 
     @overload
     def generate(
-        self,
-        prompt: str | int,
-        *,
-        output: Literal["latents"],
+        self, prompt: Prompts, *, size: OneOrMany[Size | None] = ..., seed: OneOrMany[int] = ...,
+        negative: OneOrMany[str | None] = ..., image: OneOrMany[Image | None] = ...,
+        last_image: OneOrMany[Image | None] = ..., video: OneOrMany[Video | None] = ...,
+        generated: OneOrMany[MaskImage | None] = ..., strength: OneOrMany[float | None] = ...,
+        conditions: OneOrMany[Sequence[Condition]] = ..., control: OneOrMany[Video | None] = ...,
+        reference_images: OneOrMany[Sequence[Image]] = ..., method: Method = ..., resample: int = ...,
+        conditioning: OneOrMany[Mapping[str, Any] | None] = ..., strengths: OneOrMany[Strengths | None] = ...,
+        noise: OneOrMany[Float32[np.ndarray, "t h w c"] | None] = ..., conditioner: Conditioner | None = ...,
+        steps: int | None = ..., guidance: GuidanceScale | None = ..., solver: str | Solver | None = ...,
+        shift: float | None = ..., times: Sequence[float] | None = ..., sampling: Sampling | None = ...,
         callback: Callback | None = ...,
-        **options: Unpack[GenerateOptions],
-    ) -> Float32[np.ndarray, "t h w c"]: ...
+    ) -> list[Clip]: ...
+    # fmt: on
 
-    def generate(self, prompt, *, output="clip", callback=None, **options: Any):
-        """Generate one clip from a prompt.
+    def generate(
+        self,
+        prompt: str | int | Prompts,
+        *,
+        size: OneOrMany[Size | None] = None,
+        seed: OneOrMany[int] = 0,
+        negative: OneOrMany[str | None] = None,
+        image: OneOrMany[Image | None] = None,
+        last_image: OneOrMany[Image | None] = None,
+        video: OneOrMany[Video | None] = None,
+        generated: OneOrMany[MaskImage | None] = None,
+        strength: OneOrMany[float | None] = None,
+        conditions: OneOrMany[Sequence[Condition]] = (),
+        control: OneOrMany[Video | None] = None,
+        reference_images: OneOrMany[Sequence[Image]] = (),
+        method: Method = "auto",
+        resample: int = 1,
+        conditioning: OneOrMany[Mapping[str, Any] | None] = None,
+        strengths: OneOrMany[Strengths | None] = None,
+        noise: OneOrMany[Float32[np.ndarray, "t h w c"] | None] = None,
+        conditioner: Conditioner | None = None,
+        steps: int | None = None,
+        guidance: GuidanceScale | None = None,
+        solver: str | Solver | None = None,
+        shift: float | None = None,
+        times: Sequence[float] | None = None,
+        sampling: Sampling | None = None,
+        callback: Callback | None = None,
+    ) -> Clip | list[Clip]:
+        """Generate a clip from a prompt, or a list of clips from a list of prompts, packed and sampled together.
+
+        With a list of prompts, an argument of a request is one for all, or a list with one for each prompt. Images,
+        videos and masks are clips, arrays, PIL images or files: see `dit_video.sampling.pictures`. None takes the
+        pipeline's own value.
 
         Args:
-          prompt: Content of the clip, or its class by name or number; an empty one samples without a condition.
+          prompt: Content of the clip; an empty one samples without a condition. In a model of classes also the name or
+            the number of one.
           size: Frames, height and width in pixels; the training size by default, with the aspect ratio of an image if
             there is one. Frames are 1 + k * temporal stride.
-          steps: Number of sampling steps; more are slower and closer to the exact flow.
-          guidance: Guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
-            experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
+          seed: Random seed; the same seed, size and model give the same clip.
           negative: Negative prompt, which replaces the empty prompt (or no class) in guidance; the model's own by
             default (`config.negative`), none if empty.
-          seed: Random seed; the same seed, size and model give the same clip.
-          sampler: A name in `dit_video.diffusion.SAMPLERS`, or a solver. Noise that it draws depends on the seed.
-          shift: Shift of the times towards noise, instead of that of training.
-          times: Falling times at which the steps start, in (0, 1]; the last step leads to 0. With `shift` they are
-            shifted by it, otherwise they are taken as they are.
-          noise: Initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
-          image: First frame, a clip of one frame or pixels `[H W 3]` (Wan's I2V needs it). All pictures are fitted to
-            the size: scaled to cover it, and cropped on both sides alike.
+          image: First frame (Wan's I2V needs it). All pictures are fitted to the size: scaled to cover it, and cropped
+            on both sides alike.
           last_image: Last frame.
-          video: Clip that is kept where `mask` is True, or that `strength` changes.
-          mask: Pixels `[T H W]`, or frames `[T]`, of `video` that are kept (True).
+          video: Clip that is kept where `generated` is False, or that `strength` changes.
+          generated: Mask of `video`, `[T H W]`, `[H W]` for all frames or `[T]` for whole frames: True where pixels are
+            generated.
           strength: Diffusion time, in (0, 1], that `video` is noised to and sampling starts at.
+          conditions: Images and clips at some frames, each a `Condition`.
           control: Clip that steers what is generated (poses, depth, edges), in models that accept one.
           reference_images: Images of subjects that the clip shows, in models that accept them.
-          conditions: Images and clips at some frames, each a `Condition`.
-          method: Way to keep known pixels: `trained`, `training_free`, or `auto` (the default): as trained where the
-            model was, and without training elsewhere; see `docs/tasks.md`.
+          method: Way to keep known pixels: `trained`, `training_free`, or `auto`: as trained where the model was, and
+            without training elsewhere; see `docs/tasks.md`.
           resample: Number of times that training-free sampling takes every part of the steps.
           conditioning: Values of further conditioning that the model was trained with, by name. Values that previous
             steps sample may be left out.
           strengths: Strengths of further conditioning, by name; 1 by default.
-          task: A `GenerationTask` other than the model's own.
-          output: `clip`, or `latents` for normalised latents `[t h w c]`.
+          noise: Initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
+          conditioner: A `Conditioner` other than the model's own.
+          steps: Number of sampling steps; more are slower and closer to the exact flow.
+          guidance: Guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
+            experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
+          solver: A name in `dit_video.diffusion.SOLVERS`, or a solver. Noise that it draws depends on the seed.
+          shift: Shift of the times towards noise, instead of that of training.
+          times: Falling times at which the steps start, in (0, 1]; the last step leads to 0. With `shift` they are
+            shifted by it, otherwise they are taken as they are.
+          sampling: Sampling that `steps`, `guidance`, `solver`, `shift` and `times` change.
           callback: Called with a `PipelineProgress` after every few steps; what it raises ends the sampling.
 
         Raises:
-          UserError: If the size is not supported (the message names the nearest), the class or the sampler is unknown,
+          TypeError: If a prompt is neither a text nor the number of a class.
+          UserError: If the size is not supported (the message names the nearest), the class or the solver is unknown,
             `steps` is below 1, the shift or the times are invalid, the seed is not a whole number below 2**32, the
-            noise has another shape, images or a task do not fit size or model, or values become NaN or infinite.
+            noise has another shape, a list is not as long as that of the prompts, pictures do not fit the size or the
+            model, or values become NaN or infinite.
         """
-        if output not in ("clip", "latents"):
-            raise UserError(f"unknown output {output!r}; use clip or latents")
-        request, overrides = split_options(prompt, options)
-        if output == "clip":
-            return self.generate_many([request], callback=callback, **overrides)[0]
-        return self.generate_latents([request], callback=callback, **overrides)[0]
+        requests = make_requests(
+            prompt,
+            has_classes=self.config.model.backbone.classes > 0,
+            method=method,
+            resample=resample,
+            conditioner=conditioner,
+            size=size,
+            seed=seed,
+            negative=negative,
+            image=image,
+            last_image=last_image,
+            video=video,
+            generated=generated,
+            strength=strength,
+            conditions=conditions,
+            control=control,
+            reference_images=reference_images,
+            conditioning=conditioning,
+            strengths=strengths,
+            noise=noise,
+        )
+        sampling = self.make_sampling(sampling, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times)
+        clips = self.generate_many(requests, sampling=sampling, callback=callback)
+        return clips if isinstance(prompt, list | tuple) else clips[0]
 
-    def trace(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentTrace:
-        """Sample one request and return the latents and the predicted clean latents after every step.
+    def make_sampling(
+        self,
+        sampling: Sampling | None = None,
+        *,
+        steps: int | None = None,
+        guidance: GuidanceScale | None = None,
+        solver: str | Solver | None = None,
+        shift: float | None = None,
+        times: Sequence[float] | None = None,
+    ) -> Sampling:
+        """Return a sampling, by default the pipeline's own, with the given values replaced; see `Sampling.change`.
 
-        `decode` makes a clip of latents. `overrides` and errors are as for `generate`.
+        Raises:
+          UserError: If `Sampling.change` refuses the values, or the model cannot sample so.
         """
-        return trace_latents(self._denoiser, **self._prepare([request], **overrides))[0]
+        changed = (sampling or self.config.sampling).change(
+            self.config.model.process, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times
+        )
+        check_sampling(self.config, changed)
+        return changed
 
     def generate_many(
-        self, requests: Sequence[Request], *, callback: Callback | None = None, **overrides: Unpack[SamplingOverrides]
+        self, requests: Sequence[Request], *, sampling: Sampling | None = None, callback: Callback | None = None
     ) -> list[Clip]:
         """Generate the clips of all requests, of any sizes, packed and sampled together.
 
-        A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `overrides`
-        (`steps`, `guidance`, `sampler`, `shift`, `times`) and errors are as for `generate`.
+        A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `sampling` is
+        the pipeline's own by default (see `make_sampling`); `callback` and errors are as for `generate`.
         """
         self.check_decoding(requests)
-        prepared = self._prepare(requests, **overrides)
+        prepared = self._prepare(requests, sampling)
         latents = sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
         clips = []
         for request, clip, planned in zip(
             requests, self.decode_many(latents, requests), prepared["requests"], strict=True
         ):
-            sized = request._replace(size=self.config.resolve_size(request))
+            sized = replace(request, size=self.config.resolve_size(request))
             recipe = make_recipe(self.config, sized, planned.plan, prepared["sampling"])
             clips.append(replace(clip, recipe=recipe))
         return clips
 
     def generate_latents(
-        self, requests: Sequence[Request], *, callback: Callback | None = None, **overrides: Unpack[SamplingOverrides]
+        self, requests: Sequence[Request], *, sampling: Sampling | None = None, callback: Callback | None = None
     ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
         """Generate normalised latents `t h w c` of all requests; arguments and errors are as for `generate_many`.
 
         On a mesh of several processes all of them call this, and all get the latents.
         """
-        prepared = self._prepare(requests, **overrides)
+        prepared = self._prepare(requests, sampling)
         return sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
 
-    def run_tasks(
+    def trace(self, request: Request, *, sampling: Sampling | None = None) -> LatentTrace:
+        """Sample one request and return the latents and the predicted clean latents after every step.
+
+        `decode` makes a clip of latents. Arguments and errors are as for `generate_many`.
+        """
+        return trace_latents(self._denoiser, **self._prepare([request], sampling))[0]
+
+    # fmt: off
+    @overload
+    def run(
+        self, task: Task, *, seed: int = ..., negative: str | None = ..., conditions: Sequence[Condition] = ...,
+        control: Video | None = ..., reference_images: Sequence[Image] = ..., method: Method = ..., resample: int = ...,
+        conditioning: Mapping[str, Any] | None = ..., strengths: Strengths | None = ...,
+        steps: int | None = ..., guidance: GuidanceScale | None = ..., solver: str | Solver | None = ...,
+        shift: float | None = ..., times: Sequence[float] | None = ..., sampling: Sampling | None = ...,
+        callback: Callback | None = ...,
+    ) -> Clip: ...
+
+    @overload
+    def run(
+        self, task: Sequence[Task], *, seed: OneOrMany[int] = ..., negative: OneOrMany[str | None] = ...,
+        conditions: OneOrMany[Sequence[Condition]] = ..., control: OneOrMany[Video | None] = ...,
+        reference_images: OneOrMany[Sequence[Image]] = ..., method: Method = ..., resample: int = ...,
+        conditioning: OneOrMany[Mapping[str, Any] | None] = ..., strengths: OneOrMany[Strengths | None] = ...,
+        steps: int | None = ..., guidance: GuidanceScale | None = ..., solver: str | Solver | None = ...,
+        shift: float | None = ..., times: Sequence[float] | None = ..., sampling: Sampling | None = ...,
+        callback: Callback | None = ...,
+    ) -> list[Clip]: ...
+    # fmt: on
+
+    def run(
         self,
-        tasks: Sequence[AnyTask],
+        task: Task | Sequence[Task],
         *,
-        seeds: Sequence[int] | None = None,
+        seed: OneOrMany[int] = 0,
+        negative: OneOrMany[str | None] = None,
+        conditions: OneOrMany[Sequence[Condition]] = (),
+        control: OneOrMany[Video | None] = None,
+        reference_images: OneOrMany[Sequence[Image]] = (),
+        method: Method = "auto",
+        resample: int = 1,
+        conditioning: OneOrMany[Mapping[str, Any] | None] = None,
+        strengths: OneOrMany[Strengths | None] = None,
+        steps: int | None = None,
+        guidance: GuidanceScale | None = None,
+        solver: str | Solver | None = None,
+        shift: float | None = None,
+        times: Sequence[float] | None = None,
+        sampling: Sampling | None = None,
         callback: Callback | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> list[Clip]:
-        """Run tasks on clips of any sizes: packed and sampled together, then composite tasks one after the other.
+    ) -> Clip | list[Clip]:
+        """Run a task, such as `Extend(clip, frames=16)`, or a list of tasks on clips of any sizes.
+
+        Tasks of one request are packed and sampled together; those of several passes follow one after the other.
 
         Args:
-          tasks: The tasks, such as `Extend(clip=clip, frames=16)`.
-          seeds: Seed of each task; by default that of `options` for all.
+          task: The task or tasks.
+          seed: Random seed; for a list of tasks this and the options below are one for all, or a list with one each.
+          negative: Negative prompt; the model's own by default.
+          conditions: Further images and clips at some frames of the sampled clip.
+          control: Clip that steers what is generated, in models that accept one.
+          reference_images: Images of subjects that the clip shows, in models that accept them.
+          method: Way to keep known pixels, as for `generate`.
+          resample: Number of times that training-free sampling takes every part of the steps.
+          conditioning: Values of further conditioning by name.
+          strengths: Strengths of further conditioning by name.
+          steps: As for `generate`; so are the arguments that follow.
+          guidance: Guidance, or its scale.
+          solver: Solver or its name.
+          shift: Shift of the times towards noise.
+          times: Times at which the steps start.
+          sampling: Sampling that the others change; the pipeline's own by default.
           callback: Called with a `PipelineProgress` after every few steps.
-          options: Options of `generate` for all tasks.
-        """
-        shared, overrides = split_options("", options)
-        values = {name: getattr(shared, name) for name in options if name in Request._fields}
-        seeds = [shared.seed] * len(tasks) if seeds is None else seeds
-        requests = {
-            number: _add_options(task.make_request(self.config), {**values, "seed": seed})
-            for number, (task, seed) in enumerate(zip(tasks, seeds, strict=True))
-            if isinstance(task, ClipTask)
-        }
-        clips = self.generate_many(list(requests.values()), callback=callback, **overrides) if requests else []
-        sampled = dict(zip(requests, clips, strict=True))
-        results = []
-        for number, (task, seed) in enumerate(zip(tasks, seeds, strict=True)):
-            if isinstance(task, ClipTask):
-                clip = task.finish(sampled[number])
-            else:
-                clip = task.run(self, **{**options, "seed": seed, "callback": callback})
-            results.append(_add_task(clip, task))
-        return results
-
-    def extend(
-        self,
-        clip: Clip,
-        prompt: str | None = None,
-        *,
-        frames: int,
-        before: bool = False,
-        overlap: int | None = None,
-        **options: Any,
-    ) -> Clip:
-        """Return a clip with new frames after it, or before it.
-
-        Args:
-          clip: The clip, which is kept.
-          prompt: Description of the result; None for the clip's caption.
-          frames: Number of new pixel frames.
-          before: True for new frames before the clip.
-          overlap: Number of the clip's frames that the model continues; by default the most of up to 9 that fit.
-          options: Options of `generate`.
-        """
-        task = Extend(prompt=prompt, clip=clip, frames=frames, before=before, overlap=overlap)
-        return self.run_tasks([task], **options)[0]
-
-    def blend(
-        self,
-        first: Clip,
-        second: Clip,
-        prompt: str | None = None,
-        *,
-        frames: int,
-        overlap: int | None = None,
-        **options: Any,
-    ) -> Clip:
-        """Return two clips with a transition of new frames between them; both are kept.
-
-        Args:
-          first: The first clip.
-          second: The second clip, of the same size and frame rate.
-          prompt: Description of the transition; None for the first clip's caption.
-          frames: Number of new frames.
-          overlap: Number of frames of each clip that the model gets, at most.
-          options: Options of `generate`.
-        """
-        task = Blend(prompt=prompt, first=first, second=second, frames=frames, overlap=overlap)
-        return self.run_tasks([task], **options)[0]
-
-    def interpolate(
-        self,
-        clip: Clip,
-        prompt: str | None = None,
-        *,
-        factor: int | None = None,
-        times: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Clip:
-        """Return a clip with new frames between its own, of the same duration.
-
-        Args:
-          clip: The clip, whose frames are kept.
-          prompt: Description of the result; None for the clip's caption.
-          factor: Number of intervals that every interval becomes: 2 for one new frame between any two.
-          times: Instead, the numbers of the result's frames that are the clip's, in any rising pattern from 0 on.
-          options: Options of `generate`.
-        """
-        return self.run_tasks([Interpolate(prompt=prompt, clip=clip, factor=factor, times=times)], **options)[0]
-
-    def loop(self, prompt: str, *, size: tuple[int, int, int] | None = None, **options: Any) -> Clip:
-        """Return a clip whose first frame follows its last.
-
-        Args:
-          prompt: Description of the clip.
-          size: Frames, a multiple of the temporal stride, height and width.
-          options: Options of `generate`.
-        """
-        return self.run_tasks([Loop(prompt=prompt, size=size)], **options)[0]
-
-    def inpaint(
-        self,
-        clip: Clip,
-        mask: Bool[np.ndarray, "T H W"] | Bool[np.ndarray, "H W"],
-        prompt: str | None = None,
-        **options: Any,
-    ) -> Clip:
-        """Return a clip with a region filled in.
-
-        Args:
-          clip: The clip, which is kept outside of the region.
-          mask: The region (True = fill in, as in diffusers), the same in all frames or moving.
-          prompt: Description of the result; None for the clip's caption.
-          options: Options of `generate`.
-        """
-        return self.run_tasks([Inpaint(prompt=prompt, clip=clip, mask=mask)], **options)[0]
-
-    def outpaint(self, clip: Clip, size: tuple[int, int], prompt: str | None = None, **options: Any) -> Clip:
-        """Return a clip in the middle of a larger one, whose border is filled in.
-
-        Args:
-          clip: The clip, which is kept.
-          size: Height and width of the result.
-          prompt: Description of the result; None for the clip's caption.
-          options: Options of `generate`.
-        """
-        return self.run_tasks([Outpaint(prompt=prompt, clip=clip, size=size)], **options)[0]
-
-    def zoom_out(
-        self, image: Clip, prompt: str | None = None, *, frames: int, factor: float = 1.1, **options: Any
-    ) -> Clip:
-        """Return a clip that zooms out of an image: every frame is the former one, smaller, with its border filled in.
-
-        Args:
-          image: First frame, a clip of one frame.
-          prompt: Description of the surroundings; None for the image's caption.
-          frames: Number of new frames.
-          factor: Factor of the zoom in each of them.
-          options: Options of `generate`.
-        """
-        task = ZoomOut(prompt=prompt, image=image, frames=frames, factor=factor)
-        return self.run_tasks([task], **options)[0]
-
-    def vary(self, clip: Clip, prompt: str | None = None, *, strength: float = 0.7, **options: Any) -> Clip:
-        """Return a variation of a clip; every `seed` gives another.
-
-        Args:
-          clip: The clip.
-          prompt: Its description; None for its caption.
-          strength: Diffusion time, in (0, 1], that it is noised to; more changes it more.
-          options: Options of `generate`.
-        """
-        return self.run_tasks([Vary(prompt=prompt, clip=clip, strength=strength)], **options)[0]
-
-    def edit(
-        self,
-        clip: Clip,
-        prompt: str,
-        *,
-        source: str | None = None,
-        strength: float = 0.8,
-        edit_method: EditMethod = "flow_edit",
-        source_guidance: float = 1.0,
-        draws: int = 1,
-        **options: Any,
-    ) -> Clip:
-        """Return a clip that is changed to fit a prompt.
-
-        Without `source` noise is added to the clip and taken away with the prompt (SDEdit). With it, the difference of
-        both descriptions changes the clip: see `EditPaths`.
-
-        Args:
-          clip: The clip.
-          prompt: Description of the result.
-          source: Description of the clip.
-          strength: Diffusion time, in (0, 1], at which the change begins; more changes it more.
-          edit_method: With `source`, FlowEdit, or inversion of the clip to noise.
-          source_guidance: With `source`, guidance scale of the clip's description.
-          draws: With FlowEdit, number of noises in every step, whose changes are averaged.
-          options: Options of `generate`.
-        """
-        if source is None:
-            given = {"edit_method": edit_method, "source_guidance": source_guidance, "draws": draws}
-            for name, default in {"edit_method": "flow_edit", "source_guidance": 1, "draws": 1}.items():
-                if given[name] != default:
-                    rule = "it needs source, a description of the clip. Give one, or leave it out."
-                    raise UserError(f"{name}={given[name]!r} is invalid: {rule}")
-            return self.run_tasks([Edit(prompt=prompt, clip=clip, strength=strength)], **options)[0]
-        task = DescribedEdit(
-            prompt=prompt,
-            clip=clip,
-            source=source,
-            strength=strength,
-            edit_method=edit_method,
-            source_guidance=source_guidance,
-            draws=draws,
-        )
-        return self.run_tasks([task], **options)[0]
-
-    def resolve_sampling(self, **overrides: Unpack[SamplingOverrides]) -> Sampling:
-        """Return the pipeline's own sampling with the given values replaced.
 
         Raises:
-          UserError: If the sampler is unknown, `steps` is below 1, …; see `preparation.resolve_sampling`.
+          UserError: If a task does not fit the model or an option, or `generate` would refuse an option.
         """
-        return resolve_sampling(self.config, **overrides)
+        tasks = task if isinstance(task, Sequence) else [task]
+        options = make_requests(
+            [""] * len(tasks),
+            has_classes=False,
+            method=method,
+            resample=resample,
+            conditioner=None,
+            seed=seed,
+            negative=negative,
+            conditions=conditions,
+            control=control,
+            reference_images=reference_images,
+            conditioning=conditioning,
+            strengths=strengths,
+        )
+        sampling = self.make_sampling(sampling, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times)
+        clips = self.run_many(tasks, options, sampling=sampling, callback=callback)
+        return clips if isinstance(task, Sequence) else clips[0]
 
-    def make_stepper(self, request: Request, **overrides: Unpack[SamplingOverrides]) -> LatentStepper:
+    def run_many(
+        self,
+        tasks: Sequence[Task],
+        options: Sequence[Request],
+        *,
+        sampling: Sampling | None = None,
+        callback: Callback | None = None,
+    ) -> list[Clip]:
+        """Run tasks, each with its options, as `run` does.
+
+        Args:
+          tasks: The tasks.
+          options: For each task a request without a prompt and size, with its seed and what else `run` takes.
+          sampling: Steps, solver and guidance; the pipeline's own by default.
+          callback: Called with a `PipelineProgress` after every few steps.
+        """
+        sampling = sampling or self.config.sampling
+        requests = {
+            number: add_options(request, own)
+            for number, (task, own) in enumerate(zip(tasks, options, strict=True))
+            if (request := task.make_request(self.config)) is not None
+        }
+        sampled = self.generate_many(list(requests.values()), sampling=sampling, callback=callback)
+        results = dict(zip(requests, sampled, strict=True))
+        clips = []
+        for number, (task, own) in enumerate(zip(tasks, options, strict=True)):
+            if number in results:
+                clip = task.finish(results[number])
+            else:
+                clip = task.run(self, own, sampling=sampling, callback=callback)
+            described = {"name": get_task_name(task), **describe_task(task)}
+            clips.append(replace(clip, recipe={**clip.recipe, "task": described}))
+        return clips
+
+    def make_stepper(self, request: Request, *, sampling: Sampling | None = None) -> LatentStepper:
         """Return the denoiser and Euler's solver for the latents of a request, at any times of its steps.
 
-        `overrides` and errors are as for `generate`.
+        Arguments and errors are as for `generate_many`.
         """
-        prepared = self._prepare([request], **overrides)
+        prepared = self._prepare([request], sampling)
         sampling = replace(prepared["sampling"], solver=Euler())
         (single,) = prepared["requests"]
         return LatentStepper(self._denoiser, single, sampling=sampling, shape=prepared["shape"])
@@ -481,7 +464,7 @@ class Pipeline:
         A request has the prompt, the size and what else is known of its clip, and the seed of the function's noise.
         Errors are as for `generate_many`; on a mesh of several processes all of them call this, with the same clips.
         """
-        prepared = self._prepare(requests, guidance=1.0)
+        prepared = self._prepare(requests, replace(self.config.sampling, guidance=Guidance(scale=1.0)))
         starts = zip(prepared["requests"], latents, strict=True)
         prepared["requests"] = [each._replace(plan=each.plan._replace(start=start)) for each, start in starts]
         return compute_clip_function(function, self._denoiser, **prepared)
@@ -631,6 +614,27 @@ class Pipeline:
         self._weights.check_usable()
         return self._weights.make_merged_params()
 
+    def __repr__(self) -> str:
+        """Return the parts, one on each line, with their numbers of parameters and dtypes."""
+        config, kinds = (
+            self.config,
+            {"text": self.config.model.text_encoder, "autoencoder": self.config.model.autoencoder},
+        )
+        parts = {"autoencoder": self.codec.params, **self._weights.params}
+        size = config.size
+        lines = [f"Pipeline: {size.t} frames of {size.w}x{size.h} pixels, {config.fps:g} per second"]
+        for name, params in parts.items():
+            kind = type(kinds.get(name, config.model.backbone)).__name__
+            dtypes = (
+                ", ".join(sorted({str(leaf.dtype) for leaf in flatten(params).values()})) or "no weights of its own"
+            )
+            lines.append(f"  {name}: {kind}, {count(params):,} parameters, {dtypes}")
+        lines += [f"  adapter {name}: scale {scale:g}" for name, scale in self.lora_scales.items()]
+        lines += [
+            f"  step before {name}: {pipeline!r}".replace("\n", "\n  ") for name, pipeline in self._previous.items()
+        ]
+        return "\n".join(lines)
+
     def count_parameters(self) -> dict[str, int]:
         """Return the number of parameters of each part."""
         denoiser = {name: count(part) for name, part in self._weights.params.items()}
@@ -717,7 +721,7 @@ class Pipeline:
         """Autoencoder with its parameters."""
         shared = self._devices.make_clip_codec(codec)
         self._decoder = ClipDecoder(codec, self.config.fps, shared, self._devices.local_count)
-        self.task_model = make_task_model(self.config, codec, offload=self._offload)
+        self.model_parts = make_model_parts(self.config, codec, offload=self._offload)
 
     def _with_model(self, model: ModelConfig) -> "Pipeline":
         pipeline = Pipeline(
@@ -739,19 +743,20 @@ class Pipeline:
         adapted._denoiser = self._denoiser._replace(params=weights.make_sampling_params())
         return adapted
 
-    def _prepare(self, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> dict[str, Any]:
+    def _prepare(self, requests: Sequence[Request], sampling: Sampling | None) -> dict[str, Any]:
         """Return arguments of `sample_latents`; warn if guidance has no trained unconditional branch."""
         self._weights.check_usable()
-        sampling, config = self.resolve_sampling(**overrides), self.config
-        if sampling.full_guidance.branch_count > 1 and config.caption_dropout == 0:
+        config, sampling = self.config, sampling or self.config.sampling
+        check_sampling(config, sampling)
+        if sampling.guidance.branch_count > 1 and config.caption_dropout == 0:
             warnings.warn(
                 "guidance needs an unconditional model, and this one was trained without caption dropout; use "
                 "guidance=1, or train it with caption_dropout",
                 stacklevel=3,
             )
-        sized = [request._replace(size=config.resolve_size(request)) for request in requests]
+        sized = [replace(request, size=config.resolve_size(request)) for request in requests]
         latent_requests = [
-            prepare_request(config, request, self.task_model) for request in self._sample_previous_steps(sized)
+            prepare_request(config, request, self.model_parts) for request in self._sample_previous_steps(sized)
         ]
         rows = max(1, min(config.batch, len(requests)))
         return {"requests": latent_requests, "sampling": sampling, "shape": config.model.row_shape, "rows": rows}
@@ -765,38 +770,12 @@ class Pipeline:
             if not own:
                 continue
             parts = []
-            for index in own:
-                prompt, size, seed, negative, *_ = requests[index]
-                parts.append(Request(prompt, step.get_size(to_grid(size), pipeline.config.size), seed, negative))
+            for request in (requests[index] for index in own):
+                size = step.get_size(request.grid, pipeline.config.size)
+                parts.append(Request(request.prompt, size, request.seed, request.negative))
             values: Sequence[Any]
             values = pipeline.generate_many(parts) if step.output == "clip" else pipeline.generate_latents(parts)
             for index, value in zip(own, values, strict=True):
                 conditioning = {**requests[index].conditioning, step.name: value}
-                requests[index] = requests[index]._replace(conditioning=conditioning)
+                requests[index] = replace(requests[index], conditioning=conditioning)
         return requests
-
-
-def _add_options(request: Request, options: Mapping[str, Any]) -> Request:
-    """Return the request of a task with options; conditions are added to its own.
-
-    Raises:
-      UserError: If the task has its own value of an option.
-    """
-    defaults = Request("")
-    own = {name for name in request._fields if getattr(request, name) is not getattr(defaults, name)}
-    if overridden := sorted(own & options.keys() - {"conditions"}):
-        raise UserError(f"{overridden[0]}= is invalid: the task has its own. Leave it out, or use generate")
-    conditions = (*request.conditions, *options.get("conditions", ()))
-    return request._replace(**{**options, "conditions": conditions})
-
-
-def _add_task(clip: Clip, task: AnyTask) -> Clip:
-    """Return the result of a task, whose recipe has the task's name and its values, without its clips."""
-    values = {each.name: getattr(task, each.name) for each in fields(task)}
-    described: dict[str, Any] = {"name": type(task).__name__}
-    for name, value in values.items():
-        if name != "prompt" and isinstance(value, int | float | bool | str):
-            described[name] = value
-        elif name in ("size", "times") and value is not None:
-            described[name] = list(value)
-    return replace(clip, recipe={**clip.recipe, "clip_task": described})

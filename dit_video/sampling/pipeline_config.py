@@ -19,7 +19,7 @@ from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.nn.partitioner import Partitioner
 from dit_video.sampling import Denoiser, Sampling
 from dit_video.sampling.denoiser import list_experts
-from dit_video.sampling.request import GenerationTask, Request, TaskModel
+from dit_video.sampling.request import Conditioner, ModelParts, Request
 from dit_video.tokens import Grid
 
 FORMAT = 1
@@ -91,8 +91,8 @@ class PipelineConfig:
     boundary: float | None = None
     """Boundary time of two experts (Wan 2.2 A14B): `backbone` denoises from it on, a second model of the same config
     below it."""
-    task: GenerationTask | None = None
-    """Task that the model is used for; None for text to video, or image to video where there is an image."""
+    conditioner: Conditioner | None = None
+    """The model's own conditioner; None for `Completion`: text to video, or image to video where there is an image."""
     previous: tuple[PreviousStep, ...] = ()
     """Steps that are sampled before: pipelines of their own, in `steps/NAME` of the folder."""
     evaluation: Any = None
@@ -207,14 +207,14 @@ def make_denoiser(
     )
 
 
-def make_task_model(config: PipelineConfig, codec: LatentCodec, *, offload: Offload | None = None) -> TaskModel:
-    """Return the parts of a pipeline that generation tasks use; arguments are as for `make_denoiser`."""
-    return TaskModel(
+def make_model_parts(config: PipelineConfig, codec: LatentCodec, *, offload: Offload | None = None) -> ModelParts:
+    """Return the parts of a pipeline that conditioners use; arguments are as for `make_denoiser`."""
+    return ModelParts(
         backbone=config.model.backbone,
         codec=codec,
         frame_conditioning=config.model.frame_conditioning,
         image_encoder_folder=config.model.image_encoder,
-        task=config.task,
+        conditioner=config.conditioner,
         token_dt=config.token_dt,
         token_lead=config.model.token_lead,
         offload=offload,

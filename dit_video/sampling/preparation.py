@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -17,32 +18,32 @@ from dit_video.sampling import Sampling
 from dit_video.sampling.completion import Completion
 from dit_video.sampling.denoiser import list_experts
 from dit_video.sampling.packing import SamplingRequest, plan_steps
-from dit_video.sampling.pipeline_config import PipelineConfig, make_task_model, to_grid
+from dit_video.sampling.pipeline_config import PipelineConfig, make_model_parts, to_grid
 from dit_video.sampling.program import list_fields
-from dit_video.sampling.request import Request, TaskModel
+from dit_video.sampling.request import ModelParts, Request
 from dit_video.sampling.sampler import draw_initial_noise
-from dit_video.sampling.sampling_config import SamplingOverrides, override_sampling
 from dit_video.tokens import Field, Grid
 from dit_video.weights import read_clip_vision_config
 
 
-def check_requests(config: PipelineConfig, requests: Sequence[Request], **overrides: Unpack[SamplingOverrides]) -> None:
+def check_requests(config: PipelineConfig, requests: Sequence[Request], sampling: Sampling) -> None:
     """Check that a pipeline of a config can sample requests, before its weights are read.
 
     Args:
       config: Config of the pipeline.
       requests: Requests, each planned with latents of zeros in the place of encoded pictures.
-      overrides: Values that replace those of the pipeline's own sampling, as for `Pipeline.generate_many`.
+      sampling: Steps, solver and guidance.
 
     Raises:
       UserError: If `Pipeline.generate_many` would refuse a request.
     """
-    sampling, model = resolve_sampling(config, **overrides), make_empty_task_model(config)
+    check_sampling(config, sampling)
+    model = make_empty_model_parts(config)
     tokenizer = (
         None if isinstance(config.model.text_encoder, FrozenTextConfig) else config.model.text_encoder.make_tokenizer()
     )
     for request in requests:
-        sized = request._replace(size=config.resolve_size(request))
+        sized = replace(request, size=config.resolve_size(request))
         # Values of conditioning that previous steps sample are zero here.
         prepared = prepare_request(config, sized, model)
         grid = prepared.get_token_grid(config.model.backbone.patch)
@@ -50,28 +51,25 @@ def check_requests(config: PipelineConfig, requests: Sequence[Request], **overri
         process = config.model.process.specialize(size)
         times = sampling.make_times(process)
         plan_steps(prepared, process, sampling)
-        for expert in range(len(sampling.full_guidance.scales)):
-            sampling.full_guidance.get_params(expert, times=np.asarray(times.times, np.float32))
+        for expert in range(len(sampling.guidance.scales)):
+            sampling.guidance.get_params(expert, times=np.asarray(times.times, np.float32))
         if tokenizer is not None:  # A frozen encoder takes any text.
             for prompt in (prepared.prompt, prepared.negative):
                 tokenizer(prompt)
 
 
-def resolve_sampling(config: PipelineConfig, **overrides: Unpack[SamplingOverrides]) -> Sampling:
-    """Return a pipeline's own sampling with the given values replaced, after checking that its model can do it.
+def check_sampling(config: PipelineConfig, sampling: Sampling) -> None:
+    """Check that the model of a pipeline can sample so.
 
     Raises:
-      UserError: If `override_sampling` refuses the values, the model lacks layers to skip, or guidance is for two
-        experts and the model has one.
+      UserError: If the model lacks layers to skip, or guidance is for two experts and the model has one.
     """
-    sampling = override_sampling(config.sampling, config.model.process, **overrides)
-    if (skip := sampling.full_guidance.skip_layers) is not None:
+    if (skip := sampling.guidance.skip_layers) is not None:
         skip.check(config.model.backbone.layers)
     sampling.check_experts(len(list_experts(config.boundary)))
-    return sampling
 
 
-def prepare_request(config: PipelineConfig, request: Request, model: TaskModel) -> SamplingRequest:
+def prepare_request(config: PipelineConfig, request: Request, model: ModelParts) -> SamplingRequest:
     """Return a request of latents, with the pipeline's negative prompt where the request has none.
 
     Args:
@@ -80,16 +78,14 @@ def prepare_request(config: PipelineConfig, request: Request, model: TaskModel) 
       model: The pipeline's model, or one without weights.
 
     Raises:
-      UserError: If the model cannot sample the size, the seed is not a whole number below 2**32, the noise does not
-        fit, or the request does not fit its task or the model.
+      UserError: If the model cannot sample the size, the noise does not fit, or the request does not fit its
+        conditioner or the model.
     """
     latents = config.model.latent_grid(to_grid(request.size))
     if request.negative is None:
-        request = request._replace(negative=config.negative)
-    if not 0 <= request.seed < 2**32:
-        raise UserError(f"seed={request.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}")
-    task = request.task or model.task or Completion()
-    plan = task(request, model)
+        request = replace(request, negative=config.negative)
+    condition = request.conditioner or model.conditioner or Completion()
+    plan = condition(request, model)
     latents = latents._replace(t=latents.t + plan.leading_frames)
     shape = (*latents, model.codec.config.channels)
     noise = request.noise
@@ -165,8 +161,8 @@ class EmptyImageEncoder:
         return np.zeros((len(frames), *self.shape), np.float32)
 
 
-class EmptyTaskModel(TaskModel):
-    """Parts of a model that tasks use, without weights."""
+class EmptyModelParts(ModelParts):
+    """Parts of a model that conditioners use, without weights."""
 
     @functools.cached_property
     def image_encoder(self) -> Any:
@@ -174,6 +170,6 @@ class EmptyTaskModel(TaskModel):
         return EmptyImageEncoder(self.image_encoder_folder)
 
 
-def make_empty_task_model(config: PipelineConfig) -> EmptyTaskModel:
-    """Return what generation tasks use of a pipeline, without weights."""
-    return EmptyTaskModel(**vars(make_task_model(config, EmptyCodec(config.model.autoencoder, {}))))
+def make_empty_model_parts(config: PipelineConfig) -> EmptyModelParts:
+    """Return what conditioners use of a pipeline, without weights."""
+    return EmptyModelParts(**vars(make_model_parts(config, EmptyCodec(config.model.autoencoder, {}))))

@@ -1,35 +1,36 @@
-"""Requests of clips, with their pictures, and the interface of generation tasks, which make their plans."""
+"""Requests of clips, with their pictures, and the interface of conditioners, which make their plans."""
 
 import abc
 import functools
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+import numbers
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Float32, UInt8
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_whole
 from dit_video.core.offload import Offload
 from dit_video.core.resize import resize_and_crop
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import FrameConditioning
+from dit_video.sampling.pictures import Mask, to_clip, to_image, to_image_or_clip, to_mask
 from dit_video.sampling.plan import SamplingPlan
-from dit_video.sampling.sampling_config import SamplingOverrides
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from dit_video.weights.frozen_encoders import FrozenImageEncoder
 
-PICTURES = ("image", "last_image", "video", "mask", "control", "reference_images", "conditions")
+PICTURES = ("image", "last_image", "video", "generated", "control", "reference_images", "conditions")
 """Fields of a request with images, clips and masks."""
 OPTIONS = ("strength", "method", "resample")
 """Fields of a request that say how they are kept."""
-Image = Clip | UInt8[np.ndarray, "H W 3"]
-"""A clip of one frame, or its pixels."""
 Method = Literal["auto", "trained", "training_free"]
-Mask = Bool[np.ndarray, "T H W"] | Bool[np.ndarray, " T"]
-"""Pixels or frames of a clip that are kept (True)."""
+Size = Grid | tuple[int, int, int]
+"""Frames, height and width in pixels."""
+Strengths = Mapping[str, float | Sequence[float]]
+"""Strengths of conditioning by name, each a number or one for every layer."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,26 +38,29 @@ class Condition:
     """An image or a clip that a sampled clip has from a frame on; named as `LTXVideoCondition` in diffusers.
 
     Raises:
-      UserError: If the strength is not above 0 and at most 1.
+      UserError: If the content is no picture, or the strength is not above 0 and at most 1.
     """
 
-    content: Clip | Image
-    """Image, as a clip of one frame or as pixels `[H W 3]`, or a clip; it is fitted to the height and width."""
+    content: Clip
+    """Image or clip, given in any form of `dit_video.sampling.pictures`; it is fitted to the height and width."""
     frame: int = 0
     """Number of the sampled clip's frame that is the first of the content; negative numbers count from the end."""
-    mask: Bool[np.ndarray, "T H W"] | Bool[np.ndarray, " T"] | None = None
-    """Pixels, or frames, of the content that are kept (True); None for all."""
+    generated: Mask | None = None
+    """Mask of the content: pixels or frames that are generated (True) all the same; None to keep all."""
     strength: float = 1.0
     """Degree to which the content is kept: 1 keeps it, smaller values let the model change it."""
 
     def __post_init__(self):
+        object.__setattr__(self, "content", to_image_or_clip("content of a condition", self.content))
+        if self.generated is not None:
+            object.__setattr__(self, "generated", to_mask("generated", self.generated))
         if not 0 < self.strength <= 1:
             raise UserError(f"strength={self.strength} is invalid: it must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskModel:
-    """Parts of a model that tasks use."""
+class ModelParts:
+    """Parts of a model that conditioners use."""
 
     backbone: BackboneConfig
     codec: LatentCodec
@@ -64,8 +68,8 @@ class TaskModel:
     """Conditioning on frames that the denoiser was trained with; None for a model without it."""
     image_encoder_folder: str | None
     """Folder of the image encoder whose tokens it attends to."""
-    task: "GenerationTask | None" = None
-    """Task that the model is used for; None for text to video, or image to video where there is an image."""
+    conditioner: "Conditioner | None" = None
+    """The model's own conditioner; None for `Completion`."""
     token_dt: float = 1.0
     """Distance of consecutive tokens along time, in units of positions."""
     token_lead: float = 0.0
@@ -80,61 +84,79 @@ class TaskModel:
         return FrozenImageEncoder(self.image_encoder_folder, offload=self.offload)
 
 
-class GenerationTask(abc.ABC):
-    """A use of a trained model: what is known of a clip, and how sampling keeps to it.
+class Conditioner(abc.ABC):
+    """A model's way to use what is known of a clip, such as images and masks: it makes the plan of a request.
 
-    A task of one's own is passed to `Pipeline.generate(task=...)`.
+    One of one's own is passed to `Pipeline.generate(conditioner=...)`.
     """
 
     @abc.abstractmethod
-    def __call__(self, request: "Request", model: TaskModel) -> SamplingPlan:
+    def __call__(self, request: "Request", model: ModelParts) -> SamplingPlan:
         """Return the plan of a request.
 
         Raises:
-          UserError: If the request or the model does not fit the task.
+          UserError: If the request or the model does not fit.
         """
 
 
-class Request(NamedTuple):
-    """Request for one clip."""
+@dataclass(frozen=True)
+class Request:
+    """Request for one clip. Pictures and masks are given in any form of `dit_video.sampling.pictures`.
+
+    Raises:
+      UserError: If a picture is none, or the seed is not a whole number below 2**32.
+    """
 
     prompt: str
-    size: Grid | tuple[int, int, int] | None = None
+    size: Size | None = None
     """Frames, height and width in pixels; None for the model's own, with the aspect ratio of the first picture."""
     seed: int = 0
     negative: str | None = None
     """Negative prompt, which replaces the empty prompt (or no class) in guidance; None for the model's own."""
-    image: Image | None = None
+    image: Clip | None = None
     """First frame of the clip, in models that accept one."""
-    last_image: Image | None = None
+    last_image: Clip | None = None
     """Last frame of the clip, in models that accept one."""
-    conditioning: Mapping[str, Any] = {}
-    """Values of further conditioning that the model was trained with, by name; without, it is dropped."""
-    strengths: Mapping[str, float | int | Sequence[float | int]] = {}
-    """Strengths of further conditioning, by name; 1 by default."""
-    task: GenerationTask | None = None
-    """Task that the model is used for; None for the model's own."""
     video: Clip | None = None
-    """Clip whose pixels are kept where `mask` is True, in models that accept one."""
-    mask: Mask | None = None
-    """Pixels `[T H W]`, or frames `[T]`, of `video` that are kept (True); all others are generated."""
-    control: Clip | None = None
-    """Clip that steers what is generated, such as poses, depth or edges, in models that accept one."""
-    reference_images: Sequence[Image] = ()
-    """Images of subjects that the clip shows, in models that accept them."""
+    """Clip that is kept where `generated` is False, or that `strength` changes."""
+    generated: Mask | None = None
+    """Mask of `video`: pixels or frames that are generated (True); all others are kept."""
+    strength: float | None = None
+    """Diffusion time, in (0, 1], that `video`, or what `generated` says of it, is noised to and sampling starts at
+    (SDEdit, arXiv 2108.01073). None for noise alone."""
     conditions: Sequence[Condition] = ()
     """Images and clips that the clip has at some frames, in models that accept them."""
-    noise: Float32[np.ndarray, "t h w c"] | None = None
-    """Initial noise of the latents' size, standard normal, instead of the seed's."""
-    strength: float | None = None
-    """Diffusion time, in (0, 1], that `video` is noised to and sampling starts at (SDEdit, arXiv 2108.01073): the part
-    of it that changes, which with a mask is what is not kept. None for noise alone."""
+    control: Clip | None = None
+    """Clip that steers what is generated, such as poses, depth or edges, in models that accept one."""
+    reference_images: Sequence[Clip] = ()
+    """Images of subjects that the clip shows, in models that accept them."""
     method: Method = "auto"
     """Way in which known pixels are kept: `trained`, as the model was trained, `training_free`, by replacement of
     their latents after every step, or `auto`, the first if the model was trained for what is known."""
     resample: int = 1
     """Number of times that training-free sampling takes every part of the steps, returning to its first time by adding
     noise (RePaint, arXiv 2201.09865); more make known and new parts agree better, and take longer."""
+    conditioning: Mapping[str, Any] = field(default_factory=dict)
+    """Values of further conditioning that the model was trained with, by name; without, it is dropped."""
+    strengths: Strengths = field(default_factory=dict)
+    """Strengths of further conditioning, by name; 1 by default."""
+    noise: Float32[np.ndarray, "t h w c"] | None = None
+    """Initial noise of the latents' size, standard normal, instead of the seed's."""
+    conditioner: Conditioner | None = None
+    """Conditioner; None for the model's own."""
+
+    def __post_init__(self):
+        check_whole(seed=self.seed)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}. Use 0.")
+        converted = {
+            name: convert(name, value)
+            for name, convert in _CONVERSIONS.items()
+            if (value := getattr(self, name)) is not None
+        }
+        converted["reference_images"] = tuple(to_image("reference_images", each) for each in self.reference_images)
+        for name, value in converted.items():
+            object.__setattr__(self, name, value)
 
     @property
     def grid(self) -> Grid:
@@ -153,7 +175,7 @@ class Request(NamedTuple):
         }
 
     def check_pictures(self, accepted: Collection[str]) -> None:
-        """Check that the model, or its task, accepts all pictures of the request, and options of how they are kept.
+        """Check that the model, or its conditioner, accepts all pictures of the request, and how they are kept.
 
         Raises:
           UserError: If one of them is not accepted.
@@ -171,68 +193,90 @@ class Request(NamedTuple):
         """
         contents = [self.image, self.video, self.control, *(each.content for each in self.conditions), self.last_image]
         picture = next((each for each in contents if each is not None), None)
-        if picture is None:
-            return None
-        frames = picture.frames if isinstance(picture, Clip) else np.asarray(picture)[None]
-        return Grid(*frames.shape[:3])
+        return None if picture is None else Grid(*picture.frames.shape[:3])
 
 
-class GenerateOptions(SamplingOverrides, total=False):
-    """Arguments of `Pipeline.generate` besides the prompt and the kind of output."""
-
-    size: tuple[int, int, int] | None
-    negative: str | None
-    seed: int
-    noise: Float32[np.ndarray, "t h w c"] | None
-    image: Image | None
-    last_image: Image | None
-    conditioning: Mapping[str, Any] | None
-    strengths: Mapping[str, float | int | Sequence[float | int]] | None
-    task: GenerationTask | None
-    video: Clip | None
-    mask: Mask | None
-    control: Clip | None
-    reference_images: Sequence[Image]
-    conditions: Sequence[Condition]
-    strength: float | None
-    method: Method
-    resample: int
-
-
-def split_options(prompt: str | int, options: Mapping[str, Any]) -> tuple[Request, SamplingOverrides]:
-    """Return the request that arguments of `Pipeline.generate` describe, and what they override of its sampling.
-
-    Raises:
-      TypeError: If an argument does not exist.
-    """
-    if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
-        raise TypeError(f"generate() got an unexpected keyword argument {unknown[0]!r}")
-    overrides: Any = {name: value for name, value in options.items() if name in SamplingOverrides.__annotations__}
-    fields: Any = {name: value for name, value in options.items() if name not in overrides}
-    for name in ("conditioning", "strengths"):
-        fields[name] = fields.get(name) or {}
-    return Request(prompt=str(prompt), **fields), overrides
-
-
-def fit_image(image: Clip | np.ndarray, size: Grid) -> UInt8[np.ndarray, "h w 3"]:
-    """Return an image at the height and width of a clip, without distortion; see `fit_frames`.
-
-    Raises:
-      UserError: If the clip has several frames, or the pixels are not uint8 `[H W 3]`.
-    """
-    if isinstance(image, Clip):
-        if len(image.frames) != 1:
-            raise UserError(f"a clip of {len(image.frames)} frames is no image; use Clip(clip.frames[:1], clip.fps)")
-        return fit_frames(image.frames, size)[0]
-    pixels = np.asarray(image)
-    if pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape or pixels.dtype != np.uint8:
-        raise UserError(
-            f"an image of {pixels.dtype} {list(pixels.shape)} is invalid: it must be a clip of one frame, or uint8 "
-            "pixels [H W 3]. Use dit_video.core.pixels.to_uint8"
-        )
-    return fit_frames(pixels[None], size)[0]
+_CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
+    "image": to_image,
+    "last_image": to_image,
+    "video": to_clip,
+    "generated": to_mask,
+    "control": to_clip,
+}
+"""Conversions of pictures by the names of their fields."""
 
 
 def fit_frames(frames: UInt8[np.ndarray, "T H W 3"], size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
     """Return frames at a clip's height and width; see `resize_and_crop`."""
     return resize_and_crop(frames, size.h, size.w)
+
+
+T = TypeVar("T")
+OneOrMany: TypeAlias = Sequence[T] | T
+"""A value for all prompts, or a list with one for each."""
+Prompts = list[str] | list[int] | tuple[str | int, ...]
+"""A list of prompts."""
+_SEQUENCES = ("size", "conditions", "reference_images")
+"""Fields whose single value is a sequence: only a list of sequences has one for each prompt."""
+
+
+def is_many(value: Any) -> bool:
+    """Return whether a prompt or another value is a list or tuple, and not a size or another named tuple."""
+    return isinstance(value, list | tuple) and not hasattr(value, "_fields")
+
+
+def make_requests(
+    prompt: str | int | Prompts,
+    *,
+    has_classes: bool,
+    method: Method,
+    resample: int,
+    conditioner: Conditioner | None,
+    **fields: Any,
+) -> list[Request]:
+    """Return the request of a prompt, or of every prompt of a list.
+
+    Args:
+      prompt: The prompt or prompts.
+      has_classes: Whether the number of a class is a prompt.
+      method: Way in which known pixels are kept.
+      resample: Number of times that training-free sampling takes every part of the steps.
+      conditioner: Conditioner; None for the model's own.
+      fields: Other fields of `Request`, each one for all prompts or, with a list of prompts, a list with one for each.
+
+    Raises:
+      TypeError: If a prompt is neither a text nor the number of a class.
+      UserError: If a list is not as long as that of the prompts, or `Request` refuses a value.
+    """
+    prompts = [_to_text(each, has_classes) for each in (prompt if isinstance(prompt, list | tuple) else [prompt])]
+    shared: dict[str, Any] = {"method": method, "resample": resample, "conditioner": conditioner}
+    columns = {name: _spread(name, value, len(prompts), is_many(prompt)) for name, value in fields.items()}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [Request(text, **shared, **row) for text, row in zip(prompts, rows, strict=True)]
+
+
+def _to_text(prompt: Any, has_classes: bool) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if has_classes and not isinstance(prompt, bool) and isinstance(prompt, numbers.Integral):
+        return str(int(prompt))
+    kinds = "a text or the number of a class" if has_classes else "a text"
+    raise TypeError(f"prompt={prompt!r} is invalid: it must be {kinds}, or a list of them. Use str(prompt).")
+
+
+def _spread(name: str, value: Any, count: int, has_prompts: bool) -> list[Any]:
+    """Return the values of a field for every prompt; one for all is converted once."""
+    has_many = is_many(value) and (name not in _SEQUENCES or (bool(value) and all(map(_is_sequence, value))))
+    if has_prompts and has_many:
+        if len(value) != count:
+            rule = f"the list that it is for has {count}"
+            raise UserError(f"{name} of {len(value)} values is invalid: {rule}. Use as many values, or one for all.")
+        values = list(value)
+    else:
+        convert = _CONVERSIONS.get(name)
+        values = [value if convert is None or value is None else convert(name, value)] * count
+    return [{} if each is None and name in ("conditioning", "strengths") else each for each in values]
+
+
+def _is_sequence(value: Any) -> bool:
+    return value is None or isinstance(value, list | tuple)

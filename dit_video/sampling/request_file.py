@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import atomic_path, read_json
-from dit_video.sampling.request import OPTIONS, PICTURES, Condition, Image, Mask, Request
+from dit_video.sampling.pictures import Mask, to_mask
+from dit_video.sampling.request import OPTIONS, PICTURES, Condition, Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
 
@@ -23,26 +24,30 @@ _KEYS = ("prompt", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths",
 _SAMPLE_KEYS = ("file",)
 """Keys in lists of samples that were written: values of the sample, which a request does not have."""
 _GUIDANCE_KEYS = ("guidance", "interval", "rescale", "projected", "zero_star", "skip_layers")
-_SAMPLING_KEYS = ("steps", "sampler", "shift", "times", *_GUIDANCE_KEYS)
+_SAMPLING_KEYS = ("steps", "solver", "shift", "times", *_GUIDANCE_KEYS)
 """Keys of values that all requests have in common, because they are sampled together."""
-_PYTHON_KEYS = ("conditioning", "task")
+_PYTHON_KEYS = ("conditioning", "conditioner")
 """Keys in lists of samples for values that no file holds."""
-_CONDITION_KEYS = ("file", "frame", "strength", "mask")
+_CONDITION_KEYS = ("file", "frame", "strength", "generated")
 
 
 def read_requests(path: str | Path) -> list[Request]:
-    """Read requests from a JSON list of objects.
+    """Read requests from a JSON list of objects, or from a text file with a prompt on each line.
 
-    Each has a `prompt`, and may have `frames`, `height` and `width` (all or none), `seed`, `negative`, `strengths`,
-    `noise` (a file of NumPy with latents `[t h w c]`), and what `read_pictures` reads. Files are relative to the list's
-    folder. Lists that `write_request` made are read, too; what they say of samples has no effect.
+    An object has a `prompt`, and may have `frames`, `height` and `width` (all or none), `seed`, `negative`,
+    `strengths`, `noise` (a file of NumPy with latents `[t h w c]`), and what `read_pictures` reads. Files are relative
+    to the list's folder. Lists that `write_request` made are read, too; what they say of samples has no effect.
 
     Raises:
       MissingError: If there is no file at `path`, or that of a picture or of noise is missing.
       DecodeError: If the file of a picture is damaged.
       UserError: If the file is not such a list, or an object has another key.
     """
-    path, entries = Path(path), read_json(path)
+    path = Path(path)
+    if path.suffix.lower() == ".txt":
+        entries: Any = [{"prompt": line.strip()} for line in path.read_text().splitlines() if line.strip()]
+    else:
+        entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} must be a JSON list of objects, each with a prompt")
     return [_parse_request(entry, path, number) for number, entry in enumerate(entries)]
@@ -50,6 +55,7 @@ def read_requests(path: str | Path) -> list[Request]:
 
 def _parse_request(entry: Any, path: Path, number: int) -> Request:
     values = {"seed": 0, "negative": None, **entry} if isinstance(entry, dict) else {}
+    check_mask_key(values, f"{path}, entry {number}: ")
     for name in values:
         if name not in _KEYS and name not in _SAMPLE_KEYS:
             raise _make_key_error(f"{path}: {name}={values[name]!r} of entry {number}", name)
@@ -126,10 +132,9 @@ def read_pictures(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the images, clips and masks of a request, by the names of its fields, decoded from their files.
 
     Args:
-      values: Files by name: `image`, `last_image`, `video`, `mask` (what is white is kept; an image is a mask of all
-        frames of `video`) and `control`; a list of files `reference_images`; and `conditions`, a list of
-        `{"file": …, "frame": …, "strength": …, "mask": …}`; all but the file may be left out. Others are
-        ignored.
+      values: Files by name: `image`, `last_image`, `video`, `generated` (what is white is generated; an image is a mask
+        of all frames of `video`) and `control`; a list of files `reference_images`; and `conditions`, a list of
+        `{"file": …, "frame": …, "strength": …, "generated": …}`; all but the file may be left out. Others are ignored.
       folder: Folder that relative paths start from.
 
     Raises:
@@ -153,40 +158,52 @@ def read_pictures(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if files := values.get("reference_images"):
         pictures["reference_images"] = [read("reference_images", file, 1) for file in files]
     if entries := values.get("conditions"):
-        pictures["conditions"] = [_make_condition(entry, read) for entry in entries]
-    if values.get("mask"):
+        pictures["conditions"] = [_make_condition(entry, read, folder) for entry in entries]
+    if file := values.get("generated"):
         if "video" not in pictures:
-            raise UserError(f"mask={values['mask']} is invalid without a video; give the video that it keeps parts of")
-        pictures["mask"] = read_mask(read("mask", values["mask"]), len(pictures["video"].frames))
+            raise UserError(f"generated={file} is invalid without a video; give the video that it is a mask of")
+        pictures["generated"] = _read_mask(file, folder)
     return pictures
 
 
-def _make_condition(entry: Any, read: Callable[..., Clip]) -> Condition:
+def check_mask_key(values: Mapping[str, Any], where: str) -> None:
+    """Refuse the key `mask`, whose meaning depended on the task; `where` begins the error.
+
+    Raises:
+      UserError: If there is such a key.
+    """
+    if "mask" in values:
+        rule = "no mask has this name, as it could mean what is kept or what is generated"
+        fix = "Use generated, white where pixels are generated; invert a mask that is white where they are kept"
+        raise UserError(f"{where}mask={values['mask']!r} is invalid: {rule}. {fix}.")
+
+
+def _make_condition(entry: Any, read: Callable[..., Clip], folder: Path) -> Condition:
     entry = {"frame": 0, "strength": 1.0} | entry if isinstance(entry, dict) else {}
+    check_mask_key(entry, "a condition: ")
     if unknown := [name for name in entry if name not in _CONDITION_KEYS]:
         fix = _find_closest(unknown[0], _CONDITION_KEYS)
         raise UserError(f"{unknown[0]}={entry[unknown[0]]!r} of a condition is invalid: no such key. Use {fix}.")
     if type(entry.get("frame")) is not int or type(entry.get("strength")) not in (int, float):
         rule = 'it must be {"file": NAME, "frame": NUMBER, "strength": NUMBER}'
         raise UserError(f"conditions={[entry]} is invalid: {rule}")
-    content, mask = read("conditions", entry.get("file")), None
-    if entry.get("mask"):
-        mask = read_mask(read("mask", entry["mask"]), len(content.frames))
-    return Condition(content=content, frame=entry["frame"], strength=float(entry["strength"]), mask=mask)
+    content = read("conditions", entry.get("file"))
+    generated = _read_mask(entry["generated"], folder) if entry.get("generated") else None
+    return Condition(content=content, frame=entry["frame"], strength=float(entry["strength"]), generated=generated)
 
 
-def read_mask(clip: Clip, length: int) -> Bool[np.ndarray, "T H W"]:
-    """Return the mask that is white in a clip; an image is that of all frames."""
-    is_white = clip.frames.mean(axis=-1) > 127.5
-    return np.broadcast_to(is_white, (length if len(is_white) == 1 else len(is_white), *is_white.shape[1:]))
+def _read_mask(file: Any, folder: Path) -> Mask:
+    if not isinstance(file, str | Path):
+        raise UserError(f"generated={file!r} is invalid: it must be the name of a file")
+    return to_mask("generated", folder / file)
 
 
 def write_request(request: Request, folder: Path) -> dict[str, Any]:
     """Write the pictures and the noise of a request into a folder, and return its entry of a list in that folder.
 
     `read_requests` reads the same request from the list. Files are lossless, and named by their content, so that
-    requests share them. Of a task, and of values of further conditioning, only the names are in the entry, and such a
-    list is not read again.
+    requests share them. Of a conditioner, and of values of further conditioning, only the names are in the entry, and
+    such a list is not read again.
     """
     entry: dict[str, Any] = {"prompt": request.prompt}
     if request.size is not None:
@@ -202,13 +219,13 @@ def write_request(request: Request, folder: Path) -> dict[str, Any]:
             entry[name] = [
                 {"file": _write_picture("condition", each.content, folder), "frame": each.frame}
                 | ({} if each.strength == 1 else {"strength": each.strength})
-                | ({} if each.mask is None else {"mask": _write_condition_mask(each, folder)})
+                | ({} if each.generated is None else {"generated": _write_mask(each.generated, each.content, folder)})
                 for each in value
             ]
         elif name == "reference_images":
             entry[name] = [_write_picture("reference", image, folder) for image in value]
-        elif name == "mask":
-            entry[name] = _write_picture(name, _make_mask_clip(value, request.video), folder)
+        elif name == "generated":
+            entry[name] = _write_mask(value, request.video, folder)
         else:
             entry[name] = _write_picture(name, value, folder)
     if request.noise is not None:
@@ -217,14 +234,7 @@ def write_request(request: Request, folder: Path) -> dict[str, Any]:
     entry |= {name: value for name in OPTIONS if (value := getattr(request, name)) != getattr(defaults, name)}
     if request.conditioning:
         entry["conditioning"] = sorted(request.conditioning)
-    return entry if request.task is None else entry | {"task": type(request.task).__name__}
-
-
-def _write_condition_mask(condition: Condition, folder: Path) -> str:
-    content = condition.content
-    clip = content if isinstance(content, Clip) else Clip(np.asarray(content)[None], fps=1.0)
-    assert condition.mask is not None
-    return _write_picture("mask", _make_mask_clip(condition.mask, clip), folder)
+    return entry if request.conditioner is None else entry | {"conditioner": type(request.conditioner).__name__}
 
 
 def list_files(entry: Mapping[str, Any]) -> set[str]:
@@ -232,7 +242,7 @@ def list_files(entry: Mapping[str, Any]) -> set[str]:
     files = [entry.get(name) for name in ("file", "noise", *PICTURES)]
     conditions = [each for each in _flatten(files) if isinstance(each, dict)]
     files += [each for each in _flatten(files) if not isinstance(each, dict)]
-    files += [each.get(key) for each in conditions for key in ("file", "mask")]
+    files += [each.get(key) for each in conditions for key in ("file", "generated")]
     return {each for each in files if isinstance(each, str)}
 
 
@@ -240,9 +250,8 @@ def _flatten(values: list[Any]) -> list[Any]:
     return [each for value in values if isinstance(value, list) for each in value]
 
 
-def _write_picture(name: str, picture: Clip | Image, folder: Path) -> str:
+def _write_picture(name: str, clip: Clip, folder: Path) -> str:
     """Write an image or a clip without loss, and return the file's name relative to the folder."""
-    clip = picture if isinstance(picture, Clip) else Clip(np.asarray(picture)[None], fps=1.0)
     suffix = "png" if len(clip.frames) == 1 else "apng"
     return _write_array(name, clip.frames, folder, suffix, lambda path, _: clip.save(path))
 
@@ -263,9 +272,11 @@ def _save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def _make_mask_clip(mask: Mask, video: Clip | None) -> Clip:
-    """Return a mask as frames of a video's size, white where it is True; one frame if all are equal."""
+def _write_mask(mask: Mask, video: Clip | None, folder: Path) -> str:
+    """Write a mask at a video's size, white where it is True; one frame if all are equal."""
     pixels = mask[:, None, None] if mask.ndim == 1 else mask
     pixels = pixels if video is None else np.broadcast_to(pixels, video.frames.shape[:3])
+    pixels = pixels.reshape(-1, *pixels.shape[-2:])
     pixels = pixels[:1] if (pixels == pixels[:1]).all() else pixels
-    return Clip(np.where(pixels, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=-1), fps=1.0)
+    frames = np.where(pixels, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=-1)
+    return _write_picture("generated", Clip(frames, fps=1.0), folder)

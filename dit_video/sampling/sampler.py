@@ -355,7 +355,7 @@ def _init_state(denoiser: Denoiser, planned: PlannedBatch, sampling: Sampling, h
 
 def init_state(sampling: Sampling, noisy: Array, *, steps: int, has_trace: bool = False) -> SamplingState:
     """Return the state of the sampler's program before the first of `steps` steps from noisy tokens `B N p`."""
-    has_momentum = sampling.full_guidance.has_momentum
+    has_momentum = sampling.guidance.has_momentum
     guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if has_momentum else None
     return init_sampling(sampling.solver, noisy, steps=steps, denoiser=guidance_state, has_trace=has_trace)
 
@@ -374,7 +374,7 @@ def _make_arguments(
     planned: PlannedBatch, number: int, sampling: Sampling, times: SampleTimes, first: int
 ) -> ProgramArguments:
     """Return the program's arguments for some steps of an expert, without parameters and state."""
-    guidance = sampling.full_guidance
+    guidance = sampling.guidance
     all_times = np.asarray(planned.sample_times.times, np.float32)
     guidance_params = guidance.get_params(number, times=all_times) if guidance.is_active else None
     is_unguided = guidance.branch_count == 2 and guidance.scales[min(number, len(guidance.scales) - 1)] == 1.0

@@ -114,7 +114,7 @@ class PhysicsProtocol(Protocol):
                 rule = f"scenes, whose first frames the samples continue, have {clip.fps:g} frames per second"
                 raise UserError(f"fps={fps:g} is invalid: {rule}. Use a model of this rate, or the protocol physics.")
             content = replace(clip, frames=np.ascontiguousarray(clip.frames[: self.known]))
-            completed.append(request._replace(conditions=(Condition(content=content),)))
+            completed.append(replace(request, conditions=(Condition(content=content),)))
         return completed
 
 

@@ -96,11 +96,11 @@ def compare_few_steps(
 
 
 def _measure_following(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> dict[str, Any]:
-    collection = MetricCollection((PromptFollowing(), StartSpread()))
+    collection, sampling = MetricCollection((PromptFollowing(), StartSpread())), pipeline.make_sampling(steps=steps)
     for seed in seeds:
         requests = make_shape_requests(seed)
         prompts = [request.prompt for request in requests]
-        collection.update(MetricBatch(samples=pipeline.generate_many(requests, steps=steps), prompts=prompts))
+        collection.update(MetricBatch(samples=pipeline.generate_many(requests, sampling=sampling), prompts=prompts))
     estimates = {name: result.estimate for name, result in collection.compute().items()}
     rates = {name: estimates[name].value for name in ATTRIBUTES}
     ratios = [each.value for name, each in estimates.items() if name.startswith("start_spread_")]

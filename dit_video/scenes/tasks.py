@@ -9,9 +9,8 @@ import numpy as np
 from dit_video.core.rng import make_generator
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.metrics.tasks import InterpolationGain, KeptPixels, RegionBorder, TransitionJump, ZoomSteps
-from dit_video.models.conditioning import KnownMask
+from dit_video.models.conditioning import IsKnown
 from dit_video.sampling.tasks import (
-    AnyTask,
     Blend,
     Edit,
     Extend,
@@ -20,6 +19,7 @@ from dit_video.sampling.tasks import (
     Interpolate,
     Loop,
     Outpaint,
+    Task,
     ZoomOut,
 )
 from dit_video.scenes import RenderedScene, Scene, draw_scene, render
@@ -50,7 +50,7 @@ class TaskTruth(NamedTuple):
     """Its rendering, of the sample's size."""
     reconstruction: Clip
     """The autoencoder's reconstruction of the rendering: the best that a sample can be."""
-    is_known: KnownMask | None = None
+    is_known: IsKnown | None = None
     """Pixels that the model got; None for none."""
     frame: int = -1
     """Number of the new frame at which positions are compared."""
@@ -61,12 +61,12 @@ class TaskTruth(NamedTuple):
 class TaskCase(NamedTuple):
     """A task on a scene, and what its result is compared with."""
 
-    task: AnyTask
+    task: Task
     truth: TaskTruth
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneTask:
+class TaskMeasure:
     """The measure of a generation task."""
 
     make_case: Callable[[RenderedScene, Scene, Reconstruct, np.random.Generator], TaskCase | None]
@@ -79,7 +79,7 @@ class SceneTask:
 
 
 def make_cases(
-    task: SceneTask, reconstruct: Reconstruct, *, count: int, seed: int, levels: Sequence[int] = (1, 2)
+    task: TaskMeasure, reconstruct: Reconstruct, *, count: int, seed: int, levels: Sequence[int] = (1, 2)
 ) -> Iterator[TaskCase]:
     """Yield cases of scenes, of the levels in turn.
 
@@ -102,15 +102,17 @@ def make_cases(
 
 
 def _from_text(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
-    return TaskCase(Generate(prompt=scene.caption, size=scene.size), _make_truth(rendered.clip, scene, reconstruct))
+    return TaskCase(Generate(scene.caption, size=scene.size), _make_truth(rendered.clip, scene, reconstruct))
 
 
 def _from_frames(*frames: int) -> Callable[..., TaskCase]:
     """Return the function that makes cases with the first frame, and perhaps the last one."""
 
     def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
-        images = dict(zip(("image", "last_image"), (rendered.clip.frames[frame] for frame in frames), strict=False))
-        task = Generate(prompt=scene.caption, size=scene.size, **images)
+        images: dict[str, Any] = dict(
+            zip(("image", "last_image"), (rendered.clip.frames[frame] for frame in frames), strict=False)
+        )
+        task = Generate(scene.caption, size=scene.size, **images)
         return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=_know_frames(scene, frames)))
 
     return make_case
@@ -119,7 +121,7 @@ def _from_frames(*frames: int) -> Callable[..., TaskCase]:
 def _extend(*, before: bool) -> Callable[..., TaskCase]:
     def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
         known = slice(-KNOWN, None) if before else slice(KNOWN)
-        task = Extend(prompt=scene.caption, clip=_cut(rendered.clip, known), frames=FRAMES - KNOWN, before=before)
+        task = Extend(_cut(rendered.clip, known), scene.caption, frames=FRAMES - KNOWN, before=before)
         return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, frame=0 if before else -1))
 
     return make_case
@@ -131,7 +133,7 @@ def _interpolate(frames: Sequence[int], **spacing: Any) -> Callable[..., TaskCas
     def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
         fps = scene.fps * (len(frames) - 1) / frames[-1]
         clip = replace(_cut(rendered.clip, list(frames)), fps=fps)
-        task = Interpolate(prompt=scene.caption, clip=clip, **spacing)
+        task = Interpolate(clip, scene.caption, **spacing)
         return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=_know_frames(scene, frames)))
 
     return make_case
@@ -145,14 +147,14 @@ def _inpaint(
     rows, columns = (np.flatnonzero(is_object.any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         return None
-    mask = np.zeros(scene.size[1:], bool)
-    mask[max(0, rows[0] - 3) : rows[-1] + 4, max(0, columns[0] - 3) : columns[-1] + 4] = True
+    generated = np.zeros(scene.size[1:], bool)
+    generated[max(0, rows[0] - 3) : rows[-1] + 4, max(0, columns[0] - 3) : columns[-1] + 4] = True
     others = (rendered.instances > 0) & (rendered.instances < len(scene.objects))
-    if mask.mean(axis=(0, 1)) > 0.5 or (others & mask).any(axis=(0, 1, 2)):
+    if generated.mean(axis=(0, 1)) > 0.5 or (others & generated).any(axis=(0, 1, 2)):
         return None
     target = _recolour(scene, generator)
-    task = Inpaint(prompt=target.caption, clip=rendered.clip, mask=mask)
-    is_known = np.broadcast_to(~mask, scene.size)
+    task = Inpaint(rendered.clip, generated, target.caption)
+    is_known = np.broadcast_to(~generated, scene.size)
     return TaskCase(task, _make_truth(render(target).clip, target, reconstruct, is_known=is_known, source=scene))
 
 
@@ -162,13 +164,13 @@ def _outpaint(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _
     is_known = np.zeros(scene.size, bool)
     is_known[:, inner[0], inner[1]] = True
     clip = replace(rendered.clip, frames=np.ascontiguousarray(rendered.clip.frames[:, inner[0], inner[1]]))
-    task = Outpaint(prompt=scene.caption, clip=clip, size=(height, width))
+    task = Outpaint(clip, (height, width), scene.caption)
     return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=is_known))
 
 
 def _zoom_out(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
     height, width = scene.size.h, scene.size.w
-    task = ZoomOut(prompt=scene.caption, image=rendered.clip, frames=_ZOOM_STEPS, factor=_ZOOM_FACTOR)
+    task = ZoomOut(rendered.clip, scene.caption, frames=_ZOOM_STEPS, factor=_ZOOM_FACTOR)
     inner = task.inner_size
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     is_known = np.zeros((1 + _ZOOM_STEPS, height, width), bool)
@@ -180,13 +182,13 @@ def _loop(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np
     if not _has_motion(scene):
         return None
     clip = _cut(rendered.clip, slice(FRAMES - 1))
-    task = Loop(prompt=scene.caption, size=(FRAMES - 1, scene.size.h, scene.size.w))
+    task = Loop(scene.caption, size=(FRAMES - 1, scene.size.h, scene.size.w))
     return TaskCase(task, TaskTruth(scene, clip, clip))
 
 
 def _edit(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, generator: np.random.Generator) -> TaskCase:
     target = _recolour(scene, generator)
-    task = Edit(prompt=target.caption, clip=rendered.clip)
+    task = Edit(rendered.clip, target.caption)
     return TaskCase(task, _make_truth(render(target).clip, target, reconstruct, source=scene))
 
 
@@ -194,7 +196,7 @@ def _blend(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: n
     if not _has_motion(scene):
         return None
     first, second = _cut(rendered.clip, slice(KNOWN)), _cut(rendered.clip, slice(-KNOWN, None))
-    task = Blend(prompt=scene.caption, first=first, second=second, frames=_GAP)
+    task = Blend(first, second, scene.caption, frames=_GAP)
     return TaskCase(task, TaskTruth(scene, rendered.clip, rendered.clip))
 
 
@@ -206,7 +208,7 @@ def _cut(clip: Clip, frames: slice | list[int]) -> Clip:
     return replace(clip, frames=np.ascontiguousarray(clip.frames[frames]))
 
 
-def _know_frames(scene: Scene, frames: Sequence[int]) -> KnownMask:
+def _know_frames(scene: Scene, frames: Sequence[int]) -> IsKnown:
     is_known = np.zeros(scene.size, bool)
     is_known[list(frames)] = True
     return is_known
@@ -225,7 +227,7 @@ def _make_truth(
     scene: Scene,
     reconstruct: Reconstruct,
     *,
-    is_known: KnownMask | None = None,
+    is_known: IsKnown | None = None,
     frame: int = -1,
     source: Scene | None = None,
 ) -> TaskTruth:
@@ -234,30 +236,30 @@ def _make_truth(
 
 _KEPT = (KeptPixels(), SceneDirections())
 _BETWEEN = (InterpolationGain(), KeptPixels())
-SCENE_TASKS: dict[str, SceneTask] = {
-    "text_to_video": SceneTask(
+TASK_MEASURES: dict[str, TaskMeasure] = {
+    "text_to_video": TaskMeasure(
         make_case=_from_text, metrics=(SceneColours(), SceneDirections()), sizes=SIZES, is_completed=False
     ),
-    "image_to_video": SceneTask(make_case=_from_frames(0), metrics=_KEPT),
-    "first_and_last_frame": SceneTask(make_case=_from_frames(0, FRAMES - 1), metrics=_KEPT),
-    "extension_forwards": SceneTask(make_case=_extend(before=False), metrics=(ObjectPosition(),)),
-    "extension_backwards": SceneTask(make_case=_extend(before=True), metrics=(ObjectPosition(),)),
-    "interpolation_2x": SceneTask(make_case=_interpolate(range(0, FRAMES, 2), factor=2), metrics=_BETWEEN),
-    "interpolation_4x": SceneTask(make_case=_interpolate(range(0, FRAMES, 4), factor=4), metrics=_BETWEEN),
-    "keyframes": SceneTask(make_case=_interpolate(_KEYFRAMES, times=_KEYFRAMES), metrics=_BETWEEN),
-    "inpainting": SceneTask(make_case=_inpaint, metrics=(KeptPixels(), SceneColours(), RegionBorder())),
-    "outpainting": SceneTask(make_case=_outpaint, metrics=(KeptPixels(), RegionBorder())),
-    "zoom_out": SceneTask(
+    "image_to_video": TaskMeasure(make_case=_from_frames(0), metrics=_KEPT),
+    "first_and_last_frame": TaskMeasure(make_case=_from_frames(0, FRAMES - 1), metrics=_KEPT),
+    "extension_forwards": TaskMeasure(make_case=_extend(before=False), metrics=(ObjectPosition(),)),
+    "extension_backwards": TaskMeasure(make_case=_extend(before=True), metrics=(ObjectPosition(),)),
+    "interpolation_2x": TaskMeasure(make_case=_interpolate(range(0, FRAMES, 2), factor=2), metrics=_BETWEEN),
+    "interpolation_4x": TaskMeasure(make_case=_interpolate(range(0, FRAMES, 4), factor=4), metrics=_BETWEEN),
+    "keyframes": TaskMeasure(make_case=_interpolate(_KEYFRAMES, places=_KEYFRAMES), metrics=_BETWEEN),
+    "inpainting": TaskMeasure(make_case=_inpaint, metrics=(KeptPixels(), SceneColours(), RegionBorder())),
+    "outpainting": TaskMeasure(make_case=_outpaint, metrics=(KeptPixels(), RegionBorder())),
+    "zoom_out": TaskMeasure(
         make_case=_zoom_out,
         metrics=(ZoomSteps(), RegionBorder()),
         sizes=tuple(size for size in SIZES if size.t == 1),
     ),
-    "blending": SceneTask(
+    "blending": TaskMeasure(
         make_case=_blend,
         metrics=(TransitionJump(),),
         sizes=tuple(size._replace(t=2 * KNOWN + _GAP) for size in SIZES if size.t == FRAMES),
     ),
-    "loop": SceneTask(make_case=_loop, metrics=(LoopSeam(),), is_completed=False),
-    "editing": SceneTask(make_case=_edit, metrics=(EditSuccess(),), is_completed=False),
+    "loop": TaskMeasure(make_case=_loop, metrics=(LoopSeam(),), is_completed=False),
+    "editing": TaskMeasure(make_case=_edit, metrics=(EditSuccess(),), is_completed=False),
 }
 """Measures of the tasks by name."""

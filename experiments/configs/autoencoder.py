@@ -21,7 +21,7 @@ steps, 28.4 minutes:
 """
 
 from dit_video.data.windows import Augmentation, WindowConfig
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DiTConfig
@@ -71,6 +71,6 @@ EXPERIMENT = Experiment(
             ema_decay=0.99,
         ),
     ),
-    sampling=Sampling(steps=32, guidance=1.5),
+    sampling=Sampling(steps=32, guidance=Guidance(scale=1.5)),
     save_every=100,
 )

@@ -9,7 +9,7 @@ shows that every step works on real input, and is a starting point for others.
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
@@ -45,7 +45,7 @@ EXPERIMENT = Experiment(
             ema_decay=0.99,
         ),
     ),
-    sampling=Sampling(steps=32, guidance=1.5),
+    sampling=Sampling(steps=32, guidance=Guidance(scale=1.5)),
     evaluation=CaptionEvaluation(trained=6, held_out=4),
     save_every=100,
 )

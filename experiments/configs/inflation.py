@@ -18,7 +18,7 @@ parameters, is a starting point.
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, ImageLevels, ImageVaeConfig, InflatedConfig
@@ -59,6 +59,6 @@ EXPERIMENT = Experiment(
             steps=50_000,
         ),
     ),
-    sampling=Sampling(steps=40, guidance=3.0),
+    sampling=Sampling(steps=40, guidance=Guidance(scale=3.0)),
     evaluation=CaptionEvaluation(trained=6, held_out=4),
 )

@@ -7,7 +7,7 @@ Latents and embedded captions are cached first, with the autoencoder and the tex
 Hugging Face (Lightricks/LTX-Video-0.9.5). It is designed for v5p:2x2x4, and has not been trained.
 """
 
-from dit_video.diffusion import ExponentialShift, RectifiedFlow
+from dit_video.diffusion import ExponentialShift, Guidance, RectifiedFlow
 from dit_video.distributed import Parallelism
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainDenoiser
 from dit_video.models.autoencoders import LtxVaeConfig
@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(
             ema_decay=0.9999,
         ),
     ),
-    sampling=Sampling(steps=50, guidance=3.0),
+    sampling=Sampling(steps=50, guidance=Guidance(scale=3.0)),
     parallel=Parallelism(data=-1, fsdp=16),
     save_every=1000,
 )

@@ -4,7 +4,7 @@ python experiments/quickstart.py
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DiTConfig
@@ -63,7 +63,7 @@ def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
                 ema_decay=0.995,
             ),
         ),
-        sampling=Sampling(steps=32, guidance=1.1),
+        sampling=Sampling(steps=32, guidance=Guidance(scale=1.1)),
         evaluation=ShapesEvaluation(),
         save_every=200,
     )

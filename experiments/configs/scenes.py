@@ -13,7 +13,7 @@ tasks.
 import dataclasses
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
@@ -58,7 +58,7 @@ EXPERIMENT = Experiment(
         ),
         TrainDenoiser(continues="one_object", batch=10, optimizer=OPTIMIZER, steps=2400, ema_decay=0.995),
     ),
-    sampling=Sampling(steps=32, guidance=2.0),
+    sampling=Sampling(steps=32, guidance=Guidance(scale=2.0)),
     evaluation=CaptionEvaluation(trained=8, held_out=0),
     save_every=300,
 )

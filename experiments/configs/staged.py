@@ -12,7 +12,7 @@ ends at 0.20, and samples of the training clips, which the model has memorized, 
 """
 
 from dit_video.data.windows import WindowConfig
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
@@ -86,7 +86,7 @@ EXPERIMENT = Experiment(
             ema_decay=0.98,
         ),
     ),
-    sampling=Sampling(steps=32, guidance=1.5),
+    sampling=Sampling(steps=32, guidance=Guidance(scale=1.5)),
     evaluation=CaptionEvaluation(trained=6, held_out=4),
     save_every=50,
 )

@@ -6,7 +6,7 @@ Hugging Face (`vae`, `text_encoder` and `tokenizer`).
 These configs have not been trained.
 """
 
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.distributed import Parallelism
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainDenoiser
 from dit_video.models.autoencoders import CausalVaeConfig
@@ -67,7 +67,7 @@ def make_experiment(
                 ema_decay=0.9999,
             ),
         ),
-        sampling=Sampling(steps=50, guidance=5.0),
+        sampling=Sampling(steps=50, guidance=Guidance(scale=5.0)),
         parallel=parallel,
         save_every=1000,
     )

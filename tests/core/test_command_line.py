@@ -11,6 +11,7 @@ import tyro
 
 from dit_video.core.command_line import ArgumentParser, check_minimum, parse_arguments, parse_memory
 from dit_video.core.errors import UserError
+from dit_video.diffusion import Guidance
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
@@ -191,7 +192,7 @@ def test_the_help_of_a_config_names_every_option(script):
 def test_guidance_is_one_scale_or_two(load_file):
     experiment = load_file(Path(CONFIG)).EXPERIMENT
     registry = load_file(ROOT / "experiments" / "train.py").make_registry(experiment)
-    for texts, expected in ((["3"], 3.0), (["4", "3"], (4.0, 3.0)), ([], experiment.sampling.guidance)):
+    for texts, expected in ((["3"], 3.0), (["4", "3"], (4.0, 3.0)), ([], experiment.sampling.guidance.scale)):
         parsed = parse_arguments(
             type(experiment.sampling),
             args=["--guidance", *texts] if texts else [],
@@ -199,7 +200,7 @@ def test_guidance_is_one_scale_or_two(load_file):
             config=(tyro.conf.AvoidSubcommands,),
             registry=registry,
         )
-        assert parsed.guidance == expected
+        assert parsed.guidance == Guidance(scale=expected)
 
 
 @pytest.mark.parametrize(

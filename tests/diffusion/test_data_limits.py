@@ -8,7 +8,7 @@ import pytest
 from dit_video.core.config_json import from_json, to_json
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
-    SAMPLERS,
+    SOLVERS,
     X0,
     ClippedPrediction,
     Epsilon,
@@ -72,12 +72,12 @@ def test_a_threshold_is_the_quantile_of_each_sample_within_its_bounds():
     np.testing.assert_allclose(estimate(ThresholdedPrediction(), DATA)[1].data, jnp.clip(DATA, -1, 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"heun", "pndm"}))
+@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"heun", "pndm"}))
 def test_samples_of_every_solver_lie_within_the_limits(name):
     """A model that overshoots: it predicts data twice as large as those of its range."""
     data = 2 * jnp.sign(DATA)
     noise_fn = make_noise_fn(jax.random.split(jax.random.key(0), 3), (40,))
-    options = {"process": RectifiedFlow(), "solver": SAMPLERS[name], "noise_fn": noise_fn}
+    options = {"process": RectifiedFlow(), "solver": SOLVERS[name], "noise_fn": noise_fn}
     denoise, times = stateless(lambda noisy, time: data), make_uniform_times(RectifiedFlow(), 3)
     run = jax.jit(lambda prediction: sample(denoise, NOISE, times, prediction=prediction, **options), static_argnums=0)
     assert jnp.abs(run(X0())).max() > 1.5

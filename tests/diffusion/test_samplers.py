@@ -12,7 +12,7 @@ from scipy import stats
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
-    SAMPLERS,
+    SOLVERS,
     X0,
     ClippedPrediction,
     Ddim,
@@ -28,7 +28,7 @@ from dit_video.diffusion import (
     UniPc,
     VariancePreservingProcess,
     Velocity,
-    get_sampler,
+    get_solver,
     invert,
     make_estimator,
     make_noise_fn,
@@ -70,12 +70,12 @@ def test_solvers_converge_at_their_order(solver, order, steps):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("name", "shift"), [(name, 1.0) for name in sorted(set(SAMPLERS) - {"lcm"})] + [("euler", 3.0), ("unipc", 3.0)]
+    ("name", "shift"), [(name, 1.0) for name in sorted(set(SOLVERS) - {"lcm"})] + [("euler", 3.0), ("unipc", 3.0)]
 )
 def test_samples_have_the_mean_and_deviation_of_the_data(name, shift):
     noise = jnp.asarray(stats.norm.ppf((np.arange(4000) + 0.5) / 4000), jnp.float32)
-    result = run(get_sampler(name), 100, RectifiedFlow(shift=shift), noise)
-    exact = not get_sampler(name).stochastic
+    result = run(get_solver(name), 100, RectifiedFlow(shift=shift), noise)
+    exact = not get_solver(name).stochastic
     assert result.mean() == pytest.approx(MEAN, abs=0.01 if exact else 0.02)
     assert result.std() == pytest.approx(STD, rel=0.05)
     assert stats.kstest((result - MEAN) / STD, "norm").statistic < (0.02 if exact else 0.035)
@@ -160,13 +160,13 @@ def test_solvers_evaluate_the_model_at_the_expected_times():
     assert times == [1.0, 0.5, 1.0, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("name", mark_slow_except(["ddpm", "dpm++2m", "unipc"], sorted(SAMPLERS)))
+@pytest.mark.parametrize("name", mark_slow_except(["ddpm", "dpm++2m", "unipc"], sorted(SOLVERS)))
 def test_a_trace_has_the_intermediate_values_of_a_sample(name):
     times, draw = (
         make_uniform_times(RectifiedFlow(), 4),
         make_noise_fn(jax.random.split(jax.random.key(0), len(NOISE)), (4,)),
     )
-    rest = {"process": RectifiedFlow(), "solver": get_sampler(name), "noise_fn": draw}
+    rest = {"process": RectifiedFlow(), "solver": get_solver(name), "noise_fn": draw}
     result = trace(stateless(denoise), NOISE, times, **rest)
     assert result.x.shape == result.data.shape == (4, *NOISE.shape)
     np.testing.assert_allclose(result.x[-1], sample(stateless(denoise), NOISE, times, **rest), rtol=1e-5, atol=1e-6)
@@ -174,7 +174,7 @@ def test_a_trace_has_the_intermediate_values_of_a_sample(name):
     np.testing.assert_allclose(result.data[2], result.x[1] - 0.5 * denoise(result.x[1], 0.5), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if get_sampler(name).stochastic))
+@pytest.mark.parametrize("name", sorted(name for name in SOLVERS if get_solver(name).stochastic))
 def test_the_noise_of_a_sample_does_not_depend_on_the_others(name):
     keys = jax.random.split(jax.random.key(1), len(NOISE))
 
@@ -185,7 +185,7 @@ def test_the_noise_of_a_sample_does_not_depend_on_the_others(name):
             noise,
             times,
             process=RectifiedFlow(),
-            solver=get_sampler(name),
+            solver=get_solver(name),
             noise_fn=make_noise_fn(keys, noise.shape[1:]),
         )
 
@@ -238,11 +238,11 @@ def test_less_than_one_step_is_refused(steps):
 
 
 def test_samplers_are_found_by_name():
-    assert get_sampler("euler") == Euler()
-    assert get_sampler("euler-ancestral") == Ddim(eta=1.0)
-    assert get_sampler("dpm++sde") == DpmMultistep(eta=1.0)
-    with pytest.raises(UserError, match=r"unknown sampler 'plms'; use one of ddim, ddpm, dpm.*2m, "):
-        get_sampler("plms")
+    assert get_solver("euler") == Euler()
+    assert get_solver("euler-ancestral") == Ddim(eta=1.0)
+    assert get_solver("dpm++sde") == DpmMultistep(eta=1.0)
+    with pytest.raises(UserError, match=r"unknown solver 'plms'; use one of ddim, ddpm, dpm.*2m, "):
+        get_solver("plms")
 
 
 class WithoutDataAtItsNoise(VariancePreservingProcess):
@@ -252,7 +252,7 @@ class WithoutDataAtItsNoise(VariancePreservingProcess):
         return 1 - time
 
 
-@pytest.mark.parametrize("name", sorted(name for name in SAMPLERS if get_sampler(name).stochastic))
+@pytest.mark.parametrize("name", sorted(name for name in SOLVERS if get_solver(name).stochastic))
 def test_a_stochastic_solver_without_noise_is_refused(name):
     with pytest.raises(UserError, match=r"draws noise\. Use make_noise_fn"):
         sample(
@@ -260,7 +260,7 @@ def test_a_stochastic_solver_without_noise_is_refused(name):
             NOISE,
             make_uniform_times(RectifiedFlow(), 2),
             process=RectifiedFlow(),
-            solver=get_sampler(name),
+            solver=get_solver(name),
         )
 
 

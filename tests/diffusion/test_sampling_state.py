@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dit_video.diffusion import (
-    SAMPLERS,
+    SOLVERS,
     Euler,
     Heun,
     RectifiedFlow,
@@ -18,7 +18,7 @@ from dit_video.diffusion import (
 )
 from support.marks import mark_slow_except
 
-SAMPLER_NAMES = mark_slow_except(["ddpm", "euler", "unipc"], sorted(SAMPLERS))
+SAMPLER_NAMES = mark_slow_except(["ddpm", "euler", "unipc"], sorted(SOLVERS))
 PROCESS = RectifiedFlow()
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5)), jnp.float32)
 
@@ -44,7 +44,7 @@ def draw(number):
 
 @pytest.mark.parametrize("name", SAMPLER_NAMES)
 def test_steps_of_no_length_change_nothing(name):
-    solver = SAMPLERS[name]
+    solver = SOLVERS[name]
     plain = sample(denoise, NOISE, make_uniform_times(PROCESS, 3), process=PROCESS, solver=solver, noise_fn=draw)
     state = run(solver, 3, 8)
     np.testing.assert_allclose(state.x, plain, rtol=1e-5, atol=1e-5)
@@ -82,7 +82,7 @@ def test_the_state_of_the_model_advances_once_a_step(name):
     def at_step(number):
         return stateless(lambda noisy, time: predict(noisy, time) + 0.1 * number)
 
-    solver, times = SAMPLERS[name], make_uniform_times(PROCESS, 3)
+    solver, times = SOLVERS[name], make_uniform_times(PROCESS, 3)
     state = run(solver, 3, 8, count, denoiser=jnp.zeros(()))
     assert float(state.denoiser) == 3
     expected = init_sampling(solver, NOISE, steps=3)

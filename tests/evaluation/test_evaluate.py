@@ -124,7 +124,7 @@ def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_r
     assert entry["metric"] == "dit_video.scenes.shape_metrics:PromptFollowing"
     seconds = measured.metrics["sampling"].pop("seconds")
     assert seconds >= 0
-    expected = {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "times": [1.0, 0.5, 0.0], "sampler": "euler"}
+    expected = {"samples": 3, "seed": 7, "steps": 2, "guidance": 1.0, "times": [1.0, 0.5, 0.0], "solver": "euler"}
     assert measured.metrics["sampling"] == expected
     assert len(measured.samples) == 3
     batch = MetricBatch(samples=[clip for _, clip in measured.samples], prompts=[one.prompt for one in REQUESTS])
@@ -183,7 +183,7 @@ def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"seed": -1}, "seed=-1 is invalid"), ({"seed": 0, "sampler": "plms"}, "unknown sampler 'plms'")],
+    [({"seed": -1}, "seed=-1 is invalid"), ({"seed": 0, "solver": "plms"}, "unknown solver 'plms'")],
 )
 def test_wrong_arguments_end_an_evaluation_before_it_begins(tiny_pipeline, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):

@@ -66,8 +66,9 @@ def test_samples_count_as_progress(tiny_pipeline, tmp_path):
 
 @pytest.mark.nightly
 def test_samples_are_the_pipeline_s_clips(tiny_pipeline, tmp_path):
-    write_samples(tiny_pipeline, REQUESTS[1:2], tmp_path / "samples", steps=3, guidance=1.0, sampler="heun")
-    expected = tiny_pipeline.generate("a blue square", size=(1, 16, 16), seed=2, steps=3, guidance=1.0, sampler="heun")
+    sampling = tiny_pipeline.make_sampling(steps=3, guidance=1.0, solver="heun")
+    write_samples(tiny_pipeline, REQUESTS[1:2], tmp_path / "samples", sampling=sampling)
+    expected = tiny_pipeline.generate("a blue square", size=(1, 16, 16), seed=2, steps=3, guidance=1.0, solver="heun")
     written = decode(tmp_path / "samples" / "000-a-blue-square.png")
     np.testing.assert_array_equal(written.frames, expected.frames)
 
@@ -152,8 +153,8 @@ def test_weights_in_host_memory_move_once_for_all_requests(tmp_path, monkeypatch
     monkeypatch.setattr(sampler, "make_program", make)
     pipeline = dit_video.load(tmp_path / "wan", dtype="float32", offload=offload)
     requests = [Request("a dog", (1, 16, 16), seed=seed) for seed in range(6)]
-    options = {"steps": 4, "guidance": 1.0}
-    entries = write_samples(pipeline, requests, tmp_path / "samples", progress=done.append, **options)
+    sampling = pipeline.make_sampling(steps=4, guidance=1.0)
+    entries = write_samples(pipeline, requests, tmp_path / "samples", sampling=sampling, progress=done.append)
     assert done == [1, 2, 3, 4, 5, 6]
     ids = [id(leaf) for leaf, _ in used]
     first, *_, last = ids
@@ -163,6 +164,6 @@ def test_weights_in_host_memory_move_once_for_all_requests(tmp_path, monkeypatch
     else:
         assert [count for _, count in used] == [0] * 12
         assert ids == [first] * 6 + [last] * 6
-    clips = pipeline.generate_many(requests, **options)
+    clips = pipeline.generate_many(requests, sampling=sampling)
     for entry, clip in zip(entries, clips, strict=True):
         np.testing.assert_array_equal(decode(tmp_path / "samples" / entry["file"]).frames, clip.frames)

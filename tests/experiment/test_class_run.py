@@ -11,6 +11,7 @@ from dit_video.core.errors import UserError
 from dit_video.experiment.run import Run
 from dit_video.models.encoders import ClassNamesConfig
 from dit_video.tokens import PackedShape
+from support.latents import generate_latents
 
 pytestmark = pytest.mark.slow
 SIZE = (5, 16, 16)
@@ -48,7 +49,7 @@ def test_classes_are_learned_and_sampled_by_name(tiny, tiny_run, names, tmp_path
     assert label.shape == (len(names) + 1, tiny.EXPERIMENT.model.backbone.width)
 
     def sample_latents(prompt):
-        return pipeline.generate(prompt, size=SIZE, steps=2, guidance=1.0, output="latents")
+        return generate_latents(pipeline, prompt, size=SIZE, steps=2, guidance=1.0)
 
     first = sample_latents(0)
     np.testing.assert_array_equal(sample_latents(names[0]), first)

@@ -20,6 +20,7 @@ from dit_video.training.hooks import logging
 from dit_video.weights import load_embedder
 from support import tiny_clip
 from support.fakes import FakeEmbedder, use_fake_embedder
+from support.latents import generate_latents
 
 pytestmark = pytest.mark.usefixtures("opened")
 PROMPT, SIZE = "a red circle moving left", (5, 16, 16)
@@ -103,16 +104,16 @@ def test_a_pipeline_opens_the_encoder_at_the_first_prompt(frozen_run, encoder, t
     assert opened == []
     text = pipeline.config.model.text_encoder
     assert (text.folder, text.identity) == (str(encoder), FakeEmbedder(encoder, max_tokens=6).identity)
-    latents = pipeline.generate(PROMPT, size=SIZE, output="latents")
+    latents = generate_latents(pipeline, PROMPT, size=SIZE)
     assert len(opened) == 1
-    other = pipeline.generate("a blue square", size=SIZE, output="latents")
+    other = generate_latents(pipeline, "a blue square", size=SIZE)
     assert np.abs(latents - other).max() > 1e-3
     # The saved pipeline gives the same, even after the encoder has moved.
     pipeline.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "pipeline.json").read_text())["config"]["text"] == config_json.to_json(text)
     moved = shutil.copytree(encoder, tmp_path / "moved")
     for again in (dit_video.load(tmp_path / "saved"), dit_video.load(tmp_path / "saved", text_encoder=moved)):
-        np.testing.assert_array_equal(again.generate(PROMPT, size=SIZE, output="latents"), latents)
+        np.testing.assert_array_equal(generate_latents(again, PROMPT, size=SIZE), latents)
     assert pipeline.count_parameters()["text"] == 0
 
 
@@ -139,9 +140,9 @@ def test_a_pipeline_refuses_another_encoder(frozen_run, tiny_run, encoder, tmp_p
 def test_an_unfinished_run_can_be_sampled_with_a_moved_encoder(frozen_run, copy, encoder, tmp_path, opened):
     shutil.rmtree(copy / "pipeline")
     moved = shutil.copytree(encoder, tmp_path / "moved")
-    latents = dit_video.load(copy, text_encoder=moved).generate(PROMPT, size=SIZE, output="latents")
+    latents = generate_latents(dit_video.load(copy, text_encoder=moved), PROMPT, size=SIZE)
     assert len(opened) == 1
-    expected = dit_video.load(frozen_run).generate(PROMPT, size=SIZE, output="latents")
+    expected = generate_latents(dit_video.load(frozen_run), PROMPT, size=SIZE)
     np.testing.assert_array_equal(latents, expected)
 
 

@@ -10,6 +10,7 @@ import pytest
 import dit_video
 from dit_video.experiment.run import Run
 from dit_video.models.conditioning import Beginning, FirstFrame, FrameConditioning, InsideOfBox
+from support.latents import generate_latents
 
 pytestmark = pytest.mark.slow
 MASKS = (FirstFrame(weight=2.0), Beginning(), InsideOfBox())
@@ -42,8 +43,8 @@ def test_a_task_mix_is_trained_and_sampled(tiny, tiny_run, tmp_path, is_cached, 
     pipeline = dit_video.load(tmp_path / "run")
     assert pipeline.config.model.frame_conditioning.masks == MASKS
     clip = dit_video.Clip(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8), 8)
-    kept = pipeline.generate("red", size=(5, 16, 16), image=clip.frames[0], method="trained", output="latents")
-    free = pipeline.generate("red", size=(5, 16, 16), output="latents")
+    kept = generate_latents(pipeline, "red", size=(5, 16, 16), image=clip.frames[0], method="trained")
+    free = generate_latents(pipeline, "red", size=(5, 16, 16))
     assert np.abs(kept - free).max() > 1e-3
     if time == "token":
         np.testing.assert_allclose(kept[:1], pipeline.encode(dit_video.Clip(clip.frames[:1], 8)), atol=1e-4)

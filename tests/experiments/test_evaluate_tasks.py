@@ -6,7 +6,7 @@ import json
 import pytest
 
 from dit_video.scenes import draw_scene
-from dit_video.scenes.tasks import SCENE_TASKS
+from dit_video.scenes.tasks import TASK_MEASURES
 
 
 def test_scenes_are_rendered_into_a_folder_of_clips(script, tmp_path):
@@ -22,7 +22,7 @@ def test_scenes_are_rendered_into_a_folder_of_clips(script, tmp_path):
 def test_every_task_is_sampled_and_measured(script, tiny_run, tmp_path):
     done = script("experiments/evaluate_tasks.py", tiny_run, "--out", tmp_path / "out", "--count", 1)
     assert done.code == 0, done.err
-    for name, task in SCENE_TASKS.items():
+    for name, task in TASK_MEASURES.items():
         figures = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         methods = [key for key in figures if key not in ("count", "levels", "seed", "resample", "seconds")]
         expected = {"auto", "training_free"} if task.is_completed else {"auto"}

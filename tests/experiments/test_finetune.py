@@ -136,7 +136,7 @@ def test_fine_tuning_a_model_with_control_adapts_its_control_layers_too(finetune
     targets = ("--lora.targets", r"^backbone/(control/)?blocks/.*kernel$")
     run = finetuned("--learning-rate", 3e-2, "--lora.rank", 4, *targets, model=tmp_path / "vace")
     start, pipeline = dit_video.load(tmp_path / "vace", dtype="float32"), dit_video.load(run)
-    assert pipeline.config.task == start.config.task
+    assert pipeline.config.conditioner == start.config.conditioner
     trained, before = flatten(pipeline.denoiser_params), flatten(start.denoiser_params)
     for name in (LORA_FILE, ADAPTER_FILE):
         loaded = flatten(start.load_lora(run / name).denoiser_params)

@@ -28,10 +28,10 @@ def model(tmp_path_factory):
 def test_the_experiment_has_the_authors_settings(model):
     experiment = make_finetuning_experiment(model, FineTuningOptions())
     denoiser, sampling = experiment.denoiser, experiment.sampling
-    assert (sampling.steps, sampling.guidance) == (50, 3.0)
-    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.model.fps) == (512 * 704, 161, 25.0)
+    assert (sampling.steps, sampling.guidance.scale) == (50, 3.0)
+    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (512 * 704, 161, 25.0)
     assert (denoiser.layout.tokens, denoiser.text.max_tokens) == (21 * 16 * 22, 256)
-    assert denoiser.task == KeyframesToVideo(noise_scale=0.15)
+    assert denoiser.conditioner == KeyframesToVideo(noise_scale=0.15)
     assert denoiser.backbone.time_coordinate == "frame seconds"
 
 
@@ -48,8 +48,8 @@ def test_fine_tuning_writes_adapters_that_reproduce_the_run(process, model, tmp_
     losses = [entry["loss"] for entry in logging.read_metrics(run / "denoiser" / "metrics.jsonl")]
     assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:3]), losses
     pipeline, start = dit_video.load(run), dit_video.load(model, dtype="float32")
-    assert pipeline.config.task == start.config.task
-    assert pipeline.config.token_lead == 7 / 8
+    assert pipeline.config.conditioner == start.config.conditioner
+    assert pipeline.config.model.token_lead == 7 / 8
     loaded = flatten(start.load_lora(run / LORA_FILE).denoiser_params)
     for path, leaf in flatten(pipeline.denoiser_params).items():
         np.testing.assert_allclose(loaded[path], leaf, atol=1e-5, err_msg=path)

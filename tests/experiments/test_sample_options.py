@@ -44,7 +44,7 @@ def test_options_reach_the_pipeline(script, two_experts, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     (pipeline,) = used
     assert (pipeline.config.model.backbone.dtype, pipeline.config.model.text_encoder.dtype) == ("float32", "bfloat16")
-    assert (pipeline.task_model.offload, pipeline.codec.memory) == (Stages(), 2**30)
+    assert (pipeline.model_parts.offload, pipeline.codec.memory) == (Stages(), 2**30)
     assert pipeline.codec.tiles == Tiles(height=12, width=12, overlap=4)
     assert all(map(is_in_host_memory, flatten(pipeline.denoiser_params).values()))
 
@@ -110,7 +110,7 @@ def files(tmp_path_factory):
         ("wan", ("--size", "4x16x16"), "T=4 is not 1 + 4k"),
         ("wan", ("--steps", 3, "--times", 1, 0.5), "steps=3 is invalid: times are of 2 steps"),
         ("wan", ("--times", 0.5, 1), "times=(0.5, 1.0) is invalid"),
-        ("wan", ("--sampler", "plms"), "unknown sampler 'plms'"),
+        ("wan", ("--solver", "plms"), "unknown solver 'plms'"),
         ("wan", ("--zero-star", "True", "--steps", 1), "zero_steps=1 is invalid: it must be below the number of steps"),
         ("own", ("--skip-layers", 2), "skip_layers=(2,) is invalid: the model has 2 layers"),
         ("own", ("--guidance", 4, 3), "guidance=(4.0, 3.0) is invalid: this model has no second expert"),

@@ -1,25 +1,21 @@
-"""`experiments/sample.py --task`, and lists of tasks."""
+"""`experiments/sample.py RUN TASK`, and lists of tasks."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
 
 import numpy as np
 import pytest
 
+import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.evaluation import task_results
 from dit_video.evaluation.task_results import make_contact_sheet, write_task_results
+from dit_video.sampling.request import Request
 from dit_video.sampling.tasks import TASKS, Extend, Inpaint, Interpolate
-from dit_video.sampling.tasks.task_file import TaskEntry, make_task, read_tasks
+from dit_video.sampling.tasks.fields import list_fields
+from dit_video.sampling.tasks.task_file import TaskEntry, read_task, read_tasks
 from dit_video.video import Clip, decode, read_recipe
 from support.tiny_wan import write_wan
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
-
-from task_options import TaskName
 
 SAMPLE = "experiments/sample.py"
 FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
@@ -34,9 +30,9 @@ def clip(tmp_path):
 @pytest.mark.slow
 def test_a_task_writes_a_folder_with_a_contact_sheet_and_lines(script, tmp_path, clip):
     write_wan(tmp_path / "wan")
-    entries = [{"prompt": "a dog", "clip": clip.name, "frames": 4, "seed": seed} for seed in range(2)]
+    entries = [{"task": "extend", "prompt": "a dog", "clip": clip.name, "frames": 4, "seed": seed} for seed in range(2)]
     (tmp_path / "tasks.json").write_text(json.dumps(entries))
-    options = ("--task", "extend", "--prompts", tmp_path / "tasks.json", "--steps", 2, "--out", tmp_path / "out")
+    options = ("--tasks", tmp_path / "tasks.json", "--steps", 2, "--out", tmp_path / "out")
     done = script(SAMPLE, tmp_path / "wan", *options)
     assert done.code == 0, done.err
     lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
@@ -45,7 +41,7 @@ def test_a_task_writes_a_folder_with_a_contact_sheet_and_lines(script, tmp_path,
         path = tmp_path / "out" / line["file"]
         assert len(decode(path).frames) == line["frames"] == 9
         assert line["recipe"]["seed"] == seed
-        assert line["recipe"]["clip_task"]["name"] == "Extend"
+        assert line["recipe"]["task"]["name"] == "extend"
         assert read_recipe(path) == line["recipe"]
     sheet = decode(tmp_path / "out" / "contact_sheet.png")
     assert sheet.frames.shape == (1, 36, 108, 3)
@@ -54,64 +50,100 @@ def test_a_task_writes_a_folder_with_a_contact_sheet_and_lines(script, tmp_path,
     assert "is not an empty folder" in again.err
 
 
-def test_a_task_of_options_needs_its_values(script, tmp_path, clip):
+@pytest.mark.slow
+def test_a_task_is_a_subcommand_whose_options_are_its_fields(script, tmp_path, clip):
     write_wan(tmp_path / "wan")
-    done = script(SAMPLE, tmp_path / "wan", "--task", "interpolate", "--out", tmp_path / "out")
+    run = (tmp_path / "wan", "extend", "--clip", clip, "--frames", 4, "--prompt", "a dog", "--steps", 2, "--seed", 3)
+    done = script(SAMPLE, *run, "--out", tmp_path / "longer.apng")
+    assert done.code == 0, done.err
+    pipeline = dit_video.load(tmp_path / "wan")
+    expected = pipeline.run(Extend(clip, "a dog", frames=4), steps=2, seed=3)
+    np.testing.assert_array_equal(decode(tmp_path / "longer.apng").frames, expected.frames)
+    assert read_recipe(tmp_path / "longer.apng") == expected.recipe
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_options_of_a_task_are_the_fields_of_its_class(script, name):
+    done = script(SAMPLE, "RUN", name, "--help")
+    assert done.code == 0, done.err
+    for field in list_fields(TASKS[name]):
+        assert f"--{field.name.replace('_', '-')}" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("interpolate", "--out", "out"), "--clip PATH"),
+        (("extend", "--clip", "clip.apng", "--frames", "0", "--out", "out"), "frames=0 is invalid"),
+        (("extend", "--clip", "none.mp4", "--frames", "4", "--out", "out"), "no such video or image file: none.mp4"),
+        (("inpaint", "--clip", "clip.apng", "--mask", "a.png", "--out", "out"), "--mask"),
+        (("outpaint", "--clip", "clip.apng", "--size", "9x32x32", "--out", "out"), "must be HEIGHTxWIDTH"),
+        (("--prompt", "x", "--clip", "clip.apng", "--out", "x.gif"), "--clip"),
+        (("vary", "--clip", "clip.apng", "--out", "x.xyz"), "--out x.xyz has no known suffix"),
+        (("--tasks", "t.json", "--seed", "4", "--out", "out"), "put them in the list"),
+        (("--out", "x.gif"), "exactly one of --prompt, --prompts, --tasks and the name of a task is needed"),
+    ],
+)
+def test_mistakes_in_a_task_are_named(script, tmp_path, clip, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    done = script(SAMPLE, tmp_path, *options)
     assert done.code == 2
-    assert "clip is missing: interpolate needs clip" in done.err
-    done = script(SAMPLE, tmp_path / "wan", "--prompt", "x", "--clip", clip, "--out", tmp_path / "x.gif")
-    assert done.code == 2
-    assert "need --task" in " ".join(done.err.split())
+    assert message in " ".join(done.err.split())
 
 
 def test_lists_of_tasks_are_read_with_their_files(tmp_path, clip):
     mask = np.zeros((1, 16, 16, 3), np.uint8)
     mask[:, 4:8] = 255
-    Clip(mask, 1).save(tmp_path / "mask.png")
-    (tmp_path / "a.json").write_text(json.dumps([{"clip": clip.name, "mask": "mask.png", "prompt": "b", "seed": 4}]))
-    ((task, seed, _),) = read_tasks(tmp_path / "a.json", "inpaint")
-    assert isinstance(task, Inpaint)
-    assert (task.prompt, seed, task.mask.shape, task.mask.sum()) == ("b", 4, (5, 16, 16), 5 * 4 * 16)
-    np.testing.assert_array_equal(task.clip.frames, FRAMES)
-    (tmp_path / "a.json").write_text(json.dumps([{"clip": clip.name, "times": [0, 1, 3, 6, 7]}]))
-    ((task, _, _),) = read_tasks(tmp_path / "a.json", "interpolate")
-    assert isinstance(task, Interpolate)
-    assert task.places == [0, 1, 3, 6, 7]
-    (tmp_path / "a.txt").write_text("a dog\n\n  a cat \n")
-    assert [entry.task.prompt for entry in read_tasks(tmp_path / "a.txt", "generate")] == ["a dog", "a cat"]
+    Clip(mask, 1).save(tmp_path / "region.png")
+    entries = [
+        {"task": "inpaint", "clip": clip.name, "generated": "region.png", "prompt": "b", "seed": 4},
+        {"task": "interpolate", "clip": clip.name, "places": [0, 1, 3, 6, 7]},
+        {"task": "generate", "size": [5, 16, 16], "conditions": [{"file": clip.name, "frame": 0}], "strength": None},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    (inpaint, seed), (interpolate, other_seed), (generate, _) = read_tasks(tmp_path / "a.json")
+    assert isinstance(inpaint, Inpaint)
+    np.testing.assert_array_equal(inpaint.generated, mask[0, ..., 0] > 0)
+    np.testing.assert_array_equal(inpaint.clip.frames, FRAMES)
+    assert (inpaint.prompt, seed, other_seed) == ("b", 4, 0)
+    assert isinstance(interpolate, Interpolate)
+    assert interpolate.known_frames == [0, 1, 3, 6, 7]
+    assert (generate.size, len(generate.conditions)) == ((5, 16, 16), 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "message"),
+    ("values", "message"),
     [
-        ("fly", {}, "task='fly' is unknown; use generate, extend"),
-        ("extend", {"frames": 4}, "clip is missing"),
-        ("extend", {"clip": "clip.apng", "frame": 4}, "frame=4 is invalid: extend has no such value. Use frames"),
-        ("extend", {"clip": "clip.apng", "frames": 4, "seed": "a"}, "seed='a' is invalid"),
+        ({"task": "fly"}, "task='fly' is unknown; use generate, extend"),
+        ({"prompt": "a task of version 2"}, "task=None is unknown; use generate"),
+        ({"task": "extend", "frames": 4}, "clip is missing"),
+        (
+            {"task": "extend", "clip": "clip.apng", "frame": 4},
+            r"frame=4 is invalid: extend has no such .* Use frames\.",
+        ),
+        ({"task": "extend", "clip": "clip.apng", "frames": 4, "seed": "a"}, "seed='a' is invalid"),
+        ({"task": "extend", "clip": "clip.apng", "frames": "4"}, "frames='4' is invalid: it must be a whole number"),
+        ({"task": "extend", "clip": 4, "frames": 4}, "clip=4 is invalid: it must be the name of a file"),
+        ({"task": "loop", "size": [8, 16]}, r"size=\[8, 16\] is invalid: it must be a list of frames, height and"),
+        (
+            {"task": "inpaint", "clip": "clip.apng", "mask": "m.png"},
+            "mask='m.png' is invalid: .* Use generated, white where pixels are generated",
+        ),
     ],
 )
-def test_lists_that_do_not_fit_are_refused(tmp_path, clip, name, values, message):
+def test_lists_that_do_not_fit_are_refused(tmp_path, clip, values, message):
     with pytest.raises(UserError, match=message):
-        make_task(name, values, tmp_path)
+        read_task(values, tmp_path)
     with pytest.raises(MissingError, match="no such"):
-        make_task("extend", {"clip": "other.mp4", "frames": 4}, tmp_path)
-
-
-def test_every_task_has_an_option():
-    assert set(get_args(TaskName)) == set(TASKS)
+        read_task({"task": "extend", "clip": "other.mp4", "frames": 4}, tmp_path)
 
 
 class FakePipeline:
     """A pipeline whose tasks return the clips that they extend."""
 
     config = SimpleNamespace(batch=1)
-    codec = None
-    preview_decoder = None
 
-    def make_stepper(self, *args, **overrides):
-        raise AssertionError
-
-    def run_tasks(self, tasks, *, seeds, **options):
+    def run_many(self, tasks, options, *, sampling):
         return [Clip(task.clip.frames, 8, caption="a clip") for task in tasks]
 
 
@@ -127,7 +159,7 @@ def test_a_full_disk_leaves_the_finished_results(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Clip, "save", save)
     with pytest.raises(UserError, match=r"cannot be written after 3 results .*No space left"):
-        write_task_results(FakePipeline(), entries, tmp_path / "out")
+        write_task_results(FakePipeline(), entries, tmp_path / "out", options=Request(""))
     assert sorted(path.name for path in saved) == [f"{number:03d}-a-clip.mp4" for number in range(3)]
     assert len((tmp_path / "out" / task_results.LINES_FILE).read_text().splitlines()) == 3
 
@@ -141,13 +173,13 @@ def test_results_before_ctrl_c_are_kept(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_task_results(FakePipeline(), entries, tmp_path / "out", progress=progress)
+        write_task_results(FakePipeline(), entries, tmp_path / "out", options=Request(""), progress=progress)
     assert len((tmp_path / "out" / task_results.LINES_FILE).read_text().splitlines()) == 5
     assert (tmp_path / "out" / task_results.SHEET_FILE).is_file()
 
 
 def make_entry():
-    return TaskEntry(Extend(clip=Clip(FRAMES, 8), frames=4), 0, {})
+    return TaskEntry(Extend(clip=Clip(FRAMES, 8), frames=4), 0)
 
 
 def test_a_contact_sheet_has_a_row_for_each_clip():

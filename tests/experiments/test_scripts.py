@@ -94,7 +94,7 @@ def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompt", PROMPT, "--size", "big"], "--size big is invalid: it must be FRAMESxHEIGHTxWIDTH"),
         (["--prompt", PROMPT, "--size", "8x16x16"], "T=8 is not 1 + 4k for temporal stride 4; use 5 or 9"),
         (["--prompt", PROMPT, "--size", "5x16x24"], "width 24 is not divisible by 16"),
-        (["--prompt", PROMPT, "--sampler", "plms"], "unknown sampler 'plms'; use one of ddim, ddpm"),
+        (["--prompt", PROMPT, "--solver", "plms"], "unknown solver 'plms'; use one of ddim, ddpm"),
         (["--prompt", PROMPT, "--steps", "0"], "--steps 0 is invalid: it must be at least 1"),
         (["--prompt", PROMPT, "--shift", "0"], "shift=0.0 is invalid"),
         (["--prompt", PROMPT, "--times", "1", "0.5", "--steps", "3"], "steps=3 is invalid: times are of 2 steps"),
@@ -133,11 +133,11 @@ def test_sample_and_evaluate_refuse_a_folder_that_is_no_run(script, tmp_path):
 
 
 def test_evaluate_writes_the_metrics_and_the_report_of_a_run(script, copy, few_samples):
-    ended = script("experiments/evaluate.py", copy, "--seed", 5, "--steps", 1, "--sampler", "heun")
+    ended = script("experiments/evaluate.py", copy, "--seed", 5, "--steps", 1, "--solver", "heun")
     assert ended.code == 0, ended.err
     metrics = json.loads((copy / "metrics.json").read_text())
     assert metrics["sampling"]["seed"] == 5
-    assert metrics["sampling"]["sampler"] == "heun"
+    assert metrics["sampling"]["solver"] == "heun"
     results = {entry["name"]: entry for entry in metrics["results"]}
     for name in ("colour", "shape", "direction"):
         assert f"{name} as prompted: {results[name]['value']:.1%} (" in ended.out
@@ -158,7 +158,7 @@ def test_evaluate_writes_the_figures_of_a_pipeline_to_another_folder(script, tin
     assert sorted(path.name for path in alone.iterdir()) == sorted(
         path.name for path in (tiny_run / "pipeline").iterdir()
     )
-    assert_one_line(script("experiments/evaluate.py", alone, "--out", tmp_path / "x", "--sampler", "plms"), "unknown")
+    assert_one_line(script("experiments/evaluate.py", alone, "--out", tmp_path / "x", "--solver", "plms"), "unknown")
     assert not (tmp_path / "x").exists()
 
 

@@ -6,10 +6,11 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import MissingError, UserError
+from support.latents import generate_latents
 
 
 def sample_latents(pipeline):
-    return pipeline.generate("a red circle", size=(1, 16, 16), seed=5, output="latents")
+    return generate_latents(pipeline, "a red circle", size=(1, 16, 16), seed=5)
 
 
 def test_a_run_and_its_pipeline_folder_are_the_same_pipeline(tiny_run, tiny_pipeline):

@@ -15,6 +15,7 @@ from dit_video.weights import save
 from support.compilations import count_compilations
 from support.device_memory import count_bytes
 from support.devices import check_on_eight_devices
+from support.latents import generate_latents
 from support.tiny_lora import CONFIG, make_pipeline, write_lora
 from support.tiny_wan import SIZE, write_wan
 
@@ -39,7 +40,7 @@ def plain(pipeline):
 
 
 def sample(pipeline, **options):
-    return pipeline.generate("a red circle", steps=2, guidance=1.0, output="latents", **options)
+    return generate_latents(pipeline, "a red circle", steps=2, guidance=1.0, **options)
 
 
 def get_bits(params):

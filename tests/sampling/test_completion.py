@@ -14,6 +14,7 @@ from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid, patchify
 from support import tiny_clip
+from support.latents import generate_latents
 from support.random_params import make_random_params
 from support.tiny_wan import ANIMATING, DIT, SIZE, write_animating_wan, write_wan
 
@@ -38,12 +39,12 @@ def knowing(tmp_path_factory):
 
 
 def sample_latents(pipeline, size=SIZE, **options):
-    return pipeline.generate("a red ball", size=size, steps=2, guidance=1.0, output="latents", **options)
+    return generate_latents(pipeline, "a red ball", size=size, steps=2, guidance=1.0, **options)
 
 
 def plan_fields(pipeline, image):
     """Return the fields of a clip that begins with an image, by name."""
-    plan = Completion()(Request("", SIZE, image=image), pipeline.task_model)
+    plan = Completion()(Request("", SIZE, image=image), pipeline.model_parts)
     return {field.name: values for field, values in plan.fields.items()}
 
 
@@ -66,13 +67,13 @@ def test_the_image_conditions_as_latents_and_as_tokens(animating):
 @pytest.mark.slow
 def test_several_clips_have_images_of_their_own(animating):
     requests = [dit_video.Request("a red ball", SIZE, image=image) for image in IMAGES]
-    clips = animating.generate_many(requests, steps=2, guidance=1.0)
+    clips = animating.generate_many(requests, sampling=animating.make_sampling(steps=2, guidance=1.0))
     for image, clip in zip(IMAGES, clips, strict=True):
         alone = animating.decode(sample_latents(animating, image=image)).frames
         np.testing.assert_allclose(clip.frames.astype(int), alone.astype(int), atol=1)
     assert np.abs(clips[0].frames.astype(int) - clips[1].frames.astype(int)).max() > 1
     with pytest.raises(UserError, match="this model needs an image; give image="):
-        animating.generate_many([requests[0], requests[1]._replace(image=None)])
+        animating.generate_many([requests[0], replace(requests[1], image=None)])
 
 
 @pytest.mark.slow
@@ -92,16 +93,16 @@ def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
             "method='trained' is invalid: this model was not trained for what is known",
         ),
         ("animating", {"image": IMAGES[0], "method": "training_free"}, "reads a first image in any case"),
-        ("animating", {"image": IMAGES[0] / 255}, r"float64 \[16, 16, 3\] is invalid: .* uint8 pixels \[H W 3\]"),
-        ("animating", {"image": dit_video.Clip(IMAGES, 16)}, r"a clip of 2 frames is no image; use Clip\("),
+        ("animating", {"image": IMAGES[0] / 1.0}, r"image is invalid: floats are from 0 to 1"),
+        ("animating", {"image": dit_video.Clip(IMAGES, 16)}, r"a clip of 2 frames is no image. Use Clip\("),
         (
             "animating",
             {"image": IMAGES[0], "control": dit_video.Clip(IMAGES, 16)},
             "control of a request .* image, last_",
         ),
-        ("knowing", {"mask": np.ones(5, bool)}, "video=None is invalid with a mask"),
-        ("knowing", {"video": dit_video.Clip(IMAGES, 16), "mask": np.ones(2, bool)}, "the lengths must be equal"),
-        ("knowing", {"video": dit_video.Clip(IMAGES, 16)}, "say what of it is kept. Use mask=, or strength="),
+        ("knowing", {"generated": np.ones(5, bool)}, "video=None is invalid with generated"),
+        ("knowing", {"video": dit_video.Clip(IMAGES, 16), "generated": np.zeros(2, bool)}, "the lengths must be equal"),
+        ("knowing", {"video": dit_video.Clip(IMAGES, 16)}, "say what of it changes. Use generated=, or strength="),
         ("knowing", {"strength": 0.5}, "strength=0.5 is invalid: it is that of a video"),
         ("knowing", {"last_image": IMAGES[0], "method": "trained"}, "method='trained' is invalid"),
         ("knowing", {"image": IMAGES[0], "resample": 0}, "resample=0 is invalid"),
@@ -149,7 +150,7 @@ def test_without_grey_frames_sampling_has_the_latents_of_training(knowing, mask_
     expected = make_cond_latents(tokens[None], jnp.asarray(is_first)[None], **sizes)[0]
     fields = plan_fields(pipeline, clip.frames[0])
     np.testing.assert_allclose(patchify(fields["cond_latents"], DIT.patch), expected, atol=1e-4)
-    without_image = Completion()(Request("", SIZE), pipeline.task_model).fields
+    without_image = Completion()(Request("", SIZE), pipeline.model_parts).fields
     assert [field.name for field in without_image] == ["cond_latents"]
     assert not any(values.any() for values in without_image.values())
     with_image, without = sample_latents(pipeline, image=clip.frames[0]), sample_latents(pipeline)

@@ -14,6 +14,7 @@ from dit_video.core.trees import flatten
 from dit_video.models.encoders import embedder
 from dit_video.sampling import sampler
 from dit_video.weights.frozen_encoders import open_tokenizer
+from support.latents import generate_latents
 from support.marks import mark_slow_except
 from support.tiny_wan import ANIMATING, DIT, SIZE, TWO, write_animating_wan, write_wan
 
@@ -45,7 +46,7 @@ def experts(tmp_path_factory):
 
 
 def sample(pipeline, **options):
-    return pipeline.generate(PROMPTS[0], size=SIZE, steps=2, guidance=2.0, output="latents", **options)
+    return generate_latents(pipeline, PROMPTS[0], size=SIZE, steps=2, guidance=2.0, **options)
 
 
 def count_device_bytes() -> int:
@@ -149,13 +150,15 @@ def test_the_text_encoder_is_alone_on_the_device_while_prompts_are_embedded(fold
 
 @pytest.mark.slow
 def test_all_requests_pass_one_expert_after_the_other(experts, program_calls):
-    requests, options = [dit_video.Request(prompt, SIZE) for prompt in PROMPTS], {"steps": 4, "guidance": 1.0}
-    expected = dit_video.load(experts, dtype="float32", offload=None).generate_latents(requests, **options)
+    requests = [dit_video.Request(prompt, SIZE) for prompt in PROMPTS]
+    resident = dit_video.load(experts, dtype="float32", offload=None)
+    sampling = resident.make_sampling(steps=4, guidance=1.0)
+    expected = resident.generate_latents(requests, sampling=sampling)
     together = [id(jax.tree.leaves(params)[0]) for _, params in program_calls]
     program_calls.clear()
     before = count_device_bytes()
     pipeline = dit_video.load(experts, dtype="float32", offload=Stages())
-    latents = pipeline.generate_latents(requests, **options)
+    latents = pipeline.generate_latents(requests, sampling=sampling)
     np.testing.assert_allclose(latents, expected, atol=1e-5)
     uploads = [id(jax.tree.leaves(params)[0]) for _, params in program_calls]
     assert len(uploads) == len(together) == 6
@@ -175,7 +178,7 @@ def test_a_saved_pipeline_can_be_offloaded(folder, resident, tmp_path):
 
 def test_a_memory_of_decoding_stays_with_another_attention(folder):
     pipeline = dit_video.load(folder, dtype="float32").with_decoding(memory=2**30)
-    assert pipeline.codec.memory == pipeline.task_model.codec.memory == 2**30
+    assert pipeline.codec.memory == pipeline.model_parts.codec.memory == 2**30
     assert pipeline.with_attention("dense").codec.memory == 2**30
 
 
@@ -184,7 +187,7 @@ def test_too_little_memory_of_decoding_is_said_before_sampling(folder, program_c
     with pytest.raises(UserError, match=r"memory=1000 is invalid: to decode one latent frame .* Use at least these"):
         pipeline.generate(PROMPTS[0], size=SIZE, image=IMAGE, steps=1)
     with pytest.raises(UserError, match="memory=1000 is invalid"):
-        pipeline.generate_many([dit_video.Request(PROMPTS[0], SIZE, image=IMAGE)], steps=1)
+        pipeline.generate(PROMPTS[0], size=SIZE, image=IMAGE, steps=1)
     assert not program_calls
 
 

@@ -1,3 +1,5 @@
+import inspect
+import re
 import warnings
 from dataclasses import replace
 
@@ -24,6 +26,7 @@ from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.tokens import Grid
 from dit_video.weights import load as load_weights
+from support.latents import generate_latents
 
 PROMPT = "a red circle moving left"
 SMALL = (5, 16, 16)
@@ -42,7 +45,7 @@ def pipeline(tiny_pipeline):
 @pytest.fixture(scope="module")
 def latents(pipeline):
     """Return the latents that `generate` makes of PROMPT at the size SMALL."""
-    return pipeline.generate(PROMPT, size=SMALL, output="latents")
+    return generate_latents(pipeline, PROMPT, size=SMALL)
 
 
 def test_a_clip_has_the_size_the_rate_and_the_caption(pipeline):
@@ -67,15 +70,15 @@ def test_the_interval_of_tokens_is_that_of_the_training(tiny):
 
 
 def test_another_seed_gives_another_clip(pipeline, latents):
-    np.testing.assert_array_equal(pipeline.generate(PROMPT, size=SMALL, seed=0, output="latents"), latents)
-    assert np.abs(pipeline.generate(PROMPT, size=SMALL, seed=1, output="latents") - latents).max() > 0.1
+    np.testing.assert_array_equal(generate_latents(pipeline, PROMPT, size=SMALL, seed=0), latents)
+    assert np.abs(generate_latents(pipeline, PROMPT, size=SMALL, seed=1) - latents).max() > 0.1
 
 
 def test_the_prompt_and_the_negative_prompt_change_the_clip(pipeline, latents):
     for other in (
-        pipeline.generate("a blue square", size=SMALL, output="latents"),
-        pipeline.generate(PROMPT, size=SMALL, negative="a blue square", output="latents"),
-        pipeline.generate(PROMPT, size=SMALL, guidance=3.0, output="latents"),
+        generate_latents(pipeline, "a blue square", size=SMALL),
+        generate_latents(pipeline, PROMPT, size=SMALL, negative="a blue square"),
+        generate_latents(pipeline, PROMPT, size=SMALL, guidance=3.0),
     ):
         assert np.abs(other - latents).max() > 1e-3
 
@@ -84,7 +87,7 @@ def test_a_pipeline_has_a_negative_prompt_of_its_own(tiny_pipeline):
     other = "a blue square"
 
     def sample(pipeline, **options):
-        return pipeline.generate(PROMPT, size=SMALL, steps=2, guidance=3.0, output="latents", **options)
+        return generate_latents(pipeline, PROMPT, size=SMALL, steps=2, guidance=3.0, **options)
 
     config = replace(tiny_pipeline.config, negative=other)
     own = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
@@ -106,18 +109,18 @@ def test_guidance_of_one_evaluates_the_model_once(pipeline, monkeypatch):
         return run
 
     monkeypatch.setattr(sampler, "make_program", make_recording_program)
-    alone = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
-    other = pipeline.generate(PROMPT, size=SMALL, guidance=1.0, negative="a blue square", output="latents")
+    alone = generate_latents(pipeline, PROMPT, size=SMALL, guidance=1.0)
+    other = generate_latents(pipeline, PROMPT, size=SMALL, guidance=1.0, negative="a blue square")
     assert requested == [False, False]
     np.testing.assert_array_equal(alone, other)
-    near = pipeline.generate(PROMPT, size=SMALL, guidance=1.0 + 1e-5, output="latents")
+    near = generate_latents(pipeline, PROMPT, size=SMALL, guidance=1.0 + 1e-5)
     assert requested == [False, False, True]
     np.testing.assert_allclose(near, alone, atol=1e-3)
 
 
 def test_noise_from_the_caller_is_the_starting_point(pipeline, latents):
     noise = sampler.draw_initial_noise(0, Grid(2, 2, 2), 4)
-    again = pipeline.generate(PROMPT, size=SMALL, seed=77, noise=noise, output="latents")
+    again = generate_latents(pipeline, PROMPT, size=SMALL, seed=77, noise=noise)
     np.testing.assert_array_equal(again, latents)
 
 
@@ -133,17 +136,17 @@ def test_latents_have_the_stride_s_size_and_decode_to_the_clip(pipeline, latents
 @pytest.mark.nightly
 def test_samplers_are_chosen_by_name(pipeline, latents):
     assert isinstance(pipeline.config.sampling.solver, Euler)
-    np.testing.assert_array_equal(pipeline.generate(PROMPT, size=SMALL, sampler="euler", output="latents"), latents)
-    heun = pipeline.generate(PROMPT, size=SMALL, sampler="heun", output="latents")
+    np.testing.assert_array_equal(generate_latents(pipeline, PROMPT, size=SMALL, solver="euler"), latents)
+    heun = generate_latents(pipeline, PROMPT, size=SMALL, solver="heun")
     assert np.abs(heun - latents).max() > 1e-3
     # With two steps, both of first order, UniPC is Euler: no step follows the correction.
-    unipc = [pipeline.generate(PROMPT, size=SMALL, sampler="unipc", steps=n, output="latents") for n in (2, 4)]
+    unipc = [generate_latents(pipeline, PROMPT, size=SMALL, solver="unipc", steps=n) for n in (2, 4)]
     np.testing.assert_allclose(unipc[0], latents, rtol=1e-4, atol=1e-3)
     assert np.abs(unipc[1] - latents).max() > 1e-2
-    four = pipeline.generate(PROMPT, size=SMALL, sampler="euler", steps=4, output="latents")
+    four = generate_latents(pipeline, PROMPT, size=SMALL, solver="euler", steps=4)
     assert np.abs(unipc[1] - four).max() > 1e-3
-    chosen = pipeline.resolve_sampling(steps=7, guidance=3, sampler="heun")
-    assert (chosen.steps, chosen.guidance, chosen.solver) == (7, 3.0, Heun())
+    chosen = pipeline.make_sampling(steps=7, guidance=3, solver="heun")
+    assert (chosen.steps, chosen.guidance, chosen.solver) == (7, Guidance(scale=3.0), Heun())
     kept = replace(chosen, solver=UniPc(order=3, uncorrected_steps=(0,)), time_schedule=UniPcFlowSchedule())
     assert config_json.from_json(config_json.to_json(kept)) == kept
 
@@ -151,7 +154,7 @@ def test_samplers_are_chosen_by_name(pipeline, latents):
 def test_times_take_the_place_of_those_of_training(pipeline, latents):
     times = [float(time) for time in pipeline.trace(Request(PROMPT, Grid(*SMALL))).times]
     assert len(times) == 3
-    same = pipeline.generate(PROMPT, size=SMALL, times=times[:-1], output="latents")
+    same = generate_latents(pipeline, PROMPT, size=SMALL, times=times[:-1])
     np.testing.assert_allclose(same, latents, atol=1e-6)
 
 
@@ -172,6 +175,46 @@ def test_many_clips_at_once_are_the_same_as_each_alone(pipeline):
         assert clip.frames.shape == (*request.size, 3)
         assert clip.caption == request.prompt
         assert np.abs(clip.frames.astype(int) - alone.frames.astype(int)).max() <= 1
+
+
+def test_a_list_of_prompts_gives_a_list_of_clips(pipeline):
+    prompts, image = [PROMPT, "a blue square"], np.zeros((16, 16, 3), np.uint8)
+    values = {"seed": [3, 4], "size": [SMALL, (1, 16, 16)], "negative": [None, "a cube"]}
+    clips = pipeline.generate(prompts, **values)
+    for number, clip in enumerate(clips):
+        alone = pipeline.generate(prompts[number], **{name: value[number] for name, value in values.items()})
+        assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1
+        assert clip.recipe == alone.recipe
+    shared = pipeline.generate(tuple(prompts), size=SMALL, seed=5, reference_images=[], conditions=[])
+    assert [clip.recipe["seed"] for clip in shared] == [5, 5]
+    assert pipeline.generate([]) == []
+    with pytest.raises(UserError, match=r"seed of 3 values is invalid: .* has 2\. Use as many values, or one for all"):
+        pipeline.generate(prompts, seed=[1, 2, 3])
+    with pytest.raises(UserError, match=r"image is invalid: a list is no picture"):
+        pipeline.generate(PROMPT, image=[image, image])
+
+
+@pytest.mark.parametrize("prompt", [5, None, b"a red circle", True, ["a", 5], {"prompt": "a"}])
+def test_what_is_no_text_is_no_prompt(pipeline, prompt):
+    with pytest.raises(TypeError, match=r"prompt=.* is invalid: it must be a text, or a list of them"):
+        pipeline.generate(prompt, size=SMALL)
+
+
+def test_the_signature_names_every_argument_with_its_type(pipeline):
+    for method in (pipeline.generate, pipeline.run, pipeline.make_sampling):
+        parameters = inspect.signature(method).parameters.values()
+        assert all(each.kind is not each.VAR_KEYWORD and each.annotation is not each.empty for each in parameters)
+    for name in ("step", "mask", "sampler", "output"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            pipeline.generate(PROMPT, **{name: 3})
+
+
+def test_a_pipeline_is_shown_with_its_parts_sizes_and_dtypes(pipeline):
+    counts = pipeline.count_parameters()
+    lines = repr(pipeline).splitlines()
+    assert lines[0] == "Pipeline: 9 frames of 32x16 pixels, 8 per second"
+    for line, name in zip(lines[1:], ("autoencoder", "backbone", "text"), strict=True):
+        assert re.fullmatch(rf"  {name}: \w+, {counts[name]:,} parameters, float32", line)
 
 
 def test_no_requests_make_no_clips(pipeline):
@@ -209,12 +252,16 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
     [
         ({"steps": 0}, "steps=0 is invalid: it must be at least 1"),
         ({"steps": -3}, "steps=-3 is invalid: it must be at least 1"),
-        ({"sampler": "plms"}, "unknown sampler 'plms'; use one of ddim, ddpm"),
+        ({"solver": "plms"}, "unknown solver 'plms'; use one of ddim, ddpm"),
         (
             {"guidance": Guidance(skip_layers=SkipLayerGuidance(layers=(9,)))},
             r"skip_layers=\(9,\) is invalid: the model has",
         ),
-        ({"output": "gif"}, "unknown output 'gif'"),
+        ({"seed": 1.5}, "seed=1.5 is invalid: it must be a whole number"),
+        ({"seed": "3"}, "seed='3' is invalid: it must be a whole number"),
+        ({"guidance": "3"}, "guidance='3' is invalid: it must be a number"),
+        ({"steps": True}, "steps=True is invalid: it must be a whole number"),
+        ({"video": [1]}, "video is invalid: a list is no picture"),
         ({"seed": -1}, "is invalid: a seed is a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "is invalid: a seed is a whole number from 0 to 4294967295"),
         ({"guidance": -1.0}, r"guidance scales -1\.0 are invalid"),
@@ -235,11 +282,11 @@ def test_guiding_a_model_trained_without_caption_dropout_warns(pipeline):
         denoiser=pipeline.denoiser_params,
     )
     with pytest.warns(UserWarning, match="this one was trained without caption dropout; use guidance=1"):
-        always.generate(PROMPT, size=SMALL, output="latents")
+        generate_latents(always, PROMPT, size=SMALL)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        always.generate(PROMPT, size=SMALL, guidance=1.0, output="latents")
-        pipeline.generate(PROMPT, size=SMALL, output="latents")
+        generate_latents(always, PROMPT, size=SMALL, guidance=1.0)
+        generate_latents(pipeline, PROMPT, size=SMALL)
 
 
 def test_a_run_hands_its_caption_dropout_and_prediction_to_the_pipeline(tiny, pipeline):
@@ -257,11 +304,11 @@ def test_a_config_without_a_prediction_predicts_velocity(pipeline):
 
 @pytest.mark.nightly
 def test_guidance_accepts_all_its_options(pipeline, latents):
-    plain = pipeline.generate(PROMPT, size=SMALL, guidance=Guidance(scale=2.0), output="latents")
+    plain = generate_latents(pipeline, PROMPT, size=SMALL, guidance=Guidance(scale=2.0))
     np.testing.assert_array_equal(plain, latents)
     guidance = Guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projection=AdaptiveProjectedGuidance())
-    other = pipeline.generate(PROMPT, size=SMALL, guidance=guidance, output="latents")
-    assert np.abs(other - pipeline.generate(PROMPT, size=SMALL, guidance=4.0, output="latents")).max() > 1e-3
+    other = generate_latents(pipeline, PROMPT, size=SMALL, guidance=guidance)
+    assert np.abs(other - generate_latents(pipeline, PROMPT, size=SMALL, guidance=4.0)).max() > 1e-3
     kept = replace(pipeline.config.sampling, guidance=guidance)
     assert config_json.from_json(config_json.to_json(kept)) == kept
 
@@ -313,7 +360,7 @@ def test_float32_files_come_back_bit_for_bit(pipeline, latents, tmp_path):
         mine, theirs = trees.flatten(mine), trees.flatten(theirs)
         assert mine.keys() == theirs.keys()
         assert all(np.array_equal(mine[path], theirs[path]) for path in mine)
-    np.testing.assert_array_equal(loaded.generate(PROMPT, size=SMALL, output="latents"), latents)
+    np.testing.assert_array_equal(generate_latents(loaded, PROMPT, size=SMALL), latents)
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
         "autoencoder.safetensors",
         "denoiser.safetensors",
@@ -336,7 +383,7 @@ def test_bfloat16_files_take_half_and_come_back_close(pipeline, latents, tmp_pat
         load_weights(tmp_path / "half" / "denoiser.safetensors", dtype=None)["backbone"]["head"]["bias"].dtype
         == "bfloat16"
     )
-    difference = loaded.generate(PROMPT, size=SMALL, output="latents") - latents
+    difference = generate_latents(loaded, PROMPT, size=SMALL) - latents
     assert np.sqrt(np.square(difference).mean()) < 0.1 * latents.std()
 
 

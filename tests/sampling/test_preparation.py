@@ -7,7 +7,9 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import UserError
+from dit_video.diffusion import Guidance
 from dit_video.models.encoders import ClassNamesConfig
+from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Request
 from dit_video.sampling.preparation import check_requests
 from dit_video.sampling.request import Condition
@@ -35,15 +37,12 @@ def pipelines(tmp_path_factory):
     ("kind", "request_"),
     [
         ("vace", Request("a dog", (5, 16, 20))),
-        ("vace", Request("a dog", SIZE, seed=-1)),
         ("vace", Request("a dog", SIZE, noise=np.zeros((2, 4, 4, 3), np.float32))),
         ("vace", Request("a dog", SIZE, conditions=[Condition(content=IMAGE, frame=9)])),
         ("vace", Request("a dog", SIZE, conditioning={"depth": 1})),
         ("animating", Request("a dog", SIZE)),
-        ("animating", Request("a dog", SIZE, image=IMAGE[..., 0])),
-        ("animating", Request("a dog", SIZE, image=CLIP)),
         ("vace", Request("a dog", (9, 16, 16), control=CLIP)),
-        ("vace", Request("a dog", SIZE, video=CLIP, mask=np.ones((5, 8, 8), bool))),
+        ("vace", Request("a dog", SIZE, video=CLIP, generated=np.ones((5, 8, 8), bool))),
         ("vace", Request("a dog", SIZE, strengths={"control": (1.0, 2.0, 3.0)})),
     ],
 )
@@ -52,7 +51,7 @@ def test_what_a_pipeline_refuses_is_refused_without_its_weights(pipelines, kind,
     with pytest.raises(UserError) as error:
         pipeline.generate_many([request_])
     with pytest.raises(UserError) as same:
-        check_requests(pipeline.config, [request_])
+        check_requests(pipeline.config, [request_], pipeline.config.sampling)
     assert str(same.value) == str(error.value)
 
 
@@ -64,13 +63,13 @@ def test_what_a_pipeline_refuses_is_refused_without_its_weights(pipelines, kind,
     ],
 )
 def test_what_a_pipeline_samples_passes(pipelines, kind, request_):
-    check_requests(pipelines[kind].config, [request_], steps=2, guidance=1.0)
+    check_requests(pipelines[kind].config, [request_], Sampling(steps=2, guidance=Guidance(scale=1.0)))
 
 
 def test_prompts_that_are_no_class_are_refused():
     backbone = replace(DIT, channels=4, patch=CONFIG.model.backbone.patch, variance="none", attention="dense")
     classes = ClassNamesConfig(classes=backbone.labels.classes, names=("cat",))
-    config = replace(CONFIG, model=replace(CONFIG.model, backbone=backbone, text_encoder=classes))
-    check_requests(config, [Request("cat", (1, 16, 16))])
+    config = replace(CONFIG, backbone=backbone, text=classes)
+    check_requests(config, [Request("cat", (1, 16, 16))], config.sampling)
     with pytest.raises(UserError, match="the caption 'dog' is no class"):
-        check_requests(config, [Request("cat", (1, 16, 16)), Request("dog", (1, 16, 16))])
+        check_requests(config, [Request("cat", (1, 16, 16)), Request("dog", (1, 16, 16))], config.sampling)

@@ -12,6 +12,7 @@ from dit_video.core.offload import Stages, is_in_host_memory
 from dit_video.diffusion import Euler, UniformTimes, apply_classifier_free_guidance, sample
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.probe import DenoiserProbe
+from support.latents import generate_latents
 
 PROMPTS, SIZE = ["a red circle moving left", "a blue square"], (9, 16, 32)
 
@@ -26,7 +27,7 @@ def test_sampling_the_probe_gives_the_clip_of_the_pipeline(tiny_pipeline):
     result = sample(denoise, jnp.asarray(inside.patchify(drawn)), times, process=config.model.process, solver=Euler())
     latents = np.asarray(inside.unpatchify(result))
     assert latents.shape == drawn.shape
-    expected = tiny_pipeline.generate(PROMPTS[1], noise=drawn[1], steps=2, guidance=2.0, output="latents")
+    expected = generate_latents(tiny_pipeline, PROMPTS[1], noise=drawn[1], steps=2, guidance=2.0)
     np.testing.assert_allclose(latents[1], expected, atol=1e-5)
 
 

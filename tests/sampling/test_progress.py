@@ -9,8 +9,10 @@ from dit_video.sampling.pipeline_config import PREVIEW
 from dit_video.sampling.preview import PreviewFit
 from dit_video.sampling.progress import SamplingCancelled
 from dit_video.sampling.request import Request
+from dit_video.sampling.tasks import DescribedEdit
 from dit_video.tokens import Grid
 from dit_video.video import Clip
+from support.latents import generate_latents
 from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model was not trained")
@@ -54,20 +56,20 @@ def test_a_callback_sees_previews_and_may_cancel(plain):
 @pytest.mark.nightly
 @pytest.mark.parametrize(("method", "expected"), [("flow_edit", range(1, 7)), ("inversion", (4, 6, 10, 12))])
 def test_a_callback_sees_previews_of_an_edit_and_may_cancel(plain, method, expected):
-    options = {"source": "red", "edit_method": method, "strength": 1.0, "steps": 6}
     frames = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-    clip, seen, previews = Clip(frames, 8), [], []
+    task = DescribedEdit(Clip(frames, 8), "blue", source="red", edit_method=method, strength=1.0)
+    seen, previews = [], []
 
     def watch(progress):
         seen.append((progress.step, progress.steps))
         previews.append(progress.preview()[0].frames)
 
-    result = plain.edit(clip, "blue", callback=watch, **options)
+    result = plain.run(task, callback=watch, steps=6)
     assert seen == [(step, expected[-1]) for step in expected]
     assert np.abs(previews[-1].astype(int) - result.frames).max() <= 1
     assert (previews[0] != previews[-1]).any()
     with pytest.raises(SamplingCancelled, match=f"after step {expected[0]} of {expected[-1]}"):
-        plain.edit(clip, "blue", callback=lambda progress: progress.cancel(), **options)
+        plain.run(task, callback=lambda progress: progress.cancel(), steps=6)
 
 
 def list_previews(pipeline, run, **options):
@@ -100,15 +102,15 @@ def test_a_callback_gets_quick_previews(pipeline):
 def test_previews_have_the_numbers_of_their_requests(pipeline):
     seen = []
     requests = [Request("red", (5, 16, 16)), Request("blue", (5, 16, 16), seed=1)]
-    pipeline.generate_many(requests, steps=2, callback=lambda progress: seen.append(progress.quick_preview()))
+    sampling = pipeline.make_sampling(steps=2)
+    watch = {"callback": lambda progress: seen.append(progress.quick_preview())}
+    pipeline.generate_many(requests, sampling=sampling, **watch)
     assert set().union(*seen) == {0, 1}
 
 
 def test_a_callback_of_latents_gets_them_too(pipeline):
     quick = []
-    pipeline.generate(
-        "red", output="latents", callback=lambda progress: quick.append(progress.quick_preview()[0]), **OPTIONS
-    )
+    generate_latents(pipeline, "red", callback=lambda progress: quick.append(progress.quick_preview()[0]), **OPTIONS)
     assert quick[-1].frames.shape == (5, 16, 16, 3)
 
 
@@ -117,7 +119,8 @@ def test_steps_of_an_edit_have_quick_previews_at_the_rate_of_the_clip(pipeline, 
     frames = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 
     def run(callback):
-        pipeline.edit(Clip(frames, 12), "blue", source="red", edit_method=method, steps=2, callback=callback)
+        task = DescribedEdit(Clip(frames, 12), "blue", source="red", edit_method=method)
+        pipeline.run(task, steps=2, callback=callback)
 
     quick, expected = list_previews(pipeline, run)
     assert quick[-1].fps == 12

@@ -10,6 +10,7 @@ from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.sampling.request import Condition, Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip
+from support.latents import generate_latents
 from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:this model was not trained")
@@ -29,7 +30,7 @@ def clip(pipeline):
 
 
 def sample(pipeline, **options):
-    return pipeline.generate("red", size=SIZE, output="latents", **options)
+    return generate_latents(pipeline, "red", size=SIZE, **options)
 
 
 def test_latents_of_a_strength_below_1_are_released(pipeline, clip):
@@ -53,12 +54,12 @@ def test_a_keyframe_off_the_temporal_stride_is_kept(pipeline, clip):
 
 
 def test_pixels_next_to_a_region_are_kept_although_they_share_latents_with_it(pipeline, clip):
-    mask = np.zeros(SIZE, bool)
-    mask[:, :, :11] = True  # the second column of latents has known columns 8 to 10, and unknown ones
+    generated = np.ones(SIZE, bool)
+    generated[:, :, :11] = False  # the second column of latents has known columns 8 to 10, and unknown ones
     columns = np.s_[:, :, 8:11]
     kept, free = (
         pipeline.generate("red", size=SIZE, **options).frames[columns]
-        for options in ({"video": clip, "mask": mask}, {})
+        for options in ({"video": clip, "generated": generated}, {})
     )
     assert compute_limited_psnr(clip.frames[columns], kept) - compute_limited_psnr(clip.frames[columns], free) > 3
 
@@ -85,8 +86,8 @@ def test_resampling_keeps_what_is_known_and_changes_the_rest(pipeline, clip):
 
 @pytest.mark.slow
 def test_resampling_works_with_solvers_of_several_steps(pipeline, clip):
-    for sampler in ("unipc", "dpm++2m", "ddpm"):
-        latents = sample(pipeline, image=clip.frames[0], resample=2, sampler=sampler)
+    for solver in ("unipc", "dpm++2m", "ddpm"):
+        latents = sample(pipeline, image=clip.frames[0], resample=2, solver=solver)
         assert np.isfinite(latents).all()
         np.testing.assert_allclose(latents[:1], pipeline.encode(Clip(clip.frames[:1], 8)), atol=1e-5)
 
@@ -111,12 +112,12 @@ def test_a_trace_ends_with_the_sample(pipeline, clip):
         np.testing.assert_allclose(trace.latents[-1], pipeline.generate_latents([request])[0], atol=1e-5)
 
 
-def test_a_masked_edit_keeps_the_mask_and_starts_from_the_rest(pipeline, clip):
-    mask = np.arange(9) < 5
-    edited = sample(pipeline, video=clip, mask=mask, strength=0.3)
+def test_a_masked_edit_generates_where_the_mask_is_true_and_starts_from_the_clip(pipeline, clip):
+    generated = np.arange(9) >= 5
+    edited = sample(pipeline, video=clip, generated=generated, strength=0.3)
     encoded = pipeline.encode(clip)
     np.testing.assert_allclose(edited[:2], encoded[:2], atol=1e-4)
-    filled = sample(pipeline, video=clip, mask=mask)
+    filled = sample(pipeline, video=clip, generated=generated)
     assert np.abs(edited[2] - encoded[2]).mean() < np.abs(filled[2] - encoded[2]).mean()
 
 
@@ -134,7 +135,7 @@ def test_it_says_that_a_model_was_not_trained_for_a_task(pipeline, clip):
     [
         ({"image": 0, "conditions": [0]}, "some of its pixels are also kept of another picture"),
         ({"conditions": [9]}, "frames 9 to 9 are not all in a clip of 9"),
-        ({"video": 8, "mask": np.ones((9, 4, 4), bool)}, "mask of bool .* is invalid"),
+        ({"video": 8, "generated": np.ones((9, 4, 4), bool)}, "generated of shape .* is invalid"),
         ({"video": 8, "strength": 0.0}, "strength=0.0 is invalid"),
         ({"video": 8, "strength": 1.5}, "strength=1.5 is invalid"),
     ],

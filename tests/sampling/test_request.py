@@ -5,7 +5,7 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.core.resize import compute_fitted_size
-from dit_video.sampling.request import Condition, Request, fit_frames, fit_image
+from dit_video.sampling.request import Condition, Request, fit_frames
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -20,7 +20,8 @@ def draw_disk(height: int, width: int, radius: float) -> np.ndarray:
 @pytest.mark.parametrize(("frame_height", "frame_width"), [(32, 48), (48, 32), (96, 160)])
 def test_a_disk_in_the_middle_stays_round_and_in_the_middle(height, width, frame_height, frame_width):
     radius = min(height, width) / 6
-    fitted = fit_image(draw_disk(height, width, radius), Grid(9, frame_height, frame_width))
+    disk = draw_disk(height, width, radius)[None]
+    fitted = fit_frames(disk, Grid(9, frame_height, frame_width))[0]
     assert fitted.shape == (frame_height, frame_width, 3)
     y, x = np.nonzero(fitted[..., 0] > 127)
     scale = max(frame_height / height, frame_width / width)

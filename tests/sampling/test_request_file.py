@@ -1,6 +1,7 @@
 """Requests in JSON files, with pictures and noise in files beside them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from dit_video.sampling.completion import Completion
 from dit_video.sampling.request import Condition, Request
 from dit_video.sampling.request_file import list_files, read_requests, write_request
 from dit_video.tokens import Grid
-from dit_video.video import Clip
+from dit_video.video import Clip, decode
 
 GOOD = {"prompt": "a red circle", "frames": 1, "height": 16, "width": 16}
 
@@ -84,12 +85,12 @@ def test_an_entry_names_files_beside_the_list(folder):
 
 
 @pytest.mark.parametrize(("mask", "is_video"), [("mask.gif", True), ("b.png", False)])
-def test_white_parts_of_a_video_are_kept_an_image_masks_all_frames(folder, mask, is_video):
-    (folder / "list.json").write_text(json.dumps([{"prompt": "", "video": "clip.gif", "mask": mask}]))
+def test_white_parts_of_a_video_are_generated_and_an_image_masks_all_frames(folder, mask, is_video):
+    (folder / "list.json").write_text(json.dumps([{"prompt": "", "video": "clip.gif", "generated": mask}]))
     (request,) = read_requests(folder / "list.json")
-    assert request.mask.shape == ((5, 8, 8) if is_video else (5, 6, 6))
-    assert 0 < request.mask.mean() < 1
-    assert is_video or (request.mask == request.mask[:1]).all()
+    assert request.generated.shape == ((5, 8, 8) if is_video else (6, 6))
+    white = decode(folder / mask).frames[..., 0] > 127
+    np.testing.assert_array_equal(request.generated, white if is_video else white[0])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,9 @@ def test_white_parts_of_a_video_are_kept_an_image_masks_all_frames(folder, mask,
         ({"image": "absent.png"}, MissingError, "absent"),
         ({"image": "list.json"}, DecodeError, "list"),
         ({"image": 3}, UserError, "image=3 is invalid: it must be the name of a file"),
-        ({"mask": "b.png"}, UserError, "mask=b.png is invalid without a video"),
+        ({"generated": "b.png"}, UserError, "generated=b.png is invalid without a video"),
+        ({"video": "clip.gif", "mask": "b.png"}, UserError, "mask='b.png' is invalid: .* Use generated, white where"),
+        ({"conditions": [{"file": "b.png", "mask": "b.png"}]}, UserError, "mask='b.png' is invalid: .* Use generated"),
         ({"reference_images": "b.png"}, UserError, "reference_images='b.png' is invalid: it must be a list"),
         ({"conditions": ["b.png"]}, UserError, r"conditions=.* it must be \{\"file\": NAME"),
         ({"conditions": [{"file": "b.png", "strength": 2}]}, UserError, "strength=2.0 is invalid"),
@@ -138,26 +141,36 @@ def test_a_request_is_read_as_it_was_written(tmp_path, frames):
     clip = Clip(draw.integers(0, 256, (frames, 7, 9, 3), dtype=np.uint8), 16)
     still = Clip(np.repeat(image[None], frames, axis=0), 16)  # whose frames are all equal
     conditions = (Condition(content=image), Condition(content=clip, frame=-1, strength=0.5))
-    request = Request("a cat", (5, 16, 16), 7, "a dog", image, clip, strengths={"depth": 0.5, "control": (1.0, 0.5)})
-    request = request._replace(video=clip, mask=draw.random((frames, 7, 9)) < 0.5, control=still, conditions=conditions)
-    entry = write_request(request._replace(noise=draw.standard_normal((1, 2, 2, 4), np.float32)), tmp_path)
+    strengths = {"depth": 0.5, "control": (1.0, 0.5)}
+    request = Request(
+        "a cat", (5, 16, 16), 7, "a dog", image, Clip(still.frames[:1], 16), strengths=strengths, conditions=conditions
+    )
+    generated = draw.random((frames, 7, 9)) < 0.5
+    request = replace(request, video=clip, generated=generated, control=still)
+    entry = write_request(replace(request, noise=draw.standard_normal((1, 2, 2, 4), np.float32)), tmp_path)
     assert write_request(request, tmp_path) == {name: value for name, value in entry.items() if name != "noise"}
     assert list_files(entry) == {f"inputs/{path.name}" for path in (tmp_path / "inputs").iterdir()}
     (tmp_path / "list.json").write_text(json.dumps([entry]))
     (read,) = read_requests(tmp_path / "list.json")
-    assert (*read[:4], read.strengths) == ("a cat", (5, 16, 16), 7, "a dog", {"depth": 0.5, "control": (1.0, 0.5)})
+    assert (read.prompt, read.size, read.seed, read.negative, read.strengths) == (
+        "a cat",
+        (5, 16, 16),
+        7,
+        "a dog",
+        {"depth": 0.5, "control": (1.0, 0.5)},
+    )
     for picture, expected in ((read.image, still.frames[:1]), (read.control, still.frames), (read.video, clip.frames)):
         np.testing.assert_array_equal(picture.frames, expected)
-    np.testing.assert_array_equal(read.mask, request.mask)
+    np.testing.assert_array_equal(np.broadcast_to(read.generated, generated.shape), generated)
     assert [(each.frame, each.strength) for each in read.conditions] == [(0, 1.0), (-1, 0.5)]
     np.testing.assert_array_equal(read.conditions[1].content.frames, clip.frames)
     assert read.noise.shape == (1, 2, 2, 4)
 
 
 def test_a_written_request_says_what_no_file_holds(tmp_path):
-    request = Request("a cat", conditioning={"depth": np.zeros(3)}, task=Completion())
+    request = Request("a cat", conditioning={"depth": np.zeros(3)}, conditioner=Completion())
     entry = write_request(request, tmp_path)
-    assert entry == {"prompt": "a cat", "seed": 0, "conditioning": ["depth"], "task": "Completion"}
+    assert entry == {"prompt": "a cat", "seed": 0, "conditioning": ["depth"], "conditioner": "Completion"}
     (tmp_path / "list.json").write_text(json.dumps([entry]))
     with pytest.raises(UserError, match=r"conditioning=\['depth'\] .* Use Pipeline\.generate_many in Python"):
         read_requests(tmp_path / "list.json")

@@ -1,11 +1,10 @@
-"""Guidance, shift and times that replace those of a pipeline's own sampling."""
+"""Changes of a sampling: its guidance, steps, shift and times."""
 
 import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import (
-    AdaptiveProjectedGuidance,
     DiscreteSchedule,
     DpmFlowSchedule,
     ExplicitTimes,
@@ -14,36 +13,34 @@ from dit_video.diffusion import (
     KarrasTimes,
     RectifiedFlow,
     ShiftedTimes,
-    SkipLayerGuidance,
     UniformTimes,
     UniPc,
     UniPcFlowSchedule,
     VariancePreservingProcess,
-    ZeroStarGuidance,
 )
 from dit_video.sampling import Sampling
-from dit_video.sampling.sampling_config import override_sampling
+from dit_video.sampling.sampling_config import make_guidance
 
 FLOW = RectifiedFlow(shift=3.0)
 
 
 def compute_times(own, process=FLOW, **overrides):
-    return override_sampling(own, process, **overrides).make_times(process)
+    return own.change(process, **overrides).make_times(process)
 
 
-def test_options_of_guidance_are_set_and_removed_one_by_one():
-    own = Sampling(guidance=Guidance(scale=3.0, rescale=0.5, zero_star=ZeroStarGuidance(zero_steps=2)))
-    assert own.override_guidance() == own.guidance
-    changed = own.override_guidance(scale=2.0, skip_layers=(1, 2), zero_star=False, projected=True)
-    assert changed == Guidance(
-        scale=2.0,
-        rescale=0.5,
-        projection=AdaptiveProjectedGuidance(),
-        skip_layers=SkipLayerGuidance(layers=(1, 2)),
-    )
-    assert own.override_guidance(zero_star=True).zero_star == ZeroStarGuidance()
-    within = own.override_guidance(interval=(0.1, 1.0), rescale=0.7)
-    assert (within.interval, within.rescale, within.scale) == ((0.1, 1.0), 0.7, 3.0)
+def test_a_number_is_the_scale_of_guidance_and_leaves_its_other_options():
+    assert Sampling(guidance=3).guidance == Sampling(guidance=Guidance(scale=3.0)).guidance == Guidance(scale=3.0)
+    own = Sampling(guidance=Guidance(scale=3.0, rescale=0.5))
+    assert own.change(FLOW, guidance=2).guidance == Guidance(scale=2.0, rescale=0.5)
+    assert own.change(FLOW, guidance=(4, 3.0)).guidance == Guidance(scale=(4.0, 3.0), rescale=0.5)
+    assert own.change(FLOW, guidance=Guidance(scale=2.0)).guidance == Guidance(scale=2.0)
+    assert own.change(FLOW) == own
+
+
+@pytest.mark.parametrize("value", ["3", True, (1.0, 2.0, 3.0), (), ("4", "3"), None])
+def test_guidance_that_is_no_number_is_refused(value):
+    with pytest.raises(UserError, match=r"guidance=.* is invalid: it must be a number, a pair .* Use 5\.0"):
+        make_guidance(value)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +55,7 @@ def test_a_shift_replaces_that_of_training_and_of_the_schedule(schedule):
 
 
 def test_times_are_taken_as_they_are_and_set_the_number_of_steps():
-    sampling = override_sampling(Sampling(steps=50, shift=7.0), FLOW, times=(1, 0.757, 0.522))
+    sampling = Sampling(steps=50, shift=7.0).change(FLOW, times=(1, 0.757, 0.522))
     assert (sampling.steps, sampling.shift) == (3, None)
     times = sampling.make_times(FLOW)
     np.testing.assert_allclose(times.times, [1, 0.757, 0.522, 0], atol=1e-6)
@@ -82,11 +79,16 @@ def test_times_are_shifted_by_an_explicit_shift_alone():
         ({"times": (1.0, 0.0)}, r"times=\(1.0, 0.0\) is invalid: .* in \(0, 1\]"),
         ({"times": (1000, 750)}, r"times=\(1000, 750\) is invalid: .* divided by 1000"),
         ({"times": (1.0, 0.5), "steps": 3}, r"steps=3 is invalid: times are of 2 steps"),
+        ({"steps": 2.5}, r"steps=2.5 is invalid: it must be a whole number"),
+        ({"steps": True}, r"steps=True is invalid: it must be a whole number"),
+        ({"steps": "4"}, r"steps='4' is invalid: it must be a whole number"),
+        ({"solver": "plms"}, r"unknown solver 'plms'; use one of ddim"),
+        ({"solver": 3}, r"solver=3 is invalid: .* Use 'euler'"),
     ],
 )
-def test_an_invalid_shift_and_times_are_refused(overrides, message):
+def test_invalid_changes_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
-        override_sampling(Sampling(), FLOW, **overrides)
+        Sampling().change(FLOW, **overrides)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_an_invalid_shift_and_times_are_refused(overrides, message):
 )
 def test_a_shift_that_would_change_nothing_is_refused(schedule, process):
     with pytest.raises(UserError, match=r"shift=5 is invalid: .* does not move .* Use times=, or no shift"):
-        override_sampling(Sampling(steps=2, time_schedule=schedule), process, shift=5)
+        Sampling(steps=2, time_schedule=schedule).change(process, shift=5)
 
 
 @pytest.mark.parity

@@ -26,7 +26,7 @@ from dit_video.models.conditioning import (
 )
 from dit_video.sampling.completion import Completion
 from dit_video.sampling.plan import CLEAN_LATENTS, CLEAN_MASK
-from dit_video.sampling.request import Request, TaskModel
+from dit_video.sampling.request import ModelParts, Request
 from dit_video.tokens import Grid, PackedShape, compute_token_grid, pack, patchify, unpack
 from dit_video.video import Clip
 from support import tiny
@@ -86,7 +86,7 @@ def make_training_rows(patch, count):
 
 def make_model(**changes):
     backbone = dataclasses.replace(tiny.EXPERIMENT.get_model().backbone, **changes)
-    return TaskModel(
+    return ModelParts(
         backbone=backbone,
         codec=LatentCodec(AUTOENCODER, PARAMS),
         frame_conditioning=CONDITIONING,
@@ -98,10 +98,10 @@ def plan_fields(model, entry: Entry):
     """Return the fields of a request with the mask of an example of training, by name."""
     frames = make_clip(entry.example)
     size = Grid(*frames.shape[:3])
-    mask = MIX.draw_mask(size, entry.rank)
-    known = {"video": Clip(frames, 8), "mask": mask, "method": "trained"} if mask.any() else {}
+    is_known = MIX.draw_known(size, entry.rank)
+    known = {"video": Clip(frames, 8), "generated": ~is_known, "method": "trained"} if is_known.any() else {}
     plan = Completion()(Request("", size, **known), model)
-    assert plan.method == ("trained" if mask.any() else "")
+    assert plan.method == ("trained" if is_known.any() else "")
     return {field.name: values for field, values in plan.fields.items()}
 
 
@@ -149,7 +149,7 @@ def test_known_latents_of_a_task_mix_are_also_held_where_they_do_not_depend_on_u
     model = make_model(cond_channels=AUTOENCODER.stride.t + AUTOENCODER.channels)
     frames = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8)
     clip, size = Clip(frames, 8), Grid(9, 32, 32)
-    beginning = {"video": clip, "mask": np.arange(9) < 5}
+    beginning = {"video": clip, "generated": np.arange(9) >= 5}
     auto, trained = (Completion()(Request("", size, method=each, **beginning), model) for each in ("auto", "trained"))
     assert (auto.method, trained.method) == ("trained and training_free", "trained")
     names = {field.name: values for field, values in auto.fields.items()}
@@ -158,7 +158,7 @@ def test_known_latents_of_a_task_mix_are_also_held_where_they_do_not_depend_on_u
     encoded = model.codec.encode_pixels(frames)
     np.testing.assert_allclose(names["held_latents"][held], encoded[held], atol=1e-4)
     assert auto.update is None
-    ending = Completion()(Request("", size, video=clip, mask=np.arange(9) >= 5), model)
+    ending = Completion()(Request("", size, video=clip, generated=np.arange(9) < 5), model)
     held = next(values for field, values in ending.fields.items() if field.name == "held_strength")
     assert not held[:2].any()  # of the last one, pixels depend on the unknown ones before it
     np.testing.assert_array_equal(

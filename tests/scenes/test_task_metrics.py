@@ -10,7 +10,7 @@ from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.tasks import blend_linearly
 from dit_video.sampling.tasks import Blend
 from dit_video.scenes.objects import find_objects
-from dit_video.scenes.tasks import SCENE_TASKS, make_cases
+from dit_video.scenes.tasks import TASK_MEASURES, make_cases
 from dit_video.video import Clip
 
 COUNT = 8
@@ -23,13 +23,13 @@ def blur(clip: Clip) -> Clip:
 
 
 def get_cases(name, count=COUNT):
-    return list(make_cases(SCENE_TASKS[name], blur, count=count, seed=7))
+    return list(make_cases(TASK_MEASURES[name], blur, count=count, seed=7))
 
 
 def measure(name, clips, cases):
     """Return the values of a task's metrics by name."""
     values = {}
-    for metric in SCENE_TASKS[name].metrics:
+    for metric in TASK_MEASURES[name].metrics:
         batch = MetricBatch(samples=clips, scenes=[case.truth for case in cases])
         values |= metric.compute(metric.update(metric.init(), batch.select(metric.needs)))
     return {key: value.value for key, value in values.items()}
@@ -72,7 +72,7 @@ def test_text_to_video_is_judged_by_colours_and_directions():
 
 
 def test_directions_are_those_that_captions_name():
-    cases = list(make_cases(SCENE_TASKS["image_to_video"], blur, count=4, seed=7, levels=(3,)))
+    cases = list(make_cases(TASK_MEASURES["image_to_video"], blur, count=4, seed=7, levels=(3,)))
     assert measure("image_to_video", truths(cases), cases)["scene_directions"] is None
 
 

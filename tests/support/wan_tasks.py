@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import dit_video
+from support.latents import generate_latents
 from support.marks import mark_slow_except
 
 PROMPT, SIZE, FPS = "a red ball moves left", (9, 16, 16), 12.0
@@ -24,7 +25,7 @@ def each(names):
 
 
 def sample_latents(pipeline, prompt=PROMPT, **options):
-    return pipeline.generate(prompt, output="latents", **{"size": SIZE, **OPTIONS} | options)
+    return generate_latents(pipeline, prompt, **{"size": SIZE, **OPTIONS} | options)
 
 
 def warns():

@@ -22,7 +22,7 @@ from dit_video.data.sources import Encode
 from dit_video.distributed import count_row_shards, make_mesh
 from dit_video.experiment import Run, input_pipeline
 from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
-from dit_video.models.conditioning import KnownMask
+from dit_video.models.conditioning import IsKnown
 from dit_video.nn import init_params
 from dit_video.tokens import Grid
 from dit_video.training import loop
@@ -39,7 +39,7 @@ class TimedEncoder:
     def __init__(self, encode: Encode):
         self._encode, self.seconds = encode, 0.0
 
-    def __call__(self, clips: Sequence[np.ndarray], masks: Sequence[KnownMask] | None = None, /) -> list[np.ndarray]:
+    def __call__(self, clips: Sequence[np.ndarray], masks: Sequence[IsKnown] | None = None, /) -> list[np.ndarray]:
         start_time = time.perf_counter()
         latents = self._encode(clips, masks)
         self.seconds += time.perf_counter() - start_time
@@ -47,7 +47,7 @@ class TimedEncoder:
 
 
 def encode_zeros(
-    model: AutoencoderConfig, clips: Sequence[np.ndarray], masks: Sequence[KnownMask] | None = None
+    model: AutoencoderConfig, clips: Sequence[np.ndarray], masks: Sequence[IsKnown] | None = None
 ) -> list[np.ndarray]:
     """Return zeros instead of latents, which leaves the cost of reading, decoding, resizing and packing."""
     grids = [latent_grid(Grid(*clip.shape[:3]), model.stride) for clip in clips]

@@ -54,7 +54,7 @@ def write_run_report(
     summary = (
         f"{sum(counts.values()) / 1e6:.2f} million parameters, created by: "
         f"{pipeline.config.provenance.get('command', '?')} (seed {pipeline.config.provenance.get('seed', '?')}). "
-        f"Samples: {sampling['steps']} steps of {sampling['sampler']}, "
+        f"Samples: {sampling['steps']} steps of {sampling['solver']}, "
         f"guidance {' and '.join(f'{scale:g}' for scale in np.ravel(sampling['guidance']))}, "
         "one sample per prompt, not selected."
     )

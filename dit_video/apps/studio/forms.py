@@ -1,32 +1,27 @@
-"""Forms of the studio: a tab for every task of `sampling.tasks`, with a field for every value of its class.
+"""Forms of the studio: a tab for every task of `sampling.tasks`, with an input for every field of its class.
 
-A task that is added to `TASKS` has a tab without a line here; `_TITLES` and `_RANGES` only make it nicer to read.
-Fields describe themselves to the page, and parse what a browser answers.
+A task that is added to `TASKS` has a tab without a line here. Inputs describe themselves to the page, and parse what a
+browser answers.
 """
 
 import abc
-import ast
 import base64
 import binascii
-import functools
 import inspect
 import io
-import itertools
 import math
-import textwrap
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import SAMPLERS
+from dit_video.diffusion import SOLVERS
 from dit_video.sampling.pipeline_config import PipelineConfig
-from dit_video.sampling.tasks import TASKS, AnyTask
+from dit_video.sampling.tasks import TASKS, Task
+from dit_video.sampling.tasks.fields import TaskField, list_fields
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -277,31 +272,8 @@ def _describe_size(size: Grid) -> dict[str, int]:
 MAX_COUNT = 4
 """Maximum number of clips of one job."""
 MAX_SEED = 2**32 - 1 - MAX_COUNT
-_TITLES = {
-    "clip": "Clip",
-    "first": "First clip",
-    "second": "Second clip",
-    "image": "First frame",
-    "last_image": "Last frame",
-    "frames": "New frames",
-    "before": "Before the clip",
-    "overlap": "Known frames",
-    "mask": "Region to fill in",
-    "source": "Description of the clip",
-    "edit_method": "Method",
-    "source_guidance": "Guidance of the source",
-}
-"""Titles of fields whose names say too little."""
-_RANGES: dict[str, dict[str, float | int]] = {
-    "strength": {"minimum": 0.05, "maximum": 1.0, "step": 0.05},
-    "source_guidance": {"minimum": 0.0, "step": 0.1},
-    "draws": {"minimum": 1, "maximum": 16},
-    "frames": {"minimum": 1, "maximum": 1000, "step": 1},
-    "interpolate.factor": {"minimum": 2, "maximum": 16, "step": 1},
-    "zoom_out.factor": {"minimum": 1.01, "maximum": 4.0, "step": 0.05},
-    "overlap": {"minimum": 1},
-}
-"""Limits of numbers, by their names, or by the task and the name."""
+_MAX_WHOLE = 1000
+"""Maximum of a whole number of a task without a maximum of its own."""
 _PICTURE_TABS = {
     "text_to_video": ("Text to video", ("prompt", "size")),
     "image_to_video": ("Image to video", ("prompt", "image", "size")),
@@ -316,7 +288,7 @@ _TAB_HELP = {
 _TAB_TITLES = {"described_edit": ("Edit by description", "A clip that changes by the difference of two descriptions.")}
 """Titles and sentences of tasks whose names or docstrings say too little."""
 _REQUIRED = frozenset({"image", "last_image", "size"})
-"""Fields that are required in these tabs, though the task can do without."""
+"""Fields that are required where they are shown, though the task can do without."""
 _UNCONDITIONAL = ("text_to_video", "edit", "described_edit", "vary")
 """Tabs of tasks that keep no pixels."""
 _TRAINING_FREE = (
@@ -351,7 +323,7 @@ class Tab:
         """
         return parse_answers(self.fields, answers, media)
 
-    def make_task(self, values: Mapping[str, Any]) -> AnyTask:
+    def make_task(self, values: Mapping[str, Any]) -> Task:
         """Return the task with these values."""
         return TASKS[self.task_name](**values)
 
@@ -381,93 +353,77 @@ def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
             own_title, first_line = name.replace("_", " ").capitalize(), (inspect.getdoc(task) or "").partition("\n")[0]
             title, help = _TAB_TITLES.get(name, (own_title, first_line))
             tabs.append(Tab(name=name, title=title, help=help, task_name=name, fields=make_form(name, config)))
-    note = _TRAINING_FREE if config.model.frame_conditioning is None and config.task is None else ""
+    note = _TRAINING_FREE if config.model.frame_conditioning is None and config.conditioner is None else ""
     return tuple(tab if tab.name in _UNCONDITIONAL else replace(tab, note=note) for tab in tabs)
 
 
 def make_form(task_name: str, config: PipelineConfig, *, names: Sequence[str] = ()) -> tuple[FormField, ...]:
-    """Return the fields of a task, made of the types, defaults and docstrings of its class's attributes.
-
-    Attributes of other types, such as lists, have no field.
+    """Return the inputs of a task, made of the fields of its class; lists have none.
 
     Args:
       task_name: Name of the task in `TASKS`.
-      config: Config of the model, whose sizes the defaults fit.
-      names: Names of the fields; all by default.
+      config: Config of the model, which the defaults fit.
+      names: Names of the fields, in order; all by default, clips first.
     """
-    task = TASKS[task_name]
-    types_by_name, docs = typing.get_type_hints(task), read_attribute_docs(task)
-    form = []
-    for attribute in fields(task):
-        if names and attribute.name not in names:
-            continue
-        kind = types_by_name[attribute.name]
-        is_needed = attribute.default is MISSING and attribute.default_factory is MISSING
-        is_required = is_needed or attribute.name in _REQUIRED.intersection(names)
-        title = _TITLES.get(attribute.name, attribute.name.replace("_", " ").capitalize())
-        shared: dict[str, Any] = {
-            "name": attribute.name,
-            "title": title,
-            "help": "" if docs.get(attribute.name) == f"{title}." else docs.get(attribute.name, ""),
-            "is_required": is_required,
-        }
-        default = None if is_needed else attribute.default
-        if (field := _make_field(task_name, attribute.name, kind, default, shared, config)) is not None:
-            form.append(field)
-    order = {name: number for number, name in enumerate(names)}
-    return tuple(sorted(form, key=lambda field: (order.get(field.name, 0), field.kind not in ("clip", "image"))))
+    kind = TASKS[task_name]
+    suggested = kind.suggest(config)
+    chosen = [field for field in list_fields(kind) if not names or field.name in names]
+    clip_name = next((field.name for field in chosen if field.kind in ("clip", "image")), "")
+    made = (_make_field(field, suggested.get(field.name, field.default), config, clip_name) for field in chosen)
+    form = [each for each in made if each is not None]
+    if names:
+        return tuple(sorted(form, key=lambda each: names.index(each.name)))
+    return tuple(sorted(form, key=lambda each: each.kind not in ("clip", "image")))
 
 
-def _make_field(
-    task_name: str, name: str, kind: Any, default: Any, shared: dict[str, Any], config: PipelineConfig
-) -> FormField | None:
-    """Return the field of an attribute; None if its type has none."""
-    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    options = [each for each in typing.get_args(kind) if each is not type(None)] if is_union else [kind]
-    single = options[0]
-    if name == "prompt":
-        return TextField(**(shared | {"help": "", "lines": 2}))
-    if name == "mask":
-        return MaskField(**(shared | {"help": "The region is the same in all frames.", "clip_name": "clip"}))
-    if name == "size":
-        return _make_size_field(task_name, shared, config)
-    if name in ("image", "last_image"):
-        # A task that takes a clip of one frame does not fit it to a size of its own.
-        return ImageField(**shared, is_fitted=kind is Clip)
-    if single is Clip and len(options) == 1:
-        return ClipField(**shared)
-    if single in (int, float):
-        is_whole = single is int
-        own = _choose_default(task_name, name, config) if default is None else default
-        limits: dict[str, Any] = _RANGES.get(f"{task_name}.{name}") or _RANGES.get(name, {"minimum": 0})
-        return NumberField(**shared, default=own, is_whole=is_whole, **limits)
-    if single is bool:
-        return FlagField(**shared, default=bool(default))
-    if typing.get_origin(single) is Literal:
-        choices = tuple((value, value.replace("_", " ")) for value in typing.get_args(single))
-        return ChoiceField(**shared, default=default, choices=choices)
-    return TextField(**shared, default=default, lines=2) if single is str else None
+def _make_field(field: TaskField, default: Any, config: PipelineConfig, clip_name: str) -> FormField | None:
+    """Return the input of a task's field, where a mask is that of the clip of a name; None if it has none."""
+    shared: dict[str, Any] = {
+        "name": field.name,
+        "title": field.title,
+        "help": "" if field.doc.text == f"{field.title}." else field.doc.text,
+        "is_required": field.is_required or field.name in _REQUIRED,
+    }
+    match field.kind:
+        case "text":
+            return TextField(**(shared | {"help": ""} if field.name == "prompt" else shared), default=default, lines=2)
+        case "mask":
+            help = "The region is the same in all frames."
+            return MaskField(**(shared | {"help": help}), clip_name=clip_name)
+        case "size" | "plane":
+            return _make_size_field(shared, default or config.size, config)
+        case "image":
+            # Those of `generate` are fitted to its size.
+            return ImageField(**shared, is_fitted=field.is_required)
+        case "clip":
+            return ClipField(**shared)
+        case "whole" | "number":
+            return _make_number_field(field, shared, default)
+        case "flag":
+            return FlagField(**shared, default=default)
+        case "choice":
+            choices = tuple((value, value.replace("_", " ")) for value in field.choices)
+            return ChoiceField(**shared, default=default, choices=choices)
+        case _:
+            return None
 
 
-def _make_size_field(task_name: str, shared: dict[str, Any], config: PipelineConfig) -> SizeField:
-    """Return the field of a size: frames, height and width, or the plane of outpainting."""
+def _make_number_field(field: TaskField, shared: Mapping[str, Any], default: float | None) -> NumberField:
+    limits, is_whole = field.limits, field.kind == "whole"
+    least = limits.above + limits.step if limits.above is not None else limits.minimum
+    most = _MAX_WHOLE if is_whole and limits.maximum is None else limits.maximum
+    return NumberField(**shared, default=default, is_whole=is_whole, minimum=least, maximum=most, step=limits.step)
+
+
+def _make_size_field(shared: Mapping[str, Any], default: Grid | tuple[int, int], config: PipelineConfig) -> SizeField:
+    """Return the input of frames, height and width, or of height and width."""
     steps, presets = get_size_steps(config), list_presets(config)
-    shared = shared | {"help": "", "is_required": True}
-    if task_name == "outpaint":
-        larger = config.size._replace(h=config.size.h + 2 * steps.h, w=config.size.w + 2 * steps.w)
-        return SizeField(**shared, default=larger, steps=steps, presets=(), has_frames=False)
-    if task_name == "loop":
-        frames = max(2 * steps.t, config.size.t - config.size.t % steps.t)
-        presets = tuple(size._replace(t=frames) for size in presets)
-        return SizeField(**shared, default=presets[0], steps=steps, presets=presets, frames_offset=0)
-    return SizeField(**shared, default=config.size, steps=steps, presets=presets)
-
-
-def _choose_default(task_name: str, name: str, config: PipelineConfig) -> float | int | None:
-    """Return the value that the page begins with of a number without a default."""
-    if name == "factor":
-        return 2
-    return 2 * config.model.autoencoder.stride.t if name == "frames" else None
+    shared = {**shared, "help": ""}
+    if len(default) == 2:
+        return SizeField(**shared, default=Grid(config.size.t, *default), steps=steps, presets=(), has_frames=False)
+    frames = default[0]
+    sizes = tuple(size._replace(t=frames) for size in presets)
+    return SizeField(**shared, default=default, steps=steps, presets=sizes, frames_offset=frames % steps.t)
 
 
 def get_size_steps(config: PipelineConfig) -> Grid:
@@ -495,8 +451,8 @@ def make_sampling_form(
       checkpoints: Steps of the checkpoints of a run, from which another than the newest may be chosen.
     """
     own = config.sampling
-    scales = own.full_guidance.scales
-    samplers = (("", "the model's own"), *((name, name) for name in SAMPLERS))
+    scales = own.guidance.scales
+    solvers = (("", "the model's own"), *((name, name) for name in SOLVERS))
     form: list[FormField] = [
         TextField(name="negative", title="Negative prompt", default=config.negative or None, lines=2),
         NumberField(name="seed", title="Seed", default=0, minimum=0, maximum=MAX_SEED, step=1, is_whole=True),
@@ -511,7 +467,7 @@ def make_sampling_form(
             maximum=100,
             step=0.1,
         ),
-        ChoiceField(name="sampler", title="Sampler", default="", choices=samplers),
+        ChoiceField(name="solver", title="Solver", default="", choices=solvers),
         NumberField(name="shift", title="Shift", help="Shift of the times towards noise.", minimum=0.01, step=0.5),
     ]
     for name, scale in adapters.items():
@@ -522,22 +478,3 @@ def make_sampling_form(
         choices = (("", "newest"), *((str(step), f"step {step:,}") for step in sorted(checkpoints, reverse=True)))
         form.append(ChoiceField(name="checkpoint", title="Checkpoint", default="", choices=choices))
     return tuple(form)
-
-
-@functools.cache
-def read_attribute_docs(kind: type) -> dict[str, str]:
-    """Return the docstrings of the attributes of a class and of its bases, by name."""
-    docs: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if base is object or base.__module__.startswith(("builtins", "abc")):
-            continue
-        try:
-            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        except (OSError, TypeError, ValueError):  # a class without a source file
-            continue
-        statements = definition.body if isinstance(definition, ast.ClassDef) else []
-        for statement, following in itertools.pairwise(statements):
-            match statement, following:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = " ".join(text.split())
-    return docs

@@ -276,7 +276,8 @@ class Worker(threading.Thread):
         try:
             pipeline = self._model.load(None, {})
             # One step compiles the program of any number of them; the callback has it compiled for blocks of steps.
-            pipeline.generate_many([self._model.make_example()], steps=1, callback=lambda progress: None)
+            sampling = pipeline.make_sampling(steps=1)
+            pipeline.generate_many([self._model.make_example()], sampling=sampling, callback=lambda progress: None)
         except Exception as error:  # of any part: jobs report it
             _LOG.warning("the model cannot be prepared: %s", error)
 
@@ -316,7 +317,7 @@ class Worker(threading.Thread):
 
         tasks, seeds = [submission.task] * len(submission.seeds), submission.seeds
         with collect_notes() as notes:
-            clips = pipeline.run_tasks(tasks, seeds=seeds, callback=report, **submission.overrides)
+            clips = pipeline.run(tasks, seed=seeds, callback=report, **submission.options)
         self._queue.update(job, notes=tuple(dict.fromkeys((*job.notes, *notes))))
         self._previewer.learn(self._model.config.model.autoencoder.stride, clips)
         return clips

@@ -11,11 +11,12 @@ import numpy as np
 from dit_video.apps.studio.forms import FormError, FormField, MediaSource, Tab, parse_answers
 from dit_video.apps.studio.gallery import get_input_file
 from dit_video.core.errors import UserError
+from dit_video.sampling import Sampling
 from dit_video.sampling.adapters import AdapterFile
-from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig, to_grid
-from dit_video.sampling.preparation import check_requests, resolve_sampling
-from dit_video.sampling.tasks import AnyTask, ClipTask
+from dit_video.sampling.preparation import check_requests, check_sampling
+from dit_video.sampling.tasks import Task
+from dit_video.sampling.tasks.fields import list_fields
 from dit_video.video import Clip
 
 
@@ -24,7 +25,7 @@ class Submission:
     """A task with its sampling."""
 
     tab: Tab
-    task: AnyTask
+    task: Task
     values: Mapping[str, Any]
     """Values of the task, with clips and masks as arrays."""
     sampling: Mapping[str, Any]
@@ -39,10 +40,19 @@ class Submission:
         return list(range(first, first + self.sampling.get("count", 1)))
 
     @property
-    def overrides(self) -> dict[str, Any]:
-        """Return the arguments of a pipeline's methods besides the task and the seed."""
-        names = (*_OVERRIDES, "negative")
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of `Pipeline.run` besides the task and the seed."""
+        names = (*_SAMPLING, "negative")
         return {name: self.sampling[name] for name in names if self.sampling.get(name) not in (None, "")}
+
+    def make_sampling(self, config: PipelineConfig) -> Sampling:
+        """Return the sampling of a model with the job's values.
+
+        Raises:
+          UserError: If a value is invalid.
+        """
+        changes: dict[str, Any] = {name: value for name, value in self.options.items() if name in _SAMPLING}
+        return config.sampling.change(config.model.process, **changes)
 
     @property
     def scales(self) -> dict[str, float]:
@@ -122,33 +132,30 @@ def format_python(submission: Submission, model: str, seed: int, adapters: Mappi
       seed: Seed of the clip.
       adapters: LoRA files of the model, by name.
     """
-    values = {name: value for name, value in submission.values.items() if name not in submission.inputs}
-    inputs = {name: _format_decode(name, clip) for name, clip in submission.inputs.items()}
-    if submission.tab.task_name not in ("generate", "loop"):
-        values = {name: value for name, value in values.items() if not _is_default(submission, name, value)}
-    task = [f"{name}={name}" for name in inputs] + [f"{name}={value!r}" for name, value in values.items()]
-    overrides = [f"{name}={value!r}" for name, value in submission.overrides.items()]
-    imports = ["import dit_video"] + (["from dit_video.video import decode"] if inputs else [])
-    if (method := _find_method(submission)) is not None:
-        call = [f"result = pipe.{method}(", *(f"    {each}," for each in (*task, f"seed={seed}", *overrides)), ")"]
+    kind = type(submission.task)
+    files = {name: _get_file(name, clip) for name, clip in submission.inputs.items()}
+    values = {name: value for name, value in submission.values.items() if not _is_default(submission, name, value)}
+    values = {**{name: values[name] for name in files}, **values, **files}
+    task = [f"    {name}={value!r}," for name, value in values.items()]
+    options = [f"seed={seed}", *(f"{name}={value!r}" for name, value in submission.options.items())]
+    imports = ["import dit_video"]
+    if submission.tab.task_name == "generate":
+        call = ["result = pipe.generate(", *task, *(f"    {option}," for option in options), ")"]
     else:
-        kind = type(submission.task)
-        imports.append(f"from {kind.__module__} import {kind.__qualname__}")
-        arguments = [f"[{kind.__qualname__}({', '.join(task)})]", f"seeds=[{seed}]", *overrides]
-        call = ["(result,) = pipe.run_tasks(", *(f"    {each}," for each in arguments), ")"]
+        imports.append(f"from {_find_home(kind)} import {kind.__qualname__}")
+        call = [f"task = {kind.__qualname__}(", *task, ")", f"result = pipe.run(task, {', '.join(options)})"]
     step = "" if submission.checkpoint is None else f", step={submission.checkpoint}"
     lines = [*imports, "", f"pipe = dit_video.load({model!r}{step})"]
     for adapter in _list_adapters(submission, adapters):
         expert = "" if adapter.expert == "backbone" else f", expert={adapter.expert!r}"
         lines.append(f"pipe = pipe.load_lora({adapter.file.name!r}, {adapter.scale:g}{expert})")
-    lines += [f"{name} = {text}" for name, text in inputs.items()]
     return "\n".join([*lines, *call, 'result.save("result.apng")', ""])
 
 
 def format_command(submission: Submission, model: str, seed: int, adapters: Mapping[str, AdapterFile]) -> str | None:
     """Return the command that makes the clip of a seed, which reads the inputs from the working folder.
 
-    It is None for tasks of other packages, and for values that `sample.py` has no option for.
+    It is None for tasks of other packages, which the command does not know.
 
     Args:
       submission: The job.
@@ -156,30 +163,27 @@ def format_command(submission: Submission, model: str, seed: int, adapters: Mapp
       seed: Seed of the clip.
       adapters: LoRA files of the model, by name.
     """
-    task, values = submission.tab.task_name, dict(submission.values)
-    if _find_method(submission) is None:
+    name, kind = submission.tab.task_name, type(submission.task)
+    if not kind.__module__.startswith("dit_video."):
         return None
-    if any(name in values and not _is_default(submission, name, values[name]) for name in _NO_OPTION):
-        return None
-    parts = ["python", "experiments/sample.py", model]
-    if task != "generate":
-        parts += ["--task", task]
-    for name, value in values.items():
-        if name in _NO_OPTION or value is False:
+    parts = ["python", "experiments/sample.py", model] + ([] if name == "generate" else [name])
+    for field in list_fields(kind):
+        value = submission.values.get(field.name)
+        if value is None or value is False:
             continue
-        option = "--" + _OPTION_NAMES.get(name, name).replace("_", "-")
-        parts += [option, _format_option(name, value, submission.inputs)]
+        option = "--" + field.name.replace("_", "-")
+        parts += [option] if value is True else [option, _format_option(field.name, value, submission.inputs)]
     parts += ["--seed", str(seed)]
-    for name, value in submission.overrides.items():
+    for name, value in submission.options.items():
         parts += [f"--{name}", str(value)]
     if submission.checkpoint is not None:
         parts += ["--step", str(submission.checkpoint)]
     for adapter in _list_adapters(submission, adapters):
         parts += ["--lora", f"{adapter.file.name}@{adapter.scale:g}@{adapter.expert}"]
-    return shlex.join([*parts, "--out", "result.mp4" if task == "generate" else "result"])
+    return shlex.join([*parts, "--out", "result.mp4"])
 
 
-_OVERRIDES = ("steps", "guidance", "sampler", "shift")
+_SAMPLING = ("steps", "guidance", "solver", "shift")
 
 
 def _make_submission(values: Mapping[str, Any], config: PipelineConfig, *, tab: Tab, **shared: Any) -> Submission:
@@ -200,12 +204,11 @@ def _fit_lengths(values: Mapping[str, Any], stride: int) -> dict[str, Any]:
 
 def _check(submission: Submission, config: PipelineConfig) -> None:
     """Check that the model can sample the task, as far as that is known before it is sampled."""
-    overrides: dict[str, Any] = {name: value for name, value in submission.overrides.items() if name in _OVERRIDES}
-    if isinstance(submission.task, ClipTask):
-        request = submission.task.make_request(config)._replace(negative=submission.overrides.get("negative"))
-        check_requests(config, [request], **overrides)
+    sampling = submission.make_sampling(config)
+    if (request := submission.task.make_request(config)) is not None:
+        check_requests(config, [replace(request, negative=submission.options.get("negative"))], sampling)
     else:
-        resolve_sampling(config, **overrides)
+        check_sampling(config, sampling)
         for clip in submission.inputs.values():
             config.model.latent_grid(to_grid(clip.frames.shape[:3]))
 
@@ -225,40 +228,30 @@ def _guess_field(message: str, tab: Tab, sampling_form: Sequence[FormField]) -> 
     return word if word in names else None
 
 
-_OPTION_NAMES = {"frames": "new-frames"}
-"""Options that have another name than the value."""
-_METHOD_NAMES = {"described_edit": "edit"}
-"""Methods of a pipeline that have another name than the task."""
-_NO_OPTION = ("source_guidance", "draws")
-"""Values of tasks that the command has no option for."""
-
-
 def _list_adapters(submission: Submission, adapters: Mapping[str, AdapterFile]) -> list[AdapterFile]:
     """Return the adapters with the scales of a job, without those that are turned off."""
     scaled = [each._replace(scale=submission.scales.get(name, each.scale)) for name, each in adapters.items()]
     return [each for each in scaled if each.scale != 0]
 
 
-def _find_method(submission: Submission) -> str | None:
-    """Return the name of the pipeline's method for a task; None for a task of another package."""
-    name = submission.tab.task_name
-    method = _METHOD_NAMES.get(name, name)
-    return method if hasattr(Pipeline, method) else None
+def _find_home(kind: type[Task]) -> str:
+    """Return the module that a task is imported from."""
+    return "dit_video.sampling.tasks" if kind.__module__.startswith("dit_video.sampling.tasks.") else kind.__module__
 
 
-def _format_decode(name: str, clip: Clip) -> str:
-    suffix = get_input_file(clip.frames.shape)
-    if name == "mask":
-        return f'decode("mask.{suffix}").frames[0, ..., 0] > 127'
-    return f'decode("{name}.{suffix}")'
+def _get_file(name: str, clip: Clip) -> str:
+    """Return the name of the file of an input."""
+    return f"{name}.{get_input_file(clip.frames.shape)}"
 
 
 def _format_option(name: str, value: Any, inputs: Mapping[str, Clip]) -> str:
     if name in inputs:
-        return f"{name}.{get_input_file(inputs[name].frames.shape)}"
+        return _get_file(name, inputs[name])
     return "x".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _is_default(submission: Submission, name: str, value: Any) -> bool:
     """Return whether a value is the default of the task's class, which need not be written."""
-    return name != "prompt" and getattr(type(submission.task), name, None) == value
+    if name == "prompt" or name in submission.inputs:
+        return False
+    return getattr(type(submission.task), name, None) == value

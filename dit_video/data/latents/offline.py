@@ -37,7 +37,7 @@ from dit_video.data.sizes import read_fitted_clip
 from dit_video.data.tables import compute_row_id
 from dit_video.distributed.faults.progress import count_progress, expect_progress
 from dit_video.models.autoencoders import ClipCanvas, compute_segment_ids, latent_grid
-from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, KnownMask
+from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, IsKnown
 from dit_video.tokens import Grid
 
 
@@ -50,7 +50,7 @@ class _EncodedBatch(NamedTuple):
     """Latents of the canvases with only so many first frames kept; see `Encoding.list_prefixes`."""
     cond_latents: list[Array]
     """Latents of the canvases with all but the known pixels grey, for each kind of mask."""
-    masks: list[dict[int, KnownMask]]
+    masks: list[dict[int, IsKnown]]
     """Masks of the views, for each kind."""
     frames: dict[int, UInt8[np.ndarray, "_ _ _ 3"] | Skipped]
     """Frames of each view."""

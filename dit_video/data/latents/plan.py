@@ -29,7 +29,7 @@ from dit_video.models.conditioning import (
     COND_LATENTS,
     IMAGE_TOKENS,
     ClipConditioning,
-    KnownMask,
+    IsKnown,
     MaskGenerator,
     fold_mask,
     make_mask_fields,
@@ -303,23 +303,23 @@ def _get_crop_starts(info: ClipInfo, limits: SizeLimits, max_crops: int) -> list
 
 def draw_view_masks(
     masks: Sequence[MaskGenerator], canvases: Sequence[ClipCanvas], views: Sequence[View]
-) -> list[dict[int, KnownMask]]:
-    """Return a mask of each kind for every view of some canvases, a function of the view's name.
+) -> list[dict[int, IsKnown]]:
+    """Return the known pixels by a mask of each kind for every view of some canvases, a function of the view's name.
 
     Nothing is known in a view whose size has no mask of a kind.
     """
-    drawn: list[dict[int, KnownMask]] = []
+    drawn: list[dict[int, IsKnown]] = []
     for kind, mask in enumerate(masks):
         drawn.append({})
         for slot in (slot for canvas in canvases for slot in canvas.slots):
             view = views[slot.clip]
-            known = mask.draw(make_generator(kind, "mask of a view", zlib.crc32(view.name.encode())), view.size)
-            drawn[-1][slot.clip] = np.zeros(view.size, bool) if known is None else known
+            generated = mask.draw(make_generator(kind, "mask of a view", zlib.crc32(view.name.encode())), view.size)
+            drawn[-1][slot.clip] = np.zeros(view.size, bool) if generated is None else ~generated
     return drawn
 
 
 def place_masks(
-    shape: tuple[int, ...], canvases: Sequence[ClipCanvas], masks: dict[int, KnownMask]
+    shape: tuple[int, ...], canvases: Sequence[ClipCanvas], masks: dict[int, IsKnown]
 ) -> Bool[np.ndarray, "B T H W"]:
     """Return the masks of views at their places on canvases, in an array of a batch's shape."""
     placed = np.zeros(shape, bool)
@@ -331,7 +331,7 @@ def place_masks(
 
 
 def make_mask_values(
-    latents: Sequence[Float32[np.ndarray, "t h w c"]], masks: Sequence[KnownMask], stride: Grid
+    latents: Sequence[Float32[np.ndarray, "t h w c"]], masks: Sequence[IsKnown], stride: Grid
 ) -> dict[str, np.ndarray]:
     """Return the fields of a view: for each kind of mask its latents, zero if nothing is known, and its shares."""
     values = dict[str, np.ndarray]()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_video.core.rng import make_generator
-from dit_video.models.conditioning import FrameConditioning, KnownMask, make_mask_fields
+from dit_video.models.conditioning import FrameConditioning, IsKnown, make_mask_fields
 from dit_video.tokens import Field, Grid
 
 
@@ -44,10 +44,10 @@ class MaskMix(NamedTuple):
         drawn = tuple(map(np.zeros_like, cached[0])) if kind is None else cached[kind]
         return selected | {field.name: values for field, values in zip(self.fields, drawn, strict=True)}
 
-    def draw_mask(self, size: Grid, rank: int) -> KnownMask:
-        """Return the mask of an example of this size, for clips that are encoded as they are read."""
+    def draw_known(self, size: Grid, rank: int) -> IsKnown:
+        """Return the known pixels of an example of this size, for clips that are encoded as they are read."""
         kind = self.conditioning.draw_kind(self.seed, rank)
-        mask = None
+        generated = None
         if kind is not None:
-            mask = self.conditioning.masks[kind].draw(make_generator(self.seed, "mask", rank), size)
-        return np.zeros(size, bool) if mask is None else mask
+            generated = self.conditioning.masks[kind].draw(make_generator(self.seed, "mask", rank), size)
+        return np.zeros(size, bool) if generated is None else ~generated

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
-from dit_video.diffusion import Lcm, LogitNormal, TimeDistribution, UniformWeighting, Weighting
+from dit_video.diffusion import Guidance, Lcm, LogitNormal, TimeDistribution, UniformWeighting, Weighting
 from dit_video.distributed import Parallelism
 from dit_video.evaluation.config import CaptionEvaluation, Evaluation
 from dit_video.experiment.data_config import DataConfig
@@ -104,8 +104,7 @@ class _Teacher(NamedTuple):
     buckets: BucketConfig | None
     data: DataConfig
     batch: int
-    guidance: Any
-    """Guidance of its sampling: a number, or a `Guidance`, which has no single scale."""
+    guidance: Guidance
     evaluation: Evaluation
     train: Literal["full", "lora"]
     """Weights of a student that are trained by default."""
@@ -128,9 +127,10 @@ def make_distillation_experiment(
     """
     folder = Path(folder)
     teacher = _read_open_teacher(folder, options) if (folder / INDEX).is_file() else _read_own_teacher(folder, options)
-    scale = teacher.guidance if options.guidance is None else options.guidance
-    if not isinstance(scale, float | int):
-        raise UserError(f"guidance={scale} is invalid: a teacher is distilled at one scale; set it with --guidance")
+    guidance = teacher.guidance if options.guidance is None else Guidance(scale=options.guidance)
+    scale = guidance.scale
+    if isinstance(scale, tuple) or guidance != Guidance(scale=scale):
+        raise UserError(f"guidance={guidance} is invalid: a teacher is distilled at one scale; set it with --guidance")
     train = options.train or teacher.train
     changes = {name: getattr(options, name) for name in ("dtype", "remat", "attention")}
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -156,7 +156,7 @@ def make_distillation_experiment(
                 ),
             ),
         ),
-        sampling=Sampling(steps=options.sampling_steps, guidance=1.0, solver=Lcm()),
+        sampling=Sampling(steps=options.sampling_steps, guidance=Guidance(scale=1.0), solver=Lcm()),
         evaluation=teacher.evaluation,
         parallel=options.parallel,
         log_every=options.log_every,
@@ -216,7 +216,7 @@ def _read_open_teacher(folder: Path, options: DistillationOptions) -> _Teacher:
         buckets=None,
         data=data,
         batch=1,
-        guidance=_OPEN_GUIDANCE,
+        guidance=Guidance(scale=_OPEN_GUIDANCE),
         evaluation=CaptionEvaluation(),
         train="lora",
     )

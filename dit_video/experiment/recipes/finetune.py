@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_video.core.errors import MissingError, UserError
+from dit_video.diffusion import Guidance
 from dit_video.distributed import Parallelism
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment.data_config import DataConfig
@@ -144,10 +145,10 @@ def make_finetuning_experiment(
                 train=_select_weights(folder, parts.boundary, options),
             ),
         ),
-        task=parts.task,
+        conditioner=parts.conditioner,
         sampling=Sampling(
             steps=options.sampling_steps,
-            guidance=parts.guidance if options.guidance is None else options.guidance,
+            guidance=Guidance(scale=parts.guidance if options.guidance is None else options.guidance),
             solver=schedule.solver,
             time_schedule=schedule.time_schedule,
         ),

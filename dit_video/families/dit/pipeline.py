@@ -20,6 +20,7 @@ from dit_video.diffusion import (
     Ddpm,
     DiscreteSchedule,
     Epsilon,
+    Guidance,
     Heun,
     LearnedVariance,
     Prediction,
@@ -107,7 +108,7 @@ class DitFamily(Family):
             batch=_BATCH,
             sampling=Sampling(
                 steps=_AUTHORS_STEPS if schedule.solver == Ddpm() and not index else _STEPS,
-                guidance=_GUIDANCE,
+                guidance=Guidance(scale=_GUIDANCE),
                 solver=schedule.solver,
                 time_schedule=schedule.time_schedule,
             ),

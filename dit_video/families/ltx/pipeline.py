@@ -39,7 +39,7 @@ from dit_video.models.encoders import FrozenTextConfig
 from dit_video.sampling.known_pixels import locate_condition
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.plan import ExtraTokens, HeldTokens, SamplingPlan
-from dit_video.sampling.request import Condition, GenerationTask, Request, TaskModel
+from dit_video.sampling.request import Condition, Conditioner, ModelParts, Request
 from dit_video.tokens import Field, Grid, compute_positions, compute_token_grid, patchify
 from dit_video.weights import LoadedScheduler, load_scheduler, read_text_encoder_config
 from dit_video.weights.scheduler import SIGMA_SPACINGS
@@ -49,7 +49,7 @@ _PREFIX = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyframesToVideo(GenerationTask):
+class KeyframesToVideo(Conditioner):
     """Clips conditioned on images and clips at some frames: the request's `image`, `last_image` and `conditions`."""
 
     noise_scale: float = 0.0
@@ -58,7 +58,7 @@ class KeyframesToVideo(GenerationTask):
     """Whether images and clips may be at any frame; False for models that were trained only with a first image
     (versions 0.9.0 and 0.9.1)."""
 
-    def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
+    def __call__(self, request: Request, model: ModelParts) -> SamplingPlan:
         """Return the plan of a request, which may have no conditions.
 
         Raises:
@@ -103,8 +103,8 @@ class _Keyframe(NamedTuple):
 
 def _fit(condition: Condition, size: Grid, stride: Grid) -> tuple[int, UInt8[np.ndarray, "T H W 3"]]:
     """Return the first frame of a condition in the clip, and its frames at the clip's height and width."""
-    if condition.mask is not None:
-        raise UserError("mask= of a condition is invalid: this model keeps whole frames. Leave it out")
+    if condition.generated is not None:
+        raise UserError("generated= of a condition is invalid: this model keeps whole frames. Leave it out")
     start, frames = locate_condition(condition, size)
     # From the third on, a condition's latents replace the sampled clip's, so they must stand for the same frames.
     if len(frames) > 1 and start % stride.t:
@@ -121,7 +121,7 @@ def _fit(condition: Condition, size: Grid, stride: Grid) -> tuple[int, UInt8[np.
 
 
 def _make_extra_tokens(
-    keyframes: list[_Keyframe], fields: tuple[Field, ...], seed: int, model: TaskModel
+    keyframes: list[_Keyframe], fields: tuple[Field, ...], seed: int, model: ModelParts
 ) -> ExtraTokens:
     """Return the extra tokens of keyframes: their noise, drawn from the request's seed, positions and values."""
     patch, stride, tokens, positions, strengths = model.backbone.patch, model.codec.config.stride, [], [], []
@@ -201,7 +201,7 @@ def read_parts(folder: Path, *, text_encoder: str | os.PathLike | None = None) -
         fps=_FPS,
         guidance=_GUIDANCE,
         frame_conditioning=FrameConditioning(),
-        task=KeyframesToVideo(noise_scale=_NOISE_SCALE if is_095 else 0.0, has_keyframes=is_095),
+        conditioner=KeyframesToVideo(noise_scale=_NOISE_SCALE if is_095 else 0.0, has_keyframes=is_095),
     )
 
 

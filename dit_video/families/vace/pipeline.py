@@ -1,4 +1,4 @@
-"""VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's pipelines with their own task."""
+"""VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's pipelines with their own conditioner."""
 
 import os
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from dit_video.models.backbones.vace import VaceControl
 from dit_video.models.conditioning import GREY
 from dit_video.sampling.known_pixels import collect_known_pixels, fit_clip
 from dit_video.sampling.plan import SamplingPlan
-from dit_video.sampling.request import GenerationTask, Request, TaskModel, fit_image
+from dit_video.sampling.request import Conditioner, ModelParts, Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-_ACCEPTED = ("image", "last_image", "video", "mask", "conditions", "control", "reference_images", "method")
+_ACCEPTED = ("image", "last_image", "video", "generated", "conditions", "control", "reference_images", "method")
 _WHITE = 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class VaceTask(GenerationTask):
+class VaceConditioner(Conditioner):
     """Clips with kept parts, control and reference images; without any of them, text to video."""
 
-    def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
+    def __call__(self, request: Request, model: ModelParts) -> SamplingPlan:
         """Return the plan of a request.
 
         Raises:
@@ -42,7 +42,9 @@ class VaceTask(GenerationTask):
         control = next((each for each in model.backbone.conditioning if isinstance(each, VaceControl)), None)
         if control is None:
             name = type(model.backbone).__name__
-            raise UserError(f"task=VaceTask() is invalid for a {name}, which reads no control. Use a model of VACE")
+            raise UserError(
+                f"conditioner=VaceConditioner() is invalid for a {name}, which reads no control. Use a model of VACE"
+            )
         pixels, is_generated = compose_pixels(request)
         inactive, reactive = (
             model.codec.encode_pixels(np.where(is_grey[..., None], np.float32(GREY), pixels))
@@ -66,9 +68,9 @@ def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bo
     pixels, is_generated = np.full((*size, 3), GREY, np.float32), np.ones(size, bool)
     if request.control is not None:
         pixels[:] = fit_clip("control", request.control, size)
-    if (request.video is None) != (request.mask is None):
-        missing, fix = ("mask", "control=") if request.mask is None else ("video", "image=")
-        raise UserError(f"{missing}=None is invalid: video and mask need each other. Give both, or use {fix}")
+    if (request.video is None) != (request.generated is None):
+        missing, fix = ("generated", "control=") if request.generated is None else ("video", "image=")
+        raise UserError(f"{missing}=None is invalid: video and generated need each other. Give both, or use {fix}")
     if any(condition.strength < 1 for condition in request.conditions):
         raise UserError("strength= of a condition is invalid: VACE keeps what is known to the end. Use strength=1")
     if (known := collect_known_pixels(request)) is not None:
@@ -77,20 +79,17 @@ def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bo
 
 
 def _encode_reference(
-    image: Clip | np.ndarray, size: Grid, model: TaskModel, control: VaceControl
+    image: Clip, size: Grid, model: ModelParts, control: VaceControl
 ) -> Float32[np.ndarray, "1 h w q"]:
     """Return the control of an image's latent frame: all of it is inactive, and nothing is reactive or generated.
 
     The image is scaled to fit into the frame, and centred on a white background.
     """
-    shape = image.frames.shape[1:] if isinstance(image, Clip) else np.shape(image)
-    # At its own size, for the check only, which an array that is not an image fails.
-    pixels = fit_image(image, Grid(1, *shape[:2]) if len(shape) == 3 else Grid(1, 1, 1))
-    scale = min(size.h / pixels.shape[0], size.w / pixels.shape[1])
-    height, width = (max(1, int(side * scale)) for side in pixels.shape[:2])
+    scale = min(size.h / image.height, size.w / image.width)
+    height, width = (max(1, int(side * scale)) for side in (image.height, image.width))
     canvas = np.full((1, size.h, size.w, 3), _WHITE, np.uint8)
     top, left = (size.h - height) // 2, (size.w - width) // 2
-    canvas[:, top : top + height, left : left + width] = resize(pixels[None], height, width)
+    canvas[:, top : top + height, left : left + width] = resize(image.frames, height, width)
     latents = model.codec.encode_pixels(canvas)
     return control.concatenate(latents, np.zeros_like(latents), np.zeros(canvas.shape[:3], bool))
 
@@ -103,4 +102,4 @@ class VaceFamily(WanFamily):
     pipeline_classes = ("WanVACEPipeline",)
 
     def read_parts(self, folder: Path, *, text_encoder: str | os.PathLike | None = None) -> PipelineParts:
-        return super().read_parts(folder, text_encoder=text_encoder)._replace(task=VaceTask())
+        return super().read_parts(folder, text_encoder=text_encoder)._replace(conditioner=VaceConditioner())

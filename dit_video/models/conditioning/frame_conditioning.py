@@ -12,7 +12,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.grid import Grid
 from dit_video.core.rng import make_generator
 from dit_video.core.typing import AnyArray
-from dit_video.models.conditioning.masks import FirstAndLastFrame, FirstFrame, KnownMask, MaskGenerator
+from dit_video.models.conditioning.masks import ClipMask, FirstAndLastFrame, FirstFrame, MaskGenerator
 from dit_video.models.conditioning.records import ImageTokens
 from dit_video.tokens import Field, PackedRows
 
@@ -81,7 +81,7 @@ class FrameConditioning:
     pixels are grey, as in Wan's models; these are cached with the clips' own latents. Sampling uses the same
     setting."""
     masks: tuple[MaskGenerator, ...] = (FirstFrame(),)
-    """Kinds of known parts, each with a relative weight; all but the first frame need `rest="grey"`."""
+    """Generators of masks, each with a relative weight; all but that of the first frame need `rest="grey"`."""
 
     def __post_init__(self):
         if not 0 <= self.prob <= 1:
@@ -96,13 +96,13 @@ class FrameConditioning:
         """Return whether masks are drawn as examples are read, and clips are encoded with unknown pixels grey."""
         return tuple(map(type, self.masks)) != (FirstFrame,)
 
-    def accepts(self, is_known: KnownMask) -> bool:
-        """Return whether a model trained with this conditioning can complete such a mask.
+    def accepts(self, generated: ClipMask) -> bool:
+        """Return whether a model trained with this conditioning can generate what is True in a mask.
 
         Wan's models also accept a last frame with the first one.
         """
         further = (FirstAndLastFrame(),) if self.rest == "grey" else ()
-        return any(mask.accepts(is_known) for mask in (*self.masks, *further))
+        return any(mask.accepts(generated) for mask in (*self.masks, *further))
 
     def draw_kind(self, seed: int, example: int) -> int | None:
         """Return the number of the mask that an example is trained with; None if nothing is known.

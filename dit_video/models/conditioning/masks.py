@@ -1,7 +1,8 @@
-"""Generators of known-pixel masks: which masks a model is trained to complete, and which it accepts in a request.
+"""Generators of masks: what of a clip a model is trained to generate, and what it accepts in a request.
 
-Each stands for a generation task. Training draws masks from the generators of a config; in sampling the generators tell
-whether a model was trained for the pixels that a request gives.
+A mask is True where pixels are generated; all others are known. Each generator stands for a generation task, and is
+named by what is known. Training draws masks from the generators of a config; in sampling the generators tell whether a
+model was trained for the pixels that a request gives.
 """
 
 import abc
@@ -14,8 +15,10 @@ from jaxtyping import Bool
 from dit_video.core.errors import UserError
 from dit_video.core.grid import Grid
 
-KnownMask = Bool[np.ndarray, "T H W"]
-"""True for known pixels of a clip, which are kept."""
+ClipMask = Bool[np.ndarray, "T H W"]
+"""Mask of a clip: True where pixels are generated."""
+IsKnown = Bool[np.ndarray, "T H W"]
+"""Complement of a mask: True for known pixels of a clip, which are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +37,16 @@ class MaskGenerator(abc.ABC):
             raise UserError(f"weight={self.weight} is invalid: it must be positive. Leave the mask out instead of 0.")
 
     @abc.abstractmethod
-    def draw(self, generator: np.random.Generator, size: Grid) -> KnownMask | None:
+    def draw(self, generator: np.random.Generator, size: Grid) -> ClipMask | None:
         """Return a random mask; None if clips of this size have none."""
 
     @abc.abstractmethod
-    def accepts(self, is_known: KnownMask) -> bool:
-        """Return whether a mask, which has known and unknown pixels, is of this kind."""
+    def accepts(self, generated: ClipMask) -> bool:
+        """Return whether a mask, which has pixels that are generated and known ones, is of this kind."""
 
 
 class FrameMask(MaskGenerator):
-    """A generator of masks of whole frames."""
+    """A generator of masks of whole frames, named by those that are known."""
 
     @abc.abstractmethod
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
@@ -53,21 +56,21 @@ class FrameMask(MaskGenerator):
     def accepts_frames(self, frames: list[int], count: int) -> bool:
         """Return whether these known frames of a clip are of this kind."""
 
-    def draw(self, generator: np.random.Generator, size: Grid) -> KnownMask | None:
+    def draw(self, generator: np.random.Generator, size: Grid) -> ClipMask | None:
         """Return a random mask; None for an image."""
         if size.t == 1:
             return None
-        is_known = np.zeros(size, bool)
-        is_known[self.draw_frames(generator, size.t)] = True
-        return is_known
+        generated = np.ones(size, bool)
+        generated[self.draw_frames(generator, size.t)] = False
+        return generated
 
-    def accepts(self, is_known: KnownMask) -> bool:
+    def accepts(self, generated: ClipMask) -> bool:
         """Return whether the clip has several frames, only whole frames are known, and they are of this kind."""
-        frames = find_known_frames(is_known)
-        return len(is_known) > 1 and frames is not None and self.accepts_frames(frames, len(is_known))
+        frames = find_known_frames(~generated)
+        return len(generated) > 1 and frames is not None and self.accepts_frames(frames, len(generated))
 
 
-def find_known_frames(is_known: KnownMask) -> list[int] | None:
+def find_known_frames(is_known: IsKnown) -> list[int] | None:
     """Return the numbers of the known frames; None if parts of a frame are known."""
     shares = is_known.mean(axis=(1, 2))
     return np.flatnonzero(shares == 1).tolist() if np.isin(shares, (0, 1)).all() else None
@@ -75,7 +78,7 @@ def find_known_frames(is_known: KnownMask) -> list[int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstFrame(FrameMask):
-    """Masks of the first frame, for image to video."""
+    """Masks of all but the first frame, for image to video."""
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return [0]
@@ -86,7 +89,7 @@ class FirstFrame(FrameMask):
 
 @dataclass(frozen=True, kw_only=True)
 class LastFrame(FrameMask):
-    """Masks of the last frame."""
+    """Masks of all but the last frame."""
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return [count - 1]
@@ -97,7 +100,7 @@ class LastFrame(FrameMask):
 
 @dataclass(frozen=True, kw_only=True)
 class FirstAndLastFrame(FrameMask):
-    """Masks of the first and the last frame."""
+    """Masks of all but the first and the last frame."""
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return [0, count - 1]
@@ -108,7 +111,7 @@ class FirstAndLastFrame(FrameMask):
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning(FrameMask):
-    """Masks of any number of frames at the beginning, for extension forwards."""
+    """Masks of all but any number of frames at the beginning, for extension forwards."""
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return list(range(generator.integers(1, count)))
@@ -119,7 +122,7 @@ class Beginning(FrameMask):
 
 @dataclass(frozen=True, kw_only=True)
 class Ending(FrameMask):
-    """Masks of any number of frames at the end, for extension backwards."""
+    """Masks of all but any number of frames at the end, for extension backwards."""
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         return list(range(generator.integers(1, count), count))
@@ -130,7 +133,7 @@ class Ending(FrameMask):
 
 @dataclass(frozen=True, kw_only=True)
 class BothEnds(FrameMask):
-    """Masks of frames at the beginning and at the end, for blending two clips."""
+    """Masks of all but frames at the beginning and at the end, for blending two clips."""
 
     def draw_frames(self, generator: np.random.Generator, count: int) -> list[int]:
         if count < 3:
@@ -145,7 +148,7 @@ class BothEnds(FrameMask):
 
 @dataclass(frozen=True, kw_only=True)
 class Keyframes(FrameMask):
-    """Masks of single frames, at equal or random distances, for interpolation and keyframes.
+    """Masks of all but single frames, at equal or random distances, for interpolation and keyframes.
 
     Raises:
       UserError: If the largest distance is below 2.
@@ -171,7 +174,7 @@ class Keyframes(FrameMask):
 
 @dataclass(frozen=True, kw_only=True)
 class OutsideOfBox(MaskGenerator):
-    """Masks of all but a box, which moves at a constant speed, for inpainting.
+    """Masks of a box, which moves at a constant speed, for inpainting: what is outside of it is known.
 
     Raises:
       UserError: If a share is outside (0, 1), or the shares are in the wrong order.
@@ -186,8 +189,8 @@ class OutsideOfBox(MaskGenerator):
         super().__post_init__()
         _check_shares(self.min_share, self.max_share)
 
-    def draw(self, generator: np.random.Generator, size: Grid) -> KnownMask:
-        is_known = np.ones(size, bool)
+    def draw(self, generator: np.random.Generator, size: Grid) -> ClipMask:
+        generated = np.zeros(size, bool)
         sides, path = [], []
         for length in (size.h, size.w):
             side = max(1, round(length * generator.uniform(self.min_share, self.max_share)))
@@ -195,17 +198,17 @@ class OutsideOfBox(MaskGenerator):
             sides.append(side)
             path.append(np.rint(np.linspace(first, last, size.t)).astype(int))
         for frame, (top, left) in enumerate(zip(*path, strict=True)):
-            is_known[frame, top : top + sides[0], left : left + sides[1]] = False
-        return is_known
+            generated[frame, top : top + sides[0], left : left + sides[1]] = True
+        return generated
 
-    def accepts(self, is_known: KnownMask) -> bool:
+    def accepts(self, generated: ClipMask) -> bool:
         """Return whether parts of frames are known, but not just a box inside them."""
-        return find_known_frames(is_known) is None and not _is_inner_box(is_known)
+        return find_known_frames(~generated) is None and not _is_inner_box(~generated)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InsideOfBox(MaskGenerator):
-    """Masks of a box, for outpainting.
+    """Masks of all but a box, for outpainting: what is inside of it is known.
 
     Raises:
       UserError: If a share is outside (0, 1).
@@ -220,17 +223,17 @@ class InsideOfBox(MaskGenerator):
         super().__post_init__()
         _check_shares(self.min_share, self.max_share)
 
-    def draw(self, generator: np.random.Generator, size: Grid) -> KnownMask:
-        is_known, box = np.zeros(size, bool), []
+    def draw(self, generator: np.random.Generator, size: Grid) -> ClipMask:
+        generated, box = np.ones(size, bool), []
         for length in (size.h, size.w):
             side = max(1, min(length - 1, round(length * generator.uniform(self.min_share, self.max_share))))
             start = int(generator.integers(length - side + 1))
             box.append(slice(start, start + side))
-        is_known[:, box[0], box[1]] = True
-        return is_known
+        generated[:, box[0], box[1]] = False
+        return generated
 
-    def accepts(self, is_known: KnownMask) -> bool:
-        return find_known_frames(is_known) is None and _is_inner_box(is_known)
+    def accepts(self, generated: ClipMask) -> bool:
+        return find_known_frames(~generated) is None and _is_inner_box(~generated)
 
 
 def _check_shares(min_share: float, max_share: float) -> None:
@@ -239,7 +242,7 @@ def _check_shares(min_share: float, max_share: float) -> None:
         raise UserError(f"{shares} is invalid: they must lie in (0, 1), the smaller first. Use 0.4 and 0.8.")
 
 
-def _is_inner_box(is_known: KnownMask) -> bool:
+def _is_inner_box(is_known: IsKnown) -> bool:
     """Return whether the known pixels form one box, the same in all frames."""
     rows, columns = is_known[0].any(axis=1), is_known[0].any(axis=0)
     box = rows[:, None] & columns[None]

@@ -1,12 +1,13 @@
-"""Tasks on clips: each makes a request of what a user asks for, and the result of the sampled clip."""
+"""Tasks: what is generated from what. Each makes a request, and the result of the sampled clip."""
 
-from dit_video.sampling.tasks.clip_task import AnyTask, ClipTask, CompositeTask
-from dit_video.sampling.tasks.edit import DescribedEdit, Edit, EditMethod, Vary
+from dit_video.sampling.tasks.edit import DescribedEdit, Edit, Vary
 from dit_video.sampling.tasks.extension import Blend, Extend, Interpolate
+from dit_video.sampling.tasks.fields import Doc, Limits, OneFrame
 from dit_video.sampling.tasks.generation import Generate, Loop
 from dit_video.sampling.tasks.regions import Inpaint, Outpaint, ZoomOut
+from dit_video.sampling.tasks.task import Prompt, Task
 
-TASKS: dict[str, type[AnyTask]] = {
+TASKS: dict[str, type[Task]] = {
     "generate": Generate,
     "extend": Extend,
     "blend": Blend,
@@ -19,4 +20,9 @@ TASKS: dict[str, type[AnyTask]] = {
     "described_edit": DescribedEdit,
     "vary": Vary,
 }
-"""Tasks by the name of the pipeline's method, and of `sample.py --task`."""
+"""Tasks by the names that `sample.py`, task files and the studio have for them; one more line adds another."""
+
+
+def get_task_name(task: Task) -> str:
+    """Return the name of a task in `TASKS`, or that of its class."""
+    return next((name for name, kind in TASKS.items() if kind is type(task)), type(task).__name__)

@@ -1,32 +1,37 @@
 """Changes of a whole clip: SDEdit (arXiv 2108.01073) with its prompt or another, FlowEdit, and inversion to noise."""
 
 import functools
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Annotated, Any, Literal
 
 from dit_video.core.errors import UserError
+from dit_video.diffusion import Euler
 from dit_video.sampling.clip_recipe import describe_sampling, hash_pixels
 from dit_video.sampling.edit_paths import EditPaths
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.progress import Callback, make_report
-from dit_video.sampling.request import Request, split_options
-from dit_video.sampling.tasks.clip_task import ClipTask, CompositeTask, TaskPipeline, get_size
+from dit_video.sampling.request import Request
+from dit_video.sampling.sampling_config import Sampling, make_guidance
+from dit_video.sampling.tasks.fields import Doc, Limits
+from dit_video.sampling.tasks.task import Prompt, Task, TaskPipeline, add_options, get_prompt, get_size
 from dit_video.video import Clip
 
+_SHARE = Limits(above=0, maximum=1, step=0.05)
 
-@dataclass(frozen=True, kw_only=True)
-class Edit(ClipTask):
+
+@dataclass(frozen=True)
+class Edit(Task):
     """A clip that is changed to fit a prompt: noise is added to it, and taken away with the prompt."""
 
-    clip: Clip
-    strength: float = 0.8
-    """Diffusion time, in (0, 1], that the clip is noised to; more changes it more."""
+    clip: Annotated[Clip, Doc("Clip that is changed.")]
+    prompt: Prompt = None
+    _: KW_ONLY
+    strength: Annotated[float, Doc("Diffusion time that the clip is noised to; more changes it more."), _SHARE] = 0.8
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request that starts from the noisy clip."""
-        if not 0 < self.strength <= 1:
-            raise UserError(f"strength={self.strength} is invalid: it must be above 0 and at most 1. Use 0.8")
-        return Request(self.get_prompt(self.clip), get_size(self.clip), video=self.clip, strength=self.strength)
+        prompt = get_prompt(self.prompt, self.clip)
+        return Request(prompt, get_size(self.clip), video=self.clip, strength=self.strength)
 
     def finish(self, sampled: Clip) -> Clip:
         """Return the sampled clip at the clip's frame rate."""
@@ -37,48 +42,51 @@ class Edit(ClipTask):
 class Vary(Edit):
     """A variation of a clip, for its own caption; every seed gives another."""
 
-    strength: float = 0.7
-    """Diffusion time, in (0, 1], that the clip is noised to; more changes it more."""
+    strength: Annotated[float, Doc("Diffusion time that the clip is noised to; more changes it more."), _SHARE] = 0.7
 
 
-EditMethod = Literal["flow_edit", "inversion"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DescribedEdit(CompositeTask):
+@dataclass(frozen=True)
+class DescribedEdit(Task):
     """A clip that changes by the difference of two descriptions: see `EditPaths`."""
 
-    clip: Clip
-    source: str
-    """Description of the clip."""
-    strength: float = 0.8
-    """Diffusion time, in (0, 1], at which the change begins; more changes it more."""
-    edit_method: EditMethod = "flow_edit"
-    """FlowEdit, or inversion of the clip to noise."""
-    source_guidance: float = 1.0
-    """Guidance scale of the clip's description."""
-    draws: int = 1
-    """Number of noises in every step of FlowEdit, whose changes are averaged: more keep more of the clip, and cost as
-    many times more."""
+    clip: Annotated[Clip, Doc("Clip that is changed.")]
+    prompt: Prompt = None
+    _: KW_ONLY
+    source: Annotated[str, Doc("Description of the clip.", title="Description of the clip")]
+    strength: Annotated[float, Doc("Diffusion time at which the change begins; more changes it more."), _SHARE] = 0.8
+    edit_method: Annotated[
+        Literal["flow_edit", "inversion"], Doc("FlowEdit, or inversion of the clip to noise.", title="Method")
+    ] = "flow_edit"
+    source_guidance: Annotated[
+        float,
+        Doc("Guidance scale of the clip's description.", title="Guidance of the source"),
+        Limits(minimum=0, step=0.1),
+    ] = 1.0
+    draws: Annotated[
+        int,
+        Doc(
+            "Number of noises in every step of FlowEdit, whose changes are averaged: more keep more of the clip, and "
+            "cost as many times more."
+        ),
+        Limits(minimum=1),
+    ] = 1
 
-    def run(self, pipeline: TaskPipeline, *, callback: Callback | None = None, **options: Any) -> Clip:
+    def run(self, pipeline: TaskPipeline, options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
         """Return the edited clip."""
-        if self.edit_method not in ("flow_edit", "inversion"):
-            raise UserError(f"edit_method={self.edit_method!r} is invalid. Use flow_edit or inversion")
-        prompt = self.clip.caption if self.prompt is None else self.prompt
-        request, overrides = split_options(prompt, {**options, "size": get_size(self.clip)})
-        if overrides.get("sampler") is not None or request.resample > 1 or request.method == "trained":
+        own, prompt = pipeline.config.sampling, get_prompt(self.prompt, self.clip)
+        if sampling.solver not in (own.solver, Euler()) or options.resample > 1 or options.method == "trained":
             rule = "its steps are Euler's, and it has no known pixels"
-            raise UserError(f"sampler=, resample= or method= is invalid with source=: {rule}. Leave it out")
-        target = pipeline.make_stepper(request, **overrides)
-        described = request._replace(prompt=self.source)
-        source = pipeline.make_stepper(described, **{**overrides, "guidance": self.source_guidance})
+            raise UserError(f"solver=, resample= or method= is invalid with source=: {rule}. Leave it out")
+        request = add_options(Request(prompt, get_size(self.clip)), options)
+        source_sampling = replace(sampling, guidance=make_guidance(self.source_guidance, base=own.guidance))
+        target = pipeline.make_stepper(request, sampling=sampling)
+        source = pipeline.make_stepper(replace(request, prompt=self.source), sampling=source_sampling)
         paths, latents = EditPaths(source, target), pipeline.codec.encode(self.clip)
         decode = functools.partial(pipeline.codec.decode, fps=self.clip.fps, caption=prompt, seed=request.seed)
         monitor = make_report(callback, decode, preview_decoder=pipeline.preview_decoder, fps=self.clip.fps)
         if self.edit_method == "flow_edit":
-            options = {"strength": self.strength, "seed": request.seed, "draws": self.draws}
-            edited = paths.edit_by_flow(latents, **options, monitor=monitor)
+            values: dict[str, Any] = {"strength": self.strength, "seed": request.seed, "draws": self.draws}
+            edited = paths.edit_by_flow(latents, **values, monitor=monitor)
         else:
             edited = paths.edit_by_inversion(latents, strength=self.strength, monitor=monitor)
         decoded = decode(edited)

@@ -1,32 +1,48 @@
 """New frames after a clip, before it, between two clips, and between the frames of one."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Condition, Request
-from dit_video.sampling.tasks.clip_task import ClipTask, get_size
+from dit_video.sampling.tasks.fields import Doc, Limits
+from dit_video.sampling.tasks.task import Prompt, Task, get_prompt, get_size
 from dit_video.video import Clip
 
 _MAX_OVERLAP = 9
 """Number of frames of a clip that the sampled part shares with it, at most, unless a task says so."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Extend(ClipTask):
+_NewFrames = Annotated[int, Doc("Number of new frames.", title="New frames"), Limits(minimum=1)]
+
+
+@dataclass(frozen=True)
+class Extend(Task):
     """A clip with new frames after it, or before it."""
 
-    clip: Clip
-    frames: int
-    """Number of new frames."""
-    before: bool = False
-    """True for frames before the clip."""
-    overlap: int | None = None
-    """Number of the clip's frames that the model continues; by default the most of up to 9 that fit the stride."""
+    clip: Annotated[Clip, Doc("Clip that is kept.")]
+    prompt: Prompt = None
+    _: KW_ONLY
+    frames: _NewFrames
+    before: Annotated[bool, Doc("Whether the new frames come before the clip.", title="Before the clip")] = False
+    overlap: Annotated[
+        int | None,
+        Doc(
+            "Number of the clip's frames that the model continues; by default the most of up to 9 that fit the stride.",
+            title="Known frames",
+        ),
+        Limits(minimum=1),
+    ] = None
+
+    @classmethod
+    def suggest(cls, config: PipelineConfig) -> Mapping[str, Any]:
+        """Return a number of frames that fits the stride."""
+        return {"frames": 2 * config.model.autoencoder.stride.t}
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of the known frames and the new ones."""
@@ -35,7 +51,7 @@ class Extend(ClipTask):
         known = self.clip.frames[:overlap] if self.before else self.clip.frames[-overlap:]
         condition = Condition(content=Clip(known, self.clip.fps), frame=self.frames if self.before else 0)
         size = get_size(self.clip)._replace(t=overlap + self.frames)
-        return Request(self.get_prompt(self.clip), size, conditions=(condition,))
+        return Request(get_prompt(self.prompt, self.clip), size, conditions=(condition,))
 
     def finish(self, sampled: Clip) -> Clip:
         """Return the clip with the new frames."""
@@ -44,23 +60,33 @@ class Extend(ClipTask):
         return replace(sampled, frames=np.concatenate(parts), fps=self.clip.fps)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Blend(ClipTask):
+@dataclass(frozen=True)
+class Blend(Task):
     """Two clips with a transition between them; both are kept."""
 
-    first: Clip
-    second: Clip
-    frames: int
-    """Number of new frames between the clips."""
-    overlap: int | None = None
-    """Number of frames of each clip that the model gets, the first one's or the second one's perhaps one to three
-    fewer, so that all fit the stride; by default up to 9."""
+    first: Annotated[Clip, Doc("First clip.", title="First clip")]
+    second: Annotated[Clip, Doc("Second clip, of the same size and frame rate.", title="Second clip")]
+    prompt: Prompt = None
+    _: KW_ONLY
+    frames: _NewFrames
+    overlap: Annotated[
+        int | None,
+        Doc(
+            "Number of frames of each clip that the model gets, the first one's or the second one's perhaps one to "
+            "three fewer, so that all fit the stride; by default up to 9.",
+            title="Known frames",
+        ),
+        Limits(minimum=1),
+    ] = None
+
+    @classmethod
+    def suggest(cls, config: PipelineConfig) -> Mapping[str, Any]:
+        """Return a number of frames that fits the stride."""
+        return {"frames": 2 * config.model.autoencoder.stride.t}
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of the end of the first clip, the transition and the beginning of the second."""
         _check_equal_sizes(self.first, self.second)
-        if self.frames < 1:
-            raise UserError(f"frames={self.frames} is invalid: there is at least one new frame. Use a larger number")
         stride = config.model.autoencoder.stride.t
         pair = self._choose_overlaps(lambda length: (length - 1) % stride == 0)
         if pair is None:
@@ -72,7 +98,7 @@ class Blend(ClipTask):
             Condition(content=Clip(self.first.frames[-first:], self.first.fps)),
             Condition(content=Clip(self.second.frames[:second], self.second.fps), frame=first + self.frames),
         )
-        return Request(self.get_prompt(self.first), size, conditions=conditions)
+        return Request(get_prompt(self.prompt, self.first), size, conditions=conditions)
 
     def finish(self, sampled: Clip) -> Clip:
         """Return both clips with the transition between them."""
@@ -90,52 +116,65 @@ class Blend(ClipTask):
         return max(pairs, key=lambda pair: (min(pair), -max(pair)), default=None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interpolate(ClipTask):
+@dataclass(frozen=True)
+class Interpolate(Task):
     """A clip with new frames between its own.
 
     Raises:
-      UserError: If neither or both of `factor` and `times` are given, or they are invalid.
+      UserError: If neither or both of `factor` and `places` are given, or they are invalid.
     """
 
-    clip: Clip
-    factor: int | None = None
-    """Number of intervals that every interval of the clip becomes: 2 for one new frame between any two."""
-    times: Sequence[int] | None = None
-    """Numbers of the result's frames that are the clip's, in any rising pattern that begins at 0."""
+    clip: Annotated[Clip, Doc("Clip whose frames are kept.")]
+    prompt: Prompt = None
+    _: KW_ONLY
+    factor: Annotated[
+        int | None,
+        Doc("Number of intervals that every interval of the clip becomes: 2 for one new frame between any two."),
+        Limits(minimum=2),
+    ] = None
+    places: Annotated[
+        Sequence[int] | None,
+        Doc("Numbers of the result's frames that are the clip's, in any rising pattern that begins at 0."),
+    ] = None
 
     def __post_init__(self):
-        if (self.factor is None) == (self.times is None):
-            raise UserError(f"factor={self.factor} and times={self.times} are invalid: use exactly one of them")
-        if self.factor is not None and self.factor < 2:
-            raise UserError(f"factor={self.factor} is invalid: there are no new frames. Use 2 or more")
+        super().__post_init__()
+        if (self.factor is None) == (self.places is None):
+            raise UserError(f"factor={self.factor} and places={self.places} are invalid: use exactly one of them")
         if len(self.clip.frames) < 2:
-            raise UserError("a clip of one frame is invalid: there is nothing between. Use image=, or extend")
-        places = self.places
-        is_rising = all(first < second for first, second in itertools.pairwise(places))
-        if len(places) != len(self.clip.frames) or places[0] != 0 or not is_rising:
+            raise UserError(
+                "a clip of one frame is invalid: there is nothing between. Use Extend, or image= of generate"
+            )
+        frames = self.known_frames
+        is_rising = all(first < second for first, second in itertools.pairwise(frames))
+        if len(frames) != len(self.clip.frames) or frames[0] != 0 or not is_rising:
             rule = f"they are rising numbers from 0 on, one for each of the {len(self.clip.frames)} frames"
-            raise UserError(f"times={self.times} are invalid: {rule}. Use factor= for equal distances")
+            raise UserError(f"places={self.places} are invalid: {rule}. Use factor= for equal distances")
+
+    @classmethod
+    def suggest(cls, config: PipelineConfig) -> Mapping[str, Any]:
+        """Return one new frame between any two."""
+        return {"factor": 2}
 
     @property
-    def places(self) -> list[int]:
+    def known_frames(self) -> list[int]:
         """Return the numbers of the result's frames that are the clip's."""
         if self.factor is None:
-            return list(self.times or ())
+            return list(self.places or ())
         return [number * self.factor for number in range(len(self.clip.frames))]
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of all frames, and up to the stride further ones, which are cut off."""
-        frames = self.places[-1] + 1
+        frames = self.known_frames[-1] + 1
         length = frames + -(frames - 1) % config.model.autoencoder.stride.t
-        pairs = zip(self.clip.frames, self.places, strict=True)
+        pairs = zip(self.clip.frames, self.known_frames, strict=True)
         conditions = tuple(Condition(content=frame, frame=place) for frame, place in pairs)
         size = get_size(self.clip)._replace(t=length)
-        return Request(self.get_prompt(self.clip), size, conditions=conditions)
+        return Request(get_prompt(self.prompt, self.clip), size, conditions=conditions)
 
     def finish(self, sampled: Clip) -> Clip:
         """Return the frames up to the clip's last, of the clip's duration."""
-        last = self.places[-1]
+        last = self.known_frames[-1]
         fps = self.clip.fps * last / (len(self.clip.frames) - 1)
         return replace(sampled, frames=sampled.frames[: last + 1], fps=fps)
 
@@ -152,8 +191,6 @@ def _choose_overlap(frames: int, available: int, stride: int, overlap: int | Non
     Raises:
       UserError: If no number fits, or the user's does not; the message names numbers that fit.
     """
-    if frames < 1:
-        raise UserError(f"frames={frames} is invalid: there is at least one new frame. Use a larger number")
     fitting = [count for count in range(1, available + 1) if (count + frames - 1) % stride == 0]
     if overlap is not None:
         if overlap not in fitting:

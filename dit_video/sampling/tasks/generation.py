@@ -6,8 +6,9 @@ for a single pixel frame and cannot be rolled with the others: it is the frame b
 from the loop's last frame after every roll.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -15,41 +16,75 @@ from jaxtyping import Float32
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.sampling.completion import plan_trained
+from dit_video.sampling.pictures import Mask
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.plan import BlockEnd, LatentUpdate, SamplingPlan
-from dit_video.sampling.request import Condition, GenerationTask, Image, Request, TaskModel
-from dit_video.sampling.tasks.clip_task import ClipTask
-from dit_video.tokens import Grid
+from dit_video.sampling.request import Condition, Conditioner, ModelParts, Request, Size
+from dit_video.sampling.tasks.fields import Doc, Limits, OneFrame
+from dit_video.sampling.tasks.task import Task
 from dit_video.video import Clip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Generate(ClipTask):
-    """A clip from a prompt, perhaps with some of its frames."""
+@dataclass(frozen=True)
+class Generate(Task):
+    """A clip from a prompt, perhaps with parts that are known."""
 
-    size: Grid | tuple[int, int, int] | None = None
-    """Frames, height and width; None for the model's own."""
-    image: Image | None = None
-    """First frame."""
-    last_image: Image | None = None
-    """Last frame."""
-    conditions: Sequence[Condition] = ()
-    """Images and clips at some frames."""
+    prompt: Annotated[str | None, Doc("Description of the clip.")] = None
+    _: KW_ONLY
+    size: Annotated[Size | None, Doc("Frames, height and width; the model's own by default.")] = None
+    image: Annotated[Clip | None, OneFrame, Doc("First frame.", title="First frame")] = None
+    last_image: Annotated[Clip | None, OneFrame, Doc("Last frame.", title="Last frame")] = None
+    video: Annotated[
+        Clip | None, Doc("Clip that is kept where the mask says so, or that the strength changes.", title="Video")
+    ] = None
+    generated: Annotated[
+        Mask | None, Doc("Mask of the video, white (True) where it is generated.", title="Region to generate")
+    ] = None
+    strength: Annotated[
+        float | None,
+        Doc("Diffusion time that the video is noised to, and at which sampling starts."),
+        Limits(above=0, maximum=1, step=0.05),
+    ] = None
+    conditions: Annotated[Sequence[Condition], Doc("Images and clips at some frames.")] = ()
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request."""
         return Request(
-            self.prompt or "", self.size, image=self.image, last_image=self.last_image, conditions=self.conditions
+            self.prompt or "",
+            self.size,
+            image=self.image,
+            last_image=self.last_image,
+            video=self.video,
+            generated=self.generated,
+            strength=self.strength,
+            conditions=self.conditions,
         )
 
+    @classmethod
+    def suggest(cls, config: PipelineConfig) -> Mapping[str, Any]:
+        """Return the model's own size."""
+        return {"size": config.size}
 
-@dataclass(frozen=True, kw_only=True)
-class Loop(ClipTask):
+
+@dataclass(frozen=True)
+class Loop(Task):
     """A clip whose first frame follows its last."""
 
-    size: tuple[int, int, int] | None = None
-    """Frames, height and width; frames are a multiple of the temporal stride. None for one frame less than the model's
-    own size."""
+    prompt: Annotated[str | None, Doc("Description of the clip.")] = None
+    _: KW_ONLY
+    size: Annotated[
+        Size | None,
+        Doc(
+            "Frames, a multiple of the temporal stride, height and width; by default one frame less than the model's "
+            "own size."
+        ),
+    ] = None
+
+    @classmethod
+    def suggest(cls, config: PipelineConfig) -> Mapping[str, Any]:
+        """Return the model's own size, with a number of frames that is a multiple of the stride."""
+        stride = config.model.autoencoder.stride.t
+        return {"size": config.size._replace(t=max(2 * stride, config.size.t - config.size.t % stride))}
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request of a clip with a further first frame, which is that before the loop: its last."""
@@ -60,7 +95,7 @@ class Loop(ClipTask):
             rule = f"a loop has a multiple of {stride} frames, at least {2 * stride}"
             fix = f"Use {below} or {below + stride} frames"
             raise UserError(f"size={(frames, height, width)} is invalid: {rule}. {fix}")
-        return Request(self.prompt or "", (frames + 1, height, width), task=SeamlessLoop())
+        return Request(self.prompt or "", (frames + 1, height, width), conditioner=SeamlessLoop())
 
     def finish(self, sampled: Clip) -> Clip:
         """Return the loop, without the frame before it."""
@@ -68,10 +103,10 @@ class Loop(ClipTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeamlessLoop(GenerationTask):
+class SeamlessLoop(Conditioner):
     """Clips whose second frame follows their last: all frames but the first are a loop, from a prompt."""
 
-    def __call__(self, request: Request, model: TaskModel) -> SamplingPlan:
+    def __call__(self, request: Request, model: ModelParts) -> SamplingPlan:
         """Return the plan of a request.
 
         Raises:

@@ -1,53 +1,47 @@
 """Tasks in JSON files, with clips and masks in files beside them."""
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
-from dit_video.sampling.request_file import read_mask, read_pictures
-from dit_video.sampling.tasks import TASKS, AnyTask
-from dit_video.video import decode, read_recipe
-
-_CLIPS, _IMAGES = ("clip", "first", "second"), ("image", "last_image")
-_COMMON = ("seed",)
+from dit_video.sampling.pictures import to_mask
+from dit_video.sampling.request_file import check_mask_key, read_pictures
+from dit_video.sampling.tasks import TASKS, Task
+from dit_video.sampling.tasks.fields import FieldKind, TaskField, list_fields
+from dit_video.video import Clip, decode, read_recipe
 
 
 class TaskEntry(NamedTuple):
     """A task of a list, with its seed."""
 
-    task: AnyTask
-    seed: int
-    values: Mapping[str, Any]
-    """The entry of the list."""
+    task: Task
+    seed: int = 0
 
 
-def read_tasks(path: str | Path, name: str) -> list[TaskEntry]:
-    """Read tasks of one kind from a JSON list of objects, or from a text file with a prompt on each line.
+def read_tasks(path: str | Path) -> list[TaskEntry]:
+    """Read tasks from a JSON list of objects.
 
-    Objects have the fields of the task's class: clips, images and masks are names of files relative to the list's
-    folder; masks are white where True, and `seed` is 0 by default.
+    Each has the name of its `task`, the fields of the task's class, and a `seed`, which is 0 by default. Clips, images
+    and masks are names of files relative to the list's folder; what is white in a mask is generated.
 
     Raises:
       MissingError: If the file, or one that it names, does not exist.
       DecodeError: If a clip is damaged.
-      UserError: If the task or a field is unknown, a field is missing, or a value does not fit.
+      UserError: If a task or a field is unknown, a field is missing, or a value does not fit.
     """
     path = Path(path)
-    if path.suffix.lower() == ".json":
-        entries = read_json(path)
-    else:
-        entries = [{"prompt": line.strip()} for line in path.read_text().splitlines() if line.strip()]
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{path} must be a JSON list of objects, or a text file with a prompt on each line")
-    return [make_task(name, entry, path.parent, where=f"{path}, entry {i}: ") for i, entry in enumerate(entries)]
+        raise UserError(f"{path} must be a JSON list of objects, each with a task. Use docs/tasks.md for an example.")
+    return [read_task(entry, path.parent, where=f"{path}, entry {number}: ") for number, entry in enumerate(entries)]
 
 
-def make_task(name: str, values: Mapping[str, Any], folder: Path, *, where: str = "") -> TaskEntry:
-    """Return a task of a name with values of its fields, decoded from files in a folder.
+def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> TaskEntry:
+    """Return a task and its seed of JSON values, decoded from files in a folder.
 
     Raises:
       MissingError: If a file does not exist.
@@ -55,37 +49,66 @@ def make_task(name: str, values: Mapping[str, Any], folder: Path, *, where: str 
       UserError: If the task or a field is unknown, a field is missing, or a value does not fit; `where` begins the
         message.
     """
+    check_mask_key(values, where)
+    name = values.get("task")
     if name not in TASKS:
-        raise UserError(f"task={name!r} is unknown; use {', '.join(TASKS)}")
-    kind = TASKS[name]
-    known = {each.name: each for each in fields(kind)}
+        raise UserError(f"{where}task={name!r} is unknown; use {', '.join(TASKS)}")
+    fields = {field.name: field for field in list_fields(TASKS[name])}
     for key in values:
-        if key not in known and key not in _COMMON:
-            closest = next(iter(difflib.get_close_matches(key, known, n=1)), ", ".join(known))
+        if key not in fields and key not in ("task", "seed"):
+            closest = next(iter(difflib.get_close_matches(key, fields, n=1)), ", ".join(fields))
             raise UserError(f"{where}{key}={values[key]!r} is invalid: {name} has no such value. Use {closest}.")
-    required = [each.name for each in known.values() if each.default is MISSING and each.default_factory is MISSING]
+    required = [field.name for field in fields.values() if field.is_required]
     if missing := [key for key in required if values.get(key) is None]:
         raise UserError(f"{where}{missing[0]} is missing: {name} needs {', '.join(required)}. Give it.")
-    seed = values.get("seed", 0)
-    if type(seed) is not int:
+    if type(seed := values.get("seed", 0)) is not int:
         raise UserError(f"{where}seed={seed!r} is invalid: it must be a whole number. Use 0.")
-    return TaskEntry(kind(**_read_values(values, folder)), seed, dict(values))
+    given = {key: value for key, value in values.items() if key in fields and value is not None}
+    return TaskEntry(
+        TASKS[name](**{key: _read_value(fields[key], value, folder, where) for key, value in given.items()}), seed
+    )
 
 
-def _read_values(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    read: dict[str, Any] = {}
-    for key, value in values.items():
-        if value is None or key in _COMMON:
-            continue
-        if key in (*_CLIPS, *_IMAGES):
-            clip = decode(folder / value, frames=1 if key in _IMAGES else None)
-            # The caption of a sampled clip is its prompt, which is that of a task without one.
-            read[key] = replace(clip, caption=read_recipe(folder / value).get("prompt", ""))
-        elif key == "conditions":
-            read |= read_pictures({key: value}, folder)
-        elif key != "mask":
-            read[key] = tuple(value) if isinstance(value, list) else value
-    if values.get("mask") is not None:
-        length = len(read["clip"].frames) if "clip" in read else 1
-        read["mask"] = read_mask(decode(folder / values["mask"]), length)
-    return read
+def _read_value(field: TaskField, value: Any, folder: Path, where: str) -> Any:
+    description, is_valid = _RULES[field.kind]
+    if not is_valid(value):
+        raise UserError(f"{where}{field.name}={value!r} is invalid: it must be {description}.")
+    match field.kind:
+        case "clip" | "image":
+            return _read_clip(folder / value, is_image=field.kind == "image")
+        case "mask":
+            return to_mask(field.name, folder / value)
+        case "conditions":
+            return read_pictures({"conditions": value}, folder)["conditions"]
+        case "size" | "plane" | "numbers":
+            return tuple(value)
+        case _:
+            return value
+
+
+def _has_numbers(value: Any, count: int | None = None) -> bool:
+    is_list = isinstance(value, list | tuple) and all(type(each) is int for each in value)
+    return is_list and count in (None, len(value))
+
+
+_FILE = ("the name of a file", lambda value: isinstance(value, str))
+_RULES: dict[FieldKind, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("a text", lambda value: isinstance(value, str)),
+    "choice": ("a text", lambda value: isinstance(value, str)),
+    "whole": ("a whole number", lambda value: type(value) is int),
+    "number": ("a number", lambda value: type(value) in (int, float)),
+    "flag": ("true or false", lambda value: isinstance(value, bool)),
+    "clip": _FILE,
+    "image": _FILE,
+    "mask": _FILE,
+    "size": ("a list of frames, height and width", lambda value: _has_numbers(value, 3)),
+    "plane": ("a list of height and width", lambda value: _has_numbers(value, 2)),
+    "numbers": ("a list of whole numbers", _has_numbers),
+    "conditions": ("a list", lambda value: isinstance(value, list | tuple)),
+}
+"""What the JSON value of a field must be, and whether it is that."""
+
+
+def _read_clip(path: Path, *, is_image: bool) -> Clip:
+    # The caption of a sampled clip is its prompt, which is that of a task without one.
+    return replace(decode(path, frames=1 if is_image else None), caption=read_recipe(path).get("prompt", ""))

@@ -22,7 +22,7 @@ def painter(open_studio, clip_file):
 def read_mask(studio) -> np.ndarray:
     """Return the painted pixels, which the browser keeps as the PNG that would be sent."""
     studio.page.wait_for_timeout(400)  # the form is stored a moment after a change
-    stored = studio.page.evaluate('() => JSON.parse(sessionStorage.getItem("studio:shapes")).values.inpaint.mask')
+    stored = studio.page.evaluate('() => JSON.parse(sessionStorage.getItem("studio:shapes")).values.inpaint.generated')
     if stored is None:
         return np.zeros((48, 32), bool)
     with Image.open(io.BytesIO(base64.b64decode(stored["png"].partition(",")[2]))) as image:
@@ -47,17 +47,17 @@ def drag(studio, start, end):
 
 
 def press(studio, name):
-    studio.field("mask").get_by_role("button", name=name).click()
+    studio.field("generated").get_by_role("button", name=name).click()
 
 
 def test_a_mask_drawn_by_mouse_is_what_is_filled_in(painter, read_animation):
-    painter.field("mask").get_by_role("button", name="Rectangle").click()
+    painter.field("generated").get_by_role("button", name="Rectangle").click()
     drag(painter, (20, 4), (29, 19))
     painter.fill("prompt", "a red circle")
     painter.fill_sampling("steps", 32)
     with painter.page.expect_request("**/api/jobs") as request:
         painter.press_generate()
-    sent = request.value.post_data_json["values"]["mask"]["png"]
+    sent = request.value.post_data_json["values"]["generated"]["png"]
     with Image.open(io.BytesIO(base64.b64decode(sent.partition(",")[2]))) as image:
         mask = np.asarray(image.convert("L")) == 255
     expected = np.zeros((48, 32), bool)
@@ -126,7 +126,7 @@ def test_a_mask_is_kept_over_a_reload_and_for_a_clip_of_the_same_size(painter, c
     line = read_mask(painter)
     painter.reload()
     painter.page.get_by_role("application").wait_for()
-    painter.field("mask").get_by_text("% of the picture will be filled in").wait_for()
+    painter.field("generated").get_by_text("% of the picture will be filled in").wait_for()
     np.testing.assert_array_equal(read_mask(painter), line)
     painter.upload("clip", clip_file)
     np.testing.assert_array_equal(read_mask(painter), line)
@@ -134,5 +134,5 @@ def test_a_mask_is_kept_over_a_reload_and_for_a_clip_of_the_same_size(painter, c
 
 def test_nothing_painted_is_said(painter):
     painter.press_generate()
-    painter.field("mask").get_by_text("Paint over what is to be filled in").wait_for()
+    painter.field("generated").get_by_text("Paint over what is to be filled in").wait_for()
     assert painter.jobs == []

@@ -42,7 +42,7 @@ def measured(tiny_pipeline):
     collection.update(MetricBatch(pairs=[reconstruction]))
     metrics = {
         "parameters": tiny_pipeline.count_parameters(),
-        "sampling": {"samples": 3, "seed": 0, "steps": 5, "guidance": 1.5, "sampler": "heun", "seconds": 1.0},
+        "sampling": {"samples": 3, "seed": 0, "steps": 5, "guidance": 1.5, "solver": "heun", "seconds": 1.0},
         "clips": collection.list_examples(["clips/7.mp4"], CLIP_NEEDS),
         "samples": collection.list_examples([one["file"] for one, _ in samples], PROMPT_NEEDS),
     }

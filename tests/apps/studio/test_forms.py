@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -15,11 +16,10 @@ from dit_video.apps.studio.forms import (
     make_sampling_form,
     make_tabs,
     parse_answers,
-    read_attribute_docs,
 )
 from dit_video.core.errors import UserError
 from dit_video.sampling import tasks
-from dit_video.sampling.tasks import ClipTask, Extend, Inpaint
+from dit_video.sampling.tasks import Doc, Extend, Inpaint, Limits, Prompt, Task
 from dit_video.video import Clip
 from support.tiny_pipeline import make_config
 
@@ -69,29 +69,28 @@ def test_every_task_has_a_tab_and_all_descriptions_are_json():
 
 
 def test_a_new_task_has_a_tab_without_a_line_in_the_studio(monkeypatch):
-    @dataclass(frozen=True, kw_only=True)
-    class Whirl(ClipTask):
+    @dataclass(frozen=True)
+    class Whirl(Task):
         """A clip that turns."""
 
-        clip: Clip
-        turns: int = 3
-        """Number of turns."""
+        clip: Annotated[Clip, Doc("Clip that turns.")]
+        prompt: Prompt = None
+        turns: Annotated[int, Doc("Number of turns.", title="Turns of it"), Limits(minimum=2)] = 3
         is_smooth: bool = False
-
-        def make_request(self, config):
-            raise AssertionError
 
     monkeypatch.setitem(tasks.TASKS, "whirl", Whirl)
     tab = next(tab for tab in make_tabs(CONFIG) if tab.name == "whirl")
     assert (tab.title, tab.help) == ("Whirl", "A clip that turns.")
-    assert [(field.kind, field.name, field.default) for field in tab.fields] == [
-        ("clip", "clip", None),
-        ("text", "prompt", None),
-        ("number", "turns", 3),
-        ("flag", "is_smooth", False),
+    assert [(field.kind, field.name, field.title, field.default) for field in tab.fields] == [
+        ("clip", "clip", "Clip", None),
+        ("text", "prompt", "Prompt", None),
+        ("number", "turns", "Turns of it", 3),
+        ("flag", "is_smooth", "Is smooth", False),
     ]
+    (turns,) = (field for field in tab.fields if field.name == "turns")
+    assert (turns.help, turns.minimum, turns.is_whole) == ("Number of turns.", 2, True)
     values = tab.parse({"clip": ITEM, "turns": 5}, Media())
-    assert tab.make_task(values) == Whirl(clip=CLIP, turns=5)
+    assert tab.make_task(values) == Whirl(CLIP, turns=5)
 
 
 def test_values_of_a_form_make_the_task():
@@ -100,9 +99,9 @@ def test_values_of_a_form_make_the_task():
     assert task == Extend(clip=CLIP, prompt="a red dot", frames=8, before=True)
     mask = np.zeros((16, 32), bool)
     mask[4:9, 3:20] = True
-    inpaint = get_tab("inpaint").make_task(parse("inpaint", clip=ITEM, mask=encode_mask(mask)))
+    inpaint = get_tab("inpaint").make_task(parse("inpaint", clip=ITEM, generated=encode_mask(mask)))
     assert isinstance(inpaint, Inpaint)
-    np.testing.assert_array_equal(inpaint.mask, mask)
+    np.testing.assert_array_equal(inpaint.generated, mask)
 
 
 def test_an_image_is_a_frame_of_a_clip():
@@ -132,9 +131,9 @@ def test_an_image_is_a_frame_of_a_clip():
         ("image_to_video", {"image": ITEM | {"frame": 9}, "size": {"frames": 9, "height": 16, "width": 16}}, "image"),
         ("text_to_video", {"size": {"frames": 9, "height": 16}}, "size"),
         ("text_to_video", {"size": {"frames": 9, "height": -16, "width": 16}}, "size"),
-        ("inpaint", {"clip": ITEM, "mask": {"png": "data:image/png;base64,AAAA"}}, "mask"),
-        ("inpaint", {"clip": ITEM, "mask": {"png": "file:///etc/passwd"}}, "mask"),
-        ("inpaint", {"clip": ITEM, "mask": []}, "mask"),
+        ("inpaint", {"clip": ITEM, "generated": {"png": "data:image/png;base64,AAAA"}}, "generated"),
+        ("inpaint", {"clip": ITEM, "generated": {"png": "file:///etc/passwd"}}, "generated"),
+        ("inpaint", {"clip": ITEM, "generated": []}, "generated"),
     ],
 )
 def test_answers_that_are_invalid_are_refused_with_their_field(tab, answers, field):
@@ -147,15 +146,21 @@ def test_sampling_has_the_model_s_own_values_scales_of_adapters_and_checkpoints(
     form = make_sampling_form(CONFIG, adapters={"style": 0.8}, checkpoints=[10, 20])
     defaults = {field.name: field.default for field in form}
     assert (defaults["steps"], defaults["guidance"], defaults["lora:style"]) == (4, 1.5, 0.8)
-    values = parse_answers(form, {"seed": 3, "sampler": "", "checkpoint": "10", "lora:style": 0}, Media())
+    values = parse_answers(form, {"seed": 3, "solver": "", "checkpoint": "10", "lora:style": 0}, Media())
     assert values == {"seed": 3, "checkpoint": "10", "lora:style": 0.0}
-    for answers in ({"sampler": "magic"}, {"seed": -1}, {"seed": 2**32}, {"count": 5}, {"checkpoint": "11"}):
+    for answers in ({"solver": "magic"}, {"seed": -1}, {"seed": 2**32}, {"count": 5}, {"checkpoint": "11"}):
         with pytest.raises(FormError):
             parse_answers(form, answers, Media())
 
 
-def test_help_is_the_docstring_of_the_attribute_or_of_that_which_it_overrides():
-    assert read_attribute_docs(Extend)["frames"] == "Number of new frames."
-    assert read_attribute_docs(Extend)["prompt"].startswith("Description of the result")
+def test_inputs_begin_with_what_a_task_suggests_for_the_model():
+    def get_defaults(name):
+        return {field.name: field.default for field in make_form(name, CONFIG)}
+
+    assert get_defaults("extend")["frames"] == 8
+    assert get_defaults("interpolate")["factor"] == 2
+    assert get_defaults("outpaint")["size"][1:] == (48, 64)
+    (size,) = (field for field in make_form("loop", CONFIG) if field.name == "size")
+    assert (size.default, size.frames_offset) == ((8, 16, 32), 0)
     helps = {field.name: field.help for field in make_form("vary", CONFIG)}
-    assert helps["strength"].startswith("Diffusion time, in (0, 1]")
+    assert helps["strength"].startswith("Diffusion time that the clip is noised to")

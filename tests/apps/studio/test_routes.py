@@ -173,7 +173,7 @@ def test_previews_are_animated_once_a_clip_was_made(user):
         ({"tab": "text_to_video", "values": {"size": SIZE | {"height": 24}}}, "size", "use 16 or 32"),
         ({"tab": "text_to_video", "values": {"size": SIZE | {"frames": 6}}}, "size", "use 5 or 9"),
         ({"tab": "text_to_video", "values": {"size": SIZE}, "sampling": {"steps": 0}}, "steps", "at least 1"),
-        ({"tab": "text_to_video", "values": {"size": SIZE}, "sampling": {"sampler": "x"}}, "sampler", "euler"),
+        ({"tab": "text_to_video", "values": {"size": SIZE}, "sampling": {"solver": "x"}}, "solver", "euler"),
         ({"tab": "text_to_video", "values": {"size": SIZE, "prompt": "x" * 10_001}}, "prompt", "at most 10000"),
         ({"tab": "loop", "values": {"size": SIZE | {"frames": 9}}}, "size", "multiple of 4"),
         ({"tab": "extend", "values": {"frames": 4}}, "clip", "missing"),

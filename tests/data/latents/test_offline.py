@@ -371,13 +371,13 @@ def test_every_kind_of_mask_is_encoded_with_unknown_pixels_grey(tmp_path):
             cond_latents, shares = fields[f"cond_latents_{kind}"], fields[f"cond_mask_{kind}"]
             # The mask is that of whole rows and columns of latents, from which the pixels are known again.
             generator = rng.make_generator(kind, "mask of a view", zlib.crc32(view.name.encode()))
-            mask = masks[kind].draw(generator, view.size)
-            if mask is None:
+            generated = masks[kind].draw(generator, view.size)
+            if generated is None:
                 assert view.size.t == 1
                 assert not cond_latents.any()
                 assert not shares.any()
                 continue
-            np.testing.assert_allclose(shares, fold_mask(mask, stride), atol=1e-2)
-            grey = np.where(mask[..., None], pixels.to_float(frames), 0)[None]
+            np.testing.assert_allclose(shares, fold_mask(~generated, stride), atol=1e-2)
+            grey = np.where(generated[..., None], 0, pixels.to_float(frames))[None]
             expected = np.asarray(_encode_frames(jnp.asarray(grey, jnp.float32)))[0]
             np.testing.assert_allclose(cond_latents, expected, atol=0.05, err_msg=f"{index} {kind}")

@@ -26,9 +26,9 @@ def test_a_draw_is_a_function_of_the_seed_and_the_example():
     kinds = [[CONDITIONING.draw_kind(seed, example) for example in range(50)] for seed in (3, 3, 4)]
     assert kinds[0] == kinds[1] != kinds[2]
     size = Grid(9, 32, 32)
-    masks = [MIX.draw_mask(size, example) for example in range(50)]
+    masks = [MIX.draw_known(size, example) for example in range(50)]
     for example, mask in enumerate(masks):
-        np.testing.assert_array_equal(mask, MIX.draw_mask(size, example))
+        np.testing.assert_array_equal(mask, MIX.draw_known(size, example))
     assert len({mask.tobytes() for mask in masks}) > 10
 
 
@@ -50,7 +50,7 @@ def test_rows_hold_the_drawn_kind_in_place_of_all_cached_ones():
 
 
 def test_an_image_has_no_known_frames():
-    masks = [MIX.draw_mask(Grid(1, 32, 32), example) for example in range(40)]
+    masks = [MIX.draw_known(Grid(1, 32, 32), example) for example in range(40)]
     kinds = [CONDITIONING.draw_kind(3, example) for example in range(40)]
     for kind, mask in zip(kinds, masks, strict=True):
         assert mask.any() == (kind == 2)
@@ -70,11 +70,11 @@ def test_invalid_mixes_are_refused(options, message):
 
 
 def test_a_model_accepts_the_masks_that_it_is_trained_with():
-    first, last, box = (np.zeros((9, 16, 16), bool) for _ in range(3))
-    first[0], last[-1], box[:, 4:12, 4:12] = True, True, True
+    first, last, box = (np.ones((9, 16, 16), bool) for _ in range(3))
+    first[0], last[-1], box[:, 4:12, 4:12] = False, False, False
     assert CONDITIONING.accepts(first)
     assert CONDITIONING.accepts(box)
     assert not CONDITIONING.accepts(last)
     assert not CONDITIONING.accepts(~box)
-    assert FrameConditioning(rest="grey").accepts(first | last)  # Wan's models
-    assert not FrameConditioning().accepts(first | last)
+    assert FrameConditioning(rest="grey").accepts(first & last)  # Wan's models
+    assert not FrameConditioning().accepts(first & last)

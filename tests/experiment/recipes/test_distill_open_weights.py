@@ -24,6 +24,7 @@ from dit_video.tokens import Grid
 from dit_video.training.optim.optimizer import AdamW, Muon
 from dit_video.training.step import TrainStep
 from support.interruptions import interrupt, wait_for_save
+from support.latents import generate_latents
 from support.tiny_wan import DIT, TWO, VAE, write_animating_wan, write_wan
 
 OPTIONS = DistillationOptions(
@@ -106,7 +107,7 @@ def distilled(distillation):
 def sample_few_steps(pipeline, config):
     """Sample a pipeline's weights as a config says; a folder's own schedule has slightly other times."""
     parameters = {"autoencoder": pipeline.codec.params, "denoiser": pipeline.denoiser_params}
-    return Pipeline(config, **parameters).generate("a red ball", output="latents", size=(5, 16, 16))
+    return generate_latents(Pipeline(config, **parameters), "a red ball", size=(5, 16, 16))
 
 
 def test_the_experiment_of_a_student_follows_from_the_folder(folder):

@@ -132,7 +132,7 @@ def test_training_and_sampling_receive_the_same_image_conditioning(animating, tm
     latents, encoding, clips = open_latents(run, run.folder / "latents"), make_encoding(run), run.training_clips
     assert latents.identity["image"] == FrozenImageEncoder(animating).identity
     assert latents.identity["behind"] == "grey"
-    model = dit_video.load(animating).task_model
+    model = dit_video.load(animating).model_parts
     views = {view.name: view for view in plan_encoding(clips, encoding).views}
     assert {view.start > 0 for view in views.values()} == {True, False} == {view.flipped for view in views.values()}
     chosen = [
@@ -186,12 +186,12 @@ def test_training_and_sampling_receive_the_same_control(controlled, tmp_path):
     run.prepare(clips)
     run.experiment.denoiser.encode_latents(run)
     latents, encoding, clips = open_latents(run, run.folder / "latents"), make_encoding(run), run.training_clips
-    model = dit_video.load(controlled, dtype="float32").task_model
+    model = dit_video.load(controlled, dtype="float32").model_parts
     for view in plan_encoding(clips, encoding).views:
         index = latents.names.index(view.name)
         frame = read_fitted_clip(clips, view.clip, view.limits, start=view.start).frames[0]
         request = Request("", view.size, image=frame if view.size.t > 1 else None)
-        (expected,) = model.task(request, model).fields.values()
+        (expected,) = model.conditioner(request, model).fields.values()
         control = latents.read_field(index, latents.fields[0])
         np.testing.assert_allclose(control, expected, atol=2**-8 * np.abs(expected).max() + 1e-4)
 

@@ -25,6 +25,7 @@ from dit_video.models.autoencoders import ImageLevels, ImageVaeConfig
 from dit_video.models.encoders import ByteEncoderConfig, ClassNamesConfig
 from dit_video.sampling.pipeline import Request
 from dit_video.sampling.probe import DenoiserProbe
+from support.latents import generate_latents
 from support.random_params import make_random_params
 from support.tiny_class_dit import DIT, SIT
 
@@ -57,7 +58,7 @@ def pipeline(folder):
 
 
 def sample_latents(pipeline, label, **options):
-    return pipeline.generate(label, output="latents", **{"steps": 3, "guidance": 2.0} | options)
+    return generate_latents(pipeline, label, **{"steps": 3, "guidance": 2.0} | options)
 
 
 def test_the_pipeline_config_is_read_from_the_folder(pipeline):
@@ -65,7 +66,7 @@ def test_the_pipeline_config_is_read_from_the_folder(pipeline):
     assert config.model.text_encoder == ClassNamesConfig(classes=5, names=(*NAMES.values(), "4"))
     assert config.model.process == VariancePreservingProcess()
     assert config.model.prediction == LearnedVariance()
-    assert (config.sampling.solver, config.sampling.guidance, config.size) == (Ddim(), 4.0, (1, SIDE, SIDE))
+    assert (config.sampling.solver, config.sampling.guidance.scale, config.size) == (Ddim(), 4.0, (1, SIDE, SIDE))
 
 
 def test_a_pipeline_generates_an_image_of_a_class(pipeline):
@@ -102,9 +103,10 @@ def test_guidance_leads_away_from_no_class_or_from_the_negative_one(pipeline):
 def test_several_requests_give_the_images_of_each_alone(pipeline):
     size = pipeline.config.size
     requests = [Request("goldfinch", size, seed=1), Request("0", size), Request("4", size, seed=2)]
-    clips = pipeline.generate_many(requests, steps=3, guidance=2.0, sampler="ddpm")
+    sampling = pipeline.make_sampling(steps=3, guidance=2.0, solver="ddpm")
+    clips = pipeline.generate_many(requests, sampling=sampling)
     for request, clip in zip(requests, clips, strict=True):
-        alone = pipeline.generate(request.prompt, seed=request.seed, steps=3, guidance=2.0, sampler="ddpm")
+        alone = pipeline.generate(request.prompt, seed=request.seed, steps=3, guidance=2.0, solver="ddpm")
         assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1
 
 

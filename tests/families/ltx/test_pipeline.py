@@ -15,6 +15,7 @@ from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Condition, Request
 from dit_video.tokens import PackedShape
 from dit_video.video import Clip
+from support.latents import generate_latents
 from support.tiny_ltx import DIT, RESIDUAL_VAE, SIZE, VAE, write_ltx
 
 PROMPT = "a red ball"
@@ -42,7 +43,7 @@ def draw_clip(frames, seed=0):
 
 
 def sample_latents(pipeline, **options):
-    return pipeline.generate(PROMPT, size=SIZE, output="latents", **{"steps": 2, "guidance": 2.0} | options)
+    return generate_latents(pipeline, PROMPT, size=SIZE, **{"steps": 2, "guidance": 2.0} | options)
 
 
 def test_the_pipeline_config_is_read_from_the_folder(folder):
@@ -56,9 +57,9 @@ def test_the_pipeline_config_is_read_from_the_folder(folder):
         RectifiedFlow(shift=3.0),
         UniformTimes(spacing="beta"),
     )
-    assert (config.sampling.steps, config.sampling.guidance) == (50, 3.0)
+    assert (config.sampling.steps, config.sampling.guidance.scale) == (50, 3.0)
     assert (config.size, config.fps, config.token_dt, config.model.token_lead) == ((161, 512, 704), 25.0, 8 / 25, 0)
-    assert (config.task, config.model.frame_conditioning) == (
+    assert (config.conditioner, config.model.frame_conditioning) == (
         KeyframesToVideo(has_keyframes=False),
         FrameConditioning(),
     )
@@ -71,7 +72,7 @@ def test_versions_from_095_on_are_known_by_their_class_or_their_autoencoder(tmp_
     assert parts.denoiser.time_coordinate == "frame seconds"
     assert parts.text.max_tokens == 256
     assert parts.schedule.time_schedule == LinearQuadraticTimes()
-    assert parts.task == KeyframesToVideo(noise_scale=0.15)
+    assert parts.conditioner == KeyframesToVideo(noise_scale=0.15)
 
 
 @pytest.mark.slow
@@ -98,8 +99,8 @@ def test_clips_with_other_conditions_that_share_a_row_are_those_of_a_row_of_thei
     model = replace(pipeline.config.model, layout=PackedShape(tokens=64, text=64, segments=4))
     config = replace(pipeline.config, model=model)
     packed = Pipeline(config, autoencoder=pipeline.codec.params, denoiser=pipeline.denoiser_params)
-    overrides = {"steps": 2, "guidance": 2.0}
-    together, apart = packed.generate_many(requests, **overrides), pipeline.generate_many(requests, **overrides)
+    sampling = pipeline.make_sampling(steps=2, guidance=2.0)
+    together, apart = (each.generate_many(requests, sampling=sampling) for each in (packed, pipeline))
     for left, right in zip(together, apart, strict=True):
         np.testing.assert_allclose(left.frames.astype(int), right.frames, atol=1)
     assert np.abs(apart[0].frames.astype(int) - apart[1].frames).max() > 10
@@ -132,7 +133,7 @@ def test_conditions_that_do_not_fit_the_clip_are_refused(pipeline, conditions, r
 def test_an_image_may_be_at_any_frame(pipeline, frame):
     """Its tokens have the position of the frame, in seconds."""
     request = Request(PROMPT, SIZE, conditions=[Condition(content=draw_clip(1), frame=frame)])
-    plan = pipeline.config.task(request, pipeline.task_model)
+    plan = pipeline.config.conditioner(request, pipeline.model_parts)
     np.testing.assert_allclose(plan.extra.positions[:, 0], frame % SIZE[0] / 25, atol=1e-6)
     assert len(plan.extra.noise) == 2
 

@@ -14,6 +14,7 @@ from dit_video.core.rng import key
 from dit_video.sampling.request import Condition
 from dit_video.tokens import PackedRows
 from dit_video.video import Clip
+from support.latents import generate_latents
 from support.tiny_t5 import write_tokenizer
 from support.torch_models import TEXT, randomize
 
@@ -121,7 +122,7 @@ def theirs(torch, pipe, *, packed, **options):
 
 def ours(pipeline, noise, **options):
     overrides = {"steps": STEPS, "guidance": GUIDANCE, "negative": NEGATIVE}
-    return pipeline.generate(PROMPT, size=SIZE, noise=noise, output="latents", **overrides, **options)
+    return generate_latents(pipeline, PROMPT, size=SIZE, noise=noise, **overrides, **options)
 
 
 def assert_equal(actual, expected, noise):
@@ -228,8 +229,8 @@ def assert_equal_with_conditions(torch, pipelines, monkeypatch, pictures):
     replace_noise(monkeypatch, pipe, draws)
     options = {"conditions": their_conditions} if conditions else {}
     expected = theirs(torch, pipe, packed=False, image_cond_noise_scale=0.0, **options)
-    task = type(pipeline.config.task)(noise_scale=0.0)
-    assert_equal(ours(pipeline, noise, conditions=conditions, task=task, seed=seed), expected, noise)
+    conditioner = type(pipeline.config.conditioner)(noise_scale=0.0)
+    assert_equal(ours(pipeline, noise, conditions=conditions, conditioner=conditioner, seed=seed), expected, noise)
 
 
 def test_the_noise_of_kept_images_equals_diffusers(torch, condition_pipelines, monkeypatch):
@@ -248,8 +249,8 @@ def test_the_noise_of_kept_images_equals_diffusers(torch, condition_pipelines, m
     replace_noise(monkeypatch, pipe, [to_theirs(torch, noise), *map(torch.from_numpy, [tokens, *drawn])])
     condition = LTXVideoCondition(image=Image.fromarray(image))
     expected = theirs(torch, pipe, packed=False, conditions=[condition], image_cond_noise_scale=0.15)
-    assert pipeline.config.task.noise_scale == 0.15
+    assert pipeline.config.conditioner.noise_scale == 0.15
     result = ours(pipeline, noise, image=image, seed=seed)
     assert_equal(result[1:], expected[1:], noise[1:])
-    without = ours(pipeline, noise, image=image, seed=seed, task=type(pipeline.config.task)())
+    without = ours(pipeline, noise, image=image, seed=seed, conditioner=type(pipeline.config.conditioner)())
     assert np.abs(without - result)[1:].max() > 2e-3

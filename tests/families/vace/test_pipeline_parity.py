@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import dit_video
+from support.latents import generate_latents
 from support.tiny_t5 import write_tokenizer
 from support.torch_models import TEXT, randomize
 
@@ -81,8 +82,8 @@ def assert_equal(torch, pipelines, theirs, ours, *, references=0):
     """Compare the latents of the clip for arguments of both; return ours."""
     pipe, pipeline = pipelines
     noise = np.random.default_rng(0).standard_normal((3 + references, 6, 10, 4)).astype(np.float32)
-    options = {"size": SIZE, "steps": STEPS, "guidance": GUIDANCE, "negative": NEGATIVE, "output": "latents"}
-    result = pipeline.generate(PROMPT, noise=noise, **options, **ours)
+    options = {"size": SIZE, "steps": STEPS, "guidance": GUIDANCE, "negative": NEGATIVE}
+    result = generate_latents(pipeline, PROMPT, noise=noise, **options, **ours)
     expected = sample_theirs(torch, pipe, noise, **theirs)[references:]
     assert result.shape == (3, 6, 10, 4)
     assert np.abs(expected - noise[references:]).std() > 0.1
@@ -125,7 +126,7 @@ def test_inpainting_equals_diffusers(torch, pipelines, has_control):
         name: torch.from_numpy(values).permute(0, 3, 1, 2)[None]
         for name, values in (("video", pixels), ("mask", masks))
     }
-    ours = {"video": dit_video.Clip(frames, 16), "mask": is_kept}
+    ours = {"video": dit_video.Clip(frames, 16), "generated": ~is_kept}
     assert_equal(torch, pipelines, theirs, ours | ({"control": dit_video.Clip(control, 16)} if has_control else {}))
 
 

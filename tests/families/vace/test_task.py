@@ -1,13 +1,15 @@
-"""The task of VACE: its fields, reference images before the clip, strengths of layers, and refused requests."""
+"""The conditioner of VACE: its fields, reference images before the clip, strengths of layers, and refused requests."""
 
 import numpy as np
 import pytest
 
 import dit_video
 from dit_video.core.errors import UserError
-from dit_video.families.vace.pipeline import VaceTask
+from dit_video.families.vace.pipeline import VaceConditioner
 from dit_video.sampling.request import Condition, Request
+from dit_video.sampling.tasks import Extend
 from dit_video.tokens import Grid
+from support.latents import generate_latents
 from support.tiny_vace import CONTROL, write_vace
 from support.tiny_wan import write_wan
 
@@ -25,7 +27,7 @@ def pipeline(tmp_path_factory):
 
 
 def plan(pipeline, **pictures):
-    return VaceTask()(Request("", SIZE, **pictures), pipeline.task_model)
+    return VaceConditioner()(Request("", SIZE, **pictures), pipeline.model_parts)
 
 
 def get_parts(pipeline, **pictures):
@@ -47,9 +49,9 @@ NO_PIXELS = np.zeros(SIZE, bool)
     [
         ({}, NO_PIXELS, None),
         ({"control": POSES}, NO_PIXELS, POSES.frames),
-        ({"video": CLIP, "mask": IS_KEPT}, IS_KEPT, None),
-        ({"video": CLIP, "mask": IS_KEPT, "control": POSES}, IS_KEPT, POSES.frames),
-        ({"video": CLIP, "mask": np.arange(5) < 2}, (np.arange(5) < 2)[:, None, None] | NO_PIXELS, None),
+        ({"video": CLIP, "generated": ~IS_KEPT}, IS_KEPT, None),
+        ({"video": CLIP, "generated": ~IS_KEPT, "control": POSES}, IS_KEPT, POSES.frames),
+        ({"video": CLIP, "generated": np.arange(5) >= 2}, (np.arange(5) < 2)[:, None, None] | NO_PIXELS, None),
         ({"image": FRAMES[0]}, (np.arange(5) == 0)[:, None, None] | NO_PIXELS, None),
         (
             {"last_image": FRAMES[-1], "control": POSES},
@@ -77,11 +79,11 @@ def test_the_control_holds_both_parts_of_the_clip_and_the_mask(pipeline, picture
 def test_conditions_are_kept_as_parts_of_a_video_are(pipeline):
     """So VACE extends, blends and interpolates clips, as it was trained to."""
     kept, numbers = CLIP.frames[1:3], np.arange(len(CLIP.frames))
-    by_mask = get_parts(pipeline, video=CLIP, mask=(numbers == 1) | (numbers == 2))
+    by_mask = get_parts(pipeline, video=CLIP, generated=(numbers != 1) & (numbers != 2))
     condition = Condition(content=dit_video.Clip(kept, CLIP.fps), frame=1)
     for part, expected in zip(get_parts(pipeline, conditions=[condition]), by_mask, strict=True):
         np.testing.assert_array_equal(part, expected)
-    extended = pipeline.extend(CLIP, "a dog", frames=4, steps=2)
+    extended = pipeline.run(Extend(CLIP, "a dog", frames=4), steps=2)
     np.testing.assert_array_equal(extended.frames[: len(CLIP.frames)], CLIP.frames)
     assert extended.recipe["method"] == "trained"
 
@@ -91,8 +93,8 @@ def test_a_mask_is_fitted_as_its_video_is(pipeline):
     large = dit_video.Clip(np.zeros((5, 40, 48, 3), np.uint8), 16)
     is_kept, expected = np.zeros((5, 40, 48), bool), np.zeros(SIZE, bool)
     is_kept[:, 4:20, :24], expected[:, :8, :12] = True, True
-    small = {"video": dit_video.Clip(np.zeros((*SIZE, 3), np.uint8), 16), "mask": expected}
-    fitted = get_parts(pipeline, video=large, mask=is_kept)
+    small = {"video": dit_video.Clip(np.zeros((*SIZE, 3), np.uint8), 16), "generated": ~expected}
+    fitted = get_parts(pipeline, video=large, generated=~is_kept)
     for part, other in zip(get_parts(pipeline, **small), fitted, strict=True):
         np.testing.assert_allclose(other, part, atol=1e-5)
 
@@ -116,7 +118,7 @@ OPTIONS = {"steps": 2, "guidance": 2.0}
 
 
 def sample_latents(pipeline, **pictures):
-    return pipeline.generate("a red ball", size=SIZE, output="latents", **OPTIONS, **pictures)
+    return generate_latents(pipeline, "a red ball", size=SIZE, **OPTIONS, **pictures)
 
 
 @pytest.mark.slow
@@ -126,7 +128,8 @@ def test_requests_sampled_together_are_those_sampled_alone(pipeline):
         {"reference_images": [FRAMES[0]], "seed": 3},
         {"image": FRAMES[0]},
     ]
-    together = pipeline.generate_latents([Request("a red ball", SIZE, **each) for each in requests], **OPTIONS)
+    sampling = pipeline.make_sampling(**OPTIONS)
+    together = pipeline.generate_latents([Request("a red ball", SIZE, **each) for each in requests], sampling=sampling)
     for latents, arguments in zip(together, requests, strict=True):
         assert latents.shape == (2, 4, 6, 4)
         np.testing.assert_allclose(latents, sample_latents(pipeline, **arguments), atol=1e-5)
@@ -146,16 +149,17 @@ def test_one_strength_is_that_of_every_layer(pipeline):
 @pytest.mark.slow
 def test_a_trajectory_is_that_of_the_clip_alone(pipeline):
     request = Request("a red ball", SIZE, reference_images=[FRAMES[0]])
-    trace = pipeline.trace(request, **OPTIONS)
+    sampling = pipeline.make_sampling(**OPTIONS)
+    trace = pipeline.trace(request, sampling=sampling)
     assert trace.latents.shape == (2, 2, 4, 6, 4)
-    np.testing.assert_allclose(trace.latents[-1], pipeline.generate_latents([request], **OPTIONS)[0], atol=1e-5)
+    np.testing.assert_allclose(trace.latents[-1], pipeline.generate_latents([request], sampling=sampling)[0], atol=1e-5)
 
 
 @pytest.mark.nightly
-def test_a_saved_pipeline_keeps_its_task(pipeline, tmp_path):
+def test_a_saved_pipeline_keeps_its_conditioner(pipeline, tmp_path):
     pipeline.save(tmp_path / "saved")
     again = dit_video.load(tmp_path / "saved")
-    assert again.config.task == VaceTask()
+    assert again.config.conditioner == VaceConditioner()
     arguments = {"control": POSES, "image": FRAMES[0]}
     np.testing.assert_allclose(sample_latents(again, **arguments), sample_latents(pipeline, **arguments), atol=1e-5)
 
@@ -163,14 +167,23 @@ def test_a_saved_pipeline_keeps_its_task(pipeline, tmp_path):
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [
-        ({"video": CLIP}, r"mask=None is invalid: video and mask need each other.* use control="),
-        ({"mask": IS_KEPT}, "video=None is invalid"),
-        ({"video": CLIP, "mask": IS_KEPT[:4]}, r"mask of bool \[4, 16, 24\] is invalid.* \[5, 16, 24\], .* \[5\]"),
-        ({"video": CLIP, "mask": IS_KEPT.astype(np.uint8)}, "mask of uint8"),
-        ({"video": CLIP, "mask": IS_KEPT, "image": FRAMES[0]}, "image is invalid: some of its pixels are also kept"),
+        ({"video": CLIP}, r"generated=None is invalid: video and generated need each other.* use control="),
+        ({"generated": ~IS_KEPT}, "video=None is invalid"),
+        (
+            {"video": CLIP, "generated": IS_KEPT[:4]},
+            r"generated of shape \[4, 16, 24\] is invalid.* \[5, 16, 24\], .* \[5\]",
+        ),
+        ({"video": CLIP, "generated": IS_KEPT.astype(np.uint8)}, "generated of uint8"),
+        (
+            {"video": CLIP, "generated": ~IS_KEPT, "image": FRAMES[0]},
+            "image is invalid: some of its pixels are also kept",
+        ),
         ({"control": dit_video.Clip(FRAMES[:4], 16)}, "control of 4 frames is invalid for a clip of 5"),
-        ({"video": dit_video.Clip(FRAMES[:1], 16), "mask": IS_KEPT[:1]}, "video of 1 frames is invalid"),
-        ({"reference_images": [FRAMES[0, 0]]}, r"an image of uint8 \[24, 3\] is invalid"),
+        ({"video": dit_video.Clip(FRAMES[:1], 16), "generated": ~IS_KEPT[:1]}, "video of 1 frames is invalid"),
+        (
+            {"reference_images": [FRAMES[0, 0]]},
+            r"reference_images of shape \[24, 3\] is invalid: an image is \[H W 3\]",
+        ),
         ({"reference_images": [CLIP]}, "a clip of 5 frames is no image"),
         ({"conditions": [Condition(content=FRAMES[0], strength=0.5)]}, "strength= of a condition is invalid"),
         ({"image": FRAMES[0], "method": "training_free"}, "method='training_free' is invalid"),
@@ -198,8 +211,8 @@ def test_a_model_without_control_refuses_it(tmp_path):
     wan = dit_video.load(tmp_path / "wan", dtype="float32")
     with pytest.raises(UserError, match="control of a request is invalid: this model was not trained with it"):
         sample_latents(wan, control=POSES)
-    with pytest.raises(UserError, match=r"task=VaceTask\(\) is invalid for a WanDitConfig"):
-        sample_latents(wan, task=VaceTask())
+    with pytest.raises(UserError, match=r"conditioner=VaceConditioner\(\) is invalid for a WanDitConfig"):
+        sample_latents(wan, conditioner=VaceConditioner())
 
 
 def test_without_a_size_the_clip_is_as_long_as_its_control(pipeline):

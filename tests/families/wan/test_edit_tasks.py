@@ -12,7 +12,8 @@ from dit_video.core.rng import make_generator
 from dit_video.sampling.edit_paths import EditPaths
 from dit_video.sampling.packing import PlannedBatch
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Condition, Request
+from dit_video.sampling.tasks import DescribedEdit, Edit, Extend, Generate, Inpaint, Interpolate, Loop
 from dit_video.sampling.tasks.generation import SeamlessLoop
 from support.wan_tasks import (
     ALL,
@@ -52,8 +53,10 @@ def test_editing_starts_from_the_noisy_clip(pipeline, first_step):
         np.testing.assert_allclose(edited, expected, atol=1e-4)
     previous = sample_latents(pipeline, video=CLIP, strength=TIMES[first_step - 1], **options)
     assert np.abs(previous - expected).max() > 1e-2
-    result = pipeline.edit(CLIP, PROMPT, strength=between, **OPTIONS | options)
-    np.testing.assert_array_equal(result.frames, pipeline.decode(edited).frames)
+    latents = sample_latents(pipeline, video=CLIP, strength=between, **options | {"noise": None})
+    options = {"times": TIMES, "guidance": OPTIONS["guidance"], **get_first_conditions(pipeline)}
+    result = pipeline.run(Edit(CLIP, PROMPT, strength=between), **options)
+    np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames)
     assert result.fps == FPS
 
 
@@ -73,13 +76,19 @@ def test_more_strength_changes_a_clip_more(pipeline):
         sample_latents(pipeline, video=CLIP, strength=0.1, **pictures)
 
 
+def get_first_conditions(pipeline):
+    """Return the options of a task whose clip begins with that of the clip, for models that need it."""
+    return {"conditions": [Condition(content=image) for image in get_first_image(pipeline).values()]}
+
+
 def make_paths(pipeline, prompt, source, *, source_guidance=2.0, **options):
     """Return the paths of an edit of what `source` describes to `prompt`, with a guidance scale of 2."""
     request = Request(prompt, SIZE, **get_first_image(pipeline))
-    target = pipeline.make_stepper(request, guidance=2.0, **options)
-    return EditPaths(
-        pipeline.make_stepper(request._replace(prompt=source), guidance=source_guidance, **options), target
+    target, described = (
+        pipeline.make_stepper(each, sampling=pipeline.make_sampling(guidance=guidance, **options))
+        for each, guidance in ((request, 2.0), (replace(request, prompt=source), source_guidance))
     )
+    return EditPaths(described, target)
 
 
 @pytest.mark.nightly
@@ -89,12 +98,13 @@ def test_an_edit_to_what_the_clip_shows_changes_nothing(pipeline):
     paths, others = (make_paths(pipeline, PROMPT, source, steps=4) for source in (PROMPT, "the table"))
     np.testing.assert_allclose(paths.edit_by_flow(latents, strength=0.95, seed=0), latents, atol=1e-4)
     assert np.abs(others.edit_by_flow(latents, strength=0.95, seed=0) - latents).max() > 1e-3
-    options = OPTIONS | get_first_image(pipeline) | {"strength": 0.95}
-    result = pipeline.edit(CLIP, PROMPT, source=PROMPT, source_guidance=2.0, **options)
+    options = OPTIONS | get_first_conditions(pipeline)
+    task = DescribedEdit(CLIP, PROMPT, source=PROMPT, source_guidance=2.0, strength=0.95)
+    result = pipeline.run(task, **options)
     np.testing.assert_allclose(result.frames.astype(int), pipeline.reconstruct(CLIP).frames, atol=1)
     assert result.fps == FPS
     for source, scale in (("the table", 2.0), (PROMPT, 1.0)):
-        changed = pipeline.edit(CLIP, PROMPT, source=source, source_guidance=scale, **options)
+        changed = pipeline.run(replace(task, source=source, source_guidance=scale), **options)
         assert (changed.frames != result.frames).any()
 
 
@@ -152,7 +162,7 @@ def test_an_edit_averages_its_draws(pipeline):
 @each(ALL)
 def test_inversion_with_the_prompt_of_the_clip_returns_to_the_clip(pipeline):
     """The more steps, the closer."""
-    latents, options = pipeline.encode(CLIP), get_first_image(pipeline)
+    latents = pipeline.encode(CLIP)
     few, returned, changed = (
         make_paths(pipeline, PROMPT, source, steps=steps).edit_by_inversion(latents, strength=0.8)
         for source, steps in ((PROMPT, 10), (PROMPT, 60), ("the table", 60))
@@ -161,8 +171,8 @@ def test_inversion_with_the_prompt_of_the_clip_returns_to_the_clip(pipeline):
     assert near < far / 3
     assert near < 0.2 * latents.std()
     assert np.abs(changed - returned).max() > 1e-3
-    options |= OPTIONS | {"steps": 60, "source": PROMPT, "source_guidance": 2.0, "edit_method": "inversion"}
-    result = pipeline.edit(CLIP, PROMPT, **options)
+    task = DescribedEdit(CLIP, PROMPT, source=PROMPT, source_guidance=2.0, edit_method="inversion")
+    result = pipeline.run(task, **OPTIONS | {"steps": 60} | get_first_conditions(pipeline))
     np.testing.assert_array_equal(result.frames, pipeline.decode(returned).frames)
     assert result.fps == FPS
 
@@ -173,10 +183,10 @@ def test_inversion_with_the_prompt_of_the_clip_returns_to_the_clip(pipeline):
 @pytest.mark.nightly
 @each(OF_TEXT)
 def test_a_loop_begins_where_it_ends(pipeline):
-    result = pipeline.loop(PROMPT, size=(12, 16, 16), **OPTIONS)
+    result = pipeline.run(Loop(PROMPT, size=(12, 16, 16)), **OPTIONS)
     assert result.frames.shape == (12, 16, 16, 3)
     estimates = []
-    options = {"size": (13, 16, 16), "task": SeamlessLoop()}
+    options = {"size": (13, 16, 16), "conditioner": SeamlessLoop()}
     latents = sample_latents(pipeline, **options, callback=lambda each: estimates.append(each.progress))
     np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames[1:])
     # The last step's latents are rolled along time, and that before them is of the frame that is then the last.
@@ -186,7 +196,7 @@ def test_a_loop_begins_where_it_ends(pipeline):
     last = 12 - 4 * shifts[0]
     expected = encode(pipeline, pipeline.decode(before).frames[last : last + 1])
     np.testing.assert_allclose(latents[:1], expected, atol=1e-4)
-    other_seed = pipeline.loop(PROMPT, size=(12, 16, 16), seed=1, **OPTIONS)
+    other_seed = pipeline.run(Loop(PROMPT, size=(12, 16, 16)), seed=1, **OPTIONS)
     assert np.abs(other_seed.frames.astype(int) - result.frames).max() > 1
 
 
@@ -196,26 +206,26 @@ def test_a_loop_begins_where_it_ends(pipeline):
 @pytest.mark.parametrize("task", ["extension backwards", "loop", "inpainting", "editing"])
 def test_a_model_that_needs_an_image_says_so(animating, task):
     tasks = {
-        "extension backwards": lambda: animating.extend(CLIP, PROMPT, frames=4, before=True, **OPTIONS),
-        "loop": lambda: animating.loop(PROMPT, size=(8, 16, 16), **OPTIONS),
-        "inpainting": lambda: animating.inpaint(CLIP, np.eye(16) > 0, PROMPT, **OPTIONS),
-        "editing": lambda: animating.edit(CLIP, PROMPT, **OPTIONS),
+        "extension backwards": Extend(CLIP, PROMPT, frames=4, before=True),
+        "loop": Loop(PROMPT, size=(8, 16, 16)),
+        "inpainting": Inpaint(CLIP, np.eye(16) > 0, PROMPT),
+        "editing": Edit(CLIP, PROMPT),
     }
     with pytest.raises(UserError, match="this model needs an image; give image="):
-        tasks[task]()
+        animating.run(tasks[task], **OPTIONS)
 
 
 @each(UNTRAINED)
 def test_a_model_that_is_not_trained_for_a_task_says_so(pipeline):
     tasks = [
-        lambda **options: pipeline.generate(PROMPT, size=SIZE, image=FRAMES[0], **options),
-        lambda **options: pipeline.extend(CLIP, PROMPT, frames=4, **options),
-        lambda **options: pipeline.inpaint(CLIP, np.eye(16) > 0, PROMPT, **options),
-        lambda **options: pipeline.interpolate(CLIP, PROMPT, factor=2, **options),
+        Generate(PROMPT, size=SIZE, image=FRAMES[0]),
+        Extend(CLIP, PROMPT, frames=4),
+        Inpaint(CLIP, np.eye(16) > 0, PROMPT),
+        Interpolate(CLIP, PROMPT, factor=2),
     ]
     for task in tasks:
         with pytest.raises(UserError, match="method='trained' is invalid: this model was not trained for what is"):
-            task(method="trained", **OPTIONS)
+            pipeline.run(task, method="trained", **OPTIONS)
 
 
 @pytest.mark.slow
@@ -239,11 +249,11 @@ def test_repeated_steps_return_to_their_first_time_with_noise(two_experts, monke
         return jnp.asarray(self.pack_latents(self.batch.branches[0].tokens, {0: further}))
 
     monkeypatch.setattr(PlannedBatch, "draw_noise", draw_further)
-    options = {"times": TIMES, "guidance": 2.0, "sampler": "euler"}
+    sampling = two_experts.make_sampling(times=TIMES, guidance=2.0, solver="euler")
     request = Request(PROMPT, SIZE, image=FRAMES[0], noise=noise, resample=2)
     with warns():
-        (latents,) = two_experts.generate_latents([request], **options)
-        stepper = two_experts.make_stepper(request, **options)
+        (latents,) = two_experts.generate_latents([request], sampling=sampling)
+        stepper = two_experts.make_stepper(request, sampling=sampling)
     expected = noise
     for step, (start, end) in enumerate(itertools.pairwise((*TIMES, 0.0))):
         once, share = stepper(expected, [step, step + 1]), (1 - start) / (1 - end)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import dit_video
+from support.latents import generate_latents
 from support.tiny_t5 import write_tokenizer
 from support.torch_models import TEXT, randomize
 
@@ -77,14 +78,8 @@ def theirs(torch, pipe, noise, size=SIZE, **options):
 
 
 def ours(pipeline, noise, size=SIZE, **options):
-    return pipeline.generate(
-        PROMPT,
-        size=size,
-        steps=STEPS,
-        **{"guidance": GUIDANCE} | options,
-        negative=NEGATIVE,
-        noise=noise,
-        output="latents",
+    return generate_latents(
+        pipeline, PROMPT, size=size, steps=STEPS, **{"guidance": GUIDANCE} | options, negative=NEGATIVE, noise=noise
     )
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import dit_video
+from support.latents import generate_latents
 from support.tiny_t5 import write_tokenizer
 from support.torch_models import TEXT, randomize
 
@@ -99,14 +100,14 @@ def test_a_clip_noised_to_a_strength_equals_diffusers(torch, both, clip, noise, 
     expected = result.frames[0].permute(1, 2, 3, 0).float().numpy()
     assert draws == [(1, CHANNELS, *noise.shape[:3])]
 
-    times = np.asarray(pipeline.resolve_sampling(steps=STEPS).make_times(pipeline.config.model.process).times)
+    times = np.asarray(pipeline.make_sampling(steps=STEPS).make_times(pipeline.config.model.process).times)
     np.testing.assert_allclose(times[:-1], pipe.scheduler.sigmas[:-1], atol=1e-4)
     before = 1.0 if first_step == 0 else float(times[first_step - 1])
     strength = (before + float(times[first_step])) / 2
     options = {"size": SIZE, "steps": STEPS, "guidance": guidance, "negative": NEGATIVE, "noise": noise}
 
     def sample(prompt=PROMPT, strength=strength, video=clip):
-        return pipeline.generate(prompt, strength=strength, video=video, output="latents", **options)
+        return generate_latents(pipeline, prompt, strength=strength, video=video, **options)
 
     np.testing.assert_allclose(sample(), expected, atol=1e-3)
     # That compares something. The first time hides the clip, the last ones almost hide the prompt.

@@ -11,6 +11,7 @@ import pytest
 
 import dit_video
 from dit_video.sampling.request import Condition, Request
+from dit_video.sampling.tasks import Extend, Inpaint, Interpolate
 from support.wan_tasks import (
     ALL,
     CLIP,
@@ -53,7 +54,7 @@ def test_a_kept_image_has_the_noise_of_each_time(pipeline):
     noise = np.random.default_rng(1).standard_normal((3, 4, 4, 4)).astype(np.float32)
     with warns():
         request = Request(PROMPT, SIZE, image=FRAMES[0], noise=noise)
-        trace = pipeline.trace(request, times=TIMES, guidance=2.0)
+        trace = pipeline.trace(request, sampling=pipeline.make_sampling(times=TIMES, guidance=2.0))
     clean = encode(pipeline, FRAMES[:1])
     for latents, time in zip(trace.latents, (*TIMES[1:], 0.0), strict=True):
         np.testing.assert_allclose(latents[:1], add_noise(clean, noise[:1], time), atol=1e-4)
@@ -104,7 +105,7 @@ def test_a_last_image_is_put_in_its_place(pipeline):
 @each(ALL)
 def test_an_extended_clip_begins_with_the_clip(pipeline):
     with warns():
-        result = pipeline.extend(CLIP, PROMPT, frames=4, overlap=5, **OPTIONS)
+        result = pipeline.run(Extend(CLIP, PROMPT, frames=4, overlap=5), **OPTIONS)
         conditions = (Condition(content=dit_video.Clip(FRAMES[4:], FPS)),)
         latents = sample_latents(pipeline, conditions=conditions)
     assert (result.frames.shape, result.fps) == ((13, 16, 16, 3), FPS)
@@ -119,7 +120,7 @@ def test_an_extended_clip_begins_with_the_clip(pipeline):
 def test_by_default_a_clip_is_extended_from_as_many_frames_as_fit(pipeline):
     clip = dit_video.Clip(FRAMES[:6], FPS)
     with warns():
-        result = pipeline.extend(clip, PROMPT, frames=4, **OPTIONS)
+        result = pipeline.run(Extend(clip, PROMPT, frames=4), **OPTIONS)
         conditions = (Condition(content=dit_video.Clip(FRAMES[1:6], FPS)),)
         latents = sample_latents(pipeline, conditions=conditions)
     np.testing.assert_array_equal(result.frames, np.concatenate([clip.frames, pipeline.decode(latents).frames[5:]]))
@@ -128,7 +129,7 @@ def test_by_default_a_clip_is_extended_from_as_many_frames_as_fit(pipeline):
 @each(OF_TEXT)
 def test_a_clip_extended_backwards_ends_with_the_clip(pipeline):
     with warns():
-        result = pipeline.extend(CLIP, PROMPT, frames=4, overlap=5, before=True, **OPTIONS)
+        result = pipeline.run(Extend(CLIP, PROMPT, frames=4, overlap=5, before=True), **OPTIONS)
         conditions = (Condition(content=dit_video.Clip(FRAMES[:5], FPS), frame=4),)
         latents = sample_latents(pipeline, conditions=conditions)
     assert (result.frames.shape, result.fps) == ((13, 16, 16, 3), FPS)
@@ -147,8 +148,8 @@ def test_a_clip_extended_backwards_ends_with_the_clip(pipeline):
 def test_an_interpolated_clip_has_the_duration_of_the_clip(pipeline):
     clip = dit_video.Clip(FRAMES[::2], FPS)
     with warns():
-        result = pipeline.interpolate(clip, PROMPT, factor=2, **OPTIONS)
-        by_times = pipeline.interpolate(clip, PROMPT, times=[0, 2, 4, 6, 8], **OPTIONS)
+        result = pipeline.run(Interpolate(clip, PROMPT, factor=2), **OPTIONS)
+        by_times = pipeline.run(Interpolate(clip, PROMPT, places=[0, 2, 4, 6, 8]), **OPTIONS)
         conditions = [Condition(content=FRAMES[number], frame=number) for number in range(0, 9, 2)]
         latents, expected = sample_and_put_in_place(pipeline, select_frames(*range(0, 9, 2)), conditions=conditions)
     assert (result.frames.shape, result.fps) == ((9, 16, 16, 3), 2 * FPS)
@@ -163,7 +164,7 @@ def test_an_interpolated_clip_ends_with_the_clip(pipeline):
     """Frames are sampled up to the autoencoder's stride, and those after the clip's last are cut off."""
     clip = dit_video.Clip(FRAMES[[0, 6]], FPS)
     with warns():
-        result = pipeline.interpolate(clip, PROMPT, factor=6, **OPTIONS)
+        result = pipeline.run(Interpolate(clip, PROMPT, factor=6), **OPTIONS)
         conditions = [Condition(content=FRAMES[number], frame=number) for number in (0, 6)]
         latents = sample_latents(pipeline, conditions=conditions)
     assert result.fps == 6 * FPS
@@ -175,17 +176,15 @@ def test_an_interpolated_clip_ends_with_the_clip(pipeline):
 
 @each(OF_TEXT)
 def test_pixels_outside_of_an_inpainted_region_are_kept(pipeline):
-    mask = np.zeros((16, 16), bool)
-    mask[:, :8] = True
+    generated = np.zeros((16, 16), bool)
+    generated[:, :8] = True
     with warns():
-        result = pipeline.inpaint(CLIP, mask, PROMPT, **OPTIONS)
-        latents, other_seed = (
-            sample_latents(pipeline, video=CLIP, mask=np.broadcast_to(~mask, SIZE).copy(), seed=seed) for seed in (0, 1)
-        )
+        result = pipeline.run(Inpaint(CLIP, generated, PROMPT), **OPTIONS)
+        latents, other_seed = (sample_latents(pipeline, video=CLIP, generated=generated, seed=seed) for seed in (0, 1))
     assert (result.frames.shape, result.fps) == ((9, 16, 16, 3), FPS)
     np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames)
     # The autoencoder gets the nearest kept pixel in place of those of the region.
-    frames = np.where(mask[..., None], FRAMES[:, :, 8:9], FRAMES)
+    frames = np.where(generated[..., None], FRAMES[:, :, 8:9], FRAMES)
     for kept in (latents, other_seed):
         np.testing.assert_allclose(kept[:, :, 2:], encode(pipeline, frames)[:, :, 2:], atol=1e-4)
     assert np.abs(latents - other_seed)[:, :, :2].max() > 1e-3
@@ -193,11 +192,11 @@ def test_pixels_outside_of_an_inpainted_region_are_kept(pipeline):
 
 @each(ALL)
 def test_the_frames_before_an_inpainted_part_are_kept(pipeline):
-    mask = np.zeros(SIZE, bool)
-    mask[5:] = True
+    generated = np.zeros(SIZE, bool)
+    generated[5:] = True
     with warns():
-        result = pipeline.inpaint(CLIP, mask, PROMPT, **OPTIONS)
-        latents = sample_latents(pipeline, video=CLIP, mask=~select_frames(5, 6, 7, 8))
+        result = pipeline.run(Inpaint(CLIP, generated, PROMPT), **OPTIONS)
+        latents = sample_latents(pipeline, video=CLIP, generated=select_frames(5, 6, 7, 8))
     np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames)
     first = len(get_first_image(pipeline))
     np.testing.assert_allclose(latents[first:2], encode(pipeline, FRAMES[:5])[first:], atol=1e-4)

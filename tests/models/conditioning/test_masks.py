@@ -1,4 +1,4 @@
-"""Generators of masks of known pixels: what they draw, and what they recognise."""
+"""Generators of masks: what they draw, and what they recognise."""
 
 from dataclasses import replace
 
@@ -31,16 +31,16 @@ def draw(mask, seed, size=SIZE):
 @pytest.mark.parametrize("mask", [*FRAMES, *REGIONS])
 def test_a_generator_accepts_what_it_draws_and_knows_a_part_of_every_clip(mask):
     for seed in range(40):
-        is_known = draw(mask, seed)
-        assert is_known.shape == SIZE
-        assert 0 < is_known.mean() < 1
-        assert mask.accepts(is_known), seed
+        generated = draw(mask, seed)
+        assert generated.shape == SIZE
+        assert 0 < generated.mean() < 1
+        assert mask.accepts(generated), seed
 
 
 @pytest.mark.parametrize("mask", FRAMES)
 def test_an_image_has_no_mask_of_frames(mask):
     assert draw(mask, 0, Grid(1, 16, 24)) is None
-    assert not mask.accepts(np.ones((1, 16, 24), bool))
+    assert not mask.accepts(np.zeros((1, 16, 24), bool))
 
 
 @pytest.mark.parametrize("mask", REGIONS)
@@ -76,15 +76,23 @@ def test_generators_of_regions_do_not_accept_each_others_masks_or_those_of_frame
     ],
 )
 def test_generators_of_frames_recognise_their_frames(mask, known, is_accepted):
-    is_known = np.zeros(SIZE, bool)
-    is_known[known] = True
-    assert mask.accepts(is_known) == is_accepted
+    generated = np.ones(SIZE, bool)
+    generated[known] = False
+    assert mask.accepts(generated) == is_accepted
+
+
+def test_a_mask_is_true_where_pixels_are_generated():
+    np.testing.assert_array_equal(draw(FirstFrame(), 0)[:, 0, 0], np.arange(9) > 0)
+    outside, inside = draw(OutsideOfBox(), 1), draw(InsideOfBox(), 1)
+    assert not outside[0, 0, 0]  # the border is known, and the box is generated
+    assert inside[:, 0].all() or inside[:, -1].all() or inside[:, :, 0].all() or inside[:, :, -1].all()
+    assert not inside[:, 8, 12].any()
 
 
 def test_the_box_of_inpainting_moves():
     boxes = [draw(OutsideOfBox(), seed) for seed in range(20)]
     assert any((box[0] != box[-1]).any() for box in boxes)
-    sides = [(~box[0]).any(axis=1).sum() / SIZE.h for box in boxes]
+    sides = [box[0].any(axis=1).sum() / SIZE.h for box in boxes]
     assert 0.25 <= min(sides) <= max(sides) <= 0.85
 
 

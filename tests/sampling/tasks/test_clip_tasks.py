@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.tasks import Blend, Edit, Extend, Inpaint, Interpolate, Loop, Outpaint, Vary
+from dit_video.sampling.known_pixels import collect_known_pixels
+from dit_video.sampling.tasks import (
+    Blend,
+    DescribedEdit,
+    Edit,
+    Extend,
+    Inpaint,
+    Interpolate,
+    Loop,
+    Outpaint,
+    Vary,
+    ZoomOut,
+)
 from dit_video.video import Clip
 from support.tiny_pipeline import make_config
 
@@ -74,7 +86,7 @@ def test_a_transition_keeps_both_clips(frames, lengths):
         ({"factor": 2}, [0, 2, 4, 6, 8], 9, 16.0),
         ({"factor": 4}, [0, 4, 8, 12, 16], 17, 32.0),
         ({"factor": 11}, [0, 11, 22, 33, 44], 45, 88.0),
-        ({"times": (0, 1, 5, 6, 10)}, [0, 1, 5, 6, 10], 11, 20.0),
+        ({"places": (0, 1, 5, 6, 10)}, [0, 1, 5, 6, 10], 11, 20.0),
     ],
 )
 def test_interpolation_places_the_frames_of_the_clip(options, places, length, fps):
@@ -88,14 +100,15 @@ def test_interpolation_places_the_frames_of_the_clip(options, places, length, fp
     assert (len(result.frames), result.fps) == (length, fps)
 
 
-def test_inpainting_keeps_what_is_not_masked():
-    clip, mask = make_clip(5), np.zeros((16, 32), bool)
-    mask[4:8, 4:12] = True
-    request = Inpaint(clip=clip, mask=mask).make_request(CONFIG)
+@pytest.mark.parametrize("shape", [(16, 32), (5, 16, 32), (5,)])
+def test_inpainting_generates_where_the_mask_is_true_and_keeps_the_rest(shape):
+    clip, generated = make_clip(5), np.arange(np.prod(shape)).reshape(shape) % 3 == 0
+    request = Inpaint(clip, generated).make_request(CONFIG)
     assert request.grid == (5, 16, 32)
-    np.testing.assert_array_equal(request.mask, np.broadcast_to(~mask, (5, 16, 32)))
-    moving = np.random.default_rng(0).random((5, 16, 32)) < 0.5
-    np.testing.assert_array_equal(Inpaint(clip=clip, mask=moving).make_request(CONFIG).mask, ~moving)
+    known = collect_known_pixels(request)
+    full = generated[:, None, None] if generated.ndim == 1 else generated
+    np.testing.assert_array_equal(known.is_known, np.broadcast_to(~full, (5, 16, 32)))
+    np.testing.assert_array_equal(known.frames[known.is_known], clip.frames[known.is_known])
 
 
 def test_outpainting_keeps_the_middle():
@@ -103,8 +116,8 @@ def test_outpainting_keeps_the_middle():
     request = Outpaint(clip=clip, size=(32, 48)).make_request(CONFIG)
     assert request.grid == (5, 32, 48)
     np.testing.assert_array_equal(request.video.frames[:, 8:24, 8:40], clip.frames)
-    assert request.mask[:, 8:24, 8:40].all()
-    assert request.mask.sum() == clip.frames[..., 0].size
+    assert not request.generated[:, 8:24, 8:40].any()
+    assert (~request.generated).sum() == clip.frames[..., 0].size
 
 
 def test_a_loop_is_sampled_with_the_frame_before_it():
@@ -119,14 +132,15 @@ def test_edits_start_from_the_clip():
     clip = make_clip(5)
     for task, strength in ((Edit(clip=clip, prompt="new"), 0.8), (Vary(clip=clip, strength=0.5), 0.5)):
         request = task.make_request(CONFIG)
-        assert (request.video, request.strength, request.mask) == (clip, strength, None)
+        assert (request.video, request.strength, request.generated) == (clip, strength, None)
         assert request.prompt == ("new" if isinstance(task, Edit) and not isinstance(task, Vary) else "its caption")
 
 
 @pytest.mark.parametrize(
     ("make_task", "message"),
     [
-        (lambda: Extend(clip=make_clip(17), frames=0), "frames=0 is invalid"),
+        (lambda: Extend(clip=make_clip(17), frames=0), "frames=0 is invalid: it must be at least 1. Use 1"),
+        (lambda: Extend(clip=make_clip(17), frames=2.5), "frames=2.5 is invalid: it must be a whole number"),
         (lambda: Extend(clip=make_clip(17), frames=8, overlap=8), "overlap=8 is invalid .* Use 5 or 9"),
         (lambda: Extend(clip=make_clip(1), frames=6), "frames=6 is invalid for a clip of 1 frames: use 4 or 8"),
         (
@@ -139,19 +153,35 @@ def test_edits_start_from_the_clip():
         (lambda: Interpolate(clip=make_clip(5)), "use exactly one of them"),
         (lambda: Interpolate(clip=make_clip(5), factor=1), "factor=1 is invalid"),
         (lambda: Interpolate(clip=make_clip(1), factor=2), "a clip of one frame is invalid"),
-        (lambda: Interpolate(clip=make_clip(3), times=(0, 4, 2)), "they are rising numbers from 0 on"),
-        (lambda: Interpolate(clip=make_clip(3), times=(1, 2, 3)), "they are rising numbers from 0 on"),
-        (lambda: Inpaint(clip=make_clip(5), mask=np.ones((5, 4, 4), bool)), r"must be a boolean \[5 16 32\] or"),
-        (lambda: Inpaint(clip=make_clip(5), mask=np.zeros((16, 32), bool)), "no pixel is filled in"),
+        (lambda: Interpolate(clip=make_clip(3), places=(0, 4, 2)), "they are rising numbers from 0 on"),
+        (lambda: Interpolate(clip=make_clip(3), places=(1, 2, 3)), "they are rising numbers from 0 on"),
+        (lambda: Inpaint(make_clip(5), np.ones((16, 32), np.uint8)), "generated of uint8 .* must be boolean"),
+        (lambda: Inpaint(make_clip(5), np.zeros((16, 32), bool)), "no pixel is generated"),
         (lambda: Outpaint(clip=make_clip(5), size=(16, 32)), "size=16x32 is invalid"),
         (lambda: Outpaint(clip=make_clip(5), size=(32, 16)), "size=32x16 is invalid"),
         (lambda: Loop(prompt="", size=(9, 16, 16)), "a loop has a multiple of 4 frames.* Use 8 or 12"),
-        (lambda: Edit(clip=make_clip(5), strength=0.0), "strength=0.0 is invalid"),
+        (lambda: Edit(clip=make_clip(5), strength=0.0), "strength=0.0 is invalid: it must be above 0 and at most 1"),
+        (lambda: Edit(clip=make_clip(5), strength=1.5), "strength=1.5 is invalid"),
+        (lambda: DescribedEdit(make_clip(5), source="", draws=0), "draws=0 is invalid: it must be at least 1"),
+        (lambda: DescribedEdit(make_clip(5), source="", edit_method="magic"), "Use flow_edit or inversion"),
+        (lambda: ZoomOut(make_clip(9), frames=3), "image is invalid: a clip of 9 frames is no image"),
+        (lambda: ZoomOut(make_clip(1), frames=3, factor=1.0), "factor=1.0 is invalid: it must be above 1"),
+        (lambda: Extend(clip=[1, 2], frames=4), "clip is invalid: a list is no picture"),
     ],
 )
 def test_tasks_that_do_not_fit_are_refused_with_what_does(make_task, message):
     with pytest.raises(UserError, match=message):
         make_task().make_request(CONFIG)
+
+
+def test_clips_and_masks_of_a_task_may_be_files_and_arrays(tmp_path):
+    clip, generated = make_clip(5), np.zeros((16, 32), bool)
+    generated[4:8] = True
+    clip.save(tmp_path / "clip.apng")
+    Clip(np.where(generated, 255, 0).astype(np.uint8)[None, ..., None].repeat(3, -1), 1).save(tmp_path / "mask.png")
+    for task in (Inpaint(str(tmp_path / "clip.apng"), tmp_path / "mask.png"), Inpaint(clip.frames, generated)):
+        np.testing.assert_array_equal(task.clip.frames, clip.frames)
+        np.testing.assert_array_equal(task.generated, generated)
 
 
 def test_a_result_has_the_recipe_of_its_sample():

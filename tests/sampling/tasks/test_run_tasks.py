@@ -1,13 +1,15 @@
 """Tasks of a pipeline with random weights: what their results must be whatever the model does."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.sampling.request import Condition
-from dit_video.sampling.tasks import Extend, Interpolate, ZoomOut
+from dit_video.sampling.clip_recipe import hash_pixels
+from dit_video.sampling.request import Condition, Request
+from dit_video.sampling.tasks import DescribedEdit, Doc, Extend, Interpolate, Limits, Task, ZoomOut
 from dit_video.video import Clip, read_recipe
 from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
@@ -33,9 +35,9 @@ def test_tasks_of_several_clips_are_those_of_each_alone(pipeline, clip):
         Extend(clip=clip, frames=8, before=True),
         ZoomOut(image=Clip(clip.frames[:1], 8), frames=2, factor=1.5),
     ]
-    together = pipeline.run_tasks(tasks, seeds=[3, 4, 5, 6], steps=2)
+    together = pipeline.run(tasks, seed=[3, 4, 5, 6], steps=2)
     for task, seed, result in zip(tasks, (3, 4, 5, 6), together, strict=True):
-        (alone,) = pipeline.run_tasks([task], seed=seed, steps=2)
+        alone = pipeline.run(task, seed=seed, steps=2)
         assert np.abs(alone.frames.astype(int) - result.frames).max() <= 1
         assert (alone.recipe, alone.fps) == (result.recipe, result.fps)
 
@@ -43,48 +45,55 @@ def test_tasks_of_several_clips_are_those_of_each_alone(pipeline, clip):
 @pytest.mark.nightly
 def test_zooming_out_makes_every_frame_the_middle_of_the_next(pipeline, clip):
     image = Clip(clip.frames[:1], 8, caption="a box")
-    result = pipeline.zoom_out(image, frames=3, factor=2.0, steps=2)
+    result = pipeline.run(ZoomOut(image, frames=3, factor=2.0), steps=2)
     assert result.frames.shape == (4, 16, 32, 3)
     np.testing.assert_array_equal(result.frames[0], clip.frames[0])
-    with pytest.raises(UserError, match=r"factor=1\.0 is invalid"):
-        pipeline.zoom_out(image, frames=3, factor=1.0)
-    with pytest.raises(UserError, match="a clip of 9 frames is no image"):
-        pipeline.zoom_out(clip, frames=3)
+    with pytest.raises(UserError, match=r"factor=1\.01 is invalid: .* by at least a pixel"):
+        pipeline.run(ZoomOut(image, frames=3, factor=1.01))
 
 
 def test_a_clip_knows_its_recipe_and_so_does_its_file(pipeline, clip, tmp_path):
-    result = pipeline.extend(clip, frames=4, seed=7, steps=2, negative="blue")
+    task, options = Extend(clip, frames=4), {"seed": 7, "steps": 2, "negative": "blue"}
+    result = pipeline.run(task, **options)
     recipe = result.recipe
     assert (recipe["prompt"], recipe["negative"], recipe["seed"]) == ("a clip", "blue", 7)
     assert (recipe["method"], recipe["sampling"]["steps"]) == ("training_free", 2)
-    assert recipe["clip_task"] == {"name": "Extend", "frames": 4, "before": False}
+    assert recipe["task"] == {"name": "extend", "clip": hash_pixels(clip.frames), "frames": 4, "before": False}
     assert recipe["model"] == {"command": "a test"}
     result.save(tmp_path / "a.mp4")
     assert read_recipe(tmp_path / "a.mp4") == recipe
-    again = pipeline.extend(clip, frames=4, seed=7, steps=2, negative="blue")
-    assert again.recipe == recipe
-    other = pipeline.extend(replace(clip, frames=255 - clip.frames), frames=4, seed=7, steps=2, negative="blue")
+    assert pipeline.run(task, **options).recipe == recipe
+    other = pipeline.run(Extend(replace(clip, frames=255 - clip.frames), frames=4), **options)
     assert other.recipe["pictures"] != recipe["pictures"]
 
 
-def test_options_do_not_replace_values_of_a_task(pipeline, clip):
-    with pytest.raises(UserError, match="size= is invalid: the task has its own"):
-        pipeline.extend(clip, frames=4, size=(5, 16, 16))
-    with pytest.raises(UserError, match="video= is invalid: the task has its own"):
-        pipeline.vary(clip, video=clip)
+def test_options_join_a_task_that_lacks_them(pipeline, clip):
     condition = Condition(content=clip.frames[0], frame=12)
-    with_condition = pipeline.extend(clip, frames=4, steps=2, conditions=[condition])
+    with_condition = pipeline.run(Extend(clip, frames=4), steps=2, conditions=[condition])
     assert len(with_condition.recipe["pictures"]["conditions"]) == 2
-    with pytest.raises(UserError, match="invalid with source="):
-        pipeline.edit(clip, "blue", source="red", sampler="unipc")
-    for options in ({"edit_method": "inversion"}, {"source_guidance": 2.0}, {"draws": 4}):
-        (name,) = options
-        with pytest.raises(
-            UserError, match=rf"^{name}=.* is invalid: it needs source, .*\. Give one, or leave it out\.$"
-        ):
-            pipeline.edit(clip, "blue", **options)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
+        pipeline.run(Extend(clip, frames=4), size=(5, 16, 16))
+    with pytest.raises(UserError, match=r"invalid with source="):
+        pipeline.run(DescribedEdit(clip, "blue", source="red"), solver="unipc")
+    with pytest.raises(UserError, match=r"seed of 2 values is invalid: the list that it is for has 1"):
+        pipeline.run([Extend(clip, frames=4)], seed=[1, 2])
 
 
-def test_options_that_do_not_exist_are_refused(pipeline):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
-        pipeline.generate("red", step=3)
+def test_a_task_of_one_s_own_needs_one_class(pipeline, clip):
+    @dataclass(frozen=True)
+    class Reverse(Task):
+        """A clip that is played backwards, and changed a little."""
+
+        clip: Annotated[Clip, Doc("Clip.")]
+        strength: Annotated[float, Doc("Diffusion time."), Limits(above=0, maximum=1)] = 0.5
+
+        def make_request(self, config):
+            frames = self.clip.frames[::-1].copy()
+            return Request("back", SIZE, video=Clip(frames, self.clip.fps), strength=self.strength)
+
+    result = pipeline.run(Reverse(clip), steps=4)
+    expected = pipeline.generate("back", size=SIZE, video=clip.frames[::-1].copy(), strength=0.5, steps=4)
+    np.testing.assert_array_equal(result.frames, expected.frames)
+    assert result.recipe["task"]["name"] == "Reverse"
+    with pytest.raises(UserError, match=r"strength=2 is invalid: it must be above 0 and at most 1. Use 1"):
+        Reverse(clip, strength=2)

@@ -9,7 +9,7 @@ import numpy as np
 from dit_video.core.errors import UserError
 from dit_video.core.registry import register
 from dit_video.sampling import SamplingPlan, StepTransform
-from dit_video.sampling.request import GenerationTask
+from dit_video.sampling.request import Conditioner
 from dit_video.tokens import Field
 
 
@@ -28,17 +28,18 @@ class KeptLatents(StepTransform):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inpainting(GenerationTask):
-    """Clips that equal `clip` where `mask` (latents `t h w`) is True; the rest starts from it with noise of a time."""
+class Inpainting(Conditioner):
+    """Clips that equal `clip` where `generated` (latents `t h w`) is False; the rest starts from its noisy latents."""
 
     clip: Any
-    mask: Any
+    generated: Any
     start_time: float = 1.0
 
     def __call__(self, request, model):
         latents = model.codec.encode(self.clip)
-        if self.mask.shape != latents.shape[:3]:
-            raise UserError(f"mask has the shape {self.mask.shape}; use that of the latents, {latents.shape[:3]}")
-        kept = np.broadcast_to(self.mask[..., None], latents.shape).astype(np.float32)
+        if self.generated.shape != latents.shape[:3]:
+            shapes = f"{self.generated.shape}; use that of the latents, {latents.shape[:3]}"
+            raise UserError(f"generated has the shape {shapes}")
+        kept = np.broadcast_to(~self.generated[..., None], latents.shape).astype(np.float32)
         fields = zip(KeptLatents().list_fields(latents.shape[-1]), (latents, kept), strict=True)
         return SamplingPlan(dict(fields), start=latents, start_time=self.start_time, transform=KeptLatents())

@@ -8,6 +8,7 @@ import numpy as np
 from dit_video.core.trees import flatten
 from dit_video.distributed import Parallelism
 from support.device_memory import count_bytes
+from support.latents import generate_latents
 from support.tiny_lora import make_pipeline, write_lora
 
 PARALLELISMS = (Parallelism(data=1, fsdp=8), Parallelism(data=1, fsdp=2, tensor=2, context=2))
@@ -15,7 +16,7 @@ PARALLELISMS = (Parallelism(data=1, fsdp=8), Parallelism(data=1, fsdp=2, tensor=
 
 def sample(pipeline) -> np.ndarray:
     """Return the latents of two steps."""
-    return pipeline.generate("a red circle", steps=2, guidance=2.0, output="latents")
+    return generate_latents(pipeline, "a red circle", steps=2, guidance=2.0)
 
 
 def main() -> None:

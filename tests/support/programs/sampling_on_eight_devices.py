@@ -96,11 +96,13 @@ def wan() -> None:
         folder = Path(temporary) / "wan"
         write_wan(folder, **TWO)
         requests = [Request("a cat", SIZE, 1), Request("a dog on a sofa", (5, 32, 16), 2)]
-        expected = dit_video.load(folder, dtype="float32").generate_latents(requests, steps=4)
+        one = dit_video.load(folder, dtype="float32")
+        sampling = one.make_sampling(steps=4)
+        expected = one.generate_latents(requests, sampling=sampling)
         parallel = Parallelism(data=2, fsdp=2, context=2)
         several = dit_video.load(folder, dtype="float32", parallel=parallel)
         assert all(leaf.sharding.mesh == make_mesh(parallel) for leaf in jax.tree.leaves(several.denoiser_params))
-        assert_latents_are_equal(several.generate_latents(requests, steps=4), expected)
+        assert_latents_are_equal(several.generate_latents(requests, sampling=sampling), expected)
 
 
 def weights() -> None:

@@ -13,7 +13,7 @@ from benchmarks.gpu.models import draw_values
 from benchmarks.steps import get_peak_memory
 from benchmarks.timer import TimeBudget
 from dit_video.core import rng
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.models.autoencoders import CausalVaeConfig, decode_stream, latent_grid
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.encoders import FrozenTextConfig
@@ -80,7 +80,7 @@ def measure(size: SamplingSize, budget: TimeBudget) -> Iterator[tuple[str, Any]]
     request = SamplingRequest("a prompt", "", draw_initial_noise(0, latents, model.channels))
 
     def generate(steps: int) -> tuple[float, float]:
-        sampling = Sampling(steps=steps, guidance=size.guidance, branch_evaluation="apart")
+        sampling = Sampling(steps=steps, guidance=Guidance(scale=size.guidance), branch_evaluation="apart")
         start = time.perf_counter()
         (result,) = sample_latents(denoiser, [request], sampling=sampling, shape=row_shape, rows=1)
         sampled = time.perf_counter()

@@ -1,0 +1,142 @@
+"""Images, videos and masks as a notebook's user has them, converted where they enter.
+
+Arrays are of NumPy or JAX: uint8, or floats from 0 to 1. A mask is True where pixels are generated; in a file or a PIL
+image, white is True. What could be meant in two ways is refused.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image as PilImage
+
+from dit_video.core.errors import UserError
+from dit_video.video import Clip, decode
+
+Image = Clip | PilImage.Image | np.ndarray | jax.Array | Path | str
+"""An image: a clip of one frame, a PIL image, pixels `[H W 3]` or `[H W]` (gray), or a file's first frame."""
+Video = Clip | np.ndarray | jax.Array | Path | str
+"""A video: a clip, frames `[T H W 3]`, or a file."""
+Mask = Bool[np.ndarray, "T H W"] | Bool[np.ndarray, "H W"] | Bool[np.ndarray, " T"]
+"""Mask of a clip's pixels, of those of all its frames, or of whole frames; True where they are generated."""
+MaskImage = np.ndarray | jax.Array | PilImage.Image | Path | str
+"""A mask: booleans as in `Mask`, or a picture that is white where pixels are generated."""
+
+_ARRAY_FPS = 1.0
+"""Frame rate of clips that are made of arrays, which has no effect: that of the model is used."""
+
+
+def to_image(name: str, value: Image) -> Clip:
+    """Return an image as a clip of one frame; `name` begins the errors.
+
+    Raises:
+      MissingError: If the file does not exist.
+      UserError: If the value is no image, or its pixels could be meant in two ways.
+    """
+    if isinstance(value, Clip):
+        if len(value.frames) != 1:
+            rule = f"a clip of {len(value.frames)} frames is no image"
+            raise UserError(f"{name} is invalid: {rule}. Use Clip(clip.frames[:1], clip.fps)")
+        return value
+    if isinstance(value, str | Path):
+        return decode(value, frames=1)
+    pixels = _read_pil(name, value) if isinstance(value, PilImage.Image) else _to_array(name, value)
+    if pixels.ndim == 2 and pixels.shape[-1] > 4:  # a row of pixels, perhaps, if it is less wide
+        pixels = np.repeat(pixels[..., None], 3, axis=-1)
+    if pixels.ndim != 3:
+        raise UserError(f"{name} of shape {list(pixels.shape)} is invalid: an image is [H W 3]. Use one frame")
+    return Clip(_to_pixels(name, pixels)[None], _ARRAY_FPS)
+
+
+def to_clip(name: str, value: Video) -> Clip:
+    """Return a video as a clip; `name` begins the errors.
+
+    Raises:
+      MissingError: If the file does not exist.
+      UserError: If the value is no video, or its pixels could be meant in two ways.
+    """
+    if isinstance(value, Clip):
+        return value
+    if isinstance(value, str | Path):
+        return decode(value)
+    frames = _to_array(name, value)
+    if frames.ndim != 4:
+        raise UserError(f"{name} of shape {list(frames.shape)} is invalid: a video is [T H W 3]. Use image[None]")
+    return Clip(_to_pixels(name, frames), _ARRAY_FPS)
+
+
+def to_image_or_clip(name: str, value: Image | Video) -> Clip:
+    """Return an image or a video as a clip; a file has all its frames."""
+    if isinstance(value, Clip | Path | str):
+        return to_clip(name, value)
+    if isinstance(value, PilImage.Image) or np.ndim(value) < 4:
+        return to_image(name, value)
+    return to_clip(name, value)
+
+
+def to_mask(name: str, value: MaskImage) -> Mask:
+    """Return a mask, True where pixels are generated; `name` begins the errors.
+
+    Raises:
+      MissingError: If the file does not exist.
+      UserError: If an array is not boolean, or not of one of the shapes of `Mask`.
+    """
+    if isinstance(value, str | Path):
+        is_white = decode(value).frames.mean(axis=-1) > 127.5
+        return is_white[0] if len(is_white) == 1 else is_white
+    if isinstance(value, PilImage.Image):
+        return np.asarray(value.convert("L")) > 127
+    mask = np.asarray(value)
+    if mask.dtype != np.bool_ or not 1 <= mask.ndim <= 3:
+        rule = "it must be boolean, [T H W], [H W] or [T], True where pixels are generated"
+        raise UserError(
+            f"{name} of {mask.dtype} {list(mask.shape)} is invalid: {rule}. Use {name} > 127, or {name} > 0.5"
+        )
+    return mask
+
+
+def _read_pil(name: str, image: PilImage.Image) -> np.ndarray:
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise UserError(f"{name} of mode {image.mode} is invalid: its range is not known. Use image.convert('RGB')")
+    if "A" in image.mode or "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA"))
+        return _drop_alpha(name, rgba)
+    return np.asarray(image.convert("RGB"))
+
+
+def _to_array(name: str, value: Any) -> np.ndarray:
+    if isinstance(value, list | tuple | dict) or not hasattr(value, "__array__"):
+        rule = f"a {type(value).__name__} is no picture"
+        raise UserError(f"{name} is invalid: {rule}. Use a clip, an array, a PIL image or the name of a file")
+    return np.asarray(value)
+
+
+def _to_pixels(name: str, pixels: np.ndarray) -> UInt8[np.ndarray, "*T H W 3"]:
+    """Return uint8 pixels of an array whose last axis is RGB, or RGBA without transparency.
+
+    Raises:
+      UserError: If the array has other channels, another dtype, or values out of range.
+    """
+    shape = list(pixels.shape)
+    if shape[-1] not in (3, 4) or 0 in shape:
+        rule = "the last axis is that of the colours, RGB"
+        fix = "Use np.moveaxis(pixels, -3, -1)" if pixels.ndim > 2 and shape[-3] == 3 else "Use pixels [H W 3]"
+        raise UserError(f"{name} of shape {shape} is invalid: {rule}. {fix}")
+    if np.issubdtype(pixels.dtype, np.floating):
+        if not np.all((pixels >= 0) & (pixels <= 1)):
+            rule = f"floats are from 0 to 1, these from {pixels.min():.3g} to {pixels.max():.3g}"
+            fix = "Use dit_video.core.pixels.to_uint8 for values from -1 to 1, or pixels.astype(np.uint8) up to 255"
+            raise UserError(f"{name} is invalid: {rule}. {fix}")
+        pixels = np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        rule = "pixels are uint8, or floats from 0 to 1"
+        raise UserError(f"{name} of {pixels.dtype} {shape} is invalid: {rule}. Use pixels.astype(np.uint8)")
+    return _drop_alpha(name, pixels) if shape[-1] == 4 else pixels
+
+
+def _drop_alpha(name: str, pixels: UInt8[np.ndarray, "*T H W 4"]) -> UInt8[np.ndarray, "*T H W 3"]:
+    if (pixels[..., 3] < 255).any():
+        raise UserError(f"{name} is invalid: parts of it are transparent. Use image.convert('RGB'), or pixels[..., :3]")
+    return np.ascontiguousarray(pixels[..., :3])

@@ -1,0 +1,146 @@
+"""Fields of tasks: what command lines, forms, files and recipes know of them.
+
+The fields of a task's dataclass are its only description. A type says what a field holds, and `Annotated` adds its
+`Doc`, its `Limits`, and whether a clip is an image (`OneFrame`).
+"""
+
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Literal
+
+from dit_video.core.errors import UserError
+from dit_video.sampling.pictures import Mask
+from dit_video.sampling.request import Condition, Size
+from dit_video.video import Clip
+
+Plane = tuple[int, int]
+"""Height and width in pixels."""
+FieldKind = Literal[
+    "text", "whole", "number", "flag", "choice", "clip", "image", "mask", "size", "plane", "numbers", "conditions"
+]
+
+
+@dataclass(frozen=True)
+class Doc:
+    """Documentation of a field."""
+
+    text: str
+    """A sentence."""
+    title: str = ""
+    """Title in a form; empty for the field's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of a number, checked when a task is made."""
+
+    minimum: float | None = None
+    above: float | None = None
+    """Number that it must exceed."""
+    maximum: float | None = None
+    step: float = 1
+    """Distance of the numbers that the arrows of a form lead to."""
+
+    def check(self, name: str, value: float) -> None:
+        """Check a number.
+
+        Raises:
+          UserError: If it is outside of the limits.
+        """
+        rules = {
+            f"at least {self.minimum:g}" if self.minimum is not None else "": self.minimum,
+            f"above {self.above:g}" if self.above is not None else "": self.above,
+            f"at most {self.maximum:g}" if self.maximum is not None else "": self.maximum,
+        }
+        is_valid = (
+            (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+        )
+        if not is_valid:
+            rule = " and ".join(filter(None, rules))
+            raise UserError(f"{name}={value} is invalid: it must be {rule}. Use {self.suggest():g}")
+
+    def suggest(self) -> float:
+        """Return a number within the limits."""
+        return self.minimum if self.minimum is not None else self.maximum if self.maximum is not None else 1
+
+
+class OneFrame:
+    """Mark of a field whose clip is an image, of one frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskField:
+    """A field of a task."""
+
+    name: str
+    kind: FieldKind
+    doc: Doc
+    is_required: bool
+    default: Any
+    """Default value; None for a required field."""
+    limits: Limits = Limits()
+    choices: tuple[str, ...] = ()
+    """Values of a choice."""
+
+    @property
+    def title(self) -> str:
+        """Return the title in a form."""
+        return self.doc.title or self.name.replace("_", " ").capitalize()
+
+
+def list_fields(kind: type) -> tuple[TaskField, ...]:
+    """Return the fields of a task's class, in order; one of another type than those of `FieldKind` is left out."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return tuple(made for each in fields(kind) if (made := _make_field(each, hints[each.name])) is not None)
+
+
+def _make_field(field: Any, hint: Any) -> TaskField | None:
+    marks: tuple[Any, ...] = ()
+    if typing.get_origin(hint) is Annotated:
+        hint, *others = typing.get_args(hint)
+        marks = tuple(others)
+    if (kind := _find_kind(hint, marks)) is None:
+        return None
+    is_required = field.default is MISSING and field.default_factory is MISSING
+    single = _drop_none(hint)
+    return TaskField(
+        name=field.name,
+        kind=kind,
+        doc=next((mark for mark in marks if isinstance(mark, Doc)), Doc("")),
+        is_required=is_required,
+        default=None if field.default is MISSING else field.default,
+        limits=next((mark for mark in marks if isinstance(mark, Limits)), Limits()),
+        choices=typing.get_args(single) if kind == "choice" else (),
+    )
+
+
+def _find_kind(hint: Any, marks: Sequence[Any]) -> FieldKind | None:
+    single = _drop_none(hint)
+    if single is Clip:
+        return "image" if OneFrame in marks else "clip"
+    if typing.get_origin(single) is Literal:
+        return "choice"
+    kinds: dict[Any, FieldKind] = {
+        str: "text",
+        bool: "flag",
+        int: "whole",
+        float: "number",
+        Mask: "mask",
+        Size: "size",
+        Plane: "plane",
+        Sequence[int]: "numbers",
+        Sequence[Condition]: "conditions",
+    }
+    return kinds.get(single)
+
+
+def _drop_none(hint: Any) -> Any:
+    """Return a type without None."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    members = tuple(each for each in typing.get_args(hint) if each is not type(None))
+    return typing.Union[members]  # noqa: UP007 (of members that are computed)

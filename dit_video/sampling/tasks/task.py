@@ -1,0 +1,146 @@
+"""The interface of tasks: what is generated from what."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Protocol
+
+from dit_video.core.errors import UserError, check_whole
+from dit_video.data.latents.codec import LatentCodec
+from dit_video.sampling.clip_recipe import hash_pixels
+from dit_video.sampling.edit_paths import LatentStepper
+from dit_video.sampling.pictures import to_clip, to_image, to_mask
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.preview import PreviewDecoder
+from dit_video.sampling.progress import Callback
+from dit_video.sampling.request import Request
+from dit_video.sampling.sampling_config import Sampling
+from dit_video.sampling.tasks.fields import Doc, list_fields
+from dit_video.tokens import Grid
+from dit_video.video import Clip
+
+Prompt = Annotated[str | None, Doc("Description of the result; the caption of the clip by default.")]
+
+
+class TaskPipeline(Protocol):
+    """The part of a `Pipeline` that tasks of several passes use."""
+
+    config: PipelineConfig
+    codec: LatentCodec
+    preview_decoder: PreviewDecoder | None
+
+    def run_many(
+        self,
+        tasks: Sequence["Task"],
+        options: Sequence[Request],
+        *,
+        sampling: Sampling | None = None,
+        callback: Callback | None = None,
+    ) -> list[Clip]:
+        """Run tasks, each with its options."""
+
+    def make_stepper(self, request: Request, *, sampling: Sampling | None = None) -> LatentStepper:
+        """Return the denoiser and Euler's solver for the latents of a request."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is generated from what. A subclass is a frozen dataclass, whose fields are its only description.
+
+    `sample.py`, the forms of the studio, task files and recipes are made of its fields (see `fields`), whose clips,
+    images and masks may be given in any form of `dit_video.sampling.pictures`. Most tasks are a request for one clip:
+    they have `make_request`, and perhaps `finish`. One of several passes has `run` instead.
+
+    Raises:
+      UserError: If a picture is none, or a number is outside of its limits.
+    """
+
+    def __post_init__(self):
+        convert = {"clip": to_clip, "image": to_image, "mask": to_mask}
+        for field in list_fields(type(self)):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            if field.kind in convert:
+                object.__setattr__(self, field.name, convert[field.kind](field.name, value))
+            elif field.kind == "whole":
+                check_whole(**{field.name: value})
+                field.limits.check(field.name, value)
+            elif field.kind == "number":
+                field.limits.check(field.name, value)
+            elif field.kind == "choice" and value not in field.choices:
+                raise UserError(f"{field.name}={value!r} is invalid. Use {' or '.join(field.choices)}")
+
+    def make_request(self, config: PipelineConfig) -> Request | None:
+        """Return the request of the clip; None for a task of several passes.
+
+        Raises:
+          UserError: If sizes, lengths or values do not fit the model or each other.
+        """
+        return None
+
+    def finish(self, sampled: Clip) -> Clip:
+        """Return the result, of the clip that was sampled for the request."""
+        return sampled
+
+    def run(self, pipeline: TaskPipeline, options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
+        """Return the result of a task of several passes.
+
+        Args:
+          pipeline: The pipeline.
+          options: Seed, negative prompt and other options of `Pipeline.run`; see `add_options`.
+          sampling: Steps, solver and guidance.
+          callback: Called with a `PipelineProgress` after every few steps.
+
+        Raises:
+          UserError: If values do not fit the model or each other.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither make_request nor run")
+
+    @classmethod
+    def suggest(cls, config: PipelineConfig) -> Mapping[str, Any]:
+        """Return values that a form begins with for a model, of fields whose defaults do not depend on it."""
+        return {}
+
+
+def add_options(request: Request, options: Request) -> Request:
+    """Return the request of a task with the options of `Pipeline.run`; conditions are added to its own.
+
+    Raises:
+      UserError: If the task has its own value of an option.
+    """
+    defaults = Request("")
+    names = ("negative", "control", "reference_images", "method", "resample", "conditioning", "strengths")
+    given = {name for name in names if getattr(options, name) != getattr(defaults, name)}
+    if own := sorted(name for name in given if getattr(request, name) != getattr(defaults, name)):
+        raise UserError(f"{own[0]}= is invalid: the task has its own. Leave it out, or use generate")
+    changes: dict[str, Any] = {name: getattr(options, name) for name in given}
+    conditions = (*request.conditions, *options.conditions)
+    return replace(request, seed=options.seed, conditions=conditions, **changes)
+
+
+def describe_task(task: Task) -> dict[str, Any]:
+    """Return the fields of a task but its prompt as JSON values, with hashes of pixels in the place of files."""
+    described: dict[str, Any] = {}
+    for field in list_fields(type(task)):
+        value = getattr(task, field.name)
+        if value is None or (field.kind == "conditions" and not value) or field.name == "prompt":
+            continue
+        if field.kind in ("clip", "image"):
+            described[field.name] = hash_pixels(value.frames)
+        elif field.kind == "mask":
+            described[field.name] = hash_pixels(value)
+        elif field.kind == "conditions":
+            described[field.name] = [{"file": hash_pixels(each.content.frames), "frame": each.frame} for each in value]
+        else:
+            described[field.name] = list(value) if field.kind in ("size", "plane", "numbers") else value
+    return described
+
+
+def get_prompt(prompt: str | None, clip: Clip) -> str:
+    """Return a task's prompt, or the caption of its clip."""
+    return clip.caption if prompt is None else prompt
+
+
+def get_size(clip: Clip) -> Grid:
+    """Return the number of frames, height and width of a clip."""
+    return Grid(*clip.frames.shape[:3])

@@ -1,0 +1,98 @@
+"""Images, videos and masks in every form that a notebook's user has them in."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.sampling.pictures import to_clip, to_image, to_image_or_clip, to_mask
+from dit_video.video import Clip
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+FRAMES = np.random.default_rng(1).integers(0, 256, (5, 8, 12, 3), dtype=np.uint8)
+OPAQUE = np.concatenate([PIXELS, np.full((8, 12, 1), 255, np.uint8)], axis=-1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Clip(PIXELS[None], 8),
+        Image.fromarray(PIXELS),
+        Image.fromarray(OPAQUE),
+        PIXELS,
+        jnp.asarray(PIXELS),
+        PIXELS / 255,
+        (PIXELS / 255).astype(np.float32),
+        jnp.asarray(PIXELS / 255, jnp.float32),
+        OPAQUE,
+    ],
+)
+def test_an_image_has_many_forms(value):
+    np.testing.assert_array_equal(to_image("image", value).frames, PIXELS[None])
+
+
+def test_gray_images_have_equal_colours():
+    gray = np.repeat(PIXELS[..., :1], 3, axis=-1)[None]
+    for value in (PIXELS[..., 0], Image.fromarray(PIXELS[..., 0])):
+        np.testing.assert_array_equal(to_image("image", value).frames, gray)
+
+
+@pytest.mark.parametrize("value", [Clip(FRAMES, 8), FRAMES, jnp.asarray(FRAMES), FRAMES / 255])
+def test_a_video_has_many_forms(value):
+    np.testing.assert_array_equal(to_clip("video", value).frames, FRAMES)
+    np.testing.assert_array_equal(to_image_or_clip("content", value).frames, FRAMES)
+
+
+def test_files_are_named_by_strings_and_paths(tmp_path):
+    Clip(PIXELS[None], 1).save(tmp_path / "image.png")
+    Clip(FRAMES, 8).save(tmp_path / "clip.apng")
+    np.testing.assert_array_equal(to_image("image", str(tmp_path / "image.png")).frames, PIXELS[None])
+    np.testing.assert_array_equal(to_image("image", tmp_path / "clip.apng").frames, FRAMES[:1])
+    np.testing.assert_array_equal(to_clip("video", tmp_path / "clip.apng").frames, FRAMES)
+    with pytest.raises(MissingError, match=r"photo\.png"):
+        to_image("image", "photo.png")
+
+
+@pytest.mark.parametrize("mask", [FRAMES[..., 0] > 127, PIXELS[..., 0] > 127, np.arange(5) > 2])
+def test_a_mask_is_boolean_or_white_where_it_is_true(mask, tmp_path):
+    np.testing.assert_array_equal(to_mask("generated", jnp.asarray(mask)), mask)
+    if mask.ndim == 1:
+        return
+    white = np.where(mask, 255, 0).astype(np.uint8)
+    pixels = white[..., None].repeat(3, -1)
+    Clip(pixels if mask.ndim == 3 else pixels[None], 1).save(tmp_path / "mask.apng")
+    np.testing.assert_array_equal(to_mask("generated", str(tmp_path / "mask.apng")), mask)
+    if mask.ndim == 2:
+        np.testing.assert_array_equal(to_mask("generated", Image.fromarray(white)), mask)
+
+
+TRANSPARENT = OPAQUE.copy()
+TRANSPARENT[0, 0, 3] = 0
+
+
+@pytest.mark.parametrize(
+    ("convert", "value", "message"),
+    [
+        (to_image, Clip(FRAMES, 8), r"a clip of 5 frames is no image\. Use Clip"),
+        (to_image, PIXELS.astype(int), r"of int64 \[8, 12, 3\] is invalid: .* Use pixels\.astype\(np\.uint8\)"),
+        (to_image, PIXELS / 127.5 - 1, r"floats are from 0 to 1, these from -1 to 1\. Use .*to_uint8"),
+        (to_image, PIXELS.astype(np.float32), r"these from 0 to 255\. .* or pixels\.astype\(np\.uint8\) up to 255"),
+        (to_image, np.full((2, 2, 3), np.nan), "floats are from 0 to 1"),
+        (to_image, PIXELS.transpose(2, 0, 1), r"the last axis is .* RGB\. Use np\.moveaxis\(pixels, -3, -1\)"),
+        (to_image, FRAMES, r"an image is \[H W 3\]\. Use one frame"),
+        (to_image, TRANSPARENT, r"transparent\. Use image\.convert\('RGB'\)"),
+        (to_image, Image.fromarray(TRANSPARENT), r"transparent\. Use image\.convert\('RGB'\)"),
+        (to_image, Image.fromarray(np.zeros((2, 2), np.int32)), "of mode I is invalid"),
+        (to_image, [PIXELS], "a list is no picture. Use a clip, an array"),
+        (to_image, 3, "a int is no picture"),
+        (to_clip, PIXELS, r"a video is \[T H W 3\]\. Use image\[None\]"),
+        (to_clip, [Image.fromarray(PIXELS)] * 3, r"a list is no picture"),
+        (to_mask, FRAMES[..., 0], r"x of uint8 \[5, 8, 12\] is invalid: it must be boolean, .* Use x > 127"),
+        (to_mask, FRAMES > 127, r"x of bool \[5, 8, 12, 3\] is invalid"),
+    ],
+)
+def test_what_is_no_picture_or_could_be_two_is_refused(convert, value, message):
+    with pytest.raises(UserError, match=message) as error:
+        convert("x", value)
+    assert str(error.value).startswith("x ")
