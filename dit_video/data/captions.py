@@ -12,9 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32
 
-from dit_video.core.errors import UserError
 from dit_video.core.shared_array import SharesArrays
-from dit_video.data.latents.cache import LatentSource
 from dit_video.models.encoders import CaptionTokens
 
 Tokenize = Callable[[str], Int32[np.ndarray, " s"]]
@@ -128,40 +126,6 @@ class TokenizedCaptions(SharesArrays):
         """Return one caption of an example."""
         end = self._ends[self._numbers[self.lengths.starts[example] + caption]]
         return self._tokens[end - self.lengths[example][caption] : end]
-
-
-class CachedCaptions:
-    """Captions as embeddings that are cached with latents.
-
-    Raises:
-      UserError: If the data set has no embeddings.
-    """
-
-    def __init__(self, source: LatentSource, *, shares: Float[np.ndarray, " c"] | None = None):
-        if source.empty_text is None:
-            fix = "encode the clips with a text encoder, into another folder"
-            raise UserError(f"{source.folder} holds no embeddings of captions; {fix}")
-        self.empty, self._source = source.empty_text, source
-        self.width: int = self.empty.shape[1]
-        counts = source.caption_counts
-        places = np.cumsum(counts)[counts == 0]  # an example without captions has the empty one
-        values = np.insert(source.text_lengths, places, len(self.empty))
-        self.lengths = CaptionLengths(values, np.maximum(counts, 1), shares)
-
-    def iter_hash_bytes(self) -> Iterator[bytes]:
-        """Yield the encoder, the captions and the lengths of the embeddings."""
-        identity = self._source.identity
-        yield repr(identity if isinstance(identity, str) else identity.get("text")).encode()
-        yield self._source.caption_ids.astype("<u8").tobytes()
-        yield self.lengths.hash_bytes
-
-    def read(self, example: int, caption: int) -> Float32[np.ndarray, "s E"]:
-        """Return one caption of an example.
-
-        Raises:
-          DecodeError: If its record is damaged.
-        """
-        return self._source.read_text(example, caption) if self._source.caption_counts[example] else self.empty
 
 
 class EmbeddedCaptions:

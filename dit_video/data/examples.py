@@ -13,8 +13,8 @@ from dit_video.core import rng
 from dit_video.core.grid import find_distinct_grids
 from dit_video.core.shared_array import SharedStrings, SharesArrays
 from dit_video.data.captions import CaptionSource
+from dit_video.data.damage import read_undamaged
 from dit_video.data.packing.mixture import Mixture
-from dit_video.data.records import read_undamaged
 from dit_video.models.encoders import CaptionTokens
 from dit_video.tokens import Grid, LayoutShape, PackedExample, compute_positions
 

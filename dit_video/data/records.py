@@ -11,16 +11,15 @@ interrupts it.
 
 import contextlib
 import errno
-import logging
 import os
 import re
 import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -32,7 +31,6 @@ from dit_video.core.files import atomic_path
 from dit_video.core.storage import StoragePath, convert_storage_errors, upload
 from dit_video.data.tables import Table
 
-T = TypeVar("T")
 SPLITS = ("train", "validation", "test")
 """Standard splits, in their order; other splits follow by name."""
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -251,17 +249,3 @@ def _strip_headers(content: bytes, offset: int) -> bytes:
     parts = [content[:first]]
     parts += [content[start + _BLOCK_HEADER : start + _BLOCK] for start in range(first, len(content), _BLOCK)]
     return b"".join(parts)
-
-
-def read_undamaged(name: str, read: Callable[[], T]) -> T | None:
-    """Return the result of `read`; if the clip of this name is damaged, log a warning and return None."""
-    try:
-        return read()
-    except DecodeError as error:
-        log_damaged_clip(name, error)
-        return None
-
-
-def log_damaged_clip(name: str, error: UserError) -> None:
-    """Log a warning that a clip is damaged."""
-    logging.getLogger(__name__).warning("%s is damaged and does not count in the loss: %s", name, error)

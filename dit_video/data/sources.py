@@ -14,11 +14,11 @@ from dit_video.core.grid import find_distinct_grids, map_grids
 from dit_video.core.storage import is_remote
 from dit_video.data.clip_fields import compute_clip_fields
 from dit_video.data.clips import ClipInfo, ClipSource
+from dit_video.data.damage import read_undamaged
 from dit_video.data.examples import Entry, ExampleTable
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.packing.mask_mix import MaskMix
 from dit_video.data.prefetch import DECODE_THREADS
-from dit_video.data.records import read_undamaged
 from dit_video.data.sizes import (
     SizeLimits,
     count_sampled_frames,

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int, UInt8
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, UserError, check_at_least
 from dit_video.data.clips import ClipSource
+from dit_video.data.damage import log_damaged_clip
 from dit_video.data.prefetch import DECODE_THREADS, ENDLESS_LENGTH
-from dit_video.data.records import log_damaged_clip
 from dit_video.data.sizes import SizeLimits, count_all_sampled_frames, fit_sizes, hash_clips, read_fitted_clip
 from dit_video.tokens import Grid
 

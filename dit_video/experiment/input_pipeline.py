@@ -13,16 +13,10 @@ from dit_video.core.errors import UserError
 from dit_video.core.grid import find_distinct_grids
 from dit_video.core.shared_array import SharedStrings
 from dit_video.data.buckets import BucketConfig, Buckets, plan_buckets
-from dit_video.data.captions import (
-    CachedCaptions,
-    CaptionSource,
-    EmbeddedCaptions,
-    TokenizedCaptions,
-    get_distinct_captions,
-)
+from dit_video.data.captions import CaptionSource, EmbeddedCaptions, TokenizedCaptions, get_distinct_captions
 from dit_video.data.clips import ClipSource
 from dit_video.data.examples import ExampleTable, compute_attention_pairs
-from dit_video.data.latents.cache import LatentSource
+from dit_video.data.latents.cache import CachedCaptions, LatentSource
 from dit_video.data.latents.online import OnlineEncoder
 from dit_video.data.packing.balance import Cost
 from dit_video.data.packing.mask_mix import MaskMix

@@ -9,8 +9,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.core.storage import to_storage_path
-from dit_video.data.captions import CachedCaptions, CaptionSource, EmbeddedCaptions, TokenizedCaptions
-from dit_video.data.latents.cache import LatentExample, LatentSource
+from dit_video.data.captions import CaptionSource, EmbeddedCaptions, TokenizedCaptions
+from dit_video.data.latents.cache import CachedCaptions, LatentExample, LatentSource
 from dit_video.data.latents.writer import LatentWriter, write_latents
 from dit_video.data.tables import Table, compute_row_id
 from dit_video.tokens import PackedShape

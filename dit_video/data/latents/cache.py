@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,11 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow_datasets as tfds
-from jaxtyping import Float32, Int32, Int64, UInt64
+from jaxtyping import Float, Float32, Int32, Int64, UInt64
 
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.shared_array import SharesArrays
 from dit_video.core.storage import StoragePath, StoragePathLike, read_document, to_storage_path
+from dit_video.data.captions import CaptionLengths
 from dit_video.data.records import RecordReader, make_bytes_feature, read_row
 from dit_video.data.tables import INDEX_FOLDER, MANIFEST, Table, TableColumn, compute_row_id, list_parquet
 from dit_video.tokens import Field, Grid
@@ -242,6 +243,40 @@ class LatentSource(SharesArrays):
                 f"{clip} has {values.size} values of {name}, not {expected}. Encode the clips into another folder."
             )
         return values.reshape(shape)
+
+
+class CachedCaptions:
+    """Captions as embeddings that are cached with latents.
+
+    Raises:
+      UserError: If the data set has no embeddings.
+    """
+
+    def __init__(self, source: LatentSource, *, shares: Float[np.ndarray, " c"] | None = None):
+        if source.empty_text is None:
+            fix = "encode the clips with a text encoder, into another folder"
+            raise UserError(f"{source.folder} holds no embeddings of captions; {fix}")
+        self.empty, self._source = source.empty_text, source
+        self.width: int = self.empty.shape[1]
+        counts = source.caption_counts
+        places = np.cumsum(counts)[counts == 0]  # an example without captions has the empty one
+        values = np.insert(source.text_lengths, places, len(self.empty))
+        self.lengths = CaptionLengths(values, np.maximum(counts, 1), shares)
+
+    def iter_hash_bytes(self) -> Iterator[bytes]:
+        """Yield the encoder, the captions and the lengths of the embeddings."""
+        identity = self._source.identity
+        yield repr(identity if isinstance(identity, str) else identity.get("text")).encode()
+        yield self._source.caption_ids.astype("<u8").tobytes()
+        yield self.lengths.hash_bytes
+
+    def read(self, example: int, caption: int) -> Float32[np.ndarray, "s E"]:
+        """Return one caption of an example.
+
+        Raises:
+          DecodeError: If its record is damaged.
+        """
+        return self._source.read_text(example, caption) if self._source.caption_counts[example] else self.empty
 
 
 class _TextReader(SharesArrays):

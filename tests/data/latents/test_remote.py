@@ -8,8 +8,7 @@ import pytest
 from fsspec.registry import _registry
 
 from dit_video.core.storage import to_storage_path
-from dit_video.data.captions import CachedCaptions
-from dit_video.data.latents.cache import LatentExample, LatentSource
+from dit_video.data.latents.cache import CachedCaptions, LatentExample, LatentSource
 from dit_video.data.latents.writer import LatentWriter
 from dit_video.tokens import Field, PackedShape
 from support.example_tables import open_latents

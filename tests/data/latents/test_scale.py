@@ -10,10 +10,9 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.core.shared_array import SharedStrings
-from dit_video.data.captions import CachedCaptions
 from dit_video.data.clips import ClipSource
 from dit_video.data.examples import ExampleTable
-from dit_video.data.latents.cache import LatentExample, LatentSource
+from dit_video.data.latents.cache import CachedCaptions, LatentExample, LatentSource
 from dit_video.data.latents.plan import check_clips
 from dit_video.data.latents.writer import LatentWriter
 from dit_video.data.packing.plan import RowPlanner

@@ -13,7 +13,7 @@ import dit_video
 from dit_video.core import config_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
-from dit_video.data.captions import CachedCaptions
+from dit_video.data.latents.cache import CachedCaptions
 from dit_video.data.latents.plan import plan_encoding
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.diffusion import RectifiedFlow, UniPc, UniPcFlowSchedule
