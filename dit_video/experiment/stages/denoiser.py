@@ -116,15 +116,15 @@ class TrainDenoiser(DenoiserTraining, Stage):
             raise UserError(f"data.weights weighs {numbers}. Give each data set one weight.")
         if isinstance(self.train, Student) and len(stages) > 1:
             raise UserError("train=Student takes a single stage. Leave out the others, or use AllWeights.")
-        own, of_last = (
+        state, last_state = (
             {"averages": stage.averages, "train.lora": stage.lora, "train.expert": stage.expert}
             | {f"optimizer.{name}": getattr(get_optimizer_config(stage), name) for name in _OPTIMIZER_STATE}
             for stage in (self, last)
         )
-        for name, value in own.items():
-            if value != of_last[name]:
+        for name, value in state.items():
+            if value != last_state[name]:
                 raise UserError(
-                    f"{name}={value!r} is invalid: the last one has {of_last[name]!r}, and its state could not be "
+                    f"{name}={value!r} is invalid: the last one has {last_state[name]!r}, and its state could not be "
                     "carried over. Use the same for all stages."
                 )
 
