@@ -8,8 +8,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.experiment import Experiment
+from dit_video.experiment.latents import open_latents
 from dit_video.experiment.run import EXCLUDED_FILE, Run
-from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 
@@ -48,7 +48,7 @@ def test_one_of_100_clips_that_is_too_small_is_excluded_and_99_are_trained_on(ti
     listed = json.loads((run.folder / EXCLUDED_FILE).read_text())
     assert listed == {"training": {"clips": COUNT, "excluded": {"clips/000007.png": REASON}}}
     run.run_stages()
-    latents = run.open_latents()
+    latents = open_latents(run, run.folder / "latents")
     assert len(latents) == COUNT - 1
     assert "clips/000007.png" not in latents.clips
     rows = json.loads((run.folder / "denoiser" / "rows.json").read_text())
@@ -56,9 +56,7 @@ def test_one_of_100_clips_that_is_too_small_is_excluded_and_99_are_trained_on(ti
     assert run.pipeline_config().size == Grid(1, 16, 16)
     # A run that is continued plans the same rows.
     again = Run.open(run.folder)
-    stage = again.stages[-1]
-    assert isinstance(stage, TrainDenoiser)
-    batches = stage.open_inputs(again.runtime)[1](1)
+    batches = again.experiment.denoiser.open_inputs(again)[1](1)
     assert batches.hash == rows["plan"]
     batches.close()
 
@@ -83,8 +81,6 @@ def test_a_held_out_clip_that_cannot_be_used_is_listed_and_does_not_count_as_a_t
 
 def test_clips_that_are_encoded_as_they_are_read_are_the_usable_ones(tiny, tiny_run, images, tmp_path):
     run = begun(tmp_path / "run", experiment(tiny, cache_latents=False), tiny_run, images)
-    stage = run.stages[-1]
-    assert isinstance(stage, TrainDenoiser)
-    batches = stage.open_inputs(run)[1](0)
+    batches = run.experiment.denoiser.open_inputs(run)[1](0)
     assert batches.summarize(devices=1)["examples"] == COUNT - 1
     batches.close()

@@ -27,12 +27,12 @@ def model(tmp_path_factory):
 
 def test_the_experiment_has_the_authors_settings(model):
     experiment = make_finetuning_experiment(model, FineTuningOptions())
-    denoiser, sampling = experiment.denoiser, experiment.sampling
+    config, sampling = experiment.model, experiment.sampling
     assert (sampling.steps, sampling.guidance.scale) == (50, 3.0)
-    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.data.fps) == (512 * 704, 161, 25.0)
-    assert (denoiser.layout.tokens, denoiser.text.max_tokens) == (21 * 16 * 22, 256)
-    assert denoiser.conditioner == KeyframesToVideo(noise_scale=0.15)
-    assert denoiser.backbone.time_coordinate == "frame seconds"
+    assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.model.fps) == (512 * 704, 161, 25.0)
+    assert (config.layout.tokens, config.text_encoder.max_tokens) == (21 * 16 * 22, 256)
+    assert experiment.conditioner == KeyframesToVideo(noise_scale=0.15)
+    assert config.backbone.time_coordinate == "frame seconds"
 
 
 @pytest.mark.slow

@@ -113,16 +113,16 @@ class TrainDenoiser(DenoiserTraining, Stage):
             raise UserError(f"data.weights weighs {numbers}. Give each data set one weight.")
         if isinstance(self.train, Student) and len(stages) > 1:
             raise UserError("train=Student takes a single stage. Leave out the others, or use AllWeights.")
-        own, of_last = (  # what the structure of the state depends on
+        state, last_state = (
             {"averages": stage.averages, "train.lora": stage.lora, "train.expert": stage.expert}
             | {"optimizer": type(stage.optimizer).__name__}
             | {f"optimizer.{name}": getattr(optimizer, name) for name in optimizer.state_fields}
             for stage, optimizer in ((stage, get_optimizer_config(stage)) for stage in (self, last))
         )
-        for name, value in own.items():
-            if value != of_last.get(name):
+        for name, value in state.items():
+            if value != last_state.get(name):
                 raise UserError(
-                    f"{name}={value!r} is invalid: the last one has {of_last.get(name)!r}, and its state could not be "
+                    f"{name}={value!r} is invalid: the last one has {last_state.get(name)!r}, and its state could not be "
                     "carried over. Use the same for all stages."
                 )
 
