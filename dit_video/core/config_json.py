@@ -100,7 +100,7 @@ class Change(NamedTuple):
     """A value that differs between two configs in JSON."""
 
     path: str
-    """Path of the value, such as `curriculum[0].data.max_pixels`."""
+    """Path of the value, such as `stages[1].data.max_pixels`."""
     old: Any
     """Value in the first config; None if it has no such value."""
     new: Any

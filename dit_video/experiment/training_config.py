@@ -100,7 +100,7 @@ class LoraAdapters:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """Training of a few-step student; `objective` is its teacher's."""
+    """Training of a few-step student; the model's process and prediction are its teacher's."""
 
     init_from: str
     """Folder of the teacher, from whose weights the student starts, as for `AllWeights`."""

@@ -58,8 +58,8 @@ class ModelConfig:
 
     def __post_init__(self):
         self.prediction.check(self.process)
-        self._check_parts()
         self._check_text()
+        self._check_parts()
         self._check_layout()
 
     def _check_parts(self) -> None:

@@ -20,7 +20,7 @@ SHAPES = Path(__file__).resolve().parents[2] / "experiments" / "pretrained" / "s
 
 
 def test_the_shipped_model_has_a_preview_decoder():
-    decoder, model = load_preview_decoder(SHAPES / PREVIEW), read_pipeline_config(SHAPES).autoencoder
+    decoder, model = load_preview_decoder(SHAPES / PREVIEW), read_pipeline_config(SHAPES).model.autoencoder
     assert (decoder.stride, decoder.channels) == (model.stride, model.channels)
 
 
