@@ -7,12 +7,14 @@ import pytest
 from dit_video.apps.reports.run_report import write_autoencoder_report
 from dit_video.core.errors import UserError
 from dit_video.data.sizes import read_fitted_clip
+from dit_video.diffusion import Guidance
 from dit_video.evaluation import evaluate, requests
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.metrics.likelihood import LossByTime
 from dit_video.evaluation.metrics.metric import MetricBatch, MetricValue
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, psnr, ssim
 from dit_video.experiment.run import Run
+from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.scenes import shapes_evaluation
 from dit_video.scenes.shape_metrics import PromptFollowing
@@ -46,7 +48,7 @@ def test_captions_are_spread_over_the_clips_at_their_sizes(held_out, limits):
     animated = requests.make_caption_requests(held_out, limits, count=2, seed=3, use_first_frame=True)
     for each, index in zip(animated, (0, len(held_out) - 1), strict=True):
         clip = read_fitted_clip(held_out, index, limits)
-        np.testing.assert_array_equal(each.request.image, clip.frames[0])
+        np.testing.assert_array_equal(each.request.image.frames, clip.frames[:1])
         np.testing.assert_array_equal(each.read_reference().frames, clip.frames)
     assert len(requests.make_caption_requests(held_out, limits, count=99, seed=3)) == len(
         {info.caption for info in held_out.infos}
@@ -78,7 +80,9 @@ def test_the_best_linear_autoencoder_is_reported_for_comparison(tiny_pipeline, t
 def test_a_measure_of_the_denoiser_reads_the_held_out_clips(tiny_pipeline, tiny_run, held_out, tmp_path):
     clips = Run.open(tiny_run).evaluation_clips()
     config = CaptionEvaluation(trained=1, held_out=0, metrics=(LossByTime(bins=2),))
-    result = evaluate.evaluate(tiny_pipeline, tmp_path, seed=0, clips=clips, evaluation=config, steps=1)
+    result = evaluate.evaluate(
+        tiny_pipeline, tmp_path, seed=0, clips=clips, evaluation=config, sampling=tiny_pipeline.make_sampling(steps=1)
+    )
     assert result.results["denoising_loss"].estimate.count == len(held_out.infos)
     values = json.loads((tmp_path / "metrics.json").read_text())["clips"]
     assert [len(each) for each in values.values()] == [1] * len(held_out.infos)
@@ -106,7 +110,11 @@ def test_an_autoencoder_alone_is_measured_and_reported(tiny_run, held_out, tmp_p
 def test_an_evaluation_of_shapes_measures_prompt_following(tiny_pipeline, tiny_run, held_out, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes_evaluation, "make_shape_requests", lambda seed: REQUESTS)
     measured = evaluate.evaluate(
-        tiny_pipeline, tmp_path, seed=7, clips=Run.open(tiny_run).evaluation_clips(), guidance=1.0, times=(1, 0.5)
+        tiny_pipeline,
+        tmp_path,
+        seed=7,
+        clips=Run.open(tiny_run).evaluation_clips(),
+        sampling=tiny_pipeline.make_sampling(guidance=1.0, times=(1, 0.5)),
     )
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written == json.loads(json.dumps(measured.metrics, allow_nan=False))
@@ -183,7 +191,10 @@ def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"seed": -1}, "seed=-1 is invalid"), ({"seed": 0, "solver": "plms"}, "unknown solver 'plms'")],
+    [
+        ({"seed": -1}, "seed=-1 is invalid"),
+        ({"seed": 0, "sampling": Sampling(guidance=Guidance(scale=(2.0, 1.0)))}, "has no second expert"),
+    ],
 )
 def test_wrong_arguments_end_an_evaluation_before_it_begins(tiny_pipeline, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):

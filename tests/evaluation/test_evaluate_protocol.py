@@ -108,7 +108,7 @@ def test_samples_of_other_settings_are_refused_and_kept(pipeline, data, tmp_path
     evaluate_protocol(pipeline, PROTOCOL, tmp_path, data=data)
     files = sorted((tmp_path / SAMPLES_FOLDER / "test").glob("*.mp4"))
     with pytest.raises(UserError, match=r"made otherwise: settings\.sampling\.steps is 1 there and 2 here"):
-        evaluate_protocol(pipeline, PROTOCOL, tmp_path, data=data, steps=2)
+        evaluate_protocol(pipeline, PROTOCOL, tmp_path, data=data, sampling=pipeline.make_sampling(steps=2))
     with pytest.raises(UserError, match="made otherwise"):
         evaluate_protocol(pipeline, replace(PROTOCOL, count=5), tmp_path, data=data)
     trained = tiny_pipeline.make_pipeline(tiny_pipeline.make_config(steps=1))

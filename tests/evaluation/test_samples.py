@@ -55,12 +55,12 @@ def test_samples_are_files_of_the_stated_sizes(tiny_pipeline, tmp_path):
 def test_samples_count_as_progress(tiny_pipeline, tmp_path):
     """In a run of several processes the others wait for those that the first one writes."""
     seen = [PROGRESS.changes]
-    write_samples(
-        tiny_pipeline, REQUESTS[1:], tmp_path / "a", steps=1, progress=lambda _: seen.append(PROGRESS.changes)
-    )
+    sampling = tiny_pipeline.make_sampling(steps=1)
+    watch = {"progress": lambda _: seen.append(PROGRESS.changes)}
+    write_samples(tiny_pipeline, REQUESTS[1:], tmp_path / "a", sampling=sampling, **watch)
     assert seen == sorted(set(seen))
     before = PROGRESS.changes
-    SampleStore(tmp_path / "b", REQUESTS[1:], {}).fill(tiny_pipeline, steps=1)
+    SampleStore(tmp_path / "b", REQUESTS[1:], {}).fill(tiny_pipeline, sampling=sampling)
     assert PROGRESS.changes - before >= 2
 
 
@@ -116,7 +116,7 @@ def test_a_written_list_gives_the_same_requests_with_their_pictures_and_noise(tm
         Request("a dog", SIZE, image=image),
         Request("a cat", SIZE, 3, image=Clip(image[None], 1), noise=noise),
     ]
-    options = {"steps": 1, "guidance": 1.0}
+    options = {"sampling": pipeline.make_sampling(steps=1, guidance=1.0)}
     entries = write_samples(pipeline, requests, tmp_path / "first", **options)
     inputs = sorted(path.name.split("-")[0] for path in (tmp_path / "first" / "inputs").iterdir())
     assert inputs == ["image", "noise"]  # requests share the file of an image
