@@ -102,10 +102,13 @@ def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompt", PROMPT, "--parallel", "data=3"], "data=3 does not divide the 1 devices"),
         (["--prompt", PROMPT, "--rescale", "2"], "rescale=2.0 is invalid: it must lie in [0, 1]"),
         (["--prompt", PROMPT, "--interval", "0.8", "0.2"], "interval=(0.8, 0.2) is invalid"),
-        (["--prompt", PROMPT, "--prompts", "list.json"], "use --prompt TEXT or --prompts FILE"),
-        ([], "use --prompt TEXT or --prompts FILE"),
+        (["--prompt", PROMPT, "--prompts", "list.json"], "--prompts has all that its clips differ in"),
+        ([], "exactly one of --prompt, --prompts, --tasks and the name of a task is needed"),
         (["--prompts", "nowhere.json"], "no such file: nowhere.json"),
-        (["--prompts", "nowhere.json", "--size", "5x16x16"], "need --prompt; put them in the list"),
+        (
+            ["--prompts", "nowhere.json", "--size", "5x16x16"],
+            "--prompts has all that its clips differ in, such as sizes and seeds; put them in the list",
+        ),
     ],
 )
 def test_sample_explains_wrong_arguments_in_one_line(script, tiny_run, tmp_path, arguments, message):

@@ -68,8 +68,8 @@ def test_what_a_pipeline_samples_passes(pipelines, kind, request_):
 
 def test_prompts_that_are_no_class_are_refused():
     backbone = replace(DIT, channels=4, patch=CONFIG.model.backbone.patch, variance="none", attention="dense")
-    classes = ClassNamesConfig(classes=backbone.labels.classes, names=("cat",))
-    config = replace(CONFIG, backbone=backbone, text=classes)
+    classes = ClassNamesConfig(classes=backbone.classes, names=("cat",))
+    config = replace(CONFIG, model=replace(CONFIG.model, backbone=backbone, text_encoder=classes))
     check_requests(config, [Request("cat", (1, 16, 16))], config.sampling)
     with pytest.raises(UserError, match="the caption 'dog' is no class"):
         check_requests(config, [Request("cat", (1, 16, 16)), Request("dog", (1, 16, 16))], config.sampling)

@@ -122,8 +122,8 @@ class TrainDenoiser(DenoiserTraining, Stage):
         for name, value in state.items():
             if value != last_state.get(name):
                 raise UserError(
-                    f"{name}={value!r} is invalid: the last one has {last_state.get(name)!r}, and its state could not be "
-                    "carried over. Use the same for all stages."
+                    f"{name}={value!r} is invalid: the last one has {last_state.get(name)!r}, and its state could not "
+                    "be carried over. Use the same for all stages."
                 )
 
     def _check_accumulation(self, experiment: Experiment) -> None:

@@ -47,7 +47,7 @@ from dit_video.nn.attention import GLOBAL, Full, PatternChoice, RelativeBias, co
 from dit_video.tokens import Grid, PackedRows, Rotary3d, expand_to_tokens, segment_mean
 
 
-class Size(TypedDict):
+class DiTSize(TypedDict):
     """Fields of a config that tell a model's size."""
 
     width: int
@@ -55,7 +55,7 @@ class Size(TypedDict):
     heads: int
 
 
-DIT_SIZES: dict[str, Size] = {
+DIT_SIZES: dict[str, DiTSize] = {
     "S": {"width": 384, "layers": 12, "heads": 6},
     "B": {"width": 768, "layers": 12, "heads": 12},
     "L": {"width": 1024, "layers": 24, "heads": 16},
