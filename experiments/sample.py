@@ -72,8 +72,8 @@ def main(
 
     Args:
         run: Folder of a run, a pipeline or open weights.
-        out: File to write (mp4, mov, webm, gif, webp, apng; png or jpg for one frame), or folder of the results of a list. The results of
-            tasks come with a contact sheet and samples.jsonl.
+        out: File to write (mp4, mov, webm, gif, webp, apng; png or jpg for one frame), or folder of the results of a
+            list. The results of tasks come with a contact sheet and samples.jsonl.
         task: Task and its values.
         prompts: JSON file with a list of {prompt, frames, height, width, seed, image, …}, or text file with a prompt on
             each line; see docs/evaluation.md.
