@@ -1,23 +1,28 @@
-"""Extensions of sampling without an edit of the package: a task, a decoder with noise, pipelines of two steps."""
+"""Extensions of sampling without an edit of the package: a task, a conditioner, a decoder with noise, two steps."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 
 import dit_video
+from dit_video.apps.studio.forms import make_tabs
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.experiment import Experiment, LoraAdapters, Run
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.models.autoencoders import Tiles, decode_stream
+from dit_video.sampling.clip_recipe import hash_pixels
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import Downscale, PreviousStep
+from dit_video.sampling.tasks import TASKS, Vary
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
+from dit_video.video import decode
 from support.extending import replace_backbone, train
 from support.interruptions import interrupt, wait_for_save
 from support.latents import generate_latents
@@ -25,6 +30,33 @@ from support.tiny import EXPERIMENT
 from support.tiny_lora import make_pipeline, write_lora
 
 pytestmark = pytest.mark.slow
+
+
+def test_a_task(add_package, tiny_pipeline, script, tmp_path, monkeypatch):
+    """A dataclass and a line in TASKS: it is run beside others, and has options, a form, and entries of task files."""
+    theirs = add_package("their_tasks", "shimmer_task")
+    monkeypatch.setitem(TASKS, "shimmer", theirs.Shimmer)
+    image = tiny_pipeline.generate("a blue square", size=(1, 16, 32), seed=5)
+    task = theirs.Shimmer(image, "a red circle", seconds=0.5, is_reversed=True)
+    result, _ = tiny_pipeline.run([task, Vary(image)], seed=[3, 4], steps=4)
+    assert result.frames.shape == (5, 16, 32, 3)
+    described = {"name": "shimmer", "image": hash_pixels(image.frames), "seconds": 0.5, "is_reversed": True}
+    assert result.recipe["task"] == described
+    image.save(tmp_path / "image.png")
+    tiny_pipeline.save(tmp_path / "model")
+    entry = {"task": "shimmer", "image": "image.png", "prompt": "a red circle", "seconds": 0.5, "is_reversed": True}
+    (tmp_path / "tasks.json").write_text(json.dumps([entry | {"seed": 3}]))
+    options = ("--image", tmp_path / "image.png", "--prompt", "a red circle", "--seconds", 0.5, "--is-reversed")
+    runs = ((("shimmer", *options, "--seed", 3), "a.apng"), (("--tasks", tmp_path / "tasks.json"), "b"))
+    for arguments, out in runs:
+        done = script("experiments/sample.py", tmp_path / "model", *arguments, "--steps", 4, "--out", tmp_path / out)
+        assert done.code == 0, done.err
+    np.testing.assert_allclose(decode(tmp_path / "a.apng").frames.astype(int), result.frames, atol=1)
+    (line,) = (tmp_path / "b" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["recipe"]["task"] == described
+    (tab,) = (tab for tab in make_tabs(tiny_pipeline.config) if tab.name == "shimmer")
+    assert [field.kind for field in tab.fields] == ["image", "text", "number", "flag"]
+    assert (tab.help, tab.fields[2].maximum) == ("An image that comes alive: it is the middle of the clip.", 10)
 
 
 def test_a_conditioner(add_package, tiny_pipeline):
