@@ -11,7 +11,7 @@ import dit_video
 from dit_video.apps.studio.forms import make_tabs
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
-from dit_video.experiment import Experiment, LoraAdapters, Run
+from dit_video.experiment import Experiment, JoinPipelines, LoraAdapters, Run, TrainModel
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.models.autoencoders import Tiles, decode_stream
 from dit_video.sampling.clip_recipe import hash_pixels
@@ -23,7 +23,7 @@ from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
 from dit_video.video import decode
-from support.extending import replace_backbone, train
+from support.extending import replace_backbone, shorten, train
 from support.interruptions import interrupt, wait_for_save
 from support.latents import generate_latents
 from support.tiny import EXPERIMENT
@@ -186,11 +186,15 @@ def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_r
         backbone=tiny.EXPERIMENT.model.backbone.replace(channels=3, patch=Grid(1, 1, 1)),
     )
     images = dataclasses.replace(tiny.EXPERIMENT.data, max_pixels=256, max_frames=1)
-    experiment = Experiment(name="prior", data=images, model=model, stages=(tiny.EXPERIMENT.denoiser,))
-    prior = train(experiment, tiny_run, tmp_path / "prior")
-    experiment = replace_backbone(tiny.EXPERIMENT, conditioning=(theirs.ColorEmbedding(),))
-    decoder = train(experiment, tiny_run, tmp_path / "decoder")
-    both = decoder.add_previous_step(PreviousStep(name="color", output="latents"), prior)
+    prior = Experiment(name="prior", data=images, model=model, stages=(tiny.EXPERIMENT.denoiser,))
+    decoder = replace_backbone(tiny.EXPERIMENT, conditioning=(theirs.ColorEmbedding(),))
+    models = {"prior": prior, "decoder": decoder}
+    stages = [TrainModel(name=name, experiment=shorten(each, tiny_run)) for name, each in models.items()]
+    join = JoinPipelines(last="decoder", previous={"prior": PreviousStep(name="color", output="latents")})
+    run = Run.create(tmp_path / "run", Experiment(name="unclip", data=tiny.EXPERIMENT.data, stages=(*stages, join)))
+    run.train((tiny_run / "data").resolve())
+    both = run.load_pipeline()
+    prior, decoder = (dit_video.load(run.folder / name) for name in models)
     arguments = {"size": (9, 16, 32), "seed": 4, "steps": 2}
     color = generate_latents(prior, "a red circle", seed=4)
     assert color.shape == (1, 1, 1, 3)

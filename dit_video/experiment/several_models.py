@@ -43,7 +43,7 @@ class JoinPipelines(Stage):
     """The pipeline of a model whose conditioning is sampled by the pipelines of other models, as the run's pipeline.
 
     Raises:
-      UserError: If a name is not that of an earlier `TrainModel`.
+      UserError: If a name is not that of an earlier `TrainModel`, or the last model lacks a conditioning.
     """
 
     name: str = "join"
@@ -54,11 +54,14 @@ class JoinPipelines(Stage):
 
     def check_config(self, experiment: Experiment) -> None:
         stages = experiment.stages[: experiment.stages.index(self)]
-        known = [stage.name for stage in stages if isinstance(stage, TrainModel)]
+        known = {stage.name: stage.experiment for stage in stages if isinstance(stage, TrainModel)}
         for name in (self.last, *self.previous):
             if name not in known:
                 rule = f"no earlier stage trains a model of this name. Use one of {', '.join(known)}."
                 raise UserError(f"{name!r} is invalid: {rule}")
+        if (model := known[self.last].model) is not None:
+            for step in self.previous.values():
+                step.check(model)
 
     def is_done(self, run: Run) -> bool:
         return (run.folder / "pipeline").is_dir()

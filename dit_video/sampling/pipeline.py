@@ -518,10 +518,7 @@ class Pipeline:
         Raises:
           UserError: If this model has no conditioning of the name.
         """
-        names = [each.field.name for each in self.config.model.backbone.conditioning]
-        if step.name not in names:
-            fix = f"Use {', '.join(names)}." if names else "Use a model with conditioning by fields."
-            raise UserError(f"name={step.name!r} of a step is invalid: this model has no such conditioning. {fix}")
+        step.check(self.config.model)
         extended = copy.copy(self)
         extended._previous = self._previous | {step.name: pipeline}
         others = (each for each in self.config.previous if each.name != step.name)

@@ -67,6 +67,17 @@ class PreviousStep:
         """Return the size of its clips for clips of `size`, where `default` is its own default size."""
         return self.size.shrink(size) if isinstance(self.size, Downscale) else self.size or default
 
+    def check(self, model: ModelConfig) -> None:
+        """Check that a model has the conditioning.
+
+        Raises:
+          UserError: If it has none of the name.
+        """
+        names = [each.field.name for each in model.backbone.conditioning]
+        if self.name not in names:
+            fix = f"Use {', '.join(names)}." if names else "Use a model with conditioning by fields."
+            raise UserError(f"name={self.name!r} of a step is invalid: this model has no such conditioning. {fix}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:

@@ -11,6 +11,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.experiment import Experiment, JoinPipelines, Run, TrainModel
 from dit_video.sampling.pipeline_config import PreviousStep
+from support.latents import generate_latents
 
 
 def shorten(experiment, steps=4):
@@ -52,9 +53,10 @@ def test_each_model_is_a_run_of_its_own_on_the_same_clips(finished, tiny_run):
 def test_a_model_has_the_bits_of_a_run_of_its_own(finished, two_models, tiny_run, tmp_path):
     alone = Run.create(tmp_path / "alone", two_models.stages[0].experiment)
     alone.train((tiny_run / "data").resolve())
-    sizes = {"size": (5, 16, 16), "seed": 3, "steps": 2, "output": "latents"}
-    expected = alone.load_pipeline().generate("a red circle", **sizes)
-    np.testing.assert_array_equal(dit_video.load(finished.folder / "prior").generate("a red circle", **sizes), expected)
+    sizes = {"size": (5, 16, 16), "seed": 3, "steps": 2}
+    expected = generate_latents(alone.load_pipeline(), "a red circle", **sizes)
+    nested = dit_video.load(finished.folder / "prior")
+    np.testing.assert_array_equal(generate_latents(nested, "a red circle", **sizes), expected)
 
 
 @pytest.mark.slow
@@ -82,4 +84,7 @@ def test_fields_of_a_nested_model_are_amended_by_its_name(finished, two_models, 
 def test_a_join_of_models_that_do_not_exist_is_refused(two_models):
     join = JoinPipelines(last="prior", previous={"decoder": PreviousStep(name="color")})
     with pytest.raises(UserError, match=r"'decoder' is invalid: no earlier stage .* Use one of prior, other"):
+        dataclasses.replace(two_models, stages=(*two_models.stages, join))
+    join = dataclasses.replace(join, previous={"other": PreviousStep(name="color")})
+    with pytest.raises(UserError, match=r"name='color' of a step is invalid: this model has no such conditioning"):
         dataclasses.replace(two_models, stages=(*two_models.stages, join))
