@@ -22,7 +22,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
@@ -43,7 +43,6 @@ from dit_video.evaluation.collection import MetricResult
 from dit_video.experiment import Experiment, Run, TrainModel, datasets
 from dit_video.experiment.config_file import load_experiment
 from dit_video.experiment.launch import open_run
-from dit_video.nn.attention import Backend, BackendName
 from dit_video.training import goodput
 
 
@@ -199,12 +198,15 @@ def read_options(options: Any, experiment: Experiment) -> Experiment:
 def make_registry(experiment: Experiment) -> tyro.constructors.ConstructorRegistry | None:
     """Return rules for values that are a scalar or a record, which tyro would make positional arguments.
 
-    Guidance becomes an option of one scale or two, and attention one with the name of a backend. A config whose
-    `Guidance` has other values, or whose attention is a `SplashBlocks`, has an option for each of its fields.
+    Guidance becomes an option of one scale or two, and a field of the backbone that is a name, such as that of the
+    attention's backend, one with all names. A config whose `Guidance` has other values, or whose field is a record, has
+    an option for each of its fields.
     """
     if experiment.model is None:
         return None
     backbone, registry = experiment.model.backbone, tyro.constructors.ConstructorRegistry()
+    hints = get_type_hints(type(backbone)).items()
+    named = [hint for name, hint in hints if isinstance(getattr(backbone, name, None), str)]
 
     @registry.primitive_rule
     def parse_value(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
@@ -217,13 +219,14 @@ def make_registry(experiment: Experiment) -> tyro.constructors.ConstructorRegist
                 is_instance=lambda value: isinstance(value, Guidance),
                 str_from_instance=lambda value: [str(scale) for scale in value.scales],
             )
-        if info.type == Backend and isinstance(backbone.attention, str):
+        names = tuple(name for member in get_args(info.type) for name in get_args(member))
+        if names and info.type in named:  # a literal or a record
             return tyro.constructors.PrimitiveConstructorSpec(
                 nargs=1,
-                metavar=f"{{{','.join(get_args(BackendName))}}}",
-                choices=get_args(BackendName),
+                metavar=f"{{{','.join(names)}}}",
+                choices=names,
                 instance_from_str=lambda texts: texts[0],
-                is_instance=lambda value: value in get_args(BackendName),
+                is_instance=lambda value: value in names,
                 str_from_instance=lambda value: [value],
             )
         return None

@@ -215,7 +215,7 @@ def test_a_class_of_a_file_that_is_run_is_not_written_for_other_processes(tmp_pa
             "must be of type int",
         ),
         (
-            {"type": "dit_video.experiment:DataConfig", "max_pixels": 1, "max_frames": 1, "fps": "x"},
+            {"type": "dit_video.experiment:DataConfig", "max_pixels": 1, "max_frames": "x"},
             "of DataConfig is invalid",
         ),
         (
@@ -236,8 +236,8 @@ def test_a_class_of_a_file_that_is_run_is_not_written_for_other_processes(tmp_pa
             "absolute",
         ),
         (
-            {"type": "dit_video.training.optim.optimizer:OptimizerConfig", "kind": "sgdx"},
-            "of OptimizerConfig is invalid",
+            {"type": "dit_video.training.optim.optimizer:Muon", "patterns": "blocks/"},
+            "of Muon is invalid",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from dit_video.data.rows import RowSpec, load_rows
 from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.data.sources import ClipExamples, OnlineEncoding, compute_clip_grids, compute_covering_size
 from dit_video.scenes import shapes
-from dit_video.tokens import Grid, PackedShape, compute_positions, compute_token_grid, unpatchify
+from dit_video.tokens import Grid, compute_positions, compute_token_grid, unpatchify
 from support.fakes import FakeEmbedder, average_patches, tokenize
 
 PATCH = Grid(1, 2, 2)
@@ -179,6 +179,5 @@ def test_a_clip_covers_its_bucket_and_keeps_its_aspect_ratio(height, width):
 
 
 def test_a_budget_that_the_state_alone_exceeds_is_refused():
-    rows = PackedShape(tokens=8, text=8, segments=1)
     with pytest.raises(UserError, match="budget=100 is invalid: the state alone takes 100 bytes"):
-        BucketConfig(sampling=rows, memory=BatchMemory(fixed=100, per_token=1), budget=100)
+        BucketConfig(memory=BatchMemory(fixed=100, per_token=1), budget=100)

@@ -114,7 +114,7 @@ class Fitted(PatchVaeConfig):
 
 def test_what_follows_from_the_clips_takes_the_place_of_random_parameters():
     model = Fitted(width=8, blocks=1, path="decoder_in/bias", size=8)
-    random, fitted = (flatten(make_init(training(model), clips)(jax.random.key(0))) for clips in (None, 3.0))
+    random, fitted = (flatten(make_init(model, clips)(jax.random.key(0))) for clips in (None, 3.0))
     for path, value in random.items():
         np.testing.assert_array_equal(fitted[path], np.full(8, 3.0) if path == model.path else value)
 
@@ -122,7 +122,7 @@ def test_what_follows_from_the_clips_takes_the_place_of_random_parameters():
 @pytest.mark.parametrize(("path", "size"), [("decoder_in/bais", 8), ("decoder_in/bias", 9)])
 def test_parameters_that_the_model_lacks_cannot_follow_from_the_clips(path, size):
     with pytest.raises(UserError, match=rf"Fitted.init_from_clips is invalid: {path} has shape \({size},\)"):
-        make_init(training(Fitted(width=8, blocks=1, path=path, size=size)), 3.0)
+        make_init(Fitted(width=8, blocks=1, path=path, size=size), 3.0)
 
 
 def test_a_model_without_a_last_layer_is_not_trained_against_a_discriminator():
@@ -131,7 +131,7 @@ def test_a_model_without_a_last_layer_is_not_trained_against_a_discriminator():
 
     loss = AutoencoderObjective(adversarial=AdversarialConfig())
     with pytest.raises(UserError, match=r"adversarial is invalid: Nameless .*Give it a property last_layer"):
-        make_autoencoder_step(dataclasses.replace(training(Nameless()), loss=loss), 0)
+        make_autoencoder_step(dataclasses.replace(training(), loss=loss), Nameless(), 0)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import dit_video
 from dit_video.core import config_json, trees
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Lcm, RectifiedFlow
+from dit_video.diffusion import Guidance, Lcm, RectifiedFlow
 from dit_video.experiment.export import LORA_FILE
 from dit_video.experiment.recipes.distill import DistillationOptions, make_distillation_experiment
 from dit_video.experiment.run import Run
@@ -120,7 +120,8 @@ def test_the_experiment_of_a_student_follows_from_the_folder(folder):
     assert (denoiser.train.init_from, denoiser.lora) == (str(folder), OPTIONS.lora)
     assert denoiser.train.distillation.guidance == 5.0
     assert (experiment.data.max_pixels, experiment.data.max_frames, model.fps) == (32 * 48, 5, 16.0)
-    assert (experiment.sampling.steps, experiment.sampling.guidance, experiment.sampling.solver) == (2, 1.0, Lcm())
+    sampling = experiment.sampling
+    assert (sampling.steps, sampling.guidance, sampling.solver) == (2, Guidance(scale=1.0), Lcm())
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
     assert (type(denoiser.optimizer), denoiser.optimizer.learning_rate) == (AdamW, 1e-2)
     full = make_distillation_experiment(folder, DistillationOptions(train="full", method="dmd"))

@@ -169,5 +169,5 @@ def test_wrong_classes_text_encoders_and_missing_folders_are_refused(pipeline, f
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     with pytest.raises(UserError, match="predicts noise, the scheduler is of a RectifiedFlow"):
         dit_video.load(write_pipeline(tmp_path / "flow", scheduler=flow))
-    with pytest.raises(UserError, match="captions are of 0 classes, the denoiser's labels of 5"):
+    with pytest.raises(UserError, match="captions are of 0 classes, the backbone of 5"):
         replace(pipeline.config.model, text_encoder=ByteEncoderConfig())
