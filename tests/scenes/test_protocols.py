@@ -28,7 +28,8 @@ COUNT = 8
 @pytest.fixture(scope="module")
 def pipeline():
     config = tiny_pipeline.make_config(steps=1)
-    return tiny_pipeline.make_pipeline(replace(config, layout=PackedShape(tokens=1024, text=256, segments=3)))
+    model = replace(config.model, layout=PackedShape(tokens=1024, text=256, segments=3))
+    return tiny_pipeline.make_pipeline(replace(config, model=model))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known
 
 
 def test_samples_of_another_rate_are_refused(pipeline, tmp_path):
-    faster = tiny_pipeline.make_pipeline(replace(pipeline.config, fps=16.0))
+    faster = tiny_pipeline.make_pipeline(replace(pipeline.config, model=replace(pipeline.config.model, fps=16.0)))
     with pytest.raises(UserError, match=r"fps=16 is invalid: .* have 8 frames per second"):
         evaluate_protocol(faster, get_protocol("physics_extension", count=1), tmp_path)
 
