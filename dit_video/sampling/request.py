@@ -211,8 +211,8 @@ def fit_frames(frames: UInt8[np.ndarray, "T H W 3"], size: Grid) -> UInt8[np.nda
     return resize_and_crop(frames, size.h, size.w)
 
 
-T = TypeVar("T")
-OneOrMany: TypeAlias = Sequence[T] | T
+_T = TypeVar("_T")
+OneOrMany: TypeAlias = Sequence[_T] | _T
 """A value for all prompts, or a list with one for each."""
 Prompts = list[str] | list[int] | tuple[str | int, ...]
 """A list of prompts."""

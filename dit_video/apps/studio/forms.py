@@ -410,7 +410,7 @@ def _make_field(field: TaskField, default: Any, config: PipelineConfig, clip_nam
 
 def _make_number_field(field: TaskField, shared: Mapping[str, Any], default: float | None) -> NumberField:
     limits, is_whole = field.limits, field.kind == "whole"
-    least = limits.above + limits.step if limits.above is not None else limits.minimum
+    least = limits.suggest() if limits.above is not None else limits.minimum
     most = _MAX_WHOLE if is_whole and limits.maximum is None else limits.maximum
     return NumberField(**shared, default=default, is_whole=is_whole, minimum=least, maximum=most, step=limits.step)
 

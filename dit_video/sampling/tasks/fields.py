@@ -4,6 +4,8 @@ The fields of a task's dataclass are its only description. A type says what a fi
 `Doc`, its `Limits`, and whether a clip is an image (`OneFrame`).
 """
 
+import numbers
+import operator
 import types
 import typing
 from collections.abc import Sequence
@@ -43,29 +45,29 @@ class Limits:
     step: float = 1
     """Distance of the numbers that the arrows of a form lead to."""
 
-    def check(self, name: str, value: float) -> None:
-        """Check a number.
+    def check(self, name: str, value: object) -> None:
+        """Check the value of a field.
 
         Raises:
-          UserError: If it is outside of the limits.
+          UserError: If it is no number, or outside of the limits.
         """
-        rules = {
-            f"at least {self.minimum:g}" if self.minimum is not None else "": self.minimum,
-            f"above {self.above:g}" if self.above is not None else "": self.above,
-            f"at most {self.maximum:g}" if self.maximum is not None else "": self.maximum,
-        }
-        is_valid = (
-            (self.minimum is None or value >= self.minimum)
-            and (self.above is None or value > self.above)
-            and (self.maximum is None or value <= self.maximum)
-        )
-        if not is_valid:
-            rule = " and ".join(filter(None, rules))
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise UserError(f"{name}={value!r} is invalid: it must be a number. Use {self.suggest():g}")
+        rules = [
+            (self.minimum, "at least", operator.ge),
+            (self.above, "above", operator.gt),
+            (self.maximum, "at most", operator.le),
+        ]
+        given = [(limit, words, is_within) for limit, words, is_within in rules if limit is not None]
+        if not all(is_within(value, limit) for limit, _, is_within in given):
+            rule = " and ".join(f"{words} {limit:g}" for limit, words, _ in given)
             raise UserError(f"{name}={value} is invalid: it must be {rule}. Use {self.suggest():g}")
 
     def suggest(self) -> float:
         """Return a number within the limits."""
-        return self.minimum if self.minimum is not None else self.maximum if self.maximum is not None else 1
+        if self.above is not None:
+            return self.above + self.step
+        return 1 if self.minimum is None else self.minimum
 
 
 class OneFrame:
