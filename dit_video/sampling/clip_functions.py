@@ -1,24 +1,28 @@
-"""Functions of a denoiser and the latents of clips, such as a loss or a likelihood, on the rows that sampling packs."""
+"""A denoiser on rows of clips, as sampling packs them: functions of it, such as a loss, and its gradients."""
 
 import abc
 import contextlib
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Key
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, Shaped
 
+from dit_video.core.errors import UserError
 from dit_video.core.memory import name_exhausted_memory
+from dit_video.core.typing import AnyArray
 from dit_video.diffusion import DenoiseFn, Prediction, Process
 from dit_video.distributed.gather import to_host
-from dit_video.sampling.denoiser import Denoiser
+from dit_video.sampling.denoiser import Denoiser, list_experts
 from dit_video.sampling.packing import (
     START_LATENTS,
+    PlannedBatch,
     SamplingBatch,
     SamplingRequest,
     embed_prompts,
@@ -52,6 +56,96 @@ class PackedLatents(NamedTuple):
             return jax.random.fold_in(jax.random.fold_in(each, zlib.crc32(purpose.encode())), number)
 
         return self.rows.layout.sample_noise(jax.vmap(jax.vmap(fold))(self.keys), self.data.shape[-1])
+
+
+class DenoiserParts(NamedTuple):
+    """What a compiled program is made of: a denoiser without its parameters, and the change of its inputs."""
+
+    backbone: nnx.GraphDef
+    text: nnx.GraphDef
+    process: Process
+    prediction: Prediction
+    boundary: float | None
+    """Time below which the second of two experts denoises; None for one."""
+    transform: StepTransform | None
+
+    def make_denoise(self, params: Mapping[str, Any], batch: SamplingBatch) -> DenoiseFn:
+        """Return the function that denoises the clips of a batch at one time, without guidance.
+
+        Args:
+          params: Parameters of the experts and of the text encoder, by the names of a pipeline's `denoiser_params`.
+          batch: The batch.
+        """
+        rows, keys = jax.tree.map(jnp.asarray, batch.branches[0]), jax.random.wrap_key_data(jnp.asarray(batch.keys))
+        context = nnx.merge(self.text, params["text"])(rows.text, rows.text_segments)
+
+        def make(expert: str) -> DenoiseFn:
+            model = nnx.merge(self.backbone, params[expert])
+            return make_rows_denoise(model, context, rows, keys, self.process, self.transform)
+
+        first, *others = map(make, list_experts(self.boundary))
+        if self.boundary is None:
+            return first
+        boundary, (second,) = self.boundary, others
+        return lambda noisy, time, state: jax.lax.cond(time >= boundary, first, second, noisy, time, state)
+
+    def make_clips(self, batch: SamplingBatch) -> PackedLatents:
+        """Return the clips of a batch."""
+        rows = jax.tree.map(jnp.asarray, batch.branches[0])
+
+        def compute_quantile(values, quantile):
+            return rows.layout.expand(rows.layout.quantile(values, quantile))[..., None]
+
+        return PackedLatents(
+            rows=rows,
+            data=rows.fields[START_LATENTS],
+            keys=jax.random.wrap_key_data(jnp.asarray(batch.keys)),
+            process=self.process,
+            prediction=self.prediction.with_quantile(compute_quantile),
+            is_clean=None if self.transform is None else self.transform.get_clean_tokens(rows),
+        )
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("batch", "rows", "slots"), meta_fields=("parts",))
+@dataclass(frozen=True, kw_only=True)
+class OpenDenoiser:
+    """The denoiser of a pipeline for some clips, packed in rows: preferences, caches and steering begin here.
+
+    It is a pytree: a jitted function takes it as an argument, and is compiled once for rows of a shape.
+    """
+
+    parts: DenoiserParts
+    batch: SamplingBatch
+    rows: Int[AnyArray, " clips"]
+    """Row of each clip."""
+    slots: Int[AnyArray, " clips"]
+    """Number of each clip in its row."""
+
+    @property
+    def clips(self) -> PackedLatents:
+        """Return the clips in rows, with their latents, and noise by their seeds."""
+        return self.parts.make_clips(self.batch)
+
+    def denoise(
+        self, params: Mapping[str, Any], noisy: Float[Array, "B N p"], time: Float[Array, ""] | float, state: Any = None
+    ) -> tuple[Float[Array, "B N prediction"], Any]:
+        """Return the model's prediction at one time, differentiable in `params`, and the next state.
+
+        Args:
+          params: The parameters, as `Pipeline.denoiser_params`.
+          noisy: Noisy tokens.
+          time: Diffusion time.
+          state: State of the model; None for one without.
+        """
+        return self.parts.make_denoise(params, self.batch)(noisy, jnp.asarray(time), state)
+
+    def unpack(self, values: Shaped[Array, "B G *rest"]) -> Shaped[Array, "clips *rest"]:
+        """Return the values of each clip from those of all segments, in the order of the requests."""
+        return values[self.rows, self.slots]
+
+    def average(self, values: Float[Array, "B N p"]) -> Float[Array, " clips"]:
+        """Return the mean of each clip's values."""
+        return self.unpack(self.clips.rows.layout.mean(values.mean(axis=-1)))
 
 
 class ClipFunction(abc.ABC):
@@ -93,60 +187,64 @@ def compute_clip_function(
     texts = embed_prompts(denoiser, requests, sampling)
     with name_exhausted_memory("measuring", _EXHAUSTED_MEMORY_FIX), contextlib.ExitStack() as stack:
         experts = [stack.enter_context(denoiser.open_params(expert)) for expert in denoiser.experts]
-        params = {"text": experts[0]["text"], "experts": [each["backbone"] for each in experts]}
+        params = {name: each["backbone"] for name, each in zip(denoiser.experts, experts, strict=True)}
+        params["text"] = experts[0]["text"]
         for planned in plan_batches(denoiser, requests, texts, sampling, shape, rows):
-            kinds = denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, denoiser.boundary
-            program, batch = _compile(*kinds, planned.transform, function), planned.batch
-            if denoiser.mesh is not None:
-                arguments = ProgramArguments({}, None, batch, None, planned.sample_times, np.int32(0))
-                batch = put_on_devices(batch, make_argument_shardings(arguments, denoiser.mesh).batch)
-            values = np.asarray(to_host(program(params, batch)), np.float32)
+            program = _compile(_get_parts(denoiser, planned), function)
+            values = np.asarray(to_host(program(params, _put_batch(denoiser, planned))), np.float32)
             for row, members in enumerate(planned.row_requests):
                 results |= {index: values[:, row, slot] for slot, index in enumerate(members)}
     return np.stack([results[index] for index in range(len(requests))])
 
 
+def open_denoiser(
+    denoiser: Denoiser,
+    requests: Sequence[SamplingRequest],
+    *,
+    sampling: Sampling,
+    shape: LayoutShape,
+    rows: int,
+) -> OpenDenoiser:
+    """Return the denoiser for the clips of requests; arguments and errors are as for `compute_clip_function`.
+
+    Raises:
+      UserError: If the clips do not fit into rows of one batch.
+    """
+    texts = embed_prompts(denoiser, requests, sampling)
+    planned, *others = plan_batches(denoiser, requests, texts, sampling, shape, rows)
+    if others:
+        sizes = ", ".join(sorted({"x".join(map(str, request.noise.shape[:3])) for request in requests}))
+        raise UserError(
+            f"latents of {sizes} are invalid: rows of several shapes would be needed, or times differ. Use clips of "
+            "one size, or open them one size at a time."
+        )
+    places = {
+        index: (row, slot) for row, members in enumerate(planned.row_requests) for slot, index in enumerate(members)
+    }
+    row_numbers, slots = np.asarray([places[index] for index in range(len(requests))], np.int32).T
+    return OpenDenoiser(
+        parts=_get_parts(denoiser, planned), batch=_put_batch(denoiser, planned), rows=row_numbers, slots=slots
+    )
+
+
+def _get_parts(denoiser: Denoiser, planned: PlannedBatch) -> DenoiserParts:
+    kinds = denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, denoiser.boundary
+    return DenoiserParts(*kinds, planned.transform)
+
+
+def _put_batch(denoiser: Denoiser, planned: PlannedBatch) -> SamplingBatch:
+    if denoiser.mesh is None:
+        return planned.batch
+    arguments = ProgramArguments({}, None, planned.batch, None, planned.sample_times, np.int32(0))
+    return put_on_devices(planned.batch, make_argument_shardings(arguments, denoiser.mesh).batch)
+
+
 @functools.lru_cache(maxsize=16)
-def _compile(
-    backbone: nnx.GraphDef,
-    text: nnx.GraphDef,
-    process: Process,
-    prediction: Prediction,
-    boundary: float | None,
-    transform: StepTransform | None,
-    function: ClipFunction,
-) -> Callable[[Any, SamplingBatch], Array]:
+def _compile(parts: DenoiserParts, function: ClipFunction) -> Callable[[Any, SamplingBatch], Array]:
     """Return the jitted `run(params, batch)`, which is compiled once per shape of rows."""
 
     @jax.jit
     def run(params, batch: SamplingBatch):
-        rows = jax.tree.map(jnp.asarray, batch.branches[0])
-        keys = jax.random.wrap_key_data(jnp.asarray(batch.keys))
-        context = nnx.merge(text, params["text"])(rows.text, rows.text_segments)
-        models = [nnx.merge(backbone, each) for each in params["experts"]]
-        experts = [make_rows_denoise(model, context, rows, keys, process, transform) for model in models]
-
-        def compute_quantile(values, quantile):
-            return rows.layout.expand(rows.layout.quantile(values, quantile))[..., None]
-
-        clips = PackedLatents(
-            rows=rows,
-            data=rows.fields[START_LATENTS],
-            keys=keys,
-            process=process,
-            prediction=prediction.with_quantile(compute_quantile),
-            is_clean=None if transform is None else transform.get_clean_tokens(rows),
-        )
-        return function(experts[0] if boundary is None else _choose_expert(experts, boundary), clips)
+        return function(parts.make_denoise(params, batch), parts.make_clips(batch))
 
     return run
-
-
-def _choose_expert(experts: Sequence[DenoiseFn], boundary: float) -> DenoiseFn:
-    """Return the denoise of two experts, the second one below the boundary."""
-    noisy_expert, clean_expert = experts
-
-    def denoise(noisy, time, state):
-        return jax.lax.cond(time >= boundary, noisy_expert, clean_expert, noisy, time, state)
-
-    return denoise

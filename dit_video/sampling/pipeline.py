@@ -31,7 +31,12 @@ from dit_video.models.model_config import ModelConfig
 from dit_video.nn import Backend
 from dit_video.sampling import LatentTrace, Monitor, Sampling, sample_latents, trace_latents
 from dit_video.sampling.adapters import AdaptedWeights, Adapter, ExpertName, list_lora_modules, split_factors
-from dit_video.sampling.clip_functions import ClipFunction, compute_clip_function
+from dit_video.sampling.clip_functions import (
+    ClipFunction,
+    OpenDenoiser,
+    compute_clip_function,
+    open_denoiser,
+)
 from dit_video.sampling.clip_recipe import make_recipe
 from dit_video.sampling.devices import ClipDecoder, PipelineDevices
 from dit_video.sampling.edit_paths import LatentStepper
@@ -464,10 +469,29 @@ class Pipeline:
         A request has the prompt, the size and what else is known of its clip, and the seed of the function's noise.
         Errors are as for `generate_many`; on a mesh of several processes all of them call this, with the same clips.
         """
+        return compute_clip_function(function, self._denoiser, **self._prepare_clips(requests, latents))
+
+    def open_denoiser(
+        self, requests: Sequence[Request], latents: Sequence[Float32[np.ndarray, "_ _ _ c"]]
+    ) -> OpenDenoiser:
+        """Return the denoiser as a function of its parameters and of noisy tokens, for the clips of requests.
+
+            opened = pipe.open_denoiser(requests, [pipe.encode(clip) for clip in clips])
+            prediction, _ = opened.denoise(pipe.denoiser_params, noisy, time)
+
+        Arguments and errors are as for `compute_clip_function`; all clips have to fit into rows of one shape.
+        """
+        prepared = self._prepare_clips(requests, latents)
+        return open_denoiser(self._denoiser, **prepared | {"rows": len(requests)})
+
+    def _prepare_clips(
+        self, requests: Sequence[Request], latents: Sequence[Float32[np.ndarray, "_ _ _ c"]]
+    ) -> dict[str, Any]:
+        """Return arguments of functions of the denoiser and of the latents of clips."""
         prepared = self._prepare(requests, replace(self.config.sampling, guidance=Guidance(scale=1.0)))
         starts = zip(prepared["requests"], latents, strict=True)
         prepared["requests"] = [each._replace(plan=each.plan._replace(start=start)) for each, start in starts]
-        return compute_clip_function(function, self._denoiser, **prepared)
+        return prepared
 
     def encode(self, clip: Clip) -> Float32[np.ndarray, "t h w c"]:
         """Encode a clip, whose size fits the stride, to normalised latents.
