@@ -102,19 +102,20 @@ def main(
         resample=resample,
         strengths=dict(map(_parse_strength, strengths)),
     )
+    is_named = task != _GENERATE and (type(task) is not type(_GENERATE) or getattr(task, "prompt", None) is not None)
+    if is_named + (prompts is not None) + (tasks is not None) != 1:
+        rule = "exactly one of --prompt, --prompts, --tasks and the name of a task is needed"
+        raise UserError(f"{rule}; use --prompt TEXT or --prompts FILE")
     if prompts is not None:
-        if task != _GENERATE or tasks is not None or seed is not None or options != Request(""):
-            raise UserError("--prompts has all that its clips differ in, such as sizes and seeds; put them in the list")
+        if task != _GENERATE or seed is not None or options != Request(""):
+            rule = "--size, --seed, --negative, --image and other options of one clip need --prompt"
+            raise UserError(f"{rule}; put them in the list")
         _sample_list(run, read_requests(prompts), out, model, sampling, text_encoder)
         return
     if tasks is not None:
         if task != _GENERATE or seed is not None:
-            raise UserError("--tasks has the values and seeds of its tasks; put them in the list")
+            raise UserError("--seed and values of a task need the name of the task; put them in the list")
         entries = read_tasks(tasks)
-    elif task == _GENERATE:
-        raise UserError(
-            "exactly one of --prompt, --prompts, --tasks and the name of a task is needed; use --prompt TEXT"
-        )
     else:
         entries = [TaskEntry(task.read(), options.seed)]
     is_file = tasks is None and out.suffix != ""
