@@ -185,20 +185,22 @@ def test_a_conditioning_on_a_column_of_the_data_set(add_package, tiny, tiny_run,
         path = tmp_path / f"run_{is_cached}"
         pipeline = train(dataclasses.replace(experiment, data=data), tiny_run, path, folder)
         run = Run.open(path)
-        with contextlib.closing(run.stages[-1].open_inputs(run.runtime)[1](0)) as rows:
+        with contextlib.closing(run.stages[-1].open_inputs(run)[1](0)) as rows:
             planned, batch = rows.get_rows(0), next(rows)
         for segment, entry in enumerate(planned[0].entries, 1):
             name = rows.planner.table.names[entry.example].partition("@")[0]
             own = batch.segments[0] == segment
             frames = (4 * batch.positions[0, own, 0]).astype(int)
             np.testing.assert_array_equal(batch.fields["motion"][0, own], vectors[name][frames])
-        options = {"size": (9, 16, 32), "steps": 2, "output": "latents"}
-        still, moving = (pipeline.generate("a circle", conditioning={"motion": (x, 0)}, **options) for x in (0, 2))
+        options = {"size": (9, 16, 32), "steps": 2}
+        still, moving = (
+            generate_latents(pipeline, "a circle", conditioning={"motion": (x, 0)}, **options) for x in (0, 2)
+        )
         assert np.abs(moving - still).max() > 0
     write_column(folder, "motion_vectors", columns | {"motion_vectors": [[0.0] * 99 for _ in infos]})
     run = Run.open(tmp_path / "run_True")
     with pytest.raises(UserError, match="clips are missing"):
-        run.stages[-1].open_inputs(run.runtime)
+        run.stages[-1].open_inputs(run)
 
 
 @pytest.mark.nightly

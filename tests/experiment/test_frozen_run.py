@@ -110,7 +110,8 @@ def test_a_pipeline_opens_the_encoder_at_the_first_prompt(frozen_run, encoder, t
     assert np.abs(latents - other).max() > 1e-3
     # The saved pipeline gives the same, even after the encoder has moved.
     pipeline.save(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved" / "pipeline.json").read_text())["config"]["text"] == config_json.to_json(text)
+    written = json.loads((tmp_path / "saved" / "pipeline.json").read_text())["config"]["model"]
+    assert written["text_encoder"] == config_json.to_json(text)
     moved = shutil.copytree(encoder, tmp_path / "moved")
     for again in (dit_video.load(tmp_path / "saved"), dit_video.load(tmp_path / "saved", text_encoder=moved)):
         np.testing.assert_array_equal(generate_latents(again, PROMPT, size=SIZE), latents)

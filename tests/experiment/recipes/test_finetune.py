@@ -171,7 +171,7 @@ def controlled(tmp_path_factory):
 def test_a_model_with_control_keeps_its_task_and_its_conditioning(controlled):
     experiment = make_finetuning_experiment(controlled, OPTIONS)
     assert experiment.model.backbone == CONTROLLED.replace(remat="full")
-    assert experiment.task == dit_video.load(controlled).config.task
+    assert experiment.conditioner == dit_video.load(controlled).config.conditioner
     assert experiment.model.frame_conditioning is None
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
     with pytest.raises(UserError, match="first_frame_prob is invalid"):
