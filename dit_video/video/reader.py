@@ -29,7 +29,7 @@ MAX_PIXELS = int(os.environ.get("DIT_VIDEO_MAX_PIXELS", 1 << 26))
 """Maximum pixels of a frame, stored or displayed: a damaged header may claim any size, and memory for it."""
 _CONTAINERS = (
     "mov,matroska,avi,mpeg,mpegvideo,mpegts,h264,hevc,ogg,asf,flv,gif,apng,mjpeg,"
-    "png_pipe,jpeg_pipe,webp,webp_pipe,bmp_pipe,tiff_pipe"
+    "png_pipe,jpeg_pipe,webp,webp_anim,webp_pipe,bmp_pipe,tiff_pipe"
 )
 """ffmpeg's names of the formats that are opened, as in `data.ingest.formats`. ffmpeg would choose one of 400 by the
 content of a file: playlists open other files, and texts and music are drawn."""
@@ -195,7 +195,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         self.metadata: dict[str, str] = {_replace_bad(k): _replace_bad(v) for k, v in container.metadata.items()}
         """Tags of the file; bytes that are not UTF-8 are replaced by U+FFFD."""
         heif_kind = find_heif_kind(self._head)
-        self.codec: str = heif_kind or context.name
+        self.codec: str = heif_kind or context.name.removesuffix("_anim")  # of animated WebP, since ffmpeg 8.1
         self.claimed_seconds: float = (container.duration or 0) / av.time_base
         """Duration that the header claims, in seconds; 0 if it claims none."""
         pixels = context.width * context.height
