@@ -36,11 +36,12 @@ from dit_video.nn.attention import CausalFrames, Full
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.tokens import CanvasShape, Grid
 from dit_video.training.hooks.logging import read_metrics
+from dit_video.training.optim.schedules import Constant
 from dit_video.video import decode
 from support import packed_rows
 from support.devices import wait_until
-from support.extending import replace_backbone, train
-from support.interruptions import interrupt
+from support.extending import replace_backbone, shorten, train
+from support.interruptions import interrupt, wait_for_save
 from support.jaxprs import count_primitive, find_branches
 from support.latents import generate_latents
 from support.marks import mark_slow_except
@@ -201,6 +202,32 @@ def test_a_conditioning_on_a_column_of_the_data_set(add_package, tiny, tiny_run,
     run = Run.open(tmp_path / "run_True")
     with pytest.raises(UserError, match="clips are missing"):
         run.stages[-1].open_inputs(run)
+
+
+def test_an_optimizer_with_two_groups_of_rates(add_package, tiny, tiny_run, tmp_path, monkeypatch, script):
+    """It is in the config: a run is killed and continued by train.py, and opened at a step, with this optimizer."""
+    theirs = add_package("their_lion", "lion_optimizer")
+    optimizer = theirs.Lion(learning_rate=1e-3, rate_factors={"^text/": 0.5}, schedule=Constant(warmup=0))
+    experiment = shorten(tiny.EXPERIMENT.replace_stage("denoiser", optimizer=optimizer), tiny_run)
+    experiment = dataclasses.replace(experiment.replace_stage("denoiser", steps=4), save_every=1)
+    clips = (tiny_run / "data").resolve()
+    Run.create(tmp_path / "run", experiment).train(clips)
+    config = tmp_path / "config.py"
+    document = config_json.to_json(experiment)
+    config.write_text(f"from dit_video.core import config_json\nEXPERIMENT = config_json.from_json({document})")
+    command = ("experiments/train.py", config, "--data", clips, "--workdir", tmp_path / "parts", "--no-cache")
+    with monkeypatch.context() as patch:
+        interrupt(patch, call=2, how="killed")
+        assert script(*command).code != 0
+    wait_for_save(tmp_path / "parts" / "denoiser", 1)
+    ended = script(*command)
+    assert ended.code == 0, ended.err
+    weights = [tmp_path / run / "pipeline" / "denoiser.safetensors" for run in ("run", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    first, last = (dit_video.load(tmp_path / "parts", step=step, ema=0).denoiser_params for step in (3, 4))
+    for part, rate in (("backbone", 1e-3), ("text", 0.5e-3)):
+        change = jax.tree.map(lambda *pair: np.abs(np.subtract(*pair)).max(), first[part], last[part])
+        assert max(jax.tree.leaves(change)) == pytest.approx(rate, rel=1e-3)
 
 
 @pytest.mark.nightly
