@@ -162,7 +162,7 @@ def test_a_trained_model_is_better_than_an_untrained_one_and_one_of_other_captio
     untrained = Pipeline(
         trained.config,
         autoencoder=trained.codec.params,
-        denoiser={name: make_random_params(getattr(trained.config, name).make) for name in ("backbone", "text")},
+        denoiser=tiny_pipeline.make_params(trained.config)["denoiser"],
     )
     swapped = [replace(clip, caption=clips[number - 1].caption) for number, clip in enumerate(clips)]
     for function in (LOSS, LatentLikelihood(steps=8, probes=1, min_ratio=0.002)):

@@ -61,5 +61,5 @@ def test_captions_that_are_no_classes_are_refused(tiny, tiny_run, names, tmp_pat
     with pytest.raises(UserError, match=f"{names[0]!r} is no class"):
         run.run_stages()
     backbone = tiny.EXPERIMENT.model.backbone.replace(context_width=0)
-    with pytest.raises(UserError, match="captions are of 3 classes, the denoiser's labels of 0"):
+    with pytest.raises(UserError, match="captions are of 3 classes, the backbone of 0"):
         tiny.EXPERIMENT.replace_model(backbone=backbone, text_encoder=ClassNamesConfig(classes=3))

@@ -206,7 +206,7 @@ def test_distillation_conditions_on_classes():
     text = ClassNamesConfig(classes=3)
     backbone = dataclasses.replace(DIT, context_width=0, classes=3)
     empty = text.make_tokenizer()("")
-    graphs = {"backbone": get_graph_def(backbone.make), "text": get_graph_def(text.make)}
+    graphs = {"backbone": get_graph_def(backbone.make), "text_encoder": get_graph_def(text.make)}
     denoiser = dataclasses.replace(CONSISTENCY.denoiser, **graphs, empty_caption=empty)
     loss = dataclasses.replace(CONSISTENCY, denoiser=denoiser)
     weights = {"backbone": make_random_params(backbone.make), "text": {}}
