@@ -53,7 +53,7 @@ def test_images_that_a_model_cannot_use_are_refused(script, tmp_path, pictures):
         SAMPLE, tmp_path / "wan", "--prompts", tmp_path / "prompts.json", "--image", pictures[0], "--out", tmp_path
     )
     assert done.code == 2
-    assert "--prompts has all that its clips differ in" in " ".join(done.err.split())
+    assert "--image and other options of one clip need --prompt; put them in the list" in " ".join(done.err.split())
     for option, rule in (("--conditions", "FILE@FRAME@STRENGTH"), ("--strengths", "NAME=NUMBER")):
         done = script(SAMPLE, tmp_path / "wan", "--prompt", "a dog", option, "x", "--out", tmp_path / "x.gif")
         assert done.code == 2
