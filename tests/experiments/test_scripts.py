@@ -107,7 +107,7 @@ def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompts", "nowhere.json"], "no such file: nowhere.json"),
         (
             ["--prompts", "nowhere.json", "--size", "5x16x16"],
-            "--prompts has all that its clips differ in",
+            "--image and other options of one clip need --prompt",
         ),
     ],
 )
