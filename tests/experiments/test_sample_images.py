@@ -85,7 +85,7 @@ def test_each_prompt_of_a_list_has_its_image_and_clips_have_its_aspect_ratio(scr
 def test_a_model_with_control_takes_clips_masks_and_images_of_subjects(script, tmp_path, pictures):
     write_vace(tmp_path / "vace")
     files, draw = {}, np.random.default_rng(0)
-    for name in ("control", "video", "mask"):
+    for name in ("control", "video", "generated"):
         frames = draw.integers(0, 2, (5, 16, 16, 1), dtype=np.uint8) * 255
         files[name] = tmp_path / f"{name}.gif"
         Clip(frames.repeat(3, -1), 16).save(files[name])
@@ -95,7 +95,7 @@ def test_a_model_with_control_takes_clips_masks_and_images_of_subjects(script, t
         (
             ("--control", files["control"]),
             ("--control", files["control"], "--strengths", "control=0.2,0.5"),
-            ("--video", files["video"], "--mask", files["mask"]),
+            ("--video", files["video"], "--generated", files["generated"]),
             ("--reference-images", *pictures),
         )
     ):
@@ -108,7 +108,7 @@ def test_a_model_with_control_takes_clips_masks_and_images_of_subjects(script, t
     for options, message in (
         (("--strengths", "control=1,2,3"), "control has one strength or 2, not 3"),
         (("--control", pictures[0]), "control of 1 frames is invalid for a clip of 5"),
-        (("--video", files["video"]), "video and mask need each other"),
+        (("--video", files["video"]), "video and generated need each other"),
     ):
         done = script(*common, *options, "--out", tmp_path / "x.gif")
         assert done.code == 2
