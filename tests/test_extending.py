@@ -40,8 +40,8 @@ from dit_video.training.optim.schedules import Constant
 from dit_video.video import decode
 from support import packed_rows
 from support.devices import wait_until
-from support.extending import replace_backbone, shorten, train
-from support.interruptions import interrupt, wait_for_save
+from support.extending import replace_backbone, shorten, train, train_by_script
+from support.interruptions import interrupt
 from support.jaxprs import count_primitive, find_branches
 from support.latents import generate_latents
 from support.marks import mark_slow_except
@@ -212,16 +212,8 @@ def test_an_optimizer_with_two_groups_of_rates(add_package, tiny, tiny_run, tmp_
     experiment = dataclasses.replace(experiment.replace_stage("denoiser", steps=4), save_every=1)
     clips = (tiny_run / "data").resolve()
     Run.create(tmp_path / "run", experiment).train(clips)
-    config = tmp_path / "config.py"
-    document = config_json.to_json(experiment)
-    config.write_text(f"from dit_video.core import config_json\nEXPERIMENT = config_json.from_json({document})")
-    command = ("experiments/train.py", config, "--data", clips, "--workdir", tmp_path / "parts", "--no-cache")
-    with monkeypatch.context() as patch:
-        interrupt(patch, call=2, how="killed")
-        assert script(*command).code != 0
-    wait_for_save(tmp_path / "parts" / "denoiser", 1)
-    ended = script(*command)
-    assert ended.code == 0, ended.err
+    options = {"interrupted": "denoiser", "monkeypatch": monkeypatch, "script": script}
+    train_by_script(experiment, clips, tmp_path / "parts", **options)
     weights = [tmp_path / run / "pipeline" / "denoiser.safetensors" for run in ("run", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     first, last = (dit_video.load(tmp_path / "parts", step=step, ema=0).denoiser_params for step in (3, 4))

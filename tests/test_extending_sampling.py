@@ -9,7 +9,6 @@ import pytest
 
 import dit_video
 from dit_video.apps.studio.forms import make_tabs
-from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.experiment import Experiment, JoinPipelines, LoraAdapters, Run, TrainModel
 from dit_video.experiment.initial_weights import check_initial_weights
@@ -23,8 +22,7 @@ from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
 from dit_video.video import decode
-from support.extending import replace_backbone, shorten, train
-from support.interruptions import interrupt, wait_for_save
+from support.extending import replace_backbone, shorten, train, train_by_script
 from support.latents import generate_latents
 from support.tiny import EXPERIMENT
 from support.tiny_lora import make_pipeline, write_lora
@@ -103,16 +101,8 @@ def test_a_decoder_with_time_and_noise(add_package, tiny, tiny_run, tmp_path, mo
     clips = (tiny_run / "data").resolve()
     Run.create(tmp_path / "run", experiment).train(clips)
     assert all(0 < entry["decode_time"] < 0.6 and entry["latent_size"] > 0 for entry in read_log(tmp_path / "run"))
-    config = tmp_path / "config.py"
-    document = config_json.to_json(dataclasses.replace(experiment, save_every=1))
-    config.write_text(f"from dit_video.core import config_json\nEXPERIMENT = config_json.from_json({document})")
-    command = ("experiments/train.py", config, "--data", clips, "--workdir", tmp_path / "parts", "--no-cache")
-    with monkeypatch.context() as patch:
-        interrupt(patch, call=2, how="killed")
-        assert script(*command).code != 0
-    wait_for_save(tmp_path / "parts" / "autoencoder", 1)
-    ended = script(*command)
-    assert ended.code == 0, ended.err
+    options = {"interrupted": "autoencoder", "monkeypatch": monkeypatch, "script": script}
+    train_by_script(dataclasses.replace(experiment, save_every=1), clips, tmp_path / "parts", **options)
     weights = [tmp_path / run / "autoencoder" / "weights.safetensors" for run in ("run", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 

@@ -3,8 +3,10 @@
 import dataclasses
 
 import dit_video
+from dit_video.core import config_json
 from dit_video.experiment.run import Run
 from dit_video.training.optim.schedules import Constant
+from support.interruptions import interrupt, wait_for_save
 
 
 def train(experiment, tiny_run, folder, clips=None):
@@ -20,6 +22,20 @@ def shorten(experiment, tiny_run):
     optimizer = dataclasses.replace(experiment.denoiser.optimizer, schedule=Constant(warmup=0))
     denoiser = dataclasses.replace(experiment.denoiser, steps=2, optimizer=optimizer)
     return dataclasses.replace(experiment, autoencoder_from=pretrained, stages=(denoiser,))
+
+
+def train_by_script(experiment, clips, folder, *, interrupted, monkeypatch, script):
+    """Train in a folder with train.py, which is killed in the second step of a training and started again."""
+    config = folder.with_name("config.py")
+    document = config_json.to_json(experiment)
+    config.write_text(f"from dit_video.core import config_json\nEXPERIMENT = config_json.from_json({document})")
+    command = ("experiments/train.py", config, "--data", clips, "--workdir", folder, "--no-cache")
+    with monkeypatch.context() as patch:
+        interrupt(patch, call=2, how="killed")
+        assert script(*command).code != 0
+    wait_for_save(folder / interrupted, 1)
+    ended = script(*command)
+    assert ended.code == 0, ended.err
 
 
 def replace_backbone(experiment, kind=None, **fields):
