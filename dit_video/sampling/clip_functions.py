@@ -29,7 +29,13 @@ from dit_video.sampling.packing import (
     plan_batches,
 )
 from dit_video.sampling.plan import StepTransform
-from dit_video.sampling.program import ProgramArguments, make_argument_shardings, make_rows_denoise, put_on_devices
+from dit_video.sampling.program import (
+    ProgramArguments,
+    adapt_prediction,
+    make_argument_shardings,
+    make_rows_denoise,
+    put_on_devices,
+)
 from dit_video.sampling.sampling_config import Sampling
 from dit_video.tokens import LayoutShape, PackedBatch
 
@@ -59,7 +65,7 @@ class PackedLatents(NamedTuple):
 
 
 class DenoiserParts(NamedTuple):
-    """What a compiled program is made of: a denoiser without its parameters, and the change of its inputs."""
+    """Static part of a compiled denoiser: its models without parameters, its process, and the change of its inputs."""
 
     backbone: nnx.GraphDef
     text: nnx.GraphDef
@@ -92,16 +98,12 @@ class DenoiserParts(NamedTuple):
     def make_clips(self, batch: SamplingBatch) -> PackedLatents:
         """Return the clips of a batch."""
         rows = jax.tree.map(jnp.asarray, batch.branches[0])
-
-        def compute_quantile(values, quantile):
-            return rows.layout.expand(rows.layout.quantile(values, quantile))[..., None]
-
         return PackedLatents(
             rows=rows,
             data=rows.fields[START_LATENTS],
             keys=jax.random.wrap_key_data(jnp.asarray(batch.keys)),
             process=self.process,
-            prediction=self.prediction.with_quantile(compute_quantile),
+            prediction=adapt_prediction(self.prediction, rows.layout),
             is_clean=None if self.transform is None else self.transform.get_clean_tokens(rows),
         )
 
@@ -218,6 +220,8 @@ def open_denoiser(
             f"latents of {sizes} are invalid: rows of several shapes would be needed, or times differ. Use clips of "
             "one size, or open them one size at a time."
         )
+    if (count := len(planned.row_requests)) < rows:  # The clips share rows: the others would be empty.
+        (planned,) = plan_batches(denoiser, requests, texts, sampling, shape, count)
     places = {
         index: (row, slot) for row, members in enumerate(planned.row_requests) for slot, index in enumerate(members)
     }

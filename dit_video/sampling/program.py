@@ -48,7 +48,7 @@ from dit_video.models.conditioning import (
 from dit_video.models.encoders import Context
 from dit_video.sampling.packing import SamplingBatch
 from dit_video.sampling.plan import StepInputs, StepTransform
-from dit_video.tokens import Field, PackedBatch
+from dit_video.tokens import Field, PackedBatch, PackedRows
 
 MIN_PROGRAM_STEPS = 64
 """Smallest number of steps that a program is compiled for."""
@@ -110,9 +110,6 @@ def make_program(
             """Return the mean of every sample, repeated for its tokens."""
             return rows.layout.expand(rows.layout.mean(values.mean(axis=-1)))[..., None]
 
-        def compute_quantile(values, quantile):
-            return rows.layout.expand(rows.layout.quantile(values, quantile))[..., None]
-
         def draw(number):
             step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, number)))(keys)
             return rows.layout.sample_noise(step_keys, rows.tokens.shape[-1])
@@ -122,7 +119,7 @@ def make_program(
             start = sample_times.model_times[number - first]
             return transform.change_sample(sample, StepInputs(rows, process, time, draw(number), start))
 
-        kinds: dict[str, Any] = {"process": process, "prediction": prediction.with_quantile(compute_quantile)}
+        kinds: dict[str, Any] = {"process": process, "prediction": adapt_prediction(prediction, rows.layout)}
         number = len(batch.branches)
         # Outside of the guidance interval the conditional branch alone is evaluated. With all branches of a request
         # in one row (number == 1) it is the whole row, and guidance only combines tokens of its output.
@@ -152,6 +149,15 @@ def make_program(
         return advance(denoise, state, sample_times.times, solver=solver, transform=change, **kinds, **options)
 
     return run
+
+
+def adapt_prediction(prediction: Prediction, layout: PackedRows) -> Prediction:
+    """Return the prediction for rows of several clips, with quantiles of each clip's own values."""
+
+    def compute_quantile(values, quantile):
+        return layout.expand(layout.quantile(values, quantile))[..., None]
+
+    return prediction.with_quantile(compute_quantile)
 
 
 def _constrain(values: Any, shardings: Any) -> Any:
