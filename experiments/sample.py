@@ -102,7 +102,7 @@ def main(
         resample=resample,
         strengths=dict(map(_parse_strength, strengths)),
     )
-    is_named = task != _GENERATE and (type(task) is not type(_GENERATE) or getattr(task, "prompt", None) is not None)
+    is_named = type(task) is not type(_GENERATE) or getattr(task, "prompt", None) is not None
     if is_named + (prompts is not None) + (tasks is not None) != 1:
         rule = "exactly one of --prompt, --prompts, --tasks and the name of a task is needed"
         raise UserError(f"{rule}; use --prompt TEXT or --prompts FILE")
