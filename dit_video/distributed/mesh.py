@@ -41,7 +41,7 @@ class Slices:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """How devices share the work: their number along each axis of the mesh, and the method of attention among them.
+    """Configuration of a mesh: number of devices along each axis, and the method of context-parallel attention.
 
     A size of -1 (at most one) stands for all remaining devices.
 

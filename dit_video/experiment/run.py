@@ -345,7 +345,7 @@ class Stage(abc.ABC):
 
 
 class _Adapted(NamedTuple):
-    """What a stage has of its own; None for the experiment's."""
+    """Model, data and devices that a stage overrides; None for those of the experiment."""
 
     model: ModelConfig | None = None
     data: DataConfig | None = None

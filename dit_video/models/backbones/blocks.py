@@ -62,7 +62,7 @@ class DiTInputs(NamedTuple):
     """Embedded text for cross-attention."""
 
     def take(self, kept: Int[Array, "B K"]) -> "DiTInputs":
-        """Return the inputs of some of the tokens; see `BlockInputs`."""
+        """Return the inputs of some of the tokens; see `TransformerInputs`."""
         return self._replace(
             condition=self.condition.take(kept),
             modulation=self.modulation.take(kept),

@@ -123,7 +123,7 @@ class LtxInputs(NamedTuple):
     """Embedded texts."""
 
     def take(self, kept: Int[Array, "B K"]) -> "LtxInputs":
-        """Return the inputs of some of the tokens; see `BlockInputs`."""
+        """Return the inputs of some of the tokens; see `TransformerInputs`."""
         return self._replace(
             condition=self.condition.take(kept),
             modulation=self.modulation.take(kept),

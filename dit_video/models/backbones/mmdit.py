@@ -124,7 +124,7 @@ class MMDiTInputs(NamedTuple):
         return self.context_condition.indices.shape[1]
 
     def take(self, kept: Int[Array, "B K"]) -> "MMDiTInputs":
-        """Return the inputs of some of the tokens; see `BlockInputs`."""
+        """Return the inputs of some of the tokens; see `TransformerInputs`."""
         video = kept[:, : kept.shape[1] - self.text_length]
         return self._replace(
             condition=self.condition.take(video),

@@ -97,10 +97,10 @@ class Backbone(Protocol):
 
 
 @runtime_checkable
-class BlockInputs(Protocol):
+class TransformerInputs(Protocol):
     """Inputs of a backbone's blocks besides the tokens: positions, segments, times and conditioning."""
 
-    def take(self, kept: Int[Array, "B K"]) -> "BlockInputs":
+    def take(self, kept: Int[Array, "B K"]) -> "TransformerInputs":
         """Return the inputs of some of the tokens, such as those that are not routed around blocks.
 
         Args:
@@ -128,7 +128,7 @@ class BlockBackbone(Backbone, Protocol):
         layout: PackedRows,
         conditioning: Conditioning,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Return the embedded tokens, the clips' N first, and the blocks' other inputs, which are `BlockInputs`."""
+        """Return the embedded tokens, the clips' N first, and the other inputs of the blocks: `TransformerInputs`."""
         ...
 
     def apply_blocks(

@@ -178,7 +178,7 @@ class SpatioTemporalInputs(NamedTuple):
         return self.space.condition
 
     def take(self, kept: Int[Array, "B K"]) -> "SpatioTemporalInputs":
-        """Return the inputs of some of the tokens; see `BlockInputs`."""
+        """Return the inputs of some of the tokens; see `TransformerInputs`."""
         return SpatioTemporalInputs(self.space.take(kept), self.time.take(kept))
 
 

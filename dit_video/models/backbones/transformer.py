@@ -1,4 +1,4 @@
-"""What the configs of `DiT`, `MMDiT` and `SpatioTemporalDiT` share: how text and time enter, checks and costs."""
+"""Base of the configs of `DiT`, `MMDiT` and `SpatioTemporalDiT`: conditioning on text and time, checks and costs."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -208,7 +208,7 @@ class WanInputs(NamedTuple):
     """Inputs of a control stack next to the blocks, in a model that has one."""
 
     def take(self, kept: Int[Array, "B K"]) -> "WanInputs":
-        """Return the inputs of some of the tokens; see `BlockInputs`."""
+        """Return the inputs of some of the tokens; see `TransformerInputs`."""
         return self._replace(
             condition=self.condition.take(kept),
             modulation=self.modulation.take(kept),

@@ -44,9 +44,9 @@ class TaskPipeline(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What is generated from what. A subclass is a frozen dataclass, whose fields are its only description.
+    """Base class of generation tasks, such as extension and inpainting: frozen dataclasses.
 
-    `sample.py`, the forms of the studio, task files and recipes are made of its fields (see `fields`), whose clips,
+    `sample.py`, the forms of the studio, task files and recipes are made of its fields alone (see `fields`). Clips,
     images and masks may be given in any form of `dit_video.sampling.pictures`. Most tasks are a request for one clip:
     they have `make_request`, and perhaps `finish`. One of several passes has `run` instead.
 
