@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dit_video.evaluation.evaluate import read_samples
+from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.scenes.shape_metrics import PromptFollowing, StartSpread
 
@@ -25,8 +25,9 @@ def main(config: str, runs: list[Path]) -> None:
     metrics, rates = (PromptFollowing(), StartSpread()), {name: [] for name in MIN_RATES[config]}
     pooled = [metric.init() for metric in metrics]
     for run in runs:
-        samples = read_samples(run / "samples")
-        batch = MetricBatch(samples=[clip for _, clip in samples], prompts=[entry["prompt"] for entry, _ in samples])
+        samples = open_clip_set(run / "samples")
+        clips = [samples.read(number, None) for number in range(len(samples.names))]
+        batch = MetricBatch(samples=clips, prompts=samples.captions)
         states = [metric.update(metric.init(), batch) for metric in metrics]
         estimates = metrics[0].compute(states[0])
         for name, values in rates.items():

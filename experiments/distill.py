@@ -38,7 +38,6 @@ from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.core.storage import StoragePathLike
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.gather import is_first_process
-from dit_video.evaluation import evaluate
 from dit_video.experiment import datasets
 from dit_video.experiment.export import LORA_FILE
 from dit_video.experiment.launch import open_run
@@ -105,17 +104,10 @@ def main() -> None:
             data = arguments.data or _get_data(arguments, run.folder)
         run.train(*data)
         student = run.load_pipeline()
-        evaluation = evaluate.evaluate(
-            student,
-            run.folder,
-            seed=experiment.seed,
-            clips=run.evaluation_clips(),
-            evaluation=experiment.evaluation,
-            share=run.main_process_first,
-        )
+        evaluation = run.evaluate(pipeline=student)
         if is_shapes and arguments.seeds:
             teacher = dit_video.load(arguments.teacher, parallel=run.sampling_parallelism)
-            evaluation.metrics["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
+            evaluation.record["few_steps"] = _compare_few_steps(arguments, teacher, student, run.folder)
         if not is_first_process():
             return
         write_run_report(

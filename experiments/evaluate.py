@@ -4,9 +4,13 @@ from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
+import fnmatch
+import itertools
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder
 from model_options import ModelOptions
 from sampling_options import SamplingOptions
 
-import dit_video.scenes.protocols  # noqa: F401, registers its protocols
+import dit_video.scenes.protocols  # registers its protocols, as the next two do
+import dit_video.scenes.shapes_evaluation
+import dit_video.scenes.tasks  # noqa: F401
 from dit_video.apps.reports.evaluation_report import write_evaluation_report
 from dit_video.apps.reports.run_report import write_run_report
 from dit_video.core import config_json
@@ -26,34 +32,33 @@ from dit_video.core.storage import is_remote, restore_address
 from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import initialize_distributed
-from dit_video.evaluation import evaluate
 from dit_video.evaluation.clip_set import ClipSet, open_clip_set
-from dit_video.evaluation.evaluate_protocol import ProtocolResult, evaluate_protocol, is_reconstruction
-from dit_video.evaluation.measure import count_clips, measure
-from dit_video.evaluation.protocol import Protocol
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.evaluate import evaluate, print_results
+from dit_video.evaluation.measure import EvaluationResult, measure
+from dit_video.evaluation.protocol import EvaluationData, EvaluationProtocol
 from dit_video.evaluation.protocols import PROTOCOLS, get_protocol
 from dit_video.experiment.run import Run
 from dit_video.loading import find_folder, read_config
 from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
-from dit_video.scenes.shapes_evaluation import ShapesEvaluation
-from dit_video.training.hooks.logging import Progress
 
 _MODEL, _SAMPLING, _PATIENCE = ModelOptions(), SamplingOptions(), TimeoutConfig()
-_FOLDER_PROTOCOL, _QUICKSTART = "samples", "quickstart"
+_FOLDER_PROTOCOL = "samples"
 _MAX_NAMED = 5
 """Number of clips that are left out whose reasons are printed; all are in metrics.json."""
-_PROTOCOL_HELP = f"Name of a protocol: {', '.join((*PROTOCOLS, _QUICKSTART))}."
+_PROTOCOL_HELP = f"Names or patterns, such as 'task_*', of protocols: {', '.join(PROTOCOLS)}."
 
 
 def main(
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_FOLDER")],
     out: Path | None = None,
     seed: int | None = None,
-    protocol: Annotated[str | None, tyro.conf.arg(help=_PROTOCOL_HELP)] = None,
+    protocol: Annotated[tuple[str, ...], tyro.conf.arg(help=_PROTOCOL_HELP)] = (),
     data: Path | None = None,
     metrics: tuple[str, ...] = (),
     weights: Path | None = None,
     count: int | None = None,
+    fields: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE")] = (),
     patience: TimeoutConfig = _PATIENCE,
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = _MODEL,
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _SAMPLING,
@@ -68,17 +73,19 @@ def main(
         python experiments/evaluate.py runs/quickstart
         python experiments/evaluate.py experiments/pretrained/shapes --out runs/pretrained --seed 7
         python experiments/evaluate.py runs/scenes --protocol scenes
+        python experiments/evaluate.py runs/scenes/tasks --protocol 'task_*' --count 20
         python experiments/evaluate.py runs/wan --protocol msrvtt --data msrvtt --weights weights
         python experiments/evaluate.py folder/of/videos --data folder/of/real/videos --out results
 
     Args:
         run: Folder of a run, of a pipeline or of videos.
         out: Folder to write the files to; the run's folder by default.
-        seed: Seed of the samples, of a model without a protocol; 0 by default.
+        seed: Seed of the samples; 0 by default, or the protocol's.
         data: Folder of clips of the data, or of the originals of reconstructions.
         metrics: Names of the protocol's values to compute; all by default.
         weights: Folder of the weights of feature networks; `weights` by default.
         count: Number of samples, instead of the protocol's.
+        fields: Other fields of the protocol and their values in JSON, such as levels=[3] or resample=3.
         patience: How long other processes are waited for.
         model: Weights, devices and memory.
         sampling: Steps, solver and guidance.
@@ -90,30 +97,52 @@ def main(
             raise UserError(f"the results of {restore_address(run)} need a folder on this machine. Use --out FOLDER.")
         run = find_folder(run)
         is_model = (run / CONFIG).is_file() or read_config(run) is not None
-        if is_model and protocol in (None, _QUICKSTART):
-            _refuse("they belong to a protocol", data=data, metrics=metrics, weights=weights, count=count)
-            target = _get_folder(run, out, is_model=True)
-            _evaluate_run(run, target, seed or 0, model, sampling, is_quickstart=protocol is not None)
-            return
-        _refuse("samples of a protocol have their own seed", seed=seed)
-        if not is_model:
+        if is_model and not protocol:
             _refuse(
-                "a folder of videos is not sampled",
-                options=None if (model, sampling) == (_MODEL, _SAMPLING) else "of sampling",
+                "they belong to a protocol", data=data, metrics=metrics, weights=weights, count=count, fields=fields
             )
+            _evaluate_run(run, _get_folder(run, out, is_model=True), seed or 0, model, sampling)
+            return
+        if not is_model:
+            has_options = seed is not None or (model, sampling) != (_MODEL, _SAMPLING)
+            _refuse("a folder of videos is not sampled", options="of sampling" if has_options else None)
         if not any(run.iterdir()):
             raise UserError(
                 f"{run} holds neither a model nor videos: it is empty. Name a run, a pipeline or a folder of videos"
             )
-        chosen = get_protocol(protocol or _FOLDER_PROTOCOL, metrics=metrics, weights=weights, count=count)
-        folder = _get_folder(run, out, is_model=is_model) / chosen.name
-        real_clips = None if data is None else open_clip_set(data, split=chosen.split)
-        if is_model:
-            result = _evaluate_model(run, chosen, folder, real_clips, model, sampling)
-        else:
-            result = _evaluate_samples(open_clip_set(run), chosen, folder, real_clips)
-        if is_first_process():
-            _write_report(folder / "report.html", result, title=f"Evaluation of {run.name}")
+        given = dict(map(_parse_field, fields)) | ({} if seed is None else {"seed": seed})
+        changes = {"metrics": metrics, "weights": weights, "count": count, "fields": given}
+        pipeline = model.load_pipeline(run, sampling) if is_model else None
+        for chosen in _get_protocols(protocol or (_FOLDER_PROTOCOL,), changes):
+            folder = _get_folder(run, out, is_model=is_model) / chosen.name
+            real_clips = None if data is None else open_clip_set(data, split=chosen.split)
+            if pipeline is None:
+                result = _measure_folder(open_clip_set(run), chosen, folder, real_clips)
+            else:
+                result = evaluate(
+                    pipeline,
+                    chosen,
+                    folder,
+                    data=None if real_clips is None else EvaluationData(real_clips),
+                    average={"ema": model.ema, "sigma_rel": model.sigma_rel},
+                    sampling=sampling.make_sampling(pipeline.config),
+                )
+            if is_first_process():
+                _write_report(folder / "report.html", result, title=f"{chosen.name} of {run.name}")
+
+
+def _get_protocols(patterns: tuple[str, ...], changes: dict[str, Any]) -> list[EvaluationProtocol]:
+    """Return the protocols whose names fit one of the patterns; a pattern without a match is taken for a name."""
+    names = [fnmatch.filter(PROTOCOLS, pattern) or [pattern] for pattern in patterns]
+    return [get_protocol(name, **changes) for name in dict.fromkeys(itertools.chain(*names))]
+
+
+def _parse_field(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _refuse(rule: str, **values: object) -> None:
@@ -127,26 +156,18 @@ def _refuse(rule: str, **values: object) -> None:
             raise UserError(f"{name}={value} is invalid here: {rule}. Leave it out, or use another --protocol")
 
 
-def _write_report(path: Path, result: ProtocolResult, *, title: str) -> None:
+def _write_report(path: Path, result: EvaluationResult, *, title: str) -> None:
     """Write the page, and print the results."""
-    write_evaluation_report(
-        path,
-        result.measurement,
-        result.protocol,
-        result.samples,
-        title=title,
-        real_clips=result.real_clips,
-        is_reconstruction=is_reconstruction(result.protocol),
-    )
-    for name, reason in result.measurement.skipped.items():
+    write_evaluation_report(path, result, title=title)
+    for name, reason in result.skipped.items():
         print(f"{name}: not computed: {reason}")
-    for location, reasons in result.measurement.record["excluded"].items():
+    for location, reasons in result.record["excluded"].items():
         named = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_MAX_NAMED])
         print(f"{len(reasons)} clips of {location} are left out: {named}")
-    for _, about, estimate in result.measurement.results.values():
+    for _, about, estimate in result.results.values():
         if about.is_headline and estimate.value is None:
             print(f"{about.label}: no value: {estimate.note or 'no example determines it'}")
-    evaluate.print_results(result.measurement.results, is_precise=True)
+    print_results(result.results, is_precise=True)
     print(f"report: {path}")
 
 
@@ -162,79 +183,36 @@ def _get_folder(run: Path, out: Path | None, *, is_model: bool) -> Path:
     return run if out is None else out
 
 
-def _evaluate_run(
-    run: Path, folder: Path, seed: int, model: ModelOptions, sampling: SamplingOptions, *, is_quickstart: bool
-) -> None:
-    """Evaluate a model on the prompts and by the metrics of its own config, or of the quickstart."""
+def _evaluate_run(run: Path, folder: Path, seed: int, model: ModelOptions, sampling: SamplingOptions) -> None:
+    """Evaluate a model on the prompts and by the metrics of its own config."""
     pipeline = model.load_pipeline(run, sampling)
     trained = Run.open(run) if (run / CONFIG).is_file() else None
-    evaluation = evaluate.evaluate(
+    result = evaluate(
         pipeline,
+        replace(pipeline.config.evaluation or CaptionEvaluation(), seed=seed),
         folder,
-        seed=seed,
-        clips=None if trained is None else trained.evaluation_clips(),
-        evaluation=ShapesEvaluation() if is_quickstart else None,
+        data=None if trained is None else trained.evaluation_data(),
         sampling=sampling.make_sampling(pipeline.config),
+        replace_samples=True,
     )
     if not is_first_process():
         return
+    config = None if trained is None else config_json.to_json(trained.experiment)
     write_run_report(
-        folder / "report.html",
-        pipeline,
-        evaluation,
-        title=f"Evaluation of {run.name}",
-        source=run,
-        config=None if trained is None else config_json.to_json(trained.experiment),
+        folder / "report.html", pipeline, result, title=f"Evaluation of {run.name}", source=run, config=config
     )
-    evaluate.print_results(evaluation.results, is_precise=True)
+    print_results(result.results, is_precise=True)
     print(f"report: {folder / 'report.html'}")
 
 
-def _evaluate_samples(samples: ClipSet, protocol: Protocol, folder: Path, real_clips: ClipSet | None) -> ProtocolResult:
+def _measure_folder(
+    samples: ClipSet, protocol: EvaluationProtocol, folder: Path, real_clips: ClipSet | None
+) -> EvaluationResult:
     if protocol.count is not None and protocol.count > len(samples.names):
         rule = f"{samples.location} has {len(samples.names)} clips"
         fix = f"Use --count {len(samples.names)} or less, whose figures are of another protocol"
         raise UserError(f"count={protocol.count} is invalid: {rule}. {fix}")
-    real_count = 0 if real_clips is None else protocol.real_count or len(real_clips.names)
-    total = count_clips(protocol, samples=protocol.count or len(samples.names), real_clips=real_count)
-    with Progress("measuring", total, unit="clip", visible=is_first_process()) as progress:
-        measurement = measure(
-            samples,
-            protocol,
-            folder,
-            real_clips=real_clips,
-            is_reconstruction=is_reconstruction(protocol),
-            progress=progress.update,
-        )
-    return ProtocolResult(measurement, protocol, samples, real_clips)
-
-
-def _evaluate_model(
-    run: Path,
-    protocol: Protocol,
-    folder: Path,
-    real_clips: ClipSet | None,
-    model: ModelOptions,
-    sampling: SamplingOptions,
-) -> ProtocolResult:
-    pipeline = model.load_pipeline(run, sampling)
-    real_count = protocol.real_count or (protocol.count or 0 if real_clips is None else len(real_clips.names))
-    total = protocol.count or real_count
-    measured = count_clips(protocol, samples=total, real_clips=real_count)
-    with (
-        Progress("sampling", total, unit="clip", visible=is_first_process()) as sampled,
-        Progress("measuring", measured, unit="clip", visible=is_first_process()) as measuring,
-    ):
-        return evaluate_protocol(
-            pipeline,
-            protocol,
-            folder,
-            data=real_clips,
-            average={"ema": model.ema, "sigma_rel": model.sigma_rel},
-            sampling=sampling.make_sampling(pipeline.config),
-            sampling_progress=sampled.update,
-            progress=measuring.update,
-        )
+    return measure(samples, protocol, folder, real_clips=real_clips)
 
 
 if __name__ == "__main__":

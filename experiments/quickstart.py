@@ -67,7 +67,7 @@ def main(
         shapes.write_folder(workdir / "clips", count=count, seed=seed, progress=lambda done, _: progress.update(done))
     run.train(workdir / "clips")
     pipeline = run.load_pipeline()
-    evaluation = evaluate.evaluate(pipeline, workdir, seed=seed, clips=run.evaluation_clips())
+    evaluation = run.evaluate(pipeline=pipeline)
     minutes = _record_minutes(workdir, time.perf_counter() - start_time if is_new else None)
     write_run_report(
         workdir / "report.html",

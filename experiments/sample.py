@@ -7,6 +7,7 @@ prepare_script(__name__)
 import functools
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -20,8 +21,7 @@ from task_options import TaskOptions, make_default, make_subcommands
 
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
-from dit_video.evaluation.samples import write_samples
-from dit_video.evaluation.task_results import write_task_results
+from dit_video.evaluation.samples import SampleFolder, write_contact_sheet
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Method, Request
 from dit_video.sampling.request_file import read_requests
@@ -73,7 +73,7 @@ def main(
     Args:
         run: Folder of a run, a pipeline or open weights.
         out: File to write (mp4, mov, webm, gif, webp, apng; png or jpg for one frame), or folder of the results of a
-            list. The results of tasks come with a contact sheet and samples.jsonl.
+            list, with prompts.json and a contact sheet. Files that exist are not made again.
         task: Task and its values.
         prompts: JSON file with a list of {prompt, frames, height, width, seed, image, …}, or text file with a prompt on
             each line; see docs/evaluation.md.
@@ -110,14 +110,17 @@ def main(
         if task != _GENERATE or seed is not None or options != Request(""):
             rule = "--size, --seed, --negative, --image and other options of one clip need --prompt"
             raise UserError(f"{rule}; put them in the list")
-        _sample_list(run, read_requests(prompts), out, model, sampling, text_encoder)
+        requests = read_requests(prompts)
+        pipeline = model.load_pipeline(run, sampling, list_requests=lambda config: requests, text_encoder=text_encoder)
+        chosen = sampling.make_sampling(pipeline.config)
+        _write_samples(SampleFolder(out, pipeline, requests, sampling=chosen, replace_others=True))
         return
     if tasks is not None:
         if task != _GENERATE or seed is not None:
             raise UserError("--seed and values of a task need the name of the task; put them in the list")
-        entries = read_tasks(tasks)
+        entries = [TaskEntry(each, replace(options, seed=own.seed)) for each, own in read_tasks(tasks)]
     else:
-        entries = [TaskEntry(task.read(), options.seed)]
+        entries = [TaskEntry(task.read(), options)]
     is_file = tasks is None and out.suffix != ""
     if is_file and out.suffix.lower().removeprefix(".") not in FORMATS:
         raise UserError(f"--out {out} has no known suffix; use one of .{', .'.join(FORMATS)}")
@@ -134,24 +137,14 @@ def main(
         clip.save(out)
         print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}, {seconds:.1f} s including loading")
         return
-    with Progress("sampling", len(entries), unit="clip") as progress:
-        paths = write_task_results(pipeline, entries, out, options=options, sampling=chosen, progress=progress.update)
-    print(f"{len(paths)} clips, contact_sheet.png and samples.jsonl in {out}")
+    _write_samples(SampleFolder(out, pipeline, entries, sampling=chosen))
 
 
-def _sample_list(
-    run: Path,
-    requests: list[Request],
-    out: Path,
-    model: ModelOptions,
-    sampling: SamplingOptions,
-    text_encoder: Path | None,
-) -> None:
-    pipeline = model.load_pipeline(run, sampling, list_requests=lambda config: requests, text_encoder=text_encoder)
-    chosen = sampling.make_sampling(pipeline.config)
-    with Progress("sampling", len(requests), unit="clip") as progress:
-        write_samples(pipeline, requests, out, sampling=chosen, progress=progress.update)
-    print(f"{len(requests)} clips in {out}")
+def _write_samples(folder: SampleFolder) -> None:
+    with Progress("sampling", len(folder), unit="clip") as progress:
+        samples = folder.fill(progress.update)
+    write_contact_sheet(samples)
+    print(f"{len(folder)} clips, prompts.json and contact_sheet.png in {folder.folder}")
 
 
 def _parse_strength(text: str) -> tuple[str, float | tuple[float, ...]]:

@@ -23,6 +23,7 @@ from dit_video.core.files import write_json
 from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.comparison import format_comparison
+from dit_video.evaluation.protocol import EvaluationData
 from dit_video.evaluation.protocols import get_protocol
 from dit_video.evaluation.sweep import sweep_sampling
 
@@ -64,7 +65,7 @@ def main(
     """
     check_minimum(1, count=count)
     chosen = get_protocol(protocol, metrics=metrics, weights=weights, count=count)
-    real_clips = None if data is None else open_clip_set(data, split=chosen.split)
+    clips = None if data is None else EvaluationData(open_clip_set(data, split=chosen.split))
     pipeline = model.load_pipeline(run, sampling)
     sweep = sweep_sampling(
         pipeline,
@@ -72,7 +73,7 @@ def main(
         out,
         steps=grid_steps,
         guidance=grid_guidance,
-        data=real_clips,
+        data=clips,
         sampling=sampling.make_sampling(pipeline.config),
         on_point=_announce,
     )

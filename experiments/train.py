@@ -122,7 +122,7 @@ def evaluate_autoencoder(run: Run) -> dict[str, MetricResult]:
         return {}
     with run.recorder.phase(goodput.EVALUATION):
         evaluation = evaluate.evaluate_autoencoder(
-            run.codec(), run.evaluation_clips(), run.folder, metrics=run.experiment.evaluation.metrics
+            run.codec(), run.experiment.evaluation, run.folder, data=run.evaluation_data()
         )
     run.recorder.flush()  # the report shows where the time went
     with run.recorder.phase(goodput.REPORT):
@@ -140,14 +140,7 @@ def evaluate_run(run: Run) -> dict[str, MetricResult]:
     experiment, workdir, recorder = run.experiment, run.folder, run.recorder
     with recorder.phase(goodput.EVALUATION):
         pipeline = run.load_pipeline()
-        evaluation = evaluate.evaluate(
-            pipeline,
-            workdir,
-            seed=experiment.seed,
-            clips=run.evaluation_clips(),
-            evaluation=experiment.evaluation,
-            share=run.main_process_first,
-        )
+        evaluation = run.evaluate(pipeline=pipeline)
     if not is_first_process():
         return {}
     recorder.flush()  # the report shows where the time went

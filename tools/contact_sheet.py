@@ -12,7 +12,7 @@ import tyro
 
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
-from dit_video.evaluation import evaluate
+from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.video import Clip
 
 _GAP = 2
@@ -41,7 +41,8 @@ def main(
         scale: Integer factor by which frames are enlarged.
     """
     check_minimum(1, columns=columns, frames=frames, scale=scale)
-    clips = [clip for entry, clip in evaluate.read_samples(samples) if entry["frames"] == frames]
+    listed = open_clip_set(samples)
+    clips = [clip for number in range(len(listed.names)) if len(clip := listed.read(number, None)) == frames]
     if not clips:
         raise UserError(
             f"--frames {frames} is invalid: {samples} has no samples of that length. Use --frames with a length it has"

@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from dit_video.distributed.exchange import broadcast_values
 from dit_video.evaluation.clip_set import ClipSet, hash_clip
 from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.metrics.metric import ClipReconstruction, MetricBatch
-from dit_video.evaluation.protocol import Protocol
+from dit_video.evaluation.protocol import EvaluationProtocol
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.video import Clip
 
@@ -30,7 +29,7 @@ class ClipReader:
     """Clips of a set as a protocol samples them; unreadable ones are counted and named."""
 
     clips: ClipSet
-    protocol: Protocol
+    protocol: EvaluationProtocol
     numbers: Sequence[int]
     """Numbers of the clips to read."""
     total: int
@@ -76,7 +75,7 @@ class ClipReader:
         check_excluded(self.excluded, self.protocol, self.clips.location, total=self.total)
 
 
-def check_excluded(excluded: Mapping[str, str], protocol: Protocol, location: str, *, total: int) -> None:
+def check_excluded(excluded: Mapping[str, str], protocol: EvaluationProtocol, location: str, *, total: int) -> None:
     """Check that no more clips are left out than a protocol allows.
 
     Args:
@@ -106,11 +105,13 @@ class ClipUpdates:
     """
 
     collection: MetricCollection
-    protocol: Protocol
+    protocol: EvaluationProtocol
     pipeline: Pipeline | None = None
     """Model, for metrics that measure its denoiser."""
     progress: Callable[[int], None] | None = None
     """Called with the number of clips that were read."""
+    is_alone: bool = False
+    """Whether this process reads all clips, and others know nothing of it."""
     names: list[str] = field(default_factory=list)
     """Names of the samples that were measured."""
     real_names: list[str] = field(default_factory=list)
@@ -130,7 +131,7 @@ class ClipUpdates:
     @property
     def is_shared(self) -> bool:
         """Return True if each process reads a part of the clips."""
-        return jax.process_count() > 1 and "pipeline" not in self.collection.needs
+        return jax.process_count() > 1 and not self.is_alone and "pipeline" not in self.collection.needs
 
     def list_nearest(self) -> dict[str, str]:
         """Return the name of each sample's nearest data clip; empty if no metric knows it."""
@@ -149,31 +150,51 @@ class ClipUpdates:
             self._hashes += map(hash_clip, real_clips)
             self.collection.update(MetricBatch(real_clips=real_clips, pipeline=self.pipeline))
 
-    def add_samples(self, clips: ClipSet, *, truths: Sequence[Any] = (), originals: ClipSet | None = None) -> None:
-        """Read samples: of rendered scenes with their truths, or reconstructions with their originals."""
+    def add_samples(self, clips: ClipSet) -> None:
+        """Read samples, with their references and truths if they have any."""
         protocol = self.protocol
-        pairs = None if originals is None else _PairReader(originals, clips, protocol)
+        needs_references = "references" in self.collection.needs
         for part in self._read(clips, protocol.choose(len(clips.names), protocol.count, purpose="measured samples")):
-            made = []
-            if pairs is not None:
-                whole = {number: pairs.make_pair(number, clip) for number, clip in part}
-                part = [(number, clip) for number, clip in part if whole[number] is not None]
-                made = [pair for pair in whole.values() if pair is not None]
-            self._hashes += [hash_clip(pair.original) for pair in made]
             batch = MetricBatch(
                 samples=[clip for _, clip in part],
                 prompts=[clip.caption for _, clip in part],
-                scenes=[truths[number] for number, _ in part] if truths else (),
-                pairs=made,
-                real_clips=[pair.original for pair in made],
+                references=[clips.references[number]() for number, _ in part] if needs_references else (),
+                scenes=[clips.truths[number] for number, _ in part] if clips.truths else (),
                 pipeline=self.pipeline,
             )
             self.collection.update(batch)
             self.names += [clips.names[number] for number, _ in part]
-        if pairs is not None:
-            self._totals.setdefault(pairs.location, len(clips.names))  # also for clips that other processes leave out
-            if pairs.excluded:
-                self.excluded.setdefault(pairs.location, {}).update(pairs.excluded)
+
+    def add_reconstructions(
+        self, clips: ClipSet, originals: ClipSet, make_baseline: Callable[[Clip], Clip] | None = None
+    ) -> None:
+        """Read reconstructions with the clips of the data of their names.
+
+        Args:
+          clips: The reconstructions; they are the samples of a protocol of reconstructions.
+          originals: Clips of the data.
+          make_baseline: Returns the reconstruction of an original by a linear autoencoder.
+        """
+        protocol, pairs = self.protocol, _PairReader(originals, clips, self.protocol)
+        numbers = protocol.choose(len(clips.names), protocol.count, purpose="measured samples")
+        for part in self._read(clips, numbers if protocol.is_reconstruction else range(len(clips.names))):
+            made = [pair for number, clip in part if (pair := pairs.make_pair(number, clip, make_baseline)) is not None]
+            samples = [pair.decoded for pair in made] if protocol.is_reconstruction else []
+            self._hashes += [hash_clip(pair.original) for pair in made]
+            batch = MetricBatch(
+                samples=samples,
+                prompts=[clip.caption for clip in samples],
+                pairs=made,
+                baselines=[pair.baseline for pair in made if pair.baseline is not None],
+                real_clips=[pair.original for pair in made],
+                pipeline=self.pipeline,
+            )
+            self.collection.update(batch)
+            names = self.names if protocol.is_reconstruction else self.real_names
+            names += [pair.name for pair in made]
+        self._totals.setdefault(pairs.location, len(clips.names))  # also for clips that other processes leave out
+        if pairs.excluded:
+            self.excluded.setdefault(pairs.location, {}).update(pairs.excluded)
 
     def merge_processes(self, error: UserError | None = None) -> None:
         """Join, in every process, what all processes have read, in the order of the clips.
@@ -224,7 +245,7 @@ class ClipUpdates:
 class _PairReader:
     """Original clips of reconstructions, by their names without suffix."""
 
-    def __init__(self, originals: ClipSet, samples: ClipSet, protocol: Protocol):
+    def __init__(self, originals: ClipSet, samples: ClipSet, protocol: EvaluationProtocol):
         self._reader, self._samples = ClipReader(originals, protocol, (), len(samples.names)), samples
         self._numbers = {Path(name).with_suffix("").as_posix(): number for number, name in enumerate(originals.names)}
         lacking = [name for name in samples.names if Path(name).with_suffix("").as_posix() not in self._numbers]
@@ -245,7 +266,9 @@ class _PairReader:
         """Return the folder of the originals."""
         return self._reader.clips.location
 
-    def make_pair(self, number: int, decoded: Clip) -> ClipReconstruction | None:
+    def make_pair(
+        self, number: int, decoded: Clip, make_baseline: Callable[[Clip], Clip] | None
+    ) -> ClipReconstruction | None:
         """Return a reconstruction with its original, whose first frames are compared if it is longer.
 
         It is None, and the original is left out, if the original cannot be read or has another size.
@@ -263,4 +286,5 @@ class _PairReader:
         if original is None:
             self._reader.check()
             return None
-        return ClipReconstruction(name, original, decoded)
+        baseline = None if make_baseline is None else make_baseline(original)
+        return ClipReconstruction(name, original, decoded, baseline)

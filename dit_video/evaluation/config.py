@@ -1,72 +1,84 @@
-"""Configurations of an evaluation: prompts to sample, and metrics."""
+"""The evaluation that a training ends with by default: captions of its clips, and reconstructions."""
 
-import abc
-import functools
-from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from functools import partial
+
+import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.metrics.metric import Metric, MetricInput
+from dit_video.evaluation.clip_set import NO_CLIPS, ClipSet
+from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim
-from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest, make_caption_requests
+from dit_video.evaluation.protocol import (
+    EvaluationData,
+    EvaluationItem,
+    EvaluationProtocol,
+    make_item_seed,
+    needs_first_frame,
+)
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Request
 
 RECONSTRUCTION_METRICS: tuple[Metric, ...] = (Psnr(), Ssim(), LinearPsnr())
 """Metrics of the autoencoder, for any clips."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(abc.ABC):
-    """Base of the configs of an evaluation: a subclass says what is sampled, whatever the metrics are.
+class CaptionEvaluation(EvaluationProtocol):
+    """Evaluation on captions of training clips and held-out clips.
 
     Raises:
-      UserError: If two metrics have a value of the same name, or one needs data that these prompts do not have.
+      UserError: If a metric needs data that captions do not have.
     """
 
+    name: str = "captions"
     metrics: tuple[Metric, ...] = RECONSTRUCTION_METRICS
-    """Metrics to compute."""
-    provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput)) - {"scenes"}
-    """Data that metrics may need."""
-    example_prompt: ClassVar[str] = "a prompt"
-    """Prompt in the commands that reports show."""
-
-    def __post_init__(self):
-        names = Counter(name for metric in self.metrics for name in metric.describe())
-        if twice := [name for name, count in names.items() if count > 1]:
-            raise UserError(f"metrics are invalid: two have a value {twice[0]!r}. Leave one out, or rename its value.")
-        for metric in self.metrics:
-            lacking = sorted({*metric.needs} - self.provides)
-            if lacking or {*metric.needs} <= {"pipeline"}:
-                rule = f"{type(self).__name__} has no {lacking[0]}" if lacking else "its needs name no examples"
-                raise UserError(
-                    f"metric {type(metric).__name__} is invalid: {rule}. Leave it out, or change its needs."
-                )
-
-    @abc.abstractmethod
-    def make_requests(self, clips: EvaluationClips | None, seed: int, *, image: bool) -> list[EvaluationRequest]:
-        """Return the requests to sample.
-
-        Args:
-          clips: Clips of the training run, if they are known.
-          seed: Seed of the evaluation.
-          image: True if every request needs a first frame.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptionEvaluation(Evaluation):
-    """Evaluation on captions of training clips and held-out clips."""
-
+    crf: int | None = None
     trained: int = 4
     """Number of different training captions, each sampled at its clip's size; the samples show memorisation."""
     held_out: int = 4
     """Number of different held-out captions."""
 
-    def make_requests(self, clips: EvaluationClips | None, seed: int, *, image: bool) -> list[EvaluationRequest]:
-        """Return requests for captions of the training clips, then of the held-out clips."""
-        if clips is None:
-            return []
-        make = functools.partial(make_caption_requests, limits=clips.limits, seed=seed, use_first_frame=image)
-        trained = make(clips.training, count=self.trained)
-        held_out = make(clips.held_out, count=self.held_out, first_index=len(trained))
-        return [each._replace(is_trained_caption=True) for each in trained] + held_out
+    def __post_init__(self):
+        super().__post_init__()
+        for metric in self.metrics:
+            if "scenes" in metric.needs or {*metric.needs} <= {"pipeline"}:
+                rule = f"{type(self).__name__} has no scenes" if "scenes" in metric.needs else "it names no examples"
+                raise UserError(
+                    f"metric {type(metric).__name__} is invalid: {rule}. Leave it out, or change its needs."
+                )
+
+    def make_data(self, data: EvaluationData | None) -> EvaluationData:
+        """Return the given clips, or none."""
+        return EvaluationData(NO_CLIPS) if data is None else data
+
+    def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
+        """Return captions of the training clips, then of the held-out clips.
+
+        Raises:
+          UserError: If no clip is known.
+        """
+        if data.training is None and not data.clips.names:
+            raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
+        trained = [] if data.training is None else self._choose_captions(pipeline, data.training, self.trained)
+        trained = [each._replace(is_trained_caption=True) for each in trained]
+        return trained + self._choose_captions(pipeline, data.clips, self.held_out, first=len(trained))
+
+    def _choose_captions(
+        self, pipeline: Pipeline, clips: ClipSet, count: int, *, first: int = 0
+    ) -> list[EvaluationItem]:
+        """Return items of up to `count` different captions, spread over the clips, numbered from `first` on."""
+        different: dict[str, int] = {}
+        for index, caption in enumerate(clips.captions):
+            if caption:
+                different.setdefault(caption, index)
+        positions = np.linspace(0, len(different) - 1, min(count, len(different))).round().astype(int)
+        items = []
+        for number, position in enumerate(positions.tolist(), first):
+            index = list(different.values())[position]
+            read = partial(clips.read, index, None)
+            size = pipeline.config.size if clips.get_size is None else clips.get_size(index)
+            image = read().frames[0] if needs_first_frame(pipeline) else None
+            request = Request(clips.captions[index], size, make_item_seed(self.seed, number), image=image)
+            items.append(EvaluationItem(request, read))
+        return items

@@ -1,244 +1,245 @@
-"""Evaluation of a pipeline: samples in files and reconstructions of held-out clips, and metrics of both."""
+"""Evaluation of a model by a protocol: samples that are made once, reconstructions, and their metrics."""
 
-import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core import config_json
-from dit_video.core.errors import UserError, check_at_least
-from dit_video.core.files import write_json
+from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
-from dit_video.data.latents.codec import LatentCodec
-from dit_video.data.sizes import SizeLimits, read_fitted_clip
-from dit_video.diffusion import SOLVERS, ExplicitTimes, Guidance
+from dit_video.data.latents.codec import LatentCodec, compute_autoencoder_identity
 from dit_video.distributed.faults.progress import count_progress
 from dit_video.distributed.gather import is_first_process
-from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
-from dit_video.evaluation.config import CaptionEvaluation, Evaluation
-from dit_video.evaluation.metrics.metric import (
-    CLIP_NEEDS,
-    PROMPT_NEEDS,
-    ClipReconstruction,
-    Metric,
-    MetricBatch,
-    MetricInput,
-)
-from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
-from dit_video.evaluation.samples import SavedSample, check_replaceable, read_samples, write_samples
-from dit_video.models.autoencoders import LinearAutoencoder
+from dit_video.evaluation.clip_set import NO_CLIPS, ClipSet
+from dit_video.evaluation.collection import MetricResult
+from dit_video.evaluation.measure import EvaluationResult, check_computable, measure
+from dit_video.evaluation.metrics.metric import CLIP_NEEDS, MetricInput
+from dit_video.evaluation.protocol import EvaluationData, EvaluationItem, EvaluationProtocol
+from dit_video.evaluation.samples import SampleFolder
 from dit_video.sampling import Sampling
+from dit_video.sampling.clip_recipe import describe_sampling
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip
 
-_CLIP_NEEDS = CLIP_NEEDS | frozenset[MetricInput](("real_clips",))
-"""Needs of metrics whose examples are the held-out clips, which are also the data clips."""
-_BATCH = 16
-"""Number of examples that metrics get at once."""
-
-
-class EvaluationResult(NamedTuple):
-    """Results of an evaluation, with the clips that they were computed on."""
-
-    metrics: dict[str, Any]
-    """Content of `metrics.json`."""
-    results: dict[str, MetricResult]
-    """Results by name."""
-    reconstructions: list[ClipReconstruction]
-    samples: list[SavedSample]
-    is_trained_caption: list[bool]
-    """True for each sample whose caption belongs to a training clip."""
+SAMPLES_FOLDER = "samples"
 
 
 def evaluate(
     pipeline: Pipeline,
+    protocol: EvaluationProtocol,
     folder: str | Path,
     *,
-    seed: int,
-    clips: EvaluationClips | None = None,
-    evaluation: Evaluation | None = None,
+    data: EvaluationData | None = None,
     sampling: Sampling | None = None,
-    share: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    average: Mapping[str, float | None] | None = None,
+    replace_samples: bool = False,
+    share: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> EvaluationResult:
-    """Sample as the pipeline's config says, compute its metrics, and write `samples/` and `metrics.json`.
+    """Sample and reconstruct as a protocol says, compute its metrics, and write `samples/` and `metrics.json`.
 
-    The samples depend on the config's prompts and the seed, never on its metrics; if no clip has a caption to sample,
-    there are none. In a run of several processes all of them call this and sample; the first one decodes, measures and
-    writes. All of them compute metrics that need the pipeline.
+    The samples depend on the protocol's items, never on its metrics. Existing samples are not made again, so that a
+    killed evaluation goes on and further metrics use the same samples. In a run of several processes all of them call
+    this: they sample together, and each decodes and measures a part.
 
     Args:
-      pipeline: The pipeline to evaluate.
+      pipeline: The model.
+      protocol: What is sampled and measured.
       folder: Folder of the results.
-      seed: Seed of the samples.
-      clips: Clips of the pipeline's training run; without them nothing is reconstructed.
-      evaluation: Prompts and metrics; by default the ones that the pipeline's training run asked for.
+      data: Data clips, perhaps with those of the training; not needed for a protocol that renders its own.
       sampling: Steps, solver and guidance; the pipeline's own by default.
+      average: Average of a run's weights that the pipeline has, as passed to `dit_video.load`; it is part of the
+        recorded protocol. None for the model's own weights.
+      replace_samples: Whether samples that other weights or settings made are replaced; otherwise they are refused.
       share: Returns a context in which each process has the files that the first one has written to `folder`; needed if
         the processes have folders of their own.
 
     Raises:
-      UserError: If there are neither clips nor prompts, the folder's `samples/` holds other files, the seed is
-        negative, or the sampling is invalid.
+      UserError: If there are no data, clips have no captions, the folder holds samples of other settings or other
+        files, or `measure` raises it.
     """
-    folder = Path(folder)
-    check_at_least(0, seed=seed)
-    if is_first_process():
-        check_replaceable(folder / "samples")
-    sampling = pipeline.make_sampling(sampling)
-    config = evaluation or pipeline.config.evaluation or CaptionEvaluation()
-    frames = pipeline.config.model.frame_conditioning
-    requests = config.make_requests(clips, seed, image=frames is not None and frames.prob == 1)
-    if not requests and clips is None:
-        raise UserError("there are no captions to sample; give clips captions, or sample prompts with sample.py")
-    collection = MetricCollection(config.metrics)
-    is_measuring = is_first_process() or "pipeline" in collection.needs
-    reconstructions: list[ClipReconstruction] = []
-    if clips is not None and is_measuring:
-        reconstructions = _measure_reconstructions(collection, pipeline.codec, clips, pipeline)
-    start_time = time.perf_counter()
-    if requests:
-        with Progress("sampling", len(requests), unit="clip", visible=is_first_process()) as progress:
-            prompted = [each.request for each in requests]
-            write_samples(pipeline, prompted, folder / "samples", sampling=sampling, progress=progress.update)
-    if not is_measuring:
-        return EvaluationResult({}, {}, [], [], [])
-    seconds = round(time.perf_counter() - start_time, 1)
-    with share() if "pipeline" in collection.needs else contextlib.nullcontext():
-        samples = read_samples(folder / "samples") if requests else []
-    _update_samples(collection, requests, [sample.clip for sample in samples], pipeline)
-    metrics = {
-        "protocol": _describe_protocol(config, sampling, seed),
-        "parameters": pipeline.count_parameters(),
-        "sampling": {"samples": len(requests), "seed": seed, **_describe_sampling(sampling), "seconds": seconds},
-    }
-    result = EvaluationResult(metrics, {}, reconstructions, samples, [each.is_trained_caption for each in requests])
-    return _write_results(folder, collection, result)
+    opened = _open(pipeline, protocol, Path(folder), data, sampling, replace_samples=replace_samples, share=share)
+    samples, start_time = NO_CLIPS, time.perf_counter()
+    if opened.samples is not None:
+        with Progress("sampling", len(opened.samples), unit="clip", visible=is_first_process()) as progress:
+            samples = opened.samples.fill(progress.update)
+    seconds = None if opened.samples is None else round(time.perf_counter() - start_time, 1)
+    return _measure(opened, samples, average=average)._replace(seconds=seconds)
 
 
-def measure_samples(
-    evaluation: Evaluation,
-    requests: Sequence[EvaluationRequest],
-    clips: Sequence[Clip],
+def evaluate_in_background(
+    pipeline: Pipeline,
+    protocol: EvaluationProtocol,
     folder: str | Path,
+    executor: Executor,
     *,
-    sampling: Sampling,
-    seed: int = 0,
-) -> dict[str, MetricResult]:
-    """Compute metrics of in-memory samples that need neither the model nor reconstructions, and write them.
+    data: EvaluationData | None = None,
+) -> Future[EvaluationResult] | None:
+    """Sample as a protocol says, and let a thread of the first process decode, write and measure.
+
+    Meanwhile the weights of the denoiser may change: metrics that need the model itself, or reconstructions, are left
+    out. In a run of several processes all of them call this, and the others get None.
 
     Args:
-      evaluation: Metrics.
-      requests: Requests of the samples.
-      clips: The samples.
-      folder: Folder of `metrics.json`.
-      sampling: How the samples were made.
-      seed: Seed of the requests.
+      pipeline: The model.
+      protocol: What is sampled and measured.
+      folder: Folder of the results.
+      executor: Executor of the thread.
+      data: Data clips, perhaps with those of the training.
+
+    Raises:
+      UserError: If the protocol does not fit the model, or the folder holds other files than samples.
     """
-    metrics = [metric for metric in evaluation.metrics if PROMPT_NEEDS.issuperset(metric.needs)]
-    collection = MetricCollection(metrics)
-    _update_samples(collection, requests, clips)
-    content = {"protocol": _describe_protocol(evaluation, sampling, seed)}
-    samples = [SavedSample({"file": f"{number:03d}"}, clip) for number, clip in enumerate(clips)]
-    return _write_results(Path(folder), collection, EvaluationResult(content, {}, [], samples, [])).results
+    opened = _open(pipeline, protocol, Path(folder), data, None, replace_samples=True, share=nullcontext)
+    writes = [] if opened.samples is None else list(opened.samples.start())
+
+    def finish() -> EvaluationResult:
+        for write in writes:
+            write()
+        samples = NO_CLIPS if opened.samples is None else opened.samples.finish()
+        return _measure(opened._replace(reconstructions=None), samples, is_alone=True)
+
+    return executor.submit(finish) if is_first_process() else None
 
 
-def _describe_protocol(evaluation: Evaluation, sampling: Sampling, seed: int) -> dict[str, Any]:
-    """Return everything besides the model that the values depend on."""
-    return {"config": config_json.to_json(evaluation), "sampling": config_json.to_json(sampling), "seed": seed}
+class _OpenEvaluation(NamedTuple):
+    """A protocol that is ready to be sampled and measured."""
+
+    pipeline: Pipeline
+    protocol: EvaluationProtocol
+    """Protocol, completed by what the model determines."""
+    folder: Path
+    data: EvaluationData
+    items: tuple[EvaluationItem, ...]
+    samples: SampleFolder | None
+    """Folder of the samples; None if nothing is sampled."""
+    sampling: Sampling
+    reconstructions: ClipSet | None
+    """Reconstructions of the data, made when they are read; None if no metric needs them."""
+    model: dict[str, Any]
+    """Description of the weights, which a training changes later."""
 
 
-def _update_samples(
-    collection: MetricCollection,
-    requests: Sequence[EvaluationRequest],
-    clips: Sequence[Clip],
-    pipeline: Pipeline | None = None,
-) -> None:
-    needs_references = "references" in collection.needs
-    for start in range(0, len(clips), _BATCH):
-        part = requests[start : start + _BATCH]
-        batch = MetricBatch(
-            samples=clips[start : start + _BATCH],
-            prompts=[each.request.prompt for each in part],
-            references=[each.read_reference() for each in part] if needs_references else (),
-            scenes=[each.scene for each in part],
-            pipeline=pipeline,
-        )
-        collection.update(batch)
-        count_progress()
-
-
-def _measure_reconstructions(
-    collection: MetricCollection, codec: LatentCodec, clips: EvaluationClips, pipeline: Pipeline | None = None
-) -> list[ClipReconstruction]:
-    """Reconstruct the held-out clips, if any metric needs that, and update the metrics."""
-    if not len(clips.held_out) or not collection.needs & _CLIP_NEEDS:
-        return []
-    linear = clips.linear() if "baselines" in collection.needs else None
-    pairs = reconstruct(codec, clips.held_out, clips.limits, linear=linear)
-    for start in range(0, len(pairs), _BATCH):
-        part = pairs[start : start + _BATCH]
-        baselines = [pair.baseline for pair in part if pair.baseline is not None]
-        originals = [pair.original for pair in part]
-        collection.update(MetricBatch(pairs=part, baselines=baselines, real_clips=originals, pipeline=pipeline))
-        count_progress()
-    return pairs
-
-
-def _write_results(folder: Path, collection: MetricCollection, result: EvaluationResult) -> EvaluationResult:
-    """Write `metrics.json`, and return the result with the metrics' values."""
-    results = collection.compute()
-    metrics = result.metrics | {
-        "results": list_results(results),
-        "clips": collection.list_examples([pair.name for pair in result.reconstructions], _CLIP_NEEDS),
-        "samples": collection.list_examples([entry["file"] for entry, _ in result.samples], PROMPT_NEEDS),
+def _open(
+    pipeline: Pipeline,
+    protocol: EvaluationProtocol,
+    folder: Path,
+    data: EvaluationData | None,
+    sampling: Sampling | None,
+    *,
+    replace_samples: bool,
+    share: Callable[[], AbstractContextManager[None]] | None,
+) -> _OpenEvaluation:
+    sampling, data = pipeline.make_sampling(sampling), protocol.make_data(data)
+    items, reconstructions = tuple(protocol.make_items(pipeline, data)), None
+    if data.clips.names and any(CLIP_NEEDS & {*metric.needs} for metric in protocol.metrics):
+        protocol, reconstructions = reconstruct(pipeline.codec, protocol, data.clips)
+    present: dict[MetricInput, object] = {
+        "samples": items or protocol.is_reconstruction,
+        "prompts": items or protocol.is_reconstruction,
+        "references": items and all(item.read_reference for item in items),
+        "scenes": items and all(item.truth is not None for item in items),
+        "real_clips": data.clips.names,
+        "pairs": reconstructions,
+        "baselines": reconstructions,
+        "pipeline": pipeline,
     }
-    if is_first_process():
-        write_json(folder / "metrics.json", metrics)
-    return result._replace(metrics=metrics, results=results)
+    check_computable(protocol, [name for name, value in present.items() if value])
+    samples = None
+    if items:
+        samples = SampleFolder(
+            folder / SAMPLES_FOLDER,
+            pipeline,
+            [item.entry for item in items],
+            sampling=sampling,
+            codec=protocol.codec,
+            crf=protocol.crf,
+            replace_others=replace_samples,
+            share=share,
+        )
+    described = {"weights": pipeline.compute_digest(), "parameters": pipeline.count_parameters()}
+    return _OpenEvaluation(pipeline, protocol, folder, data, items, samples, sampling, reconstructions, described)
 
 
-def print_results(results: Mapping[str, MetricResult], *, is_precise: bool = False) -> None:
-    """Print the headline values with their intervals."""
-    for _, description, estimate in results.values():
-        if description.is_headline and estimate.value is not None:
-            interval = description.format_interval(estimate, is_precise=is_precise)
-            details = ", ".join(filter(None, (interval, f"{estimate.count} examples")))
-            print(f"{description.label}: {description.format_value(estimate.value, is_precise=is_precise)} ({details})")
-
-
-def _describe_sampling(sampling: Sampling) -> dict[str, Any]:
-    """Return steps, solver and guidance scale; also a shift, explicit times and guidance options if there are any.
-
-    The solver has its name on the command line, or else its class name.
-    """
-    guidance, solver = sampling.guidance, sampling.solver
-    named = next((name for name, each in SOLVERS.items() if each == solver), type(solver).__name__.lower())
-    plain = guidance == Guidance(scale=guidance.scale)
-    options = {} if plain else {"guidance_options": config_json.to_json(guidance)}
-    if sampling.shift is not None:
-        options["shift"] = sampling.shift
-    if isinstance(sampling.time_schedule, ExplicitTimes):
-        options["times"] = list(sampling.time_schedule.times)
-    return {"steps": sampling.steps, "guidance": guidance.scale, **options, "solver": named}
+def _measure(
+    opened: _OpenEvaluation,
+    samples: ClipSet,
+    *,
+    average: Mapping[str, float | None] | None = None,
+    is_alone: bool = False,
+) -> EvaluationResult:
+    pipeline, protocol, items = opened.pipeline, opened.protocol, opened.items
+    model = pipeline.config.model
+    recorded: dict[str, Any] = {"average": dict(average or {})}
+    if items:
+        recorded["sampling"] = describe_sampling(opened.sampling)
+    elif protocol.is_reconstruction:
+        recorded["autoencoder"] = config_json.to_json(model.autoencoder)
+    elif opened.reconstructions is None:
+        recorded["autoencoder"] = compute_autoencoder_identity(model.autoencoder, pipeline.codec.params)
+        recorded["objective"] = [config_json.to_json(model.process), config_json.to_json(model.prediction)]
+    if len(references := [item.read_reference for item in items if item.read_reference is not None]) == len(items):
+        samples = samples._replace(references=references)
+    if items and all(item.truth is not None for item in items):
+        samples = samples._replace(truths=[item.truth for item in items])
+    result = measure(
+        opened.reconstructions if protocol.is_reconstruction and opened.reconstructions is not None else samples,
+        protocol,
+        opened.folder,
+        real_clips=opened.data.clips if opened.data.clips.names else None,
+        reconstructions=opened.reconstructions,
+        make_baseline=_open_baseline(opened.data, protocol, model.autoencoder.stride),
+        pipeline=None if is_alone else pipeline,
+        recorded=recorded,
+        model=opened.model,
+        is_alone=is_alone,
+    )
+    return result._replace(items=items, sampling=opened.sampling if items else None)
 
 
 def evaluate_autoencoder(
-    codec: LatentCodec, clips: EvaluationClips, folder: str | Path, *, metrics: Sequence[Metric]
+    codec: LatentCodec, protocol: EvaluationProtocol, folder: str | Path, *, data: EvaluationData
 ) -> EvaluationResult:
-    """Reconstruct an autoencoder's held-out clips, compute the metrics that need no more, and write them.
+    """Reconstruct the data's clips, compute the metrics of a protocol that need no more, and write `metrics.json`.
 
     Raises:
-      UserError: If no clips are held out.
+      UserError: If no metric can be computed of reconstructions.
     """
-    check_held_out(clips.held_out)
-    collection = MetricCollection([metric for metric in metrics if CLIP_NEEDS.issuperset(metric.needs)])
-    pairs = _measure_reconstructions(collection, codec, clips)
-    parameters = {"parameters": {"autoencoder": codec.count_parameters()}}
-    return _write_results(Path(folder), collection, EvaluationResult(parameters, {}, pairs, [], []))
+    protocol, reconstructions = reconstruct(codec, protocol, data.clips)
+    return measure(
+        NO_CLIPS,
+        protocol,
+        folder,
+        real_clips=data.clips,
+        reconstructions=reconstructions,
+        make_baseline=_open_baseline(data, protocol, codec.config.stride),
+        model={"parameters": {"autoencoder": codec.count_parameters()}},
+    )
+
+
+def reconstruct(codec: LatentCodec, protocol: EvaluationProtocol, clips: ClipSet) -> tuple[EvaluationProtocol, ClipSet]:
+    """Return the protocol with the autoencoder's size steps, and the reconstructions, made when they are read."""
+    adapted = replace(protocol, clips=replace(protocol.clips, multiple=codec.config.stride))
+
+    def read(index: int, fps: float | None) -> Clip:
+        original = adapted.clips.sample(clips.read(index, fps), seed=adapted.seed, number=index)
+        count_progress()
+        return codec.reconstruct(original)
+
+    return adapted, clips._replace(location=f"reconstructions of {clips.location}", read=read)
+
+
+def _open_baseline(data: EvaluationData, protocol: EvaluationProtocol, stride: Grid) -> Callable[[Clip], Clip] | None:
+    """Return the function that reconstructs a clip by the linear autoencoder, if there is one and a metric needs it."""
+    needs_baseline = any("baselines" in metric.needs for metric in protocol.metrics)
+    if not needs_baseline or (linear := data.linear()) is None:
+        return None
+    return lambda clip: replace(clip, frames=linear.reconstruct_clip(clip.frames, stride))
 
 
 def check_held_out(clips: ClipSource) -> None:
@@ -251,16 +252,10 @@ def check_held_out(clips: ClipSource) -> None:
         raise UserError("no clips are held out to be reconstructed; name some with --data.held-out")
 
 
-def reconstruct(
-    codec: LatentCodec, clips: ClipSource, limits: SizeLimits, *, linear: LinearAutoencoder | None = None
-) -> list[ClipReconstruction]:
-    """Encode and decode the start of every clip at its training size, also by a linear autoencoder if one is given."""
-    results = []
-    for index, info in enumerate(clips.infos):
-        original = read_fitted_clip(clips, index, limits)
-        baseline = None
-        if linear is not None:
-            baseline = replace(original, frames=linear.reconstruct_clip(original.frames, codec.config.stride))
-        results.append(ClipReconstruction(info.name, original, codec.reconstruct(original), baseline))
-        count_progress()
-    return results
+def print_results(results: Mapping[str, MetricResult], *, is_precise: bool = False) -> None:
+    """Print the headline values with their intervals."""
+    for _, description, estimate in results.values():
+        if description.is_headline and estimate.value is not None:
+            interval = description.format_interval(estimate, is_precise=is_precise)
+            details = ", ".join(filter(None, (interval, f"{estimate.count} examples")))
+            print(f"{description.label}: {description.format_value(estimate.value, is_precise=is_precise)} ({details})")

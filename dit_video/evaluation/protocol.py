@@ -1,9 +1,11 @@
-"""Protocols: everything besides the model that a figure depends on, kept with every result."""
+"""Protocols: what is sampled and measured, which is all besides the model that a figure depends on."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,8 +15,10 @@ from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import make_generator
 from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.metrics.metric import Metric
+from dit_video.models.autoencoders import LinearAutoencoder
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
-from dit_video.tokens import Grid
+from dit_video.sampling.tasks.task_file import TaskEntry
 from dit_video.video import Clip
 
 Filter = Literal["bilinear", "bicubic", "lanczos", "box"]
@@ -94,25 +98,39 @@ class ClipSampling:
         return np.asarray(Image.fromarray(frame).resize((width, height), method, box=box))
 
 
-class Scenes(NamedTuple):
-    """Rendered data clips, whose content is fully known."""
+class EvaluationData(NamedTuple):
+    """Clips that a model is evaluated on."""
 
     clips: ClipSet
-    """Renderings, with captions."""
-    truths: tuple[Any, ...]
-    """True content of each clip, which only metrics that need `scenes` read."""
-    sizes: tuple[Grid, ...]
-    """Size of the sample of each clip's caption."""
+    """Clips of a folder, rendered scenes, or the held-out clips of a run at their training sizes."""
+    training: ClipSet | None = None
+    """Clips that the model was trained on, if they are known."""
+    linear: Callable[[], LinearAutoencoder | None] = lambda: None
+    """Returns a linear autoencoder with as many latent values as the trained one, if any, as a baseline."""
+
+
+class EvaluationItem(NamedTuple):
+    """What is generated, and what metrics compare it with."""
+
+    entry: Request | TaskEntry
+    """A prompt with its size and seed, or a task."""
+    read_reference: Callable[[], Clip] | None = None
+    """Returns the clip of the data, in the sample's size, whose caption the prompt is; None if there is none."""
+    truth: Any = None
+    """True content of the reference, if it is rendered: a value that only metrics for such data read."""
+    is_trained_caption: bool = False
+    """True if the prompt belongs to a training clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """Everything that a figure depends on besides the model.
+class EvaluationProtocol:
+    """What is sampled and measured: by default a clip for each caption of the data.
 
-    A subclass may render its own data clips (`make_scenes`) and give a part of them to the model (`add_known_frames`).
+    A subclass may render its own data (`make_data`) and say what is generated (`make_items`).
 
     Raises:
-      UserError: If a number of clips is below 1, or `max_unreadable` is outside [0, 1].
+      UserError: If two metrics have a value of the same name, a number of clips is below 1, the seed is negative, or
+        `max_unreadable` is outside [0, 1].
     """
 
     name: str
@@ -127,35 +145,74 @@ class Protocol:
     """Number of data clips; None for all."""
     split: str = ""
     """Split of the data; all of its clips if empty."""
-    codec: Literal["mp4", "webm"] = "mp4"
-    """Container of the sample files, which measurements read."""
+    codec: Literal["mp4", "webm", "apng"] = "mp4"
+    """Format of the sample files, which measurements read; apng is lossless, and images are png."""
     crf: int | None = 10
     """Quality of the sample files, 0 (best) to 51; None for the default quality of written clips."""
     seed: int = 0
     """Seed of samples, positions in longer clips, and the choice of clips."""
     max_unreadable: float = 0.01
     """Largest share of clips that may be unreadable or too short; these are named in the result."""
+    is_reconstruction: ClassVar[bool] = False
+    """True if the autoencoder's reconstructions of the data are measured in the place of samples."""
+    example_prompt: ClassVar[str] = "a prompt"
+    """Prompt in the commands that reports show."""
 
     def __post_init__(self):
+        names = Counter(name for metric in self.metrics for name in metric.describe())
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise UserError(f"metrics are invalid: two have a value {twice[0]!r}. Leave one out, or rename its value.")
         check_at_least(1, count=self.count or 1, real_count=self.real_count or 1)
+        check_at_least(0, seed=self.seed)
         if not 0 <= self.max_unreadable <= 1:
             raise UserError(f"max_unreadable={self.max_unreadable} is invalid: it is a share. Use 0 to 1")
 
-    def make_scenes(self) -> Scenes | None:
-        """Return the scenes that serve as data clips; None (the default) if the data clips are the user's."""
-        return None
+    def make_data(self, data: EvaluationData | None) -> EvaluationData:
+        """Return the clips of the data: by default the given ones.
 
-    def add_known_frames(
-        self, requests: Sequence[Request], clips: Sequence[Callable[[], Clip]], *, fps: float | int
-    ) -> list[Request]:
-        """Return the requests with the parts of data clips that the model gets; by default it gets none.
+        Raises:
+          UserError: If none are given.
+        """
+        if data is None:
+            raise UserError(f"the protocol {self.name} needs clips of the data. Name their folder with --data")
+        return data
+
+    def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
+        """Return what is generated: by default, for metrics of samples, a clip for each caption of the data.
+
+        A clip has the size that the data names, or the model's own height and width and enough frames for the
+        measurement. A model that always has a first frame gets that of the data.
 
         Args:
-          requests: Requests of the clips' captions.
-          clips: Functions that read the clip of each request.
-          fps: Frames per second of the samples.
+          pipeline: The model.
+          data: Clips of the data, of `make_data`.
+
+        Raises:
+          UserError: If clips have no captions, or the model cannot generate a size.
         """
-        return list(requests)
+        if not any("samples" in metric.needs for metric in self.metrics):
+            return []
+        config, clips = pipeline.config, data.clips
+        if lacking := [name for name, caption in zip(clips.names, clips.captions, strict=True) if not caption]:
+            raise UserError(
+                f"{len(lacking)} of {len(clips.names)} clips of {clips.location} have no caption, such as "
+                f"{lacking[0]}. Give them captions, or evaluate a folder of samples"
+            )
+        chosen = self.choose(len(clips.names), self.count, purpose="prompts")
+        numbers = [chosen[index] for index in self.repeat_captions(len(chosen))]
+        stride = config.model.autoencoder.stride.t
+        frames = self.clips.frames or config.size.t
+        size = config.size._replace(t=1 + -(-(frames - 1) // stride) * stride)
+        seeds = make_generator(self.seed, "seeds of samples").integers(2**32, size=len(numbers)).tolist()
+        items = []
+        for number, seed in zip(numbers, seeds, strict=True):
+            read = partial(clips.read, number, None)
+            image = read().frames[0] if needs_first_frame(pipeline) else None
+            own = size if clips.get_size is None else clips.get_size(number)
+            request = Request(clips.captions[number], own, seed, image=image)
+            config.model.latent_grid(config.resolve_size(request))
+            items.append(EvaluationItem(request, read, clips.truths[number] if clips.truths else None))
+        return items
 
     def choose(self, total: int, count: int | None, *, purpose: str) -> list[int]:
         """Return the numbers of the clips to use, in order: all, or `count` different ones at random."""
@@ -168,6 +225,28 @@ class Protocol:
         count = captions if self.count is None else self.count
         rounds = math.ceil(count / max(1, captions))
         return [number for _ in range(rounds) for number in range(captions)][:count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionProtocol(EvaluationProtocol):
+    """Reconstructions of the data by the autoencoder, which take the place of samples."""
+
+    is_reconstruction = True
+
+    def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
+        """Return nothing, since nothing is sampled."""
+        return []
+
+
+def needs_first_frame(pipeline: Pipeline) -> bool:
+    """Return whether the model always has a first frame."""
+    frames = pipeline.config.model.frame_conditioning
+    return frames is not None and frames.prob == 1
+
+
+def make_item_seed(seed: int, number: int) -> int:
+    """Return a seed that differs between the items of an evaluation, and between evaluations."""
+    return (1000 * seed + number) % 2**32
 
 
 def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], *, names: tuple[str, str]) -> None:

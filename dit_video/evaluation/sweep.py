@@ -1,16 +1,14 @@
 """Sweep over guidance scales and numbers of steps, with the quality and the cost of each."""
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
-from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.comparison import Comparison, compare
-from dit_video.evaluation.evaluate_protocol import evaluate_protocol, is_reconstruction
-from dit_video.evaluation.protocol import Protocol
+from dit_video.evaluation.evaluate import evaluate
+from dit_video.evaluation.protocol import EvaluationData, EvaluationProtocol
 from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Pipeline
 
@@ -35,12 +33,12 @@ class Sweep(NamedTuple):
 
 def sweep_sampling(
     pipeline: Pipeline,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     folder: str | Path,
     *,
     steps: Sequence[int],
     guidance: Sequence[float],
-    data: ClipSet | None = None,
+    data: EvaluationData | None = None,
     sampling: Sampling | None = None,
     on_point: Callable[[int, float], None] | None = None,
 ) -> Sweep:
@@ -59,12 +57,12 @@ def sweep_sampling(
       on_point: Called with the steps and the scale before each point.
 
     Raises:
-      UserError: If there are fewer than two points, the protocol compares reconstructions, or `evaluate_protocol`
-        raises it.
+      UserError: If there are fewer than two points, the protocol compares reconstructions, or `evaluate` raises
+        it.
     """
     if len(steps) * len(guidance) < 2:
         raise UserError(f"steps={list(steps)} and guidance={list(guidance)} are one point. Use two or more")
-    if is_reconstruction(protocol):
+    if protocol.is_reconstruction:
         raise UserError(f"protocol={protocol.name!r} is invalid: it samples nothing. Use one with samples")
     points, folders = [], []
     for scale in guidance:
@@ -79,15 +77,15 @@ def sweep_sampling(
 
 
 def _evaluate(
-    pipeline: Pipeline, protocol: Protocol, folder: Path, data: ClipSet | None, sampling: Sampling, guidance: float
+    pipeline: Pipeline,
+    protocol: EvaluationProtocol,
+    folder: Path,
+    data: EvaluationData | None,
+    sampling: Sampling,
+    guidance: float,
 ) -> SweepPoint:
-    start, ends = time.perf_counter(), [0.0]
-
-    def end(_: int) -> None:
-        ends[0] = time.perf_counter() - start
-
-    evaluate_protocol(pipeline, protocol, folder, data=data, sampling=sampling, sampling_progress=end)
+    result = evaluate(pipeline, protocol, folder, data=data, sampling=sampling)
     path = folder / COST_FILE
     if not path.is_file():
-        write_json(path, {"seconds": ends[0]})
+        write_json(path, {"seconds": result.seconds})
     return SweepPoint(sampling.steps, guidance, read_json(path)["seconds"])

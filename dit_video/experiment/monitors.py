@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
 
 from dit_video.core.errors import DecodeError
 from dit_video.core.files import write_json
@@ -24,10 +23,10 @@ from dit_video.data.sizes import SizeLimits, fit_size, read_fitted_clip
 from dit_video.distributed import shard_batch
 from dit_video.distributed.gather import is_first_process, to_host
 from dit_video.distributed.processes import wait_for_main_process
-from dit_video.evaluation.config import Evaluation
-from dit_video.evaluation.evaluate import measure_samples
+from dit_video.evaluation.evaluate import evaluate_in_background
+from dit_video.evaluation.measure import EvaluationResult
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
-from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
+from dit_video.evaluation.protocol import EvaluationData, EvaluationProtocol
 from dit_video.experiment import input_pipeline
 from dit_video.experiment.denoiser import TrainableDenoiser
 from dit_video.experiment.run import Run
@@ -242,7 +241,7 @@ def _count_columns(clips: int) -> int:
 
 
 class EvaluationHook(Hook):
-    """Samples of the averaged weights at an interval of steps, and their metrics in `step_STEP/metrics.json`.
+    """Evaluations of the averaged weights at an interval of steps, in `step_STEP/`.
 
     All processes sample together. The first one decodes and measures in a thread of its own, for which neither the
     others nor the training wait; the values are logged with the next entry after they are known. Metrics that need
@@ -251,8 +250,8 @@ class EvaluationHook(Hook):
     Args:
       folder: Folder of the evaluations.
       every: Interval in steps.
-      evaluation: Prompts and metrics.
-      clips: Clips of the training.
+      protocol: What is sampled and measured.
+      data: Clips of the training.
       make_pipeline: Returns a pipeline from averaged weights, which stay where they are on the devices.
     """
 
@@ -263,14 +262,14 @@ class EvaluationHook(Hook):
         folder: Path,
         *,
         every: int,
-        evaluation: Evaluation,
-        clips: EvaluationClips,
+        protocol: EvaluationProtocol,
+        data: EvaluationData,
         make_pipeline: Callable[[Any], Pipeline],
     ):
-        self._folder, self._every, self._evaluation, self._clips = folder, every, evaluation, clips
+        self._folder, self._every, self._protocol, self._data = folder, every, protocol, data
         self._make_pipeline = make_pipeline
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluation")
-        self._pending: list[Future[dict[str, float]]] = []
+        self._pending: dict[int, Future[EvaluationResult]] = {}
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Return True at the interval; after the last step the run is evaluated as a whole."""
@@ -278,12 +277,10 @@ class EvaluationHook(Hook):
 
     def call(self, step: int, state: Any) -> Mapping[str, float]:
         """Sample, and let the first process measure."""
-        pipeline = self._make_pipeline(state.ema)
-        image = pipeline.config.model.frame_conditioning
-        requests = self._evaluation.make_requests(self._clips, 0, image=image is not None and image.prob == 1)
-        latents = pipeline.generate_latents([each.request for each in requests])
-        if is_first_process():
-            self._pending.append(self._executor.submit(self._measure, step, pipeline, requests, latents))
+        pipeline, folder = self._make_pipeline(state.ema), self._folder / f"step_{step}"
+        measured = evaluate_in_background(pipeline, self._protocol, folder, self._executor, data=self._data)
+        if measured is not None:
+            self._pending[step] = measured
         return {}
 
     def derive(self, values: Mapping[str, float]) -> Mapping[str, float]:
@@ -292,26 +289,16 @@ class EvaluationHook(Hook):
         Raises:
           UserError: If an evaluation has failed.
         """
-        ended = [each for each in self._pending if each.done()]
-        self._pending = [each for each in self._pending if not each.done()]
-        return {name: value for each in ended for name, value in each.result().items()}
+        derived: dict[str, float] = {}
+        for step in [step for step, each in self._pending.items() if each.done()]:
+            results = self._pending.pop(step).result().results
+            known = {name: each.estimate.value for name, each in results.items() if each.estimate.value is not None}
+            derived |= {f"evaluation_{name}": value for name, value in known.items()}
+            derived["evaluation_step"] = float(step)
+        return derived
 
     def close(self) -> None:
         """Wait for the evaluations that have not ended."""
         self._executor.shutdown(wait=True)
-        for each in self._pending:
+        for each in self._pending.values():
             each.result()
-
-    def _measure(
-        self,
-        step: int,
-        pipeline: Pipeline,
-        requests: Sequence[EvaluationRequest],
-        latents: Sequence[Float32[np.ndarray, "_ _ _ c"]],
-    ) -> dict[str, float]:
-        # Decoding reads the autoencoder alone: the denoiser's weights are a later step's by now.
-        clips = pipeline.decode_many(latents, [each.request for each in requests])
-        folder, sampling = self._folder / f"step_{step}", pipeline.config.sampling
-        results = measure_samples(self._evaluation, requests, clips, folder, sampling=sampling)
-        known = {name: each.estimate.value for name, each in results.items() if each.estimate.value is not None}
-        return {f"evaluation_{name}": value for name, value in known.items()} | {"evaluation_step": float(step)}

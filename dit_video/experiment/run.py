@@ -52,8 +52,11 @@ from dit_video.data.sizes import SizeLimits
 from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_usable
 from dit_video.data.windows import ClipCrops
 from dit_video.distributed import MeshPartitioner, Parallelism, make_mesh
-from dit_video.evaluation.config import CaptionEvaluation, Evaluation
-from dit_video.evaluation.evaluate import EvaluationClips
+from dit_video.evaluation.clip_set import make_fitted_set
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.evaluate import evaluate
+from dit_video.evaluation.measure import EvaluationResult
+from dit_video.evaluation.protocol import EvaluationData, EvaluationProtocol
 from dit_video.experiment import datasets, export
 from dit_video.experiment.amendments import Amendment, describe_stages, make_amendment
 from dit_video.experiment.autoencoder import MAX_LINEAR_VALUES, TrainingWindows, limit_windows, read_autoencoder
@@ -134,7 +137,7 @@ class Experiment:
     sampling: Sampling = field(default_factory=Sampling)
     conditioner: Conditioner | None = None
     """Use of images, clips and masks in sampling after the training; None for `Completion`."""
-    evaluation: Evaluation = field(default_factory=CaptionEvaluation)
+    evaluation: EvaluationProtocol = field(default_factory=CaptionEvaluation)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     """Monitoring of the trainings."""
     parallel: Parallelism = field(default_factory=Parallelism)
@@ -905,9 +908,45 @@ class Run:
         """
         return LatentCodec(self.model.autoencoder, self.read_autoencoder())
 
-    def evaluation_clips(self) -> EvaluationClips:
+    def evaluate(
+        self,
+        protocol: EvaluationProtocol | None = None,
+        *,
+        pipeline: Pipeline | None = None,
+        folder: str | Path | None = None,
+        sampling: Sampling | None = None,
+    ) -> EvaluationResult:
+        """Evaluate the finished run on its devices: samples, reconstructions and metrics; all its processes call this.
+
+        Args:
+          protocol: What is sampled and measured; by default what the experiment says, with the experiment's seed.
+          pipeline: Pipeline of the run; by default it is loaded.
+          folder: Folder of the results, whose older samples are replaced; the run's own by default.
+          sampling: Steps, solver and guidance; the pipeline's own by default.
+
+        Raises:
+          MissingError: If the run is not finished.
+          UserError: If `dit_video.evaluation.evaluate.evaluate` raises it.
+        """
+        if protocol is None:
+            protocol = replace(self.experiment.evaluation, seed=self.experiment.seed)
+        return evaluate(
+            self.load_pipeline() if pipeline is None else pipeline,
+            protocol,
+            self.folder if folder is None else folder,
+            data=self.evaluation_data(),
+            sampling=sampling,
+            replace_samples=True,
+            share=None if self.remote is None else self.main_process_first,
+        )
+
+    def evaluation_data(self) -> EvaluationData:
         """Return the clips on which the trained models are evaluated."""
-        return EvaluationClips(self.training_clips, self.held_out_clips, self.limits, self.linear_baseline)
+        held_out, training = (
+            make_fitted_set(clips, self.limits, location=location)
+            for clips, location in ((self.held_out_clips, "held-out clips"), (self.training_clips, "training clips"))
+        )
+        return EvaluationData(held_out, training, self.linear_baseline)
 
     def linear_baseline(self) -> LinearAutoencoder | None:
         """Return the best linear autoencoder with as many latent values, as a baseline.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,22 +26,38 @@ def make_recipe(config: PipelineConfig, request: Request, plan: SamplingPlan, sa
       plan: Its plan, which says how known pixels were kept.
       sampling: Steps, solver and guidance.
     """
-    values: dict[str, Any] = {
-        "prompt": request.prompt,
-        "negative": config.negative if request.negative is None else request.negative,
-        "size": list(request.grid),
-        "seed": request.seed,
-        "strength": request.strength,
+    known = replace(request, negative=config.negative if request.negative is None else request.negative)
+    made = {
         "resample": plan.resample if plan.resample > 1 else None,
         "method": plan.method,
-        "conditioner": None if request.conditioner is None else type(request.conditioner).__name__,
-        "strengths": {name: np.asarray(value, float).tolist() for name, value in request.strengths.items()},
-        "conditioning": sorted(request.conditioning),
-        "pictures": _describe_pictures(request.pictures),
-        "noise": None if request.noise is None else hash_pixels(np.asarray(request.noise)),
         "sampling": describe_sampling(sampling),
         "model": config.provenance,
     }
+    return _drop_absent(describe_request(known) | made)
+
+
+def describe_request(request: Request) -> dict[str, Any]:
+    """Return all that a request asks for as JSON values, with hashes of pixels in the place of pictures."""
+    defaults = Request("")
+    return _drop_absent(
+        {
+            "prompt": request.prompt,
+            "negative": request.negative,
+            "size": None if request.size is None else list(request.size),
+            "seed": request.seed,
+            "strength": request.strength,
+            "resample": None if request.resample == defaults.resample else request.resample,
+            "method": None if request.method == defaults.method else request.method,
+            "conditioner": None if request.conditioner is None else type(request.conditioner).__name__,
+            "strengths": {name: np.asarray(value, float).tolist() for name, value in request.strengths.items()},
+            "conditioning": sorted(request.conditioning),
+            "pictures": _describe_pictures(request.pictures),
+            "noise": None if request.noise is None else hash_pixels(np.asarray(request.noise)),
+        }
+    )
+
+
+def _drop_absent(values: Mapping[str, Any]) -> dict[str, Any]:
     absent: tuple[Any, ...] = (None, "", {}, [])
     return {name: value for name, value in values.items() if value not in absent}
 

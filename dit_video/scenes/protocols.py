@@ -3,18 +3,17 @@
 Whoever imports this module can name them: `scenes`, `physics` and `physics_extension`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
-
-import numpy as np
 
 from dit_video.core.errors import UserError
 from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.metrics.distributions import FrechetMetric, PrecisionRecall
 from dit_video.evaluation.metrics.metric import Metric
-from dit_video.evaluation.protocol import Protocol, Scenes
+from dit_video.evaluation.protocol import EvaluationData, EvaluationItem, EvaluationProtocol
 from dit_video.evaluation.protocols import FRAME_METRICS, register_protocol
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Condition, Request
 from dit_video.scenes import Scene, draw_scene, render
 from dit_video.scenes.draw import FREE_FRAMES, SIZES
@@ -45,7 +44,7 @@ class SceneTruth(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneProtocol(Protocol):
+class SceneProtocol(EvaluationProtocol):
     """A protocol on scenes whose caption says all that is judged."""
 
     levels: tuple[int, ...] = (1, 2)
@@ -53,7 +52,7 @@ class SceneProtocol(Protocol):
     sizes: tuple[Grid, ...] = tuple(size for size in SIZES if size.t == FREE_FRAMES)
     """Sizes of the scenes."""
 
-    def make_scenes(self) -> Scenes:
+    def make_data(self, data: EvaluationData | None) -> EvaluationData:
         """Return scenes of the levels in turn, drawn from the seed."""
         truths = [
             SceneTruth(
@@ -65,7 +64,7 @@ class SceneProtocol(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhysicsProtocol(Protocol):
+class PhysicsProtocol(EvaluationProtocol):
     """A protocol on scenes that each show one law of motion, as many of each law.
 
     Raises:
@@ -85,7 +84,7 @@ class PhysicsProtocol(Protocol):
             rule = f"a contact may follow after {MIN_FRAMES} frames, and the law is to be judged by the others"
             raise UserError(f"known={self.known} is invalid: {rule}. Use 0 to {MIN_FRAMES}.")
 
-    def make_scenes(self) -> Scenes:
+    def make_data(self, data: EvaluationData | None) -> EvaluationData:
         """Return scenes of the laws in turn, drawn from the seed.
 
         Raises:
@@ -97,36 +96,38 @@ class PhysicsProtocol(Protocol):
             truths.append(SceneTruth(draw_physics_scene(index, seed=self.seed, law=law, sizes=self.sizes), law))
         return _make_scenes(truths)
 
-    def add_known_frames(
-        self, requests: Sequence[Request], clips: Sequence[Callable[[], Clip]], *, fps: float | int
-    ) -> list[Request]:
-        """Return the requests with the first frames of the scenes' renderings as their conditions.
+    def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
+        """Return the scenes' captions, with the first frames of their renderings as conditions.
 
         Raises:
           UserError: If the samples have another rate, at which the scenes would move at another speed.
         """
+        items = super().make_items(pipeline, data)
         if not self.known:
-            return list(requests)
-        completed = []
-        for request, read in zip(requests, clips, strict=True):
-            clip = read()
+            return items
+        completed, fps = [], pipeline.config.fps
+        for item in items:
+            assert isinstance(item.entry, Request)
+            assert item.read_reference is not None
+            clip = item.read_reference()
             if clip.fps != fps:
                 rule = f"scenes, whose first frames the samples continue, have {clip.fps:g} frames per second"
                 raise UserError(f"fps={fps:g} is invalid: {rule}. Use a model of this rate, or the protocol physics.")
-            content = replace(clip, frames=np.ascontiguousarray(clip.frames[: self.known]))
-            completed.append(replace(request, conditions=(Condition(content=content),)))
+            condition = Condition(content=clip[: self.known])
+            completed.append(item._replace(entry=replace(item.entry, conditions=(condition,))))
         return completed
 
 
-def _make_scenes(truths: Sequence[SceneTruth]) -> Scenes:
+def _make_scenes(truths: Sequence[SceneTruth]) -> EvaluationData:
     """Return scenes that are rendered when they are read."""
 
     def read(index: int, fps: float | None) -> Clip:
         return render(truths[index].scene).clip
 
     names = tuple(f"scene {number:06d}" for number in range(len(truths)))
-    clips = ClipSet("rendered scenes", names, tuple(truth.scene.caption for truth in truths), read)
-    return Scenes(clips, tuple(truths), tuple(truth.scene.size for truth in truths))
+    captions = tuple(truth.scene.caption for truth in truths)
+    clips = ClipSet("rendered scenes", names, captions, read, get_size=lambda index: truths[index].scene.size)
+    return EvaluationData(clips._replace(truths=tuple(truths)))
 
 
 SCENE_PROMPT_METRICS: tuple[Metric, ...] = (

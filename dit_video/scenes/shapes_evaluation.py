@@ -3,15 +3,17 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from dit_video.core import rng
+from dit_video.evaluation.clip_set import NO_CLIPS
 from dit_video.evaluation.collection import MetricCollection
-from dit_video.evaluation.config import RECONSTRUCTION_METRICS, Evaluation
-from dit_video.evaluation.metrics.metric import Metric, MetricBatch, MetricInput
-from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest, make_request_seed
+from dit_video.evaluation.config import RECONSTRUCTION_METRICS
+from dit_video.evaluation.metrics.metric import Metric, MetricBatch
+from dit_video.evaluation.protocol import EvaluationData, EvaluationItem, EvaluationProtocol, make_item_seed
+from dit_video.evaluation.protocols import register_protocol
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.scenes import shapes
@@ -20,16 +22,21 @@ from dit_video.tokens import Grid
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShapesEvaluation(Evaluation):
+class ShapesEvaluation(EvaluationProtocol):
     """Evaluation on all prompts of the rendered shapes, judged from the generated files."""
 
+    name: str = "quickstart"
     metrics: tuple[Metric, ...] = (PromptFollowing(), StartSpread(), *RECONSTRUCTION_METRICS)
-    provides = frozenset(get_args(MetricInput))
+    crf: int | None = None
     example_prompt = "a red circle moving left"
 
-    def make_requests(self, clips: EvaluationClips | None, seed: int, *, image: bool) -> list[EvaluationRequest]:
+    def make_data(self, data: EvaluationData | None) -> EvaluationData:
+        """Return the given clips, which are reconstructed, or none."""
+        return EvaluationData(NO_CLIPS) if data is None else data
+
+    def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return all prompts, with renderings of them as references."""
-        return list(map(add_shape_reference, make_shape_requests(seed)))
+        return list(map(make_shape_item, make_shape_requests(self.seed)))
 
 
 def make_shape_requests(seed: int) -> list[Request]:
@@ -42,18 +49,18 @@ def make_shape_requests(seed: int) -> list[Request]:
     sizes = ((32, 32), (32, 48), (48, 32))
     size_indices = rng.make_generator(seed, "sample sizes").permutation(np.arange(len(prompts)) % len(sizes)).tolist()
     return [
-        Request(shapes.format_caption(description), Grid(frames, *sizes[size]), seed=make_request_seed(seed, number))
+        Request(shapes.format_caption(description), Grid(frames, *sizes[size]), seed=make_item_seed(seed, number))
         for number, ((frames, description), size) in enumerate(zip(prompts, size_indices, strict=True))
     ]
 
 
-def add_shape_reference(request: Request) -> EvaluationRequest:
+def make_shape_item(request: Request) -> EvaluationItem:
     """Return the request with a rendering of its prompt, which starts where the request's seed says."""
     description, (frames, height, width) = shapes.parse_caption(request.prompt), request.grid
     generator = rng.make_generator(request.seed, "reference")
     geometry = shapes.sample_geometry(generator, description, height=height, width=width)
     render = functools.partial(shapes.render, description, geometry, frames=frames, height=height, width=width)
-    return EvaluationRequest(request, render, description not in shapes.HELD_OUT, (description, geometry))
+    return EvaluationItem(request, render, (description, geometry), description not in shapes.HELD_OUT)
 
 
 def compare_few_steps(
@@ -111,3 +118,6 @@ def _measure_following(pipeline: Pipeline, steps: int, seeds: Sequence[int]) -> 
         "spread": float(np.mean(known_ratios)) if known_ratios else None,
         "samples": estimates["colour"].count,
     }
+
+
+register_protocol(ShapesEvaluation())

@@ -1,17 +1,27 @@
-"""Generation tasks on rendered scenes, whose truth is known: cases of every task, and their metrics."""
+"""Protocols of generation tasks on rendered scenes, whose truth is known.
 
-from collections.abc import Callable, Iterator, Sequence
+Whoever imports this module can name them: `task_inpainting`, `task_inpainting_training_free` and so on.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import make_generator
+from dit_video.evaluation.clip_set import NO_CLIPS
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.metrics.tasks import InterpolationGain, KeptPixels, RegionBorder, TransitionJump, ZoomSteps
+from dit_video.evaluation.protocol import EvaluationData, EvaluationItem, EvaluationProtocol
+from dit_video.evaluation.protocols import register_protocol
 from dit_video.models.conditioning import IsKnown
+from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Method, Request
 from dit_video.sampling.tasks import (
     Blend,
+    DescribedEdit,
     Edit,
     Extend,
     Generate,
@@ -22,6 +32,7 @@ from dit_video.sampling.tasks import (
     Task,
     ZoomOut,
 )
+from dit_video.sampling.tasks.task_file import TaskEntry
 from dit_video.scenes import RenderedScene, Scene, draw_scene, render
 from dit_video.scenes.draw import SIZES
 from dit_video.scenes.position_metrics import ObjectPosition
@@ -32,6 +43,7 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 Reconstruct = Callable[[Clip], Clip]
+EditMethod = Literal["flow_edit", "inversion"]
 FRAMES, KNOWN = 17, 9
 """Number of frames of a scene, and of those that are known in an extension."""
 _GAP = 7
@@ -39,6 +51,8 @@ _GAP = 7
 _KEYFRAMES = (0, 11, 16)
 """Known frames, the first two of which have ten others between them."""
 _ZOOM_STEPS, _ZOOM_FACTOR = 24, 1.1
+_FLOW_EDIT_DRAWS = 4
+"""Number of noises in every step of FlowEdit."""
 
 
 class TaskTruth(NamedTuple):
@@ -65,47 +79,15 @@ class TaskCase(NamedTuple):
     truth: TaskTruth
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskMeasure:
-    """The measure of a generation task."""
-
-    make_case: Callable[[RenderedScene, Scene, Reconstruct, np.random.Generator], TaskCase | None]
-    """Returns the case of a scene; None for a scene that has none."""
-    metrics: tuple[Metric, ...]
-    sizes: tuple[Grid, ...] = tuple(size for size in SIZES if size.t == FRAMES)
-    """Sizes of the scenes."""
-    is_completed: bool = True
-    """True for a task that a model may be trained for, or that replacement of latents does."""
-
-
-def make_cases(
-    task: TaskMeasure, reconstruct: Reconstruct, *, count: int, seed: int, levels: Sequence[int] = (1, 2)
-) -> Iterator[TaskCase]:
-    """Yield cases of scenes, of the levels in turn.
-
-    Args:
-      task: The task.
-      reconstruct: The autoencoder's reconstruction.
-      count: Number of cases.
-      seed: Seed of the scenes, another one than that of the training.
-      levels: Levels of the scenes.
-    """
-    made = number = 0
-    while made < count:
-        scene = draw_scene(number, seed=seed, level=levels[made % len(levels)], sizes=task.sizes)
-        generator = make_generator(seed, "task case", number)
-        case = task.make_case(render(scene), scene, reconstruct, generator)
-        number += 1
-        if case is not None:
-            made += 1
-            yield case
+MakeCase = Callable[[RenderedScene, Scene, Reconstruct, np.random.Generator], TaskCase | None]
+"""A function that makes the case of a scene; None for a scene that has none."""
 
 
 def _from_text(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
     return TaskCase(Generate(scene.caption, size=scene.size), _make_truth(rendered.clip, scene, reconstruct))
 
 
-def _from_frames(*frames: int) -> Callable[..., TaskCase]:
+def _from_frames(*frames: int) -> MakeCase:
     """Return the function that makes cases with the first frame, and perhaps the last one."""
 
     def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
@@ -118,7 +100,7 @@ def _from_frames(*frames: int) -> Callable[..., TaskCase]:
     return make_case
 
 
-def _extend(*, before: bool) -> Callable[..., TaskCase]:
+def _extend(*, before: bool) -> MakeCase:
     def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
         known = slice(-KNOWN, None) if before else slice(KNOWN)
         task = Extend(_cut(rendered.clip, known), scene.caption, frames=FRAMES - KNOWN, before=before)
@@ -127,7 +109,7 @@ def _extend(*, before: bool) -> Callable[..., TaskCase]:
     return make_case
 
 
-def _interpolate(frames: Sequence[int], **spacing: Any) -> Callable[..., TaskCase]:
+def _interpolate(frames: Sequence[int], **spacing: Any) -> MakeCase:
     """Return the function that makes cases in which these frames are known."""
 
     def make_case(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
@@ -186,10 +168,22 @@ def _loop(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np
     return TaskCase(task, TaskTruth(scene, clip, clip))
 
 
-def _edit(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, generator: np.random.Generator) -> TaskCase:
-    target = _recolour(scene, generator)
-    task = Edit(rendered.clip, target.caption)
-    return TaskCase(task, _make_truth(render(target).clip, target, reconstruct, source=scene))
+def _edit(method: EditMethod | None) -> MakeCase:
+    """Return the function that makes cases in which an object gets another colour; None stands for SDEdit."""
+
+    def make_case(
+        rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, generator: np.random.Generator
+    ) -> TaskCase:
+        target = _recolour(scene, generator)
+        task: Task = Edit(rendered.clip, target.caption)
+        if method is not None:
+            draws = _FLOW_EDIT_DRAWS if method == "flow_edit" else 1
+            options: dict[str, Any] = {"source": rendered.clip.caption, "edit_method": method, "draws": draws}
+            task = DescribedEdit(rendered.clip, target.caption, **options)
+        truth = _make_truth(render(target).clip, target, reconstruct, source=scene)
+        return TaskCase(task, truth)
+
+    return make_case
 
 
 def _blend(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase | None:
@@ -234,32 +228,102 @@ def _make_truth(
     return TaskTruth(scene, clip, reconstruct(clip), is_known, frame, source)
 
 
+_CASES: dict[str, MakeCase] = {
+    "text_to_video": _from_text,
+    "image_to_video": _from_frames(0),
+    "first_and_last_frame": _from_frames(0, FRAMES - 1),
+    "extension_forwards": _extend(before=False),
+    "extension_backwards": _extend(before=True),
+    "interpolation_2x": _interpolate(range(0, FRAMES, 2), factor=2),
+    "interpolation_4x": _interpolate(range(0, FRAMES, 4), factor=4),
+    "keyframes": _interpolate(_KEYFRAMES, places=_KEYFRAMES),
+    "inpainting": _inpaint,
+    "outpainting": _outpaint,
+    "zoom_out": _zoom_out,
+    "blending": _blend,
+    "loop": _loop,
+    "editing_sdedit": _edit(None),
+    "editing_flow_edit": _edit("flow_edit"),
+    "editing_inversion": _edit("inversion"),
+}
+"""Functions that make a task of a scene, by name."""
+_VIDEOS = tuple(size for size in SIZES if size.t == FRAMES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneTaskProtocol(EvaluationProtocol):
+    """A generation task on new scenes, measured from lossless files.
+
+    Raises:
+      UserError: If the task is unknown, or blocks of steps are taken less than once.
+    """
+
+    task: str
+    """Name of the task."""
+    count: int = 60
+    codec: Literal["mp4", "webm", "apng"] = "apng"
+    seed: int = 1000
+    """Seed of scenes and samples, another one than that of the training."""
+    levels: tuple[int, ...] = (1, 2)
+    """Levels of the scenes, in turn."""
+    sizes: tuple[Grid, ...] = _VIDEOS
+    """Sizes of the scenes."""
+    method: Method = "auto"
+    """Way in which known pixels are kept; see `Request`."""
+    resample: int = 1
+    """Number of times that every block of steps is taken where known pixels are kept without training."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, resample=self.resample)
+        if self.task not in _CASES:
+            raise UserError(f"task={self.task!r} is unknown; use {', '.join(_CASES)}")
+
+    def make_data(self, data: EvaluationData | None) -> EvaluationData:
+        """Return no clips: each task has the truth of its own scene."""
+        return EvaluationData(NO_CLIPS)
+
+    def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
+        """Return the tasks of scenes, of the levels in turn; scenes that do not have the task are left out."""
+        make_case, items, number = _CASES[self.task], list[EvaluationItem](), 0
+        while len(items) < self.count:
+            level = self.levels[len(items) % len(self.levels)]
+            scene = draw_scene(number, seed=self.seed, level=level, sizes=self.sizes)
+            generator = make_generator(self.seed, "task case", number)
+            number += 1
+            if (case := make_case(render(scene), scene, pipeline.reconstruct, generator)) is not None:
+                options = Request("", seed=self.seed + len(items), method=self.method, resample=self.resample)
+                items.append(EvaluationItem(TaskEntry(case.task, options), truth=case.truth))
+        return items
+
+
 _KEPT = (KeptPixels(), SceneDirections())
 _BETWEEN = (InterpolationGain(), KeptPixels())
-TASK_MEASURES: dict[str, TaskMeasure] = {
-    "text_to_video": TaskMeasure(
-        make_case=_from_text, metrics=(SceneColours(), SceneDirections()), sizes=SIZES, is_completed=False
-    ),
-    "image_to_video": TaskMeasure(make_case=_from_frames(0), metrics=_KEPT),
-    "first_and_last_frame": TaskMeasure(make_case=_from_frames(0, FRAMES - 1), metrics=_KEPT),
-    "extension_forwards": TaskMeasure(make_case=_extend(before=False), metrics=(ObjectPosition(),)),
-    "extension_backwards": TaskMeasure(make_case=_extend(before=True), metrics=(ObjectPosition(),)),
-    "interpolation_2x": TaskMeasure(make_case=_interpolate(range(0, FRAMES, 2), factor=2), metrics=_BETWEEN),
-    "interpolation_4x": TaskMeasure(make_case=_interpolate(range(0, FRAMES, 4), factor=4), metrics=_BETWEEN),
-    "keyframes": TaskMeasure(make_case=_interpolate(_KEYFRAMES, places=_KEYFRAMES), metrics=_BETWEEN),
-    "inpainting": TaskMeasure(make_case=_inpaint, metrics=(KeptPixels(), SceneColours(), RegionBorder())),
-    "outpainting": TaskMeasure(make_case=_outpaint, metrics=(KeptPixels(), RegionBorder())),
-    "zoom_out": TaskMeasure(
-        make_case=_zoom_out,
-        metrics=(ZoomSteps(), RegionBorder()),
-        sizes=tuple(size for size in SIZES if size.t == 1),
-    ),
-    "blending": TaskMeasure(
-        make_case=_blend,
-        metrics=(TransitionJump(),),
-        sizes=tuple(size._replace(t=2 * KNOWN + _GAP) for size in SIZES if size.t == FRAMES),
-    ),
-    "loop": TaskMeasure(make_case=_loop, metrics=(LoopSeam(),), is_completed=False),
-    "editing": TaskMeasure(make_case=_edit, metrics=(EditSuccess(),), is_completed=False),
+_IMAGES = tuple(size for size in SIZES if size.t == 1)
+_TWO_CLIPS = tuple(size._replace(t=2 * KNOWN + _GAP) for size in _VIDEOS)
+_COMPLETED: dict[str, tuple[tuple[Metric, ...], tuple[Grid, ...]]] = {
+    "image_to_video": (_KEPT, _VIDEOS),
+    "first_and_last_frame": (_KEPT, _VIDEOS),
+    "extension_forwards": ((ObjectPosition(),), _VIDEOS),
+    "extension_backwards": ((ObjectPosition(),), _VIDEOS),
+    "interpolation_2x": (_BETWEEN, _VIDEOS),
+    "interpolation_4x": (_BETWEEN, _VIDEOS),
+    "keyframes": (_BETWEEN, _VIDEOS),
+    "inpainting": ((KeptPixels(), SceneColours(), RegionBorder()), _VIDEOS),
+    "outpainting": ((KeptPixels(), RegionBorder()), _VIDEOS),
+    "zoom_out": ((ZoomSteps(), RegionBorder()), _IMAGES),
+    "blending": ((TransitionJump(),), _TWO_CLIPS),
 }
-"""Measures of the tasks by name."""
+"""Metrics and sizes of tasks that a model may be trained for, or that replacement of latents does."""
+_OTHERS: dict[str, tuple[tuple[Metric, ...], tuple[Grid, ...]]] = {
+    "text_to_video": ((SceneColours(), SceneDirections()), SIZES),
+    "loop": ((LoopSeam(),), _VIDEOS),
+    "editing_sdedit": ((EditSuccess(),), _VIDEOS),
+    "editing_flow_edit": ((EditSuccess(),), _VIDEOS),
+    "editing_inversion": ((EditSuccess(),), _VIDEOS),
+}
+for _task, (_metrics, _sizes) in (_COMPLETED | _OTHERS).items():
+    _protocol = SceneTaskProtocol(name=f"task_{_task}", task=_task, metrics=_metrics, sizes=_sizes)
+    register_protocol(_protocol)
+    if _task in _COMPLETED:
+        register_protocol(replace(_protocol, name=f"{_protocol.name}_training_free", method="training_free"))

@@ -13,54 +13,36 @@ from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.registry import get_class_name
 from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.collection import MetricResult
-from dit_video.evaluation.measure import Measurement
+from dit_video.evaluation.measure import EvaluationResult
 from dit_video.evaluation.metrics.likelihood import LOSS_PREFIX, LossByTime
 from dit_video.evaluation.metrics.metric import MetricDescription
-from dit_video.evaluation.protocol import Protocol
+from dit_video.evaluation.protocol import EvaluationProtocol
 from dit_video.video import Clip
 
 _SAMPLES, _EXTREMES, _RECONSTRUCTIONS = 8, 2, 6
 """Numbers of samples, of best and worst samples by each metric, and of reconstructions on the page."""
 
 
-def write_evaluation_report(
-    path: str | Path,
-    measurement: Measurement,
-    protocol: Protocol,
-    samples: ClipSet,
-    *,
-    title: str,
-    real_clips: ClipSet | None = None,
-    is_reconstruction: bool = False,
-) -> None:
-    """Write the page.
-
-    Args:
-      path: HTML file.
-      measurement: Results of the metrics.
-      protocol: What was measured.
-      samples: Clips that were measured.
-      title: Headline of the page.
-      real_clips: Clips of the data.
-      is_reconstruction: Each sample is a reconstruction of the clip of the data with its number.
-    """
-    reader = _Reader(samples, protocol)
-    record = measurement.record
+def write_evaluation_report(path: str | Path, result: EvaluationResult, *, title: str) -> None:
+    """Write the page of a result to an HTML file."""
+    record, protocol, real_clips = result.record, result.protocol, result.real_clips
+    reader = _Reader(result.samples, protocol)
     tables = {
-        "results": make_result_table(measurement.results),
-        "not computed": measurement.skipped,
+        "results": make_result_table(result.results),
+        "not computed": result.skipped,
         "excluded clips": record["excluded"],
     }
-    measured = f"{record['samples']} clips of {samples.location}"
+    measured = f"{record['samples']} clips of {result.samples.location}"
     if not record["samples"] and real_clips is not None:
         measured = f"{record['real_clips']} clips of {real_clips.location}, no samples"
+    are_pairs = protocol.is_reconstruction
     report = Report(
         title=title,
         summary=f"Protocol {protocol.name}, {measured}.",
-        figures=make_headline_figures(measurement.results),
-        samples=() if is_reconstruction else _make_samples(reader, measurement, real_clips),
-        reconstructions=_make_reconstructions(reader, measurement, real_clips) if is_reconstruction else (),
-        charts=_make_charts(measurement),
+        figures=make_headline_figures(result.results),
+        samples=() if are_pairs else _make_samples(reader, result, real_clips),
+        reconstructions=_make_reconstructions(reader, result, real_clips) if are_pairs else (),
+        charts=_make_charts(result),
         charts_title="Loss by time",
         metrics={name: table for name, table in tables.items() if table},
         config=record["protocol"],
@@ -71,7 +53,7 @@ def write_evaluation_report(
 class _Reader:
     """Clips of a set as the protocol samples them, by number or name."""
 
-    def __init__(self, clips: ClipSet, protocol: Protocol):
+    def __init__(self, clips: ClipSet, protocol: EvaluationProtocol):
         self.clips, self.protocol = clips, protocol
         self.numbers = {name: number for number, name in enumerate(clips.names)}
 
@@ -84,34 +66,34 @@ class _Reader:
             return None  # it is named among the excluded clips
 
 
-def _make_samples(reader: _Reader, measurement: Measurement, real_clips: ClipSet | None) -> tuple[Sample, ...]:
+def _make_samples(reader: _Reader, result: EvaluationResult, real_clips: ClipSet | None) -> tuple[Sample, ...]:
     """Return the first samples, then the best and worst by metric, then clips of the data."""
-    remarks: dict[str, str] = dict.fromkeys(list(measurement.examples)[:_SAMPLES], "")
-    for name, _, about in _list_extremes(measurement, measurement.examples):
+    remarks: dict[str, str] = dict.fromkeys(list(result.record["examples"])[:_SAMPLES], "")
+    for name, _, about in _list_extremes(result, result.record["examples"]):
         remarks[name] = " · ".join(filter(None, (remarks.get(name, ""), about)))
     samples = []
     for name, remark in remarks.items():
         if (clip := reader.read(reader.numbers[name])) is not None:
-            values = measurement.examples.get(name, {})
+            values = result.record["examples"].get(name, {})
             verdict = {
-                measurement.results[key].description.label: value
+                result.results[key].description.label: value
                 for key, value in values.items()
-                if isinstance(value, bool) and measurement.results[key].description.is_higher_better
+                if isinstance(value, bool) and result.results[key].description.is_higher_better
             }
             prompt = clip.caption or name
             group = "Best and worst" if remark else "Samples"
             samples.append(Sample(clip=clip, prompt=prompt, note=remark or name, verdict=verdict, group=group))
     if real_clips is not None:
         real = _Reader(real_clips, reader.protocol)
-        samples += _make_nearest(reader, real, measurement)
-        samples += _make_real_samples(real, measurement)
+        samples += _make_nearest(reader, real, result)
+        samples += _make_real_samples(real, result)
     return tuple(samples)
 
 
-def _make_real_samples(real: "_Reader", measurement: Measurement) -> list[Sample]:
+def _make_real_samples(real: "_Reader", result: EvaluationResult) -> list[Sample]:
     """Return the first clips of the data, then the best and worst of those that have values of their own."""
     remarks: dict[str, str] = dict.fromkeys(real.clips.names[:_SAMPLES], "")
-    for name, _, about in _list_extremes(measurement, measurement.record["clips"]):
+    for name, _, about in _list_extremes(result, result.record["clips"]):
         remarks[name] = " · ".join(filter(None, (remarks.get(name, ""), about)))
     samples = []
     for name, remark in remarks.items():
@@ -120,12 +102,12 @@ def _make_real_samples(real: "_Reader", measurement: Measurement) -> list[Sample
     return samples
 
 
-def _make_charts(measurement: Measurement) -> tuple[Chart, ...]:
+def _make_charts(result: EvaluationResult) -> tuple[Chart, ...]:
     """Return the chart of the denoiser's loss by time, with the bounds of its intervals, if it was measured."""
     losses = {
-        float(name.removeprefix(LOSS_PREFIX)): result.estimate
-        for name, result in measurement.results.items()
-        if result.metric == get_class_name(LossByTime) and name.startswith(LOSS_PREFIX)
+        float(name.removeprefix(LOSS_PREFIX)): each.estimate
+        for name, each in result.results.items()
+        if each.metric == get_class_name(LossByTime) and name.startswith(LOSS_PREFIX)
     }
     known = {time: each for time, each in losses.items() if each.value is not None}
     if not known:
@@ -139,10 +121,10 @@ def _make_charts(measurement: Measurement) -> tuple[Chart, ...]:
     return (Chart(title="denoising loss", curves=tuple(curves), note=note, axis="time"),)
 
 
-def _make_nearest(reader: _Reader, real: _Reader, measurement: Measurement) -> list[Sample]:
+def _make_nearest(reader: _Reader, real: _Reader, result: EvaluationResult) -> list[Sample]:
     """Return samples with the nearest clips of the data on their right: memorised ones first."""
-    nearest: Mapping[str, str] = measurement.record["nearest"]
-    order = sorted(nearest, key=lambda name: not measurement.examples.get(name, {}).get("memorised"))
+    nearest: Mapping[str, str] = result.record["nearest"]
+    order = sorted(nearest, key=lambda name: not result.record["examples"].get(name, {}).get("memorised"))
     samples = []
     for name in order[:_SAMPLES]:
         sample, other = reader.read(reader.numbers[name]), real.read(real.numbers[nearest[name]])
@@ -163,10 +145,10 @@ def _join(first: Clip, second: Clip) -> Clip:
     return join_side_by_side(*padded)[0]
 
 
-def _list_extremes(measurement: Measurement, examples: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, str]]:
+def _list_extremes(result: EvaluationResult, examples: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, str]]:
     """Return the best and worst examples by each metric of single ones: names, values and remarks."""
     extremes = []
-    for metric, (_, about, _) in measurement.results.items():
+    for metric, (_, about, _) in result.results.items():
         values = {
             name: float(row[metric])
             for name, row in examples.items()
@@ -185,20 +167,20 @@ def _describe(word: str, about: MetricDescription, value: float) -> str:
 
 
 def _make_reconstructions(
-    reader: _Reader, measurement: Measurement, originals: ClipSet | None
+    reader: _Reader, result: EvaluationResult, originals: ClipSet | None
 ) -> tuple[Reconstruction, ...]:
     """Return the first clips, and the best and worst by each metric, with their reconstructions."""
     assert originals is not None  # reconstructions are of clips of the data
     real = _Reader(originals, reader.protocol)
-    extremes = {name: about for name, _, about in _list_extremes(measurement, measurement.examples)}
-    names = dict.fromkeys([*list(measurement.examples)[:_RECONSTRUCTIONS], *extremes])
+    extremes = {name: about for name, _, about in _list_extremes(result, result.record["examples"])}
+    names = dict.fromkeys([*list(result.record["examples"])[:_RECONSTRUCTIONS], *extremes])
     pairs: list[Reconstruction] = []
     for name in names:
         number = reader.numbers[name]
         original, decoded = real.read(real.numbers.get(name, number)), reader.read(number)
         if original is None or decoded is None:
             continue
-        values = format_values(measurement.examples.get(name, {}), measurement.results)
+        values = format_values(result.record["examples"].get(name, {}), result.results)
         label = f"{name} · {extremes[name]}" if name in extremes else name
         pairs.append(Reconstruction(original=original, decoded=decoded, values=values, name=label))
     return tuple(pairs)

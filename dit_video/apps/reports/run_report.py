@@ -5,26 +5,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dit_video.apps.reports.elements import Chart, Curve
 from dit_video.apps.reports.evaluation_report import format_values, make_headline_figures, make_result_table
 from dit_video.apps.reports.report import Command, Figure, Reconstruction, Report, Sample, write_report
 from dit_video.apps.reports.run_times import format_duration
 from dit_video.core import config_json
 from dit_video.core.files import read_json
+from dit_video.diffusion import SOLVERS
 from dit_video.evaluation.collection import MetricResult
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.evaluate import EvaluationResult
+from dit_video.evaluation.measure import EvaluationResult
 from dit_video.experiment.run import EXCLUDED_FILE, Run
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Request
 from dit_video.training.goodput import RunTimes, read_run_times
 from dit_video.training.hooks.logging import read_metrics
 
 _MAX_RECONSTRUCTIONS = 12
 """Maximum number of reconstructions on the page; the figures are computed over all."""
-_LEFT_OUT = ("protocol", "results", "samples")
-"""Parts of `metrics.json` that are no table: the protocol repeats the config."""
+_LEFT_OUT = ("metrics", "protocol", "results", "examples", "nearest")
+"""Parts of `metrics.json` that are no table: the protocol and its metrics repeat the config."""
 _MAX_EXCLUDED = 100
 """Maximum number of excluded clips that a table on the page lists; the run's file has all."""
 
@@ -50,13 +50,11 @@ def write_run_report(
       config: Resolved config, shown as JSON; by default the pipeline's.
       minutes: Duration of the whole run.
     """
-    counts, sampling = evaluation.metrics["parameters"], evaluation.metrics["sampling"]
+    counts = evaluation.record["model"]["parameters"]
     summary = (
         f"{sum(counts.values()) / 1e6:.2f} million parameters, created by: "
         f"{pipeline.config.provenance.get('command', '?')} (seed {pipeline.config.provenance.get('seed', '?')}). "
-        f"Samples: {sampling['steps']} steps of {sampling['solver']}, "
-        f"guidance {' and '.join(f'{scale:g}' for scale in np.ravel(sampling['guidance']))}, "
-        "one sample per prompt, not selected."
+        f"{_describe_sampling(evaluation)}"
     )
     excluded, times = _read_excluded(source), read_run_times(source)
     report = Report(
@@ -77,7 +75,7 @@ def write_run_report(
 def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationResult) -> None:
     """Write the report of a run that trains only an autoencoder."""
     experiment = run.experiment
-    count = evaluation.metrics["parameters"]["autoencoder"]
+    count = evaluation.record["model"]["parameters"]["autoencoder"]
     excluded, times = _read_excluded(run.folder), read_run_times(run.folder)
     report = Report(
         title=f"{experiment.name}: the autoencoder",
@@ -93,16 +91,23 @@ def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationR
 
 
 def _make_reconstructions(evaluation: EvaluationResult) -> tuple[Reconstruction, ...]:
-    return tuple(
-        Reconstruction(
-            original=item.original,
-            decoded=item.decoded,
-            values=format_values(evaluation.metrics["clips"][item.name], evaluation.results),
-            name=item.name,
-            linear=item.baseline,
+    clips, reconstructions, protocol = evaluation.real_clips, evaluation.reconstructions, evaluation.protocol
+    if clips is None or reconstructions is None:
+        return ()
+    shown = []
+    for name in list(evaluation.record["clips"])[:_MAX_RECONSTRUCTIONS]:
+        number = clips.names.index(name)
+        original = protocol.clips.sample(clips.read(number, protocol.clips.fps), seed=protocol.seed, number=number)
+        shown.append(
+            Reconstruction(
+                original=original,
+                decoded=reconstructions.read(number, protocol.clips.fps),
+                values=format_values(evaluation.record["clips"][name], evaluation.results),
+                name=name,
+                linear=None if evaluation.make_baseline is None else evaluation.make_baseline(original),
+            )
         )
-        for item in evaluation.reconstructions[:_MAX_RECONSTRUCTIONS]
-    )
+    return tuple(shown)
 
 
 def _make_figures(
@@ -124,7 +129,7 @@ def _make_figures(
 
 def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:
     """Return the content of `metrics.json` as tables, with a row for every value of a metric."""
-    others = {name: part for name, part in evaluation.metrics.items() if part and name not in _LEFT_OUT}
+    others = {name: part for name, part in evaluation.record.items() if part and name not in _LEFT_OUT}
     return {"results": make_result_table(evaluation.results), **others}
 
 
@@ -155,15 +160,27 @@ def _make_excluded_tables(excluded: Mapping[str, Mapping[str, Any]]) -> dict[str
     return {label: dict(list(content["excluded"].items())[:_MAX_EXCLUDED]) for label, content in excluded.items()}
 
 
+def _describe_sampling(evaluation: EvaluationResult) -> str:
+    sampling = evaluation.sampling
+    if sampling is None:
+        return "Nothing is sampled."
+    solver = next((name for name, each in SOLVERS.items() if each == sampling.solver), type(sampling.solver).__name__)
+    scales = " and ".join(f"{scale:g}" for scale in sampling.guidance.scales)
+    steps = f"{sampling.steps} steps of {solver.lower()}"
+    return f"Samples: {steps}, guidance {scales}, one sample per prompt, not selected."
+
+
 def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:
     """Return all samples, each with its values of metrics: those that are true or false as a verdict."""
     samples = []
-    for (entry, clip), seen in zip(evaluation.samples, evaluation.is_trained_caption, strict=True):
-        values = evaluation.metrics["samples"][entry["file"]]
+    for number, (name, item) in enumerate(zip(evaluation.samples.names, evaluation.items, strict=True)):
+        values = evaluation.record["examples"].get(name, {})
         verdict = {name: value for name, value in values.items() if isinstance(value, bool)}
         numbers = format_values({name: values[name] for name in values.keys() - verdict}, evaluation.results)
-        note = " · ".join((f"seed {entry['seed']}", *(f"{label} {text}" for label, text in numbers.items())))
-        samples.append(Sample(clip=clip, prompt=entry["prompt"], seen=seen, note=note, verdict=verdict))
+        options = item.entry if isinstance(item.entry, Request) else item.entry.options
+        note = " · ".join((f"seed {options.seed}", *(f"{label} {text}" for label, text in numbers.items())))
+        clip = evaluation.samples.read(number, None)
+        samples.append(Sample(clip=clip, prompt=clip.caption, seen=item.is_trained_caption, note=note, verdict=verdict))
     return tuple(samples)
 
 

@@ -10,8 +10,8 @@ import av
 
 from dit_video.core import rng
 from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.evaluation.clip_set import PROMPTS_FILE, list_samples
 from dit_video.evaluation.distortions import distort
-from dit_video.evaluation.samples import PROMPTS_FILE, list_samples
 from dit_video.video import Clip, decode
 
 SUFFIXES = (".mp4", ".webm", ".png")

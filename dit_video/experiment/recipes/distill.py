@@ -9,7 +9,8 @@ from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
 from dit_video.diffusion import Guidance, Lcm, LogitNormal, TimeDistribution, UniformWeighting, Weighting
 from dit_video.distributed import Parallelism
-from dit_video.evaluation.config import CaptionEvaluation, Evaluation
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.protocol import EvaluationProtocol
 from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.recipes.finetune import make_data_config, make_row_shape, read_open_parts
 from dit_video.experiment.run import Experiment, Run
@@ -105,7 +106,7 @@ class _Teacher(NamedTuple):
     data: DataConfig
     batch: int
     guidance: Guidance
-    evaluation: Evaluation
+    evaluation: EvaluationProtocol
     train: Literal["full", "lora"]
     """Weights of a student that are trained by default."""
 

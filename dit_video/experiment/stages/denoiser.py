@@ -11,7 +11,6 @@ from dit_video.data.rows import RowStream
 from dit_video.data.sources import ClipExamples, LatentExamples
 from dit_video.distributed import count_row_shards
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.requests import EvaluationClips
 from dit_video.experiment import export, input_pipeline, latents, monitors
 from dit_video.experiment.denoiser import (
     TrainableDenoiser,
@@ -260,13 +259,12 @@ class TrainDenoiser(DenoiserTraining, Stage):
             return run.make_pipeline(trained.attach_params(ema_params), parallel=run.sampling_parallelism)
 
         if monitoring.evaluate_every:
-            evaluated = EvaluationClips(run.training_clips, run.held_out_clips, run.limits, linear=lambda: None)
             hooks.append(
                 EvaluationHook(
                     folder / "evaluations",
                     every=monitoring.evaluate_every,
-                    evaluation=run.experiment.evaluation,
-                    clips=evaluated,
+                    protocol=run.experiment.evaluation,
+                    data=run.evaluation_data(),
                     make_pipeline=make_pipeline,
                 )
             )

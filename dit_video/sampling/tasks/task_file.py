@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.sampling.pictures import to_mask
+from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import check_mask_key, read_pictures
 from dit_video.sampling.tasks import TASKS, Task
 from dit_video.sampling.tasks.fields import FieldKind, TaskField, list_fields
@@ -16,10 +17,11 @@ from dit_video.video import Clip, decode, read_recipe
 
 
 class TaskEntry(NamedTuple):
-    """A task of a list, with its seed."""
+    """A task of a list, with its seed and what else `Pipeline.run` takes."""
 
     task: Task
-    seed: int = 0
+    options: Request = Request("")
+    """A request without a prompt and size; see `add_options`."""
 
 
 def read_tasks(path: str | Path) -> list[TaskEntry]:
@@ -65,7 +67,8 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
         raise UserError(f"{where}seed={seed!r} is invalid: it must be a whole number. Use 0.")
     given = {key: value for key, value in values.items() if key in fields and value is not None}
     return TaskEntry(
-        TASKS[name](**{key: _read_value(fields[key], value, folder, where) for key, value in given.items()}), seed
+        TASKS[name](**{key: _read_value(fields[key], value, folder, where) for key, value in given.items()}),
+        Request("", seed=seed),
     )
 
 
