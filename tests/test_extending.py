@@ -421,7 +421,7 @@ def test_a_metric(add_package, load_file, tiny_run, tiny_clips, tmp_path, script
         clips = decode(run / "samples" / entry["file"]), decode(source[index])
         motion, expected = (np.diff(clip.frames.astype(int), axis=0) for clip in clips)
         values[entry["file"]] = 2.0 * np.abs(motion - expected).mean()
-    assert {file: entry["motion_error"] for file, entry in written["samples"].items()} == pytest.approx(values)
+    assert {file: entry["motion_error"] for file, entry in written["examples"].items()} == pytest.approx(values)
     mean, reach = np.mean(list(values.values())), 4.3027 * np.std(list(values.values()), ddof=1) / 3**0.5  # Student's t
     (result,) = (entry for entry in written["results"] if entry["name"] == "motion_error")
     assert (result["metric"], result["value"], result["count"]) == ("their_metric:MotionError", pytest.approx(mean), 3)

@@ -25,11 +25,7 @@ RECONSTRUCTION_METRICS: tuple[Metric, ...] = (Psnr(), Ssim(), LinearPsnr())
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEvaluation(EvaluationProtocol):
-    """Evaluation on captions of training clips and held-out clips.
-
-    Raises:
-      UserError: If a metric needs data that captions do not have.
-    """
+    """Evaluation on captions of training clips and held-out clips."""
 
     name: str = "captions"
     metrics: tuple[Metric, ...] = RECONSTRUCTION_METRICS
@@ -38,15 +34,7 @@ class CaptionEvaluation(EvaluationProtocol):
     """Number of different training captions, each sampled at its clip's size; the samples show memorisation."""
     held_out: int = 4
     """Number of different held-out captions."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for metric in self.metrics:
-            if "scenes" in metric.needs or {*metric.needs} <= {"pipeline"}:
-                rule = f"{type(self).__name__} has no scenes" if "scenes" in metric.needs else "it names no examples"
-                raise UserError(
-                    f"metric {type(metric).__name__} is invalid: {rule}. Leave it out, or change its needs."
-                )
+    provides = EvaluationProtocol.provides - {"scenes"}
 
     def make_data(self, data: EvaluationData | None) -> EvaluationData:
         """Return the given clips, or none."""

@@ -68,7 +68,7 @@ def evaluate(
     if opened.samples is not None:
         with Progress("sampling", len(opened.samples), unit="clip", visible=is_first_process()) as progress:
             samples = opened.samples.fill(progress.update)
-    seconds = None if opened.samples is None else round(time.perf_counter() - start_time, 1)
+    seconds = None if opened.samples is None else round(time.perf_counter() - start_time, 3)
     return _measure(opened, samples, average=average)._replace(seconds=seconds)
 
 
@@ -95,14 +95,14 @@ def evaluate_in_background(
     Raises:
       UserError: If the protocol does not fit the model, or the folder holds other files than samples.
     """
-    opened = _open(pipeline, protocol, Path(folder), data, None, replace_samples=True, share=nullcontext)
+    opened = _open(pipeline, protocol, Path(folder), data, None, replace_samples=True, share=nullcontext, is_alone=True)
     writes = [] if opened.samples is None else list(opened.samples.start())
 
     def finish() -> EvaluationResult:
         for write in writes:
             write()
         samples = NO_CLIPS if opened.samples is None else opened.samples.finish()
-        return _measure(opened._replace(reconstructions=None), samples, is_alone=True)
+        return _measure(opened, samples, is_alone=True)
 
     return executor.submit(finish) if is_first_process() else None
 
@@ -134,10 +134,11 @@ def _open(
     *,
     replace_samples: bool,
     share: Callable[[], AbstractContextManager[None]] | None,
+    is_alone: bool = False,
 ) -> _OpenEvaluation:
     sampling, data = pipeline.make_sampling(sampling), protocol.make_data(data)
     items, reconstructions = tuple(protocol.make_items(pipeline, data)), None
-    if data.clips.names and any(CLIP_NEEDS & {*metric.needs} for metric in protocol.metrics):
+    if not is_alone and data.clips.names and any(CLIP_NEEDS & {*metric.needs} for metric in protocol.metrics):
         protocol, reconstructions = reconstruct(pipeline.codec, protocol, data.clips)
     present: dict[MetricInput, object] = {
         "samples": items or protocol.is_reconstruction,
@@ -149,7 +150,8 @@ def _open(
         "baselines": reconstructions,
         "pipeline": pipeline,
     }
-    check_computable(protocol, [name for name, value in present.items() if value])
+    if not is_alone:
+        check_computable(protocol, [name for name, value in present.items() if value])
     samples = None
     if items:
         samples = SampleFolder(

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,7 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import make_generator
 from dit_video.evaluation.clip_set import ClipSet
-from dit_video.evaluation.metrics.metric import Metric
+from dit_video.evaluation.metrics.metric import Metric, MetricInput
 from dit_video.models.autoencoders import LinearAutoencoder
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
@@ -129,8 +129,8 @@ class EvaluationProtocol:
     A subclass may render its own data (`make_data`) and say what is generated (`make_items`).
 
     Raises:
-      UserError: If two metrics have a value of the same name, a number of clips is below 1, the seed is negative, or
-        `max_unreadable` is outside [0, 1].
+      UserError: If two metrics have a value of the same name, one needs data that the protocol lacks, a number of clips
+        is below 1, the seed is negative, or `max_unreadable` is outside [0, 1].
     """
 
     name: str
@@ -155,6 +155,8 @@ class EvaluationProtocol:
     """Largest share of clips that may be unreadable or too short; these are named in the result."""
     is_reconstruction: ClassVar[bool] = False
     """True if the autoencoder's reconstructions of the data are measured in the place of samples."""
+    provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput))
+    """Data that metrics may need."""
     example_prompt: ClassVar[str] = "a prompt"
     """Prompt in the commands that reports show."""
 
@@ -162,6 +164,13 @@ class EvaluationProtocol:
         names = Counter(name for metric in self.metrics for name in metric.describe())
         if twice := [name for name, count in names.items() if count > 1]:
             raise UserError(f"metrics are invalid: two have a value {twice[0]!r}. Leave one out, or rename its value.")
+        for metric in self.metrics:
+            lacking = sorted({*metric.needs} - self.provides)
+            if lacking or {*metric.needs} <= {"pipeline"}:
+                rule = f"{type(self).__name__} has no {lacking[0]}" if lacking else "its needs name no examples"
+                raise UserError(
+                    f"metric {type(metric).__name__} is invalid: {rule}. Leave it out, or change its needs."
+                )
         check_at_least(1, count=self.count or 1, real_count=self.real_count or 1)
         check_at_least(0, seed=self.seed)
         if not 0 <= self.max_unreadable <= 1:

@@ -175,6 +175,8 @@ class SampleFolder:
         If a pipeline moves the weights of its stages from host memory to the devices, all latents, which are small, are
         sampled first, so that the weights move once and not for every part.
         """
+        if not numbers:
+            return
         pipeline, parts = self._pipeline, self._split(numbers)
         requests = [[self._requests[number] for number in part] for part in parts]
         if pipeline.model_parts.offload is None:
@@ -262,12 +264,12 @@ def _make_request(entry: Request | TaskEntry, pipeline: Pipeline) -> Request | N
 
 
 def _get_prompt(entry: Request | TaskEntry, request: Request | None) -> str:
-    """Return the prompt of an entry, which is the caption of a task's clip if it has none."""
+    """Return the prompt of an entry, which is the caption of a task's clip or image if it has none."""
     if request is not None:
         return request.prompt
     assert isinstance(entry, TaskEntry)
-    prompt, clip = (getattr(entry.task, name, None) for name in ("prompt", "clip"))
-    return prompt or ("" if clip is None else clip.caption)
+    prompt, clip, image = (getattr(entry.task, name, None) for name in ("prompt", "clip", "image"))
+    return next((text for text in (prompt, *(each.caption for each in (clip, image) if each)) if text), "")
 
 
 def _make_slug(prompt: str) -> str:

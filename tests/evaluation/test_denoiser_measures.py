@@ -13,9 +13,9 @@ from dit_video.diffusion import Epsilon
 from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.comparison import compare
 from dit_video.evaluation.denoiser_measures import measure_clips
-from dit_video.evaluation.evaluate_protocol import evaluate_protocol
+from dit_video.evaluation.evaluate import evaluate
 from dit_video.evaluation.metrics.likelihood import BitsPerDimension, DenoisingLoss, LatentLikelihood, LossByTime
-from dit_video.evaluation.protocol import ClipSampling, Protocol
+from dit_video.evaluation.protocol import ClipSampling, EvaluationData, EvaluationProtocol
 from dit_video.evaluation.protocols import get_protocol
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.scenes import shapes
@@ -108,28 +108,24 @@ def test_the_protocol_measures_clips_without_samples(pipeline, tmp_path, monkeyp
     for number, clip in enumerate(make_clips(*[(9, 16, 32)] * 5)):
         clip.save(data / f"{number}.mp4")
         (data / f"{number}.txt").write_text(clip.caption)
-    protocol = Protocol(
+    protocol = EvaluationProtocol(
         name="test",
         clips=ClipSampling(frames=9),
         metrics=(LossByTime(bins=2), BitsPerDimension(steps=2, min_ratio=0.01)),
         real_count=4,
     )
     clips, folders = open_clip_set(data), [tmp_path / "first", tmp_path / "second"]
-    first, _ = (evaluate_protocol(pipeline, protocol, folder, data=clips) for folder in folders)
-    assert {each.estimate.count for each in first.measurement.results.values()} == {4}
+    first, _ = (evaluate(pipeline, protocol, folder, data=EvaluationData(clips)) for folder in folders)
+    assert {each.estimate.count for each in first.results.values()} == {4}
     record = json.loads((folders[0] / "metrics.json").read_text())
     assert (record["samples"], record["real_clips"], record["examples"]) == (0, 4, {})
     losses = [each["denoising_loss"] for each in record["clips"].values()]
-    assert np.mean(losses) == pytest.approx(first.measurement.results["denoising_loss"].estimate.value)
+    assert np.mean(losses) == pytest.approx(first.results["denoising_loss"].estimate.value)
     assert all("bits_per_dimension" in each for each in record["clips"].values())
     comparison = compare(folders)
-    assert [each.value for each in comparison.values["loss_t0.25"]] == [
-        first.measurement.results["loss_t0.25"].estimate.value
-    ] * 2
+    assert [each.value for each in comparison.values["loss_t0.25"]] == [first.results["loss_t0.25"].estimate.value] * 2
 
-    write_evaluation_report(
-        tmp_path / "report.html", first.measurement, protocol, first.samples, title="Likelihood", real_clips=clips
-    )
+    write_evaluation_report(tmp_path / "report.html", first, title="Likelihood")
     text = (tmp_path / "report.html").read_text()
     assert "4 clips of" in text
     assert "Loss by time" in text
@@ -138,12 +134,12 @@ def test_the_protocol_measures_clips_without_samples(pipeline, tmp_path, monkeyp
     coder = make_random_params(pipeline.config.model.autoencoder.make, 5)
     parts = tiny_pipeline.make_params(pipeline.config)["denoiser"]
     other = Pipeline(pipeline.config, autoencoder=coder, denoiser=parts)
-    evaluate_protocol(other, protocol, tmp_path / "other", data=clips)
+    evaluate(other, protocol, tmp_path / "other", data=EvaluationData(clips))
     with pytest.raises(UserError, match="autoencoder"):
         compare([folders[0], tmp_path / "other"])
     noise_config = replace(pipeline.config, model=replace(pipeline.config.model, prediction=Epsilon()))
     noise = Pipeline(noise_config, autoencoder=pipeline.codec.params, denoiser=parts)
-    evaluate_protocol(noise, protocol, tmp_path / "noise", data=clips)
+    evaluate(noise, protocol, tmp_path / "noise", data=EvaluationData(clips))
     with pytest.raises(UserError, match="objective"):
         compare([folders[0], tmp_path / "noise"])
     assert "bits_per_dimension" in compare([folders[0], tmp_path / "noise"], ignored=("objective",)).values

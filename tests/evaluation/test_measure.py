@@ -16,7 +16,7 @@ from dit_video.evaluation.measure import measure
 from dit_video.evaluation.metrics.distributions import FrechetMetric, PrecisionRecall
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricDescription
 from dit_video.evaluation.metrics.reconstruction import Psnr
-from dit_video.evaluation.protocol import ClipSampling, Protocol
+from dit_video.evaluation.protocol import ClipSampling, EvaluationProtocol, ReconstructionProtocol
 from dit_video.video import Clip
 from support.colour_features import ColourFeatures, draw_clips
 
@@ -33,7 +33,8 @@ class Brightness(MeanMetric):
         return [float(clip.frames.mean(axis=(0, 1, 2, 3))) for clip in batch.samples]
 
 
-PROTOCOL = Protocol(name="test", metrics=(Psnr(), PrecisionRecall(features=ColourFeatures())))
+PROTOCOL = EvaluationProtocol(name="test", metrics=(Psnr(), PrecisionRecall(features=ColourFeatures())))
+RECONSTRUCTION = ReconstructionProtocol(name="test", metrics=(Psnr(),))
 
 
 def write_clips(folder, clips):
@@ -78,22 +79,20 @@ def test_the_record_names_the_pixels_of_the_data_not_their_folder(folders, tmp_p
 
 
 def test_reconstructions_are_compared_with_the_originals_of_their_names(folders, tmp_path):
-    protocol = replace(PROTOCOL, metrics=(Psnr(), PrecisionRecall(features=ColourFeatures())))
-    same = measure(
-        open_clip_set(folders[0]), protocol, tmp_path, real_clips=open_clip_set(folders[0]), is_reconstruction=True
-    )
+    protocol = ReconstructionProtocol(name="test", metrics=PROTOCOL.metrics)
+    same = measure(open_clip_set(folders[0]), protocol, tmp_path, real_clips=open_clip_set(folders[0]))
     assert same.results["psnr"].estimate.value == 100
     assert same.results["recall"].estimate.value == 1
     fewer = tmp_path / "fewer"
     shutil.copytree(folders[0], fewer)
     (fewer / "007.mp4").unlink()
     with pytest.raises(UserError, match=r"1 of 20 reconstructions have no original.*007\.mp4"):
-        measure(open_clip_set(folders[0]), protocol, tmp_path, real_clips=open_clip_set(fewer), is_reconstruction=True)
+        measure(open_clip_set(folders[0]), protocol, tmp_path, real_clips=open_clip_set(fewer))
 
 
 def test_reconstructions_without_originals_are_refused(folders, tmp_path):
     with pytest.raises(UserError, match=r"the protocol test compares clips with their originals.*--data"):
-        measure(open_clip_set(folders[0]), replace(PROTOCOL, metrics=(Psnr(),)), tmp_path, is_reconstruction=True)
+        measure(open_clip_set(folders[0]), RECONSTRUCTION, tmp_path)
 
 
 def test_metrics_without_weights_or_inputs_are_named_and_the_others_computed(folders, tmp_path):
@@ -145,14 +144,14 @@ def test_originals_that_are_unreadable_or_of_another_size_are_left_out(folders, 
     shutil.copytree(folders[0], originals)
     (originals / "004.mp4").write_bytes(b"no video")
     Clip(np.zeros((5, 16, 8, 3), np.uint8), fps=8).save(originals / "005.mp4")
-    samples, protocol = open_clip_set(folders[0]), replace(PROTOCOL, metrics=(Psnr(),), max_unreadable=0.1)
-    result = measure(samples, protocol, tmp_path, real_clips=open_clip_set(originals), is_reconstruction=True)
+    samples, protocol = open_clip_set(folders[0]), replace(RECONSTRUCTION, max_unreadable=0.1)
+    result = measure(samples, protocol, tmp_path, real_clips=open_clip_set(originals))
     assert result.results["psnr"].estimate.count == 18
-    assert set(result.examples) == {f"{number:03d}.mp4" for number in range(20)} - {"004.mp4", "005.mp4"}
+    assert set(result.record["examples"]) == {f"{number:03d}.mp4" for number in range(20)} - {"004.mp4", "005.mp4"}
     assert "16x8 pixels" in result.record["excluded"][str(originals)]["005.mp4"]
     strict = replace(protocol, max_unreadable=0.09)
     with pytest.raises(UserError, match=r"2 of 20 clips.*005\.mp4"):
-        measure(samples, strict, tmp_path, real_clips=open_clip_set(originals), is_reconstruction=True)
+        measure(samples, strict, tmp_path, real_clips=open_clip_set(originals))
 
 
 @pytest.mark.parametrize(

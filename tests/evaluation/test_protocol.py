@@ -9,11 +9,11 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.evaluation import protocols
 from dit_video.evaluation.metrics.frames import Sharpness
-from dit_video.evaluation.protocol import ClipSampling, Protocol, check_comparable
+from dit_video.evaluation.protocol import ClipSampling, EvaluationProtocol, check_comparable
 from dit_video.evaluation.protocols import PROTOCOLS, get_protocol, register_protocol
 from dit_video.video import Clip
 
-PROTOCOL = Protocol(name="test", metrics=(Sharpness(),))
+PROTOCOL = EvaluationProtocol(name="test", metrics=(Sharpness(),))
 
 
 def make_clip(frames=9, height=8, width=12):
@@ -106,6 +106,17 @@ def test_a_protocol_keeps_the_chosen_metrics_only():
         get_protocol("ucf")
     with pytest.raises(UserError, match=r"metrics='fvd' is invalid.*psnr"):
         get_protocol("reconstruction", metrics=("fvd",))
+
+
+def test_fields_of_a_protocol_are_given_as_json():
+    sampled = get_protocol("ucf101", fields={"crf": None, "codec": "webm"})
+    assert (sampled.crf, sampled.codec, sampled.metrics) == (None, "webm", PROTOCOLS["ucf101"].metrics)
+    for fields, message in (
+        ({"crv": 3}, "has no field crv"),
+        ({"split": 3}, "split=3 of EvaluationProtocol is invalid"),
+    ):
+        with pytest.raises(UserError, match=message):
+            get_protocol("ucf101", fields=fields)
 
 
 def test_a_registered_protocol_is_found_by_its_name(monkeypatch):

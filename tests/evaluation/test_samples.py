@@ -10,11 +10,13 @@ import dit_video
 from dit_video.core.errors import UserError
 from dit_video.core.offload import Stages
 from dit_video.distributed.faults.progress import PROGRESS
-from dit_video.evaluation.sample_store import SampleStore
-from dit_video.evaluation.samples import read_samples, write_samples
+from dit_video.evaluation.clip_set import open_clip_set
+from dit_video.evaluation.samples import SampleFolder, make_contact_sheet, write_contact_sheet
 from dit_video.sampling import sampler
 from dit_video.sampling.pipeline import Request
 from dit_video.sampling.request_file import read_requests
+from dit_video.sampling.tasks import Extend, ZoomOut
+from dit_video.sampling.tasks.task_file import TaskEntry
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
 from support.tiny_wan import SIZE, TWO, write_animating_wan, write_wan
@@ -26,11 +28,16 @@ REQUESTS = [
 ]
 
 
+def write_samples(pipeline, requests, folder, *, progress=None, **options):
+    """Return the entries of `prompts.json`."""
+    SampleFolder(folder, pipeline, requests, replace_others=True, **options).fill(progress)
+    return json.loads((folder / "prompts.json").read_text())
+
+
 def test_samples_are_files_of_the_stated_sizes(tiny_pipeline, tmp_path):
     done = []
     entries = write_samples(tiny_pipeline, REQUESTS, tmp_path / "samples", progress=done.append)
     assert done == [1, 2, 3]
-    assert json.loads((tmp_path / "samples" / "prompts.json").read_text()) == entries
     size = {"frames": 9, "height": 16, "width": 32}
     assert entries[0] == {
         "file": "000-a-red-circle-moving-left.mp4",
@@ -44,12 +51,11 @@ def test_samples_are_files_of_the_stated_sizes(tiny_pipeline, tmp_path):
         assert decode(tmp_path / "samples" / entry["file"]).frames.shape == (*request.size, 3)
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {
         "prompts.json",
+        "settings.json",
         *(entry["file"] for entry in entries),
     }
     assert read_requests(tmp_path / "samples" / "prompts.json") == REQUESTS
-    read = read_samples(tmp_path / "samples")
-    assert [entry for entry, _ in read] == entries
-    assert [clip.caption for _, clip in read] == [request.prompt for request in REQUESTS]
+    assert list(open_clip_set(tmp_path / "samples").captions) == [request.prompt for request in REQUESTS]
 
 
 def test_samples_count_as_progress(tiny_pipeline, tmp_path):
@@ -59,9 +65,6 @@ def test_samples_count_as_progress(tiny_pipeline, tmp_path):
     watch = {"progress": lambda _: seen.append(PROGRESS.changes)}
     write_samples(tiny_pipeline, REQUESTS[1:], tmp_path / "a", sampling=sampling, **watch)
     assert seen == sorted(set(seen))
-    before = PROGRESS.changes
-    SampleStore(tmp_path / "b", REQUESTS[1:], {}).fill(tiny_pipeline, sampling=sampling)
-    assert PROGRESS.changes - before >= 2
 
 
 @pytest.mark.nightly
@@ -77,7 +80,7 @@ def test_new_samples_replace_old_ones_and_leave_other_files_alone(tiny_pipeline,
     folder = tmp_path / "samples"
     write_samples(tiny_pipeline, REQUESTS[1:], folder)
     write_samples(tiny_pipeline, REQUESTS[1:2], folder)
-    assert {path.name for path in folder.iterdir()} == {"prompts.json", "000-a-blue-square.png"}
+    assert {path.name for path in folder.iterdir()} == {"prompts.json", "settings.json", "000-a-blue-square.png"}
     (folder / "holiday.mp4").write_bytes(b"dear to its owner")
     with pytest.raises(UserError, match=r"holds other files than samples, such as holiday\.mp4"):
         write_samples(tiny_pipeline, REQUESTS[1:2], folder)
@@ -167,3 +170,80 @@ def test_weights_in_host_memory_move_once_for_all_requests(tmp_path, monkeypatch
     clips = pipeline.generate_many(requests, sampling=sampling)
     for entry, clip in zip(entries, clips, strict=True):
         np.testing.assert_array_equal(decode(tmp_path / "samples" / entry["file"]).frames, clip.frames)
+
+
+def test_an_interrupted_sampling_goes_on(tiny_pipeline, tmp_path):
+    """Files that exist are not made again; a stop leaves those that were made."""
+    requests = [Request("a red circle", Grid(1, 16, 16), seed=seed) for seed in range(6)]
+
+    def stop(count):
+        if count == 5:
+            raise KeyboardInterrupt
+
+    folder = SampleFolder(tmp_path / "samples", tiny_pipeline, requests)
+    with pytest.raises(KeyboardInterrupt):
+        folder.fill(stop)
+    assert SampleFolder(tmp_path / "samples", tiny_pipeline, requests).list_missing() == [5]
+    contents = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "samples").glob("*.png")}
+    done = []
+    samples = SampleFolder(tmp_path / "samples", tiny_pipeline, requests).fill(done.append)
+    assert done == [6]
+    assert contents.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "samples").iterdir()}.items()
+    assert len(samples.names) == len(open_clip_set(tmp_path / "samples").names) == 6
+
+
+def test_samples_that_were_made_otherwise_are_refused(tiny_pipeline, tmp_path):
+    requests = [Request(f"prompt {number}", Grid(1, 16, 16), number) for number in range(3)]
+    SampleFolder(tmp_path / "samples", tiny_pipeline, requests[:2])
+    SampleFolder(tmp_path / "samples", tiny_pipeline, requests[:2])
+    with pytest.raises(UserError, match=r"2 samples there and 3 here, settings\.codec\[1\] is None there") as error:
+        SampleFolder(tmp_path / "samples", tiny_pipeline, requests, crf=3)
+    assert "prompt 0" not in str(error.value)
+    other = [requests[0], Request("prompt 1", Grid(1, 16, 16), 1, noise=np.zeros((1, 2, 2, 4), np.float32))]
+    with pytest.raises(UserError, match=r"made otherwise: requests\[1\]\.noise"):
+        SampleFolder(tmp_path / "samples", tiny_pipeline, other)
+
+
+def test_tasks_and_requests_are_sampled_into_one_folder(tiny_pipeline, tmp_path):
+    clip = tiny_pipeline.generate("a red circle", size=(5, 16, 16), steps=1)
+    entries = [
+        TaskEntry(Extend(clip, "a blue square", frames=4), Request("", seed=3)),
+        Request("a red circle", Grid(5, 16, 16), seed=1),
+        TaskEntry(ZoomOut(clip[:1], "a red circle", frames=2, factor=2.0), Request("", seed=4)),
+    ]
+    sampling = tiny_pipeline.make_sampling(steps=1)
+    with pytest.warns(UserWarning, match="not trained"):
+        samples = SampleFolder(tmp_path, tiny_pipeline, entries, sampling=sampling, codec="apng").fill()
+    expected = [
+        tiny_pipeline.run(entries[0].task, seed=3, steps=1),
+        tiny_pipeline.generate("a red circle", size=(5, 16, 16), seed=1, steps=1),
+        tiny_pipeline.run(entries[2].task, seed=4, steps=1),
+    ]
+    for number, clip in enumerate(expected):
+        np.testing.assert_array_equal(samples.read(number, None).frames, clip.frames)
+    listed = json.loads((tmp_path / "prompts.json").read_text())
+    assert [(each.get("task"), each["seed"]) for each in listed] == [("extend", 3), (None, 1), ("zoom_out", 4)]
+    assert write_contact_sheet(samples) == tmp_path / "contact_sheet.png"
+    assert SampleFolder(tmp_path, tiny_pipeline, entries, sampling=sampling, codec="apng").list_missing() == []
+
+
+def test_a_full_disk_leaves_the_finished_samples(tiny_pipeline, tmp_path, monkeypatch):
+    requests, saved, save = [Request("a red circle", Grid(1, 16, 16), seed=seed) for seed in range(6)], [], Clip.save
+
+    def save_some(self, path, **options):
+        if len(saved) == 3:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        save(self, path, **options)
+
+    monkeypatch.setattr(Clip, "save", save_some)
+    with pytest.raises(UserError, match=r"cannot be written after 3 samples .*No space left.*Free space"):
+        SampleFolder(tmp_path / "out", tiny_pipeline, requests).fill()
+    assert sorted((tmp_path / "out").glob("*.png")) == saved
+
+
+def test_a_contact_sheet_has_a_row_for_each_clip():
+    frames = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    sheet = make_contact_sheet([Clip(frames, 8), Clip(frames[:1, :8], 8)])
+    assert sheet.frames.shape == (1, 2 * 18, 6 * 18, 3)
+    np.testing.assert_array_equal(sheet.frames[0, 18:26, :16], frames[0, :8])

@@ -8,7 +8,7 @@ from dit_video.apps.reports.comparison_report import write_sweep_report
 from dit_video.core.errors import UserError
 from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.metrics.reconstruction import Psnr
-from dit_video.evaluation.protocol import Protocol
+from dit_video.evaluation.protocol import ReconstructionProtocol
 from dit_video.evaluation.sweep import COST_FILE, sweep_sampling
 from dit_video.scenes.protocols import SceneProtocol
 from dit_video.tokens import Grid
@@ -51,4 +51,6 @@ def test_sweeps_of_nothing_are_refused(pipeline, tmp_path):
     with pytest.raises(UserError, match="one point"):
         sweep_sampling(pipeline, PROTOCOL, tmp_path, steps=(1,), guidance=(1.0,))
     with pytest.raises(UserError, match="samples nothing"):
-        sweep_sampling(pipeline, Protocol(name="r", metrics=(Psnr(),)), tmp_path, steps=(1, 2), guidance=(1.0,))
+        sweep_sampling(
+            pipeline, ReconstructionProtocol(name="r", metrics=(Psnr(),)), tmp_path, steps=(1, 2), guidance=(1.0,)
+        )

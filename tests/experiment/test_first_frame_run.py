@@ -9,7 +9,6 @@ import pytest
 
 import dit_video
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.evaluate import evaluate
 from dit_video.experiment.run import Run
 from dit_video.models.conditioning import FrameConditioning
 from support.latents import generate_latents
@@ -30,8 +29,8 @@ def test_a_model_that_reads_first_frames_is_trained_evaluated_and_sampled(tiny, 
     shutil.copy(tiny_run / "autoencoder" / "weights.safetensors", tmp_path / "run" / "autoencoder")
     run.run_stages()
     pipeline = dit_video.load(tmp_path / "run")
-    result = evaluate(pipeline, tmp_path / "evaluation", seed=0, clips=run.evaluation_clips())
-    assert len(result.samples) == 2
+    result = run.evaluate(pipeline=pipeline, folder=tmp_path / "evaluation")
+    assert len(result.samples.names) == 2
     assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     image = np.random.default_rng(0).integers(0, 256, (*SIZE[1:], 3), dtype=np.uint8)
     options = {"size": SIZE, "steps": 2, "guidance": 1.0}

@@ -16,13 +16,13 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.registry import register
 from dit_video.core.trees import flatten
-from dit_video.data.sizes import SizeLimits
+from dit_video.evaluation.clip_set import NO_CLIPS, open_clip_set
 from dit_video.evaluation.comparison import compare
-from dit_video.evaluation.config import CaptionEvaluation, Evaluation
+from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.reconstruction import Psnr
-from dit_video.evaluation.requests import EvaluationClips, EvaluationRequest
+from dit_video.evaluation.protocol import EvaluationData, EvaluationItem, EvaluationProtocol
 from dit_video.experiment import LoraAdapters, monitors
 from dit_video.experiment.monitors import EvaluationHook
 from dit_video.experiment.run import Run
@@ -181,12 +181,14 @@ def test_samples_during_training_on_eight_devices_are_those_of_one(tiny_clips):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class TwoPrompts(Evaluation):
+class TwoPrompts(EvaluationProtocol):
     """Two samples."""
 
-    def make_requests(self, clips, seed, *, image):
+    name: str = "two"
+
+    def make_items(self, pipeline, data):
         return [
-            EvaluationRequest(Request(prompt, Grid(5, 16, 16), seed=number), read_reference=lambda: None)
+            EvaluationItem(Request(prompt, Grid(5, 16, 16), seed=number))
             for number, prompt in enumerate(("a red circle", "a blue square"))
         ]
 
@@ -196,12 +198,12 @@ def pipeline():
     return tiny_pipeline.make_pipeline(tiny_pipeline.make_config(steps=1))
 
 
-def make_hook(folder, pipeline):
+def make_hook(folder, pipeline, *metrics):
     return EvaluationHook(
         folder,
         every=10,
-        evaluation=TwoPrompts(metrics=(Sharpness(), Psnr())),
-        clips=EvaluationClips((), (), SizeLimits(max_pixels=4096, max_frames=9, multiple=Grid(4, 8, 8)), lambda: None),
+        protocol=TwoPrompts(metrics=metrics or (Sharpness(), Psnr())),
+        data=EvaluationData(NO_CLIPS),
         make_pipeline=lambda params: pipeline,
     )
 
@@ -222,7 +224,7 @@ def test_training_goes_on_while_samples_are_measured(tmp_path, pipeline, monkeyp
     hook = make_hook(tmp_path, pipeline)
     assert hook.call(10, SimpleNamespace(ema={})) == {}
     assert hook.derive({}) == {}
-    assert not (tmp_path / "step_10").exists()
+    assert not (tmp_path / "step_10" / "metrics.json").exists()
     measured.set()
     hook.close()
     values = hook.derive({})
@@ -231,10 +233,17 @@ def test_training_goes_on_while_samples_are_measured(tmp_path, pipeline, monkeyp
     assert result["count"] == 2
     assert values == {"evaluation_sharpness": result["value"], "evaluation_step": 10}
     assert record["protocol"]["sampling"]["steps"] == 1
-    requests = [each.request for each in TwoPrompts().make_requests(None, 0, image=False)]
-    clips = decode(pipeline.generate_latents(requests), requests)
-    batch = MetricBatch(samples=clips)
+    samples = open_clip_set(tmp_path / "step_10" / "samples")
+    batch = MetricBatch(samples=[samples.read(number, None) for number in range(2)])
     assert np.mean(Sharpness().measure(batch)) == pytest.approx(result["value"], rel=1e-5)
+
+
+def test_samples_are_kept_where_no_metric_can_be_computed(tmp_path, pipeline):
+    hook = make_hook(tmp_path, pipeline, Psnr())
+    hook.call(10, SimpleNamespace(ema={}))
+    hook.close()
+    assert hook.derive({}) == {"evaluation_step": 10}
+    assert len(open_clip_set(tmp_path / "step_10" / "samples").names) == 2
 
 
 def test_an_error_of_a_measurement_ends_the_training(tmp_path, pipeline, monkeypatch):

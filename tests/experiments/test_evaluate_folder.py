@@ -58,7 +58,7 @@ def test_mistakes_are_named(folder, tmp_path, script):
         (("--protocol", "reconstruction"), "Name these with --data"),
         (("--count", 7), "has 6 clips. Use --count 6"),
         (("--steps", 4), "a folder of videos is not sampled"),
-        (("--seed", 4), "samples of a protocol have their own seed"),
+        (("--seed", 4), "a folder of videos is not sampled"),
     ],
 )
 def test_options_without_effect_are_refused(folder, tmp_path, script, arguments, rule):

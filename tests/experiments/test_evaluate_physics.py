@@ -19,7 +19,7 @@ def test_a_model_of_other_data_keeps_no_law(name, tmp_path, script):
     assert {each["name"]: (each["value"], each["count"]) for each in record["results"]} == {
         value: (0.0, 1) for metric in PROTOCOLS[name].metrics for value in metric.describe()
     }
-    assert len(list((tmp_path / name / "protocol_samples" / name).glob("*.mp4"))) == 4
+    assert len(list((tmp_path / name / "samples").glob("*.mp4"))) == 4
     assert "not as prompted" in (tmp_path / name / "report.html").read_text()
 
 

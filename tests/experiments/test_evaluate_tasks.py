@@ -1,12 +1,16 @@
-"""`tools/render_scenes.py` and `experiments/evaluate_tasks.py`, from scenes to the figures of every task."""
+"""`tools/render_scenes.py`, and evaluate.py by the protocols of generation tasks."""
 
 import csv
 import json
 
 import pytest
 
+from dit_video.core.errors import UserError
+from dit_video.evaluation.protocols import PROTOCOLS
 from dit_video.scenes import draw_scene
-from dit_video.scenes.tasks import TASK_MEASURES
+from dit_video.scenes.tasks import SceneTaskProtocol
+
+TASKS = [name for name, protocol in PROTOCOLS.items() if isinstance(protocol, SceneTaskProtocol)]
 
 
 def test_scenes_are_rendered_into_a_folder_of_clips(script, tmp_path):
@@ -20,21 +24,36 @@ def test_scenes_are_rendered_into_a_folder_of_clips(script, tmp_path):
 
 @pytest.mark.slow
 def test_every_task_is_sampled_and_measured(script, tiny_run, tmp_path):
-    done = script("experiments/evaluate_tasks.py", tiny_run, "--out", tmp_path / "out", "--count", 1)
+    arguments = ("--protocol", "task_*", "--out", tmp_path / "out", "--count", 1, "--fields", "resample=2")
+    done = script("experiments/evaluate.py", tiny_run, *arguments)
     assert done.code == 0, done.err
-    for name, task in TASK_MEASURES.items():
-        figures = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-        methods = [key for key in figures if key not in ("count", "levels", "seed", "resample", "seconds")]
-        expected = {"auto", "training_free"} if task.is_completed else {"auto"}
-        assert set(methods) == (expected if name != "editing" else {"sdedit", "flow_edit", "inversion"})
-        for method in methods:
-            names = [value for metric in task.metrics for value in metric.describe()]
-            assert list(figures[method]) == names
-            assert len(list((tmp_path / "out" / name / method).iterdir())) == 1
-        assert f"{name}, {methods[0]}:" in done.out
+    assert len(TASKS) == 27
+    for name in TASKS:
+        record = json.loads((tmp_path / "out" / name / "metrics.json").read_text())
+        assert [each["name"] for each in record["results"]] == [
+            value for metric in PROTOCOLS[name].metrics for value in metric.describe()
+        ]
+        assert record["protocol"]["config"]["resample"] == 2
+        (listed,) = json.loads((tmp_path / "out" / name / "samples" / "prompts.json").read_text())
+        assert (tmp_path / "out" / name / "samples" / listed["file"]).suffix in (".apng", ".png")
+        assert (tmp_path / "out" / name / "report.html").is_file()
+    assert listed["task"] == "described_edit"
+
+
+def test_a_task_of_scenes_has_items_of_its_levels(tiny_pipeline):
+    protocol = PROTOCOLS["task_extension_forwards_training_free"]
+    items = protocol.make_items(tiny_pipeline, protocol.make_data(None))[:4]
+    assert [item.truth.scene for item in items] == [
+        draw_scene(number, seed=1000, level=(1, 2)[number % 2], sizes=protocol.sizes) for number in range(4)
+    ]
+    assert [(item.entry.options.seed, item.entry.options.method) for item in items] == [
+        (1000 + number, "training_free") for number in range(4)
+    ]
 
 
 def test_tasks_that_do_not_exist_are_named(script, tiny_run, tmp_path):
-    done = script("experiments/evaluate_tasks.py", tiny_run, "--out", tmp_path / "out", "--tasks", "flying")
+    with pytest.raises(UserError, match="task='flying' is unknown; use text_to_video"):
+        SceneTaskProtocol(name="mine", task="flying", metrics=())
+    done = script("experiments/evaluate.py", tiny_run, "--out", tmp_path / "out", "--protocol", "task_flying")
     assert done.code == 2
-    assert "tasks=flying is unknown; use text_to_video" in " ".join(done.err.split())
+    assert "there is no such protocol. Use one of ucf101" in " ".join(done.err.split())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.evaluation.samples import read_samples
+from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.tokens import Grid
 from dit_video.video.clip import Clip
@@ -76,7 +76,8 @@ def test_each_prompt_of_a_list_has_its_image_and_clips_have_its_aspect_ratio(scr
     options = ("--steps", 2, "--guidance", 1, "--out", tmp_path / "samples")
     done = script(SAMPLE, tmp_path / "small", "--prompts", tmp_path / "prompts.json", *options)
     assert done.code == 0, done.err
-    clips = [sample.clip.frames for sample in read_samples(tmp_path / "samples")]
+    samples = open_clip_set(tmp_path / "samples")
+    clips = [samples.read(number, None).frames for number in range(len(samples.names))]
     assert [clip.shape[:3] for clip in clips] == [(5, 16, 32), (5, 32, 16), (5, 16, 32)]
     assert (clips[0] != clips[2]).any()
 

@@ -1,19 +1,15 @@
 """`experiments/sample.py RUN TASK`, and lists of tasks."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import dit_video
 from dit_video.core.errors import MissingError, UserError
-from dit_video.evaluation import task_results
-from dit_video.evaluation.task_results import make_contact_sheet, write_task_results
-from dit_video.sampling.request import Request
 from dit_video.sampling.tasks import TASKS, Extend, Inpaint, Interpolate
 from dit_video.sampling.tasks.fields import list_fields
-from dit_video.sampling.tasks.task_file import TaskEntry, read_task, read_tasks
+from dit_video.sampling.tasks.task_file import read_task, read_tasks
 from dit_video.video import Clip, decode, read_recipe
 from support.tiny_wan import write_wan
 
@@ -35,19 +31,24 @@ def test_a_task_writes_a_folder_with_a_contact_sheet_and_lines(script, tmp_path,
     options = ("--tasks", tmp_path / "tasks.json", "--steps", 2, "--out", tmp_path / "out")
     done = script(SAMPLE, tmp_path / "wan", *options)
     assert done.code == 0, done.err
-    lines = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    assert [line["file"] for line in lines] == ["000-a-dog.mp4", "001-a-dog.mp4"]
-    for seed, line in enumerate(lines):
-        path = tmp_path / "out" / line["file"]
-        assert len(decode(path).frames) == line["frames"] == 9
-        assert line["recipe"]["seed"] == seed
-        assert line["recipe"]["task"]["name"] == "extend"
-        assert read_recipe(path) == line["recipe"]
+    listed = json.loads((tmp_path / "out" / "prompts.json").read_text())
+    assert [entry["file"] for entry in listed] == ["000-a-dog.mp4", "001-a-dog.mp4"]
+    for seed, entry in enumerate(listed):
+        assert (entry["prompt"], entry["task"], entry["seed"]) == ("a dog", "extend", seed)
+        path = tmp_path / "out" / entry["file"]
+        assert len(decode(path).frames) == 9
+        recipe = read_recipe(path)
+        assert (recipe["seed"], recipe["task"]["name"]) == (seed, "extend")
     sheet = decode(tmp_path / "out" / "contact_sheet.png")
     assert sheet.frames.shape == (1, 36, 108, 3)
-    again = script(SAMPLE, tmp_path / "wan", *options)
-    assert again.code == 2
-    assert "is not an empty folder" in again.err
+    times = [(tmp_path / "out" / entry["file"]).stat().st_mtime_ns for entry in listed]
+    assert script(SAMPLE, tmp_path / "wan", *options).code == 0
+    assert [(tmp_path / "out" / entry["file"]).stat().st_mtime_ns for entry in listed] == times
+    other = script(SAMPLE, tmp_path / "wan", *options[:2], "--steps", 3, *options[4:])
+    assert other.code == 2
+    assert "holds samples that were made otherwise: settings.sampling.steps is 2 there and 3 here" in " ".join(
+        other.err.split()
+    )
 
 
 @pytest.mark.slow
@@ -101,11 +102,11 @@ def test_lists_of_tasks_are_read_with_their_files(tmp_path, clip):
         {"task": "generate", "size": [5, 16, 16], "conditions": [{"file": clip.name, "frame": 0}], "strength": None},
     ]
     (tmp_path / "a.json").write_text(json.dumps(entries))
-    (inpaint, seed), (interpolate, other_seed), (generate, _) = read_tasks(tmp_path / "a.json")
+    (inpaint, first), (interpolate, second), (generate, _) = read_tasks(tmp_path / "a.json")
     assert isinstance(inpaint, Inpaint)
     np.testing.assert_array_equal(inpaint.generated, mask[0, ..., 0] > 0)
     np.testing.assert_array_equal(inpaint.clip.frames, FRAMES)
-    assert (inpaint.prompt, seed, other_seed) == ("b", 4, 0)
+    assert (inpaint.prompt, first.seed, second.seed) == ("b", 4, 0)
     assert isinstance(interpolate, Interpolate)
     assert interpolate.known_frames == [0, 1, 3, 6, 7]
     assert (generate.size, len(generate.conditions)) == ((5, 16, 16), 1)
@@ -136,53 +137,3 @@ def test_lists_that_do_not_fit_are_refused(tmp_path, clip, values, message):
         read_task(values, tmp_path)
     with pytest.raises(MissingError, match="no such"):
         read_task({"task": "extend", "clip": "other.mp4", "frames": 4}, tmp_path)
-
-
-class FakePipeline:
-    """A pipeline whose tasks return the clips that they extend."""
-
-    config = SimpleNamespace(batch=1)
-
-    def run_many(self, tasks, options, *, sampling):
-        return [Clip(task.clip.frames, 8, caption="a clip") for task in tasks]
-
-
-def test_a_full_disk_leaves_the_finished_results(tmp_path, monkeypatch):
-    entries = [make_entry() for _ in range(6)]
-    saved = []
-
-    def save(self, path, **options):
-        if len(saved) == 3:
-            raise OSError(28, "No space left on device")
-        saved.append(path)
-        path.write_bytes(b"x")
-
-    monkeypatch.setattr(Clip, "save", save)
-    with pytest.raises(UserError, match=r"cannot be written after 3 results .*No space left"):
-        write_task_results(FakePipeline(), entries, tmp_path / "out", options=Request(""))
-    assert sorted(path.name for path in saved) == [f"{number:03d}-a-clip.mp4" for number in range(3)]
-    assert len((tmp_path / "out" / task_results.LINES_FILE).read_text().splitlines()) == 3
-
-
-def test_results_before_ctrl_c_are_kept(tmp_path):
-    entries, done = [make_entry() for _ in range(12)], []
-
-    def progress(count):
-        done.append(count)
-        if count == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_task_results(FakePipeline(), entries, tmp_path / "out", options=Request(""), progress=progress)
-    assert len((tmp_path / "out" / task_results.LINES_FILE).read_text().splitlines()) == 5
-    assert (tmp_path / "out" / task_results.SHEET_FILE).is_file()
-
-
-def make_entry():
-    return TaskEntry(Extend(clip=Clip(FRAMES, 8), frames=4), 0)
-
-
-def test_a_contact_sheet_has_a_row_for_each_clip():
-    sheet = make_contact_sheet([Clip(FRAMES, 8), Clip(FRAMES[:1, :8], 8)])
-    assert sheet.frames.shape == (1, 2 * 18, 6 * 18, 3)
-    np.testing.assert_array_equal(sheet.frames[0, 18:26, :16], FRAMES[0, :8])

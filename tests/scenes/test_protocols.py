@@ -9,10 +9,10 @@ import pytest
 from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.evaluation.clip_set import make_file_set
-from dit_video.evaluation.evaluate_protocol import SAMPLES_FOLDER, evaluate_protocol
+from dit_video.evaluation.evaluate import SAMPLES_FOLDER, evaluate
 from dit_video.evaluation.measure import measure
 from dit_video.evaluation.protocols import get_protocol
-from dit_video.evaluation.sample_store import SETTINGS_FILE
+from dit_video.evaluation.samples import SETTINGS_FILE
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.scenes import render
 from dit_video.scenes.laws import LAWS, MIN_FRAMES
@@ -34,20 +34,21 @@ def pipeline():
 
 @pytest.fixture(scope="module")
 def scenes():
-    return get_protocol("physics", count=COUNT).make_scenes()
+    return get_protocol("physics", count=COUNT).make_data(None).clips
 
 
-def get_shares(measurement):
-    return {name: result.estimate.value for name, result in measurement.results.items()}
+def get_shares(measured):
+    return {name: result.estimate.value for name, result in measured.results.items()}
 
 
 def measure_files(clips, scenes, folder):
     """Measure clips as samples of the scenes, from files as a model's."""
-    protocol, (data, truths, _) = get_protocol("physics", count=COUNT), scenes
+    protocol = get_protocol("physics", count=COUNT)
     names = [f"{number:06d}.mp4" for number in range(len(clips))]
     for name, clip in zip(names, clips, strict=True):
         clip.save(folder / name, crf=protocol.crf)
-    return measure(make_file_set(folder, names, data.captions), protocol, folder / "out", truths=truths)
+    samples = make_file_set(folder, names, scenes.captions)._replace(truths=scenes.truths)
+    return measure(samples, protocol, folder / "out")
 
 
 def hurry(scene, known):
@@ -60,37 +61,34 @@ def hurry(scene, known):
 
 
 def test_scenes_are_of_all_laws_with_captions_as_the_data(scenes):
-    data, truths, _ = scenes
-    assert [truth.law for truth in truths] == [*LAWS, *LAWS]
-    assert len({truth.scene for truth in truths}) == COUNT
-    assert list(data.captions) == [truth.scene.caption for truth in truths]
+    assert [truth.law for truth in scenes.truths] == [*LAWS, *LAWS]
+    assert len({truth.scene for truth in scenes.truths}) == COUNT
+    assert list(scenes.captions) == [truth.scene.caption for truth in scenes.truths]
     words = ("that fall,", "that drift and bounce", "that drift and collide", "a grey post in front")
-    for number, caption in enumerate(data.captions):
+    for number, caption in enumerate(scenes.captions):
         assert words[number % 4] in caption
-    again, *_ = get_protocol("physics", count=COUNT).make_scenes()
-    assert again.captions == data.captions
-    np.testing.assert_array_equal(data.read(3, None).frames, render(truths[3].scene).clip.frames)
+    again = get_protocol("physics", count=COUNT).make_data(None).clips
+    assert again.captions == scenes.captions
+    np.testing.assert_array_equal(scenes.read(3, None).frames, render(scenes.truths[3].scene).clip.frames)
 
 
 def test_true_renderings_keep_all_laws(scenes, tmp_path):
-    data, *_ = scenes
-    measurement = measure_files([data.read(number, None) for number in range(COUNT)], scenes, tmp_path)
-    assert get_shares(measurement) == dict.fromkeys(NAMES, 1.0)
-    assert {result.estimate.count for result in measurement.results.values()} == {COUNT // 4}
+    measured = measure_files([scenes.read(number, None) for number in range(COUNT)], scenes, tmp_path)
+    assert get_shares(measured) == dict.fromkeys(NAMES, 1.0)
+    assert {result.estimate.count for result in measured.results.values()} == {COUNT // 4}
     # Each sample has the value of its own law alone.
-    assert [list(row) for row in measurement.examples.values()] == [[name] for name in (*NAMES, *NAMES)]
+    assert [list(row) for row in measured.record["examples"].values()] == [[name] for name in (*NAMES, *NAMES)]
 
 
 @pytest.mark.parametrize("known", mark_slow_except([MIN_FRAMES], [1, MIN_FRAMES]))
 def test_faster_motion_keeps_no_law_also_after_true_frames(scenes, tmp_path, known):
-    _, truths, _ = scenes
-    measurement = measure_files([hurry(truth.scene, known) for truth in truths], scenes, tmp_path)
-    assert get_shares(measurement) == dict.fromkeys(NAMES, 0.0)
+    measured = measure_files([hurry(truth.scene, known) for truth in scenes.truths], scenes, tmp_path)
+    assert get_shares(measured) == dict.fromkeys(NAMES, 0.0)
 
 
 def test_reversed_falls_do_not_keep_their_law(scenes, tmp_path):
     """Other laws hold in reverse, too."""
-    clips = [scenes[0].read(number, None) for number in range(COUNT)]
+    clips = [scenes.read(number, None) for number in range(COUNT)]
     clips = [replace(clip, frames=np.ascontiguousarray(clip.frames[::-1])) for clip in clips]
     assert get_shares(measure_files(clips, scenes, tmp_path)) == dict.fromkeys(NAMES, 1.0) | {"free_fall": 0.0}
 
@@ -106,29 +104,29 @@ def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known
 
     monkeypatch.setattr(Pipeline, "generate_latents", record)
     protocol = get_protocol(name, count=4)
-    result = evaluate_protocol(pipeline, protocol, tmp_path)
-    data, truths, sizes = protocol.make_scenes()
+    result = evaluate(pipeline, protocol, tmp_path)
+    data = protocol.make_data(None).clips
     assert [request.prompt for request in recorded] == list(data.captions)
-    assert tuple(request.size for request in recorded) == sizes == tuple(truth.scene.size for truth in truths)
+    assert [request.size for request in recorded] == [truth.scene.size for truth in data.truths]
     for number, request in enumerate(recorded):
         frames = [condition.content.frames for condition in request.conditions]
         assert len(frames) == (known > 0)
         for each in frames:
             np.testing.assert_array_equal(each, data.read(number, None).frames[:known])
-    assert list(result.measurement.results) == list(NAMES)
-    assert {each.estimate.count for each in result.measurement.results.values()} == {1}
-    settings = json.loads((tmp_path / SAMPLES_FOLDER / name / SETTINGS_FILE).read_text())
-    assert all(("conditions" in request) == (known > 0) for request in settings["requests"])
+    assert list(result.results) == list(NAMES)
+    assert {each.estimate.count for each in result.results.values()} == {1}
+    settings = json.loads((tmp_path / SAMPLES_FOLDER / SETTINGS_FILE).read_text())
+    assert all(("pictures" in request) == (known > 0) for request in settings["requests"])
     if known:
-        with pytest.raises(UserError, match=r"made otherwise: .*conditions"):
-            evaluate_protocol(pipeline, replace(protocol, known=1), tmp_path)
+        with pytest.raises(UserError, match=r"made otherwise: .*pictures"):
+            evaluate(pipeline, replace(protocol, known=1), tmp_path)
 
 
 def test_samples_of_another_rate_are_refused(pipeline, tmp_path):
     config = pipeline.config
     faster = tiny_pipeline.make_pipeline(replace(config, model=replace(config.model, fps=16.0)))
     with pytest.raises(UserError, match=r"fps=16 is invalid: .* have 8 frames per second"):
-        evaluate_protocol(faster, get_protocol("physics_extension", count=1), tmp_path)
+        evaluate(faster, get_protocol("physics_extension", count=1), tmp_path)
 
 
 @pytest.mark.parametrize("known", [-1, MIN_FRAMES + 1])
@@ -140,7 +138,7 @@ def test_known_frames_end_before_the_contact(known):
 def test_a_protocol_of_some_laws_is_written_and_drawn():
     protocol = PhysicsProtocol(name="mine", metrics=PHYSICS_METRICS, laws=("bounce", "collision"), count=3)
     assert config_json.from_json(config_json.to_json(protocol)) == protocol
-    assert [truth.law for truth in protocol.make_scenes().truths] == ["bounce", "collision", "bounce"]
+    assert [truth.law for truth in protocol.make_data(None).clips.truths] == ["bounce", "collision", "bounce"]
 
 
 def test_the_features_of_scenes_keep_the_weights_of_the_package(tmp_path):

@@ -10,7 +10,7 @@ from support.html_page import Page
 
 def test_samples_have_the_labels_of_what_was_judged(tmp_path):
     protocol = PhysicsProtocol(name="physics", metrics=PHYSICS_METRICS, count=2, seed=10**6)
-    data, truths, _ = protocol.make_scenes()
+    data = protocol.make_data(None).clips
 
     def read(number, fps):
         """Return the first scene as it is, and the second one at rest."""
@@ -18,8 +18,8 @@ def test_samples_have_the_labels_of_what_was_judged(tmp_path):
         return clip if number == 0 else replace(clip, frames=clip.frames[:1].repeat(len(clip.frames), axis=0))
 
     samples = data._replace(read=read)
-    measurement = measure(samples, protocol, tmp_path, truths=truths)
-    write_evaluation_report(tmp_path / "report.html", measurement, protocol, samples, title="Laws", real_clips=data)
+    result = measure(samples, protocol, tmp_path, real_clips=data)
+    write_evaluation_report(tmp_path / "report.html", result, title="Laws")
     page = Page((tmp_path / "report.html").read_text())
     assert [a["aria-label"] for a in page.find("li", **{"class": "yes"})] == ["free fall: as prompted"]
     assert [a["aria-label"] for a in page.find("li", **{"class": "no"})] == ["bounce: not as prompted"]

@@ -110,7 +110,8 @@ def test_scene_metrics_alone_are_those_of_a_shared_batch(metric, scene_batch):
 def scene_batch():
     """Return scenes for the prompt and of every law, and the results of all metrics together."""
     protocol = SceneProtocol(name="four", metrics=SCENE_PROMPT_METRICS, count=4, seed=3, sizes=(Grid(9, 32, 48),))
-    clips, truths, _ = protocol.make_scenes()
+    clips = protocol.make_data(None).clips
+    truths = clips.truths
     lawful = [truth for law in LAWS for truth in make_physics_truths(law, count=1, seed=5)]
     samples = [*(clips.read(number, None) for number in range(4)), *(truth.reference for truth in lawful)]
     batch = MetricBatch(samples=samples, scenes=[*truths, *lawful])
