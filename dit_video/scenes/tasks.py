@@ -271,7 +271,7 @@ class SceneTaskProtocol(EvaluationProtocol):
     method: Method = "auto"
     """Way in which known pixels are kept; see `Request`."""
     resample: int = 1
-    """Number of times that every block of steps is taken where known pixels are kept without training."""
+    """Number of times that every block of steps is taken by the method `training_free`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -292,7 +292,8 @@ class SceneTaskProtocol(EvaluationProtocol):
             generator = make_generator(self.seed, "task case", number)
             number += 1
             if (case := make_case(render(scene), scene, pipeline.reconstruct, generator)) is not None:
-                options = Request("", seed=self.seed + len(items), method=self.method, resample=self.resample)
+                resample = self.resample if self.method == "training_free" else 1
+                options = Request("", seed=self.seed + len(items), method=self.method, resample=resample)
                 items.append(EvaluationItem(TaskEntry(case.task, options), truth=case.truth))
         return items
 
