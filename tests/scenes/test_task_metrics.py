@@ -1,6 +1,7 @@
 """Measures of generation tasks: the truth passes, and wrong answers fail."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import pytest
 from dit_video.core.resize import resize
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.tasks import blend_linearly
+from dit_video.evaluation.protocols import PROTOCOLS
 from dit_video.sampling.tasks import Blend
 from dit_video.scenes.objects import find_objects
-from dit_video.scenes.tasks import TASK_MEASURES, make_cases
+from dit_video.scenes.tasks import SceneTaskProtocol  # registers its protocols
 from dit_video.video import Clip
 
 COUNT = 8
@@ -22,14 +24,17 @@ def blur(clip: Clip) -> Clip:
     return replace(clip, frames=np.clip(clip.frames + noise, 0, 255).astype(np.uint8))
 
 
-def get_cases(name, count=COUNT):
-    return list(make_cases(TASK_MEASURES[name], blur, count=count, seed=7))
+def get_cases(name, count=COUNT, levels=(1, 2)):
+    protocol = PROTOCOLS[f"task_{name}"]
+    assert isinstance(protocol, SceneTaskProtocol)
+    drawn = replace(protocol, count=count, seed=7, levels=levels)
+    return drawn.make_items(SimpleNamespace(reconstruct=blur), drawn.make_data(None))
 
 
 def measure(name, clips, cases):
     """Return the values of a task's metrics by name."""
     values = {}
-    for metric in TASK_MEASURES[name].metrics:
+    for metric in PROTOCOLS[f"task_{name}"].metrics:
         batch = MetricBatch(samples=clips, scenes=[case.truth for case in cases])
         values |= metric.compute(metric.update(metric.init(), batch.select(metric.needs)))
     return {key: value.value for key, value in values.items()}
@@ -72,7 +77,7 @@ def test_text_to_video_is_judged_by_colours_and_directions():
 
 
 def test_directions_are_those_that_captions_name():
-    cases = list(make_cases(TASK_MEASURES["image_to_video"], blur, count=4, seed=7, levels=(3,)))
+    cases = get_cases("image_to_video", 4, levels=(3,))
     assert measure("image_to_video", truths(cases), cases)["scene_directions"] is None
 
 
@@ -127,7 +132,7 @@ def test_inpainting_needs_the_new_colour_inside_and_the_old_pixels_outside():
     right = measure("inpainting", clips, cases)
     assert right["scene_colours"] == 1
     assert abs(right["kept_psnr_loss"]) < 0.2
-    unchanged = [blur(case.task.clip) for case in cases]
+    unchanged = [blur(case.entry.task.clip) for case in cases]
     assert measure("inpainting", unchanged, cases)["scene_colours"] == 0
     assert measure("inpainting", swap(clips), cases)["kept_psnr_loss"] > 5
 
@@ -178,13 +183,13 @@ def test_a_loop_needs_motion_and_no_seam():
 
 
 def test_edits_must_change_the_colour_and_nothing_else():
-    cases = get_cases("editing")
-    right = measure("editing", truths(cases), cases)
+    cases = get_cases("editing_sdedit")
+    right = measure("editing_sdedit", truths(cases), cases)
     assert right["edited_colour"] == 1
     assert right["edited_distance"] < 0.5
-    assert measure("editing", [blur(case.task.clip) for case in cases], cases)["edited_colour"] == 0
+    assert measure("editing_sdedit", [blur(case.entry.task.clip) for case in cases], cases)["edited_colour"] == 0
     moved = [replace(clip, frames=np.roll(clip.frames, 8, axis=2)) for clip in truths(cases)]
-    assert measure("editing", moved, cases)["edited_distance"] > 4
+    assert measure("editing_sdedit", moved, cases)["edited_distance"] > 4
 
 
 def test_a_cut_between_clips_is_a_jump():
@@ -192,8 +197,8 @@ def test_a_cut_between_clips_is_a_jump():
     assert measure("blending", truths(cases), cases)["transition_jump"] < 2
     cuts = []
     for case in cases:
-        assert isinstance(case.task, Blend)
-        first, second = case.task.first.frames, case.task.second.frames
+        assert isinstance(case.entry.task, Blend)
+        first, second = case.entry.task.first.frames, case.entry.task.second.frames
         cuts.append(Clip(np.concatenate([first, np.repeat(first[-1:], 7, axis=0), second]), 8))
     assert measure("blending", cuts, cases)["transition_jump"] > 3
 

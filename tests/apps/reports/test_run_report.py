@@ -6,47 +6,48 @@ import pytest
 
 from dit_video.apps.reports.run_report import write_run_report
 from dit_video.core import config_json
-from dit_video.evaluation.collection import MetricCollection
+from dit_video.diffusion import SOLVERS, Guidance
+from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.evaluate import EvaluationResult, SavedSample
-from dit_video.evaluation.metrics.metric import CLIP_NEEDS, PROMPT_NEEDS, ClipReconstruction, MetricBatch
+from dit_video.evaluation.measure import EvaluationResult, measure
+from dit_video.evaluation.protocol import EvaluationItem
 from dit_video.experiment.run import EXCLUDED_FILE
+from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Request
 from dit_video.scenes import shapes
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
-from dit_video.video import Clip
 from support.attempts import write_attempt
 
 
-def entry(clip, name, seed):
-    frames, height, width = clip.frames.shape[:3]
-    return {"file": name, "prompt": clip.caption, "frames": frames, "height": height, "width": width, "seed": seed}
+def make_set(clips):
+    names = tuple(f"clips/{number}.mp4" for number in range(len(clips)))
+    return ClipSet("here", names, tuple(clip.caption for clip in clips), lambda index, fps: clips[index])
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_pipeline):
+def measured(tiny_pipeline, tmp_path_factory):
     """Return an evaluation whose samples are rendered, as by a perfect model."""
     descriptions = [shapes.TRAINING[0], shapes.HELD_OUT[0], shapes.IMAGES[3]]
-    samples = []
+    clips, items = [], []
     for number, description in enumerate(descriptions):
         frames = 1 if description.direction is None else 9
         geometry = shapes.sample_geometry(
             shapes.rng.make_generator(0, "report", number), description, height=32, width=32
         )
-        clip = shapes.render(description, geometry, frames=frames, height=32, width=32)
-        samples.append(SavedSample(entry(clip, f"{number}.mp4", 40 + number), clip))
-    original = samples[0].clip
-    reconstruction = ClipReconstruction("clips/7.mp4", original, original)
-    collection = MetricCollection(ShapesEvaluation().metrics)
-    collection.update(MetricBatch(samples=[clip for _, clip in samples], prompts=[one["prompt"] for one, _ in samples]))
-    collection.update(MetricBatch(pairs=[reconstruction]))
-    metrics = {
-        "parameters": tiny_pipeline.count_parameters(),
-        "sampling": {"samples": 3, "seed": 0, "steps": 5, "guidance": 1.5, "solver": "heun", "seconds": 1.0},
-        "clips": collection.list_examples(["clips/7.mp4"], CLIP_NEEDS),
-        "samples": collection.list_examples([one["file"] for one, _ in samples], PROMPT_NEEDS),
-    }
-    return EvaluationResult(metrics, collection.compute(), [reconstruction], samples, [True, False, True])
+        clips.append(shapes.render(description, geometry, frames=frames, height=32, width=32))
+        request = Request(clips[-1].caption, seed=40 + number)
+        items.append(EvaluationItem(request, is_trained_caption=number != 1))
+    result = measure(
+        make_set(clips),
+        ShapesEvaluation(),
+        tmp_path_factory.mktemp("measured"),
+        real_clips=make_set(clips[:1]),
+        reconstructions=make_set(clips[:1]),
+        model={"parameters": tiny_pipeline.count_parameters()},
+    )
+    sampling = Sampling(steps=5, guidance=Guidance(scale=1.5), solver=SOLVERS["heun"])
+    return result._replace(items=tuple(items), sampling=sampling)
 
 
 def page(path):
@@ -54,8 +55,7 @@ def page(path):
 
 
 def test_the_report_states_the_guidance_of_both_experts(tiny_pipeline, measured, tmp_path):
-    drawn = measured.metrics["sampling"] | {"guidance": (4.0, 3.5)}
-    measured = measured._replace(metrics=measured.metrics | {"sampling": drawn})
+    measured = measured._replace(sampling=Sampling(guidance=Guidance(scale=(4.0, 3.5))))
     write_run_report(tmp_path / "report.html", tiny_pipeline, measured, title="A run", source=tmp_path)
     assert "guidance 4 and 3.5, one sample" in page(tmp_path / "report.html")
 
@@ -132,9 +132,11 @@ def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measure
 def test_free_captions_get_no_verdict(tiny_run, tiny_pipeline, measured, tmp_path):
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation())
     pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
-    clip = Clip(measured.samples[0].clip.frames, 8, "a dog, which is no shape")
-    metrics = measured.metrics | {"clips": {}, "samples": {"0.mp4": {}}}
-    captions = EvaluationResult(metrics, {}, [], [SavedSample(entry(clip, "0.mp4", 1), clip)], [False])
+    clip = replace(measured.samples.read(0, None), caption="a dog, which is no shape")
+    items = (EvaluationItem(Request(clip.caption)),)
+    captions = EvaluationResult(
+        measured.record | {"examples": {}}, {}, {}, CaptionEvaluation(), make_set([clip]), items=items
+    )
     write_run_report(tmp_path / "report.html", pipeline, captions, title="Captions", source=tiny_run)
     text = page(tmp_path / "report.html")
     assert "a dog, which is no shape" in text
@@ -150,4 +152,4 @@ def test_a_folder_with_a_space_is_quoted(tiny_pipeline, measured, tmp_path):
 
 
 def test_metrics_on_the_page_are_json(measured):
-    assert json.loads(json.dumps(measured.metrics, allow_nan=False))
+    assert json.loads(json.dumps(measured.record, allow_nan=False))
