@@ -34,6 +34,7 @@ class CaptionEvaluation(EvaluationProtocol):
     """Number of different training captions, each sampled at its clip's size; the samples show memorisation."""
     held_out: int = 4
     """Number of different held-out captions."""
+    may_only_sample = True
     provides = EvaluationProtocol.provides - {"scenes"}
 
     def make_data(self, data: EvaluationData | None) -> EvaluationData:

@@ -114,7 +114,7 @@ def measure(
     }
     inputs = {name for name, value in present.items() if value}
     metrics, skipped, weights = _open_metrics(protocol, inputs)
-    if not metrics and not is_alone:
+    if not metrics and not (is_alone or protocol.may_only_sample):
         raise _make_error(protocol, skipped)
     needs = {need for metric in metrics for need in metric.needs}
     total = len(samples.names)
@@ -172,7 +172,7 @@ def check_computable(protocol: EvaluationProtocol, inputs: Collection[MetricInpu
       UserError: If none can; the message gives the reason for each.
     """
     metrics, skipped, _ = _open_metrics(protocol, inputs)
-    if not metrics:
+    if not metrics and not protocol.may_only_sample:
         raise _make_error(protocol, skipped)
 
 

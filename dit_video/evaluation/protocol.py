@@ -155,6 +155,8 @@ class EvaluationProtocol:
     """Largest share of clips that may be unreadable or too short; these are named in the result."""
     is_reconstruction: ClassVar[bool] = False
     """True if the autoencoder's reconstructions of the data are measured in the place of samples."""
+    may_only_sample: ClassVar[bool] = False
+    """True if samples are wanted even where no metric can be computed, as at the end of a training."""
     provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput))
     """Data that metrics may need."""
     example_prompt: ClassVar[str] = "a prompt"

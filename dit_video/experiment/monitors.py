@@ -244,8 +244,8 @@ class EvaluationHook(Hook):
     """Evaluations of the averaged weights at an interval of steps, in `step_STEP/`.
 
     All processes sample together. The first one decodes and measures in a thread of its own, for which neither the
-    others nor the training wait; the values are logged with the next entry after they are known. Metrics that need
-    the denoiser itself are left out, since its weights go on changing.
+    others nor the training wait; the values are logged with the next entry after they are known, and the last entry
+    waits for them. Metrics that need the denoiser itself are left out, since its weights go on changing.
 
     Args:
       folder: Folder of the evaluations.
@@ -270,9 +270,11 @@ class EvaluationHook(Hook):
         self._make_pipeline = make_pipeline
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="evaluation")
         self._pending: dict[int, Future[EvaluationResult]] = {}
+        self._is_last = False
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Return True at the interval; after the last step the run is evaluated as a whole."""
+        self._is_last = is_last
         return step % self._every == 0
 
     def call(self, step: int, state: Any) -> Mapping[str, float]:
@@ -284,13 +286,13 @@ class EvaluationHook(Hook):
         return {}
 
     def derive(self, values: Mapping[str, float]) -> Mapping[str, float]:
-        """Return the values of the evaluations that have ended since the last entry.
+        """Return the values of the evaluations that have ended since the entry before, or of all after the last step.
 
         Raises:
           UserError: If an evaluation has failed.
         """
         derived: dict[str, float] = {}
-        for step in [step for step, each in self._pending.items() if each.done()]:
+        for step in [step for step, each in self._pending.items() if each.done() or self._is_last]:
             results = self._pending.pop(step).result().results
             known = {name: each.estimate.value for name, each in results.items() if each.estimate.value is not None}
             derived |= {f"evaluation_{name}": value for name, value in known.items()}

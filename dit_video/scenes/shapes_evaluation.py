@@ -28,6 +28,7 @@ class ShapesEvaluation(EvaluationProtocol):
     name: str = "quickstart"
     metrics: tuple[Metric, ...] = (PromptFollowing(), StartSpread(), *RECONSTRUCTION_METRICS)
     crf: int | None = None
+    may_only_sample = True
     example_prompt = "a red circle moving left"
 
     def make_data(self, data: EvaluationData | None) -> EvaluationData:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -236,6 +237,23 @@ def test_training_goes_on_while_samples_are_measured(tmp_path, pipeline, monkeyp
     samples = open_clip_set(tmp_path / "step_10" / "samples")
     batch = MetricBatch(samples=[samples.read(number, None) for number in range(2)])
     assert np.mean(Sharpness().measure(batch)) == pytest.approx(result["value"], rel=1e-5)
+
+
+def test_the_last_entry_waits_for_the_values(tmp_path, pipeline, monkeypatch):
+    decode = pipeline.decode_many
+
+    def decode_slowly(*args):
+        time.sleep(0.5)
+        return decode(*args)
+
+    monkeypatch.setattr(pipeline, "decode_many", decode_slowly)
+    hook = make_hook(tmp_path, pipeline)
+    hook.call(10, SimpleNamespace(ema={}))
+    assert not hook.is_due(11, is_last=False)
+    assert hook.derive({}) == {}
+    assert not hook.is_due(12, is_last=True)
+    assert hook.derive({}).keys() == {"evaluation_sharpness", "evaluation_step"}
+    hook.close()
 
 
 def test_samples_are_kept_where_no_metric_can_be_computed(tmp_path, pipeline):
