@@ -1,0 +1,65 @@
+"""Extensions of a training without an edit of the package: one file of another package, and one line."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import dit_video
+from dit_video.core.errors import UserError
+from dit_video.experiment import Run
+from dit_video.experiment.replay import replay
+from dit_video.training.hooks.hash_chain import CHAIN_FILE, read_chain
+from dit_video.training.hooks.logging import read_metrics
+from dit_video.training.optim.schedules import Constant
+from support.extending import replace_backbone, shorten, train_by_script
+from support.latents import generate_latents
+
+pytestmark = pytest.mark.slow
+
+
+def test_an_alignment_of_features(add_package, tiny, tiny_run, tmp_path, monkeypatch, script):
+    """It is in the config: a run is killed and continued by train.py, replayed, and opened at a step, with it."""
+    theirs = add_package("their_alignment", "alignment")
+    loss = theirs.Alignment(schedule=Constant(warmup=4), blocks=(0,))
+    experiment = shorten(replace_backbone(tiny.EXPERIMENT, layers=2), tiny_run)
+    monitoring = dataclasses.replace(experiment.monitoring, validate_every=6, validation_batches=1)
+    experiment = dataclasses.replace(experiment, save_every=1, log_every=1, monitoring=monitoring)
+    experiment = experiment.replace_stage("denoiser", steps=6)
+    aligned = experiment.replace_stage("denoiser", auxiliary=(loss,))
+    clips = (tiny_run / "data").resolve()
+    Run.create(tmp_path / "plain", experiment).train(clips)
+    checked = dataclasses.replace(aligned, monitoring=dataclasses.replace(monitoring, self_check=True))
+    Run.create(tmp_path / "run", checked).train(clips)
+    train_by_script(aligned, clips, tmp_path / "parts", interrupted="denoiser", monkeypatch=monkeypatch, script=script)
+
+    runs = {name: tmp_path / name for name in ("plain", "run", "parts")}
+    plain, whole, parts = ((run / "pipeline" / "denoiser.safetensors").read_bytes() for run in runs.values())
+    assert plain != whole == parts
+    entries = read_metrics(runs["parts"] / "denoiser" / "metrics.jsonl")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    for number, entry in enumerate(entries):
+        weight = loss.weight * min(1, 0.25 + 0.75 * number / 4)
+        assert entry["loss"] == pytest.approx(entry["loss_denoising"] + weight * entry["loss_alignment"], rel=1e-5)
+    assert {"validation_loss", "validation_loss_alignment"} < entries[-1].keys()
+    assert (runs["run"] / "denoiser" / "self_check.jsonl").read_text() == ""
+
+    run = Run.open(runs["parts"])
+    assert run.experiment.denoiser.auxiliary == (loss,)
+    states = [record["state"] for record in read_chain(run.folder / "denoiser" / CHAIN_FILE) if "state" in record]
+    assert any("params/auxiliary/alignment/out/kernel" in state for state in states)
+    assert replay(run, first=0, last=3).result == "same bits"
+    pipelines = [dit_video.load(runs["parts"], step=step, ema=0) for step in (5, 6)]
+    assert [set(each.denoiser_params) for each in pipelines] == [{"backbone", "text"}] * 2
+    first, last = (each.denoiser_params["backbone"]["blocks"] for each in pipelines)
+    assert min(jax.tree.leaves(jax.tree.map(lambda *pair: np.abs(np.subtract(*pair)).max(), first, last))) > 0
+    assert np.isfinite(generate_latents(pipelines[0], "a red circle", steps=2)).all()
+
+    for changed in (experiment, aligned.replace_stage("denoiser", auxiliary=(dataclasses.replace(loss, weight=1.0),))):
+        with pytest.raises(UserError, match=r"holds a run of another config \(denoiser.auxiliary"):
+            Run.create(runs["run"], changed)
+    longer = aligned.replace_stage("denoiser", steps=8)
+    amended = Run.create(runs["run"], longer)
+    changes = [change.path for each in amended.amendments for change in each.changes]
+    assert changes == ["denoiser.steps", "monitoring.self_check"]
