@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 import dit_video
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
+from dit_video.data.latents.cache import LatentSource
 from dit_video.experiment import Run
 from dit_video.experiment.replay import replay
+from dit_video.sampling.pipeline import Request
+from dit_video.sampling.preparation import check_requests
 from dit_video.training.hooks.hash_chain import CHAIN_FILE, read_chain
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.optim.schedules import Constant
@@ -61,5 +64,46 @@ def test_an_alignment_of_features(add_package, tiny, tiny_run, tmp_path, monkeyp
             Run.create(runs["run"], changed)
     longer = aligned.replace_stage("denoiser", steps=8)
     amended = Run.create(runs["run"], longer)
-    changes = [change.path for each in amended.amendments for change in each.changes]
-    assert changes == ["denoiser.steps", "monitoring.self_check"]
+    changes = {change.path for each in amended.amendments for change in each.changes}
+    assert changes == {"denoiser.steps", "monitoring.self_check"}
+
+
+def test_a_conditioning_with_an_encoder_in_the_folder_of_the_run(add_package, tiny, tiny_run, tmp_path, monkeypatch):
+    """It is opened once for a run, before the first stage, and once for a pipeline; never for what reads no clips."""
+    theirs, opened = add_package("their_style", "style_encoder"), []
+    open_encoder = theirs.StyleEncoder.open
+    monkeypatch.setattr(theirs.StyleEncoder, "open", lambda *args: (opened.append(args[1]), open_encoder(*args))[1])
+    style, kernel = theirs.StyleEncoder(), np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    images = {"style": np.full((16, 16, 3), [255, 0, 0], np.uint8)}, {"style": np.full((16, 16, 3), 0, np.uint8)}
+    experiment = shorten(replace_backbone(tiny.EXPERIMENT, conditioning=(style,)), tiny_run)
+    experiment = dataclasses.replace(experiment, save_every=1)
+    for is_cached in (True, False):
+        data = dataclasses.replace(experiment.data, cache_latents=is_cached)
+        monitoring = dataclasses.replace(experiment.monitoring, validate_every=2, validation_batches=1)
+        folder = tmp_path / f"run_{is_cached}"
+        run = Run.create(folder, dataclasses.replace(experiment, data=data, monitoring=monitoring))
+        with pytest.raises(MissingError, match=r"style.npy does not exist"):
+            run.train((tiny_run / "data").resolve())
+        assert not (folder / "latents").exists()
+        np.save(folder / "style.npy", kernel)
+        opened.clear()
+        Run.open(folder).train()
+        assert opened == [folder]
+
+        opened.clear()
+        Run.open(folder).train()  # is finished
+        pipelines = [dit_video.load(folder), dit_video.load(folder, step=1)]
+        for pipeline in pipelines:
+            red, black = (generate_latents(pipeline, "a", steps=2, conditioning=image) for image in images)
+            assert np.abs(red - black).max() > 0
+            check_requests(pipeline.config, [Request("a", conditioning=images[0])], pipeline.config.sampling)
+        assert opened == [folder] * 2
+        pipelines[0].save(tmp_path / f"moved_{is_cached}")
+        moved = dit_video.load(tmp_path / f"moved_{is_cached}")
+        assert np.isfinite(generate_latents(moved, "a", steps=2)).all()
+        with pytest.raises(MissingError, match=rf"moved_{is_cached}/style.npy does not exist"):
+            generate_latents(moved, "a", steps=2, conditioning=images[0])
+
+    source = LatentSource(tmp_path / "run_True" / "latents")
+    values = np.stack([source.read_field(index, style.field) for index in range(len(source))])
+    assert values.std(axis=0).min() > 0

@@ -175,6 +175,9 @@ class TrainDenoiser(DenoiserTraining, Stage):
         input_pipeline.check_inputs(run, self)
         check_initial_weights(self, run.model)
         check_encoders(run.model, run.folder)
+        is_encoded = run.data.cache_latents and latents.are_encoded(self.get_folder(run) / "latents")
+        if not is_encoded and not self.is_done(run):
+            run.open_conditioning()
         self._check_evaluation(run)
 
     def encode_latents(self, run: Run) -> None:

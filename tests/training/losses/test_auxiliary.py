@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -115,6 +116,29 @@ def test_a_clip_has_the_same_losses_wherever_and_with_whatever_it_is_packed():
     damaged = rows._replace(valid=rows.valid & ~np.asarray([[False, True, False], [False] * 3]))
     assert run(loss, damaged)[0] == pytest.approx(np.mean([alone[0][0], alone[2][0]]), rel=1e-5)
     assert run(loss, make_batch([], []))[0] == 0
+
+
+def test_training_lowers_an_auxiliary_loss():
+    """It falls with its weight: the head learns, and the features with it."""
+    rows, step = jax.device_put(make_batch([A, B], [C])), jnp.asarray(STEP)
+    last = []
+    for loss in (make_loss(dataclasses.replace(LOSSES[0], weight=10.0)), make_loss(LOSSES[0])):
+        optimizer = AdamW(learning_rate=1e-2, schedule=Constant(warmup=0)).make(steps=60)
+
+        @jax.jit
+        def train(params, loss=loss, optimizer=optimizer):
+            def update(carry, _):
+                params, state = carry
+                output, gradients = compute_gradients(loss, params, rows, step)
+                updates, state = optimizer.update(gradients, state, params)
+                return (optax.apply_updates(params, updates), state), output.details.metrics["loss_decoded"].total
+
+            return jax.lax.scan(update, (params, optimizer.init(params)), length=60)[1]
+
+        values = train(PARAMS)
+        assert values[-1] < 0.5 * values[0]
+        last.append(values[-1])
+    assert last[0] < last[1]
 
 
 @pytest.mark.slow
