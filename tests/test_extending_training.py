@@ -8,13 +8,16 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import MissingError, UserError
+from dit_video.core.trees import flatten
 from dit_video.data.latents.cache import LatentSource
-from dit_video.experiment import Run
+from dit_video.experiment import AllWeights, LoraAdapters, Run, Student
 from dit_video.experiment.replay import replay
+from dit_video.nn import LoraConfig
 from dit_video.sampling.pipeline import Request
 from dit_video.sampling.preparation import check_requests
 from dit_video.training.hooks.hash_chain import CHAIN_FILE, read_chain
 from dit_video.training.hooks.logging import read_metrics
+from dit_video.training.losses.distillation import ConsistencyDistillation
 from dit_video.training.optim.schedules import Constant
 from support.extending import replace_backbone, shorten, train_by_script
 from support.latents import generate_latents
@@ -76,7 +79,7 @@ def test_a_conditioning_with_an_encoder_in_the_folder_of_the_run(add_package, ti
     style, kernel = theirs.StyleEncoder(), np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
     images = {"style": np.full((16, 16, 3), [255, 0, 0], np.uint8)}, {"style": np.full((16, 16, 3), 0, np.uint8)}
     experiment = shorten(replace_backbone(tiny.EXPERIMENT, conditioning=(style,)), tiny_run)
-    experiment = dataclasses.replace(experiment, save_every=1)
+    experiment = dataclasses.replace(experiment.replace_stage("denoiser", steps=4), save_every=1)
     for is_cached in (True, False):
         data = dataclasses.replace(experiment.data, cache_latents=is_cached)
         monitoring = dataclasses.replace(experiment.monitoring, validate_every=2, validation_batches=1)
@@ -92,7 +95,7 @@ def test_a_conditioning_with_an_encoder_in_the_folder_of_the_run(add_package, ti
 
         opened.clear()
         Run.open(folder).train()  # is finished
-        pipelines = [dit_video.load(folder), dit_video.load(folder, step=1)]
+        pipelines = [dit_video.load(folder), dit_video.load(folder, step=3)]
         for pipeline in pipelines:
             red, black = (generate_latents(pipeline, "a", steps=2, conditioning=image) for image in images)
             assert np.abs(red - black).max() > 0
@@ -107,3 +110,40 @@ def test_a_conditioning_with_an_encoder_in_the_folder_of_the_run(add_package, ti
     source = LatentSource(tmp_path / "run_True" / "latents")
     values = np.stack([source.read_field(index, style.field) for index in range(len(source))])
     assert values.std(axis=0).min() > 0
+
+
+@pytest.mark.parametrize("kind", ["weights", "adapters"])
+def test_an_alignment_beside_initial_weights(add_package, tiny, tiny_run, tmp_path, kind):
+    """Its head begins at random, and is trained with the weights or with adapters to them."""
+    theirs, start = add_package("their_alignment", "alignment"), str(tiny_run)
+    lora = LoraConfig(rank=2, targets=(r"^backbone/blocks/.*kernel$",))
+    own = AllWeights(init_from=start) if kind == "weights" else LoraAdapters(init_from=start, lora=lora)
+    experiment = shorten(tiny.EXPERIMENT, tiny_run)
+    experiment = dataclasses.replace(
+        experiment, save_every=1, monitoring=dataclasses.replace(experiment.monitoring, self_check=True)
+    ).replace_stage("denoiser", train=own, auxiliary=(theirs.Alignment(),))
+    run = Run.create(tmp_path / "run", experiment)
+    run.train((tiny_run / "data").resolve())
+    assert (run.folder / "denoiser" / "self_check.jsonl").read_text() == ""
+    assert replay(run, first=0, last=2).result == "same bits"
+    before, after = (flatten(dit_video.load(folder).denoiser_params) for folder in (tiny_run, run.folder))
+    moved = {path for path, leaf in after.items() if np.abs(leaf - before[path]).max() > 0}
+    assert before.keys() == after.keys()
+    assert "backbone/blocks/qkv/kernel" in moved
+    saved = flatten(dit_video.load(run.folder, step=2).denoiser_params)
+    for path, leaf in saved.items():
+        np.testing.assert_allclose(leaf, after[path], atol=1e-6, err_msg=path)
+
+
+def test_stages_share_the_heads_of_their_losses(add_package, tiny):
+    loss = add_package("their_alignment", "alignment").Alignment()
+    first = dataclasses.replace(tiny.EXPERIMENT.denoiser, name="first", auxiliary=(loss,))
+    second = dataclasses.replace(tiny.EXPERIMENT.denoiser, continues="first")
+    stages = tiny.EXPERIMENT.autoencoder, first
+    with pytest.raises(UserError, match=r"auxiliary=.*alignment/hidden/kernel.* is invalid: the last one has \{\}"):
+        dataclasses.replace(tiny.EXPERIMENT, stages=(*stages, second))
+    lighter = dataclasses.replace(second, auxiliary=(dataclasses.replace(loss, weight=0.1),))
+    assert dataclasses.replace(tiny.EXPERIMENT, stages=(*stages, lighter)).denoiser == lighter
+    student = Student(init_from="teacher", distillation=ConsistencyDistillation())
+    with pytest.raises(UserError, match="train=Student has losses of its own"):
+        tiny.EXPERIMENT.replace_stage("denoiser", train=student, auxiliary=(loss,))

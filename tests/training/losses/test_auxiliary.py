@@ -21,6 +21,7 @@ from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
 from dit_video.training.step import accumulate_gradients, compute_gradients
 from support.denoiser_loss import DIT, LOSS, PARAMS, A, B, C, make_batch
+from support.devices import check_on_eight_devices
 from support.random_params import make_random_params
 
 BACKBONE = dataclasses.replace(DIT, layers=3)
@@ -139,6 +140,12 @@ def test_training_lowers_an_auxiliary_loss():
         assert values[-1] < 0.5 * values[0]
         last.append(values[-1])
     assert last[0] < last[1]
+
+
+@pytest.mark.slow
+def test_a_mesh_of_eight_devices_trains_as_one_device():
+    """Heads are sharded by the rules of all parameters, and features are those of all devices' tokens."""
+    check_on_eight_devices("auxiliary_on_eight_devices.py")
 
 
 @pytest.mark.slow
