@@ -18,6 +18,7 @@ from dit_video.sampling.preparation import check_requests
 from dit_video.training.hooks.hash_chain import CHAIN_FILE, read_chain
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.losses.distillation import ConsistencyDistillation
+from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
 from support.extending import replace_backbone, shorten, train_by_script
 from support.latents import generate_latents
@@ -118,10 +119,11 @@ def test_an_alignment_beside_initial_weights(add_package, tiny, tiny_run, tmp_pa
     theirs, start = add_package("their_alignment", "alignment"), str(tiny_run)
     lora = LoraConfig(rank=2, targets=(r"^backbone/blocks/.*kernel$",))
     own = AllWeights(init_from=start) if kind == "weights" else LoraAdapters(init_from=start, lora=lora)
-    experiment = shorten(tiny.EXPERIMENT, tiny_run)
-    experiment = dataclasses.replace(
-        experiment, save_every=1, monitoring=dataclasses.replace(experiment.monitoring, self_check=True)
-    ).replace_stage("denoiser", train=own, auxiliary=(theirs.Alignment(),))
+    optimizer = AdamW(learning_rate=1e-2, schedule=Constant(warmup=0))
+    options = {"train": own, "auxiliary": (theirs.Alignment(),), "optimizer": optimizer}
+    experiment = shorten(tiny.EXPERIMENT, tiny_run).replace_stage("denoiser", **options)
+    monitoring = dataclasses.replace(experiment.monitoring, self_check=True)
+    experiment = dataclasses.replace(experiment, save_every=1, monitoring=monitoring)
     run = Run.create(tmp_path / "run", experiment)
     run.train((tiny_run / "data").resolve())
     assert (run.folder / "denoiser" / "self_check.jsonl").read_text() == ""
