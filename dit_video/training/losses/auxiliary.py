@@ -70,13 +70,13 @@ class AuxiliaryLoss(abc.ABC):
         if len(set(self.blocks)) < len(self.blocks):
             raise UserError(f"blocks={list(self.blocks)} is invalid: a block is named twice. Name each once.")
 
-    def make_head(self, rngs: nnx.Rngs, backbone: BackboneConfig, partitioner: Partitioner = ONE_DEVICE) -> nnx.Module:
+    def make_head(self, backbone: BackboneConfig, *, partitioner: Partitioner, rngs: nnx.Rngs) -> nnx.Module:
         """Return the module that is trained with the model and left behind with the training; by default an empty one.
 
         Args:
-          rngs: Random keys of its weights.
           backbone: Config of the model, whose `width` (D) features have.
           partitioner: What its linear layers are made with.
+          rngs: Random keys of its weights.
         """
         return nnx.Module()
 
@@ -133,9 +133,10 @@ def make_terms(
         weight = loss.schedule.make(loss.weight, steps=steps)
         return lambda count: weight(count - start_step)
 
-    return tuple(
-        AuxiliaryTerm(loss, get_graph_def(loss.make_head, backbone, partitioner), make_weight(loss)) for loss in losses
-    )
+    def make_head(loss: AuxiliaryLoss) -> nnx.GraphDef:
+        return get_graph_def(lambda rngs: loss.make_head(backbone, partitioner=partitioner, rngs=rngs))
+
+    return tuple(AuxiliaryTerm(loss, make_head(loss), make_weight(loss)) for loss in losses)
 
 
 def check_losses(losses: Sequence[AuxiliaryLoss], backbone: BackboneConfig, *, steps: int) -> None:
@@ -159,7 +160,7 @@ def init_heads(losses: Sequence[AuxiliaryLoss], backbone: BackboneConfig, key: A
 
     def init_head(loss: AuxiliaryLoss) -> dict[str, Any]:
         own = jax.random.fold_in(key, zlib.crc32(f"{AUXILIARY}/{loss.name}".encode()))
-        return init_params(lambda rngs: loss.make_head(rngs, backbone), own)
+        return init_params(lambda rngs: loss.make_head(backbone, partitioner=ONE_DEVICE, rngs=rngs), own)
 
     heads = {loss.name: params for loss in losses if (params := init_head(loss))}
     return {AUXILIARY: heads} if heads else {}

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dit_video.core.registry import register
-from dit_video.nn import ONE_DEVICE, Linear
+from dit_video.nn import Linear
 from dit_video.training.losses.auxiliary import AuxiliaryLoss
 
 
@@ -22,7 +22,7 @@ class Alignment(AuxiliaryLoss):
     blocks: tuple[int, ...] = (0,)
     features: int = 8
 
-    def make_head(self, rngs, backbone, partitioner=ONE_DEVICE):
+    def make_head(self, backbone, *, partitioner, rngs):
         return Projector(backbone.width, self.features, partitioner=partitioner, rngs=rngs)
 
     def compute(self, head, inputs):

@@ -41,7 +41,7 @@ class Decoded(AuxiliaryLoss):
 
     name: str = "decoded"
 
-    def make_head(self, rngs, backbone, partitioner=ONE_DEVICE):
+    def make_head(self, backbone, *, partitioner, rngs):
         return Map(Linear(backbone.width, backbone.token_width, partitioner=partitioner, rngs=rngs))
 
     def compute(self, head, inputs):
