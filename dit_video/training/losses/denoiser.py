@@ -14,7 +14,7 @@ from dit_video.core.rng import example_keys, key
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import ClipSize, DenoiseFn, Objective, draw_low_discrepancy
 from dit_video.models.backbones.block_features import BlockFeatures
-from dit_video.models.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.models.backbones.denoise import adapt_prediction, make_denoise_fn, make_text_record
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import (
     COND_LATENTS,
@@ -120,8 +120,9 @@ class DenoiserLoss:
 
     def _make_auxiliary_inputs(self, call: "_Call", rows: PackedBatch, step: Array) -> AuxiliaryInputs:
         process, token_time = self.objective.process, call.time[..., None]
+        prediction = adapt_prediction(self.objective.prediction, rows.layout)
         noisy = call.noisy / process.input_scale(token_time)
-        estimate = self.objective.prediction.estimate(process, noisy, call.prediction, token_time)
+        estimate = prediction.estimate(process, noisy, call.prediction.astype(noisy.dtype), token_time)
         return AuxiliaryInputs(jax.tree.map(jnp.asarray, rows), call.time, estimate, call.features or {}, step)
 
     def make_denoise(self, params, rows: PackedBatch, step: Array) -> tuple[DenoiseFn, Bool[Array, "B N"] | None]:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
-from dit_video.diffusion import Edm, Objective, Preconditioning, RectifiedFlow, Velocity
+from dit_video.diffusion import Edm, Objective, Preconditioning, RectifiedFlow, ThresholdedPrediction, Velocity
 from dit_video.models.backbones.unet import UnetConfig
 from dit_video.nn import ONE_DEVICE, Linear, LoraConfig, get_graph_def, init_lora
 from dit_video.training.losses.auxiliary import AUXILIARY, AuxiliaryLoss, check_losses, init_heads, make_terms
@@ -102,8 +102,18 @@ def test_the_loss_is_the_weighted_sum_of_means_over_the_clips():
     assert later == pytest.approx(expected + parts + (0.05 - weight) * mean(metrics["loss_decoded"]), rel=1e-5)
 
 
-def test_a_clip_has_the_same_losses_wherever_and_with_whatever_it_is_packed():
-    loss = make_loss(*LOSSES)
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        Velocity(),
+        pytest.param(
+            ThresholdedPrediction(prediction=Velocity(), quantile=0.8, max_threshold=2.0), marks=pytest.mark.slow
+        ),
+    ],
+    ids=["velocity", "thresholded"],
+)
+def test_a_clip_has_the_same_losses_wherever_and_with_whatever_it_is_packed(prediction):
+    loss = make_loss(*LOSSES, objective=dataclasses.replace(PLAIN.objective, prediction=prediction))
     alone = [run(loss, make_batch([one], [])) for one in (A, B, C)]
     for rows in (make_batch([A, B], [C]), make_batch([C, B, A], [])):
         value, metrics, gradients = run(loss, rows)
