@@ -51,14 +51,19 @@ def check_blocks(config: BackboneConfig, blocks: Sequence[int]) -> None:
     """Check that `BlockFeatures` can return the tokens behind blocks of a model.
 
     Raises:
-      UserError: If the model lacks one of the blocks, is not made of blocks, or calls them in its own way in training.
+      UserError: If the model lacks one of the blocks, is not made of blocks, applies no range of them, or calls them in
+        its own way in training.
     """
     name = type(config).__name__
     if unknown := [block for block in blocks if not 0 <= block < config.layers]:
         raise UserError(f"blocks={unknown} is invalid: {name} has {config.layers}. Use 0 to {config.layers - 1}.")
     model = nnx.eval_shape(lambda: config.make(ParamRngs(jax.random.key(0)), NO_DEVICE))
+    rule = ""
     if not isinstance(model, BlockBackbone):
-        raise UserError(f"blocks={list(blocks)} is invalid: {name} is not made of equal blocks. Use blocks=().")
-    if config.draws_in_training:
+        rule = f"{name} is not made of equal blocks"
+    elif not config.has_block_ranges:
+        rule = f"{name} applies all blocks at once"
+    elif config.draws_in_training:
         rule = f"{name} draws in training, and may pass tokens around blocks"
+    if rule:
         raise UserError(f"blocks={list(blocks)} is invalid: {rule}. Use blocks=().")

@@ -12,6 +12,7 @@ from dit_video.models.backbones.ltx import LtxDitConfig
 from dit_video.models.backbones.mmdit import MMDiTConfig
 from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
 from dit_video.models.backbones.unet import UnetConfig
+from dit_video.models.backbones.vace import VaceDitConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_graph_def
 from dit_video.nn.attention import CausalFrames, Full
@@ -60,10 +61,13 @@ def test_features_are_the_clips_tokens_behind_the_blocks_of_the_same_prediction(
 
 
 def test_models_without_such_blocks_are_refused():
+    drawing = type("Drawing", (DiTConfig,), {"draws_in_training": True})
     unet = UnetConfig(channels=2, context_width=6, width=8, heads=1)
     for config, block, match in (
         (MODELS["dit"], 4, r"blocks=\[4\] is invalid: DiTConfig has 4. Use 0 to 3"),
         (MODELS["dit"], -1, r"blocks=\[-1\] is invalid"),
+        (VaceDitConfig(), 0, "VaceDitConfig applies all blocks at once"),
+        (drawing(**_SIZES), 0, "draws in training"),
         (unet, 0, r"UnetConfig is not made of equal blocks. Use blocks=\(\)"),
     ):
         with pytest.raises(UserError, match=match):
