@@ -109,6 +109,7 @@ def load(
             parallel=parallel,
             attention=attention,
             offload=offload,
+            run_folder=folder,
         )
     if not is_run:
         raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; name a run or open weights")

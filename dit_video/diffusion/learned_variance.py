@@ -71,7 +71,7 @@ class LearnedVariance(Prediction):
         values, variance = jnp.split(prediction, 2, axis=-1)
         return self.prediction.estimate(process, noisy, values, time)._replace(variance=(variance + 1) / 2)
 
-    def auxiliary_loss(
+    def compute_other_loss(
         self,
         process: Process,
         data: Float[Array, "*batch p"],

@@ -65,7 +65,7 @@ class Prediction(ABC):
         """Return the part of a model's output that is compared with the target."""
         return predicted
 
-    def auxiliary_loss(
+    def compute_other_loss(
         self,
         process: Process,
         data: Float[Array, "*batch p"],
@@ -328,8 +328,8 @@ class Objective:
         error = self.prediction.extract_values(predicted) - target
         weight = self.weighting(self.process, self.prediction, time)
         loss = weight * jnp.square(error.astype(jnp.float32)).mean(axis=-1)
-        auxiliary = self.prediction.auxiliary_loss(self.process, data, noisy, predicted, token_time)
-        loss = loss if auxiliary is None else loss + auxiliary
+        other = self.prediction.compute_other_loss(self.process, data, noisy, predicted, token_time)
+        loss = loss if other is None else loss + other
         return loss if cond_mask is None else jnp.where(cond_mask, 0, loss)
 
 

@@ -38,22 +38,26 @@ from dit_video.nn import (
     merge_lora,
 )
 from dit_video.training.checkpoint import Checkpoints
+from dit_video.training.losses.auxiliary import init_heads, make_terms, split_heads
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS, DenoiserLoss, LoraLoss, time_quantile
 from dit_video.training.losses.distillation import make_distillation_step
 from dit_video.training.optim.ema import DECAY, EmaSnapshots, format_average_name
 from dit_video.training.optim.optimizer import OptimizerConfig
-from dit_video.training.state import get_shapes_on_devices
+from dit_video.training.state import get_shapes_on_devices, make_on_devices
 from dit_video.training.step import GradientStep, TrainStep
 from dit_video.weights.parameter import Placement, place_on_host
 
 
 class TrainableDenoiser(NamedTuple):
-    """Trained part of a denoiser and its text encoder: all their weights, or adapters to pretrained weights."""
+    """Trained part of a denoiser and its text encoder: all their weights, or adapters to pretrained weights.
+
+    The trained parameters have those of auxiliary losses' heads besides, which no model has.
+    """
 
     init: Callable[[Array], dict[str, Any]]
     """Initialises the trained parameters from a random key."""
-    load_initial: Callable[[], dict[str, Any]] | None = None
-    """Reads the initial weights, sharded over the devices; nothing else holds them."""
+    load_initial: Callable[[Array], dict[str, Any]] | None = None
+    """Reads the initial weights, sharded over the devices; nothing else holds them. The key is that of `init`."""
     base_params: dict[str, Any] | None = None
     """Weights that the adapters change, sharded over the devices."""
     lora: LoraConfig | None = None
@@ -68,18 +72,18 @@ class TrainableDenoiser(NamedTuple):
 
     def get_adapter(self, trained: dict[str, Any]) -> dict[str, Any] | None:
         """Return the trained adapter; None where weights were trained."""
-        return None if self.lora is None else add_lora_scale(trained, self.lora.scale)
+        return None if self.lora is None else add_lora_scale(split_heads(trained)[0], self.lora.scale)
 
     def attach_params(self, trained: dict[str, Any]) -> dict[str, Any]:
         """Return the model's parameters with an adapter attached: nothing is copied, and a model computes with them."""
         adapter = self.get_adapter(trained)
-        return trained if adapter is None else attach_lora(self.base_params or {}, adapter)
+        return split_heads(trained)[0] if adapter is None else attach_lora(self.base_params or {}, adapter)
 
     def merge_params(self, trained: dict[str, Any]) -> dict[str, Any]:
         """Return the model's parameters, with an adapter merged, where it is on devices, into one after the other."""
         adapter = self.get_adapter(trained)
         if adapter is None:
-            return trained
+            return split_heads(trained)[0]
         factors = flatten(adapter)
 
         def merge_leaf(path: str, leaf: Array) -> Array:
@@ -100,6 +104,15 @@ def init_denoiser(model: ModelConfig, key: Array) -> dict[str, Any]:
     }
 
 
+def make_init(training: DenoiserTraining, model: ModelConfig) -> Callable[[Array], dict[str, Any]]:
+    """Return the traceable function from a random key to all that a training trains: weights or adapters, and heads."""
+    init = functools.partial(init_denoiser, model)
+    if (lora := training.lora) is not None:
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        init = functools.partial(init_lora, shapes, lora)
+    return lambda key: init(key) | init_heads(training.auxiliary, model.backbone, key)
+
+
 def open_trainable_denoiser(
     training: DenoiserTraining, model: ModelConfig, folder: Path, mesh: Mesh, *, is_resuming: bool
 ) -> TrainableDenoiser:
@@ -112,19 +125,24 @@ def open_trainable_denoiser(
       UserError: If the folder holds no denoiser or one of another model, or if base or teacher weights are others than
         before.
     """
-    init, train = functools.partial(init_denoiser, model), training.train
+    init, train = make_init(training, model), training.train
     check_initial_weights(training, model)
     placer = ParameterPlacer(mesh, training, model.backbone)
     if isinstance(train, LoraAdapters | Student):
         params = load_initial_denoiser(model, train.init_from, placer)
         record_identity(folder / "start.json", placer.identity, train.init_from)
-        if (lora := train.lora) is None:
-            return TrainableDenoiser(init, load_initial=lambda: jax.tree.map(jnp.copy, params), teacher=params)
-        shapes = jax.eval_shape(init, jax.random.key(0))
-        return TrainableDenoiser(lambda key: init_lora(shapes, lora, key), base_params=params, lora=lora)
+        if train.lora is None:
+            return TrainableDenoiser(init, load_initial=lambda key: jax.tree.map(jnp.copy, params), teacher=params)
+        return TrainableDenoiser(init, base_params=params, lora=train.lora)
     if (start := train.init_from) is None or is_resuming:
         return TrainableDenoiser(init)
-    return TrainableDenoiser(init, load_initial=lambda: load_initial_denoiser(model, start, placer))
+
+    def load_initial(key: Array) -> dict[str, Any]:
+        heads = functools.partial(init_heads, training.auxiliary, model.backbone)
+        own = make_on_devices(heads, key, shardings=functools.partial(make_shardings, mesh=mesh))
+        return load_initial_denoiser(model, start, placer) | own
+
+    return TrainableDenoiser(init, load_initial=load_initial)
 
 
 def make_denoiser_loss(
@@ -134,6 +152,7 @@ def make_denoiser_loss(
     *,
     seed: int,
     empty_caption: Shaped[np.ndarray, "s *E"],
+    start_step: int = 0,
 ) -> DenoiserLoss:
     """Return the loss of the training of a model's denoiser.
 
@@ -143,7 +162,9 @@ def make_denoiser_loss(
       partitioner: Attention and sharding of weights that the denoiser is made with.
       seed: Seed of the run.
       empty_caption: Tokens of an empty caption, or their embeddings.
+      start_step: Number of steps of earlier stages.
     """
+    terms = make_terms(training.auxiliary, model.backbone, partitioner, steps=training.steps, start_step=start_step)
     return DenoiserLoss(
         backbone=get_graph_def(model.backbone.make, partitioner),
         text_encoder=get_graph_def(model.text_encoder.make),
@@ -155,6 +176,7 @@ def make_denoiser_loss(
         time_quantiles=get_time_range(training, model),
         time_per=training.time_per,
         optimizer=get_optimizer_config(training) if training.lora is None else None,
+        auxiliary=terms,
     )
 
 

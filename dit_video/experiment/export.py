@@ -72,6 +72,7 @@ def make_pipeline(
     preview_folder: Path,
     parallel: Parallelism | None = None,
     offload: Offload | Literal["auto"] | None = "auto",
+    folder: Path = Path(),
 ) -> Pipeline:
     """Return the pipeline of a training, on several devices or on the default one.
 
@@ -83,6 +84,7 @@ def make_pipeline(
       preview_folder: Folder that may hold the preview decoder of its autoencoder.
       parallel: Devices that sample together; None for the default one.
       offload: Weights in host memory; see `dit_video.load`.
+      folder: Folder of the run.
     """
     offload = fit_offload(offload, config, parallel=parallel, is_large=parallel is None and config.boundary is not None)
     place = make_placement(parallel, offload)
@@ -93,6 +95,7 @@ def make_pipeline(
         get_lora_modules=get_lora_modules,
         parallel=parallel,
         offload=offload,
+        folder=folder,
     )
     return add_preview_decoder(pipeline, preview_folder)
 

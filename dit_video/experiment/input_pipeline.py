@@ -97,7 +97,7 @@ def make_clip_examples(run: Run, clips: ClipSource, captions: CaptionSource, enc
         channels=autoencoder.channels,
         patch=backbone.patch,
         mask_mix=make_mask_mix(run),
-        conditioning=backbone.conditioning,
+        conditioning=run.open_conditioning(),
     )
     return ClipExamples(clips, table, encoding)
 

@@ -41,6 +41,7 @@ def make_encoding(run: Run) -> Encoding:
         cond_latents=frames is not None and frames.rest == "grey" and not frames.has_mask_mix,
         masks=frames.masks if frames is not None and frames.has_mask_mix else (),
         conditioning=model.backbone.conditioning,
+        open_conditioning=run.open_conditioning,
     )
 
 
@@ -50,11 +51,16 @@ def link_latents(run: Run, folder: Path) -> None:
         datasets.link_folder(folder, run.remote.address / folder.relative_to(run.remote.local), "latents")
 
 
+def are_encoded(folder: Path) -> bool:
+    """Return whether a folder, or what it stands for, has all latents."""
+    return (datasets.resolve(folder) / MANIFEST).exists()
+
+
 def encode_latents(run: Run, folder: Path) -> None:
     """Encode the training clips into a folder, or what it stands for, all processes together; none that is finished."""
-    destination = datasets.resolve(folder)
-    if (destination / MANIFEST).exists():
+    if are_encoded(folder):
         return
+    destination = datasets.resolve(folder)
     with run.recorder.phase(f"{goodput.STAGE}latents"):
         encoding, clips = make_encoding(run), run.training_clips
         identity, plan = compute_latent_identity(encoding), plan_encoding(clips, encoding, destination)

@@ -68,6 +68,7 @@ from dit_video.experiment.remote_folder import RemoteFolder, SendLogs, main_proc
 from dit_video.experiment.training_config import AutoencoderTraining, DenoiserTraining
 from dit_video.families import get_lora_modules
 from dit_video.models.autoencoders import LinearAutoencoder, latent_grid
+from dit_video.models.conditioning import ClipConditioning
 from dit_video.models.encoders import Tokenizer
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_param_shapes
@@ -378,6 +379,8 @@ class Run:
     """Devices of the run, all by default; those that libtpu describes let its programs be compiled elsewhere."""
     recorder: TimeRecorder = field(default_factory=TimeRecorder, compare=False, repr=False)
     """Recorder of where the time of the run goes, one for all its stages."""
+    opened_conditioning: dict[str, ClipConditioning] = field(default_factory=dict, compare=False, repr=False)
+    """Conditioning that is open, by name, for all its stages; see `open_conditioning`."""
     adapted: _Adapted = field(default_factory=_Adapted)
     """What the stage that is run has of its own; see `adapt`."""
     path: str = ""
@@ -829,6 +832,7 @@ class Run:
             preview_folder=Path(self.experiment.autoencoder_from or self.folder / "autoencoder"),
             parallel=parallel,
             offload=offload,
+            folder=self.folder,
         )
 
     def load_pipeline(self) -> Pipeline:
@@ -840,7 +844,10 @@ class Run:
         with self.main_process_first():  # which writes it
             pass
         return load_pipeline(
-            self.folder / "pipeline", get_lora_modules=get_lora_modules, parallel=self.sampling_parallelism
+            self.folder / "pipeline",
+            get_lora_modules=get_lora_modules,
+            parallel=self.sampling_parallelism,
+            run_folder=self.folder,
         )
 
     def newest_pipeline(
@@ -884,6 +891,13 @@ class Run:
     def open_text_encoder(self, *, cache: Path | None = None) -> Tokenizer | FrozenTextEncoder:
         """Return the text encoder. The identity of a frozen one is recorded, to be known without its weights."""
         return open_text_encoder(self.model.text_encoder, self.folder, cache=cache)
+
+    def open_conditioning(self) -> tuple[ClipConditioning, ...]:
+        """Return the model's conditioning by fields of the clips, each opened once in the run's folder."""
+        conditioning = {each.field.name: each for each in self.model.backbone.conditioning}
+        for name in conditioning.keys() - self.opened_conditioning:
+            self.opened_conditioning[name] = conditioning[name].open(self.folder)
+        return tuple(self.opened_conditioning[name] for name in conditioning)
 
     def read_autoencoder(self) -> dict[str, Any]:
         """Read the parameters of the autoencoder.

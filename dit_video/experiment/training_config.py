@@ -15,6 +15,7 @@ from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import LoraConfig
 from dit_video.tokens import CanvasShape, PackedShape
+from dit_video.training.losses.auxiliary import AuxiliaryLoss
 from dit_video.training.losses.distillation import Distillation
 from dit_video.training.optim.ema import EmaConfig
 from dit_video.training.optim.optimizer import OptimizerConfig
@@ -128,6 +129,8 @@ class DenoiserTraining:
     """Distribution of the diffusion times. Logit-normal times are those of flow matching; DDPM has `Uniform()`."""
     weighting: Weighting = field(default_factory=UniformWeighting)
     """Weight of the squared error at each time."""
+    auxiliary: tuple[AuxiliaryLoss, ...] = ()
+    """Losses that are added to the denoiser's own, such as an alignment of features."""
     time_per: Literal["clip", "frame"] = "clip"
     """Unit that has its own diffusion time. "frame" needs a denoiser with a time per token (diffusion forcing, arXiv
     2407.01392), which then handles frames at any mixture of times, with known frames at time 0."""

@@ -22,12 +22,12 @@ from dit_video.distributed import MeshPartitioner, count_row_shards, make_shardi
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment import Experiment, LoraAdapters, Student
 from dit_video.experiment.autoencoder import make_autoencoder_step
-from dit_video.experiment.denoiser import init_denoiser, make_denoiser_loss, make_denoiser_step
+from dit_video.experiment.denoiser import init_denoiser, make_denoiser_loss, make_denoiser_step, make_init
 from dit_video.models.backbones.flops import count_training_passes
 from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, make_mask_fields
 from dit_video.models.encoders import ByteEncoderConfig, FrozenTextConfig, TextConfig
 from dit_video.models.model_config import ModelConfig
-from dit_video.nn import get_graph_def, init_lora, init_params
+from dit_video.nn import get_graph_def, init_params
 from dit_video.planning.costs import StepSpec, count_step_costs
 from dit_video.sampling import SamplingRequest
 from dit_video.sampling.packing import PackedRequests, Packer, compute_row_multiples
@@ -135,14 +135,9 @@ def _plan_denoiser(
     caption = _make_empty_caption(model.text_encoder)
     base = make_denoiser_loss(config, model, partitioner, seed=experiment.seed, empty_caption=caption)
     train_step = make_denoiser_step(config, base, mesh=mesh)
-    init: Callable[[Array], dict[str, Any]] = functools.partial(init_denoiser, model)
-    frozen: tuple[PyTree, ...] = ()
+    init, frozen = make_init(config, model), tuple[PyTree, ...]()
     if isinstance(config.train, LoraAdapters | Student):
-        weights = jax.eval_shape(init, jax.random.key(0))
-        frozen = (weights,)
-    if (lora := config.lora) is not None:
-        init = lambda key: init_lora(weights, lora, key)  # noqa: E731
-
+        frozen = (jax.eval_shape(functools.partial(init_denoiser, model), jax.random.key(0)),)
     step, arguments = make_step_program(
         train_step, init, _make_batch_shapes(model, config.batch), mesh, frozen_params=frozen
     )

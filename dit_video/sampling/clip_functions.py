@@ -19,6 +19,7 @@ from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import DenoiseFn, Prediction, Process
 from dit_video.distributed.gather import to_host
+from dit_video.models.backbones.denoise import adapt_prediction
 from dit_video.sampling.denoiser import Denoiser, list_experts
 from dit_video.sampling.packing import (
     START_LATENTS,
@@ -31,7 +32,6 @@ from dit_video.sampling.packing import (
 from dit_video.sampling.plan import StepTransform
 from dit_video.sampling.program import (
     ProgramArguments,
-    adapt_prediction,
     make_argument_shardings,
     make_rows_denoise,
     put_on_devices,

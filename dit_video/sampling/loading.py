@@ -33,6 +33,7 @@ def load_pipeline(
     parallel: Parallelism | None = None,
     attention: Backend | None = None,
     offload: Offload | Literal["auto"] | None = "auto",
+    run_folder: Path | None = None,
 ) -> Pipeline:
     """Read a pipeline folder, one parameter after the other to its devices.
 
@@ -43,6 +44,7 @@ def load_pipeline(
       parallel: Devices that sample together; None for the default one.
       attention: Backend of attention instead of the model's own.
       offload: Weights in host memory; see `dit_video.load`.
+      run_folder: Folder of the run that it is of, which files of conditioning are relative to; None for its own.
 
     Raises:
       MissingError: If the folder does not exist, or holds no pipeline.
@@ -70,6 +72,7 @@ def load_pipeline(
         get_lora_modules=get_lora_modules,
         parallel=parallel,
         offload=resolved,
+        folder=run_folder or folder,
     )
     pipeline = add_preview_decoder(pipeline, folder)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)

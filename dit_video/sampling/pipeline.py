@@ -93,6 +93,7 @@ class Pipeline:
         get_lora_modules: GetLoraModules = no_lora_modules,
         parallel: Parallelism | None = None,
         offload: Offload | None = None,
+        folder: Path = Path(),
     ):
         """Create a pipeline, with its weights on the devices.
 
@@ -104,13 +105,14 @@ class Pipeline:
           get_lora_modules: Names of linear maps in LoRA files of other projects that `load_lora` accepts.
           parallel: Devices that sample together; None for one device. Arrays that are on its devices stay as they are.
           offload: Weights in host memory; None for weights that stay on the devices.
+          folder: Folder of its run, or its own, that files of conditioning are relative to.
 
         Raises:
           UserError: If the previous steps are not the config's, `parallel` does not fit the devices or the denoiser, or
             the devices lack the kernels of the attention.
         """
         self.config = config
-        self._parallel, self._offload = parallel, offload
+        self._parallel, self._offload, self._folder = parallel, offload, folder
         self._devices = PipelineDevices.make(parallel, config.model.backbone)
         self._previous = dict(previous or {})
         if set(self._previous) != (names := {step.name for step in config.previous}):
@@ -742,7 +744,7 @@ class Pipeline:
         """Autoencoder with its parameters."""
         shared = self._devices.make_clip_codec(codec)
         self._decoder = ClipDecoder(codec, self.config.fps, shared, self._devices.local_count)
-        self.model_parts = make_model_parts(self.config, codec, offload=self._offload)
+        self.model_parts = make_model_parts(self.config, codec, offload=self._offload, folder=self._folder)
 
     def _with_model(self, model: ModelConfig) -> "Pipeline":
         pipeline = Pipeline(
@@ -753,6 +755,7 @@ class Pipeline:
             get_lora_modules=self._get_lora_modules,
             parallel=self._parallel,
             offload=self._offload,
+            folder=self._folder,
         )
         pipeline._set_codec(self.codec)
         pipeline.preview_decoder = self.preview_decoder

@@ -218,8 +218,10 @@ def make_denoiser(
     )
 
 
-def make_model_parts(config: PipelineConfig, codec: LatentCodec, *, offload: Offload | None = None) -> ModelParts:
-    """Return the parts of a pipeline that conditioners use; arguments are as for `make_denoiser`."""
+def make_model_parts(
+    config: PipelineConfig, codec: LatentCodec, *, offload: Offload | None = None, folder: Path = Path()
+) -> ModelParts:
+    """Return the parts of a pipeline that requests use; arguments are as for `Pipeline`."""
     return ModelParts(
         backbone=config.model.backbone,
         codec=codec,
@@ -229,6 +231,7 @@ def make_model_parts(config: PipelineConfig, codec: LatentCodec, *, offload: Off
         token_dt=config.token_dt,
         token_lead=config.model.token_lead,
         offload=offload,
+        folder=folder,
     )
 
 

@@ -94,24 +94,25 @@ def prepare_request(config: PipelineConfig, request: Request, model: ModelParts)
         raise UserError(f"noise for latents of {latents!r} has shape {shape}, not {initial.shape}")
     if not np.isfinite(initial).all():
         raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
-    values = _make_request_fields(model.backbone.conditioning, request.conditioning, request.strengths, latents)
+    values = _make_request_fields(model, request.conditioning, request.strengths, latents)
     plan = plan._replace(fields={**values, **plan.fields})
     return SamplingRequest(request.prompt, request.negative or "", initial.astype(np.float32), plan, request.seed)
 
 
 def _make_request_fields(
-    configs: Sequence[ClipConditioning],
+    model: ModelParts,
     values: Mapping[str, Any],
     strengths: Mapping[str, float | int | Sequence[float | int]],
     latents: Grid,
 ) -> dict[Field, np.ndarray]:
     """Return a request's values of conditioning by fields and their strengths, for latents of this size.
 
-    Values that the request lacks are zero.
+    Values that the request lacks are zero, and so are those of conditioning that a model without weights cannot open.
 
     Raises:
       UserError: If the model has no conditioning of a name, or it does not accept a value.
     """
+    configs = model.backbone.conditioning
     names = [each.field.name for each in configs]
     if unknown := sorted({*values, *strengths} - set(names)):
         fix = f"use {', '.join(names)}" if names else "leave it out"
@@ -122,7 +123,8 @@ def _make_request_fields(
         strength = np.asarray(strengths.get(name, 1), np.float32)
         if name in strengths and (rule := _check_strength(each, strength)):
             raise UserError(f"strengths={dict(strengths)} is invalid: {name} {rule}.")
-        field = each.from_request(values[name], latents) if name in values else np.zeros(shape, each.field.dtype)
+        opened = model.conditioning.get(name) if name in values else None
+        field = np.zeros(shape, each.field.dtype) if opened is None else opened.from_request(values[name], latents)
         if field.shape != shape:
             raise UserError(
                 f"conditioning {name} has the shape {list(field.shape)}, not {list(shape)}; mend from_request"
@@ -162,7 +164,13 @@ class EmptyImageEncoder:
 
 
 class EmptyModelParts(ModelParts):
-    """Parts of a model that conditioners use, without weights."""
+    """Parts of a model that requests use, without weights."""
+
+    @functools.cached_property
+    def conditioning(self) -> Mapping[str, ClipConditioning]:
+        """Return the conditioning by name, without that which reads files."""
+        own = self.backbone.conditioning
+        return {each.field.name: each for each in own if type(each).open is ClipConditioning.open}
 
     @functools.cached_property
     def image_encoder(self) -> Any:
@@ -171,5 +179,5 @@ class EmptyModelParts(ModelParts):
 
 
 def make_empty_model_parts(config: PipelineConfig) -> EmptyModelParts:
-    """Return what conditioners use of a pipeline, without weights."""
+    """Return what requests use of a pipeline, without weights."""
     return EmptyModelParts(**vars(make_model_parts(config, EmptyCodec(config.model.autoencoder, {}))))

@@ -34,7 +34,7 @@ from dit_video.diffusion import (
 from dit_video.distributed import count_row_shards, make_shardings
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.sharding import ROW_AXES
-from dit_video.models.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.models.backbones.denoise import adapt_prediction, make_denoise_fn, make_text_record
 from dit_video.models.backbones.protocol import Backbone
 from dit_video.models.backbones.skipped_layers import skip_layers
 from dit_video.models.conditioning import (
@@ -48,7 +48,7 @@ from dit_video.models.conditioning import (
 from dit_video.models.encoders import Context
 from dit_video.sampling.packing import SamplingBatch
 from dit_video.sampling.plan import StepInputs, StepTransform
-from dit_video.tokens import Field, PackedBatch, PackedRows
+from dit_video.tokens import Field, PackedBatch
 
 MIN_PROGRAM_STEPS = 64
 """Smallest number of steps that a program is compiled for."""
@@ -149,15 +149,6 @@ def make_program(
         return advance(denoise, state, sample_times.times, solver=solver, transform=change, **kinds, **options)
 
     return run
-
-
-def adapt_prediction(prediction: Prediction, layout: PackedRows) -> Prediction:
-    """Return the prediction for rows of several clips, with quantiles of each clip's own values."""
-
-    def compute_quantile(values, quantile):
-        return layout.expand(layout.quantile(values, quantile))[..., None]
-
-    return prediction.with_quantile(compute_quantile)
 
 
 def _constrain(values: Any, shardings: Any) -> Any:

@@ -5,6 +5,7 @@ import functools
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from dit_video.core.offload import Offload
 from dit_video.core.resize import resize_and_crop
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.models.backbones.protocol import BackboneConfig
-from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.conditioning import ClipConditioning, FrameConditioning
 from dit_video.sampling.pictures import Mask, to_clip, to_image, to_image_or_clip, to_mask
 from dit_video.sampling.plan import SamplingPlan
 from dit_video.tokens import Grid
@@ -60,7 +61,7 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParts:
-    """Parts of a model that conditioners use."""
+    """Parts of a model that requests use."""
 
     backbone: BackboneConfig
     codec: LatentCodec
@@ -76,6 +77,13 @@ class ModelParts:
     """Fraction of that distance by which all tokens but a clip's first begin earlier."""
     offload: Offload | None = None
     """Weights of the image encoder in host memory; None for weights that stay on the device."""
+    folder: Path = Path()
+    """Folder that files of conditioning are relative to."""
+
+    @functools.cached_property
+    def conditioning(self) -> Mapping[str, ClipConditioning]:
+        """Return the conditioning by fields of the clips, by name, which is opened when the first value arrives."""
+        return {each.field.name: each.open(self.folder) for each in self.backbone.conditioning}
 
     @functools.cached_property
     def image_encoder(self) -> FrozenImageEncoder:

@@ -21,6 +21,7 @@ from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import LoraConfig, get_graph_def, init_lora
 from dit_video.planning import read_program
 from dit_video.tokens import Grid, PackedBatch, PackedExample, PackedShape, compute_positions, pack, stack_rows
+from dit_video.training.losses.auxiliary import AuxiliaryLoss, init_heads, make_terms
 from dit_video.training.losses.denoiser import DenoiserLoss, LoraLoss
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
@@ -61,7 +62,15 @@ def make_test_optimizer(name: str) -> optax.GradientTransformation:
     return AdamW(learning_rate=1e-3, schedule=Constant(warmup=0)).make(steps=10)
 
 
-def begin(parallel: Parallelism, backbone=DIT, *, optimizer: str, devices=None, lora: LoraConfig | None = None):
+def begin(
+    parallel: Parallelism,
+    backbone=DIT,
+    *,
+    optimizer: str,
+    devices=None,
+    lora: LoraConfig | None = None,
+    auxiliary: tuple[AuxiliaryLoss, ...] = (),
+):
     """Return a mesh, a state of random parameters on it, the step and its constants.
 
     The constants are the parameters if an adapter is trained.
@@ -76,8 +85,10 @@ def begin(parallel: Parallelism, backbone=DIT, *, optimizer: str, devices=None, 
         caption_dropout=0.2,
         empty_caption=TOKENIZE(""),
         seed=3,
+        auxiliary=make_terms(auxiliary, backbone, partitioner, steps=STEPS),
     )
     params = {"backbone": make_random_params(backbone.make), "text": make_random_params(TEXT.make)}
+    params |= init_heads(auxiliary, backbone, jax.random.key(2))
     layout = functools.partial(make_shardings, mesh=mesh, rules=RULES)
     if lora is None:
         state = create_state(lambda key: params, transformation, jax.random.key(0), shardings=layout)
@@ -109,13 +120,13 @@ def read_collectives(parallel: Parallelism, backbone, *, lora: LoraConfig | None
     return read_program(compiled.as_text(), dict(mesh.shape)).collectives, trees.count_values((state.params, frozen))
 
 
-def train(parallel: Parallelism, backbone=DIT, *, optimizer: str, devices=None, steps: int = STEPS, lora=None):
-    """Train for some steps from random parameters.
+def train(parallel: Parallelism, backbone=DIT, *, steps: int = STEPS, **options):
+    """Train for some steps from random parameters; the options are those of `begin`.
 
     Returns:
       The losses and gradient norms, the parameters after the last step, and the number of arrays that are split.
     """
-    mesh, state, step, frozen = begin(parallel, backbone, optimizer=optimizer, devices=devices, lora=lora)
+    mesh, state, step, frozen = begin(parallel, backbone, **options)
     split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
     metrics, compiled = [], None
     for number in range(steps):

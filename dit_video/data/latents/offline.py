@@ -125,6 +125,8 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
     def __init__(self, clips: ClipSource, encoding: Encoding, plan: EncodingPlan):
         self._clips, self._encoding, self._plan = clips, encoding, plan
         self._inputs = hash_inputs(clips, encoding.columns)
+        opened = encoding.open_conditioning
+        self._conditioning = encoding.conditioning if opened is None else opened()
         self._sizes = [view.size for view in plan.views]
         self._encode = CanvasEncoder(encoding.autoencoder, encoding.params, canvas_pixels=encoding.canvas_pixels)
         self._count = {size: len(list(same)) for size, same in itertools.groupby(plan.canvases, lambda one: one.size)}
@@ -236,7 +238,7 @@ class _Encoder:  # encodes canvases on all devices of this process while threads
     ) -> dict[str, np.ndarray]:
         encoding = self._encoding
         fields = compute_clip_fields(
-            encoding.conditioning,
+            self._conditioning,
             self._clips,
             view.clip,
             view.limits,

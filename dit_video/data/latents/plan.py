@@ -38,6 +38,7 @@ from dit_video.tokens import Field, Grid
 from dit_video.weights.frozen_encoders import FrozenImageEncoder
 
 EncodeText = Callable[[str], Float32[np.ndarray, "s e"]]
+OpenConditioning = Callable[[], tuple[ClipConditioning, ...]]
 _CAPTIONS_PER_FILE = 4096
 """Number of captions in a file of embeddings alone. One may take 8 MB."""
 
@@ -96,6 +97,8 @@ class Encoding:
     """Encoder of the first frame, to whose tokens the denoiser attends."""
     conditioning: tuple[ClipConditioning, ...] = ()
     """Conditioning by fields of the clips."""
+    open_conditioning: OpenConditioning | None = None
+    """Function that opens it before clips are encoded; None for conditioning that reads no files."""
     image_identity: str = ""
     cond_latents: bool = False
     """True to also encode each view with all frames after the first set to grey."""

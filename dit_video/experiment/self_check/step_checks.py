@@ -24,6 +24,7 @@ from dit_video.distributed import shard_batch
 from dit_video.experiment.initial_weights import get_kernel_dtype, load_initial_denoiser
 from dit_video.experiment.self_check.subject import CheckedTraining, Problem
 from dit_video.tokens import PackedBatch
+from dit_video.training.losses.auxiliary import split_heads
 from dit_video.training.optim.muon import MuonState
 from dit_video.training.optim.optimizer import AdamW, Muon, OptimizerConfig, ScheduleFreeAdamW
 from dit_video.training.optim.schedules import Constant, Cosine, WarmupStableDecay
@@ -440,7 +441,7 @@ def check_adapter_paths(subject: CheckedTraining, params: Any) -> list[Problem]:
     if lora is None:
         return []
     problems = []
-    for path in flatten(params):
+    for path in flatten(split_heads(params)[0]):
         layer, _, factor = path.rpartition("/")
         if factor not in ("a", "b") or not any(re.search(pattern, layer) for pattern in lora.targets):
             problems.append(Problem("adapter", f"{path} is trained, but is no factor of the adapter"))

@@ -1,6 +1,7 @@
 """The stage that trains the denoiser."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from dit_video.sampling.pipeline import Pipeline
 from dit_video.training import goodput
 from dit_video.training.hooks.hook import Hook
 from dit_video.training.hooks.logging import print_on_first_process
+from dit_video.training.losses.auxiliary import check_losses, get_head_shapes
 from dit_video.training.losses.denoiser import DenoiserLoss
 from dit_video.training.trainer import BatchIterator, Trainer
 
@@ -78,6 +80,9 @@ class TrainDenoiser(DenoiserTraining, Stage):
             )
         if isinstance(self.train, TemporalWeights) and self.optimizer.trainable:
             raise UserError("train=TemporalWeights selects what is trained. Leave optimizer.trainable empty.")
+        if self.auxiliary and isinstance(self.train, Student):
+            raise UserError("train=Student has losses of its own. Leave out auxiliary, or use AllWeights.")
+        check_losses(self.auxiliary, model.backbone, steps=self.steps)
         if self.buckets is not None and (data.cache_latents or data.weights):
             fix = "Set data.cache_latents=False, and leave out data.weights."
             raise UserError(f"{self.name}.buckets are read from video files, without weights of data sets. {fix}")
@@ -115,6 +120,7 @@ class TrainDenoiser(DenoiserTraining, Stage):
         state, last_state = (
             {"averages": stage.averages, "train.lora": stage.lora, "train.expert": stage.expert}
             | {"optimizer": type(stage.optimizer).__name__}
+            | {"auxiliary": get_head_shapes(stage.auxiliary, experiment.get_model().backbone)}
             | {f"optimizer.{name}": getattr(optimizer, name) for name in optimizer.state_fields}
             for stage, optimizer in ((stage, get_optimizer_config(stage)) for stage in (self, last))
         )
@@ -168,6 +174,9 @@ class TrainDenoiser(DenoiserTraining, Stage):
         input_pipeline.check_inputs(run, self)
         check_initial_weights(self, run.model)
         check_encoders(run.model, run.folder)
+        is_encoded = run.data.cache_latents and latents.are_encoded(self.get_folder(run) / "latents")
+        if not is_encoded and not self.is_done(run):
+            run.open_conditioning()
         self._check_evaluation(run)
 
     def encode_latents(self, run: Run) -> None:
@@ -218,7 +227,8 @@ class TrainDenoiser(DenoiserTraining, Stage):
 
     def make_loss(self, run: Run, captions: CaptionSource) -> DenoiserLoss:
         """Return the loss, of a run as this stage sees it."""
-        return make_denoiser_loss(self, run.model, run.partitioner, seed=run.seed, empty_caption=captions.empty)
+        options: dict[str, Any] = {"empty_caption": captions.empty, "start_step": self.get_start_step(run)}
+        return make_denoiser_loss(self, run.model, run.partitioner, seed=run.seed, **options)
 
     def make_trainer(self, run: Run, loss: DenoiserLoss, trained: TrainableDenoiser) -> Trainer:
         """Return the trainer without logs, of a run as this stage sees it."""
@@ -230,9 +240,8 @@ class TrainDenoiser(DenoiserTraining, Stage):
             train_step=make_denoiser_step(self, loss, start_step=start_step, mesh=run.mesh),
             start_step=start_step,
         )
-        return replace(
-            trainer, load_params=trained.load_initial, frozen_params=trained.frozen_params, averages=self.averages
-        )
+        load = None if trained.load_initial is None else partial(trained.load_initial, trainer.random_key)
+        return replace(trainer, load_params=load, frozen_params=trained.frozen_params, averages=self.averages)
 
     def open_inputs(self, run: Run) -> tuple[CaptionSource, input_pipeline.OpenRows]:
         """Return the captions, and what opens the rows from a step on, of a run as this stage sees it."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from dit_video.diffusion import DenoiseFn
+from dit_video.diffusion import DenoiseFn, Prediction
 from dit_video.models.backbones.protocol import Backbone, ClipTimes
 from dit_video.models.conditioning import ClassIds, Conditioning, TextTokens
 from dit_video.models.encoders import Context
@@ -52,6 +52,15 @@ def make_denoise_fn(
         return jnp.swapaxes(interleaved, 2, 3).reshape(*noisy.shape[:2], -1), next_state
 
     return denoise
+
+
+def adapt_prediction(prediction: Prediction, layout: PackedRows) -> Prediction:
+    """Return the prediction for rows of several clips, with quantiles of each clip's own values."""
+
+    def compute_quantile(values, quantile):
+        return layout.expand(layout.quantile(values, quantile))[..., None]
+
+    return prediction.with_quantile(compute_quantile)
 
 
 def make_text_record(context: Context, layout: PackedRows) -> TextTokens | ClassIds:

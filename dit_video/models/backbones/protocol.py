@@ -216,6 +216,8 @@ class BackboneConfig(abc.ABC):
     """True if the model draws random numbers in training, from the keys of a `TrainingKeys`."""
     accepts_clip_times: ClassVar[bool] = False
     """True if a model with a time per token also takes `ClipTimes`, and spreads their projections over the tokens."""
+    has_block_ranges: ClassVar[bool] = True
+    """False if `apply_blocks` takes no range of the blocks."""
     time_coordinate: TimeCoordinate = "tokens"
     """Unit of the time coordinate of positions."""
     cond_channels: int = 0

@@ -7,7 +7,7 @@ main blocks take turns, so that no more than one hint is in memory.
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +151,7 @@ class VaceDitConfig(WanDitConfig):
     """
 
     conditioning: tuple[ClipConditioning, ...] = (VaceControl(),)
+    has_block_ranges: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

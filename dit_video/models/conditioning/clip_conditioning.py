@@ -4,6 +4,7 @@ import abc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -92,6 +93,17 @@ class ClipConditioning(abc.ABC):
     def strength_shape(self) -> tuple[int, ...]:
         """Return the shape of a clip's strength: a single number, unless parts of the model have their own."""
         return ()
+
+    def open(self, folder: Path) -> "ClipConditioning":
+        """Return the conditioning with what it reads of files, such as an encoder's weights; by default itself.
+
+        It is called once for a run whose clips are encoded, and once for a pipeline with a request that has a value.
+        `from_clip` and `from_request` are those of the result, which is in no config.
+
+        Args:
+          folder: Folder of the run, to which paths may be relative; of a pipeline without its run, the pipeline's own.
+        """
+        return self
 
     @abc.abstractmethod
     def from_clip(self, view: ClipView) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from dit_video.core.rng import example_keys, key
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import ClipSize, DenoiseFn, Objective, draw_low_discrepancy
-from dit_video.models.backbones.denoise import make_denoise_fn, make_text_record
+from dit_video.models.backbones.block_features import BlockFeatures
+from dit_video.models.backbones.denoise import adapt_prediction, make_denoise_fn, make_text_record
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import (
     COND_LATENTS,
@@ -32,21 +33,23 @@ from dit_video.models.conditioning import (
 )
 from dit_video.nn import add_lora_scale, attach_lora
 from dit_video.tokens import PackedBatch, expand_to_tokens, segment_mean
+from dit_video.training.losses.auxiliary import AUXILIARY, AuxiliaryInputs, AuxiliaryTerm, split_heads
 from dit_video.training.optim.optimizer import OptimizerConfig, freeze
 from dit_video.training.step import Average, Loss, LossDetails, LossOutput
 
-TEMPORAL_PATHS = r"(^|/)temporal"
-"""Regular expression for the paths of the temporal layers, which mix frames only."""
+TEMPORAL_PATHS = rf"(^|/)temporal|^{AUXILIARY}/"
+"""Regular expression for the paths of the temporal layers, which mix frames only, and of auxiliary losses' heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserLoss:
-    """Mean over the clips of a batch of each clip's mean squared error.
+    """Mean over the clips of a batch of each clip's mean squared error, plus weighted means of auxiliary losses.
 
     The metrics are `padding`, the share of padding tokens; `masked`, the share of clips that could not be read and do
-    not count; and the loss by diffusion times, `loss_t0-0.25` and so on. Parameters are
-    `{"backbone": ..., "text": ...}`: the text encoder is trained together with the denoiser. `text` has no parameters
-    if the encoder is frozen, in which case rows hold its embeddings, or if captions are classes (`ClassNames`).
+    not count; the loss by diffusion times, `loss_t0-0.25` and so on; and with auxiliary losses `loss_denoising` and
+    each `loss_NAME`. Parameters are `{"backbone": ..., "text": ...}`: the text encoder is trained together with the
+    denoiser, and so are the heads of auxiliary losses, `"auxiliary"`, if there are any. `text` has no parameters if the
+    encoder is frozen, in which case rows hold its embeddings, or if captions are classes (`ClassNames`).
     """
 
     backbone: nnx.GraphDef
@@ -67,8 +70,11 @@ class DenoiserLoss:
     """Unit that has its own diffusion time; "frame" requires a denoiser with `time="token"`."""
     optimizer: OptimizerConfig | None = None
     """Optimizer whose untrained parameters get no gradients; None if all parameters are trained."""
+    auxiliary: tuple[AuxiliaryTerm, ...] = ()
+    """Losses besides the model's own."""
     is_training: bool = True
-    """False in validation and checks, where the model itself draws no random numbers."""
+    """False in validation and checks, where the model itself draws no random numbers, and auxiliary losses are metrics
+    alone."""
     time_bins: int = 4
     """Number of equally wide bins of diffusion times whose losses are logged separately."""
 
@@ -84,7 +90,14 @@ class DenoiserLoss:
         if clean is not None and COND_MASK in rows.fields:
             # Parts of a clip are known from the clip in which all else is grey, as in sampling.
             data = jnp.where(clean[..., None], rows.fields[COND_LATENTS], data)
-        per_token = self.objective.loss(denoise, data, noise, time, cond_mask=clean)
+        calls: list[_Call] = []
+
+        def record(noisy, model_time, state):
+            prediction, state = denoise(noisy, model_time, state)
+            calls.append(_Call(noisy, model_time, prediction, state))
+            return prediction, state
+
+        per_token = self.objective.loss(record, data, noise, time, cond_mask=clean)
         counted = rows.segments if clean is None else jnp.where(clean, 0, rows.segments)
         per_example = segment_mean(per_token, counted, count=layout.count)
         num_clips = rows.segments.max(axis=1).sum()
@@ -95,10 +108,28 @@ class DenoiserLoss:
         }
         count = jnp.asarray(rows.valid).sum()
         value = (per_example * rows.valid).sum() / jnp.maximum(count, 1)
+        if self.auxiliary:
+            inputs = self._make_auxiliary_inputs(calls[0], rows, step)
+            totals = {term.loss.name: term.sum_clips(params, inputs) for term in self.auxiliary}
+            metrics |= {f"loss_{name}": Average(total, count) for name, total in totals.items()}
+            if self.is_training:
+                metrics["loss_denoising"] = Average(value * count, count)
+                weights = {term.loss.name: term.weight(step) for term in self.auxiliary}
+                value += sum(weights[name] * total for name, total in totals.items()) / jnp.maximum(count, 1)
         return LossOutput(value, LossDetails(metrics, count.astype(jnp.float32)))
 
+    def _make_auxiliary_inputs(self, call: "_Call", rows: PackedBatch, step: Array) -> AuxiliaryInputs:
+        process, token_time = self.objective.process, call.time[..., None]
+        prediction = adapt_prediction(self.objective.prediction, rows.layout)
+        noisy = call.noisy / process.input_scale(token_time)
+        estimate = prediction.estimate(process, noisy, call.prediction.astype(noisy.dtype), token_time)
+        return AuxiliaryInputs(jax.tree.map(jnp.asarray, rows), call.time, estimate, call.features or {}, step)
+
     def make_denoise(self, params, rows: PackedBatch, step: Array) -> tuple[DenoiseFn, Bool[Array, "B N"] | None]:
-        """Return the function that denoises these rows, and the tokens it gets without noise if each has a time."""
+        """Return the function that denoises these rows, and the tokens it gets without noise if each has a time.
+
+        Where auxiliary losses read features, they are the function's next state.
+        """
         backbone, cond_mask = nnx.merge(self.backbone, params["backbone"]), self.draw_cond_mask(rows, step)
         context = nnx.merge(self.text_encoder, params["text"])(rows.text, rows.text_segments)
         conditioning = _make_frame_conditioning(backbone.config, rows, cond_mask).add(
@@ -109,6 +140,8 @@ class DenoiserLoss:
             conditioning = conditioning.add(self.make_training_keys(rows, step))
         clean = cond_mask if backbone.config.time == "token" else None
         is_clean = clean if self.time_per == "clip" else None
+        if blocks := tuple(block for term in self.auxiliary for block in term.loss.blocks):
+            backbone = BlockFeatures(backbone, blocks)
         return make_denoise_fn(backbone, rows.layout, conditioning, is_clean=is_clean), clean
 
     def make_training_keys(self, rows: PackedBatch, step: Array) -> TrainingKeys:
@@ -186,6 +219,17 @@ class DenoiserLoss:
         return first + (last - first) * u
 
 
+class _Call(NamedTuple):
+    """A call of the denoiser."""
+
+    noisy: Float[Array, "B N p"]
+    """Noisy tokens in the scale of the model's inputs."""
+    time: Float[Array, "B N"]
+    prediction: Float[Array, "B N prediction"]
+    features: dict[int, Float[Array, "B N D"]] | None
+    """Tokens behind blocks; None where no auxiliary loss reads any."""
+
+
 def get_clip_sizes(rows: PackedBatch) -> ClipSize:
     """Return the size of each segment `[B G]`; 1 frame of 1 token for segments that do not exist."""
     is_member = rows.segments[..., None] == jnp.arange(1, rows.examples.shape[1] + 1)
@@ -228,8 +272,12 @@ def _make_frame_conditioning(config: BackboneConfig, rows: PackedBatch, cond_mas
 
 
 def attach_factors(params: Mapping[str, Any], factors: Mapping[str, Any], scale: float) -> dict[str, Any]:
-    """Return parameters with the trained factors of an adapter attached; `scale` is alpha / rank."""
-    return attach_lora(params, add_lora_scale(factors, scale))
+    """Return parameters with the trained factors of an adapter attached, and the heads trained with them.
+
+    `scale` is alpha / rank.
+    """
+    factors, heads = split_heads(factors)
+    return attach_lora(params, add_lora_scale(factors, scale)) | heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -230,7 +230,7 @@ def test_one_option_chooses_the_trained_parameters_and_their_learning_rate(folde
 def test_initial_weights_are_read_from_the_folder_and_placed_on_the_devices(folder, mesh, tmp_path):
     trained = open_denoiser(make_experiment(folder, train="full"), tmp_path, mesh)
     expected = flatten(load_denoiser(folder / "transformer")[1])
-    result = flatten(trained.load_initial()["backbone"])
+    result = flatten(trained.load_initial(jax.random.key(0))["backbone"])
     assert trained.base_params is None
     for path, leaf in expected.items():
         assert isinstance(result[path], jax.Array)
