@@ -134,6 +134,11 @@ def test_every_branch_has_a_state_of_its_own():
         assert tuple(map(int, end.branches)) == expected
 
 
+def count_rows(noisy, time, state):
+    """Predict from the number of calls before this one, which each row counts."""
+    return jnp.tanh(noisy) + time + state[:, None], state + 1
+
+
 def test_batched_branches_have_the_states_of_branches_apart():
     """A batch of branches has the state of each in its rows, also where the first branch is evaluated alone."""
     params = Guidance(scale=3.0, interval=(0.3, 0.85)).get_params()
@@ -148,11 +153,6 @@ def test_batched_branches_have_the_states_of_branches_apart():
         ends.append(advance(denoise, state, TIMES, process=RectifiedFlow(), solver=Heun()))
     np.testing.assert_allclose(ends[0].x, ends[1].x, rtol=1e-6)
     np.testing.assert_array_equal(ends[1].denoiser.branches, [5, 5, 3, 3])
-
-
-def count_rows(noisy, time, state):
-    """Predict from the number of calls before this one, which each row counts."""
-    return jnp.tanh(noisy) + time + state[:, None], state + 1
 
 
 def test_batched_branches_share_a_state():
