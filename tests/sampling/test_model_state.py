@@ -13,40 +13,16 @@ from flax import nnx
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten
 from dit_video.diffusion import AdaptiveProjectedGuidance, Guidance, Heun
-from dit_video.models.backbones.dit import DiT, DiTConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
-from dit_video.nn import ONE_DEVICE, get_graph_def
+from dit_video.nn import get_graph_def
 from dit_video.sampling import Monitor, Sampling, sample_latents
 from dit_video.sampling.clip_functions import open_denoiser
 from dit_video.sampling.plan import LatentUpdate, SamplingPlan
 from dit_video.sampling.sampler import list_programs
 from dit_video.tokens import PackedRows, compute_positions, patchify, unpatchify
 from support.random_params import make_random_params
+from support.recalling_model import RECALL, RecallingConfig
 from support.tiny_denoiser import DENOISER, DIT, SHAPE, make_request
-
-RECALL = 0.5
-"""Share of its last prediction that the model adds to its next one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecallingConfig(DiTConfig):
-    """A model whose state is its last prediction."""
-
-    def make(self, rngs, partitioner=ONE_DEVICE):
-        return RecallingDiT(self, partitioner=partitioner, rngs=rngs)
-
-    def init_sampling_state(self, rows):
-        return {"last": jnp.zeros_like(rows.tokens), "calls": jnp.zeros(len(rows.tokens), jnp.int32)}
-
-
-class RecallingDiT(DiT):
-    def __call__(self, noisy, time, layout, conditioning, state=None):
-        prediction, _ = super().__call__(noisy, time, layout, conditioning)
-        if state is None:
-            return prediction, None
-        prediction = prediction + RECALL * state["last"]
-        return prediction, {"last": prediction, "calls": state["calls"] + 1}
-
 
 CONFIG = RecallingConfig(**vars(DIT))
 MODEL = DENOISER._replace(backbone=get_graph_def(CONFIG.make))
