@@ -12,7 +12,7 @@ import pytest
 import dit_video
 from dit_video.apps.studio.forms import make_tabs
 from dit_video.core.errors import UserError
-from dit_video.diffusion import Guidance
+from dit_video.diffusion import Guidance, SkipLayerGuidance
 from dit_video.experiment import Experiment, JoinPipelines, LoraAdapters, Run, TrainModel
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.models.autoencoders import Tiles, decode_stream
@@ -213,7 +213,7 @@ def test_a_cache_of_features(add_package, monkeypatch, solver, guidance, branch_
 def test_self_conditioning(add_package, tiny, tiny_run, tmp_path):
     """A model that reads its last estimate is trained, and sampled with the estimates of each branch of guidance."""
     theirs = add_package("their_estimates", "self_conditioning")
-    experiment = replace_backbone(tiny.EXPERIMENT, theirs.SelfConditionedConfig)
+    experiment = replace_backbone(tiny.EXPERIMENT, theirs.SelfConditionedConfig, layers=2)
     config = train(experiment, tiny_run, tmp_path / "run").config
     plain = dataclasses.replace(
         config, model=dataclasses.replace(config.model, backbone=experiment.get_model().backbone)
@@ -226,6 +226,10 @@ def test_self_conditioning(add_package, tiny, tiny_run, tmp_path):
         expected = sample_by_hand(pipe, request, sampling, keeps_estimate=True)
         np.testing.assert_allclose(result, expected, atol=1e-4)
         assert np.abs(result - sample_by_hand(pipe, request, sampling, keeps_estimate=False)).max() > 0.05
+    weaker = Guidance(scale=2.0, skip_layers=SkipLayerGuidance(layers=(0,), stop=1.0))  # a model without estimates
+    (guided,) = pipe.generate_latents(requests[:1], sampling=pipe.make_sampling(steps=4, guidance=weaker))
+    assert np.isfinite(guided).all()
+    assert np.abs(guided - results[0]).max() > 0.05
     pipe.save(tmp_path / "pipeline")
     loaded = dit_video.load(tmp_path / "pipeline")
     for again, result in zip(loaded.generate_latents(requests, sampling=sampling), results, strict=True):

@@ -31,7 +31,8 @@ class SelfConditionedDiT(DiT):
 
     def __init__(self, config, *, partitioner=ONE_DEVICE, rngs):
         super().__init__(config, partitioner=partitioner, rngs=rngs)
-        self.embed_estimate = Linear(config.token_width, config.width, partitioner=partitioner, rngs=rngs)
+        options = {"partitioner": partitioner, "rngs": rngs}
+        self.embed_estimate = Linear(config.token_width, config.width, bias=False, **options)
 
     def __call__(self, noisy, time, layout, conditioning, state=None):
         def predict(estimate):
@@ -51,5 +52,7 @@ class SelfConditionedDiT(DiT):
         return predict(estimate), None
 
     def embed_tokens(self, noisy, layout, conditioning):
-        noisy, estimate = jnp.split(noisy, 2, axis=-1)
-        return super().embed_tokens(noisy, layout, conditioning) + self.embed_estimate(estimate)
+        """Return the embedded tokens; those with an estimate have it behind their own values."""
+        noisy, estimate = jnp.split(noisy, [self.config.token_width], axis=-1)
+        x = super().embed_tokens(noisy, layout, conditioning)
+        return x + self.embed_estimate(estimate) if estimate.size else x
