@@ -320,6 +320,36 @@ def test_drop_path_on_any_backbone(add_package, monkeypatch, name):
     )
 
 
+@pytest.mark.parametrize("name", mark_slow_except(["mmdit"], BACKBONES))
+def test_a_cache_of_features_on_any_backbone(add_package, name):
+    """Its first prediction is the model's; the next one computes the first block alone, and adds what was kept."""
+    theirs, config = add_package("their_cache", "feature_cache"), BACKBONES[name]
+    cached = type("CachedConfig", (type(config),), {"every": 2})(**vars(config))
+    batch, params = make_batch((0, 1), (1, 0)), make_random_params(config.make)
+    base = type(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))
+    changed = type(f"Cached{base.__name__}", (theirs.Cached, base), {})
+    graph = get_graph_def(lambda rngs: changed(cached, rngs=rngs))
+
+    @jax.jit
+    def predict(params, noisy, state):
+        conditioning = batch.get_conditioning(config)
+        return nnx.merge(graph, params)(noisy, batch.get_time(config), batch.layout, conditioning, state)
+
+    start = theirs.CachedFeatures(jnp.zeros((*batch.noisy.shape[:2], config.width)), jnp.full(2, 2))
+    expected, _ = predict(params, batch.noisy, None)
+    first, state = predict(params, batch.noisy, start)
+    np.testing.assert_allclose(first, expected, atol=1e-6)
+    again, state = predict(params, batch.noisy, state)
+    np.testing.assert_allclose(again, expected, atol=1e-5)
+    other = jnp.asarray(batch.noisy) + 0.1
+    due, _ = predict(params, other, state)
+    reused, _ = predict(params, other, state._replace(age=jnp.ones_like(state.age)))
+    np.testing.assert_allclose(due, predict(params, other, None)[0], atol=1e-6)
+    assert np.abs(reused - due)[0, FIRST].max() > 1e-4
+    kept, computed = find_branches(jax.make_jaxpr(predict)(params, other, state).jaxpr)
+    assert count_primitive("dot_general", kept) == 0 < count_primitive("dot_general", computed)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(("source", "name"), [("token_routing", "RoutedConfig"), ("drop_path", "DropPathConfig")])
 def test_models_that_draw_in_training(add_package, tiny, tiny_run, tmp_path, source, name):

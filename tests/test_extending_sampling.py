@@ -1,21 +1,26 @@
 """Extensions of sampling without an edit of the package: a task, a conditioner, a decoder with noise, two steps."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import dit_video
 from dit_video.apps.studio.forms import make_tabs
 from dit_video.core.errors import UserError
+from dit_video.diffusion import Guidance, SkipLayerGuidance
 from dit_video.experiment import Experiment, JoinPipelines, LoraAdapters, Run, TrainModel
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.models.autoencoders import Tiles, decode_stream
+from dit_video.sampling import draw_initial_noise
 from dit_video.sampling.clip_recipe import hash_pixels
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import Downscale, PreviousStep
+from dit_video.sampling.probe import DenoiserProbe
 from dit_video.sampling.tasks import TASKS, Vary
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import read_metrics
@@ -26,6 +31,7 @@ from support.extending import replace_backbone, shorten, train, train_by_script
 from support.latents import generate_latents
 from support.tiny import EXPERIMENT
 from support.tiny_lora import make_pipeline, write_lora
+from support.tiny_pipeline import make_params
 
 pytestmark = pytest.mark.slow
 
@@ -166,6 +172,83 @@ def test_weights_of_8_bits(add_package, tmp_path):
     with pytest.raises(UserError, match=r"init_from=.*small is invalid: .*kernel is a their_kernel:Int8Kernel"):
         check_initial_weights(dataclasses.replace(EXPERIMENT.denoiser, train=training))
     np.testing.assert_array_equal(sample_latents(loaded), result)
+
+
+@pytest.mark.parametrize(
+    ("solver", "guidance", "branch_evaluation", "counts"),
+    [
+        ("euler", 1.0, "together", (12, 6, 1)),
+        ("heun", 3.0, "apart", (46, 24, 4)),
+        ("euler", Guidance(scale=3.0, interval=(0.4, 0.95)), "together", (12, 7, 2)),
+    ],
+    ids=["one branch", "two evaluations of two branches", "an interval of guidance"],
+)
+def test_a_cache_of_features(add_package, monkeypatch, solver, guidance, branch_evaluation, counts):
+    """It samples as the model that it caches if that is computed in each step, and nearly so for half of the blocks."""
+    theirs = add_package("their_cache", "feature_cache")
+    computed, apply_blocks = [], theirs.CachedDiT.apply_blocks
+
+    def count(self, x, inputs, *, layers):
+        if layers.start:
+            jax.debug.callback(lambda: computed.append(1))
+        return apply_blocks(self, x, inputs, layers=layers)
+
+    monkeypatch.setattr(theirs.CachedDiT, "apply_blocks", count)
+    plain = dit_video.load("experiments/pretrained/shapes")
+    requests = [dit_video.Request("a red circle moving left", (9, 48, 32), seed) for seed in range(8)]  # two rows
+    sampling = plain.make_sampling(steps=12, guidance=guidance, solver=solver)
+    sampling = dataclasses.replace(sampling, branch_evaluation=branch_evaluation)
+    expected = plain.generate_latents(requests, sampling=sampling)
+    distances = []
+    for every, calls in zip((1, 2, 12), counts, strict=True):
+        computed.clear()
+        results = theirs.add_cache(plain, every).generate_latents(requests, sampling=sampling)
+        jax.effects_barrier()
+        assert len(computed) == calls
+        distances.append(np.abs(np.stack(results) - np.stack(expected)).mean())
+    assert distances[0] < 1e-5
+    assert 0.005 < distances[1] < 0.5 * distances[2]
+
+
+def test_self_conditioning(add_package, tiny, tiny_run, tmp_path):
+    """A model that reads its last estimate is trained, and sampled with the estimates of each branch of guidance."""
+    theirs = add_package("their_estimates", "self_conditioning")
+    experiment = replace_backbone(tiny.EXPERIMENT, theirs.SelfConditionedConfig, layers=2)
+    config = train(experiment, tiny_run, tmp_path / "run").config
+    plain = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, backbone=experiment.get_model().backbone)
+    )
+    pipe = Pipeline(config, **make_params(plain))
+    requests = [dit_video.Request("a red circle", size, seed=3) for size in ((9, 16, 32), (1, 16, 16), (9, 16, 32))]
+    sampling = pipe.make_sampling(steps=4, guidance=2.0)
+    results = pipe.generate_latents(requests, sampling=sampling)
+    for result, request in zip(results, requests, strict=True):
+        expected = sample_by_hand(pipe, request, sampling, keeps_estimate=True)
+        np.testing.assert_allclose(result, expected, atol=1e-4)
+        assert np.abs(result - sample_by_hand(pipe, request, sampling, keeps_estimate=False)).max() > 0.05
+    weaker = Guidance(scale=2.0, skip_layers=SkipLayerGuidance(layers=(0,), stop=1.0))  # a model without estimates
+    (guided,) = pipe.generate_latents(requests[:1], sampling=pipe.make_sampling(steps=4, guidance=weaker))
+    assert np.isfinite(guided).all()
+    assert np.abs(guided - results[0]).max() > 0.05
+    pipe.save(tmp_path / "pipeline")
+    loaded = dit_video.load(tmp_path / "pipeline")
+    for again, result in zip(loaded.generate_latents(requests, sampling=sampling), results, strict=True):
+        np.testing.assert_array_equal(again, result)
+
+
+def sample_by_hand(pipe, request, sampling, *, keeps_estimate):
+    """Return the latents of Euler's steps for each branch of guidance with the last estimates of the data, or zeros."""
+    probe, other = (DenoiserProbe(pipe, [text], request.size) for text in (request.prompt, ""))
+    x = probe.patchify(jnp.asarray(draw_initial_noise(request.seed, probe.latent_grid, probe.channels))[None])
+    first, second = jnp.zeros_like(x), jnp.zeros_like(x)
+    times = np.asarray(sampling.make_times(probe.process).times)
+    for time, following in itertools.pairwise(times):
+        conditional, next_first = probe.denoise(x, time, first)
+        unconditional, next_second = other.denoise(x, time, second)
+        if keeps_estimate:
+            first, second = next_first, next_second
+        x = x + (following - time) * (unconditional + sampling.guidance.scale * (conditional - unconditional))
+    return np.asarray(probe.unpatchify(x[0]))
 
 
 def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_run, tmp_path):

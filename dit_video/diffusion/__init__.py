@@ -22,6 +22,7 @@ from dit_video.diffusion.guidance import (
     GuidanceState,
     SkipLayerGuidance,
     ZeroStarGuidance,
+    alone,
     apply_classifier_free_guidance,
     apply_guidance,
     batched,

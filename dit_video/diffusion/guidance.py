@@ -263,9 +263,7 @@ class GuidanceState(NamedTuple):
     momentum: Values | None = None
     """Running sum of guidance steps, in the sample's shape, initially zero; None without momentum."""
     branches: Any = None
-    """State of the branches; None if they have none."""
-    conditional: Any = None
-    """State of the first branch when it is evaluated alone, which happens at other times than the branches."""
+    """State of the branches, as `sequential` or `batched` takes it; None if they have none."""
 
 
 def apply_classifier_free_guidance(
@@ -288,7 +286,7 @@ def sequential(*branches: DenoiseFn) -> Branches:
 
 
 def batched(denoise: DenoiseFn, count: int) -> Branches:
-    """Return branches that share one evaluation: `denoise` takes them concatenated along the first axis."""
+    """Return branches that share one evaluation: `denoise` takes them, and their state, concatenated along axis 0."""
 
     def branches(noisy, time, state):
         times = jnp.concatenate([time] * count) if jnp.ndim(time) else time
@@ -296,6 +294,27 @@ def batched(denoise: DenoiseFn, count: int) -> Branches:
         return jnp.split(prediction, count), next_state
 
     return branches
+
+
+def alone(denoise: DenoiseFn, *, is_batched: bool) -> DenoiseFn:
+    """Return the first branch, evaluated alone with the state of all of them: it goes on with its own, others' wait.
+
+    Args:
+      denoise: The first branch.
+      is_batched: True if the state is that of `batched` branches, False if it is that of `sequential` ones.
+    """
+
+    def evaluate(noisy, time, state):
+        if state is None:
+            return denoise(noisy, time, None)
+        if not is_batched:
+            prediction, own = denoise(noisy, time, state[0])
+            return prediction, (own, *state[1:])
+        rows = len(noisy)
+        prediction, own = denoise(noisy, time, jax.tree.map(lambda leaf: leaf[:rows], state))
+        return prediction, jax.tree.map(lambda leaf, values: leaf.at[:rows].set(values), state, own)
+
+    return evaluate
 
 
 def average_per_sample(values: Float[Array, "B *shape"]) -> Float[Array, "B *ones"]:
@@ -320,7 +339,7 @@ def apply_guidance(
     Args:
       branches: The predictions to combine.
       params: The parameters of guidance.
-      conditional: The first branch alone. If set, only this is evaluated outside the interval, and time must be a
+      conditional: The first branch `alone`. If set, only this is evaluated outside the interval, and time must be a
         scalar. Otherwise all branches are evaluated at all times.
       skipped: The first branch without the layers that skip-layer guidance skips; time must then be a scalar.
       mean: Mean over each sample's own values.
@@ -360,8 +379,8 @@ def apply_guidance(
             return combine(noisy, time, state, is_inside)
 
         def evaluate_alone():
-            predicted, conditional_state = conditional(noisy, time, state.conditional)
-            return prediction.extract_values(predicted), predicted, state._replace(conditional=conditional_state)
+            predicted, branch_state = conditional(noisy, time, state.branches)
+            return prediction.extract_values(predicted), predicted, state._replace(branches=branch_state)
 
         return jax.lax.cond(is_inside, lambda: combine(noisy, time, state), evaluate_alone)
 

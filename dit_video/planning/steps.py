@@ -37,6 +37,7 @@ from dit_video.sampling.program import (
     list_fields,
     make_argument_shardings,
     make_program,
+    start_model,
 )
 from dit_video.sampling.sampler import init_state
 from dit_video.tokens import Field, Grid, make_empty_row
@@ -249,11 +250,13 @@ def _plan_sampler(
     kinds = model.process, model.prediction, sampling.solver
     program = make_program(backbone, text, *kinds, None, batched, mesh)
 
-    def start(tokens: Array) -> Any:
-        return init_state(sampling, model.process.scale_initial_noise(tokens), steps=sampling.steps)
-
     own_times = np.asarray(sampling.time_schedule(model.process, sampling.steps).times)
     strength = guidance.get_params(0, times=own_times) if guidance.is_active else None
+
+    def start(tokens: Array) -> Any:
+        state = init_state(sampling, model.process.scale_initial_noise(tokens), steps=sampling.steps)
+        return start_model(state, model.backbone, batch, strength, is_batched=batched)
+
     room = compute_program_steps(sampling.steps)
     times: Any = jax.ShapeDtypeStruct((room + 1,), jnp.float32)
     arguments = ProgramArguments(

@@ -20,6 +20,7 @@ from dit_video.core.typing import AnyArray
 from dit_video.diffusion import DenoiseFn, Prediction, Process
 from dit_video.distributed.gather import to_host
 from dit_video.models.backbones.denoise import adapt_prediction
+from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.sampling.denoiser import Denoiser, list_experts
 from dit_video.sampling.packing import (
     START_LATENTS,
@@ -32,6 +33,7 @@ from dit_video.sampling.packing import (
 from dit_video.sampling.plan import StepTransform
 from dit_video.sampling.program import (
     ProgramArguments,
+    init_rows_state,
     make_argument_shardings,
     make_rows_denoise,
     put_on_devices,
@@ -74,6 +76,12 @@ class DenoiserParts(NamedTuple):
     boundary: float | None
     """Time below which the second of two experts denoises; None for one."""
     transform: StepTransform | None
+    config: BackboneConfig
+
+    def init_state(self, batch: SamplingBatch) -> Any:
+        """Return the state of the model before the first step, a tuple of two for two experts; None if it has none."""
+        state = init_rows_state(self.config, batch.branches[0])
+        return state if state is None or self.boundary is None else (state, state)
 
     def make_denoise(self, params: Mapping[str, Any], batch: SamplingBatch) -> DenoiseFn:
         """Return the function that denoises the clips of a batch at one time, without guidance.
@@ -93,7 +101,21 @@ class DenoiserParts(NamedTuple):
         if self.boundary is None:
             return first
         boundary, (second,) = self.boundary, others
-        return lambda noisy, time, state: jax.lax.cond(time >= boundary, first, second, noisy, time, state)
+
+        def denoise(noisy, time, state):
+            first_state, second_state = (None, None) if state is None else state
+
+            def denoise_first():
+                prediction, next_state = first(noisy, time, first_state)
+                return prediction, None if state is None else (next_state, second_state)
+
+            def denoise_second():
+                prediction, next_state = second(noisy, time, second_state)
+                return prediction, None if state is None else (first_state, next_state)
+
+            return jax.lax.cond(time >= boundary, denoise_first, denoise_second)
+
+        return denoise
 
     def make_clips(self, batch: SamplingBatch) -> PackedLatents:
         """Return the clips of a batch."""
@@ -128,6 +150,10 @@ class OpenDenoiser:
         """Return the clips in rows, with their latents, and noise by their seeds."""
         return self.parts.make_clips(self.batch)
 
+    def init_state(self) -> Any:
+        """Return the state of the model before its first step, which each of two experts has; None for one without."""
+        return self.parts.init_state(self.batch)
+
     def denoise(
         self, params: Mapping[str, Any], noisy: Float[Array, "B N p"], time: Float[Array, ""] | float, state: Any = None
     ) -> tuple[Float[Array, "B N prediction"], Any]:
@@ -137,7 +163,8 @@ class OpenDenoiser:
           params: The parameters, as `Pipeline.denoiser_params`.
           noisy: Noisy tokens.
           time: Diffusion time.
-          state: State of the model; None for one without.
+          state: State of the model, as `init_state` begins it; None for one without, and where no earlier step is
+            known, as in training.
         """
         return self.parts.make_denoise(params, self.batch)(noisy, jnp.asarray(time), state)
 
@@ -233,7 +260,7 @@ def open_denoiser(
 
 def _get_parts(denoiser: Denoiser, planned: PlannedBatch) -> DenoiserParts:
     kinds = denoiser.backbone, denoiser.text, denoiser.process, denoiser.prediction, denoiser.boundary
-    return DenoiserParts(*kinds, planned.transform)
+    return DenoiserParts(*kinds, planned.transform, denoiser.config)
 
 
 def _put_batch(denoiser: Denoiser, planned: PlannedBatch) -> SamplingBatch:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from dit_video.core.offload import move_to_devices
 from dit_video.diffusion import Prediction, Process, Velocity
+from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import BatchTokenizer, CaptionTokens, Tokenizer
 from dit_video.tokens import Grid
 
@@ -47,6 +48,11 @@ class Denoiser(NamedTuple):
     def experts(self) -> tuple[str, ...]:
         """Return the names of the experts' parameters, the one for noisy times first."""
         return list_experts(self.boundary)
+
+    @property
+    def config(self) -> BackboneConfig:
+        """Return the config of the backbone."""
+        return nnx.merge(self.backbone, self.params["backbone"]).config
 
     @contextlib.contextmanager
     def open_params(self, expert: str) -> Iterator[dict[str, Any]]:

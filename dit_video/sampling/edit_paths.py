@@ -62,6 +62,7 @@ class LatentStepper:
         state = init_state(sampler.sampling, tokens, steps=len(steps) - 1)
         for number, expert, part in self._split_experts(steps):
             times = SampleTimes(*(values[np.asarray(part)] for values in self._times))
+            state = sampler.start_model(number, planned, state)
             with sampler.denoiser.open_params(expert) as params:
                 program, arguments = sampler.prepare_steps(params, number, planned, state, times, part[0])
                 state = jax.block_until_ready(program(*arguments))

@@ -216,6 +216,8 @@ def plan_batches(
     multiples = compute_row_multiples(mesh, guidance, is_batched=is_batched)
     # The branch without some layers is the first one alone, so that others must not lie in its rows.
     can_share_rows = is_batched and guidance.skip_layers is None
+    # Outside of the interval other branches would change the state of a row, which waits for them in rows of their own.
+    can_share_rows = can_share_rows and not (guidance.interval is not None and denoiser.config.has_sampling_state)
     options: dict[str, Any] = {"rows": rows, "is_batched": can_share_rows, "multiples": multiples}
     for steps, indices in groups.items():
         fields = dict.fromkeys(field for index in indices for field in requests[index].fields)

@@ -100,7 +100,7 @@ class DenoiserProbe:
         """Predict at one time for all clips, or at times that broadcast to `[B n]`, without guidance.
 
         The prediction has the width of `noisy`, or twice that where the model also predicts a variance, which comes
-        last. The state is returned as it is: the model has none.
+        last. The state is the model's; None for one without, or before the first step.
         """
         return self._denoise(noisy, jnp.broadcast_to(time, noisy.shape[:2]), state)
 

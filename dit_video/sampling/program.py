@@ -16,17 +16,20 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, Key
 
+from dit_video.core.errors import UserError
 from dit_video.core.trees import map_with_path
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion import (
     Branches,
     DenoiseFn,
+    GuidanceState,
     Prediction,
     Process,
     SampleTimes,
     SamplingState,
     Solver,
     advance,
+    alone,
     apply_guidance,
     batched,
     sequential,
@@ -35,7 +38,7 @@ from dit_video.distributed import count_row_shards, make_shardings
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.distributed.sharding import ROW_AXES
 from dit_video.models.backbones.denoise import adapt_prediction, make_denoise_fn, make_text_record
-from dit_video.models.backbones.protocol import Backbone
+from dit_video.models.backbones.protocol import Backbone, BackboneConfig
 from dit_video.models.backbones.skipped_layers import skip_layers
 from dit_video.models.conditioning import (
     COND_LATENTS,
@@ -102,7 +105,8 @@ def make_program(
             branch_keys = jnp.concatenate([keys] * copies)
             denoise = make_rows_denoise(model, context, branch, branch_keys, process, transform)
             # Traced once, however often the solver and guidance evaluate it.
-            traced, constants = jax.closure_convert(denoise, branch.tokens, jnp.zeros(()), None)
+            start = None if skipped_layers is not None else init_rows_state(model.config, branch)
+            traced, constants = jax.closure_convert(denoise, branch.tokens, jnp.zeros(()), start)
             sharding = None if mesh is None else make_row_shardings(branch, mesh).tokens
             return lambda noisy, time, state: traced(_constrain(noisy, sharding), time, state, *constants)
 
@@ -137,13 +141,14 @@ def make_program(
                 assert conditional is not None
                 branches, conditional = sequential(conditional), None
             elif is_batched:
-                stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
+                stacked = stack_branches(batch)
                 stacked = _constrain(stacked, None if mesh is None else make_row_shardings(stacked, mesh))
                 branches = batched(make_denoise(stacked), number)
             else:
                 branches = sequential(*map(make_denoise, batch.branches))
             skipped = None if guidance.skip is None else make_denoise(rows, guidance.skip.layers)
-            denoise = apply_guidance(branches, guidance, conditional=conditional, skipped=skipped, mean=mean, **kinds)
+            single = None if conditional is None else alone(conditional, is_batched=is_batched)
+            denoise = apply_guidance(branches, guidance, conditional=single, skipped=skipped, mean=mean, **kinds)
         options: dict[str, Any] = {"model_times": sample_times.model_times, "noise_fn": draw, "first_step": first}
         change = None if transform is None else change_sample
         return advance(denoise, state, sample_times.times, solver=solver, transform=change, **kinds, **options)
@@ -163,6 +168,59 @@ def _gather_branches(denoise: DenoiseFn, positions: Int32[AnyArray, "branches B 
         return [jnp.take_along_axis(prediction, index[..., None], axis=1) for index in positions], next_state
 
     return branches
+
+
+def stack_branches(batch: SamplingBatch) -> PackedBatch:
+    """Return the rows of all branches, one branch after the other."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *batch.branches)
+
+
+def start_model(
+    state: SamplingState, config: BackboneConfig, batch: SamplingBatch, guidance: Any, *, is_batched: bool
+) -> SamplingState:
+    """Return the sampler's state with that of the model before its first step, as the program carries it.
+
+    Args:
+      state: State of the sampler; momentum of guidance in it is kept.
+      config: Config of the model.
+      batch: Rows of the program.
+      guidance: Parameters of guidance; None without it.
+      is_batched: True if branches are evaluated together.
+
+    Raises:
+      UserError: If the model's state has no axis of the rows.
+    """
+    if not config.has_sampling_state:
+        return state
+    first, *others = batch.branches
+    if guidance is None or batch.branch_positions is not None:
+        own = init_rows_state(config, first)
+    elif others and is_batched:
+        own = init_rows_state(config, stack_branches(batch))
+    else:
+        own = tuple(init_rows_state(config, branch) for branch in batch.branches)
+    if not jax.tree.leaves(own):
+        return state
+    if guidance is None:
+        return state._replace(denoiser=own)
+    guided = state.denoiser if isinstance(state.denoiser, GuidanceState) else GuidanceState()
+    return state._replace(denoiser=guided._replace(branches=own))
+
+
+def init_rows_state(config: BackboneConfig, rows: PackedBatch) -> Any:
+    """Return a model's state of rows before the first step; None if it has none.
+
+    Raises:
+      UserError: If it has no axis of the rows.
+    """
+    state, count = config.init_sampling_state(rows), len(rows.tokens)
+    for leaf in jax.tree.leaves(state):
+        if jnp.shape(leaf)[:1] != (count,):
+            raise UserError(
+                f"init_sampling_state of {type(config).__name__} is invalid: an array has the shape {jnp.shape(leaf)}, "
+                f"and its first axis must be the {count} rows. Use jnp.broadcast_to for values that all rows share."
+            )
+    return state
 
 
 def compute_program_steps(steps: int) -> int:
@@ -237,11 +295,20 @@ def make_argument_shardings(arguments: ProgramArguments, mesh: AnyMesh) -> Progr
     row_axis, token_axis = _choose_axes(rows, tokens, mesh)
 
     def shard_samples(leaf: Any) -> NamedSharding:
-        """Return the sharding of a part of the state, which has a token's values on its last axis, or no tokens."""
+        """Return the sharding of a part of the solver's state: a token's values on its last axis, or no tokens."""
         if leaf.ndim < 3 or tuple(leaf.shape[-3:-1]) != (rows, tokens):
             return replicated
         return NamedSharding(mesh, PartitionSpec(*(None,) * (leaf.ndim - 3), row_axis, token_axis))
 
+    def shard_rows(leaf: Any) -> NamedSharding:
+        """Return the sharding of a part of the denoiser's state: the first axis is rows, perhaps of all branches."""
+        row_axis, token_axis = _choose_axes(leaf.shape[0], tokens, mesh)
+        return NamedSharding(mesh, PartitionSpec(row_axis, *((token_axis,) if leaf.shape[1:2] == (tokens,) else ())))
+
+    state = None
+    if arguments.state is not None:
+        state = jax.tree.map(shard_samples, arguments.state)
+        state = state._replace(denoiser=jax.tree.map(shard_rows, arguments.state.denoiser))
     positions: Any = NamedSharding(mesh, PartitionSpec(None, row_axis, token_axis))
     keys: Any = NamedSharding(mesh, PartitionSpec(row_axis))
     batch = SamplingBatch(
@@ -250,9 +317,7 @@ def make_argument_shardings(arguments: ProgramArguments, mesh: AnyMesh) -> Progr
         keys=keys,
     )
     rest = jax.tree.map(lambda _: replicated, (arguments.guidance, arguments.sample_times, arguments.first))
-    return ProgramArguments(
-        make_shardings(arguments.params, mesh), jax.tree.map(shard_samples, arguments.state), batch, *rest
-    )
+    return ProgramArguments(make_shardings(arguments.params, mesh), state, batch, *rest)
 
 
 def make_row_shardings(batch: PackedBatch, mesh: AnyMesh) -> PackedBatch:

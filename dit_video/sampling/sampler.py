@@ -6,8 +6,8 @@ The program takes a block of steps at a time. Between blocks a run may be stoppe
 may change the latents.
 
 A model may have two experts (Wan 2.2, arXiv 2503.20314): one for times of high noise, one for those below a boundary.
-All requests are denoised by the first before the second. If weights are in host memory, only those of the active expert
-are on the devices (see `core.offload`).
+All requests are denoised by the first before the second, and each begins with a state of its own, if it has any. If
+weights are in host memory, only those of the active expert are on the devices (see `core.offload`).
 """
 
 import functools
@@ -25,7 +25,14 @@ from dit_video.core.rng import key
 from dit_video.diffusion import GuidanceState, Process, SampleTimes, SamplingState, init_sampling
 from dit_video.distributed.gather import to_host
 from dit_video.sampling.denoiser import Denoiser
-from dit_video.sampling.packing import START_LATENTS, PlannedBatch, SamplingRequest, embed_prompts, plan_batches
+from dit_video.sampling.packing import (
+    START_LATENTS,
+    PlannedBatch,
+    SamplingBatch,
+    SamplingRequest,
+    embed_prompts,
+    plan_batches,
+)
 from dit_video.sampling.plan import BlockEnd
 from dit_video.sampling.program import (
     ProgramArguments,
@@ -33,6 +40,7 @@ from dit_video.sampling.program import (
     make_argument_shardings,
     make_program,
     put_on_devices,
+    start_model,
 )
 from dit_video.sampling.sampling_config import Sampling
 from dit_video.tokens import Grid, LayoutShape
@@ -166,6 +174,7 @@ class BatchSampler(NamedTuple):
             unfinished: list[tuple[PlannedBatch, SamplingState]] = []
             with denoiser.open_params(expert) as params:
                 for planned, state in runs:
+                    state = self.start_model(number, planned, state)
                     for block in self._iterate_blocks(number, planned):
                         times = _slice_times(planned, range(block.first, block.last))
                         program, arguments = self.prepare_steps(params, number, planned, state, times, block.first)
@@ -185,7 +194,8 @@ class BatchSampler(NamedTuple):
         block_steps = choose_block_steps(planned, self.monitor)
         for first in range(start, stop, block_steps):
             for repeat in range(planned.resample):
-                yield _Block(first, min(first + block_steps, stop), repeat, repeat + 1 < planned.resample)
+                is_repeated = repeat + 1 < planned.resample
+                yield _Block(number, first, min(first + block_steps, stop), repeat, is_repeated)
 
     def _finish_block(
         self, planned: PlannedBatch, block: "_Block", before: Array, state: SamplingState
@@ -194,10 +204,16 @@ class BatchSampler(NamedTuple):
         if planned.has_updates or self.monitor is not None:
             ends = _get_ends(planned, block)
             parts = estimate_parts(self.denoiser.process, before, state.x, *ends)
-            state = self._update(planned, state, parts, block.last)
+            state = self._update(planned, state, parts, block)
             if self.monitor is not None and not block.is_repeated:
                 self.monitor.function(SamplingProgress(planned, block.last, self.sampling.steps, parts[0]))
         return self._return(planned, state, block) if block.is_repeated else state
+
+    def start_model(self, number: int, planned: PlannedBatch, state: SamplingState) -> SamplingState:
+        """Return the state with that of the model before the first step of an expert, by its number."""
+        batch, guidance = _choose_branches(planned, number, self.sampling)
+        is_batched = self.sampling.branch_evaluation == "together"
+        return start_model(state, self.denoiser.config, batch, guidance, is_batched=is_batched)
 
     def prepare_steps(
         self,
@@ -229,38 +245,43 @@ class BatchSampler(NamedTuple):
         return _make_program(denoiser, planned, self.sampling), arguments
 
     def _update(
-        self, planned: PlannedBatch, state: SamplingState, parts: tuple[Array, Array], last: int
+        self, planned: PlannedBatch, state: SamplingState, parts: tuple[Array, Array], block: "_Block"
     ) -> SamplingState:
         """Return the state with the latents that the plans change."""
         if not planned.has_updates:
             return state
-        time = float(np.asarray(planned.sample_times.times)[last])
+        time = float(np.asarray(planned.sample_times.times)[block.last])
         data, noise = map(planned.unpack_latents, parts)
         changed = {}
         for index, latents in planned.unpack_latents(state.x).items():
             if (update := planned.requests[index].plan.update) is not None:
-                end = BlockEnd(last, time, self.denoiser.process, data[index], noise[index])
+                end = BlockEnd(block.last, time, self.denoiser.process, data[index], noise[index])
                 changed[index] = update(latents, end)
         sample, trace = jnp.asarray(planned.pack_latents(state.x, changed)), state.trace
         if trace is not None:
             trace = trace._replace(x=trace.x.at[state.steps_done - 1].set(sample))
-        return self._restart(state._replace(trace=trace), sample, last)
+        return self._restart(planned, state._replace(trace=trace), sample, block.expert, block.last)
 
     def _return(self, planned: PlannedBatch, state: SamplingState, block: "_Block") -> SamplingState:
         """Return the state with noise added, at the first time of a block."""
         noise = planned.draw_noise(self.sampling.steps * (block.repeat + 1) + block.last)
         noisy = return_to_time(self.denoiser.process, state.x, noise, *_get_ends(planned, block))
-        state = self._restart(state, noisy, block.first)
+        state = self._restart(planned, state, noisy, block.expert, block.first)
         return state._replace(steps_done=state.steps_done - (block.last - block.first))
 
-    def _restart(self, state: SamplingState, sample: Array, step: int) -> SamplingState:
-        """Return the state with another sample, which a solver's earlier steps do not lead to."""
-        return state._replace(solver=self.sampling.solver.init(sample, steps=self.sampling.steps - step))
+    def _restart(
+        self, planned: PlannedBatch, state: SamplingState, sample: Array, expert: int, step: int
+    ) -> SamplingState:
+        """Return the state with another sample, which earlier steps of a solver and a model do not lead to."""
+        solver = self.sampling.solver.init(sample, steps=self.sampling.steps - step)
+        return self.start_model(expert, planned, state._replace(solver=solver))
 
 
 class _Block(NamedTuple):
     """A block of steps."""
 
+    expert: int
+    """Number of the expert that takes them."""
     first: int
     """Number of its first step."""
     last: int
@@ -332,7 +353,9 @@ def list_programs(
                 arguments = _make_arguments(planned, number, sampling, times, steps.start)
                 params = {"backbone": denoiser.params[expert], "text": denoiser.params["text"]}
                 arguments = jax.eval_shape(lambda values=arguments: values)
-                yield expert, _make_program(denoiser, planned, sampling), arguments._replace(params=params, state=state)
+                start = functools.partial(BatchSampler(denoiser, sampling).start_model, number, planned)
+                arguments = arguments._replace(params=params, state=jax.eval_shape(start, state))
+                yield expert, _make_program(denoiser, planned, sampling), arguments
 
 
 def _make_program(denoiser: Denoiser, planned: PlannedBatch, sampling: Sampling) -> Callable[..., SamplingState]:
@@ -374,6 +397,11 @@ def _make_arguments(
     planned: PlannedBatch, number: int, sampling: Sampling, times: SampleTimes, first: int
 ) -> ProgramArguments:
     """Return the program's arguments for some steps of an expert, without parameters and state."""
+    return ProgramArguments(None, None, *_choose_branches(planned, number, sampling), times, np.int32(first))
+
+
+def _choose_branches(planned: PlannedBatch, number: int, sampling: Sampling) -> tuple[SamplingBatch, Any]:
+    """Return the rows that an expert evaluates, and its parameters of guidance; None without guidance."""
     guidance = sampling.guidance
     all_times = np.asarray(planned.sample_times.times, np.float32)
     guidance_params = guidance.get_params(number, times=all_times) if guidance.is_active else None
@@ -384,7 +412,7 @@ def _make_arguments(
         batch = batch._replace(branches=batch.branches[:1])
         if guidance.zero_star is None and guidance.skip_layers is None:
             guidance_params = None
-    return ProgramArguments(None, None, batch, guidance_params, times, np.int32(first))
+    return batch, guidance_params
 
 
 def _check_finite(planned: PlannedBatch, state: SamplingState, sampling: Sampling) -> None:

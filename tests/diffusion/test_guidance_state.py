@@ -21,6 +21,7 @@ from dit_video.diffusion import (
     VariancePreservingProcess,
     Velocity,
     advance,
+    alone,
     apply_guidance,
     batched,
     init_sampling,
@@ -121,16 +122,37 @@ def count_calls(noisy, time, state):
 
 
 def test_every_branch_has_a_state_of_its_own():
-    """Outside of the interval the first branch is evaluated alone, with a state that counts those steps."""
+    """Outside of the interval the first branch alone goes on, if it is evaluated alone; otherwise all of them do."""
     params = Guidance(scale=3.0, interval=(0.3, 0.85)).get_params()
     branches = sequential(count_calls, lambda noisy, time, state: (jnp.cos(noisy) * time, state + 10))
     zero = jnp.zeros(())
-    for conditional, expected in ((None, (5, 50, 0)), (count_calls, (3, 30, 2))):
+    for conditional, expected in ((None, (5, 50)), (alone(count_calls, is_batched=False), (5, 30))):
         denoise = apply_guidance(branches, params, conditional=conditional)
-        start = GuidanceState(branches=(zero, zero), conditional=zero)
+        start = GuidanceState(branches=(zero, zero))
         state = init_sampling(Heun(), NOISE, steps=5, denoiser=start)
         end = advance(denoise, state, TIMES, process=RectifiedFlow(), solver=Heun()).denoiser
-        assert (*map(int, end.branches), int(end.conditional)) == expected
+        assert tuple(map(int, end.branches)) == expected
+
+
+def count_rows(noisy, time, state):
+    """Predict from the number of calls before this one, which each row counts."""
+    return jnp.tanh(noisy) + time + state[:, None], state + 1
+
+
+def test_batched_branches_have_the_states_of_branches_apart():
+    """A batch of branches has the state of each in its rows, also where the first branch is evaluated alone."""
+    params = Guidance(scale=3.0, interval=(0.3, 0.85)).get_params()
+    kinds = (
+        (sequential(count_rows, count_rows), False, (jnp.zeros(2), jnp.zeros(2))),
+        (batched(count_rows, 2), True, jnp.zeros(4)),
+    )
+    ends = []
+    for branches, is_batched, start in kinds:
+        denoise = apply_guidance(branches, params, conditional=alone(count_rows, is_batched=is_batched))
+        state = init_sampling(Heun(), NOISE, steps=5, denoiser=GuidanceState(branches=start))
+        ends.append(advance(denoise, state, TIMES, process=RectifiedFlow(), solver=Heun()))
+    np.testing.assert_allclose(ends[0].x, ends[1].x, rtol=1e-6)
+    np.testing.assert_array_equal(ends[1].denoiser.branches, [5, 5, 3, 3])
 
 
 def test_batched_branches_share_a_state():

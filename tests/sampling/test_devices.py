@@ -23,6 +23,11 @@ def test_all_kinds_of_guidance_are_sampled_on_a_mesh():
 
 
 @pytest.mark.slow
+def test_the_state_of_a_model_is_shared_as_the_rows_are():
+    check_on_eight_devices(PROGRAM, "state")
+
+
+@pytest.mark.slow
 def test_open_weights_are_read_to_a_mesh_and_sampled_there():
     check_on_eight_devices(PROGRAM, "wan")
 

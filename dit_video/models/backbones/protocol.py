@@ -23,7 +23,7 @@ from dit_video.models.conditioning import (
 )
 from dit_video.nn import ONE_DEVICE, Backend, LayerWrapper, Partitioner, Remat
 from dit_video.nn.attention import BackendName, Full, PatternChoice, choose_backend, count_pairs, get_backend_name
-from dit_video.tokens import DenseBatch, Grid, PackedRows, Rotary3d
+from dit_video.tokens import DenseBatch, Grid, PackedBatch, PackedRows, Rotary3d
 
 
 class ClipTimes(NamedTuple):
@@ -88,7 +88,8 @@ class Backbone(Protocol):
           layout: Places of the clips in the rows.
           conditioning: Records of exactly the config's `conditioning_kinds`; in training also `TrainingKeys`, if the
             config says `draws_in_training`.
-          state: State of the sampler's loop, which a model without caches returns unchanged.
+          state: State of the sampler's loop, as the config's `init_sampling_state` begins it, which a model without one
+            returns unchanged; or None, as in training: no earlier step is known.
 
         Raises:
           UserError: If a record is missing, or there is one that the model does not use.
@@ -234,6 +235,28 @@ class BackboneConfig(abc.ABC):
     @abc.abstractmethod
     def make(self, rngs: nnx.Rngs, partitioner: Partitioner = ONE_DEVICE) -> Any:
         """Return a backbone with random weights, and with the attention and weights' sharding of `partitioner`."""
+
+    def init_sampling_state(self, rows: PackedBatch) -> Any:
+        """Return the model's state before the first step of sampling; None if it has none.
+
+        It is a tree of arrays with an axis of the rows first, in which each row depends on its own clips alone. The
+        sampler carries it from step to step, apart for each branch of guidance and each expert:
+
+        - All evaluations of a step get the state before it. The state after the first of them, which is at the step's
+          start, is kept.
+        - A branch that a step does not evaluate, such as the unconditional one outside of the interval of guidance,
+          keeps its state. A branch that is evaluated alone goes on with its own.
+        - Another expert, and latents that a task has changed, begin with this state again.
+
+        Args:
+          rows: Rows of clips; only their shapes matter where the sampler's program is compiled.
+        """
+        return None
+
+    @property
+    def has_sampling_state(self) -> bool:
+        """Return True if the model may have a state in sampling."""
+        return type(self).init_sampling_state is not BackboneConfig.init_sampling_state
 
     def count_multiplications(self, clip: ClipTokens, *, text: int, image: int) -> int:
         """Count the multiplications of a forward pass for one clip with these numbers of context tokens."""

@@ -38,8 +38,8 @@ def apply_or_skip(block, x, inputs, attention, values):
 class DropPathConfig(DiTConfig):
     draws_in_training: ClassVar[bool] = True
 
-    def make(self, rngs, parallel=ONE_DEVICE):
-        return DropPathDiT(self, parallel=parallel, rngs=rngs)
+    def make(self, rngs, partitioner=ONE_DEVICE):
+        return DropPathDiT(self, partitioner=partitioner, rngs=rngs)
 
 
 class DropPathDiT(DropPath, DiT):

@@ -42,8 +42,8 @@ def draw_kept(keys, tokens, total, *, share):
 class RoutedConfig(DiTConfig):
     draws_in_training: ClassVar[bool] = True
 
-    def make(self, rngs, parallel=ONE_DEVICE):
-        return RoutedDiT(self, parallel=parallel, rngs=rngs)
+    def make(self, rngs, partitioner=ONE_DEVICE):
+        return RoutedDiT(self, partitioner=partitioner, rngs=rngs)
 
 
 class RoutedDiT(Routed, DiT):

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import dit_video
 from dit_video.core.errors import UserError
@@ -19,9 +21,11 @@ from dit_video.planning.steps import plan_step
 from dit_video.sampling import sampler
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.program import make_program
 from dit_video.tokens import Grid
 from support.device_memory import count_bytes
 from support.random_params import make_random_params
+from support.recalling_model import RecallingConfig
 from support.tiny import EXPERIMENT
 from support.tiny_pipeline import make_params
 
@@ -141,10 +145,10 @@ def record_calls(*, runs: bool = True) -> list:
 
     Programs that are not to run raise `RecordedCallError` instead.
     """
-    calls, real = [], sampler.make_program
+    calls = []
 
     def make_recording_program(*kinds):
-        program = real(*kinds)
+        program = make_program(*kinds)
 
         def run(*arguments):
             calls.append((program, arguments))
@@ -158,17 +162,18 @@ def record_calls(*, runs: bool = True) -> list:
     return calls
 
 
-def plan() -> None:
+def plan(backbone: DiTConfig = DIT) -> None:
     """Check that the program of a plan is that which is called, with arguments of the same shapes and shardings."""
     calls = record_calls(runs=False)
+    config = replace(CONFIG, model=replace(CONFIG.model, backbone=backbone))
     for parallel in PARALLELISMS:
-        experiment = replace(EXPERIMENT.replace_model(backbone=DIT), parallel=parallel)
+        experiment = replace(EXPERIMENT.replace_model(backbone=backbone), parallel=parallel)
         planned = plan_step(experiment, "sampler", make_partitioner(parallel), clips=[12])
         # Each fills a row, so that its branches are in rows of their own, as in the plan.
         requests = [Request("a", Grid(9, 16, 64), seed) for seed in range(planned.arguments[2].keys.shape[0])]
         calls.clear()
         with pytest.raises(RecordedCallError):
-            make_pipeline(parallel=parallel).generate_latents(requests)
+            make_pipeline(config, parallel).generate_latents(requests)
         ((program, arguments),) = calls
         assert program is planned.step
         expected, actual = (flatten(tuple(each)) for each in (planned.arguments, arguments))
@@ -176,6 +181,26 @@ def plan() -> None:
         for path, leaf in expected.items():
             assert (leaf.shape, leaf.dtype) == (actual[path].shape, actual[path].dtype), path
             assert leaf.sharding.is_equivalent_to(actual[path].sharding, leaf.ndim), path
+
+
+def state() -> None:
+    """Check that a model's state is shared as the rows are, and planned, and that latents are those of one device."""
+    backbone = RecallingConfig(**vars(DIT))
+    config = replace(CONFIG, model=replace(CONFIG.model, backbone=backbone))
+    calls = record_calls()
+    guidances = (Guidance(scale=3.0), Guidance(scale=3.0, interval=(0.4, 0.9)))
+    for guidance in guidances:
+        own = replace(config, sampling=replace(config.sampling, guidance=guidance))
+        expected = make_pipeline(own).generate_latents(REQUESTS)
+        for parallel in PARALLELISMS[:2]:
+            calls.clear()
+            assert_latents_are_equal(make_pipeline(own, parallel).generate_latents(REQUESTS), expected)
+            mesh = make_mesh(parallel)
+            for _, (_, sampling_state, *_) in calls:
+                last = sampling_state.denoiser.branches["last"]
+                assert last.sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), "context")), 3), last
+                assert sampling_state.denoiser.branches["calls"].addressable_shards[0].data.shape[0] < len(last)
+    plan(backbone)
 
 
 def mistakes() -> None:
