@@ -33,6 +33,7 @@ from dit_video.evaluation.measure import count_clips, measure
 from dit_video.evaluation.protocol import Protocol
 from dit_video.evaluation.protocols import PROTOCOLS, get_protocol
 from dit_video.experiment.run import Run
+from dit_video.experiment.several_models import open_sampled_run
 from dit_video.loading import find_folder, read_config
 from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
@@ -168,11 +169,12 @@ def _evaluate_run(
     """Evaluate a model on the prompts and by the metrics of its own config, or of the quickstart."""
     pipeline = model.load_pipeline(run, sampling)
     trained = Run.open(run) if (run / CONFIG).is_file() else None
+    clips = None if trained is None else open_sampled_run(trained).evaluation_clips()
     evaluation = evaluate.evaluate(
         pipeline,
         folder,
         seed=seed,
-        clips=None if trained is None else trained.evaluation_clips(),
+        clips=clips,
         evaluation=ShapesEvaluation() if is_quickstart else None,
         sampling=sampling.make_sampling(pipeline.config),
     )

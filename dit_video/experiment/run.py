@@ -538,8 +538,11 @@ class Run:
         with self.main_process_first():
             created = Run.create(folder, experiment)
             datasets.link_folder(folder / "data", data)
-            if self.remote is not None and not (folder / "checkpoints").exists():
-                created.link_checkpoints(self.remote.address / self.path / name / "checkpoints")
+            if (self.folder / "checkpoints").exists() and not (folder / "checkpoints").exists():
+                elsewhere = datasets.resolve(self.folder / "checkpoints")
+                own = None if self.remote is None else self.remote.address / self.path
+                is_own = own is not None and elsewhere == own / "checkpoints"
+                created.link_checkpoints(own / name / "checkpoints" if is_own else elsewhere / name)
         shared = {each: getattr(self, each) for each in ("command", "remote", "devices", "recorder", "profile")}
         return replace(created, **shared, path=f"{self.path}{name}/")
 
@@ -749,6 +752,8 @@ class Run:
           UserError: If the run has checkpoints already, here or elsewhere.
         """
         for own in sorted(self.folder.glob("*/checkpoints")):
+            if datasets.resolve(own) != own.resolve() or own.is_symlink():  # that of a nested run
+                continue
             name = own.parent.name
             raise UserError(f"{self.folder} has checkpoints of its {name}; leave out checkpoints={destination}")
         datasets.link_folder(self.folder / "checkpoints", destination, "checkpoints")
