@@ -537,9 +537,12 @@ class Run:
         folder, data = self.folder / name, datasets.resolve(self.folder / "data")
         with self.main_process_first():
             created = Run.create(folder, experiment)
+            if isinstance(data, Path) and not (folder / "data").is_symlink():
+                (folder / "data").symlink_to(Path("..", "data"), target_is_directory=True)  # wherever the run is moved
             datasets.link_folder(folder / "data", data)
-            if (self.folder / "checkpoints").exists() and not (folder / "checkpoints").exists():
-                elsewhere = datasets.resolve(self.folder / "checkpoints")
+            linked = self.folder / "checkpoints"
+            if linked.is_symlink() or linked.is_dir():
+                elsewhere = datasets.resolve(linked)
                 own = None if self.remote is None else self.remote.address / self.path
                 is_own = own is not None and elsewhere == own / "checkpoints"
                 created.link_checkpoints(own / name / "checkpoints" if is_own else elsewhere / name)

@@ -677,13 +677,17 @@ class Pipeline:
         return "\n".join(lines)
 
     def count_parameters(self) -> dict[str, int]:
-        """Return the number of parameters of each part."""
-        denoiser = {name: count(part) for name, part in self._weights.params.items()}
-        return {"autoencoder": self.codec.count_parameters()} | denoiser
+        """Return the number of parameters of each part; one of a previous step has the step's name in front."""
+        own = {"autoencoder": self.codec.count_parameters()}
+        own |= {name: count(part) for name, part in self._weights.params.items()}
+        for step, pipeline in self._previous.items():
+            own |= {f"{step}/{name}": number for name, number in pipeline.count_parameters().items()}
+        return own
 
     def compute_digest(self) -> str:
         """Return a hash of some values of every array, which tells the denoiser's weights and adapters from others."""
-        return self._weights.compute_digest()
+        own = (each.compute_digest() for each in (self._weights, *self._previous.values()))
+        return "-".join(own)
 
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
