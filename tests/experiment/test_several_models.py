@@ -162,12 +162,10 @@ def test_models_of_a_run_at_an_address_are_nested_there(two_models, tiny_clips, 
     for _ in range(2):
         with open_run(address, two_models) as run:
             run.prepare(tiny_clips)
-            assert (
-                str(run.stages[0].open_run(run).get_checkpoint_folder("denoiser"))
-                == f"{address}/prior/checkpoints/denoiser"
-            )
-    linked = ["checkpoints", "data", "other/checkpoints", "prior/checkpoints"]
-    assert read_document(to_storage_path(f"{address}/manifest.json"))["linked"] == linked
+            nested = run.stages[0].open_run(run)
+            assert str(nested.get_checkpoint_folder("denoiser")) == f"{address}/prior/checkpoints/denoiser"
+    own = [f"{name}/{part}" for name in ("other", "prior") for part in ("checkpoints", "latents")]
+    assert read_document(to_storage_path(f"{address}/manifest.json"))["linked"] == ["checkpoints", "data", *own]
     with pytest.raises(UserError, match=r"prior has no checkpoint of its denoiser yet"):
         dit_video.load(f"{address}/prior")
     with pytest.raises(MissingError, match=r"no such run: .*/run/decoder"):
