@@ -138,7 +138,9 @@ def load(
 
 def _read_joined_config(folder: Path) -> PipelineConfig | None:
     """Return the config of an unfinished run that joins several models; None for another folder."""
-    if not (folder / RUN_CONFIG).is_file():
+    from dit_video.experiment.checkpoints import find_sampled_model
+
+    if "/" not in find_sampled_model(folder):
         return None
     from dit_video.experiment.run import Run
     from dit_video.experiment.several_models import find_join

@@ -124,7 +124,16 @@ def open_sampled_run(run: Run) -> Run:
     """
     if (join := find_join(run.experiment)) is not None:
         return open_sampled_run(Run.open(run.folder / join.last))
-    if run.experiment.model is None and (models := list_models(run)):
-        rule = "it is a run of several models, which no stage joins"
-        raise UserError(f"{run.folder} is invalid here: {rule}. Use one of {', '.join(map(str, models.values()))}.")
+    check_single(run)
     return run
+
+
+def check_single(run: Run) -> None:
+    """Check that a run is of a single model.
+
+    Raises:
+      UserError: If it is one of several.
+    """
+    if run.experiment.model is None and (models := list_models(run)):
+        names = ", ".join(map(str, models.values()))
+        raise UserError(f"{run.folder} is invalid here: it is a run of several models. Use one of {names}.")

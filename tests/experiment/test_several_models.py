@@ -117,10 +117,15 @@ def test_a_joined_run_is_loaded_at_steps_of_its_last_model_and_while_it_is_unfin
 
 
 @pytest.mark.slow
-def test_a_run_that_joins_nothing_names_its_models(finished):
+def test_a_run_that_joins_nothing_names_its_models(finished, script, tmp_path):
     for options in ({}, {"step": 2}):
-        with pytest.raises(UserError, match=r"a run of several models, .* Use one of .*run/prior, .*run/other\."):
+        with pytest.raises(UserError, match=r"a run of several models\. Use one of .*run/prior, .*run/other\."):
             dit_video.load(finished.folder, **options)
+    for refuse in (
+        lambda: script("tools/verify.py", finished.folder).err,
+        lambda: script("experiments/distill.py", finished.folder, "--workdir", tmp_path / "student").err,
+    ):
+        assert f"Use one of {finished.folder}/prior, {finished.folder}/other." in refuse()
     assert read_config(finished.folder) is None
 
 
