@@ -543,9 +543,10 @@ class Run:
             linked = self.folder / "checkpoints"
             if linked.is_symlink() or linked.is_dir():
                 elsewhere = datasets.resolve(linked)
-                own = None if self.remote is None else self.remote.address / self.path
-                is_own = own is not None and elsewhere == own / "checkpoints"
-                created.link_checkpoints(own / name / "checkpoints" if is_own else elsewhere / name)
+                own = None if self.remote is None else self.remote.address / self.path / "checkpoints"
+                created.link_checkpoints(
+                    elsewhere / name if elsewhere != own else elsewhere.parent / name / "checkpoints"
+                )
         shared = {each: getattr(self, each) for each in ("command", "remote", "devices", "recorder", "profile")}
         return replace(created, **shared, path=f"{self.path}{name}/")
 

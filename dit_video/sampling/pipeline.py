@@ -686,8 +686,8 @@ class Pipeline:
 
     def compute_digest(self) -> str:
         """Return a hash of some values of every array, which tells the denoiser's weights and adapters from others."""
-        own = (each.compute_digest() for each in (self._weights, *self._previous.values()))
-        return "-".join(own)
+        previous = (pipeline.compute_digest() for pipeline in self._previous.values())
+        return "-".join((self._weights.compute_digest(), *previous))
 
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
@@ -826,10 +826,9 @@ class Pipeline:
                 continue
             names, parts = pipeline._list_conditioning(), []
             for request in (requests[index] for index in own):
-                size = step.get_size(request.grid, pipeline.config.size)
-                given = {"conditioning": request.conditioning, "strengths": request.strengths}
-                part = Request(request.prompt, size, request.seed, request.negative, **given)
-                parts.append(select_conditioning(part, names))
+                size, given = step.get_size(request.grid, pipeline.config.size), select_conditioning(request, names)
+                part = Request(request.prompt, size, request.seed, request.negative)
+                parts.append(replace(part, conditioning=given.conditioning, strengths=given.strengths))
             chosen = (sampling.previous or {}).get(step.name) or step.sampling
             sample: Callable[..., Sequence[Any]]
             sample = pipeline.generate_many if step.output == "clip" else pipeline.generate_latents

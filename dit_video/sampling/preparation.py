@@ -77,9 +77,9 @@ def check_sampling(config: PipelineConfig, sampling: Sampling) -> None:
 
 def select_conditioning(request: Request, names: Collection[str]) -> Request:
     """Return a request with the conditioning and strengths of some names alone."""
-    given = {"conditioning": request.conditioning, "strengths": request.strengths}
-    kept = {key: {name: value for name, value in part.items() if name in names} for key, part in given.items()}
-    return replace(request, **kept)
+    conditioning = {name: value for name, value in request.conditioning.items() if name in names}
+    strengths = {name: value for name, value in request.strengths.items() if name in names}
+    return replace(request, conditioning=conditioning, strengths=strengths)
 
 
 def prepare_request(config: PipelineConfig, request: Request, model: ModelParts) -> SamplingRequest:
