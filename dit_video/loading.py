@@ -3,11 +3,11 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.offload import Layers, Offload, Stages
-from dit_video.core.storage import convert_storage_errors, is_remote, restore_address
+from dit_video.core.storage import convert_storage_errors, is_remote, restore_address, to_storage_path
 from dit_video.distributed import Parallelism
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import DEFAULT_DTYPE, INDEX, Dtype, LoadOptions
@@ -47,7 +47,8 @@ def load(
     """Load the pipeline of a run folder, a pipeline folder, or a folder of open weights.
 
     An unfinished run gives the averaged weights of its newest checkpoint; its clips are not needed, and nothing is
-    trained. `step` names another checkpoint, of a finished run, too.
+    trained. `step` names another checkpoint, of a finished run, too. Each model of a run of several has a run in its
+    folder, `RUN/MODEL`; the run itself gives the models that it joins.
 
     Args:
       path: A folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
@@ -67,7 +68,8 @@ def load(
         among the devices. In a run of several processes all of them load and sample.
       attention: Backend of attention, by name or as its settings, instead of the model's own; `auto` takes the best one
         for the devices.
-      step: Runs only: step of the checkpoint; None for the finished pipeline, or the newest checkpoint.
+      step: Runs only: step of the checkpoint, of joined models that of the last one; None for the finished pipeline, or
+        the newest checkpoint.
       ema: Runs only: decay of another average that the run keeps, at that checkpoint or the newest; 0 for the weights
         without an average.
       sigma_rel: Runs only: relative width of an average that is reconstructed from the run's snapshots.
@@ -77,8 +79,9 @@ def load(
         step.
       UserError: If the folder has no pipeline, or one of another version or of an unknown class, if the text encoder is
         not frozen, if the hub cannot be reached, if `parallel` does not fit the devices or the denoiser, if the
-        denoiser does not support the attention or the devices lack its kernels, or if the weights do not fit into the
-        memory of the device or of the machine, which is said before any is read.
+        denoiser does not support the attention or the devices lack its kernels, if a run of several models does not
+        join them, or if the weights do not fit into the memory of the device or of the machine, which is said before
+        any is read.
     """
     folder = find_folder(path)
     if place is not None and (parallel is not None or isinstance(offload, Stages | Layers)):
@@ -115,12 +118,37 @@ def load(
         raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; name a run or open weights")
     # Imported here: sampling a finished pipeline needs nothing of what training imports.
     from dit_video.experiment.run import Run
+    from dit_video.experiment.several_models import find_join, open_sampled_run
 
     run = Run.open(folder)
+    if (join := find_join(run.experiment)) is not None:
+
+        def load_model(name: str) -> Pipeline:
+            options: dict[str, Any] = {"parallel": parallel, "attention": attention, "offload": offload}
+            if name == join.last:
+                options |= {"text_encoder": text_encoder, "step": step, "ema": ema, "sigma_rel": sigma_rel}
+            return load(folder / name, **options)
+
+        return join.join(load_model)
+    run = open_sampled_run(run)
     if attention is not None:
         run = replace(run, experiment=run.experiment.replace_backbone(attention=attention))
     pipeline = run.newest_pipeline(step=step, ema=ema, sigma_rel=sigma_rel, parallel=parallel, offload=offload)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
+
+
+def _read_joined_config(folder: Path) -> PipelineConfig | None:
+    """Return the config of an unfinished run that joins several models; None for another folder."""
+    from dit_video.experiment.checkpoints import find_sampled_model
+
+    if "/" not in find_sampled_model(folder):
+        return None
+    from dit_video.experiment.run import Run
+    from dit_video.experiment.several_models import find_join
+
+    join = find_join(Run.open(folder).experiment)
+    last = None if join is None else read_config(folder / join.last)
+    return None if join is None or last is None else join.join_config(last)
 
 
 def find_folder(path: str | Path) -> Path:
@@ -142,15 +170,20 @@ def find_folder(path: str | Path) -> Path:
 
 
 def _fetch(address: str) -> Path:
-    """Return the local copy of a run at an address."""
+    """Return the local copy of a run at an address, or of one that is nested in it."""
     from dit_video.experiment.remote_folder import MANIFEST, RemoteFolder, get_local_copy
 
-    folder = RemoteFolder(address, get_local_copy(address, purpose="read"), whole_folders=WHOLE_FOLDERS)
+    place: Any = to_storage_path(address)
     with convert_storage_errors(address):
-        if not (folder.address / MANIFEST).exists():
+        run = next((each for each in (place, *place.parents) if (each / MANIFEST).exists()), None)
+        if run is None:
             raise MissingError(f"no such run: {address} has no {MANIFEST}. Download other folders, and name the copy.")
+    folder = RemoteFolder(run, get_local_copy(run, purpose="read"), whole_folders=WHOLE_FOLDERS)
     folder.fetch()
-    return folder.local
+    nested = folder.local / place.path.removeprefix(run.path).strip("/")
+    if not nested.is_dir():
+        raise MissingError(f"no such run: {address}")
+    return nested
 
 
 def _download(name: str) -> Path:
@@ -202,10 +235,8 @@ def read_config(
         options = LoadOptions(text_encoder=text_encoder, dtype=dtype or DEFAULT_DTYPE, text_dtype=text_dtype)
         return family.make_config(folder, options)
     inner = next((each for each in (folder, folder / "pipeline") if (each / CONFIG).is_file()), None)
-    if inner is None:
-        return None
-    config = read_pipeline_config(inner)
-    if text_encoder is None:
+    config = _read_joined_config(folder) if inner is None else read_pipeline_config(inner)
+    if config is None or text_encoder is None:
         return config
     moved = set_encoder_folder(config.model.text_encoder, text_encoder)
     return replace(config, model=replace(config.model, text_encoder=moved))

@@ -39,6 +39,7 @@ from dit_video.evaluation.measure import EvaluationResult, measure
 from dit_video.evaluation.protocol import EvaluationData, EvaluationProtocol
 from dit_video.evaluation.protocols import PROTOCOLS, get_protocol
 from dit_video.experiment.run import Run
+from dit_video.experiment.several_models import open_sampled_run
 from dit_video.loading import find_folder, read_config
 from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
 
@@ -191,7 +192,7 @@ def _evaluate_run(run: Path, folder: Path, seed: int, model: ModelOptions, sampl
         pipeline,
         replace(pipeline.config.evaluation or CaptionEvaluation(), seed=seed),
         folder,
-        data=None if trained is None else trained.evaluation_data(),
+        data=None if trained is None else open_sampled_run(trained).evaluation_data(),
         sampling=sampling.make_sampling(pipeline.config),
         replace_samples=True,
     )

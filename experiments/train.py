@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder
 
 from sampling_options import parse_guidance
 
-from dit_video.apps.reports.run_report import write_autoencoder_report, write_run_report
+from dit_video.apps.reports.run_report import write_autoencoder_report, write_models_report, write_run_report
 from dit_video.core import config_json
 from dit_video.core.command_line import parse_arguments
 from dit_video.core.errors import UserError, script
@@ -43,6 +43,7 @@ from dit_video.evaluation.collection import MetricResult
 from dit_video.experiment import Experiment, Run, TrainModel, datasets
 from dit_video.experiment.config_file import load_experiment
 from dit_video.experiment.launch import open_run
+from dit_video.experiment.several_models import find_join, open_sampled_run
 from dit_video.training import goodput
 
 
@@ -110,9 +111,10 @@ def main() -> None:
             evaluate.check_held_out(run.held_out_clips)  # before the training, not after it
         run.run_stages("autoencoder" if arguments.autoencoder_only else None)
         results = evaluate_autoencoder(run) if arguments.autoencoder_only else evaluate_run(run)
+        has_report = (run.folder / "report.html").is_file()
     evaluate.print_results(results)
     if is_first_process():
-        result = f"run: {workdir}" if experiment.model is None else f"report: {workdir}/report.html"
+        result = f"report: {workdir}/report.html" if has_report else f"run: {workdir}"
         print(f"{(time.perf_counter() - start_time) / 60:.1f} minutes; {result}")
 
 
@@ -133,14 +135,18 @@ def evaluate_autoencoder(run: Run) -> dict[str, MetricResult]:
 def evaluate_run(run: Run) -> dict[str, MetricResult]:
     """Sample a finished run on its devices, write its report and return the results in the first process.
 
-    A run without a denoiser has none.
+    A run without a denoiser has none. One of several models samples the joined pipeline, or each model if none joins
+    them.
     """
-    if run.experiment.model is None:
-        return {}
+    is_joined = find_join(run.experiment) is not None
+    if run.experiment.model is None and not is_joined:
+        return evaluate_models(run)
     experiment, workdir, recorder = run.experiment, run.folder, run.recorder
     with recorder.phase(goodput.EVALUATION):
         pipeline = run.load_pipeline()
-        evaluation = run.evaluate(pipeline=pipeline)
+        sampled = open_sampled_run(run)
+        protocol = dataclasses.replace(sampled.experiment.evaluation, seed=experiment.seed)
+        evaluation = run.evaluate(protocol, pipeline=pipeline, data=sampled.evaluation_data())
     if not is_first_process():
         return {}
     recorder.flush()  # the report shows where the time went
@@ -154,6 +160,17 @@ def evaluate_run(run: Run) -> dict[str, MetricResult]:
             config=config_json.to_json(experiment),
         )
     return evaluation.results
+
+
+def evaluate_models(run: Run) -> dict[str, MetricResult]:
+    """Evaluate each model of a run of several in its own folder, and write the report of all of them."""
+    results = {stage.name: evaluate_run(stage.open_run(run)) for stage in run.stages if isinstance(stage, TrainModel)}
+    if results and is_first_process():
+        write_models_report(run.folder / "report.html", run, results)
+        for name, own in results.items():
+            print(f"{name}:")
+            evaluate.print_results(own)
+    return {}  # which are printed by now
 
 
 def make_options(experiment: Experiment) -> Experiment:

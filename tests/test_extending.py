@@ -516,6 +516,20 @@ def test_a_stage_without_a_denoiser(add_package, tiny, tiny_run, tmp_path, monke
     )
 
 
+def test_a_training_loop(add_package, tiny, tiny_run, tmp_path):
+    """It has the bits of the run's own training, also if it ends between two checkpoints and begins again."""
+    theirs = add_package("their_loop", "training_loop")
+    experiment = shorten(tiny.EXPERIMENT, tiny_run).replace_stage("denoiser", steps=4)
+    runs = {name: Run.create(tmp_path / name, experiment) for name in ("own", "loop")}
+    runs["own"].train((tiny_run / "data").resolve())
+    expected = runs["own"].load_pipeline().denoiser_params
+    runs["loop"].prepare((tiny_run / "data").resolve())
+    theirs.train(runs["loop"], tmp_path / "checkpoints", until=3)
+    ema = theirs.train(runs["loop"], tmp_path / "checkpoints", until=4)
+    for path, values in flatten(runs["loop"].make_pipeline(ema).denoiser_params).items():
+        np.testing.assert_array_equal(values, flatten(expected)[path], err_msg=path)
+
+
 def test_a_config_names_registered_classes_only(add_package, tmp_path, monkeypatch):
     solver = add_package("their_sampler", "adams_sampler").Adams(share=0.4)
     written = config_json.to_json(solver)

@@ -36,7 +36,7 @@ def main(
         sigma_rel: Relative width of a post-hoc average, reconstructed from the snapshots of a run.
     """
     dit_video.load(run, ema=ema, sigma_rel=sigma_rel).save(destination, dtype=dtype)
-    total = sum(path.stat().st_size for path in destination.iterdir())
+    total = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
     print(f"{destination}: {total / 1e6:.2f} MB")
 
 

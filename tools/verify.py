@@ -18,6 +18,7 @@ from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed.mesh import parse_parallelism
 from dit_video.experiment.replay import Replay, replay, with_parallelism
 from dit_video.experiment.run import Run
+from dit_video.experiment.several_models import check_single
 from dit_video.loading import find_folder
 from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.training.hooks.logging import Progress
@@ -58,6 +59,7 @@ def main(
     if not (folder / RUN_CONFIG).is_file():
         raise MissingError(f"RUN={folder} is invalid: it has no {RUN_CONFIG}. Use the folder of a run.")
     opened = Run.open(folder)
+    check_single(opened)
     if parallel is not None:
         opened = with_parallelism(opened, parse_parallelism(parallel))
     with Progress("replaying", 1, unit="step") as progress:

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from dit_video.apps.access import Access, AccessRules
 from dit_video.apps.pages import make_static_route, render_message
 from dit_video.apps.run_page import make_run_routes
+from dit_video.apps.run_page.run_state import read_plan
 from dit_video.apps.studio.jobs import JobQueue, Worker, show_warnings_as_notes
 from dit_video.apps.studio.models import StudioModel
 from dit_video.apps.studio.routes import ERRORS, StudioRoutes, answer_http_error
@@ -77,6 +78,9 @@ def make_app(config: ServerConfig, model: StudioModel | None) -> Starlette:
         text = "This address does not exist."
         if request.url.path == "/" and has_run:
             text = "This run has no model yet. The page of the training run shows how far it is."
+            if config.run is not None and (nested := read_plan(config.run).nested):
+                commands = ", ".join(f"python -m dit_video.web {config.run / each}" for each in nested)
+                text = f"This run has several models. A studio has one of them: {commands}"
         return render_message("Not here", text, title=config.title, has_run=has_run, status=error.status_code)
 
     return Starlette(

@@ -125,9 +125,10 @@ class RemoteFolder:
             self._for_each(changed, lambda name: download(self.address / name, self.local / name))
             # A file of a later, interrupted upload makes a folder of two times.
             outdated = {name for name in changed if self._get_md5(name) != listed[name]["md5"]}
-            for folder in self._whole_folders:
-                if any(name.startswith(f"{folder}/") for name in outdated):
-                    shutil.rmtree(self.local / folder)
+            for name in outdated:
+                for folder in Path(name).parents:  # of the run, or of a nested one
+                    if folder.name in self._whole_folders:
+                        shutil.rmtree(self.local / folder, ignore_errors=True)
             self._remove_empty_folders()
 
     def send(self) -> None:

@@ -543,9 +543,16 @@ class Run:
         folder, data = self.folder / name, datasets.resolve(self.folder / "data")
         with self.main_process_first():
             created = Run.create(folder, experiment)
+            if isinstance(data, Path) and not (folder / "data").is_symlink():
+                (folder / "data").symlink_to(Path("..", "data"), target_is_directory=True)  # wherever the run is moved
             datasets.link_folder(folder / "data", data)
-            if self.remote is not None and not (folder / "checkpoints").exists():
-                created.link_checkpoints(self.remote.address / self.path / name / "checkpoints")
+            linked = self.folder / "checkpoints"
+            if linked.is_symlink() or linked.is_dir():
+                elsewhere = datasets.resolve(linked)
+                own = None if self.remote is None else self.remote.address / self.path / "checkpoints"
+                created.link_checkpoints(
+                    elsewhere / name if elsewhere != own else elsewhere.parent / name / "checkpoints"
+                )
         shared = {each: getattr(self, each) for each in ("command", "remote", "devices", "recorder", "profile")}
         return replace(created, **shared, path=f"{self.path}{name}/")
 
@@ -755,6 +762,8 @@ class Run:
           UserError: If the run has checkpoints already, here or elsewhere.
         """
         for own in sorted(self.folder.glob("*/checkpoints")):
+            if datasets.resolve(own) != own.resolve() or own.is_symlink():  # that of a nested run
+                continue
             name = own.parent.name
             raise UserError(f"{self.folder} has checkpoints of its {name}; leave out checkpoints={destination}")
         datasets.link_folder(self.folder / "checkpoints", destination, "checkpoints")
@@ -928,6 +937,7 @@ class Run:
         *,
         pipeline: Pipeline | None = None,
         folder: str | Path | None = None,
+        data: EvaluationData | None = None,
         sampling: Sampling | None = None,
     ) -> EvaluationResult:
         """Evaluate the finished run on its devices: samples, reconstructions and metrics; all its processes call this.
@@ -936,6 +946,7 @@ class Run:
           protocol: What is sampled and measured; by default what the experiment says, with the experiment's seed.
           pipeline: Pipeline of the run; by default it is loaded.
           folder: Folder of the results, whose older samples are replaced; the run's own by default.
+          data: Clips; by default those of `evaluation_data`.
           sampling: Steps, solver and guidance; the pipeline's own by default.
 
         Raises:
@@ -948,7 +959,7 @@ class Run:
             self.load_pipeline() if pipeline is None else pipeline,
             protocol,
             self.folder if folder is None else folder,
-            data=self.evaluation_data(),
+            data=self.evaluation_data() if data is None else data,
             sampling=sampling,
             replace_samples=True,
             share=None if self.remote is None else self.main_process_first,

@@ -7,7 +7,7 @@ and nothing of the training state.
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -53,7 +53,7 @@ from dit_video.sampling.pipeline_config import (
     make_model_parts,
     write_pipeline_config,
 )
-from dit_video.sampling.preparation import check_sampling, prepare_request
+from dit_video.sampling.preparation import check_sampling, prepare_request, select_conditioning
 from dit_video.sampling.preview import PreviewDecoder
 from dit_video.sampling.progress import Callback, make_monitor
 from dit_video.sampling.request import (
@@ -76,6 +76,8 @@ from dit_video.weights import save as save_weights
 from dit_video.weights.frozen_encoders import open_tokenizer, set_encoder_folder
 from dit_video.weights.lora import GetLoraModules, no_lora_modules
 
+StepOptions = Mapping[str, Mapping[str, Any]]
+"""Arguments of `Pipeline.make_sampling` for previous steps, by the names of the steps."""
 _DTYPES = ("float32", "bfloat16")
 _DECODING_FIX = "Use with_decoding(memory=...) (--decode-memory) with less, or tiles of the frames (--decode-tiles)"
 
@@ -142,8 +144,8 @@ class Pipeline:
         conditioning: Mapping[str, Any] | None = ..., strengths: Strengths | None = ...,
         noise: Float32[np.ndarray, "t h w c"] | None = ..., conditioner: Conditioner | None = ...,
         steps: int | None = ..., guidance: GuidanceScale | None = ..., solver: str | Solver | None = ...,
-        shift: float | None = ..., times: Sequence[float] | None = ..., sampling: Sampling | None = ...,
-        callback: Callback | None = ...,
+        shift: float | None = ..., times: Sequence[float] | None = ..., previous: StepOptions | None = ...,
+        sampling: Sampling | None = ..., callback: Callback | None = ...,
     ) -> Clip: ...
 
     @overload
@@ -157,8 +159,8 @@ class Pipeline:
         conditioning: OneOrMany[Mapping[str, Any] | None] = ..., strengths: OneOrMany[Strengths | None] = ...,
         noise: OneOrMany[Float32[np.ndarray, "t h w c"] | None] = ..., conditioner: Conditioner | None = ...,
         steps: int | None = ..., guidance: GuidanceScale | None = ..., solver: str | Solver | None = ...,
-        shift: float | None = ..., times: Sequence[float] | None = ..., sampling: Sampling | None = ...,
-        callback: Callback | None = ...,
+        shift: float | None = ..., times: Sequence[float] | None = ..., previous: StepOptions | None = ...,
+        sampling: Sampling | None = ..., callback: Callback | None = ...,
     ) -> list[Clip]: ...
     # fmt: on
 
@@ -188,6 +190,7 @@ class Pipeline:
         solver: str | Solver | None = None,
         shift: float | None = None,
         times: Sequence[float] | None = None,
+        previous: StepOptions | None = None,
         sampling: Sampling | None = None,
         callback: Callback | None = None,
     ) -> Clip | list[Clip]:
@@ -219,7 +222,7 @@ class Pipeline:
             without training elsewhere; see `docs/tasks.md`.
           resample: Number of times that training-free sampling takes every part of the steps.
           conditioning: Values of further conditioning that the model was trained with, by name. Values that previous
-            steps sample may be left out.
+            steps sample may be left out; those that their models know are theirs, too.
           strengths: Strengths of further conditioning, by name; 1 by default.
           noise: Initial noise `[t h w c]` of the latents' size, standard normal, instead of the seed's.
           conditioner: A `Conditioner` other than the model's own.
@@ -230,7 +233,8 @@ class Pipeline:
           shift: Shift of the times towards noise, instead of that of training.
           times: Falling times at which the steps start, in (0, 1]; the last step leads to 0. With `shift` they are
             shifted by it, otherwise they are taken as they are.
-          sampling: Sampling that `steps`, `guidance`, `solver`, `shift` and `times` change.
+          previous: Sampling of previous steps by their names: `{"prior": {"steps": 25, "guidance": 4.0}}`.
+          sampling: Sampling that `steps`, `guidance`, `solver`, `shift`, `times` and `previous` change.
           callback: Called with a `PipelineProgress` after every few steps; what it raises ends the sampling.
 
         Raises:
@@ -261,7 +265,9 @@ class Pipeline:
             strengths=strengths,
             noise=noise,
         )
-        sampling = self.make_sampling(sampling, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times)
+        sampling = self.make_sampling(
+            sampling, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times, previous=previous
+        )
         clips = self.generate_many(requests, sampling=sampling, callback=callback)
         return clips if isinstance(prompt, list | tuple) else clips[0]
 
@@ -274,15 +280,24 @@ class Pipeline:
         solver: str | Solver | None = None,
         shift: float | None = None,
         times: Sequence[float] | None = None,
+        previous: StepOptions | None = None,
     ) -> Sampling:
         """Return a sampling, by default the pipeline's own, with the given values replaced; see `Sampling.change`.
 
+        `previous` has the values of previous steps, by the names of the steps, each as arguments of this method.
+
         Raises:
-          UserError: If `Sampling.change` refuses the values, or the model cannot sample so.
+          UserError: If `Sampling.change` refuses the values, the model cannot sample so, or a step does not exist.
         """
         changed = (sampling or self.config.sampling).change(
             self.config.model.process, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times
         )
+        if previous:
+            steps_before = dict(changed.previous or {})
+            for name, values in previous.items():
+                own = steps_before.get(name) or self.config.get_previous_step(name).sampling
+                steps_before[name] = self._previous[name].make_sampling(own, **values)
+            changed = replace(changed, previous=steps_before)
         check_sampling(self.config, changed)
         return changed
 
@@ -330,8 +345,8 @@ class Pipeline:
         control: Video | None = ..., reference_images: Sequence[Image] = ..., method: Method = ..., resample: int = ...,
         conditioning: Mapping[str, Any] | None = ..., strengths: Strengths | None = ...,
         steps: int | None = ..., guidance: GuidanceScale | None = ..., solver: str | Solver | None = ...,
-        shift: float | None = ..., times: Sequence[float] | None = ..., sampling: Sampling | None = ...,
-        callback: Callback | None = ...,
+        shift: float | None = ..., times: Sequence[float] | None = ..., previous: StepOptions | None = ...,
+        sampling: Sampling | None = ..., callback: Callback | None = ...,
     ) -> Clip: ...
 
     @overload
@@ -341,8 +356,8 @@ class Pipeline:
         reference_images: OneOrMany[Sequence[Image]] = ..., method: Method = ..., resample: int = ...,
         conditioning: OneOrMany[Mapping[str, Any] | None] = ..., strengths: OneOrMany[Strengths | None] = ...,
         steps: int | None = ..., guidance: GuidanceScale | None = ..., solver: str | Solver | None = ...,
-        shift: float | None = ..., times: Sequence[float] | None = ..., sampling: Sampling | None = ...,
-        callback: Callback | None = ...,
+        shift: float | None = ..., times: Sequence[float] | None = ..., previous: StepOptions | None = ...,
+        sampling: Sampling | None = ..., callback: Callback | None = ...,
     ) -> list[Clip]: ...
     # fmt: on
 
@@ -364,6 +379,7 @@ class Pipeline:
         solver: str | Solver | None = None,
         shift: float | None = None,
         times: Sequence[float] | None = None,
+        previous: StepOptions | None = None,
         sampling: Sampling | None = None,
         callback: Callback | None = None,
     ) -> Clip | list[Clip]:
@@ -387,6 +403,7 @@ class Pipeline:
           solver: Solver or its name.
           shift: Shift of the times towards noise.
           times: Times at which the steps start.
+          previous: Sampling of previous steps by their names.
           sampling: Sampling that the others change; the pipeline's own by default.
           callback: Called with a `PipelineProgress` after every few steps.
 
@@ -408,7 +425,9 @@ class Pipeline:
             conditioning=conditioning,
             strengths=strengths,
         )
-        sampling = self.make_sampling(sampling, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times)
+        sampling = self.make_sampling(
+            sampling, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times, previous=previous
+        )
         clips = self.run_many(tasks, options, sampling=sampling, callback=callback)
         return clips if isinstance(task, Sequence) else clips[0]
 
@@ -538,8 +557,9 @@ class Pipeline:
 
             both = large.add_previous_step(PreviousStep(name="low_resolution", size=Downscale(h=2, w=2)), small)
 
-        Requests that give a value of this conditioning skip the step. It is sampled with its own options, for the
-        request's prompts and seed. `save` writes all steps to one folder.
+        Requests that give a value of this conditioning skip the step. It is sampled for the request's prompts and seed,
+        with the conditioning and strengths that its model knows, in its own steps and guidance; `generate` has others
+        in `previous`. `save` writes all steps to one folder.
 
         Raises:
           UserError: If this model has no conditioning of the name.
@@ -659,13 +679,17 @@ class Pipeline:
         return "\n".join(lines)
 
     def count_parameters(self) -> dict[str, int]:
-        """Return the number of parameters of each part."""
-        denoiser = {name: count(part) for name, part in self._weights.params.items()}
-        return {"autoencoder": self.codec.count_parameters()} | denoiser
+        """Return the number of parameters of each part; one of a previous step has the step's name in front."""
+        own = {"autoencoder": self.codec.count_parameters()}
+        own |= {name: count(part) for name, part in self._weights.params.items()}
+        for step, pipeline in self._previous.items():
+            own |= {f"{step}/{name}": number for name, number in pipeline.count_parameters().items()}
+        return own
 
     def compute_digest(self) -> str:
         """Return a hash of some values of every array, which tells the denoiser's weights and adapters from others."""
-        return self._weights.compute_digest()
+        previous = (pipeline.compute_digest() for pipeline in self._previous.values())
+        return "-".join((self._weights.compute_digest(), *previous))
 
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
@@ -780,26 +804,47 @@ class Pipeline:
             )
         sized = [replace(request, size=config.resolve_size(request)) for request in requests]
         latent_requests = [
-            prepare_request(config, request, self.model_parts) for request in self._sample_previous_steps(sized)
+            prepare_request(config, request, self.model_parts)
+            for request in self._sample_previous_steps(sized, sampling)
         ]
         rows = max(1, min(config.batch, len(requests)))
         return {"requests": latent_requests, "sampling": sampling, "shape": config.model.row_shape, "rows": rows}
 
-    def _sample_previous_steps(self, requests: Sequence[Request]) -> list[Request]:
-        """Return requests, which have sizes, with the conditioning that previous steps sample, where they lack it."""
-        requests = list(requests)
+    def _list_conditioning(self) -> frozenset[str]:
+        """Return the names of the conditioning that this model, or the model of a previous step, knows."""
+        own = (each.field.name for each in self.config.model.backbone.conditioning)
+        return frozenset(own).union(*(each._list_conditioning() for each in self._previous.values()))
+
+    def _sample_previous_steps(self, requests: Sequence[Request], sampling: Sampling) -> list[Request]:
+        """Return requests, which have sizes, with the conditioning that previous steps sample, where they lack it.
+
+        A step has the conditioning and strengths that its pipeline knows, and those that steps before it have sampled.
+        What only steps know is no longer part of the requests.
+        """
+        requests, taken = list(requests), [frozenset[str]()] * len(requests)
         for step in self.config.previous:
             pipeline = self._previous[step.name]
             own = [index for index, request in enumerate(requests) if step.name not in request.conditioning]
             if not own:
                 continue
-            parts = []
+            names, parts = pipeline._list_conditioning(), []
             for request in (requests[index] for index in own):
-                size = step.get_size(request.grid, pipeline.config.size)
-                parts.append(Request(request.prompt, size, request.seed, request.negative))
-            values: Sequence[Any]
-            values = pipeline.generate_many(parts) if step.output == "clip" else pipeline.generate_latents(parts)
+                size, given = step.get_size(request.grid, pipeline.config.size), select_conditioning(request, names)
+                part = Request(request.prompt, size, request.seed, request.negative)
+                parts.append(replace(part, conditioning=given.conditioning, strengths=given.strengths))
+            chosen = (sampling.previous or {}).get(step.name) or step.sampling
+            sample: Callable[..., Sequence[Any]]
+            sample = pipeline.generate_many if step.output == "clip" else pipeline.generate_latents
+            try:
+                values = sample(parts, sampling=chosen)
+            except UserError as error:
+                raise UserError(f"previous step {step.name}: {error}") from error
             for index, value in zip(own, values, strict=True):
                 conditioning = {**requests[index].conditioning, step.name: value}
                 requests[index] = replace(requests[index], conditioning=conditioning)
-        return requests
+                taken[index] |= names
+        known = {each.field.name for each in self.config.model.backbone.conditioning}
+        return [
+            select_conditioning(request, {*request.conditioning, *request.strengths} - (names - known))
+            for request, names in zip(requests, taken, strict=True)
+        ]

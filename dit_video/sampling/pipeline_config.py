@@ -54,7 +54,10 @@ class Downscale:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviousStep:
-    """A pipeline whose samples condition this one's: a prior, or a model of low resolution."""
+    """A pipeline whose samples condition this one's: a prior, or a model of low resolution.
+
+    It has the prompt and seed of a request, and those of its conditioning and strengths that it knows.
+    """
 
     name: str
     """Name of the conditioning that its sample is the value of."""
@@ -62,6 +65,8 @@ class PreviousStep:
     """Form of the value: a `Clip`, or latents `t h w c`."""
     size: Grid | Downscale | None = None
     """Size of its clips: fixed, or relative to this pipeline's; None for its own default size."""
+    sampling: Sampling | None = None
+    """Sampling of its clips; None for its own default."""
 
     def get_size(self, size: Grid, default: Grid) -> Grid:
         """Return the size of its clips for clips of `size`, where `default` is its own default size."""
@@ -134,6 +139,18 @@ class PipelineConfig:
         return {name: get_param_shapes(self.model.backbone.make) for name in list_experts(self.boundary)} | {
             "text": get_param_shapes(self.model.text_encoder.make)
         }
+
+    def get_previous_step(self, name: str) -> PreviousStep:
+        """Return the previous step whose sample is the value of a conditioning.
+
+        Raises:
+          UserError: If there is none.
+        """
+        for step in self.previous:
+            if step.name == name:
+                return step
+        fix = f"Use {', '.join(step.name for step in self.previous)}." if self.previous else "Leave it out."
+        raise UserError(f"previous={name!r} is invalid: the pipeline has no such previous step. {fix}")
 
     def resolve_size(self, request: Request) -> Grid:
         """Return the frames, height and width of a request's clip.

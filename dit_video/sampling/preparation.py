@@ -1,7 +1,7 @@
 """From requests of clips to requests of latents, and the checks that they pass, which need no weights."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +44,10 @@ def check_requests(config: PipelineConfig, requests: Sequence[Request], sampling
     )
     for request in requests:
         sized = replace(request, size=config.resolve_size(request))
-        # Values of conditioning that previous steps sample are zero here.
+        # Values of conditioning that previous steps sample are zero here, and models of these may know more of it.
+        if config.previous:
+            names = [each.field.name for each in config.model.backbone.conditioning]
+            sized = select_conditioning(sized, names)
         prepared = prepare_request(config, sized, model)
         grid = prepared.get_token_grid(config.model.backbone.patch)
         size = ClipSize(frames=grid.t, frame_tokens=grid.h * grid.w)
@@ -62,11 +65,21 @@ def check_sampling(config: PipelineConfig, sampling: Sampling) -> None:
     """Check that the model of a pipeline can sample so.
 
     Raises:
-      UserError: If the model lacks layers to skip, or guidance is for two experts and the model has one.
+      UserError: If the model lacks layers to skip, guidance is for two experts and the model has one, or the pipeline
+        has no previous step of a name.
     """
+    for name in sampling.previous or ():
+        config.get_previous_step(name)
     if (skip := sampling.guidance.skip_layers) is not None:
         skip.check(config.model.backbone.layers)
     sampling.check_experts(len(list_experts(config.boundary)))
+
+
+def select_conditioning(request: Request, names: Collection[str]) -> Request:
+    """Return a request with the conditioning and strengths of some names alone."""
+    conditioning = {name: value for name, value in request.conditioning.items() if name in names}
+    strengths = {name: value for name, value in request.strengths.items() if name in names}
+    return replace(request, conditioning=conditioning, strengths=strengths)
 
 
 def prepare_request(config: PipelineConfig, request: Request, model: ModelParts) -> SamplingRequest:

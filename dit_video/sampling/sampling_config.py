@@ -2,8 +2,8 @@
 
 import itertools
 import numbers
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +47,8 @@ class Sampling:
     """Shift of the times towards noise (see `RectifiedFlow`); None for the shift of training."""
     branch_evaluation: Literal["together", "apart"] = "together"
     """Evaluation of guidance branches: all at once, or one after the other, which takes less memory."""
+    previous: Mapping[str, "Sampling"] | None = field(default=None, hash=False)
+    """Sampling of previous steps by their names; None, or a step that is left out, keeps the step's own."""
 
     def __post_init__(self):
         check_whole(steps=self.steps)

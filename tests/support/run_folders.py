@@ -50,6 +50,21 @@ def write_config(
     (run / "experiment.json").write_text(json.dumps(document))
 
 
+def write_models(run: Path, *names: str, is_joined: bool = True) -> None:
+    """Write the config of a run of several models, each as `write_config` writes it; the last one is that of a join."""
+    stages: list[dict[str, Any]] = []
+    for name in names:
+        write_config(run / name, name=name)
+        experiment = json.loads((run / name / "experiment.json").read_text())["experiment"]
+        stages.append({"type": "dit_video.experiment:TrainModel", "name": name, "experiment": experiment})
+    if is_joined:
+        join = {"name": "join", "last": names[-1], "previous": {name: {} for name in names[:-1]}}
+        stages.append({"type": "dit_video.experiment:JoinPipelines", **join})
+    experiment = {"type": "dit_video.experiment:Experiment", "name": "models", "stages": stages}
+    document = {"format": 1, "command": "python train.py", "experiment": experiment}
+    (run / "experiment.json").write_text(json.dumps(document))
+
+
 def write_entries(
     run: Path, *steps: int, name: str = "denoiser", end: float | None = None, pace: float = 2.0, **values: Any
 ) -> None:
@@ -86,9 +101,9 @@ def write_checkpoint(run: Path, step: int, *, name: str = "denoiser", size: int 
     (folder / "arrays").write_bytes(b"x" * size)
 
 
-def write_evaluation(run: Path, step: int, label: str, value: float | None) -> None:
+def write_evaluation(run: Path, step: int, label: str, value: float | None, *, name: str = "denoiser") -> None:
     """Write the results of an evaluation during training."""
-    folder = run / "denoiser" / "evaluations" / f"step_{step}"
+    folder = run / name / "evaluations" / f"step_{step}"
     folder.mkdir(parents=True)
     results = [{"name": "x", "label": label, "value": value, "interval": None, "count": 3}]
     (folder / "metrics.json").write_text(json.dumps({"results": results}))

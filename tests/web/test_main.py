@@ -16,6 +16,7 @@ from dit_video.apps import server
 from dit_video.core.errors import MissingError, UserError
 from dit_video.distributed import Parallelism
 from dit_video.web import __main__ as command
+from support.run_folders import write_models
 from support.tiny_pipeline import make_config, make_pipeline
 
 CONFIG = make_config(steps=2)
@@ -87,6 +88,13 @@ def test_a_run_without_a_model_shows_its_page(tmp_path, tiny_run, served):
         page = client.get("/")
     assert page.status_code == 404
     assert "This run has no model yet" in page.text
+
+
+def test_a_run_of_several_models_names_their_studios(tmp_path, served):
+    write_models(tmp_path / "run", "prior", "decoder", is_joined=False)
+    command.main(tmp_path / "run", port=0, out=tmp_path, cache=False)
+    with TestClient(served[0][0], base_url="http://127.0.0.1") as client:
+        assert f"python -m dit_video.web {tmp_path}/run/decoder" in client.get("/").text
 
 
 @pytest.mark.slow

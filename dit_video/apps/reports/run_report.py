@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from dit_video.evaluation.collection import MetricResult
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.measure import EvaluationResult
 from dit_video.experiment.run import EXCLUDED_FILE, Run
+from dit_video.experiment.several_models import list_models
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.sampling.request import Request
 from dit_video.training.goodput import RunTimes, read_run_times
 from dit_video.training.hooks.logging import read_metrics
@@ -90,6 +93,33 @@ def write_autoencoder_report(path: str | Path, run: Run, evaluation: EvaluationR
     write_report(path, report)
 
 
+def write_models_report(path: str | Path, run: Run, results: Mapping[str, Mapping[str, MetricResult]]) -> None:
+    """Write the report of a run of several models that nothing joins.
+
+    Args:
+      path: HTML file.
+      run: The run.
+      results: Results of each model, by its name. Its own report, `report.html` in its folder, has the clips.
+    """
+    excluded, times = _read_excluded(run.folder), read_run_times(run.folder)
+    figures = [
+        replace(figure, label=f"{name}: {figure.label}")
+        for name, values in results.items()
+        for figure in make_headline_figures(values)
+    ]
+    reports = ", ".join(f"{name}/report.html" for name in results)
+    report = Report(
+        title=run.experiment.name,
+        summary=f"{len(results)} models, created by: {run.command}. Their samples: {reports}.",
+        figures=(*figures, *_make_figures({}, excluded, times)),
+        charts=_make_charts(run.folder),
+        times=times,
+        metrics={name: make_result_table(values) for name, values in results.items()} | _make_excluded_tables(excluded),
+        config=config_json.to_json(run.experiment),
+    )
+    write_report(path, report)
+
+
 def _make_reconstructions(evaluation: EvaluationResult) -> tuple[Reconstruction, ...]:
     clips, reconstructions, protocol = evaluation.real_clips, evaluation.reconstructions, evaluation.protocol
     if clips is None or reconstructions is None:
@@ -134,13 +164,19 @@ def _make_tables(evaluation: EvaluationResult) -> dict[str, Any]:
 
 
 def _read_excluded(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the clips that a run could not use: of its last stage, and of each stage of its curriculum by name."""
-    files = {"": folder / EXCLUDED_FILE} | {
-        f", stage {path.parent.name}": path for path in sorted(folder.glob(f"stages/*/{EXCLUDED_FILE}"))
-    }
+    """Return the clips that a run could not use: of its last stage, and of each stage of its curriculum by name.
+
+    Those of the models of a run of several have the model's name in front.
+    """
+    files = {}
+    for model, run in _list_runs(folder).items():
+        files[model, ""] = run / EXCLUDED_FILE
+        files |= {
+            (model, f", stage {path.parent.name}"): path for path in sorted(run.glob(f"stages/*/{EXCLUDED_FILE}"))
+        }
     return {
-        f"excluded {clips.replace('_', '-')} clips{stage}": content
-        for stage, path in files.items()
+        f"{model and f'{model}: '}excluded {clips.replace('_', '-')} clips{stage}": content
+        for (model, stage), path in files.items()
         if path.is_file()
         for clips, content in read_json(path).items()
     }
@@ -186,13 +222,24 @@ def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:
 
 def _make_charts(folder: Path) -> tuple[Chart, ...]:
     charts = []
-    for name, title in (("autoencoder", "Autoencoder"), ("denoiser", "Denoiser")):
-        path = folder / name / "metrics.jsonl"
-        if path.is_file() and (entries := read_metrics(path)):
-            steps = tuple(entry["step"] for entry in entries)
-            curve = Curve(name="loss", steps=steps, values=tuple(entry["loss"] for entry in entries))
-            charts.append(Chart(title=title, curves=(curve,), note="training loss per step"))
+    for model, run in _list_runs(folder).items():
+        for name, title in (("autoencoder", "Autoencoder"), ("denoiser", "Denoiser")):
+            path = run / name / "metrics.jsonl"
+            if path.is_file() and (entries := read_metrics(path)):
+                steps = tuple(entry["step"] for entry in entries)
+                curve = Curve(name="loss", steps=steps, values=tuple(entry["loss"] for entry in entries))
+                title = f"{title} of {model}" if model else title
+                charts.append(Chart(title=title, curves=(curve,), note="training loss per step"))
     return tuple(charts)
+
+
+def _list_runs(folder: Path) -> dict[str, Path]:
+    """Return the folders of a run and of the runs that are nested in it, by their paths; the first one's is empty."""
+    runs = {"": folder}
+    if (folder / RUN_CONFIG).is_file():
+        for name, nested in list_models(Run.open(folder)).items():
+            runs |= {f"{name}/{inner}".rstrip("/"): path for inner, path in _list_runs(nested).items()}
+    return runs
 
 
 def _make_commands(pipeline: Pipeline, source: Path) -> tuple[Command, ...]:

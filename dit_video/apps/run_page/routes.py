@@ -120,14 +120,18 @@ def make_run_routes(folder: Path) -> list[Route]:
     return [
         Route("/run", get_page),
         Route("/run/state", get_state),
-        Route("/run/media/{training}/{kind}/{name}", get_media),
+        Route("/run/media/{training:path}/{kind}/{name}", get_media),
     ]
 
 
 def make_view(state: RunState) -> RunView:
     """Return the content of the page for a state."""
     current = state.current or next((each for each in state.trainings if each.started is not None), None)
-    views = [_make_training(each, is_current=each is current) for each in state.trainings if _has_begun(each)]
+    views = [
+        _make_training(each, is_current=each is current, is_sampled=each.plan.name == state.plan.sampled)
+        for each in state.trainings
+        if _has_begun(each)
+    ]
     progress = next((view for view in views if view.is_current), None)
     return RunView(
         title=state.plan.title,
@@ -154,7 +158,7 @@ def _format_time_left(state: RunState, current: TrainingState | None) -> str:
     return "" if seconds is None else f"{format_duration(seconds)} left"
 
 
-def _make_training(training: TrainingState, *, is_current: bool) -> TrainingView:
+def _make_training(training: TrainingState, *, is_current: bool, is_sampled: bool) -> TrainingView:
     step, steps = training.step, training.plan.steps
     count = f"{step:,} of {steps:,} steps" if steps is not None else f"{step:,} steps"
     loss = _get_newest(training, "loss")
@@ -172,13 +176,13 @@ def _make_training(training: TrainingState, *, is_current: bool) -> TrainingView
         others=tuple(draw_others(training)),
         time_parts=tuple(_make_time_parts(training.time_use)),
         has_all_times=training.time_use.is_complete,
-        checkpoints=tuple(_make_row(training, each) for each in reversed(training.checkpoints)),
+        checkpoints=tuple(_make_row(each, is_sampled) for each in reversed(training.checkpoints)),
     )
 
 
-def _make_row(training: TrainingState, checkpoint: SavedCheckpoint) -> CheckpointRow:
+def _make_row(checkpoint: SavedCheckpoint, is_sampled: bool) -> CheckpointRow:
     size = "" if checkpoint.size is None else format_bytes(checkpoint.size)
-    return CheckpointRow(checkpoint.step, checkpoint.unix_seconds, size, training.plan.name == "denoiser")
+    return CheckpointRow(checkpoint.step, checkpoint.unix_seconds, size, is_sampled)
 
 
 def _get_newest(training: TrainingState, name: str) -> float | None:

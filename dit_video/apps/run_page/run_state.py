@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +27,7 @@ from dit_video.apps.run_page.run_files import (
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.experiment.autoencoder import WEIGHTS_FILE
-from dit_video.experiment.checkpoints import SavedCheckpoint, list_checkpoints
+from dit_video.experiment.checkpoints import SavedCheckpoint, find_sampled_model, list_checkpoints
 from dit_video.sampling.pipeline_config import RUN_CONFIG
 from dit_video.training.folder_lock import LOCK_FILE
 from dit_video.training.goodput import RunTimes
@@ -50,7 +50,7 @@ class PlannedTraining:
     """A training of a run."""
 
     name: str
-    """Name of its folder."""
+    """Path of its folder in the run's: `denoiser`, or `MODEL/denoiser` of a nested run."""
     steps: int | None = None
     """Number of steps at its end; None if the config does not say."""
     stages: tuple[PlannedStage, ...] = ()
@@ -61,7 +61,8 @@ class PlannedTraining:
     @property
     def title(self) -> str:
         """Return the name for readers."""
-        return _TITLES.get(self.name, self.name)
+        model, _, name = self.name.rpartition("/")
+        return _TITLES.get(name, name) + (f" of {model}" if model else "")
 
     def find_stage(self, step: int) -> str:
         """Return a description of the stage that the next step belongs to; empty without a curriculum."""
@@ -81,16 +82,24 @@ class RunPlan:
     """Command that started the run."""
     trainings: tuple[PlannedTraining, ...] = ()
     """Planned trainings; none of a run whose config cannot be read."""
+    sampled: str = "denoiser"
+    """Name of the training whose checkpoints are sampled."""
+
+    @property
+    def nested(self) -> tuple[str, ...]:
+        """Return the paths of the nested runs of several models."""
+        return tuple(dict.fromkeys(path for each in self.trainings if (path := each.name.rpartition("/")[0])))
 
     def add_folders(self, run: Path) -> tuple[PlannedTraining, ...]:
-        """Return the trainings, and further folders of the run that have a log."""
-        try:
-            folders = sorted(path.parent.name for path in run.glob("*/metrics.jsonl"))
-        except OSError:
-            folders = []
-        names = {each.name for each in self.trainings}
-        others = (name for name in folders if name not in names and _TRAINING_NAME.fullmatch(name))
-        return (*self.trainings, *(PlannedTraining(name=name) for name in others))
+        """Return the trainings, and further folders of the run, and of nested ones, that have a log."""
+        names = {each.name: each for each in self.trainings}
+        for nested in ("", *self.nested):
+            with contextlib.suppress(OSError):
+                for folder in sorted(path.parent for path in (run / nested).glob("*/metrics.jsonl")):
+                    name = folder.relative_to(run).as_posix()
+                    if name not in names and _TRAINING_NAME.fullmatch(folder.name):
+                        names[name] = PlannedTraining(name=name)
+        return tuple(names.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +233,12 @@ def read_plan(run: Path) -> RunPlan:
     try:
         document = read_json(run / RUN_CONFIG)
         experiment = document["experiment"]
-        trainings = tuple(_list_trainings(experiment))
-        return RunPlan(title=str(experiment["name"]), command=str(document.get("command", "")), trainings=trainings)
+        return RunPlan(
+            title=str(experiment["name"]),
+            command=str(document.get("command", "")),
+            trainings=tuple(_list_trainings(experiment)),
+            sampled=find_sampled_model(run),
+        )
     except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError):
         return RunPlan(title=run.resolve().name)
 
@@ -244,7 +257,7 @@ def make_document(state: RunState) -> dict[str, Any]:
     }
 
 
-_TRAINING_NAME = re.compile(r"[\w.-]{1,80}")
+_TRAINING_NAME = re.compile(r"(?!\.+$)[\w.-]{1,80}")
 _TITLES = {"autoencoder": "Autoencoder", "denoiser": "Denoiser"}
 
 
@@ -252,10 +265,13 @@ def _list_trainings(experiment: Mapping[str, Any]) -> list[PlannedTraining]:
     trainings, stages, last = [], list[PlannedStage](), None
     for stage in experiment.get("stages") or ():
         name, steps = str(stage["name"]), _get_steps(stage)
-        if "continues" in stage:  # a stage of the denoiser, as DenoiserTraining
+        if "experiment" in stage:  # a model of its own, as TrainModel
+            nested = _list_trainings(stage["experiment"]) if _TRAINING_NAME.fullmatch(name) else []
+            trainings += [replace(each, name=f"{name}/{each.name}") for each in nested]
+        elif "continues" in stage:  # a stage of the denoiser, as DenoiserTraining
             start, last = stages[-1].end if stages else 0, stage
             stages.append(PlannedStage(name, start, start + (steps or 0)))
-        elif _TRAINING_NAME.fullmatch(name):
+        elif "previous" not in stage and _TRAINING_NAME.fullmatch(name):  # which JoinPipelines has
             trainings.append(PlannedTraining(name=name, steps=steps))
     if last is not None:
         named = tuple(stages) if len(stages) > 1 else ()
@@ -311,19 +327,26 @@ def _judge(folder: Path, trainings: Sequence[TrainingState]) -> tuple[RunStatus,
     active = max(trainings, key=lambda each: max(each.updated or 0.0, each.started or 0.0), default=None)
     if active is None or (active.updated is None and active.started is None):
         return "new", "not begun: nothing is logged yet"
-    title, updated, started = active.plan.title.lower(), active.updated or 0.0, active.started or 0.0
+    title, updated, started = _lower(active), active.updated or 0.0, active.started or 0.0
     if started > updated and now - started < _MAX_START:
         return "starting", f"training of the {title} starts: loading and compiling"
     silence = now - max(updated, started)
     if active.is_done:
-        following = [each.plan.title.lower() for each in trainings[trainings.index(active) + 1 :]]
-        latents = _get_time(folder / "latents") or 0.0
-        if following and max(silence, 0.0) < _MAX_START and (folder / WEIGHTS_FILE).exists() and latents > updated:
+        following = [_lower(each) for each in trainings[trainings.index(active) + 1 :]]
+        own = folder / active.plan.name.rpartition("/")[0]
+        latents = _get_time(own / "latents") or 0.0
+        if following and max(silence, 0.0) < _MAX_START and (own / WEIGHTS_FILE).exists() and latents > updated:
             return "between", f"the {title} is trained; latents are encoded for the {following[0]}"
         return "between", f"the {title} is trained" + (f"; the {following[0]} has not begun" if following else "")
     if silence > active.compute_patience():
         return "silent", f"no news of the {title} for {format_duration(silence)}"
     return "training", f"training the {title}"
+
+
+def _lower(training: TrainingState) -> str:
+    """Return the title of a training inside of a sentence."""
+    title = training.plan.title
+    return title[:1].lower() + title[1:]
 
 
 def _describe_training(training: TrainingState) -> dict[str, Any]:

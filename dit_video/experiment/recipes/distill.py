@@ -14,6 +14,7 @@ from dit_video.evaluation.protocol import EvaluationProtocol
 from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.recipes.finetune import make_data_config, make_row_shape, read_open_parts
 from dit_video.experiment.run import Experiment, Run
+from dit_video.experiment.several_models import check_single
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.experiment.training_config import Student
 from dit_video.families.family import INDEX
@@ -167,7 +168,10 @@ def make_distillation_experiment(
 
 def _read_own_teacher(folder: Path, options: DistillationOptions) -> _Teacher:
     """Return the teacher in a run or a pipeline."""
-    run = Run.open(folder).experiment if (folder / RUN_CONFIG).is_file() else None
+    run = None
+    if (folder / RUN_CONFIG).is_file():
+        check_single(opened := Run.open(folder))
+        run = opened.experiment
     start = folder if is_pipeline_folder(folder) else folder / "pipeline"
     config = read_pipeline_config(start)
     model, size = config.model, config.size

@@ -14,6 +14,7 @@ from support.run_folders import (
     write_entries,
     write_evaluation,
     write_grid,
+    write_models,
 )
 
 pytest.importorskip("starlette")
@@ -60,6 +61,26 @@ def test_a_run_that_has_not_begun_has_a_page(client, run):
     assert "ducks" in get_tiles(page)
     assert page.find("progress") == []
     assert client.get("/run/state").json()["status"] == "new"
+
+
+def test_the_page_of_several_models_has_all_parts_of_each(client, run):
+    write_models(run, "prior", "decoder")
+    for model in ("prior", "decoder"):
+        write_entries(run, 10, 20, name=f"{model}/denoiser")
+        write_grid(run, 20, name=f"{model}/denoiser")
+        write_checkpoint(run, 20, name=f"{model}/denoiser")
+        write_evaluation(run, 20, f"sharpness of {model}", 3.5, name=f"{model}/denoiser")
+    page = get_page(client)
+    text = get_tiles(page)
+    for expected in ("Denoiser of prior", "Denoiser of decoder", "sharpness of prior", "sharpness of decoder"):
+        assert expected in text
+    addresses = [attributes["href"] for attributes in page.find("a") if "href" in attributes]
+    grids = [address for address in addresses if address.startswith("/run/media/")]
+    assert len(grids) == 2
+    for address in grids:
+        assert client.get(address).status_code == 200
+    assert addresses.count("/?checkpoint=20") == 1  # of the model whose clips they are
+    assert client.get("/run/media/other/denoiser/samples/00000020.mp4").status_code == 404
 
 
 def test_the_page_of_a_run_in_training_has_all_parts(client, run):

@@ -7,7 +7,14 @@ import time
 import pytest
 
 from dit_video.apps.run_page.run_state import RunReader, format_duration, make_document
-from support.run_folders import write_checkpoint, write_config, write_entries, write_evaluation, write_grid
+from support.run_folders import (
+    write_checkpoint,
+    write_config,
+    write_entries,
+    write_evaluation,
+    write_grid,
+    write_models,
+)
 
 
 def read(run):
@@ -115,6 +122,34 @@ def test_stages_of_a_curriculum_and_trainings_of_other_packages(tmp_path):
     assert plan.find_stage(60) == "stage small (2 of 3), steps 30 to 80"
     assert plan.find_stage(180) == "stage denoiser (3 of 3), steps 80 to 180"
     assert plan.averages == ("decay 0.999", "decay 0.9", "relative width 0.1", "no average")
+
+
+def test_trainings_of_several_models(tmp_path):
+    write_models(tmp_path, "prior", "Decoder")
+    names = ["prior/autoencoder", "prior/denoiser", "Decoder/autoencoder", "Decoder/denoiser"]
+    assert [each.plan.name for each in read(tmp_path).trainings] == names
+    write_entries(tmp_path, 100, name="prior/denoiser", end=time.time() - 100)
+    write_entries(tmp_path, 5, name="prior/extra", end=time.time() - 100)
+    assert [each.plan.name for each in read(tmp_path).trainings] == [*names, "prior/extra"]
+    write_entries(tmp_path, 10, name="Decoder/autoencoder")
+    state = read(tmp_path)
+    assert (state.status, state.status_text) == ("training", "training the autoencoder of Decoder")
+    assert (state.trainings[1].is_done, state.trainings[2].plan.steps) == (True, 20)
+    assert (state.plan.sampled, state.plan.nested) == ("Decoder/denoiser", ("prior", "Decoder"))
+    write_checkpoint(tmp_path, 10, name="Decoder/denoiser")
+    assert [each.step for each in read(tmp_path).trainings[3].checkpoints] == [10]
+    take_lock(tmp_path, "Decoder/denoiser", seconds_ago=-1)
+    assert read(tmp_path).status_text == "training of the denoiser of Decoder starts: loading and compiling"
+    (tmp_path / "pipeline").mkdir()
+    assert read(tmp_path).status == "finished"
+
+
+def test_names_of_models_lead_to_no_folder_outside(tmp_path):
+    write_models(tmp_path / "run", "prior", is_joined=False)
+    path = tmp_path / "run" / "experiment.json"
+    path.write_text(path.read_text().replace('"name": "prior"', '"name": ".."'))
+    write_entries(tmp_path, 10, name="denoiser")
+    assert read(tmp_path / "run").trainings == ()
 
 
 @pytest.mark.parametrize("config", ["", "{", "[]", '{"experiment": 3}', '{"experiment": {"name": "x", "stages": 3}}'])
