@@ -302,6 +302,8 @@ def make_argument_shardings(arguments: ProgramArguments, mesh: AnyMesh) -> Progr
 
     def shard_rows(leaf: Any) -> NamedSharding:
         """Return the sharding of a part of the denoiser's state: the first axis is rows, perhaps of all branches."""
+        if not leaf.ndim or leaf.shape[0] % rows:
+            return replicated
         row_axis, token_axis = _choose_axes(leaf.shape[0], tokens, mesh)
         return NamedSharding(mesh, PartitionSpec(row_axis, *((token_axis,) if leaf.shape[1:2] == (tokens,) else ())))
 
