@@ -32,7 +32,7 @@ def main(
     """
     times = read_run_times(run)
     if not times.attempts:
-        rule = "it has no records of its time, as a run that has not begun or one of an older version"
+        rule = "it has no records of its time, as a model of another run, or a run that has not begun or is old"
         raise MissingError(f"RUN={run} is invalid: {rule}. Use the folder of another run.")
     print(json.dumps(make_run_times_document(times), indent=2) if json_ else format_run_times(times))
 
