@@ -4,7 +4,8 @@ A config is written as an object whose key `type` holds the class's qualified na
 class may move inside its package. The config is rebuilt by that name, but only if the class belongs to `dit_video` or
 is registered (see `registry`), so a config file can never run foreign code. Files that other processes read are written
 by `to_portable_json`, which refuses classes that those could not import. Tuples are written as lists and come back
-as tuples (a config holds no lists), or as the NamedTuple that the field is annotated with.
+as tuples (a config holds no lists), or as the NamedTuple that the field is annotated with. A class whose fields have
+changed may read those of before: its class method `upgrade_json(fields)` returns fields that it has.
 """
 
 import dataclasses
@@ -81,6 +82,8 @@ def from_json(value: Any) -> Any:
         return {name: from_json(item) for name, item in value.items()}
     cls = _resolve_class(value["type"])
     items = {name: from_json(item) for name, item in value.items() if name != "type"}
+    if (upgrade := getattr(cls, "upgrade_json", None)) is not None:
+        items = upgrade(items)
     fields = {field.name: (field.default, field.default_factory) for field in dataclasses.fields(cls)}
     if unknown := sorted(items.keys() - fields.keys()):
         raise UserError(f"{cls.__qualname__} has no field {', '.join(unknown)}; use the version that wrote this config")

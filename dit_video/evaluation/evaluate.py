@@ -14,7 +14,7 @@ from dit_video.core.files import write_json
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.sizes import SizeLimits, read_fitted_clip
-from dit_video.diffusion import SOLVERS, ExplicitTimes, Guidance
+from dit_video.diffusion import SOLVERS, TEXT, ExplicitTimes, Guidance
 from dit_video.distributed.faults.progress import count_progress
 from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation.collection import MetricCollection, MetricResult, list_results
@@ -211,19 +211,20 @@ def print_results(results: Mapping[str, MetricResult], *, is_precise: bool = Fal
 
 
 def _describe_sampling(sampling: Sampling) -> dict[str, Any]:
-    """Return steps, solver and guidance scale; also a shift, explicit times and guidance options if there are any.
+    """Return steps, solver and the prompt's guidance scale; also a shift, explicit times and guidance options, if any.
 
     The solver has its name on the command line, or else its class name.
     """
     guidance, solver = sampling.guidance, sampling.solver
     named = next((name for name, each in SOLVERS.items() if each == solver), type(solver).__name__.lower())
-    plain = guidance == Guidance(scale=guidance.scale)
+    scale = guidance.scales.get(TEXT, 1.0)
+    plain = guidance == Guidance(scales={TEXT: scale})
     options = {} if plain else {"guidance_options": config_json.to_json(guidance)}
     if sampling.shift is not None:
         options["shift"] = sampling.shift
     if isinstance(sampling.time_schedule, ExplicitTimes):
         options["times"] = list(sampling.time_schedule.times)
-    return {"steps": sampling.steps, "guidance": guidance.scale, **options, "solver": named}
+    return {"steps": sampling.steps, "guidance": scale, **options, "solver": named}
 
 
 def evaluate_autoencoder(

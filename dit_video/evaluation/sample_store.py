@@ -50,7 +50,8 @@ class SampleStore:
         expected = json.loads(json.dumps({"settings": settings, "requests": listed}))
         path = self.folder / SETTINGS_FILE
         if path.is_file():
-            if difference := _describe_difference(read_json(path), expected):
+            existing = config_json.to_json(config_json.from_json(read_json(path)))  # in the form of this version
+            if difference := _describe_difference(existing, expected):
                 raise UserError(
                     f"{self.folder} holds samples that were made otherwise: {difference}. Use another folder, or "
                     "remove this one"

@@ -245,8 +245,8 @@ def _plan_sampler(
     batched = sampling.branch_evaluation == "together"
     multiples = compute_row_multiples(mesh, guidance, is_batched=batched)
     count = multiples.round_up(rows, is_side_by_side=False)
-    texts, branch_count = {"": empty_caption}, guidance.branch_count
-    packer = Packer(requests, texts, model.backbone.patch, 1.0, branch_count, count, tuple(fields))
+    texts = {"": empty_caption}
+    packer = Packer(requests, texts, model.backbone.patch, 1.0, guidance.dropped, count, tuple(fields))
     members = [[index] for index in range(rows)]
     row_shape = model.row_shape.pad_tokens(mesh.shape["context"])
     batch = packer.make_batch(PackedRequests(row_shape, False, members), members)
@@ -258,7 +258,7 @@ def _plan_sampler(
         return init_state(sampling, model.process.scale_initial_noise(tokens), steps=sampling.steps)
 
     own_times = np.asarray(sampling.time_schedule(model.process, sampling.steps).times)
-    strength = guidance.get_params(0, times=own_times) if guidance.is_active else None
+    strength = guidance.get_params(own_times)
     room = compute_program_steps(sampling.steps)
     times: Any = jax.ShapeDtypeStruct((room + 1,), jnp.float32)
     arguments = ProgramArguments(

@@ -193,7 +193,7 @@ def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_
     ("arguments", "message"),
     [
         ({"seed": -1}, "seed=-1 is invalid"),
-        ({"seed": 0, "sampling": Sampling(guidance=Guidance(scale=(2.0, 1.0)))}, "has no second expert"),
+        ({"seed": 0, "sampling": Sampling(guidance=Guidance(scales={"text": (2.0, 1.0)}))}, "has no second expert"),
     ],
 )
 def test_wrong_arguments_end_an_evaluation_before_it_begins(tiny_pipeline, tmp_path, arguments, message):

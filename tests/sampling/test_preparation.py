@@ -63,7 +63,7 @@ def test_what_a_pipeline_refuses_is_refused_without_its_weights(pipelines, kind,
     ],
 )
 def test_what_a_pipeline_samples_passes(pipelines, kind, request_):
-    check_requests(pipelines[kind].config, [request_], Sampling(steps=2, guidance=Guidance(scale=1.0)))
+    check_requests(pipelines[kind].config, [request_], Sampling(steps=2, guidance=Guidance(scales={"text": 1.0})))
 
 
 def test_prompts_that_are_no_class_are_refused():

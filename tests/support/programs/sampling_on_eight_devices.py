@@ -75,10 +75,10 @@ def latents() -> None:
 
 def guidance() -> None:
     """Check branches that are evaluated apart, at some times, with momentum, or not at all, and a solver with noise."""
-    momentum = Guidance(scale=3.0, projection=AdaptiveProjectedGuidance())
+    momentum = Guidance(scales={"text": 3.0}, method=AdaptiveProjectedGuidance())
     samplings = [
         replace(CONFIG.sampling, branch_evaluation="apart"),
-        replace(CONFIG.sampling, guidance=Guidance(scale=3.0, interval=(0.4, 1.0))),
+        replace(CONFIG.sampling, guidance=Guidance(scales={"text": 3.0}, interval=(0.4, 1.0))),
         replace(CONFIG.sampling, guidance=momentum, solver=Ddim(eta=1.0)),
         replace(CONFIG.sampling, guidance=1.0),
     ]
