@@ -8,6 +8,7 @@ as tuples (a config holds no lists), or as the NamedTuple that the field is anno
 changed may read those of before: its class method `upgrade_json(fields)` returns fields that it has.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -97,6 +98,16 @@ def from_json(value: Any) -> Any:
             kind = getattr(hints[name], "__name__", None) or str(hints[name])
             raise UserError(f"{name}={item!r} of {cls.__qualname__} is invalid: it must be of type {kind}")
     return cls(**values)
+
+
+def rewrite(value: Any) -> Any:
+    """Return a JSON value with all configs in it as this version writes them; what it can't read stays as it is."""
+    if isinstance(value, dict) and "type" in value:
+        with contextlib.suppress(UserError):
+            return to_json(from_json(value))
+    if isinstance(value, dict):
+        return {name: rewrite(item) for name, item in value.items()}
+    return [rewrite(item) for item in value] if isinstance(value, list) else value
 
 
 class Change(NamedTuple):

@@ -50,8 +50,7 @@ class SampleStore:
         expected = json.loads(json.dumps({"settings": settings, "requests": listed}))
         path = self.folder / SETTINGS_FILE
         if path.is_file():
-            existing = config_json.to_json(config_json.from_json(read_json(path)))  # in the form of this version
-            if difference := _describe_difference(existing, expected):
+            if difference := _describe_difference(config_json.rewrite(read_json(path)), expected):
                 raise UserError(
                     f"{self.folder} holds samples that were made otherwise: {difference}. Use another folder, or "
                     "remove this one"

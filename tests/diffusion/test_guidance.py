@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,6 +261,25 @@ def test_a_config_is_the_same_after_json():
         method=AdaptiveProjectedGuidance(max_rms=0.06, momentum=-0.5),
     )
     assert config_json.from_json(config_json.to_json(guidance)) == guidance
+
+
+@pytest.mark.parametrize(
+    ("fields", "guidance"),
+    [
+        ({"scale": 3.0}, Guidance(scales={"text": 3.0})),
+        ({"scale": (4.0, 3.0), "image_scale": 1.5}, Guidance(scales={"text": (4.0, 3.0), "image": 1.5})),
+        (
+            {"scale": 3.0, "projection": AdaptiveProjectedGuidance(momentum=0.5)},
+            Guidance(scales={"text": 3.0}, method=AdaptiveProjectedGuidance(momentum=0.5)),
+        ),
+        ({"scale": 1.0, "zero_star": ZeroStarGuidance()}, Guidance(scales={"text": 1.0}, method=ZeroStarGuidance())),
+    ],
+)
+def test_json_with_a_field_for_the_scale_of_the_prompt_is_read(fields, guidance):
+    written = {"image_scale": None, "interval": [0.2, 0.9], "rescale": 0.5, "projection": None, "zero_star": None}
+    written |= {name: config_json.to_json(value) for name, value in fields.items()}
+    read = config_json.from_json({"type": "dit_video.diffusion:Guidance", **written, "skip_layers": None})
+    assert read == replace(guidance, interval=(0.2, 0.9), rescale=0.5)
 
 
 # CFG-Zero* and skip-layer guidance: identities, and options that do not fit

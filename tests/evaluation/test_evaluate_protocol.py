@@ -6,15 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dit_video.core import config_json
 from dit_video.core.errors import UserError
+from dit_video.diffusion import Guidance
 from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.comparison import compare
 from dit_video.evaluation.evaluate_protocol import SAMPLES_FOLDER, evaluate_protocol, make_requests
 from dit_video.evaluation.metrics.distributions import PrecisionRecall
 from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.metrics.reconstruction import Psnr
-from dit_video.evaluation.protocol import ClipSampling, Protocol
+from dit_video.evaluation.protocol import ClipSampling, Protocol, check_comparable
 from dit_video.evaluation.sample_store import SampleStore
+from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.scenes.prompt_metrics import SceneColours
@@ -127,6 +130,25 @@ def test_another_number_of_samples_is_named_and_their_prompts_are_not(tmp_path):
     with pytest.raises(UserError, match=r"2 samples there and 3 here, settings\.weights is 'a' there") as error:
         SampleStore(tmp_path / "samples", requests, {"weights": "b"})
     assert "prompt 0" not in str(error.value)
+
+
+def test_samples_are_continued_and_compared_whose_guidance_was_written_as_fields(tmp_path):
+    """Before guidance had names, it was written as `scale`, `image_scale`, `projection` and `zero_star`."""
+    sampling = Sampling(steps=2, guidance=Guidance(scales={"text": 3.0, "image": 2.0}))
+    settings = {"sampling": config_json.to_json(sampling)}
+    SampleStore(tmp_path / "samples", [], settings)
+    path = tmp_path / "samples" / "settings.json"
+    written = json.loads(path.read_text())
+    guidance = written["settings"]["sampling"]["guidance"]
+    del guidance["scales"], guidance["method"]
+    guidance |= {"scale": 3.0, "image_scale": 2.0, "projection": None, "zero_star": None}
+    path.write_text(json.dumps(written))
+    SampleStore(tmp_path / "samples", [], settings)
+    check_comparable(written["settings"], settings, names=("one", "other"))
+    guidance["scale"] = 4.0
+    path.write_text(json.dumps(written))
+    with pytest.raises(UserError, match=r"sampling\.guidance\.scales\.text is 4\.0 there and 3\.0 here"):
+        SampleStore(tmp_path / "samples", [], settings)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):

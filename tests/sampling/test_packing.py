@@ -170,6 +170,23 @@ def test_the_image_has_its_own_guidance_scale():
         sample_requests([SMALL], Sampling(guidance=Guidance(scales={"text": 2.0, "image": 2.0})))
 
 
+def test_each_branch_of_guidance_lacks_one_condition_more():
+    """Known frames are dropped with their image tokens; a start of sampling and masks of a task are no conditions."""
+    grid = Grid(1, 2, 2)
+    fields = {
+        name: Field(name=name, alignment="grid", shape=(3,))
+        for name in ("cond_latents", "image_tokens", "motion", "clean_mask")
+    }
+    plan = SamplingPlan({field: np.ones(field.get_shape(grid), np.float32) for field in fields.values()})
+    request = SamplingRequest("red", "blue", np.zeros((*grid, 2), np.float32), plan._replace(start=np.ones((*grid, 2))))
+    branches = [
+        (prompt, {field.name for field, values in own.items() if not values.any()})
+        for prompt, own in request.branches(("motion", "text", "image"))
+    ]
+    image = {"motion", "cond_latents", "image_tokens"}
+    assert branches == [("red", set()), ("red", {"motion"}), ("blue", {"motion"}), ("blue", image)]
+
+
 def test_two_scales_are_for_two_experts():
     with pytest.raises(UserError, match=r"guidance={'text': \(2\.0, 3\.0\)} is invalid: .* Use one number"):
         sample_requests([SMALL], Sampling(guidance=Guidance(scales={"text": (2.0, 3.0)})))
@@ -211,6 +228,8 @@ def test_branches_side_by_side_have_room_for_their_texts():
         ({"data": 2, "fsdp": 4}, Guidance(scales={"text": 2.0, "image": 3.0}), RowMultiples(8, 8)),
         ({"data": 8}, Guidance(scales={"text": 2.0}, interval=(0.2, 0.8)), RowMultiples(8, 8)),
         ({"data": 8}, Guidance(scales={"text": 1.0}), RowMultiples(8, 8)),
+        ({"data": 8}, Guidance(scales={"text": (2.0, 1.0)}), RowMultiples(8, 8)),
+        ({"data": 8}, Guidance(scales={"motion": 2.0, "text": 1.0}), RowMultiples(4, 8)),
         ({"data": 1, "context": 8}, Guidance(scales={"text": 2.0}), RowMultiples(1, 1)),
     ],
 )
