@@ -89,10 +89,12 @@ TIMES = np.asarray(UniformTimes()(RectifiedFlow(shift=3.0), STEPS).times)
 
 def guide_velocity(guidance, step):
     """Return the guided velocity of arrays at the beginning of a step."""
+    if (params := guidance.get_params(TIMES)) is None:
+        return COND
     branches = [stateless(lambda *_, value=value: jnp.asarray(value)) for value in (COND, UNCOND)]
     denoise = apply_guidance(
         sequential(*branches[: guidance.branch_count]),
-        guidance.get_params(TIMES),
+        params,
         skipped=stateless(lambda *_: jnp.asarray(SKIPPED)),
         prediction=Velocity(),
     )
