@@ -207,7 +207,7 @@ class ZeroStarGuidance(GuidanceMethod):
         if self.zero_steps >= len(times) - 1:
             rule = f"it must be below the number of steps, {len(times) - 1}. Use a smaller one, or more steps."
             raise UserError(f"zero_steps={self.zero_steps} is invalid: {rule}")
-        return times[self.zero_steps]
+        return float(times[self.zero_steps])
 
     def check(self, branch_count: int) -> None:
         if branch_count > 2:

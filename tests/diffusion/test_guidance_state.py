@@ -33,6 +33,7 @@ from support.predictions import convert_prediction
 
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
 TIMES = jnp.linspace(1.0, 0.0, 6).at[0].set(0.98)
+STEP_TIMES = np.asarray(TIMES)
 BETA = -0.6
 START = GuidanceState(method=jnp.zeros_like(NOISE))
 STEP = 0.25
@@ -48,7 +49,7 @@ def unconditional(noisy, time):
 
 
 def guide_with_momentum(guidance, *, branches=(conditional, unconditional), process=RectifiedFlow(), prediction=X0()):  # noqa: B008
-    params = guidance.get_params(TIMES)
+    params = guidance.get_params(STEP_TIMES)
     return apply_guidance(sequential(*map(stateless, branches)), params, process=process, prediction=prediction)
 
 
@@ -69,7 +70,8 @@ def test_momentum_accumulates_guidance_over_the_steps_of_sampling():
     result = sample(guide_with_momentum(make_guidance()), NOISE, TIMES, state=START, **run)
     np.testing.assert_allclose(result, x, rtol=1e-4, atol=1e-4)
     plain = apply_guidance(
-        sequential(stateless(conditional), stateless(unconditional)), Guidance(scales={"text": 3.0}).get_params(TIMES)
+        sequential(stateless(conditional), stateless(unconditional)),
+        Guidance(scales={"text": 3.0}).get_params(STEP_TIMES),
     )
     without = sample(plain, NOISE, TIMES, process=process, prediction=X0(), solver=Euler())
     assert np.abs(result - without).max() > 0.1
@@ -118,7 +120,7 @@ def test_guidance_without_momentum_or_without_a_difference_has_no_state():
     for guidance, has_state in (
         (make_guidance(), True),
         (make_guidance(1.0), False),
-        (make_guidance(momentum=0), False),
+        (make_guidance(momentum=0.0), False),
     ):
         assert guidance.has_state == has_state == (guidance.init_state(NOISE) is not None)
     np.testing.assert_array_equal(make_guidance().init_state(NOISE).method, 0 * NOISE)
@@ -131,7 +133,7 @@ def count_calls(noisy, time, state):
 
 def test_every_branch_has_a_state_of_its_own():
     """Outside of the interval the first branch is evaluated alone, with a state that counts those steps."""
-    params = Guidance(scales={"text": 3.0}, interval=(0.3, 0.85)).get_params(TIMES)
+    params = Guidance(scales={"text": 3.0}, interval=(0.3, 0.85)).get_params(STEP_TIMES)
     branches = sequential(count_calls, lambda noisy, time, state: (jnp.cos(noisy) * time, state + 10))
     zero = jnp.zeros(())
     for conditional, expected in ((None, (5, 50, 0)), (count_calls, (3, 30, 2))):
@@ -143,8 +145,8 @@ def test_every_branch_has_a_state_of_its_own():
 
 
 def test_batched_branches_share_a_state():
-    together = apply_guidance(batched(count_calls, 2), Guidance(scales={"text": 3.0}).get_params(TIMES))
-    apart = apply_guidance(sequential(count_calls, count_calls), Guidance(scales={"text": 3.0}).get_params(TIMES))
+    together = apply_guidance(batched(count_calls, 2), Guidance(scales={"text": 3.0}).get_params(STEP_TIMES))
+    apart = apply_guidance(sequential(count_calls, count_calls), Guidance(scales={"text": 3.0}).get_params(STEP_TIMES))
     zero = jnp.zeros(())
     result, state = together(NOISE, TIMES[1], GuidanceState(branches=zero))
     expected, _ = apart(NOISE, TIMES[1], GuidanceState(branches=(zero, zero)))

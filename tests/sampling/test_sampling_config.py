@@ -48,10 +48,15 @@ def test_a_mapping_has_the_scales_of_all_conditions_and_a_number_that_of_the_pro
     assert own.guidance != dataclasses.replace(own.guidance, scales={"motion": 3.0, "text": 5.0})  # another order
 
 
-@pytest.mark.parametrize("value", ["3", True, (1.0, 2.0, 3.0), (), ("4", "3"), None])
+@pytest.mark.parametrize("value", ["3", True, (1.0, 2.0, 3.0), (), ("4", "3"), None, {"text": "3"}])
 def test_guidance_that_is_no_number_is_refused(value):
     with pytest.raises(UserError, match=r"guidance scales=.* are invalid: each must be a finite number .* or a pair"):
         make_guidance(value)
+
+
+def test_scales_without_names_are_refused():
+    with pytest.raises(UserError, match=r'guidance scales=5\.0 are invalid: they need the names .* Use {"text": 5}'):
+        Guidance(scales=5.0)
 
 
 @pytest.mark.parametrize(
