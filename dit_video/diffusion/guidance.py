@@ -15,13 +15,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
-from dit_video.diffusion.guidance_methods import (
-    ClassifierFreeGuidance,
-    GuidanceInputs,
-    GuidanceMethod,
-    MeanFn,
-    ZeroStarGuidance,
-)
+from dit_video.diffusion.guidance_methods import ClassifierFreeGuidance, GuidanceInputs, GuidanceMethod, MeanFn
 from dit_video.diffusion.objective import DenoiseFn, Prediction, Velocity
 from dit_video.diffusion.processes import Process, Times, Values
 
@@ -313,12 +307,12 @@ def apply_guidance(
       prediction: The kind of the model's prediction.
 
     Raises:
-      UserError: If the prediction for CFG-Zero* is not a velocity; the returned function raises it if projected
-        guidance has no process, or a method with momentum no state.
+      UserError: If the method has a prediction of zero in the first steps, and it is not a velocity. The returned
+        function raises it if projected guidance has no process, or momentum no state.
     """
     if params.zero_above is not None and not isinstance(prediction, Velocity):
-        rule = "a model's prediction must be a velocity, which can be zero. Use another method."
-        raise UserError(f"method={ZeroStarGuidance()} is invalid for {type(prediction).__name__}: {rule}")
+        rule = "the prediction of the first steps is zero, as a velocity can be. Use another method."
+        raise UserError(f"the method of guidance is invalid for {type(prediction).__name__}: {rule}")
 
     def combine(noisy, time, state, is_inside=None):
         """Return the guided values, or the first branch's where `is_inside` is False, and its whole prediction."""

@@ -258,7 +258,7 @@ def _plan_sampler(
         return init_state(sampling, model.process.scale_initial_noise(tokens), steps=sampling.steps)
 
     own_times = np.asarray(sampling.time_schedule(model.process, sampling.steps).times)
-    strength = guidance.get_params(own_times)
+    strength = guidance.get_params(own_times, branch_count=guidance.branch_count)
     room = compute_program_steps(sampling.steps)
     times: Any = jax.ShapeDtypeStruct((room + 1,), jnp.float32)
     arguments = ProgramArguments(

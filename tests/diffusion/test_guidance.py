@@ -99,7 +99,15 @@ def test_image_and_text_have_separate_scales():
     ],
 )
 def test_only_needed_branches_are_counted(guidance, branches):
-    assert guidance.branch_count == branches
+    assert guidance.branch_count == branches == len(guidance.dropped) + 1
+
+
+def test_an_expert_has_the_branches_that_its_own_scales_need():
+    guidance = Guidance(scales={"text": (3.0, 2.0), "motion": (2.0, 1.0), "image": 1.0})
+    assert (guidance.branch_count, guidance.dropped) == (3, ("text", "motion"))
+    scales = [guidance.get_params(TIMES, expert=expert).scales for expert in (0, 1)]
+    assert scales == [(3.0, 2.0), (2.0,)]
+    assert guidance.get_params(TIMES, expert=1, branch_count=3).scales == (2.0, 1.0)  # in rows that hold all
 
 
 def test_all_branches_are_computed_in_one_evaluation():

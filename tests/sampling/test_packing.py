@@ -146,16 +146,25 @@ def test_diverged_weights_are_reported_with_the_step():
 CONDITIONED = replace(DIT, cond_channels=3)
 
 
+def make_conditioned(**experts):
+    """Return a denoiser with random weights, whose rows have conditioning latents."""
+    params = {name: make_random_params(CONDITIONED.make, seed) for name, seed in (experts or {"backbone": 0}).items()}
+    return DENOISER._replace(
+        backbone=get_graph_def(CONDITIONED.make),
+        params=params | {"text": DENOISER.params["text"]},
+        boundary=0.5 if experts else None,
+    )
+
+
+LATENTS = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+KNOWN = Field(name="cond_latents", alignment="grid", shape=(3,))
+IMAGED = SamplingRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), SamplingPlan({KNOWN: LATENTS}))
+
+
 @pytest.mark.slow
 def test_the_image_has_its_own_guidance_scale():
-    denoiser = DENOISER._replace(
-        backbone=get_graph_def(CONDITIONED.make),
-        params={"backbone": make_random_params(CONDITIONED.make), "text": DENOISER.params["text"]},
-    )
-    latents = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    field = Field(name="cond_latents", alignment="grid", shape=(3,))
-    request = SamplingRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), SamplingPlan({field: latents}))
-    blind = request._replace(plan=SamplingPlan({field: np.zeros_like(latents)}))
+    denoiser, request = make_conditioned(), IMAGED
+    blind = request._replace(plan=SamplingPlan({KNOWN: np.zeros_like(LATENTS)}))
 
     def one_step(request, guidance):
         return sample_requests([request], Sampling(steps=1, guidance=guidance), denoiser=denoiser)[0]
@@ -168,6 +177,18 @@ def test_the_image_has_its_own_guidance_scale():
     assert np.abs(result - one_step(request, text)).max() > 1e-2
     with pytest.raises(UserError, match="guidance of image is invalid: the model has no such condition"):
         sample_requests([SMALL], Sampling(guidance=Guidance(scales={"text": 2.0, "image": 2.0})))
+
+
+@pytest.mark.slow
+def test_an_expert_without_a_scale_of_the_image_has_the_same_result_in_rows_with_all_branches():
+    denoiser, guidance = make_conditioned(backbone=0, low_noise=1), {"text": (3.0, 2.0), "image": (2.0, 1.0)}
+    sampling = Sampling(steps=4, guidance=Guidance(scales=guidance))
+    large = replace(SHAPE, tokens=3 * SHAPE.tokens, text=3 * SHAPE.text, segments=3)
+    inside = sample_requests([IMAGED], sampling, denoiser=denoiser, shape=large)
+    apart = sample_requests([IMAGED], replace(sampling, branch_evaluation="apart"), denoiser=denoiser)
+    np.testing.assert_allclose(inside[0], apart[0], atol=5e-5)
+    other = replace(sampling, guidance=Guidance(scales=guidance | {"image": 2.0}))
+    assert np.abs(sample_requests([IMAGED], other, denoiser=denoiser)[0] - apart[0]).max() > 1e-3
 
 
 def test_each_branch_of_guidance_lacks_one_condition_more():
