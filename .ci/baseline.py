@@ -180,10 +180,12 @@ def list_samples(folder: Path) -> Entries:
         "resampling": lambda p, **o: p.generate(PROMPT, size=size, image=first, resample=2, **o),
     } | {name: functools.partial(run, task=task) for name, task in others.items()}
     guidance = {
-        "rescaled in an interval": Guidance(scale=4.0, rescale=0.7, interval=(0.2, 0.9)),
-        "projected": Guidance(scale=4.0, projection=AdaptiveProjectedGuidance(max_rms=0.5, momentum=-0.5)),
-        "zero star": Guidance(scale=4.0, zero_star=ZeroStarGuidance()),
-        "skipped layers": Guidance(scale=2.0, skip_layers=SkipLayerGuidance(layers=(1,), start=0.1, stop=0.9)),
+        "rescaled in an interval": Guidance(scales={"text": 4.0}, rescale=0.7, interval=(0.2, 0.9)),
+        "projected": Guidance(scales={"text": 4.0}, method=AdaptiveProjectedGuidance(max_rms=0.5, momentum=-0.5)),
+        "zero star": Guidance(scales={"text": 4.0}, method=ZeroStarGuidance()),
+        "skipped layers": Guidance(
+            scales={"text": 2.0}, skip_layers=SkipLayerGuidance(layers=(1,), start=0.1, stop=0.9)
+        ),
     }
     calls = {f"task: {name}": functools.partial(task, steps=4) for name, task in tasks.items()}
     generate = functools.partial(tasks["text to video"], steps=5)

@@ -1,37 +1,62 @@
 """Options of sampling that the commands share that sample a trained model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
-from dit_video.diffusion import AdaptiveProjectedGuidance, SkipLayerGuidance, ZeroStarGuidance
+from dit_video.core.errors import UserError
+from dit_video.diffusion import (
+    TEXT,
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    SkipLayerGuidance,
+    ZeroStarGuidance,
+)
+from dit_video.diffusion.guidance import Scale
 from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.preparation import check_sampling
+from dit_video.sampling.sampling_config import make_guidance
 
 
-def parse_guidance(texts: Sequence[str]) -> float | tuple[float, float]:
-    """Parse one scale of guidance, or two for two experts.
+def parse_guidance(texts: Sequence[str]) -> Scale | dict[str, Scale]:
+    """Parse the prompt's scale of guidance, or two for two experts; or scales of conditions, such as `motion=3`.
 
     Raises:
-      ValueError: If there are more, or they are no numbers.
+      ValueError: If there are more numbers, or they are none.
     """
+    if any("=" in text for text in texts):
+        pairs = (text.partition("=") for text in texts)
+        return {name: _parse_scale(value.split(",")) for name, _, value in pairs}
+    return _parse_scale(texts)
+
+
+def _parse_scale(texts: Sequence[str]) -> Scale:
     numbers = tuple(map(float, texts))
-    if len(numbers) > 2:  # which tyro lets pass
-        raise ValueError("more than two numbers")
+    if len(numbers) not in (1, 2):  # which tyro lets pass
+        raise ValueError("more than two numbers" if numbers else "no number")
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
+def format_scales(scales: Mapping[str, Scale]) -> list[str]:
+    """Return scales of guidance as the words that `parse_guidance` reads."""
+    values = {name: np.atleast_1d(scale).tolist() for name, scale in scales.items()}
+    if list(values) == [TEXT]:
+        return list(map(str, values[TEXT]))
+    return [f"{name}={','.join(map(str, each))}" for name, each in values.items()]
+
+
 GUIDANCE_SPEC = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=(1, 2),
-    metavar="FLOAT [FLOAT]",
+    nargs="*",
+    metavar="FLOAT [FLOAT] | NAME=FLOAT[,FLOAT] …",
     instance_from_str=parse_guidance,
-    is_instance=lambda value: value is None or isinstance(value, float | int | tuple),
-    str_from_instance=lambda value: [str(each) for each in (value if isinstance(value, tuple) else (value,))],
+    is_instance=lambda value: value is None or isinstance(value, float | int | tuple | Mapping),
+    str_from_instance=lambda value: format_scales(value if isinstance(value, Mapping) else {TEXT: value}),
 )
-"""Rule for an option of one scale of guidance, or of two for two experts."""
+"""Rule for an option of the prompt's scale of guidance, of two for two experts, or of scales of several conditions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +65,9 @@ class SamplingOptions:
 
     steps: int | None = None
     """Number of sampling steps; the model's own by default."""
-    guidance: Annotated[float | tuple[float, float] | None, GUIDANCE_SPEC] = None
-    """Guidance scale, where 1 disables guidance, or one for each of two experts, noisy times first; the model's own by
-    default."""
+    guidance: Annotated[Scale | dict[str, Scale] | None, GUIDANCE_SPEC] = None
+    """Guidance scale, where 1 disables guidance, or one for each of two experts, noisy times first; or scales of
+    conditions by their names, such as text=5 image=2; the model's own by default."""
     solver: str | None = None
     """Name of the solver, such as euler, heun, unipc, dpm++2m or ddim; the model's own by default."""
     shift: float | None = None
@@ -64,22 +89,24 @@ class SamplingOptions:
         """Return the sampling of a model with these options.
 
         Raises:
-          UserError: If a value is invalid, or the model cannot sample so.
+          UserError: If a value is invalid, two methods of guidance are asked for, or the model cannot sample so.
         """
+        if self.projected and self.zero_star:
+            raise UserError("zero_star is invalid with projected: both are methods of guidance. Use one of them.")
         own = config.sampling.guidance
         changes: dict[str, Any] = {"interval": self.interval, "rescale": self.rescale}
         changes = {name: value for name, value in changes.items() if value is not None}
-        if self.projected is not None:
-            changes["projection"] = AdaptiveProjectedGuidance() if self.projected else None
-        if self.zero_star is not None:
-            changes["zero_star"] = ZeroStarGuidance() if self.zero_star else None
+        methods = {AdaptiveProjectedGuidance: self.projected, ZeroStarGuidance: self.zero_star}
+        for method, is_used in methods.items():
+            if is_used or (is_used is False and isinstance(own.method, method)):
+                changes["method"] = method() if is_used else ClassifierFreeGuidance()
         if self.skip_layers:
             changes["skip_layers"] = SkipLayerGuidance(layers=self.skip_layers)
-        scale = own.scale if self.guidance is None else self.guidance
+        own = own if self.guidance is None else make_guidance(self.guidance, base=own)
         sampling = config.sampling.change(
             config.model.process,
             steps=self.steps,
-            guidance=replace(own, scale=scale, **changes),
+            guidance=replace(own, **changes),
             solver=self.solver,
             shift=self.shift,
             times=self.times,

@@ -28,7 +28,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a caller in another folder, such as a test
 
-from sampling_options import parse_guidance
+from sampling_options import GUIDANCE_SPEC, format_scales, parse_guidance
 
 from dit_video.apps.reports.run_report import write_autoencoder_report, write_models_report, write_run_report
 from dit_video.core import config_json
@@ -44,6 +44,7 @@ from dit_video.experiment import Experiment, Run, TrainModel, datasets
 from dit_video.experiment.config_file import load_experiment
 from dit_video.experiment.launch import open_run
 from dit_video.experiment.several_models import find_join, open_sampled_run
+from dit_video.sampling.sampling_config import make_guidance
 from dit_video.training import goodput
 
 
@@ -208,7 +209,7 @@ def read_options(options: Any, experiment: Experiment) -> Experiment:
 def make_registry(experiment: Experiment) -> tyro.constructors.ConstructorRegistry | None:
     """Return rules for values that are a scalar or a record, which tyro would make positional arguments.
 
-    Guidance becomes an option of one scale or two, and a field of the backbone that is a name, such as that of the
+    Guidance becomes an option of its scales, and a field of the backbone that is a name, such as that of the
     attention's backend, one with all names. A config whose `Guidance` has other values, or whose field is a record, has
     an option for each of its fields.
     """
@@ -221,13 +222,16 @@ def make_registry(experiment: Experiment) -> tyro.constructors.ConstructorRegist
     @registry.primitive_rule
     def parse_value(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
         own = experiment.sampling.guidance
-        if info.type is Guidance and own == Guidance(scale=own.scale):
-            return tyro.constructors.PrimitiveConstructorSpec(
-                nargs=(1, 2),
-                metavar="FLOAT [FLOAT]",
-                instance_from_str=lambda texts: Guidance(scale=parse_guidance(texts)),
+        if info.type == get_type_hints(Guidance)["scales"]:
+            return dataclasses.replace(
+                GUIDANCE_SPEC, instance_from_str=lambda texts: make_guidance(parse_guidance(texts)).scales
+            )
+        if info.type is Guidance and own == Guidance(scales=own.scales):
+            return dataclasses.replace(
+                GUIDANCE_SPEC,
+                instance_from_str=lambda texts: make_guidance(parse_guidance(texts), base=own),
                 is_instance=lambda value: isinstance(value, Guidance),
-                str_from_instance=lambda value: [str(scale) for scale in value.scales],
+                str_from_instance=lambda value: format_scales(value.scales),
             )
         names = tuple(name for member in get_args(info.type) for name in get_args(member))
         if names and info.type in named:  # a literal or a record

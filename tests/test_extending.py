@@ -33,6 +33,7 @@ from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import TrainingKeys
 from dit_video.nn import LoraConfig, get_graph_def
 from dit_video.nn.attention import CausalFrames, Full
+from dit_video.sampling import program
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.tokens import CanvasShape, Grid
 from dit_video.training.hooks.logging import read_metrics
@@ -169,8 +170,11 @@ def test_a_conditioning(add_package, tiny, tiny_run, tmp_path):
         sample_latents(conditioning={"camera": [1]})
 
 
-def test_a_conditioning_on_a_column_of_the_data_set(add_package, tiny, tiny_run, tmp_path):
-    """Motion vectors of a column are in the rows of cached latents and of clips that are encoded online."""
+def test_a_conditioning_on_a_column_of_the_data_set(add_package, tiny, tiny_run, tmp_path, monkeypatch):
+    """Motion vectors of a column are in the rows of cached latents and of clips that are encoded online.
+
+    Guidance has a scale for them beside that of the prompt, for three evaluations of the model a step.
+    """
     motion = add_package("their_motion", "motion_vectors").MotionVectors(dropout=0.5)
     folder = shutil.copytree((tiny_run / "data").resolve(), tmp_path / "data")
     infos = ClipSource(folder).infos
@@ -198,10 +202,65 @@ def test_a_conditioning_on_a_column_of_the_data_set(add_package, tiny, tiny_run,
             generate_latents(pipeline, "a circle", conditioning={"motion": (x, 0)}, **options) for x in (0, 2)
         )
         assert np.abs(moving - still).max() > 0
+    check_scale_of_motion(pipeline, monkeypatch)
     write_column(folder, "motion_vectors", columns | {"motion_vectors": [[0.0] * 99 for _ in infos]})
     run = Run.open(tmp_path / "run_True")
     with pytest.raises(UserError, match="clips are missing"):
         run.stages[-1].open_inputs(run)
+
+
+def check_scale_of_motion(pipeline, monkeypatch):
+    """Compare guidance of the prompt and of motion with its formula, for one step from noise to data.
+
+    The weights are random, as two steps of training make little difference between conditions.
+    """
+    params = make_random_params(pipeline.config.model.backbone.make)
+    params = {"autoencoder": pipeline.codec.params, "denoiser": pipeline.denoiser_params | {"backbone": params}}
+    pipeline = Pipeline(pipeline.config, **params)
+    noise = np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float32)
+    evaluated, make_denoise = [], program.make_rows_denoise
+
+    def make_counted(*arguments):
+        denoise = make_denoise(*arguments)
+
+        def count(noisy, time, state):
+            jax.debug.callback(lambda: evaluated.append(1))
+            return denoise(noisy, time, state)
+
+        return count
+
+    def get_latents(scales, prompt="a circle", *, steps=1, **motion):
+        sampling = pipeline.make_sampling(guidance=scales, steps=steps, solver="euler")
+        request = Request(prompt, (9, 16, 32), noise=noise, conditioning=motion)
+        evaluated.clear()
+        apart = dataclasses.replace(sampling, branch_evaluation="apart")
+        (latents,) = pipeline.generate_latents([request], sampling=apart)
+        jax.effects_barrier()
+        together = pipeline.generate_latents([request], sampling=sampling)[0] if steps == 1 else latents
+        np.testing.assert_allclose(together, latents, atol=1e-4)
+        return latents
+
+    both, moving, named, neither = (
+        get_latents({}, prompt, **motion) for motion in ({"motion": (2, 0)}, {}) for prompt in ("a circle", "")
+    )
+    expected = {
+        ("text", "motion"): neither + 3 * (moving - neither) + 5 * (both - moving),
+        ("motion", "text"): neither + 5 * (named - neither) + 3 * (both - named),
+    }
+    scales = {"text": 5, "motion": 3}
+    for order, latents in expected.items():
+        result = get_latents({name: scales[name] for name in order}, motion=(2, 0))
+        np.testing.assert_allclose(result, latents, atol=1e-4)
+    assert np.abs(np.subtract(*expected.values())).max() > 1e-3
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "make_rows_denoise", make_counted)
+        program.make_program.cache_clear()
+        for own, count in ((scales, 3), ({"motion": 3}, 2), ({"text": 5, "motion": 1}, 2), ({"text": 1}, 1)):
+            get_latents(own, steps=2, motion=(2, 0))
+            assert len(evaluated) == 2 * count, own
+    program.make_program.cache_clear()
+    with pytest.raises(UserError, match=r"guidance of path is invalid: .* no such conditions, but text, motion\."):
+        get_latents({"path": 2})
 
 
 def test_an_optimizer_with_two_groups_of_rates(add_package, tiny, tiny_run, tmp_path, monkeypatch, script):

@@ -11,6 +11,7 @@ import pytest
 
 import dit_video
 from dit_video.apps.studio.forms import make_tabs
+from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Guidance, SkipLayerGuidance
 from dit_video.experiment import Experiment, JoinPipelines, LoraAdapters, Run, TrainModel
@@ -26,7 +27,8 @@ from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
-from dit_video.video import decode
+from dit_video.video import decode, read_recipe
+from support.compilations import count_compilations
 from support.extending import replace_backbone, shorten, train, train_by_script
 from support.latents import generate_latents
 from support.tiny import EXPERIMENT
@@ -61,6 +63,44 @@ def test_a_task(add_package, tiny_pipeline, script, tmp_path, monkeypatch):
     (tab,) = (tab for tab in make_tabs(tiny_pipeline.config) if tab.name == "shimmer")
     assert [field.kind for field in tab.fields] == ["image", "text", "number", "flag"]
     assert (tab.help, tab.fields[2].maximum) == ("An image that comes alive: it is the middle of the clip.", 10)
+
+
+def test_a_method_of_guidance(add_package, tiny_pipeline, tmp_path):
+    """It is in the config of a pipeline and in the recipe of a clip; other numbers of it compile nothing."""
+    theirs = add_package("their_guidance", "tangential_guidance")
+    size, noise = (9, 16, 32), np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float32)
+    options = {"size": size, "noise": noise, "steps": 1, "negative": "a square", "solver": "euler"}
+
+    def get_velocity(prompt="a red circle", **changes):
+        return noise - generate_latents(tiny_pipeline, prompt, **options, **changes)  # of one step from noise to data
+
+    c, u = get_velocity(guidance=1), get_velocity("a square", guidance=1)
+    _, _, (first, _) = np.linalg.svd(np.stack([u.ravel(), c.ravel()]), full_matrices=False)
+    kept = (u.ravel() @ first * first).reshape(u.shape)
+    results, compiled = [], []
+    for scale, damping in ((4.0, 1.0), (3.0, 0.5), (3.0, 0.0)):
+        guidance = Guidance(scales={"text": scale}, method=theirs.TangentialGuidance(damping=damping))
+        results.append(get_velocity(guidance=guidance))
+        compiled.append(count_compilations())
+        damped = u + damping * (kept - u)
+        np.testing.assert_allclose(results[-1], damped + scale * (c - damped), atol=2e-5)
+    assert compiled[0] == compiled[-1]
+    assert np.abs(results[0] - (u + 4 * (c - u))).max() > 1e-3
+
+    sampling = tiny_pipeline.make_sampling(guidance=guidance, steps=2)
+    assert config_json.from_json(json.loads(json.dumps(config_json.to_json(sampling)))) == sampling
+    clip = tiny_pipeline.generate("a red circle", size=size, steps=2, guidance=guidance)
+    clip.save(tmp_path / "clip.mp4")
+    assert config_json.from_json(read_recipe(tmp_path / "clip.mp4")["sampling"]) == sampling
+    own = Pipeline(
+        dataclasses.replace(tiny_pipeline.config, sampling=sampling),
+        autoencoder=tiny_pipeline.codec.params,
+        denoiser=tiny_pipeline.denoiser_params,
+    )
+    own.save(tmp_path / "model")
+    again = dit_video.load(tmp_path / "model")
+    assert again.config.sampling.guidance == guidance
+    np.testing.assert_array_equal(again.generate("a red circle", size=size).frames, clip.frames)
 
 
 def test_a_conditioner(add_package, tiny_pipeline):
@@ -179,7 +219,7 @@ def test_weights_of_8_bits(add_package, tmp_path):
     [
         ("euler", 1.0, "together", (12, 6, 1)),
         ("heun", 3.0, "apart", (46, 24, 4)),
-        ("euler", Guidance(scale=3.0, interval=(0.4, 0.95)), "together", (12, 7, 2)),
+        ("euler", Guidance(scales={"text": 3.0}, interval=(0.4, 0.95)), "together", (12, 7, 2)),
     ],
     ids=["one branch", "two evaluations of two branches", "an interval of guidance"],
 )
@@ -226,7 +266,9 @@ def test_self_conditioning(add_package, tiny, tiny_run, tmp_path):
         expected = sample_by_hand(pipe, request, sampling, keeps_estimate=True)
         np.testing.assert_allclose(result, expected, atol=1e-4)
         assert np.abs(result - sample_by_hand(pipe, request, sampling, keeps_estimate=False)).max() > 0.05
-    weaker = Guidance(scale=2.0, skip_layers=SkipLayerGuidance(layers=(0,), stop=1.0))  # a model without estimates
+    weaker = Guidance(
+        scales={"text": 2.0}, skip_layers=SkipLayerGuidance(layers=(0,), stop=1.0)
+    )  # a model without estimates
     (guided,) = pipe.generate_latents(requests[:1], sampling=pipe.make_sampling(steps=4, guidance=weaker))
     assert np.isfinite(guided).all()
     assert np.abs(guided - results[0]).max() > 0.05

@@ -4,9 +4,11 @@ A config is written as an object whose key `type` holds the class's qualified na
 class may move inside its package. The config is rebuilt by that name, but only if the class belongs to `dit_video` or
 is registered (see `registry`), so a config file can never run foreign code. Files that other processes read are written
 by `to_portable_json`, which refuses classes that those could not import. Tuples are written as lists and come back
-as tuples (a config holds no lists), or as the NamedTuple that the field is annotated with.
+as tuples (a config holds no lists), or as the NamedTuple that the field is annotated with. A class whose fields have
+changed may read those of before: its class method `upgrade_json(fields)` returns fields that it has.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -81,6 +83,8 @@ def from_json(value: Any) -> Any:
         return {name: from_json(item) for name, item in value.items()}
     cls = _resolve_class(value["type"])
     items = {name: from_json(item) for name, item in value.items() if name != "type"}
+    if (upgrade := getattr(cls, "upgrade_json", None)) is not None:
+        items = upgrade(items)
     fields = {field.name: (field.default, field.default_factory) for field in dataclasses.fields(cls)}
     if unknown := sorted(items.keys() - fields.keys()):
         raise UserError(f"{cls.__qualname__} has no field {', '.join(unknown)}; use the version that wrote this config")
@@ -94,6 +98,16 @@ def from_json(value: Any) -> Any:
             kind = getattr(hints[name], "__name__", None) or str(hints[name])
             raise UserError(f"{name}={item!r} of {cls.__qualname__} is invalid: it must be of type {kind}")
     return cls(**values)
+
+
+def rewrite(value: Any) -> Any:
+    """Return a JSON value with all configs in it as this version writes them; what it can't read stays as it is."""
+    if isinstance(value, dict) and "type" in value:
+        with contextlib.suppress(UserError):
+            return to_json(from_json(value))
+    if isinstance(value, dict):
+        return {name: rewrite(item) for name, item in value.items()}
+    return [rewrite(item) for item in value] if isinstance(value, list) else value
 
 
 class Change(NamedTuple):

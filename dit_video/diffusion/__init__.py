@@ -16,17 +16,23 @@ from dit_video.diffusion.distillation import (
     step_along_flow,
 )
 from dit_video.diffusion.guidance import (
-    AdaptiveProjectedGuidance,
+    TEXT,
     Branches,
     Guidance,
     GuidanceState,
     SkipLayerGuidance,
-    ZeroStarGuidance,
     alone,
     apply_classifier_free_guidance,
     apply_guidance,
     batched,
     sequential,
+)
+from dit_video.diffusion.guidance_methods import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    GuidanceInputs,
+    GuidanceMethod,
+    ZeroStarGuidance,
 )
 from dit_video.diffusion.learned_variance import LearnedVariance
 from dit_video.diffusion.likelihood import (

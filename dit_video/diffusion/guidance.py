@@ -1,8 +1,11 @@
-"""Guidance: how the estimates of several conditionings are combined into one."""
+"""Guidance: how strongly each condition of a model is followed, and the predictions that this takes."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import numbers
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -10,70 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
+from dit_video.diffusion.guidance_methods import ClassifierFreeGuidance, GuidanceInputs, GuidanceMethod, MeanFn
 from dit_video.diffusion.objective import DenoiseFn, Prediction, Velocity
-from dit_video.diffusion.processes import MIN_ALPHA, Process, Times, Values
+from dit_video.diffusion.processes import Process, Times, Values
 
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptiveProjectedGuidance:
-    """Adaptive projected guidance: steps lose their part parallel to the predicted data (arXiv 2410.02416).
-
-    The parallel part causes saturation. With `momentum`, each step is a running sum over sampling steps of the
-    differences between predictions of the data. The `GuidanceState` holds this sum.
-
-    Raises:
-      UserError: If `parallel_weight` is not finite, `max_rms` is not positive, or `momentum` is not between -1 and 1.
-    """
-
-    parallel_weight: float = 0.0
-    """Factor of the parallel part, eta in the paper; 1 keeps all of it."""
-    max_rms: float | None = None
-    """Largest root mean square of a step over a sample, in units of the data; longer steps are shortened. The paper's r
-    is this times the square root of the number of values: its 15 for latents of 4 × 128 × 128 is 0.06."""
-    momentum: float = 0.0
-    """Factor of the sum of earlier steps that is added to each step, beta in the paper; a negative factor (such as
-    -0.5) removes their common part."""
-
-    def __post_init__(self):
-        if not math.isfinite(self.parallel_weight):
-            raise UserError(f"parallel_weight={self.parallel_weight} is invalid: it must be finite. Use 0 to drop it.")
-        if self.max_rms is not None and not 0 < self.max_rms < math.inf:
-            raise UserError(f"max_rms={self.max_rms} is invalid: it must be positive. Use None for no limit.")
-        if not -1 < self.momentum < 1:
-            raise UserError(f"momentum={self.momentum} is invalid: it must lie between -1 and 1. Use 0 for none.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroStarGuidance:
-    r"""CFG-Zero*: an unconditional prediction of the best length, and first steps that change nothing.
-
-    Guidance replaces the unconditional prediction $u$ by $s^\star u$. In each sample,
-    $s^\star = \langle c, u \rangle / \lVert u \rVert^2$ brings it as close as possible to the conditional prediction
-    $c$ (arXiv 2503.18886, section 4.1). The velocity of the first steps is zero, because a model's velocity is less
-    accurate there than none (section 4.2). This is for models that predict velocities.
-
-    Raises:
-      UserError: If `zero_steps` is negative.
-    """
-
-    zero_steps: int = 1
-    """Number of first steps, from pure noise on, whose velocity is zero; the paper sets it to 4 % of the steps."""
-
-    def __post_init__(self):
-        check_at_least(0, zero_steps=self.zero_steps)
-
-    def get_zero_above(self, times: Float[np.ndarray, " n"]) -> Float32[np.ndarray, ""]:
-        """Return the time above which the velocity is zero, given the times of all steps from noise to data.
-
-        Raises:
-          UserError: If no step is left after those with zero velocity.
-        """
-        if self.zero_steps >= len(times) - 1:
-            rule = f"it must be below the number of steps, {len(times) - 1}. Use a smaller one, or more steps."
-            raise UserError(f"zero_steps={self.zero_steps} is invalid: {rule}")
-        return _to_float32(times[self.zero_steps])
+TEXT = "text"
+"""Name of the prompt among the conditions that guidance has a scale for."""
+Scale = float | tuple[float, float]
+"""Scale of a condition, or one for each of two experts, noisy times first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +86,14 @@ class SkipParams(NamedTuple):
 class GuidanceParams(NamedTuple):
     """The numbers of guidance that a compiled program takes as arguments; None for options that are off."""
 
-    scale: Float[AnyArray, ""]
-    image_scale: Float[AnyArray, ""] | None = None
+    scales: tuple[Float[AnyArray, ""], ...] = ()
+    """Scale of each condition; the first prediction is used as it is if there are none."""
+    combine: jax.tree_util.Partial = jax.tree_util.Partial(ClassifierFreeGuidance.combine, params={})
+    """The method's function of `GuidanceInputs` and a state, with its numbers."""
     interval: tuple[Float[AnyArray, ""], Float[AnyArray, ""]] | None = None
     rescale: Float[AnyArray, ""] | None = None
-    parallel_weight: Float[AnyArray, ""] | None = None
-    max_rms: Float[AnyArray, ""] | None = None
-    momentum: Float[AnyArray, ""] | None = None
     zero_above: Float[AnyArray, ""] | None = None
-    """Time above which a velocity is zero; if set, the unconditional one is also scaled (see `ZeroStarGuidance`)."""
+    """Time above which the prediction is zero."""
     skip: SkipParams | None = None
 
 
@@ -154,95 +102,129 @@ class Guidance:
     """Configuration of guidance: how strongly conditions are followed, at the cost of variety.
 
     Raises:
-      UserError: If a scale is negative, `interval` is not an interval in [0, 1], or `rescale` lies outside [0, 1].
+      UserError: If a scale is no finite number from 0 on, the method does not combine as many predictions,
+        `interval` is not an interval in [0, 1], or `rescale` lies outside [0, 1].
     """
 
-    scale: float | tuple[float, float] = 2.0
-    """Scale of the prompt; 1 is no guidance. A pair holds the scales of two experts, noisy times first."""
-    image_scale: float | None = None
-    """Scale of the conditions besides the prompt; None is 1, the model's own prediction, and needs no third branch."""
+    scales: Mapping[str, Scale] = field(default_factory=lambda: {TEXT: 2.0}, hash=False)
+    """Scale of each condition by its name; 1 is no guidance. `text` is the prompt, whose place the negative prompt
+    takes, `image` the known frames, and another conditioning has the name of its field. Conditions are dropped in the
+    order given: the first scale is of the difference between predictions with all conditions and without the first,
+    the second of that between the latter and one without the first two."""
+    method: GuidanceMethod = ClassifierFreeGuidance()
+    """Way in which the predictions are combined."""
     interval: tuple[float, float] | None = None
     """First and last time of guidance, both included; None for all times (arXiv 2404.07724)."""
     rescale: float = 0.0
     """Interpolation weight, from 0 to 1, between the guided prediction and a rescaled one. The latter has the standard
     deviation of the conditional prediction, which large scales exceed (phi in arXiv 2305.08891, section 3.4)."""
-    projection: AdaptiveProjectedGuidance | None = None
-    """Adaptive projected guidance; None for none."""
-    zero_star: ZeroStarGuidance | None = None
-    """CFG-Zero*; None for none."""
     skip_layers: SkipLayerGuidance | None = None
     """Skip-layer guidance, which needs no scale above 1; None for none."""
 
     def __post_init__(self):
-        scales = [*self.scales, *([] if self.image_scale is None else [self.image_scale])]
-        if not all(0 <= scale < math.inf for scale in scales):
-            raise UserError(
-                f"guidance scales {', '.join(map(str, scales))} are invalid: each must be finite and not negative. "
-                "Use 1 for no guidance."
-            )
+        object.__setattr__(self, "scales", _read_scales(self.scales))
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise UserError(f"interval={self.interval} is invalid: it needs two times in [0, 1]. Use two rising times.")
         if not 0 <= self.rescale <= 1:
             raise UserError(f"rescale={self.rescale} is invalid: it must lie in [0, 1]. Use 0 for no rescaling.")
-        if self.has_momentum and self.branch_count == 3:
-            raise UserError(
-                "momentum and image_scale are exclusive: momentum applies to the prompt's guidance alone. Use "
-                "image_scale=1 or momentum=0."
-            )
-        if self.zero_star is not None and (self.projection is not None or self.branch_count == 3):
-            raise UserError(
-                "zero_star is exclusive with projection and image_scale: it changes the unconditional prediction. Use "
-                "zero_star=None, or leave these out."
-            )
+        self.method.check(self.branch_count)
+
+    @classmethod
+    def upgrade_json(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return fields in the place of those that were written when the prompt's `scale` was a field."""
+        if "scale" not in fields:
+            return fields
+        image, projection, zero_star = (fields.pop(name, None) for name in ("image_scale", "projection", "zero_star"))
+        scales = {TEXT: fields.pop("scale")} | ({} if image is None else {"image": image})
+        method = projection or zero_star
+        return fields | {"scales": scales} | ({} if method is None else {"method": method})
 
     @property
-    def scales(self) -> tuple[float, ...]:
-        """Return the scale, or one for each of two experts."""
-        return self.scale if isinstance(self.scale, tuple) else (self.scale,)
-
-    @property
-    def has_momentum(self) -> bool:
-        """Return True if a sampling step depends on earlier ones; see `GuidanceState`."""
-        return self.projection is not None and self.projection.momentum != 0 and self.branch_count > 1
+    def expert_count(self) -> int:
+        """Return 2 if a condition has a scale for each of two experts, or else 1."""
+        return 2 if any(isinstance(scale, tuple) for scale in self.scales.values()) else 1
 
     @property
     def branch_count(self) -> int:
-        """Return the number of predictions per noisy value; a scale of 1 needs only one."""
-        if self.image_scale not in (None, 1.0):
-            return 3
-        return 1 if set(self.scales) == {1.0} else 2
+        """Return the number of predictions per noisy value."""
+        return max(map(self.count_branches, range(self.expert_count)))
 
     @property
-    def is_active(self) -> bool:
-        """Return True if predictions are changed at all."""
-        return self.branch_count > 1 or self.zero_star is not None or self.skip_layers is not None
+    def dropped(self) -> tuple[str, ...]:
+        """Return the names of the conditions that predictions lack, each prediction one more than that before."""
+        return tuple(self.scales)[: self.branch_count - 1]
 
-    def get_params(self, expert: int = 0, *, times: Float[np.ndarray, " n"] | None = None) -> GuidanceParams:
-        """Return the parameters of one expert.
+    @property
+    def has_state(self) -> bool:
+        """Return True if a sampling step depends on earlier ones."""
+        noisy = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
+        return self.branch_count > 1 and jax.eval_shape(self.method.init_state, noisy) is not None
+
+    def count_branches(self, expert: int) -> int:
+        """Return the number of predictions of an expert: last conditions whose scale is 1 need none."""
+        needed = [number for number, name in enumerate(self.scales, 2) if self.get_scale(name, expert) != 1]
+        return max(needed, default=1)
+
+    def get_scale(self, name: str, expert: int = 0) -> float:
+        """Return the scale of a condition for an expert; 1 if it has none."""
+        scale = self.scales.get(name, 1.0)
+        return scale[min(expert, len(scale) - 1)] if isinstance(scale, tuple) else scale
+
+    def init_state(self, noisy: Values) -> "GuidanceState | None":
+        """Return the state of a `denoise` with this guidance before the first step; None if it has none."""
+        state = self.method.init_state(noisy) if self.branch_count > 1 else None
+        return None if state is None else GuidanceState(method=state)
+
+    def get_params(
+        self, times: Float[np.ndarray, " n"], *, expert: int = 0, branch_count: int | None = None
+    ) -> GuidanceParams | None:
+        """Return the parameters of one expert; None if its first prediction is used as it is.
 
         Args:
+          times: Times of all steps, from noise to data.
           expert: Number of the expert.
-          times: Times of all steps, from noise to data; `zero_star` and `skip_layers` need them.
+          branch_count: Number of predictions that are combined; by default those that the expert needs.
 
         Raises:
-          UserError: If `zero_star` leaves no steps.
+          UserError: If the method leaves no steps.
         """
-        scale = self.scales[min(expert, len(self.scales) - 1)]
-        optional = {
-            "image_scale": self.image_scale if self.branch_count == 3 else None,
-            "rescale": self.rescale or None,
-            "parallel_weight": None if self.projection is None else self.projection.parallel_weight,
-            "max_rms": None if self.projection is None else self.projection.max_rms,
-            "momentum": self.projection.momentum if self.projection is not None and self.has_momentum else None,
+        count = self.count_branches(expert) if branch_count is None else branch_count
+        zero_above = self.method.get_zero_above(times)
+        skip = None if self.skip_layers is None else self.skip_layers.get_params(times)
+        if count == 1 and zero_above is None and skip is None:
+            return None
+        params = {
+            name: None if value is None else _to_float32(value) for name, value in self.method.get_params().items()
         }
-        interval = None if self.interval is None else (_to_float32(self.interval[0]), _to_float32(self.interval[1]))
-        numbers: Any = {name: None if value is None else _to_float32(value) for name, value in optional.items()}
-        zero_above = skip = None
-        if self.zero_star is not None or self.skip_layers is not None:
-            assert times is not None
-            zero_above = None if self.zero_star is None else self.zero_star.get_zero_above(times)
-            skip = None if self.skip_layers is None else self.skip_layers.get_params(times)
-        return GuidanceParams(_to_float32(scale), interval=interval, zero_above=zero_above, skip=skip, **numbers)
+        return GuidanceParams(
+            scales=tuple(_to_float32(self.get_scale(name, expert)) for name in tuple(self.scales)[: count - 1]),
+            combine=jax.tree_util.Partial(type(self.method).combine, params=params),
+            interval=None if self.interval is None else (_to_float32(self.interval[0]), _to_float32(self.interval[1])),
+            rescale=_to_float32(self.rescale) if self.rescale else None,
+            zero_above=None if zero_above is None else _to_float32(zero_above),
+            skip=skip,
+        )
+
+
+def _read_scales(scales: Any) -> OrderedDict[str, Scale]:
+    """Return scales in a mapping that equals another one only if the order is the same."""
+    if not isinstance(scales, Mapping):
+        raise UserError(
+            f'guidance scales={scales!r} are invalid: they need the names of conditions. Use {{"text": 5}}.'
+        )
+    read: OrderedDict[str, Scale] = OrderedDict()
+    for name, value in scales.items():
+        values = tuple(value) if isinstance(value, tuple | list) else (value,)
+        if len(values) not in (1, 2) or not all(_is_number(each) and 0 <= each < math.inf for each in values):
+            rule = "each must be a finite number from 0 on, or a pair of them for two experts"
+            raise UserError(f"guidance scales={dict(scales)} are invalid: {rule}. Use 1 for no guidance.")
+        first, *others = map(float, values)
+        read[name] = (first, others[0]) if others else first
+    return read
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _to_float32(value: float | np.floating) -> Float32[np.ndarray, ""]:
@@ -251,17 +233,14 @@ def _to_float32(value: float | np.floating) -> Float32[np.ndarray, ""]:
 
 Branches = Callable[[Values, Times, Any], tuple[Sequence[Values], Any]]
 """The function `branches(noisy, time, state) -> (predictions, state)`, a `DenoiseFn` with several predictions: with all
-conditions, without the prompt and (the third, if any) without any condition."""
-
-MeanFn = Callable[[Values], Float[Array, "*means"]]
-"""A function that averages each sample's own values, in a shape that broadcasts against them."""
+conditions, and then without one more each."""
 
 
 class GuidanceState(NamedTuple):
     """The state of a `denoise` with guidance, which the sampler carries from step to step."""
 
-    momentum: Values | None = None
-    """Running sum of guidance steps, in the sample's shape, initially zero; None without momentum."""
+    method: Any = None
+    """State of the method, such as momentum; None if it has none."""
     branches: Any = None
     """State of the branches, as `sequential` or `batched` takes it; None if they have none."""
 
@@ -270,7 +249,7 @@ def apply_classifier_free_guidance(
     conditional: DenoiseFn, unconditional: DenoiseFn, scale: Float[Array, ""] | float
 ) -> DenoiseFn:
     """Return `u + scale * (c - u)`, with branches evaluated one by one; scale 1 is the conditional model."""
-    return apply_guidance(sequential(conditional, unconditional), GuidanceParams(jnp.asarray(scale)))
+    return apply_guidance(sequential(conditional, unconditional), GuidanceParams((jnp.asarray(scale),)))
 
 
 def sequential(*branches: DenoiseFn) -> Branches:
@@ -334,41 +313,39 @@ def apply_guidance(
 ) -> DenoiseFn:
     """Return a `denoise` with guidance.
 
-    Its state is a `GuidanceState`; None suffices if guidance has no momentum and the branches have no state.
+    Its state is a `GuidanceState`; None suffices if neither the method nor the branches have one.
 
     Args:
-      branches: The predictions to combine.
+      branches: The predictions to combine, one more than there are scales, or one that is used as it is.
       params: The parameters of guidance.
       conditional: The first branch `alone`. If set, only this is evaluated outside the interval, and time must be a
         scalar. Otherwise all branches are evaluated at all times.
       skipped: The first branch without the layers that skip-layer guidance skips; time must then be a scalar.
       mean: Mean over each sample's own values.
-      process: The process, which projected guidance needs to compute the predicted data.
+      process: The process, which a method that computes the predicted data needs.
       prediction: The kind of the model's prediction.
 
     Raises:
-      UserError: If projected guidance has no process, the prediction for CFG-Zero* is not a velocity, or the returned
-        function has momentum and is called without momentum in its state.
+      UserError: If the method has a prediction of zero in the first steps, and it is not a velocity. The returned
+        function raises it if projected guidance has no process, or momentum no state.
     """
-    projection = None
-    if params.parallel_weight is not None:
-        if process is None:
-            raise UserError("process=None is invalid: projected guidance computes the predicted data. Use process=...")
-        projection = _Projection(process, prediction, mean, params.parallel_weight, params.max_rms, params.momentum)
-
     if params.zero_above is not None and not isinstance(prediction, Velocity):
-        rule = "a model's prediction must be a velocity, which can be zero. Use zero_star=None."
-        raise UserError(f"zero_star is invalid for {type(prediction).__name__}: {rule}")
+        rule = "the prediction of the first steps is zero, as a velocity can be. Use another method."
+        raise UserError(f"the method of guidance is invalid for {type(prediction).__name__}: {rule}")
 
     def combine(noisy, time, state, is_inside=None):
         """Return the guided values, or the first branch's where `is_inside` is False, and its whole prediction."""
         predictions, branch_state = branches(noisy, time, state.branches)
         values = [prediction.extract_values(predicted) for predicted in predictions]
-        guided, momentum = _combine(values, params, noisy, time, projection, mean, state.momentum)
+        guided, method_state = values[0], state.method
+        if len(values) > 1:
+            inputs = GuidanceInputs(values, params.scales, noisy, time, process, prediction, mean)
+            guided, method_state = params.combine(inputs, state=state.method)
         if is_inside is not None:
             guided = jnp.where(is_inside, guided, values[0])
-            momentum = None if momentum is None else jnp.where(is_inside, momentum, state.momentum)
-        return guided, predictions[0], state._replace(momentum=momentum, branches=branch_state)
+            keep = functools.partial(jnp.where, is_inside)
+            method_state = jax.tree.map(keep, method_state, state.method)
+        return guided, predictions[0], state._replace(method=method_state, branches=branch_state)
 
     def guide(noisy, time, state):
         """Return the guided values, the first branch's prediction, and the next state."""
@@ -401,11 +378,6 @@ def apply_guidance(
         return jnp.concatenate([guided, variance], axis=-1) if variance.size else guided, next_state
 
     def denoise(noisy, time, state):
-        if params.momentum is not None and (state is None or state.momentum is None):
-            raise UserError(
-                "a state without momentum is invalid: this guidance sums its steps. Use "
-                "state=GuidanceState(momentum=jnp.zeros_like(noise))."
-            )
         first_state = GuidanceState() if state is None else state
         if (zero_above := params.zero_above) is None:
             output, next_state = evaluate(noisy, time, first_state)
@@ -418,65 +390,6 @@ def apply_guidance(
         return output, None if state is None else next_state
 
     return denoise
-
-
-class _Projection(NamedTuple):
-    process: Process
-    prediction: Prediction
-    mean: MeanFn
-    parallel_weight: AnyArray
-    max_rms: AnyArray | None
-    momentum: AnyArray | None
-
-    def __call__(
-        self, step: Array, predicted: Array, noisy: Array, time: Array, momentum: Array | None
-    ) -> tuple[Array, Array | None]:
-        """Return the projected `step`, a difference of predictions, and the next momentum.
-
-        A difference of predictions is a multiple of the difference of the data, so they have the same direction. At
-        pure noise some predictions do not determine the data; the step is then used without momentum, and not kept.
-        """
-        if momentum is not None and self.momentum is not None:
-            determinant = self.prediction.determinant(self.process, time)
-            data_scale = jnp.where(jnp.abs(determinant) > MIN_ALPHA, self.process.sigma(time) / determinant, 0.0)
-            momentum = data_scale * step + jnp.asarray(self.momentum) * momentum
-            step = jnp.where(data_scale == 0, step, momentum / jnp.where(data_scale == 0, 1.0, data_scale))
-        x = noisy / self.process.input_scale(time)
-        data = Prediction.estimate(self.prediction, self.process, x, predicted, time).data  # of values alone
-        parallel = self.mean(step * data) / jnp.maximum(self.mean(data * data), 1e-12)
-        projected = step + (self.parallel_weight - 1) * parallel * data
-        if self.max_rms is None:
-            return projected, momentum
-        rms = self.prediction.data_error_scale(self.process, time) * jnp.sqrt(self.mean(step * step))
-        return jnp.minimum(1.0, self.max_rms / jnp.maximum(rms, 1e-12)) * projected, momentum
-
-
-def _combine(
-    predictions: Sequence[Array],
-    params: GuidanceParams,
-    noisy: Array,
-    time: Array,
-    projection: _Projection | None,
-    mean: MeanFn,
-    momentum: Array | None,
-) -> tuple[Array, Array | None]:
-    """Return the guided prediction and the next momentum."""
-    if len(predictions) == 1:
-        return predictions[0], momentum
-    c, u = predictions[:2]
-    if params.zero_above is not None:
-        norm = mean(u * u)
-        u = jnp.where(norm > 0, mean(c * u) / jnp.where(norm > 0, norm, 1.0), 0.0) * u
-    if projection is None:
-        guided = u + params.scale * (c - u)
-    else:
-        step, momentum = projection(c - u, c, noisy, time, momentum)
-        guided = c + (params.scale - 1) * step
-    if params.image_scale is not None:
-        step = u - predictions[2]
-        step = step if projection is None else projection(step, c, noisy, time, None)[0]
-        guided = guided + (params.image_scale - 1) * step
-    return guided, momentum
 
 
 def _is_inside(time: Times, interval: tuple[AnyArray, AnyArray]) -> Array:

@@ -271,7 +271,8 @@ def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], *, nam
     Raises:
       UserError: If the protocols differ; the message names the fields.
     """
-    if difference := config_json.describe_difference(dict(first), dict(second), "protocol"):
+    old, new = (config_json.rewrite(dict(each)) for each in (first, second))
+    if difference := config_json.describe_difference(old, new, "protocol"):
         raise UserError(
             f"{names[0]} and {names[1]} are not comparable: {difference} (there: {names[0]}). "
             "Evaluate both with one protocol"

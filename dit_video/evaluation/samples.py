@@ -106,7 +106,7 @@ class SampleFolder:
         if not is_first_process() and (replace_others or not self._is_shared):
             return  # the first process decides
         check_only_samples(self.folder)
-        written = read_json(path) if path.is_file() else None
+        written = config_json.rewrite(read_json(path)) if path.is_file() else None
         is_new = not self.folder.exists() or not any(self.folder.iterdir())
         difference = "" if is_new else _describe_difference(written, described)
         if difference and not replace_others:

@@ -13,7 +13,7 @@ import numpy as np
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.core.offload import Offload
-from dit_video.diffusion import Guidance
+from dit_video.diffusion import TEXT, Guidance
 from dit_video.distributed import Parallelism
 from dit_video.families.autoencoders import check_autoencoder_weights, load_placed_autoencoder
 from dit_video.families.denoiser_format import DenoiserFormat
@@ -132,7 +132,7 @@ def make_open_config(
         batch=1,
         sampling=Sampling(
             steps=steps,
-            guidance=Guidance(scale=guidance),
+            guidance=Guidance(scales={TEXT: guidance}),
             solver=schedule.solver,
             time_schedule=schedule.time_schedule,
         ),

@@ -241,8 +241,8 @@ def _plan_sampler(
     batched = sampling.branch_evaluation == "together"
     multiples = compute_row_multiples(mesh, guidance, is_batched=batched)
     count = multiples.round_up(rows, is_side_by_side=False)
-    texts, branch_count = {"": empty_caption}, guidance.branch_count
-    packer = Packer(requests, texts, model.backbone.patch, 1.0, branch_count, count, tuple(fields))
+    texts = {"": empty_caption}
+    packer = Packer(requests, texts, model.backbone.patch, 1.0, guidance.dropped, count, tuple(fields))
     members = [[index] for index in range(rows)]
     row_shape = model.row_shape.pad_tokens(mesh.shape["context"])
     batch = packer.make_batch(PackedRequests(row_shape, False, members), members)
@@ -251,7 +251,7 @@ def _plan_sampler(
     program = make_program(backbone, text, *kinds, None, batched, mesh)
 
     own_times = np.asarray(sampling.time_schedule(model.process, sampling.steps).times)
-    strength = guidance.get_params(0, times=own_times) if guidance.is_active else None
+    strength = guidance.get_params(own_times, branch_count=guidance.branch_count)
 
     def start(tokens: Array) -> Any:
         state = init_state(sampling, model.process.scale_initial_noise(tokens), steps=sampling.steps)

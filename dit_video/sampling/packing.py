@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Float32, Int32, UInt32
 from dit_video.core.errors import UserError
 from dit_video.core.rng import key
 from dit_video.core.typing import AnyArray
-from dit_video.diffusion import ClipSize, Guidance, Process, SampleTimes
+from dit_video.diffusion import TEXT, ClipSize, Guidance, Process, SampleTimes
 from dit_video.distributed import count_row_shards
 from dit_video.distributed.gather import to_host
 from dit_video.distributed.mesh import AnyMesh
-from dit_video.models.conditioning import COND_LATENTS
+from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS
 from dit_video.models.encoders import CaptionTokens
 from dit_video.sampling.denoiser import Denoiser
 from dit_video.sampling.plan import SamplingPlan, StepTransform
@@ -43,6 +43,8 @@ from dit_video.tokens import (
 
 START_LATENTS = "start_latents"
 """Name of the field of the latents that sampling starts from."""
+IMAGE = "image"
+"""Name of the known frames among the conditions of guidance: the fields of their latents and of their image tokens."""
 ClipLatents = Float32[np.ndarray, "_ _ _ c"]
 """Latents `t h w c` of one clip."""
 Members = Sequence[Sequence[int]]
@@ -70,24 +72,30 @@ class SamplingRequest(NamedTuple):
         """
         return compute_token_grid(Grid(*self.noise.shape[:3]), patch)
 
-    def branches(self, number: int) -> list[tuple[str, Mapping[Field, np.ndarray]]]:
+    def branches(self, dropped: Sequence[str]) -> list[tuple[str, Mapping[Field, np.ndarray]]]:
         """Return the prompt and the fields of each branch of guidance.
 
+        Args:
+          dropped: Names of the conditions that branches after the first lack, each one more than that before. What is
+            dropped is as in training: the negative prompt instead of the prompt, and zeros instead of other values.
+
         Raises:
-          UserError: If there are three branches, and the clip has no conditioning latents or has other conditioning.
+          UserError: If the clip has no condition of a name.
         """
-        fields = self.fields
-        if number < 3:
-            return [(self.prompt, fields), (self.negative, fields)][:number]
-        if {field.name for field in fields} - {START_LATENTS} != {COND_LATENTS}:
-            raise UserError(
-                "image_scale of guidance is invalid: it needs a model whose only conditioning besides the prompt is "
-                "conditioning latents. Use image_scale=None."
-            )
-        without = {
-            field: np.zeros_like(values) if field.name == COND_LATENTS else values for field, values in fields.items()
-        }
-        return [(self.prompt, fields), (self.negative, fields), (self.negative, without)]
+        prompt, fields = self.prompt, self.fields
+        branches = [(prompt, fields)]
+        for name in dropped:
+            own = {name, COND_LATENTS, IMAGE_TOKENS} if name == IMAGE else {name}
+            if name == TEXT:
+                prompt = self.negative
+            elif own.isdisjoint(field.name for field in fields):
+                raise UserError(f"guidance of {name} is invalid: the model has no such condition. Leave out its scale.")
+            else:
+                fields = {
+                    field: np.zeros_like(values) if field.name in own else values for field, values in fields.items()
+                }
+            branches.append((prompt, fields))
+        return branches
 
     @property
     def fields(self) -> Mapping[Field, np.ndarray]:
@@ -180,7 +188,7 @@ def embed_prompts(
     """Return the tokens of all prompts; raise UserError for guidance of two experts if the model has one."""
     guidance = sampling.guidance
     sampling.check_experts(len(denoiser.experts))
-    prompts = dict.fromkeys(prompt for request in requests for prompt, _ in request.branches(guidance.branch_count))
+    prompts = dict.fromkeys(prompt for request in requests for prompt, _ in request.branches(guidance.dropped))
     return denoiser.embed(prompts)
 
 
@@ -198,7 +206,7 @@ def plan_batches(
       UserError: If a size, a text or a plan does not fit.
     """
     guidance, patch, mesh = sampling.guidance, denoiser.patch, denoiser.mesh
-    conditions = [request.branches(guidance.branch_count) for request in requests]
+    conditions = [request.branches(guidance.dropped) for request in requests]
     sizes = [
         RequestSize(
             request.get_token_grid(patch),
@@ -233,7 +241,7 @@ def plan_batches(
                 texts,
                 patch=patch,
                 token_dt=denoiser.token_dt,
-                branch_count=guidance.branch_count,
+                dropped=guidance.dropped,
                 rows=batch_rows,
                 fields=tuple(fields),
                 token_lead=denoiser.token_lead,
@@ -333,9 +341,10 @@ def compute_row_multiples(mesh: AnyMesh | None, guidance: Guidance, *, is_batche
     if mesh is None:
         return RowMultiples()
     shards = count_row_shards(mesh)
-    is_alone = guidance.interval is not None or guidance.skip_layers is not None or 1.0 in guidance.scales
-    is_alone = is_alone or not is_batched
-    return RowMultiples(shards if is_alone else shards // math.gcd(shards, guidance.branch_count), shards)
+    counts = {guidance.count_branches(expert) for expert in range(guidance.expert_count)}
+    if guidance.interval is not None or guidance.skip_layers is not None or not is_batched:
+        counts = {1}
+    return RowMultiples(math.lcm(*(shards // math.gcd(shards, count) for count in counts)), shards)
 
 
 class PackedRequests(NamedTuple):
@@ -451,14 +460,19 @@ class Packer(NamedTuple):
     """Patch size of the denoiser."""
     token_dt: float
     """Distance of consecutive tokens along time, in units of positions."""
-    branch_count: int
-    """Number of guidance branches."""
+    dropped: Sequence[str]
+    """Names of the conditions that guidance drops."""
     rows: int
     """Number of rows of a batch; padding rows fill it up, so that its shape is constant."""
     fields: tuple[Field, ...] = ()
     """Fields of the rows; zero for a request whose plan lacks them."""
     token_lead: float = 0.0
     """Fraction of `token_dt` by which all tokens but a clip's first begin earlier."""
+
+    @property
+    def branch_count(self) -> int:
+        """Return the number of guidance branches."""
+        return len(self.dropped) + 1
 
     def make_batch(self, group: PackedRequests, row_requests: Members) -> SamplingBatch:
         """Return the batch of the requests in some rows of a group."""
@@ -476,7 +490,7 @@ class Packer(NamedTuple):
         items: list[list[PackedExample]] = [[] for _ in row_requests]
         for number, row in enumerate(row_requests):
             for index in row:
-                conditions = self.requests[index].branches(self.branch_count)
+                conditions = self.requests[index].branches(self.dropped)
                 items[number] += [self._make_example(index, *conditions[branch]) for branch in branches]
         first = items[0][0]
         contents: dict[str, Any] = {

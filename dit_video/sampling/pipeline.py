@@ -53,7 +53,7 @@ from dit_video.sampling.pipeline_config import (
     make_model_parts,
     write_pipeline_config,
 )
-from dit_video.sampling.preparation import check_sampling, prepare_request, select_conditioning
+from dit_video.sampling.preparation import check_sampling, get_dropouts, prepare_request, select_conditioning
 from dit_video.sampling.preview import PreviewDecoder
 from dit_video.sampling.progress import Callback, make_monitor
 from dit_video.sampling.request import (
@@ -228,7 +228,8 @@ class Pipeline:
           conditioner: A `Conditioner` other than the model's own.
           steps: Number of sampling steps; more are slower and closer to the exact flow.
           guidance: Guidance scale, which trades variety for prompt following; 1 is none. Two numbers are for two
-            experts, noisy times first. `Guidance` has an interval, rescaling, projection and an image scale besides.
+            experts, noisy times first. A mapping such as `{"text": 5, "image": 2}` has scales of other conditions, too,
+            and `Guidance` a method, an interval and rescaling besides.
           solver: A name in `dit_video.diffusion.SOLVERS`, or a solver. Noise that it draws depends on the seed.
           shift: Shift of the times towards noise, instead of that of training.
           times: Falling times at which the steps start, in (0, 1]; the last step leads to 0. With `shift` they are
@@ -399,7 +400,7 @@ class Pipeline:
           conditioning: Values of further conditioning by name.
           strengths: Strengths of further conditioning by name.
           steps: As for `generate`; so are the arguments that follow.
-          guidance: Guidance, or its scale.
+          guidance: Guidance, or its scales.
           solver: Solver or its name.
           shift: Shift of the times towards noise.
           times: Times at which the steps start.
@@ -509,7 +510,7 @@ class Pipeline:
         self, requests: Sequence[Request], latents: Sequence[Float32[np.ndarray, "_ _ _ c"]]
     ) -> dict[str, Any]:
         """Return arguments of functions of the denoiser and of the latents of clips."""
-        prepared = self._prepare(requests, replace(self.config.sampling, guidance=Guidance(scale=1.0)))
+        prepared = self._prepare(requests, replace(self.config.sampling, guidance=Guidance(scales={})))
         starts = zip(prepared["requests"], latents, strict=True)
         prepared["requests"] = [each._replace(plan=each.plan._replace(start=start)) for each, start in starts]
         return prepared
@@ -792,14 +793,15 @@ class Pipeline:
         return adapted
 
     def _prepare(self, requests: Sequence[Request], sampling: Sampling | None) -> dict[str, Any]:
-        """Return arguments of `sample_latents`; warn if guidance has no trained unconditional branch."""
+        """Return arguments of `sample_latents`; warn if guidance drops a condition that training never dropped."""
         self._weights.check_usable()
         config, sampling = self.config, sampling or self.config.sampling
         check_sampling(config, sampling)
-        if sampling.guidance.branch_count > 1 and config.caption_dropout == 0:
+        dropouts = get_dropouts(config)
+        if undropped := [name for name in sampling.guidance.dropped if dropouts[name] == 0]:
             warnings.warn(
-                "guidance needs an unconditional model, and this one was trained without caption dropout; use "
-                "guidance=1, or train it with caption_dropout",
+                f"guidance drops {', '.join(undropped)}, and this model was trained without such dropout; use a scale "
+                "of 1, or train it with dropout",
                 stacklevel=3,
             )
         sized = [replace(request, size=config.resolve_size(request)) for request in requests]

@@ -10,14 +10,14 @@ from jaxtyping import Float32
 
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
-from dit_video.diffusion import ClipSize
+from dit_video.diffusion import TEXT, ClipSize
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.conditioning import ClipConditioning
+from dit_video.models.conditioning import ClipConditioning, ConditioningLatents, ImageTokens
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.sampling import Sampling
 from dit_video.sampling.completion import Completion
 from dit_video.sampling.denoiser import list_experts
-from dit_video.sampling.packing import SamplingRequest, plan_steps
+from dit_video.sampling.packing import IMAGE, SamplingRequest, plan_steps
 from dit_video.sampling.pipeline_config import PipelineConfig, make_model_parts, to_grid
 from dit_video.sampling.program import list_fields
 from dit_video.sampling.request import ModelParts, Request
@@ -54,8 +54,7 @@ def check_requests(config: PipelineConfig, requests: Sequence[Request], sampling
         process = config.model.process.specialize(size)
         times = sampling.make_times(process)
         plan_steps(prepared, process, sampling)
-        for expert in range(len(sampling.guidance.scales)):
-            sampling.guidance.get_params(expert, times=np.asarray(times.times, np.float32))
+        sampling.guidance.get_params(np.asarray(times.times, np.float32))
         if tokenizer is not None:  # A frozen encoder takes any text.
             for prompt in (prepared.prompt, prepared.negative):
                 tokenizer(prompt)
@@ -65,11 +64,15 @@ def check_sampling(config: PipelineConfig, sampling: Sampling) -> None:
     """Check that the model of a pipeline can sample so.
 
     Raises:
-      UserError: If the model lacks layers to skip, guidance is for two experts and the model has one, or the pipeline
-        has no previous step of a name.
+      UserError: If guidance has a scale of a condition that the model lacks, or two experts and the model has one, the
+        model lacks layers to skip, or the pipeline has no previous step of a name.
     """
     for name in sampling.previous or ():
         config.get_previous_step(name)
+    names = list(get_dropouts(config))
+    if unknown := [name for name in sampling.guidance.scales if name not in names]:
+        rule = f"the model has no such conditions, but {', '.join(names)}"
+        raise UserError(f"guidance of {', '.join(unknown)} is invalid: {rule}. Use a scale of these.")
     if (skip := sampling.guidance.skip_layers) is not None:
         skip.check(config.model.backbone.layers)
     sampling.check_experts(len(list_experts(config.boundary)))
@@ -80,6 +83,15 @@ def select_conditioning(request: Request, names: Collection[str]) -> Request:
     conditioning = {name: value for name, value in request.conditioning.items() if name in names}
     strengths = {name: value for name, value in request.strengths.items() if name in names}
     return replace(request, conditioning=conditioning, strengths=strengths)
+
+
+def get_dropouts(config: PipelineConfig) -> dict[str, float | None]:
+    """Return the share of training clips without each condition that guidance may drop, by name; None if unknown."""
+    model = config.model
+    dropouts: dict[str, float | None] = {TEXT: config.caption_dropout}
+    if not {ConditioningLatents, ImageTokens}.isdisjoint(model.backbone.conditioning_kinds):
+        dropouts[IMAGE] = None if model.frame_conditioning is None else 1 - model.frame_conditioning.prob
+    return dropouts | {each.field.name: each.dropout for each in model.backbone.conditioning}
 
 
 def prepare_request(config: PipelineConfig, request: Request, model: ModelParts) -> SamplingRequest:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float32
 from dit_video.core.errors import UserError
 from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.rng import key
-from dit_video.diffusion import GuidanceState, Process, SampleTimes, SamplingState, init_sampling
+from dit_video.diffusion import Process, SampleTimes, SamplingState, init_sampling
 from dit_video.distributed.gather import to_host
 from dit_video.sampling.denoiser import Denoiser
 from dit_video.sampling.packing import (
@@ -378,8 +378,7 @@ def _init_state(denoiser: Denoiser, planned: PlannedBatch, sampling: Sampling, h
 
 def init_state(sampling: Sampling, noisy: Array, *, steps: int, has_trace: bool = False) -> SamplingState:
     """Return the state of the sampler's program before the first of `steps` steps from noisy tokens `B N p`."""
-    has_momentum = sampling.guidance.has_momentum
-    guidance_state = GuidanceState(momentum=jnp.zeros_like(noisy)) if has_momentum else None
+    guidance_state = sampling.guidance.init_state(noisy)
     return init_sampling(sampling.solver, noisy, steps=steps, denoiser=guidance_state, has_trace=has_trace)
 
 
@@ -402,17 +401,13 @@ def _make_arguments(
 
 def _choose_branches(planned: PlannedBatch, number: int, sampling: Sampling) -> tuple[SamplingBatch, Any]:
     """Return the rows that an expert evaluates, and its parameters of guidance; None without guidance."""
-    guidance = sampling.guidance
+    guidance, batch, count = sampling.guidance, planned.batch, sampling.guidance.branch_count
+    # An expert whose scales are 1 needs fewer branches. A state still needs them all, and so do rows that hold them.
+    if not planned.is_side_by_side and not guidance.has_state:
+        count = guidance.count_branches(number)
+        batch = batch._replace(branches=batch.branches[:count])
     all_times = np.asarray(planned.sample_times.times, np.float32)
-    guidance_params = guidance.get_params(number, times=all_times) if guidance.is_active else None
-    is_unguided = guidance.branch_count == 2 and guidance.scales[min(number, len(guidance.scales) - 1)] == 1.0
-    batch = planned.batch
-    # An expert whose scale is 1 needs no other branches. Momentum still needs them, and so do rows that hold them.
-    if is_unguided and not planned.is_side_by_side and not guidance.has_momentum:
-        batch = batch._replace(branches=batch.branches[:1])
-        if guidance.zero_star is None and guidance.skip_layers is None:
-            guidance_params = None
-    return batch, guidance_params
+    return batch, guidance.get_params(all_times, expert=number, branch_count=count)
 
 
 def _check_finite(planned: PlannedBatch, state: SamplingState, sampling: Sampling) -> None:

@@ -1,7 +1,6 @@
 """Configuration of sampling."""
 
 import itertools
-import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -10,6 +9,7 @@ import numpy as np
 
 from dit_video.core.errors import UserError, check_at_least, check_whole
 from dit_video.diffusion import (
+    TEXT,
     Euler,
     ExplicitTimes,
     Guidance,
@@ -23,8 +23,9 @@ from dit_video.diffusion import (
     override_shift,
 )
 
-GuidanceScale = float | tuple[float, float] | Guidance
-"""Scale of guidance, a pair of scales for two experts (the one for noisy times first), or guidance with its options."""
+GuidanceScale = float | tuple[float, float] | Mapping[str, float | tuple[float, float]] | Guidance
+"""Scale of the prompt's guidance, a pair of scales for two experts (the one for noisy times first), scales of all
+conditions by their names, or guidance with its options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Sampling:
     steps: int = 32
     """Number of sampling steps."""
     guidance: Guidance = Guidance()
-    """Guidance; a number, or a pair of numbers for two experts, becomes `Guidance(scale=...)`."""
+    """Guidance; a number, or a pair of numbers for two experts, is the prompt's scale."""
     solver: Solver = Euler()
     """Solver of the probability flow or of the reverse process."""
     time_schedule: TimeSchedule = UniformTimes()
@@ -73,7 +74,7 @@ class Sampling:
         Args:
           process: Process of the model, whose shift the times have otherwise.
           steps: Number of steps.
-          guidance: Guidance, or its scale, which leaves its other options.
+          guidance: Guidance, or the prompt's scale or all scales, which leave its other options.
           solver: A solver, or its name in `dit_video.diffusion.SOLVERS`.
           shift: Shift of the times, as in `RectifiedFlow`.
           times: Falling times at which the steps start, in (0, 1]; the last step leads to 0. They are shifted by
@@ -120,24 +121,20 @@ class Sampling:
         Raises:
           UserError: If it has two for a model with one.
         """
-        if len(scales := self.guidance.scales) > count:
-            raise UserError(f"guidance={scales} is invalid: this model has no second expert. Use one number.")
+        if self.guidance.expert_count > count:
+            scales = dict(self.guidance.scales)
+            raise UserError(f"guidance={scales} is invalid: this model has no second expert. Use one number for each.")
 
 
 def make_guidance(value: GuidanceScale, *, base: Guidance = Guidance()) -> Guidance:
-    """Return guidance of a user's value; numbers replace the scale of `base`.
+    """Return guidance of a user's value: numbers replace the prompt's scale in `base`, a mapping all its scales.
 
     Raises:
-      UserError: If the value is neither guidance nor one or two numbers, or a number is no scale.
+      UserError: If the value is neither guidance nor scales.
     """
     if isinstance(value, Guidance):
         return value
-    scales = value if isinstance(value, tuple | list) else (value,)
-    if len(scales) not in (1, 2) or not all(_is_number(scale) for scale in scales):
-        rule = "it must be a number, a pair of numbers for two experts, or Guidance(...)"
-        raise UserError(f"guidance={value!r} is invalid: {rule}. Use 5.0.")
-    first, *others = map(float, scales)
-    return replace(base, scale=(first, others[0]) if others else first)
+    return replace(base, scales=value if isinstance(value, Mapping) else {**base.scales, TEXT: value})
 
 
 def _find_solver(value: str | Solver) -> Solver:
@@ -146,10 +143,6 @@ def _find_solver(value: str | Solver) -> Solver:
     if not isinstance(value, Solver):
         raise UserError(f"solver={value!r} is invalid: it must be the name of one, or a Solver. Use 'euler'.")
     return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_times(times: Sequence[float], steps: int | None) -> None:

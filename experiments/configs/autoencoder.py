@@ -71,6 +71,6 @@ EXPERIMENT = Experiment(
             ema_decay=0.99,
         ),
     ),
-    sampling=Sampling(steps=32, guidance=Guidance(scale=1.5)),
+    sampling=Sampling(steps=32, guidance=Guidance(scales={"text": 1.5})),
     save_every=100,
 )

@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(
             ema_decay=0.9999,
         ),
     ),
-    sampling=Sampling(steps=50, guidance=Guidance(scale=3.0)),
+    sampling=Sampling(steps=50, guidance=Guidance(scales={"text": 3.0})),
     parallel=Parallelism(data=-1, fsdp=16),
     save_every=1000,
 )

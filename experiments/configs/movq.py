@@ -67,6 +67,6 @@ EXPERIMENT = Experiment(
             steps=50_000,
         ),
     ),
-    sampling=Sampling(steps=40, guidance=Guidance(scale=3.0)),
+    sampling=Sampling(steps=40, guidance=Guidance(scales={"text": 3.0})),
     evaluation=CaptionEvaluation(trained=6, held_out=4),
 )

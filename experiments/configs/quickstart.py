@@ -63,7 +63,7 @@ def make_experiment(seed: int = 0, *, brief: bool = False) -> Experiment:
                 ema_decay=0.995,
             ),
         ),
-        sampling=Sampling(steps=32, guidance=Guidance(scale=1.1)),
+        sampling=Sampling(steps=32, guidance=Guidance(scales={"text": 1.1})),
         evaluation=ShapesEvaluation(),
         save_every=200,
     )

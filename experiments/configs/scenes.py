@@ -58,7 +58,7 @@ EXPERIMENT = Experiment(
         ),
         TrainDenoiser(continues="one_object", batch=10, optimizer=OPTIMIZER, steps=2400, ema_decay=0.995),
     ),
-    sampling=Sampling(steps=32, guidance=Guidance(scale=2.0)),
+    sampling=Sampling(steps=32, guidance=Guidance(scales={"text": 2.0})),
     evaluation=CaptionEvaluation(trained=8, held_out=0),
     save_every=300,
 )

@@ -86,7 +86,7 @@ EXPERIMENT = Experiment(
             ema_decay=0.98,
         ),
     ),
-    sampling=Sampling(steps=32, guidance=Guidance(scale=1.5)),
+    sampling=Sampling(steps=32, guidance=Guidance(scales={"text": 1.5})),
     evaluation=CaptionEvaluation(trained=6, held_out=4),
     save_every=50,
 )

@@ -67,7 +67,7 @@ def make_experiment(
                 ema_decay=0.9999,
             ),
         ),
-        sampling=Sampling(steps=50, guidance=Guidance(scale=5.0)),
+        sampling=Sampling(steps=50, guidance=Guidance(scales={"text": 5.0})),
         parallel=parallel,
         save_every=1000,
     )

@@ -186,13 +186,19 @@ def test_the_help_of_a_config_names_every_option(script):
     ended = script("experiments/train.py", CONFIG, "--help")
     assert ended.code == 0, ended.err
     assert "positional arguments" not in ended.out
-    assert "--sampling.guidance FLOAT [FLOAT]" in ended.out
+    assert "--sampling.guidance FLOAT [FLOAT] | NAME=FLOAT[,FLOAT]" in ended.out
 
 
-def test_guidance_is_one_scale_or_two(load_file):
+def test_guidance_is_one_scale_or_two_or_has_names(load_file):
     experiment = load_file(Path(CONFIG)).EXPERIMENT
     registry = load_file(ROOT / "experiments" / "train.py").make_registry(experiment)
-    for texts, expected in ((["3"], 3.0), (["4", "3"], (4.0, 3.0)), ([], experiment.sampling.guidance.scale)):
+    own = experiment.sampling.guidance
+    for texts, expected in (
+        (["3"], {"text": 3.0}),
+        (["4", "3"], {"text": (4.0, 3.0)}),
+        (["text=4,3", "motion=2"], {"text": (4.0, 3.0), "motion": 2.0}),
+        ([], own.scales),
+    ):
         parsed = parse_arguments(
             type(experiment.sampling),
             args=["--guidance", *texts] if texts else [],
@@ -200,7 +206,7 @@ def test_guidance_is_one_scale_or_two(load_file):
             config=(tyro.conf.AvoidSubcommands,),
             registry=registry,
         )
-        assert parsed.guidance == Guidance(scale=expected)
+        assert parsed.guidance == Guidance(scales=expected)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,27 +79,35 @@ PROCESS = RectifiedFlow()
 def guide(guidance, branches=ALL, **options):
     """Return the guided prediction of NOISY."""
     chosen = one_by_one(*branches[: guidance.branch_count])
-    return evaluate(apply_guidance(chosen, guidance.get_params(), process=PROCESS, **options))
+    return evaluate(apply_guidance(chosen, guidance.get_params(TIMES), process=PROCESS, **options))
 
 
 def test_image_and_text_have_separate_scales():
     c, u, b = (np.asarray(branch(NOISY, TIME)) for branch in ALL)
-    result = guide(Guidance(scale=7.5, image_scale=1.5))
+    result = guide(Guidance(scales={"text": 7.5, "image": 1.5}))
     np.testing.assert_allclose(result, b + 1.5 * (u - b) + 7.5 * (c - u), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(guide(Guidance(scale=1.0, image_scale=0.0)), c - u + b, atol=1e-5)
+    np.testing.assert_allclose(guide(Guidance(scales={"text": 1.0, "image": 0.0})), c - u + b, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("guidance", "branches"),
     [
-        (Guidance(scale=1.0), 1),
-        (Guidance(scale=(1.0, 2.0)), 2),
-        (Guidance(scale=3.0, image_scale=1.0), 2),
-        (Guidance(scale=1.0, image_scale=2.0), 3),
+        (Guidance(scales={"text": 1.0}), 1),
+        (Guidance(scales={"text": (1.0, 2.0)}), 2),
+        (Guidance(scales={"text": 3.0, "image": 1.0}), 2),
+        (Guidance(scales={"text": 1.0, "image": 2.0}), 3),
     ],
 )
 def test_only_needed_branches_are_counted(guidance, branches):
-    assert guidance.branch_count == branches
+    assert guidance.branch_count == branches == len(guidance.dropped) + 1
+
+
+def test_an_expert_has_the_branches_that_its_own_scales_need():
+    guidance = Guidance(scales={"text": (3.0, 2.0), "motion": (2.0, 1.0), "image": 1.0})
+    assert (guidance.branch_count, guidance.dropped) == (3, ("text", "motion"))
+    scales = [guidance.get_params(TIMES, expert=expert).scales for expert in (0, 1)]
+    assert scales == [(3.0, 2.0), (2.0,)]
+    assert guidance.get_params(TIMES, expert=1, branch_count=3).scales == (2.0, 1.0)  # in rows that hold all
 
 
 def test_all_branches_are_computed_in_one_evaluation():
@@ -107,15 +117,15 @@ def test_all_branches_are_computed_in_one_evaluation():
         calls.append(noisy.shape)
         return jnp.concatenate([branch(part, time) for branch, part in zip(ALL, jnp.split(noisy, 3), strict=True)])
 
-    guidance = Guidance(scale=4.0, image_scale=2.0)
-    result = evaluate(apply_guidance(batched(stateless(denoise_all), 3), guidance.get_params()))
+    guidance = Guidance(scales={"text": 4.0, "image": 2.0})
+    result = evaluate(apply_guidance(batched(stateless(denoise_all), 3), guidance.get_params(TIMES)))
     np.testing.assert_allclose(result, guide(guidance), atol=1e-6)
     assert calls == [(6, 3, 4)]
 
 
 @pytest.mark.parametrize("time", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_guidance_is_limited_to_an_interval_of_times(time):
-    strength = Guidance(scale=5.0, interval=(0.3, 0.7)).get_params()
+    strength = Guidance(scales={"text": 5.0}, interval=(0.3, 0.7)).get_params(TIMES)
     now = jnp.asarray(time, jnp.float32)
     counted = []
 
@@ -137,8 +147,8 @@ def test_guidance_is_limited_to_an_interval_of_times(time):
 
 def test_rescaled_predictions_have_the_deviation_of_the_conditional_one():
     c = np.asarray(conditional(NOISY, TIME))
-    guided_alone = np.asarray(guide(Guidance(scale=6.0)))
-    whole, half = (np.asarray(guide(Guidance(scale=6.0, rescale=phi))) for phi in (1.0, 0.5))
+    guided_alone = np.asarray(guide(Guidance(scales={"text": 6.0})))
+    whole, half = (np.asarray(guide(Guidance(scales={"text": 6.0}, rescale=phi))) for phi in (1.0, 0.5))
     assert (guided_alone.std(axis=(1, 2)) > 1.5 * c.std(axis=(1, 2))).all()
     np.testing.assert_allclose(whole.std(axis=(1, 2)), c.std(axis=(1, 2)), rtol=1e-4)
     np.testing.assert_allclose(half, (whole + guided_alone) / 2, rtol=1e-4, atol=1e-5)
@@ -146,7 +156,8 @@ def test_rescaled_predictions_have_the_deviation_of_the_conditional_one():
 
 def test_equal_values_have_no_deviation_to_divide_by():
     still = apply_guidance(
-        one_by_one(lambda x, t: 0 * x, lambda x, t: 0 * x), Guidance(rescale=1.0, scale=3.0).get_params()
+        one_by_one(lambda x, t: 0 * x, lambda x, t: 0 * x),
+        Guidance(scales={"text": 3.0}, rescale=1.0).get_params(TIMES),
     )
     np.testing.assert_array_equal(evaluate(still), 0 * NOISY)
 
@@ -157,17 +168,17 @@ def predict_data(velocity):
 
 def test_projected_steps_are_orthogonal_to_the_data():
     c, u = (branch(NOISY, TIME) for branch in (conditional, unconditional))
-    result = predict_data(guide(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance())))
+    result = predict_data(guide(Guidance(scales={"text": 9.0}, method=AdaptiveProjectedGuidance())))
     data, step = predict_data(c), result - predict_data(c)
     np.testing.assert_allclose((step * data).sum(axis=(1, 2)), 0, atol=1e-3)
     assert (np.linalg.norm(step, axis=(1, 2)) > 1).all()
-    everything = guide(Guidance(scale=9.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0)))
+    everything = guide(Guidance(scales={"text": 9.0}, method=AdaptiveProjectedGuidance(parallel_weight=1.0)))
     np.testing.assert_allclose(everything, u + 9.0 * (c - u), rtol=1e-4, atol=1e-4)
 
 
 def test_projected_steps_have_a_maximum_length():
     result = predict_data(
-        guide(Guidance(scale=3.0, projection=AdaptiveProjectedGuidance(parallel_weight=1.0, max_rms=0.1)))
+        guide(Guidance(scales={"text": 3.0}, method=AdaptiveProjectedGuidance(parallel_weight=1.0, max_rms=0.1)))
     )
     step = result - predict_data(conditional(NOISY, TIME))
     np.testing.assert_allclose(np.sqrt(np.square(step).mean(axis=(1, 2))), 2 * 0.1, rtol=1e-4)
@@ -176,13 +187,13 @@ def test_projected_steps_have_a_maximum_length():
 @pytest.mark.parametrize("prediction", [X0(), Epsilon(), V(), Velocity()], ids=lambda kind: type(kind).__name__)
 def test_projection_is_of_the_data_whatever_is_predicted(prediction):
     process = VariancePreservingProcess()
-    guidance = Guidance(scale=4.0, projection=AdaptiveProjectedGuidance(max_rms=0.3))
+    guidance = Guidance(scales={"text": 4.0}, method=AdaptiveProjectedGuidance(max_rms=0.3))
 
     def data(denoise, kind):
         return kind.estimate(process, NOISY, evaluate(denoise), TIME).data
 
     def run(branches, kind):
-        whole = apply_guidance(one_by_one(*branches), guidance.get_params(), process=process, prediction=kind)
+        whole = apply_guidance(one_by_one(*branches), guidance.get_params(TIMES), process=process, prediction=kind)
         return data(whole, kind)
 
     expected = run((conditional, unconditional), X0())
@@ -196,11 +207,13 @@ def test_a_learned_variance_is_not_guided():
     def combine(branch, variance):
         return lambda x, t: jnp.concatenate([branch(x, t), jnp.full_like(x, variance)], axis=-1)
 
-    guidance = Guidance(scale=4.0, rescale=0.5, projection=AdaptiveProjectedGuidance(max_rms=0.3))
+    guidance = Guidance(scales={"text": 4.0}, rescale=0.5, method=AdaptiveProjectedGuidance(max_rms=0.3))
 
     def run(branches, prediction):
         process = VariancePreservingProcess()
-        guided = apply_guidance(one_by_one(*branches), guidance.get_params(), process=process, prediction=prediction)
+        guided = apply_guidance(
+            one_by_one(*branches), guidance.get_params(TIMES), process=process, prediction=prediction
+        )
         return evaluate(guided)
 
     result = run((combine(conditional, 0.3), combine(unconditional, -0.8)), LearnedVariance())
@@ -210,11 +223,11 @@ def test_a_learned_variance_is_not_guided():
 
 
 @pytest.mark.parametrize(
-    "guidance", [Guidance(scale=6.0, rescale=0.7), Guidance(projection=AdaptiveProjectedGuidance(max_rms=0.2))]
+    "guidance", [Guidance(scales={"text": 6.0}, rescale=0.7), Guidance(method=AdaptiveProjectedGuidance(max_rms=0.2))]
 )
 def test_samples_of_a_batch_do_not_depend_on_each_other(guidance):
     def run(noisy):
-        guided = apply_guidance(one_by_one(conditional, unconditional), guidance.get_params(), process=PROCESS)
+        guided = apply_guidance(one_by_one(conditional, unconditional), guidance.get_params(TIMES), process=PROCESS)
         return evaluate(guided, noisy)
 
     changed = run(NOISY.at[1].mul(50.0))
@@ -224,16 +237,18 @@ def test_samples_of_a_batch_do_not_depend_on_each_other(guidance):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Guidance(scale=-1.0), "guidance scales -1.0 are invalid"),
-        (lambda: Guidance(scale=(2.0, float("nan"))), "guidance scales 2.0, nan are invalid"),
-        (lambda: Guidance(image_scale=float("inf")), "guidance scales 2.0, inf are invalid"),
+        (lambda: Guidance(scales={"text": -1.0}), "guidance scales={'text': -1.0} are invalid: .* Use 1"),
+        (lambda: Guidance(scales={"text": (2.0, float("nan"))}), r"scales={'text': \(2.0, nan\)} are invalid"),
+        (lambda: Guidance(scales={"image": float("inf")}), "guidance scales={'image': inf} are invalid"),
         (lambda: Guidance(interval=(0.7, 0.3)), r"interval=\(0.7, 0.3\) is invalid"),
         (lambda: Guidance(interval=(0.0, 1.5)), "Use two rising times"),
         (lambda: Guidance(rescale=1.5), r"rescale=1.5 is invalid: it must lie in \[0, 1\]"),
         (lambda: AdaptiveProjectedGuidance(max_rms=0.0), "max_rms=0.0 is invalid"),
         (lambda: AdaptiveProjectedGuidance(parallel_weight=float("inf")), "parallel_weight=inf is invalid"),
         (
-            lambda: apply_guidance(one_by_one(*ALL), Guidance(projection=AdaptiveProjectedGuidance()).get_params()),
+            lambda: evaluate(
+                apply_guidance(one_by_one(*ALL[:2]), Guidance(method=AdaptiveProjectedGuidance()).get_params(TIMES))
+            ),
             "Use process=",
         ),
     ],
@@ -245,12 +260,31 @@ def test_invalid_guidance_is_refused(make, message):
 
 def test_a_config_is_the_same_after_json():
     guidance = Guidance(
-        scale=(3.0, 2.0),
+        scales={"text": (3.0, 2.0)},
         interval=(0.2, 0.9),
         rescale=0.5,
-        projection=AdaptiveProjectedGuidance(max_rms=0.06, momentum=-0.5),
+        method=AdaptiveProjectedGuidance(max_rms=0.06, momentum=-0.5),
     )
     assert config_json.from_json(config_json.to_json(guidance)) == guidance
+
+
+@pytest.mark.parametrize(
+    ("fields", "guidance"),
+    [
+        ({"scale": 3.0}, Guidance(scales={"text": 3.0})),
+        ({"scale": (4.0, 3.0), "image_scale": 1.5}, Guidance(scales={"text": (4.0, 3.0), "image": 1.5})),
+        (
+            {"scale": 3.0, "projection": AdaptiveProjectedGuidance(momentum=0.5)},
+            Guidance(scales={"text": 3.0}, method=AdaptiveProjectedGuidance(momentum=0.5)),
+        ),
+        ({"scale": 1.0, "zero_star": ZeroStarGuidance()}, Guidance(scales={"text": 1.0}, method=ZeroStarGuidance())),
+    ],
+)
+def test_json_with_a_field_for_the_scale_of_the_prompt_is_read(fields, guidance):
+    written = {"image_scale": None, "interval": [0.2, 0.9], "rescale": 0.5, "projection": None, "zero_star": None}
+    written |= {name: config_json.to_json(value) for name, value in fields.items()}
+    read = config_json.from_json({"type": "dit_video.diffusion:Guidance", **written, "skip_layers": None})
+    assert read == replace(guidance, interval=(0.2, 0.9), rescale=0.5)
 
 
 # CFG-Zero* and skip-layer guidance: identities, and options that do not fit
@@ -264,18 +298,18 @@ def guide_once(guidance, time, *, weaker=jnp.cos, branches=(conditional, uncondi
     """Return the guided prediction of NOISY."""
     denoise = apply_guidance(
         sequential(*map(stateless, branches[: guidance.branch_count])),
-        guidance.get_params(times=TIMES),
+        guidance.get_params(TIMES),
         skipped=stateless(lambda noisy, time: weaker(noisy)),
     )
     return denoise(NOISY, jnp.asarray(time), None)[0]
 
 
 def test_the_length_of_the_unconditional_prediction_does_not_matter_with_zero_star():
-    guidance = Guidance(scale=3.0, zero_star=ZeroStarGuidance(zero_steps=0))
+    guidance = Guidance(scales={"text": 3.0}, method=ZeroStarGuidance(zero_steps=0))
     expected = guide_once(guidance, 1.0)
     longer = guide_once(guidance, 1.0, branches=(conditional, lambda noisy, time: 7 * unconditional(noisy, time)))
     np.testing.assert_allclose(longer, expected, rtol=1e-4, atol=1e-4)
-    assert np.abs(guide_once(Guidance(scale=3.0), 1.0) - expected).max() > 0.1
+    assert np.abs(guide_once(Guidance(scales={"text": 3.0}), 1.0) - expected).max() > 0.1
     # A multiple of the conditional prediction is no guidance at all.
     parallel = guide_once(guidance, 1.0, branches=(conditional, lambda noisy, time: -0.3 * conditional(noisy, time)))
     np.testing.assert_allclose(parallel, conditional(NOISY, 1.0), rtol=1e-4, atol=1e-4)
@@ -285,20 +319,20 @@ def test_the_length_of_the_unconditional_prediction_does_not_matter_with_zero_st
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_first_steps_of_zero_star_change_nothing(scale):
-    guidance = Guidance(scale=scale, zero_star=ZeroStarGuidance(zero_steps=2))
+    guidance = Guidance(scales={"text": scale}, method=ZeroStarGuidance(zero_steps=2))
     results = [np.abs(guide_once(guidance, time)).max() for time in TIMES[:4]]
     assert [result == 0 for result in results] == [True, True, False, False]
 
 
 def test_equal_predictions_without_layers_change_nothing():
-    guidance = Guidance(scale=3.0, skip_layers=SKIP)
+    guidance = Guidance(scales={"text": 3.0}, skip_layers=SKIP)
     result = guide_once(guidance, TIMES[4], weaker=lambda noisy: conditional(noisy, TIMES[4]))
-    np.testing.assert_allclose(result, guide_once(Guidance(scale=3.0), TIMES[4]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result, guide_once(Guidance(scales={"text": 3.0}), TIMES[4]), rtol=1e-5, atol=1e-6)
 
 
 def test_skip_layer_guidance_needs_no_unconditional_branch_and_has_its_own_steps():
-    guidance = Guidance(scale=1.0, skip_layers=SKIP)
-    assert (guidance.branch_count, guidance.is_active, Guidance(scale=1.0).is_active) == (1, True, False)
+    guidance = Guidance(scales={"text": 1.0}, skip_layers=SKIP)
+    assert (guidance.branch_count, Guidance(scales={"text": 1.0}).get_params(TIMES)) == (1, None)
     for step, time in enumerate(TIMES[:-1]):
         c = conditional(NOISY, time)
         expected = c + 2.0 * (c - jnp.cos(NOISY)) if 2 < step < 6 else c
@@ -308,13 +342,13 @@ def test_skip_layer_guidance_needs_no_unconditional_branch_and_has_its_own_steps
 
 
 def test_guidance_outside_of_its_interval_is_still_led_away_from_the_model_without_layers():
-    guidance = Guidance(scale=3.0, interval=(0.0, 0.1), skip_layers=SKIP)
+    guidance = Guidance(scales={"text": 3.0}, interval=(0.0, 0.1), skip_layers=SKIP)
     c = conditional(NOISY, TIMES[4])
     np.testing.assert_allclose(guide_once(guidance, TIMES[4]), c + 2.0 * (c - jnp.cos(NOISY)), rtol=1e-5, atol=1e-5)
 
 
 def test_guidance_with_all_options_survives_json():
-    guidance = Guidance(scale=3.0, zero_star=ZeroStarGuidance(zero_steps=2), skip_layers=SKIP)
+    guidance = Guidance(scales={"text": 3.0}, method=ZeroStarGuidance(zero_steps=2), skip_layers=SKIP)
     assert config_json.from_json(config_json.to_json(guidance)) == guidance
 
 
@@ -330,18 +364,17 @@ def test_guidance_with_all_options_survives_json():
         (lambda: SkipLayerGuidance(layers=(1,), start=0.5, stop=0.2), r"start=0.5, stop=0.2 .* Use start=0.01"),
         (lambda: SKIP.check(1), r"skip_layers=\(1,\) .* the model has 1 layers"),
         (lambda: SkipLayerGuidance(layers=(0, 1)).check(2), r"skip_layers=\(0, 1\) .* 2 layers"),
-        (lambda: Guidance(zero_star=ZeroStarGuidance(), image_scale=2.0), "Use zero_star=None"),
         (
-            lambda: Guidance(zero_star=ZeroStarGuidance(), projection=AdaptiveProjectedGuidance()),
-            "Use zero_star=None",
+            lambda: Guidance(scales={"text": 2.0, "image": 2.0}, method=ZeroStarGuidance()),
+            r"method=ZeroStarGuidance\(\) is invalid with scales of several conditions: .* Use one scale",
         ),
         (
             lambda: apply_guidance(
                 sequential(stateless(conditional), stateless(unconditional)),
-                Guidance(zero_star=ZeroStarGuidance()).get_params(times=TIMES),
+                Guidance(method=ZeroStarGuidance()).get_params(TIMES),
                 prediction=Epsilon(),
             ),
-            "invalid for Epsilon: .* Use zero_star=None",
+            "invalid for Epsilon: .* Use another method",
         ),
     ],
 )

@@ -27,7 +27,7 @@ TIME = jnp.asarray(0.6)
 
 def ours(guidance):
     branches = sequential(stateless(lambda *_: jnp.asarray(COND)), stateless(lambda *_: jnp.asarray(UNCOND)))
-    denoise = apply_guidance(branches, guidance.get_params(), process=RectifiedFlow(), prediction=X0())
+    denoise = apply_guidance(branches, guidance.get_params(TIMES), process=RectifiedFlow(), prediction=X0())
     return denoise(jnp.asarray(NOISY), TIME, None)[0]
 
 
@@ -44,7 +44,9 @@ def test_projected_guidance_equals_diffusers(parallel, largest):
         norm_threshold=threshold,
         use_original_formulation=True,
     )
-    result = ours(Guidance(scale=5.0, projection=AdaptiveProjectedGuidance(parallel_weight=parallel, max_rms=largest)))
+    result = ours(
+        Guidance(scales={"text": 5.0}, method=AdaptiveProjectedGuidance(parallel_weight=parallel, max_rms=largest))
+    )
     np.testing.assert_allclose(result, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -53,10 +55,10 @@ def test_projected_guidance_with_momentum_equals_diffusers(momentum):
     """There are four steps with different predictions."""
     torch = pytest.importorskip("torch")
     module = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
-    buffer, state = module.MomentumBuffer(momentum), GuidanceState(momentum=jnp.zeros(NOISY.shape))
+    buffer, state = module.MomentumBuffer(momentum), GuidanceState(method=jnp.zeros(NOISY.shape))
     strength = Guidance(
-        scale=5.0, projection=AdaptiveProjectedGuidance(parallel_weight=0.3, max_rms=1.5, momentum=momentum)
-    ).get_params()
+        scales={"text": 5.0}, method=AdaptiveProjectedGuidance(parallel_weight=0.3, max_rms=1.5, momentum=momentum)
+    ).get_params(TIMES)
     for c, u in np.random.default_rng(1).normal(size=(4, 2, *NOISY.shape)).astype(np.float32):
         threshold = 1.5 * np.sqrt(NOISY[0].size)
         expected = module.normalized_guidance(
@@ -66,7 +68,7 @@ def test_projected_guidance_with_momentum_equals_diffusers(momentum):
         denoise = apply_guidance(branches, strength, process=RectifiedFlow(), prediction=X0())
         result, state = denoise(jnp.asarray(NOISY), TIME, state)
         np.testing.assert_allclose(result, expected.numpy(), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(state.momentum, buffer.running_average.numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(state.method, buffer.running_average.numpy(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rescale", [0.3, 1.0])
@@ -75,7 +77,9 @@ def test_rescaled_guidance_equals_diffusers(rescale):
     module = pytest.importorskip("diffusers.guiders.guider_utils")
     cond, uncond = torch.from_numpy(COND), torch.from_numpy(UNCOND)
     expected = module.rescale_noise_cfg(uncond + 6.0 * (cond - uncond), cond, rescale)
-    np.testing.assert_allclose(ours(Guidance(scale=6.0, rescale=rescale)), expected.numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        ours(Guidance(scales={"text": 6.0}, rescale=rescale)), expected.numpy(), rtol=1e-4, atol=1e-4
+    )
 
 
 SKIPPED = np.random.default_rng(2).normal(size=COND.shape).astype(np.float32)
@@ -85,10 +89,12 @@ TIMES = np.asarray(UniformTimes()(RectifiedFlow(shift=3.0), STEPS).times)
 
 def guide_velocity(guidance, step):
     """Return the guided velocity of arrays at the beginning of a step."""
+    if (params := guidance.get_params(TIMES)) is None:
+        return COND
     branches = [stateless(lambda *_, value=value: jnp.asarray(value)) for value in (COND, UNCOND)]
     denoise = apply_guidance(
         sequential(*branches[: guidance.branch_count]),
-        guidance.get_params(times=TIMES),
+        params,
         skipped=stateless(lambda *_: jnp.asarray(SKIPPED)),
         prediction=Velocity(),
     )
@@ -105,7 +111,7 @@ def theirs_at(guider, step, *predictions):
 def test_cfg_zero_star_equals_diffusers(rescale):
     module = pytest.importorskip("diffusers.guiders")
     guider = module.ClassifierFreeZeroStarGuidance(guidance_scale=5.0, zero_init_steps=2, guidance_rescale=rescale)
-    guidance = Guidance(scale=5.0, rescale=rescale, zero_star=ZeroStarGuidance(zero_steps=2))
+    guidance = Guidance(scales={"text": 5.0}, rescale=rescale, method=ZeroStarGuidance(zero_steps=2))
     for step in (0, 1, 2, 7):
         result = guide_velocity(guidance, step)
         if step < 2:  # diffusers' rescaling of zeros is NaN
@@ -131,10 +137,10 @@ def test_skip_layer_guidance_equals_diffusers_at_every_step(scale, rescale):
     )
     changed = 0
     for step in range(STEPS):
-        result = guide_velocity(Guidance(scale=scale, rescale=rescale, skip_layers=skip), step)
+        result = guide_velocity(Guidance(scales={"text": scale}, rescale=rescale, skip_layers=skip), step)
         np.testing.assert_allclose(
             result, theirs_at(guider, step, COND, UNCOND, SKIPPED), rtol=1e-4, atol=1e-4, err_msg=str(step)
         )
-        without = guide_velocity(Guidance(scale=scale, rescale=rescale, skip_layers=None), step)
+        without = guide_velocity(Guidance(scales={"text": scale}, rescale=rescale, skip_layers=None), step)
         changed += bool(np.abs(result - without).max() > 1e-3)
     assert changed == 7  # steps 3 to 9

@@ -1,6 +1,7 @@
 """The state of guidance: momentum over the steps of sampling, and the states of the branches."""
 
 import itertools
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +34,9 @@ from support.predictions import convert_prediction
 
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32)
 TIMES = jnp.linspace(1.0, 0.0, 6).at[0].set(0.98)
+STEP_TIMES = np.asarray(TIMES)
 BETA = -0.6
-START = GuidanceState(momentum=jnp.zeros_like(NOISE))
+START = GuidanceState(method=jnp.zeros_like(NOISE))
 STEP = 0.25
 """Difference of the branches' data, the same everywhere."""
 
@@ -48,13 +50,13 @@ def unconditional(noisy, time):
 
 
 def guide_with_momentum(guidance, *, branches=(conditional, unconditional), process=RectifiedFlow(), prediction=X0()):  # noqa: B008
-    params = guidance.get_params()
+    params = guidance.get_params(STEP_TIMES)
     return apply_guidance(sequential(*map(stateless, branches)), params, process=process, prediction=prediction)
 
 
 def make_guidance(scale=3.0, momentum=BETA, **options):
     return Guidance(
-        scale=scale, projection=AdaptiveProjectedGuidance(parallel_weight=1.0, momentum=momentum), **options
+        scales={"text": scale}, method=AdaptiveProjectedGuidance(parallel_weight=1.0, momentum=momentum), **options
     )
 
 
@@ -69,7 +71,8 @@ def test_momentum_accumulates_guidance_over_the_steps_of_sampling():
     result = sample(guide_with_momentum(make_guidance()), NOISE, TIMES, state=START, **run)
     np.testing.assert_allclose(result, x, rtol=1e-4, atol=1e-4)
     plain = apply_guidance(
-        sequential(stateless(conditional), stateless(unconditional)), Guidance(scale=3.0).get_params()
+        sequential(stateless(conditional), stateless(unconditional)),
+        Guidance(scales={"text": 3.0}).get_params(STEP_TIMES),
     )
     without = sample(plain, NOISE, TIMES, process=process, prediction=X0(), solver=Euler())
     assert np.abs(result - without).max() > 0.1
@@ -100,20 +103,28 @@ def test_a_step_is_accumulated_once_and_only_where_there_is_guidance(solver, int
     state = init_sampling(solver, NOISE, steps=5, denoiser=START)
     for part in (TIMES[:3], TIMES[2:]):  # the momentum goes from one part of the way to the next
         state = advance(denoise, state, part, process=RectifiedFlow(), prediction=X0(), solver=solver)
-    np.testing.assert_allclose(state.denoiser.momentum, STEP * (1 - BETA**counted) / (1 - BETA), rtol=1e-4)
+    np.testing.assert_allclose(state.denoiser.method, STEP * (1 - BETA**counted) / (1 - BETA), rtol=1e-4)
 
 
 def test_unsupported_uses_of_momentum_are_refused():
-    with pytest.raises(UserError, match=r"state=GuidanceState\(momentum=jnp.zeros_like\(noise\)\)"):
+    with pytest.raises(UserError, match=r"state=guidance.init_state\(noise\)"):
         sample(
             guide_with_momentum(make_guidance()), NOISE, TIMES, process=RectifiedFlow(), prediction=X0(), solver=Euler()
         )
     with pytest.raises(UserError, match=r"momentum=1\.0 is invalid: .* between -1 and 1"):
         AdaptiveProjectedGuidance(momentum=1.0)
-    with pytest.raises(UserError, match="Use image_scale=1 or momentum=0"):
-        make_guidance(image_scale=2.0)
-    assert not make_guidance(scale=1.0).has_momentum
-    assert not make_guidance(momentum=0.0).has_momentum
+    with pytest.raises(UserError, match=r"momentum=-0\.6 is invalid with .* Use momentum=0, or one scale"):
+        replace(make_guidance(), scales={"text": 3.0, "image": 2.0})
+
+
+def test_guidance_without_momentum_or_without_a_difference_has_no_state():
+    for guidance, has_state in (
+        (make_guidance(), True),
+        (make_guidance(1.0), False),
+        (make_guidance(momentum=0.0), False),
+    ):
+        assert guidance.has_state == has_state == (guidance.init_state(NOISE) is not None)
+    np.testing.assert_array_equal(make_guidance().init_state(NOISE).method, 0 * NOISE)
 
 
 def count_calls(noisy, time, state):
@@ -123,7 +134,7 @@ def count_calls(noisy, time, state):
 
 def test_every_branch_has_a_state_of_its_own():
     """Outside of the interval the first branch alone goes on, if it is evaluated alone; otherwise all of them do."""
-    params = Guidance(scale=3.0, interval=(0.3, 0.85)).get_params()
+    params = Guidance(scales={"text": 3.0}, interval=(0.3, 0.85)).get_params(STEP_TIMES)
     branches = sequential(count_calls, lambda noisy, time, state: (jnp.cos(noisy) * time, state + 10))
     zero = jnp.zeros(())
     for conditional, expected in ((None, (5, 50)), (alone(count_calls, is_batched=False), (5, 30))):
@@ -141,7 +152,7 @@ def count_rows(noisy, time, state):
 
 def test_batched_branches_have_the_states_of_branches_apart():
     """A batch of branches has the state of each in its rows, also where the first branch is evaluated alone."""
-    params = Guidance(scale=3.0, interval=(0.3, 0.85)).get_params()
+    params = Guidance(scales={"text": 3.0}, interval=(0.3, 0.85)).get_params(STEP_TIMES)
     kinds = (
         (sequential(count_rows, count_rows), False, (jnp.zeros(2), jnp.zeros(2))),
         (batched(count_rows, 2), True, jnp.zeros(4)),
@@ -156,8 +167,8 @@ def test_batched_branches_have_the_states_of_branches_apart():
 
 
 def test_batched_branches_share_a_state():
-    together = apply_guidance(batched(count_calls, 2), Guidance(scale=3.0).get_params())
-    apart = apply_guidance(sequential(count_calls, count_calls), Guidance(scale=3.0).get_params())
+    together = apply_guidance(batched(count_calls, 2), Guidance(scales={"text": 3.0}).get_params(STEP_TIMES))
+    apart = apply_guidance(sequential(count_calls, count_calls), Guidance(scales={"text": 3.0}).get_params(STEP_TIMES))
     zero = jnp.zeros(())
     result, state = together(NOISE, TIMES[1], GuidanceState(branches=zero))
     expected, _ = apart(NOISE, TIMES[1], GuidanceState(branches=(zero, zero)))

@@ -183,7 +183,7 @@ def test_a_pipeline_alone_is_sampled_without_reconstructions(tiny_pipeline, tmp_
 def test_wrong_arguments_end_an_evaluation_before_it_begins(tiny_pipeline, tmp_path):
     with pytest.raises(UserError, match="seed=-1 is invalid"):
         ShapesEvaluation(seed=-1)
-    sampling = Sampling(guidance=Guidance(scale=(2.0, 1.0)))
+    sampling = Sampling(guidance=Guidance(scales={"text": (2.0, 1.0)}))
     with pytest.raises(UserError, match="has no second expert"):
         evaluate.evaluate(tiny_pipeline, ShapesEvaluation(), tmp_path / "out", sampling=sampling)
     assert not (tmp_path / "out").exists()

@@ -35,7 +35,7 @@ def test_every_point_has_its_values_and_its_cost(pipeline, tmp_path):
     assert len(set(values)) == 4
     record = json.loads((tmp_path / "steps_2_guidance_3" / "metrics.json").read_text())
     sampling = record["protocol"]["sampling"]
-    assert (sampling["steps"], sampling["guidance"]["scale"]) == (2, 3)
+    assert (sampling["steps"], sampling["guidance"]["scales"]) == (2, {"text": 3})
     cost = tmp_path / "steps_2_guidance_3" / COST_FILE
     cost.write_text('{"seconds": 123.0}')
     again = sweep_sampling(pipeline, PROTOCOL, tmp_path, **arguments)

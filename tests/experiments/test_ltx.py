@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 def test_the_experiment_has_the_authors_settings(model):
     experiment = make_finetuning_experiment(model, FineTuningOptions())
     config, sampling = experiment.model, experiment.sampling
-    assert (sampling.steps, sampling.guidance.scale) == (50, 3.0)
+    assert (sampling.steps, sampling.guidance.get_scale("text")) == (50, 3.0)
     assert (experiment.data.max_pixels, experiment.data.max_frames, experiment.model.fps) == (512 * 704, 161, 25.0)
     assert (config.layout.tokens, config.text_encoder.max_tokens) == (21 * 16 * 22, 256)
     assert experiment.conditioner == KeyframesToVideo(noise_scale=0.15)

@@ -83,7 +83,7 @@ def sample_by_hand(request, sampling, *, boundary=0.0, has_second=False):
 @pytest.mark.parametrize("together", [True, False])
 def test_every_branch_has_its_state_in_rows_of_their_own_and_side_by_side(interval, together):
     """Outside of the interval the unconditional branch waits, whichever other requests are sampled."""
-    guidance = Guidance(scale=3.0, interval=interval)
+    guidance = Guidance(scales={"text": 3.0}, interval=interval)
     sampling = Sampling(steps=5, guidance=guidance, branch_evaluation="together" if together else "apart")
     requests = [LARGE, SMALL, SMALL._replace(prompt="box"), make_request("a", (1, 4, 4), seed=2)]
     results = sample_requests(requests, sampling)
@@ -103,7 +103,7 @@ def test_the_state_is_that_after_the_first_evaluation_of_a_step(scale):
 
 def test_the_state_goes_from_block_to_block_beside_momentum():
     projection = AdaptiveProjectedGuidance(momentum=-0.5)
-    for guidance in (1.0, 3.0, Guidance(scale=3.0, projection=projection, interval=(0.3, 0.8))):
+    for guidance in (1.0, 3.0, Guidance(scales={"text": 3.0}, method=projection, interval=(0.3, 0.8))):
         sampling = Sampling(steps=5, guidance=guidance)
         watch = Monitor(lambda progress: None, block_steps=2)
         for request in (LARGE, SMALL):

@@ -36,10 +36,10 @@ from support.tiny_denoiser import DENOISER, DIT, SHAPE, SMALL, make_request
 TWO = [SMALL, make_request("a box", (1, 4, 6), seed=2, negative="red")]
 """Requests of 2 and 6 tokens: both branches of each fill a row of 16."""
 EVERYTHING = Guidance(
-    scale=4.0,
+    scales={"text": 4.0},
     interval=(0.3, 1.0),
     rescale=0.6,
-    projection=AdaptiveProjectedGuidance(parallel_weight=0.2, max_rms=0.5, momentum=-0.5),
+    method=AdaptiveProjectedGuidance(parallel_weight=0.2, max_rms=0.5, momentum=-0.5),
 )
 
 
@@ -99,14 +99,14 @@ def test_noise_between_steps_depends_on_the_seed_alone():
 @pytest.mark.parametrize("interval", [None, pytest.param((0.3, 1.0), marks=pytest.mark.slow)])
 def test_samples_are_led_away_from_the_model_without_layers_however_branches_are_evaluated(interval):
     skip = SkipLayerGuidance(layers=(0,), scale=1.5, start=0.0, stop=0.9)
-    guidance = Guidance(scale=4.0, interval=interval, zero_star=ZeroStarGuidance(), skip_layers=skip)
+    guidance = Guidance(scales={"text": 4.0}, interval=interval, method=ZeroStarGuidance(), skip_layers=skip)
     sampling = Sampling(steps=4, guidance=guidance)
     together = sample_requests(TWO, sampling)
     apart = sample_requests(TWO, replace(sampling, branch_evaluation="apart"))
     for one, two in zip(together, apart, strict=True):
         np.testing.assert_allclose(one, two, atol=5e-5)
     # The first step changes nothing, and the second and third are led away; the scale makes a difference too.
-    for other in (replace(guidance, skip_layers=replace(skip, scale=0.0)), replace(guidance, scale=1.0)):
+    for other in (replace(guidance, skip_layers=replace(skip, scale=0.0)), replace(guidance, scales={"text": 1.0})):
         changed = sample_requests(TWO, replace(sampling, guidance=other))
         assert np.abs(changed[0] - together[0]).max() > 1e-3
 
@@ -146,16 +146,25 @@ def test_diverged_weights_are_reported_with_the_step():
 CONDITIONED = replace(DIT, cond_channels=3)
 
 
+def make_conditioned(**experts):
+    """Return a denoiser with random weights, whose rows have conditioning latents."""
+    params = {name: make_random_params(CONDITIONED.make, seed) for name, seed in (experts or {"backbone": 0}).items()}
+    return DENOISER._replace(
+        backbone=get_graph_def(CONDITIONED.make),
+        params=params | {"text": DENOISER.params["text"]},
+        boundary=0.5 if experts else None,
+    )
+
+
+LATENTS = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+KNOWN = Field(name="cond_latents", alignment="grid", shape=(3,))
+IMAGED = SamplingRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), SamplingPlan({KNOWN: LATENTS}))
+
+
 @pytest.mark.slow
 def test_the_image_has_its_own_guidance_scale():
-    denoiser = DENOISER._replace(
-        backbone=get_graph_def(CONDITIONED.make),
-        params={"backbone": make_random_params(CONDITIONED.make), "text": DENOISER.params["text"]},
-    )
-    latents = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    field = Field(name="cond_latents", alignment="grid", shape=(3,))
-    request = SamplingRequest("red", "", draw_initial_noise(0, Grid(2, 4, 4), 2), SamplingPlan({field: latents}))
-    blind = request._replace(plan=SamplingPlan({field: np.zeros_like(latents)}))
+    denoiser, request = make_conditioned(), IMAGED
+    blind = request._replace(plan=SamplingPlan({KNOWN: np.zeros_like(LATENTS)}))
 
     def one_step(request, guidance):
         return sample_requests([request], Sampling(steps=1, guidance=guidance), denoiser=denoiser)[0]
@@ -163,16 +172,45 @@ def test_the_image_has_its_own_guidance_scale():
     text, image = 3.0, 2.5
     c, u = one_step(request, 1.0), one_step(request._replace(prompt=""), 1.0)
     b = one_step(blind._replace(prompt=""), 1.0)
-    result = one_step(request, Guidance(scale=text, image_scale=image))
+    result = one_step(request, Guidance(scales={"text": text, "image": image}))
     np.testing.assert_allclose(result, b + image * (u - b) + text * (c - u), atol=2e-4)
     assert np.abs(result - one_step(request, text)).max() > 1e-2
-    with pytest.raises(UserError, match=r"conditioning latents. Use image_scale=None"):
-        sample_requests([SMALL], Sampling(guidance=Guidance(image_scale=2.0)))
+    with pytest.raises(UserError, match="guidance of image is invalid: the model has no such condition"):
+        sample_requests([SMALL], Sampling(guidance=Guidance(scales={"text": 2.0, "image": 2.0})))
+
+
+@pytest.mark.slow
+def test_an_expert_without_a_scale_of_the_image_has_the_same_result_in_rows_with_all_branches():
+    denoiser, guidance = make_conditioned(backbone=0, low_noise=1), {"text": (3.0, 2.0), "image": (2.0, 1.0)}
+    sampling = Sampling(steps=4, guidance=Guidance(scales=guidance))
+    large = replace(SHAPE, tokens=3 * SHAPE.tokens, text=3 * SHAPE.text, segments=3)
+    inside = sample_requests([IMAGED], sampling, denoiser=denoiser, shape=large)
+    apart = sample_requests([IMAGED], replace(sampling, branch_evaluation="apart"), denoiser=denoiser)
+    np.testing.assert_allclose(inside[0], apart[0], atol=5e-5)
+    other = replace(sampling, guidance=Guidance(scales=guidance | {"image": 2.0}))
+    assert np.abs(sample_requests([IMAGED], other, denoiser=denoiser)[0] - apart[0]).max() > 1e-3
+
+
+def test_each_branch_of_guidance_lacks_one_condition_more():
+    """Known frames are dropped with their image tokens; a start of sampling and masks of a task are no conditions."""
+    grid = Grid(1, 2, 2)
+    fields = {
+        name: Field(name=name, alignment="grid", shape=(3,))
+        for name in ("cond_latents", "image_tokens", "motion", "clean_mask")
+    }
+    plan = SamplingPlan({field: np.ones(field.get_shape(grid), np.float32) for field in fields.values()})
+    request = SamplingRequest("red", "blue", np.zeros((*grid, 2), np.float32), plan._replace(start=np.ones((*grid, 2))))
+    branches = [
+        (prompt, {field.name for field, values in own.items() if not values.any()})
+        for prompt, own in request.branches(("motion", "text", "image"))
+    ]
+    image = {"motion", "cond_latents", "image_tokens"}
+    assert branches == [("red", set()), ("red", {"motion"}), ("blue", {"motion"}), ("blue", image)]
 
 
 def test_two_scales_are_for_two_experts():
-    with pytest.raises(UserError, match=r"guidance=\(2\.0, 3\.0\) is invalid: .* Use one number"):
-        sample_requests([SMALL], Sampling(guidance=Guidance(scale=(2.0, 3.0))))
+    with pytest.raises(UserError, match=r"guidance={'text': \(2\.0, 3\.0\)} is invalid: .* Use one number"):
+        sample_requests([SMALL], Sampling(guidance=Guidance(scales={"text": (2.0, 3.0)})))
 
 
 ROW = PackedShape(tokens=120, text=224, segments=12)
@@ -206,12 +244,14 @@ def test_branches_side_by_side_have_room_for_their_texts():
 @pytest.mark.parametrize(
     ("sizes", "guidance", "multiples"),
     [
-        ({"data": 2, "context": 4}, Guidance(scale=2.0), RowMultiples(1, 2)),
-        ({"data": 8}, Guidance(scale=2.0), RowMultiples(4, 8)),
-        ({"data": 2, "fsdp": 4}, Guidance(scale=2.0, image_scale=3.0), RowMultiples(8, 8)),
-        ({"data": 8}, Guidance(scale=2.0, interval=(0.2, 0.8)), RowMultiples(8, 8)),
-        ({"data": 8}, Guidance(scale=1.0), RowMultiples(8, 8)),
-        ({"data": 1, "context": 8}, Guidance(scale=2.0), RowMultiples(1, 1)),
+        ({"data": 2, "context": 4}, Guidance(scales={"text": 2.0}), RowMultiples(1, 2)),
+        ({"data": 8}, Guidance(scales={"text": 2.0}), RowMultiples(4, 8)),
+        ({"data": 2, "fsdp": 4}, Guidance(scales={"text": 2.0, "image": 3.0}), RowMultiples(8, 8)),
+        ({"data": 8}, Guidance(scales={"text": 2.0}, interval=(0.2, 0.8)), RowMultiples(8, 8)),
+        ({"data": 8}, Guidance(scales={"text": 1.0}), RowMultiples(8, 8)),
+        ({"data": 8}, Guidance(scales={"text": (2.0, 1.0)}), RowMultiples(8, 8)),
+        ({"data": 8}, Guidance(scales={"motion": 2.0, "text": 1.0}), RowMultiples(4, 8)),
+        ({"data": 1, "context": 8}, Guidance(scales={"text": 2.0}), RowMultiples(1, 1)),
     ],
 )
 def test_rows_are_as_many_as_devices_share_all_that_is_evaluated(sizes, guidance, multiples):

@@ -146,7 +146,7 @@ def test_samplers_are_chosen_by_name(pipeline, latents):
     four = generate_latents(pipeline, PROMPT, size=SMALL, solver="euler", steps=4)
     assert np.abs(unipc[1] - four).max() > 1e-3
     chosen = pipeline.make_sampling(steps=7, guidance=3, solver="heun")
-    assert (chosen.steps, chosen.guidance, chosen.solver) == (7, Guidance(scale=3.0), Heun())
+    assert (chosen.steps, chosen.guidance, chosen.solver) == (7, Guidance(scales={"text": 3.0}), Heun())
     kept = replace(chosen, solver=UniPc(order=3, uncorrected_steps=(0,)), time_schedule=UniPcFlowSchedule())
     assert config_json.from_json(config_json.to_json(kept)) == kept
 
@@ -259,13 +259,14 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
         ),
         ({"seed": 1.5}, "seed=1.5 is invalid: it must be a whole number"),
         ({"seed": "3"}, "seed='3' is invalid: it must be a whole number"),
-        ({"guidance": "3"}, "guidance='3' is invalid: it must be a number"),
+        ({"guidance": "3"}, "guidance scales={'text': '3'} are invalid: each must be a finite number"),
+        ({"guidance": {"text": 3.0, "motion": 2.0}}, "guidance of motion is invalid: the model has .* but text. Use"),
         ({"steps": True}, "steps=True is invalid: it must be a whole number"),
         ({"video": [1]}, "video is invalid: a list is no picture"),
         ({"seed": -1}, "is invalid: a seed is a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "is invalid: a seed is a whole number from 0 to 4294967295"),
-        ({"guidance": -1.0}, r"guidance scales -1\.0 are invalid"),
-        ({"guidance": (2.0, 3.0)}, r"guidance=\(2\.0, 3\.0\) is invalid: .* Use one number"),
+        ({"guidance": -1.0}, "guidance scales={'text': -1.0} are invalid"),
+        ({"guidance": (2.0, 3.0)}, r"guidance={'text': \(2\.0, 3\.0\)} is invalid: .* Use one number"),
         ({"noise": np.full((2, 2, 2, 4), np.nan, np.float32)}, "holds NaN or infinity; draw standard normal noise"),
         ({"noise": np.zeros((1, 2, 2, 4), np.float32)}, r"has shape \(2, 2, 2, 4\), not \(1, 2, 2, 4\)"),
     ],
@@ -281,7 +282,7 @@ def test_guiding_a_model_trained_without_caption_dropout_warns(pipeline):
         autoencoder=pipeline.codec.params,
         denoiser=pipeline.denoiser_params,
     )
-    with pytest.warns(UserWarning, match="this one was trained without caption dropout; use guidance=1"):
+    with pytest.warns(UserWarning, match="guidance drops text, and this model was trained without such dropout"):
         generate_latents(always, PROMPT, size=SMALL)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -304,9 +305,9 @@ def test_a_config_without_a_prediction_predicts_velocity(pipeline):
 
 @pytest.mark.nightly
 def test_guidance_accepts_all_its_options(pipeline, latents):
-    plain = generate_latents(pipeline, PROMPT, size=SMALL, guidance=Guidance(scale=2.0))
+    plain = generate_latents(pipeline, PROMPT, size=SMALL, guidance=Guidance(scales={"text": 2.0}))
     np.testing.assert_array_equal(plain, latents)
-    guidance = Guidance(scale=4.0, rescale=0.7, interval=(0.1, 1.0), projection=AdaptiveProjectedGuidance())
+    guidance = Guidance(scales={"text": 4.0}, rescale=0.7, interval=(0.1, 1.0), method=AdaptiveProjectedGuidance())
     other = generate_latents(pipeline, PROMPT, size=SMALL, guidance=guidance)
     assert np.abs(other - generate_latents(pipeline, PROMPT, size=SMALL, guidance=4.0)).max() > 1e-3
     kept = replace(pipeline.config.sampling, guidance=guidance)

@@ -11,7 +11,7 @@ from dit_video.diffusion import Guidance
 from dit_video.models.encoders import ClassNamesConfig
 from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline import Request
-from dit_video.sampling.preparation import check_requests
+from dit_video.sampling.preparation import check_requests, check_sampling
 from dit_video.sampling.request import Condition
 from dit_video.video import Clip
 from support.tiny_class_dit import DIT
@@ -63,7 +63,15 @@ def test_what_a_pipeline_refuses_is_refused_without_its_weights(pipelines, kind,
     ],
 )
 def test_what_a_pipeline_samples_passes(pipelines, kind, request_):
-    check_requests(pipelines[kind].config, [request_], Sampling(steps=2, guidance=Guidance(scale=1.0)))
+    check_requests(pipelines[kind].config, [request_], Sampling(steps=2, guidance=Guidance(scales={"text": 1.0})))
+
+
+@pytest.mark.parametrize(("kind", "names"), [("animating", "text, image"), ("vace", "text, control")])
+def test_guidance_has_scales_of_the_conditions_of_a_model(pipelines, kind, names):
+    config = pipelines[kind].config
+    check_sampling(config, Sampling(guidance=Guidance(scales=dict.fromkeys(names.split(", "), 2.0))))
+    with pytest.raises(UserError, match=f"guidance of motion is invalid: .* no such conditions, but {names}. Use"):
+        check_sampling(config, Sampling(guidance=Guidance(scales={"text": 2.0, "motion": 1.0})))
 
 
 def test_prompts_that_are_no_class_are_refused():

@@ -1,5 +1,7 @@
 """Changes of a sampling: its guidance, steps, shift and times."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -29,18 +31,32 @@ def compute_times(own, process=FLOW, **overrides):
 
 
 def test_a_number_is_the_scale_of_guidance_and_leaves_its_other_options():
-    assert Sampling(guidance=3).guidance == Sampling(guidance=Guidance(scale=3.0)).guidance == Guidance(scale=3.0)
-    own = Sampling(guidance=Guidance(scale=3.0, rescale=0.5))
-    assert own.change(FLOW, guidance=2).guidance == Guidance(scale=2.0, rescale=0.5)
-    assert own.change(FLOW, guidance=(4, 3.0)).guidance == Guidance(scale=(4.0, 3.0), rescale=0.5)
-    assert own.change(FLOW, guidance=Guidance(scale=2.0)).guidance == Guidance(scale=2.0)
+    three = Guidance(scales={"text": 3.0})
+    assert Sampling(guidance=3).guidance == Sampling(guidance=three).guidance == three
+    own = Sampling(guidance=Guidance(scales={"text": 3.0}, rescale=0.5))
+    assert own.change(FLOW, guidance=2).guidance == Guidance(scales={"text": 2.0}, rescale=0.5)
+    assert own.change(FLOW, guidance=(4, 3.0)).guidance == Guidance(scales={"text": (4.0, 3.0)}, rescale=0.5)
+    assert own.change(FLOW, guidance=Guidance(scales={"text": 2.0})).guidance == Guidance(scales={"text": 2.0})
     assert own.change(FLOW) == own
 
 
-@pytest.mark.parametrize("value", ["3", True, (1.0, 2.0, 3.0), (), ("4", "3"), None])
+def test_a_mapping_has_the_scales_of_all_conditions_and_a_number_that_of_the_prompt():
+    both = {"text": 5.0, "motion": 3.0}
+    own = Sampling(guidance=Guidance(scales={"image": 2.0}, rescale=0.5)).change(FLOW, guidance=both)
+    assert own.guidance == Guidance(scales=both, rescale=0.5)
+    assert own.change(FLOW, guidance=4).guidance == Guidance(scales=both | {"text": 4.0}, rescale=0.5)
+    assert own.guidance != dataclasses.replace(own.guidance, scales={"motion": 3.0, "text": 5.0})  # another order
+
+
+@pytest.mark.parametrize("value", ["3", True, (1.0, 2.0, 3.0), (), ("4", "3"), None, {"text": "3"}])
 def test_guidance_that_is_no_number_is_refused(value):
-    with pytest.raises(UserError, match=r"guidance=.* is invalid: it must be a number, a pair .* Use 5\.0"):
+    with pytest.raises(UserError, match=r"guidance scales=.* are invalid: each must be a finite number .* or a pair"):
         make_guidance(value)
+
+
+def test_scales_without_names_are_refused():
+    with pytest.raises(UserError, match=r'guidance scales=5\.0 are invalid: they need the names .* Use {"text": 5}'):
+        Guidance(scales=5.0)
 
 
 @pytest.mark.parametrize(

@@ -139,14 +139,14 @@ class SamplingModel:
 def measure(shape: SamplingShape, rounds: int) -> dict[str, Any]:
     """Measure sampling with one model."""
     model = SamplingModel(shape)
-    once = Sampling(steps=shape.steps, guidance=Guidance(scale=1.0))
+    once = Sampling(steps=shape.steps, guidance=Guidance(scales={"text": 1.0}))
     forward = model.make_forward()
 
     def forwards() -> None:
         for _ in range(shape.steps):
             forward()
 
-    batched = Sampling(steps=shape.steps, guidance=Guidance(scale=2.0))
+    batched = Sampling(steps=shape.steps, guidance=Guidance(scales={"text": 2.0}))
     sequential = replace(batched, branch_evaluation="apart")
     seconds = time_median(
         {
@@ -185,7 +185,7 @@ def count_recompilations(model: SamplingModel, sampling: Sampling) -> int:
     with count_compilations() as count:
         model.sample(sampling, seed=3)
         model.sample(sampling, prompt="a blue square moving up")
-        model.sample(replace(sampling, guidance=Guidance(scale=4.5)))
+        model.sample(replace(sampling, guidance=Guidance(scales={"text": 4.5})))
         for steps in (1, sampling.steps + 5):
             model.sample(replace(sampling, steps=steps))
         return count()

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dit_video.apps.reports.elements import Chart, Curve
 from dit_video.apps.reports.evaluation_report import format_values, make_headline_figures, make_result_table
 from dit_video.apps.reports.report import Command, Figure, Reconstruction, Report, Sample, write_report
 from dit_video.apps.reports.run_times import format_duration
 from dit_video.core import config_json
 from dit_video.core.files import read_json
-from dit_video.diffusion import SOLVERS
+from dit_video.diffusion import SOLVERS, TEXT
 from dit_video.evaluation.collection import MetricResult
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.measure import EvaluationResult
@@ -201,9 +203,12 @@ def _describe_sampling(evaluation: EvaluationResult) -> str:
     if sampling is None:
         return "Nothing is sampled."
     solver = next((name for name, each in SOLVERS.items() if each == sampling.solver), type(sampling.solver).__name__)
-    scales = " and ".join(f"{scale:g}" for scale in sampling.guidance.scales)
+    named = [
+        " ".join(filter(None, ("" if name == TEXT else name, " and ".join(f"{scale:g}" for scale in np.ravel(scales)))))
+        for name, scales in sampling.guidance.scales.items()
+    ]
     steps = f"{sampling.steps} steps of {solver.lower()}"
-    return f"Samples: {steps}, guidance {scales}, one sample per prompt, not selected."
+    return f"Samples: {steps}, guidance {', '.join(named)}, one sample per prompt, not selected."
 
 
 def _make_samples(evaluation: EvaluationResult) -> tuple[Sample, ...]:

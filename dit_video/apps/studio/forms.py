@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from dit_video.core.errors import UserError
-from dit_video.diffusion import SOLVERS
+from dit_video.diffusion import SOLVERS, TEXT
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.tasks import TASKS, Task
 from dit_video.sampling.tasks.fields import TaskField, list_fields
@@ -451,7 +451,7 @@ def make_sampling_form(
       checkpoints: Steps of the checkpoints of a run, from which another than the newest may be chosen.
     """
     own = config.sampling
-    scales = own.guidance.scales
+    scales = [own.guidance.get_scale(TEXT, expert) for expert in range(own.guidance.expert_count)]
     solvers = (("", "the model's own"), *((name, name) for name in SOLVERS))
     form: list[FormField] = [
         TextField(name="negative", title="Negative prompt", default=config.negative or None, lines=2),

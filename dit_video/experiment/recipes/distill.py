@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
-from dit_video.diffusion import Guidance, Lcm, LogitNormal, TimeDistribution, UniformWeighting, Weighting
+from dit_video.diffusion import TEXT, Guidance, Lcm, LogitNormal, TimeDistribution, UniformWeighting, Weighting
 from dit_video.distributed import Parallelism
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.protocol import EvaluationProtocol
@@ -129,9 +129,9 @@ def make_distillation_experiment(
     """
     folder = Path(folder)
     teacher = _read_open_teacher(folder, options) if (folder / INDEX).is_file() else _read_own_teacher(folder, options)
-    guidance = teacher.guidance if options.guidance is None else Guidance(scale=options.guidance)
-    scale = guidance.scale
-    if isinstance(scale, tuple) or guidance != Guidance(scale=scale):
+    guidance = teacher.guidance if options.guidance is None else Guidance(scales={TEXT: options.guidance})
+    scale = guidance.get_scale(TEXT)
+    if guidance != Guidance(scales={TEXT: scale}):
         raise UserError(f"guidance={guidance} is invalid: a teacher is distilled at one scale; set it with --guidance")
     train = options.train or teacher.train
     changes = {name: getattr(options, name) for name in ("dtype", "remat", "attention")}
@@ -158,7 +158,7 @@ def make_distillation_experiment(
                 ),
             ),
         ),
-        sampling=Sampling(steps=options.sampling_steps, guidance=Guidance(scale=1.0), solver=Lcm()),
+        sampling=Sampling(steps=options.sampling_steps, guidance=Guidance(scales={TEXT: 1.0}), solver=Lcm()),
         evaluation=teacher.evaluation,
         parallel=options.parallel,
         log_every=options.log_every,
@@ -221,7 +221,7 @@ def _read_open_teacher(folder: Path, options: DistillationOptions) -> _Teacher:
         buckets=None,
         data=data,
         batch=1,
-        guidance=Guidance(scale=_OPEN_GUIDANCE),
+        guidance=Guidance(scales={TEXT: _OPEN_GUIDANCE}),
         evaluation=CaptionEvaluation(),
         train="lora",
     )

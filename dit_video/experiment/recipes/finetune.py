@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.diffusion import Guidance
+from dit_video.diffusion import TEXT, Guidance
 from dit_video.distributed import Parallelism
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment.data_config import DataConfig
@@ -148,7 +148,7 @@ def make_finetuning_experiment(
         conditioner=parts.conditioner,
         sampling=Sampling(
             steps=options.sampling_steps,
-            guidance=Guidance(scale=parts.guidance if options.guidance is None else options.guidance),
+            guidance=Guidance(scales={TEXT: parts.guidance if options.guidance is None else options.guidance}),
             solver=schedule.solver,
             time_schedule=schedule.time_schedule,
         ),

@@ -17,6 +17,7 @@ from pathlib import Path
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.diffusion import (
+    TEXT,
     Ddpm,
     DiscreteSchedule,
     Epsilon,
@@ -108,7 +109,7 @@ class DitFamily(Family):
             batch=_BATCH,
             sampling=Sampling(
                 steps=_AUTHORS_STEPS if schedule.solver == Ddpm() and not index else _STEPS,
-                guidance=Guidance(scale=_GUIDANCE),
+                guidance=Guidance(scales={TEXT: _GUIDANCE}),
                 solver=schedule.solver,
                 time_schedule=schedule.time_schedule,
             ),

@@ -46,7 +46,7 @@ def measured(tiny_pipeline, tmp_path_factory):
         reconstructions=make_set(clips[:1]),
         model={"parameters": tiny_pipeline.count_parameters()},
     )
-    sampling = Sampling(steps=5, guidance=Guidance(scale=1.5), solver=SOLVERS["heun"])
+    sampling = Sampling(steps=5, guidance=Guidance(scales={"text": 1.5}), solver=SOLVERS["heun"])
     return result._replace(items=tuple(items), sampling=sampling)
 
 
@@ -55,7 +55,7 @@ def page(path):
 
 
 def test_the_report_states_the_guidance_of_both_experts(tiny_pipeline, measured, tmp_path):
-    measured = measured._replace(sampling=Sampling(guidance=Guidance(scale=(4.0, 3.5))))
+    measured = measured._replace(sampling=Sampling(guidance=Guidance(scales={"text": (4.0, 3.5)})))
     write_run_report(tmp_path / "report.html", tiny_pipeline, measured, title="A run", source=tmp_path)
     assert "guidance 4 and 3.5, one sample" in page(tmp_path / "report.html")
 

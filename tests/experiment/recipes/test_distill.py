@@ -55,7 +55,7 @@ def test_the_experiment_of_a_student_follows_from_a_run(tiny_run):
     assert experiment.denoiser.optimizer.learning_rate == 3e-4
     assert experiment.model == Run.open(tiny_run).experiment.model
     assert experiment.data == Run.open(tiny_run).experiment.data
-    assert (experiment.sampling.steps, experiment.sampling.guidance.scale) == (2, 1.0)
+    assert (experiment.sampling.steps, experiment.sampling.guidance.get_scale("text")) == (2, 1.0)
     assert isinstance(experiment.sampling.solver, Lcm)
     assert experiment.evaluation == teacher.evaluation
 

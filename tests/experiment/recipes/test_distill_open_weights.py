@@ -121,7 +121,7 @@ def test_the_experiment_of_a_student_follows_from_the_folder(folder):
     assert denoiser.train.distillation.guidance == 5.0
     assert (experiment.data.max_pixels, experiment.data.max_frames, model.fps) == (32 * 48, 5, 16.0)
     sampling = experiment.sampling
-    assert (sampling.steps, sampling.guidance, sampling.solver) == (2, Guidance(scale=1.0), Lcm())
+    assert (sampling.steps, sampling.guidance, sampling.solver) == (2, Guidance(scales={"text": 1.0}), Lcm())
     assert config_json.from_json(json.loads(json.dumps(config_json.to_json(experiment)))) == experiment
     assert (type(denoiser.optimizer), denoiser.optimizer.learning_rate) == (AdamW, 1e-2)
     full = make_distillation_experiment(folder, DistillationOptions(train="full", method="dmd"))

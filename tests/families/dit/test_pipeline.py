@@ -66,7 +66,11 @@ def test_the_pipeline_config_is_read_from_the_folder(pipeline):
     assert config.model.text_encoder == ClassNamesConfig(classes=5, names=(*NAMES.values(), "4"))
     assert config.model.process == VariancePreservingProcess()
     assert config.model.prediction == LearnedVariance()
-    assert (config.sampling.solver, config.sampling.guidance.scale, config.size) == (Ddim(), 4.0, (1, SIDE, SIDE))
+    assert (config.sampling.solver, config.sampling.guidance.get_scale("text"), config.size) == (
+        Ddim(),
+        4.0,
+        (1, SIDE, SIDE),
+    )
 
 
 def test_a_pipeline_generates_an_image_of_a_class(pipeline):

@@ -57,7 +57,7 @@ def test_the_pipeline_config_is_read_from_the_folder(folder):
         RectifiedFlow(shift=3.0),
         UniformTimes(spacing="beta"),
     )
-    assert (config.sampling.steps, config.sampling.guidance.scale) == (50, 3.0)
+    assert (config.sampling.steps, config.sampling.guidance.get_scale("text")) == (50, 3.0)
     assert (config.size, config.fps, config.token_dt, config.model.token_lead) == ((161, 512, 704), 25.0, 8 / 25, 0)
     assert (config.conditioner, config.model.frame_conditioning) == (
         KeyframesToVideo(has_keyframes=False),

@@ -79,7 +79,7 @@ def test_the_pipeline_config_is_read_from_the_folder(pipeline, folder):
         UniPc(),
         UniPcFlowSchedule(),
     )
-    assert (config.sampling.steps, config.sampling.guidance.scale) == (50, 5.0)
+    assert (config.sampling.steps, config.sampling.guidance.get_scale("text")) == (50, 5.0)
     assert (config.size, config.fps) == ((81, 480, 832), 16.0)
     assert pipeline.count_parameters().keys() == {"autoencoder", "backbone", "low_noise", "text"}
 
@@ -110,7 +110,7 @@ def test_each_expert_has_its_times_and_its_guidance(pipeline, one):
         config = replace(pipeline.config, boundary=boundary)
         other = Pipeline(config, autoencoder=pipeline.codec.params, denoiser=pipeline.denoiser_params)
         np.testing.assert_allclose(sample_latents(other), sample_latents(expert), atol=1e-5)
-    with pytest.raises(UserError, match=r"guidance=\(2\.0, 3\.0\) is invalid: .* Use one number"):
+    with pytest.raises(UserError, match=r"guidance={'text': \(2\.0, 3\.0\)} is invalid: .* Use one number"):
         sample_latents(one, guidance=(2.0, 3.0))
     with pytest.raises(UserError, match=r"boundary=875.* is invalid: .* from 0 to 1"):
         replace(pipeline.config, boundary=875.0)

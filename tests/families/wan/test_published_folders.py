@@ -125,7 +125,7 @@ def test_configs_of_published_folders_are_those_of_the_models(folders):
 def test_defaults_of_a_published_folder_are_its_authors(folders, name, size, fps, steps, guidance, shift, negative):
     folder = folders / name
     config = find_family(folder).make_config(folder, LoadOptions())
-    assert (config.size, config.fps, config.sampling.steps, config.sampling.guidance.scale) == (
+    assert (config.size, config.fps, config.sampling.steps, config.sampling.guidance.scales["text"]) == (
         size,
         fps,
         steps,

@@ -79,10 +79,10 @@ def latents() -> None:
 
 def guidance() -> None:
     """Check branches that are evaluated apart, at some times, with momentum, or not at all, and a solver with noise."""
-    momentum = Guidance(scale=3.0, projection=AdaptiveProjectedGuidance())
+    momentum = Guidance(scales={"text": 3.0}, method=AdaptiveProjectedGuidance())
     samplings = [
         replace(CONFIG.sampling, branch_evaluation="apart"),
-        replace(CONFIG.sampling, guidance=Guidance(scale=3.0, interval=(0.4, 1.0))),
+        replace(CONFIG.sampling, guidance=Guidance(scales={"text": 3.0}, interval=(0.4, 1.0))),
         replace(CONFIG.sampling, guidance=momentum, solver=Ddim(eta=1.0)),
         replace(CONFIG.sampling, guidance=1.0),
     ]
@@ -188,7 +188,7 @@ def state() -> None:
     backbone = RecallingConfig(**vars(DIT))
     config = replace(CONFIG, model=replace(CONFIG.model, backbone=backbone))
     calls = record_calls()
-    guidances = (Guidance(scale=3.0), Guidance(scale=3.0, interval=(0.4, 0.9)))
+    guidances = (Guidance(scales={"text": 3.0}), Guidance(scales={"text": 3.0}, interval=(0.4, 0.9)))
     for guidance in guidances:
         own = replace(config, sampling=replace(config.sampling, guidance=guidance))
         expected = make_pipeline(own).generate_latents(REQUESTS)

@@ -80,7 +80,7 @@ def measure(size: SamplingSize, budget: TimeBudget) -> Iterator[tuple[str, Any]]
     request = SamplingRequest("a prompt", "", draw_initial_noise(0, latents, model.channels))
 
     def generate(steps: int) -> tuple[float, float]:
-        sampling = Sampling(steps=steps, guidance=Guidance(scale=size.guidance), branch_evaluation="apart")
+        sampling = Sampling(steps=steps, guidance=Guidance(scales={"text": size.guidance}), branch_evaluation="apart")
         start = time.perf_counter()
         (result,) = sample_latents(denoiser, [request], sampling=sampling, shape=row_shape, rows=1)
         sampled = time.perf_counter()
