@@ -87,8 +87,10 @@ def test_only_changes_are_copied(address, tmp_path, monkeypatch):
 def test_files_of_an_interrupted_upload_are_not_part_of_the_folder(address, tmp_path, monkeypatch):
     one, two = (make(address, tmp_path / name) for name in ("one", "two"))
     write(one.local, config_json="{}", pipeline__config_json="old", pipeline__weights_bin="old")
+    write(one.local, model__pipeline__config_json="old", model__pipeline__weights_bin="old")  # of a nested run
     one.send()
     write(one.local, pipeline__config_json="new", pipeline__weights_bin="new", stage__weights_bin="new")
+    write(one.local, model__pipeline__weights_bin="new")
     with monkeypatch.context() as patch:
         patch.setattr("dit_video.experiment.remote_folder.write_document", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
