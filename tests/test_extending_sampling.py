@@ -266,9 +266,8 @@ def test_self_conditioning(add_package, tiny, tiny_run, tmp_path):
         expected = sample_by_hand(pipe, request, sampling, keeps_estimate=True)
         np.testing.assert_allclose(result, expected, atol=1e-4)
         assert np.abs(result - sample_by_hand(pipe, request, sampling, keeps_estimate=False)).max() > 0.05
-    weaker = Guidance(
-        scales={"text": 2.0}, skip_layers=SkipLayerGuidance(layers=(0,), stop=1.0)
-    )  # a model without estimates
+    skipped = SkipLayerGuidance(layers=(0,), stop=1.0)  # its weaker model has no estimates
+    weaker = Guidance(scales={"text": 2.0}, skip_layers=skipped)
     (guided,) = pipe.generate_latents(requests[:1], sampling=pipe.make_sampling(steps=4, guidance=weaker))
     assert np.isfinite(guided).all()
     assert np.abs(guided - results[0]).max() > 0.05

@@ -204,6 +204,22 @@ def test_samples_that_were_made_otherwise_are_refused(tiny_pipeline, tmp_path):
         SampleFolder(tmp_path / "samples", tiny_pipeline, other)
 
 
+def test_samples_are_continued_whose_guidance_was_written_as_fields(tiny_pipeline, tmp_path):
+    """Before guidance had names, it was written as `scale`, `image_scale`, `projection` and `zero_star`."""
+    sampling = tiny_pipeline.make_sampling(steps=2, guidance=3.0)
+    SampleFolder(tmp_path, tiny_pipeline, REQUESTS, sampling=sampling)
+    written = json.loads((tmp_path / "settings.json").read_text())
+    guidance = written["settings"]["sampling"]["guidance"]
+    del guidance["scales"], guidance["method"]
+    guidance |= {"scale": 3.0, "image_scale": None, "projection": None, "zero_star": None}
+    (tmp_path / "settings.json").write_text(json.dumps(written))
+    SampleFolder(tmp_path, tiny_pipeline, REQUESTS, sampling=sampling)
+    guidance["scale"] = 4.0
+    (tmp_path / "settings.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match=r"sampling\.guidance\.scales\.text is 4\.0 there and 3\.0 here"):
+        SampleFolder(tmp_path, tiny_pipeline, REQUESTS, sampling=sampling)
+
+
 def test_tasks_and_requests_are_sampled_into_one_folder(tiny_pipeline, tmp_path):
     clip = tiny_pipeline.generate("a red circle", size=(5, 16, 16), steps=1)
     entries = [
