@@ -210,7 +210,7 @@ def test_weights_of_8_bits(add_package, tmp_path):
     assert not (tmp_path / "styled").exists()
     training = LoraAdapters(init_from=str(tmp_path / "small"))
     with pytest.raises(UserError, match=r"init_from=.*small is invalid: .*kernel is a their_kernel:Int8Kernel"):
-        check_initial_weights(dataclasses.replace(EXPERIMENT.denoiser, train=training))
+        check_initial_weights(dataclasses.replace(EXPERIMENT.denoiser, train=training), EXPERIMENT.get_model())
     np.testing.assert_array_equal(sample_latents(loaded), result)
 
 
@@ -288,7 +288,7 @@ def sample_by_hand(pipe, request, sampling, *, keeps_estimate):
         unconditional, next_second = other.denoise(x, time, second)
         if keeps_estimate:
             first, second = next_first, next_second
-        x = x + (following - time) * (unconditional + sampling.guidance.scale * (conditional - unconditional))
+        x = x + (following - time) * (unconditional + sampling.guidance.scales["text"] * (conditional - unconditional))
     return np.asarray(probe.unpatchify(x[0]))
 
 

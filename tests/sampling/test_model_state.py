@@ -62,7 +62,7 @@ def sample_by_hand(request, sampling, *, boundary=0.0, has_second=False):
         """Return the velocity at a time, and each branch's last prediction."""
         last = last.copy()
         last[0] = evaluate(x, time, last, 0)
-        scale = guidance.get_scale("text", 1 if expert == "low_noise" else 0)
+        scale = guidance.get_scale("text", int(expert == "low_noise"))
         if scale == 1 or not low <= time <= high:
             return last[0], last
         last[1] = evaluate(x, time, last, 1)

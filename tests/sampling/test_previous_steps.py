@@ -65,7 +65,8 @@ def test_a_step_has_steps_and_guidance_of_its_own(models, tmp_path):
     own = large.add_previous_step(replace(STEP, sampling=small.make_sampling(**options)), small)
     own.save(tmp_path / "both")
     np.testing.assert_array_equal(sample(dit_video.load(tmp_path / "both"), size=(5, 32, 32), steps=2), expected)
-    assert own.make_sampling(previous={"low_resolution": {"steps": 5}}).previous["low_resolution"].guidance.scale == 3.0
+    changed = own.make_sampling(previous={"low_resolution": {"steps": 5}}).previous["low_resolution"]
+    assert changed.guidance.scales == {"text": 3.0}
     recipe = both.generate("a red circle", size=(5, 32, 32), previous=previous).recipe
     assert recipe["sampling"]["previous"]["low_resolution"]["steps"] == 3
 
