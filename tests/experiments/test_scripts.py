@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dit_video.core import config_json
 from dit_video.core.storage import to_storage_path, upload
 from dit_video.data.ingest.engine import ingest
+from dit_video.diffusion import SOLVERS
 from dit_video.experiment.run import Run
 from dit_video.sampling.pipeline import Request
 from dit_video.scenes import shapes, shapes_evaluation
@@ -139,8 +141,9 @@ def test_evaluate_writes_the_metrics_and_the_report_of_a_run(script, copy, few_s
     ended = script("experiments/evaluate.py", copy, "--seed", 5, "--steps", 1, "--solver", "heun")
     assert ended.code == 0, ended.err
     metrics = json.loads((copy / "metrics.json").read_text())
-    assert metrics["sampling"]["seed"] == 5
-    assert metrics["sampling"]["solver"] == "heun"
+    protocol = metrics["protocol"]
+    assert protocol["config"]["seed"] == 5
+    assert protocol["sampling"]["solver"] == config_json.to_json(SOLVERS["heun"])
     results = {entry["name"]: entry for entry in metrics["results"]}
     for name in ("colour", "shape", "direction"):
         assert f"{name} as prompted: {results[name]['value']:.1%} (" in ended.out

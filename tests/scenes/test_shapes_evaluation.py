@@ -29,14 +29,15 @@ def test_two_evaluations_use_different_seeds():
 
 
 def test_the_reference_of_a_prompt_of_shapes_follows_it_at_the_sample_s_size():
-    made = ShapesEvaluation().make_requests(None, 5, image=False)[::9]
+    protocol = ShapesEvaluation(seed=5)
+    made = protocol.make_items(None, protocol.make_data(None))[::9]
     references = [each.read_reference() for each in made]
-    prompts = [each.request.prompt for each in made]
+    prompts = [each.entry.prompt for each in made]
     judged = PromptFollowing().measure(MetricBatch(samples=references, prompts=prompts))
-    assert [result.size for result in judged] == [each.request.size for each in made]
+    assert [result.size for result in judged] == [each.entry.size for each in made]
     for each, result in zip(made, judged, strict=True):
-        description, geometry = each.scene
-        assert shapes.format_caption(description) == each.request.prompt
+        description, geometry = each.truth
+        assert shapes.format_caption(description) == each.entry.prompt
         assert result.judgement.colour == description.colour
         below = shapes.get_centroid_offset(description.shape, geometry.radius)
         start = (geometry.row + below) / result.size.h, geometry.column / result.size.w

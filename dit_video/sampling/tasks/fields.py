@@ -38,11 +38,11 @@ class Doc:
 class Limits:
     """Limits of a number, checked when a task is made."""
 
-    minimum: float | None = None
-    above: float | None = None
+    minimum: float | int | None = None
+    above: float | int | None = None
     """Number that it must exceed."""
-    maximum: float | None = None
-    step: float = 1
+    maximum: float | int | None = None
+    step: float | int = 1
     """Distance of the numbers that the arrows of a form lead to."""
 
     def check(self, name: str, value: object) -> None:
