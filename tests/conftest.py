@@ -91,6 +91,8 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compile programs without most optimisations: with tiny models, compilation takes most of the time."""
+    if item.get_closest_marker("wrong_types") and item.config.getoption("jaxtyping_packages"):
+        pytest.skip("the checks of types refuse its arguments before it does")
     _compile_quickly("optimized_compilation" not in getattr(item, "fixturenames", ()))
 
 

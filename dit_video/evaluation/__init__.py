@@ -1,1 +1,1 @@
-"""Evaluation of a model's outputs: reconstruction and prompt following."""
+"""Evaluation by protocols: what is sampled, the folder of samples, metrics, and comparisons."""

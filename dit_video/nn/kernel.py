@@ -1,7 +1,7 @@
 """Kernels that are not plain arrays: the weights of a linear layer in another form, such as quantised or low-rank."""
 
 import abc
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,8 @@ from jaxtyping import Array, Float
 
 from dit_video.core.typing import AnyArray
 from dit_video.nn.partitioner import Precision, WeightConstraint
+
+AnySelf = TypeVar("AnySelf", bound="Kernel")  # the checks of types know Self in decorated classes alone
 
 
 class Kernel(abc.ABC):
@@ -46,7 +48,7 @@ class Kernel(abc.ABC):
             compiler.
         """
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self: AnySelf, index: Any) -> AnySelf:
         """Return the kernel itself for `[...]`, as layers read it.
 
         Raises:

@@ -109,12 +109,22 @@ class Fitted(PatchVaeConfig):
     size: int
 
     def init_from_clips(self, clips):
-        return unflatten({self.path: np.full(self.size, clips, np.float32)})
+        return unflatten({self.path: np.full(self.size, len(list(clips.read_windows())), np.float32)})
+
+
+class ThreeWindows:
+    """Clips with three batches of windows."""
+
+    def read_windows(self):
+        return iter([np.zeros((1, 1, 8, 8, 3), np.float32)] * 3)
+
+    def fit_linear(self, *, stride, channels):
+        raise AssertionError("nothing is fitted")
 
 
 def test_what_follows_from_the_clips_takes_the_place_of_random_parameters():
     model = Fitted(width=8, blocks=1, path="decoder_in/bias", size=8)
-    random, fitted = (flatten(make_init(model, clips)(jax.random.key(0))) for clips in (None, 3.0))
+    random, fitted = (flatten(make_init(model, clips)(jax.random.key(0))) for clips in (None, ThreeWindows()))
     for path, value in random.items():
         np.testing.assert_array_equal(fitted[path], np.full(8, 3.0) if path == model.path else value)
 
@@ -122,7 +132,7 @@ def test_what_follows_from_the_clips_takes_the_place_of_random_parameters():
 @pytest.mark.parametrize(("path", "size"), [("decoder_in/bais", 8), ("decoder_in/bias", 9)])
 def test_parameters_that_the_model_lacks_cannot_follow_from_the_clips(path, size):
     with pytest.raises(UserError, match=rf"Fitted.init_from_clips is invalid: {path} has shape \({size},\)"):
-        make_init(Fitted(width=8, blocks=1, path=path, size=size), 3.0)
+        make_init(Fitted(width=8, blocks=1, path=path, size=size), ThreeWindows())
 
 
 def test_a_model_without_a_last_layer_is_not_trained_against_a_discriminator():

@@ -83,6 +83,7 @@ def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
     np.testing.assert_array_equal(sample_latents(again, image=IMAGES[0]), sample_latents(animating, image=IMAGES[0]))
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [

@@ -71,6 +71,7 @@ TRANSPARENT = OPAQUE.copy()
 TRANSPARENT[0, 0, 3] = 0
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("convert", "value", "message"),
     [

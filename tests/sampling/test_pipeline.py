@@ -177,6 +177,7 @@ def test_many_clips_at_once_are_the_same_as_each_alone(pipeline):
         assert np.abs(clip.frames.astype(int) - alone.frames.astype(int)).max() <= 1
 
 
+@pytest.mark.wrong_types
 def test_a_list_of_prompts_gives_a_list_of_clips(pipeline):
     prompts, image = [PROMPT, "a blue square"], np.zeros((16, 16, 3), np.uint8)
     values = {"seed": [3, 4], "size": [SMALL, (1, 16, 16)], "negative": [None, "a cube"]}
@@ -194,6 +195,7 @@ def test_a_list_of_prompts_gives_a_list_of_clips(pipeline):
         pipeline.generate(PROMPT, image=[image, image])
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("prompt", [5, None, b"a red circle", True, ["a", 5], {"prompt": "a"}])
 def test_what_is_no_text_is_no_prompt(pipeline, prompt):
     with pytest.raises(TypeError, match=r"prompt=.* is invalid: it must be a text, or a list of them"):
@@ -226,6 +228,7 @@ def test_a_clip_larger_than_a_row_is_made_too(pipeline):
     assert pipeline.generate(PROMPT, size=(17, 32, 32)).frames.shape == (17, 32, 32, 3)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("size", "message"),
     [
@@ -247,6 +250,7 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -48,6 +48,7 @@ def test_a_mapping_has_the_scales_of_all_conditions_and_a_number_that_of_the_pro
     assert own.guidance != dataclasses.replace(own.guidance, scales={"motion": 3.0, "text": 5.0})  # another order
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("value", ["3", True, (1.0, 2.0, 3.0), (), ("4", "3"), None, {"text": "3"}])
 def test_guidance_that_is_no_number_is_refused(value):
     with pytest.raises(UserError, match=r"guidance scales=.* are invalid: each must be a finite number .* or a pair"):
@@ -84,6 +85,7 @@ def test_times_are_shifted_by_an_explicit_shift_alone():
     np.testing.assert_allclose(times, [1, 0.9375, 0.8333333, 0.625, 0], atol=1e-6)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -1,10 +1,13 @@
 """Evaluation of models of the rendered shapes: its prompts, and teacher and student side by side."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 
 import dit_video
 from dit_video.evaluation.metrics.metric import MetricBatch
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.scenes import shapes
 from dit_video.scenes.shape_metrics import PromptFollowing
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation, compare_few_steps, make_shape_requests
@@ -30,7 +33,7 @@ def test_two_evaluations_use_different_seeds():
 
 def test_the_reference_of_a_prompt_of_shapes_follows_it_at_the_sample_s_size():
     protocol = ShapesEvaluation(seed=5)
-    made = protocol.make_items(None, protocol.make_data(None))[::9]
+    made = protocol.make_items(Mock(Pipeline), protocol.make_data(None))[::9]
     references = [each.read_reference() for each in made]
     prompts = [each.entry.prompt for each in made]
     judged = PromptFollowing().measure(MetricBatch(samples=references, prompts=prompts))

@@ -1,7 +1,7 @@
 """Measures of generation tasks: the truth passes, and wrong answers fail."""
 
 from dataclasses import replace
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from dit_video.core.resize import resize
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.tasks import blend_linearly
 from dit_video.evaluation.protocols import PROTOCOLS
+from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.tasks import Blend
 from dit_video.scenes.objects import find_objects
 from dit_video.scenes.tasks import SceneTaskProtocol  # registers its protocols
@@ -28,7 +29,7 @@ def get_cases(name, count=COUNT, levels=(1, 2)):
     protocol = PROTOCOLS[f"task_{name}"]
     assert isinstance(protocol, SceneTaskProtocol)
     drawn = replace(protocol, count=count, seed=7, levels=levels)
-    return drawn.make_items(SimpleNamespace(reconstruct=blur), drawn.make_data(None))
+    return drawn.make_items(Mock(Pipeline, reconstruct=blur), drawn.make_data(None))
 
 
 def measure(name, clips, cases):

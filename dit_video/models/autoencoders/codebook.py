@@ -1,7 +1,7 @@
 """Codebooks: the quantisation of latents (arXiv 1711.00937), its loss, and how codes are learned."""
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +247,7 @@ class CodebookLearning:
         return sums / smoothed[:, None], {"counts": counts, "sums": sums}
 
 
+@runtime_checkable
 class QuantizedAutoencoder(Protocol):
     """An autoencoder whose latents are codes of a codebook, at `codebook/codes` of its parameters."""
 

@@ -77,7 +77,7 @@ class LatentLoss(abc.ABC):
 class KlLoss(LatentLoss):
     """The divergence of the posterior from a standard normal distribution; latents are samples of the posterior."""
 
-    weight: float
+    weight: float | Float[Array, ""]
     """Weight of the divergence, in nats per latent position."""
 
     def decode(self, model: Vae, pixels: Pixels, random_key: Key[Array, ""]) -> DecodedClips:

@@ -4,7 +4,7 @@ The first frame is repeated so that it fills a patch of its own (as in Cosmos-To
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +85,7 @@ def fit_linear(
     return LinearAutoencoder(mean.astype(np.float32), basis, np.float32(scale))
 
 
+@runtime_checkable
 class ClipStatistics(Protocol):
     """Statistics of the clips that an autoencoder will be trained on; each is computed when it is asked for."""
 

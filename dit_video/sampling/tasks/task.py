@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 from dit_video.core.errors import UserError, check_whole
 from dit_video.data.latents.codec import LatentCodec
@@ -21,6 +21,7 @@ from dit_video.video import Clip
 Prompt = Annotated[str | None, Doc("Description of the result; the caption of the clip by default.")]
 
 
+@runtime_checkable
 class TaskPipeline(Protocol):
     """The part of a `Pipeline` that tasks of several passes use."""
 

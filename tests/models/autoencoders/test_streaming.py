@@ -116,6 +116,7 @@ def test_frame_counts_and_chunks_that_do_not_fit_are_refused():
         list(decode_stream(config, params, [np.zeros((1, 1, 4, 6, 3), np.float32)], chunk=0))
 
 
+@pytest.mark.wrong_types
 def test_arrays_that_are_no_frames_or_latents_are_refused():
     config, params, _, _ = setting("patches")
     real = FRAMES.astype(np.float32)

@@ -136,6 +136,7 @@ def test_edits_start_from_the_clip():
         assert request.prompt == ("new" if isinstance(task, Edit) and not isinstance(task, Vary) else "its caption")
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("make_task", "message"),
     [

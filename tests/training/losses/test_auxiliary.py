@@ -198,7 +198,7 @@ def test_the_estimate_is_that_of_the_prediction(process, prediction):
         output = loss(PARAMS, rows, jnp.asarray(STEP))
     (inputs,) = seen
     time = inputs.time[..., None]
-    target = prediction.target(process, rows.tokens, loss.draw_noise(rows, jnp.asarray(STEP)), time)
+    target = prediction.target(process, jnp.asarray(rows.tokens), loss.draw_noise(rows, jnp.asarray(STEP)), time)
     predicted = prediction.target(process, inputs.estimate.data, inputs.estimate.noise, time)
     per_token = jnp.square(predicted - target).mean(axis=-1)
     expected = (rows.layout.mean(per_token) * rows.valid).sum() / 3
