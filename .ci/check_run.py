@@ -31,7 +31,7 @@ def check_losses(run: Path) -> None:
 
 
 def check_samples(run: Path) -> None:
-    """Check that every file in `prompts.json` decodes to the size given there, and that there are no other files."""
+    """Check that every file in `prompts.json` decodes to the size given there, and that there are no other samples."""
     folder = run / "samples"
     samples = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
     assert samples, f"{folder}/prompts.json is empty"
@@ -40,7 +40,7 @@ def check_samples(run: Path) -> None:
         expected = (sample["frames"], sample["height"], sample["width"], 3)
         assert clip.frames.shape == expected, f"{sample['file']} is {clip.frames.shape}, not {expected}"
         assert {"prompt", "seed"} <= sample.keys()
-    files = {path.name for path in folder.iterdir()} - {"prompts.json"}
+    files = {path.name for path in folder.iterdir()} - {"prompts.json", "settings.json"}
     assert files == {sample["file"] for sample in samples}, "the files in samples/ are not those of prompts.json"
     print(f"{len(samples)} samples decode")
 
