@@ -96,7 +96,7 @@ def test_clips_with_other_conditions_that_share_a_row_are_those_of_a_row_of_thei
         Request(PROMPT, SIZE, image=draw_clip(1)),
         Request("a green cube", SIZE, seed=3, conditions=[Condition(content=draw_clip(9), frame=8, strength=0.7)]),
     ]
-    model = replace(pipeline.config.model, layout=PackedShape(tokens=64, text=64, segments=4))
+    model = replace(pipeline.config.model, layout=PackedShape(tokens=64, text=256, segments=4))
     config = replace(pipeline.config, model=model)
     packed = Pipeline(config, autoencoder=pipeline.codec.params, denoiser=pipeline.denoiser_params)
     sampling = pipeline.make_sampling(steps=2, guidance=2.0)
