@@ -58,8 +58,8 @@ def test_a_task(add_package, tiny_pipeline, script, tmp_path, monkeypatch):
         done = script("experiments/sample.py", tmp_path / "model", *arguments, "--steps", 4, "--out", tmp_path / out)
         assert done.code == 0, done.err
     np.testing.assert_allclose(decode(tmp_path / "a.apng").frames.astype(int), result.frames, atol=1)
-    (line,) = (tmp_path / "b" / "samples.jsonl").read_text().splitlines()
-    assert json.loads(line)["recipe"]["task"] == described
+    (entry,) = json.loads((tmp_path / "b" / "prompts.json").read_text())
+    assert read_recipe(tmp_path / "b" / entry["file"])["task"] == described
     (tab,) = (tab for tab in make_tabs(tiny_pipeline.config) if tab.name == "shimmer")
     assert [field.kind for field in tab.fields] == ["image", "text", "number", "flag"]
     assert (tab.help, tab.fields[2].maximum) == ("An image that comes alive: it is the middle of the clip.", 10)
