@@ -21,7 +21,7 @@ MeanFn = Callable[[Values], Float[Array, "*means"]]
 
 
 class GuidanceInputs(NamedTuple):
-    """What a method combines at one time."""
+    """Predictions of a model at one diffusion time, which `GuidanceMethod.combine` turns into one."""
 
     predictions: Sequence[Values]
     """Predictions under all conditions, and then without one condition more each; two or more."""

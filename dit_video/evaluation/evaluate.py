@@ -1,7 +1,7 @@
 """Evaluation of a model by a protocol: samples that are made once, reconstructions, and their metrics."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -140,11 +140,12 @@ def _open(
     items, reconstructions = tuple(protocol.make_items(pipeline, data)), None
     if not is_alone and data.clips.names and any(CLIP_NEEDS & {*metric.needs} for metric in protocol.metrics):
         protocol, reconstructions = reconstruct(pipeline.codec, protocol, data.clips)
+    compared = _add_references(NO_CLIPS, items)
     present: dict[MetricInput, object] = {
         "samples": items or protocol.is_reconstruction,
         "prompts": items or protocol.is_reconstruction,
-        "references": items and all(item.read_reference for item in items),
-        "scenes": items and all(item.truth is not None for item in items),
+        "references": compared.references,
+        "scenes": compared.truths,
         "real_clips": data.clips.names,
         "pairs": reconstructions,
         "baselines": reconstructions,
@@ -164,8 +165,19 @@ def _open(
             replace_others=replace_samples,
             share=share,
         )
-    described = {"weights": pipeline.compute_digest(), "parameters": pipeline.count_parameters()}
+    weights = pipeline.compute_digest() if samples is None else samples.weights
+    described = {"weights": weights, "parameters": pipeline.count_parameters()}
     return _OpenEvaluation(pipeline, protocol, folder, data, items, samples, sampling, reconstructions, described)
+
+
+def _add_references(samples: ClipSet, items: Sequence[EvaluationItem]) -> ClipSet:
+    """Return samples with the references and the true contents of their items, if each item has one."""
+    references = [item.read_reference for item in items if item.read_reference is not None]
+    truths = [item.truth for item in items if item.truth is not None]
+    return samples._replace(
+        references=references if len(references) == len(items) else (),
+        truths=truths if len(truths) == len(items) else (),
+    )
 
 
 def _measure(
@@ -185,12 +197,10 @@ def _measure(
     elif opened.reconstructions is None:
         recorded["autoencoder"] = compute_autoencoder_identity(model.autoencoder, pipeline.codec.params)
         recorded["objective"] = [config_json.to_json(model.process), config_json.to_json(model.prediction)]
-    if len(references := [item.read_reference for item in items if item.read_reference is not None]) == len(items):
-        samples = samples._replace(references=references)
-    if items and all(item.truth is not None for item in items):
-        samples = samples._replace(truths=[item.truth for item in items])
+    if protocol.is_reconstruction and opened.reconstructions is not None:
+        samples = opened.reconstructions
     result = measure(
-        opened.reconstructions if protocol.is_reconstruction and opened.reconstructions is not None else samples,
+        _add_references(samples, items),
         protocol,
         opened.folder,
         real_clips=opened.data.clips if opened.data.clips.names else None,

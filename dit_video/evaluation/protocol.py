@@ -110,7 +110,7 @@ class EvaluationData(NamedTuple):
 
 
 class EvaluationItem(NamedTuple):
-    """What is generated, and what metrics compare it with."""
+    """A sample to generate, as a request or a task, and the reference that metrics compare it with."""
 
     entry: Request | TaskEntry
     """A prompt with its size and seed, or a task."""
@@ -124,9 +124,9 @@ class EvaluationItem(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationProtocol:
-    """What is sampled and measured: by default a clip for each caption of the data.
+    """Configuration of an evaluation: the samples to generate, by default one per caption of the data, and the metrics.
 
-    A subclass may render its own data (`make_data`) and say what is generated (`make_items`).
+    A subclass may render its own data (`make_data`) and choose the samples (`make_items`).
 
     Raises:
       UserError: If two metrics have a value of the same name, one needs data that the protocol lacks, a number of clips

@@ -81,13 +81,15 @@ class SampleFolder:
         self._codec, self._crf, self._is_shared = codec, crf, share is None
         self._share = main_process_first if share is None else share
         self._sampling = pipeline.make_sampling(sampling)
+        self.weights = pipeline.compute_digest()
+        """Hash of the weights that make the samples."""
         requests = [_make_request(entry, pipeline) for entry in entries]
         pipeline.check_decoding([request for request in requests if request is not None])
         self._prompts = [_get_prompt(*each) for each in zip(entries, requests, strict=True)]
         self._stems = [f"{number:03d}-{_make_slug(prompt)}" for number, prompt in enumerate(self._prompts)]
         settings = {
             "sampling": describe_sampling(self._sampling),
-            "weights": pipeline.compute_digest(),
+            "weights": self.weights,
             "codec": [codec, crf],
         }
         described = {
