@@ -228,26 +228,39 @@ def _make_truth(
     return TaskTruth(scene, clip, reconstruct(clip), is_known, frame, source)
 
 
-_CASES: dict[str, MakeCase] = {
-    "text_to_video": _from_text,
-    "image_to_video": _from_frames(0),
-    "first_and_last_frame": _from_frames(0, FRAMES - 1),
-    "extension_forwards": _extend(before=False),
-    "extension_backwards": _extend(before=True),
-    "interpolation_2x": _interpolate(range(0, FRAMES, 2), factor=2),
-    "interpolation_4x": _interpolate(range(0, FRAMES, 4), factor=4),
-    "keyframes": _interpolate(_KEYFRAMES, places=_KEYFRAMES),
-    "inpainting": _inpaint,
-    "outpainting": _outpaint,
-    "zoom_out": _zoom_out,
-    "blending": _blend,
-    "loop": _loop,
-    "editing_sdedit": _edit(None),
-    "editing_flow_edit": _edit("flow_edit"),
-    "editing_inversion": _edit("inversion"),
+_IMAGES, _VIDEOS = (tuple(size for size in SIZES if size.t == frames) for frames in (1, FRAMES))
+_TWO_CLIPS = tuple(size._replace(t=2 * KNOWN + _GAP) for size in _VIDEOS)
+_KEPT = (KeptPixels(), SceneDirections())
+_BETWEEN = (InterpolationGain(), KeptPixels())
+
+
+class _TaskKind(NamedTuple):
+    make_case: MakeCase
+    metrics: tuple[Metric, ...]
+    sizes: tuple[Grid, ...] = _VIDEOS
+    is_completion: bool = True
+    """Whether a model may be trained for it, so that it is measured with training-free replacement, too."""
+
+
+_KINDS = {
+    "text_to_video": _TaskKind(_from_text, (SceneColours(), SceneDirections()), SIZES, is_completion=False),
+    "image_to_video": _TaskKind(_from_frames(0), _KEPT),
+    "first_and_last_frame": _TaskKind(_from_frames(0, FRAMES - 1), _KEPT),
+    "extension_forwards": _TaskKind(_extend(before=False), (ObjectPosition(),)),
+    "extension_backwards": _TaskKind(_extend(before=True), (ObjectPosition(),)),
+    "interpolation_2x": _TaskKind(_interpolate(range(0, FRAMES, 2), factor=2), _BETWEEN),
+    "interpolation_4x": _TaskKind(_interpolate(range(0, FRAMES, 4), factor=4), _BETWEEN),
+    "keyframes": _TaskKind(_interpolate(_KEYFRAMES, places=_KEYFRAMES), _BETWEEN),
+    "inpainting": _TaskKind(_inpaint, (KeptPixels(), SceneColours(), RegionBorder())),
+    "outpainting": _TaskKind(_outpaint, (KeptPixels(), RegionBorder())),
+    "zoom_out": _TaskKind(_zoom_out, (ZoomSteps(), RegionBorder()), _IMAGES),
+    "blending": _TaskKind(_blend, (TransitionJump(),), _TWO_CLIPS),
+    "loop": _TaskKind(_loop, (LoopSeam(),), is_completion=False),
+    "editing_sdedit": _TaskKind(_edit(None), (EditSuccess(),), is_completion=False),
+    "editing_flow_edit": _TaskKind(_edit("flow_edit"), (EditSuccess(),), is_completion=False),
+    "editing_inversion": _TaskKind(_edit("inversion"), (EditSuccess(),), is_completion=False),
 }
-"""Functions that make a task of a scene, by name."""
-_VIDEOS = tuple(size for size in SIZES if size.t == FRAMES)
+"""Tasks on scenes, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +289,8 @@ class SceneTaskProtocol(EvaluationProtocol):
     def __post_init__(self):
         super().__post_init__()
         check_at_least(1, resample=self.resample)
-        if self.task not in _CASES:
-            raise UserError(f"task={self.task!r} is unknown; use {', '.join(_CASES)}")
+        if self.task not in _KINDS:
+            raise UserError(f"task={self.task!r} is unknown; use {', '.join(_KINDS)}")
 
     def make_data(self, data: EvaluationData | None) -> EvaluationData:
         """Return no clips: each task has the truth of its own scene."""
@@ -285,7 +298,7 @@ class SceneTaskProtocol(EvaluationProtocol):
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return the tasks of scenes, of the levels in turn; scenes that do not have the task are left out."""
-        make_case, items, number = _CASES[self.task], list[EvaluationItem](), 0
+        make_case, items, number = _KINDS[self.task].make_case, list[EvaluationItem](), 0
         while len(items) < self.count:
             level = self.levels[len(items) % len(self.levels)]
             scene = draw_scene(number, seed=self.seed, level=level, sizes=self.sizes)
@@ -298,33 +311,8 @@ class SceneTaskProtocol(EvaluationProtocol):
         return items
 
 
-_KEPT = (KeptPixels(), SceneDirections())
-_BETWEEN = (InterpolationGain(), KeptPixels())
-_IMAGES = tuple(size for size in SIZES if size.t == 1)
-_TWO_CLIPS = tuple(size._replace(t=2 * KNOWN + _GAP) for size in _VIDEOS)
-_COMPLETED: dict[str, tuple[tuple[Metric, ...], tuple[Grid, ...]]] = {
-    "image_to_video": (_KEPT, _VIDEOS),
-    "first_and_last_frame": (_KEPT, _VIDEOS),
-    "extension_forwards": ((ObjectPosition(),), _VIDEOS),
-    "extension_backwards": ((ObjectPosition(),), _VIDEOS),
-    "interpolation_2x": (_BETWEEN, _VIDEOS),
-    "interpolation_4x": (_BETWEEN, _VIDEOS),
-    "keyframes": (_BETWEEN, _VIDEOS),
-    "inpainting": ((KeptPixels(), SceneColours(), RegionBorder()), _VIDEOS),
-    "outpainting": ((KeptPixels(), RegionBorder()), _VIDEOS),
-    "zoom_out": ((ZoomSteps(), RegionBorder()), _IMAGES),
-    "blending": ((TransitionJump(),), _TWO_CLIPS),
-}
-"""Metrics and sizes of tasks that a model may be trained for, or that replacement of latents does."""
-_OTHERS: dict[str, tuple[tuple[Metric, ...], tuple[Grid, ...]]] = {
-    "text_to_video": ((SceneColours(), SceneDirections()), SIZES),
-    "loop": ((LoopSeam(),), _VIDEOS),
-    "editing_sdedit": ((EditSuccess(),), _VIDEOS),
-    "editing_flow_edit": ((EditSuccess(),), _VIDEOS),
-    "editing_inversion": ((EditSuccess(),), _VIDEOS),
-}
-for _task, (_metrics, _sizes) in (_COMPLETED | _OTHERS).items():
-    _protocol = SceneTaskProtocol(name=f"task_{_task}", task=_task, metrics=_metrics, sizes=_sizes)
+for _task, _kind in _KINDS.items():
+    _protocol = SceneTaskProtocol(name=f"task_{_task}", task=_task, metrics=_kind.metrics, sizes=_kind.sizes)
     register_protocol(_protocol)
-    if _task in _COMPLETED:
+    if _kind.is_completion:
         register_protocol(replace(_protocol, name=f"{_protocol.name}_training_free", method="training_free"))
