@@ -21,7 +21,7 @@ from dit_video.evaluation.metrics.metric import CLIP_NEEDS, MetricInput
 from dit_video.evaluation.protocol import EvaluationData, EvaluationItem, EvaluationProtocol
 from dit_video.evaluation.samples import SampleFolder
 from dit_video.sampling import Sampling
-from dit_video.sampling.clip_recipe import describe_sampling
+from dit_video.sampling.clip_recipe import describe_config
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
@@ -191,7 +191,7 @@ def _measure(
     model = pipeline.config.model
     recorded: dict[str, Any] = {"average": dict(average or {})}
     if items:
-        recorded["sampling"] = describe_sampling(opened.sampling)
+        recorded["sampling"] = describe_config(opened.sampling)
     elif protocol.is_reconstruction:
         recorded["autoencoder"] = config_json.to_json(model.autoencoder)
     elif opened.reconstructions is None:

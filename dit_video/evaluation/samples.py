@@ -22,7 +22,8 @@ from dit_video.distributed.gather import is_first_process
 from dit_video.distributed.processes import main_process_first, wait_for_all_processes, wait_for_main_process
 from dit_video.evaluation.clip_set import PROMPTS_FILE, ClipSet, make_file_set
 from dit_video.sampling import Sampling
-from dit_video.sampling.clip_recipe import describe_request, describe_sampling
+from dit_video.sampling.clip_recipe import describe_config, describe_request
+from dit_video.sampling.devices import SampledLatents
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import INPUTS_FOLDER, list_files, write_request
@@ -88,8 +89,9 @@ class SampleFolder:
         self._prompts = [_get_prompt(*each) for each in zip(entries, requests, strict=True)]
         self._stems = [f"{number:03d}-{_make_slug(prompt)}" for number, prompt in enumerate(self._prompts)]
         settings = {
-            "sampling": describe_sampling(self._sampling),
+            "sampling": describe_config(self._sampling),
             "weights": self.weights,
+            "model": pipeline.describe_models(),
             "codec": [codec, crf],
         }
         described = {
@@ -116,7 +118,9 @@ class SampleFolder:
                 f"{self.folder} holds samples that were made otherwise: {difference}. Use another folder, or remove "
                 "this one"
             )
-        if is_first_process() and written != described:
+        if self._is_shared and not replace_others:
+            wait_for_all_processes()  # until all have looked at the folder
+        if is_first_process() and (is_new or difference):
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             write_json(path, described)
@@ -185,15 +189,13 @@ class SampleFolder:
             sampled = (pipeline.generate_latents(each, sampling=self._sampling) for each in requests)
         else:
             with declare_phase("sample"):
-                latents = iter(pipeline.generate_latents(list(chain(*requests)), sampling=self._sampling))
-            sampled = (list(islice(latents, len(part))) for part in parts)
-        for part, latents_of_part in zip(parts, sampled, strict=True):
-            by_number = dict(zip(part, latents_of_part, strict=True))
+                samples = iter(pipeline.generate_latents(list(chain(*requests)), sampling=self._sampling))
+            sampled = (list(islice(samples, len(part))) for part in parts)
+        for part, samples_of_part in zip(parts, sampled, strict=True):
+            by_number = dict(zip(part, samples_of_part, strict=True))
 
-            def decode(numbers: Sequence[int], by_number: Mapping[int, Any] = by_number) -> list[Clip]:
-                return pipeline.decode_many(
-                    [by_number[number] for number in numbers], [self._requests[number] for number in numbers]
-                )
+            def decode(numbers: Sequence[int], by_number: Mapping[int, SampledLatents] = by_number) -> list[Clip]:
+                return pipeline.decode_many([by_number[number] for number in numbers])
 
             yield part, decode
 

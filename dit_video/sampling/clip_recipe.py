@@ -1,8 +1,8 @@
 """Recipes of sampled clips: JSON values that say how they were made, which their files hold."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.plan import SamplingPlan
 from dit_video.sampling.request import Condition, Request
 from dit_video.video import Clip
+
+_MAX_SHOWN = 8
+"""Most numbers of a value that are not given by their hash."""
 
 
 def make_recipe(config: PipelineConfig, request: Request, plan: SamplingPlan, sampling: Sampling) -> dict[str, Any]:
@@ -26,11 +29,11 @@ def make_recipe(config: PipelineConfig, request: Request, plan: SamplingPlan, sa
       plan: Its plan, which says how known pixels were kept.
       sampling: Steps, solver and guidance.
     """
-    known = replace(request, negative=config.negative if request.negative is None else request.negative)
+    known = dataclasses.replace(request, negative=config.negative if request.negative is None else request.negative)
     made = {
         "resample": plan.resample if plan.resample > 1 else None,
         "method": plan.method,
-        "sampling": describe_sampling(sampling),
+        "sampling": describe_config(sampling),
         "model": config.provenance,
     }
     return _drop_absent(describe_request(known) | made)
@@ -48,9 +51,9 @@ def describe_request(request: Request) -> dict[str, Any]:
             "strength": request.strength,
             "resample": None if request.resample == defaults.resample else request.resample,
             "method": None if request.method == defaults.method else request.method,
-            "conditioner": None if request.conditioner is None else type(request.conditioner).__name__,
+            "conditioner": None if request.conditioner is None else describe_config(request.conditioner),
             "strengths": {name: np.asarray(value, float).tolist() for name, value in request.strengths.items()},
-            "conditioning": sorted(request.conditioning),
+            "conditioning": {name: _describe_value(value) for name, value in request.conditioning.items()},
             "pictures": _describe_pictures(request.pictures),
             "noise": None if request.noise is None else hash_pixels(np.asarray(request.noise)),
         }
@@ -62,12 +65,22 @@ def _drop_absent(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in absent}
 
 
-def describe_sampling(sampling: Sampling) -> Any:
-    """Return sampling as JSON values, or as text if it has a solver or a schedule of another package."""
+def describe_config(config: Any) -> Any:
+    """Return a config as JSON values, or as text if it has a class that no file can name."""
     try:
-        return config_json.to_json(sampling)
+        return config_json.to_json(config)
     except TypeError:
-        return repr(sampling)
+        return repr(config) if dataclasses.is_dataclass(config) else type(config).__qualname__
+
+
+def _describe_value(value: Any) -> Any:
+    """Return a value of conditioning: a text, or a few numbers, or a hash."""
+    if isinstance(value, Mapping):
+        return {str(name): _describe_value(item) for name, item in value.items()}
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        return str(value)
+    return array.tolist() if array.size <= _MAX_SHOWN else hash_pixels(array)
 
 
 def hash_pixels(array: np.ndarray) -> str:

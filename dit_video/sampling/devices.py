@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +79,17 @@ class PipelineDevices(NamedTuple):
         return LatentCodec(codec.config, params, memory=codec.memory, tiles=codec.tiles, sharding=sharding)
 
 
+class SampledLatents(NamedTuple):
+    """Latents that were sampled for a request."""
+
+    latents: Float32[np.ndarray, "_ _ _ c"]
+    """Normalised latents `t h w c`."""
+    request: Request
+    """The request, with its size."""
+    recipe: Mapping[str, Any]
+    """Recipe of the clip; see `clip_recipe`."""
+
+
 class ClipDecoder(NamedTuple):
     """A codec on one device, and one that shares clips among devices."""
 
@@ -100,21 +111,23 @@ class ClipDecoder(NamedTuple):
             codec, batch = self._choose_codec(count)
             codec.get_chunk_length("decode", batch, grid)
 
-    def __call__(self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]) -> list[Clip]:
-        """Decode the latents of requests to clips: those of one size together, so that a size compiles once."""
+    def __call__(self, samples: Sequence[SampledLatents]) -> list[Clip]:
+        """Decode samples to clips: those of one size together, so that a size compiles once."""
         by_shape: dict[tuple[int, ...], list[int]] = {}
-        for index, values in enumerate(latents):
-            by_shape.setdefault(values.shape, []).append(index)
+        for index, sample in enumerate(samples):
+            by_shape.setdefault(sample.latents.shape, []).append(index)
         clips: dict[int, Clip] = {}
         for members in by_shape.values():
             codec, batch = self._choose_codec(len(members))
             for start in range(0, len(members), batch):
                 part = members[start : start + batch]
-                stacked = np.stack([latents[index] for index in part] + [latents[part[-1]]] * (batch - len(part)))
-                seeds = [requests[index].seed for index in part] + [0] * (batch - len(part))
-                for index, decoded in zip(part, codec.decode_many(stacked, seeds=seeds), strict=False):
-                    clips[index] = Clip(frames=decoded, fps=self.fps, caption=requests[index].prompt)
-        return [clips[index] for index in range(len(latents))]
+                padded = [samples[index] for index in part] + [samples[part[-1]]] * (batch - len(part))
+                stacked = np.stack([sample.latents for sample in padded])
+                frames = codec.decode_many(stacked, seeds=[sample.request.seed for sample in padded])
+                for index, decoded in zip(part, frames, strict=False):
+                    _, request, recipe = samples[index]
+                    clips[index] = Clip(frames=decoded, fps=self.fps, caption=request.prompt, recipe=recipe)
+        return [clips[index] for index in range(len(samples))]
 
     def _choose_codec(self, count: int) -> tuple[LatentCodec, int]:
         """Return the codec for clips of one size, and how many of them it decodes at once."""

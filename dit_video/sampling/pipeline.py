@@ -7,7 +7,7 @@ and nothing of the training state.
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -22,7 +22,7 @@ from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.offload import Offload
 from dit_video.core.trees import count_values as count
 from dit_video.core.trees import flatten, unflatten
-from dit_video.data.latents.codec import LatentCodec
+from dit_video.data.latents.codec import LatentCodec, compute_autoencoder_identity
 from dit_video.diffusion import Euler, Guidance, Solver
 from dit_video.distributed import Parallelism
 from dit_video.distributed.gather import gather_parts, is_first_process
@@ -37,8 +37,8 @@ from dit_video.sampling.clip_functions import (
     compute_clip_function,
     open_denoiser,
 )
-from dit_video.sampling.clip_recipe import make_recipe
-from dit_video.sampling.devices import ClipDecoder, PipelineDevices
+from dit_video.sampling.clip_recipe import describe_config, make_recipe
+from dit_video.sampling.devices import ClipDecoder, PipelineDevices, SampledLatents
 from dit_video.sampling.edit_paths import LatentStepper
 from dit_video.sampling.pictures import Image, MaskImage, Video
 from dit_video.sampling.pipeline_config import (
@@ -311,26 +311,23 @@ class Pipeline:
         the pipeline's own by default (see `make_sampling`); `callback` and errors are as for `generate`.
         """
         self.check_decoding(requests)
-        prepared = self._prepare(requests, sampling)
-        latents = sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
-        clips = []
-        for request, clip, planned in zip(
-            requests, self.decode_many(latents, requests), prepared["requests"], strict=True
-        ):
-            sized = replace(request, size=self.config.resolve_size(request))
-            recipe = make_recipe(self.config, sized, planned.plan, prepared["sampling"])
-            clips.append(replace(clip, recipe=recipe))
-        return clips
+        return self.decode_many(self.generate_latents(requests, sampling=sampling, callback=callback))
 
     def generate_latents(
         self, requests: Sequence[Request], *, sampling: Sampling | None = None, callback: Callback | None = None
-    ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
-        """Generate normalised latents `t h w c` of all requests; arguments and errors are as for `generate_many`.
+    ) -> list[SampledLatents]:
+        """Generate the latents of all requests, for `decode_many`; arguments and errors are as for `generate_many`.
 
         On a mesh of several processes all of them call this, and all get the latents.
         """
         prepared = self._prepare(requests, sampling)
-        return sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
+        latents = sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
+        sampled = []
+        for request, values, planned in zip(requests, latents, prepared["requests"], strict=True):
+            sized = replace(request, size=self.config.resolve_size(request))
+            recipe = make_recipe(self.config, sized, planned.plan, prepared["sampling"])
+            sampled.append(SampledLatents(values, sized, recipe))
+        return sampled
 
     def trace(self, request: Request, *, sampling: Sampling | None = None) -> LatentTrace:
         """Sample one request and return the latents and the predicted clean latents after every step.
@@ -531,13 +528,13 @@ class Pipeline:
         """
         return self.codec.decode(latents, fps=self.config.fps, caption=caption, seed=seed)
 
-    def decode_many(self, latents: Sequence[Float32[np.ndarray, "_ _ _ c"]], requests: Sequence[Request]) -> list[Clip]:
-        """Decode the latents of requests to clips: those of one size together, so that a size compiles once.
+    def decode_many(self, samples: Sequence[SampledLatents]) -> list[Clip]:
+        """Decode sampled latents to clips with their recipes: those of one size together, so that a size compiles once.
 
         On a mesh, this process's devices share the clips of a size.
         """
         with name_exhausted_memory("decoding", _DECODING_FIX):
-            return self._decoder(latents, requests)
+            return self._decoder(samples)
 
     def check_decoding(self, requests: Sequence[Request]) -> None:
         """Check that the clips of requests can be decoded in the memory of `with_decoding`, before they are sampled.
@@ -692,6 +689,15 @@ class Pipeline:
         previous = (pipeline.compute_digest() for pipeline in self._previous.values())
         return "-".join((self._weights.compute_digest(), *previous))
 
+    def describe_models(self) -> dict[str, Any]:
+        """Return the model's config, a hash of its autoencoder, and those of previous steps, as JSON values."""
+        model = self.config.model
+        return {
+            "config": describe_config(model),
+            "autoencoder": compute_autoencoder_identity(model.autoencoder, self.codec.params),
+            "previous": {name: pipeline.describe_models() for name, pipeline in self._previous.items()},
+        }
+
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
         """Write a pipeline folder, complete or not at all; weights are cast to `dtype` (float32 or bfloat16).
 
@@ -835,10 +841,12 @@ class Pipeline:
                 part = Request(request.prompt, size, request.seed, request.negative)
                 parts.append(replace(part, conditioning=given.conditioning, strengths=given.strengths))
             chosen = (sampling.previous or {}).get(step.name) or step.sampling
-            sample: Callable[..., Sequence[Any]]
-            sample = pipeline.generate_many if step.output == "clip" else pipeline.generate_latents
+            values: Sequence[Any]
             try:
-                values = sample(parts, sampling=chosen)
+                if step.output == "clip":
+                    values = pipeline.generate_many(parts, sampling=chosen)
+                else:
+                    values = [sample.latents for sample in pipeline.generate_latents(parts, sampling=chosen)]
             except UserError as error:
                 raise UserError(f"previous step {step.name}: {error}") from error
             for index, value in zip(own, values, strict=True):

@@ -1,6 +1,7 @@
 """Samples in a folder, and the list of their requests."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,12 +14,15 @@ from dit_video.distributed.faults.progress import PROGRESS
 from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.samples import SampleFolder, make_contact_sheet, write_contact_sheet
 from dit_video.sampling import sampler
-from dit_video.sampling.pipeline import Request
+from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.sampling.request_file import read_requests
 from dit_video.sampling.tasks import Extend, ZoomOut
 from dit_video.sampling.tasks.task_file import TaskEntry
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
+from dit_video.video.comments import read_recipe
+from support.extensions.motion_vectors import MotionVectors
+from support.tiny_pipeline import make_config, make_params
 from support.tiny_wan import SIZE, TWO, write_animating_wan, write_wan
 
 REQUESTS = [
@@ -204,6 +208,30 @@ def test_samples_that_were_made_otherwise_are_refused(tiny_pipeline, tmp_path):
         SampleFolder(tmp_path / "samples", tiny_pipeline, other)
 
 
+def test_samples_of_another_model_or_other_conditioning_are_refused(tmp_path):
+    """They have the same weights: the denoiser's say nothing of the autoencoder, the process or a request's values."""
+    config = make_config(steps=1)
+    config = replace(config, model=config.model.replace_backbone(conditioning=(MotionVectors(),)))
+    params = make_params(config)
+
+    def open_folder(motion=(2.0, 0.0), model=config.model, params=params):
+        pipeline = Pipeline(replace(config, model=model), **params)
+        request = Request("a red circle", Grid(1, 16, 16), conditioning={"motion": motion})
+        return SampleFolder(tmp_path / "samples", pipeline, [request])
+
+    open_folder()
+    open_folder()
+    other = jax.tree.map(lambda each: each + 1, params["autoencoder"])
+    shifted = replace(config.model, process=replace(config.model.process, shift=9.0))
+    for changes, difference in (
+        ({"motion": (-9.0, 5.0)}, r"requests\[0\].conditioning.motion\[0\] is 2.0 there and -9.0 here"),
+        ({"params": params | {"autoencoder": other}}, r"settings\.model\.autoencoder is"),
+        ({"model": shifted}, r"settings\.model\.config\.process\.shift is .* there and 9.0 here"),
+    ):
+        with pytest.raises(UserError, match=difference):
+            open_folder(**changes)
+
+
 def test_samples_are_continued_whose_guidance_was_written_as_fields(tiny_pipeline, tmp_path):
     """Before guidance had names, it was written as `scale`, `image_scale`, `projection` and `zero_star`."""
     sampling = tiny_pipeline.make_sampling(steps=2, guidance=3.0)
@@ -237,6 +265,7 @@ def test_tasks_and_requests_are_sampled_into_one_folder(tiny_pipeline, tmp_path)
     ]
     for number, clip in enumerate(expected):
         np.testing.assert_array_equal(samples.read(number, None).frames, clip.frames)
+        assert read_recipe(tmp_path / samples.names[number]) == clip.recipe
     listed = json.loads((tmp_path / "prompts.json").read_text())
     assert [(each.get("task"), each["seed"]) for each in listed] == [("extend", 3), (None, 1), ("zoom_out", 4)]
     assert write_contact_sheet(samples) == tmp_path / "contact_sheet.png"

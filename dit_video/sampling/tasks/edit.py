@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Euler
-from dit_video.sampling.clip_recipe import describe_sampling, hash_pixels
+from dit_video.sampling.clip_recipe import describe_config, hash_pixels
 from dit_video.sampling.edit_paths import EditPaths
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.progress import Callback, make_report
@@ -95,7 +95,7 @@ class DescribedEdit(Task):
             "size": list(request.grid),
             "seed": request.seed,
             "pictures": {"clip": hash_pixels(self.clip.frames)},
-            "sampling": describe_sampling(target.sampling),
+            "sampling": describe_config(target.sampling),
             "model": pipeline.config.provenance,
         }
         if request.negative is not None:
