@@ -56,16 +56,31 @@ def to_portable_json(value: Any) -> Any:
     """Return `to_json(value)`, for a file that other processes read.
 
     Raises:
-      UserError: If a class is defined in a script, a notebook or a config file, which other processes cannot import.
+      UserError: If a class is not registered, or is defined where other processes cannot import it: in a script, a
+        notebook, a config file or a function; or `from_json` would refuse a value.
     """
-    written = to_json(value)
+    try:
+        written = to_json(value)
+    except TypeError as error:
+        raise UserError(f"the config cannot be written: {error}") from error
     for name in _iter_types(written):
-        if not _is_importable(name.partition(":")[0]):
-            raise UserError(
-                f"config type {name!r} is invalid: it is defined in a script, a notebook or a config file, which other "
-                "processes cannot import. Use a module that can be imported: move the class there."
-            )
+        check_importable(name)
+    from_json(written)
     return written
+
+
+def check_importable(name: str) -> None:
+    """Check that other processes can import a class by its name in a config.
+
+    Raises:
+      UserError: If it is defined in a script, a notebook, a config file or a function.
+    """
+    module, _, qualname = name.partition(":")
+    if "<locals>" in qualname or not _is_importable(module):
+        raise UserError(
+            f"config type {name!r} is invalid: it is defined in a script, a notebook, a config file or a function, "
+            "from where other processes cannot import it. Use a module that can be imported: move the class there."
+        )
 
 
 def from_json(value: Any) -> Any:
@@ -95,8 +110,10 @@ def from_json(value: Any) -> Any:
     values = {name: _to_named_tuples(hints[name], item) for name, item in items.items()}
     for name, item in values.items():
         if not _is_valid(hints[name], item):
-            kind = getattr(hints[name], "__name__", None) or str(hints[name])
-            raise UserError(f"{name}={item!r} of {cls.__qualname__} is invalid: it must be of type {kind}")
+            default = fields[name][0]
+            fix = f"Use {name}={default!r}." if isinstance(default, bool | int | float | str) else ""
+            rule = f"{name}={item!r} of {cls.__qualname__} is invalid: it must be {_describe_type(hints[name])}"
+            raise UserError(f"{rule}. {fix}" if fix else rule)
     return cls(**values)
 
 
@@ -134,17 +151,26 @@ def describe_changes(changes: Sequence[Change]) -> str:
 
 
 def list_changes(old: Any, new: Any, path: str = "") -> tuple[Change, ...]:
-    """Return the values that differ between two JSON values; lists of different lengths differ as a whole."""
+    """Return the values that differ between two JSON values; lists of different lengths differ as a whole.
+
+    A mapping in a config differs from another one if their names are in another order: it may mean something, as that
+    of guidance scales does.
+    """
     return tuple(_iter_changes(old, new, path))
 
 
-def _iter_changes(old: Any, new: Any, path: str) -> Iterator[Change]:
+def _iter_changes(old: Any, new: Any, path: str, *, is_config: bool = False) -> Iterator[Change]:
     if isinstance(old, dict) and isinstance(new, dict):
+        is_mapping = is_config and "type" not in old
+        is_config = is_config or "type" in old
+        if is_mapping and old.keys() == new.keys() and [*old] != [*new]:
+            yield Change(path, [*old], [*new])
         for name in (*old, *(name for name in new if name not in old)):
-            yield from _iter_changes(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+            inner = f"{path}.{name}" if path else name
+            yield from _iter_changes(old.get(name), new.get(name), inner, is_config=is_config)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, items in enumerate(zip(old, new, strict=True)):
-            yield from _iter_changes(*items, f"{path}[{index}]")
+            yield from _iter_changes(*items, f"{path}[{index}]", is_config=is_config)
     elif old != new:
         yield Change(path, old, new)
 
@@ -190,6 +216,17 @@ def _to_named_tuples(hint: Any, value: Any) -> Any:
     return hint(*value)
 
 
+def _describe_type(hint: Any) -> str:
+    """Return what a value of an annotated type is: `of type int`, or the values of a `Literal`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_describe_type(argument) for argument in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if hint is type(None):
+        return "None"
+    return f"of type {hint.__name__ if isinstance(hint, type) else hint}"
+
+
 def _is_valid(hint: Any, value: Any) -> bool:
     """Return True if a value has the annotated type, or if JSON cannot hold such a type (a protocol, for example)."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -219,7 +256,9 @@ def _resolve_class(name: str) -> type:
     if module.split(".")[0] != _PACKAGE:
         if (registered := registry.find_class(str(name))) is None:
             raise UserError(
-                f"config type {name!r} lies outside {_PACKAGE} and is not registered; import what calls {_REGISTER}"
+                f"config type {name!r} lies outside {_PACKAGE} and is not registered. Import what calls {_REGISTER}; "
+                f'for a script, let an installed package name the module "{module}" in its entry points of the group '
+                f"{registry.GROUP}"
             )
         return registered
     try:

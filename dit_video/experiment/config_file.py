@@ -4,6 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from dit_video.core import config_json
 from dit_video.core.errors import MissingError, UserError
 from dit_video.experiment.run import Experiment
 
@@ -13,7 +14,7 @@ def load_experiment(path: str | Path) -> Experiment:
 
     Raises:
       MissingError: If the file does not exist.
-      UserError: If it is not a `.py` file, or defines no `EXPERIMENT`.
+      UserError: If it is not a `.py` file, defines no `EXPERIMENT`, or one that other processes could not read.
     """
     path = Path(path)
     if not path.is_file():
@@ -25,4 +26,5 @@ def load_experiment(path: str | Path) -> Experiment:
     experiment = runpy.run_path(str(path)).get("EXPERIMENT")
     if not isinstance(experiment, Experiment):
         raise UserError(f"{path} defines no EXPERIMENT; assign it an Experiment(...)")
+    config_json.to_portable_json(experiment)
     return experiment

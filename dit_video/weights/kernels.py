@@ -12,7 +12,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from dit_video.core import registry
+from dit_video.core import config_json, registry
 from dit_video.core.errors import UserError
 from dit_video.core.trees import find_closest, flatten, map_with_path
 from dit_video.nn import Kernel, is_kernel
@@ -24,7 +24,8 @@ def describe_kernels(tree: Any) -> dict[str, str]:
     """Return the metadata of a file with a tree's arrays: the class of each `Kernel` by its path; empty without any.
 
     Raises:
-      UserError: If the class of a kernel is not registered, so that the file could not be read.
+      UserError: If the class of a kernel is not registered, or other processes cannot import it, so that the file could
+        not be read.
     """
     classes = {path: type(leaf) for path, leaf in flatten(tree, is_leaf=is_kernel).items() if is_kernel(leaf)}
     names = {path: registry.get_class_name(cls) for path, cls in classes.items()}
@@ -32,6 +33,7 @@ def describe_kernels(tree: Any) -> dict[str, str]:
         if registry.find_class(name) is not classes[path]:
             fix = "Decorate it with dit_video.core.registry.register"
             raise UserError(f"{path} cannot be written: its class {name} is not registered. {fix}")
+        config_json.check_importable(name)
     return {_METADATA_KEY: json.dumps(names, sort_keys=True)} if names else {}
 
 

@@ -3,14 +3,16 @@
 import json
 import runpy
 from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_video.core import config_json, files, pixels, rng, trees
+from dit_video.core import config_json, files, pixels, registry, rng, trees
 from dit_video.core.errors import MissingError, UserError
+from dit_video.models.backbones.dit import DiTConfig
 from dit_video.tokens import PackedShape
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -189,6 +191,51 @@ def test_a_class_of_a_file_that_is_run_is_not_written_for_other_processes(tmp_pa
     assert config_json.to_json(value) == {"widths": [{"type": f"{module}:Width", "width": 1}]}
     with pytest.raises(UserError, match=f"'{module}:Width' is invalid: .* Use a module that can be imported"):
         config_json.to_portable_json(value)
+
+
+def test_a_class_of_a_function_is_not_written_for_other_processes():
+    @registry.register
+    @dataclass(frozen=True, kw_only=True)
+    class Width:
+        width: int = 1
+
+    with pytest.raises(UserError, match=r"<locals>\.Width' is invalid: .* Use a module that can be imported"):
+        config_json.to_portable_json(Width())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            DiTConfig(channels=4, context_width=0, mlp=cast(Any, "relu")),
+            "mlp='relu' of DiTConfig .* must be 'gelu' or .* Use mlp='gelu'",
+        ),
+        (
+            DiTConfig(channels=4, context_width=0, width=cast(Any, 384.0)),
+            "width=384.0 of DiTConfig is invalid: it must be of type int",
+        ),
+        (Foreign(), "outside dit_video; register it"),
+    ],
+)
+def test_a_config_that_could_not_be_read_is_not_written_for_other_processes(config, message):
+    with pytest.raises(UserError, match=message):
+        config_json.to_portable_json(config)
+
+
+SCALES = [{"type": "dit_video.diffusion:Guidance", "scales": scales} for scales in ({"a": 1, "b": 2}, {"b": 2, "a": 1})]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ({"g": SCALES[0]}, {"g": SCALES[1]}, "g.scales is ['a', 'b'] there and ['b', 'a'] here"),
+        ({"g": SCALES[0]}, {"g": SCALES[0]}, ""),
+        ({"a": 1, "g": SCALES[0]}, {"g": SCALES[0], "a": 1}, ""),
+        (SCALES[0], dict(reversed(SCALES[0].items())), ""),
+    ],
+)
+def test_the_order_of_a_mapping_in_a_config_is_compared(old, new, difference):
+    assert config_json.describe_difference(old, new) == difference
 
 
 @pytest.mark.parametrize(
