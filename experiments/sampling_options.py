@@ -7,14 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from dit_video.core.errors import UserError
-from dit_video.diffusion import (
-    TEXT,
-    AdaptiveProjectedGuidance,
-    ClassifierFreeGuidance,
-    SkipLayerGuidance,
-    ZeroStarGuidance,
-)
+from dit_video.diffusion import TEXT, SkipLayerGuidance, get_guidance_method
 from dit_video.diffusion.guidance import Scale
 from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline_config import PipelineConfig
@@ -78,10 +71,9 @@ class SamplingOptions:
     """Range of times in which guidance is applied, from 0 (data) to 1 (noise)."""
     rescale: float | None = None
     """Share, from 0 to 1, by which guided predictions get the standard deviation of those without guidance."""
-    projected: bool | None = None
-    """Adaptive projected guidance: drop the part that is parallel to the prediction and causes oversaturation."""
-    zero_star: bool | None = None
-    """CFG-Zero*: scale the unconditional prediction to the best length, and let the first step change nothing."""
+    guidance_method: str | None = None
+    """Name of the method of guidance: cfg; apg, adaptive projected guidance, without the part of a step that causes
+    oversaturation; cfg-zero-star, whose first step changes nothing; or that of an installed package."""
     skip_layers: tuple[int, ...] = ()
     """Numbers of the layers that skip-layer guidance skips in a further prediction, which samples are led away from."""
 
@@ -89,19 +81,15 @@ class SamplingOptions:
         """Return the sampling of a model with these options.
 
         Raises:
-          UserError: If a value is invalid, two methods of guidance are asked for, or the model cannot sample so.
+          UserError: If a value is invalid, or the model cannot sample so.
         """
-        if self.projected and self.zero_star:
-            raise UserError("zero_star is invalid with projected: both are methods of guidance. Use one of them.")
-        own = config.sampling.guidance
         changes: dict[str, Any] = {"interval": self.interval, "rescale": self.rescale}
         changes = {name: value for name, value in changes.items() if value is not None}
-        methods = {AdaptiveProjectedGuidance: self.projected, ZeroStarGuidance: self.zero_star}
-        for method, is_used in methods.items():
-            if is_used or (is_used is False and isinstance(own.method, method)):
-                changes["method"] = method() if is_used else ClassifierFreeGuidance()
+        if self.guidance_method is not None:
+            changes["method"] = get_guidance_method(self.guidance_method)
         if self.skip_layers:
             changes["skip_layers"] = SkipLayerGuidance(layers=self.skip_layers)
+        own = config.sampling.guidance
         own = own if self.guidance is None else make_guidance(self.guidance, base=own)
         sampling = config.sampling.change(
             config.model.process,

@@ -23,6 +23,7 @@ from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.formats import detect, list_clips
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.tables import write_column
+from dit_video.diffusion import GUIDANCE_METHODS, get_guidance_method
 from dit_video.experiment import Experiment, LoraAdapters, Run
 from dit_video.families.convert import convert
 from dit_video.models.backbones.dit import DiTConfig
@@ -602,12 +603,16 @@ def test_a_config_names_registered_classes_only(add_package, tmp_path, monkeypat
 
 def test_an_installed_package_registers_by_its_entry_point(add_package, tmp_path, monkeypatch):
     written = config_json.to_json(add_package("their_sampler", "adams_sampler").Adams())
+    add_package("their_guidance", "tangential_guidance")
     monkeypatch.setattr(registry, "_CLASSES", {})
-    sys.modules.pop("their_sampler")
+    monkeypatch.delitem(GUIDANCE_METHODS, "tangential")
+    for name in ("their_sampler", "their_guidance"):
+        sys.modules.pop(name)
     registry.load_entry_points.cache_clear()
     installed = tmp_path / "their_package-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text("[dit_video]\nsamplers = their_sampler\n")
+    (installed / "entry_points.txt").write_text("[dit_video]\nsamplers = their_sampler\nguidance = their_guidance\n")
     assert type(config_json.from_json(written)).__name__ == "Adams"
+    assert type(get_guidance_method("tangential")).__name__ == "TangentialGuidance"
     registry.load_entry_points.cache_clear()

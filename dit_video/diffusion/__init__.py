@@ -28,11 +28,13 @@ from dit_video.diffusion.guidance import (
     sequential,
 )
 from dit_video.diffusion.guidance_methods import (
+    GUIDANCE_METHODS,
     AdaptiveProjectedGuidance,
     ClassifierFreeGuidance,
     GuidanceInputs,
     GuidanceMethod,
     ZeroStarGuidance,
+    get_guidance_method,
 )
 from dit_video.diffusion.learned_variance import LearnedVariance
 from dit_video.diffusion.likelihood import (

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.registry import load_entry_points
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion.objective import Prediction
 from dit_video.diffusion.processes import MIN_ALPHA, Process, Times, Values
@@ -222,3 +223,24 @@ class ZeroStarGuidance(GuidanceMethod):
         norm = inputs.mean(u * u)
         u = jnp.where(norm > 0, inputs.mean(c * u) / jnp.where(norm > 0, norm, 1.0), 0.0) * u
         return u + inputs.scales[0] * (c - u), state
+
+
+GUIDANCE_METHODS: dict[str, GuidanceMethod] = {
+    "apg": AdaptiveProjectedGuidance(),
+    "cfg": ClassifierFreeGuidance(),
+    "cfg-zero-star": ZeroStarGuidance(),
+}
+"""Methods that commands know by name; an installed package adds its own (see `dit_video.core.registry`)."""
+
+
+def get_guidance_method(name: str) -> GuidanceMethod:
+    """Return the method of guidance with this name.
+
+    Raises:
+      UserError: If no method has this name.
+    """
+    if name not in GUIDANCE_METHODS:
+        load_entry_points()
+    if name not in GUIDANCE_METHODS:
+        raise UserError(f"guidance method {name!r} is unknown; use one of {', '.join(sorted(GUIDANCE_METHODS))}")
+    return GUIDANCE_METHODS[name]

@@ -23,7 +23,7 @@ _TYPES = {str: "a text", int: "a whole number"}
 _KEYS = ("prompt", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths", "noise")
 _SAMPLE_KEYS = ("file",)
 """Keys in lists of samples that were written: values of the sample, which a request does not have."""
-_GUIDANCE_KEYS = ("guidance", "interval", "rescale", "projected", "zero_star", "skip_layers")
+_GUIDANCE_KEYS = ("guidance", "interval", "rescale", "guidance_method", "skip_layers")
 _SAMPLING_KEYS = ("steps", "solver", "shift", "times", *_GUIDANCE_KEYS)
 """Keys of values that all requests have in common, because they are sampled together."""
 _PYTHON_KEYS = ("conditioning", "conditioner")

@@ -43,7 +43,7 @@ def test_seed_and_negative_prompt_may_be_absent(tmp_path):
         (json.dumps([GOOD, GOOD | {"imge": "a.png"}]), r"imge='a.png' of entry 1 is invalid: .* Use image\."),
         (json.dumps([GOOD | {"id": 3}]), "id=3 of entry 0 is invalid: .* Use prompt, negative, seed, frames, height"),
         (json.dumps([GOOD | {"guidance": 7}]), "guidance=7 of entry 0 is invalid: .* Use --guidance for all"),
-        (json.dumps([GOOD | {"zero_star": True}]), "Use --zero-star for all"),
+        (json.dumps([GOOD | {"guidance_method": "apg"}]), "Use --guidance-method for all"),
         (json.dumps([GOOD | {"conditioning": ["depth"]}]), "conditioning=.* Use Pipeline.generate_many in Python"),
     ],
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from dit_video.core.registry import register
-from dit_video.diffusion import GuidanceMethod
+from dit_video.diffusion import GUIDANCE_METHODS, GuidanceMethod
 
 
 @register
@@ -28,3 +28,6 @@ class TangentialGuidance(GuidanceMethod):
         cosine, sine = (jnp.where(size > 0, each / jnp.where(size > 0, size, 1), 0) for each in (gap, product))  # of 2θ
         u = u + params["damping"] * ((cosine - 1) * u + sine * c) / 2
         return u + inputs.scales[0] * (c - u), state
+
+
+GUIDANCE_METHODS["tangential"] = TangentialGuidance()
