@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dit_video.core.offload import move_to_devices
-from dit_video.diffusion import Prediction, Process, Velocity
+from dit_video.diffusion import Prediction, Process
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import BatchTokenizer, CaptionTokens, Tokenizer
 from dit_video.tokens import Grid
@@ -32,13 +32,13 @@ class Denoiser(NamedTuple):
     tokenizer: Tokenizer | BatchTokenizer
     process: Process
     patch: Grid
-    prediction: Prediction = Velocity()
+    prediction: Prediction
+    token_dt: float
+    """Distance of consecutive tokens along time, in units of positions."""
+    token_lead: float
+    """Fraction of that distance by which all tokens but a clip's first begin earlier."""
     boundary: float | None = None
     """Time below which the second of two experts, `low_noise`, denoises."""
-    token_dt: float = 1.0
-    """Distance of consecutive tokens along time, in units of positions."""
-    token_lead: float = 0.0
-    """Fraction of that distance by which all tokens but a clip's first begin earlier."""
     mesh: Mesh | None = None
     """Devices that sample together, for which `backbone` is made, with `params` on them; None for one device."""
     streams_layers: bool = False

@@ -1,6 +1,6 @@
 """A denoiser with random parameters, and requests for it."""
 
-from dit_video.diffusion import RectifiedFlow
+from dit_video.diffusion import RectifiedFlow, Velocity
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.nn import get_graph_def
@@ -20,6 +20,9 @@ DENOISER = Denoiser(
     tokenizer=TEXT.make_tokenizer(),
     process=RectifiedFlow(shift=2.0),
     patch=DIT.patch,
+    prediction=Velocity(),
+    token_dt=1.0,
+    token_lead=0.0,
 )
 
 

@@ -25,7 +25,7 @@ from benchmarks.settings import tokenize_bytes
 from benchmarks.steps import count_compilations
 from benchmarks.timer import time_median
 from dit_video.core import rng
-from dit_video.diffusion import Guidance, RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow, Velocity
 from dit_video.models.backbones.denoise import make_denoise_fn
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.conditioning import Conditioning, TextTokens
@@ -96,6 +96,9 @@ class SamplingModel:
             tokenizer=lambda prompt: tokenize_bytes(text, prompt),
             process=RectifiedFlow(),
             patch=self._config.patch,
+            prediction=Velocity(),
+            token_dt=1.0,
+            token_lead=0.0,
         )
 
     @property

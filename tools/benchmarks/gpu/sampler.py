@@ -13,7 +13,7 @@ from benchmarks.gpu.models import draw_values
 from benchmarks.steps import get_peak_memory
 from benchmarks.timer import TimeBudget
 from dit_video.core import rng
-from dit_video.diffusion import Guidance, RectifiedFlow
+from dit_video.diffusion import Guidance, RectifiedFlow, Velocity
 from dit_video.models.autoencoders import CausalVaeConfig, decode_stream, latent_grid
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.encoders import FrozenTextConfig
@@ -66,6 +66,9 @@ def make_denoiser(config: WanDitConfig) -> Denoiser:
         tokenizer=lambda prompt: draw_values(shape[0] * shape[1]).reshape(shape),
         process=RectifiedFlow(shift=3.0),
         patch=config.patch,
+        prediction=Velocity(),
+        token_dt=1.0,
+        token_lead=0.0,
     )
 
 
