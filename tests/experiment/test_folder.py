@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import runpy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,7 +263,7 @@ def test_stages_of_other_packages_name_their_own_fields(tiny, tmp_path):
         Run.create(run.folder, experiment.replace_stage("count", seed=1))
 
 
-def test_a_run_of_a_class_that_its_config_file_defines_is_refused(tmp_path):
+def test_a_run_of_a_class_that_its_config_file_defines_is_refused(script, tmp_path):
     """Another process, such as the one that samples it, could not read its config."""
     config = tmp_path / "config.py"
     config.write_text(
@@ -279,9 +281,15 @@ TINY = runpy.run_path({str(TINY)!r})["EXPERIMENT"]
 EXPERIMENT = dataclasses.replace(TINY, sampling=LongSampling())
 """
     )
-    with pytest.raises(UserError, match=r":LongSampling' is invalid: .* Use a module that can be imported"):
-        Run.create(tmp_path / "run", load_experiment(config))
-    assert not (tmp_path / "run").exists()
+    run, message = tmp_path / "run", r":LongSampling' is invalid: .* Use a module that can be imported"
+    with pytest.raises(UserError, match=message):
+        load_experiment(config)
+    with pytest.raises(UserError, match=message):
+        Run.create(run, runpy.run_path(str(config))["EXPERIMENT"])
+    ended = script("experiments/train.py", config, "--data", tmp_path, "--workdir", run)
+    assert ended.code == 2
+    assert re.search(message, ended.err)
+    assert not run.exists()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ def get_other_distribution(name: str) -> importlib.metadata.Distribution:
 importlib.metadata.distribution = get_other_distribution
 
 from dit_video.core.platform.provenance import get_code_version  # noqa: E402
-from dit_video.experiment.config import load_experiment  # noqa: E402
+from dit_video.experiment.config_file import load_experiment  # noqa: E402
 from dit_video.experiment.run import Run  # noqa: E402
 
 experiment = load_experiment(Path(__file__).parents[1] / "tiny.py")
