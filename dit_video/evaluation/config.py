@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.clip_set import NO_CLIPS, ClipSet
+from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim
 from dit_video.evaluation.protocol import (
@@ -36,10 +36,6 @@ class CaptionEvaluation(EvaluationProtocol):
     """Number of different held-out captions."""
     may_only_sample = True
     provides = EvaluationProtocol.provides - {"scenes"}
-
-    def make_data(self, data: EvaluationData | None) -> EvaluationData:
-        """Return the given clips, or none."""
-        return EvaluationData(NO_CLIPS) if data is None else data
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return captions of the training clips, then of the held-out clips.

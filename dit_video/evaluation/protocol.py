@@ -13,7 +13,7 @@ from PIL import Image
 from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import make_generator
-from dit_video.evaluation.clip_set import ClipSet
+from dit_video.evaluation.clip_set import NO_CLIPS, ClipSet
 from dit_video.evaluation.metrics.metric import Metric, MetricInput
 from dit_video.models.autoencoders import LinearAutoencoder
 from dit_video.sampling.pipeline import Pipeline
@@ -156,7 +156,7 @@ class EvaluationProtocol:
     is_reconstruction: ClassVar[bool] = False
     """True if the autoencoder's reconstructions of the data are measured in the place of samples."""
     may_only_sample: ClassVar[bool] = False
-    """True if samples are wanted even where no metric can be computed, as at the end of a training."""
+    """True if samples are wanted even without data or where no metric can be computed, as at the end of a training."""
     provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput))
     """Data that metrics may need."""
     example_prompt: ClassVar[str] = "a prompt"
@@ -182,11 +182,13 @@ class EvaluationProtocol:
         """Return the clips of the data: by default the given ones.
 
         Raises:
-          UserError: If none are given.
+          UserError: If none are given, and the protocol may not only sample.
         """
-        if data is None:
-            raise UserError(f"the protocol {self.name} needs clips of the data. Name their folder with --data")
-        return data
+        if data is not None:
+            return data
+        if self.may_only_sample:
+            return EvaluationData(NO_CLIPS)
+        raise UserError(f"the protocol {self.name} needs clips of the data. Name their folder with --data")
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return what is generated: by default, for metrics of samples, a clip for each caption of the data.
