@@ -1,7 +1,6 @@
 """The evaluation that a training ends with by default: captions of its clips, and reconstructions."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -13,11 +12,10 @@ from dit_video.evaluation.protocol import (
     EvaluationData,
     EvaluationItem,
     EvaluationProtocol,
+    make_caption_item,
     make_item_seed,
-    needs_first_frame,
 )
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.request import Request
 
 RECONSTRUCTION_METRICS: tuple[Metric, ...] = (Psnr(), Ssim(), LinearPsnr())
 """Metrics of the autoencoder, for any clips."""
@@ -58,12 +56,8 @@ class CaptionEvaluation(EvaluationProtocol):
             if caption:
                 different.setdefault(caption, index)
         positions = np.linspace(0, len(different) - 1, min(count, len(different))).round().astype(int)
-        items = []
-        for number, position in enumerate(positions.tolist(), first):
-            index = list(different.values())[position]
-            read = partial(clips.read, index, None)
-            size = pipeline.config.size if clips.get_size is None else clips.get_size(index)
-            image = read().frames[0] if needs_first_frame(pipeline) else None
-            request = Request(clips.captions[index], size, make_item_seed(self.seed, number), image=image)
-            items.append(EvaluationItem(request, read))
-        return items
+        indices, size = list(different.values()), pipeline.config.size
+        return [
+            make_caption_item(pipeline, clips, indices[position], seed=make_item_seed(self.seed, number), size=size)
+            for number, position in enumerate(positions.tolist(), first)
+        ]

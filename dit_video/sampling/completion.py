@@ -104,7 +104,7 @@ def _choose_trained_part(known: KnownPixels, request: Request, model: ModelParts
       UserError: If the model is not trained for them, and the request does not allow another method.
     """
     conditioning = model.frame_conditioning
-    needs_image = conditioning is not None and conditioning.prob == 1
+    needs_image = conditioning is not None and conditioning.is_required
     part = find_trained_part(known, model)
     if request.method == "training_free":
         if needs_image:
@@ -226,7 +226,7 @@ def plan_trained(known: KnownPixels | None, size: Grid, model: ModelParts) -> Sa
     backbone, conditioning = model.backbone, model.frame_conditioning
     if conditioning is None:
         return SamplingPlan()
-    if known is None and conditioning.prob == 1:
+    if known is None and conditioning.is_required:
         raise UserError(IMAGE_IS_NEEDED)
     if backbone.time == "token":
         return _plan_clean_tokens(known, size, model)
