@@ -66,11 +66,13 @@ def evaluate(
         files, or `measure` raises it.
     """
     opened = _open(pipeline, protocol, Path(folder), data, sampling, replace_samples=replace_samples, share=share)
-    samples, start_time = NO_CLIPS, time.perf_counter()
+    samples, seconds = NO_CLIPS, None
     if opened.samples is not None:
+        missing, start_time = len(opened.samples.list_missing()), time.perf_counter()
         with Progress("sampling", len(opened.samples), unit="clip", visible=is_first_process()) as progress:
             samples = opened.samples.fill(progress.update)
-    seconds = None if opened.samples is None else round(time.perf_counter() - start_time, 3)
+        if missing == len(opened.samples):
+            seconds = round(time.perf_counter() - start_time, 3)
     return _measure(opened, samples, average=average)._replace(seconds=seconds)
 
 

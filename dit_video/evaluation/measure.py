@@ -60,7 +60,7 @@ class EvaluationResult(NamedTuple):
     make_baseline: Callable[[Clip], Clip] | None = None
     """Function that reconstructs a clip by a linear autoencoder, if a metric needs it."""
     seconds: float | None = None
-    """Duration of sampling; None if nothing was sampled."""
+    """Duration of sampling; None if nothing is sampled, or if some samples existed before."""
 
 
 def measure(

@@ -55,7 +55,8 @@ def write_sweep_report(path: str | Path, sweep: Sweep, *, title: str) -> None:
             about.label: about.format_estimate(sweep.comparison.values[name][number])
             for name, about in sweep.comparison.descriptions.items()
         }
-        table[f"{point.steps} steps, guidance {point.guidance:g}"] = values | {"seconds": f"{point.seconds:.1f}"}
+        seconds = "unknown" if point.seconds is None else f"{point.seconds:.1f}"
+        table[f"{point.steps} steps, guidance {point.guidance:g}"] = values | {"seconds": seconds}
     report = Report(
         title=title,
         summary="Cost is the number of the denoiser's evaluations for a sample of a solver with one evaluation a step.",
