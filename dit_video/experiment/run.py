@@ -285,7 +285,8 @@ def check_sizes(model: ModelConfig, data: DataConfig) -> None:
         raise UserError(f"max_frames does not fit the autoencoder: {error}") from error
     data.make_limits(model)
     shape = model.layout
-    if isinstance(shape, PackedShape) and (max_tokens := data.count_max_clip_tokens(model)) > shape.tokens:
+    max_tokens = data.count_max_clip_tokens(stride=model.autoencoder.stride, patch=model.backbone.patch)
+    if isinstance(shape, PackedShape) and max_tokens > shape.tokens:
         raise UserError(
             f"layout.tokens={shape.tokens} is invalid: a clip of {data.max_pixels} pixels and {data.max_frames} frames "
             f"has up to {max_tokens} tokens. Use layout.tokens={max_tokens}, or a lower data.max_pixels."
