@@ -18,7 +18,6 @@ from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import (
     CONFIG,
     RUN_CONFIG,
-    WHOLE_FOLDERS,
     PipelineConfig,
     is_pipeline_folder,
     read_pipeline_config,
@@ -178,7 +177,7 @@ def _fetch(address: str) -> Path:
         run = next((each for each in (place, *place.parents) if (each / MANIFEST).exists()), None)
         if run is None:
             raise MissingError(f"no such run: {address} has no {MANIFEST}. Download other folders, and name the copy.")
-    folder = RemoteFolder(run, get_local_copy(run, purpose="read"), whole_folders=WHOLE_FOLDERS)
+    folder = RemoteFolder(run, get_local_copy(run, purpose="read"))
     folder.fetch()
     nested = folder.local / place.path.removeprefix(run.path).strip("/")
     if not nested.is_dir():

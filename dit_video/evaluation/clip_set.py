@@ -61,7 +61,8 @@ def open_clip_set(folder: str | Path, *, split: str = "") -> ClipSet:
     if not folder.is_dir():
         raise MissingError(f"no such folder of clips: {folder}")
     if (folder / PROMPTS_FILE).is_file():
-        return _open_samples(folder)
+        prompts, files = zip(*list_samples(folder), strict=True)
+        return make_file_set(folder, files, prompts)
     return _open_dataset(folder, split) if is_ingested(folder) else _open_files(folder, split)
 
 
@@ -120,11 +121,6 @@ def list_samples(folder: str | Path) -> list[tuple[str, str]]:
             raise UserError(f"{path}: file={name!r} is invalid: {rule}. {fix}")
         samples[name] = prompt
     return [(prompt, name) for name, prompt in samples.items()]
-
-
-def _open_samples(folder: Path) -> ClipSet:
-    prompts, files = zip(*list_samples(folder), strict=True)
-    return make_file_set(folder, files, prompts)
 
 
 def _open_dataset(folder: Path, split: str) -> ClipSet:

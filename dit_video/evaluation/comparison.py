@@ -8,18 +8,10 @@ from typing import Any, NamedTuple
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.evaluation.measure import METRICS_FILE
-from dit_video.evaluation.metrics.metric import MetricDescription
+from dit_video.evaluation.metrics.metric import MetricDescription, MetricValue
 from dit_video.evaluation.protocol import check_comparable
 
 _STEP = re.compile(r"(?:^|[_-])step[_-]?(\d+)$|^(\d+)$")
-
-
-class ComparedValue(NamedTuple):
-    """A value of one evaluation."""
-
-    value: float | None
-    interval: tuple[float, float] | None
-    examples: int
 
 
 class Comparison(NamedTuple):
@@ -31,7 +23,7 @@ class Comparison(NamedTuple):
     """Training step of each evaluation, if all paths end with one, such as `step_2000`."""
     descriptions: Mapping[str, MetricDescription]
     """Descriptions of the values that all evaluations have, by name."""
-    values: Mapping[str, tuple[ComparedValue, ...]]
+    values: Mapping[str, tuple[MetricValue, ...]]
     """Value of each evaluation, by name."""
     left_out: tuple[str, ...]
     """Names of values that some evaluations lack."""
@@ -48,7 +40,10 @@ class Comparison(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return the values as JSON."""
-        rows = {name: [each._asdict() for each in self.values[name]] for name in self.values}
+        rows = {
+            name: [{"value": each.value, "interval": each.interval, "examples": each.count} for each in values]
+            for name, values in self.values.items()
+        }
         return {"names": list(self.names), "steps": self.steps, "values": rows, "left_out": list(self.left_out)}
 
 
@@ -77,19 +72,19 @@ def compare(paths: Sequence[str | Path], *, ignored: Sequence[str] = ()) -> Comp
     names = _shorten([str(file.parent) for file in files])
     for file, record in zip(files, records, strict=True):
         _check_record(file, record)
-    for name, record in zip(names[1:], records[1:], strict=True):
-        check_comparable(*(_strip(each, ignored) for each in (records[0], record)), names=(names[0], name))
+    # Weights are compared for the shared values only.
+    omitted = ("weights", *ignored)
+    protocols = [{part: each["protocol"][part] for part in each["protocol"] if part not in omitted} for each in records]
+    for name, protocol, record in zip(names[1:], protocols[1:], records[1:], strict=True):
+        check_comparable(protocols[0], protocol, names=(names[0], name))
         _check_counts(records[0], record, names=(names[0], name))
     results = [{each["name"]: each for each in record["results"]} for record in records]
     shared = [name for name in results[0] if all(name in each for each in results)]
     if not shared:
         raise UserError(f"{' and '.join(names)} have no value in common. Evaluate them with the same metrics")
     _check_weights(names, records, shared)
-    descriptions = {name: _read_description(results[0][name]) for name in shared}
-    values = {
-        name: tuple(ComparedValue(each[name]["value"], each[name]["interval"], each[name]["count"]) for each in results)
-        for name in shared
-    }
+    descriptions = {name: _read(MetricDescription, results[0][name]) for name in shared}
+    values = {name: tuple(_read(MetricValue, each[name]) for each in results) for name in shared}
     left_out = tuple(dict.fromkeys(name for each in results for name in each if name not in shared))
     return Comparison(tuple(names), _find_steps(names), descriptions, values, left_out)
 
@@ -100,7 +95,7 @@ def format_comparison(comparison: Comparison) -> str:
     for name, about in comparison.descriptions.items():
         best = comparison.find_best(name)
         cells = [
-            format_value(about, each) + (" *" if number in best and len(best) < len(comparison.names) else "")
+            about.format_estimate(each) + (" *" if number in best and len(best) < len(comparison.names) else "")
             for number, each in enumerate(comparison.values[name])
         ]
         rows.append([about.label, *cells])
@@ -111,17 +106,7 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def format_value(about: MetricDescription, each: ComparedValue) -> str:
-    """Return a value with its interval."""
-    if each.value is None:
-        return "none"
-    text = about.format_value(each.value)
-    if each.interval is None:
-        return text
-    return f"{text} ({' to '.join(about.format_value(bound) for bound in each.interval)})"
-
-
-def _overlap(first: ComparedValue, second: ComparedValue) -> bool:
+def _overlap(first: MetricValue, second: MetricValue) -> bool:
     if first.interval is None or second.interval is None:
         return first.value == second.value
     return first.interval[0] <= second.interval[1] and second.interval[0] <= first.interval[1]
@@ -159,11 +144,6 @@ def _check_counts(first: Mapping[str, Any], second: Mapping[str, Any], *, names:
         )
 
 
-def _strip(record: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:
-    """Return a recorded protocol without the weights, which are compared for the shared values only."""
-    return {name: value for name, value in record["protocol"].items() if name not in ("weights", *ignored)}
-
-
 def _check_weights(names: Sequence[str], records: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> None:
     first, *others = [record["protocol"].get("weights", {}) for record in records]
     for name, weights in zip(names[1:], others, strict=True):
@@ -176,10 +156,9 @@ def _check_weights(names: Sequence[str], records: Sequence[Mapping[str, Any]], s
                 )
 
 
-def _read_description(result: Mapping[str, Any]) -> MetricDescription:
-    return MetricDescription(
-        **{name: result[name] for name in MetricDescription.__dataclass_fields__ if name in result}
-    )
+def _read(cls: type[Any], result: Mapping[str, Any]) -> Any:
+    """Return a description or a value of a metric, of the fields that a result has."""
+    return cls(**{name: value for name, value in result.items() if name in cls.__dataclass_fields__})
 
 
 def _shorten(paths: Sequence[str]) -> list[str]:

@@ -1,23 +1,21 @@
 """The evaluation that a training ends with by default: captions of its clips, and reconstructions."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.clip_set import NO_CLIPS, ClipSet
+from dit_video.evaluation.clip_set import ClipSet
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.metrics.reconstruction import LinearPsnr, Psnr, Ssim
 from dit_video.evaluation.protocol import (
     EvaluationData,
     EvaluationItem,
     EvaluationProtocol,
+    make_caption_item,
     make_item_seed,
-    needs_first_frame,
 )
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.request import Request
 
 RECONSTRUCTION_METRICS: tuple[Metric, ...] = (Psnr(), Ssim(), LinearPsnr())
 """Metrics of the autoencoder, for any clips."""
@@ -36,10 +34,6 @@ class CaptionEvaluation(EvaluationProtocol):
     """Number of different held-out captions."""
     may_only_sample = True
     provides = EvaluationProtocol.provides - {"scenes"}
-
-    def make_data(self, data: EvaluationData | None) -> EvaluationData:
-        """Return the given clips, or none."""
-        return EvaluationData(NO_CLIPS) if data is None else data
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return captions of the training clips, then of the held-out clips.
@@ -62,12 +56,8 @@ class CaptionEvaluation(EvaluationProtocol):
             if caption:
                 different.setdefault(caption, index)
         positions = np.linspace(0, len(different) - 1, min(count, len(different))).round().astype(int)
-        items = []
-        for number, position in enumerate(positions.tolist(), first):
-            index = list(different.values())[position]
-            read = partial(clips.read, index, None)
-            size = pipeline.config.size if clips.get_size is None else clips.get_size(index)
-            image = read().frames[0] if needs_first_frame(pipeline) else None
-            request = Request(clips.captions[index], size, make_item_seed(self.seed, number), image=image)
-            items.append(EvaluationItem(request, read))
-        return items
+        indices, size = list(different.values()), pipeline.config.size
+        return [
+            make_caption_item(pipeline, clips, indices[position], seed=make_item_seed(self.seed, number), size=size)
+            for number, position in enumerate(positions.tolist(), first)
+        ]

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dit_video.evaluation.clip_set import hash_clip
-from dit_video.evaluation.protocol import ClipSampling
+from dit_video.evaluation.protocol import ClipSampling, needs_first_frame
 from dit_video.sampling.clip_functions import ClipFunction
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
@@ -37,14 +37,12 @@ def measure_clips(
     if not clips:
         return np.zeros((0, 0), np.float32)
     cut = [_cut_clip(pipeline.config, clip) for clip in clips]
-    frames = pipeline.config.model.frame_conditioning
-    needs_image = frames is not None and frames.prob == 1
     requests = [
         Request(
             clip.caption,
             Grid(*clip.frames.shape[:3]),
             seed=zlib.crc32(f"{seed} {hash_clip(clip)}".encode()),
-            image=clip.frames[0] if needs_image else None,
+            image=clip.frames[0] if needs_first_frame(pipeline) else None,
         )
         for clip in cut
     ]

@@ -16,13 +16,15 @@ from dit_video.distributed.faults.progress import count_progress
 from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation.clip_set import NO_CLIPS, ClipSet
 from dit_video.evaluation.collection import MetricResult
-from dit_video.evaluation.measure import EvaluationResult, check_computable, measure
-from dit_video.evaluation.metrics.metric import CLIP_NEEDS, MetricInput
+from dit_video.evaluation.measure import EvaluationResult, check_computable, list_inputs, measure
+from dit_video.evaluation.metrics.metric import CLIP_NEEDS
 from dit_video.evaluation.protocol import EvaluationData, EvaluationItem, EvaluationProtocol
 from dit_video.evaluation.samples import SampleFolder
 from dit_video.sampling import Sampling
 from dit_video.sampling.clip_recipe import describe_config
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.request import Request
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip
@@ -64,11 +66,13 @@ def evaluate(
         files, or `measure` raises it.
     """
     opened = _open(pipeline, protocol, Path(folder), data, sampling, replace_samples=replace_samples, share=share)
-    samples, start_time = NO_CLIPS, time.perf_counter()
+    samples, seconds = NO_CLIPS, None
     if opened.samples is not None:
+        missing, start_time = len(opened.samples.list_missing()), time.perf_counter()
         with Progress("sampling", len(opened.samples), unit="clip", visible=is_first_process()) as progress:
             samples = opened.samples.fill(progress.update)
-    seconds = None if opened.samples is None else round(time.perf_counter() - start_time, 3)
+        if missing == len(opened.samples):
+            seconds = round(time.perf_counter() - start_time, 3)
     return _measure(opened, samples, average=average)._replace(seconds=seconds)
 
 
@@ -138,21 +142,15 @@ def _open(
 ) -> _OpenEvaluation:
     sampling, data = pipeline.make_sampling(sampling), protocol.make_data(data)
     items, reconstructions = tuple(protocol.make_items(pipeline, data)), None
-    if not is_alone and data.clips.names and any(CLIP_NEEDS & {*metric.needs} for metric in protocol.metrics):
+    needs_reconstructions = protocol.is_reconstruction or any(CLIP_NEEDS & {*each.needs} for each in protocol.metrics)
+    if not is_alone and data.clips.names and needs_reconstructions:
         protocol, reconstructions = reconstruct(pipeline.codec, protocol, data.clips)
-    compared = _add_references(NO_CLIPS, items)
-    present: dict[MetricInput, object] = {
-        "samples": items or protocol.is_reconstruction,
-        "prompts": items or protocol.is_reconstruction,
-        "references": compared.references,
-        "scenes": compared.truths,
-        "real_clips": data.clips.names,
-        "pairs": reconstructions,
-        "baselines": reconstructions,
-        "pipeline": pipeline,
-    }
     if not is_alone:
-        check_computable(protocol, [name for name, value in present.items() if value])
+        planned = _plan_samples(items, pipeline.config)
+        if protocol.is_reconstruction and reconstructions is not None:
+            planned = reconstructions
+        real_clips = data.clips if data.clips.names else None
+        check_computable(protocol, list_inputs(planned, real_clips, reconstructions, pipeline))
     samples = None
     if items:
         samples = SampleFolder(
@@ -168,6 +166,17 @@ def _open(
     weights = pipeline.compute_digest() if samples is None else samples.weights
     described = {"weights": weights, "parameters": pipeline.count_parameters()}
     return _OpenEvaluation(pipeline, protocol, folder, data, items, samples, sampling, reconstructions, described)
+
+
+def _plan_samples(items: Sequence[EvaluationItem], config: PipelineConfig) -> ClipSet:
+    """Return the set of the samples before they are made: prompts, references and true contents.
+
+    The samples are named by their prompts. A task of several passes counts as one with a prompt.
+    """
+    entries = [item.entry for item in items]
+    requests = [each if isinstance(each, Request) else each.task.make_request(config) for each in entries]
+    prompts = tuple("several passes" if request is None else request.prompt for request in requests)
+    return _add_references(NO_CLIPS._replace(names=prompts, captions=prompts), items)
 
 
 def _add_references(samples: ClipSet, items: Sequence[EvaluationItem]) -> ClipSet:

@@ -60,7 +60,7 @@ class EvaluationResult(NamedTuple):
     make_baseline: Callable[[Clip], Clip] | None = None
     """Function that reconstructs a clip by a linear autoencoder, if a metric needs it."""
     seconds: float | None = None
-    """Duration of sampling; None if nothing was sampled."""
+    """Duration of sampling; None if nothing is sampled, or if some samples existed before."""
 
 
 def measure(
@@ -102,17 +102,7 @@ def measure(
         reconstructions = samples
         if real_clips is None:
             raise UserError(f"the protocol {protocol.name} compares clips with their originals. Name these with --data")
-    present: dict[MetricInput, object] = {
-        "samples": samples.names,
-        "prompts": samples.names and all(samples.captions),
-        "references": samples.references,
-        "scenes": samples.truths,
-        "real_clips": real_clips,
-        "pairs": reconstructions,
-        "baselines": reconstructions,
-        "pipeline": pipeline,
-    }
-    inputs = {name for name, value in present.items() if value}
+    inputs = list_inputs(samples, real_clips, reconstructions, pipeline)
     metrics, skipped, weights = _open_metrics(protocol, inputs)
     if not metrics and not (is_alone or protocol.may_only_sample):
         raise _make_error(protocol, skipped)
@@ -123,7 +113,8 @@ def measure(
         updates = ClipUpdates(MetricCollection(metrics), protocol, pipeline, progress.update, is_alone)
         error = None
         try:
-            if reconstructions is not None and real_clips is not None and needs & CLIP_NEEDS:
+            needs_reconstructions = protocol.is_reconstruction or needs & CLIP_NEEDS
+            if reconstructions is not None and real_clips is not None and needs_reconstructions:
                 updates.add_reconstructions(reconstructions, real_clips, make_baseline)
             elif real_clips is not None and "real_clips" in needs:
                 updates.add_real_clips(real_clips)
@@ -159,6 +150,23 @@ def measure(
         write_json(Path(folder) / METRICS_FILE, record)
     result = EvaluationResult(record, results, skipped, protocol, samples, real_clips, reconstructions)
     return result._replace(make_baseline=make_baseline)
+
+
+def list_inputs(
+    samples: ClipSet, real_clips: ClipSet | None, reconstructions: ClipSet | None, pipeline: Pipeline | None
+) -> set[MetricInput]:
+    """Return the data that metrics get of these clips, whose samples need not exist yet."""
+    present: dict[MetricInput, object] = {
+        "samples": samples.names,
+        "prompts": samples.names and all(samples.captions),
+        "references": samples.references,
+        "scenes": samples.truths,
+        "real_clips": real_clips,
+        "pairs": reconstructions,
+        "baselines": reconstructions,
+        "pipeline": pipeline,
+    }
+    return {name for name, value in present.items() if value}
 
 
 def check_computable(protocol: EvaluationProtocol, inputs: Collection[MetricInput]) -> None:

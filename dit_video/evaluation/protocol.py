@@ -13,12 +13,13 @@ from PIL import Image
 from dit_video.core import config_json
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.rng import make_generator
-from dit_video.evaluation.clip_set import ClipSet
+from dit_video.evaluation.clip_set import NO_CLIPS, ClipSet
 from dit_video.evaluation.metrics.metric import Metric, MetricInput
 from dit_video.models.autoencoders import LinearAutoencoder
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.sampling.tasks.task_file import TaskEntry
+from dit_video.tokens import Grid
 from dit_video.video import Clip
 
 Filter = Literal["bilinear", "bicubic", "lanczos", "box"]
@@ -156,7 +157,7 @@ class EvaluationProtocol:
     is_reconstruction: ClassVar[bool] = False
     """True if the autoencoder's reconstructions of the data are measured in the place of samples."""
     may_only_sample: ClassVar[bool] = False
-    """True if samples are wanted even where no metric can be computed, as at the end of a training."""
+    """True if samples are wanted even without data or where no metric can be computed, as at the end of a training."""
     provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput))
     """Data that metrics may need."""
     example_prompt: ClassVar[str] = "a prompt"
@@ -182,11 +183,13 @@ class EvaluationProtocol:
         """Return the clips of the data: by default the given ones.
 
         Raises:
-          UserError: If none are given.
+          UserError: If none are given, and the protocol may not only sample.
         """
-        if data is None:
-            raise UserError(f"the protocol {self.name} needs clips of the data. Name their folder with --data")
-        return data
+        if data is not None:
+            return data
+        if self.may_only_sample:
+            return EvaluationData(NO_CLIPS)
+        raise UserError(f"the protocol {self.name} needs clips of the data. Name their folder with --data")
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return what is generated: by default, for metrics of samples, a clip for each caption of the data.
@@ -215,15 +218,10 @@ class EvaluationProtocol:
         frames = self.clips.frames or config.size.t
         size = config.size._replace(t=1 + -(-(frames - 1) // stride) * stride)
         seeds = make_generator(self.seed, "seeds of samples").integers(2**32, size=len(numbers)).tolist()
-        items = []
-        for number, seed in zip(numbers, seeds, strict=True):
-            read = partial(clips.read, number, None)
-            image = read().frames[0] if needs_first_frame(pipeline) else None
-            own = size if clips.get_size is None else clips.get_size(number)
-            request = Request(clips.captions[number], own, seed, image=image)
-            config.model.latent_grid(config.resolve_size(request))
-            items.append(EvaluationItem(request, read, clips.truths[number] if clips.truths else None))
-        return items
+        return [
+            make_caption_item(pipeline, clips, number, seed=seed, size=size)
+            for number, seed in zip(numbers, seeds, strict=True)
+        ]
 
     def choose(self, total: int, count: int | None, *, purpose: str) -> list[int]:
         """Return the numbers of the clips to use, in order: all, or `count` different ones at random."""
@@ -252,7 +250,27 @@ class ReconstructionProtocol(EvaluationProtocol):
 def needs_first_frame(pipeline: Pipeline) -> bool:
     """Return whether the model always has a first frame."""
     frames = pipeline.config.model.frame_conditioning
-    return frames is not None and frames.prob == 1
+    return frames is not None and frames.is_required
+
+
+def make_caption_item(pipeline: Pipeline, clips: ClipSet, number: int, *, seed: int, size: Grid) -> EvaluationItem:
+    """Return the item of a clip's caption, with the clip as reference and with its first frame if the model needs one.
+
+    Args:
+      pipeline: The model.
+      clips: Clips of the data.
+      number: Number of the clip.
+      seed: Seed of the sample.
+      size: Size of the sample, if the data does not name its own.
+
+    Raises:
+      UserError: If the model cannot generate the size.
+    """
+    read = partial(clips.read, number, None)
+    image = read().frames[0] if needs_first_frame(pipeline) else None
+    request = Request(clips.captions[number], clips.get_size(number) if clips.get_size else size, seed, image=image)
+    pipeline.config.model.latent_grid(pipeline.config.resolve_size(request))
+    return EvaluationItem(request, read, clips.truths[number] if clips.truths else None)
 
 
 def make_item_seed(seed: int, number: int) -> int:

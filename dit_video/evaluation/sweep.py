@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
+from dit_video.distributed.gather import is_first_process
 from dit_video.evaluation.comparison import Comparison, compare
 from dit_video.evaluation.evaluate import evaluate
 from dit_video.evaluation.protocol import EvaluationData, EvaluationProtocol
@@ -20,8 +21,8 @@ class SweepPoint(NamedTuple):
 
     steps: int
     guidance: float
-    seconds: float
-    """Seconds of sampling for all samples, including compilation."""
+    seconds: float | None
+    """Seconds of sampling for all samples, including compilation; None if they were not made in one go."""
 
 
 class Sweep(NamedTuple):
@@ -44,7 +45,8 @@ def sweep_sampling(
 ) -> Sweep:
     """Evaluate a model by one protocol at every number of steps and guidance scale.
 
-    Each point has its own folder, `steps_N_guidance_S`; existing samples are not made or timed again.
+    Each point has its own folder, `steps_N_guidance_S`. Existing samples are not made or timed again, so that the cost
+    of a point that was interrupted is unknown.
 
     Args:
       pipeline: The model.
@@ -86,6 +88,6 @@ def _evaluate(
 ) -> SweepPoint:
     result = evaluate(pipeline, protocol, folder, data=data, sampling=sampling)
     path = folder / COST_FILE
-    if not path.is_file():
+    if result.seconds is not None and is_first_process():
         write_json(path, {"seconds": result.seconds})
-    return SweepPoint(sampling.steps, guidance, read_json(path)["seconds"])
+    return SweepPoint(sampling.steps, guidance, read_json(path)["seconds"] if path.is_file() else None)

@@ -89,11 +89,10 @@ class DataConfig:
             max_pixels=self.max_pixels, max_frames=self.max_frames, multiple=model.size_multiple, fps=model.fps
         )
 
-    def count_max_clip_tokens(self, model: ModelConfig) -> int:
-        """Return the number of tokens of the largest clip within the limits."""
-        patch, stride = model.backbone.patch, model.autoencoder.stride
-        latents = latent_grid(Grid(self.max_frames, *model.size_multiple[1:]), stride)
-        return latents.t * (self.max_pixels // (stride.h * patch.h * stride.w * patch.w))
+    def count_max_clip_tokens(self, *, stride: Grid, patch: Grid) -> int:
+        """Return the number of tokens of the largest clip, for an autoencoder's stride and a denoiser's patch."""
+        side = Grid(1, stride.h * patch.h, stride.w * patch.w)
+        return latent_grid(side._replace(t=self.max_frames), stride).t * (self.max_pixels // side.volume)
 
     def make_requirements(self, model: ModelConfig) -> ClipRequirements:
         """Return the requirements of a denoiser's training on its clips.

@@ -15,7 +15,6 @@ from dit_video.distributed.faults.timeouts import TimeoutConfig
 from dit_video.distributed.processes import initialize_distributed
 from dit_video.experiment.remote_folder import RemoteFolder, get_local_copy, main_process_first
 from dit_video.experiment.run import Experiment, Run
-from dit_video.sampling.pipeline_config import WHOLE_FOLDERS
 from dit_video.training.folder_lock import lock_folder
 from dit_video.training.preemption import raise_on_sigterm
 
@@ -92,7 +91,7 @@ def _open_copy(folder: StoragePathLike) -> Iterator[tuple[Path, RemoteFolder | N
         yield location, None
         return
     local = get_local_copy(location, purpose=f"process-{jax.process_index()}")
-    remote = RemoteFolder(location, local, whole_folders=WHOLE_FOLDERS)
+    remote = RemoteFolder(location, local)
     if jax.process_index() == 0:  # the others fetch when it is their turn
         remote.fetch()
     with remote.keep_sent():

@@ -41,6 +41,7 @@ from dit_video.core.storage import (
 from dit_video.distributed import processes
 from dit_video.distributed.faults.progress import declare_phase
 from dit_video.experiment import datasets
+from dit_video.sampling.pipeline_config import WHOLE_FOLDERS
 from dit_video.training.folder_lock import check_locks
 from dit_video.training.hooks.hook import Hook
 
@@ -64,10 +65,6 @@ class _Manifest(NamedTuple):
     linked: list[str]
     """Folders that the copy stands for."""
 
-    def get_md5(self, name: str) -> str | None:
-        """Return the hash of a file; None if it is not listed."""
-        return self.files.get(name, {}).get("md5")
-
 
 class _FileState(NamedTuple):
     """A local file as it was when it was last equal to the one at the address."""
@@ -83,20 +80,18 @@ class RemoteFolder:
     One process at a time sends; the lock of the run's folder makes sure of that.
     """
 
-    def __init__(self, address: StoragePathLike, local: Path, *, whole_folders: Collection[str] = ()) -> None:
+    def __init__(self, address: StoragePathLike, local: Path) -> None:
         """Name the two folders; neither is read yet.
 
         Args:
           address: Folder at an address, which need not exist yet.
           local: Folder of the copy.
-          whole_folders: Names of folders in it that are of use only if all of their files are of one time.
 
         Raises:
           UserError: If the scheme of the address is unknown, or the service denies access.
         """
         self.address: Any = to_storage_path(address)
         self.local = local
-        self._whole_folders = tuple(whole_folders)
         self._states: dict[str, _FileState] = {}
         self._lock = threading.Lock()
 
@@ -123,11 +118,11 @@ class RemoteFolder:
                     write_json(self.local / name, target)
             changed = [name for name, entry in listed.items() if self._get_md5(name) != entry["md5"]]
             self._for_each(changed, lambda name: download(self.address / name, self.local / name))
-            # A file of a later, interrupted upload makes a folder of two times.
+            # A file of a later, interrupted upload makes a folder of two times; some are of use only as a whole.
             outdated = {name for name in changed if self._get_md5(name) != listed[name]["md5"]}
             for name in outdated:
                 for folder in Path(name).parents:  # of the run, or of a nested one
-                    if folder.name in self._whole_folders:
+                    if folder.name in WHOLE_FOLDERS:
                         shutil.rmtree(self.local / folder, ignore_errors=True)
             self._remove_empty_folders()
 
@@ -143,7 +138,8 @@ class RemoteFolder:
             before = self._read_manifest()
             local = self._list_local()
             linked = sorted(name for name in local if self._is_link(name))
-            changed = [name for name in sorted(local - set(linked)) if self._get_md5(name) != before.get_md5(name)]
+            hashes = {name: entry["md5"] for name, entry in before.files.items()}
+            changed = [name for name in sorted(local - set(linked)) if self._get_md5(name) != hashes.get(name)]
             sent = dict(self._for_each(changed, self._send_file))
             files = {name: entry for name, entry in before.files.items() if name in local} | sent
             files = {name: files[name] for name in sorted(files) if files[name] and name not in linked}

@@ -48,7 +48,7 @@ from dit_video.core.storage import StoragePathLike
 from dit_video.core.version import __version__
 from dit_video.data.clips import ClipSource
 from dit_video.data.latents.codec import LatentCodec
-from dit_video.data.sizes import SizeLimits
+from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.data.usable_clips import ClipRequirements, UsableClips, select_usable
 from dit_video.data.windows import ClipCrops
 from dit_video.distributed import MeshPartitioner, Parallelism, make_mesh
@@ -57,13 +57,13 @@ from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.evaluation.evaluate import evaluate
 from dit_video.evaluation.measure import EvaluationResult
 from dit_video.evaluation.protocol import EvaluationData, EvaluationProtocol
-from dit_video.experiment import datasets, export
+from dit_video.experiment import datasets
 from dit_video.experiment.amendments import Amendment, describe_stages, make_amendment
 from dit_video.experiment.autoencoder import MAX_LINEAR_VALUES, TrainingWindows, limit_windows, read_autoencoder
 from dit_video.experiment.checkpoints import get_checkpoint_folder
 from dit_video.experiment.data_config import DataConfig
-from dit_video.experiment.denoiser import load_checkpoint
-from dit_video.experiment.encoders import open_text_encoder
+from dit_video.experiment.denoiser import add_other_expert, load_checkpoint
+from dit_video.experiment.encoders import TEXT_ENCODER_FILE
 from dit_video.experiment.remote_folder import RemoteFolder, SendLogs, main_process_first
 from dit_video.experiment.training_config import AutoencoderTraining, DenoiserTraining
 from dit_video.families import get_lora_modules
@@ -73,7 +73,9 @@ from dit_video.models.encoders import Tokenizer
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import get_param_shapes
 from dit_video.sampling import Sampling
-from dit_video.sampling.loading import load_pipeline
+from dit_video.sampling.devices import make_placement
+from dit_video.sampling.loading import add_preview_decoder, load_pipeline
+from dit_video.sampling.memory import fit_offload
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
 from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
@@ -88,7 +90,7 @@ from dit_video.training.loop import LoopConfig
 from dit_video.training.step import TrainStep
 from dit_video.training.time_recorder import TimeRecorder
 from dit_video.training.trainer import BatchIterator, Trainer
-from dit_video.weights.frozen_encoders import FrozenTextEncoder
+from dit_video.weights.frozen_encoders import FrozenTextEncoder, open_tokenizer
 
 FORMAT = 1
 EXCLUDED_FILE = "excluded_clips.json"
@@ -283,7 +285,8 @@ def check_sizes(model: ModelConfig, data: DataConfig) -> None:
         raise UserError(f"max_frames does not fit the autoencoder: {error}") from error
     data.make_limits(model)
     shape = model.layout
-    if isinstance(shape, PackedShape) and (max_tokens := data.count_max_clip_tokens(model)) > shape.tokens:
+    max_tokens = data.count_max_clip_tokens(stride=model.autoencoder.stride, patch=model.backbone.patch)
+    if isinstance(shape, PackedShape) and max_tokens > shape.tokens:
         raise UserError(
             f"layout.tokens={shape.tokens} is invalid: a clip of {data.max_pixels} pixels and {data.max_frames} frames "
             f"has up to {max_tokens} tokens. Use layout.tokens={max_tokens}, or a lower data.max_pixels."
@@ -772,7 +775,7 @@ class Run:
         """Return the config of this run's pipeline, which `prepare` has written, or which follows from the clips.
 
         Its model is the experiment's, with the frame rate of the clips if it has none, and with the identity of a
-        frozen text encoder.
+        frozen text encoder. The largest training size is the default size of samples.
         """
         experiment, model = self.experiment, self.experiment.get_model()
         if (self.folder / PIPELINE_CONFIG).is_file():
@@ -785,11 +788,14 @@ class Run:
         if model.fps is None:
             rates = [info.fps for info in infos if info.frames > 1] or [info.fps for info in infos]
             model = replace(model, fps=float(np.median(rates)))
-        return export.make_pipeline_config(
-            model,
-            experiment.denoiser,
-            infos,
-            limits=experiment.limits,
+        sizes = [fit_size(info, experiment.limits) for info in infos]
+        training = experiment.denoiser
+        return PipelineConfig(
+            model=model,
+            caption_dropout=training.caption_dropout,
+            boundary=None if training.expert is None else training.expert.boundary,
+            batch=training.batch,
+            size=max(sizes, key=lambda size: (size.volume, size)),
             sampling=experiment.sampling,
             conditioner=experiment.conditioner,
             evaluation=experiment.evaluation,
@@ -833,16 +839,20 @@ class Run:
         Raises:
           MissingError: If the autoencoder is not trained yet.
         """
-        return export.make_pipeline(
-            self.pipeline_config(),
-            self.experiment.denoiser,
-            autoencoder=self.read_autoencoder(),
-            denoiser=denoiser,
-            preview_folder=Path(self.experiment.autoencoder_from or self.folder / "autoencoder"),
+        config, autoencoder = self.pipeline_config(), self.read_autoencoder()
+        is_large = parallel is None and config.boundary is not None
+        offload = fit_offload(offload, config, parallel=parallel, is_large=is_large)
+        place = make_placement(parallel, offload)
+        pipeline = Pipeline(
+            config,
+            autoencoder=autoencoder,
+            denoiser=add_other_expert(self.experiment.denoiser, config.model, denoiser, place),
+            get_lora_modules=get_lora_modules,
             parallel=parallel,
             offload=offload,
             folder=self.folder,
         )
+        return add_preview_decoder(pipeline, Path(self.experiment.autoencoder_from or self.folder / "autoencoder"))
 
     def load_pipeline(self) -> Pipeline:
         """Return the finished pipeline, on the run's devices; all its processes call this.
@@ -899,7 +909,7 @@ class Run:
 
     def open_text_encoder(self, *, cache: Path | None = None) -> Tokenizer | FrozenTextEncoder:
         """Return the text encoder. The identity of a frozen one is recorded, to be known without its weights."""
-        return open_text_encoder(self.model.text_encoder, self.folder, cache=cache)
+        return open_tokenizer(self.model.text_encoder, identity_file=self.folder / TEXT_ENCODER_FILE, cache=cache)
 
     def open_conditioning(self) -> tuple[ClipConditioning, ...]:
         """Return the model's conditioning by fields of the clips, each opened once in the run's folder."""

@@ -86,13 +86,15 @@ def fill_row(experiment: Experiment, count: int | None = None) -> list[int]:
     Raises:
       UserError: If more clips are asked for than fit in a row.
     """
-    rows = experiment.get_model().row_shape
+    model = experiment.get_model()
+    rows = model.row_shape
     if count is not None:
         if not 1 <= count <= min(rows.segments, rows.tokens):
             room = min(rows.segments, rows.tokens)
             raise UserError(f"clips={count} is invalid: a row has room for 1 to {room}; use one of these")
         return [rows.tokens // count + (index < rows.tokens % count) for index in range(count)]
-    largest = min(experiment.data.count_max_clip_tokens(experiment.get_model()), rows.tokens)
+    stride, patch = model.autoencoder.stride, model.backbone.patch
+    largest = min(experiment.data.count_max_clip_tokens(stride=stride, patch=patch), rows.tokens)
     full, rest = divmod(rows.tokens, largest)
     clips = [largest] * full + [rest] * (rest * _MIN_CLIP_DIVISOR > rows.tokens)
     return clips[: rows.segments]

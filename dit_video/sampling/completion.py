@@ -38,6 +38,7 @@ from dit_video.sampling.known_pixels import KnownPixels, collect_known_pixels, f
 from dit_video.sampling.plan import (
     HELD_LATENTS,
     HELD_STRENGTH,
+    TIME_TOLERANCE,
     BlockEnd,
     CleanTokens,
     LatentUpdate,
@@ -45,6 +46,7 @@ from dit_video.sampling.plan import (
     StepInputs,
     StepTransform,
     TransformSequence,
+    make_latent_fields,
 )
 from dit_video.sampling.request import OPTIONS, Conditioner, ModelParts, Request
 from dit_video.tokens import Field, Grid
@@ -54,8 +56,6 @@ IMAGE_IS_NEEDED = "this model needs an image; give image=, a clip of one frame o
 _ACCEPTED = ("image", "last_image", "video", "generated", "conditions", *OPTIONS)
 _MAX_DIFFERENCE = 0.05
 """Largest difference of latents that counts as rounding; their standard deviation is about 1."""
-_TIME_TOLERANCE = 1e-6
-"""Rounding of times, within which a latent is released."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def _choose_trained_part(known: KnownPixels, request: Request, model: ModelParts
       UserError: If the model is not trained for them, and the request does not allow another method.
     """
     conditioning = model.frame_conditioning
-    needs_image = conditioning is not None and conditioning.prob == 1
+    needs_image = conditioning is not None and conditioning.is_required
     part = find_trained_part(known, model)
     if request.method == "training_free":
         if needs_image:
@@ -226,7 +226,7 @@ def plan_trained(known: KnownPixels | None, size: Grid, model: ModelParts) -> Sa
     backbone, conditioning = model.backbone, model.frame_conditioning
     if conditioning is None:
         return SamplingPlan()
-    if known is None and conditioning.prob == 1:
+    if known is None and conditioning.is_required:
         raise UserError(IMAGE_IS_NEEDED)
     if backbone.time == "token":
         return _plan_clean_tokens(known, size, model)
@@ -304,16 +304,13 @@ class LatentReplacement(StepTransform):
     """
 
     def list_fields(self, channels: int) -> tuple[Field, ...]:
-        return (
-            Field(name=HELD_LATENTS, alignment="grid", shape=(channels,)),
-            Field(name=HELD_STRENGTH, alignment="grid", shape=(1,)),
-        )
+        return make_latent_fields(HELD_LATENTS, HELD_STRENGTH, channels=channels)
 
     def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:
         """Replace the known latents that are not released yet."""
         rows, time = inputs.rows, inputs.time
         strength = jnp.asarray(rows.fields[HELD_STRENGTH])
-        is_held = (strength > 0) & (time >= 1 - strength - _TIME_TOLERANCE)
+        is_held = (strength > 0) & (time >= 1 - strength - TIME_TOLERANCE)
         known = inputs.process.add_noise(jnp.asarray(rows.fields[HELD_LATENTS]), jnp.asarray(rows.tokens), time)
         # A patch has one strength for each position, and the latents' channels for each.
         is_held = jnp.repeat(is_held, sample.shape[-1] // strength.shape[-1], axis=-1)
@@ -337,7 +334,7 @@ class PixelReplacement(LatentUpdate):
 
     def __call__(self, latents: Float32[np.ndarray, "t h w c"], end: BlockEnd) -> Float32[np.ndarray, "t h w c"]:
         """Return the latents with those of the known frames, which a strength releases as for `LatentReplacement`."""
-        is_kept = self.known.is_known & (end.time >= 1 - self.known.strength - _TIME_TOLERANCE)
+        is_kept = self.known.is_known & (end.time >= 1 - self.known.strength - TIME_TOLERANCE)
         if not is_kept.any():
             return latents
         decoded = self.codec.decode(end.data, fps=1.0).frames

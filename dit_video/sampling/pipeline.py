@@ -55,7 +55,7 @@ from dit_video.sampling.pipeline_config import (
 )
 from dit_video.sampling.preparation import check_sampling, get_dropouts, prepare_request, select_conditioning
 from dit_video.sampling.preview import PreviewDecoder
-from dit_video.sampling.progress import Callback, make_monitor
+from dit_video.sampling.progress import Callback, make_report
 from dit_video.sampling.request import (
     Condition,
     Conditioner,
@@ -475,7 +475,8 @@ class Pipeline:
 
     def make_monitor(self, callback: Callback | None) -> Monitor | None:
         """Return the sampler's monitor that calls a callback with the progress; None without one."""
-        return make_monitor(callback, self.decode, preview_decoder=self.preview_decoder, fps=self.config.fps)
+        report = make_report(callback, self.decode, preview_decoder=self.preview_decoder, fps=self.config.fps)
+        return None if report is None else Monitor(report)
 
     def compute_clip_function(
         self,

@@ -16,8 +16,13 @@ CLEAN_LATENTS, CLEAN_MASK = "clean_latents", "clean_mask"
 """Names of the fields with clean latents `t h w c`, and with 1 where they are clean, `t h w 1`."""
 HELD_LATENTS, HELD_STRENGTH = "held_latents", "held_strength"
 """Names of the fields with held latents `t h w c`, and with their strength `t h w 1`, 0 where there are none."""
-_TIME_TOLERANCE = 1e-6
-"""Rounding of times, within which a held latent begins to be denoised."""
+TIME_TOLERANCE = 1e-6
+"""Rounding of times, within which a held latent is released and begins to be denoised."""
+
+
+def make_latent_fields(latents: str, mask: str, *, channels: int) -> tuple[Field, Field]:
+    """Return the fields of these names with latents `t h w c`, and with their mask or strength `t h w 1`."""
+    return Field(name=latents, alignment="grid", shape=(channels,)), Field(name=mask, alignment="grid", shape=(1,))
 
 
 class StepInputs(NamedTuple):
@@ -160,10 +165,7 @@ class CleanTokens(StepTransform):
     """Latents that a model with a time per token sees clean, at time 0, and that are not changed."""
 
     def list_fields(self, channels: int) -> tuple[Field, ...]:
-        return (
-            Field(name=CLEAN_LATENTS, alignment="grid", shape=(channels,)),
-            Field(name=CLEAN_MASK, alignment="grid", shape=(1,)),
-        )
+        return make_latent_fields(CLEAN_LATENTS, CLEAN_MASK, channels=channels)
 
     def change_input(
         self, noisy: Float[Array, "B N p"], times: Float[Array, "B N"], rows: PackedBatch, process: Process
@@ -194,10 +196,7 @@ class HeldTokens(StepTransform):
     """Noise that the model sees in latents of strength 1, in units of the squared time. It helps motion to begin."""
 
     def list_fields(self, channels: int) -> tuple[Field, ...]:
-        return (
-            Field(name=HELD_LATENTS, alignment="grid", shape=(channels,)),
-            Field(name=HELD_STRENGTH, alignment="grid", shape=(1,)),
-        )
+        return make_latent_fields(HELD_LATENTS, HELD_STRENGTH, channels=channels)
 
     def change_start(self, noisy: Float[Array, "B N p"], rows: PackedBatch) -> Float[Array, "B N p"]:
         """Put the held latents in place."""
@@ -213,7 +212,7 @@ class HeldTokens(StepTransform):
     def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:
         """Restore the latents that were held in this step."""
         strength = inputs.rows.fields[HELD_STRENGTH][..., :1]
-        is_held = (strength > 0) & (inputs.start > 1 - strength + _TIME_TOLERANCE)
+        is_held = (strength > 0) & (inputs.start > 1 - strength + TIME_TOLERANCE)
         return jnp.where(is_held, self._compute_held(inputs.rows, inputs.noise, inputs.time), sample)
 
     def _compute_held(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dit_video.core.errors import UserError
-from dit_video.sampling import Monitor, SamplingProgress
+from dit_video.sampling import SamplingProgress
 from dit_video.sampling.edit_paths import EditProgress
 from dit_video.sampling.preview import PreviewDecoder
 from dit_video.video import Clip
@@ -72,19 +72,6 @@ class PipelineProgress(NamedTuple):
 
 Callback = Callable[[PipelineProgress], object]
 """Function that is called with the progress."""
-
-
-def make_monitor(
-    callback: Callback | None,
-    decode: Callable[..., Clip],
-    *,
-    preview_decoder: PreviewDecoder | None = None,
-    fps: float = 1.0,
-    block_steps: int = 4,
-) -> Monitor | None:
-    """Return the sampler's monitor that calls a callback; None without one. Arguments are those of the progress."""
-    report = make_report(callback, decode, preview_decoder=preview_decoder, fps=fps)
-    return None if report is None else Monitor(report, block_steps)
 
 
 def make_report(

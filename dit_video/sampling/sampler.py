@@ -80,7 +80,7 @@ class Monitor(NamedTuple):
     """A function that is called with the progress after every block of steps. What it raises ends the sampling."""
 
     function: Callable[[SamplingProgress], object]
-    block_steps: int = _BLOCK_STEPS
+    block_steps: int = 4
     """Number of steps in a block, unless latents are changed or steps are repeated between blocks."""
 
 

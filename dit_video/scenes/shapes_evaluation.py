@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from dit_video.core import rng
-from dit_video.evaluation.clip_set import NO_CLIPS
 from dit_video.evaluation.collection import MetricCollection
 from dit_video.evaluation.config import RECONSTRUCTION_METRICS
 from dit_video.evaluation.metrics.metric import Metric, MetricBatch
@@ -30,10 +29,6 @@ class ShapesEvaluation(EvaluationProtocol):
     crf: int | None = None
     may_only_sample = True
     example_prompt = "a red circle moving left"
-
-    def make_data(self, data: EvaluationData | None) -> EvaluationData:
-        """Return the given clips, which are reconstructed, or none."""
-        return EvaluationData(NO_CLIPS) if data is None else data
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return all prompts, with renderings of them as references."""

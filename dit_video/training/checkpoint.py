@@ -76,7 +76,6 @@ class CheckpointPolicy:
 
 
 FORMAT = 2
-"""Format of new checkpoints. Those of format 1 have other digests, and can be read, too."""
 
 
 class Checkpoints:
@@ -253,9 +252,9 @@ class Checkpoints:
             return reader.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
     def read_digests(self, step: int) -> dict[str, int]:
-        """Return the digest of each array of a checkpoint, by its path, as `save` does; empty for format 1."""
+        """Return the digest of each array of a checkpoint, by its path, as `save` does."""
         document = retry_transient(lambda: self.read_document(step))
-        return {path: entry["digest"] for path, entry in document["arrays"].items()} if document["format"] > 1 else {}
+        return {path: entry["digest"] for path, entry in document["arrays"].items()}
 
     def restore(self, like: Any, step: int | None = None, *, config: Any = None) -> tuple[Any, dict[str, Any]]:
         """Read a state and its `meta`, of one step or of the newest checkpoint that can be read.
@@ -326,10 +325,10 @@ class Checkpoints:
         if not checkpoint_path.exists():  # on a network disk one machine may see a folder before another one does
             raise OSError(errno.ESTALE, f"{checkpoint_path} is listed, but cannot be seen")
         document = self.read_document(step)
-        if document.get("format") not in (1, FORMAT):
+        if document.get("format") != FORMAT:
             raise UserError(
-                f"{checkpoint_path} has checkpoint format {document.get('format')}, but this version reads 1 to "
-                f"{FORMAT}. Use the version that wrote it."
+                f"{checkpoint_path} has checkpoint format {document.get('format')}, but this version reads {FORMAT}. "
+                "Use the version that wrote it."
             )
         expected = {path: make_target(leaf) for path, leaf in trees.flatten(like).items()}
         fields = "" if config is None else config_json.describe_difference(document["meta"].get("config"), config)
@@ -406,7 +405,7 @@ class _Save:
 
 
 def _check_digests(arrays: Mapping[str, jax.Array], document: Mapping[str, Any]) -> None:
-    for path, digest in compute_digests(arrays, is_mixed=document["format"] > 1).items():
+    for path, digest in compute_digests(arrays).items():
         if digest != document["arrays"][path]["digest"]:
             raise ValueError(f"the digest of {path} does not match: its values were lost or changed after writing")
 

@@ -1,6 +1,5 @@
 """Digests of arrays: of checkpoints when they are written and read, and of batches in the hash chain."""
 
-import functools
 from collections.abc import Mapping
 
 import jax
@@ -8,21 +7,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 
-def compute_digests(arrays: Mapping[str, Array], *, is_mixed: bool = True) -> dict[str, int]:
-    """Return the digest of each array, in all processes; it is the same on every mesh.
-
-    Args:
-      arrays: Arrays by their paths.
-      is_mixed: Whether bits are mixed, as in checkpoints of format 2. Without that, equal values whose low bits are
-        zero may have the digest of zeros.
-    """
+def compute_digests(arrays: Mapping[str, Array]) -> dict[str, int]:
+    """Return the digest of each array by its path, in all processes; it is the same on every mesh."""
     # One array at a time: on CPUs, concurrent multi-device programs may deadlock.
-    return {path: int(compute_digest(array, is_mixed=is_mixed)) for path, array in arrays.items()}
+    return {path: int(compute_digest(array)) for path, array in arrays.items()}
 
 
-@functools.partial(jax.jit, static_argnames="is_mixed")
-def compute_digest(array: Array, *, is_mixed: bool = True) -> UInt32[Array, ""]:
-    """Return the sum of the bits of all values, mixed or weighted with their position, modulo 2^32."""
+@jax.jit
+def compute_digest(array: Array) -> UInt32[Array, ""]:
+    """Return the sum of the bits of all values, mixed with their position, modulo 2^32.
+
+    Without the mixing, equal values whose low bits are zero may have the digest of zeros.
+    """
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype == jnp.bool_:
@@ -31,8 +27,7 @@ def compute_digest(array: Array, *, is_mixed: bool = True) -> UInt32[Array, ""]:
         unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
         words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
     position = number_values(words.shape)
-    words = mix_bits(words ^ mix_bits(position + jnp.uint32(1))) if is_mixed else words * (2 * position + 1)
-    return jnp.sum(words, dtype=jnp.uint32)
+    return jnp.sum(mix_bits(words ^ mix_bits(position + jnp.uint32(1))), dtype=jnp.uint32)
 
 
 def number_values(shape: tuple[int, ...], *, start: int = 0) -> UInt32[Array, "..."]:

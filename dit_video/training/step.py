@@ -196,13 +196,12 @@ def accumulate_gradients(
     zeros = constrain_like_params(zeros, mesh)
     gradients, (counts, values, metrics) = jax.lax.scan(add, zeros, microbatches)
     count = jnp.maximum(counts.sum(), 1)
-    metrics = {name: _combine_metric(metric) for name, metric in metrics.items()}
+    metrics = {
+        name: Average(metric.total.sum(), metric.number.sum()) if isinstance(metric, Average) else metric.mean()
+        for name, metric in metrics.items()
+    }
     output = LossOutput(values.sum() / count, LossDetails(metrics, count))
     return output, jax.tree.map(lambda leaf: leaf / count, gradients)
-
-
-def _combine_metric(metric: Any) -> Any:
-    return Average(metric.total.sum(), metric.number.sum()) if isinstance(metric, Average) else metric.mean()
 
 
 def finish_step(state: Any, next_state: Any, batch: PyTree, metrics: Metrics, *names: str) -> tuple[Any, Metrics]:
@@ -217,8 +216,8 @@ def finish_step(state: Any, next_state: Any, batch: PyTree, metrics: Metrics, *n
     is_finite = jnp.all(jnp.stack([jnp.isfinite(metrics[name]) for name in ("loss", "gradient_norm", *names)]))
     selected_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), next_state, state)
     digests = {path: compute_digest(leaf) for path, leaf in trees.flatten(batch).items()}
-    metrics = {**cast_metrics(metrics | {"skipped": ~is_finite}), BATCH_DIGESTS: digests}
-    return replace_step(selected_state, next_state.step), metrics
+    metrics = jax.tree.map(lambda metric: metric.astype(jnp.float32), {**metrics, "skipped": ~is_finite})
+    return replace_step(selected_state, next_state.step), {**metrics, BATCH_DIGESTS: digests}
 
 
 def apply_updates(
@@ -239,11 +238,6 @@ def apply_updates(
         extra=state.extra,
         averages=update_averages(state.averages, params if average is None else average, state.step),
     )
-
-
-def cast_metrics(metrics: Metrics) -> Metrics:
-    """Cast metrics to float32 for logging."""
-    return jax.tree.map(lambda metric: metric.astype(jnp.float32), metrics)
 
 
 class JittedStep:

@@ -59,7 +59,7 @@ def test_captions_are_spread_over_the_clips_at_their_sizes(tiny_pipeline, run, d
 
 
 def test_a_model_that_always_has_a_first_frame_gets_that_of_the_clip(tiny_pipeline, data, monkeypatch):
-    monkeypatch.setattr("dit_video.evaluation.config.needs_first_frame", lambda pipeline: True)
+    monkeypatch.setattr("dit_video.evaluation.protocol.needs_first_frame", lambda pipeline: True)
     for item in CaptionEvaluation(trained=0, held_out=2).make_items(tiny_pipeline, data):
         np.testing.assert_array_equal(item.entry.image.frames, item.read_reference().frames[:1])
 

@@ -1,22 +1,34 @@
 """Evaluation of a model by a protocol: samples that are made once and reused, and reconstructions."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.evaluation.clip_set import open_clip_set
+from dit_video.core.registry import register
+from dit_video.evaluation.clip_set import NO_CLIPS, open_clip_set
 from dit_video.evaluation.comparison import compare
 from dit_video.evaluation.evaluate import SAMPLES_FOLDER, evaluate
 from dit_video.evaluation.metrics.distributions import PrecisionRecall
 from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.metrics.reconstruction import Psnr
-from dit_video.evaluation.protocol import ClipSampling, EvaluationData, EvaluationProtocol, ReconstructionProtocol
+from dit_video.evaluation.protocol import (
+    ClipSampling,
+    EvaluationData,
+    EvaluationItem,
+    EvaluationProtocol,
+    ReconstructionProtocol,
+)
 from dit_video.sampling.pipeline import Pipeline
+from dit_video.sampling.request import Request
+from dit_video.sampling.tasks import Generate
+from dit_video.sampling.tasks.task_file import TaskEntry
 from dit_video.scenes.prompt_metrics import SceneColours
 from dit_video.scenes.protocols import SceneProtocol
+from dit_video.scenes.shape_metrics import PromptFollowing
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support import tiny_pipeline
@@ -144,6 +156,35 @@ def test_scenes_need_no_data_and_give_their_truths(pipeline, tmp_path):
     assert results["recall"].estimate.count == 5
     true = [protocol.clips.sample(result.real_clips.read(number, None), seed=0, number=number) for number in range(5)]
     assert {clip.frames.shape for clip in true} == {(9, 32, 32, 3)}
+
+
+def test_reconstructions_take_the_place_of_samples_for_metrics_of_these_alone(pipeline, data, tmp_path):
+    protocol = ReconstructionProtocol(name="reconstruction", metrics=(Sharpness(),))
+    assert evaluate(pipeline, protocol, tmp_path, data=data).results["sharpness"].estimate.count == 5
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class TwoEntries(EvaluationProtocol):
+    """A prompt, and a request or a task."""
+
+    second: Any
+
+    def make_data(self, data):
+        return EvaluationData(NO_CLIPS)
+
+    def make_items(self, pipeline, data):
+        return [EvaluationItem(Request("a red circle moving left")), EvaluationItem(self.second)]
+
+
+@pytest.mark.parametrize("entry", [Request(""), TaskEntry(Generate())])
+def test_metrics_of_prompts_are_refused_before_an_item_without_one_is_sampled(pipeline, tmp_path, monkeypatch, entry):
+    sampled = count_sampled(monkeypatch)
+    protocol = TwoEntries(name="two", metrics=(PromptFollowing(),), second=entry)
+    with pytest.raises(UserError, match=r"it needs prompts\. Give each clip a caption"):
+        evaluate(pipeline, protocol, tmp_path)
+    assert not sampled
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_protocol_without_data_says_so(pipeline, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from dit_video.apps.reports.comparison_report import write_sweep_report
 from dit_video.core.errors import UserError
+from dit_video.evaluation.evaluate import SAMPLES_FOLDER
 from dit_video.evaluation.metrics.frames import Sharpness
 from dit_video.evaluation.metrics.reconstruction import Psnr
 from dit_video.evaluation.protocol import ReconstructionProtocol
@@ -45,6 +46,20 @@ def test_every_point_has_its_values_and_its_cost(pipeline, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "guidance 3" in page
     assert "2 steps, guidance 3" in page
+    assert "unknown" not in page
+
+
+def test_the_cost_of_an_interrupted_point_is_unknown(pipeline, tmp_path):
+    arguments = {"steps": (1, 2), "guidance": (1.0, 3.0)}
+    sweep_sampling(pipeline, PROTOCOL, tmp_path, **arguments)
+    sampled, measured = tmp_path / "steps_1_guidance_1", tmp_path / "steps_2_guidance_1"
+    for point in (sampled, measured):  # as if they were killed before the cost was written
+        (point / COST_FILE).unlink()
+    next((sampled / SAMPLES_FOLDER).glob("*.mp4")).unlink()
+    again = sweep_sampling(pipeline, PROTOCOL, tmp_path, **arguments)
+    assert [point.seconds is None for point in again.points] == [True, True, False, False]
+    write_sweep_report(tmp_path / "report.html", again, title="Sweep")
+    assert (tmp_path / "report.html").read_text().count("unknown") == 2
 
 
 def test_sweeps_of_nothing_are_refused(pipeline, tmp_path):

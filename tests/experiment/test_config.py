@@ -66,7 +66,7 @@ DISAGREEMENTS = [
     ),
     ("model.layout", PackedShape(tokens=12, text=96, segments=0), "layout.segments=0 is invalid"),
     ("model.backbone.patch", Grid(2, 2, 2), "backbone.patch.t=2 is invalid"),
-    ("model.backbone.patch", Grid(1, 0, 2), "backbone.patch=0 is invalid"),
+    ("model.backbone.patch", Grid(1, 0, 2), "patch=0 is invalid"),
     ("data.max_pixels", 15 * 16, "less than one multiple of 16x16"),
     ("data.max_pixels", 64 * 64, "lower data.max_pixels"),
     ("model.fps", 0.0, "fps=0.0 is invalid: it must be positive"),

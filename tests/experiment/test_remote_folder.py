@@ -22,7 +22,7 @@ def address(memory) -> str:
 
 
 def make(address: str, local: Path) -> RemoteFolder:
-    return RemoteFolder(address, local, whole_folders=("pipeline",))
+    return RemoteFolder(address, local)
 
 
 def write(folder: Path, **texts: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dit_video.apps.reports.elements import Chart, Curve
 from dit_video.apps.reports.report import Report, write_report
-from dit_video.evaluation.comparison import Comparison, format_value
+from dit_video.evaluation.comparison import Comparison
 from dit_video.evaluation.sweep import Sweep
 
 
@@ -15,7 +15,7 @@ def write_comparison_report(path: str | Path, comparison: Comparison) -> None:
         best = comparison.find_best(name)
         cells = zip(comparison.names, comparison.values[name], strict=True)
         row: dict[str, str | None] = {
-            system: format_value(about, each) + (" (best)" if number in best else "")
+            system: about.format_estimate(each) + (" (best)" if number in best else "")
             for number, (system, each) in enumerate(cells)
         }
         table[about.label] = row | {"better": {True: "higher", False: "lower", None: None}[about.is_higher_better]}
@@ -52,10 +52,11 @@ def write_sweep_report(path: str | Path, sweep: Sweep, *, title: str) -> None:
     table = {}
     for number, point in enumerate(sweep.points):
         values = {
-            about.label: format_value(about, sweep.comparison.values[name][number])
+            about.label: about.format_estimate(sweep.comparison.values[name][number])
             for name, about in sweep.comparison.descriptions.items()
         }
-        table[f"{point.steps} steps, guidance {point.guidance:g}"] = values | {"seconds": f"{point.seconds:.1f}"}
+        seconds = "unknown" if point.seconds is None else f"{point.seconds:.1f}"
+        table[f"{point.steps} steps, guidance {point.guidance:g}"] = values | {"seconds": seconds}
     report = Report(
         title=title,
         summary="Cost is the number of the denoiser's evaluations for a sample of a solver with one evaluation a step.",

@@ -180,6 +180,13 @@ class MetricDescription:
         """Return the bounds of the 95 % interval as `low to high`; empty without one."""
         return " to ".join(self.format_value(bound, is_precise=is_precise) for bound in estimate.interval or ())
 
+    def format_estimate(self, estimate: MetricValue) -> str:
+        """Return a value with its interval, if it has one; `none` without a value."""
+        if estimate.value is None:
+            return "none"
+        value, interval = self.format_value(estimate.value), self.format_interval(estimate)
+        return f"{value} ({interval})" if interval else value
+
 
 class Metric(abc.ABC, Generic[MetricState]):
     """A metric of an evaluation; subclasses are frozen dataclasses, and registered if they are of other packages."""

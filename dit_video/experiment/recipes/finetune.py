@@ -15,13 +15,12 @@ from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.experiment.training_config import AllWeights, ExpertConfig, LoraAdapters, TemporalWeights
 from dit_video.families import PipelineParts, find_family
 from dit_video.families.family import INDEX
-from dit_video.models.autoencoders import latent_grid
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import LoraConfig, Remat
 from dit_video.nn.attention import BackendName
 from dit_video.sampling import Sampling
-from dit_video.tokens import Grid, PackedShape
+from dit_video.tokens import PackedShape
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
 
@@ -188,9 +187,7 @@ def make_data_config(
 
 def make_row_shape(data: DataConfig, parts: PipelineParts) -> PackedShape:
     """Return the shape of rows that hold one clip of the largest size, or several smaller ones."""
-    stride, patch = parts.autoencoder.stride, parts.denoiser.patch
-    side = Grid(1, stride.h * patch.h, stride.w * patch.w)
-    tokens = latent_grid(side._replace(t=data.max_frames), stride).t * (data.max_pixels // side.volume)
+    tokens = data.count_max_clip_tokens(stride=parts.autoencoder.stride, patch=parts.denoiser.patch)
     return PackedShape(tokens=tokens, text=2 * parts.text.max_tokens, segments=_MAX_CLIPS_PER_ROW)
 
 

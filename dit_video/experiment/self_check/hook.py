@@ -144,7 +144,9 @@ class SelfCheck(Hook):
             ):
                 problems += check(subject)
             problems += data_checks.check_order(batches.source.planner)
-        rows, params = batches.last, _perturb(subject, state.params)
+        # Weights without zeros, on the same devices.
+        params = subject.jit(perturb, make_shardings(state.params, subject.trainer.mesh))(state.params)
+        rows = batches.last
         draws = objective_checks.draw_numbers(subject, rows)
         problems += objective_checks.check_noise(draws)
         problems += objective_checks.check_times(subject, draws)
@@ -223,8 +225,3 @@ class SelfCheck(Hook):
             last = compute_digests(flatten(state.params))
             problems += check_changes(self._subject, digests, last, self._used, steps=step - first)
         return problems
-
-
-def _perturb(subject: CheckedTraining, params: Any) -> Any:
-    """Return a copy of the parameters without zeros, on the same devices."""
-    return subject.jit(perturb, make_shardings(params, subject.trainer.mesh))(params)

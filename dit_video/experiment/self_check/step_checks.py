@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from dit_video.core.files import read_json, write_json
 from dit_video.core.trees import flatten, map_with_path
@@ -43,7 +43,10 @@ class ValueReader:
     def __init__(self, subject: CheckedTraining, params: Any):
         self._subject = subject
         generator = subject.make_generator("values")
-        self._places = {path: _choose_places(generator, leaf.shape) for path, leaf in flatten(params).items()}
+        self._places = {
+            path: tuple(generator.integers(size, size=COUNT) for size in leaf.shape)
+            for path, leaf in flatten(params).items()
+        }
         self._take = subject.jit(self._take_values)
         self._take_params = subject.jit(self.take)
 
@@ -79,10 +82,6 @@ class ValueReader:
             kind: {path: leaf if kind == "count" else leaf[self._places[path]] for path, leaf in leaves.items()}
             for kind, leaves in kinds.items()
         }
-
-
-def _choose_places(generator: np.random.Generator, shape: tuple[int, ...]) -> tuple[Int[np.ndarray, " k"], ...]:
-    return tuple(generator.integers(size, size=COUNT) for size in shape)
 
 
 def to_state_values(values: Any) -> StateValues:

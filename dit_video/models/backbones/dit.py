@@ -73,8 +73,8 @@ class DiTConfig(TransformerConfig):
     """Configuration of the diffusion transformer.
 
     Raises:
-      UserError: If the heads do not divide the width, the rotary split does not add up to the head width, a count is
-        negative, patterns do not divide the layers, or the attention backend does not support them.
+      UserError: If a size is below 1, the heads do not divide the width, the rotary split does not add up to the head
+        width, a count is negative, patterns do not divide the layers, or the attention backend does not support them.
     """
 
     channels: int

@@ -51,8 +51,8 @@ class LtxDitConfig(BackboneConfig):
     """Configuration of LTX-Video's transformer; the defaults are for the versions with 2 billion parameters.
 
     Raises:
-      UserError: If the heads do not divide the width into even parts, an extent is not positive, or patterns do not
-        divide the layers or the attention backend does not support them.
+      UserError: If a size is below 1, the heads do not divide the width into even parts, an extent is not positive, or
+        patterns do not divide the layers or the attention backend does not support them.
     """
 
     channels: int = 128
@@ -75,7 +75,8 @@ class LtxDitConfig(BackboneConfig):
     remat: Remat = "none"
 
     def __post_init__(self):
-        if self.heads < 1 or self.width % self.heads or self.width // self.heads % 2:
+        self.check_sizes()
+        if self.width % self.heads or self.width // self.heads % 2:
             raise UserError(f"width {self.width} must be divisible by its {self.heads} heads in even parts; change one")
         if min(self.extents) <= 0:
             raise UserError(f"extents={self.extents} is invalid: they must be positive. Use (20, 64, 64).")

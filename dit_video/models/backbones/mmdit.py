@@ -28,8 +28,8 @@ class MMDiTConfig(TransformerConfig):
     """Configuration of the multimodal diffusion transformer; `DIT_SIZES` of `dit` are sizes of each stream.
 
     Raises:
-      UserError: If there is no text, the heads do not divide the width, the rotary split does not add up to the head
-        width, patterns do not divide the layers, or the attention backend does not support them.
+      UserError: If there is no text, a size is below 1, the heads do not divide the width, the rotary split does not
+        add up to the head width, patterns do not divide the layers, or the attention backend does not support them.
     """
 
     channels: int

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.platform.devices import Platform
 from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.models.conditioning import (
@@ -235,6 +235,15 @@ class BackboneConfig(abc.ABC):
     @abc.abstractmethod
     def make(self, rngs: nnx.Rngs, partitioner: Partitioner = ONE_DEVICE) -> Any:
         """Return a backbone with random weights, and with the attention and weights' sharding of `partitioner`."""
+
+    def check_sizes(self) -> None:
+        """Check the sizes of a transformer, before anything is computed from them.
+
+        Raises:
+          UserError: If channels, width, layers, heads or a side of the patch are below 1.
+        """
+        sizes = {name: getattr(self, name) for name in ("channels", "width", "layers", "heads")}
+        check_at_least(1, **sizes, patch=min(self.patch))
 
     def init_sampling_state(self, rows: PackedBatch) -> Any:
         """Return the model's state before the first step of sampling; None if it has none.

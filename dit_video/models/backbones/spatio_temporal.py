@@ -71,8 +71,9 @@ class SpatioTemporalDiTConfig(TransformerConfig):
     """Configuration of the spatiotemporal diffusion transformer; fields without a description are as in `DiTConfig`.
 
     Raises:
-      UserError: If the heads do not divide the width, the rotary split does not add up to the head width, a count is
-        negative, a field has extra tokens, which would belong to no frame, or the groups do not divide the layers.
+      UserError: If a size is below 1, the heads do not divide the width, the rotary split does not add up to the head
+        width, a count is negative, a field has extra tokens, which would belong to no frame, or the groups do not
+        divide the layers.
     """
 
     channels: int

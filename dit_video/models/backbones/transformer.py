@@ -64,8 +64,8 @@ class TransformerConfig(BackboneConfig):
     The attributes below are fields of a subclass, or keep their value here.
 
     Raises:
-      UserError: If the heads do not divide the width, the rotary split does not add up to the head width, a count is
-        negative, a field is a sequence, or the attention backend does not support the patterns.
+      UserError: If a size is below 1, the heads do not divide the width, the rotary split does not add up to the head
+        width, a count is negative, a field is a sequence, or the attention backend does not support the patterns.
     """
 
     context: CrossAttention | PooledContext = CrossAttention()
@@ -97,9 +97,10 @@ class TransformerConfig(BackboneConfig):
     accepts_clip_times: ClassVar[bool] = True
 
     def __post_init__(self):
-        head_width, remainder = divmod(self.width, self.heads) if self.heads > 0 else (0, 1)
+        self.check_sizes()
+        head_width, remainder = divmod(self.width, self.heads)
         if remainder:
-            raise UserError(f"width {self.width} must be divisible by its {self.heads} heads, which must be 1 or more")
+            raise UserError(f"width {self.width} must be divisible by its {self.heads} heads; change one")
         if self.rotary_embedding is not None:
             self.rotary_embedding.check(head_width)
         if self.absolute_position is not None:

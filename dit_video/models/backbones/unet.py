@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.models.backbones.protocol import BackboneConfig, ClipTokens, count_tokens
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import (
@@ -43,7 +43,8 @@ class UnetArchitecture(BackboneConfig):
     """Fields of a `UnetConfig`, with their checks and costs.
 
     Raises:
-      UserError: If there are no levels, an attention level does not exist, or groups or heads do not divide the widths.
+      UserError: If a size is below 1, there are no levels, an attention level does not exist, or groups or heads do not
+        divide the widths.
     """
 
     channels: int
@@ -68,6 +69,7 @@ class UnetArchitecture(BackboneConfig):
     """Dtype of convolutions and matrix products; norms and residual features are float32."""
 
     def __post_init__(self):
+        check_at_least(1, channels=self.channels, width=self.width)
         if not self.multipliers or min(self.multipliers) < 1 or self.blocks < 1:
             raise UserError(
                 f"multipliers={self.multipliers}, blocks={self.blocks} is invalid: a U-Net has at least one level and "

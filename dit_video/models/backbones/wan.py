@@ -63,9 +63,9 @@ class WanDitConfig(BackboneConfig):
     """Configuration of Wan's transformer; the defaults are Wan 2.1 T2V 1.3B's.
 
     Raises:
-      UserError: If the heads do not divide the width into even parts, the text length is below 1, there are image
-        positions without an image width, a factor of positions is not positive, or patterns do not divide the layers or
-        the attention backend does not support them.
+      UserError: If a size or the text length is below 1, the heads do not divide the width into even parts, there are
+        image positions without an image width, a factor of positions is not positive, or patterns do not divide the
+        layers or the attention backend does not support them.
     """
 
     channels: int = 16
@@ -105,7 +105,8 @@ class WanDitConfig(BackboneConfig):
     remat: Remat = "none"
 
     def __post_init__(self):
-        if self.heads < 1 or self.width % self.heads or self.width // self.heads % 2:
+        self.check_sizes()
+        if self.width % self.heads or self.width // self.heads % 2:
             raise UserError(f"width {self.width} must be divisible by its {self.heads} heads in even parts; change one")
         check_at_least(1, text_length=self.text_length)
         if self.image_positions is not None and self.image_width is None:

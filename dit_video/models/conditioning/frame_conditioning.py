@@ -92,6 +92,11 @@ class FrameConditioning:
             raise UserError(f"rest={self.rest!r} is invalid with these masks. Use rest='grey'.")
 
     @property
+    def is_required(self) -> bool:
+        """Return whether something of every clip is known, such as its first frame: a sample needs it, too."""
+        return self.prob == 1
+
+    @property
     def has_mask_mix(self) -> bool:
         """Return whether masks are drawn as examples are read, and clips are encoded with unknown pixels grey."""
         return tuple(map(type, self.masks)) != (FirstFrame,)

@@ -70,8 +70,8 @@ class HashChain(Hook):
             self.path.rename(damaged)
             warnings.warn(f"{error} It is {damaged.name} now; a new chain begins.", stacklevel=2)
             self._link, has_state = _FIRST_LINK, False
-        if step and not has_state and (digests := self._read_digests(step)):
-            self.on_save(step, digests)
+        if step and not has_state:
+            self.on_save(step, self._read_digests(step))
         self._append([{"step": step, "start": self._start}])
 
     def on_step(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from dit_video.experiment.denoiser import (
     get_time_range,
     open_trainable_denoiser,
 )
-from dit_video.experiment.encoders import check_image_encoder
+from dit_video.experiment.encoders import check_encoders
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.latents import make_encoding, open_latents
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
@@ -208,7 +208,7 @@ def test_another_image_encoder_is_refused(animating, tmp_path):
     wider = dataclasses.replace(ANIMATING, image_width=16)
     model = dataclasses.replace(make_experiment(animating).model, backbone=wider, image_encoder=str(moved))
     with pytest.raises(UserError, match="makes tokens of width 12, the denoiser reads 16; set backbone image_width=12"):
-        check_image_encoder(model, tmp_path / "other.json")
+        check_encoders(model, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ from dit_video.core import config_json
 from dit_video.core.errors import UserError
 from dit_video.core.trees import count_values, flatten
 from dit_video.models.backbones.dit import DIT_SIZES, DiTConfig
+from dit_video.models.backbones.ltx import LtxDitConfig
 from dit_video.models.backbones.mmdit import MMDiTConfig
 from dit_video.models.backbones.positions import BoundaryEmbedding, FactorizedEmbedding, SineCosine
 from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
 from dit_video.models.backbones.transformer import CrossAttention
+from dit_video.models.backbones.unet import UnetConfig
+from dit_video.models.backbones.vace import VaceDitConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes
 from dit_video.nn.attention import CausalFrames, RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
@@ -115,7 +118,6 @@ def test_the_cost_of_a_layer():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_config(heads=0), "its 0 heads, .* 1 or more"),
         (lambda: make_config(width=25), "width 25 must be divisible by its 2 heads"),
         (lambda: make_config(rotary=Rotary3d(split=(4, 4, 6))), r"rotary split \(4, 4, 6\) .* head width 12"),
         (lambda: make_config(width=10), "head width 5"),
@@ -152,3 +154,19 @@ def test_the_cost_of_a_layer():
 def test_invalid_configs_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (config, size)
+        for config in (DiTConfig, MMDiTConfig, SpatioTemporalDiTConfig, WanDitConfig, VaceDitConfig, LtxDitConfig)
+        for size in ("channels", "width", "layers", "heads", "patch")
+    ]
+    + [(UnetConfig, "channels"), (UnetConfig, "width")],
+)
+@pytest.mark.parametrize("value", [0, -6])
+def test_sizes_below_one_are_refused(config, size, value):
+    fields = {"channels": 4, "context_width": 6, size: Grid(value, 2, 2) if size == "patch" else value}
+    with pytest.raises(UserError, match=rf"^{size}={value} is invalid: it must be at least 1\. Use {size}=1 or more"):
+        config(**fields)

@@ -14,7 +14,7 @@ import numpy as np
 
 import dit_video
 from dit_video.distributed import Parallelism
-from dit_video.experiment import Experiment, LoraAdapters, export
+from dit_video.experiment import Experiment, LoraAdapters
 from dit_video.experiment.monitors import tile_clips
 from dit_video.experiment.run import Run
 from dit_video.models.backbones.dit import DiTConfig
@@ -43,7 +43,7 @@ def make_experiment() -> Experiment:
 def train(folder: Path, clips: Path, experiment: Experiment) -> None:
     """Train, and compare the sample and the memory that it took."""
     before, added = dict[jax.Device, int](), dict[jax.Device, int]()
-    real_make, real_decode = export.make_pipeline, Pipeline.decode_many
+    real_make, real_decode = Run.make_pipeline, Pipeline.decode_many
 
     def make_pipeline(*arguments, **options):
         before.update(count_bytes())
@@ -54,13 +54,13 @@ def train(folder: Path, clips: Path, experiment: Experiment) -> None:
             added.update({device: count - before[device] for device, count in count_bytes().items()})
         return real_decode(self, *arguments)
 
-    export.make_pipeline, Pipeline.decode_many = make_pipeline, decode_many
+    Run.make_pipeline, Pipeline.decode_many = make_pipeline, decode_many
     try:
         run = Run.create(folder, experiment)
         run.train(clips)
         trained = run.load_pipeline()
     finally:
-        export.make_pipeline, Pipeline.decode_many = real_make, real_decode
+        Run.make_pipeline, Pipeline.decode_many = real_make, real_decode
     assert trained.denoiser_params["backbone"]["blocks"]["up"]["kernel"].sharding.num_devices == 8
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(trained.denoiser_params))
     autoencoder = sum(leaf.nbytes for leaf in jax.tree.leaves(trained.codec.params))
