@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import optax.contrib
 from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
-from dit_video.core.trees import check_path_patterns, flatten, map_with_path
+from dit_video.core.trees import check_path_patterns, check_patterns, flatten, map_with_path
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.training.optim.muon import scale_by_muon
 from dit_video.training.optim.schedules import Constant, Schedule
@@ -29,7 +30,7 @@ class OptimizerConfig(abc.ABC):
     that matches no parameter is an error.
 
     Raises:
-      UserError: If a value is out of range, or if a pattern is not a regular expression.
+      UserError: If a value is out of range, or if patterns are a string, or not regular expressions.
     """
 
     learning_rate: float = 1e-4
@@ -54,20 +55,21 @@ class OptimizerConfig(abc.ABC):
     """Fields that the structure of the optimizer's state depends on."""
 
     def __post_init__(self):
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate={self.learning_rate} is invalid: it must be positive. Use 1e-4.")
-        if not (self.weight_decay >= 0 and self.max_grad_norm > 0):
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate={self.learning_rate} is invalid: it must be positive and finite. Use 1e-4.")
+        if not (0 <= self.weight_decay < math.inf and self.max_grad_norm > 0):
             raise UserError(
                 f"weight_decay={self.weight_decay}, max_grad_norm={self.max_grad_norm} is invalid: weight_decay must "
-                "not be negative, and max_grad_norm positive."
+                "be finite and not negative, and max_grad_norm positive. Use 0.01 and 1.0."
             )
         for pattern, factor in self.rate_factors.items():
-            if not factor >= 0:
+            if not 0 <= factor < math.inf:
                 raise UserError(
                     f"rate_factors={dict(self.rate_factors)} is invalid: the factor of {pattern!r} must not be "
-                    "negative. Use frozen for parameters that are not trained."
+                    "negative, and be finite. Use frozen for parameters that are not trained."
                 )
-        check_patterns((*self.trainable, *self.frozen, *self.rate_factors, *self.weight_decay_patterns))
+        names = ("trainable", "frozen", "rate_factors", "weight_decay_patterns")
+        check_patterns(**{name: getattr(self, name) for name in names})
 
     def is_trained(self, path: str) -> bool:
         """Return True if the parameter with this path is trained."""
@@ -169,7 +171,7 @@ class Muon(OptimizerConfig):
     parameters use AdamW with Nesterov momentum at the same learning rate.
 
     Raises:
-      UserError: If a value is out of range, or if a pattern is not a regular expression.
+      UserError: If a value is out of range, or if patterns are a string, or not regular expressions.
     """
 
     rms: float = 0.2
@@ -183,7 +185,7 @@ class Muon(OptimizerConfig):
     def __post_init__(self):
         super().__post_init__()
         _check_betas(self.b1, self.b2)
-        check_patterns(self.patterns)
+        check_patterns(patterns=self.patterns)
 
     def check_paths(self, params: Mapping[str, Any]) -> None:
         super().check_paths(params)
@@ -228,19 +230,6 @@ class ScheduleFreeAdamW(OptimizerConfig):
         base = optax.chain(rms, *self.decay_and_scale(rates))
         # optax.contrib.schedule_free counts its steps from 1.
         return optax.contrib.schedule_free(base, lambda step: rates(step - 1), b1=self.b1)
-
-
-def check_patterns(patterns: Sequence[str]) -> None:
-    """Check that patterns of parameter paths are regular expressions.
-
-    Raises:
-      UserError: If one is not.
-    """
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{pattern!r} is not a regular expression for parameter paths: {error}") from error
 
 
 def _check_betas(b1: float, b2: float) -> None:
