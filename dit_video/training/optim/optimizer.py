@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jaxtyping import Array, PyTree
@@ -73,8 +74,7 @@ class OptimizerConfig(abc.ABC):
 
     def is_trained(self, path: str) -> bool:
         """Return True if the parameter with this path is trained."""
-        is_selected = not self.trainable or any(re.search(pattern, path) for pattern in self.trainable)
-        return is_selected and not any(re.search(pattern, path) for pattern in self.frozen)
+        return (not self.trainable or _matches(self.trainable, path)) and not _matches(self.frozen, path)
 
     def make_schedule(self, *, steps: int) -> optax.Schedule:
         """Return the learning rate after each number of updates of a training of `steps` steps.
@@ -126,7 +126,10 @@ class OptimizerConfig(abc.ABC):
 
     def decay_and_scale(self, rates: optax.Schedule) -> list[optax.GradientTransformation]:
         """Return the last transformations of an optimizer: weight decay, then the learning rate and its factors."""
-        transformations = [_decay_weights(self), optax.scale_by_learning_rate(rates)]
+        is_decayed = functools.partial(map_with_path, lambda path, _: _matches(self.weight_decay_patterns, path))
+        # An array, as optax would leave a Python 0 out: programs, and so the last bits, do not depend on the value.
+        decay = optax.add_decayed_weights(np.float32(self.weight_decay), mask=is_decayed)
+        transformations = [decay, optax.scale_by_learning_rate(rates)]
         if self.rate_factors:
             transformations.append(_scale_by_path(self.rate_factors))
         return transformations
@@ -237,21 +240,6 @@ def _check_betas(b1: float, b2: float) -> None:
         raise UserError(f"b1={b1}, b2={b2} is invalid: they must lie in [0, 1). Use 0.9 and 0.99.")
 
 
-def _decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return the weight decay of the selected parameters."""
-
-    def decay(updates: PyTree, params: PyTree) -> PyTree:
-        params_by_path = flatten(params)
-
-        def add(path: str, update: Array) -> Array:
-            is_decayed = any(re.search(pattern, path) for pattern in config.weight_decay_patterns)
-            return update + config.weight_decay * params_by_path[path] if is_decayed else update
-
-        return map_with_path(add, updates)
-
-    return optax.stateless(decay)
-
-
 def _scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
     """Return the product of updates with the factors of their paths."""
 
@@ -298,11 +286,15 @@ def _label_matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
     """Return the label `matrix` of each parameter that Muon updates, and `other` of the rest."""
 
     def choose(path: str, leaf: Array) -> str:
-        is_selected = _is_linear(path, leaf) and any(re.search(pattern, path) for pattern in patterns)
+        is_selected = _is_linear(path, leaf) and _matches(patterns, path)
         is_convolution = path.endswith("kernel") and leaf.ndim == 5
         return "matrix" if is_selected or is_convolution else "other"
 
     return map_with_path(choose, params)
+
+
+def _matches(patterns: Sequence[str], path: str) -> bool:
+    return any(re.search(pattern, path) for pattern in patterns)
 
 
 def _is_linear(path: str, leaf: Array) -> bool:
