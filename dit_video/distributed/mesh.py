@@ -191,7 +191,7 @@ def _format_sizes(sizes: tuple[int, ...]) -> str:
     return " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
 
 
-def _resolve_sizes(parallel: Parallelism, count: int) -> tuple[int, ...]:
+def _resolve_sizes(parallel: object, count: int) -> tuple[int, ...]:
     """Return the size of every axis, in the order of `AXES`."""
     if not isinstance(parallel, Parallelism):
         rule = "it must be a Parallelism, from which the mesh is made"
