@@ -61,9 +61,9 @@ class ShardingRules:
     are not sharded, so that one rule serves a layer and a stack of layers; `()` replicates the array."""
     tensor_rules: tuple[tuple[str, int], ...] = TENSOR_RULES
     """Pairs of a regular expression and the axis, counted from the end, that is sharded over `tensor`."""
-    stacked_pattern: str = r"(^|/)(temporal_)?blocks/"
-    """Regular expression of arrays whose first axis counts layers; it is not sharded, since a scan takes one layer at a
-    time."""
+    stacked_pattern: str = r"(^|/)(temporal_)?blocks/(?!\d)"
+    """Regular expression of arrays whose first axis counts layers, unlike those of a list of layers (`blocks/0/…`); it
+    is not sharded, since a scan takes one layer at a time."""
     min_size: int = 2**14
     """Number of values below which arrays without a rule are replicated."""
 

@@ -180,7 +180,8 @@ class Muon(OptimizerConfig):
     rms: float = 0.2
     """Root mean square of the update of a matrix, relative to the learning rate."""
     patterns: tuple[str, ...] = ("blocks/",)
-    """Patterns of the linear kernels that Muon updates. It always updates kernels of convolutions."""
+    """Patterns of the linear kernels that Muon updates. It always updates kernels of convolutions; in a model that has
+    some, the default may match no linear kernel."""
     b1: float = 0.9
     b2: float = 0.99
     state_fields: ClassVar[tuple[str, ...]] = ("patterns", *OptimizerConfig.state_fields)
@@ -192,7 +193,9 @@ class Muon(OptimizerConfig):
 
     def check_paths(self, params: Mapping[str, Any]) -> None:
         super().check_paths(params)
-        if kernels := [path for path, leaf in params.items() if _is_linear(path, leaf)]:
+        kernels = [path for path, leaf in params.items() if _is_linear(path, leaf)]
+        is_optional = self.patterns == Muon.patterns and any(_is_convolution(*item) for item in params.items())
+        if kernels and not is_optional:
             check_path_patterns("patterns", self.patterns, kernels)
 
     def make_main(self, rates: optax.Schedule, *, mesh: AnyMesh | None) -> optax.GradientTransformation:
@@ -287,8 +290,7 @@ def _label_matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
 
     def choose(path: str, leaf: Array) -> str:
         is_selected = _is_linear(path, leaf) and _matches(patterns, path)
-        is_convolution = path.endswith("kernel") and leaf.ndim == 5
-        return "matrix" if is_selected or is_convolution else "other"
+        return "matrix" if is_selected or _is_convolution(path, leaf) else "other"
 
     return map_with_path(choose, params)
 
@@ -300,3 +302,7 @@ def _matches(patterns: Sequence[str], path: str) -> bool:
 def _is_linear(path: str, leaf: Array) -> bool:
     """Return True for the kernel of a linear layer, or of a stack of them."""
     return path.endswith("kernel") and leaf.ndim in (2, 3)
+
+
+def _is_convolution(path: str, leaf: Array) -> bool:
+    return path.endswith("kernel") and leaf.ndim == 5

@@ -164,11 +164,11 @@ def test_factors_of_adapters_decay():
     assert {path for path, update in result.items() if update.any()} == {"out/kernel/a", "out/kernel/b"}
 
 
-def test_the_state_has_the_structure_of_optax_so_that_older_checkpoints_are_read():
+def test_the_arrays_of_the_state_have_the_paths_of_optax_so_that_older_checkpoints_are_read():
     config = AdamW(schedule=Constant(warmup=0), weight_decay=0.1, max_grad_norm=1e9)
     reference = optax.chain(optax.clip_by_global_norm(1e9), optax.adamw(lambda _: 0.01, weight_decay=0.1))
     state, expected = config.make(steps=1000).init(PARAMS), reference.init(PARAMS)
-    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    assert flatten(state).keys() == flatten(expected).keys()
 
 
 MUON = Muon(learning_rate=0.01, schedule=Constant(warmup=0), max_grad_norm=1e9)
