@@ -40,8 +40,8 @@ class ModelOptions:
     sigma_rel: float | None = None
     """Relative width of a post-hoc average, reconstructed from the snapshots of a run."""
     parallel: str | None = None
-    """Devices that sample together, such as data=2,context=4 for branches of guidance and tokens; by default one, or
-    those of all processes."""
+    """Devices that sample together, such as data=2,context=4 for branches of guidance and tokens, and perhaps
+    context_attention=ring; by default one, or those of all processes."""
     attention: BackendName | None = None
     """Backend of attention instead of the model's own; auto takes the best one for the devices."""
     dtype: Dtype | None = None

@@ -80,7 +80,8 @@ def main() -> None:
     topology, calibration = find_topology(arguments.topology, folder)
     experiment = read_experiment(arguments.config, arguments.set, rows=arguments.rows)
     if arguments.parallel is not None:
-        experiment = dataclasses.replace(experiment, parallel=parse_parallelism(arguments.parallel))
+        parallel = parse_parallelism(arguments.parallel, experiment.parallel)
+        experiment = dataclasses.replace(experiment, parallel=parallel)
     efficiencies = find_efficiencies(topology.chip, calibration)
     options: dict[str, Any] = {"part": arguments.of, "clips": arguments.clips, "efficiencies": efficiencies}
     search: dict[str, Any] = {"tries": arguments.tries, "report": _print_progress}
@@ -148,7 +149,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--of", choices=("denoiser", "autoencoder", "sampler"), default="denoiser")
     parser.add_argument(
         "--parallel",
-        help="Devices along each axis, data=..,fsdp=..,tensor=..,context=.., where -1 is the rest; as in the config.",
+        help="Devices along each axis, data=..,fsdp=..,tensor=..,context=.., where -1 is the rest, and perhaps "
+        "context_attention=ring; by default as in the config.",
     )
     parser.add_argument("--rows", type=int, help="Number of rows of a step's batch; the config's by default.")
     parser.add_argument(

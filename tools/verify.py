@@ -47,7 +47,7 @@ def main(
         model: Name of the trained model: denoiser, autoencoder, or another stage's.
         first: Step of a checkpoint that is kept, or 0; the newest one before the last step by default.
         last: Last step to repeat; the newest one by default.
-        parallel: Devices, such as data=1,fsdp=4; the run's by default.
+        parallel: Devices, such as data=1,fsdp=4, and perhaps context_attention=ring; the run's by default.
         json_: Print JSON instead of text.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
@@ -61,7 +61,7 @@ def main(
     opened = Run.open(folder)
     check_single(opened)
     if parallel is not None:
-        opened = with_parallelism(opened, parse_parallelism(parallel))
+        opened = with_parallelism(opened, parse_parallelism(parallel, opened.experiment.parallel))
     with Progress("replaying", 1, unit="step") as progress:
 
         def update(done: int, total: int) -> None:

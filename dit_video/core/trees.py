@@ -39,6 +39,24 @@ def count_values(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
+def check_patterns(**patterns: Iterable[str]) -> None:
+    """Check that the value of each field is a tuple of patterns: regular expressions that are searched in paths.
+
+    Raises:
+      UserError: If a value is a string, each of whose characters would be a pattern, or if a pattern is not a regular
+        expression.
+    """
+    for field, value in patterns.items():
+        if isinstance(value, str):
+            raise UserError(f"{field}={value!r} is invalid: it must be a tuple of patterns. Use {field}=({value!r},).")
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                rule = f"it must be a regular expression for paths of parameters ({error})"
+                raise UserError(f"{field}={pattern!r} is invalid: {rule}. Use a path, such as 'blocks/'.") from error
+
+
 def check_path_patterns(field: str, patterns: Iterable[str], paths: Collection[str]) -> None:
     """Check that each pattern, a regular expression that is searched in paths, matches one of them.
 

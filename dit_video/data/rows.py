@@ -25,16 +25,15 @@ ReadT = TypeVar("ReadT")
 
 @dataclass(frozen=True, kw_only=True)
 class RowSpec:
-    """The rows of a step, over all hosts.
+    """The rows of a step, over all hosts: packed rows or canvases. `Buckets` stand for dense batches.
 
     Raises:
       UserError: If the batch is below 1.
     """
 
-    layout: PackedShape | CanvasShape | Buckets
-    """Packed rows, canvases, or dense batches of the sizes of buckets."""
+    layout: PackedShape | CanvasShape
     batch: int
-    """Rows per step; buckets have batches of their own."""
+    """Rows per step."""
     cost: Cost | None = None
     """Cost of a row, of which the devices of a step get about the same; None for rows in random order."""
 
@@ -105,7 +104,7 @@ class RowStream(Iterator[PackedBatch]):
 
 def load_rows(
     source: ExampleSource[Any],
-    spec: RowSpec,
+    spec: RowSpec | Buckets,
     *,
     seed: int,
     start: int = 0,
@@ -118,7 +117,7 @@ def load_rows(
 
     Args:
       source: The examples.
-      spec: The rows of a step.
+      spec: The rows of a step, or the buckets of dense batches.
       seed: Seed of the run.
       start: Step of the first batch.
       host: Index of this host.
@@ -163,13 +162,15 @@ def load_rows(
     return RowStream(batches, planner, start=start, host=host)
 
 
-def make_planner(table: ExampleTable, spec: RowSpec, *, seed: int, hosts: int = 1) -> RowPlanner | BucketPlanner:
+def make_planner(
+    table: ExampleTable, spec: RowSpec | Buckets, *, seed: int, hosts: int = 1
+) -> RowPlanner | BucketPlanner:
     """Return the plan of the rows of every step.
 
     Raises:
       UserError: If a batch does not divide among the hosts, or an example or its caption is larger than a row.
     """
-    if isinstance(spec.layout, Buckets):
-        return BucketPlanner(table, spec.layout, seed=seed, hosts=hosts)
+    if isinstance(spec, Buckets):
+        return BucketPlanner(table, spec, seed=seed, hosts=hosts)
     balance = None if spec.cost is None else Balance(cost=spec.cost, batch=spec.batch)
     return RowPlanner(table, spec.layout, batch=spec.batch, seed=seed, hosts=hosts, balance=balance)

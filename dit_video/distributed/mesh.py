@@ -1,15 +1,16 @@
 """Parallelism of a training or a sampler, and the device mesh that follows from it, with the usual axis names."""
 
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
-from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.errors import UserError, check_at_least, check_whole
 
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 """A mesh of devices, or an abstract one with its sizes only."""
@@ -27,7 +28,7 @@ class Slices:
     number of slices along an axis divides the axis; the rest of the axis lies inside the slices.
 
     Raises:
-      UserError: If a number is below 1.
+      UserError: If a number is not whole, or below 1.
     """
 
     data: int = 1
@@ -36,7 +37,9 @@ class Slices:
     context: int = 1
 
     def __post_init__(self) -> None:
-        check_at_least(1, **{name: getattr(self, name) for name in AXES})
+        counts = {name: getattr(self, name) for name in AXES}
+        check_whole(**counts)
+        check_at_least(1, **counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,8 @@ class Parallelism:
     A size of -1 (at most one) stands for all remaining devices.
 
     Raises:
-      UserError: If a size is neither -1 nor positive, or more than one is -1.
+      UserError: If a size is not whole, or neither -1 nor positive, if more than one is -1, or if there is no such
+        `context_attention`.
     """
 
     data: int = -1
@@ -66,11 +70,15 @@ class Parallelism:
 
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in AXES}
+        check_whole(**sizes)
         for name, size in sizes.items():
             if size != -1 and size < 1:
                 raise UserError(f"{name}={size} is invalid: an axis has 1 device or more. Use -1 for the others.")
         if len(free := [name for name, size in sizes.items() if size == -1]) > 1:
             raise UserError(f"{'=-1, '.join(free)}=-1 is invalid: only one axis can be -1. Use sizes for all but one.")
+        if self.context_attention not in (methods := get_args(ContextAttention)):
+            rule = f"it must be one of {', '.join(methods)}"
+            raise UserError(f"context_attention={self.context_attention!r} is invalid: {rule}. Use {methods[0]!r}.")
 
 
 def make_mesh(parallel: Parallelism, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -183,8 +191,11 @@ def _format_sizes(sizes: tuple[int, ...]) -> str:
     return " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
 
 
-def _resolve_sizes(parallel: Parallelism, count: int) -> tuple[int, ...]:
+def _resolve_sizes(parallel: object, count: int) -> tuple[int, ...]:
     """Return the size of every axis, in the order of `AXES`."""
+    if not isinstance(parallel, Parallelism):
+        rule = "it must be a Parallelism, from which the mesh is made"
+        raise UserError(f"parallel={parallel!r} is invalid: {rule}. Use Parallelism(data=2, context=4) or the like.")
     sizes = {name: getattr(parallel, name) for name in AXES}
     requested = _format_sizes(tuple(sizes.values()))
     remaining = count
@@ -215,20 +226,33 @@ def make_abstract_mesh(parallel: Parallelism, count: int) -> jax.sharding.Abstra
     return jax.sharding.AbstractMesh(_resolve_sizes(parallel, count), AXES, axis_types=types)
 
 
-def parse_parallelism(text: str) -> Parallelism:
-    """Parse sizes such as `fsdp=8,context=4`; unnamed axes have size 1, except for `data`, which takes the rest.
+def parse_parallelism(text: str, base: Parallelism = Parallelism()) -> Parallelism:
+    """Parse sizes such as `fsdp=8,context=4`, and perhaps `context_attention=ring`.
+
+    Unnamed axes have size 1, except for `data`, which takes the rest. Without its name, `context_attention` is that of
+    `base`; nothing else of it is kept.
 
     Raises:
-      UserError: If an axis does not exist or its size is not an integer.
+      UserError: If an axis does not exist or its size is not an integer, or if there is no such `context_attention`.
     """
-    sizes: dict[str, Any] = {}
+    values: dict[str, Any] = {"context_attention": base.context_attention}
     for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name not in AXES or not size.lstrip("-").isdecimal():
-            raise UserError(
-                f"--parallel {part} is invalid: it must be AXIS=SIZE. Use {','.join(f'{axis}=1' for axis in AXES)}"
-            )
-        sizes[name] = int(size)
-    if "data" not in sizes and -1 in sizes.values():
-        sizes["data"] = 1
-    return Parallelism(**sizes)
+        name, _, value = part.partition("=")
+        if name == "context_attention":
+            values[name] = value
+        elif name in AXES and re.fullmatch(r"-?\d+", value):
+            values[name] = int(value)
+        else:
+            fix = f"{','.join(f'{axis}=1' for axis in AXES)},context_attention=ring"
+            raise UserError(f"--parallel {part} is invalid: it must be AXIS=SIZE or context_attention=…. Use {fix}")
+    if "data" not in values and -1 in values.values():
+        values["data"] = 1
+    return Parallelism(**values)
+
+
+def format_parallelism(parallel: Parallelism) -> str:
+    """Return the text of sizes above 1, and of a ring among them, as `parse_parallelism` reads it."""
+    parts = [f"{name}={getattr(parallel, name)}" for name in AXES if getattr(parallel, name) > 1] or ["data=1"]
+    if parallel.context > 1 and parallel.context_attention != Parallelism.context_attention:
+        parts.append(f"context_attention={parallel.context_attention}")
+    return ",".join(parts)

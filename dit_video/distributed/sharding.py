@@ -51,6 +51,9 @@ class ShardingRules:
     Without a match, weights of heads and hidden widths are sharded over `tensor`, and the largest other axis that
     `fsdp` x `context` divides over both (the last of equal ones); where these divide no axis, over the larger of the
     two that divides one. Small or indivisible arrays are replicated.
+
+    Raises:
+      UserError: If `rules` are not pairs of a pattern and a tuple of axes, or if a pattern is not a regular expression.
     """
 
     rules: tuple[tuple[str, tuple[Axis, ...]], ...] = ()
@@ -58,11 +61,18 @@ class ShardingRules:
     are not sharded, so that one rule serves a layer and a stack of layers; `()` replicates the array."""
     tensor_rules: tuple[tuple[str, int], ...] = TENSOR_RULES
     """Pairs of a regular expression and the axis, counted from the end, that is sharded over `tensor`."""
-    stacked_pattern: str = r"(^|/)(temporal_)?blocks/"
-    """Regular expression of arrays whose first axis counts layers; it is not sharded, since a scan takes one layer at a
-    time."""
+    stacked_pattern: str = r"(^|/)(temporal_)?blocks/(?!\d)"
+    """Regular expression of arrays whose first axis counts layers, unlike those of a list of layers (`blocks/0/…`); it
+    is not sharded, since a scan takes one layer at a time."""
     min_size: int = 2**14
     """Number of values below which arrays without a rule are replicated."""
+
+    def __post_init__(self) -> None:
+        if any(isinstance(rule, str) or isinstance(rule[1], str) for rule in self.rules):
+            rule = "it must be a tuple of pairs of a pattern and a tuple of axes"
+            raise UserError(f"rules={self.rules} is invalid: {rule}. Use rules=(('up/kernel$', (None, 'fsdp')),).")
+        patterns = {name: [pattern for pattern, _ in getattr(self, name)] for name in ("rules", "tensor_rules")}
+        trees.check_patterns(**patterns, stacked_pattern=[self.stacked_pattern])
 
     def get_tensor_axis(self, path: str) -> int | None:
         """Return the axis of an array that is sharded over `tensor`, counted from the end; None for most arrays."""

@@ -116,11 +116,10 @@ def open_rows(run: Run, training: DenoiserTraining, source: ExampleSource[Any], 
     """
     model, backbone, part = run.model, run.model.backbone, RowPart.from_mesh(run.mesh)
     assert model.layout is not None  # which the stage checks
-    spec = RowSpec(
-        layout=model.layout if training.buckets is None else make_buckets(run, training.buckets, clips),
-        batch=training.batch,
-        cost=Cost.from_width(backbone.width, layer_params=backbone.layer_params),
-    )
+    cost = Cost.from_width(backbone.width, layer_params=backbone.layer_params)
+    spec: RowSpec | Buckets = RowSpec(layout=model.layout, batch=training.batch, cost=cost)
+    if training.buckets is not None:
+        spec = make_buckets(run, training.buckets, clips)
     return lambda start: load_rows(
         source,
         spec,

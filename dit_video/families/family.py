@@ -71,7 +71,7 @@ class LoadOptions:
     """Devices that sample together; None for one device."""
     offload: Offload | Literal["auto"] | None = "auto"
     """How weights are kept in host memory; None keeps all weights on the devices, `auto` chooses by the device's memory
-    (`pipelines.memory.choose_offload`)."""
+    (`sampling.memory.choose_offload`)."""
 
 
 class PipelineParts(NamedTuple):

@@ -11,7 +11,7 @@ from dit_video.core.errors import UserError, check_at_least
 from dit_video.diffusion import LearnedVariance, Prediction, Process, RectifiedFlow, Velocity
 from dit_video.models.autoencoders import AutoencoderConfig, latent_grid
 from dit_video.models.backbones.protocol import BackboneConfig
-from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.conditioning import FrameConditioning, check_conditioning
 from dit_video.models.encoders import ByteEncoderConfig, ClassNamesConfig, TextConfig
 from dit_video.tokens import (
     Canvas,
@@ -32,8 +32,8 @@ class ModelConfig:
     """Configuration of a video diffusion model, the same in an experiment and in its pipeline.
 
     Raises:
-      UserError: If parts do not fit together: channels, widths, numbers of classes or text tokens, the layout, or a
-        prediction that is not defined for the process.
+      UserError: If parts do not fit together: channels, widths, numbers of classes or text tokens, names or records of
+        conditioning, the layout, or a prediction that is not defined for the process.
     """
 
     autoencoder: AutoencoderConfig
@@ -65,6 +65,7 @@ class ModelConfig:
     def _check_parts(self) -> None:
         autoencoder, backbone = self.autoencoder, self.backbone
         check_at_least(1, **{"backbone.layers": backbone.layers, "backbone.patch": min(backbone.patch)})
+        check_conditioning(backbone.conditioning)
         if autoencoder.channels > 3 * autoencoder.stride.volume:
             raise UserError(
                 f"autoencoder.channels={autoencoder.channels} is invalid: a patch of {tuple(autoencoder.stride)} "

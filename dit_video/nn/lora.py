@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError
-from dit_video.core.trees import check_path_patterns, flatten, map_with_path, unflatten
+from dit_video.core.trees import check_path_patterns, check_patterns, flatten, map_with_path, unflatten
 from dit_video.core.typing import AnyArray
 from dit_video.nn.kernel import Kernel, is_kernel, multiply
 from dit_video.nn.partitioner import Precision, WeightConstraint
@@ -40,8 +40,8 @@ class LoraConfig:
     """Configuration of a low-rank adapter: its rank, its scale and the kernels that it adapts.
 
     Raises:
-      UserError: If the rank is below 1, alpha is not positive, there are no targets, or a regular expression is
-        invalid.
+      UserError: If the rank is below 1, alpha is not positive and finite, or there are no targets, or they are a string
+        or not regular expressions.
     """
 
     rank: int = 16
@@ -51,17 +51,11 @@ class LoraConfig:
     """Regular expressions for the paths of the adapted kernels; they may match anywhere in a path."""
 
     def __post_init__(self):
-        if self.rank < 1 or not self.alpha > 0:
-            raise UserError(f"LoRA rank={self.rank}, alpha={self.alpha} is invalid; use rank >= 1 and alpha > 0")
+        if self.rank < 1 or not 0 < self.alpha < math.inf:
+            raise UserError(f"LoRA rank={self.rank}, alpha={self.alpha} is invalid; use rank >= 1 and finite alpha > 0")
         if not self.targets:
             raise UserError(r"LoRA needs the paths of kernels to adapt; give targets such as blocks/.*kernel$")
-        for pattern in self.targets:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(
-                    f"LoRA target {pattern!r} is not a valid regular expression: {error}; correct its syntax"
-                ) from error
+        check_patterns(targets=self.targets)
 
     @property
     def scale(self) -> float:

@@ -12,8 +12,8 @@ import jax
 
 from dit_video.core.errors import UserError
 from dit_video.core.memory import format_bytes
-from dit_video.distributed import AXES, Parallelism, count_row_shards, make_abstract_partitioner
-from dit_video.distributed.mesh import AnyMesh, count_axis_slices
+from dit_video.distributed import Parallelism, count_row_shards, make_abstract_partitioner
+from dit_video.distributed.mesh import AnyMesh, count_axis_slices, format_parallelism
 from dit_video.experiment import AllWeights, Experiment, LoraAdapters
 from dit_video.nn import Remat
 from dit_video.planning.compiled_program import count_argument_bytes
@@ -363,9 +363,8 @@ def list_settings(experiment: Experiment, part: Part, devices: int) -> dict[str,
 
 def _list_parallelisms(experiment: Experiment, devices: int) -> Iterator[Setting]:
     for parallel in list_parallelisms(experiment, devices):
-        sizes = {name: getattr(parallel, name) for name in AXES}
-        value = ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "data=1"
         if parallel != experiment.parallel:
+            value = format_parallelism(parallel)
             yield Setting("--parallel", value, functools.partial(dataclasses.replace, parallel=parallel))
 
 

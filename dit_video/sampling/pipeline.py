@@ -486,8 +486,12 @@ class Pipeline:
     ) -> Float32[np.ndarray, "clips values"]:
         """Return the values of a function of the denoiser, such as a loss, for the latents of clips, packed together.
 
-        A request has the prompt, the size and what else is known of its clip, and the seed of the function's noise.
-        Errors are as for `generate_many`; on a mesh of several processes all of them call this, with the same clips.
+        A request has the prompt, the size and what else is known of its clip, and the seed of the function's noise. On
+        a mesh of several processes all of them call this, with the same clips.
+
+        Raises:
+          UserError: If there is not one array of latents, of the request's size, for each request, latents are not
+            finite, or `generate_many` would refuse the requests.
         """
         return compute_clip_function(function, self._denoiser, **self._prepare_clips(requests, latents))
 
@@ -507,9 +511,21 @@ class Pipeline:
     def _prepare_clips(
         self, requests: Sequence[Request], latents: Sequence[Float32[np.ndarray, "_ _ _ c"]]
     ) -> dict[str, Any]:
-        """Return arguments of functions of the denoiser and of the latents of clips."""
+        """Return arguments of functions of the denoiser and of the latents of clips.
+
+        Raises:
+          UserError: If there is no request, or not one array of finite latents, of the request's size, for each.
+        """
+        if not requests or len(latents) != len(requests):
+            rule = f"they are of {len(latents)} clips, and there must be one for each of one or more requests"
+            raise UserError(f"latents are invalid: {rule}, of which these are {len(requests)}. Use pipe.encode(clip).")
         prepared = self._prepare(requests, replace(self.config.sampling, guidance=Guidance(scales={})))
-        starts = zip(prepared["requests"], latents, strict=True)
+        starts = list(zip(prepared["requests"], latents, strict=True))
+        for number, (each, start) in enumerate(starts):
+            if np.shape(start) != each.noise.shape or not np.isfinite(start).all():
+                found = f"{type(start).__name__} of shape {list(np.shape(start))}"
+                rule = f"it must be an array [t h w c] of shape {list(each.noise.shape)} without NaN and infinity"
+                raise UserError(f"latents[{number}] ({found}) is invalid: {rule}. Use pipe.encode(clip).")
         prepared["requests"] = [each._replace(plan=each.plan._replace(start=start)) for each, start in starts]
         return prepared
 

@@ -58,7 +58,8 @@ def main(
         text_encoder: Folder of the model's frozen text encoder, if it has been moved.
         dtype: Dtype of matrix products of open weights, bfloat16 by default; that of a run is its own.
         attention: Backend of attention instead of the model's own; auto takes the best one for the devices.
-        parallel: Devices that sample together, such as data=2,context=4 for branches of guidance and tokens.
+        parallel: Devices that sample together, such as data=2,context=4 for branches of guidance and tokens, and
+            perhaps context_attention=ring.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
     try:

@@ -13,7 +13,7 @@ from dit_video.data.captions import EmbeddedCaptions, TokenizedCaptions
 from dit_video.data.clips import ClipInfo, ClipSource
 from dit_video.data.examples import ExampleTable
 from dit_video.data.ingest.engine import ingest
-from dit_video.data.rows import RowSpec, load_rows
+from dit_video.data.rows import load_rows
 from dit_video.data.sizes import SizeLimits, fit_size
 from dit_video.data.sources import ClipExamples, OnlineEncoding, compute_clip_grids, compute_covering_size
 from dit_video.scenes import shapes
@@ -60,8 +60,7 @@ def take_batches(clips, buckets, count, encode=average_patches, captions=None, c
         **columns or {},
     )
     encoding = OnlineEncoding(encode=encode, limits=LIMITS, stride=stride, channels=3, patch=PATCH)
-    spec = RowSpec(layout=buckets, batch=2)
-    with contextlib.closing(load_rows(ClipExamples(clips, table, encoding), spec, seed=0, **options)) as rows:
+    with contextlib.closing(load_rows(ClipExamples(clips, table, encoding), buckets, seed=0, **options)) as rows:
         return [next(rows) for _ in range(count)], rows
 
 

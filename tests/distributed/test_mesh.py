@@ -1,3 +1,4 @@
+import math
 from dataclasses import dataclass
 
 import jax
@@ -11,6 +12,8 @@ from dit_video.distributed.mesh import (
     arrange_hybrid_mesh,
     count_axis_slices,
     describe_slow_axes,
+    format_parallelism,
+    make_abstract_mesh,
     parse_parallelism,
 )
 
@@ -51,6 +54,24 @@ def test_the_free_axis_takes_what_is_left(config, count, sizes):
 def test_a_mesh_that_does_not_fit_is_refused_with_sizes_that_do(config, message):
     with pytest.raises(UserError, match=message):
         _resolve_sizes(config, 8)
+
+
+def test_what_is_no_parallelism_is_refused_where_a_mesh_is_made():
+    with pytest.raises(UserError, match=r"parallel=Mesh\(.*must be a Parallelism.* Use Parallelism\(data=2"):
+        make_mesh(make_mesh(Parallelism(), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": 2.0}, "data=2.0 is invalid: it must be a whole number"),
+        ({"fsdp": True}, "fsdp=True is invalid: it must be a whole number"),
+        ({"context_attention": "Ring"}, "context_attention='Ring' is invalid: it must be one of ulysses, ring"),
+    ],
+)
+def test_values_of_another_kind_are_refused_in_the_config(values, message):
+    with pytest.raises(UserError, match=message):
+        Parallelism(**values)
 
 
 def test_invalid_sizes_are_refused_in_the_config():
@@ -110,6 +131,8 @@ def test_slices_that_do_not_fit_a_mesh_are_refused_with_sizes_that_do(config, me
         arrange_hybrid_mesh(config, CHIPS)
     with pytest.raises(UserError, match="data=0 is invalid"):
         Slices(data=0)
+    with pytest.raises(UserError, match=r"data=2\.0 is invalid"):
+        Slices(data=2.0)
     odd = [Chip(number, number // 3) for number in range(9)]
     with pytest.raises(UserError, match=r"9 devices are invalid: .* each of 2 slices"):
         arrange_hybrid_mesh(Parallelism(data=1, fsdp=9), [Chip(n, n % 2) for n in range(9)])
@@ -135,13 +158,34 @@ def test_slices_off_the_data_axis_are_warned_of():
         ("data=2,context=-1", Parallelism(data=2, context=-1)),
         ("fsdp=-1", Parallelism(data=1, fsdp=-1)),
         ("", Parallelism()),
+        ("context=4,context_attention=ring", Parallelism(context=4, context_attention="ring")),
     ],
 )
 def test_a_mesh_is_read_from_the_command_line(text, config):
     assert parse_parallelism(text) == config
 
 
-@pytest.mark.parametrize("text", ["pipeline=2", "data=two", "data"])
+@pytest.mark.parametrize("text", ["pipeline=2", "data=two", "data=--2", "data"])
 def test_a_mesh_with_unknown_axes_or_sizes_is_refused_on_the_command_line(text):
     with pytest.raises(UserError, match=rf"--parallel {text} is invalid: .* Use data=1,fsdp=1,tensor=1,context=1"):
         parse_parallelism(text)
+
+
+def test_sizes_of_the_command_line_leave_the_attention_of_the_config():
+    ring = Parallelism(data=1, fsdp=8, context_attention="ring", slices=Slices(fsdp=2))
+    assert parse_parallelism("context=4", ring) == Parallelism(context=4, context_attention="ring")
+    assert parse_parallelism("context=4,context_attention=ulysses", ring) == Parallelism(context=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (Parallelism(data=1, fsdp=2, context=4), "fsdp=2,context=4"),
+        (Parallelism(data=1, context=4, context_attention="ring"), "context=4,context_attention=ring"),
+        (Parallelism(data=1, context_attention="ring"), "data=1"),
+    ],
+)
+def test_a_mesh_is_written_as_the_command_line_takes_it(config, text):
+    assert format_parallelism(config) == text
+    devices = math.prod(getattr(config, name) for name in AXES)
+    assert make_abstract_mesh(parse_parallelism(text), devices) == make_abstract_mesh(config, devices)

@@ -87,6 +87,20 @@ def test_rules_that_cannot_apply_are_refused():
         make_shardings(leaf, mesh, ShardingRules(rules=(("bias", (None, "fsdp")),)))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rules": ("bias", ("fsdp",))}, r"rules=\('bias', .*Use rules=\(\("),
+        ({"rules": (("bias", "fsdp"),)}, r"rules=\(\('bias', 'fsdp'\),\) .*Use rules=\(\("),
+        ({"rules": (("(", ("fsdp",)),)}, r"rules='\(' is invalid: it must be a regular expression"),
+        ({"stacked_pattern": "("}, r"stacked_pattern='\(' is invalid"),
+    ],
+)
+def test_rules_of_another_form_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        ShardingRules(**options)
+
+
 # The work of an update is divided over devices, and its values are those of one device
 
 

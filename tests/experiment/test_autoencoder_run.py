@@ -1,14 +1,27 @@
 """Training runs of other autoencoders and losses than those of the tiny run."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dit_video.core.errors import MissingError
+from dit_video.core.registry import register
 from dit_video.data.windows import WindowConfig
 from dit_video.experiment.run import Run
-from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, CausalVaeConfig
+from dit_video.models.autoencoders import (
+    AdversarialConfig,
+    AutoencoderConfig,
+    AutoencoderObjective,
+    CausalVaeConfig,
+    DecodedClips,
+    LatentLoss,
+    from_patches,
+    to_patches,
+)
+from dit_video.nn import Linear
 from dit_video.tokens import Grid
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
@@ -57,3 +70,47 @@ def test_weights_of_lpips_that_are_not_there_end_a_run_before_it_trains(tiny, ti
     with pytest.raises(MissingError, match=r"no such file of LPIPS weights: .*lpips\.safetensors"):
         run.run_stages("autoencoder")
     assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class PatchMapConfig(AutoencoderConfig):
+    stride: Grid = Grid(4, 8, 8)
+    channels: int = 4
+
+    def make(self, rngs):
+        return PatchMap(self, rngs)
+
+    def make_loss(self, objective, is_trained=lambda path: True):
+        return SquareLoss()
+
+
+class PatchMap(nnx.Module):
+    """An autoencoder that is no `Vae`: it has neither a posterior nor a normalizer."""
+
+    def __init__(self, config, rngs):
+        self.stride = config.stride
+        self.encoder = Linear(3 * config.stride.volume, config.channels, rngs=rngs)
+        self.decoder = Linear(config.channels, 3 * config.stride.volume, rngs=rngs)
+
+    def encode(self, pixels, segment_ids=None, cache=None):
+        return jnp.tanh(self.encoder(to_patches(pixels, self.stride)))
+
+    def decode(self, latents, cache=None):
+        return from_patches(self.decoder(latents), self.stride)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareLoss(LatentLoss):
+    def decode(self, model, pixels, random_key):
+        latents = model.encode(pixels)
+        return DecodedClips(model.decode(latents), jnp.square(latents).mean(axis=(1, 2, 3, 4)), {})
+
+
+def test_an_autoencoder_without_a_normalizer_is_trained_to_its_end(tiny, tiny_clips, tmp_path):
+    experiment = tiny.EXPERIMENT.replace_stage("autoencoder", steps=3)
+    model = replace(experiment.model, autoencoder=PatchMapConfig())
+    run = Run.create(tmp_path / "run", replace(experiment, model=model))
+    run.take(tiny_clips)
+    run.run_stages("autoencoder")
+    assert run.codec().params.keys() == {"encoder", "decoder"}

@@ -160,7 +160,9 @@ def test_targets_without_kernels_are_refused(targets, words):
         ({"rank": 0}, "rank=0, .* rank >= 1"),
         ({"alpha": 0.0}, "alpha > 0"),
         ({"targets": ()}, "needs the paths of kernels"),
-        ({"targets": ("(",)}, r"'\(' is not a valid regular expression"),
+        ({"alpha": float("inf")}, "finite alpha"),
+        ({"targets": ("(",)}, r"targets='\(' is invalid: it must be a regular expression"),
+        ({"targets": "blocks/.*kernel$"}, r"targets='blocks.*Use targets=\('blocks/\.\*kernel\$',\)"),
     ],
 )
 def test_invalid_lora_configs_are_refused(changes, words):

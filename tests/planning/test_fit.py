@@ -93,6 +93,8 @@ def test_settings_are_printed_as_options_of_the_command(training):
     expected = {"--parallel fsdp=2", "--rows 2", "--set model.backbone.remat=full"}
     expected |= {"--set denoiser.accumulation_steps=2", "--set denoiser.optimizer=Adafactor(...)"}
     assert expected <= printed
+    ring = dataclasses.replace(training, parallel=Parallelism(context_attention="ring"))
+    assert "--parallel context=2,context_attention=ring" in map(str, list_settings(ring, "denoiser", 2)["--parallel"])
 
 
 @pytest.mark.nightly

@@ -354,6 +354,23 @@ def test_latents_that_are_no_latents_are_not_decoded(pipeline, spoil, message):
 # Files.
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda each: [], r"they are of 0 clips, .* of which these are 2\. Use pipe\.encode"),
+        (lambda each: [each], r"they are of 1 clips, .* of which these are 2\. Use pipe\.encode"),
+        (lambda each: [each, each[:1]], r"latents\[1\] .* of shape \[2, 2, 2, 4\] without NaN .*Use pipe\.encode"),
+        (lambda each: [each, dit_video.Clip(np.zeros((*SMALL, 3), np.uint8), 8.0)], r"latents\[1\] \(Clip of shape "),
+        (lambda each: [np.full_like(each, np.nan), each], r"latents\[0\] .* without NaN and infinity"),
+    ],
+)
+def test_latents_that_are_not_those_of_the_requests_do_not_open_the_denoiser(pipeline, latents, change, message):
+    with pytest.raises(UserError, match=message):
+        pipeline.open_denoiser([Request(PROMPT, Grid(*SMALL))] * 2, change(latents))
+    with pytest.raises(UserError, match="one or more requests"):
+        pipeline.open_denoiser([], [])
+
+
 def test_float32_files_come_back_bit_for_bit(pipeline, latents, tmp_path):
     pipeline.save(tmp_path / "saved")
     loaded = dit_video.load(tmp_path / "saved")

@@ -47,8 +47,8 @@ _PREVIEW_WINDOWS, _PREVIEW_LATENTS = 256, 32768
 class TrainAutoencoder(AutoencoderTraining, Stage):
     """Training of the model's autoencoder on windows of the training clips.
 
-    Its weights are averages, with the mean and deviation of the latents measured. Where the config does not train
-    `normalizer`, these are unchanged.
+    Its weights are averages. The mean and deviation of the latents are measured at its end, if the model has a
+    `normalizer` and the config trains it.
 
     Raises:
       UserError: If values are out of range, or windows do not fit the autoencoder, its loss or the clips.
@@ -111,7 +111,7 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
             trainer = dataclasses.replace(trainer, hooks=(*trainer.hooks, *self._make_hooks(run)))
             state = trainer.run(open_batches)
         params = to_host(state.ema)
-        if self.optimizer.is_trained("normalizer/mean"):
+        if "normalizer" in params and self.optimizer.is_trained("normalizer/mean"):
             # Each process measures on whole batches, so that all get the same values.
             with contextlib.closing(open_windows(self, crops, "latent moments", seed=run.seed)) as windows:
                 mean, std = measure_latent_moments(graph, params, itertools.islice(windows, _MOMENT_BATCHES))

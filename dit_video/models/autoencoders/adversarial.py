@@ -3,6 +3,7 @@
 The discriminator's logits are positive for original clips. All losses are one value per clip, means over its logits.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -120,8 +121,8 @@ class AdversarialConfig:
     """Number of layers that halve the resolution: a logit sees 2^layers pixels and their surroundings."""
 
     def __post_init__(self):
-        if not (self.weight > 0 and self.learning_rate > 0) or self.start_step < 0:
-            raise UserError(f"{self} is invalid: use a positive weight and learning_rate, and start_step >= 0")
+        if not (self.weight > 0 and 0 < self.learning_rate < math.inf) or self.start_step < 0:
+            raise UserError(f"{self} is invalid: use weight > 0, a finite learning_rate > 0 and start_step >= 0")
         check_at_least(1, width=self.width, layers=self.layers)
 
     def make(self, rngs: nnx.Rngs) -> Discriminator:

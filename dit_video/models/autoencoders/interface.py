@@ -21,7 +21,11 @@ SegmentIds = Int[Array, "B h w"] | Bool[Array, "B h w"] | None
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """An autoencoder of clips, whose latents have about zero mean and unit variance in every channel."""
+    """An autoencoder of clips, whose latents have about zero mean and unit variance in every channel.
+
+    A model may have a `normalizer` (`Normalizer`), which `encode` and `decode` apply. It is measured at the end of the
+    training; without one, the latents are as the training has left them.
+    """
 
     def encode(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Latents:
         """Encode a clip, or one chunk of it given the cache left by the previous chunk.

@@ -124,10 +124,22 @@ class MMDiTInputs(NamedTuple):
         return self.context_condition.indices.shape[1]
 
     def take(self, kept: Int[Array, "B K"]) -> "MMDiTInputs":
-        """Return the inputs of some of the tokens; see `TransformerInputs`."""
-        video = kept[:, : kept.shape[1] - self.text_length]
+        """Return the inputs of some of the tokens; see `TransformerInputs`.
+
+        Rows without all of the text's tokens at their end get NaN: the blocks would take others for them.
+
+        Raises:
+          UserError: If fewer tokens are kept than the text has.
+        """
+        if (start := kept.shape[1] - self.text_length) < 0:
+            rule = f"all {self.text_length} tokens of the text are kept, at the end of each row"
+            raise UserError(f"{kept.shape[1]} kept tokens are invalid: {rule}. Use the last numbers of a row, too.")
+        video, total = kept[:, :start], self.attention_inputs.q_segments.shape[1]
+        has_text = (kept[:, start:] == jnp.arange(total - self.text_length, total)).all(axis=1)
+        text = self.context_condition
         return self._replace(
             condition=self.condition.take(video),
+            context_condition=text._replace(values=jnp.where(has_text[:, None, None], text.values, jnp.nan)),
             angles=None if self.angles is None else take_tokens(self.angles, video),
             attention_inputs=self.attention_inputs.take(kept),
         )

@@ -91,9 +91,8 @@ class VaceControl(ClipConditioning):
         Raises:
           UserError: If it is called, as no value is valid.
         """
-        raise UserError(
-            f"conditioning={{{NAME!r}: …}} is invalid. Use control=, video= with mask=, or reference_images="
-        )
+        rule, fix = "it is made of clips and a mask", "control=, video= with generated=, or reference_images="
+        raise UserError(f"conditioning={{{NAME!r}: …}} is invalid: {rule}. Use {fix}")
 
     def prepare(
         self, values: Array, layout: PackedRows, keys: Key[Array, "B G"], strength: Float[Array, "B G J"] | None

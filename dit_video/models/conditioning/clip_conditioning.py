@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
 from dit_video.core.errors import UserError
+from dit_video.models.conditioning.frame_conditioning import COND_LATENTS, COND_MASK, IMAGE_TOKENS
+from dit_video.models.conditioning.records import ClassIds, ConditioningLatents, ImageTokens, TextTokens, TrainingKeys
 from dit_video.nn import Linear, Partitioner
 from dit_video.tokens import Field, Grid, PackedRows
 
@@ -68,7 +70,7 @@ class ClipConditioning(abc.ABC):
     dropout: float = 0.1
     """Probability that the values of a clip are dropped in training: replaced by zeros."""
     record: ClassVar[type]
-    """Class of the record that the model gets: a NamedTuple of its own, with the field `values`."""
+    """Class of the record that the model gets: a NamedTuple of its own, of no other input, with the field `values`."""
     encoded_prefixes: ClassVar[tuple[int, ...]] = ()
     """Counts of leading frames to keep when a training clip is encoded for `from_clip`; the other frames are grey."""
 
@@ -79,7 +81,7 @@ class ClipConditioning(abc.ABC):
     @property
     @abc.abstractmethod
     def field(self) -> Field:
-        """Return the description of the field; its name is also the conditioning's name."""
+        """Return the description of the field; its name, which no other input has, is also the conditioning's name."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -163,6 +165,36 @@ class ClipConditioning(abc.ABC):
         elif self.field.length:
             per_clip = jnp.repeat(per_clip, self.field.length, axis=1)
         return per_clip.reshape(*per_clip.shape, *(1,) * (values.ndim - per_clip.ndim))
+
+
+_TAKEN_NAMES = (
+    *("text", "image"),  # of guidance's other conditions
+    "caption",  # whose dropout is drawn by its name
+    *("tokens", "segments", "positions"),  # of the other arrays of rows
+    *(COND_LATENTS, COND_MASK, IMAGE_TOKENS),  # of the other fields
+    "embed",  # of a DiT's embedding of conditioning latents, `cond_embed`
+)
+_TAKEN_RECORDS = (TextTokens, ImageTokens, ClassIds, ConditioningLatents, TrainingKeys)
+
+
+def check_conditioning(conditioning: Sequence[ClipConditioning]) -> None:
+    """Check that names and records identify each conditioning of a model, and none of the model's other inputs.
+
+    Raises:
+      UserError: If two have one name or one class of records, or if one has that of another input.
+    """
+    names = [each.field.name for each in conditioning]
+    for number, (each, name) in enumerate(zip(conditioning, names, strict=True)):
+        kind = type(each).__name__
+        if name in names[:number] or name in _TAKEN_NAMES or name.startswith((f"{COND_LATENTS}_", f"{COND_MASK}_")):
+            owner = "another conditioning" if name in names[:number] else "another input of the model"
+            rule = f"{owner} has this name. Use {name}_of_clip, or another."
+            raise UserError(f"name={name!r} of the field of {kind} is invalid: {rule}")
+        others = [other.record for other in conditioning[:number]]
+        if each.record in others or each.record in _TAKEN_RECORDS:
+            owner = "another conditioning" if each.record in others else "another input of the model"
+            rule = f"{owner} has this record. Use a NamedTuple of its own, with the field values"
+            raise UserError(f"record={each.record.__name__} of {kind} is invalid: {rule}.")
 
 
 class _LinearEmbedding(nnx.Module):

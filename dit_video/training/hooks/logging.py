@@ -53,15 +53,24 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise MissingError(f"{path} does not exist. Use the metrics file of a run.")
+    entries = _read_entries(path)
+    return [{name: math.nan if value is None else value for name, value in entry.items()} for entry in entries]
+
+
+def _read_entries(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a log of steps as JSON lines, without a half-written last line.
+
+    Raises:
+      UserError: If a line before the last is not an entry.
+    """
     *complete_lines, _incomplete_line = path.read_bytes().split(b"\n")
     entries = []
     for number, line in enumerate(complete_lines, start=1):
         try:
             entry = json.loads(line)
-            values = {name: math.nan if value is None else value for name, value in entry.items()}
-            entries.append({**values, "step": int(entry["step"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} line {number} is not a metrics entry. Remove that line.") from error
+            entries.append({**entry, "step": int(entry["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} line {number} is not an entry of a step. Remove that line.") from error
     return entries
 
 
@@ -260,8 +269,8 @@ class SkippedLog(Hook):
     def resume(self, step: int) -> None:
         """Remove the entries after `step`, and a half-written last line."""
         if jax.process_index() == 0 and self.path.is_file():
-            *complete_lines, _incomplete_line = self.path.read_text(encoding="utf-8").split("\n")
-            write_text(self.path, "".join(f"{line}\n" for line in complete_lines if json.loads(line)["step"] <= step))
+            entries = [entry for entry in _read_entries(self.path) if entry["step"] <= step]
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in entries))
 
     def identify(self, batch: Any) -> Mapping[str, AnyArray]:
         """Return the ranks in the data plan of the examples of packed rows, `[B G]`, and which of them are valid."""

@@ -1,6 +1,7 @@
 """Few-step distillation on packed rows: a student, initialized from a frozen teacher, learns from it.
 
-The teacher's guidance is distilled into the student, which is sampled without. `distillation_steps` has the steps.
+The teacher's guidance is distilled into the student, which is sampled without. The steps are `ConsistencyStep` and
+`MatchingStep`.
 """
 
 from collections.abc import Callable

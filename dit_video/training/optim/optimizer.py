@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,12 +10,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jaxtyping import Array, PyTree
 
 from dit_video.core.errors import UserError
-from dit_video.core.trees import check_path_patterns, flatten, map_with_path
+from dit_video.core.trees import check_path_patterns, check_patterns, flatten, map_with_path
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.training.optim.muon import scale_by_muon
 from dit_video.training.optim.schedules import Constant, Schedule
@@ -29,7 +31,7 @@ class OptimizerConfig(abc.ABC):
     that matches no parameter is an error.
 
     Raises:
-      UserError: If a value is out of range, or if a pattern is not a regular expression.
+      UserError: If a value is out of range, or if patterns are a string, or not regular expressions.
     """
 
     learning_rate: float = 1e-4
@@ -54,25 +56,25 @@ class OptimizerConfig(abc.ABC):
     """Fields that the structure of the optimizer's state depends on."""
 
     def __post_init__(self):
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate={self.learning_rate} is invalid: it must be positive. Use 1e-4.")
-        if not (self.weight_decay >= 0 and self.max_grad_norm > 0):
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate={self.learning_rate} is invalid: it must be positive and finite. Use 1e-4.")
+        if not (0 <= self.weight_decay < math.inf and self.max_grad_norm > 0):
             raise UserError(
                 f"weight_decay={self.weight_decay}, max_grad_norm={self.max_grad_norm} is invalid: weight_decay must "
-                "not be negative, and max_grad_norm positive."
+                "be finite and not negative, and max_grad_norm positive. Use 0.01 and 1.0."
             )
         for pattern, factor in self.rate_factors.items():
-            if not factor >= 0:
+            if not 0 <= factor < math.inf:
                 raise UserError(
                     f"rate_factors={dict(self.rate_factors)} is invalid: the factor of {pattern!r} must not be "
-                    "negative. Use frozen for parameters that are not trained."
+                    "negative, and be finite. Use frozen for parameters that are not trained."
                 )
-        check_patterns((*self.trainable, *self.frozen, *self.rate_factors, *self.weight_decay_patterns))
+        names = ("trainable", "frozen", "rate_factors", "weight_decay_patterns")
+        check_patterns(**{name: getattr(self, name) for name in names})
 
     def is_trained(self, path: str) -> bool:
         """Return True if the parameter with this path is trained."""
-        is_selected = not self.trainable or any(re.search(pattern, path) for pattern in self.trainable)
-        return is_selected and not any(re.search(pattern, path) for pattern in self.frozen)
+        return (not self.trainable or _matches(self.trainable, path)) and not _matches(self.frozen, path)
 
     def make_schedule(self, *, steps: int) -> optax.Schedule:
         """Return the learning rate after each number of updates of a training of `steps` steps.
@@ -124,7 +126,10 @@ class OptimizerConfig(abc.ABC):
 
     def decay_and_scale(self, rates: optax.Schedule) -> list[optax.GradientTransformation]:
         """Return the last transformations of an optimizer: weight decay, then the learning rate and its factors."""
-        transformations = [_decay_weights(self), optax.scale_by_learning_rate(rates)]
+        is_decayed = functools.partial(map_with_path, lambda path, _: _matches(self.weight_decay_patterns, path))
+        # An array, as optax would leave a Python 0 out: programs, and so the last bits, do not depend on the value.
+        decay = optax.add_decayed_weights(np.float32(self.weight_decay), mask=is_decayed)
+        transformations = [decay, optax.scale_by_learning_rate(rates)]
         if self.rate_factors:
             transformations.append(_scale_by_path(self.rate_factors))
         return transformations
@@ -169,13 +174,14 @@ class Muon(OptimizerConfig):
     parameters use AdamW with Nesterov momentum at the same learning rate.
 
     Raises:
-      UserError: If a value is out of range, or if a pattern is not a regular expression.
+      UserError: If a value is out of range, or if patterns are a string, or not regular expressions.
     """
 
     rms: float = 0.2
     """Root mean square of the update of a matrix, relative to the learning rate."""
     patterns: tuple[str, ...] = ("blocks/",)
-    """Patterns of the linear kernels that Muon updates. It always updates kernels of convolutions."""
+    """Patterns of the linear kernels that Muon updates. It always updates kernels of convolutions; in a model that has
+    some, the default may match no linear kernel."""
     b1: float = 0.9
     b2: float = 0.99
     state_fields: ClassVar[tuple[str, ...]] = ("patterns", *OptimizerConfig.state_fields)
@@ -183,11 +189,13 @@ class Muon(OptimizerConfig):
     def __post_init__(self):
         super().__post_init__()
         _check_betas(self.b1, self.b2)
-        check_patterns(self.patterns)
+        check_patterns(patterns=self.patterns)
 
     def check_paths(self, params: Mapping[str, Any]) -> None:
         super().check_paths(params)
-        if kernels := [path for path, leaf in params.items() if _is_linear(path, leaf)]:
+        kernels = [path for path, leaf in params.items() if _is_linear(path, leaf)]
+        is_optional = self.patterns == Muon.patterns and any(_is_convolution(*item) for item in params.items())
+        if kernels and not is_optional:
             check_path_patterns("patterns", self.patterns, kernels)
 
     def make_main(self, rates: optax.Schedule, *, mesh: AnyMesh | None) -> optax.GradientTransformation:
@@ -230,37 +238,9 @@ class ScheduleFreeAdamW(OptimizerConfig):
         return optax.contrib.schedule_free(base, lambda step: rates(step - 1), b1=self.b1)
 
 
-def check_patterns(patterns: Sequence[str]) -> None:
-    """Check that patterns of parameter paths are regular expressions.
-
-    Raises:
-      UserError: If one is not.
-    """
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{pattern!r} is not a regular expression for parameter paths: {error}") from error
-
-
 def _check_betas(b1: float, b2: float) -> None:
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise UserError(f"b1={b1}, b2={b2} is invalid: they must lie in [0, 1). Use 0.9 and 0.99.")
-
-
-def _decay_weights(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return the weight decay of the selected parameters."""
-
-    def decay(updates: PyTree, params: PyTree) -> PyTree:
-        params_by_path = flatten(params)
-
-        def add(path: str, update: Array) -> Array:
-            is_decayed = any(re.search(pattern, path) for pattern in config.weight_decay_patterns)
-            return update + config.weight_decay * params_by_path[path] if is_decayed else update
-
-        return map_with_path(add, updates)
-
-    return optax.stateless(decay)
 
 
 def _scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
@@ -309,13 +289,20 @@ def _label_matrices(patterns: Sequence[str], params: PyTree) -> PyTree:
     """Return the label `matrix` of each parameter that Muon updates, and `other` of the rest."""
 
     def choose(path: str, leaf: Array) -> str:
-        is_selected = _is_linear(path, leaf) and any(re.search(pattern, path) for pattern in patterns)
-        is_convolution = path.endswith("kernel") and leaf.ndim == 5
-        return "matrix" if is_selected or is_convolution else "other"
+        is_selected = _is_linear(path, leaf) and _matches(patterns, path)
+        return "matrix" if is_selected or _is_convolution(path, leaf) else "other"
 
     return map_with_path(choose, params)
+
+
+def _matches(patterns: Sequence[str], path: str) -> bool:
+    return any(re.search(pattern, path) for pattern in patterns)
 
 
 def _is_linear(path: str, leaf: Array) -> bool:
     """Return True for the kernel of a linear layer, or of a stack of them."""
     return path.endswith("kernel") and leaf.ndim in (2, 3)
+
+
+def _is_convolution(path: str, leaf: Array) -> bool:
+    return path.endswith("kernel") and leaf.ndim == 5

@@ -84,14 +84,8 @@ def weight_decay_missing(run):
 
 @FAULTS.add("Weight decay has the wrong sign: weights grow.", "optimizer")
 def weight_decay_negated(run):
-    decay = sys.modules["dit_video.training.optim.optimizer"]._decay_weights
-
-    def decay_negated(config):
-        negated = replace(config)
-        object.__setattr__(negated, "weight_decay", -config.weight_decay)
-        return decay(negated)
-
-    replace_function(decay, decay_negated)
+    decay = optax.add_decayed_weights
+    optax.add_decayed_weights = lambda weight_decay, mask=None: decay(-weight_decay, mask)
 
 
 @FAULTS.add("Gradients are not clipped.", "optimizer")

@@ -54,9 +54,10 @@ def test_the_adaptive_weight_is_a_ratio_of_norms_with_a_bound():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AdversarialConfig(weight=0.0), "weight=0.0.*positive weight"),
+        (lambda: AdversarialConfig(weight=0.0), "weight=0.0.*use weight > 0"),
         (lambda: AdversarialConfig(start_step=-1), "start_step=-1.*start_step >= 0"),
-        (lambda: AdversarialConfig(learning_rate=float("nan")), "positive weight and learning_rate"),
+        (lambda: AdversarialConfig(learning_rate=float("nan")), "finite learning_rate > 0"),
+        (lambda: AdversarialConfig(learning_rate=float("inf")), "finite learning_rate > 0"),
         (lambda: AdversarialConfig(layers=0), "layers=0.*at least 1"),
         (lambda: R1(every=0), "every >= 1"),
         (lambda: R1(weight=-1.0), "weight=-1.0.*weight > 0"),

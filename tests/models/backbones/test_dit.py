@@ -20,7 +20,7 @@ from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import ClassIds, Conditioning
 from dit_video.nn import get_graph_def, get_param_shapes, init_params, sinusoidal_embedding
 from dit_video.nn.attention import CausalFrames, RelativeBias, SlidingWindow, SpaceOnly, SparseCausal, TimeOnly
-from dit_video.tokens import Grid, Rotary3d, compute_positions, expand_to_tokens
+from dit_video.tokens import Grid, Rotary3d, compute_positions, expand_to_tokens, take_tokens
 from support.marks import mark_slow_except
 from support.packed_rows import (
     CLASSES,
@@ -308,6 +308,22 @@ def test_a_text_longer_than_wans_padding_is_refused_not_cut():
     result = predict(params, make_batch((0, 1), ()), dataclasses.replace(WAN, text_length=2))
     assert np.isnan(result[0, FIRST]).all()
     assert np.isfinite(result[0, SECOND]).all()
+
+
+def test_tokens_of_a_joint_model_without_its_text_are_refused_not_taken_for_text():
+    config = CONFIGS["joint"]
+    model, batch = nnx.merge(get_graph_def(config.make), make_random_params(config.make)), make_batch((0, 1), ())
+    conditioning = batch.get_conditioning(config)
+    x, inputs = model.embed_inputs(batch.noisy, batch.get_time(config), batch.layout, conditioning)
+    numbers = jnp.tile(jnp.arange(x.shape[1]), (len(x), 1))
+
+    def apply(kept):
+        return model.apply_blocks(take_tokens(x, kept), inputs.take(kept))[0]
+
+    assert np.isfinite(apply(numbers[:, 2:])).all()
+    assert np.isnan(apply(numbers[:, :-2])[0, FIRST]).all()
+    with pytest.raises(UserError, match=r"2 kept tokens are invalid: all \d+ tokens of the text"):
+        inputs.take(numbers[:, -2:])
 
 
 def test_conditioning_that_the_config_does_not_declare_is_refused():

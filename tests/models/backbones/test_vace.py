@@ -1,5 +1,8 @@
 """VACE's transformer: packing, hints with a strength each, their layers, and the control in training."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,8 @@ from dit_video.models.backbones.vace import VaceControl, VaceDitConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_graph_def, get_param_shapes
 from dit_video.nn.attention import SpaceOnly
+from dit_video.sampling.request import Request
+from dit_video.tokens import Grid
 from support.jaxprs import count_primitive
 from support.packed_rows import (
     TEXT_WIDTH,
@@ -130,6 +135,14 @@ def test_control_layers_are_sharded_as_blocks_are():
 def test_invalid_configs_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         CONFIG.replace(**changes)
+
+
+def test_a_request_names_clips_and_a_mask_in_the_place_of_the_control():
+    with pytest.raises(UserError, match=r"Use control=, video= with generated=, or reference_images=") as error:
+        VaceControl().from_request(1.0, Grid(1, 2, 2))
+    used = re.findall(r"(\w+)=(?=[ ,]|$)", str(error.value))
+    assert used == ["control", "video", "generated", "reference_images"]
+    assert set(used) <= {field.name for field in dataclasses.fields(Request)}
 
 
 def test_first_frames_are_dropped_in_training_and_never_in_sampling():

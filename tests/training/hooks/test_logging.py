@@ -60,7 +60,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path):
 def test_damaged_lines_and_missing_files_are_reported(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(UserError, match="line 2 is not a metrics entry"):
+    with pytest.raises(UserError, match="line 2 is not an entry"):
         read_metrics(path)
     path.write_text('{"loss": 1.0}\n')
     with pytest.raises(UserError, match="line 1"):
@@ -313,6 +313,15 @@ def test_resuming_cuts_the_skips_that_will_be_logged_again(tmp_path):
         file.write('{"step": 9, "lo')
     log.resume(5)
     assert skipped(tmp_path) == [{"step": step, "loss": "inf", "gradient_norm": 1.0} for step in (3, 5)]
+
+
+@pytest.mark.parametrize("log", [MetricsLog, SkippedLog])
+@pytest.mark.parametrize("line", ["nonsense", '{"loss": 1.0}', "3", '{"step": null}'])
+def test_resuming_reports_a_damaged_line(tmp_path, log, line):
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 1.0}}\n{line}\n')
+    with pytest.raises(UserError, match=r"log\.jsonl line 2 is not an entry of a step\. Remove that line"):
+        log(path).resume(5)
 
 
 def test_skipped_packed_rows_are_logged_by_their_examples():
