@@ -8,6 +8,7 @@ import pytest
 from support.tiny_wan import DIT, write_wan
 
 TOOL, CONFIG = "tools/plan.py", "tests/support/tiny.py"
+RING = ("--set", "parallel.context_attention='ring'", "--set", "model.backbone.attention=dense")
 
 
 def test_the_command_prints_a_plan_and_writes_its_document(tmp_path, script):
@@ -38,6 +39,10 @@ def test_the_command_searches_for_a_mesh_that_fits(script):
         ((CONFIG, "--topology", "v5e:4x4x4"), "Use a shape such as v5e:4x4"),
         ((CONFIG, "--topology", "h100:8", "--parallel", "fsdp=3"), "fsdp=3 does not divide the 8 devices"),
         ((CONFIG, "--topology", "h100:8", "--parallel", "pipeline=2"), "pipeline=2 is invalid: it must be AXIS=SIZE"),
+        (
+            (CONFIG, "--topology", "h100:2", *RING, "--parallel", "context=2"),
+            "ring attention computes its own blocks",
+        ),
         ((CONFIG, "--topology", "h100:8", "--steps", "0"), "at least 1"),
         ((CONFIG, "--topology", "h100:8", "--suggest", "--parallel", "fsdp=2"), "drop one of them"),
         ((CONFIG, "--topology", "h100:8", "--suggest", "--fit", "24GiB"), "drop one of them"),
