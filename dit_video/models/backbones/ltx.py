@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from dit_video.core.errors import UserError
 from dit_video.models.backbones.blocks import TokenConditions, split_heads
 from dit_video.models.backbones.protocol import BackboneConfig, ClipTokens, TimeCoordinate, count_tokens
-from dit_video.models.backbones.transformer import TIME_FEATURES, TIME_SCALE, check_patterns
+from dit_video.models.backbones.transformer import TIME_FEATURES, TIME_SCALE, check_attention_patterns
 from dit_video.models.conditioning import Conditioning, TextTokens
 from dit_video.nn import (
     ONE_DEVICE,
@@ -80,7 +80,7 @@ class LtxDitConfig(BackboneConfig):
             raise UserError(f"width {self.width} must be divisible by its {self.heads} heads in even parts; change one")
         if min(self.extents) <= 0:
             raise UserError(f"extents={self.extents} is invalid: they must be positive. Use (20, 64, 64).")
-        check_patterns(self.patterns, self.layers)
+        check_attention_patterns(self.patterns, self.layers)
         check_attention(self.attention, *self.patterns)
 
     def count_multiplications(self, clip: ClipTokens, *, text: int, image: int) -> int:

@@ -112,7 +112,7 @@ class TransformerConfig(BackboneConfig):
                 raise UserError(
                     f"the field {each.field.name} is a sequence, which no layer attends to; use another model"
                 )
-        check_patterns(self.patterns, self.layers)
+        check_attention_patterns(self.patterns, self.layers)
         check_attention(self.attention, *self.layer_patterns, biased=self.relative_bias is not None)
 
     def check_cache(self) -> None:
@@ -237,7 +237,7 @@ class TransformerConfig(BackboneConfig):
         return leaves | {"cond_embed/kernel": widen_kernel(old, self.patch.volume, channels)}
 
 
-def check_patterns(patterns: tuple[PatternChoice, ...], layers: int) -> None:
+def check_attention_patterns(patterns: tuple[PatternChoice, ...], layers: int) -> None:
     """Check that the layers can use the patterns in turn.
 
     Raises:

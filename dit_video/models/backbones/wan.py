@@ -25,7 +25,7 @@ from dit_video.models.backbones.protocol import (
     count_tokens,
     widen_kernel,
 )
-from dit_video.models.backbones.transformer import TIME_SCALE, check_patterns
+from dit_video.models.backbones.transformer import TIME_SCALE, check_attention_patterns
 from dit_video.models.conditioning import Conditioning, ConditioningLatents, ImageTokens, TextTokens
 from dit_video.nn import (
     ONE_DEVICE,
@@ -112,7 +112,7 @@ class WanDitConfig(BackboneConfig):
         if self.image_positions is not None and self.image_width is None:
             raise UserError(f"image_positions={self.image_positions} needs image tokens; set image_width")
         _ = self.rotary_embedding  # Its constructor checks the factors.
-        check_patterns(self.patterns, self.layers)
+        check_attention_patterns(self.patterns, self.layers)
         check_attention(self.attention, *self.patterns)
 
     @property
