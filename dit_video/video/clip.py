@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
-from dit_video.video.comments import format_recipe
+from dit_video.video.comments import format_comment
 from dit_video.video.encode import FORMATS, Format, encode_frames
 
 MIN_DISPLAY_HEIGHT = 192
@@ -41,6 +41,7 @@ class Clip:
     fps: float | int
     """Frames per second, stored as a float; 1 for an image that was read from a file."""
     caption: str = ""
+    """Text that describes the clip, which its files hold; of a sampled clip its prompt."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Prompt, seed, size, steps, task and other JSON values that a sampled clip was made with; `read_recipe` of
     `dit_video.video` reads them from its file."""
@@ -169,5 +170,5 @@ def encode(clip: Clip, format: Format, *, crf: int | None = None, lossless: bool
       UserError: If the format does not support an option or the frames: an odd height or width as mp4, several frames
         as png.
     """
-    comment = format_recipe(clip.recipe) if clip.recipe else ""
+    comment = format_comment(clip.recipe, clip.caption)
     return encode_frames(clip.frames, clip.fps, format, crf=crf, lossless=lossless, comment=comment)

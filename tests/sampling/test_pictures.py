@@ -46,10 +46,12 @@ def test_a_video_has_many_forms(value):
 
 def test_files_are_named_by_strings_and_paths(tmp_path):
     Clip(PIXELS[None], 1).save(tmp_path / "image.png")
-    Clip(FRAMES, 8).save(tmp_path / "clip.apng")
+    Clip(FRAMES, 8, "a dot").save(tmp_path / "clip.apng")
     np.testing.assert_array_equal(to_image("image", str(tmp_path / "image.png")).frames, PIXELS[None])
     np.testing.assert_array_equal(to_image("image", tmp_path / "clip.apng").frames, FRAMES[:1])
     np.testing.assert_array_equal(to_clip("video", tmp_path / "clip.apng").frames, FRAMES)
+    captions = [convert("content", tmp_path / "clip.apng").caption for convert in (to_image, to_clip, to_image_or_clip)]
+    assert captions == ["a dot"] * 3
     with pytest.raises(MissingError, match=r"photo\.png"):
         to_image("image", "photo.png")
 

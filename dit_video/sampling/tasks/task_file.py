@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import check_mask_key, read_pictures
 from dit_video.sampling.tasks import TASKS, Task
 from dit_video.sampling.tasks.fields import FieldKind, TaskField, list_fields
-from dit_video.video import Clip, decode, read_recipe
+from dit_video.video import decode
 
 
 class TaskEntry(NamedTuple):
@@ -78,7 +77,7 @@ def _read_value(field: TaskField, value: Any, folder: Path, where: str) -> Any:
         raise UserError(f"{where}{field.name}={value!r} is invalid: it must be {description}.")
     match field.kind:
         case "clip" | "image":
-            return _read_clip(folder / value, is_image=field.kind == "image")
+            return decode(folder / value, frames=1 if field.kind == "image" else None)
         case "mask":
             return to_mask(field.name, folder / value)
         case "conditions":
@@ -110,8 +109,3 @@ _RULES: dict[FieldKind, tuple[str, Callable[[Any], bool]]] = {
     "conditions": ("a list", lambda value: isinstance(value, list | tuple)),
 }
 """What the JSON value of a field must be, and whether it is that."""
-
-
-def _read_clip(path: Path, *, is_image: bool) -> Clip:
-    # The caption of a sampled clip is its prompt, which is that of a task without one.
-    return replace(decode(path, frames=1 if is_image else None), caption=read_recipe(path).get("prompt", ""))

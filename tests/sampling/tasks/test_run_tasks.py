@@ -62,6 +62,7 @@ def test_a_clip_knows_its_recipe_and_so_does_its_file(pipeline, clip, tmp_path):
     assert recipe["model"] == {"command": "a test"}
     result.save(tmp_path / "a.mp4")
     assert read_recipe(tmp_path / "a.mp4") == recipe
+    assert Extend(tmp_path / "a.mp4", frames=4).make_request(pipeline.config).prompt == "a clip"
     assert pipeline.run(task, **options).recipe == recipe
     other = pipeline.run(Extend(replace(clip, frames=255 - clip.frames), frames=4), **options)
     assert other.recipe["pictures"] != recipe["pictures"]
