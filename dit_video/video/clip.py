@@ -2,6 +2,7 @@
 
 import base64
 import html
+import numbers
 import operator
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -47,15 +48,18 @@ class Clip:
     `dit_video.video` reads them from its file."""
 
     def __post_init__(self):
-        frames = self.frames
+        frames, fps = self.frames, cast(Any, self.fps)
+        if not hasattr(frames, "dtype"):
+            kind = type(frames).__name__
+            raise UserError(f"frames of a {kind} are invalid: they must be an array [T H W 3]. Use np.stack(frames)")
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise UserError(
                 f"frames {frames.dtype} {list(frames.shape)} are invalid: must be uint8 [T H W 3] with at least one "
                 "pixel. Use dit_video.core.pixels.to_uint8"
             )
-        if not 0 < self.fps < float("inf"):
-            raise UserError(f"fps={self.fps} is invalid: use a positive number")
-        object.__setattr__(self, "fps", float(self.fps))
+        if not isinstance(fps, numbers.Real) or not 0 < float(fps) < float("inf"):
+            raise UserError(f"fps={fps!r} is invalid: use a positive number")
+        object.__setattr__(self, "fps", float(fps))
 
     def __repr__(self) -> str:
         caption = textwrap.shorten(self.caption, _MAX_SHOWN_CAPTION, placeholder=" …")
