@@ -110,6 +110,7 @@ def test_lists_of_tasks_are_read_with_their_files(tmp_path, clip):
     assert isinstance(interpolate, Interpolate)
     assert interpolate.known_frames == [0, 1, 3, 6, 7]
     assert (generate.size, len(generate.conditions)) == ((5, 16, 16), 1)
+    assert read_task({"task": "generate", "conditions": []}, tmp_path).task.conditions == ()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,9 @@ def test_lists_of_tasks_are_read_with_their_files(tmp_path, clip):
         ({"task": "extend", "clip": "clip.apng", "frames": 4, "seed": "a"}, "seed='a' is invalid"),
         ({"task": "extend", "clip": "clip.apng", "frames": "4"}, "frames='4' is invalid: it must be a whole number"),
         ({"task": "extend", "clip": 4, "frames": 4}, "clip=4 is invalid: it must be the name of a file"),
-        ({"task": "loop", "size": [8, 16]}, r"size=\[8, 16\] is invalid: it must be a list of frames, height and"),
+        ({"task": "vary", "clip": "clip.apng", "strength": True}, "strength=True is invalid: it must be a number"),
+        ({"task": "generate", "prompt": 4}, "prompt=4 is invalid: it must be a text"),
+        ({"task": "loop", "size": [8, 16]}, r"size=\[8, 16\] is invalid: it must be frames, height and"),
         (
             {"task": "inpaint", "clip": "clip.apng", "mask": "m.png"},
             "mask='m.png' is invalid: .* Use generated, white where pixels are generated",

@@ -1,18 +1,16 @@
 """Tasks in JSON files, with clips and masks in files beside them."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
-from dit_video.sampling.pictures import to_mask
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import check_mask_key, read_pictures
 from dit_video.sampling.tasks import TASKS, Task
-from dit_video.sampling.tasks.fields import FieldKind, TaskField, list_fields
-from dit_video.video import decode
+from dit_video.sampling.tasks.fields import TaskField, list_fields
 
 
 class TaskEntry(NamedTuple):
@@ -65,47 +63,20 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
     if type(seed := values.get("seed", 0)) is not int:
         raise UserError(f"{where}seed={seed!r} is invalid: it must be a whole number. Use 0.")
     given = {key: value for key, value in values.items() if key in fields and value is not None}
-    return TaskEntry(
-        TASKS[name](**{key: _read_value(fields[key], value, folder, where) for key, value in given.items()}),
-        Request("", seed=seed),
-    )
+    given = {key: _read_value(fields[key], value, folder, where) for key, value in given.items()}
+    try:
+        task = TASKS[name](**given)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
+    return TaskEntry(task, Request("", seed=seed))
 
 
 def _read_value(field: TaskField, value: Any, folder: Path, where: str) -> Any:
-    description, is_valid = _RULES[field.kind]
-    if not is_valid(value):
-        raise UserError(f"{where}{field.name}={value!r} is invalid: it must be {description}.")
-    match field.kind:
-        case "clip" | "image":
-            return decode(folder / value, frames=1 if field.kind == "image" else None)
-        case "mask":
-            return to_mask(field.name, folder / value)
-        case "conditions":
-            return read_pictures({"conditions": value}, folder)["conditions"]
-        case "size" | "plane" | "numbers":
-            return tuple(value)
-        case _:
-            return value
-
-
-def _has_numbers(value: Any, count: int | None = None) -> bool:
-    is_list = isinstance(value, list | tuple) and all(type(each) is int for each in value)
-    return is_list and count in (None, len(value))
-
-
-_FILE = ("the name of a file", lambda value: isinstance(value, str))
-_RULES: dict[FieldKind, tuple[str, Callable[[Any], bool]]] = {
-    "text": ("a text", lambda value: isinstance(value, str)),
-    "choice": ("a text", lambda value: isinstance(value, str)),
-    "whole": ("a whole number", lambda value: type(value) is int),
-    "number": ("a number", lambda value: type(value) in (int, float)),
-    "flag": ("true or false", lambda value: isinstance(value, bool)),
-    "clip": _FILE,
-    "image": _FILE,
-    "mask": _FILE,
-    "size": ("a list of frames, height and width", lambda value: _has_numbers(value, 3)),
-    "plane": ("a list of height and width", lambda value: _has_numbers(value, 2)),
-    "numbers": ("a list of whole numbers", _has_numbers),
-    "conditions": ("a list", lambda value: isinstance(value, list | tuple)),
-}
-"""What the JSON value of a field must be, and whether it is that."""
+    """Return a value as the task holds it, with its files read."""
+    if field.kind == "conditions":
+        return read_pictures({"conditions": value}, folder).get("conditions", ())
+    if field.kind in ("clip", "image", "mask"):
+        if not isinstance(value, str):
+            raise UserError(f"{where}{field.name}={value!r} is invalid: it must be the name of a file.")
+        return field.convert(folder / value)
+    return value
