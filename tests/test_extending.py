@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -600,14 +599,8 @@ def test_a_config_names_registered_classes_only(add_package, tmp_path, monkeypat
         config_json.to_json(solver)
 
 
-def test_an_installed_package_registers_by_its_entry_point(add_package, tmp_path, monkeypatch):
+def test_an_installed_package_registers_by_its_entry_point(add_package, install_package, monkeypatch):
     written = config_json.to_json(add_package("their_sampler", "adams_sampler").Adams())
     monkeypatch.setattr(registry, "_CLASSES", {})
-    sys.modules.pop("their_sampler")
-    registry.load_entry_points.cache_clear()
-    installed = tmp_path / "their_package-1.0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text("[dit_video]\nsamplers = their_sampler\n")
+    install_package("their_sampler")
     assert type(config_json.from_json(written)).__name__ == "Adams"
-    registry.load_entry_points.cache_clear()

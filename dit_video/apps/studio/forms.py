@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from dit_video.core.errors import UserError
+from dit_video.core.registry import load_entry_points
 from dit_video.diffusion import SOLVERS, TEXT
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.tasks import TASKS, Task
@@ -344,6 +345,7 @@ def parse_answers(form: Sequence[FormField], answers: Any, media: MediaSource) -
 
 def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
     """Return the tabs for a model: several of generation, and one for every other task."""
+    load_entry_points()
     tabs = []
     for name, (title, names) in _PICTURE_TABS.items():
         form = make_form("generate", config, names=names)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
+from dit_video.core.registry import load_entry_points
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import check_mask_key, read_pictures
 from dit_video.sampling.tasks import TASKS, Task
@@ -48,6 +49,7 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
       UserError: If the task or a field is unknown, a field is missing, or a value does not fit; `where` begins the
         message.
     """
+    load_entry_points()
     check_mask_key(values, where)
     name = values.get("task")
     if name not in TASKS:
