@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Euler
-from dit_video.sampling.clip_recipe import describe_sampling, hash_pixels
+from dit_video.sampling.clip_recipe import hash_pixels, make_recipe
 from dit_video.sampling.edit_paths import EditPaths
 from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.plan import SamplingPlan
 from dit_video.sampling.progress import Callback, make_report
 from dit_video.sampling.request import Request
 from dit_video.sampling.sampling_config import Sampling, make_guidance
@@ -74,9 +75,15 @@ class DescribedEdit(Task):
     def run(self, pipeline: TaskPipeline, options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
         """Return the edited clip."""
         own, prompt = pipeline.config.sampling, get_prompt(self.prompt, self.clip)
-        if sampling.solver not in (own.solver, Euler()) or options.resample > 1 or options.method == "trained":
-            rule = "its steps are Euler's, and it has no known pixels"
-            raise UserError(f"solver=, resample= or method= is invalid with source=: {rule}. Leave it out")
+        refused = {
+            "solver": sampling.solver not in (own.solver, Euler()),
+            "conditions": options.conditions,
+            "method": options.method != "auto",
+            "resample": options.resample > 1,
+        }
+        if given := [f"{name}=" for name, is_given in refused.items() if is_given]:
+            rule = "its steps are Euler's, and it keeps no known pixels"
+            raise UserError(f"{', '.join(given)} is invalid with source=: {rule}. Leave it out")
         request = add_options(Request(prompt, get_size(self.clip)), options)
         source_sampling = replace(sampling, guidance=make_guidance(self.source_guidance, base=own.guidance))
         target = pipeline.make_stepper(request, sampling=sampling)
@@ -89,15 +96,6 @@ class DescribedEdit(Task):
             edited = paths.edit_by_flow(latents, **values, monitor=monitor)
         else:
             edited = paths.edit_by_inversion(latents, strength=self.strength, monitor=monitor)
-        decoded = decode(edited)
-        recipe = {
-            "prompt": prompt,
-            "size": list(request.grid),
-            "seed": request.seed,
-            "pictures": {"clip": hash_pixels(self.clip.frames)},
-            "sampling": describe_sampling(target.sampling),
-            "model": pipeline.config.provenance,
-        }
-        if request.negative is not None:
-            recipe["negative"] = request.negative
-        return replace(decoded, recipe=recipe)
+        recipe = make_recipe(pipeline.config, request, SamplingPlan(), target.sampling)
+        pictures = {**recipe.get("pictures", {}), "clip": hash_pixels(self.clip.frames)}
+        return replace(decode(edited), recipe=recipe | {"pictures": pictures})
