@@ -9,7 +9,6 @@ from dit_video.diffusion import Euler
 from dit_video.sampling.clip_recipe import hash_pixels, make_recipe
 from dit_video.sampling.edit_paths import EditPaths
 from dit_video.sampling.pipeline_config import PipelineConfig
-from dit_video.sampling.plan import SamplingPlan
 from dit_video.sampling.progress import Callback, make_report
 from dit_video.sampling.request import Request
 from dit_video.sampling.sampling_config import Sampling, make_guidance
@@ -77,16 +76,18 @@ class DescribedEdit(Task):
         own, prompt = pipeline.config.sampling, get_prompt(self.prompt, self.clip)
         refused = {
             "solver": sampling.solver not in (own.solver, Euler()),
-            "conditions": options.conditions,
             "method": options.method != "auto",
             "resample": options.resample > 1,
         }
         if given := [f"{name}=" for name, is_given in refused.items() if is_given]:
-            rule = "its steps are Euler's, and it keeps no known pixels"
+            rule = "its steps are Euler's, and replace no known pixels"
             raise UserError(f"{', '.join(given)} is invalid with source=: {rule}. Leave it out")
         request = add_options(Request(prompt, get_size(self.clip)), options)
         source_sampling = replace(sampling, guidance=make_guidance(self.source_guidance, base=own.guidance))
         target = pipeline.make_stepper(request, sampling=sampling)
+        if "training_free" in target.plan.method:
+            rule = "its steps replace no known pixels, and this model was not trained for these alone"
+            raise UserError(f"conditions= is invalid with source=: {rule}. Leave it out")
         source = pipeline.make_stepper(replace(request, prompt=self.source), sampling=source_sampling)
         paths, latents = EditPaths(source, target), pipeline.codec.encode(self.clip)
         decode = functools.partial(pipeline.codec.decode, fps=self.clip.fps, caption=prompt, seed=request.seed)
@@ -96,6 +97,6 @@ class DescribedEdit(Task):
             edited = paths.edit_by_flow(latents, **values, monitor=monitor)
         else:
             edited = paths.edit_by_inversion(latents, strength=self.strength, monitor=monitor)
-        recipe = make_recipe(pipeline.config, request, SamplingPlan(), target.sampling)
+        recipe = make_recipe(pipeline.config, request, target.plan, target.sampling)
         pictures = {**recipe.get("pictures", {}), "clip": hash_pixels(self.clip.frames)}
         return replace(decode(edited), recipe=recipe | {"pictures": pictures})

@@ -83,7 +83,7 @@ def test_options_join_a_task_that_lacks_them(pipeline, clip):
     assert len(with_condition.recipe["pictures"]["conditions"]) == 2
     with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
         pipeline.run(Extend(clip, frames=4), size=(5, 16, 16))
-    refused = {"solver": "unipc", "conditions": [condition], "method": "trained", "resample": 2}
+    refused = {"solver": "unipc", "conditions": [Condition(content=clip.frames[0])], "method": "trained", "resample": 2}
     for name, value in refused.items():
         with pytest.raises(UserError, match=rf"{name}= is invalid with source=: .* Leave it out"):
             pipeline.run(DescribedEdit(clip, "blue", source="red"), **{name: value})
