@@ -23,6 +23,7 @@ _SHARE = Limits(above=0, maximum=1, step=0.05)
 class Edit(Task):
     """A clip that is changed to fit a prompt: noise is added to it, and taken away with the prompt."""
 
+    is_completion = False
     clip: Annotated[Clip, Doc("Clip that is changed.")]
     prompt: Prompt = None
     _: KW_ONLY
@@ -49,6 +50,7 @@ class Vary(Edit):
 class DescribedEdit(Task):
     """A clip that changes by the difference of two descriptions: see `EditPaths`."""
 
+    is_completion = False
     clip: Annotated[Clip, Doc("Clip that is changed.")]
     prompt: Prompt = None
     _: KW_ONLY

@@ -163,6 +163,15 @@ def list_fields(kind: type) -> tuple[TaskField, ...]:
     return tuple(made for each in fields(kind) if (made := _make_field(each, hints[each.name])) is not None)
 
 
+def list_required(kind: type) -> tuple[str, ...]:
+    """Return the names of the fields of a task's class that have no default, of any type."""
+    return tuple(each.name for each in fields(kind) if _is_required(each))
+
+
+def _is_required(field: Any) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
 def _make_field(field: Any, hint: Any) -> TaskField | None:
     marks: tuple[Any, ...] = ()
     if typing.get_origin(hint) is Annotated:
@@ -170,14 +179,13 @@ def _make_field(field: Any, hint: Any) -> TaskField | None:
         marks = tuple(others)
     if (kind := _find_kind(hint, marks)) is None:
         return None
-    is_required = field.default is MISSING and field.default_factory is MISSING
     single = _drop_none(hint)
     is_optional = field.default is None or single is not hint
     return TaskField(
         name=field.name,
         kind=kind,
         doc=next((mark for mark in marks if isinstance(mark, Doc)), Doc("")),
-        is_required=is_required,
+        is_required=_is_required(field),
         is_optional=is_optional,
         default=None if field.default is MISSING else field.default,
         limits=next((mark for mark in marks if isinstance(mark, Limits)), Limits()),

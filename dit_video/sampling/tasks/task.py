@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
@@ -54,6 +54,9 @@ class Task:
     Raises:
       UserError: If a value is of another kind than its field, or a number is outside of its limits.
     """
+
+    is_completion: ClassVar[bool] = True
+    """Whether the result keeps pixels of the task's clips and images."""
 
     def __post_init__(self):
         for field in list_fields(type(self)):

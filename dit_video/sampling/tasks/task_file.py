@@ -11,7 +11,7 @@ from dit_video.core.registry import load_entry_points
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import check_mask_key, read_pictures
 from dit_video.sampling.tasks import TASKS, Task
-from dit_video.sampling.tasks.fields import TaskField, list_fields
+from dit_video.sampling.tasks.fields import TaskField, list_fields, list_required
 
 
 class TaskEntry(NamedTuple):
@@ -59,7 +59,10 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
         if key not in fields and key not in ("task", "seed"):
             closest = next(iter(difflib.get_close_matches(key, fields, n=1)), ", ".join(fields))
             raise UserError(f"{where}{key}={values[key]!r} is invalid: {name} has no such value. Use {closest}.")
-    required = [field.name for field in fields.values() if field.is_required]
+    required = list_required(TASKS[name])
+    if unknown := [key for key in required if key not in fields]:
+        rule = f"no file holds its required {unknown[0]}"
+        raise UserError(f"{where}task={name!r} is invalid: {rule}. Use Pipeline.run in Python.")
     if missing := [key for key in required if values.get(key) is None]:
         raise UserError(f"{where}{missing[0]} is missing: {name} needs {', '.join(required)}. Give it.")
     if type(seed := values.get("seed", 0)) is not int:
