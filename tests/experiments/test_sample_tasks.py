@@ -16,6 +16,8 @@ from support.tiny_wan import write_wan
 SAMPLE = "experiments/sample.py"
 FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
 
+MASK_RULE = "--mask='a.png' is invalid: no mask has this name, as it could mean what is kept or what is generated"
+
 
 @pytest.fixture
 def clip(tmp_path):
@@ -77,7 +79,8 @@ def test_the_options_of_a_task_are_the_fields_of_its_class(script, name):
         (("interpolate", "--out", "out"), "--clip PATH"),
         (("extend", "--clip", "clip.apng", "--frames", "0", "--out", "out"), "frames=0 is invalid"),
         (("extend", "--clip", "none.mp4", "--frames", "4", "--out", "out"), "no such video or image file: none.mp4"),
-        (("inpaint", "--clip", "clip.apng", "--mask", "a.png", "--out", "out"), "--mask"),
+        (("inpaint", "--clip", "clip.apng", "--mask", "a.png", "--out", "out"), MASK_RULE),
+        (("--prompt", "a", "--video", "clip.apng", "--mask=a.png", "--out", "out.gif"), MASK_RULE),
         (("outpaint", "--clip", "clip.apng", "--size", "9x32x32", "--out", "out"), "must be HEIGHTxWIDTH"),
         (("--prompt", "x", "--clip", "clip.apng", "--out", "x.gif"), "--clip"),
         (("vary", "--clip", "clip.apng", "--out", "x.xyz"), "--out x.xyz has no known suffix"),
