@@ -68,7 +68,7 @@ class Sampling:
         guidance: GuidanceScale | None = None,
         solver: str | Solver | None = None,
         shift: float | None = None,
-        times: Sequence[float] | None = None,
+        times: Sequence[float] | np.ndarray | None = None,
     ) -> "Sampling":
         """Return this sampling with the given values replaced; None keeps a value.
 
@@ -156,7 +156,7 @@ def _find_solver(value: str | Solver) -> Solver:
     return value
 
 
-def _read_times(times: Sequence[float], steps: int | None) -> Float64[np.ndarray, " S"]:
+def _read_times(times: Sequence[float] | np.ndarray, steps: int | None) -> Float64[np.ndarray, " S"]:
     """Return the times at which steps start.
 
     Raises:

@@ -204,6 +204,7 @@ def test_clips_and_masks_of_a_task_may_be_files_and_arrays(tmp_path):
         np.testing.assert_array_equal(task.generated, generated)
 
 
+@pytest.mark.wrong_types
 def test_values_of_numpy_are_those_of_python():
     task = Interpolate(make_clip(3), places=np.arange(0, 6, 2))
     assert task.places == (0, 2, 4)
