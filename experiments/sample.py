@@ -4,7 +4,6 @@ from dit_video.core.platform.scripts import prepare_script
 
 prepare_script(__name__)
 
-import functools
 import sys
 import time
 from dataclasses import replace
@@ -24,7 +23,7 @@ from dit_video.core.errors import UserError, script
 from dit_video.evaluation.samples import SampleFolder, write_contact_sheet
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Method, Request
-from dit_video.sampling.request_file import read_requests
+from dit_video.sampling.request_file import check_mask_key, read_requests
 from dit_video.sampling.tasks.task import add_options
 from dit_video.sampling.tasks.task_file import TaskEntry, read_tasks
 from dit_video.training.hooks.logging import Progress
@@ -156,5 +155,13 @@ def _parse_strength(text: str) -> tuple[str, float | tuple[float, ...]]:
     return name, values if len(values) > 1 else values[0]
 
 
+def _run() -> None:
+    """Run `main` with the command line, where an option of an older version is named first."""
+    options = [argument for given in sys.argv for argument in given.split("=", 1)]
+    if "--mask" in options[:-1]:
+        check_mask_key({"mask": options[options.index("--mask") + 1]}, "--")
+    parse_arguments(main, config=(tyro.conf.CascadeSubcommandArgs,))
+
+
 if __name__ == "__main__":
-    script(functools.partial(parse_arguments, config=(tyro.conf.CascadeSubcommandArgs,)), is_resumable=False)(main)
+    script(_run, is_resumable=False)()

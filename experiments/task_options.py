@@ -11,6 +11,7 @@ import tyro
 
 from dit_video.core.command_line import parse_size
 from dit_video.core.errors import UserError
+from dit_video.core.registry import load_entry_points
 from dit_video.sampling.tasks import TASKS, Task
 from dit_video.sampling.tasks.fields import FieldKind, TaskField, list_fields
 from dit_video.sampling.tasks.task_file import read_task
@@ -54,10 +55,11 @@ class TaskOptions:
 
 
 def make_subcommands() -> Any:
-    """Return a type of which tyro makes a subcommand for every task."""
+    """Return a type of which tyro makes a subcommand for every task, those of installed packages, too."""
+    load_entry_points()
     for name, kind in TASKS.items():
         _SUBCOMMANDS[name] = _make_options(kind)
-    commands = [Annotated[kind, tyro.conf.subcommand(name, prefix_name=False)] for name, kind in _SUBCOMMANDS.items()]
+    commands = [Annotated[_SUBCOMMANDS[name], tyro.conf.subcommand(name, prefix_name=False)] for name in TASKS]
     return Union[tuple(commands)]  # noqa: UP007 (of members that are computed)
 
 

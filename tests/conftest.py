@@ -277,3 +277,20 @@ def add_package(tmp_path, monkeypatch):
     yield add
     for name in imported:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def install_package(add_package, tmp_path):
+    """Return a function that forgets an imported module, which is then the entry point of an installed package."""
+    from dit_video.core import registry
+
+    def install(name):
+        installed = tmp_path / f"{name}-1.0.dist-info"
+        installed.mkdir(exist_ok=True)
+        (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (installed / "entry_points.txt").write_text(f"[dit_video]\nadditions = {name}\n")
+        sys.modules.pop(name)
+        registry.load_entry_points.cache_clear()
+
+    yield install
+    registry.load_entry_points.cache_clear()

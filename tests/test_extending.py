@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -601,18 +600,12 @@ def test_a_config_names_registered_classes_only(add_package, tmp_path, monkeypat
         config_json.to_json(solver)
 
 
-def test_an_installed_package_registers_by_its_entry_point(add_package, tmp_path, monkeypatch):
+def test_an_installed_package_registers_by_its_entry_point(add_package, install_package, monkeypatch):
     written = config_json.to_json(add_package("their_sampler", "adams_sampler").Adams())
     add_package("their_guidance", "tangential_guidance")
     monkeypatch.setattr(registry, "_CLASSES", {})
     monkeypatch.delitem(GUIDANCE_METHODS, "tangential")
-    for name in ("their_sampler", "their_guidance"):
-        sys.modules.pop(name)
-    registry.load_entry_points.cache_clear()
-    installed = tmp_path / "their_package-1.0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text("[dit_video]\nsamplers = their_sampler\nguidance = their_guidance\n")
+    install_package("their_sampler")
+    install_package("their_guidance")
     assert type(config_json.from_json(written)).__name__ == "Adams"
     assert type(get_guidance_method("tangential")).__name__ == "TangentialGuidance"
-    registry.load_entry_points.cache_clear()

@@ -38,10 +38,10 @@ from support.tiny_pipeline import make_params
 pytestmark = pytest.mark.slow
 
 
-def test_a_task(add_package, tiny_pipeline, script, tmp_path, monkeypatch):
+def test_a_task(add_package, install_package, tiny_pipeline, script, tmp_path, monkeypatch):
     """A dataclass and a line in TASKS: it is run beside others, and has options, a form, and entries of task files."""
+    monkeypatch.setitem(TASKS, "shimmer", Vary)  # which ends with the test
     theirs = add_package("their_tasks", "shimmer_task")
-    monkeypatch.setitem(TASKS, "shimmer", theirs.Shimmer)
     image = tiny_pipeline.generate("a blue square", size=(1, 16, 32), seed=5)
     task = theirs.Shimmer(image, "a red circle", seconds=0.5, is_reversed=True)
     result, _ = tiny_pipeline.run([task, Vary(image)], seed=[3, 4], steps=4)
@@ -55,6 +55,8 @@ def test_a_task(add_package, tiny_pipeline, script, tmp_path, monkeypatch):
     options = ("--image", tmp_path / "image.png", "--prompt", "a red circle", "--seconds", 0.5, "--is-reversed")
     runs = ((("shimmer", *options, "--seed", 3), "a.apng"), (("--tasks", tmp_path / "tasks.json"), "b"))
     for arguments, out in runs:
+        TASKS.pop("shimmer")
+        install_package("their_tasks")
         done = script("experiments/sample.py", tmp_path / "model", *arguments, "--steps", 4, "--out", tmp_path / out)
         assert done.code == 0, done.err
     np.testing.assert_allclose(decode(tmp_path / "a.apng").frames.astype(int), result.frames, atol=1)

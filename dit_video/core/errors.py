@@ -67,6 +67,17 @@ def check_whole(**values: object) -> None:
             raise UserError(f"{name}={value!r} is invalid: it must be a whole number. Use {name}=1.")
 
 
+def check_number(**values: object) -> None:
+    """Refuse values that are not real numbers; None passes, and a text or `True` does not.
+
+    Raises:
+      UserError: If a value is not; the message names the first one.
+    """
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+            raise UserError(f"{name}={value!r} is invalid: it must be a number. Use {name}=1.")
+
+
 class GracefulStop(KeyboardInterrupt):
     """A run that a signal stopped, with nothing lost. The message says what was stopped, and where."""
 

@@ -42,7 +42,7 @@ class LatentStepper:
         (self._planned,) = plan_batches(denoiser, [request], texts, sampling, shape, 1)
         self._sampler = BatchSampler(denoiser, sampling)
         self.process: Process = denoiser.process
-        self.sampling = sampling
+        self.sampling, self.plan = sampling, request.plan
         self._times = self._planned.sample_times
         self.times = np.asarray(self._times.times, np.float32)
         """Times of all steps, and the last one."""

@@ -1,9 +1,10 @@
 """Images, videos and masks as a notebook's user has them, converted where they enter.
 
-Arrays are of NumPy or JAX: uint8, or floats from 0 to 1. A mask is True where pixels are generated; in a file or a PIL
-image, white is True. What could be meant in two ways is refused.
+Arrays are of NumPy or JAX: uint8, or floats from 0 to 1. A list of images is a video. A mask is True where pixels are
+generated; in a file or a PIL image, white is True. What could be meant in two ways is refused.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from dit_video.video import Clip, decode
 
 Image = Clip | PilImage.Image | np.ndarray | jax.Array | Path | str
 """An image: a clip of one frame, a PIL image, pixels `[H W 3]` or `[H W]` (gray), or a file's first frame."""
-Video = Clip | np.ndarray | jax.Array | Path | str
-"""A video: a clip, frames `[T H W 3]`, or a file."""
+Video = Clip | np.ndarray | jax.Array | Sequence[Image] | Path | str
+"""A video: a clip, frames `[T H W 3]`, a list of images of one size, or a file."""
 Mask = Bool[np.ndarray, "T H W"] | Bool[np.ndarray, "H W"] | Bool[np.ndarray, " T"]
 """Mask of a clip's pixels, of those of all its frames, or of whole frames; True where they are generated."""
 MaskImage = np.ndarray | jax.Array | PilImage.Image | Path | str
@@ -61,17 +62,28 @@ def to_clip(name: str, value: Video) -> Clip:
         return value
     if isinstance(value, str | Path):
         return decode(value)
+    if isinstance(value, list | tuple) and value:
+        images = [to_image(name, each).frames for each in value]
+        if len(sizes := {each.shape for each in images}) > 1:
+            shown = ", ".join(f"{height}x{width}" for _, height, width, _ in sorted(sizes))
+            raise UserError(f"{name} is invalid: its frames have the sizes {shown}. Use frames of one size")
+        return Clip(np.concatenate(images), _ARRAY_FPS)
+    if isinstance(value, PilImage.Image):
+        raise UserError(f"{name} is invalid: an image is no video. Use [image], a list of frames")
     frames = _to_array(name, value)
     if frames.ndim != 4:
-        raise UserError(f"{name} of shape {list(frames.shape)} is invalid: a video is [T H W 3]. Use image[None]")
+        shape = list(frames.shape)
+        if frames.ndim == 3:
+            fix = f"{name}[None]" if shape[-1] in (3, 4) else f"np.repeat({name}[..., None], 3, axis=-1)"
+        else:
+            fix = f"{name}[0]" if frames.ndim == 5 else "an array of frames"
+        raise UserError(f"{name} of shape {shape} is invalid: a video is [T H W 3]. Use {fix}")
     return Clip(_to_pixels(name, frames), _ARRAY_FPS)
 
 
 def to_image_or_clip(name: str, value: Image | Video) -> Clip:
     """Return an image or a video as a clip; a file has all its frames."""
-    if isinstance(value, Clip | Path | str):
-        return to_clip(name, value)
-    if isinstance(value, PilImage.Image) or np.ndim(value) < 4:
+    if isinstance(value, PilImage.Image) or (isinstance(value, np.ndarray | jax.Array) and value.ndim < 4):
         return to_image(name, value)
     return to_clip(name, value)
 
@@ -81,13 +93,16 @@ def to_mask(name: str, value: MaskImage) -> Mask:
 
     Raises:
       MissingError: If the file does not exist.
-      UserError: If an array is not boolean, or not of one of the shapes of `Mask`.
+      UserError: If an array is not boolean, or not of one of the shapes of `Mask`; if a picture has values up to 127 at
+        most, such as labels, or a PIL image is transparent.
     """
-    if isinstance(value, str | Path):
-        is_white = decode(value).frames.mean(axis=-1) > 127.5
-        return is_white[0] if len(is_white) == 1 else is_white
-    if isinstance(value, PilImage.Image):
-        return np.asarray(value.convert("L")) > 127
+    if isinstance(value, str | Path | PilImage.Image):
+        pixels = _read_pil(name, value)[None] if isinstance(value, PilImage.Image) else decode(value).frames
+        brightness = pixels.mean(axis=-1)
+        if 0 < brightness.max() < 127.5:
+            rule = f"white, 255, is generated, and its brightest pixel is {brightness.max():.3g}"
+            raise UserError(f"{name} is invalid: {rule}. Use the array pixels == label, or pixels > 0")
+        return brightness[0] > 127.5 if len(brightness) == 1 else brightness > 127.5
     mask = np.asarray(value)
     if mask.dtype != np.bool_ or not 1 <= mask.ndim <= 3:
         rule = "it must be boolean, [T H W], [H W] or [T], True where pixels are generated"
@@ -122,8 +137,11 @@ def _to_pixels(name: str, pixels: np.ndarray) -> UInt8[np.ndarray, "*T H W 3"]:
     shape = list(pixels.shape)
     if shape[-1] not in (3, 4) or 0 in shape:
         rule = "the last axis is that of the colours, RGB"
-        fix = "Use np.moveaxis(pixels, -3, -1)" if pixels.ndim > 2 and shape[-3] == 3 else "Use pixels [H W 3]"
-        raise UserError(f"{name} of shape {shape} is invalid: {rule}. {fix}")
+        fixes = [(-1, 1, "np.repeat(pixels, 3, axis=-1)")]
+        if len(shape) > 2:
+            fixes += [(-3, 3, "np.moveaxis(pixels, -3, -1)"), (0, 3, "np.moveaxis(pixels, 0, -1)")]
+        fix = next((fix for axis, length, fix in fixes if shape[axis] == length), "pixels [H W 3]")
+        raise UserError(f"{name} of shape {shape} is invalid: {rule}. Use {fix}")
     if np.issubdtype(pixels.dtype, np.floating):
         if not np.all((pixels >= 0) & (pixels <= 1)):
             rule = f"floats are from 0 to 1, these from {pixels.min():.3g} to {pixels.max():.3g}"

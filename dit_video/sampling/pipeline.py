@@ -7,7 +7,7 @@ and nothing of the training state.
 import contextlib
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -67,9 +67,9 @@ from dit_video.sampling.request import (
     Strengths,
     make_requests,
 )
-from dit_video.sampling.sampling_config import GuidanceScale
+from dit_video.sampling.sampling_config import GuidanceScale, check_is_sampling
 from dit_video.sampling.tasks import Task, get_task_name
-from dit_video.sampling.tasks.task import add_options, describe_task
+from dit_video.sampling.tasks.task import add_options, describe_task, list_tasks
 from dit_video.video import Clip
 from dit_video.weights import load_lora
 from dit_video.weights import save as save_weights
@@ -290,6 +290,7 @@ class Pipeline:
         Raises:
           UserError: If `Sampling.change` refuses the values, the model cannot sample so, or a step does not exist.
         """
+        check_is_sampling(sampling)
         changed = (sampling or self.config.sampling).change(
             self.config.model.process, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times
         )
@@ -349,7 +350,7 @@ class Pipeline:
 
     @overload
     def run(
-        self, task: Sequence[Task], *, seed: OneOrMany[int] = ..., negative: OneOrMany[str | None] = ...,
+        self, task: Iterable[Task], *, seed: OneOrMany[int] = ..., negative: OneOrMany[str | None] = ...,
         conditions: OneOrMany[Sequence[Condition]] = ..., control: OneOrMany[Video | None] = ...,
         reference_images: OneOrMany[Sequence[Image]] = ..., method: Method = ..., resample: int = ...,
         conditioning: OneOrMany[Mapping[str, Any] | None] = ..., strengths: OneOrMany[Strengths | None] = ...,
@@ -361,7 +362,7 @@ class Pipeline:
 
     def run(
         self,
-        task: Task | Sequence[Task],
+        task: Task | Iterable[Task],
         *,
         seed: OneOrMany[int] = 0,
         negative: OneOrMany[str | None] = None,
@@ -408,9 +409,9 @@ class Pipeline:
         Raises:
           UserError: If a task does not fit the model or an option, or `generate` would refuse an option.
         """
-        tasks = task if isinstance(task, Sequence) else [task]
+        tasks = list_tasks(task)
         options = make_requests(
-            [""] * len(tasks),
+            "" if isinstance(task, Task) else [""] * len(tasks),
             has_classes=False,
             method=method,
             resample=resample,
@@ -427,7 +428,7 @@ class Pipeline:
             sampling, steps=steps, guidance=guidance, solver=solver, shift=shift, times=times, previous=previous
         )
         clips = self.run_many(tasks, options, sampling=sampling, callback=callback)
-        return clips if isinstance(task, Sequence) else clips[0]
+        return clips[0] if isinstance(task, Task) else clips
 
     def run_many(
         self,

@@ -3,6 +3,7 @@
 import abc
 import functools
 import numbers
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from dit_video.core.errors import UserError, check_whole
+from dit_video.core.errors import UserError, check_number, check_whole
 from dit_video.core.offload import Offload
 from dit_video.core.resize import resize_and_crop
 from dit_video.data.latents.codec import LatentCodec
@@ -39,7 +40,8 @@ class Condition:
     """An image or a clip that a sampled clip has from a frame on; named as `LTXVideoCondition` in diffusers.
 
     Raises:
-      UserError: If the content is no picture, or the strength is not above 0 and at most 1.
+      UserError: If the content is no picture, the frame is not a whole number, or the strength is not above 0 and at
+        most 1.
     """
 
     content: Clip
@@ -55,8 +57,10 @@ class Condition:
         object.__setattr__(self, "content", to_image_or_clip("content of a condition", self.content))
         if self.generated is not None:
             object.__setattr__(self, "generated", to_mask("generated", self.generated))
+        check_whole(frame=self.frame)
+        check_number(strength=self.strength)
         if not 0 < self.strength <= 1:
-            raise UserError(f"strength={self.strength} is invalid: it must be above 0 and at most 1")
+            raise UserError(f"strength={self.strength} is invalid: it must be above 0 and at most 1. Use 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,8 @@ class Request:
     """Request for one clip. Pictures and masks are given in any form of `dit_video.sampling.pictures`.
 
     Raises:
-      UserError: If a picture is none, or the seed is not a whole number below 2**32.
+      UserError: If a value is of another kind than its field, the seed is not below 2**32, or no pixel of the mask is
+        generated.
     """
 
     prompt: str
@@ -154,17 +159,18 @@ class Request:
     """Conditioner; None for the model's own."""
 
     def __post_init__(self):
-        check_whole(seed=self.seed)
+        check_whole(seed=self.seed, resample=self.resample)
+        check_number(strength=self.strength)
+        for name, (kind, rule) in _KINDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise UserError(f"{name}={value!r} is invalid: it must be {rule}.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}. Use 0.")
-        converted = {
-            name: convert(name, value)
-            for name, convert in _CONVERSIONS.items()
-            if (value := getattr(self, name)) is not None
-        }
-        converted["reference_images"] = tuple(to_image("reference_images", each) for each in self.reference_images)
-        for name, value in converted.items():
-            object.__setattr__(self, name, value)
+        for name, convert in _CONVERSIONS.items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, convert(name, value))
+        if self.generated is not None and not self.generated.any():
+            raise UserError("generated is invalid: no pixel is generated. Use True where pixels are generated.")
 
     @property
     def grid(self) -> Grid:
@@ -204,12 +210,39 @@ class Request:
         return None if picture is None else Grid(*picture.frames.shape[:3])
 
 
+def to_conditions(name: str, value: Any) -> tuple[Condition, ...]:
+    """Return conditions as a tuple; `name` begins the errors.
+
+    Raises:
+      UserError: If the value is no list of them.
+    """
+    if not is_many(value) or not all(isinstance(each, Condition) for each in value):
+        rule = "it must be a list, each a Condition"
+        raise UserError(f"{name} is invalid: {rule}. Use [Condition(content=image, frame=0)].")
+    return tuple(value)
+
+
+def _to_images(name: str, value: Any) -> tuple[Clip, ...]:
+    if not is_many(value):
+        raise UserError(f"{name} is invalid: it must be a list of images. Use [image].")
+    return tuple(to_image(name, each) for each in value)
+
+
+_KINDS: dict[str, tuple[Any, str]] = {
+    "prompt": (str, "a text. Use one in quotes"),
+    "negative": (str | None, "a text. Use one in quotes"),
+    "conditioning": (Mapping, "a mapping of names. Use {name: value}"),
+    "strengths": (Mapping, "a mapping of names. Use {name: 1.0}"),
+}
+"""Types of fields, and what they must be in the words of an error, with the fix."""
 _CONVERSIONS: dict[str, Callable[[str, Any], Any]] = {
     "image": to_image,
     "last_image": to_image,
     "video": to_clip,
     "generated": to_mask,
+    "conditions": to_conditions,
     "control": to_clip,
+    "reference_images": _to_images,
 }
 """Conversions of pictures by the names of their fields."""
 
@@ -226,6 +259,10 @@ Prompts = list[str] | list[int] | tuple[str | int, ...]
 """A list of prompts."""
 _SEQUENCES = ("size", "conditions", "reference_images")
 """Fields whose single value is a sequence: only a list of sequences has one for each prompt."""
+
+
+_EMPTY: dict[str, Any] = {"conditions": (), "reference_images": (), "conditioning": {}, "strengths": {}}
+"""Values of fields for a prompt that has None of them."""
 
 
 def is_many(value: Any) -> bool:
@@ -251,6 +288,7 @@ def make_requests(
       resample: Number of times that training-free sampling takes every part of the steps.
       conditioner: Conditioner; None for the model's own.
       fields: Other fields of `Request`, each one for all prompts or, with a list of prompts, a list with one for each.
+        With a single prompt, a list for `video` or `control` is its frames.
 
     Raises:
       TypeError: If a prompt is neither a text nor the number of a class.
@@ -269,7 +307,9 @@ def _to_text(prompt: Any, has_classes: bool) -> str:
     if has_classes and not isinstance(prompt, bool) and isinstance(prompt, numbers.Integral):
         return str(int(prompt))
     kinds = "a text or the number of a class" if has_classes else "a text"
-    raise TypeError(f"prompt={prompt!r} is invalid: it must be {kinds}, or a list of them. Use str(prompt).")
+    fix = "list(prompt)" if hasattr(prompt, "tolist") else "a text in quotes"
+    shown = textwrap.shorten(repr(prompt), 60, placeholder="…")
+    raise TypeError(f"prompt={shown} is invalid: it must be {kinds}, or a list of them. Use {fix}.")
 
 
 def _spread(name: str, value: Any, count: int, has_prompts: bool) -> list[Any]:
@@ -283,7 +323,7 @@ def _spread(name: str, value: Any, count: int, has_prompts: bool) -> list[Any]:
     else:
         convert = _CONVERSIONS.get(name)
         values = [value if convert is None or value is None else convert(name, value)] * count
-    return [{} if each is None and name in ("conditioning", "strengths") else each for each in values]
+    return [_EMPTY.get(name) if each is None else each for each in values]
 
 
 def _is_sequence(value: Any) -> bool:

@@ -1,13 +1,13 @@
 """Configuration of sampling."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float64
 
-from dit_video.core.errors import UserError, check_at_least, check_whole
+from dit_video.core.errors import UserError, check_at_least, check_number, check_whole
 from dit_video.diffusion import (
     TEXT,
     Euler,
@@ -56,6 +56,7 @@ class Sampling:
         check_at_least(1, steps=self.steps)
         object.__setattr__(self, "steps", int(self.steps))
         object.__setattr__(self, "guidance", make_guidance(self.guidance))
+        check_number(shift=self.shift)
         if self.shift is not None:
             RectifiedFlow(shift=self.shift)
 
@@ -67,7 +68,7 @@ class Sampling:
         guidance: GuidanceScale | None = None,
         solver: str | Solver | None = None,
         shift: float | None = None,
-        times: Sequence[float] | None = None,
+        times: Sequence[float] | np.ndarray | None = None,
     ) -> "Sampling":
         """Return this sampling with the given values replaced; None keeps a value.
 
@@ -84,6 +85,7 @@ class Sampling:
           UserError: If the solver is unknown, there is less than one step, the shift is not positive or does not move
             the times, the times do not fall or are outside (0, 1], or there are not as many steps as times.
         """
+        check_number(shift=shift)
         changes: dict[str, Any] = {}
         if steps is not None:
             changes["steps"] = steps
@@ -92,13 +94,12 @@ class Sampling:
         if solver is not None:
             changes["solver"] = _find_solver(solver)
         if times is not None:
-            _check_times(times, steps)
-            starts: np.ndarray = np.asarray(times, np.float64)
+            starts = _read_times(times, steps)
             if shift is not None:
                 _, shifted = override_shift(UniformTimes(), process, shift)
                 starts = shifted.shift_time(starts)
             schedule = ExplicitTimes(times=(*map(float, starts), 0.0))
-            changes |= {"steps": len(times), "time_schedule": schedule, "shift": None}
+            changes |= {"steps": len(starts), "time_schedule": schedule, "shift": None}
         elif shift is not None:
             override_shift(self.time_schedule, process, shift)
             changes["shift"] = float(shift)
@@ -137,6 +138,16 @@ def make_guidance(value: GuidanceScale, *, base: Guidance = Guidance()) -> Guida
     return replace(base, scales=value if isinstance(value, Mapping) else {**base.scales, TEXT: value})
 
 
+def check_is_sampling(value: object) -> None:
+    """Check that a value is a `Sampling` or None.
+
+    Raises:
+      UserError: If it is another value, such as a mapping of its fields.
+    """
+    if value is not None and not isinstance(value, Sampling):
+        raise UserError(f"sampling={value!r} is invalid: it must be a Sampling. Use steps=, guidance= … without it.")
+
+
 def _find_solver(value: str | Solver) -> Solver:
     if isinstance(value, str):
         return get_solver(value)
@@ -145,10 +156,20 @@ def _find_solver(value: str | Solver) -> Solver:
     return value
 
 
-def _check_times(times: Sequence[float], steps: int | None) -> None:
-    is_falling = all(time > next_time for time, next_time in itertools.pairwise(times))
-    if not times or not is_falling or not 0 < times[-1] <= times[0] <= 1:
-        fix = "Use times of 1000 steps divided by 1000" if times and max(times) > 1 else "Use times such as 1 0.75 0.5"
-        raise UserError(f"times={tuple(times)} is invalid: steps start at times that fall, in (0, 1]. {fix}.")
-    if steps is not None and steps != len(times):
-        raise UserError(f"steps={steps} is invalid: times are of {len(times)} steps. Use one of the two.")
+def _read_times(times: Sequence[float] | np.ndarray, steps: int | None) -> Float64[np.ndarray, " S"]:
+    """Return the times at which steps start.
+
+    Raises:
+      UserError: If they are no falling numbers in (0, 1], or not as many as the steps.
+    """
+    values = np.asarray(times)
+    if values.ndim != 1 or values.dtype.kind not in "fiu":
+        raise UserError(f"times={times!r} is invalid: it must be a list of numbers. Use [1, 0.75, 0.5].")
+    is_falling = bool((np.diff(values) < 0).all())
+    if not len(values) or not is_falling or not 0 < values[-1] <= values[0] <= 1:
+        is_number_of_step = len(values) and values.max() > 1
+        fix = "Use times of 1000 steps divided by 1000" if is_number_of_step else "Use times such as 1 0.75 0.5"
+        raise UserError(f"times={(*values.tolist(),)} is invalid: steps start at times that fall, in (0, 1]. {fix}.")
+    if steps is not None and steps != len(values):
+        raise UserError(f"steps={steps} is invalid: times are of {len(values)} steps. Use one of the two.")
+    return values.astype(np.float64)

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import numbers
 import operator
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from numpy.typing import DTypeLike
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import atomic_path
-from dit_video.video.comments import format_recipe
+from dit_video.video.comments import format_comment
 from dit_video.video.encode import FORMATS, Format, encode_frames
 
 MIN_DISPLAY_HEIGHT = 192
@@ -41,20 +42,24 @@ class Clip:
     fps: float | int
     """Frames per second, stored as a float; 1 for an image that was read from a file."""
     caption: str = ""
+    """Text that describes the clip, which its files hold; of a sampled clip its prompt."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """Prompt, seed, size, steps, task and other JSON values that a sampled clip was made with; `read_recipe` of
     `dit_video.video` reads them from its file."""
 
     def __post_init__(self):
-        frames = self.frames
+        frames, fps = self.frames, cast(Any, self.fps)
+        if not hasattr(frames, "dtype"):
+            kind = type(frames).__name__
+            raise UserError(f"frames of a {kind} are invalid: they must be an array [T H W 3]. Use np.stack(frames)")
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise UserError(
                 f"frames {frames.dtype} {list(frames.shape)} are invalid: must be uint8 [T H W 3] with at least one "
                 "pixel. Use dit_video.core.pixels.to_uint8"
             )
-        if not 0 < self.fps < float("inf"):
-            raise UserError(f"fps={self.fps} is invalid: use a positive number")
-        object.__setattr__(self, "fps", float(self.fps))
+        if not isinstance(fps, numbers.Real) or not 0 < float(fps) < float("inf"):
+            raise UserError(f"fps={fps!r} is invalid: use a positive number")
+        object.__setattr__(self, "fps", float(fps))
 
     def __repr__(self) -> str:
         caption = textwrap.shorten(self.caption, _MAX_SHOWN_CAPTION, placeholder=" …")
@@ -169,5 +174,5 @@ def encode(clip: Clip, format: Format, *, crf: int | None = None, lossless: bool
       UserError: If the format does not support an option or the frames: an odd height or width as mp4, several frames
         as png.
     """
-    comment = format_recipe(clip.recipe) if clip.recipe else ""
+    comment = format_comment(clip.recipe, clip.caption)
     return encode_frames(clip.frames, clip.fps, format, crf=crf, lossless=lossless, comment=comment)

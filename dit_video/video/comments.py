@@ -1,17 +1,16 @@
-"""Comments in video and image files, which hold recipes of clips."""
+"""Comments in video and image files, which hold recipes and captions of clips."""
 
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dit_video.core.errors import DecodeError, MissingError
+from dit_video.core.errors import MissingError
 from dit_video.video.reader import Video
 from dit_video.video.webp import find_webp_comment
 
-_IMAGE_SUFFIXES = (".png", ".apng", ".gif", ".webp", ".jpg")
 KEY = "comment"
 """Name of the comment in containers and in PNG chunks."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -23,9 +22,14 @@ _MAX_SEGMENT = 0xFFFF - 2
 """Bytes of a segment of a JPEG comment."""
 
 
-def format_recipe(recipe: Mapping[str, Any]) -> str:
-    """Return a recipe as the text of a comment."""
-    return json.dumps({"dit_video": recipe}, ensure_ascii=True, separators=(",", ":"))
+def format_comment(recipe: Mapping[str, Any], caption: str) -> str:
+    """Return a clip's recipe, and its caption if that is not the recipe's prompt, as a comment; empty for neither."""
+    if not recipe and not caption:
+        return ""
+    document: dict[str, Any] = {"dit_video": recipe}
+    if caption != recipe.get("prompt", ""):
+        document["caption"] = caption
+    return json.dumps(document, ensure_ascii=True, separators=(",", ":"))
 
 
 def add_png_comment(content: bytes, text: str) -> bytes:
@@ -62,29 +66,31 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise MissingError(f"no such file: {path}")
-    try:
-        text = _read_comment(path)
-    except struct.error as error:
-        raise DecodeError(f"{path} is no video or image ({error})") from error
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError:
-        return {}
-    return document["dit_video"] if isinstance(document, dict) and "dit_video" in document else {}
-
-
-def _read_comment(path: Path) -> str:
-    content = path.read_bytes() if path.suffix.lower() in _IMAGE_SUFFIXES else b""
-    if content.startswith(_PNG_SIGNATURE):
-        return _find_png_comment(content)
-    if content.startswith(b"GIF"):
-        return _find_gif_comment(content)
-    if content.startswith(b"RIFF"):
-        return find_webp_comment(content)
-    if content.startswith(b"\xff\xd8"):
-        return _find_jpeg_comment(content)
     with Video(path) as video:
-        return {name.lower(): text for name, text in video.metadata.items()}.get(KEY, "")
+        return _read_document(video).get("dit_video", {})
+
+
+def read_caption(video: Video) -> str:
+    """Return the caption of the clip in an open file, or the prompt of its recipe; empty if the file has neither."""
+    document = _read_document(video)
+    caption = document.get("caption", document.get("dit_video", {}).get("prompt", ""))
+    return caption if isinstance(caption, str) else ""
+
+
+def _read_document(video: Video) -> dict[str, Any]:
+    """Return the JSON values of `format_comment`; empty if there are none, or the comment is another program's."""
+    try:
+        document = json.loads(_find_comment(video))
+    except (ValueError, RecursionError, struct.error):
+        return {}
+    return document if isinstance(document, dict) and isinstance(document.get("dit_video"), dict) else {}
+
+
+def _find_comment(video: Video) -> str:
+    for start, signature, find in _FINDERS:
+        if video.head[start:].startswith(signature):
+            return find(video.read_content())
+    return {name.lower(): text for name, text in video.metadata.items()}.get(KEY, "")
 
 
 def _find_png_comment(content: bytes) -> str:
@@ -118,3 +124,12 @@ def _find_jpeg_comment(content: bytes) -> str:
         data += content[start + 4 : start + 2 + length]
         start += 2 + length
     return data.decode("latin-1")
+
+
+_FINDERS: tuple[tuple[int, bytes, Callable[[bytes], str]], ...] = (
+    (0, _PNG_SIGNATURE, _find_png_comment),
+    (0, b"GIF", _find_gif_comment),
+    (8, b"WEBP", find_webp_comment),
+    (0, b"\xff\xd8", _find_jpeg_comment),
+)
+"""Positions and bytes with which files of images begin, and what finds their comments."""

@@ -13,6 +13,7 @@ import numpy as np
 from dit_video.core.errors import DecodeError, UserError
 from dit_video.core.grid import Grid
 from dit_video.video.clip import Clip
+from dit_video.video.comments import read_caption
 from dit_video.video.reader import TOLERANCE, TimedFrame, Video, get_frame_format, make_filter_graph, wrap_decode_errors
 from dit_video.video.to_rgb import RgbConverter, compute_display_size, get_transfer, make_resize_error
 
@@ -53,7 +54,7 @@ def decode(
     Rotation and flips, pixel aspect ratio, colour matrix and range are read from the file, as ffmpeg does; values that
     are missing are guessed as players do. Transparent pixels are blended over black. Interlaced frames are
     deinterlaced, one picture per frame. HDR (PQ, HLG) is mapped to standard dynamic range: diffuse white becomes 255,
-    and highlights are clipped.
+    and highlights are clipped. The caption is that of the clip that was saved; empty in files of other programs.
 
     Args:
       source: A file, or its bytes.
@@ -86,14 +87,14 @@ def decode(
                     f"a clip of {video.name} would exceed {MAX_BYTES >> 30} GiB of frames; use fewer frames, a lower "
                     "fps or a smaller size"
                 )
-        rate = video.get_rate(len(pictures))
+        rate, caption = video.get_rate(len(pictures)), read_caption(video)
     if not pictures:
         raise _make_no_frames_error(video.name, start)
     if count is not None and len(pictures) < count:
         raise UserError(
             f"{video.name} has {len(pictures)} frames from {start:g} s on, but {count} were requested; use fewer"
         )
-    return Clip(frames=np.stack(pictures), fps=float(rate if fps is None else fps))
+    return Clip(frames=np.stack(pictures), fps=float(rate if fps is None else fps), caption=caption)
 
 
 def probe(

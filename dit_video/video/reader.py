@@ -141,7 +141,8 @@ class Video(contextlib.AbstractContextManager["Video"]):
         file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb", buffering=0)
         file.name = ""
         self._resources.callback(file.close)
-        self._head = file.read(21)
+        self.head = file.read(21)
+        """First bytes of the file."""
         self._length = file.seek(0, 2)
         if self.guard is not None:
             self.guard.limit_opening(self._length)
@@ -194,7 +195,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         context = stream.codec_context
         self.metadata: dict[str, str] = {_replace_bad(k): _replace_bad(v) for k, v in container.metadata.items()}
         """Tags of the file; bytes that are not UTF-8 are replaced by U+FFFD."""
-        heif_kind = find_heif_kind(self._head)
+        heif_kind = find_heif_kind(self.head)
         self.codec: str = heif_kind or context.name.removesuffix("_anim")  # of animated WebP, since ffmpeg 8.1
         self.claimed_seconds: float = (container.duration or 0) / av.time_base
         """Duration that the header claims, in seconds; 0 if it claims none."""
@@ -202,9 +203,9 @@ class Video(contextlib.AbstractContextManager["Video"]):
         self._pictures: Iterable[av.VideoFrame] | None = None
         # Pillow would leave HDR as it is.
         if heif_kind and (len(streams) > 1 or int(context.color_trc) not in TRANSFERS):
-            self._pictures = (read_heif(self._read_content(), self.name),)
-        elif is_animated_webp(self._head):
-            self._pictures = animation = AnimatedWebp(self._read_content())
+            self._pictures = (read_heif(self.read_content(), self.name),)
+        elif is_animated_webp(self.head):
+            self._pictures = animation = AnimatedWebp(self.read_content())
             check_size(animation.height, animation.width, self.name)
             self.claimed_seconds, pixels = sum(animation.durations), animation.height * animation.width
         if stream.metadata.get("alpha_mode") == "1" and self.codec in _ALPHA_DECODERS:
@@ -230,7 +231,8 @@ class Video(contextlib.AbstractContextManager["Video"]):
             total_pixels = int(pixels * max(1.0, self.claimed_seconds * self._rate))
             self.guard.limit_reading(self._length, pixels, total_pixels)
 
-    def _read_content(self) -> bytes:
+    def read_content(self) -> bytes:
+        """Return the bytes of the file."""
         return self._source if isinstance(self._source, bytes) else self._source.read_bytes()
 
     @property

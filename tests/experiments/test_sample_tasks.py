@@ -16,6 +16,8 @@ from support.tiny_wan import write_wan
 SAMPLE = "experiments/sample.py"
 FRAMES = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
 
+MASK_RULE = "--mask='a.png' is invalid: no mask has this name, as it could mean what is kept or what is generated"
+
 
 @pytest.fixture
 def clip(tmp_path):
@@ -77,7 +79,8 @@ def test_the_options_of_a_task_are_the_fields_of_its_class(script, name):
         (("interpolate", "--out", "out"), "--clip PATH"),
         (("extend", "--clip", "clip.apng", "--frames", "0", "--out", "out"), "frames=0 is invalid"),
         (("extend", "--clip", "none.mp4", "--frames", "4", "--out", "out"), "no such video or image file: none.mp4"),
-        (("inpaint", "--clip", "clip.apng", "--mask", "a.png", "--out", "out"), "--mask"),
+        (("inpaint", "--clip", "clip.apng", "--mask", "a.png", "--out", "out"), MASK_RULE),
+        (("--prompt", "a", "--video", "clip.apng", "--mask=a.png", "--out", "out.gif"), MASK_RULE),
         (("outpaint", "--clip", "clip.apng", "--size", "9x32x32", "--out", "out"), "must be HEIGHTxWIDTH"),
         (("--prompt", "x", "--clip", "clip.apng", "--out", "x.gif"), "--clip"),
         (("vary", "--clip", "clip.apng", "--out", "x.xyz"), "--out x.xyz has no known suffix"),
@@ -110,6 +113,7 @@ def test_lists_of_tasks_are_read_with_their_files(tmp_path, clip):
     assert isinstance(interpolate, Interpolate)
     assert interpolate.known_frames == [0, 1, 3, 6, 7]
     assert (generate.size, len(generate.conditions)) == ((5, 16, 16), 1)
+    assert read_task({"task": "generate", "conditions": []}, tmp_path).task.conditions == ()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,9 @@ def test_lists_of_tasks_are_read_with_their_files(tmp_path, clip):
         ({"task": "extend", "clip": "clip.apng", "frames": 4, "seed": "a"}, "seed='a' is invalid"),
         ({"task": "extend", "clip": "clip.apng", "frames": "4"}, "frames='4' is invalid: it must be a whole number"),
         ({"task": "extend", "clip": 4, "frames": 4}, "clip=4 is invalid: it must be the name of a file"),
-        ({"task": "loop", "size": [8, 16]}, r"size=\[8, 16\] is invalid: it must be a list of frames, height and"),
+        ({"task": "vary", "clip": "clip.apng", "strength": True}, "strength=True is invalid: it must be a number"),
+        ({"task": "generate", "prompt": 4}, "prompt=4 is invalid: it must be a text"),
+        ({"task": "loop", "size": [8, 16]}, r"size=\[8, 16\] is invalid: it must be frames, height and"),
         (
             {"task": "inpaint", "clip": "clip.apng", "mask": "m.png"},
             "mask='m.png' is invalid: .* Use generated, white where pixels are generated",

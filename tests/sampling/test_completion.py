@@ -102,7 +102,7 @@ def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
             "control of a request .* image, last_",
         ),
         ("knowing", {"generated": np.ones(5, bool)}, "video=None is invalid with generated"),
-        ("knowing", {"video": dit_video.Clip(IMAGES, 16), "generated": np.zeros(2, bool)}, "the lengths must be equal"),
+        ("knowing", {"video": dit_video.Clip(IMAGES, 16), "generated": np.ones(2, bool)}, "the lengths must be equal"),
         ("knowing", {"video": dit_video.Clip(IMAGES, 16)}, "say what of it changes. Use generated=, or strength="),
         ("knowing", {"strength": 0.5}, "strength=0.5 is invalid: it is that of a video"),
         ("knowing", {"last_image": IMAGES[0], "method": "trained"}, "method='trained' is invalid"),

@@ -38,7 +38,19 @@ def test_gray_images_have_equal_colours():
         np.testing.assert_array_equal(to_image("image", value).frames, gray)
 
 
-@pytest.mark.parametrize("value", [Clip(FRAMES, 8), FRAMES, jnp.asarray(FRAMES), FRAMES / 255])
+@pytest.mark.parametrize(
+    "value",
+    [
+        Clip(FRAMES, 8),
+        FRAMES,
+        jnp.asarray(FRAMES),
+        FRAMES / 255,
+        list(FRAMES),
+        tuple(FRAMES / 255),
+        [Image.fromarray(frame) for frame in FRAMES],
+        [Clip(frame[None], 8) for frame in FRAMES],
+    ],
+)
 def test_a_video_has_many_forms(value):
     np.testing.assert_array_equal(to_clip("video", value).frames, FRAMES)
     np.testing.assert_array_equal(to_image_or_clip("content", value).frames, FRAMES)
@@ -46,10 +58,12 @@ def test_a_video_has_many_forms(value):
 
 def test_files_are_named_by_strings_and_paths(tmp_path):
     Clip(PIXELS[None], 1).save(tmp_path / "image.png")
-    Clip(FRAMES, 8).save(tmp_path / "clip.apng")
+    Clip(FRAMES, 8, "a dot").save(tmp_path / "clip.apng")
     np.testing.assert_array_equal(to_image("image", str(tmp_path / "image.png")).frames, PIXELS[None])
     np.testing.assert_array_equal(to_image("image", tmp_path / "clip.apng").frames, FRAMES[:1])
     np.testing.assert_array_equal(to_clip("video", tmp_path / "clip.apng").frames, FRAMES)
+    captions = [convert("content", tmp_path / "clip.apng").caption for convert in (to_image, to_clip, to_image_or_clip)]
+    assert captions == ["a dot"] * 3
     with pytest.raises(MissingError, match=r"photo\.png"):
         to_image("image", "photo.png")
 
@@ -65,6 +79,15 @@ def test_a_mask_is_boolean_or_white_where_it_is_true(mask, tmp_path):
     np.testing.assert_array_equal(to_mask("generated", str(tmp_path / "mask.apng")), mask)
     if mask.ndim == 2:
         np.testing.assert_array_equal(to_mask("generated", Image.fromarray(white)), mask)
+
+
+def test_a_picture_of_a_mask_whose_labels_are_below_white_is_refused(tmp_path):
+    pixels = np.repeat(PIXELS[..., :1] % 3, 3, axis=-1)
+    Clip(pixels[None], 1).save(tmp_path / "mask.png")
+    for value in (Image.fromarray(pixels), tmp_path / "mask.png"):
+        with pytest.raises(UserError, match=r"x is invalid: .* brightest pixel is 2\. Use .* pixels > 0"):
+            to_mask("x", value)
+    assert not to_mask("x", Image.new("L", (4, 4))).any()
 
 
 TRANSPARENT = OPAQUE.copy()
@@ -87,8 +110,17 @@ TRANSPARENT[0, 0, 3] = 0
         (to_image, Image.fromarray(np.zeros((2, 2), np.int32)), "of mode I is invalid"),
         (to_image, [PIXELS], "a list is no picture. Use a clip, an array"),
         (to_image, 3, "a int is no picture"),
-        (to_clip, PIXELS, r"a video is \[T H W 3\]\. Use image\[None\]"),
-        (to_clip, [Image.fromarray(PIXELS)] * 3, r"a list is no picture"),
+        (to_clip, PIXELS, r"a video is \[T H W 3\]\. Use x\[None\]"),
+        (to_clip, FRAMES[None], r"of shape \[1, 5, 8, 12, 3\] .* Use x\[0\]"),
+        (to_clip, FRAMES[..., 0], r"of shape \[5, 8, 12\] .* Use np\.repeat\(x\[\.\.\., None\], 3, axis=-1\)"),
+        (to_clip, FRAMES[..., :1], r"RGB\. Use np\.repeat\(pixels, 3, axis=-1\)"),
+        (to_clip, FRAMES.transpose(3, 0, 1, 2), r"RGB\. Use np\.moveaxis\(pixels, 0, -1\)"),
+        (to_clip, FRAMES.transpose(0, 3, 1, 2), r"RGB\. Use np\.moveaxis\(pixels, -3, -1\)"),
+        (to_clip, Image.fromarray(PIXELS), r"an image is no video\. Use \[image\]"),
+        (to_clip, [PIXELS, PIXELS[:4]], "sizes 4x12, 8x12. Use frames of one size"),
+        (to_clip, [PIXELS, 3], "a int is no picture"),
+        (to_clip, [], "a list is no picture"),
+        (to_mask, Image.fromarray(TRANSPARENT), "parts of it are transparent"),
         (to_mask, FRAMES[..., 0], r"x of uint8 \[5, 8, 12\] is invalid: it must be boolean, .* Use x > 127"),
         (to_mask, FRAMES > 127, r"x of bool \[5, 8, 12, 3\] is invalid"),
     ],

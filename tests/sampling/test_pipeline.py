@@ -24,12 +24,14 @@ from dit_video.models.autoencoders import CausalVaeConfig
 from dit_video.sampling import sampler
 from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.request import Condition
 from dit_video.tokens import Grid
 from dit_video.weights import load as load_weights
 from support.latents import generate_latents
 
 PROMPT = "a red circle moving left"
 SMALL = (5, 16, 16)
+BLACK = np.zeros((5, 16, 16, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +197,20 @@ def test_a_list_of_prompts_gives_a_list_of_clips(pipeline):
         pipeline.generate(PROMPT, image=[image, image])
 
 
+@pytest.mark.filterwarnings("ignore:this model was not trained")
+def test_a_list_of_frames_is_the_video_of_a_prompt_and_a_list_of_prompts_has_one_for_each(pipeline):
+    frames, options = list(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)), {"size": SMALL}
+    options |= {"strength": 1.0, "generated": np.arange(5) > 0}
+    alone = pipeline.generate(PROMPT, video=frames, **options)
+    assert alone.recipe["pictures"] == pipeline.generate(PROMPT, video=np.stack(frames), **options).recipe["pictures"]
+    for clip in pipeline.generate([PROMPT, PROMPT], video=[frames, frames], **options):
+        assert clip.recipe == alone.recipe
+    with pytest.raises(UserError, match=r"video of 5 values is invalid: .* has 2"):
+        pipeline.generate([PROMPT, PROMPT], video=frames, **options)
+
+
 @pytest.mark.wrong_types
-@pytest.mark.parametrize("prompt", [5, None, b"a red circle", True, ["a", 5], {"prompt": "a"}])
+@pytest.mark.parametrize("prompt", [5, None, b"a red circle", True, ["a", 5], np.array(["a"])])
 def test_what_is_no_text_is_no_prompt(pipeline, prompt):
     with pytest.raises(TypeError, match=r"prompt=.* is invalid: it must be a text, or a list of them"):
         pipeline.generate(prompt, size=SMALL)
@@ -266,7 +280,18 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
         ({"guidance": "3"}, "guidance scales={'text': '3'} are invalid: each must be a finite number"),
         ({"guidance": {"text": 3.0, "motion": 2.0}}, "guidance of motion is invalid: the model has .* but text. Use"),
         ({"steps": True}, "steps=True is invalid: it must be a whole number"),
-        ({"video": [1]}, "video is invalid: a list is no picture"),
+        ({"video": [1]}, "video is invalid: a int is no picture"),
+        ({"video": BLACK, "generated": np.zeros((16, 16), bool)}, "generated is invalid: no pixel .* Use True where"),
+        ({"video": BLACK, "strength": "1"}, "strength='1' is invalid: it must be a number. Use strength=1"),
+        ({"video": BLACK, "strength": True}, "strength=True is invalid: it must be a number"),
+        ({"negative": 3}, "negative=3 is invalid: it must be a text"),
+        ({"resample": "2"}, "resample='2' is invalid: it must be a whole number"),
+        ({"conditions": [BLACK]}, r"conditions is invalid: .* Use \[Condition\(content=image"),
+        ({"conditions": Condition(content=BLACK)}, r"conditions is invalid: .* Use \[Condition\(content=image"),
+        ({"reference_images": BLACK[0]}, r"reference_images is invalid: .* Use \[image\]"),
+        ({"strengths": [1]}, r"strengths=\[1\] is invalid: it must be a mapping of names"),
+        ({"conditioning": 3}, "conditioning=3 is invalid: it must be a mapping of names"),
+        ({"sampling": {"steps": 2}}, r"sampling={'steps': 2} is invalid: it must be a Sampling. Use steps="),
         ({"seed": -1}, "is invalid: a seed is a whole number from 0 to 4294967295"),
         ({"seed": 2**32}, "is invalid: a seed is a whole number from 0 to 4294967295"),
         ({"guidance": -1.0}, "guidance scales={'text': -1.0} are invalid"),

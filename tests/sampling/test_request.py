@@ -67,7 +67,15 @@ def test_pictures_are_those_that_a_request_has():
         request.check_pictures(("conditions",))
 
 
-@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5, float("nan")])
-def test_a_strength_outside_of_its_range_is_refused(strength):
-    with pytest.raises(UserError, match=r"strength=.* above 0 and at most 1"):
-        Condition(content=np.zeros((4, 6, 3), np.uint8), strength=strength)
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        *(({"strength": value}, r"strength=.* above 0 and at most 1") for value in (0.0, -1.0, 1.5, float("nan"))),
+        ({"strength": "1"}, "strength='1' is invalid: it must be a number"),
+        ({"frame": 1.5}, "frame=1.5 is invalid: it must be a whole number"),
+    ],
+)
+def test_values_of_a_condition_that_do_not_fit_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        Condition(content=np.zeros((4, 6, 3), np.uint8), **values)

@@ -77,6 +77,7 @@ def test_times_are_taken_as_they_are_and_set_the_number_of_steps():
     times = sampling.make_times(FLOW)
     np.testing.assert_allclose(times.times, [1, 0.757, 0.522, 0], atol=1e-6)
     np.testing.assert_array_equal(times.model_times, times.times)
+    assert Sampling().change(FLOW, times=np.array([1, 0.5])) == Sampling().change(FLOW, times=[1, 0.5])
 
 
 def test_times_are_shifted_by_an_explicit_shift_alone():
@@ -95,6 +96,9 @@ def test_times_are_shifted_by_an_explicit_shift_alone():
         ({"times": (0.5, 0.5)}, r"times=\(0.5, 0.5\) is invalid: steps start at times that fall"),
         ({"times": (0.5, 0.8)}, r"times=\(0.5, 0.8\) is invalid"),
         ({"times": (1.0, 0.0)}, r"times=\(1.0, 0.0\) is invalid: .* in \(0, 1\]"),
+        ({"times": 0.5}, r"times=0\.5 is invalid: it must be a list of numbers\. Use \[1, 0\.75, 0\.5\]"),
+        ({"times": ["1"]}, r"times=\['1'\] is invalid: it must be a list of numbers"),
+        ({"shift": "3"}, r"shift='3' is invalid: it must be a number\. Use shift=1"),
         ({"times": (1000, 750)}, r"times=\(1000, 750\) is invalid: .* divided by 1000"),
         ({"times": (1.0, 0.5), "steps": 3}, r"steps=3 is invalid: times are of 2 steps"),
         ({"steps": 2.5}, r"steps=2.5 is invalid: it must be a whole number"),

@@ -20,7 +20,7 @@ def write_sample_folder(folder, prompts, *, shade=128, frames=8, images=()):
         for frame in range(count):
             pixels[frame, 8:20, 2 + 3 * frame : 14 + 3 * frame] = (250, 30 * (number % 8), 60)
         name = f"{number:03d}-sample.{'png' if count == 1 else 'mp4'}"
-        Clip(frames=pixels, fps=16.0, recipe={"weights": SECRET}).save(folder / name)
+        Clip(pixels, 16.0, prompt, {"weights": SECRET}).save(folder / name)
         entries.append({"file": name, "prompt": prompt, "frames": count, "height": 32, "width": 48, "seed": number})
     (folder / "prompts.json").write_text(json.dumps(entries))
     return folder

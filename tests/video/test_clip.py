@@ -78,13 +78,14 @@ def test_a_clip_whose_frames_can_be_written_to_has_no_hash():
         hash(Clip(noise, fps=2))
 
 
-@pytest.mark.parametrize("frames", [noise[0], noise[:0], noise[..., :2], noise.astype(np.float32)])
+@pytest.mark.parametrize("frames", [noise[0], noise[:0], noise[..., :2], noise.astype(np.float32), list(noise)])
 def test_a_clip_refuses_arrays_that_are_no_frames(frames):
     with pytest.raises(Exception, match=r"(?s)frames"):  # UserError, or the annotation's own check under pytest
         Clip(frames, fps=8)
 
 
-@pytest.mark.parametrize("fps", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("fps", [0.0, -1.0, float("nan"), float("inf"), None, "8"])
 def test_a_clip_refuses_an_impossible_rate(fps):
     with pytest.raises(UserError, match="positive"):
         Clip(noise, fps=fps)

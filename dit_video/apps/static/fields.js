@@ -105,20 +105,22 @@ class TextField extends Field {
 }
 
 /** Return what is wrong with the text of a number, or "". */
-function checkNumber(text, { title, min = null, max = null, is_whole: isWhole }) {
+function checkNumber(text, { title, min = null, above = null, max = null, is_whole: isWhole }) {
   const number = Number(text);
   if (text.trim() === "" || !Number.isFinite(number)) return `${title} must be a number.`;
   if (isWhole && !Number.isInteger(number)) return `${title} must be a whole number.`;
   if ((min !== null && number < min) || (max !== null && number > max)) {
     return `${title} must be ${max === null ? `at least ${min}` : min === null ? `at most ${max}` : `between ${min} and ${max}`}.`;
   }
+  if (above !== null && number <= above) return `${title} must be above ${above}.`;
   return "";
 }
 
 class NumberField extends Field {
   constructor(description) {
     super(description);
-    const { min, max, step, default: preset } = description;
+    const { above = null, max, step, default: preset } = description;
+    const min = description.min ?? (above === null ? null : above + step); // of arrows and the slider
     const limits = { min: min ?? "", max: max ?? "", step: step ?? (description.is_whole ? 1 : "any") };
     const control = make("input", { type: "number", inputMode: description.is_whole ? "numeric" : "decimal", ...limits });
     if (preset === null) control.placeholder = "automatic";

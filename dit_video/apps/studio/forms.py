@@ -10,6 +10,7 @@ import binascii
 import inspect
 import io
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -18,10 +19,11 @@ import numpy as np
 from jaxtyping import Bool
 
 from dit_video.core.errors import UserError
+from dit_video.core.registry import load_entry_points
 from dit_video.diffusion import SOLVERS, TEXT
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.tasks import TASKS, Task
-from dit_video.sampling.tasks.fields import TaskField, list_fields
+from dit_video.sampling.tasks.fields import TaskField, list_fields, list_required
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -128,23 +130,31 @@ class NumberField(FormField):
 
     kind = "number"
     minimum: float | int | None = None
+    above: float | int | None = None
+    """Number that it must exceed, where there is no minimum."""
     maximum: float | int | None = None
     step: float | int | None = None
     """Distance of the numbers that the page's arrows lead to."""
     is_whole: bool = False
 
     def _describe_kind(self) -> dict[str, Any]:
-        return {"min": self.minimum, "max": self.maximum, "step": self.step, "is_whole": self.is_whole}
+        limits = {"min": self.minimum, "above": self.above, "max": self.maximum}
+        return limits | {"step": self.step, "is_whole": self.is_whole}
 
     def _parse_answer(self, answer: Any, media: MediaSource) -> float | int:
         if isinstance(answer, bool) or not isinstance(answer, int | float) or not math.isfinite(answer):
             raise self._refuse("it must be a number")
         if self.is_whole and answer != int(answer):
             raise self._refuse(f"{answer} is not a whole number. Use {math.floor(answer)} or {math.ceil(answer)}")
-        low, high = self.minimum, self.maximum
-        if (low is not None and answer < low) or (high is not None and answer > high):
-            limits = [f"at least {low}" if low is not None else "", f"at most {high}" if high is not None else ""]
-            raise self._refuse(f"{answer} is out of range. Use {' and '.join(filter(None, limits))}")
+        rules = [
+            ("at least", self.minimum, operator.ge),
+            ("more than", self.above, operator.gt),
+            ("at most", self.maximum, operator.le),
+        ]
+        given = [(words, limit, is_within) for words, limit, is_within in rules if limit is not None]
+        if not all(is_within(answer, limit) for _, limit, is_within in given):
+            limits = " and ".join(f"{words} {limit}" for words, limit, _ in given)
+            raise self._refuse(f"{answer} is out of range. Use {limits}")
         return int(answer) if self.is_whole else float(answer)
 
 
@@ -289,8 +299,6 @@ _TAB_TITLES = {"described_edit": ("Edit by description", "A clip that changes by
 """Titles and sentences of tasks whose names or docstrings say too little."""
 _REQUIRED = frozenset({"image", "last_image", "size"})
 """Fields that are required where they are shown, though the task can do without."""
-_UNCONDITIONAL = ("text_to_video", "edit", "described_edit", "vary")
-"""Tabs of tasks that keep no pixels."""
 _TRAINING_FREE = (
     "This model was not trained with known frames. They are kept by replacing their latents in every step "
     "(training-free), which follows them less smoothly than a model that was trained for it."
@@ -309,6 +317,11 @@ class Tab:
     fields: tuple[FormField, ...]
     note: str = ""
     """Sentence about what this model does differently; empty for none."""
+
+    @property
+    def has_known_pixels(self) -> bool:
+        """Return whether the task keeps pixels of the form's clips or images."""
+        return TASKS[self.task_name].is_completion and any(field.kind in ("clip", "image") for field in self.fields)
 
     def describe(self) -> dict[str, Any]:
         """Return the description that the page makes the tab of, as JSON values."""
@@ -343,8 +356,12 @@ def parse_answers(form: Sequence[FormField], answers: Any, media: MediaSource) -
 
 
 def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
-    """Return the tabs for a model: several of generation, and one for every other task."""
-    tabs = []
+    """Return the tabs for a model: several of generation, and one for every other task.
+
+    A task with a required field that no form has an input for has no tab.
+    """
+    load_entry_points()
+    tabs: list[Tab] = []
     for name, (title, names) in _PICTURE_TABS.items():
         form = make_form("generate", config, names=names)
         tabs.append(Tab(name=name, title=title, help=_TAB_HELP[name], task_name="generate", fields=form))
@@ -352,9 +369,12 @@ def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
         if name != "generate":
             own_title, first_line = name.replace("_", " ").capitalize(), (inspect.getdoc(task) or "").partition("\n")[0]
             title, help = _TAB_TITLES.get(name, (own_title, first_line))
-            tabs.append(Tab(name=name, title=title, help=help, task_name=name, fields=make_form(name, config)))
-    note = _TRAINING_FREE if config.model.frame_conditioning is None and config.conditioner is None else ""
-    return tuple(tab if tab.name in _UNCONDITIONAL else replace(tab, note=note) for tab in tabs)
+            form = make_form(name, config)
+            if set(list_required(task)) <= {field.name for field in form}:
+                tabs.append(Tab(name=name, title=title, help=help, task_name=name, fields=form))
+    if config.model.frame_conditioning is not None or config.conditioner is not None:
+        return tuple(tabs)
+    return tuple(replace(tab, note=_TRAINING_FREE) if tab.has_known_pixels else tab for tab in tabs)
 
 
 def make_form(task_name: str, config: PipelineConfig, *, names: Sequence[str] = ()) -> tuple[FormField, ...]:
@@ -410,9 +430,9 @@ def _make_field(field: TaskField, default: Any, config: PipelineConfig, clip_nam
 
 def _make_number_field(field: TaskField, shared: Mapping[str, Any], default: float | None) -> NumberField:
     limits, is_whole = field.limits, field.kind == "whole"
-    least = limits.suggest() if limits.above is not None else limits.minimum
     most = _MAX_WHOLE if is_whole and limits.maximum is None else limits.maximum
-    return NumberField(**shared, default=default, is_whole=is_whole, minimum=least, maximum=most, step=limits.step)
+    bounds: dict[str, Any] = {"minimum": limits.minimum, "above": limits.above, "maximum": most, "step": limits.step}
+    return NumberField(**shared, default=default, is_whole=is_whole, **bounds)
 
 
 def _make_size_field(shared: Mapping[str, Any], default: Grid | tuple[int, int], config: PipelineConfig) -> SizeField:

@@ -107,7 +107,8 @@ def parse_submission(
     answers = {"values": body.get("values") or {}, "sampling": body.get("sampling") or {}}
     values = tab.parse(answers["values"], media)
     sampling = parse_answers(sampling_form, answers["sampling"], media)
-    values.setdefault("prompt", _get_caption(values))
+    if "prompt" in {field.name for field in tab.fields}:
+        values.setdefault("prompt", _get_caption(values))
     shared: dict[str, Any] = {"tab": tab, "sampling": sampling, "answers": answers}
     try:
         try:
@@ -155,7 +156,7 @@ def format_python(submission: Submission, model: str, seed: int, adapters: Mappi
 def format_command(submission: Submission, model: str, seed: int, adapters: Mapping[str, AdapterFile]) -> str | None:
     """Return the command that makes the clip of a seed, which reads the inputs from the working folder.
 
-    It is None for tasks of other packages, which the command does not know.
+    It is None for tasks of other packages, which the command knows only if they are installed.
 
     Args:
       submission: The job.

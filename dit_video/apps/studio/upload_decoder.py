@@ -17,6 +17,7 @@ from PIL import Image
 from dit_video.apps.studio.uploads import ClipFit, limit_side
 from dit_video.core.errors import UserError
 from dit_video.core.resize import compute_covering_size, resize_and_crop
+from dit_video.video.comments import read_caption
 from dit_video.video.decode import deinterlace, sample_frames
 from dit_video.video.reader import Video
 from dit_video.video.to_rgb import RgbConverter, compute_display_size
@@ -77,11 +78,12 @@ def decode_upload(path: Path, out: Path, kind: str, fit: ClipFit) -> dict[str, A
     with Video(path) as video:
         convert = RgbConverter(video.name, video.sample_aspect, covering, profile=video.profile)
         timed = sample_frames(deinterlace(video.read_frames(), video.name), 0.0, fps, limit)
-        frames = np.stack([convert(each.frame, each.time) for each in timed])
-        is_image = len(frames) == 1
+        frames, caption = np.stack([convert(each.frame, each.time) for each in timed]), read_caption(video)
+    is_image = len(frames) == 1
     frames = resize_and_crop(frames[: fit.round_length(len(frames))], *plane)
     np.save(out, frames)
-    return {"height": height, "width": width, "fps": None if is_image else native_fps, "frames": len(frames)}
+    fps = None if is_image else native_fps
+    return {"height": height, "width": width, "fps": fps, "frames": len(frames), "caption": caption}
 
 
 def _check_signature(path: Path) -> None:

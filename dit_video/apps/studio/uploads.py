@@ -213,7 +213,7 @@ class Uploads:
         self._drop_oldest()
         upload = make_id()
         fps = 1.0 if answer["fps"] is None else self.fit.fps
-        StoredClip.write(self.folder / upload, Clip(frames, fps=fps))
+        StoredClip.write(self.folder / upload, Clip(frames, fps=fps, caption=answer["caption"]))
         write_json(self.folder / upload / _INFO, {"name": name[:200], "kind": kind, **answer})
         return self.describe(upload)
 

@@ -107,7 +107,7 @@ def copy_sample(source: Path, target: Path) -> None:
       DecodeError: If the file is damaged.
     """
     if source.suffix.lower() == ".png":
-        replace(decode(source), recipe={}).save(target)
+        replace(decode(source), caption="").save(target)
         return
     # The version of the program that wrote a file would distinguish a sample from its degraded copy; files of
     # `Clip.save` have none. The index of an mp4 comes first, so that a browser plays it before all is loaded.

@@ -5,7 +5,7 @@ A class, given by its name or number, takes the place of the prompt; the empty p
 
 As in diffusers' pipeline, guidance acts on all latent channels and is 4 by default, and the learned variance comes from
 the conditional branch. diffusers' schedulers never read that variance. Here it is dropped only with a DDPM scheduler of
-fixed variance. It is used by `sampler="ddpm"` with any other scheduler, and by `learned_range`, which fails in
+fixed variance. It is used by `solver="ddpm"` with any other scheduler, and by `learned_range`, which fails in
 diffusers' pipeline. A model without a scheduler, such as the authors', is sampled by DDPM with 250 of its 1000 steps
 (DiT), or along its flow (SiT).
 """

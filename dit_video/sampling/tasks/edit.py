@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from dit_video.core.errors import UserError
 from dit_video.diffusion import Euler
-from dit_video.sampling.clip_recipe import describe_config, hash_pixels
+from dit_video.sampling.clip_recipe import hash_pixels, make_recipe
 from dit_video.sampling.edit_paths import EditPaths
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.progress import Callback, make_report
@@ -23,6 +23,7 @@ _SHARE = Limits(above=0, maximum=1, step=0.05)
 class Edit(Task):
     """A clip that is changed to fit a prompt: noise is added to it, and taken away with the prompt."""
 
+    is_completion = False
     clip: Annotated[Clip, Doc("Clip that is changed.")]
     prompt: Prompt = None
     _: KW_ONLY
@@ -49,6 +50,7 @@ class Vary(Edit):
 class DescribedEdit(Task):
     """A clip that changes by the difference of two descriptions: see `EditPaths`."""
 
+    is_completion = False
     clip: Annotated[Clip, Doc("Clip that is changed.")]
     prompt: Prompt = None
     _: KW_ONLY
@@ -74,12 +76,20 @@ class DescribedEdit(Task):
     def run(self, pipeline: TaskPipeline, options: Request, *, sampling: Sampling, callback: Callback | None) -> Clip:
         """Return the edited clip."""
         own, prompt = pipeline.config.sampling, get_prompt(self.prompt, self.clip)
-        if sampling.solver not in (own.solver, Euler()) or options.resample > 1 or options.method == "trained":
-            rule = "its steps are Euler's, and it has no known pixels"
-            raise UserError(f"solver=, resample= or method= is invalid with source=: {rule}. Leave it out")
+        refused = {
+            "solver": sampling.solver not in (own.solver, Euler()),
+            "method": options.method != "auto",
+            "resample": options.resample > 1,
+        }
+        if given := [f"{name}=" for name, is_given in refused.items() if is_given]:
+            rule = "its steps are Euler's, and replace no known pixels"
+            raise UserError(f"{', '.join(given)} is invalid with source=: {rule}. Leave it out")
         request = add_options(Request(prompt, get_size(self.clip)), options)
         source_sampling = replace(sampling, guidance=make_guidance(self.source_guidance, base=own.guidance))
         target = pipeline.make_stepper(request, sampling=sampling)
+        if "training_free" in target.plan.method:
+            rule = "its steps replace no known pixels, and this model was not trained for these alone"
+            raise UserError(f"conditions= is invalid with source=: {rule}. Leave it out")
         source = pipeline.make_stepper(replace(request, prompt=self.source), sampling=source_sampling)
         paths, latents = EditPaths(source, target), pipeline.codec.encode(self.clip)
         decode = functools.partial(pipeline.codec.decode, fps=self.clip.fps, caption=prompt, seed=request.seed)
@@ -89,15 +99,6 @@ class DescribedEdit(Task):
             edited = paths.edit_by_flow(latents, **values, monitor=monitor)
         else:
             edited = paths.edit_by_inversion(latents, strength=self.strength, monitor=monitor)
-        decoded = decode(edited)
-        recipe = {
-            "prompt": prompt,
-            "size": list(request.grid),
-            "seed": request.seed,
-            "pictures": {"clip": hash_pixels(self.clip.frames)},
-            "sampling": describe_config(target.sampling),
-            "model": pipeline.config.provenance,
-        }
-        if request.negative is not None:
-            recipe["negative"] = request.negative
-        return replace(decoded, recipe=recipe)
+        recipe = make_recipe(pipeline.config, request, target.plan, target.sampling)
+        pictures = {**recipe.get("pictures", {}), "clip": hash_pixels(self.clip.frames)}
+        return replace(decode(edited), recipe=recipe | {"pictures": pictures})

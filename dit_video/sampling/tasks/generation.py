@@ -25,7 +25,7 @@ from dit_video.sampling.tasks.task import Task
 from dit_video.video import Clip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generate(Task):
     """A clip from a prompt, perhaps with parts that are known."""
 

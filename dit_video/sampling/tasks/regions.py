@@ -18,7 +18,7 @@ from dit_video.sampling.tasks.task import Prompt, Task, TaskPipeline, get_prompt
 from dit_video.video import Clip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inpaint(Task):
     """A clip with a region that is filled in."""
 
@@ -34,8 +34,6 @@ class Inpaint(Task):
 
     def make_request(self, config: PipelineConfig) -> Request:
         """Return the request that keeps all of the clip but the region."""
-        if not self.generated.any():
-            raise UserError("generated is invalid: no pixel is generated. Use True where pixels are generated")
         prompt = get_prompt(self.prompt, self.clip)
         return Request(prompt, get_size(self.clip), video=self.clip, generated=self.generated)
 

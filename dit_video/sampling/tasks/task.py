@@ -1,14 +1,14 @@
 """The interface of tasks: what is generated from what."""
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
-from dit_video.core.errors import UserError, check_whole
+from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.sampling.clip_recipe import hash_pixels
 from dit_video.sampling.edit_paths import LatentStepper
-from dit_video.sampling.pictures import to_clip, to_image, to_mask
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.preview import PreviewDecoder
 from dit_video.sampling.progress import Callback
@@ -43,7 +43,7 @@ class TaskPipeline(Protocol):
         """Return the denoiser and Euler's solver for the latents of a request."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """Base class of generation tasks, such as extension and inpainting: frozen dataclasses.
 
@@ -52,24 +52,15 @@ class Task:
     they have `make_request`, and perhaps `finish`. One of several passes has `run` instead.
 
     Raises:
-      UserError: If a picture is none, or a number is outside of its limits.
+      UserError: If a value is of another kind than its field, or a number is outside of its limits.
     """
 
+    is_completion: ClassVar[bool] = True
+    """Whether the result keeps pixels of the task's clips and images."""
+
     def __post_init__(self):
-        convert = {"clip": to_clip, "image": to_image, "mask": to_mask}
         for field in list_fields(type(self)):
-            value = getattr(self, field.name)
-            if value is None:
-                continue
-            if field.kind in convert:
-                object.__setattr__(self, field.name, convert[field.kind](field.name, value))
-            elif field.kind == "whole":
-                check_whole(**{field.name: value})
-                field.limits.check(field.name, value)
-            elif field.kind == "number":
-                field.limits.check(field.name, value)
-            elif field.kind == "choice" and value not in field.choices:
-                raise UserError(f"{field.name}={value!r} is invalid. Use {' or '.join(field.choices)}")
+            object.__setattr__(self, field.name, field.convert(getattr(self, field.name)))
 
     def make_request(self, config: PipelineConfig) -> Request | None:
         """Return the request of the clip; None for a task of several passes.
@@ -101,6 +92,20 @@ class Task:
     def suggest(cls, config: PipelineConfig) -> Mapping[str, Any]:
         """Return values that a form begins with for a model, of fields whose defaults do not depend on it."""
         return {}
+
+
+def list_tasks(tasks: Any) -> list[Task]:
+    """Return a task, or several, as a list.
+
+    Raises:
+      UserError: If one of them is no task, such as the class of one.
+    """
+    listed: list[Any] = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else [tasks]
+    for each in listed:
+        if not isinstance(each, Task):
+            shown, rule = textwrap.shorten(repr(each), 60, placeholder="…"), "it must be a task, or a list of tasks"
+            raise UserError(f"task={shown} is invalid: {rule}. Use Extend(clip, frames=8)")
+    return listed
 
 
 def add_options(request: Request, options: Request) -> Request:

@@ -1,19 +1,17 @@
 """Tasks in JSON files, with clips and masks in files beside them."""
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
-from dit_video.sampling.pictures import to_mask
+from dit_video.core.registry import load_entry_points
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import check_mask_key, read_pictures
 from dit_video.sampling.tasks import TASKS, Task
-from dit_video.sampling.tasks.fields import FieldKind, TaskField, list_fields
-from dit_video.video import Clip, decode, read_recipe
+from dit_video.sampling.tasks.fields import TaskField, list_fields, list_required
 
 
 class TaskEntry(NamedTuple):
@@ -51,6 +49,7 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
       UserError: If the task or a field is unknown, a field is missing, or a value does not fit; `where` begins the
         message.
     """
+    load_entry_points()
     check_mask_key(values, where)
     name = values.get("task")
     if name not in TASKS:
@@ -60,58 +59,29 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
         if key not in fields and key not in ("task", "seed"):
             closest = next(iter(difflib.get_close_matches(key, fields, n=1)), ", ".join(fields))
             raise UserError(f"{where}{key}={values[key]!r} is invalid: {name} has no such value. Use {closest}.")
-    required = [field.name for field in fields.values() if field.is_required]
+    required = list_required(TASKS[name])
+    if unknown := [key for key in required if key not in fields]:
+        rule = f"no file holds its required {unknown[0]}"
+        raise UserError(f"{where}task={name!r} is invalid: {rule}. Use Pipeline.run in Python.")
     if missing := [key for key in required if values.get(key) is None]:
         raise UserError(f"{where}{missing[0]} is missing: {name} needs {', '.join(required)}. Give it.")
     if type(seed := values.get("seed", 0)) is not int:
         raise UserError(f"{where}seed={seed!r} is invalid: it must be a whole number. Use 0.")
     given = {key: value for key, value in values.items() if key in fields and value is not None}
-    return TaskEntry(
-        TASKS[name](**{key: _read_value(fields[key], value, folder, where) for key, value in given.items()}),
-        Request("", seed=seed),
-    )
+    given = {key: _read_value(fields[key], value, folder, where) for key, value in given.items()}
+    try:
+        task = TASKS[name](**given)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from error
+    return TaskEntry(task, Request("", seed=seed))
 
 
 def _read_value(field: TaskField, value: Any, folder: Path, where: str) -> Any:
-    description, is_valid = _RULES[field.kind]
-    if not is_valid(value):
-        raise UserError(f"{where}{field.name}={value!r} is invalid: it must be {description}.")
-    match field.kind:
-        case "clip" | "image":
-            return _read_clip(folder / value, is_image=field.kind == "image")
-        case "mask":
-            return to_mask(field.name, folder / value)
-        case "conditions":
-            return read_pictures({"conditions": value}, folder)["conditions"]
-        case "size" | "plane" | "numbers":
-            return tuple(value)
-        case _:
-            return value
-
-
-def _has_numbers(value: Any, count: int | None = None) -> bool:
-    is_list = isinstance(value, list | tuple) and all(type(each) is int for each in value)
-    return is_list and count in (None, len(value))
-
-
-_FILE = ("the name of a file", lambda value: isinstance(value, str))
-_RULES: dict[FieldKind, tuple[str, Callable[[Any], bool]]] = {
-    "text": ("a text", lambda value: isinstance(value, str)),
-    "choice": ("a text", lambda value: isinstance(value, str)),
-    "whole": ("a whole number", lambda value: type(value) is int),
-    "number": ("a number", lambda value: type(value) in (int, float)),
-    "flag": ("true or false", lambda value: isinstance(value, bool)),
-    "clip": _FILE,
-    "image": _FILE,
-    "mask": _FILE,
-    "size": ("a list of frames, height and width", lambda value: _has_numbers(value, 3)),
-    "plane": ("a list of height and width", lambda value: _has_numbers(value, 2)),
-    "numbers": ("a list of whole numbers", _has_numbers),
-    "conditions": ("a list", lambda value: isinstance(value, list | tuple)),
-}
-"""What the JSON value of a field must be, and whether it is that."""
-
-
-def _read_clip(path: Path, *, is_image: bool) -> Clip:
-    # The caption of a sampled clip is its prompt, which is that of a task without one.
-    return replace(decode(path, frames=1 if is_image else None), caption=read_recipe(path).get("prompt", ""))
+    """Return a value as the task holds it, with its files read."""
+    if field.kind == "conditions":
+        return read_pictures({"conditions": value}, folder).get("conditions", ())
+    if field.kind in ("clip", "image", "mask"):
+        if not isinstance(value, str):
+            raise UserError(f"{where}{field.name}={value!r} is invalid: it must be the name of a file.")
+        return field.convert(folder / value)
+    return value

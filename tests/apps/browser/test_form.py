@@ -24,6 +24,7 @@ NEW_TAB = {
         describe("words", "Words", "text", "hello", lines=1),
         describe("amount", "Amount", "number", 0.5, min=0, max=1, step=0.1, is_whole=False),
         describe("other", "Other", "number", None, min=None, max=9, step=None, is_whole=True, required=False),
+        describe("share", "Share", "number", 0.5, min=None, above=0, max=1, step=0.1, is_whole=False),
         describe("way", "Way", "choice", 2, choices=WAYS),
         describe("back", "Backwards", "flag", True),
         describe("extent", "Extent", "size", SIZE, steps=STEPS, presets=[], axes=["frames", "width"], frames_offset=0),
@@ -59,6 +60,11 @@ def test_a_task_that_is_new_has_a_tab_with_all_its_fields(extended):
     extended.press_generate()
     assert extended.field("amount").locator(".error").inner_text() == "Amount must be between 0 and 1."
     extended.fill("amount", 0.7)
+    extended.fill("share", 0)
+    extended.press_generate()
+    assert extended.field("share").locator(".error").inner_text() == "Share must be above 0."
+    assert extended.field("share").locator("input[type=range]").get_attribute("min") == "0.1"
+    extended.fill("share", 0.05)
     assert extended.field("amount").locator("input[type=range]").input_value() == "0.7"
     extended.field("way").locator("select").select_option("one")
     extended.field("back").locator("input").uncheck()
@@ -71,6 +77,7 @@ def test_a_task_that_is_new_has_a_tab_with_all_its_fields(extended):
         "words": "hello",
         "amount": 0.7,
         "other": None,
+        "share": 0.05,
         "way": 1,
         "back": False,
         "extent": {"frames": 24, "height": 64, "width": 64},

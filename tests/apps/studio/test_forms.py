@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -20,6 +21,7 @@ from dit_video.apps.studio.forms import (
 from dit_video.core.errors import UserError
 from dit_video.sampling import tasks
 from dit_video.sampling.tasks import Doc, Extend, Inpaint, Limits, Prompt, Task
+from dit_video.sampling.tasks.task_file import read_task
 from dit_video.video import Clip
 from support.tiny_pipeline import make_config
 
@@ -91,6 +93,44 @@ def test_a_new_task_has_a_tab_without_a_line_in_the_studio(monkeypatch):
     assert (turns.help, turns.minimum, turns.is_whole) == ("Number of turns.", 2, True)
     values = tab.parse({"clip": ITEM, "turns": 5}, Media())
     assert tab.make_task(values) == Whirl(CLIP, turns=5)
+
+
+def test_a_task_has_exclusive_limits_and_no_tab_without_its_required_fields(monkeypatch):
+    @dataclass(frozen=True)
+    class Dim(Task):
+        """A clip that is dimmed."""
+
+        clip: Annotated[Clip, Doc("Clip.")]
+        share: Annotated[float, Doc("Share of the light."), Limits(above=0, maximum=1)] = 0.5
+
+    @dataclass(frozen=True)
+    class Score(Task):
+        """A clip with music."""
+
+        clip: Annotated[Clip, Doc("Clip.")]
+        music: Annotated[bytes, Doc("Music.")]
+
+    monkeypatch.setitem(tasks.TASKS, "dim", Dim)
+    monkeypatch.setitem(tasks.TASKS, "score", Score)
+    tabs = {tab.name: tab for tab in make_tabs(CONFIG)}
+    assert "score" not in tabs
+    share = tabs["dim"].fields[1].describe()
+    assert (share["min"], share["above"], share["max"]) == (None, 0, 1)
+    for value in (0.01, 0.5, 1):
+        assert tabs["dim"].make_task(tabs["dim"].parse({"clip": ITEM, "share": value}, Media())).share == value
+    for value in (0, 1.5):
+        with pytest.raises(FormError, match=f"{value} is out of range. Use more than 0 and at most 1"):
+            tabs["dim"].parse({"clip": ITEM, "share": value}, Media())
+    with pytest.raises(
+        UserError, match=r"task='score' is invalid: no file holds its required music. Use Pipeline\.run"
+    ):
+        read_task({"task": "score", "clip": "a.mp4"}, Path())
+
+
+def test_tabs_whose_tasks_keep_pixels_say_how_a_model_without_training_does():
+    noted = {tab.name for tab in make_tabs(CONFIG) if "training-free" in tab.note}
+    others = {"text_to_video", "loop", "edit", "described_edit", "vary"}
+    assert noted == {tab.name for tab in make_tabs(CONFIG)} - others
 
 
 def test_values_of_a_form_make_the_task():

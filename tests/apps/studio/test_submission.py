@@ -5,7 +5,9 @@ import io
 import runpy
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from dit_video.apps.studio.submission import format_command, format_python, pars
 from dit_video.loading import read_config
 from dit_video.sampling import tasks
 from dit_video.sampling.adapters import AdapterFile
+from dit_video.sampling.request import Request
+from dit_video.sampling.tasks import Doc, Task
 from dit_video.video import Clip, decode, encode
 from support.tiny_pipeline import make_config, make_pipeline
 
@@ -131,10 +135,25 @@ def test_every_value_has_an_option():
     assert "source_guidance=2.0" in format_python(submission, "runs/a", 3, {})
 
 
+def test_a_task_without_a_prompt_is_submitted(monkeypatch):
+    @dataclass(frozen=True)
+    class Redraw(Task):
+        """A clip that is drawn anew."""
+
+        clip: Annotated[Clip, Doc("Clip.")]
+
+        def make_request(self, config):
+            return Request("", self.clip.frames.shape[:3], video=self.clip, strength=1.0)
+
+    monkeypatch.setitem(tasks.TASKS, "redraw", Redraw)
+    submission = make_submission("redraw", {"clip": ITEM})
+    assert (submission.task, submission.title) == (Redraw(CLIP), "Redraw")
+
+
 @pytest.mark.slow
 def test_a_task_of_another_package_has_python_alone(model, tmp_path, monkeypatch, add_package):
-    shimmer = add_package("their_tasks", "shimmer_task").Shimmer
-    monkeypatch.setitem(tasks.TASKS, "shimmer", shimmer)
+    monkeypatch.setitem(tasks.TASKS, "shimmer", tasks.Vary)  # which ends with the test
+    add_package("their_tasks", "shimmer_task")
     submission = make_submission("shimmer", {"image": ITEM, "seconds": 0.5})
     assert format_command(submission, str(model), 3, {}) is None
     write_inputs(submission, tmp_path)

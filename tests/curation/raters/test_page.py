@@ -71,7 +71,8 @@ def test_the_page_says_nothing_about_systems_domains_or_controls(page, folders):
     assert all(word in key_text for word in (*folders, "degraded", "other_prompt"))
     for path in (out / "media").iterdir():
         assert SECRET.encode() not in path.read_bytes()
-        assert not read_recipe(path)
+        assert read_recipe(path) == {}
+        assert decode(path).caption == ""
         assert path.stem in data
     names = [side for pair in key.pairs for side in (*pair.sides, pair.name)]
     assert len(set(names)) == len(names)

@@ -1,5 +1,6 @@
 """Tasks on clips: the lengths of their requests, what of clips is kept, and what does not fit."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from dit_video.sampling.tasks import (
     DescribedEdit,
     Edit,
     Extend,
+    Generate,
     Inpaint,
     Interpolate,
     Loop,
@@ -19,6 +21,7 @@ from dit_video.sampling.tasks import (
     Vary,
     ZoomOut,
 )
+from dit_video.sampling.tasks.task import describe_task
 from dit_video.video import Clip
 from support.tiny_pipeline import make_config
 
@@ -168,7 +171,22 @@ def test_edits_start_from_the_clip():
         (lambda: DescribedEdit(make_clip(5), source="", edit_method="magic"), "Use flow_edit or inversion"),
         (lambda: ZoomOut(make_clip(9), frames=3), "image is invalid: a clip of 9 frames is no image"),
         (lambda: ZoomOut(make_clip(1), frames=3, factor=1.0), "factor=1.0 is invalid: it must be above 1"),
-        (lambda: Extend(clip=[1, 2], frames=4), "clip is invalid: a list is no picture"),
+        (lambda: Extend(clip=[1, 2], frames=4), "clip is invalid: a int is no picture"),
+        (lambda: Extend(None, frames=4), "clip is invalid: a NoneType is no picture"),
+        (lambda: Extend(make_clip(5), frames=4, before="no"), "before='no' is invalid: .* true or false. Use True"),
+        (
+            lambda: Edit(make_clip(5), 0.5),
+            "prompt=0.5 is invalid: .* Use a text in quotes, and other values by their names",
+        ),
+        (lambda: Edit(make_clip(5), make_clip(5).frames), r"prompt=array\(.*… is invalid: it must be a text"),
+        (lambda: DescribedEdit(make_clip(5), source=None), "source=None is invalid: it must be a text"),
+        (lambda: Outpaint(make_clip(5), 48), r"size=48 is invalid: it must be height and width\. Use \(32, 48\)"),
+        (lambda: Outpaint(make_clip(5), (5, 48, 48)), r"size=\(5, 48, 48\) is invalid: it must be height and width"),
+        (lambda: Loop(size="8x32x32"), r"size='8x32x32' is invalid: .* Use \(9, 32, 48\)"),
+        (lambda: Interpolate(make_clip(2), places=[0, 1.5]), r"places=\[0, 1\.5\] is invalid: .* whole numbers"),
+        (lambda: Interpolate(make_clip(2), factor=True), "factor=True is invalid: it must be a whole number. Use 2"),
+        (lambda: Generate("", conditions=[make_clip(5)]), r"conditions is invalid: .* Use \[Condition\("),
+        (lambda: Generate("", conditions=None), r"conditions is invalid: .* Use \[Condition\("),
     ],
 )
 def test_tasks_that_do_not_fit_are_refused_with_what_does(make_task, message):
@@ -184,6 +202,22 @@ def test_clips_and_masks_of_a_task_may_be_files_and_arrays(tmp_path):
     for task in (Inpaint(str(tmp_path / "clip.apng"), tmp_path / "mask.png"), Inpaint(clip.frames, generated)):
         np.testing.assert_array_equal(task.clip.frames, clip.frames)
         np.testing.assert_array_equal(task.generated, generated)
+
+
+@pytest.mark.wrong_types
+def test_values_of_numpy_are_those_of_python():
+    task = Interpolate(make_clip(3), places=np.arange(0, 6, 2))
+    assert task.places == (0, 2, 4)
+    task = Extend(make_clip(5), frames=np.int64(4), before=np.bool_(True))
+    assert json.dumps(describe_task(task)) == json.dumps(describe_task(Extend(make_clip(5), frames=4, before=True)))
+
+
+def test_tasks_with_masks_can_be_compared():
+    clip, mask = make_clip(5), np.ones((16, 32), bool)
+    task = Inpaint(clip, mask)
+    assert task == task
+    assert task != Inpaint(clip, mask.copy())
+    assert Extend(clip, frames=4) == Extend(clip, frames=4)
 
 
 def test_a_result_has_the_recipe_of_its_sample():

@@ -9,7 +9,7 @@ import pytest
 from dit_video.core.errors import UserError
 from dit_video.sampling.clip_recipe import hash_pixels
 from dit_video.sampling.request import Condition, Request
-from dit_video.sampling.tasks import DescribedEdit, Doc, Extend, Interpolate, Limits, Task, ZoomOut
+from dit_video.sampling.tasks import DescribedEdit, Doc, Edit, Extend, Interpolate, Limits, Task, ZoomOut
 from dit_video.video import Clip, read_recipe
 from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
@@ -62,9 +62,19 @@ def test_a_clip_knows_its_recipe_and_so_does_its_file(pipeline, clip, tmp_path):
     assert recipe["model"] == {"command": "a test"}
     result.save(tmp_path / "a.mp4")
     assert read_recipe(tmp_path / "a.mp4") == recipe
+    assert Extend(tmp_path / "a.mp4", frames=4).make_request(pipeline.config).prompt == "a clip"
     assert pipeline.run(task, **options).recipe == recipe
     other = pipeline.run(Extend(replace(clip, frames=255 - clip.frames), frames=4), **options)
     assert other.recipe["pictures"] != recipe["pictures"]
+    edit = DescribedEdit(clip, "blue", source="red", strength=1.0)
+    edited, varied = pipeline.run(edit, **options).recipe, pipeline.run(Edit(clip, "blue"), **options).recipe
+    assert edited["pictures"] == {"clip": hash_pixels(clip.frames)}
+    described = {"name": "described_edit", "clip": hash_pixels(clip.frames), "source": "red", "strength": 1.0}
+    assert edited["task"].items() >= described.items()
+    rest = varied.keys() - {"pictures", "task", "strength"}
+    assert {name: edited[name] for name in edited.keys() - {"pictures", "task"}} == {
+        name: varied[name] for name in rest
+    }
 
 
 def test_options_join_a_task_that_lacks_them(pipeline, clip):
@@ -73,8 +83,10 @@ def test_options_join_a_task_that_lacks_them(pipeline, clip):
     assert len(with_condition.recipe["pictures"]["conditions"]) == 2
     with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
         pipeline.run(Extend(clip, frames=4), size=(5, 16, 16))
-    with pytest.raises(UserError, match=r"invalid with source="):
-        pipeline.run(DescribedEdit(clip, "blue", source="red"), solver="unipc")
+    refused = {"solver": "unipc", "conditions": [Condition(content=clip.frames[0])], "method": "trained", "resample": 2}
+    for name, value in refused.items():
+        with pytest.raises(UserError, match=rf"{name}= is invalid with source=: .* Leave it out"):
+            pipeline.run(DescribedEdit(clip, "blue", source="red"), **{name: value})
     with pytest.raises(UserError, match=r"seed of 2 values is invalid: the list that it is for has 1"):
         pipeline.run([Extend(clip, frames=4)], seed=[1, 2])
 

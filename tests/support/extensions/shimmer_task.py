@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from dit_video.sampling.request import Condition, Request
-from dit_video.sampling.tasks import Doc, Limits, OneFrame, Prompt, Task
+from dit_video.sampling.tasks import TASKS, Doc, Limits, OneFrame, Prompt, Task
 from dit_video.video import Clip
 
 
@@ -26,3 +26,6 @@ class Shimmer(Task):
 
     def finish(self, sampled):
         return replace(sampled, frames=sampled.frames[::-1].copy()) if self.is_reversed else sampled
+
+
+TASKS["shimmer"] = Shimmer
