@@ -186,10 +186,10 @@ class SampleFolder:
         pipeline, parts = self._pipeline, self._split(numbers)
         requests = [[self._requests[number] for number in part] for part in parts]
         if pipeline.model_parts.offload is None:
-            sampled = (pipeline.generate_latents(each, sampling=self._sampling) for each in requests)
+            sampled = (pipeline.sample_many(each, sampling=self._sampling) for each in requests)
         else:
             with declare_phase("sample"):
-                samples = iter(pipeline.generate_latents(list(chain(*requests)), sampling=self._sampling))
+                samples = iter(pipeline.sample_many(list(chain(*requests)), sampling=self._sampling))
             sampled = (list(islice(samples, len(part))) for part in parts)
         for part, samples_of_part in zip(parts, sampled, strict=True):
             by_number = dict(zip(part, samples_of_part, strict=True))

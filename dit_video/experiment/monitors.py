@@ -126,7 +126,7 @@ def make_sampling(
     def call(done: int, state: Any) -> dict[str, float]:
         model = pipeline(state.ema)
         requests = [Request(prompt, model.config.size, seed=seed) for seed, prompt in enumerate(prompts)]
-        samples = model.generate_latents(requests)
+        samples = model.sample_many(requests)
         if is_first_process():
             _save_grid(folder, done, model.decode_many(samples), prompts)
         wait_for_main_process()

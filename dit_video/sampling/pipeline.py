@@ -312,15 +312,21 @@ class Pipeline:
         the pipeline's own by default (see `make_sampling`); `callback` and errors are as for `generate`.
         """
         self.check_decoding(requests)
-        return self.decode_many(self.generate_latents(requests, sampling=sampling, callback=callback))
+        return self.decode_many(self.sample_many(requests, sampling=sampling, callback=callback))
 
     def generate_latents(
         self, requests: Sequence[Request], *, sampling: Sampling | None = None, callback: Callback | None = None
-    ) -> list[SampledLatents]:
-        """Generate the latents of all requests, for `decode_many`; arguments and errors are as for `generate_many`.
+    ) -> list[Float32[np.ndarray, "_ _ _ c"]]:
+        """Generate normalised latents `t h w c` of all requests; arguments and errors are as for `generate_many`.
 
         On a mesh of several processes all of them call this, and all get the latents.
         """
+        return [each.latents for each in self.sample_many(requests, sampling=sampling, callback=callback)]
+
+    def sample_many(
+        self, requests: Sequence[Request], *, sampling: Sampling | None = None, callback: Callback | None = None
+    ) -> list[SampledLatents]:
+        """Generate latents with their requests and recipes, for `decode_many`; see `generate_latents`."""
         prepared = self._prepare(requests, sampling)
         latents = sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
         sampled = []
@@ -864,7 +870,7 @@ class Pipeline:
                 if step.output == "clip":
                     values = pipeline.generate_many(parts, sampling=chosen)
                 else:
-                    values = [sample.latents for sample in pipeline.generate_latents(parts, sampling=chosen)]
+                    values = pipeline.generate_latents(parts, sampling=chosen)
             except UserError as error:
                 raise UserError(f"previous step {step.name}: {error}") from error
             for index, value in zip(own, values, strict=True):

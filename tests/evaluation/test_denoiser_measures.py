@@ -102,7 +102,7 @@ def test_the_protocol_measures_clips_without_samples(pipeline, tmp_path, monkeyp
     def refuse(*_args, **_options):
         raise AssertionError("nothing is sampled")
 
-    monkeypatch.setattr(Pipeline, "generate_latents", refuse)
+    monkeypatch.setattr(Pipeline, "sample_many", refuse)
     data = tmp_path / "data"
     data.mkdir()
     for number, clip in enumerate(make_clips(*[(9, 16, 32)] * 5)):

@@ -60,13 +60,13 @@ def data(tmp_path_factory):
 
 def count_sampled(monkeypatch):
     """Return the list of the numbers of requests that are sampled from now on."""
-    sampled, generate = [], Pipeline.generate_latents
+    sampled, generate = [], Pipeline.sample_many
 
     def count(self, requests, **options):
         sampled.append(len(requests))
         return generate(self, requests, **options)
 
-    monkeypatch.setattr(Pipeline, "generate_latents", count)
+    monkeypatch.setattr(Pipeline, "sample_many", count)
     return sampled
 
 

@@ -96,13 +96,13 @@ def test_reversed_falls_do_not_keep_their_law(scenes, tmp_path):
 @pytest.mark.nightly
 @pytest.mark.parametrize(("name", "known"), [("physics", 0), ("physics_extension", MIN_FRAMES)])
 def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known):
-    recorded, generate = [], Pipeline.generate_latents
+    recorded, generate = [], Pipeline.sample_many
 
     def record(self, requests, **options):
         recorded.extend(requests)
         return generate(self, requests, **options)
 
-    monkeypatch.setattr(Pipeline, "generate_latents", record)
+    monkeypatch.setattr(Pipeline, "sample_many", record)
     protocol = get_protocol(name, count=4)
     result = evaluate(pipeline, protocol, tmp_path)
     data = protocol.make_data(None).clips

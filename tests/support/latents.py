@@ -16,4 +16,4 @@ def generate_latents(pipeline: Pipeline, prompt: str | int, *, callback: Any = N
     changes = {name: value for name, value in options.items() if name in _SAMPLING}
     request = Request(str(prompt), **{name: value for name, value in options.items() if name not in changes})
     sampling = pipeline.make_sampling(**changes)
-    return pipeline.generate_latents([request], sampling=sampling, callback=callback)[0].latents
+    return pipeline.generate_latents([request], sampling=sampling, callback=callback)[0]
