@@ -6,7 +6,6 @@ prepare_script(__name__)
 
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -23,9 +22,8 @@ from dit_video.core.errors import UserError, script
 from dit_video.evaluation.samples import SampleFolder, write_contact_sheet
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Method, Request
-from dit_video.sampling.request_file import check_mask_key, read_requests
-from dit_video.sampling.tasks.task import add_options
-from dit_video.sampling.tasks.task_file import TaskEntry, read_tasks
+from dit_video.sampling.request_file import check_mask_key
+from dit_video.sampling.tasks.task_file import TaskEntry, make_request, read_entries
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import decode
 from dit_video.video.encode import FORMATS
@@ -42,7 +40,6 @@ def main(
     out: Path,
     task: Annotated[AnyTaskOptions, tyro.conf.arg(name="")] = _GENERATE,
     prompts: Path | None = None,
-    tasks: Path | None = None,
     seed: int | None = None,
     negative: str | None = None,
     control: Path | None = None,
@@ -67,16 +64,14 @@ def main(
         python experiments/sample.py RUN --prompt "…" --conditions first.png@0 middle.png@40@0.8 --out clip.mp4
         python experiments/sample.py RUN extend --clip clip.mp4 --frames 16 --prompt "…" --out longer.mp4
         python experiments/sample.py RUN inpaint --clip clip.mp4 --generated region.png --out inpainted.mp4
-        python experiments/sample.py RUN --tasks tasks.json --out results/
 
     Args:
         run: Folder of a run, a pipeline or open weights.
         out: File to write (mp4, mov, webm, gif, webp, apng; png or jpg for one frame), or folder of the results of a
             list, with prompts.json and a contact sheet. Files that exist are not made again.
         task: Task and its values.
-        prompts: JSON file with a list of {prompt, frames, height, width, seed, image, …}, or text file with a prompt on
-            each line; see docs/evaluation.md.
-        tasks: JSON file with a list of {task, seed, …} and the values of each task; see docs/tasks.md.
+        prompts: JSON file with a list of {prompt, frames, height, width, seed, image, …} or {task, seed, …} with the
+            values of the task, or text file with a prompt on each line; see docs/evaluation.md.
         seed: Seed of the noise; 0 by default.
         negative: Negative prompt, which guidance steers away from; the model's own by default, none if "".
         control: Clip that steers what is generated, such as poses, depth or edges.
@@ -102,36 +97,29 @@ def main(
         strengths=dict(map(_parse_strength, strengths)),
     )
     is_named = type(task) is not type(_GENERATE) or getattr(task, "prompt", None) is not None
-    if is_named + (prompts is not None) + (tasks is not None) != 1:
-        rule = "exactly one of --prompt, --prompts, --tasks and the name of a task is needed"
+    if is_named == (prompts is not None):
+        rule = "exactly one of --prompt, --prompts and the name of a task is needed"
         raise UserError(f"{rule}; use --prompt TEXT or --prompts FILE")
-    if prompts is not None:
+    entries: list[Request | TaskEntry]
+    if prompts is None:
+        entries = [single := TaskEntry(task.read(), options)]
+    else:
         if task != _GENERATE or seed is not None or options != Request(""):
             rule = "--size, --seed, --negative, --image and other options of one clip need --prompt"
             raise UserError(f"{rule}; put them in the list")
-        requests = read_requests(prompts)
-        pipeline = model.load_pipeline(run, sampling, list_requests=lambda config: requests, text_encoder=text_encoder)
-        chosen = sampling.make_sampling(pipeline.config)
-        _write_samples(SampleFolder(out, pipeline, requests, sampling=chosen, replace_others=True))
-        return
-    if tasks is not None:
-        if task != _GENERATE or seed is not None:
-            raise UserError("--seed and values of a task need the name of the task; put them in the list")
-        entries = [TaskEntry(each, replace(options, seed=own.seed)) for each, own in read_tasks(tasks)]
-    else:
-        entries = [TaskEntry(task.read(), options)]
-    is_file = tasks is None and out.suffix != ""
+        entries = read_entries(prompts)
+    is_file = prompts is None and out.suffix != ""
     if is_file and out.suffix.lower().removeprefix(".") not in FORMATS:
         raise UserError(f"--out {out} has no known suffix; use one of .{', .'.join(FORMATS)}")
 
     def list_requests(config: PipelineConfig) -> list[Request]:
-        made = (entry.task.make_request(config) for entry in entries)
-        return [add_options(request, options) for request in made if request is not None]
+        made = (make_request(entry, config) for entry in entries)
+        return [request for request in made if request is not None]
 
     pipeline = model.load_pipeline(run, sampling, list_requests=list_requests, text_encoder=text_encoder)
     chosen = sampling.make_sampling(pipeline.config)
     if is_file:
-        (clip,) = pipeline.run_many([entries[0].task], [options], sampling=chosen)
+        (clip,) = pipeline.run_many([single.task], [options], sampling=chosen)
         seconds = time.perf_counter() - start_time
         clip.save(out)
         print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}, {seconds:.1f} s including loading")

@@ -53,7 +53,7 @@ def test_a_task(add_package, install_package, tiny_pipeline, script, tmp_path, m
     entry = {"task": "shimmer", "image": "image.png", "prompt": "a red circle", "seconds": 0.5, "is_reversed": True}
     (tmp_path / "tasks.json").write_text(json.dumps([entry | {"seed": 3}]))
     options = ("--image", tmp_path / "image.png", "--prompt", "a red circle", "--seconds", 0.5, "--is-reversed")
-    runs = ((("shimmer", *options, "--seed", 3), "a.apng"), (("--tasks", tmp_path / "tasks.json"), "b"))
+    runs = ((("shimmer", *options, "--seed", 3), "a.apng"), (("--prompts", tmp_path / "tasks.json"), "b"))
     for arguments, out in runs:
         TASKS.pop("shimmer")
         install_package("their_tasks")

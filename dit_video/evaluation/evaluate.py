@@ -24,7 +24,7 @@ from dit_video.sampling import Sampling
 from dit_video.sampling.clip_recipe import describe_config
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig
-from dit_video.sampling.request import Request
+from dit_video.sampling.tasks.task_file import get_entry_prompt, make_request
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import Clip
@@ -171,11 +171,9 @@ def _open(
 def _plan_samples(items: Sequence[EvaluationItem], config: PipelineConfig) -> ClipSet:
     """Return the set of the samples before they are made: prompts, references and true contents.
 
-    The samples are named by their prompts. A task of several passes counts as one with a prompt.
+    The samples are named by their prompts.
     """
-    entries = [item.entry for item in items]
-    requests = [each if isinstance(each, Request) else each.task.make_request(config) for each in entries]
-    prompts = tuple("several passes" if request is None else request.prompt for request in requests)
+    prompts = tuple(get_entry_prompt(item.entry, make_request(item.entry, config)) for item in items)
     return _add_references(NO_CLIPS._replace(names=prompts, captions=prompts), items)
 
 

@@ -28,8 +28,8 @@ from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import INPUTS_FOLDER, list_files, write_request
 from dit_video.sampling.tasks import get_task_name
-from dit_video.sampling.tasks.task import add_options, describe_task
-from dit_video.sampling.tasks.task_file import TaskEntry
+from dit_video.sampling.tasks.task import describe_task
+from dit_video.sampling.tasks.task_file import TaskEntry, get_entry_prompt, make_request, write_task
 from dit_video.video import Clip
 
 SETTINGS_FILE, SHEET_FILE = "settings.json", "contact_sheet.png"
@@ -45,8 +45,8 @@ class SampleFolder:
     """A folder of samples, one file for each request or task.
 
     Each file is complete or absent, and is not made again: an interrupted sampling goes on. `settings.json` says how
-    samples are made. When all of them are there, `prompts.json` lists them; `read_requests` reads requests from it, and
-    their pictures and noise are in `inputs/`.
+    samples are made. When all of them are there, `prompts.json` lists them, and their pictures and noise are in
+    `inputs/`; `read_entries` reads the list.
 
     Args:
       folder: Folder of the samples.
@@ -84,9 +84,9 @@ class SampleFolder:
         self._sampling = pipeline.make_sampling(sampling)
         self.weights = pipeline.compute_digest()
         """Hash of the weights that make the samples."""
-        requests = [_make_request(entry, pipeline) for entry in entries]
+        requests = [make_request(entry, pipeline.config) for entry in entries]
         pipeline.check_decoding([request for request in requests if request is not None])
-        self._prompts = [_get_prompt(*each) for each in zip(entries, requests, strict=True)]
+        self._prompts = [get_entry_prompt(*each) for each in zip(entries, requests, strict=True)]
         self._stems = [f"{number:03d}-{_make_slug(prompt)}" for number, prompt in enumerate(self._prompts)]
         settings = {
             "sampling": describe_config(self._sampling),
@@ -247,33 +247,7 @@ class SampleFolder:
     def _describe_entry(self, number: int) -> dict[str, Any]:
         if (request := self._requests.get(number)) is not None:
             return write_request(replace(request, size=self._pipeline.config.resolve_size(request)), self.folder)
-        task, options = self._tasks[number]
-        described = {"task": get_task_name(task), **describe_task(task), "seed": options.seed}
-        return {"prompt": self._prompts[number], **described}
-
-
-def _make_request(entry: Request | TaskEntry, pipeline: Pipeline) -> Request | None:
-    """Return the request of an entry, with its size; None for a task of several passes.
-
-    Raises:
-      UserError: If the entry does not fit the model.
-    """
-    if isinstance(entry, Request):
-        request = entry
-    elif (made := entry.task.make_request(pipeline.config)) is not None:
-        request = add_options(made, entry.options)
-    else:
-        return None
-    return replace(request, size=pipeline.config.resolve_size(request))
-
-
-def _get_prompt(entry: Request | TaskEntry, request: Request | None) -> str:
-    """Return the prompt of an entry, which is the caption of a task's clip or image if it has none."""
-    if request is not None:
-        return request.prompt
-    assert isinstance(entry, TaskEntry)
-    prompt, clip, image = (getattr(entry.task, name, None) for name in ("prompt", "clip", "image"))
-    return next((text for text in (prompt, *(each.caption for each in (clip, image) if each)) if text), "")
+        return write_task(self._tasks[number], self.folder) | {"prompt": self._prompts[number]}
 
 
 def _make_slug(prompt: str) -> str:
@@ -286,7 +260,7 @@ def _describe(entry: Request | TaskEntry, request: Request | None) -> dict[str, 
         assert request is not None
         return describe_request(request)
     described = {"task": get_task_name(entry.task), **describe_task(entry.task)}
-    return {**described, "prompt": _get_prompt(entry, request), "options": describe_request(entry.options)}
+    return {**described, "prompt": get_entry_prompt(entry, request), "options": describe_request(entry.options)}
 
 
 def _describe_difference(old: Any, new: dict[str, Any]) -> str:

@@ -73,12 +73,12 @@ class ModelParts:
     """Conditioning on frames that the denoiser was trained with; None for a model without it."""
     image_encoder_folder: str | None
     """Folder of the image encoder whose tokens it attends to."""
+    token_dt: float
+    """Distance of consecutive tokens along time, in units of positions."""
+    token_lead: float
+    """Fraction of that distance by which all tokens but a clip's first begin earlier."""
     conditioner: "Conditioner | None" = None
     """The model's own conditioner; None for `Completion`."""
-    token_dt: float = 1.0
-    """Distance of consecutive tokens along time, in units of positions."""
-    token_lead: float = 0.0
-    """Fraction of that distance by which all tokens but a clip's first begin earlier."""
     offload: Offload | None = None
     """Weights of the image encoder in host memory; None for weights that stay on the device."""
     folder: Path = Path()

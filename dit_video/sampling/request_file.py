@@ -1,8 +1,8 @@
-"""Requests in JSON files, with pictures and noise in files beside them."""
+"""Requests as JSON values, with pictures and noise in files beside them."""
 
 import difflib
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.files import atomic_path, read_json
+from dit_video.core.shared_array import save_array
+from dit_video.sampling.clip_recipe import hash_pixels
 from dit_video.sampling.pictures import Mask, to_mask
 from dit_video.sampling.request import OPTIONS, PICTURES, Condition, Request
 from dit_video.tokens import Grid
@@ -21,7 +22,7 @@ INPUTS_FOLDER = "inputs"
 _SIZE = ("frames", "height", "width")
 _TYPES = {str: "a text", int: "a whole number"}
 _KEYS = ("prompt", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths", "noise")
-_SAMPLE_KEYS = ("file",)
+SAMPLE_KEYS = ("file",)
 """Keys in lists of samples that were written: values of the sample, which a request does not have."""
 _GUIDANCE_KEYS = ("guidance", "interval", "rescale", "guidance_method", "skip_layers")
 _SAMPLING_KEYS = ("steps", "solver", "shift", "times", *_GUIDANCE_KEYS)
@@ -31,51 +32,39 @@ _PYTHON_KEYS = ("conditioning", "conditioner")
 _CONDITION_KEYS = ("file", "frame", "strength", "generated")
 
 
-def read_requests(path: str | Path) -> list[Request]:
-    """Read requests from a JSON list of objects, or from a text file with a prompt on each line.
+def read_request(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Request:
+    """Return a request of JSON values, with its pictures and noise decoded from files in a folder.
 
-    An object has a `prompt`, and may have `frames`, `height` and `width` (all or none), `seed`, `negative`,
-    `strengths`, `noise` (a file of NumPy with latents `[t h w c]`), and what `read_pictures` reads. Files are relative
-    to the list's folder. Lists that `write_request` made are read, too; what they say of samples has no effect.
+    It has a `prompt`, and may have `frames`, `height` and `width` (all or none), `seed`, `negative`, `strengths`,
+    `noise` (a file of NumPy with latents `[t h w c]`), and what `read_pictures` reads.
 
     Raises:
-      MissingError: If there is no file at `path`, or that of a picture or of noise is missing.
+      MissingError: If the file of a picture or of noise is missing.
       DecodeError: If the file of a picture is damaged.
-      UserError: If the file is not such a list, or an object has another key.
+      UserError: If a key is unknown, or a value does not fit; `where` begins the message.
     """
-    path = Path(path)
-    if path.suffix.lower() == ".txt":
-        entries: Any = [{"prompt": line.strip()} for line in path.read_text().splitlines() if line.strip()]
-    else:
-        entries = read_json(path)
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path} must be a JSON list of objects, each with a prompt")
-    return [_parse_request(entry, path, number) for number, entry in enumerate(entries)]
-
-
-def _parse_request(entry: Any, path: Path, number: int) -> Request:
-    values = {"seed": 0, "negative": None, **entry} if isinstance(entry, dict) else {}
-    check_mask_key(values, f"{path}, entry {number}: ")
+    values = {"seed": 0, "negative": None, **values}
+    check_mask_key(values, where)
     for name in values:
-        if name not in _KEYS and name not in _SAMPLE_KEYS:
-            raise _make_key_error(f"{path}: {name}={values[name]!r} of entry {number}", name)
+        if name not in _KEYS and name not in SAMPLE_KEYS:
+            raise _make_key_error(f"{where}{name}={values[name]!r}", name)
     has_size = any(name in values for name in _SIZE)
     kinds = {"prompt": str, "seed": int} | (dict.fromkeys(_SIZE, int) if has_size else {})
     kinds |= {} if values.get("negative") is None else {"negative": str}
     for name, kind in kinds.items():
         if type(values.get(name)) is not kind:  # `True` is an int to isinstance
-            raise UserError(f"{path}: {name} of entry {number} must be {_TYPES[kind]}, not {values.get(name)!r}")
-    strengths = _parse_strengths(values.get("strengths", {}), f"{path}: strengths of entry {number}")
+            raise UserError(f"{where}{name} must be {_TYPES[kind]}, not {values.get(name)!r}")
+    strengths = _parse_strengths(values.get("strengths", {}), f"{where}strengths")
     size = Grid(*(values[name] for name in _SIZE)) if has_size else None
-    fields = read_pictures(values, path.parent)
+    fields = read_pictures(values, folder)
     for name, types in (("strength", (int, float)), ("method", (str,)), ("resample", (int,))):
         if (value := values.get(name)) is not None:
             if type(value) not in types:
                 description = "a text" if str in types else "a number"
-                raise UserError(f"{path}: {name} of entry {number} must be {description}, not {value!r}")
+                raise UserError(f"{where}{name} must be {description}, not {value!r}")
             fields[name] = value
     if values.get("noise"):
-        fields["noise"] = _read_noise(values["noise"], path.parent)
+        fields["noise"] = _read_noise(values["noise"], folder)
     return Request(values["prompt"], size, values["seed"], values["negative"], strengths=strengths, **fields)
 
 
@@ -201,7 +190,7 @@ def _read_mask(file: Any, folder: Path) -> Mask:
 def write_request(request: Request, folder: Path) -> dict[str, Any]:
     """Write the pictures and the noise of a request into a folder, and return its entry of a list in that folder.
 
-    `read_requests` reads the same request from the list. Files are lossless, and named by their content, so that
+    `read_request` returns the same request of the entry. Files are lossless, and named by their content, so that
     requests share them. Of a conditioner, and of values of further conditioning, only the names are in the entry, and
     such a list is not read again.
     """
@@ -216,25 +205,32 @@ def write_request(request: Request, folder: Path) -> dict[str, Any]:
         entry["strengths"] = strengths
     for name, value in request.pictures.items():
         if name == "conditions":
-            entry[name] = [
-                {"file": _write_picture("condition", each.content, folder), "frame": each.frame}
-                | ({} if each.strength == 1 else {"strength": each.strength})
-                | ({} if each.generated is None else {"generated": _write_mask(each.generated, each.content, folder)})
-                for each in value
-            ]
+            entry[name] = write_conditions(value, folder)
         elif name == "reference_images":
-            entry[name] = [_write_picture("reference", image, folder) for image in value]
+            entry[name] = [write_picture("reference", image, folder) for image in value]
         elif name == "generated":
-            entry[name] = _write_mask(value, request.video, folder)
+            entry[name] = write_mask(value, request.video, folder)
         else:
-            entry[name] = _write_picture(name, value, folder)
+            entry[name] = write_picture(name, value, folder)
     if request.noise is not None:
-        entry["noise"] = _write_array("noise", np.asarray(request.noise), folder, "npy", _save_array)
+        noise = np.asarray(request.noise)
+        entry["noise"] = f"{INPUTS_FOLDER}/noise-{hash_pixels(noise)}.npy"
+        save_array(folder / entry["noise"], noise)
     defaults = Request("")
     entry |= {name: value for name in OPTIONS if (value := getattr(request, name)) != getattr(defaults, name)}
     if request.conditioning:
         entry["conditioning"] = sorted(request.conditioning)
     return entry if request.conditioner is None else entry | {"conditioner": type(request.conditioner).__name__}
+
+
+def write_conditions(conditions: Sequence[Condition], folder: Path) -> list[dict[str, Any]]:
+    """Write the pictures of conditions into a folder, and return their values in an entry."""
+    return [
+        {"file": write_picture("condition", each.content, folder), "frame": each.frame}
+        | ({} if each.strength == 1 else {"strength": each.strength})
+        | ({} if each.generated is None else {"generated": write_mask(each.generated, each.content, folder)})
+        for each in conditions
+    ]
 
 
 def list_files(entry: Mapping[str, Any]) -> set[str]:
@@ -250,33 +246,20 @@ def _flatten(values: list[Any]) -> list[Any]:
     return [each for value in values if isinstance(value, list) for each in value]
 
 
-def _write_picture(name: str, clip: Clip, folder: Path) -> str:
+def write_picture(name: str, clip: Clip, folder: Path) -> str:
     """Write an image or a clip without loss, and return the file's name relative to the folder."""
-    suffix = "png" if len(clip.frames) == 1 else "apng"
-    return _write_array(name, clip.frames, folder, suffix, lambda path, _: clip.save(path))
-
-
-def _write_array(
-    name: str, array: np.ndarray, folder: Path, suffix: str, save: Callable[[Path, np.ndarray], None]
-) -> str:
-    content = np.ascontiguousarray(array)
-    digest = hashlib.blake2b(repr(array.shape).encode() + content.tobytes(), digest_size=8).hexdigest()
-    file = f"{INPUTS_FOLDER}/{name}-{digest}.{suffix}"
+    digest = hashlib.blake2b(f"{hash_pixels(clip.frames)} {clip.fps}".encode(), digest_size=8).hexdigest()
+    file = f"{INPUTS_FOLDER}/{name}-{digest}.{'png' if len(clip) == 1 else 'apng'}"
     if not (folder / file).exists():
-        save(folder / file, content)
+        clip.save(folder / file)
     return file
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def _write_mask(mask: Mask, video: Clip | None, folder: Path) -> str:
-    """Write a mask at a video's size, white where it is True; one frame if all are equal."""
+def write_mask(mask: Mask, video: Clip | None, folder: Path) -> str:
+    """Write a mask at a video's size, white where it is True; one frame if all are equal. Return the file's name."""
     pixels = mask[:, None, None] if mask.ndim == 1 else mask
     pixels = pixels if video is None else np.broadcast_to(pixels, video.frames.shape[:3])
     pixels = pixels.reshape(-1, *pixels.shape[-2:])
     pixels = pixels[:1] if (pixels == pixels[:1]).all() else pixels
     frames = np.where(pixels, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=-1)
-    return _write_picture("generated", Clip(frames, fps=1.0), folder)
+    return write_picture("generated", Clip(frames, fps=1.0), folder)

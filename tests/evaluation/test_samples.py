@@ -15,9 +15,8 @@ from dit_video.evaluation.clip_set import open_clip_set
 from dit_video.evaluation.samples import SampleFolder, make_contact_sheet, write_contact_sheet
 from dit_video.sampling import sampler
 from dit_video.sampling.pipeline import Pipeline, Request
-from dit_video.sampling.request_file import read_requests
 from dit_video.sampling.tasks import Extend, ZoomOut
-from dit_video.sampling.tasks.task_file import TaskEntry
+from dit_video.sampling.tasks.task_file import TaskEntry, read_entries
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
 from dit_video.video.comments import read_recipe
@@ -58,7 +57,7 @@ def test_samples_are_files_of_the_stated_sizes(tiny_pipeline, tmp_path):
         "settings.json",
         *(entry["file"] for entry in entries),
     }
-    assert read_requests(tmp_path / "samples" / "prompts.json") == REQUESTS
+    assert read_entries(tmp_path / "samples" / "prompts.json") == REQUESTS
     assert list(open_clip_set(tmp_path / "samples").captions) == [request.prompt for request in REQUESTS]
 
 
@@ -97,7 +96,7 @@ def test_a_list_of_prompts_is_not_overwritten_by_its_samples(tiny_pipeline, tmp_
     listed = [{"prompt": "a blue square", "frames": 1, "height": 16, "width": 16}]
     (tmp_path / "prompts.json").write_text(json.dumps(listed))
     with pytest.raises(UserError, match="holds other files"):
-        write_samples(tiny_pipeline, read_requests(tmp_path / "prompts.json"), tmp_path)
+        write_samples(tiny_pipeline, read_entries(tmp_path / "prompts.json"), tmp_path)
     assert json.loads((tmp_path / "prompts.json").read_text()) == listed
 
 
@@ -127,7 +126,7 @@ def test_a_written_list_gives_the_same_requests_with_their_pictures_and_noise(tm
     entries = write_samples(pipeline, requests, tmp_path / "first", **options)
     inputs = sorted(path.name.split("-")[0] for path in (tmp_path / "first" / "inputs").iterdir())
     assert inputs == ["image", "noise"]  # requests share the file of an image
-    again = read_requests(tmp_path / "first" / "prompts.json")
+    again = read_entries(tmp_path / "first" / "prompts.json")
     (tmp_path / "second").mkdir()
     assert write_samples(pipeline, again, tmp_path / "second", **options) == entries
     for path in (tmp_path / "first").rglob("*.*"):
@@ -253,7 +252,7 @@ def test_tasks_and_requests_are_sampled_into_one_folder(tiny_pipeline, tmp_path)
     entries = [
         TaskEntry(Extend(clip, "a blue square", frames=4), Request("", seed=3)),
         Request("a red circle", Grid(5, 16, 16), seed=1),
-        TaskEntry(ZoomOut(clip[:1], "a red circle", frames=2, factor=2.0), Request("", seed=4)),
+        TaskEntry(ZoomOut(replace(clip[:1], fps=1), "a red circle", frames=2, factor=2.0), Request("", seed=4)),
     ]
     sampling = tiny_pipeline.make_sampling(steps=1)
     with pytest.warns(UserWarning, match="not trained"):
@@ -268,6 +267,7 @@ def test_tasks_and_requests_are_sampled_into_one_folder(tiny_pipeline, tmp_path)
         assert read_recipe(tmp_path / samples.names[number]) == clip.recipe
     listed = json.loads((tmp_path / "prompts.json").read_text())
     assert [(each.get("task"), each["seed"]) for each in listed] == [("extend", 3), (None, 1), ("zoom_out", 4)]
+    assert read_entries(tmp_path / "prompts.json") == entries
     assert write_contact_sheet(samples) == tmp_path / "contact_sheet.png"
     assert SampleFolder(tmp_path, tiny_pipeline, entries, sampling=sampling, codec="apng").list_missing() == []
 

@@ -9,7 +9,7 @@ import dit_video
 from dit_video.core.errors import MissingError, UserError
 from dit_video.sampling.tasks import TASKS, Extend, Inpaint, Interpolate
 from dit_video.sampling.tasks.fields import list_fields
-from dit_video.sampling.tasks.task_file import read_task, read_tasks
+from dit_video.sampling.tasks.task_file import read_entries, read_task
 from dit_video.video import Clip, decode, read_recipe
 from support.tiny_wan import write_wan
 
@@ -30,7 +30,7 @@ def test_a_task_writes_a_folder_with_a_contact_sheet_and_lines(script, tmp_path,
     write_wan(tmp_path / "wan")
     entries = [{"task": "extend", "prompt": "a dog", "clip": clip.name, "frames": 4, "seed": seed} for seed in range(2)]
     (tmp_path / "tasks.json").write_text(json.dumps(entries))
-    options = ("--tasks", tmp_path / "tasks.json", "--steps", 2, "--out", tmp_path / "out")
+    options = ("--prompts", tmp_path / "tasks.json", "--steps", 2, "--out", tmp_path / "out")
     done = script(SAMPLE, tmp_path / "wan", *options)
     assert done.code == 0, done.err
     listed = json.loads((tmp_path / "out" / "prompts.json").read_text())
@@ -84,8 +84,8 @@ def test_the_options_of_a_task_are_the_fields_of_its_class(script, name):
         (("outpaint", "--clip", "clip.apng", "--size", "9x32x32", "--out", "out"), "must be HEIGHTxWIDTH"),
         (("--prompt", "x", "--clip", "clip.apng", "--out", "x.gif"), "--clip"),
         (("vary", "--clip", "clip.apng", "--out", "x.xyz"), "--out x.xyz has no known suffix"),
-        (("--tasks", "t.json", "--seed", "4", "--out", "out"), "put them in the list"),
-        (("--out", "x.gif"), "exactly one of --prompt, --prompts, --tasks and the name of a task is needed"),
+        (("--prompts", "t.json", "--seed", "4", "--out", "out"), "put them in the list"),
+        (("--out", "x.gif"), "exactly one of --prompt, --prompts and the name of a task is needed"),
     ],
 )
 def test_mistakes_in_a_task_are_named(script, tmp_path, clip, monkeypatch, options, message):
@@ -105,7 +105,7 @@ def test_lists_of_tasks_are_read_with_their_files(tmp_path, clip):
         {"task": "generate", "size": [5, 16, 16], "conditions": [{"file": clip.name, "frame": 0}], "strength": None},
     ]
     (tmp_path / "a.json").write_text(json.dumps(entries))
-    (inpaint, first), (interpolate, second), (generate, _) = read_tasks(tmp_path / "a.json")
+    (inpaint, first), (interpolate, second), (generate, _) = read_entries(tmp_path / "a.json")
     assert isinstance(inpaint, Inpaint)
     np.testing.assert_array_equal(inpaint.generated, mask[0, ..., 0] > 0)
     np.testing.assert_array_equal(inpaint.clip.frames, FRAMES)
@@ -126,7 +126,7 @@ def test_lists_of_tasks_are_read_with_their_files(tmp_path, clip):
             {"task": "extend", "clip": "clip.apng", "frame": 4},
             r"frame=4 is invalid: extend has no such .* Use frames\.",
         ),
-        ({"task": "extend", "clip": "clip.apng", "frames": 4, "seed": "a"}, "seed='a' is invalid"),
+        ({"task": "extend", "clip": "clip.apng", "frames": 4, "seed": "a"}, "seed must be a whole number, not 'a'"),
         ({"task": "extend", "clip": "clip.apng", "frames": "4"}, "frames='4' is invalid: it must be a whole number"),
         ({"task": "extend", "clip": 4, "frames": 4}, "clip=4 is invalid: it must be the name of a file"),
         ({"task": "vary", "clip": "clip.apng", "strength": True}, "strength=True is invalid: it must be a number"),

@@ -105,7 +105,7 @@ def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
         (["--prompt", PROMPT, "--rescale", "2"], "rescale=2.0 is invalid: it must lie in [0, 1]"),
         (["--prompt", PROMPT, "--interval", "0.8", "0.2"], "interval=(0.8, 0.2) is invalid"),
         (["--prompt", PROMPT, "--prompts", "list.json"], "use --prompt TEXT or --prompts FILE"),
-        ([], "exactly one of --prompt, --prompts, --tasks and the name of a task is needed"),
+        ([], "exactly one of --prompt, --prompts and the name of a task is needed"),
         (["--prompts", "nowhere.json"], "no such file: nowhere.json"),
         (
             ["--prompts", "nowhere.json", "--size", "5x16x16"],

@@ -9,7 +9,8 @@ import pytest
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.sampling.completion import Completion
 from dit_video.sampling.request import Condition, Request
-from dit_video.sampling.request_file import list_files, read_requests, write_request
+from dit_video.sampling.request_file import list_files, write_request
+from dit_video.sampling.tasks.task_file import read_entries
 from dit_video.tokens import Grid
 from dit_video.video import Clip, decode
 
@@ -20,7 +21,7 @@ def test_seed_and_negative_prompt_may_be_absent(tmp_path):
     entries = [GOOD, GOOD | {"seed": 4, "negative": "x", "file": "of a sample"}, GOOD | {"negative": ""}]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     size = Grid(1, 16, 16)
-    assert read_requests(tmp_path / "list.json") == [
+    assert read_entries(tmp_path / "list.json") == [
         Request("a red circle", size),
         Request("a red circle", size, 4, "x"),
         Request("a red circle", size, negative=""),
@@ -33,16 +34,16 @@ def test_seed_and_negative_prompt_may_be_absent(tmp_path):
         ("[", "is not valid JSON"),
         ("[]", "must be a JSON list"),
         (json.dumps(GOOD), "must be a JSON list"),
-        (json.dumps([GOOD, "a red circle"]), "prompt of entry 1 must be a text, not None"),
-        (json.dumps([GOOD | {"frames": "1"}]), "frames of entry 0 must be a whole number, not '1'"),
-        (json.dumps([GOOD | {"height": 16.5}]), "height of entry 0 must be a whole number, not 16.5"),
-        (json.dumps([GOOD | {"seed": True}]), "seed of entry 0 must be a whole number"),
-        (json.dumps([GOOD | {"negative": 3}]), "negative of entry 0 must be a text, not 3"),
-        (json.dumps([GOOD | {"prompt": 3}]), "prompt of entry 0 must be a text, not 3"),
-        (json.dumps([{name: value for name, value in GOOD.items() if name != "width"}]), "width of entry 0"),
-        (json.dumps([GOOD, GOOD | {"imge": "a.png"}]), r"imge='a.png' of entry 1 is invalid: .* Use image\."),
-        (json.dumps([GOOD | {"id": 3}]), "id=3 of entry 0 is invalid: .* Use prompt, negative, seed, frames, height"),
-        (json.dumps([GOOD | {"guidance": 7}]), "guidance=7 of entry 0 is invalid: .* Use --guidance for all"),
+        (json.dumps([GOOD, "a red circle"]), "must be a JSON list of objects"),
+        (json.dumps([GOOD | {"frames": "1"}]), "entry 0: frames must be a whole number, not '1'"),
+        (json.dumps([GOOD | {"height": 16.5}]), "entry 0: height must be a whole number, not 16.5"),
+        (json.dumps([GOOD | {"seed": True}]), "entry 0: seed must be a whole number"),
+        (json.dumps([GOOD | {"negative": 3}]), "entry 0: negative must be a text, not 3"),
+        (json.dumps([GOOD | {"prompt": 3}]), "entry 0: prompt must be a text, not 3"),
+        (json.dumps([{name: value for name, value in GOOD.items() if name != "width"}]), "entry 0: width"),
+        (json.dumps([GOOD, GOOD | {"imge": "a.png"}]), r"entry 1: imge='a.png' is invalid: .* Use image\."),
+        (json.dumps([GOOD | {"id": 3}]), "entry 0: id=3 is invalid: .* Use prompt, negative, seed, frames, height"),
+        (json.dumps([GOOD | {"guidance": 7}]), "entry 0: guidance=7 is invalid: .* Use --guidance for all"),
         (json.dumps([GOOD | {"guidance_method": "apg"}]), "Use --guidance-method for all"),
         (json.dumps([GOOD | {"conditioning": ["depth"]}]), "conditioning=.* Use Pipeline.generate_many in Python"),
     ],
@@ -50,10 +51,10 @@ def test_seed_and_negative_prompt_may_be_absent(tmp_path):
 def test_invalid_lists_of_prompts_are_refused(tmp_path, content, message):
     (tmp_path / "list.json").write_text(content)
     with pytest.raises(UserError, match=message) as error:
-        read_requests(tmp_path / "list.json")
+        read_entries(tmp_path / "list.json")
     assert "\n" not in str(error.value)
     with pytest.raises(MissingError, match="no such file"):
-        read_requests(tmp_path / "absent.json")
+        read_entries(tmp_path / "absent.json")
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_an_entry_names_files_beside_the_list(folder):
         "conditions": [{"file": "a.png"}, {"file": "clip.gif", "frame": 8, "strength": 0.5}],
     }
     (folder / "list.json").write_text(json.dumps([entry | {"strengths": {"control": 0.5}}]))
-    (request,) = read_requests(folder / "list.json")
+    (request,) = read_entries(folder / "list.json")
     assert request.size is None
     assert request.image.frames.shape == (1, 8, 12, 3)
     assert request.last_image.frames.shape == (1, 6, 6, 3)
@@ -87,7 +88,7 @@ def test_an_entry_names_files_beside_the_list(folder):
 @pytest.mark.parametrize(("mask", "is_video"), [("mask.gif", True), ("b.png", False)])
 def test_white_parts_of_a_video_are_generated_and_an_image_masks_all_frames(folder, mask, is_video):
     (folder / "list.json").write_text(json.dumps([{"prompt": "", "video": "clip.gif", "generated": mask}]))
-    (request,) = read_requests(folder / "list.json")
+    (request,) = read_entries(folder / "list.json")
     assert request.generated.shape == ((5, 8, 8) if is_video else (6, 6))
     white = decode(folder / mask).frames[..., 0] > 127
     np.testing.assert_array_equal(request.generated, white if is_video else white[0])
@@ -114,22 +115,22 @@ def test_white_parts_of_a_video_are_generated_and_an_image_masks_all_frames(fold
         ({"noise": "absent.npy"}, MissingError, "no such file: .*absent.npy of noise"),
         ({"noise": "b.png"}, UserError, "noise='b.png' is invalid: .* Use numpy.save"),
         ({"noise": "flat.npy"}, UserError, r"noise='flat.npy' is invalid: it holds float64 \[3\]"),
-        ({"strengths": 1}, UserError, "strengths of entry 0 must be an object"),
-        ({"strengths": {"control": [1, "2"]}}, UserError, r"strengths of entry 0 must be numbers .* not \[1, '2'\]"),
+        ({"strengths": 1}, UserError, "entry 0: strengths must be an object"),
+        ({"strengths": {"control": [1, "2"]}}, UserError, r"entry 0: strengths must be numbers .* not \[1, '2'\]"),
     ],
 )
 def test_pictures_that_cannot_be_read_are_refused(folder, entry, error, message):
     np.save(folder / "flat.npy", np.zeros(3))
     (folder / "list.json").write_text(json.dumps([{"prompt": "", **entry}]))
     with pytest.raises(error, match=message):
-        read_requests(folder / "list.json")
+        read_entries(folder / "list.json")
 
 
 def test_noise_is_read_from_a_file_beside_the_list(tmp_path):
     noise = np.random.default_rng(0).standard_normal((2, 4, 4, 4))
     np.save(tmp_path / "noise.npy", noise)
     (tmp_path / "list.json").write_text(json.dumps([GOOD | {"noise": "noise.npy"}]))
-    (request,) = read_requests(tmp_path / "list.json")
+    (request,) = read_entries(tmp_path / "list.json")
     assert request.noise.dtype == np.float32
     np.testing.assert_array_equal(request.noise, noise.astype(np.float32))
 
@@ -151,7 +152,7 @@ def test_a_request_is_read_as_it_was_written(tmp_path, frames):
     assert write_request(request, tmp_path) == {name: value for name, value in entry.items() if name != "noise"}
     assert list_files(entry) == {f"inputs/{path.name}" for path in (tmp_path / "inputs").iterdir()}
     (tmp_path / "list.json").write_text(json.dumps([entry]))
-    (read,) = read_requests(tmp_path / "list.json")
+    (read,) = read_entries(tmp_path / "list.json")
     assert (read.prompt, read.size, read.seed, read.negative, read.strengths) == (
         "a cat",
         (5, 16, 16),
@@ -173,4 +174,4 @@ def test_a_written_request_says_what_no_file_holds(tmp_path):
     assert entry == {"prompt": "a cat", "seed": 0, "conditioning": ["depth"], "conditioner": "Completion"}
     (tmp_path / "list.json").write_text(json.dumps([entry]))
     with pytest.raises(UserError, match=r"conditioning=\['depth'\] .* Use Pipeline\.generate_many in Python"):
-        read_requests(tmp_path / "list.json")
+        read_entries(tmp_path / "list.json")

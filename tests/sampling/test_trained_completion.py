@@ -91,6 +91,8 @@ def make_model(**changes):
         codec=LatentCodec(AUTOENCODER, PARAMS),
         frame_conditioning=CONDITIONING,
         image_encoder_folder=None,
+        token_dt=1.0,
+        token_lead=0.0,
     )
 
 

@@ -3,7 +3,7 @@
 import json
 
 from dit_video.curation.raters import PageKey, load_default_prompt_domains
-from dit_video.sampling.request_file import read_requests
+from dit_video.sampling.tasks.task_file import read_entries
 from dit_video.tokens import Grid
 from support.sample_folders import write_sample_folder
 from support.votes import make_entry, write_votes
@@ -16,12 +16,12 @@ def test_the_list_of_prompts_is_one_of_requests(tmp_path, script):
     done = script(PAGE, "--prompts-out", path, "--prompts-per-domain", 2, "--size", "17x32x48", "--seed", 5)
     assert done.code == 0, done.err
     assert "42 prompts of 21 domains" in done.out
-    requests = read_requests(path)
+    requests = read_entries(path)
     assert [request.prompt for request in requests] == load_default_prompt_domains().make_prompts(2, seed=5)
     assert {request.size for request in requests} == {Grid(17, 32, 48)}
     assert len({request.seed for request in requests}) == 42
     assert script(PAGE, "--prompts-out", path).code == 0
-    assert {request.size for request in read_requests(path)} == {None}
+    assert {request.size for request in read_entries(path)} == {None}
 
 
 def test_the_commands_lead_from_samples_to_results(tmp_path, script):

@@ -1,17 +1,32 @@
-"""Tasks in JSON files, with clips and masks in files beside them."""
+"""Lists of requests and tasks in JSON files, with pictures in files beside them."""
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.core.registry import load_entry_points
+from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Request
-from dit_video.sampling.request_file import check_mask_key, read_pictures
-from dit_video.sampling.tasks import TASKS, Task
+from dit_video.sampling.request_file import (
+    SAMPLE_KEYS,
+    check_mask_key,
+    read_pictures,
+    read_request,
+    write_conditions,
+    write_mask,
+    write_picture,
+    write_request,
+)
+from dit_video.sampling.tasks import TASKS, Task, get_task_name
 from dit_video.sampling.tasks.fields import TaskField, list_fields, list_required
+from dit_video.sampling.tasks.task import add_options
+
+_OPTIONS = ("seed", "negative", "conditions", "control", "reference_images", "method", "resample", "strengths")
+"""Values of a request that a task's entry may have, too; see `add_options`."""
 
 
 class TaskEntry(NamedTuple):
@@ -22,26 +37,61 @@ class TaskEntry(NamedTuple):
     """A request without a prompt and size; see `add_options`."""
 
 
-def read_tasks(path: str | Path) -> list[TaskEntry]:
-    """Read tasks from a JSON list of objects.
+def make_request(entry: Request | TaskEntry, config: PipelineConfig) -> Request | None:
+    """Return the request of an entry, with its size; None for a task of several passes.
 
-    Each has the name of its `task`, the fields of the task's class, and a `seed`, which is 0 by default. Clips, images
-    and masks are names of files relative to the list's folder; what is white in a mask is generated.
+    Raises:
+      UserError: If the entry does not fit the model.
+    """
+    request = entry
+    if isinstance(entry, TaskEntry):
+        if (made := entry.task.make_request(config)) is None:
+            return None
+        request = add_options(made, entry.options)
+    assert isinstance(request, Request)
+    return replace(request, size=config.resolve_size(request))
+
+
+def get_entry_prompt(entry: Request | TaskEntry, request: Request | None) -> str:
+    """Return the prompt of an entry and its request: that of a task of several passes may be its clip's caption."""
+    if request is not None:
+        return request.prompt
+    assert isinstance(entry, TaskEntry)
+    prompt, clip, image = (getattr(entry.task, name, None) for name in ("prompt", "clip", "image"))
+    return next((text for text in (prompt, *(each.caption for each in (clip, image) if each)) if text), "")
+
+
+def read_entries(path: str | Path) -> list[Request | TaskEntry]:
+    """Read requests and tasks from a JSON list of objects, or requests from a text file with a prompt on each line.
+
+    An object with a `task` is read by `read_task`, any other by `read_request`. Files are relative to the list's
+    folder. Lists that `write_request` and `write_task` made are read, too; what they say of samples has no effect.
 
     Raises:
       MissingError: If the file, or one that it names, does not exist.
-      DecodeError: If a clip is damaged.
-      UserError: If a task or a field is unknown, a field is missing, or a value does not fit.
+      DecodeError: If the file of a picture is damaged.
+      UserError: If the file is not such a list, or an object of it is refused.
     """
     path = Path(path)
-    entries = read_json(path)
+    entries: Any
+    if path.suffix.lower() == ".txt":
+        entries = [{"prompt": line.strip()} for line in path.read_text().splitlines() if line.strip()]
+    else:
+        entries = read_json(path)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{path} must be a JSON list of objects, each with a task. Use docs/tasks.md for an example.")
-    return [read_task(entry, path.parent, where=f"{path}, entry {number}: ") for number, entry in enumerate(entries)]
+        raise UserError(f"{path} must be a JSON list of objects, each with a prompt or a task")
+    return [
+        (read_task if "task" in entry else read_request)(entry, path.parent, where=f"{path}, entry {number}: ")
+        for number, entry in enumerate(entries)
+    ]
 
 
 def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> TaskEntry:
-    """Return a task and its seed of JSON values, decoded from files in a folder.
+    """Return a task of JSON values, decoded from files in a folder, with its options.
+
+    Values are the name of the `task` and the fields of its class, and `seed` and other values of a request that
+    `Pipeline.run` takes, such as `negative`. Clips, images and masks are names of files; what is white in a mask is
+    generated.
 
     Raises:
       MissingError: If a file does not exist.
@@ -56,7 +106,7 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
         raise UserError(f"{where}task={name!r} is unknown; use {', '.join(TASKS)}")
     fields = {field.name: field for field in list_fields(TASKS[name])}
     for key in values:
-        if key not in fields and key not in ("task", "seed"):
+        if key not in fields and key not in ("task", "prompt", *_OPTIONS, *SAMPLE_KEYS):
             closest = next(iter(difflib.get_close_matches(key, fields, n=1)), ", ".join(fields))
             raise UserError(f"{where}{key}={values[key]!r} is invalid: {name} has no such value. Use {closest}.")
     required = list_required(TASKS[name])
@@ -65,15 +115,37 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
         raise UserError(f"{where}task={name!r} is invalid: {rule}. Use Pipeline.run in Python.")
     if missing := [key for key in required if values.get(key) is None]:
         raise UserError(f"{where}{missing[0]} is missing: {name} needs {', '.join(required)}. Give it.")
-    if type(seed := values.get("seed", 0)) is not int:
-        raise UserError(f"{where}seed={seed!r} is invalid: it must be a whole number. Use 0.")
+    own = {key: value for key, value in values.items() if key in _OPTIONS and key not in fields}
+    options = read_request({"prompt": "", **own}, folder, where=where)
     given = {key: value for key, value in values.items() if key in fields and value is not None}
     given = {key: _read_value(fields[key], value, folder, where) for key, value in given.items()}
     try:
         task = TASKS[name](**given)
     except UserError as error:
         raise UserError(f"{where}{error}") from error
-    return TaskEntry(task, Request("", seed=seed))
+    return TaskEntry(task, options)
+
+
+def write_task(entry: TaskEntry, folder: Path) -> dict[str, Any]:
+    """Write the pictures of a task and its options into a folder, and return its entry of a list in that folder.
+
+    `read_task` returns an equal task of the entry; images have a rate of 1. Files are as `write_request` writes them.
+    """
+    task, options = entry
+    written: dict[str, Any] = {"task": get_task_name(task)}
+    request = {name: value for name, value in write_request(options, folder).items() if name != "prompt"}
+    for field in list_fields(type(task)):
+        value = getattr(task, field.name)
+        if value is None:
+            continue
+        if field.kind == "conditions":
+            value = write_conditions(value, folder)
+        elif field.kind in ("clip", "image"):
+            value = write_picture(field.name, value, folder)
+        elif field.kind == "mask":
+            value = write_mask(value, getattr(task, "clip", None) or getattr(task, "video", None), folder)
+        written[field.name] = value
+    return request | written
 
 
 def _read_value(field: TaskField, value: Any, folder: Path, where: str) -> Any:
