@@ -26,7 +26,7 @@ MaskImage = np.ndarray | jax.Array | PilImage.Image | Path | str
 """A mask: booleans as in `Mask`, or a picture that is white where pixels are generated."""
 
 _ARRAY_FPS = 1.0
-"""Frame rate of clips that are made of arrays, which has no effect: that of the model is used."""
+"""Frame rate of clips that are made of arrays and lists, which say none: a task's result has that of its clip."""
 
 
 def to_image(name: str, value: Image) -> Clip:
