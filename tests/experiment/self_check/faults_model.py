@@ -113,9 +113,9 @@ def rotary_axes_exchanged(run):
 @FAULTS.add("The positions that are added to the tokens are dropped.", *("positions", "trained_parameters"))
 def position_embedding_dropped(run):
     def make(embed):
-        def embed_without(self, noisy, positions, layout, conditioning):
+        def embed_without(self, noisy, layout, conditioning):
             position, self.position = self.position, lambda features: 0 * position(features)
-            tokens = embed(self, noisy, positions, layout, conditioning)
+            tokens = embed(self, noisy, layout, conditioning)
             self.position = position
             return tokens
 

@@ -98,8 +98,8 @@ def time_of_batch(run):
 def expert_at_other_times(run):
     original = get_time_range
 
-    def get_other_range(training):
-        first, last = original(training)
+    def get_other_range(training, model):
+        first, last = original(training, model)
         return (0.0, first) if last == 1 else (last, 1.0)
 
     replace_function(original, get_other_range)
@@ -109,7 +109,7 @@ def expert_at_other_times(run):
     "The boundary of the experts, a time, is taken for a share of the training times.", "times", variant="expert"
 )
 def expert_boundary_as_quantile(run):
-    def get_range(training):
+    def get_range(training, model):
         boundary = training.expert.boundary
         return (boundary, 1.0) if training.expert.expert == "high" else (0.0, boundary)
 
