@@ -152,7 +152,8 @@ def test_the_tasks_notebook_runs_and_shows_videos(monkeypatch):
         "loop": 1,
         "progress": 1,
     }
-    assert result["recipe"]["task"] == "SeamlessLoop"
+    assert result["recipe"]["task"] == {"name": "loop"}
+    assert result["recipe"]["conditioner"]["type"].endswith(":SeamlessLoop")
 
 
 @pytest.mark.slow
