@@ -13,6 +13,7 @@ other process could read it.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from dit_video.core.errors import UserError
 
 GROUP = "dit_video"
 AnyClass = TypeVar("AnyClass", bound=type)
+Value = TypeVar("Value")
 _CLASSES: dict[str, type] = {}
 
 
@@ -43,10 +45,15 @@ def register(cls: AnyClass) -> AnyClass:
 
 
 def find_class(name: str) -> type | None:
-    """Return the registered class with this name, or None; entry points are loaded if the name is not known yet."""
-    if name not in _CLASSES:
+    """Return the registered class with this name, or None; installed packages are searched, too."""
+    return find_named(_CLASSES, name)
+
+
+def find_named(table: Mapping[str, Value], name: str) -> Value | None:
+    """Return the value of a name, or None; if it is missing, entry points are loaded, which may add it to the table."""
+    if name not in table:
         load_entry_points()
-    return _CLASSES.get(name)
+    return table.get(name)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError, check_at_least
-from dit_video.core.registry import load_entry_points
+from dit_video.core.registry import find_named
 from dit_video.core.typing import AnyArray
 from dit_video.diffusion.objective import Prediction
 from dit_video.diffusion.processes import MIN_ALPHA, Process, Times, Values
@@ -239,8 +239,6 @@ def get_guidance_method(name: str) -> GuidanceMethod:
     Raises:
       UserError: If no method has this name.
     """
-    if name not in GUIDANCE_METHODS:
-        load_entry_points()
-    if name not in GUIDANCE_METHODS:
+    if (method := find_named(GUIDANCE_METHODS, name)) is None:
         raise UserError(f"guidance method {name!r} is unknown; use one of {', '.join(sorted(GUIDANCE_METHODS))}")
-    return GUIDANCE_METHODS[name]
+    return method

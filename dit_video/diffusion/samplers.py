@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dit_video.core.errors import UserError
-from dit_video.core.registry import load_entry_points
+from dit_video.core.registry import find_named
 from dit_video.diffusion.objective import (
     DenoiseFn,
     Estimator,
@@ -808,11 +808,9 @@ def get_solver(name: str) -> Solver:
     Raises:
       UserError: If no solver has this name.
     """
-    if name not in SOLVERS:
-        load_entry_points()
-    if name not in SOLVERS:
+    if (solver := find_named(SOLVERS, name)) is None:
         raise UserError(f"unknown solver {name!r}; use one of {', '.join(sorted(SOLVERS))}")
-    return SOLVERS[name]
+    return solver
 
 
 class Inversion(NamedTuple):

@@ -122,11 +122,12 @@ class TaskField:
 
 
 class _Rule(NamedTuple):
-    """What the values of a kind are, where no conversion says it."""
+    """Check of the values of a kind that `_CONVERSIONS` lacks, and what its error says."""
 
     text: str
+    """What a value must be."""
     example: str
-    """Values that are valid; empty for the limits of the field to give one."""
+    """Valid value that the error suggests; empty for a number within the limits of the field."""
     is_valid: Callable[[Any], bool]
 
 
