@@ -105,8 +105,9 @@ def cut_clips(
         return
     with PacketReader(source) as reader:
         origin = reader.read_origin()
-        # Transparency is in side data that mp4 does not have.
-        can_copy = mode == "copy" and reader.video_stream.metadata.get("alpha_mode") != "1"
+        # Transparency is in side data that mp4 does not have, and cropping is not written.
+        is_plain = reader.video_stream.metadata.get("alpha_mode") != "1" and reader.crop is None
+        can_copy = mode == "copy" and is_plain
         for span, video, audio in _select_packets(reader, origin, spans):
             is_copied = can_copy and video is not None and _measure_lead_in(video) <= max_lead_in
             copied = _copy_span(video, audio) if is_copied and video is not None else None

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.video.colours import TRANSFERS, convert_to_srgb
+from dit_video.video.containers import Crop, check_mp4_header, is_whole_gif_packet, read_crops
 from dit_video.video.webp import AnimatedWebp, is_animated_webp
 
 MAX_PIXELS = int(os.environ.get("DIT_VIDEO_MAX_PIXELS", 1 << 26))
@@ -51,12 +52,13 @@ _DECODE_EXCEPTIONS = (av.FFmpegError, ValueError, ArithmeticError, LookupError, 
 """Exceptions of PyAV for damaged files: ffmpeg's errors, text that is not UTF-8, rates of n/0, sizes that overflow."""
 _REFERENCE_DECODERS = ("h264", "hevc")
 """Codecs whose decoders can leave out, packet by packet, frames to which no others refer."""
+_STRICT_DECODERS = ("mjpeg", "tiff", "png", "apng")
+"""Decoders that make up what is missing of a picture, and say so only when they are asked to fail. Those of videos
+would fail on files that are shown everywhere, and at most places to which one may seek."""
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Decoders of transparency, which ffmpeg's own decoders of these codecs ignore."""
 _BRANDS = {b"avif": "avif"} | dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"mif1"), "heic")
 """Kinds of pictures by the brand with which a file begins (ISO/IEC 23008-12); sequences have others."""
-_MAX_BOXES = 100_000
-"""Maximum number of boxes read inside another: enough for hours of fragmented video, and read at once."""
 
 
 class TimedFrame(NamedTuple):
@@ -147,6 +149,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         if self.guard is not None:
             self.guard.limit_opening(self._length)
         check_mp4_header(file, self.name)
+        self._crops = read_crops(file)
         # A playlist in place of a video could otherwise open further files, or network addresses.
         options = {
             "protocol_whitelist": "none",
@@ -212,12 +215,19 @@ class Video(contextlib.AbstractContextManager["Video"]):
             context = cast(av.VideoCodecContext, av.CodecContext.create(_ALPHA_DECODERS[self.codec], "r"))
         context.thread_count = 1
         context.options = {"max_pixels": str(MAX_PIXELS)} | ({} if self._is_exact else {"skip_loop_filter": "all"})
+        if self.codec in _STRICT_DECODERS:
+            context.options |= {"err_detect": "crccheck+explode"}
         self._container, self._stream, self._context = container, stream, context
         self._start_time: int | None = stream.start_time
         self._error_location = "at its start"
         for other in container.streams:
             if other is not stream:
                 other.discard = Discard.all
+        track = container.streams.video.index(stream)
+        crop = self._crops[track] if track < len(self._crops) else Crop(0, 0, 0, 0)
+        left = min(stream.width - crop.left - crop.right, stream.height - crop.top - crop.bottom)
+        self.crop: Crop | None = crop if any(crop) and min(crop) >= 0 and left > 0 else None
+        """Pixels that the container removes from decoded pictures, as `read_frames` does; None if it removes none."""
         aspect = stream.sample_aspect_ratio
         self.sample_aspect: Fraction = Fraction(aspect) if aspect and aspect > 0 else Fraction(1)
         """Width of a stored pixel divided by its height."""
@@ -260,7 +270,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         """
         seeks = start > _SEEK_MARGIN and self._pictures is None
         frames, origin = self._seek(start) if seeks else (self._decode_frames(), None)
-        spacing, previous = 1 / self._rate, None
+        spacing, previous, aspect = 1 / self._rate, None, self._context.sample_aspect_ratio
         for frame in frames:
             base = frame.time_base or Fraction(1, 1000)
             timestamp = frame.dts if frame.pts is None else frame.pts
@@ -275,6 +285,12 @@ class Video(contextlib.AbstractContextManager["Video"]):
             self._error_location = f"after {time:.2f} s"
             if frame.is_corrupt and time + spacing > start:
                 raise DecodeError(f"{self.name} is damaged at {time:.2f} s; remove it or replace it")
+            aspect = aspect or self._context.sample_aspect_ratio
+            if self._context.sample_aspect_ratio not in (None, aspect):  # of the frame that was decoded last
+                raise DecodeError(
+                    f"{self.name} changes its pixel aspect from {aspect} to {self._context.sample_aspect_ratio} at "
+                    f"{time:.2f} s, and a clip has one; cut the file there"
+                )
             previous = TimedFrame(time, float((frame.duration or 0) * base), frame)
             self._check_time(time + previous.duration, time)
             yield previous
@@ -326,7 +342,9 @@ class Video(contextlib.AbstractContextManager["Video"]):
                 if picture is None:
                     return
                 yield picture
-        packets, more, is_discarded = self._container.demux(self._stream), True, False
+        packets, more, is_discarded = iter(self._container.demux(self._stream)), True, False
+        if self._container.format.name.endswith("_pipe"):  # a picture; phones append others, of its brightness or depth
+            packets = itertools.islice(packets, 1)
         while more:
             with wrap_decode_errors(self.name, self._error_location):
                 packet = next(packets, None)
@@ -337,9 +355,12 @@ class Video(contextlib.AbstractContextManager["Video"]):
                     # Of frames that are not shown, those alone are decoded that others refer to.
                     is_discarded = packet.is_discard
                     self._context.skip_frame = "NONREF" if is_discarded else "DEFAULT"
+                if packet is not None and self.codec == "gif" and not is_whole_gif_packet(bytes(packet)):
+                    raise ValueError("an image ends early")
                 frames = self._context.decode(packet)
             for frame in frames:
                 frame.time_base = frame.time_base or self._stream.time_base
+                frame = crop_frame(frame, self.crop) if self.crop else frame
                 yield remove_profile(frame) if self.codec in _NAMED_PROFILES else frame
 
 
@@ -360,6 +381,14 @@ def make_filter_graph(frame: av.VideoFrame, *filters: tuple[str, str]) -> Graph:
     )
     graph.link_nodes(source, *(graph.add(*part) for part in filters), graph.add("buffersink")).configure()
     return graph
+
+
+def crop_frame(frame: av.VideoFrame, crop: Crop) -> av.VideoFrame:
+    """Return the part of a frame that is shown."""
+    width, height = frame.width - crop.left - crop.right, frame.height - crop.top - crop.bottom
+    graph = make_filter_graph(frame, ("crop", f"{width}:{height}:{crop.left}:{crop.top}:exact=1"))
+    graph.vpush(frame)
+    return graph.vpull()
 
 
 def check_size(height: int, width: int, name: str) -> None:
@@ -400,67 +429,6 @@ def read_heif(content: bytes, name: str) -> av.VideoFrame:
     if profile:
         picture[..., :3] = convert_to_srgb(picture[..., :3], profile)
     return av.VideoFrame.from_ndarray(picture, format=format)
-
-
-class _Box(NamedTuple):
-    kind: bytes
-    start: int
-    """Offset of the box's content."""
-    stop: int
-    """Offset of the end of the box."""
-
-
-def check_mp4_header(file: io.BytesIO | io.FileIO, name: str) -> None:
-    """Raise `DecodeError` if a video track claims more frames of one size than the file has bytes for.
-
-    A few bytes of header can claim any number of frames of one size, and ffmpeg keeps an entry of tens of bytes for
-    each: up to two gigabytes and half a minute (ISO/IEC 14496-12, 8.7.3). The file is left at its beginning.
-    """
-    length = file.seek(0, 2)
-    file.seek(4)
-    if file.read(4) in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-        for track in _find_boxes(file, _Box(b"", 0, length), b"moov", b"trak", b"mdia"):
-            handlers = [_read_content(file, box, 12) for box in _read_boxes(file, track) if box.kind == b"hdlr"]
-            if any(handler[8:] == b"vide" for handler in handlers):
-                for box in _find_boxes(file, track, b"minf", b"stbl", b"stsz"):
-                    content = _read_content(file, box, 12)
-                    size, count = int.from_bytes(content[4:8], "big"), int.from_bytes(content[8:12], "big")
-                    if size * count > length:
-                        raise DecodeError(
-                            f"{name} claims {count} frames of {size} bytes in {length} bytes; remove it or replace it"
-                        )
-    file.seek(0)
-
-
-def _find_boxes(file: io.BytesIO | io.FileIO, box: _Box, *path: bytes) -> Iterator[_Box]:
-    if not path:
-        yield box
-        return
-    for inner in _read_boxes(file, box):
-        if inner.kind == path[0]:
-            yield from _find_boxes(file, inner, *path[1:])
-
-
-def _read_boxes(file: io.BytesIO | io.FileIO, outer: _Box) -> Iterator[_Box]:
-    offset = outer.start
-    for _ in range(_MAX_BOXES):
-        if offset + 8 > outer.stop:
-            return
-        file.seek(offset)
-        header = file.read(16)
-        size, start = int.from_bytes(header[:4], "big"), offset + 8
-        if size == 1:
-            size, start = int.from_bytes(header[8:16], "big"), offset + 16
-        stop = outer.stop if size == 0 else min(offset + size, outer.stop)
-        if stop < start:
-            return
-        yield _Box(header[4:8], start, stop)
-        offset = stop
-
-
-def _read_content(file: io.BytesIO | io.FileIO, box: _Box, count: int) -> bytes:
-    file.seek(box.start)
-    return file.read(min(count, box.stop - box.start))
 
 
 def _replace_bad(text: str) -> str:

@@ -1,6 +1,7 @@
 """Video files of any codec, pixel format and container, made by PyAV."""
 
 import io
+import struct
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -69,6 +70,24 @@ def _write_video(
             output.mux(track.encode(frame))
         output.mux(track.encode(None))
     return buffer.getvalue() if path is None else path.read_bytes()
+
+
+def _add_aperture(content: bytes, *numbers: int) -> bytes:
+    """Give the track of an mp4 or mov a clean aperture: numerator and denominator of width, height and both offsets."""
+    aperture = struct.pack(">I4s8i", 40, b"clap", *numbers)
+    at = content.index(b"stsd")
+    path = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", content[at + 16 : at + 20])
+    data, at, size = bytearray(content), 0, 0
+    for kind in path:
+        at = content.index(kind, at)
+        size = int.from_bytes(content[at - 4 : at], "big")
+        data[at - 4 : at] = struct.pack(">I", size + len(aperture))
+    return bytes(data[: at - 4 + size] + aperture + data[at - 4 + size :])
+
+
+@pytest.fixture(scope="session")
+def add_aperture() -> Callable[..., bytes]:
+    return _add_aperture
 
 
 @pytest.fixture(scope="session")

@@ -235,6 +235,13 @@ def test_what_cannot_be_copied_is_encoded(write_video, textured, kind):
     assert np.abs(difference).mean() < 6
 
 
+def test_a_cropped_picture_is_encoded(write_video, textured, add_aperture):
+    content = add_aperture(write_video(textured(24, 64, 96), **H264, options=GROUPS), 48, 1, 32, 1, 8, 1, 0, 1)
+    assert decode(content).frames.shape == (24, 32, 48, 3)
+    result = decode(assert_cut(content, 5, 20, method="encode", crf=4))
+    assert np.abs(result.frames.astype(int) - decode(content).frames[5:21]).mean() < 6
+
+
 def test_a_whole_file_is_returned_as_it_is(write_video, textured, tmp_path):
     content = add_sound(write_video(textured(12, 64, 64), **H264), "aac")
     clip = cut_clip(content, first=0.0, last=1.1, is_whole=True)

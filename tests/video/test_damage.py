@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from dit_video.core.errors import DecodeError
 from dit_video.tokens import Grid
@@ -220,6 +221,87 @@ def test_a_corrupt_frame_in_the_middle_is_reported_with_its_time(write_video, te
         with pytest.raises(DecodeError, match=r"damaged (at|after) (1\.9\d|2\.0\d) s"):
             read(broken)
     np.testing.assert_array_equal(decode(broken, frames=15).frames, decode(content, frames=15).frames)
+
+
+# --- pictures that are cut, or overwritten in part --------------------------------------------------------------------
+
+PICTURES = {
+    "jpeg": {"quality": 90},
+    "progressive jpeg": {"quality": 90, "progressive": True},
+    "png": {},
+    "webp": {"quality": 80},
+    "lossless webp": {"lossless": True},
+    "bmp": {},
+    "tiff": {},
+    "compressed tiff": {"compression": "tiff_lzw"},
+    "gif": {},
+    "avif": {},
+    "animated gif": {"save_all": True, "duration": 80},
+    "animated png": {"save_all": True, "duration": 80},
+    "animated webp": {"save_all": True, "duration": 80},
+    "avi of jpeg": {"codec": "mjpeg", "pixel_format": "yuvj420p", "format": "avi"},
+    "mov of png": {"codec": "png", "pixel_format": "rgb24", "format": "mov"},
+}
+
+
+UNCHECKED = {"progressive jpeg", "webp", "lossless webp", "bmp", "tiff", "avif", "animated webp"}
+"""Kinds without checksums, where zeros in the middle are as good as other pixels."""
+
+
+@pytest.fixture(scope="module")
+def pictures(write_video, textured):
+    """Return files of each kind that are far larger than what a decoder reads to tell the kind."""
+    frames = textured(8, 240, 320)
+    images = [Image.fromarray(frame) for frame in frames]
+    files = {}
+    for kind, options in PICTURES.items():
+        if "codec" in options:
+            files[kind] = write_video(frames, **options)
+            continue
+        buffer = io.BytesIO()
+        others = {"append_images": images[1:]} if "save_all" in options else {}
+        images[0].save(buffer, format=kind.split()[-1], **options, **others)
+        files[kind] = buffer.getvalue()
+    return files
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_picture_that_is_cut_short_is_refused(pictures, kind, share):
+    """Decoders make up what is missing (JPEG, GIF), and say so only if they are asked to."""
+    content = pictures[kind]
+    get_errors(content[: round(len(content) * share)])
+
+
+@pytest.mark.parametrize("kind", sorted(set(PICTURES) - UNCHECKED))
+def test_a_picture_that_is_overwritten_is_refused(pictures, kind):
+    """A twentieth is zero."""
+    content = pictures[kind]
+    start, length = round(len(content) * 0.6), len(content) // 20
+    get_errors(content[:start] + bytes(length) + content[start + length :])
+
+
+STILLS = [kind for kind in PICTURES if not kind.startswith(("animated", "avi of", "mov of"))]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in STILLS if kind != "avif"])
+def test_what_follows_a_picture_is_not_read(pictures, write_video, textured, kind):
+    """Phones append to their photos a map of brightness or depth, a preview, a video or bytes of their own."""
+    content, expected = pictures[kind], decode(pictures[kind])
+    assert len(expected.frames) == 1
+    for tail in (
+        pictures["jpeg"],
+        pictures["progressive jpeg"] + pictures["png"],
+        write_video(textured(2, 32, 48), codec="mjpeg", pixel_format="yuvj420p", format="image2pipe"),  # a smaller one
+        write_video(textured(8, 32, 48), **X264),
+        bytes(range(200)) * 20,
+    ):
+        assert decode(content + tail) == expected
+
+
+@pytest.mark.parametrize(("kind", "end"), [("jpeg", 2), ("progressive jpeg", 2), ("gif", 1), ("animated gif", 1)])
+def test_a_missing_end_marker_is_no_damage(pictures, kind, end):
+    assert decode(pictures[kind][:-end]) == decode(pictures[kind])
 
 
 # --- mutations ------------------------------------------------------------------------------------------------------

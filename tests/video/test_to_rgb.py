@@ -236,10 +236,74 @@ def test_pixels_that_are_not_square_are_resized_to_squares(write_video, textured
         assert measure_difference(content, scale("bt601", "tv", size=f":w={width}:h=36", algorithm="bilinear")) == 0
 
 
+@pytest.mark.parametrize("codec", ["mpeg2video", "libx264"])
+def test_a_pixel_aspect_that_changes_is_refused(write_video, textured, codec):
+    """A recording of television: MPEG-2 has another aspect from the second part on, and no other size."""
+    frames = textured(24, 96, 160)
+    how = {"codec": codec, "format": "mpegts", "pixel_format": "yuv420p", "rate": 24}
+    parts = [
+        write_video(frames, **how, first=24 * second, sample_aspect_ratio=aspect)
+        for second, aspect in enumerate((Fraction(16, 11), Fraction(12, 11)))
+    ]
+    assert decode(parts[0]).frames.shape == (24, 96, 233 if codec == "libx264" else 212, 3)
+    for read in (decode, probe, lambda file: decode(file, start=0.5)):
+        with pytest.raises(
+            DecodeError, match=r"changes its pixel aspect from .* at 0\.[89]\d s, .*; cut the file there"
+        ):
+            read(parts[0] + parts[1])
+
+
 def test_anamorphic_rgb_is_resized_to_square_pixels(write_video, textured):
     frames = textured(1, 36, 48)
     content = write_video(frames, codec="png", pixel_format="rgb24", format="mov", sample_aspect_ratio=Fraction(4, 3))
     np.testing.assert_array_equal(decode(content).frames, resize(frames, 36, 64))
+
+
+@pytest.fixture(scope="module")
+def mov(write_video, textured):
+    return write_video(textured(3, 48, 64), codec="png", pixel_format="rgb24", format="mov")
+
+
+@pytest.mark.parametrize(
+    ("offsets", "top", "left"), [((0, 1, 0, 1), 12, 9), ((5, 1, -3, 1), 9, 14), ((-13, 3, 5, 4), 13, 5)]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_clean_aperture_of_mp4_is_shown(mov, add_aperture, offsets, top, left, turned):
+    """It is placed by the distance of its centre from the picture's (ISO/IEC 14496-12, 12.1.4), and then turned."""
+    expected = decode(mov).frames[:, top : top + 24, left : left + 46]
+    cropped = add_aperture(mov, 46, 1, 96, 4, *offsets)
+    if turned:
+        matrix = cropped.index(b"tkhd") + 44
+        numbers = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+        cropped, expected = cropped[:matrix] + numbers + cropped[matrix + 36 :], np.rot90(expected, -1, (1, 2))
+    np.testing.assert_array_equal(decode(cropped).frames, expected)
+    assert (probe(cropped).height, probe(cropped).width) == expected.shape[1:3]
+    assert decode(cropped, size=Grid(1, 8, 12)).frames.shape == (1, 8, 12, 3)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(46, 0, 25, 1, 0, 1, 0, 1), (80, 1, 25, 1, 0, 1, 0, 1), (46, 1, 25, 1, 99, 1, 0, 1), (0, 1) * 4],
+    ids=["division by zero", "wider than the picture", "beside the picture", "empty"],
+)
+def test_an_aperture_that_cannot_be_is_ignored(mov, add_aperture, numbers):
+    np.testing.assert_array_equal(decode(add_aperture(mov, *numbers)).frames, decode(mov).frames)
+
+
+@pytest.mark.parametrize(
+    ("ids", "shown"),
+    [(("54CC", "54BB"), np.s_[:, 3:, 5:]), (("54DD", "54AA"), np.s_[:, :-3, :-5])],
+    ids=["left and top", "right and bottom"],
+)
+def test_matroska_crops_pictures(write_video, textured, ids, shown):
+    """The 15 bytes of two elements after a track's video become elements of it: PixelCropLeft and others (RFC 9559)."""
+    content = write_video(textured(3, 48, 64))
+    start = content.index(b"\xe0\x8a\xb0\x81\x40\xba\x81\x30")  # a video of 10 bytes: its width, its height
+    assert content[start + 12 : start + 27] == b"\x55\xee\x81\0" + b"\xec\x01" + bytes(6) + b"\x02" + bytes(2)
+    crop = b"".join(bytes.fromhex(kind) + b"\x81" + bytes([count]) for kind, count in zip(ids, (5, 3), strict=True))
+    video = content[start + 2 : start + 12] + crop + b"\xec\x85" + bytes(5)
+    cropped = content[:start] + b"\xe0\x99" + video + content[start + 27 :]
+    np.testing.assert_array_equal(decode(cropped).frames, decode(content).frames[shown])
 
 
 TURNS = {
