@@ -22,7 +22,7 @@ from dit_video.models.encoders import T5Config
 from dit_video.nn import get_param_shapes
 from dit_video.weights import folders, io, streaming
 from dit_video.weights.folders import TensorFolder
-from dit_video.weights.lora import add_module_prefix, get_native_modules, load_lora, save_lora
+from dit_video.weights.lora import add_module_prefix, get_native_modules, is_lora_file, load_lora, save_lora
 from dit_video.weights.streaming import FileMap, FolderSource, ParamsSource
 from dit_video.weights.tensor_map import SHARD_BYTES
 from dit_video.weights.text_encoders import T5_MODEL_TYPES, make_t5_export, make_t5_tensor_map, read_t5_config
@@ -55,6 +55,8 @@ def convert(
     """
     source, destination = Path(source), Path(destination)
     check_destination(destination)
+    if is_lora_file(source):
+        raise UserError(f"{source} is an adapter, whose names depend on its model. Name it: --model (convert_lora)")
     document = {} if source.is_file() else folders.read_document(source)
     kind, formats = str(document.get("_class_name") or document.get("model_type")), list_formats()
     if document:
@@ -109,16 +111,18 @@ def convert_lora(
     Args:
       source: A safetensors file, or a folder of PEFT or diffusers.
       destination: File to write.
-      model: Folder of the transformer that the adapter changes; only its config is read.
+      model: Folder of the transformer that the adapter changes, or of its diffusers pipeline; only a config is read.
       layout: Whose names to write.
       dtype: Dtype that factors are cast to; None keeps theirs.
 
     Raises:
       MissingError: If a file does not exist.
-      UserError: If the adapter belongs to another model, no family has LoRA files for the model, or the layout has no
-        names for the adapter's full differences.
+      UserError: If the destination exists or is no `.safetensors` file, the adapter belongs to another model, no family
+        has LoRA files for the model, or the layout has no names for the adapter's full differences.
     """
-    folder = Path(model)
+    folder, destination = folders.find_model_folder(model, "transformer"), Path(destination)
+    if destination.suffix != ".safetensors" or destination.exists():
+        raise UserError(f"{destination} exists or is no .safetensors file. Use a file that does not exist")
     config = read_denoiser_config(folder)
     primary_layout: FileLayout = "authors" if layout == "authors" else "diffusers"
     if not (modules := get_lora_modules(config, primary_layout=primary_layout)):

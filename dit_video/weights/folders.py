@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from io import RawIOBase
 from pathlib import Path
@@ -13,7 +14,13 @@ import numpy as np
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
-from dit_video.weights.safetensors import NUMPY_DTYPES, make_corrupt_error, make_dtype_error, open_safetensors
+from dit_video.weights.safetensors import (
+    NUMPY_DTYPES,
+    check_no_float8,
+    make_corrupt_error,
+    make_dtype_error,
+    open_safetensors,
+)
 from dit_video.weights.tensor_map import TensorMapping
 
 STEM = "diffusion_pytorch_model"
@@ -123,7 +130,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
 
         Raises:
           MissingError: If neither file exists, or a listed file doesn't.
-          UserError: If the weights are pickled, a file is damaged, or the index does not fit its files.
+          UserError: If the weights are pickled or in float8, a file is damaged, or the index does not fit its files.
         """
         self.folder = Path(folder)
         self._open = contextlib.ExitStack()
@@ -143,6 +150,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
+        check_no_float8(path, {name: entry["dtype"] for name, entry in header.items()})
         if names is not None and (missing := sorted(names - header.keys())):
             raise UserError(f"{path} lacks {_format_names(missing)}, which its index lists. Copy both again")
         for name in sorted(header.keys() if names is None else names):
@@ -233,9 +241,20 @@ def read_transformers_config(path: Path, description: str, model_types: Collecti
 
 
 def _list_files(folder: Path, stem: str) -> Mapping[Path, set[str] | None]:
-    """Return a folder's files with the tensors that an index lists in each; a single file (None) takes precedence."""
+    """Return a folder's files with the tensors that an index lists in each, or with None for all of a single file.
+
+    Saving a model in another number of files leaves those of before. Of both, diffusers reads those of the index, and
+    transformers the single one.
+    """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
+    if single.is_file() and index.is_file():
+        library, first, second = ("diffusers", index, single) if stem == STEM else ("transformers", single, index)
+        warnings.warn(
+            f"{folder} has both {single.name} and {index.name}; {first.name} is read, as {library} does. Remove "
+            f"{second.name}, if it is of an older model",
+            stacklevel=2,
+        )
+    if single.is_file() and not (stem == STEM and index.is_file()):
         return {single: None}
     if not index.is_file():
         raise _make_missing_error(folder, stem)

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dit_video.core import trees
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.nn import is_kernel
 from dit_video.weights import safetensors as ours
@@ -107,14 +107,25 @@ def expand_layers(names: Mapping[str, str], params: Mapping[str, Any]) -> dict[s
     }
 
 
-ModulePart = Literal["a", "b", "alpha", "diff", "diff_b"]
+ModulePart = Literal["a", "b", "b_bias", "alpha", "diff", "diff_b"]
 """Part of a module that a tensor holds."""
-
+_DIFFERENCES: tuple[Literal["diff"], Literal["diff_b"]] = ("diff", "diff_b")
 _COUNTERPART = {"lora_A": "lora_B", "lora_B": "lora_A", "lora_down": "lora_up", "lora_up": "lora_down"}
 _TENSOR_NAME = re.compile(
     r"(?P<module>.+)\.(?:"
-    r"(?P<factor>lora_A|lora_B|lora_down|lora_up)(?P<rest>(?:\.default)?\.weight)|(?P<other>alpha|diff|diff_b|diff_m))"
+    r"(?P<factor>lora_A|lora_B|lora_down|lora_up)(?P<rest>(?:\.default)?\.weight)"
+    r"|(?P<bias>lora_B|lora_up)(?:\.default)?\.bias|(?P<other>alpha|diff|diff_b|diff_m))"
 )
+_OTHER_ADAPTERS = {
+    "DoRA": r"\.dora_scale|\.lora_magnitude_vector(\..*)?",
+    "LoKr": r"\.lokr_(w|t)\d.*",
+    "LoHa": r"\.hada_(w|t)\d.*",
+    "LoCon with a core tensor": r"\.lora_mid\.weight",
+    "OFT": r"\.oft_.*",
+    "IA3": r"\.(ia3_l|on_input)(\..*)?",
+    "GLoRA": r"\.(a1|a2|b1|b2)\.weight",
+}
+"""Ends of the names of tensors by the kind of adapter that has them (PEFT and LyCORIS)."""
 MODULATION = ".modulation"
 """End of the name of a module whose difference is a `diff_m`."""
 _DOTTED_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
@@ -142,8 +153,17 @@ def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, 
     channels differ from model to model.
 
     Raises:
-      UserError: If tensors are missing, unexpected or misshapen.
+      UserError: If there are no tensors, they are those of another kind of adapter, or some are missing, unexpected or
+        misshapen.
     """
+    if not arrays:
+        raise UserError(f"{file} has no tensors. Write it again, or {_FIX}")
+    for kind, ending in _OTHER_ADAPTERS.items():
+        if name := next((name for name in arrays if re.search(f"(?:{ending})$", name)), None):
+            raise UserError(
+                f"{file} is a {kind} adapter, as it has {name}, which is not supported. Use a LoRA, or a model into "
+                "which the adapter is merged"
+            )
     flat = {name.replace(".", "_"): name for name in modules}
     if len(flat) != len(modules):
         raise ValueError("two modules have the same name after replacing dots by underscores")
@@ -165,17 +185,20 @@ def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, 
             expected |= _expect_factors(parsed, arrays, module, shapes)
         elif part == "alpha":
             expected[name] = array.shape if array.size == 1 else ()
-        elif (shape := _get_difference_shape(module, part, shapes)) is not None:
+        elif (shape := _get_difference_shape(module, "diff" if part == "diff" else "diff_b", shapes)) is not None:
             expected[name] = shape
     actual = {name: tuple(array.shape) for name, array in arrays.items() if name not in left_out}
-    if arrays and not expected:
+    if not expected:
         raise UserError(
             f"{file} is not a LoRA of this model: none of its tensors, such as "
             f"{ours.format_names(sorted(arrays)[:3])}, belongs to one of the model's modules, such as "
             f"{ours.format_names(list(modules)[:3])}; {_FIX}"
         )
     ours.check_tensors_match(file, actual, expected, fix=_FIX)
-    orphaned = [tensors["alpha"] for tensors in tensor_names.values() if "alpha" in tensors and "a" not in tensors]
+    scaled: tuple[ModulePart, ...] = ("alpha", "b_bias")
+    orphaned = [
+        tensors[part] for tensors in tensor_names.values() for part in scaled if part in tensors and "a" not in tensors
+    ]
     if orphaned:
         raise UserError(f"{file} has {ours.format_names(orphaned)} without the factors that they scale; {_FIX}")
     return TensorMatches(tensor_names, left_out)
@@ -184,6 +207,8 @@ def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, 
 def _get_part(parsed: re.Match[str]) -> ModulePart:
     if parsed["factor"] is not None:
         return "a" if parsed["factor"] in ("lora_A", "lora_down") else "b"
+    if parsed["bias"] is not None:
+        return "b_bias"
     kinds: dict[str, ModulePart] = {"alpha": "alpha", "diff": "diff", "diff_m": "diff", "diff_b": "diff_b"}
     return kinds[parsed["other"]]
 
@@ -251,6 +276,15 @@ def to_our_factors(module: LoraModule, a: Any, b: Any) -> tuple[np.ndarray, np.n
     return a, b if module.order is None else b[:, list(module.order)]
 
 
+def to_their_factors(module: LoraModule, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return factors of a module in their layout; the inverse of `to_our_factors`."""
+    b = b.T if module.order is None else b[:, np.argsort(module.order)].T
+    if module.mapping is None:
+        return a.T, b
+    down = module.mapping._replace(layers=None).to_theirs(a)
+    return down, b.reshape(*b.shape, *(1,) * (down.ndim - 2))
+
+
 def to_our_difference(module: LoraModule, part: ModulePart, array: np.ndarray) -> np.ndarray:
     """Return a full difference in our layout, for the module's own outputs."""
     if part == "diff" and module.mapping is not None:
@@ -295,7 +329,7 @@ def load_lora(
     Raises:
       MissingError: If the file does not exist.
       UserError: If the file is pickled or corrupt, is not a LoRA for this model (tensors are missing, unexpected or of
-        another shape), or is of an unsupported kind (DoRA).
+        another shape), or is of an unsupported kind (DoRA, LoKr, LoHa …).
     """
     file = _find_file(Path(path))
     arrays, shapes = ours.load(file, dtype=None), _get_shapes(params)
@@ -311,15 +345,18 @@ def load_lora(
     for name, tensors in matches.items():
         module = modules[name]
         parts = {part: _cast(arrays[tensor], dtype) for part, tensor in tensors.items() if part != "alpha"}
+        differences = [(part, parts[part]) for part in _DIFFERENCES if part in parts]
         if "a" in parts:
             a, b = to_our_factors(module, parts["a"], parts["b"])
             alpha = float(arrays[tensors["alpha"]].reshape(())) if "alpha" in tensors else None
             scale = settings.get_scale(name, rank=a.shape[1], alpha=alpha)
             factors[str(module.path)].append(_ModuleFactors(module, a, b, scale))
-        for part, changed in (("diff", module.path), ("diff_b", module.bias_path)):
-            if part in parts:
-                diff = leaves.setdefault(f"{changed}/diff", np.zeros(shapes[str(changed)], parts[part].dtype))
-                diff[_get_index(module)] = to_our_difference(module, part, parts[part])
+            if "b_bias" in parts:  # of the second factor, in PEFT
+                differences.append(("diff_b", (parts["b_bias"] * scale).astype(parts["b_bias"].dtype)))
+        for part, change in differences:
+            changed = str(module.path if part == "diff" else module.bias_path)
+            diff = leaves.setdefault(f"{changed}/diff", np.zeros(shapes[changed], change.dtype))
+            diff[_get_index(module)] += to_our_difference(module, part, change)
     for kernel, module_factors in factors.items():
         leaves |= {f"{kernel}/{leaf}": value for leaf, value in _join_factors(shapes[kernel], module_factors).items()}
     return trees.unflatten(leaves)
@@ -334,9 +371,25 @@ def check_lora(path: str | os.PathLike, params: Mapping[str, Any], modules: Lora
     _read_settings(file)
 
 
+def is_lora_file(path: Path) -> bool:
+    """Return whether a safetensors file, or the one in a folder of PEFT or diffusers, has factors of an adapter."""
+    file = _find_file(path)
+    return file.is_file() and file.suffix == ".safetensors" and any(".lora_" in name for name in ours.load_shapes(file))
+
+
 def _find_file(path: Path) -> Path:
-    """Return the file of an adapter, which may be in a folder."""
-    return next((path / name for name in _FILES if (path / name).is_file()), path)
+    """Return the file of an adapter, which may be in a folder, alone or under a name of PEFT or diffusers.
+
+    Raises:
+      MissingError: If the folder has no such file.
+    """
+    if not path.is_dir():
+        return path
+    files = [path / name for name in _FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+    if len(files) == 1 or (files and files[0].name in _FILES):
+        return files[0]
+    found = f"{len(files)} safetensors files" if files else "no safetensors file"
+    raise MissingError(f"{path} has {found}, and an adapter is one. Use the path of the file")
 
 
 def _get_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -368,12 +421,12 @@ def save_lora(
         diffusers'.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(lora).items()}
-    mapped = {f"{module.path}/a" for module in modules.values() if module.mapping is None}
+    mapped = {f"{module.path}/a" for module in modules.values()}
     if style != "diffusers":
         mapped |= {f"{path}/diff" for module in modules.values() for path in (module.path, module.bias_path)}
     changed = [name for name in leaves if name.endswith(("/a", "/diff"))]
     if unmapped := [name.rpartition("/")[0] for name in changed if name not in mapped]:
-        fix = "Use modules= with these kernels"
+        fix = "Use layout dit_video of convert.py, or modules= with these kernels, for our own names"
         if style == "diffusers" and any(name.endswith("/diff") for name in changed):
             fix = "Use style='comfyui', which has names for full differences (layout authors of convert.py)"
         raise UserError(f"{path}: no names for adapters of {ours.format_names(unmapped)}. {fix}")
@@ -386,8 +439,8 @@ def save_lora(
         tensors[f"{prefix}.{'diff_m' if is_modulation else difference}"] = _cast(array, dtype)
     for name, part in _split_factors(leaves, modules):
         rank, prefix = part.a.shape[1], _add_prefix(style, name)
-        tensors[f"{prefix}.{first}.weight"] = _cast(part.a.T, dtype)
-        tensors[f"{prefix}.{second}.weight"] = _cast(part.b.T, dtype)
+        a, b = to_their_factors(part.module, part.a, part.b)
+        tensors[f"{prefix}.{first}.weight"], tensors[f"{prefix}.{second}.weight"] = _cast(a, dtype), _cast(b, dtype)
         alphas[name] = rank, part.scale * rank
         if style != "diffusers":
             tensors[f"{prefix}.alpha"] = np.asarray(part.scale * rank, np.float32)
@@ -497,7 +550,6 @@ def _split_factors(leaves: Mapping[str, np.ndarray], modules: LoraModules) -> It
             b = module_b
         if not used.any():
             continue
-        b = b if module.order is None else b[:, np.argsort(module.order)]
         yield name, _ModuleFactors(module, a[:, used], b[used], float(scale))
 
 
@@ -506,9 +558,8 @@ def _split_differences(
 ) -> Iterator[tuple[str, ModulePart, np.ndarray]]:
     """Yield the full differences that are not zero, in their layout, each with its module and part."""
     written: set[tuple[Any, ...]] = set()
-    parts: tuple[ModulePart, ...] = ("diff", "diff_b")
     for name, module in modules.items():
-        for part, path in zip(parts, (module.path, module.bias_path), strict=True):
+        for part, path in zip(_DIFFERENCES, (module.path, module.bias_path), strict=True):
             target = (path, module.layer, module.columns)
             if f"{path}/diff" not in leaves or target in written:
                 continue

@@ -148,7 +148,9 @@ def test_the_names_of_adapters_are_converted(tmp_path):
         }
         for name in ("query", "cross_out")
     }
-    lora = {"blocks": factors}
+    (features_in, features_out) = get_param_shapes(WAN.make)["embed"]["kernel"].shape
+    a, b = (draw.normal(size=shape).astype(np.float32) for shape in ((features_in, 2), (2, features_out)))
+    lora = {"blocks": factors, "embed": {"kernel": {"a": a, "b": b, "scale": np.asarray(0.5)}}}
     save_lora(tmp_path / "theirs.safetensors", lora, get_lora_modules(WAN))
     steps = ("authors", "dit_video", "diffusers")
     paths = [tmp_path / "theirs.safetensors", *(tmp_path / f"{to}.safetensors" for to in steps)]
@@ -156,6 +158,7 @@ def test_the_names_of_adapters_are_converted(tmp_path):
         convert_lora(before, after, tmp_path / "wan", layout=to)
     names = [set(safetensors.numpy.load_file(path)) for path in paths]
     assert "diffusion_model.blocks.2.self_attn.q.lora_down.weight" in names[1]
+    assert "diffusion_model.patch_embedding.lora_up.weight" in names[1]
     assert "transformer.backbone.blocks.2.query.lora_A.weight" in names[2]
     assert paths[3].read_bytes() == paths[0].read_bytes()
     shapes = {"backbone": get_param_shapes(WAN.make)}
@@ -163,6 +166,22 @@ def test_the_names_of_adapters_are_converted(tmp_path):
     save_denoiser(tmp_path / "sit", SIT, make_random_params(SIT.make), layout="authors")
     with pytest.raises(UserError, match=r"DiTConfig, whose family has no LoRA files"):
         convert_lora(paths[0], tmp_path / "none.safetensors", tmp_path / "sit", layout="authors")
+
+
+def test_an_adapter_is_never_written_over_nor_converted_without_its_model(tmp_path):
+    save_denoiser(tmp_path / "pipeline" / "transformer", WAN, make_random_params(WAN.make))
+    pair = {"a": np.ones((3, 16, 2), np.float32), "b": np.ones((3, 2, 16), np.float32), "scale": np.ones(3)}
+    source, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_lora(source, {"blocks": {"query": {"kernel": pair}}}, get_lora_modules(WAN))
+    content = source.read_bytes()
+    for destination in (source, tmp_path / "b", tmp_path):
+        with pytest.raises(UserError, match=r"exists or is no .safetensors file. Use a file that does not exist"):
+            convert_lora(source, destination, tmp_path / "pipeline", layout="authors")
+    with pytest.raises(UserError, match=r"is an adapter, whose names depend on its model. Name it: --model"):
+        convert(source, tmp_path / "out", layout="authors")
+    assert source.read_bytes() == content
+    convert_lora(source, other, tmp_path / "pipeline", layout="diffusers")
+    assert other.read_bytes() == content
 
 
 def test_an_unknown_class_is_refused_with_the_known_ones(tmp_path):

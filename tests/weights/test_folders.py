@@ -5,7 +5,7 @@ import pytest
 import safetensors.numpy
 
 from dit_video.core.errors import MissingError, UserError
-from dit_video.weights import TensorFolder
+from dit_video.weights import TensorFolder, load, load_lora
 
 A, B, C = (np.random.default_rng(index).normal(size=(2, 3 + index)).astype(np.float32) for index in range(3))
 
@@ -28,12 +28,47 @@ def test_shards_are_read_as_one_file(tmp_path, stem):
             np.testing.assert_array_equal(tensors.read(name), array)
 
 
-def test_a_single_file_goes_before_an_index(tmp_path):
-    write_shards(tmp_path)
-    safetensors.numpy.save_file({"d": A}, tmp_path / "model.safetensors")
-    with TensorFolder(tmp_path) as tensors:
-        assert list(tensors.shapes) == ["d"]
-        np.testing.assert_array_equal(tensors.read("d"), A)
+@pytest.mark.parametrize(
+    ("stem", "library", "read"), [("model", "transformers", "d"), ("diffusion_pytorch_model", "diffusers", "abc")]
+)
+def test_of_two_sets_of_weights_that_of_the_library_is_read(tmp_path, stem, library, read):
+    """A model that is saved in other shards leaves the file of before; which of them is older cannot be known."""
+    index = write_shards(tmp_path, stem)
+    safetensors.numpy.save_file({"d": A}, tmp_path / f"{stem}.safetensors")
+    with pytest.warns(UserWarning, match=rf"has both {stem}.safetensors and {index.name}; .* as {library} does"):
+        tensors = TensorFolder(tmp_path, stem=stem)
+    with tensors:
+        assert "".join(tensors.shapes) == read
+        np.testing.assert_array_equal(tensors.read(read[0]), A)
+
+
+def write_float8(path, names):
+    """Write a file of float8 by hand, as NumPy has no such dtype."""
+    header = {
+        name: {"dtype": dtype, "shape": [2], "data_offsets": [2 * number, 2 * number + 2]}
+        for number, (name, dtype) in enumerate(names.items())
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(2 * len(names)))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"a.weight": "F8_E4M3"}, r"float8 \(fp8\), which"),
+        ({"a.weight": "F8_E5M2", "b": "U8"}, r"float8 \(fp8\), which"),
+        ({"a.weight": "F8_E4M3", "a.scale_weight": "U8"}, "scaled float8 .* scales such as a.scale_weight"),
+        ({"a.weight": "F8_E4M3", "a.weight_scale": "U8"}, "scaled float8 .* scales such as a.weight_scale"),
+        ({"a.weight": "I8", "scaled_fp8": "U8"}, "scaled float8 .* scales such as scaled_fp8"),
+    ],
+)
+def test_float8_is_refused_with_its_scales(tmp_path, names, words):
+    """Weights that are cast without their scales would be other ones, so that no one is told to cast them."""
+    path = tmp_path / "model.safetensors"
+    write_float8(path, names)
+    for read in (lambda: TensorFolder(tmp_path), lambda: load(path), lambda: load_lora(path, {}, {})):
+        with pytest.raises(UserError, match=rf"has its weights in {words}.*Use the file in bfloat16 or float16"):
+            read()
 
 
 def test_folders_without_weights_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Files of adapters. The model has a kernel and a stack of three, each of which stands for two maps of the file."""
 
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from dit_video.weights import (
     save,
     save_lora,
 )
+from dit_video.weights.lora import check_lora
 
 NOISE = np.random.default_rng(0)
 PARAMS = {
@@ -52,6 +54,14 @@ def write_file(path, factors, *, name="transformer.{}.lora_{}.weight", ab="AB", 
             tensors[name.format(module.replace(".", "_") if flat else module, part)] = array
     save(path, tensors, **save_args)
     return path
+
+
+def changed(drop=(), add=None):
+    """Return the tensors of a file without some of them, and with others."""
+    tensors = {}
+    for name, (a, b) in theirs().items():
+        tensors |= {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
+    return {name: array for name, array in tensors.items() if name not in drop} | (add or {})
 
 
 def merge_by_hand(factors, scale):
@@ -97,6 +107,58 @@ def test_every_module_may_have_its_own_rank_and_alpha(tmp_path):
     save(tmp_path / "a.safetensors", {name: np.asarray(tensor) for name, tensor in tensors.items()})
     lora = load_lora(tmp_path / "a.safetensors", PARAMS, MODULES)
     assert_merged(lora, merge_by_hand(factors, lambda name, rank: alphas[name] / rank))
+
+
+@pytest.mark.parametrize("alpha", [None, 6])
+@pytest.mark.parametrize("name", ["lora_B.bias", "lora_B.default.bias", "lora_up.bias"])
+def test_a_bias_of_the_second_factor_is_scaled_as_it_is(tmp_path, name, alpha):
+    """PEFT's `lora_bias`: the change is that of `scale * (B (A x) + bias)`."""
+    ab = ("down", "up") if "up" in name else "AB"
+    factors, bias = {"patch_embedding": theirs()["patch_embedding"]}, np.arange(6, dtype=np.float32)
+    write_file(tmp_path / "a.safetensors", factors, ab=ab)
+    tensors = load(tmp_path / "a.safetensors") | {f"transformer.patch_embedding.{name}": bias}
+    tensors |= {} if alpha is None else {"transformer.patch_embedding.alpha": np.float32(alpha)}
+    save(tmp_path / "b.safetensors", {name: np.asarray(tensor) for name, tensor in tensors.items()})
+    scale = 1.0 if alpha is None else alpha / 2
+    expected = merge_by_hand(factors, lambda name, rank: scale)
+    expected["embed"]["bias"] = PARAMS["embed"]["bias"] + scale * bias
+    assert_merged(load_lora(tmp_path / "b.safetensors", PARAMS, MODULES), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("lora_unet_blocks_0_attn_to_q.dora_scale", "DoRA"),
+        ("transformer.blocks.0.attn.to_q.lora_magnitude_vector", "DoRA"),
+        ("transformer.blocks.0.attn.to_q.lora_magnitude_vector.default.weight", "DoRA"),
+        ("lycoris_blocks_0_attn_to_q.lokr_w1", "LoKr"),
+        ("lycoris_blocks_0_attn_to_q.lokr_w2_a", "LoKr"),
+        ("lycoris_blocks_0_attn_to_q.hada_w1_a", "LoHa"),
+        ("lora_unet_blocks_0_attn_to_q.lora_mid.weight", "LoCon"),
+        ("transformer.blocks.0.attn.to_q.oft_R.default.weight", "OFT"),
+        ("lora_unet_blocks_0_attn_to_q.oft_blocks", "OFT"),
+        ("transformer.blocks.0.attn.to_q.ia3_l.default", "IA3"),
+        ("lycoris_blocks_0_attn_to_q.a1.weight", "GLoRA"),
+    ],
+)
+def test_other_kinds_of_adapters_are_named(tmp_path, name, kind):
+    """Whether the rest of the file is a LoRA of this model or not."""
+    for others in ({}, changed()):
+        save(tmp_path / "a.safetensors", others | {name: np.ones(4, np.float32)})
+        for read in (load_lora, check_lora):
+            with pytest.raises(UserError, match=rf"is a {kind}.* adapter, as it has {re.escape(name)}.*Use a LoRA"):
+                read(tmp_path / "a.safetensors", PARAMS, MODULES)
+
+
+def test_the_file_in_a_folder_is_found(tmp_path):
+    factors = theirs()
+    with pytest.raises(MissingError, match="has no safetensors file, and an adapter is one"):
+        load_lora(tmp_path, PARAMS, MODULES)
+    write_file(tmp_path / "style.safetensors", factors)
+    assert_merged(load_lora(tmp_path, PARAMS, MODULES), merge_by_hand(factors, lambda name, rank: 1.0))
+    write_file(tmp_path / "other.safetensors", factors)
+    with pytest.raises(MissingError, match="has 2 safetensors files, and an adapter is one"):
+        load_lora(tmp_path, PARAMS, MODULES)
 
 
 def test_modules_missing_from_the_file_are_not_changed(tmp_path):
@@ -170,13 +232,6 @@ def test_a_peft_folder_is_read_with_its_alpha_settings(tmp_path):
         load_lora(tmp_path, PARAMS, MODULES)
 
 
-def changed(drop=(), add=None):
-    tensors = {}
-    for name, (a, b) in theirs().items():
-        tensors |= {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
-    return {name: array for name, array in tensors.items() if name not in drop} | (add or {})
-
-
 EMBED = "transformer.patch_embedding.lora_"
 
 
@@ -186,8 +241,8 @@ EMBED = "transformer.patch_embedding.lora_"
         (changed(drop=[f"{EMBED}B.weight"]), [f"1 missing ({EMBED}B.weight)"]),
         (changed(drop=[f"{EMBED}A.weight"]), [f"1 missing ({EMBED}A.weight)"]),
         (
-            changed(add={"transformer.head.lora_A.weight": np.zeros((2, 4)), f"{EMBED}B.bias": np.zeros(6)}),
-            [f"2 unexpected (transformer.head.lora_A.weight, {EMBED}B.bias)"],
+            changed(add={"transformer.head.lora_A.weight": np.zeros((2, 4)), f"{EMBED}A.bias": np.zeros(6)}),
+            [f"2 unexpected (transformer.head.lora_A.weight, {EMBED}A.bias)"],
         ),
         (
             changed(add={f"{EMBED}A.weight": np.zeros((2, 5))}),
@@ -206,6 +261,12 @@ EMBED = "transformer.patch_embedding.lora_"
             ["is not a LoRA of this model", "x.0.lora_A.weight"],
         ),
         ({"patch_embedding.alpha": np.ones(())}, ["patch_embedding.alpha without the factors"]),
+        ({f"{EMBED}B.bias": np.ones(6)}, [f"{EMBED}B.bias without the factors"]),
+        (
+            changed(add={"transformer.blocks.0.attn.to_q.lora_B.bias": np.zeros(4)}),
+            ["1 unexpected (transformer.blocks.0.attn.to_q.lora_B.bias)"],  # the model has no such bias
+        ),
+        ({}, ["has no tensors"]),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path, tensors, words):
@@ -227,7 +288,7 @@ def test_missing_files_and_unnamed_modules_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no such file"):
         load_lora(tmp_path / "a.safetensors", PARAMS, MODULES)
     lora = load_lora(write_file(tmp_path / "a.safetensors", theirs()), PARAMS, MODULES)
-    with pytest.raises(UserError, match=r"no names for adapters of blocks/qk/kernel. Use modules="):
+    with pytest.raises(UserError, match=r"no names for adapters of blocks/qk/kernel. Use layout"):
         save_lora(tmp_path / "b.safetensors", lora, {"patch_embedding": LoraModule("embed/kernel")})
     assert not (tmp_path / "b.safetensors").exists()
 
