@@ -96,13 +96,15 @@ def load(
         )
         pipeline = family.load_pipeline(folder, options)
         return pipeline if attention is None else pipeline.with_attention(attention)
+    inner = next(filter(is_pipeline_folder, (folder, folder / "pipeline")), None)
+    is_run = (folder / RUN_CONFIG).is_file()
+    if inner is None and not is_run:
+        raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; {_find_fix(folder)}")
     if not (dtype is None and text_dtype is None and place is None):
         raise UserError(f"dtype, text_dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
     chosen = [name for name, value in {"step": step, "ema": ema, "sigma_rel": sigma_rel}.items() if value is not None]
-    is_run = (folder / RUN_CONFIG).is_file()
     if chosen and not is_run:
         raise UserError(f"{folder} is not a run and has one set of weights; leave out {' and '.join(chosen)}")
-    inner = next(filter(is_pipeline_folder, (folder, folder / "pipeline")), None)
     if inner is not None and not chosen:
         return load_pipeline(
             inner,
@@ -113,8 +115,6 @@ def load(
             offload=offload,
             run_folder=folder,
         )
-    if not is_run:
-        raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; name a run or open weights")
     # Imported here: sampling a finished pipeline needs nothing of what training imports.
     from dit_video.experiment.run import Run
     from dit_video.experiment.several_models import find_join, open_sampled_run
@@ -150,12 +150,27 @@ def _read_joined_config(folder: Path) -> PipelineConfig | None:
     return None if join is None or last is None else join.join_config(last)
 
 
+def _find_fix(folder: Path) -> str:
+    """Return what to do about a folder that is neither a run nor a pipeline."""
+    names = {path.name for path in folder.iterdir()}
+    if (folder.parent / INDEX).is_file():
+        return f"it is a part of a pipeline: name {folder.parent}"
+    if any(name.endswith(".pth") for name in names) or {"config.json", "configuration.json"} <= names:
+        return (
+            "it seems to be in the layout of the model's authors: name the folder that diffusers reads, such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
+    if "config.json" in names:
+        return "it is one model without its pipeline: name the folder of a whole pipeline"
+    return "name a run or open weights"
+
+
 def find_folder(path: str | Path) -> Path:
     """Return a folder, or the local copy of one at an address or on the Hugging Face hub, downloading it if needed.
 
     Raises:
       MissingError: If the folder does not exist here or on the hub, or cannot be downloaded.
-      UserError: If the pipeline on the hub is of an unknown class.
+      UserError: If it is a file, or the pipeline on the hub is of an unknown class.
     """
     if is_remote(address := restore_address(path)):
         return _fetch(address)
@@ -163,6 +178,8 @@ def find_folder(path: str | Path) -> Path:
     # A name on the hub has two parts, and the first is not a folder here.
     if not folder.parent.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
         folder = _download(str(path))
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the folder of a run, or of a pipeline in the layout of diffusers")
     if not folder.is_dir():
         raise MissingError(f"no such run: {folder}")
     return folder

@@ -40,6 +40,9 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
     """Paths of kernels for which the family's LoRA files hold no adapter."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Endings of the names of tensors that published files hold and the models do not read."""
+    unsupported: ClassVar[Mapping[str, str]] = {}
+    """Descriptions of models of the same classes that cannot be read, by the ending of the name of a tensor that only
+    they have."""
     float32_kernels: ClassVar[tuple[str, ...]] = ()
     """Paths of kernels whose products are float32 whatever the config's dtype: they stay unrounded when the others are
     read in another dtype."""
@@ -160,6 +163,9 @@ def open_files(
     with tensors:
         config = denoiser_format.read_config(folder, document)
         file_map = denoiser_format.make_file_map(config, denoiser_format.layouts[document["_class_name"]])
+        for ending, description in denoiser_format.unsupported.items():
+            if name := next((name for name in tensors.shapes if name.endswith(ending)), None):
+                raise UserError(f"{folder} is {description} ({name}), which is not supported. Use another model")
         unused = [name for name in tensors.shapes if name.endswith(denoiser_format.unused)]
         yield config, FolderSource(tensors, file_map, _get_shapes(config), ignored=unused)
 

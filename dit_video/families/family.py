@@ -56,7 +56,11 @@ def read_pipeline_class(folder: Path) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Options for loading a pipeline of open weights, the same as in `dit_video.load`."""
+    """Options for loading a pipeline of open weights, the same as in `dit_video.load`.
+
+    Raises:
+      UserError: If a dtype is none of `DTYPES`.
+    """
 
     text_encoder: str | os.PathLike | None = None
     """Folder of the text encoder, if it is not the pipeline's own."""
@@ -72,6 +76,13 @@ class LoadOptions:
     offload: Offload | Literal["auto"] | None = "auto"
     """How weights are kept in host memory; None keeps all weights on the devices, `auto` chooses by the device's memory
     (`sampling.memory.choose_offload`)."""
+
+    def __post_init__(self):
+        for name, value in (("dtype", self.dtype), ("text_dtype", self.text_dtype or self.dtype)):
+            if value not in DTYPES:
+                raise UserError(
+                    f"{name}={value!r} is invalid: weights are read in {' or '.join(DTYPES)}. Use one of them."
+                )
 
 
 class PipelineParts(NamedTuple):

@@ -146,7 +146,7 @@ def set_encoder_folder(config: TextConfig, folder: str | os.PathLike) -> FrozenT
         raise UserError(f"this model is class-conditional and has no text encoder; leave out text_encoder={folder}")
     if not isinstance(config, FrozenTextConfig):
         raise UserError(f"the text encoder was trained with the denoiser; leave out text_encoder={folder}")
-    return replace(config, folder=os.fspath(folder))
+    return replace(config, folder=os.path.abspath(folder))
 
 
 IDENTITY_FILE = "image_encoder.json"

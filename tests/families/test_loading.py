@@ -19,6 +19,12 @@ def test_a_run_and_its_pipeline_folder_are_the_same_pipeline(tiny_run, tiny_pipe
     np.testing.assert_array_equal(sample_latents(alone), sample_latents(tiny_pipeline))
 
 
+def test_dtypes_are_for_open_weights(tiny_run):
+    for options in ({"dtype": "bfloat16"}, {"place": lambda path, parameter: parameter}):
+        with pytest.raises(UserError, match="dtype, text_dtype and place are for open weights; .*, leave them out"):
+            dit_video.load(tiny_run, **options)
+
+
 def test_a_path_may_be_a_string(tiny_run, tiny_pipeline):
     assert dit_video.load(str(tiny_run)).config == tiny_pipeline.config
 
@@ -38,14 +44,36 @@ def test_a_pipeline_needs_nothing_else_of_its_run(tiny_run, tiny_pipeline, tmp_p
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(MissingError, match="no such run"):
         dit_video.load(tmp_path / "nowhere")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MissingError, match="no such run"):
-        dit_video.load(tmp_path / "file")
+    (tmp_path / "wan2.1_t2v.safetensors").write_text("")
+    with pytest.raises(
+        UserError, match=r"wan2.1_t2v.safetensors is a file; name the folder of a run, or of a pipeline"
+    ):
+        dit_video.load(tmp_path / "wan2.1_t2v.safetensors")
 
 
-def test_a_folder_without_a_run_or_pipeline_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds neither pipeline\.json nor experiment\.json"):
-        dit_video.load(tmp_path)
+@pytest.mark.parametrize(
+    ("files", "fix"),
+    [
+        ([], "name a run or open weights"),
+        (
+            ["config.json", "Wan2.1_VAE.pth"],
+            "in the layout of the model's authors: name .* Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        ),
+        (["config.json", "configuration.json"], "in the layout of the model's authors"),
+        (["config.json", "model.safetensors"], "one model without its pipeline: name the folder of a whole pipeline"),
+        (["../model_index.json", "config.json"], "it is a part of a pipeline: name .*repository"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else ", ".join(value),
+)
+def test_a_folder_without_a_run_or_pipeline_is_refused(tmp_path, files, fix):
+    """The message says what it is, whatever the options."""
+    folder = tmp_path / "repository" / "part"
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).write_text("{}")
+    for options in ({}, {"dtype": "bfloat16"}, {"step": 3}):
+        with pytest.raises(UserError, match=rf"holds neither pipeline\.json nor experiment\.json nor .*; .*{fix}"):
+            dit_video.load(folder, **options)
 
 
 def document(tiny_run):

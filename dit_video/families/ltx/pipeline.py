@@ -182,7 +182,8 @@ def read_parts(folder: Path, *, text_encoder: str | os.PathLike | None = None) -
     _check_class(folder)
     if missing := [part for part in PARTS if not (folder / part).is_dir()]:
         raise MissingError(f"{folder} lacks the folders {', '.join(missing)}; copy or download them too")
-    encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
+    # Configs outlive the process and its working directory.
+    encoder = (folder / "text_encoder" if text_encoder is None else Path(text_encoder)).absolute()
     width = read_text_encoder_config(encoder).width
     backbone, autoencoder = DENOISER.read_folder_config(folder / "transformer"), read_autoencoder_config(folder / "vae")
     check_channels(folder, backbone, autoencoder)

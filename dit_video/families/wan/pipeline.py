@@ -1,4 +1,4 @@
-"""Wan's pipelines, from diffusers' folders: `WanPipeline` and `WanImageToVideoPipeline`, 2.1 and 2.2.
+"""Wan's pipelines, from diffusers' folders: `WanPipeline` and `WanImageToVideoPipeline`, 2.1 and 2.2, and FastWan.
 
 Defaults of sampling are the authors' (`families.wan.defaults`), at 16 frames a second (24 for the model with a time per
 token, TI2V-5B). As in diffusers' pipeline, texts are cleaned and cut to 512 tokens, and the denoiser pads them with
@@ -24,6 +24,7 @@ from dit_video.families.family import (
     check_channels,
     check_context_width,
     make_open_config,
+    read_pipeline_class,
 )
 from dit_video.families.wan.transformer import WanDenoiserFormat
 from dit_video.models.backbones.vace import VaceDitConfig
@@ -147,7 +148,11 @@ _SECOND_EXPERT, _IMAGE_PARTS = DENOISER_FOLDERS["low_noise"], ("image_encoder", 
 _REQUIRED_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 PARTS = (*_REQUIRED_PARTS, _SECOND_EXPERT, *_IMAGE_PARTS)
 """Subfolders of a pipeline that are read."""
-CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
+_DISTILLED = "WanDMDPipeline"
+"""Class of FastVideo's FastWan, Wan distilled to few steps (DMD2)."""
+_DISTILLED_TIMES = (1.0, 0.757, 0.522)
+"""Times at which its steps start: its `dmd_denoising_steps`, of 1000."""
+CLASSES = ("WanPipeline", "WanImageToVideoPipeline", _DISTILLED)
 DENOISER = WanDenoiserFormat()
 _SIZE, _FPS = Grid(81, 480, 832), 16.0
 _TOKEN_TIME_SIZE, _TOKEN_TIME_FPS = Grid(121, 704, 1280), 24.0
@@ -172,7 +177,11 @@ class WanFamily(Family):
             process = replace(process, shift=defaults.shift)
         parts = parts._replace(size=defaults.size, schedule=parts.schedule._replace(process=process))
         sampling: dict[str, Any] = {"steps": defaults.steps, "guidance": defaults.guidance}
-        return make_open_config(folder, parts, options, **sampling, negative=defaults.negative)
+        config = make_open_config(folder, parts, options, **sampling, negative=defaults.negative)
+        if read_pipeline_class(folder) != _DISTILLED:
+            return config
+        few = config.sampling.change(config.model.process, times=_DISTILLED_TIMES, solver="lcm", guidance=1.0)
+        return replace(config, sampling=few)
 
     def read_parts(self, folder: Path, *, text_encoder: str | os.PathLike | None = None) -> PipelineParts:
         return _read_parts(folder, self.denoiser, self.pipeline_classes, text_encoder)
@@ -190,7 +199,8 @@ def _read_parts(
     """
     index = _read_index(folder, classes)
     schedule = load_scheduler(folder / "scheduler")
-    encoder = folder / "text_encoder" if text_encoder is None else Path(text_encoder)
+    # Configs outlive the process and its working directory.
+    encoder = (folder / "text_encoder" if text_encoder is None else Path(text_encoder)).absolute()
     width = read_text_encoder_config(encoder).width
     backbone, autoencoder = denoiser.read_folder_config(folder / "transformer"), read_autoencoder_config(folder / "vae")
     check_channels(folder, backbone, autoencoder)
@@ -199,7 +209,7 @@ def _read_parts(
     if second != backbone:
         rule = f"it holds two experts of different shapes, {backbone} and {second}"
         raise UserError(f"{folder} is invalid: {rule}. Copy or download it again")
-    images = folder / "image_encoder" if backbone.image_width is not None else None
+    images = (folder / "image_encoder").absolute() if backbone.image_width is not None else None
     if images is not None and (image_width := read_clip_vision_config(images).width) != backbone.image_width:
         rule = f"it makes tokens of width {image_width}, the transformer reads {backbone.image_width}"
         raise UserError(f"{images} is invalid: {rule}. Use the model's own image encoder")

@@ -4,6 +4,7 @@ Both store the same numbers under different names. The channels of self-attentio
 differently here: the two channels that a rotary embedding rotates are adjacent there, and half a head apart here.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,6 +118,9 @@ class WanDenoiserFormat(DenoiserFormat[WanDitConfig]):
     # made them (2d8a41cae8 of huggingface/diffusers, `models/attention_processor.py`), and later versions ignore them
     # (`_keys_to_ignore_on_load_unexpected` of `WanTransformer3DModel`).
     unused = ("attn2.norm_added_q.weight",)
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "to_gate_compress.weight": "a model of FastVideo with sparse attention (VSA)",
+    }
     # The authors compute the time, its projection and the head in float32; diffusers keeps the first two kernels in
     # float32 (`_keep_in_fp32_modules`), and rounds the others.
     float32_kernels = ("time_in/kernel", "time_out/kernel", "modulation/kernel", "head/kernel")
