@@ -109,7 +109,7 @@ def expand_layers(names: Mapping[str, str], params: Mapping[str, Any]) -> dict[s
 
 ModulePart = Literal["a", "b", "b_bias", "alpha", "diff", "diff_b"]
 """Part of a module that a tensor holds."""
-_DIFFERENCES: tuple[Literal["diff"], Literal["diff_b"]] = ("diff", "diff_b")
+_DIFFERENCES: tuple[ModulePart, ...] = ("diff", "diff_b")
 _COUNTERPART = {"lora_A": "lora_B", "lora_B": "lora_A", "lora_down": "lora_up", "lora_up": "lora_down"}
 _TENSOR_NAME = re.compile(
     r"(?P<module>.+)\.(?:"

@@ -21,7 +21,7 @@ def test_a_run_and_its_pipeline_folder_are_the_same_pipeline(tiny_run, tiny_pipe
 
 def test_dtypes_are_for_open_weights(tiny_run):
     for options in ({"dtype": "bfloat16"}, {"place": lambda path, parameter: parameter}):
-        with pytest.raises(UserError, match="dtype, text_dtype and place are for open weights; .*, leave them out"):
+        with pytest.raises(UserError, match=r"dtype, text_dtype and place are for open weights; .*, leave them out"):
             dit_video.load(tiny_run, **options)
 
 
