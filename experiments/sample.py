@@ -19,6 +19,7 @@ from task_options import TaskOptions, make_default, make_subcommands
 
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
+from dit_video.core.files import check_writable
 from dit_video.evaluation.samples import SampleFolder, write_contact_sheet
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Method, Request
@@ -26,7 +27,7 @@ from dit_video.sampling.request_file import check_mask_key
 from dit_video.sampling.tasks.task_file import TaskEntry, make_request, read_entries
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import decode
-from dit_video.video.encode import FORMATS
+from dit_video.video.encode import FORMATS, check_frames
 
 if TYPE_CHECKING:
     AnyTaskOptions: TypeAlias = TaskOptions
@@ -108,13 +109,18 @@ def main(
             rule = "--size, --seed, --negative, --image and other options of one clip need --prompt"
             raise UserError(f"{rule}; put them in the list")
         entries = read_entries(prompts)
-    is_file = prompts is None and out.suffix != ""
-    if is_file and out.suffix.lower().removeprefix(".") not in FORMATS:
-        raise UserError(f"--out {out} has no known suffix; use one of .{', .'.join(FORMATS)}")
+    is_file, format = prompts is None and out.suffix != "", out.suffix.lower().removeprefix(".")
+    if is_file:
+        if format not in FORMATS:
+            raise UserError(f"--out {out} has no known suffix; use one of .{', .'.join(FORMATS)}")
+        check_writable(out)
 
     def list_requests(config: PipelineConfig) -> list[Request]:
-        made = (make_request(entry, config) for entry in entries)
-        return [request for request in made if request is not None]
+        made = [request for request in (make_request(entry, config) for entry in entries) if request is not None]
+        for request in made if is_file else ():
+            assert request.size is not None  # resolved
+            check_frames(*request.size, format=format)
+        return made
 
     pipeline = model.load_pipeline(run, sampling, list_requests=list_requests, text_encoder=text_encoder)
     chosen = sampling.make_sampling(pipeline.config)

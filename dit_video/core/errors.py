@@ -1,6 +1,8 @@
 """Errors that a user can act on, and the exit codes of scripts."""
 
 import _thread
+import contextlib
+import errno
 import functools
 import numbers
 import os
@@ -9,9 +11,10 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 EXIT_TRY_AGAIN = 75
 """Exit code of a run that something outside ended and that can restart without loss (`sysexits.h`: EX_TEMPFAIL)."""
@@ -43,6 +46,10 @@ class TransientError(UserError):
 
 class DecodeError(UserError):
     """Bytes that are not a readable video or image. Ingest skips such a clip and continues."""
+
+
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors where there is no room for a file."""
 
 
 def check_at_least(minimum: float | int, /, **values: float | int | None) -> None:
@@ -99,14 +106,16 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
     After a `GracefulStop` or Ctrl-C, the line ends with the command that continues the script, or restarts it if it is
     not resumable.
 
-    Exit codes: 2 after a `UserError`; 75 after a `TransientError`; 0 after a `GracefulStop`, because a preempted run
-    did all that it could; 130 after Ctrl-C anywhere else.
+    Warnings are one line, too, without the place in our source.
+
+    Exit codes: 2 after a `UserError`, or where the disk is full; 75 after a `TransientError`; 0 after a `GracefulStop`,
+    because a preempted run did all that it could; 130 after Ctrl-C anywhere else.
     """
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
         try:
-            with _preserve_interrupts():
+            with _preserve_interrupts(), _plain_warnings():
                 main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -122,8 +131,30 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
             sys.exit(130)
         except BrokenPipeError:
             os._exit(141)
+        except OSError as error:  # of any file that is written
+            if error.errno not in DISK_FULL_ERRNOS:
+                raise
+            name = f" ({error.filename})" if error.filename else ""
+            fix = "free disk space, then run the same command again"
+            print(f"error: a file cannot be written{name}: {error.strerror}; {fix}", file=sys.stderr)
+            sys.exit(UserError.code)
 
     return guarded
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    before = warnings.formatwarning
+
+    def format_warning(message: Warning | str, category: type[Warning], *arguments: Any, **options: Any) -> str:
+        is_ours = issubclass(category, UserWarning)
+        return f"warning: {message}\n" if is_ours else before(message, category, *arguments, **options)
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def get_command() -> str:
@@ -143,7 +174,7 @@ def raise_if_interrupted() -> None:
         raise KeyboardInterrupt
 
 
-@contextmanager
+@contextlib.contextmanager
 def _preserve_interrupts() -> Iterator[None]:
     """Make sure that a Ctrl-C is not lost.
 

@@ -20,11 +20,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     replaced, and so is a folder once the new one is complete.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); use a path in a writable folder") from error
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    temporary = _make_temporary(path)
     try:
         yield temporary
         if path.is_dir() and temporary.is_dir():
@@ -39,6 +35,36 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Check, before the work whose result it is, that a file can be written; its folder is created if necessary.
+
+    Raises:
+      UserError: If it is a folder, or cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; use the path of a file")
+    temporary = _make_temporary(path)
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise _make_write_error(path, error) from error
+
+
+def _make_temporary(path: Path) -> Path:
+    """Return a temporary path next to `path`; its folder is created if necessary."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _make_write_error(path, error) from error
+    return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+
+
+def _make_write_error(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be written ({error.strerror}); use a path in a writable folder")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

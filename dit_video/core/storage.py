@@ -29,7 +29,7 @@ from fsspec.registry import known_implementations
 from upath import UPath
 
 from dit_video.core import files
-from dit_video.core.errors import MissingError, TransientError, UserError
+from dit_video.core.errors import DISK_FULL_ERRNOS, MissingError, TransientError, UserError
 
 T = TypeVar("T")
 StoragePath: TypeAlias = Path | UPath
@@ -42,7 +42,6 @@ _MAX_REASON = 300
 """Largest number of characters shown from a service's error message, which may be a whole page."""
 _READ_AHEAD = 64 << 10
 """Number of bytes read at once from an open file at an address."""
-_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _accessible: set[tuple[AbstractFileSystem, str]] = set()
 """Addresses to which this process has been given access."""
 
@@ -260,7 +259,7 @@ def download(source: UPath, target: Path) -> None:
         try:
             retry_read(source.fs, lambda: source.fs.get_file(source.path, os.fspath(temporary)))
         except OSError as error:
-            if error.errno in _DISK_FULL_ERRNOS:
+            if error.errno in DISK_FULL_ERRNOS:
                 raise UserError(f"{target} cannot be written ({error.strerror}). Free disk space there.") from error
             raise
 

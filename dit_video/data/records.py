@@ -26,14 +26,13 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer
 
-from dit_video.core.errors import DecodeError, MissingError, UserError
+from dit_video.core.errors import DISK_FULL_ERRNOS, DecodeError, MissingError, UserError
 from dit_video.core.files import atomic_path
 from dit_video.core.storage import StoragePath, convert_storage_errors, upload
 from dit_video.data.tables import Table
 
 SPLITS = ("train", "validation", "test")
 """Standard splits, in their order; other splits follow by name."""
-DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORMAT = tfds.core.FileFormat.ARRAY_RECORD
 _TEMPLATE = "{DATASET}-{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 _METADATA_FILES = ("features.json", "dataset_info.json")

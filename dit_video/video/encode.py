@@ -58,15 +58,10 @@ def encode_frames(
         raise UserError(f"crf={crf} is invalid for {format}: use 0 to {MAX_CRF[format]}, where 0 is best")
     if lossless and format not in LOSSLESS_FORMATS:
         raise UserError(f"lossless=True is invalid for {format}: use {', '.join(LOSSLESS_FORMATS)}, or leave it out")
-    if format in ("png", "jpg") and len(frames) != 1:
-        raise UserError(
-            f"{len(frames)} frames are invalid for {format}: use one frame, such as clip[:1], or write .webp, .apng, "
-            ".gif, .mp4 or .webm"
-        )
+    check_frames(*frames.shape[:3], format=format)
     quality = DEFAULT_CRF if crf is None else crf
     match format:
         case "mp4" | "mov":
-            _check_even(*frames.shape[1:3], format=format)
             options = _make_x264_options(quality, "medium")
             # QuickTime's own comments are cut after 64 KiB.
             container = {"movflags": "use_metadata_tags"} if format == "mov" else {}
@@ -138,6 +133,21 @@ def _encode_image(context: av.VideoCodecContext, frame: av.VideoFrame) -> bytes:
 def _make_x264_options(crf: int, preset: str) -> dict[str, str]:
     # x264's macroblock-tree rate control (mbtree) gave other bytes in about one of seventy encodes of one clip.
     return {"crf": str(crf), "preset": preset, "threads": "1", "mbtree": "0"}
+
+
+def check_frames(count: int, height: int, width: int, *, format: str) -> None:
+    """Check that a format holds so many frames of a size.
+
+    Raises:
+      UserError: If a picture's format is for several frames, or an odd height or width is for mp4 or mov.
+    """
+    if format in ("png", "jpg") and count != 1:
+        raise UserError(
+            f"{count} frames are invalid for {format}: use one frame, such as clip[:1], or write .webp, .apng, .gif, "
+            ".mp4 or .webm"
+        )
+    if format in ("mp4", "mov"):
+        _check_even(height, width, format=format)
 
 
 def _check_even(height: int, width: int, *, format: str) -> None:

@@ -1,6 +1,7 @@
 """Ends of scripts after errors and Ctrl-C."""
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -41,6 +42,28 @@ def test_an_error_of_a_user_is_one_line_and_an_exit_code(capsys, kind, code):
     assert ended.value.code == code
     assert capsys.readouterr().err == "error: T=16 is not 1 + 4k for temporal stride 4; use 13 or 17\n"
     assert not issubclass(kind, ValueError)  # which argument parsers catch, and print in a frame
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_whoever_writes(capsys, number):
+    @script
+    def main():
+        raise OSError(number, os.strerror(number), "run/hash_chain.jsonl")
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2  # which launchers do not start again
+    line = f"error: a file cannot be written (run/hash_chain.jsonl): {os.strerror(number)}; free disk space, then run"
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_warning_is_one_line_without_our_source():
+    code = (
+        "import warnings\nfrom dit_video.core.errors import script\n@script\ndef main():\n"
+        "    warnings.warn('the model was not trained for this')\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "warning: the model was not trained for this\n")
 
 
 def test_other_errors_keep_their_traceback():

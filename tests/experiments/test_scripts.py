@@ -14,7 +14,7 @@ from dit_video.core.storage import to_storage_path, upload
 from dit_video.data.ingest.engine import ingest
 from dit_video.diffusion import SOLVERS
 from dit_video.experiment.run import Run
-from dit_video.sampling.pipeline import Request
+from dit_video.sampling.pipeline import Pipeline, Request
 from dit_video.scenes import shapes, shapes_evaluation
 from dit_video.tokens import Grid
 from dit_video.video import decode
@@ -121,6 +121,28 @@ def test_sample_explains_wrong_arguments_in_one_line(script, tiny_run, tmp_path,
 def test_sample_refuses_an_unknown_format_before_it_samples(script, tiny_run, tmp_path):
     ended = script("experiments/sample.py", tiny_run, "--prompt", PROMPT, "--out", tmp_path / "clip.avi")
     assert_one_line(ended, "clip.avi has no known suffix; use one of .mp4")
+
+
+@pytest.mark.parametrize(
+    ("out", "size", "message"),
+    [
+        ("file/clip.mp4", "5x16x16", "clip.mp4 cannot be written (File exists); use a path in a writable folder"),
+        ("folder.mp4", "5x16x16", "folder.mp4 is a folder; use the path of a file"),
+        ("/proc/clip.mp4", "5x16x16", "/proc/clip.mp4 cannot be written"),
+        ("five.png", "5x16x16", "5 frames are invalid for png: use one frame"),
+        ("five.jpg", "5x16x16", "5 frames are invalid for jpg: use one frame"),
+    ],
+)
+def test_sample_knows_that_its_result_cannot_be_written(script, tiny_run, tmp_path, monkeypatch, out, size, message):
+    """Sampling may take an hour."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    monkeypatch.setattr(Pipeline, "run_many", lambda *arguments, **options: pytest.fail("something was sampled"))
+    out = tmp_path / out
+    assert_one_line(
+        script("experiments/sample.py", tiny_run, "--prompt", PROMPT, "--size", size, "--out", out), message
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.mp4"}
 
 
 def test_sample_names_a_run_that_does_not_exist(script, tmp_path):

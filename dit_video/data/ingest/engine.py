@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.errors import DISK_FULL_ERRNOS, UserError, check_at_least
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.clips import DATASET_NAME, FEATURES, is_ingested
 from dit_video.data.ingest.completion import CAPTIONS, CHOICE, NoClipsError, complete, discard_transient_parts
@@ -36,7 +36,7 @@ from dit_video.data.ingest.reencoder import ReencodeConfig
 from dit_video.data.ingest.report import REPORT, IngestReport
 from dit_video.data.ingest.screening import Screening
 from dit_video.data.ingest.workers import Workers, count_cores, count_useful_processes
-from dit_video.data.records import DISK_FULL_ERRNOS, get_file_name, write_records
+from dit_video.data.records import get_file_name, write_records
 from dit_video.data.tables import COLUMNS_FOLDER, MANIFEST, read_bytes, write_part
 
 ProgressCallback = Callable[[int, int], None]
