@@ -98,7 +98,7 @@ def parse_json(content: bytes, path: Any) -> Any:
       UserError: If the content is not JSON; the message calls it `path`.
     """
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8-sig"))  # Windows begins files with a mark
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,6 +124,12 @@ class Guidance:
 
     def __post_init__(self):
         object.__setattr__(self, "scales", _read_scales(self.scales))
+        if any(self.get_scale(TEXT, expert) < 1 for expert in range(self.expert_count)):
+            warnings.warn(
+                f"guidance={self.scales[TEXT]} weakens the prompt: 1 is no guidance, and 0 samples the negative prompt "
+                "alone (in other projects all scales up to 1 are no guidance)",
+                stacklevel=4,
+            )
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise UserError(f"interval={self.interval} is invalid: it needs two times in [0, 1]. Use two rising times.")
         if not 0 <= self.rescale <= 1:

@@ -70,6 +70,9 @@ class Completion(Conditioner):
         """
         request.check_pictures(_ACCEPTED)
         _check_options(request)
+        if request.grid.t == 1 and model.frame_conditioning is not None and model.frame_conditioning.is_required:
+            least = 1 + model.codec.config.stride.t
+            raise UserError(f"a clip of one frame is invalid: this model animates an image. Use {least} frames or more")
         known = collect_known_pixels(request)
         trained_part = None if known is None else _choose_trained_part(known, request, model)
         trained = None if known is None or trained_part is None else known.select(trained_part)

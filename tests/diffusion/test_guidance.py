@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import replace
 
 import jax
@@ -58,6 +59,16 @@ def test_scale_1_is_conditional_and_0_unconditional():
     one, zero = (evaluate(combine_two(conditional, unconditional, scale)) for scale in (1.0, 0.0))
     np.testing.assert_allclose(one, conditional(NOISY, TIME), atol=1e-6)
     np.testing.assert_array_equal(zero, unconditional(NOISY, TIME))
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, (3.0, 0.0)])
+def test_a_scale_that_weakens_the_prompt_is_a_warning(scale):
+    """Elsewhere every scale up to 1 is no guidance, and recipes of distilled models say 0."""
+    with pytest.warns(UserWarning, match="weakens the prompt: 1 is no guidance, and 0 samples the negative prompt"):
+        Guidance(scales={"text": scale})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Guidance(scales={"text": 1.0, "image": 0.0})
 
 
 @pytest.mark.parametrize("scale", [2.0, 7.5, -1.0])

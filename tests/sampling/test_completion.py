@@ -93,6 +93,16 @@ def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
             {"image": IMAGES[0], "last_image": IMAGES[1], "method": "trained"},
             "method='trained' is invalid: this model was not trained for what is known",
         ),
+        (
+            "animating",
+            {"image": IMAGES[0], "size": (1, 16, 16)},
+            "a clip of one frame is invalid: this model animates an image. Use 5 frames or more",
+        ),
+        (
+            "animating",
+            {"image": IMAGES[0], "last_image": IMAGES[1], "size": (1, 16, 16)},
+            "a clip of one frame is invalid: this model animates",
+        ),
         ("animating", {"image": IMAGES[0], "method": "training_free"}, "reads a first image in any case"),
         ("animating", {"image": IMAGES[0] / 1.0}, r"image is invalid: floats are from 0 to 1"),
         ("animating", {"image": dit_video.Clip(IMAGES, 16)}, r"a clip of 2 frames is no image. Use Clip\("),

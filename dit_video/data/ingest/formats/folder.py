@@ -183,18 +183,20 @@ def _choose_other_list(
         unread = (name for name in unlisted if _may_hold_captions(name) and scan.is_file(name))
         if clips and not has_captions and (name := next(unread, None)) is not None:
             rule = f"{scan.source} holds clips without captions and {name}, which is no list or caption that is read"
-            fix = "write the captions to metadata.csv (file_name,text), pass columns.name and columns.captions if it is"
-            raise UserError(f"{rule}; {fix} a list of other columns, or move it elsewhere")
+            fix = "write the captions to metadata.csv (file_name,text), ingest a list of other columns with"
+            options = "--columns.name … --columns.captions …"
+            raise UserError(f"{rule}; {fix} tools/ingest.py {options}, or move it elsewhere")
         return None
     if not scan.media:
         raise UserError(f"{scan.source} holds no clips, but a list of clips; give {scan.get_path(names[0])} instead")
     if len(names) > 1:
         raise UserError(
-            f"{scan.source} holds the lists {' and '.join(names)}; pass one of them as list_path={names[0]}"
+            f"{scan.source} holds the lists {' and '.join(names)}; ingest one of them with tools/ingest.py --list-path "
+            f"{names[0]}, or move the others elsewhere"
         )
     if has_captions:
         rule = f"{scan.source} holds clips with caption files and the list {names[0]}"
-        raise UserError(f"{rule}; pass list_path={names[0]} to read it, or move it elsewhere")
+        raise UserError(f"{rule}; ingest it with tools/ingest.py --list-path {names[0]}, or move it elsewhere")
     return ClipList(names[0])
 
 

@@ -303,7 +303,7 @@ def _find_columns(path: StoragePath, header: Sequence[str], columns: ListColumns
     missing += [split] if columns.split is not None and split not in header else []
     if missing or name is None:
         first_line, fix = escape_name(",".join(header))[:200], "name the columns file_name,text or path,text, in UTF-8"
-        fix += ", or pass columns.name and columns.captions"
+        fix += ", or ingest it with tools/ingest.py --columns.name … --columns.captions …"
         raise UserError(f"{path} has no column {' and '.join(missing)}, its first line is {first_line!r}; {fix}")
     return _Columns(name, tuple(texts), split if split in header else None)
 

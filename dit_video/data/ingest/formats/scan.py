@@ -16,7 +16,7 @@ from dit_video.data.ingest.formats.listing import MEDIA, ListedClip, Rejection, 
 
 _FILES_AT_ONCE = 256
 """Number of small files of a bucket that are read at once."""
-_LINK_OUT = "is a link out of the source; pass follow_links if it is meant"
+_LINK_OUT = "is a link out of the source; if it is meant, ingest it with tools/ingest.py --follow-links"
 
 
 class FolderScan(NamedTuple):

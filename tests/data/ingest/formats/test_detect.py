@@ -49,13 +49,18 @@ def test_a_list_with_another_name_is_not_ignored_silently(tmp_path):
     )
     assert get_captions(list_clips(tmp_path)) == {"a.mp4": ("x",)}
     write_files(tmp_path, {"a.txt": "y"})
-    with pytest.raises(UserError, match=r"clips with caption files and the list clips\.csv; pass list_path=clips\.csv"):
+    with pytest.raises(
+        UserError,
+        match=r"with caption files and the list clips\.csv; ingest it with tools/ingest\.py --list-path clips\.csv",
+    ):
         list_clips(tmp_path)
     named = list_clips(tmp_path, options=ListingOptions(list_path="clips.csv"))
     assert get_captions(named) == {"a.mp4": ("x",)}
     (tmp_path / "a.txt").unlink()
     write_files(tmp_path, {"sub/more.jsonl": '{"path": "../a.mp4", "text": "z"}'})
-    with pytest.raises(UserError, match=r"holds the lists clips\.csv and sub/more\.jsonl; pass one of them"):
+    with pytest.raises(
+        UserError, match=r"holds the lists clips\.csv and sub/more\.jsonl; ingest one of them with tools/ingest\.py"
+    ):
         list_clips(tmp_path)
     with pytest.raises(MissingError, match=r"list_path='no\.csv' is invalid: .* holds no such file"):
         list_clips(tmp_path, options=ListingOptions(list_path="no.csv"))

@@ -114,7 +114,7 @@ def test_the_list_of_openvid_names_files_in_another_folder(tmp_path):
     assert listing.rejected == (("c.mp4", reason),)
     # A second list, of some of the same clips, makes it the user's choice.
     write_files(tmp_path, {"data/train/OpenVidHD.csv": f"{header}\n{rows[0]}"})
-    with pytest.raises(UserError, match=r"holds the lists .*OpenVid-1M\.csv and .*OpenVidHD\.csv; pass one of them"):
+    with pytest.raises(UserError, match=r"holds the lists .*OpenVid-1M\.csv and .*OpenVidHD\.csv; ingest one of them"):
         list_clips(tmp_path)
     chosen = list_clips(tmp_path, options=ListingOptions(list_path="data/train/OpenVidHD.csv"))
     assert list(get_facts(chosen)) == ["video/part1/a.mp4"]

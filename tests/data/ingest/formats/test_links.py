@@ -60,7 +60,7 @@ def test_linked_folders_are_listed_once_and_broken_links_rejected(tmp_path):
     assert dict(listing.rejected)["pipe.mp4"] == "line 3: is not a regular file"
 
 
-LINK_OUT = "is a link out of the source; pass follow_links if it is meant"
+LINK_OUT = "is a link out of the source; if it is meant, ingest it with tools/ingest.py --follow-links"
 
 
 def test_links_out_of_the_source_are_rejected(tmp_path):
@@ -93,7 +93,7 @@ def test_lists_and_tars_that_are_links_out_of_the_source_are_refused(tmp_path, l
     write_files(tmp_path, {"elsewhere": b"file_name,text\na.mp4,x\n"})
     source = write_files(tmp_path / "source", {"a.mp4": b"", "classInd.txt": b"", "testlist01.txt": b""})
     (source / link).symlink_to("../elsewhere")
-    with pytest.raises(UserError, match=rf"{link}:? is a link out of the source; pass follow_links"):
+    with pytest.raises(UserError, match=rf"{link}:? is a link out of the source; if it is meant, ingest"):
         list_clips(source, format=format)
 
 
