@@ -7,13 +7,27 @@ import jax
 
 from dit_video.data.latents import offline
 from dit_video.data.latents.cache import LatentSource
-from dit_video.data.latents.plan import Augmentations, Encoding, check_clips, compute_latent_identity, plan_encoding
+from dit_video.data.latents.plan import (
+    ENCODE_AGAIN,
+    Augmentations,
+    Encoding,
+    check_clips,
+    compute_latent_identity,
+    plan_encoding,
+)
 from dit_video.data.tables import MANIFEST
 from dit_video.experiment import datasets
+from dit_video.experiment.checkpoints import list_checkpoints
 from dit_video.experiment.run import Run
 from dit_video.training import goodput
 from dit_video.training.hooks.logging import Progress, print_on_first_process
 from dit_video.weights.frozen_encoders import IDENTITY_FILE, FrozenTextEncoder, open_image_encoder
+
+_KEEP_DATA = (
+    "The run has trained on them: restore the clips, or start another run, which may begin with this one's weights "
+    "(init_from)."
+)
+"""Advice for a run whose data set has changed."""
 
 
 def make_encoding(run: Run) -> Encoding:
@@ -94,7 +108,8 @@ def open_latents(run: Run, folder: Path, *, encoding: Encoding | None = None) ->
     """
     encoding = make_encoding(run) if encoding is None else encoding
     source = LatentSource(datasets.resolve(folder), identity=compute_latent_identity(encoding))
-    check_clips(source, run.training_clips, encoding.columns)
+    has_begun = bool(list_checkpoints(run.folder, "denoiser"))  # to encode again would lead to the next refusal
+    check_clips(source, run.training_clips, encoding.columns, fix=_KEEP_DATA if has_begun else ENCODE_AGAIN)
     if source.skipped:
         name, reason, *_ = source.skipped[0]
         count = len(source.skipped)

@@ -118,7 +118,8 @@ class Trainer:
                 data.close()
                 raise UserError(
                     f"the data of {self.folder.parent} differ from those of its checkpoint at step {step} (plan "
-                    f"{meta['plan']}, now {data.hash}). Restore the data, or start another run."
+                    f"{meta['plan']}, now {data.hash}). Restore the data, or start another run, which may begin with "
+                    "this one's weights (init_from)."
                 )
             self.recorder.resume(self.name, step)
             meter = ThroughputMeter(self.flops_fn, peak_flops_fn=get_peak_flops, mesh=self.mesh)

@@ -11,6 +11,7 @@ from dit_video.core import config_json, rng, trees
 from dit_video.core.errors import UserError
 from dit_video.data.buckets import BatchMemory, BucketConfig
 from dit_video.data.clips import ClipSource
+from dit_video.data.ingest.engine import ingest
 from dit_video.data.latents.cache import LatentSource
 from dit_video.data.windows import Augmentation, ClipCrops, WindowConfig
 from dit_video.experiment import autoencoder, input_pipeline
@@ -188,9 +189,30 @@ def test_too_many_clips_that_are_too_small_end_the_run_before_it_trains(tiny, cl
 
 def test_other_clips_than_the_run_s_are_refused(tiny, clips, copy):
     metadata = clips / "metadata.csv"
-    metadata.write_text(metadata.read_text().replace("circle", "ring"))
-    with pytest.raises(UserError, match="holds another data set"):
+    before = metadata.read_text()
+    first = sorted((clips / "clips").iterdir())[0]
+    metadata.write_text(before.replace("circle", "ring"))
+    changed = r"data was made of other files than the source has now: \d+ changed, such as clips/.*\(init_from\)"
+    with pytest.raises(UserError, match=changed):
         Run.create(copy, tiny.EXPERIMENT).train(clips)
+    metadata.write_text("".join(line for line in before.splitlines(True) if first.name not in line))
+    shutil.copy(first, clips / "clips" / f"another{first.suffix}")
+    first.unlink()
+    with pytest.raises(UserError, match=rf"1 removed, such as clips/{first.name}"):
+        Run.create(copy, tiny.EXPERIMENT).train(clips)
+
+
+def test_a_data_set_that_changed_is_refused_once_with_the_way_on(tiny, clips, copy):
+    """To encode the new clips would lead to the next refusal, as a run keeps its data."""
+    metadata = clips / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace("circle", "ring"))
+    shutil.rmtree(copy / "data")
+    ingest(clips, copy / "data")
+    longer = tiny.EXPERIMENT.replace_stage("denoiser", steps=32)
+    with pytest.raises(
+        UserError, match=r"latents of other clips or captions .*restore the clips, or start another"
+    ):
+        Run.create(copy, longer).train(copy / "data")
 
 
 def test_a_held_out_clip_that_does_not_exist_is_named(tiny, tiny_clips, tmp_path):

@@ -144,10 +144,10 @@ class IngestFolder:
         is_known = bool(paths) and (self._own / "listing.parquet").exists()  # it is written last
         if is_known and self.read_listing() == listed and self.read_skipped() == skipped:
             return
-        if is_known and is_fixed and self.read_listing().drop_columns(_LOCATION) != listed.drop_columns(_LOCATION):
+        if is_known and is_fixed and (changes := _describe_changes(self.read_listing(), listed)):
             raise UserError(
-                f"{self.folder} holds another data set than the source has now (names, sizes or captions differ). Use "
-                "another folder, or ingest the source with tools/ingest.py and use the data set."
+                f"{self.folder} was made of other files than the source has now: {changes}. A run keeps its data: "
+                "restore the files, or start another run, which may begin with the weights of this one (init_from)."
             )
         plans = [read_parquet(path) for path in paths]
         known = pa.chunked_array([_make_keys(plan) for plan in plans], pa.string())
@@ -266,6 +266,17 @@ def _make_clip_table(clips: Sequence[ListedClip], names: Sequence[str]) -> pa.Ta
     return pa.table(
         {name: pa.array([getattr(clip, name) for clip in clips], _TYPES.get(name, pa.string())) for name in names}
     )
+
+
+def _describe_changes(before: pa.Table, now: pa.Table) -> str:
+    """Return what has been added, removed and changed (sizes, splits or captions); empty if nothing has."""
+    old, new = ({row["name"]: row for row in each.drop_columns(_LOCATION).to_pylist()} for each in (before, now))
+    kinds = {
+        "added": [name for name in new if name not in old],
+        "removed": [name for name in old if name not in new],
+        "changed": [name for name in new if name in old and new[name] != old[name]],
+    }
+    return ", ".join(f"{len(names)} {kind}, such as {names[0]}" for kind, names in kinds.items() if names)
 
 
 def _make_keys(files: pa.Table) -> pa.Array:

@@ -245,10 +245,17 @@ def hash_inputs(clips: ClipSource, columns: Sequence[str]) -> list[str]:
     return [hashlib.sha256(repr(each).encode("utf-8", "surrogatepass")).hexdigest() for each in pairs]
 
 
-def check_clips(latents: LatentSource, clips: ClipSource, columns: Sequence[str] = ()) -> None:
+ENCODE_AGAIN = "Encode the clips again into this folder with tools/encode_latents.py, which encodes what is new alone."
+"""Advice for latents of other clips."""
+
+
+def check_clips(
+    latents: LatentSource, clips: ClipSource, columns: Sequence[str] = (), *, fix: str = ENCODE_AGAIN
+) -> None:
     """Check that latents are those of some clips, with the captions and values of columns that these have now.
 
-    The views of a clip are not compared: they follow from the clip and from the identity of the latents.
+    The views of a clip are not compared: they follow from the clip and from the identity of the latents. `fix` is the
+    advice in the message.
 
     Raises:
       UserError: If the latents are of other clips, or captions have changed.
@@ -265,8 +272,7 @@ def check_clips(latents: LatentSource, clips: ClipSource, columns: Sequence[str]
         first = names[is_missing.argmax()].as_py() if is_missing.any() else latents.clips[is_changed.argmax()]
         raise UserError(
             f"{latents.folder} holds latents of other clips or captions ({is_missing.sum()} clips are missing, "
-            f"{is_changed.sum()} examples have changed, such as {first}). Encode the clips again into this folder with "
-            "tools/encode_latents.py, which encodes what is new alone."
+            f"{is_changed.sum()} examples have changed, such as {first}). {fix}"
         )
 
 
