@@ -209,9 +209,7 @@ def test_a_data_set_that_changed_is_refused_once_with_the_way_on(tiny, clips, co
     shutil.rmtree(copy / "data")
     ingest(clips, copy / "data")
     longer = tiny.EXPERIMENT.replace_stage("denoiser", steps=32)
-    with pytest.raises(
-        UserError, match=r"latents of other clips or captions .*restore the clips, or start another"
-    ):
+    with pytest.raises(UserError, match=r"latents of other clips or captions .*restore the clips, or start another"):
         Run.create(copy, longer).train(copy / "data")
 
 

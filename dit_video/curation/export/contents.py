@@ -226,20 +226,17 @@ class PathRegister:
     """The paths of an export: no two are equal, even where upper and lower case are alike."""
 
     def __init__(self) -> None:
-        self._names: dict[str, str] = {}
+        self._paths: set[str] = set()
 
-    def add(self, path: str, name: str) -> None:
-        """Note the path of a clip.
-
-        Raises:
-          UserError: If another clip has the name.
-        """
-        other = self._names.setdefault(path.lower(), name)
-        if other != name:
-            raise UserError(
-                f"the clips {other!r} and {name!r} would have the same file {path}. Export them apart: "
-                f'--where "name != {name!r}".'
-            )
+    def choose(self, path: str) -> str:
+        """Return the path of a clip's file or, if another clip has it, one with a number before its suffix."""
+        (stem, suffix), chosen = posixpath.splitext(path), path
+        for number in itertools.count(2):
+            if chosen.lower() not in self._paths:
+                break
+            chosen = f"{stem}_{number}{suffix}"
+        self._paths.add(chosen.lower())
+        return chosen
 
 
 def make_path(name: str, content: bytes) -> str:

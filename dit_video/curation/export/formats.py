@@ -35,10 +35,8 @@ INDEX = "index.jsonl"
 def write_web_dataset(contents: ExportContents, folder: Path) -> WrittenFiles:
     """Write the tars `SPLIT/00000.tar`, …, and a list of all clips; return the patterns of them.
 
-    A clip's key is its path, with dots as underscores: a key ends at the first dot.
-
-    Raises:
-      UserError: If two clips would have the same key.
+    A clip's key is its path without the suffix, with dots as underscores, as a key ends at the first dot; of clips with
+    one key, such as a photo and its video, the later ones get a number.
     """
     keys = PathRegister()
     tars: dict[str, _TarWriter] = {}
@@ -48,7 +46,7 @@ def write_web_dataset(contents: ExportContents, folder: Path) -> WrittenFiles:
             for clip in contents:
                 stem, suffix = posixpath.splitext(clip.path)
                 key = posixpath.join(posixpath.dirname(stem), posixpath.basename(stem).replace(".", "_"))
-                keys.add(f"{clip.split}/{key}", clip.name)
+                key = keys.choose(f"{clip.split}/{key}").removeprefix(f"{clip.split}/")
                 suffixes.add(suffix)
                 writer = tars.setdefault(clip.split, _TarWriter(folder, clip.split))
                 values = {"captions": list(clip.captions), **clip.values}
@@ -127,17 +125,15 @@ def write_video_folder(contents: ExportContents, folder: Path) -> WrittenFiles:
     """Write the clips and their metadata, and return the patterns of them.
 
     The names of clips that are all in the split `train`, or that begin with the folder of their split, are unchanged;
-    otherwise a folder for each split is put in front.
-
-    Raises:
-      UserError: If two clips would have the same path.
+    otherwise a folder for each split is put in front. Of names that differ in upper and lower case alone, the later
+    ones get a number.
     """
     place = _choose_folders(contents)
     register, patterns = PathRegister(), dict[str, set[str]]()
     lists: dict[str, list[tuple[int, str, tuple[str, ...]]]] = {}
     for clip in contents:
         root, path = place(clip.path, clip.split)
-        register.add(f"{root}{path}", clip.name)
+        path = register.choose(f"{root}{path}").removeprefix(root)
         target = folder / root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(clip.content)
@@ -184,17 +180,15 @@ TABLE = "metadata.csv"
 def write_csv_table(contents: ExportContents, folder: Path) -> WrittenFiles:
     """Write the clips, and a table whose first columns are `path` and `text`; return the pattern of its file.
 
-    A clip has a row for each of its captions, and one if it has none.
-
-    Raises:
-      UserError: If two clips would have the same path.
+    A clip has a row for each of its captions, and one if it has none. Of names that differ in upper and lower case
+    alone, the later ones get a number.
     """
     register, names = PathRegister(), None
     with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         for clip in contents:
-            register.add(clip.path, clip.name)
-            target = folder / clip.path
+            path = register.choose(clip.path)
+            target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(clip.content)
             if names is None:
@@ -202,7 +196,7 @@ def write_csv_table(contents: ExportContents, folder: Path) -> WrittenFiles:
                 writer.writerow(["path", "text", *names])
             values = [clip.values[name] for name in names]
             values = [json.dumps(each, ensure_ascii=False) if isinstance(each, list) else each for each in values]
-            writer.writerows([clip.path, text, *values] for text in clip.captions or ("",))
+            writer.writerows([path, text, *values] for text in clip.captions or ("",))
     return WrittenFiles({"train": [TABLE]})
 
 

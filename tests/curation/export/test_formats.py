@@ -350,16 +350,25 @@ def test_a_destination_with_files_is_refused_and_left_as_it_is(clips, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("format", "names"),
-    [("videofolder", ("a.mp4", "A.mp4")), ("csv", ("a.mp4", "A.MP4")), ("webdataset", ("v.1.mp4", "v_1.mp4"))],
+    ("format", "names", "expected"),
+    [
+        ("videofolder", ("a.mp4", "A.mp4", "x/a.mp4"), ["a.mp4", "A_2.mp4", "x/a.mp4"]),
+        ("csv", ("a.mp4", "A.MP4", "a_2.mp4"), ["a.mp4", "A_2.MP4", "a_2_2.mp4"]),
+        ("webdataset", ("v.1.mp4", "v_1.mp4"), ["v_1.mp4", "v_1_2.mp4"]),
+        ("webdataset", ("IMG_1.png", "IMG_1.mp4"), ["IMG_1.png", "IMG_1_2.mp4"]),  # a phone's photo and its video
+    ],
 )
-def test_names_that_clash_are_refused_and_nothing_is_written(tmp_path, format, names):
-    file = make_clip_file(0)
-    write_table(tmp_path / "data", [make_row(name, file) for name in names])
-    clips = MemoryClips(tmp_path / "data", lambda row: file)
-    with pytest.raises(UserError, match=f"{names[0]}.*{names[1]}.*--where"):
-        export(clips, tmp_path / "out", format)
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+def test_names_that_clash_get_numbers(tmp_path, format, names, expected):
+    """A set of a phone has hundreds of such pairs, and each clip keeps its own file, name and caption."""
+    files = [make_clip_file(number, frames=1 if name.endswith("png") else 9) for number, name in enumerate(names)]
+    rows = [make_row(name, file, captions=[name]) for name, file in zip(names, files, strict=True)]
+    write_table(tmp_path / "data", rows, parts=1)
+    folder = export(MemoryClips(tmp_path / "data", files.__getitem__), tmp_path / "out", format)
+    clips = {strip_tar(clip.name): clip for clip in list_clips(folder).clips}
+    assert {name: clip.captions for name, clip in clips.items()} == {
+        new: (name,) for name, new in zip(names, expected, strict=True)
+    }
+    assert [clips[name].read() for name in expected] == files
 
 
 @pytest.mark.parametrize("name", ["../a.mp4", "/etc/a.mp4", "x/../../a.mp4", "folder/"])
