@@ -138,6 +138,12 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
             fix = "free disk space, then run the same command again"
             print(f"error: a file cannot be written{name}: {error.strerror}; {fix}", file=sys.stderr)
             sys.exit(UserError.code)
+        except Exception:
+            if not (reason := _find_missing_platform()):
+                raise
+            fix = "leave it out, or install what the device needs (pip install 'dit-video[gpu]', 'dit-video[tpu]')"
+            print(f"error: {reason}; {fix}", file=sys.stderr)
+            sys.exit(UserError.code)
 
     return guarded
 
@@ -155,6 +161,21 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+def _find_missing_platform() -> str:
+    """Return why the devices that JAX_PLATFORMS asks for are not there; empty if they are.
+
+    JAX fails with other errors, at the first place that needs a device.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and os.environ.get("JAX_PLATFORMS"):
+        try:
+            jax.local_devices()
+        except (RuntimeError, AssertionError) as error:  # the latter without a message, if there is no plugin
+            reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+            return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is invalid: there is no such device{reason}"
+    return ""
 
 
 def get_command() -> str:

@@ -57,6 +57,21 @@ def test_a_full_disk_is_one_line_whoever_writes(capsys, number):
     assert capsys.readouterr().err.startswith(line)
 
 
+@pytest.mark.parametrize("platform", ["cuda", "cud"])
+def test_a_platform_without_devices_is_one_line(platform):
+    code = (
+        "import jax.numpy as jnp\nfrom dit_video.core.errors import script\n@script\ndef main():\n"
+        "    jnp.ones(3) + 1\nmain()"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": platform}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: JAX_PLATFORMS={platform} is invalid: there is no such device")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_warning_is_one_line_without_our_source():
     code = (
         "import warnings\nfrom dit_video.core.errors import script\n@script\ndef main():\n"
