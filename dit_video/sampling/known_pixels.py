@@ -90,17 +90,19 @@ def locate_condition(condition: Condition, size: Grid) -> tuple[int, UInt8[np.nd
 
 
 def fit_clip(name: str, clip: Clip, size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
-    """Return the frames of a clip of a requested clip's length, at its height and width.
+    """Return the first frames of a clip for a requested clip, at its height and width.
+
+    A clip of a camera rarely has a length that a model samples, and diffusers leaves out its last frames, too.
 
     Raises:
-      UserError: If the clip has another length.
+      UserError: If the clip is shorter than the requested one.
     """
-    if len(clip.frames) != size.t:
+    if len(clip.frames) < size.t:
         raise UserError(
-            f"{name} of {len(clip.frames)} frames is invalid for a clip of {size.t}: the lengths must be equal. Use a "
-            "size or a clip of the same length"
+            f"{name} of {len(clip.frames)} frames is invalid for a clip of {size.t}: it must be at least as long. Use "
+            "a smaller size or a longer clip"
         )
-    return fit_frames(clip.frames, size)
+    return fit_frames(clip.frames[: size.t], size)
 
 
 def fit_mask(mask: Mask, video: Clip, size: Grid) -> Bool[np.ndarray, "T h w"]:
@@ -117,9 +119,9 @@ def fit_mask(mask: Mask, video: Clip, size: Grid) -> Bool[np.ndarray, "T h w"]:
             f"generated of shape {list(mask.shape)} is invalid: {rule}. Use True where pixels are generated"
         )
     if mask.ndim == 1:
-        return np.broadcast_to(mask[:, None, None], size).copy()
+        return np.broadcast_to(mask[: size.t, None, None], size).copy()
     pixels = np.broadcast_to(np.where(mask, 255, 0).astype(np.uint8)[..., None], (*frames, 3))
-    return fit_frames(pixels, size)[..., 0] > GREY
+    return fit_frames(pixels[: size.t], size)[..., 0] > GREY
 
 
 def _place(

@@ -131,7 +131,7 @@ class Request:
     last_image: Clip | None = None
     """Last frame of the clip, in models that accept one."""
     video: Clip | None = None
-    """Clip that is kept where `generated` is False, or that `strength` changes."""
+    """Clip that is kept where `generated` is False, or that `strength` changes; frames after the last are left out."""
     generated: Mask | None = None
     """Mask of `video`: pixels or frames that are generated (True); all others are kept."""
     strength: float | None = None

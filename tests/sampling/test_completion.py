@@ -10,6 +10,7 @@ import dit_video
 from dit_video.core.errors import UserError
 from dit_video.models.conditioning import FrameConditioning, make_cond_latents
 from dit_video.sampling.completion import Completion
+from dit_video.sampling.known_pixels import collect_known_pixels
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid, patchify
@@ -112,7 +113,11 @@ def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
             "control of a request .* image, last_",
         ),
         ("knowing", {"generated": np.ones(5, bool)}, "video=None is invalid with generated"),
-        ("knowing", {"video": dit_video.Clip(IMAGES, 16), "generated": np.ones(2, bool)}, "the lengths must be equal"),
+        (
+            "knowing",
+            {"video": dit_video.Clip(IMAGES, 16), "generated": np.ones(2, bool)},
+            "it must be at least as long",
+        ),
         ("knowing", {"video": dit_video.Clip(IMAGES, 16)}, "say what of it changes. Use generated=, or strength="),
         ("knowing", {"strength": 0.5}, "strength=0.5 is invalid: it is that of a video"),
         ("knowing", {"last_image": IMAGES[0], "method": "trained"}, "method='trained' is invalid"),
@@ -123,6 +128,20 @@ def test_a_saved_pipeline_keeps_its_image_encoder(animating, tmp_path):
 def test_missing_or_misshapen_images_are_refused(request, kind, options, message):
     with pytest.raises(UserError, match=message):
         sample_latents(request.getfixturevalue(kind), **options)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 20, 16), (20, 16)])
+def test_a_longer_video_loses_its_last_frames(shape):
+    """A camera's clip has a length that hardly any model samples; its mask is cut and scaled alike."""
+    draw = np.random.default_rng(1)
+    frames, generated = draw.integers(0, 256, (7, 20, 16, 3), dtype=np.uint8), draw.random(shape) > 0.5
+    cut = generated[:5] if len(shape) != 2 else generated
+    known, expected = (
+        collect_known_pixels(Request("", SIZE, video=dit_video.Clip(video, 16), generated=mask))
+        for video, mask in ((frames, generated), (frames[:5], cut))
+    )
+    for given, wanted in zip(known, expected, strict=True):
+        np.testing.assert_array_equal(given, wanted)
 
 
 @pytest.mark.nightly
