@@ -69,7 +69,7 @@ class Completion(Conditioner):
           UserError: If pictures, the strength or the method do not fit the request or the model.
         """
         request.check_pictures(_ACCEPTED)
-        _check_options(request)
+        check_options(request)
         if request.grid.t == 1 and model.frame_conditioning is not None and model.frame_conditioning.is_required:
             least = 1 + model.codec.config.stride.t
             raise UserError(f"a clip of one frame is invalid: this model animates an image. Use {least} frames or more")
@@ -79,13 +79,27 @@ class Completion(Conditioner):
         plan = plan_trained(trained, request.grid, model)._replace(method="" if trained is None else "trained")
         if known is not None:
             plan = _add_replacement(plan, known, trained_part, request, model)
-        if request.video is not None and request.strength is not None and request.strength < 1:
-            start = model.codec.encode_pixels(fit_clip("video", request.video, request.grid))
-            plan = plan._replace(start=start, start_time=float(request.strength))
-        return plan
+        start = encode_start(request, model)
+        return plan if start is None else plan._replace(start=start, start_time=float(request.strength or 1.0))
 
 
-def _check_options(request: Request) -> None:
+def encode_start(request: Request, model: ModelParts) -> Float32[np.ndarray, "t h w c"] | None:
+    """Return the latents of a request's video that sampling starts from; None if it starts from noise alone.
+
+    Raises:
+      UserError: If the video is shorter than the clip.
+    """
+    if request.video is None or request.strength in (None, 1):
+        return None
+    return model.codec.encode_pixels(fit_clip("video", request.video, request.grid))
+
+
+def check_options(request: Request) -> None:
+    """Check how the pictures of a request are kept.
+
+    Raises:
+      UserError: If the strength, the method or the number of repeated steps is invalid.
+    """
     if request.video is not None and request.generated is None and request.strength is None:
         raise UserError("video= is invalid alone: say what of it changes. Use generated=, or strength= for all of it")
     if request.strength is not None:

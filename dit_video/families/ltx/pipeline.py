@@ -10,7 +10,7 @@ count the seconds before a token's first frame, and times are linear-quadratic (
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ from dit_video.families.ltx.transformer import CONDITION_CLASS, LtxDenoiserForma
 from dit_video.models.autoencoders import latent_grid
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import FrozenTextConfig
+from dit_video.sampling.completion import Completion, check_options
 from dit_video.sampling.known_pixels import locate_condition
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.plan import ExtraTokens, HeldTokens, SamplingPlan
@@ -50,7 +51,11 @@ _PREFIX = 2
 
 @dataclass(frozen=True, kw_only=True)
 class KeyframesToVideo(Conditioner):
-    """Clips conditioned on images and clips at some frames: the request's `image`, `last_image` and `conditions`."""
+    """Clips conditioned on images and clips at some frames: the request's `image`, `last_image` and `conditions`.
+
+    What the model was not trained with is kept without training, as by any model of text to video (`Completion`): a
+    `video` with `generated` or `strength`, and parts of frames.
+    """
 
     noise_scale: float = 0.0
     """Noise that the model sees in conditions of strength 1, in units of the squared time."""
@@ -62,10 +67,15 @@ class KeyframesToVideo(Conditioner):
         """Return the plan of a request, which may have no conditions.
 
         Raises:
-          UserError: If the model was not trained with a condition of this kind, or the condition's frames are outside
-            the clip, do not fit the autoencoder's stride, or share latents with another condition.
+          UserError: If a condition's frames are outside the clip, do not fit the autoencoder's stride, or share latents
+            with another condition; or if the method or the strength is invalid.
         """
-        request.check_pictures(("image", "last_image", "conditions") if self.has_keyframes else ("image",))
+        is_part = any(condition.generated is not None for condition in request.conditions)
+        is_early = not self.has_keyframes and bool(request.last_image is not None or request.conditions)
+        if request.video is not None or is_part or is_early or request.method == "training_free":
+            return Completion()(request, replace(model, frame_conditioning=None))
+        request.check_pictures(("image", "last_image", "conditions", "method"))
+        check_options(request)
         size, stride, channels = request.grid, model.codec.config.stride, model.codec.config.channels
         conditions = list(request.conditions)
         if request.last_image is not None:
@@ -103,8 +113,6 @@ class _Keyframe(NamedTuple):
 
 def _fit(condition: Condition, size: Grid, stride: Grid) -> tuple[int, UInt8[np.ndarray, "T H W 3"]]:
     """Return the first frame of a condition in the clip, and its frames at the clip's height and width."""
-    if condition.generated is not None:
-        raise UserError("generated= of a condition is invalid: this model keeps whole frames. Leave it out")
     start, frames = locate_condition(condition, size)
     # From the third on, a condition's latents replace the sampled clip's, so they must stand for the same frames.
     if len(frames) > 1 and start % stride.t:

@@ -1,7 +1,7 @@
 """VACE's pipelines, from diffusers' folders (`WanVACEPipeline`): Wan's pipelines with their own conditioner."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,17 @@ from dit_video.families.vace.transformer import VaceDenoiserFormat
 from dit_video.families.wan.pipeline import WanFamily
 from dit_video.models.backbones.vace import VaceControl
 from dit_video.models.conditioning import GREY
+from dit_video.sampling.completion import check_options, encode_start
 from dit_video.sampling.known_pixels import collect_known_pixels, fit_clip
 from dit_video.sampling.plan import SamplingPlan
 from dit_video.sampling.request import Conditioner, ModelParts, Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-_ACCEPTED = ("image", "last_image", "video", "generated", "conditions", "control", "reference_images", "method")
+_ACCEPTED = (
+    *("image", "last_image", "video", "generated", "conditions", "control", "reference_images"),
+    *("strength", "method"),
+)
 _WHITE = 255
 
 
@@ -45,17 +49,24 @@ class VaceConditioner(Conditioner):
             raise UserError(
                 f"conditioner=VaceConditioner() is invalid for a {name}, which reads no control. Use a model of VACE"
             )
-        pixels, is_generated = compose_pixels(request)
+        # A video that is changed as a whole, from its noisy latents on, is not read as control.
+        is_changed = request.strength is not None and request.generated is None
+        pixels, is_generated = compose_pixels(replace(request, video=None) if is_changed else request)
+        check_options(request)
         inactive, reactive = (
             model.codec.encode_pixels(np.where(is_grey[..., None], np.float32(GREY), pixels))
             for is_grey in (is_generated, ~is_generated)
         )
         values = control.concatenate(inactive, reactive, is_generated)
-        references = [_encode_reference(image, request.grid, model, control) for image in request.reference_images]
         # The last image comes first, as in diffusers.
-        fields = {control.field: np.concatenate([*reversed(references), values])}
-        method = "" if is_generated.all() else "trained"
-        return SamplingPlan(fields, leading_frames=len(references), method=method)
+        references = [_encode_reference(image, request.grid, model) for image in reversed(request.reference_images)]
+        nothing = np.zeros((1, *request.grid[1:]), bool)
+        controls = [control.concatenate(each, np.zeros_like(each), nothing) for each in references]
+        fields = {control.field: np.concatenate([*controls, values])}
+        plan = SamplingPlan(fields, leading_frames=len(references), method="" if is_generated.all() else "trained")
+        if (start := encode_start(request, model)) is None:
+            return plan
+        return plan._replace(start=np.concatenate([*references, start]), start_time=float(request.strength or 1.0))
 
 
 def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bool[np.ndarray, "T H W"]]:
@@ -78,20 +89,17 @@ def compose_pixels(request: Request) -> tuple[Float32[np.ndarray, "T H W 3"], Bo
     return pixels.astype(np.float32), is_generated
 
 
-def _encode_reference(
-    image: Clip, size: Grid, model: ModelParts, control: VaceControl
-) -> Float32[np.ndarray, "1 h w q"]:
-    """Return the control of an image's latent frame: all of it is inactive, and nothing is reactive or generated.
+def _encode_reference(image: Clip, size: Grid, model: ModelParts) -> Float32[np.ndarray, "1 h w c"]:
+    """Return the latent frame of an image that is scaled to fit into the frame, and centred on a white background.
 
-    The image is scaled to fit into the frame, and centred on a white background.
+    In its control all of it is inactive, and nothing is reactive or generated.
     """
     scale = min(size.h / image.height, size.w / image.width)
     height, width = (max(1, int(side * scale)) for side in (image.height, image.width))
     canvas = np.full((1, size.h, size.w, 3), _WHITE, np.uint8)
     top, left = (size.h - height) // 2, (size.w - width) // 2
     canvas[:, top : top + height, left : left + width] = resize(image.frames, height, width)
-    latents = model.codec.encode_pixels(canvas)
-    return control.concatenate(latents, np.zeros_like(latents), np.zeros(canvas.shape[:3], bool))
+    return model.codec.encode_pixels(canvas)
 
 
 class VaceFamily(WanFamily):

@@ -1,6 +1,7 @@
 """Pipelines of LTX-Video: loading, generating, saving, adapters and errors."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from dit_video.families.ltx.pipeline import KeyframesToVideo, read_parts
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Condition, Request
+from dit_video.sampling.tasks import Edit, Extend, Inpaint, Loop, Outpaint, Vary
 from dit_video.tokens import PackedShape
 from dit_video.video import Clip
 from support.latents import generate_latents
@@ -148,13 +150,51 @@ def test_pictures_with_latents_of_the_same_frames_are_refused(pipeline):
         pipeline.generate(PROMPT, size=(25, *SIZE[1:]), conditions=conditions)
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["last_image", "conditions"])
-def test_versions_before_095_know_a_first_image_alone(folder, name):
+def test_versions_before_095_keep_other_images_than_the_first_without_training(folder, name):
     pipeline, image = dit_video.load(folder, dtype="float32"), draw_clip(1)
-    with pytest.raises(UserError, match=f"{name} of a request is invalid: .* It accepts image"):
-        sample_latents(pipeline, **{name: image if name == "last_image" else [Condition(content=image)]})
-    np.testing.assert_allclose(sample_latents(pipeline, image=image)[:1], pipeline.encode(image), atol=1e-5)
+    pictures = {name: image if name == "last_image" else [Condition(content=image)]}
+    with pytest.warns(UserWarning, match="was not trained for what is known of the clip: it is kept without training"):
+        plan = pipeline.config.conditioner(Request(PROMPT, SIZE, **pictures), pipeline.model_parts)
+    assert plan.method == "training_free"
+    with pytest.raises(UserError, match="method='trained' is invalid: this model was not trained for what is known"):
+        sample_latents(pipeline, method="trained", **pictures)
+    assert pipeline.config.conditioner(Request(PROMPT, SIZE, image=image), pipeline.model_parts).extra is None
+
+
+TASKS = {
+    "inpaint": lambda clip: Inpaint(clip, np.indices((32, 64))[1] > 31, PROMPT),
+    "outpaint": lambda clip: Outpaint(clip, (32, 96), PROMPT),
+    "edit": lambda clip: Edit(clip, PROMPT, strength=0.6),
+    "vary": lambda clip: Vary(clip, PROMPT),
+    "extend": lambda clip: Extend(clip, PROMPT, frames=8),
+    "loop": lambda clip: Loop(PROMPT, size=(16, 32, 64)),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_runs_without_training(pipeline, task):
+    """LTX was trained with keyframes alone."""
+    clip = draw_clip(17)
+    made = TASKS[task](clip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is kept without training
+        result = pipeline.run(made, sampling=pipeline.make_sampling(steps=8, guidance=1.0))
+    assert np.isfinite(np.asarray(result)).all()
+    if task == "inpaint":
+        request = made.make_request(pipeline.config)
+        with pytest.warns(UserWarning, match="it is kept without training"):
+            plan = pipeline.config.conditioner(request, pipeline.model_parts)
+        assert (plan.method, plan.extra) == ("training_free", None)
+        with pytest.raises(UserError, match="method='trained' is invalid"):
+            pipeline.run(made, method="trained")
+
+
+def test_an_edit_starts_from_the_latents_of_its_clip(pipeline):
+    clip = draw_clip(17)
+    plan = pipeline.config.conditioner(Request(PROMPT, SIZE, video=clip, strength=0.6), pipeline.model_parts)
+    np.testing.assert_array_equal(plan.start, pipeline.encode(clip))
+    assert (plan.start_time, plan.method, plan.transform) == (0.6, "", None)
 
 
 def test_sizes_and_pictures_that_do_not_fit_are_refused(pipeline):

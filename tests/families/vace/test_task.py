@@ -7,7 +7,7 @@ import dit_video
 from dit_video.core.errors import UserError
 from dit_video.families.vace.pipeline import VaceConditioner
 from dit_video.sampling.request import Condition, Request
-from dit_video.sampling.tasks import Extend
+from dit_video.sampling.tasks import Edit, Extend, Vary
 from dit_video.tokens import Grid
 from support.latents import generate_latents
 from support.tiny_vace import CONTROL, write_vace
@@ -73,6 +73,22 @@ def test_the_control_holds_both_parts_of_the_clip_and_the_mask(pipeline, picture
             for column in range(24):
                 channel = 4 * (row % 4) + column % 4
                 assert mask[latent_frame, row // 4, column // 4, channel] == (not is_kept[frame, row, column])
+
+
+def test_an_edit_starts_from_its_clip_which_is_no_control(pipeline):
+    """VACE was trained to read clips, and an edit begins with the noisy latents, as in any model of text to video."""
+    made, text = plan(pipeline, video=CLIP, strength=0.7), plan(pipeline)
+    np.testing.assert_array_equal(made.fields[CONTROL.field], text.fields[CONTROL.field])
+    np.testing.assert_array_equal(made.start, pipeline.encode(CLIP))
+    assert (made.start_time, made.method) == (0.7, "")
+    both = plan(pipeline, video=CLIP, generated=~IS_KEPT, strength=0.7, reference_images=[FRAMES[0]])
+    kept = plan(pipeline, video=CLIP, generated=~IS_KEPT, reference_images=[FRAMES[0]])
+    np.testing.assert_array_equal(both.fields[CONTROL.field], kept.fields[CONTROL.field])
+    assert (len(both.start), both.leading_frames, both.method) == (3, 1, "trained")
+    np.testing.assert_array_equal(both.start[1:], made.start)
+    for task in (Edit(CLIP, "a red ball", strength=0.7), Vary(CLIP)):
+        result = pipeline.run(task, sampling=pipeline.make_sampling(steps=4, guidance=1.0))
+        assert result.frames.shape == FRAMES.shape
 
 
 @pytest.mark.slow
