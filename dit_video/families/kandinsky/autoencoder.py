@@ -52,6 +52,7 @@ def parse_config(folder: Path, settings: Mapping[str, Any]) -> VqConfig:
         network=ImageVaeConfig(channels=channels, levels=image_autoencoder.parse_levels(folder, settings)),
         codebook=CodebookConfig(codes=settings["num_vq_embeddings"], width=channels if width is None else width),
         modulated=norm_type == "spatial",
+        quantized_decoding=norm_type != "spatial",  # of Kandinsky's pipelines; those of latent diffusion quantise
     )
     _check_modulation(config, str(folder / "config.json"))
     return config
@@ -68,6 +69,9 @@ def make_document(config: VqConfig, params: Mapping[str, Any]) -> dict[str, Any]
         raise UserError(f"{CLASS} encodes images, so a network of clips ({type(network).__name__}) can't be written")
     if config.codebook.spherical:
         raise UserError(f"{CLASS} does not normalise latents and codes, so a spherical codebook can't be written")
+    if config.modulated == config.quantized_decoding:
+        rule = "pipelines quantise latents before decoding if and only if the norms are not modulated (Kandinsky)"
+        raise UserError(f"{CLASS}: quantized_decoding={config.quantized_decoding} can't be written: {rule}")
     _check_modulation(config, CLASS)
     normalizer = image_autoencoder.make_normalizer_settings(params["normalizer"])
     return {

@@ -3,7 +3,8 @@
     pixels -> encoder -> linear -> nearest code -> linear -> decoder -> pixels
 
 Encoder and decoder come from a VAE of clips or images; in MoVQ the codes also modulate the decoder's norms. Denoisers
-see the latents before quantisation; decoding quantises them first, so a denoiser need not hit a code exactly.
+see the latents before quantisation; decoding quantises them first, so a denoiser need not hit a code exactly, or takes
+them as they are, as in Kandinsky.
 """
 
 from collections.abc import Callable
@@ -80,6 +81,9 @@ class VqConfig(AutoencoderConfig):
     """Configuration of the codebook."""
     modulated: bool = False
     """True lets the codes modulate the decoder's norms (MoVQ)."""
+    quantized_decoding: bool = True
+    """True decodes the codes nearest to latents, as in training; False latents as they are, as Kandinsky's pipelines do
+    (`force_not_quantize` of diffusers)."""
 
     def __post_init__(self):
         network = self.network
@@ -92,7 +96,8 @@ class VqConfig(AutoencoderConfig):
     def kandinsky(cls) -> "VqConfig":
         """Return the MoVQ of Kandinsky 2: 8×8 pixels to one of 16,384 codes of 4 values, 68 M parameters."""
         network = ImageVaeConfig(channels=4, levels=ImageLevels(widths=(128, 256, 256, 512), attention=(3,)))
-        return cls(network=network, codebook=CodebookConfig(codes=16384, width=4), modulated=True)
+        codebook = CodebookConfig(codes=16384, width=4)
+        return cls(network=network, codebook=codebook, modulated=True, quantized_decoding=False)
 
     @property
     def stride(self) -> Grid:
@@ -158,8 +163,11 @@ class VqAutoencoder(nnx.Module):
         return self.normalizer.normalize(self.compute_latents(pixels, segment_ids, cache))
 
     def decode(self, latents: Latents, cache: ConvCache | None = None) -> Pixels:
-        """Return pixels, approximately in [-1, 1], of the codes nearest to normalised latents of a clip or chunk."""
-        return self.decode_indices(self.codebook.find_nearest(self.normalizer.denormalize(latents)), cache)
+        """Return pixels, approximately in [-1, 1], of normalised latents of a clip or chunk, or of their codes."""
+        latents = self.normalizer.denormalize(latents)
+        if not self.config.quantized_decoding:
+            return self.reconstruct(latents, cache)
+        return self.decode_indices(self.codebook.find_nearest(latents), cache)
 
     def encode_indices(
         self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None

@@ -21,6 +21,7 @@ MOVQ = VqConfig(
     network=ImageVaeConfig(channels=4, levels=ImageLevels(widths=(32,), blocks=1, attention=(0,))),
     codebook=CodebookConfig(codes=9, width=4),
     modulated=True,
+    quantized_decoding=False,
 )
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -98,12 +99,18 @@ def test_weights_of_another_architecture_are_refused(tmp_path, params):
     [
         (VqConfig(network=CausalVaeConfig(width=4)), "a network of clips"),
         (dataclasses.replace(PLAIN, codebook=CodebookConfig(codes=7, width=3, spherical=True)), "spherical codebook"),
-        (dataclasses.replace(PLAIN, modulated=True), "latents of 5 channels can't modulate codes of 3"),
+        (
+            dataclasses.replace(PLAIN, modulated=True, quantized_decoding=False),
+            "latents of 5 channels can't modulate codes of 3",
+        ),
+        (dataclasses.replace(PLAIN, quantized_decoding=False), "quantized_decoding=False can't be written: pipelines"),
+        (dataclasses.replace(MOVQ, quantized_decoding=True), "quantized_decoding=True can't be written: pipelines"),
         (
             VqConfig(
                 network=dataclasses.replace(PLAIN.network, channels=3),
                 codebook=CodebookConfig(codes=7, width=3),
                 modulated=True,
+                quantized_decoding=False,
             ),
             "groups=2 .*modulated norms have 32 groups",
         ),

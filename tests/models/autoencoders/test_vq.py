@@ -1,5 +1,6 @@
 """Vector-quantised autoencoders with random parameters: sizes, indices, chunks, canvases, modulated norms."""
 
+import dataclasses
 import functools
 
 import jax
@@ -80,6 +81,18 @@ def test_indices_determine_the_latents(name):
     np.testing.assert_allclose(call(config, "reconstruct", params, quantized.vectors), decoded, atol=1e-4)
     # Latents that are not codes give other pixels.
     assert np.abs(call(config, "reconstruct", params, quantized.latents) - decoded).max() > 0.1
+
+
+def test_latents_are_decoded_as_they_are_if_the_config_says_so():
+    """As Kandinsky's pipelines do; codes are decoded alike."""
+    config = CONFIGS["image"]
+    plain = dataclasses.replace(config, quantized_decoding=False)
+    model, other = (each.make(nnx.Rngs(0)) for each in (config, plain))
+    latents = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 4, 4, config.channels)), jnp.float32)
+    np.testing.assert_array_equal(other.decode(latents), other.reconstruct(other.normalizer.denormalize(latents)))
+    assert np.abs(model.decode(latents) - other.decode(latents)).max() > 1e-3
+    indices = jnp.zeros((1, 1, 4, 4), jnp.int32)
+    np.testing.assert_array_equal(model.decode_indices(indices), other.decode_indices(indices))
 
 
 def test_an_index_out_of_range_is_refused():
