@@ -144,10 +144,12 @@ class IngestFolder:
         is_known = bool(paths) and (self._own / "listing.parquet").exists()  # it is written last
         if is_known and self.read_listing() == listed and self.read_skipped() == skipped:
             return
-        if is_known and is_fixed and (changes := _describe_changes(self.read_listing(), listed)):
+        before, now = (each.drop_columns(_LOCATION) for each in (self.read_listing() if is_known else listed, listed))
+        if is_fixed and before != now:
+            changes = _describe_changes(before, now)
             raise UserError(
                 f"{self.folder} was made of other files than the source has now: {changes}. A run keeps its data: "
-                "restore the files, or start another run, which may begin with the weights of this one (init_from)."
+                "restore the files, or start another run, which may begin with this one's weights (init_from)."
             )
         plans = [read_parquet(path) for path in paths]
         known = pa.chunked_array([_make_keys(plan) for plan in plans], pa.string())
@@ -269,8 +271,8 @@ def _make_clip_table(clips: Sequence[ListedClip], names: Sequence[str]) -> pa.Ta
 
 
 def _describe_changes(before: pa.Table, now: pa.Table) -> str:
-    """Return what has been added, removed and changed (sizes, splits or captions); empty if nothing has."""
-    old, new = ({row["name"]: row for row in each.drop_columns(_LOCATION).to_pylist()} for each in (before, now))
+    """Return what has been added, removed and changed (sizes, splits or captions)."""
+    old, new = ({row["name"]: row for row in each.to_pylist()} for each in (before, now))
     kinds = {
         "added": [name for name in new if name not in old],
         "removed": [name for name in old if name not in new],
