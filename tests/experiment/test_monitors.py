@@ -139,7 +139,7 @@ def test_a_run_is_evaluated_while_it_trains(watched):
     comparison = compare(folders)
     assert comparison.steps == (3, 6)
     first, second = comparison.values["sharpness"]
-    assert first.examples == second.examples == 2
+    assert first.count == second.count == 2
     assert first.value != second.value
 
 

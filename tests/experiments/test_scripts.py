@@ -73,7 +73,7 @@ def test_sample_writes_the_clips_of_a_list_of_prompts(script, tiny_run, tmp_path
         "experiments/sample.py", tiny_run, "--prompts", tmp_path / "list.json", "--out", tmp_path / "out", "--steps", 1
     )
     assert ended.code == 0, ended.err
-    assert ended.out == f"2 clips in {tmp_path / 'out'}\n"
+    assert ended.out == f"2 clips, prompts.json and contact_sheet.png in {tmp_path / 'out'}\n"
     written = json.loads((tmp_path / "out" / "prompts.json").read_text())
     assert [{**entry, "file": None} for entry in written] == [{"seed": 0, **entry, "file": None} for entry in listed]
     for entry in written:

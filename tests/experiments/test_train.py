@@ -58,7 +58,7 @@ def test_clips_without_captions_are_trained_on_and_reported_without_samples(
         told = "no clip has a caption: the denoiser is trained without text, and the report has no samples"
         assert told in ended.out + ended.err
         metrics = json.loads((run / "metrics.json").read_text())
-        assert (metrics["samples"], len(metrics["clips"])) == ({}, 3)
+        assert (metrics["samples"], metrics["examples"], len(metrics["clips"])) == (0, {}, 3)
         assert (run / "report.html").is_file()
         assert not (run / "samples").exists()
     assert list((run / "denoiser" / "samples").glob("*.mp4"))  # of empty prompts

@@ -10,8 +10,11 @@ from support.devices import join_processes
 def main() -> None:
     """Join the processes, and print the names of the stages that are not done."""
     join_processes()
+    import jax
+
     from dit_video.experiment.run import Run
 
+    jax.devices()  # a run's mesh does that
     run = Run.open(Path(sys.argv[1]))
     autoencoder, denoiser = run.stages
     first = dataclasses.replace(denoiser, name="small", steps=6)
