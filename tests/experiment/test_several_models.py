@@ -197,7 +197,7 @@ def test_reports_have_the_trainings_of_all_models(joined_copy, finished, script,
     assert "prior: PSNR" in text
     assert "prior/report.html" in text
     assert (folder / "other" / "report.html").is_file()
-    assert read_json(joined_copy / "metrics.json")["parameters"]["low_resolution/backbone"] > 0
+    assert read_json(joined_copy / "metrics.json")["model"]["parameters"]["low_resolution/backbone"] > 0
 
 
 @pytest.mark.slow
