@@ -199,7 +199,7 @@ def measure_ingest(clips: Path, rounds: int, *, min_clips: int = 200) -> dict[st
 
 def measure_memory(setting: Setting, num_examples: int, batches: int) -> dict[str, Any]:
     """Measure the resident memory after a tenth of the batches and at the end."""
-    config, examples = setting.denoiser, enumerate(make_examples(setting, num_examples))
+    examples = enumerate(make_examples(setting, num_examples))
     with tempfile.TemporaryDirectory(prefix="dit-video-benchmark-") as folder:
         encoded = (
             LatentExample(str(index), example.caption, make_latents(setting, index, example))
@@ -208,7 +208,7 @@ def measure_memory(setting: Setting, num_examples: int, batches: int) -> dict[st
         write_latents(Path(folder) / "latents", encoded, identity="benchmark")
         source = LatentSource(Path(folder) / "latents")
         memory = {}
-        with contextlib.closing(load_latent_rows(config, source)) as rows:
+        with contextlib.closing(load_latent_rows(setting, source)) as rows:
             for done in range(1, batches + 1):
                 next(rows)
                 if done in (max(1, batches // 10), batches):
