@@ -130,7 +130,8 @@ def run_all(page):
 def assert_plays(video):
     """Raise unless a video element plays, without being asked to, and its picture changes."""
     video.scroll_into_view_if_needed()
-    video.evaluate("video => new Promise(done => video.readyState >= 2 ? done() : video.onloadeddata = done)")
+    plays = "!video.paused && video.readyState >= 2"
+    video.evaluate(f"video => new Promise(done => {plays} ? done() : video.onplaying = done)")
     assert video.evaluate("video => [video.error, video.paused, video.loop, video.muted]") == [None, False, True, True]
     first_time, first = video.evaluate("video => video.currentTime"), video.evaluate(PIXELS)
     for _ in range(50):

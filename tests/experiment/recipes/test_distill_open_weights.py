@@ -1,6 +1,7 @@
 """Distillation of a folder of Wan to an adapter of few steps."""
 
 import dataclasses
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -81,6 +82,7 @@ class Distilled(NamedTuple):
 def distillation(request, folder, clips, tmp_path_factory):
     experiment = make_distillation_experiment(folder, dataclasses.replace(OPTIONS, method=request.param))
     run = Run.create(tmp_path_factory.mktemp("distilled") / "run", experiment)
+    gc.collect()  # arrays of earlier tests would be subtracted, and freed later
     before, counts, compile_step = count_live_kernels(), [], TrainStep.compile
 
     def compile_counting(*arguments, **options):
