@@ -158,7 +158,8 @@ def _check_weights(names: Sequence[str], records: Sequence[Mapping[str, Any]], s
 
 def _read(cls: type[Any], result: Mapping[str, Any]) -> Any:
     """Return a description or a value of a metric, of the fields that a result has."""
-    return cls(**{name: value for name, value in result.items() if name in cls.__dataclass_fields__})
+    fields = {name: value for name, value in result.items() if name in cls.__dataclass_fields__}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
 
 
 def _shorten(paths: Sequence[str]) -> list[str]:

@@ -105,7 +105,7 @@ def fit_clip(name: str, clip: Clip, size: Grid) -> UInt8[np.ndarray, "T h w 3"]:
     return fit_frames(clip.frames[: size.t], size)
 
 
-def fit_mask(mask: Mask, video: Clip, size: Grid) -> Bool[np.ndarray, "T h w"]:
+def fit_mask(mask: Mask, video: Clip, size: Grid) -> Bool[np.ndarray, "t h w"]:
     """Return a video's mask, True where pixels are generated, at the size of the clip, fitted as the video is.
 
     Raises:

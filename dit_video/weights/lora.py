@@ -373,7 +373,7 @@ def check_lora(path: str | os.PathLike, params: Mapping[str, Any], modules: Lora
 
 def is_lora_file(path: Path) -> bool:
     """Return whether a safetensors file, or the one in a folder of PEFT or diffusers, has factors of an adapter."""
-    file = _find_file(path)
+    file = next((path / name for name in _FILES if (path / name).is_file()), path)
     return file.is_file() and file.suffix == ".safetensors" and any(".lora_" in name for name in ours.load_shapes(file))
 
 

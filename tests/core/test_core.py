@@ -203,23 +203,24 @@ def test_a_class_of_a_function_is_not_written_for_other_processes():
         config_json.to_portable_json(Width())
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("make", "message"),
     [
         (
-            DiTConfig(channels=4, context_width=0, mlp=cast(Any, "relu")),
+            lambda: DiTConfig(channels=4, context_width=0, mlp=cast(Any, "relu")),
             "mlp='relu' of DiTConfig .* must be 'gelu' or .* Use mlp='gelu'",
         ),
         (
-            DiTConfig(channels=4, context_width=0, width=cast(Any, 384.0)),
+            lambda: DiTConfig(channels=4, context_width=0, width=cast(Any, 384.0)),
             "width=384.0 of DiTConfig is invalid: it must be of type int",
         ),
-        (Foreign(), "outside dit_video; register it"),
+        (lambda: Foreign(), "outside dit_video; register it"),
     ],
 )
-def test_a_config_that_could_not_be_read_is_not_written_for_other_processes(config, message):
+def test_a_config_that_could_not_be_read_is_not_written_for_other_processes(make, message):
     with pytest.raises(UserError, match=message):
-        config_json.to_portable_json(config)
+        config_json.to_portable_json(make())
 
 
 SCALES = [{"type": "dit_video.diffusion:Guidance", "scales": scales} for scales in ({"a": 1, "b": 2}, {"b": 2, "a": 1})]

@@ -56,6 +56,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_sizes_that_do(config, message)
         _resolve_sizes(config, 8)
 
 
+@pytest.mark.wrong_types
 def test_what_is_no_parallelism_is_refused_where_a_mesh_is_made():
     with pytest.raises(UserError, match=r"parallel=Mesh\(.*must be a Parallelism.* Use Parallelism\(data=2"):
         make_mesh(make_mesh(Parallelism(), jax.devices()[:1]))

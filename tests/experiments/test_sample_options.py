@@ -103,11 +103,16 @@ def files(tmp_path_factory):
         ("own", ("--lora", "own.safetensors@1@low_noise"), "expert='low_noise' is invalid: this model has one expert"),
         ("wan", ("--image", "image.png", "--method", "trained"), "method='trained' is invalid"),
         ("own", ("--control", "image.png"), "control of a request is invalid: this model was not trained with it"),
-        ("animating", (), "this model needs an image"),
-        ("animating", ("--size", "5x16x16", *ENDS, "--method", "trained"), "method='trained' is invalid"),
+        ("animating", (), "a clip of one frame is invalid: this model animates an image. Use 5 frames or more"),
+        ("animating", ("--size", "5x16x16", "--out", "clip.mp4"), "this model needs an image"),
+        (
+            "animating",
+            ("--size", "5x16x16", *ENDS, "--method", "trained", "--out", "clip.mp4"),
+            "method='trained' is invalid",
+        ),
         ("wan", ("--size", "1x20x16"), "height 20 is not divisible by 8"),
         ("own", ("--size", "1x20x16"), "height 20 is not divisible by 16"),
-        ("wan", ("--size", "4x16x16"), "T=4 is not 1 + 4k"),
+        ("wan", ("--size", "4x16x16", "--out", "clip.mp4"), "T=4 is not 1 + 4k"),
         ("wan", ("--steps", 3, "--times", 1, 0.5), "steps=3 is invalid: times are of 2 steps"),
         ("wan", ("--times", 0.5, 1), "times=(0.5, 1.0) is invalid"),
         ("wan", ("--solver", "plms"), "unknown solver 'plms'"),
@@ -133,7 +138,8 @@ def files(tmp_path_factory):
 def test_mistakes_are_named_before_weights_are_read(script, files, unread, monkeypatch, model, options, message):
     monkeypatch.chdir(files)
     prompt = PROMPT[:2] if "--size" in options else () if "--prompts" in options else PROMPT
-    done = script(SAMPLE, model, *prompt, *options, "--out", "clip.png")
+    out = () if "--out" in options else ("--out", "clip.png")
+    done = script(SAMPLE, model, *prompt, *options, *out)
     assert done.code == 2, done.err
     assert message in " ".join(done.err.split())
-    assert not (files / "clip.png").exists()
+    assert not list(files.glob("clip.*"))

@@ -299,10 +299,10 @@ def _matches(patterns: Sequence[str], path: str) -> bool:
     return any(re.search(pattern, path) for pattern in patterns)
 
 
-def _is_linear(path: str, leaf: Array) -> bool:
+def _is_linear(path: str, leaf: Array | jax.ShapeDtypeStruct) -> bool:
     """Return True for the kernel of a linear layer, or of a stack of them."""
     return path.endswith("kernel") and leaf.ndim in (2, 3)
 
 
-def _is_convolution(path: str, leaf: Array) -> bool:
+def _is_convolution(path: str, leaf: Array | jax.ShapeDtypeStruct) -> bool:
     return path.endswith("kernel") and leaf.ndim == 5

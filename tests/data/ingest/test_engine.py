@@ -162,7 +162,7 @@ def test_same_source_is_reused_and_another_refused(clips, tmp_path, monkeypatch)
         ingest(tmp_path / "others", tmp_path / "out")
     write_clip(clips / "new.mp4")
     (clips / "metadata.csv").unlink()
-    with pytest.raises(UserError, match=r"another data set than the source has now .* Use another folder"):
+    with pytest.raises(UserError, match=r"made of other files than the source has now: 1 added, such as new\.mp4"):
         ingest(clips, tmp_path / "out", is_fixed=True)
     assert read_files(tmp_path / "out") == before
     (tmp_path / "other").mkdir()

@@ -102,6 +102,7 @@ def test_sparse_attention_is_named(tmp_path):
         dit_video.load(tmp_path / "wan")
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("name", ["dtype", "text_dtype"])
 def test_another_dtype_is_refused(folder, name):
     for read in (dit_video.load, read_config):
