@@ -115,7 +115,7 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
     @functools.wraps(main)
     def guarded(*args, **kwargs):
         try:
-            with _preserve_interrupts(), _plain_warnings():
+            with _preserve_interrupts(), _plain_warnings(), _explain_errors():
                 main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -131,21 +131,26 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
             sys.exit(130)
         except BrokenPipeError:
             os._exit(141)
-        except OSError as error:  # of any file that is written
-            if error.errno not in DISK_FULL_ERRNOS:
-                raise
-            name = f" ({error.filename})" if error.filename else ""
-            fix = "free disk space, then run the same command again"
-            print(f"error: a file cannot be written{name}: {error.strerror}; {fix}", file=sys.stderr)
-            sys.exit(UserError.code)
-        except Exception:
-            if not (reason := _find_missing_platform()):
-                raise
-            fix = "leave it out, or install what the device needs (pip install 'dit-video[gpu]', 'dit-video[tpu]')"
-            print(f"error: {reason}; {fix}", file=sys.stderr)
-            sys.exit(UserError.code)
 
     return guarded
+
+
+@contextlib.contextmanager
+def _explain_errors() -> Iterator[None]:
+    """Convert errors of other libraries that a user can act on: a full disk, and devices that are not there."""
+    try:
+        yield
+    except (UserError, BrokenPipeError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+            name = f" ({error.filename})" if error.filename else ""
+            fix = "free disk space, then run the same command again"
+            raise UserError(f"a file cannot be written{name}: {error.strerror}; {fix}") from error
+        if reason := _find_missing_platform():
+            fix = "leave it out, or install what the device needs (pip install 'dit-video[gpu]', 'dit-video[tpu]')"
+            raise UserError(f"{reason}; {fix}") from error
+        raise
 
 
 @contextlib.contextmanager

@@ -41,7 +41,10 @@ class Comparison(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """Return the values as JSON."""
         rows = {
-            name: [{"value": each.value, "interval": each.interval, "examples": each.count} for each in values]
+            name: [
+                {"value": each.value, "interval": each.interval and list(each.interval), "examples": each.count}
+                for each in values
+            ]
             for name, values in self.values.items()
         }
         return {"names": list(self.names), "steps": self.steps, "values": rows, "left_out": list(self.left_out)}

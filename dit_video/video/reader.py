@@ -285,11 +285,12 @@ class Video(contextlib.AbstractContextManager["Video"]):
             self._error_location = f"after {time:.2f} s"
             if frame.is_corrupt and time + spacing > start:
                 raise DecodeError(f"{self.name} is damaged at {time:.2f} s; remove it or replace it")
-            aspect = aspect or self._context.sample_aspect_ratio
-            if self._context.sample_aspect_ratio not in (None, aspect):  # of the frame that was decoded last
+            decoded_aspect = self._context.sample_aspect_ratio  # of the frame that was decoded last
+            aspect = aspect or decoded_aspect
+            if decoded_aspect not in (None, aspect):
                 raise DecodeError(
-                    f"{self.name} changes its pixel aspect from {aspect} to {self._context.sample_aspect_ratio} at "
-                    f"{time:.2f} s, and a clip has one; cut the file there"
+                    f"{self.name} changes its pixel aspect from {aspect} to {decoded_aspect} at {time:.2f} s, and a "
+                    "clip has one; cut the file there"
                 )
             previous = TimedFrame(time, float((frame.duration or 0) * base), frame)
             self._check_time(time + previous.duration, time)

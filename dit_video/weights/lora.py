@@ -185,7 +185,7 @@ def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, 
             expected |= _expect_factors(parsed, arrays, module, shapes)
         elif part == "alpha":
             expected[name] = array.shape if array.size == 1 else ()
-        elif (shape := _get_difference_shape(module, "diff" if part == "diff" else "diff_b", shapes)) is not None:
+        elif (shape := _get_difference_shape(module, part, shapes)) is not None:
             expected[name] = shape
     actual = {name: tuple(array.shape) for name, array in arrays.items() if name not in left_out}
     if not expected:
@@ -249,7 +249,7 @@ def _expect_factors(
 def _get_difference_shape(module: LoraModule, part: ModulePart, shapes: Shapes) -> tuple[int, ...] | None:
     """Return the shape of a full difference in their layout; None if the module has no such parameter."""
     assert module.path is not None
-    if part == "diff_b":
+    if part != "diff":  # of the bias
         has_bias = module.bias_path in shapes
         return (_count_outputs(module, shapes),) if has_bias else None
     shape = shapes[module.path]
@@ -373,8 +373,13 @@ def check_lora(path: str | os.PathLike, params: Mapping[str, Any], modules: Lora
 
 def is_lora_file(path: Path) -> bool:
     """Return whether a safetensors file, or the one in a folder of PEFT or diffusers, has factors of an adapter."""
-    file = next((path / name for name in _FILES if (path / name).is_file()), path)
+    file = _find_known_file(path) or path
     return file.is_file() and file.suffix == ".safetensors" and any(".lora_" in name for name in ours.load_shapes(file))
+
+
+def _find_known_file(folder: Path) -> Path | None:
+    """Return the file in a folder of PEFT or diffusers; None if there is none."""
+    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
 
 
 def _find_file(path: Path) -> Path:
@@ -385,8 +390,10 @@ def _find_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    files = [path / name for name in _FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
-    if len(files) == 1 or (files and files[0].name in _FILES):
+    if (known := _find_known_file(path)) is not None:
+        return known
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
         return files[0]
     found = f"{len(files)} safetensors files" if files else "no safetensors file"
     raise MissingError(f"{path} has {found}, and an adapter is one. Use the path of the file")

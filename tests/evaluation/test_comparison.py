@@ -42,7 +42,7 @@ def test_the_best_values_are_those_whose_intervals_reach_the_best(tmp_path):
     assert "31.5 dB (30.5 dB to 32.5 dB) *" in lines[1]
     assert "20.0 dB (19.0 dB to 21.0 dB) *" not in lines[1]
     assert comparison.steps is None
-    assert comparison.to_json()["values"]["fvd"][0] == {"value": 100.0, "interval": (99.0, 101.0), "examples": 10}
+    assert comparison.to_json()["values"]["fvd"][0] == {"value": 100.0, "interval": [99.0, 101.0], "examples": 10}
 
 
 def test_checkpoints_of_one_training_become_curves(tmp_path):

@@ -141,16 +141,17 @@ class IngestFolder:
             "rejected": [*map(list, listing.rejected)],
         }
         paths = self._list_plans()
-        is_known = bool(paths) and (self._own / "listing.parquet").exists()  # it is written last
-        if is_known and self.read_listing() == listed and self.read_skipped() == skipped:
-            return
-        before, now = (each.drop_columns(_LOCATION) for each in (self.read_listing() if is_known else listed, listed))
-        if is_fixed and before != now:
-            changes = _describe_changes(before, now)
-            raise UserError(
-                f"{self.folder} was made of other files than the source has now: {changes}. A run keeps its data: "
-                "restore the files, or start another run, which may begin with this one's weights (init_from)."
-            )
+        if paths and (self._own / "listing.parquet").exists():  # it is written last
+            known_listing = self.read_listing()
+            if known_listing == listed and self.read_skipped() == skipped:
+                return
+            before, now = (each.drop_columns(_LOCATION) for each in (known_listing, listed))
+            if is_fixed and before != now:
+                changes = _describe_changes(before, now)
+                raise UserError(
+                    f"{self.folder} was made of other files than the source has now: {changes}. A run keeps its data: "
+                    "restore the files, or start another run, which may begin with this one's weights (init_from)."
+                )
         plans = [read_parquet(path) for path in paths]
         known = pa.chunked_array([_make_keys(plan) for plan in plans], pa.string())
         is_new = pc.invert(pc.is_in(_make_keys(listed), value_set=known.combine_chunks()))
