@@ -105,8 +105,9 @@ class Access:
         if self._rules.is_local and name not in _LOCAL_NAMES:
             return _make_refusal(scope, 403, "Use this server by its own address, such as http://127.0.0.1.")
         origin = headers.get("origin")
-        is_foreign = origin is not None and urlsplit(origin).netloc != host
-        if scope["method"] not in ("GET", "HEAD") and (is_foreign or headers.get("sec-fetch-site") == "cross-site"):
+        site = headers.get("sec-fetch-site")
+        is_foreign = origin is not None and urlsplit(origin).netloc != host if site is None else site != "same-origin"
+        if scope["method"] not in ("GET", "HEAD") and is_foreign:
             return _make_refusal(scope, 403, "This request came from a page of another server.")
         own, token_cookie = _read_cookies(headers), _name_token_cookie(host)
         if (token := self._rules.token) is not None:
@@ -115,7 +116,8 @@ class Access:
             if sent is not None and hmac.compare_digest(sent.encode(), token.encode()) and scope["method"] == "GET":
                 cookies.append(_format_cookie(token_cookie, token))
                 rest = urlencode([(name, value) for name, value in query if name != "token"])
-                return RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), status_code=303)
+                here = scope["path"].rpartition("/")[2] or "."  # relative, as a proxy may have put a path before it
+                return RedirectResponse(here + (f"?{rest}" if rest else ""), status_code=303)
             if not hmac.compare_digest(own.get(token_cookie, "").encode(), token.encode()):
                 return _make_refusal(
                     scope, 401, "Open the address that the server printed when it started: it ends with ?token=…."
@@ -137,7 +139,7 @@ def _is_api(scope: Scope) -> bool:
 def _make_refusal(scope: Scope, status: int, text: str) -> Response:
     if _is_api(scope):
         return JSONResponse({"error": text, "field": None}, status_code=status)
-    return render_message("Not here", text, title="dit_video", has_run=False, status=status)
+    return render_message("Not here", text, title="dit_video", has_run=False, status=status, path=scope["path"])
 
 
 def _name_token_cookie(host: str) -> str:

@@ -14,15 +14,19 @@ _ENVIRONMENT = make_environment("dit_video.apps")
 _TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 
 
-def render_page(template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
-    """Return the response with a rendered template of `apps/templates`."""
-    return HTMLResponse(_ENVIRONMENT.get_template(template).render(values), status_code=status)
+def render_page(template: str, *, status: int = 200, path: str = "/", **values: Any) -> HTMLResponse:
+    """Return the response with a rendered template of `apps/templates`.
+
+    Its addresses are relative, so that pages work behind a proxy under any path.
+    """
+    root = "../" * (path.count("/") - 1)
+    return HTMLResponse(_ENVIRONMENT.get_template(template).render(values, root=root), status_code=status)
 
 
-def render_message(heading: str, text: str, *, title: str, has_run: bool, status: int) -> HTMLResponse:
-    """Return the response with a page of one message."""
+def render_message(heading: str, text: str, *, title: str, has_run: bool, status: int, path: str) -> HTMLResponse:
+    """Return the response with a page of one message, for the request of a path."""
     values = {"title": title, "has_run": has_run, "page": "message", "heading": heading, "text": text}
-    return render_page("message.html.jinja", status=status, **values)
+    return render_page("message.html.jinja", status=status, path=path, **values)
 
 
 def make_static_route() -> Route:

@@ -81,7 +81,9 @@ def make_app(config: ServerConfig, model: StudioModel | None) -> Starlette:
             if config.run is not None and (nested := read_plan(config.run).nested):
                 commands = ", ".join(f"python -m dit_video.web {config.run / each}" for each in nested)
                 text = f"This run has several models. A studio has one of them: {commands}"
-        return render_message("Not here", text, title=config.title, has_run=has_run, status=error.status_code)
+        return render_message(
+            "Not here", text, title=config.title, has_run=has_run, status=error.status_code, path=request.url.path
+        )
 
     return Starlette(
         routes=routes,

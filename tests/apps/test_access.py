@@ -60,13 +60,23 @@ def test_pages_of_other_servers_cannot_post(headers):
     assert client.post("/api/state", headers=headers).status_code == 403
 
 
+def test_a_proxy_that_calls_the_server_by_another_name_passes_posts_of_its_own_pages():
+    client = make_client(LOCAL)
+    client.get("/")
+    headers = {"Origin": "https://hub.example", "Sec-Fetch-Site": "same-origin"}
+    assert client.post("/api/state", headers=headers).status_code == 200
+    assert client.post("/api/state", headers={**headers, "Sec-Fetch-Site": "same-site"}).status_code == 403
+
+
 def test_a_token_is_needed_once_and_leaves_the_address():
     client = make_client(TOKEN, base="http://gpu.example:7860")
     assert client.get("/").status_code == 401
     assert client.get("/?token=wrong-horse").status_code == 401
     answer = client.get("/?token=correct-horse&checkpoint=20", follow_redirects=False)
     assert answer.status_code == 303
-    assert answer.headers["location"] == "/?checkpoint=20"
+    assert answer.headers["location"] == ".?checkpoint=20"
+    assert client.get("/api/?token=correct-horse", follow_redirects=False).headers["location"] == "."
+    assert client.get("/api/state?token=correct-horse", follow_redirects=False).headers["location"] == "state"
     assert client.get("/").status_code == 200
     assert client.get("/api/state").status_code == 200
     assert make_client(TOKEN, base="http://gpu.example:7860").get("/api/state").status_code == 401

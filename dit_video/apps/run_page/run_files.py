@@ -212,7 +212,7 @@ class GridSeries:
 
     def get_url(self, file: GridFile) -> str:
         """Return the address of a grid."""
-        return f"/run/media/{self.training}/{self.kind}/{file.path.name}?v={file.version}"
+        return f"run/media/{self.training}/{self.kind}/{file.path.name}?v={file.version}"
 
 
 def list_grids(run: Path, training: str) -> tuple[GridSeries, ...]:

@@ -31,18 +31,18 @@ function makeError(text, status) {
   }
 }
 
-export const getModel = () => request("/api/model");
-export const getState = () => request("/api/state");
-export const getItems = async () => (await request("/api/items")).items;
-export const getUpload = (id) => request(`/api/uploads/${encodeURIComponent(id)}`);
-export const deleteItem = (id) => request(`/api/items/${encodeURIComponent(id)}`, { method: "DELETE" });
-export const deleteJob = (id) => request(`/api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
-export const getPreviewAddress = (job) => `/api/jobs/${encodeURIComponent(job.id)}/preview?v=${job.preview}`;
+export const getModel = () => request("api/model");
+export const getState = () => request("api/state");
+export const getItems = async () => (await request("api/items")).items;
+export const getUpload = (id) => request(`api/uploads/${encodeURIComponent(id)}`);
+export const deleteItem = (id) => request(`api/items/${encodeURIComponent(id)}`, { method: "DELETE" });
+export const deleteJob = (id) => request(`api/jobs/${encodeURIComponent(id)}`, { method: "DELETE" });
+export const getPreviewAddress = (job) => `api/jobs/${encodeURIComponent(job.id)}/preview?v=${job.preview}`;
 
 /** Start a job, and return its id. */
 export async function postJob(job) {
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(job) };
-  return (await request("/api/jobs", options)).job;
+  return (await request("api/jobs", options)).job;
 }
 
 /** Send a file; `signal` stops it, and `onProgress` receives the fraction that is sent. */
@@ -50,7 +50,7 @@ export function postUpload(file, kind, { signal, onProgress }) {
   // fetch does not tell how much is sent.
   return new Promise((resolve, reject) => {
     const sending = new XMLHttpRequest();
-    sending.open("POST", `/api/uploads?kind=${kind}`);
+    sending.open("POST", `api/uploads?kind=${kind}`);
     sending.upload.addEventListener("progress", (event) => {
       if (event.lengthComputable) onProgress(event.loaded / event.total);
     });
@@ -79,7 +79,7 @@ export function watchState(onState, onConnection) {
   };
   const listen = () => {
     if (events || document.hidden) return;
-    events = new EventSource("/api/events");
+    events = new EventSource("api/events");
     events.addEventListener("open", () => {
       isOpen = true;
       onConnection(true, "");

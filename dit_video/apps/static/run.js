@@ -255,7 +255,7 @@ async function poll() {
   try {
     const state = JSON.parse(await fetchText("/run/state"));
     if (state.version !== version) {
-      const fresh = new DOMParser().parseFromString(await fetchText("/run"), "text/html");
+      const fresh = new DOMParser().parseFromString(await fetchText("run"), "text/html");
       document.title = fresh.title;
       updateChildren(byId("run"), fresh.getElementById("run"));
       version = state.version;

@@ -67,7 +67,7 @@ class Gallery:
         folder = get_folder(self.folder, item)
         values, clip = json.loads((folder / _ITEM).read_text(encoding="utf-8")), StoredClip(folder)
         frames, height, width = clip.size
-        address = f"/media/items/{item}"
+        address = f"media/items/{item}"
         files = {name.partition(".")[2]: f"{address}/{name}" for name in clip.list_files()}
         inputs = [self._describe_input(folder, address, name) for name in values["inputs"]]
         size = {"frames": frames, "height": height, "width": width, "fps": clip.fps}

@@ -226,7 +226,7 @@ class Uploads:
         folder = get_folder(self.folder, upload)
         info, clip = json.loads((folder / _INFO).read_text(encoding="utf-8")), StoredClip(folder)
         used = dict(zip(("frames", "height", "width"), clip.size, strict=True))
-        files = {name.partition(".")[2]: f"/media/uploads/{upload}/{name}" for name in clip.list_files()}
+        files = {name.partition(".")[2]: f"media/uploads/{upload}/{name}" for name in clip.list_files()}
         described = {"upload": upload, "note": _make_note(info, used), "used": used, "files": files}
         return info | described
 

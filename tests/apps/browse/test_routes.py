@@ -47,7 +47,7 @@ def test_the_page_loads_its_own_scripts_and_styles_alone(client):
     ]
     assert len(addresses) == 5
     for address in addresses:
-        assert address.startswith("/static/")
+        assert address.startswith("static/")
         assert client.get(address).status_code == 200
     assert not [
         name for _, attributes in page.elements for name in attributes if name.startswith("on") or name == "style"

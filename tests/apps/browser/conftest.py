@@ -55,7 +55,7 @@ def browser():
 def make_studio(address) -> Callable[..., "Studio"]:
     """Return a function that opens the studio in a context of the browser."""
 
-    def make(context, path: str = "") -> Studio:
+    def make(context, path: str = "", address: str = address) -> Studio:
         studio = Studio(context, address)
         studio.open(path)
         return studio
@@ -68,9 +68,9 @@ def open_studio(browser, make_studio) -> Iterator[Callable[..., "Studio"]]:
     """Return a function that opens the studio as a new user; the errors of all pages are checked in the end."""
     studios = []
 
-    def open_page(path: str = "", **options) -> Studio:
+    def open_page(path: str = "", *, address: str | None = None, **options) -> Studio:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        studios.append(make_studio(context, path))
+        studios.append(make_studio(context, path, **({} if address is None else {"address": address})))
         return studios[-1]
 
     yield open_page
@@ -188,8 +188,8 @@ class Studio:
         return self.get("api/items")["items"]
 
     def read(self, path: str) -> bytes:
-        """Return the file at an absolute path of the server."""
-        response = self.context.request.get(self.address.rstrip("/") + path)
+        """Return the file at a path of the server."""
+        response = self.context.request.get(self.address + path)
         assert response.ok
         return response.body()
 

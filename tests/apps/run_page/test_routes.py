@@ -75,11 +75,11 @@ def test_the_page_of_several_models_has_all_parts_of_each(client, run):
     for expected in ("Denoiser of prior", "Denoiser of decoder", "sharpness of prior", "sharpness of decoder"):
         assert expected in text
     addresses = [attributes["href"] for attributes in page.find("a") if "href" in attributes]
-    grids = [address for address in addresses if address.startswith("/run/media/")]
+    grids = [address for address in addresses if address.startswith("run/media/")]
     assert len(grids) == 2
     for address in grids:
         assert client.get(address).status_code == 200
-    assert addresses.count("/?checkpoint=20") == 1  # of the model whose clips they are
+    assert addresses.count("./?checkpoint=20") == 1  # of the model whose clips they are
     assert client.get("/run/media/other/denoiser/samples/00000020.mp4").status_code == 404
 
 
@@ -106,8 +106,8 @@ def test_the_page_of_a_run_in_training_has_all_parts(client, run):
     ):
         assert expected in text, expected
     assert [link["href"] for link in page.find("a") if "checkpoint" in link["href"]] == [
-        "/?checkpoint=30",
-        "/?checkpoint=10",
+        "./?checkpoint=30",
+        "./?checkpoint=10",
     ]
     assert [details["id"] for details in page.find("details") if "open" in details] == ["training-denoiser"]
     items = [item for item in page.find("li") if "data-src" in item]
@@ -115,7 +115,7 @@ def test_the_page_of_a_run_in_training_has_all_parts(client, run):
     for item in items:
         media = client.get(item["data-src"])
         assert (media.status_code, media.headers["content-type"]) == (200, "video/mp4")
-    assert items[0]["data-src"].partition("?")[0] == "/run/media/denoiser/samples/00000030.mp4"
+    assert items[0]["data-src"].partition("?")[0] == "run/media/denoiser/samples/00000030.mp4"
     assert client.get(items[0]["data-src"]).content == (run / "denoiser/samples/00000030.mp4").read_bytes()
     part = client.get(items[0]["data-src"], headers={"Range": "bytes=4-7"})
     assert (part.status_code, part.content) == (206, b"ftyp")
@@ -173,7 +173,7 @@ def test_hostile_text_is_only_text(client, run):
     (run / "<i>x").mkdir()
     (run / "<i>x" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
     page = get_page(client)
-    assert {element.get("src") for element in page.find("script")} == {"/static/theme.js", "/static/run.js"}
+    assert {element.get("src") for element in page.find("script")} == {"static/theme.js", "static/run.js"}
     assert page.find("i") == page.find("img") == []
     assert "".join(page.text).count(HOSTILE) >= 8
     names = [training["name"] for training in client.get("/run/state").json()["trainings"]]

@@ -50,7 +50,7 @@ def test_a_clip_that_fits_is_used_as_it_is(add):
     described, own = add(encode(clip, "apng"), "clip.png")
     assert described["used"] == {"frames": 9, "height": 16, "width": 32}
     assert own.open_clip(described["upload"]) == clip
-    assert described["files"]["png"] == f"/media/uploads/{described['upload']}/clip.png"
+    assert described["files"]["png"] == f"media/uploads/{described['upload']}/clip.png"
 
 
 def test_a_long_large_clip_is_sampled_at_the_model_s_rate_shortened_and_cropped(add):

@@ -31,16 +31,16 @@ export function formatOption(where) {
 export class ServerSource {
   hasExpressions = true;
 
-  getData = () => this.#request("/api/data");
-  getRow = (row) => this.#request(`/api/rows/${row}`);
+  getData = () => this.#request("api/data");
+  getRow = (row) => this.#request(`api/rows/${row}`);
 
   getRows({ expression, limits, search, show, sort, descending, first, count, columns }) {
     const where = formatWhere(expression, limits);
     const values = { where, search, show, sort, descending, first, count, columns: columns.join(",") };
-    return this.#request(`/api/rows?${new URLSearchParams(values)}`);
+    return this.#request(`api/rows?${new URLSearchParams(values)}`);
   }
 
-  getAddress = (task, { row, media }) => `/media/${task}/${row}?v=${media}`;
+  getAddress = (task, { row, media }) => `media/${task}/${row}?v=${media}`;
 
   async #request(address) {
     let response;
