@@ -23,6 +23,8 @@ from dit_video.data.sizes import SizeLimits, count_all_sampled_frames, fit_sizes
 from dit_video.tokens import Grid
 
 CACHE_BYTES = 2 << 30
+_MIN_GAIN = 0.05
+"""Smallest share of the clips' pixels for which windows of a further shape are worth a program of their own."""
 _MAX_ATTEMPTS = 8
 """Maximum number of clips that are tried in sequence if clips are damaged."""
 _SPEED_STD = 2.5
@@ -110,6 +112,82 @@ class ClipCrops:
                     self._free_bytes -= frames.nbytes
                     self._cache[clip, crop] = frames
         return frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedWindows:
+    """Choice of the windows that the autoencoder is trained on: a few shapes that follow from the clips.
+
+    Every clip has room for one of them. They are as large as the clips and the limits below allow, in the aspect ratios
+    of most clips.
+
+    Raises:
+      UserError: If a value is below 1.
+    """
+
+    frames: int = 9
+    """Maximum number of frames."""
+    pixels: int = 64 * 64
+    """Maximum number of pixels of a frame."""
+    batch: int = 8
+    """Windows per step of the largest shapes; of smaller shapes, up to four times as many."""
+    shapes: int = 3
+    """Number of shapes; there is one more if some clips are smaller than all of them."""
+    augment: Augmentation | None = None
+    """Random augmentation of the windows; None for no augmentation."""
+
+    def __post_init__(self):
+        check_at_least(1, frames=self.frames, pixels=self.pixels, batch=self.batch, shapes=self.shapes)
+
+    def choose(self, crops: ClipCrops) -> tuple[WindowConfig, ...]:
+        """Return the windows for these clips.
+
+        One shape after the other is added, the one by which most of the clips' pixels are newly seen: a clip's share is
+        that of its largest window, among those that the limits allow.
+
+        Raises:
+          UserError: If no clip has a training size.
+        """
+        sizes, counts = np.unique(crops.sizes[crops.sizes[:, 0] > 0], axis=0, return_counts=True)
+        if not len(sizes):
+            raise UserError("no clip has a training size: all are smaller than one multiple. Use larger clips.")
+        largest = np.array([self._limit(Grid(*size), crops.limits.multiple) for size in sizes.tolist()])
+        candidates = np.unique(largest, axis=0)
+        fits = (candidates[:, None] <= sizes).all(axis=-1)
+        shares = np.where(fits, candidates.prod(axis=1)[:, None] / largest.prod(axis=1), 0.0)
+        chosen: list[np.ndarray] = []
+        best = np.zeros(len(sizes))
+        while len(chosen) < self.shapes:
+            gains = np.maximum(shares - best, 0) @ counts / counts.sum()
+            if gains.max() < _MIN_GAIN:
+                break
+            chosen.append(candidates[gains.argmax()])
+            best = np.maximum(best, shares[gains.argmax()])
+        if (best == 0).any():
+            chosen.append(largest[best == 0].min(axis=0))
+        return tuple(self._make_window(Grid(*size.tolist())) for size in chosen)
+
+    def get_largest(self, limits: SizeLimits) -> WindowConfig:
+        """Return a square window as large as the limits of clips allow, for a plan without clips."""
+        side = int(limits.max_pixels**0.5)
+        size = Grid(limits.max_frames, *(max(step, side // step * step) for step in limits.multiple[1:]))
+        return self._make_window(self._limit(size, limits.multiple))
+
+    def _limit(self, size: Grid, multiple: Grid) -> Grid:
+        """Return the largest window of a clip of this size, which is one of the training sizes."""
+        frames = min(size.t, 1 + (self.frames - 1) // multiple.t * multiple.t)
+        scale = min(1.0, (self.pixels / (size.h * size.w)) ** 0.5)
+        sides = zip(size[1:], multiple[1:], strict=True)
+        frame = np.array([max(step, int(side * scale) // step * step) for side, step in sides])
+        for axis in np.argsort(size[1:])[::-1]:  # rounding down may have left room for one step more
+            longer = frame + np.eye(2, dtype=int)[axis] * multiple[1:]
+            if longer.prod() <= self.pixels and (longer <= size[1:]).all():
+                frame = longer
+        return Grid(frames, *frame.tolist())
+
+    def _make_window(self, size: Grid) -> WindowConfig:
+        more = min(4, max(1, self.frames * self.pixels // size.volume))
+        return WindowConfig(size=size, batch=self.batch * more, augment=self.augment)
 
 
 class Windows:

@@ -176,7 +176,7 @@ def open_windows(
       part: Part of each batch that this process has; None for whole batches.
       augment: Whether windows are augmented where the config says so.
     """
-    windows = training.windows
+    windows = training.choose_windows(crops)
     if not augment:
         windows = tuple(dataclasses.replace(window, augment=None) for window in windows)
     return WindowBatches(

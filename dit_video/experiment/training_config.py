@@ -6,7 +6,7 @@ from typing import Literal
 
 from dit_video.core.errors import UserError
 from dit_video.data.buckets import BucketConfig
-from dit_video.data.windows import WindowConfig
+from dit_video.data.windows import ClipCrops, FittedWindows, WindowConfig
 from dit_video.diffusion import LogitNormal, Objective, Process, TimeDistribution, UniformWeighting, Weighting
 from dit_video.distributed import Parallelism
 from dit_video.experiment.data_config import DataConfig
@@ -27,8 +27,8 @@ class AutoencoderTraining:
 
     name: str = "autoencoder"
     """Name of the stage, and of its folder."""
-    windows: tuple[WindowConfig, ...]
-    """Shapes of the training batches, which steps use in turn."""
+    windows: FittedWindows | tuple[WindowConfig, ...] = field(default_factory=FittedWindows)
+    """Shapes of the training batches, which steps use in turn; by default they follow from the clips."""
     optimizer: OptimizerConfig
     steps: int
     loss: AutoencoderObjective = field(default_factory=AutoencoderObjective)
@@ -41,6 +41,10 @@ class AutoencoderTraining:
     init_from: str | None = None
     """Folder of initial weights in diffusers' layout, of this model or of the image autoencoder that it inflates; None
     for random weights. If `normalizer` is not trained, the latents keep their mean and standard deviation."""
+
+    def choose_windows(self, crops: ClipCrops) -> tuple[WindowConfig, ...]:
+        """Return the windows for these clips."""
+        return self.windows.choose(crops) if isinstance(self.windows, FittedWindows) else self.windows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,12 @@ from jaxtyping import Array, PyTree
 from dit_video.core.errors import UserError
 from dit_video.core.platform.devices import Platform
 from dit_video.core.trees import flatten
+from dit_video.data.windows import FittedWindows
 from dit_video.diffusion import SampleTimes
 from dit_video.distributed import MeshPartitioner, count_row_shards, make_shardings
 from dit_video.distributed.mesh import AnyMesh
 from dit_video.experiment import Experiment, LoraAdapters, Student
-from dit_video.experiment.autoencoder import make_autoencoder_step
+from dit_video.experiment.autoencoder import limit_windows, make_autoencoder_step
 from dit_video.experiment.denoiser import init_denoiser, make_denoiser_loss, make_denoiser_step, make_init
 from dit_video.models.backbones.flops import count_training_passes
 from dit_video.models.conditioning import COND_LATENTS, IMAGE_TOKENS, make_mask_fields
@@ -283,7 +284,10 @@ def _plan_autoencoder(experiment: Experiment, mesh: AnyMesh) -> PlannedStep:
     if config is None:
         raise UserError("the autoencoder of this experiment is pretrained; plan its denoiser or its sampler")
     train_step, constants = make_autoencoder_step(config, model, experiment.seed, mesh=mesh)
-    window = max(config.windows, key=lambda window: window.batch * window.size.volume)
+    if isinstance(config.windows, FittedWindows):
+        window = config.windows.get_largest(limit_windows(config, experiment.limits))
+    else:
+        window = max(config.windows, key=lambda window: window.batch * window.size.volume)
     if window.batch % (shards := count_row_shards(mesh)):
         raise UserError(
             f"windows in batches of {window.batch} do not divide among {shards} devices along data and fsdp; set "

@@ -8,7 +8,6 @@ channels stands for 4×8×8 pixels. The model is far too small, and trained far 
 shows that every step works on real input, and is a starting point for others.
 """
 
-from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
@@ -33,7 +32,6 @@ EXPERIMENT = Experiment(
     ),
     stages=(
         TrainAutoencoder(
-            windows=(WindowConfig(size=Grid(9, 48, 80), batch=8), WindowConfig(size=Grid(9, 80, 48), batch=8)),
             optimizer=AdamW(learning_rate=1e-3, schedule=Cosine(warmup=30)),
             steps=600,
             loss=AutoencoderObjective.pixels(kl=1e-6),

@@ -1,5 +1,7 @@
 """Windows of clips for the autoencoder: a function of seed and step, whatever is cached."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,15 @@ from dit_video.core.errors import UserError
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest.engine import ingest
 from dit_video.data.sizes import SizeLimits
-from dit_video.data.windows import Augmentation, ClipCrops, WindowBatches, WindowConfig, Windows, composite
+from dit_video.data.windows import (
+    Augmentation,
+    ClipCrops,
+    FittedWindows,
+    WindowBatches,
+    WindowConfig,
+    Windows,
+    composite,
+)
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -50,6 +60,45 @@ def test_clips_without_a_window_are_left_out(source):
     assert windows[0].dtype == np.uint8
     assert windows.clips.tolist() == [0, 1, 2, 5]
     assert windows.excluded_clips == ("3.apng", "4.apng")
+
+
+class Sizes(NamedTuple):
+    """Training sizes of clips, as `ClipCrops` has them."""
+
+    sizes: np.ndarray
+    limits: SizeLimits
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({(17, 64, 64): 531, (1, 64, 64): 832}, {(9, 64, 64): 8, (1, 64, 64): 32}),
+        ({(17, 96, 128): 30, (17, 128, 96): 5}, {(9, 48, 80): 8}),
+        ({(17, 160, 64): 1, (17, 64, 160): 1}, {(9, 112, 32): 8, (9, 32, 112): 8}),
+        ({(5, 32, 32): 1}, {(5, 32, 32): 32}),
+        ({(17, 96, 128): 40, (1, 16, 16): 1, (0, 0, 0): 3}, {(9, 48, 80): 8, (1, 16, 16): 32}),
+        ({(17, 16, 208): 1, (17, 208, 16): 1, (17, 64, 64): 8, (1, 64, 64): 8, (1, 16, 16): 1}, None),
+    ],
+)
+def test_windows_are_fitted_to_the_clips(sizes, expected):
+    """Every clip has room for one; rare sizes get one together."""
+    limits = SizeLimits(max_pixels=96 * 128, max_frames=17, multiple=Grid(4, 16, 16))
+    crops = Sizes(np.repeat(list(sizes), list(sizes.values()), axis=0), limits)
+    windows = FittedWindows(pixels=64 * 64).choose(crops)
+    assert len(windows) <= 4
+    for size in crops.sizes[crops.sizes[:, 0] > 0]:
+        assert any((window.size <= size).all() for window in windows), size
+    for window in windows:
+        assert window.size.h * window.size.w <= 64 * 64
+        assert (window.size.t - 1) % 4 == window.size.h % 16 == window.size.w % 16 == 0
+    if expected is not None:
+        assert {tuple(window.size): window.batch for window in windows} == expected
+
+
+def test_windows_cannot_be_fitted_to_clips_without_a_size():
+    crops = Sizes(np.zeros((3, 3), int), SizeLimits(max_pixels=256, max_frames=1, multiple=Grid(1, 16, 16)))
+    with pytest.raises(UserError, match="no clip has a training size"):
+        FittedWindows().choose(crops)
 
 
 def test_window_sizes_alternate(source):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dit_video.core.errors import MissingError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.registry import register
-from dit_video.data.windows import WindowConfig
+from dit_video.data.windows import FittedWindows, WindowConfig
 from dit_video.experiment.run import Run
 from dit_video.models.autoencoders import (
     AdversarialConfig,
@@ -25,6 +25,7 @@ from dit_video.nn import Linear
 from dit_video.tokens import Grid
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.hooks import logging
+from dit_video.video import Clip
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,30 @@ def test_any_autoencoder_is_trained_against_a_discriminator(convolutional, tiny_
     assert params.keys() == {"encoder", "decoder", "moments", "latents", "normalizer"}
     assert Checkpoints(tmp_path / "run" / "autoencoder" / "checkpoints").latest() == 3
     assert Run.open(tmp_path / "run").experiment == convolutional
+
+
+def test_a_folder_of_small_squares_and_pictures_is_trained_on(tiny, tmp_path):
+    """All of them: the windows follow from the clips, and only then can be too small for the loss."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number in range(4):
+        frames = np.random.default_rng(number).integers(0, 256, (9 if number % 2 else 1, 24, 24, 3)).astype(np.uint8)
+        Clip(frames, fps=8).save(clips / f"{number}.{'mp4' if number % 2 else 'png'}")
+    experiment = replace(tiny.EXPERIMENT, data=replace(tiny.EXPERIMENT.data, held_out=()))
+    experiment = experiment.replace_stage("autoencoder", windows=FittedWindows(batch=2), steps=4)
+    run = Run.create(tmp_path / "run", experiment)
+    run.take(clips)
+    stage = experiment.get_stage("autoencoder")
+    windows = stage.choose_windows(stage.open_crops(run))
+    assert {tuple(window.size): window.batch for window in windows} == {(9, 16, 16): 8, (1, 16, 16): 8}
+    run.run_stages("autoencoder")
+    assert not list(stage.open_batches(run, stage.open_crops(run), 0).excluded_clips)
+    loss = AutoencoderObjective(adversarial=AdversarialConfig(width=4, layers=5))
+    other = Run.create(tmp_path / "other", experiment.replace_stage("autoencoder", loss=loss))
+    other.take(clips)
+    with pytest.raises(UserError, match="needs windows of 32 pixels or more, but one has 16"):
+        other.check()
+    assert not (tmp_path / "other" / "autoencoder").exists()
 
 
 def test_weights_of_lpips_that_are_not_there_end_a_run_before_it_trains(tiny, tiny_clips, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,11 @@ from dit_video.core import rng
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.data.latents.offline import measure_latent_moments
-from dit_video.data.windows import ClipCrops, WindowBatches
+from dit_video.data.windows import ClipCrops, FittedWindows, WindowBatches, WindowConfig
 from dit_video.distributed import RowPart
 from dit_video.distributed.gather import to_host
 from dit_video.experiment import monitors
 from dit_video.experiment.autoencoder import (
-    WEIGHTS_FILE,
     TrainingWindows,
     limit_windows,
     load_initial_params,
@@ -54,6 +54,8 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
       UserError: If values are out of range, or windows do not fit the autoencoder, its loss or the clips.
     """
 
+    output = "weights.safetensors"
+
     @property
     def amendable_fields(self) -> tuple[str, ...]:
         return ("steps",)
@@ -71,19 +73,24 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
                 f"adversarial.start_step={adversarial.start_step} is invalid: the autoencoder is trained for only "
                 f"{self.steps} steps. Start earlier, or leave out adversarial."
             )
-        self._check_windows(experiment)
+        if not isinstance(self.windows, FittedWindows):
+            self._check_windows(self.windows, experiment)
 
-    def _check_windows(self, experiment: Experiment) -> None:
-        if not self.windows:
+    def check(self, run: Run) -> None:
+        if not self.is_done(run) and isinstance(self.windows, FittedWindows):
+            self._check_windows(self.choose_windows(self.open_crops(run)), run.experiment)
+
+    def _check_windows(self, windows: Sequence[WindowConfig], experiment: Experiment) -> None:
+        if not windows:
             raise UserError("autoencoder.windows is empty: training needs at least one window shape.")
         stride, limits = experiment.get_model().autoencoder.stride, limit_windows(self, experiment.limits)
-        for window in self.windows:
+        for window in windows:
             try:
                 latent_grid(window.size, stride)
             except UserError as error:
                 raise UserError(f"window does not fit the autoencoder: {error}") from error
         adversarial = self.loss.adversarial
-        smallest = min(min(window.size[1:]) for window in self.windows)
+        smallest = min(min(window.size[1:]) for window in windows)
         if adversarial is not None and smallest < 2**adversarial.layers:
             raise UserError(
                 f"adversarial.layers={adversarial.layers} is invalid: a discriminator of this depth needs windows of "
@@ -91,16 +98,13 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
             )
         if self.loss.lpips and smallest < LPIPS_SMALLEST:
             raise UserError(f"LPIPS needs windows of {LPIPS_SMALLEST} pixels or more, not {smallest}. Use larger ones.")
-        for window in self.windows:
+        for window in windows:
             t, h, w = window.size
             if t > limits.max_frames or h * w > limits.max_pixels:
                 raise UserError(
                     f"a window of {t}x{h}x{w} is larger than any clip of {limits.max_frames} frames of "
                     f"{limits.max_pixels} pixels. Use a smaller window, or raise max_frames or max_pixels."
                 )
-
-    def is_done(self, run: Run) -> bool:
-        return (run.folder / WEIGHTS_FILE).exists()
 
     def run(self, run: Run) -> None:
         graph = get_graph_def(run.model.autoencoder.make)
@@ -118,8 +122,7 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
             params["normalizer"] = {"mean": mean, "std": std}
         if run.process == 0:
             self._fit_preview_decoder(run, crops, params)
-            # The last output: the stage is done when it is there.
-            save_weights(run.folder / WEIGHTS_FILE, params)
+            save_weights(self.get_output(run), params)
 
     def open_training(self, run: Run, *, is_new: bool) -> Training:
         model, crops = run.model.autoencoder, self.open_crops(run)
@@ -147,7 +150,7 @@ class TrainAutoencoder(AutoencoderTraining, Stage):
     def _fit_preview_decoder(self, run: Run, crops: ClipCrops, params: dict[str, Any]) -> None:
         """Write the preview decoder of the trained autoencoder, fitted to unaugmented windows."""
         model = run.model.autoencoder
-        latents = max(latent_grid(window.size, model.stride).volume for window in self.windows)
+        latents = max(latent_grid(window.size, model.stride).volume for window in self.choose_windows(crops))
         count = min(_PREVIEW_WINDOWS, max(1, _PREVIEW_LATENTS // latents))
         with contextlib.closing(open_windows(self, crops, "preview", seed=run.seed, augment=False)) as batches:
             windows = itertools.islice(itertools.chain.from_iterable(batches), count)
