@@ -255,4 +255,4 @@ def read_config(
     if config is None or text_encoder is None:
         return config
     moved = set_encoder_folder(config.model.text_encoder, text_encoder)
-    return replace(config, model=replace(config.model, text_encoder=moved))
+    return config.replace_model(text_encoder=moved)

@@ -34,7 +34,7 @@ from dit_video.models.conditioning import TrainingKeys
 from dit_video.nn import LoraConfig, get_graph_def
 from dit_video.nn.attention import CausalFrames, Full
 from dit_video.sampling import program
-from dit_video.sampling.pipeline import Pipeline, Request
+from dit_video.sampling.pipeline import Request
 from dit_video.tokens import CanvasShape, Grid
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.training.optim.schedules import Constant
@@ -99,11 +99,7 @@ def test_a_unet_on_canvases_of_two_sizes(add_package, tiny, tiny_run, tmp_path):
     canvases = [CanvasShape(size=Grid(*size), **room) for size in ((3, 6, 8), (6, 4, 10))]
     experiment = tiny.EXPERIMENT.replace_model(backbone=backbone, layout=canvases[0])
     pipeline = train(experiment, tiny_run, tmp_path / "run")
-    other = Pipeline(
-        dataclasses.replace(pipeline.config, model=dataclasses.replace(pipeline.config.model, layout=canvases[1])),
-        autoencoder=pipeline.codec.params,
-        denoiser=pipeline.denoiser_params,
-    )
+    other = pipeline.replace(config=pipeline.config.replace_model(layout=canvases[1]))
     requests = [Request("a red circle", size, seed=seed) for seed, size in enumerate([(9, 16, 32), (1, 16, 16)])]
     sampling = pipeline.make_sampling(steps=2)
     results = [each.generate_many(requests, sampling=sampling) for each in (pipeline, other)]
@@ -215,8 +211,7 @@ def check_scale_of_motion(pipeline, monkeypatch):
     The weights are random, as two steps of training make little difference between conditions.
     """
     params = make_random_params(pipeline.config.model.backbone.make)
-    params = {"autoencoder": pipeline.codec.params, "denoiser": pipeline.denoiser_params | {"backbone": params}}
-    pipeline = Pipeline(pipeline.config, **params)
+    pipeline = pipeline.replace(denoiser={"backbone": params})
     noise = np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float32)
     evaluated, make_denoise = [], program.make_rows_denoise
 
@@ -288,20 +283,17 @@ def test_a_control_stack(add_package, tiny, tiny_run, tmp_path):
     fields = {"layers": 3, "after": (0, 2), "registers": 1, "conditioning": (theirs.Brightness(),)}
     experiment = replace_backbone(tiny.EXPERIMENT, theirs.ControlledConfig, **fields)
     pipeline = train(experiment, tiny_run, tmp_path / "run")
-    config, trained, controlled = pipeline.config, pipeline.denoiser_params, pipeline.config.model.backbone
+    controlled, params = pipeline.config.model.backbone, pipeline.denoiser_params["backbone"]
     assert controlled.after == (0, 2)
 
     def sample_latents(backbone, params, strength=None, **values):
-        parts = {"autoencoder": pipeline.codec.params, "denoiser": trained | {"backbone": params}}
-        model = Pipeline(
-            dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone)), **parts
-        )
+        model = pipeline.replace(config=pipeline.config.replace_model(backbone=backbone), denoiser={"backbone": params})
         strengths = {} if strength is None else {"brightness": strength}
         arguments = {"size": (9, 16, 32), "steps": 2}
         arguments |= {"conditioning": values, "strengths": strengths}
         return generate_latents(model, "a red circle", **arguments)
 
-    params, hint = trained["backbone"], np.linspace(0, 1, 24).reshape(3, 2, 4)
+    hint = np.linspace(0, 1, 24).reshape(3, 2, 4)
     expected = sample_latents(controlled.base, params["base"])
     without, half, full = (sample_latents(controlled, params, strength, brightness=hint) for strength in (0, 0.5, 1))
     np.testing.assert_array_equal(without, expected)
@@ -421,8 +413,7 @@ def test_models_that_draw_in_training(add_package, tiny, tiny_run, tmp_path, sou
         np.testing.assert_array_equal(trained[1][path], leaf, err_msg=path)
     plain = train(replace_backbone(tiny.EXPERIMENT, layers=3), tiny_run, tmp_path / "plain")
     assert np.abs(flatten(plain.denoiser_params)["backbone/head/kernel"] - trained[0]["backbone/head/kernel"]).max() > 0
-    parts = {"autoencoder": plain.codec.params, "denoiser": pipelines[0].denoiser_params}
-    sampled = [pipelines[0], Pipeline(plain.config, **parts)]
+    sampled = [pipelines[0], plain.replace(denoiser=pipelines[0].denoiser_params)]
     results = [generate_latents(each, "a red circle", seed=1, steps=2) for each in sampled]
     np.testing.assert_array_equal(*results)
 

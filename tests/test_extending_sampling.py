@@ -94,11 +94,7 @@ def test_a_method_of_guidance(add_package, tiny_pipeline, tmp_path):
     clip = tiny_pipeline.generate("a red circle", size=size, steps=2, guidance=guidance)
     clip.save(tmp_path / "clip.mp4")
     assert config_json.from_json(read_recipe(tmp_path / "clip.mp4")["sampling"]) == sampling
-    own = Pipeline(
-        dataclasses.replace(tiny_pipeline.config, sampling=sampling),
-        autoencoder=tiny_pipeline.codec.params,
-        denoiser=tiny_pipeline.denoiser_params,
-    )
+    own = tiny_pipeline.replace(config=dataclasses.replace(tiny_pipeline.config, sampling=sampling))
     own.save(tmp_path / "model")
     again = dit_video.load(tmp_path / "model")
     assert again.config.sampling.guidance == guidance
@@ -185,7 +181,7 @@ def test_weights_of_8_bits(add_package, tmp_path):
         return leaf.values * leaf.scale if is_small(leaf) else leaf
 
     restored = jax.tree.map(restore, small.denoiser_params, is_leaf=is_small)
-    restored = Pipeline(plain.config, autoencoder=plain.codec.params, denoiser=restored)
+    restored = plain.replace(denoiser=restored)
 
     def sample_latents(pipeline):
         return generate_latents(pipeline, "a red circle", steps=2, guidance=1.0)

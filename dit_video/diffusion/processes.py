@@ -134,6 +134,11 @@ class Process(ABC):
         """Return the slope in the positions of `flow_coordinates`."""
         return estimate.noise
 
+    def follow(self, x: Values, slope: Values, time: Times, next_time: Times) -> Values:
+        """Return the sample at `next_time` that a constant slope of `flow_coordinates` leads to from `x` at `time`."""
+        start, end = self.flow_coordinates(time), self.flow_coordinates(next_time)
+        return end.scale * (x / start.scale + (end.integration_time - start.integration_time) * slope)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RectifiedFlow(Process):

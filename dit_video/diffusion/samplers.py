@@ -286,14 +286,12 @@ class Heun(OneStepSolver):
 
     def step(self, estimate: Estimator, process: Process, state: SolverState, interval: StepInterval) -> SolverState:
         """Apply the explicit trapezoidal rule (arXiv 2206.00364, algorithm 1)."""
-        start, end = process.flow_coordinates(interval.time), process.flow_coordinates(interval.next_time)
-        x, length = state.x / start.scale, end.integration_time - start.integration_time
         slope = process.flow_slope(estimate(state.x, interval.time))
-        proposal = end.scale * (x + length * slope)
+        proposal = process.follow(state.x, slope, interval.time, interval.next_time)
 
         def corrected() -> Array:
             next_slope = process.flow_slope(estimate(proposal, interval.next_time))
-            return end.scale * (x + length * (slope + next_slope) / 2)
+            return process.follow(state.x, (slope + next_slope) / 2, interval.time, interval.next_time)
 
         return SolverState(jax.lax.cond(interval.next_time == 0, lambda: proposal, corrected))
 
@@ -772,8 +770,7 @@ class Pndm(Solver):
         if self.value == "v":
             estimate = V().estimate(process, x, value, time)
             return process.add_noise(estimate.data, estimate.noise, end)
-        here, there = process.flow_coordinates(time), process.flow_coordinates(end)
-        return there.scale * (x / here.scale + (there.integration_time - here.integration_time) * value)
+        return process.follow(x, value, time, end)
 
     def _find_middle(
         self, time: Float[Array, ""], next_time: Float[Array, ""]

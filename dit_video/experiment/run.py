@@ -33,7 +33,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -310,6 +310,8 @@ class Stage(abc.ABC):
 
     name: str
     """Name of the stage, and of its folder in the run's, which no other stage has."""
+    output: ClassVar[str]
+    """File or folder in the stage's folder that it writes last; a stage without one has an `is_done` of its own."""
 
     @property
     def amendable_fields(self) -> tuple[str, ...]:
@@ -330,9 +332,13 @@ class Stage(abc.ABC):
           UserError: If the stage cannot be run.
         """
 
-    @abc.abstractmethod
+    def get_output(self, run: "Run") -> Path:
+        """Return the path of `output`, which need not exist yet."""
+        return run.folder / self.name / self.output
+
     def is_done(self, run: "Run") -> bool:
         """Return whether the stage need not be run."""
+        return self.get_output(run).exists()
 
     @abc.abstractmethod
     def run(self, run: "Run") -> None:
@@ -781,7 +787,7 @@ class Run:
         if (self.folder / PIPELINE_CONFIG).is_file():
             config = read_pipeline_config(self.folder)
             # The experiment's own backbone may have another attention than when the run began.
-            return replace(config, model=replace(config.model, backbone=model.backbone))
+            return config.replace_model(backbone=model.backbone)
         infos, encoder = self.training_clips.infos, self.open_text_encoder()
         if isinstance(encoder, FrozenTextEncoder):
             model = replace(model, text_encoder=encoder.pinned_config)
@@ -816,8 +822,7 @@ class Run:
             return
         config = read_pipeline_config(folder)
         amended = replace(
-            config,
-            model=replace(config.model, backbone=experiment.get_model().backbone),
+            config.replace_model(backbone=experiment.get_model().backbone),
             sampling=experiment.sampling,
             conditioner=experiment.conditioner,
             evaluation=experiment.evaluation,

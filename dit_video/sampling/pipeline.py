@@ -27,7 +27,6 @@ from dit_video.diffusion import Euler, Guidance, Solver
 from dit_video.distributed import Parallelism
 from dit_video.distributed.gather import gather_parts, is_first_process
 from dit_video.models.autoencoders import Tiles
-from dit_video.models.model_config import ModelConfig
 from dit_video.nn import Backend
 from dit_video.sampling import LatentTrace, Monitor, Sampling, sample_latents, trace_latents
 from dit_video.sampling.adapters import AdaptedWeights, Adapter, ExpertName, list_lora_modules, split_factors
@@ -756,7 +755,7 @@ class Pipeline:
           UserError: If the text encoder was trained with the denoiser.
         """
         text_encoder = set_encoder_folder(self.config.model.text_encoder, folder)
-        return self._with_model(replace(self.config.model, text_encoder=text_encoder))
+        return self.replace(config=self.config.replace_model(text_encoder=text_encoder))
 
     def with_attention(self, backend: Backend) -> "Pipeline":
         """Return the same pipeline, with its weights, that computes attention by another backend.
@@ -764,7 +763,34 @@ class Pipeline:
         Raises:
           UserError: If the backend does not support the denoiser's patterns, or the devices lack its kernels.
         """
-        return self._with_model(self.config.model.replace_backbone(attention=backend))
+        return self.replace(config=replace(self.config, model=self.config.model.replace_backbone(attention=backend)))
+
+    def replace(self, *, config: PipelineConfig | None = None, denoiser: Mapping[str, Any] | None = None) -> "Pipeline":
+        """Return the same pipeline with another config, such as its backbone's, or with other weights of its denoiser.
+
+        Args:
+          config: The config; its autoencoder and previous steps are this pipeline's. None to keep this one's.
+          denoiser: Parameters of the parts that change: `backbone`, `low_noise` (of a second expert) or `text`, without
+            adapters. None to keep the weights and their adapters.
+
+        Raises:
+          UserError: If the denoiser does not fit the devices, or they lack the kernels of the attention.
+        """
+        replaced = Pipeline(
+            config or self.config,
+            autoencoder=self.codec.params,
+            denoiser={**self._weights.params, **(denoiser or {})},
+            previous=self._previous,
+            get_lora_modules=self._get_lora_modules,
+            parallel=self._parallel,
+            offload=self._offload,
+            folder=self._folder,
+        )
+        replaced._set_codec(self.codec)
+        replaced.preview_decoder = self.preview_decoder
+        if denoiser is not None:
+            return replaced
+        return replaced._with_weights(self._weights._replace(params=replaced._weights.params))
 
     def with_decoding(self, *, memory: int | None = None, tiles: Tiles | None = None) -> "Pipeline":
         """Return the same pipeline, with its weights, that encodes and decodes clips in other parts.
@@ -800,21 +826,6 @@ class Pipeline:
         shared = self._devices.make_clip_codec(codec)
         self._decoder = ClipDecoder(codec, self.config.fps, shared, self._devices.local_count)
         self.model_parts = make_model_parts(self.config, codec, offload=self._offload, folder=self._folder)
-
-    def _with_model(self, model: ModelConfig) -> "Pipeline":
-        pipeline = Pipeline(
-            replace(self.config, model=model),
-            autoencoder=self.codec.params,
-            denoiser=self._weights.params,
-            previous=self._previous,
-            get_lora_modules=self._get_lora_modules,
-            parallel=self._parallel,
-            offload=self._offload,
-            folder=self._folder,
-        )
-        pipeline._set_codec(self.codec)
-        pipeline.preview_decoder = self.preview_decoder
-        return pipeline._with_weights(self._weights._replace(params=pipeline._weights.params))
 
     def _with_weights(self, weights: AdaptedWeights) -> "Pipeline":
         adapted = copy.copy(self)  # shares the open text encoder

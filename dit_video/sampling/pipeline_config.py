@@ -1,7 +1,7 @@
 """Configuration of a pipeline, its file in a folder, and the parts of a pipeline that are made from it."""
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,6 +121,10 @@ class PipelineConfig:
             raise UserError(f"boundary={self.boundary} is invalid: it must be a time from 0 to 1")
         if self.model.fps is None:
             raise UserError("model.fps=None is invalid: sampled clips have a frame rate. Use model fps=24.0.")
+
+    def replace_model(self, **changes: Any) -> "PipelineConfig":
+        """Return the config with other values of the model's fields."""
+        return replace(self, model=replace(self.model, **changes))
 
     @property
     def fps(self) -> float:

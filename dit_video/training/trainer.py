@@ -34,12 +34,11 @@ from dit_video.training.time_recorder import TimeRecorder
 
 @runtime_checkable
 class BatchIterator(Protocol):
-    """An endless iterator over batches of host arrays."""
+    """An endless iterator over batches of host arrays, such as a generator.
 
-    @property
-    def hash(self) -> str:
-        """Return the hash of the data plan, which together with the step is the whole state of the data."""
-        ...
+    If it has an attribute `hash`, the hash of the data plan, which together with the step is the whole state of the
+    data, then a training is continued with the same plan alone.
+    """
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -114,11 +113,12 @@ class Trainer:
                     f"{self.start_step}. Remove the later checkpoints to continue the earlier stage."
                 )
             data = batches(step - self.start_step)
-            if step > self.start_step and meta.get("plan", data.hash) != data.hash:
+            plan = getattr(data, "hash", "")
+            if step > self.start_step and meta.get("plan", plan) != plan:
                 data.close()
                 raise UserError(
                     f"the data of {self.folder.parent} differ from those of its checkpoint at step {step} (plan "
-                    f"{meta['plan']}, now {data.hash}). Restore the data, or start another run, which may begin with "
+                    f"{meta['plan']}, now {plan}). Restore the data, or start another run, which may begin with "
                     "this one's weights (init_from)."
                 )
             self.recorder.resume(self.name, step)
@@ -129,9 +129,9 @@ class Trainer:
                 lambda _: _shard_batches(data, self.mesh, meter),
                 config=self.config,
                 checkpoints=checkpoints,
-                hooks=self._list_hooks(meter, checkpoints, plan=data.hash),
+                hooks=self._list_hooks(meter, checkpoints, plan=plan),
                 title=f"training the {self.name}",
-                meta={"plan": data.hash, "config": self.resolved_config},
+                meta={"plan": plan, "config": self.resolved_config},
                 recorder=self.recorder,
             )
 

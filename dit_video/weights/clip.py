@@ -20,7 +20,7 @@ from dit_video.weights.folders import (
     DENSE,
     TensorFolder,
     find_model_folder,
-    map_kernel_and_bias,
+    map_linear,
     map_scale_and_shift,
     read_transformers_config,
 )
@@ -335,8 +335,8 @@ def _make_tensor_map(config: AnyClipConfig, *, nested: bool) -> dict[str, Tensor
         projection = "visual_projection.weight"
     names["position"] = TensorMapping(f"{root}embeddings.position_embedding.weight")
     layer = f"{root}encoder.layers.{{}}"
-    for ours, theirs in _LINEAR.items():
-        names |= map_kernel_and_bias(f"blocks/{ours}", f"{layer}.{theirs}", DENSE, layers=config.layers)
+    linear = {f"blocks/{ours}": f"{layer}.{theirs}" for ours, theirs in _LINEAR.items()}
+    names |= map_linear(linear, layers=config.layers)
     for ours, theirs in _NORMS.items():
         names |= map_scale_and_shift(f"blocks/{ours}", f"{layer}.{theirs}", layers=config.layers)
     return names if config.projection is None else names | {"projection/kernel": TensorMapping(projection, DENSE)}

@@ -93,6 +93,12 @@ def map_kernel_and_bias(ours: str, theirs: str, pattern: str, *, layers: int | N
     return {f"{ours}/kernel": kernel, f"{ours}/bias": TensorMapping(f"{theirs}.bias", layers=layers)}
 
 
+def map_linear(names: Mapping[str, str], *, layers: int | None = None) -> dict[str, TensorMapping]:
+    """Return the mappings of the kernels and biases of linear maps, from our paths to their names."""
+    maps = (map_kernel_and_bias(ours, theirs, DENSE, layers=layers) for ours, theirs in names.items())
+    return {path: mapping for each in maps for path, mapping in each.items()}
+
+
 def map_scale_and_shift(ours: str, theirs: str, *, layers: int | None = None) -> dict[str, TensorMapping]:
     """Return the mappings of a norm's scale and shift."""
     scale = TensorMapping(f"{theirs}.weight", layers=layers)

@@ -64,7 +64,7 @@ def test_another_seed_caption_or_model_has_other_values(pipeline):
     other_caption = replace(CLIPS[0], caption="a green square moving down")
     assert np.abs(measure_clips(pipeline, [other_caption], LOSS, seed=0) - first).max() > 1e-6
     params = tiny_pipeline.make_params(pipeline.config, 7)["denoiser"]
-    other = Pipeline(pipeline.config, autoencoder=pipeline.codec.params, denoiser=params)
+    other = pipeline.replace(denoiser=params)
     assert np.abs(measure_clips(other, CLIPS[:1], LOSS, seed=0) - first).max() > 1e-4
 
 
@@ -137,7 +137,7 @@ def test_the_protocol_measures_clips_without_samples(pipeline, tmp_path, monkeyp
     evaluate(other, protocol, tmp_path / "other", data=EvaluationData(clips))
     with pytest.raises(UserError, match="autoencoder"):
         compare([folders[0], tmp_path / "other"])
-    noise_config = replace(pipeline.config, model=replace(pipeline.config.model, prediction=Epsilon()))
+    noise_config = pipeline.config.replace_model(prediction=Epsilon())
     noise = Pipeline(noise_config, autoencoder=pipeline.codec.params, denoiser=parts)
     evaluate(noise, protocol, tmp_path / "noise", data=EvaluationData(clips))
     with pytest.raises(UserError, match="objective"):

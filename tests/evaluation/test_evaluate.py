@@ -127,7 +127,7 @@ def test_samples_of_other_settings_are_refused_and_kept(pipeline, data, tmp_path
     trained = tiny_pipeline.make_pipeline(tiny_pipeline.make_config(steps=1))
     assert trained.compute_digest() == pipeline.compute_digest()
     denoiser = tiny_pipeline.make_params(pipeline.config, 7)["denoiser"]
-    other = Pipeline(pipeline.config, autoencoder=pipeline.codec.params, denoiser=denoiser)
+    other = pipeline.replace(denoiser=denoiser)
     with pytest.raises(UserError, match=r"settings\.weights"):
         evaluate(other, PROTOCOL, tmp_path, data=data)
     assert all(file.is_file() for file in files)

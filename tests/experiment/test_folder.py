@@ -242,12 +242,10 @@ class CountClips(Stage):
     every: int = 1
     seed: int = 0
     amendable_fields: ClassVar[tuple[str, ...]] = ("every",)
-
-    def is_done(self, run: Run) -> bool:
-        return (run.folder / self.name / "count.txt").exists()
+    output = "count.txt"
 
     def run(self, run: Run) -> None:
-        path = run.folder / self.name / "count.txt"
+        path = self.get_output(run)
         path.parent.mkdir(exist_ok=True)
         path.write_text(str(len(run.clips)))
 

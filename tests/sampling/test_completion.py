@@ -153,7 +153,7 @@ def test_an_image_of_another_size_is_scaled_and_cropped(animating):
 @pytest.mark.nightly
 def test_without_a_size_the_clip_has_the_aspect_ratio_of_the_image(animating):
     config = replace(animating.config, size=Grid(5, 32, 32))
-    pipeline = Pipeline(config, autoencoder=animating.codec.params, denoiser=animating.denoiser_params)
+    pipeline = animating.replace(config=config)
     latents = sample_latents(pipeline, image=np.concatenate([IMAGES[0]] * 3, 1), size=None)
     assert pipeline.decode(latents).frames.shape == (5, 16, 48, 3)
 

@@ -22,7 +22,7 @@ from dit_video.diffusion import (
 )
 from dit_video.models.autoencoders import CausalVaeConfig
 from dit_video.sampling import sampler
-from dit_video.sampling.pipeline import Pipeline, Request
+from dit_video.sampling.pipeline import Request
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Condition
 from dit_video.tokens import Grid
@@ -41,7 +41,7 @@ def pipeline(tiny_pipeline):
         lambda path, leaf: leaf + 0.3 * np.random.default_rng(len(path)).standard_normal(leaf.shape).astype(leaf.dtype),
         tiny_pipeline.denoiser_params,
     )
-    return Pipeline(tiny_pipeline.config, autoencoder=tiny_pipeline.codec.params, denoiser=denoiser)
+    return tiny_pipeline.replace(denoiser=denoiser)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_pipeline_has_a_negative_prompt_of_its_own(tiny_pipeline):
         return generate_latents(pipeline, PROMPT, size=SMALL, steps=2, guidance=3.0, **options)
 
     config = replace(tiny_pipeline.config, negative=other)
-    own = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
+    own = tiny_pipeline.replace(config=config)
     named, plain = sample(tiny_pipeline, negative=other), sample(tiny_pipeline)
     assert np.abs(named - plain).max() > 1e-3
     np.testing.assert_array_equal(sample(own), named)
@@ -306,11 +306,7 @@ def test_invalid_arguments_are_refused(pipeline, arguments, message):
 
 
 def test_guiding_a_model_trained_without_caption_dropout_warns(pipeline):
-    always = Pipeline(
-        replace(pipeline.config, caption_dropout=0.0),
-        autoencoder=pipeline.codec.params,
-        denoiser=pipeline.denoiser_params,
-    )
+    always = pipeline.replace(config=replace(pipeline.config, caption_dropout=0.0))
     with pytest.warns(UserWarning, match="guidance drops text, and this model was trained without such dropout"):
         generate_latents(always, PROMPT, size=SMALL)
     with warnings.catch_warnings():
@@ -416,6 +412,7 @@ def test_float32_files_come_back_bit_for_bit(pipeline, latents, tmp_path):
         "autoencoder.safetensors",
         "denoiser.safetensors",
         "pipeline.json",
+        "preview.safetensors",
     ]
 
 

@@ -77,7 +77,7 @@ def test_guidance_has_scales_of_the_conditions_of_a_model(pipelines, kind, names
 def test_prompts_that_are_no_class_are_refused():
     backbone = replace(DIT, channels=4, patch=CONFIG.model.backbone.patch, variance="none", attention="dense")
     classes = ClassNamesConfig(classes=backbone.classes, names=("cat",))
-    config = replace(CONFIG, model=replace(CONFIG.model, backbone=backbone, text_encoder=classes))
+    config = CONFIG.replace_model(backbone=backbone, text_encoder=classes)
     check_requests(config, [Request("cat", (1, 16, 16))], config.sampling)
     with pytest.raises(UserError, match="the caption 'dog' is no class"):
         check_requests(config, [Request("cat", (1, 16, 16)), Request("dog", (1, 16, 16))], config.sampling)

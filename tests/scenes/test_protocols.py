@@ -124,7 +124,7 @@ def test_a_model_samples_the_scenes(pipeline, tmp_path, monkeypatch, name, known
 
 def test_samples_of_another_rate_are_refused(pipeline, tmp_path):
     config = pipeline.config
-    faster = tiny_pipeline.make_pipeline(replace(config, model=replace(config.model, fps=16.0)))
+    faster = tiny_pipeline.make_pipeline(config.replace_model(fps=16.0))
     with pytest.raises(UserError, match=r"fps=16 is invalid: .* have 8 frames per second"):
         evaluate(faster, get_protocol("physics_extension", count=1), tmp_path)
 

@@ -8,7 +8,7 @@ from dit_video.core.errors import UserError
 from dit_video.families.autoencoder_format import AutoencoderFormat
 from dit_video.models.autoencoders import LtxVaeConfig
 from dit_video.weights import folders
-from dit_video.weights.folders import DENSE, map_kernel_and_bias, map_scale_and_shift
+from dit_video.weights.folders import map_kernel_and_bias, map_linear, map_scale_and_shift
 from dit_video.weights.tensor_map import TensorMapping
 
 CLASS = "AutoencoderKLLTXVideo"
@@ -159,8 +159,8 @@ def _map_decoder_blocks(ours: str, theirs: str, blocks: int) -> dict[str, Tensor
 
 
 def _map_time(ours: str, theirs: str) -> dict[str, TensorMapping]:
-    names = map_kernel_and_bias(f"{ours}/time_in", f"{theirs}.timestep_embedder.linear_1", DENSE)
-    return names | map_kernel_and_bias(f"{ours}/time_out", f"{theirs}.timestep_embedder.linear_2", DENSE)
+    layers = {"time_in": "linear_1", "time_out": "linear_2"}
+    return map_linear({f"{ours}/{path}": f"{theirs}.timestep_embedder.{name}" for path, name in layers.items()})
 
 
 FORMAT = AutoencoderFormat(CLASS, LtxVaeConfig, _DEFAULTS, parse_config, make_tensor_map, None, make_document)

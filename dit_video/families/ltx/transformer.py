@@ -16,7 +16,6 @@ from dit_video.families.family import read_pipeline_class
 from dit_video.families.ltx.autoencoder import RESIDUAL_DOWN_BLOCK
 from dit_video.models.backbones.ltx import LtxDitConfig
 from dit_video.weights import folders
-from dit_video.weights.folders import DENSE
 from dit_video.weights.lora import LoraModule
 from dit_video.weights.streaming import FileMap
 from dit_video.weights.tensor_map import TensorMap, TensorMapping
@@ -157,17 +156,15 @@ def is_095_pipeline(folder: Path) -> bool:
 
 def make_ltx_tensor_map(config: LtxDitConfig) -> TensorMap:
     """Return the tensor map of diffusers' class."""
-    names: dict[str, TensorMapping] = {"head_table": TensorMapping("scale_shift_table")}
-    for ours, theirs, _ in _TOP_LEVEL_LINEAR:
-        names |= folders.map_kernel_and_bias(ours, theirs, DENSE)
+    names = folders.map_linear({ours: theirs for ours, theirs, _ in _TOP_LEVEL_LINEAR})
+    names["head_table"] = TensorMapping("scale_shift_table")
     axis_sizes = (("heads", config.heads), ("two", 2))
 
     def add(ours: str, theirs: str, pattern: str = "", sizes: tuple[tuple[str, int], ...] = ()) -> None:
         names[f"blocks/{ours}"] = TensorMapping(f"transformer_blocks.{{}}.{theirs}", pattern, sizes, config.layers)
 
-    for ours, theirs in _LINEAR:
-        foreign = f"transformer_blocks.{{}}.{theirs}"
-        names |= folders.map_kernel_and_bias(f"blocks/{ours}", foreign, DENSE, layers=config.layers)
+    linear = {f"blocks/{ours}": f"transformer_blocks.{{}}.{theirs}" for ours, theirs in _LINEAR}
+    names |= folders.map_linear(linear, layers=config.layers)
     for ours, theirs in _ROTARY_LINEAR:
         add(f"{ours}/kernel", f"{theirs}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
         add(f"{ours}/bias", f"{theirs}.bias", _HEADS_FIRST, axis_sizes)

@@ -14,7 +14,7 @@ from dit_video.core.errors import UserError
 from dit_video.families.autoencoder_format import AutoencoderFormat
 from dit_video.models.autoencoders import ImageLevels, ImageVaeConfig
 from dit_video.weights import folders
-from dit_video.weights.folders import CONV_1X1, CONV_2D, DENSE, map_kernel_and_bias
+from dit_video.weights.folders import CONV_1X1, CONV_2D, map_kernel_and_bias, map_linear
 from dit_video.weights.tensor_map import TensorMap, TensorMapping
 
 _DOWN, _UP = "EncoderBlock2D", "DecoderBlock2D"
@@ -169,9 +169,8 @@ def _map_residual(ours: str, theirs: str, norm: NormMapping) -> dict[str, Tensor
 
 def _map_attention(ours: str, theirs: str, norm: NormMapping) -> dict[str, TensorMapping]:
     names = norm.make_tensor_map(f"{ours}/norm", f"{theirs}.{norm.attention_name}")
-    for linear, name in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("out", "to_out.0")):
-        names |= map_kernel_and_bias(f"{ours}/{linear}", f"{theirs}.{name}", DENSE)
-    return names
+    layers = {"query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
+    return names | map_linear({f"{ours}/{path}": f"{theirs}.{name}" for path, name in layers.items()})
 
 
 def parse_normalizer(folder: Path, settings: Mapping[str, Any], channels: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from dit_video.families.denoiser_format import DenoiserFormat, FileLayout
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.tokens import Grid
 from dit_video.weights import folders
-from dit_video.weights.folders import DENSE, TensorFolder
+from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import LoraModule
 from dit_video.weights.streaming import FileMap
 from dit_video.weights.tensor_map import TensorMap, TensorMapping
@@ -178,9 +178,8 @@ def make_wan_tensor_map(config: WanDitConfig, layout: FileLayout) -> TensorMap:
     """Return the tensor map of a layout."""
     column = 1 if layout == "diffusers" else 2
     has_image = config.image_width is not None
-    names: dict[str, TensorMapping] = {}
-    for row in (*_TOP_LEVEL_LINEAR, *(_IMAGE_EMBEDDER_LINEAR if has_image else ())):
-        names |= folders.map_kernel_and_bias(row[0], row[column], DENSE)
+    linear = (*_TOP_LEVEL_LINEAR, *(_IMAGE_EMBEDDER_LINEAR if has_image else ()))
+    names = folders.map_linear({row[0]: row[column] for row in linear})
     for row in _IMAGE_EMBEDDER_NORMS if has_image else ():
         names |= folders.map_scale_and_shift(row[0], row[column])
     if config.image_positions is not None:
@@ -207,17 +206,16 @@ def map_wan_blocks(
       theirs: Its name in the files.
       layers: Number of its layers; None for the config's.
     """
-    names: dict[str, TensorMapping] = {}
     column = 1 if layout == "diffusers" else 2
     has_image, count = config.image_width is not None, config.layers if layers is None else layers
     axis_sizes = (("heads", config.heads), ("two", 2))
+    rows = (*_LINEAR, *(_IMAGE_LINEAR if has_image else ()))
+    linear = {f"{ours}/{row[0]}": f"{theirs}.{{}}.{row[column]}" for row in rows}
+    names = folders.map_linear(linear, layers=count)
 
     def add(path: str, name: str, pattern: str = "", sizes: tuple[tuple[str, int], ...] = ()) -> None:
         names[f"{ours}/{path}"] = TensorMapping(f"{theirs}.{{}}.{name}", pattern, sizes, count)
 
-    for row in (*_LINEAR, *(_IMAGE_LINEAR if has_image else ())):
-        name = f"{theirs}.{{}}.{row[column]}"
-        names |= folders.map_kernel_and_bias(f"{ours}/{row[0]}", name, DENSE, layers=count)
     for row in _ROTARY_LINEAR:
         add(f"{row[0]}/kernel", f"{row[column]}.weight", "(heads j two) i -> i (heads two j)", axis_sizes)
         add(f"{row[0]}/bias", f"{row[column]}.bias", "(heads j two) -> (heads two j)", axis_sizes)

@@ -44,7 +44,7 @@ from dit_video.nn import (
     sinusoidal_embedding,
 )
 from dit_video.nn.attention import GLOBAL, Full, PatternChoice, RelativeBias, compute_grid_indices
-from dit_video.tokens import Grid, PackedRows, Rotary3d, expand_to_tokens, segment_mean
+from dit_video.tokens import Grid, PackedRows, Rotary3d, expand_to_tokens
 
 
 class DiTSize(TypedDict):
@@ -372,9 +372,7 @@ class DiT(nnx.Module):
         """
         condition: Array = jnp.zeros((layout.segments.shape[0], layout.count, self.config.width), jnp.float32)
         if self.config.pools_text:
-            text = conditioning[TextTokens]
-            values = text.values.astype(jnp.float32)
-            condition = self.context_pooled(segment_mean(values, text.segments, count=layout.count))
+            condition = self.context_pooled(conditioning[TextTokens].mean(layout.count))
         if (classes := conditioning.get(ClassIds)) is not None:
             condition = condition + self.labels[...].at[classes.values].get(mode="fill", fill_value=jnp.nan)
         return self._add_fields(condition, conditioning, ("example",))

@@ -41,8 +41,10 @@ class PositionEmbedding(ABC):
         """
 
     def make(self, width: int, *, dtype: jnp.dtype, partitioner: Partitioner, rngs: nnx.Rngs) -> nnx.Module | None:
-        """Make the layer that maps features to the width; None if the features already have it."""
-        return None
+        """Make the layer that maps features to the width: a linear one; None if the features already have it."""
+        if not self.linear_features:
+            return None
+        return Linear(self.linear_features, width, dtype=dtype, partitioner=partitioner, rngs=rngs)
 
     @abstractmethod
     def compute_features(

@@ -55,6 +55,10 @@ class ClipView(NamedTuple):
         return next(iter(self.columns["captions"] or ()), "")
 
 
+class _Values(NamedTuple):
+    values: Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipConditioning(abc.ABC):
     """Conditioning of a model on one field per clip; subclasses are frozen dataclasses.
@@ -70,9 +74,15 @@ class ClipConditioning(abc.ABC):
     dropout: float = 0.1
     """Probability that the values of a clip are dropped in training: replaced by zeros."""
     record: ClassVar[type]
-    """Class of the record that the model gets: a NamedTuple of its own, of no other input, with the field `values`."""
+    """Class of the record that the model gets: a NamedTuple of no other input, with the field `values`. By default one
+    is made, of the name of the conditioning's class."""
     encoded_prefixes: ClassVar[tuple[int, ...]] = ()
     """Counts of leading frames to keep when a training clip is encoded for `from_clip`; the other frames are grey."""
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "record"):
+            cls.record = type(cls.__name__, (_Values,), {})
 
     def __post_init__(self):
         if not 0 <= self.dropout < 1:
@@ -81,7 +91,10 @@ class ClipConditioning(abc.ABC):
     @property
     @abc.abstractmethod
     def field(self) -> Field:
-        """Return the description of the field; its name, which no other input has, is also the conditioning's name."""
+        """Return the description of the field; its name, which no other input has, is also the conditioning's name.
+
+        A subclass sets `field = Field(…)`, or has a property if the field depends on its config.
+        """
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from dit_video.core.errors import UserError
 from dit_video.core.typing import AnyArray
-from dit_video.tokens import compute_segment_offsets, expand_to_tokens
+from dit_video.tokens import compute_segment_offsets, expand_to_tokens, segment_mean
 
 RecordT = TypeVar("RecordT")
 
@@ -20,6 +20,10 @@ class TextTokens(NamedTuple):
     values: Float[Array, "B S E"]
     segments: Int[Array, "B S"]
     """Segment id of each token; 0 is padding."""
+
+    def mean(self, count: int) -> Float[Array, "B {count} E"]:
+        """Return the mean token of each text, in float32, of rows with up to `count`; zero for a clip without text."""
+        return segment_mean(self.values.astype(jnp.float32), self.segments, count=count)
 
 
 class ImageTokens(NamedTuple):

@@ -13,7 +13,6 @@ from dit_video.evaluation.measure import EvaluationResult, measure
 from dit_video.evaluation.protocol import EvaluationItem
 from dit_video.experiment.run import EXCLUDED_FILE
 from dit_video.sampling import Sampling
-from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Request
 from dit_video.scenes import shapes
 from dit_video.scenes.shapes_evaluation import ShapesEvaluation
@@ -131,7 +130,7 @@ def test_a_pipeline_without_a_run_has_no_curves(tiny_run, tiny_pipeline, measure
 
 def test_free_captions_get_no_verdict(tiny_run, tiny_pipeline, measured, tmp_path):
     config = replace(tiny_pipeline.config, evaluation=CaptionEvaluation())
-    pipeline = Pipeline(config, autoencoder=tiny_pipeline.codec.params, denoiser=tiny_pipeline.denoiser_params)
+    pipeline = tiny_pipeline.replace(config=config)
     clip = replace(measured.samples.read(0, None), caption="a dog, which is no shape")
     items = (EvaluationItem(Request(clip.caption)),)
     captions = EvaluationResult(

@@ -12,7 +12,6 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.diffusion import LinearQuadraticTimes, RectifiedFlow, UniformTimes
 from dit_video.families.ltx.pipeline import KeyframesToVideo, read_parts
 from dit_video.models.conditioning import FrameConditioning
-from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Condition, Request
 from dit_video.sampling.tasks import Edit, Extend, Inpaint, Loop, Outpaint, Vary
 from dit_video.tokens import PackedShape
@@ -100,7 +99,7 @@ def test_clips_with_other_conditions_that_share_a_row_are_those_of_a_row_of_thei
     ]
     model = replace(pipeline.config.model, layout=PackedShape(tokens=64, text=256, segments=4))
     config = replace(pipeline.config, model=model)
-    packed = Pipeline(config, autoencoder=pipeline.codec.params, denoiser=pipeline.denoiser_params)
+    packed = pipeline.replace(config=config)
     sampling = pipeline.make_sampling(steps=2, guidance=2.0)
     together, apart = (each.generate_many(requests, sampling=sampling) for each in (packed, pipeline))
     for left, right in zip(together, apart, strict=True):

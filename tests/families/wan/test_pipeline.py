@@ -151,7 +151,7 @@ def test_each_expert_has_its_times_and_its_guidance(pipeline, one):
     assert np.abs(sample_latents(pipeline, guidance=(2.0, 3.0)) - both).max() > 1e-3
     for boundary, expert in ((0.4, one), (1.0, low)):
         config = replace(pipeline.config, boundary=boundary)
-        other = Pipeline(config, autoencoder=pipeline.codec.params, denoiser=pipeline.denoiser_params)
+        other = pipeline.replace(config=config)
         np.testing.assert_allclose(sample_latents(other), sample_latents(expert), atol=1e-5)
     with pytest.raises(UserError, match=r"guidance={'text': \(2\.0, 3\.0\)} is invalid: .* Use one number"):
         sample_latents(one, guidance=(2.0, 3.0))

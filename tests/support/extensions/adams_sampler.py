@@ -26,10 +26,9 @@ class Adams(Solver):
         return AdamsState(noisy, jnp.zeros_like(noisy), jnp.zeros(()))
 
     def step(self, estimate, process, state, interval):
-        start, end = map(process.flow_coordinates, (interval.time, interval.next_time))
-        length = end.integration_time - start.integration_time
-        slope = process.flow_slope(estimate(state.x, interval.time))
+        start, end = (process.flow_coordinates(time).integration_time for time in interval[:2])
+        length, slope = end - start, process.flow_slope(estimate(state.x, interval.time))
         is_first = state.length == 0
         weight = jnp.where(is_first, 0.0, self.share * length / jnp.where(is_first, 1.0, state.length))
-        x = state.x / start.scale + length * ((1 + weight) * slope - weight * state.slope)
-        return AdamsState(end.scale * x, slope, length)
+        extrapolated = (1 + weight) * slope - weight * state.slope
+        return AdamsState(process.follow(state.x, extrapolated, *interval[:2]), slope, length)

@@ -1,7 +1,6 @@
 """Conditioning on a camera's path, as a file of another package."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,20 +10,12 @@ from dit_video.models.conditioning import ClipConditioning
 from dit_video.tokens import Field
 
 
-class Poses(NamedTuple):
-    values: Any
-
-
 @register
 @dataclass(frozen=True, kw_only=True)
 class CameraPoses(ClipConditioning):
     """Pose of the camera [R | t] in every latent frame, which the name of a clip says here."""
 
-    record = Poses
-
-    @property
-    def field(self):
-        return Field(name="camera", alignment="frame", shape=(3, 4))
+    field = Field(name="camera", alignment="frame", shape=(3, 4))
 
     def from_clip(self, view):
         speed = (sum(map(ord, view.name)) % 5 - 2) * (-1 if view.is_flipped else 1)

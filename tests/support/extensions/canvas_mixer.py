@@ -9,7 +9,7 @@ from dit_video.core.registry import register
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import TextTokens
 from dit_video.nn import ONE_DEVICE, CausalConv, Linear, sinusoidal_embedding
-from dit_video.tokens import Canvas, DenseBatch, Grid, segment_mean
+from dit_video.tokens import Canvas, DenseBatch, Grid
 
 HALF = Grid(1, 2, 2)
 
@@ -42,9 +42,8 @@ class SmallUnet(nnx.Module):
 
     def __call__(self, noisy, time, layout, conditioning, state=None):
         conditioning.check(self.config.conditioning_kinds)
-        text = conditioning[TextTokens]
-        mean = segment_mean(text.values.astype(jnp.float32), text.segments, count=layout.count)
-        condition = self.condition(jnp.concatenate([sinusoidal_embedding(time, 16), mean], axis=-1))
+        text = conditioning[TextTokens].mean(layout.count)
+        condition = self.condition(jnp.concatenate([sinusoidal_embedding(time, 16), text], axis=-1))
         x = self.fine(layout.mask_padding(layout.to_array(noisy)))
         x = layout.mask_padding(nnx.silu(x * (1 + layout.to_array(layout.expand(condition)))))
         half = layout.coarsen(HALF)

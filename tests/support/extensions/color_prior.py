@@ -1,7 +1,6 @@
 """A prior of colours, and conditioning on them (unCLIP, arXiv 2204.06125), as a file of another package."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,20 +33,12 @@ class MeanColor(nnx.Module):
         return repeat(latents, "b t h w c -> b t (h y) (w x) c", y=16, x=16)
 
 
-class Color(NamedTuple):
-    values: Any
-
-
 @register
 @dataclass(frozen=True, kw_only=True)
 class ColorEmbedding(ClipConditioning):
     """Mean colour of a clip, in [-1, 1]."""
 
-    record = Color
-
-    @property
-    def field(self):
-        return Field(name="color", alignment="example", shape=(3,))
+    field = Field(name="color", alignment="example", shape=(3,))
 
     def from_clip(self, view):
         return (view.frames.mean(axis=(0, 1, 2)) / 127.5 - 1).astype(np.float32)

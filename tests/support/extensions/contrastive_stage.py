@@ -1,6 +1,6 @@
 """Stages of another package: a contrastive training of clips and captions, and a stage that reads its weights."""
 
-import json
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dit_video.core.files import write_json
 from dit_video.core.registry import register
 from dit_video.distributed.gather import to_host
 from dit_video.experiment import Stage
@@ -41,26 +42,13 @@ def count_bytes(values):
     return np.bincount(np.frombuffer(values, np.uint8), minlength=256).astype(np.float32) / len(values)
 
 
-class Batches:
-    """Clips with their captions, drawn from the run's seed and the step."""
-
-    def __init__(self, clips, seed, start, size):
-        self._clips, self._seed, self._step, self._size = clips, seed, start, size
-        self.hash = f"{len(clips)}-{size}-{seed}"
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        generator = np.random.default_rng((self._seed, self._step))
-        chosen = generator.choice(len(self._clips), self._size, replace=False)
-        self._step += 1
-        video = [count_bytes(decode(self._clips[index], frames=1).frames.tobytes()) for index in chosen]
-        text = [count_bytes(self._clips.infos[index].captions[0].encode()) for index in chosen]
-        return {"video": np.stack(video), "text": np.stack(text)}
-
-    def close(self):
-        pass
+def draw_batches(clips, seed, size, start):
+    """Yield clips with their captions, drawn from the run's seed and the step."""
+    for step in itertools.count(start):
+        chosen = np.random.default_rng((seed, step)).choice(len(clips), size, replace=False)
+        video = [count_bytes(decode(clips[index], frames=1).frames.tobytes()) for index in chosen]
+        text = [count_bytes(clips.infos[index].captions[0].encode()) for index in chosen]
+        yield {"video": np.stack(video), "text": np.stack(text)}
 
 
 @register
@@ -72,19 +60,13 @@ class TrainContrastive(Stage):
     steps: int
     batch: int = 8
     learning_rate: float = 1e-2
-
-    def get_weights(self, run):
-        """Return the file of the trained weights."""
-        return run.folder / self.name / "weights.safetensors"
-
-    def is_done(self, run):
-        return self.get_weights(run).exists()
+    output = "weights.safetensors"
 
     def run(self, run):
         step = GradientStep(loss=contrastive_loss, optimizer=optax.adam(self.learning_rate), ema_decay=0.5)
         trainer = run.make_trainer(self.name, steps=self.steps, init=init, train_step=step)
-        state = trainer.run(lambda start: Batches(run.training_clips, run.seed, start, self.batch))
-        save(self.get_weights(run), to_host(state.ema))
+        state = trainer.run(lambda start: draw_batches(run.training_clips, run.seed, self.batch, start))
+        save(self.get_output(run), to_host(state.ema))
 
 
 @register
@@ -94,17 +76,10 @@ class EmbedCaptions(Stage):
 
     name: str = "captions"
     contrastive: TrainContrastive
-
-    def get_file(self, run):
-        """Return the file of the embeddings."""
-        return run.folder / self.name / "embeddings.json"
-
-    def is_done(self, run):
-        return self.get_file(run).exists()
+    output = "embeddings.json"
 
     def run(self, run):
-        kernel, file = load(self.contrastive.get_weights(run))["text"], self.get_file(run)
+        kernel = load(self.contrastive.get_output(run))["text"]
         captions = [info.captions[0] for info in run.training_clips.infos]
-        file.parent.mkdir(parents=True, exist_ok=True)
         embeddings = {text: np.asarray(embed(kernel, count_bytes(text.encode()))).tolist() for text in captions}
-        file.write_text(json.dumps(embeddings))
+        write_json(self.get_output(run), embeddings)

@@ -27,10 +27,7 @@ class Brightness(ClipConditioning):
     """Mean brightness of the pixels of every latent position."""
 
     record = Control
-
-    @property
-    def field(self):
-        return Field(name="brightness", alignment="grid", shape=(1,))
+    field = Field(name="brightness", alignment="grid", shape=(1,))
 
     def from_clip(self, view):
         size, frames = view.latents, view.frames.mean(axis=-1) / 255

@@ -1,6 +1,5 @@
 """A cache of features (FORA, arXiv 2407.01425): most blocks are computed every few steps; another package's file."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 from dit_video.core.registry import register
 from dit_video.models.backbones.dit import DiT, DiTConfig
 from dit_video.nn import ONE_DEVICE
-from dit_video.sampling.pipeline import Pipeline
 
 
 class CachedFeatures(NamedTuple):
@@ -68,5 +66,4 @@ class CachedDiT(Cached, DiT):
 def add_cache(pipe, every=2):
     """Return a pipeline with the same weights and a cache."""
     backbone = CachedConfig(**vars(pipe.config.model.backbone), every=every)
-    config = dataclasses.replace(pipe.config, model=dataclasses.replace(pipe.config.model, backbone=backbone))
-    return Pipeline(config, autoencoder=pipe.codec.params, denoiser=pipe.denoiser_params)
+    return pipe.replace(config=pipe.config.replace_model(backbone=backbone))

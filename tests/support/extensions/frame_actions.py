@@ -1,7 +1,6 @@
 """A causal model that actions steer and that is sampled frame by frame, as a file of another package."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +16,12 @@ from dit_video.tokens import Field, PackedRows, compute_positions, compute_token
 from dit_video.weights.frozen_encoders import open_tokenizer
 
 
-class Actions(NamedTuple):
-    values: Any
-
-
 @register
 @dataclass(frozen=True, kw_only=True)
 class FrameActions(ClipConditioning):
     """Two numbers in every latent frame: here the mean brightness and its change."""
 
-    record = Actions
-
-    @property
-    def field(self):
-        return Field(name="actions", alignment="frame", shape=(2,))
+    field = Field(name="actions", alignment="frame", shape=(2,))
 
     def from_clip(self, view):
         brightness = view.frames.mean(axis=(1, 2, 3))[:: max(1, (len(view.frames) - 1) // max(1, view.latents.t - 1))]
@@ -63,7 +54,7 @@ class World:
         positions = jnp.asarray(self.positions[:, tokens])
         layout = PackedRows(segments=jnp.ones(positions.shape[:2], jnp.int32), positions=positions, count=1)
         values = jnp.repeat(jnp.asarray(actions, jnp.float32)[first:last], self.frame, axis=0)[None]
-        return layout, Conditioning(make_text_record(self.context, layout), Actions(values))
+        return layout, Conditioning(make_text_record(self.context, layout), FrameActions.record(values))
 
     def _sample_next(self, params, state, noise, layout, conditioning):
         """Return the next frame and the state that includes it."""

@@ -11,7 +11,6 @@ import numpy as np
 from dit_video.core.registry import register
 from dit_video.core.trees import map_with_path
 from dit_video.nn import Kernel
-from dit_video.sampling.pipeline import Pipeline
 
 
 @register
@@ -50,4 +49,4 @@ def quantize(pipeline, pattern=r"^backbone/blocks/.*kernel$"):
         return Int8Kernel.from_array(leaf) if re.search(pattern, path) else leaf
 
     denoiser = map_with_path(convert, pipeline.denoiser_params)
-    return Pipeline(pipeline.config, autoencoder=pipeline.codec.params, denoiser=denoiser)
+    return pipeline.replace(denoiser=denoiser)

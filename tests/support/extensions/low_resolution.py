@@ -1,7 +1,6 @@
 """Conditioning on a clip of low resolution with noise augmentation (arXiv 2106.15282), as a file of another package."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +12,12 @@ from dit_video.nn import Linear
 from dit_video.tokens import Field
 
 
-class LowResolution(NamedTuple):
-    values: Any
-
-
 @register
 @dataclass(frozen=True, kw_only=True)
 class LowResolutionClip(ClipConditioning):
     """A clip of one pixel per latent; its strength is 1 minus the standard deviation of noise that is added to it."""
 
-    record = LowResolution
-
-    @property
-    def field(self):
-        return Field(name="low_resolution", alignment="grid", shape=(3,))
+    field = Field(name="low_resolution", alignment="grid", shape=(3,))
 
     def from_clip(self, view):
         return self.shrink(view.frames, view.latents)
@@ -47,7 +38,8 @@ class LowResolutionClip(ClipConditioning):
         noisy = values + level * layout.sample_noise(noise_keys, values.shape[-1])
         clean_strength = None if strength is None else jnp.ones_like(strength)
         record = super().prepare(noisy, layout, keys, clean_strength)
-        return LowResolution(jnp.concatenate([record.values, jnp.broadcast_to(level, (*values.shape[:2], 1))], axis=-1))
+        level = jnp.broadcast_to(level, (*values.shape[:2], 1))
+        return record._replace(values=jnp.concatenate([record.values, level], axis=-1))
 
     def make_embedding(self, width, *, patch, dtype, partitioner, rngs):
         return Linear(3 * patch.volume + 1, width, dtype=dtype, partitioner=partitioner, rngs=rngs)

@@ -1,6 +1,6 @@
 """A model family with a backbone of its own, as a file of another package."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -12,12 +12,10 @@ from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import TextTokens
 from dit_video.nn import ONE_DEVICE, Linear
 from dit_video.sampling.loading import load_pipeline
-from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import read_pipeline_config
-from dit_video.tokens import segment_mean
+from dit_video.weights.folders import map_linear
 from dit_video.weights.lora import LoraModule
 from dit_video.weights.streaming import FileMap
-from dit_video.weights.tensor_map import TensorMapping
 
 
 @register
@@ -43,9 +41,8 @@ class Mixer(nnx.Module):
 
     def __call__(self, noisy, time, layout, conditioning, state=None):
         conditioning.check(self.config.conditioning_kinds)
-        x, text = self.tokens(noisy), conditioning[TextTokens]
-        words = segment_mean(text.values, text.segments, count=layout.count)
-        clip = self.clip(jnp.concatenate([layout.mean(x), words, time[..., None]], axis=-1))
+        x, text = self.tokens(noisy), conditioning[TextTokens].mean(layout.count)
+        clip = self.clip(jnp.concatenate([layout.mean(x), text, time[..., None]], axis=-1))
         return self.head(nnx.silu(x + layout.expand(clip))), state
 
 
@@ -61,9 +58,7 @@ class MixerFormat(DenoiserFormat[MixerConfig]):
         return {"_class_name": "TheirMixer", **sizes}
 
     def make_file_map(self, config, layout):
-        kernels = {f"{ours}/kernel": TensorMapping(f"{name}.weight", "o i -> i o") for ours, name in self.names.items()}
-        biases = {f"{ours}/bias": TensorMapping(f"{name}.bias") for ours, name in self.names.items()}
-        return FileMap.from_tensor_map(kernels | biases)
+        return FileMap.from_tensor_map(map_linear(self.names))
 
     def get_lora_modules(self, config, *, primary_layout="diffusers"):
         return {name: LoraModule(f"{ours}/kernel") for ours, name in self.names.items()}
@@ -75,17 +70,13 @@ class MixerFamily(Family):
 
     def make_config(self, folder, options):
         backbone = self.denoiser.read_folder_config(folder / "transformer")
-        config = read_pipeline_config(folder / "rest")
-        return replace(config, model=replace(config.model, backbone=backbone))
+        return read_pipeline_config(folder / "rest").replace_model(backbone=backbone)
 
     def load_pipeline(self, folder, options):
-        rest = load_pipeline(folder / "rest")
+        lora_modules = self.denoiser.get_lora_modules
+        rest = load_pipeline(folder / "rest", get_lora_modules=lora_modules, parallel=options.parallel)
         _, params = self.denoiser.load(folder / "transformer")
-        parameters = {"autoencoder": rest.codec.params, "denoiser": rest.denoiser_params | {"backbone": params}}
-        config = self.make_config(folder, options)
-        return Pipeline(
-            config, **parameters, get_lora_modules=self.denoiser.get_lora_modules, parallel=options.parallel
-        )
+        return rest.replace(config=self.make_config(folder, options), denoiser={"backbone": params})
 
 
 register_family(MixerFamily())

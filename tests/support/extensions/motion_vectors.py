@@ -1,7 +1,6 @@
 """Conditioning on motion vectors of a column of the data set, as a file of another package."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,21 +9,13 @@ from dit_video.models.conditioning import ClipConditioning
 from dit_video.tokens import Field
 
 
-class Motion(NamedTuple):
-    values: Any
-
-
 @register
 @dataclass(frozen=True, kw_only=True)
 class MotionVectors(ClipConditioning):
     """Mean motion (down, right) of every latent frame; the column has one for every frame of the file."""
 
-    record = Motion
+    field = Field(name="motion", alignment="frame", shape=(2,))
     column: str = "motion_vectors"
-
-    @property
-    def field(self):
-        return Field(name="motion", alignment="frame", shape=(2,))
 
     @property
     def columns(self):

@@ -7,6 +7,10 @@ from dit_video.data.ingest.formats import ListedClip, Listing, SourceFormat, reg
 INDEX, CLIPS = "clips.index.json", "clips.bin"
 
 
+def find_index(folder):
+    return [name for name in folder.files if name == INDEX]
+
+
 def list_packed(folder, options):
     entries = json.loads((folder.source / INDEX).read_text())
     path = str(folder.source / CLIPS)
@@ -14,13 +18,7 @@ def list_packed(folder, options):
     return Listing(tuple(clips), format="packed")
 
 
-register_format(
-    SourceFormat(
-        name="packed",
-        find_mark=lambda folder: INDEX if INDEX in folder.files else None,
-        list_folder=list_packed,
-    )
-)
+register_format(SourceFormat(name="packed", find_marks=find_index, list_folder=list_packed))
 
 
 def write_packed(destination, clips):

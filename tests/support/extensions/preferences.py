@@ -50,7 +50,7 @@ def train(
 
     params, state, numbers = reference, optimizer.init(reference), iter(range(rounds * updates))
     for number in range(rounds):
-        model = Pipeline(pipe.config, autoencoder=pipe.codec.params, denoiser=params)
+        model = pipe.replace(denoiser=params)
         seeds = np.arange(2 * len(prompts)).reshape(2, -1) + 2 * len(prompts) * number
         sampled = [model.generate(prompts, seed=each.tolist(), **options) for each in seeds]
         pairs = [sorted(pair, key=score, reverse=True) for pair in zip(*sampled, strict=True)]
@@ -61,4 +61,4 @@ def train(
         opened = pipe.open_denoiser(requests, [pipe.encode(clip) for clip in ordered])
         for _ in range(updates):
             params, state, _ = update(params, state, opened, next(numbers))
-    return Pipeline(pipe.config, autoencoder=pipe.codec.params, denoiser=params)
+    return pipe.replace(denoiser=params)

@@ -1,7 +1,6 @@
 """Reference frames as extra tokens of a clip, as a file of another package."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,20 +12,12 @@ from dit_video.tokens import Field, Grid, compute_positions
 GRID = Grid(1, 4, 4)
 
 
-class References(NamedTuple):
-    values: Any
-
-
 @register
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFrame(ClipConditioning):
     """Colours of a frame on a grid of 4 by 4, whose tokens lie before the first frame."""
 
-    record = References
-
-    @property
-    def field(self):
-        return Field(name="reference", alignment="extra", shape=(3,), length=GRID.volume)
+    field = Field(name="reference", alignment="extra", shape=(3,), length=GRID.volume)
 
     def from_clip(self, view):
         return self.from_request(view.frames[-1], view.latents)

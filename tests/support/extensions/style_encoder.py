@@ -1,7 +1,7 @@
 """Conditioning on the style of a frame, by an encoder in the folder of the run, as a file of another package."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -11,21 +11,14 @@ from dit_video.models.conditioning import ClipConditioning
 from dit_video.tokens import Field
 
 
-class Style(NamedTuple):
-    values: Any
-
-
 @register
 @dataclass(frozen=True, kw_only=True)
 class StyleEncoder(ClipConditioning):
     """A vector of a frame's colours: the first of a training clip, or an image that a request gives."""
 
-    record = Style
     weights: str = "style.npy"
 
-    @property
-    def field(self):
-        return Field(name="style", alignment="example", shape=(6,))
+    field = Field(name="style", alignment="example", shape=(6,))
 
     def open(self, folder):
         if not (folder / self.weights).is_file():

@@ -20,8 +20,6 @@ class MotionError(MeanMetric):
     )
 
     def measure(self, batch):
-        return [self.compare(*clips) for clips in zip(batch.samples, batch.references, strict=True)]
-
-    def compare(self, sample, reference):
-        motion, expected = (np.diff(clip.frames.astype(float), axis=0) for clip in (sample, reference))
-        return self.scale * np.abs(motion - expected).mean()
+        both = (batch.samples, batch.references)
+        motions = ([np.diff(clip.frames.astype(float), axis=0) for clip in clips] for clips in both)
+        return [self.scale * np.abs(motion - expected).mean() for motion, expected in zip(*motions, strict=True)]

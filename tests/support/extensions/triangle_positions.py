@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from dit_video.core.registry import register
 from dit_video.models.backbones.positions import PositionEmbedding
-from dit_video.nn import Linear
 
 
 @register
@@ -19,9 +18,6 @@ class Triangles(PositionEmbedding):
     @property
     def linear_features(self):
         return 3 * len(self.periods)
-
-    def make(self, width, *, dtype, partitioner, rngs):
-        return Linear(self.linear_features, width, dtype=dtype, partitioner=partitioner, rngs=rngs)
 
     def compute_features(self, positions, segments, *, count, width):
         phases = positions[..., None] / jnp.asarray(self.periods) % 1

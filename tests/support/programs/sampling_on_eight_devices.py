@@ -116,7 +116,7 @@ def weights() -> None:
     before = count_bytes()[device]
     wide = DiTConfig(channels=4, context_width=16, patch=Grid(1, 2, 2), width=128, layers=2, heads=4)
     denoiser = {"backbone": make_random_params(wide.make), "text": PARAMS["denoiser"]["text"]}
-    config = replace(CONFIG, model=replace(CONFIG.model, backbone=wide))
+    config = CONFIG.replace_model(backbone=wide)
     several = Pipeline(config, autoencoder=PARAMS["autoencoder"], denoiser=denoiser)
     big = several.denoiser_params
     with tempfile.TemporaryDirectory() as temporary:
@@ -165,7 +165,7 @@ def record_calls(*, runs: bool = True) -> list:
 def plan(backbone: DiTConfig = DIT) -> None:
     """Check that the program of a plan is that which is called, with arguments of the same shapes and shardings."""
     calls = record_calls(runs=False)
-    config = replace(CONFIG, model=replace(CONFIG.model, backbone=backbone))
+    config = CONFIG.replace_model(backbone=backbone)
     for parallel in PARALLELISMS:
         experiment = replace(EXPERIMENT.replace_model(backbone=backbone), parallel=parallel)
         planned = plan_step(experiment, "sampler", make_partitioner(parallel), clips=[12])
@@ -186,7 +186,7 @@ def plan(backbone: DiTConfig = DIT) -> None:
 def state() -> None:
     """Check that a model's state is shared as the rows are, and planned, and that latents are those of one device."""
     backbone = RecallingConfig(**vars(DIT))
-    config = replace(CONFIG, model=replace(CONFIG.model, backbone=backbone))
+    config = CONFIG.replace_model(backbone=backbone)
     calls = record_calls()
     guidances = (Guidance(scales={"text": 3.0}), Guidance(scales={"text": 3.0}, interval=(0.4, 0.9)))
     for guidance in guidances:

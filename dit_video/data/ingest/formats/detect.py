@@ -1,7 +1,7 @@
 """Formats of sources, and detection of a source's format."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dit_video.core.errors import MissingError, UserError
@@ -20,8 +20,8 @@ class SourceFormat:
     """A format of sources of clips: folders, single files, or both."""
 
     name: str
-    find_mark: Callable[[FolderScan], str | None] = lambda folder: None
-    """Function that returns the file by which a folder of this format is known, or None for another folder."""
+    find_marks: Callable[[FolderScan], Iterable[str]] = lambda folder: ()
+    """Function that returns the files by which a folder of this format is known: none in another folder."""
     list_folder: Callable[[FolderScan, ListingOptions], Listing] | None = None
     """Function that lists the clips of a folder."""
     has_loose_clips: bool = False
@@ -32,29 +32,24 @@ class SourceFormat:
     """Function that lists the clips of such a file."""
 
 
-def _find_first(matches: Callable[[str], object]) -> Callable[[FolderScan], str | None]:
-    return lambda folder: next((name for name in folder.files if matches(name)), None)
-
-
 _FORMATS = {
     each.name: each
     for each in (
         SourceFormat(name="table", is_file=lambda name: get_suffix(name) in TABLE_SUFFIXES, list_file=list_table),
         SourceFormat(
-            name="webdataset", find_mark=_find_first(is_tar), list_folder=list_tars, is_file=is_tar, list_file=list_tar
+            name="webdataset",
+            find_marks=lambda folder: filter(is_tar, folder.files),
+            list_folder=list_tars,
+            is_file=is_tar,
+            list_file=list_tar,
         ),
         SourceFormat(
             name="ucf101",
-            find_mark=_find_first(re.compile(r"(?:.*/)?trainlist0[1-3]\.txt").fullmatch),
+            find_marks=lambda folder: filter(re.compile(r"(?:.*/)?trainlist0[1-3]\.txt").fullmatch, folder.files),
             list_folder=list_ucf101,
             has_loose_clips=True,
         ),
-        SourceFormat(
-            name="msrvtt",
-            find_mark=lambda folder: next(iter(find_annotations(folder)), None),
-            list_folder=list_msrvtt,
-            has_loose_clips=True,
-        ),
+        SourceFormat(name="msrvtt", find_marks=find_annotations, list_folder=list_msrvtt, has_loose_clips=True),
         SourceFormat(name="folder", list_folder=list_folder),
     )
 }
@@ -123,7 +118,8 @@ def _detect_format(folder: FolderScan) -> SourceFormat:
     Raises:
       UserError: If the folder has characteristic files of several formats.
     """
-    marks = {name: mark for name, each in _FORMATS.items() if (mark := each.find_mark(folder)) is not None}
+    found = {name: next(iter(each.find_marks(folder)), None) for name, each in _FORMATS.items()}
+    marks = {name: mark for name, mark in found.items() if mark is not None}
     media, lists = folder.media, find_lists(folder)
     if lists:
         marks["folder"] = lists[0].name
