@@ -126,10 +126,10 @@ def open_trainable_denoiser(
         before.
     """
     init, train = make_init(training, model), training.train
-    check_initial_weights(training, model)
+    check_initial_weights(training, model, is_resuming=is_resuming)
     placer = ParameterPlacer(mesh, training, model.backbone)
     if isinstance(train, LoraAdapters | Student):
-        params = load_initial_denoiser(model, train.init_from, placer)
+        params = load_initial_denoiser(model, train.init_from, placer, jax.random.key(0))
         record_identity(folder / "start.json", placer.identity, train.init_from)
         if train.lora is None:
             return TrainableDenoiser(init, load_initial=lambda key: jax.tree.map(jnp.copy, params), teacher=params)
@@ -140,7 +140,7 @@ def open_trainable_denoiser(
     def load_initial(key: Array) -> dict[str, Any]:
         heads = functools.partial(init_heads, training.auxiliary, model.backbone)
         own = make_on_devices(heads, key, shardings=functools.partial(make_shardings, mesh=mesh))
-        return load_initial_denoiser(model, start, placer) | own
+        return load_initial_denoiser(model, start, placer, key) | own
 
     return TrainableDenoiser(init, load_initial=load_initial)
 

@@ -18,8 +18,9 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.core.trees import flatten
 from dit_video.distributed import make_shardings
-from dit_video.experiment.training_config import DenoiserTraining, TemporalWeights
+from dit_video.experiment.training_config import DenoiserTraining, LoraAdapters, Student, TemporalWeights
 from dit_video.families import find_format, load_denoiser, read_denoiser_config
+from dit_video.models.backbones.conversion import grow, grow_config
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.models.model_config import ModelConfig
@@ -39,29 +40,38 @@ _TRAINING_ONLY_FIELDS = (
 """Fields of configs that weights do not depend on, so that their files do not hold them."""
 
 
-def check_initial_weights(training: DenoiserTraining, model: ModelConfig) -> None:
+def check_initial_weights(training: DenoiserTraining, model: ModelConfig, *, is_resuming: bool = False) -> None:
     """Check the initial weights of a model and its trained parameters, without reading weights.
+
+    Args:
+      training: The training.
+      model: The model, as this training has it.
+      is_resuming: True if the training has begun; then the folder need not be there any more, unless its weights are
+        not trained.
 
     Raises:
       MissingError: If the folder of the initial weights does not exist.
-      UserError: If the folder has weights of another model, or kernels that are not arrays, or if there are no temporal
-        layers where only these are trained.
+      UserError: If the folder has weights of a model that cannot grow to this one, or kernels that are not arrays, or
+        if there are no temporal layers where only these are trained.
     """
     if isinstance(training.train, TemporalWeights):
         paths = flatten(get_param_shapes(model.backbone.make))
         if not any(re.search(TEMPORAL_PATHS, path) for path in paths):
             rule = "the denoiser has no temporal layers. Use AllWeights or LoraAdapters."
             raise UserError(f"train=TemporalWeights is invalid: {rule}")
-    start = training.train.init_from
+    start, is_adapted = training.train.init_from, isinstance(training.train, LoraAdapters | Student)
     if start is not None and (folder := _find_transformer(start)):
-        _check_same(str(folder), "the transformer", read_denoiser_config(folder), model.backbone)
+        _check_growth(folder, "the transformer", read_denoiser_config(folder), model.backbone, is_adapted=is_adapted)
         if training.expert is not None:
             other = training.expert.other_folder
             _check_same(other, "the transformer", read_denoiser_config(other), model.backbone)
         if not isinstance(model.text_encoder, FrozenTextConfig):
             raise UserError(f"{start} has no text encoder to train; set text_encoder=FrozenTextConfig(...)")
-    elif start is not None and (file := _find_pipeline(start) / DENOISER).is_file():
-        for path, name in get_kernel_classes(load_metadata(file)).items():
+    elif start is not None and (is_adapted or not is_resuming):
+        own = read_pipeline_config(_find_pipeline(start)).model
+        _check_growth(start, "backbone", own.backbone, model.backbone, is_adapted=is_adapted)
+        _check_same(start, "text_encoder", own.text_encoder, model.text_encoder)
+        for path, name in get_kernel_classes(load_metadata(_find_pipeline(start) / DENOISER)).items():
             rule = f"{path} is a {name}, not an array, so that it cannot be trained, nor adapters be merged into it"
             raise UserError(f"init_from={start} is invalid: {rule}. Use the weights that it was made of")
     denoiser_format = find_format(model.backbone)
@@ -72,22 +82,40 @@ def check_initial_weights(training: DenoiserTraining, model: ModelConfig) -> Non
             raise UserError(f"adapters of {path} can't be written in other programs' formats; {fix}")
 
 
-def load_initial_denoiser(model: ModelConfig, start: str, placer: "ParameterPlacer") -> dict[str, Any]:
-    """Load the initial parameters from the folder `start`, each to its devices as soon as it is read."""
+def load_initial_denoiser(model: ModelConfig, start: str, placer: "ParameterPlacer", key: Array) -> dict[str, Any]:
+    """Load the initial parameters from the folder `start`, each to its devices as soon as it is read.
+
+    `key` is for the parameters that the folder's model lacks, and that it grows; see `check_initial_weights`.
+    """
+    backbone, params = read_initial_denoiser(start, placer)
+    if grow_config(backbone, model.backbone) == backbone:
+        return params
+    return params | {"backbone": grow(backbone, params["backbone"], model.backbone, key)}
+
+
+def read_initial_denoiser(start: str, placer: "ParameterPlacer") -> tuple[BackboneConfig, dict[str, Any]]:
+    """Return the config and the parameters of the model in the folder `start`, each as `placer` returns it."""
     if transformer := _find_transformer(start):
-        dtype = placer.kernel_dtype
-        _, params = load_denoiser(
-            transformer, kernel_dtype=dtype, place=lambda path, each: placer(f"backbone/{path}", each)
+        backbone, params = load_denoiser(
+            transformer, kernel_dtype=placer.kernel_dtype, place=lambda path, each: placer(f"backbone/{path}", each)
         )
-        return {"backbone": params, "text": {}}
-    pipeline = _find_pipeline(start)
-    config = read_pipeline_config(pipeline)
-    for part in ("backbone", "text_encoder"):
-        _check_same(start, part, getattr(config.model, part), getattr(model, part))
-    return read_denoiser(pipeline, config, placer)
+        return backbone, {"backbone": params, "text": {}}
+    config = read_pipeline_config(_find_pipeline(start))
+    return config.model.backbone, read_denoiser(_find_pipeline(start), config, placer)
 
 
-def _check_same(folder: str, part: str, actual: Any, expected: Any) -> None:
+def _check_growth(
+    folder: str | Path, part: str, config: BackboneConfig, target: BackboneConfig, *, is_adapted: bool
+) -> None:
+    """Check that a folder's model is the config's, or can grow to it if all its weights are trained."""
+    try:
+        grown = config if is_adapted else grow_config(config, target)
+    except UserError as error:
+        raise UserError(f"{folder} holds an image model that cannot get temporal layers: {error}") from error
+    _check_same(folder, part, grown, target)
+
+
+def _check_same(folder: str | Path, part: str, actual: Any, expected: Any) -> None:
     if difference := describe_difference(actual, expected):
         raise UserError(f"{folder} holds another denoiser than the config's, in {part}: {difference}")
 

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from dit_video.core.files import read_json, write_json
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.distributed import shard_batch
-from dit_video.experiment.initial_weights import get_kernel_dtype, load_initial_denoiser
+from dit_video.experiment.initial_weights import get_kernel_dtype, read_initial_denoiser
 from dit_video.experiment.self_check.subject import CheckedTraining, Problem
 from dit_video.tokens import PackedBatch
 from dit_video.training.losses.auxiliary import split_heads
@@ -43,9 +43,10 @@ class ValueReader:
     def __init__(self, subject: CheckedTraining, params: Any):
         self._subject = subject
         generator = subject.make_generator("values")
+        self.shapes = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+        """Shapes of the arrays, by path."""
         self._places = {
-            path: tuple(generator.integers(size, size=COUNT) for size in leaf.shape)
-            for path, leaf in flatten(params).items()
+            path: tuple(generator.integers(size, size=COUNT) for size in shape) for path, shape in self.shapes.items()
         }
         self._take = subject.jit(self._take_values)
         self._take_params = subject.jit(self.take)
@@ -371,7 +372,7 @@ class _ReadingPlacer:
         self._reader, self._paths = reader, set(paths)
 
     def __call__(self, path: str, parameter: Parameter) -> np.ndarray:
-        if path not in self._paths:
+        if path not in self._paths or tuple(parameter.shape) != self._reader.shapes[path]:  # which has grown
             return np.zeros(0)
         return np.asarray(self._reader.take_from(path, parameter.to_host()), np.float64)
 
@@ -397,7 +398,8 @@ def check_initial_weights(
     params = values["params"] if leaves is None else own.read_values(leaves)
     generator = subject.make_generator("initial weights")
     paths = [str(path) for path in generator.permutation(sorted(params))[:_MAX_READ]]
-    stored = flatten(load_initial_denoiser(subject.model, start, _ReadingPlacer(subject, own, paths)))  # type: ignore[arg-type]
+    _, stored_parts = read_initial_denoiser(start, _ReadingPlacer(subject, own, paths))  # type: ignore[arg-type]
+    stored = flatten(stored_parts)
     rate = compute_learning_rate(config, training.steps, 0)
     problems = []
     for path in paths:

@@ -172,7 +172,8 @@ class TrainDenoiser(DenoiserTraining, Stage):
         latents.link_latents(run, self.get_folder(run) / "latents")
         self._record_excluded(run)
         input_pipeline.check_inputs(run, self)
-        check_initial_weights(self, run.model)
+        is_resuming = run.open_checkpoints("denoiser").latest() is not None
+        check_initial_weights(self, run.model, is_resuming=is_resuming or self.is_done(run))
         check_encoders(run.model, run.folder)
         is_encoded = run.data.cache_latents and latents.are_encoded(self.get_folder(run) / "latents")
         if not is_encoded and not self.is_done(run):

@@ -1,4 +1,4 @@
-"""Model surgery: extensions of trained denoisers that leave the predictions unchanged until they are trained."""
+"""Model surgery: trained denoisers grow by parts that leave their predictions unchanged until these are trained."""
 
 import dataclasses
 from typing import Any
@@ -6,31 +6,68 @@ from typing import Any
 from jaxtyping import Array
 
 from dit_video.core.errors import UserError
-from dit_video.core.trees import unflatten
 from dit_video.models.backbones.dit import DiTConfig
-from dit_video.models.backbones.protocol import ConfigT
+from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
 from dit_video.nn import check_params, complete_params
 from dit_video.nn.attention import Full, SpaceOnly
 
 
-def add_temporal_layers(
-    config: DiTConfig, params: dict[str, Any], temporal: TemporalLayers, key: Array
-) -> tuple[SpatioTemporalDiTConfig, dict[str, Any]]:
-    """Extend an image model to a video model, which predicts every frame as the image model does until it is trained.
+def grow(config: BackboneConfig, params: dict[str, Any], target: BackboneConfig, key: Array) -> dict[str, Any]:
+    """Return the parameters of a trained model that has grown to `target`, whose predictions are the same at first.
 
-    Spatial layers process each frame as an image; only the temporal layers depend on time. To train these alone, as in
-    Kandinsky Video (arXiv 2311.13073, section 3.2), set the optimizer's `trainable=("temporal",)`.
+    Weights of new channels are zero, and new temporal layers are the identity. Those of new conditioning are as a new
+    model has them: by default zero, too.
 
     Args:
-      config: Config of an image model.
-      params: Parameters of that model, which the result shares.
-      temporal: Config of the temporal layers.
-      key: Random key for the parameters of the temporal layers.
+      config: Config of the trained model.
+      params: Its parameters, which the result shares.
+      target: What the model can grow to, by `grow_config`.
+      key: Random key for new parameters.
+
+    Raises:
+      UserError: If the parameters belong to another model, or it cannot grow to one whose parameters have other shapes.
+    """
+    leaves = check_params(config.make, params)
+    if target.cond_channels > config.cond_channels:
+        leaves = config.widen_conditioning(leaves, target.cond_channels)
+    grown = complete_params(target.make, leaves, key)
+    check_params(target.make, grown)
+    return grown
+
+
+def grow_config(config: BackboneConfig, target: BackboneConfig) -> BackboneConfig:
+    """Return what a trained model can grow to on the way to another one: `target` itself if it can grow to it.
+
+    A model grows by temporal layers (`add_temporal_layers`), channels of clean latents and masks, conditioning on
+    further fields of clips, and a time per token. In all else the result is as the trained model.
+
+    Raises:
+      UserError: If `target` has temporal layers that cannot be added.
+    """
+    grown = config
+    if type(config) is DiTConfig and isinstance(target, SpatioTemporalDiTConfig):
+        grown = add_temporal_layers(config, target.temporal)
+    if type(grown) is not type(target):
+        return grown
+    changes: dict[str, Any] = {}
+    if target.cond_channels > grown.cond_channels:
+        changes["cond_channels"] = target.cond_channels
+    if target.conditioning[: len(grown.conditioning)] == grown.conditioning != target.conditioning:
+        changes["conditioning"] = target.conditioning
+    if (grown.time, target.time) == ("segment", "token"):
+        changes["time"] = "token"
+    return grown.replace(**changes) if changes else grown
+
+
+def add_temporal_layers(config: DiTConfig, temporal: TemporalLayers) -> SpatioTemporalDiTConfig:
+    """Return the config of an image model with temporal layers, which alone depend on time.
+
+    Spatial layers then process each frame as an image (Kandinsky Video, arXiv 2311.13073, section 3.2).
 
     Raises:
       UserError: If the model has a pattern other than `Full` or `SpaceOnly`, registers or another part that
-        `SpatioTemporalDiT` lacks, or the parameters belong to another model.
+        `SpatioTemporalDiT` lacks.
     """
     if config.pattern not in (Full(), SpaceOnly()):
         raise UserError(
@@ -44,19 +81,4 @@ def add_temporal_layers(
             rule = "SpatioTemporalDiT has no such part"
             raise UserError(f"{field.name}={values[field.name]} is invalid: {rule}. Use a model with {field.default}.")
     shared = {name: value for name, value in values.items() if name in kept}
-    grown = SpatioTemporalDiTConfig(**shared, temporal=temporal)
-    return grown, complete_params(grown.make, check_params(config.make, params), key)
-
-
-def add_cond_channels(config: ConfigT, params: dict[str, Any], channels: int) -> tuple[ConfigT, dict[str, Any]]:
-    """Extend a model to `channels` channels of clean latents and masks, with zero weights for the new ones.
-
-    This turns a text-to-video model into an image-to-video model; Wan's have 4 mask channels and 16 latent channels.
-
-    Raises:
-      UserError: If the model has this many channels already, or the parameters belong to another model.
-    """
-    if channels <= config.cond_channels:
-        raise UserError(f"channels={channels} does not extend a model with {config.cond_channels}; give more channels")
-    leaves = config.widen_conditioning(check_params(config.make, params), channels)
-    return config.replace(cond_channels=channels), unflatten(leaves)
+    return SpatioTemporalDiTConfig(**shared, temporal=temporal)

@@ -2,7 +2,7 @@
 
 Spatial blocks see a frame, temporal blocks one position in all frames (Latte, arXiv 2401.03048; Kandinsky Video, arXiv
 2311.13073). Temporal blocks start as the identity, and time has an embedding of its own, so a trained image model
-becomes a video model that predicts every frame as before: see `conversion.add_temporal_layers`.
+becomes a video model that predicts every frame as before: see `conversion.grow`.
 """
 
 import functools

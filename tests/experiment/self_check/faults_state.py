@@ -204,8 +204,8 @@ def initial_weights_ignored(run):
 def _change_loaded(change):
     load = _denoiser.load_initial_denoiser
 
-    def load_changed(model, start, placer):
-        loaded = load(model, start, placer)
+    def load_changed(model, start, placer, key):
+        loaded = load(model, start, placer, key)
         fresh = flatten(init_denoiser(model, jax.random.key(1)))
         return map_with_path(lambda path, leaf: fresh[path] if change(path) else leaf, loaded)
 

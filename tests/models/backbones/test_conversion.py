@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dit_video.core.errors import UserError
 from dit_video.core.trees import flatten, map_with_path
-from dit_video.models.backbones.conversion import add_cond_channels, add_temporal_layers
+from dit_video.models.backbones.conversion import add_temporal_layers, grow, grow_config
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.positions import BoundaryEmbedding, SineCosine
 from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
 from dit_video.models.backbones.wan import WanDitConfig
-from dit_video.nn import init_params
+from dit_video.models.conditioning import ClipConditioning
+from dit_video.nn import get_graph_def, init_params
 from dit_video.nn.attention import TimeOnly
+from dit_video.tokens import Field
 from dit_video.training.optim.optimizer import AdamW
 from support.packed_rows import CLASSES, COND_WIDTH, FIRST, TEXT_WIDTH, make_batch, predict, predict_with_gradients
 from support.random_params import make_random_params
@@ -28,6 +31,27 @@ WAN = WanDitConfig(
     channels=2, context_width=TEXT_WIDTH, text_length=5, width=24, mlp_dim=40, layers=2, heads=2, time_width=32
 )
 KEY = jax.random.key(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed(ClipConditioning):
+    """A number of a clip."""
+
+    field = Field(name="speed", alignment="example")
+
+    def from_clip(self, view):
+        return np.float32(0)
+
+    def from_request(self, value, latents):
+        return np.float32(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Course(Speed):
+    """Another number."""
+
+    record = type("Course", (Speed.record,), {})
+    field = Field(name="course", alignment="example")
 
 
 def as_images(batch):
@@ -63,8 +87,9 @@ def as_images(batch):
     ids=["alternating", "in a block"],
 )
 def test_a_new_video_model_predicts_every_frame_like_the_image_model(config, temporal):
-    params, batch = make_random_params(config.make), make_batch((0,))
-    video, grown = add_temporal_layers(config, params, temporal, KEY)
+    params, batch, video = make_random_params(config.make), make_batch((0,)), add_temporal_layers(config, temporal)
+    assert grow_config(config, video) == video
+    grown = grow(config, params, video, KEY)
     expected = predict(params, as_images(batch), config)[:, FIRST]
     result, gradients, _ = predict_with_gradients(grown, batch, video)
     np.testing.assert_allclose(result[:, FIRST], expected, atol=1e-6)
@@ -81,8 +106,8 @@ def test_a_new_video_model_predicts_every_frame_like_the_image_model(config, tem
 
 
 def test_temporal_layers_alone_are_trained_by_their_name():
-    video, grown = add_temporal_layers(IMAGE, make_random_params(IMAGE.make), TemporalLayers(), KEY)
-    assert video == VIDEO
+    assert add_temporal_layers(IMAGE, TemporalLayers()) == VIDEO
+    grown = grow(IMAGE, make_random_params(IMAGE.make), VIDEO, KEY)
     trains = AdamW(trainable=("temporal",)).is_trained
     new = {path for path in flatten(grown) if path not in flatten(make_random_params(IMAGE.make))}
     assert new
@@ -115,39 +140,74 @@ def test_a_model_with_more_conditioning_channels_predicts_the_same_at_first(conf
         expected = predict(params, batch._replace(latents=old.reshape(*old.shape[:2], -1)), config)
     else:
         expected = predict(params, batch, config)
-    grown_config, grown = add_cond_channels(config, params, 3)
-    assert grown_config == dataclasses.replace(config, cond_channels=3)
-    assert grown_config.cond_width == COND_WIDTH
-    result, gradients, _ = predict_with_gradients(grown, batch, grown_config)
+    target = dataclasses.replace(config, cond_channels=3)
+    assert grow_config(config, target) == target
+    assert target.cond_width == COND_WIDTH
+    grown = grow(config, params, target, KEY)
+    result, gradients, _ = predict_with_gradients(grown, batch, target)
     np.testing.assert_allclose(result[0, :14], expected[0, :14], atol=1e-6)
     path = "embed/kernel" if isinstance(config, WanDitConfig) else "cond_embed/kernel"
     assert (np.abs(flatten(gradients)[path]).max(axis=1) > 1e-4).all()
 
 
 @pytest.mark.parametrize(
-    ("grow", "message"),
+    ("make", "message"),
     [
+        (lambda params: grow(IMAGE, params | {"more": params["head"]}, VIDEO, KEY), "more/bias has "),
+        (lambda params: grow(IMAGE, {"head": params["head"]}, VIDEO, KEY), "has shape None, the config implies"),
+        (lambda params: grow(IMAGE, params, IMAGE.replace(layers=4), KEY), "the config implies"),
         (
-            lambda params: add_temporal_layers(IMAGE, params | {"more": params["head"]}, TemporalLayers(), KEY),
-            "more/bias has ",
-        ),
-        (lambda params: add_cond_channels(IMAGE, {"head": params["head"]}, 3), "has shape None, the config implies"),
-        (
-            lambda params: add_cond_channels(dataclasses.replace(IMAGE, cond_channels=3), params, 3),
-            "channels=3 .* give more",
-        ),
-        (
-            lambda params: add_temporal_layers(
-                dataclasses.replace(IMAGE, pattern=TimeOnly()), params, TemporalLayers(), KEY
-            ),
+            lambda params: add_temporal_layers(IMAGE.replace(pattern=TimeOnly()), TemporalLayers()),
             r"pattern=TimeOnly\(\) is invalid: .* Use a model with Full\(\) or SpaceOnly\(\)",
         ),
         (
-            lambda params: add_temporal_layers(dataclasses.replace(IMAGE, registers=1), params, TemporalLayers(), KEY),
+            lambda params: add_temporal_layers(IMAGE.replace(registers=1), TemporalLayers()),
             "registers=1 is invalid: .* Use a model with 0",
         ),
     ],
 )
-def test_invalid_conversions_are_refused(grow, message):
+def test_invalid_conversions_are_refused(make, message):
     with pytest.raises(UserError, match=message):
-        grow(make_random_params(IMAGE.make))
+        make(make_random_params(IMAGE.make))
+
+
+@pytest.mark.parametrize(
+    ("config", "target"),
+    [
+        (IMAGE, IMAGE.replace(layers=4)),
+        (VIDEO, VIDEO.replace(temporal=TemporalLayers(layers=2))),
+        (VIDEO, IMAGE),
+        (IMAGE.replace(cond_channels=3), IMAGE),
+        (IMAGE.replace(time="token"), IMAGE),
+        (IMAGE.replace(conditioning=(Speed(), Course())), IMAGE.replace(conditioning=(Course(), Speed()))),
+        (WAN, WAN.replace(image_width=32)),
+        (IMAGE, WAN),
+    ],
+)
+def test_what_is_not_grown_differs(config, target):
+    assert grow_config(config, target) != target
+
+
+@pytest.mark.parametrize("changes", [{"time": "token"}, {"conditioning": (Speed(), Course())}])
+def test_a_model_with_further_conditioning_predicts_the_same_at_first(changes):
+    """Values of new conditioning act once they are trained."""
+    config = IMAGE.replace(conditioning=(Speed(),))
+    params, batch, target = make_random_params(config.make), make_batch((0, 1)), config.replace(**changes)
+    assert grow_config(config, target) == target
+    speeds = Speed.record(jnp.ones((1, 3)))
+
+    def predict_with(params, config, *records):
+        conditioning = batch.get_conditioning(config).add(speeds, *records)
+        model = nnx.merge(get_graph_def(config.make), params)
+        time = batch.get_time(IMAGE)
+        time = batch.layout.expand(time) if config.time == "token" else time
+        return model(batch.noisy, time, batch.layout, conditioning)[0][0, :14]
+
+    records = [each.record(jnp.ones((1, 3))) for each in target.conditioning[1:]]
+    grown = grow(config, params, target, KEY)
+    expected = predict_with(params, config)
+    np.testing.assert_allclose(predict_with(grown, target, *records), expected, atol=1e-6)
+    if records:
+        trained = make_random_params(target.make)
+        grown["cond_course"] = trained["cond_course"]
+        assert np.abs(predict_with(grown, target, *records) - expected).max() > 1e-3

@@ -9,8 +9,8 @@ import numpy as np
 from dit_video.core.errors import UserError
 from dit_video.core.registry import register
 from dit_video.sampling import SamplingPlan, StepTransform
-from dit_video.sampling.plan import make_latent_fields
 from dit_video.sampling.request import Conditioner
+from dit_video.tokens import Field
 
 
 @register
@@ -19,7 +19,7 @@ class KeptLatents(StepTransform):
     """Latents that are kept: after each step they are the clip's, with the noise of its time."""
 
     def list_fields(self, channels):
-        return make_latent_fields("kept", "is_kept", channels=channels)
+        return tuple(Field(name=name, alignment="grid", shape=(channels,)) for name in ("kept", "is_kept"))
 
     def change_sample(self, sample, inputs):
         kept, is_kept = (inputs.rows.fields[name] for name in ("kept", "is_kept"))
@@ -38,6 +38,6 @@ class Inpainting(Conditioner):
         latents = model.codec.encode(self.clip)
         if self.generated.shape != latents.shape[:3]:
             raise UserError(f"generated has the shape {self.generated.shape}; use {latents.shape[:3]}, of the latents")
-        is_kept = (~self.generated[..., None]).astype(np.float32)
+        is_kept = np.broadcast_to(~self.generated[..., None], latents.shape).astype(np.float32)
         fields = zip(KeptLatents().list_fields(latents.shape[-1]), (latents, is_kept), strict=True)
         return SamplingPlan(dict(fields), start=latents, start_time=self.start_time, transform=KeptLatents())
