@@ -1,14 +1,14 @@
-"""Fine-tune open weights on a folder of clips, sample the result and write its report.
+"""Fine-tune a trained model on a folder of clips, sample the result and write its report.
 
 MODEL is a folder of Wan (2.1 T2V 1.3B or 14B, I2V 14B, 2.2 TI2V 5B, T2V or I2V A14B), of VACE (1.3B or 14B) or of
-LTX-Video 0.9 in the diffusers layout. CLIPS is the same as for `train.py`: a folder of video files with a
-`metadata.csv`, or a data set. The autoencoder, the text encoder and the image encoder are frozen: clips, captions and
-first frames are encoded once, then the transformer is trained:
+LTX-Video 0.9 in the diffusers layout, or a finished run or a pipeline of your own. CLIPS is the same as for `train.py`:
+a folder of video files with a `metadata.csv`, or a data set. The autoencoder, a frozen text encoder and the image
+encoder stay as they are: clips, captions and first frames are encoded once, then the transformer is trained:
 
     --train lora        LoRA adapters only (--lora.rank 16, --lora.targets …); pytorch_lora_weights.safetensors in the
                         run's folder can be loaded with diffusers' load_lora_weights(RUN) and with ComfyUI
     --train full        all weights; RUN/transformer can be loaded with diffusers' class of the model
-    --train temporal    only the temporal layers, for models that have them
+    --train temporal    only the temporal layers, which an image model gets (--temporal.layers …)
     --train scratch     all weights, from random initialization
 
 A14B has two experts; one is trained, on its own range of times: --expert high (noisy times) or --expert low,
@@ -53,7 +53,7 @@ from dit_video.families.family import DENOISER_FOLDERS
 
 @dataclass(frozen=True)
 class Arguments:
-    """Fine-tune open weights on a folder of clips, sample the result and write its report.
+    """Fine-tune a trained model on a folder of clips, sample the result and write its report.
 
     For example:
 
@@ -61,10 +61,11 @@ class Arguments:
         python experiments/finetune.py Wan2.2-T2V-A14B-Diffusers --data CLIPS --train full --expert low
         python experiments/finetune.py Wan2.1-VACE-1.3B-diffusers --data CLIPS --workdir runs/vace
         python experiments/finetune.py LTX-Video-0.9.5 --data CLIPS --workdir runs/ltx
+        python experiments/finetune.py runs/images --data CLIPS --train temporal --max-frames 17
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a model of Wan, VACE or LTX-Video in the diffusers layout."""
+    """Folder of a model of Wan, VACE or LTX-Video in the diffusers layout, or of a run or a pipeline."""
     data: tuple[str, ...]
     """Folders of clips, or data sets written by tools/ingest.py."""
     workdir: str | None = None

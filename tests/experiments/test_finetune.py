@@ -15,7 +15,7 @@ from dit_video.families.family import DENOISER_FOLDERS
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
 from dit_video.training.hooks import logging
-from dit_video.video import decode
+from dit_video.video import Clip, decode
 from support.tiny_vace import write_vace
 from support.tiny_wan import TWO, write_animating_wan, write_wan
 
@@ -101,6 +101,22 @@ def test_full_fine_tuning_writes_and_changes_every_weight(finetuned, model):
     for path, leaf in flatten(written).items():
         np.testing.assert_array_equal(leaf, trained[path], err_msg=path)
         assert np.abs(leaf - before[path]).max() > 1e-6, path
+
+
+def test_a_model_of_our_own_is_fine_tuned_by_the_same_command(process, clips, tmp_path):
+    run = tmp_path / "run"
+    model = Path(__file__).parents[2] / "experiments" / "pretrained" / "shapes"
+    options = [*("--steps", 3, "--warmup", 1, "--sampling-steps", 2, "--samples", 1, "--max-frames", 5)]
+    options += ["--first-frame-prob", 0.5, "--train", "full", "--batch", 1]
+    ended = process("experiments/finetune.py", model, "--data", clips, "--workdir", run, *options)
+    assert ended.code == 0, ended.err
+    assert (run / "report.html").is_file()
+    sampled = tmp_path / "clip.mp4"
+    Clip(np.full((1, 32, 48, 3), 90, np.uint8), fps=1).save(tmp_path / "image.png")
+    options = ["--image", tmp_path / "image.png", "--steps", 2, "--size", "5x32x48", "--out", sampled]
+    ended = process("experiments/sample.py", run, "--prompt", "a red circle", *options)
+    assert ended.code == 0, ended.err
+    assert decode(sampled).frames.shape == (5, 32, 48, 3)
 
 
 @pytest.fixture(scope="module")

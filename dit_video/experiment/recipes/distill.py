@@ -1,37 +1,25 @@
 """Distillation of any checkpoint into a few-step student: the experiment of the student."""
 
 import os
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal
 
 from dit_video.core.errors import UserError
-from dit_video.data.buckets import BucketConfig
-from dit_video.diffusion import TEXT, Guidance, Lcm, LogitNormal, TimeDistribution, UniformWeighting, Weighting
+from dit_video.diffusion import TEXT, Guidance, Lcm
 from dit_video.distributed import Parallelism
-from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.evaluation.protocol import EvaluationProtocol
-from dit_video.experiment.data_config import DataConfig
-from dit_video.experiment.recipes.finetune import make_data_config, make_row_shape, read_open_parts
-from dit_video.experiment.run import Experiment, Run
-from dit_video.experiment.several_models import check_single
+from dit_video.experiment.recipes.starting_model import StartingModel, read_starting_model, set_precision
+from dit_video.experiment.run import Experiment
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.experiment.training_config import Student
-from dit_video.families.family import INDEX
-from dit_video.models.model_config import ModelConfig
 from dit_video.nn import LoraConfig, Remat
 from dit_video.nn.attention import BackendName
 from dit_video.sampling import Sampling
-from dit_video.sampling.pipeline_config import RUN_CONFIG, is_pipeline_folder, read_pipeline_config
-from dit_video.tokens import PackedShape
 from dit_video.training.losses.distillation import ConsistencyDistillation, Distillation, DistributionMatching
 from dit_video.training.optim.optimizer import AdamW, Muon, OptimizerConfig
 from dit_video.training.optim.schedules import WarmupStableDecay
 
 _LEARNING_RATES = {"consistency": 1e-3, "dmd": 3e-4}
 _LORA_LEARNING_RATE = 1e-4
-_OPEN_GUIDANCE = 5.0
-"""Guidance scale of open weights, as in their pipelines in diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +40,7 @@ class DistillationOptions:
     """Number of sampling steps of the student."""
     guidance: float | None = None
     """Guidance scale of the teacher, which the student learns to imitate without guidance; by default the teacher's
-    own, and 5 for open weights."""
+    own, that of its authors for open weights."""
     intervals: int = 32
     """Number of steps that the teacher takes from noise to data; `consistency` only."""
     critic_steps: int = 5
@@ -85,32 +73,6 @@ class DistillationOptions:
     log_every: int = 20
     save_every: int = 200
 
-    @property
-    def limits(self) -> dict[str, Any]:
-        """Return the limits of clips that are not the teacher's."""
-        limits = {"max_pixels": self.max_pixels, "max_frames": self.max_frames}
-        return {name: value for name, value in limits.items() if value is not None}
-
-
-class _Teacher(NamedTuple):
-    """A teacher: its weights and the settings that its student's experiment takes over."""
-
-    folder: Path
-    """Folder of its weights."""
-    name: str
-    model: ModelConfig
-    autoencoder: Path
-    """Folder of the weights of its autoencoder."""
-    times: TimeDistribution
-    weighting: Weighting
-    buckets: BucketConfig | None
-    data: DataConfig
-    batch: int
-    guidance: Guidance
-    evaluation: EvaluationProtocol
-    train: Literal["full", "lora"]
-    """Weights of a student that are trained by default."""
-
 
 def make_distillation_experiment(
     folder: str | os.PathLike, options: DistillationOptions = DistillationOptions()
@@ -127,20 +89,20 @@ def make_distillation_experiment(
       MissingError: If the folder does not exist, or lacks parts.
       UserError: If the model has two experts or conditioning frames, or if options do not fit it.
     """
-    folder = Path(folder)
-    teacher = _read_open_teacher(folder, options) if (folder / INDEX).is_file() else _read_own_teacher(folder, options)
-    guidance = teacher.guidance if options.guidance is None else Guidance(scales={TEXT: options.guidance})
+    limits = {"max_pixels": options.max_pixels, "max_frames": options.max_frames}
+    teacher = read_starting_model(folder, limits=limits, fps=options.fps)
+    _check_teacher(teacher)
+    own = teacher.sampling.guidance
+    guidance = own if options.guidance is None else Guidance(scales={TEXT: options.guidance})
     scale = guidance.get_scale(TEXT)
     if guidance != Guidance(scales={TEXT: scale}):
         raise UserError(f"guidance={guidance} is invalid: a teacher is distilled at one scale; set it with --guidance")
-    train = options.train or teacher.train
-    changes = {name: getattr(options, name) for name in ("dtype", "remat", "attention")}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    train = options.train or ("lora" if teacher.is_open else "full")
     return Experiment(
         name=f"{teacher.name}-{options.method}",
         seed=options.seed,
         data=teacher.data,
-        model=teacher.model.replace_backbone(**changes),
+        model=set_precision(teacher.model, dtype=options.dtype, remat=options.remat, attention=options.attention),
         autoencoder_from=os.fspath(teacher.autoencoder),
         stages=(
             TrainDenoiser(
@@ -166,71 +128,13 @@ def make_distillation_experiment(
     )
 
 
-def _read_own_teacher(folder: Path, options: DistillationOptions) -> _Teacher:
-    """Return the teacher in a run or a pipeline."""
-    run = None
-    if (folder / RUN_CONFIG).is_file():
-        check_single(opened := Run.open(folder))
-        run = opened.experiment
-    start = folder if is_pipeline_folder(folder) else folder / "pipeline"
-    config = read_pipeline_config(start)
-    model, size = config.model, config.size
-    has_frames = bool(model.backbone.cond_channels) or model.backbone.time == "token"
-    _check_teacher(folder, boundary=config.boundary, has_frames=has_frames)
-    if model.layout is None:
-        tokens = model.latent_grid(size).volume // model.backbone.patch.volume
-        model = replace(model, layout=PackedShape(tokens=tokens, text=model.text_encoder.max_tokens, segments=1))
-    fps = options.fps if run is None or options.fps is not None else run.get_model().fps
-    data = DataConfig(max_pixels=size.h * size.w, max_frames=size.t) if run is None else run.data
-    return _Teacher(
-        folder=start,
-        name="shapes" if run is None else run.name,
-        model=model if run is None and fps is None else replace(model, fps=fps),
-        autoencoder=start,
-        times=LogitNormal() if run is None else run.denoiser.times,
-        weighting=UniformWeighting() if run is None else run.denoiser.weighting,
-        buckets=None if run is None else run.denoiser.buckets,
-        data=replace(data, **options.limits),
-        batch=config.batch,
-        guidance=config.sampling.guidance,
-        evaluation=config.evaluation or CaptionEvaluation(),
-        train="full",
-    )
-
-
-def _read_open_teacher(folder: Path, options: DistillationOptions) -> _Teacher:
-    """Return the teacher in a folder of open weights, with the settings of their fine-tuning."""
-    parts = read_open_parts(folder)
-    _check_teacher(folder, boundary=parts.boundary, has_frames=parts.frame_conditioning is not None)
-    data = make_data_config(parts, max_pixels=options.max_pixels, max_frames=options.max_frames)
-    return _Teacher(
-        folder=folder,
-        name=folder.resolve().name,
-        model=ModelConfig(
-            autoencoder=parts.autoencoder,
-            backbone=parts.denoiser.replace(dtype="bfloat16", remat="full"),
-            text_encoder=replace(parts.text, dtype=options.dtype or "bfloat16"),
-            process=parts.schedule.process,
-            prediction=parts.schedule.prediction,
-            layout=make_row_shape(data, parts),
-            fps=parts.fps if options.fps is None else options.fps,
-        ),
-        autoencoder=folder / "vae",
-        times=LogitNormal(),
-        weighting=UniformWeighting(),
-        buckets=None,
-        data=data,
-        batch=1,
-        guidance=Guidance(scales={TEXT: _OPEN_GUIDANCE}),
-        evaluation=CaptionEvaluation(),
-        train="lora",
-    )
-
-
-def _check_teacher(folder: Path, *, boundary: float | None, has_frames: bool) -> None:
-    if boundary is not None or has_frames:
+def _check_teacher(teacher: StartingModel) -> None:
+    backbone = teacher.model.backbone
+    has_clean_tokens = backbone.time == "token" and not teacher.is_open
+    has_frames = bool(backbone.cond_channels) or teacher.model.frame_conditioning is not None or has_clean_tokens
+    if teacher.boundary is not None or has_frames:
         fix = "distil a text-to-video model with one denoiser"
-        raise UserError(f"{folder} holds a model with two experts or with conditioning frames; {fix}")
+        raise UserError(f"{teacher.folder} holds a model with two experts or with conditioning frames; {fix}")
 
 
 def _make_optimizer(options: DistillationOptions, train: str) -> OptimizerConfig:

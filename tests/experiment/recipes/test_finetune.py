@@ -28,6 +28,7 @@ from dit_video.experiment.denoiser import (
     open_trainable_denoiser,
 )
 from dit_video.experiment.encoders import check_encoders
+from dit_video.experiment.export import save_transformer
 from dit_video.experiment.initial_weights import check_initial_weights
 from dit_video.experiment.latents import make_encoding, open_latents
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
@@ -347,10 +348,35 @@ def test_two_experts_are_trained_one_at_a_time(folder, two, tmp_path):
         check(experiment.replace_stage("denoiser", train=dataclasses.replace(train, expert=unlike)))
 
 
+def test_a_text_to_video_model_gets_the_channels_of_image_to_video_models(folder, tmp_path):
+    """It grows to the layout of Wan 2.2 I2V, is the same at first, and is written as that class's."""
+    experiment = make_experiment(folder, train="full", first_frame_prob=0.5)
+    model = experiment.model
+    assert model.backbone.cond_channels == VAE.stride.t + VAE.channels
+    assert model.frame_conditioning == FrameConditioning(prob=0.5, rest="grey")
+    _, before = load_denoiser(folder / "transformer")
+    opened = open_trainable_denoiser(
+        experiment.denoiser, model, tmp_path, make_mesh(experiment.parallel), is_resuming=False
+    )
+    start = opened.load_initial(jax.random.key(0))["backbone"]
+    for path, leaf in flatten(before).items():
+        if path != "embed/kernel":
+            np.testing.assert_array_equal(flatten(start)[path], leaf, err_msg=path)
+    kernel = start["embed"]["kernel"].reshape(model.backbone.patch.volume, -1, model.backbone.width)
+    old = before["embed"]["kernel"].reshape(model.backbone.patch.volume, -1, model.backbone.width)
+    np.testing.assert_array_equal(kernel[:, : VAE.channels], old)
+    assert not np.any(kernel[:, VAE.channels :])
+    save_transformer(tmp_path, model.backbone, {"backbone": start})
+    config, _ = load_denoiser(tmp_path / "transformer")
+    assert config.cond_channels == model.backbone.cond_channels
+
+
 def test_options_that_do_not_fit_the_model_are_refused(folder, tmp_path):
-    with pytest.raises(MissingError, match="no such file"):
+    with pytest.raises(MissingError, match=r"holds no model: it needs model_index\.json of open weights, or pipeline"):
         make_finetuning_experiment(tmp_path)
-    with pytest.raises(UserError, match="trained without FrameConditioning; leave it out"):
+    with pytest.raises(MissingError, match="no such folder"):
+        make_finetuning_experiment(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"the first frame, which adapters do not train.* Use train=full"):
         make_experiment(folder, first_frame_prob=0.5)
     with pytest.raises(UserError, match="must be positive"):
         FineTuningOptions(learning_rate=-1.0)

@@ -1,0 +1,186 @@
+"""Trained models that recipes start from: open weights, runs and pipelines, with the settings that they take over."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dit_video.core.errors import MissingError, UserError
+from dit_video.data.buckets import BucketConfig
+from dit_video.diffusion import TEXT, Guidance, LogitNormal, TimeDistribution, UniformWeighting, Weighting
+from dit_video.evaluation.config import CaptionEvaluation
+from dit_video.evaluation.protocol import EvaluationProtocol
+from dit_video.experiment.data_config import DataConfig
+from dit_video.experiment.run import Run
+from dit_video.experiment.several_models import check_single
+from dit_video.families import find_family
+from dit_video.families.family import INDEX, Dtype
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.models.model_config import ModelConfig
+from dit_video.nn import Remat
+from dit_video.nn.attention import BackendName
+from dit_video.sampling import Sampling
+from dit_video.sampling.pipeline_config import (
+    CONFIG,
+    RUN_CONFIG,
+    PipelineConfig,
+    is_pipeline_folder,
+    read_pipeline_config,
+)
+from dit_video.sampling.request import Conditioner
+from dit_video.tokens import PackedShape
+
+_MAX_CLIPS_PER_ROW = 4
+"""Largest number of clips of a row of open weights, when they are smaller than the largest."""
+
+
+class StartingModel(NamedTuple):
+    """A trained model, and the settings that an experiment with it takes over."""
+
+    folder: Path
+    """Folder of its weights, of which a denoiser's training begins (`init_from`)."""
+    name: str
+    model: ModelConfig
+    autoencoder: Path
+    """Folder of the weights of its autoencoder."""
+    data: DataConfig
+    batch: int
+    """Number of rows of a step."""
+    sampling: Sampling
+    is_open: bool
+    """Whether these are open weights, of another project's training."""
+    times: TimeDistribution = LogitNormal()
+    weighting: Weighting = UniformWeighting()
+    buckets: BucketConfig | None = None
+    evaluation: EvaluationProtocol = CaptionEvaluation()
+    conditioner: Conditioner | None = None
+    boundary: float | None = None
+    """Boundary time of its two experts; None for a model with one denoiser."""
+
+
+def read_starting_model(
+    folder: str | os.PathLike, *, limits: Mapping[str, int | None], fps: float | None = None
+) -> StartingModel:
+    """Read the configs of a trained model; no weights are read yet.
+
+    Args:
+      folder: A run that has its pipeline, a pipeline, or open weights in diffusers' layout that can be fine-tuned.
+      limits: Fields of the data, such as `max_pixels` and `max_frames`; None for the model's own.
+      fps: Frame rate of the clips; None for the model's own.
+
+    Raises:
+      MissingError: If the folder does not exist, or lacks parts.
+      UserError: If the model cannot be trained here, settings are unsupported, or weights do not fit.
+    """
+    folder, limits = Path(folder), {name: value for name, value in limits.items() if value is not None}
+    if not folder.is_dir():
+        raise MissingError(f"no such folder: {folder}")
+    return _read_open(folder, limits, fps) if (folder / INDEX).is_file() else _read_own(folder, limits, fps)
+
+
+def _read_open(folder: Path, limits: Mapping[str, Any], fps: float | None) -> StartingModel:
+    """Return the model in a folder of open weights, in bfloat16 and with all activations recomputed."""
+    family = find_family(folder)
+    assert family is not None  # there is an index, of a class that is known
+    parts = family.read_parts(folder)
+    family.check_weights(folder, text=parts.text, image_encoder=parts.image_encoder, boundary=parts.boundary)
+    data = DataConfig(**{"max_pixels": parts.size.h * parts.size.w, "max_frames": parts.size.t, **limits})
+    schedule = parts.schedule
+    tokens = data.count_max_clip_tokens(stride=parts.autoencoder.stride, patch=parts.denoiser.patch)
+    model = ModelConfig(
+        autoencoder=parts.autoencoder,
+        backbone=parts.denoiser.replace(dtype="bfloat16", remat="full"),
+        text_encoder=replace(parts.text, dtype="bfloat16"),
+        process=schedule.process,
+        prediction=schedule.prediction,
+        layout=PackedShape(tokens=tokens, text=2 * parts.text.max_tokens, segments=_MAX_CLIPS_PER_ROW),
+        frame_conditioning=parts.frame_conditioning,
+        image_encoder=parts.image_encoder,
+        fps=parts.fps if fps is None else fps,
+    )
+    sampling = Sampling(
+        steps=50,
+        guidance=Guidance(scales={TEXT: parts.guidance}),
+        solver=schedule.solver,
+        time_schedule=schedule.time_schedule,
+    )
+    return StartingModel(
+        folder=folder,
+        name=folder.resolve().name,
+        model=model,
+        autoencoder=folder / "vae",
+        data=data,
+        batch=1,
+        sampling=sampling,
+        is_open=True,
+        conditioner=parts.conditioner,
+        boundary=parts.boundary,
+    )
+
+
+def _read_own(folder: Path, limits: Mapping[str, Any], fps: float | None) -> StartingModel:
+    """Return the model in a run or a pipeline of our own, as it was trained."""
+    run = None
+    if (folder / RUN_CONFIG).is_file():
+        check_single(opened := Run.open(folder))
+        run = opened.experiment
+    start = folder if is_pipeline_folder(folder) else folder / "pipeline"
+    if not (start / CONFIG).is_file():
+        rule = "holds no model: it needs model_index.json of open weights, or pipeline.json of a finished run"
+        raise MissingError(f"{folder} {rule}. Use another folder, or finish the run")
+    config = read_pipeline_config(start)
+    if config.previous:
+        steps = ", ".join(str(start / "steps" / step.name) for step in config.previous)
+        raise UserError(f"{start} holds a model that others are sampled before; use the folder of one, such as {steps}")
+    size = config.size
+    data = DataConfig(max_pixels=size.h * size.w, max_frames=size.t) if run is None else run.data
+    data = replace(data, **limits)
+    model = config.model if run is None else replace(config.model, fps=run.get_model().fps)
+    return StartingModel(
+        folder=start,
+        name=_name_folder(folder) if run is None else run.name,
+        model=replace(_make_room(model, config, data), fps=model.fps if fps is None else fps),
+        autoencoder=start,
+        data=data,
+        batch=config.batch,
+        sampling=config.sampling,
+        is_open=False,
+        times=LogitNormal() if run is None else run.denoiser.times,
+        weighting=UniformWeighting() if run is None else run.denoiser.weighting,
+        buckets=None if run is None else run.denoiser.buckets,
+        evaluation=config.evaluation or CaptionEvaluation(),
+        conditioner=config.conditioner,
+        boundary=config.boundary,
+    )
+
+
+def _name_folder(folder: Path) -> str:
+    """Return the name of a pipeline's folder, or of the run that it is of."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "pipeline" else folder.name
+
+
+def _make_room(model: ModelConfig, config: PipelineConfig, data: DataConfig) -> ModelConfig:
+    """Return the model with rows that have room for the largest clip."""
+    if model.layout is None:
+        tokens = model.latent_grid(config.size).volume // model.backbone.patch.volume
+        model = replace(model, layout=PackedShape(tokens=tokens, text=model.text_encoder.max_tokens, segments=1))
+    if isinstance(model.layout, PackedShape):
+        tokens = data.count_max_clip_tokens(stride=model.autoencoder.stride, patch=model.backbone.patch)
+        model = replace(model, layout=replace(model.layout, tokens=max(tokens, model.layout.tokens)))
+    return model
+
+
+def set_precision(
+    model: ModelConfig, *, dtype: Dtype | None, remat: Remat | None, attention: BackendName | None
+) -> ModelConfig:
+    """Return the model with other dtypes of matrix products, activations that are kept, and attention.
+
+    None keeps the model's own. A frozen text encoder has the dtype of the backbone.
+    """
+    changes = {"dtype": dtype, "remat": remat, "attention": attention}
+    model = model.replace_backbone(**{name: value for name, value in changes.items() if value is not None})
+    if dtype is None or not isinstance(model.text_encoder, FrozenTextConfig):
+        return model
+    return replace(model, text_encoder=replace(model.text_encoder, dtype=dtype))
