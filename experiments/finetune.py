@@ -8,7 +8,7 @@ encoder stay as they are: clips, captions and first frames are encoded once, the
     --train lora        LoRA adapters only (--lora.rank 16, --lora.targets …); pytorch_lora_weights.safetensors in the
                         run's folder can be loaded with diffusers' load_lora_weights(RUN) and with ComfyUI
     --train full        all weights; RUN/transformer can be loaded with diffusers' class of the model
-    --train temporal    only the temporal layers, which an image model gets (--temporal.layers …)
+    --train temporal    only the temporal layers, which an image model gets (--temporal-layers …)
     --train scratch     all weights, from random initialization
 
 A14B has two experts; one is trained, on its own range of times: --expert high (noisy times) or --expert low,

@@ -54,11 +54,9 @@ def check_initial_weights(training: DenoiserTraining, model: ModelConfig, *, is_
       UserError: If the folder has weights of a model that cannot grow to this one, or kernels that are not arrays, or
         if there are no temporal layers where only these are trained.
     """
-    if isinstance(training.train, TemporalWeights):
-        paths = flatten(get_param_shapes(model.backbone.make))
-        if not any(re.search(TEMPORAL_PATHS, path) for path in paths):
-            rule = "the denoiser has no temporal layers. Use AllWeights or LoraAdapters."
-            raise UserError(f"train=TemporalWeights is invalid: {rule}")
+    if isinstance(training.train, TemporalWeights) and not has_temporal_layers(model.backbone):
+        rule = "the denoiser has no temporal layers. Use AllWeights or LoraAdapters."
+        raise UserError(f"train=TemporalWeights is invalid: {rule}")
     start, is_adapted = training.train.init_from, isinstance(training.train, LoraAdapters | Student)
     if start is not None and (folder := _find_transformer(start)):
         _check_growth(folder, "the transformer", read_denoiser_config(folder), model.backbone, is_adapted=is_adapted)
@@ -80,6 +78,11 @@ def check_initial_weights(training: DenoiserTraining, model: ModelConfig, *, is_
         if any(re.search(pattern, path) for pattern in targets):
             fix = "use targets that exclude it, such as blocks/.*kernel$"
             raise UserError(f"adapters of {path} can't be written in other programs' formats; {fix}")
+
+
+def has_temporal_layers(backbone: BackboneConfig) -> bool:
+    """Return whether a backbone has parameters that `TemporalWeights` trains."""
+    return any(re.search(TEMPORAL_PATHS, path) for path in flatten(get_param_shapes(backbone.make)))
 
 
 def load_initial_denoiser(model: ModelConfig, start: str, placer: "ParameterPlacer", key: Array) -> dict[str, Any]:

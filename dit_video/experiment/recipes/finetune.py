@@ -10,13 +10,12 @@ from dit_video.diffusion import TEXT, Guidance
 from dit_video.distributed import Parallelism
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.experiment.data_config import DataConfig
+from dit_video.experiment.initial_weights import has_temporal_layers
 from dit_video.experiment.recipes.starting_model import StartingModel, read_starting_model, set_precision
 from dit_video.experiment.run import Experiment
 from dit_video.experiment.stages.denoiser import TrainDenoiser
 from dit_video.experiment.training_config import AllWeights, ExpertConfig, LoraAdapters, TemporalWeights
 from dit_video.models.backbones.conversion import add_temporal_layers
-from dit_video.models.backbones.dit import DiTConfig
-from dit_video.models.backbones.spatio_temporal import TemporalLayers
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import LoraConfig, Remat
@@ -42,8 +41,10 @@ class FineTuningOptions:
     """Expert that is trained, of a model with two (Wan 2.2 A14B): `high` for noisy times, or `low`; each at its own
     times."""
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(targets=(r"^backbone/blocks/.*kernel$",)))
-    temporal: TemporalLayers = TemporalLayers()
-    """Temporal layers that an image model gets, with `train="temporal"`."""
+    spatial_layers: int = 1
+    """Number of layers of an image model in each group that temporal layers follow, with `train="temporal"`."""
+    temporal_layers: int = 1
+    """Number of temporal layers that an image model gets after each group."""
     steps: int = 1000
     batch: int | None = None
     """Number of rows of a step; the model's by default, and 1 for open weights. A row of these has one clip of the
@@ -154,8 +155,9 @@ def make_finetuning_experiment(
 def _grow(start: StartingModel, model: ModelConfig, options: FineTuningOptions) -> ModelConfig:
     """Return the model with the temporal layers and the conditioning on a first frame that options ask for."""
     backbone = model.backbone
-    if options.train == "temporal" and type(backbone) is DiTConfig:
-        model = replace(model, backbone=add_temporal_layers(backbone, options.temporal))
+    if options.train == "temporal" and not has_temporal_layers(backbone):
+        layers = {"spatial_layers": options.spatial_layers, "layers": options.temporal_layers}
+        model = replace(model, backbone=add_temporal_layers(backbone, **layers))
     if (prob := options.first_frame_prob) is None:
         return model
     if start.conditioner is not None and model.frame_conditioning is None:

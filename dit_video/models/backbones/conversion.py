@@ -47,7 +47,7 @@ def grow_config(config: BackboneConfig, target: BackboneConfig) -> BackboneConfi
     """
     grown = config
     if type(config) is DiTConfig and isinstance(target, SpatioTemporalDiTConfig):
-        grown = add_temporal_layers(config, target.temporal)
+        grown = _add_temporal_layers(config, target.temporal)
     if type(grown) is not type(target):
         return grown
     changes: dict[str, Any] = {}
@@ -60,15 +60,26 @@ def grow_config(config: BackboneConfig, target: BackboneConfig) -> BackboneConfi
     return grown.replace(**changes) if changes else grown
 
 
-def add_temporal_layers(config: DiTConfig, temporal: TemporalLayers) -> SpatioTemporalDiTConfig:
+def add_temporal_layers(config: BackboneConfig, *, spatial_layers: int = 1, layers: int = 1) -> BackboneConfig:
     """Return the config of an image model with temporal layers, which alone depend on time.
 
     Spatial layers then process each frame as an image (Kandinsky Video, arXiv 2311.13073, section 3.2).
 
+    Args:
+      config: Config of a `DiT`.
+      spatial_layers: Number of its layers in each group that temporal layers follow.
+      layers: Number of temporal layers after each group.
+
     Raises:
-      UserError: If the model has a pattern other than `Full` or `SpaceOnly`, registers or another part that
-        `SpatioTemporalDiT` lacks.
+      UserError: If the model is of another class, has a pattern other than `Full` or `SpaceOnly`, registers or another
+        part that `SpatioTemporalDiT` lacks, or the groups do not divide its layers.
     """
+    if type(config) is not DiTConfig:
+        raise UserError(f"a model of {type(config).__name__} cannot get temporal layers. Use a model of DiTConfig.")
+    return _add_temporal_layers(config, TemporalLayers(spatial_layers=spatial_layers, layers=layers))
+
+
+def _add_temporal_layers(config: DiTConfig, temporal: TemporalLayers) -> SpatioTemporalDiTConfig:
     if config.pattern not in (Full(), SpaceOnly()):
         raise UserError(
             f"pattern={config.pattern} is invalid: an image model's tokens see their frame. Use a model with Full() or "

@@ -18,7 +18,7 @@ from dit_video.data.latents.plan import plan_encoding
 from dit_video.data.sizes import read_fitted_clip
 from dit_video.diffusion import RectifiedFlow, UniPc, UniPcFlowSchedule
 from dit_video.distributed import Parallelism, make_mesh
-from dit_video.experiment import AllWeights, ExpertConfig, LoraAdapters, TemporalWeights, input_pipeline
+from dit_video.experiment import AllWeights, ExpertConfig, LoraAdapters, input_pipeline
 from dit_video.experiment.autoencoder import read_autoencoder
 from dit_video.experiment.denoiser import (
     add_other_expert,
@@ -40,7 +40,6 @@ from dit_video.sampling.completion import Completion
 from dit_video.sampling.request import Request
 from dit_video.scenes import shapes
 from dit_video.tokens import Grid
-from dit_video.training.losses.denoiser import TEMPORAL_PATHS
 from dit_video.weights.frozen_encoders import FrozenImageEncoder, open_image_encoder
 from support.random_params import make_random_params
 from support.tiny_clip import VISION, write_clip
@@ -217,7 +216,6 @@ def test_another_image_encoder_is_refused(animating, tmp_path):
     [
         ("lora", (LoraAdapters, True), 1e-4),
         ("full", (AllWeights, True), 1e-5),
-        ("temporal", (TemporalWeights, True), 1e-5),
         ("scratch", (AllWeights, False), 1e-4),
     ],
 )
@@ -225,7 +223,7 @@ def test_one_option_chooses_the_trained_parameters_and_their_learning_rate(folde
     training = make_experiment(folder, train=train).denoiser
     assert (type(training.train), training.train.init_from is not None) == expected
     assert training.optimizer.learning_rate == rate
-    assert get_optimizer_config(training).trainable == ((TEMPORAL_PATHS,) if train == "temporal" else ())
+    assert get_optimizer_config(training).trainable == ()
 
 
 def test_initial_weights_are_read_from_the_folder_and_placed_on_the_devices(folder, mesh, tmp_path):
@@ -272,8 +270,8 @@ def test_the_autoencoder_is_read_from_its_folder_and_not_copied(folder, tmp_path
 
 
 def test_models_that_cannot_be_trained_are_refused_first(folder):
-    with pytest.raises(UserError, match=r"train=TemporalWeights is invalid: .* Use AllWeights or LoraAdapters"):
-        check(make_experiment(folder, train="temporal"))
+    with pytest.raises(UserError, match="a model of WanDitConfig cannot get temporal layers"):
+        make_experiment(folder, train="temporal")
     with pytest.raises(UserError, match="adapters of backbone/embed/kernel can't be written"):
         check(make_experiment(folder, lora=LoraConfig(targets=("kernel$",))))
     check(make_experiment(folder).replace_backbone(position_stretch=(2.0, 1.0, 1.0)))  # it has no weights of its own

@@ -12,7 +12,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.trees import flatten
 from dit_video.distributed import make_mesh
 from dit_video.experiment import AllWeights, TemporalWeights
-from dit_video.experiment.denoiser import open_trainable_denoiser
+from dit_video.experiment.denoiser import get_optimizer_config, open_trainable_denoiser
 from dit_video.experiment.export import ADAPTER_FILE
 from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetuning_experiment
 from dit_video.experiment.run import Run
@@ -96,11 +96,12 @@ def open_start(experiment, folder):
 
 
 def test_an_image_run_gets_temporal_layers_which_alone_are_trained(images, tiny_run, tmp_path):
-    options = {"train": "temporal", "max_frames": 9, "fps": 8.0, "temporal": TemporalLayers(layers=2)}
-    experiment = make_experiment(images, **options)
+    experiment = make_experiment(images, train="temporal", max_frames=9, fps=8.0, temporal_layers=2)
     backbone = experiment.model.backbone
     assert isinstance(backbone, SpatioTemporalDiTConfig)
     assert backbone.temporal == TemporalLayers(layers=2)
+    assert get_optimizer_config(experiment.denoiser).trainable == (TEMPORAL_PATHS,)
+    assert make_experiment(images, train="temporal", learning_rate=None).denoiser.optimizer.learning_rate == 1e-5
     before, start = get_leaves(images), open_start(experiment, tmp_path)
     assert start.keys() > before.keys()
     assert all(np.array_equal(start[path], leaf) for path, leaf in before.items())

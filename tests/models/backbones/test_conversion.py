@@ -87,7 +87,9 @@ def as_images(batch):
     ids=["alternating", "in a block"],
 )
 def test_a_new_video_model_predicts_every_frame_like_the_image_model(config, temporal):
-    params, batch, video = make_random_params(config.make), make_batch((0,)), add_temporal_layers(config, temporal)
+    params, batch = make_random_params(config.make), make_batch((0,))
+    video = add_temporal_layers(config, spatial_layers=temporal.spatial_layers, layers=temporal.layers)
+    assert video.temporal == temporal
     assert grow_config(config, video) == video
     grown = grow(config, params, video, KEY)
     expected = predict(params, as_images(batch), config)[:, FIRST]
@@ -106,7 +108,7 @@ def test_a_new_video_model_predicts_every_frame_like_the_image_model(config, tem
 
 
 def test_temporal_layers_alone_are_trained_by_their_name():
-    assert add_temporal_layers(IMAGE, TemporalLayers()) == VIDEO
+    assert add_temporal_layers(IMAGE) == VIDEO
     grown = grow(IMAGE, make_random_params(IMAGE.make), VIDEO, KEY)
     trains = AdamW(trainable=("temporal",)).is_trained
     new = {path for path in flatten(grown) if path not in flatten(make_random_params(IMAGE.make))}
@@ -157,13 +159,14 @@ def test_a_model_with_more_conditioning_channels_predicts_the_same_at_first(conf
         (lambda params: grow(IMAGE, {"head": params["head"]}, VIDEO, KEY), "has shape None, the config implies"),
         (lambda params: grow(IMAGE, params, IMAGE.replace(layers=4), KEY), "the config implies"),
         (
-            lambda params: add_temporal_layers(IMAGE.replace(pattern=TimeOnly()), TemporalLayers()),
+            lambda params: add_temporal_layers(IMAGE.replace(pattern=TimeOnly())),
             r"pattern=TimeOnly\(\) is invalid: .* Use a model with Full\(\) or SpaceOnly\(\)",
         ),
         (
-            lambda params: add_temporal_layers(IMAGE.replace(registers=1), TemporalLayers()),
+            lambda params: add_temporal_layers(IMAGE.replace(registers=1)),
             "registers=1 is invalid: .* Use a model with 0",
         ),
+        (lambda params: add_temporal_layers(WAN), r"a model of WanDitConfig cannot get temporal layers\."),
     ],
 )
 def test_invalid_conversions_are_refused(make, message):
