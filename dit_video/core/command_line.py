@@ -6,6 +6,8 @@ import functools
 import io
 import itertools
 import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -41,8 +43,17 @@ def parse_arguments(target: Callable[..., _Parsed], *, args: Sequence[str] | Non
     except SystemExit as error:
         if error.code != UserError.code:  # --help
             raise
-        raise UserError(_join_lines(printed.getvalue())) from None
+        hint = _explain_dash(sys.argv[1:] if args is None else args)
+        raise UserError(hint + _join_lines(printed.getvalue())) from None
     return parsed if is_class else parsed()
+
+
+def _explain_dash(args: Sequence[str]) -> str:
+    """Return a sentence on how a text that begins with a dash is given, if one follows an option; else nothing."""
+    for option, value in itertools.pairwise(args):
+        if re.fullmatch(r"--[a-z-]+", option) and re.match(r"-+\S*\s", value):
+            return f"A text that begins with a dash is given as {option}={shlex.quote(value)}. "
+    return ""
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -285,7 +285,11 @@ def _make_missing_error(folder: Path, stem: str) -> UserError:
             f"{folder} has its weights in pickles ({_format_names(pickles)}), which can run any code when read. "
             f"To convert it where torch is installed, run in that folder: {_make_conversion_command(folder)}"
         )
-    return MissingError(f"{folder} has neither {stem}.safetensors nor {stem}.safetensors.index.json. Copy them there")
+    missing = f"{folder} has neither {stem}.safetensors nor {stem}.safetensors.index.json"
+    if variants := sorted({path.name for path in folder.glob(f"{stem}.*safetensors*") if "-of-" not in path.name}):
+        rule = f"it has a variant of other dtypes ({_format_names(variants)})"
+        return MissingError(f"{missing}: {rule}. Give it that name, or copy the files of the full model there")
+    return MissingError(f"{missing}. Copy them there")
 
 
 def _make_conversion_command(folder: Path) -> str:

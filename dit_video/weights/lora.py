@@ -63,6 +63,10 @@ GetLoraModules = Callable[[Any], Mapping[str, LoraModule]]
 """Function from a denoiser's config to the modules that its family's LoRA files change, by their names there."""
 
 
+NATIVE_PARTS = ("backbone", "low_noise", "text")
+"""Parts of a pipeline's denoiser, with which native names of modules begin."""
+
+
 def no_lora_modules(config: Any) -> Mapping[str, LoraModule]:
     """Return no modules, for a model whose LoRA files have native names only."""
     return {}
@@ -189,10 +193,12 @@ def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, 
             expected[name] = shape
     actual = {name: tuple(array.shape) for name, array in arrays.items() if name not in left_out}
     if not expected:
+        # Names of the family's files, as this is one, rather than ours.
+        names = [name for name in modules if name.partition(".")[0] not in NATIVE_PARTS] or [*modules]
         raise UserError(
             f"{file} is not a LoRA of this model: none of its tensors, such as "
             f"{ours.format_names(sorted(arrays)[:3])}, belongs to one of the model's modules, such as "
-            f"{ours.format_names(list(modules)[:3])}; {_FIX}"
+            f"{ours.format_names(names[:3])}; {_FIX}"
         )
     ours.check_tensors_match(file, actual, expected, fix=_FIX)
     scaled: tuple[ModulePart, ...] = ("alpha", "b_bias")

@@ -51,6 +51,8 @@ def test_options_are_parsed():
         (["a", "--to", "authors", "--steps"], ["--steps"]),
         (["a", "--to", "authors", "--interval", "0.2", "b"], ["--interval", "'b'", "FLOAT FLOAT"]),
         (["a", "--to", "author"], ["author", "diffusers", "authors"]),
+        (["a", "--to", "authors", "--size", "-a b"], ["given as --size='-a b'"]),
+        (["a", "--to", "authors", "--size", "--steps 5 c"], ["given as --size='--steps 5 c'"]),
         ([], ["RUN", "--to {diffusers,authors}"]),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -74,7 +75,17 @@ def test_float8_is_refused_with_its_scales(tmp_path, names, words):
 def test_folders_without_weights_are_refused(tmp_path):
     with pytest.raises(MissingError, match="no such folder"):
         TensorFolder(tmp_path / "absent")
-    with pytest.raises(MissingError, match=r"neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(
+        MissingError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json\. Copy them"
+    ):
+        TensorFolder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.safetensors.index.fp16.json"])
+def test_variants_are_named(tmp_path, name):
+    (tmp_path / name).touch()
+    (tmp_path / "model.fp16-00001-of-00002.safetensors").touch()
+    with pytest.raises(MissingError, match=rf"has a variant of other dtypes \({re.escape(name)}\)\. Give it that name"):
         TensorFolder(tmp_path)
 
 

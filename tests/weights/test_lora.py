@@ -396,3 +396,11 @@ def test_diffusers_reads_what_is_written_here(tmp_path, style):
     for name, place in wan_modules("diffusers").items():
         change = after[f"{name}.weight"].numpy() - before[f"{name}.weight"]
         np.testing.assert_allclose(change.T, expected[place.path][place.layer], atol=2e-5, err_msg=name)
+
+
+def test_names_of_the_family_are_examples_of_a_models_modules(tmp_path):
+    save(tmp_path / "a.safetensors", {"x.lora_A.weight": np.zeros((2, 4), np.float32)})
+    native = {"backbone.embed": LoraModule("embed/kernel")}
+    for modules, example in ((native | MODULES, "patch_embedding"), (native, r"backbone\.embed")):
+        with pytest.raises(UserError, match=f"one of the model's modules, such as {example}"):
+            load_lora(tmp_path / "a.safetensors", PARAMS, modules)

@@ -91,8 +91,8 @@ def cut_tokens(ids: list[int], max_tokens: int, text: str) -> list[int]:
     """
     if len(ids) <= max_tokens:
         return ids
-    message = f"a text of {len(ids)} tokens is cut to {max_tokens}: {text[:40]!r}…; shorten it, or increase max_tokens"
-    warnings.warn(message, stacklevel=3)
+    fix = "shorten it; only a model that is trained with a larger max_tokens reads more"
+    warnings.warn(f"a text of {len(ids)} tokens is cut to {max_tokens}: {text[:40]!r}…; {fix}", stacklevel=3)
     return [*ids[: max_tokens - 1], ids[-1]]
 
 
