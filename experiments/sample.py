@@ -6,6 +6,7 @@ prepare_script(__name__)
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
@@ -17,7 +18,7 @@ from model_options import ModelOptions
 from sampling_options import SamplingOptions
 from task_options import TaskOptions, make_default, make_subcommands
 
-from dit_video.core.command_line import check_minimum, parse_arguments
+from dit_video.core.command_line import check_minimum, parse_arguments, parse_size
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import check_writable
 from dit_video.evaluation.samples import SampleFolder, write_contact_sheet
@@ -25,6 +26,7 @@ from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Method, Request
 from dit_video.sampling.request_file import check_mask_key
 from dit_video.sampling.tasks.task_file import TaskEntry, make_request, read_entries
+from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import decode
 from dit_video.video.encode import FORMATS, check_frames
@@ -72,8 +74,9 @@ def main(
             list, with prompts.json and a contact sheet. Files that exist are not made again.
         task: Task and its values.
         prompts: JSON file with a list of {prompt, frames, height, width, seed, image, …} or {task, seed, …} with the
-            values of the task, or text file with a prompt on each line; see docs/evaluation.md.
-        seed: Seed of the noise; 0 by default.
+            values of the task, or text file with a prompt on each line; see docs/evaluation.md. --size, --seed and
+            --negative are those of entries that have none.
+        seed: Seed of the noise; 0 by default. That of a list's first entry; further ones count up.
         negative: Negative prompt, which guidance steers away from; the model's own by default, none if "".
         control: Clip that steers what is generated, such as poses, depth or edges.
         reference_images: Images of subjects that the clip shows.
@@ -105,10 +108,13 @@ def main(
     if prompts is None:
         entries = [single := TaskEntry(task.read(), options)]
     else:
-        if task != _GENERATE or seed is not None or options != Request(""):
-            rule = "--size, --seed, --negative, --image and other options of one clip need --prompt"
+        size: str | None = getattr(task, "size", None)
+        own = replace(options, seed=0, negative=None)
+        if replace(task, **({} if size is None else {"size": None})) != _GENERATE or own != Request(""):
+            rule = "--image and other options of one clip need --prompt"
             raise UserError(f"{rule}; put them in the list")
-        entries = read_entries(prompts)
+        common = None if size is None else Grid(*parse_size(size))
+        entries = read_entries(prompts, size=common, seed=seed, negative=negative)
     is_file, format = prompts is None and out.suffix != "", out.suffix.lower().removeprefix(".")
     if is_file:
         if format not in FORMATS:

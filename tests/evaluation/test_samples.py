@@ -37,6 +37,22 @@ def write_samples(pipeline, requests, folder, *, progress=None, **options):
     return json.loads((folder / "prompts.json").read_text())
 
 
+def test_options_of_a_list_are_those_of_entries_without_their_own(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a circle\n\na square\n")
+    options = {"size": Grid(5, 16, 32), "seed": 7, "negative": "blur"}
+    first, second = read_entries(tmp_path / "prompts.txt", **options)
+    assert first == Request("a circle", Grid(5, 16, 32), 7, "blur")
+    assert second == Request("a square", Grid(5, 16, 32), 8, "blur")
+    own = {"frames": 1, "height": 16, "width": 16, "seed": 3, "negative": None}
+    entries = [{"prompt": "a", **own}, {"prompt": "b"}, {"task": "generate", "prompt": "c"}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    first, second, third = read_entries(tmp_path / "list.json", **options)
+    assert first == Request("a", Grid(1, 16, 16), 3)
+    assert second == Request("b", Grid(5, 16, 32), 8, "blur")
+    assert (third.options.seed, third.options.negative, third.task.size) == (9, "blur", None)
+    assert read_entries(tmp_path / "prompts.txt")[1] == Request("a square")
+
+
 def test_samples_are_files_of_the_stated_sizes(tiny_pipeline, tmp_path):
     done = []
     entries = write_samples(tiny_pipeline, REQUESTS, tmp_path / "samples", progress=done.append)

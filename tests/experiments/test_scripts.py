@@ -108,7 +108,7 @@ def test_sample_writes_other_formats(script, tiny_run, tmp_path, suffix):
         ([], "exactly one of --prompt, --prompts and the name of a task is needed"),
         (["--prompts", "nowhere.json"], "no such file: nowhere.json"),
         (
-            ["--prompts", "nowhere.json", "--size", "5x16x16"],
+            ["--prompts", "nowhere.json", "--resample", "2"],
             "--image and other options of one clip need --prompt",
         ),
     ],

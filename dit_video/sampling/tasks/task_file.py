@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
+from dit_video.core.grid import Grid
 from dit_video.core.registry import load_entry_points
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Request
@@ -27,6 +28,9 @@ from dit_video.sampling.tasks.task import add_options
 
 _OPTIONS = ("seed", "negative", "conditions", "control", "reference_images", "method", "resample", "strengths")
 """Values of a request that a task's entry may have, too; see `add_options`."""
+
+
+_SIZE = ("frames", "height", "width")
 
 
 class TaskEntry(NamedTuple):
@@ -61,11 +65,19 @@ def get_entry_prompt(entry: Request | TaskEntry, request: Request | None) -> str
     return next((text for text in (prompt, *(each.caption for each in (clip, image) if each)) if text), "")
 
 
-def read_entries(path: str | Path) -> list[Request | TaskEntry]:
+def read_entries(
+    path: str | Path, *, size: Grid | None = None, seed: int | None = None, negative: str | None = None
+) -> list[Request | TaskEntry]:
     """Read requests and tasks from a JSON list of objects, or requests from a text file with a prompt on each line.
 
     An object with a `task` is read by `read_task`, any other by `read_request`. Files are relative to the list's
     folder. Lists that `write_request` and `write_task` made are read, too; what they say of samples has no effect.
+
+    Args:
+      path: The file.
+      size: Size of the clips of prompts that have none of their own; None for the model's default.
+      seed: Seed of the first entry; that of each further one without its own is larger by 1. None for 0 in all.
+      negative: Negative prompt of entries without their own; None for the model's.
 
     Raises:
       MissingError: If the file, or one that it names, does not exist.
@@ -80,10 +92,15 @@ def read_entries(path: str | Path) -> list[Request | TaskEntry]:
         entries = read_json(path)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path} must be a JSON list of objects, each with a prompt or a task")
-    return [
-        (read_task if "task" in entry else read_request)(entry, path.parent, where=f"{path}, entry {number}: ")
-        for number, entry in enumerate(entries)
-    ]
+    read = []
+    for number, entry in enumerate(entries):
+        common: dict[str, Any] = {} if negative is None else {"negative": negative}
+        common |= {} if seed is None else {"seed": seed + number}
+        if size is not None and not {"task", *_SIZE} & entry.keys():
+            common |= dict(zip(_SIZE, size, strict=True))
+        read_entry = read_task if "task" in entry else read_request
+        read.append(read_entry({**common, **entry}, path.parent, where=f"{path}, entry {number}: "))
+    return read
 
 
 def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> TaskEntry:
