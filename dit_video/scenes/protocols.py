@@ -3,6 +3,7 @@
 Whoever imports this module can name them: `scenes`, `physics` and `physics_extension`.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from dit_video.evaluation.metrics.distributions import FrechetMetric, PrecisionR
 from dit_video.evaluation.metrics.metric import Metric
 from dit_video.evaluation.protocol import EvaluationData, EvaluationItem, EvaluationProtocol
 from dit_video.evaluation.protocols import FRAME_METRICS, register_protocol
+from dit_video.models.encoders import FrozenTextConfig
+from dit_video.models.encoders.tokenizer import CutTextWarning
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.request import Condition, Request
 from dit_video.scenes import Scene, draw_scene, render
@@ -51,6 +54,15 @@ class SceneProtocol(EvaluationProtocol):
     """Levels of the scenes."""
     sizes: tuple[Grid, ...] = tuple(size for size in SIZES if size.t == FREE_FRAMES)
     """Sizes of the scenes."""
+
+    def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
+        """Return the scenes' captions.
+
+        Raises:
+          UserError: If the model would be given other prompts, as it does not read texts of this length.
+        """
+        _check_captions(pipeline, data)
+        return super().make_items(pipeline, data)
 
     def make_data(self, data: EvaluationData | None) -> EvaluationData:
         """Return scenes of the levels in turn, drawn from the seed."""
@@ -100,8 +112,10 @@ class PhysicsProtocol(EvaluationProtocol):
         """Return the scenes' captions, with the first frames of their renderings as conditions.
 
         Raises:
-          UserError: If the samples have another rate, at which the scenes would move at another speed.
+          UserError: If the samples have another rate, at which the scenes would move at another speed, or the model
+            does not read captions of this length.
         """
+        _check_captions(pipeline, data)
         items = super().make_items(pipeline, data)
         if not self.known:
             return items
@@ -116,6 +130,21 @@ class PhysicsProtocol(EvaluationProtocol):
             condition = Condition(content=clip[: self.known])
             completed.append(item._replace(entry=replace(item.entry, conditions=(condition,))))
         return completed
+
+
+def _check_captions(pipeline: Pipeline, data: EvaluationData) -> None:
+    """Raise if a model would be given the beginning of some captions alone, which are judged as a whole."""
+    encoder = pipeline.config.model.text_encoder
+    if isinstance(encoder, FrozenTextConfig):  # those of published models read texts of any scene
+        return
+    captions, tokenizer = [caption for caption in data.clips.captions if caption], encoder.make_tokenizer()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CutTextWarning)
+        for caption in captions:
+            tokenizer(caption)
+    if count := sum(issubclass(each.category, CutTextWarning) for each in caught):
+        rule = f"{count} of {len(captions)} captions of the scenes are longer than the model reads"
+        raise UserError(f"max_tokens={encoder.max_tokens} is invalid: {rule}. Use a model that is trained with more")
 
 
 def _make_scenes(truths: Sequence[SceneTruth]) -> EvaluationData:

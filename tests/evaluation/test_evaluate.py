@@ -33,6 +33,7 @@ from dit_video.tokens import Grid
 from dit_video.video import Clip
 from support import tiny_pipeline
 from support.colour_features import ColourFeatures
+from support.tiny_pipeline import read_captions_of_scenes
 
 PROTOCOL = EvaluationProtocol(
     name="test",
@@ -150,6 +151,7 @@ def test_reconstructions_are_those_of_the_autoencoder(pipeline, data, tmp_path):
 def test_scenes_need_no_data_and_give_their_truths(pipeline, tmp_path):
     metrics = (SceneColours(), PrecisionRecall(features=ColourFeatures()))
     protocol = SceneProtocol(name="scenes", metrics=metrics, count=5, sizes=(Grid(9, 32, 32),))
+    pipeline = pipeline.replace(config=read_captions_of_scenes(pipeline.config))
     result = evaluate(pipeline, protocol, tmp_path)
     results = result.results
     assert results["scene_colours"].estimate.count == 5

@@ -20,7 +20,7 @@ PROTOCOL = SceneProtocol(name="scenes", metrics=(Sharpness(),), count=2, sizes=(
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return tiny_pipeline.make_pipeline(tiny_pipeline.make_config(steps=1))
+    return tiny_pipeline.make_pipeline(tiny_pipeline.read_captions_of_scenes(tiny_pipeline.make_config(steps=1)))
 
 
 def test_every_point_has_its_values_and_its_cost(pipeline, tmp_path):

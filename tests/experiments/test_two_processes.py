@@ -18,6 +18,7 @@ from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import read_metrics
 from dit_video.video import decode
 from support.devices import HANG, find_free_port, make_environment
+from support.tiny_pipeline import read_captions_of_scenes
 from support.tiny_wan import write_wan
 
 pytestmark = pytest.mark.slow
@@ -118,7 +119,9 @@ def test_two_processes_distil_a_student_on_a_mesh(tiny_run, tiny_clips, tmp_path
 
 
 def test_two_processes_evaluate_as_one_does(tiny_run, tmp_path):
-    command = ("experiments/evaluate.py", tiny_run, "--protocol", "scenes", "--count", 12, "--steps", 2)
+    pipeline = dit_video.load(tiny_run)
+    pipeline.replace(config=read_captions_of_scenes(pipeline.config)).save(tmp_path / "model")
+    command = ("experiments/evaluate.py", tmp_path / "model", "--protocol", "scenes", "--count", 12, "--steps", 2)
     alone, together = tmp_path / "alone", tmp_path / "together"
     subprocess.run([sys.executable, *map(str, command), "--out", str(alone)], check=True, cwd=ROOT, timeout=HANG)
     run_in_two_processes(tmp_path, *command, "--out", together)

@@ -28,8 +28,8 @@ COUNT = 8
 @pytest.fixture(scope="module")
 def pipeline():
     config = tiny_pipeline.make_config(steps=1)
-    model = replace(config.model, layout=PackedShape(tokens=1024, text=256, segments=3))
-    return tiny_pipeline.make_pipeline(replace(config, model=model))
+    config = config.replace_model(layout=PackedShape(tokens=1024, text=256, segments=3))
+    return tiny_pipeline.make_pipeline(tiny_pipeline.read_captions_of_scenes(config))
 
 
 @pytest.fixture(scope="module")

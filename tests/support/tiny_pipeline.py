@@ -24,6 +24,12 @@ def make_config(*, steps: int, **fields: Any) -> PipelineConfig:
     )
 
 
+def read_captions_of_scenes(config: PipelineConfig) -> PipelineConfig:
+    """Return the config of a pipeline that reads longer texts, with the same parameters."""
+    encoder, layout = replace(config.model.text_encoder, max_tokens=256), replace(config.model.layout, text=512)
+    return config.replace_model(text_encoder=encoder, layout=layout)
+
+
 def make_pipeline(config: PipelineConfig) -> Pipeline:
     """Return the pipeline of a config."""
     return Pipeline(config, **make_params(config))

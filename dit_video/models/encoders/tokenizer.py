@@ -84,6 +84,10 @@ def _read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         raise UserError(f"can't read the tokenizer in {folder} ({reason}); {fix}") from error
 
 
+class CutTextWarning(UserWarning):
+    """A text that is longer than a model reads."""
+
+
 def cut_tokens(ids: list[int], max_tokens: int, text: str) -> list[int]:
     """Cut a text's ids to `max_tokens` with a warning, and keep the end token.
 
@@ -92,7 +96,8 @@ def cut_tokens(ids: list[int], max_tokens: int, text: str) -> list[int]:
     if len(ids) <= max_tokens:
         return ids
     fix = "shorten it; only a model that is trained with a larger max_tokens reads more"
-    warnings.warn(f"a text of {len(ids)} tokens is cut to {max_tokens}: {text[:40]!r}…; {fix}", stacklevel=3)
+    message = f"a text of {len(ids)} tokens is cut to {max_tokens}: {text[:40]!r}…; {fix}"
+    warnings.warn(message, CutTextWarning, stacklevel=3)
     return [*ids[: max_tokens - 1], ids[-1]]
 
 
