@@ -22,10 +22,11 @@ from dit_video.core.command_line import check_minimum, parse_arguments, parse_si
 from dit_video.core.errors import UserError, script
 from dit_video.core.files import check_writable
 from dit_video.evaluation.samples import SampleFolder, write_contact_sheet
+from dit_video.families.expansion_options import ExpansionOptions
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Method, Request
 from dit_video.sampling.request_file import check_mask_key
-from dit_video.sampling.tasks.task_file import TaskEntry, make_request, read_entries
+from dit_video.sampling.tasks.task_file import TaskEntry, expand_entry, make_request, read_entries
 from dit_video.tokens import Grid
 from dit_video.training.hooks.logging import Progress
 from dit_video.video import decode
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     AnyTaskOptions: TypeAlias = TaskOptions
 else:
     AnyTaskOptions = make_subcommands()
-_GENERATE, _MODEL, _SAMPLING = make_default(), ModelOptions(), SamplingOptions()
+_GENERATE, _MODEL, _SAMPLING, _EXPANSION = make_default(), ModelOptions(), SamplingOptions(), ExpansionOptions()
 
 
 def main(
@@ -51,6 +52,7 @@ def main(
     resample: int = 1,
     strengths: tuple[str, ...] = (),
     text_encoder: Path | None = None,
+    expansion: Annotated[ExpansionOptions, tyro.conf.arg(name="")] = _EXPANSION,
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = _MODEL,
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _SAMPLING,
 ) -> None:
@@ -63,6 +65,7 @@ def main(
         python experiments/sample.py RUN --prompt "…" --size 17x32x48 --seed 3 --steps 50 --guidance 3 --out clip.gif
         python experiments/sample.py RUN --prompt "…" --solver unipc --steps 12 --rescale 0.7 --out clip.mp4
         python experiments/sample.py RUN --prompts prompts.json --out samples/
+        python experiments/sample.py RUN --prompt "a cat" --expand qwen3 --out clip.mp4
         python experiments/sample.py Wan2.1-I2V-14B-480P-Diffusers --prompt "…" --image first.png --out clip.mp4
         python experiments/sample.py RUN --prompt "…" --conditions first.png@0 middle.png@40@0.8 --out clip.mp4
         python experiments/sample.py RUN extend --clip clip.mp4 --frames 16 --prompt "…" --out longer.mp4
@@ -85,6 +88,7 @@ def main(
         resample: Number of times that training-free sampling takes every part of the steps.
         strengths: Strengths of conditioning, each NAME=NUMBER or, with one number for each layer, NAME=NUMBER,NUMBER,…
         text_encoder: Folder of the model's frozen text encoder, if it has been moved.
+        expansion: Language model that expands prompts.
         model: Weights, devices and memory.
         sampling: Steps, solver and guidance.
     """
@@ -106,7 +110,7 @@ def main(
         raise UserError(f"{rule}; use --prompt TEXT or --prompts FILE")
     entries: list[Request | TaskEntry]
     if prompts is None:
-        entries = [single := TaskEntry(task.read(), options)]
+        entries = [TaskEntry(task.read(), options)]
     else:
         size: str | None = getattr(task, "size", None)
         own = replace(options, seed=0, negative=None)
@@ -122,6 +126,8 @@ def main(
         check_writable(out)
 
     def list_requests(config: PipelineConfig) -> list[Request]:
+        if (expander := expansion.make_expander(config.model.backbone)) is not None:
+            entries[:] = [expand_entry(entry, expander) for entry in entries]
         made = [request for request in (make_request(entry, config) for entry in entries) if request is not None]
         for request in made if is_file else ():
             assert request.size is not None  # resolved
@@ -131,7 +137,9 @@ def main(
     pipeline = model.load_pipeline(run, sampling, list_requests=list_requests, text_encoder=text_encoder)
     chosen = sampling.make_sampling(pipeline.config)
     if is_file:
-        (clip,) = pipeline.run_many([single.task], [options], sampling=chosen)
+        (entry,) = entries
+        assert isinstance(entry, TaskEntry)
+        (clip,) = pipeline.run_many([entry.task], [entry.options], sampling=chosen)
         seconds = time.perf_counter() - start_time
         clip.save(out)
         print(f"{out}: {len(clip.frames)} frames of {clip.height}x{clip.width}, {seconds:.1f} s including loading")

@@ -160,7 +160,7 @@ class EvaluationProtocol:
     """True if samples are wanted even without data or where no metric can be computed, as at the end of a training."""
     provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput))
     """Data that metrics may need."""
-    example_prompt: ClassVar[str] = "a prompt"
+    example_prompts: ClassVar[tuple[str, ...]] = ()
     """Prompt in the commands that reports show."""
 
     def __post_init__(self):

@@ -30,7 +30,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -116,6 +116,9 @@ _AMENDABLE_FIELDS = (
     "save_every",
 )
 """Fields that may change after the run has begun, besides those of its stages; see `Experiment.amendable_fields`."""
+
+_EXAMPLES, _MAX_EXAMPLE = 4, 160
+"""Number of captions that are prompts to try the model with, and the most characters of one."""
 
 _Location = StoragePathLike | None
 
@@ -268,6 +271,12 @@ class Experiment:
     def replace_backbone(self, **changes: Any) -> "Experiment":
         """Return the experiment with other fields of the backbone, such as its attention."""
         return replace(self, model=self.get_model().replace_backbone(**changes))
+
+
+def _choose_examples(captions: Sequence[str]) -> tuple[str, ...]:
+    """Return a few captions, spread over all, that are short enough to be read at a glance."""
+    distinct = [text for text in dict.fromkeys(captions) if 0 < len(text) <= _MAX_EXAMPLE]
+    return tuple(distinct[:: max(1, len(distinct) // _EXAMPLES)][:_EXAMPLES])
 
 
 def check_sizes(model: ModelConfig, data: DataConfig) -> None:
@@ -805,6 +814,7 @@ class Run:
             sampling=experiment.sampling,
             conditioner=experiment.conditioner,
             evaluation=experiment.evaluation,
+            example_prompts=_choose_examples([info.caption for info in infos]),
             provenance={
                 "command": self.command,
                 "experiment": experiment.name,

@@ -5,6 +5,7 @@ from dit_video.families.denoiser_format import DenoiserFormat
 from dit_video.families.denoisers import (
     find_format,
     get_lora_modules,
+    get_prompt_instructions,
     load_denoiser,
     read_denoiser_config,
     save_denoiser,

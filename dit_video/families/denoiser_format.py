@@ -14,6 +14,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import write_json
 from dit_video.models.backbones.protocol import BackboneConfig, ConfigT
 from dit_video.nn import NO_DEVICE, get_param_shapes
+from dit_video.sampling.expansion import INSTRUCTIONS
 from dit_video.weights import folders, io, streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import LoraModule
@@ -46,6 +47,9 @@ class DenoiserFormat(abc.ABC, Generic[ConfigT]):
     float32_kernels: ClassVar[tuple[str, ...]] = ()
     """Paths of kernels whose products are float32 whatever the config's dtype: they stay unrounded when the others are
     read in another dtype."""
+
+    prompt_instructions: ClassVar[str] = INSTRUCTIONS
+    """Instructions for a language model that expands prompts as the family's models read them."""
 
     @abc.abstractmethod
     def read_config(self, folder: Path, document: dict[str, Any]) -> ConfigT:

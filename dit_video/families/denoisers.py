@@ -13,6 +13,7 @@ from dit_video.core.errors import UserError
 from dit_video.families.denoiser_format import DenoiserFormat, FileLayout, load_files, read_files_config
 from dit_video.families.registry import list_families
 from dit_video.models.backbones.protocol import BackboneConfig
+from dit_video.sampling.expansion import INSTRUCTIONS
 from dit_video.weights.lora import LoraModule
 from dit_video.weights.parameter import Placement, place_on_host
 from dit_video.weights.tensor_map import SHARD_BYTES
@@ -32,6 +33,12 @@ def get_lora_modules(config: BackboneConfig, *, primary_layout: FileLayout = "di
     """Return the modules that LoRA files of the config's family may change, by their names in the files."""
     denoiser_format = find_format(config)
     return {} if denoiser_format is None else denoiser_format.get_lora_modules(config, primary_layout=primary_layout)
+
+
+def get_prompt_instructions(config: BackboneConfig) -> str:
+    """Return the instructions for a language model that expands prompts as models of the config's family read them."""
+    denoiser_format = find_format(config)
+    return INSTRUCTIONS if denoiser_format is None else denoiser_format.prompt_instructions
 
 
 def load_denoiser(

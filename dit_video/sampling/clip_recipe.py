@@ -44,7 +44,8 @@ def describe_request(request: Request) -> dict[str, Any]:
     defaults = Request("")
     return _drop_absent(
         {
-            "prompt": request.prompt,
+            "prompt": str(request.prompt),
+            "expanded_from": getattr(request.prompt, "original", None),
             "negative": request.negative,
             "size": None if request.size is None else list(request.size),
             "seed": request.seed,

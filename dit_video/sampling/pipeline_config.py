@@ -113,6 +113,8 @@ class PipelineConfig:
     """Steps that are sampled before: pipelines of their own, in `steps/NAME` of the folder."""
     evaluation: Any = None
     """Evaluation that its training asked for, an `evaluation.config.Evaluation`; None for one of captions."""
+    example_prompts: tuple[str, ...] = ()
+    """Prompts to try the model with: some captions of its training."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Command, seed and versions that produced the weights."""
 

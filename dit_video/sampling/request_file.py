@@ -12,6 +12,7 @@ from jaxtyping import Float32
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.shared_array import save_array
 from dit_video.sampling.clip_recipe import hash_pixels
+from dit_video.sampling.expansion import ExpandedPrompt
 from dit_video.sampling.pictures import Mask, to_mask
 from dit_video.sampling.request import OPTIONS, PICTURES, Condition, Request
 from dit_video.tokens import Grid
@@ -21,7 +22,7 @@ INPUTS_FOLDER = "inputs"
 """Folder, beside a written list, of the pictures and the noise of its requests."""
 _SIZE = ("frames", "height", "width")
 _TYPES = {str: "a text", int: "a whole number"}
-_KEYS = ("prompt", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths", "noise")
+_KEYS = ("prompt", "expanded_from", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths", "noise")
 SAMPLE_KEYS = ("file",)
 """Keys in lists of samples that were written: values of the sample, which a request does not have."""
 _GUIDANCE_KEYS = ("guidance", "interval", "rescale", "guidance_method", "skip_layers")
@@ -50,7 +51,7 @@ def read_request(values: Mapping[str, Any], folder: Path, *, where: str = "") ->
             raise _make_key_error(f"{where}{name}={values[name]!r}", name)
     has_size = any(name in values for name in _SIZE)
     kinds = {"prompt": str, "seed": int} | (dict.fromkeys(_SIZE, int) if has_size else {})
-    kinds |= {} if values.get("negative") is None else {"negative": str}
+    kinds |= {name: str for name in ("negative", "expanded_from") if values.get(name) is not None}
     for name, kind in kinds.items():
         if type(values.get(name)) is not kind:  # `True` is an int to isinstance
             raise UserError(f"{where}{name} must be {_TYPES[kind]}, not {values.get(name)!r}")
@@ -65,7 +66,10 @@ def read_request(values: Mapping[str, Any], folder: Path, *, where: str = "") ->
             fields[name] = value
     if values.get("noise"):
         fields["noise"] = _read_noise(values["noise"], folder)
-    return Request(values["prompt"], size, values["seed"], values["negative"], strengths=strengths, **fields)
+    prompt = values["prompt"]
+    if (original := values.get("expanded_from")) is not None:
+        prompt = ExpandedPrompt(prompt, original)
+    return Request(prompt, size, values["seed"], values["negative"], strengths=strengths, **fields)
 
 
 def _parse_strengths(values: Any, name: str) -> dict[str, float | tuple[float, ...]]:
@@ -194,7 +198,9 @@ def write_request(request: Request, folder: Path) -> dict[str, Any]:
     requests share them. Of a conditioner, and of values of further conditioning, only the names are in the entry, and
     such a list is not read again.
     """
-    entry: dict[str, Any] = {"prompt": request.prompt}
+    entry: dict[str, Any] = {"prompt": str(request.prompt)}
+    if isinstance(request.prompt, ExpandedPrompt):
+        entry["expanded_from"] = request.prompt.original
     if request.size is not None:
         entry |= dict(zip(_SIZE, map(int, request.size), strict=True))
     entry["seed"] = request.seed

@@ -28,7 +28,12 @@ class ShapesEvaluation(EvaluationProtocol):
     metrics: tuple[Metric, ...] = (PromptFollowing(), StartSpread(), *RECONSTRUCTION_METRICS)
     crf: int | None = None
     may_only_sample = True
-    example_prompt = "a red circle moving left"
+    example_prompts = (
+        "a red circle moving left",
+        "a blue square moving up",
+        "a green triangle moving right",
+        "a yellow circle moving down",
+    )
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return all prompts, with renderings of them as references."""

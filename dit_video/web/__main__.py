@@ -14,6 +14,7 @@ from dit_video.core.command_line import parse_arguments, parse_memory
 from dit_video.core.errors import MissingError, UserError, script
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed.mesh import parse_parallelism
+from dit_video.families.expansion_options import ExpansionOptions
 from dit_video.families.family import Dtype
 from dit_video.loading import find_folder, read_config
 from dit_video.nn.attention import BackendName
@@ -21,6 +22,7 @@ from dit_video.sampling.adapters import AdapterFile
 from dit_video.sampling.pipeline_config import RUN_CONFIG
 
 DEFAULT_PORT = 7860
+_EXPANSION = ExpansionOptions()
 
 
 def main(
@@ -35,6 +37,7 @@ def main(
     dtype: Dtype | None = None,
     attention: BackendName | None = None,
     parallel: str | None = None,
+    expansion: Annotated[ExpansionOptions, tyro.conf.arg(name="")] = _EXPANSION,
     cache: bool = True,
 ) -> None:
     """Serve a page on which a model is sampled, and one that follows its training run.
@@ -60,6 +63,7 @@ def main(
         attention: Backend of attention instead of the model's own; auto takes the best one for the devices.
         parallel: Devices that sample together, such as data=2,context=4 for branches of guidance and tokens, and
             perhaps context_attention=ring.
+        expansion: Language model for a button beside prompts.
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
     try:
@@ -80,7 +84,8 @@ def main(
     options["parallel"] = None if parallel is None else parse_parallelism(parallel)
     model = None
     if config is not None:
-        model = StudioModel(local_folder, config, adapters=adapters, is_run=is_run, options=options)
+        expander = expansion.make_expander(config.model.backbone)
+        model = StudioModel(local_folder, config, adapters=adapters, is_run=is_run, options=options, expander=expander)
     listener = server.open_socket(host, port)
     settings = server.ServerConfig(
         title=local_folder.resolve().name if model is None else model.title,

@@ -43,7 +43,8 @@ def _measure_start(run: Path, folder: Path) -> dict[str, float]:
         httpx.get(address, timeout=_MAX_SECONDS).raise_for_status()
         figures = {"seconds until the page": time.perf_counter() - start}
         config = read_config(run)
-        prompt = ((config.evaluation if config else None) or CaptionEvaluation()).example_prompt
+        evaluation = (config.evaluation if config else None) or CaptionEvaluation()
+        prompt = next(iter((*evaluation.example_prompts, "a prompt")))
         return figures | _measure_clicks(address, prompt)
     finally:
         server.terminate()

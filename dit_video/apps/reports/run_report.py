@@ -251,7 +251,8 @@ def _make_commands(pipeline: Pipeline, source: Path) -> tuple[Command, ...]:
     frames, height, width = pipeline.config.size
     size = f"{frames}x{height}x{width}"
     folder = shlex.quote(str(source))
-    prompt = (pipeline.config.evaluation or CaptionEvaluation()).example_prompt
+    evaluation = pipeline.config.evaluation or CaptionEvaluation()
+    prompt = next(iter((*pipeline.config.example_prompts, *evaluation.example_prompts, "a prompt")))
     return (
         Command(
             text=f'python experiments/sample.py {folder} --prompt "{prompt}" --size {size} --seed 3 --out clip.mp4',

@@ -45,6 +45,12 @@ export async function postJob(job) {
   return (await request("api/jobs", options)).job;
 }
 
+/** Return a prompt as the server's language model expands it. */
+export async function postExpansion(prompt) {
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ prompt }) };
+  return (await request("api/expand", options)).prompt;
+}
+
 /** Send a file; `signal` stops it, and `onProgress` receives the fraction that is sent. */
 export function postUpload(file, kind, { signal, onProgress }) {
   // fetch does not tell how much is sent.

@@ -85,7 +85,7 @@ export class Field {
   }
 }
 
-class TextField extends Field {
+export class TextField extends Field {
   constructor(description) {
     super(description);
     const { lines = 1 } = description;

@@ -4,6 +4,7 @@ import { FIELDS } from "./fields.js";
 import { MaskField } from "./mask.js";
 import { recall, remember } from "./memory.js";
 import { PictureField } from "./picture.js";
+import { PromptField } from "./prompt.js";
 import { Tabs } from "./tabs.js";
 
 const IN_VIEW = ["seed", "count"]; // sampling fields that are not in the part that opens
@@ -15,6 +16,7 @@ export class Form {
     this.root = byId("form");
     this.studio = studio;
     this.submit = submit;
+    this.model = model;
     this.storage = `studio:${model.title}`;
     this.stored = recall(this.storage);
     this.panels = new Map(model.tabs.map((tab) => [tab.name, this.makePanel(tab)]));
@@ -50,14 +52,21 @@ export class Form {
   makeFields(descriptions) {
     const fields = new Map();
     for (const description of descriptions) {
-      const { name, kind } = description;
-      const isPicture = kind === "clip" || kind === "image";
-      const field = isPicture ? new PictureField(description, this.studio) : new (kind === "mask" ? MaskField : (FIELDS[kind] ?? FIELDS.text))(description);
+      const { name } = description;
+      const field = this.makeField(description);
       fields.set(name, field);
       field.onChange(() => this.noteChange());
     }
     for (const field of fields.values()) if (field.kind === "mask") field.follow(fields.get(field.description.of));
     return fields;
+  }
+
+  makeField(description) {
+    const { name, kind } = description;
+    if (kind === "clip" || kind === "image") return new PictureField(description, this.studio);
+    if (kind === "mask") return new MaskField(description);
+    if (name === "prompt") return new PromptField(description, this.model);
+    return new (FIELDS[kind] ?? FIELDS.text)(description);
   }
 
   makePanel(tab) {

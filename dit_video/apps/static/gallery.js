@@ -39,7 +39,7 @@ export class Gallery {
     this.problem = make("p", { class: "warning", role: "alert", hidden: true });
     this.empty = make("p", { class: "muted", textContent: "Clips that you generate are kept here, with all that is needed to make them again." });
     this.list = make("ul", { class: "cards" });
-    this.more = makeButton("Show more", () => this.showMore());
+    this.more = makeButton("Show more", () => this.showMore(), { hidden: true });
     root.append(this.problem, this.empty, this.list, make("div", { class: "more" }, this.more));
   }
 

@@ -7,12 +7,17 @@ from typing import Any
 from dit_video.apps.studio.forms import FormField, get_size_steps, list_presets, make_sampling_form, make_tabs
 from dit_video.apps.studio.uploads import ClipFit
 from dit_video.core.errors import UserError
+from dit_video.curation.raters.prompt_domains import load_default_prompt_domains
 from dit_video.evaluation.config import CaptionEvaluation
 from dit_video.loading import load
 from dit_video.sampling.adapters import AdapterFile
+from dit_video.sampling.expansion import PromptExpander
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import PipelineConfig, is_pipeline_folder
 from dit_video.sampling.request import Request
+
+_EXAMPLES = 4
+"""Number of prompts that are offered for open weights."""
 
 
 class StudioModel:
@@ -24,6 +29,7 @@ class StudioModel:
       adapters: LoRA files that are attached.
       is_run: Whether the folder is a run, of whose checkpoints users may choose one.
       options: Further arguments of `dit_video.load`.
+      expander: Language model that expands prompts, for a button beside them.
     """
 
     def __init__(
@@ -34,8 +40,9 @@ class StudioModel:
         adapters: Sequence[AdapterFile] = (),
         is_run: bool = False,
         options: Mapping[str, Any] | None = None,
+        expander: PromptExpander | None = None,
     ):
-        self.folder, self.config, self._is_run = folder, config, is_run
+        self.folder, self.config, self._is_run, self.expander = folder, config, is_run, expander
         self._options = dict(options or {})
         self.adapters: dict[str, AdapterFile] = {}
         """Attached adapters by name."""
@@ -84,7 +91,19 @@ class StudioModel:
             "summary": summary,
             "tabs": [tab.describe() for tab in self.tabs],
             "sampling": [field.describe() for field in self.sampling_form],
+            "examples": list(self.example_prompts),
+            "expands": self.expander is not None,
         }
+
+    @property
+    def example_prompts(self) -> tuple[str, ...]:
+        """Return prompts to try the model with: captions of its training, or for open weights what people film."""
+        evaluation = self.config.evaluation or CaptionEvaluation()
+        own = self.config.example_prompts or evaluation.example_prompts
+        if own or "loaded from" not in self.config.provenance:
+            return own
+        prompts = load_default_prompt_domains().make_prompts(1)
+        return tuple(prompts[:: len(prompts) // _EXAMPLES][:_EXAMPLES])
 
     def load(self, checkpoint: int | None, scales: Mapping[str, float]) -> Pipeline:
         """Return the pipeline of a checkpoint with scales of its adapters; one checkpoint is in memory.
@@ -112,5 +131,4 @@ class StudioModel:
 
     def make_example(self) -> Request:
         """Return a request of the model's own size, whose program most users need first."""
-        evaluation = self.config.evaluation or CaptionEvaluation()
-        return Request(evaluation.example_prompt, self.config.size)
+        return Request(next(iter(self.example_prompts), "a prompt"), self.config.size)

@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from dit_video.apps.pages import render_page
-from dit_video.apps.studio.forms import FormError
+from dit_video.apps.studio.forms import MAX_TEXT, FormError
 from dit_video.apps.studio.gallery import UserFiles
 from dit_video.apps.studio.jobs import MAX_JOBS, Job, JobQueue, QueueFullError, collect_notes
 from dit_video.apps.studio.models import StudioModel
@@ -53,6 +53,7 @@ class StudioRoutes:
         return [
             Route("/", self._show_page),
             Route("/api/model", self._describe_model),
+            Route("/api/expand", self._expand_prompt, methods=["POST"]),
             Route("/api/uploads", self._add_upload, methods=["POST"]),
             Route("/api/uploads/{upload}", self._describe_upload),
             Route("/api/jobs", self._add_job, methods=["POST"]),
@@ -77,6 +78,13 @@ class StudioRoutes:
     def _describe_model(self, request: Request) -> Response:
         limits = {"upload_bytes": self._max_upload, "jobs": MAX_JOBS}
         return JSONResponse(self._model.describe() | {"limits": limits})
+
+    async def _expand_prompt(self, request: Request) -> Response:
+        body, expander = await _read_json(request), self._model.expander
+        prompt = body.get("prompt") if isinstance(body, dict) else None
+        if expander is None or not isinstance(prompt, str) or len(prompt) > MAX_TEXT:
+            raise FormError("this prompt cannot be expanded")
+        return JSONResponse({"prompt": await run_in_threadpool(expander, prompt)})
 
     async def _add_upload(self, request: Request) -> Response:
         kind = request.query_params.get("kind")
@@ -109,7 +117,8 @@ class StudioRoutes:
         files.gallery.check_room()
         model = self._model
         with collect_notes() as notes:
-            submission = parse_submission(body, model.config, model.tabs, model.sampling_form, files)
+            recall = str if model.expander is None else model.expander.recall
+            submission = parse_submission(body, model.config, model.tabs, model.sampling_form, files, recall=recall)
         tab, title = submission.tab.name, submission.title
         return Job(user=user, tab=tab, title=title, content=submission, notes=tuple(notes))
 

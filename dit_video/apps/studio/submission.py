@@ -2,7 +2,7 @@
 
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,7 +85,13 @@ class Submission:
 
 
 def parse_submission(
-    body: Any, config: PipelineConfig, tabs: Sequence[Tab], sampling_form: Sequence[FormField], media: MediaSource
+    body: Any,
+    config: PipelineConfig,
+    tabs: Sequence[Tab],
+    sampling_form: Sequence[FormField],
+    media: MediaSource,
+    *,
+    recall: Callable[[str], str] = str,
 ) -> Submission:
     """Return the job that a browser asks for.
 
@@ -95,6 +101,7 @@ def parse_submission(
       tabs: Tabs of the model.
       sampling_form: Fields that all tabs share.
       media: Uploads and gallery of the user.
+      recall: Function that returns a prompt that was expanded with what it was.
 
     Raises:
       FormError: If an answer is invalid, or the values do not fit the model or each other.
@@ -108,7 +115,7 @@ def parse_submission(
     values = tab.parse(answers["values"], media)
     sampling = parse_answers(sampling_form, answers["sampling"], media)
     if "prompt" in {field.name for field in tab.fields}:
-        values.setdefault("prompt", _get_caption(values))
+        values["prompt"] = recall(values.get("prompt", _get_caption(values)))
     shared: dict[str, Any] = {"tab": tab, "sampling": sampling, "answers": answers}
     try:
         try:

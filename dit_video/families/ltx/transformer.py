@@ -73,6 +73,15 @@ _LINEAR = (
 _ROTARY_LINEAR = (("query", "attn1.to_q"), ("key", "attn1.to_k"))
 
 
+LTX_INSTRUCTIONS = """\
+Rewrite the user's text as a prompt for a video model, as a camera operator would describe one shot. Keep what the \
+text means. Write a single paragraph of at most 150 words, literal and exact, in the order in which things happen. \
+The first sentence is the main action, without an introduction. Then give, in this order: movements and gestures; \
+what people and objects look like; the background; the camera's angle and motion; light and colours; and what \
+changes or happens suddenly. Answer with the prompt alone."""
+"""After the rules of the authors' prompt enhancement (LTX-Video, `T2V_CINEMATIC_PROMPT`), in our words."""
+
+
 class LtxDenoiserFormat(DenoiserFormat[LtxDitConfig]):
     """Files of diffusers' `LTXVideoTransformer3DModel`.
 
@@ -82,6 +91,7 @@ class LtxDenoiserFormat(DenoiserFormat[LtxDitConfig]):
 
     config_class = LtxDitConfig
     layouts = LAYOUTS
+    prompt_instructions = LTX_INSTRUCTIONS
 
     def read_config(self, folder: Path, document: dict[str, Any]) -> LtxDitConfig:
         settings = folders.get_settings(folder, document, _DEFAULTS)

@@ -10,6 +10,7 @@ from dit_video.core.errors import UserError
 from dit_video.core.files import read_json
 from dit_video.core.grid import Grid
 from dit_video.core.registry import load_entry_points
+from dit_video.sampling.expansion import ExpandedPrompt, PromptExpander
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import (
@@ -54,6 +55,13 @@ def make_request(entry: Request | TaskEntry, config: PipelineConfig) -> Request 
         request = add_options(made, entry.options)
     assert isinstance(request, Request)
     return replace(request, size=config.resolve_size(request))
+
+
+def expand_entry(entry: Request | TaskEntry, expander: PromptExpander) -> Request | TaskEntry:
+    """Return an entry with its prompt expanded; one without a prompt as it is. Errors are those of the expander."""
+    if isinstance(entry, TaskEntry):
+        return entry._replace(task=expander.expand(entry.task))
+    return expander.expand(entry)
 
 
 def get_entry_prompt(entry: Request | TaskEntry, request: Request | None) -> str:
@@ -123,7 +131,7 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
         raise UserError(f"{where}task={name!r} is unknown; use {', '.join(TASKS)}")
     fields = {field.name: field for field in list_fields(TASKS[name])}
     for key in values:
-        if key not in fields and key not in ("task", "prompt", *_OPTIONS, *SAMPLE_KEYS):
+        if key not in fields and key not in ("task", "prompt", "expanded_from", *_OPTIONS, *SAMPLE_KEYS):
             closest = next(iter(difflib.get_close_matches(key, fields, n=1)), ", ".join(fields))
             raise UserError(f"{where}{key}={values[key]!r} is invalid: {name} has no such value. Use {closest}.")
     required = list_required(TASKS[name])
@@ -136,6 +144,8 @@ def read_task(values: Mapping[str, Any], folder: Path, *, where: str = "") -> Ta
     options = read_request({"prompt": "", **own}, folder, where=where)
     given = {key: value for key, value in values.items() if key in fields and value is not None}
     given = {key: _read_value(fields[key], value, folder, where) for key, value in given.items()}
+    if "prompt" in given and isinstance(original := values.get("expanded_from"), str):
+        given["prompt"] = ExpandedPrompt(given["prompt"], original)
     try:
         task = TASKS[name](**given)
     except UserError as error:
@@ -162,6 +172,8 @@ def write_task(entry: TaskEntry, folder: Path) -> dict[str, Any]:
         elif field.kind == "mask":
             value = write_mask(value, getattr(task, "clip", None) or getattr(task, "video", None), folder)
         written[field.name] = value
+    if isinstance(prompt := getattr(task, "prompt", None), ExpandedPrompt):
+        written["expanded_from"] = prompt.original
     return request | written
 
 

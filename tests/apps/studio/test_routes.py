@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from dit_video.apps.access import AccessRules
 from dit_video.apps.server import ServerConfig, make_app
 from dit_video.apps.studio.jobs import show_warnings_as_notes
 from dit_video.apps.studio.models import StudioModel
+from dit_video.core.chat import ChatServer
+from dit_video.sampling.expansion import PromptExpander
 from dit_video.video import Clip, decode, encode
+from support.chat_server import StandIn, complete, fail
 from support.tiny_pipeline import make_config, make_pipeline
 
 SIZE = {"frames": 5, "height": 16, "width": 16}
@@ -297,3 +301,50 @@ def test_clips_of_the_gallery_are_shortened_where_a_task_changes_all_of_them(use
     assert wait(user, submit(user, "described_edit", **edit))["status"] == "done"
     state = wait(user, submit(user, "extend", clip={"item": loop["id"]}, frames=4))
     assert list_items(user)[0]["frames"] == 12  # this task keeps all of it
+
+
+@pytest.fixture
+def chat():
+    stand_in = StandIn()
+    stand_in.answer = lambda number, body: complete("A white dot moves over a dark ground.")
+    yield stand_in
+    stand_in.close()
+
+
+def test_prompts_are_expanded_and_named_in_the_recipe(chat, tmp_path):
+    config = replace(make_config(steps=1), example_prompts=("a dot", "a line"))
+    make_pipeline(config).save(tmp_path / "model")
+    expander = PromptExpander(server=ChatServer(url=chat.url, model="qwen", retries=0))
+    model = StudioModel(tmp_path / "model", config, expander=expander)
+    access = AccessRules(is_local=True)
+    settings = ServerConfig(title="t", run=None, root=tmp_path / "users", access=access, max_upload=MAX_UPLOAD)
+    app = make_app(settings, model)
+    with TestClient(app, base_url="http://127.0.0.1"):
+        user = open_user(app)
+        described = user.get("/api/model").json()
+        assert (described["expands"], described["examples"]) == (True, ["a dot", "a line"])
+        expanded = user.post("/api/expand", json={"prompt": "a dot"}).json()["prompt"]
+        assert expanded == "A white dot moves over a dark ground."
+        for prompt in (expanded, "a line"):
+            assert wait(user, submit(user, prompt=prompt))["status"] == "done"
+        plain, long = (item["recipe"] for item in list_items(user))
+        assert (long["prompt"], long["expanded_from"]) == (expanded, "a dot")
+        assert "expanded_from" not in plain
+        chat.answer = lambda number, body: fail(500)
+        answer = user.post("/api/expand", json={"prompt": "a dot"})
+        assert (answer.status_code, "answers 500" in answer.json()["error"]) == (422, True)
+        assert user.post("/api/expand", json={"prompt": 3}).status_code == 422
+
+
+def test_a_server_without_a_language_model_expands_nothing(user):
+    described = user.get("/api/model").json()
+    assert described["expands"] is False
+    assert user.post("/api/expand", json={"prompt": "a dot"}).status_code == 422
+    assert described["examples"] == []
+
+
+def test_open_weights_offer_prompts_of_what_people_film(tmp_path):
+    config = replace(make_config(steps=1), provenance={"loaded from": "MODEL"})
+    examples = StudioModel(tmp_path, config).example_prompts
+    assert len(set(examples)) == 4
+    assert min(map(len, examples)) > 20
