@@ -60,7 +60,7 @@ def test_mistakes_end_with_code_2_and_name_the_file_or_option(tmp_path, script):
         ([*folders], "--out is missing"),
         ([], "--out is missing"),
         (["--prompts-out", tmp_path / "p.json", "--prompts-per-domain", 0], "--prompts-per-domain 0"),
-        (["--prompts-out", tmp_path / "p.json", "--prompts-per-domain", 99], "has 24 prompts"),
+        (["--prompts-out", tmp_path / "p.json", "--prompts-per-domain", 106], "has 105 prompts"),
         (["--prompts-out", tmp_path / "p.json", "--size", "big"], "--size big"),
         ([*folders, "--out", tmp_path / "page", "--controls", 0.7], "controls=0.7"),
         ([*folders, "--out", tmp_path / "page", "--pairs-per-rater", 0], "pairs_per_rater=0"),

@@ -128,6 +128,6 @@ def read_prompt_domains(path: str | Path) -> PromptDomains:
 
 @functools.cache
 def load_default_prompt_domains() -> PromptDomains:
-    """Return 21 domains about what people film and imagine; each has 24 prompts or more."""
+    """Return 21 domains about what people film and imagine; each has 105 prompts or more."""
     with importlib.resources.as_file(importlib.resources.files(__package__)) as folder:
         return read_prompt_domains(folder / "default_prompt_domains.json")

@@ -30,14 +30,14 @@ def test_the_domain_of_every_prompt_is_its_own():
 
 
 def test_prompts_are_drawn_by_the_seed_without_repetition():
-    prompts = DEFAULTS.make_prompts(24, seed=1)
-    assert len(set(prompts)) == len(prompts) == 21 * 24
+    prompts = DEFAULTS.make_prompts(105, seed=1)
+    assert len(set(prompts)) == len(prompts) == 21 * 105
     assert DEFAULTS.make_prompts(3, seed=1) != DEFAULTS.make_prompts(3, seed=2)
     few = DEFAULTS.make_prompts(3, seed=1)
     assert set(few) < set(prompts)
     assert [DEFAULTS.find_domain(prompt) for prompt in few[:4]] == ["people"] * 3 + ["groups of people"]
-    with pytest.raises(UserError, match=r"count=25.*has 24 prompts"):
-        DEFAULTS.make_prompts(25)
+    with pytest.raises(UserError, match=r"count=106.*has 105 prompts"):
+        DEFAULTS.make_prompts(106)
 
 
 def test_domains_are_read_from_json(tmp_path):
