@@ -53,7 +53,6 @@ from dit_video.tokens import Field, Grid
 from dit_video.video import Clip
 
 IMAGE_IS_NEEDED = "this model needs an image; give image=, a clip of one frame or pixels [H W 3]"
-_ACCEPTED = ("image", "last_image", "video", "generated", "conditions", *OPTIONS)
 _MAX_DIFFERENCE = 0.05
 """Largest difference of latents that counts as rounding; their standard deviation is about 1."""
 
@@ -62,13 +61,15 @@ _MAX_DIFFERENCE = 0.05
 class Completion(Conditioner):
     """Clips that keep the known pixels of a request, or that start from its `video`; without them, text to video."""
 
+    accepted = ("image", "last_image", "video", "generated", "conditions", *OPTIONS)
+
     def __call__(self, request: Request, model: ModelParts) -> SamplingPlan:
         """Return the plan of a request.
 
         Raises:
           UserError: If pictures, the strength or the method do not fit the request or the model.
         """
-        request.check_pictures(_ACCEPTED)
+        request.check_pictures(self.accepted)
         check_options(request)
         if request.grid.t == 1 and model.frame_conditioning is not None and model.frame_conditioning.is_required:
             least = 1 + model.codec.config.stride.t

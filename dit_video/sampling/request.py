@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -101,6 +101,9 @@ class Conditioner(abc.ABC):
 
     One of one's own is passed to `Pipeline.generate(conditioner=...)`.
     """
+
+    accepted: ClassVar[tuple[str, ...]] = ()
+    """Pictures and options of a request that it uses, by the names of their fields."""
 
     @abc.abstractmethod
     def __call__(self, request: "Request", model: ModelParts) -> SamplingPlan:

@@ -4,6 +4,7 @@ import { FIELDS } from "./fields.js";
 import { MaskField } from "./mask.js";
 import { recall, remember } from "./memory.js";
 import { PictureField } from "./picture.js";
+import { PicturesField } from "./pictures.js";
 import { PromptField } from "./prompt.js";
 import { Tabs } from "./tabs.js";
 
@@ -64,6 +65,7 @@ export class Form {
   makeField(description) {
     const { name, kind } = description;
     if (kind === "clip" || kind === "image") return new PictureField(description, this.studio);
+    if (kind === "images" || kind === "keyframes") return new PicturesField(description, this.studio);
     if (kind === "mask") return new MaskField(description);
     if (name === "prompt") return new PromptField(description, this.model);
     return new (FIELDS[kind] ?? FIELDS.text)(description);

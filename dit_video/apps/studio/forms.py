@@ -21,7 +21,9 @@ from jaxtyping import Bool
 from dit_video.core.errors import UserError
 from dit_video.core.registry import load_entry_points
 from dit_video.diffusion import SOLVERS, TEXT
+from dit_video.sampling.completion import Completion
 from dit_video.sampling.pipeline_config import PipelineConfig
+from dit_video.sampling.request import Condition
 from dit_video.sampling.tasks import TASKS, Task
 from dit_video.sampling.tasks.fields import TaskField, list_fields, list_required
 from dit_video.tokens import Grid
@@ -247,6 +249,39 @@ class ImageField(ClipField):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagesField(FormField):
+    """Several images, each as in `ImageField`."""
+
+    kind = "images"
+
+    def _parse_answer(self, answer: Any, media: MediaSource) -> tuple[Any, ...] | None:
+        if not isinstance(answer, list) or not all(isinstance(each, Mapping) for each in answer):
+            raise self._refuse("it must be a list of images")
+        if len(answer) > MAX_IMAGES:
+            raise self._refuse(f"it has {len(answer)} images. Use at most {MAX_IMAGES}")
+        image = ImageField(name=self.name, title=self.title)
+        return tuple(self._parse_image(each, image._parse_answer(each, media)) for each in answer) or None
+
+    def _parse_image(self, answer: Mapping[str, Any], image: Clip) -> Any:
+        return image
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyframesField(ImagesField):
+    """Images at frames of the clip, which are numbered from 0, each with its strength."""
+
+    kind = "keyframes"
+
+    def _parse_image(self, answer: Mapping[str, Any], image: Clip) -> Condition:
+        at, strength = answer.get("at", 0), answer.get("strength", 1)
+        if type(at) is not int or not 0 <= at < 100_000:
+            raise self._refuse(f"frame {str(at)[:20]} does not exist. Use one from 1")
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+            raise self._refuse("a strength is above 0 and at most 1")
+        return Condition(content=image, frame=at, strength=strength)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskField(FormField):
     """A region, drawn over the first frame of a clip."""
 
@@ -288,12 +323,27 @@ _PICTURE_TABS = {
     "text_to_video": ("Text to video", ("prompt", "size")),
     "image_to_video": ("Image to video", ("prompt", "image", "size")),
     "first_and_last_frame": ("First and last frame", ("prompt", "image", "last_image", "size")),
+    "keyframes": ("Keyframes", ("prompt", "conditions", "size")),
+    "control": ("Control", ("prompt", "control", "reference_images", "size")),
 }
-"""Tabs of the task `generate`: titles, and the fields that each of them shows."""
+"""Tabs of the task `generate`: titles, and the fields that each of them shows. A model that does not use one of them
+lacks the tab."""
+OPTION_FIELDS: dict[str, FormField] = {
+    each.name: each
+    for each in (
+        ClipField(name="control", title="Control", help="Poses, depth or edges that the clip follows."),
+        ImagesField(name="reference_images", title="References", help="Images of subjects that the clip shows."),
+    )
+}
+"""Fields of options of requests, which no task has."""
+MAX_IMAGES = 8
+"""Maximum number of images of a field."""
 _TAB_HELP = {
     "text_to_video": "A clip from a description.",
     "image_to_video": "A clip that begins with an image.",
     "first_and_last_frame": "A clip between two images.",
+    "keyframes": "A clip that shows images at some of its frames.",
+    "control": "A clip that follows another one, or shows subjects of images.",
 }
 _TAB_TITLES = {"described_edit": ("Edit by description", "A clip that changes by the difference of two descriptions.")}
 """Titles and sentences of tasks whose names or docstrings say too little."""
@@ -321,7 +371,8 @@ class Tab:
     @property
     def has_known_pixels(self) -> bool:
         """Return whether the task keeps pixels of the form's clips or images."""
-        return TASKS[self.task_name].is_completion and any(field.kind in ("clip", "image") for field in self.fields)
+        kinds = {field.kind for field in self.fields}
+        return TASKS[self.task_name].is_completion and not kinds.isdisjoint(("clip", "image", "keyframes"))
 
     def describe(self) -> dict[str, Any]:
         """Return the description that the page makes the tab of, as JSON values."""
@@ -337,8 +388,8 @@ class Tab:
         return parse_answers(self.fields, answers, media)
 
     def make_task(self, values: Mapping[str, Any]) -> Task:
-        """Return the task with these values."""
-        return TASKS[self.task_name](**values)
+        """Return the task with these values, but for those of options."""
+        return TASKS[self.task_name](**{name: value for name, value in values.items() if name not in OPTION_FIELDS})
 
 
 def parse_answers(form: Sequence[FormField], answers: Any, media: MediaSource) -> dict[str, Any]:
@@ -362,7 +413,10 @@ def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
     """
     load_entry_points()
     tabs: list[Tab] = []
+    accepted = (config.conditioner or Completion()).accepted
     for name, (title, names) in _PICTURE_TABS.items():
+        if not set(names) - {"prompt", "size"} <= set(accepted):
+            continue
         form = make_form("generate", config, names=names)
         tabs.append(Tab(name=name, title=title, help=_TAB_HELP[name], task_name="generate", fields=form))
     for name, task in TASKS.items():
@@ -391,6 +445,7 @@ def make_form(task_name: str, config: PipelineConfig, *, names: Sequence[str] = 
     clip_name = next((field.name for field in chosen if field.kind in ("clip", "image")), "")
     made = (_make_field(field, suggested.get(field.name, field.default), config, clip_name) for field in chosen)
     form = [each for each in made if each is not None]
+    form += [OPTION_FIELDS[name] for name in names if name in OPTION_FIELDS]
     if names:
         return tuple(sorted(form, key=lambda each: names.index(each.name)))
     return tuple(sorted(form, key=lambda each: each.kind not in ("clip", "image")))
@@ -417,6 +472,9 @@ def _make_field(field: TaskField, default: Any, config: PipelineConfig, clip_nam
             return ImageField(**shared, is_fitted=field.is_required)
         case "clip":
             return ClipField(**shared)
+        case "conditions":
+            texts = {"title": "Keyframes", "help": "Images that the clip shows at these frames, counted from 1."}
+            return KeyframesField(**(shared | texts | {"is_required": True}))
         case "whole" | "number":
             return _make_number_field(field, shared, default)
         case "flag":

@@ -317,7 +317,8 @@ class Worker(threading.Thread):
 
         tasks, seeds = [submission.task] * len(submission.seeds), submission.seeds
         with collect_notes() as notes:
-            clips = pipeline.run(tasks, seed=seeds, callback=report, **submission.options)
+            pictures: dict[str, Any] = {name: [value] * len(tasks) for name, value in submission.pictures.items()}
+            clips = pipeline.run(tasks, seed=seeds, callback=report, **submission.options, **pictures)
         self._queue.update(job, notes=tuple(dict.fromkeys((*job.notes, *notes))))
         self._previewer.learn(self._model.config.model.autoencoder.stride, clips)
         return clips

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from dit_video.apps.studio.forms import FormError, FormField, MediaSource, Tab, parse_answers
+from dit_video.apps.studio.forms import OPTION_FIELDS, FormError, FormField, MediaSource, Tab, parse_answers
 from dit_video.apps.studio.gallery import get_input_file
 from dit_video.core.errors import UserError
 from dit_video.sampling import Sampling
 from dit_video.sampling.adapters import AdapterFile
 from dit_video.sampling.pipeline_config import PipelineConfig, to_grid
 from dit_video.sampling.preparation import check_requests, check_sampling
+from dit_video.sampling.request import Condition
 from dit_video.sampling.tasks import Task
 from dit_video.sampling.tasks.fields import list_fields
 from dit_video.video import Clip
@@ -44,6 +45,11 @@ class Submission:
         """Return the arguments of `Pipeline.run` besides the task and the seed."""
         names = (*_SAMPLING, "negative")
         return {name: self.sampling[name] for name in names if self.sampling.get(name) not in (None, "")}
+
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """Return the pictures that are arguments of `Pipeline.run` besides the task."""
+        return {name: value for name, value in self.values.items() if name in OPTION_FIELDS}
 
     def make_sampling(self, config: PipelineConfig) -> Sampling:
         """Return the sampling of a model with the job's values.
@@ -81,6 +87,8 @@ class Submission:
             elif isinstance(value, np.ndarray):
                 picture = np.where(value, np.uint8(255), np.uint8(0))
                 inputs[name] = Clip(np.repeat(picture[None, ..., None], 3, axis=-1), fps=1)
+            for number, each in enumerate(_list_images(value), 1):
+                inputs[f"{name}_{number}"] = each.content if isinstance(each, Condition) else each
         return inputs
 
 
@@ -141,12 +149,14 @@ def format_python(submission: Submission, model: str, seed: int, adapters: Mappi
       adapters: LoRA files of the model, by name.
     """
     kind = type(submission.task)
-    files = {name: _get_file(name, clip) for name, clip in submission.inputs.items()}
     values = {name: value for name, value in submission.values.items() if not _is_default(submission, name, value)}
-    values = {**{name: values[name] for name in files}, **values, **files}
-    task = [f"    {name}={value!r}," for name, value in values.items()]
+    pictures = {name: text for name, value in values.items() if (text := _format_pictures(submission, name, value))}
+    values = {**pictures, **{name: repr(value) for name, value in values.items() if name not in pictures}}
+    task = [f"    {name}={text}," for name, text in values.items()]
     options = [f"seed={seed}", *(f"{name}={value!r}" for name, value in submission.options.items())]
     imports = ["import dit_video"]
+    if any(isinstance(each, Condition) for value in submission.values.values() for each in _list_images(value)):
+        imports.append("from dit_video.sampling.request import Condition")
     if submission.tab.task_name == "generate":
         call = ["result = pipe.generate(", *task, *(f"    {option}," for option in options), ")"]
     else:
@@ -180,7 +190,9 @@ def format_command(submission: Submission, model: str, seed: int, adapters: Mapp
         if value is None or value is False:
             continue
         option = "--" + field.name.replace("_", "-")
-        parts += [option] if value is True else [option, _format_option(field.name, value, submission.inputs)]
+        parts += [option] if value is True else [option, *_format_option(field.name, value, submission.inputs)]
+    for option, value in submission.pictures.items():
+        parts += ["--" + option.replace("_", "-"), *_format_option(option, value, submission.inputs)]
     parts += ["--seed", str(seed)]
     for name, value in submission.options.items():
         parts += [f"--{name}", str(value)]
@@ -214,7 +226,8 @@ def _check(submission: Submission, config: PipelineConfig) -> None:
     """Check that the model can sample the task, as far as that is known before it is sampled."""
     sampling = submission.make_sampling(config)
     if (request := submission.task.make_request(config)) is not None:
-        check_requests(config, [replace(request, negative=submission.options.get("negative"))], sampling)
+        options = {"negative": submission.options.get("negative"), **submission.pictures}
+        check_requests(config, [replace(request, **options)], sampling)
     else:
         check_sampling(config, sampling)
         for clip in submission.inputs.values():
@@ -252,10 +265,37 @@ def _get_file(name: str, clip: Clip) -> str:
     return f"{name}.{get_input_file(clip.frames.shape)}"
 
 
-def _format_option(name: str, value: Any, inputs: Mapping[str, Clip]) -> str:
+def _list_images(value: Any) -> tuple[Any, ...]:
+    """Return the images or conditions of a field of several; nothing for another value."""
+    is_list = isinstance(value, tuple) and all(isinstance(each, Clip | Condition) for each in value)
+    return value if is_list else ()
+
+
+def _format_pictures(submission: Submission, name: str, value: Any) -> str:
+    """Return the names of the files of pictures, as Python; empty for another value."""
+    inputs = submission.inputs
     if name in inputs:
-        return _get_file(name, inputs[name])
-    return "x".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+        return repr(_get_file(name, inputs[name]))
+    texts = []
+    for number, each in enumerate(_list_images(value), 1):
+        text = repr(_get_file(f"{name}_{number}", inputs[f"{name}_{number}"]))
+        if isinstance(each, Condition):
+            strength = "" if each.strength == 1 else f", strength={each.strength}"
+            text = f"Condition(content={text}, frame={each.frame}{strength})"
+        texts.append(text)
+    return f"[{', '.join(texts)}]" if texts else ""
+
+
+def _format_option(name: str, value: Any, inputs: Mapping[str, Clip]) -> list[str]:
+    if name in inputs:
+        return [_get_file(name, inputs[name])]
+    if images := _list_images(value):
+        files = [_get_file(f"{name}_{number}", inputs[f"{name}_{number}"]) for number in range(1, len(images) + 1)]
+        return [
+            f"{file}@{each.frame}@{each.strength:g}" if isinstance(each, Condition) else file
+            for file, each in zip(files, images, strict=True)
+        ]
+    return ["x".join(map(str, value)) if isinstance(value, tuple | list) else str(value)]
 
 
 def _is_default(submission: Submission, name: str, value: Any) -> bool:

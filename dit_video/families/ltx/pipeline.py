@@ -63,6 +63,8 @@ class KeyframesToVideo(Conditioner):
     """Whether images and clips may be at any frame; False for models that were trained only with a first image
     (versions 0.9.0 and 0.9.1)."""
 
+    accepted = Completion.accepted
+
     def __call__(self, request: Request, model: ModelParts) -> SamplingPlan:
         """Return the plan of a request, which may have no conditions.
 

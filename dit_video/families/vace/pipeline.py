@@ -21,16 +21,17 @@ from dit_video.sampling.request import Conditioner, ModelParts, Request
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
-_ACCEPTED = (
-    *("image", "last_image", "video", "generated", "conditions", "control", "reference_images"),
-    *("strength", "method"),
-)
 _WHITE = 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaceConditioner(Conditioner):
     """Clips with kept parts, control and reference images; without any of them, text to video."""
+
+    accepted = (
+        *("image", "last_image", "video", "generated", "conditions", "control", "reference_images"),
+        *("strength", "method"),
+    )
 
     def __call__(self, request: Request, model: ModelParts) -> SamplingPlan:
         """Return the plan of a request.
@@ -40,7 +41,7 @@ class VaceConditioner(Conditioner):
             control differs from the clip in length, a mask differs from the video in shape, or a frame has both an
             image and a video.
         """
-        request.check_pictures(_ACCEPTED)
+        request.check_pictures(self.accepted)
         if request.method == "training_free":
             raise UserError("method='training_free' is invalid: VACE reads what is known. Use method='trained'")
         control = next((each for each in model.backbone.conditioning if isinstance(each, VaceControl)), None)

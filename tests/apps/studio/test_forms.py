@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +19,7 @@ from dit_video.apps.studio.forms import (
     parse_answers,
 )
 from dit_video.core.errors import UserError
+from dit_video.families.vace.pipeline import VaceConditioner
 from dit_video.sampling import tasks
 from dit_video.sampling.tasks import Doc, Extend, Inpaint, Limits, Prompt, Task
 from dit_video.sampling.tasks.task_file import read_task
@@ -33,7 +34,9 @@ class Media:
     """A gallery of one clip."""
 
     def open_clip(self, reference):
-        if reference != {"item": "0" * 16} | {key: reference[key] for key in reference if key == "frame"}:
+        if reference != {"item": "0" * 16} | {
+            key: reference[key] for key in reference if key in ("frame", "at", "strength")
+        }:
             raise UserError("it does not exist")
         return CLIP
 
@@ -56,13 +59,14 @@ def encode_mask(mask):
 
 
 ITEM = {"item": "0" * 16}
+SIZE_OF_FORM = {"frames": 5, "height": 16, "width": 16}
 
 
 def test_every_task_has_a_tab_and_all_descriptions_are_json():
     tabs = make_tabs(CONFIG)
     names = [tab.name for tab in tabs]
-    assert names[:3] == ["text_to_video", "image_to_video", "first_and_last_frame"]
-    assert set(names[3:]) == tasks.TASKS.keys() - {"generate"}
+    assert names[:4] == ["text_to_video", "image_to_video", "first_and_last_frame", "keyframes"]
+    assert set(names[4:]) == tasks.TASKS.keys() - {"generate"}
     described = json.loads(json.dumps([tab.describe() for tab in tabs]))
     for tab in described:
         assert tab["title"]
@@ -131,6 +135,36 @@ def test_tabs_whose_tasks_keep_pixels_say_how_a_model_without_training_does():
     noted = {tab.name for tab in make_tabs(CONFIG) if "training-free" in tab.note}
     others = {"text_to_video", "loop", "edit", "described_edit", "vary"}
     assert noted == {tab.name for tab in make_tabs(CONFIG)} - others
+
+
+def test_a_model_that_takes_control_and_references_has_a_tab_of_them():
+    tabs = {tab.name: tab for tab in make_tabs(replace(CONFIG, conditioner=VaceConditioner()))}
+    assert [field.kind for field in tabs["control"].fields] == ["text", "clip", "images", "size"]
+    references = [ITEM, ITEM | {"frame": 1}]
+    answers = {"prompt": "a", "control": ITEM, "reference_images": references, "size": SIZE_OF_FORM}
+    values = tabs["control"].parse(answers, Media())
+    task = tabs["control"].make_task(values)
+    assert (task.prompt, tuple(task.size), task.video) == ("a", (5, 16, 16), None)
+    first, second = values["reference_images"]
+    np.testing.assert_array_equal(second.frames[0], CLIP.frames[1])
+    assert first.frames.shape[0] == 1
+    with pytest.raises(FormError, match=r"References is invalid: it has 9 images\. Use at most 8"):
+        tabs["control"].parse(answers | {"reference_images": [ITEM] * 9}, Media())
+
+
+def test_keyframes_are_images_at_frames():
+    at = [ITEM | {"at": 0}, ITEM | {"frame": 2, "at": 4, "strength": 0.5}]
+    task = get_tab("keyframes").make_task(parse("keyframes", prompt="a", conditions=at, size=SIZE_OF_FORM))
+    assert [(each.frame, each.strength) for each in task.conditions] == [(0, 1), (4, 0.5)]
+    np.testing.assert_array_equal(task.conditions[1].content.frames[0], CLIP.frames[2])
+    for wrong, message in (
+        (None, "Keyframes is missing"),
+        ([ITEM | {"at": -1}], "frame -1 does not exist"),
+        ([ITEM | {"at": 1, "strength": 0}], "above 0 and at most 1"),
+        ("x", "must be a list of images"),
+    ):
+        with pytest.raises(FormError, match=message):
+            parse("keyframes", prompt="a", conditions=wrong, size=SIZE_OF_FORM)
 
 
 def test_values_of_a_form_make_the_task():

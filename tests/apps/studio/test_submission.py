@@ -32,6 +32,7 @@ TABS = {
     "text_to_video": {"prompt": 'it\'s a "dot"', "size": SIZE},
     "image_to_video": {"prompt": "a dot", "image": ITEM, "size": SIZE},
     "first_and_last_frame": {"prompt": "a dot", "image": ITEM, "last_image": ITEM | {"frame": -1}, "size": SIZE},
+    "keyframes": {"prompt": "a dot", "conditions": [ITEM | {"at": 0}, ITEM | {"frame": 3, "at": 4}], "size": SIZE},
     "extend": {"prompt": "on", "clip": ITEM, "frames": 4, "before": True},
     "blend": {"first": ITEM, "second": ITEM, "frames": 7},
     "interpolate": {"clip": ITEM, "factor": 2},
