@@ -22,7 +22,7 @@ INPUTS_FOLDER = "inputs"
 """Folder, beside a written list, of the pictures and the noise of its requests."""
 _SIZE = ("frames", "height", "width")
 _TYPES = {str: "a text", int: "a whole number"}
-_KEYS = ("prompt", "expanded_from", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths", "noise")
+_KEYS = ("prompt", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths", "noise", "expanded_from")
 SAMPLE_KEYS = ("file",)
 """Keys in lists of samples that were written: values of the sample, which a request does not have."""
 _GUIDANCE_KEYS = ("guidance", "interval", "rescale", "guidance_method", "skip_layers")
