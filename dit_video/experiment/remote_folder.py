@@ -224,14 +224,18 @@ class RemoteFolder:
         """Send a file, and return its entry of the manifest; an empty one if the run has removed it meanwhile."""
         path, target = self.local / name, self.address / name
         try:
-            if path.stat().st_size > _MAX_LOG_BYTES:  # weights, which do not change
-                upload(path, target)
-                return {"md5": self._get_md5(name)}
-            content = path.read_bytes()  # a log may grow while it is sent
-        except (FileNotFoundError, MissingError):
-            if path.exists():
-                raise
+            is_log = path.stat().st_size <= _MAX_LOG_BYTES
+            content = path.read_bytes() if is_log else b""  # a log may grow while it is sent
+        except FileNotFoundError:
             return {}
+        if not is_log:  # weights, which do not change
+            try:
+                upload(path, target)
+            except MissingError:
+                if path.exists():
+                    raise
+                return {}
+            return {"md5": self._get_md5(name)}
         with convert_storage_errors(target):
             target.fs.pipe_file(target.path, content)
         return {"md5": hashlib.md5(content).hexdigest()}

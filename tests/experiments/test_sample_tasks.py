@@ -84,7 +84,7 @@ def test_the_options_of_a_task_are_the_fields_of_its_class(script, name):
         (("outpaint", "--clip", "clip.apng", "--size", "9x32x32", "--out", "out"), "must be HEIGHTxWIDTH"),
         (("--prompt", "x", "--clip", "clip.apng", "--out", "x.gif"), "--clip"),
         (("vary", "--clip", "clip.apng", "--out", "x.xyz"), "--out x.xyz has no known suffix"),
-        (("--prompts", "t.json", "--seed", "4", "--out", "out"), "put them in the list"),
+        (("--prompts", "t.json", "--method", "trained", "--out", "out"), "put them in the list"),
         (("--out", "x.gif"), "exactly one of --prompt, --prompts and the name of a task is needed"),
     ],
 )
