@@ -92,12 +92,17 @@ def main(
         for seed in range(seeds)
         for regime, layers in (("images", ""), *((regime, layers) for regime in get_args(Regime) for layers in LAYERS))
     ]
-    results: list[dict[str, Any]] = read_json(json)["results"] if json.is_file() else []
+    results = _read_results(json)
     for number, training in enumerate(trainings):
         if part in (None, number) and training.name not in [result["name"] for result in results]:
-            results.append(_carry_out(training, data, out, minutes, count))
-            write_json(json, {"minutes": minutes, "count": count, "results": results})
+            result = _carry_out(training, data, out, minutes, count)
+            results = [*_read_results(json), result]  # other parts may have ended meanwhile
+            write_json(json, {"results": results})
     print_table(results)
+
+
+def _read_results(json: Path) -> list[dict[str, Any]]:
+    return read_json(json)["results"] if json.is_file() else []
 
 
 def _carry_out(training: Training, data: Path, out: Path, minutes: float, count: int) -> dict[str, Any]:
@@ -109,7 +114,7 @@ def _carry_out(training: Training, data: Path, out: Path, minutes: float, count:
     start = time.perf_counter()
     run = _train(out / training.name, experiment, data, out)
     result: dict[str, Any] = {"name": training.name, **training._asdict(), "steps": experiment.denoiser.steps}
-    result |= {"step_seconds": step_seconds, "seconds": time.perf_counter() - start}
+    result |= {"minutes": minutes, "count": count, "step_seconds": step_seconds, "seconds": time.perf_counter() - start}
     if training.regime == "images":
         return result
     protocol = get_protocol("scenes", metrics=METRICS, count=count, fields={"levels": [1]})

@@ -103,7 +103,8 @@ class Access:
         host = headers.get("host", "")
         name = (urlsplit(f"//{host}").hostname or "").lower() if host else ""  # without the port
         if self._rules.is_local and name not in _LOCAL_NAMES:
-            return _make_refusal(scope, 403, "Use this server by its own address, such as http://127.0.0.1.")
+            advice = "Use this server by its own address, such as http://127.0.0.1, or start it with --token."
+            return _make_refusal(scope, 403, advice)
         origin = headers.get("origin")
         site = headers.get("sec-fetch-site")
         is_foreign = origin is not None and urlsplit(origin).netloc != host if site is None else site != "same-origin"

@@ -8,7 +8,7 @@ scenes and must generalise to others.
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grain
 import numpy as np
@@ -134,7 +134,7 @@ class FittedWindows:
     shapes: int = 3
     """Number of shapes; there is one more if some clips are smaller than all of them."""
     augment: Augmentation | None = None
-    """Random augmentation of the windows; None for no augmentation."""
+    """Random augmentation of the windows, of which square ones alone are transposed; None for no augmentation."""
 
     def __post_init__(self):
         check_at_least(1, frames=self.frames, pixels=self.pixels, batch=self.batch, shapes=self.shapes)
@@ -186,8 +186,10 @@ class FittedWindows:
         return Grid(frames, *frame.tolist())
 
     def _make_window(self, size: Grid) -> WindowConfig:
-        more = min(4, max(1, self.frames * self.pixels // size.volume))
-        return WindowConfig(size=size, batch=self.batch * more, augment=self.augment)
+        more, augment = min(4, max(1, self.frames * self.pixels // size.volume)), self.augment
+        if augment is not None and size.h != size.w:
+            augment = replace(augment, transpose=False)
+        return WindowConfig(size=size, batch=self.batch * more, augment=augment)
 
 
 class Windows:

@@ -161,7 +161,7 @@ class EvaluationProtocol:
     provides: ClassVar[frozenset[str]] = frozenset(get_args(MetricInput))
     """Data that metrics may need."""
     example_prompts: ClassVar[tuple[str, ...]] = ()
-    """Prompt in the commands that reports show."""
+    """Prompts to try models with whose config has none."""
 
     def __post_init__(self):
         names = Counter(name for metric in self.metrics for name in metric.describe())

@@ -342,7 +342,14 @@ class Stage(abc.ABC):
         """
 
     def get_output(self, run: "Run") -> Path:
-        """Return the path of `output`, which need not exist yet."""
+        """Return the path of `output`, which need not exist yet.
+
+        Raises:
+          UserError: If the class names no output.
+        """
+        if not hasattr(self, "output"):
+            kind = type(self).__name__
+            raise UserError(f"the stage {self.name} is never done: {kind} lacks output. Name the file it writes last.")
         return run.folder / self.name / self.output
 
     def is_done(self, run: "Run") -> bool:

@@ -20,6 +20,8 @@ class ExpansionOptions:
     """Address of the server."""
     expand_key_variable: str = ChatServer.key_variable
     """Environment variable with the server's key; a server on this machine needs none."""
+    expand_max_tokens: int = PromptExpander.max_tokens
+    """Maximum length of an answer in tokens, with those that the language model thinks in."""
     expand_instructions: Path | None = None
     """Text file of the instructions that the language model gets, instead of those for the model's family."""
 
@@ -41,4 +43,4 @@ class ExpansionOptions:
         server = ChatServer(url=self.expand_url, model=self.expand, key_variable=self.expand_key_variable)
         server.check()
         cache = Path.home() / ".cache" / "dit_video" / "prompts"
-        return PromptExpander(server=server, instructions=instructions, cache=cache)
+        return PromptExpander(server=server, instructions=instructions, cache=cache, max_tokens=self.expand_max_tokens)

@@ -40,21 +40,21 @@ class PromptExpander:
 
     server: ChatServer
     instructions: str = INSTRUCTIONS
-    max_tokens: int = 1024
+    max_tokens: int = 4096
     """Maximum length of an answer in tokens, with those that a model thinks in."""
     cache: Path | None = None
     """Folder of results; None for none."""
     _originals: dict[str, str] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __call__(self, prompt: str) -> str:
-        """Return a prompt expanded; an empty one as it is.
+        """Return a prompt expanded; an empty one, and one that is expanded already, as it is.
 
         Raises:
           MissingError: If the package openai is not installed, or there is no key.
           UserError: If the server cannot be reached, refuses the request, or its answer is none.
         """
         original = prompt.strip()
-        if not original:
+        if not original or isinstance(prompt, ExpandedPrompt):
             return prompt
         file = None if self.cache is None else self.cache / f"{self._hash(original)}.json"
         if file is not None and file.is_file():
@@ -77,9 +77,15 @@ class PromptExpander:
         return prompt if original is None else ExpandedPrompt(prompt, original)
 
     def expand(self, value: Prompted) -> Prompted:
-        """Return a request or a task with its prompt expanded; one without a prompt as it is."""
+        """Return a request or a task with its prompt expanded.
+
+        One without a prompt stays as it is, and so does a task that goes by the difference of its prompt from another
+        description (`source`).
+        """
         prompt = getattr(value, "prompt", None)
-        return replace(value, prompt=self(prompt)) if prompt else value  # type: ignore[type-var]  # both are dataclasses
+        if not prompt or getattr(value, "source", None):
+            return value
+        return replace(value, prompt=self(prompt))  # type: ignore[type-var]  # both are dataclasses
 
     def _hash(self, prompt: str) -> str:
         content: Any = (self.server.url, self.server.model, self.instructions, self.max_tokens, prompt)
@@ -88,6 +94,7 @@ class PromptExpander:
 
 def _clean(answer: str) -> str:
     """Return an answer as one paragraph, without what the model thought and without quotes around all of it."""
-    text = " ".join(re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL).split())
+    answer = answer.rpartition("</think>")[2]  # whose opening may be a part of the server's template
+    text = " ".join(answer.partition("<think>")[0].split())
     quoted = re.fullmatch(r"[\"“](.*)[\"”]", text)
     return text if quoted is None or re.search(r"[\"“”]", quoted[1]) else quoted[1]

@@ -770,12 +770,16 @@ class Pipeline:
 
         Args:
           config: The config; its autoencoder and previous steps are this pipeline's. None to keep this one's.
-          denoiser: Parameters of the parts that change: `backbone`, `low_noise` (of a second expert) or `text`, without
-            adapters. None to keep the weights and their adapters.
+          denoiser: Parameters of the parts that change: `backbone`, `low_noise` (of a second expert) or `text`; all
+            adapters are left out. None to keep the weights and their adapters.
 
         Raises:
-          UserError: If the denoiser does not fit the devices, or they lack the kernels of the attention.
+          UserError: If the denoiser has no such part, does not fit the devices, or they lack the kernels of the
+            attention.
         """
+        if unknown := sorted({*(denoiser or {})} - self._weights.params.keys()):
+            parts = ", ".join(self._weights.params)
+            raise UserError(f"denoiser has {unknown[0]!r}, which is no part of it. Use {parts}.")
         replaced = Pipeline(
             config or self.config,
             autoencoder=self.codec.params,

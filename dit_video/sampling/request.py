@@ -102,8 +102,8 @@ class Conditioner(abc.ABC):
     One of one's own is passed to `Pipeline.generate(conditioner=...)`.
     """
 
-    accepted: ClassVar[tuple[str, ...]] = ()
-    """Pictures and options of a request that it uses, by the names of their fields."""
+    accepted: ClassVar[tuple[str, ...]] = ("image", "last_image", "video", "generated", "conditions")
+    """Pictures and options of a request that it uses, by the names of their fields; the studio has fields for these."""
 
     @abc.abstractmethod
     def __call__(self, request: "Request", model: ModelParts) -> SamplingPlan:

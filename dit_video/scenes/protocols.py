@@ -133,9 +133,12 @@ class PhysicsProtocol(EvaluationProtocol):
 
 
 def _check_captions(pipeline: Pipeline, data: EvaluationData) -> None:
-    """Raise if a model would be given the beginning of some captions alone, which are judged as a whole."""
+    """Raise if a trained text encoder would read the beginning of some captions alone, which are judged as a whole.
+
+    Published encoders, whose limits are above the captions of any scene, are not checked.
+    """
     encoder = pipeline.config.model.text_encoder
-    if isinstance(encoder, FrozenTextConfig):  # those of published models read texts of any scene
+    if isinstance(encoder, FrozenTextConfig):
         return
     captions, tokenizer = [caption for caption in data.clips.captions if caption], encoder.make_tokenizer()
     with warnings.catch_warnings(record=True) as caught:

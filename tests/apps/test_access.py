@@ -82,6 +82,15 @@ def test_a_token_is_needed_once_and_leaves_the_address():
     assert make_client(TOKEN, base="http://gpu.example:7860").get("/api/state").status_code == 401
 
 
+def test_a_proxy_that_keeps_its_own_name_needs_a_token():
+    headers = {"Host": "hub.example", "Origin": "https://hub.example"}
+    refusal = make_client(LOCAL).get("/", headers=headers)
+    assert (refusal.status_code, "--token" in refusal.text) == (403, True)
+    client = make_client(TOKEN, base="http://hub.example")
+    assert client.get("/?token=correct-horse", headers=headers).status_code == 200
+    assert client.post("/api/state", headers=headers).status_code == 200
+
+
 def test_servers_of_one_host_do_not_lock_each_other_out():
     first = make_client(TOKEN, base="http://gpu.example:7860")
     other = AccessRules(is_local=False, token="battery-staple")

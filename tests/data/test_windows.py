@@ -95,6 +95,14 @@ def test_windows_are_fitted_to_the_clips(sizes, expected):
         assert {tuple(window.size): window.batch for window in windows} == expected
 
 
+def test_augmentation_of_fitted_windows_transposes_square_ones_alone():
+    limits = SizeLimits(max_pixels=96 * 128, max_frames=17, multiple=Grid(4, 16, 16))
+    crops = Sizes(np.repeat([(17, 64, 64), (17, 32, 128)], 9, axis=0), limits)
+    windows = FittedWindows(augment=Augmentation(transpose=True), pixels=64 * 64).choose(crops)
+    assert {window.augment.transpose for window in windows} == {True, False}
+    assert all(window.augment.transpose == (window.size.h == window.size.w) for window in windows)
+
+
 def test_windows_cannot_be_fitted_to_clips_without_a_size():
     crops = Sizes(np.zeros((3, 3), int), SizeLimits(max_pixels=256, max_frames=1, multiple=Grid(1, 16, 16)))
     with pytest.raises(UserError, match="no clip has a training size"):

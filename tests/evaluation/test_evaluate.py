@@ -128,6 +128,8 @@ def test_samples_of_other_settings_are_refused_and_kept(pipeline, data, tmp_path
     trained = tiny_pipeline.make_pipeline(tiny_pipeline.make_config(steps=1))
     assert trained.compute_digest() == pipeline.compute_digest()
     denoiser = tiny_pipeline.make_params(pipeline.config, 7)["denoiser"]
+    with pytest.raises(UserError, match="denoiser has 'bakbone', which is no part of it"):
+        pipeline.replace(denoiser={"bakbone": denoiser["backbone"]})
     other = pipeline.replace(denoiser=denoiser)
     with pytest.raises(UserError, match=r"settings\.weights"):
         evaluate(other, PROTOCOL, tmp_path, data=data)

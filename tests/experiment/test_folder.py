@@ -261,6 +261,17 @@ def test_stages_of_other_packages_name_their_own_fields(tiny, tmp_path):
         Run.create(run.folder, experiment.replace_stage("count", seed=1))
 
 
+def test_a_stage_that_names_no_output_is_refused(tiny, tmp_path):
+    class Endless(Stage):
+        name = "endless"
+
+        def run(self, run: Run) -> None: ...
+
+    run = Run.create(tmp_path / "run", tiny.EXPERIMENT)
+    with pytest.raises(UserError, match="the stage endless is never done: Endless lacks output"):
+        Endless().is_done(run)
+
+
 def test_a_run_of_a_class_that_its_config_file_defines_is_refused(script, tmp_path):
     """Another process, such as the one that samples it, could not read its config."""
     config = tmp_path / "config.py"

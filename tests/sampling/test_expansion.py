@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import dit_video
@@ -18,8 +19,9 @@ from dit_video.sampling.clip_recipe import describe_request
 from dit_video.sampling.expansion import INSTRUCTIONS, ExpandedPrompt, PromptExpander
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import read_request, write_request
-from dit_video.sampling.tasks import Extend
+from dit_video.sampling.tasks import DescribedEdit, Extend
 from dit_video.sampling.tasks.task_file import TaskEntry, read_task, write_task
+from dit_video.video import Clip
 from dit_video.video.comments import read_recipe
 from support.chat_server import StandIn, complete, fail
 
@@ -55,6 +57,8 @@ def test_a_prompt_is_expanded_once(server, tmp_path):
     make_expander(server, cache=tmp_path / "cache")("a cat")  # by other instructions
     assert len(server.requests) == 2
     assert expander("") == ""
+    assert expander(expanded) is expanded
+    assert len(server.requests) == 2
     assert expander.recall(LONG).original == "a cat"
     assert not isinstance(expander.recall("a dog"), ExpandedPrompt)
 
@@ -63,6 +67,7 @@ def test_a_prompt_is_expanded_once(server, tmp_path):
     ("answer", "text"),
     [
         ("<think>short, so\nI add more</think>\n\nA cat\nsits.", "A cat sits."),
+        ("short, so\nI add more</think>\n\nA cat sits.", "A cat sits."),
         ('"A cat sits."', "A cat sits."),
         ('“A cat says "no".”', '“A cat says "no".”'),
         ('"One" and "two"', '"One" and "two"'),
@@ -73,10 +78,23 @@ def test_an_answer_is_one_paragraph(server, answer, text):
     assert make_expander(server)("a cat") == text
 
 
-def test_servers_that_do_not_answer_are_named(server):
-    server.answer = lambda number, body: complete("<think>nothing</think>")
+def test_tasks_that_go_by_a_difference_of_descriptions_are_not_expanded(server):
+    expander, clip = make_expander(server), Clip(frames=np.zeros((5, 16, 16, 3), np.uint8), fps=8)
+    edit = DescribedEdit(clip, "a cat", source="a dog")
+    assert expander.expand(edit) is edit
+    assert expander.expand(Extend(clip, "a cat", frames=4)).prompt == LONG
+    request = Request("")
+    assert expander.expand(request) is request
+
+
+@pytest.mark.parametrize("answer", ["<think>nothing</think>", "<think>so long that no answer"])
+def test_servers_that_answer_nothing_are_named(server, answer):
+    server.answer = lambda number, body: complete(answer)
     with pytest.raises(UserError, match="answers nothing"):
         make_expander(server)("a cat")
+
+
+def test_servers_that_do_not_answer_are_named(server):
     server.answer = lambda number, body: fail(404)
     with pytest.raises(UserError, match="answers 404"):
         make_expander(server)("a cat")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dit_video.core.files import read_json, write_json
 from dit_video.core.trees import flatten
 from dit_video.experiment import AllWeights, TemporalWeights
 from dit_video.models.backbones.conversion import grow_config
@@ -31,6 +32,24 @@ def test_video_models_of_both_layouts_grow_from_the_image_model_and_are_as_large
         assert (experiment.data.max_frames, images.data.max_frames) == (17, 1)
         sizes.append(sum(leaf.size for leaf in flatten(get_param_shapes(backbone.make)).values()))
     assert sizes[0] == sizes[1]
+
+
+def test_parts_in_several_processes_keep_each_others_results(tool, tmp_path, monkeypatch):
+    file, carried_out = tmp_path / "r.json", []
+
+    def carry_out(training, *args):
+        carried_out.append(training.name)
+        if training.regime == "images":  # while the part of another process ends
+            write_json(file, {"results": [{"name": "other"}]})
+        return {"name": training.name}
+
+    monkeypatch.setattr(tool, "_train_autoencoder", lambda *args: None)
+    monkeypatch.setattr(tool, "_carry_out", carry_out)
+    monkeypatch.setattr(tool, "print_table", lambda results: None)
+    tool.main(data=tmp_path, out=tmp_path, json=file, seeds=1, part=0)
+    assert [result["name"] for result in read_json(file)["results"]] == ["other", *carried_out]
+    tool.main(data=tmp_path, out=tmp_path, json=file, seeds=1)
+    assert len(carried_out) == len(set(carried_out)) == len(read_json(file)["results"]) - 1
 
 
 def test_the_table_has_the_mean_and_the_range_of_each_way(tool, capsys):

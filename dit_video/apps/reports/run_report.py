@@ -255,11 +255,12 @@ def _make_commands(pipeline: Pipeline, source: Path) -> tuple[Command, ...]:
     prompt = next(iter((*pipeline.config.example_prompts, *evaluation.example_prompts, "a prompt")))
     return (
         Command(
-            text=f'python experiments/sample.py {folder} --prompt "{prompt}" --size {size} --seed 3 --out clip.mp4',
+            text=f"python experiments/sample.py {folder} --prompt {shlex.quote(prompt)} --size {size} --seed 3 "
+            "--out clip.mp4",
             note="one clip",
         ),
         Command(
-            text=f'import dit_video\npipe = dit_video.load({str(source)!r})\npipe.generate("{prompt}", size=({frames}, '
+            text=f"import dit_video\npipe = dit_video.load({str(source)!r})\npipe.generate({prompt!r}, size=({frames}, "
             f"{height}, {width}), seed=3)",
             note="in a notebook",
         ),

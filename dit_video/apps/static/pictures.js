@@ -47,7 +47,7 @@ export class PicturesField extends Field {
 
   /** Add an entry, and return it. */
   add({ at = 0, strength = 1 } = {}) {
-    const number = this.entries.length + 1;
+    const number = (this.count = (this.count ?? 0) + 1); // of those before, too, so that no two have one name
     const picture = new PictureField({ name: `${this.name}-image`, kind: "image", title: `Image ${number}`, help: "", required: true }, this.studio);
     picture.remove = () => this.remove(entry);
     const entry = { picture, at: this.makeNumber({ value: at + 1, min: 1, step: 1 }), strength: this.makeNumber({ value: strength, min: 0.05, max: 1, step: 0.05 }) };
@@ -88,7 +88,9 @@ export class PicturesField extends Field {
 
   /** Send a file that was pasted or dropped beside the fields. */
   send(file) {
-    (this.entries.find(({ picture }) => picture.isEmpty) ?? this.add()).picture.send(file);
+    const free = this.entries.find(({ picture }) => picture.isEmpty && !picture.sending);
+    if (!free && this.entries.length >= MAX_ENTRIES) return this.showError(`At most ${MAX_ENTRIES} images are used. Remove one first.`);
+    (free ?? this.add()).picture.send(file);
   }
 
   check() {

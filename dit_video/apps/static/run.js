@@ -253,7 +253,7 @@ async function poll() {
   const start = performance.now();
   const connection = byId("connection");
   try {
-    const state = JSON.parse(await fetchText("/run/state"));
+    const state = JSON.parse(await fetchText("run/state"));
     if (state.version !== version) {
       const fresh = new DOMParser().parseFromString(await fetchText("run"), "text/html");
       document.title = fresh.title;

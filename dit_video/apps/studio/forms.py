@@ -388,8 +388,10 @@ class Tab:
         return parse_answers(self.fields, answers, media)
 
     def make_task(self, values: Mapping[str, Any]) -> Task:
-        """Return the task with these values, but for those of options."""
-        return TASKS[self.task_name](**{name: value for name, value in values.items() if name not in OPTION_FIELDS})
+        """Return the task with those of these values that are its own."""
+        task = TASKS[self.task_name]
+        own = {field.name for field in list_fields(task)}
+        return task(**{name: value for name, value in values.items() if name in own or name not in OPTION_FIELDS})
 
 
 def parse_answers(form: Sequence[FormField], answers: Any, media: MediaSource) -> dict[str, Any]:

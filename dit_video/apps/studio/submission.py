@@ -49,7 +49,8 @@ class Submission:
     @property
     def pictures(self) -> dict[str, Any]:
         """Return the pictures that are arguments of `Pipeline.run` besides the task."""
-        return {name: value for name, value in self.values.items() if name in OPTION_FIELDS}
+        own = {field.name for field in list_fields(type(self.task))}
+        return {name: value for name, value in self.values.items() if name in OPTION_FIELDS and name not in own}
 
     def make_sampling(self, config: PipelineConfig) -> Sampling:
         """Return the sampling of a model with the job's values.

@@ -138,6 +138,8 @@ def make_finetuning_experiment(
                 steps=options.steps,
                 times=start.times,
                 weighting=start.weighting,
+                time_per=start.time_per,
+                caption_dropout=start.caption_dropout,
                 buckets=start.buckets,
                 ema_decay=0.99,
                 train=_select_weights(start, options),
@@ -155,17 +157,21 @@ def make_finetuning_experiment(
 def _grow(start: StartingModel, model: ModelConfig, options: FineTuningOptions) -> ModelConfig:
     """Return the model with the temporal layers and the conditioning on a first frame that options ask for."""
     backbone = model.backbone
+    if options.train == "temporal" and start.data.max_frames == 1:
+        rule = "temporal layers learn nothing from single frames, which this model was trained on"
+        raise UserError(f"max_frames=1 is invalid with train=temporal: {rule}. Use max_frames=17, or more")
     if options.train == "temporal" and not has_temporal_layers(backbone):
         layers = {"spatial_layers": options.spatial_layers, "layers": options.temporal_layers}
         model = replace(model, backbone=add_temporal_layers(backbone, **layers))
-    if (prob := options.first_frame_prob) is None:
+    prob = options.first_frame_prob
+    if prob is None or (prob == 0 and model.frame_conditioning is None):
         return model
     if start.conditioner is not None and model.frame_conditioning is None:
         raise UserError("first_frame_prob is invalid: this model keeps frames in a way of its own; leave it out")
     if model.frame_conditioning is not None or backbone.time == "token":
         return replace(model, frame_conditioning=replace(model.frame_conditioning or FrameConditioning(), prob=prob))
-    if options.train == "lora":
-        rule = "the model gets channels for the first frame, which adapters do not train"
+    if options.train in ("lora", "temporal"):
+        rule = f"the model gets channels for the first frame, which train={options.train} does not train"
         raise UserError(f"first_frame_prob={prob} is invalid: {rule}. Use train=full, or leave it out")
     # The channels of image-to-video models of Wan, or of ours.
     frames = FrameConditioning(prob=prob, rest="grey" if start.is_open else "zero")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.data.buckets import BucketConfig
@@ -52,6 +52,8 @@ class StartingModel(NamedTuple):
     """Whether these are open weights, of another project's training."""
     times: TimeDistribution = LogitNormal()
     weighting: Weighting = UniformWeighting()
+    time_per: Literal["clip", "frame"] = "clip"
+    caption_dropout: float = 0.1
     buckets: BucketConfig | None = None
     evaluation: EvaluationProtocol = CaptionEvaluation()
     conditioner: Conditioner | None = None
@@ -134,9 +136,13 @@ def _read_own(folder: Path, limits: Mapping[str, Any], fps: float | None) -> Sta
         steps = ", ".join(str(start / "steps" / step.name) for step in config.previous)
         raise UserError(f"{start} holds a model that others are sampled before; use the folder of one, such as {steps}")
     size = config.size
-    data = DataConfig(max_pixels=size.h * size.w, max_frames=size.t) if run is None else run.data
-    data = replace(data, **limits)
+    data = DataConfig(max_pixels=size.h * size.w, max_frames=size.t)
+    if run is not None:
+        data = run.denoiser.data or run.data
     model = config.model if run is None else replace(config.model, fps=run.get_model().fps)
+    if data.max_frames == 1:
+        model = replace(model, fps=None)  # that of images says nothing of clips
+    data = replace(data, **limits)
     return StartingModel(
         folder=start,
         name=_name_folder(folder) if run is None else run.name,
@@ -148,6 +154,8 @@ def _read_own(folder: Path, limits: Mapping[str, Any], fps: float | None) -> Sta
         is_open=False,
         times=LogitNormal() if run is None else run.denoiser.times,
         weighting=UniformWeighting() if run is None else run.denoiser.weighting,
+        time_per="clip" if run is None else run.denoiser.time_per,
+        caption_dropout=0.1 if config.caption_dropout is None else config.caption_dropout,
         buckets=None if run is None else run.denoiser.buckets,
         evaluation=config.evaluation or CaptionEvaluation(),
         conditioner=config.conditioner,
@@ -183,4 +191,7 @@ def set_precision(
     model = model.replace_backbone(**{name: value for name, value in changes.items() if value is not None})
     if dtype is None or not isinstance(model.text_encoder, FrozenTextConfig):
         return model
-    return replace(model, text_encoder=replace(model.text_encoder, dtype=dtype))
+    if dtype == model.text_encoder.dtype:
+        return model
+    # Weights in another dtype have another identity, which is noted when they are read.
+    return replace(model, text_encoder=replace(model.text_encoder, dtype=dtype, identity=""))

@@ -21,6 +21,7 @@ from dit_video.apps.studio.forms import (
 from dit_video.core.errors import UserError
 from dit_video.families.vace.pipeline import VaceConditioner
 from dit_video.sampling import tasks
+from dit_video.sampling.request import Conditioner
 from dit_video.sampling.tasks import Doc, Extend, Inpaint, Limits, Prompt, Task
 from dit_video.sampling.tasks.task_file import read_task
 from dit_video.video import Clip
@@ -150,6 +151,15 @@ def test_a_model_that_takes_control_and_references_has_a_tab_of_them():
     assert first.frames.shape[0] == 1
     with pytest.raises(FormError, match=r"References is invalid: it has 9 images\. Use at most 8"):
         tabs["control"].parse(answers | {"reference_images": [ITEM] * 9}, Media())
+
+
+def test_a_conditioner_that_does_not_say_what_it_accepts_has_the_tabs_of_pictures():
+    class Own(Conditioner):
+        def __call__(self, request, model): ...
+
+    names = {tab.name for tab in make_tabs(replace(CONFIG, conditioner=Own()))}
+    assert {"image_to_video", "keyframes"} <= names
+    assert "control" not in names
 
 
 def test_keyframes_are_images_at_frames():

@@ -374,7 +374,7 @@ def test_options_that_do_not_fit_the_model_are_refused(folder, tmp_path):
         make_finetuning_experiment(tmp_path)
     with pytest.raises(MissingError, match="no such folder"):
         make_finetuning_experiment(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"the first frame, which adapters do not train.* Use train=full"):
+    with pytest.raises(UserError, match=r"the first frame, which train=lora does not train.* Use train=full"):
         make_experiment(folder, first_frame_prob=0.5)
     with pytest.raises(UserError, match="must be positive"):
         FineTuningOptions(learning_rate=-1.0)

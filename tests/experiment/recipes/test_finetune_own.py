@@ -101,7 +101,10 @@ def test_an_image_run_gets_temporal_layers_which_alone_are_trained(images, tiny_
     assert isinstance(backbone, SpatioTemporalDiTConfig)
     assert backbone.temporal == TemporalLayers(layers=2)
     assert get_optimizer_config(experiment.denoiser).trainable == (TEMPORAL_PATHS,)
-    assert make_experiment(images, train="temporal", learning_rate=None).denoiser.optimizer.learning_rate == 1e-5
+    default = make_experiment(images, train="temporal", max_frames=9, learning_rate=None)
+    assert default.denoiser.optimizer.learning_rate == 1e-5
+    with pytest.raises(UserError, match=r"max_frames=1 is invalid with train=temporal.* Use max_frames=17"):
+        make_experiment(images, train="temporal")
     before, start = get_leaves(images), open_start(experiment, tmp_path)
     assert start.keys() > before.keys()
     assert all(np.array_equal(start[path], leaf) for path, leaf in before.items())
