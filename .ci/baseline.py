@@ -96,6 +96,7 @@ MOVQ = VqConfig(
     network=ImageVaeConfig(channels=4, levels=ImageLevels(widths=(32,), blocks=1, attention=(0,))),
     codebook=CodebookConfig(codes=9, width=4),
     modulated=True,
+    quantized_decoding=False,
 )
 
 
