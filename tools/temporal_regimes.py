@@ -69,14 +69,13 @@ def main(
 
     For example:
 
-        python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
-        python tools/temporal_regimes.py --data runs/scenes/one_object --out runs/regimes \\
-            --json docs/figures/temporal_regimes.json
+        python tools/temporal_regimes.py --data scenes --out runs/regimes --json docs/figures/temporal_regimes.json
+        python tools/temporal_regimes.py --data scenes --out runs/regimes --json regimes.json --minutes 20 --part 3
 
     After an interruption, run the same command again to continue.
 
     Args:
-        data: Clips of one object each.
+        data: Clips of one object each, such as 3,000 of `tools/render_scenes.py --levels 1 --frames 17`.
         out: Folder of the runs.
         json: File of the results, to which each training adds its own.
         minutes: Minutes of each training.
