@@ -36,9 +36,10 @@ export class PicturesField extends Field {
 
   async set(values) {
     for (const entry of [...this.entries]) this.drop(entry);
-    await Promise.all((values ?? []).map((value) => this.add(value).picture.set(value)));
+    const loading = (values ?? []).map((value) => this.add(value).picture.set(value));
     if (!this.entries.length && this.description.required) this.add();
     this.change();
+    await Promise.all(loading);
   }
 
   reset() {
