@@ -32,10 +32,15 @@ def paint(studio):
     studio.page.mouse.up()
 
 
+def add_image(studio):
+    studio.field("conditions").get_by_role("button", name="Add an image").click()
+
+
 TABS = {
     "text_to_video": lambda s, clip, image: None,
     "image_to_video": lambda s, clip, image: s.upload("image", image),
     "first_and_last_frame": lambda s, clip, image: (s.upload("image", image), s.pick("last_image")),
+    "keyframes": lambda s, clip, image: (add_image(s), s.upload("conditions-image", image)),
     "extend": lambda s, clip, image: s.pick("clip"),
     "blend": lambda s, clip, image: (s.pick("first", 0), s.pick("second", 1)),
     "interpolate": lambda s, clip, image: s.upload("clip", clip),
