@@ -20,9 +20,10 @@ from dit_video.video import Clip, decode
 
 INPUTS_FOLDER = "inputs"
 """Folder, beside a written list, of the pictures and the noise of its requests."""
-_SIZE = ("frames", "height", "width")
+SIZE_KEYS = ("frames", "height", "width")
+"""Keys of the size of a clip."""
 _TYPES = {str: "a text", int: "a whole number"}
-_KEYS = ("prompt", "negative", "seed", *_SIZE, *PICTURES, *OPTIONS, "strengths", "noise", "expanded_from")
+_KEYS = ("prompt", "negative", "seed", *SIZE_KEYS, *PICTURES, *OPTIONS, "strengths", "noise", "expanded_from")
 SAMPLE_KEYS = ("file",)
 """Keys in lists of samples that were written: values of the sample, which a request does not have."""
 _GUIDANCE_KEYS = ("guidance", "interval", "rescale", "guidance_method", "skip_layers")
@@ -49,14 +50,14 @@ def read_request(values: Mapping[str, Any], folder: Path, *, where: str = "") ->
     for name in values:
         if name not in _KEYS and name not in SAMPLE_KEYS:
             raise _make_key_error(f"{where}{name}={values[name]!r}", name)
-    has_size = any(name in values for name in _SIZE)
-    kinds = {"prompt": str, "seed": int} | (dict.fromkeys(_SIZE, int) if has_size else {})
+    has_size = any(name in values for name in SIZE_KEYS)
+    kinds = {"prompt": str, "seed": int} | (dict.fromkeys(SIZE_KEYS, int) if has_size else {})
     kinds |= {name: str for name in ("negative", "expanded_from") if values.get(name) is not None}
     for name, kind in kinds.items():
         if type(values.get(name)) is not kind:  # `True` is an int to isinstance
             raise UserError(f"{where}{name} must be {_TYPES[kind]}, not {values.get(name)!r}")
     strengths = _parse_strengths(values.get("strengths", {}), f"{where}strengths")
-    size = Grid(*(values[name] for name in _SIZE)) if has_size else None
+    size = Grid(*(values[name] for name in SIZE_KEYS)) if has_size else None
     fields = read_pictures(values, folder)
     for name, types in (("strength", (int, float)), ("method", (str,)), ("resample", (int,))):
         if (value := values.get(name)) is not None:
@@ -202,7 +203,7 @@ def write_request(request: Request, folder: Path) -> dict[str, Any]:
     if isinstance(request.prompt, ExpandedPrompt):
         entry["expanded_from"] = request.prompt.original
     if request.size is not None:
-        entry |= dict(zip(_SIZE, map(int, request.size), strict=True))
+        entry |= dict(zip(SIZE_KEYS, map(int, request.size), strict=True))
     entry["seed"] = request.seed
     if request.negative is not None:
         entry["negative"] = request.negative

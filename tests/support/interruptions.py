@@ -1,8 +1,10 @@
 """Interruption of training runs."""
 
+import dataclasses
 import itertools
 import signal
 
+from dit_video.training import trainer
 from dit_video.training.checkpoint import Checkpoints
 from dit_video.training.step import TrainStep
 from support.devices import wait_until
@@ -33,3 +35,14 @@ def interrupt(monkeypatch, *, call, how):
         return interrupted
 
     monkeypatch.setattr(TrainStep, "compile", compile_step)
+
+
+def end_after(monkeypatch, steps):
+    """End the run after this number of steps, all of which are saved, before anything else of its stage."""
+    real = trainer.loop.run
+
+    def ended(step, state, *arguments, config, **options):
+        real(step, state, *arguments, config=dataclasses.replace(config, steps=steps), **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.loop, "run", ended)

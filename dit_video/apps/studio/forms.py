@@ -369,6 +369,11 @@ class Tab:
     """Sentence about what this model does differently; empty for none."""
 
     @property
+    def options(self) -> frozenset[str]:
+        """Return the names of `OPTION_FIELDS` that are no fields of the task."""
+        return frozenset(OPTION_FIELDS) - {field.name for field in list_fields(TASKS[self.task_name])}
+
+    @property
     def has_known_pixels(self) -> bool:
         """Return whether the task keeps pixels of the form's clips or images."""
         kinds = {field.kind for field in self.fields}
@@ -389,9 +394,7 @@ class Tab:
 
     def make_task(self, values: Mapping[str, Any]) -> Task:
         """Return the task with those of these values that are its own."""
-        task = TASKS[self.task_name]
-        own = {field.name for field in list_fields(task)}
-        return task(**{name: value for name, value in values.items() if name in own or name not in OPTION_FIELDS})
+        return TASKS[self.task_name](**{name: value for name, value in values.items() if name not in self.options})
 
 
 def parse_answers(form: Sequence[FormField], answers: Any, media: MediaSource) -> dict[str, Any]:

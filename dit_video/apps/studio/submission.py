@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_video.apps.studio.forms import OPTION_FIELDS, FormError, FormField, MediaSource, Tab, parse_answers
+from dit_video.apps.studio.forms import FormError, FormField, MediaSource, Tab, parse_answers
 from dit_video.apps.studio.gallery import get_input_file
 from dit_video.core.errors import UserError
 from dit_video.sampling import Sampling
@@ -49,8 +49,7 @@ class Submission:
     @property
     def pictures(self) -> dict[str, Any]:
         """Return the pictures that are arguments of `Pipeline.run` besides the task."""
-        own = {field.name for field in list_fields(type(self.task))}
-        return {name: value for name, value in self.values.items() if name in OPTION_FIELDS and name not in own}
+        return {name: value for name, value in self.values.items() if name in self.tab.options}
 
     def make_sampling(self, config: PipelineConfig) -> Sampling:
         """Return the sampling of a model with the job's values.

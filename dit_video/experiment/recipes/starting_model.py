@@ -189,9 +189,7 @@ def set_precision(
     """
     changes = {"dtype": dtype, "remat": remat, "attention": attention}
     model = model.replace_backbone(**{name: value for name, value in changes.items() if value is not None})
-    if dtype is None or not isinstance(model.text_encoder, FrozenTextConfig):
-        return model
-    if dtype == model.text_encoder.dtype:
+    if not isinstance(model.text_encoder, FrozenTextConfig) or dtype in (None, model.text_encoder.dtype):
         return model
     # Weights in another dtype have another identity, which is noted when they are read.
     return replace(model, text_encoder=replace(model.text_encoder, dtype=dtype, identity=""))

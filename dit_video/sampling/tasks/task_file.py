@@ -15,6 +15,7 @@ from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Request
 from dit_video.sampling.request_file import (
     SAMPLE_KEYS,
+    SIZE_KEYS,
     check_mask_key,
     read_pictures,
     read_request,
@@ -29,9 +30,6 @@ from dit_video.sampling.tasks.task import add_options
 
 _OPTIONS = ("seed", "negative", "conditions", "control", "reference_images", "method", "resample", "strengths")
 """Values of a request that a task's entry may have, too; see `add_options`."""
-
-
-_SIZE = ("frames", "height", "width")
 
 
 class TaskEntry(NamedTuple):
@@ -104,8 +102,8 @@ def read_entries(
     for number, entry in enumerate(entries):
         common: dict[str, Any] = {} if negative is None else {"negative": negative}
         common |= {} if seed is None else {"seed": seed + number}
-        if size is not None and not {"task", *_SIZE} & entry.keys():
-            common |= dict(zip(_SIZE, size, strict=True))
+        if size is not None and not {"task", *SIZE_KEYS} & entry.keys():
+            common |= dict(zip(SIZE_KEYS, size, strict=True))
         read_entry = read_task if "task" in entry else read_request
         read.append(read_entry({**common, **entry}, path.parent, where=f"{path}, entry {number}: "))
     return read

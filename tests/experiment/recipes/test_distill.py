@@ -15,9 +15,9 @@ from dit_video.experiment import Student
 from dit_video.experiment.recipes.distill import DistillationOptions, make_distillation_experiment
 from dit_video.experiment.run import Run
 from dit_video.models.conditioning import FrameConditioning
-from dit_video.training import trainer
 from dit_video.training.losses.distillation import ConsistencyDistillation, DistributionMatching
 from dit_video.weights import load as load_weights
+from support.interruptions import end_after
 
 OPTIONS = {
     "consistency": DistillationOptions(method="consistency", steps=6, intervals=4, warmup=1, log_every=2, save_every=2),
@@ -87,14 +87,8 @@ def test_the_student_differs_from_the_teacher_and_shares_its_autoencoder(tiny_ru
 def test_an_interrupted_distillation_ends_with_the_same_student(distilled, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(distilled, folder, ignore=shutil.ignore_patterns("denoiser", "pipeline"), symlinks=True)
-    loop_run = trainer.loop.run
-
-    def ended(step, state, *arguments, config, **kwargs):
-        loop_run(step, state, *arguments, config=dataclasses.replace(config, steps=2), **kwargs)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.loop, "run", ended)
+        end_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             Run.open(folder).run_stages()
     newest = Run.open(folder).newest_pipeline()

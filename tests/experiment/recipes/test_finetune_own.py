@@ -18,9 +18,9 @@ from dit_video.experiment.recipes.finetune import FineTuningOptions, make_finetu
 from dit_video.experiment.run import Run
 from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
 from dit_video.nn import LoraConfig
-from dit_video.training import trainer
 from dit_video.training.losses.denoiser import TEMPORAL_PATHS
 from support.extending import shorten
+from support.interruptions import end_after
 
 STEPS = 4
 LORA = LoraConfig(rank=2, targets=(r"^backbone/blocks/.*kernel$",))
@@ -70,14 +70,8 @@ def test_adapters_on_a_run_are_merged_and_exported(tiny_run, tmp_path, place):
 def test_all_weights_of_a_run_are_trained_and_continued(tiny_run, tmp_path, monkeypatch):
     experiment = dataclasses.replace(make_experiment(tiny_run, train="full"), save_every=2)
     whole = train(experiment, tiny_run, tmp_path / "whole")
-    loop_run = trainer.loop.run
-
-    def ended(step, state, *arguments, config, **options):
-        loop_run(step, state, *arguments, config=dataclasses.replace(config, steps=2), **options)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.loop, "run", ended)
+        end_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             train(experiment, tiny_run, tmp_path / "parts")
     Run.open(tmp_path / "parts").run_stages()
