@@ -276,34 +276,6 @@ def test_an_optimizer_with_two_groups_of_rates(add_package, tiny, tiny_run, tmp_
         assert max(jax.tree.leaves(change)) == pytest.approx(rate, rel=1e-3)
 
 
-@pytest.mark.nightly
-def test_a_control_stack(add_package, tiny, tiny_run, tmp_path):
-    """It predicts as the model that it controls, until it is trained and wherever its strength is 0."""
-    theirs = add_package("their_control", "control_stack")
-    fields = {"layers": 3, "after": (0, 2), "registers": 1, "conditioning": (theirs.Brightness(),)}
-    experiment = replace_backbone(tiny.EXPERIMENT, theirs.ControlledConfig, **fields)
-    pipeline = train(experiment, tiny_run, tmp_path / "run")
-    controlled, params = pipeline.config.model.backbone, pipeline.denoiser_params["backbone"]
-    assert controlled.after == (0, 2)
-
-    def sample_latents(backbone, params, strength=None, **values):
-        model = pipeline.replace(config=pipeline.config.replace_model(backbone=backbone), denoiser={"backbone": params})
-        strengths = {} if strength is None else {"brightness": strength}
-        arguments = {"size": (9, 16, 32), "steps": 2}
-        arguments |= {"conditioning": values, "strengths": strengths}
-        return generate_latents(model, "a red circle", **arguments)
-
-    hint = np.linspace(0, 1, 24).reshape(3, 2, 4)
-    expected = sample_latents(controlled.base, params["base"])
-    without, half, full = (sample_latents(controlled, params, strength, brightness=hint) for strength in (0, 0.5, 1))
-    np.testing.assert_array_equal(without, expected)
-    assert np.abs(half - without).max() > 0 < np.abs(full - half).max()
-    base = make_random_params(controlled.base.make)
-    new = params | {"base": base, "outputs": {name: 0 * leaf for name, leaf in params["outputs"].items()}}
-    result = sample_latents(controlled, new, brightness=hint)
-    np.testing.assert_array_equal(result, sample_latents(controlled.base, base))
-
-
 _SIZES = {"channels": 2, "context_width": TEXT_WIDTH, "width": 24, "layers": 4, "heads": 2, "attention": "dense"}
 BACKBONES = {
     "dit": DiTConfig(**_SIZES),

@@ -323,36 +323,6 @@ def test_a_prior_whose_sample_conditions_the_next_step(add_package, tiny, tiny_r
         decoder.add_previous_step(PreviousStep(name="size"), prior)
 
 
-def test_a_low_resolution_clip_with_noise_augmentation(add_package, tiny, tiny_run, tiny_pipeline, tmp_path):
-    """Clips are made larger by a second model; the noise that is added to them has a level at call time."""
-    theirs = add_package("their_cascade", "low_resolution")
-    experiment = replace_backbone(tiny.EXPERIMENT, conditioning=(theirs.LowResolutionClip(),))
-    large = train(experiment, tiny_run, tmp_path / "run")
-    both = large.add_previous_step(PreviousStep(name="low_resolution", size=Downscale(h=2, w=2)), tiny_pipeline)
-    small = tiny_pipeline.generate("a red circle", size=(9, 16, 32), seed=4)
-    arguments = {"size": (9, 32, 64), "steps": 2}
-
-    def sample_latents(pipeline, seed=4, strength=1.0, **options):
-        strengths = {"low_resolution": strength}
-        return generate_latents(pipeline, "a red circle", seed=seed, strengths=strengths, **arguments, **options)
-
-    expected = sample_latents(large, conditioning={"low_resolution": small})
-    np.testing.assert_array_equal(sample_latents(both), expected)
-    noisy = [sample_latents(both, strength=strength) for strength in (0.7, 0.7, 0.2)]
-    np.testing.assert_array_equal(noisy[0], noisy[1])
-    assert np.abs(noisy[0] - expected).max() > 0 < np.abs(noisy[2] - noisy[0]).max()
-    strengths = [{"low_resolution": strength} for strength in (1.0, 0.2)]
-    requests = [dit_video.Request("a red circle", (9, 32, 64), seed=4, strengths=each) for each in strengths]
-    for result, alone in zip(
-        both.generate_latents(requests, sampling=both.make_sampling(steps=2)), (expected, noisy[2]), strict=True
-    ):
-        np.testing.assert_allclose(result, alone, atol=1e-5)
-    both.save(tmp_path / "both")
-    np.testing.assert_array_equal(sample_latents(dit_video.load(tmp_path / "both")), expected)
-    with pytest.raises(UserError, match="conditioning size is unknown to this model; use low_resolution"):
-        sample_latents(large, conditioning={"size": 0.5})
-
-
 def test_preferences_are_learned_from_clips_of_the_model_itself(add_package):
     """Three rounds of Diffusion-DPO make the shipped model prefer bright images, also for other seeds."""
     theirs = add_package("their_preferences", "preferences")

@@ -32,7 +32,7 @@ ORDER = [folder for level in LEVELS for folder in level]
 ROOT_PACKAGE = "dit_video"
 """`dit_video/__init__.py` lies above everything: no module imports it, and it imports lazily."""
 
-BACKBONES = ("dit.py", "ltx.py", "mmdit.py", "spatio_temporal.py", "unet.py", "vace.py", "wan.py")
+BACKBONES = ("controlled_dit.py", "dit.py", "ltx.py", "mmdit.py", "spatio_temporal.py", "unet.py", "vace.py", "wan.py")
 """Architectures in dit_video/models/backbones/."""
 HEAVY = ("av", "flax", "grain", "jax", "orbax", "tensorflow_datasets", "transformers")
 LIGHT_FOLDERS = ("models/backbones", "models/autoencoders", "models/encoders", "diffusion", "nn", "tokens")

@@ -19,6 +19,7 @@ def main(
     seed: int = 0,
     levels: tuple[int, ...] = (1, 2),
     frames: tuple[int, ...] = (1, 9, 17),
+    sides: tuple[tuple[int, int], ...] = scenes.SIDES,
 ) -> None:
     """Render scenes whose truth is known into a folder of clips with captions.
 
@@ -35,10 +36,11 @@ def main(
         seed: Seed of the scenes.
         levels: Levels of the scenes, in turn: 1 one object, 2 two objects, 3 several with physics and a camera.
         frames: Numbers of frames of the clips; each clip has one of them at random, repeated ones more often.
+        sides: Heights and widths of the clips, such as 48 80 64 64 for two, from which each clip has one likewise.
     """
     check_minimum(1, count=count, frames=min(frames, default=0))
     check_minimum(0, seed=seed)
-    sizes = [Grid(length, *sides) for length in frames for sides in scenes.SIDES]
+    sizes = [Grid(length, *each) for length in frames for each in sides]
     with Progress("rendering scenes", count, unit="clip") as progress:
         scenes.write_folder(
             out, count=count, seed=seed, levels=levels, sizes=sizes, progress=lambda done, _: progress.update(done)

@@ -9,7 +9,7 @@ from dit_video.core.grid import Grid
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, get_sampled_fps
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.conditioning import ClipConditioning, ClipView
+from dit_video.models.conditioning import ClipConditioning, ClipView, Crop
 
 
 def compute_clip_fields(
@@ -21,6 +21,7 @@ def compute_clip_fields(
     frames: UInt8[np.ndarray, "T H W 3"],
     stride: Grid,
     start: int,
+    crop: Crop | None = None,
     is_flipped: bool = False,
     encoded: Mapping[int, Float32[np.ndarray, "t h w c"]],
 ) -> dict[str, np.ndarray]:
@@ -34,6 +35,7 @@ def compute_clip_fields(
       frames: Its frames as they are encoded.
       stride: Stride of the autoencoder.
       start: Number of the clip's frames, at the training rate, that precede the first one of `frames`.
+      crop: Part of the resized frames that they are; None for whole frames.
       is_flipped: Whether they are mirrored.
       encoded: Latents of the frames for each of `encoded_prefixes`.
     """
@@ -49,6 +51,7 @@ def compute_clip_fields(
         latents=latent_grid(Grid(*frames.shape[:3]), stride),
         stride=stride,
         start=start,
+        crop=crop,
         is_flipped=is_flipped,
         encoded=encoded,
     )

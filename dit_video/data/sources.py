@@ -28,7 +28,7 @@ from dit_video.data.sizes import (
     read_fitted_clip,
 )
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.conditioning import ClipConditioning, IsKnown, fold_mask
+from dit_video.models.conditioning import ClipConditioning, Crop, IsKnown, fold_mask
 from dit_video.tokens import Grid, PackedExample, compute_token_grid, patchify
 from dit_video.video import decode
 
@@ -138,6 +138,7 @@ class DecodedClip(NamedTuple):
     frames: UInt8[np.ndarray, "T H W 3"]
     start: int
     """Number of the clip's frames, at the training rate, that precede the first frame here."""
+    crop: Crop | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +220,8 @@ class ClipExamples:
         top, left = (int(generator.integers(spare + 1)) for spare in (height - size.h, width - size.w))
         clip = decode(self._clips[entry.example], size=Grid(size.t, height, width), start=start / fps, fps=fps)
         # Copy the crop, so that the memory of the whole frames is freed.
-        crop = slice(None), slice(top, top + size.h), slice(left, left + size.w)
-        return DecodedClip(np.ascontiguousarray(clip.frames[crop]), start)
+        frames = clip.frames[:, top : top + size.h, left : left + size.w]
+        return DecodedClip(np.ascontiguousarray(frames), start, Crop(height, width, top, left))
 
     def _compute_fields(self, clips: Sequence[tuple[Entry, DecodedClip]]) -> list[dict[str, np.ndarray]]:
         """Return the fields of each clip by name."""
@@ -242,6 +243,7 @@ class ClipExamples:
                 frames=clip.frames,
                 stride=encoding.stride,
                 start=clip.start,
+                crop=clip.crop,
                 encoded={count: latents[index] for count, latents in prefixes.items()},
             )
         return fields

@@ -97,7 +97,7 @@ def make_clip_examples(run: Run, clips: ClipSource, captions: CaptionSource, enc
         channels=autoencoder.channels,
         patch=backbone.patch,
         mask_mix=make_mask_mix(run),
-        conditioning=run.open_conditioning(),
+        conditioning=run.open_conditioning(run.read_autoencoder()) if backbone.conditioning else (),
     )
     return ClipExamples(clips, table, encoding)
 

@@ -55,7 +55,7 @@ def make_encoding(run: Run) -> Encoding:
         cond_latents=frames is not None and frames.rest == "grey" and not frames.has_mask_mix,
         masks=frames.masks if frames is not None and frames.has_mask_mix else (),
         conditioning=model.backbone.conditioning,
-        open_conditioning=run.open_conditioning,
+        open_conditioning=lambda: run.open_conditioning(params),
     )
 
 

@@ -933,12 +933,20 @@ class Run:
         """Return the text encoder. The identity of a frozen one is recorded, to be known without its weights."""
         return open_tokenizer(self.model.text_encoder, identity_file=self.folder / TEXT_ENCODER_FILE, cache=cache)
 
-    def open_conditioning(self) -> tuple[ClipConditioning, ...]:
-        """Return the model's conditioning by fields of the clips, each opened once in the run's folder."""
+    def open_conditioning(self, autoencoder_params: dict[str, Any] | None = None) -> tuple[ClipConditioning, ...]:
+        """Return the model's conditioning by fields of the clips, each opened once in the run's folder.
+
+        Args:
+          autoencoder_params: Parameters of the trained autoencoder, which some conditioning needs to compute values.
+        """
         conditioning = {each.field.name: each for each in self.model.backbone.conditioning}
         for name in conditioning.keys() - self.opened_conditioning:
             self.opened_conditioning[name] = conditioning[name].open(self.folder)
-        return tuple(self.opened_conditioning[name] for name in conditioning)
+        opened = tuple(self.opened_conditioning[name] for name in conditioning)
+        if autoencoder_params is None:
+            return opened
+        codec = LatentCodec(self.model.autoencoder, autoencoder_params)
+        return tuple(each.use_codec(codec) for each in opened)
 
     def read_autoencoder(self) -> dict[str, Any]:
         """Read the parameters of the autoencoder.

@@ -13,7 +13,7 @@ clips in this way (RePaint, arXiv 2201.09865, and before it arXiv 2011.13456, ap
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -23,9 +23,11 @@ from jaxtyping import Array, Bool, Float, Float32, UInt8
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.models.autoencoders import latent_grid
+from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import (
     COND_LATENTS,
     IMAGE_TOKENS,
+    ControlClip,
     IsKnown,
     find_any_known,
     find_known_latents,
@@ -82,6 +84,30 @@ class Completion(Conditioner):
             plan = _add_replacement(plan, known, trained_part, request, model)
         start = encode_start(request, model)
         return plan if start is None else plan._replace(start=start, start_time=float(request.strength or 1.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlledCompletion(Completion):
+    """Completion of clips that follow the request's `control`, for a model with a `ControlClip`."""
+
+    accepted = (*Completion.accepted, "control")
+
+    def __call__(self, request: Request, model: ModelParts) -> SamplingPlan:
+        """Return the plan of a request; raises like `Completion`, and if the control does not fit the clip."""
+        plan = super().__call__(replace(request, control=None), model)
+        if request.control is None:
+            return plan
+        control = model.conditioning["control"]
+        latents = latent_grid(request.grid, model.codec.config.stride)
+        return plan._replace(fields={**plan.fields, control.field: control.from_request(request.control, latents)})
+
+
+def choose_conditioner(conditioner: Conditioner | None, backbone: BackboneConfig) -> Conditioner:
+    """Return a model's conditioner; by default completion, with control if the backbone reads such a clip."""
+    if conditioner is not None:
+        return conditioner
+    has_control = any(isinstance(each, ControlClip) for each in backbone.conditioning)
+    return ControlledCompletion() if has_control else Completion()
 
 
 def encode_start(request: Request, model: ModelParts) -> Float32[np.ndarray, "t h w c"] | None:

@@ -15,7 +15,7 @@ from dit_video.models.autoencoders import latent_grid
 from dit_video.models.conditioning import ClipConditioning, ConditioningLatents, ImageTokens
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.sampling import Sampling
-from dit_video.sampling.completion import Completion
+from dit_video.sampling.completion import choose_conditioner
 from dit_video.sampling.denoiser import list_experts
 from dit_video.sampling.packing import IMAGE, SamplingRequest, plan_steps
 from dit_video.sampling.pipeline_config import PipelineConfig, make_model_parts, to_grid
@@ -109,7 +109,7 @@ def prepare_request(config: PipelineConfig, request: Request, model: ModelParts)
     latents = config.model.latent_grid(to_grid(request.size))
     if request.negative is None:
         request = replace(request, negative=config.negative)
-    condition = request.conditioner or model.conditioner or Completion()
+    condition = request.conditioner or choose_conditioner(model.conditioner, model.backbone)
     plan = condition(request, model)
     latents = latents._replace(t=latents.t + plan.leading_frames)
     shape = (*latents, model.codec.config.channels)
@@ -195,7 +195,8 @@ class EmptyModelParts(ModelParts):
     def conditioning(self) -> Mapping[str, ClipConditioning]:
         """Return the conditioning by name, without that which reads files."""
         own = self.backbone.conditioning
-        return {each.field.name: each for each in own if type(each).open is ClipConditioning.open}
+        kept = (each for each in own if type(each).open is ClipConditioning.open)
+        return {each.field.name: each.use_codec(self.codec) for each in kept}
 
     @functools.cached_property
     def image_encoder(self) -> Any:

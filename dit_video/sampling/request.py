@@ -87,7 +87,7 @@ class ModelParts:
     @functools.cached_property
     def conditioning(self) -> Mapping[str, ClipConditioning]:
         """Return the conditioning by fields of the clips, by name, which is opened when the first value arrives."""
-        return {each.field.name: each.open(self.folder) for each in self.backbone.conditioning}
+        return {each.field.name: each.open(self.folder).use_codec(self.codec) for each in self.backbone.conditioning}
 
     @functools.cached_property
     def image_encoder(self) -> FrozenImageEncoder:

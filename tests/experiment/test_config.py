@@ -12,13 +12,12 @@ from dit_video.experiment import Experiment
 from dit_video.experiment.config_file import load_experiment
 from dit_video.models.autoencoders import AdversarialConfig, AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DiTConfig
-from dit_video.models.conditioning import FrameConditioning
+from dit_video.models.conditioning import FrameConditioning, LowResolutionClip
 from dit_video.models.encoders import ByteEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training.optim.optimizer import AdamW
 from dit_video.training.optim.schedules import Constant
-from support.extensions.control_stack import Brightness
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs").glob("*.py"))
 CONFIGS = [path for path in CONFIGS if path.stem != "wan"]  # what the configs of Wan's shapes share
@@ -51,7 +50,7 @@ DISAGREEMENTS = [
     ("model.autoencoder", PatchVaeConfig(stride=Grid(3, 8, 8), channels=4), "T=9 is not 1 + 3k"),
     # output of one part that the other refuses
     ("model.backbone.channels", 5, "Use backbone.channels=4."),
-    ("model.backbone.conditioning", (Brightness(), Brightness()), "another conditioning has this name"),
+    ("model.backbone.conditioning", (LowResolutionClip(), LowResolutionClip()), "another conditioning has this name"),
     ("model.backbone.context_width", 8, "Use backbone.context_width=16."),
     (
         "model.autoencoder",

@@ -18,9 +18,9 @@ from dit_video.experiment import Experiment, JoinPipelines, Run, TrainModel, dat
 from dit_video.experiment.checkpoints import list_checkpoints
 from dit_video.experiment.launch import open_run
 from dit_video.loading import read_config
+from dit_video.models.conditioning import LowResolutionClip
 from dit_video.sampling.pipeline_config import PreviousStep
 from support.extending import replace_backbone
-from support.extensions.low_resolution import LowResolutionClip
 from support.latents import generate_latents
 
 

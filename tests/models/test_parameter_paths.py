@@ -23,6 +23,7 @@ from dit_video.models.autoencoders import (
     PatchVaeConfig,
     VqConfig,
 )
+from dit_video.models.backbones.controlled_dit import ControlledDiTConfig
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.ltx import LtxDitConfig
 from dit_video.models.backbones.mmdit import MMDiTConfig
@@ -43,6 +44,7 @@ DENOISERS = {
     "DiT of classes": DiTConfig(**SIZES, context_width=0, classes=3, modulation="own"),
     "MMDiT": MMDiTConfig(**SIZES, context_width=8),
     "SpatioTemporalDiT": SpatioTemporalDiTConfig(**SIZES, context_width=8),
+    "ControlledDiT": ControlledDiTConfig(**SIZES, context_width=8, control_layers=LAYERS),
     "Wan": WanDitConfig(**SIZES, image_width=8),
     "VACE": VaceDitConfig(**SIZES, conditioning=(VaceControl(layers=LAYERS),)),
     "LTX-Video": LtxDitConfig(**SIZES),
@@ -82,6 +84,7 @@ EXPECTED = {
         "DiT of classes": "blocks: qkv",
         "MMDiT": "blocks/context: qkv; blocks/video: qkv",
         "SpatioTemporalDiT": "blocks: cross_key_value qkv; temporal_blocks: qkv",
+        "ControlledDiT": "blocks: cross_key_value qkv; control/blocks: cross_key_value qkv",
         "ByteEncoder": "blocks: qkv",
         "WordEncoder": "blocks: qkv",
     },
@@ -90,6 +93,7 @@ EXPECTED = {
         "DiT of classes": "blocks: up",
         "MMDiT": "blocks/context: up; blocks/video: up",
         "SpatioTemporalDiT": "blocks: cross_query up; temporal_blocks: up",
+        "ControlledDiT": "blocks: cross_query up; control/blocks: cross_query up",
         "Wan": "blocks: cross_key cross_query cross_value image_key image_value key query up value",
         "VACE": (
             "blocks: cross_key cross_query cross_value key query up value; control/blocks: cross_key cross_query "
@@ -105,6 +109,7 @@ EXPECTED = {
         "DiT of classes": "blocks: down out",
         "MMDiT": "blocks/context: down out; blocks/video: down out",
         "SpatioTemporalDiT": "blocks: cross_out down out; temporal_blocks: down out",
+        "ControlledDiT": "blocks: cross_out down out; control/blocks: cross_out down out",
         "Wan": "blocks: cross_out down out",
         "VACE": "blocks: cross_out down out; control/blocks: cross_out down out",
         "LTX-Video": "blocks: cross_out down out",
@@ -118,6 +123,10 @@ EXPECTED = {
         "MMDiT": "blocks/context: down out own qkv up; blocks/video: down out own qkv up",
         "SpatioTemporalDiT": (
             "blocks: cross_key_value cross_out cross_query down out qkv up; temporal_blocks: down out qkv up"
+        ),
+        "ControlledDiT": (
+            "blocks: cross_key_value cross_out cross_query down out qkv up; control/blocks: cross_key_value cross_out "
+            "cross_query down hint out qkv up"
         ),
         "Wan": "blocks: cross_key cross_out cross_query cross_value down image_key image_value key out query up value",
         "VACE": (
@@ -149,6 +158,7 @@ EXPECTED = {
         "DiT of classes": "model: position",
         "MMDiT": "model: position",
         "SpatioTemporalDiT": "model: position temporal_position",
+        "ControlledDiT": "model: position",
         "T5": "blocks: position",
     },
 }

@@ -7,6 +7,7 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import UserError
+from dit_video.models.conditioning import LowResolutionClip
 from dit_video.sampling import Sampling
 from dit_video.sampling.pipeline_config import Downscale, PreviousStep
 from support import tiny_pipeline
@@ -19,7 +20,6 @@ STEP = PreviousStep(name="low_resolution", size=Downscale(h=2, w=2))
 def models(add_package):
     """Return a model that knows a camera, and one that knows a clip of low resolution and a colour."""
     camera = add_package("their_poses", "camera_poses").CameraPoses()
-    low_resolution = add_package("their_cascade", "low_resolution").LowResolutionClip()
     color = add_package("their_prior", "color_prior").ColorEmbedding()
 
     def make(*conditioning):
@@ -27,7 +27,7 @@ def models(add_package):
         model = config.model.replace_backbone(conditioning=conditioning)
         return tiny_pipeline.make_pipeline(replace(config, model=model))
 
-    return make(camera), make(low_resolution, color)
+    return make(camera), make(LowResolutionClip(), color)
 
 
 def sample(pipeline, **options):

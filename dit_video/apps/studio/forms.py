@@ -21,7 +21,7 @@ from jaxtyping import Bool
 from dit_video.core.errors import UserError
 from dit_video.core.registry import load_entry_points
 from dit_video.diffusion import SOLVERS, TEXT
-from dit_video.sampling.completion import Completion
+from dit_video.sampling.completion import choose_conditioner
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.request import Condition
 from dit_video.sampling.tasks import TASKS, Task
@@ -328,6 +328,8 @@ _PICTURE_TABS = {
 }
 """Tabs of the task `generate`: titles, and the fields that each of them shows. A model that does not use one of them
 lacks the tab."""
+_OPTIONAL = ("reference_images",)
+"""Fields without which a tab is shown, too, for models that do not use them."""
 OPTION_FIELDS: dict[str, FormField] = {
     each.name: each
     for each in (
@@ -418,10 +420,11 @@ def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
     """
     load_entry_points()
     tabs: list[Tab] = []
-    accepted = (config.conditioner or Completion()).accepted
+    accepted = choose_conditioner(config.conditioner, config.model.backbone).accepted
     for name, (title, names) in _PICTURE_TABS.items():
-        if not set(names) - {"prompt", "size"} <= set(accepted):
+        if not set(names) - {"prompt", "size", *_OPTIONAL} <= set(accepted):
             continue
+        names = [each for each in names if each in accepted or each not in _OPTIONAL]
         form = make_form("generate", config, names=names)
         tabs.append(Tab(name=name, title=title, help=_TAB_HELP[name], task_name="generate", fields=form))
     for name, task in TASKS.items():

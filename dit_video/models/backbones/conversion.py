@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from dit_video.core.errors import UserError
+from dit_video.models.backbones.controlled_dit import ControlledDiTConfig
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, TemporalLayers
@@ -16,8 +18,8 @@ from dit_video.nn.attention import Full, SpaceOnly
 def grow(config: BackboneConfig, params: dict[str, Any], target: BackboneConfig, key: Array) -> dict[str, Any]:
     """Return the parameters of a trained model that has grown to `target`, whose predictions are the same at first.
 
-    Weights of new channels are zero, and new temporal layers are the identity. Those of new conditioning are as a new
-    model has them: by default zero, too.
+    Weights of new channels are zero, new temporal layers are the identity, and a new control stack copies the first
+    blocks. Weights of new conditioning are as a new model has them: by default zero, too.
 
     Args:
       config: Config of the trained model.
@@ -29,6 +31,9 @@ def grow(config: BackboneConfig, params: dict[str, Any], target: BackboneConfig,
       UserError: If the parameters belong to another model, or it cannot grow to one whose parameters have other shapes.
     """
     leaves = check_params(config.make, params)
+    if isinstance(target, ControlledDiTConfig) and not isinstance(config, ControlledDiTConfig):
+        blocks = {path: leaf for path, leaf in leaves.items() if path.startswith("blocks/")}
+        leaves |= {f"control/{path}": jnp.array(leaf[: target.control_layers]) for path, leaf in blocks.items()}
     if target.cond_channels > config.cond_channels:
         leaves = config.widen_conditioning(leaves, target.cond_channels)
     grown = complete_params(target.make, leaves, key)
@@ -40,7 +45,7 @@ def grow_config(config: BackboneConfig, target: BackboneConfig) -> BackboneConfi
     """Return what a trained model can grow to on the way to another one: `target` itself if it can grow to it.
 
     A model grows by temporal layers (`add_temporal_layers`), channels of clean latents and masks, conditioning on
-    further fields of clips, and a time per token. In all else the result is as the trained model.
+    further fields of clips, a control stack, and a time per token. In all else the result is as the trained model.
 
     Raises:
       UserError: If `target` has temporal layers that cannot be added.
@@ -48,6 +53,10 @@ def grow_config(config: BackboneConfig, target: BackboneConfig) -> BackboneConfi
     grown = config
     if type(config) is DiTConfig and isinstance(target, SpatioTemporalDiTConfig):
         grown = _add_temporal_layers(config, target.temporal)
+    if type(config) is DiTConfig and isinstance(target, ControlledDiTConfig):
+        own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        own |= {"conditioning": target.conditioning, "control_layers": target.control_layers}
+        grown = ControlledDiTConfig(**own)
     if type(grown) is not type(target):
         return grown
     changes: dict[str, Any] = {}

@@ -188,6 +188,11 @@ class DiT(nnx.Module):
         if config.classes:
             self.labels = nnx.Param(normal(rngs.params(), (config.classes + 1, width), jnp.float32))
 
+    @property
+    def added_conditioning(self) -> tuple[ClipConditioning, ...]:
+        """Return the conditioning whose embeddings are added to the tokens, or to the conditions of the blocks."""
+        return self.config.conditioning
+
     def __call__(
         self,
         noisy: Float[Array, "B N p"],
@@ -381,7 +386,7 @@ class DiT(nnx.Module):
         self, x: Float[Array, "B M D"], conditioning: Conditioning, alignments: tuple[str, ...]
     ) -> Float[Array, "B M D"]:
         """Add the embeddings of the fields with one of the alignments."""
-        for each in self.config.conditioning:
+        for each in self.added_conditioning:
             if each.field.alignment in alignments:
                 x = x + getattr(self, f"cond_{each.field.name}")(conditioning[each.record].values)
         return x

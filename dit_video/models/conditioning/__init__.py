@@ -1,6 +1,13 @@
 """Conditioning: captions, frames and masks as inputs of a denoiser."""
 
-from dit_video.models.conditioning.clip_conditioning import ClipConditioning, ClipView, check_conditioning
+from dit_video.models.conditioning.clip_conditioning import (
+    ClipConditioning,
+    ClipView,
+    Codec,
+    Crop,
+    check_conditioning,
+)
+from dit_video.models.conditioning.control_clips import Control, ControlClip, LowResolutionClip
 from dit_video.models.conditioning.frame_conditioning import (
     COND_LATENTS,
     COND_MASK,

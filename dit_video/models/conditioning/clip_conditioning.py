@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,33 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
 from dit_video.core.errors import UserError
+from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.models.conditioning.frame_conditioning import COND_LATENTS, COND_MASK, IMAGE_TOKENS
 from dit_video.models.conditioning.records import ClassIds, ConditioningLatents, ImageTokens, TextTokens, TrainingKeys
 from dit_video.nn import Linear, Partitioner
 from dit_video.tokens import Field, Grid, PackedRows
+
+
+class Codec(Protocol):
+    """A trained autoencoder, as conditioning uses it."""
+
+    @property
+    def config(self) -> AutoencoderConfig:
+        """Return its config, which has its stride."""
+
+    def encode_pixels(self, pixels: UInt8[np.ndarray, "T H W 3"], /) -> Float32[np.ndarray, "t h w c"]:
+        """Return the latents of a clip."""
+
+
+class Crop(NamedTuple):
+    """Part of a clip's frames that is trained on."""
+
+    height: int
+    """Height and width to which the frames are resized."""
+    width: int
+    top: int
+    """First row and column that are kept."""
+    left: int
 
 
 class ClipView(NamedTuple):
@@ -36,12 +59,32 @@ class ClipView(NamedTuple):
     """Frames, rows and columns of pixels that a latent stands for; the first latent frame stands for one frame."""
     start: int = 0
     """Number of the clip's frames, at the training rate, that precede the first frame here."""
+    crop: Crop | None = None
+    """Part of the resized frames that is here; None for whole frames."""
     is_flipped: bool = False
     """True if the frames are mirrored."""
     encoded: Mapping[int, Float32[np.ndarray, "t h w c"]] = {}
     """Latents of the frames for each of the conditioning's `encoded_prefixes`."""
     columns: Mapping[str, Any] = {}
     """Values of the clip in the conditioning's `columns`, as Python's; None where a column has none."""
+
+    def read_alike(self, file: Path) -> UInt8[np.ndarray, "T H W 3"]:
+        """Return the frames of a file that belong to those here, such as a video of the clip's depth.
+
+        They are sampled in time, resized, cropped and mirrored as the clip's own.
+
+        Raises:
+          DecodeError: If the file is damaged.
+          UserError: If it is shorter.
+        """
+        from dit_video.video import decode  # Imported here: models need no library of videos.
+
+        count, height, width = self.frames.shape[:3]
+        crop = self.crop or Crop(height, width, 0, 0)
+        size = Grid(count, crop.height, crop.width)
+        frames = decode(file, size=size, start=self.start / self.fps, fps=self.fps).frames
+        frames = frames[:, crop.top : crop.top + height, crop.left : crop.left + width]
+        return frames[:, :, ::-1] if self.is_flipped else frames
 
     @property
     def caption(self) -> str:
@@ -120,6 +163,10 @@ class ClipConditioning(abc.ABC):
         """
         return self
 
+    def use_codec(self, codec: Codec) -> "ClipConditioning":
+        """Return the conditioning with the model's trained autoencoder, for one that needs it; by default itself."""
+        return self
+
     @abc.abstractmethod
     def from_clip(self, view: ClipView) -> np.ndarray:
         """Return the values of a training clip, with shape `field.get_shape(view.latents)`."""
@@ -141,7 +188,7 @@ class ClipConditioning(abc.ABC):
         unchanged.
         """
         features = math.prod(self.field.to_rows(patch).shape)
-        return _LinearEmbedding(Linear(features, width, init="zero", dtype=dtype, partitioner=partitioner, rngs=rngs))
+        return LinearEmbedding(Linear(features, width, init="zero", dtype=dtype, partitioner=partitioner, rngs=rngs))
 
     def make_positions(self) -> Float32[np.ndarray, "length 3"]:
         """Return the positions (t, h, w) of an `extra` field's tokens, in the units of clip positions.
@@ -210,7 +257,9 @@ def check_conditioning(conditioning: Sequence[ClipConditioning]) -> None:
             raise UserError(f"record={each.record.__name__} of {kind} is invalid: {rule}.")
 
 
-class _LinearEmbedding(nnx.Module):
+class LinearEmbedding(nnx.Module):
+    """Linear map of the values of a conditioning, whatever their shape."""
+
     def __init__(self, linear: Linear):
         self.linear = linear
 

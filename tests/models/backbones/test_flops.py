@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from dit_video.core.errors import UserError
+from dit_video.models.backbones.controlled_dit import ControlledDiTConfig
 from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.flops import count_attention_flops, count_forward_flops, count_training_flops
 from dit_video.models.backbones.mmdit import MMDiTConfig
@@ -27,6 +28,7 @@ MODELS = {
     "spatio-temporal": (SpatioTemporalDiTConfig(channels=16, context_width=256, **WIDE), Grid(1, 8, 8), 64),
     "registers": (DiTConfig(channels=16, context_width=256, registers=64, **WIDE), 128, 64),
     "wan": (WanDitConfig(context_width=256, mlp_dim=4096, text_length=64, **WIDE), 192, 64),
+    "controlled": (ControlledDiTConfig(context_width=256, channels=16, control_layers=1, **WIDE), 192, 64),
     "vace": (
         VaceDitConfig(context_width=256, mlp_dim=4096, text_length=64, conditioning=(VaceControl(layers=1),), **WIDE),
         192,
