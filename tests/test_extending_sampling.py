@@ -20,7 +20,7 @@ from dit_video.models.autoencoders import Tiles, decode_stream
 from dit_video.sampling import draw_initial_noise
 from dit_video.sampling.clip_recipe import hash_pixels
 from dit_video.sampling.pipeline import Pipeline
-from dit_video.sampling.pipeline_config import Downscale, PreviousStep
+from dit_video.sampling.pipeline_config import PreviousStep
 from dit_video.sampling.probe import DenoiserProbe
 from dit_video.sampling.tasks import TASKS, Vary
 from dit_video.tokens import Grid

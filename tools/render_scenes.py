@@ -20,6 +20,8 @@ def main(
     levels: tuple[int, ...] = (1, 2),
     frames: tuple[int, ...] = (1, 9, 17),
     sides: tuple[tuple[int, int], ...] = scenes.SIDES,
+    loops: bool = False,
+    depth: Path | None = None,
 ) -> None:
     """Render scenes whose truth is known into a folder of clips with captions.
 
@@ -37,13 +39,22 @@ def main(
         levels: Levels of the scenes, in turn: 1 one object, 2 two objects, 3 several with physics and a camera.
         frames: Numbers of frames of the clips; each clip has one of them at random, repeated ones more often.
         sides: Heights and widths of the clips, such as 48 80 64 64 for two, from which each clip has one likewise.
+        loops: Render clips of one object whose last frame is as their first, instead of those of the levels.
+        depth: Folder for the depth of each clip, in files of the same names, which trains a model that is controlled.
     """
     check_minimum(1, count=count, frames=min(frames, default=0))
     check_minimum(0, seed=seed)
     sizes = [Grid(length, *each) for length in frames for each in sides]
     with Progress("rendering scenes", count, unit="clip") as progress:
         scenes.write_folder(
-            out, count=count, seed=seed, levels=levels, sizes=sizes, progress=lambda done, _: progress.update(done)
+            out,
+            count=count,
+            seed=seed,
+            levels=levels,
+            sizes=sizes,
+            loops=loops,
+            depth=depth,
+            progress=lambda done, _: progress.update(done),
         )
     print(f"{count} clips in {out}")
 

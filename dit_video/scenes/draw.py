@@ -66,6 +66,29 @@ def draw_scene(index: int, *, seed: int, level: int, sizes: Sequence[Grid] = SIZ
     raise UserError(f"sizes={size} has no room for two objects. Use larger sizes.")
 
 
+def draw_loop(index: int, *, seed: int, sizes: Sequence[Grid] = SIZES, fps: float = FPS) -> Scene:
+    """Draw the looping scene `index` of the data set `seed`: an object that goes once across the frame.
+
+    Raises:
+      UserError: If there are no sizes, or a size is too small for the object or has a single frame.
+    """
+    if not sizes or min(size.t for size in sizes) < 2:
+        rule = "a loop has several frames"
+        raise UserError(f"sizes={[str(size) for size in sizes]} are invalid: {rule}. Use larger sizes.")
+    still = draw_scene(index, seed=seed, level=1, sizes=sizes, fps=fps)
+    generator = rng.make_generator(seed, "loops", index)
+    direction, seconds = _choose(generator, tuple(DIRECTIONS)), (still.size.t - 1) / fps
+    sides, signs, (each,) = still.size[1:], DIRECTIONS[direction], still.objects
+    # Across its way the object stays in the frame; along it any place is the beginning of a loop.
+    low = [0.0 if sign else each.radius for sign in signs]
+    start = [generator.uniform(first, side - first) for first, side in zip(low, sides, strict=True)]
+    velocity = [sign * side / seconds for sign, side in zip(signs, sides, strict=True)]
+    moving = replace(
+        each, start=(start[0], start[1]), velocity=(velocity[0], velocity[1]), direction=direction, speed=None
+    )
+    return replace(still, objects=(moving,), has_walls=False, is_loop=True)
+
+
 def _choose(generator: np.random.Generator, values: Sequence[str]) -> str:
     return values[int(generator.integers(len(values)))]
 

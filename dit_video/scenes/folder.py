@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dit_video.core import files
 from dit_video.core.errors import UserError
-from dit_video.scenes.draw import FPS, SIZES, draw_scene
+from dit_video.scenes.draw import FPS, SIZES, draw_loop, draw_scene
 from dit_video.scenes.render import render
 from dit_video.scenes.scene import Scene
 from dit_video.tokens import Grid
@@ -26,26 +26,35 @@ def write_folder(
     levels: Sequence[int] = (1, 2),
     sizes: Sequence[Grid] = SIZES,
     fps: float = FPS,
+    loops: bool = False,
+    depth: Path | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Path:
-    """Write scenes 0 … count-1, of the levels in turn, and `scenes.jsonl` with what they hold; return the folder.
+    """Write scenes 0 … count-1, of the levels in turn or all of them loops, and return the folder.
 
-    The clips are `clips/000000.mp4` (`.png` for one frame), their captions are in `metadata.csv`. Repeating an
-    interrupted call completes it; `progress(done, total)` is called after every clip.
+    The clips are `clips/000000.mp4` (`.png` for one frame), their captions are in `metadata.csv`, and what they hold in
+    `scenes.jsonl`. Repeating an interrupted call completes it; `progress(done, total)` is called after every clip. The
+    folder `depth`, if there is one, gets the depth of each clip under the clip's name.
 
     Raises:
       UserError: If there are no clips, levels or sizes, or the folder holds clips of other arguments.
     """
     if count < 1 or not levels:
         raise UserError(f"count={count} of {len(levels)} levels is invalid: use at least one clip and one level")
-    scenes = [
-        draw_scene(index, seed=seed, level=levels[index % len(levels)], sizes=sizes, fps=fps) for index in range(count)
-    ]
-    recipe = {"seed": seed, "levels": list(levels), "sizes": [list(size) for size in sizes], "fps": fps}
+    options: dict[str, Any] = {"seed": seed, "sizes": sizes, "fps": fps}
+    if loops:
+        scenes = [draw_loop(index, **options) for index in range(count)]
+    else:
+        scenes = [draw_scene(index, level=levels[index % len(levels)], **options) for index in range(count)]
+    kinds = ["loops"] if loops else list(levels)
+    recipe = {"seed": seed, "levels": kinds, "sizes": [list(size) for size in sizes], "fps": fps}
     entries = [ClipEntry(scene.caption, scene.size.t, functools.partial(_render_clip, scene)) for scene in scenes]
     names = write_clip_folder(folder, entries, recipe=recipe, progress=progress)
     documents = ({"file_name": name} | asdict(scene) for name, scene in zip(names, scenes, strict=True))
     files.write_text(folder / "scenes.jsonl", "".join(f"{json.dumps(each)}\n" for each in documents))
+    for name, scene in zip(names, scenes, strict=True) if depth is not None else ():
+        if not (depth / name).exists():
+            render(scene).depth_clip.save(depth / name)
     return folder
 
 

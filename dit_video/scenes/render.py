@@ -18,6 +18,8 @@ from dit_video.scenes.scene import BACKGROUNDS, COLOURS, Scene, StickFigure
 from dit_video.video import Clip
 
 BACKGROUND_DEPTH = 4.0
+_NEAREST_DEPTH = 0.5
+"""Depth of the nearest part of scenes, a post."""
 POST_COLOUR = (150, 152, 158)
 JOINTS = (
     "head",
@@ -69,6 +71,12 @@ class RenderedScene(NamedTuple):
     sound: Float32[np.ndarray, " samples"]
     """Sound of the contacts, at `SAMPLE_RATE`, within [-1, 1]."""
     sample_rate: int = SAMPLE_RATE
+
+    @property
+    def depth_clip(self) -> Clip:
+        """Return the depth as a clip, in shades of grey that are inverse to it: what is nearest is white."""
+        shades = np.rint(255 * _NEAREST_DEPTH / self.depth).clip(0, 255).astype(np.uint8)
+        return Clip(frames=np.repeat(shades[..., None], 3, axis=-1), fps=self.clip.fps)
 
 
 class _Part(NamedTuple):
@@ -137,9 +145,12 @@ def _list_parts(scene: Scene, centres: np.ndarray, angles: np.ndarray, joints: n
     """Return the parts of a scene in front of its background."""
     ones, parts = np.ones(scene.size.t), []
     for index, each in enumerate(scene.objects):
-        pose = Similarity(ones, angles[:, index], centres[:, index])
-        motion = make_camera(scene, each.depth).compose(pose)
-        parts.append(_Part(index + 1, each.depth, each.shape, each.radius, COLOURS[each.colour], motion, each.texture))
+        # What has left the frame of a loop is one frame further back, or is about to come in.
+        for shift in range(-1, 3) if scene.is_loop else (0,):
+            centre = centres[:, index] - shift * np.sign(each.velocity) * np.array(scene.size[1:])
+            motion = make_camera(scene, each.depth).compose(Similarity(ones, angles[:, index], centre))
+            colour = COLOURS[each.colour]
+            parts.append(_Part(index + 1, each.depth, each.shape, each.radius, colour, motion, each.texture))
     instance = len(scene.objects) + 1
     if scene.figure is not None and joints is not None:
         parts += _list_figure_parts(scene, scene.figure, joints, instance)

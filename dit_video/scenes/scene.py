@@ -129,6 +129,8 @@ class Scene:
     """Acceleration downwards, in pixels per second squared."""
     has_walls: bool = True
     """Objects bounce off the borders of the first frame."""
+    is_loop: bool = False
+    """Objects that leave the frame come in at the opposite border, and the last frame is as the first."""
     contacts: tuple[str, ...] = ()
     """Kinds of contacts in the clip that the caption tells of: `bounce`, `collision`."""
     figure: StickFigure | None = None
@@ -147,6 +149,7 @@ class Scene:
             parts.append("a grey post in front")
         if self.camera.caption is not None and is_clip:
             parts.append(f"while the camera {self.camera.caption}")
+        parts += ["in a loop"] if self.is_loop else []
         return ", ".join([*parts, f"in front of a {self.background} background"])
 
     def _describe_objects(self, *, has_motion: bool) -> str:
@@ -163,7 +166,8 @@ class Scene:
 def _describe_object(each: SceneObject, *, has_motion: bool) -> str:
     if not has_motion:
         return each.phrase
-    return f"{each.phrase} {'standing still' if each.direction is None else f'moving {each.direction} {each.speed}'}"
+    motion = "standing still" if each.direction is None else f"moving {each.direction}"
+    return " ".join(filter(None, (each.phrase, motion, each.speed)))
 
 
 def _join(phrases: list[str]) -> str:

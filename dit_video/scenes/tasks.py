@@ -1,19 +1,28 @@
 """Protocols of generation tasks on rendered scenes, whose truth is known.
 
-Whoever imports this module can name them: `task_inpainting`, `task_inpainting_training_free` and so on.
+Whoever imports this module can name them: `task_inpainting`, `task_inpainting_training_free` and so on, and for models
+that read a second clip `scenes_super_resolution` and `scenes_depth`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.resize import resize
 from dit_video.core.rng import make_generator
 from dit_video.evaluation.clip_set import NO_CLIPS
 from dit_video.evaluation.metrics.metric import Metric
-from dit_video.evaluation.metrics.tasks import InterpolationGain, KeptPixels, RegionBorder, TransitionJump, ZoomSteps
+from dit_video.evaluation.metrics.tasks import (
+    EnlargementGain,
+    InterpolationGain,
+    KeptPixels,
+    RegionBorder,
+    TransitionJump,
+    ZoomSteps,
+)
 from dit_video.evaluation.protocol import EvaluationData, EvaluationItem, EvaluationProtocol
 from dit_video.evaluation.protocols import register_protocol
 from dit_video.models.conditioning import IsKnown
@@ -34,11 +43,11 @@ from dit_video.sampling.tasks import (
 )
 from dit_video.sampling.tasks.task_file import TaskEntry
 from dit_video.scenes import RenderedScene, Scene, draw_scene, render
-from dit_video.scenes.draw import SIZES
+from dit_video.scenes.draw import SIZES, draw_loop
 from dit_video.scenes.position_metrics import ObjectPosition
 from dit_video.scenes.prompt_metrics import SceneColours, SceneDirections
 from dit_video.scenes.scene import COLOURS
-from dit_video.scenes.task_metrics import EditSuccess, LoopSeam
+from dit_video.scenes.task_metrics import ConnectedTransition, DepthAgreement, EditSuccess, LoopSeam
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -46,6 +55,8 @@ Reconstruct = Callable[[Clip], Clip]
 EditMethod = Literal["flow_edit", "inversion"]
 FRAMES, KNOWN = 17, 9
 """Number of frames of a scene, and of those that are known in an extension."""
+ENLARGEMENT = 4
+"""Factor between the sides of a scene and those of its clip of low resolution."""
 _GAP = 7
 """Number of frames of a transition."""
 _KEYFRAMES = (0, 11, 16)
@@ -70,6 +81,8 @@ class TaskTruth(NamedTuple):
     """Number of the new frame at which positions are compared."""
     source: Scene | None = None
     """The scene that the clip showed before it was changed."""
+    second_clip: Clip | None = None
+    """The clip of low resolution, or the control, that the model got."""
 
 
 class TaskCase(NamedTuple):
@@ -77,6 +90,8 @@ class TaskCase(NamedTuple):
 
     task: Task
     truth: TaskTruth
+    options: Mapping[str, Any] = {}
+    """Further fields of the request."""
 
 
 MakeCase = Callable[[RenderedScene, Scene, Reconstruct, np.random.Generator], TaskCase | None]
@@ -160,10 +175,10 @@ def _zoom_out(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _
     return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=is_known))
 
 
-def _loop(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase | None:
-    if not _has_motion(scene):
-        return None
-    clip = _cut(rendered.clip, slice(FRAMES - 1))
+def _loop(_: RenderedScene, drawn: Scene, reconstruct: Reconstruct, generator: np.random.Generator) -> TaskCase:
+    """Return a case of a looping scene, as the drawn one's object would leave the frame."""
+    scene = draw_loop(int(generator.integers(2**31)), seed=0, sizes=[drawn.size])
+    clip = _cut(render(scene).clip, slice(FRAMES - 1))
     task = Loop(scene.caption, size=(FRAMES - 1, scene.size.h, scene.size.w))
     return TaskCase(task, TaskTruth(scene, clip, clip))
 
@@ -192,6 +207,20 @@ def _blend(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: n
     first, second = _cut(rendered.clip, slice(KNOWN)), _cut(rendered.clip, slice(-KNOWN, None))
     task = Blend(first, second, scene.caption, frames=_GAP)
     return TaskCase(task, TaskTruth(scene, rendered.clip, rendered.clip))
+
+
+def _enlarge(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+    height, width = scene.size.h // ENLARGEMENT, scene.size.w // ENLARGEMENT
+    low = replace(rendered.clip, frames=resize(rendered.clip.frames, height, width))
+    truth = _make_truth(rendered.clip, scene, reconstruct)._replace(second_clip=low)
+    options = {"conditioning": {"low_resolution": low}}
+    return TaskCase(Generate(scene.caption, size=scene.size), truth, options)
+
+
+def _follow_depth(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+    control = rendered.depth_clip
+    truth = _make_truth(rendered.clip, scene, reconstruct)._replace(second_clip=control)
+    return TaskCase(Generate(scene.caption, size=scene.size), truth, {"control": control})
 
 
 def _has_motion(scene: Scene) -> bool:
@@ -254,13 +283,18 @@ _KINDS = {
     "inpainting": _TaskKind(_inpaint, (KeptPixels(), SceneColours(), RegionBorder())),
     "outpainting": _TaskKind(_outpaint, (KeptPixels(), RegionBorder())),
     "zoom_out": _TaskKind(_zoom_out, (ZoomSteps(), RegionBorder()), _IMAGES),
-    "blending": _TaskKind(_blend, (TransitionJump(),), _TWO_CLIPS),
+    "blending": _TaskKind(_blend, (TransitionJump(), ConnectedTransition()), _TWO_CLIPS),
     "loop": _TaskKind(_loop, (LoopSeam(),), is_completion=False),
     "editing_sdedit": _TaskKind(_edit(None), (EditSuccess(),), is_completion=False),
     "editing_flow_edit": _TaskKind(_edit("flow_edit"), (EditSuccess(),), is_completion=False),
     "editing_inversion": _TaskKind(_edit("inversion"), (EditSuccess(),), is_completion=False),
 }
 """Tasks on scenes, by name."""
+_SECOND_CLIP_KINDS = {
+    "super_resolution": _TaskKind(_enlarge, (EnlargementGain(), SceneColours()), is_completion=False),
+    "depth": _TaskKind(_follow_depth, (DepthAgreement(), SceneColours(), ObjectPosition()), is_completion=False),
+}
+"""Tasks of models that read a second clip; their protocols do not begin with `task_`, which are those of any model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +323,8 @@ class SceneTaskProtocol(EvaluationProtocol):
     def __post_init__(self):
         super().__post_init__()
         check_at_least(1, resample=self.resample)
-        if self.task not in _KINDS:
-            raise UserError(f"task={self.task!r} is unknown; use {', '.join(_KINDS)}")
+        if self.task not in _KINDS | _SECOND_CLIP_KINDS:
+            raise UserError(f"task={self.task!r} is unknown; use {', '.join(_KINDS | _SECOND_CLIP_KINDS)}")
 
     def make_data(self, data: EvaluationData | None) -> EvaluationData:
         """Return no clips: each task has the truth of its own scene."""
@@ -298,7 +332,8 @@ class SceneTaskProtocol(EvaluationProtocol):
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return the tasks of scenes, of the levels in turn; scenes that do not have the task are left out."""
-        make_case, items, number = _KINDS[self.task].make_case, list[EvaluationItem](), 0
+        make_case = (_KINDS | _SECOND_CLIP_KINDS)[self.task].make_case
+        items, number = list[EvaluationItem](), 0
         while len(items) < self.count:
             level = self.levels[len(items) % len(self.levels)]
             scene = draw_scene(number, seed=self.seed, level=level, sizes=self.sizes)
@@ -306,13 +341,15 @@ class SceneTaskProtocol(EvaluationProtocol):
             number += 1
             if (case := make_case(render(scene), scene, pipeline.reconstruct, generator)) is not None:
                 resample = self.resample if self.method == "training_free" else 1
-                options = Request("", seed=self.seed + len(items), method=self.method, resample=resample)
+                seed = self.seed + len(items)
+                options = Request("", seed=seed, method=self.method, resample=resample, **case.options)
                 items.append(EvaluationItem(TaskEntry(case.task, options), truth=case.truth))
         return items
 
 
-for _task, _kind in _KINDS.items():
-    _protocol = SceneTaskProtocol(name=f"task_{_task}", task=_task, metrics=_kind.metrics, sizes=_kind.sizes)
+for _task, _kind in (_KINDS | _SECOND_CLIP_KINDS).items():
+    _prefix = "task" if _task in _KINDS else "scenes"
+    _protocol = SceneTaskProtocol(name=f"{_prefix}_{_task}", task=_task, metrics=_kind.metrics, sizes=_kind.sizes)
     register_protocol(_protocol)
     if _kind.is_completion:
         register_protocol(replace(_protocol, name=f"{_protocol.name}_training_free", method="training_free"))

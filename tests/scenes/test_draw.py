@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.scenes import draw_scene, simulate
+from dit_video.scenes import draw_scene, render, simulate
+from dit_video.scenes.draw import draw_loop
 from dit_video.scenes.scene import DIRECTIONS, RELATIONS
 from dit_video.tokens import Grid
 
@@ -103,3 +104,22 @@ def test_pictures_of_one_frame_have_no_motion_in_their_caption():
 def test_scenes_that_do_not_exist_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         draw_scene(0, **({"seed": 0, "level": 1} | arguments))
+
+
+def test_the_last_frame_of_a_loop_is_its_first_and_its_object_moves_evenly_as_the_caption_says():
+    seen = set()
+    for index in range(20):
+        scene = draw_loop(index, seed=1, sizes=(Grid(9, 32, 48),))
+        assert scene == draw_loop(index, seed=1, sizes=(Grid(9, 32, 48),))
+        rendered, (each,) = render(scene), scene.objects
+        assert f"{each.phrase} moving {each.direction}, in a loop, in front of" in scene.caption
+        np.testing.assert_array_equal(rendered.clip.frames[0], rendered.clip.frames[-1])
+        steps = np.diff(rendered.centres[:, 0], axis=0)
+        expected = np.multiply(DIRECTIONS[each.direction], (32 / 8, 48 / 8))
+        np.testing.assert_allclose(steps, np.broadcast_to(expected, steps.shape), atol=1e-3)
+        areas = (rendered.instances == 1).sum(axis=(1, 2))
+        assert areas.max() < 1.25 * areas.min()  # what leaves the frame comes in at the other side
+        seen.add(each.direction)
+    assert len(seen) == 4
+    with pytest.raises(UserError, match="a loop has several frames"):
+        draw_loop(0, seed=1, sizes=(Grid(1, 32, 48),))

@@ -43,3 +43,16 @@ def test_an_interrupted_folder_is_completed_and_another_is_refused(tmp_path):
         write_folder(folder, **(OPTIONS | {"seed": 3}))
     with pytest.raises(UserError, match="count=0 of 2 levels is invalid"):
         write_folder(tmp_path / "none", **(OPTIONS | {"count": 0}))
+
+
+def test_depth_lies_beside_the_clips_under_their_names_and_loops_are_another_recipe(tmp_path):
+    folder = write_folder(tmp_path / "scenes", **OPTIONS, depth=tmp_path / "depth")
+    for index, document in enumerate(json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()):
+        rendered = render(draw_scene(index, seed=2, level=(1, 3)[index % 2], sizes=OPTIONS["sizes"]))
+        shades = decode(tmp_path / "depth" / document["file_name"]).frames
+        assert np.abs(shades.astype(float) - rendered.depth_clip.frames).mean() < 3
+        assert np.median(shades[rendered.depth == 1.0]) == pytest.approx(128, abs=3)
+    loops = {**OPTIONS, "sizes": (Grid(5, 48, 48),), "loops": True}
+    assert "in a loop" in (write_folder(tmp_path / "loops", **loops) / "metadata.csv").read_text()
+    with pytest.raises(UserError, match="holds clips of another seed"):
+        write_folder(folder, **loops)

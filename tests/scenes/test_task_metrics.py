@@ -10,6 +10,7 @@ from dit_video.core.resize import resize
 from dit_video.evaluation.metrics.metric import MetricBatch
 from dit_video.evaluation.metrics.tasks import blend_linearly
 from dit_video.evaluation.protocols import PROTOCOLS
+from dit_video.models.features.clip import resize_bicubic
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.tasks import Blend
 from dit_video.scenes.objects import find_objects
@@ -171,16 +172,21 @@ def test_a_zoom_out_keeps_its_centre_and_has_no_border():
     assert measure("zoom_out", list(map(freeze, clips)), cases)["zoom_centre_loss"] > 5
 
 
-def test_a_loop_needs_motion_and_no_seam():
+def test_a_loop_needs_motion_in_the_prompted_direction_and_no_seam():
     cases = get_cases("loop")
     clips = truths(cases)
-    cut = measure("loop", clips, cases)
-    assert cut["loop_seam"] > 1.5  # objects jump back
-    assert cut["loop_motion"] == pytest.approx(1, abs=0.15)
+    right = measure("loop", clips, cases)
+    assert right["loop_seam"] == pytest.approx(1, abs=0.05)
+    assert right["loop_motion"] == pytest.approx(1, abs=0.1)
+    assert right["loop_direction"] == 1
+    cut = measure("loop", [replace(clip, frames=clip.frames[:10]) for clip in clips], cases)
+    assert cut["loop_seam"] > 1.3  # objects jump back
+    backwards = measure("loop", [replace(clip, frames=clip.frames[::-1]) for clip in clips], cases)
+    assert (backwards["loop_direction"], backwards["loop_motion"]) == (0, pytest.approx(1, abs=0.1))
+    still = measure("loop", list(map(freeze, clips)), cases)
+    assert (still["loop_motion"], still["loop_direction"]) == (pytest.approx(0, abs=0.05), 0)
     there_and_back = [replace(clip, frames=np.concatenate([clip.frames[::2], clip.frames[-1::-2]])) for clip in clips]
-    assert measure("loop", there_and_back, cases)["loop_seam"] < 1.2
-    still = measure("loop", [replace(freeze(clip)) for clip in clips], cases)
-    assert still["loop_motion"] < 0.2
+    assert measure("loop", there_and_back, cases)["loop_direction"] < 0.6
 
 
 def test_edits_must_change_the_colour_and_nothing_else():
@@ -202,6 +208,74 @@ def test_a_cut_between_clips_is_a_jump():
         first, second = case.entry.task.first.frames, case.entry.task.second.frames
         cuts.append(Clip(np.concatenate([first, np.repeat(first[-1:], 7, axis=0), second]), 8))
     assert measure("blending", cuts, cases)["transition_jump"] > 3
+
+
+def fill_gap(case, fill):
+    """Return a transition whose new frames a function makes of the last frame before and the first one after them."""
+    first, second = case.entry.task.first.frames, case.entry.task.second.frames
+    return blur(Clip(np.concatenate([first, fill(first[-1:], second[:1]), second]), 8))
+
+
+def test_a_transition_that_stands_still_jumps_or_fades_does_not_connect_two_clips():
+    cases = get_cases("blending", 12)
+    assert measure("blending", truths(cases), cases)["transition_connected"] > 0.9
+    shares = []
+    weights = np.linspace(0, 1, 9)[1:-1, None, None, None]
+    for fill in (
+        lambda before, after: np.repeat(before, 7, axis=0),
+        lambda before, after: np.repeat(after, 7, axis=0),
+        lambda before, after: np.concatenate([np.repeat(before, 4, axis=0), np.repeat(after, 3, axis=0)]),
+        lambda before, after: ((1 - weights) * before + weights * after).astype(np.uint8),
+        lambda before, after: np.full((7, *before.shape[1:]), 30, np.uint8),
+    ):
+        clips = [fill_gap(case, fill) for case in cases]
+        shares.append(measure("blending", clips, cases)["transition_connected"])
+    assert max(shares) < 0.3, shares
+    assert measure("blending", swap(truths(cases)), cases)["transition_connected"] == 0
+
+
+def get_second_clip_cases(name, count=COUNT):
+    protocol = replace(PROTOCOLS[f"scenes_{name}"], count=count, seed=7)
+    return protocol, protocol.make_items(Mock(Pipeline, reconstruct=blur), protocol.make_data(None))
+
+
+def test_enlarged_clips_are_compared_with_bicubic_ones():
+    protocol, cases = get_second_clip_cases("super_resolution")
+    low = [case.entry.options.conditioning["low_resolution"] for case in cases]
+    assert {clip.frames.shape[1:3] for clip in low} <= {(8, 8), (8, 12), (12, 8)}
+    bicubic = [replace(clip, frames=resize_bicubic(clip.frames, 4 * clip.height, 4 * clip.width)) for clip in low]
+    metric = protocol.metrics[0]
+    for clips, check in (
+        (bicubic, lambda gain: gain == 0),
+        (truths(cases), lambda gain: gain > 4),
+        (swap(truths(cases)), lambda gain: gain < -3),
+    ):
+        batch = MetricBatch(samples=clips, scenes=[case.truth for case in cases])
+        assert all(map(check, metric.measure(batch)))
+
+
+def test_depth_is_read_back_from_the_places_of_colours():
+    protocol, cases = get_second_clip_cases("depth")
+    metric = protocol.metrics[0]
+
+    def get_agreement(clips):
+        return np.mean(metric.measure(MetricBatch(samples=clips, scenes=[case.truth for case in cases])))
+
+    assert all(case.entry.options.control == case.truth.second_clip for case in cases)
+    assert get_agreement(truths(cases)) > 0.85  # pixels at edges blend both
+    moved = [replace(clip, frames=np.roll(clip.frames, 8, axis=2)) for clip in truths(cases)]
+    assert get_agreement(moved) < 0.5
+    assert get_agreement(list(map(freeze, truths(cases)))) < 0.7
+    exchanged = []
+    for case in cases:
+        first, second = [*case.truth.scene.objects, None][:2]
+        if second is not None:  # both objects change their places in depth
+            objects = replace(first, depth=second.depth), replace(second, depth=first.depth)
+            exchanged.append(case._replace(truth=case.truth._replace(scene=replace(case.truth.scene, objects=objects))))
+    shares = metric.measure(
+        MetricBatch(samples=[each.truth.reference for each in exchanged], scenes=[each.truth for each in exchanged])
+    )
+    assert np.mean(shares) > 0.85
 
 
 def test_objects_are_found_where_they_are():

@@ -9,6 +9,7 @@ import numpy as np
 from dit_video.core.resize import resize
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
+from dit_video.models.features.clip import resize_bicubic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,26 @@ class InterpolationGain(MeanMetric):
             gains.append(
                 compute_limited_psnr(true, clip.frames[~is_known]) - compute_limited_psnr(true, blended[~is_known])
             )
+        return gains
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnlargementGain(MeanMetric):
+    """Mean gain in PSNR of enlarged clips over bicubic enlargement of the same clips of low resolution."""
+
+    needs = ("samples", "scenes")
+    name: ClassVar[str] = "enlargement_gain"
+    description: ClassVar[MetricDescription] = MetricDescription(
+        label="enlarged clips above bicubic", unit="dB", decimals=2, is_higher_better=True, explanation="PSNR"
+    )
+
+    def measure(self, batch: MetricBatch) -> Sequence[float]:
+        """Return the gain of every sample."""
+        gains = []
+        for clip, truth in zip(batch.samples, batch.scenes, strict=True):
+            bicubic = resize_bicubic(truth.second_clip.frames, clip.height, clip.width)
+            own, other = (compute_limited_psnr(truth.reference.frames, each) for each in (clip.frames, bicubic))
+            gains.append(own - other)
         return gains
 
 

@@ -1,9 +1,9 @@
 """DiT with a control stack over packed rows (ControlNet, arXiv 2302.05543; for transformers arXiv 2401.05252, 3.3).
 
 The stack has copies of the first blocks, over the tokens with the embedded control added. The hint of each copy, a
-linear map of its output, is added to the output of its block. These maps and the embedding start at zero, so that a trained model's
-predictions do not change until the stack is trained. `conversion.grow` makes one of a `DiT`; to train the stack alone,
-the optimizer has `trainable=("control",)`.
+linear map of its output, is added to the output of its block. These maps and the embedding start at zero, so that a
+trained model's predictions do not change until the stack is trained. `conversion.grow` makes one of a `DiT`; to train
+the stack alone, the optimizer has `trainable=("control",)`.
 """
 
 import functools

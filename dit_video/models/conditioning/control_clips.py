@@ -115,8 +115,8 @@ class LowResolutionClip(SecondClip):
 
     Gaussian noise is added to the values: in training with a random standard deviation in [0, 1), which the model
     reads, too, and in sampling with 1 minus the strength. A model so trained corrects samples of another model, and
-    not its training clips alone. The low resolution is that of `pixels`; with `latent_channels` the latents are those of
-    the clip enlarged again.
+    not its training clips alone. The low resolution is that of `pixels`; with `latent_channels` the latents are those
+    of the clip enlarged again.
     """
 
     @property

@@ -73,7 +73,7 @@ def test_what_is_no_clip_of_the_length_is_refused(value, message):
 
 
 def test_other_channels_of_latents_than_the_autoencoder_has_are_refused():
-    with pytest.raises(UserError, match="latent_channels=4 is invalid: the autoencoder has 3. Use 3"):
+    with pytest.raises(UserError, match=r"latent_channels=4 is invalid: the autoencoder has 3\. Use 3"):
         LowResolutionClip(latent_channels=4).use_codec(Codec()).from_clip(VIEW)
 
 
