@@ -425,30 +425,6 @@ def test_reference_frames_as_extra_tokens(add_package, tiny, tiny_run, tmp_path)
         assert (np.abs(together[SECOND] - other[SECOND]).max(axis=-1) > 1e-4).all()
 
 
-@pytest.mark.nightly
-def test_actions_with_a_kv_cache(add_package, tiny, tiny_run, tmp_path):
-    """Frames that are sampled one by one, with keys and values of earlier ones cached, equal those without a cache."""
-    theirs = add_package("their_actions", "frame_actions")
-    fields = {"pattern": CausalFrames(), "absolute_position": None, "conditioning": (theirs.FrameActions(),)}
-    experiment = replace_backbone(tiny.EXPERIMENT, time="token", layers=2, **fields)
-    experiment = experiment.replace_stage("denoiser", time_per="frame")
-    pipeline = train(experiment, tiny_run, tmp_path / "run")
-    actions = np.asarray([[0.2, 0.1], [0.5, -0.3], [0.1, 0.4]])
-    trained = jax.device_put(pipeline.denoiser_params["backbone"])
-    world = theirs.World(pipeline, "a red circle", tiny.SIZES[2])
-    noise = jnp.asarray(np.random.default_rng(0).normal(size=(1, world.grid.volume, 16)), jnp.float32)
-    random = make_random_params(pipeline.config.model.backbone.make)
-    for params in (trained, random):
-        cached, uncached = (world.sample_clip(params, noise, actions, cached=cached) for cached in (True, False))
-        np.testing.assert_allclose(cached, uncached, atol=1e-5)
-    changed = world.sample_clip(random, noise, actions * [[1], [0], [1]], cached=True)
-    difference = np.abs(changed - cached).max(axis=-1)[0]
-    assert not difference[: world.frame].any()
-    assert (difference[world.frame :] > 1e-4).all()  # an action changes the frames after it, through the cache
-    assert world.sample_next._cache_size() == 1
-    assert np.isfinite(pipeline.decode(world.to_latents(cached)).frames).all()
-
-
 def test_a_metric(add_package, load_file, tiny_run, tiny_clips, tmp_path, script):
     """It is computed, printed, written and reported as those of this package are."""
     add_package("their_metric", "their_metric")

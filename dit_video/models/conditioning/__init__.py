@@ -8,6 +8,7 @@ from dit_video.models.conditioning.clip_conditioning import (
     check_conditioning,
 )
 from dit_video.models.conditioning.control_clips import Control, ControlClip, LowResolutionClip
+from dit_video.models.conditioning.frame_actions import FrameActions
 from dit_video.models.conditioning.frame_conditioning import (
     COND_LATENTS,
     COND_MASK,
