@@ -32,7 +32,7 @@ from dit_video.models.backbones.spatio_temporal import SpatioTemporalDiTConfig, 
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.models.conditioning import TrainingKeys
 from dit_video.nn import LoraConfig, get_graph_def
-from dit_video.nn.attention import CausalFrames, Full
+from dit_video.nn.attention import CausalFrames, Full, SpaceOnly
 from dit_video.sampling import program
 from dit_video.sampling.pipeline import Request
 from dit_video.tokens import CanvasShape, Grid
@@ -274,6 +274,74 @@ def test_an_optimizer_with_two_groups_of_rates(add_package, tiny, tiny_run, tmp_
     for part, rate in (("backbone", 1e-3), ("text", 0.5e-3)):
         change = jax.tree.map(lambda *pair: np.abs(np.subtract(*pair)).max(), first[part], last[part])
         assert max(jax.tree.leaves(change)) == pytest.approx(rate, rel=1e-3)
+
+
+def test_a_map_of_labels_is_read_from_a_table(add_package, tiny, tiny_run, tmp_path):
+    """Whole numbers on the latents' grid are trained, sampled and guided; they have no strength."""
+    theirs = add_package("their_labels", "label_map")
+    pipeline = train(replace_backbone(tiny.EXPERIMENT, conditioning=(theirs.LabelMap(),)), tiny_run, tmp_path / "run")
+    arguments = {"size": (9, 16, 32), "steps": 2}
+    labels = np.random.default_rng(0).integers(1, 4, (3, 2, 4))
+
+    def get_latents(guidance=1.0, **options):
+        return generate_latents(pipeline, "a red circle", guidance=guidance, **arguments, **options)
+
+    results = [get_latents(conditioning={"labels": each}) for each in (labels, 4 - labels, 0 * labels)]
+    assert np.abs(results[0] - results[1]).max() > 0 < np.abs(results[1] - results[2]).max()
+    np.testing.assert_array_equal(get_latents(), results[2])
+    guided = get_latents({"labels": 3}, conditioning={"labels": labels})
+    assert np.abs(guided - results[0]).max() > 0
+    with pytest.raises(UserError, match="labels holds integers, which have no strength"):
+        get_latents(conditioning={"labels": labels}, strengths={"labels": 0.5})
+    with pytest.raises(UserError, match=r"conditioning labels has the shape \[2, 4\], not \[3, 2, 4\]"):
+        get_latents(conditioning={"labels": labels[0]})
+
+
+def test_a_side_network_is_trained_beside_frozen_blocks(add_package, tiny, tiny_run, tmp_path):
+    """It predicts as the model below it where it adds nothing, and learns; so does the head, which is zero at first."""
+    theirs = add_package("their_ladder", "side_network")
+    experiment = shorten(replace_backbone(tiny.EXPERIMENT, theirs.SideConfig, layers=2), tiny_run)
+    optimizer = dataclasses.replace(experiment.denoiser.optimizer, trainable=("side_", "head/"))
+    run = Run.create(tmp_path / "run", experiment.replace_stage("denoiser", optimizer=optimizer, steps=3))
+    run.train((tiny_run / "data").resolve())
+    params = dit_video.load(tmp_path / "run", ema=0).denoiser_params["backbone"]
+    config, batch = run.model.backbone, make_batch((0, 1), (1, 0))
+    small = dataclasses.replace(config, channels=2, context_width=TEXT_WIDTH, width=24)
+    random = make_random_params(small.make)
+    below = DiTConfig(**{field.name: getattr(small, field.name) for field in dataclasses.fields(DiTConfig)})
+
+    def predict(config, params):
+        model, conditioning = nnx.merge(get_graph_def(config.make), params), batch.get_conditioning(config)
+        return model(batch.noisy, batch.get_time(config), batch.layout, conditioning)[0]
+
+    without = {name: leaf for name, leaf in random.items() if not name.startswith("side_")}
+    silent = random | {"side_up": jax.tree.map(jnp.zeros_like, random["side_up"])}
+    np.testing.assert_allclose(predict(small, silent), predict(below, without), atol=1e-6)
+    assert np.abs(predict(small, random) - predict(below, without)).max() > 1e-3
+    assert np.abs(params["side_up"]["kernel"]).max() > 0
+
+
+@pytest.mark.nightly
+def test_rolling_diffusion(add_package, tiny, tiny_pipeline):
+    """Frames that see no other ones are those that are sampled by themselves; others depend on the frames before."""
+    theirs = add_package("their_rolling", "rolling_diffusion")
+    fields = {"time": "token", "absolute_position": None}
+    frames, parts = 5, 3
+    noise = np.random.default_rng(0).normal(size=(8, 2, 4, 4)).astype(np.float32)
+    for pattern, is_alone in ((SpaceOnly(), True), (Full(), False)):
+        backbone = tiny_pipeline.config.model.backbone.replace(pattern=pattern, **fields)
+        pipeline = tiny_pipeline.replace(
+            config=tiny_pipeline.config.replace_model(backbone=backbone),
+            denoiser={"backbone": make_random_params(backbone.make)},
+        )
+        result = theirs.roll(pipeline, "a red circle", Grid(9, 16, 32), noise, frames=frames, parts=parts)
+        assert result.shape == (frames, 2, 4, 4)
+        own = theirs.roll(pipeline, "a red circle", Grid(1, 16, 32), noise[3:], frames=1, parts=3 * parts)
+        assert (np.abs(result[3] - own[0]).max() < 1e-4) == is_alone
+        changed = noise * np.where(np.arange(8) == 2, -1, 1)[:, None, None, None]
+        other = theirs.roll(pipeline, "a red circle", Grid(9, 16, 32), changed, frames=frames, parts=parts)
+        is_other = np.abs(result - other).max(axis=(1, 2, 3)) > 1e-4
+        assert is_other.tolist() == ([False, False, True, False, False] if is_alone else [True] * 5)
 
 
 _SIZES = {"channels": 2, "context_width": TEXT_WIDTH, "width": 24, "layers": 4, "heads": 2, "attention": "dense"}
