@@ -2,12 +2,13 @@
 
     python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
     python tools/render_scenes.py --out runs/scenes/clips --count 6000 --frames 1 9 17 17
-    python experiments/train.py experiments/configs/scenes_tasks.py --data runs/scenes/one_object runs/scenes/clips \
-        --workdir runs/scenes/tasks
+    python tools/render_scenes.py --out runs/scenes/loops --count 1500 --loops --frames 17 --seed 2
+    python experiments/train.py experiments/configs/scenes_tasks.py \
+        --data runs/scenes/one_object runs/scenes/clips runs/scenes/loops --workdir runs/scenes/tasks
 
 Half of the examples are text to video, as in `scenes.py`. In the others parts are known: frames at the beginning, at
 the end or between, or regions. The model reads their mask and their latents beside the noisy ones, of clips in which
-all unknown pixels are grey. The first stage is text to video alone.
+all unknown pixels are grey. The first stage is text to video alone. Some clips are loops, as their captions say.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ from dit_video.models.conditioning import (
     OutsideOfBox,
 )
 
+DATA = dataclasses.replace(scenes.DATA, weights=(0.0, 0.85, 0.15))
 _MODEL = scenes.EXPERIMENT.get_model()
 _MASKS = (
     FirstFrame(weight=2.0),
@@ -47,13 +49,18 @@ _MASKS = (
 EXPERIMENT = dataclasses.replace(
     scenes.EXPERIMENT,
     name="scenes_tasks",
+    data=DATA,
     model=dataclasses.replace(
         _MODEL,
         backbone=_MODEL.backbone.replace(cond_channels=_MODEL.autoencoder.stride.t + _MODEL.autoencoder.channels),
         frame_conditioning=FrameConditioning(prob=0.5, rest="grey", masks=_MASKS),
     ),
     stages=tuple(
-        dataclasses.replace(stage, frame_conditioning=FrameConditioning(prob=0.0))
+        dataclasses.replace(
+            stage,
+            data=dataclasses.replace(DATA, weights=(1.0, 0.0, 0.0)),
+            frame_conditioning=FrameConditioning(prob=0.0),
+        )
         if stage.name == "one_object"
         else stage
         for stage in scenes.EXPERIMENT.stages
