@@ -44,6 +44,7 @@ from dit_video.evaluation.metrics.reconstruction import (
     Ssim,
 )
 from dit_video.evaluation.protocol import ClipSampling, EvaluationProtocol, ReconstructionProtocol
+from dit_video.evaluation.vbench import VBENCH_METRICS
 
 FRAME_METRICS: tuple[Metric, ...] = (
     TemporalFlickering(),
@@ -107,6 +108,7 @@ PROTOCOLS: dict[str, EvaluationProtocol] = {
         metrics=(
             *FRAME_METRICS,
             SubjectConsistency(features=ClipEmbeddings()),
+            *VBENCH_METRICS,
             ClipSimilarity(),
             TextRetrieval(),
             _FVD,

@@ -1,4 +1,4 @@
-"""Files of the evaluation networks: Inception, I3D, C3D, VideoMAE and LPIPS."""
+"""Files of the evaluation networks: Inception, I3D, C3D, VideoMAE, DINO, LPIPS and the aesthetic predictor."""
 
 import os
 import zipfile
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Float32
 
 from dit_video.core.errors import MissingError, UserError
 from dit_video.models.features import Lpips
@@ -21,9 +22,10 @@ from dit_video.models.features.convolutional import (
     I3d,
     InceptionV3,
 )
+from dit_video.models.features.dino import DinoConfig
 from dit_video.models.features.lpips import VGG_STAGES
 from dit_video.models.features.video_mae import VideoMaeConfig
-from dit_video.nn import get_param_shapes
+from dit_video.nn import Linear, get_param_shapes
 from dit_video.weights.folders import DENSE, map_kernel_and_bias, map_scale_and_shift
 from dit_video.weights.io import convert_arrays, read_network_file
 from dit_video.weights.safetensors import open_safetensors
@@ -230,6 +232,59 @@ def make_video_mae_tensor_map(config: VideoMaeConfig, *, root: str = "") -> dict
     for ours, theirs in _NORMS.items():
         names |= map_scale_and_shift(f"blocks/{ours}", f"{block}.{theirs}", layers=layers)
     return names
+
+
+DINO = DinoConfig()
+DINO_FILE, AESTHETIC_FILE = "dino_vitbase16_pretrain.pth", "sa_0_4_vit_l_14_linear.pth"
+"""Published files of https://github.com/facebookresearch/dino and https://github.com/LAION-AI/aesthetic-predictor."""
+
+
+def load_dino(path: str | os.PathLike, config: DinoConfig = DINO) -> dict[str, Any]:
+    """Read the parameters of `Dino` from a file of tensors under DINO's names.
+
+    `tools/convert.py dino_vitbase16_pretrain.pth dino.safetensors --to safetensors` makes it from the published file.
+
+    Raises:
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+    """
+    return _read(path, make_dino_tensor_map(config), config.make, network="DINO", file=DINO_FILE)
+
+
+def make_dino_tensor_map(config: DinoConfig) -> dict[str, TensorMapping]:
+    """Return the names of our parameters in DINO's files."""
+    names = map_scale_and_shift("norm", "norm")
+    names["embed/kernel"] = TensorMapping(
+        "patch_embed.proj.weight", "o C p q -> (p q C) o", axis_sizes=(("p", config.patch), ("q", config.patch))
+    )
+    names["embed/bias"] = TensorMapping("patch_embed.proj.bias")
+    names["whole"], names["position"] = (
+        TensorMapping("cls_token", "1 1 D -> D"),
+        TensorMapping("pos_embed", "1 N D -> N D"),
+    )
+    for ours, theirs in {"qkv": "attn.qkv", **_LINEAR}.items():
+        names |= map_kernel_and_bias(f"blocks/{ours}", f"blocks.{{}}.{theirs}", DENSE, layers=config.layers)
+    for ours, theirs in _NORMS.items():
+        names |= map_scale_and_shift(f"blocks/{ours}", f"blocks.{{}}.{theirs}", layers=config.layers)
+    return names
+
+
+def load_aesthetic_predictor(path: str | os.PathLike) -> tuple[Float32[np.ndarray, "768 1"], Float32[np.ndarray, "1"]]:
+    """Read the kernel and the bias of LAION's aesthetic predictor, a linear map of embeddings by CLIP ViT-L/14.
+
+    `tools/convert.py sa_0_4_vit_l_14_linear.pth aesthetic.safetensors --to safetensors` makes the file.
+
+    Raises:
+      MissingError: If the file does not exist.
+      UserError: If the file is pickled or corrupt, or tensors are missing, unexpected or of another shape.
+    """
+
+    def make(rngs: nnx.Rngs) -> Linear:
+        return Linear(768, 1, rngs=rngs)
+
+    names = {"kernel": TensorMapping("weight", DENSE), "bias": TensorMapping("bias")}
+    params = _read(path, names, make, network="aesthetic predictor", file=AESTHETIC_FILE)
+    return np.asarray(params["kernel"]), np.asarray(params["bias"])
 
 
 EXPORT_COMMAND = (

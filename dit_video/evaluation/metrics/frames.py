@@ -271,7 +271,7 @@ class SubjectConsistency(TemporalMetric):
     """
 
     features: FeatureFunction
-    """Features of images; it is called with clips of one frame."""
+    """Features of frames, or of clips, which are called with a frame each."""
 
     needs, name = ("samples",), "subject_consistency"
     description = MetricDescription(
@@ -289,5 +289,7 @@ class SubjectConsistency(TemporalMetric):
         return "; ".join(filter(None, (super().make_note(state), self.features.open().identity if state else "")))
 
     def _measure_clip(self, clip: Clip) -> float:
+        if (features := self.features.open()).is_of_frames:
+            return compute_consistency(features.extract([clip]))
         images = [Clip(frames=clip.frames[index : index + 1], fps=clip.fps) for index in range(len(clip.frames))]
-        return compute_consistency(self.features.open().extract(images))
+        return compute_consistency(features.extract(images))

@@ -121,6 +121,21 @@ def temporal_loss(error: Float[Array, "B T H W C"]) -> Float[Array, " B"]:
     return absolute_error(error[:, 1:] - error[:, :-1])
 
 
+def gradient_loss(error: Float[Array, "B T H W C"]) -> Float[Array, " B"]:
+    """Return the mean squared difference of neighbouring errors, summed over time, rows and columns.
+
+        mean (e_{t+1} - e_t)² + mean (e_{h+1} - e_h)² + mean (e_{w+1} - e_w)²
+
+    With `squared` it is a Sobolev norm. Errors that jump from the pixels of one latent to those of the next cost more
+    than smooth ones of the same size, so that borders of patches show less, in space and in time.
+    """
+    value = jnp.zeros(len(error), error.dtype)
+    for axis in (1, 2, 3):
+        if error.shape[axis] > 1:
+            value = value + squared_error(jnp.diff(error, axis=axis))
+    return value
+
+
 PerceptualNet = Callable[[Pixels, Pixels], Float[Array, " B"]]
 """Distance between decoded and original clips measured by a network, such as LPIPS."""
 
@@ -132,6 +147,7 @@ _ERROR_LOSSES = {
     "pyramid": pyramid_loss,
     "frequency": frequency_loss,
     "temporal": temporal_loss,
+    "gradient": gradient_loss,
 }
 
 
@@ -161,6 +177,8 @@ class AutoencoderObjective:
     """Weight of the focal frequency loss."""
     temporal: float = 0.5
     """Weight of the error of frame differences."""
+    gradient: float = 0.0
+    """Weight of the squared error of differences between neighbours in space and time, against visible patches."""
     lpips: float = 0.0
     """Weight of LPIPS, the learned distance of arXiv 1801.03924; 0.5 is common."""
     lpips_weights: str | None = None

@@ -77,6 +77,7 @@ MEASURES = (
     objective.pyramid_loss,
     objective.frequency_loss,
     objective.temporal_loss,
+    objective.gradient_loss,
 )
 
 
@@ -100,7 +101,8 @@ def test_one_value_a_clip_for_any_size_with_finite_gradients(measure, size):
     assert value.shape == (2,)
     assert np.isfinite(value).all()
     assert np.isfinite(gradient).all()
-    still = measure is objective.temporal_loss and size[0] == 1
+    differing = {objective.temporal_loss: size[:1], objective.gradient_loss: size}.get(measure, (2,))
+    still = max(differing) == 1
     assert (np.abs(gradient).max() > 0) == (not still)
 
 
@@ -173,6 +175,13 @@ def test_the_focus_has_no_gradient_of_its_own():
     weight = np.abs(spectrum) / np.abs(spectrum).max(axis=(2, 3), keepdims=True)
     expected = 2 * np.fft.ifft2(weight * spectrum, axes=(2, 3), norm="ortho").real / ERROR[0].size
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_the_gradient_loss_is_that_of_jumps_along_each_axis():
+    error = jnp.zeros((3, 2, 4, 6, 1)).at[0, 1].set(1.0).at[1, :, 2:].set(1.0).at[2, :, :, 3:].set(2.0)
+    np.testing.assert_allclose(objective.gradient_loss(error), [1, 1 / 3, 4 / 5], rtol=1e-6)
+    smooth = jnp.linspace(0, 1, 6)[None, None, None, :, None] * jnp.ones((1, 2, 4, 6, 1))
+    assert objective.gradient_loss(smooth)[0] < 0.25 * objective.gradient_loss(error)[1]
 
 
 def test_only_the_temporal_loss_depends_on_flicker():

@@ -1,0 +1,147 @@
+"""DINO's vision transformer (arXiv 2104.14294), whose features of frames VBench compares.
+
+The reference is `vision_transformer.py` of facebookresearch/dino.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Float32
+
+from dit_video.core.errors import UserError, check_at_least
+from dit_video.nn import Attention, AttentionInputs, LayerNorm, Linear, apply_stack, make_attention, make_stack
+
+_CUBIC = -0.75
+"""Coefficient of PyTorch's bicubic interpolation."""
+_MARGIN = 0.1
+"""Number that the reference adds to the sides in patches before dividing by those of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoConfig:
+    """Configuration of DINO's transformer; the default is ViT-B/16.
+
+    Raises:
+      UserError: If a size is below 1, the heads do not divide the width, or patches do not divide the side.
+    """
+
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    side: int = 224
+    """Height and width of training images in pixels, which the positions are made for."""
+    patch: int = 16
+    """Height and width of a patch in pixels."""
+    eps: float = 1e-6
+    """Epsilon of layer norms."""
+
+    def __post_init__(self):
+        check_at_least(1, **{name: value for name, value in vars(self).items() if name != "eps"})
+        for name, divisor in (("width", "heads"), ("side", "patch")):
+            if getattr(self, name) % getattr(self, divisor):
+                rule = f"must be divisible by {divisor}={getattr(self, divisor)}"
+                raise UserError(f"{name}={getattr(self, name)} is invalid: {rule}. Change one")
+
+    @property
+    def grid(self) -> int:
+        """Return the number of patches along a side of a training image."""
+        return self.side // self.patch
+
+    def make(self, rngs: nnx.Rngs) -> "Dino":
+        return Dino(self, rngs=rngs)
+
+
+class DinoBlock(nnx.Module):
+    """A pre-norm transformer block: `x += attention(norm(x))`, `x += mlp(norm(x))`."""
+
+    def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
+        width = config.width
+        self.heads = config.heads
+        self.norm_attention = LayerNorm(width, eps=config.eps)
+        self.qkv, self.out = Linear(width, 3 * width, rngs=rngs), Linear(width, width, rngs=rngs)
+        self.norm_mlp = LayerNorm(width, eps=config.eps)
+        self.up, self.down = Linear(width, config.mlp_width, rngs=rngs), Linear(config.mlp_width, width, rngs=rngs)
+        self.attention: Attention = make_attention()
+
+    def __call__(self, x: Float[Array, "B N D"], inputs: AttentionInputs) -> Float[Array, "B N D"]:
+        q, k, v = rearrange(self.qkv(self.norm_attention(x)), "B N (s K d) -> s B N K d", s=3, K=self.heads)
+        x = x + self.out(rearrange(self.attention(q, k, v, inputs), "B N K d -> B N (K d)"))
+        return x + self.down(jax.nn.gelu(self.up(self.norm_mlp(x)), approximate=False))
+
+
+class Dino(nnx.Module):
+    """The transformer, from images to the normalised output of the class token.
+
+    Args:
+      config: Sizes.
+      rngs: Random keys of the initial parameters, which are to be replaced by loaded ones.
+    """
+
+    def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Linear(config.patch**2 * 3, config.width, rngs=rngs)
+        self.whole = nnx.Param(jnp.zeros((config.width,), jnp.float32))
+        self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1 + config.grid**2, config.width)))
+        self.blocks = make_stack(lambda r: DinoBlock(config, rngs=r), config.layers, rngs=rngs)
+        self.norm = LayerNorm(config.width, eps=config.eps)
+
+    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """Return the features of images of any size from one patch on; pixels beyond the last whole patch do not count.
+
+        Raises:
+          UserError: If the images are smaller than a patch.
+        """
+        config, (rows, columns) = self.config, (side // self.config.patch for side in images.shape[1:3])
+        if not rows or not columns:
+            raise UserError(
+                f"images of {images.shape[1:3]} pixels are invalid: a patch has {config.patch}. Enlarge them"
+            )
+        images = images[:, : rows * config.patch, : columns * config.patch]
+        x = self.embed(rearrange(images, "B (h p) (w q) C -> B (h w) (p q C)", p=config.patch, q=config.patch))
+        whole = jnp.broadcast_to(self.whole[...] + self.position[0], (len(x), 1, config.width))
+        x = jnp.concatenate([whole, x + self._interpolate_positions(rows, columns)], axis=1)
+        inputs = AttentionInputs.self_attention(jnp.ones(x.shape[:2], jnp.int32), segment_count=1)
+        return self.norm(apply_stack(self.blocks, x, inputs)[:, 0])
+
+    def _interpolate_positions(self, rows: int, columns: int) -> Float[Array, "N D"]:
+        """Return the positions of patches, interpolated as in the reference for another grid than in training."""
+        grid, table = self.config.grid, self.position[1:]
+        if rows == columns == grid:
+            return table
+        table = table.reshape(grid, grid, -1)
+        table = jnp.einsum("gh,hwd->gwd", make_bicubic_matrix(grid, rows, (rows + _MARGIN) / grid), table)
+        table = jnp.einsum("vw,gwd->gvd", make_bicubic_matrix(grid, columns, (columns + _MARGIN) / grid), table)
+        return table.reshape(rows * columns, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def make_bicubic_matrix(source: int, target: int, scale: float | None = None) -> Float32[np.ndarray, "target source"]:
+    """Return the matrix of PyTorch's bicubic interpolation along an axis, without antialiasing or aligned corners.
+
+    Args:
+      source, target: Numbers of values before and after.
+      scale: Factor between the coordinates; `target / source` by default.
+    """
+    centres = (np.arange(target) + 0.5) / (target / source if scale is None else scale) - 0.5
+    matrix = np.zeros((target, source))
+    for offset in range(-1, 3):
+        places = np.floor(centres) + offset
+        distance = np.abs(centres - places)
+        near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
+        far = ((distance - 5) * distance + 8) * distance * _CUBIC - 4 * _CUBIC
+        weights = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+        np.add.at(matrix, (np.arange(target), np.clip(places, 0, source - 1).astype(int)), weights)
+    return matrix.astype(np.float32)
+
+
+def compute_short_side_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return the height and width of frames whose shorter side is resized to `side`, as torchvision's `Resize` does."""
+    scaled = math.floor(side * max(height, width) / min(height, width))
+    return (scaled, side) if width <= height else (side, scaled)
