@@ -5,6 +5,7 @@ from dit_video.core.platform.scripts import prepare_script
 prepare_script(__name__, huge_pages=False)
 
 from pathlib import Path
+from typing import Literal
 
 from dit_video import scenes
 from dit_video.core.command_line import check_minimum, parse_arguments
@@ -20,8 +21,9 @@ def main(
     levels: tuple[int, ...] = (1, 2),
     frames: tuple[int, ...] = (1, 9, 17),
     sides: tuple[tuple[int, int], ...] = scenes.SIDES,
-    loops: bool = False,
+    kind: Literal["levels", "loops", "steered"] = "levels",
     depth: Path | None = None,
+    actions: Path | None = None,
 ) -> None:
     """Render scenes whose truth is known into a folder of clips with captions.
 
@@ -39,8 +41,9 @@ def main(
         levels: Levels of the scenes, in turn: 1 one object, 2 two objects, 3 several with physics and a camera.
         frames: Numbers of frames of the clips; each clip has one of them at random, repeated ones more often.
         sides: Heights and widths of the clips, such as 48 80 64 64 for two, from which each clip has one likewise.
-        loops: Render clips of one object whose last frame is as their first, instead of those of the levels.
+        kind: Scenes of the levels, loops of one object, whose last frame is as the first, or an object that is steered.
         depth: Folder for the depth of each clip, in files of the same names, which trains a model that is controlled.
+        actions: Folder for the actions of each clip of a steered object, in NAME_OF_THE_CLIP.npy.
     """
     check_minimum(1, count=count, frames=min(frames, default=0))
     check_minimum(0, seed=seed)
@@ -52,8 +55,9 @@ def main(
             seed=seed,
             levels=levels,
             sizes=sizes,
-            loops=loops,
+            kind=kind,
             depth=depth,
+            actions=actions,
             progress=lambda done, _: progress.update(done),
         )
     print(f"{count} clips in {out}")

@@ -38,6 +38,11 @@ MIN_SIDE = 24
 SIDES = ((32, 32), (32, 48), (48, 32))
 """Heights and widths of scenes."""
 SIZES = tuple(Grid(t, h, w) for t in (1, 9, 17) for h, w in SIDES)
+STEERING = ((0, 0), *DIRECTIONS.values())
+"""Rows and columns of the actions that steer an object: none, and one step in each direction."""
+ACTION_PIXELS = 1.5
+_HELD_FRAMES = (2, 7)
+"""Numbers of frames that an action holds: at least the first, and fewer than the second."""
 _STILL_PROB, _GRAVITY_PROB, _FIGURE_PROB, _OCCLUDER_PROB, _CAMERA_PROB = 0.2, 0.5, 0.35, 0.35, 0.5
 _MAX_TRIES = 1000
 _GAP = 2.0
@@ -64,6 +69,23 @@ def draw_scene(index: int, *, seed: int, level: int, sizes: Sequence[Grid] = SIZ
         if drawn is not None:
             return drawn
     raise UserError(f"sizes={size} has no room for two objects. Use larger sizes.")
+
+
+def draw_steered(index: int, *, seed: int, sizes: Sequence[Grid] = SIZES, fps: float = FPS) -> Scene:
+    """Draw scene `index` of the data set `seed` in which actions steer an object: each holds for some frames.
+
+    Raises:
+      UserError: If there are no sizes, or a size is too small for the object.
+    """
+    still = draw_scene(index, seed=seed, level=1, sizes=sizes, fps=fps)
+    generator, (each,) = rng.make_generator(seed, "actions", index), still.objects
+    actions: list[tuple[float, float]] = []
+    while len(actions) < still.size.t - 1:
+        rows, columns = STEERING[int(generator.integers(len(STEERING)))]
+        held = int(generator.integers(*_HELD_FRAMES))
+        actions += [(ACTION_PIXELS * rows, ACTION_PIXELS * columns)] * held
+    resting = replace(each, velocity=(0.0, 0.0), direction=None, speed=None)
+    return replace(still, objects=(resting,), actions=tuple(actions[: still.size.t - 1]))
 
 
 def draw_loop(index: int, *, seed: int, sizes: Sequence[Grid] = SIZES, fps: float = FPS) -> Scene:

@@ -7,11 +7,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
 
 from dit_video.core import files
 from dit_video.core.errors import UserError
-from dit_video.scenes.draw import FPS, SIZES, draw_loop, draw_scene
+from dit_video.scenes.draw import ACTION_PIXELS, FPS, SIZES, draw_loop, draw_scene, draw_steered
 from dit_video.scenes.render import render
 from dit_video.scenes.scene import Scene
 from dit_video.tokens import Grid
@@ -26,15 +29,17 @@ def write_folder(
     levels: Sequence[int] = (1, 2),
     sizes: Sequence[Grid] = SIZES,
     fps: float = FPS,
-    loops: bool = False,
+    kind: Literal["levels", "loops", "steered"] = "levels",
     depth: Path | None = None,
+    actions: Path | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Path:
-    """Write scenes 0 … count-1, of the levels in turn or all of them loops, and return the folder.
+    """Write scenes 0 … count-1, of the levels in turn or of another kind, and return the folder.
 
     The clips are `clips/000000.mp4` (`.png` for one frame), their captions are in `metadata.csv`, and what they hold in
     `scenes.jsonl`. Repeating an interrupted call completes it; `progress(done, total)` is called after every clip. The
-    folder `depth`, if there is one, gets the depth of each clip under the clip's name.
+    folder `depth`, if there is one, gets the depth of each clip under the clip's name, and `actions` those of steered
+    objects for `FrameActions`.
 
     Raises:
       UserError: If there are no clips, levels or sizes, or the folder holds clips of other arguments.
@@ -42,11 +47,12 @@ def write_folder(
     if count < 1 or not levels:
         raise UserError(f"count={count} of {len(levels)} levels is invalid: use at least one clip and one level")
     options: dict[str, Any] = {"seed": seed, "sizes": sizes, "fps": fps}
-    if loops:
-        scenes = [draw_loop(index, **options) for index in range(count)]
-    else:
+    if kind == "levels":
         scenes = [draw_scene(index, level=levels[index % len(levels)], **options) for index in range(count)]
-    kinds = ["loops"] if loops else list(levels)
+    else:
+        draw = {"loops": draw_loop, "steered": draw_steered}[kind]
+        scenes = [draw(index, **options) for index in range(count)]
+    kinds = list(levels) if kind == "levels" else [kind]
     recipe = {"seed": seed, "levels": kinds, "sizes": [list(size) for size in sizes], "fps": fps}
     entries = [ClipEntry(scene.caption, scene.size.t, functools.partial(_render_clip, scene)) for scene in scenes]
     names = write_clip_folder(folder, entries, recipe=recipe, progress=progress)
@@ -55,7 +61,17 @@ def write_folder(
     for name, scene in zip(names, scenes, strict=True) if depth is not None else ():
         if not (depth / name).exists():
             render(scene).depth_clip.save(depth / name)
+    for name, scene in zip(names, scenes, strict=True) if actions is not None else ():
+        path = actions / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, get_actions(scene))
     return folder
+
+
+def get_actions(scene: Scene) -> Float32[np.ndarray, "T 2"]:
+    """Return the actions of a scene's frames, relative to a step; that of the first frame is none."""
+    steps = np.reshape(scene.actions, (-1, 2)) / ACTION_PIXELS
+    return np.concatenate([np.zeros((scene.size.t - len(steps), 2)), steps]).astype(np.float32)
 
 
 def _render_clip(scene: Scene) -> Clip:

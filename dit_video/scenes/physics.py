@@ -35,6 +35,8 @@ class Trajectories(NamedTuple):
 
 def simulate(scene: Scene) -> Trajectories:
     """Return the motion of a scene's objects."""
+    if scene.actions:
+        return _steer(scene)
     frames, height, width = scene.size
     count, objects = len(scene.objects), scene.objects
     positions = np.array([each.start for each in objects], np.float64).reshape(count, 2)
@@ -62,6 +64,15 @@ def simulate(scene: Scene) -> Trajectories:
             centres.append(positions.copy())
     times = np.arange(frames) / scene.fps
     return Trajectories(np.stack(centres), times[:, None] * spins, tuple(events))
+
+
+def _steer(scene: Scene) -> Trajectories:
+    """Return the motion of an object that actions move, and that borders stop."""
+    (each,) = scene.objects
+    centres = [np.array(each.start, np.float64)]
+    for action in scene.actions:
+        centres.append(np.clip(centres[-1] + action, each.radius, np.array(scene.size[1:]) - each.radius))
+    return Trajectories(np.stack(centres)[:, None], np.zeros((scene.size.t, 1)), ())
 
 
 def _bounce(

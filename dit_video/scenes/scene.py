@@ -136,12 +136,15 @@ class Scene:
     figure: StickFigure | None = None
     occluder: Occluder | None = None
     camera: CameraMotion = CameraMotion()
+    actions: tuple[tuple[float, float], ...] = ()
+    """Rows and columns by which the only object is moved before each frame after the first, in pixels, as far as the
+    borders let it; empty for objects that move by themselves."""
 
     @property
     def caption(self) -> str:
         """Return the caption of the scene."""
         is_clip = self.size.t > 1
-        parts = [self._describe_objects(has_motion=is_clip)] if self.objects else []
+        parts = [self._describe_objects(has_motion=is_clip and not self.actions)] if self.objects else []
         if self.figure is not None:
             action = f" that {self.figure.action}" if is_clip else ""
             parts.append(f"a {self.figure.colour} stick figure{action}")
@@ -149,7 +152,7 @@ class Scene:
             parts.append("a grey post in front")
         if self.camera.caption is not None and is_clip:
             parts.append(f"while the camera {self.camera.caption}")
-        parts += ["in a loop"] if self.is_loop else []
+        parts += ["in a loop"] if self.is_loop else ["steered"] if self.actions else []
         return ", ".join([*parts, f"in front of a {self.background} background"])
 
     def _describe_objects(self, *, has_motion: bool) -> str:

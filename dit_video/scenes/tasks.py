@@ -1,7 +1,7 @@
 """Protocols of generation tasks on rendered scenes, whose truth is known.
 
 Whoever imports this module can name them: `task_inpainting`, `task_inpainting_training_free` and so on, and for models
-that read a second clip `scenes_super_resolution` and `scenes_depth`.
+with further conditioning `scenes_super_resolution`, `scenes_depth` and `scenes_actions`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,8 @@ from dit_video.sampling.tasks import (
 )
 from dit_video.sampling.tasks.task_file import TaskEntry
 from dit_video.scenes import RenderedScene, Scene, draw_scene, render
-from dit_video.scenes.draw import SIZES, draw_loop
+from dit_video.scenes.draw import SIZES, draw_loop, draw_steered
+from dit_video.scenes.folder import get_actions
 from dit_video.scenes.position_metrics import ObjectPosition
 from dit_video.scenes.prompt_metrics import SceneColours, SceneDirections
 from dit_video.scenes.scene import COLOURS
@@ -223,6 +224,14 @@ def _follow_depth(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruc
     return TaskCase(Generate(scene.caption, size=scene.size), truth, {"control": control})
 
 
+def _steer(_: RenderedScene, drawn: Scene, reconstruct: Reconstruct, generator: np.random.Generator) -> TaskCase:
+    """Return a case of a steered object, from its first frame on."""
+    scene = draw_steered(int(generator.integers(2**31)), seed=0, sizes=[drawn.size])
+    clip = render(scene).clip
+    task = Generate(scene.caption, size=scene.size, image=Clip(clip.frames[:1], clip.fps))
+    return TaskCase(task, _make_truth(clip, scene, reconstruct), {"conditioning": {"actions": get_actions(scene)}})
+
+
 def _has_motion(scene: Scene) -> bool:
     return any(each.direction is not None for each in scene.objects)
 
@@ -290,11 +299,12 @@ _KINDS = {
     "editing_inversion": _TaskKind(_edit("inversion"), (EditSuccess(),), is_completion=False),
 }
 """Tasks on scenes, by name."""
-_SECOND_CLIP_KINDS = {
+_CONDITIONED_KINDS = {
     "super_resolution": _TaskKind(_enlarge, (EnlargementGain(), SceneColours()), is_completion=False),
+    "actions": _TaskKind(_steer, (ObjectPosition(), SceneColours()), is_completion=False),
     "depth": _TaskKind(_follow_depth, (DepthAgreement(), SceneColours(), ObjectPosition()), is_completion=False),
 }
-"""Tasks of models that read a second clip; their protocols do not begin with `task_`, which are those of any model."""
+"""Tasks of models with conditioning of their own; their protocols begin with `scenes_`, and not with `task_`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,8 +333,8 @@ class SceneTaskProtocol(EvaluationProtocol):
     def __post_init__(self):
         super().__post_init__()
         check_at_least(1, resample=self.resample)
-        if self.task not in _KINDS | _SECOND_CLIP_KINDS:
-            raise UserError(f"task={self.task!r} is unknown; use {', '.join(_KINDS | _SECOND_CLIP_KINDS)}")
+        if self.task not in _KINDS | _CONDITIONED_KINDS:
+            raise UserError(f"task={self.task!r} is unknown; use {', '.join(_KINDS | _CONDITIONED_KINDS)}")
 
     def make_data(self, data: EvaluationData | None) -> EvaluationData:
         """Return no clips: each task has the truth of its own scene."""
@@ -332,7 +342,7 @@ class SceneTaskProtocol(EvaluationProtocol):
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return the tasks of scenes, of the levels in turn; scenes that do not have the task are left out."""
-        make_case = (_KINDS | _SECOND_CLIP_KINDS)[self.task].make_case
+        make_case = (_KINDS | _CONDITIONED_KINDS)[self.task].make_case
         items, number = list[EvaluationItem](), 0
         while len(items) < self.count:
             level = self.levels[len(items) % len(self.levels)]
@@ -347,7 +357,7 @@ class SceneTaskProtocol(EvaluationProtocol):
         return items
 
 
-for _task, _kind in (_KINDS | _SECOND_CLIP_KINDS).items():
+for _task, _kind in (_KINDS | _CONDITIONED_KINDS).items():
     _prefix = "task" if _task in _KINDS else "scenes"
     _protocol = SceneTaskProtocol(name=f"{_prefix}_{_task}", task=_task, metrics=_kind.metrics, sizes=_kind.sizes)
     register_protocol(_protocol)

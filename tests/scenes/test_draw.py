@@ -7,7 +7,8 @@ import pytest
 
 from dit_video.core.errors import UserError
 from dit_video.scenes import draw_scene, render, simulate
-from dit_video.scenes.draw import draw_loop
+from dit_video.scenes.draw import ACTION_PIXELS, draw_loop, draw_steered
+from dit_video.scenes.folder import get_actions
 from dit_video.scenes.scene import DIRECTIONS, RELATIONS
 from dit_video.tokens import Grid
 
@@ -123,3 +124,25 @@ def test_the_last_frame_of_a_loop_is_its_first_and_its_object_moves_evenly_as_th
     assert len(seen) == 4
     with pytest.raises(UserError, match="a loop has several frames"):
         draw_loop(0, seed=1, sizes=(Grid(1, 32, 48),))
+
+
+def test_actions_move_an_object_as_far_as_the_borders_let_it():
+    scenes = [draw_steered(index, seed=1, sizes=SIZES) for index in range(12)]
+    assert scenes == [draw_steered(index, seed=1, sizes=SIZES) for index in range(12)]
+    assert len({action for scene in scenes for action in scene.actions}) == 5
+    stopped = 0
+    for scene in scenes:
+        rendered, (each,) = render(scene), scene.objects
+        assert f"{each.phrase}, steered, in front of" in scene.caption
+        assert len(scene.actions) == scene.size.t - 1
+        steps = np.diff(rendered.centres[:, 0], axis=0)
+        is_free = np.isclose(steps, scene.actions, atol=1e-3).all(axis=1)
+        at_border = np.isclose(rendered.centres[1:, 0], each.radius, atol=1e-3) | np.isclose(
+            rendered.centres[1:, 0], np.array(scene.size[1:]) - each.radius, atol=1e-3
+        )
+        assert (is_free | at_border.any(axis=1)).all()
+        stopped += (~is_free).sum()
+        actions = get_actions(scene)
+        np.testing.assert_allclose(actions[1:] * ACTION_PIXELS, scene.actions)
+        assert not actions[0].any()
+    assert stopped > 0

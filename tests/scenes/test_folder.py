@@ -52,7 +52,7 @@ def test_depth_lies_beside_the_clips_under_their_names_and_loops_are_another_rec
         shades = decode(tmp_path / "depth" / document["file_name"]).frames
         assert np.abs(shades.astype(float) - rendered.depth_clip.frames).mean() < 3
         assert np.median(shades[rendered.depth == 1.0]) == pytest.approx(128, abs=3)
-    loops = {**OPTIONS, "sizes": (Grid(5, 48, 48),), "loops": True}
+    loops = {**OPTIONS, "sizes": (Grid(5, 48, 48),), "kind": "loops"}
     assert "in a loop" in (write_folder(tmp_path / "loops", **loops) / "metadata.csv").read_text()
     with pytest.raises(UserError, match="holds clips of another seed"):
         write_folder(folder, **loops)

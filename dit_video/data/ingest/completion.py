@@ -20,7 +20,7 @@ from dit_video.data.tables import BATCH_ROWS, INDEX_FOLDER, map_threads, read_pa
 
 CHOICE, CAPTIONS = "choice", "captions"
 """Names of the files of columns that an ingest writes."""
-_COLUMNS = ("id", "name", "source", "source_bytes", "outcome", "hash", *REPORT_COLUMNS)
+_COLUMNS = ("id", "name", "source", "source_bytes", "source_sha256", "outcome", "hash", *REPORT_COLUMNS)
 """Columns of the index that are read."""
 
 
@@ -83,8 +83,9 @@ def _read_rows(folder: IngestFolder, parts: Sequence[str], columns: Sequence[str
 def _choose(rows: pa.Table, listing: pa.Table, screening: Screening) -> tuple[pa.Table, Bool[np.ndarray, " n"]]:
     """Return the columns of choice: split, whether a clip is used, and why not; and which rows are of present files."""
     positions = pc.index_in(rows["source"], value_set=listing["name"]).combine_chunks()
-    sizes, splits = (listing[name].combine_chunks().take(positions) for name in ("size", "split"))
-    is_same = pc.equal(sizes, rows["source_bytes"].combine_chunks())
+    sizes, splits, contents = (listing[name].combine_chunks().take(positions) for name in ("size", "split", "content"))
+    is_own = pc.or_(pc.equal(contents, ""), pc.equal(contents, rows["source_sha256"].combine_chunks()))
+    is_same = pc.and_(pc.equal(sizes, rows["source_bytes"].combine_chunks()), is_own)
     is_present = pc.fill_null(is_same, False).to_numpy(zero_copy_only=False)
     why = pc.if_else(pa.array(is_present), "", "is no longer in the source")
     kept = np.flatnonzero(pc.equal(rows["outcome"], "kept").to_numpy() & is_present)

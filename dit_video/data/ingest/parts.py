@@ -3,14 +3,16 @@
 ingest/settings.json          settings, which do not change
 ingest/parts-000.parquet      files of each part; a source that has grown adds parts-001.parquet
 ingest/listing.parquet        files that the source holds now, with their captions
+ingest/times.parquet          when they were changed, for files of this machine
 ingest/skipped.json           entries of the source that cannot be clips
 ingest/completed.json         what the data set was completed from
 index/train-00000.parquet     rows of a part, one for each outcome of its files
 """
 
 import collections
+import contextlib
 import hashlib
-import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,19 +21,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dit_video.core.errors import UserError
-from dit_video.core.storage import StoragePath, convert_storage_errors, read_document, write_document
+from dit_video.core.storage import StoragePath, convert_storage_errors, read_document, read_range, write_document
 from dit_video.data.ingest.formats import ListedClip, Listing
 from dit_video.data.ingest.inspection import Outcome
 from dit_video.data.records import RecordPlace, get_part_name, sort_splits
 from dit_video.data.tables import INDEX_FOLDER, compute_row_id, list_parquet, read_bytes, read_parquet, write_parquet
 
-FOLDER, _PLAN, _COMPLETED = "ingest", "parts-", "completed.json"
+FOLDER, _PLAN, _COMPLETED, _TIMES = "ingest", "parts-", "completed.json", "times.parquet"
 MAX_PART_BYTES = 1 << 30
 _MIN_PART_BYTES, _MAX_PART_FILES = 16 << 20, 4096
 _PARTS_PER_SET = 64
 """Number of parts of a data set whose parts are neither of the smallest nor of the largest size."""
 _LOCATION = ("path", "offset")
-_COLUMNS = ("name", "size", *_LOCATION, "split")
+_COLUMNS = ("name", "size", *_LOCATION, "split", "content")
 _TYPES = {"size": pa.int64(), "offset": pa.int64(), "captions": pa.list_(pa.string())}
 _DURATION = ("start_us", "duration_us")
 SCHEMA = pa.schema(
@@ -117,8 +119,8 @@ class IngestFolder:
         return sum(pc.sum(pc.is_in(plan, value_set=expected_parts)).as_py() or 0 for plan in plans)
 
     def read_listing(self) -> pa.Table:
-        """Return the names, sizes, locations, splits and captions of the files that the source holds."""
-        return read_parquet(self._own / "listing.parquet")
+        """Return the names, sizes, locations, splits, contents and captions of the files that the source holds."""
+        return _add_content(read_parquet(self._own / "listing.parquet"))
 
     def read_skipped(self) -> dict[str, Any]:
         """Return the format of the source, and its entries that are no clips."""
@@ -134,6 +136,7 @@ class IngestFolder:
         Raises:
           UserError: If no file of the source is in a part, so it is another one; or a fixed data set would change.
         """
+        listing, times = self._find_contents(listing), _read_times(listing.clips)
         listed = _make_clip_table(listing.clips, (*_COLUMNS, "captions"))
         skipped = {
             "format": listing.format,
@@ -143,19 +146,29 @@ class IngestFolder:
         paths = self._list_plans()
         if paths and (self._own / "listing.parquet").exists():  # it is written last
             known_listing = self.read_listing()
-            if known_listing == listed and self.read_skipped() == skipped:
+            if known_listing.select(listed.column_names) == listed and self.read_skipped() == skipped:
+                write_parquet(self._own / _TIMES, times)
                 return
-            before, now = (each.drop_columns(_LOCATION) for each in (known_listing, listed))
+            before, now = (
+                each.select([name for name in listed.column_names if name not in _LOCATION])
+                for each in (known_listing, listed)
+            )
             if is_fixed and before != now:
                 changes = _describe_changes(before, now)
                 raise UserError(
                     f"{self.folder} was made of other files than the source has now: {changes}. A run keeps its data: "
                     "restore the files, or start another run, which may begin with this one's weights (init_from)."
                 )
-        plans = [read_parquet(path) for path in paths]
+        plans = [_add_content(read_parquet(path)) for path in paths]
         known = pa.chunked_array([_make_keys(plan) for plan in plans], pa.string())
-        is_new = pc.invert(pc.is_in(_make_keys(listed), value_set=known.combine_chunks()))
-        new = [*itertools.compress(listing.clips, is_new.to_pylist())]
+        is_known = pc.is_in(_make_keys(listed), value_set=known.combine_chunks()).to_pylist()
+        # A file may be as it was before the last change, and its clips be there.
+        hashes = self._read_hashes([clip.name for clip in listing.clips if clip.content])
+        new = [
+            clip
+            for clip, is_there in zip(listing.clips, is_known, strict=True)
+            if not is_there and clip.content not in hashes.get((clip.name, clip.size), [])
+        ]
         if plans and len(new) == len(listing.clips):
             if list_parquet(self.folder / INDEX_FOLDER):
                 raise UserError(
@@ -170,7 +183,52 @@ class IngestFolder:
         if new:
             write_parquet(self._own / f"{_PLAN}{len(paths):03d}.parquet", self._plan(new, plans))
         write_document(self._own / "skipped.json", skipped)
+        write_parquet(self._own / _TIMES, times)
         write_parquet(self._own / "listing.parquet", listed)
+
+    def _find_contents(self, listing: Listing) -> Listing:
+        """Return the listing with the contents of files that are others than those of their name and size were.
+
+        A file that has another time of change than when it was listed last is read and compared with its rows. Members
+        of tars, and files at addresses, have no such time.
+        """
+        if not (self._own / _TIMES).exists() or not (self._own / "listing.parquet").exists():
+            return listing
+        sizes = {clip.name: clip.size for clip in listing.clips}
+        known = self.read_listing().select(["name", "size", "content"]).to_pylist()
+        own = {row["name"]: row["content"] for row in known if sizes.get(row["name"]) == row["size"]}
+        before, now = (
+            dict(zip(each["name"].to_pylist(), each["modified"].to_pylist(), strict=True))
+            for each in (read_parquet(self._own / _TIMES), _read_times(listing.clips))
+        )
+        touched = [clip for clip in listing.clips if clip.name in own and now.get(clip.name) != before.get(clip.name)]
+        hashes = self._read_hashes([clip.name for clip in touched])
+        for clip in touched:
+            recorded = hashes.get((clip.name, clip.size))
+            if recorded is None:
+                continue  # The file is read when its part is written, or with `retry`.
+            with contextlib.suppress(OSError):  # which the inspection reports
+                digest = hashlib.sha256(read_range(clip.path)).hexdigest()
+                if digest != (own[clip.name] or recorded[0]):
+                    own[clip.name] = digest
+        return listing._replace(clips=tuple(clip._replace(content=own.get(clip.name, "")) for clip in listing.clips))
+
+    def _read_hashes(self, names: Sequence[str]) -> dict[tuple[str, int], list[str]]:
+        """Return the hashes of the files that rows were made of, by name and size, the first one first.
+
+        Files that could not be read for a passing reason have none: they are read again with `retry`.
+        """
+        hashes: dict[tuple[str, int], list[str]] = {}
+        if names:
+            columns, wanted = ["source", "source_bytes", "source_sha256", "transient"], pa.array(names, pa.string())
+            for part in list_parquet(self.folder / INDEX_FOLDER):
+                rows = read_parquet(self.folder / INDEX_FOLDER / f"{part}.parquet", columns)
+                is_wanted = pc.and_not(pc.is_in(rows["source"], value_set=wanted), rows["transient"])
+                for row in rows.filter(is_wanted).to_pylist():
+                    known = hashes.setdefault((row["source"], row["source_bytes"]), [])
+                    if row["source_sha256"] not in known:
+                        known.append(row["source_sha256"])
+        return hashes
 
     def is_completed(self, options: Mapping[str, Any]) -> bool:
         """Return whether the data set was completed with these options, and nothing has changed since."""
@@ -262,7 +320,25 @@ def make_table(rows: Iterable[Mapping[str, Any]]) -> pa.Table:
 def _read_part(path: StoragePath, part: str) -> pa.Table:
     """Return the files of a part; of the plan, which is sorted by parts, only the rows around it are read."""
     with convert_storage_errors(path), path.open("rb") as content:
-        return pq.read_table(content, columns=[*_COLUMNS], filters=[("part", "==", part)], use_threads=False)
+        columns = [name for name in _COLUMNS if name in pq.read_schema(content).names]
+        return pq.read_table(content, columns=columns, filters=[("part", "==", part)], use_threads=False)
+
+
+def _add_content(files: pa.Table) -> pa.Table:
+    """Return a table of files with the column of contents, which older data sets lack."""
+    if "content" in files.column_names:
+        return files
+    return files.append_column("content", pa.array([""] * len(files), pa.string()))
+
+
+def _read_times(clips: Sequence[ListedClip]) -> pa.Table:
+    """Return the times of change of files of this machine, in nanoseconds, by the names of their clips."""
+    times: dict[str, int] = {}
+    for clip in clips:
+        if clip.offset is None and "://" not in clip.path:
+            with contextlib.suppress(OSError):
+                times[clip.name] = os.stat(clip.path).st_mtime_ns
+    return pa.table({"name": pa.array(times, pa.string()), "modified": pa.array(times.values(), pa.int64())})
 
 
 def _make_clip_table(clips: Sequence[ListedClip], names: Sequence[str]) -> pa.Table:
@@ -283,9 +359,9 @@ def _describe_changes(before: pa.Table, now: pa.Table) -> str:
 
 
 def _make_keys(files: pa.Table) -> pa.Array:
-    """Return what identifies each file: a file of another size is another one."""
+    """Return what identifies each file: a file of another size is another one, and one that took its place."""
     sizes = files["size"].cast(pa.string())
-    return pc.binary_join_element_wise(files["name"], sizes, "\0").combine_chunks()
+    return pc.binary_join_element_wise(files["name"], sizes, files["content"], "\0").combine_chunks()
 
 
 def _update_locations(plan: pa.Table, listed: pa.Table) -> pa.Table:

@@ -1,12 +1,16 @@
 """A source that has grown or changed is ingested into the same folder: files that are new are read, and no others."""
 
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
+from dit_video.core.errors import UserError
 from dit_video.curation.screening import ScreeningConfig
 from dit_video.data.clips import ClipSource
 from dit_video.data.ingest import workers
@@ -165,3 +169,72 @@ def test_a_near_duplicate_of_an_older_clip_is_found(clips, tmp_path):
     (clips / "b.mp4").unlink()
     assert ingest(clips, out, config=config).dropped == ()
     assert [info.name for info in ClipSource(out).infos] == ["a.mp4", "again.mp4", "test/c.mp4"]
+
+
+def repaint(path: Path, value: int) -> bytes:
+    """Change a picture, but neither its name nor its size, and return its bytes."""
+    content = bytearray(path.read_bytes())
+    content[-3000:] = bytes([value]) * 3000
+    path.write_bytes(content)
+    return bytes(content)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Return a folder of pictures whose files have one size, whatever they show."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, name in enumerate(("a.bmp", "b.bmp")):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def test_an_edited_file_of_the_same_name_and_size_takes_the_place_of_the_old_one(pictures, tmp_path, list_inspected):
+    """Also a second time, and as it was at first."""
+    out = tmp_path / "out"
+    ingest(pictures, out)
+    original, ids = (pictures / "b.bmp").read_bytes(), []
+    list_inspected()
+    for content, inspected in ((100, ["b.bmp"]), (200, ["b.bmp"]), (original, []), (100, []), (50, ["b.bmp"])):
+        expected = content if isinstance(content, bytes) else repaint(pictures / "b.bmp", content)
+        (pictures / "b.bmp").write_bytes(expected)
+        report = ingest(pictures, out)
+        assert (list_inspected(), report.usable, report.reused) == (inspected, 2, False)
+        source = ClipSource(out)
+        assert [info.name for info in source.infos] == ["a.bmp", "b.bmp"]
+        assert source[1] == expected
+        ids.append(source.column("id")[1])
+        assert ingest(pictures, out).reused
+    assert len(set(ids)) == 4
+    assert ids[0] == ids[3]
+    repaint(pictures / "a.bmp", 7)
+    with pytest.raises(UserError, match=r"was made of other files than the source has now: 1 changed, such as a\.bmp"):
+        ingest(pictures, out, is_fixed=True)
+
+
+def test_a_file_whose_time_alone_has_changed_is_the_same(pictures, tmp_path, list_inspected):
+    out = tmp_path / "out"
+    ingest(pictures, out)
+    list_inspected()
+    before = read_records(out)
+    os.utime(pictures / "a.bmp", (1, 1))
+    report = ingest(pictures, out, is_fixed=True)
+    assert (list_inspected(), report.reused, read_records(out)) == ([], True, before)
+    moved = shutil.copytree(pictures, tmp_path / "moved", copy_function=shutil.copyfile)  # with other times
+    assert (ingest(moved, out).reused, list_inspected()) == (True, [])
+
+
+def test_a_data_set_of_an_older_version_is_completed_and_then_knows_its_files(pictures, tmp_path, list_inspected):
+    """Without times of change and contents; files that changed before the update are not known to have."""
+    out = tmp_path / "out"
+    ingest(pictures, out)
+    (out / "ingest" / "times.parquet").unlink()
+    for path in (out / "ingest").glob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns("content"), path)
+    list_inspected()
+    report = ingest(pictures, out, is_fixed=True)
+    assert (report.usable, list_inspected()) == (2, [])
+    expected = repaint(pictures / "b.bmp", 9)
+    ingest(pictures, out)
+    assert (list_inspected(), ClipSource(out)[1]) == (["b.bmp"], expected)

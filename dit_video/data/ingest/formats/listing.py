@@ -85,6 +85,8 @@ class ListedClip(NamedTuple):
     """Byte offset of the clip in its tar; None if the clip has a file of its own."""
     split: str = ""
     """Split of the clip: "train", "validation" or "test"; empty if the source says nothing, see `find_split`."""
+    content: str = ""
+    """SHA-256 of a file that took the place of another one of its name and size; empty for any other."""
 
     def read(self) -> bytes:
         """Return the encoded bytes of the clip.
