@@ -199,7 +199,14 @@ def _add_replacement(
     if replaced.is_corrected.any():
         update = PixelReplacement(known=known, is_replaced=replaced.is_corrected, codec=model.codec)
     method = f"{plan.method} and training_free" if plan.method else "training_free"
-    return plan._replace(fields=fields, transform=sequence, update=update, resample=request.resample, method=method)
+    return plan._replace(
+        fields=fields,
+        transform=sequence,
+        update=update,
+        resample=request.resample,
+        finish=known.restore,
+        method=method,
+    )
 
 
 def _find_replaced_latents(

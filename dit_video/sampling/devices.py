@@ -18,6 +18,7 @@ from dit_video.distributed.checks import check_denoiser
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.nn.attention import check_platform
 from dit_video.nn.partitioner import ONE_DEVICE, Partitioner
+from dit_video.sampling.plan import FrameChange
 from dit_video.sampling.program import put_on_devices
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid
@@ -88,6 +89,8 @@ class SampledLatents(NamedTuple):
     """The request, with its size."""
     recipe: Mapping[str, Any]
     """Recipe of the clip; see `clip_recipe`."""
+    finish: FrameChange | None = None
+    """Change of the decoded frames; see `SamplingPlan`."""
 
 
 class ClipDecoder(NamedTuple):
@@ -125,7 +128,8 @@ class ClipDecoder(NamedTuple):
                 stacked = np.stack([sample.latents for sample in padded])
                 frames = codec.decode_many(stacked, seeds=[sample.request.seed for sample in padded])
                 for index, decoded in zip(part, frames, strict=False):
-                    _, request, recipe = samples[index]
+                    _, request, recipe, finish = samples[index]
+                    decoded = decoded if finish is None else finish(decoded)
                     clips[index] = Clip(frames=decoded, fps=self.fps, caption=request.prompt, recipe=recipe)
         return [clips[index] for index in range(len(samples))]
 

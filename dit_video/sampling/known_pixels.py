@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, uniform_filter
 
 from dit_video.core.errors import UserError
 from dit_video.models.conditioning import GREY, IsKnown, blank_unknown
@@ -44,9 +44,66 @@ class KnownPixels(NamedTuple):
         assert nearest is not None
         return self.frames[tuple(nearest)].astype(np.float32)
 
+    def restore(self, frames: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
+        """Return a decoded clip with the pixels that are kept to the end as they were given.
+
+        The autoencoder's error, which ends where pixels are known, would show as a jump of sharpness. So it goes on in
+        time, for the nearest known frames before and after: as far as what is decoded stays the same, and halved with
+        each frame where it changes. At the border of a region within a frame, known pixels become decoded ones over
+        some pixels.
+        """
+        is_exact = self.strength == 1
+        if not is_exact.any():
+            return frames
+        decoded = frames.astype(np.float32)
+        error = np.where(is_exact[..., None], self.frames - decoded, np.float32(0))
+        inner = np.stack([_measure_depth(mask) for mask in is_exact])
+        share = np.clip(inner / (_FEATHER + 1), 0, 1)[..., None]
+        restored = decoded + np.where(is_exact[..., None], share * error, _carry_error(error, decoded, is_exact))
+        return np.clip(np.rint(restored), 0, 255).astype(np.uint8)
+
     def select(self, part: IsKnown) -> "KnownPixels":
         """Return the known pixels of a part."""
         return self._replace(strength=np.where(part, self.strength, np.float32(0)))
+
+
+_FEATHER = 2
+"""Number of known pixels at the border of a region that are mixed with decoded ones."""
+_SAME_LEVELS = 6.0
+"""Change of decoded pixels, of 255 levels, from which they no longer count as the same."""
+_FADE = 0.5
+"""Factor of the error from frame to frame where the decoded pixels change."""
+
+
+def _measure_depth(mask: Bool[np.ndarray, "H W"]) -> Float32[np.ndarray, "H W"]:
+    """Return the distance of a frame's known pixels to the nearest unknown one; far from any in a known frame."""
+    if mask.all():
+        return np.full(mask.shape, np.inf, np.float32)
+    return np.asarray(distance_transform_edt(mask), np.float32)
+
+
+def _carry_error(
+    error: Float32[np.ndarray, "T H W 3"], decoded: Float32[np.ndarray, "T H W 3"], is_exact: IsKnown
+) -> Float32[np.ndarray, "T H W 3"]:
+    """Return the errors of known pixels, carried to the other frames of the same place."""
+    total, weights = np.zeros_like(error), np.zeros(error.shape[:3], np.float32)
+    largest = np.zeros_like(weights)
+    for order in (range(len(error)), range(len(error) - 1, -1, -1)):
+        known_error = known_decoded = np.zeros_like(error[0])
+        distance = np.full(error.shape[1:3], np.inf, np.float32)
+        for frame in order:
+            is_here = is_exact[frame, ..., None]
+            distance = np.where(is_exact[frame], 0, distance + 1)
+            known_error = np.where(is_here, error[frame], known_error)
+            known_decoded = np.where(is_here, decoded[frame], known_decoded)
+            change = uniform_filter(np.abs(decoded[frame] - known_decoded).max(axis=-1), 3)
+            weight = np.maximum(np.exp(-((change / _SAME_LEVELS) ** 2)), _FADE**distance)
+            weight = np.where(np.isfinite(distance), weight, 0)
+            nearness = weight / np.maximum(distance, 1)  # the nearer of two known frames counts more
+            total[frame] += nearness[..., None] * known_error
+            weights[frame] += nearness
+            largest[frame] = np.maximum(largest[frame], weight)
+    return largest[..., None] * total / np.maximum(weights, np.float32(1e-6))[..., None]
 
 
 def collect_known_pixels(request: Request) -> KnownPixels | None:

@@ -1,13 +1,13 @@
 """Plans of sampling, which generation tasks make: fields, start latents, and changes of steps."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from dit_video.diffusion import Process
 from dit_video.tokens import Field, PackedBatch
@@ -109,6 +109,10 @@ class ExtraTokens(NamedTuple):
     """Their values `m *shape` of fields as rows have them; zero for other fields."""
 
 
+FrameChange = Callable[[UInt8[np.ndarray, "T H W 3"]], UInt8[np.ndarray, "T H W 3"]]
+"""A change of a clip's decoded frames."""
+
+
 class SamplingPlan(NamedTuple):
     """Everything that sampling of a clip needs to know besides its prompt."""
 
@@ -129,6 +133,8 @@ class SamplingPlan(NamedTuple):
     """Number of times that every block of steps is taken; noise leads back to its first time."""
     update: LatentUpdate | None = None
     """Change of the latents between blocks of steps."""
+    finish: FrameChange | None = None
+    """Change of the decoded frames, which puts known pixels in their places."""
     method: str = ""
     """Way in which known pixels are kept, `trained`, `training_free` or both; empty if there are none."""
 

@@ -234,13 +234,13 @@ def test_a_transition_that_stands_still_jumps_or_fades_does_not_connect_two_clip
     assert measure("blending", swap(truths(cases)), cases)["transition_connected"] == 0
 
 
-def get_second_clip_cases(name, count=COUNT):
+def get_conditioned_cases(name, count=COUNT):
     protocol = replace(PROTOCOLS[f"scenes_{name}"], count=count, seed=7)
     return protocol, protocol.make_items(Mock(Pipeline, reconstruct=blur), protocol.make_data(None))
 
 
 def test_enlarged_clips_are_compared_with_bicubic_ones():
-    protocol, cases = get_second_clip_cases("super_resolution")
+    protocol, cases = get_conditioned_cases("super_resolution")
     low = [case.entry.options.conditioning["low_resolution"] for case in cases]
     assert {clip.frames.shape[1:3] for clip in low} <= {(8, 8), (8, 12), (12, 8)}
     bicubic = [replace(clip, frames=resize_bicubic(clip.frames, 4 * clip.height, 4 * clip.width)) for clip in low]
@@ -254,8 +254,27 @@ def test_enlarged_clips_are_compared_with_bicubic_ones():
         assert all(map(check, metric.measure(batch)))
 
 
+def test_a_steered_object_that_does_not_follow_its_actions_is_far_from_its_place():
+    protocol, cases = get_conditioned_cases("actions")
+    values = {}
+    for name, clips in (
+        ("right", truths(cases)),
+        ("still", list(map(freeze, truths(cases)))),
+        ("reversed", [replace(clip, frames=clip.frames[::-1]) for clip in truths(cases)]),
+    ):
+        batch = MetricBatch(samples=clips, scenes=[case.truth for case in cases])
+        metric = protocol.metrics[0]
+        values[name] = metric.compute(metric.update(metric.init(), batch.select(metric.needs)))["position_error"].value
+    assert values["right"] < 0.5
+    assert min(values["still"], values["reversed"]) > 4
+    for case in cases:
+        actions = case.entry.options.conditioning["actions"]
+        assert actions.shape == (17, 2)
+        np.testing.assert_array_equal(case.entry.task.image.frames, case.truth.reference.frames[:1])
+
+
 def test_depth_is_read_back_from_the_places_of_colours():
-    protocol, cases = get_second_clip_cases("depth")
+    protocol, cases = get_conditioned_cases("depth")
     metric = protocol.metrics[0]
 
     def get_agreement(clips):
