@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dit_video.core.errors import UserError
+from dit_video.core.typing import AnyArray
 from dit_video.evaluation.feature_functions import FeatureFunction, OpenFeatures, make_identity
 from dit_video.evaluation.metrics.frames import SubjectConsistency
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
@@ -37,7 +38,7 @@ _Frames = Float[Array, "B H W 3"]
 
 
 def extract_by_frame(
-    apply: Callable[[Any, Array], Array], params: Any, clips: Sequence[Clip]
+    apply: Callable[[Any, AnyArray], Array], params: Any, clips: Sequence[Clip]
 ) -> Float32[np.ndarray, "n d"]:
     """Return features of all frames, in batches of one size for each size of frames.
 
@@ -78,7 +79,7 @@ def open_dino(config: DinoConfig, params: Any, identity: str) -> OpenFeatures:
 
     @jax.jit
     def apply(params: Any, frames: Array) -> Array:
-        height, width = compute_short_side_size(*frames.shape[1:3], config.side)
+        height, width = compute_short_side_size(frames.shape[1], frames.shape[2], config.side)
         resized = resize_frames(frames.astype(jnp.float32), height=height, width=width)
         return nnx.merge(graph, params)(normalize_pixels(resized, _DINO_MEAN, _DINO_STD))
 
@@ -115,7 +116,7 @@ class VbenchClipEmbeddings(FeatureFunction):
 
 def crop_bicubic(frames: _Frames, side: int) -> Float[Array, "B {side} {side} 3"]:
     """Return the centres of frames whose shorter side is resized to `side`, as VBench's `clip_transform` does."""
-    height, width = compute_short_side_size(*frames.shape[1:3], side)
+    height, width = compute_short_side_size(frames.shape[1], frames.shape[2], side)
     rows, columns = make_bicubic_matrix(frames.shape[1], height), make_bicubic_matrix(frames.shape[2], width)
     resized = jnp.einsum("gh,bhwc->bgwc", rows, jnp.einsum("vw,bhwc->bhvc", columns, frames))
     top, left = (round((length - side) / 2) for length in (height, width))
@@ -170,7 +171,7 @@ class AestheticQuality(MeanMetric):
         rows = self.features.open().extract_by_clip(batch.samples)
         return [float((each @ kernel + bias).mean(axis=(0, 1)) / 10) for each in rows]
 
-    def make_note(self, state: tuple[float, ...]) -> str:
+    def make_note(self, state: tuple[float | None, ...]) -> str:
         """Return the identity of the networks."""
         identities = (self.features.open().identity, make_identity("aesthetic predictor", self.weights))
         return ", ".join(identities) if state else ""

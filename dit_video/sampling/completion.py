@@ -14,7 +14,7 @@ clips in this way (RePaint, arXiv 2201.09865, and before it arXiv 2011.13456, ap
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +63,7 @@ _MAX_DIFFERENCE = 0.05
 class Completion(Conditioner):
     """Clips that keep the known pixels of a request, or that start from its `video`; without them, text to video."""
 
-    accepted = ("image", "last_image", "video", "generated", "conditions", *OPTIONS)
+    accepted: ClassVar[tuple[str, ...]] = ("image", "last_image", "video", "generated", "conditions", *OPTIONS)
 
     def __call__(self, request: Request, model: ModelParts) -> SamplingPlan:
         """Return the plan of a request.

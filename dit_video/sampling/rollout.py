@@ -74,7 +74,7 @@ class Rollout:
         text = nnx.merge(get_graph_def(model.text_encoder.make), params["text"])
         self._context = text(tokens, jnp.ones(tokens.shape[:2], jnp.int32))
         process = model.process.specialize(ClipSize(frames=self._grid.t, frame_tokens=self._grid.h * self._grid.w))
-        options = {"process": process, "prediction": model.prediction, "solver": sampling.solver}
+        options: dict[str, Any] = {"process": process, "prediction": model.prediction, "solver": sampling.solver}
         self._sample = jax.jit(functools.partial(self._sample_frame, times=sampling.make_times(process), **options))
 
     @property

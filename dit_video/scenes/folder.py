@@ -58,13 +58,13 @@ def write_folder(
     names = write_clip_folder(folder, entries, recipe=recipe, progress=progress)
     documents = ({"file_name": name} | asdict(scene) for name, scene in zip(names, scenes, strict=True))
     files.write_text(folder / "scenes.jsonl", "".join(f"{json.dumps(each)}\n" for each in documents))
-    for name, scene in zip(names, scenes, strict=True) if depth is not None else ():
-        if not (depth / name).exists():
+    for name, scene in zip(names, scenes, strict=True):
+        if depth is not None and not (depth / name).exists():
             render(scene).depth_clip.save(depth / name)
-    for name, scene in zip(names, scenes, strict=True) if actions is not None else ():
-        path = actions / f"{name}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, get_actions(scene))
+        if actions is not None:
+            path = actions / f"{name}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, get_actions(scene))
     return folder
 
 

@@ -146,8 +146,8 @@ def _list_parts(scene: Scene, centres: np.ndarray, angles: np.ndarray, joints: n
     ones, parts = np.ones(scene.size.t), []
     for index, each in enumerate(scene.objects):
         # What has left the frame of a loop is one frame further back, or is about to come in.
-        for shift in range(-1, 3) if scene.is_loop else (0,):
-            centre = centres[:, index] - shift * np.sign(each.velocity) * np.array(scene.size[1:])
+        for back in range(-1, 3) if scene.is_loop else (0,):
+            centre = centres[:, index] - back * np.sign(each.velocity) * np.array(scene.size[1:])
             motion = make_camera(scene, each.depth).compose(Similarity(ones, angles[:, index], centre))
             colour = COLOURS[each.colour]
             parts.append(_Part(index + 1, each.depth, each.shape, each.radius, colour, motion, each.texture))

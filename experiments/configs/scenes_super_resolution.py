@@ -38,7 +38,7 @@ EXPERIMENT = dataclasses.replace(
             frame_conditioning=FrameConditioning(prob=0.0),
             batch=10,
             optimizer=scenes.OPTIMIZER,
-            steps=1000,
+            steps=600,
             ema_decay=0.99,
         ),
     ),

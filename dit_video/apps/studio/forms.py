@@ -424,8 +424,8 @@ def make_tabs(config: PipelineConfig) -> tuple[Tab, ...]:
     for name, (title, names) in _PICTURE_TABS.items():
         if not set(names) - {"prompt", "size", *_OPTIONAL} <= set(accepted):
             continue
-        names = [each for each in names if each in accepted or each not in _OPTIONAL]
-        form = make_form("generate", config, names=names)
+        shown = [each for each in names if each in accepted or each not in _OPTIONAL]
+        form = make_form("generate", config, names=shown)
         tabs.append(Tab(name=name, title=title, help=_TAB_HELP[name], task_name="generate", fields=form))
     for name, task in TASKS.items():
         if name != "generate":

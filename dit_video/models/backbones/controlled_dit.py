@@ -109,6 +109,8 @@ class ControlledDiT(DiT):
     """The controlled diffusion transformer on packed rows; see `BlockBackbone`."""
 
     config: ControlledDiTConfig
+    cond_control: nnx.Module
+    """Embedding of the control."""
 
     def __init__(self, config: ControlledDiTConfig, *, partitioner: Partitioner = ONE_DEVICE, rngs: nnx.Rngs):
         super().__init__(config, partitioner=partitioner, rngs=rngs)
@@ -129,6 +131,7 @@ class ControlledDiT(DiT):
         config = self.config
         x, inputs = super().embed_inputs(noisy, time, layout, conditioning)
         control, length = conditioning[Control], noisy.shape[1]
+        assert control.strength is not None  # which `ControlClip.prepare` sets
 
         def call_copy(block, state, inputs, attention, _):
             state = block(state, inputs, attention)
