@@ -1,11 +1,12 @@
 """Interface for conditioning on a clip's values other than its text: a camera path, actions, a control signal."""
 
 import abc
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,9 @@ class ClipView(NamedTuple):
         return next(iter(self.columns["captions"] or ()), "")
 
 
+ConditioningT = TypeVar("ConditioningT", bound="ClipConditioning")
+
+
 class _Values(NamedTuple):
     values: Any
 
@@ -119,6 +123,8 @@ class ClipConditioning(abc.ABC):
     record: ClassVar[type]
     """Class of the record that the model gets: a NamedTuple of no other input, with the field `values`. By default one
     is made, of the name of the conditioning's class."""
+    codec: ClassVar[Codec | None] = None
+    """The model's trained autoencoder, when `from_clip` and `from_request` are called; it is in no config."""
     encoded_prefixes: ClassVar[tuple[int, ...]] = ()
     """Counts of leading frames to keep when a training clip is encoded for `from_clip`; the other frames are grey."""
 
@@ -163,9 +169,11 @@ class ClipConditioning(abc.ABC):
         """
         return self
 
-    def use_codec(self, codec: Codec) -> "ClipConditioning":
-        """Return the conditioning with the model's trained autoencoder, for one that needs it; by default itself."""
-        return self
+    def use_codec(self: ConditioningT, codec: Codec) -> ConditioningT:
+        """Return the conditioning with the model's trained autoencoder as its `codec`."""
+        used = copy.copy(self)
+        object.__setattr__(used, "codec", codec)
+        return used
 
     @abc.abstractmethod
     def from_clip(self, view: ClipView) -> np.ndarray:

@@ -1,9 +1,8 @@
 """Conditioning on a second clip of the same frames: one of low resolution, or one that steers, such as depth."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from dit_video.core.errors import MissingError, UserError, check_at_least
 from dit_video.core.resize import resize_and_crop
-from dit_video.models.conditioning.clip_conditioning import ClipConditioning, ClipView, Codec, LinearEmbedding
+from dit_video.models.conditioning.clip_conditioning import ClipConditioning, ClipView, LinearEmbedding
 from dit_video.nn import Linear, Partitioner
 from dit_video.tokens import Field, Grid, PackedRows
 
@@ -35,8 +34,6 @@ class SecondClip(ClipConditioning):
     autoencoder's stride, they are means."""
     latent_channels: int = 0
     """Channels of the autoencoder, whose latents of the clip the model reads instead of its pixels; 0 for pixels."""
-    codec: ClassVar[Codec | None] = None
-    """The model's trained autoencoder, in conditioning that `use_codec` returned."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,11 +44,6 @@ class SecondClip(ClipConditioning):
     def channels(self) -> int:
         """Return the number of values at a position of the latents."""
         return self.latent_channels or 3 * self.pixels.volume
-
-    def use_codec(self, codec: Codec) -> "SecondClip":
-        opened = copy.copy(self)
-        object.__setattr__(opened, "codec", codec)
-        return opened
 
     def from_request(self, value: Any, latents: Grid) -> Float32[np.ndarray, "t h w c"]:
         """Return the values of a clip that a request gives.

@@ -1,16 +1,15 @@
 """Conditioning on what happens in every frame: actions, or other numbers such as a speed or a pose."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from einops import rearrange, reduce
 from jaxtyping import Float, Float32
 
 from dit_video.core.errors import MissingError, UserError, check_at_least
-from dit_video.models.conditioning.clip_conditioning import ClipConditioning, ClipView, Codec
+from dit_video.models.conditioning.clip_conditioning import ClipConditioning, ClipView
 from dit_video.tokens import Field, Grid
 
 
@@ -32,8 +31,6 @@ class FrameActions(ClipConditioning):
     per_latent: int = 1
     """Number of actions that the model reads for a latent, which stands for several frames: means of consecutive ones,
     or as many as there are frames."""
-    codec: ClassVar[Codec | None] = None
-    """The model's autoencoder, in conditioning that `use_codec` returned."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,11 +39,6 @@ class FrameActions(ClipConditioning):
     @property
     def field(self) -> Field:
         return Field(name="actions", alignment="frame", shape=(self.per_latent * self.size,))
-
-    def use_codec(self, codec: Codec) -> "FrameActions":
-        bound = copy.copy(self)
-        object.__setattr__(bound, "codec", codec)
-        return bound
 
     def from_clip(self, view: ClipView) -> Float32[np.ndarray, "t a"]:
         """Return the values of a training clip.
