@@ -106,9 +106,11 @@ def read_autoencoder(
 
 
 def _load_autoencoder_params(folder: str, expected: AutoencoderConfig) -> dict[str, Any]:
-    if is_pipeline_folder(folder):
-        config = read_pipeline_config(folder).model.autoencoder
-        params = load_weights(Path(folder) / AUTOENCODER, like=get_param_shapes(config.make))
+    """Read the parameters of a pipeline's autoencoder, of a finished run's, or of one in diffusers' layout."""
+    of_run = Path(folder) / "pipeline"
+    if is_pipeline_folder(pipeline := of_run if is_pipeline_folder(of_run) else Path(folder)):
+        config = read_pipeline_config(pipeline).model.autoencoder
+        params = load_weights(pipeline / AUTOENCODER, like=get_param_shapes(config.make))
     else:
         config, params = load_autoencoder(folder)
     if difference := describe_difference(config, expected):

@@ -23,9 +23,9 @@ from dit_video.scenes.scene import COLOURS, DIRECTIONS
 
 _MAX_REST = 0.3
 """Largest area of the source's colour relative to the target's that counts as changed."""
-_MIN_RIGHT_STEPS, _MIN_LOOP_STEP = 0.75, 0.25
-"""Smallest share of an object's steps in a loop that go in its direction, and their smallest median, in pixels. Where
-the object leaves the frame its steps are others."""
+_MIN_RIGHT_STEPS, _MIN_LOOP_STEP, _MAX_LOOP_STEP = 0.75, 0.25, 8.0
+"""Smallest share of an object's steps in a loop that go in its direction, their smallest mean, and the size of those
+over the border of the frame, in pixels."""
 _MAX_AREA_FACTOR = 1.25
 """Largest area of an object in a transition, relative to that of the true clip: one that fades from one place to
 another has the area of both."""
@@ -95,8 +95,8 @@ class LoopSeam(ExampleMetric[LoopValues]):
     """Change from a loop's last frame to its first, and how far and in which direction its object moves.
 
     The change is relative to the median change of neighbouring frames, the motion to that of the scene's rendering. A
-    loop that stands still has no seam, but no motion either. Motion is the median step between frames, as the
-    object's steps over the border of the frame say nothing.
+    loop that stands still has no seam, but no motion either. Steps of the object over the border of the frame, which
+    are large, do not count.
     """
 
     needs = ("samples", "scenes")
@@ -122,7 +122,7 @@ class LoopSeam(ExampleMetric[LoopValues]):
                 list_steps(batch.derive(find_objects, one, truth.scene.background).get(each.colour))
                 for one in (clip, truth.reference)
             )
-            step, true_step = np.median(steps, axis=0), np.median(true_steps, axis=0)
+            step, true_step = steps.mean(axis=0), true_steps.mean(axis=0)
             along = int(np.argmax(np.abs(step), axis=0))
             is_right = np.sign(steps[:, along]) == DIRECTIONS[each.direction][along]
             is_moving = bool(DIRECTIONS[each.direction][along] != 0 and np.abs(step[along]) > _MIN_LOOP_STEP)
@@ -210,9 +210,13 @@ class DepthAgreement(MeanMetric):
 
 
 def list_steps(track: ObjectTrack | None) -> Float[np.ndarray, "n 2"]:
-    """Return rows and columns between an object's positions in neighbouring frames; one of zero without any."""
+    """Return rows and columns between an object's positions in neighbouring frames, without those over a border.
+
+    Without any there is one of zero.
+    """
     if track is None:
         return np.zeros((1, 2))
     steps = np.diff(np.where(track.is_visible[:, None], track.centre, np.nan), axis=0)
     steps = steps[np.isfinite(steps).all(axis=1)]
+    steps = steps[np.abs(steps).max(axis=1) < _MAX_LOOP_STEP]
     return steps if len(steps) else np.zeros((1, 2))
