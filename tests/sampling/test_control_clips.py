@@ -69,6 +69,7 @@ def controlled(tiny, tiny_run, controls, tmp_path_factory):
     folder = tmp_path_factory.mktemp("controlled") / "run"
     fields = {"control_layers": 1, "conditioning": (ControlClip(folder=str(controls), pixels=Grid(1, 4, 4)),)}
     experiment = shorten(replace_backbone(tiny.EXPERIMENT, ControlledDiTConfig, **fields), tiny_run)
+    experiment = dataclasses.replace(experiment, autoencoder_from=str(tiny_run))
     optimizer = dataclasses.replace(experiment.denoiser.optimizer, trainable=("control",))
     experiment = experiment.replace_stage(
         "denoiser", train=AllWeights(init_from=str(tiny_run)), optimizer=optimizer, steps=3
