@@ -54,6 +54,30 @@ def compute_fitted_size(height: int, width: int, *, area: int, multiple: tuple[i
     return height, width
 
 
+_CUBIC = -0.75
+"""Coefficient of PyTorch's bicubic interpolation."""
+
+
+@functools.lru_cache(maxsize=64)
+def make_bicubic_matrix(source: int, target: int, scale: float | None = None) -> Float32[np.ndarray, "target source"]:
+    """Return the matrix of PyTorch's bicubic interpolation along an axis, without antialiasing or aligned corners.
+
+    Args:
+      source, target: Numbers of values before and after.
+      scale: Factor between the coordinates; `target / source` by default.
+    """
+    centres = (np.arange(target) + 0.5) / (target / source if scale is None else scale) - 0.5
+    matrix = np.zeros((target, source))
+    for offset in range(-1, 3):
+        places = np.floor(centres) + offset
+        distance = np.abs(centres - places)
+        near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
+        far = ((distance - 5) * distance + 8) * distance * _CUBIC - 4 * _CUBIC
+        weights = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+        np.add.at(matrix, (np.arange(target), np.clip(places, 0, source - 1).astype(int)), weights)
+    return matrix.astype(np.float32)
+
+
 class _Band(NamedTuple):
     """Some rows of a resize matrix, limited to the columns between their first and last weight."""
 

@@ -18,13 +18,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dit_video.core.errors import UserError
+from dit_video.core.resize import make_bicubic_matrix
 from dit_video.core.typing import AnyArray
 from dit_video.evaluation.feature_functions import FeatureFunction, OpenFeatures, make_identity
 from dit_video.evaluation.metrics.frames import SubjectConsistency
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 from dit_video.models.features.clip import ClipImageProcessor
 from dit_video.models.features.convolutional import resize_frames
-from dit_video.models.features.dino import DinoConfig, compute_short_side_size, make_bicubic_matrix
+from dit_video.models.features.dino import DinoConfig, compute_short_side_size
 from dit_video.nn import get_graph_def
 from dit_video.video import Clip
 from dit_video.weights import load_clip_vision

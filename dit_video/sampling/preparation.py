@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
@@ -19,6 +19,7 @@ from dit_video.sampling.completion import choose_conditioner
 from dit_video.sampling.denoiser import list_experts
 from dit_video.sampling.packing import IMAGE, SamplingRequest, plan_steps
 from dit_video.sampling.pipeline_config import PipelineConfig, make_model_parts, to_grid
+from dit_video.sampling.plan import FrameChange
 from dit_video.sampling.program import list_fields
 from dit_video.sampling.request import ModelParts, Request
 from dit_video.sampling.sampler import draw_initial_noise
@@ -120,7 +121,7 @@ def prepare_request(config: PipelineConfig, request: Request, model: ModelParts)
     if not np.isfinite(initial).all():
         raise UserError("the initial noise holds NaN or infinity; draw standard normal noise")
     values = _make_request_fields(model, request.conditioning, request.strengths, latents)
-    plan = plan._replace(fields={**values, **plan.fields})
+    plan = plan._replace(fields={**values, **plan.fields}, finish=_make_finish(model, request, plan.finish))
     return SamplingRequest(request.prompt, request.negative or "", initial.astype(np.float32), plan, request.seed)
 
 
@@ -156,6 +157,26 @@ def _make_request_fields(
             )
         fields |= zip(list_fields(each), (field, np.broadcast_to(strength, each.strength_shape)), strict=True)
     return fields
+
+
+def _make_finish(model: ModelParts, request: Request, finish: FrameChange | None) -> FrameChange | None:
+    """Return the change of decoded frames for values of conditioning, before that of the plan; None for no change."""
+    changes = [
+        functools.partial(model.conditioning[name].finish, value=value)
+        for name, value in request.conditioning.items()
+        if name in model.conditioning
+        and type(model.conditioning[name]).finish is not ClipConditioning.finish
+        and request.strengths.get(name, 1) == 1
+    ]
+    if not changes:
+        return finish
+
+    def finish_all(frames: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
+        for change in (*changes, *([] if finish is None else [finish])):
+            frames = change(frames)
+        return frames
+
+    return finish_all
 
 
 def _check_strength(config: ClipConditioning, strength: np.ndarray) -> str | None:

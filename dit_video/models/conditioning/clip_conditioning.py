@@ -187,6 +187,13 @@ class ClipConditioning(abc.ABC):
           UserError: If the request's value is invalid.
         """
 
+    def finish(self, frames: UInt8[np.ndarray, "T H W 3"], value: Any) -> UInt8[np.ndarray, "T H W 3"]:
+        """Return the decoded frames of a request with a value of full strength, changed to agree with it.
+
+        By default they stay as they are.
+        """
+        return frames
+
     def make_embedding(
         self, width: int, *, patch: Grid, dtype: Any, partitioner: Partitioner, rngs: nnx.Rngs
     ) -> nnx.Module:

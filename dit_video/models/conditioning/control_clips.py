@@ -12,10 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
 from dit_video.core.errors import MissingError, UserError, check_at_least
-from dit_video.core.resize import resize_and_crop
+from dit_video.core.resize import make_bicubic_matrix, resize, resize_and_crop
 from dit_video.models.conditioning.clip_conditioning import ClipConditioning, ClipView, LinearEmbedding
 from dit_video.nn import Linear, Partitioner
 from dit_video.tokens import Field, Grid, PackedRows
+
+_PASSES = 3
+"""Number of times that the error of an enlarged clip at its low resolution is taken back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,23 @@ class LowResolutionClip(SecondClip):
     def compute_values(self, frames: UInt8[np.ndarray, "T H W 3"], latents: Grid) -> Float32[np.ndarray, "t h w c"]:
         low = resize_and_crop(frames, latents.h * self.pixels.h, latents.w * self.pixels.w)
         return super().compute_values(low, latents)
+
+    def finish(self, frames: UInt8[np.ndarray, "T H W 3"], value: Any) -> UInt8[np.ndarray, "T H W 3"]:
+        """Return the enlarged clip, which is again the given one where it is reduced (iterative back-projection).
+
+        The autoencoder and the sampler change colours a little; their error at the low resolution is known, and taken
+        back (Irani and Peleg, 1991).
+        """
+        assert self.codec is not None
+        stride, (count, height, width) = self.codec.config.stride, frames.shape[:3]
+        sides = height // stride.h * self.pixels.h, width // stride.w * self.pixels.w
+        low = resize_and_crop(np.asarray(getattr(value, "frames", value))[:count], *sides).astype(np.float32)
+        enlarge = make_bicubic_matrix(sides[0], height), make_bicubic_matrix(sides[1], width)
+        for _ in range(_PASSES):
+            error = low - resize(frames, *sides)
+            error = np.einsum("gh,vw,thwc->tgvc", *enlarge, error, optimize=True)
+            frames = np.clip(np.rint(frames + error), 0, 255).astype(np.uint8)
+        return frames
 
     def make_embedding(
         self, width: int, *, patch: Grid, dtype: Any, partitioner: Partitioner, rngs: nnx.Rngs

@@ -3,22 +3,19 @@
 The reference is `vision_transformer.py` of facebookresearch/dino.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.resize import make_bicubic_matrix
 from dit_video.nn import Attention, AttentionInputs, LayerNorm, Linear, apply_stack, make_attention, make_stack
 
-_CUBIC = -0.75
-"""Coefficient of PyTorch's bicubic interpolation."""
 _MARGIN = 0.1
 """Number that the reference adds to the sides in patches before dividing by those of training."""
 
@@ -119,26 +116,6 @@ class Dino(nnx.Module):
         table = jnp.einsum("gh,hwd->gwd", make_bicubic_matrix(grid, rows, (rows + _MARGIN) / grid), table)
         table = jnp.einsum("vw,gwd->gvd", make_bicubic_matrix(grid, columns, (columns + _MARGIN) / grid), table)
         return table.reshape(rows * columns, -1)
-
-
-@functools.lru_cache(maxsize=64)
-def make_bicubic_matrix(source: int, target: int, scale: float | None = None) -> Float32[np.ndarray, "target source"]:
-    """Return the matrix of PyTorch's bicubic interpolation along an axis, without antialiasing or aligned corners.
-
-    Args:
-      source, target: Numbers of values before and after.
-      scale: Factor between the coordinates; `target / source` by default.
-    """
-    centres = (np.arange(target) + 0.5) / (target / source if scale is None else scale) - 0.5
-    matrix = np.zeros((target, source))
-    for offset in range(-1, 3):
-        places = np.floor(centres) + offset
-        distance = np.abs(centres - places)
-        near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
-        far = ((distance - 5) * distance + 8) * distance * _CUBIC - 4 * _CUBIC
-        weights = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
-        np.add.at(matrix, (np.arange(target), np.clip(places, 0, source - 1).astype(int)), weights)
-    return matrix.astype(np.float32)
 
 
 def compute_short_side_size(height: int, width: int, side: int) -> tuple[int, int]:

@@ -111,6 +111,18 @@ def test_missing_control_is_named(tmp_path):
         ControlClip().use_codec(Codec()).from_clip(VIEW)
 
 
+def test_an_enlarged_clip_is_the_given_one_where_it_is_reduced():
+    config = LowResolutionClip(pixels=Grid(4, 4, 4)).use_codec(Codec())
+    original = np.repeat(np.repeat(np.random.default_rng(2).integers(60, 190, (9, 4, 8, 3)), 4, axis=1), 4, axis=2)
+    low = resize(original.astype(np.uint8), 8, 16)
+    sampled = np.clip(original + np.random.default_rng(3).normal(12, 8, original.shape), 0, 255).astype(np.uint8)
+    finished = config.finish(sampled, Clip(low, fps=8))
+    before, after = (np.abs(resize(each, 8, 16).astype(float) - low).mean() for each in (sampled, finished))
+    assert after < 0.1 * before
+    errors = [np.square(each.astype(float) - original).mean() for each in (sampled, finished)]
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_a_new_embedding_adds_nothing():
     config = LowResolutionClip(pixels=Grid(2, 1, 1))
     options = {"patch": Grid(1, 2, 2), "dtype": jnp.float32, "partitioner": ONE_DEVICE}
