@@ -67,7 +67,7 @@ class KnownPixels(NamedTuple):
         return self._replace(strength=np.where(part, self.strength, np.float32(0)))
 
 
-_FEATHER = 2
+_FEATHER = 4
 """Number of known pixels at the border of a region that are mixed with decoded ones."""
 _SAME_LEVELS = 6.0
 """Change of decoded pixels, of 255 levels, from which they no longer count as the same."""

@@ -161,7 +161,7 @@ def _make_request_fields(
 
 def _make_finish(model: ModelParts, request: Request, finish: FrameChange | None) -> FrameChange | None:
     """Return the change of decoded frames for values of conditioning, before that of the plan; None for no change."""
-    changes = [
+    changes: list[FrameChange] = [
         functools.partial(model.conditioning[name].finish, value=value)
         for name, value in request.conditioning.items()
         if name in model.conditioning

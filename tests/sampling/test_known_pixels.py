@@ -37,9 +37,9 @@ def test_a_known_region_is_restored_but_for_its_border():
     is_known = np.zeros((7, 12, 16), bool)
     is_known[:, :, :10] = True
     restored = make_known(original, is_known).restore(decoded)
-    np.testing.assert_array_equal(restored[:, :, :8], original[:, :, :8])
+    np.testing.assert_array_equal(restored[:, :, :6], original[:, :, :6])
     np.testing.assert_array_equal(restored[:, :, 10:], decoded[:, :, 10:])
-    between = np.rint((original[:, :, 9].astype(float) + 2.0 * decoded[:, :, 9]) / 3)
+    between = np.rint((original[:, :, 9].astype(float) + 4.0 * decoded[:, :, 9]) / 5)
     np.testing.assert_allclose(restored[:, :, 9], between, atol=1)
 
 
@@ -61,7 +61,7 @@ def test_a_pipeline_returns_the_pixels_that_it_keeps(tiny_pipeline):
     generated = np.zeros(clip.frames.shape[:3], bool)
     generated[:, :, 16:] = True
     half = tiny_pipeline.generate("a red circle", video=clip, generated=generated, **options)
-    np.testing.assert_array_equal(half.frames[:, :, :14], clip.frames[:, :, :14])
+    np.testing.assert_array_equal(half.frames[:, :, :12], clip.frames[:, :, :12])
     assert (half.frames[:, :, 16:] != clip.frames[:, :, 16:]).any()
     weak = tiny_pipeline.generate("a", conditions=[Condition(content=clip.frames[0], strength=0.5)], **options)
     assert (weak.frames[0] != clip.frames[0]).any()
