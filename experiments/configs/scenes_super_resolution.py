@@ -34,7 +34,7 @@ EXPERIMENT = dataclasses.replace(
         _MODEL, backbone=_MODEL.backbone.replace(conditioning=(LowResolutionClip(pixels=Grid(4, 2, 2)),))
     ),
     # The clip says what the caption says, and few steps keep nearer to it.
-    sampling=Sampling(steps=8),
+    sampling=Sampling(steps=4),
     stages=(
         TrainDenoiser(
             train=AllWeights(init_from=BASE),
