@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import dit_video
+from dit_video.sampling.known_pixels import collect_known_pixels
+from dit_video.sampling.request import Request
 from support.latents import generate_latents
 from support.marks import mark_slow_except
 
@@ -62,3 +64,9 @@ def sample_and_put_in_place(pipeline, is_known, **options):
 
 def select_frames(*numbers):
     return np.isin(np.arange(SIZE[0]), numbers)
+
+
+def decode_kept(pipeline, latents, **pictures):
+    """Return decoded latents with the pixels that a request keeps in their places."""
+    known = collect_known_pixels(Request(PROMPT, SIZE, **pictures))
+    return known.restore(pipeline.decode(latents).frames)

@@ -147,7 +147,8 @@ class IngestFolder:
         if paths and (self._own / "listing.parquet").exists():  # it is written last
             known_listing = self.read_listing()
             if known_listing.select(listed.column_names) == listed and self.read_skipped() == skipped:
-                write_parquet(self._own / _TIMES, times)
+                if not (self._own / _TIMES).exists() or read_parquet(self._own / _TIMES) != times:
+                    write_parquet(self._own / _TIMES, times)
                 return
             before, now = (
                 each.select([name for name in listed.column_names if name not in _LOCATION])

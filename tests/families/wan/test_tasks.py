@@ -24,6 +24,7 @@ from support.wan_tasks import (
     TIMES,
     UNTRAINED,
     add_noise,
+    decode_kept,
     each,
     encode,
     get_first_image,
@@ -93,7 +94,7 @@ def test_a_last_image_is_put_in_its_place(pipeline):
         latents, expected = sample_and_put_in_place(pipeline, select_frames(0, 8), **pictures)
         clip = pipeline.generate(PROMPT, size=SIZE, **pictures, **OPTIONS)
     np.testing.assert_allclose(latents[2], expected[2], atol=1e-4)
-    np.testing.assert_array_equal(clip.frames, pipeline.decode(latents).frames)
+    np.testing.assert_array_equal(clip.frames, decode_kept(pipeline, latents, **pictures))
     assert clip.recipe["method"] == ("trained and training_free" if is_trained else "training_free")
     if not get_first_image(pipeline):
         np.testing.assert_allclose(latents[:1], encode(pipeline, FRAMES[:1]), atol=1e-4)
@@ -110,7 +111,7 @@ def test_an_extended_clip_begins_with_the_clip(pipeline):
         latents = sample_latents(pipeline, conditions=conditions)
     assert (result.frames.shape, result.fps) == ((13, 16, 16, 3), FPS)
     np.testing.assert_array_equal(result.frames[:9], FRAMES)
-    np.testing.assert_array_equal(result.frames[9:], pipeline.decode(latents).frames[5:])
+    np.testing.assert_array_equal(result.frames[9:], decode_kept(pipeline, latents, conditions=conditions)[5:])
     # The denoiser of images to videos makes the first latent frame as it is trained to.
     first = len(get_first_image(pipeline))
     np.testing.assert_allclose(latents[first:2], encode(pipeline, FRAMES[4:])[first:], atol=1e-4)
@@ -123,7 +124,8 @@ def test_by_default_a_clip_is_extended_from_as_many_frames_as_fit(pipeline):
         result = pipeline.run(Extend(clip, PROMPT, frames=4), **OPTIONS)
         conditions = (Condition(content=dit_video.Clip(FRAMES[1:6], FPS)),)
         latents = sample_latents(pipeline, conditions=conditions)
-    np.testing.assert_array_equal(result.frames, np.concatenate([clip.frames, pipeline.decode(latents).frames[5:]]))
+    new = decode_kept(pipeline, latents, conditions=conditions)[5:]
+    np.testing.assert_array_equal(result.frames, np.concatenate([clip.frames, new]))
 
 
 @each(OF_TEXT)
@@ -134,7 +136,7 @@ def test_a_clip_extended_backwards_ends_with_the_clip(pipeline):
         latents = sample_latents(pipeline, conditions=conditions)
     assert (result.frames.shape, result.fps) == ((13, 16, 16, 3), FPS)
     np.testing.assert_array_equal(result.frames[4:], FRAMES)
-    np.testing.assert_array_equal(result.frames[:4], pipeline.decode(latents).frames[:4])
+    np.testing.assert_array_equal(result.frames[:4], decode_kept(pipeline, latents, conditions=conditions)[:4])
     # Of the autoencoder's input, the frames before the clip repeat its first one.
     known = np.concatenate([np.repeat(FRAMES[:1], 4, axis=0), FRAMES[:5]])
     np.testing.assert_allclose(latents[2], encode(pipeline, known)[2], atol=1e-4)
@@ -154,7 +156,7 @@ def test_an_interpolated_clip_has_the_duration_of_the_clip(pipeline):
         latents, expected = sample_and_put_in_place(pipeline, select_frames(*range(0, 9, 2)), conditions=conditions)
     assert (result.frames.shape, result.fps) == ((9, 16, 16, 3), 2 * FPS)
     assert len(result.frames[:-1]) / result.fps == len(clip.frames[:-1]) / clip.fps
-    np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames)
+    np.testing.assert_array_equal(result.frames, decode_kept(pipeline, latents, conditions=conditions))
     np.testing.assert_array_equal(by_times.frames, result.frames)
     np.testing.assert_allclose(latents[1:], expected[1:], atol=1e-4)
 
@@ -168,7 +170,7 @@ def test_an_interpolated_clip_ends_with_the_clip(pipeline):
         conditions = [Condition(content=FRAMES[number], frame=number) for number in (0, 6)]
         latents = sample_latents(pipeline, conditions=conditions)
     assert result.fps == 6 * FPS
-    np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames[:7])
+    np.testing.assert_array_equal(result.frames, decode_kept(pipeline, latents, conditions=conditions)[:7])
 
 
 # Regions.
@@ -182,7 +184,7 @@ def test_pixels_outside_of_an_inpainted_region_are_kept(pipeline):
         result = pipeline.run(Inpaint(CLIP, generated, PROMPT), **OPTIONS)
         latents, other_seed = (sample_latents(pipeline, video=CLIP, generated=generated, seed=seed) for seed in (0, 1))
     assert (result.frames.shape, result.fps) == ((9, 16, 16, 3), FPS)
-    np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames)
+    np.testing.assert_array_equal(result.frames, decode_kept(pipeline, latents, video=CLIP, generated=generated))
     # The autoencoder gets the nearest kept pixel in place of those of the region.
     frames = np.where(generated[..., None], FRAMES[:, :, 8:9], FRAMES)
     for kept in (latents, other_seed):
@@ -197,6 +199,8 @@ def test_the_frames_before_an_inpainted_part_are_kept(pipeline):
     with warns():
         result = pipeline.run(Inpaint(CLIP, generated, PROMPT), **OPTIONS)
         latents = sample_latents(pipeline, video=CLIP, generated=select_frames(5, 6, 7, 8))
-    np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames)
+    np.testing.assert_array_equal(
+        result.frames, decode_kept(pipeline, latents, video=CLIP, generated=select_frames(5, 6, 7, 8))
+    )
     first = len(get_first_image(pipeline))
     np.testing.assert_allclose(latents[first:2], encode(pipeline, FRAMES[:5])[first:], atol=1e-4)
