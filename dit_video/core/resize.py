@@ -44,6 +44,12 @@ def compute_covering_size(source_height: int, source_width: int, height: int, wi
     return max(height, round(source_height * scale)), max(width, round(source_width * scale))
 
 
+def compute_short_side_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return the height and width of a picture resized to this shorter side, as torchvision's `Resize` does."""
+    scaled = int(side * max(height, width) / min(height, width))
+    return (scaled, side) if width <= height else (side, scaled)
+
+
 def compute_fitted_size(height: int, width: int, *, area: int, multiple: tuple[int, int]) -> tuple[int, int]:
     """Return the height and width with a picture's aspect ratio and about this area, rounded down to multiples.
 

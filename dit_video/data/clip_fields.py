@@ -9,7 +9,7 @@ from dit_video.core.grid import Grid
 from dit_video.data.clips import ClipSource
 from dit_video.data.sizes import SizeLimits, get_sampled_fps
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.conditioning import ClipConditioning, ClipView, Crop
+from dit_video.models.conditioning import ClipConditioning, ClipView, FrameCrop
 
 
 def compute_clip_fields(
@@ -21,7 +21,7 @@ def compute_clip_fields(
     frames: UInt8[np.ndarray, "T H W 3"],
     stride: Grid,
     start: int,
-    crop: Crop | None = None,
+    crop: FrameCrop | None = None,
     is_flipped: bool = False,
     encoded: Mapping[int, Float32[np.ndarray, "t h w c"]],
 ) -> dict[str, np.ndarray]:

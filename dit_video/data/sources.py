@@ -28,7 +28,7 @@ from dit_video.data.sizes import (
     read_fitted_clip,
 )
 from dit_video.models.autoencoders import latent_grid
-from dit_video.models.conditioning import ClipConditioning, Crop, IsKnown, fold_mask
+from dit_video.models.conditioning import ClipConditioning, FrameCrop, IsKnown, fold_mask
 from dit_video.tokens import Grid, PackedExample, compute_token_grid, patchify
 from dit_video.video import decode
 
@@ -138,7 +138,7 @@ class DecodedClip(NamedTuple):
     frames: UInt8[np.ndarray, "T H W 3"]
     start: int
     """Number of the clip's frames, at the training rate, that precede the first frame here."""
-    crop: Crop | None = None
+    crop: FrameCrop | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ class ClipExamples:
         clip = decode(self._clips[entry.example], size=Grid(size.t, height, width), start=start / fps, fps=fps)
         # Copy the crop, so that the memory of the whole frames is freed.
         frames = clip.frames[:, top : top + size.h, left : left + size.w]
-        return DecodedClip(np.ascontiguousarray(frames), start, Crop(height, width, top, left))
+        return DecodedClip(np.ascontiguousarray(frames), start, FrameCrop(height, width, top, left))
 
     def _compute_fields(self, clips: Sequence[tuple[Entry, DecodedClip]]) -> list[dict[str, np.ndarray]]:
         """Return the fields of each clip by name."""

@@ -18,20 +18,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32
 
 from dit_video.core.errors import UserError
-from dit_video.core.resize import make_bicubic_matrix
+from dit_video.core.resize import compute_short_side_size, make_bicubic_matrix
 from dit_video.core.typing import AnyArray
 from dit_video.evaluation.feature_functions import FeatureFunction, OpenFeatures, make_identity
 from dit_video.evaluation.metrics.frames import SubjectConsistency
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 from dit_video.models.features.clip import ClipImageProcessor
 from dit_video.models.features.convolutional import resize_frames
-from dit_video.models.features.dino import DinoConfig, compute_short_side_size
+from dit_video.models.features.dino import DinoConfig
 from dit_video.nn import get_graph_def
 from dit_video.video import Clip
 from dit_video.weights import load_clip_vision
 from dit_video.weights.feature_networks import load_aesthetic_predictor, load_dino
 
-_SIDE = 224
 _BATCH = 16
 _DINO_MEAN, _DINO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _COMPARABLE = "compares with VBench's tables for samples of its prompts"
@@ -124,17 +123,22 @@ def crop_bicubic(frames: _Frames, side: int) -> Float[Array, "B {side} {side} 3"
     return resized[:, top : top + side, left : left + side]
 
 
+def _describe_consistency(part: str, network: str) -> MetricDescription:
+    """Return the description of the consistency of a part of the picture, by a network's features."""
+    return MetricDescription(
+        label=f"{part} consistency (VBench)",
+        is_higher_better=True,
+        explanation=f"likeness of frames to the first and the previous one by {network}; {_COMPARABLE}",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class VbenchSubjectConsistency(SubjectConsistency):
     """Likeness of a sample's frames by DINO's features: VBench's subject consistency."""
 
     features: FeatureFunction = DinoFeatures()
     name = "vbench_subject_consistency"
-    description = MetricDescription(
-        label="subject consistency (VBench)",
-        is_higher_better=True,
-        explanation=f"likeness of frames to the first and the previous one by DINO; {_COMPARABLE}",
-    )
+    description = _describe_consistency("subject", "DINO")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +147,10 @@ class VbenchBackgroundConsistency(SubjectConsistency):
 
     features: FeatureFunction = VbenchClipEmbeddings()
     name = "vbench_background_consistency"
-    description = MetricDescription(
-        label="background consistency (VBench)",
-        is_higher_better=True,
-        explanation=f"likeness of frames to the first and the previous one by CLIP; {_COMPARABLE}",
-    )
+    description = _describe_consistency("background", "CLIP")
+
+
+_open_predictor = functools.cache(load_aesthetic_predictor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +171,7 @@ class AestheticQuality(MeanMetric):
 
     def measure(self, batch: MetricBatch) -> Sequence[float]:
         """Return the mean score of every sample's frames."""
-        kernel, bias = load_aesthetic_predictor(self.weights)
+        kernel, bias = _open_predictor(self.weights)
         rows = self.features.open().extract_by_clip(batch.samples)
         return [float((each @ kernel + bias).mean(axis=(0, 1)) / 10) for each in rows]
 

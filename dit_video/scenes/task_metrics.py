@@ -83,7 +83,7 @@ class EditSuccess(ExampleMetric[tuple[bool, float]]):
 
 
 class LoopValues(NamedTuple):
-    """What is measured of a loop."""
+    """Seam, motion and direction of a loop."""
 
     seam: float
     motion: float

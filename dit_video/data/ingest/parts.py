@@ -136,7 +136,8 @@ class IngestFolder:
         Raises:
           UserError: If no file of the source is in a part, so it is another one; or a fixed data set would change.
         """
-        listing, times = self._find_contents(listing), _read_times(listing.clips)
+        times = _read_times(listing.clips)
+        listing = self._find_contents(listing, times)
         listed = _make_clip_table(listing.clips, (*_COLUMNS, "captions"))
         skipped = {
             "format": listing.format,
@@ -187,7 +188,7 @@ class IngestFolder:
         write_parquet(self._own / _TIMES, times)
         write_parquet(self._own / "listing.parquet", listed)
 
-    def _find_contents(self, listing: Listing) -> Listing:
+    def _find_contents(self, listing: Listing, times: pa.Table) -> Listing:
         """Return the listing with the contents of files that are others than those of their name and size were.
 
         A file that has another time of change than when it was listed last is read and compared with its rows. Members
@@ -200,7 +201,7 @@ class IngestFolder:
         own = {row["name"]: row["content"] for row in known if sizes.get(row["name"]) == row["size"]}
         before, now = (
             dict(zip(each["name"].to_pylist(), each["modified"].to_pylist(), strict=True))
-            for each in (read_parquet(self._own / _TIMES), _read_times(listing.clips))
+            for each in (read_parquet(self._own / _TIMES), times)
         )
         touched = [clip for clip in listing.clips if clip.name in own and now.get(clip.name) != before.get(clip.name)]
         hashes = self._read_hashes([clip.name for clip in touched])

@@ -1,5 +1,6 @@
 """Metrics of generation tasks: kept pixels, borders, jumps, zooms, interpolation."""
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from dit_video.core.resize import resize
 from dit_video.evaluation.metrics.metric import MeanMetric, MetricBatch, MetricDescription
 from dit_video.evaluation.metrics.reconstruction import compute_limited_psnr
 from dit_video.models.features.clip import resize_bicubic
+from dit_video.video import Clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,47 +128,50 @@ def _measure_step(former: np.ndarray, frame: np.ndarray, is_centre: np.ndarray) 
     return compute_limited_psnr(resize(former[None], *centre.shape[:2])[0], centre)
 
 
-@dataclass(frozen=True, kw_only=True)
-class InterpolationGain(MeanMetric):
-    """Mean gain in PSNR of new frames over linear blending of the autoencoder's reconstructions of known frames."""
+class _PsnrGain(MeanMetric):
+    """Base of the metrics of a gain in PSNR over a simpler way to the same pixels."""
 
     needs = ("samples", "scenes")
+
+    @abc.abstractmethod
+    def list_pixels(self, clip: Clip, truth: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the true pixels of a sample, the sample's, and those of the simpler way."""
+
+    def measure(self, batch: MetricBatch) -> Sequence[float]:
+        """Return the gain of every sample."""
+        pixels = (self.list_pixels(*pair) for pair in zip(batch.samples, batch.scenes, strict=True))
+        return [compute_limited_psnr(true, own) - compute_limited_psnr(true, other) for true, own, other in pixels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterpolationGain(_PsnrGain):
+    """Mean gain in PSNR of new frames over linear blending of the autoencoder's reconstructions of known frames."""
+
     name: ClassVar[str] = "interpolation_gain"
     description: ClassVar[MetricDescription] = MetricDescription(
         label="new frames above linear blending", unit="dB", decimals=2, is_higher_better=True, explanation="PSNR"
     )
 
-    def measure(self, batch: MetricBatch) -> Sequence[float]:
-        """Return the gain of every sample."""
-        gains = []
-        for clip, truth in zip(batch.samples, batch.scenes, strict=True):
-            is_known = np.any(truth.is_known, axis=(1, 2))
-            blended = blend_linearly(truth.reconstruction.frames, is_known)
-            true = truth.reference.frames[~is_known]
-            gains.append(
-                compute_limited_psnr(true, clip.frames[~is_known]) - compute_limited_psnr(true, blended[~is_known])
-            )
-        return gains
+    def list_pixels(self, clip: Clip, truth: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the new frames."""
+        is_known = np.any(truth.is_known, axis=(1, 2))
+        blended = blend_linearly(truth.reconstruction.frames, is_known)
+        return truth.reference.frames[~is_known], clip.frames[~is_known], blended[~is_known]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnlargementGain(MeanMetric):
+class EnlargementGain(_PsnrGain):
     """Mean gain in PSNR of enlarged clips over bicubic enlargement of the same clips of low resolution."""
 
-    needs = ("samples", "scenes")
     name: ClassVar[str] = "enlargement_gain"
     description: ClassVar[MetricDescription] = MetricDescription(
         label="enlarged clips above bicubic", unit="dB", decimals=2, is_higher_better=True, explanation="PSNR"
     )
 
-    def measure(self, batch: MetricBatch) -> Sequence[float]:
-        """Return the gain of every sample."""
-        gains = []
-        for clip, truth in zip(batch.samples, batch.scenes, strict=True):
-            bicubic = resize_bicubic(truth.second_clip.frames, clip.height, clip.width)
-            own, other = (compute_limited_psnr(truth.reference.frames, each) for each in (clip.frames, bicubic))
-            gains.append(own - other)
-        return gains
+    def list_pixels(self, clip: Clip, truth: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return all frames."""
+        bicubic = resize_bicubic(truth.second_clip.frames, clip.height, clip.width)
+        return truth.reference.frames, clip.frames, bicubic
 
 
 def blend_linearly(frames: np.ndarray, is_known: Any) -> np.ndarray:

@@ -97,14 +97,6 @@ class ControlBlock(Block):
         return self.hint(state).astype(jnp.float32)
 
 
-class ControlStack(nnx.Module):
-    """The stack's blocks."""
-
-    def __init__(self, config: ControlledDiTConfig, *, partitioner: Partitioner, rngs: nnx.Rngs):
-        make_block = functools.partial(ControlBlock, config, partitioner=partitioner)
-        self.blocks = make_stack(lambda r: make_block(rngs=r), config.control_layers, rngs=rngs)
-
-
 class ControlledDiT(DiT):
     """The controlled diffusion transformer on packed rows; see `BlockBackbone`."""
 
@@ -114,7 +106,8 @@ class ControlledDiT(DiT):
 
     def __init__(self, config: ControlledDiTConfig, *, partitioner: Partitioner = ONE_DEVICE, rngs: nnx.Rngs):
         super().__init__(config, partitioner=partitioner, rngs=rngs)
-        self.control = ControlStack(config, partitioner=partitioner, rngs=rngs)
+        make_block = functools.partial(ControlBlock, config, partitioner=partitioner)
+        self.control = nnx.Dict(blocks=make_stack(lambda r: make_block(rngs=r), config.control_layers, rngs=rngs))
 
     @property
     def added_conditioning(self) -> tuple[ClipConditioning, ...]:

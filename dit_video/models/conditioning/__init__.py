@@ -4,7 +4,7 @@ from dit_video.models.conditioning.clip_conditioning import (
     ClipConditioning,
     ClipView,
     Codec,
-    Crop,
+    FrameCrop,
     check_conditioning,
 )
 from dit_video.models.conditioning.control_clips import Control, ControlClip, LowResolutionClip

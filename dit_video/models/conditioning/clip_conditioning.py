@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Key, Shaped, UInt8
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.models.autoencoders import AutoencoderConfig
 from dit_video.models.conditioning.frame_conditioning import COND_LATENTS, COND_MASK, IMAGE_TOKENS
 from dit_video.models.conditioning.records import ClassIds, ConditioningLatents, ImageTokens, TextTokens, TrainingKeys
@@ -33,7 +33,7 @@ class Codec(Protocol):
         """Return the latents of a clip."""
 
 
-class Crop(NamedTuple):
+class FrameCrop(NamedTuple):
     """Part of a clip's frames that is trained on."""
 
     height: int
@@ -60,7 +60,7 @@ class ClipView(NamedTuple):
     """Frames, rows and columns of pixels that a latent stands for; the first latent frame stands for one frame."""
     start: int = 0
     """Number of the clip's frames, at the training rate, that precede the first frame here."""
-    crop: Crop | None = None
+    crop: FrameCrop | None = None
     """Part of the resized frames that is here; None for whole frames."""
     is_flipped: bool = False
     """True if the frames are mirrored."""
@@ -81,7 +81,7 @@ class ClipView(NamedTuple):
         from dit_video.video import decode  # Imported here: models need no library of videos.
 
         count, height, width = self.frames.shape[:3]
-        crop = self.crop or Crop(height, width, 0, 0)
+        crop = self.crop or FrameCrop(height, width, 0, 0)
         size = Grid(count, crop.height, crop.width)
         frames = decode(file, size=size, start=self.start / self.fps, fps=self.fps).frames
         frames = frames[:, crop.top : crop.top + height, crop.left : crop.left + width]
@@ -240,6 +240,47 @@ class ClipConditioning(abc.ABC):
         elif self.field.length:
             per_clip = jnp.repeat(per_clip, self.field.length, axis=1)
         return per_clip.reshape(*per_clip.shape, *(1,) * (values.ndim - per_clip.ndim))
+
+
+def group_frames(
+    values: Shaped[np.ndarray, "T *shape"], stride: int, count: int, setting: str
+) -> Float32[np.ndarray, "n *shape"]:
+    """Return means of a clip's values of frames: `count` for each latent, of consecutive frames.
+
+    The first latent, which stands for one frame, has that frame's value as often as the others have frames.
+
+    Args:
+      values: Values of the frames, one of the first latent and `stride` of each other.
+      stride: Frames that a latent stands for.
+      count: Number of means for a latent.
+      setting: The count as its config has it, for the error.
+
+    Raises:
+      UserError: If the count does not divide the stride.
+    """
+    if stride % count:
+        raise UserError(f"{setting} is invalid: a latent has {stride} frames. Use a divisor of them.")
+    repeated = np.concatenate([np.repeat(values[:1], stride - 1, axis=0), values]).astype(np.float32)
+    return repeated.reshape(-1, stride // count, *values.shape[1:]).mean(axis=1)
+
+
+def find_own_file(folder: str, name: str, kind: str, suffix: str = "") -> Path:
+    """Return the file of a training clip in a folder with files under the names of the clips.
+
+    Args:
+      folder: The folder; empty if there is none.
+      name: Name of the clip.
+      kind: What the file holds, for the error.
+      suffix: What follows the clip's name.
+
+    Raises:
+      MissingError: If there is no such file.
+    """
+    path = Path(folder) / f"{name}{suffix}"
+    if not folder or not path.is_file():
+        where = path if folder else f"folder={folder!r}, and the {kind} of {name},"
+        raise MissingError(f"{where} does not exist. Name the folder of the {kind}, with NAME_OF_THE_CLIP{suffix}.")
+    return path
 
 
 _TAKEN_NAMES = (

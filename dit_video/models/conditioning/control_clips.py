@@ -1,19 +1,24 @@
 """Conditioning on a second clip of the same frames: one of low resolution, or one that steers, such as depth."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, reduce
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Key, UInt8
 
-from dit_video.core.errors import MissingError, UserError, check_at_least
+from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.resize import make_bicubic_matrix, resize, resize_and_crop
-from dit_video.models.conditioning.clip_conditioning import ClipConditioning, ClipView, LinearEmbedding
+from dit_video.models.conditioning.clip_conditioning import (
+    ClipConditioning,
+    ClipView,
+    LinearEmbedding,
+    find_own_file,
+    group_frames,
+)
 from dit_video.nn import Linear, Partitioner
 from dit_video.tokens import Field, Grid, PackedRows
 
@@ -96,11 +101,7 @@ def fold_pixels(frames: UInt8[np.ndarray, "T H W 3"], stride: int, pixels: Grid)
     Raises:
       UserError: If the number of frames does not divide the stride.
     """
-    if stride % pixels.t:
-        raise UserError(f"pixels={pixels} is invalid: a latent has {stride} frames. Use a divisor of them.")
-    values = frames.astype(np.float32) / 127.5 - 1
-    values = np.concatenate([np.repeat(values[:1], stride - 1, axis=0), values])
-    values = reduce(values, "(t s) h w c -> t h w c", "mean", s=stride // pixels.t)
+    values = group_frames(frames.astype(np.float32) / 127.5 - 1, stride, pixels.t, f"pixels={pixels}")
     return rearrange(values, "(t x) (h y) (w z) c -> t h w (x y z c)", x=pixels.t, y=pixels.h, z=pixels.w)
 
 
@@ -191,12 +192,7 @@ class ControlClip(SecondClip):
         Raises:
           MissingError: If there is no file of control.
         """
-        path = Path(self.folder) / view.name
-        if not self.folder or not path.is_file():
-            where = path if self.folder else f"folder={self.folder!r}, and the control of {view.name},"
-            raise MissingError(
-                f"{where} does not exist. Name the folder of the control, with files named as the clips."
-            )
+        path = find_own_file(self.folder, view.name, "control")
         return self.compute_values(view.read_alike(path), view.latents)
 
     def prepare(

@@ -1,15 +1,19 @@
 """Conditioning on what happens in every frame: actions, or other numbers such as a speed or a pose."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from einops import rearrange, reduce
+from einops import rearrange
 from jaxtyping import Float, Float32
 
-from dit_video.core.errors import MissingError, UserError, check_at_least
-from dit_video.models.conditioning.clip_conditioning import ClipConditioning, ClipView
+from dit_video.core.errors import UserError, check_at_least
+from dit_video.models.conditioning.clip_conditioning import (
+    ClipConditioning,
+    ClipView,
+    find_own_file,
+    group_frames,
+)
 from dit_video.tokens import Field, Grid
 
 
@@ -47,10 +51,7 @@ class FrameActions(ClipConditioning):
           MissingError: If there is no file of its actions.
           UserError: If the clip is mirrored, or the file has too few actions, or of another size.
         """
-        path = Path(self.folder) / f"{view.name}.npy"
-        if not self.folder or not path.is_file():
-            where = str(path) if self.folder else f"folder={self.folder!r}, and the actions of {view.name},"
-            raise MissingError(f"{where} does not exist. Name the folder of the actions, with NAME_OF_THE_CLIP.npy.")
+        path = find_own_file(self.folder, view.name, "actions", ".npy")
         if view.is_flipped:
             raise UserError("flips=True is invalid with actions: they say what happens in the clip. Use flips=False.")
         frames = np.rint((view.start + np.arange(len(view.frames))) * view.frame_stride).astype(int)
@@ -82,8 +83,5 @@ class FrameActions(ClipConditioning):
         """
         if actions.shape[1] != self.size:
             raise UserError(f"size={self.size} is invalid: there are actions of {actions.shape[1]} numbers. Use these.")
-        if stride % self.per_latent:
-            raise UserError(f"per_latent={self.per_latent} is invalid: a latent has {stride} frames. Use a divisor.")
-        values = np.concatenate([np.repeat(actions[:1], stride - 1, axis=0), actions]).astype(np.float32)
-        values = reduce(values, "(t s) a -> t a", "mean", s=stride // self.per_latent)
+        values = group_frames(actions, stride, self.per_latent, f"per_latent={self.per_latent}")
         return rearrange(values, "(t x) a -> t (x a)", x=self.per_latent)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dit_video.core.errors import UserError, check_at_least
 from dit_video.core.offload import move_to_devices
+from dit_video.core.resize import compute_short_side_size
 from dit_video.nn import LayerNorm, Linear, apply_stack, get_graph_def, make_stack
 
 Activation = Literal["quick_gelu", "gelu"]
@@ -150,8 +151,7 @@ class ClipImageProcessor:
             return height, width
         if isinstance(self.resize, tuple):
             return self.resize
-        long = int(self.resize * max(height, width) / min(height, width))
-        return (long, self.resize) if width <= height else (self.resize, long)
+        return compute_short_side_size(height, width, self.resize)
 
 
 def preprocess_frames(

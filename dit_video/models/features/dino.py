@@ -3,7 +3,6 @@
 The reference is `vision_transformer.py` of facebookresearch/dino.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -12,9 +11,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dit_video.core.errors import UserError, check_at_least
+from dit_video.core.errors import UserError
 from dit_video.core.resize import make_bicubic_matrix
-from dit_video.nn import Attention, AttentionInputs, LayerNorm, Linear, apply_stack, make_attention, make_stack
+from dit_video.models.features.vit import VitBlock, check_sizes
+from dit_video.nn import AttentionInputs, LayerNorm, Linear, apply_stack, make_stack
 
 _MARGIN = 0.1
 """Number that the reference adds to the sides in patches before dividing by those of training."""
@@ -40,11 +40,7 @@ class DinoConfig:
     """Epsilon of layer norms."""
 
     def __post_init__(self):
-        check_at_least(1, **{name: value for name, value in vars(self).items() if name != "eps"})
-        for name, divisor in (("width", "heads"), ("side", "patch")):
-            if getattr(self, name) % getattr(self, divisor):
-                rule = f"must be divisible by {divisor}={getattr(self, divisor)}"
-                raise UserError(f"{name}={getattr(self, name)} is invalid: {rule}. Change one")
+        check_sizes(self, ("width", "heads"), ("side", "patch"))
 
     @property
     def grid(self) -> int:
@@ -53,24 +49,6 @@ class DinoConfig:
 
     def make(self, rngs: nnx.Rngs) -> "Dino":
         return Dino(self, rngs=rngs)
-
-
-class DinoBlock(nnx.Module):
-    """A pre-norm transformer block: `x += attention(norm(x))`, `x += mlp(norm(x))`."""
-
-    def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
-        width = config.width
-        self.heads = config.heads
-        self.norm_attention = LayerNorm(width, eps=config.eps)
-        self.qkv, self.out = Linear(width, 3 * width, rngs=rngs), Linear(width, width, rngs=rngs)
-        self.norm_mlp = LayerNorm(width, eps=config.eps)
-        self.up, self.down = Linear(width, config.mlp_width, rngs=rngs), Linear(config.mlp_width, width, rngs=rngs)
-        self.attention: Attention = make_attention()
-
-    def __call__(self, x: Float[Array, "B N D"], inputs: AttentionInputs) -> Float[Array, "B N D"]:
-        q, k, v = rearrange(self.qkv(self.norm_attention(x)), "B N (s K d) -> s B N K d", s=3, K=self.heads)
-        x = x + self.out(rearrange(self.attention(q, k, v, inputs), "B N K d -> B N (K d)"))
-        return x + self.down(jax.nn.gelu(self.up(self.norm_mlp(x)), approximate=False))
 
 
 class Dino(nnx.Module):
@@ -86,7 +64,7 @@ class Dino(nnx.Module):
         self.embed = Linear(config.patch**2 * 3, config.width, rngs=rngs)
         self.whole = nnx.Param(jnp.zeros((config.width,), jnp.float32))
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1 + config.grid**2, config.width)))
-        self.blocks = make_stack(lambda r: DinoBlock(config, rngs=r), config.layers, rngs=rngs)
+        self.blocks = make_stack(lambda r: VitBlock(config, rngs=r), config.layers, rngs=rngs)
         self.norm = LayerNorm(config.width, eps=config.eps)
 
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
@@ -116,9 +94,3 @@ class Dino(nnx.Module):
         table = jnp.einsum("gh,hwd->gwd", make_bicubic_matrix(grid, rows, (rows + _MARGIN) / grid), table)
         table = jnp.einsum("vw,gwd->gvd", make_bicubic_matrix(grid, columns, (columns + _MARGIN) / grid), table)
         return table.reshape(rows * columns, -1)
-
-
-def compute_short_side_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return the height and width of frames whose shorter side is resized to `side`, as torchvision's `Resize` does."""
-    scaled = math.floor(side * max(height, width) / min(height, width))
-    return (scaled, side) if width <= height else (side, scaled)

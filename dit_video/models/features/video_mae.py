@@ -6,15 +6,15 @@ normalised means over tokens, before the class layer.
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Float32
 
-from dit_video.core.errors import UserError, check_at_least
-from dit_video.nn import Attention, AttentionInputs, LayerNorm, Linear, apply_stack, make_attention, make_stack
+from dit_video.core.errors import UserError
+from dit_video.models.features.vit import VitBlock, check_sizes
+from dit_video.nn import AttentionInputs, LayerNorm, Linear, apply_stack, make_stack
 
 _PERIOD = 10_000
 _MARGIN = 0.1
@@ -45,11 +45,7 @@ class VideoMaeConfig:
     """Epsilon of layer norms."""
 
     def __post_init__(self):
-        check_at_least(1, **{name: value for name, value in vars(self).items() if name != "eps"})
-        for name, divisor in (("width", "heads"), ("side", "patch"), ("frames", "patch_frames")):
-            if getattr(self, name) % getattr(self, divisor):
-                rule = f"must be divisible by {divisor}={getattr(self, divisor)}"
-                raise UserError(f"{name}={getattr(self, name)} is invalid: {rule}. Change one")
+        check_sizes(self, ("width", "heads"), ("side", "patch"), ("frames", "patch_frames"))
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -60,27 +56,16 @@ class VideoMaeConfig:
         return VideoMae(self, rngs=rngs)
 
 
-class VideoMaeBlock(nnx.Module):
-    """A pre-norm transformer block: `x += attention(norm(x))`, `x += mlp(norm(x))`; keys have no bias."""
+class VideoMaeBlock(VitBlock):
+    """A block whose keys have no bias."""
 
     def __init__(self, config: VideoMaeConfig, *, rngs: nnx.Rngs):
-        width = config.width
-        self.heads = config.heads
-        self.norm_attention = LayerNorm(width, eps=config.eps)
-        self.qkv = Linear(width, 3 * width, bias=False, rngs=rngs)
-        self.query_bias, self.value_bias = (nnx.Param(jnp.zeros((width,), jnp.float32)) for _ in range(2))
-        self.out = Linear(width, width, rngs=rngs)
-        self.norm_mlp = LayerNorm(width, eps=config.eps)
-        self.up = Linear(width, config.mlp_width, rngs=rngs)
-        self.down = Linear(config.mlp_width, width, rngs=rngs)
-        self.attention: Attention = make_attention()
+        super().__init__(config, bias=False, rngs=rngs)
+        self.query_bias, self.value_bias = (nnx.Param(jnp.zeros((config.width,), jnp.float32)) for _ in range(2))
 
-    def __call__(self, x: Float[Array, "B N D"], inputs: AttentionInputs) -> Float[Array, "B N D"]:
-        q, k, v = jnp.split(self.qkv(self.norm_attention(x)), 3, axis=-1)
-        biased = q + self.query_bias[...], k, v + self.value_bias[...]
-        q, k, v = (rearrange(each, "B N (K d) -> B N K d", K=self.heads) for each in biased)
-        x = x + self.out(rearrange(self.attention(q, k, v, inputs), "B N K d -> B N (K d)"))
-        return x + self.down(jax.nn.gelu(self.up(self.norm_mlp(x)), approximate=False))
+    def project(self, x: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
+        q, k, v = jnp.split(self.qkv(x), 3, axis=-1)
+        return jnp.concatenate([q + self.query_bias[...], k, v + self.value_bias[...]], axis=-1)
 
 
 class VideoMae(nnx.Module):

@@ -8,7 +8,7 @@ import pytest
 from dit_video.core.errors import MissingError, UserError
 from dit_video.core.resize import resize
 from dit_video.models.autoencoders import PatchVaeConfig
-from dit_video.models.conditioning import ClipView, ControlClip, Crop, LowResolutionClip
+from dit_video.models.conditioning import ClipView, ControlClip, FrameCrop, LowResolutionClip
 from dit_video.models.conditioning.control_clips import fold_pixels
 from dit_video.nn import ONE_DEVICE, init_params
 from dit_video.tokens import Grid, PackedRows
@@ -98,7 +98,7 @@ def test_the_control_of_a_training_clip_is_its_file_sampled_cropped_and_mirrored
     whole = np.random.default_rng(1).integers(0, 256, (12, 24, 40, 3), np.uint8)
     Clip(whole, fps=8.0).save(tmp_path / "a.apng")
     config = ControlClip(folder=str(tmp_path), pixels=Grid(4, 8, 8)).use_codec(Codec())
-    view = VIEW._replace(start=3, crop=Crop(24, 40, 5, 6), is_flipped=is_flipped)
+    view = VIEW._replace(start=3, crop=FrameCrop(24, 40, 5, 6), is_flipped=is_flipped)
     expected = whole[3:, 5:21, 6:38]
     expected = expected[:, :, ::-1] if is_flipped else expected
     np.testing.assert_array_equal(config.from_clip(view), fold_pixels(expected, 4, Grid(4, 8, 8)))
