@@ -5,7 +5,6 @@ from dit_video.core.platform.scripts import prepare_script
 prepare_script(__name__, huge_pages=False)
 
 from pathlib import Path
-from typing import Literal
 
 from dit_video import scenes
 from dit_video.core.command_line import check_minimum, parse_arguments
@@ -21,7 +20,7 @@ def main(
     levels: tuple[int, ...] = (1, 2),
     frames: tuple[int, ...] = (1, 9, 17),
     sides: tuple[tuple[int, int], ...] = scenes.SIDES,
-    kind: Literal["levels", "loops", "steered"] = "levels",
+    kind: scenes.SceneKind = "levels",
     depth: Path | None = None,
     actions: Path | None = None,
 ) -> None:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from dit_video.tokens import Grid
 
 FPS = 8.0
 FREE_FRAMES = 17
-"""Number of first frames in which objects of levels 1 and 2 touch no border."""
+"""Number of first frames in which objects of levels 1 and 2 would touch no border. In longer clips they touch none."""
 MIN_SIDE = 24
 SIDES = ((32, 32), (32, 48), (48, 32))
 """Heights and widths of scenes."""
@@ -45,8 +45,20 @@ _HELD_FRAMES = (2, 7)
 """Numbers of frames that an action holds: at least the first, and fewer than the second."""
 _STILL_PROB, _GRAVITY_PROB, _FIGURE_PROB, _OCCLUDER_PROB, _CAMERA_PROB = 0.2, 0.5, 0.35, 0.35, 0.5
 _MAX_TRIES = 1000
+SceneKind = Literal["levels", "loops", "steered"]
+"""Scenes of the three levels, loops of one object, and an object that is steered."""
 _GAP = 2.0
 """Pixels between two objects at the start, at least."""
+
+
+def draw_kind(
+    kind: SceneKind, index: int, *, seed: int, level: int, sizes: Sequence[Grid] = SIZES, fps: float = FPS
+) -> Scene:
+    """Draw scene `index` of a kind, the level of which counts for `levels` alone; see the functions of the kinds."""
+    if kind == "levels":
+        return draw_scene(index, seed=seed, level=level, sizes=sizes, fps=fps)
+    draw = {"loops": draw_loop, "steered": draw_steered}[kind]
+    return draw(index, seed=seed, sizes=sizes, fps=fps)
 
 
 def draw_scene(index: int, *, seed: int, level: int, sizes: Sequence[Grid] = SIZES, fps: float = FPS) -> Scene:
@@ -118,7 +130,7 @@ def _choose(generator: np.random.Generator, values: Sequence[str]) -> str:
 def _draw_object(
     generator: np.random.Generator, scene: Scene, colour: str, *, can_move: bool, depth: float = 1.0
 ) -> SceneObject | None:
-    """Return an object that stays in the frame in its first frames; None if it has no room to move."""
+    """Return an object that stays in the frame in all frames, or `FREE_FRAMES`; None if it has no room to move."""
     side = min(scene.size.h, scene.size.w)
     size = _choose(generator, tuple(RADII))
     radius = side * generator.uniform(*RADII[size])
@@ -130,7 +142,7 @@ def _draw_object(
     velocity = (sign[0] * pixels_per_second, sign[1] * pixels_per_second)
     start = []
     for length, rate in zip((scene.size.h, scene.size.w), velocity, strict=True):
-        travel = rate * (FREE_FRAMES - 1) / scene.fps
+        travel = rate * (max(FREE_FRAMES, scene.size.t) - 1) / scene.fps
         low, high = radius - min(travel, 0.0), length - radius - max(travel, 0.0)
         if low > high:
             return None

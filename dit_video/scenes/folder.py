@@ -7,14 +7,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
 
 from dit_video.core import files
 from dit_video.core.errors import UserError
-from dit_video.scenes.draw import ACTION_PIXELS, FPS, SIZES, draw_loop, draw_scene, draw_steered
+from dit_video.scenes.draw import ACTION_PIXELS, FPS, SIZES, SceneKind, draw_kind
 from dit_video.scenes.render import render
 from dit_video.scenes.scene import Scene
 from dit_video.tokens import Grid
@@ -29,7 +29,7 @@ def write_folder(
     levels: Sequence[int] = (1, 2),
     sizes: Sequence[Grid] = SIZES,
     fps: float = FPS,
-    kind: Literal["levels", "loops", "steered"] = "levels",
+    kind: SceneKind = "levels",
     depth: Path | None = None,
     actions: Path | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
@@ -47,11 +47,7 @@ def write_folder(
     if count < 1 or not levels:
         raise UserError(f"count={count} of {len(levels)} levels is invalid: use at least one clip and one level")
     options: dict[str, Any] = {"seed": seed, "sizes": sizes, "fps": fps}
-    if kind == "levels":
-        scenes = [draw_scene(index, level=levels[index % len(levels)], **options) for index in range(count)]
-    else:
-        draw = {"loops": draw_loop, "steered": draw_steered}[kind]
-        scenes = [draw(index, **options) for index in range(count)]
+    scenes = [draw_kind(kind, index, level=levels[index % len(levels)], **options) for index in range(count)]
     kinds = list(levels) if kind == "levels" else [kind]
     recipe = {"seed": seed, "levels": kinds, "sizes": [list(size) for size in sizes], "fps": fps}
     entries = [ClipEntry(scene.caption, scene.size.t, functools.partial(_render_clip, scene)) for scene in scenes]

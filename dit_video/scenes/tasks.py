@@ -42,8 +42,8 @@ from dit_video.sampling.tasks import (
     ZoomOut,
 )
 from dit_video.sampling.tasks.task_file import TaskEntry
-from dit_video.scenes import RenderedScene, Scene, draw_scene, render
-from dit_video.scenes.draw import SIZES, draw_loop, draw_steered
+from dit_video.scenes import RenderedScene, Scene, render
+from dit_video.scenes.draw import SIZES, SceneKind, draw_kind
 from dit_video.scenes.folder import get_actions
 from dit_video.scenes.position_metrics import ObjectPosition
 from dit_video.scenes.prompt_metrics import SceneColours, SceneDirections
@@ -60,8 +60,9 @@ ENLARGEMENT = 4
 """Factor between the sides of a scene and those of its clip of low resolution."""
 _GAP = 7
 """Number of frames of a transition."""
-_KEYFRAMES = (0, 11, 16)
-"""Known frames, the first two of which have ten others between them."""
+_LONG_FRAMES = 33
+_KEYFRAMES = (0, 11, 22, 32)
+"""Known frames of a long clip with ten others between them."""
 _ZOOM_STEPS, _ZOOM_FACTOR = 24, 1.1
 _FLOW_EDIT_DRAWS = 4
 """Number of noises in every step of FlowEdit."""
@@ -176,10 +177,8 @@ def _zoom_out(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _
     return TaskCase(task, _make_truth(rendered.clip, scene, reconstruct, is_known=is_known))
 
 
-def _loop(_: RenderedScene, drawn: Scene, reconstruct: Reconstruct, generator: np.random.Generator) -> TaskCase:
-    """Return a case of a looping scene, as the drawn one's object would leave the frame."""
-    scene = draw_loop(int(generator.integers(2**31)), seed=0, sizes=[drawn.size])
-    clip = _cut(render(scene).clip, slice(FRAMES - 1))
+def _loop(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
+    clip = _cut(rendered.clip, slice(FRAMES - 1))
     task = Loop(scene.caption, size=(FRAMES - 1, scene.size.h, scene.size.w))
     return TaskCase(task, TaskTruth(scene, clip, clip))
 
@@ -224,10 +223,9 @@ def _follow_depth(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruc
     return TaskCase(Generate(scene.caption, size=scene.size), truth, {"control": control})
 
 
-def _steer(_: RenderedScene, drawn: Scene, reconstruct: Reconstruct, generator: np.random.Generator) -> TaskCase:
+def _steer(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
     """Return a case of a steered object, from its first frame on."""
-    scene = draw_steered(int(generator.integers(2**31)), seed=0, sizes=[drawn.size])
-    clip = render(scene).clip
+    clip = rendered.clip
     task = Generate(scene.caption, size=scene.size, image=Clip(clip.frames[:1], clip.fps))
     return TaskCase(task, _make_truth(clip, scene, reconstruct), {"conditioning": {"actions": get_actions(scene)}})
 
@@ -268,14 +266,21 @@ def _make_truth(
 
 _IMAGES, _VIDEOS = (tuple(size for size in SIZES if size.t == frames) for frames in (1, FRAMES))
 _TWO_CLIPS = tuple(size._replace(t=2 * KNOWN + _GAP) for size in _VIDEOS)
+_LONG_VIDEOS = tuple(size._replace(t=_LONG_FRAMES) for size in _VIDEOS)
 _KEPT = (KeptPixels(), SceneDirections())
-_BETWEEN = (InterpolationGain(), KeptPixels())
+_BETWEEN: dict[str, Any] = {
+    "metrics": (InterpolationGain(), KeptPixels()),
+    "sizes": _LONG_VIDEOS,
+    "kind": "loops",
+}
+"""Interpolation is of long clips of a pixel or more a frame: of a slower object, blended frames are as good."""
 
 
 class _TaskKind(NamedTuple):
     make_case: MakeCase
     metrics: tuple[Metric, ...]
     sizes: tuple[Grid, ...] = _VIDEOS
+    kind: SceneKind = "levels"
     is_completion: bool = True
     """Whether a model may be trained for it, so that it is measured with training-free replacement, too."""
 
@@ -286,14 +291,14 @@ _KINDS = {
     "first_and_last_frame": _TaskKind(_from_frames(0, FRAMES - 1), _KEPT),
     "extension_forwards": _TaskKind(_extend(before=False), (ObjectPosition(),)),
     "extension_backwards": _TaskKind(_extend(before=True), (ObjectPosition(),)),
-    "interpolation_2x": _TaskKind(_interpolate(range(0, FRAMES, 2), factor=2), _BETWEEN),
-    "interpolation_4x": _TaskKind(_interpolate(range(0, FRAMES, 4), factor=4), _BETWEEN),
-    "keyframes": _TaskKind(_interpolate(_KEYFRAMES, places=_KEYFRAMES), _BETWEEN),
+    "interpolation_2x": _TaskKind(_interpolate(range(0, _LONG_FRAMES, 2), factor=2), **_BETWEEN),
+    "interpolation_4x": _TaskKind(_interpolate(range(0, _LONG_FRAMES, 4), factor=4), **_BETWEEN),
+    "keyframes": _TaskKind(_interpolate(_KEYFRAMES, places=_KEYFRAMES), **_BETWEEN),
     "inpainting": _TaskKind(_inpaint, (KeptPixels(), SceneColours(), RegionBorder())),
     "outpainting": _TaskKind(_outpaint, (KeptPixels(), RegionBorder())),
     "zoom_out": _TaskKind(_zoom_out, (ZoomSteps(), RegionBorder()), _IMAGES),
     "blending": _TaskKind(_blend, (TransitionJump(), ConnectedTransition()), _TWO_CLIPS),
-    "loop": _TaskKind(_loop, (LoopSeam(),), is_completion=False),
+    "loop": _TaskKind(_loop, (LoopSeam(),), kind="loops", is_completion=False),
     "editing_sdedit": _TaskKind(_edit(None), (EditSuccess(),), is_completion=False),
     "editing_flow_edit": _TaskKind(_edit("flow_edit"), (EditSuccess(),), is_completion=False),
     "editing_inversion": _TaskKind(_edit("inversion"), (EditSuccess(),), is_completion=False),
@@ -301,7 +306,7 @@ _KINDS = {
 """Tasks on scenes, by name."""
 _CONDITIONED_KINDS = {
     "super_resolution": _TaskKind(_enlarge, (EnlargementGain(), SceneColours()), is_completion=False),
-    "actions": _TaskKind(_steer, (ObjectPosition(), SceneColours()), is_completion=False),
+    "actions": _TaskKind(_steer, (ObjectPosition(), SceneColours()), kind="steered", is_completion=False),
     "depth": _TaskKind(_follow_depth, (DepthAgreement(), SceneColours(), ObjectPosition()), is_completion=False),
 }
 """Tasks of models with conditioning of their own; their protocols begin with `scenes_`, and not with `task_`."""
@@ -342,14 +347,14 @@ class SceneTaskProtocol(EvaluationProtocol):
 
     def make_items(self, pipeline: Pipeline, data: EvaluationData) -> list[EvaluationItem]:
         """Return the tasks of scenes, of the levels in turn; scenes that do not have the task are left out."""
-        make_case = (_KINDS | _CONDITIONED_KINDS)[self.task].make_case
+        kind = (_KINDS | _CONDITIONED_KINDS)[self.task]
         items, number = list[EvaluationItem](), 0
         while len(items) < self.count:
             level = self.levels[len(items) % len(self.levels)]
-            scene = draw_scene(number, seed=self.seed, level=level, sizes=self.sizes)
+            scene = draw_kind(kind.kind, number, seed=self.seed, level=level, sizes=self.sizes)
             generator = make_generator(self.seed, "task case", number)
             number += 1
-            if (case := make_case(render(scene), scene, pipeline.reconstruct, generator)) is not None:
+            if (case := kind.make_case(render(scene), scene, pipeline.reconstruct, generator)) is not None:
                 resample = self.resample if self.method == "training_free" else 1
                 seed = self.seed + len(items)
                 options = Request("", seed=seed, method=self.method, resample=resample, **case.options)

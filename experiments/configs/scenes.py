@@ -1,7 +1,7 @@
 """A text-to-video model of rendered scenes with one or two textured objects, trained from scratch on a laptop.
 
     python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
-    python tools/render_scenes.py --out runs/scenes/clips --count 6000 --frames 1 9 17 17
+    python tools/render_scenes.py --out runs/scenes/clips --count 6000 --frames 1 9 17 17 33
     python experiments/train.py experiments/configs/scenes.py --data runs/scenes/one_object runs/scenes/clips \
         --workdir runs/scenes/text
 
@@ -21,18 +21,18 @@ from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.encoders import WordEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
-from dit_video.training.optim.optimizer import AdamW, Muon
+from dit_video.training.optim.optimizer import Muon
 from dit_video.training.optim.schedules import Constant, Cosine, WarmupStableDecay
 
-DATA = DataConfig(max_pixels=32 * 48, max_frames=17, weights=(0.0, 1.0))
+DATA = DataConfig(max_pixels=32 * 48, max_frames=33, weights=(0.0, 1.0))
 OPTIMIZER = Muon(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=50), rms=0.5, b2=0.99)
 
 EXPERIMENT = Experiment(
     name="scenes",
     data=DATA,
     model=ModelConfig(
-        autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=3, preactivated=True),
-        backbone=DiTConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
+        autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=128, blocks=3, preactivated=True),
+        backbone=DiTConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
         text_encoder=WordEncoderConfig(width=96, layers=1, max_tokens=64),
         process=RectifiedFlow(shift=4.0),
         layout=PackedShape(tokens=120, text=256, segments=8),
@@ -40,11 +40,12 @@ EXPERIMENT = Experiment(
     stages=(
         TrainAutoencoder(
             windows=(
+                WindowConfig(size=Grid(33, 32, 32), batch=6),
                 WindowConfig(size=Grid(17, 32, 32), batch=12),
                 WindowConfig(size=Grid(9, 32, 32), batch=16),
                 WindowConfig(size=Grid(1, 32, 32), batch=32),
             ),
-            optimizer=AdamW(learning_rate=2e-3, schedule=Cosine(warmup=30)),
+            optimizer=Muon(learning_rate=3e-3, schedule=Cosine(warmup=30), rms=0.5),
             steps=4000,
             # Without the gradient's error, borders between latents show, in space and in time.
             loss=dataclasses.replace(AutoencoderObjective.pixels(kl=1e-4), gradient=2.0),

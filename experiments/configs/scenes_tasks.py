@@ -1,8 +1,8 @@
 """A model of rendered scenes that makes clips from text and completes clips: every task of the framework.
 
     python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
-    python tools/render_scenes.py --out runs/scenes/clips --count 6000 --frames 1 9 17 17
-    python tools/render_scenes.py --out runs/scenes/loops --count 1500 --kind loops --frames 17 --seed 2
+    python tools/render_scenes.py --out runs/scenes/clips --count 6000 --frames 1 9 17 17 33
+    python tools/render_scenes.py --out runs/scenes/loops --count 1500 --kind loops --frames 17 33 --seed 2
     python experiments/train.py experiments/configs/scenes_tasks.py \
         --data runs/scenes/one_object runs/scenes/clips runs/scenes/loops --workdir runs/scenes/tasks
 

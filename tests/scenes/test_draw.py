@@ -32,10 +32,11 @@ def test_a_scene_is_a_function_of_its_arguments():
     assert scene not in others
 
 
+@pytest.mark.parametrize("frames", [17, 33])
 @pytest.mark.parametrize("level", [1, 2])
-def test_objects_move_as_their_caption_says_and_stay_in_the_frame(level):
+def test_objects_move_as_their_caption_says_and_stay_in_the_frame(level, frames):
     for index in range(30):
-        scene = draw_scene(index, seed=3, level=level, sizes=SIZES)
+        scene = draw_scene(index, seed=3, level=level, sizes=(SIZES[0]._replace(t=frames),))
         trajectories = simulate(scene)
         assert trajectories.events == ()
         for number, each in enumerate(scene.objects):
@@ -48,7 +49,7 @@ def test_objects_move_as_their_caption_says_and_stay_in_the_frame(level):
             assert np.sign(np.round(moved, 6)).tolist() == expected.tolist()
             assert each.phrase in scene.caption
             if each.direction is not None:
-                shares = np.abs(moved).sum() / (16 / scene.fps) / 48
+                shares = np.abs(moved).sum() / ((frames - 1) / scene.fps) / 48
                 assert (shares > 0.2) == (each.speed == "quickly")
                 assert f"{each.phrase} moving {each.direction} {each.speed}" in scene.caption
 

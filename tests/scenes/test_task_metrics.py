@@ -113,12 +113,12 @@ def test_extensions_that_stop_or_show_something_else_fail(name):
 
 def test_linear_blending_gains_nothing_and_other_clips_lose():
     for name, frames in (
-        ("interpolation_2x", range(0, 17, 2)),
-        ("interpolation_4x", range(0, 17, 4)),
-        ("keyframes", (0, 11, 16)),
+        ("interpolation_2x", range(0, 33, 2)),
+        ("interpolation_4x", range(0, 33, 4)),
+        ("keyframes", (0, 11, 22, 32)),
     ):
         cases = get_cases(name)
-        is_known = np.isin(np.arange(17), frames)
+        is_known = np.isin(np.arange(33), frames)
         blended = [
             replace(case.truth.reference, frames=blend_linearly(case.truth.reconstruction.frames, is_known))
             for case in cases
@@ -231,7 +231,8 @@ def test_a_transition_that_stands_still_jumps_or_fades_does_not_connect_two_clip
         clips = [fill_gap(case, fill) for case in cases]
         shares.append(measure("blending", clips, cases)["transition_connected"])
     assert max(shares) < 0.3, shares
-    assert measure("blending", swap(truths(cases)), cases)["transition_connected"] == 0
+    # Another clip has the right objects by chance.
+    assert measure("blending", swap(truths(cases)), cases)["transition_connected"] < 0.1
 
 
 def get_conditioned_cases(name, count=COUNT):
