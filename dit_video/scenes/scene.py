@@ -1,7 +1,7 @@
 """Description of a scene, and its caption: objects, a figure, an occluder, the background and the camera's motion."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dit_video.tokens import Grid
 
@@ -117,6 +117,8 @@ class CameraMotion:
 class Scene:
     """All that a clip is rendered from."""
 
+    colours: ClassVar[tuple[str, ...]] = tuple(COLOURS)
+    """Colours of objects."""
     level: Level
     size: Grid
     """Frames, height and width of the clip."""

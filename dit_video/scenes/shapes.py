@@ -7,9 +7,10 @@ compose.
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from dit_video.core import rng
 from dit_video.core.errors import UserError
 from dit_video.scenes.folder import ClipEntry, format_clip_name, write_clip_folder
+from dit_video.scenes.scene import Scene, SceneObject
 from dit_video.tokens import Grid
 from dit_video.video import Clip
 
@@ -219,6 +221,54 @@ def draw_example(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> t
     size = candidates[int(generator.integers(len(candidates)))]
     description = sample_description(generator, frames=size.t)
     return description, sample_geometry(generator, description, height=size.h, width=size.w), size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeScene(Scene):
+    """A clip of this data set as a scene of one object, for those who judge scenes.
+
+    Its colours are among those that they tell apart.
+    """
+
+    colours: ClassVar[tuple[str, ...]] = ("red", "green", "blue", "yellow", "white")
+
+    @property
+    def caption(self) -> str:
+        """Return the clip's caption."""
+        return format_caption(self._description)
+
+    @property
+    def _description(self) -> Description:
+        (shape,) = self.objects
+        return Description(colour=shape.colour, shape=shape.shape, direction=shape.direction)
+
+    def render_clip(self) -> Clip:
+        """Render the clip."""
+        (shape,), (frames, height, width) = self.objects, self.size
+        speed = float(np.abs(shape.velocity).sum()) / self.fps
+        geometry = Geometry(row=shape.start[0], column=shape.start[1], radius=shape.radius, speed=speed)
+        return render(self._description, geometry, frames=frames, height=height, width=width)
+
+
+def draw_shape_scene(index: int, *, seed: int, sizes: Sequence[Grid] = SIZES) -> ShapeScene:
+    """Draw shape `index` of the data set `seed` as a scene."""
+    generator = rng.make_generator(seed, "shape scenes", index)
+    size = sizes[int(generator.integers(len(sizes)))]
+    candidates = [each for each in (IMAGES if size.t == 1 else TRAINING) if each.colour in ShapeScene.colours]
+    description = candidates[int(generator.integers(len(candidates)))]
+    geometry = sample_geometry(generator, description, height=size.h, width=size.w)
+    signs = (0, 0) if description.direction is None else DIRECTIONS[description.direction]
+    shape = SceneObject(
+        colour=description.colour,
+        texture="plain",
+        shape=description.shape,
+        size="small",
+        radius=geometry.radius,
+        start=(geometry.row, geometry.column),
+        velocity=(FPS * geometry.speed * signs[0], FPS * geometry.speed * signs[1]),
+        direction=description.direction,
+    )
+    return ShapeScene(level=1, size=size, fps=FPS, background="black", objects=(shape,))
 
 
 def get_file_name(index: int, *, seed: int, sizes: tuple[Grid, ...] = SIZES) -> str:

@@ -47,7 +47,7 @@ from dit_video.scenes.draw import SIZES, SceneKind, draw_kind
 from dit_video.scenes.folder import get_actions
 from dit_video.scenes.position_metrics import ObjectPosition
 from dit_video.scenes.prompt_metrics import SceneColours, SceneDirections
-from dit_video.scenes.scene import COLOURS
+from dit_video.scenes.shapes import ShapeScene, draw_shape_scene
 from dit_video.scenes.task_metrics import ConnectedTransition, DepthAgreement, EditSuccess, LoopSeam
 from dit_video.tokens import Grid
 from dit_video.video import Clip
@@ -154,7 +154,7 @@ def _inpaint(
     target = _recolour(scene, generator)
     task = Inpaint(rendered.clip, generated, target.caption)
     is_known = np.broadcast_to(~generated, scene.size)
-    return TaskCase(task, _make_truth(render(target).clip, target, reconstruct, is_known=is_known, source=scene))
+    return TaskCase(task, _make_truth(_render(target).clip, target, reconstruct, is_known=is_known, source=scene))
 
 
 def _outpaint(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: np.random.Generator) -> TaskCase:
@@ -195,7 +195,7 @@ def _edit(method: EditMethod | None) -> MakeCase:
             draws = _FLOW_EDIT_DRAWS if method == "flow_edit" else 1
             options: dict[str, Any] = {"source": rendered.clip.caption, "edit_method": method, "draws": draws}
             task = DescribedEdit(rendered.clip, target.caption, **options)
-        truth = _make_truth(render(target).clip, target, reconstruct, source=scene)
+        truth = _make_truth(_render(target).clip, target, reconstruct, source=scene)
         return TaskCase(task, truth)
 
     return make_case
@@ -230,6 +230,11 @@ def _steer(rendered: RenderedScene, scene: Scene, reconstruct: Reconstruct, _: n
     return TaskCase(task, _make_truth(clip, scene, reconstruct), {"conditioning": {"actions": get_actions(scene)}})
 
 
+def _render(scene: Scene) -> RenderedScene:
+    rendered = render(scene)
+    return rendered._replace(clip=scene.render_clip()) if isinstance(scene, ShapeScene) else rendered
+
+
 def _has_motion(scene: Scene) -> bool:
     return any(each.direction is not None for each in scene.objects)
 
@@ -247,7 +252,7 @@ def _know_frames(scene: Scene, frames: Sequence[int]) -> IsKnown:
 def _recolour(scene: Scene, generator: np.random.Generator) -> Scene:
     """Return a scene whose last object has a colour that the scene lacks."""
     used = {each.colour for each in scene.objects}
-    colour = str(generator.choice([name for name in COLOURS if name not in used]))
+    colour = str(generator.choice([name for name in scene.colours if name not in used]))
     *others, last = scene.objects
     return replace(scene, objects=(*others, replace(last, colour=colour)))
 
@@ -330,6 +335,8 @@ class SceneTaskProtocol(EvaluationProtocol):
     """Levels of the scenes, in turn."""
     sizes: tuple[Grid, ...] = _VIDEOS
     """Sizes of the scenes."""
+    data: Literal["scenes", "shapes"] = "scenes"
+    """Scenes of the task's kind, or clips of the quickstart's data, which the shipped model knows."""
     method: Method = "auto"
     """Way in which known pixels are kept; see `Request`."""
     resample: int = 1
@@ -351,10 +358,14 @@ class SceneTaskProtocol(EvaluationProtocol):
         items, number = list[EvaluationItem](), 0
         while len(items) < self.count:
             level = self.levels[len(items) % len(self.levels)]
-            scene = draw_kind(kind.kind, number, seed=self.seed, level=level, sizes=self.sizes)
+            scene: Scene
+            if self.data == "shapes":
+                scene = draw_shape_scene(number, seed=self.seed, sizes=self.sizes)
+            else:
+                scene = draw_kind(kind.kind, number, seed=self.seed, level=level, sizes=self.sizes)
             generator = make_generator(self.seed, "task case", number)
             number += 1
-            if (case := kind.make_case(render(scene), scene, pipeline.reconstruct, generator)) is not None:
+            if (case := kind.make_case(_render(scene), scene, pipeline.reconstruct, generator)) is not None:
                 resample = self.resample if self.method == "training_free" else 1
                 seed = self.seed + len(items)
                 options = Request("", seed=seed, method=self.method, resample=resample, **case.options)

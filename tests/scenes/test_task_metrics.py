@@ -26,10 +26,10 @@ def blur(clip: Clip) -> Clip:
     return replace(clip, frames=np.clip(clip.frames + noise, 0, 255).astype(np.uint8))
 
 
-def get_cases(name, count=COUNT, levels=(1, 2)):
+def get_cases(name, count=COUNT, levels=(1, 2), data="scenes"):
     protocol = PROTOCOLS[f"task_{name}"]
     assert isinstance(protocol, SceneTaskProtocol)
-    drawn = replace(protocol, count=count, seed=7, levels=levels)
+    drawn = replace(protocol, count=count, seed=7, levels=levels, data=data)
     return drawn.make_items(Mock(Pipeline, reconstruct=blur), drawn.make_data(None))
 
 
@@ -76,6 +76,23 @@ def test_text_to_video_is_judged_by_colours_and_directions():
     assert measure("text_to_video", reversed_clips, cases)["scene_directions"] == pytest.approx(still)
     assert measure("text_to_video", list(map(freeze, clips)), cases)["scene_directions"] == pytest.approx(still)
     assert measure("text_to_video", swap(clips), cases)["scene_colours"] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("text_to_video", {"scene_colours": 1.0, "scene_directions": 1.0}),
+        ("extension_forwards", {"position_error": pytest.approx(0, abs=0.5)}),
+        ("blending", {"transition_connected": 1.0}),
+        ("editing_sdedit", {"edited_colour": 1.0, "edited_distance": pytest.approx(0, abs=0.5)}),
+    ],
+)
+def test_clips_of_the_quickstart_are_judged_as_scenes(name, right):
+    cases = get_cases(name, data="shapes")
+    assert {len(each.split()) for each in (case.truth.scene.caption for case in cases)} <= {3, 5}  # a red circle …
+    assert measure(name, truths(cases), cases).items() >= right.items()
+    wrong = measure(name, swap(truths(cases)), cases)
+    assert all(wrong[key] != value for key, value in right.items())
 
 
 def test_directions_are_those_that_captions_name():
