@@ -9,7 +9,8 @@ encoder's tokens (2.1, and 2.2 A14B). Or the latents of known pixels are in the 
 TI2V-5B).
 
 Without training, known parts of a sample are replaced after every step by their own noisy latents. Any model completes
-clips in this way (RePaint, arXiv 2201.09865, and before it arXiv 2011.13456, appendix I.2).
+clips in this way (RePaint, arXiv 2201.09865, and before it arXiv 2011.13456, appendix I.2). The model sees them clean:
+then what is new goes on from them much better than from noise.
 """
 
 import warnings
@@ -22,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
+from dit_video.diffusion import Process
 from dit_video.models.autoencoders import latent_grid
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.conditioning import (
@@ -51,7 +53,7 @@ from dit_video.sampling.plan import (
     make_latent_fields,
 )
 from dit_video.sampling.request import OPTIONS, Conditioner, ModelParts, Request
-from dit_video.tokens import Field, Grid
+from dit_video.tokens import Field, Grid, PackedBatch
 from dit_video.video import Clip
 
 IMAGE_IS_NEEDED = "this model needs an image; give image=, a clip of one frame or pixels [H W 3]"
@@ -350,22 +352,42 @@ def _encode_tokens(known: KnownPixels | None, model: ModelParts) -> Float32[np.n
 class LatentReplacement(StepTransform):
     """Known latents, which are noised with the sample's initial noise to its time after every step.
 
-    Latents of a strength below 1 are released at the time `1 - strength`, and are denoised with the others from then
-    on.
+    Latents are released at the time `1 - strength`, and are denoised with the others from then on. Until then the model
+    sees them as at that time, clean at a strength of 1, and has that time for them if it has one per token.
     """
 
     def list_fields(self, channels: int) -> tuple[Field, ...]:
         return make_latent_fields(HELD_LATENTS, HELD_STRENGTH, channels=channels)
 
+    def change_input(
+        self, noisy: Float[Array, "B N p"], times: Float[Array, "B N"], rows: PackedBatch, process: Process
+    ) -> tuple[Float[Array, "B N p"], Float[Array, "B N"]]:
+        """Show the known latents that are not released yet as they will be then."""
+        release = self._get_release_times(rows)
+        known = process.input_scale(release) * self._add_noise(rows, release, process)
+        times = jnp.where((release < 1).all(axis=-1), jnp.minimum(times, release.max(axis=-1)), times)
+        return jnp.where(self._is_held(release, times[..., None]), known, noisy), times
+
     def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:
         """Replace the known latents that are not released yet."""
-        rows, time = inputs.rows, inputs.time
+        known = self._add_noise(inputs.rows, inputs.time, inputs.process)
+        return jnp.where(self._is_held(self._get_release_times(inputs.rows), inputs.time), known, sample)
+
+    @staticmethod
+    def _get_release_times(rows: PackedBatch) -> Float[Array, "B N p"]:
+        """Return the time at which each value is released; 1 for those that are not known."""
         strength = jnp.asarray(rows.fields[HELD_STRENGTH])
-        is_held = (strength > 0) & (time >= 1 - strength - TIME_TOLERANCE)
-        known = inputs.process.add_noise(jnp.asarray(rows.fields[HELD_LATENTS]), jnp.asarray(rows.tokens), time)
         # A patch has one strength for each position, and the latents' channels for each.
-        is_held = jnp.repeat(is_held, sample.shape[-1] // strength.shape[-1], axis=-1)
-        return jnp.where(is_held, known, sample)
+        return 1 - jnp.repeat(strength, rows.fields[HELD_LATENTS].shape[-1] // strength.shape[-1], axis=-1)
+
+    @staticmethod
+    def _is_held(release: Float[Array, "B N p"], time: Float[Array, "*times"]) -> Bool[Array, "B N p"]:
+        return (release < 1) & (time >= release - TIME_TOLERANCE)
+
+    @staticmethod
+    def _add_noise(rows: PackedBatch, time: Float[Array, "*times"], process: Process) -> Float[Array, "B N p"]:
+        """Return the known latents with the sample's initial noise."""
+        return process.add_noise(jnp.asarray(rows.fields[HELD_LATENTS]), jnp.asarray(rows.tokens), time)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
