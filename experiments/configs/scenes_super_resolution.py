@@ -41,7 +41,7 @@ EXPERIMENT = dataclasses.replace(
             frame_conditioning=FrameConditioning(prob=0.0),
             batch=10,
             optimizer=scenes.OPTIMIZER,
-            steps=600,
+            steps=1000,
             ema_decay=0.99,
         ),
     ),
