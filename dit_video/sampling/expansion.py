@@ -6,8 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+
 from dit_video.core.chat import ChatServer, RequestError
+from dit_video.core.errors import UserError
 from dit_video.core.files import read_json, write_json
+from dit_video.distributed.exchange import broadcast_values
 
 INSTRUCTIONS = """\
 Rewrite the user's text as a prompt for a model that makes videos from text. Keep what it asks for, and every \
@@ -36,7 +40,10 @@ class ExpandedPrompt(str):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptExpander:
-    """A language model that expands prompts, once each: results are cached in a folder."""
+    """A language model that expands prompts, once each: results are cached in a folder.
+
+    Of several processes, which sample together, the first one asks.
+    """
 
     server: ChatServer
     instructions: str = INSTRUCTIONS
@@ -56,20 +63,32 @@ class PromptExpander:
         original = prompt.strip()
         if not original or isinstance(prompt, ExpandedPrompt):
             return prompt
-        file = None if self.cache is None else self.cache / f"{self._hash(original)}.json"
-        if file is not None and file.is_file():
-            text = str(read_json(file)["text"])
-        else:
-            self.server.check()
-            answer = self.server.ask(original, max_tokens=self.max_tokens, instructions=self.instructions)
-            text = _clean(answer)
-            if not text:
-                raise RequestError(f"{self.server.url} answers nothing. Use another model, or do without expansion")
-            if file is not None:
-                write_json(file, {"prompt": original, "text": text, "model": self.server.model})
+        text, *_ = broadcast_values(self._try(original) if jax.process_index() == 0 else "")
+        if isinstance(text, UserError):
+            raise text
         if len(self._originals) < _MAX_ORIGINALS:
             self._originals[text] = original
         return ExpandedPrompt(text, original)
+
+    def _try(self, original: str) -> str | UserError:
+        """Return a prompt expanded, or the error."""
+        try:
+            return self._read_or_ask(original)
+        except UserError as error:
+            return error
+
+    def _read_or_ask(self, original: str) -> str:
+        file = None if self.cache is None else self.cache / f"{self._hash(original)}.json"
+        if file is not None and file.is_file():
+            return str(read_json(file)["text"])
+        self.server.check()
+        answer = self.server.ask(original, max_tokens=self.max_tokens, instructions=self.instructions)
+        text = _clean(answer)
+        if not text:
+            raise RequestError(f"{self.server.url} answers nothing. Use another model, or do without expansion")
+        if file is not None:
+            write_json(file, {"prompt": original, "text": text, "model": self.server.model})
+        return text
 
     def recall(self, prompt: str) -> str:
         """Return a prompt as `ExpandedPrompt` if it was made by this expander, such as one that a page sends back."""

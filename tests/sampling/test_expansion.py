@@ -15,6 +15,7 @@ from dit_video.models.backbones.dit import DiTConfig
 from dit_video.models.backbones.ltx import LtxDitConfig
 from dit_video.models.backbones.vace import VaceDitConfig
 from dit_video.models.backbones.wan import WanDitConfig
+from dit_video.sampling import expansion
 from dit_video.sampling.clip_recipe import describe_request
 from dit_video.sampling.expansion import INSTRUCTIONS, ExpandedPrompt, PromptExpander
 from dit_video.sampling.request import Request
@@ -61,6 +62,16 @@ def test_a_prompt_is_expanded_once(server, tmp_path):
     assert len(server.requests) == 2
     assert expander.recall(LONG).original == "a cat"
     assert not isinstance(expander.recall("a dog"), ExpandedPrompt)
+
+
+def test_the_first_of_several_processes_asks(server, monkeypatch):
+    monkeypatch.setattr(expansion, "broadcast_values", lambda value: iter([LONG, value]))
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    assert make_expander(server)("a cat") == LONG
+    assert server.requests == []
+    monkeypatch.setattr(expansion, "broadcast_values", lambda value: iter([UserError("no answer"), value]))
+    with pytest.raises(UserError, match="no answer"):
+        make_expander(server)("a cat")
 
 
 @pytest.mark.parametrize(
