@@ -365,7 +365,7 @@ class LatentReplacement(StepTransform):
         """Show the known latents that are not released yet as they will be then."""
         release = self._get_release_times(rows)
         known = process.input_scale(release) * self._add_noise(rows, release, process)
-        times = jnp.where((release < 1).all(axis=-1), jnp.minimum(times, release.max(axis=-1)), times)
+        times = jnp.minimum(times, release.max(axis=-1))
         return jnp.where(self._is_held(release, times[..., None]), known, noisy), times
 
     def change_sample(self, sample: Float[Array, "B N p"], inputs: StepInputs) -> Float[Array, "B N p"]:

@@ -33,7 +33,8 @@ from dit_video.tokens import Grid
 
 FPS = 8.0
 FREE_FRAMES = 17
-"""Number of first frames in which objects of levels 1 and 2 would touch no border. In longer clips they touch none."""
+"""Number of frames for which objects of levels 1 and 2 have room, even in shorter clips. In longer ones they have room
+for all frames."""
 MIN_SIDE = 24
 SIDES = ((32, 32), (32, 48), (48, 32))
 """Heights and widths of scenes."""
@@ -130,7 +131,7 @@ def _choose(generator: np.random.Generator, values: Sequence[str]) -> str:
 def _draw_object(
     generator: np.random.Generator, scene: Scene, colour: str, *, can_move: bool, depth: float = 1.0
 ) -> SceneObject | None:
-    """Return an object that stays in the frame in all frames, or `FREE_FRAMES`; None if it has no room to move."""
+    """Return an object that stays in the frame, for `FREE_FRAMES` frames or more; None if it has no room to move."""
     side = min(scene.size.h, scene.size.w)
     size = _choose(generator, tuple(RADII))
     radius = side * generator.uniform(*RADII[size])

@@ -273,21 +273,24 @@ _IMAGES, _VIDEOS = (tuple(size for size in SIZES if size.t == frames) for frames
 _TWO_CLIPS = tuple(size._replace(t=2 * KNOWN + _GAP) for size in _VIDEOS)
 _LONG_VIDEOS = tuple(size._replace(t=_LONG_FRAMES) for size in _VIDEOS)
 _KEPT = (KeptPixels(), SceneDirections())
-_BETWEEN: dict[str, Any] = {
-    "metrics": (InterpolationGain(), KeptPixels()),
-    "sizes": _LONG_VIDEOS,
-    "kind": "loops",
-}
-"""Interpolation is of long clips of a pixel or more a frame: of a slower object, blended frames are as good."""
 
 
 class _TaskKind(NamedTuple):
     make_case: MakeCase
     metrics: tuple[Metric, ...]
     sizes: tuple[Grid, ...] = _VIDEOS
-    kind: SceneKind = "levels"
+    scenes: SceneKind = "levels"
     is_completion: bool = True
     """Whether a model may be trained for it, so that it is measured with training-free replacement, too."""
+
+
+def _between(frames: Sequence[int], **spacing: Any) -> _TaskKind:
+    """Return the task of frames between known ones, in clips of a pixel or more a frame.
+
+    Of slower objects, blended frames are as good.
+    """
+    metrics = (InterpolationGain(), KeptPixels())
+    return _TaskKind(_interpolate(frames, **spacing), metrics, _LONG_VIDEOS, scenes="loops")
 
 
 _KINDS = {
@@ -296,14 +299,14 @@ _KINDS = {
     "first_and_last_frame": _TaskKind(_from_frames(0, FRAMES - 1), _KEPT),
     "extension_forwards": _TaskKind(_extend(before=False), (ObjectPosition(),)),
     "extension_backwards": _TaskKind(_extend(before=True), (ObjectPosition(),)),
-    "interpolation_2x": _TaskKind(_interpolate(range(0, _LONG_FRAMES, 2), factor=2), **_BETWEEN),
-    "interpolation_4x": _TaskKind(_interpolate(range(0, _LONG_FRAMES, 4), factor=4), **_BETWEEN),
-    "keyframes": _TaskKind(_interpolate(_KEYFRAMES, places=_KEYFRAMES), **_BETWEEN),
+    "interpolation_2x": _between(range(0, _LONG_FRAMES, 2), factor=2),
+    "interpolation_4x": _between(range(0, _LONG_FRAMES, 4), factor=4),
+    "keyframes": _between(_KEYFRAMES, places=_KEYFRAMES),
     "inpainting": _TaskKind(_inpaint, (KeptPixels(), SceneColours(), RegionBorder())),
     "outpainting": _TaskKind(_outpaint, (KeptPixels(), RegionBorder())),
     "zoom_out": _TaskKind(_zoom_out, (ZoomSteps(), RegionBorder()), _IMAGES),
     "blending": _TaskKind(_blend, (TransitionJump(), ConnectedTransition()), _TWO_CLIPS),
-    "loop": _TaskKind(_loop, (LoopSeam(),), kind="loops", is_completion=False),
+    "loop": _TaskKind(_loop, (LoopSeam(),), scenes="loops", is_completion=False),
     "editing_sdedit": _TaskKind(_edit(None), (EditSuccess(),), is_completion=False),
     "editing_flow_edit": _TaskKind(_edit("flow_edit"), (EditSuccess(),), is_completion=False),
     "editing_inversion": _TaskKind(_edit("inversion"), (EditSuccess(),), is_completion=False),
@@ -311,7 +314,7 @@ _KINDS = {
 """Tasks on scenes, by name."""
 _CONDITIONED_KINDS = {
     "super_resolution": _TaskKind(_enlarge, (EnlargementGain(), SceneColours()), is_completion=False),
-    "actions": _TaskKind(_steer, (ObjectPosition(), SceneColours()), kind="steered", is_completion=False),
+    "actions": _TaskKind(_steer, (ObjectPosition(), SceneColours()), scenes="steered", is_completion=False),
     "depth": _TaskKind(_follow_depth, (DepthAgreement(), SceneColours(), ObjectPosition()), is_completion=False),
 }
 """Tasks of models with conditioning of their own; their protocols begin with `scenes_`, and not with `task_`."""
@@ -362,7 +365,7 @@ class SceneTaskProtocol(EvaluationProtocol):
             if self.data == "shapes":
                 scene = draw_shape_scene(number, seed=self.seed, sizes=self.sizes)
             else:
-                scene = draw_kind(kind.kind, number, seed=self.seed, level=level, sizes=self.sizes)
+                scene = draw_kind(kind.scenes, number, seed=self.seed, level=level, sizes=self.sizes)
             generator = make_generator(self.seed, "task case", number)
             number += 1
             if (case := kind.make_case(_render(scene), scene, pipeline.reconstruct, generator)) is not None:

@@ -1,4 +1,4 @@
-"""What vision transformers of the features share: the check of their sizes, and their block."""
+"""The block of the vision transformers that compute features, and the check of their sizes."""
 
 from typing import Any
 
