@@ -37,9 +37,9 @@ def write_folder(
     """Write scenes 0 … count-1, of the levels in turn or of another kind, and return the folder.
 
     The clips are `clips/000000.mp4` (`.png` for one frame), their captions are in `metadata.csv`, and what they hold in
-    `scenes.jsonl`. Repeating an interrupted call completes it; `progress(done, total)` is called after every clip. The
-    folder `depth`, if there is one, gets the depth of each clip under the clip's name, and `actions` those of steered
-    objects for `FrameActions`.
+    `scenes.jsonl`. Repeating an interrupted call completes it. The folder `depth`, if there is one, gets the depth of
+    each clip under the clip's name, and `actions` those of steered objects for `FrameActions`. `progress(done, total)`
+    is called after every clip, and after the depth of every clip.
 
     Raises:
       UserError: If there are no clips, levels or sizes, or the folder holds clips of other arguments.
@@ -54,9 +54,10 @@ def write_folder(
     names = write_clip_folder(folder, entries, recipe=recipe, progress=progress)
     documents = ({"file_name": name} | asdict(scene) for name, scene in zip(names, scenes, strict=True))
     files.write_text(folder / "scenes.jsonl", "".join(f"{json.dumps(each)}\n" for each in documents))
-    for name, scene in zip(names, scenes, strict=True):
+    for index, (name, scene) in enumerate(zip(names, scenes, strict=True)):
         if depth is not None and not (depth / name).exists():
             render(scene).depth_clip.save(depth / name)
+            progress(index + 1, count)
         if actions is not None:
             path = actions / f"{name}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """A text-to-video model of rendered scenes with one or two textured objects, trained from scratch on a laptop.
 
     python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
-    python tools/render_scenes.py --out runs/scenes/clips --count 6000 --frames 1 9 17 17 33
+    python tools/render_scenes.py --out runs/scenes/clips --count 12000 --frames 1 9 17 17 17 33
     python experiments/train.py experiments/configs/scenes.py --data runs/scenes/one_object runs/scenes/clips \
         --workdir runs/scenes/text
 
@@ -35,7 +35,7 @@ EXPERIMENT = Experiment(
         backbone=DiTConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
         text_encoder=WordEncoderConfig(width=96, layers=1, max_tokens=64),
         process=RectifiedFlow(shift=4.0),
-        layout=PackedShape(tokens=120, text=256, segments=8),
+        layout=PackedShape(tokens=120, text=160, segments=8),
     ),
     stages=(
         TrainAutoencoder(

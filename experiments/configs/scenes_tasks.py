@@ -1,14 +1,15 @@
 """A model of rendered scenes that makes clips from text and completes clips: every task of the framework.
 
     python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
-    python tools/render_scenes.py --out runs/scenes/clips --count 6000 --frames 1 9 17 17 33
-    python tools/render_scenes.py --out runs/scenes/loops --count 1500 --kind loops --frames 17 33 --seed 2
+    python tools/render_scenes.py --out runs/scenes/clips --count 12000 --frames 1 9 17 17 17 33
+    python tools/render_scenes.py --out runs/scenes/loops --count 3000 --kind loops --frames 17 17 33 --seed 2
     python experiments/train.py experiments/configs/scenes_tasks.py \
         --data runs/scenes/one_object runs/scenes/clips runs/scenes/loops --workdir runs/scenes/tasks
 
 Half of the examples are text to video, as in `scenes.py`. In the others parts are known: frames at the beginning, at
 the end or between, or regions. The model reads their mask and their latents beside the noisy ones, of clips in which
-all unknown pixels are grey. The first stage is text to video alone. Some clips are loops, as their captions say.
+all unknown pixels are grey. Some clips are loops, as their captions say. The first stage is text to video alone, of one
+object.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from dit_video.models.conditioning import (
     OutsideOfBox,
 )
 
-DATA = dataclasses.replace(scenes.DATA, weights=(0.0, 0.85, 0.15))
+DATA = dataclasses.replace(scenes.DATA, weights=(0.0, 0.8, 0.2))
 _MODEL = scenes.EXPERIMENT.get_model()
 _MASKS = (
     FirstFrame(weight=2.0),
@@ -40,8 +41,8 @@ _MASKS = (
     FirstAndLastFrame(),
     Beginning(),
     Ending(),
-    BothEnds(),
-    Keyframes(),
+    BothEnds(weight=2.0),
+    Keyframes(weight=2.0),
     OutsideOfBox(weight=2.0),
     InsideOfBox(weight=2.0),
 )
@@ -58,7 +59,7 @@ EXPERIMENT = dataclasses.replace(
     stages=tuple(
         dataclasses.replace(
             stage,
-            data=dataclasses.replace(DATA, weights=(1.0, 0.0, 0.0)),
+            data=dataclasses.replace(DATA, weights=(0.75, 0.0, 0.25)),
             frame_conditioning=FrameConditioning(prob=0.0),
         )
         if stage.name == "one_object"

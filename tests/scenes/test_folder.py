@@ -46,7 +46,10 @@ def test_an_interrupted_folder_is_completed_and_another_is_refused(tmp_path):
 
 
 def test_depth_lies_beside_the_clips_under_their_names_and_loops_are_another_recipe(tmp_path):
-    folder = write_folder(tmp_path / "scenes", **OPTIONS, depth=tmp_path / "depth")
+    done = []
+    options = {"depth": tmp_path / "depth", "progress": lambda *numbers: done.append(numbers)}
+    folder = write_folder(tmp_path / "scenes", **OPTIONS, **options)
+    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
     for index, document in enumerate(json.loads(line) for line in (folder / "scenes.jsonl").read_text().splitlines()):
         rendered = render(draw_scene(index, seed=2, level=(1, 3)[index % 2], sizes=OPTIONS["sizes"]))
         shades = decode(tmp_path / "depth" / document["file_name"]).frames
