@@ -4,6 +4,7 @@ import _thread
 import contextlib
 import errno
 import functools
+import math
 import numbers
 import os
 import shlex
@@ -75,13 +76,14 @@ def check_whole(**values: object) -> None:
 
 
 def check_number(**values: object) -> None:
-    """Refuse values that are not real numbers; None passes, and a text or `True` does not.
+    """Refuse values that are not real numbers; None passes, and a text, `True` or NaN does not.
 
     Raises:
       UserError: If a value is not; the message names the first one.
     """
     for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+        if value is not None and not is_real:
             raise UserError(f"{name}={value!r} is invalid: it must be a number. Use {name}=1.")
 
 

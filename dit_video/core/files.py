@@ -91,6 +91,22 @@ def read_json(path: str | os.PathLike) -> Any:
     return parse_json(path.read_bytes(), path)
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """Read a text file, without the mark with which Windows begins files.
+
+    Raises:
+      MissingError: If there is no file at `path`.
+      UserError: If the file is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingError(f"no such file: {path}")
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+
+
 def parse_json(content: bytes, path: Any) -> Any:
     """Return the value in a JSON file's content.
 

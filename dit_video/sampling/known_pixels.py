@@ -134,16 +134,15 @@ def collect_known_pixels(request: Request) -> KnownPixels | None:
 def locate_condition(condition: Condition, size: Grid) -> tuple[int, UInt8[np.ndarray, "T h w 3"]]:
     """Return the number of a condition's first frame in a clip, and its frames at the clip's height and width.
 
+    Frames after the clip's last are left out, as those of `fit_clip` are.
+
     Raises:
-      UserError: If frames are outside of the clip.
+      UserError: If the first frame is outside of the clip.
     """
-    frames, start = fit_frames(condition.content.frames, size), condition.frame
-    start = start + size.t if start < 0 else start
-    if start < 0 or start + len(frames) > size.t:
-        rule = f"frames {start} to {start + len(frames) - 1} are not all in a clip of {size.t}"
-        fix = "Use another frame, or fewer frames"
-        raise UserError(f"frame={condition.frame} of a condition is invalid: {rule}. {fix}.")
-    return start, frames
+    start = condition.frame + size.t if condition.frame < 0 else condition.frame
+    if not 0 <= start < size.t:
+        raise UserError(f"frame={condition.frame} of a condition is invalid for a clip of {size.t}. Use another frame.")
+    return start, fit_frames(condition.content.frames[: size.t - start], size)
 
 
 def fit_clip(name: str, clip: Clip, size: Grid) -> UInt8[np.ndarray, "T h w 3"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image as PilImage
@@ -114,7 +115,9 @@ def to_mask(name: str, value: MaskImage) -> Mask:
 
 def _read_pil(name: str, image: PilImage.Image) -> np.ndarray:
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise UserError(f"{name} of mode {image.mode} is invalid: its range is not known. Use image.convert('RGB')")
+        raise UserError(
+            f"{name} of mode {image.mode} is invalid: its range is not known. Use np.asarray(image) / white"
+        )
     if "A" in image.mode or "transparency" in image.info:
         rgba = np.asarray(image.convert("RGBA"))
         return _drop_alpha(name, rgba)
@@ -142,7 +145,7 @@ def _to_pixels(name: str, pixels: np.ndarray) -> UInt8[np.ndarray, "*T H W 3"]:
             fixes += [(-3, 3, "np.moveaxis(pixels, -3, -1)"), (0, 3, "np.moveaxis(pixels, 0, -1)")]
         fix = next((fix for axis, length, fix in fixes if shape[axis] == length), "pixels [H W 3]")
         raise UserError(f"{name} of shape {shape} is invalid: {rule}. Use {fix}")
-    if np.issubdtype(pixels.dtype, np.floating):
+    if jnp.issubdtype(pixels.dtype, jnp.floating):  # bfloat16, too
         if not np.all((pixels >= 0) & (pixels <= 1)):
             rule = f"floats are from 0 to 1, these from {pixels.min():.3g} to {pixels.max():.3g}"
             fix = "Use dit_video.core.pixels.to_uint8 for values from -1 to 1, or pixels.astype(np.uint8) up to 255"
@@ -150,7 +153,9 @@ def _to_pixels(name: str, pixels: np.ndarray) -> UInt8[np.ndarray, "*T H W 3"]:
         pixels = np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
     if pixels.dtype != np.uint8:
         rule = "pixels are uint8, or floats from 0 to 1"
-        raise UserError(f"{name} of {pixels.dtype} {shape} is invalid: {rule}. Use pixels.astype(np.uint8)")
+        raise UserError(
+            f"{name} of {pixels.dtype} {shape} is invalid: {rule}. Use pixels / white, with the value of white"
+        )
     return _drop_alpha(name, pixels) if shape[-1] == 4 else pixels
 
 

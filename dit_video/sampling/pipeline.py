@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import UserError, check_number
 from dit_video.core.files import atomic_path
 from dit_video.core.memory import name_exhausted_memory
 from dit_video.core.offload import Offload
@@ -64,6 +64,7 @@ from dit_video.sampling.request import (
     Request,
     Size,
     Strengths,
+    check_request_list,
     make_requests,
 )
 from dit_video.sampling.sampling_config import GuidanceScale, check_is_sampling
@@ -310,6 +311,7 @@ class Pipeline:
         A request has its own images, in models that accept them: `Request(prompt, size, image=pixels)`. `sampling` is
         the pipeline's own by default (see `make_sampling`); `callback` and errors are as for `generate`.
         """
+        check_request_list(requests)
         self.check_decoding(requests)
         return self.decode_many(self.sample_many(requests, sampling=sampling, callback=callback))
 
@@ -451,10 +453,10 @@ class Pipeline:
           sampling: Steps, solver and guidance; the pipeline's own by default.
           callback: Called with a `PipelineProgress` after every few steps.
         """
-        sampling = sampling or self.config.sampling
+        sampling, fitted = sampling or self.config.sampling, [task.fit(self.config) for task in tasks]
         requests = {
             number: add_options(request, own)
-            for number, (task, own) in enumerate(zip(tasks, options, strict=True))
+            for number, (task, own) in enumerate(zip(fitted, options, strict=True))
             if (request := task.make_request(self.config)) is not None
         }
         sampled = self.generate_many(list(requests.values()), sampling=sampling, callback=callback)
@@ -462,9 +464,9 @@ class Pipeline:
         clips = []
         for number, (task, own) in enumerate(zip(tasks, options, strict=True)):
             if number in results:
-                clip = task.finish(results[number])
+                clip = fitted[number].finish(results[number])
             else:
-                clip = task.run(self, own, sampling=sampling, callback=callback)
+                clip = fitted[number].run(self, own, sampling=sampling, callback=callback)
             described = {"name": get_task_name(task), **describe_task(task)}
             clips.append(replace(clip, recipe={**clip.recipe, "task": described}))
         return clips
@@ -623,10 +625,11 @@ class Pipeline:
         Raises:
           MissingError: If there is no file at `path`.
           UserError: If the file is no LoRA of this model, the model has no second expert, an adapter has the name, or
-            there is a name for an adapter that is merged.
+            there is a name for an adapter that is merged, or the scale is no number.
         """
         weights = self._weights
         weights.check_usable()
+        check_number(scale=scale)
         if name is not None and merge:
             fix = "Leave it out; unload_lora() takes away all that is merged"
             raise UserError(f"name={name!r} is invalid: an adapter that is merged has no name. {fix}")
@@ -840,6 +843,7 @@ class Pipeline:
     def _prepare(self, requests: Sequence[Request], sampling: Sampling | None) -> dict[str, Any]:
         """Return arguments of `sample_latents`; warn if guidance drops a condition that training never dropped."""
         self._weights.check_usable()
+        check_request_list(requests)
         config, sampling = self.config, sampling or self.config.sampling
         check_sampling(config, sampling)
         dropouts = get_dropouts(config)

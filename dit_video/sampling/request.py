@@ -167,6 +167,9 @@ class Request:
         for name, (kind, rule) in _KINDS.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise UserError(f"{name}={value!r} is invalid: it must be {rule}.")
+        object.__setattr__(self, "seed", int(self.seed))  # of numbers of NumPy, which JSON does not have
+        object.__setattr__(self, "resample", int(self.resample))
+        object.__setattr__(self, "strength", None if self.strength is None else float(self.strength))
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is invalid: a seed is a whole number from 0 to {2**32 - 1}. Use 0.")
         for name, convert in _CONVERSIONS.items():
@@ -211,6 +214,16 @@ class Request:
         contents = [self.image, self.video, self.control, *(each.content for each in self.conditions), self.last_image]
         picture = next((each for each in contents if each is not None), None)
         return None if picture is None else Grid(*picture.frames.shape[:3])
+
+
+def check_request_list(requests: Any) -> None:
+    """Check that a value is a list of requests.
+
+    Raises:
+      UserError: If it is not.
+    """
+    if not is_many(requests) or not all(isinstance(each, Request) for each in requests):
+        raise UserError('requests are invalid: they must be a list, each a Request. Use [Request("a red circle")].')
 
 
 def to_conditions(name: str, value: Any) -> tuple[Condition, ...]:

@@ -55,7 +55,7 @@ class Clip:
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
             raise UserError(
                 f"frames {frames.dtype} {list(frames.shape)} are invalid: must be uint8 [T H W 3] with at least one "
-                "pixel. Use dit_video.core.pixels.to_uint8"
+                "pixel. Use np.rint(255 * frames).astype(np.uint8) for floats from 0 to 1"
             )
         if not isinstance(fps, numbers.Real) or not 0 < float(fps) < float("inf"):
             raise UserError(f"fps={fps!r} is invalid: use a positive number")

@@ -218,6 +218,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         if self.codec in _STRICT_DECODERS:
             context.options |= {"err_detect": "crccheck+explode"}
         self._container, self._stream, self._context = container, stream, context
+        self._first_aspect = context.sample_aspect_ratio  # that of the file's beginning, if that has one
         self._start_time: int | None = stream.start_time
         self._error_location = "at its start"
         for other in container.streams:
@@ -270,7 +271,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         """
         seeks = start > _SEEK_MARGIN and self._pictures is None
         frames, origin = self._seek(start) if seeks else (self._decode_frames(), None)
-        spacing, previous, aspect = 1 / self._rate, None, self._context.sample_aspect_ratio
+        spacing, previous, aspect = 1 / self._rate, None, None
         for frame in frames:
             base = frame.time_base or Fraction(1, 1000)
             timestamp = frame.dts if frame.pts is None else frame.pts
@@ -285,9 +286,11 @@ class Video(contextlib.AbstractContextManager["Video"]):
             self._error_location = f"after {time:.2f} s"
             if frame.is_corrupt and time + spacing > start:
                 raise DecodeError(f"{self.name} is damaged at {time:.2f} s; remove it or replace it")
-            decoded_aspect = self._context.sample_aspect_ratio  # of the frame that was decoded last
-            aspect = aspect or decoded_aspect
-            if decoded_aspect not in (None, aspect):
+            decoded_aspect = self._context.sample_aspect_ratio or Fraction(1)  # of the frame that was decoded last
+            if aspect is None:  # containers may have an aspect that their frames do not repeat
+                is_repeated = self._context.sample_aspect_ratio and self._first_aspect
+                aspect = self._first_aspect if is_repeated else decoded_aspect
+            if decoded_aspect != aspect:
                 raise DecodeError(
                     f"{self.name} changes its pixel aspect from {aspect} to {decoded_aspect} at {time:.2f} s, and a "
                     "clip has one; cut the file there"

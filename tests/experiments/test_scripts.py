@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import dit_video
 from dit_video.core import config_json
 from dit_video.core.storage import to_storage_path, upload
 from dit_video.data.ingest.engine import ingest
@@ -143,6 +144,21 @@ def test_sample_knows_that_its_result_cannot_be_written(script, tiny_run, tmp_pa
         script("experiments/sample.py", tiny_run, "--prompt", PROMPT, "--size", size, "--out", out), message
     )
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.mp4"}
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_weights_are_read(script, tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.md").touch()
+    monkeypatch.setattr(dit_video, "load", lambda *arguments, **options: pytest.fail("weights were read"))
+    prompts = "--prompts", tmp_path / "prompts.txt"
+    for options, folder, message in (
+        (("experiments/sample.py", tiny_run, *prompts), "file/x", "cannot be written"),
+        (("experiments/sample.py", tiny_run, *prompts), "notes", "holds other files than samples"),
+        (("experiments/evaluate.py", tiny_run, "--protocol", "task_loop"), "file/x", "cannot be written"),
+    ):
+        assert_one_line(script(*options, "--out", tmp_path / folder), message)
 
 
 def test_sample_names_a_run_that_does_not_exist(script, tmp_path):

@@ -99,7 +99,8 @@ TRANSPARENT[0, 0, 3] = 0
     ("convert", "value", "message"),
     [
         (to_image, Clip(FRAMES, 8), r"a clip of 5 frames is no image\. Use Clip"),
-        (to_image, PIXELS.astype(int), r"of int64 \[8, 12, 3\] is invalid: .* Use pixels\.astype\(np\.uint8\)"),
+        (to_image, PIXELS.astype(int), r"of int64 \[8, 12, 3\] is invalid: .* Use pixels / white"),
+        (to_image, PIXELS > 9, r"of bool .* Use pixels / white"),
         (to_image, PIXELS / 127.5 - 1, r"floats are from 0 to 1, these from -1 to 1\. Use .*to_uint8"),
         (to_image, PIXELS.astype(np.float32), r"these from 0 to 255\. .* or pixels\.astype\(np\.uint8\) up to 255"),
         (to_image, np.full((2, 2, 3), np.nan), "floats are from 0 to 1"),
@@ -107,7 +108,11 @@ TRANSPARENT[0, 0, 3] = 0
         (to_image, FRAMES, r"an image is \[H W 3\]\. Use one frame"),
         (to_image, TRANSPARENT, r"transparent\. Use image\.convert\('RGB'\)"),
         (to_image, Image.fromarray(TRANSPARENT), r"transparent\. Use image\.convert\('RGB'\)"),
-        (to_image, Image.fromarray(np.zeros((2, 2), np.int32)), "of mode I is invalid"),
+        (
+            to_image,
+            Image.fromarray(np.zeros((2, 2), np.int32)),
+            r"of mode I is invalid: .* Use np\.asarray\(image\) / white",
+        ),
         (to_image, [PIXELS], "a list is no picture. Use a clip, an array"),
         (to_image, 3, "a int is no picture"),
         (to_clip, PIXELS, r"a video is \[T H W 3\]\. Use x\[None\]"),

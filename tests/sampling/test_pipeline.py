@@ -1,4 +1,5 @@
 import inspect
+import json
 import re
 import warnings
 from dataclasses import replace
@@ -303,6 +304,21 @@ def test_a_size_that_cannot_be_made_names_the_nearest(pipeline, size, message):
 def test_invalid_arguments_are_refused(pipeline, arguments, message):
     with pytest.raises(UserError, match=message):
         pipeline.generate(PROMPT, size=SMALL, **arguments)
+
+
+def test_numbers_of_numpy_are_those_of_python(pipeline):
+    options = {"video": BLACK, "strength": np.float32(0.5), "resample": np.int64(1)}
+    clip = pipeline.generate(PROMPT, size=SMALL, steps=np.int64(4), seed=np.int64(3), **options)
+    assert json.loads(json.dumps(clip.recipe)) == clip.recipe
+    assert clip.recipe == pipeline.generate(PROMPT, size=SMALL, steps=4, seed=3, video=BLACK, strength=0.5).recipe
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("requests", [["a red circle"], "a red circle", Request("a red circle"), None])
+@pytest.mark.parametrize("name", ["generate_many", "generate_latents", "sample_many"])
+def test_prompts_are_no_requests(pipeline, name, requests):
+    with pytest.raises(UserError, match=r"requests are invalid: .* Use \[Request\("):
+        getattr(pipeline, name)(requests)
 
 
 def test_guiding_a_model_trained_without_caption_dropout_warns(pipeline):

@@ -134,7 +134,7 @@ def test_it_says_that_a_model_was_not_trained_for_a_task(pipeline, clip):
     ("options", "message"),
     [
         ({"image": 0, "conditions": [0]}, "some of its pixels are also kept of another picture"),
-        ({"conditions": [9]}, "frames 9 to 9 are not all in a clip of 9"),
+        ({"conditions": [9]}, "frame=9 of a condition is invalid for a clip of 9"),
         ({"video": 8, "generated": np.ones((9, 4, 4), bool)}, "generated of shape .* is invalid"),
         ({"video": 8, "strength": 0.0}, "strength=0.0 is invalid"),
         ({"video": 8, "strength": 1.5}, "strength=1.5 is invalid"),

@@ -32,9 +32,9 @@ def test_seed_and_negative_prompt_may_be_absent(tmp_path):
     ("content", "message"),
     [
         ("[", "is not valid JSON"),
-        ("[]", "must be a JSON list"),
-        (json.dumps(GOOD), "must be a JSON list"),
-        (json.dumps([GOOD, "a red circle"]), "must be a JSON list of objects"),
+        ("[]", "holds no prompts: it must be .* a JSON list"),
+        (json.dumps(GOOD), "a JSON list of objects"),
+        (json.dumps([GOOD, "a red circle"]), "a JSON list of objects"),
         (json.dumps([GOOD | {"frames": "1"}]), "entry 0: frames must be a whole number, not '1'"),
         (json.dumps([GOOD | {"height": 16.5}]), "entry 0: height must be a whole number, not 16.5"),
         (json.dumps([GOOD | {"seed": True}]), "entry 0: seed must be a whole number"),
@@ -53,8 +53,22 @@ def test_invalid_lists_of_prompts_are_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         read_entries(tmp_path / "list.json")
     assert "\n" not in str(error.value)
-    with pytest.raises(MissingError, match="no such file"):
-        read_entries(tmp_path / "absent.json")
+    for absent in ("absent.json", "absent.txt"):
+        with pytest.raises(MissingError, match="no such file"):
+            read_entries(tmp_path / absent)
+
+
+def test_lists_of_windows_are_read_or_named(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red circle\r\n\r\na blue square\r\n".encode())
+    assert [entry.prompt for entry in read_entries(path)] == ["a red circle", "a blue square"]
+    for content, message in (
+        ("a red circle".encode("utf-16"), "is not UTF-8 .* Save it as UTF-8"),
+        (b"", "a prompt on each line"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_entries(path)
 
 
 @pytest.fixture

@@ -236,21 +236,33 @@ def test_pixels_that_are_not_square_are_resized_to_squares(write_video, textured
         assert measure_difference(content, scale("bt601", "tv", size=f":w={width}:h=36", algorithm="bilinear")) == 0
 
 
-@pytest.mark.parametrize("codec", ["mpeg2video", "libx264"])
-def test_a_pixel_aspect_that_changes_is_refused(write_video, textured, codec):
-    """A recording of television: MPEG-2 has another aspect from the second part on, and no other size."""
+@pytest.mark.parametrize(
+    ("codec", "aspects"),
+    [
+        ("mpeg2video", (Fraction(16, 11), Fraction(12, 11))),
+        ("libx264", (Fraction(16, 11), Fraction(12, 11))),
+        ("libx264", (None, Fraction(12, 11))),
+        ("libx264", (Fraction(12, 11), None)),
+    ],
+)
+def test_a_pixel_aspect_that_changes_is_refused(write_video, textured, codec, aspects):
+    """A recording of television has another aspect from the second part on, or tells none, and no other size."""
     frames = textured(24, 96, 160)
     how = {"codec": codec, "format": "mpegts", "pixel_format": "yuv420p", "rate": 24}
     parts = [
-        write_video(frames, **how, first=24 * second, sample_aspect_ratio=aspect)
-        for second, aspect in enumerate((Fraction(16, 11), Fraction(12, 11)))
+        write_video(frames, **how, first=24 * second, **({} if aspect is None else {"sample_aspect_ratio": aspect}))
+        for second, aspect in enumerate(aspects)
     ]
-    assert decode(parts[0]).frames.shape == (24, 96, 233 if codec == "libx264" else 212, 3)
+    shown = round(160 * (aspects[0] or 1)) if codec == "libx264" else 212
+    assert decode(parts[0]).frames.shape == (24, 96, shown, 3)
     for read in (decode, probe, lambda file: decode(file, start=0.5)):
         with pytest.raises(
             DecodeError, match=r"changes its pixel aspect from .* at 0\.[89]\d s, .*; cut the file there"
         ):
             read(parts[0] + parts[1])
+    if None not in aspects:
+        with pytest.raises(DecodeError, match="changes its pixel aspect"):
+            decode(parts[0] + parts[1], start=1.4, frames=2)
 
 
 def test_anamorphic_rgb_is_resized_to_square_pixels(write_video, textured):

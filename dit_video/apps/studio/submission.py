@@ -126,16 +126,10 @@ def parse_submission(
         values["prompt"] = recall(values.get("prompt", _get_caption(values)))
     shared: dict[str, Any] = {"tab": tab, "sampling": sampling, "answers": answers}
     try:
-        try:
-            return _make_submission(values, config, **shared)
-        except UserError:
-            fitted = _fit_lengths(values, config.model.autoencoder.stride.t)
-            if fitted == values:
-                raise
-        submission = _make_submission(fitted, config, **shared)
+        submission = Submission(task=tab.make_task(values), values=values, **shared)
+        _check(submission, config)
     except UserError as error:
         raise FormError(str(error), _guess_field(str(error), tab, sampling_form)) from error
-    warnings.warn("the last frames of a clip are left out: this task needs 1 + a multiple of the stride", stacklevel=2)
     return submission
 
 
@@ -206,31 +200,18 @@ def format_command(submission: Submission, model: str, seed: int, adapters: Mapp
 _SAMPLING = ("steps", "guidance", "solver", "shift")
 
 
-def _make_submission(values: Mapping[str, Any], config: PipelineConfig, *, tab: Tab, **shared: Any) -> Submission:
-    """Return the job of a task's values, after it was checked."""
-    submission = Submission(tab=tab, task=tab.make_task(values), values=values, **shared)
-    _check(submission, config)
-    return submission
-
-
-def _fit_lengths(values: Mapping[str, Any], stride: int) -> dict[str, Any]:
-    """Return the values with clips of `1 + k * stride` frames, which tasks need that change all of a clip."""
-    fitted = dict(values)
-    for name, value in values.items():
-        if isinstance(value, Clip) and (rest := (len(value.frames) - 1) % stride):
-            fitted[name] = replace(value, frames=value.frames[:-rest])
-    return fitted
-
-
 def _check(submission: Submission, config: PipelineConfig) -> None:
     """Check that the model can sample the task, as far as that is known before it is sampled."""
-    sampling = submission.make_sampling(config)
-    if (request := submission.task.make_request(config)) is not None:
+    sampling, task = submission.make_sampling(config), submission.task.fit(config)
+    given, fitted = ([each for each in vars(own).values() if isinstance(each, Clip)] for own in (submission.task, task))
+    if any(len(clip) > len(own) for clip, own in zip(given, fitted, strict=True)):
+        warnings.warn("the last frames of a clip are left out: the task has 1 + a multiple of the stride", stacklevel=2)
+    if (request := task.make_request(config)) is not None:
         options = {"negative": submission.options.get("negative"), **submission.pictures}
         check_requests(config, [replace(request, **options)], sampling)
     else:
         check_sampling(config, sampling)
-        for clip in submission.inputs.values():
+        for clip in fitted:
             config.model.latent_grid(to_grid(clip.frames.shape[:3]))
 
 

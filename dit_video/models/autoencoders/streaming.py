@@ -305,7 +305,7 @@ def _check_frames(
         if not _is_pixel_array(portion):
             raise UserError(
                 f"frames {portion.dtype} {list(portion.shape)} are invalid: must be [B T H W 3] in 0..255, uint8 or "
-                "float32. Use dit_video.core.pixels.to_uint8"
+                "float32. Use frames of this shape and type"
             )
         total, size = total + portion.shape[1], portion.shape[2:4]
         yield portion

@@ -24,6 +24,7 @@ class Edit(Task):
     """A clip that is changed to fit a prompt: noise is added to it, and taken away with the prompt."""
 
     is_completion = False
+    fitted_axes = "thw"
     clip: Annotated[Clip, Doc("Clip that is changed.")]
     prompt: Prompt = None
     _: KW_ONLY
@@ -51,6 +52,7 @@ class DescribedEdit(Task):
     """A clip that changes by the difference of two descriptions: see `EditPaths`."""
 
     is_completion = False
+    fitted_axes = "thw"
     clip: Annotated[Clip, Doc("Clip that is changed.")]
     prompt: Prompt = None
     _: KW_ONLY

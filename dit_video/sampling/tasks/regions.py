@@ -22,6 +22,7 @@ from dit_video.video import Clip
 class Inpaint(Task):
     """A clip with a region that is filled in."""
 
+    fitted_axes = "thw"
     clip: Annotated[Clip, Doc("Clip that is kept outside of the region.")]
     generated: Annotated[
         Mask,
@@ -46,6 +47,7 @@ class Inpaint(Task):
 class Outpaint(Task):
     """A clip in the middle of a larger one, whose border is filled in."""
 
+    fitted_axes = "t"
     clip: Annotated[Clip, Doc("Clip that is kept.")]
     size: Annotated[Plane, Doc("Height and width of the result.")]
     prompt: Prompt = None

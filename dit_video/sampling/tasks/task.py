@@ -3,16 +3,17 @@
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.sampling.clip_recipe import hash_pixels
 from dit_video.sampling.edit_paths import LatentStepper
+from dit_video.sampling.known_pixels import fit_mask
 from dit_video.sampling.pipeline_config import PipelineConfig
 from dit_video.sampling.preview import PreviewDecoder
 from dit_video.sampling.progress import Callback
-from dit_video.sampling.request import Request
+from dit_video.sampling.request import Request, fit_frames
 from dit_video.sampling.sampling_config import Sampling
 from dit_video.sampling.tasks.fields import Doc, list_fields
 from dit_video.tokens import Grid
@@ -57,13 +58,36 @@ class Task:
 
     is_completion: ClassVar[bool] = True
     """Whether the result keeps pixels of the task's clips and images."""
+    fitted_axes: ClassVar[str] = "hw"
+    """Axes along which clips and images get a length that the model samples: `t` frames, `h` height, `w` width."""
 
     def __post_init__(self):
         for field in list_fields(type(self)):
             object.__setattr__(self, field.name, field.convert(getattr(self, field.name)))
 
+    def fit(self, config: PipelineConfig) -> Self:
+        """Return the task with clips, images and masks of a size that the model samples.
+
+        Last frames are left out, and pictures scaled and cropped, as those of a `Request` are.
+        """
+        multiple, changes = config.model.size_multiple, dict[str, Any]()
+        for field in list_fields(type(self)):
+            value = getattr(self, field.name)
+            if field.kind not in ("clip", "image", "mask") or value is None:
+                continue
+            clip: Clip = getattr(self, "clip" if field.kind == "mask" else field.name)
+            old = get_size(clip)
+            steps = Grid(*(max(1, length // step) * step for length, step in zip(old, multiple, strict=True)))
+            lengths = steps._replace(t=1 + (old.t - 1) // multiple.t * multiple.t)._asdict()
+            size = old._replace(**{axis: lengths[axis] for axis in self.fitted_axes})
+            if field.kind == "mask":
+                changes[field.name] = fit_mask(value, clip, size)
+            else:
+                changes[field.name] = replace(value, frames=fit_frames(value.frames[: size.t], size))
+        return replace(self, **changes)
+
     def make_request(self, config: PipelineConfig) -> Request | None:
-        """Return the request of the clip; None for a task of several passes.
+        """Return the request of the clip, of a task that fits; None for a task of several passes.
 
         Raises:
           UserError: If sizes, lengths or values do not fit the model or each other.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_video.core.errors import UserError
-from dit_video.core.files import read_json
+from dit_video.core.files import read_json, read_text
 from dit_video.core.grid import Grid
 from dit_video.core.registry import load_entry_points
 from dit_video.sampling.expansion import ExpandedPrompt, PromptExpander
@@ -48,7 +48,7 @@ def make_request(entry: Request | TaskEntry, config: PipelineConfig) -> Request 
     """
     request = entry
     if isinstance(entry, TaskEntry):
-        if (made := entry.task.make_request(config)) is None:
+        if (made := entry.task.fit(config).make_request(config)) is None:
             return None
         request = add_options(made, entry.options)
     assert isinstance(request, Request)
@@ -93,11 +93,12 @@ def read_entries(
     path = Path(path)
     entries: Any
     if path.suffix.lower() == ".txt":
-        entries = [{"prompt": line.strip()} for line in path.read_text().splitlines() if line.strip()]
+        entries = [{"prompt": line.strip()} for line in read_text(path).splitlines() if line.strip()]
     else:
         entries = read_json(path)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{path} must be a JSON list of objects, each with a prompt or a task")
+        rule = "it must be a text (.txt) with a prompt on each line, or a JSON list of objects with a prompt or a task"
+        raise UserError(f"{path} holds no prompts: {rule}")
     read = []
     for number, entry in enumerate(entries):
         common: dict[str, Any] = {} if negative is None else {"negative": negative}

@@ -1,5 +1,6 @@
 """Tasks of a pipeline with random weights: what their results must be whatever the model does."""
 
+import json
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -7,9 +8,22 @@ import numpy as np
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.core.resize import resize_and_crop
 from dit_video.sampling.clip_recipe import hash_pixels
 from dit_video.sampling.request import Condition, Request
-from dit_video.sampling.tasks import DescribedEdit, Doc, Edit, Extend, Interpolate, Limits, Task, ZoomOut
+from dit_video.sampling.tasks import (
+    Blend,
+    DescribedEdit,
+    Doc,
+    Edit,
+    Extend,
+    Inpaint,
+    Interpolate,
+    Limits,
+    Outpaint,
+    Task,
+    ZoomOut,
+)
 from dit_video.video import Clip, read_recipe
 from support.tiny_pipeline import SIZE, make_config, make_pipeline
 
@@ -75,6 +89,32 @@ def test_a_clip_knows_its_recipe_and_so_does_its_file(pipeline, clip, tmp_path):
     assert {name: edited[name] for name in edited.keys() - {"pictures", "task"}} == {
         name: varied[name] for name in rest
     }
+
+
+@pytest.mark.parametrize(
+    ("make_task", "size"),
+    [
+        (lambda clip: Edit(clip, "b", strength=np.float32(0.5)), (5, 16, 32)),
+        (lambda clip: DescribedEdit(clip, "b", source="a"), (5, 16, 32)),
+        (lambda clip: Inpaint(clip, np.arange(clip.width) > 20 + np.zeros(clip.frames.shape[:3])), (5, 16, 32)),
+        (lambda clip: Outpaint(clip, (32, 48)), (5, 32, 48)),
+        (lambda clip: ZoomOut(clip[:1], frames=1, factor=2.0), (2, 16, 32)),
+        (lambda clip: Extend(clip, frames=np.int64(4)), (11, 16, 32)),
+        (lambda clip: Interpolate(clip, factor=2), (13, 16, 32)),
+        (lambda clip: Blend(clip, clip, frames=4), (18, 16, 32)),
+    ],
+)
+def test_a_clip_of_a_camera_is_fitted(pipeline, make_task, size):
+    """Its frames are not 1 + 4k, and its sides no multiples of 16; what is kept is scaled and cropped."""
+    frames = np.random.default_rng(1).integers(0, 256, (7, 19, 35, 3), dtype=np.uint8)
+    task = make_task(Clip(frames, 8))
+    result = pipeline.run(task, steps=3)
+    assert result.frames.shape == (*size, 3)
+    assert json.loads(json.dumps(result.recipe)) == result.recipe
+    if not isinstance(task, Edit | DescribedEdit | Outpaint | ZoomOut):
+        kept = 14 if isinstance(task, Inpaint) else 32
+        fitted = resize_and_crop(frames, *size[1:])
+        np.testing.assert_array_equal(result.frames[0, :, :kept], fitted[0, :, :kept])
 
 
 def test_options_join_a_task_that_lacks_them(pipeline, clip):
