@@ -1,17 +1,18 @@
 """Loading of a pipeline from a folder, or from a name on the Hugging Face hub."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dit_video.core.errors import MissingError, UserError
+from dit_video.core.errors import MissingError, UserError, check_devices
 from dit_video.core.offload import Layers, Offload, Stages
 from dit_video.core.storage import convert_storage_errors, is_remote, restore_address, to_storage_path
 from dit_video.distributed import Parallelism
 from dit_video.families.denoisers import get_lora_modules
 from dit_video.families.family import DEFAULT_DTYPE, INDEX, Dtype, LoadOptions
-from dit_video.families.registry import find_family, list_families
+from dit_video.families.registry import check_folder, find_family, list_families, make_unknown_error
 from dit_video.nn import Backend
 from dit_video.sampling.loading import load_pipeline
 from dit_video.sampling.pipeline import Pipeline
@@ -33,6 +34,7 @@ def load(
     path: str | Path,
     *,
     text_encoder: str | Path | None = None,
+    image_encoder: str | Path | None = None,
     dtype: Dtype | None = None,
     text_dtype: Dtype | None = None,
     offload: Offload | Literal["auto"] | None = "auto",
@@ -53,6 +55,7 @@ def load(
       path: A folder; or the name of one on the Hugging Face hub, such as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`, which is
         downloaded once into the cache of `huggingface_hub`.
       text_encoder: Folder of the model's frozen text encoder, if it has moved.
+      image_encoder: Folder of the model's image encoder, if it has moved.
       dtype: Open weights only: dtype of the denoiser's matrix products and of their weights, bfloat16 by default. All
         other weights, and the autoencoder, are in float32.
       text_dtype: Open weights only: dtype of the text encoder; by default the denoiser's.
@@ -77,11 +80,12 @@ def load(
       MissingError: If the folder does not exist here or on the hub or lacks parts, or if there is no checkpoint of this
         step.
       UserError: If the folder has no pipeline, or one of another version or of an unknown class, if the text encoder is
-        not frozen, if the hub cannot be reached, if `parallel` does not fit the devices or the denoiser, if the
+        not frozen or there is no image encoder, if the hub cannot be reached, if `parallel` does not fit the devices or the denoiser, if the
         denoiser does not support the attention or the devices lack its kernels, if a run of several models does not
         join them, or if the weights do not fit into the memory of the device or of the machine, which is said before
         any is read.
     """
+    check_devices()
     folder = find_folder(path)
     if place is not None and (parallel is not None or isinstance(offload, Stages | Layers)):
         raise UserError("place is invalid beside parallel or offload, which place the weights. Use one of them.")
@@ -94,19 +98,19 @@ def load(
             parallel=parallel,
             offload=offload,
         )
-        pipeline = family.load_pipeline(folder, options)
+        pipeline = _set_image_encoder(family.load_pipeline(folder, options), image_encoder)
         return pipeline if attention is None else pipeline.with_attention(attention)
     inner = next(filter(is_pipeline_folder, (folder, folder / "pipeline")), None)
     is_run = (folder / RUN_CONFIG).is_file()
     if inner is None and not is_run:
-        raise UserError(f"{folder} holds neither {CONFIG} nor {RUN_CONFIG} nor {INDEX}; {_find_fix(folder)}")
+        raise make_unknown_error(folder)
     if not (dtype is None and text_dtype is None and place is None):
         raise UserError(f"dtype, text_dtype and place are for open weights; {folder} has no {INDEX}, leave them out")
     chosen = [name for name, value in {"step": step, "ema": ema, "sigma_rel": sigma_rel}.items() if value is not None]
     if chosen and not is_run:
         raise UserError(f"{folder} is not a run and has one set of weights; leave out {' and '.join(chosen)}")
     if inner is not None and not chosen:
-        return load_pipeline(
+        pipeline = load_pipeline(
             inner,
             text_encoder=text_encoder,
             get_lora_modules=get_lora_modules,
@@ -115,6 +119,7 @@ def load(
             offload=offload,
             run_folder=folder,
         )
+        return _set_image_encoder(pipeline, image_encoder)
     # Imported here: sampling a finished pipeline needs nothing of what training imports.
     from dit_video.experiment.run import Run
     from dit_video.experiment.several_models import find_join, open_sampled_run
@@ -125,7 +130,8 @@ def load(
         def load_model(name: str) -> Pipeline:
             options: dict[str, Any] = {"parallel": parallel, "attention": attention, "offload": offload}
             if name == join.last:
-                options |= {"text_encoder": text_encoder, "step": step, "ema": ema, "sigma_rel": sigma_rel}
+                options |= {"text_encoder": text_encoder, "image_encoder": image_encoder}
+                options |= {"step": step, "ema": ema, "sigma_rel": sigma_rel}
             return load(folder / name, **options)
 
         return join.join(load_model)
@@ -133,7 +139,23 @@ def load(
     if attention is not None:
         run = replace(run, experiment=run.experiment.replace_backbone(attention=attention))
     pipeline = run.newest_pipeline(step=step, ema=ema, sigma_rel=sigma_rel, parallel=parallel, offload=offload)
+    pipeline = _set_image_encoder(pipeline, image_encoder)
     return pipeline if text_encoder is None else pipeline.with_text_encoder(text_encoder)
+
+
+def _set_image_encoder(pipeline: Pipeline, folder: str | Path | None) -> Pipeline:
+    return pipeline if folder is None else pipeline.replace(config=_move_image_encoder(pipeline.config, folder))
+
+
+def _move_image_encoder(config: PipelineConfig, folder: str | Path) -> PipelineConfig:
+    """Return the config with the image encoder in another folder.
+
+    Raises:
+      UserError: If the model has none.
+    """
+    if config.model.image_encoder is None:
+        raise UserError(f"image_encoder={folder} is invalid: this model has no image encoder. Leave it out.")
+    return config.replace_model(image_encoder=os.path.abspath(folder))
 
 
 def _read_joined_config(folder: Path) -> PipelineConfig | None:
@@ -150,21 +172,6 @@ def _read_joined_config(folder: Path) -> PipelineConfig | None:
     return None if join is None or last is None else join.join_config(last)
 
 
-def _find_fix(folder: Path) -> str:
-    """Return what to do about a folder that is neither a run nor a pipeline."""
-    names = {path.name for path in folder.iterdir()}
-    if (folder.parent / INDEX).is_file():
-        return f"it is a part of a pipeline: name {folder.parent}"
-    if any(name.endswith(".pth") for name in names) or {"config.json", "configuration.json"} <= names:
-        return (
-            "it seems to be in the layout of the model's authors: name the folder that diffusers reads, such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        )
-    if "config.json" in names:
-        return "it is one model without its pipeline: name the folder of a whole pipeline"
-    return "name a run or open weights"
-
-
 def find_folder(path: str | Path) -> Path:
     """Return a folder, or the local copy of one at an address or on the Hugging Face hub, downloading it if needed.
 
@@ -178,10 +185,7 @@ def find_folder(path: str | Path) -> Path:
     # A name on the hub has two parts, and the first is not a folder here.
     if not folder.parent.exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path)):
         folder = _download(str(path))
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name the folder of a run, or of a pipeline in the layout of diffusers")
-    if not folder.is_dir():
-        raise MissingError(f"no such run: {folder}")
+    check_folder(folder)
     return folder
 
 
@@ -206,7 +210,7 @@ def _download(name: str) -> Path:
     """Return the local copy of a folder on the hub, downloading it if needed.
 
     Raises:
-      MissingError: If the folder cannot be downloaded.
+      MissingError: If the folder cannot be downloaded, or has nothing in the layout of diffusers.
       UserError: If the pipeline is of an unknown class.
     """
     from huggingface_hub import snapshot_download  # Imported here: local folders need no hub.
@@ -219,7 +223,11 @@ def _download(name: str) -> Path:
         family = find_family(download(INDEX))
         families = list_families() if family is None else (family,)
         parts = {part for each in families for part in each.parts}
-        return download(INDEX, *sorted(f"{part}/*.{ending}" for part in parts for ending in _HUB_ENDINGS))
+        folder = download(INDEX, *sorted(f"{part}/*.{ending}" for part in parts for ending in _HUB_ENDINGS))
+        if not folder.is_dir() or not any(folder.iterdir()):
+            rule = "its repository on the Hugging Face hub has no files in the layout of diffusers"
+            raise MissingError(f"no such pipeline: {name}; {rule}. Use a repository that has, such as {name}-Diffusers")
+        return folder
     except UserError:
         raise
     except Exception as error:  # of several libraries: no network, no such name, no permission, no room
@@ -234,6 +242,7 @@ def read_config(
     folder: str | Path,
     *,
     text_encoder: str | Path | None = None,
+    image_encoder: str | Path | None = None,
     dtype: Dtype | None = None,
     text_dtype: Dtype | None = None,
 ) -> PipelineConfig | None:
@@ -244,15 +253,18 @@ def read_config(
 
     Raises:
       MissingError: If a folder of open weights lacks parts.
-      UserError: If the folder is of an unknown class or has unsupported settings, or if the text encoder is not frozen.
+      UserError: If the folder is of an unknown class or has unsupported settings, if the text encoder is not frozen, or
+        if there is no image encoder.
     """
     folder = Path(folder)
+    config: PipelineConfig | None
     if (family := find_family(folder)) is not None:
         options = LoadOptions(text_encoder=text_encoder, dtype=dtype or DEFAULT_DTYPE, text_dtype=text_dtype)
-        return family.make_config(folder, options)
-    inner = next((each for each in (folder, folder / "pipeline") if (each / CONFIG).is_file()), None)
-    config = _read_joined_config(folder) if inner is None else read_pipeline_config(inner)
-    if config is None or text_encoder is None:
-        return config
-    moved = set_encoder_folder(config.model.text_encoder, text_encoder)
-    return config.replace_model(text_encoder=moved)
+        config = family.make_config(folder, options)
+    else:
+        inner = next((each for each in (folder, folder / "pipeline") if (each / CONFIG).is_file()), None)
+        config = _read_joined_config(folder) if inner is None else read_pipeline_config(inner)
+        if config is not None and text_encoder is not None:
+            moved = set_encoder_folder(config.model.text_encoder, text_encoder)
+            config = config.replace_model(text_encoder=moved)
+    return config if config is None or image_encoder is None else _move_image_encoder(config, image_encoder)

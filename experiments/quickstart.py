@@ -19,7 +19,7 @@ from configs import quickstart, unet
 from dit_video.apps.reports.run_report import write_run_report
 from dit_video.core import config_json
 from dit_video.core.command_line import check_minimum, parse_arguments
-from dit_video.core.errors import script
+from dit_video.core.errors import check_devices, script
 from dit_video.core.files import read_json, write_json
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.evaluation import evaluate
@@ -56,6 +56,7 @@ def main(
         cache: Keep compiled programs in ~/.cache/dit_video/programs, so that the next start is faster.
     """
     check_minimum(0, seed=seed)
+    check_devices()
     if cache:
         enable_compilation_cache()
     start_time = time.perf_counter()

@@ -149,9 +149,7 @@ def _explain_errors() -> Iterator[None]:
             name = f" ({error.filename})" if error.filename else ""
             fix = "free disk space, then run the same command again"
             raise UserError(f"a file cannot be written{name}: {error.strerror}; {fix}") from error
-        if reason := _find_missing_platform():
-            fix = "leave it out, or install what the device needs (pip install 'dit-video[gpu]', 'dit-video[tpu]')"
-            raise UserError(f"{reason}; {fix}") from error
+        check_devices()
         raise
 
 
@@ -170,19 +168,24 @@ def _plain_warnings() -> Iterator[None]:
         warnings.formatwarning = before
 
 
-def _find_missing_platform() -> str:
-    """Return why the devices that JAX_PLATFORMS asks for are not there; empty if they are.
+def check_devices() -> None:
+    """Check that the devices that JAX_PLATFORMS asks for are there; without it, or without JAX, there is nothing to do.
 
     JAX fails with other errors, at the first place that needs a device.
+
+    Raises:
+      UserError: If they are not.
     """
     jax = sys.modules.get("jax")
-    if jax is not None and os.environ.get("JAX_PLATFORMS"):
-        try:
-            jax.local_devices()
-        except (RuntimeError, AssertionError) as error:  # the latter without a message, if there is no plugin
-            reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
-            return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is invalid: there is no such device{reason}"
-    return ""
+    if jax is None or not os.environ.get("JAX_PLATFORMS"):
+        return
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a message, if there is no plugin
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        rule = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is invalid: there is no such device{reason}"
+        fix = "leave it out, or install what the device needs (pip install 'dit-video[gpu]', 'dit-video[tpu]')"
+        raise UserError(f"{rule}; {fix}") from error
 
 
 def get_command() -> str:

@@ -396,6 +396,8 @@ class Run:
     """Command that started the run, or the last one that amended it."""
     amendments: tuple[Amendment, ...] = ()
     """Changes to the config since the run was started, in order."""
+    has_unwritten_amendment: bool = field(default=False, compare=False, repr=False)
+    """Whether the folder does not have the last amendment yet: `check` writes it once nothing refuses the start."""
     remote: RemoteFolder | None = field(default=None, compare=False, repr=False)
     """Folder at an address that `folder` is a copy of; None for a run on this machine, or on a shared disk."""
     profile: tuple[int, int] | None = None
@@ -416,7 +418,7 @@ class Run:
         """Create a run, or open the one in this folder.
 
         The config of a run that has begun to train may differ in fields that do not change what is trained; see
-        `amendments`.
+        `amendments`. Such a change is written by `check`.
 
         Args:
           folder: Folder of the run.
@@ -445,8 +447,7 @@ class Run:
                 amendable=experiment.amendable_fields,
                 command=run.command,
             )
-            print(f"amended: {amendment}", file=sys.stderr)
-            return replace(run, amendments=(*existing.amendments, amendment))._write_config()
+            return replace(run, amendments=(*existing.amendments, amendment), has_unwritten_amendment=True)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; use a folder")
         if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
@@ -525,7 +526,9 @@ class Run:
         self.check()
 
     def check(self) -> None:
-        """Check everything that can be checked before the first stage begins, and write the pipeline's config.
+        """Check everything that can be checked before the first stage begins.
+
+        Then write the config of an amended run, and the pipeline's.
 
         Raises:
           UserError: If clips cannot be used or do not fit the config, or if a stage cannot be run.
@@ -533,6 +536,9 @@ class Run:
         self.clips.select(self.experiment.data.held_out)  # raises for an unknown name
         for stage in self.stages:
             stage.check(self)
+        if self.process == 0 and self.has_unwritten_amendment:
+            print(f"amended: {self.amendments[-1]}", file=sys.stderr)
+            self._write_config()
         if self.process == 0 and self.experiment.denoiser_stages:
             if not (self.folder / PIPELINE_CONFIG).is_file():
                 write_pipeline_config(self.folder, self.pipeline_config())
@@ -678,7 +684,10 @@ class Run:
         data = self.data
         all_clips = self.clips.exclude(data.held_out).select_split("train")
         clips = all_clips.select_where(data.where)
-        if len(all_clips) and not len(clips):
+        if not len(all_clips):
+            rule = f"none of the {len(self.clips)} clips is left to train on: all are held out, or of other splits"
+            raise UserError(f"data.held_out is invalid: {rule}. Hold out fewer clips, or give train to some")
+        if not len(clips):
             raise UserError(
                 f"data.where={data.where!r} is invalid: it selects none of the {len(all_clips)} training clips. Use "
                 "wider limits, and see the histograms of the columns with tools/annotate.py DATA --list."

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from dit_video.core.command_line import parse_arguments, parse_memory
-from dit_video.core.errors import MissingError, UserError, script
+from dit_video.core.errors import MissingError, UserError, check_devices, script
 from dit_video.core.platform.compilation_cache import enable_compilation_cache
 from dit_video.distributed.mesh import parse_parallelism
 from dit_video.families.expansion_options import ExpansionOptions
@@ -73,6 +73,7 @@ def main(
     from dit_video.apps.access import AccessRules, is_loopback, make_token
     from dit_video.apps.studio.models import StudioModel
 
+    check_devices()
     local_folder, max_upload = find_folder(folder), parse_memory(upload_limit)
     is_run, is_local = (local_folder / RUN_CONFIG).is_file(), is_loopback(host)
     config = read_config(local_folder, text_encoder=text_encoder, dtype=dtype)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -57,15 +58,19 @@ def test_a_full_disk_is_one_line_whoever_writes(capsys, number):
     assert capsys.readouterr().err.startswith(line)
 
 
+_USE = "import jax.numpy as jnp\nfrom dit_video.core.errors import script\n@script\ndef main():\n    jnp.ones(3) + 1\nmain()"
+
+
 @pytest.mark.parametrize("platform", ["cuda", "cud"])
-def test_a_platform_without_devices_is_one_line(platform):
-    code = (
-        "import jax.numpy as jnp\nfrom dit_video.core.errors import script\n@script\ndef main():\n"
-        "    jnp.ones(3) + 1\nmain()"
-    )
+@pytest.mark.parametrize(
+    "command",
+    [("-c", _USE), ("experiments/quickstart.py",), ("-m", "dit_video.web", "experiments/pretrained/shapes")],
+)
+def test_a_platform_without_devices_is_one_line(platform, command):
     environment = {**os.environ, "JAX_PLATFORMS": platform}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, *command]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: JAX_PLATFORMS={platform} is invalid: there is no such device")

@@ -42,9 +42,14 @@ def test_a_condition_selects_training_clips_and_leaves_held_out_ones(tiny, datas
 
 
 def test_a_condition_that_is_wrong_or_selects_nothing_ends_the_run_before_it_trains(tiny, dataset, tmp_path):
-    cases = (("blur > 3", "there is no column blur"), ("score > 1000", "selects none of the"))
-    for number, (where, message) in enumerate(cases):
-        data = dataclasses.replace(tiny.EXPERIMENT.data, where=where)
+    names = tuple(info.name for info in ClipSource(dataset).infos)
+    cases = (
+        ({"where": "blur > 3"}, "there is no column blur"),
+        ({"where": "score > 1000"}, "selects none of the"),
+        ({"held_out": names}, f"none of the {len(names)} clips is left to train on: .* Hold out fewer"),
+    )
+    for number, (changes, message) in enumerate(cases):
+        data = dataclasses.replace(tiny.EXPERIMENT.data, **changes)
         run = Run.create(tmp_path / str(number), dataclasses.replace(tiny.EXPERIMENT, data=data))
         with pytest.raises(UserError, match=message):
             run.train(dataset)

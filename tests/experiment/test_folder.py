@@ -94,7 +94,7 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
     changed = dataclasses.replace(
         changed,
         data=data,
-        parallel=Parallelism(data=1, fsdp=4),
+        parallel=Parallelism(data=1),
         save_every=2,
         log_every=1,
         preemption_grace=20.0,
@@ -102,10 +102,14 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
         monitoring=MonitoringConfig(tensorboard=True),
     )
     unfinish(copy, step=8)
-    assert Run.create(copy, changed).experiment == changed
+    before = (copy / "experiment.json").read_bytes()
+    run = Run.create(copy, changed)
+    assert (copy / "experiment.json").read_bytes() == before
+    run.check()
+    assert run.experiment == changed
     said = capsys.readouterr().err
     assert said.startswith("amended: ")
-    assert "parallel.fsdp 1 -> 4" in said
+    assert "save_every 4 -> 2" in said
     reopened = Run.open(copy)
     assert reopened.experiment == changed
     (amendment,) = reopened.amendments
@@ -116,7 +120,6 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
     assert set(paths) == {
         "data.workers",
         "parallel.data",
-        "parallel.fsdp",
         "save_every",
         "log_every",
         "preemption_grace",
@@ -127,10 +130,10 @@ def test_fields_that_do_not_change_what_is_trained_may_change_and_are_recorded(t
         "model.backbone.remat",
     }
     # A second amendment is recorded after the first, and the same config is none.
-    Run.create(copy, changed)
+    Run.create(copy, changed).check()
     assert len(read_amendments(copy)) == 1
-    Run.create(copy, tiny.EXPERIMENT)
-    assert [len(each["changes"]) for each in read_amendments(copy)] == [11, 11]
+    Run.create(copy, tiny.EXPERIMENT).check()
+    assert [len(each["changes"]) for each in read_amendments(copy)] == [10, 10]
 
 
 @pytest.mark.parametrize(
