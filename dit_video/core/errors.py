@@ -82,7 +82,7 @@ def check_number(**values: object) -> None:
       UserError: If a value is not; the message names the first one.
     """
     for name, value in values.items():
-        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(float(value))
         if value is not None and not is_real:
             raise UserError(f"{name}={value!r} is invalid: it must be a number. Use {name}=1.")
 

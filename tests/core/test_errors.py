@@ -58,7 +58,12 @@ def test_a_full_disk_is_one_line_whoever_writes(capsys, number):
     assert capsys.readouterr().err.startswith(line)
 
 
-_USE = "import jax.numpy as jnp\nfrom dit_video.core.errors import script\n@script\ndef main():\n    jnp.ones(3) + 1\nmain()"
+_USE = """import jax.numpy as jnp
+from dit_video.core.errors import script
+@script
+def main():
+    jnp.ones(3) + 1
+main()"""
 
 
 @pytest.mark.parametrize("platform", ["cuda", "cud"])

@@ -29,7 +29,7 @@ from dit_video.core.errors import DISK_FULL_ERRNOS, UserError, check_at_least
 from dit_video.core.storage import StoragePath, StoragePathLike, to_storage_path
 from dit_video.data.clips import DATASET_NAME, FEATURES, is_ingested
 from dit_video.data.ingest.completion import CAPTIONS, CHOICE, NoClipsError, complete, discard_transient_parts
-from dit_video.data.ingest.formats import ListColumns, ListedClip, ListingOptions, list_clips
+from dit_video.data.ingest.formats import ListColumns, ListedClip, ListingOptions, list_clips, warn_of_losses
 from dit_video.data.ingest.inspection import Inspection, InspectionConfig, Outcome, make_failure
 from dit_video.data.ingest.parts import FOLDER, MAX_PART_BYTES, IngestFolder, make_row, make_table
 from dit_video.data.ingest.reencoder import ReencodeConfig
@@ -162,6 +162,7 @@ def plan_ingest(
     if isinstance(location, Path):
         location = location.resolve()  # a link to a large disk, or `.`
     listing = list_clips(source, format=config.format, options=config.listing_options)
+    warn_of_losses(source, listing)
     absolute = (
         clip if "://" in clip.path else clip._replace(path=os.path.abspath(clip.path)) for clip in listing.clips
     )

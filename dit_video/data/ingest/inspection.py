@@ -199,7 +199,8 @@ def _store(part: JudgedShot, cut: CutClip, clip: ListedClip, sha256: str, config
     """Return the fields of the outcome of a kept part, after its bytes were written into the folder."""
     if len(cut.content) > MAX_CLIP_BYTES:
         size = f"{len(cut.content) / 2**30:.1f} GiB in one clip, 2 GiB is the limit"
-        raise DecodeError(f"{size}; pass screening.max_clip_seconds to cut it, or a limit above which it is re-encoded")
+        fix = "cut it with tools/ingest.py --screening.max-clip-seconds …, or re-encode it with --reencode.max-pixels …"
+        raise DecodeError(f"{size}; {fix}")
     fields: dict[str, Any] = {"payload": sha256, "payload_bytes": len(cut.content), "method": cut.method}
     fields["shot"] = dataclasses.replace(part.shot, start=0.0)
     if cut.method == "encode":  # pictures of another size or rate

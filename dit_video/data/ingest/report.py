@@ -61,8 +61,8 @@ class IngestReport:
     """Entries of the source that cannot be clips, such as a tar's entry outside of it, or a malformed row of a list
     (by its line), with reasons."""
     unlisted: tuple[str, ...] = ()
-    """Files that the source's list does not name, or that without a list are neither clips nor captions. They are
-    left out, and are not counted in `files`."""
+    """Files that the source's list does not name, or that without a list are neither clips nor captions (in tars only
+    where no clip has a caption). They are left out, and are not counted in `files`."""
     format: str = "folder"
     """Format in which the source was read."""
     splits: Mapping[str, int] = field(default_factory=dict)

@@ -229,7 +229,8 @@ def test_a_clip_that_is_too_large_for_a_record_is_refused_with_a_fix(tmp_path, m
         (clip,) = list_clips(clips).clips
         return inspection.inspect(clip, config)
 
-    assert "pass screening.max_clip_seconds to cut it, or a limit above which it is re-encoded" in inspect().reason
+    fix = "cut it with tools/ingest.py --screening.max-clip-seconds …, or re-encode it with --reencode.max-pixels …"
+    assert fix in inspect().reason
     cut = inspect(screening=ScreeningConfig(max_clip_seconds=2))
     assert [outcome.kind for outcome in cut.outcomes] == ["kept", "kept"]
     encoded = inspect(reencode=ReencodeConfig(max_pixels=24 * 32, crf=30))

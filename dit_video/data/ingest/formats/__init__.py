@@ -21,4 +21,11 @@ An error is raised only if a source is unusable as a whole: a list lacks require
 """  # noqa: E501
 
 from dit_video.data.ingest.formats.detect import SourceFormat, list_clips, register_format
-from dit_video.data.ingest.formats.listing import MEDIA, ListColumns, ListedClip, Listing, ListingOptions
+from dit_video.data.ingest.formats.listing import (
+    MEDIA,
+    ListColumns,
+    ListedClip,
+    Listing,
+    ListingOptions,
+    warn_of_losses,
+)

@@ -128,5 +128,6 @@ def _detect_format(folder: FolderScan) -> SourceFormat:
     source = folder.source
     if len(marks) > 1:
         formats = " or ".join(f"{kind!r} ({name})" for kind, name in marks.items())
-        raise UserError(f"{source} may be read as {formats}; pass one of these as the format, or separate them")
+        fix = f"choose one with tools/ingest.py {source} DATA --format {next(iter(marks))}, or separate them"
+        raise UserError(f"{source} may be read as {formats}; {fix}")
     return _FORMATS[next(iter(marks), "folder")]

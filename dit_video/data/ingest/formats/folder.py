@@ -21,6 +21,7 @@ from dit_video.data.ingest.formats.listing import (
     UnusableClipError,
     clean_captions,
     make_listing,
+    may_hold_captions,
     read_caption_file,
     reject_unusable,
 )
@@ -28,6 +29,8 @@ from dit_video.data.ingest.formats.lists import (
     TABLE_SUFFIXES,
     ClipTable,
     ListRow,
+    check_is_usable,
+    check_no_media,
     find_clips,
     is_list,
     read_paired_rows,
@@ -45,8 +48,6 @@ _CAPTION_FOLDER = "captions"
 _UNREAD_SUFFIXES = (".yaml", ".yml", ".toml", ".xml", ".xls", ".xlsx", ".ods", ".srt", ".vtt")
 _TEXT_SUFFIXES = frozenset((*TABLE_SUFFIXES, *CAPTION_SUFFIXES, *_UNREAD_SUFFIXES))
 """Suffixes of files that may hold captions."""
-_NO_CAPTIONS = ("readme", "license", "licence")
-"""Names, without suffix, of files without captions."""
 
 
 class ClipList(NamedTuple):
@@ -109,6 +110,8 @@ def list_folder(scan: FolderScan, options: ListingOptions) -> Listing:
     A list is about its folder and what lies below. If there is none with a known name, and no clip has a caption file,
     a list with any name is read; it is about all clips, as is a list that the options name.
 
+    Where no clip has a caption, the files that are left out are all that are not read.
+
     Raises:
       UserError: If there is no clip, there are several lists, or a list is unusable as a whole (see `read_rows`).
       MissingError: If the list that the options name does not exist.
@@ -121,13 +124,19 @@ def list_folder(scan: FolderScan, options: ListingOptions) -> Listing:
     for each in lists:
         find_name = functools.partial(_find_name, scan, by_base, posixpath.dirname(each.name))
         table.add(each.name, each.read_rows(scan, options.columns), find_name)
-    clips, table_rejected = find_clips(table, scan.make_clip)
+    listed, table_rejected = find_clips(table, scan.make_clip)
+    clips = [*listed, *(clip for clip in loose if clip.name not in table.rows)]
+    if not clips:
+        for each in lists:
+            check_is_usable(scan.get_document(each.name), table)
     scopes = {each.scope for each in lists}
-    unlisted += [name for name in scan.media if name not in table.rows and _is_covered(name, scopes)]
+    read_names = {*table.rows, *itertools.chain.from_iterable((each.name, each.captions) for each in lists)}
+    others = scan.media if any(clip.captions for clip in clips) else scan.files
+    unlisted += [name for name in others if name not in read_names and _is_covered(name, scopes)]
     return make_listing(
         scan.source,
         "folder",
-        [*clips, *(clip for clip in loose if clip.name not in table.rows)],
+        clips,
         unlisted=sorted(unlisted),
         rejected=[*table_rejected, *rejected, *scan.rejected],
     )
@@ -169,18 +178,25 @@ def _choose_other_list(
     """Return the list of clips that has a name of its own, if there is one.
 
     Otherwise the captions would be silently lost, only because their list has another name than metadata.csv. A JSON
-    file is looked into, as a whole, only where no clip has a caption.
+    file is looked into, as a whole, only where no clip has a caption; or where one has none, and the file is called
+    like no clip.
 
     Raises:
-      UserError: If there are several lists, or clips have caption files, too; there is a list, and no clip; or no clip
-        has a caption, and there is a file that may hold captions.
+      UserError: If there are several lists, or clips have caption files, too; there is a list, and no clip; no clip
+        has a caption, and there is a file that may hold captions; or a table holds media itself.
     """
-    has_captions = any(clip.captions for clip in clips)
-    suffixes = [suffix for suffix in TABLE_SUFFIXES if suffix != ".json" or not has_captions]
-    tables = [name for name in unlisted if get_suffix(name) in suffixes and scan.is_file(name)]
+    has_captions, is_complete = any(clip.captions for clip in clips), all(clip.captions for clip in clips)
+    tables = [name for name in unlisted if get_suffix(name) in TABLE_SUFFIXES and scan.is_file(name)]
+    if has_captions:
+        others = set() if is_complete else {_get_key(name) for name in tables} - {_get_key(name) for name in scan.media}
+        tables = [name for name in tables if get_suffix(name) != ".json" or _get_key(name) in others]
     names = [name for name in tables if is_list(scan.get_document(name), columns)]
+    if not has_captions and not (names and scan.media):
+        for table in names or tables:
+            check_no_media(scan.get_document(table), columns if scan.media else None)
     if not names:
-        unread = (name for name in unlisted if _may_hold_captions(name) and scan.is_file(name))
+        texts = (name for name in unlisted if get_suffix(name) in _TEXT_SUFFIXES and scan.is_file(name))
+        unread = (name for name in texts if may_hold_captions(name))
         if clips and not has_captions and (name := next(unread, None)) is not None:
             rule = f"{scan.source} holds clips without captions and {name}, which is no list or caption that is read"
             fix = "write the captions to metadata.csv (file_name,text), ingest a list of other columns with"
@@ -200,9 +216,9 @@ def _choose_other_list(
     return ClipList(names[0])
 
 
-def _may_hold_captions(name: str) -> bool:
-    stem = os.path.splitext(posixpath.basename(name))[0].lower()
-    return get_suffix(name) in _TEXT_SUFFIXES and stem not in _NO_CAPTIONS
+def _get_key(name: str) -> str:
+    """Return the last part of a name up to its first dot."""
+    return posixpath.basename(name).partition(".")[0]
 
 
 def _find_caption_files(scan: FolderScan) -> Mapping[str, Sequence[str]]:

@@ -8,6 +8,10 @@ more likely a wrong file than a typo, and a clip that silently lost its caption 
 import contextlib
 import json
 import os
+import posixpath
+import re
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -38,6 +42,10 @@ CAPTION_FIELDS = ("text", "caption", "captions", "prompt", "cap")
 """Columns and JSON fields that hold captions; each is a string or, in JSON, a list of strings."""
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 """Suffixes of caption files, in the order in which a clip's captions are read from several files."""
+_NO_CAPTIONS = ("readme", "license", "licence")
+"""Names, without suffix, of files without captions."""
+_MIN_FRAMES = 12
+"""Number of images whose names differ in a number alone from which they may be the frames of a video."""
 Rejection = tuple[str, str]
 """Name and reason of an entry that cannot be a clip. Names in a reason are written as `repr` writes them: reasons that
 differ only inside quotes are counted as one kind."""
@@ -110,7 +118,7 @@ class Listing(NamedTuple):
     """Clips in the order of the source's list, else sorted by name: the same on every machine."""
     unlisted: tuple[str, ...] = ()
     """Files that are left out: media that the source's list does not name; without a list, files that are neither clips
-    (by suffix) nor captions of a clip."""
+    (by suffix) nor captions of a clip. Where no clip has a caption, files of a tar or beside a list, too."""
     rejected: tuple[Rejection, ...] = ()
     """Entries that cannot be clips, such as tar entries outside of their tar, and malformed rows of a list."""
     format: str = "folder"
@@ -141,12 +149,16 @@ def check_name(name: str) -> None:
     Raises:
       UnusableClipError: If the name is invalid, or its suffix is of a kind that cannot be decoded.
     """
-    if (suffix := os.path.splitext(name)[1].lower()) in UNSUPPORTED:
+    if (suffix := _get_suffix(name)) in UNSUPPORTED:
         raise UnusableClipError(UNSUPPORTED[suffix])
     if escape_name(name) != name:
         raise UnusableClipError("its name is not UTF-8; rename it")
     if "\0" in name:
         raise UnusableClipError("its name holds a null byte")
+
+
+def _get_suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def find_split(name: str) -> str:
@@ -177,6 +189,28 @@ def make_listing(
         raise UserError(f"none of the {len(reasons)} entries of {source} can be used (first: {first}); fix them")
     fix = "put videos or images there, with captions in metadata.csv (file_name,text)"
     raise UserError(f"{source} holds no clips; {fix}")
+
+
+def warn_of_losses(source: object, listing: Listing) -> None:
+    """Warn of what may be a mistake where no clip has a caption: files that are not read, and frames of a video."""
+    if any(clip.captions for clip in listing.clips):
+        return
+    others = [name for name in listing.unlisted if _get_suffix(name) not in MEDIA and may_hold_captions(name)]
+    if others:
+        first = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        fix = "if they hold captions, write these to metadata.csv (file_name,text) or, in a tar, to .txt files"
+        warnings.warn(f"no clip of {source} has a caption, and these files are not read: {first}; {fix}", stacklevel=2)
+    if all(_get_suffix(clip.name) in IMAGES - {".gif", ".apng"} for clip in listing.clips):
+        patterns = Counter(re.sub(r"\d+(?=[^\d/]*$)", "#", clip.name) for clip in listing.clips)
+        for pattern, count in patterns.most_common(1):
+            if count >= _MIN_FRAMES:
+                fix = "if they are frames of a video, make one of them (ffmpeg -i frame_%04d.png video.mp4)"
+                warnings.warn(f"{source} holds {count} images {pattern}, which are a clip each; {fix}", stacklevel=2)
+
+
+def may_hold_captions(name: str) -> bool:
+    """Return whether a file that is no clip may hold captions, by its name without suffix."""
+    return os.path.splitext(posixpath.basename(name))[0].lower() not in _NO_CAPTIONS
 
 
 def clean_captions(texts: Iterable[str]) -> tuple[str, ...]:

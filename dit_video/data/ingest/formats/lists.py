@@ -138,6 +138,8 @@ def list_table(source: StoragePath, options: ListingOptions) -> Listing:
     table = ClipTable({}, [])
     table.add(source.name, read_rows(source, options.columns), lambda name: os.path.normpath(os.path.join(root, name)))
     found_clips, rejected = find_clips(table, lambda path: list_file(_make_relative(path, root), path))
+    if not found_clips:
+        check_is_usable(source, table)
     folders = {os.path.dirname(clip.path) for clip in found_clips}
     if found_clips and os.path.commonpath([root, *folders]) != root:
         root = os.path.commonpath(folders)
@@ -161,6 +163,8 @@ def _list_remote_table(source: UPath, options: ListingOptions) -> Listing:
     table = ClipTable({}, [])
     table.add(source.name, read_rows(source, options.columns), find_name)
     clips, rejected = find_clips(table, scan.make_clip)
+    if not clips:
+        check_is_usable(source, table)
     return make_listing(source, "table", clips, rejected=rejected)
 
 
@@ -199,6 +203,58 @@ def find_clips(table: ClipTable, find: Callable[[str], ListedClip]) -> tuple[lis
     return clips, rejected
 
 
+def check_is_usable(path: StoragePath, table: ClipTable) -> None:
+    """Refuse a list of which no clip is found, where the reason is the whole list's.
+
+    Raises:
+      UserError: If the list has no rows, or holds media itself.
+    """
+    if not table.rows and not table.rejected:
+        raise UserError(f"{path} has no rows; write one for each clip, with its file_name and text")
+    check_no_media(path)
+
+
+def check_no_media(path: StoragePath, columns: ListColumns | None = None) -> None:
+    """Refuse a Parquet table that holds media itself, as Hugging Face's hub writes them, instead of naming files.
+
+    Args:
+      path: A list of any kind.
+      columns: Columns with other names than the known ones; None if no file has a name that the list has.
+
+    Raises:
+      UserError: If the column of names, or any where there is none or no such file, holds bytes.
+    """
+    if path.suffix.lower() != ".parquet":
+        return
+    try:
+        with _open_parquet(path) as file:
+            schema = file.schema_arrow
+    except (OSError, UserError):  # which reading the list explains
+        return
+    found = [each.name for each in schema if _holds_bytes(each.type)]
+    names = () if columns is None else _get_name_columns(columns)
+    name = next((name for name in names if name in schema.names), None)
+    if found and name in (None, *found):
+        rule = f"{path} names no files that are there, but holds media or other bytes in its column {', '.join(found)}"
+        raise UserError(f"{rule}; media in a table are not read. Write them to files: docs/data.md, Media in a table")
+
+
+def _get_name_columns(columns: ListColumns) -> tuple[str, ...]:
+    """Return the columns that may hold the clip's path."""
+    return NAME_COLUMNS if columns.name is None else (columns.name,)
+
+
+def _holds_bytes(type: Any) -> bool:
+    """Return whether values of an Arrow type are bytes, objects with bytes, as Hugging Face writes media, or lists."""
+    from pyarrow import types
+
+    if types.is_list(type) or types.is_large_list(type):
+        return _holds_bytes(type.value_type)
+    if types.is_struct(type):
+        return type.get_field_index("bytes") >= 0
+    return types.is_binary(type) or types.is_large_binary(type)
+
+
 def read_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
     """Yield the rows of a list in its order.
 
@@ -209,7 +265,8 @@ def read_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
       columns: Columns with other names than the known ones.
 
     Raises:
-      UserError: If the list cannot be read, or no column (in JSON: no field of any object) holds names or captions.
+      UserError: If the list cannot be read, no column (in JSON: no field of any object) holds names or captions, or it
+        holds media itself.
     """
     if not path.is_file():  # first, as opening a pipe would block forever
         raise UserError(f"{path} is not a regular file; write the list into a regular file")
@@ -268,7 +325,11 @@ def read_paired_rows(names: StoragePath, texts: StoragePath) -> Iterator[ListRow
 
 
 def is_list(path: StoragePath, columns: ListColumns) -> bool:
-    """Return whether a file is a list of clips and captions, by its first line, its schema or its JSON entries."""
+    """Return whether a file is a list of clips and captions, by its first line, its schema or its JSON entries.
+
+    Raises:
+      UserError: If it holds media itself instead of their paths.
+    """
     suffix = path.suffix.lower()
     if suffix not in TABLE_SUFFIXES or not path.is_file():
         return False
@@ -285,6 +346,7 @@ def is_list(path: StoragePath, columns: ListColumns) -> bool:
         _find_columns(path, [column.strip() for column in header], columns)
     except (OSError, UnusableClipError, UserError, csv.Error):
         return False
+    check_no_media(path, columns)
     return True
 
 
@@ -294,7 +356,7 @@ def _find_columns(path: StoragePath, header: Sequence[str], columns: ListColumns
     Raises:
       UserError: If a column is missing.
     """
-    names = NAME_COLUMNS if columns.name is None else (columns.name,)
+    names = _get_name_columns(columns)
     split = SPLIT_COLUMN if columns.split is None else columns.split
     name = next((name for name in names if name in header), None)
     texts = [text for text in columns.captions or CAPTION_FIELDS if text in header]
@@ -384,6 +446,7 @@ def _open_parquet(path: StoragePath) -> Iterator[Any]:
 
 
 def _read_parquet_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
+    check_no_media(path, columns)
     with _open_parquet(path) as file:
         read, number = _find_columns(path, file.schema_arrow.names, columns), 0
         for batch in file.iter_batches(batch_size=4096, columns=read.all):
@@ -470,7 +533,7 @@ def _parse_objects(path: StoragePath, rows: Iterable[tuple[str, Any]], columns: 
 
 
 def _parse_object(location: str, fields: Mapping[str, Any], columns: ListColumns) -> ListRow:
-    names = NAME_COLUMNS if columns.name is None else (columns.name,)
+    names = _get_name_columns(columns)
     name = next((fields[field] for field in names if fields.get(field)), None)
     if not isinstance(name, str) or not name.strip():
         return ListRow(location, "", problem='names no file; write {"file_name": "…", "text": "…"}')

@@ -7,6 +7,7 @@ Source: https://github.com/webdataset/webdataset (webdataset/tariterators.py)
 """
 
 import io
+import itertools
 import os
 import posixpath
 import tarfile
@@ -48,7 +49,7 @@ class _Member(NamedTuple):
 
 
 def list_tar(source: StoragePath, options: ListingOptions) -> Listing:
-    """Return the clips of one tar, named by their paths in it.
+    """Return the clips of one tar, named by their paths in it. Where none has a caption, all else in it is left out.
 
     Raises:
       UserError: If the file is compressed, or is not a tar.
@@ -56,29 +57,37 @@ def list_tar(source: StoragePath, options: ListingOptions) -> Listing:
     try:
         if isinstance(source, Path):
             get_file_size(source.stat())  # first, as opening a pipe would block forever
-        clips, rejected = _list_shard(source, "")
+        clips, rejected, unread = _list_shard(source, "")
     except UnusableClipError as error:
         raise UserError(f"{source} {error}; make it readable") from error
-    return make_listing(source, "webdataset", clips, rejected=rejected)
+    unlisted = () if any(clip.captions for clip in clips) else unread
+    return make_listing(source, "webdataset", clips, unlisted=unlisted, rejected=rejected)
 
 
 def list_tars(scan: FolderScan, options: ListingOptions) -> Listing:
     """Return the clips of a folder of tars, named `shard.tar/path/in/it`; media next to the tars are left out.
+
+    Where no clip has a caption, the files that are left out are all that are not read.
 
     Raises:
       UserError: If a tar is compressed.
     """
     clips: list[ListedClip] = []
     rejected: list[Rejection] = []
+    unlisted: list[str] = []
     for name in scan.files:
         if not is_tar(name):
+            unlisted.append(name)
             continue
         with reject_unusable(rejected, name):
             scan.make_clip(name)
-            shard_clips, shard_rejected = _list_shard(scan.get_document(name), name + "/")
+            shard_clips, shard_rejected, unread = _list_shard(scan.get_document(name), name + "/")
             clips += shard_clips
             rejected += shard_rejected
-    return make_listing(scan.source, "webdataset", clips, unlisted=scan.media, rejected=[*rejected, *scan.rejected])
+            unlisted += unread
+    if any(clip.captions for clip in clips):
+        unlisted = scan.media
+    return make_listing(scan.source, "webdataset", clips, unlisted=unlisted, rejected=[*rejected, *scan.rejected])
 
 
 def is_tar(name: str) -> bool:
@@ -86,19 +95,21 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith((TAR_SUFFIX, *COMPRESSED_SUFFIXES))
 
 
-def _list_shard(path: StoragePath, prefix: str) -> tuple[list[ListedClip], list[Rejection]]:
-    """Return the clips and the rejected members, in the order of the tar."""
+def _list_shard(path: StoragePath, prefix: str) -> tuple[list[ListedClip], list[Rejection], list[str]]:
+    """Return the clips, the rejected members and the names of those that are not read."""
     try:
         with open_file(path) as file:
             _check_not_compressed(path, file)
             rejected: list[Rejection] = []
-            members = _read_members(file, rejected)
-            clips = _make_clips(path, file, members, rejected)
+            unread: list[str] = []
+            members = _read_members(file, rejected, unread)
+            clips = _make_clips(path, file, members, rejected, unread)
     except OSError as error:
         raise UnusableClipError(describe_os_error(error)) from error
     return (
         [clip._replace(name=prefix + clip.name) for clip in clips],
         [((prefix + name) if name else (prefix.rstrip("/") or path.name), reason) for name, reason in rejected],
+        [prefix + name for name in unread],
     )
 
 
@@ -110,8 +121,11 @@ def _check_not_compressed(path: StoragePath, file: io.BufferedReader) -> None:
         raise UserError(f"{path} is compressed ({kind}); clips are read in place, so unpack it to a plain .tar")
 
 
-def _read_members(file: io.BufferedReader, rejected: list[Rejection]) -> dict[str, _Member]:
-    """Return the tar's media and caption files by normalised path; reject entries that might have been one."""
+def _read_members(file: io.BufferedReader, rejected: list[Rejection], unread: list[str]) -> dict[str, _Member]:
+    """Return the tar's media and caption files by normalised path; reject entries that might have been one.
+
+    The names of all other files are added to `unread`.
+    """
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     members: dict[str, _Member] = {}
@@ -121,6 +135,7 @@ def _read_members(file: io.BufferedReader, rejected: list[Rejection]) -> dict[st
             continue
         # Links and devices are rejected whatever their suffix, as their content is unknown.
         if entry.isreg() and get_suffix(name) not in MEDIA and get_suffix(name) not in CAPTION_SUFFIXES:
+            unread.append(name)
             continue
         with reject_unusable(rejected, entry.name):
             check_name(entry.name)
@@ -204,33 +219,46 @@ def _get_key(name: str) -> str:
 
 
 def _make_clips(
-    path: StoragePath, file: io.BufferedReader, members: dict[str, _Member], rejected: list[Rejection]
+    path: StoragePath,
+    file: io.BufferedReader,
+    members: dict[str, _Member],
+    rejected: list[Rejection],
+    unread: list[str],
 ) -> list[ListedClip]:
-    """Return a clip for each media member, with the captions of its key; reject captions without media."""
+    """Return a clip for each media member, with the captions of its key; reject captions without media.
+
+    The names of caption files of a key that give no clip a caption are added to `unread`.
+    """
     media = [member for member in members.values() if get_suffix(member.name) in MEDIA]
     caption_files: dict[str, list[_Member]] = {}
     for member in members.values():
         if get_suffix(member.name) in CAPTION_SUFFIXES:
             caption_files.setdefault(os.path.splitext(member.name)[0], []).append(member)
     clips: list[ListedClip] = []
+    read_names = set[str]()
     for member in media:
         # By WebDataset's rule `a.left.mp4` has the captions of the key `a`; `a.left.txt` is accepted too, so that data
         # sets that break the rule lose no captions.
         stems = dict.fromkeys((os.path.splitext(member.name)[0], _get_key(member.name)))
         with reject_unusable(rejected, member.name):
             texts = _read_captions(file, [texts for stem in stems for texts in caption_files.get(stem, ())])
-            clips.append(ListedClip(member.name, texts, member.size, str(path), member.offset))
+            read_names.update(texts)
+            captions = clean_captions(itertools.chain.from_iterable(texts.values()))
+            clips.append(ListedClip(member.name, captions, member.size, str(path), member.offset))
     keys = {_get_key(member.name) for member in media}
     names = [member.name for same_stem in caption_files.values() for member in same_stem]
     rejected += [(name, "no video or image has its key") for name in names if _get_key(name) not in keys]
+    unread += [name for name in names if _get_key(name) in keys and name not in read_names]
     return clips
 
 
-def _read_captions(file: io.BufferedReader, members: list[_Member]) -> tuple[str, ...]:
-    texts: list[str] = []
+def _read_captions(file: io.BufferedReader, members: list[_Member]) -> dict[str, list[str]]:
+    """Return the captions in each of these files, without JSON files that have no field of captions."""
+    texts = dict[str, list[str]]()
     for member in sorted(members, key=lambda member: CAPTION_SUFFIXES.index(get_suffix(member.name))):
         if member.size > MAX_CAPTION_FILE_BYTES:
             raise UnusableClipError(f"{member.name!r} {CAPTION_FILE_TOO_LARGE.format(member.size)}")
         file.seek(member.offset)
-        texts += read_caption_file(member.name, file.read(member.size)) or []
-    return clean_captions(texts)
+        if (found := read_caption_file(member.name, file.read(member.size))) is not None:
+            texts[member.name] = found
+    return texts

@@ -30,7 +30,8 @@ def test_a_folder_is_refused_where_a_table_is_expected(tmp_path):
 )
 def test_ambiguous_sources_are_refused(tmp_path, files, kinds):
     write_files(tmp_path, dict.fromkeys(files, b""))
-    with pytest.raises(UserError, match=r"may be read as .*; pass one of these as the format") as caught:
+    choice = rf"choose one with tools/ingest\.py {tmp_path} DATA --format ({'|'.join(kinds)})"
+    with pytest.raises(UserError, match=rf"may be read as .*; {choice}, or separate them") as caught:
         list_clips(tmp_path)
     assert all(repr(kind) in str(caught.value) for kind in kinds)
     assert "\n" not in str(caught.value)

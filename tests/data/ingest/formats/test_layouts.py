@@ -7,11 +7,12 @@ import pyarrow.parquet
 import pytest
 
 from dit_video.core.errors import UserError
-from dit_video.data.ingest.formats import ListColumns, ListingOptions, list_clips
+from dit_video.data.ingest.engine import IngestConfig, ingest, plan_ingest
+from dit_video.data.ingest.formats import ListColumns, ListingOptions, list_clips, warn_of_losses
 from support.clip_folders import write_files
 
 
-def write_parquet(path, **columns):
+def write_parquet(path, /, **columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
@@ -208,6 +209,35 @@ def test_no_clip_has_a_caption_while_a_text_is_not_read_is_an_error(tmp_path, na
     assert list_clips(tmp_path).unlisted == (name,)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.csv", "path,text\nb.mp4,y"),
+        ("captions.json", '{"b.mp4": "y"}'),
+        ("sub/list.json", '[{"path": "b.mp4", "text": "y"}]'),
+    ],
+)
+def test_a_list_of_the_captions_that_caption_files_lack_is_an_error(tmp_path, name, content):
+    write_files(tmp_path, {"a.mp4": b"", "a.txt": "x", "b.mp4": b"", name: content})
+    with pytest.raises(UserError, match=f"with caption files and the list {name}; ingest it with"):
+        list_clips(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("b.json", '{"b.mp4": "y"}'),
+        ("b.info.json", '{"path": "b.mp4", "text": "y"}'),
+        ("info.json", '{"fps": 24}'),
+        ("b.srt", "1"),
+        ("notes.md", "y"),
+    ],
+)
+def test_other_files_beside_caption_files_are_unlisted(tmp_path, name, content):
+    write_files(tmp_path, {"a.mp4": b"", "a.txt": "x", "b.mp4": b"", name: content})
+    assert list_clips(tmp_path).unlisted == (name,)
+
+
 def test_captions_of_two_clips_of_one_name_in_a_folder_of_their_own_are_an_error(tmp_path):
     write_files(tmp_path, {"one/a.mp4": b"", "two/a.mp4": b"", "captions/a.txt": "x"})
     with pytest.raises(UserError, match=r"clips without captions and captions/a\.txt"):
@@ -215,9 +245,57 @@ def test_captions_of_two_clips_of_one_name_in_a_folder_of_their_own_are_an_error
 
 
 @pytest.mark.parametrize("files", [{}, {"README.md": "x", "LICENSE.txt": "x"}, {"a.txt": " \n"}, {"a.json": "{}"}])
+@pytest.mark.filterwarnings("error")
 def test_clips_may_have_no_captions(tmp_path, files):
     write_files(tmp_path, {"a.mp4": b""} | files)
-    assert get_facts(list_clips(tmp_path)) == {"a.mp4": ((), "train")}
+    listing = list_clips(tmp_path)
+    assert get_facts(listing) == {"a.mp4": ((), "train")}
+    warn_of_losses(tmp_path, listing)
+
+
+UNREAD = ["captions.md", "captions", "c.ndjson", "c.csv.gz", "c.json.gz", "c.pkl", "a.description", "a.prompt", "a.cap"]
+UNREAD += ["a.tags", "a.docx", "sub/a.html"]
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_files_that_are_not_read_are_named_where_no_clip_has_a_caption(tmp_path, name):
+    write_files(tmp_path / "clips", {"a.mp4": b"", "b.mp4": b"", name: "x"})
+    told = rf"no clip of {tmp_path}/clips has a caption, and these files are not read: {name}; .* metadata\.csv"
+    with pytest.warns(UserWarning, match=told):
+        folder = plan_ingest(tmp_path / "clips", tmp_path / "data", config=IngestConfig())
+    assert folder.read_skipped()["unlisted"] == [name]
+
+
+def test_a_few_of_many_files_that_are_not_read_are_named(tmp_path):
+    write_files(tmp_path, {"a.mp4": b""} | dict.fromkeys(["1.npy", "2.npy", "3.npy", "4.npy"], b""))
+    with pytest.warns(UserWarning, match=r"not read: 1\.npy, 2\.npy, 3\.npy, …; if"):
+        warn_of_losses(tmp_path, list_clips(tmp_path))
+
+
+def test_files_beside_a_list_without_captions_are_named(tmp_path):
+    write_files(tmp_path, {"a.mp4": b"", "b.mp4": b"", "metadata.csv": "path,text\na.mp4,\n", "a.txt": "x"})
+    listing = list_clips(tmp_path)
+    assert (get_facts(listing), listing.unlisted) == ({"a.mp4": ((), "train")}, ("a.txt", "b.mp4"))
+    with pytest.warns(UserWarning, match=r"not read: a\.txt; if"):
+        warn_of_losses(tmp_path, listing)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ([f"frame_{number:04}.png" for number in range(12)], "holds 12 images frame_#.png, which are a clip each"),
+        ([f"{folder}/{number}.JPG" for folder in "ab" for number in range(20)], "holds 20 images a/#.JPG"),
+        ([f"frame_{number:04}.png" for number in range(11)], None),
+        ([f"{number}/a.png" for number in range(12)], None),
+        ([f"{number}.gif" for number in range(12)], None),
+        ([*(f"{number}.png" for number in range(12)), "a.mp4"], None),
+        ([*(f"{number}.png" for number in range(12)), "0.txt"], None),
+    ],
+)
+def test_numbered_frames_of_a_video_are_told(tmp_path, names, told, recwarn):
+    write_files(tmp_path, dict.fromkeys(names, "x"))
+    warn_of_losses(tmp_path, list_clips(tmp_path))
+    assert [told in str(each.message) for each in recwarn] == ([] if told is None else [True])
 
 
 def test_the_row_of_another_split_is_rejected_with_both(tmp_path):
@@ -240,3 +318,62 @@ def test_damaged_lists_are_refused(tmp_path, name, content, message):
     write_files(tmp_path, {"a.mp4": b"", name: content})
     with pytest.raises(UserError, match=message):
         list_clips(tmp_path)
+
+
+MEDIA = {"bytes": b"of a clip", "path": "a.mp4"}
+"""A clip as Hugging Face's hub writes it into a table."""
+
+
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        ({"video": [MEDIA], "text": ["x"]}, "video"),
+        ({"video": [MEDIA]}, "video"),
+        ({"video": [b"of a clip"], "text": ["x"]}, "video"),
+        ({"video": [{"bytes": None, "path": "a.mp4"}], "text": ["x"]}, "video"),
+        ({"image": [MEDIA], "text": ["x"]}, "image"),
+        ({"mp4": [b"of a clip"], "json": [{"fps": 24}]}, "mp4"),
+        ({"frames": [[MEDIA]], "text": ["x"]}, "frames"),
+        ({"image": [MEDIA], "file_name": ["a.png"], "text": ["x"]}, "image"),
+        ({"image": [MEDIA], "video": [MEDIA], "text": ["x"]}, "image, video"),
+        ({"path": ["a.mp4"], "video": [{"bytes": b"of a clip"}], "text": ["x"]}, "video"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "others"),
+    [
+        ("data/train-00000-of-00001.parquet", {"README.md": "x", "dataset_infos.json": "{}"}),
+        ("data/metadata.parquet", {}),
+    ],
+)
+def test_media_in_a_table_are_refused_with_one_message(tmp_path, path, others, columns, names):
+    write_files(tmp_path / "clips", others)
+    write_parquet(tmp_path / "clips" / path, **columns)
+    told = rf"{path} .* holds media or other bytes in its column {names}; .* docs/data\.md, Media in a table$"
+    for source in (tmp_path / "clips", tmp_path / "clips" / path):
+        with pytest.raises(UserError, match=told):
+            ingest(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("columns", [{"video": [MEDIA], "text": ["x"]}, {"video": [MEDIA]}])
+def test_tables_of_media_beside_a_picture_are_refused(tmp_path, columns):
+    write_files(tmp_path, {"preview.gif": b""})
+    for number in range(2):
+        write_parquet(tmp_path / f"data/train-{number}.parquet", **columns)
+    with pytest.raises(UserError, match=r"train-0\.parquet .* holds media or other bytes in its column video"):
+        list_clips(tmp_path)
+
+
+def test_a_list_may_have_other_columns_of_bytes(tmp_path):
+    write_files(tmp_path, {"a.mp4": b""})
+    write_parquet(tmp_path / "list.parquet", file_name=["a.mp4"], text=["x"], embedding=[b"of x"])
+    for source in (tmp_path, tmp_path / "list.parquet"):
+        assert get_facts(list_clips(source)) == {"a.mp4": (("x",), "train")}
+    write_parquet(tmp_path / "list.parquet", file_name=["a.mp4"], title=["x"], embedding=[b"of x"])
+    with pytest.raises(UserError, match=r"clips without captions and list\.parquet, which is no list"):
+        list_clips(tmp_path)
+    with pytest.raises(UserError, match="has no column text"):
+        list_clips(tmp_path / "list.parquet")
+    write_parquet(tmp_path / "list.parquet", id=["a"], embedding=[b"of x"])
+    write_files(tmp_path, {"a.txt": "y"})
+    assert get_facts(list_clips(tmp_path)) == {"a.mp4": (("y",), "train")}

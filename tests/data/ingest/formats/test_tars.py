@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dit_video.core.errors import UserError
+from dit_video.data.ingest.engine import IngestConfig, plan_ingest
 from dit_video.data.ingest.formats import list_clips
 from dit_video.data.ingest.formats.tars import _get_key
 from support.clip_folders import get_captions
@@ -101,6 +102,33 @@ def test_a_folder_of_shards_is_listed_in_order(tmp_path):
     (tmp_path / "loose.mp4").write_bytes(b"")
     listing = list_clips(tmp_path, format="webdataset")
     assert (len(listing.clips), listing.unlisted) == (2, ("loose.mp4",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.yaml", b"x"),
+        ("a.json", b'{"description": "x"}'),
+        ("metadata.csv", b"file_name,text\na.mp4,x"),
+        ("a.info.json", b'{"caption": "x"}'),
+        ("a.prompt.txt", b"x"),
+        ("a.text", b"x"),
+    ],
+)
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_members_that_are_not_read_are_named_where_no_clip_has_a_caption(tmp_path, name, content, is_folder):
+    source = write_tar(tmp_path / "tars" / "t.tar", [("a.mp4", b""), (name, content), ("README.md", b"x")])
+    unlisted = [name]
+    if is_folder:
+        source, unlisted = source.parent, ["captions.csv", f"t.tar/{name}"]
+        (source / "captions.csv").write_text("file_name,text\na.mp4,x")
+    told = f"no clip of {source} has a caption, and these files are not read: {', '.join(unlisted)}; .* to .txt files"
+    with pytest.warns(UserWarning, match=told):
+        folder = plan_ingest(source, tmp_path / "data", config=IngestConfig())
+    found = folder.read_skipped()["unlisted"]
+    assert [each for each in found if not each.endswith("README.md")] == unlisted
+    write_tar(tmp_path / "tars" / "t.tar", [("a.mp4", b""), (name, content), ("a.caption", b"y")])
+    assert list_clips(source).unlisted == ()
 
 
 def test_hostile_entries_are_rejected(tmp_path):
