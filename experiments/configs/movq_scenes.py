@@ -34,7 +34,7 @@ NETWORK = CausalVaeConfig(
 )
 TRAINING = TrainAutoencoder(
     windows=(
-        WindowConfig(size=Grid(9, 32, 32), batch=8),
+        WindowConfig(size=Grid(17, 32, 32), batch=4),  # as long as the clips, as later frames would be lost
         WindowConfig(size=Grid(1, 32, 32), batch=32),
     ),
     optimizer=AdamW(learning_rate=1e-3, schedule=Cosine(warmup=100)),
