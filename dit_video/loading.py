@@ -23,6 +23,7 @@ from dit_video.sampling.pipeline_config import (
     is_pipeline_folder,
     read_pipeline_config,
 )
+from dit_video.weights import read_clip_vision_config
 from dit_video.weights.frozen_encoders import set_encoder_folder
 from dit_video.weights.parameter import Placement
 
@@ -80,10 +81,10 @@ def load(
       MissingError: If the folder does not exist here or on the hub or lacks parts, or if there is no checkpoint of this
         step.
       UserError: If the folder has no pipeline, or one of another version or of an unknown class, if the text encoder is
-        not frozen or there is no image encoder, if the hub cannot be reached, if `parallel` does not fit the devices or the denoiser, if the
-        denoiser does not support the attention or the devices lack its kernels, if a run of several models does not
-        join them, or if the weights do not fit into the memory of the device or of the machine, which is said before
-        any is read.
+        not frozen or there is no image encoder, if the hub cannot be reached, if `parallel` does not fit the devices or
+        the denoiser, if the denoiser does not support the attention or the devices lack its kernels, if a run of
+        several models does not join them, or if the weights do not fit into the memory of the device or of the machine,
+        which is said before any is read.
     """
     check_devices()
     folder = find_folder(path)
@@ -151,10 +152,15 @@ def _move_image_encoder(config: PipelineConfig, folder: str | Path) -> PipelineC
     """Return the config with the image encoder in another folder.
 
     Raises:
-      UserError: If the model has none.
+      MissingError: If the folder has none.
+      UserError: If the model has none, or one of another width.
     """
     if config.model.image_encoder is None:
         raise UserError(f"image_encoder={folder} is invalid: this model has no image encoder. Leave it out.")
+    width, own_width = read_clip_vision_config(folder).width, config.model.backbone.image_width
+    if width != own_width:
+        rule = f"it makes tokens of width {width}, the denoiser reads {own_width}"
+        raise UserError(f"image_encoder={folder} is invalid: {rule}. Use the image encoder of its training.")
     return config.replace_model(image_encoder=os.path.abspath(folder))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import write_json
 from dit_video.families.autoencoders import EXTERNAL_CLASSES as AUTOENCODERS
 from dit_video.families.autoencoders import load_autoencoder, save_autoencoder
@@ -20,6 +20,7 @@ from dit_video.families.denoisers import find_format, get_lora_modules, list_for
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.models.encoders import T5Config
 from dit_video.nn import get_param_shapes
+from dit_video.sampling.pipeline_config import CONFIG, read_pipeline_config
 from dit_video.weights import folders, io, streaming
 from dit_video.weights.folders import TensorFolder
 from dit_video.weights.lora import add_module_prefix, get_native_modules, is_lora_file, load_lora, save_lora
@@ -111,7 +112,7 @@ def convert_lora(
     Args:
       source: A safetensors file, or a folder of PEFT or diffusers.
       destination: File to write.
-      model: Folder of the transformer that the adapter changes, or of its diffusers pipeline; only a config is read.
+      model: Folder of the transformer that the adapter changes, of its pipeline, or of a run; only a config is read.
       layout: Whose names to write.
       dtype: Dtype that factors are cast to; None keeps theirs.
 
@@ -120,13 +121,13 @@ def convert_lora(
       UserError: If the destination exists or is no `.safetensors` file, the adapter belongs to another model, no family
         has LoRA files for the model, or the layout has no names for the adapter's full differences.
     """
-    folder, destination = folders.find_model_folder(model, "transformer"), Path(destination)
-    if destination.suffix != ".safetensors" or destination.exists():
+    destination = Path(destination)
+    if destination.suffix != ".safetensors" or destination.resolve().exists():
         raise UserError(f"{destination} exists or is no .safetensors file. Use a file that does not exist")
-    config = read_denoiser_config(folder)
+    config = _read_adapted_config(Path(model))
     primary_layout: FileLayout = "authors" if layout == "authors" else "diffusers"
     if not (modules := get_lora_modules(config, primary_layout=primary_layout)):
-        raise UserError(f"{folder} holds a {type(config).__name__}, whose family has no LoRA files; name another model")
+        raise UserError(f"{model} holds a {type(config).__name__}, whose family has no LoRA files; name another model")
     shapes = {"backbone": get_param_shapes(config.make)}
     theirs = add_module_prefix(modules, "backbone")
     lora = load_lora(source, shapes, get_native_modules(shapes) | theirs, dtype=None)
@@ -134,9 +135,26 @@ def convert_lora(
     save_lora(destination, lora, written, style="comfyui" if layout == "authors" else "diffusers", dtype=dtype)
 
 
+def _read_adapted_config(model: Path) -> BackboneConfig:
+    """Read the config of the denoiser in its own folder or file, a pipeline's or a run's.
+
+    Raises:
+      MissingError: If there is none.
+    """
+    folder = folders.find_model_folder(model, "transformer")
+    if folder.is_file() or (folder / "config.json").is_file():
+        return read_denoiser_config(folder)
+    own = next((each for each in (model, model / "pipeline") if (each / CONFIG).is_file()), None)
+    if own is None:
+        rule = f"it has neither config.json of a transformer nor {CONFIG} of a pipeline or a run"
+        raise MissingError(f"model={model} is invalid: {rule}. Use the folder of the model that the adapter changes")
+    return read_pipeline_config(own).model.backbone
+
+
 def check_destination(folder: Path) -> None:
     """Raise UserError if a destination exists and is not an empty folder."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    resolved = folder.resolve()  # otherwise new/../old does not exist until new is made
+    if resolved.exists() and not (resolved.is_dir() and not any(resolved.iterdir())):
         raise UserError(f"{folder} exists and is not empty. Use a folder that does not exist")
 
 

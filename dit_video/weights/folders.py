@@ -16,7 +16,7 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json
 from dit_video.weights.safetensors import (
     NUMPY_DTYPES,
-    check_no_float8,
+    check_not_quantized,
     make_corrupt_error,
     make_dtype_error,
     open_safetensors,
@@ -136,7 +136,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
 
         Raises:
           MissingError: If neither file exists, or a listed file doesn't.
-          UserError: If the weights are pickled or in float8, a file is damaged, or the index does not fit its files.
+          UserError: If the weights are pickled or quantized, a file is damaged, or the index does not fit its files.
         """
         self.folder = Path(folder)
         self._open = contextlib.ExitStack()
@@ -156,7 +156,7 @@ class TensorFolder(contextlib.AbstractContextManager["TensorFolder"]):
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        check_no_float8(path, {name: entry["dtype"] for name, entry in header.items()})
+        check_not_quantized(path, {name: entry["dtype"] for name, entry in header.items()})
         if names is not None and (missing := sorted(names - header.keys())):
             raise UserError(f"{path} lacks {_format_names(missing)}, which its index lists. Copy both again")
         for name in sorted(header.keys() if names is None else names):

@@ -1,10 +1,11 @@
 """Frozen encoders of text and images, opened from their folders; their weights are read at the first text or frame."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from dit_video.core.config_json import to_json
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.core.files import read_json, write_json
 from dit_video.core.offload import Offload, streams_layers
 from dit_video.models.encoders import ClassNamesConfig, Embedder, FrozenTextConfig, TextConfig, Tokenizer
@@ -26,6 +27,15 @@ from dit_video.weights import (
     read_text_encoder_config,
 )
 from dit_video.weights.parameter import get_placement
+
+
+@contextlib.contextmanager
+def _explain_missing(fix: str) -> Iterator[None]:
+    """Add what helps to the errors of files that are missing, as the encoder of a model may have moved."""
+    try:
+        yield
+    except MissingError as error:
+        raise MissingError(f"{error}. If the encoder has moved, use {fix}") from error
 
 
 class FrozenTextEncoder:
@@ -75,7 +85,8 @@ class FrozenTextEncoder:
     @functools.cached_property
     def _embedder(self) -> Embedder:
         config = self.config
-        check_width(config)
+        with _explain_missing("text_encoder=FOLDER (--text-encoder FOLDER)"):
+            check_width(config)
         embedder = load_embedder(
             config.folder,
             max_tokens=config.max_tokens,
@@ -181,7 +192,8 @@ class FrozenImageEncoder:
         Raises:
           MissingError: If the folder does not exist, or lacks the config.
         """
-        config = read_clip_vision_config(self._folder)
+        with _explain_missing("image_encoder=FOLDER of dit_video.load"):
+            config = read_clip_vision_config(self._folder)
         return config.tokens, config.width
 
     def __call__(self, frames: UInt8[np.ndarray, "T H W 3"]) -> Float32[np.ndarray, "T i F"]:
@@ -195,7 +207,8 @@ class FrozenImageEncoder:
 
     @functools.cached_property
     def _encoder_and_identity(self) -> tuple[FrameEncoder, str]:
-        tower = load_clip_vision(self._folder, place=get_placement(self._offload))
+        with _explain_missing("image_encoder=FOLDER of dit_video.load"):
+            tower = load_clip_vision(self._folder, place=get_placement(self._offload))
         images = load_clip_image_processor(self._folder)
         parts = [to_json(tower.config), tower.digest, to_json(images)]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -3,12 +3,13 @@
 Three styles of names are read, for any model, and written:
 
 - `diffusers` (PEFT): `transformer.blocks.0.attn1.to_q.lora_A.weight`, with alpha in the header or in a folder's
-  `adapter_config.json`; by default alpha is the rank;
+  `adapter_config.json`; by default alpha is the rank. PEFT may add the adapter's name: `….lora_A.default.weight`;
 - `comfyui`: `diffusion_model.blocks.0.self_attn.q.lora_down.weight`, with a tensor `….alpha` for each module;
-- `kohya`: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, with the same tensors.
+- `kohya`: `lora_unet_blocks_0_self_attn_q.lora_down.weight`, with the same tensors; LyCORIS writes `lycoris_…`.
 
-Files may also hold full differences of weights and biases (`lora_tensors`). The caller maps modules to our parameters
-(`LoraModules`): `comfyui` and `kohya` use the names of modules in a model's own sources, `diffusers` its own.
+Files may also hold full differences of weights and biases; those of `diffusers` only biases of the second factor. The
+caller maps modules to our parameters (`LoraModules`): `comfyui` and `kohya` use the names of modules in a model's own
+sources, `diffusers` its own.
 """
 
 import collections
@@ -117,8 +118,8 @@ _DIFFERENCES: tuple[ModulePart, ...] = ("diff", "diff_b")
 _COUNTERPART = {"lora_A": "lora_B", "lora_B": "lora_A", "lora_down": "lora_up", "lora_up": "lora_down"}
 _TENSOR_NAME = re.compile(
     r"(?P<module>.+)\.(?:"
-    r"(?P<factor>lora_A|lora_B|lora_down|lora_up)(?P<rest>(?:\.default)?\.weight)"
-    r"|(?P<bias>lora_B|lora_up)(?:\.default)?\.bias|(?P<other>alpha|diff|diff_b|diff_m))"
+    r"(?P<factor>lora_A|lora_B|lora_down|lora_up)(?P<rest>(?:\.[^.]+)?\.weight)"
+    r"|(?P<bias>lora_B|lora_up)(?:\.[^.]+)?\.bias|(?P<other>alpha|diff|diff_b|diff_m))"
 )
 _OTHER_ADAPTERS = {
     "DoRA": r"\.dora_scale|\.lora_magnitude_vector(\..*)?",
@@ -133,7 +134,7 @@ _OTHER_ADAPTERS = {
 MODULATION = ".modulation"
 """End of the name of a module whose difference is a `diff_m`."""
 _DOTTED_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
-_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
+_FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 _FIX = "use a LoRA of this model"
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -193,12 +194,13 @@ def match_tensors(file: Path, arrays: Mapping[str, np.ndarray], shapes: Shapes, 
             expected[name] = shape
     actual = {name: tuple(array.shape) for name, array in arrays.items() if name not in left_out}
     if not expected:
-        # Names of the family's files, as this is one, rather than ours.
-        names = [name for name in modules if name.partition(".")[0] not in NATIVE_PARTS] or [*modules]
+        # Names of the family's files, as this is one, rather than ours; the closest ones are in the file's own style.
+        own = [name for name, module in modules.items() if module.path is not None]
+        names = [name for name in own if name.partition(".")[0] not in NATIVE_PARTS] or own
         raise UserError(
             f"{file} is not a LoRA of this model: none of its tensors, such as "
             f"{ours.format_names(sorted(arrays)[:3])}, belongs to one of the model's modules, such as "
-            f"{ours.format_names(names[:3])}; {_FIX}"
+            f"{trees.find_closest(sorted(arrays)[0], names)}; {_FIX}"
         )
     ours.check_tensors_match(file, actual, expected, fix=_FIX)
     scaled: tuple[ModulePart, ...] = ("alpha", "b_bias")
@@ -419,8 +421,8 @@ def save_lora(
 ) -> None:
     """Write an adapter; the inverse of `load_lora`.
 
-    Modules that it does not change, and ranks that only other layers use, are omitted. Full differences have no names
-    in diffusers.
+    Modules that it does not change, and ranks that only other layers use, are omitted. Of full differences, diffusers
+    has names only for those of the biases of modules that have factors.
 
     Args:
       path: The file.
@@ -430,13 +432,17 @@ def save_lora(
       dtype: Dtype that factors and differences are cast to; None keeps theirs.
 
     Raises:
-      UserError: If the adapter has parameters that correspond to no module, or has full differences and the style is
-        diffusers'.
+      UserError: If the adapter has parameters that correspond to no module, or full differences without a name in the
+        style.
     """
     leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(lora).items()}
+    factors, differences = dict(_split_factors(leaves, modules)), list(_split_differences(leaves, modules))
     mapped = {f"{module.path}/a" for module in modules.values()}
-    if style != "diffusers":
-        mapped |= {f"{path}/diff" for module in modules.values() for path in (module.path, module.bias_path)}
+    mapped |= {f"{path}/diff" for module in modules.values() for path in (module.path, module.bias_path)}
+    if style == "diffusers":
+        for name, difference, _ in differences:
+            if difference == "diff" or name not in factors:
+                mapped.discard(f"{modules[name].path if difference == 'diff' else modules[name].bias_path}/diff")
     changed = [name for name in leaves if name.endswith(("/a", "/diff"))]
     if unmapped := [name.rpartition("/")[0] for name in changed if name not in mapped]:
         fix = "Use layout dit_video of convert.py, or modules= with these kernels, for our own names"
@@ -446,18 +452,23 @@ def save_lora(
     tensors: dict[str, np.ndarray] = {}
     alphas: dict[str, tuple[int, float]] = {}
     _, first, second = _STYLES[style]
-    for name, difference, array in _split_differences(leaves, modules):
+    for name, difference, array in differences:
         is_modulation = name.endswith(MODULATION)
         prefix = _add_prefix(style, name.removesuffix(MODULATION))
-        tensors[f"{prefix}.{'diff_m' if is_modulation else difference}"] = _cast(array, dtype)
-    for name, part in _split_factors(leaves, modules):
+        if style == "diffusers":  # the bias of the second factor, which has the factors' scale
+            array = (array / factors[name].scale).astype(array.dtype)
+            tensors[f"{prefix}.{second}.bias"] = _cast(array, dtype)
+        else:
+            tensors[f"{prefix}.{'diff_m' if is_modulation else difference}"] = _cast(array, dtype)
+    for name, part in factors.items():
         rank, prefix = part.a.shape[1], _add_prefix(style, name)
         a, b = to_their_factors(part.module, part.a, part.b)
         tensors[f"{prefix}.{first}.weight"], tensors[f"{prefix}.{second}.weight"] = _cast(a, dtype), _cast(b, dtype)
         alphas[name] = rank, part.scale * rank
         if style != "diffusers":
             tensors[f"{prefix}.alpha"] = np.asarray(part.scale * rank, np.float32)
-    header = {_METADATA_KEY: _make_metadata(alphas)} if style == "diffusers" else {}
+    metadata = _make_metadata(alphas, has_biases=bool(differences))
+    header = {_METADATA_KEY: metadata} if style == "diffusers" else {}
     ours.save(path, tensors, metadata={"format": "pt", **header})
 
 
@@ -581,7 +592,7 @@ def _split_differences(
                 yield name, part, to_their_difference(module, part, diff)
 
 
-def _make_metadata(alphas: Mapping[str, tuple[int, float]]) -> str:
+def _make_metadata(alphas: Mapping[str, tuple[int, float]], *, has_biases: bool) -> str:
     """Return the header that diffusers passes to PEFT's `LoraConfig`: the commonest rank and alpha, and exceptions."""
     ranks, values = [rank for rank, _ in alphas.values()], [alpha for _, alpha in alphas.values()]
     rank, alpha = max(ranks, key=ranks.count, default=1), max(values, key=values.count, default=1)
@@ -591,5 +602,6 @@ def _make_metadata(alphas: Mapping[str, tuple[int, float]]) -> str:
         "target_modules": sorted(alphas),
         "rank_pattern": {name: entry for name, (entry, _) in alphas.items() if entry != rank},
         "alpha_pattern": {name: entry for name, (_, entry) in alphas.items() if entry != alpha},
+        **({"lora_bias": True} if has_biases else {}),
     }
     return json.dumps({f"transformer.{name}": value for name, value in config.items()}, sort_keys=True)

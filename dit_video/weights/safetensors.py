@@ -121,13 +121,13 @@ def load(path: str | os.PathLike, *, like: Any = None, dtype: Any = np.float32) 
 
     Raises:
       MissingError: If the file does not exist.
-      UserError: If the file is pickled, truncated, corrupt or in float8, or its tensors do not match `like`.
+      UserError: If the file is pickled, truncated, corrupt or quantized, or its tensors do not match `like`.
     """
     path = Path(path)
     arrays: dict[str, np.ndarray] = {}
     with open_safetensors(path) as file:
         names = list(file.keys())
-        check_no_float8(path, {name: file.get_slice(name).get_dtype() for name in names})
+        check_not_quantized(path, {name: file.get_slice(name).get_dtype() for name in names})
         if like is not None:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             like = add_kernels(like, shapes, file.metadata() or {})
@@ -270,18 +270,23 @@ _SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", "sc
 """Ends of the names of tensors that only files of scaled float8 have (ComfyUI, vLLM)."""
 
 
-def check_no_float8(path: Path, dtypes: Mapping[str, str]) -> None:
-    """Check that no tensors are in float8, by the dtypes of a file's header; each weight may have a scale of its own.
+def check_not_quantized(path: Path, dtypes: Mapping[str, str]) -> None:
+    """Check that no weights are in float8 or integers, by the dtypes of a file's header; each may have its own scale.
 
     Raises:
-      UserError: If there are such tensors, or their scales: without these the weights would be other ones.
+      UserError: If there are such weights, or their scales: without these the weights would be other ones.
     """
     scales = [name for name in dtypes if name.endswith(_SCALES)]
-    if scales or any(dtype.startswith("F8") for dtype in dtypes.values()):
-        kind = f"scaled float8 (fp8), with scales such as {scales[0]}" if scales else "float8 (fp8)"
-        raise UserError(
-            f"{path} has its weights in {kind}, which is not supported. Use the file in bfloat16 or float16"
-        )
+    integers = [name for name, dtype in dtypes.items() if name.endswith(".weight") and dtype.startswith(("I", "U"))]
+    if scales:
+        kind = f"scaled float8 (fp8), with scales such as {scales[0]}"
+    elif any(dtype.startswith("F8") for dtype in dtypes.values()):
+        kind = "float8 (fp8)"
+    elif integers:
+        kind = f"integers ({dtypes[integers[0]]}), such as {integers[0]}"
+    else:
+        return
+    raise UserError(f"{path} has its weights in {kind}, which is not supported. Use the file in bfloat16 or float16")
 
 
 def make_dtype_error(path: Path, error: object) -> UserError:

@@ -302,8 +302,9 @@ def convert_torch_file(source: str | os.PathLike, destination: str | os.PathLike
       UserError: If `read_torch_tensors` refuses the source, or the destination exists or has another suffix.
     """
     destination = Path(destination)
-    if destination.exists() or destination.suffix != ".safetensors":
-        rule = "exists" if destination.exists() else "has another suffix"
+    is_there = destination.resolve().exists()  # otherwise new/../old does not exist until new is made
+    if is_there or destination.suffix != ".safetensors":
+        rule = "exists" if is_there else "has another suffix"
         raise UserError(f"destination={destination} is invalid: it {rule}. Use a new file with the suffix .safetensors")
     save(destination, read_torch_tensors(source), dtype=dtype)
 

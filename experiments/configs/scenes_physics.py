@@ -17,9 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import scenes
 import scenes_tasks
 
 from dit_video.experiment import DataConfig
+from dit_video.models.conditioning import FrameConditioning
 from dit_video.tokens import PackedShape
 
 _MODEL = scenes_tasks.EXPERIMENT.get_model()
@@ -30,10 +32,5 @@ EXPERIMENT = dataclasses.replace(
     name="scenes_physics",
     data=_DATA,
     model=dataclasses.replace(_MODEL, layout=PackedShape(tokens=216, text=320, segments=8)),
-    stages=tuple(
-        dataclasses.replace(stage, data=dataclasses.replace(_DATA, weights=(1.0, 0.0)))
-        if stage.name == "one_object"
-        else stage
-        for stage in scenes_tasks.EXPERIMENT.stages
-    ),
+    stages=scenes.make_stages(_DATA, one_object=(1.0, 0.0), frame_conditioning=FrameConditioning(prob=0.0)),
 )

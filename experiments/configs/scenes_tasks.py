@@ -33,7 +33,7 @@ from dit_video.models.conditioning import (
     OutsideOfBox,
 )
 
-DATA = dataclasses.replace(scenes.DATA, weights=(0.0, 0.8, 0.2))
+DATA = dataclasses.replace(scenes.DATA, weights=(0.0, 0.85, 0.15))
 _MODEL = scenes.EXPERIMENT.get_model()
 _MASKS = (
     FirstFrame(weight=2.0),
@@ -56,14 +56,5 @@ EXPERIMENT = dataclasses.replace(
         backbone=_MODEL.backbone.replace(cond_channels=_MODEL.autoencoder.stride.t + _MODEL.autoencoder.channels),
         frame_conditioning=FrameConditioning(prob=0.5, rest="grey", masks=_MASKS),
     ),
-    stages=tuple(
-        dataclasses.replace(
-            stage,
-            data=dataclasses.replace(DATA, weights=(0.75, 0.0, 0.25)),
-            frame_conditioning=FrameConditioning(prob=0.0),
-        )
-        if stage.name == "one_object"
-        else stage
-        for stage in scenes.EXPERIMENT.stages
-    ),
+    stages=scenes.make_stages(DATA, one_object=(1.0, 0.0, 0.0), frame_conditioning=FrameConditioning(prob=0.0)),
 )

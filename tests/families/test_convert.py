@@ -18,11 +18,13 @@ from dit_video.families.convert import convert, convert_lora, convert_native_den
 from dit_video.models.autoencoders import CausalVaeConfig
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes
+from dit_video.sampling.pipeline_config import write_pipeline_config
 from dit_video.tokens import Grid
 from dit_video.weights import get_native_modules, load_lora, save, save_lora
 from support.devices import HANG, PROGRAMS, make_environment
 from support.random_params import make_random_params
 from support.tiny_class_dit import DIT, SIT
+from support.tiny_lora import CONFIG as PIPELINE
 from support.tiny_t5 import CONFIG as TEXT
 from support.tiny_t5 import write_encoder
 
@@ -174,7 +176,7 @@ def test_an_adapter_is_never_written_over_nor_converted_without_its_model(tmp_pa
     source, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_lora(source, {"blocks": {"query": {"kernel": pair}}}, get_lora_modules(WAN))
     content = source.read_bytes()
-    for destination in (source, tmp_path / "b", tmp_path):
+    for destination in (source, tmp_path / "b", tmp_path, tmp_path / "new" / ".." / source.name):
         with pytest.raises(UserError, match=r"exists or is no .safetensors file. Use a file that does not exist"):
             convert_lora(source, destination, tmp_path / "pipeline", layout="authors")
     with pytest.raises(UserError, match=r"is an adapter, whose names depend on its model. Name it: --model"):
@@ -182,6 +184,39 @@ def test_an_adapter_is_never_written_over_nor_converted_without_its_model(tmp_pa
     assert source.read_bytes() == content
     convert_lora(source, other, tmp_path / "pipeline", layout="diffusers")
     assert other.read_bytes() == content
+
+
+def test_an_adapter_is_converted_by_the_config_of_a_pipeline_or_a_run(tmp_path):
+    pair = {"a": np.ones((3, 16, 2), np.float32), "b": np.ones((3, 2, 16), np.float32), "scale": np.ones(3)}
+    source, run = tmp_path / "a.safetensors", tmp_path / "run"
+    save_lora(source, {"blocks": {"query": {"kernel": pair}}}, get_lora_modules(WAN))
+    backbone = dataclasses.replace(WAN, context_width=16, cond_channels=0, image_width=None)
+    for folder, model in ((run, run), (tmp_path / "other" / "pipeline", tmp_path / "other")):
+        write_pipeline_config(folder, PIPELINE.replace_model(backbone=backbone))
+        convert_lora(source, tmp_path / f"{model.name}.safetensors", model, layout="diffusers")
+        assert (tmp_path / f"{model.name}.safetensors").read_bytes() == source.read_bytes()
+    write_pipeline_config(run, PIPELINE)
+    with pytest.raises(UserError, match=r"run holds a DiTConfig, whose family has no LoRA files"):
+        convert_lora(source, tmp_path / "b.safetensors", run, layout="diffusers")
+    for model in (tmp_path, tmp_path / "nowhere"):
+        rule = r"it has neither config.json of a transformer nor pipeline.json of a pipeline or a run"
+        with pytest.raises(MissingError, match=rf"model={model} is invalid: {rule}. Use the folder"):
+            convert_lora(source, tmp_path / "b.safetensors", model, layout="diffusers")
+
+
+def test_the_bias_of_an_adapter_is_converted_to_every_layout(tmp_path):
+    save_denoiser(tmp_path / "wan", WAN, make_random_params(WAN.make))
+    name, draw = "transformer.blocks.1.attn1.to_q.lora_", np.random.default_rng(0)
+    shapes = {"A.weight": (2, 16), "B.weight": (16, 2), "B.bias": (16,)}
+    tensors = {name + end: draw.normal(size=shape).astype(np.float32) for end, shape in shapes.items()}
+    save(tmp_path / "source.safetensors", tensors)
+    before = tmp_path / "source.safetensors"
+    for to in ("diffusers", "authors", "dit_video"):
+        after = tmp_path / f"{to}.safetensors"
+        convert_lora(before, after, tmp_path / "wan", layout=to)
+        convert_lora(after, tmp_path / f"{to} back.safetensors", tmp_path / "wan", layout="diffusers")
+        assert_same_tensors(safetensors.numpy.load_file(tmp_path / f"{to} back.safetensors"), tensors)
+    assert "transformer.backbone.blocks.1.query.lora_B.bias" in safetensors.numpy.load_file(after)
 
 
 def test_an_unknown_class_is_refused_with_the_known_ones(tmp_path):
@@ -195,8 +230,9 @@ def test_an_unknown_class_is_refused_with_the_known_ones(tmp_path):
 
 def test_a_folder_with_files_is_not_written_over(tmp_path):
     save_denoiser(tmp_path, SIT, make_random_params(SIT.make), layout="authors")
-    with pytest.raises(UserError, match="exists and is not empty"):
-        convert(tmp_path, tmp_path, layout="dit_video")
+    for destination in (tmp_path, tmp_path / "new" / ".."):
+        with pytest.raises(UserError, match="exists and is not empty"):
+            convert(tmp_path, destination, layout="dit_video")
     with pytest.raises(UserError, match="a SiT can't be written in its layout"):
         convert(tmp_path, tmp_path / "out", layout="diffusers")
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,16 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import dit_video
 from dit_video.core.errors import MissingError, UserError
+from dit_video.loading import read_config
 from support.latents import generate_latents
+from support.tiny_clip import VISION, write_clip
+from support.tiny_wan import ANIMATING, SIZE, write_animating_wan
 
 
 def sample_latents(pipeline):
@@ -41,6 +45,34 @@ def test_a_pipeline_needs_nothing_else_of_its_run(tiny_run, tiny_pipeline, tmp_p
     np.testing.assert_array_equal(sample_latents(dit_video.load(copy)), sample_latents(tiny_pipeline))
 
 
+def test_encoders_that_have_moved_are_named(tmp_path):
+    folder, moved = tmp_path / "wan", tmp_path / "moved"
+    write_animating_wan(folder, backbone=replace(ANIMATING, layers=1))
+    before = dit_video.load(folder, dtype="float32")
+    before.save(tmp_path / "saved")
+    image = np.zeros((16, 16, 3), np.uint8)
+    expected = generate_latents(before, "a red circle", size=SIZE, image=image, steps=1)
+    folder.rename(moved)
+    options = {}
+    for name, fix in (("image_encoder", "image_encoder=FOLDER of"), ("text_encoder", r"text_encoder=FOLDER \(--text")):
+        with pytest.raises(MissingError, match=rf"{name}/config\.json\. If the encoder has moved, use {fix}"):
+            dit_video.load(tmp_path / "saved", **options).generate("a red circle", size=SIZE, image=image, steps=1)
+        options[name] = moved / name
+    pipeline = dit_video.load(tmp_path / "saved", **options)
+    latents = generate_latents(pipeline, "a red circle", size=SIZE, image=image, steps=1)
+    np.testing.assert_array_equal(latents, expected)
+    assert pipeline.config == read_config(tmp_path / "saved", **options)
+    assert dit_video.load(moved, image_encoder=moved).config.model.image_encoder == str(moved)
+    write_clip(tmp_path / "other", replace(VISION, width=2 * VISION.width))
+    with pytest.raises(UserError, match=r"image_encoder=.*other is invalid: it makes tokens of width 24"):
+        dit_video.load(tmp_path / "saved", image_encoder=tmp_path / "other")
+
+
+def test_a_model_without_an_image_encoder_gets_none(tiny_run):
+    with pytest.raises(UserError, match=r"image_encoder=clip is invalid: this model has no image encoder"):
+        dit_video.load(tiny_run, image_encoder="clip")
+
+
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(MissingError, match="no such run"):
         dit_video.load(tmp_path / "nowhere")
@@ -57,9 +89,12 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
         ([], "name a run or open weights"),
         (
             ["config.json", "Wan2.1_VAE.pth"],
-            "in the layout of the model's authors: name .* Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            "in the layout of the model's authors, or of ComfyUI: name .* Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         ),
         (["config.json", "configuration.json"], "in the layout of the model's authors"),
+        (["configuration.json", "high_noise_model"], "in the layout of the model's authors"),
+        (["diffusion_models", "vae"], "in the layout of the model's authors, or of ComfyUI"),
+        (["ltx-video-2b-v0.9.5.safetensors"], "in the layout of the model's authors"),
         (["config.json", "model.safetensors"], "one model without its pipeline: name the folder of a whole pipeline"),
         (["../model_index.json", "config.json"], "it is a part of a pipeline: name .*repository"),
     ],
@@ -74,6 +109,13 @@ def test_a_folder_without_a_run_or_pipeline_is_refused(tmp_path, files, fix):
     for options in ({}, {"dtype": "bfloat16"}, {"step": 3}):
         with pytest.raises(UserError, match=rf"holds neither pipeline\.json nor experiment\.json nor .*; .*{fix}"):
             dit_video.load(folder, **options)
+
+
+def test_an_expert_in_the_layout_of_the_authors_is_refused(tmp_path):
+    (tmp_path / "high_noise_model").mkdir()
+    (tmp_path / "high_noise_model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="in the layout of the model's authors"):
+        dit_video.load(tmp_path / "high_noise_model")
 
 
 def document(tiny_run):

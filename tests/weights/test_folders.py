@@ -43,8 +43,8 @@ def test_of_two_sets_of_weights_that_of_the_library_is_read(tmp_path, stem, libr
         np.testing.assert_array_equal(tensors.read(read[0]), A)
 
 
-def write_float8(path, names):
-    """Write a file of float8 by hand, as NumPy has no such dtype."""
+def write_header(path, names):
+    """Write a file by hand, as NumPy has no float8."""
     header = {
         name: {"dtype": dtype, "shape": [2], "data_offsets": [2 * number, 2 * number + 2]}
         for number, (name, dtype) in enumerate(names.items())
@@ -61,12 +61,14 @@ def write_float8(path, names):
         ({"a.weight": "F8_E4M3", "a.scale_weight": "U8"}, "scaled float8 .* scales such as a.scale_weight"),
         ({"a.weight": "F8_E4M3", "a.weight_scale": "U8"}, "scaled float8 .* scales such as a.weight_scale"),
         ({"a.weight": "I8", "scaled_fp8": "U8"}, "scaled float8 .* scales such as scaled_fp8"),
+        ({"b": "U8", "a.weight": "I8"}, r"integers \(I8\), such as a.weight, which"),
+        ({"a.weight": "U8"}, r"integers \(U8\), such as a.weight, which"),
     ],
 )
-def test_float8_is_refused_with_its_scales(tmp_path, names, words):
+def test_quantized_weights_are_refused(tmp_path, names, words):
     """Weights that are cast without their scales would be other ones, so that no one is told to cast them."""
     path = tmp_path / "model.safetensors"
-    write_float8(path, names)
+    write_header(path, names)
     for read in (lambda: TensorFolder(tmp_path), lambda: load(path), lambda: load_lora(path, {}, {})):
         with pytest.raises(UserError, match=rf"has its weights in {words}.*Use the file in bfloat16 or float16"):
             read()

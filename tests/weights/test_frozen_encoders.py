@@ -6,10 +6,16 @@ import json
 import numpy as np
 import pytest
 
-from dit_video.core.errors import UserError
+from dit_video.core.errors import MissingError, UserError
 from dit_video.models.encoders import ByteEncoderConfig, ByteTokenizer, FrozenTextConfig
 from dit_video.weights import load_embedder
-from dit_video.weights.frozen_encoders import FrozenTextEncoder, check_width, open_tokenizer, set_encoder_folder
+from dit_video.weights.frozen_encoders import (
+    FrozenImageEncoder,
+    FrozenTextEncoder,
+    check_width,
+    open_tokenizer,
+    set_encoder_folder,
+)
 from support import tiny_clip
 from support.fakes import FakeEmbedder, use_fake_embedder
 from support.tiny_t5 import CONFIG as TINY_T5
@@ -81,6 +87,18 @@ def test_a_clip_encoder_is_opened_from_its_folder(tmp_path):
     np.testing.assert_array_equal(encoder("red ball"), load_embedder(tmp_path)("red ball"))
     with pytest.raises(UserError, match=r"max_tokens=512 .* has 12 positions.* max_tokens=12"):
         FrozenTextEncoder(dataclasses.replace(config, max_tokens=512))("red ball")
+
+
+def test_encoders_that_are_missing_say_what_helps(tmp_path):
+    config = FrozenTextConfig(folder=str(tmp_path / "text_encoder"), width=8)
+    images = FrozenImageEncoder(tmp_path / "image_encoder")
+    for read, fix in (
+        (lambda: FrozenTextEncoder(config)("a red ball"), r"text_encoder=FOLDER \(--text-encoder FOLDER\)"),
+        (lambda: images.shape, "image_encoder=FOLDER of dit_video.load"),
+        (lambda: images(np.zeros((1, 8, 8, 3), np.uint8)), "image_encoder=FOLDER of dit_video.load"),
+    ):
+        with pytest.raises(MissingError, match=rf"no such file: .*_encoder/config\.json\. If the .* moved, use {fix}"):
+            read()
 
 
 def test_the_identity_is_stored_in_a_file(config, tmp_path):

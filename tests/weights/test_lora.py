@@ -86,9 +86,11 @@ def assert_merged(lora, expected):
         {"name": "{}.lora_{}.weight"},
         {"name": "base_model.model.{}.lora_{}.weight"},
         {"name": "base_model.model.transformer.{}.lora_{}.default.weight"},
+        {"name": "base_model.model.{}.lora_{}.my_style.weight"},
         {"name": "diffusion_model.{}.lora_{}.weight"},
         {"name": "diffusion_model.{}.lora_{}.weight", "ab": ("down", "up")},
         {"name": "lora_unet_{}.lora_{}.weight", "ab": ("down", "up"), "flat": True},
+        {"name": "lycoris_{}.lora_{}.weight", "ab": ("down", "up"), "flat": True},
     ],
     ids=lambda scheme: scheme["name"],
 )
@@ -110,7 +112,7 @@ def test_every_module_may_have_its_own_rank_and_alpha(tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [None, 6])
-@pytest.mark.parametrize("name", ["lora_B.bias", "lora_B.default.bias", "lora_up.bias"])
+@pytest.mark.parametrize("name", ["lora_B.bias", "lora_B.default.bias", "lora_B.my_style.bias", "lora_up.bias"])
 def test_a_bias_of_the_second_factor_is_scaled_as_it_is(tmp_path, name, alpha):
     """PEFT's `lora_bias`: the change is that of `scale * (B (A x) + bias)`."""
     ab = ("down", "up") if "up" in name else "AB"
@@ -122,7 +124,21 @@ def test_a_bias_of_the_second_factor_is_scaled_as_it_is(tmp_path, name, alpha):
     scale = 1.0 if alpha is None else alpha / 2
     expected = merge_by_hand(factors, lambda name, rank: scale)
     expected["embed"]["bias"] = PARAMS["embed"]["bias"] + scale * bias
-    assert_merged(load_lora(tmp_path / "b.safetensors", PARAMS, MODULES), expected)
+    lora = load_lora(tmp_path / "b.safetensors", PARAMS, MODULES)
+    assert_merged(lora, expected)
+    save_lora(tmp_path / "c.safetensors", lora, MODULES)
+    np.testing.assert_allclose(load(tmp_path / "c.safetensors")["transformer.patch_embedding.lora_B.bias"], bias)
+    assert json.loads(load_metadata(tmp_path / "c.safetensors")["lora_adapter_metadata"])["transformer.lora_bias"]
+    assert_merged(load_lora(tmp_path / "c.safetensors", PARAMS, MODULES), expected)
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path):
+    for name in ("first", "second"):
+        write_file(tmp_path / f"{name}.safetensors", theirs(), name=f"{{}}.lora_{{}}.{name}.weight")
+    both = load(tmp_path / "first.safetensors") | load(tmp_path / "second.safetensors")
+    save(tmp_path / "a.safetensors", both)
+    with pytest.raises(UserError, match=r"14 unexpected \(blocks.0.attn.to_k.lora_A.second.weight"):
+        load_lora(tmp_path / "a.safetensors", PARAMS, MODULES)
 
 
 @pytest.mark.parametrize(
@@ -398,9 +414,19 @@ def test_diffusers_reads_what_is_written_here(tmp_path, style):
         np.testing.assert_allclose(change.T, expected[place.path][place.layer], atol=2e-5, err_msg=name)
 
 
-def test_names_of_the_family_are_examples_of_a_models_modules(tmp_path):
-    save(tmp_path / "a.safetensors", {"x.lora_A.weight": np.zeros((2, 4), np.float32)})
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [
+        ("transformer.blocks.0.attn.to_x.lora_A.weight", r"blocks\.0\.attn\.to_q"),
+        ("diffusion_model.blocks.0.self_attn.x.lora_down.weight", r"blocks\.0\.self_attn\.q"),
+        ("lora_unet_blocks_0_self_attn_x.lora_down.weight", r"blocks\.0\.self_attn\.q"),
+    ],
+)
+def test_names_in_the_style_of_the_file_are_examples_of_a_models_modules(tmp_path, name, example):
+    save(tmp_path / "a.safetensors", {name: np.zeros((2, 4), np.float32)})
     native = {"backbone.embed": LoraModule("embed/kernel")}
-    for modules, example in ((native | MODULES, "patch_embedding"), (native, r"backbone\.embed")):
-        with pytest.raises(UserError, match=f"one of the model's modules, such as {example}"):
+    authors = {name.replace("attn.to_", "self_attn."): module for name, module in MODULES.items()}
+    others = {"blocks.0.self_attn.x_img": LoraModule(None), "blocks.0.attn.to_x_img": LoraModule(None)}
+    for modules, each in ((native | MODULES | authors | others, example), (native, r"backbone\.embed")):
+        with pytest.raises(UserError, match=f"one of the model's modules, such as {each}"):
             load_lora(tmp_path / "a.safetensors", PARAMS, modules)

@@ -112,6 +112,20 @@ def test_saved_differences_come_back_under_their_names(tmp_path, style):
         save_lora(tmp_path / "c.safetensors", lora, prefixed)
 
 
+def test_a_bias_without_factors_of_its_module_has_no_name_in_diffusers(tmp_path):
+    """Modules of other layers have factors, and their biases names."""
+    pair = {"q.lora_down.weight": draw(2, 6), "q.lora_up.weight": draw(4, 2), "q.diff_b": draw(4)}
+    tensors = {f"diffusion_model.blocks.1.attn.{name}": array for name, array in pair.items()}
+    save(tmp_path / "a.safetensors", tensors)
+    save_lora(tmp_path / "b.safetensors", load_lora(tmp_path / "a.safetensors", PARAMS, MODULES), MODULES)
+    (bias,) = (array for name, array in load(tmp_path / "b.safetensors").items() if name.endswith(".bias"))
+    np.testing.assert_array_equal(bias, tensors["diffusion_model.blocks.1.attn.q.diff_b"])
+    save(tmp_path / "a.safetensors", tensors | {"diffusion_model.blocks.0.attn.q.diff_b": draw(4)})
+    lora = load_lora(tmp_path / "a.safetensors", PARAMS, MODULES)
+    with pytest.raises(UserError, match=r"no names for adapters of blocks/qk/bias. Use style='comfyui'"):
+        save_lora(tmp_path / "c.safetensors", lora, MODULES)
+
+
 def test_factors_of_a_convolution_are_those_of_its_kernel(tmp_path):
     down, up = draw(2, 2, 2, 2), draw(6, 2, 1, 1)
     names = ("patch_embedding.lora_A.weight", "patch_embedding.lora_B.weight")

@@ -182,3 +182,5 @@ def test_converted_tensors_take_another_dtype(tmp_path):
     assert load_file(destination)["a.w"].dtype == np.float16
     with pytest.raises(UserError, match="another suffix"):
         convert_torch_file(source, tmp_path / "half.bin")
+    with pytest.raises(UserError, match="it exists"):
+        convert_torch_file(source, tmp_path / "new" / ".." / destination.name)

@@ -14,8 +14,8 @@ from dit_video.evaluation.protocol import EvaluationProtocol
 from dit_video.experiment.data_config import DataConfig
 from dit_video.experiment.run import Run
 from dit_video.experiment.several_models import check_single
-from dit_video.families import find_family
 from dit_video.families.family import INDEX, Dtype
+from dit_video.families.registry import check_folder, find_family, make_unknown_error
 from dit_video.models.encoders import FrozenTextConfig
 from dit_video.models.model_config import ModelConfig
 from dit_video.nn import Remat
@@ -75,9 +75,9 @@ def read_starting_model(
       MissingError: If the folder does not exist, or lacks parts.
       UserError: If the model cannot be trained here, settings are unsupported, or weights do not fit.
     """
-    folder, limits = Path(folder), {name: value for name, value in limits.items() if value is not None}
-    if not folder.is_dir():
-        raise MissingError(f"no such folder: {folder}")
+    folder = Path(folder).absolute()  # configs outlive the process and its working directory
+    limits = {name: value for name, value in limits.items() if value is not None}
+    check_folder(folder)
     return _read_open(folder, limits, fps) if (folder / INDEX).is_file() else _read_own(folder, limits, fps)
 
 
@@ -129,8 +129,9 @@ def _read_own(folder: Path, limits: Mapping[str, Any], fps: float | None) -> Sta
         run = opened.experiment
     start = folder if is_pipeline_folder(folder) else folder / "pipeline"
     if not (start / CONFIG).is_file():
-        rule = "holds no model: it needs model_index.json of open weights, or pipeline.json of a finished run"
-        raise MissingError(f"{folder} {rule}. Use another folder, or finish the run")
+        if run is None:
+            raise make_unknown_error(folder)
+        raise MissingError(f"{folder} holds no model: it needs {CONFIG} of a finished run. Finish the run")
     config = read_pipeline_config(start)
     if config.previous:
         steps = ", ".join(str(start / "steps" / step.name) for step in config.previous)

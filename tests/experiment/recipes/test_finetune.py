@@ -369,11 +369,34 @@ def test_a_text_to_video_model_gets_the_channels_of_image_to_video_models(folder
     assert config.cond_channels == model.backbone.cond_channels
 
 
+def test_folders_of_an_experiment_do_not_depend_on_the_working_directory(folder, two, monkeypatch):
+    """A run is resumed, and its checkpoints are loaded, from elsewhere."""
+    experiments = make_experiment(folder), make_experiment(two, expert="low")
+    monkeypatch.chdir(folder.parent)
+    assert make_experiment(folder.name) == experiments[0]
+    monkeypatch.chdir(two.parent)
+    assert make_experiment(two.name, expert="low") == experiments[1]
+
+
+@pytest.mark.parametrize("files", [None, [], ["config.json", "Wan2.1_VAE.pth"], ["wan2.1_t2v.safetensors"]])
+def test_what_cannot_be_loaded_is_refused_as_loading_does(tmp_path, files):
+    path = tmp_path / "model"
+    for name in files or ():
+        path.mkdir(exist_ok=True)
+        (path / name).write_text("")
+    if files is None:
+        path.write_text("")
+    errors = []
+    for open_model in (dit_video.load, make_finetuning_experiment):
+        with pytest.raises(UserError) as error:
+            open_model(path)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
 def test_options_that_do_not_fit_the_model_are_refused(folder, tmp_path):
-    with pytest.raises(MissingError, match=r"holds no model: it needs model_index\.json of open weights, or pipeline"):
-        make_finetuning_experiment(tmp_path)
-    with pytest.raises(MissingError, match="no such folder"):
-        make_finetuning_experiment(tmp_path / "nowhere")
+    with pytest.raises(MissingError, match=r"holds no model: it needs pipeline\.json of a finished run"):
+        make_finetuning_experiment(Run.create(tmp_path / "run", make_experiment(folder)).folder)
     with pytest.raises(UserError, match=r"the first frame, which train=lora does not train.* Use train=full"):
         make_experiment(folder, first_frame_prob=0.5)
     with pytest.raises(UserError, match="must be positive"):

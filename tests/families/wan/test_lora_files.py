@@ -11,7 +11,7 @@ from dit_video.core.trees import flatten
 from dit_video.families.wan.pipeline import DENOISER
 from dit_video.models.backbones.wan import WanDitConfig
 from dit_video.nn import get_param_shapes, merge_lora
-from dit_video.weights import load_lora, save
+from dit_video.weights import load_lora, save, save_lora
 from dit_video.weights.lora import match_tensors
 from support.random_params import make_random_params
 
@@ -115,6 +115,38 @@ def test_a_lora_of_another_size_is_refused_with_the_names_that_do_not_fit():
         match(names, WanDitConfig.t2v_1_3b())
     with pytest.raises(UserError, match=r"unexpected \(.*blocks.30.*use a LoRA of this model"):
         match(names, WanDitConfig.t2v_14b(layers=30))
+
+
+@pytest.mark.parity
+def test_diffusers_reads_the_biases_that_are_written_here(tmp_path):
+    """Not all modules have one, and the scale is not 1."""
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    config = WanDitConfig(channels=4, context_width=24, width=24, mlp_dim=32, layers=2, heads=2, time_width=24)
+    params, noise, tensors = make_random_params(config.make), np.random.default_rng(0), {}
+    for name, outputs in (("blocks.0.self_attn.q", 24), ("blocks.1.self_attn.q", 24), ("blocks.1.ffn.0", 32)):
+        shapes = {"lora_down.weight": (3, 24), "lora_up.weight": (outputs, 3), "diff_b": (outputs,)}
+        tensors |= {f"{name}.{part}": noise.normal(size=shape).astype(np.float32) for part, shape in shapes.items()}
+        tensors[f"{name}.alpha"] = np.asarray(6, np.float32)
+    del tensors["blocks.0.self_attn.q.diff_b"]
+    save(tmp_path / "theirs.safetensors", tensors)
+    modules = DENOISER.get_lora_modules(config)
+    lora = load_lora(tmp_path / "theirs.safetensors", params, modules)
+    save_lora(tmp_path / "lora.safetensors", lora, modules)
+
+    DENOISER.save(tmp_path / "transformer", config, params)
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    file = str(tmp_path / "lora.safetensors")
+    state, metadata = diffusers.WanPipeline.lora_state_dict(file, return_lora_metadata=True)
+    diffusers.WanPipeline.load_lora_into_transformer(state, transformer, adapter_name="a", metadata=metadata)
+    transformer.set_adapters(["a"], [0.7])
+    with torch.no_grad():
+        transformer.fuse_lora()
+    transformer.unload_lora()
+    DENOISER.save(tmp_path / "merged", config, merge_lora(params, lora, 0.7))
+    merged = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "merged").state_dict()
+    for name, leaf in transformer.state_dict().items():
+        np.testing.assert_allclose(leaf.numpy(), merged[name].numpy(), atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parity

@@ -337,6 +337,15 @@ def test_a_pipeline_of_an_unknown_class_is_not_downloaded(monkeypatch, tmp_path)
         dit_video.load("black-forest-labs/FLUX.1-dev")
 
 
+@pytest.mark.parametrize("is_made", [True, False])
+def test_a_repository_in_another_layout_is_reported(monkeypatch, tmp_path, is_made):
+    """The folder of a download without files is empty, or is not made."""
+    snapshot = tmp_path if is_made else tmp_path / "none"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(snapshot))
+    with pytest.raises(MissingError, match=r"no such pipeline: Wan-AI/Wan2\.1-T2V-1\.3B; .*B-Diffusers"):
+        dit_video.load("Wan-AI/Wan2.1-T2V-1.3B")
+
+
 def test_a_hub_that_cannot_be_reached_is_reported(monkeypatch, tmp_path):
     def fetch(name, **_):
         raise ConnectionError("no route\nto host")
