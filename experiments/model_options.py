@@ -66,6 +66,7 @@ class ModelOptions:
         *,
         list_requests: Callable[[PipelineConfig], Sequence[Request]] = lambda config: (),
         text_encoder: Path | None = None,
+        image_encoder: Path | None = None,
     ) -> Pipeline:
         """Load the pipeline of a run, a pipeline folder or open weights with the chosen weights.
 
@@ -76,6 +77,7 @@ class ModelOptions:
           sampling: Options of sampling.
           list_requests: Returns requests that will be sampled.
           text_encoder: Folder of the frozen text encoder, if it has been moved.
+          image_encoder: Folder of the image encoder, if it has been moved.
 
         Raises:
           UserError: If there is less than one step, if `parallel` is not AXIS=SIZE,…, if an adapter, the sampling or a
@@ -90,7 +92,8 @@ class ModelOptions:
         if self.cache:
             enable_compilation_cache()
         folder = find_folder(run)
-        config = read_config(folder, text_encoder=text_encoder, **dtypes)
+        encoders: dict[str, Any] = {"text_encoder": text_encoder, "image_encoder": image_encoder}
+        config = read_config(folder, **encoders, **dtypes)
         if config is not None:
             for file, _, expert in adapters:
                 check_adapter(file, config, get_lora_modules, expert=expert)
@@ -100,7 +103,7 @@ class ModelOptions:
         options["offload"] = OFFLOADS.get(self.offload, "auto")
         if parallel is None and jax.process_count() > 1:
             parallel = Parallelism()
-        pipeline = dit_video.load(folder, text_encoder=text_encoder, parallel=parallel, **dtypes, **options)
+        pipeline = dit_video.load(folder, parallel=parallel, **encoders, **dtypes, **options)
         if memory is not None or tiles is not None:
             pipeline = pipeline.with_decoding(memory=memory, tiles=tiles)
         for file, scale, expert in adapters:

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 
@@ -53,6 +53,7 @@ def main(
     resample: int = 1,
     strengths: tuple[str, ...] = (),
     text_encoder: Path | None = None,
+    image_encoder: Path | None = None,
     expansion: Annotated[ExpansionOptions, tyro.conf.arg(name="")] = _EXPANSION,
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = _MODEL,
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = _SAMPLING,
@@ -89,6 +90,7 @@ def main(
         resample: Number of times that training-free sampling takes every part of the steps.
         strengths: Strengths of conditioning, each NAME=NUMBER or, with one number for each layer, NAME=NUMBER,NUMBER,…
         text_encoder: Folder of the model's frozen text encoder, if it has been moved.
+        image_encoder: Folder of the model's image encoder, if it has been moved.
         expansion: Language model that expands prompts.
         model: Weights, devices and memory.
         sampling: Steps, solver and guidance.
@@ -138,7 +140,8 @@ def main(
             check_frames(*request.size, format=format)
         return made
 
-    pipeline = model.load_pipeline(run, sampling, list_requests=list_requests, text_encoder=text_encoder)
+    encoders: dict[str, Any] = {"text_encoder": text_encoder, "image_encoder": image_encoder}
+    pipeline = model.load_pipeline(run, sampling, list_requests=list_requests, **encoders)
     chosen = sampling.make_sampling(pipeline.config)
     if is_file:
         (entry,) = entries

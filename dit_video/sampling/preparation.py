@@ -24,7 +24,7 @@ from dit_video.sampling.program import list_fields
 from dit_video.sampling.request import ModelParts, Request
 from dit_video.sampling.sampler import draw_initial_noise
 from dit_video.tokens import Field, Grid
-from dit_video.weights import read_clip_vision_config
+from dit_video.weights.frozen_encoders import FrozenImageEncoder
 
 
 def check_requests(config: PipelineConfig, requests: Sequence[Request], sampling: Sampling) -> None:
@@ -201,8 +201,7 @@ class EmptyImageEncoder:
     """An image encoder without weights, whose tokens are zero."""
 
     def __init__(self, folder: str):
-        config = read_clip_vision_config(folder)
-        self.shape = config.tokens, config.width
+        self.shape = FrozenImageEncoder(folder).shape
 
     def __call__(self, frames: np.ndarray) -> Float32[np.ndarray, "T i F"]:
         """Return the tokens of each frame."""

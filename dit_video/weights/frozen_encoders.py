@@ -192,7 +192,7 @@ class FrozenImageEncoder:
         Raises:
           MissingError: If the folder does not exist, or lacks the config.
         """
-        with _explain_missing("image_encoder=FOLDER of dit_video.load"):
+        with _explain_missing("image_encoder=FOLDER (--image-encoder FOLDER)"):
             config = read_clip_vision_config(self._folder)
         return config.tokens, config.width
 
@@ -207,7 +207,7 @@ class FrozenImageEncoder:
 
     @functools.cached_property
     def _encoder_and_identity(self) -> tuple[FrameEncoder, str]:
-        with _explain_missing("image_encoder=FOLDER of dit_video.load"):
+        with _explain_missing("image_encoder=FOLDER (--image-encoder FOLDER)"):
             tower = load_clip_vision(self._folder, place=get_placement(self._offload))
         images = load_clip_image_processor(self._folder)
         parts = [to_json(tower.config), tower.digest, to_json(images)]

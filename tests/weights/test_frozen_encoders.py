@@ -94,8 +94,8 @@ def test_encoders_that_are_missing_say_what_helps(tmp_path):
     images = FrozenImageEncoder(tmp_path / "image_encoder")
     for read, fix in (
         (lambda: FrozenTextEncoder(config)("a red ball"), r"text_encoder=FOLDER \(--text-encoder FOLDER\)"),
-        (lambda: images.shape, "image_encoder=FOLDER of dit_video.load"),
-        (lambda: images(np.zeros((1, 8, 8, 3), np.uint8)), "image_encoder=FOLDER of dit_video.load"),
+        (lambda: images.shape, r"image_encoder=FOLDER \(--image-encoder FOLDER\)"),
+        (lambda: images(np.zeros((1, 8, 8, 3), np.uint8)), r"image_encoder=FOLDER \(--image-encoder FOLDER\)"),
     ):
         with pytest.raises(MissingError, match=rf"no such file: .*_encoder/config\.json\. If the .* moved, use {fix}"):
             read()
