@@ -1,4 +1,4 @@
-"""Facts about a file that ffmpeg does not check or tell: claims of mp4 tables, cropping, GIF images that end early."""
+"""Facts about a file that ffmpeg does not check or tell: claims of mp4 tables, cropping, files that end early."""
 
 import io
 import struct
@@ -12,6 +12,10 @@ File = io.BytesIO | io.FileIO
 _MP4_STARTS = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 """Kinds of the first box of mp4 and mov files."""
 _MATROSKA_START = b"\x1a\x45\xdf\xa3"
+_SEGMENT = b"\x18\x53\x80\x67"
+"""ID of the element of Matroska that holds all others."""
+_ENDLESS = 1 << 62
+"""End of an element whose size is unknown."""
 _MAX_BOXES = 100_000
 """Maximum number of boxes read inside another: enough for hours of fragmented video, and read at once."""
 
@@ -56,6 +60,25 @@ def check_mp4_header(file: File, name: str) -> None:
     file.seek(0)
 
 
+def check_is_whole(file: File, name: str) -> None:
+    """Raise `DecodeError` if a Matroska or AVI file ends before it says that it does.
+
+    ffmpeg shows the frames that are there. A stream that was never finished does not say where it ends. The file is
+    left at its beginning.
+    """
+    length, stop = file.seek(0, 2), 0
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] == _MATROSKA_START:
+        segment = next(_find(_read_elements, file, _Box(b"", 0, _ENDLESS), _SEGMENT), None)
+        stop = 0 if segment is None or segment.stop == _ENDLESS else segment.stop
+    elif head[:4] == b"RIFF" and head[8:] == b"AVI ":
+        stop = 8 + int.from_bytes(head[4:8], "little")
+    file.seek(0)
+    if stop > length:
+        raise DecodeError(f"{name} is cut short: it has {length} of {stop} bytes; copy it again, or remove it")
+
+
 def read_crops(file: File) -> list[Crop]:
     """Return what mp4, mov and Matroska crop of the pictures of each video track; an empty list of other files.
 
@@ -66,7 +89,7 @@ def read_crops(file: File) -> list[Crop]:
     file.seek(0)
     if file.read(4) == _MATROSKA_START:
         root = _Box(b"", 0, file.seek(0, 2))
-        tracks = next(_find(_read_elements, file, root, b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b"), _Box(b"", 0, 0))
+        tracks = next(_find(_read_elements, file, root, _SEGMENT, b"\x16\x54\xae\x6b"), _Box(b"", 0, 0))
         for track in _find(_read_elements, file, tracks, b"\xae"):
             if _read_numbers(file, track).get(b"\x83") == 1:  # its type: pictures
                 crops.append(_read_pixel_crop(file, track))

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 from dit_video.core.errors import DecodeError, MissingError, UserError
 from dit_video.video.colours import TRANSFERS, convert_to_srgb
-from dit_video.video.containers import Crop, check_mp4_header, is_whole_gif_packet, read_crops
+from dit_video.video.containers import Crop, check_is_whole, check_mp4_header, is_whole_gif_packet, read_crops
 from dit_video.video.webp import AnimatedWebp, is_animated_webp
 
 MAX_PIXELS = int(os.environ.get("DIT_VIDEO_MAX_PIXELS", 1 << 26))
@@ -149,6 +149,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
         if self.guard is not None:
             self.guard.limit_opening(self._length)
         check_mp4_header(file, self.name)
+        check_is_whole(file, self.name)
         self._crops = read_crops(file)
         # A playlist in place of a video could otherwise open further files, or network addresses.
         options = {

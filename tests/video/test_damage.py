@@ -273,6 +273,30 @@ def test_a_picture_that_is_cut_short_is_refused(pictures, kind, share):
     get_errors(content[: round(len(content) * share)])
 
 
+CONTAINERS = {
+    "mkv": X264 | {"format": "matroska"},
+    "webm": X264 | {"format": "webm", "codec": "libvpx-vp9"},
+    "avi": X264 | {"format": "avi", "codec": "mpeg4"},
+}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_a_video_that_is_cut_short_is_refused(write_video, textured, kind, share):
+    """ffmpeg shows the frames that are there, as if there were no more."""
+    content = write_video(textured(24, 32, 48), **CONTAINERS[kind])
+    assert len(decode(content).frames) == 24
+    get_errors(content[: round(len(content) * share)])
+
+
+def test_a_stream_without_an_end_is_read(write_video, textured):
+    """Recorders of live video write no sizes, as they don't know them."""
+    content = write_video(textured(24, 32, 48), **CONTAINERS["mkv"] | {"container_options": {"live": "1"}})
+    start = content.index(b"\x18\x53\x80\x67")
+    assert content[start + 4 : start + 12] == b"\x01" + b"\xff" * 7
+    assert len(decode(content).frames) == 24
+
+
 @pytest.mark.parametrize("kind", sorted(set(PICTURES) - UNCHECKED))
 def test_a_picture_that_is_overwritten_is_refused(pictures, kind):
     """A twentieth is zero."""
