@@ -27,7 +27,7 @@ from dit_video.apps.reports.run_report import write_run_report
 from dit_video.core import config_json
 from dit_video.core.command_line import check_minimum, parse_arguments
 from dit_video.core.errors import UserError, script
-from dit_video.core.files import check_writable
+from dit_video.core.files import check_writable_folder
 from dit_video.core.platform.provenance import get_code_version
 from dit_video.core.storage import is_remote, restore_address
 from dit_video.distributed.faults.timeouts import TimeoutConfig
@@ -114,8 +114,7 @@ def main(
             )
         given = dict(map(_parse_field, fields)) | ({} if seed is None else {"seed": seed})
         changes = {"metrics": metrics, "weights": weights, "count": count, "fields": given}
-        if is_first_process():
-            check_writable(_get_folder(run, out, is_model=is_model) / "report.html")
+        check_writable_folder(_get_folder(run, out, is_model=is_model))
         pipeline = model.load_pipeline(run, sampling) if is_model else None
         for chosen in _get_protocols(protocol or (_FOLDER_PROTOCOL,), changes):
             folder = _get_folder(run, out, is_model=is_model) / chosen.name

@@ -20,8 +20,7 @@ from task_options import TaskOptions, make_default, make_subcommands
 
 from dit_video.core.command_line import check_minimum, parse_arguments, parse_size
 from dit_video.core.errors import UserError, script
-from dit_video.core.files import check_writable
-from dit_video.evaluation.clip_set import PROMPTS_FILE
+from dit_video.core.files import check_writable, check_writable_folder
 from dit_video.evaluation.samples import SampleFolder, check_only_samples, write_contact_sheet
 from dit_video.families.expansion_options import ExpansionOptions
 from dit_video.sampling.pipeline_config import PipelineConfig
@@ -129,7 +128,7 @@ def main(
         check_writable(out)
     else:
         check_only_samples(out)
-        check_writable(out / PROMPTS_FILE)
+        check_writable_folder(out)
 
     def list_requests(config: PipelineConfig) -> list[Request]:
         if (expander := expansion.make_expander(config.model.backbone)) is not None:

@@ -54,6 +54,19 @@ def check_writable(path: str | os.PathLike) -> None:
         raise _make_write_error(path, error) from error
 
 
+def check_writable_folder(folder: str | os.PathLike) -> None:
+    """Check, before the work whose result it is, that a folder is there or can be created, which this does not do.
+
+    Raises:
+      UserError: If it cannot be created or written.
+    """
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        reason = "no permission" if existing.is_dir() else f"{existing} is a file"
+        raise UserError(f"{folder} cannot be written ({reason}); use a path in a writable folder")
+
+
 def _make_temporary(path: Path) -> Path:
     """Return a temporary path next to `path`; its folder is created if necessary."""
     try:

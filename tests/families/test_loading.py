@@ -54,7 +54,10 @@ def test_encoders_that_have_moved_are_named(tmp_path):
     expected = generate_latents(before, "a red circle", size=SIZE, image=image, steps=1)
     folder.rename(moved)
     options = {}
-    for name, fix in (("image_encoder", "image_encoder=FOLDER of"), ("text_encoder", r"text_encoder=FOLDER \(--text")):
+    for name, fix in (
+        ("image_encoder", r"image_encoder=FOLDER \(--image"),
+        ("text_encoder", r"text_encoder=FOLDER \(--text"),
+    ):
         with pytest.raises(MissingError, match=rf"{name}/config\.json\. If the encoder has moved, use {fix}"):
             dit_video.load(tmp_path / "saved", **options).generate("a red circle", size=SIZE, image=image, steps=1)
         options[name] = moved / name

@@ -121,7 +121,7 @@ def test_arrays_that_are_no_frames_or_latents_are_refused():
     config, params, _, _ = setting("patches")
     real = FRAMES.astype(np.float32)
     for frames in (FRAMES[..., :2], FRAMES[0], real - 128, real * np.nan, real.astype(np.float64)):
-        with pytest.raises(UserError, match=r"frames .* must be \[B T H W 3\] in 0..255.* Use dit_video.core.pixels"):
+        with pytest.raises(UserError, match=r"frames .* must be \[B T H W 3\] in 0..255.* Use frames of this shape"):
             list(encode_stream(config, params, iter([frames])))
     latents = np.zeros((1, 1, 4, 6, 3), np.float32)
     for portions, message in (
