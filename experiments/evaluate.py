@@ -114,10 +114,10 @@ def main(
             )
         given = dict(map(_parse_field, fields)) | ({} if seed is None else {"seed": seed})
         changes = {"metrics": metrics, "weights": weights, "count": count, "fields": given}
-        check_writable_folder(_get_folder(run, out, is_model=is_model))
+        results = _get_folder(run, out, is_model=is_model)
         pipeline = model.load_pipeline(run, sampling) if is_model else None
         for chosen in _get_protocols(protocol or (_FOLDER_PROTOCOL,), changes):
-            folder = _get_folder(run, out, is_model=is_model) / chosen.name
+            folder = results / chosen.name
             real_clips = None if data is None else open_clip_set(data, split=chosen.split)
             if pipeline is None:
                 result = _measure_folder(open_clip_set(run), chosen, folder, real_clips)
@@ -178,12 +178,14 @@ def _get_folder(run: Path, out: Path | None, *, is_model: bool) -> Path:
     """Return the folder of the files.
 
     Raises:
-      UserError: If no folder is given for a pipeline, whose own folder holds nothing else.
+      UserError: If no folder is given for a pipeline, whose own folder holds nothing else, or it cannot be written.
     """
     if out is None and not (run / CONFIG).is_file():
         kind = "a pipeline, not a run" if is_model else "a folder of videos"
         raise UserError(f"{run} is {kind}, so it has no folder for the files; use --out FOLDER")
-    return run if out is None else out
+    folder = run if out is None else out
+    check_writable_folder(folder)
+    return folder
 
 
 def _evaluate_run(run: Path, folder: Path, seed: int, model: ModelOptions, sampling: SamplingOptions) -> None:

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 EXIT_TRY_AGAIN = 75
 """Exit code of a run that something outside ended and that can restart without loss (`sysexits.h`: EX_TEMPFAIL)."""
@@ -82,8 +82,9 @@ def check_number(**values: object) -> None:
       UserError: If a value is not; the message names the first one.
     """
     for name, value in values.items():
-        is_number = isinstance(value, numbers.Real) and value is not True and value is not False
-        if value is not None and not (is_number and not math.isnan(float(cast(Any, value)))):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(float(value)):
             raise UserError(f"{name}={value!r} is invalid: it must be a number. Use {name}=1.")
 
 

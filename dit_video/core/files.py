@@ -51,7 +51,7 @@ def check_writable(path: str | os.PathLike) -> None:
         temporary.touch()
         temporary.unlink()
     except OSError as error:
-        raise _make_write_error(path, error) from error
+        raise _make_write_error(path, error.strerror) from error
 
 
 def check_writable_folder(folder: str | os.PathLike) -> None:
@@ -63,8 +63,7 @@ def check_writable_folder(folder: str | os.PathLike) -> None:
     folder = Path(folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        reason = "no permission" if existing.is_dir() else f"{existing} is a file"
-        raise UserError(f"{folder} cannot be written ({reason}); use a path in a writable folder")
+        raise _make_write_error(folder, "no permission" if existing.is_dir() else f"{existing} is a file")
 
 
 def _make_temporary(path: Path) -> Path:
@@ -72,12 +71,12 @@ def _make_temporary(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _make_write_error(path, error) from error
+        raise _make_write_error(path, error.strerror) from error
     return path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
 
 
-def _make_write_error(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} cannot be written ({error.strerror}); use a path in a writable folder")
+def _make_write_error(path: Path, reason: str | None) -> UserError:
+    return UserError(f"{path} cannot be written ({reason}); use a path in a writable folder")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

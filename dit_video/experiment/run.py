@@ -396,8 +396,6 @@ class Run:
     """Command that started the run, or the last one that amended it."""
     amendments: tuple[Amendment, ...] = ()
     """Changes to the config since the run was started, in order."""
-    has_unwritten_amendment: bool = field(default=False, compare=False, repr=False)
-    """Whether the folder does not have the last amendment yet: `check` writes it once nothing refuses the start."""
     remote: RemoteFolder | None = field(default=None, compare=False, repr=False)
     """Folder at an address that `folder` is a copy of; None for a run on this machine, or on a shared disk."""
     profile: tuple[int, int] | None = None
@@ -447,7 +445,7 @@ class Run:
                 amendable=experiment.amendable_fields,
                 command=run.command,
             )
-            return replace(run, amendments=(*existing.amendments, amendment), has_unwritten_amendment=True)
+            return replace(run, amendments=(*existing.amendments, amendment))
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; use a folder")
         if folder.is_dir() and any(entry.name != "clips" and entry.name[0] != "." for entry in folder.iterdir()):
@@ -536,7 +534,7 @@ class Run:
         self.clips.select(self.experiment.data.held_out)  # raises for an unknown name
         for stage in self.stages:
             stage.check(self)
-        if self.process == 0 and self.has_unwritten_amendment:
+        if self.process == 0 and self.amendments and len(self.amendments) > len(Run.open(self.folder).amendments):
             print(f"amended: {self.amendments[-1]}", file=sys.stderr)
             self._write_config()
         if self.process == 0 and self.experiment.denoiser_stages:

@@ -141,7 +141,8 @@ def locate_condition(condition: Condition, size: Grid) -> tuple[int, UInt8[np.nd
     """
     start = condition.frame + size.t if condition.frame < 0 else condition.frame
     if not 0 <= start < size.t:
-        raise UserError(f"frame={condition.frame} of a condition is invalid for a clip of {size.t}. Use another frame.")
+        fix = f"Use 0 to {size.t - 1}, or negative numbers, which count from the end"
+        raise UserError(f"frame={condition.frame} of a condition is invalid for a clip of {size.t}. {fix}.")
     return start, fit_frames(condition.content.frames[: size.t - start], size)
 
 

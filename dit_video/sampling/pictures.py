@@ -115,9 +115,8 @@ def to_mask(name: str, value: MaskImage) -> Mask:
 
 def _read_pil(name: str, image: PilImage.Image) -> np.ndarray:
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        raise UserError(
-            f"{name} of mode {image.mode} is invalid: its range is not known. Use np.asarray(image) / white"
-        )
+        rule = "the value of white is not known"
+        raise UserError(f"{name} of mode {image.mode} is invalid: {rule}. Use np.asarray(image) / white, such as 65535")
     if "A" in image.mode or "transparency" in image.info:
         rgba = np.asarray(image.convert("RGBA"))
         return _drop_alpha(name, rgba)
@@ -153,9 +152,7 @@ def _to_pixels(name: str, pixels: np.ndarray) -> UInt8[np.ndarray, "*T H W 3"]:
         pixels = np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
     if pixels.dtype != np.uint8:
         rule = "pixels are uint8, or floats from 0 to 1"
-        raise UserError(
-            f"{name} of {pixels.dtype} {shape} is invalid: {rule}. Use pixels / white, with the value of white"
-        )
+        raise UserError(f"{name} of {pixels.dtype} {shape} is invalid: {rule}. Use pixels / white, such as 255")
     return _drop_alpha(name, pixels) if shape[-1] == 4 else pixels
 
 

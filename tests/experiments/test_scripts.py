@@ -156,6 +156,7 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_weights_are_read(sc
     for options, folder, message in (
         (("experiments/sample.py", tiny_run, *prompts), "file/x", "cannot be written"),
         (("experiments/sample.py", tiny_run, *prompts), "notes", "holds other files than samples"),
+        (("experiments/evaluate.py", tiny_run), "file/x", "cannot be written"),
         (("experiments/evaluate.py", tiny_run, "--protocol", "task_loop"), "file/x", "cannot be written"),
     ):
         assert_one_line(script(*options, "--out", tmp_path / folder), message)

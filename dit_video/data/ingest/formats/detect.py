@@ -8,10 +8,10 @@ from dit_video.core.errors import MissingError, UserError
 from dit_video.core.registry import load_entry_points
 from dit_video.core.storage import StoragePath, StoragePathLike, convert_storage_errors, to_storage_path
 from dit_video.data.ingest.formats.folder import find_lists, list_folder
-from dit_video.data.ingest.formats.listing import Listing, ListingOptions, find_split
+from dit_video.data.ingest.formats.listing import Listing, ListingOptions, find_split, get_suffix
 from dit_video.data.ingest.formats.lists import TABLE_SUFFIXES, list_table
 from dit_video.data.ingest.formats.published import find_annotations, list_msrvtt, list_ucf101
-from dit_video.data.ingest.formats.scan import FolderScan, get_suffix, scan_folder
+from dit_video.data.ingest.formats.scan import FolderScan, scan_folder
 from dit_video.data.ingest.formats.tars import is_tar, list_tar, list_tars
 
 

@@ -20,6 +20,7 @@ from dit_video.data.ingest.formats.listing import (
     Rejection,
     UnusableClipError,
     clean_captions,
+    get_suffix,
     make_listing,
     may_hold_captions,
     read_caption_file,
@@ -36,7 +37,7 @@ from dit_video.data.ingest.formats.lists import (
     read_paired_rows,
     read_rows,
 )
-from dit_video.data.ingest.formats.scan import FolderScan, get_suffix
+from dit_video.data.ingest.formats.scan import FolderScan
 
 METADATA = tuple(f"metadata{suffix}" for suffix in TABLE_SUFFIXES)
 """Names of lists, as in Hugging Face's folders (huggingface.co/docs/hub/datasets-video) and finetrainers."""

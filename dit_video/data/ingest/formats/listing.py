@@ -149,7 +149,7 @@ def check_name(name: str) -> None:
     Raises:
       UnusableClipError: If the name is invalid, or its suffix is of a kind that cannot be decoded.
     """
-    if (suffix := _get_suffix(name)) in UNSUPPORTED:
+    if (suffix := get_suffix(name)) in UNSUPPORTED:
         raise UnusableClipError(UNSUPPORTED[suffix])
     if escape_name(name) != name:
         raise UnusableClipError("its name is not UTF-8; rename it")
@@ -157,7 +157,8 @@ def check_name(name: str) -> None:
         raise UnusableClipError("its name holds a null byte")
 
 
-def _get_suffix(name: str) -> str:
+def get_suffix(name: str) -> str:
+    """Return the suffix of a name in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
 
 
@@ -195,12 +196,12 @@ def warn_of_losses(source: object, listing: Listing) -> None:
     """Warn of what may be a mistake where no clip has a caption: files that are not read, and frames of a video."""
     if any(clip.captions for clip in listing.clips):
         return
-    others = [name for name in listing.unlisted if _get_suffix(name) not in MEDIA and may_hold_captions(name)]
+    others = [name for name in listing.unlisted if get_suffix(name) not in MEDIA and may_hold_captions(name)]
     if others:
         first = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
         fix = "if they hold captions, write these to metadata.csv (file_name,text) or, in a tar, to .txt files"
         warnings.warn(f"no clip of {source} has a caption, and these files are not read: {first}; {fix}", stacklevel=2)
-    if all(_get_suffix(clip.name) in IMAGES - {".gif", ".apng"} for clip in listing.clips):
+    if all(get_suffix(clip.name) in IMAGES - {".gif", ".apng"} for clip in listing.clips):
         patterns = Counter(re.sub(r"\d+(?=[^\d/]*$)", "#", clip.name) for clip in listing.clips)
         for pattern, count in patterns.most_common(1):
             if count >= _MIN_FRAMES:

@@ -40,10 +40,11 @@ from dit_video.data.ingest.formats.listing import (
     Rejection,
     UnusableClipError,
     clean_captions,
+    get_suffix,
     make_listing,
     reject_unusable,
 )
-from dit_video.data.ingest.formats.scan import FolderScan, get_suffix, index_files
+from dit_video.data.ingest.formats.scan import FolderScan, index_files
 
 ANNOTATIONS = re.compile(r"(?i)(?:.*videodatainfo.*|msr[-_]?vtt[^/]*)\.json")
 _SPLITS = {"train": "train", "validate": "validation", "val": "validation", "validation": "validation", "test": "test"}

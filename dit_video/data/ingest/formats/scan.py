@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 from dit_video.core.errors import UserError
 from dit_video.core.storage import StoragePath, list_files, read_files, read_range
-from dit_video.data.ingest.formats.listing import MEDIA, ListedClip, Rejection, UnusableClipError, check_name
+from dit_video.data.ingest.formats.listing import (
+    MEDIA,
+    ListedClip,
+    Rejection,
+    UnusableClipError,
+    check_name,
+    get_suffix,
+)
 
 _FILES_AT_ONCE = 256
 """Number of small files of a bucket that are read at once."""
@@ -151,11 +158,6 @@ def index_files(
         if first_name != name:
             rejected.append((name, f"is the same clip of {data_set} as {first_name!r}"))
     return files, rejected
-
-
-def get_suffix(name: str) -> str:
-    """Return the suffix of a name in lower case, with its dot."""
-    return os.path.splitext(name)[1].lower()
 
 
 def get_file_size(status: os.stat_result) -> int:

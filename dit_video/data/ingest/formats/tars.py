@@ -29,11 +29,12 @@ from dit_video.data.ingest.formats.listing import (
     UnusableClipError,
     check_name,
     clean_captions,
+    get_suffix,
     make_listing,
     read_caption_file,
     reject_unusable,
 )
-from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size, get_suffix
+from dit_video.data.ingest.formats.scan import FolderScan, describe_os_error, get_file_size
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
