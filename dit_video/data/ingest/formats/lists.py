@@ -231,6 +231,11 @@ def check_no_media(path: StoragePath, columns: ListColumns | None = None) -> Non
             schema = file.schema_arrow
     except (OSError, UserError):  # which reading the list explains
         return
+    _check_schema(path, schema, columns)
+
+
+def _check_schema(path: StoragePath, schema: Any, columns: ListColumns | None) -> None:
+    """Check an open Parquet table as `check_no_media` does."""
     found = [each.name for each in schema if _holds_bytes(each.type)]
     names = () if columns is None else _get_name_columns(columns)
     name = next((name for name in names if name in schema.names), None)
@@ -446,8 +451,8 @@ def _open_parquet(path: StoragePath) -> Iterator[Any]:
 
 
 def _read_parquet_rows(path: StoragePath, columns: ListColumns) -> Iterator[ListRow]:
-    check_no_media(path, columns)
     with _open_parquet(path) as file:
+        _check_schema(path, file.schema_arrow, columns)
         read, number = _find_columns(path, file.schema_arrow.names, columns), 0
         for batch in file.iter_batches(batch_size=4096, columns=read.all):
             for fields in batch.to_pylist():
