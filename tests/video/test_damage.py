@@ -405,7 +405,7 @@ def originals(write_video, textured):
 
 
 def test_mutated_files_decode_or_fail_cleanly(originals, tmp_path):
-    outcomes = survive(tmp_path / "mutations", originals, 88, seed=1)
+    outcomes = survive(tmp_path / "mutations", originals, 121, seed=1)
     assert set(outcomes) <= {"VideoInfo", "Clip", "DecodeError", "UserError"}
     # Neither all nor none of the files are damaged.
     assert all(outcomes[kind] >= 20 for kind in ("VideoInfo", "Clip", "DecodeError"))
