@@ -1,13 +1,13 @@
 """A text-to-video model of rendered scenes with one or two textured objects, trained from scratch on a laptop.
 
     python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
-    python tools/render_scenes.py --out runs/scenes/clips --count 12000 --frames 1 9 17 17 17 33
+    python tools/render_scenes.py --out runs/scenes/clips --count 12000 --levels 1 2 2 2 --frames 1 9 17 17 17 33
     python experiments/train.py experiments/configs/scenes.py --data runs/scenes/one_object runs/scenes/clips \
         --workdir runs/scenes/text
 
 The captions are long, of few words, which is why the text encoder reads words. The first stage has clips of one object
-alone, from which the model learns directions in a few hundred steps. Long clips, which have twice the tokens of others,
-come last. `scenes_tasks.py` is the same model with a mix of tasks.
+alone, from which the model learns directions in a few hundred steps. Which of two objects has which direction takes it
+many times as long, so most of the other clips have two. `scenes_tasks.py` is the same model with a mix of tasks.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ OPTIMIZER = Muon(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=50), rms=
 def make_stages(
     data: DataConfig, *, one_object: tuple[float, ...], frame_conditioning: FrameConditioning | None = None
 ) -> tuple[Stage, ...]:
-    """Return the stages: the autoencoder's, and the denoiser's on clips of one object, on short clips, and on all.
+    """Return the stages: the autoencoder's, and the denoiser's on clips of one object, and on all.
 
     Args:
       data: Data of all but the first of the denoiser.
@@ -62,19 +62,10 @@ def make_stages(
             frame_conditioning=frame_conditioning,
         ),
         TrainDenoiser(
-            name="short_clips",
             continues="one_object",
-            data=dataclasses.replace(data, where="frames <= 17"),
-            batch=10,
-            optimizer=dataclasses.replace(OPTIMIZER, schedule=Constant()),
-            steps=1500,
-            ema_decay=0.995,
-        ),
-        TrainDenoiser(
-            continues="short_clips",
             batch=10,
             optimizer=dataclasses.replace(OPTIMIZER, schedule=WarmupStableDecay(decay=0.4)),
-            steps=900,
+            steps=2400,
             ema_decay=0.995,
         ),
     )
