@@ -189,9 +189,12 @@ def _choose_other_list(
     has_captions, is_complete = any(clip.captions for clip in clips), all(clip.captions for clip in clips)
     tables = [name for name in unlisted if get_suffix(name) in TABLE_SUFFIXES and scan.is_file(name)]
     if has_captions:
-        is_called = {_get_first_part(name) for name in scan.media}
-        others = set() if is_complete else {_get_first_part(name) for name in tables} - is_called
-        tables = [name for name in tables if get_suffix(name) != ".json" or _get_first_part(name) in others]
+        clip_parts = {_get_first_part(name) for name in scan.media}
+        tables = [
+            name
+            for name in tables
+            if get_suffix(name) != ".json" or (not is_complete and _get_first_part(name) not in clip_parts)
+        ]
     names = [name for name in tables if is_list(scan.get_document(name), columns)]
     if not has_captions and not (names and scan.media):
         for table in names or tables:

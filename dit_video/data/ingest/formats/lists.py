@@ -39,6 +39,7 @@ from dit_video.data.ingest.formats.listing import (
     check_name,
     clean_captions,
     escape_name,
+    get_suffix,
     make_listing,
     read_caption_fields,
     reject_unusable,
@@ -509,7 +510,7 @@ def _find_entries(fields: dict[str, Any], columns: ListColumns) -> list[Any] | N
     names, texts = (columns.name,) if columns.name else NAME_COLUMNS, columns.captions or CAPTION_FIELDS
     if not fields.keys().isdisjoint(names):
         return [fields]
-    if all(os.path.splitext(name)[1].lower() in MEDIA for name in fields):
+    if all(get_suffix(name) in MEDIA for name in fields):
         described = ((name, value if isinstance(value, dict) else {texts[0]: value}) for name, value in fields.items())
         return [{**value, names[0]: name} for name, value in described]
     return None
