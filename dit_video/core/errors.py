@@ -4,6 +4,7 @@ import _thread
 import contextlib
 import errno
 import functools
+import gc
 import math
 import numbers
 import os
@@ -121,8 +122,7 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
             with _preserve_interrupts(), _plain_warnings(), _explain_errors():
                 main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.code)
+            message, code = f"error: {error}", error.code
         except GracefulStop as stopped:
             print(f"\nstopped: {stopped}; the same command continues from there: {get_command()}", file=sys.stderr)
             sys.stderr.flush()
@@ -134,6 +134,11 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
             sys.exit(130)
         except BrokenPipeError:
             os._exit(141)
+        else:
+            return
+        gc.collect()  # what libraries report of objects that end with the error comes first
+        print(message, file=sys.stderr)
+        sys.exit(code)
 
     return guarded
 

@@ -28,10 +28,16 @@ _MARKER = ".keep"
 """Name of the empty file by which a folder at an address exists."""
 _ORBAX_FOLDER = os.path.dirname(ocp.__file__)
 
-# Orbax reports each of its steps to the logger it shares with other packages, so its records are dropped by origin.
-logging.getLogger("absl").addFilter(
-    lambda record: record.levelno >= logging.WARNING or not record.pathname.startswith(_ORBAX_FOLDER)
-)
+
+def _shorten_log(record: logging.LogRecord) -> bool:
+    """Drop what Orbax tells of its steps, and its tracebacks: a wait for the save raises the exception, too."""
+    if not record.pathname.startswith(_ORBAX_FOLDER):
+        return True
+    record.exc_info = None
+    return record.levelno >= logging.WARNING
+
+
+logging.getLogger("absl").addFilter(_shorten_log)  # a logger that Orbax shares with other packages
 
 
 class IncompleteSaveError(Exception):

@@ -58,6 +58,29 @@ def test_a_full_disk_is_one_line_whoever_writes(capsys, number):
     assert capsys.readouterr().err.startswith(line)
 
 
+def test_the_error_is_the_last_line_after_those_of_objects_that_end_with_it(capsys):
+    """Futures of asyncio report an error that nobody asked for when they are freed."""
+
+    class Library:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            print("ERROR:asyncio:Future exception was never retrieved", file=sys.stderr)
+
+    @script
+    def main():
+        library = Library()
+        raise UserError(f"{type(library).__name__} cannot write")
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err.splitlines() == [
+        "ERROR:asyncio:Future exception was never retrieved",
+        "error: Library cannot write",
+    ]
+
+
 _USE = """import jax.numpy as jnp
 from dit_video.core.errors import script
 @script
