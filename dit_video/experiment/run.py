@@ -138,8 +138,8 @@ class Experiment:
     stages: tuple["Stage", ...] = ()
     """Stages in order, such as `TrainAutoencoder(...)`, then `TrainDenoiser(...)`."""
     autoencoder_from: str | None = None
-    """Folder of the autoencoder's weights in diffusers' layout, of a pipeline or of a finished run; None for one that a
-    stage trains, or that has no weights."""
+    """Folder of the autoencoder's weights in diffusers' layout, of a pipeline, or of a run that has one; None for one
+    that a stage trains, or that has no weights."""
     sampling: Sampling = field(default_factory=Sampling)
     conditioner: Conditioner | None = None
     """Use of images, clips and masks in sampling after the training; None for `Completion`."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,6 +63,20 @@ def test_any_autoencoder_is_trained_against_a_discriminator(convolutional, tiny_
     assert params.keys() == {"encoder", "decoder", "moments", "latents", "normalizer"}
     assert Checkpoints(tmp_path / "run" / "autoencoder" / "checkpoints").latest() == 3
     assert Run.open(tmp_path / "run").experiment == convolutional
+
+
+def test_an_autoencoder_is_that_of_another_run_as_soon_as_it_is_trained(tiny, tiny_clips, tmp_path):
+    run = Run.create(tmp_path / "run", tiny.EXPERIMENT.replace_stage("autoencoder", steps=3))
+    experiment = replace(tiny.EXPERIMENT, autoencoder_from=str(run.folder), stages=(tiny.EXPERIMENT.denoiser,))
+    with pytest.raises(MissingError, match="has no trained autoencoder yet"):
+        Run.create(tmp_path / "too_early", experiment).read_autoencoder()
+    run.take(tiny_clips)
+    run.run_stages("autoencoder")
+    params = Run.create(tmp_path / "denoiser", experiment).read_autoencoder()
+    jax.tree.map(np.testing.assert_array_equal, params, run.read_autoencoder())
+    wider = experiment.replace_model(autoencoder=replace(tiny.EXPERIMENT.model.autoencoder, width=12))
+    with pytest.raises(UserError, match="holds another autoencoder than the config's: width"):
+        Run.create(tmp_path / "wider", wider).read_autoencoder()
 
 
 def test_a_folder_of_small_squares_and_pictures_is_trained_on(tiny, tmp_path):
