@@ -136,7 +136,8 @@ def script(main: Callable[..., None], *, is_resumable: bool = True) -> Callable[
             os._exit(141)
         else:
             return
-        gc.collect()  # what libraries report of objects that end with the error comes first
+        # The exception is free only here. Libraries report futures that end with it, which should not come last.
+        gc.collect()
         print(message, file=sys.stderr)
         sys.exit(code)
 

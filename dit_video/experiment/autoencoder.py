@@ -13,7 +13,6 @@ from jaxtyping import Array, Float32
 
 from dit_video.core import config_json, pixels, rng
 from dit_video.core.errors import MissingError, UserError
-from dit_video.core.files import read_json
 from dit_video.core.trees import flatten, map_with_path
 from dit_video.data.sizes import SizeLimits
 from dit_video.data.windows import ClipCrops, WindowBatches
@@ -25,7 +24,13 @@ from dit_video.families import load_autoencoder
 from dit_video.models.autoencoders import AutoencoderConfig, ClipStatistics, LinearAutoencoder, fit_linear
 from dit_video.models.features import Lpips
 from dit_video.nn import get_graph_def, get_param_shapes, init_params
-from dit_video.sampling.pipeline_config import AUTOENCODER, RUN_CONFIG, is_pipeline_folder, read_pipeline_config
+from dit_video.sampling.pipeline_config import (
+    AUTOENCODER,
+    RUN_CONFIG,
+    is_pipeline_folder,
+    read_pipeline_config,
+    read_run_document,
+)
 from dit_video.tokens import Grid
 from dit_video.training.losses.adversarial import AdversarialStep, DiscriminatorTraining
 from dit_video.training.losses.autoencoder import AutoencoderLoss, AutoencoderStep
@@ -107,14 +112,14 @@ def read_autoencoder(
 
 
 def _load_autoencoder_params(folder: str, expected: AutoencoderConfig) -> dict[str, Any]:
-    """Read the parameters of a pipeline's autoencoder, of that of a run, or of one in diffusers' layout."""
+    """Read the parameters of the autoencoder of a pipeline, of a run, or in diffusers' layout."""
     of_run = Path(folder) / "pipeline"
     if is_pipeline_folder(pipeline := of_run if is_pipeline_folder(of_run) else Path(folder)):
         config = read_pipeline_config(pipeline).model.autoencoder
         params = load_weights(pipeline / AUTOENCODER, like=get_param_shapes(config.make))
     elif (Path(folder) / RUN_CONFIG).is_file():  # its denoiser is not trained, or it has none
-        document = read_json(Path(folder) / RUN_CONFIG)
-        config = config_json.from_json((document["experiment"]["model"] or {}).get("autoencoder"))
+        document = read_run_document(folder)
+        config = config_json.from_json(document["experiment"]).get_model().autoencoder
         params = read_autoencoder(config, Path(folder), command=document["command"])
     else:
         config, params = load_autoencoder(folder)

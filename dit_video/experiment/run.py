@@ -42,7 +42,7 @@ from jaxtyping import Array
 
 from dit_video.core import config_json, rng
 from dit_video.core.errors import MissingError, UserError, check_at_least, get_command
-from dit_video.core.files import read_document, write_json
+from dit_video.core.files import write_json
 from dit_video.core.offload import Offload
 from dit_video.core.storage import StoragePathLike
 from dit_video.core.version import __version__
@@ -79,7 +79,13 @@ from dit_video.sampling.memory import fit_offload
 from dit_video.sampling.pipeline import Pipeline
 from dit_video.sampling.pipeline_config import CONFIG as PIPELINE_CONFIG
 from dit_video.sampling.pipeline_config import RUN_CONFIG as CONFIG
-from dit_video.sampling.pipeline_config import PipelineConfig, read_pipeline_config, write_pipeline_config
+from dit_video.sampling.pipeline_config import (
+    RUN_FORMAT,
+    PipelineConfig,
+    read_pipeline_config,
+    read_run_document,
+    write_pipeline_config,
+)
 from dit_video.sampling.request import Conditioner
 from dit_video.tokens import Grid, PackedShape
 from dit_video.training import goodput
@@ -92,7 +98,6 @@ from dit_video.training.time_recorder import TimeRecorder
 from dit_video.training.trainer import BatchIterator, Trainer
 from dit_video.weights.frozen_encoders import FrozenTextEncoder, open_tokenizer
 
-FORMAT = 1
 EXCLUDED_FILE = "excluded_clips.json"
 """Name of the list of the clips that a training excludes, and of the held-out ones that cannot be used."""
 _RUN_FOLDERS = ("checkpoints", "clips", "data", "goodput", "latents", "pipeline", "samples", "stages")
@@ -455,7 +460,7 @@ class Run:
     def _write_config(self) -> "Run":
         """Write the config, and return the run. A pipeline's config that follows from another one goes."""
         document = {
-            "format": FORMAT,
+            "format": RUN_FORMAT,
             "version": __version__,
             "command": self.command,
             "experiment": config_json.to_portable_json(self.experiment),
@@ -477,7 +482,7 @@ class Run:
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise MissingError(f"no such run: {folder} has no {CONFIG}")
-        document = read_document(folder / CONFIG, format=FORMAT, kind="run", fix="start it anew")
+        document = read_run_document(folder)
         experiment = config_json.from_json(document.get("experiment"))
         if not isinstance(experiment, Experiment):
             raise UserError(f"{folder / CONFIG} holds no experiment; start the run anew in another folder")

@@ -22,7 +22,7 @@ from dit_video.sampling.denoiser import list_experts
 from dit_video.sampling.request import Conditioner, ModelParts, Request
 from dit_video.tokens import Grid
 
-FORMAT = 1
+FORMAT, RUN_FORMAT = 1, 1
 CONFIG, RUN_CONFIG = "pipeline.json", "experiment.json"
 WHOLE_FOLDERS = ("pipeline", "transformer", "transformer_2")
 """Folders of results that a run writes at once."""
@@ -179,6 +179,16 @@ def is_pipeline_folder(folder: str | Path) -> bool:
     """Return whether a folder holds the files of a pipeline. A run has the config, too, but other weights."""
     folder = Path(folder)
     return (folder / CONFIG).is_file() and not (folder / RUN_CONFIG).is_file()
+
+
+def read_run_document(folder: str | Path) -> dict[str, Any]:
+    """Read the command and the experiment of a run, as JSON.
+
+    Raises:
+      MissingError: If the folder holds no run.
+      UserError: If the run is of another version.
+    """
+    return read_document(Path(folder) / RUN_CONFIG, format=RUN_FORMAT, kind="run", fix="start it anew")
 
 
 def write_pipeline_config(folder: str | Path, config: PipelineConfig) -> None:

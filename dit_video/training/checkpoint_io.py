@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import os
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,10 +31,15 @@ _ORBAX_FOLDER = os.path.dirname(ocp.__file__)
 
 
 def _shorten_log(record: logging.LogRecord) -> bool:
-    """Drop what Orbax tells of its steps, and its tracebacks: a wait for the save raises the exception, too."""
+    """Drop what Orbax tells of its steps, and reduce its tracebacks to their last lines.
+
+    The exception of a save is raised, too, where the save is waited for.
+    """
     if not record.pathname.startswith(_ORBAX_FOLDER):
         return True
-    record.exc_info = None
+    if record.exc_info:
+        record.exc_text = "".join(traceback.format_exception_only(record.exc_info[1])).strip()
+        record.exc_info = None
     return record.levelno >= logging.WARNING
 
 
