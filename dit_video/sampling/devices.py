@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from dit_video.core.offload import Offload, put_in_host_memory
 from dit_video.data.latents.codec import LatentCodec
@@ -18,7 +18,7 @@ from dit_video.distributed.checks import check_denoiser
 from dit_video.models.backbones.protocol import BackboneConfig
 from dit_video.nn.attention import check_platform
 from dit_video.nn.partitioner import ONE_DEVICE, Partitioner
-from dit_video.sampling.plan import FrameChange
+from dit_video.sampling.plan import DecodingChange, FrameChange
 from dit_video.sampling.program import put_on_devices
 from dit_video.sampling.request import Request
 from dit_video.tokens import Grid
@@ -89,8 +89,20 @@ class SampledLatents(NamedTuple):
     """The request, with its size."""
     recipe: Mapping[str, Any]
     """Recipe of the clip; see `clip_recipe`."""
+    decoding: DecodingChange | None = None
+    """Change of what is decoded; see `SamplingPlan`."""
     finish: FrameChange | None = None
     """Change of the decoded frames; see `SamplingPlan`."""
+
+    def extend(self) -> Float32[np.ndarray, "_ _ _ c"]:
+        """Return the latents that are decoded."""
+        return self.latents if self.decoding is None else self.decoding.extend(self.latents)
+
+    def make_clip(self, decoded: UInt8[np.ndarray, "_ H W 3"], *, fps: float) -> Clip:
+        """Return the clip of the decoded frames."""
+        for change in (self.decoding and self.decoding.cut, self.finish):
+            decoded = decoded if change is None else change(decoded)
+        return Clip(frames=decoded, fps=fps, caption=self.request.prompt, recipe=self.recipe)
 
 
 class ClipDecoder(NamedTuple):
@@ -116,21 +128,20 @@ class ClipDecoder(NamedTuple):
 
     def __call__(self, samples: Sequence[SampledLatents]) -> list[Clip]:
         """Decode samples to clips: those of one size together, so that a size compiles once."""
+        latents = [sample.extend() for sample in samples]
         by_shape: dict[tuple[int, ...], list[int]] = {}
-        for index, sample in enumerate(samples):
-            by_shape.setdefault(sample.latents.shape, []).append(index)
+        for index, each in enumerate(latents):
+            by_shape.setdefault(each.shape, []).append(index)
         clips: dict[int, Clip] = {}
         for members in by_shape.values():
             codec, batch = self._choose_codec(len(members))
             for start in range(0, len(members), batch):
                 part = members[start : start + batch]
-                padded = [samples[index] for index in part] + [samples[part[-1]]] * (batch - len(part))
-                stacked = np.stack([sample.latents for sample in padded])
-                frames = codec.decode_many(stacked, seeds=[sample.request.seed for sample in padded])
+                padded = part + part[-1:] * (batch - len(part))
+                stacked = np.stack([latents[index] for index in padded])
+                frames = codec.decode_many(stacked, seeds=[samples[index].request.seed for index in padded])
                 for index, decoded in zip(part, frames, strict=False):
-                    _, request, recipe, finish = samples[index]
-                    decoded = decoded if finish is None else finish(decoded)
-                    clips[index] = Clip(frames=decoded, fps=self.fps, caption=request.prompt, recipe=recipe)
+                    clips[index] = samples[index].make_clip(decoded, fps=self.fps)
         return [clips[index] for index in range(len(samples))]
 
     def _choose_codec(self, count: int) -> tuple[LatentCodec, int]:

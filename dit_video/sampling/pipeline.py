@@ -334,7 +334,7 @@ class Pipeline:
         for request, values, planned in zip(requests, latents, prepared["requests"], strict=True):
             sized = replace(request, size=self.config.resolve_size(request))
             recipe = make_recipe(self.config, sized, planned.plan, prepared["sampling"])
-            sampled.append(SampledLatents(values, sized, recipe, planned.plan.finish))
+            sampled.append(SampledLatents(values, sized, recipe, planned.plan.decoding, planned.plan.finish))
         return sampled
 
     def trace(self, request: Request, *, sampling: Sampling | None = None) -> LatentTrace:

@@ -98,6 +98,18 @@ class LatentUpdate(abc.ABC):
         """Return the changed latents of the sample."""
 
 
+class DecodingChange(abc.ABC):
+    """A change of what is decoded, where a clip needs more latents around its own than are sampled."""
+
+    @abc.abstractmethod
+    def extend(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "_ h w c"]:
+        """Return the latents that are decoded."""
+
+    @abc.abstractmethod
+    def cut(self, frames: UInt8[np.ndarray, "_ H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
+        """Return the clip of their frames, as long as if the sampled latents were decoded."""
+
+
 class ExtraTokens(NamedTuple):
     """Tokens that are sampled with those of a clip, such as keyframes, and cut off from the result."""
 
@@ -133,6 +145,8 @@ class SamplingPlan(NamedTuple):
     """Number of times that every block of steps is taken; noise leads back to its first time."""
     update: LatentUpdate | None = None
     """Change of the latents between blocks of steps."""
+    decoding: DecodingChange | None = None
+    """Change of what is decoded."""
     finish: FrameChange | None = None
     """Change of the decoded frames, which puts known pixels in their places."""
     method: str = ""

@@ -4,6 +4,9 @@ A loop is made by rolling of the latents along time between blocks of steps. So 
 beginning is in the middle of the clip for most steps, as in Mobius (arXiv 2502.20307). The first latent frame stands
 for a single pixel frame and cannot be rolled with the others: it is the frame before the loop, so it is encoded again
 from the loop's last frame after every roll.
+
+Two turns are decoded, and the second is the loop, so that its beginning is decoded after its end. An autoencoder's
+frames change most where one latent frame ends and the next begins, so the loop is cut within one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,14 +14,14 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
 from dit_video.sampling.completion import plan_trained
 from dit_video.sampling.pictures import Mask
 from dit_video.sampling.pipeline_config import PipelineConfig
-from dit_video.sampling.plan import BlockEnd, LatentUpdate, SamplingPlan
+from dit_video.sampling.plan import BlockEnd, DecodingChange, LatentUpdate, SamplingPlan
 from dit_video.sampling.request import Condition, Conditioner, ModelParts, Request, Size
 from dit_video.sampling.tasks.fields import Doc, Limits, OneFrame
 from dit_video.sampling.tasks.task import Task
@@ -113,11 +116,12 @@ class SeamlessLoop(Conditioner):
           UserError: If the request has pictures, or too few frames for a loop.
         """
         request.check_pictures(())
-        if request.grid.t < 1 + 2 * model.codec.config.stride.t:
-            fix = f"Use at least {1 + 2 * model.codec.config.stride.t}"
+        stride = model.codec.config.stride.t
+        if request.grid.t < 1 + 2 * stride:
+            fix = f"Use at least {1 + 2 * stride}"
             raise UserError(f"size={request.grid} is invalid: there is nothing to roll. {fix} frames")
         plan = plan_trained(None, request.grid, model)
-        return plan._replace(update=TimeRoll(codec=model.codec, seed=request.seed))
+        return plan._replace(update=TimeRoll(codec=model.codec, seed=request.seed), decoding=TwoTurns(stride // 2))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,3 +141,20 @@ class TimeRoll(LatentUpdate):
         last = len(decoded) - 1 - shift * self.codec.config.stride.t
         first = end.combine(self.codec.encode(Clip(decoded[last : last + 1], 1.0)), end.noise[:1])
         return np.concatenate([first, rolled])
+
+
+@dataclass(frozen=True)
+class TwoTurns(DecodingChange):
+    """Two turns of a loop with the frame before it, of which the second is the clip, cut within a latent frame."""
+
+    cut_frames: int
+    """Number of frames between the end of a latent frame and the cut."""
+
+    def extend(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "_ h w c"]:
+        """Return the latents with those of the loop once more."""
+        return np.concatenate([latents, latents[1:]])
+
+    def cut(self, frames: UInt8[np.ndarray, "_ H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
+        """Return the second turn, with the frame before it first."""
+        turn = np.roll(frames[len(frames) // 2 + 1 :], -self.cut_frames, axis=0)
+        return np.concatenate([turn[-1:], turn])

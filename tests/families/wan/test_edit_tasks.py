@@ -188,7 +188,11 @@ def test_a_loop_begins_where_it_ends(pipeline):
     estimates = []
     options = {"size": (13, 16, 16), "conditioner": SeamlessLoop()}
     latents = sample_latents(pipeline, **options, callback=lambda each: estimates.append(each.progress))
-    np.testing.assert_array_equal(result.frames, pipeline.decode(latents).frames[1:])
+    # The second of two turns, from the middle of a latent frame on.
+    turn = pipeline.decode(np.concatenate([latents, latents[1:]])).frames[13:]
+    np.testing.assert_array_equal(result.frames, np.roll(turn, -2, axis=0))
+    clip = pipeline.generate(PROMPT, **options | OPTIONS)
+    np.testing.assert_array_equal(clip.frames, np.concatenate([result.frames[-1:], result.frames]))
     # The last step's latents are rolled along time, and that before them is of the frame that is then the last.
     (before,) = estimates[-1].estimate_latents().values()
     shifts = [shift for shift in (1, 2) if np.abs(np.roll(before[1:], shift, axis=0) - latents[1:]).max() < 1e-4]
