@@ -1,7 +1,7 @@
 """A model of rendered scenes that makes clips from text and completes clips: every task of the framework.
 
     python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
-    python tools/render_scenes.py --out runs/scenes/clips --count 12000 --levels 1 2 2 2 --frames 1 9 17 17 17 33
+    python tools/render_scenes.py --out runs/scenes/clips --frames 1 9 17 17 17 17 33
     python tools/render_scenes.py --out runs/scenes/loops --count 3000 --kind loops --frames 17 17 33 --seed 2
     python experiments/train.py experiments/configs/scenes_tasks.py \
         --data runs/scenes/one_object runs/scenes/clips runs/scenes/loops --workdir runs/scenes/tasks
