@@ -1,13 +1,13 @@
 """A text-to-video model of rendered scenes with one or two textured objects, trained from scratch on a laptop.
 
     python tools/render_scenes.py --out runs/scenes/one_object --count 3000 --levels 1 --frames 17 --seed 1
-    python tools/render_scenes.py --out runs/scenes/clips --frames 1 9 17 17 17 17 33
+    python tools/render_scenes.py --out runs/scenes/clips --levels 1 2 2 2 --frames 1 9 17 17 17 17 33
     python experiments/train.py experiments/configs/scenes.py --data runs/scenes/one_object runs/scenes/clips \
         --workdir runs/scenes/text
 
 The captions are long, of few words, which is why the text encoder reads words. The first stage has clips of one object
 alone, from which the model learns directions in a few hundred steps. Which of two objects has which direction takes it
-many times as long. `scenes_tasks.py` is the same model with a mix of tasks.
+many times as long, so most of the other clips have two. `scenes_tasks.py` is the same model with a mix of tasks.
 """
 
 import dataclasses
@@ -15,10 +15,9 @@ import dataclasses
 from dit_video.data.windows import WindowConfig
 from dit_video.diffusion import Guidance, RectifiedFlow
 from dit_video.evaluation.config import CaptionEvaluation
-from dit_video.experiment import DataConfig, Experiment, ModelConfig, Stage, TrainAutoencoder, TrainDenoiser
+from dit_video.experiment import DataConfig, Experiment, ModelConfig, TrainAutoencoder, TrainDenoiser
 from dit_video.models.autoencoders import AutoencoderObjective, PatchVaeConfig
 from dit_video.models.backbones.dit import DiTConfig
-from dit_video.models.conditioning import FrameConditioning
 from dit_video.models.encoders import WordEncoderConfig
 from dit_video.sampling import Sampling
 from dit_video.tokens import Grid, PackedShape
@@ -30,14 +29,13 @@ OPTIMIZER = Muon(learning_rate=3e-3, schedule=WarmupStableDecay(warmup=50), rms=
 
 
 def make_stages(
-    data: DataConfig, *, one_object: tuple[float, ...], frame_conditioning: FrameConditioning | None = None
-) -> tuple[Stage, ...]:
+    data: DataConfig, *, one_object: tuple[float, ...]
+) -> tuple[TrainAutoencoder, TrainDenoiser, TrainDenoiser]:
     """Return the stages: the autoencoder's, and the denoiser's on clips of one object, and on all.
 
     Args:
       data: Data of all but the first of the denoiser.
       one_object: Weights of the data sets in that one.
-      frame_conditioning: Conditioning on frames in that one.
     """
     return (
         TrainAutoencoder(
@@ -60,7 +58,6 @@ def make_stages(
             optimizer=dataclasses.replace(OPTIMIZER, schedule=Constant(warmup=50)),
             steps=450,
             ema_decay=0.995,
-            frame_conditioning=frame_conditioning,
         ),
         TrainDenoiser(
             continues="one_object",

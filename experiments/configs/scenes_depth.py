@@ -1,6 +1,6 @@
 """The model of `scenes_tasks.py` with a control stack that follows depth, which alone is trained, for some minutes.
 
-    python tools/render_scenes.py --out runs/scenes/clips --frames 1 9 17 17 17 17 33 \
+    python tools/render_scenes.py --out runs/scenes/clips --levels 1 2 2 2 --frames 1 9 17 17 17 17 33 \
         --depth runs/scenes/depth
     python experiments/train.py experiments/configs/scenes_depth.py --data runs/scenes/clips \
         --workdir runs/scenes/control

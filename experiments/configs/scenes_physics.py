@@ -17,11 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import scenes
 import scenes_tasks
 
 from dit_video.experiment import DataConfig
-from dit_video.models.conditioning import FrameConditioning
 from dit_video.tokens import PackedShape
 
 _MODEL = scenes_tasks.EXPERIMENT.get_model()
@@ -32,5 +30,5 @@ EXPERIMENT = dataclasses.replace(
     name="scenes_physics",
     data=_DATA,
     model=dataclasses.replace(_MODEL, layout=PackedShape(tokens=216, text=320, segments=8)),
-    stages=scenes.make_stages(_DATA, one_object=(1.0, 0.0), frame_conditioning=FrameConditioning(prob=0.0)),
+    stages=scenes_tasks.make_stages(_DATA, one_object=(1.0, 0.0), text=(0.0, 1.0)),
 )

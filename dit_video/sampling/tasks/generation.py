@@ -5,8 +5,8 @@ beginning is in the middle of the clip for most steps, as in Mobius (arXiv 2502.
 for a single pixel frame and cannot be rolled with the others: it is the frame before the loop, so it is encoded again
 from the loop's last frame after every roll.
 
-Two turns are decoded, and the second is the loop, so that its beginning is decoded after its end. An autoencoder's
-frames change most where one latent frame ends and the next begins, so the loop is cut within one.
+The second turn that is decoded is the loop, so that its beginning is decoded after its end. An autoencoder's frames
+change most where one latent frame ends and the next begins, so the loop is cut within one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -121,7 +121,8 @@ class SeamlessLoop(Conditioner):
             fix = f"Use at least {1 + 2 * stride}"
             raise UserError(f"size={request.grid} is invalid: there is nothing to roll. {fix} frames")
         plan = plan_trained(None, request.grid, model)
-        return plan._replace(update=TimeRoll(codec=model.codec, seed=request.seed), decoding=TwoTurns(stride // 2))
+        turns = LoopTurns(count=3 if model.codec.config.is_decoder_symmetric else 2, shift=stride // 2)
+        return plan._replace(update=TimeRoll(codec=model.codec, seed=request.seed), decoding=turns)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,18 +144,21 @@ class TimeRoll(LatentUpdate):
         return np.concatenate([first, rolled])
 
 
-@dataclass(frozen=True)
-class TwoTurns(DecodingChange):
-    """Two turns of a loop with the frame before it, of which the second is the clip, cut within a latent frame."""
+@dataclass(frozen=True, kw_only=True)
+class LoopTurns(DecodingChange):
+    """Several turns of a loop with the frame before it, of which the second is the clip, cut within a latent frame."""
 
-    cut_frames: int
+    count: int
+    """Number of turns: two, or three for a decoder that also sees later frames."""
+    shift: int
     """Number of frames between the end of a latent frame and the cut."""
 
     def extend(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "_ h w c"]:
-        """Return the latents with those of the loop once more."""
-        return np.concatenate([latents, latents[1:]])
+        """Return the frame before the loop and all turns."""
+        return np.concatenate([latents[:1]] + [latents[1:]] * self.count)
 
     def cut(self, frames: UInt8[np.ndarray, "_ H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
         """Return the second turn, with the frame before it first."""
-        turn = np.roll(frames[len(frames) // 2 + 1 :], -self.cut_frames, axis=0)
+        length = len(frames) // self.count
+        turn = np.roll(frames[1 + length : 1 + 2 * length], -self.shift, axis=0)
         return np.concatenate([turn[-1:], turn])

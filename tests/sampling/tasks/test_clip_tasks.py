@@ -21,7 +21,7 @@ from dit_video.sampling.tasks import (
     Vary,
     ZoomOut,
 )
-from dit_video.sampling.tasks.generation import TwoTurns
+from dit_video.sampling.tasks.generation import LoopTurns
 from dit_video.sampling.tasks.task import describe_task
 from dit_video.video import Clip
 from support.tiny_pipeline import make_config
@@ -132,13 +132,14 @@ def test_a_loop_is_sampled_with_the_frame_before_it():
     np.testing.assert_array_equal(result.frames[:, 0, 0, 0], np.arange(1, 9))
 
 
-def test_the_second_turn_of_a_loop_is_decoded_and_cut_within_a_latent_frame():
-    two_turns = TwoTurns(2)
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_second_turn_of_a_loop_is_decoded_and_cut_within_a_latent_frame(count):
+    turns = LoopTurns(count=count, shift=2)
     latents = np.arange(3, dtype=np.float32)[:, None, None, None]
-    np.testing.assert_array_equal(two_turns.extend(latents).ravel(), [0, 1, 2, 1, 2])
+    np.testing.assert_array_equal(turns.extend(latents).ravel(), [0, *[1, 2] * count])
     # The frame before the loop, then frames 1 to 8 of each turn, of four a latent frame.
-    decoded = np.array([0, *range(11, 19), *range(21, 29)], np.uint8)
-    frames = two_turns.cut(np.broadcast_to(decoded[:, None, None, None], (17, 2, 2, 3)))
+    decoded = np.array([0, *(10 * turn + frame for turn in range(1, count + 1) for frame in range(1, 9))], np.uint8)
+    frames = turns.cut(np.broadcast_to(decoded[:, None, None, None], (1 + 8 * count, 2, 2, 3)))
     assert frames.shape == (9, 2, 2, 3)
     np.testing.assert_array_equal(frames[:, 0, 0, 0], [22, 23, 24, 25, 26, 27, 28, 21, 22])
 
