@@ -100,9 +100,9 @@ class SampledLatents(NamedTuple):
 
     def make_clip(self, decoded: UInt8[np.ndarray, "_ H W 3"], *, fps: float) -> Clip:
         """Return the clip of the decoded frames."""
-        for change in (self.decoding and self.decoding.cut, self.finish):
-            decoded = decoded if change is None else change(decoded)
-        return Clip(frames=decoded, fps=fps, caption=self.request.prompt, recipe=self.recipe)
+        frames = decoded if self.decoding is None else self.decoding.cut(decoded)
+        frames = frames if self.finish is None else self.finish(frames)
+        return Clip(frames=frames, fps=fps, caption=self.request.prompt, recipe=self.recipe)
 
 
 class ClipDecoder(NamedTuple):
