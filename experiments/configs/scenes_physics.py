@@ -30,5 +30,5 @@ EXPERIMENT = dataclasses.replace(
     name="scenes_physics",
     data=_DATA,
     model=dataclasses.replace(_MODEL, layout=PackedShape(tokens=216, text=320, segments=8)),
-    stages=scenes_tasks.make_stages(_DATA, one_object=(1.0, 0.0), text=(0.0, 1.0)),
+    stages=scenes_tasks.make_stages(_DATA, one_object=(1.0, 0.0)),
 )

@@ -36,22 +36,19 @@ from dit_video.models.conditioning import (
     OutsideOfBox,
 )
 
-DATA = dataclasses.replace(scenes.DATA, weights=(0.0, 0.85, 0.15))
+DATA = dataclasses.replace(scenes.DATA, weights=(0.0, 0.8, 0.2))
 
 
-def make_stages(data: DataConfig, *, one_object: tuple[float, ...], text: tuple[float, ...]) -> tuple[Stage, ...]:
+def make_stages(data: DataConfig, *, one_object: tuple[float, ...]) -> tuple[Stage, ...]:
     """Return the stages: the autoencoder's, and the denoiser's on text, of one object and of all, and on all tasks.
 
     Args:
-      data: Data of all tasks.
-      one_object: Weights of the data sets in the denoiser's first stage.
-      text: Weights in its second stage.
+      data: Data of all but the first of the denoiser.
+      one_object: Weights of the data sets in that one.
     """
     autoencoder, first, last = scenes.make_stages(data, one_object=one_object)
     first = dataclasses.replace(first, frame_conditioning=FrameConditioning(prob=0.0))
-    second = dataclasses.replace(
-        first, name="text", continues=first.name, data=dataclasses.replace(data, weights=text), steps=1000
-    )
+    second = dataclasses.replace(first, name="text", continues=first.name, data=None, steps=1000)
     # Logit-normal times with this shift are hardly ever those at which textures are seen.
     return autoencoder, first, second, dataclasses.replace(last, continues=second.name, steps=1500, times=Uniform())
 
@@ -78,5 +75,5 @@ EXPERIMENT = dataclasses.replace(
         backbone=_MODEL.backbone.replace(cond_channels=_MODEL.autoencoder.stride.t + _MODEL.autoencoder.channels),
         frame_conditioning=FrameConditioning(prob=0.5, rest="grey", masks=_MASKS),
     ),
-    stages=make_stages(DATA, one_object=(1.0, 0.0, 0.0), text=(0.0, 1.0, 0.0)),
+    stages=make_stages(DATA, one_object=(1.0, 0.0, 0.0)),
 )
