@@ -47,8 +47,8 @@ def make_stages(
             ),
             optimizer=Muon(learning_rate=3e-3, schedule=Cosine(warmup=30), rms=0.5),
             steps=4000,
-            # With the error of gradients, borders between latents show less, but which of two objects has which
-            # direction is learned much later from such latents.
+            # No error of gradients: borders between latents would show less, but which of two objects has which
+            # direction would be learned much later.
             loss=AutoencoderObjective.pixels(kl=1e-4),
         ),
         TrainDenoiser(
