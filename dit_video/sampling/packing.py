@@ -64,6 +64,14 @@ class SamplingRequest(NamedTuple):
     seed: int = 0
     """Seed of the noise that stochastic samplers, and conditioning, add."""
 
+    @property
+    def decoded_grid(self) -> Grid:
+        """Return the size of the latents that are decoded."""
+        grid = Grid(*self.noise.shape[:3])
+        grid = grid._replace(t=grid.t - self.plan.leading_frames)
+        decoding = self.plan.decoding
+        return grid if decoding is None else grid._replace(t=len(decoding.list_frames(grid.t)))
+
     def get_token_grid(self, patch: Grid) -> Grid:
         """Return the size of the video in tokens.
 

@@ -329,6 +329,8 @@ class Pipeline:
     ) -> list[SampledLatents]:
         """Generate latents with their requests and recipes, for `decode_many`; see `generate_latents`."""
         prepared = self._prepare(requests, sampling)
+        # `check_decoding` knows no plans, and so not that more is decoded than is sampled.
+        self._decoder.check_memory([each.decoded_grid for each in prepared["requests"] if each.plan.decoding])
         latents = sample_latents(self._denoiser, **prepared, monitor=self.make_monitor(callback))
         sampled = []
         for request, values, planned in zip(requests, latents, prepared["requests"], strict=True):

@@ -1,7 +1,7 @@
 """Plans of sampling, which generation tasks make: fields, start latents, and changes of steps."""
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,8 +102,8 @@ class DecodingChange(abc.ABC):
     """A change of what is decoded, where a clip needs more latents around its own than are sampled."""
 
     @abc.abstractmethod
-    def extend(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "_ h w c"]:
-        """Return the latents that are decoded."""
+    def list_frames(self, count: int) -> Sequence[int]:
+        """Return the numbers of the latent frames that are decoded, of `count` sampled ones."""
 
     @abc.abstractmethod
     def cut(self, frames: UInt8[np.ndarray, "_ H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:

@@ -153,9 +153,9 @@ class LoopTurns(DecodingChange):
     shift: int
     """Number of frames between the end of a latent frame and the cut."""
 
-    def extend(self, latents: Float32[np.ndarray, "t h w c"]) -> Float32[np.ndarray, "_ h w c"]:
+    def list_frames(self, count: int) -> Sequence[int]:
         """Return the frame before the loop and all turns."""
-        return np.concatenate([latents[:1]] + [latents[1:]] * self.count)
+        return [0, *list(range(1, count)) * self.count]
 
     def cut(self, frames: UInt8[np.ndarray, "_ H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
         """Return the second turn, with the frame before it first."""

@@ -9,12 +9,13 @@ import pytest
 
 import dit_video
 from dit_video.core.errors import MissingError, UserError
+from dit_video.data.latents.codec import fit_chunk
 from dit_video.diffusion import LinearQuadraticTimes, RectifiedFlow, UniformTimes
 from dit_video.families.ltx.pipeline import KeyframesToVideo, read_parts
 from dit_video.models.conditioning import FrameConditioning
 from dit_video.sampling.request import Condition, Request
 from dit_video.sampling.tasks import Edit, Extend, Inpaint, Loop, Outpaint, Vary
-from dit_video.tokens import PackedShape
+from dit_video.tokens import Grid, PackedShape
 from dit_video.video import Clip
 from support.latents import generate_latents
 from support.tiny_ltx import DIT, RESIDUAL_VAE, SIZE, VAE, write_ltx
@@ -186,6 +187,15 @@ def test_every_task_runs_without_training(pipeline, task):
         assert (plan.method, plan.extra) == ("training_free", None)
         with pytest.raises(UserError, match="method='trained' is invalid"):
             pipeline.run(made, method="trained")
+
+
+def test_too_little_memory_for_the_turns_of_a_loop_is_said_before_sampling(pipeline):
+    loop, latents = Loop(PROMPT, size=(16, 32, 64)), pipeline.config.model.latent_grid(Grid(17, 32, 64))
+    one_turn, _ = fit_chunk(VAE, "decode", 1, latents, memory=0)
+    tight = pipeline.with_decoding(memory=one_turn)
+    tight.generate(PROMPT, size=(17, 32, 64), steps=1)
+    with pytest.raises(UserError, match=f"memory={one_turn} is invalid: to decode all latent frames"):
+        tight.run(loop, callback=lambda step: pytest.fail("a step was taken"))
 
 
 def test_an_edit_starts_from_the_latents_of_its_clip(pipeline):

@@ -135,8 +135,7 @@ def test_a_loop_is_sampled_with_the_frame_before_it():
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_second_turn_of_a_loop_is_decoded_and_cut_within_a_latent_frame(count):
     turns = LoopTurns(count=count, shift=2)
-    latents = np.arange(3, dtype=np.float32)[:, None, None, None]
-    np.testing.assert_array_equal(turns.extend(latents).ravel(), [0, *[1, 2] * count])
+    assert turns.list_frames(3) == [0, *[1, 2] * count]
     # The frame before the loop, then frames 1 to 8 of each turn, of four a latent frame.
     decoded = np.array([0, *(10 * turn + frame for turn in range(1, count + 1) for frame in range(1, 9))], np.uint8)
     frames = turns.cut(np.broadcast_to(decoded[:, None, None, None], (1 + 8 * count, 2, 2, 3)))
