@@ -73,8 +73,8 @@ EXPERIMENT = Experiment(
     name="scenes",
     data=DATA,
     model=ModelConfig(
-        autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=8, width=128, blocks=3, preactivated=True),
-        backbone=DiTConfig(channels=8, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
+        autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=3, preactivated=True),
+        backbone=DiTConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
         text_encoder=WordEncoderConfig(width=96, layers=1, max_tokens=64),
         process=RectifiedFlow(shift=4.0),
         layout=PackedShape(tokens=120, text=160, segments=8),
