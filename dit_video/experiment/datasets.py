@@ -159,6 +159,8 @@ def show_ingest_progress() -> Iterator[Callable[[int, int], None]]:
 
         def update(done: int, total: int) -> None:
             nonlocal bar
+            if total == 0:
+                return  # all are read already
             bar = bar or stack.enter_context(Progress("reading clips", total, start=done, unit="clip"))
             bar.update(done)
 

@@ -155,3 +155,6 @@ def test_progress_shows_how_many_files_are_read(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("reading clips ") for line in lines)
     assert lines[-1].startswith("reading clips 4/4 (100%)")
+    with datasets.show_ingest_progress() as progress:
+        progress(0, 0)
+    assert capsys.readouterr().err == ""
