@@ -8,6 +8,9 @@ from dit_video.tokens import Grid
 CONFIGS = {
     "patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1),
     "preactivated patches": PatchVaeConfig(stride=Grid(2, 4, 4), channels=3, width=8, blocks=1, preactivated=True),
+    "patches with finer levels": PatchVaeConfig(
+        stride=Grid(2, 4, 4), channels=3, width=8, blocks=1, fine_widths=(6, 5)
+    ),
     "levels": CausalVaeConfig(
         channels=3, width=4, multipliers=(1, 2, 2), factors=(Grid(1, 2, 2), Grid(2, 2, 2)), blocks=1
     ),

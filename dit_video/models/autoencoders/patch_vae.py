@@ -1,8 +1,9 @@
 """A causal spatiotemporal autoencoder on patches.
 
 Every patch of `stride` pixels is projected to `width` channels, and causal residual blocks mix the patches at latent
-resolution. A linear path parallel to the network begins with the principal components of the training clips, so that
-training starts where the best linear autoencoder ends.
+resolution. Finer levels of the decoder, if any, mix them across their borders. A linear path parallel to the network
+begins with the principal components of the training clips, so that training starts where the best linear autoencoder
+ends.
 """
 
 import math
@@ -28,7 +29,7 @@ class PatchVaeConfig(AutoencoderConfig):
     """Configuration of a causal VAE on patches.
 
     Raises:
-      UserError: If a size is below 1, or `init_std` is out of range.
+      UserError: If a size is below 1, `init_std` is out of range, or the stride has no room for so many levels.
     """
 
     stride: Grid = Grid(4, 8, 8)
@@ -39,6 +40,10 @@ class PatchVaeConfig(AutoencoderConfig):
     """Channels of the network."""
     blocks: int = 3
     """Residual blocks of the encoder, and of the decoder."""
+    fine_widths: tuple[int, ...] = ()
+    """Channels of further levels of the decoder, each with one block and twice the resolution of the level before, as
+    far as the stride allows. Their convolutions cross the borders of patches, which then show less: best where regions
+    or frames are completed."""
     preactivated: bool = False
     """True uses blocks of convolutions alone, each after its activation (arXiv 1603.05027), and scales the network's
     outputs down before they are added to the linear path's. Steps are a fifth cheaper and each gains more: best for
@@ -52,10 +57,13 @@ class PatchVaeConfig(AutoencoderConfig):
     linear maps and latents stay float32."""
 
     def __post_init__(self):
-        if min(*self.stride, self.channels, self.width) < 1 or self.blocks < 0:
+        if min(*self.stride, self.channels, self.width, *self.fine_widths) < 1 or self.blocks < 0:
             raise UserError(f"{self} is invalid: use a stride, channels and a width of at least 1, and blocks >= 0")
         if not 0.0025 <= self.init_std <= 2.7:
             raise UserError(f"init_std={self.init_std} is invalid: outside of the posterior's range. Use 0.0025 to 2.7")
+        if (1, 1, 1) in (factors := self.list_factors()[:-1]):
+            rule = f"a stride of {self.stride} has room for {factors.index((1, 1, 1))} finer levels"
+            raise UserError(f"fine_widths={self.fine_widths} are invalid: {rule}. Use fewer, or a larger stride")
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -68,6 +76,14 @@ class PatchVaeConfig(AutoencoderConfig):
 
     def make(self, rngs: nnx.Rngs) -> "PatchVae":
         return PatchVae(self, rngs=rngs)
+
+    def list_factors(self) -> list[Grid]:
+        """Return the factors of resolution between the levels of the decoder, and from the last one to pixels."""
+        factors, rest = [], self.stride
+        for _ in self.fine_widths:
+            factors.append(Grid(*(2 if side % 2 == 0 else 1 for side in rest)))
+            rest = Grid(*(side // factor for side, factor in zip(rest, factors[-1], strict=True)))
+        return [*factors, rest]
 
     def init_from_clips(self, clips: ClipStatistics) -> dict[str, Any]:
         """Return the linear path that is the best linear autoencoder of the clips."""
@@ -89,7 +105,13 @@ class PatchVae(Vae):
         self.encoder_out = Linear(width, 2 * channels, init="zero", rngs=rngs)
         self.decoder_in = Linear(channels, width, rngs=rngs)
         self.decoder = nnx.List([block(width, dtype=config.dtype, rngs=rngs) for _ in range(config.blocks)])
-        self.decoder_out = Linear(width, values, init="zero", rngs=rngs)
+        *self.factors, self.last_factor = config.list_factors()
+        self.upsample, self.fine = nnx.List(), nnx.List()
+        for factor, fine_width in zip(self.factors, config.fine_widths, strict=True):
+            self.upsample.append(Linear(width, factor.volume * fine_width, rngs=rngs))
+            self.fine.append(block(fine_width, dtype=config.dtype, rngs=rngs))
+            width = fine_width
+        self.decoder_out = Linear(width, self.last_factor.volume * 3, init="zero", rngs=rngs)
 
     def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
@@ -107,8 +129,10 @@ class PatchVae(Vae):
         x, inputs = self.decoder_in(latents), BlockInputs(cache=cache)
         for block in self.decoder:
             x = block(x, inputs)
-        patches = self.linear.up(latents) + self.patch_gain * self.decoder_out(x)
-        return from_patches(patches, self.config.stride, is_first=inputs.is_first)
+        for factor, upsample, block in zip(self.factors, self.upsample, self.fine, strict=True):
+            x = block(from_patches(upsample(x), factor, is_first=inputs.is_first), inputs)
+        linear = from_patches(self.linear.up(latents), self.config.stride, is_first=inputs.is_first)
+        return linear + self.patch_gain * from_patches(self.decoder_out(x), self.last_factor, is_first=inputs.is_first)
 
 
 class _LinearPath(nnx.Module):

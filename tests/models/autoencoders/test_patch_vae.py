@@ -24,7 +24,11 @@ from dit_video.tokens import Grid
 from support.random_params import make_random_params
 
 PLAIN = PatchVaeConfig(stride=Grid(2, 2, 2), channels=3, width=8, blocks=2)
-CONFIGS = {"plain": PLAIN, "preactivated": dataclasses.replace(PLAIN, preactivated=True, init_std=0.01)}
+CONFIGS = {
+    "plain": PLAIN,
+    "preactivated": dataclasses.replace(PLAIN, preactivated=True, init_std=0.01),
+    "a finer level": dataclasses.replace(PLAIN, fine_widths=(5,)),
+}
 CLIPS = np.tanh(np.random.default_rng(0).normal(size=(2, 7, 6, 8, 3)).cumsum(axis=2)).astype(np.float32)
 
 
@@ -176,6 +180,38 @@ def test_a_clip_that_the_stride_does_not_divide_is_refused(model):
 def test_an_initial_deviation_outside_the_posteriors_range_is_refused():
     with pytest.raises(UserError, match=r"init_std=0.001 .* 0.0025 to 2.7"):
         PatchVaeConfig(init_std=0.001)
+
+
+@pytest.mark.parametrize(
+    ("stride", "widths", "factors"),
+    [
+        (Grid(4, 8, 8), (), [(4, 8, 8)]),
+        (Grid(4, 8, 8), (6, 5), [(2, 2, 2), (2, 2, 2), (1, 2, 2)]),
+        (Grid(1, 2, 6), (6,), [(1, 2, 2), (1, 1, 3)]),
+        (Grid(2, 4, 4), (6, 5), [(2, 2, 2), (1, 2, 2), (1, 1, 1)]),
+    ],
+)
+def test_each_finer_level_doubles_the_resolution_as_far_as_the_stride_allows(stride, widths, factors):
+    assert PatchVaeConfig(stride=stride, fine_widths=widths).list_factors() == factors
+
+
+def test_more_finer_levels_than_the_stride_allows_are_refused():
+    with pytest.raises(UserError, match=r"fine_widths=\(6, 5, 4\) .* a stride of 2x4x4 has room for 2 finer levels"):
+        PatchVaeConfig(stride=Grid(2, 4, 4), fine_widths=(6, 5, 4))
+    with pytest.raises(UserError, match="at least 1"):
+        PatchVaeConfig(fine_widths=(0,))
+
+
+def test_pixels_at_the_border_of_a_patch_see_the_next_one_by_finer_levels_alone():
+    """Without blocks at latent resolution, a patch of a plain decoder is its own latent's."""
+    seen = {}
+    for widths in ((), (5,)):
+        model = Model(PatchVaeConfig(stride=Grid(2, 2, 4), channels=3, width=8, blocks=0, fine_widths=widths))
+        changed = model.latents.copy()
+        changed[:, :, :, 0] += 1.0
+        difference = np.abs(np.asarray(model.decode(changed)) - np.asarray(model.decode(model.latents)))
+        seen[widths] = (difference.max(axis=(0, 1, 2, 4)) > 1e-6).tolist()
+    assert seen == {(): [True] * 4 + [False] * 4, (5,): [True] * 6 + [False] * 2}
 
 
 # Patches

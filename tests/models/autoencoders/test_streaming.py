@@ -50,6 +50,7 @@ def setting(name):
         ("patches", 2),
         ("patches", 7),
         ("preactivated patches", 2),
+        ("patches with finer levels", 2),
         pytest.param("levels", 2, marks=pytest.mark.slow),
     ],
     ids=str,
