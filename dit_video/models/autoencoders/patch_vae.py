@@ -6,6 +6,7 @@ begins with the principal components of the training clips, so that training sta
 ends.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +62,9 @@ class PatchVaeConfig(AutoencoderConfig):
             raise UserError(f"{self} is invalid: use a stride, channels and a width of at least 1, and blocks >= 0")
         if not 0.0025 <= self.init_std <= 2.7:
             raise UserError(f"init_std={self.init_std} is invalid: outside of the posterior's range. Use 0.0025 to 2.7")
-        if (1, 1, 1) in (factors := self.list_factors()[:-1]):
-            rule = f"a stride of {self.stride} has room for {factors.index((1, 1, 1))} finer levels"
+        *factors, _ = self.list_factors()
+        if Grid(1, 1, 1) in factors:
+            rule = f"a stride of {self.stride} has room for {factors.index(Grid(1, 1, 1))} finer levels"
             raise UserError(f"fine_widths={self.fine_widths} are invalid: {rule}. Use fewer, or a larger stride")
 
     @property
@@ -105,13 +107,12 @@ class PatchVae(Vae):
         self.encoder_out = Linear(width, 2 * channels, init="zero", rngs=rngs)
         self.decoder_in = Linear(channels, width, rngs=rngs)
         self.decoder = nnx.List([block(width, dtype=config.dtype, rngs=rngs) for _ in range(config.blocks)])
-        *self.factors, self.last_factor = config.list_factors()
-        self.upsample, self.fine = nnx.List(), nnx.List()
-        for factor, fine_width in zip(self.factors, config.fine_widths, strict=True):
-            self.upsample.append(Linear(width, factor.volume * fine_width, rngs=rngs))
-            self.fine.append(block(fine_width, dtype=config.dtype, rngs=rngs))
-            width = fine_width
-        self.decoder_out = Linear(width, self.last_factor.volume * 3, init="zero", rngs=rngs)
+        *factors, last_factor = config.list_factors()
+        widths = (width, *config.fine_widths)
+        levels = zip(factors, itertools.pairwise(widths), strict=True)
+        self.upsample = nnx.List([Linear(coarse, each.volume * fine, rngs=rngs) for each, (coarse, fine) in levels])
+        self.fine = nnx.List([block(fine, dtype=config.dtype, rngs=rngs) for fine in config.fine_widths])
+        self.decoder_out = Linear(widths[-1], last_factor.volume * 3, init="zero", rngs=rngs)
 
     def posterior(self, pixels: Pixels, segment_ids: SegmentIds = None, cache: ConvCache | None = None) -> Posterior:
         """Return the distribution of latents before normalisation. See `encode` for the arguments."""
@@ -129,10 +130,11 @@ class PatchVae(Vae):
         x, inputs = self.decoder_in(latents), BlockInputs(cache=cache)
         for block in self.decoder:
             x = block(x, inputs)
-        for factor, upsample, block in zip(self.factors, self.upsample, self.fine, strict=True):
+        *factors, last_factor = self.config.list_factors()
+        for factor, upsample, block in zip(factors, self.upsample, self.fine, strict=True):
             x = block(from_patches(upsample(x), factor, is_first=inputs.is_first), inputs)
         linear = from_patches(self.linear.up(latents), self.config.stride, is_first=inputs.is_first)
-        return linear + self.patch_gain * from_patches(self.decoder_out(x), self.last_factor, is_first=inputs.is_first)
+        return linear + self.patch_gain * from_patches(self.decoder_out(x), last_factor, is_first=inputs.is_first)
 
 
 class _LinearPath(nnx.Module):
