@@ -46,7 +46,7 @@ def make_stages(
                 WindowConfig(size=Grid(1, 32, 32), batch=32),
             ),
             optimizer=Muon(learning_rate=3e-3, schedule=Cosine(warmup=30), rms=0.5),
-            steps=4000,
+            steps=3600,
             # No error of gradients: borders between latents would show less, but which of two objects has which
             # direction would be learned much later.
             loss=AutoencoderObjective.pixels(kl=1e-4),
@@ -73,7 +73,9 @@ EXPERIMENT = Experiment(
     name="scenes",
     data=DATA,
     model=ModelConfig(
-        autoencoder=PatchVaeConfig(stride=Grid(4, 8, 8), channels=16, width=128, blocks=3, preactivated=True),
+        autoencoder=PatchVaeConfig(
+            stride=Grid(4, 8, 8), channels=16, width=128, blocks=2, preactivated=True, fine_widths=(64,)
+        ),
         backbone=DiTConfig(channels=16, context_width=96, patch=Grid(1, 2, 2), width=208, layers=5, heads=4),
         text_encoder=WordEncoderConfig(width=96, layers=1, max_tokens=64),
         process=RectifiedFlow(shift=4.0),
