@@ -96,9 +96,7 @@ class SampledLatents(NamedTuple):
 
     def extend(self) -> Float32[np.ndarray, "_ _ _ c"]:
         """Return the latents that are decoded."""
-        if self.decoding is None:
-            return self.latents
-        return self.latents[list(self.decoding.list_frames(len(self.latents)))]
+        return self.latents if self.decoding is None else self.latents[self.decoding.list_frames(len(self.latents))]
 
     def make_clip(self, decoded: UInt8[np.ndarray, "_ H W 3"], *, fps: float) -> Clip:
         """Return the clip of the decoded frames."""

@@ -1,7 +1,7 @@
 """Plans of sampling, which generation tasks make: fields, start latents, and changes of steps."""
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ class DecodingChange(abc.ABC):
     """A change of what is decoded, where a clip needs more latents around its own than are sampled."""
 
     @abc.abstractmethod
-    def list_frames(self, count: int) -> Sequence[int]:
+    def list_frames(self, count: int) -> list[int]:
         """Return the numbers of the latent frames that are decoded, of `count` sampled ones."""
 
     @abc.abstractmethod

@@ -37,8 +37,8 @@ def to_patches(
 
 def from_patches(
     patches: Float[SameArray, "B t h w p"], stride: Grid, *, is_first: bool = True
-) -> Float[SameArray, "B T H W 3"]:
-    """Invert `to_patches`; only the last frame of a clip's first patch is kept."""
+) -> Float[SameArray, "B T H W C"]:
+    """Invert `to_patches`, also for features of any channels; only the last frame of a clip's first patch is kept."""
     pixels = rearrange(patches, "B t h w (a b c C) -> B (t a) (h b) (w c) C", a=stride.t, b=stride.h, c=stride.w)
     return pixels[:, stride.t - 1 :] if is_first else pixels
 

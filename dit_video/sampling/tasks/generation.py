@@ -153,7 +153,7 @@ class LoopTurns(DecodingChange):
     shift: int
     """Number of frames between the end of a latent frame and the cut."""
 
-    def list_frames(self, count: int) -> Sequence[int]:
+    def list_frames(self, count: int) -> list[int]:
         """Return the frame before the loop and all turns."""
         return [0, *list(range(1, count)) * self.count]
 
