@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, runtime_checkable
 
 from dit_video.core.errors import UserError
 from dit_video.data.latents.codec import LatentCodec
@@ -65,7 +65,7 @@ class Task:
         for field in list_fields(type(self)):
             object.__setattr__(self, field.name, field.convert(getattr(self, field.name)))
 
-    def fit(self, config: PipelineConfig) -> Self:
+    def fit(self, config: PipelineConfig) -> "Task":
         """Return the task with clips, images and masks of a size that the model samples.
 
         Last frames are left out, and pictures scaled and cropped, as those of a `Request` are.
