@@ -107,6 +107,7 @@ class TaskField:
             return None
         if self.kind in _CONVERSIONS:
             return _CONVERSIONS[self.kind](self.name, value)
+        value = value.item() if isinstance(value, np.generic) else value
         rule = _RULES[self.kind]
         if not rule.is_valid(value):
             shown, example = textwrap.shorten(repr(value), 60, placeholder="…"), rule.example
@@ -118,7 +119,7 @@ class TaskField:
             self.limits.check(self.name, value)
         if self.kind in ("size", "plane", "numbers"):
             return tuple(map(int, value))
-        return value.item() if isinstance(value, np.generic) else value
+        return value
 
 
 class _Rule(NamedTuple):
