@@ -85,7 +85,7 @@ def main(
         part: Number of a training, to be the only one that is carried out; 0 is the first.
     """
     check_minimum(1, seeds=seeds, count=count, autoencoder_steps=autoencoder_steps)
-    _train_autoencoder(data, out, autoencoder_steps)
+    _train(out / _AUTOENCODER, make_autoencoder_experiment(out, steps=autoencoder_steps), data, out)
     trainings = [
         Training(regime, layers, seed)
         for seed in range(seeds)
@@ -121,19 +121,21 @@ def _carry_out(training: Training, data: Path, out: Path, minutes: float, count:
     return result | {name: values[name].estimate.value for name in METRICS}
 
 
-def _train_autoencoder(data: Path, out: Path, steps: int) -> None:
-    """Train the autoencoder of all models, with a denoiser that makes a pipeline of it."""
-    autoencoder = dataclasses.replace(scenes.EXPERIMENT.autoencoder, steps=steps)
-    stages = (autoencoder, make_experiment(Training("images", "", 0), out, steps=1).denoiser)
-    _train(out / _AUTOENCODER, dataclasses.replace(scenes.EXPERIMENT, data=_VIDEOS, stages=stages), data, out)
-
-
 def _train(folder: Path, experiment: Experiment, data: Path, out: Path) -> Run:
     run = Run.create(folder, experiment)
     kind = "images" if experiment.data.max_frames == 1 else "videos"
     run.prepare(data, latents=None if folder.name == _AUTOENCODER else out / f"latents-{kind}")
     run.run_stages()
     return run
+
+
+def make_autoencoder_experiment(out: Path, *, steps: int) -> Experiment:
+    """Return the experiment of the autoencoder of all models, with a denoiser that makes a pipeline of it."""
+    autoencoder = scenes.EXPERIMENT.autoencoder
+    windows = tuple(window for window in autoencoder.windows if window.size.t <= _VIDEOS.max_frames)
+    autoencoder = dataclasses.replace(autoencoder, windows=windows, steps=steps)
+    denoiser = make_experiment(Training("images", "", 0), out, steps=1).denoiser
+    return dataclasses.replace(scenes.EXPERIMENT, data=_VIDEOS, stages=(autoencoder, denoiser))
 
 
 def make_experiment(training: Training, out: Path, *, steps: int) -> Experiment:

@@ -34,6 +34,12 @@ def test_video_models_of_both_layouts_grow_from_the_image_model_and_are_as_large
     assert sizes[0] == sizes[1]
 
 
+def test_the_autoencoder_is_trained_on_no_longer_windows_than_the_clips(tool, tmp_path):
+    experiment = tool.make_autoencoder_experiment(tmp_path, steps=40)  # refuses longer ones
+    assert max(window.size.t for window in experiment.autoencoder.windows) == 17
+    assert experiment.autoencoder.steps == 40
+
+
 def test_parts_in_several_processes_keep_each_others_results(tool, tmp_path, monkeypatch):
     file, carried_out = tmp_path / "r.json", []
 
@@ -43,7 +49,7 @@ def test_parts_in_several_processes_keep_each_others_results(tool, tmp_path, mon
             write_json(file, {"results": [{"name": "other"}]})
         return {"name": training.name}
 
-    monkeypatch.setattr(tool, "_train_autoencoder", lambda *args: None)
+    monkeypatch.setattr(tool, "_train", lambda *args: None)
     monkeypatch.setattr(tool, "_carry_out", carry_out)
     monkeypatch.setattr(tool, "print_table", lambda results: None)
     tool.main(data=tmp_path, out=tmp_path, json=file, seeds=1, part=0)
