@@ -101,3 +101,11 @@ def find_gpu_backends() -> list[str] | None:
         if not hidden and any((_DEV / device).exists() for device in _GPU_DEVICES[backend]):
             usable.add(backend)
     return sorted(usable)
+
+
+def count_gpus() -> int:
+    """Return the number of NVIDIA GPUs that this process may use; 0 if it cannot be told."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return len(list(_DEV.glob("nvidia[0-9]*")))
+    return len([name for name in chosen.split(",") if name.strip()])

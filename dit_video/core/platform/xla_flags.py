@@ -8,23 +8,45 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-from dit_video.core.platform.tpu import find_gpu_backends, find_tpu_chip, has_tpu
+from dit_video.core.platform.tpu import count_gpus, find_gpu_backends, find_tpu_chip, has_tpu
 
 SWITCH = "DIT_VIDEO_XLA_FLAGS"
 """Environment variable that turns the flags off with the value `off`."""
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """Environment variables from which XLA, libtpu and JAX's GPU client take their flags."""
+_PROCESS_COUNTS = ("NUM_PROCESSES", "JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+"""Environment variables with the number of processes of a run."""
 
-_CPU_RELEASE = "0.10.2"
-_CPU_FLAGS = {"xla_cpu_experimental_ynn_fusion_type": "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
+_EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
+"""Flag that lets CPUs compute 2-D convolutions with Eigen in jaxlib 0.10.2, which would otherwise use YNNPACK.
 
-_GPU_RELEASES = ("0.10.2",)
-"""Releases of jaxlib that have the flags for GPUs."""
+Eigen is 1.2 to 2.4 times as fast there, and the default of 0.10.0 and 0.10.1. From 0.11.0 on YNNPACK is as fast,
+up to 1.25 times. On two cores, in billions of operations per second, Eigen against YNNPACK:
+
+| convolution | 0.10.2 | 0.11.0 | 0.11.2 | 0.12.0.1 |
+|---|---|---|---|---|
+| 17 frames of 128x128, 32 channels | 82, 37 | 83, 85 | 69, 86 | 69, 88 |
+| 4 frames of 64x64, 64 channels | 108, 63 | 102, 102 | 95, 107 | 112, 109 |
+| 2 frames of 128x128, 96 channels | 119, 90 | 106, 113 | 116, 128 | 112, 122 |
+"""
+CPU_FLAGS: dict[str, dict[str, str]] = {
+    "0.10.0": {},
+    "0.10.1": {},
+    "0.10.2": _EIGEN,
+    "0.11.0": {},
+    "0.11.1": {},
+    "0.11.2": {},
+    "0.12.0": {},
+    "0.12.0.1": {},
+}
+"""Flags for CPUs by release of jaxlib. All these releases know `GPU_FLAGS`, as starting each has shown."""
+
 GPU_FLAGS = {
     # Collectives run while the computation that does not need them goes on; by default they wait for each other.
+    # A single GPU has none.
     "xla_gpu_enable_latency_hiding_scheduler": "true",
 }
-"""Flags for NVIDIA GPUs, as set in NVIDIA's own JAX images. Command buffers are on by default.
+"""Flags for several NVIDIA GPUs, as set in NVIDIA's own JAX images. Command buffers are on by default.
 
 Other flags are left alone until they are measured. The flags that pipeline collectives over the iterations of a scan do
 nothing in jaxlib 0.10.1 (openxla/xla issue 44228), and made training runs diverge in earlier releases (pull request
@@ -33,12 +55,12 @@ nothing in jaxlib 0.10.1 (openxla/xla issue 44228), and made training runs diver
 GPU_MEMORY_FRACTION = "0.9"
 """Fraction of GPU memory that JAX reserves, 0.75 by default; NVIDIA recommends 0.8 to 0.9. Libraries need the rest."""
 
-_TPU_RELEASES = ("0.0.42.1",)
-"""Releases of libtpu that have the flags for TPUs."""
+TPU_RELEASES = ("0.0.40", "0.0.41", "0.0.42.1", "0.0.44.1", "0.0.46.3", "0.0.48.1", "0.0.50.1")
+"""Releases of libtpu, each the newest that one of JAX in the table above asks for. All compile for each chip with its
+flags."""
 TPU_FLAGS = {
-    # Gathers of weights are fused with the products beside them, over several steps, so that both run at once.
+    # Collectives are fused with the products beside them, over several steps, so that both run at once.
     "xla_tpu_enable_async_collective_fusion": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
@@ -51,20 +73,20 @@ TPU_FLAGS = {
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
 """Flags for TPUs, as in MaxText and MaxDiffusion for dense models sharded over `fsdp`, without host offloading."""
-SCOPED_VMEM_KIB = {"v5p": 65_536, "v6e": 98_304}
-"""On-chip memory that a fusion or kernel may use, in KiB, by chip; it allows larger blocks than the default of 16 MiB.
-These are MaxDiffusion's and MaxText's values; other chips keep the default."""
+TPU_CHIP_FLAGS = {
+    # Gathers of weights are fused, too. On other chips libtpu refuses this from 0.0.44 on, as results may be wrong.
+    "v5e": {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true"},
+    # On-chip memory that a fusion or kernel may use, which allows larger blocks than the default of 16 MiB.
+    "v5p": {"xla_tpu_scoped_vmem_limit_kib": "65536"},
+    "v6e": {"xla_tpu_scoped_vmem_limit_kib": "98304"},
+}
+"""Further flags by chip, with MaxDiffusion's and MaxText's values."""
 
 
 def set_cpu_flags() -> None:
-    """Let CPUs compute 2-D convolutions with Eigen in jaxlib 0.10.2, which would otherwise use YNNPACK.
-
-    Eigen is 1.4 to 2.2 times as fast. In billions of operations per second on two cores: 129 against 58 (17 frames of
-    128x128, 32 channels), 175 against 106 (64x64, 64 channels), 179 against 95 (128x128, 96 channels). Matrix products
-    stay with YNNPACK, which is as fast. 0.10.0 and 0.10.1 use Eigen by default.
-    """
-    if _is_on() and get_release("jaxlib") == _CPU_RELEASE:
-        add_flags("XLA_FLAGS", _CPU_FLAGS)
+    """Set the flags for CPUs."""
+    if _is_on():
+        add_flags("XLA_FLAGS", CPU_FLAGS.get(get_release("jaxlib") or "", {}))
 
 
 def set_accelerator_flags() -> None:
@@ -72,23 +94,22 @@ def set_accelerator_flags() -> None:
     if not _is_on():
         return
     if "cuda" in (find_gpu_backends() or ()):
-        if get_release("jaxlib") in _GPU_RELEASES:
+        if get_release("jaxlib") in CPU_FLAGS and not _is_single_gpu():
             add_flags("XLA_FLAGS", GPU_FLAGS)
         if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # the newer name of the same choice
             os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
-    elif has_tpu() and get_release("libtpu") in _TPU_RELEASES:
+    elif has_tpu() and get_release("libtpu") in TPU_RELEASES:
         add_flags("LIBTPU_INIT_ARGS", make_tpu_flags(find_tpu_chip()))
 
 
 def make_tpu_flags(chip: str | None) -> dict[str, str]:
     """Return the flags for a chip such as `v5p`; None for an unknown one."""
-    vmem = {"xla_tpu_scoped_vmem_limit_kib": str(SCOPED_VMEM_KIB[chip])} if chip in SCOPED_VMEM_KIB else {}
-    return TPU_FLAGS | vmem
+    return TPU_FLAGS | TPU_CHIP_FLAGS.get(chip or "", {})
 
 
 def get_compiler_options(chip: str) -> dict[str, str]:
     """Return the options for compiling a program ahead of time for a TPU in the same way as on the TPU itself."""
-    return make_tpu_flags(chip) if _is_on() and get_release("libtpu") in _TPU_RELEASES else {}
+    return make_tpu_flags(chip) if _is_on() and get_release("libtpu") in TPU_RELEASES else {}
 
 
 def get_flags() -> dict[str, str | None]:
@@ -99,6 +120,22 @@ def get_flags() -> dict[str, str | None]:
 def _drop_dumps(flags: str | None) -> str | None:
     # Processes of one run may write their dumps to different folders.
     return flags and " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump"))
+
+
+def find_unchecked_release() -> str | None:
+    """Return the package and release that the flags of this machine's devices were not checked with, if so.
+
+    It has no flags then. Such a release may be slower than need be: jaxlib 0.10.2 took twice the time without its flag.
+    """
+    package, releases = ("libtpu", TPU_RELEASES) if has_tpu() else ("jaxlib", tuple(CPU_FLAGS))
+    release = get_release(package)
+    return None if not _is_on() or release in (None, *releases) else f"{package} {release}"
+
+
+def _is_single_gpu() -> bool:
+    """Return whether this process computes on one GPU, and the environment names no other process of its run."""
+    counts = [os.environ.get(name, "1") for name in _PROCESS_COUNTS]
+    return count_gpus() == 1 and all(count == "1" for count in counts) and "JOB_COMPLETION_INDEX" not in os.environ
 
 
 def _is_on() -> bool:

@@ -117,6 +117,16 @@ def test_a_gpu_without_its_plugin_or_that_is_hidden_is_not_used(machine, monkeyp
     assert platforms() == "cpu"
 
 
+@pytest.mark.parametrize(("chosen", "count"), [(None, 2), ("", 0), ("1", 1), ("0,1", 2)])
+def test_gpus_are_counted_unless_they_are_hidden(machine, monkeypatch, chosen, count):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (machine / "dev" / name).touch()
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert tpu.count_gpus() == count
+
+
 @pytest.mark.usefixtures("machine")
 def test_nothing_happens_with_a_plugin_of_another_kind(monkeypatch):
     plug_in(monkeypatch, "xla_cuda12", "xpu")

@@ -20,6 +20,7 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type="
         ("--a=1", "0.10.2", f"--a=1 {FLAG}-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"),
         (f"{FLAG}mine", "0.10.2", f"{FLAG}mine"),
         ("--a=1", "0.11.0", "--a=1"),
+        ("--a=1", "0.99.0", "--a=1"),
     ],
 )
 def test_flags_are_added_once_for_old_releases_unless_they_are_set(monkeypatch, before, release, after):
@@ -56,7 +57,7 @@ def test_this_release_of_xla_knows_the_flags_for_gpus():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "v7x:2x2x1"])
 def test_libtpu_accepts_the_flags(topology):
     pytest.importorskip("libtpu")
     flags = xla_flags.make_tpu_flags(topology.partition(":")[0])
@@ -69,12 +70,14 @@ def test_libtpu_accepts_the_flags(topology):
 @pytest.fixture
 def environment(monkeypatch):
     """Return a function that pretends to be on a machine with accelerators, and returns the variables that it set."""
-    for name in (*xla_flags.VARIABLES, xla_flags.SWITCH, "XLA_CLIENT_MEM_FRACTION"):
+    own = (xla_flags.SWITCH, "XLA_CLIENT_MEM_FRACTION", "JOB_COMPLETION_INDEX", *xla_flags._PROCESS_COUNTS)
+    for name in (*xla_flags.VARIABLES, *own):
         monkeypatch.setenv(name, "undone by monkeypatch")
         monkeypatch.delenv(name)
 
-    def start(*, gpus=(), chip=None, release="0.10.2", **variables):
+    def start(*, gpus=(), count=2, chip=None, release="0.10.2", **variables):
         monkeypatch.setattr(xla_flags, "find_gpu_backends", lambda: list(gpus))
+        monkeypatch.setattr(xla_flags, "count_gpus", lambda: count)
         monkeypatch.setattr(xla_flags, "has_tpu", lambda: chip is not None)
         monkeypatch.setattr(xla_flags, "find_tpu_chip", lambda: chip)
         monkeypatch.setattr(xla_flags, "version", lambda _: release)
@@ -87,9 +90,33 @@ def environment(monkeypatch):
     return start
 
 
-def test_a_gpu_gets_its_flags_and_most_of_its_memory(environment):
-    expected = {"XLA_FLAGS": format_flags(xla_flags.GPU_FLAGS), "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
-    assert environment(gpus=["cuda"]) == expected
+@pytest.mark.parametrize(
+    ("count", "variables", "has_flags"),
+    [
+        (2, {}, True),
+        (1, {}, False),  # no collectives, which could overlap with computation
+        (1, {"NUM_PROCESSES": "1"}, False),
+        (1, {"NUM_PROCESSES": "2"}, True),
+        (1, {"SLURM_NTASKS": "8"}, True),
+        (1, {"JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+@pytest.mark.parametrize("release", list(xla_flags.CPU_FLAGS))
+def test_several_gpus_get_their_flags_and_each_most_of_its_memory(environment, count, variables, has_flags, release):
+    flags = {"XLA_FLAGS": format_flags(xla_flags.GPU_FLAGS)} if has_flags else {}
+    found = environment(gpus=["cuda"], count=count, release=release, **variables)
+    assert found == flags | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+
+
+@pytest.mark.parametrize(
+    ("chip", "release", "unchecked"),
+    [(None, "0.12.0.1", None), (None, "0.99.0", "jaxlib 0.99.0"), ("v5p", "0.0.99", "libtpu 0.0.99")],
+)
+def test_a_release_that_the_flags_were_not_checked_with_is_found(environment, chip, release, unchecked, monkeypatch):
+    environment(chip=chip, release=release)
+    assert xla_flags.find_unchecked_release() == unchecked
+    monkeypatch.setenv(xla_flags.SWITCH, "off")
+    assert xla_flags.find_unchecked_release() is None
 
 
 def test_a_tpu_gets_the_flags_of_its_chip(environment):
